@@ -1,0 +1,77 @@
+"""Which implementation of an op runs: its definition in torch, or its Triton kernel.
+
+The default is Triton for tensors on a CUDA (or ROCm) device where triton can be imported, and torch everywhere else.
+The environment variable ``VTOKEN_KERNELS=torch|triton`` forces one; it is read once, when this module is imported.
+``use`` overrides it for a while, which is for tests.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+BACKENDS = ("torch", "triton")
+
+# triton.jit chooses between compiler and interpreter when it decorates, so the answer is taken before the first kernel.
+INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
+
+
+def _known(choice: str) -> str:
+    if choice not in BACKENDS:
+        raise ValueError(f"kernel backend {choice!r} (VTOKEN_KERNELS or use()): allowed are {', '.join(BACKENDS)}")
+    return choice
+
+
+_forced: str | None = _known(os.environ["VTOKEN_KERNELS"]) if os.environ.get("VTOKEN_KERNELS") else None
+
+
+@contextmanager
+def use(choice: str) -> Iterator[None]:
+    """Force ``"torch"`` or ``"triton"`` inside a with block, for the whole process; ValueError for any other name."""
+    global _forced
+    before, _forced = _forced, _known(choice)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def backend(device: torch.device | str) -> str:
+    """``"torch"`` or ``"triton"`` for tensors on ``device``.
+
+    Raises RuntimeError where triton is forced but cannot run: not importable, or not on CUDA and not interpreted.
+    """
+    on_cuda = torch.device(device).type == "cuda"
+    if _forced == "triton" and triton is None:
+        raise RuntimeError(
+            "triton kernels are forced (VTOKEN_KERNELS=triton or use('triton')) but triton cannot be imported: "
+            "install triton, or unset VTOKEN_KERNELS"
+        )
+    if _forced == "triton" and not on_cuda and not INTERPRETED:
+        raise RuntimeError(
+            f"triton kernels are forced (VTOKEN_KERNELS=triton or use('triton')) but the tensors are on {device}: "
+            "move them to a CUDA device, set TRITON_INTERPRET=1 before triton is imported, or unset VTOKEN_KERNELS"
+        )
+    return _forced or ("triton" if triton is not None and on_cuda else "torch")
+
+
+def interpretable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, but bf16 as fp32 under the interpreter, which computes on its bits (triton-lang/triton#4972)."""
+    return tensor.float() if INTERPRETED and tensor.dtype == torch.bfloat16 else tensor
+
+
+def runs_triton(*tensors: torch.Tensor) -> bool:
+    """Whether a kernel may take these tensors: the backend is Triton, they share one device, and no gradient is wanted.
+
+    Kernels have no backward. Raises what ``backend`` raises.
+    """
+    if backend(tensors[0].device) == "torch" or len({t.device for t in tensors}) > 1:
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
