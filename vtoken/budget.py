@@ -1,0 +1,139 @@
+"""How many tokens to keep: `64`, `25%` or `{total: 640}`, turned into one whole number per image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
+
+_HELP = "write a count per image (64), a share (25%) or a count per sample ({total: 640})"
+
+
+class Budget:
+    """A validated budget. Build it with `Budget(64)`, `Budget("25%")` or `Budget({"total": 640})`.
+
+    Exactly one of `tokens` (per image), `share` (a Fraction in (0, 1]) and `total` (per batch row) is set.
+
+    Raises:
+        ValueError: anything else, with the three accepted forms in the message. Floats are refused because
+            `1` and `1.0` would mean different things.
+    """
+
+    __slots__ = ("share", "tokens", "total")
+
+    def __init__(self, value: int | str | dict[str, int] | Budget) -> None:
+        tokens: int | None = None
+        share: Fraction | None = None
+        total: int | None = None
+        if isinstance(value, Budget):
+            tokens, share, total = value.tokens, value.share, value.total
+        elif isinstance(value, bool):
+            raise ValueError(f"keep: {value!r} is not a budget; {_HELP}")
+        elif isinstance(value, int):
+            tokens = value
+        elif isinstance(value, str) and value.strip().endswith("%"):
+            try:
+                share = Fraction(value.strip()[:-1].strip()) / 100
+            except (ValueError, ZeroDivisionError):
+                raise ValueError(f"keep: {value!r} is not a percentage; {_HELP}") from None
+        elif isinstance(value, str) and value.strip().isdecimal():
+            tokens = int(value)
+        elif isinstance(value, dict) and list(value) == ["total"] and type(value["total"]) is int:
+            total = value["total"]
+        else:
+            raise ValueError(f"keep: {value!r} is not a budget; {_HELP}")
+        if share is not None and not 0 < share <= 1:
+            raise ValueError(f"keep: {value} must be above 0% and at most 100%")
+        if any(n is not None and n < 1 for n in (tokens, total)):
+            raise ValueError(f"keep: {value!r} must keep at least 1 token")
+        self.tokens, self.share, self.total = tokens, share, total
+
+    def counts(self, lengths: Sequence[int], row: Sequence[int]) -> tuple[int, ...]:
+        """Tokens to keep of every image.
+
+        Args:
+            lengths: tokens per image that arrive at the stage.
+            row: batch row of each image; `total` is shared out among the images of one row in proportion to their
+                lengths (largest remainder, ties to the earlier image).
+
+        Returns:
+            One count per image: at least 1 (0 for an image without tokens), at most its length.
+        """
+        if self.tokens is not None:
+            wanted = [self.tokens] * len(lengths)
+        elif self.share is not None:
+            wanted = [n * self.share.numerator // self.share.denominator for n in lengths]
+        else:
+            wanted = self._split(lengths, row)
+        return tuple(min(max(1, k), n) for k, n in zip(wanted, lengths, strict=True))
+
+    def _split(self, lengths: Sequence[int], row: Sequence[int]) -> list[int]:
+        assert self.total is not None
+        out = [0] * len(lengths)
+        for r in set(row):
+            images = [i for i, owner in enumerate(row) if owner == r]
+            available = sum(lengths[i] for i in images)
+            total = min(self.total, available)
+            if not available:
+                continue
+            floors = {i: total * lengths[i] // available for i in images}
+            by_remainder = sorted(images, key=lambda i: (-(total * lengths[i] % available), i))
+            for i in by_remainder[: total - sum(floors.values())]:
+                floors[i] += 1
+            # Every image keeps at least one token; the largest shares pay for it, so the total still holds.
+            for i in images:
+                if not floors[i] and lengths[i] and max(floors.values()) > 1:
+                    floors[max(images, key=lambda j: floors[j])] -= 1
+                    floors[i] = 1
+            for i in images:
+                out[i] = floors[i]
+        return out
+
+    def plain(self) -> int | str | dict[str, int]:
+        """The YAML form."""
+        if self.tokens is not None:
+            return self.tokens
+        if self.total is not None:
+            return {"total": self.total}
+        assert self.share is not None
+        percent = self.share * 100
+        return f"{percent.numerator if percent.denominator == 1 else float(percent)}%"
+
+    def __repr__(self) -> str:
+        return f"Budget({self.plain()!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Budget) and (self.tokens, self.share, self.total) == (
+            other.tokens,
+            other.share,
+            other.total,
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.tokens, self.share, self.total))
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            cls, serialization=core_schema.plain_serializer_function_ser_schema(cls.plain)
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {
+            "description": "tokens to keep: a count per image, a share of them, or a total per sample",
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {"type": "string", "pattern": r"^\d+(\.\d+)?%$", "examples": ["25%"]},
+                {
+                    "type": "object",
+                    "properties": {"total": {"type": "integer", "minimum": 1}},
+                    "required": ["total"],
+                    "additionalProperties": False,
+                },
+            ],
+        }

@@ -1,0 +1,1 @@
+"""More than choosing: merge, retire, sparsify, shrink. One method per file."""

@@ -1,0 +1,26 @@
+"""What vtoken raises on bad input: one sentence that names the cause and the mend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class VtokenError(Exception):
+    """Any error that is not a bug of vtoken."""
+
+
+class ConfigError(VtokenError, ValueError):
+    """A pipeline, stage or option that cannot be used as written."""
+
+
+class UnsupportedError(VtokenError, TypeError):
+    """A model, or a pairing of model and stage, that vtoken cannot serve."""
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> str:
+    """`unknown stage 'fastervm', did you mean 'fastervlm'? Known: ...`, for messages."""
+    names = sorted(known)
+    close = get_close_matches(str(name), names, n=1)
+    hint = f", did you mean {close[0]!r}?" if close else "."
+    return f"unknown {what} {name!r}{hint} Known: {', '.join(names) or 'none'}"

@@ -1,0 +1,1 @@
+"""Which tokens live: one method per file, no model in sight."""

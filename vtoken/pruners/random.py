@@ -1,0 +1,26 @@
+"""Random: the floor every method has to beat."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtoken.stages import Pruner, VisualTokens
+
+
+class Random(Pruner):
+    """Keeps tokens drawn uniformly without replacement. The draw depends on `seed` and the image's number of tokens alone:
+    not on its place in the batch, not on the device, and not on torch's global generator.
+
+    No paper: a baseline.
+    """
+
+    paper: ClassVar[str] = "no paper"
+
+    seed: int = 0
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        draws = {n: torch.rand(n, generator=torch.Generator().manual_seed(self.seed)) for n in set(tokens.lengths)}
+        return torch.cat([draws[n] for n in tokens.lengths]).to(tokens.x.device)

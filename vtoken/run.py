@@ -1,0 +1,218 @@
+"""State of one forward, and the trace: what a wrapped model did in its last prefill."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class StageTrace:
+    """One stage of one prefill.
+
+    Attributes:
+        name, site: of the stage.
+        tokens_in, tokens_out: visual tokens per image before and after it.
+        kept: per image, ascending LongTensor of indices into the image's unpruned visual tokens.
+        into: per image, for every unpruned visual token the kept one that absorbed it (-1 dropped); None for pure pruning.
+        stood_aside: why the stage did nothing, or None.
+        layer: the layer it acted at, for encoder and decoder sites.
+    """
+
+    name: str
+    site: str
+    tokens_in: list[int]
+    tokens_out: list[int]
+    kept: list[Tensor]
+    into: list[Tensor] | None = None
+    stood_aside: str | None = None
+    layer: int | None = None
+    clock: Callable[[], float] = field(default=lambda: 0.0, repr=False)
+
+    @property
+    def milliseconds(self) -> float:
+        """Time the decision took (device time on a GPU; reading it waits for the device)."""
+        return self.clock()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "site": self.site,
+            "layer": self.layer,
+            "tokens_in": self.tokens_in,
+            "tokens_out": self.tokens_out,
+            "kept": [k.tolist() for k in self.kept],
+            "into": None if self.into is None else [i.tolist() for i in self.into],
+            "milliseconds": self.milliseconds,
+            "stood_aside": self.stood_aside,
+        }
+
+
+@dataclass
+class Trace:
+    """What happened in one prefill.
+
+    Attributes:
+        stages: one entry per stage and layer it acted at, in the order the data flowed.
+        grid: (frames, rows, columns) of each image; `row` is its batch row.
+        visual_tokens: per image, before anything was dropped.
+        layers: for every decoder layer, visual tokens per image that it saw.
+        prompt_tokens: per batch row, tokens that entered the first decoder layer (text and visual, no padding).
+        cache_bytes: bytes of keys and values after prefill (0 without a cache).
+    """
+
+    stages: list[StageTrace] = field(default_factory=list)
+    grid: list[tuple[int, int, int]] = field(default_factory=list)
+    row: list[int] = field(default_factory=list)
+    visual_tokens: list[int] = field(default_factory=list)
+    layers: list[list[int]] = field(default_factory=list)
+    prompt_tokens: list[int] = field(default_factory=list)
+    cache_bytes: int = 0
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """Per image, unpruned indices of the tokens alive after the last stage that chose."""
+        for stage in reversed(self.stages):
+            if stage.kept:
+                return stage.kept
+        return [torch.arange(n) for n in self.visual_tokens]
+
+    @property
+    def tokens_out(self) -> list[int]:
+        """Visual tokens per image after the last stage."""
+        return [len(k) for k in self.kept]
+
+    @property
+    def average_tokens(self) -> float:
+        """Visual tokens of the whole batch, averaged over decoder layers (papers mix this with tokens at entry)."""
+        counts: Sequence[int] = [sum(layer) for layer in self.layers] or [sum(self.visual_tokens)]
+        return sum(counts) / len(counts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `json.dumps` takes."""
+        return {
+            "stages": [s.to_dict() for s in self.stages],
+            "grid": [list(g) for g in self.grid],
+            "row": self.row,
+            "visual_tokens": self.visual_tokens,
+            "layers": self.layers,
+            "prompt_tokens": self.prompt_tokens,
+            "cache_bytes": self.cache_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What became of every unpruned visual token of a batch of images.
+
+    Attributes:
+        full: unpruned tokens per image.
+        place: [ΣK] position of each live token in its image's unpruned raster.
+        lengths: live tokens per image; None means `full`.
+        home: [Σfull] position (in its image's raster) of the live token that stands for each unpruned one, -1 = dropped; None
+            while nothing was merged.
+    """
+
+    full: tuple[int, ...]
+    place: Tensor
+    lengths: tuple[int, ...] | None = None
+    home: Tensor | None = None
+
+    def advance(self, keep: Any, image: Tensor) -> Lineage:
+        """After a Keep. `image` [ΣK] is the image of each live token."""
+        place, home = self.place[keep.index.to(self.place.device)], self.home
+        if keep.into is not None or home is not None:
+            device = self.place.device
+            start = torch.tensor([0, *accumulate(self.full)], device=device)[:-1]
+            arange = torch.arange(len(self.place), device=device)
+            if keep.into is None:
+                target = torch.full_like(arange, -1)
+                target[keep.index.to(device)] = place
+            else:
+                into = keep.into.to(device)
+                target = torch.where(into >= 0, place[into.clamp(min=0)], -1)
+            moved = torch.full((sum(self.full),), -1, device=device)
+            moved[start[image.to(device)] + self.place] = target
+            if home is None:
+                home = moved
+            else:
+                of = torch.repeat_interleave(torch.tensor(self.full, device=device), output_size=sum(self.full))
+                home = torch.where(home >= 0, moved[(start[of] + home).clamp(min=0)], -1)
+        return Lineage(self.full, place, keep.lengths, home)
+
+    def kept(self) -> list[Tensor]:
+        return list(self.place.split(self.lengths or self.full))
+
+    def into(self) -> list[Tensor] | None:
+        return None if self.home is None else list(self.home.split(self.full))
+
+
+@dataclass
+class Encode:
+    """What the vision encoder of one call produced, until the language-model boundary consumes it.
+
+    Attributes:
+        lengths, grid: visual tokens and raster of each image, in the order the model packs them.
+        facts: Fact -> [Σlengths, ...] aligned with the packed, unpruned visual tokens (NaN where dropped).
+        probe: [Σlengths] first channel of the projected features: proof that what reaches the LLM is what was scored.
+        stages: trace entries of encoder-site stages.
+        home: [Σlengths] as in Lineage, when an encoder stage merged.
+    """
+
+    lengths: tuple[int, ...]
+    grid: tuple[tuple[int, int, int], ...]
+    facts: dict[Any, Tensor]
+    probe: Tensor
+    stages: list[StageTrace]
+    home: Tensor | None = None
+
+
+class Run(threading.local):
+    """State of one forward, one per thread: two threads may call one model."""
+
+    visual: Tensor | None = None
+    labels: Tensor | None = None
+    tail: int = 0
+    tower: Any = None
+    encode: Encode | None = None
+    flow: Any = None
+    trace: Trace | None = None
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            "a wrapped model cannot be copied or pickled; call vtoken.unwrap(model) first (save_pretrained works as it is)"
+        )
+
+
+class Clock:
+    """Times a block without waiting for the device: the figure is read when somebody asks for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def __enter__(self) -> Clock:
+        if self.cuda:
+            self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.start.record()
+        else:
+            self.began = time.perf_counter()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.cuda:
+            self.end.record()
+        else:
+            self.seconds = time.perf_counter() - self.began
+
+    def milliseconds(self) -> float:
+        if not self.cuda:
+            return self.seconds * 1e3
+        self.end.synchronize()
+        return self.start.elapsed_time(self.end)
