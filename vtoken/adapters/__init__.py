@@ -1,0 +1,1 @@
+"""Where things are in each model family: one small file per `model_type`."""

@@ -1,0 +1,200 @@
+"""Inside a padded vision tower (CLIP, SigLIP): facts of chosen layers, and stages that drop or merge between layers.
+
+Later layers really run on fewer tokens. Towards the rest of the model shapes are restored after the projector: dropped rows carry NaN,
+travel with the features wherever the model packs them, and are removed at the language-model boundary. Crops of a batch may keep
+different counts: they are padded on the right (CLS stays in column 0) and padded keys are masked, so a picture's result does not
+depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtoken.hooks import facts
+from vtoken.hooks.handle import Handle
+from vtoken.run import Clock, Encode, Lineage, Run, StageTrace
+from vtoken.stages import Fact, Stage, VisualTokens
+
+
+@dataclass
+class Tower:
+    """State of one tower call.
+
+    Attributes:
+        lengths: live patches per crop; full: patches per crop before anything was dropped.
+        rows, columns: [Σlengths] where each live patch sits in the padded batch (columns count CLS).
+        lineage: what became of every patch.
+        valid: [crops, P] which columns of the padded batch are real, or None when all are.
+    """
+
+    full: int
+    lengths: tuple[int, ...]
+    rows: Tensor
+    columns: Tensor
+    lineage: Lineage
+    valid: Tensor | None = None
+    taps: dict[str, Tensor] = field(default_factory=dict)
+    facts: dict[Fact, Tensor] = field(default_factory=dict)
+    memory: dict[int, dict[str, Any]] = field(default_factory=dict)
+    traces: list[StageTrace] = field(default_factory=list)
+
+    @property
+    def place(self) -> Tensor:
+        return self.lineage.place
+
+    def restore(self, packed: Tensor) -> Tensor:
+        """[Σlengths, ...] of live patches -> [crops, full, ...] with NaN where patches were dropped."""
+        if not packed.is_floating_point():
+            packed = packed.float()
+        out = packed.new_full((len(self.lengths), self.full, *packed.shape[1:]), float("nan"))
+        out[self.rows, self.place] = packed
+        return out
+
+
+class EncoderHooks:
+    """Installs what the stages ask of the tower; nothing when they ask nothing.
+
+    Args:
+        wanted: facts (with layers resolved) that stages after the tower need.
+        stages: encoder-site stages, in pipeline order.
+    """
+
+    def __init__(self, adapter: Any, run: Run, handle: Handle, wanted: set[Fact], stages: Sequence[Stage]) -> None:
+        self.adapter, self.encoder, self.run, self.stages = adapter, adapter.encoder, run, list(stages)
+        depth = len(self.encoder.layers)
+        self.at = {layer: [s for s in stages if layer in s.layers(depth)] for layer in range(depth)}
+        per_layer: dict[int, set[str]] = {layer: set() for layer in range(depth)}
+        for fact in wanted:
+            if fact.name in facts.PROJECTIONS and fact.layer is not None:
+                per_layer[fact.layer].add(fact.name)
+        for layer, acting in self.at.items():
+            for stage in acting:
+                for fact in stage.needs():
+                    per_layer[layer if fact.layer is None else fact.layer % depth].add(fact.name)
+        if not wanted and not stages:
+            return
+        handle.before(adapter.tower, self._start)
+        for layer, module in enumerate(self.encoder.layers):
+            if per_layer[layer]:
+                for name in facts.projections(per_layer[layer]):
+                    handle.after(getattr(module.self_attn, name), partial(self._tap, name))
+                handle.after(module.self_attn, partial(self._facts, layer, sorted(per_layer[layer])))
+            if layer and stages:
+                handle.before(module, partial(self._layer, layer))
+        self.features = any(f.name == "features" for f in wanted)
+        handle.after(adapter.projector, self._projected)
+
+    @property
+    def tower(self) -> Tower:
+        return self.run.tower
+
+    def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.adapter.check_call(kwargs)
+        self.run.encode = self.run.tower = None
+        pixels = args[0] if args else kwargs["pixel_values"]
+        crops, full, device = len(pixels), self.adapter.patches, pixels.device
+        patch = torch.arange(full, device=device).repeat(crops)
+        rows = torch.arange(crops, device=device).repeat_interleave(full)
+        self.run.tower = Tower(full, (full,) * crops, rows, patch + int(self.encoder.cls), Lineage((full,) * crops, patch))
+
+    def _tap(self, name: str, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> None:
+        self.tower.taps[name] = out
+
+    def _facts(self, layer: int, names: list[str], module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+        tower, e = self.tower, self.encoder
+        packed = {k: v.flatten(0, 1) if tower.valid is None else v[tower.valid.to(v.device)] for k, v in tower.taps.items()}
+        tower.taps = {}
+        # Packed row of each live patch: its rank, plus one CLS row for every crop up to its own.
+        patches = torch.arange(len(tower.rows), device=tower.rows.device) + (tower.rows + 1 if e.cls else 0)
+        for name in names:
+            value = facts.compute(name, packed, tower.lengths, e.heads, e.scale, e.cls)
+            tower.facts[Fact(name, layer)] = tower.restore(value[patches.to(value.device)].to(tower.rows.device))
+
+    def _layer(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """Before layer `layer`: let the stages that act after the previous one decide, and mask padded keys."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        for stage in self.at[layer - 1]:
+            hidden = self._decide(stage, layer - 1, hidden)
+        mask = self._mask(hidden)
+        if not self.at[layer - 1] and mask is None:
+            return None
+        if args:
+            args = (hidden, *args[1:])
+        else:
+            kwargs = {**kwargs, "hidden_states": hidden}
+        if len(args) > 1:
+            return (hidden, mask, *args[2:]), kwargs
+        return args, {**kwargs, "attention_mask": mask}
+
+    def _decide(self, stage: Stage, layer: int, hidden: Tensor) -> Tensor:
+        tower = self.tower
+        device, crops, cls = hidden.device, len(tower.lengths), self.encoder.cls
+        grid = self.adapter.images(crops)[1]
+        rows, place = tower.rows, tower.place
+        found = {
+            f: tower.facts[Fact(f.name, layer if f.layer is None else f.layer % len(self.encoder.layers))][rows, place]
+            for f in stage.needs()
+        }
+        memory = tower.memory.setdefault(id(stage), {})
+        x = hidden[rows.to(device), tower.columns.to(device)]
+        tokens = VisualTokens.pack(
+            x, tower.lengths, grid, tuple(range(crops)), place.to(device), facts=found, layer=layer, memory=memory
+        )
+        with Clock(device) as clock:
+            keep = stage.select(tokens)
+        before, lengths = tower.lengths, keep.lengths
+        tower.lineage = tower.lineage.advance(keep, rows)
+        place = tower.lineage.place
+        tower.traces.append(
+            StageTrace(
+                stage.name, stage.site, list(before), list(lengths), tower.lineage.kept(), tower.lineage.into(),
+                layer=layer, clock=clock.milliseconds,
+            )
+        )
+        if before == lengths and keep.into is None:
+            return hidden
+        width = max(lengths)
+        short = hidden.new_zeros(crops, width + cls, hidden.shape[2])
+        if cls:
+            short[:, 0] = hidden[:, 0]
+        counts = torch.tensor(lengths, device=rows.device)
+        rows = torch.arange(crops, device=rows.device).repeat_interleave(counts, output_size=sum(lengths))
+        columns = torch.cat([torch.arange(n, device=rows.device) for n in lengths]) + cls
+        short[rows.to(device), columns.to(device)] = keep.apply(x)
+        tower.lengths, tower.rows, tower.columns = lengths, rows, columns
+        ragged = min(lengths) < width
+        tower.valid = torch.arange(width + cls, device=rows.device) < (counts + cls)[:, None] if ragged else None
+        return short
+
+    def _mask(self, hidden: Tensor) -> Tensor | None:
+        valid = self.tower.valid
+        if valid is None:
+            return None
+        valid = valid.to(hidden.device)
+        if "flash" in (self.adapter.tower.config._attn_implementation or ""):
+            return valid.long()
+        return hidden.new_zeros(valid.shape).masked_fill(~valid, torch.finfo(hidden.dtype).min)[:, None, None]
+
+    def _projected(self, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor | None:
+        """After the projector: full shape again, facts put in the order of the packed tokens."""
+        tower, adapter = self.tower, self.adapter
+        self.run.tower = None
+        crops, short = len(tower.lengths), bool(tower.traces) and out.shape[1] != tower.full
+        columns = tower.columns - int(self.encoder.cls)
+
+        def full(x: Tensor) -> Tensor:
+            return tower.restore(x[tower.rows.to(x.device), columns.to(x.device)]) if short else x
+
+        restored = full(out)
+        lengths, grid = adapter.images(crops)
+        found = {fact: adapter.to_tokens(value) for fact, value in tower.facts.items()}
+        if self.features:
+            found[Fact("features")] = adapter.to_tokens(full(args[0]))
+        self.run.encode = Encode(lengths, grid, found, adapter.to_tokens(restored[..., 0]).detach(), tower.traces, tower.lineage.home)
+        return restored if short else None

@@ -1,0 +1,131 @@
+"""Decoder-layer groups: everything is shortened once at layer k; later layers get a mask of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.masking_utils import create_causal_mask
+
+from vtoken.hooks.cache import PrunedCache
+from vtoken.hooks.flow import Flow, StaticStep
+from vtoken.hooks.handle import Handle
+from vtoken.hooks.layout import take
+from vtoken.run import Run
+from vtoken.stages import Fact, Stage
+
+
+class LayerGroups:
+    """Pre-hooks on the decoder layers; none when no stage acts there (but flash attention needs its position ids hidden).
+
+    Args:
+        stages: decoder-site stages in pipeline order.
+        enter: opens a layer group and returns its 2D mask (Boundary.enter).
+    """
+
+    def __init__(
+        self, lm: Any, run: Run, handle: Handle, stages: Sequence[Stage], *, compact: bool, enter: Callable[[Flow, int], Tensor | None]
+    ) -> None:
+        self.lm, self.run, self.compact, self.enter = lm, run, compact, enter
+        depth = len(lm.layers)
+        self.at = {k: [s for s in stages if k in s.layers(depth)] for k in range(depth)}
+        self.flash = "flash" in (lm.config._attn_implementation or "")
+        if stages or self.flash:
+            for k, layer in enumerate(lm.layers):
+                handle.before(layer, partial(self._layer, k))
+
+    def _layer(self, k: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        flow = self.run.flow
+        if flow is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if isinstance(flow, StaticStep):
+            return args, self._static(k, flow, kwargs)
+        kwargs = {**kwargs, **flow.over}
+        short = self._open(k, flow, hidden, kwargs) if k else hidden
+        kwargs.update(flow.over)
+        if args:
+            args = (short, *args[1:])
+        else:
+            kwargs["hidden_states"] = short
+        if self.flash:
+            # Gaps in position ids look like packed sequences to flash attention; RoPE is in position_embeddings already.
+            kwargs["position_ids"] = None
+        if flow.group:
+            if "mask" not in flow.memo:
+                flow.memo["mask"] = self._mask(flow.group, flow.cache, short, flow.ok)
+            kwargs["attention_mask"] = flow.memo["mask"]
+        return args, kwargs
+
+    def _open(self, k: int, flow: Flow, hidden: Tensor, kwargs: dict) -> Tensor:
+        """Enters the group that starts at k, if one does; returns the hidden states it works on."""
+        known = isinstance(flow.cache, PrunedCache) and k in flow.cache.groups
+        before = flow.visual
+        if before is not None and self.at[k]:
+            hidden = self._decide(k, flow, hidden)
+        dropped = flow.visual is not before
+        if not known and not dropped:
+            return hidden
+        if dropped:
+            index, valid = flow.relayout()
+            hidden = take(hidden, index, 1).masked_fill(~valid[..., None].to(hidden.device), 0)
+            cos_sin, ids = kwargs["position_embeddings"], kwargs.get("position_ids")
+            flow.over = {
+                "position_embeddings": tuple(take(t, index, -2) for t in cos_sin),
+                "position_ids": None if ids is None else take(ids, index, -1),
+            }
+        if self.compact:
+            ids = flow.compact(k).to(hidden.device)
+            flow.over = {"position_embeddings": self.lm.rotary_emb(hidden, position_ids=ids), "position_ids": ids}
+        flow.hidden, flow.group, flow.memo = hidden, k, {}
+        self.enter(flow, k)
+        return hidden
+
+    def _decide(self, k: int, flow: Flow, hidden: Tensor) -> Tensor:
+        assert flow.visual is not None and flow.trace is not None
+        for stage in self.at[k]:
+            line, column = (i.to(hidden.device) for i in flow.slot())
+            before, x = flow.visual, hidden[line, column]
+            kept = flow.decide(stage, x, {f: self.fact(f, k, flow, hidden) for f in stage.needs()}, layer=k)
+            if flow.visual.lengths == before.lengths and kept is x:
+                flow.visual = before
+                continue
+            line, column = (i.to(hidden.device) for i in flow.slot())
+            hidden = hidden.clone()
+            hidden[line, column] = kept
+            flow.changed = True
+        flow.trace.layers[k:] = [list(flow.visual.lengths)] * (len(self.at) - k)
+        return hidden
+
+    def fact(self, fact: Fact, k: int, flow: Flow, hidden: Tensor) -> Any:
+        """A fact for a stage at layer k: attention of the last prompt token, or the hidden states of each row's text."""
+        if fact.name == "text":
+            text = flow.alive.clone()
+            text[flow.started.line, flow.started.column] = False
+            text = (text.gather(1, flow.index) & flow.valid).to(hidden.device)
+            return [hidden[r, text[r]] for r in range(len(hidden))]
+        layer = k - 1 if fact.layer is None else fact.layer % len(self.at)
+        rows, columns = (i.to(hidden.device) for i in flow.slot())
+        attention = flow.facts[Fact(fact.name, layer)].to(hidden.device)
+        return attention[rows, columns + attention.shape[1] - flow.index.shape[1]]
+
+    def _static(self, k: int, step: StaticStep, kwargs: dict) -> dict:
+        group = step.cache.group(k)
+        if not group:
+            return kwargs
+        if group not in step.memo:
+            step.memo[group] = self._mask(group, step.cache, step.hidden, step.cache.valid[group])
+        return {**kwargs, "attention_mask": step.memo[group]}
+
+    def _mask(self, k: int, cache: Any, hidden: Tensor, ok: Tensor | None) -> Any:
+        """The backend's mask for the layers of the group that starts at k, sized by that layer alone."""
+        if cache is None and ok is None:
+            ok = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        view = None if cache is None else Cache(layers=[cache.layers[k]])
+        return create_causal_mask(
+            config=self.lm.config, inputs_embeds=hidden, attention_mask=ok, past_key_values=view, position_ids=None
+        )

@@ -1,0 +1,199 @@
+"""The one call: a pipeline is checked against the model, and only what it needs is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from vtoken import config, registry
+from vtoken.adapters.base import Adapter
+from vtoken.config import Pipeline
+from vtoken.errors import UnsupportedError
+from vtoken.hooks import facts
+from vtoken.hooks.attention import last_query, tap
+from vtoken.hooks.boundary import Boundary
+from vtoken.hooks.cache import Owner
+from vtoken.hooks.encoder import EncoderHooks
+from vtoken.hooks.handle import Handle
+from vtoken.hooks.layers import LayerGroups
+from vtoken.run import Run, Trace
+from vtoken.stages import FACTS, Fact, Site, Stage
+
+# Which facts can be had where: the encoder's own before the LLM runs, the decoder's inside it.
+AT_TOKENS = {*facts.PROJECTIONS, "features", "text"}
+AT_SITE: dict[Site, set[str]] = {
+    "encoder": set(facts.PROJECTIONS),
+    "tokens": AT_TOKENS,
+    "decoder": {"last_query_attention", "text"},
+}
+
+
+class Session:
+    """Everything one wrap put on one model."""
+
+    def __init__(self, model: nn.Module, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+        self.adapter: Adapter = registry.adapter(model.config.model_type)(model)
+        check(self.adapter, pipeline)
+        self.run, self.handle, self.owner = Run(), Handle(), Owner()
+        encoder, tokens, decoder = (self._at(site) for site in ("encoder", "tokens", "decoder"))
+        wanted = {self._resolve(need) for stage in tokens for need in stage.needs() if need.name != "text"}
+        compact = pipeline.positions == "compact"
+        try:
+            EncoderHooks(self.adapter, self.run, self.handle, wanted, encoder)
+            self.boundary = Boundary(
+                self.adapter,
+                self.run,
+                self.handle,
+                tokens,
+                compact=compact,
+                always=bool(decoder),
+                owner=self.owner,
+                resolve=self._resolve,
+            )
+            LayerGroups(
+                self.adapter.lm, self.run, self.handle, decoder, compact=compact, enter=self.boundary.enter
+            )
+            probed = attention_layers(decoder, len(self.adapter.lm.layers))
+            if probed:
+                tap(self.handle, self.adapter.lm, probed, last_query(self.run))
+        except BaseException:
+            self.handle.release()
+            raise
+
+    def _at(self, site: Site) -> list[Stage]:
+        return [stage for stage in self.pipeline.stages if stage.site == site]
+
+    def _resolve(self, fact: Fact) -> Fact:
+        if fact.name not in facts.PROJECTIONS:
+            return Fact(fact.name)
+        encoder = self.adapter.encoder
+        layer = max(encoder.feature_layers) if fact.layer is None else fact.layer % len(encoder.layers)
+        return Fact(fact.name, layer)
+
+    @property
+    def trace(self) -> Trace | None:
+        return self.run.trace or self.boundary.last
+
+    def release(self) -> None:
+        self.owner.alive = False
+        self.handle.release()
+
+
+def attention_layers(stages: list[Stage], depth: int) -> list[int]:
+    """Decoder layers whose last-query attention is asked for."""
+    return sorted(
+        {
+            k - 1 if need.layer is None else need.layer % depth
+            for stage in stages
+            for k in stage.layers(depth)
+            for need in stage.needs()
+            if need.name == "last_query_attention"
+        }
+    )
+
+
+def check(adapter: Adapter, pipeline: Pipeline) -> None:
+    """Holds every stage against what the family and this version can do.
+
+    Raises:
+        UnsupportedError: names the stage, the reason and the nearest thing that works.
+    """
+    for stage in pipeline.stages:
+        if stage.site not in AT_SITE:
+            raise UnsupportedError(f"stage {stage.name} acts at site {stage.site!r}, which this version of vtoken does not serve yet")
+        for need in stage.needs():
+            if need.name not in FACTS:
+                raise UnsupportedError(f"stage {stage.name} needs the unknown fact {need.name!r}; known: {', '.join(FACTS)}")
+            if need.name in adapter.missing:
+                raise UnsupportedError(f"stage {stage.name} needs {need.name}: {adapter.missing[need.name]}")
+            if need.name not in AT_SITE[stage.site]:
+                raise UnsupportedError(
+                    f"stage {stage.name} needs {need.name}, which does not exist yet at site {stage.site!r}; "
+                    f"there it can have {', '.join(sorted(AT_SITE[stage.site]))}"
+                )
+        check_layers(stage, adapter)
+
+
+def check_layers(stage: Stage, adapter: Adapter) -> None:
+    """Refuses layers that do not exist, or whose output nobody reads any more."""
+    if stage.site == "tokens":
+        return
+    depth = len(adapter.encoder.layers if stage.site == "encoder" else adapter.lm.layers)
+    layers = stage.layers(depth)
+    first, last = (0, min(adapter.encoder.feature_layers) - 1) if stage.site == "encoder" else (1, depth - 1)
+    if not layers or min(layers) < first or max(layers) > last:
+        raise UnsupportedError(
+            f"stage {stage.name} acts at {stage.site} layers {list(layers)}; this model allows {first} to {last}"
+            + (" (features are read after that)" if stage.site == "encoder" else "")
+        )
+
+
+_SESSIONS: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
+
+
+def wrap(model: Any, pipeline: Any) -> Any:
+    """Makes a stock Hugging Face VLM run a pipeline; returns the same object.
+
+    Args:
+        model: e.g. a `LlavaForConditionalGeneration`. It is used as before: `generate`, `forward`, batches, beams, caches.
+        pipeline: preset name, `"method:keep"`, path to a YAML file, dict, list of stages, or stage objects.
+
+    Raises:
+        UnsupportedError: the model or a stage cannot be served; the message says why and what can.
+        ConfigError: the pipeline does not read.
+    """
+    if model in _SESSIONS:
+        raise UnsupportedError(
+            f"this model is wrapped already (pipeline {_SESSIONS[model].pipeline.name!r}); call vtoken.unwrap(model) first"
+        )
+    parsed = config.load(pipeline)
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise UnsupportedError(f"expected a Hugging Face model, got {type(model).__name__}")
+    _SESSIONS[model] = Session(model, parsed)
+    return model
+
+
+def unwrap(model: Any) -> Any:
+    """Takes everything back that `wrap` put on the model; returns the model, bit-exact as before.
+
+    KV caches that hold a pruned prompt cannot be continued afterwards (they say so).
+
+    Raises:
+        UnsupportedError: the model is not wrapped.
+    """
+    if model not in _SESSIONS:
+        raise UnsupportedError("this model is not wrapped")
+    _SESSIONS.pop(model).release()
+    return model
+
+
+@contextmanager
+def wrapped(model: Any, pipeline: Any) -> Iterator[Any]:
+    """`wrap` for the length of a with-block."""
+    wrap(model, pipeline)
+    try:
+        yield model
+    finally:
+        if model in _SESSIONS:
+            unwrap(model)
+
+
+def trace(model: Any) -> Trace:
+    """What happened in the last prefill: of the calling thread, or of any thread if this one ran none.
+
+    Under beam search or several return sequences, images are those of the expanded batch.
+
+    Raises:
+        UnsupportedError: the model is not wrapped, or has not run since.
+    """
+    session = _SESSIONS.get(model)
+    if session is None:
+        raise UnsupportedError("this model is not wrapped; a trace exists only while it is")
+    if session.trace is None:
+        raise UnsupportedError("the wrapped model has not run yet; call generate or forward first")
+    return session.trace
