@@ -55,7 +55,10 @@ def test_batch_equals_single(model, batch, pipeline):
         alone, images = [], []
         for r, row in enumerate(ROWS):
             real = batch["attention_mask"][r].bool()
-            one = {"input_ids": batch["input_ids"][r, real][None], "attention_mask": batch["attention_mask"][r, real][None]}
+            one = {
+                "input_ids": batch["input_ids"][r, real][None],
+                "attention_mask": batch["attention_mask"][r, real][None],
+            }
             n = sum(item == "img" for item in row)
             if n:
                 first = sum(item == "img" for earlier in ROWS[:r] for item in earlier)
@@ -114,7 +117,9 @@ def test_static_cache(pipeline, attn):
     for rows in (ROWS, ROWS[:1]):
         batch = tiny.build(model, rows, seed=3)
         with vtoken.wrapped(model, pipeline):
-            if pipeline.get("positions") == "compact" and any(s.site == "decoder" for s in pipeline["stages"] if hasattr(s, "site")):
+            if pipeline.get("positions") == "compact" and any(
+                s.site == "decoder" for s in pipeline["stages"] if hasattr(s, "site")
+            ):
                 continue
             assert torch.equal(greedy(model, batch, cache_implementation="static"), greedy(model, batch))
 
@@ -170,7 +175,12 @@ def test_second_turn(model, pipeline, image):
             lambda m, a, k: fed.append(a[0].shape[1]), with_kwargs=True
         )
         b = model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=a.past_key_values, max_new_tokens=n, do_sample=False, **more
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=a.past_key_values,
+            max_new_tokens=n,
+            do_sample=False,
+            **more,
         )
         hook.remove()
         if image:
@@ -194,7 +204,11 @@ def test_second_turn(model, pipeline, image):
 @every
 def test_forward_keeps_the_contract(model, batch, pipeline):
     """Logits keep the prompt's shape; labels on text give the loss of the kept positions; logits_to_keep works; gradients flow."""
-    labels = batch["input_ids"].masked_fill(batch["input_ids"] == tiny.IMG, -100).masked_fill(batch["attention_mask"] == 0, -100)
+    labels = (
+        batch["input_ids"]
+        .masked_fill(batch["input_ids"] == tiny.IMG, -100)
+        .masked_fill(batch["attention_mask"] == 0, -100)
+    )
     labels[:, 1:][batch["input_ids"][:, :-1] == tiny.IMG] = -100
     with vtoken.wrapped(model, pipeline):
         out = model(**batch, labels=labels)
@@ -210,7 +224,9 @@ def test_forward_keeps_the_contract(model, batch, pipeline):
     torch.testing.assert_close(last[:, -1], out.logits[:, -1])
     torch.testing.assert_close(quiet[:, -1], out.logits[:, -1], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(again.loss, out.loss)
-    shifted = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    shifted = torch.nn.functional.cross_entropy(
+        out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+    )
     torch.testing.assert_close(out.loss, shifted)
     tower = model.model.vision_tower
     assert any(w.grad is not None and bool(w.grad.abs().sum() > 0) for w in tower.parameters())
@@ -222,7 +238,9 @@ def test_scoring_an_answer_decides_as_generate_does(model):
         out = greedy(model, batch, 4, return_dict_in_generate=True, output_logits=True)
         kept = vtoken.trace(model).kept
         ids = out.sequences[:, :-1]
-        scored = model(ids, attention_mask=torch.ones_like(ids), pixel_values=batch["pixel_values"], logits_to_keep=4).logits
+        scored = model(
+            ids, attention_mask=torch.ones_like(ids), pixel_values=batch["pixel_values"], logits_to_keep=4
+        ).logits
         assert torch.equal(vtoken.trace(model).kept[0], kept[0])
     torch.testing.assert_close(scored[0], torch.stack(out.logits)[:, 0], atol=1e-4, rtol=1e-4)
 
@@ -242,7 +260,9 @@ def test_inputs_embeds(model, batch, pipeline):
     embeds = model.get_input_embeddings()(batch["input_ids"])
     with vtoken.wrapped(model, pipeline):
         want = model(**batch).logits
-        got = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"], pixel_values=batch["pixel_values"]).logits
+        got = model(
+            inputs_embeds=embeds, attention_mask=batch["attention_mask"], pixel_values=batch["pixel_values"]
+        ).logits
     torch.testing.assert_close(got, want)
 
 

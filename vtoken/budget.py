@@ -24,6 +24,9 @@ class Budget:
     """
 
     __slots__ = ("share", "tokens", "total")
+    tokens: int | None
+    share: Fraction | None
+    total: int | None
 
     def __init__(self, value: int | str | dict[str, int] | Budget) -> None:
         tokens: int | None = None

@@ -35,7 +35,7 @@ AT_SITE: dict[Site, set[str]] = {
 class Session:
     """Everything one wrap put on one model."""
 
-    def __init__(self, model: nn.Module, pipeline: Pipeline) -> None:
+    def __init__(self, model: Any, pipeline: Pipeline) -> None:
         self.pipeline = pipeline
         self.adapter: Adapter = registry.adapter(model.config.model_type)(model)
         check(self.adapter, pipeline)
@@ -55,9 +55,7 @@ class Session:
                 owner=self.owner,
                 resolve=self._resolve,
             )
-            LayerGroups(
-                self.adapter.lm, self.run, self.handle, decoder, compact=compact, enter=self.boundary.enter
-            )
+            LayerGroups(self.adapter.lm, self.run, self.handle, decoder, compact=compact, enter=self.boundary.enter)
             probed = attention_layers(decoder, len(self.adapter.lm.layers))
             if probed:
                 tap(self.handle, self.adapter.lm, probed, last_query(self.run))
@@ -105,10 +103,14 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
     """
     for stage in pipeline.stages:
         if stage.site not in AT_SITE:
-            raise UnsupportedError(f"stage {stage.name} acts at site {stage.site!r}, which this version of vtoken does not serve yet")
+            raise UnsupportedError(
+                f"stage {stage.name} acts at site {stage.site!r}, which this version of vtoken does not serve yet"
+            )
         for need in stage.needs():
             if need.name not in FACTS:
-                raise UnsupportedError(f"stage {stage.name} needs the unknown fact {need.name!r}; known: {', '.join(FACTS)}")
+                raise UnsupportedError(
+                    f"stage {stage.name} needs the unknown fact {need.name!r}; known: {', '.join(FACTS)}"
+                )
             if need.name in adapter.missing:
                 raise UnsupportedError(f"stage {stage.name} needs {need.name}: {adapter.missing[need.name]}")
             if need.name not in AT_SITE[stage.site]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtoken.errors import UnsupportedError
 
@@ -24,7 +24,7 @@ class Encoder:
         feature_layers: indices of the layers whose outputs become the visual features.
     """
 
-    layers: Sequence[nn.Module]
+    layers: Sequence[Any]
     heads: int
     scale: float
     cls: bool
@@ -46,18 +46,18 @@ class Adapter(ABC):
     """
 
     model_type: ClassVar[str]
-    model: nn.Module
-    outer: nn.Module
-    lm: nn.Module
-    tower: nn.Module
-    projector: nn.Module
+    model: Any
+    outer: Any
+    lm: Any
+    tower: Any
+    projector: Any
     encoder: Encoder
     patches: int
     image_tokens: tuple[int, ...]
     missing: dict[str, str]
 
     @abstractmethod
-    def __init__(self, model: nn.Module) -> None: ...
+    def __init__(self, model: Any) -> None: ...
 
     @abstractmethod
     def images(self, crops: int) -> tuple[tuple[int, ...], tuple[tuple[int, int, int], ...]]:
@@ -89,7 +89,7 @@ class Adapter(ABC):
         return (embeds[:, :, None] == placeholders).all(-1).any(-1)
 
 
-def check_decoder(lm: nn.Module) -> None:
+def check_decoder(lm: Any) -> None:
     """Refuses decoders on which dropping tokens would change what a layer means.
 
     Raises:

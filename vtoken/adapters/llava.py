@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtoken.adapters.base import Adapter, Encoder, check_decoder
 from vtoken.errors import UnsupportedError
@@ -17,7 +17,7 @@ class Llava(Adapter):
 
     model_type = "llava"
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         config: Any = model.config
         vision = config.vision_config
         if vision.model_type not in TOWERS:
@@ -25,8 +25,12 @@ class Llava(Adapter):
                 f"LLaVA with a {vision.model_type!r} vision tower is not supported; supported towers: {', '.join(TOWERS)}"
             )
         self.model = model
-        self.outer: Any = model.model
-        self.lm, self.tower, self.projector = self.outer.language_model, self.outer.vision_tower, self.outer.multi_modal_projector
+        self.outer = model.model
+        self.lm, self.tower, self.projector = (
+            self.outer.language_model,
+            self.outer.vision_tower,
+            self.outer.multi_modal_projector,
+        )
         check_decoder(self.lm)
         cls = TOWERS[vision.model_type]
         strategy = config.vision_feature_select_strategy
@@ -43,14 +47,22 @@ class Llava(Adapter):
         nested = getattr(self.tower, "vision_model", self.tower)
         attention = nested.encoder.layers[0].self_attn
         self.encoder = Encoder(
-            layers=nested.encoder.layers, heads=attention.num_heads, scale=attention.head_dim**-0.5, cls=cls, feature_layers=features
+            layers=nested.encoder.layers,
+            heads=attention.num_heads,
+            scale=attention.head_dim**-0.5,
+            cls=cls,
+            feature_layers=features,
         )
         self.image_tokens = (config.image_token_id,)
         self.side = vision.image_size // vision.patch_size
         self.patches = self.side**2
-        self.missing = {} if cls else {
-            "cls_attention": f"a {vision.model_type!r} tower has no CLS token; the nearest fact is received_attention"
-        }
+        self.missing = (
+            {}
+            if cls
+            else {
+                "cls_attention": f"a {vision.model_type!r} tower has no CLS token; the nearest fact is received_attention"
+            }
+        )
 
     def images(self, crops: int) -> tuple[tuple[int, ...], tuple[tuple[int, int, int], ...]]:
         return (self.patches,) * crops, ((1, self.side, self.side),) * crops

@@ -25,7 +25,8 @@ class Pool(Compressor):
     size: int = Field(default=2, ge=1, description="side of the pooled cell, in tokens")
 
     def select(self, tokens: VisualTokens) -> Keep:
-        index, into, lengths, start = [], [], [], 0
+        index, into, start = [], [], 0
+        lengths: list[int] = []
         for n, (_, h, w) in zip(tokens.lengths, tokens.grid, strict=True):
             place = tokens.place[start : start + n]
             frame, y, x = place // (h * w), place // w % h, place % w

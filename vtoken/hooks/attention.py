@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vtoken.hooks.flow import Flow
+from vtoken.hooks.flow import Prefill
 from vtoken.hooks.handle import Handle
 from vtoken.kernels import query_attention
 from vtoken.run import Run
@@ -38,7 +38,7 @@ def tap(handle: Handle, lm: Any, layers: Iterable[int], function: Tap) -> None:
         handle.set(module, "config", shadow)
 
 
-def _dispatch(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
+def _dispatch(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
     function, config = module.vtoken_tap
     name = config._attn_implementation
 
@@ -55,7 +55,7 @@ def _dispatch(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **k
 class _WithConfig:
     """A module as attention functions see it, with another config; the module itself is not written to (threads share it)."""
 
-    def __init__(self, module: nn.Module, config: Any) -> None:
+    def __init__(self, module: Any, config: Any) -> None:
         self._module, self.config = module, config
 
     def __getattr__(self, name: str) -> Any:
@@ -69,9 +69,11 @@ def last_query(run: Run) -> Tap:
     those n positions, so the decision is the one that `generate` makes.
     """
 
-    def function(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Callable[..., Any], **kwargs: Any) -> Any:
+    def function(
+        module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Callable[..., Any], **kwargs: Any
+    ) -> Any:
         flow = run.flow
-        if isinstance(flow, Flow) and flow.visual is not None:
+        if isinstance(flow, Prefill):
             batch, _, _, width = k.shape
             # A static cache hands out all its slots; only those filled so far count.
             k = k[:, :, : flow.slots]
@@ -84,7 +86,9 @@ def last_query(run: Run) -> Tap:
             one_each = torch.arange(batch + 1, dtype=torch.int32, device=k.device)
             offsets = offsets_of(ok.sum(1).tolist(), k.device)
             packed = query_attention(q[:, :, -1 - flow.tail], keys, one_each, offsets, scale)
-            flow.facts[Fact("last_query_attention", module.layer_idx)] = packed.new_zeros(ok.shape).masked_scatter(ok, packed)
+            flow.facts[Fact("last_query_attention", module.layer_idx)] = packed.new_zeros(ok.shape).masked_scatter(
+                ok, packed
+            )
         return original()
 
     return function

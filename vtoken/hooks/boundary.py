@@ -16,12 +16,12 @@ from transformers import DynamicCache
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.cache import Owner, PrunedCache, Slots, adopt, cache_bytes
-from vtoken.hooks.flow import Flow, StaticStep, Visual
+from vtoken.hooks.flow import Flow, Prefill, StaticStep, Visual
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.images import assign, check_probe
-from vtoken.hooks.layout import logical_mask, take
-from vtoken.run import Encode, Lineage, Run, Trace
-from vtoken.stages import Fact, Keep, Stage
+from vtoken.hooks.layout import take
+from vtoken.run import Lineage, Run, Trace
+from vtoken.stages import Fact, Keep, Stage, offsets_of
 
 
 class Boundary:
@@ -47,7 +47,8 @@ class Boundary:
         resolve: Callable[[Fact], Fact],
     ) -> None:
         self.adapter, self.run, self.stages, self.owner, self.resolve = adapter, run, list(stages), owner, resolve
-        self.compact, self.always, self.last = compact, always, None
+        self.compact, self.always = compact, always
+        self.last: Trace | None = None
         handle.before(adapter.model, self._call)
         handle.before(adapter.outer, self._outer)
         handle.before(adapter.lm, self._before)
@@ -77,24 +78,24 @@ class Boundary:
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         x, cache, run = kwargs["inputs_embeds"], kwargs.get("past_key_values"), self.run
         if x.shape[1] == 1:
-            return self._continue(module, args, kwargs) if isinstance(cache, PrunedCache) else None
+            return self._continue(args, kwargs) if isinstance(cache, PrunedCache) else None
         run.flow, visual, run.visual = None, run.visual, None
         if visual is not None and visual.shape == x.shape[:2]:
             return self._prefill(module, args, kwargs, visual.to(x.device))
         if isinstance(cache, PrunedCache):
-            return self._continue(module, args, kwargs)
+            return self._continue(args, kwargs)
         if cache is None or not int(cache.get_seq_length()):
             run.trace = self.last = Trace()
         return None
 
-    def _flow(self, module: nn.Module, kwargs: dict) -> Flow:
+    def _flow(self, kwargs: dict) -> Flow:
         """The state of this forward before anything is decided."""
         x, mask, cache = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
         batch, length = x.shape[:2]
         if isinstance(mask, dict):
             mask = mask["full_attention"]
         past = int(cache.get_seq_length()) if cache is not None else 0
-        if torch.is_tensor(mask) and mask.ndim == 4:
+        if mask is not None and mask.ndim == 4:
             if cache is None or not cache.is_compileable:
                 raise UnsupportedError(
                     "a custom 4D attention mask cannot be kept consistent when tokens are dropped; pass a 2D padding mask"
@@ -102,7 +103,9 @@ class Boundary:
             # generate() built it for a static cache from logical lengths; only its padding matters here.
             adopted = isinstance(cache, PrunedCache) and past
             mask = cache.prompt_mask if adopted else as_bool(mask)[:, 0, -1, past : past + length]
-        new = logical_mask(mask, batch, length, past, x.device)
+        new = torch.ones(batch, length, dtype=torch.bool, device=x.device)
+        if mask is not None:
+            new = mask[:, -length:].to(x.device).bool()
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = (torch.arange(length, device=x.device) + past)[None]
@@ -110,95 +113,84 @@ class Boundary:
         return Flow(new, [length] * batch, past, mask, positions, cache, x, new, index, new)
 
     def _prefill(self, module: nn.Module, args: tuple, kwargs: dict, visual: Tensor) -> Any:
-        flow = self._flow(module, kwargs)
-        x, cache = flow.hidden, flow.cache
-        if flow.mask is not None and cache is not None and cache.is_compileable:
-            prompt_mask = flow.mask
-        else:
-            prompt_mask = None
-        visual = visual & flow.new
-        counts = torch.stack([visual.sum(1), flow.new.sum(1)]).tolist()
-        flow.real = counts[1]
-        flow.trace = self.run.trace = self.last = Trace()
-        flow.labels, flow.tail = self.run.labels, self.run.tail
-        values = self._images(flow, visual, counts[0])
-        depth = len(self.adapter.lm.layers)
+        flow = self._images(self._flow(kwargs), visual)
+        x, cache, trace = flow.hidden, flow.cache, flow.trace
+        values = x[flow.visual.line, flow.visual.column]
         for stage in self.stages:
             values = flow.decide(stage, values, self._facts(flow, stage, x))
-        flow.changed = flow.visual.lineage.home is not None or flow.counts != flow.real
-        flow.trace.layers = [list(flow.visual.lengths)] * depth
-        flow.trace.prompt_tokens = flow.counts
+        trace.layers = [list(flow.visual.lengths)] * len(self.adapter.lm.layers)
+        trace.prompt_tokens = list(flow.counts)
         self.run.flow = flow
         if not flow.changed and not self.always and not isinstance(cache, PrunedCache):
             return None
-        if cache is None and (kwargs.get("use_cache") if kwargs.get("use_cache") is not None else module.config.use_cache):
-            flow.cache = cache = DynamicCache(config=module.config)
+        use_cache = kwargs.get("use_cache")
+        if cache is None and (self.adapter.lm.config.use_cache if use_cache is None else use_cache):
+            flow.cache = cache = DynamicCache(config=self.adapter.lm.config)
         if flow.visual.lineage.home is not None:
             x = x.clone()
             x[flow.visual.line, flow.visual.column] = values.to(x.dtype)
         flow.relayout()
         flow.hidden = take(x, flow.index, 1).masked_fill(~flow.valid[..., None], 0)
         mask = self.enter(flow, 0)
-        if cache is not None and prompt_mask is not None:
-            cache.prompt_mask = prompt_mask
+        if cache is not None and cache.is_compileable:
+            cache.prompt_mask = flow.mask
         positions = flow.compact(0) if self.compact else take(flow.positions, flow.index, -1)
         if cache is None and mask is None:
             # Gaps in position ids without mask and cache would be taken for packed sequences.
             mask = torch.ones(flow.index.shape, dtype=torch.long, device=x.device)
-        new = {"inputs_embeds": flow.hidden, "position_ids": positions, "attention_mask": mask, "past_key_values": cache}
+        new = {
+            "inputs_embeds": flow.hidden,
+            "position_ids": positions,
+            "attention_mask": mask,
+            "past_key_values": cache,
+        }
         return args, {**kwargs, **new}
 
-    def _images(self, flow: Flow, visual: Tensor, counts: list[int]) -> Tensor:
-        """Finds the images of the batch; returns the [ΣN, D] visual embeddings that the encoder left."""
-        encode, trace = self.run.encode, flow.trace
+    def _images(self, flow: Flow, visual: Tensor) -> Prefill:
+        """Finds the images of the batch, and drops what the encoder dropped."""
+        encode, visual = self.run.encode, visual & flow.new
+        counts, real = torch.stack([visual.sum(1), flow.new.sum(1)]).tolist()
         lengths, grid, row, source = assign(counts, encode, self.adapter)
         line, column = visual.nonzero(as_tuple=True)
-        device = line.device
-        image = torch.repeat_interleave(torch.tensor(lengths, device=device), output_size=sum(lengths)) if lengths else line
-        starts = torch.tensor([0, *lengths], device=device).cumsum(0)[:-1]
-        place = torch.arange(len(line), device=device) - starts[image]
-        flow.source = source
-        values = flow.hidden[line, column]
-        trace.visual_tokens, trace.grid, trace.row = list(lengths), list(grid), list(row)
+        image = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)]).to(line.device)
+        place = torch.cat([torch.arange(n) for n in lengths]).to(line.device)
         home = None
         if encode is not None:
+            check_probe(flow.hidden[line, column], encode, source)
             home = encode.home if encode.home is None or source is None else encode.home[source.to(encode.home.device)]
-            check_probe(values, encode, source)
-        flow.visual = flow.started = Visual(lengths, grid, row, line, column, image, Lineage(lengths, place, lengths))
+        start = Visual(lengths, grid, row, line, column, image, Lineage(lengths, place, lengths))
+        trace = self.run.trace = self.last = Trace(
+            visual_tokens=list(lengths), grid=list(grid), row=list(row), stages=list(encode.stages) if encode else []
+        )
+        state = {**vars(flow), "counts": real}
+        prefill = Prefill(**state, visual=start, started=start, trace=trace, source=source)
+        prefill.labels, prefill.tail = self.run.labels, self.run.tail
         if encode is not None and encode.stages:
-            alive = (~values[:, 0].isnan()).nonzero()[:, 0]
-            left = torch.bincount(image[alive], minlength=len(lengths)).tolist()
-            flow.visual = flow.visual.after(Keep(alive, tuple(left)))
-            values = values[alive]
-            trace.stages += encode.stages
-        if home is not None:
-            flow.visual = flow.visual.with_home(home.to(device))
-        return values
+            alive = (~flow.hidden[line, column, 0].isnan()).nonzero()[:, 0]
+            left = start.after(Keep(alive, tuple(torch.bincount(image[alive], minlength=len(lengths)).tolist())))
+            if left.lengths != lengths:
+                prefill.leave(left if home is None else left.with_home(home.to(line.device)))
+        return prefill
 
-    def _facts(self, flow: Flow, stage: Stage, x: Tensor) -> dict[Fact, Any]:
-        needs = stage.needs()
-        if not needs:
-            return {}
-        v, encode, out = flow.visual, self.run.encode, {}
-        starts = torch.tensor([0, *v.lineage.full], device=v.image.device).cumsum(0)[:-1]
-        live = starts[v.image] + v.lineage.place
-        for need in needs:
+    def _facts(self, flow: Prefill, stage: Stage, x: Tensor) -> dict[Fact, Any]:
+        v, encode = flow.visual, self.run.encode
+        out: dict[Fact, Any] = {}
+        for need in stage.needs():
             if need.name == "text":
-                text = flow.new.clone()
-                text[flow.started.line, flow.started.column] = False
-                out[need] = [x[r, text[r]] for r in range(len(x))]
+                out[need] = flow.text(x)
                 continue
             if encode is None:
                 raise UnsupportedError(
-                    f"stage {stage.name} needs {need.name}, but the features in this call were not encoded by this model in this "
+                    f"stage {stage.name} needs {need.name}, but the features of this call were not encoded by this model in this "
                     "thread; pass pixel_values instead of precomputed features"
                 )
             full = encode.facts[self.resolve(need)]
-            index = live if flow.source is None else flow.source.to(live.device)[live]
-            out[need] = full[index.to(full.device)].to(x.device)
+            live = offsets_of(v.lineage.full, v.image.device)[:-1][v.image] + v.lineage.place
+            live = live if flow.source is None else flow.source.to(live.device)[live]
+            out[need] = full[live.to(full.device)].to(x.device)
         return out
 
-    def _continue(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+    def _continue(self, args: tuple, kwargs: dict) -> Any:
         """A decode step, a text turn or a draft on a cache that holds a pruned prompt."""
         x, mask, cache = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs["past_key_values"]
         if cache.owner is not self.owner:
@@ -212,18 +204,21 @@ class Boundary:
             kwargs = {**kwargs, "position_ids": positions - shift}
         single = len(cache.groups) == 1
         if cache.shifted and not single and cache.is_compileable:
-            raise UnsupportedError("compact positions with decoder-site stages need a dynamic cache; use cache_implementation=None")
+            raise UnsupportedError(
+                "compact positions with decoder-site stages need a dynamic cache; use cache_implementation=None"
+            )
         if one and cache.is_compileable:
             if not (cache.dense and single):
                 kwargs = {**kwargs, "attention_mask": cache.valid[0]}
             if not single:
                 self.run.flow = StaticStep(cache, x)
             return args, kwargs
-        maskless = module.config._attn_implementation == "sdpa" or "flash" in (module.config._attn_implementation or "")
+        backend = self.adapter.lm.config._attn_implementation or ""
+        maskless = backend == "sdpa" or "flash" in backend
         uniform = single or (mask is None and maskless and not cache.shifted)
         if one and cache.dense and uniform and (mask is None or mask.ndim == 4):
             return args, kwargs
-        flow = self._flow(module, kwargs)
+        flow = self._flow(kwargs)
         if cache.shifted:
             flow.positions = flow.positions + shift
         self.run.flow = flow
@@ -245,7 +240,7 @@ class Boundary:
                 mask = torch.nn.functional.pad(mask, (0, max(0, flow.past - mask.shape[1])), value=True)
                 held = held & mask.gather(1, old.clamp(min=0))
             ok = torch.cat([held, ok.to(held.device)], 1)
-            if flow.visual is not None:
+            if isinstance(flow, Prefill):
                 now = torch.where(flow.valid, flow.index + flow.past, -1).to(old.device)
                 shift = flow.shift(start) if self.compact else torch.zeros_like(cache.groups[group].shift)
                 everything = torch.cat([old, now], 1)
@@ -259,13 +254,12 @@ class Boundary:
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
         flow, self.run.flow = self.run.flow, None
-        if not isinstance(flow, Flow) or flow.visual is None:
+        if not isinstance(flow, Prefill):
             return None
         for start, slots in sorted(flow.records.items()):
             flow.cache.record(start, slots)
         flow.trace.cache_bytes = cache_bytes(getattr(out, "past_key_values", None))
-        if flow.labels is not None:
-            check_labels(flow)
+        check_labels(flow)
         hidden = out.last_hidden_state
         if hidden.shape[1] == flow.new.shape[1] and not flow.changed:
             return None
@@ -280,14 +274,16 @@ def as_bool(mask: Tensor) -> Tensor:
     return mask == 0 if mask.is_floating_point() else mask.bool()
 
 
-def check_labels(flow: Flow) -> None:
+def check_labels(flow: Prefill) -> None:
     """A dropped token predicts nothing, so nothing may be supervised on it.
 
     Raises:
         ValueError: a label that is not -100 follows a dropped token.
     """
-    labels = flow.labels.to(flow.alive.device)
-    if labels.shape == flow.alive.shape and bool((labels[:, 1:] != -100)[flow.new[:, :-1] & ~flow.alive[:, :-1]].any()):
+    if flow.labels is None or flow.labels.shape != flow.alive.shape:
+        return
+    supervised = flow.labels.to(flow.alive.device)[:, 1:] != -100
+    if bool((supervised & flow.new[:, :-1] & ~flow.alive[:, :-1]).any()):
         raise ValueError(
             "labels supervise the token after a dropped visual token, which has no logits; "
             "set labels to -100 on image tokens and on the token that follows an image"

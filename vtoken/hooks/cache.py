@@ -132,7 +132,9 @@ class PrunedCache:
         first = next(iter(self.groups.values()))
         self.shifted, self.prompt_mask = False, None
         self.groups, self.valid = {}, {}
-        self.record(0, replace(first, logical=first.logical[:, :0], end=0, shift=torch.zeros_like(first.shift), dense=True))
+        self.record(
+            0, replace(first, logical=first.logical[:, :0], end=0, shift=torch.zeros_like(first.shift), dense=True)
+        )
 
     def _rows(self, index: Tensor) -> None:
         for start, slots in self.groups.items():

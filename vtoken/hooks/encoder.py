@@ -101,14 +101,18 @@ class EncoderHooks:
         crops, full, device = len(pixels), self.adapter.patches, pixels.device
         patch = torch.arange(full, device=device).repeat(crops)
         rows = torch.arange(crops, device=device).repeat_interleave(full)
-        self.run.tower = Tower(full, (full,) * crops, rows, patch + int(self.encoder.cls), Lineage((full,) * crops, patch))
+        self.run.tower = Tower(
+            full, (full,) * crops, rows, patch + int(self.encoder.cls), Lineage((full,) * crops, patch)
+        )
 
     def _tap(self, name: str, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> None:
         self.tower.taps[name] = out
 
     def _facts(self, layer: int, names: list[str], module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
         tower, e = self.tower, self.encoder
-        packed = {k: v.flatten(0, 1) if tower.valid is None else v[tower.valid.to(v.device)] for k, v in tower.taps.items()}
+        packed = {
+            k: v.flatten(0, 1) if tower.valid is None else v[tower.valid.to(v.device)] for k, v in tower.taps.items()
+        }
         tower.taps = {}
         # Packed row of each live patch: its rank, plus one CLS row for every crop up to its own.
         patches = torch.arange(len(tower.rows), device=tower.rows.device) + (tower.rows + 1 if e.cls else 0)
@@ -153,8 +157,14 @@ class EncoderHooks:
         place = tower.lineage.place
         tower.traces.append(
             StageTrace(
-                stage.name, stage.site, list(before), list(lengths), tower.lineage.kept(), tower.lineage.into(),
-                layer=layer, clock=clock.milliseconds,
+                stage.name,
+                stage.site,
+                list(before),
+                list(lengths),
+                tower.lineage.kept(),
+                tower.lineage.into(),
+                layer=layer,
+                clock=clock.milliseconds,
             )
         )
         if before == lengths and keep.into is None:
@@ -196,5 +206,7 @@ class EncoderHooks:
         found = {fact: adapter.to_tokens(value) for fact, value in tower.facts.items()}
         if self.features:
             found[Fact("features")] = adapter.to_tokens(full(args[0]))
-        self.run.encode = Encode(lengths, grid, found, adapter.to_tokens(restored[..., 0]).detach(), tower.traces, tower.lineage.home)
+        self.run.encode = Encode(
+            lengths, grid, found, adapter.to_tokens(restored[..., 0]).detach(), tower.traces, tower.lineage.home
+        )
         return restored if short else None

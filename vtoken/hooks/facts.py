@@ -28,7 +28,9 @@ def projections(names: Iterable[str]) -> list[str]:
     return sorted({p for name in names for p in PROJECTIONS[name]})
 
 
-def compute(name: str, outputs: dict[str, Tensor], lengths: Sequence[int], heads: int, scale: float, cls: bool) -> Tensor:
+def compute(
+    name: str, outputs: dict[str, Tensor], lengths: Sequence[int], heads: int, scale: float, cls: bool
+) -> Tensor:
     """One fact of one layer, for CLS (row 0 of each crop, if the tower has one) and patches.
 
     Args:

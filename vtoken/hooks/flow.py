@@ -58,24 +58,21 @@ class Visual:
 
 @dataclass
 class Flow:
-    """State of one forward.
+    """State of one forward on a cache that holds a pruned prompt, or (`Prefill`) of one that prunes.
 
     Attributes:
         new: [B, L] which of the newest logical tokens are real (not padding).
-        real: their number per row, on the host.
+        counts: live tokens per row, on the host (padding of a text turn counts as live: its mask tells).
         past: logical tokens cached before; mask: the 2D mask of logical length, if any.
         positions: logical position ids [..., B or 1, L].
         alive: [B, L] which logical columns are still in the sequence.
         index, valid: [B, P] the physical layout: column of each slot, and whether it is real.
-        visual: the live visual tokens, None when this call holds none; `started` is what it was before anything was dropped.
-        source: [ΣN] row of the encoder's packed facts for each unpruned visual token; None when they line up.
         group: first layer of the current layer group; `ok` its 2D mask over `slots` past and new slots (None: all real).
-        tail: tokens after the last prompt token: drafts or an answer, whose logits are asked for too.
         over: arguments that later layers get instead of the model's own.
     """
 
     new: Tensor
-    real: list[int]
+    counts: list[int]
     past: int
     mask: Tensor | None
     positions: Tensor
@@ -84,63 +81,11 @@ class Flow:
     alive: Tensor
     index: Tensor
     valid: Tensor
-    trace: Trace | None = None
-    visual: Visual | None = None
-    started: Visual | None = None
-    source: Tensor | None = None
-    changed: bool = False
     group: int = 0
     ok: Tensor | None = None
     slots: int = 0
     over: dict[str, Any] = field(default_factory=dict)
     memo: dict[str, Any] = field(default_factory=dict)
-    records: dict[int, Slots] = field(default_factory=dict)
-    facts: dict[Fact, Tensor] = field(default_factory=dict)
-    memory: dict[int, dict[str, Any]] = field(default_factory=dict)
-    labels: Tensor | None = None
-    tail: int = 0
-
-    @property
-    def counts(self) -> list[int]:
-        """Live tokens per row, on the host."""
-        if self.visual is None or self.started is None:
-            return self.real
-        before, now = (v.per_row(len(self.real)) for v in (self.started, self.visual))
-        return [r - b + n for r, b, n in zip(self.real, before, now, strict=True)]
-
-    def decide(self, stage: Stage, x: Tensor, facts: dict[Fact, Any], layer: int | None = None) -> Tensor:
-        """Lets a stage choose among the live visual tokens, given their [ΣK, D] values; returns the values that remain."""
-        v = self.visual
-        assert v is not None and self.trace is not None
-        tokens = VisualTokens.pack(
-            x, v.lengths, v.grid, v.row, v.lineage.place.to(x.device), facts=facts, layer=layer,
-            memory=self.memory.setdefault(id(stage), {}),
-        )
-        with Clock(x.device) as clock:
-            keep = stage.select(tokens)
-        check(stage, keep, v.lengths)
-        self.visual = v.after(keep)
-        self.trace.stages.append(trace_of(stage, v.lengths, self.visual.lineage, clock, layer))
-        return x if keep.into is None and keep.lengths == v.lengths else keep.apply(x)
-
-    def relayout(self) -> tuple[Tensor, Tensor]:
-        """Recomputes `alive` and the layout from `visual`; returns the gather from the old layout [B, P'] to the new one."""
-        v, start = self.visual, self.started
-        assert v is not None and start is not None
-        gone = torch.zeros_like(self.alive)
-        gone[start.line, start.column] = True
-        gone[v.line, v.column] = False
-        alive = self.new & ~gone
-        index, valid = pack_left(alive.gather(1, self.index) & self.valid, max(self.counts))
-        self.alive, self.index, self.valid = alive, self.index.gather(1, index), valid
-        return index, valid
-
-    def slot(self) -> tuple[Tensor, Tensor]:
-        """(row, physical column) of every live visual token in the current layout."""
-        assert self.visual is not None
-        line, column = self.visual.line, self.visual.column
-        rank = self.alive.cumsum(1)
-        return line, rank[line, column] - 1 + self.index.shape[1] - rank[line, -1]
 
     def shift(self, start: int) -> Tensor:
         """[B] how far the group's positions lag behind the logical ones once this forward is cached (compact positions)."""
@@ -155,6 +100,81 @@ class Flow:
 
 
 @dataclass
+class Prefill(Flow):
+    """A forward with visual tokens in it.
+
+    Attributes:
+        visual: the live visual tokens; `started` is what it was before anything was dropped.
+        source: [ΣN] row of the encoder's packed facts for each unpruned visual token; None when they line up.
+        tail: tokens after the last prompt token: drafts or an answer, whose logits are asked for too.
+        changed: something was dropped or merged.
+        records: slot maps to commit to the cache when the forward ends.
+    """
+
+    visual: Visual = field(kw_only=True)
+    started: Visual = field(kw_only=True)
+    trace: Trace = field(kw_only=True)
+    source: Tensor | None = None
+    tail: int = 0
+    labels: Tensor | None = None
+    changed: bool = False
+    records: dict[int, Slots] = field(default_factory=dict)
+    facts: dict[Fact, Tensor] = field(default_factory=dict)
+    memory: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def decide(self, stage: Stage, x: Tensor, facts: dict[Fact, Any], layer: int | None = None) -> Tensor:
+        """Lets a stage choose among the live visual tokens, given their [ΣK, D] values; returns the values that remain."""
+        v = self.visual
+        tokens = VisualTokens.pack(
+            x,
+            v.lengths,
+            v.grid,
+            v.row,
+            v.lineage.place.to(x.device),
+            facts=facts,
+            layer=layer,
+            memory=self.memory.setdefault(id(stage), {}),
+        )
+        with Clock(x.device) as clock:
+            keep = stage.select(tokens)
+        check(stage, keep, v.lengths)
+        untouched = keep.into is None and keep.lengths == v.lengths
+        if not untouched:
+            self.leave(v.after(keep))
+        self.trace.stages.append(trace_of(stage, v.lengths, self.visual.lineage, clock, layer))
+        return x if untouched else keep.apply(x)
+
+    def leave(self, visual: Visual) -> None:
+        """From now on only these visual tokens are alive."""
+        before, now = (v.per_row(len(self.counts)) for v in (self.visual, visual))
+        self.counts = [n - b + k for n, b, k in zip(self.counts, before, now, strict=True)]
+        self.visual, self.changed = visual, True
+
+    def relayout(self) -> tuple[Tensor, Tensor]:
+        """Recomputes `alive` and the layout from `visual`; returns the gather from the old layout [B, P'] to the new one."""
+        gone = torch.zeros_like(self.alive)
+        gone[self.started.line, self.started.column] = True
+        gone[self.visual.line, self.visual.column] = False
+        self.alive = self.new & ~gone
+        index, self.valid = pack_left(self.alive.gather(1, self.index) & self.valid, max(self.counts))
+        self.index = self.index.gather(1, index)
+        return index, self.valid
+
+    def slot(self) -> tuple[Tensor, Tensor]:
+        """(row, physical column) of every live visual token in the current layout."""
+        line, column = self.visual.line, self.visual.column
+        rank = self.alive.cumsum(1)
+        return line, rank[line, column] - 1 + self.index.shape[1] - rank[line, -1]
+
+    def text(self, values: Tensor) -> list[Tensor]:
+        """Per row, the values [B, P, D] of its text tokens in the current layout."""
+        text = self.alive.clone()
+        text[self.started.line, self.started.column] = False
+        at = (text.gather(1, self.index) & self.valid).to(values.device)
+        return [row[keep] for row, keep in zip(values, at, strict=True)]
+
+
+@dataclass
 class StaticStep:
     """A decode step on a static cache whose layer groups differ: fixed shapes, nothing read back from the device."""
 
@@ -163,12 +183,16 @@ class StaticStep:
     memo: dict[int, Any] = field(default_factory=dict)
 
 
-def trace_of(
-    stage: Stage, before: Sequence[int], lineage: Lineage, clock: Clock, layer: int | None
-) -> StageTrace:
+def trace_of(stage: Stage, before: Sequence[int], lineage: Lineage, clock: Clock, layer: int | None) -> StageTrace:
     kept = lineage.kept()
     return StageTrace(
-        stage.name, stage.site, list(before), [len(k) for k in kept], kept, lineage.into(), layer=layer,
+        stage.name,
+        stage.site,
+        list(before),
+        [len(k) for k in kept],
+        kept,
+        lineage.into(),
+        layer=layer,
         clock=clock.milliseconds,
     )
 

@@ -12,7 +12,7 @@ from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 
 from vtoken.hooks.cache import PrunedCache
-from vtoken.hooks.flow import Flow, StaticStep
+from vtoken.hooks.flow import Flow, Prefill, StaticStep
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.layout import take
 from vtoken.run import Run
@@ -28,7 +28,14 @@ class LayerGroups:
     """
 
     def __init__(
-        self, lm: Any, run: Run, handle: Handle, stages: Sequence[Stage], *, compact: bool, enter: Callable[[Flow, int], Tensor | None]
+        self,
+        lm: Any,
+        run: Run,
+        handle: Handle,
+        stages: Sequence[Stage],
+        *,
+        compact: bool,
+        enter: Callable[[Flow, int], Tensor | None],
     ) -> None:
         self.lm, self.run, self.compact, self.enter = lm, run, compact, enter
         depth = len(lm.layers)
@@ -64,13 +71,14 @@ class LayerGroups:
     def _open(self, k: int, flow: Flow, hidden: Tensor, kwargs: dict) -> Tensor:
         """Enters the group that starts at k, if one does; returns the hidden states it works on."""
         known = isinstance(flow.cache, PrunedCache) and k in flow.cache.groups
-        before = flow.visual
-        if before is not None and self.at[k]:
+        dropped = False
+        if isinstance(flow, Prefill):
+            before = flow.visual
             hidden = self._decide(k, flow, hidden)
-        dropped = flow.visual is not before
+            dropped = flow.visual is not before
         if not known and not dropped:
             return hidden
-        if dropped:
+        if isinstance(flow, Prefill) and dropped:
             index, valid = flow.relayout()
             hidden = take(hidden, index, 1).masked_fill(~valid[..., None].to(hidden.device), 0)
             cos_sin, ids = kwargs["position_embeddings"], kwargs.get("position_ids")
@@ -85,29 +93,22 @@ class LayerGroups:
         self.enter(flow, k)
         return hidden
 
-    def _decide(self, k: int, flow: Flow, hidden: Tensor) -> Tensor:
-        assert flow.visual is not None and flow.trace is not None
+    def _decide(self, k: int, flow: Prefill, hidden: Tensor) -> Tensor:
         for stage in self.at[k]:
             line, column = (i.to(hidden.device) for i in flow.slot())
-            before, x = flow.visual, hidden[line, column]
+            x = hidden[line, column]
             kept = flow.decide(stage, x, {f: self.fact(f, k, flow, hidden) for f in stage.needs()}, layer=k)
-            if flow.visual.lengths == before.lengths and kept is x:
-                flow.visual = before
-                continue
-            line, column = (i.to(hidden.device) for i in flow.slot())
-            hidden = hidden.clone()
-            hidden[line, column] = kept
-            flow.changed = True
+            if kept is not x:
+                line, column = (i.to(hidden.device) for i in flow.slot())
+                hidden = hidden.clone()
+                hidden[line, column] = kept
         flow.trace.layers[k:] = [list(flow.visual.lengths)] * (len(self.at) - k)
         return hidden
 
-    def fact(self, fact: Fact, k: int, flow: Flow, hidden: Tensor) -> Any:
+    def fact(self, fact: Fact, k: int, flow: Prefill, hidden: Tensor) -> Any:
         """A fact for a stage at layer k: attention of the last prompt token, or the hidden states of each row's text."""
         if fact.name == "text":
-            text = flow.alive.clone()
-            text[flow.started.line, flow.started.column] = False
-            text = (text.gather(1, flow.index) & flow.valid).to(hidden.device)
-            return [hidden[r, text[r]] for r in range(len(hidden))]
+            return flow.text(hidden)
         layer = k - 1 if fact.layer is None else fact.layer % len(self.at)
         rows, columns = (i.to(hidden.device) for i in flow.slot())
         attention = flow.facts[Fact(fact.name, layer)].to(hidden.device)

@@ -31,10 +31,3 @@ def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
         x = x.expand(*[len(index) if d == batch else -1 for d in range(x.ndim)])
     view = [len(index) if d == batch else index.shape[1] if d == dim else 1 for d in range(x.ndim)]
     return x.gather(dim, index.view(view).expand(*[index.shape[1] if d == dim else n for d, n in enumerate(x.shape)]))
-
-
-def logical_mask(mask: Tensor | None, batch: int, length: int, past: int, device: torch.device) -> Tensor:
-    """[B, length] bool: which of the newest `length` tokens are real, from generate's 2D mask of logical length."""
-    if mask is None:
-        return torch.ones(batch, length, dtype=torch.bool, device=device)
-    return mask[:, -length:].to(device).bool()

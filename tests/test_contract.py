@@ -1,0 +1,246 @@
+"""What every stage that is discovered must keep to, on packed tokens and inside a model."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from probes import Deep, Failing, Inside, Ragged
+from test_generate import BATCHES, run
+
+import vtoken
+from vtoken import registry
+from vtoken.errors import UnsupportedError
+from vtoken.stages import FACTS, Fact, VisualTokens
+
+LENGTHS, GRID = (16, 9, 1, 30), ((1, 4, 4), (1, 3, 3), (1, 1, 1), (1, 5, 6))
+
+
+def stage(name, **options):
+    cls = registry.stage(name)
+    return cls(**({"keep": 5} if "keep" in cls.model_fields else {}), **options)
+
+
+def packed(stage, lengths=LENGTHS, grid=GRID, seed=0):
+    """Random tokens and facts, the same for an image wherever it stands in the batch."""
+    parts, facts = [], {f: [] for f in stage.needs()}
+    for n in lengths:
+        g = torch.Generator().manual_seed(seed + n)
+        parts.append(torch.randn(n, 8, generator=g))
+        for f, values in facts.items():
+            values.append(torch.rand(n, generator=g) if "attention" in f.name else torch.randn(n, 8, generator=g))
+    place = torch.cat([torch.arange(n) for n in lengths])
+    found = {f: torch.cat(v) for f, v in facts.items()}
+    return VisualTokens.pack(torch.cat(parts), lengths, grid, tuple(range(len(lengths))), place, facts=found)
+
+
+every = pytest.mark.parametrize("name", registry.stages())
+
+
+@every
+def test_decision_is_well_formed(name):
+    s = stage(name)
+    tokens = packed(s)
+    keep = s.select(tokens)
+    assert keep.lengths == s.plan(LENGTHS, GRID, tokens.row), "plan() tells what select() leaves"
+    assert len(keep.index) == sum(keep.lengths)
+    assert torch.equal(keep.index, keep.index.unique()), "ascending and unique"
+    start = 0
+    for i, part in enumerate(keep.index.split(keep.lengths)):
+        assert bool(((part >= start) & (part < start + LENGTHS[i])).all()), "within its own image"
+        start += LENGTHS[i]
+    if keep.into is not None:
+        assert torch.equal(keep.into[keep.index], torch.arange(len(keep.index))), "a kept token absorbs itself"
+    again = s.select(packed(s))
+    assert torch.equal(keep.index, again.index)
+
+
+@every
+def test_decision_does_not_depend_on_the_batch(name):
+    s = stage(name)
+    whole = s.select(packed(s))
+    start = 0
+    for i, part in enumerate(whole.index.split(whole.lengths)):
+        alone = s.select(packed(s, LENGTHS[i : i + 1], GRID[i : i + 1]))
+        assert torch.equal(alone.index + start, part)
+        start += LENGTHS[i]
+
+
+@every
+def test_facts_are_known(name):
+    assert all(isinstance(f, Fact) and f.name in FACTS for f in stage(name).needs())
+
+
+@every
+def test_batch_in_a_model_equals_single(name):
+    model = tiny.llava()
+    rows = [["img", 3], [1, "img", 2, "img", 7], [4]]
+    batch = tiny.build(model, rows, seed=3)
+    with vtoken.wrapped(model, [stage(name)]):
+        out, trace = run(model, batch), vtoken.trace(model)
+        one = {k: v[:1] for k, v in batch.items()}
+        one = {
+            "input_ids": one["input_ids"][:, -19:],
+            "attention_mask": one["attention_mask"][:, -19:],
+            "pixel_values": one["pixel_values"],
+        }
+        alone, single = run(model, one), vtoken.trace(model)
+    assert torch.equal(out.sequences[0, -8:], alone.sequences[0, -8:])
+    assert torch.equal(trace.kept[0], single.kept[0])
+    assert trace.row == [0, 1, 1] and trace.visual_tokens == [16, 16, 16]
+    assert len(trace.stages) == 1 and trace.stages[0].tokens_out == trace.tokens_out == trace.layers[-1]
+
+
+IDENTITY = [
+    "none",
+    [{"fastervlm": {"keep": "100%"}}],
+    [{"uniform": {"keep": 99}}],
+    [{"pool": {"size": 1}}],
+    [Deep(factor=-1.0)],
+]
+
+
+@pytest.mark.parametrize("pipeline", IDENTITY, ids=str)
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_keeping_everything_is_the_identity(pipeline, positions):
+    model = tiny.llava()
+    batch = tiny.build(model, BATCHES["ragged"], seed=3)
+    want = run(model, batch)
+    stages = [] if pipeline == "none" else pipeline
+    with vtoken.wrapped(model, {"positions": positions, "stages": stages}):
+        got = run(model, batch)
+    assert torch.equal(got.sequences, want.sequences)
+    assert torch.equal(torch.stack(got.logits), torch.stack(want.logits)), "bit for bit"
+
+
+def state(model):
+    """Everything a wrap could leave behind."""
+    return {
+        name: (
+            sorted(vars(m)),
+            id(getattr(m, "config", None)),
+            *(len(getattr(m, h)) for h in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs")),
+        )
+        for name, m in model.named_modules()
+    }
+
+
+@pytest.mark.parametrize(
+    "stages", [["fastervlm:3"], [Ragged(), Deep()], [Inside(), Ragged(), Deep(at=(1, 2))]], ids=str
+)
+def test_unwrap_is_exact(stages):
+    model = tiny.llava()
+    batch = tiny.build(model, BATCHES["ragged"], seed=3)
+    # transformers puts hooks of its own on the tower at its first run.
+    want, config = run(model, batch), model.config.to_json_string()
+    before = state(model)
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    for _ in range(2):
+        vtoken.wrap(model, stages if not isinstance(stages[0], str) else stages[0])
+        assert model.state_dict().keys() == weights.keys() and model.config.to_json_string() == config
+        run(model, batch)
+        vtoken.unwrap(model)
+        assert state(model) == before
+    got = run(model, batch)
+    assert torch.equal(torch.stack(got.logits), torch.stack(want.logits))
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("site", ["encoder", "tokens", "decoder"])
+def test_an_exception_leaves_the_model_usable(site):
+    """The first prefill fails inside the stage; the next one, and the unwrapped model, are as if nothing had happened."""
+    model = tiny.llava()
+    batch = tiny.build(model, BATCHES["ragged"], seed=3)
+    want = run(model, batch)
+    failing = {"encoder": Inside, "tokens": Failing, "decoder": Deep}[site]
+    fail = True
+
+    class Sometimes(failing):
+        def select(self, tokens):
+            if fail:
+                raise ZeroDivisionError("a bug in a stage")
+            return Ragged().select(tokens)
+
+    stage = Sometimes(keep=3) if site == "tokens" else Sometimes()
+    with vtoken.wrapped(model, [stage]):
+        with pytest.raises(ZeroDivisionError):
+            run(model, batch)
+        text = tiny.build(model, [[5]], seed=1)
+        assert run(model, text).sequences.shape == (1, 13)
+        fail = False
+        first = run(model, batch)
+        assert torch.equal(run(model, batch).sequences, first.sequences)
+    with vtoken.wrapped(model, [type("Fresh", (type(stage),), {})(**stage.model_dump())]):
+        assert torch.equal(run(model, batch).sequences, first.sequences)
+    assert torch.equal(torch.stack(run(model, batch).logits), torch.stack(want.logits))
+
+
+def test_a_bad_decision_is_named():
+    class Bad(Ragged):
+        def select(self, tokens):
+            keep = super().select(tokens)
+            return type(keep)(keep.index[:-1], keep.lengths)
+
+    model = tiny.llava()
+    with vtoken.wrapped(model, [Bad()]), pytest.raises(ValueError, match="returned a Keep"):
+        run(model, tiny.build(model, BATCHES["one"], seed=3))
+
+
+def test_wrap_says_what_is_wrong(tmp_path):
+    model = tiny.llava()
+    vtoken.wrap(model, "fastervlm:3")
+    with pytest.raises(UnsupportedError, match="already"):
+        vtoken.wrap(model, "none")
+    with pytest.raises(UnsupportedError, match="not run yet"):
+        vtoken.trace(model)
+    vtoken.unwrap(model)
+    with pytest.raises(UnsupportedError, match="not wrapped"):
+        vtoken.unwrap(model)
+    with pytest.raises(UnsupportedError, match="not wrapped"):
+        vtoken.trace(model)
+    with pytest.raises(UnsupportedError, match="Hugging Face"):
+        vtoken.wrap(torch.nn.Linear(2, 2), "none")
+    with pytest.raises(UnsupportedError, match="Hugging Face"):
+        vtoken.wrap("llava-hf/llava-1.5-7b-hf", "none")
+    text_only = model.model.language_model
+    with pytest.raises(UnsupportedError, match="llama"):
+        vtoken.wrap(text_only, "none")
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: tiny.llava(text="mistral", sliding_window=8), "sliding"),
+        (lambda: tiny.llava(attn="eager", text="gemma2", head_dim=8), "sliding"),
+    ],
+)
+def test_unsupported_models(build, message):
+    with pytest.raises(UnsupportedError, match=message):
+        vtoken.wrap(build(), "fastervlm:3")
+
+
+def test_saving_a_wrapped_model(tmp_path):
+    from transformers import LlavaForConditionalGeneration
+
+    model = tiny.llava()
+    with vtoken.wrapped(model, "fastervlm:3"):
+        model.save_pretrained(tmp_path)
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_trace_is_plain_data():
+    import json
+
+    model = tiny.llava()
+    batch = tiny.build(model, BATCHES["ragged"], seed=3)
+    with vtoken.wrapped(model, [{"fastervlm": {"keep": 5}}, {"pool": {"size": 2}}]):
+        out = run(model, batch)
+        data = json.loads(json.dumps(vtoken.trace(model).to_dict()))
+    assert [s["name"] for s in data["stages"]] == ["fastervlm", "pool"]
+    assert data["stages"][1]["tokens_in"] == data["stages"][0]["tokens_out"] == [5, 5, 5]
+    keys = out.past_key_values.layers[0].keys
+    per_token = 2 * 4 * keys.shape[0] * keys.shape[1] * keys.shape[3] * keys.element_size()
+    assert data["cache_bytes"] == per_token * max(data["prompt_tokens"])
+    for kept, into in zip(data["stages"][1]["kept"], data["stages"][1]["into"], strict=True):
+        assert set(into) == {-1, *kept}

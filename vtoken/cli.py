@@ -1,0 +1,81 @@
+"""The command line. A command is a module of `vtoken.commands` with `add_arguments(parser)` and `run(args) -> int`.
+
+`add_arguments` also sets the parser's description and, as epilog, worked examples. Only the module of the command that
+is called gets imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from vtoken import __version__
+from vtoken.errors import VtokenError, unknown
+
+COMMANDS = {
+    "list": "stages and presets, with their options and papers",
+    "show": "draw which patches of a picture a pipeline keeps",
+    "flops": "account for the FLOPs that a pipeline saves",
+    "bench": "measure latency and memory with and without a pipeline",
+    "demo": "prune the shipped reference model and write a report",
+    "schema": "JSON Schema of pipeline files, for editors",
+}
+
+EXAMPLES = """
+examples:
+  vtoken list                         what there is
+  vtoken list --json                  the same, for programs
+  vtoken demo                         see it work, without a download
+  vtoken COMMAND --help               options and examples of a command
+
+A pipeline is a preset (fastervlm-64), a YAML file (mine.yaml) or a stage in short (fastervlm:64, random:25%,seed=3).
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"vtoken: error: {message} (see `{self.prog} --help`)\n")
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    """The parser, with the arguments of one command filled in."""
+    parser = _Parser(
+        prog="vtoken",
+        description="Visual-token pruning for stock Hugging Face VLMs.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"vtoken {__version__}")
+    parsers = parser.add_subparsers(metavar="COMMAND", dest="command")
+    for name, summary in COMMANDS.items():
+        sub = parsers.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name == command:
+            module = import_module(f"vtoken.commands.{name}")
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 2 for bad input (one line on stderr), 130 for Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    first = argv[0] if argv else "--help"
+    try:
+        if not first.startswith("-") and first not in COMMANDS:
+            raise VtokenError(unknown("command", first, COMMANDS))
+        args = _parser(first).parse_args(argv or ["--help"])
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `vtoken list | head`: nobody reads on, and Python must not complain at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (VtokenError, OSError) as error:
+        print("vtoken: error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,319 @@
+"""YAML, dict, list, name or stage -> Pipeline; strict, and every error says where and what instead."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import reprlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import ValidationError
+from pydantic.json_schema import models_json_schema
+
+from vtoken import registry
+from vtoken.budget import Budget
+from vtoken.errors import ConfigError, unknown
+from vtoken.stages import SITES, Stage
+
+Positions = Literal["original", "compact"]
+POSITIONS: tuple[Positions, ...] = get_args(Positions)
+KEYS = ("positions", "stages")
+WORDS = {
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "string": "text",
+    "array": "a list",
+    "object": "a mapping",
+}
+BUDGETS = "a count per image (64), a share (25%) or a count per sample ({total: 640})"
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where values were read, so that errors point at a line; without a file they point at nothing."""
+
+    file: str = ""
+    lines: dict[tuple[Any, ...], int] = field(default_factory=dict)
+
+    def error(self, path: tuple[Any, ...], message: str) -> ConfigError:
+        while path not in self.lines and path:
+            path = path[:-1]
+        return ConfigError(f"{self.file}:{self.lines.get(path, 1)}: {message}" if self.file else message)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Stages in the order the data flows, and what becomes of the positions of the tokens that stay."""
+
+    name: str
+    positions: Positions
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        _check_order(self.stages, _Source())
+
+
+PipelineLike = str | os.PathLike[str] | dict[str, Any] | Sequence[Any] | Stage | Pipeline
+
+
+def load(pipeline: PipelineLike) -> Pipeline:
+    """Reads a pipeline in any of its forms.
+
+    Args:
+        pipeline: a preset's name ("fastervlm-64"); a path to a YAML file; one stage in short ("fastervlm:64",
+            "random:25%,seed=3", "pool:size=2": a bare value is `keep`); a dict as in the YAML file; a list of names,
+            one-key dicts and Stage objects; a Stage; a Pipeline.
+
+    Raises:
+        ConfigError: with file and line where there is a file, the name that is wrong, and what is accepted.
+    """
+    if isinstance(pipeline, Pipeline):
+        return pipeline
+    if isinstance(pipeline, Stage):
+        return Pipeline(pipeline.name, "original", (pipeline,))
+    if isinstance(pipeline, dict):
+        return _from_data(pipeline, None, _Source())
+    if isinstance(pipeline, (list, tuple)):
+        return _from_data({"stages": pipeline}, None, _Source())
+    if isinstance(pipeline, str) and pipeline in registry.presets():
+        return _from_file(registry.preset_file(pipeline))
+    if isinstance(pipeline, (str, os.PathLike)) and os.path.isfile(pipeline):
+        return _from_file(Path(pipeline))
+    if isinstance(pipeline, (str, os.PathLike)) and Path(pipeline).suffix in (".yaml", ".yml"):
+        close = get_close_matches(Path(pipeline).stem, registry.presets(), n=1)
+        hint = f"; did you mean the preset {close[0]!r}?" if close else ""
+        raise ConfigError(f"pipeline file {os.fspath(pipeline)!r} does not exist{hint}")
+    if isinstance(pipeline, str) and pipeline.partition(":")[0] in registry.stages():
+        return _from_data({"stages": [_short_form(pipeline)]}, pipeline, _Source())
+    if isinstance(pipeline, str):
+        raise ConfigError(
+            f"{unknown('preset', pipeline, registry.presets())}; or write a path to a YAML file, or a stage and its "
+            f"budget, as in fastervlm:64 (stages: {', '.join(registry.stages())})"
+        )
+    raise ConfigError(
+        f"a pipeline is a preset name, a path, a dict, a list of stages or a stage, not {type(pipeline).__name__}"
+    )
+
+
+def dump(pipeline: Pipeline) -> str:
+    """YAML text that loads to the same positions and stages, every option written out."""
+    stages = [{s.name: options} if (options := s.model_dump(mode="json")) else s.name for s in pipeline.stages]
+    data = {"positions": pipeline.positions, "stages": stages}
+    return yaml.safe_dump(data, sort_keys=False, default_flow_style=None)
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a pipeline file, composed from every stage that can be imported; for editors."""
+    stages, _ = registry.catalogue()
+    refs, defs = models_json_schema([(cls, "validation") for cls in stages.values()], ref_template="#/$defs/{model}")
+    bare = [name for name, cls in stages.items() if not any(f.is_required() for f in cls.model_fields.values())]
+    options = {
+        name: {"anyOf": [refs[cls, "validation"], {"type": "null"}]} if name in bare else refs[cls, "validation"]
+        for name, cls in stages.items()
+    }
+    items = {
+        "type": "object",
+        "properties": options,
+        "additionalProperties": False,
+        "minProperties": 1,
+        "maxProperties": 1,
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "vtoken pipeline",
+        "description": "Stages that drop, merge or retire visual tokens, in the order the data flows.",
+        "type": "object",
+        "properties": {
+            "positions": {
+                "description": "original: tokens keep their position ids; compact: ids are renumbered without gaps",
+                "enum": list(POSITIONS),
+                "default": "original",
+            },
+            "stages": {
+                "description": f"sites must not go backwards: {', '.join(SITES)}",
+                "type": "array",
+                "items": {"anyOf": [items, {"enum": bare}]},
+            },
+        },
+        "required": ["stages"],
+        "additionalProperties": False,
+        "$defs": defs.get("$defs", {}),
+    }
+
+
+def _from_file(path: Path) -> Pipeline:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    data, source = _parse(text, str(path))
+    return _from_data(data, path.stem, source)
+
+
+def _parse(text: str, file: str) -> tuple[Any, _Source]:
+    """YAML text -> plain data, and the line of every key and item."""
+    source = _Source(file)
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        data = None if node is None else loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{file}:{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{file}: not valid YAML: {error}") from None
+    if node is not None:
+        _note_lines(node, (), source, set())
+    return data, source
+
+
+def _note_lines(node: yaml.Node, path: tuple[Any, ...], source: _Source, seen: set[int]) -> None:
+    """Fills source.lines and refuses duplicate keys, which YAML loaders silently overwrite."""
+    source.lines.setdefault(path, node.start_mark.line + 1)
+    if id(node) in seen:  # An alias: it may even contain itself.
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            _note_lines(item, (*path, i), source, seen)
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            place, line = (*path, key.value), key.start_mark.line + 1
+            if place in source.lines:
+                first = source.lines[place]
+                raise ConfigError(
+                    f"{source.file}:{line}: duplicate key {key.value!r}, first on line {first}; remove one"
+                )
+            source.lines[place] = line
+            _note_lines(value, place, source, seen)
+
+
+def _from_data(data: Any, name: str | None, source: _Source) -> Pipeline:
+    if not isinstance(data, dict):
+        raise source.error((), f"a pipeline is a mapping with positions and stages, not {reprlib.repr(data)}")
+    for key in data:
+        if key not in KEYS:
+            hint = f"; stages go into a list, stages: [{key}: ...]" if key in registry.stages() else ""
+            raise source.error((key,), unknown("key", key, KEYS) + hint)
+    positions = data.get("positions", "original")
+    if positions not in POSITIONS:
+        raise source.error(("positions",), f"positions must be original or compact, not {reprlib.repr(positions)}")
+    items = data.get("stages")
+    if not isinstance(items, (list, tuple)):
+        raise source.error(
+            ("stages",),
+            f"stages must be a list, as in [fastervlm: {{keep: 64}}] (for none []), not {reprlib.repr(items)}",
+        )
+    stages = tuple(_stage(item, ("stages", i), source) for i, item in enumerate(items))
+    _check_order(stages, source)
+    return Pipeline(name or "+".join(s.name for s in stages) or "none", positions, stages)
+
+
+def _stage(item: Any, path: tuple[Any, ...], source: _Source) -> Stage:
+    if isinstance(item, Stage):
+        return item
+    name, options = next(iter(item.items())) if isinstance(item, dict) and len(item) == 1 else (item, None)
+    if not isinstance(name, str):
+        keys = f"; indent {list(item)[1:]} to make them options" if isinstance(item, dict) and len(item) > 1 else ""
+        raise source.error(
+            path,
+            f"a stage is a name or one name with its options, fastervlm: {{keep: 64}}, not {reprlib.repr(item)}{keys}",
+        )
+    try:
+        cls = registry.stage(name)
+    except ConfigError as error:
+        raise source.error(path, str(error)) from error
+    if not isinstance(options, (dict, type(None))):
+        raise source.error(
+            (*path, name),
+            f"options of stage {name!r} must be a mapping, as in {{keep: 64}}, not {reprlib.repr(options)}",
+        )
+    try:
+        text = json.dumps(options or {}, default=_plain)
+    except (TypeError, ValueError) as error:
+        raise source.error((*path, name), f"options of stage {name!r} must be plain data: {error}") from None
+    try:
+        # JSON mode is strict about numbers, texts and truth values, yet takes lists for tuples, as YAML writes them.
+        return cls.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        option, message = _explain(cls, error)
+        raise source.error((*path, name, option), f"stage {name!r}: {message}") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Budget):
+        return value.plain()
+    raise TypeError(f"{value!r} is a {type(value).__name__}; write a number, text, list or mapping")
+
+
+def _explain(cls: type[Stage], error: ValidationError) -> tuple[str, str]:
+    """The option at fault and what to write instead; misspelled options come first, they explain missing ones."""
+    problems = error.errors(include_url=False)
+    first = min(problems, key=lambda p: p["type"] != "extra_forbidden")
+    option = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "extra_forbidden":
+        return option, unknown("option", option, cls.model_fields)
+    if option not in cls.model_fields:
+        return option, first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return option, f"option {option!r} is missing: write {accepts(cls, option)}"
+    place = f"option {'.'.join(map(str, first['loc']))!r}"
+    if first["type"] == "value_error":  # A validator's own words; a budget's end in what is accepted.
+        message = first["msg"].removeprefix("Value error, ").removeprefix("keep: ").partition("; write a count")[0]
+    else:
+        message = f"{first['msg']}, not {reprlib.repr(first['input'])}"
+    return option, f"{place}: {message}; accepted: {accepts(cls, option)}"
+
+
+def accepts(cls: type[Stage], option: str) -> str:
+    """What may be written for an option, in words."""
+    if cls.model_fields[option].annotation is Budget:
+        return BUDGETS
+    return _in_words(cls.model_json_schema()["properties"][option])
+
+
+def _in_words(node: dict[str, Any]) -> str:
+    if "anyOf" in node:
+        return " or ".join(_in_words(each) for each in node["anyOf"])
+    if "enum" in node or "const" in node:
+        return " or ".join(json.dumps(value) for value in node.get("enum", [node.get("const")]))
+    words = WORDS.get(node.get("type", "object"), "null")
+    if isinstance(node.get("items"), dict):
+        words += f" of {_in_words(node['items'])}"
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    bounds = [f"{sign} {node[key]}" for key, sign in signs.items() if key in node]
+    return " ".join([words, " and ".join(bounds)]).strip()
+
+
+def _short_form(text: str) -> dict[str, Any]:
+    """`name:KEEP,option=value` -> {name: options}; values are YAML."""
+    name, _, rest = text.partition(":")
+    options: dict[str, Any] = {}
+    for part in re.split(r",(?=\s*\w+=)", rest) if rest else []:
+        match = re.fullmatch(r"\s*(\w+)=(.*)", part, re.DOTALL)
+        key, value = match.groups() if match else ("keep", part)
+        if key in options:
+            raise ConfigError(f"{text!r}: option {key!r} is given twice; remove one")
+        try:
+            options[key] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError):
+            raise ConfigError(f"{text!r}: {value!r} is not a value; write {name}:64 or {name}:option=value") from None
+    return {name: options}
+
+
+def _check_order(stages: Sequence[Stage], source: _Source) -> None:
+    for i, (before, after) in enumerate(pairwise(stages), start=1):
+        if SITES.index(after.site) < SITES.index(before.site):
+            raise source.error(
+                ("stages", i),
+                f"stage {after.name!r} acts at site {after.site} but comes after {before.name!r}, which acts at "
+                f"{before.site}; order the stages by site: {', '.join(SITES)}",
+            )

@@ -1,0 +1,1 @@
+"""How good, how fast: FLOPs account, latency bench, reference VLMs, reports."""
