@@ -1,0 +1,300 @@
+"""The account against torch's FlopCounterMode and against real caches, on tiny models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import tiny
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import DynamicCache, LlavaForConditionalGeneration
+
+from vtoken.budget import Budget
+from vtoken.errors import UnsupportedError
+from vtoken.evals.configs import builtin
+from vtoken.evals.flops import LEFT_OUT, account, resolve_config
+from vtoken.pruners.fastervlm import FasterVLM
+from vtoken.pruners.uniform import Uniform
+from vtoken.stages import Fact, Pruner, Site, Stage
+
+CLOSE = 0.005
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mha": {"num_key_value_heads": 4},
+    "wide heads": {"head_dim": 16},
+    "siglip": {"tower": "siglip"},
+    "qwen2": {"text": "qwen2"},
+    "qwen3": {"text": "qwen3", "head_dim": 16},
+    "gemma": {"text": "gemma", "head_dim": 16},
+    "mistral, sliding": {"text": "mistral", "sliding_window": 12},
+}
+
+
+@dataclass(frozen=True)
+class Pipe:
+    """What `vtoken.config.load` returns, as far as the account reads it."""
+
+    stages: tuple[Stage, ...]
+    name: str = "pipe"
+
+
+class Inside(Pruner):
+    """Cuts inside the tower, after two of its layers (of four; CLIP's features leave the third)."""
+
+    site: ClassVar[Site] = "encoder"
+
+    def needs(self) -> tuple[Fact, ...]:
+        return (Fact("cls_attention"), Fact("features"))
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        return (0, 1)
+
+
+class Quiet(Inside):
+    """The same without asking for anything."""
+
+    def needs(self) -> tuple[Fact, ...]:
+        return ()
+
+
+class Blind(Pruner):
+    """Cuts before two decoder layers, whatever is there."""
+
+    site: ClassVar[Site] = "decoder"
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        return (1, depth - 1)
+
+
+class Deep(Blind):
+    """The same by attention."""
+
+    def needs(self) -> tuple[Fact, ...]:
+        return (Fact("last_query_attention"),)
+
+
+class Exit(Stage):
+    """Drops every visual token before a decoder layer."""
+
+    site: ClassVar[Site] = "decoder"
+    kind: ClassVar[Any] = "compressor"
+    layer: int
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def plan(self, lengths: Any, grid: Any, row: Any, layer: int | None = None) -> tuple[int, ...]:
+        return (0,) * len(lengths)
+
+
+class Odd(Pruner):
+    """Wants what the account has no price for."""
+
+    def needs(self) -> tuple[Fact, ...]:
+        return (Fact("horoscope"), Fact("received_attention", -1))
+
+    def flops(self, lengths: Any, width: int) -> int:
+        return int(sum(lengths) * width)
+
+
+class Cache(Odd):
+    site: ClassVar[Site] = "cache"
+
+
+def _cpu_sdpa(q: Any, k: Any, v: Any, *rest: Any, out_val: Any = None, **more: Any) -> Any:
+    """torch has no count for sdpa on the CPU; K and V heads are expanded, as every query head does its own products."""
+    q, k, v = (t.shape if torch.is_tensor(t) else t for t in (q, k, v))
+    return sdpa_flop_count(q, (k[0], q[1], *k[2:]), (v[0], q[1], *v[2:]))
+
+
+SDPA = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_sdpa}
+
+
+def counted(call: Callable[[], object]) -> int:
+    """FLOPs while `call` runs."""
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=SDPA) as counter:
+        call()
+    return int(counter.get_total_flops())
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest) -> Any:
+    return tiny.llava(**MODELS[request.param])
+
+
+def part(counter: FlopCounterMode, module: torch.nn.Module, name: str) -> Any:
+    """Counts of a module; generate calls the tower and the projector as roots, which are named by their class."""
+    counts = counter.get_flop_counts()
+    root = type(module).__name__
+    return counts[root if root in counts else next(key for key in counts if key.endswith(name))]
+
+
+def test_parts_of_generate(model: Any) -> None:
+    """generate runs the tower, all its layers, outside model.forward: the counter wraps generate itself."""
+    batch = tiny.build(model, [[7, "img", 4, "img"], [9, "img", "img", 2]])
+    prompt = account(model.config, images=2, text_tokens=11, new_tokens=1, batch=2)
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=SDPA) as counter:
+        model.generate(**batch, max_new_tokens=1, do_sample=False)
+    inner = model.model
+    everything = counter.get_total_flops()
+    language = part(counter, inner.language_model, "language_model")
+    attention = sum(n for op, n in language.items() if "attention" in str(op))
+    head = sum(part(counter, model.lm_head, "lm_head").values())
+    tower = sum(part(counter, inner.vision_tower, "vision_tower").values())
+    projector = sum(part(counter, inner.multi_modal_projector, "multi_modal_projector").values())
+    assert attention
+    assert prompt.tower == pytest.approx(tower, rel=CLOSE)
+    assert prompt.projector == pytest.approx(projector, rel=CLOSE)
+    assert prompt.prefill_attention == pytest.approx(attention, rel=CLOSE)
+    assert prompt.prefill_linear == pytest.approx(sum(language.values()) - attention + head, rel=CLOSE)
+    assert prompt.decode == prompt.stages == 0
+    assert prompt.total == pytest.approx(everything, rel=CLOSE)
+
+    whole = account(model.config, images=2, text_tokens=11, new_tokens=6, batch=2)
+    longer = counted(lambda: model.generate(**batch, max_new_tokens=6, do_sample=False))
+    assert whole.decode == pytest.approx(longer - everything, rel=CLOSE)
+
+
+@pytest.mark.parametrize("keep", [16, 5, 1])
+def test_shortened_prefill_decode_and_cache(model: Any, keep: int) -> None:
+    text, new = 9, 4
+    claimed = account(model.config, Pipe((Uniform(keep=Budget(keep)),)), text_tokens=text, new_tokens=new)
+    language, head = model.model.language_model, model.lm_head
+    cache: Any = DynamicCache(config=model.config.get_text_config())
+    states = torch.randn(1, text + keep, 32)
+
+    def forward(embeddings: torch.Tensor) -> None:
+        out = language(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
+        head(out.last_hidden_state[:, -1:])
+
+    def held() -> int:
+        return sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+
+    prefill = counted(lambda: forward(states))
+    assert claimed.prefill_linear + claimed.prefill_attention == pytest.approx(prefill, rel=CLOSE)
+    assert claimed.kv_bytes_prefill == held()
+    decode = sum(counted(lambda: forward(states[:, :1])) for _ in range(new - 1))
+    assert claimed.decode == pytest.approx(decode, rel=CLOSE)
+    assert claimed.kv_bytes == held()
+    assert claimed.dtype_bytes == 4
+    assert claimed.visual_tokens == (keep,) * 4
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_shortened_tower(tower: Any) -> None:
+    """Two cuts inside the tower: its layers, run by hand on what is left."""
+    model = tiny.llava(tower=tower)
+    claimed = account(model.config, Pipe((Inside(keep=Budget("50%")),)))
+    vision, extra = model.model.vision_tower, int(tower == "clip")
+    lengths = (16, 8, 4, 4)
+
+    def run() -> None:
+        vision.embeddings(torch.randn(1, 3, 56, 56))
+        for layer, n in zip(vision.encoder.layers, lengths, strict=True):
+            layer(torch.randn(1, n + extra, 32), attention_mask=None)
+
+    assert claimed.tower == pytest.approx(counted(run), rel=CLOSE)
+    assert claimed.visual_tokens == (4,) * 4
+    projector = model.model.multi_modal_projector
+    assert claimed.projector == pytest.approx(counted(lambda: projector(torch.randn(1, 4, 32))), rel=CLOSE)
+    width = 32
+    assert claimed.stages == 2 * width * ((16 + extra) + (8 + extra))
+
+
+def test_siglip_pooling_head() -> None:
+    """The stock head runs although LLaVA never reads it."""
+    config: Any = tiny.llava(tower="siglip").config
+    config.vision_config.vision_use_head = True
+    model = LlavaForConditionalGeneration(config).train(False)
+    counts = counted(lambda: model.model.vision_tower(torch.randn(3, 3, 56, 56)))
+    assert account(config, images=3).tower == pytest.approx(counts, rel=CLOSE)
+
+
+def test_several_feature_layers_and_odd_sizes() -> None:
+    config: Any = tiny.llava().config
+    config.vision_feature_layer = [-3, -2]
+    config.vision_feature_select_strategy = "full"  # CLS stays and becomes a visual token
+    config.vision_config.image_size = 60  # 60 / 14 leaves a margin that the patch embedding ignores
+    model = LlavaForConditionalGeneration(config).train(False)
+    claimed = account(config, images=2)
+    flops = counted(lambda: model.get_image_features(torch.randn(2, 3, 60, 60)))
+    assert claimed.tower + claimed.projector == flops  # exact: the projector is a small part of the sum
+    assert claimed.visual_entry == 2 * 17
+
+
+def test_facts_are_read_where_they_arise() -> None:
+    """Attention costs the tokens of the layer it is read from, not the ones that are left when it is asked for."""
+    config, width, text = tiny.llava().config, 32, 10
+    inside = Quiet(keep=Budget("50%"))
+    # The features come from layer 2, where 4 of 16 patches and CLS are alive; CLS attention is read there.
+    both = account(config, Pipe((inside, FasterVLM(keep=Budget(2)))))
+    assert both.stages == 2 * width * 5
+    last = account(config, Pipe((inside, Odd(keep=Budget(2)))))
+    assert last.stages == 2 * width * 5 * 5 + 4 * width
+    # Before layer 1 the attention is that of layer 0, before layer 3 that of layer 2.
+    blind = account(config, Pipe((Blind(keep=Budget("50%")), Deep(keep=Budget("50%")))), text_tokens=text)
+    assert blind.visual_tokens == (16, 4, 4, 1)
+    assert blind.stages == 2 * width * ((text + 16) + (text + 4))
+
+
+def test_decoder_stages() -> None:
+    config = tiny.llava().config
+    text, width = 10, 32
+    claimed = account(config, Pipe((Deep(keep=Budget("25%")),)), text_tokens=text, new_tokens=3)
+    assert claimed.visual_tokens == (16, 4, 4, 1)
+    assert (claimed.visual_entry, claimed.visual_average) == (16, 6.25)
+    assert claimed.stages == 2 * width * ((text + 16) + (text + 4))
+    slots = (text + 16) + 2 * (text + 4) + (text + 1)
+    numbers = 2 * 2 * 8
+    assert claimed.kv_bytes_prefill == 4 * numbers * slots
+    assert claimed.kv_bytes == 4 * numbers * (slots + 4 * 2)
+    gone = account(config, Pipe((Exit(layer=2),)), text_tokens=text)
+    assert gone.visual_tokens == (16, 16, 0, 0)
+    for layer in (0, 4):
+        with pytest.raises(UnsupportedError, match=rf"decoder layers \[{layer}\]; this model allows 1 to 3"):
+            account(config, Pipe((Exit(layer=layer),)))
+
+
+def test_a_budget_per_sample_counts_rows_alone() -> None:
+    config = tiny.llava().config
+    one = account(config, Pipe((Uniform(keep=Budget({"total": 6})),)), images=3)
+    two = account(config, Pipe((Uniform(keep=Budget({"total": 6})),)), images=3, batch=2)
+    assert one.visual_tokens == two.visual_tokens == (6,) * 4
+    assert two.total == 2 * one.total
+    assert two.kv_bytes == 2 * one.kv_bytes
+    # The tower does not know which pictures share a prompt.
+    assert account(config, Pipe((Quiet(keep=Budget({"total": 6})),)), images=3).visual_tokens == (18,) * 4
+
+
+def test_overhead_of_facts_and_stages() -> None:
+    config = tiny.llava().config
+    stage = FasterVLM(keep=Budget(4))
+    # CLS attention is read from one layer however often it is asked for.
+    once, twice = (account(config, Pipe((stage,) * n)) for n in (1, 2))
+    assert once.stages == twice.stages == 2 * 17 * 32
+    odd = account(config, Pipe((Odd(keep=Budget(4)),)))
+    assert odd.stages == 2 * 17 * 17 * 32 + 16 * 32
+    assert odd.left_out == (*LEFT_OUT, "test_flops: the fact horoscope")
+    cache = account(config, Pipe((Cache(keep=Budget(4)),)))
+    assert "site cache" in cache.left_out[-1]
+    assert cache.total == account(config).total
+
+
+@pytest.mark.parametrize("name", builtin())
+def test_builtin_configs(name: str) -> None:
+    config: Any = resolve_config(name)
+    dense = account(config)
+    assert dense.visual_entry == 576
+    assert dense.dtype_bytes == 2
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    ids = torch.full((1, 64 + 576), config.image_token_id, device="meta")
+    layers = counted(lambda: model.model.language_model(input_ids=ids, past_key_values=DynamicCache()))
+    assert dense.prefill_linear + dense.prefill_attention == pytest.approx(
+        layers + 2 * model.lm_head.weight.numel(), rel=CLOSE
+    )
+    tower = counted(lambda: model.get_image_features(torch.empty(1, 3, 336, 336, device="meta")))
+    assert dense.tower + dense.projector == pytest.approx(tower, rel=CLOSE)

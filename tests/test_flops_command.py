@@ -1,0 +1,102 @@
+"""`vtoken flops` and the input it refuses."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import pytest
+import tiny
+from transformers import LlavaNextConfig
+
+from vtoken.commands import flops as command
+from vtoken.config import load
+from vtoken.errors import ConfigError, UnsupportedError
+from vtoken.evals import reference
+from vtoken.evals.flops import PARTS, account, resolve_config
+
+
+def test_llava_7b_by_hand() -> None:
+    """Parameter counts that everyone knows: 6.74 B in Vicuna-7B (32 000 tokens), 304 M in CLIP ViT-L/14."""
+    dense = account(resolve_config("llava-hf/llava-1.5-7b-hf"), text_tokens=64, new_tokens=1)
+    matrices = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert dense.prefill_linear == 2 * 640 * matrices + 2 * 4096 * 32064
+    assert dense.kv_bytes == 640 * 32 * 2 * 4096 * 2
+    assert dense.projector == 2 * 576 * (1024 * 4096 + 4096 * 4096)
+    assert dense.tower == pytest.approx(2 * 577 * 302e6 + 24 * 4 * 577**2 * 1024, rel=0.01)
+
+
+def test_to_dict_is_json() -> None:
+    claimed = account(tiny.llava().config, load("fastervlm:4"))
+    plain = json.loads(json.dumps(claimed.to_dict()))
+    assert plain["total"] == claimed.total == sum(plain[part] for part in PARTS)
+    assert plain["visual_tokens"] == [4] * 4
+
+
+def test_causal_half() -> None:
+    config = tiny.llava().config
+    claimed = account(config, text_tokens=4)
+    pairs = sum(range(1, 21))
+    assert claimed.prefill_attention_causal == 4 * 4 * pairs * 32
+    assert claimed.prefill_attention == 4 * 4 * 20 * 20 * 32
+    assert "causal" in " ".join(claimed.left_out)
+
+
+def test_shipped_model(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny.llava().config
+    config.save_pretrained(tmp_path)
+    monkeypatch.setattr(reference, "path", lambda name: tmp_path)
+    assert account(resolve_config("tiny-llava")).total == account(config).total
+
+
+def test_local_folder(tmp_path: Any) -> None:
+    config = tiny.llava().config
+    config.save_pretrained(tmp_path)
+    assert account(resolve_config(tmp_path)).total == account(config).total
+
+
+def test_bad_input(tmp_path: Any) -> None:
+    config = tiny.llava().config
+    with pytest.raises(ConfigError, match="images: must be at least 1"):
+        account(config, images=0)
+    with pytest.raises(ConfigError, match="text_tokens: must be at least 0"):
+        account(config, text_tokens=-1)
+    with pytest.raises(UnsupportedError, match="count every frame as one of `images`"):
+        account(config, frames=8)
+    with pytest.raises(UnsupportedError, match="'llava_next'; supported: llava"):
+        account(LlavaNextConfig())
+    with pytest.raises(UnsupportedError, match="decoder of type 'gpt2'"):
+        account(type(config)(vision_config=config.vision_config, text_config={"model_type": "gpt2"}))
+    with pytest.raises(ConfigError, match="not built in"):
+        resolve_config(tmp_path / "nothing")
+
+
+def run(*argv: str) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(argv))
+
+
+def test_command_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("llava-hf/llava-1.5-7b-hf", "uniform:64", "--images", "2", "--json") == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert [each["pipeline"] for each in plain["accounts"]] == ["dense", "uniform:64"]
+    assert [each["visual_entry"] for each in plain["accounts"]] == [1152, 128]
+
+
+def test_command_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("llava-hf/llava-1.5-7b-hf", "uniform:64", "--image-size", "480x640") == 0
+    out = capsys.readouterr().out
+    assert "uniform:64" in out
+    assert "11.1%" in out
+    assert "Not counted" in out
+
+
+def test_command_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("--help")
+    assert capsys.readouterr().out.count("vtoken flops llava-hf/") == 2
+    with pytest.raises(SystemExit):
+        run("tiny-llava", "--image-size", "big")
+    assert "write 336 or 480x640" in capsys.readouterr().err

@@ -1,0 +1,163 @@
+"""`vtoken flops`: what pipelines save on a model, from its config alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from vtoken.evals.flops import Account
+
+EPILOG = """\
+examples:
+  vtoken flops llava-hf/llava-1.5-7b-hf fastervlm:64
+      one stage beside the dense model; nothing is downloaded, common 7B configs are built in
+  vtoken flops llava-hf/llava-1.5-13b-hf fastervlm:64 my_pipeline.yaml --text-tokens 200 --new-tokens 1
+      two pipelines, a longer prompt, prefill only
+  vtoken flops tiny-llava --json
+      the dense model alone, as one JSON object
+  vtoken flops ./my-llava my_pipeline.yaml --images 4
+      a local folder with a config.json, four images per prompt
+
+A multiply-add is 2 FLOPs. Percentages are shares of the dense model. KV bytes use the config's dtype, 2 bytes a number
+where it names none.
+"""
+
+ROWS = {
+    "vision tower": "tower",
+    "projector": "projector",
+    "stage overhead": "stages",
+    "prefill linear": "prefill_linear",
+    "prefill attention": "prefill_attention",
+    "decode": "decode",
+    "total": "total",
+    "KV cache after prefill": "kv_bytes_prefill",
+    "KV cache at the end": "kv_bytes",
+    "visual tokens at entry": "visual_entry",
+    "visual tokens per layer": "visual_average",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's options."""
+    parser.description = (
+        "FLOPs per part and KV-cache bytes of pipelines on a model, from its config alone: no weights are loaded."
+    )
+    parser.epilog = EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "model", metavar="MODEL", help="built-in or hub name, shipped model (tiny-llava) or local folder"
+    )
+    parser.add_argument("pipelines", metavar="PIPELINE", nargs="*", help="preset, method:budget or YAML file")
+    parser.add_argument(
+        "--image-size",
+        type=_image_size,
+        metavar="N|HxW",
+        help="pixels; models that resize ignore it (default: the model's own size)",
+    )
+    parser.add_argument("--images", type=int, default=1, metavar="N", help="images per prompt (default: %(default)s)")
+    parser.add_argument(
+        "--frames", type=int, default=1, metavar="N", help="frames per video (default: %(default)s, a still)"
+    )
+    parser.add_argument(
+        "--text-tokens",
+        type=int,
+        default=64,
+        metavar="N",
+        help="prompt tokens that are not visual (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--new-tokens",
+        type=int,
+        default=64,
+        metavar="N",
+        help="tokens generated, the first of them by prefill (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the accounts side by side.
+
+    Raises:
+        ConfigError: a model or pipeline that is not found, or a count below 1.
+        UnsupportedError: a model family whose arithmetic is not known.
+    """
+    from vtoken.config import load
+    from vtoken.evals.flops import account, resolve_config
+
+    config = resolve_config(args.model)
+    options = {
+        "images": args.images,
+        "image_size": args.image_size,
+        "frames": args.frames,
+        "text_tokens": args.text_tokens,
+        "new_tokens": args.new_tokens,
+    }
+    accounts = [account(config, pipeline, **options) for pipeline in (None, *map(load, args.pipelines))]
+    if args.json:
+        print(json.dumps({"model": args.model, "accounts": [each.to_dict() for each in accounts]}))
+        return 0
+    from rich.console import Console
+
+    console = Console()
+    console.print(table(args.model, accounts))
+    print(
+        f"{args.images} image(s) and {args.text_tokens} text tokens in, {args.new_tokens} tokens out, batch 1; "
+        f"KV cache at {accounts[0].dtype_bytes} bytes a number. Percentages: share of dense."
+    )
+    print("Not counted:")
+    for sentence in dict.fromkeys(sentence for each in accounts for sentence in each.left_out):
+        print(f"  - {sentence}")
+    return 0
+
+
+def table(model: str, accounts: list[Account]) -> Table:
+    """One column per account, the first of which is dense; one row per part."""
+    from rich.table import Table
+
+    # Two stages of one name may differ in their options only: the number tells their columns apart.
+    names = [each.pipeline for each in accounts]
+    out = Table("FLOPs", title=model, title_justify="left")
+    for number, name in enumerate(names):
+        out.add_column(f"{name} ({number})" if names.count(name) > 1 else name, justify="right")
+    for label, field in ROWS.items():
+        values = [getattr(each, field) for each in accounts]
+        out.add_row(
+            label,
+            *(_cell(field, value, values[0]) for value in values),
+            end_section=field in ("decode", "total", "kv_bytes"),
+        )
+    return out
+
+
+def _cell(field: str, value: float, dense: float) -> str:
+    if field.startswith("visual"):
+        text = f"{value:g}" if value == int(value) else f"{value:.1f}"
+    else:
+        text = _scaled(value, "B" if field.startswith("kv") else "")
+    return f"{text} {100 * value / dense:5.1f}%" if dense else text
+
+
+def _scaled(value: float, unit: str) -> str:
+    """Four digits with a decimal prefix: 3.906 T, 335.5 MB."""
+    if not value:
+        return "0"
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if value < 1000 or prefix == "P":
+            return f"{value:#.4g} {prefix}{unit}".rstrip()
+        value /= 1000
+    raise AssertionError
+
+
+def _image_size(text: str) -> int | tuple[int, int]:
+    try:
+        sides = [int(side) for side in text.lower().split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2) or min(sides) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no image size; write 336 or 480x640 (height x width)")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
