@@ -175,6 +175,23 @@ def test_an_exception_leaves_the_model_usable(site):
     assert torch.equal(torch.stack(run(model, batch).logits), torch.stack(want.logits))
 
 
+@pytest.mark.parametrize("stages", [[Failing(keep=3)], [Deep()]], ids=str)
+def test_an_exception_does_not_reach_into_other_conversations(stages):
+    """A prefill dies inside the decoder; a decode step on an older cache must not see what it left behind."""
+    model = tiny.llava()
+    text = tiny.build(model, [[5]], seed=1)
+    want = model.generate(**text, max_new_tokens=4, do_sample=False)
+    with vtoken.wrapped(model, stages), torch.no_grad():
+        out = model(**text)
+        handle = model.model.language_model.layers[3].register_forward_pre_hook(lambda m, a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**tiny.build(model, BATCHES["one"], seed=3))
+        handle.remove()
+        token = out.logits[:, -1:].argmax(-1)
+        second = model(token, past_key_values=out.past_key_values).logits[:, -1:].argmax(-1)
+    assert [token.item(), second.item()] == want[0, 5:7].tolist()
+
+
 def test_a_bad_decision_is_named():
     class Bad(Ragged):
         def select(self, tokens):
@@ -202,6 +219,8 @@ def test_wrap_says_what_is_wrong(tmp_path):
         vtoken.wrap(torch.nn.Linear(2, 2), "none")
     with pytest.raises(UnsupportedError, match="Hugging Face"):
         vtoken.wrap("llava-hf/llava-1.5-7b-hf", "none")
+    with pytest.raises(UnsupportedError, match="LlavaForConditionalGeneration, got LlavaModel"):
+        vtoken.wrap(model.model, "none")
     text_only = model.model.language_model
     with pytest.raises(UnsupportedError, match="llama"):
         vtoken.wrap(text_only, "none")

@@ -9,6 +9,8 @@ import oracle
 import pytest
 import tiny
 import torch
+import transformers
+from packaging.version import Version
 from probes import Deep, Ragged
 from transformers import TextStreamer
 
@@ -16,6 +18,9 @@ import vtoken
 from vtoken.errors import UnsupportedError
 
 ROWS = [[3, "img", 5], [1, "img", 2, "img", 7], [4]]
+# Up to 5.17 transformers itself mixes up the images of a row that holds several, once beams or return sequences expand the batch.
+NEW_TRANSFORMERS = Version(transformers.__version__) >= Version("5.18")
+EXPANDABLE = ROWS if NEW_TRANSFORMERS else [[3, "img", 5], [1, "img", 7], [4]]
 STAGES = {
     "tokens": {"stages": [{"fastervlm": {"keep": 5}}, Ragged()]},
     "compact": {"positions": "compact", "stages": [{"fastervlm": {"keep": 5}}, Ragged()]},
@@ -71,16 +76,18 @@ def test_batch_equals_single(model, batch, pipeline):
 
 @every
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
-def test_beams(model, batch, pipeline, options):
+def test_beams(model, pipeline, options):
     """The score of every returned beam is what teacher forcing through the oracle gives it."""
     n, copies = 5, options.get("num_return_sequences", 1)
+    batch = tiny.build(model, EXPANDABLE, seed=3)
     p = oracle.prompt(model, batch)
     with vtoken.wrapped(model, pipeline):
         greedy(model, batch, 1)
         trace = vtoken.trace(model)
         out = greedy(model, batch, n, return_dict_in_generate=True, output_scores=True, length_penalty=0.0, **options)
         wide = vtoken.trace(model)
-    images = [0] * options["num_beams"] + [1, 2] * options["num_beams"]
+    second = list(range(1, len(batch["pixel_values"])))
+    images = [0] * options["num_beams"] + second * options["num_beams"]
     assert all(torch.equal(wide.kept[j], trace.kept[i]) for j, i in enumerate(images))
     for b in range(copies):
         score = teacher(model, p, trace, out.sequences[b::copies], pipeline.get("positions") == "compact", n)
@@ -88,7 +95,8 @@ def test_beams(model, batch, pipeline, options):
 
 
 @every
-def test_sampling_and_return_sequences(model, batch, pipeline):
+def test_sampling_and_return_sequences(model, pipeline):
+    batch = tiny.build(model, EXPANDABLE, seed=3)
     n, p = 4, oracle.prompt(model, batch)
     with vtoken.wrapped(model, pipeline):
         greedy(model, batch, 1)
@@ -310,9 +318,10 @@ def test_what_cannot_hold_is_refused(model, batch):
             length = batch["input_ids"].shape[1]
             mask = torch.ones(3, 1, length, length, dtype=torch.bool).tril()
             model(**{**batch, "attention_mask": mask}, use_cache=False)
-        with pytest.raises(ValueError, match="prefill_chunk_size"):
-            one = tiny.build(model, [[3, "img", 5]], seed=1)
-            greedy(model, one, prefill_chunk_size=8)
+        # Older transformers leaves the images out of a chunked prefill, wrapped or not.
+        if NEW_TRANSFORMERS:
+            with pytest.raises(ValueError, match="prefill_chunk_size"):
+                greedy(model, tiny.build(model, [[3, "img", 5]], seed=1), prefill_chunk_size=8)
         with pytest.raises(UnsupportedError, match="vision_feature_layer"):
             model(**batch, vision_feature_layer=-1)
         with pytest.raises(TypeError, match="unwrap"):
@@ -335,3 +344,20 @@ def test_a_pruned_cache_ends_with_its_wrap(model, batch):
         model.generate(input_ids=ids, past_key_values=copy.deepcopy(out.past_key_values), max_new_tokens=1)
     with vtoken.wrapped(model, "fastervlm:4"), pytest.raises(RuntimeError, match="another wrap"):
         model.generate(input_ids=ids, past_key_values=out.past_key_values, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("stages", [[Ragged()], [Ragged(), Deep()]], ids=["tokens", "deep"])
+def test_compiled_decoding_is_one_graph(model, batch, stages):
+    """generate's own compiled decode on a static cache: same tokens, one graph, nothing that breaks it."""
+    from torch._dynamo.utils import counters
+    from transformers import CompileConfig
+
+    compiling = CompileConfig(backend="eager", mode=None, fullgraph=False, dynamic=False)
+    compiling._compile_all_devices = True
+    with vtoken.wrapped(model, stages):
+        want = greedy(model, batch)
+        torch._dynamo.reset()
+        counters.clear()
+        got = greedy(model, batch, cache_implementation="static", compile_config=compiling)
+    assert torch.equal(got, want)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]

@@ -125,6 +125,11 @@ def check_layers(stage: Stage, adapter: Adapter) -> None:
     """Refuses layers that do not exist, or whose output nobody reads any more."""
     if stage.site == "tokens":
         return
+    if stage.site == "encoder" and adapter.tower.config._attn_implementation == "flex_attention":
+        raise UnsupportedError(
+            f"stage {stage.name} drops tokens inside the vision tower, which needs attention masks that flex_attention does not "
+            'take there; load the model with attn_implementation="sdpa"'
+        )
     depth = len(adapter.encoder.layers if stage.site == "encoder" else adapter.lm.layers)
     layers = stage.layers(depth)
     first, last = (0, min(adapter.encoder.feature_layers) - 1) if stage.site == "encoder" else (1, depth - 1)

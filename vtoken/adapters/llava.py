@@ -18,7 +18,9 @@ class Llava(Adapter):
     model_type = "llava"
 
     def __init__(self, model: Any) -> None:
-        config: Any = model.config
+        config = model.config
+        if not hasattr(getattr(model, "model", None), "multi_modal_projector"):
+            raise UnsupportedError(f"expected a LlavaForConditionalGeneration, got {type(model).__name__}")
         vision = config.vision_config
         if vision.model_type not in TOWERS:
             raise UnsupportedError(
@@ -44,6 +46,10 @@ class Llava(Adapter):
         chosen = [self.config_layer] if isinstance(self.config_layer, int) else list(self.config_layer)
         # hidden_states[0] is the embedding, so entry h is the output of layer h - 1.
         features = tuple(h - 1 if h >= 0 else depth + h for h in chosen)
+        if min(features) < 0 or max(features) >= depth:
+            raise UnsupportedError(
+                f"vision_feature_layer={self.config_layer} is not the output of one of the tower's {depth} layers"
+            )
         nested = getattr(self.tower, "vision_model", self.tower)
         attention = nested.encoder.layers[0].self_attn
         self.encoder = Encoder(

@@ -77,9 +77,11 @@ class Boundary:
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         x, cache, run = kwargs["inputs_embeds"], kwargs.get("past_key_values"), self.run
+        # An exception in an earlier forward may have left its state behind.
+        run.flow = None
         if x.shape[1] == 1:
             return self._continue(args, kwargs) if isinstance(cache, PrunedCache) else None
-        run.flow, visual, run.visual = None, run.visual, None
+        visual, run.visual = run.visual, None
         if visual is not None and visual.shape == x.shape[:2]:
             return self._prefill(module, args, kwargs, visual.to(x.device))
         if isinstance(cache, PrunedCache):

@@ -108,6 +108,7 @@ class EncoderHooks:
     def _tap(self, name: str, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> None:
         self.tower.taps[name] = out
 
+    @torch.no_grad()
     def _facts(self, layer: int, names: list[str], module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
         tower, e = self.tower, self.encoder
         packed = {
