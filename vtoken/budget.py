@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -38,13 +39,8 @@ class Budget:
             raise ValueError(f"keep: {value!r} is not a budget; {_HELP}")
         elif isinstance(value, int):
             tokens = value
-        elif isinstance(value, str) and value.strip().endswith("%"):
-            try:
-                share = Fraction(value.strip()[:-1].strip()) / 100
-            except (ValueError, ZeroDivisionError):
-                raise ValueError(f"keep: {value!r} is not a percentage; {_HELP}") from None
-        elif isinstance(value, str) and value.strip().isdecimal():
-            tokens = int(value)
+        elif isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?%", value):
+            share = Fraction(value[:-1]) / 100
         elif isinstance(value, dict) and list(value) == ["total"] and type(value["total"]) is int:
             total = value["total"]
         else:

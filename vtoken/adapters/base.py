@@ -77,7 +77,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def check_call(self, kwargs: dict[str, Any]) -> None:
-        """Refuses arguments of a tower call that would change which layer the features come from."""
+        """Refuses arguments of a call of `outer` or the tower that change which layer the features come from."""
 
     def visual_mask(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
         """[B, L] bool: which positions hold visual features. Without ids the placeholder's embedding is looked for, as upstream."""

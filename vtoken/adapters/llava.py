@@ -86,9 +86,10 @@ class Llava(Adapter):
         return values.flatten(0, 1)
 
     def check_call(self, kwargs: dict[str, Any]) -> None:
-        asked = kwargs.get("output_hidden_states")
-        if type(asked) in (int, list) and asked != self.config_layer:
-            raise UnsupportedError(
-                f"vision_feature_layer={asked} at call time differs from the config's {self.config_layer}, which the stages were "
-                "set up for; set it in the config before wrapping"
-            )
+        # The model is told the layer; from 5.18 on the tower is too, as the one hidden state to return.
+        for asked in (kwargs.get("vision_feature_layer"), kwargs.get("output_hidden_states")):
+            if type(asked) in (int, list) and asked != self.config_layer:
+                raise UnsupportedError(
+                    f"vision_feature_layer={asked} at call time differs from the config's {self.config_layer}, which the stages "
+                    "were set up for; set it in the config before wrapping"
+                )

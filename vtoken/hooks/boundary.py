@@ -69,6 +69,7 @@ class Boundary:
         given = embeds if ids is None else ids
         if given is None or given.shape[1] == 1:
             return
+        self.adapter.check_call(kwargs)
         encoded = kwargs.get("mm_encoder_outputs") or {}
         has_features = any(kwargs.get(k) is not None for k in ("pixel_values", "pixel_values_videos")) or any(
             v is not None for v in encoded.values()

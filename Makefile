@@ -1,0 +1,45 @@
+# make demo | test | lint | test-oldest | test-gpu | bench | bench-gpu. The first call makes a virtual environment, later ones reuse it.
+PYTHON ?= python3
+VENV ?= .venv
+OLDEST ?= .venv-oldest
+
+.PHONY: demo test lint test-oldest test-gpu bench bench-gpu
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/vtoken demo
+
+test: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest -n 2
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -n 2
+
+bench: $(VENV)/.installed
+	$(VENV)/bin/python benchmarks/cpu.py
+
+# On a GPU machine the driver decides which torch works, so these use its own Python and install nothing.
+test-gpu:
+	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make test-gpu needs a CUDA device'"
+	$(PYTHON) -m pytest -m gpu tests
+	$(PYTHON) -m pytest tests/test_kernels.py
+
+bench-gpu:
+	$(PYTHON) benchmarks/gpu.py
+
+$(VENV)/.installed: CONSTRAINTS = constraints.txt
+$(VENV)/.installed: constraints.txt
+$(OLDEST)/.installed: CONSTRAINTS = constraints-oldest.txt
+$(OLDEST)/.installed: constraints-oldest.txt
+
+# torch comes first, so that nothing else decides which build of it is installed.
+$(VENV)/.installed $(OLDEST)/.installed: pyproject.toml
+	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'vtoken needs Python 3.11; use make PYTHON=python3.11'"
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install torch==2.13.0 -c $(CONSTRAINTS)
+	$(@D)/bin/python -m pip install -e '.[plot,dev]' -c $(CONSTRAINTS)
+	touch $@

@@ -1,0 +1,133 @@
+"""`vtoken list`: what there is to put into a pipeline."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vtoken.stages import Stage
+
+EXAMPLES = """examples:
+  vtoken list                                  # tables
+  vtoken list --json | jq '.stages[].stage'    # one JSON object
+  vtoken list --markdown                       # the tables of the README: vtoken's own stages and presets
+"""
+STAGE_COLUMNS = ("stage", "kind", "site", "needs", "options", "paper", "summary")
+PRESET_COLUMNS = ("preset", "positions", "stages", "summary")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Lists every stage (kind, site, facts it needs, options with defaults, paper) and every preset."
+    )
+    parser.epilog = EXAMPLES
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON object")
+    form.add_argument("--markdown", action="store_true", help="print the tables that the README embeds")
+
+
+def run(args: argparse.Namespace) -> int:
+    from vtoken.registry import catalogue, is_built_in
+
+    usable, broken = catalogue()
+    shown = [describe(cls) for name, cls in usable.items() if is_built_in(name) or not args.markdown]
+    if args.json:
+        print(json.dumps({"stages": shown, "presets": presets(), "broken": broken}, indent=2, ensure_ascii=False))
+    elif args.markdown:
+        print(_markdown(STAGE_COLUMNS, shown), _markdown(PRESET_COLUMNS, presets()), sep="\n\n")
+    else:
+        _print_table(("stage", "kind", "site"), shown)
+        _print_table(("preset",), presets())
+        for name, reason in broken.items():
+            print(f"broken: {name}: {reason}", file=sys.stderr)
+    return 0
+
+
+def describe(cls: type[Stage]) -> dict[str, Any]:
+    """What a reader wants to know about a stage, as plain data."""
+    module_doc = (sys.modules[cls.__module__].__doc__ or "").strip()
+    return {
+        "stage": cls.name,
+        "kind": cls.kind,
+        "site": cls.site,
+        "needs": _needs(cls),
+        "options": {
+            name: {"required": field.is_required(), "default": _plain(field.get_default(call_default_factory=True))}
+            for name, field in cls.model_fields.items()
+        },
+        "paper": cls.paper,
+        "summary": (module_doc or cls.__doc__ or "").strip().split("\n")[0],
+    }
+
+
+def presets() -> list[dict[str, Any]]:
+    """Every preset as plain data; its summary is the first line of its file."""
+    from vtoken import config, registry
+
+    rows = []
+    for name in registry.presets():
+        pipeline = config.load(name)
+        comment = registry.preset_file(name).read_text(encoding="utf-8").split("\n")[0]
+        stages = [{stage.name: stage.model_dump(mode="json")} for stage in pipeline.stages]
+        rows.append(
+            {"preset": name, "positions": pipeline.positions, "stages": stages, "summary": comment.lstrip("# ")}
+        )
+    return rows
+
+
+def _needs(cls: type[Stage]) -> list[str]:
+    """Facts of a stage with default options; `keep` has no default and no say in it."""
+    from vtoken.budget import Budget
+
+    options: dict[str, Any] = {"keep": Budget(64)} if "keep" in cls.model_fields else {}
+    try:
+        facts = cls.model_construct(**options).needs()
+    except AttributeError:  # It reads an option that has no default.
+        return ["depends on its options"]
+    return [fact.name if fact.layer is None else f"{fact.name}@{fact.layer}" for fact in facts]
+
+
+def _plain(default: Any) -> Any:
+    from pydantic_core import PydanticUndefined, to_jsonable_python
+
+    return None if default is PydanticUndefined else to_jsonable_python(default)
+
+
+def _text(key: str, value: Any) -> str:
+    """A value on one line."""
+    if key == "options":
+        return ", ".join(n if o["required"] else f"{n}={json.dumps(o['default'])}" for n, o in value.items())
+    if key == "stages":
+        return " → ".join(f"{n} ({', '.join(f'{k}={v}' for k, v in o.items())})" for s in value for n, o in s.items())
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def _markdown(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> str:
+    lines = [columns, ["---"] * len(columns), *([_markdown_cell(_text(c, row[c])) for c in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _markdown_cell(text: str) -> str:
+    if text.startswith("https://"):
+        return f"[{text.rpartition('/')[2]}]({text})"
+    return text.replace("|", "\\|")
+
+
+def _print_table(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+    """Short values side by side, the rest below the summary, so that 80 columns suffice."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 1, 0))
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    table.add_column("what it does", overflow="fold")
+    for row in rows:
+        rest = [f"{key}: {text}" for key in row if key not in (*columns, "summary") and (text := _text(key, row[key]))]
+        table.add_row(*(row[column] for column in columns), Text("\n".join([row["summary"], *rest])))
+    Console().print(table)
