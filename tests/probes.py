@@ -54,6 +54,14 @@ class Inside(Compressor):
         return above_mean(tokens, score, 0.8)
 
 
+class InsideOne(Inside):
+    """Encoder site, drops from the first image only: the others keep everything. No paper."""
+
+    def select(self, tokens: VisualTokens) -> Keep:
+        index = torch.cat([torch.arange(0, tokens.lengths[0], 2), torch.arange(tokens.lengths[0], len(tokens.x))])
+        return Keep(index, (-(-tokens.lengths[0] // 2), *tokens.lengths[1:]))
+
+
 class Deep(Compressor):
     """Decoder site, before chosen layers, by the last query's attention. No paper."""
 

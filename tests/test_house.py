@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "evals": LOWER | {"wrap", "evals", "__init__"},
     "commands": LOWER | {"wrap", "evals", "__init__"},
     "cli": LOWER | {"wrap", "commands", "evals", "__init__"},
+    "__main__": {"cli"},
 }
 MAY_IMPORT_FROM_OTHERS = {
     "__init__": set(),

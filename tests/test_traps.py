@@ -39,7 +39,7 @@ def test_masks_have_physical_length(model):
         good = run(model, batch)
         kept = vtoken.trace(model).kept
     keep = oracle.keep_mask(p, kept, tiny.TOKENS)
-    tokens, logits = oracle.generate(model, p, keep, 8)
+    _, logits = oracle.generate(model, p, keep, 8)
     torch.testing.assert_close(torch.stack(good.logits), logits, atol=2e-4, rtol=1e-4)
 
     from vtoken.hooks.layout import pack_left, take

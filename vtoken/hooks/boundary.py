@@ -251,8 +251,9 @@ class Boundary:
                     everything, flow.past + flow.new.shape[1], shift, dense and cache.groups[group].dense
                 )
         flow.slots = ok.shape[1]
-        all_real = dense and flow.mask is None and (cache is None or cache.groups[cache.group(start)].dense)
-        flow.ok = None if all_real or bool(ok.all()) else ok.long()
+        # The device is asked only when nothing but the user's mask can tell.
+        dense = dense and (cache is None or cache.groups[cache.group(start)].dense)
+        flow.ok = None if dense and (flow.mask is None or bool(ok.all())) else ok.long()
         return flow.ok
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vtoken.hooks import facts
+from vtoken.hooks.flow import check
 from vtoken.hooks.handle import Handle
 from vtoken.run import Clock, Encode, Lineage, Run, StageTrace
 from vtoken.stages import Fact, Stage, VisualTokens
@@ -50,8 +51,8 @@ class Tower:
 
     def restore(self, packed: Tensor) -> Tensor:
         """[Σlengths, ...] of live patches -> [crops, full, ...] with NaN where patches were dropped."""
-        if not packed.is_floating_point():
-            packed = packed.float()
+        if len(packed) == len(self.lengths) * self.full:
+            return packed.unflatten(0, (-1, self.full))
         out = packed.new_full((len(self.lengths), self.full, *packed.shape[1:]), float("nan"))
         out[self.rows, self.place] = packed
         return out
@@ -91,7 +92,7 @@ class EncoderHooks:
         handle.after(adapter.projector, self._projected)
 
     @property
-    def tower(self) -> Tower:
+    def tower(self) -> Any:
         return self.run.tower
 
     def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -153,6 +154,7 @@ class EncoderHooks:
         )
         with Clock(device) as clock:
             keep = stage.select(tokens)
+        check(stage, keep, tower.lengths)
         before, lengths = tower.lengths, keep.lengths
         tower.lineage = tower.lineage.advance(keep, rows)
         place = tower.lineage.place
@@ -195,8 +197,10 @@ class EncoderHooks:
     def _projected(self, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor | None:
         """After the projector: full shape again, facts put in the order of the packed tokens."""
         tower, adapter = self.tower, self.adapter
+        if tower is None:
+            return None
         self.run.tower = None
-        crops, short = len(tower.lengths), bool(tower.traces) and out.shape[1] != tower.full
+        crops, short = len(tower.lengths), sum(tower.lengths) < len(tower.lengths) * tower.full
         columns = tower.columns - int(self.encoder.cls)
 
         def full(x: Tensor) -> Tensor:
