@@ -226,9 +226,21 @@ def test_wrap_says_what_is_wrong(tmp_path):
         vtoken.wrap(text_only, "none")
 
 
+def pixtral():
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    vision = {"model_type": "pixtral", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 4, "head_dim": 8, "image_size": 56, "patch_size": 14}
+    text = {"model_type": "llama", **tiny.TEXT}
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=tiny.IMG)
+    )
+
+
 @pytest.mark.parametrize(
     "build, message",
     [
+        (pixtral, "pixtral"),
         (lambda: tiny.llava(text="mistral", sliding_window=8), "sliding"),
         (lambda: tiny.llava(attn="eager", text="gemma2", head_dim=8), "sliding"),
     ],

@@ -128,7 +128,7 @@ class Stage(BaseModel):
     from the authors' code. The name is the file's name (entry points: the entry point's).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: ClassVar[str] = ""
     site: ClassVar[Site]
