@@ -1,0 +1,215 @@
+"""`vtoken bench`: the oracle is the pipeline's own computation, ratios are paired, and nothing stays on the model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from probes import Deep, Failing, Inside, Ragged
+from torch import nn
+from transformers import GenerationConfig
+
+from vtoken import registry, wrap
+from vtoken.cli import main
+from vtoken.commands.bench import cells, markdown
+from vtoken.config import load
+from vtoken.errors import ConfigError, UnsupportedError
+from vtoken.evals import models
+from vtoken.evals.latency import COMPARED, PARTS, Bench, Spread, bench, break_even, ratios, row, spread
+from vtoken.evals.timing import Runner, Sample, Subject, random_prompt
+
+SHORT = {"text_tokens": 5, "new_tokens": 3, "repeats": 2, "warmup": 0}
+
+
+def hooks(model: nn.Module) -> list[tuple[str, int]]:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+    return [(name, len(getattr(m, k))) for name, m in model.named_modules() for k in kinds if getattr(m, k)]
+
+
+def used() -> Any:
+    """A model that ran once: transformers puts hooks of its own on it then."""
+    model = tiny.llava()
+    model(**tiny.build(model, [["img", 1]]))
+    return model
+
+
+@pytest.fixture(scope="module")
+def found() -> Bench:
+    model = used()
+    before, config, names = hooks(model), model.generation_config, set(vars(model))
+    measured = bench(model, ["fastervlm:4", Deep(), Inside()], batch=2, **SHORT)
+    assert hooks(model) == before and model.generation_config is config and set(vars(model)) == names
+    return measured
+
+
+def test_every_part_is_there(found: Bench) -> None:
+    assert [each.name for each in found.rows] == ["dense", "fastervlm:4", Deep.name, Inside.name]
+    for each in found.rows:
+        parts = each.milliseconds
+        assert list(parts) == list(PARTS)
+        for part, value in parts.items():
+            if (part, each.name) != ("stages", "dense"):
+                assert value is not None and 0 < value.low <= value.median <= value.high
+        assert parts["vision"].median < parts["ttft"].median < parts["end_to_end"].median
+        assert each.peak_bytes is None
+    dense, pruned, *others = found.rows
+    assert dense.milliseconds["stages"] is dense.to_dense is dense.oracle is dense.no_oracle is None
+    assert (dense.visual_tokens, pruned.visual_tokens) == (32, 8)
+    assert dense.kv_bytes * (5 + 4) == pruned.kv_bytes * (5 + 16)
+    assert pruned.oracle["stages"] is None and all(pruned.oracle[p] for p in PARTS if p != "stages")
+    assert set(pruned.to_oracle) == set(pruned.to_dense) == set(COMPARED)
+    for each, site in zip(others, ("decoder", "encoder"), strict=True):
+        assert each.oracle is each.to_oracle is each.overhead is each.break_even is None
+        assert f"{each.name} acts at site {site}" in each.no_oracle
+    assert found.drift > 0
+
+
+def test_the_result_is_plain_data_and_prints(found: Bench) -> None:
+    plain = json.loads(json.dumps(found.to_dict()))
+    assert plain["rows"][1]["to_oracle"]["ttft"]["median"] == found.rows[1].to_oracle["ttft"].median
+    assert plain["conditions"]["prompt"] == "ids [2, 21], pixel_values [2, 3, 56, 56]"
+    head, *lines = cells(found)
+    assert "peak memory" not in head and len(lines) == 4 and {len(line) for line in lines} == {len(head)}
+    text = markdown(found)
+    assert "| fastervlm:4 | 8 |" in text and "not measured on a CPU" in text and "no short prompt" in text
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize("stage", [{"fastervlm": {"keep": 5}}, {"pool": {"size": 2}}, Ragged()], ids=str)
+@pytest.mark.parametrize("text_tokens", [1, 9])
+def test_the_oracle_is_the_same_computation(positions: str, stage: Any, text_tokens: int) -> None:
+    """On the short prompt the unwrapped model says what the wrapped one says: text, merged features and positions agree."""
+    model, pipeline = used(), load({"positions": positions, "stages": [stage]})
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=8)
+    before, adapter = hooks(model), registry.adapter("llava")(model)
+    runner = Runner(adapter, random_prompt(adapter, batch=3, images=2, text_tokens=text_tokens, seed=3))
+    with torch.inference_mode():
+        subject = runner.prepare(pipeline)
+        kept, oracle = subject.visual_tokens, subject.oracle
+        assert 0 < kept < 3 * 2 * tiny.TOKENS and len(oracle.values) == int(oracle.visual.sum()) == kept
+        ours = runner.sample(pipeline)[1][:, -8:]
+        ideal = runner.sample(None, oracle)[1]
+        dense = runner.sample()[1][:, -8:]
+    assert torch.equal(ours, ideal)
+    assert not torch.equal(ours, dense)
+    assert hooks(model) == before
+
+
+def samples(*ttft: float) -> list[Sample]:
+    return [Sample(vision=1, stages=0.5, ttft=t, decode=2, end_to_end=t + 10, peak_bytes=100 * int(t)) for t in ttft]
+
+
+def test_ratios_are_paired() -> None:
+    """Rounds get slower tenfold; ratios of medians would be the same, their spread would not."""
+    dense = Subject(None, 100, 800, None, None, samples=samples(20, 200, 2000))
+    own = Subject(load("none"), 40, 400, object(), None, samples(11, 110, 1100), samples(10, 100, 1000))  # type: ignore[arg-type]
+    found = row(own, dense)
+    assert found.to_dense["ttft"] == Spread(0.55, 0.55, 0.55)
+    assert found.to_oracle["ttft"].median == found.to_oracle["ttft"].high == pytest.approx(1.1)
+    assert found.overhead == Spread(10, 5.5, 55)
+    # 60 tokens gain 100 ms, so 10 ms are 6 tokens.
+    assert found.break_even == 6
+    assert found.peak_bytes == 110_000
+    assert found.milliseconds["ttft"] == Spread(110, 60.5, 605)
+
+
+def test_a_part_that_is_missing() -> None:
+    once = [replace(sample, decode=None) for sample in samples(1, 2)]
+    assert ratios(once, once)["decode"] is None
+    assert ratios(once, once)["ttft"] == Spread(1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("overhead", "gain", "dropped", "tokens"),
+    [(1.0, 10.0, 100, 10), (1.01, 10.0, 100, 11), (-1.0, 10.0, 100, 1), (1.0, 0.0, 100, None), (1.0, -1.0, 100, None), (1.0, 1.0, 0, None)],
+)  # fmt: skip
+def test_break_even(overhead: float, gain: float, dropped: int, tokens: int | None) -> None:
+    assert break_even(overhead, gain, dropped) == tokens
+
+
+def test_spread() -> None:
+    assert spread([4, 1, 2, 3, 5]) == Spread(3, 2, 4)
+    assert spread([7]) == Spread(7, 7, 7)
+
+
+def test_one_new_token_has_no_decode() -> None:
+    found = bench(tiny.llava(), [], text_tokens=1, new_tokens=1, repeats=1, warmup=0)
+    assert found.rows[0].milliseconds["decode"] is None and found.drift is None
+
+
+def test_a_failing_stage_leaves_no_hooks() -> None:
+    model = used()
+    before, config = hooks(model), model.generation_config
+    with pytest.raises(ZeroDivisionError):
+        bench(model, [Failing(keep=4)], **SHORT)
+    assert hooks(model) == before and model.generation_config is config
+
+
+def test_bad_input() -> None:
+    model = tiny.llava()
+    with pytest.raises(ConfigError, match="new_tokens must be at least 1, not 0"):
+        bench(model, [], new_tokens=0)
+    with pytest.raises(ConfigError, match="warmup must be at least 0"):
+        bench(model, [], warmup=-1)
+    with pytest.raises(UnsupportedError, match="wrapped already"):
+        bench(wrap(model, "fastervlm:4"), [])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny.llava().save_pretrained(path)
+    return path
+
+
+def test_models(folder: Path, tmp_path: Path) -> None:
+    assert torch.equal(models.load(str(folder)).lm_head.weight, tiny.llava().lm_head.weight)
+    tiny.llava().config.save_pretrained(tmp_path)
+    state = torch.random.get_rng_state()
+    one, two = (models.load(str(tmp_path), dtype="bfloat16", random_weights=True, seed=1) for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert one.dtype == torch.bfloat16 and not one.training
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b) and a.isfinite().all()
+    with pytest.raises(ConfigError, match="--random-weights builds"):
+        models.load("nobody/nothing")
+
+
+def test_command_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--repeats", "1", "--warmup", "0", "--new-tokens", "2", "--text-tokens", "3"]
+    argv = ["bench", str(folder), "fastervlm:4", "--device", "cpu", "--threads", "1", "--random-weights", *few]
+    assert main([*argv, "--json"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert [each["visual_tokens"] for each in plain["rows"]] == [16, 4]
+    assert plain["weights"] == "random" and plain["conditions"]["threads"].startswith("1 of")
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "TTFT / oracle" in out and "break-even" in out and "fastervlm:4" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--device", "toaster"], "'toaster' is not a device"),
+        (["--device", "meta"], "device 'meta' is not supported"),
+        (["--device", "cuda:99"], "device 'cuda:99' is not here"),
+        (["--dtype", "float31"], "unknown dtype 'float31', did you mean 'float32'?"),
+        (["--threads", "0"], "threads must be at least 1"),
+        (["fastervm:4"], "fastervm"),
+    ],
+)
+def test_command_refuses(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "./nowhere", *argv]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
+
+
+def test_command_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    assert capsys.readouterr().out.count("vtoken bench ") >= 4

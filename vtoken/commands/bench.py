@@ -1,0 +1,169 @@
+"""`vtoken bench`: what a pipeline saves in time and memory, and what it costs above the ideal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vtoken.evals.latency import Bench, Row, Spread
+
+EPILOG = """\
+examples:
+  vtoken bench tiny-llava fastervlm:64
+      the shipped model on this machine, dense and pruned
+  vtoken bench llava-hf/llava-1.5-7b-hf fastervlm:64 uniform:64 --batch 8 --dtype bfloat16
+      two pipelines on one model, eight prompts at a time
+  vtoken bench llava-hf/llava-1.5-7b-hf fastervlm:64 --random-weights --device cuda --dtype bfloat16
+      7B shapes without a download: latency does not depend on what the weights say
+  vtoken bench tiny-llava my_pipeline.yaml --repeats 21 --json | jq '.rows[1].to_oracle.ttft'
+      the overhead alone
+
+Dense, pipelines and oracles run interleaved in one process. The oracle is the same unwrapped model on a prompt that is
+short already: pipeline / oracle is what vtoken itself costs. TTFT runs from the call to the first token, vision included.
+Numbers are medians, [25 % - 75 %] below; ratios are formed within a round.
+"""
+
+HEAD = (
+    "pipeline",
+    "visual tokens",
+    "vision ms",
+    "stages ms",
+    "TTFT ms",
+    "decode ms/token",
+    "end to end ms",
+    "peak memory",
+    "KV cache",
+    "TTFT / dense",
+    "TTFT / oracle",
+    "end / dense",
+    "end / oracle",
+    "break-even tokens",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's options."""
+    parser.description = "Latency and memory of dense, pipelines and their oracles, interleaved in one process."
+    parser.epilog = EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("model", metavar="MODEL", help="shipped model (tiny-llava), local folder or hub name")
+    parser.add_argument("pipelines", metavar="PIPELINE", nargs="*", help="preset, method:budget or YAML file")
+    for option, default, text in (
+        ("--batch", 1, "prompts at a time"),
+        ("--images", 1, "images per prompt"),
+        ("--text-tokens", 32, "prompt tokens that are not visual"),
+        ("--new-tokens", 16, "tokens generated, the first of them by prefill"),
+        ("--repeats", 7, "rounds that count"),
+        ("--warmup", 2, "rounds before them that do not"),
+        ("--seed", 0, "of texts, pictures and random weights"),
+    ):
+        parser.add_argument(option, type=int, default=default, metavar="N", help=f"{text} (default: %(default)s)")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
+    parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: the model's own)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch (default: torch's choice)")
+    parser.add_argument(
+        "--random-weights", action="store_true", help="build the model from its config; nothing is downloaded"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures and prints.
+
+    Raises:
+        ConfigError: a model, pipeline, device, dtype or count that cannot be used.
+        UnsupportedError: a family or stage that cannot be measured.
+    """
+    import torch
+
+    from vtoken.config import load
+    from vtoken.errors import ConfigError
+    from vtoken.evals import models
+    from vtoken.evals.latency import bench
+
+    if args.threads is not None and args.threads < 1:
+        raise ConfigError(f"threads must be at least 1, not {args.threads}")
+    pipelines = [load(each) for each in args.pipelines]  # A typing error must not cost the loading of a model.
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    model = models.load(
+        args.model, device=args.device, dtype=args.dtype, random_weights=args.random_weights, seed=args.seed
+    )
+    measured = bench(
+        model,
+        pipelines,
+        batch=args.batch,
+        images=args.images,
+        text_tokens=args.text_tokens,
+        new_tokens=args.new_tokens,
+        repeats=args.repeats,
+        warmup=args.warmup,
+        seed=args.seed,
+    )
+    weights = "random" if args.random_weights else "as loaded"
+    if args.json:
+        print(json.dumps({"model": args.model, "weights": weights, **measured.to_dict()}))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    columns, *lines = cells(measured)
+    table = Table(*columns, title=args.model, title_justify="left", show_lines=True)
+    for line in lines:
+        table.add_row(*line)
+    console = Console()
+    # A file has no width of its own; folded cells would be hard to read there.
+    Console(width=None if console.is_terminal else 200).print(table)
+    for sentence in (f"weights: {weights}", *notes(measured)):
+        print(sentence)
+    return 0
+
+
+def cells(measured: Bench) -> list[tuple[str, ...]]:
+    """Head and rows as text; columns that are empty throughout are left out."""
+    rows = [HEAD, *(_line(row) for row in measured.rows)]
+    used = [any(row[column] for row in rows[1:]) for column in range(len(HEAD))]
+    return [tuple(cell for cell, use in zip(row, used, strict=True) if use) for row in rows]
+
+
+def markdown(measured: Bench) -> str:
+    """The table in Markdown, notes below."""
+    head, *rows = ([cell.replace("\n", " ") for cell in row] for row in cells(measured))
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", *(f"- {n}" for n in notes(measured))])
+
+
+def notes(measured: Bench) -> list[str]:
+    """Conditions, and what is not in the table and why."""
+    found = [f"{name.replace('_', ' ')}: {value}" for name, value in measured.conditions.items()]
+    if measured.drift is not None:
+        found.append(f"drift: dense end to end, second half of the rounds / first: {measured.drift:.3f}")
+    if all(row.peak_bytes is None for row in measured.rows):
+        found.append("peak memory: not measured on a CPU, where one process has no figure per pipeline")
+    found += [f"{row.name}: no oracle, {row.no_oracle}" for row in measured.rows if row.no_oracle]
+    return found
+
+
+def _line(row: Row) -> tuple[str, ...]:
+    times, dense, oracle = row.milliseconds, row.to_dense or {}, row.to_oracle or {}
+    return (
+        row.name,
+        str(row.visual_tokens),
+        *(_spread(times[part], 2) for part in ("vision", "stages", "ttft", "decode", "end_to_end")),
+        "" if row.peak_bytes is None else _bytes(row.peak_bytes),
+        _bytes(row.kv_bytes),
+        *(_spread(ratio.get(part), 3) for part in ("ttft", "end_to_end") for ratio in (dense, oracle)),
+        "" if row.break_even is None else str(row.break_even),
+    )
+
+
+def _spread(value: Spread | None, digits: int) -> str:
+    if value is None:
+        return ""
+    return f"{value.median:.{digits}f}\n[{value.low:.{digits}f} - {value.high:.{digits}f}]"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

@@ -1,0 +1,231 @@
+"""How fast: dense, pipelines and their oracles, interleaved in one process.
+
+One sample is one greedy `generate` of a batch of random prompts of one shape, with a fixed number of new tokens. Wrapping
+is not timed, nor a call for one token right before each sample, which warms the caches.
+
+The *oracle* of a pipeline is the same unwrapped model on a prompt that is short already: what pruning would cost if
+deciding and dropping were free. It is timed around (1) the full vision tower and projector, (2) embedding a prompt with
+only the kept placeholders and merging the kept features into it, (3) stock `generate` on the result, with the positions
+and padding that the pipeline produces, while the tower's output stays in memory. So it pays what `generate` always
+costs, and pipeline / oracle is vtoken's own price: hooks, facts, scores, top-k, gather, masks. It runs the same decoder
+computation, hence gives the same tokens. It exists where all stages act at site `tokens`: elsewhere the sequence is
+shortened on the way and no short prompt is equivalent.
+
+*Break-even* is the number of visual tokens, over the whole batch, that a pipeline must drop to pay for itself:
+ceil(overhead / gain), overhead = TTFT(pipeline) - TTFT(oracle), gain = (TTFT(dense) - TTFT(oracle)) / tokens dropped,
+all medians of per-round differences. A cost that grows with the tokens is taken as fixed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from typing import Any
+
+import torch
+import transformers
+from transformers import GenerationConfig
+
+import vtoken
+from vtoken import registry
+from vtoken.config import load
+from vtoken.errors import ConfigError
+from vtoken.evals.demo import processor_name
+from vtoken.evals.timing import Runner, Sample, Subject, random_prompt
+from vtoken.hooks.handle import Handle
+
+PARTS = ("vision", "stages", "ttft", "decode", "end_to_end")
+COMPARED = ("ttft", "decode", "end_to_end")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles over the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pipeline, or dense.
+
+    Attributes:
+        visual_tokens: of the whole batch, when the decoder's last layer is done.
+        kv_bytes: keys and values of the whole batch after prefill.
+        milliseconds, oracle: part -> spread; a part is None where it does not exist.
+        peak_bytes: largest of all rounds, None on a CPU.
+        to_dense, to_oracle: part -> spread of the per-round ratios pipeline / dense and pipeline / oracle.
+        overhead: milliseconds of TTFT above the oracle's.
+        break_even: visual tokens to drop before the pipeline pays, None where it cannot be computed.
+        no_oracle: why there is none, or None.
+    """
+
+    name: str
+    visual_tokens: int
+    kv_bytes: int
+    milliseconds: dict[str, Spread | None]
+    peak_bytes: int | None
+    to_dense: dict[str, Spread | None] | None = None
+    oracle: dict[str, Spread | None] | None = None
+    to_oracle: dict[str, Spread | None] | None = None
+    overhead: Spread | None = None
+    break_even: int | None = None
+    no_oracle: str | None = None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Rows, the first of which is dense.
+
+    Attributes:
+        drift: dense end to end, median of the second half of the rounds / of the first; None with one round.
+        conditions: what a reader needs to run it again.
+    """
+
+    rows: tuple[Row, ...]
+    drift: float | None
+    conditions: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `json.dumps` takes."""
+        return asdict(self)
+
+
+@torch.inference_mode()
+def bench(
+    model: Any,
+    pipelines: Sequence[Any],
+    *,
+    batch: int = 1,
+    images: int = 1,
+    text_tokens: int = 32,
+    new_tokens: int = 16,
+    repeats: int = 7,
+    warmup: int = 2,
+    seed: int = 0,
+) -> Bench:
+    """Measures dense, every pipeline and every oracle once per round, in an order that rotates from round to round.
+
+    Args:
+        model: a stock model that is not wrapped; it is left as it was.
+        pipelines: anything that `vtoken.wrap` takes.
+        images, text_tokens: per prompt, of `batch` prompts.
+        new_tokens: generated per prompt; end-of-sequence is disabled.
+        repeats: rounds that count, after `warmup` rounds that do not.
+        seed: of texts and pictures.
+
+    Raises:
+        ConfigError: a count out of range, or a pipeline that does not read.
+        UnsupportedError: a family without random prompts, a wrapped model, or a stage the model cannot serve.
+    """
+    counts = {
+        "batch": batch,
+        "images": images,
+        "text_tokens": text_tokens,
+        "new_tokens": new_tokens,
+        "repeats": repeats,
+    }
+    for name, count in counts.items():
+        if count < 1:
+            raise ConfigError(f"{name} must be at least 1, not {count}")
+    if warmup < 0:
+        raise ConfigError(f"warmup must be at least 0, not {warmup}")
+    parsed = [load(pipeline) for pipeline in pipelines]
+    adapter = registry.adapter(model.config.model_type)(model)
+    runner = Runner(adapter, random_prompt(adapter, batch, images, text_tokens, seed))
+    handle = Handle()
+    # Whatever the checkpoint says about sampling and stopping must not decide what is measured.
+    handle.set(model, "generation_config", GenerationConfig(do_sample=False, max_new_tokens=new_tokens))
+    try:
+        subjects = [runner.prepare(pipeline) for pipeline in (None, *parsed)]
+        for turn in range(-warmup, repeats):
+            shift = turn % len(subjects)
+            for subject in subjects[shift:] + subjects[:shift]:
+                runner.round(subject, oracle_first=turn % 2 == 1, count=turn >= 0)
+    finally:
+        handle.release()
+    dense = subjects[0]
+    total = [sample.end_to_end for sample in dense.samples]
+    half = repeats // 2
+    drift = spread(total[-half:]).median / spread(total[:half]).median if half else None
+    conditions = {**machine(model), **counts, "warmup": warmup, "seed": seed, "prompt": runner.shape}
+    return Bench(tuple(row(subject, dense) for subject in subjects), drift, conditions)
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles, linear between values."""
+    found = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.5, 0.25, 0.75], dtype=torch.float64))
+    return Spread(*found.tolist())
+
+
+def row(subject: Subject, dense: Subject) -> Row:
+    """The statistics of one subject; only its oracle's when it has one."""
+    name = subject.pipeline.name if subject.pipeline else "dense"
+    peaks = [sample.peak_bytes for sample in subject.samples if sample.peak_bytes is not None]
+    base = Row(
+        name,
+        subject.visual_tokens,
+        subject.kv_bytes,
+        milliseconds=parts(subject.samples),
+        peak_bytes=max(peaks, default=None),
+        no_oracle=subject.no_oracle,
+    )
+    if subject is dense:
+        return base
+    base = replace(base, to_dense=ratios(subject.samples, dense.samples))
+    if subject.oracle is None:
+        return base
+    pairs = list(zip(subject.samples, subject.ideal, dense.samples, strict=True))
+    overhead = spread([own.ttft - ideal.ttft for own, ideal, _ in pairs])
+    gain = spread([full.ttft - ideal.ttft for _, ideal, full in pairs]).median
+    return replace(
+        base,
+        oracle=parts(subject.ideal),
+        to_oracle=ratios(subject.samples, subject.ideal),
+        overhead=overhead,
+        break_even=break_even(overhead.median, gain, dense.visual_tokens - subject.visual_tokens),
+    )
+
+
+def parts(samples: Sequence[Sample]) -> dict[str, Spread | None]:
+    """Part -> spread, None for a part that the samples lack."""
+    found = {part: [getattr(sample, part) for sample in samples] for part in PARTS}
+    return {part: None if None in values else spread(values) for part, values in found.items()}
+
+
+def ratios(samples: Sequence[Sample], others: Sequence[Sample]) -> dict[str, Spread | None]:
+    """Part -> spread of samples[i] / others[i], for the parts that all variants have."""
+    found: dict[str, Spread | None] = {}
+    for part in COMPARED:
+        pairs = [(getattr(a, part), getattr(b, part)) for a, b in zip(samples, others, strict=True)]
+        found[part] = None if None in pairs[0] else spread([a / b for a, b in pairs])
+    return found
+
+
+def break_even(overhead: float, gain: float, dropped: int) -> int | None:
+    """Tokens to drop before milliseconds of overhead are won back, where dropping `dropped` gains `gain` milliseconds.
+
+    None where nothing was dropped or nothing gained; at least 1.
+    """
+    return max(1, math.ceil(overhead * dropped / gain)) if dropped > 0 and gain > 0 else None
+
+
+def machine(model: Any) -> dict[str, Any]:
+    """Hardware, versions and what the model computes with."""
+    cuda = model.device.type == "cuda"
+    return {
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name(model.device) if cuda else processor_name(),
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} CPUs",
+        "versions": f"vtoken {vtoken.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"Python {platform.python_version()}",
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation,
+    }
