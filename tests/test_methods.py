@@ -87,7 +87,9 @@ def test_budget(value, lengths, row, want):
     assert Budget(Budget(value).plain()) == Budget(value)
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.0, 0.5, True, "0%", "101%", "x", "%", "64", "1/3%", "1e1%", {"total": 0}, {"totl": 3}, None, [3]])
+@pytest.mark.parametrize(
+    "value", [0, -1, 1.0, 0.5, True, "0%", "101%", "x", "%", "64", "1/3%", "1e1%", {"total": 0}, {"totl": 3}, None, [3]]
+)
 def test_bad_budget(value):
     with pytest.raises(ValueError, match="keep"):
         Budget(value)

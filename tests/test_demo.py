@@ -1,0 +1,129 @@
+"""`vtoken demo` and `vtoken show` on the shipped model, end to end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from vtoken.commands import demo as demo_command
+from vtoken.commands import show as show_command
+from vtoken.errors import VtokenError
+from vtoken.evals import demo, reference
+
+PICTURE = str(reference.path().parent / "glyph-qa" / "000.jpg")
+
+
+def run(command, *words: str) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(words))
+
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch):
+    monkeypatch.setattr(demo, "ROUNDS", 2)
+    monkeypatch.setattr(demo, "WARMUP", 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_default_budgets_fit_the_model():
+    assert demo.default_budgets(576) == (64, 32, 16)
+    assert demo.default_budgets(324) == (32, 16, 8)
+    assert demo.default_budgets(16) == (4, 2, 1)
+
+
+def test_demo_writes_the_report_and_prints_one_object(tmp_path, capsys):
+    assert run(demo_command, "--limit", "12", "--budgets", "64,16,32", "--out", str(tmp_path / "out"), "--json") == 0
+    out = json.loads(capsys.readouterr().out)
+    page = Path(out["report"])
+    assert page == tmp_path / "out" / "report.html"
+    text = page.read_text(encoding="utf-8")
+    methods = ["fastervlm", "uniform", "random"]
+    names = ["dense", *(f"{method}:{k}" for method in methods for k in (64, 32, 16))]
+    assert [row["pipeline"] for row in out["pipelines"]] == names
+    assert all(f"<th>{name}</th>" in text for name in names)
+    dense, *pruned = out["pipelines"]
+    assert [row["tokens"] for row in pruned] == [64, 32, 16] * 3
+    assert dense["tokens"] == reference.load()[0].config.image_seq_length
+    assert all(row["accuracy"]["total"] == 12 for row in out["pipelines"])
+    assert all(row["flops"] < dense["flops"] and row["cache_bytes"] < dense["cache_bytes"] for row in pruned)
+    assert [set(example["answers"]) for example in out["examples"]] == [{"dense", *(f"{m}:32" for m in methods)}] * 2
+    assert text.count("data:image/jpeg") == 2 * 4
+    assert "--limit 12 --budgets 64,16,32" in out["conditions"]["command"]
+
+
+def test_demo_leaves_the_model_as_it_was():
+    """The pruned runs share one model with the dense one; a leftover would show in its answers."""
+    questions = reference.questions(6)
+    model, processor = reference.load()
+    before = reference.answers(model, processor, questions)
+    demo.prefill(model, demo.load("fastervlm:32"), demo.inputs_of(processor, questions[0]))
+    assert reference.answers(model, processor, questions) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--model", "tiny-lava"), "tiny-llava"),
+        (("--limit", "0"), "at least 1"),
+        (("--limit", "6", "--budgets", "64,600"), "between 1 and"),
+    ],
+)
+def test_demo_refuses_in_one_line(words, message, tmp_path):
+    with pytest.raises(VtokenError, match=message) as raised:
+        run(demo_command, *words, "--out", str(tmp_path))
+    assert "\n" not in str(raised.value)
+
+
+def test_demo_without_the_extra_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(demo_command, "find_spec", lambda name: None if name == "matplotlib" else object())
+    with pytest.raises(VtokenError, match=r'needs matplotlib: pip install "vtoken\[plot\]"'):
+        run(demo_command)
+
+
+def test_show_writes_an_overlay_without_the_extra(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out = tmp_path / "kept.png"
+    assert run(show_command, "tiny-llava", "fastervlm:32", PICTURE, "--out", str(out), "--json") == 0
+    trace = json.loads(capsys.readouterr().out)
+    assert trace["file"] == str(out) and trace["stages"][-1]["tokens_out"] == [32]
+    with Image.open(out) as picture:
+        assert picture.format == "PNG" and picture.width >= 480
+
+
+def test_show_loads_a_folder_as_any_hub_model(tmp_path, capsys):
+    out = tmp_path / "kept.png"
+    words = (
+        str(reference.path()),
+        "uniform:64",
+        PICTURE,
+        "--question",
+        "how many digits are there?",
+        "--out",
+        str(out),
+    )
+    assert run(show_command, *words) == 0
+    assert capsys.readouterr().out == f"wrote {out}: 64 of 576 visual tokens kept\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("tiny-llava", "fastervlm:32", "no-such.jpg"), "cannot read picture no-such.jpg"),
+        (("./no-such-model", "fastervlm:32", PICTURE), "no model folder './no-such-model'"),
+        (("tiny-llava", "fastervm:32", PICTURE), "fastervlm"),
+    ],
+)
+def test_show_refuses_in_one_line(words, message):
+    with pytest.raises(VtokenError, match=message) as raised:
+        run(show_command, *words)
+    assert "\n" not in str(raised.value)

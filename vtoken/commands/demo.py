@@ -1,0 +1,100 @@
+"""`vtoken demo`: the reference VLM, dense and pruned, as one HTML page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+from vtoken.errors import VtokenError
+
+EXAMPLES = """examples:
+  vtoken demo                                  # writes vtoken-demo/report.html
+  vtoken demo --limit 48                       # a quick look
+  vtoken demo --budgets 128,64,8 --out wide    # other budgets, other folder
+  vtoken demo --json | jq '.pipelines[] | [.pipeline, .accuracy.share]'
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Runs dense, fastervlm, uniform and random at three budgets on the shipped pictures: accuracy, tokens, FLOPs,\n"
+        "time to first token, cache bytes. Writes report.html with the table, a plot and pictures of the kept tokens."
+    )
+    parser.epilog = EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--model", default="tiny-llava", metavar="NAME", help="shipped model (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("vtoken-demo"), metavar="DIR", help="folder (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=240, metavar="N", help="first N questions, 6 per picture (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--budgets", type=_budgets, metavar="N,N,N", help="visual tokens to keep (default: 64,32,16 of 576)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the demo and writes the page.
+
+    Raises:
+        VtokenError: the extra `plot` is not installed, or an argument does not fit the model.
+    """
+    missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
+    if missing:
+        raise VtokenError(f'the report needs {" and ".join(missing)}: pip install "vtoken[plot]"')
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from vtoken.evals import demo, reference
+    from vtoken.evals.report import render
+
+    if args.model not in reference.names():
+        raise VtokenError(f"no reference model {args.model!r}; there are: {', '.join(reference.names())}")
+    bar = Progress(
+        TextColumn("{task.description:<20}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("loading", total=1.0)
+        report = demo.run(
+            args.model,
+            args.budgets,
+            args.limit,
+            command=_command(args),
+            progress=lambda what, share: bar.update(task, description=what, completed=share),
+        )
+    args.out.mkdir(parents=True, exist_ok=True)
+    page = args.out / "report.html"
+    page.write_text(render(report), encoding="utf-8")
+    if args.json:
+        print(json.dumps({"report": str(page), **report.to_dict()}))
+        return 0
+    for row in report.figures():
+        print(
+            f"{row['pipeline']:<14} {row['tokens']:>4} tokens  {100 * row['accuracy']['share']:5.1f} % right  "
+            f"FLOPs x{row['flops_ratio']:.2f}  TTFT {1000 * row['ttft']['median']:6.1f} ms x{row['ttft_ratio']['median']:.2f}  "
+            f"cache {row['cache_bytes'] / 1024:7.0f} KiB"
+        )
+    print(f"wrote {page}")
+    return 0
+
+
+def _budgets(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 64,32,16") from None
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command line that made the report, without where it was written."""
+    parts = ["vtoken demo", f"--model {args.model}", f"--limit {args.limit}"]
+    return " ".join([*parts, f"--budgets {','.join(map(str, args.budgets))}"] if args.budgets else parts)

@@ -1,0 +1,229 @@
+"""The demo: the reference VLM, dense and pruned, on the shipped questions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import date
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+
+import vtoken
+from vtoken.config import Pipeline, load
+from vtoken.errors import VtokenError
+from vtoken.evals import reference
+from vtoken.evals.flops import account
+from vtoken.evals.overlay import as_seen, overlay, owners
+from vtoken.evals.report import Case, Panel, Report, Row
+from vtoken.run import Trace
+from vtoken.wrap import trace, wrapped
+
+METHODS = ("fastervlm", "uniform", "random")
+ROUNDS = 21
+WARMUP = 2
+BATCH = 16
+EXAMPLES = 4
+Progress = Callable[[str, float], None]
+
+
+def run(
+    name: str = "tiny-llava",
+    budgets: Sequence[int] | None = None,
+    limit: int | None = None,
+    command: str = "vtoken demo",
+    progress: Progress = lambda what, share: None,
+) -> Report:
+    """Scores and times dense and every method at every budget.
+
+    Args:
+        name: a shipped reference model.
+        budgets: visual tokens to keep; None takes about 1/9, 1/18 and 1/36 of the model's.
+        limit: the first so many questions only.
+        command: how the report says it was made.
+        progress: called with what is being done and the share of the work that is done.
+
+    Raises:
+        VtokenError: a budget that does not fit, or a trace that disagrees with the plan.
+    """
+    if limit is not None and limit < 1:
+        raise VtokenError(f"the limit must be at least 1 question, not {limit}")
+    model, processor = reference.load(name)
+    questions = reference.questions(limit)
+    total = model.config.image_seq_length
+    budgets = sorted(set(budgets or default_budgets(total)), reverse=True)
+    if not 1 <= budgets[-1] <= budgets[0] <= total:
+        raise VtokenError(f"budgets must lie between 1 and {total}, the visual tokens of {name}")
+    pipelines: dict[str, Pipeline | None] = {"dense": None}
+    pipelines |= {f"{method}:{k}": load(f"{method}:{k}") for method in METHODS for k in budgets}
+
+    work = len(pipelines) * (len(questions) + WARMUP + ROUNDS)
+    done = 0
+
+    def advance(what: str, by: int) -> None:
+        nonlocal done
+        done += by
+        progress(what, done / work)
+
+    answers: dict[str, list[str]] = {}
+    for label, pipeline in pipelines.items():
+        before = done
+
+        def answered(count: int, _: int, label: str = label, before: int = before) -> None:
+            advance(label, before + count - done)
+
+        with applied(model, pipeline):
+            answers[label] = reference.answers(model, processor, questions, batch_size=BATCH, progress=answered)
+
+    prompts = [inputs_of(processor, q) for q in questions[:ROUNDS]]
+    seconds = time_to_first_token(model, pipelines, prompts, lambda: advance("time to first token", 1))
+    rows = [
+        Row(
+            pipeline=label,
+            method=label.partition(":")[0],
+            scores=reference.score(questions, answers[label]),
+            ttft=tuple(seconds[label]),
+            **cost(model, pipeline, prompts[0]),
+        )
+        for label, pipeline in pipelines.items()
+    ]
+    shown = {label: pipelines[label] for label in ("dense", *(f"{m}:{budgets[len(budgets) // 2]}" for m in METHODS))}
+    cases = tuple(
+        case(model, processor, shown, question, {label: answers[label][k] for label in shown})
+        for k, question in examples(questions)
+    )
+    return Report(name, tuple(rows), cases, conditions(model, command, len(questions), len(prompts)))
+
+
+def default_budgets(total: int) -> tuple[int, int, int]:
+    """Powers of two near 1/9, 1/18 and 1/36 of the visual tokens: 64, 32 and 16 of 576."""
+    most = max(4, 1 << (total // 9).bit_length() - 1)
+    return most, most // 2, most // 4
+
+
+def applied(model: Any, pipeline: Pipeline | None) -> AbstractContextManager[Any]:
+    """The model with the pipeline for the length of a `with`; None leaves it dense."""
+    return nullcontext(model) if pipeline is None else wrapped(model, pipeline)
+
+
+def inputs_of(processor: Any, question: reference.Question) -> Any:
+    """Model inputs of one question, batch 1."""
+    with Image.open(question.image) as picture:
+        return processor(images=picture.convert("RGB"), text=reference.prompt(processor, question), return_tensors="pt")
+
+
+@torch.inference_mode()
+def time_to_first_token(
+    model: Any, pipelines: dict[str, Pipeline | None], prompts: Sequence[Any], step: Callable[[], None]
+) -> dict[str, list[float]]:
+    """Seconds of `generate` up to one new token, for every pipeline one number per round.
+
+    All pipelines run in every round on the same prompt and in rotating order, so that a drift of the machine hits all alike.
+    Wrapping and preprocessing are not timed.
+    """
+    seconds: dict[str, list[float]] = {label: [] for label in pipelines}
+    order = list(pipelines)
+    for turn in range(-WARMUP, ROUNDS):
+        prompt = prompts[turn % len(prompts)]
+        for label in order:
+            with applied(model, pipelines[label]):
+                start = time.perf_counter()
+                model.generate(**prompt, do_sample=False, max_new_tokens=1)
+                seconds[label].append(time.perf_counter() - start)
+            step()
+        order.append(order.pop(0))
+    return {label: values[WARMUP:] for label, values in seconds.items()}
+
+
+@torch.inference_mode()
+def cost(model: Any, pipeline: Pipeline | None, prompt: Any) -> dict[str, int]:
+    """`tokens`, `flops`, `language_flops` and `cache_bytes` of one prefill: tokens and bytes are measured, FLOPs counted.
+
+    Raises:
+        VtokenError: what was measured differs from the account of the plan.
+    """
+    visual = int((prompt["input_ids"] == model.config.image_token_id).sum())
+    plan = account(model.config, pipeline, text_tokens=prompt["input_ids"].shape[1] - visual, new_tokens=1)
+    if pipeline is None:
+        layers = model(**prompt, use_cache=True).past_key_values.layers
+        tokens, cache_bytes = [visual] * len(layers), sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    else:
+        seen = prefill(model, pipeline, prompt)
+        tokens, cache_bytes = [sum(layer) for layer in seen.layers], seen.cache_bytes
+    if (tokens, cache_bytes) != (list(plan.visual_tokens), plan.kv_bytes_prefill):
+        raise VtokenError(
+            f"{plan.pipeline}: planned {list(plan.visual_tokens)} visual tokens per layer and {plan.kv_bytes_prefill} cache bytes, "
+            f"measured {tokens} and {cache_bytes}"
+        )
+    language = plan.prefill_linear + plan.prefill_attention
+    return {"tokens": tokens[0], "flops": plan.total, "language_flops": language, "cache_bytes": cache_bytes}
+
+
+def prefill(model: Any, pipeline: Pipeline, prompt: Any) -> Trace:
+    """What the pipeline does to one prompt."""
+    with wrapped(model, pipeline):
+        model.generate(**prompt, do_sample=False, max_new_tokens=1)
+        return trace(model)
+
+
+def examples(questions: Sequence[reference.Question]) -> list[tuple[int, reference.Question]]:
+    """Place and question of the shown examples: from every next picture the next kind, so nothing is picked by result."""
+    by_picture: dict[Any, list[int]] = {}
+    for k, question in enumerate(questions):
+        by_picture.setdefault(question.image, []).append(k)
+    groups = list(by_picture.values())[:EXAMPLES]
+    return [(k, questions[k]) for k in (group[turn % len(group)] for turn, group in enumerate(groups))]
+
+
+@torch.inference_mode()
+def case(
+    model: Any,
+    processor: Any,
+    pipelines: dict[str, Pipeline | None],
+    question: reference.Question,
+    answers: dict[str, str],
+) -> Case:
+    """One question with what every pipeline kept of its picture and answered."""
+    prompt = inputs_of(processor, question)
+    with Image.open(question.image) as original:
+        picture = as_seen(processor, prompt["pixel_values"], original)[0]
+    panels = []
+    for label, pipeline in pipelines.items():
+        if pipeline is None:
+            drawn = picture.resize((480, 480), Image.Resampling.BICUBIC)
+        else:
+            seen = prefill(model, pipeline, prompt)
+            drawn = overlay(picture, seen.kept[0], seen.grid[0], owners(seen, 0))
+        right = bool(reference.score([question], [answers[label]])[question.kind][0])
+        panels.append(Panel(label, answers[label], right, drawn))
+    return Case(question.question, question.answer, tuple(panels))
+
+
+def conditions(model: Any, command: str, questions: int, prompts: int) -> dict[str, str]:
+    """What a reader needs to run it again."""
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    return {
+        "date": date.today().isoformat(),
+        "command": command,
+        "machine": f"{processor_name()}, {os.cpu_count()} CPUs, torch threads: {torch.get_num_threads()}, {platform.system()}",
+        "versions": f"vtoken {vtoken.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"Python {platform.python_version()}",
+        "model": f"{size:.1f} M parameters, {str(model.dtype).removeprefix('torch.')}, on {model.device}",
+        "accuracy": f"first {questions} questions of the held-out set, exact match, greedy, batch {BATCH}",
+        "timing": f"{ROUNDS} rounds over {prompts} questions after {WARMUP} for warm-up, pipelines interleaved, batch 1",
+        "seed": "random keeps the same cells in every picture (seed 0); nothing else is random",
+    }
+
+
+def processor_name() -> str:
+    """The CPU's name as the system gives it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as info:
+            return next(line.partition(":")[2].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
