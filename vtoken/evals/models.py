@@ -53,7 +53,7 @@ def load(
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"cannot load model {name!r}: {str(error).strip().splitlines()[0]} (shipped: {', '.join(reference.names())}; "
-            "--random-weights builds a model from its config alone)"
+            "vtoken bench --random-weights builds a model from its config alone)"
         ) from error
     return model.to(target).train(False)
 

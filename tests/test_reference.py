@@ -1,0 +1,154 @@
+"""The shipped reference VLM: stock loading, the held-out set, the generator and the recipe."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vtoken.evals import reference
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    import torch
+
+    torch.set_num_threads(1)
+    return reference.load()
+
+
+def test_import_needs_neither_torch_nor_transformers():
+    code = "import sys, vtoken.evals.reference as r; r.path(); r.questions(1); assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_names_and_paths():
+    assert reference.names() == ("tiny-llava",)
+    assert (reference.path() / "model.safetensors").stat().st_size <= 8e6
+    with pytest.raises(ValueError, match="there are: tiny-llava"):
+        reference.path("tiny-lava")
+
+
+def test_stock_model_and_processor(loaded):
+    model, processor = loaded
+    assert type(model).__name__ == "LlavaForConditionalGeneration" and not model.training
+    assert type(processor).__name__ == "LlavaProcessor"
+    assert "torchvision" not in sys.modules and type(processor.image_processor).__name__.endswith("Pil")
+    assert processor.tokenizer.padding_side == "left"
+
+
+def test_visual_tokens(loaded):
+    model, processor = loaded
+    question = reference.questions(1)[0]
+    inputs = processor(
+        images=[Image.open(question.image)], text=[reference.prompt(processor, question)], return_tensors="pt"
+    )
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == 576
+    assert inputs["input_ids"][0, 0] == model.config.text_config.bos_token_id
+    features = model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True).pooler_output
+    assert features[0].shape == (576, model.config.text_config.hidden_size)
+
+
+def test_every_word_of_the_held_out_set_is_known(loaded):
+    tokenizer = loaded[1].tokenizer
+    for question in reference.questions():
+        assert tokenizer.unk_token_id not in tokenizer(f"{question.question} {question.answer}").input_ids
+
+
+def test_held_out_set():
+    asked = reference.questions()
+    assert len(asked) >= 500 and {q.kind for q in asked} == set(reference.KINDS)
+    assert reference.questions(7) == asked[:7]
+    for question in asked[:: len(reference.KINDS)]:
+        with Image.open(question.image) as image:
+            assert image.size == (192, 192)
+        assert all(0 <= left < right <= 192 and 0 <= top < bottom <= 192 for left, top, right, bottom in question.boxes)
+    assert sum(file.stat().st_size for file in asked[0].image.parent.iterdir()) <= 3e6
+
+
+def test_score():
+    asked = reference.questions(2)
+    assert reference.score(asked, [f" {asked[0].answer} ", "wrong"]) == {asked[0].kind: (1, 1), asked[1].kind: (0, 1)}
+    with pytest.raises(ValueError, match="2 questions but 1 answers"):
+        reference.score(asked, ["7"])
+
+
+def test_answers_in_a_batch_equal_answers_alone(loaded):
+    asked = reference.questions(6)
+    seen = []
+    together = reference.answers(*loaded, asked, batch_size=4, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(4, 6), (6, 6)]
+    assert together == reference.answers(*loaded, asked, batch_size=1)
+
+
+def test_the_weights_do_what_their_figures_say(loaded):
+    """The first 96 questions, against the accuracy on all of them that figures.json and the card state."""
+    overall = json.loads((reference.path() / "figures.json").read_text())["overall"]
+    asked = reference.questions(96)
+    table = reference.score(asked, reference.answers(*loaded, asked))
+    assert sum(right for right, _ in table.values()) / len(asked) >= overall["right"] / overall["n"] - 0.05
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    for package in ("sklearn", "skimage", "matplotlib"):
+        pytest.importorskip(package)
+    from vtoken.evals.reference import pictures
+
+    return pictures
+
+
+def test_generator_is_deterministic(pictures):
+    one, two = (pictures.picture(np.random.RandomState(3)) for _ in range(2))
+    assert one.glyphs == two.glyphs and np.array_equal(np.asarray(one.image), np.asarray(two.image))
+    assert pictures.picture(np.random.RandomState(4)).glyphs != one.glyphs
+
+
+def test_training_and_test_share_no_pixel_of_a_photograph(pictures):
+    seen = {"train": {}, "test": {}}
+    fonts = {"train": set(), "test": set()}
+    for split in seen:
+        rng = np.random.RandomState(0)
+        for _ in range(150):
+            picture = pictures.picture(rng, split)
+            left = picture.corner[0]
+            first, last = seen[split].get(picture.photo, (left, left))
+            seen[split][picture.photo] = (min(first, left), max(last, left + pictures.SIZE))
+            fonts[split] |= {glyph.font for glyph in picture.glyphs}
+    assert set(seen["train"]) == set(seen["test"]) and len(seen["train"]) == len(pictures.PHOTOS)
+    for photo, (_, last) in seen["train"].items():
+        assert last <= seen["test"][photo][0]
+    assert fonts["test"] - fonts["train"] == set(pictures.UNSEEN_FONTS)
+
+
+def test_reading_order_is_plain(pictures):
+    rng = np.random.RandomState(1)
+    for _ in range(50):
+        picture = pictures.picture(rng)
+        centres = sorted(picture.centre(k) for k in range(len(picture.glyphs)))
+        assert np.diff(centres).min() >= 8
+
+
+def test_shipped_set_is_what_the_generator_makes(pictures):
+    from vtoken.evals.reference.heldout import generate
+
+    folder = reference.questions(1)[0].image.parent
+    rows = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
+    made = [(image, row) for image, some in generate() for row in some]
+    keys = ("image", "question", "answer", "kind", "fonts", "photo")
+    assert [[row[key] for key in keys] for row in rows] == [[row[key] for key in keys] for _, row in made]
+    for image, row in made[:: 6 * 16]:
+        shipped = np.asarray(Image.open(folder / row["image"]), float)
+        assert np.abs(shipped - np.asarray(image)).mean() < 4  # JPEG
+
+
+def test_smoke_recipe(pictures, tmp_path):
+    from vtoken.evals.reference import train
+    from vtoken.evals.reference.stages import Recipe
+
+    train.train(tmp_path, Recipe().smoke(), limit=6)
+    figures = json.loads((tmp_path / "tiny-llava" / "figures.json").read_text())
+    assert figures["overall"]["n"] == 6
+    assert {file.name for file in (tmp_path / "stages").glob("*.pt")} == {"a.pt", "b1.pt", "b2.pt", "c1.pt", "c2.pt"}

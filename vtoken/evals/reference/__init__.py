@@ -1,0 +1,112 @@
+"""The shipped reference VLM: a tiny LLaVA that reads coloured digits, its held-out questions, and what it takes to ask them.
+
+Importing this needs neither torch nor transformers. The model is stock: `load()` is two calls of `from_pretrained`.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+KINDS = ("digit", "color", "count", "read", "exists", "next")
+_HERE = Path(__file__).parent
+_NAMES = ("tiny-llava",)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One held-out question. `boxes` are (left, top, right, bottom) of all digits in the picture, in pixels."""
+
+    image: Path
+    question: str
+    answer: str
+    kind: str
+    boxes: tuple[tuple[int, int, int, int], ...]
+
+
+def names() -> tuple[str, ...]:
+    """Names of the shipped models."""
+    return _NAMES
+
+
+def path(name: str = "tiny-llava") -> Path:
+    """Folder of a shipped model."""
+    if name not in _NAMES:
+        raise ValueError(f"no reference model {name!r}; there are: {', '.join(_NAMES)}")
+    return _HERE / name
+
+
+def load(
+    name: str = "tiny-llava", dtype: Any = None, device: Any = None, attn_implementation: str | None = None
+) -> tuple[Any, Any]:
+    """The stock model in eval mode and its processor, which pads on the left and needs no torchvision."""
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+    folder = path(name)
+    asked = {"dtype": dtype, "attn_implementation": attn_implementation}
+    model = LlavaForConditionalGeneration.from_pretrained(folder, **{k: v for k, v in asked.items() if v is not None})
+    processor = LlavaProcessor.from_pretrained(folder, backend="pil")
+    return (model.to(device) if device is not None else model).eval(), processor
+
+
+def questions(limit: int | None = None) -> list[Question]:
+    """The held-out set, or its first `limit` questions; questions about one picture follow each other, one of each kind."""
+    folder = _HERE / "glyph-qa"
+    rows = (folder / "questions.jsonl").read_text().splitlines()[:limit]
+    return [
+        Question(
+            folder / row["image"],
+            row["question"],
+            row["answer"],
+            row["kind"],
+            tuple(tuple(box) for box in row["boxes"]),
+        )
+        for row in map(json.loads, rows)
+    ]
+
+
+def prompt(processor: Any, question: Question | str) -> str:
+    """The question behind its picture, through the chat template, ready for an answer."""
+    text = question if isinstance(question, str) else question.question
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+    return processor.apply_chat_template([message], add_generation_prompt=True)
+
+
+def answers(
+    model: Any,
+    processor: Any,
+    questions: Sequence[Question],
+    batch_size: int = 16,
+    max_new_tokens: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Greedy answers in left-padded batches. Calls `model.generate` and nothing else; `progress(done, total)` is called after every batch."""
+    import torch
+    from PIL import Image
+
+    said: list[str] = []
+    for start in range(0, len(questions), batch_size):
+        rows = questions[start : start + batch_size]
+        images = [Image.open(row.image).convert("RGB") for row in rows]
+        inputs = processor(
+            images=images, text=[prompt(processor, row) for row in rows], padding=True, return_tensors="pt"
+        ).to(model.device)
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        with torch.inference_mode():
+            out = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+        said += processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        if progress:
+            progress(len(said), len(questions))
+    return said
+
+
+def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """(right, total) of every kind: exact match, white space aside."""
+    if len(questions) != len(answers):
+        raise ValueError(f"{len(questions)} questions but {len(answers)} answers")
+    table: dict[str, tuple[int, int]] = {}
+    for question, answer in zip(questions, answers, strict=True):
+        right, total = table.get(question.kind, (0, 0))
+        table[question.kind] = (right + (answer.split() == question.answer.split()), total + 1)
+    return table

@@ -1,0 +1,50 @@
+"""Write the shipped held-out set: `python -m vtoken.evals.reference.heldout --out DIR`."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from . import KINDS
+from .dialogue import ask
+from .pictures import picture
+
+SEED = 20251
+PICTURES = 128
+DIGITS = (2, 5)  # one fewer than the most in training
+
+
+def generate(count: int = PICTURES, seed: int = SEED) -> Iterator[tuple[Image.Image, list[dict]]]:
+    """Every test picture and one question of each kind about it."""
+    rng = np.random.RandomState(seed)
+    for k in range(count):
+        drawn = picture(rng, "test", digits=DIGITS)
+        about = {"boxes": [g.box for g in drawn.glyphs], "fonts": [g.font for g in drawn.glyphs], "photo": drawn.photo}
+        rows = []
+        for kind in KINDS:
+            question, answer = ask(drawn, kind, rng)
+            rows.append({"image": f"{k:03d}.jpg", "question": question, "answer": answer, "kind": kind, **about})
+        yield drawn.image, rows
+
+
+def write(folder: Path, count: int = PICTURES) -> None:
+    """Pictures as JPEG without colour subsampling, questions as JSON lines."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for image, rows in generate(count):
+        image.save(folder / rows[0]["image"], quality=92, subsampling=0)
+        lines += [json.dumps(row) for row in rows]
+    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    write(parser.parse_args().out)
+
+
+if __name__ == "__main__":
+    main()
