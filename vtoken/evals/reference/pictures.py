@@ -172,9 +172,13 @@ def _ink(mask: np.ndarray, left: int, top: int, grid: int) -> np.ndarray:
 
 
 def picture(
-    rng: np.random.RandomState, split: str = "train", size: int = SIZE, digits: tuple[int, int] = (2, MOST)
+    rng: np.random.RandomState,
+    split: str = "train",
+    size: int = SIZE,
+    digits: tuple[int, int] = (2, MOST),
+    slanted: bool = False,
 ) -> Picture:
-    """Draw one picture: `digits` = fewest and most; digits and colours are distinct within a picture."""
+    """Draw one picture: `digits` = fewest and most; digits and colours are distinct within a picture. `slanted` shears every digit by its own amount."""
     canvas, index, corner = _background(rng, split, size)
     wanted = rng.randint(digits[0], digits[1] + 1)
     values, colours = rng.permutation(10)[:wanted], rng.permutation(len(COLOURS))[:wanted]

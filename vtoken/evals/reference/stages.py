@@ -34,7 +34,7 @@ class Recipe:
     full_steps: int = 250
     full_batch: int = 16
     # steps, learning rate, weights of the question kinds, numbers of visual tokens: order is learnt in the first cycle, look-ups in the third,
-    # counting whatever the share of background in the last
+    # counting whatever the share of background in the fifth
     language_cycles: tuple = (
         (1400, 1.5e-3, EVEN, (48,)),
         (550, 1e-3, LOOK_UP, (48,)),
@@ -44,20 +44,11 @@ class Recipe:
         (800, 1e-3, REST, (24, 48, 96, 160)),
     )
     language_batch: int = 32
-    projector_cycles: tuple = (
-        (900, 6e-4, False),
-        (450, 5e-4, False),
-        (350, 5e-4, True),
-    )  # steps, learning rate of the tower, slanted digits
+    # steps, learning rate of the tower, slanted digits
+    projector_cycles: tuple = ((900, 6e-4, False), (450, 5e-4, False), (350, 5e-4, True))
     joint_cycles: tuple = ((300, False), (200, True))  # steps, slanted digits
-    joint_tokens: tuple = (
-        24,
-        48,
-        96,
-        192,
-        TOKENS,
-        TOKENS,
-    )  # so that answers do not hang on how much background is left
+    # numbers of visual tokens, so that answers do not hang on how much background is left
+    joint_tokens: tuple = (24, 48, 96, 192, TOKENS, TOKENS)
     turns: int = 8
     seed: int = 0
     device: str = "cpu"
@@ -93,7 +84,7 @@ class Oracle(nn.Module):
     """Fixed random embeddings of perfectly recognised patches: the sum of a glyph vector, a colour vector and waves of the horizontal centre.
 
     Fixed, so that the language model and the projector can be trained towards them apart. Waves rather than a table of columns: "the next one to the right" is
-    then a fixed rotation, which attention finds; from a table it did not in 900 steps.
+    then a fixed rotation, which suits attention.
     """
 
     PERIODS = (64, 32, 16, 8, 4)  # in patches; the longest tells left from right
@@ -234,14 +225,9 @@ def language_stage(model: Any, oracle: Oracle, recipe: Recipe, cycle: int) -> No
         text, target = (t.to(recipe.device) for t in sequences(batch.pictures, recipe.turns, rng, weights))
         visual = oracle(batch)
         visual = visual + 0.2 * torch.randn_like(visual)
+        keep = thinned(batch.glyph, int(rng.choice(sizes)) if len(sizes) > 1 else sizes[0])
         with _autocast(recipe):
-            loss, seen["right"] = answer_loss(
-                model,
-                assembled(
-                    embed, visual, thinned(batch.glyph, int(rng.choice(sizes)) if len(sizes) > 1 else sizes[0]), text
-                ),
-                target,
-            )
+            loss, seen["right"] = answer_loss(model, assembled(embed, visual, keep, text), target)
         return loss
 
     parameters = [*model.model.language_model.parameters(), *model.lm_head.parameters()]

@@ -7,7 +7,6 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import transformers
 
 from . import KINDS, answers, build, questions, score
 from .stages import Heads, Oracle, Recipe, joint_stage, language_stage, projector_stage, tower_stage
-
 
 PLAN = ("a1", "b1", "b2", "b3", "b4", "b5", "c1", "c2", "d1", "b6", "c3", "d2")
 
@@ -101,9 +99,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch decides")
     parser.add_argument(
-        "--stages",
-        default="abcd",
-        help="which to run; `b` and `ac` may run side by side, then `abcd` goes on from their checkpoints",
+        "--only", nargs="+", choices=PLAN, help="run these cycles of stages, on top of what is finished"
     )
     parser.add_argument("--smoke", action="store_true", help="a few steps of every stage")
     given = parser.parse_args()
