@@ -7,6 +7,7 @@ import argparse
 import json
 import platform
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,9 @@ def train(out: Path, recipe: Recipe, only: list[str] | None = None, limit: int |
     folder = out / "stages"
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
-    model, processor = build.model().to(recipe.device), build.processor()
+    model: Any = build.model()
+    model.to(recipe.device)
+    processor = build.processor()
     heads, oracle = Heads().to(recipe.device), Oracle(recipe.seed).to(recipe.device)
     tower, language = model.model.vision_tower, {"language": model.model.language_model, "head": model.lm_head}
     sight = {"tower": tower, "heads": heads, "projector": model.model.multi_modal_projector}
@@ -67,7 +70,7 @@ def train(out: Path, recipe: Recipe, only: list[str] | None = None, limit: int |
         model.train()
         return " ".join(f"{kind} {right}/{total}" for kind, (right, total) in table.items())
 
-    stages = {
+    stages: dict[str, tuple[dict[str, torch.nn.Module], Callable[[int], None]]] = {
         "a": ({"tower": tower, "heads": heads}, lambda _: tower_stage(tower, heads, recipe)),
         "b": (language, partial(language_stage, model, oracle, recipe)),
         "c": (sight, partial(projector_stage, model, heads, oracle, recipe)),
