@@ -163,3 +163,9 @@ def test_ratios_are_paired_by_round(report):
 
 def test_page_is_the_same_twice(report):
     assert render(report) == render(report)
+
+
+def test_interval_holds_its_share():
+    for right, total in ((40, 40), (0, 40), (96, 96), (1, 1)):
+        low, high = wilson(right, total)
+        assert 0 <= low <= right / total <= high <= 1

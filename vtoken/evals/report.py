@@ -95,7 +95,9 @@ def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
     share, spread = right / total, z * z / total
     centre = share + spread / 2
     half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return max(0.0, (centre - half) / (1 + spread)), min(1.0, (centre + half) / (1 + spread))
+    # At 0 and at 1 the interval ends there; rounding must not put the share outside.
+    low, high = (centre - half) / (1 + spread), (centre + half) / (1 + spread)
+    return max(0.0, min(low, share)), min(1.0, max(high, share))
 
 
 def render(report: Report) -> str:
