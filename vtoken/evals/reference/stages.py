@@ -46,7 +46,8 @@ class Recipe:
     language_batch: int = 32
     # steps, learning rate of the tower, slanted digits
     projector_cycles: tuple = ((900, 6e-4, False), (450, 5e-4, False), (350, 5e-4, True))
-    joint_cycles: tuple = ((300, False), (200, True))  # steps, slanted digits
+    # steps, slanted digits, weights of the question kinds, factor on the learning rates
+    joint_cycles: tuple = ((300, False, EVEN, 1.0), (200, True, EVEN, 1.0), (250, True, REST, 0.5))
     # numbers of visual tokens, so that answers do not hang on how much background is left
     joint_tokens: tuple = (24, 48, 96, 192, TOKENS, TOKENS)
     turns: int = 8
@@ -64,7 +65,7 @@ class Recipe:
             language_cycles=((2, 1e-3, EVEN, (48,)), *[(1, 1e-3, LOOK_UP, (24, 48))] * 5),
             language_batch=4,
             projector_cycles=((2, 6e-4, False), (1, 5e-4, False), (1, 5e-4, True)),
-            joint_cycles=((2, False), (1, True)),
+            joint_cycles=((2, False, EVEN, 1.0), *[(1, True, REST, 0.5)] * 2),
         )
 
 
@@ -265,13 +266,13 @@ def projector_stage(model: Any, heads: Heads, oracle: Oracle, recipe: Recipe, cy
 def joint_stage(model: Any, heads: Heads, oracle: Oracle, recipe: Recipe, cycle: int, check: Callable[[], str]) -> None:
     """One cycle of stage D; trains the whole model in place. `check()` returns a note for the log."""
     rng = _seeded(recipe, 30 + cycle if cycle else 4)
-    steps, slanted = recipe.joint_cycles[cycle]
+    steps, slanted, weights, factor = recipe.joint_cycles[cycle]
     embed, tower, projector = model.get_input_embeddings(), model.model.vision_tower, model.model.multi_modal_projector
     seen: dict[str, str] = {}
 
     def loss_of(step: int) -> torch.Tensor:
         batch = draw(rng, recipe.full_batch, SIZE, (2, MOST), slanted).to(recipe.device)
-        text, target = (t.to(recipe.device) for t in sequences(batch.pictures, recipe.turns, rng))
+        text, target = (t.to(recipe.device) for t in sequences(batch.pictures, recipe.turns, rng, weights))
         with _autocast(recipe):
             states = encode(tower, batch)
             visual = projector(states[-2][:, 1:]).float()
@@ -283,5 +284,6 @@ def joint_stage(model: Any, heads: Heads, oracle: Oracle, recipe: Recipe, cycle:
         return loss + held + 8 * apart
 
     language = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
-    groups = [([*tower.parameters(), *heads.parameters()], 1e-4), (projector.parameters(), 3e-4), (language, 5e-4)]
+    sight = [*tower.parameters(), *heads.parameters()]
+    groups = [(sight, factor * 1e-4), (projector.parameters(), factor * 3e-4), (language, factor * 5e-4)]
     fit(groups, steps, loss_of, lambda _: f"{seen['note']} {check()}", f"D{cycle + 1}")

@@ -18,7 +18,7 @@ import transformers
 from . import KINDS, answers, build, questions, score
 from .stages import Heads, Oracle, Recipe, joint_stage, language_stage, projector_stage, tower_stage
 
-PLAN = ("a1", "b1", "b2", "b3", "b4", "b5", "c1", "c2", "d1", "b6", "c3", "d2")
+PLAN = ("a1", "b1", "b2", "b3", "b4", "b5", "c1", "c2", "d1", "b6", "c3", "d2", "d3")
 
 
 def _keep(file: Path, modules: dict[str, torch.nn.Module]) -> None:
