@@ -67,6 +67,7 @@ def test_decoder_sites_equal_recomputation(stages, rows, attn, positions):
     batch = tiny.build(model, BATCHES[rows], seed=3)
     trace = compare(model, batch, {"positions": positions, "stages": stages})
     assert trace.layers[0] != trace.layers[-1]
+    assert trace.average_tokens == sum(map(sum, trace.layers)) / 4
 
 
 @pytest.mark.parametrize("text", ["qwen2", "mistral"])

@@ -125,10 +125,6 @@ def test_static_cache(pipeline, attn):
     for rows in (ROWS, ROWS[:1]):
         batch = tiny.build(model, rows, seed=3)
         with vtoken.wrapped(model, pipeline):
-            if pipeline.get("positions") == "compact" and any(
-                s.site == "decoder" for s in pipeline["stages"] if hasattr(s, "site")
-            ):
-                continue
             assert torch.equal(greedy(model, batch, cache_implementation="static"), greedy(model, batch))
 
 
@@ -361,3 +357,11 @@ def test_compiled_decoding_is_one_graph(model, batch, stages):
         got = greedy(model, batch, cache_implementation="static", compile_config=compiling)
     assert torch.equal(got, want)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_compact_layer_groups_need_a_dynamic_cache(model, batch):
+    with vtoken.wrapped(model, {"positions": "compact", "stages": [Ragged(), Deep()]}):
+        want = greedy(model, batch)
+        with pytest.raises(UnsupportedError, match="dynamic cache"):
+            greedy(model, batch, cache_implementation="static")
+        assert torch.equal(greedy(model, batch), want)

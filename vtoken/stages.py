@@ -82,10 +82,6 @@ class VisualTokens:
         """A fact by name, as declared in `needs`."""
         return self.facts[Fact(name, layer)]
 
-    @property
-    def images(self) -> int:
-        return len(self.lengths)
-
 
 def offsets_of(lengths: Sequence[int], device: torch.device) -> Tensor:
     """Packed offsets [len + 1], int32, of segments with these lengths."""

@@ -84,7 +84,7 @@ class Boundary:
             return self._continue(args, kwargs) if isinstance(cache, PrunedCache) else None
         visual, run.visual = run.visual, None
         if visual is not None and visual.shape == x.shape[:2]:
-            return self._prefill(module, args, kwargs, visual.to(x.device))
+            return self._prefill(args, kwargs, visual.to(x.device))
         if isinstance(cache, PrunedCache):
             return self._continue(args, kwargs)
         if cache is None or not int(cache.get_seq_length()):
@@ -115,7 +115,7 @@ class Boundary:
         index = torch.arange(length, device=x.device).expand(batch, -1)
         return Flow(new, [length] * batch, past, mask, positions, cache, x, new, index, new)
 
-    def _prefill(self, module: nn.Module, args: tuple, kwargs: dict, visual: Tensor) -> Any:
+    def _prefill(self, args: tuple, kwargs: dict, visual: Tensor) -> Any:
         flow = self._images(self._flow(kwargs), visual)
         x, cache, trace = flow.hidden, flow.cache, flow.trace
         values = x[flow.visual.line, flow.visual.column]

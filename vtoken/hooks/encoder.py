@@ -67,7 +67,7 @@ class EncoderHooks:
     """
 
     def __init__(self, adapter: Any, run: Run, handle: Handle, wanted: set[Fact], stages: Sequence[Stage]) -> None:
-        self.adapter, self.encoder, self.run, self.stages = adapter, adapter.encoder, run, list(stages)
+        self.adapter, self.encoder, self.run = adapter, adapter.encoder, run
         depth = len(self.encoder.layers)
         self.at = {layer: [s for s in stages if layer in s.layers(depth)] for layer in range(depth)}
         per_layer: dict[int, set[str]] = {layer: set() for layer in range(depth)}

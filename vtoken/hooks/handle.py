@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -42,11 +41,3 @@ class Handle:
         """Undoes everything, newest first; safe to call twice."""
         while self._undo:
             self._undo.pop()()
-
-
-def argument(function: Callable, args: tuple, kwargs: dict, name: str) -> Any:
-    """The value a call binds to a parameter, positional or by keyword; None when absent."""
-    if name in kwargs:
-        return kwargs[name]
-    names = list(inspect.signature(function).parameters)
-    return args[names.index(name)] if name in names and names.index(name) < len(args) else None
