@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from vtoken.wrap import trace, unwrap, wrap, wrapped
 
 __version__ = "0.1.0"
-__all__ = ["available", "trace", "unwrap", "wrap", "wrapped"]
+__all__ = ["available", "match_processor", "trace", "unwrap", "wrap", "wrapped"]
 
 _HOME = {
     "available": "vtoken.registry",
+    "match_processor": "vtoken.wrap",
     "trace": "vtoken.wrap",
     "unwrap": "vtoken.wrap",
     "wrap": "vtoken.wrap",

@@ -1,4 +1,4 @@
-"""How many tokens to keep: `64`, `25%` or `{total: 640}`, turned into one whole number per image."""
+"""How many tokens to keep: `64`, `25%`, `{total: 640}`, `{per_frame: 32}` or `{per_crop: 64}`, turned into whole numbers."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
-_HELP = "write a count per image (64), a share (25%) or a count per sample ({total: 640})"
+_HELP = "write a count per image (64), a share (25%), or a count per sample ({total: 640}), frame or crop ({per_frame: 32}, {per_crop: 64})"
+PER_SEGMENT = ("per_frame", "per_crop")
 
 
 class Budget:
-    """A validated budget. Build it with `Budget(64)`, `Budget("25%")` or `Budget({"total": 640})`.
+    """A validated budget. Build it with `Budget(64)`, `Budget("25%")`, `Budget({"total": 640})` or `Budget({"per_frame": 32})`.
 
-    Exactly one of `tokens` (per image), `share` (a Fraction in (0, 1]) and `total` (per batch row) is set.
+    Exactly one of `tokens` (per image), `share` (a Fraction in (0, 1]) and `total` (per batch row) is set; with `per` ("per_frame"
+    or "per_crop") `tokens` counts for every frame of a video, or every crop of an anyres image. An image that is one frame (or
+    one crop) is one segment.
 
     Raises:
         ValueError: anything else, with the three accepted forms in the message. Floats are refused because
             `1` and `1.0` would mean different things.
     """
 
-    __slots__ = ("share", "tokens", "total")
+    __slots__ = ("per", "share", "tokens", "total")
+    per: str | None
     tokens: int | None
     share: Fraction | None
     total: int | None
@@ -33,8 +37,9 @@ class Budget:
         tokens: int | None = None
         share: Fraction | None = None
         total: int | None = None
+        per: str | None = None
         if isinstance(value, Budget):
-            tokens, share, total = value.tokens, value.share, value.total
+            tokens, share, total, per = value.tokens, value.share, value.total, value.per
         elif isinstance(value, bool):
             raise ValueError(f"keep: {value!r} is not a budget; {_HELP}")
         elif isinstance(value, int):
@@ -43,19 +48,26 @@ class Budget:
             share = Fraction(value[:-1]) / 100
         elif isinstance(value, dict) and list(value) == ["total"] and type(value["total"]) is int:
             total = value["total"]
+        elif (
+            isinstance(value, dict)
+            and len(value) == 1
+            and (only := next(iter(value))) in PER_SEGMENT
+            and type(value[only]) is int
+        ):
+            per, tokens = only, value[only]
         else:
             raise ValueError(f"keep: {value!r} is not a budget; {_HELP}")
         if share is not None and not 0 < share <= 1:
             raise ValueError(f"keep: {value} must be above 0% and at most 100%")
         if any(n is not None and n < 1 for n in (tokens, total)):
             raise ValueError(f"keep: {value!r} must keep at least 1 token")
-        self.tokens, self.share, self.total = tokens, share, total
+        self.tokens, self.share, self.total, self.per = tokens, share, total, per
 
     def counts(self, lengths: Sequence[int], row: Sequence[int]) -> tuple[int, ...]:
         """Tokens to keep of every image.
 
         Args:
-            lengths: tokens per image that arrive at the stage.
+            lengths: tokens per image (with `per`: per segment) that arrive at the stage.
             row: batch row of each image; `total` is shared out among the images of one row in proportion to their
                 lengths (largest remainder, ties to the earlier image).
 
@@ -95,7 +107,7 @@ class Budget:
     def plain(self) -> int | str | dict[str, int]:
         """The YAML form."""
         if self.tokens is not None:
-            return self.tokens
+            return self.tokens if self.per is None else {self.per: self.tokens}
         if self.total is not None:
             return {"total": self.total}
         assert self.share is not None
@@ -106,14 +118,13 @@ class Budget:
         return f"Budget({self.plain()!r})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Budget) and (self.tokens, self.share, self.total) == (
-            other.tokens,
-            other.share,
-            other.total,
-        )
+        return isinstance(other, Budget) and self._key() == other._key()
 
     def __hash__(self) -> int:
-        return hash((self.tokens, self.share, self.total))
+        return hash(self._key())
+
+    def _key(self) -> tuple[Any, ...]:
+        return self.tokens, self.share, self.total, self.per
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -124,15 +135,18 @@ class Budget:
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         return {
-            "description": "tokens to keep: a count per image, a share of them, or a total per sample",
+            "description": "tokens to keep: a count per image, a share of them, or a count per sample, frame or crop",
             "anyOf": [
                 {"type": "integer", "minimum": 1},
                 {"type": "string", "pattern": r"^\d+(\.\d+)?%$", "examples": ["25%"]},
-                {
-                    "type": "object",
-                    "properties": {"total": {"type": "integer", "minimum": 1}},
-                    "required": ["total"],
-                    "additionalProperties": False,
-                },
+                *(
+                    {
+                        "type": "object",
+                        "properties": {key: {"type": "integer", "minimum": 1}},
+                        "required": [key],
+                        "additionalProperties": False,
+                    }
+                    for key in ("total", *PER_SEGMENT)
+                ),
             ],
         }

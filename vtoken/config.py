@@ -23,8 +23,26 @@ from vtoken.errors import ConfigError, unknown
 from vtoken.stages import SITES, Stage
 
 Positions = Literal["original", "compact"]
-POSITIONS: tuple[Positions, ...] = get_args(Positions)
-KEYS = ("positions", "stages")
+Newline = Literal["keep_if_row_has_token", "keep", "drop"]
+Anyres = Literal["model", "2x2"]
+# Key -> what may be written, the default first, and what it means.
+POLICIES: dict[str, tuple[tuple[str, ...], str]] = {
+    "positions": (
+        get_args(Positions),
+        "original: tokens keep their position ids; compact: ids are renumbered without gaps (not with M-RoPE)",
+    ),
+    "newline": (
+        get_args(Newline),
+        "the newline token behind each row of a LLaVA-NeXT or OneVision image: it stays if a token of its row stays, "
+        "always, or never",
+    ),
+    "anyres": (
+        get_args(Anyres),
+        "LLaVA-NeXT: crops as the model chooses, or always 2 x 2 (as in published tables of 640, 320 and 160 tokens); "
+        "pass the processor through vtoken.match_processor",
+    ),
+}
+KEYS = (*POLICIES, "stages")
 WORDS = {
     "integer": "a whole number",
     "number": "a number",
@@ -33,7 +51,7 @@ WORDS = {
     "array": "a list",
     "object": "a mapping",
 }
-BUDGETS = "a count per image (64), a share (25%) or a count per sample ({total: 640})"
+BUDGETS = "a count per image (64), a share (25%), a count per sample ({total: 640}), per frame ({per_frame: 32}) or per crop ({per_crop: 64})"
 
 
 @dataclass(frozen=True)
@@ -51,11 +69,13 @@ class _Source:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Stages in the order the data flows, and what becomes of the positions of the tokens that stay."""
+    """Stages in the order the data flows, and the policies that go with them: see POLICIES."""
 
     name: str
     positions: Positions
     stages: tuple[Stage, ...]
+    newline: Newline = "keep_if_row_has_token"
+    anyres: Anyres = "model"
 
     def __post_init__(self) -> None:
         _check_order(self.stages, _Source())
@@ -104,9 +124,9 @@ def load(pipeline: PipelineLike) -> Pipeline:
 
 
 def dump(pipeline: Pipeline) -> str:
-    """YAML text that loads to the same positions and stages, every option written out."""
+    """YAML text that loads to the same policies and stages, every option written out."""
     stages = [{s.name: options} if (options := s.model_dump(mode="json")) else s.name for s in pipeline.stages]
-    data = {"positions": pipeline.positions, "stages": stages}
+    data = {**{key: getattr(pipeline, key) for key in POLICIES}, "stages": stages}
     return yaml.safe_dump(data, sort_keys=False, default_flow_style=None)
 
 
@@ -132,10 +152,9 @@ def schema() -> dict[str, Any]:
         "description": "Stages that drop, merge or retire visual tokens, in the order the data flows.",
         "type": "object",
         "properties": {
-            "positions": {
-                "description": "original: tokens keep their position ids; compact: ids are renumbered without gaps",
-                "enum": list(POSITIONS),
-                "default": "original",
+            **{
+                key: {"description": meaning, "enum": list(values), "default": values[0]}
+                for key, (values, meaning) in POLICIES.items()
             },
             "stages": {
                 "description": f"sites must not go backwards: {', '.join(SITES)}",
@@ -203,9 +222,11 @@ def _from_data(data: Any, name: str | None, source: _Source) -> Pipeline:
         if key not in KEYS:
             hint = f"; stages go into a list, stages: [{key}: ...]" if key in registry.stages() else ""
             raise source.error((key,), unknown("key", key, KEYS) + hint)
-    positions = data.get("positions", "original")
-    if positions not in POSITIONS:
-        raise source.error(("positions",), f"positions must be original or compact, not {reprlib.repr(positions)}")
+    chosen = {key: data.get(key, values[0]) for key, (values, _) in POLICIES.items()}
+    for key, (values, _) in POLICIES.items():
+        if chosen[key] not in values:
+            accepted = " or ".join([", ".join(values[:-1]), values[-1]])
+            raise source.error((key,), f"{key} must be {accepted}, not {reprlib.repr(chosen[key])}")
     items = data.get("stages")
     if not isinstance(items, (list, tuple)):
         raise source.error(
@@ -214,7 +235,7 @@ def _from_data(data: Any, name: str | None, source: _Source) -> Pipeline:
         )
     stages = tuple(_stage(item, ("stages", i), source) for i, item in enumerate(items))
     _check_order(stages, source)
-    return Pipeline(name or "+".join(s.name for s in stages) or "none", positions, stages)
+    return Pipeline(name or "+".join(s.name for s in stages) or "none", stages=stages, **chosen)
 
 
 def _stage(item: Any, path: tuple[Any, ...], source: _Source) -> Stage:

@@ -25,6 +25,14 @@ FOLDERS = {"pruner": "pruners", "compressor": "compressors"}
 KINDS = ("pruner", "compressor", "preset", "adapter")
 
 
+# Families that look alike but are not, and why.
+_HYBRID = (
+    "its decoder alternates attention with linear-attention layers, whose state would run over other tokens than the cache holds; "
+    "Qwen3-VL is the nearest supported family"
+)
+REFUSED = {"qwen3_5": _HYBRID, "qwen3_5_moe": _HYBRID}
+
+
 def _files(folder: str) -> list[str]:
     return [m.name for m in iter_modules([str(ROOT / folder)]) if not m.name.startswith("_")]
 
@@ -157,6 +165,8 @@ def adapter(model_type: str) -> type[Adapter]:
         UnsupportedError: no adapter serves this `model_type`.
         ConfigError: two packages claim it, or the package that does cannot be imported.
     """
+    if model_type in REFUSED and model_type not in adapters():
+        raise UnsupportedError(f"model_type {model_type!r} is not supported: {REFUSED[model_type]}")
     if model_type not in adapters():
         raise UnsupportedError(
             f"{unknown('model_type', model_type, adapters())}; see vtoken/adapters/base.py to add a family"

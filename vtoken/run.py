@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from vtoken.stages import Parts, size_of
+
 
 @dataclass
 class StageTrace:
@@ -23,6 +25,7 @@ class StageTrace:
         kept: per image, ascending LongTensor of indices into the image's unpruned visual tokens.
         into: per image, for every unpruned visual token the kept one that absorbed it (-1 dropped); None for pure pruning.
         stood_aside: why the stage did nothing, or None.
+        substitutes: fact asked for -> fact it was given, where the family has no such fact.
         layer: the layer it acted at, for encoder and decoder sites.
     """
 
@@ -34,6 +37,7 @@ class StageTrace:
     into: list[Tensor] | None = None
     stood_aside: str | None = None
     layer: int | None = None
+    substitutes: dict[str, str] = field(default_factory=dict)
     clock: Callable[[], float] = field(default=lambda: 0.0, repr=False)
 
     @property
@@ -52,6 +56,7 @@ class StageTrace:
             "into": None if self.into is None else [i.tolist() for i in self.into],
             "milliseconds": self.milliseconds,
             "stood_aside": self.stood_aside,
+            "substitutes": self.substitutes,
         }
 
 
@@ -61,7 +66,7 @@ class Trace:
 
     Attributes:
         stages: one entry per stage and layer it acted at, in the order the data flowed.
-        grid: (frames, rows, columns) of each image; `row` is its batch row.
+        parts: rasters of each image, as in VisualTokens; `row` is its batch row.
         visual_tokens: per image, before anything was dropped.
         layers: for every decoder layer, visual tokens per image that it saw.
         prompt_tokens: per batch row, tokens that entered the first decoder layer (text and visual, no padding).
@@ -69,7 +74,7 @@ class Trace:
     """
 
     stages: list[StageTrace] = field(default_factory=list)
-    grid: list[tuple[int, int, int]] = field(default_factory=list)
+    parts: list[Parts] = field(default_factory=list)
     row: list[int] = field(default_factory=list)
     visual_tokens: list[int] = field(default_factory=list)
     layers: list[list[int]] = field(default_factory=list)
@@ -99,7 +104,7 @@ class Trace:
         """Plain data that `json.dumps` takes."""
         return {
             "stages": [s.to_dict() for s in self.stages],
-            "grid": [list(g) for g in self.grid],
+            "parts": [[list(grid) for grid in parts] for parts in self.parts],
             "row": self.row,
             "visual_tokens": self.visual_tokens,
             "layers": self.layers,
@@ -154,20 +159,63 @@ class Lineage:
         return None if self.home is None else list(self.home.split(self.full))
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How the language model sees one image or video. Tensors lie on the CPU.
+
+    Attributes:
+        parts: its rasters, as in VisualTokens.
+        segment: [N] as in VisualTokens, None for a single frame or crop.
+        newline: [N + newlines] bool, which of its placeholders are newline tokens; None without any.
+        line: [N] index of the newline that closes each token's row, -1 for none; given when `newline` is.
+        resized: tokens were interpolated after the tower, so that none is one tower position.
+    """
+
+    parts: Parts
+    segment: Tensor | None = None
+    newline: Tensor | None = None
+    line: Tensor | None = None
+    resized: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens, newlines not counted."""
+        return size_of(self.parts)
+
+    @property
+    def length(self) -> int:
+        """Placeholders in the prompt."""
+        return self.tokens if self.newline is None else len(self.newline)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the model's feature function.
+
+    Attributes:
+        kind: "image" or "video".
+        arguments: what it was called with, by name.
+        layouts: of each image or video, in order.
+    """
+
+    kind: str
+    arguments: dict[str, Any]
+    layouts: tuple[Layout, ...]
+
+
 @dataclass
 class Encode:
     """What the vision encoder of one call produced, until the language-model boundary consumes it.
 
     Attributes:
-        lengths, grid: visual tokens and raster of each image, in the order the model packs them.
-        facts: Fact -> [Σlengths, ...] aligned with the packed, unpruned visual tokens (NaN where dropped).
-        probe: [Σlengths] first channel of the projected features: proof that what reaches the LLM is what was scored.
+        layouts: of each image, in the order the model packs them.
+        facts: Fact -> [ΣN, ...] aligned with the packed, unpruned visual tokens (NaN where dropped).
+        probe: [ΣN] first channel of the projected features: proof that what reaches the LLM is what was scored.
         stages: trace entries of encoder-site stages.
-        home: [Σlengths] as in Lineage, when an encoder stage merged.
+        home: [ΣN] as in Lineage, when an encoder stage merged.
     """
 
-    lengths: tuple[int, ...]
-    grid: tuple[tuple[int, int, int], ...]
+    layouts: tuple[Layout, ...]
     facts: dict[Any, Tensor]
     probe: Tensor
     stages: list[StageTrace]
@@ -175,15 +223,25 @@ class Encode:
 
 
 class Run(threading.local):
-    """State of one forward, one per thread: two threads may call one model."""
+    """State of one forward, one per thread: two threads may call one model.
+
+    Attributes:
+        visual: [B, L] which kind of visual token a position holds: 0 none, 1 image, 2 video.
+        labels, tail: of the outermost call, see Prefill.
+        call, tower: the feature call and the tower call in progress.
+        encodes: kind -> what was encoded last.
+    """
 
     visual: Tensor | None = None
     labels: Tensor | None = None
     tail: int = 0
+    call: Call | None = None
     tower: Any = None
-    encode: Encode | None = None
     flow: Any = None
     trace: Trace | None = None
+
+    def __init__(self) -> None:
+        self.encodes: dict[str, Encode] = {}
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(

@@ -21,6 +21,7 @@ from vtoken.kernels import gather_tokens, topk_tokens
 Site = Literal["frames", "encoder", "tokens", "decoder", "attention", "cache"]
 SITES: tuple[Site, ...] = ("frames", "encoder", "tokens", "decoder", "attention", "cache")
 Grid = tuple[int, int, int]
+Parts = tuple[Grid, ...]
 
 
 class Fact(NamedTuple):
@@ -37,10 +38,14 @@ class Fact(NamedTuple):
 FACTS: dict[str, str] = {
     "cls_attention": "[ΣN] attention of the CLS query over all keys, head mean, CLS column dropped, not renormalised",
     "received_attention": "[ΣN] attention each token receives, mean over queries and heads",
+    "global_attention": "[ΣN] as cls_attention; without CLS the query is the mean over the image's patches, windows disregarded",
+    "value_attention": "[ΣN] as global_attention, with values for queries and keys and no scale: softmax of dot products",
+    "mean_value": "[ΣN, d] encoder values of the layer, head mean",
     "last_query_attention": "[ΣN] decoder attention of the last prompt token, head mean",
     "keys": "[ΣN, H*d] encoder keys of the layer",
     "values": "[ΣN, H*d] encoder values of the layer",
     "features": "[ΣN, D_encoder] encoder output before the projector",
+    "pixels": "[ΣN, P] the normalised pixel values behind each token (all patches and frames that were merged into it)",
     "text": "one [T_r, D] tensor per batch row: embeddings of its text tokens",
 }
 
@@ -53,9 +58,13 @@ class VisualTokens:
         x: [ΣN, D] embeddings (hidden states at encoder and decoder sites).
         offsets: [images + 1] int32 on the device of `x`: image i owns rows offsets[i]:offsets[i+1].
         lengths: N_i on the host, so that no stage has to ask the device for a size.
-        grid: (frames, rows, columns) of each image before anything was dropped.
+        parts: rasters of each image before anything was dropped, as (frames, rows, columns), in token order. A plain image or a
+            video is one raster; an anyres image is two, the downscaled whole and the stitched crops without their padding.
+            Newline tokens are in no raster: they follow the pipeline's newline policy and no method sees them.
         row: batch row of each image.
-        place: [ΣN] position of each token in its image's unpruned raster.
+        place: [ΣN] position of each token among its image's unpruned tokens (rasters one after the other).
+        segment: [ΣN] frame of a video, or crop of an anyres image (0 is the downscaled whole), each token belongs to; None when
+            every image is a single one.
         facts: what the stage declared in `needs`.
         layer: layer index at encoder and decoder sites, else None.
         memory: scratch of this stage for this prefill (stages themselves hold no state).
@@ -64,28 +73,52 @@ class VisualTokens:
     x: Tensor
     offsets: Tensor
     lengths: tuple[int, ...]
-    grid: tuple[Grid, ...]
+    parts: tuple[Parts, ...]
     row: tuple[int, ...]
     place: Tensor
+    segment: Tensor | None = None
     facts: Mapping[Fact, Any] = field(default_factory=dict)
     layer: int | None = None
     memory: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def pack(
-        cls, x: Tensor, lengths: Sequence[int], grid: Sequence[Grid], row: Sequence[int], place: Tensor, **more: Any
+        cls, x: Tensor, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], place: Tensor, **more: Any
     ) -> VisualTokens:
         """Builds the packed form from host-side lengths."""
-        return cls(x, offsets_of(lengths, x.device), tuple(lengths), tuple(grid), tuple(row), place, **more)
+        return cls(x, offsets_of(lengths, x.device), tuple(lengths), tuple(parts), tuple(row), place, **more)
+
+    def whole(self, image: int) -> bool:
+        """Whether nothing was dropped from the image so far."""
+        return self.lengths[image] == size_of(self.parts[image])
 
     def fact(self, name: str, layer: int | None = None) -> Any:
         """A fact by name, as declared in `needs`."""
         return self.facts[Fact(name, layer)]
 
 
+def size_of(parts: Parts) -> int:
+    """Tokens of an image with these rasters."""
+    return sum(t * h * w for t, h, w in parts)
+
+
 def offsets_of(lengths: Sequence[int], device: torch.device) -> Tensor:
     """Packed offsets [len + 1], int32, of segments with these lengths."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def image_of(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """[ΣN] image of each packed token."""
+    counts = torch.tensor(lengths, device=device)
+    return torch.repeat_interleave(counts, output_size=sum(lengths))
+
+
+def segments_of(parts: Parts, per: str) -> int:
+    """Frames of a video, or crops of an anyres image with the downscaled whole."""
+    if len(parts) == 1:
+        return parts[0][0] if per == "per_frame" else 1
+    (_, side, _), (_, height, width) = parts
+    return 1 + -(-height // side) * -(-width // side) if per == "per_crop" else 1
 
 
 @dataclass(frozen=True)
@@ -104,6 +137,11 @@ class Keep:
     lengths: tuple[int, ...]
     into: Tensor | None = None
     weight: Tensor | None = None
+
+    def to(self, device: torch.device) -> Keep:
+        """The same decision on another device."""
+        into, weight = (None if t is None else t.to(device) for t in (self.into, self.weight))
+        return Keep(self.index.to(device), self.lengths, into, weight)
 
     def apply(self, x: Tensor) -> Tensor:
         """Applies the decision to anything whose first axis is the packed token axis: [ΣN, ...] -> [ΣK, ...]."""
@@ -150,7 +188,7 @@ class Stage(BaseModel):
         raise NotImplementedError(f"stage {self.name} defines no select()")
 
     def plan(
-        self, lengths: Sequence[int], grid: Sequence[Grid], row: Sequence[int], layer: int | None = None
+        self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
         """Tokens it leaves of each image, without running it: what the FLOPs account uses.
 
@@ -176,16 +214,52 @@ class Pruner(Stage):
         raise NotImplementedError(f"{self.name}: define score() or select()")
 
     def select(self, tokens: VisualTokens) -> Keep:
-        """Exact top-k of `score` per image, reading order, ties to the lower index."""
+        """Exact top-k of `score` per image (or frame, or crop), reading order, ties to the lower index."""
+        if self.keep.per is not None and tokens.segment is not None:
+            return self._per_segment(tokens)
         counts = self.keep.counts(tokens.lengths, tokens.row)
         if counts == tokens.lengths:
             return keep_all(tokens)
         return Keep(topk_tokens(self.score(tokens), tokens.offsets, list(counts)), counts)
 
+    def _per_segment(self, tokens: VisualTokens) -> Keep:
+        order, held, keep, lengths = self.per_segment(tokens)
+        if keep == held:
+            return keep_all(tokens)
+        chosen = topk_tokens(self.score(tokens)[order], offsets_of(held, order.device), list(keep))
+        return Keep(order[chosen].sort().values, lengths)
+
+    def per_segment(self, tokens: VisualTokens) -> tuple[Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Segments as images of their own, for budgets per frame or crop.
+
+        Returns:
+            order [ΣN] of the tokens, segment by segment (crops of an anyres image take turns in reading order); tokens held and to
+            keep per segment; tokens to keep per image.
+        """
+        image, segment = image_of(tokens.lengths, tokens.x.device), self._segments(tokens)
+        count = int(segment.max()) + 1 if len(segment) else 1
+        owner = image * count + segment
+        held = tuple(torch.bincount(owner, minlength=count * len(tokens.lengths)).tolist())
+        keep = self.keep.counts(held, range(len(held)))
+        lengths = tuple(sum(keep[i * count : (i + 1) * count]) for i in range(len(tokens.lengths)))
+        return torch.argsort(owner, stable=True), held, keep, lengths
+
+    def _segments(self, tokens: VisualTokens) -> Tensor:
+        """[ΣN] frame (per_frame) or crop (per_crop) of each token; the other kind of image is one segment."""
+        assert tokens.segment is not None
+        video = [len(parts) == 1 for parts in tokens.parts]
+        wanted = torch.tensor([v == (self.keep.per == "per_frame") for v in video], device=tokens.x.device)
+        return torch.where(wanted[image_of(tokens.lengths, tokens.x.device)], tokens.segment, 0)
+
     def plan(
-        self, lengths: Sequence[int], grid: Sequence[Grid], row: Sequence[int], layer: int | None = None
+        self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
-        return self.keep.counts(lengths, row)
+        """With `per` a segment is taken to hold at least its budget."""
+        if self.keep.per is None:
+            return self.keep.counts(lengths, row)
+        assert self.keep.tokens is not None
+        each = [self.keep.tokens * segments_of(p, self.keep.per) for p in parts]
+        return tuple(min(n, k) for n, k in zip(lengths, each, strict=True))
 
 
 class Compressor(Stage):

@@ -18,13 +18,15 @@ from vtoken.hooks.attention import last_query, tap
 from vtoken.hooks.boundary import Boundary
 from vtoken.hooks.cache import Owner
 from vtoken.hooks.encoder import EncoderHooks
+from vtoken.hooks.features import FeatureHooks
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.layers import LayerGroups
+from vtoken.hooks.packed import PackedHooks
 from vtoken.run import Run, Trace
 from vtoken.stages import FACTS, Fact, Site, Stage
 
 # Which facts can be had where: the encoder's own before the LLM runs, the decoder's inside it.
-AT_TOKENS = {*facts.PROJECTIONS, "features", "text"}
+AT_TOKENS = {*facts.PROJECTIONS, "features", "pixels", "text"}
 AT_SITE: dict[Site, set[str]] = {
     "encoder": set(facts.PROJECTIONS),
     "tokens": AT_TOKENS,
@@ -44,7 +46,12 @@ class Session:
         wanted = {self._resolve(need) for stage in tokens for need in stage.needs() if need.name != "text"}
         compact = pipeline.positions == "compact"
         try:
-            EncoderHooks(self.adapter, self.run, self.handle, wanted, encoder)
+            if pipeline.anyres == "2x2":
+                side = 2 * model.config.vision_config.image_size
+                self.handle.set(model.config, "image_grid_pinpoints", [[side, side]])
+            FeatureHooks(self.adapter, self.run, self.handle)
+            tower: Any = EncoderHooks if self.adapter.encoder.unit == 1 else PackedHooks
+            tower(self.adapter, self.run, self.handle, wanted, encoder)
             self.boundary = Boundary(
                 self.adapter,
                 self.run,
@@ -52,6 +59,7 @@ class Session:
                 tokens,
                 compact=compact,
                 always=bool(decoder),
+                newline=pipeline.newline,
                 owner=self.owner,
                 resolve=self._resolve,
             )
@@ -67,11 +75,11 @@ class Session:
         return [stage for stage in self.pipeline.stages if stage.site == site]
 
     def _resolve(self, fact: Fact) -> Fact:
-        if fact.name not in facts.PROJECTIONS:
-            return Fact(fact.name)
-        encoder = self.adapter.encoder
-        layer = max(encoder.feature_layers) if fact.layer is None else fact.layer % len(encoder.layers)
-        return Fact(fact.name, layer)
+        name, encoder = self.adapter.substitutes.get(fact.name, fact.name), self.adapter.encoder
+        if name not in facts.PROJECTIONS:
+            return Fact(name)
+        layer = encoder.attention_layer if fact.layer is None else fact.layer % len(encoder.layers)
+        return Fact(name, layer)
 
     @property
     def trace(self) -> Trace | None:
@@ -101,6 +109,16 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
     Raises:
         UnsupportedError: names the stage, the reason and the nearest thing that works.
     """
+    if pipeline.positions == "compact" and adapter.mrope:
+        raise UnsupportedError(
+            f"positions: compact cannot be had on {adapter.model_type}: its positions have three axes (M-RoPE), which a renumbering "
+            "would tear apart; use positions: original"
+        )
+    if pipeline.anyres != "model" and not hasattr(adapter.model.config, "image_grid_pinpoints"):
+        raise UnsupportedError(
+            f"anyres: {pipeline.anyres} chooses how LLaVA-NeXT and OneVision cut pictures; {adapter.model_type} does not cut them. "
+            "Leave the key out"
+        )
     for stage in pipeline.stages:
         if stage.site not in AT_SITE:
             raise UnsupportedError(
@@ -188,6 +206,21 @@ def wrapped(model: Any, pipeline: Any) -> Iterator[Any]:
     finally:
         if model in _SESSIONS:
             unwrap(model)
+
+
+def match_processor(processor: Any, model: Any) -> Any:
+    """Gives a LLaVA-NeXT or OneVision processor the crop grids of the model (of the wrapped model: `anyres: 2x2`); returns the processor.
+
+    Raises:
+        UnsupportedError: model or processor do not cut pictures into crops.
+    """
+    pinpoints = getattr(model.config, "image_grid_pinpoints", None)
+    if pinpoints is None or not hasattr(processor.image_processor, "image_grid_pinpoints"):
+        raise UnsupportedError(
+            f"{type(model).__name__} with {type(processor).__name__} does not cut pictures into crops"
+        )
+    processor.image_processor.image_grid_pinpoints = [list(size) for size in pinpoints]
+    return processor
 
 
 def trace(model: Any) -> Trace:

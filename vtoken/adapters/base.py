@@ -11,17 +11,24 @@ import torch
 from torch import Tensor
 
 from vtoken.errors import UnsupportedError
+from vtoken.run import Call, Layout
+
+KINDS = {"image": 1, "video": 2}
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Where a padded vision tower ([crops, N, D] with an optional leading CLS) keeps its parts.
+    """Where a vision tower keeps its parts.
 
     Attributes:
-        layers: its transformer layers, each with `self_attn.{q,k,v}_proj`.
+        layers: its transformer layers.
         heads: attention heads; `scale` multiplies q k^T.
-        cls: whether column 0 is a CLS token.
+        cls: whether column 0 is a CLS token (padded towers).
         feature_layers: indices of the layers whose outputs become the visual features.
+        attention_layer: the layer that attention facts and keys are read from unless a stage names one.
+        full_attention: layers in which every token of an image (or frame) attends to all others; None: all of them.
+        unit: patches that become one visual token, 1 or 4; where it is 4 the tower is packed (Qwen): patches of all images in
+            one sequence, stored merge group by merge group.
     """
 
     layers: Sequence[Any]
@@ -29,6 +36,9 @@ class Encoder:
     scale: float
     cls: bool
     feature_layers: tuple[int, ...]
+    attention_layer: int
+    full_attention: tuple[int, ...] | None = None
+    unit: int = 1
 
 
 class Adapter(ABC):
@@ -38,55 +48,85 @@ class Adapter(ABC):
         model: the wrapped model.
         outer: the module whose forward sees `input_ids` and the features together.
         lm: the language model: what it is called with is shortened.
-        tower, projector: the vision encoder, and the module that brings its features to the LLM's width.
+        tower: the vision encoder.
+        projectors: the modules that bring its features to the LLM's width; the first makes the visual tokens.
         encoder: the tower's parts.
-        patches: patches per crop, CLS not counted.
-        image_tokens: placeholder ids.
+        patches: patches per crop, CLS not counted (padded towers).
+        placeholders: kind ("image", "video") -> id that stands for its tokens in a prompt.
+        features: kind -> name of the method of `outer` that encodes it.
         missing: fact name -> why the family cannot supply it and what comes nearest.
+        substitutes: fact name -> the documented fact that is given in its place.
+        mrope: whether positions have several axes, which cannot be renumbered.
     """
 
     model_type: ClassVar[str]
+    features: ClassVar[dict[str, str]] = {"image": "get_image_features"}
+    mrope: ClassVar[bool] = False
     model: Any
     outer: Any
     lm: Any
     tower: Any
-    projector: Any
+    projectors: tuple[Any, ...]
     encoder: Encoder
     patches: int
-    image_tokens: tuple[int, ...]
+    placeholders: dict[str, int]
     missing: dict[str, str]
+    substitutes: dict[str, str]
 
     @abstractmethod
     def __init__(self, model: Any) -> None: ...
 
     @abstractmethod
-    def images(self, crops: int) -> tuple[tuple[int, ...], tuple[tuple[int, int, int], ...]]:
-        """(lengths, grids) of the images whose crops the tower was just given: tokens in the order the LLM sees them."""
+    def layouts(self, kind: str, arguments: dict[str, Any]) -> tuple[Layout, ...]:
+        """How each image or video of a call of the feature function will reach the language model.
 
-    @abstractmethod
-    def split(self, tokens: int) -> tuple[tuple[int, ...], tuple[tuple[int, int, int], ...]]:
-        """(lengths, grids) of the images that fill `tokens` placeholders of one row, when no tower call tells.
+        Args:
+            arguments: of the call, by name; those not given are absent.
 
         Raises:
-            ValueError: no whole number of images fills them.
+            ValueError: pixels that do not fit their sizes.
         """
 
-    @abstractmethod
-    def to_tokens(self, values: Tensor) -> Tensor:
-        """[crops, N, ...] values per patch (CLS dropped) -> [ΣN, ...] in the order of the packed visual tokens."""
+    def pack(self, call: Call, values: Tensor) -> Tensor:
+        """Brings tower values to the order and number of the packed visual tokens, newlines left out, by the same operations that
+        the model applies to its features.
 
-    @abstractmethod
-    def check_call(self, kwargs: dict[str, Any]) -> None:
+        Args:
+            values: [crops, patches, C] (CLS dropped), or [ΣN, C] from a packed tower; NaN marks what was dropped.
+
+        Returns:
+            [ΣN, C].
+        """
+        return values.flatten(0, -2)
+
+    def split(self, tokens: int) -> tuple[Layout, ...]:
+        """Layouts of the images that fill `tokens` placeholders of one row, when no encoder call tells.
+
+        Raises:
+            UnsupportedError: the number of tokens does not tell how many images they are.
+        """
+        raise UnsupportedError(
+            f"{self.model_type} was given visual features that were not encoded while the model was wrapped, so their grids are not "
+            "known; pass pixel_values, or call the model's feature function after vtoken.wrap"
+        )
+
+    def check_call(self, kwargs: dict[str, Any]) -> None:  # noqa: B027
         """Refuses arguments of a call of `outer` or the tower that change which layer the features come from."""
 
-    def visual_mask(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
-        """[B, L] bool: which positions hold visual features. Without ids the placeholder's embedding is looked for, as upstream."""
-        if ids is not None:
-            return torch.isin(ids, torch.tensor(self.image_tokens, device=ids.device))
-        assert embeds is not None
-        table = self.outer.get_input_embeddings()
-        placeholders = table(torch.tensor(self.image_tokens, device=embeds.device))
-        return (embeds[:, :, None] == placeholders).all(-1).any(-1)
+    def visual_kinds(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
+        """[B, L] uint8: 1 where a position holds an image token, 2 for video, 0 for text. Without ids the placeholder's embedding
+        is looked for, as upstream."""
+        given = embeds if ids is None else ids
+        assert given is not None
+        kinds = torch.zeros(given.shape[:2], dtype=torch.uint8, device=given.device)
+        for kind, placeholder in self.placeholders.items():
+            if ids is not None:
+                here = ids == placeholder
+            else:
+                row = self.outer.get_input_embeddings()(torch.tensor(placeholder, device=given.device))
+                here = (given == row).all(-1)
+            kinds.masked_fill_(here, KINDS[kind])
+        return kinds
 
 
 def check_decoder(lm: Any) -> None:

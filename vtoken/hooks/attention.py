@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vtoken.hooks.flow import Prefill
+from vtoken.hooks.flow import Prefill, eager
 from vtoken.hooks.handle import Handle
 from vtoken.kernels import query_attention
 from vtoken.run import Run
@@ -72,23 +72,28 @@ def last_query(run: Run) -> Tap:
     def function(
         module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Callable[..., Any], **kwargs: Any
     ) -> Any:
-        flow = run.flow
-        if isinstance(flow, Prefill):
-            batch, _, _, width = k.shape
-            # A static cache hands out all its slots; only those filled so far count.
-            k = k[:, :, : flow.slots]
-            ok = torch.ones(batch, flow.slots, dtype=torch.bool) if flow.ok is None else flow.ok.bool()
-            ok = ok.to(k.device)
-            if flow.tail:
-                ok = ok.index_fill(1, torch.arange(flow.slots - flow.tail, flow.slots, device=k.device), False)
-            keys = k.transpose(1, 2)[ok]
-            scale = kwargs.get("scaling") or width**-0.5
-            one_each = torch.arange(batch + 1, dtype=torch.int32, device=k.device)
-            offsets = offsets_of(ok.sum(1).tolist(), k.device)
-            packed = query_attention(q[:, :, -1 - flow.tail], keys, one_each, offsets, scale)
-            flow.facts[Fact("last_query_attention", module.layer_idx)] = packed.new_zeros(ok.shape).masked_scatter(
-                ok, packed
-            )
+        if q.shape[2] > 1:
+            _keep_last(run, module.layer_idx, q, k, kwargs.get("scaling") or k.shape[-1] ** -0.5)
         return original()
 
     return function
+
+
+@eager
+@torch.no_grad()
+def _keep_last(run: Run, layer: int, q: Tensor, k: Tensor, scale: float) -> None:
+    """Stores the fact of a layer from its q and k [B, H, ., d]; without gradients, because a layer that checkpointing runs again does
+    not store it again."""
+    flow = run.flow
+    if not isinstance(flow, Prefill):
+        return
+    # A static cache hands out all its slots; only those filled so far count.
+    k = k[:, :, : flow.slots]
+    ok = torch.ones(len(k), flow.slots, dtype=torch.bool) if flow.ok is None else flow.ok.bool()
+    ok = ok.to(k.device)
+    if flow.tail:
+        ok = ok.index_fill(1, torch.arange(flow.slots - flow.tail, flow.slots, device=k.device), False)
+    one_each = torch.arange(len(k) + 1, dtype=torch.int32, device=k.device)
+    offsets = offsets_of(ok.sum(1).tolist(), k.device)
+    packed = query_attention(q[:, :, -1 - flow.tail], k.transpose(1, 2)[ok], one_each, offsets, scale)
+    flow.facts[Fact("last_query_attention", layer)] = packed.new_zeros(ok.shape).masked_scatter(ok, packed)

@@ -8,6 +8,7 @@ where tokens were dropped), so that logits and labels keep their shape.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from transformers import DynamicCache
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.cache import Owner, PrunedCache, Slots, adopt, cache_bytes
-from vtoken.hooks.flow import Flow, Prefill, StaticStep, Visual
+from vtoken.hooks.facts import substituted
+from vtoken.hooks.flow import Flow, Prefill, StaticStep, Visual, eager
 from vtoken.hooks.handle import Handle
-from vtoken.hooks.images import assign, check_probe
+from vtoken.hooks.images import check_axes, check_probe, locate
 from vtoken.hooks.layout import take
 from vtoken.run import Lineage, Run, Trace
 from vtoken.stages import Fact, Keep, Stage, offsets_of
@@ -31,7 +33,8 @@ class Boundary:
         stages: tokens-site stages, in pipeline order.
         compact: renumber positions after dropping, decode positions included.
         always: take over the cache at every prefill with images, because later stages shorten inside the decoder.
-        resolve: the fact as the encoder stored it (layers resolved).
+        newline: which newline tokens stay, see Prefill.
+        resolve: the fact as the encoder stored it (layers resolved, substituted).
     """
 
     def __init__(
@@ -43,11 +46,12 @@ class Boundary:
         *,
         compact: bool,
         always: bool,
+        newline: str,
         owner: Owner,
         resolve: Callable[[Fact], Fact],
     ) -> None:
         self.adapter, self.run, self.stages, self.owner, self.resolve = adapter, run, list(stages), owner, resolve
-        self.compact, self.always = compact, always
+        self.compact, self.always, self.newline = compact, always, newline
         self.last: Trace | None = None
         handle.before(adapter.model, self._call)
         handle.before(adapter.outer, self._outer)
@@ -58,30 +62,41 @@ class Boundary:
         """Remembers what only the outermost call knows; nothing on decode steps, which may be compiled."""
         ids = kwargs.get("input_ids")
         if ids is None or ids.shape[1] > 1:
-            wanted = kwargs.get("logits_to_keep")
-            self.run.labels = kwargs.get("labels")
-            self.run.tail = wanted - 1 if type(wanted) is int and wanted > 1 else 0
+            self._asked(kwargs)
+
+    @eager
+    def _asked(self, kwargs: dict) -> None:
+        wanted = kwargs.get("logits_to_keep")
+        self.run.labels = kwargs.get("labels")
+        self.run.tail = wanted - 1 if type(wanted) is int and wanted > 1 else 0
 
     def _outer(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Remembers which positions are visual: ids cannot be seen any more inside the language model."""
         ids = args[0] if args else kwargs.get("input_ids")
         embeds = kwargs.get("inputs_embeds")
         given = embeds if ids is None else ids
-        if given is None or given.shape[1] == 1:
-            return
+        if given is not None and given.shape[1] > 1:
+            self._see(ids, embeds, kwargs)
+
+    @eager
+    def _see(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict) -> None:
         self.adapter.check_call(kwargs)
         encoded = kwargs.get("mm_encoder_outputs") or {}
         has_features = any(kwargs.get(k) is not None for k in ("pixel_values", "pixel_values_videos")) or any(
             v is not None for v in encoded.values()
         )
-        self.run.visual = self.adapter.visual_mask(ids, embeds) if has_features else None
+        self.run.visual = self.adapter.visual_kinds(ids, embeds) if has_features else None
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        x, cache, run = kwargs["inputs_embeds"], kwargs.get("past_key_values"), self.run
         # An exception in an earlier forward may have left its state behind.
-        run.flow = None
-        if x.shape[1] == 1:
-            return self._continue(args, kwargs) if isinstance(cache, PrunedCache) else None
+        self.run.flow = None
+        if kwargs["inputs_embeds"].shape[1] == 1:
+            return self._continue(args, kwargs) if isinstance(kwargs.get("past_key_values"), PrunedCache) else None
+        return self._several(args, kwargs)
+
+    @eager
+    def _several(self, args: tuple, kwargs: dict) -> Any:
+        x, cache, run = kwargs["inputs_embeds"], kwargs.get("past_key_values"), self.run
         visual, run.visual = run.visual, None
         if visual is not None and visual.shape == x.shape[:2]:
             return self._prefill(args, kwargs, visual.to(x.device))
@@ -116,11 +131,12 @@ class Boundary:
         return Flow(new, [length] * batch, past, mask, positions, cache, x, new, index, new)
 
     def _prefill(self, args: tuple, kwargs: dict, visual: Tensor) -> Any:
-        flow = self._images(self._flow(kwargs), visual)
+        flow = self._images(self._flow(kwargs), visual, kwargs.get("deepstack_visual_embeds"))
         x, cache, trace = flow.hidden, flow.cache, flow.trace
         values = x[flow.visual.line, flow.visual.column]
         for stage in self.stages:
-            values = flow.decide(stage, values, self._facts(flow, stage, x))
+            given = substituted(stage, self.adapter.substitutes)
+            values = flow.decide(stage, values, self._facts(flow, stage, x), substitutes=given)
         trace.layers = [list(flow.visual.lengths)] * len(self.adapter.lm.layers)
         trace.prompt_tokens = list(flow.counts)
         self.run.flow = flow
@@ -147,49 +163,80 @@ class Boundary:
             "attention_mask": mask,
             "past_key_values": cache,
         }
+        deep = kwargs.get("visual_pos_masks")
+        if deep is not None:
+            new["visual_pos_masks"] = take(deep, flow.index, 1) & flow.valid.to(deep.device)
+            new["deepstack_visual_embeds"] = flow.riders
         return args, {**kwargs, **new}
 
-    def _images(self, flow: Flow, visual: Tensor) -> Prefill:
+    def _images(self, flow: Flow, visual: Tensor, riders: Sequence[Tensor] | None) -> Prefill:
         """Finds the images of the batch, and drops what the encoder dropped."""
-        encode, visual = self.run.encode, visual & flow.new
-        counts, real = torch.stack([visual.sum(1), flow.new.sum(1)]).tolist()
-        lengths, grid, row, source = assign(counts, encode, self.adapter)
-        line, column = visual.nonzero(as_tuple=True)
-        image = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)]).to(line.device)
-        place = torch.cat([torch.arange(n) for n in lengths]).to(line.device)
-        home = None
-        if encode is not None:
-            check_probe(flow.hidden[line, column], encode, source)
-            home = encode.home if encode.home is None or source is None else encode.home[source.to(encode.home.device)]
-        start = Visual(lengths, grid, row, line, column, image, Lineage(lengths, place, lengths))
+        located = locate(visual.masked_fill(~flow.new, 0), self.run.encodes, self.adapter)
+        line, column, device = located.line, located.column, visual.device
+        lengths = tuple(layout.tokens for layout in located.layouts)
+        image = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)]).to(device)
+        place = torch.cat([torch.arange(n) for n in lengths]).to(device)
+        segment = None
+        if any(layout.segment is not None for layout in located.layouts):
+            zeros = (torch.zeros(n, dtype=torch.long) for n in lengths)
+            each = [z if i.segment is None else i.segment for i, z in zip(located.layouts, zeros, strict=True)]
+            segment = torch.cat(each).to(device)
+        parts = tuple(layout.parts for layout in located.layouts)
+        closes = None if located.newlines is None else located.newlines.closes
+        lineage = Lineage(lengths, place, lengths)
+        start = Visual(lengths, parts, located.row, line, column, image, lineage, segment, closes)
         trace = self.run.trace = self.last = Trace(
-            visual_tokens=list(lengths), grid=list(grid), row=list(row), stages=list(encode.stages) if encode else []
+            visual_tokens=list(lengths), parts=list(parts), row=list(located.row), stages=located.stages()
         )
-        state = {**vars(flow), "counts": real}
-        prefill = Prefill(**state, visual=start, started=start, trace=trace, source=source)
-        prefill.labels, prefill.tail = self.run.labels, self.run.tail
-        if encode is not None and encode.stages:
-            alive = (~flow.hidden[line, column, 0].isnan()).nonzero()[:, 0]
-            left = start.after(Keep(alive, tuple(torch.bincount(image[alive], minlength=len(lengths)).tolist())))
-            if left.lengths != lengths:
-                prefill.leave(left if home is None else left.with_home(home.to(line.device)))
+        state = {**vars(flow), "counts": flow.new.sum(1).tolist()}
+        prefill = Prefill(**state, visual=start, started=start, trace=trace, located=located, policy=self.newline)
+        prefill.labels, prefill.tail, prefill.riders = self.run.labels, self.run.tail, list(riders or ())
+        if located.encodes:
+            check_probe(flow.hidden[line, column], located)
+        if self.adapter.mrope:
+            check_axes(flow.positions, located)
+        if any(encode.stages for encode in located.encodes):
+            self._encoded(prefill)
+        elif self.newline == "drop" and located.newlines is not None and (self.stages or self.always):
+            prefill.leave(start)
         return prefill
 
+    def _encoded(self, flow: Prefill) -> None:
+        """Drops what encoder stages dropped. Of merged tokens, DeepStack features from before the merge are averaged, equally
+        weighted; later ones (NaN where dropped) are those of the token that absorbed them."""
+        v, encodes = flow.visual, flow.located.encodes
+        alive = (~flow.hidden[v.line, v.column, 0].isnan()).nonzero()[:, 0]
+        keep = Keep(alive, tuple(torch.bincount(v.image[alive], minlength=len(v.lengths)).tolist()))
+        left = v.after(keep)
+        if any(encode.home is not None for encode in encodes):
+            flat = [torch.arange(len(e.probe)) if e.home is None else e.home for e in encodes]
+            home = flow.located.gather(flat).to(v.line.device)
+            left = left.with_home(home)
+            slot = torch.full_like(home, -1)
+            slot[alive] = torch.arange(len(alive), device=alive.device)
+            into = slot[(home + offsets_of(v.lengths, home.device)[:-1][v.image]).clamp(min=0)].masked_fill(
+                home < 0, -1
+            )
+            keep = replace(keep, into=into)
+        if left.lengths != v.lengths:
+            flow.leave(left)
+            flow.riders = [without(keep, r[:, 0].isnan()).to(r.device).apply(r) for r in flow.riders]
+
     def _facts(self, flow: Prefill, stage: Stage, x: Tensor) -> dict[Fact, Any]:
-        v, encode = flow.visual, self.run.encode
+        v, located = flow.visual, flow.located
         out: dict[Fact, Any] = {}
         for need in stage.needs():
             if need.name == "text":
                 out[need] = flow.text(x)
                 continue
-            if encode is None:
+            stored = self.resolve(need)
+            if not all(stored in encode.facts for encode in located.encodes) or not located.encodes:
                 raise UnsupportedError(
                     f"stage {stage.name} needs {need.name}, but the features of this call were not encoded by this model in this "
                     "thread; pass pixel_values instead of precomputed features"
                 )
-            full = encode.facts[self.resolve(need)]
+            full = located.gather([encode.facts[stored] for encode in located.encodes])
             live = offsets_of(v.lineage.full, v.image.device)[:-1][v.image] + v.lineage.place
-            live = live if flow.source is None else flow.source.to(live.device)[live]
             out[need] = full[live.to(full.device)].to(x.device)
         return out
 
@@ -257,6 +304,13 @@ class Boundary:
         return flow.ok
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
+        if out.last_hidden_state.shape[1] == 1 and not isinstance(self.run.flow, Prefill):
+            self.run.flow = None
+            return None
+        return self._finish(out)
+
+    @eager
+    def _finish(self, out: Any) -> Any:
         flow, self.run.flow = self.run.flow, None
         if not isinstance(flow, Prefill):
             return None
@@ -271,6 +325,11 @@ class Boundary:
         full = hidden.new_zeros(len(hidden), flow.new.shape[1], hidden.shape[2])
         out.last_hidden_state = full.scatter(1, index.expand_as(hidden), hidden.masked_fill(~valid, 0))
         return out
+
+
+def without(keep: Keep, gone: Tensor) -> Keep:
+    """The decision when some of the tokens [ΣN] have no value to give."""
+    return keep if keep.into is None else replace(keep, into=keep.into.masked_fill(gone.to(keep.into.device), -1))
 
 
 def as_bool(mask: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ depend on its neighbours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from vtoken.hooks import facts
-from vtoken.hooks.flow import check
+from vtoken.hooks.flow import check, check_replay
 from vtoken.hooks.handle import Handle
-from vtoken.run import Clock, Encode, Lineage, Run, StageTrace
-from vtoken.stages import Fact, Stage, VisualTokens
+from vtoken.run import Clock, Lineage, Run, StageTrace
+from vtoken.stages import Fact, Parts, Stage, VisualTokens
 
 
 @dataclass
@@ -69,17 +70,19 @@ class EncoderHooks:
     def __init__(self, adapter: Any, run: Run, handle: Handle, wanted: set[Fact], stages: Sequence[Stage]) -> None:
         self.adapter, self.encoder, self.run = adapter, adapter.encoder, run
         depth = len(self.encoder.layers)
+        stages = [facts.bound(stage, depth) for stage in stages]
         self.at = {layer: [s for s in stages if layer in s.layers(depth)] for layer in range(depth)}
         per_layer: dict[int, set[str]] = {layer: set() for layer in range(depth)}
         for fact in wanted:
             if fact.name in facts.PROJECTIONS and fact.layer is not None:
                 per_layer[fact.layer].add(fact.name)
         for layer, acting in self.at.items():
-            for stage in acting:
-                for fact in stage.needs():
-                    per_layer[layer if fact.layer is None else fact.layer % depth].add(fact.name)
+            for name, source in (self._served(f, layer) for stage in acting for f in stage.needs()):
+                per_layer[source].add(name)
         if not wanted and not stages:
             return
+        self.features = any(f.name == "features" for f in wanted)
+        self.pixels = any(f.name == "pixels" for f in wanted)
         handle.before(adapter.tower, self._start)
         for layer, module in enumerate(self.encoder.layers):
             if per_layer[layer]:
@@ -88,8 +91,12 @@ class EncoderHooks:
                 handle.after(module.self_attn, partial(self._facts, layer, sorted(per_layer[layer])))
             if layer and stages:
                 handle.before(module, partial(self._layer, layer))
-        self.features = any(f.name == "features" for f in wanted)
-        handle.after(adapter.projector, self._projected)
+        handle.after(adapter.projectors[0], self._projected)
+
+    def _served(self, fact: Fact, layer: int) -> tuple[str, int]:
+        """Name and layer of what a stage that acts after `layer` is given for a fact."""
+        name = self.adapter.substitutes.get(fact.name, fact.name)
+        return name, layer if fact.layer is None else fact.layer % len(self.encoder.layers)
 
     @property
     def tower(self) -> Any:
@@ -97,7 +104,6 @@ class EncoderHooks:
 
     def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.adapter.check_call(kwargs)
-        self.run.encode = self.run.tower = None
         pixels = args[0] if args else kwargs["pixel_values"]
         crops, full, device = len(pixels), self.adapter.patches, pixels.device
         patch = torch.arange(full, device=device).repeat(crops)
@@ -105,13 +111,20 @@ class EncoderHooks:
         self.run.tower = Tower(
             full, (full,) * crops, rows, patch + int(self.encoder.cls), Lineage((full,) * crops, patch)
         )
+        if self.pixels:
+            size: Any = self.adapter.tower.config.patch_size
+            behind = torch.nn.functional.unfold(pixels.float(), size, stride=size).transpose(1, 2)
+            self.run.tower.facts[Fact("pixels")] = behind
 
     def _tap(self, name: str, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> None:
-        self.tower.taps[name] = out
+        if self.tower is not None:  # not when gradient checkpointing runs the layer again
+            self.tower.taps[name] = out
 
     @torch.no_grad()
     def _facts(self, layer: int, names: list[str], module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
         tower, e = self.tower, self.encoder
+        if tower is None:
+            return
         packed = {
             k: v.flatten(0, 1) if tower.valid is None else v[tower.valid.to(v.device)] for k, v in tower.taps.items()
         }
@@ -124,6 +137,7 @@ class EncoderHooks:
 
     def _layer(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """Before layer `layer`: let the stages that act after the previous one decide, and mask padded keys."""
+        check_replay(module)
         hidden = args[0] if args else kwargs["hidden_states"]
         for stage in self.at[layer - 1]:
             hidden = self._decide(stage, layer - 1, hidden)
@@ -141,16 +155,19 @@ class EncoderHooks:
     def _decide(self, stage: Stage, layer: int, hidden: Tensor) -> Tensor:
         tower = self.tower
         device, crops, cls = hidden.device, len(tower.lengths), self.encoder.cls
-        grid = self.adapter.images(crops)[1]
         rows, place = tower.rows, tower.place
-        found = {
-            f: tower.facts[Fact(f.name, layer if f.layer is None else f.layer % len(self.encoder.layers))][rows, place]
-            for f in stage.needs()
-        }
+        found = {f: tower.facts[Fact(*self._served(f, layer))][rows, place] for f in stage.needs()}
         memory = tower.memory.setdefault(id(stage), {})
         x = hidden[rows.to(device), tower.columns.to(device)]
         tokens = VisualTokens.pack(
-            x, tower.lengths, grid, tuple(range(crops)), place.to(device), facts=found, layer=layer, memory=memory
+            x,
+            tower.lengths,
+            self.parts(crops),
+            tuple(range(crops)),
+            place.to(device),
+            facts=found,
+            layer=layer,
+            memory=memory,
         )
         with Clock(device) as clock:
             keep = stage.select(tokens)
@@ -167,6 +184,7 @@ class EncoderHooks:
                 tower.lineage.kept(),
                 tower.lineage.into(),
                 layer=layer,
+                substitutes=facts.substituted(stage, self.adapter.substitutes),
                 clock=clock.milliseconds,
             )
         )
@@ -194,24 +212,21 @@ class EncoderHooks:
             return valid.long()
         return hidden.new_zeros(valid.shape).masked_fill(~valid, torch.finfo(hidden.dtype).min)[:, None, None]
 
+    def parts(self, crops: int) -> tuple[Parts, ...]:
+        side = math.isqrt(self.adapter.patches)
+        return (((1, side, side),),) * crops
+
     def _projected(self, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor | None:
-        """After the projector: full shape again, facts put in the order of the packed tokens."""
-        tower, adapter = self.tower, self.adapter
+        """After the projector: full shape again."""
+        tower = self.tower
         if tower is None:
             return None
-        self.run.tower = None
-        crops, short = len(tower.lengths), sum(tower.lengths) < len(tower.lengths) * tower.full
+        short = sum(tower.lengths) < len(tower.lengths) * tower.full
         columns = tower.columns - int(self.encoder.cls)
 
         def full(x: Tensor) -> Tensor:
             return tower.restore(x[tower.rows.to(x.device), columns.to(x.device)]) if short else x
 
-        restored = full(out)
-        lengths, grid = adapter.images(crops)
-        found = {fact: adapter.to_tokens(value) for fact, value in tower.facts.items()}
         if self.features:
-            found[Fact("features")] = adapter.to_tokens(full(args[0]))
-        self.run.encode = Encode(
-            lengths, grid, found, adapter.to_tokens(restored[..., 0]).detach(), tower.traces, tower.lineage.home
-        )
-        return restored if short else None
+            tower.facts[Fact("features")] = full(args[0]).detach()
+        return full(out) if short else None

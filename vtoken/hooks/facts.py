@@ -6,13 +6,14 @@ offloaded or adapted Linears keep working. No N x N map is made.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtoken.kernels import query_attention
-from vtoken.stages import offsets_of
+from vtoken.stages import Stage, offsets_of
 
 # Which projections a fact reads.
 PROJECTIONS: dict[str, tuple[str, ...]] = {
@@ -20,7 +21,22 @@ PROJECTIONS: dict[str, tuple[str, ...]] = {
     "received_attention": ("q_proj", "k_proj"),
     "keys": ("k_proj",),
     "values": ("v_proj",),
+    "global_attention": ("q_proj", "k_proj"),
+    "value_attention": ("v_proj",),
+    "mean_value": ("v_proj",),
 }
+# These look at the whole image, also in a layer that attends within windows.
+GLOBAL = ("global_attention", "value_attention")
+
+
+def bound(stage: Any, depth: int) -> Any:
+    """The stage for a tower of so many layers, if what it decides depends on that: a copy from its method `bound`."""
+    return stage.bound(depth) if hasattr(stage, "bound") else stage
+
+
+def substituted(stage: Stage, substitutes: Mapping[str, str]) -> dict[str, str]:
+    """Facts that the stage asks for and the family replaces -> what it gives."""
+    return {need.name: substitutes[need.name] for need in stage.needs() if need.name in substitutes}
 
 
 def projections(names: Iterable[str]) -> list[str]:
@@ -38,13 +54,35 @@ def compute(
         lengths: live patches per crop.
 
     Returns:
-        [ΣM] float32 for attention facts, [ΣM, H*d] for keys and values.
+        [ΣM] float32 for attention facts, [ΣM, H*d] for keys and values, [ΣM, d] float32 for mean_value.
     """
     if name in ("keys", "values"):
         return outputs[PROJECTIONS[name][0]]
-    q, k = (outputs[p].unflatten(-1, (heads, -1)) for p in ("q_proj", "k_proj"))
-    offsets = offsets_of([n + cls for n in lengths], k.device)
+    split = {p: outputs[p].unflatten(-1, (heads, -1)) for p in PROJECTIONS[name]}
+    if name == "mean_value":
+        return split["v_proj"].float().mean(1)
+    held = [n + cls for n in lengths]
+    if name == "value_attention":
+        return one_query(split["v_proj"], split["v_proj"], held, 1.0, cls)
+    q, k = split["q_proj"], split["k_proj"]
     if name == "received_attention":
+        offsets = offsets_of(held, k.device)
         return query_attention(q, k, offsets, offsets, scale)
-    one_each = torch.arange(len(lengths) + 1, dtype=torch.int32, device=k.device)
-    return query_attention(q[offsets[:-1].long()], k, one_each, offsets, scale)
+    return one_query(q, k, held, scale, cls)
+
+
+def one_query(q: Tensor, k: Tensor, held: Sequence[int], scale: float, cls: bool) -> Tensor:
+    """[ΣM] attention of one query per image: row 0 of its q [ΣM, H, d] (the CLS token), or without CLS their mean.
+
+    Args:
+        k: [ΣM, H, d].
+        held: M_i, tokens of each image.
+    """
+    offsets = offsets_of(held, k.device)
+    if cls:
+        query = q[offsets[:-1].long()]
+    else:
+        counts = torch.tensor(held, device=q.device)
+        query = torch.segment_reduce(q.float(), "mean", lengths=counts, unsafe=True).to(q.dtype)
+    one_each = torch.arange(len(held) + 1, dtype=torch.int32, device=k.device)
+    return query_attention(query, k, one_each, offsets, scale)

@@ -7,12 +7,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vtoken.errors import UnsupportedError
 from vtoken.hooks.cache import PrunedCache, Slots
+from vtoken.hooks.images import Located
 from vtoken.hooks.layout import pack_left, take
 from vtoken.run import Clock, Lineage, StageTrace, Trace
-from vtoken.stages import Fact, Grid, Keep, Stage, VisualTokens
+from vtoken.stages import Fact, Keep, Parts, Stage, VisualTokens
+
+# For all that happens at prefill: torch.compile reads thread-local state wrongly (it sees the class's default), and would see no images.
+eager = torch.compiler.disable
 
 
 @dataclass(frozen=True)
@@ -20,19 +26,23 @@ class Visual:
     """The live visual tokens of a prefill.
 
     Attributes:
-        lengths, grid, row: per image, as in VisualTokens.
+        lengths, parts, row: per image, as in VisualTokens.
         line, column: [ΣK] batch row and logical column of each token.
         image: [ΣK] image of each token.
         lineage: what became of the unpruned tokens.
+        segment: [ΣK] as in VisualTokens.
+        closes: [ΣK] newline behind each token's row; None without newlines.
     """
 
     lengths: tuple[int, ...]
-    grid: tuple[Grid, ...]
+    parts: tuple[Parts, ...]
     row: tuple[int, ...]
     line: Tensor
     column: Tensor
     image: Tensor
     lineage: Lineage
+    segment: Tensor | None = None
+    closes: Tensor | None = None
 
     def after(self, keep: Keep) -> Visual:
         index = keep.index.to(self.line.device)
@@ -43,6 +53,8 @@ class Visual:
             column=self.column[index],
             image=self.image[index],
             lineage=self.lineage.advance(keep, self.image),
+            segment=None if self.segment is None else self.segment[index],
+            closes=None if self.closes is None else self.closes[index],
         )
 
     def with_home(self, home: Tensor) -> Visual:
@@ -105,7 +117,10 @@ class Prefill(Flow):
 
     Attributes:
         visual: the live visual tokens; `started` is what it was before anything was dropped.
-        source: [ΣN] row of the encoder's packed facts for each unpruned visual token; None when they line up.
+        located: where the images came from.
+        policy: which newline tokens stay: keep_if_row_has_token, keep or drop.
+        riders: [ΣK, D] what else is added to the visual tokens inside the decoder (DeepStack), one tensor per layer; `injected` of them were
+            added so far.
         tail: tokens after the last prompt token: drafts or an answer, whose logits are asked for too.
         changed: something was dropped or merged.
         records: slot maps to commit to the cache when the forward ends.
@@ -114,7 +129,10 @@ class Prefill(Flow):
     visual: Visual = field(kw_only=True)
     started: Visual = field(kw_only=True)
     trace: Trace = field(kw_only=True)
-    source: Tensor | None = None
+    located: Located = field(kw_only=True)
+    policy: str = "keep"
+    riders: list[Tensor] = field(default_factory=list)
+    injected: int = 0
     tail: int = 0
     labels: Tensor | None = None
     changed: bool = False
@@ -122,15 +140,27 @@ class Prefill(Flow):
     facts: dict[Fact, Tensor] = field(default_factory=dict)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
 
-    def decide(self, stage: Stage, x: Tensor, facts: dict[Fact, Any], layer: int | None = None) -> Tensor:
+    def __post_init__(self) -> None:
+        newlines = self.located.newlines
+        self.newlines = self.new.new_ones(0 if newlines is None else len(newlines.line))
+
+    def decide(
+        self,
+        stage: Stage,
+        x: Tensor,
+        facts: dict[Fact, Any],
+        layer: int | None = None,
+        substitutes: dict[str, str] | None = None,
+    ) -> Tensor:
         """Lets a stage choose among the live visual tokens, given their [ΣK, D] values; returns the values that remain."""
         v = self.visual
         tokens = VisualTokens.pack(
             x,
             v.lengths,
-            v.grid,
+            v.parts,
             v.row,
             v.lineage.place.to(x.device),
+            segment=None if v.segment is None else v.segment.to(x.device),
             facts=facts,
             layer=layer,
             memory=self.memory.setdefault(id(stage), {}),
@@ -141,20 +171,33 @@ class Prefill(Flow):
         untouched = keep.into is None and keep.lengths == v.lengths
         if not untouched:
             self.leave(v.after(keep))
-        self.trace.stages.append(trace_of(stage, v.lengths, self.visual.lineage, clock, layer))
+            self.riders = [keep.to(r.device).apply(r) for r in self.riders]
+        self.trace.stages.append(trace_of(stage, v.lengths, self.visual.lineage, clock, layer, substitutes))
         return x if untouched else keep.apply(x)
 
     def leave(self, visual: Visual) -> None:
-        """From now on only these visual tokens are alive."""
-        before, now = (v.per_row(len(self.counts)) for v in (self.visual, visual))
+        """From now on only these visual tokens are alive, and the newlines that the policy leaves with them."""
+        batch = len(self.counts)
+        before, now = (v.per_row(batch) for v in (self.visual, visual))
         self.counts = [n - b + k for n, b, k in zip(self.counts, before, now, strict=True)]
         self.visual, self.changed = visual, True
+        newlines = self.located.newlines
+        if newlines is not None and self.policy != "keep":
+            stay = torch.zeros_like(self.newlines)
+            if self.policy == "keep_if_row_has_token" and visual.closes is not None:
+                stay[visual.closes[visual.closes >= 0]] = True
+            gone = torch.bincount(newlines.line[self.newlines & ~stay], minlength=batch).tolist()
+            self.counts = [n - g for n, g in zip(self.counts, gone, strict=True)]
+            self.newlines &= stay
 
     def relayout(self) -> tuple[Tensor, Tensor]:
         """Recomputes `alive` and the layout from `visual`; returns the gather from the old layout [B, P'] to the new one."""
         gone = torch.zeros_like(self.alive)
         gone[self.started.line, self.started.column] = True
         gone[self.visual.line, self.visual.column] = False
+        newlines = self.located.newlines
+        if newlines is not None:
+            gone[newlines.line, newlines.column] = ~self.newlines
         self.alive = self.new & ~gone
         index, self.valid = pack_left(self.alive.gather(1, self.index) & self.valid, max(self.counts))
         self.index = self.index.gather(1, index)
@@ -170,6 +213,8 @@ class Prefill(Flow):
         """Per row, the values [B, P, D] of its text tokens in the current layout."""
         text = self.alive.clone()
         text[self.started.line, self.started.column] = False
+        if self.located.newlines is not None:
+            text[self.located.newlines.line, self.located.newlines.column] = False
         at = (text.gather(1, self.index) & self.valid).to(values.device)
         return [row[keep] for row, keep in zip(values, at, strict=True)]
 
@@ -183,7 +228,14 @@ class StaticStep:
     memo: dict[int, Any] = field(default_factory=dict)
 
 
-def trace_of(stage: Stage, before: Sequence[int], lineage: Lineage, clock: Clock, layer: int | None) -> StageTrace:
+def trace_of(
+    stage: Stage,
+    before: Sequence[int],
+    lineage: Lineage,
+    clock: Clock,
+    layer: int | None,
+    substitutes: dict[str, str] | None = None,
+) -> StageTrace:
     kept = lineage.kept()
     return StageTrace(
         stage.name,
@@ -193,6 +245,7 @@ def trace_of(stage: Stage, before: Sequence[int], lineage: Lineage, clock: Clock
         kept,
         lineage.into(),
         layer=layer,
+        substitutes=substitutes or {},
         clock=clock.milliseconds,
     )
 
@@ -211,3 +264,18 @@ def check(stage: Stage, keep: Keep, lengths: Sequence[int]) -> None:
         )
     if keep.into is not None and len(keep.into) != sum(lengths):
         raise ValueError(f"stage {stage.name} returned `into` of {len(keep.into)} entries for {sum(lengths)} tokens")
+
+
+def check_replay(layer: nn.Module) -> None:
+    """Refuses gradient checkpointing that runs a layer's hooks a second time, when what they knew is gone.
+
+    Raises:
+        UnsupportedError: the layer is about to be called so.
+    """
+    replayed = "__call__" in vars(GradientCheckpointingLayer)
+    if replayed and layer.training and getattr(layer, "gradient_checkpointing", False):
+        raise UnsupportedError(
+            "gradient checkpointing of this transformers version (before 5.21) recomputes layers with their hooks, so stages "
+            "between layers would be lost in the backward pass; call model.gradient_checkpointing_disable(), upgrade transformers, "
+            "or use stages of site tokens only"
+        )

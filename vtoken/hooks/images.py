@@ -1,80 +1,214 @@
-"""Which image each visual token belongs to, and whether it is the image that was scored."""
+"""Which image each visual token belongs to, where its newlines stand, and whether it is the image that was scored."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vtoken.run import Encode
-from vtoken.stages import Grid
+from vtoken.errors import UnsupportedError
+from vtoken.run import Encode, Layout, StageTrace
 
-Layout = tuple[tuple[int, ...], tuple[Grid, ...], tuple[int, ...], Tensor | None]
+KINDS = ("image", "video")
 
 
-def assign(counts: Sequence[int], encode: Encode | None, adapter: Any) -> Layout:
-    """Shares the encoded images out among the batch rows.
+@dataclass(frozen=True)
+class Newlines:
+    """The newline tokens of a prefill: where they stand, and `closes` [ΣN], the newline behind each token's row (-1: none)."""
+
+    line: Tensor
+    column: Tensor
+    closes: Tensor
+
+
+@dataclass(frozen=True)
+class Located:
+    """The images of a prefill, in reading order.
+
+    Attributes:
+        layouts: of each image; `row` is its batch row.
+        encodes: the encoder calls they came from; empty when features came precomputed.
+        origin: (encode, image of that call) of each image.
+        source: [ΣN] row of each token in the encodes' packed values, one encode after the other; None when they line up.
+        line, column: [ΣN] where each token stands in the batch.
+        newlines: None where there are none.
+    """
+
+    layouts: tuple[Layout, ...]
+    row: tuple[int, ...]
+    encodes: tuple[Encode, ...]
+    origin: tuple[tuple[int, int], ...]
+    source: Tensor | None
+    line: Tensor
+    column: Tensor
+    newlines: Newlines | None
+
+    def gather(self, values: Sequence[Tensor]) -> Tensor:
+        """[ΣN, ...] of one packed value per encode, in the order of the tokens here."""
+        value = values[0] if len(values) == 1 else torch.cat([v.to(values[0].device) for v in values])
+        return value if self.source is None else value[self.source.to(value.device)]
+
+    def stages(self) -> list[StageTrace]:
+        """What encoder stages did, told for the images of this batch."""
+        if not any(encode.stages for encode in self.encodes):
+            return []
+        out = []
+        for traces in zip(*(encode.stages for encode in self.encodes), strict=True):
+            each = [(traces[e], i) for e, i in self.origin]
+            into = [t.into[i] for t, i in each if t.into is not None]
+            out.append(
+                replace(
+                    traces[0],
+                    tokens_in=[t.tokens_in[i] for t, i in each],
+                    tokens_out=[t.tokens_out[i] for t, i in each],
+                    kept=[t.kept[i] for t, i in each],
+                    into=into if len(into) == len(each) else None,
+                )
+            )
+        return out
+
+
+@dataclass(frozen=True)
+class _Image:
+    layout: Layout
+    row: int
+    encode: int
+    index: int  # among the images of that encode
+    start: int  # of its tokens in the packed values of all encodes
+
+
+def locate(kinds: Tensor, encodes: dict[str, Encode], adapter: Any) -> Located:
+    """Finds the images behind the visual positions of `kinds` [B, L]: 0 none, 1 image, 2 video.
+
+    Raises:
+        ValueError: the rows cannot be filled with whole images, or some features came precomputed and some did not.
+    """
+    line, column = kinds.nonzero(as_tuple=True)
+    counts = torch.stack([(kinds == k + 1).sum(1) for k in range(len(adapter.placeholders))]).tolist()
+    found = {k: per_row for k, per_row in enumerate(counts) if any(per_row)}
+    given = [encodes.get(KINDS[k]) for k in found]
+    known = tuple(e for e in given if e is not None)
+    if known and len(known) < len(given):
+        raise ValueError("the features of images and of videos must come the same way; encode both after vtoken.wrap")
+    queues, offset = {}, 0
+    for number, ((k, per_row), encode) in enumerate(zip(found.items(), given, strict=True)):
+        queues[k] = deque(assign(per_row, encode, adapter, number, offset))
+        offset += 0 if encode is None else len(encode.probe)
+    images = list(*queues.values()) if len(queues) == 1 else interleave(queues, kinds[line, column].tolist())
+    layouts = tuple(i.layout for i in images)
+    lengths = [layout.tokens for layout in layouts]
+    source = None
+    if known and [i.start for i in images] != [0, *accumulate(lengths)][:-1]:
+        source = torch.cat([torch.arange(i.start, i.start + n) for i, n in zip(images, lengths, strict=True)])
+    newlines = None
+    if any(layout.newline is not None for layout in layouts):
+        masks = [torch.zeros(i.tokens, dtype=torch.bool) if i.newline is None else i.newline for i in layouts]
+        is_newline = torch.cat(masks).to(line.device)
+        newlines = Newlines(line[is_newline], column[is_newline], closes(layouts).to(line.device))
+        line, column = line[~is_newline], column[~is_newline]
+    origin = tuple((i.encode, i.index) for i in images)
+    return Located(layouts, tuple(i.row for i in images), known, origin, source, line, column, newlines)
+
+
+def interleave(queues: dict[int, deque[_Image]], kinds: list[int]) -> list[_Image]:
+    """Images and videos in the order in which their tokens stand; `kinds` is the kind of every visual position, row by row."""
+    images, at = [], 0
+    while at < len(kinds):
+        images.append(queues[kinds[at] - 1].popleft())
+        at += images[-1].layout.length
+    return images
+
+
+def closes(layouts: Sequence[Layout]) -> Tensor:
+    """[ΣN] index, among all newlines of the batch, of the one that closes each token's row; -1 for none."""
+    out, first = [], 0
+    for layout in layouts:
+        if layout.newline is None or layout.line is None:
+            out.append(torch.full((layout.tokens,), -1))
+            continue
+        out.append(torch.where(layout.line < 0, -1, layout.line + first))
+        first += layout.length - layout.tokens
+    return torch.cat(out)
+
+
+def assign(
+    counts: Sequence[int], encode: Encode | None, adapter: Any, number: int = 0, offset: int = 0
+) -> list[_Image]:
+    """Shares the encoded images of one kind out among the batch rows.
 
     `generate` may expand the batch after encoding (beams, several return sequences): then E consecutive rows hold the same images.
 
     Args:
-        counts: visual tokens of each batch row.
+        counts: visual positions of this kind in each batch row.
         encode: what the tower of this call saw, or None when features came precomputed.
-
-    Returns:
-        lengths, grid and row per image, and the [ΣN] index into the encoder's packed tokens (None when they line up).
+        number, offset: of the encode among all of this call, and where its tokens begin among theirs.
 
     Raises:
         ValueError: the rows cannot be filled with whole images.
     """
     if encode is None:
-        per_row = [adapter.split(n) for n in counts]
-        lengths = tuple(n for ls, _ in per_row for n in ls)
-        grid = tuple(g for _, gs in per_row for g in gs)
-        return lengths, grid, tuple(r for r, (ls, _) in enumerate(per_row) for _ in ls), None
-    captured = sum(encode.lengths)
-    copies, rest = divmod(sum(counts), captured)
+        return [_Image(layout, r, number, 0, 0) for r, n in enumerate(counts) for layout in adapter.split(n)]
+    lengths = [layout.length for layout in encode.layouts]
+    starts = [0, *accumulate(layout.tokens for layout in encode.layouts)]
+    copies, rest = divmod(sum(counts), sum(lengths))
     if rest or not copies:
         raise ValueError(
-            f"this call holds {sum(counts)} visual tokens but {captured} were encoded; a prompt prefilled in chunks cannot be "
+            f"this call holds {sum(counts)} visual tokens but {sum(lengths)} were encoded; a prompt prefilled in chunks cannot be "
             "pruned (set prefill_chunk_size=None), and images must be encoded in the call that uses them"
         )
-    images: list[int] = []
-    row: list[int] = []
+    images: list[_Image] = []
     following = first = 0
     for r, need in enumerate(counts):
         if r % copies == 0:
             first = following
         following, held = first, 0
-        while held < need and following < len(encode.lengths):
-            images.append(following)
-            row.append(r)
-            held += encode.lengths[following]
+        while held < need and following < len(lengths):
+            images.append(_Image(encode.layouts[following], r, number, following, offset + starts[following]))
+            held += lengths[following]
             following += 1
         if held != need:
             raise ValueError(f"row {r} holds {need} visual tokens, which is not a whole number of the encoded images")
-    lengths = tuple(encode.lengths[i] for i in images)
-    grid = tuple(encode.grid[i] for i in images)
-    if images == list(range(len(encode.lengths))):
-        return lengths, grid, tuple(row), None
-    start = [0, *accumulate(encode.lengths)]
-    source = torch.cat([torch.arange(start[i], start[i + 1]) for i in images]).to(encode.probe.device)
-    return lengths, grid, tuple(row), source
+    return images
 
 
-def check_probe(values: Tensor, encode: Encode, source: Tensor | None) -> None:
+def check_probe(values: Tensor, located: Located) -> None:
     """Refuses features that are not the ones that were scored.
 
     Raises:
         ValueError: e.g. features were encoded earlier, and another picture has been encoded since.
     """
-    probe = encode.probe if source is None else encode.probe[source]
+    probe = located.gather([encode.probe for encode in located.encodes])
     seen = values[:, 0].detach().to(probe.device)
     if not torch.equal(torch.nan_to_num(probe.to(seen.dtype)), torch.nan_to_num(seen)):
         raise ValueError(
             "the visual features of this call are not those the vision tower encoded last in this thread; "
             "pass pixel_values, or encode right before the call that uses the features"
         )
+
+
+def check_axes(positions: Tensor, located: Located) -> None:
+    """Refuses images that a model with M-RoPE would read as a line of text, because an argument is missing or transformers too old.
+
+    Args:
+        positions: [..., B or 1, L]; of the axes in front, the last two are rows and columns.
+
+    Raises:
+        UnsupportedError: all axes are equal on images that have more than one token to a frame.
+    """
+    if not any(rows * columns > 1 for layout in located.layouts for _, rows, columns in layout.parts):
+        return
+    if positions.ndim == 3 and len(positions) > 1:
+        line = located.line if positions.shape[1] > 1 else torch.zeros_like(located.line)
+        rows, columns = positions[-2:, line.to(positions.device), located.column.to(positions.device)]
+        if not torch.equal(rows, columns):
+            return
+    raise UnsupportedError(
+        "the images of this call have the positions of text (all axes of M-RoPE are equal). Pass input_ids, mm_token_type_ids and "
+        "image grids of the whole conversation, or position_ids; where that does not help, transformers is older than 5.21 and does "
+        "so to every new image of a cached conversation: start again without past_key_values, or upgrade"
+    )

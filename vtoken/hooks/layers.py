@@ -12,7 +12,7 @@ from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 
 from vtoken.hooks.cache import PrunedCache
-from vtoken.hooks.flow import Flow, Prefill, StaticStep
+from vtoken.hooks.flow import Flow, Prefill, StaticStep, check_replay, eager
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.layout import take
 from vtoken.run import Run
@@ -44,14 +44,23 @@ class LayerGroups:
         if stages or self.flash:
             for k, layer in enumerate(lm.layers):
                 handle.before(layer, partial(self._layer, k))
+        if stages and hasattr(lm, "_deepstack_process"):
+            handle.set(lm, "_deepstack_process", partial(self._deepstack, lm._deepstack_process))
 
     def _layer(self, k: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        flow = self.run.flow
-        if flow is None:
-            return None
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden, flow = args[0] if args else kwargs["hidden_states"], self.run.flow
         if isinstance(flow, StaticStep):
             return args, self._static(k, flow, kwargs)
+        if flow is None and hidden.shape[1] == 1:
+            return None
+        return self._shorten(k, module, args, kwargs)
+
+    @eager
+    def _shorten(self, k: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        hidden, flow = args[0] if args else kwargs["hidden_states"], self.run.flow
+        if flow is None:
+            return None
+        check_replay(module)
         kwargs = {**kwargs, **flow.over}
         short = self._open(k, flow, hidden, kwargs) if k else hidden
         kwargs.update(flow.over)
@@ -104,6 +113,19 @@ class LayerGroups:
                 hidden[line, column] = kept
         flow.trace.layers[k:] = [list(flow.visual.lengths)] * (len(self.at) - k)
         return hidden
+
+    def _deepstack(self, original: Callable[..., Tensor], hidden: Tensor, where: Tensor, features: Tensor) -> Tensor:
+        """DeepStack adds visual features after the first layers: behind a cut, to the tokens that are left."""
+        flow = self.run.flow
+        if isinstance(flow, Prefill):
+            flow.injected += 1
+            if flow.group:
+                # The model still hands out what was alive when the decoder was entered.
+                line, column = flow.slot()
+                where = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=line.device)
+                where[line, column] = True
+                features = flow.riders[flow.injected - 1]
+        return original(hidden, where.to(hidden.device), features)
 
     def fact(self, fact: Fact, k: int, flow: Prefill, hidden: Tensor) -> Any:
         """A fact for a stage at layer k: attention of the last prompt token, or the hidden states of each row's text."""

@@ -7,13 +7,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtoken.stages import Keep, Pruner, VisualTokens, keep_all
+from vtoken.budget import Budget
+from vtoken.stages import Keep, Parts, Pruner, VisualTokens, keep_all, size_of
 
 
 class Uniform(Pruner):
     """Keeps an even sub-grid of the image: rows x columns cells as square as the budget allows, one token at the centre
     of each. When the budget is no product of two numbers the widest rows get one more column, so the count is exact.
-    On tokens that an earlier stage already thinned out it keeps evenly spaced survivors in reading order.
+    Frames of a video stand on top of each other (per_frame: each by itself); the two rasters of an anyres image share the budget
+    by their sizes. On tokens that an earlier stage already thinned out, and within crops, it keeps evenly spaced ones in
+    reading order.
 
     No paper: a baseline.
     """
@@ -21,19 +24,46 @@ class Uniform(Pruner):
     paper: ClassVar[str] = "no paper"
 
     def select(self, tokens: VisualTokens) -> Keep:
+        if self.keep.per is not None and tokens.segment is not None:
+            return self._each_segment(tokens)
         counts = self.keep.counts(tokens.lengths, tokens.row)
         if counts == tokens.lengths:
             return keep_all(tokens)
-        parts, start = [], 0
-        for n, k, (t, h, w) in zip(tokens.lengths, counts, tokens.grid, strict=True):
-            parts.append(start + (even_grid(t * h, w, k) if n == t * h * w else centres(n, k)))
+        kept, start = [], 0
+        for i, (n, k) in enumerate(zip(tokens.lengths, counts, strict=True)):
+            kept.append(start + (even(tokens.parts[i], k) if tokens.whole(i) else centres(n, k)))
             start += n
-        return Keep(torch.cat(parts).to(tokens.x.device), counts)
+        return Keep(torch.cat(kept).to(tokens.x.device), counts)
+
+    def _each_segment(self, tokens: VisualTokens) -> Keep:
+        order, held, keep, lengths = self.per_segment(tokens)
+        if keep == held:
+            return keep_all(tokens)
+        kept, start, segments = [], 0, len(held) // len(tokens.lengths)
+        for s, (n, k) in enumerate(zip(held, keep, strict=True)):
+            (_, h, w), *more = tokens.parts[s // segments]
+            kept.append(start + (even_grid(h, w, k) if not more and n == h * w else centres(n, k)))
+            start += n
+        return Keep(order[torch.cat(kept).to(order.device)].sort().values, lengths)
+
+
+def even(parts: Parts, k: int) -> Tensor:
+    """k indices spread evenly over the rasters of an image, which share them by their sizes."""
+    sizes = [size_of((part,)) for part in parts]
+    shares = (
+        Budget({"total": k}).counts(sizes, (0,) * len(sizes)) if k >= len(sizes) else (0,) * (len(sizes) - 1) + (k,)
+    )
+    kept, start = [], 0
+    for (t, h, w), n, share in zip(parts, sizes, shares, strict=True):
+        if share:
+            kept.append(start + even_grid(t * h, w, share))
+        start += n
+    return torch.cat(kept)
 
 
 def centres(n: int, k: int) -> Tensor:
     """k whole numbers in 0..n-1, at the centres of k equal parts, all different (k <= n)."""
-    return (torch.arange(k) * 2 + 1) * n // (2 * k)
+    return (torch.arange(k) * 2 + 1) * n // (2 * k) if k else torch.arange(0)
 
 
 def even_grid(height: int, width: int, k: int) -> Tensor:

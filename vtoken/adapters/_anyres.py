@@ -1,0 +1,116 @@
+"""What NeXT and OneVision share: crops of a picture, packed by the model's own `pack_image_features`."""
+
+from __future__ import annotations
+
+import sys
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtoken.adapters._padded import Padded
+from vtoken.run import Call, Layout
+
+
+class Anyres(Padded):
+    """Crop 0 is the whole picture scaled down; the others are stitched, lose their padding and get a newline token behind each row.
+
+    What becomes of a token is found by packing channels that hold its row, column and crop, so no packing code is repeated here.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self._known: dict[Any, Layout] = {}
+
+    def layouts(self, kind: str, arguments: dict[str, Any]) -> tuple[Layout, ...]:
+        crops = self.crops(arguments)
+        check_pixels(arguments["pixel_values"], crops)
+        options = self.pack_options(arguments)
+        return tuple(
+            self._layout(n, tuple(map(int, s)), options) for n, s in zip(crops, arguments["image_sizes"], strict=True)
+        )
+
+    def crops(self, arguments: dict[str, Any]) -> list[int]:
+        """Crops per image, the whole included."""
+        count = sys.modules[type(self.outer).__module__].image_size_to_num_patches
+        config = self.model.config
+        pinpoints, size = config.image_grid_pinpoints, config.vision_config.image_size
+        sizes, whole = arguments["image_sizes"], self.whole(arguments)
+        return [1 if w else count(s, pinpoints, size) for s, w in zip(sizes, whole, strict=True)]
+
+    def whole(self, arguments: dict[str, Any]) -> list[bool]:
+        """Which images are one crop, whatever their size."""
+        return [False] * len(arguments["image_sizes"])
+
+    @abstractmethod
+    def pack_options(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What the model's packing is told besides sizes."""
+
+    def pack(self, call: Call, values: Tensor) -> Tensor:
+        split = values.split(self.crops(call.arguments))
+        images = self._pack(split, call.arguments["image_sizes"], self.pack_options(call.arguments))
+        masks = (
+            torch.zeros(len(i), dtype=torch.bool) if y.newline is None else y.newline
+            for i, y in zip(images, call.layouts, strict=True)
+        )
+        return torch.cat([image[~mask.to(image.device)] for image, mask in zip(images, masks, strict=True)])
+
+    def _pack(self, images: Sequence[Tensor], sizes: Any, options: dict[str, Any]) -> list[Tensor]:
+        """[crops, patches, C] of each image -> one [length, C] per image, NaN at newlines."""
+        newline = torch.full((images[0].shape[-1],), float("nan"), device=images[0].device)
+        out, _ = self.outer.pack_image_features(images, sizes, image_newline=newline, **options)
+        return out
+
+    def _places(self, crops: int, size: Any) -> Tensor:
+        """[crops, patches, 2]: row and column of every patch in the stitched crops; (-1, 0) in the scaled-down whole."""
+        place = torch.full((crops, self.patches, 2), -1.0)
+        if crops > 1:
+            shape = sys.modules[type(self.outer).__module__].get_anyres_image_grid_shape
+            config = self.model.config
+            _, columns = shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
+            crop, patch = torch.arange(crops - 1)[:, None], torch.arange(self.patches)
+            place[1:, :, 0] = crop // columns * self.side + patch // self.side
+            place[1:, :, 1] = crop % columns * self.side + patch % self.side
+        return place
+
+    def _layout(self, crops: int, size: tuple[int, ...], options: dict[str, Any]) -> Layout:
+        """Of an image of this (height, width); sizes come again and again, so each is worked out once."""
+        key = (crops, size, *options.items())
+        if key not in self._known:
+            (image,) = self._pack([self._places(crops, size)], torch.tensor([size]), options)
+            self._known[key] = self._read(image, crops)
+        return self._known[key]
+
+    def _read(self, image: Tensor, crops: int) -> Layout:
+        """From the packed places [length, 2] of one image."""
+        newline = image[:, 0].isnan()
+        content = image[~newline]
+        base = (1, self.side, self.side)
+        if crops == 1:
+            return Layout((base,), None, newline, torch.zeros(len(content), dtype=torch.long))
+        n = len(content) - self.patches
+        rows = int(newline.sum())
+        stitched = content[self.patches :]
+        width = int(stitched[:, 1].max() // self.side) + 1
+        crop = 1 + stitched[:, 0] // self.side * width + stitched[:, 1] // self.side
+        segment = torch.cat([torch.zeros(self.patches), crop]).long()
+        line = torch.cat([torch.full((self.patches,), -1), torch.arange(rows).repeat_interleave(n // rows)])
+        exact = bool((stitched == stitched.round()).all())
+        return Layout((base, (1, rows, n // rows)), segment, newline, line, resized=not exact)
+
+
+def check_pixels(pixels: Any, crops: list[int]) -> None:
+    """Refuses pixels with fewer crops than their sizes ask for.
+
+    Raises:
+        ValueError: processor and model choose different grids.
+    """
+    held = [pixels.shape[1]] * len(crops) if pixels.ndim == 5 else None
+    short = held is not None and any(n < want for n, want in zip(held, crops, strict=True))
+    if short or (held is None and len(pixels) != sum(crops)):
+        raise ValueError(
+            f"pixel_values of shape {list(pixels.shape)} do not hold the {crops} crops that image_sizes and the model's "
+            "image_grid_pinpoints ask for; give the processor the same pinpoints (vtoken.match_processor(processor, model))"
+        )

@@ -1,0 +1,84 @@
+"""What the Qwen-VL families share: one packed sequence of patches for all images, 2 x 2 patches merged into a token after the tower."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vtoken.adapters.base import Adapter, Encoder, check_decoder
+from vtoken.errors import UnsupportedError
+from vtoken.run import Layout
+
+GRIDS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+
+
+class Packed(Adapter):
+    """Finds tower, mergers and decoder. A video is one layout with all its frames, also where the prompt parts them by timestamps."""
+
+    features: ClassVar[dict[str, str]] = {"image": "get_image_features", "video": "get_video_features"}
+    mrope: ClassVar[bool] = True
+
+    def __init__(self, model: Any) -> None:
+        outer: Any = getattr(model, "model", None)
+        if not (hasattr(outer, "visual") and hasattr(outer, "language_model")):
+            raise UnsupportedError(
+                f"expected a {self.model_type} model with its language-model head (…ForConditionalGeneration), got {type(model).__name__}"
+            )
+        self.model, self.outer = model, outer
+        self.lm, self.tower = outer.language_model, outer.visual
+        check_decoder(self.lm)
+        self.projectors = (self.tower.merger, *getattr(self.tower, "deepstack_merger_list", ()))
+        self.merge = self.tower.spatial_merge_size
+        blocks, full = self.tower.blocks, self.full_attention()
+        attention, last = blocks[0].attn, len(blocks) - 1
+        self.encoder = Encoder(
+            layers=blocks,
+            heads=attention.num_heads,
+            scale=attention.scaling,
+            cls=False,
+            feature_layers=(last,),
+            attention_layer=last if full is None else max(full),
+            full_attention=full,
+            unit=self.merge**2,
+        )
+        config = model.config
+        self.placeholders = {"image": config.image_token_id, "video": config.video_token_id}
+        self.missing = {}
+        self.substitutes = {"cls_attention": "received_attention"}
+
+    def full_attention(self) -> tuple[int, ...] | None:
+        """As in Encoder."""
+        return None
+
+    def order(self, grid: Tensor, arguments: dict[str, Any]) -> Tensor | None:
+        """[ΣN] which token each merge group of the tower's sequence becomes; None where it is the same order.
+
+        Args:
+            grid: [images, 3] frames, rows and columns in patches; arguments: of the tower call, by name.
+        """
+        return None
+
+    def rasters(self, grid: Tensor) -> tuple[Layout, ...]:
+        """The layout of each row of `grid` [images, 3]: frames, rows and columns in patches."""
+        layouts = []
+        for frames, rows, columns in grid.tolist():
+            rows, columns = rows // self.merge, columns // self.merge
+            segment = torch.arange(frames).repeat_interleave(rows * columns) if frames > 1 else None
+            layouts.append(Layout(((frames, rows, columns),), segment))
+        return tuple(layouts)
+
+    def layouts(self, kind: str, arguments: dict[str, Any]) -> tuple[Layout, ...]:
+        pixels, grid = (arguments.get(name) for name in GRIDS[kind])
+        if pixels is None or grid is None:
+            raise ValueError(
+                f"{self.model_type} needs {' and '.join(GRIDS[kind])} to encode; pass what its processor returns"
+            )
+        patches = int(grid.prod(-1).sum())
+        if len(pixels) != patches:
+            raise ValueError(
+                f"{GRIDS[kind][0]} holds {len(pixels)} patches, but {GRIDS[kind][1]} tells of {patches}; pass both as one call of "
+                "the processor returned them"
+            )
+        return self.rasters(grid)

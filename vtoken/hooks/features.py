@@ -1,0 +1,129 @@
+"""Around the model's own feature functions: what an encoder call was asked for, and what it gave, in the order the LLM sees it.
+
+They are methods, not modules, so there is nothing to hook: each is shadowed on the instance by a function with its signature
+(`generate` inspects it). Since transformers 5.18 `generate` calls them before the model's forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtoken.hooks.flow import eager
+from vtoken.hooks.handle import Handle
+from vtoken.run import Call, Encode, Run, StageTrace
+from vtoken.stages import Fact
+
+Pack = Callable[[Tensor], Tensor]
+
+
+class FeatureHooks:
+    """Shadows the feature functions of `adapter.outer`; each call leaves an `Encode` in `run.encodes`."""
+
+    def __init__(self, adapter: Any, run: Run, handle: Handle) -> None:
+        self.adapter, self.run = adapter, run
+        for kind, name in adapter.features.items():
+            handle.set(adapter.outer, name, self._shadow(kind, getattr(adapter.outer, name)))
+
+    def _shadow(self, kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
+        @eager
+        @wraps(original)
+        def features(*args: Any, **kwargs: Any) -> Any:
+            run = self.run
+            if run.call is not None:  # Qwen3-VL encodes videos through its image function.
+                return original(*args, **kwargs)
+            run.tower = None
+            run.encodes.pop(kind, None)
+            arguments = dict(signature.bind(*args, **kwargs).arguments)
+            arguments |= arguments.pop("kwargs", {})
+            run.call = Call(kind, arguments, self.adapter.layouts(kind, arguments))
+            try:
+                out = original(*args, **kwargs)
+                run.encodes[kind] = self._encode(run.call, out)
+            finally:
+                run.call = run.tower = None
+            return out
+
+        return features
+
+    @torch.no_grad()
+    def _encode(self, call: Call, out: Any) -> Encode:
+        given = out.pooler_output if hasattr(out, "pooler_output") else out[1]
+        flat = [given] if torch.is_tensor(given) else list(given)
+        probe = torch.cat([f[..., 0].detach().flatten() for f in flat])
+        # Some versions append the newline of a video only when they fill the prompt.
+        if len(probe) != sum(layout.tokens for layout in call.layouts):
+            probe = probe[~newlines(call).to(probe.device)]
+        tower = self.run.tower
+        if tower is None:
+            return Encode(call.layouts, {}, probe, [])
+
+        def pack(values: Tensor) -> Tensor:
+            return self.adapter.pack(call, values)
+
+        facts = {f: pack(v[..., None])[..., 0] if scalar(f) else pack(v) for f, v in tower.facts.items()}
+        traces, home = tower.traces, tower.lineage.home
+        if traces and tower.lineage.full != tuple(layout.tokens for layout in call.layouts):
+            traces, home = repacked(pack, call, tower.lineage.full, traces)
+        return Encode(call.layouts, facts, probe, traces, home)
+
+
+def scalar(fact: Fact) -> bool:
+    """Whether the fact is one number per token."""
+    return fact.name.endswith("attention")
+
+
+def newlines(call: Call) -> Tensor:
+    """[Σlength] bool: which packed rows are newline tokens."""
+    masks = [torch.zeros(i.tokens, dtype=torch.bool) if i.newline is None else i.newline for i in call.layouts]
+    return torch.cat(masks)
+
+
+def repacked(
+    pack: Pack, call: Call, full: tuple[int, ...], traces: list[StageTrace]
+) -> tuple[list[StageTrace], Tensor | None]:
+    """Traces of stages that saw crops and patches, brought to images and tokens, and the last `home`.
+
+    Tokens that the model interpolated stay when all their sources stayed; which of them absorbed which cannot be told.
+    """
+    exact = not any(layout.resized for layout in call.layouts)
+    crops, patches = len(full), full[0]
+    ids = torch.arange(crops * patches, dtype=torch.float32)
+    channels = [ids.view(crops, patches)]
+    for trace in traces:
+        alive = torch.full((crops, patches), float("nan"))
+        for crop, patch in enumerate(trace.kept):
+            alive[crop, patch.cpu()] = 0
+        channels.append(alive)
+        if trace.into is not None:
+            absorbed = torch.stack(trace.into).cpu()
+            ids_of = (absorbed + torch.arange(crops)[:, None] * patches).float()
+            channels.append(ids_of.masked_fill(absorbed < 0, float("nan")))
+    columns = iter(pack(torch.stack(channels, -1)).unbind(-1))
+    tokens = [layout.tokens for layout in call.layouts]
+    place = torch.cat([torch.arange(n) for n in tokens])
+    place_of = torch.full((crops * patches,), -1)
+    first = next(columns)
+    if exact:
+        place_of[first.long()] = place
+    out: list[StageTrace] = []
+    home: Tensor | None = None
+    before = tokens
+    for trace in traces:
+        kept = [(~image.isnan()).nonzero()[:, 0] for image in next(columns).split(tokens)]
+        if trace.into is not None:
+            rep = next(columns)
+            home = torch.where(rep.isnan(), -1, place_of[rep.nan_to_num().long()]) if exact else None
+        into = None if home is None else list(home.split(tokens))
+        after = [len(k) for k in kept]
+        out.append(replace(trace, tokens_in=list(before), tokens_out=after, kept=kept, into=into))
+        before = after
+    return out, home

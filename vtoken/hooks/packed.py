@@ -1,0 +1,266 @@
+"""Inside a packed vision tower (Qwen): facts of chosen blocks, and stages that drop or merge between blocks.
+
+All images lie in one sequence of patches, and `unit` consecutive patches (a merge group) become one visual token. Stages see groups in
+token order; the tower may store them in another one (windows). Whole groups are dropped and later blocks really run on fewer, in the
+tower's own order, with the segment bounds and rotary embeddings of the survivors. The mergers' outputs get their length back with NaN rows,
+which are removed at the language-model boundary.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtoken.errors import UnsupportedError
+from vtoken.hooks import facts
+from vtoken.hooks.flow import check, check_replay
+from vtoken.hooks.handle import Handle
+from vtoken.kernels import query_attention
+from vtoken.run import Clock, Layout, Lineage, Run, StageTrace
+from vtoken.stages import Fact, Stage, VisualTokens
+
+
+@dataclass
+class PackedTower:
+    """State of one tower call. Tokens are counted over the whole batch.
+
+    Attributes:
+        layouts: of each image.
+        image: [ΣN] image of each token.
+        slot: [ΣN] place of each token's group in the tower's sequence before anything was dropped.
+        live: [ΣK] token of each group that is left, in the tower's order.
+        lineage: what became of every token of each image.
+        rotary: cos and sin of the live patches; bounds: whether attention is full -> cu_seqlens and longest segment of the live
+            patches. Both are made again after every drop.
+        qkv: output of the block at work.
+        facts: [ΣN, ...] in token order, NaN where the token was dropped before the fact was read. `keys` and `values`
+            [ΣN, H*d] are as projected (no rotary), `features` [ΣN, D] what enters the merger, means over the group;
+            `pixels` [ΣN, unit*P] its patches one after the other.
+    """
+
+    layouts: tuple[Layout, ...]
+    image: Tensor
+    slot: Tensor
+    live: Tensor
+    lineage: Lineage
+    rotary: tuple[Tensor, Tensor] | None = None
+    bounds: dict[bool, tuple[Tensor, int | None]] = field(default_factory=dict)
+    qkv: Tensor | None = None
+    facts: dict[Fact, Tensor] = field(default_factory=dict)
+    memory: dict[int, dict[str, Any]] = field(default_factory=dict)
+    traces: list[StageTrace] = field(default_factory=list)
+
+    @property
+    def short(self) -> bool:
+        return len(self.live) < len(self.slot)
+
+    def restore(self, values: Tensor, at: Tensor) -> Tensor:
+        """[ΣK, ...] in the tower's order -> [ΣN, ...] where row `at[i]` is values[i] and all others are NaN."""
+        out = values.new_full((len(self.slot), *values.shape[1:]), float("nan"))
+        out[at.to(values.device)] = values
+        return out
+
+
+class PackedHooks:
+    """Installs what the stages ask of the tower; nothing when they ask nothing. When the tower is done, `run.tower` holds what it found.
+
+    Args:
+        wanted: facts (with layers resolved) that stages after the tower need.
+        stages: encoder-site stages, in pipeline order.
+
+    Raises:
+        UnsupportedError: attention facts of a window layer, or a stage that asks for a layer after the one it acts at.
+    """
+
+    def __init__(self, adapter: Any, run: Run, handle: Handle, wanted: set[Fact], stages: Sequence[Stage]) -> None:
+        self.adapter, self.encoder, self.run = adapter, adapter.encoder, run
+        depth = len(self.encoder.layers)
+        stages = [facts.bound(stage, depth) for stage in stages]
+        self.at = {layer: [s for s in stages if layer in s.layers(depth)] for layer in range(depth)}
+        per_layer: dict[int, set[str]] = {layer: set() for layer in range(depth)}
+        asked: list[tuple[Fact, int | None, str]] = [(fact, None, "a later stage") for fact in wanted]
+        asked += [(f, layer, f"stage {s.name}") for layer, acting in self.at.items() for s in acting for f in s.needs()]
+        for fact, layer, who in asked:
+            if fact.name in facts.PROJECTIONS:
+                read = self._layer_of(fact, layer)
+                self._check(fact.name, read, layer, who)
+                per_layer[read].add(fact.name)
+        if not asked and not stages:
+            return
+        self.features = Fact("features") in wanted
+        self.pixels = any(fact.name == "pixels" for fact, _, _ in asked)
+        handle.before(adapter.tower, self._start)
+        for layer, block in enumerate(self.encoder.layers):
+            if per_layer[layer]:
+                handle.after(block.attn.qkv, self._tap)
+                handle.after(block.attn, partial(self._facts, layer, sorted(per_layer[layer])))
+            if layer and stages:
+                handle.before(block, partial(self._block, layer))
+        for index, merger in enumerate(adapter.projectors):
+            handle.after(merger, partial(self._merged, index))
+
+    def _layer_of(self, fact: Fact, acts_at: int | None) -> int:
+        layer = acts_at if fact.layer is None else fact.layer % len(self.encoder.layers)
+        assert layer is not None, f"{fact} came without a layer"
+        return layer
+
+    def _check(self, name: str, layer: int, acts_at: int | None, who: str) -> None:
+        full = self.encoder.full_attention
+        if acts_at is not None and layer > acts_at:
+            raise UnsupportedError(
+                f"{who} acts after encoder layer {acts_at} and needs {name} of layer {layer}, which runs later; ask for layer "
+                f"{acts_at} or an earlier one"
+            )
+        if name.endswith("attention") and name not in facts.GLOBAL and full is not None and layer not in full:
+            raise UnsupportedError(
+                f"{who} needs {name} of encoder layer {layer}, where tokens attend within windows only; the layers with full "
+                f"attention are {', '.join(map(str, full))}: name one of them"
+            )
+
+    @property
+    def tower(self) -> Any:
+        return self.run.tower
+
+    def _groups(self, patches: Tensor) -> Tensor:
+        """[unit*K, ...] -> [K, unit, ...]."""
+        return patches.unflatten(0, (-1, self.encoder.unit))
+
+    def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        pixels = args[0] if args else kwargs["hidden_states"]
+        grid = args[1] if len(args) > 1 else kwargs["grid_thw"]
+        layouts, device = self.adapter.rasters(grid), pixels.device
+        full = tuple(layout.tokens for layout in layouts)
+        order = self.adapter.order(grid, kwargs)
+        live = torch.arange(sum(full), device=device) if order is None else order.to(device)
+        place = torch.cat([torch.arange(n) for n in full]).to(device)
+        image = torch.cat([torch.full((n,), i) for i, n in enumerate(full)]).to(device)
+        self.run.tower = PackedTower(layouts, image, live.argsort(), live, Lineage(full, place, full))
+        if self.pixels:
+            self.tower.facts[Fact("pixels")] = self._groups(pixels.detach().float()).flatten(1)
+
+    def _tap(self, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> None:
+        if self.tower is not None:  # not when gradient checkpointing runs the block again
+            self.tower.qkv = out
+
+    @torch.no_grad()
+    def _facts(self, layer: int, names: list[str], module: Any, args: tuple, kwargs: dict, out: Any) -> None:
+        tower, unit = self.tower, self.encoder.unit
+        if tower is None:
+            return
+        q, k, v = tower.qkv.unflatten(1, (3, self.encoder.heads, -1)).unbind(1)
+        tower.qkv = None
+        held = [n * unit for n in tower.lineage.lengths or tower.lineage.full]
+        for name in names:
+            if name in ("keys", "values"):
+                value = (k if name == "keys" else v).flatten(1)
+            elif name == "mean_value":
+                value = v.float().mean(1)
+            elif name == "value_attention":
+                value = facts.one_query(v, v, held, 1.0, False)
+            else:
+                rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb_vision
+                queries, keys = rotate(q, k, *(half.to(q.device) for half in kwargs["position_embeddings"]))
+                if name == "global_attention":
+                    value = facts.one_query(queries, keys, held, self.encoder.scale, False)
+                else:
+                    bounds = kwargs["cu_seqlens"].to(q.device)
+                    value = query_attention(queries, keys, bounds, bounds, self.encoder.scale)
+            tower.facts[Fact(name, layer)] = tower.restore(value.unflatten(0, (-1, unit)).mean(1), tower.live)
+
+    def _block(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """Before block `layer`: let the stages that act after the previous one decide, and hand on only what is left."""
+        check_replay(module)
+        given = args[0] if args else kwargs["hidden_states"]
+        hidden = given
+        for stage in self.at[layer - 1]:
+            hidden = self._decide(stage, layer - 1, hidden)
+        if hidden is given and not self.tower.short:
+            return None
+        if self.tower.short:
+            kwargs = {**kwargs, **self._survivors(layer, kwargs)}
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def _decide(self, stage: Stage, layer: int, hidden: Tensor) -> Tensor:
+        tower, device = self.tower, hidden.device
+        token, rank = tower.live.sort()
+        groups = self._groups(hidden)[rank.to(device)]
+        before, needs = tower.lineage.lengths, stage.needs()
+        segments = [torch.zeros(i.tokens, dtype=torch.long) if i.segment is None else i.segment for i in tower.layouts]
+        frames = any(layout.segment is not None for layout in tower.layouts)
+        tokens = VisualTokens.pack(
+            groups.mean(1),
+            before,
+            [layout.parts for layout in tower.layouts],
+            range(len(before)),
+            tower.lineage.place.to(device),
+            segment=torch.cat(segments).to(device)[token.to(device)] if frames else None,
+            facts={need: self._fact(need, layer)[token].to(device) for need in needs},
+            layer=layer,
+            memory=tower.memory.setdefault(id(stage), {}),
+        )
+        with Clock(device) as clock:
+            keep = stage.select(tokens)
+        check(stage, keep, before)
+        if not len(keep.index):
+            raise ValueError(
+                f"stage {stage.name} dropped every visual token inside the vision tower, which needs at least one"
+            )
+        tower.lineage = tower.lineage.advance(keep, tower.image[token])
+        tower.traces.append(
+            StageTrace(
+                stage.name,
+                stage.site,
+                list(before),
+                list(keep.lengths),
+                tower.lineage.kept(),
+                tower.lineage.into(),
+                layer=layer,
+                substitutes={n.name: given for n in needs if (given := self.adapter.substitutes.get(n.name))},
+                clock=clock.milliseconds,
+            )
+        )
+        if before == keep.lengths and keep.into is None:
+            return hidden
+        token = token[keep.index.to(token.device)]
+        back = tower.slot[token].argsort()
+        tower.live, tower.rotary, tower.bounds = token[back], None, {}
+        return keep.apply(groups)[back.to(device)].flatten(0, 1)
+
+    def _fact(self, need: Fact, layer: int) -> Tensor:
+        known = need.name in facts.PROJECTIONS
+        value = self.tower.facts[Fact(need.name, self._layer_of(need, layer)) if known else Fact(need.name)]
+        return value.to(self.tower.live.device)
+
+    def _survivors(self, layer: int, kwargs: dict) -> dict[str, Any]:
+        """The block's arguments that go by patches, cut down to the live ones."""
+        tower, unit, full = self.tower, self.encoder.unit, self.encoder.full_attention
+        slots = tower.slot[tower.live]
+        if tower.rotary is None:
+            rows = (slots[:, None] * unit + torch.arange(unit, device=slots.device)).flatten()
+            tower.rotary = tuple(half[rows.to(half.device)] for half in kwargs["position_embeddings"])
+        kind = full is None or layer in full
+        if kind not in tower.bounds:
+            old = kwargs["cu_seqlens"]
+            starts = torch.searchsorted(slots, old.to(slots) // unit) * unit
+            bounds = starts.unique_consecutive().to(old)
+            longest = None if kwargs.get("max_seqlen") is None else int(bounds.diff().max())
+            tower.bounds[kind] = bounds, longest
+        bounds, longest = tower.bounds[kind]
+        found = {"cu_seqlens": bounds, "position_embeddings": tower.rotary}
+        return found if longest is None else {**found, "max_seqlen": longest}
+
+    def _merged(self, index: int, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor | None:
+        """After a merger (the first makes the visual tokens): full length again, in the tower's order, which the model undoes."""
+        tower = self.tower
+        if tower is None:
+            return None
+        if index == 0 and self.features:
+            hidden = self._groups(args[0].detach()).mean(1)
+            tower.facts[Fact("features")] = tower.restore(hidden, tower.live)
+        return tower.restore(out, tower.slot[tower.live]) if tower.short else None
