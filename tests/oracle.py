@@ -4,69 +4,135 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import tiny
 import torch
 from torch import Tensor
+
+Newlines = Literal["keep_if_row_has_token", "keep", "drop"]
 
 
 @dataclass
 class Prompt:
-    """What the unwrapped model feeds its language model."""
+    """What the unwrapped model feeds its language model.
+
+    Attributes:
+        embeds: [B, L, D].
+        positions: [B, L], or [3, B, L] with M-RoPE.
+        mask: [B, L] bool, False for padding.
+        visual: [B, L] bool, tokens of images and videos; newline tokens are not among them.
+        newline: [B, L] bool.
+        images: images and videos in reading order, with the columns of all their tokens, newline tokens included.
+        deep: what DeepStack adds after decoder layer i, [B, L, D] each, 0 at text.
+        crop: tokens of one crop, for families with newline tokens, else 0.
+    """
 
     embeds: Tensor
     positions: Tensor
     mask: Tensor
     visual: Tensor
+    newline: Tensor
+    images: list[tiny.Segment]
+    deep: list[Tensor]
+    crop: int
 
 
 @torch.no_grad()
 def prompt(model: Any, batch: dict[str, Tensor]) -> Prompt:
-    """Runs the unwrapped model's prefill and records what enters the language model."""
+    """Runs the prefill of the unwrapped model on a batch from `tiny.build` and records what enters the language model."""
     seen: dict[str, Any] = {}
 
     def look(module: Any, args: tuple, kwargs: dict) -> None:
-        seen.update({k: v for k, v in kwargs.items() if k in ("inputs_embeds", "position_ids")} if not seen else {})
+        seen.update(kwargs if not seen else {})
 
     hook = model.model.language_model.register_forward_pre_hook(look, with_kwargs=True)
     model.generate(**{k: v.clone() for k, v in batch.items()}, max_new_tokens=1, do_sample=False)
     hook.remove()
-    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-    positions = seen["position_ids"].expand(len(mask), -1)
-    visual = batch["input_ids"] == model.config.image_token_id
-    return Prompt(seen["inputs_embeds"], positions, mask, visual)
+    ids, embeds, positions = batch["input_ids"], seen["inputs_embeds"], seen["position_ids"]
+    if positions.ndim == 3:
+        positions = positions[-3:]  # a fourth axis in front numbers the tokens for the mask
+    deep = []
+    for features in seen.get("deepstack_visual_embeds") or []:
+        deep.append(torch.zeros_like(embeds))
+        deep[-1][seen["visual_pos_masks"]] = features
+    visual = (ids == model.config.image_token_id) | (ids == getattr(model.config, "video_token_id", -1))
+    newline, crop = torch.zeros_like(visual), 0
+    if hasattr(model.model, "image_newline"):
+        newline = visual & (embeds == model.model.image_newline).all(-1)
+        vision = model.config.vision_config
+        crop = (vision.image_size // vision.patch_size) ** 2
+    return Prompt(
+        embeds=embeds,
+        positions=positions.expand(*positions.shape[:-2], *ids.shape),
+        mask=batch.get("attention_mask", torch.ones_like(ids)).bool(),
+        visual=visual & ~newline,
+        newline=newline,
+        images=tiny.segments(model, batch),
+        deep=deep,
+        crop=crop,
+    )
 
 
-def keep_mask(p: Prompt, kept: Sequence[Tensor], tokens: int) -> Tensor:
-    """[B, L]: text, and of each image (of `tokens` tokens, in reading order) the kept ones."""
+def keep_mask(
+    p: Prompt, kept: Sequence[Tensor], tokens: int | None = None, newlines: Newlines = "keep_if_row_has_token"
+) -> Tensor:
+    """[B, L] bool: text, and what stays of each image.
+
+    Args:
+        kept: per image in reading order, indices of the kept ones among its visual tokens, newline tokens not counted.
+        tokens: visual tokens that every image must have, if they are to be equal.
+        newlines: which newline tokens stay: those that close a row with a kept token, all, or none. The base crop of an anyres
+            image has no newline; the only newline of a single crop or of a video closes all of it.
+    """
     keep = p.mask.clone()
-    keep[p.visual] = False
-    line, column = p.visual.nonzero(as_tuple=True)
-    for i, index in enumerate(kept):
-        at = i * tokens + index
-        keep[line[at], column[at]] = True
+    for image, index in zip(p.images, kept, strict=True):
+        newline = p.newline[image.row, image.columns]
+        inside, ends = (~newline).nonzero()[:, 0], newline.nonzero()[:, 0].tolist()
+        assert tokens in (None, len(inside)), f"an image of {len(inside)} tokens, not {tokens}"
+        stay = torch.zeros_like(newline)
+        stay[inside[index]] = True
+        begin = p.crop if image.kind == "image" and ends and ends[0] > p.crop else 0
+        for end in ends:
+            stay[end] = newlines == "keep" or (newlines != "drop" and bool(stay[begin:end].any()))
+            begin = end + 1
+        keep[image.row, image.columns] = stay
     return keep
 
 
 @torch.no_grad()
 def logits(
-    model: Any, x: Tensor, positions: Tensor, cuts: dict[int, Tensor] | None = None, compact: bool = False
+    model: Any,
+    x: Tensor,
+    positions: Tensor,
+    cuts: dict[int, Tensor] | None = None,
+    compact: bool = False,
+    deep: Sequence[Tensor] = (),
 ) -> Tensor:
-    """One row [1, N, D] through the decoder, all layers dense causal; `cuts[k]` [N_k] bool drops tokens before layer k."""
+    """One row [1, N, D] through the decoder, all layers dense causal.
+
+    Args:
+        positions: [1, N] or [3, 1, N].
+        cuts: cuts[k] [N_k] bool drops tokens before layer k.
+        compact: renumber the positions behind dropped tokens.
+        deep: deep[k] [1, N, D] is added after layer k, less the tokens that were dropped.
+    """
     lm = model.model.language_model
     rope = lm.rotary_emb(x, positions)
     for k, layer in enumerate(lm.layers):
         if cuts and k in cuts:
             stay = cuts[k]
             if compact:
-                positions = positions - (~stay).cumsum(0)[None]
-            x, positions = x[:, stay], positions[:, stay]
+                positions = positions - (~stay).cumsum(0)
+            x, positions, deep = x[:, stay], positions[..., stay], [d[:, stay] for d in deep]
             rope = lm.rotary_emb(x, positions)
         n = x.shape[1]
         mask = torch.ones(n, n, dtype=torch.bool).tril()[None, None]
         if lm.config._attn_implementation == "eager":
             mask = torch.where(mask, 0.0, torch.finfo(x.dtype).min).to(x.dtype)
         x = layer(x, attention_mask=mask, position_embeddings=rope, position_ids=None, past_key_values=None)
+        if k < len(deep):
+            x = x + deep[k]
     return model.lm_head(lm.norm(x))
 
 
@@ -84,15 +150,18 @@ def generate(
 
     Args:
         keep: [B, L] tokens that enter the decoder; layer_keep[k]: [B, L] tokens that enter layer k.
+        compact: renumber positions; not with M-RoPE.
         start: per row, tokens appended as if they had been generated (teacher forcing).
 
     Returns:
         tokens [B, n] and logits [n, B, V].
     """
+    assert not (compact and p.positions.ndim == 3), "M-RoPE positions cannot be renumbered"
     rows, scores = [], []
     for b in range(len(keep)):
         stay = keep[b] & p.mask[b]
-        x, positions, last = p.embeds[b : b + 1, stay], p.positions[b : b + 1, stay], p.positions[b, -1]
+        x, positions, last = p.embeds[b : b + 1, stay], p.positions[..., b : b + 1, stay], p.positions[..., b, -1].max()
+        deep = [d[b : b + 1, stay] for d in p.deep]
         if compact:
             gone = (p.mask[b] & ~stay).cumsum(0)
             positions, last = positions - gone[stay], last - gone[-1]
@@ -104,12 +173,13 @@ def generate(
             for k in sorted(inner):
                 want = torch.cat([inner[k], torch.ones(step, dtype=torch.bool)])
                 cuts[k], held = want[held], want
-            score = logits(model, x, positions, cuts, compact)[0, -1]
+            score = logits(model, x, positions, cuts, compact, deep)[0, -1]
             out.append(score)
             token = int(score.argmax()) if start is None else start[b][step]
             tokens.append(token)
             x = torch.cat([x, model.get_input_embeddings()(torch.tensor([[token]]))], 1)
-            positions = torch.cat([positions, (last + 1 + step).view(1, 1)], 1)
+            positions = torch.cat([positions, (last + 1 + step).expand(*positions.shape[:-1], 1)], -1)
+            deep = [torch.cat([d, torch.zeros_like(d[:, :1])], 1) for d in deep]
         rows.append(tokens)
         scores.append(torch.stack(out))
     return torch.tensor(rows), torch.stack(scores, 1)

@@ -62,6 +62,21 @@ class InsideOne(Inside):
         return Keep(index, (-(-tokens.lengths[0] // 2), *tokens.lengths[1:]))
 
 
+class InsideMerge(Inside):
+    """Encoder site, averages pairs of neighbours: the first of each pair stays. No paper."""
+
+    def needs(self) -> tuple[Fact, ...]:
+        return ()
+
+    def select(self, tokens: VisualTokens) -> Keep:
+        index, into, start, slots = [], [], 0, 0
+        for n in tokens.lengths:
+            index.append(torch.arange(0, n, 2) + start)
+            into.append(torch.arange(n) // 2 + slots)
+            start, slots = start + n, slots + -(-n // 2)
+        return Keep(torch.cat(index), tuple(-(-n // 2) for n in tokens.lengths), torch.cat(into))
+
+
 class Deep(Compressor):
     """Decoder site, before chosen layers, by the last query's attention. No paper."""
 

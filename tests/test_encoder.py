@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import oracle
 import pytest
 import tiny
@@ -11,6 +13,7 @@ from test_generate import BATCHES, NEW, run
 
 import vtoken
 from vtoken.errors import UnsupportedError
+from vtoken.stages import Keep, Site
 
 
 @torch.no_grad()
@@ -160,6 +163,26 @@ def test_what_a_stage_may_ask(stage, message):
     vtoken.unwrap(vtoken.wrap(model, "none"))
 
 
-def test_missing_fact_names_the_nearest():
-    with pytest.raises(UnsupportedError, match="received_attention"):
-        vtoken.wrap(tiny.llava(tower="siglip"), "fastervlm:4")
+def test_missing_fact_is_replaced_by_the_documented_one():
+    model = tiny.llava(tower="siglip")
+    batch = tiny.build(model, BATCHES["ragged"], seed=3)
+    with vtoken.wrapped(model, "fastervlm:4"):
+        run(model, batch)
+        trace = vtoken.trace(model)
+    assert trace.stages[0].substitutes == {"cls_attention": "received_attention"}
+
+    class ByAttention(Inside):
+        site: ClassVar[Site] = "tokens"
+
+        def layers(self, depth):
+            return ()
+
+        def select(self, tokens):
+            score = tokens.fact("received_attention")
+            best = [s.topk(4).indices.sort().values for s in score.split(tokens.lengths)]
+            return Keep(torch.cat([b + 16 * i for i, b in enumerate(best)]), (4,) * len(best))
+
+    with vtoken.wrapped(model, [ByAttention()]):
+        run(model, batch)
+        for a, b in zip(vtoken.trace(model).kept, trace.kept, strict=True):
+            assert torch.equal(a, b)

@@ -1,66 +1,17 @@
-"""Known answers: every registered method against numbers worked out by hand or by an independent definition in float64."""
+"""Every registered method against its known answer: a function of its name in one of the files known_*.py."""
 
 from __future__ import annotations
 
+from importlib import import_module
+from pathlib import Path
+
 import pytest
-import torch
 
 from vtoken import registry
 from vtoken.budget import Budget
-from vtoken.stages import Fact, VisualTokens
 
-
-def tokens(x=None, lengths=(6,), grid=((1, 2, 3),), row=None, place=None, **facts):
-    x = torch.arange(sum(lengths), dtype=torch.float32)[:, None].repeat(1, 2) if x is None else x
-    place = torch.cat([torch.arange(n) for n in lengths]) if place is None else place
-    row = tuple(range(len(lengths))) if row is None else row
-    return VisualTokens.pack(x, lengths, grid, row, place, facts={Fact(k): v for k, v in facts.items()})
-
-
-def fastervlm():
-    scores = torch.tensor([0.1, 0.3, 0.2, 0.3, 0.0, 0.3])
-    keep = registry.stage("fastervlm")(keep=2).select(tokens(cls_attention=scores))
-    assert keep.index.tolist() == [1, 3], "ties go to the lower index, reading order"
-    two = registry.stage("fastervlm")(keep="50%").select(
-        tokens(lengths=(2, 4), grid=((1, 1, 2), (1, 2, 2)), cls_attention=torch.tensor([0.2, 0.1, 0.1, 0.4, 0.3, 0.9]))
-    )
-    assert two.index.tolist() == [0, 3, 5] and two.lengths == (1, 2)
-
-
-def random():
-    stage = registry.stage("random")(keep=3, seed=7)
-    draw = torch.rand(6, generator=torch.Generator().manual_seed(7)).double()
-    want = sorted(sorted(range(6), key=lambda i: -float(draw[i]))[:3])
-    assert stage.select(tokens()).index.tolist() == want
-    other = stage.model_copy(update={"seed": 8})
-    assert other.select(tokens()).index.tolist() != want
-
-
-def uniform():
-    stage = registry.stage("uniform")
-    assert stage(keep=4).select(tokens(lengths=(16,), grid=((1, 4, 4),))).index.tolist() == [5, 7, 13, 15]
-    assert stage(keep=1).select(tokens(lengths=(9,), grid=((1, 3, 3),))).index.tolist() == [4]
-    for n, grid in ((576, (1, 24, 24)), (30, (1, 5, 6)), (7, (1, 7, 1)), (24, (2, 3, 4))):
-        for k in range(1, n + 1):
-            index = stage(keep=k).select(tokens(lengths=(n,), grid=(grid,))).index
-            assert len(index) == k == len(set(index.tolist())) and torch.equal(index, index.sort().values)
-    thinned = tokens(lengths=(4,), grid=((1, 4, 4),), place=torch.tensor([0, 3, 9, 15]))
-    assert stage(keep=2).select(thinned).index.tolist() == [1, 3]
-
-
-def pool():
-    x = torch.tensor([[0.0, 0], [1, 2], [2, 4], [3, 6], [4, 8], [5, 10]])
-    keep = registry.stage("pool")(size=2).select(tokens(x))
-    assert keep.index.tolist() == [0, 2] and keep.into.tolist() == [0, 0, 1, 0, 0, 1]
-    assert keep.apply(x).tolist() == [[2.0, 4.0], [3.5, 7.0]]
-    thinned = tokens(x[:3], (3,), ((1, 4, 4),), place=torch.tensor([2, 4, 5]))
-    keep = registry.stage("pool")(size=2).select(thinned)
-    assert keep.index.tolist() == [0, 1] and keep.into.tolist() == [0, 1, 1], "cells in the order of their first tokens"
-    frames = registry.stage("pool")(size=2).select(tokens(lengths=(8,), grid=((2, 2, 2),)))
-    assert frames.index.tolist() == [0, 4], "frames are not mixed"
-
-
-KNOWN = {f.__name__: f for f in (fastervlm, random, uniform, pool)}
+FILES = [import_module(file.stem) for file in sorted(Path(__file__).parent.glob("known_*.py"))]
+KNOWN = {name: vars(module)[name] for module in FILES for name in registry.stages() if name in vars(module)}
 
 
 @pytest.mark.parametrize("name", registry.stages())
@@ -79,6 +30,7 @@ def test_known_answer(name):
         ({"total": 10}, (7, 7, 7, 5), (0, 0, 0, 1), (4, 3, 3, 5)),
         ({"total": 2}, (10, 10, 10), (0, 0, 0), (1, 1, 1)),
         ({"total": 3}, (100, 1, 1), (0, 0, 0), (1, 1, 1)),
+        ({"per_frame": 3}, (16, 2), (0, 0), (3, 2)),
         (1, (0,), (0,), (0,)),
     ],
 )
@@ -88,7 +40,27 @@ def test_budget(value, lengths, row, want):
 
 
 @pytest.mark.parametrize(
-    "value", [0, -1, 1.0, 0.5, True, "0%", "101%", "x", "%", "64", "1/3%", "1e1%", {"total": 0}, {"totl": 3}, None, [3]]
+    "value",
+    [
+        0,
+        -1,
+        1.0,
+        0.5,
+        True,
+        "0%",
+        "101%",
+        "x",
+        "%",
+        "64",
+        "1/3%",
+        "1e1%",
+        {"total": 0},
+        {"totl": 3},
+        {"per_crop": 0},
+        {"per_crop": 1, "total": 2},
+        None,
+        [3],
+    ],
 )
 def test_bad_budget(value):
     with pytest.raises(ValueError, match="keep"):
