@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
-from transformers import LlavaNextConfig
+from transformers import CLIPConfig
 
 from vtoken.commands import flops as command
 from vtoken.config import load
@@ -64,8 +64,8 @@ def test_bad_input(tmp_path: Any) -> None:
         account(config, text_tokens=-1)
     with pytest.raises(UnsupportedError, match="count every frame as one of `images`"):
         account(config, frames=8)
-    with pytest.raises(UnsupportedError, match="'llava_next'; supported: llava"):
-        account(LlavaNextConfig())
+    with pytest.raises(UnsupportedError, match="'clip'; supported: llava, llava_next, llava_onevision, qwen2_5_vl"):
+        account(CLIPConfig())
     with pytest.raises(UnsupportedError, match="decoder of type 'gpt2'"):
         account(type(config)(vision_config=config.vision_config, text_config={"model_type": "gpt2"}))
     with pytest.raises(ConfigError, match="not built in"):
@@ -93,10 +93,20 @@ def test_command_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Not counted" in out
 
 
+def test_command_pictures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("llava-hf/llava-v1.6-vicuna-7b-hf", "uniform:64", "--image-size", "672x1008") == 0
+    out = capsys.readouterr().out
+    assert "2112 100.0%" in out and "newline tokens at entry │       32 100.0%" in out
+    assert run("Qwen/Qwen3-VL-2B-Instruct", "--image-size", "320x640", "--frames", "7", "--images", "2") == 0
+    out = capsys.readouterr().out
+    assert "newline tokens" not in out and "2 video(s) of 7 frames" in out
+    assert f"{2 * 4 * 10 * 20} 100.0%" in out
+
+
 def test_command_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run("--help")
-    assert capsys.readouterr().out.count("vtoken flops llava-hf/") == 2
+    assert capsys.readouterr().out.count("vtoken flops llava-hf/") == 3
     with pytest.raises(SystemExit):
         run("tiny-llava", "--image-size", "big")
     assert "write 336 or 480x640" in capsys.readouterr().err

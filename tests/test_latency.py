@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from probes import Deep, Failing, Inside, Ragged
 from torch import nn
 from transformers import GenerationConfig
@@ -20,8 +21,9 @@ from vtoken.commands.bench import cells, markdown
 from vtoken.config import load
 from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals import models
+from vtoken.evals.inputs import random_prompt
 from vtoken.evals.latency import COMPARED, PARTS, Bench, Spread, bench, break_even, ratios, row, spread
-from vtoken.evals.timing import Runner, Sample, Subject, random_prompt
+from vtoken.evals.timing import Runner, Sample, Subject
 
 SHORT = {"text_tokens": 5, "new_tokens": 3, "repeats": 2, "warmup": 0}
 
@@ -91,13 +93,61 @@ def test_the_oracle_is_the_same_computation(positions: str, stage: Any, text_tok
     with torch.inference_mode():
         subject = runner.prepare(pipeline)
         kept, oracle = subject.visual_tokens, subject.oracle
-        assert 0 < kept < 3 * 2 * tiny.TOKENS and len(oracle.values) == int(oracle.visual.sum()) == kept
+        assert 0 < kept < 3 * 2 * tiny.TOKENS and len(oracle.values) == int((oracle.ids == tiny.IMG).sum()) == kept
         ours = runner.sample(pipeline)[1][:, -8:]
-        ideal = runner.sample(None, oracle)[1]
+        ideal = runner.sample(None, oracle)[1][:, -8:]
         dense = runner.sample()[1][:, -8:]
     assert torch.equal(ours, ideal)
     assert not torch.equal(ours, dense)
     assert hooks(model) == before
+
+
+KINDS = [(family, 1) for family in tiny.FAMILIES if family != "llava"] + [(family, 5) for family in tiny.VIDEO]
+
+
+@pytest.mark.parametrize("stage", [{"fastervlm": {"keep": 5}}, {"pool": {"size": 2}}, Ragged()], ids=str)
+@pytest.mark.parametrize(("family", "frames"), KINDS)
+def test_the_oracle_of_every_family(family: str, frames: int, stage: Any) -> None:
+    """Newlines, crops, M-RoPE, videos and DeepStack: the tokens are the same as with the wrapped model."""
+    model, pipeline = tiny.make(family), load({"stages": [stage]})
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=8)
+    model.generate(**tiny.build(model, [["img", 1]]))
+    before, adapter = hooks(model), registry.adapter(family)(model)
+    prompt = random_prompt(adapter, batch=3, images=2, frames=frames, image_size=(84, 140), text_tokens=9, seed=3)
+    runner = Runner(adapter, prompt)
+    with torch.inference_mode():
+        subject = runner.prepare(pipeline)
+        if subject.oracle is None:
+            assert (family, frames) == ("llava_onevision", 5) and transformers.__version__ < "5.18"
+            assert "before transformers 5.18" in subject.no_oracle
+            return
+        assert subject.visual_tokens <= len(subject.oracle.values) < int(placeholders(prompt.inputs["input_ids"]).sum())
+        assert int(placeholders(subject.oracle.ids).sum()) == len(subject.oracle.values)
+        assert len(subject.oracle.deep) == (2 if family == "qwen3_vl" else 0)
+        ours = runner.sample(pipeline)[1][:, -8:]
+        ideal = runner.sample(None, subject.oracle)[1][:, -8:]
+        dense = runner.sample()[1][:, -8:]
+    assert torch.equal(ours, ideal)
+    assert not torch.equal(ours, dense)
+    assert hooks(model) == before and adapter.features["image"] not in vars(adapter.outer)
+
+
+def placeholders(ids: torch.Tensor) -> torch.Tensor:
+    return torch.isin(ids, torch.tensor([tiny.IMG, tiny.VID]))
+
+
+def test_pictures_of_a_bench() -> None:
+    model = tiny.make("qwen3_vl")
+    measured = bench(model, ["uniform:3"], batch=2, images=2, frames=4, image_size=(56, 84), **SHORT)
+    assert [each.visual_tokens for each in measured.rows] == [2 * 2 * 2 * 6, 2 * 2 * 3]
+    assert measured.rows[1].no_oracle is None and measured.conditions["image_size"] == (56, 84)
+    assert measured.conditions["prompt"] == f"ids [2, {24 + 5}], pixel_values_videos [{2 * 2 * 2 * 24}, 1176]"
+    with pytest.raises(ConfigError, match=r"text_tokens must be at least 4, not 3: .* of the 4 images or frames"):
+        bench(model, [], images=2, frames=4, image_size=56, text_tokens=3)
+    with pytest.raises(UnsupportedError, match="anyres: 2x2, but all pipelines are measured on the same prompt"):
+        bench(tiny.make("llava_next"), [{"anyres": "2x2", "stages": []}])
+    with pytest.raises(UnsupportedError, match="llava takes no video"):
+        bench(tiny.llava(), [], frames=2)
 
 
 def samples(*ttft: float) -> list[Sample]:

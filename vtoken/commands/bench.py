@@ -6,6 +6,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from vtoken.evals.options import add_pictures
+
 if TYPE_CHECKING:
     from vtoken.evals.latency import Bench, Row, Spread
 
@@ -17,6 +19,8 @@ examples:
       two pipelines on one model, eight prompts at a time
   vtoken bench llava-hf/llava-1.5-7b-hf fastervlm:64 --random-weights --device cuda --dtype bfloat16
       7B shapes without a download: latency does not depend on what the weights say
+  vtoken bench Qwen/Qwen2.5-VL-3B-Instruct fastervlm:128 --random-weights --image-size 448x672 --frames 8
+      a video
   vtoken bench tiny-llava my_pipeline.yaml --repeats 21 --json | jq '.rows[1].to_oracle.ttft'
       the overhead alone
 
@@ -52,7 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pipelines", metavar="PIPELINE", nargs="*", help="preset, method:budget or YAML file")
     for option, default, text in (
         ("--batch", 1, "prompts at a time"),
-        ("--images", 1, "images per prompt"),
         ("--text-tokens", 32, "prompt tokens that are not visual"),
         ("--new-tokens", 16, "tokens generated, the first of them by prefill"),
         ("--repeats", 7, "rounds that count"),
@@ -60,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--seed", 0, "of texts, pictures and random weights"),
     ):
         parser.add_argument(option, type=int, default=default, metavar="N", help=f"{text} (default: %(default)s)")
+    add_pictures(parser)
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: the model's own)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch (default: torch's choice)")
@@ -74,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         ConfigError: a model, pipeline, device, dtype or count that cannot be used.
-        UnsupportedError: a family or stage that cannot be measured.
+        UnsupportedError: a family, pipeline or stage that cannot be measured.
     """
     import torch
 
@@ -96,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
         pipelines,
         batch=args.batch,
         images=args.images,
+        image_size=args.image_size,
+        frames=args.frames,
         text_tokens=args.text_tokens,
         new_tokens=args.new_tokens,
         repeats=args.repeats,

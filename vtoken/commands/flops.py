@@ -6,6 +6,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from vtoken.evals.options import add_pictures
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -14,16 +16,22 @@ if TYPE_CHECKING:
 EPILOG = """\
 examples:
   vtoken flops llava-hf/llava-1.5-7b-hf fastervlm:64
-      one stage beside the dense model; nothing is downloaded, common 7B configs are built in
+      one stage beside the dense model; nothing is downloaded, common configs are built in
   vtoken flops llava-hf/llava-1.5-13b-hf fastervlm:64 my_pipeline.yaml --text-tokens 200 --new-tokens 1
       two pipelines, a longer prompt, prefill only
+  vtoken flops llava-hf/llava-v1.6-vicuna-7b-hf fastervlm:25% --image-size 672x1008
+      crops and newlines of an anyres image
+  vtoken flops Qwen/Qwen2.5-VL-7B-Instruct fastervlm:128 --image-size 448 --frames 16
+      a video
   vtoken flops tiny-llava --json
       the dense model alone, as one JSON object
   vtoken flops ./my-llava my_pipeline.yaml --images 4
       a local folder with a config.json, four images per prompt
 
 A multiply-add is 2 FLOPs. Percentages are shares of the dense model. KV bytes use the config's dtype, 2 bytes a number
-where it names none.
+where it names none. Qwen rounds sizes as transformers' Qwen2VLImageProcessor does by default (56x56 to about a million pixels),
+frames too; checkpoints may set other limits. How many newline tokens stay where tokens were dropped is an expectation: tokens
+drawn at random.
 """
 
 ROWS = {
@@ -38,6 +46,7 @@ ROWS = {
     "KV cache at the end": "kv_bytes",
     "visual tokens at entry": "visual_entry",
     "visual tokens per layer": "visual_average",
+    "newline tokens at entry": "newline_entry",
 }
 
 
@@ -52,16 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", help="built-in or hub name, shipped model (tiny-llava) or local folder"
     )
     parser.add_argument("pipelines", metavar="PIPELINE", nargs="*", help="preset, method:budget or YAML file")
-    parser.add_argument(
-        "--image-size",
-        type=_image_size,
-        metavar="N|HxW",
-        help="pixels; models that resize ignore it (default: the model's own size)",
-    )
-    parser.add_argument("--images", type=int, default=1, metavar="N", help="images per prompt (default: %(default)s)")
-    parser.add_argument(
-        "--frames", type=int, default=1, metavar="N", help="frames per video (default: %(default)s, a still)"
-    )
+    add_pictures(parser)
     parser.add_argument(
         "--text-tokens",
         type=int,
@@ -83,8 +83,8 @@ def run(args: argparse.Namespace) -> int:
     """Prints the accounts side by side.
 
     Raises:
-        ConfigError: a model or pipeline that is not found, or a count below 1.
-        UnsupportedError: a model family whose arithmetic is not known.
+        ConfigError: a model or pipeline that is not found, a count below 1, or a size that the model's processor refuses.
+        UnsupportedError: a model family whose arithmetic is not known, or video for one that has none.
     """
     from vtoken.config import load
     from vtoken.evals.flops import account, resolve_config
@@ -105,8 +105,9 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console()
     console.print(table(args.model, accounts))
+    pictures = f"{args.images} image(s)" if args.frames == 1 else f"{args.images} video(s) of {args.frames} frames"
     print(
-        f"{args.images} image(s) and {args.text_tokens} text tokens in, {args.new_tokens} tokens out, batch 1; "
+        f"{pictures} and {args.text_tokens} text tokens in, {args.new_tokens} tokens out, batch 1; "
         f"KV cache at {accounts[0].dtype_bytes} bytes a number. Percentages: share of dense."
     )
     print("Not counted:")
@@ -126,6 +127,8 @@ def table(model: str, accounts: list[Account]) -> Table:
         out.add_column(f"{name} ({number})" if names.count(name) > 1 else name, justify="right")
     for label, field in ROWS.items():
         values = [getattr(each, field) for each in accounts]
+        if field == "newline_entry" and not any(values):
+            continue
         out.add_row(
             label,
             *(_cell(field, value, values[0]) for value in values),
@@ -135,7 +138,7 @@ def table(model: str, accounts: list[Account]) -> Table:
 
 
 def _cell(field: str, value: float, dense: float) -> str:
-    if field.startswith("visual"):
+    if field.startswith(("visual", "newline")):
         text = f"{value:g}" if value == int(value) else f"{value:.1f}"
     else:
         text = _scaled(value, "B" if field.startswith("kv") else "")
@@ -151,13 +154,3 @@ def _scaled(value: float, unit: str) -> str:
             return f"{value:#.4g} {prefix}{unit}".rstrip()
         value /= 1000
     raise AssertionError
-
-
-def _image_size(text: str) -> int | tuple[int, int]:
-    try:
-        sides = [int(side) for side in text.lower().split("x")]
-    except ValueError:
-        sides = []
-    if len(sides) not in (1, 2) or min(sides) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no image size; write 336 or 480x640 (height x width)")
-    return sides[0] if len(sides) == 1 else (sides[0], sides[1])

@@ -4,9 +4,10 @@ One sample is one greedy `generate` of a batch of random prompts of one shape, w
 is not timed, nor a call for one token right before each sample, which warms the caches.
 
 The *oracle* of a pipeline is the same unwrapped model on a prompt that is short already: what pruning would cost if
-deciding and dropping were free. It is timed around (1) the full vision tower and projector, (2) embedding a prompt with
-only the kept placeholders and merging the kept features into it, (3) stock `generate` on the result, with the positions
-and padding that the pipeline produces, while the tower's output stays in memory. So it pays what `generate` always
+deciding and dropping were free. It is one stock `generate` on a prompt with only the kept placeholders, with the positions
+and padding that the pipeline produces; the vision tower and projector run in full, and instead of their features the model
+gets those that were kept (DeepStack's too), while the tower's output stays in memory; M-RoPE positions are computed for the
+full prompt, as the pipeline has them computed. So it pays what `generate` always
 costs, and pipeline / oracle is vtoken's own price: hooks, facts, scores, top-k, gather, masks. It runs the same decoder
 computation, hence gives the same tokens. It exists where all stages act at site `tokens`: elsewhere the sequence is
 shortened on the way and no short prompt is equivalent.
@@ -35,7 +36,9 @@ from vtoken import registry
 from vtoken.config import load
 from vtoken.errors import ConfigError
 from vtoken.evals.demo import processor_name
-from vtoken.evals.timing import Runner, Sample, Subject, random_prompt
+from vtoken.evals.geometry import ImageSize
+from vtoken.evals.inputs import random_prompt
+from vtoken.evals.timing import Runner, Sample, Subject
 from vtoken.hooks.handle import Handle
 
 PARTS = ("vision", "stages", "ttft", "decode", "end_to_end")
@@ -104,6 +107,8 @@ def bench(
     *,
     batch: int = 1,
     images: int = 1,
+    image_size: ImageSize | None = None,
+    frames: int = 1,
     text_tokens: int = 32,
     new_tokens: int = 16,
     repeats: int = 7,
@@ -116,17 +121,21 @@ def bench(
         model: a stock model that is not wrapped; it is left as it was.
         pipelines: anything that `vtoken.wrap` takes.
         images, text_tokens: per prompt, of `batch` prompts.
+        image_size: pixels, one number or (height, width); None is the tower's own size, 448 x 448 for Qwen. Families that resize
+            every picture ignore it.
+        frames: per image; more than one is a video.
         new_tokens: generated per prompt; end-of-sequence is disabled.
         repeats: rounds that count, after `warmup` rounds that do not.
         seed: of texts and pictures.
 
     Raises:
-        ConfigError: a count out of range, or a pipeline that does not read.
+        ConfigError: a count out of range, a pipeline that does not read, or an image size that the family's processor refuses.
         UnsupportedError: a family without random prompts, a wrapped model, or a stage the model cannot serve.
     """
     counts = {
         "batch": batch,
         "images": images,
+        "frames": frames,
         "text_tokens": text_tokens,
         "new_tokens": new_tokens,
         "repeats": repeats,
@@ -138,7 +147,16 @@ def bench(
         raise ConfigError(f"warmup must be at least 0, not {warmup}")
     parsed = [load(pipeline) for pipeline in pipelines]
     adapter = registry.adapter(model.config.model_type)(model)
-    runner = Runner(adapter, random_prompt(adapter, batch, images, text_tokens, seed))
+    prompt = random_prompt(
+        adapter,
+        batch=batch,
+        images=images,
+        frames=frames,
+        image_size=image_size,
+        text_tokens=text_tokens,
+        seed=seed,
+    )
+    runner = Runner(adapter, prompt)
     handle = Handle()
     # Whatever the checkpoint says about sampling and stopping must not decide what is measured.
     handle.set(model, "generation_config", GenerationConfig(do_sample=False, max_new_tokens=new_tokens))
@@ -155,6 +173,8 @@ def bench(
     half = repeats // 2
     drift = spread(total[-half:]).median / spread(total[:half]).median if half else None
     conditions = {**machine(model), **counts, "warmup": warmup, "seed": seed, "prompt": runner.shape}
+    if image_size is not None:
+        conditions["image_size"] = image_size
     return Bench(tuple(row(subject, dense) for subject in subjects), drift, conditions)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import torch
@@ -15,7 +17,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from vtoken.adapters.base import Adapter
 from vtoken.config import Pipeline
 from vtoken.errors import UnsupportedError
+from vtoken.evals.inputs import Prompt
 from vtoken.hooks.handle import Handle
+from vtoken.run import Trace
 from vtoken.wrap import trace, wrapped
 
 
@@ -40,23 +44,21 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """Random text, then all pictures, then `tail` tokens of text; every row alike, nothing padded."""
-
-    inputs: dict[str, Tensor]
-    head: int
-    tail: int
-
-
-@dataclass(frozen=True)
 class Oracle:
-    """A prompt that is short already: ids and 2D mask [B, P], kept features [ΣK, D], positions [..., B or 1, P]."""
+    """A prompt that is short already.
+
+    Attributes:
+        ids, mask: [B, P], padded on the left.
+        positions: [..., B or 1, P].
+        values: [ΣK, D] what the feature function is made to return, newlines included.
+        deep: the same of every DeepStack layer.
+    """
 
     ids: Tensor
-    visual: Tensor
-    values: Tensor
     mask: Tensor
     positions: Tensor
+    values: Tensor
+    deep: tuple[Tensor, ...]
 
 
 @dataclass
@@ -70,32 +72,6 @@ class Subject:
     no_oracle: str | None
     samples: list[Sample] = field(default_factory=list)
     ideal: list[Sample] = field(default_factory=list)
-
-
-def random_prompt(adapter: Adapter, batch: int, images: int, text_tokens: int, seed: int) -> Prompt:
-    """Prompts of text_tokens random ids and `images` random pictures of the model's own size.
-
-    Raises:
-        UnsupportedError: a family whose inputs are more than ids and square pictures.
-    """
-    model: Any = adapter.model
-    config, device = model.config, model.device
-    if config.model_type != "llava":
-        raise UnsupportedError(
-            f"no random prompts for model_type {config.model_type!r}; bench a LLaVA-1.5 model (llava)"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    every = torch.arange(config.get_text_config().vocab_size)
-    plain = every[~torch.isin(every, torch.tensor(adapter.image_tokens))]
-    text = plain[torch.randint(len(plain), (batch, text_tokens), generator=generator)]
-    pictures = torch.full((batch, sum(adapter.images(images)[0])), adapter.image_tokens[0])
-    head = text_tokens // 2
-    ids = torch.cat([text[:, :head], pictures, text[:, head:]], 1).to(device)
-    vision = config.vision_config
-    shape = (batch * images, vision.num_channels, vision.image_size, vision.image_size)
-    pixels = torch.randn(shape, generator=generator).to(device, model.dtype)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
-    return Prompt(inputs, head, text_tokens - head)
 
 
 class FirstToken(StoppingCriteria):
@@ -117,14 +93,25 @@ class Runner:
         self.adapter, self.prompt = adapter, prompt
         self.model: Any = adapter.model
         self.cuda = self.model.device.type == "cuda"
+        self.rope = list(inspect.signature(adapter.outer.get_rope_index).parameters) if adapter.mrope else []
 
     @property
     def shape(self) -> str:
-        ids, pixels = self.prompt.inputs["input_ids"], self.prompt.inputs["pixel_values"]
-        return f"ids {list(ids.shape)}, pixel_values {list(pixels.shape)}"
+        shown = {name: value for name, value in self.prompt.inputs.items() if name.startswith("pixel_values")}
+        shown = {"ids": self.prompt.inputs["input_ids"], **shown}
+        return ", ".join(f"{name} {list(value.shape)}" for name, value in shown.items())
 
     def prepare(self, pipeline: Pipeline | None) -> Subject:
-        """One prefill to learn what is kept, and what enters the language model."""
+        """One prefill to learn what is kept, and what enters the language model.
+
+        Raises:
+            UnsupportedError: a pipeline that needs pictures cut otherwise than the others do.
+        """
+        if pipeline is not None and pipeline.anyres != "model":
+            raise UnsupportedError(
+                f"pipeline {pipeline.name!r} sets anyres: {pipeline.anyres}, but all pipelines are measured on the same prompt, cut as "
+                "the model chooses; leave the key out and give an image_size that is cut that way"
+            )
         seen: dict[str, Any] = {}
         handle = Handle()
 
@@ -140,23 +127,76 @@ class Runner:
             found = trace(self.model)
         tokens, stages = sum(found.layers[-1]), pipeline.stages if pipeline else ()
         inside = [f"{stage.name} acts at site {stage.site}" for stage in stages if stage.site != "tokens"]
-        reason = f"no short prompt is equivalent: {', '.join(inside)}" if inside else None
-        oracle = None if pipeline is None or inside else self._shorten(seen)
+        reason = f"no short prompt is equivalent: {', '.join(inside)}" if inside else self._unshortened()
+        if pipeline is None:
+            return Subject(None, tokens, found.cache_bytes, None, None)
+        oracle = None if reason else self._shorten(seen, found)
         return Subject(pipeline, tokens, found.cache_bytes, oracle, reason)
 
-    def _shorten(self, seen: dict[str, Any]) -> Oracle:
+    def _unshortened(self) -> str | None:
+        """Why the model cannot be given fewer features, or None."""
+        prompt = self.prompt
+        if prompt.kind == "video" and prompt.newlines:
+            if "mm_encoder_outputs" not in inspect.signature(self.adapter.outer.forward).parameters:
+                return "before transformers 5.18 the model itself puts a newline behind every video"
+        return None
+
+    def _shorten(self, seen: dict[str, Any], found: Trace) -> Oracle:
         """The prompt that would have given the language model what it saw."""
-        x, mask, full = seen["inputs_embeds"].clone(), seen.get("attention_mask"), self.prompt.inputs["input_ids"]
+        x, mask, full = seen["inputs_embeds"], seen.get("attention_mask"), self.prompt.inputs["input_ids"]
         mask = torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if mask is None else mask.long()
-        head, tail, placeholder = self.prompt.head, self.prompt.tail, self.adapter.image_tokens[0]
+        visual = self._visual(found, mask)
+        placeholder = self.adapter.placeholders[self.prompt.kind]
         # The last id is text: what pads the rows on the left must not be taken for a picture.
         ids = full[:, -1:].repeat(1, x.shape[1])
-        ids[:, -tail:] = full[:, -tail:]
+        ids[mask.bool() & ~visual] = full[full != placeholder]
+        ids[visual] = placeholder
+        deep = tuple(layer.clone() for layer in seen.get("deepstack_visual_embeds") or ())
+        return Oracle(ids, mask, seen["position_ids"].clone(), x[visual], deep)
+
+    def _visual(self, found: Trace, mask: Tensor) -> Tensor:
+        """[B, P] which of the positions that are left hold visual tokens or newlines."""
+        prompt, visual = self.prompt, torch.zeros_like(mask, dtype=torch.bool)
         for line, real in enumerate(mask.sum(1).tolist()):
-            ids[line, x.shape[1] - real : -tail] = placeholder
-            ids[line, x.shape[1] - real :][:head] = full[line, :head]
-        visual = ids == placeholder
-        return Oracle(ids, visual, x[visual], mask, seen["position_ids"].clone())
+            kept = [each for each, row in zip(found.kept, found.row, strict=True) if row == line]
+            counts = [n for each in kept for n in torch.bincount(each // prompt.run, minlength=prompt.runs).tolist()]
+            # Newlines come in families that have no text between their runs: it does not matter which run they are added to.
+            counts[-1] += real - sum(prompt.texts) - sum(counts)
+            at = len(mask[line]) - real
+            for text, run in zip(prompt.texts, counts, strict=False):
+                visual[line, at + text : at + text + run] = True
+                at += text + run
+        return visual
+
+    @contextmanager
+    def _short(self, oracle: Oracle | None) -> Iterator[None]:
+        """The feature function runs in full, and returns what the oracle keeps."""
+        if oracle is None:
+            yield
+            return
+        outer, name = self.adapter.outer, self.adapter.features[self.prompt.kind]
+        original: Callable[..., Any] = getattr(outer, name)
+        held: list[Any] = []
+
+        @wraps(original)
+        def features(*args: Any, **kwargs: Any) -> Any:
+            out = original(*args, **kwargs)
+            # `generate` holds them until it ends: memory that is in use is part of the price.
+            held[:] = [out.pooler_output]
+            per_video = isinstance(out.pooler_output, Tensor)
+            out.pooler_output = oracle.values[None] if per_video else (oracle.values,)
+            if oracle.deep:
+                held.append(out.deepstack_features)
+                per_image = not isinstance(out.deepstack_features[0], Tensor)
+                out.deepstack_features = [(layer,) if per_image else layer for layer in oracle.deep]
+            return out
+
+        handle = Handle()
+        handle.set(outer, name, features)
+        try:
+            yield
+        finally:
+            handle.release()
 
     def round(self, subject: Subject, *, oracle_first: bool, count: bool) -> None:
         """One sample of the subject and, next to it, one of its oracle."""
@@ -175,11 +215,11 @@ class Runner:
         handle, first = Handle(), FirstToken(self._now)
         handle.before(self.adapter.tower, lambda *_: began.append(self._now()))
         try:
-            with wrapped(self.model, pipeline) if pipeline else nullcontext():
+            with wrapped(self.model, pipeline) if pipeline else self._short(oracle):
                 # Wrapping scans packages and leaves caches cold, which no second call on a wrapped model finds.
                 self._call(oracle, max_new_tokens=1)
                 began.clear()
-                handle.after(self.adapter.projector, lambda *_: ended.append(self._now()))
+                handle.after(self.adapter.projectors[0], lambda *_: ended.append(self._now()))
                 resident = self._settle()
                 start = self._now()
                 ids = self._call(oracle, stopping_criteria=StoppingCriteriaList([first]))
@@ -201,15 +241,14 @@ class Runner:
         return timed, ids
 
     def _call(self, oracle: Oracle | None, **options: Any) -> Tensor:
-        model = self.model
-        if oracle is None:
-            return model.generate(**self.prompt.inputs, **options)
-        features = model.get_image_features(pixel_values=self.prompt.inputs["pixel_values"])
-        embeds = model.get_input_embeddings()(oracle.ids).masked_scatter(oracle.visual[..., None], oracle.values)
-        given = {"inputs_embeds": embeds, "attention_mask": oracle.mask, "position_ids": oracle.positions}
-        ids = model.generate(**given, **options)
-        del features  # Held till here as `generate` holds them: memory that is in use is part of the price.
-        return ids
+        inputs = dict(self.prompt.inputs)
+        if oracle is not None:
+            if self.adapter.mrope:
+                # The oracle's positions are given; what `generate` spends on them is paid all the same.
+                self.adapter.outer.get_rope_index(**{name: inputs[name] for name in self.rope if name in inputs})
+                del inputs["mm_token_type_ids"]
+            inputs |= {"input_ids": oracle.ids, "attention_mask": oracle.mask, "position_ids": oracle.positions}
+        return self.model.generate(**inputs, **options)
 
     def _settle(self, reset: bool = True) -> int:
         """Waits for the device; returns the bytes allocated there."""

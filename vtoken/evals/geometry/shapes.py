@@ -1,0 +1,133 @@
+"""The numbers that the account multiplies: stacks of layers, what a tower sees of one image, what reaches the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import comb
+
+from vtoken.stages import Parts, size_of
+
+ImageSize = int | tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A stack of equal transformer layers.
+
+    Attributes:
+        weights: numbers in the weight matrices of one layer; each costs 2 FLOPs per token.
+        windows: sliding window of every layer in tokens, None where attention is full.
+    """
+
+    depth: int
+    width: int
+    weights: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    windows: tuple[int | None, ...]
+
+    def linear(self, tokens: int) -> int:
+        """FLOPs of one layer's matrices."""
+        return 2 * tokens * self.weights
+
+    def scores(self, queries: float, keys: float) -> int:
+        """FLOPs of one layer's q·k; the weighted sum of the values costs as much again."""
+        return round(2 * queries * keys * self.heads * self.head_dim)
+
+
+@dataclass(frozen=True)
+class Projector:
+    """A projector or merger.
+
+    Attributes:
+        weights: numbers in its matrices, met by every unit (see Tower) that leaves the tower.
+        layer: tower layer whose output it reads.
+    """
+
+    weights: int
+    layer: int
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The vision encoder, and what it sees of one image or video.
+
+    Attributes:
+        crops: rasters (frames, rows, columns) that it sees one by one, in units.
+        unit: patches that become one visual token at its end (2 x 2 in Qwen, else 1).
+        blocks: for every layer, the attention blocks of one crop: patches in a block -> how many such blocks.
+        extra: tokens of a crop beside its patches (CLS).
+        stem: numbers in the patch embedding, met by every patch.
+        head_patch, head_image: numbers in the pooling head that every patch left, and every crop, meets once.
+        feature_layers: layers whose outputs projectors read.
+        attention_layer: where attention facts are read unless a stage names a layer.
+    """
+
+    layers: Layers
+    crops: Parts
+    unit: int
+    blocks: tuple[Mapping[int, int], ...]
+    extra: int
+    stem: int
+    head_patch: int
+    head_image: int
+    feature_layers: tuple[int, ...]
+    attention_layer: int
+
+    @property
+    def patches(self) -> int:
+        """Of all crops of one image."""
+        return size_of(self.crops) * self.unit
+
+    def linear(self, units: int) -> int:
+        """FLOPs of one layer's matrices on a crop with so many units left."""
+        return self.layers.linear(units * self.unit + self.extra)
+
+    def scores(self, layer: int, units: int, *, one_query: bool = False) -> int:
+        """FLOPs of q·k in one layer on a crop with so many units left. What is left is taken to be spread evenly over the blocks."""
+        share = units / size_of(self.crops[:1])
+        lengths = {patches * share + self.extra: many for patches, many in self.blocks[layer].items()}
+        return sum(many * self.layers.scores(1 if one_query else n, n) for n, many in lengths.items())
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A whole model, for one image or video.
+
+    Attributes:
+        parts: rasters at the language-model boundary, as in VisualTokens.
+        sources: of each part, the crops behind it, and how many patches are interpolated into each of its tokens.
+        newlines: (how many, visual tokens that each of them closes).
+        vocabulary: rows of the output embedding.
+    """
+
+    tower: Tower
+    projectors: tuple[Projector, ...]
+    parts: Parts
+    sources: tuple[tuple[int, int], ...]
+    newlines: tuple[int, int]
+    decoder: Layers
+    vocabulary: int
+
+    def tokens(self, units: Sequence[int]) -> int:
+        """Visual tokens that the units left of each crop become: the share of them that is left. A token that is interpolated from
+        several patches needs all of them; its share is what it would be if they were dropped at random."""
+        first, total = 0, 0
+        crop = size_of(self.tower.crops[:1])
+        for part, (crops, mixed) in zip(self.parts, self.sources, strict=True):
+            left = sum(units[first : first + crops])
+            total += round(size_of((part,)) * (left / (crops * crop)) ** mixed)
+            first += crops
+        return total
+
+    def closing(self, kept: int) -> int:
+        """Newline tokens beside `kept` visual tokens: those whose row has a token left. Exact where nothing or everything was
+        dropped; else the expected number, rounded, if the kept tokens were drawn at random."""
+        count, row = self.newlines
+        total = size_of(self.parts)
+        if not count or not kept:
+            return 0
+        empty = comb(total - row, kept) / comb(total, kept)
+        return round(count * (1 - empty))
