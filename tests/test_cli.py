@@ -146,6 +146,11 @@ def test_list_as_markdown(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+def test_budgets_are_shown_as_they_are_written() -> None:
+    stages = [{"uniform": {"keep": {"per_crop": 64}, "seed": 3}}]
+    assert list_command._text("stages", stages) == "uniform (keep={per_crop: 64}, seed=3)"
+
+
 def test_list_tells_what_is_broken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(registry, "catalogue", lambda: ({}, {"middle": "its import fails"}))
     assert main(["list"]) == 0

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tiny_models import make
+from tiny_processors import processor
 
 from vtoken.commands import demo as demo_command
 from vtoken.commands import show as show_command
@@ -59,6 +61,37 @@ def test_demo_writes_the_report_and_prints_one_object(tmp_path, capsys):
     assert [set(example["answers"]) for example in out["examples"]] == [{"dense", *(f"{m}:32" for m in methods)}] * 2
     assert text.count("data:image/jpeg") == 2 * 4
     assert "--limit 12 --budgets 64,16,32" in out["conditions"]["command"]
+
+
+@pytest.mark.parametrize(
+    ("family", "tokens"), [("llava_next", 16 + 64), ("llava_onevision", 16 + 25), ("qwen2_5_vl", 9)]
+)
+def test_demo_takes_models_of_every_family(family, tokens, tmp_path, capsys, monkeypatch):
+    """Tiny random models stand for the shipped ones: their answers are wrong, the account must hold all the same."""
+    monkeypatch.setattr(reference, "names", lambda: (family,))
+    monkeypatch.setattr(reference, "load", lambda name: (make(name), padded_left(processor(name))))
+    assert (
+        run(demo_command, "--model", family, "--limit", "3", "--budgets", "8,4", "--out", str(tmp_path), "--json") == 0
+    )
+    out = json.loads(capsys.readouterr().out)
+    assert [row["tokens"] for row in out["pipelines"]] == [tokens, *([8, 4] * 3)]
+    said = out["conditions"].get("facts", "")
+    assert ("fastervlm: received_attention for cls_attention" in said) == (family != "llava_next")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").count("data:image/jpeg") == 4
+
+
+def padded_left(processor):
+    processor.tokenizer.padding_side = "left"
+    return processor
+
+
+def test_a_demo_whose_account_is_wrong_stops(monkeypatch):
+    model, stock = make("llava_next"), padded_left(processor("llava_next"))
+    prompt = demo.inputs_of(stock, reference.questions(1)[0])
+    assert demo.cost(model, demo.load("uniform:8"), prompt)["tokens"] == 8
+    monkeypatch.setattr(demo, "image_size", lambda config, prompt: (56, 112))
+    with torch.no_grad(), pytest.raises(VtokenError, match=r"dense: planned .* visual tokens per layer"):
+        demo.cost(model, None, prompt)
 
 
 def test_demo_leaves_the_model_as_it_was():

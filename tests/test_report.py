@@ -54,9 +54,19 @@ def test_small_pictures_grow_and_cells_stay_whole():
     assert captioned.width == 720 and captioned.height > 480 + 2 * 20
 
 
+def test_tokens_of_other_rasters_are_left_out():
+    picture = overlay(RED, [1, 7, 20], GRID, side=40, first=6)
+    assert [inside(picture, token) == (200, 40, 40) for token in range(6)] == [False, True, False, False, False, False]
+
+
+def test_a_token_that_ended_in_another_raster_has_the_tint_of_its_owner():
+    into = [0, 1, 1, 0, -1, -1, *(1, 0, -1, -1, -1, -1)]
+    here, there = (overlay(RED, [0, 1], GRID, into, side=40, first=first) for first in (0, 6))
+    assert inside(there, 0) == inside(here, 2) != inside(there, 1) == inside(here, 3)
+    assert len({*inside(there, 2)}) == 1
+
+
 def test_what_cannot_be_drawn_is_refused():
-    with pytest.raises(ValueError, match="6 lies outside a grid of 2 x 3"):
-        overlay(RED, [6], GRID)
     with pytest.raises(ValueError, match="2 frames"):
         overlay(RED, [0], (2, 2, 3))
 
@@ -64,6 +74,8 @@ def test_what_cannot_be_drawn_is_refused():
 def test_sheet_size():
     assert sheet([RED] * 5, columns=2, gap=10).size == (2 * 40 + 10, 3 * 30 + 10)
     assert sheet([RED] * 3, gap=0).size == (90, 20)
+    wide = Image.new("RGB", (50, 20))
+    assert sheet([RED, wide, RED], columns=2, gap=10, background="white").size == (30 + 50 + 3 * 10, 2 * 20 + 3 * 10)
 
 
 def test_the_picture_as_the_model_saw_it():
@@ -72,10 +84,8 @@ def test_the_picture_as_the_model_saw_it():
     )
     pixels = torch.tensor([200, 40, 40]).view(1, 3, 1, 1).expand(1, 3, 4, 4) / 255
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ([0.5, 0.4, 0.3], [0.2, 0.3, 0.4]))
-    (seen,) = as_seen(processor, (pixels - mean) / std, RED)
+    seen = as_seen(processor, ((pixels - mean) / std)[0])
     assert seen.size == (4, 4) and seen.getpixel((0, 0)) == (200, 40, 40)
-    assert len(as_seen(processor, torch.zeros(1, 5, 3, 4, 4), RED)) == 5
-    assert as_seen(processor, torch.zeros(64, 1176), RED)[0].size == RED.size
 
 
 def test_owners_are_those_of_the_last_stage():

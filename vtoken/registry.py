@@ -7,6 +7,9 @@ the group `vtoken.adapters` does the same for model families, by `model_type`.
 
 from __future__ import annotations
 
+import os
+import sys
+from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -44,10 +47,23 @@ def _built_in() -> dict[str, str]:
 
 def _foreign(group: str) -> dict[str, list[EntryPoint]]:
     """Entry points of other packages by name; more than one under a name is an error when that name is asked for."""
+    return _points(group, tuple((path, _changed(path)) for path in sys.path))
+
+
+@lru_cache(maxsize=8)
+def _points(group: str, state: tuple[tuple[str, int], ...]) -> dict[str, list[EntryPoint]]:
+    """Reading every package's entry points is slow, so it is done again only when a folder of sys.path has changed."""
     found: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=group):
         found.setdefault(point.name, []).append(point)
     return found
+
+
+def _changed(path: str) -> int:
+    try:
+        return os.stat(path or ".").st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _origin(point: EntryPoint) -> str:

@@ -13,6 +13,7 @@ EXAMPLES = """examples:
   vtoken demo                                  # writes vtoken-demo/report.html
   vtoken demo --limit 48                       # a quick look
   vtoken demo --budgets 128,64,8 --out wide    # other budgets, other folder
+  vtoken demo --model tiny-qwen2.5-vl          # another family
   vtoken demo --json | jq '.pipelines[] | [.pipeline, .accuracy.share]'
 """
 
@@ -32,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit", type=int, default=240, metavar="N", help="first N questions, 6 per picture (default: %(default)s)"
     )
     parser.add_argument(
-        "--budgets", type=_budgets, metavar="N,N,N", help="visual tokens to keep (default: 64,32,16 of 576)"
+        "--budgets",
+        type=_budgets,
+        metavar="N,N,N",
+        help="visual tokens to keep (default: about 1/9, 1/18 and 1/36 of the picture's)",
     )
     parser.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
 

@@ -14,6 +14,7 @@ EXAMPLES = """examples:
   vtoken list                                  # tables
   vtoken list --json | jq '.stages[].stage'    # one JSON object
   vtoken list --markdown                       # the tables of the README: vtoken's own stages and presets
+  vtoken list --matrix                         # which stage runs on which family, and why not
 """
 STAGE_COLUMNS = ("stage", "kind", "site", "needs", "options", "paper", "summary")
 PRESET_COLUMNS = ("preset", "positions", "stages", "summary")
@@ -27,13 +28,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object")
     form.add_argument("--markdown", action="store_true", help="print the tables that the README embeds")
+    parser.add_argument(
+        "--matrix", action="store_true", help="stages x families instead (takes seconds, downloads nothing)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     from vtoken.registry import catalogue, is_built_in
 
     usable, broken = catalogue()
-    shown = [describe(cls) for name, cls in usable.items() if is_built_in(name) or not args.markdown]
+    classes = [cls for name, cls in usable.items() if is_built_in(name) or not args.markdown]
+    if args.matrix:
+        return _matrix(classes, args)
+    shown = [describe(cls) for cls in classes]
     if args.json:
         print(json.dumps({"stages": shown, "presets": presets(), "broken": broken}, indent=2, ensure_ascii=False))
     elif args.markdown:
@@ -43,6 +50,31 @@ def run(args: argparse.Namespace) -> int:
         _print_table(("preset",), presets())
         for name, reason in broken.items():
             print(f"broken: {name}: {reason}", file=sys.stderr)
+    return 0
+
+
+def _matrix(classes: list[type[Stage]], args: argparse.Namespace) -> int:
+    from vtoken.evals.matrix import matrix
+
+    found = matrix(classes)
+    notes = found.notes()
+    if args.json:
+        print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
+        return 0
+    rows = [
+        {
+            "stage": stage,
+            **{f: c.answer + (f" [{notes.index(c.reason) + 1}]" if c.reason else "") for f, c in row.items()},
+        }
+        for stage, row in found.cells.items()
+    ]
+    numbered = [f"{k}. {note}" for k, note in enumerate(notes, start=1)]
+    tried = f"Tried with the configs of {', '.join(found.models.values())}."
+    if args.markdown:
+        print(_markdown(("stage", *found.models), rows), "", *numbered, *([""] if notes else []), tried, sep="\n")
+    else:
+        _print_matrix(("stage", *found.models), rows)
+        print(*numbered, tried, sep="\n")
     return 0
 
 
@@ -101,8 +133,15 @@ def _text(key: str, value: Any) -> str:
     if key == "options":
         return ", ".join(n if o["required"] else f"{n}={json.dumps(o['default'])}" for n, o in value.items())
     if key == "stages":
-        return " → ".join(f"{n} ({', '.join(f'{k}={v}' for k, v in o.items())})" for s in value for n, o in s.items())
+        return " → ".join(
+            f"{n} ({', '.join(f'{k}={_flow(v)}' for k, v in o.items())})" for s in value for n, o in s.items()
+        )
     return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def _flow(value: Any) -> str:
+    """As YAML writes it on one line: {per_crop: 64}."""
+    return f"{{{', '.join(f'{k}: {v}' for k, v in value.items())}}}" if isinstance(value, dict) else str(value)
 
 
 def _markdown(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> str:
@@ -114,6 +153,19 @@ def _markdown_cell(text: str) -> str:
     if text.startswith("https://"):
         return f"[{text.rpartition('/')[2]}]({text})"
     return text.replace("|", "\\|")
+
+
+def _print_matrix(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=column == "stage")
+    for row in rows:
+        table.add_row(*(row[column] for column in columns))
+    Console().print(table)
 
 
 def _print_table(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""`vtoken show`: what a pipeline keeps of one picture, as a PNG."""
+"""`vtoken show`: what a pipeline keeps of pictures or a video, as one PNG."""
 
 from __future__ import annotations
 
@@ -6,29 +6,48 @@ import argparse
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vtoken.errors import VtokenError
+
+if TYPE_CHECKING:
+    from vtoken.evals.media import Media
 
 EXAMPLES = """examples:
   vtoken show tiny-llava fastervlm:32 picture.jpg
   vtoken show llava-hf/llava-1.5-7b-hf fastervlm:64 cat.jpg --question "What is on the table?"
-  vtoken show ./my-llava my-pipeline.yaml cat.jpg --out cat-kept.png
+  vtoken show llava-hf/llava-v1.6-vicuna-7b-hf fastervlm:640 cat.jpg     # two rasters: the whole, and the crops
+  vtoken show Qwen/Qwen2.5-VL-3B-Instruct my-pipeline.yaml cat.jpg dog.jpg --out both.png
+  vtoken show Qwen/Qwen2.5-VL-3B-Instruct 'uniform:{per_frame: 16}' clip.gif --frames 8
   vtoken show tiny-llava uniform:64 picture.jpg --json | jq '.stages[0].tokens_out'
 """
+# Least side of a tile in pixels, by how many there are.
+SIDES = {1: 720, 2: 480}
+MANY = 280
+COLUMNS = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Runs one prefill and draws the picture as the model saw it: kept cells bordered, dropped cells grey."
+        "Runs one prefill and draws pictures, or the frames of a video, as the model saw them: kept cells bordered,\n"
+        "dropped cells grey, merged cells tinted. One PNG per call."
     )
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", metavar="MODEL", help="shipped model, folder or hub id")
     parser.add_argument("pipeline", metavar="PIPELINE", help="preset, method:budget or YAML file")
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="picture file")
+    parser.add_argument(
+        "media",
+        type=Path,
+        nargs="+",
+        metavar="IMAGE",
+        help="picture files of one prompt, or one video: a folder of frames or an animated GIF or WebP (needs torchvision)",
+    )
     parser.add_argument(
         "--question", default="Describe the image.", help="for methods that read the prompt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--frames", type=int, default=8, metavar="N", help="evenly spaced frames of a video (default: %(default)s)"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="PNG to write (default: IMAGE-PIPELINE.png here)")
     parser.add_argument("--json", action="store_true", help="print the trace as one JSON object")
@@ -38,44 +57,32 @@ def run(args: argparse.Namespace) -> int:
     """Writes the overlay.
 
     Raises:
-        VtokenError: no such model, pipeline or picture, or a grid that cannot be drawn on the picture.
+        VtokenError: no such model, pipeline or picture, a video that cannot be prepared, or rasters that cannot be drawn.
     """
     import torch
-    from PIL import Image, UnidentifiedImageError
 
     from vtoken.config import load
-    from vtoken.evals.overlay import as_seen, overlay, owners, sheet
-    from vtoken.wrap import trace, wrapped
+    from vtoken.evals.media import read
+    from vtoken.wrap import match_processor, trace, wrapped
 
     pipeline = load(args.pipeline)
-    try:
-        picture = Image.open(args.image).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise VtokenError(f"cannot read picture {args.image}: {error}") from error
+    media = read(args.media, args.frames)
     model, processor = _load(args.model)
-    inputs = processor(images=picture, text=_prompt(processor, args.question), return_tensors="pt").to(model.device)
-    if "pixel_values" in inputs:
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     with torch.inference_mode(), wrapped(model, pipeline):
+        if pipeline.anyres != "model":
+            match_processor(processor, model)
+        inputs = prepare(processor, media, args.question, model)
         model.generate(**inputs, do_sample=False, max_new_tokens=1)
         seen = trace(model)
 
-    views = as_seen(processor, inputs.get("pixel_values"), picture)
-    if len(views) != len(seen.grid):
-        raise VtokenError(
-            f"the model saw {len(views)} pictures but the trace has {len(seen.grid)} grids; cannot draw them"
-        )
     kept, total = sum(seen.tokens_out), sum(seen.visual_tokens)
     caption = f"{pipeline.name}: {kept} of {total} visual tokens. {args.question}"
+    name = re.sub(r"[^A-Za-z0-9._+]+", "-", pipeline.name).strip("-")
+    out = args.out or Path(f"{args.media[0].stem}-{name}.png")
     try:
-        drawn = [
-            overlay(view, seen.kept[k], seen.grid[k], owners(seen, k), side=720, caption=caption if k == 0 else None)
-            for k, view in enumerate(views)
-        ]
+        picture(processor, inputs.get("pixel_values"), media, seen, caption).save(out, "PNG")
     except ValueError as error:
-        raise VtokenError(f"cannot draw {args.image}: {error}") from error
-    out = args.out or Path(f"{args.image.stem}-{re.sub(r'[^A-Za-z0-9._+]+', '-', pipeline.name).strip('-')}.png")
-    (drawn[0] if len(drawn) == 1 else sheet(drawn)).save(out, "PNG")
+        raise VtokenError(f"cannot draw {args.media[0]}: {error}") from error
     if args.json:
         print(json.dumps({"file": str(out), **seen.to_dict()}))
     else:
@@ -83,24 +90,56 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def prepare(processor: Any, media: Media, question: str, model: Any) -> Any:
+    """Model inputs of one prompt, on the model's device and in its dtype.
+
+    Raises:
+        UnsupportedError: a video that this processor cannot take.
+    """
+    from vtoken.evals.processors import check_video
+
+    text = _prompt(processor, question, "video" if media.video else "image", media.items)
+    if media.video:
+        check_video(processor)
+        given = {"videos": [list(media.pictures)], "do_sample_frames": False}  # The frames were chosen already.
+    else:
+        given = {"images": [list(media.pictures)]}  # Nested: OneVision must know that one prompt holds them all.
+    inputs = processor(text=text, return_tensors="pt", **given).to(model.device)
+    for name in {"pixel_values", "pixel_values_videos"} & set(inputs):
+        inputs[name] = inputs[name].to(model.dtype)
+    return inputs
+
+
+def picture(processor: Any, pixel_values: Any, media: Media, seen: Any, caption: str) -> Any:
+    """Everything that the trace tells of the prompt's images, as one picture.
+
+    Raises:
+        ValueError: the trace has other images than the prompt.
+    """
+    from vtoken.evals.overlay import captioned, drawn, owners, sheet, views
+
+    if len(seen.parts) != media.items:
+        raise ValueError(f"the prompt shows {media.items} images but the trace has {len(seen.parts)}")
+    tiles = sum(t for parts in seen.parts for t, _, _ in parts)
+    side = SIDES.get(tiles, MANY)
+    pictures = [
+        drawn(view, seen.parts[k], seen.kept[k], owners(seen, k), side=side, columns=COLUMNS)
+        for k, view in enumerate(views(processor, pixel_values, media, seen.parts))
+    ]
+    return captioned(pictures[0] if len(pictures) == 1 else sheet(pictures, columns=2, background="white"), caption)
+
+
 def _load(name: str) -> tuple[Any, Any]:
-    from vtoken.evals import models, reference
+    from vtoken.evals import models, processors, reference
 
     if name in reference.names():
         return reference.load(name)
-    model = models.load(name)
-    from transformers import AutoProcessor
-
-    try:
-        return model, AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise VtokenError(f"cannot load the processor of {name!r}: {reason}") from error
+    return models.load(name), processors.load(name)
 
 
-def _prompt(processor: Any, question: str) -> str:
-    """The question behind the image placeholder; models without a chat template get it bare."""
+def _prompt(processor: Any, question: str, kind: str, count: int) -> str:
+    """The question behind the placeholders; models without a chat template get it bare."""
     if not getattr(processor, "chat_template", None):
-        return f"{getattr(processor, 'image_token', '<image>')}\n{question}"
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+        return f"{getattr(processor, f'{kind}_token', f'<{kind}>') * count}\n{question}"
+    message = {"role": "user", "content": [{"type": kind}] * count + [{"type": "text", "text": question}]}
     return processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)

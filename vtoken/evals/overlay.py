@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
+from vtoken.evals.media import Media
 from vtoken.run import Trace
-from vtoken.stages import Grid
+from vtoken.stages import Grid, Parts, size_of
 
 LINE = (255, 255, 255)
 MOST = 4096  # pixels of the longer side, for grids that are one long row
@@ -26,43 +28,48 @@ def overlay(
     dim: float = 0.45,
     side: int = 480,
     caption: str | None = None,
+    first: int = 0,
 ) -> Image.Image:
     """Draws the kept cells in colour behind thin borders; dropped cells lie under a grey veil.
 
     Args:
         picture: the image as the model saw it, so that the grid covers all of it.
-        kept: raster indices of the kept tokens (a list or an int tensor).
-        grid: (frames, rows, columns); frames must be 1, draw the frames of a video one by one.
-        into: for every token the kept token that absorbed it, -1 = dropped. Merged cells keep half their light
+        kept: indices of the image's kept tokens (a list or an int tensor); those of other rasters are left out.
+        grid: (frames, rows, columns); frames must be 1, `drawn` takes videos apart.
+        into: for every token of the image the kept token that absorbed it, -1 = dropped. Merged cells keep half their light
             and share a tint with the kept cell, whose border has that tint.
         dim: how far dropped cells show through the veil, 0 to 1.
         side: least length of the shorter side, in pixels (grids of one long row stay lower). Cells get whole pixels,
             so the result may be larger.
         caption: a line under the picture.
+        first: index of the grid's first token in the image.
 
     Returns:
         RGB, rows x columns cells of equal whole size, plus the caption.
 
     Raises:
-        ValueError: a grid with several frames, or an index outside the grid.
+        ValueError: a grid with several frames.
     """
     frames, rows, columns = grid
-    alive = sorted(int(k) for k in kept)
     if frames != 1:
         raise ValueError(f"the grid has {frames} frames; draw one frame at a time")
-    if alive and not 0 <= alive[0] <= alive[-1] < rows * columns:
-        raise ValueError(f"kept token {alive[-1]} lies outside a grid of {rows} x {columns}")
+    here = range(first, first + rows * columns)
+    survivors = sorted(int(k) for k in kept)
+    absorbed = _merged(survivors, into)
+    # Tints are given out over the whole image: a token may end in one of another frame.
+    tints = {token: GROUPS[k % len(GROUPS)] for k, token in enumerate(sorted(set(absorbed.values())))}
+    alive = [token - first for token in survivors if token in here]
+    merged = {token - first: tints[owner] for token, owner in absorbed.items() if token in here}
+    tint = {token - first: colour for token, colour in tints.items()}
 
     cell = min(math.ceil(side / min(rows, columns)), max(4, MOST // max(rows, columns)))
     size = (columns * cell, rows * cell)
     seen = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     out = Image.blend(Image.new("RGB", size, VEIL), seen.convert("L").convert("RGB"), dim)
-    merged = _merged(alive, into)
-    tint = {token: GROUPS[k % len(GROUPS)] for k, token in enumerate(sorted(set(merged.values())))}
     if merged:
         colours = Image.new("RGB", (columns, rows))
-        for token, owner in merged.items():
-            colours.putpixel((token % columns, token // columns), tint[owner])
+        for token, colour in merged.items():
+            colours.putpixel((token % columns, token // columns), colour)
         veil = Image.blend(ImageEnhance.Brightness(seen).enhance(0.5), _stretch(colours, size), 0.25)
         out.paste(veil, mask=_stretch(_mask(merged, rows, columns), size))
     out.paste(seen, mask=_stretch(_mask(alive, rows, columns), size))
@@ -72,38 +79,95 @@ def overlay(
         left, top = token % columns * cell, token // columns * cell
         right, bottom = min(left + cell, size[0] - 1), min(top + cell, size[1] - 1)  # neighbours share a line
         draw.rectangle((left, top, right, bottom), outline=tint.get(token, LINE))
-    return _captioned(out, caption) if caption else out
+    return captioned(out, caption) if caption else out
+
+
+def drawn(
+    views: Sequence[Image.Image],
+    parts: Parts,
+    kept: Iterable[int],
+    into: Sequence[int] | None = None,
+    side: int = 480,
+    columns: int = 0,
+) -> Image.Image:
+    """All rasters of one image or video, each over its view, as one picture; several get a label with their counts.
+
+    Args:
+        views: a picture per raster, as `views` below gives them; for a video its frames, one or more per raster.
+        parts: rasters of the image, as in the trace.
+        kept, into: over the tokens of all rasters.
+        side: as in `overlay`, of each tile.
+        columns: tiles per row, 0: all in one.
+
+    Raises:
+        ValueError: views that do not fit the rasters, or a kept token outside of them.
+    """
+    alive = [int(k) for k in kept]
+    if alive and not 0 <= min(alive) <= max(alive) < size_of(parts):
+        raise ValueError(f"kept token {max(alive)} lies outside rasters of {size_of(parts)} tokens")
+    grids = [(1, h, w) for t, h, w in parts for _ in range(t)]
+    video = len(parts) == 1 and len(grids) > 1
+    step = max(1, math.ceil(len(views) / len(grids))) if video else 1
+    if math.ceil(len(views) / step) != len(grids):
+        raise ValueError(f"{len(grids)} rasters but {len(views)} pictures to draw them on")
+    tiles, first = [], 0
+    for k, grid in enumerate(grids):
+        span = range(k * step, min((k + 1) * step, len(views)))
+        size = size_of((grid,))
+        count = sum(first <= token < first + size for token in alive)
+        name = _frame_name(span) if video else ("whole", "crops")[k]
+        label = f"{name}: {count} of {size}" if len(grids) > 1 else None
+        tiles.append(overlay(views[span[0]], alive, grid, into, side=side, caption=label, first=first))
+        first += size
+    return tiles[0] if len(tiles) == 1 else sheet(tiles, columns, background="white")
+
+
+def _frame_name(span: range) -> str:
+    return f"frame {span[0] + 1}" if len(span) == 1 else f"frames {span[0] + 1}-{span[-1] + 1}"
 
 
 def sheet(pictures: Sequence[Image.Image], columns: int = 0, gap: int = 12, background: str = "#808080") -> Image.Image:
     """Pictures side by side, `columns` per row (0: all in one row), `gap` pixels between and around them."""
-    columns = columns or len(pictures)
-    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
-    rows = math.ceil(len(pictures) / columns)
-    out = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), background)
+    columns = min(columns or len(pictures), len(pictures))
+    lines = [pictures[k : k + columns] for k in range(0, len(pictures), columns)]
+    heights = [max(p.height for p in line) for line in lines]
+    widths = [max(p.width for p in pictures[k::columns]) for k in range(columns)]
+    lefts, tops = ([*accumulate(lengths, lambda a, b: a + b + gap, initial=gap)] for lengths in (widths, heights))
+    out = Image.new("RGB", (lefts[-1], tops[-1]), background)
     for k, picture in enumerate(pictures):
-        out.paste(picture, (gap + k % columns * (width + gap), gap + k // columns * (height + gap)))
+        out.paste(picture, (lefts[k % columns], tops[k // columns]))
     return out
 
 
-def as_seen(processor: Any, pixel_values: Any, picture: Image.Image) -> list[Image.Image]:
-    """What the vision tower saw: the processed pixels with the normalisation undone, one picture per crop.
+def views(processor: Any, pixel_values: Any, media: Media, parts: Sequence[Parts]) -> list[list[Image.Image]]:
+    """For every image what its rasters cover: pictures as the tower saw them, or the originals where those are covered.
 
     Args:
         processor: a Hugging Face processor or image processor.
-        pixel_values: [1, 3, H, W] or [1, crops, 3, H, W]. Other shapes (flattened patches) belong to processors that
-            resize without cropping: the original picture is returned, since the grid covers all of it.
-        picture: the original.
+        pixel_values: [images, 3, H, W] or [images, crops, 3, H, W], crop 0 being the whole. Flattened patches, or None, belong to
+            processors that resize without cropping, so that a raster covers the original.
+        media: the originals.
+        parts: rasters of each image, as in the trace.
     """
-    if pixel_values is None or pixel_values.dim() not in (4, 5):
-        return [picture.convert("RGB")]
+    if media.video:
+        return [list(media.pictures)]
+    found = []
+    for k, (picture, rasters) in enumerate(zip(media.pictures, parts, strict=True)):
+        pixels = None if pixel_values is None or pixel_values.dim() < 4 else pixel_values[k]
+        whole = picture if pixels is None else as_seen(processor, pixels.reshape(-1, *pixels.shape[-3:])[0])
+        found.append([whole, picture][: len(rasters)])
+    return found
+
+
+def as_seen(processor: Any, pixels: Any) -> Image.Image:
+    """Processed pixels [3, H, W] with the normalisation undone."""
     images = getattr(processor, "image_processor", processor)
-    pixels = pixel_values.float().cpu().reshape(-1, *pixel_values.shape[-3:])
+    pixels = pixels.float().cpu()
     if getattr(images, "do_normalize", True) and images.image_mean is not None:
         mean, std = (pixels.new_tensor(v).view(-1, 1, 1) for v in (images.image_mean, images.image_std))
         pixels = pixels * std + mean
-    levels = (pixels * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
-    return [Image.fromarray(level) for level in levels]
+    levels = (pixels * 255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(levels)
 
 
 def owners(trace: Trace, image: int) -> list[int] | None:
@@ -130,8 +194,9 @@ def _stretch(cells: Image.Image, size: tuple[int, int]) -> Image.Image:
     return cells.resize(size, Image.Resampling.NEAREST)
 
 
-def _captioned(picture: Image.Image, caption: str) -> Image.Image:
-    size = max(14, picture.width // 34)
+def captioned(picture: Image.Image, caption: str) -> Image.Image:
+    """The picture with a caption below, broken into lines."""
+    size = min(max(16, picture.width // 40), 24)
     font = ImageFont.load_default(size)
     words, lines = caption.split(), [""]
     for word in words:

@@ -1,0 +1,60 @@
+"""A model's processor; without torchvision one that takes pictures, through Pillow, and no videos.
+
+transformers builds the video half of a processor whether or not it is used, and that half needs torchvision.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vtoken.errors import ConfigError, UnsupportedError
+
+
+def load(source: str | Path) -> Any:
+    """The processor of a folder or hub name, padding on the left.
+
+    Raises:
+        ConfigError: it cannot be loaded; the message has the first line of transformers' reason.
+    """
+    from transformers import AutoConfig, AutoProcessor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+    from transformers.utils import is_torchvision_available
+
+    try:
+        if is_torchvision_available():
+            processor = AutoProcessor.from_pretrained(source)
+        else:
+            kind: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(source))]
+            processor = pictures_only(kind).from_pretrained(source, backend="pil")
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"cannot load the processor of {str(source)!r}: {reason}") from error
+    processor.tokenizer.padding_side = "left"
+    return processor
+
+
+def pictures_only(kind: type[Any]) -> type[Any]:
+    """The processor class without its video half; a class without one as it is.
+
+    Its constructor takes what the class takes; what it saves has no settings for videos.
+    """
+    attributes = [name for name in kind.get_attributes() if name != "video_processor"]
+    if attributes == kind.get_attributes():
+        return kind
+    # The name is written into saved files, where the stock class must find itself.
+    fields = {"get_attributes": classmethod(lambda cls: list(attributes)), "__module__": kind.__module__}
+    return type(kind.__name__, (kind,), fields)
+
+
+def check_video(processor: Any) -> None:
+    """Refuses a processor that cannot take videos.
+
+    Raises:
+        UnsupportedError: the family has no videos, or torchvision is missing.
+    """
+    if hasattr(processor, "video_processor"):
+        return
+    if not hasattr(processor, "video_token"):
+        raise UnsupportedError(f"{type(processor).__name__} takes pictures only: this family has no videos")
+    raise UnsupportedError("videos need torchvision, which transformers prepares them with: pip install torchvision")
