@@ -31,7 +31,7 @@ def packed(stage, lengths=LENGTHS, parts=PARTS, seed=0):
         for f, values in facts.items():
             values.append(torch.rand(n, generator=g) if "attention" in f.name else torch.randn(n, 8, generator=g))
     place = torch.cat([torch.arange(n) for n in lengths])
-    found = {f: torch.cat(v) for f, v in facts.items()}
+    found = {f: v if f.name == "text" else torch.cat(v) for f, v in facts.items()}  # text: one tensor per row
     return VisualTokens.pack(torch.cat(xs), lengths, parts, tuple(range(len(lengths))), place, facts=found)
 
 
@@ -89,7 +89,8 @@ def test_batch_in_a_model_equals_single(name):
     assert torch.equal(out.sequences[0, -8:], alone.sequences[0, -8:])
     assert torch.equal(trace.kept[0], single.kept[0])
     assert trace.row == [0, 1, 1] and trace.visual_tokens == [16, 16, 16]
-    assert len(trace.stages) == 1 and trace.stages[0].tokens_out == trace.tokens_out == trace.layers[-1]
+    assert {s.name for s in trace.stages} == {name}
+    assert trace.stages[-1].tokens_out == trace.tokens_out == trace.layers[-1]
 
 
 IDENTITY = [

@@ -7,6 +7,7 @@ import oracle
 import pytest
 import tiny
 import torch
+from modes import ROWS, VIDEOS, families
 from probes import Deep, Ragged
 from test_generate import BATCHES, compare, run
 
@@ -92,13 +93,16 @@ def test_gaps_in_positions_are_not_packed_sequences(model):
     torch.testing.assert_close(plain, cached, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("rows", BATCHES)
+@families
+@pytest.mark.parametrize("rows", [ROWS[:1], ROWS, VIDEOS], ids=["one", "ragged", "videos"])
 @pytest.mark.parametrize("stages", [[Ragged()], [Ragged(), Deep()]], ids=["tokens", "deep"])
-def test_two_dimensional_masks(rows, stages):
+def test_two_dimensional_masks(family, rows, stages):
     """Backends of the flash kind take 2D masks, read their tail, and must not see gaps in position ids."""
-    model = tiny.llava()
+    if rows is VIDEOS and family not in tiny.VIDEO:
+        pytest.skip("stock LLaVA-1.5 and NeXT take no video")
+    model = tiny.make(family)
     lm = model.model.language_model
-    batch = tiny.build(model, BATCHES[rows], seed=3)
+    batch = tiny.build(model, rows, seed=3)
     with vtoken.wrapped(model, stages):
         want = run(model, batch)
     lm.config._attn_implementation_internal = flash_stand_in.NAME
