@@ -8,7 +8,6 @@ where tokens were dropped), so that logits and labels keep their shape.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,13 +16,13 @@ from transformers import DynamicCache
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.cache import Owner, PrunedCache, Slots, adopt, cache_bytes
+from vtoken.hooks.entry import Entry
 from vtoken.hooks.facts import substituted
-from vtoken.hooks.flow import Flow, Prefill, StaticStep, Visual, eager
+from vtoken.hooks.flow import Flow, Prefill, StaticStep, eager
 from vtoken.hooks.handle import Handle
-from vtoken.hooks.images import check_axes, check_probe, locate
 from vtoken.hooks.layout import take
-from vtoken.run import Lineage, Run, Trace
-from vtoken.stages import Fact, Keep, Stage, offsets_of
+from vtoken.run import Run, Trace
+from vtoken.stages import Fact, Stage
 
 
 class Boundary:
@@ -50,8 +49,9 @@ class Boundary:
         owner: Owner,
         resolve: Callable[[Fact], Fact],
     ) -> None:
-        self.adapter, self.run, self.stages, self.owner, self.resolve = adapter, run, list(stages), owner, resolve
-        self.compact, self.always, self.newline = compact, always, newline
+        self.adapter, self.run, self.stages, self.owner = adapter, run, list(stages), owner
+        self.compact, self.always = compact, always
+        self.entry = Entry(adapter, run, resolve, newline, drops=bool(stages) or always)
         self.last: Trace | None = None
         handle.before(adapter.model, self._call)
         handle.before(adapter.outer, self._outer)
@@ -131,12 +131,12 @@ class Boundary:
         return Flow(new, [length] * batch, past, mask, positions, cache, x, new, index, new)
 
     def _prefill(self, args: tuple, kwargs: dict, visual: Tensor) -> Any:
-        flow = self._images(self._flow(kwargs), visual, kwargs.get("deepstack_visual_embeds"))
+        flow, values = self.entry.start(self._flow(kwargs), visual, kwargs.get("deepstack_visual_embeds"))
+        self.last = flow.trace
         x, cache, trace = flow.hidden, flow.cache, flow.trace
-        values = x[flow.visual.line, flow.visual.column]
         for stage in self.stages:
             given = substituted(stage, self.adapter.substitutes)
-            values = flow.decide(stage, values, self._facts(flow, stage, x), substitutes=given)
+            values = flow.decide(stage, values, self.entry.facts(flow, stage), substitutes=given)
         trace.layers = [list(flow.visual.lengths)] * len(self.adapter.lm.layers)
         trace.prompt_tokens = list(flow.counts)
         self.run.flow = flow
@@ -168,77 +168,6 @@ class Boundary:
             new["visual_pos_masks"] = take(deep, flow.index, 1) & flow.valid.to(deep.device)
             new["deepstack_visual_embeds"] = flow.riders
         return args, {**kwargs, **new}
-
-    def _images(self, flow: Flow, visual: Tensor, riders: Sequence[Tensor] | None) -> Prefill:
-        """Finds the images of the batch, and drops what the encoder dropped."""
-        located = locate(visual.masked_fill(~flow.new, 0), self.run.encodes, self.adapter)
-        line, column, device = located.line, located.column, visual.device
-        lengths = tuple(layout.tokens for layout in located.layouts)
-        image = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)]).to(device)
-        place = torch.cat([torch.arange(n) for n in lengths]).to(device)
-        segment = None
-        if any(layout.segment is not None for layout in located.layouts):
-            zeros = (torch.zeros(n, dtype=torch.long) for n in lengths)
-            each = [z if i.segment is None else i.segment for i, z in zip(located.layouts, zeros, strict=True)]
-            segment = torch.cat(each).to(device)
-        parts = tuple(layout.parts for layout in located.layouts)
-        closes = None if located.newlines is None else located.newlines.closes
-        lineage = Lineage(lengths, place, lengths)
-        start = Visual(lengths, parts, located.row, line, column, image, lineage, segment, closes)
-        trace = self.run.trace = self.last = Trace(
-            visual_tokens=list(lengths), parts=list(parts), row=list(located.row), stages=located.stages()
-        )
-        state = {**vars(flow), "counts": flow.new.sum(1).tolist()}
-        prefill = Prefill(**state, visual=start, started=start, trace=trace, located=located, policy=self.newline)
-        prefill.labels, prefill.tail, prefill.riders = self.run.labels, self.run.tail, list(riders or ())
-        if located.encodes:
-            check_probe(flow.hidden[line, column], located)
-        if self.adapter.mrope:
-            check_axes(flow.positions, located)
-        if any(encode.stages for encode in located.encodes):
-            self._encoded(prefill)
-        elif self.newline == "drop" and located.newlines is not None and (self.stages or self.always):
-            prefill.leave(start)
-        return prefill
-
-    def _encoded(self, flow: Prefill) -> None:
-        """Drops what encoder stages dropped. Of merged tokens, DeepStack features from before the merge are averaged, equally
-        weighted; later ones (NaN where dropped) are those of the token that absorbed them."""
-        v, encodes = flow.visual, flow.located.encodes
-        alive = (~flow.hidden[v.line, v.column, 0].isnan()).nonzero()[:, 0]
-        keep = Keep(alive, tuple(torch.bincount(v.image[alive], minlength=len(v.lengths)).tolist()))
-        left = v.after(keep)
-        if any(encode.home is not None for encode in encodes):
-            flat = [torch.arange(len(e.probe)) if e.home is None else e.home for e in encodes]
-            home = flow.located.gather(flat).to(v.line.device)
-            left = left.with_home(home)
-            slot = torch.full_like(home, -1)
-            slot[alive] = torch.arange(len(alive), device=alive.device)
-            into = slot[(home + offsets_of(v.lengths, home.device)[:-1][v.image]).clamp(min=0)].masked_fill(
-                home < 0, -1
-            )
-            keep = replace(keep, into=into)
-        if left.lengths != v.lengths:
-            flow.leave(left)
-            flow.riders = [without(keep, r[:, 0].isnan()).to(r.device).apply(r) for r in flow.riders]
-
-    def _facts(self, flow: Prefill, stage: Stage, x: Tensor) -> dict[Fact, Any]:
-        v, located = flow.visual, flow.located
-        out: dict[Fact, Any] = {}
-        for need in stage.needs():
-            if need.name == "text":
-                out[need] = flow.text(x)
-                continue
-            stored = self.resolve(need)
-            if not all(stored in encode.facts for encode in located.encodes) or not located.encodes:
-                raise UnsupportedError(
-                    f"stage {stage.name} needs {need.name}, but the features of this call were not encoded by this model in this "
-                    "thread; pass pixel_values instead of precomputed features"
-                )
-            full = located.gather([encode.facts[stored] for encode in located.encodes])
-            live = offsets_of(v.lineage.full, v.image.device)[:-1][v.image] + v.lineage.place
-            out[need] = full[live.to(full.device)].to(x.device)
-        return out
 
     def _continue(self, args: tuple, kwargs: dict) -> Any:
         """A decode step, a text turn or a draft on a cache that holds a pruned prompt."""
@@ -325,11 +254,6 @@ class Boundary:
         full = hidden.new_zeros(len(hidden), flow.new.shape[1], hidden.shape[2])
         out.last_hidden_state = full.scatter(1, index.expand_as(hidden), hidden.masked_fill(~valid, 0))
         return out
-
-
-def without(keep: Keep, gone: Tensor) -> Keep:
-    """The decision when some of the tokens [ΣN] have no value to give."""
-    return keep if keep.into is None else replace(keep, into=keep.into.masked_fill(gone.to(keep.into.device), -1))
 
 
 def as_bool(mask: Tensor) -> Tensor:

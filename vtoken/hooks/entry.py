@@ -1,0 +1,133 @@
+"""What enters the language model: the images of a prefill, what the encoder dropped of them, and the facts about the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtoken.errors import UnsupportedError
+from vtoken.hooks.flow import Flow, Prefill, Visual
+from vtoken.hooks.images import Located, check_axes, check_probe, locate
+from vtoken.run import Lineage, Run, Trace
+from vtoken.stages import Fact, Keep, Stage, image_of, offsets_of
+
+
+class Entry:
+    """Turns a forward with visual positions into a `Prefill`.
+
+    Args:
+        resolve: the fact as the encoder stored it (layers resolved, substituted).
+        newline: which newline tokens stay, see Prefill.
+        drops: whether any stage acts from here on.
+    """
+
+    def __init__(self, adapter: Any, run: Run, resolve: Callable[[Fact], Fact], newline: str, *, drops: bool) -> None:
+        self.adapter, self.run, self.resolve, self.newline, self.drops = adapter, run, resolve, newline, drops
+
+    def start(self, flow: Flow, visual: Tensor, riders: Sequence[Tensor] | None) -> tuple[Prefill, Tensor]:
+        """Finds the images of the batch, and drops what the encoder dropped; returns the values [ΣK, D] of the live tokens too."""
+        located = locate(visual.masked_fill(~flow.new, 0), self.run.encodes, self.adapter)
+        whole = unpruned(located)
+        values = flow.hidden[whole.line, whole.column]
+        if located.encodes:
+            check_probe(values, located)
+        if self.adapter.mrope:
+            check_axes(flow.positions, located)
+        trace = self.run.trace = Trace(
+            visual_tokens=list(whole.lengths),
+            parts=list(whole.parts),
+            row=list(whole.row),
+            stages=located.stages(),
+        )
+        prefill = Prefill(
+            **{**vars(flow), "counts": flow.new.sum(1).tolist()},
+            visual=whole,
+            started=whole,
+            trace=trace,
+            located=located,
+            policy=self.newline,
+            riders=list(riders or ()),
+            labels=self.run.labels,
+            tail=self.run.tail,
+        )
+        if any(encode.stages for encode in located.encodes):
+            values = encoded(prefill, values)
+        elif self.newline == "drop" and located.newlines is not None and self.drops:
+            prefill.leave(whole)
+        return prefill, values
+
+    def facts(self, flow: Prefill, stage: Stage) -> dict[Fact, Any]:
+        """What the stage asked for, about the live tokens."""
+        v, located = flow.visual, flow.located
+        out: dict[Fact, Any] = {}
+        for need in stage.needs():
+            if need.name == "text":
+                out[need] = flow.text(flow.hidden)
+                continue
+            stored = self.resolve(need)
+            if not located.encodes or not all(stored in encode.facts for encode in located.encodes):
+                raise UnsupportedError(
+                    f"stage {stage.name} needs {need.name}, but the features of this call were not encoded by this model in this "
+                    "thread; pass pixel_values instead of precomputed features"
+                )
+            full = located.gather([encode.facts[stored] for encode in located.encodes])
+            live = offsets_of(v.lineage.full, v.image.device)[:-1][v.image] + v.lineage.place
+            out[need] = full[live.to(full.device)].to(flow.hidden.device)
+        return out
+
+
+def unpruned(located: Located) -> Visual:
+    """All visual tokens of the batch, newlines left out."""
+    layouts, device = located.layouts, located.line.device
+    lengths = tuple(layout.tokens for layout in layouts)
+    image = image_of(lengths, device)
+    place = torch.arange(len(image), device=device) - offsets_of(lengths, device)[:-1][image]
+    segment = None
+    if any(layout.segment is not None for layout in layouts):
+        each = [torch.zeros(i.tokens, dtype=torch.long) if i.segment is None else i.segment for i in layouts]
+        segment = torch.cat(each).to(device)
+    return Visual(
+        lengths,
+        tuple(layout.parts for layout in layouts),
+        located.row,
+        located.line,
+        located.column,
+        image,
+        Lineage(lengths, place, lengths),
+        segment,
+        None if located.newlines is None else located.newlines.closes,
+    )
+
+
+def encoded(flow: Prefill, values: Tensor) -> Tensor:
+    """Drops what encoder stages dropped (NaN rows of `values`); returns the values that remain.
+
+    Of merged tokens, DeepStack features from before the merge are averaged, equally weighted; later ones (NaN where dropped) are
+    those of the token that absorbed them.
+    """
+    v, encodes = flow.visual, flow.located.encodes
+    alive = (~values[:, 0].isnan()).nonzero()[:, 0]
+    keep = Keep(alive, tuple(torch.bincount(v.image[alive], minlength=len(v.lengths)).tolist()))
+    left = v.after(keep)
+    if any(encode.home is not None for encode in encodes):
+        flat = [torch.arange(len(e.probe)) if e.home is None else e.home for e in encodes]
+        home = flow.located.gather(flat).to(v.line.device)
+        left = left.with_home(home)
+        slot = torch.full_like(home, -1)
+        slot[alive] = torch.arange(len(alive), device=alive.device)
+        target = home + offsets_of(v.lengths, home.device)[:-1][v.image]
+        keep = replace(keep, into=slot[target.clamp(min=0)].masked_fill(home < 0, -1))
+    if left.lengths == v.lengths:
+        return values
+    flow.leave(left)
+    flow.riders = [without(keep, r[:, 0].isnan()).to(r.device).apply(r) for r in flow.riders]
+    return values[alive]
+
+
+def without(keep: Keep, gone: Tensor) -> Keep:
+    """The decision when some of the tokens [ΣN] have no value to give."""
+    return keep if keep.into is None else replace(keep, into=keep.into.masked_fill(gone.to(keep.into.device), -1))
