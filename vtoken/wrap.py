@@ -79,6 +79,9 @@ class Session:
         if name not in facts.PROJECTIONS:
             return Fact(name)
         layer = encoder.attention_layer if fact.layer is None else fact.layer % len(encoder.layers)
+        if name != fact.name and encoder.full_attention is not None:
+            # What stands in for CLS needs all tokens of the image: the next layer that sees them.
+            layer = min((k for k in encoder.full_attention if k >= layer), default=max(encoder.full_attention))
         return Fact(name, layer)
 
     @property
