@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 from vtoken.errors import UnsupportedError
 from vtoken.evals.geometry import Geometry
+from vtoken.hooks.facts import bound
 from vtoken.stages import Fact, Site, Stage, size_of
 
 Counts = tuple[int, ...]
 
 # Attention facts cost their query rows; the others are tensors that the model computes anyway.
-ONE_QUERY = ("cls_attention", "last_query_attention")
+ONE_QUERY = ("cls_attention", "last_query_attention", "global_attention", "value_attention")
 ALL_QUERIES = ("received_attention",)
-FREE = ("keys", "values", "features", "pixels", "text")
+FREE = ("keys", "values", "mean_value", "features", "pixels", "text")
 
 
 class Walk:
@@ -38,6 +39,7 @@ class Walk:
         self.cost = 0
         self.left_out: list[str] = []
         self._paid: set[tuple[str, str, int]] = set()
+        stages = [bound(s, shape.tower.layers.depth) if s.site == "encoder" else s for s in stages]
         for stage in stages:
             if stage.site not in ("encoder", "tokens", "decoder"):
                 self._leave_out(f"{stage.name}: what a stage at site {stage.site} saves and costs")
