@@ -19,7 +19,8 @@ LENGTHS, PARTS = (16, 9, 1, 30), (((1, 4, 4),), ((1, 3, 3),), ((1, 1, 1),), ((1,
 
 def stage(name, **options):
     cls = registry.stage(name)
-    return cls(**({"keep": 5} if "keep" in cls.model_fields else {}), **options)
+    usual = {"keep": 5, "local_layer": 1}  # the tiny towers have 4 layers
+    return cls(**{key: value for key, value in usual.items() if key in cls.model_fields}, **options)
 
 
 def packed(stage, lengths=LENGTHS, parts=PARTS, seed=0):
@@ -290,3 +291,8 @@ def test_trace_is_plain_data():
     assert data["cache_bytes"] == per_token * max(data["prompt_tokens"])
     for kept, into in zip(data["stages"][1]["kept"], data["stages"][1]["into"], strict=True):
         assert set(into) == {-1, *kept}
+
+
+def test_facts_of_layers_that_do_not_exist_are_refused():
+    with pytest.raises(UnsupportedError, match="layer 30; there are 4"):
+        vtoken.wrap(tiny.llava(), [{"vscan": {"keep": 5, "local_layer": 30}}])

@@ -11,6 +11,7 @@ from probes import Deep, Inside, InsideMerge, Ragged
 import vtoken
 from vtoken import registry
 from vtoken.errors import UnsupportedError
+from vtoken.stages import Pruner
 
 NEW = 6
 IMAGES = {
@@ -194,7 +195,8 @@ def test_every_stage_runs(family, name):
     cls = registry.stage(name)
     model = tiny.make(family)
     batch = tiny.build(model, rows_for(family, "ragged"), seed=3)
-    stage = cls(**({"keep": 5} if "keep" in cls.model_fields else {}))
+    options = {"keep": 5, "local_layer": 1}
+    stage = cls(**{key: value for key, value in options.items() if key in cls.model_fields})
     compare(model, batch, {"stages": [stage]}, new=3, weighted=True)
 
 
@@ -219,3 +221,21 @@ def test_deepstack_features_of_merged_tokens_are_averaged():
         start += len(i)
     torch.testing.assert_close(seen["deepstack_visual_embeds"][0], torch.stack(want))
     torch.testing.assert_close(seen["deepstack_visual_embeds"][1], after[~after[:, 0].isnan()])
+
+
+@pytest.mark.parametrize(
+    "family", [f for f in tiny.FAMILIES if f not in QWEN]
+)  # Qwen closes a picture with a text token
+@pytest.mark.parametrize("rows", [[[3, "img"]], [[2, "img", 1, "img"], [9]]], ids=["one", "ragged"])
+def test_a_prompt_may_end_in_a_picture(family, rows):
+    """Its last token may be dropped: the answer then follows the last one that is left."""
+    model = tiny.make(family)
+    batch = tiny.build(model, rows, seed=3)
+    compare(model, batch, {"stages": [First(keep=3)], "newline": "drop"}, new=3)
+
+
+class First(Pruner):
+    """Keeps the first tokens of every image. No paper."""
+
+    def score(self, tokens):
+        return -tokens.place.float()

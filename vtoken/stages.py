@@ -28,11 +28,14 @@ class Fact(NamedTuple):
     """Something a stage needs to know about the visual tokens; nothing that is not asked for is computed.
 
     `layer` is the encoder (or, at decoder sites, decoder) layer; None means the layer the model takes its features from
-    (at encoder and decoder sites: the layer before the cut). Negative layers count from the end.
+    (at encoder and decoder sites: the layer before the cut). Negative layers count from the end. `above` counts, for
+    received_attention, only the queries that themselves receive more than so many times the mean of their crop (frame), or if
+    there is none, the one that receives most.
     """
 
     name: str
     layer: int | None = None
+    above: float = 0.0
 
 
 FACTS: dict[str, str] = {
@@ -92,9 +95,9 @@ class VisualTokens:
         """Whether nothing was dropped from the image so far."""
         return self.lengths[image] == size_of(self.parts[image])
 
-    def fact(self, name: str, layer: int | None = None) -> Any:
+    def fact(self, name: str, layer: int | None = None, above: float = 0.0) -> Any:
         """A fact by name, as declared in `needs`."""
-        return self.facts[Fact(name, layer)]
+        return self.facts[Fact(name, layer, above)]
 
 
 def size_of(parts: Parts) -> int:

@@ -82,7 +82,7 @@ class Session:
         if name != fact.name and encoder.full_attention is not None:
             # What stands in for CLS needs all tokens of the image: the next layer that sees them.
             layer = min((k for k in encoder.full_attention if k >= layer), default=max(encoder.full_attention))
-        return Fact(name, layer)
+        return Fact(name, layer, fact.above)
 
     @property
     def trace(self) -> Trace | None:
@@ -138,6 +138,11 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
                 raise UnsupportedError(
                     f"stage {stage.name} needs {need.name}, which does not exist yet at site {stage.site!r}; "
                     f"there it can have {', '.join(sorted(AT_SITE[stage.site]))}"
+                )
+            depth = len(adapter.lm.layers if stage.site == "decoder" else adapter.encoder.layers)
+            if need.layer is not None and not -depth <= need.layer < depth:
+                raise UnsupportedError(
+                    f"stage {stage.name} needs {need.name} of layer {need.layer}; there are {depth}, 0 to {depth - 1} (or -1 for the last)"
                 )
         check_layers(stage, adapter)
 

@@ -252,7 +252,10 @@ class Boundary:
             return None
         index, valid = flow.index.to(hidden.device)[..., None], flow.valid.to(hidden.device)[..., None]
         full = hidden.new_zeros(len(hidden), flow.new.shape[1], hidden.shape[2])
-        out.last_hidden_state = full.scatter(1, index.expand_as(hidden), hidden.masked_fill(~valid, 0))
+        full = full.scatter(1, index.expand_as(hidden), hidden.masked_fill(~valid, 0))
+        # Where a prompt ends in a picture and its last token was dropped, the last one that is left speaks for it.
+        ends = flow.new[:, -1:].to(hidden.device)
+        out.last_hidden_state = torch.cat([full[:, :-1], torch.where(ends, hidden[:, -1], full[:, -1])[:, None]], 1)
         return out
 
 

@@ -72,13 +72,14 @@ class EncoderHooks:
         depth = len(self.encoder.layers)
         stages = [facts.bound(stage, depth) for stage in stages]
         self.at = {layer: [s for s in stages if layer in s.layers(depth)] for layer in range(depth)}
-        per_layer: dict[int, set[str]] = {layer: set() for layer in range(depth)}
+        per_layer: dict[int, set[Fact]] = {layer: set() for layer in range(depth)}
         for fact in wanted:
             if fact.name in facts.PROJECTIONS and fact.layer is not None:
-                per_layer[fact.layer].add(fact.name)
+                per_layer[fact.layer].add(fact)
         for layer, acting in self.at.items():
-            for name, source in (self._served(f, layer) for stage in acting for f in stage.needs()):
-                per_layer[source].add(name)
+            for served in (self._served(f, layer) for stage in acting for f in stage.needs()):
+                assert served.layer is not None
+                per_layer[served.layer].add(served)
         if not wanted and not stages:
             return
         self.features = any(f.name == "features" for f in wanted)
@@ -86,17 +87,17 @@ class EncoderHooks:
         handle.before(adapter.tower, self._start)
         for layer, module in enumerate(self.encoder.layers):
             if per_layer[layer]:
-                for name in facts.projections(per_layer[layer]):
+                for name in facts.projections(fact.name for fact in per_layer[layer]):
                     handle.after(getattr(module.self_attn, name), partial(self._tap, name))
                 handle.after(module.self_attn, partial(self._facts, layer, sorted(per_layer[layer])))
             if layer and stages:
                 handle.before(module, partial(self._layer, layer))
         handle.after(adapter.projectors[0], self._projected)
 
-    def _served(self, fact: Fact, layer: int) -> tuple[str, int]:
-        """Name and layer of what a stage that acts after `layer` is given for a fact."""
+    def _served(self, fact: Fact, layer: int) -> Fact:
+        """What a stage that acts after `layer` is given for a fact."""
         name = self.adapter.substitutes.get(fact.name, fact.name)
-        return name, layer if fact.layer is None else fact.layer % len(self.encoder.layers)
+        return Fact(name, layer if fact.layer is None else fact.layer % len(self.encoder.layers), fact.above)
 
     @property
     def tower(self) -> Any:
@@ -121,7 +122,7 @@ class EncoderHooks:
             self.tower.taps[name] = out
 
     @torch.no_grad()
-    def _facts(self, layer: int, names: list[str], module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+    def _facts(self, layer: int, wanted: list[Fact], module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
         tower, e = self.tower, self.encoder
         if tower is None:
             return
@@ -131,9 +132,9 @@ class EncoderHooks:
         tower.taps = {}
         # Packed row of each live patch: its rank, plus one CLS row for every crop up to its own.
         patches = torch.arange(len(tower.rows), device=tower.rows.device) + (tower.rows + 1 if e.cls else 0)
-        for name in names:
-            value = facts.compute(name, packed, tower.lengths, e.heads, e.scale, e.cls)
-            tower.facts[Fact(name, layer)] = tower.restore(value[patches.to(value.device)].to(tower.rows.device))
+        for fact in wanted:
+            value = facts.compute(fact, packed, tower.lengths, e.heads, e.scale, e.cls)
+            tower.facts[fact] = tower.restore(value[patches.to(value.device)].to(tower.rows.device))
 
     def _layer(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """Before layer `layer`: let the stages that act after the previous one decide, and mask padded keys."""
@@ -156,7 +157,7 @@ class EncoderHooks:
         tower = self.tower
         device, crops, cls = hidden.device, len(tower.lengths), self.encoder.cls
         rows, place = tower.rows, tower.place
-        found = {f: tower.facts[Fact(*self._served(f, layer))][rows, place] for f in stage.needs()}
+        found = {f: tower.facts[self._served(f, layer)][rows, place] for f in stage.needs()}
         memory = tower.memory.setdefault(id(stage), {})
         x = hidden[rows.to(device), tower.columns.to(device)]
         tokens = VisualTokens.pack(

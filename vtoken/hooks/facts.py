@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vtoken.kernels import query_attention
-from vtoken.stages import Stage, offsets_of
+from vtoken.stages import Fact, Stage, offsets_of
 
 # Which projections a fact reads.
 PROJECTIONS: dict[str, tuple[str, ...]] = {
@@ -45,7 +45,7 @@ def projections(names: Iterable[str]) -> list[str]:
 
 
 def compute(
-    name: str, outputs: dict[str, Tensor], lengths: Sequence[int], heads: int, scale: float, cls: bool
+    fact: Fact, outputs: dict[str, Tensor], lengths: Sequence[int], heads: int, scale: float, cls: bool
 ) -> Tensor:
     """One fact of one layer, for CLS (row 0 of each crop, if the tower has one) and patches.
 
@@ -56,6 +56,7 @@ def compute(
     Returns:
         [ΣM] float32 for attention facts, [ΣM, H*d] for keys and values, [ΣM, d] float32 for mean_value.
     """
+    name = fact.name
     if name in ("keys", "values"):
         return outputs[PROJECTIONS[name][0]]
     split = {p: outputs[p].unflatten(-1, (heads, -1)) for p in PROJECTIONS[name]}
@@ -66,9 +67,26 @@ def compute(
         return one_query(split["v_proj"], split["v_proj"], held, 1.0, cls)
     q, k = split["q_proj"], split["k_proj"]
     if name == "received_attention":
-        offsets = offsets_of(held, k.device)
-        return query_attention(q, k, offsets, offsets, scale)
+        return received(q, k, offsets_of(held, k.device), scale, fact.above, cls)
     return one_query(q, k, held, scale, cls)
+
+
+def received(q: Tensor, k: Tensor, offsets: Tensor, scale: float, above: float, cls: bool) -> Tensor:
+    """[ΣM] attention that each token receives within its segment, `above` as in Fact. q, k [ΣM, H, d].
+
+    The queries that count are chosen by what they receive, so with `above` the device is asked how many they are.
+    """
+    everyone = query_attention(q, k, offsets, offsets, scale)
+    if not above:
+        return everyone
+    chosen = []
+    for segment in everyone.split(offsets.diff().tolist()):
+        patches = segment[int(cls) :]
+        mask = patches > above * patches.mean()
+        mask[patches.argmax()] = True
+        chosen.append(torch.nn.functional.pad(mask, (int(cls), 0)))
+    counts = torch.stack([mask.sum() for mask in chosen]).tolist()
+    return query_attention(q[torch.cat(chosen)], k, offsets_of(counts, k.device), offsets, scale)
 
 
 def one_query(q: Tensor, k: Tensor, held: Sequence[int], scale: float, cls: bool) -> Tensor:

@@ -21,7 +21,6 @@ from vtoken.errors import UnsupportedError
 from vtoken.hooks import facts
 from vtoken.hooks.flow import check, check_replay
 from vtoken.hooks.handle import Handle
-from vtoken.kernels import query_attention
 from vtoken.run import Clock, Layout, Lineage, Run, StageTrace
 from vtoken.stages import Fact, Stage, VisualTokens
 
@@ -83,14 +82,14 @@ class PackedHooks:
         depth = len(self.encoder.layers)
         stages = [facts.bound(stage, depth) for stage in stages]
         self.at = {layer: [s for s in stages if layer in s.layers(depth)] for layer in range(depth)}
-        per_layer: dict[int, set[str]] = {layer: set() for layer in range(depth)}
+        per_layer: dict[int, set[Fact]] = {layer: set() for layer in range(depth)}
         asked: list[tuple[Fact, int | None, str]] = [(fact, None, "a later stage") for fact in wanted]
         asked += [(f, layer, f"stage {s.name}") for layer, acting in self.at.items() for s in acting for f in s.needs()]
         for fact, layer, who in asked:
             if fact.name in facts.PROJECTIONS:
                 read = self._layer_of(fact, layer)
                 self._check(fact.name, read, layer, who)
-                per_layer[read].add(fact.name)
+                per_layer[read].add(fact._replace(layer=read))
         if not asked and not stages:
             return
         self.features = Fact("features") in wanted
@@ -149,14 +148,15 @@ class PackedHooks:
             self.tower.qkv = out
 
     @torch.no_grad()
-    def _facts(self, layer: int, names: list[str], module: Any, args: tuple, kwargs: dict, out: Any) -> None:
+    def _facts(self, layer: int, wanted: list[Fact], module: Any, args: tuple, kwargs: dict, out: Any) -> None:
         tower, unit = self.tower, self.encoder.unit
         if tower is None:
             return
         q, k, v = tower.qkv.unflatten(1, (3, self.encoder.heads, -1)).unbind(1)
         tower.qkv = None
         held = [n * unit for n in tower.lineage.lengths or tower.lineage.full]
-        for name in names:
+        for fact in wanted:
+            name = fact.name
             if name in ("keys", "values"):
                 value = (k if name == "keys" else v).flatten(1)
             elif name == "mean_value":
@@ -170,8 +170,8 @@ class PackedHooks:
                     value = facts.one_query(queries, keys, held, self.encoder.scale, False)
                 else:
                     bounds = kwargs["cu_seqlens"].to(q.device)
-                    value = query_attention(queries, keys, bounds, bounds, self.encoder.scale)
-            tower.facts[Fact(name, layer)] = tower.restore(value.unflatten(0, (-1, unit)).mean(1), tower.live)
+                    value = facts.received(queries, keys, bounds, self.encoder.scale, fact.above, False)
+            tower.facts[fact] = tower.restore(value.unflatten(0, (-1, unit)).mean(1), tower.live)
 
     def _block(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """Before block `layer`: let the stages that act after the previous one decide, and hand on only what is left."""
@@ -234,7 +234,7 @@ class PackedHooks:
 
     def _fact(self, need: Fact, layer: int) -> Tensor:
         known = need.name in facts.PROJECTIONS
-        value = self.tower.facts[Fact(need.name, self._layer_of(need, layer)) if known else Fact(need.name)]
+        value = self.tower.facts[need._replace(layer=self._layer_of(need, layer)) if known else Fact(need.name)]
         return value.to(self.tower.live.device)
 
     def _survivors(self, layer: int, kwargs: dict) -> dict[str, Any]:

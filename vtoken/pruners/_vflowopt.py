@@ -1,0 +1,39 @@
+"""VFlowOpt's recycling: which tokens are pooled, and which pooled token stands for its cell."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vtoken.stages import Parts, size_of
+
+
+def recycle(importance: Tensor, cell: Tensor, cells: int, k: int, pool: int | None) -> tuple[Tensor, Tensor]:
+    """Of one image: [N] whether each token stays, and [N] the token that takes it in. `pool` None: as large as leaves k."""
+    n = len(importance)
+    order, rank = importance.argsort(descending=True, stable=True).flip(0), torch.arange(n, device=cell.device)
+    group = cell[order]
+    first = rank.new_full((cells,), n).scatter_reduce(0, group, rank, "amin")
+    # Tokens left when the pool takes in everything below a rank: one less each, but for the first of a cell.
+    opens = (first[group] == rank).long()
+    left = n - rank + opens.cumsum(0) - opens
+    pooled = left > k if pool is None else rank < pool
+    best = rank.new_full((cells,), -1).scatter_reduce(0, group, torch.where(pooled, rank, -1), "amax")
+    alive = ~pooled | (best[group] == rank)
+    if pool is None:
+        alive &= alive.flip(0).cumsum(0).flip(0) <= k
+    back = order.argsort()
+    return alive[back], order[torch.where(pooled, best[group], rank)][back]
+
+
+def cells_of(place: Tensor, parts: Parts, side: float) -> tuple[Tensor, int]:
+    """[N] recycling cell of each token, and how many cells the image has."""
+    out, before, cells = torch.zeros_like(place), 0, 0
+    for part in parts:
+        t, h, w = part
+        rows, columns = (int((n - 1) / side) + 1 for n in (h, w))
+        p = place - before
+        y, x = ((along.double() / side).long() for along in (p // w % h, p % w))
+        out = torch.where(p >= 0, (p // (h * w) * rows + y) * columns + x + cells, out)
+        before, cells = before + size_of((part,)), cells + t * rows * columns
+    return out, cells

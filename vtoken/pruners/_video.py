@@ -1,0 +1,37 @@
+"""What methods for videos share: images, one-frame videos among them, pass untouched and use up nothing of a total."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from vtoken.budget import Budget
+from vtoken.stages import Grid, Parts, Pruner
+
+AnyPruner = TypeVar("AnyPruner", bound=Pruner)
+
+
+def whole_videos(stage: AnyPruner) -> AnyPruner:
+    """Refuses budgets per frame or crop.
+
+    Raises:
+        ValueError: names the budgets that fit.
+    """
+    if stage.keep.per is not None:
+        raise ValueError(
+            f"{stage.name} spends one budget over all frames of a video, so {stage.keep.per} does not fit; give the video's "
+            "(keep: 64) or a share (keep: 25%)"
+        )
+    return stage
+
+
+def counts_of_videos(
+    keep: Budget, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], least: Callable[[Grid], int]
+) -> tuple[int, ...]:
+    """Tokens to keep of each image: its budget for a video, but no fewer than `least` of its raster; all for a picture."""
+    videos = [i for i, image in enumerate(parts) if len(image) == 1 and image[0][0] > 1]
+    wanted = keep.counts([lengths[i] for i in videos], [row[i] for i in videos])
+    counts = list(lengths)
+    for i, k in zip(videos, wanted, strict=True):
+        counts[i] = min(lengths[i], max(k, least(parts[i][0])))
+    return tuple(counts)

@@ -1,0 +1,86 @@
+"""CDPruner: keep tokens that differ from each other and matter to the question (a determinantal point process)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+
+from vtoken.pruners._pools import choose
+from vtoken.stages import Fact, Keep, Pruner, VisualTokens
+
+EPSILON = 1e-6
+
+
+class CDPruner(Pruner):
+    """Relevance r of a token is its cosine with the mean text embedding of its row, scaled to 1e-6..1 over the image (all its crops).
+    Kernel K_ij = r_i cos(x_i, x_j) r_j on projected embeddings; keeps the greedy maximum of det K: each time the token with
+    the largest part of K_ii that the kept ones do not explain. What lies in their span counts as explained (1e-6) and goes by index.
+
+    Paper: https://arxiv.org/abs/2506.10967. Loops over images and kept tokens: each choice needs the one before. Without text all
+    tokens are equally relevant.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2506.10967"
+    deviations: ClassVar[str] = (
+        "Relevance comes from LLM embeddings of all text of the prompt, as described for Qwen2.5-VL; on LLaVA the authors use CLIP's text "
+        "tower on the question alone, which the model does not hold, so published LLaVA figures are not reproduced. "
+        "Relevance is not negated (the authors negate CLIP's; `negate` does). "
+        "A kernel of low rank still gives `keep` tokens where the authors' turns NaN."
+    )
+
+    negate: bool = Field(
+        default=False,
+        description="take the least similar to the text as the most relevant, as the authors do with CLIP",
+    )
+
+    def needs(self) -> tuple[Fact, ...]:
+        return (Fact("text"),)
+
+    def select(self, tokens: VisualTokens) -> Keep:
+        relevance = self._relevance(tokens)
+
+        def pick(rows: Tensor, k: int) -> Tensor:
+            return rows[diverse(normalize(tokens.x[rows].float(), dim=-1), relevance[rows], k)]
+
+        return choose(self, tokens, pick)
+
+    def _relevance(self, tokens: VisualTokens) -> Tensor:
+        """[ΣN] in 0..1."""
+        text, out = tokens.fact("text"), []
+        for x, row in zip(tokens.x.float().split(list(tokens.lengths)), tokens.row, strict=True):
+            words = text[row].float()
+            if not len(words) or not len(x):
+                out.append(x.new_ones(len(x)))
+                continue
+            cosine = cosine_similarity(x, words.mean(0, keepdim=True), dim=-1)
+            low, high = (-cosine if self.negate else cosine).aminmax()
+            out.append(((-cosine if self.negate else cosine) - low + EPSILON) / (high - low).clamp(min=EPSILON))
+        return torch.cat(out)
+
+    def flops(self, lengths: Sequence[int], width: int) -> int:
+        """Relevance, and per kept token one row of the kernel and its projection; segments of an image are taken together."""
+        counts = self.keep.counts(lengths, (0,) * len(lengths))
+        pairs = zip(lengths, counts, strict=True)
+        return sum(2 * n * width + n * k * (2 * width + k) for n, k in pairs if k < n)
+
+
+def diverse(x: Tensor, relevance: Tensor, k: int) -> Tensor:
+    """[k] rows of x [n, D] (unit length), in the order they were chosen; 1 <= k <= n."""
+    gain = relevance.square()
+    explained, taken = EPSILON * gain, torch.zeros_like(gain, dtype=torch.bool)
+    basis, chosen = x.new_zeros(k, len(x)), []
+    for i in range(k):
+        best = gain.masked_fill(taken, -1).argmax(keepdim=True)
+        chosen.append(best)
+        taken.index_fill_(0, best, True)
+        left = gain[best]
+        row = relevance * relevance[best] * (x @ x[best][0]) - basis[:i].T @ basis[:i, best][:, 0]
+        basis[i] = torch.where(left > 0, row * left.rsqrt(), 0)
+        gain = gain - basis[i].square()
+        gain = gain.where(gain > explained, 0)
+    return torch.cat(chosen)

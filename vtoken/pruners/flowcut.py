@@ -1,0 +1,120 @@
+"""FlowCut: prune inside the vision encoder, layer by layer, by how much information flows from each patch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Self
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from vtoken.budget import Budget
+from vtoken.kernels import topk_tokens
+from vtoken.pruners._flowcut import cumulated, losses, share, targets
+from vtoken.stages import Fact, Keep, Parts, Pruner, Site, VisualTokens, keep_all, offsets_of
+
+
+class FlowCut(Pruner):
+    """After an encoder layer a patch scores (attention / its sum + relevance / its sum) * density. Attention: the CLS query's,
+    head mean. Relevance: softmax of the dot products of the CLS token's value and all values, head mean. Density: L1 norm of
+    the head mean of its value. Scores are cumulated over layers, half the past and half the new. After every second layer
+    round((n - keep) / sqrt(layers to come) * (1 - h^2)) of the n patches with the lowest score go, h being the entropy of the
+    attention over log n; after the last such layer all above `keep` go. Later layers run on what is left.
+
+    Without CLS (SigLIP, Qwen) the mean query and the mean value of the image stand in for it; Qwen drops whole merge groups and
+    keeps the positions of those that stay. `keep` counts per crop where pictures are cut into crops; a share is of the tokens before
+    anything was dropped. Where features are interpolated behind the encoder (OneVision's videos and large pictures) a token lives only
+    if all its sources do: few may be left, or none. How many go early depends on the picture: `plan` counts on the last cut alone,
+    so its FLOPs are an upper bound. The authors' second cut on LLaVA-NeXT, after decoder layer 1, is not part of this stage.
+
+    Paper: https://arxiv.org/abs/2505.19536.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2505.19536"
+    deviations: ClassVar[str] = (
+        "Every picture (crop) loses what its own attention allows; the authors apply the largest loss of a batch to all of it "
+        "(reference_quirks). Float32 and 0 log 0 = 0, where the authors' entropy can be NaN in fp16. Qwen: the authors score and "
+        "drop single patches, give the survivors the first positions of the picture, leave relevance out (relevance: false) "
+        "and cut last after the last block; here merge groups are dropped by the means of their patches' attention, relevance "
+        "and value, positions stay true, and the last cut comes two blocks earlier. The authors released no SigLIP variant."
+    )
+    site: ClassVar[Site] = "encoder"
+
+    at: tuple[int, ...] | None = Field(None, min_length=1, description="layers it looks at: all but the last two")
+    relevance: bool = Field(default=True, description="count the relevance to the CLS value (authors on Qwen: no)")
+    momentum: float = Field(default=0.5, ge=0, lt=1, description="share of the past in the cumulated score")
+    reference_quirks: bool = Field(default=False, description="all pictures of a batch lose as many as any of them")
+
+    @field_validator("keep")
+    @classmethod
+    def _no_total(cls, keep: Budget) -> Budget:
+        if keep.total is not None:
+            raise ValueError(
+                "keep: {total: n} cannot be shared out inside the vision encoder, which does not know what belongs to one "
+                "prompt; write a count (64), a share (25%) or {per_crop: 64}"
+            )
+        return keep
+
+    def needs(self) -> tuple[Fact, ...]:
+        facts = (Fact("global_attention"), Fact("mean_value"))
+        return (*facts, Fact("value_attention")) if self.relevance else facts
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        return tuple(range(depth - 2)) if self.at is None else self.at
+
+    def bound(self, depth: int) -> Self:
+        """The stage for an encoder of so many layers; `select` and `plan` have to know which layer is the last."""
+        return self.model_copy(update={"at": self.layers(depth)})
+
+    def select(self, tokens: VisualTokens) -> Keep:
+        """No loop over images; the counts of a cut are fetched from the device once."""
+        order, held, target = self._units(tokens)
+        if held == target:
+            return keep_all(tokens)
+
+        def fact(name: str) -> Tensor:
+            return tokens.fact(name)[order].float()
+
+        attention = share(fact("global_attention"), held)
+        flow = attention + share(fact("value_attention"), held) if self.relevance else attention
+        score = cumulated(tokens, order, flow * fact("mean_value").abs().sum(-1), self.momentum)
+        ahead = self._ahead(tokens.layer)
+        if ahead % 2:
+            return keep_all(tokens)
+        counts = target
+        if ahead:
+            loss = losses(attention, held, target, ahead)
+            most = loss.max() if self.reference_quirks else loss
+            counts = tuple(max(n - r, k) for n, r, k in zip(held, most.expand_as(loss).tolist(), target, strict=True))
+        index = topk_tokens(score, offsets_of(held, score.device), counts)
+        each = len(held) // len(tokens.lengths)
+        lengths = tuple(sum(counts[i : i + each]) for i in range(0, len(counts), each))
+        return Keep(order[index].sort().values, lengths)
+
+    def _units(self, tokens: VisualTokens) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
+        """Order [ΣN] of the tokens, unit by unit (image, crop or frame); tokens held and to keep per unit."""
+        if self.keep.per is not None and tokens.segment is not None:
+            return self.per_segment(tokens)[:3]
+        order = torch.arange(len(tokens.x), device=tokens.x.device)
+        return order, tokens.lengths, targets(self.keep, tokens.lengths, tokens.parts)
+
+    def _ahead(self, layer: int | None) -> int:
+        """Layers from this one to the last cut; 0 outside a model."""
+        if layer is None:
+            return 0
+        if self.at is None:
+            raise ValueError("flowcut does not know how deep the encoder is; use what its bound(depth) returns")
+        return max(self.at) - layer
+
+    def plan(
+        self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
+    ) -> tuple[int, ...]:
+        """What the last cut leaves; before it everything, the most that can be left."""
+        if self._ahead(layer):
+            return tuple(lengths)
+        return super().plan(lengths, parts, row) if self.keep.per else targets(self.keep, lengths, parts)
+
+    def flops(self, lengths: Sequence[int], width: int) -> int:
+        """Head mean and norm of the values."""
+        return sum(lengths) * width

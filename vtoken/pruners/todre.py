@@ -1,0 +1,84 @@
+"""ToDRE, stage 1: keep tokens that are unlike each other, starting from the one the vision encoder looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vtoken.pruners._pools import choose
+from vtoken.stages import Fact, Keep, Pruner, VisualTokens, image_of
+
+
+class ToDRE(Pruner):
+    """Starts from the pivot, the token with the highest CLS attention in encoder layer `layer` (of an anyres image: among the
+    downscaled whole), then takes token after token. `max_sum` takes the one whose cosine similarities to those already taken sum
+    up lowest; `k_center` the one whose highest similarity to them is lowest. Similarities are between visual tokens as the LLM gets
+    them. All crops or frames of an image are one pool; with per_crop or per_frame each is a pool with a pivot of its own.
+
+    Stage 2 of the paper (all visual tokens leave at a decoder layer) is not in here. Without CLS the pivot is the token that
+    receives the most attention; the authors found that a random one does as well.
+
+    Paper: https://arxiv.org/abs/2505.18757 (v2: max_sum; v1: k_center). No code was published; the steps of k_center are farthest-first
+    as its name says.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2505.18757"
+    deviations: ClassVar[str] = (
+        "No code to compare with. Heads of the pivot's attention are averaged, kept tokens stay in reading order."
+    )
+
+    strategy: Literal["max_sum", "k_center"] = Field(
+        default="max_sum",
+        description="max_sum: lowest sum of similarities to those taken (v2); k_center: lowest maximum (v1)",
+    )
+    layer: int | None = Field(
+        default=-1,
+        description="encoder layer whose CLS attention gives the pivot; null: the one the features come from",
+    )
+
+    def needs(self) -> tuple[Fact, ...]:
+        return (Fact("cls_attention", self.layer),)
+
+    def select(self, tokens: VisualTokens) -> Keep:
+        """Loops over pools and over kept tokens: each choice needs the one before. One row of similarities at a time."""
+        pivot = tokens.fact("cls_attention", self.layer)
+        if self.keep.per != "per_crop":
+            pivot = pivot.masked_fill(in_a_crop(tokens), -torch.inf)
+
+        def pick(rows: Tensor, k: int) -> Tensor:
+            x = normalize(tokens.x[rows].float(), dim=-1)
+            return rows[spread(x, pivot[rows].argmax(keepdim=True), k, self.strategy)]
+
+        return choose(self, tokens, pick)
+
+    def flops(self, lengths: Sequence[int], width: int) -> int:
+        """One row of similarities per kept token; segments of an image are taken together."""
+        counts = self.keep.counts(lengths, (0,) * len(lengths))
+        return sum(2 * n * k * width for n, k in zip(lengths, counts, strict=True) if k < n)
+
+
+def in_a_crop(tokens: VisualTokens) -> Tensor:
+    """[ΣN] whether a token belongs to a crop of an anyres image, the downscaled whole not being one."""
+    several = torch.tensor([len(parts) == 2 for parts in tokens.parts], device=tokens.x.device)
+    inside = several[image_of(tokens.lengths, tokens.x.device)]
+    return inside & (tokens.segment > 0) if tokens.segment is not None else torch.zeros_like(inside)
+
+
+def spread(x: Tensor, first: Tensor, k: int, strategy: str) -> Tensor:
+    """[k] rows of the normalised x [N, D], in the order in which they are taken; ties to the lower index.
+
+    Args:
+        first: [1] the row to start from.
+    """
+    picked, near = [first], x @ x.index_select(0, first)[0]
+    for _ in range(k - 1):
+        near.index_fill_(0, picked[-1], torch.inf)
+        picked.append(near.argmin()[None])
+        more = x @ x.index_select(0, picked[-1])[0]
+        near = near + more if strategy == "max_sum" else near.maximum(more)
+    return torch.cat(picked)

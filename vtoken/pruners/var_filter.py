@@ -1,0 +1,76 @@
+"""VAR's visual attention sinks: drop tokens whose hidden state has a massive channel, before another decoder stage chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vtoken.stages import Keep, Site, Stage, VisualTokens, keep_all
+
+
+class VarFilter(Stage):
+    """Before decoder layer `layer`, drops the visual tokens whose hidden state, divided by its root mean square, exceeds `tau` in one
+    of the channels `dims`; of an image that is all sinks the weakest stays. How many go (usually a handful) depends on the picture,
+    so the plan counts none. A filter to put in front of a decoder-site pruner at the same layer or later.
+
+    Opt-in: others found that sinks which stem from the vision encoder carry what global questions need.
+
+    Paper: https://arxiv.org/abs/2503.03321, which moves attention from sinks to other tokens and reports that masking them does no
+    harm; as a filter, experimental.
+    """
+
+    site: ClassVar[Site] = "decoder"
+    kind: ClassVar[Literal["pruner", "compressor"]] = "pruner"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2503.03321"
+    deviations: ClassVar[str] = (
+        "Drops sinks at one layer; the authors find them anew at every layer and lower their attention. Without `dims` every channel counts."
+    )
+
+    layer: int = Field(
+        default=2, ge=1, description="decoder layer before which sinks leave; the authors see none before 2"
+    )
+    tau: float = Field(default=20.0, gt=0, description="how many times the root mean square a channel must be")
+    dims: tuple[int, ...] | None = Field(
+        default=None,
+        description="channels of the LLM in which sinks show: [1415, 2533] for LLaMA-2-7B (LLaVA-1.5-7B), [2100, 4743] for 13B; null: all",
+    )
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def select(self, tokens: VisualTokens) -> Keep:
+        """A loop over images for the token that stays in any case.
+
+        Raises:
+            ValueError: a channel that the hidden states do not have.
+        """
+        width = tokens.x.shape[1]
+        wrong = [d for d in self.dims or () if not 0 <= d < width]
+        if wrong:
+            raise ValueError(
+                f"var_filter: dims {wrong} do not exist in hidden states of {width} channels; they belong to another LLM. Leave dims "
+                "out to look at all channels"
+            )
+        strength = massive(tokens.x, self.dims)
+        stay = strength <= self.tau
+        start = 0
+        for n in tokens.lengths:
+            if n:
+                stay.index_fill_(0, start + strength[start : start + n].argmin()[None], True)
+            start += n
+        lengths = tuple(torch.stack([s.sum() for s in stay.split(tokens.lengths)]).tolist())
+        return keep_all(tokens) if lengths == tokens.lengths else Keep(stay.nonzero()[:, 0], lengths)
+
+    def flops(self, lengths: Sequence[int], width: int) -> int:
+        return 2 * sum(lengths) * width
+
+
+def massive(x: Tensor, dims: tuple[int, ...] | None) -> Tensor:
+    """[N] largest |channel| among `dims` (None: all) of x [N, D] over its root mean square."""
+    x = x.float()
+    chosen = x if dims is None else x[:, list(dims)]
+    return chosen.abs().amax(1) * (x.square().mean(1) + 1e-6).rsqrt()

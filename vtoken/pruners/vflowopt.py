@@ -1,0 +1,115 @@
+"""VFlowOpt: drop what vision attends to least, and recycle it as one weighted mean per spatial cell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from vtoken.kernels import topk_tokens
+from vtoken.pruners._vflowopt import cells_of, recycle
+from vtoken.stages import Fact, Keep, Pruner, VisualTokens, image_of, keep_all, size_of
+
+Rgb = Annotated[tuple[float, float, float], Field(strict=False)]
+
+
+class VFlowOpt(Pruner):
+    """Importance of a token: the attention it receives in the layer whose output the model uses as features, averaged over the
+    queries that themselves receive more than `threshold` times the mean of their crop (frame), plus `alpha` times the softmax over
+    its crop of its patch entropy, in bits, of the 256-bin grey histogram. The least important tokens of an image form a pool; in
+    every cell of `cell` x `cell` tokens (any real number, each raster by itself, frames apart) the pool's members become one
+    token, their mean weighted by importance, in the place of the most important. The pool is as large as leaves `keep` tokens; if
+    there are more cells than that, only the best stay. With `exact: false` it holds round(N (1 - R)) +
+    int(N / cell²) tokens, as the authors' does: the count is then near the budget, and `plan` tells the budget.
+
+    Entropy is off in all released settings (alpha: 0). Otherwise it is taken of all pixels behind a token, made 0..255 with `mean` and
+    `std` (as given: SigLIP of LLaVA-OneVision, Qwen3-VL; CLIP and Qwen2 have their own); `merge` is 4 for Qwen. Where OneVision
+    scales its crops down, so are the pixels. Loops over images; waits for the device only with `exact: false`.
+
+    The first of the method's three stages; the drops inside the decoder come with site decoder. Paper: https://arxiv.org/abs/2508.05211
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2508.05211"
+    deviations: ClassVar[str] = (
+        "Where no query is above the threshold the one that receives most counts, where the authors' code gives NaN. The count is exact. "
+        "Single-raster images are recycled too, where the authors' code drops plainly (cell: null). Newlines are no part of the share (newline: keep keeps them all, as the authors do)."
+    )
+
+    threshold: float = Field(
+        default=34.76,
+        ge=0,
+        description="received attention, in means of the crop, above which a query counts; 0: all count",
+    )
+    cell: float | None = Field(
+        default=15.581, ge=1, description="side of a recycling cell, in tokens; null drops plainly"
+    )
+    alpha: float = Field(default=0.0, description="weight of the patch entropy")
+    exact: bool = Field(default=True, description="leave exactly `keep` tokens; false: the authors' pool size")
+    mean: Rgb = Field(default=(0.5, 0.5, 0.5), description="of the pixels' normalisation, per colour")
+    std: Rgb = Field(default=(0.5, 0.5, 0.5), description="of the pixels' normalisation, per colour")
+    merge: int = Field(default=1, ge=1, description="patches that become one token")
+
+    @model_validator(mode="after")
+    def _one_pool(self) -> VFlowOpt:
+        if self.keep.per is not None:
+            raise ValueError(
+                f"vflowopt has one pool per image, so {self.keep.per} does not fit; give the image's budget (keep: 64) or a share "
+                "(keep: 25%)"
+            )
+        return self
+
+    def needs(self) -> tuple[Fact, ...]:
+        return (Fact("received_attention", above=self.threshold), *((Fact("pixels"),) if self.alpha else ()))
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        received: Tensor = tokens.fact("received_attention", above=self.threshold).float()
+        if not self.alpha:
+            return received
+        crop, most = image_of(tokens.lengths, received.device), max(map(size_of, tokens.parts))
+        crop = crop * most + (0 if tokens.segment is None else tokens.segment)
+        weight = self.entropy(tokens.fact("pixels")).double().exp()
+        total = weight.new_zeros(len(tokens.parts) * most).index_add_(0, crop, weight)
+        return received + self.alpha * (weight / total[crop]).float()
+
+    def entropy(self, pixels: Tensor) -> Tensor:
+        """[ΣN] bits of the grey histogram of the pixels [ΣN, P] behind each token."""
+        if pixels.shape[1] % (3 * self.merge):
+            raise ValueError(
+                f"vflowopt: {pixels.shape[1]} pixel values per token are not {self.merge} patches of 3 colours; set merge to the number "
+                "of patches that the model makes into one token"
+            )
+        colours = pixels.float().unflatten(1, (self.merge, 3, -1))
+        mean, std = (torch.tensor(v, device=pixels.device)[:, None] for v in (self.mean, self.std))
+        grey = ((colours * std + mean).mean(2) * 255).round().clamp(0, 255).long().flatten(1)
+        count = torch.zeros(len(grey), 256, device=grey.device).scatter_add_(1, grey, torch.ones_like(grey).float())
+        return torch.special.entr(count / grey.shape[1]).sum(1) / math.log(2)
+
+    def select(self, tokens: VisualTokens) -> Keep:
+        counts = self.keep.counts(tokens.lengths, tokens.row)
+        if counts == tokens.lengths:
+            return keep_all(tokens)
+        importance = self.score(tokens)
+        if self.cell is None:
+            return Keep(topk_tokens(importance, tokens.offsets, list(counts)), counts)
+        index, into, start = [], [], 0
+        lengths: list[int] = []
+        for n, k, parts in zip(tokens.lengths, counts, tokens.parts, strict=True):
+            here = slice(start, start + n)
+            drop = n - k if self.keep.share is None else round(n * (1 - self.keep.share))
+            pool = None if self.exact or k == n else drop + int(n / self.cell**2)
+            cell, cells = cells_of(tokens.place[here], parts, self.cell)
+            alive, target = recycle(importance[here], cell, cells, k, pool)
+            left = k if pool is None else int(alive.sum())
+            index.append((~alive).byte().argsort(stable=True)[:left] + start)
+            into.append(torch.where(alive[target], alive.cumsum(0)[target] - 1 + sum(lengths), -1))
+            lengths.append(left)
+            start += n
+        # A recycled token is a mean even where a negative alpha made importance negative.
+        return Keep(torch.cat(index), tuple(lengths), torch.cat(into), importance.clamp(min=1e-12))
+
+    def flops(self, lengths: Sequence[int], width: int) -> int:
+        return 2 * sum(lengths) * width if self.cell else 0

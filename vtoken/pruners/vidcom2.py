@@ -1,0 +1,101 @@
+"""VidCom2: more tokens for the frames that stand out, and in each frame the tokens that stand out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from vtoken.kernels import topk_tokens
+from vtoken.pruners._video import counts_of_videos, whole_videos
+from vtoken.stages import Keep, Parts, Pruner, VisualTokens, keep_all, offsets_of
+
+ALPHAS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
+
+
+class VidCom2(Pruner):
+    """Looks at the half of the channels that vary least over the video, each token scaled to length 1 there. How common a token is
+    in the video is the sum of exp(-distance² / 2a) over a = 1/8, 1/4, 1/2, 1, 2, with the distance to the mean token of the video;
+    how common in its frame, likewise with the mean of the frame. A frame whose tokens are less common in the video (mean over
+    them, softmax over frames at `temperature`) gets a larger part of the budget R: n R (1 + softmax - its mean) of its n tokens,
+    at least 1. In each frame the tokens with the smallest sum of both stay.
+
+    The budget is spent to the token: the next one goes to the frame that lacks most of its part. A video keeps one token per frame
+    at least. With `exact: false` every frame rounds by itself, as the authors do; then the total wanders around the budget, and
+    `plan` tells the budget.
+
+    Images, one-frame videos among them, pass untouched and use up nothing of `keep: {total: ...}`. A frame is what the model
+    makes of one: OneVision pools it, Qwen merges two into one. Loops over videos and frames, and waits for the device once per
+    video for the frames' budgets, and once for their sizes.
+
+    Paper: https://arxiv.org/abs/2505.14454. Deterministic, training-free.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2505.14454"
+    deviations: ClassVar[str] = (
+        "The budget holds to the token (exact: false for the authors' rounding, whose total varies). Scores are float32 where the "
+        "authors compute in the model's dtype. Kept tokens stay in reading order, newlines included."
+    )
+
+    temperature: float = Field(default=0.01, gt=0, description="of the softmax that shares the budget out among frames")
+    exact: bool = Field(default=True, description="spend the budget to the token; false: round each frame by itself")
+
+    _whole_videos = model_validator(mode="after")(whole_videos)
+
+    def select(self, tokens: VisualTokens) -> Keep:
+        counts = self.plan(tokens.lengths, tokens.parts, tokens.row)
+        if counts == tokens.lengths:
+            return keep_all(tokens)
+        index, lengths, start = [], [], 0
+        for n, k, parts in zip(tokens.lengths, counts, tokens.parts, strict=True):
+            here = torch.arange(start, start + n, device=tokens.x.device)
+            if k < n:
+                frame = tokens.place[start : start + n] // (parts[0][1] * parts[0][2])
+                here = here[self._video(tokens.x[start : start + n].float(), frame, k)]
+            index.append(here)
+            lengths.append(len(here))
+            start += n
+        return Keep(torch.cat(index), tuple(lengths))
+
+    def _video(self, x: Tensor, frame: Tensor, k: int) -> Tensor:
+        """Indices of the tokens that stay of a video x [N, D]; `frame` [N] ascends."""
+        held = frame.unique_consecutive(return_counts=True)[1].tolist()
+        steady = x.var(0, correction=0).argsort(stable=True)[: max(1, x.shape[1] // 2)]
+        x = torch.nn.functional.normalize(x[:, steady], dim=-1)
+        own = torch.cat([f - f.mean(0) for f in x.split(held)])
+        in_video, in_frame = common(x - x.mean(0)), common(own)
+        unusual = -torch.stack([f.mean() for f in in_video.split(held)]).double().cpu()
+        share = (unusual / self.temperature).softmax(0)
+        wanted = (1 + share - share.mean()) * torch.tensor(held) * (k / len(x))
+        if self.exact:
+            counts = apportion(wanted, held, k)
+        else:
+            counts = [min(n, max(1, round(w))) for n, w in zip(held, wanted.tolist(), strict=True)]
+        return topk_tokens(-(in_video + in_frame), offsets_of(held, x.device), counts)
+
+    def plan(
+        self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
+    ) -> tuple[int, ...]:
+        return counts_of_videos(self.keep, lengths, parts, row, lambda grid: grid[0])
+
+    def flops(self, lengths: Sequence[int], width: int) -> int:
+        """As if every image were a video: lengths do not tell."""
+        return 10 * sum(lengths) * width
+
+
+def common(x: Tensor) -> Tensor:
+    """[N] sum of Gaussians of the lengths of x [N, D]."""
+    square = x.square().sum(-1)
+    return torch.stack([torch.exp(square / (-2 * a)) for a in ALPHAS]).sum(0)
+
+
+def apportion(wanted: Tensor, held: Sequence[int], k: int) -> list[int]:
+    """Whole numbers in 1..held that add up to k and lie as near `wanted` [frames] as that allows; ties to the earlier frame."""
+    frame = torch.arange(len(held)).repeat_interleave(torch.tensor(held) - 1)
+    nth = torch.cat([torch.arange(1, n) for n in held])
+    lacking = wanted[frame] - nth
+    given = frame[lacking.argsort(descending=True, stable=True)[: k - len(held)]]
+    return (torch.bincount(given, minlength=len(held)) + 1).tolist()
