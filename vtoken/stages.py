@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -185,6 +185,10 @@ class Stage(BaseModel):
     def layers(self, depth: int) -> tuple[int, ...]:
         """Layers after which (encoder) or before which (decoder) the stage acts, of `depth` layers; () at other sites."""
         return ()
+
+    def bound(self, depth: int) -> Self:
+        """The stage for an encoder of so many layers, where what it decides depends on that."""
+        return self
 
     def select(self, tokens: VisualTokens) -> Keep:
         """The decision, at sites encoder, tokens and decoder."""

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from vtoken.errors import UnsupportedError
 from vtoken.evals.geometry import Geometry
-from vtoken.hooks.facts import bound
 from vtoken.stages import Fact, Site, Stage, size_of
 
 Counts = tuple[int, ...]
@@ -39,7 +38,7 @@ class Walk:
         self.cost = 0
         self.left_out: list[str] = []
         self._paid: set[tuple[str, str, int]] = set()
-        stages = [bound(s, shape.tower.layers.depth) if s.site == "encoder" else s for s in stages]
+        stages = [s.bound(shape.tower.layers.depth) if s.site == "encoder" else s for s in stages]
         for stage in stages:
             if stage.site not in ("encoder", "tokens", "decoder"):
                 self._leave_out(f"{stage.name}: what a stage at site {stage.site} saves and costs")

@@ -70,7 +70,7 @@ class EncoderHooks:
     def __init__(self, adapter: Any, run: Run, handle: Handle, wanted: set[Fact], stages: Sequence[Stage]) -> None:
         self.adapter, self.encoder, self.run = adapter, adapter.encoder, run
         depth = len(self.encoder.layers)
-        stages = [facts.bound(stage, depth) for stage in stages]
+        stages = [stage.bound(depth) for stage in stages]
         self.at = {layer: [s for s in stages if layer in s.layers(depth)] for layer in range(depth)}
         per_layer: dict[int, set[Fact]] = {layer: set() for layer in range(depth)}
         for fact in wanted:

@@ -7,7 +7,6 @@ offloaded or adapted Linears keep working. No N x N map is made.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,11 +26,6 @@ PROJECTIONS: dict[str, tuple[str, ...]] = {
 }
 # These look at the whole image, also in a layer that attends within windows.
 GLOBAL = ("global_attention", "value_attention")
-
-
-def bound(stage: Any, depth: int) -> Any:
-    """The stage for a tower of so many layers, if what it decides depends on that: a copy from its method `bound`."""
-    return stage.bound(depth) if hasattr(stage, "bound") else stage
 
 
 def substituted(stage: Stage, substitutes: Mapping[str, str]) -> dict[str, str]:
