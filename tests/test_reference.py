@@ -1,4 +1,4 @@
-"""The shipped reference VLM: stock loading, the held-out set, the generator and the recipe."""
+"""The shipped reference VLMs: stock loading, the held-out set, the generator and the recipes."""
 
 import json
 import subprocess
@@ -144,11 +144,114 @@ def test_shipped_set_is_what_the_generator_makes(pictures):
         assert np.abs(shipped - np.asarray(image)).mean() < 4  # JPEG
 
 
-def test_smoke_recipe(pictures, tmp_path):
-    from vtoken.evals.reference import train
-    from vtoken.evals.reference.stages import Recipe
+def test_development_set_is_another_one(pictures, tmp_path):
+    from vtoken.evals.reference import heldout
 
-    train.train(tmp_path, Recipe().smoke(), limit=6)
-    figures = json.loads((tmp_path / "tiny-llava" / "figures.json").read_text())
+    heldout.write(tmp_path, 2, seed=heldout.DEVELOPMENT)
+    asked = reference.questions(12, tmp_path)
+    assert [q.kind for q in asked] == 2 * list(reference.KINDS) and all(q.image.parent == tmp_path for q in asked)
+    assert [q.boxes for q in asked] != [q.boxes for q in reference.questions(12)]
+
+
+def test_varied_shapes_move_no_glyph_to_another_place(pictures):
+    plain, varied = (pictures.picture(np.random.RandomState(5), shapes=shapes) for shapes in ("plain", "varied"))
+    assert [(g.digit, g.colour, g.font) for g in plain.glyphs] == [(g.digit, g.colour, g.font) for g in varied.glyphs]
+    assert [g.box for g in plain.glyphs] != [g.box for g in varied.glyphs]
+    middles = np.array([[g.box for g in p.glyphs] for p in (plain, varied)]).reshape(2, -1, 2, 2).mean(2)
+    assert np.abs(middles[0] - middles[1]).max() <= 8
+
+
+FAMILIES = ("tiny-llava", "tiny-llava-next", "tiny-qwen2.5-vl")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def begun(pictures, request):
+    """A family, its model as training begins, and its processor."""
+    import torch
+
+    from vtoken.evals.reference.train import FAMILIES as known
+
+    assert tuple(known) == FAMILIES
+    torch.manual_seed(0)
+    family = known[request.param]
+    return family, family.model().eval(), family.processor()
+
+
+def test_training_sees_what_the_stock_model_sees(begun):
+    """Pictures through the recipe's shortcut and through the stock processor and model give the same visual tokens and the same logits."""
+    import torch
+
+    from vtoken.evals.reference.batches import draw
+    from vtoken.evals.reference.family import Heads
+
+    family, model, processor = begun
+    batch = draw(np.random.RandomState(3), 2, 192, (3, 5))
+    text = [reference.prompt(processor, "what digit is red?")] * 2
+    inputs = processor(images=[p.image for p in batch.pictures], text=text, return_tensors="pt")
+    pixels = {key: inputs[key] for key in ("pixel_values", "image_sizes", "image_grid_thw") if key in inputs}
+    with torch.inference_mode():
+        seen, _ = family.see(model, Heads(), batch)
+        stock = torch.stack(list(model.get_image_features(**pixels, return_dict=True).pooler_output))
+        # LLaVA-NeXT: the base crop differs by the rounding of a byte
+        assert seen.shape == (2, family.tokens, 128) and (seen - stock).abs().max() < 0.02 * stock.abs().max()
+        around = len(family.prefix) + family.tokens + len(family.suffix)
+        keep = torch.arange(family.tokens).expand(2, -1)
+        ours = family.inputs(model, stock, keep, inputs["input_ids"][:, around:])
+        logits = model.lm_head(model.model.language_model(**ours, use_cache=False).last_hidden_state)
+        assert torch.allclose(logits, model(**inputs).logits, atol=1e-4)
+
+
+def test_a_thinned_prompt_keeps_its_positions(begun):
+    import torch
+
+    family, model, _ = begun
+    text = torch.tensor([[5, 6]])
+    whole, part = torch.arange(family.tokens)[None], torch.tensor([[1, 7, 100]])
+    full, thin = (
+        family.inputs(model, torch.zeros(1, family.tokens, 128), keep, text)["position_ids"] for keep in (whole, part)
+    )
+    start, behind = len(family.prefix), len(family.suffix) + 2
+    assert torch.equal(thin[..., start : start + 3], full[..., start : start + family.tokens][..., part[0]])
+    assert torch.equal(thin[..., :start], full[..., :start]) and torch.equal(thin[..., -behind:], full[..., -behind:])
+
+
+def test_qwen_takes_pictures_of_any_size(pictures):
+    from vtoken.evals.reference.train import FAMILIES as known
+
+    family = known["tiny-qwen2.5-vl"]
+    processor = family.processor()
+    image = Image.new("RGB", (160, 96))
+    inputs = processor(
+        images=[image], text=[reference.prompt(processor, "how many digits are there?")], return_tensors="pt"
+    )
+    assert inputs["image_grid_thw"].tolist() == [[1, 12, 20]]
+    assert (inputs["input_ids"] == family.model().config.image_token_id).sum() == 6 * 10
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_smoke_recipe(pictures, tmp_path, name):
+    """A few steps of every stage, and what they write loads as a stock model does."""
+    from transformers import AutoModelForImageTextToText
+
+    from vtoken.evals.reference import train
+
+    family = train.FAMILIES[name]
+    train.train(family, tmp_path, family.recipe.smoke(), limit=6)
+    folder = tmp_path / name
+    assert (folder / "model.safetensors").stat().st_size <= 8e6
+    figures = json.loads((folder / "figures.json").read_text())
     assert figures["overall"]["n"] == 6
-    assert {file.stem for file in (tmp_path / "stages").glob("*.pt")} == set(train.PLAN)
+    assert {file.stem for file in (tmp_path / "stages").glob("*.pt")} == set(family.plan)
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder), reference.processor(folder)
+    asked = reference.questions(2)
+    again = reference.score(asked, reference.answers(model.eval(), processor, asked))
+    assert sum(n for _, n in again.values()) == 2 and processor.tokenizer.padding_side == "left"
+
+
+def test_a_finished_cycle_is_not_run_again(pictures, tmp_path, capsys):
+    from vtoken.evals.reference import train
+
+    family = train.FAMILIES["tiny-qwen2.5-vl"]
+    for _ in range(2):
+        train.train(family, tmp_path, family.recipe.smoke(), only=["c1"], limit=6)
+    assert capsys.readouterr().out.count("C1 0/") == 1 and not (tmp_path / family.name).exists()

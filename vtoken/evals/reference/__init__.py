@@ -1,6 +1,6 @@
-"""The shipped reference VLM: a tiny LLaVA that reads coloured digits, its held-out questions, and what it takes to ask them.
+"""The shipped reference VLMs, which read coloured digits, their held-out questions, and what it takes to ask them.
 
-Importing this needs neither torch nor transformers. The model is stock: `load()` is two calls of `from_pretrained`.
+Importing this needs neither torch nor transformers. The models are stock: `load()` is two calls of `from_pretrained`.
 """
 
 import json
@@ -40,19 +40,33 @@ def path(name: str = "tiny-llava") -> Path:
 def load(
     name: str = "tiny-llava", dtype: Any = None, device: Any = None, attn_implementation: str | None = None
 ) -> tuple[Any, Any]:
-    """The stock model in eval mode and its processor, which pads on the left and needs no torchvision."""
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    """The stock model in eval mode and its processor, which pads on the left and needs no torchvision (without it, Qwen's takes no videos)."""
+    from transformers import AutoModelForImageTextToText
 
     folder = path(name)
     asked = {"dtype": dtype, "attn_implementation": attn_implementation}
-    model = LlavaForConditionalGeneration.from_pretrained(folder, **{k: v for k, v in asked.items() if v is not None})
-    processor = LlavaProcessor.from_pretrained(folder, backend="pil")
-    return (model.to(device) if device is not None else model).eval(), processor
+    model = AutoModelForImageTextToText.from_pretrained(folder, **{k: v for k, v in asked.items() if v is not None})
+    return (model.to(device) if device is not None else model).eval(), processor(folder)
 
 
-def questions(limit: int | None = None) -> list[Question]:
-    """The held-out set, or its first `limit` questions; questions about one picture follow each other, one of each kind."""
-    folder = _HERE / "glyph-qa"
+def processor(folder: Path) -> Any:
+    """The processor saved in a folder, with the Pillow image backend."""
+    from transformers import AutoConfig, AutoProcessor
+    from transformers.utils import is_torchvision_available
+
+    if AutoConfig.from_pretrained(folder).model_type == "qwen2_5_vl" and not is_torchvision_available():
+        from .images_only import Qwen2_5_VLProcessor
+
+        return Qwen2_5_VLProcessor.stock(folder)
+    return AutoProcessor.from_pretrained(folder, backend="pil")
+
+
+def questions(limit: int | None = None, folder: Path | None = None) -> list[Question]:
+    """The held-out set, or its first `limit` questions; questions about one picture follow each other, one of each kind.
+
+    `folder`: another set that `vtoken.evals.reference.heldout` wrote.
+    """
+    folder = _HERE / "glyph-qa" if folder is None else folder
     rows = (folder / "questions.jsonl").read_text().splitlines()[:limit]
     return [
         Question(

@@ -1,6 +1,6 @@
-"""Training batches: pictures with per-patch labels, questions as token sequences, visual tokens thinned at their own positions."""
+"""Training batches: pictures with labels for every patch, questions as token sequences, and which visual tokens stay."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
 
@@ -10,67 +10,84 @@ import torch
 from . import build, dialogue
 from .pictures import COLOUR_NAMES, GRID, PATCH, Picture, picture
 
-TOKENS = GRID * GRID
-PREFIX = ("<bos>", "USER", ":")  # what the chat template puts before the image
-INK = 4  # a patch belongs to a glyph that inks at least this many of its pixels
-PAIRS = 10 * len(COLOUR_NAMES)
-PRESENCE = 10 + len(COLOUR_NAMES) + PAIRS
+INK = 4  # a patch of 8 x 8 pixels belongs to a glyph that inks at least this many of them
+HUES = len(COLOUR_NAMES)
+PRESENCE = 10 + HUES + 10 * HUES
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What every cell shows, all [B, N]: `glyph` and `colour` (0 = background), `column` of the cell's own centre and `offset` from there to the centre
+    of its glyph, both horizontal and in patches."""
+
+    glyph: torch.Tensor
+    colour: torch.Tensor
+    column: torch.Tensor
+    offset: torch.Tensor
+
+    @property
+    def centre(self) -> torch.Tensor:
+        return self.column + self.offset
+
+    def presence(self) -> torch.Tensor:
+        """Which digits, colours and pairs of both occur, [B, PRESENCE] of 0 and 1."""
+        pair = torch.where(self.glyph > 0, (self.glyph - 1) * HUES + self.colour, 0)
+        held = torch.zeros(len(pair), 10 * HUES + 1, device=pair.device).scatter_(1, pair, 1.0)[:, 1:]
+        table = held.view(-1, 10, HUES)
+        return torch.cat([table.amax(2), table.amax(1), held], 1)
+
+    def to(self, device: str) -> "Labels":
+        return Labels(**{name: value.to(device) for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """A batch. `glyph` and `colour` (0 = background), `column` and `centre` (whole and exact, in patches) of the glyph a patch belongs to: all [B, N]."""
+    """A batch. `fine` labels patches of PATCH pixels, `coarse` squares of 2 x 2 of them."""
 
     pictures: list[Picture]
     pixels: torch.Tensor  # [B, 3, S, S] in -1..1
-    glyph: torch.Tensor
-    colour: torch.Tensor
-    column: torch.Tensor
-    centre: torch.Tensor
-    presence: torch.Tensor  # [B, PRESENCE]
-    positions: torch.Tensor  # [B, N] on the full grid
+    fine: Labels
+    coarse: Labels
+    positions: torch.Tensor  # [B, N] of the fine patches on the full grid
 
     def to(self, device: str) -> "Pictures":
-        moved = {name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)}
-        return Pictures(self.pictures, **moved)
+        return replace(
+            self,
+            pixels=self.pixels.to(device),
+            fine=self.fine.to(device),
+            coarse=self.coarse.to(device),
+            positions=self.positions.to(device),
+        )
 
 
-def labels(drawn: Picture) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Glyph, colour and horizontal centre for every patch, and which digits, colours and pairs are present."""
-    grid = drawn.ink.shape[1]
-    owner = drawn.ink.argmax(0)
-    inked = drawn.ink.max(0) >= INK
-    digit = np.array([g.digit for g in drawn.glyphs])
-    colour = np.array([COLOUR_NAMES.index(g.colour) for g in drawn.glyphs])
-    centre = np.array([drawn.centre(k) / PATCH for k in range(len(drawn.glyphs))], np.float32)
-    own = np.broadcast_to(np.arange(grid, dtype=np.float32) + 0.5, (grid, grid))
-    presence = np.zeros(PRESENCE, np.float32)
-    presence[digit] = presence[10 + colour] = presence[10 + len(COLOUR_NAMES) + digit * len(COLOUR_NAMES) + colour] = 1
-    return (digit[owner] + 1) * inked, (colour[owner] + 1) * inked, np.where(inked, centre[owner], own), presence
+def labels(drawn: list[Picture], cell: int = 1) -> Labels:
+    """Labels for squares of `cell` x `cell` patches."""
+    rows: list[list[np.ndarray]] = [[], [], [], []]
+    for one in drawn:
+        count, grid = one.ink.shape[0], one.ink.shape[1] // cell
+        ink = one.ink.reshape(count, grid, cell, grid, cell).sum((2, 4))
+        owner, inked = ink.argmax(0), ink.max(0) >= INK * cell * cell
+        digit = np.array([g.digit for g in one.glyphs])
+        colour = np.array([COLOUR_NAMES.index(g.colour) for g in one.glyphs])
+        centre = np.array([one.centre(k) / PATCH for k in range(count)], np.float32)
+        own = np.broadcast_to((np.arange(grid, dtype=np.float32) + 0.5) * cell, (grid, grid))
+        found = (digit[owner] + 1) * inked, (colour[owner] + 1) * inked, own, np.where(inked, centre[owner] - own, 0)
+        for row, value in zip(rows, found, strict=True):
+            row.append(value.ravel())
+    glyph, colours, column, offset = (torch.from_numpy(np.stack(row)) for row in rows)
+    return Labels(glyph.long(), colours.long(), column, offset.float())
 
 
-def draw(rng: np.random.RandomState, count: int, size: int, digits: tuple[int, int], slanted: bool = False) -> Pictures:
+def draw(rng: np.random.RandomState, count: int, size: int, digits: tuple[int, int], shapes: str = "plain") -> Pictures:
     """Draw a batch. Pictures smaller than the full size stand at a random place of the full position grid, so small crops train all positions."""
-    drawn = [picture(rng, "train", size, digits, slanted) for _ in range(count)]
-    glyph, colour, centre, presence = (
-        torch.from_numpy(np.stack(rows)) for rows in zip(*map(labels, drawn), strict=True)
-    )
+    drawn = [picture(rng, "train", size, digits, shapes) for _ in range(count)]
     grid = size // PATCH
     corner = torch.from_numpy(rng.randint(0, GRID - grid + 1, (count, 2)))
     rows = torch.arange(grid).view(1, grid, 1) + corner[:, 0].view(-1, 1, 1)
     columns = torch.arange(grid).view(1, 1, grid) + corner[:, 1].view(-1, 1, 1)
-    centre = (centre + corner[:, 1].view(-1, 1, 1)).flatten(1)
+    fine, coarse = (replace(one, column=one.column + corner[:, 1:]) for one in (labels(drawn), labels(drawn, 2)))
     pixels = torch.from_numpy(np.stack([np.asarray(p.image) for p in drawn])).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return Pictures(
-        drawn,
-        pixels,
-        glyph.long().flatten(1),
-        colour.long().flatten(1),
-        centre.long(),
-        centre,
-        presence,
-        (rows * GRID + columns).flatten(1),
-    )
+    return Pictures(drawn, pixels, fine, coarse, (rows * GRID + columns).flatten(1))
 
 
 @lru_cache(maxsize=1)
@@ -110,24 +127,3 @@ def thinned(glyph: torch.Tensor, keep: int, share: float = 0.6) -> torch.Tensor:
     noise = torch.rand(glyph.shape, device=glyph.device)
     chosen = (glyph > 0) & (torch.rand(glyph.shape, device=glyph.device) < share)
     return (noise + 2 * chosen).topk(keep, 1).indices.sort(1).values
-
-
-def assembled(embed: Any, visual: torch.Tensor, keep: torch.Tensor, text: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Inputs of the decoder: prefix, the kept visual tokens, text; each at the position it has in the full sequence."""
-    count, device = len(text), text.device
-    prefix = torch.tensor([dialogue.VOCABULARY[word] for word in PREFIX], device=device).expand(count, -1)
-    kept = visual.gather(1, keep[..., None].expand(-1, -1, visual.shape[-1]))
-    start = len(PREFIX)
-    positions = torch.cat(
-        [
-            torch.arange(start, device=device).expand(count, -1),
-            keep + start,
-            torch.arange(start + TOKENS, start + TOKENS + text.shape[1], device=device).expand(count, -1),
-        ],
-        1,
-    )
-    return {
-        "inputs_embeds": torch.cat([embed(prefix), kept.to(embed.weight.dtype), embed(text)], 1),
-        "position_ids": positions,
-        "attention_mask": torch.ones_like(positions),
-    }

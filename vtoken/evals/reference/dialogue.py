@@ -8,6 +8,7 @@ from .pictures import COLOUR_NAMES, Picture
 EVEN = (0.2, 0.2, 0.1, 0.2, 0.1, 0.2)  # how often training asks each kind
 LOOK_UP = (0.32, 0.32, 0.06, 0.05, 0.15, 0.1)  # mostly what finds one digit by its colour or value
 REST = (0.08, 0.25, 0.2, 0.15, 0.07, 0.25)  # mostly what is learnt last
+WEAK = (0.06, 0.3, 0.06, 0.2, 0.06, 0.32)  # mostly what is still wrong then
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>")
 WORDS = (

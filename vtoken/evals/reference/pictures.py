@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 SIZE = 192  # pixels per side
 PATCH = 8  # pixels per side of the patch behind one visual token
@@ -71,6 +71,9 @@ TRAIN_FONTS = (
 UNSEEN_FONTS = ("DejaVuSansMono-Bold", "DejaVuSerif-BoldItalic")
 FONT_SIZES = range(24, 33)
 SLANTS = (-0.2, -0.1, 0.0, 0.1, 0.2, 0.3)
+STROKES = (-0.4, 0.0, 0.5, 1.0)  # pixels that a stroke gains on either side
+STRETCHES = (0.85, 1.0, 1.15)  # of the width
+SHAPES = ("plain", "slanted", "varied")
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,18 @@ def _mask(digit: int, font: str, size: int, slant: float = 0.0) -> np.ndarray:
     return np.asarray(tile.crop(tile.getbbox()))
 
 
+def _varied(mask: np.ndarray, stroke: float, stretch: float, size: int) -> np.ndarray:
+    """A glyph made bolder or thinner by about `stroke` pixels on either side, and wider or narrower; never larger than its place."""
+    tile = Image.fromarray(mask)
+    if stroke:
+        tile = ImageOps.expand(tile, 1)
+        grown = tile.filter((ImageFilter.MaxFilter if stroke > 0 else ImageFilter.MinFilter)(3))
+        tile = Image.blend(tile, grown, abs(stroke))
+        tile = tile.crop(tile.getbbox())
+    shape = min(max(round(tile.width * stretch), 1), size), min(tile.height, size)
+    return np.asarray(tile.resize(shape, Image.Resampling.BILINEAR))
+
+
 def columns(split: str, width: int) -> tuple[int, int]:
     """First and last column of a photograph that crops of a split may touch; the two splits never overlap."""
     cut = width - SIZE - 16
@@ -176,20 +191,31 @@ def picture(
     split: str = "train",
     size: int = SIZE,
     digits: tuple[int, int] = (2, MOST),
-    slanted: bool = False,
+    shapes: str = "plain",
 ) -> Picture:
-    """Draw one picture: `digits` = fewest and most; digits and colours are distinct within a picture. `slanted` shears every digit by its own amount."""
+    """Draw one picture: `digits` = fewest and most; digits and colours are distinct within a picture.
+
+    `shapes`: "slanted" shears every digit by its own amount, "varied" also changes its stroke and its width.
+    """
+    if shapes not in SHAPES:
+        raise ValueError(f"no shapes {shapes!r}; there are: {', '.join(SHAPES)}")
     canvas, index, corner = _background(rng, split, size)
     wanted = rng.randint(digits[0], digits[1] + 1)
     values, colours = rng.permutation(10)[:wanted], rng.permutation(len(COLOURS))[:wanted]
     sizes = rng.choice(FONT_SIZES, wanted)
     unseen, seen = rng.rand(wanted) < 0.4, rng.randint(len(TRAIN_FONTS), size=wanted)
     held_out, jitter = rng.randint(len(UNSEEN_FONTS), size=wanted), rng.randint(-15, 16, (wanted, 3))
-    slants = rng.choice(SLANTS, wanted) if slanted else np.zeros(wanted)
+    places = _places(rng, sizes, size)
+    slants = np.zeros(wanted) if shapes == "plain" else rng.choice(SLANTS, wanted)
+    varied = shapes == "varied"
+    strokes = rng.choice(STROKES, wanted) if varied else np.zeros(wanted)
+    stretches = rng.choice(STRETCHES, wanted) if varied else np.ones(wanted)
     glyphs, inks = [], []
-    for k, (x, y) in enumerate(_places(rng, sizes, size)):
+    for k, (x, y) in enumerate(places):
         font = UNSEEN_FONTS[held_out[k]] if split == "test" and unseen[k] else TRAIN_FONTS[seen[k]]
         mask = _mask(int(values[k]), font, int(sizes[k]), float(slants[k]))
+        if varied:
+            mask = _varied(mask, strokes[k], stretches[k], sizes[k])
         height, width = mask.shape
         left = min(max(x + (sizes[k] - width) // 2, 0), size - width)
         top = min(max(y + (sizes[k] - height) // 2, 0), size - height)

@@ -1,6 +1,7 @@
-"""Train the shipped reference VLM: `python -m vtoken.evals.reference.train --out DIR`.
+"""Train a reference VLM: `python -m vtoken.evals.reference.train --model tiny-llava --out DIR`.
 
-Writes DIR/stages (one checkpoint per cycle of a stage; a finished one is skipped when the command is run again) and DIR/tiny-llava (model, processor, figures.json).
+Writes DIR/stages (one checkpoint per cycle of a stage; a finished one is skipped when the command is run again) and DIR/NAME (model, processor, figures.json).
+tiny-llava-next and tiny-qwen2.5-vl start from the tiny-llava that is shipped.
 """
 
 import argparse
@@ -15,10 +16,16 @@ from typing import Any
 import torch
 import transformers
 
-from . import KINDS, answers, build, questions, score
-from .stages import Heads, Oracle, Recipe, joint_stage, language_stage, projector_stage, tower_stage
+from . import KINDS, answers, questions, score
+from .family import Family, Heads
+from .llava import TinyLlava
+from .llava_next import TinyLlavaNext
+from .oracle import Oracle
+from .qwen import TinyQwen
+from .recipe import Recipe
+from .stages import joint_stage, language_stage, projector_stage, tower_stage
 
-PLAN = ("a1", "b1", "b2", "b3", "b4", "b5", "c1", "c2", "d1", "b6", "c3", "d2", "d3")
+FAMILIES: dict[str, Family] = {family.name: family for family in (TinyLlava(), TinyLlavaNext(), TinyQwen())}
 
 
 def _keep(file: Path, modules: dict[str, torch.nn.Module]) -> None:
@@ -33,9 +40,11 @@ def _restore(file: Path, modules: dict[str, torch.nn.Module]) -> None:
         modules[name].load_state_dict(state)
 
 
-def figures(model: Any, processor: Any, recipe: Recipe, seconds: float, limit: int | None) -> dict:
-    """Accuracy on the shipped questions and the conditions, for the card."""
-    asked = questions(limit)
+def figures(
+    model: Any, processor: Any, recipe: Recipe, seconds: float, limit: int | None, heldout: Path | None
+) -> dict[str, Any]:
+    """Accuracy on held-out questions and the conditions, for the card."""
+    asked = questions(limit, heldout)
     model.eval()
     table = score(asked, answers(model, processor, asked))
     right, total = (sum(pair[k] for pair in table.values()) for k in (0, 1))
@@ -51,33 +60,30 @@ def figures(model: Any, processor: Any, recipe: Recipe, seconds: float, limit: i
     }
 
 
-def train(out: Path, recipe: Recipe, only: list[str] | None = None, limit: int | None = None) -> None:
-    """Run PLAN in order, or only the named cycles; what is finished is restored. At the end of PLAN the model and its figures are written."""
+def train(
+    family: Family,
+    out: Path,
+    recipe: Recipe,
+    only: list[str] | None = None,
+    limit: int | None = None,
+    heldout: Path | None = None,
+) -> None:
+    """Run the plan in order, or only the named cycles; what is finished is restored. At the end of the plan the model and its figures are written."""
     folder = out / "stages"
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
-    model: Any = build.model()
-    model.to(recipe.device)
-    processor = build.processor()
+    model = family.model().to(recipe.device).train()
     heads, oracle = Heads().to(recipe.device), Oracle(recipe.seed).to(recipe.device)
-    tower, language = model.model.vision_tower, {"language": model.model.language_model, "head": model.lm_head}
-    sight = {"tower": tower, "heads": heads, "projector": model.model.multi_modal_projector}
-
-    def check() -> str:
-        sample = questions(48 if limit is None else limit)
-        model.eval()
-        table = score(sample, answers(model, processor, sample))
-        model.train()
-        return " ".join(f"{kind} {right}/{total}" for kind, (right, total) in table.items())
-
+    sight, language = family.sight(model), {"language": model.model.language_model, "head": model.lm_head}
+    seeing = {**sight, "heads": heads}
     stages: dict[str, tuple[dict[str, torch.nn.Module], Callable[[int], None]]] = {
-        "a": ({"tower": tower, "heads": heads}, lambda _: tower_stage(tower, heads, recipe)),
-        "b": (language, partial(language_stage, model, oracle, recipe)),
-        "c": (sight, partial(projector_stage, model, heads, oracle, recipe)),
-        "d": ({**language, **sight}, lambda cycle: joint_stage(model, heads, oracle, recipe, cycle, check)),
+        "a": ({"tower": sight["tower"], "heads": heads}, lambda _: tower_stage(sight["tower"], heads, recipe)),
+        "b": (language, partial(language_stage, family, model, oracle, recipe)),
+        "c": (seeing, partial(projector_stage, family, model, heads, oracle, recipe)),
+        "d": ({**language, **seeing}, partial(joint_stage, family, model, heads, oracle, recipe)),
     }
     started = time.time()
-    for name in PLAN:
+    for name in family.plan:
         modules, run = stages[name[0]]
         file = folder / f"{name}.pt"
         if not file.exists() and (only is None or name in only):
@@ -85,31 +91,40 @@ def train(out: Path, recipe: Recipe, only: list[str] | None = None, limit: int |
             _keep(file, modules)
         if file.exists():
             _restore(file, modules)
-    if only is not None and PLAN[-1] not in only:
+    if only is not None and family.plan[-1] not in only:
         return
-    final = out / "tiny-llava"
+    final, processor = out / family.name, family.processor()
     model.save_pretrained(final)
     processor.save_pretrained(final)
-    (final / "figures.json").write_text(
-        json.dumps(figures(model, processor, recipe, time.time() - started, limit), indent=1) + "\n"
-    )
+    found = figures(model, processor, recipe, time.time() - started, limit, heldout)
+    (final / "figures.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=tuple(FAMILIES), default="tiny-llava")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the finished model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch decides")
-    parser.add_argument(
-        "--only", nargs="+", choices=PLAN, help="run these cycles of stages, on top of what is finished"
-    )
+    parser.add_argument("--only", nargs="+", metavar="CYCLE", help="run these cycles, on top of what is finished")
+    parser.add_argument("--heldout", type=Path, help="held-out set for figures.json; default: the shipped one")
     parser.add_argument("--smoke", action="store_true", help="a few steps of every stage")
     given = parser.parse_args()
+    family = FAMILIES[given.model]
+    if unknown := set(given.only or ()) - set(family.plan):
+        parser.error(f"{given.model} has no cycle {', '.join(sorted(unknown))}; its plan is {' '.join(family.plan)}")
     if given.threads:
         torch.set_num_threads(given.threads)
-    recipe = Recipe(seed=given.seed, device=given.device)
-    train(given.out, recipe.smoke() if given.smoke else recipe, given.only, 6 if given.smoke else None)
+    recipe = Recipe(**{**vars(family.recipe), "seed": given.seed, "device": given.device})
+    train(
+        family,
+        given.out,
+        recipe.smoke() if given.smoke else recipe,
+        given.only,
+        6 if given.smoke else None,
+        given.heldout,
+    )
 
 
 if __name__ == "__main__":
