@@ -13,10 +13,11 @@ from PIL import Image
 from tiny_models import make
 from tiny_processors import processor
 
+from vtoken import registry
 from vtoken.commands import demo as demo_command
 from vtoken.commands import show as show_command
 from vtoken.errors import VtokenError
-from vtoken.evals import demo, reference
+from vtoken.evals import demo, lineup, reference
 
 PICTURE = str(reference.path().parent / "glyph-qa" / "000.jpg")
 
@@ -78,6 +79,42 @@ def test_demo_takes_models_of_every_family(family, tokens, tmp_path, capsys, mon
     said = out["conditions"].get("facts", "")
     assert ("fastervlm: received_attention for cls_attention" in said) == (family != "llava_next")
     assert (tmp_path / "report.html").read_text(encoding="utf-8").count("data:image/jpeg") == 4
+
+
+def test_all_compares_every_method_that_changes_a_picture(tmp_path, capsys, monkeypatch):
+    """A handful stands for all: the floors, one with a budget, a filter, one for videos, one that wants a deeper tower."""
+    names = ("evs", "fastervlm", "pool", "random", "uniform", "vscan")
+    found = {name: registry.stage(name) for name in names}, {"gone": "cannot be imported"}
+    monkeypatch.setattr(lineup, "catalogue", lambda: found)
+    words = ("--all", "--limit", "6", "--budgets", "32,16", "--out", str(tmp_path), "--json")
+    assert run(demo_command, *words) == 0
+    out = json.loads(capsys.readouterr().out)
+    budgeted = [f"{method}:{k}" for method in ("random", "uniform", "fastervlm", "vscan") for k in (32, 16)]
+    assert [row["pipeline"] for row in out["pipelines"]] == ["dense", *budgeted, "pool"]
+    assert [row["tokens"] for row in out["pipelines"]] == [576, *[32, 16] * 4, 144]
+    shown = {"dense", "pool", *(f"{method}:16" for method in ("random", "uniform", "fastervlm", "vscan"))}
+    assert [set(example["answers"]) for example in out["examples"]] == [shown]
+    about = out["conditions"]
+    assert about["left out"] == "gone: cannot be imported; evs: leaves a single picture whole"
+    assert about["options"] == "vscan: local_layer=1" and "--limit 6 --all" in about["command"]
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").count("data:image/jpeg") == 6
+
+
+def test_a_method_the_model_cannot_run_is_left_out_with_the_reason(monkeypatch):
+    model, processor = reference.load()
+    prompt = demo.inputs_of(processor, reference.questions(1)[0])
+    monkeypatch.setattr(lineup, "catalogue", lambda: ({"vscan": registry.stage("vscan")}, {}))
+    monkeypatch.setattr(lineup, "SMALL", {})
+    found = lineup.lineup(model, prompt, (32, 16), everything=True)
+    assert found.pipelines == {"dense": None} and "cls_attention of layer 5" in found.left_out["vscan"]
+
+
+def test_tokens_are_the_mean_over_the_decoder(monkeypatch):
+    model, processor = reference.load()
+    prompt = demo.inputs_of(processor, reference.questions(1)[0])
+    deep, before = model.config.text_config.num_hidden_layers, 1
+    pipeline = demo.load([{"fastv": {"keep": 16, "layer": before}}])
+    assert demo.cost(model, pipeline, prompt)["tokens"] == round((576 * before + 16 * (deep - before)) / deep)
 
 
 def padded_left(processor):

@@ -162,8 +162,8 @@ def test_the_readme_table_is_the_generated_one(capsys: pytest.CaptureFixture[str
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     match = re.search(r"<!-- methods -->\n(.*?)<!-- /methods -->", readme, re.DOTALL)
     assert match, "README.md needs the markers <!-- methods --> and <!-- /methods -->"
-    assert main(["list", "--markdown"]) == 0
-    assert match[1].strip() == capsys.readouterr().out.strip(), "paste the output of `vtoken list --markdown`"
+    assert main(["list", "--markdown", "short"]) == 0
+    assert match[1].strip() == capsys.readouterr().out.strip(), "paste the output of `vtoken list --markdown short`"
 
 
 def test_no_file_is_long() -> None:

@@ -163,6 +163,26 @@ def test_page_shows_the_numbers_of_the_data(report):
     assert " ".join(rows["dense"]).startswith("6 80.0")
 
 
+def many(methods: int) -> Report:
+    scores = {"digit": (9, 10)}
+    rows = [Row("dense", "dense", scores, 576, 4_000_000, 1_000_000, 4096, (0.02, 0.04))]
+    for k in range(methods):
+        name = ("uniform", "random", *(f"m{n}" for n in range(methods)))[k]
+        rows += [Row(f"{name}:{t}", name, {"digit": (k, 10)}, t, 3_000_000, 9, 9, (0.03, 0.02)) for t in (16, 64)]
+    return Report("toy", tuple(rows), (Case("what?", "7", (Panel("dense", "7", True, RED),) * methods),), {})
+
+
+def test_many_methods_get_a_picture_each():
+    few, crowd = (render(many(methods)) for methods in (5, 9))
+    assert 'class="plot"' in few and 'class="plot many"' in crowd and not Page(crowd).open
+    assert "random choice (dotted)" in crowd and "random choice (dotted)" not in few
+    axes = [re.findall(r'id="axes_\d+"', text) for text in (few, crowd)]
+    # Every method but the floors, which stand behind each, on a grid of 6 columns whose last places stay empty.
+    assert [len(found) for found in axes] == [1, 7]
+    assert 'class="case"' in few and 'class="case many"' in crowd
+    assert all(f">{name}</text>" in crowd for name in ("m0", "m6"))
+
+
 def test_ratios_are_paired_by_round(report):
     dense, pruned = report.figures()
     assert dense["ttft_ratio"]["median"] == 1

@@ -12,6 +12,7 @@ from vtoken.errors import VtokenError
 EXAMPLES = """examples:
   vtoken demo                                  # writes vtoken-demo/report.html
   vtoken demo --limit 48                       # a quick look
+  vtoken demo --all --limit 96                 # every method there is, at three budgets
   vtoken demo --budgets 128,64,8 --out wide    # other budgets, other folder
   vtoken demo --model tiny-qwen2.5-vl          # another family
   vtoken demo --json | jq '.pipelines[] | [.pipeline, .accuracy.share]'
@@ -31,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--limit", type=int, default=240, metavar="N", help="first N questions, 6 per picture (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="every stage that runs on the model, those without a budget once (default: fastervlm, uniform, random)",
     )
     parser.add_argument(
         "--budgets",
@@ -72,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
             args.model,
             args.budgets,
             args.limit,
+            args.all,
             command=_command(args),
             progress=lambda what, share: bar.update(task, description=what, completed=share),
         )
@@ -81,9 +88,11 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"report": str(page), **report.to_dict()}))
         return 0
-    for row in report.figures():
+    rows = report.figures()
+    wide = max(len(row["pipeline"]) for row in rows)
+    for row in rows:
         print(
-            f"{row['pipeline']:<14} {row['tokens']:>4} tokens  {100 * row['accuracy']['share']:5.1f} % right  "
+            f"{row['pipeline']:<{wide}} {row['tokens']:>4} tokens  {100 * row['accuracy']['share']:5.1f} % right  "
             f"FLOPs x{row['flops_ratio']:.2f}  TTFT {1000 * row['ttft']['median']:6.1f} ms x{row['ttft_ratio']['median']:.2f}  "
             f"cache {row['cache_bytes'] / 1024:7.0f} KiB"
         )
@@ -101,4 +110,6 @@ def _budgets(text: str) -> list[int]:
 def _command(args: argparse.Namespace) -> str:
     """The command line that made the report, without where it was written."""
     parts = ["vtoken demo", f"--model {args.model}", f"--limit {args.limit}"]
-    return " ".join([*parts, f"--budgets {','.join(map(str, args.budgets))}"] if args.budgets else parts)
+    parts += ["--all"] if args.all else []
+    parts += [f"--budgets {','.join(map(str, args.budgets))}"] if args.budgets else []
+    return " ".join(parts)

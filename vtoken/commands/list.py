@@ -13,11 +13,15 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   vtoken list                                  # tables
   vtoken list --json | jq '.stages[].stage'    # one JSON object
-  vtoken list --markdown                       # the tables of the README: vtoken's own stages and presets
   vtoken list --matrix                         # which stage runs on which family, and why not
+  vtoken list --costs                          # what deciding costs on one picture of LLaVA-1.5-7B
+  vtoken list --markdown                       # vtoken's own stages and presets, as in docs/methods.md
+  vtoken list --markdown short                 # the table of the README
 """
+SHORT_COLUMNS = ("stage", "site", "summary", "paper")
 STAGE_COLUMNS = ("stage", "kind", "site", "needs", "options", "paper", "summary")
 PRESET_COLUMNS = ("preset", "positions", "stages", "summary")
+COST_COLUMNS = ("stage", "site", "facts", "bytes", "FLOPs", "families", "paper")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,9 +31,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object")
-    form.add_argument("--markdown", action="store_true", help="print the tables that the README embeds")
-    parser.add_argument(
+    form.add_argument(
+        "--markdown",
+        nargs="?",
+        const="full",
+        choices=("full", "short"),
+        help="print the tables that README and docs embed: full (default) or short",
+    )
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument(
         "--matrix", action="store_true", help="stages x families instead (takes seconds, downloads nothing)"
+    )
+    other.add_argument(
+        "--costs",
+        action="store_true",
+        help="families, FLOPs and bytes of every decision, deviations from the authors' code instead (takes seconds)",
     )
 
 
@@ -40,9 +56,13 @@ def run(args: argparse.Namespace) -> int:
     classes = [cls for name, cls in usable.items() if is_built_in(name) or not args.markdown]
     if args.matrix:
         return _matrix(classes, args)
+    if args.costs:
+        return _costs(classes, args)
     shown = [describe(cls) for cls in classes]
     if args.json:
         print(json.dumps({"stages": shown, "presets": presets(), "broken": broken}, indent=2, ensure_ascii=False))
+    elif args.markdown == "short":
+        print(_markdown(SHORT_COLUMNS, shown))
     elif args.markdown:
         print(_markdown(STAGE_COLUMNS, shown), _markdown(PRESET_COLUMNS, presets()), sep="\n\n")
     else:
@@ -73,9 +93,65 @@ def _matrix(classes: list[type[Stage]], args: argparse.Namespace) -> int:
     if args.markdown:
         print(_markdown(("stage", *found.models), rows), "", *numbered, *([""] if notes else []), tried, sep="\n")
     else:
-        _print_matrix(("stage", *found.models), rows)
+        _print_wide(("stage", *found.models), rows)
         print(*numbered, tried, sep="\n")
     return 0
+
+
+def _costs(classes: list[type[Stage]], args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from vtoken.evals.table import costs
+
+    found = costs(classes)
+    about = {
+        cls.name: {"site": cls.site, "facts": _needs(cls), "paper": cls.paper, "deviations": cls.deviations}
+        for cls in classes
+    }
+    if args.json:
+        print(json.dumps([{**asdict(c), **about[c.stage]} for c in found], indent=2, ensure_ascii=False))
+        return 0
+    rows = [
+        {
+            "stage": c.stage,
+            "bytes": _short(c.fact_bytes, "B"),
+            "FLOPs": ("≥ " if c.left_out else "") + _short(c.flops, ""),
+            "families": _families(c.families),
+            **about[c.stage],
+        }
+        for c in found
+    ]
+    missing = "; ".join(sentence for c in found for sentence in c.left_out)
+    notes = [f"Not counted: {missing}."] if missing else []
+    if args.markdown:
+        differences = [f"- **{row['stage']}**: {row['deviations']}" for row in rows if row["deviations"]]
+        print(
+            _markdown(COST_COLUMNS, rows),
+            *notes,
+            "Deviations from the authors' code:",
+            "\n".join(differences),
+            sep="\n\n",
+        )
+    else:
+        _print_wide(COST_COLUMNS[:-1], rows)
+        for note in notes:
+            print(note)
+    return 0
+
+
+def _families(answers: dict[Any, list[str]]) -> str:
+    """Families by answer of the matrix."""
+    if list(answers) == ["yes"]:
+        return "all"
+    return "; ".join(f"{answer}: {', '.join(families)}" for answer, families in answers.items())
+
+
+def _short(value: int | None, unit: str) -> str:
+    """1181696 -> 1.18 M; "?" for what is not known."""
+    if value is None:
+        return "?"
+    power = max(p for p in range(5) if p == 0 or value >= 1000**p)
+    return f"{value / 1000**power:.3g} {' kMGT'[power]}{unit}".replace("  ", " ").rstrip()
 
 
 def describe(cls: type[Stage]) -> dict[str, Any]:
@@ -125,7 +201,9 @@ def _needs(cls: type[Stage]) -> list[str]:
 def _plain(default: Any) -> Any:
     from pydantic_core import PydanticUndefined, to_jsonable_python
 
-    return None if default is PydanticUndefined else to_jsonable_python(default)
+    from vtoken.budget import Budget
+
+    return None if default is PydanticUndefined else to_jsonable_python(default, fallback=Budget.plain)
 
 
 def _text(key: str, value: Any) -> str:
@@ -155,7 +233,7 @@ def _markdown_cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _print_matrix(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+def _print_wide(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -164,7 +242,7 @@ def _print_matrix(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
     for column in columns:
         table.add_column(column, overflow="fold", no_wrap=column == "stage")
     for row in rows:
-        table.add_row(*(row[column] for column in columns))
+        table.add_row(*(_text(column, row[column]) for column in columns))
     Console().print(table)
 
 

@@ -6,7 +6,6 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from datetime import date
 from typing import Any
 
@@ -19,13 +18,11 @@ from vtoken.config import Pipeline, load
 from vtoken.errors import VtokenError
 from vtoken.evals import reference
 from vtoken.evals.flops import account
+from vtoken.evals.lineup import applied, lineup, prefill
 from vtoken.evals.media import Media
 from vtoken.evals.overlay import drawn, owners, views
 from vtoken.evals.report import Case, Panel, Report, Row
-from vtoken.run import Trace
-from vtoken.wrap import trace, wrapped
 
-METHODS = ("fastervlm", "uniform", "random")
 ROUNDS = 21
 WARMUP = 2
 BATCH = 16
@@ -37,15 +34,17 @@ def run(
     name: str = "tiny-llava",
     budgets: Sequence[int] | None = None,
     limit: int | None = None,
+    everything: bool = False,
     command: str = "vtoken demo",
     progress: Progress = lambda what, share: None,
 ) -> Report:
-    """Scores and times dense and every method at every budget.
+    """Scores and times dense and every method at every budget: a few methods, or all there are.
 
     Args:
         name: a shipped reference model.
         budgets: visual tokens to keep; None takes about 1/9, 1/18 and 1/36 of those of the first picture.
         limit: the first so many questions only.
+        everything: every stage that runs on the model; kept tokens are then shown on one picture only.
         command: how the report says it was made.
         progress: called with what is being done and the share of the work that is done.
 
@@ -61,8 +60,8 @@ def run(
     budgets = sorted(set(budgets or default_budgets(total)), reverse=True)
     if not 1 <= budgets[-1] <= budgets[0] <= total:
         raise VtokenError(f"budgets must lie between 1 and {total}, the visual tokens of {name}")
-    pipelines: dict[str, Pipeline | None] = {"dense": None}
-    pipelines |= {f"{method}:{k}": load(f"{method}:{k}") for method in METHODS for k in budgets}
+    compared = lineup(model, prompts[0], budgets, everything)
+    pipelines = compared.pipelines
 
     work = len(pipelines) * (len(questions) + WARMUP + ROUNDS)
     done = 0
@@ -93,24 +92,28 @@ def run(
         )
         for label, pipeline in pipelines.items()
     ]
-    shown = {label: pipelines[label] for label in ("dense", *(f"{m}:{budgets[len(budgets) // 2]}" for m in METHODS))}
+    shown = {label: pipelines[label] for label in compared.shown}
     cases = tuple(
         case(model, processor, shown, question, {label: answers[label][k] for label in shown})
-        for k, question in examples(questions)
+        for k, question in examples(questions, 1 if everything else EXAMPLES)
     )
     about = conditions(model, command, len(questions), len(prompts))
-    return Report(name, tuple(rows), cases, about | stand_ins(model, pipelines, prompts[0]))
+    about |= stand_ins(model, pipelines, prompts[0])
+    if compared.options:
+        about["options"] = "; ".join(
+            f"{method}: {name}={value}"
+            for method, options in compared.options.items()
+            for name, value in options.items()
+        )
+    if compared.left_out:
+        about["left out"] = "; ".join(f"{method}: {reason}" for method, reason in compared.left_out.items())
+    return Report(name, tuple(rows), cases, about)
 
 
 def default_budgets(total: int) -> tuple[int, int, int]:
     """Powers of two near 1/9, 1/18 and 1/36 of the visual tokens: 64, 32 and 16 of 576."""
     most = max(4, 1 << (total // 9).bit_length() - 1)
     return most, most // 2, most // 4
-
-
-def applied(model: Any, pipeline: Pipeline | None) -> AbstractContextManager[Any]:
-    """The model with the pipeline for the length of a `with`; None leaves it dense."""
-    return nullcontext(model) if pipeline is None else wrapped(model, pipeline)
 
 
 def inputs_of(processor: Any, question: reference.Question) -> Any:
@@ -147,7 +150,8 @@ def cost(model: Any, pipeline: Pipeline | None, prompt: Any) -> dict[str, int]:
     """`tokens`, `flops`, `language_flops` and `cache_bytes` of one prefill: tokens and bytes are measured, FLOPs counted.
 
     Raises:
-        VtokenError: what was measured differs from the account of the plan.
+        VtokenError: what was measured differs from the account of the plan. A stage without a budget is spared: how many tokens a
+            filter drops may depend on the picture.
     """
     placeholders = int((prompt["input_ids"] == model.config.image_token_id).sum())
     text = prompt["input_ids"].shape[1] - placeholders
@@ -164,13 +168,15 @@ def cost(model: Any, pipeline: Pipeline | None, prompt: Any) -> dict[str, int]:
     # The plan knows all figures but one: of the newline tokens it has an expectation only.
     slots = sum(text + n + line for n, line in zip(plan.visual_tokens, plan.newline_tokens, strict=True))
     planned = plan.kv_bytes_prefill * sum(text + n + newlines for n in plan.visual_tokens) // slots
-    if (tokens, cache_bytes) != (list(plan.visual_tokens), planned):
+    promised = pipeline is None or all("keep" in type(stage).model_fields for stage in pipeline.stages)
+    if promised and (tokens, cache_bytes) != (list(plan.visual_tokens), planned):
         raise VtokenError(
             f"{plan.pipeline}: planned {list(plan.visual_tokens)} visual tokens per layer and {planned} cache bytes, "
             f"measured {tokens} and {cache_bytes}"
         )
     language = plan.prefill_linear + plan.prefill_attention
-    return {"tokens": tokens[0], "flops": plan.total, "language_flops": language, "cache_bytes": cache_bytes}
+    mean = round(sum(tokens) / len(tokens))
+    return {"tokens": mean, "flops": plan.total, "language_flops": language, "cache_bytes": cache_bytes}
 
 
 def image_size(config: Any, prompt: Any) -> tuple[int, int] | None:
@@ -184,19 +190,12 @@ def image_size(config: Any, prompt: Any) -> tuple[int, int] | None:
     return None
 
 
-def prefill(model: Any, pipeline: Pipeline, prompt: Any) -> Trace:
-    """What the pipeline does to one prompt."""
-    with wrapped(model, pipeline):
-        model.generate(**prompt, do_sample=False, max_new_tokens=1)
-        return trace(model)
-
-
-def examples(questions: Sequence[reference.Question]) -> list[tuple[int, reference.Question]]:
+def examples(questions: Sequence[reference.Question], count: int) -> list[tuple[int, reference.Question]]:
     """Place and question of the shown examples: from every next picture the next kind, so nothing is picked by result."""
     by_picture: dict[Any, list[int]] = {}
     for k, question in enumerate(questions):
         by_picture.setdefault(question.image, []).append(k)
-    groups = list(by_picture.values())[:EXAMPLES]
+    groups = list(by_picture.values())[:count]
     return [(k, questions[k]) for k in (group[turn % len(group)] for turn, group in enumerate(groups))]
 
 

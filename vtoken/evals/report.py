@@ -13,11 +13,9 @@ from typing import Any
 
 from PIL import Image
 
+from vtoken.evals.plots import plot
+
 TEMPLATE = Path(__file__).parent / "templates" / "demo.html"
-# Drawn in these colours, then replaced by the page's variables so that the plot follows light and dark.
-INK, FAINT, PAPER = "#010203", "#040506", "#fefdfc"
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
-MARKERS = ("o", "s", "^", "D", "v")
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Row:
     Attributes:
         pipeline, method: "fastervlm:64" and "fastervlm"; both "dense" for the unpruned model.
         scores: (right, total) of every question kind.
-        tokens: visual tokens of one picture that enter the language model.
+        tokens: visual tokens of one picture in the language model, rounded mean over its layers.
         flops: up to the first token, vision tower included; `language_flops` is the language model's part of them.
         cache_bytes: keys and values after prefill.
         ttft: seconds to the first token, one per round; round i of every row timed the same question.
@@ -115,71 +113,6 @@ def render(report: Report) -> str:
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         report=report, rows=figures, dense=figures[0], kinds=list(report.rows[0].scores), plot=plot(figures)
     )
-
-
-def plot(figures: Sequence[dict[str, Any]]) -> str:
-    """Accuracy against visual tokens as inline SVG: a line per method, dense dashed, Wilson intervals as whiskers."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    dense, pruned = figures[0], figures[1:]
-    methods = list(dict.fromkeys(row["method"] for row in pruned))
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vtoken", "font.size": 10}):
-        figure = Figure(figsize=(5.2, 3.3), layout="constrained")
-        axes = figure.subplots()
-        axes.axhline(100 * dense["accuracy"]["share"], color=INK, linewidth=1, dashes=(5, 3))
-        axes.text(dense["tokens"], 100 * dense["accuracy"]["share"], "dense", color=INK, ha="right", va="bottom")
-        ends = []
-        for k, method in enumerate(methods):
-            rows = sorted((row for row in pruned if row["method"] == method), key=lambda row: row["tokens"])
-            # Side by side, so that the whiskers of one budget do not hide each other.
-            x = [row["tokens"] * 1.05 ** (k - (len(methods) - 1) / 2) for row in rows]
-            y = [100 * row["accuracy"]["share"] for row in rows]
-            low = [100 * (row["accuracy"]["share"] - row["accuracy"]["low"]) for row in rows]
-            high = [100 * (row["accuracy"]["high"] - row["accuracy"]["share"]) for row in rows]
-            colour = SERIES[k % len(SERIES)]
-            axes.errorbar(
-                x, y, (low, high), color=colour, marker=MARKERS[k % len(MARKERS)], linewidth=1.6, elinewidth=0.9
-            )
-            ends.append((y[-1], max(x[-1] * 1.1, rows[-1]["tokens"] * 1.2), method, colour))
-        ends.sort()
-        for y_label, (_, x_label, method, colour) in zip(_apart([end[0] for end in ends]), ends, strict=True):
-            patch = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.5}  # covers the dashed line
-            axes.text(x_label, y_label, method, color=colour, va="center", weight="bold", bbox=patch)
-        axes.set_xscale("log", base=2)
-        ticks = sorted({row["tokens"] for row in figures})
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.minorticks_off()
-        axes.set(ylim=(0, 104), xlabel="visual tokens per picture", ylabel="questions right, %")
-        axes.tick_params(colors=INK)
-        axes.xaxis.label.set_color(INK)
-        axes.yaxis.label.set_color(INK)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(FAINT)
-        axes.grid(axis="y", color=FAINT, linewidth=0.5)
-        axes.set_axisbelow(True)
-        text = io.StringIO()
-        nothing = {"Creator": None, "Date": None, "Format": None, "Type": None}
-        figure.savefig(text, format="svg", transparent=True, metadata=nothing)
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]
-    series = {colour: f"series-{k}" for k, colour in enumerate(SERIES)}
-    for colour, name in {INK: "ink", FAINT: "line", PAPER: "paper", **series}.items():
-        svg = svg.replace(colour, f"var(--{name})")
-    return svg.replace(
-        "<svg", '<svg role="img" aria-label="accuracy against visual tokens; the numbers are in the table"', 1
-    )
-
-
-def _apart(heights: Sequence[float], gap: float = 7.0) -> list[float]:
-    """Label heights (ascending), moved until neighbours are `gap` apart; groups stay where their points are."""
-    placed = list(heights)
-    for _ in range(20):
-        for k in range(len(placed) - 1):
-            push = max(0.0, gap - (placed[k + 1] - placed[k])) / 2
-            placed[k] -= push
-            placed[k + 1] += push
-    return placed
 
 
 def _figures(row: Row, dense: Row) -> dict[str, Any]:

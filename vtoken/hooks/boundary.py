@@ -149,7 +149,9 @@ class Boundary:
             x = x.clone()
             x[flow.visual.line, flow.visual.column] = values.to(x.dtype)
         flow.relayout()
-        flow.hidden = take(x, flow.index, 1).masked_fill(~flow.valid[..., None], 0)
+        flow.hidden = take(x, flow.index, 1)
+        if not flow.dense:
+            flow.hidden = flow.hidden.masked_fill(~flow.valid[..., None], 0)
         mask = self.enter(flow, 0)
         if cache is not None and cache.is_compileable:
             cache.prompt_mask = flow.mask
@@ -207,7 +209,7 @@ class Boundary:
     def enter(self, flow: Flow, start: int) -> Tensor | None:
         """Opens the layer group from `start` on and returns its 2D mask over physical slots, past and new; None when all are real."""
         cache, ok = flow.cache, flow.valid
-        dense = len(set(flow.counts)) == 1 and flow.counts[0] == flow.index.shape[1]
+        dense = flow.dense
         if cache is not None:
             batch, device = len(ok), ok.device
             adopt(cache, batch, device, self.owner)
@@ -250,12 +252,13 @@ class Boundary:
         hidden = out.last_hidden_state
         if hidden.shape[1] == flow.new.shape[1] and not flow.changed:
             return None
-        index, valid = flow.index.to(hidden.device)[..., None], flow.valid.to(hidden.device)[..., None]
+        if not flow.dense:
+            hidden = hidden.masked_fill(~flow.valid.to(hidden.device)[..., None], 0)
         full = hidden.new_zeros(len(hidden), flow.new.shape[1], hidden.shape[2])
-        full = full.scatter(1, index.expand_as(hidden), hidden.masked_fill(~valid, 0))
+        full.scatter_(1, flow.index.to(hidden.device)[..., None].expand_as(hidden), hidden)
         # Where a prompt ends in a picture and its last token was dropped, the last one that is left speaks for it.
-        ends = flow.new[:, -1:].to(hidden.device)
-        out.last_hidden_state = torch.cat([full[:, :-1], torch.where(ends, hidden[:, -1], full[:, -1])[:, None]], 1)
+        full[:, -1] = torch.where(flow.new[:, -1:].to(hidden.device), hidden[:, -1], full[:, -1])
+        out.last_hidden_state = full
         return out
 
 

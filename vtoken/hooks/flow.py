@@ -99,6 +99,11 @@ class Flow:
     over: dict[str, Any] = field(default_factory=dict)
     memo: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def dense(self) -> bool:
+        """No padding in the current layout, as far as the host knows."""
+        return len(set(self.counts)) == 1 and self.counts[0] == self.index.shape[1]
+
     def shift(self, start: int) -> Tensor:
         """[B] how far the group's positions lag behind the logical ones once this forward is cached (compact positions)."""
         before = self.cache.groups[self.cache.group(start)].shift if isinstance(self.cache, PrunedCache) else 0

@@ -1,0 +1,106 @@
+"""Which pipelines the demo compares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from vtoken.config import Pipeline, load
+from vtoken.errors import UnsupportedError, VtokenError
+from vtoken.evals.matrix import sample
+from vtoken.registry import catalogue
+from vtoken.run import Trace
+from vtoken.stages import Stage
+from vtoken.wrap import trace, wrapped
+
+FEW = ("fastervlm", "uniform", "random")
+FLOORS = ("uniform", "random")
+# Where a default asks for a layer that only a full-sized tower has: 5 of CLIP-L's 24 is 1 of 4.
+SMALL = {"vscan": {"local_layer": 1}}
+
+
+@dataclass(frozen=True)
+class Lineup:
+    """What is compared.
+
+    Attributes:
+        pipelines: by label, as "fastervlm:64" or "pool"; the first is "dense", None.
+        shown: labels whose kept tokens the page shows: the middle budget of every method.
+        left_out: method -> why it is not among them.
+        options: method -> options other than the defaults.
+    """
+
+    pipelines: dict[str, Pipeline | None]
+    shown: tuple[str, ...]
+    left_out: dict[str, str]
+    options: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+def lineup(model: Any, prompt: Any, budgets: Sequence[int], everything: bool = False) -> Lineup:
+    """Dense and every method at every budget: a few methods, or everything that runs on the model and changes this prompt.
+
+    Args:
+        prompt: model inputs of one question, batch 1.
+        budgets: tokens to keep, descending.
+        everything: all stages there are; those without a budget (filters, pooling) once, with their defaults.
+    """
+    pipelines: dict[str, Pipeline | None] = {"dense": None}
+    if not everything:
+        pipelines |= {f"{method}:{k}": load(f"{method}:{k}") for method in FEW for k in budgets}
+        return Lineup(pipelines, _middle(pipelines, budgets), {})
+    stages, left_out = catalogue()
+    # The floors first, then what has a budget, then the rest.
+    order = sorted(stages, key=lambda name: (name not in FLOORS, "keep" not in stages[name].model_fields, name))
+    changed: dict[str, dict[str, int]] = {}
+    for name in order:
+        try:
+            found = _budgeted(name, budgets) if "keep" in stages[name].model_fields else {name: _default(stages[name])}
+            try:
+                seen = prefill(model, _last(found), prompt)
+            except UnsupportedError:
+                if name not in SMALL:
+                    raise
+                found, changed[name] = _budgeted(name, budgets, **SMALL[name]), SMALL[name]
+                seen = prefill(model, _last(found), prompt)
+        except VtokenError as error:
+            left_out[name] = str(error)
+            continue
+        if "keep" in stages[name].model_fields and sum(seen.layers[-1]) == sum(seen.visual_tokens) > budgets[-1]:
+            left_out[name] = "leaves a single picture whole"
+            continue
+        pipelines |= found
+    return Lineup(pipelines, _middle(pipelines, budgets), left_out, changed)
+
+
+def _budgeted(name: str, budgets: Sequence[int], **options: int) -> dict[str, Pipeline]:
+    return {f"{name}:{k}": load([{name: {"keep": k, **options}}]) for k in budgets}
+
+
+def _last(found: dict[str, Pipeline]) -> Pipeline:
+    return next(reversed(found.values()))
+
+
+def _default(cls: type[Stage]) -> Pipeline:
+    stage = sample(cls)
+    if stage is None:
+        raise VtokenError("has options without a default")
+    return load(stage)
+
+
+def _middle(pipelines: dict[str, Pipeline | None], budgets: Sequence[int]) -> tuple[str, ...]:
+    middle = str(budgets[len(budgets) // 2])
+    return tuple(label for label in pipelines if label.partition(":")[2] in ("", middle))
+
+
+def applied(model: Any, pipeline: Pipeline | None) -> AbstractContextManager[Any]:
+    """The model with the pipeline for the length of a `with`; None leaves it dense."""
+    return nullcontext(model) if pipeline is None else wrapped(model, pipeline)
+
+
+def prefill(model: Any, pipeline: Pipeline, prompt: Any) -> Trace:
+    """What the pipeline does to one prompt."""
+    with wrapped(model, pipeline):
+        model.generate(**prompt, do_sample=False, max_new_tokens=1)
+        return trace(model)
