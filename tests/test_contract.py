@@ -32,7 +32,11 @@ def packed(stage, lengths=LENGTHS, parts=PARTS, seed=0):
         for f, values in facts.items():
             values.append(torch.rand(n, generator=g) if "attention" in f.name else torch.randn(n, 8, generator=g))
     place = torch.cat([torch.arange(n) for n in lengths])
-    found = {f: v if f.name == "text" else torch.cat(v) for f, v in facts.items()}  # text: one tensor per row
+    # Text is one tensor per row, what stands behind an image one per image.
+    found = {
+        f: v if f.name.startswith(("text", "later_")) and "attention" not in f.name else torch.cat(v)
+        for f, v in facts.items()
+    }
     return VisualTokens.pack(torch.cat(xs), lengths, parts, tuple(range(len(lengths))), place, facts=found)
 
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 from modes import STAGES, every, families, greedy
 from packaging.version import Version
-from probes import Deep, Inside, Ragged
+from probes import Deep, Inside, Ragged, Recorder
 
 import vtoken
 from vtoken.errors import UnsupportedError
@@ -235,3 +235,14 @@ def test_compiled_prefill(model, batch):
         got = torch.compile(model.forward, backend="eager")(**batch).logits
         assert all(torch.equal(a, b) for a, b in zip(vtoken.trace(model).kept, kept, strict=True))
     torch.testing.assert_close(got, want)
+
+
+@families
+def test_stages_read_the_prompt_not_the_answer(family, model):
+    """Text that is scored behind the prompt (logits_to_keep) is no part of the question."""
+    batch = tiny.build(model, [[3, "img", 5]], seed=3)
+    seen = []
+    with vtoken.wrapped(model, [Recorder(asks=(("text", None),), seen=seen)]), torch.no_grad():
+        model(**batch)
+        model(**batch, logits_to_keep=4)
+    assert len(seen[0].fact("text")[0]) == len(seen[1].fact("text")[0]) + 3

@@ -45,11 +45,17 @@ FACTS: dict[str, str] = {
     "value_attention": "[ΣN] as global_attention, with values for queries and keys and no scale: softmax of dot products",
     "mean_value": "[ΣN, d] encoder values of the layer, head mean",
     "last_query_attention": "[ΣN] decoder attention of the last prompt token, head mean",
-    "keys": "[ΣN, H*d] encoder keys of the layer",
+    "next_query_attention": "[ΣN] the same in the decoder layer behind the cut, before it runs",
+    "text_attention": "[ΣN] decoder attention of the text tokens that the stage's `raters` chose, mean over them and the heads",
+    "keys": "[ΣN, H*d] encoder keys of the layer; at decoder sites the decoder's, with RoPE",
+    "later_keys": "one [T_i, H*d] tensor per image: decoder keys, with RoPE, of its row's text tokens behind it",
+    "normed": "[ΣN, D] decoder hidden states through the LLM's final norm",
+    "later_normed": "one [T_i, D] tensor per image: the same of its row's text tokens behind it",
     "values": "[ΣN, H*d] encoder values of the layer",
     "features": "[ΣN, D_encoder] encoder output before the projector",
     "pixels": "[ΣN, P] the normalised pixel values behind each token (all patches and frames that were merged into it)",
-    "text": "one [T_r, D] tensor per batch row: embeddings of its text tokens",
+    "text": "one [T_r, D] tensor per batch row: embeddings of its text tokens (hidden states at decoder sites)",
+    "later_text": "one [T_i, D] tensor per image: as text, but only what stands behind the image",
 }
 
 
@@ -193,6 +199,11 @@ class Stage(BaseModel):
     def select(self, tokens: VisualTokens) -> Keep:
         """The decision, at sites encoder, tokens and decoder."""
         raise NotImplementedError(f"stage {self.name} defines no select()")
+
+    def raters(self, tokens: VisualTokens) -> list[Tensor]:
+        """Per image, the text tokens whose attention is the fact text_attention, as indices into the fact later_text, the only one of
+        `tokens`. Asked once, on what enters the decoder."""
+        raise NotImplementedError(f"stage {self.name} asks for text_attention and defines no raters()")
 
     def plan(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None

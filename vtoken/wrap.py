@@ -14,7 +14,7 @@ from vtoken.adapters.base import Adapter
 from vtoken.config import Pipeline
 from vtoken.errors import UnsupportedError
 from vtoken.hooks import facts
-from vtoken.hooks.attention import last_query, tap
+from vtoken.hooks.attention import OBSERVED, observe, tap, tapped
 from vtoken.hooks.boundary import Boundary
 from vtoken.hooks.cache import Owner
 from vtoken.hooks.encoder import EncoderHooks
@@ -30,7 +30,7 @@ AT_TOKENS = {*facts.PROJECTIONS, "features", "pixels", "text"}
 AT_SITE: dict[Site, set[str]] = {
     "encoder": set(facts.PROJECTIONS),
     "tokens": AT_TOKENS,
-    "decoder": {"last_query_attention", "text"},
+    "decoder": {*OBSERVED, "next_query_attention", "normed", "later_normed", "text", "later_text"},
 }
 
 
@@ -64,9 +64,9 @@ class Session:
                 resolve=self._resolve,
             )
             LayerGroups(self.adapter.lm, self.run, self.handle, decoder, compact=compact, enter=self.boundary.enter)
-            probed = attention_layers(decoder, len(self.adapter.lm.layers))
-            if probed:
-                tap(self.handle, self.adapter.lm, probed, last_query(self.run))
+            asked = tapped(decoder, len(self.adapter.lm.layers))
+            if asked:
+                tap(self.handle, self.adapter.lm, asked, observe(self.run, asked))
         except BaseException:
             self.handle.release()
             raise
@@ -91,19 +91,6 @@ class Session:
     def release(self) -> None:
         self.owner.alive = False
         self.handle.release()
-
-
-def attention_layers(stages: list[Stage], depth: int) -> list[int]:
-    """Decoder layers whose last-query attention is asked for."""
-    return sorted(
-        {
-            k - 1 if need.layer is None else need.layer % depth
-            for stage in stages
-            for k in stage.layers(depth)
-            for need in stage.needs()
-            if need.name == "last_query_attention"
-        }
-    )
 
 
 def check(adapter: Adapter, pipeline: Pipeline) -> None:

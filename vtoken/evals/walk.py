@@ -13,7 +13,18 @@ Counts = tuple[int, ...]
 # Attention facts cost their query rows; the others are tensors that the model computes anyway.
 ONE_QUERY = ("cls_attention", "last_query_attention", "global_attention", "value_attention")
 ALL_QUERIES = ("received_attention",)
-FREE = ("keys", "values", "mean_value", "features", "pixels", "text")
+FREE = (
+    "keys",
+    "values",
+    "mean_value",
+    "features",
+    "pixels",
+    "text",
+    "later_text",
+    "normed",
+    "later_keys",
+    "later_normed",
+)
 
 
 class Walk:

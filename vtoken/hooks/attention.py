@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +18,20 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtoken.hooks.flow import Prefill, eager
 from vtoken.hooks.handle import Handle
+from vtoken.hooks.prompt import text_slots
 from vtoken.kernels import query_attention
 from vtoken.run import Run
-from vtoken.stages import Fact, offsets_of
+from vtoken.stages import Fact, Stage, offsets_of
 
 NAME = "vtoken"
+CHUNK = 64  # text queries whose scores over all slots are held at once
+# Fact of a stage -> what is kept of the layer for it.
+OBSERVED = {
+    "last_query_attention": "last_query_attention",
+    "text_attention": "text_attention",
+    "keys": "keys",
+    "later_keys": "keys",
+}
 # fn(module, q, k, v, mask, original, **kwargs) -> (output, weights); q and k carry RoPE, k and v include the cache.
 Tap = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -62,8 +71,20 @@ class _WithConfig:
         return getattr(self._module, name)
 
 
-def last_query(run: Run) -> Tap:
-    """Keeps the attention of the last prompt token over all slots, head mean, as the fact `last_query_attention` [B, slots].
+def tapped(stages: Sequence[Stage], depth: int) -> dict[int, list[tuple[Stage, str]]]:
+    """Decoder layer -> which stage asks for which of its facts."""
+    asked: dict[int, list[tuple[Stage, str]]] = {}
+    for stage in stages:
+        for need in stage.needs():
+            for k in stage.layers(depth) if need.name in OBSERVED else ():
+                layer = k - 1 if need.layer is None else need.layer % depth
+                asked.setdefault(layer, []).append((stage, OBSERVED[need.name]))
+    return asked
+
+
+def observe(run: Run, asked: Mapping[int, Sequence[tuple[Stage, str]]]) -> Tap:
+    """Keeps what stages ask for of the layers in `asked`, slot by slot: attention of the last prompt token `last_query_attention` or
+    of chosen text tokens `text_attention`, head mean, [B, slots], and `keys` [B, slots, H, d].
 
     With `logits_to_keep` = n > 1 (drafts of assisted generation, an answer that is scored) the last prompt token is the first of
     those n positions, so the decision is the one that `generate` makes.
@@ -73,7 +94,8 @@ def last_query(run: Run) -> Tap:
         module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Callable[..., Any], **kwargs: Any
     ) -> Any:
         if q.shape[2] > 1:
-            _keep_last(run, module.layer_idx, q, k, kwargs.get("scaling") or k.shape[-1] ** -0.5)
+            scale = kwargs.get("scaling") or k.shape[-1] ** -0.5
+            _keep(run, module.layer_idx, asked[module.layer_idx], q, k, scale)
         return original()
 
     return function
@@ -81,19 +103,66 @@ def last_query(run: Run) -> Tap:
 
 @eager
 @torch.no_grad()
-def _keep_last(run: Run, layer: int, q: Tensor, k: Tensor, scale: float) -> None:
-    """Stores the fact of a layer from its q and k [B, H, ., d]; without gradients, because a layer that checkpointing runs again does
-    not store it again."""
+def _keep(run: Run, layer: int, asked: Sequence[tuple[Stage, str]], q: Tensor, k: Tensor, scale: float) -> None:
+    """Stores the facts of a layer from its q and k [B, H, ., d]; without gradients, because a layer that checkpointing runs again does
+    not store them again."""
     flow = run.flow
     if not isinstance(flow, Prefill):
         return
     # A static cache hands out all its slots; only those filled so far count.
-    k = k[:, :, : flow.slots]
+    k = k[:, :, : flow.slots].detach()
     ok = torch.ones(len(k), flow.slots, dtype=torch.bool) if flow.ok is None else flow.ok.bool()
     ok = ok.to(k.device)
-    if flow.tail:
-        ok = ok.index_fill(1, torch.arange(flow.slots - flow.tail, flow.slots, device=k.device), False)
+    for stage, name in asked:
+        fact = Fact(name, layer)
+        if name == "text_attention":
+            memory = flow.memory.setdefault(id(stage), {})
+            memory[f"{name} {layer}"] = _text_rows(flow, memory["raters"], q, k, ok, scale)
+        elif fact not in flow.facts:
+            rows = name == "last_query_attention"
+            flow.facts[fact] = last_row(q[:, :, -1 - flow.tail], k, ok, flow.tail, scale) if rows else k.transpose(1, 2)
+
+
+def last_row(q: Tensor, k: Tensor, ok: Tensor, tail: int, scale: float) -> Tensor:
+    """[B, slots] attention of one query per row, head mean.
+
+    Args:
+        q: [B, H, d] of the last prompt token; k: [B, H, slots, d].
+        ok: [B, slots] slots that hold something; the last `tail` come after the query.
+    """
+    if tail:
+        ok = ok.index_fill(1, torch.arange(ok.shape[1] - tail, ok.shape[1], device=ok.device), False)
     one_each = torch.arange(len(k) + 1, dtype=torch.int32, device=k.device)
-    offsets = offsets_of(ok.sum(1).tolist(), k.device)
-    packed = query_attention(q[:, :, -1 - flow.tail], k.transpose(1, 2)[ok], one_each, offsets, scale)
-    flow.facts[Fact("last_query_attention", layer)] = packed.new_zeros(ok.shape).masked_scatter(ok, packed)
+    packed = query_attention(q, k.transpose(1, 2)[ok], one_each, offsets_of(ok.sum(1).tolist(), k.device), scale)
+    return packed.new_zeros(ok.shape).masked_scatter(ok, packed)
+
+
+def _text_rows(flow: Prefill, raters: Sequence[Tensor], q: Tensor, k: Tensor, ok: Tensor, scale: float) -> Tensor:
+    """[B, slots] attention that the slots of each image receive from its raters, mean over them and the heads; 0 elsewhere.
+
+    Args:
+        raters: per image, which text tokens of its row.
+    """
+    v, past = flow.visual, flow.slots - flow.index.shape[1]
+    out, text = q.new_zeros(ok.shape, dtype=torch.float32), text_slots(flow).to(q.device)
+    lines, columns = (i.to(q.device).split(v.lengths) for i in flow.slot())
+    for row, line, column, chosen in zip(v.row, lines, columns, raters, strict=True):
+        if len(chosen):
+            at = text[row].nonzero()[:, 0][chosen.to(q.device)]
+            mean = _causal_mean(q[row, :, at], k[row], ok[row], at + past, scale)
+            out[line, column + past] = mean[column + past]
+    return out
+
+
+def _causal_mean(q: Tensor, k: Tensor, ok: Tensor, at: Tensor, scale: float) -> Tensor:
+    """[N] attention of the queries [H, R, d] that stand in the slots `at` [R] of the keys [Hk, N, d], mean over queries and heads.
+
+    `query_attention` lets every query see all keys; these each see a prefix.
+    """
+    grouped, keys = q.float().unflatten(0, (len(k), -1)), k.float()
+    slots, total = torch.arange(len(ok), device=ok.device), keys.new_zeros(len(ok))
+    for part, end in zip(grouped.split(CHUNK, 2), at.split(CHUNK), strict=True):
+        scores = torch.einsum("hgrd,hnd->hgrn", part, keys) * scale
+        scores = scores.masked_fill(~ok | (slots > end[:, None]), -torch.inf)
+        total += scores.softmax(-1).sum((0, 1, 2))
+    return total / (q.shape[0] * q.shape[1])

@@ -12,6 +12,7 @@ from torch import Tensor
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.flow import Flow, Prefill, Visual
 from vtoken.hooks.images import Located, check_axes, check_probe, locate
+from vtoken.hooks.prompt import text_of
 from vtoken.run import Lineage, Run, Trace
 from vtoken.stages import Fact, Keep, Stage, image_of, offsets_of
 
@@ -66,7 +67,7 @@ class Entry:
         out: dict[Fact, Any] = {}
         for need in stage.needs():
             if need.name == "text":
-                out[need] = flow.text(flow.hidden)
+                out[need] = text_of(flow, flow.hidden)
                 continue
             stored = self.resolve(need)
             if not located.encodes or not all(stored in encode.facts for encode in located.encodes):

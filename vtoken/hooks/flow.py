@@ -214,15 +214,6 @@ class Prefill(Flow):
         rank = self.alive.cumsum(1)
         return line, rank[line, column] - 1 + self.index.shape[1] - rank[line, -1]
 
-    def text(self, values: Tensor) -> list[Tensor]:
-        """Per row, the values [B, P, D] of its text tokens in the current layout."""
-        text = self.alive.clone()
-        text[self.started.line, self.started.column] = False
-        if self.located.newlines is not None:
-            text[self.located.newlines.line, self.located.newlines.column] = False
-        at = (text.gather(1, self.index) & self.valid).to(values.device)
-        return [row[keep] for row, keep in zip(values, at, strict=True)]
-
 
 @dataclass
 class StaticStep:

@@ -12,11 +12,13 @@ from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 
 from vtoken.hooks.cache import PrunedCache
+from vtoken.hooks.coming import check_coming, next_row
 from vtoken.hooks.flow import Flow, Prefill, StaticStep, check_replay, eager
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.layout import take
+from vtoken.hooks.prompt import dropped_slots, later_text, text_before, text_of
 from vtoken.run import Run
-from vtoken.stages import Fact, Stage
+from vtoken.stages import Fact, Stage, VisualTokens
 
 
 class LayerGroups:
@@ -40,6 +42,10 @@ class LayerGroups:
         self.lm, self.run, self.compact, self.enter = lm, run, compact, enter
         depth = len(lm.layers)
         self.at = {k: [s for s in stages if k in s.layers(depth)] for k in range(depth)}
+        self.rating = [stage for stage in stages if asks(stage, "text_attention")]
+        for k, at in self.at.items():
+            if any(asks(stage, "next_query_attention") for stage in at):
+                check_coming(lm.layers[k])
         self.flash = "flash" in (lm.config._attn_implementation or "")
         if stages or self.flash:
             for k, layer in enumerate(lm.layers):
@@ -62,6 +68,8 @@ class LayerGroups:
             return None
         check_replay(module)
         kwargs = {**kwargs, **flow.over}
+        if k == 0 and isinstance(flow, Prefill):
+            self._rate(flow, hidden)
         short = self._open(k, flow, hidden, kwargs) if k else hidden
         kwargs.update(flow.over)
         if args:
@@ -83,7 +91,7 @@ class LayerGroups:
         dropped = False
         if isinstance(flow, Prefill):
             before = flow.visual
-            hidden = self._decide(k, flow, hidden)
+            hidden = self._decide(k, flow, hidden, kwargs["position_embeddings"])
             dropped = flow.visual is not before
         if not known and not dropped:
             return hidden
@@ -102,11 +110,30 @@ class LayerGroups:
         self.enter(flow, k)
         return hidden
 
-    def _decide(self, k: int, flow: Prefill, hidden: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _rate(self, flow: Prefill, hidden: Tensor) -> None:
+        """Asks stages which text tokens shall rate the images, given the embeddings that enter the decoder."""
+        for stage in self.rating:
+            line, column = (i.to(hidden.device) for i in flow.slot())
+            v, x = flow.visual, hidden[line, column]
+            tokens = VisualTokens.pack(
+                x,
+                v.lengths,
+                v.parts,
+                v.row,
+                v.lineage.place.to(x.device),
+                facts={Fact("later_text"): later_text(flow, hidden)},
+                layer=0,
+            )
+            chosen = zip(stage.raters(tokens), text_before(flow), strict=True)
+            flow.memory.setdefault(id(stage), {})["raters"] = [index + n for index, n in chosen]
+
+    def _decide(self, k: int, flow: Prefill, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         for stage in self.at[k]:
             line, column = (i.to(hidden.device) for i in flow.slot())
             x = hidden[line, column]
-            kept = flow.decide(stage, x, {f: self.fact(f, k, flow, hidden) for f in stage.needs()}, layer=k)
+            facts = {need: self.fact(need, k, stage, flow, hidden, rope) for need in stage.needs()}
+            kept = flow.decide(stage, x, facts, layer=k)
             if kept is not x:
                 line, column = (i.to(hidden.device) for i in flow.slot())
                 hidden = hidden.clone()
@@ -127,14 +154,28 @@ class LayerGroups:
                 features = flow.riders[flow.injected - 1]
         return original(hidden, where.to(hidden.device), features)
 
-    def fact(self, fact: Fact, k: int, flow: Prefill, hidden: Tensor) -> Any:
-        """A fact for a stage at layer k: attention of the last prompt token, or the hidden states of each row's text."""
-        if fact.name == "text":
-            return flow.text(hidden)
-        layer = k - 1 if fact.layer is None else fact.layer % len(self.at)
+    def fact(self, fact: Fact, k: int, stage: Stage, flow: Prefill, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Any:
+        """A fact for a stage at layer k, see FACTS; of the text, per row."""
+        if fact.name in ("text", "later_text"):
+            return (text_of if fact.name == "text" else later_text)(flow, hidden)
+        layer, name = k - 1 if fact.layer is None else fact.layer % len(self.at), fact.name.removeprefix("later_")
+        if name == "next_query_attention":
+            if self.compact:
+                ids = flow.compact(k)
+                ids = ids - dropped_slots(flow).cumsum(1).to(ids.device)
+                rope = self.lm.rotary_emb(hidden, position_ids=ids.to(hidden.device))
+            values = next_row(self.lm.layers[k], k, flow, hidden, rope)
+        elif name == "normed":
+            values = self.lm.norm(hidden)
+        elif name == "text_attention":
+            values = flow.memory[id(stage)][f"{name} {layer}"]
+        else:
+            values = flow.facts[Fact(name, layer)]
+        values = values[:, values.shape[1] - flow.index.shape[1] :].to(hidden.device)
+        if name != fact.name:
+            return [text.flatten(1) for text in later_text(flow, values)]
         rows, columns = (i.to(hidden.device) for i in flow.slot())
-        attention = flow.facts[Fact(fact.name, layer)].to(hidden.device)
-        return attention[rows, columns + attention.shape[1] - flow.index.shape[1]]
+        return values[rows, columns].flatten(1) if values.ndim > 2 else values[rows, columns]
 
     def _static(self, k: int, step: StaticStep, kwargs: dict) -> dict:
         group = step.cache.group(k)
@@ -152,3 +193,8 @@ class LayerGroups:
         return create_causal_mask(
             config=self.lm.config, inputs_embeds=hidden, attention_mask=ok, past_key_values=view, position_ids=None
         )
+
+
+def asks(stage: Stage, name: str) -> bool:
+    """Whether the stage needs the fact."""
+    return any(need.name == name for need in stage.needs())

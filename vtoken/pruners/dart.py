@@ -1,0 +1,95 @@
+"""DART: keep a few pivots, and the tokens that are least like them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vtoken.budget import Budget
+from vtoken.pruners._pools import top
+from vtoken.stages import Fact, Keep, Pruner, Site, VisualTokens, keep_all
+
+
+class DART(Pruner):
+    """Before decoder layer `layer`, of every image: pivots are the `image_pivots` visual tokens and the `text_pivots` text tokens behind the
+    image whose keys in the layer before have the largest L1 norm. Each pivot in turn, image pivots first, takes its share of the
+    tokens not yet taken: those whose hidden states, through the LLM's final norm, have the lowest cosine similarity to its own.
+    Kept are the image pivots and what was taken, `keep` in all; the first pivots take one more where shares are uneven.
+
+    No attention is needed. Paper: https://arxiv.org/abs/2502.11494. Loops over images and pivots.
+    """
+
+    site: ClassVar[Site] = "decoder"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2502.11494"
+    deviations: ClassVar[str] = (
+        "Written from two ports by others that agree, without the authors' repository. Counts are exact: the ports keep the pivots and a "
+        "whole multiple of their number. Pivots take turns in order of their norms, where the ports go through a set."
+    )
+
+    layer: int = Field(default=2, ge=1, description="first decoder layer that sees fewer tokens")
+    image_pivots: int = Field(default=4, ge=1, description="visual tokens that others are compared with")
+    text_pivots: int = Field(
+        default=4,
+        ge=0,
+        description="text tokens behind the image that others are compared with, if so many stand there",
+    )
+
+    @field_validator("keep")
+    @classmethod
+    def _of_images(cls, keep: Budget) -> Budget:
+        if keep.per is not None:
+            raise ValueError(
+                f"dart compares the tokens of a whole image, so it takes no {keep.per} budget; write a count per image (64), a share "
+                "(25%) or {total: 640}"
+            )
+        return keep
+
+    def needs(self) -> tuple[Fact, ...]:
+        text = (Fact("later_keys"), Fact("later_normed")) if self.text_pivots else ()
+        return (Fact("keys"), Fact("normed"), *text)
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def select(self, tokens: VisualTokens) -> Keep:
+        counts = self.keep.counts(tokens.lengths, tokens.row)
+        if counts == tokens.lengths:
+            return keep_all(tokens)
+        keys, x = (tokens.fact(name).split(list(tokens.lengths)) for name in ("keys", "normed"))
+        kept, start = [], 0
+        for i, k in enumerate(counts):
+            first = strongest(keys[i], min(self.image_pivots, k))
+            pivots = x[i][first]
+            if self.text_pivots:
+                text = tokens.fact("later_normed")[i]
+                pivots = torch.cat([pivots, text[strongest(tokens.fact("later_keys")[i], self.text_pivots)]])
+            kept.append(unlike(x[i], first, pivots, k) + start)
+            start += tokens.lengths[i]
+        return Keep(torch.cat(kept), counts)
+
+    def flops(self, lengths: Sequence[int], width: int) -> int:
+        pivots = self.image_pivots + self.text_pivots
+        counts = self.keep.counts(lengths, (0,) * len(lengths))
+        return sum(2 * n * pivots * width for n, k in zip(lengths, counts, strict=True) if k < n)
+
+
+def strongest(keys: Tensor, n: int) -> Tensor:
+    """[n] rows of keys [N, H*d] with the largest L1 norm, largest first; fewer if there are no more."""
+    return top(keys.float().abs().sum(1), n)
+
+
+def unlike(x: Tensor, first: Tensor, pivots: Tensor, k: int) -> Tensor:
+    """[k] rows of x [N, D], ascending: `first` and what each of the pivots [P, D] takes."""
+    similarity = normalize(pivots.float(), dim=-1) @ normalize(x.float(), dim=-1).T
+    free = torch.zeros(len(x), device=x.device).index_fill_(0, first, torch.inf)
+    share, more = divmod(k - len(first), max(1, len(pivots)))
+    taken = [first]
+    for p, like in enumerate(similarity):
+        taken.append(top(-(like + free), share + (p < more)))
+        free = free.index_fill(0, taken[-1], torch.inf)
+    return torch.cat(taken).sort().values
