@@ -123,7 +123,8 @@ def image_of(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def segments_of(parts: Parts, per: str) -> int:
-    """Frames of a video, or crops of an anyres image with the downscaled whole."""
+    """Frames of a video, or crops of an anyres image with the downscaled whole. Crops are counted from the size without padding, which is
+    what a plan knows: a long picture that is forced into 2 x 2 crops has more of them."""
     if len(parts) == 1:
         return parts[0][0] if per == "per_frame" else 1
     (_, side, _), (_, height, width) = parts
