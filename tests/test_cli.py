@@ -165,3 +165,11 @@ def test_schema_is_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(out)["title"] == "vtoken pipeline"
     assert main(["schema", "--json"]) == 0
     assert capsys.readouterr().out == out
+
+
+def test_options_may_stand_between_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    accounts = []
+    for words in (["tiny-llava", "uniform:64", "--images", "2"], ["tiny-llava", "--images", "2", "uniform:64"]):
+        assert main(["flops", *words, "--json"]) == 0
+        accounts.append(json.loads(capsys.readouterr().out))
+    assert accounts[0] == accounts[1] and len(accounts[0]["accounts"]) == 2

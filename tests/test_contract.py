@@ -300,3 +300,13 @@ def test_trace_is_plain_data():
 def test_facts_of_layers_that_do_not_exist_are_refused():
     with pytest.raises(UnsupportedError, match="layer 30; there are 4"):
         vtoken.wrap(tiny.llava(), [{"vscan": {"keep": 5, "local_layer": 30}}])
+
+
+def test_a_fact_that_a_family_lacks_is_refused_with_its_reason():
+    from vtoken import config
+    from vtoken.wrap import check
+
+    adapter = registry.adapter("llava")(tiny.llava())
+    adapter.missing = {"cls_attention": "this tower looks at nothing; nearest: keys"}
+    with pytest.raises(UnsupportedError, match="fastervlm needs cls_attention: this tower looks at nothing"):
+        check(adapter, config.load("fastervlm:4"))

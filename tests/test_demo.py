@@ -104,7 +104,9 @@ def test_a_method_the_model_cannot_run_is_left_out_with_the_reason(monkeypatch):
     model, processor = reference.load()
     prompt = demo.inputs_of(processor, reference.questions(1)[0])
     monkeypatch.setattr(lineup, "catalogue", lambda: ({"vscan": registry.stage("vscan")}, {}))
-    monkeypatch.setattr(lineup, "SMALL", {})
+    fitted = lineup.lineup(model, prompt, (32, 16), everything=True)
+    assert fitted.options == {"vscan": {"local_layer": 1}} and "vscan:16" in fitted.pipelines
+    monkeypatch.setattr(lineup, "_fitted", lambda *_: {})
     found = lineup.lineup(model, prompt, (32, 16), everything=True)
     assert found.pipelines == {"dense": None} and "cls_attention of layer 5" in found.left_out["vscan"]
 

@@ -40,7 +40,8 @@ MAY_IMPORT = {
     "hooks": GROUND | {"hooks", "errors"},
     "adapters": GROUND | {"hooks", "adapters", "errors"},
     "registry": {"errors", "stages", "adapters"},
-    "config": GROUND | {"errors", "registry"},
+    "source": {"errors"},
+    "config": GROUND | {"errors", "registry", "source"},
     "wrap": LOWER,
     "evals": LOWER | {"wrap", "evals", "__init__"},
     "commands": LOWER | {"wrap", "evals", "__init__"},
@@ -58,6 +59,7 @@ MAY_IMPORT_FROM_OTHERS = {
     "run": {"torch"},
     "pruners": {"torch", "pydantic"},
     "compressors": {"torch", "pydantic"},
+    "source": {"yaml"},
     "config": {"pydantic", "yaml"},
 }
 

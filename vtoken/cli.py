@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from vtoken import __version__
 from vtoken.errors import VtokenError, unknown
@@ -37,6 +37,18 @@ A pipeline is a preset (fastervlm-64), a YAML file (mine.yaml) or a stage in sho
 
 
 class _Parser(argparse.ArgumentParser):
+    _mixing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Options of a command may stand between its arguments: `vtoken flops MODEL --images 2 PIPELINE`."""
+        if self._subparsers is not None or self._mixing:
+            return super().parse_known_args(args, namespace)
+        self._mixing = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._mixing = False
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"vtoken: error: {message} (see `{self.prog} --help`)\n")
 

@@ -7,7 +7,7 @@ import os
 import re
 import reprlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +20,7 @@ from pydantic.json_schema import models_json_schema
 from vtoken import registry
 from vtoken.budget import Budget
 from vtoken.errors import ConfigError, unknown
+from vtoken.source import Source, parse
 from vtoken.stages import SITES, Stage
 
 Positions = Literal["original", "compact"]
@@ -55,19 +56,6 @@ BUDGETS = "a count per image (64), a share (25%), a count per sample ({total: 64
 
 
 @dataclass(frozen=True)
-class _Source:
-    """Where values were read, so that errors point at a line; without a file they point at nothing."""
-
-    file: str = ""
-    lines: dict[tuple[Any, ...], int] = field(default_factory=dict)
-
-    def error(self, path: tuple[Any, ...], message: str) -> ConfigError:
-        while path not in self.lines and path:
-            path = path[:-1]
-        return ConfigError(f"{self.file}:{self.lines.get(path, 1)}: {message}" if self.file else message)
-
-
-@dataclass(frozen=True)
 class Pipeline:
     """Stages in the order the data flows, and the policies that go with them: see POLICIES."""
 
@@ -78,7 +66,7 @@ class Pipeline:
     anyres: Anyres = "model"
 
     def __post_init__(self) -> None:
-        _check_order(self.stages, _Source())
+        _check_order(self.stages, Source())
 
 
 PipelineLike = str | os.PathLike[str] | dict[str, Any] | Sequence[Any] | Stage | Pipeline
@@ -100,9 +88,9 @@ def load(pipeline: PipelineLike) -> Pipeline:
     if isinstance(pipeline, Stage):
         return Pipeline(pipeline.name, "original", (pipeline,))
     if isinstance(pipeline, dict):
-        return _from_data(pipeline, None, _Source())
+        return _from_data(pipeline, None, Source())
     if isinstance(pipeline, (list, tuple)):
-        return _from_data({"stages": pipeline}, None, _Source())
+        return _from_data({"stages": pipeline}, None, Source())
     if isinstance(pipeline, str) and pipeline in registry.presets():
         return _from_file(registry.preset_file(pipeline))
     if isinstance(pipeline, (str, os.PathLike)) and os.path.isfile(pipeline):
@@ -112,7 +100,7 @@ def load(pipeline: PipelineLike) -> Pipeline:
         hint = f"; did you mean the preset {close[0]!r}?" if close else ""
         raise ConfigError(f"pipeline file {os.fspath(pipeline)!r} does not exist{hint}")
     if isinstance(pipeline, str) and pipeline.partition(":")[0] in registry.stages():
-        return _from_data({"stages": [_short_form(pipeline)]}, pipeline, _Source())
+        return _from_data({"stages": [_short_form(pipeline)]}, pipeline, Source())
     if isinstance(pipeline, str):
         raise ConfigError(
             f"{unknown('preset', pipeline, registry.presets())}; or write a path to a YAML file, or a stage and its "
@@ -173,49 +161,11 @@ def _from_file(path: Path) -> Pipeline:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    data, source = _parse(text, str(path))
+    data, source = parse(text, str(path))
     return _from_data(data, path.stem, source)
 
 
-def _parse(text: str, file: str) -> tuple[Any, _Source]:
-    """YAML text -> plain data, and the line of every key and item."""
-    source = _Source(file)
-    try:
-        loader = yaml.SafeLoader(text)
-        node = loader.get_single_node()
-        data = None if node is None else loader.construct_document(node)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{file}:{line}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file}: not valid YAML: {error}") from None
-    if node is not None:
-        _note_lines(node, (), source, set())
-    return data, source
-
-
-def _note_lines(node: yaml.Node, path: tuple[Any, ...], source: _Source, seen: set[int]) -> None:
-    """Fills source.lines and refuses duplicate keys, which YAML loaders silently overwrite."""
-    source.lines.setdefault(path, node.start_mark.line + 1)
-    if id(node) in seen:  # An alias: it may even contain itself.
-        return
-    seen.add(id(node))
-    if isinstance(node, yaml.SequenceNode):
-        for i, item in enumerate(node.value):
-            _note_lines(item, (*path, i), source, seen)
-    elif isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            place, line = (*path, key.value), key.start_mark.line + 1
-            if place in source.lines:
-                first = source.lines[place]
-                raise ConfigError(
-                    f"{source.file}:{line}: duplicate key {key.value!r}, first on line {first}; remove one"
-                )
-            source.lines[place] = line
-            _note_lines(value, place, source, seen)
-
-
-def _from_data(data: Any, name: str | None, source: _Source) -> Pipeline:
+def _from_data(data: Any, name: str | None, source: Source) -> Pipeline:
     if not isinstance(data, dict):
         raise source.error((), f"a pipeline is a mapping with positions and stages, not {reprlib.repr(data)}")
     for key in data:
@@ -238,7 +188,7 @@ def _from_data(data: Any, name: str | None, source: _Source) -> Pipeline:
     return Pipeline(name or "+".join(s.name for s in stages) or "none", stages=stages, **chosen)
 
 
-def _stage(item: Any, path: tuple[Any, ...], source: _Source) -> Stage:
+def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
     if isinstance(item, Stage):
         return item
     name, options = next(iter(item.items())) if isinstance(item, dict) and len(item) == 1 else (item, None)
@@ -330,7 +280,7 @@ def _short_form(text: str) -> dict[str, Any]:
     return {name: options}
 
 
-def _check_order(stages: Sequence[Stage], source: _Source) -> None:
+def _check_order(stages: Sequence[Stage], source: Source) -> None:
     for i, (before, after) in enumerate(pairwise(stages), start=1):
         if SITES.index(after.site) < SITES.index(before.site):
             raise source.error(

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from vtoken.stages import Parts, size_of
 
+KINDS = ("image", "video")  # of visual tokens; Run.visual counts from 1
+
 
 @dataclass
 class StageTrace:
@@ -186,6 +188,18 @@ class Layout:
     def length(self) -> int:
         """Placeholders in the prompt."""
         return self.tokens if self.newline is None else len(self.newline)
+
+
+def newline_mask(layouts: Sequence[Layout]) -> Tensor:
+    """[Σlength] bool: which placeholders of these images are newline tokens."""
+    return torch.cat([torch.zeros(i.tokens, dtype=torch.bool) if i.newline is None else i.newline for i in layouts])
+
+
+def segments(layouts: Sequence[Layout]) -> Tensor | None:
+    """[ΣN] segment of every token of these images; None when every one is a single segment."""
+    if all(layout.segment is None for layout in layouts):
+        return None
+    return torch.cat([torch.zeros(i.tokens, dtype=torch.long) if i.segment is None else i.segment for i in layouts])
 
 
 @dataclass(frozen=True)

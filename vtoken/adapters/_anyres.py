@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtoken.adapters._padded import Padded
-from vtoken.run import Call, Layout
+from vtoken.run import Call, Layout, newline_mask
 
 
 class Anyres(Padded):
@@ -51,11 +51,8 @@ class Anyres(Padded):
     def pack(self, call: Call, values: Tensor) -> Tensor:
         split = values.split(self.crops(call.arguments))
         images = self._pack(split, call.arguments["image_sizes"], self.pack_options(call.arguments))
-        masks = (
-            torch.zeros(len(i), dtype=torch.bool) if y.newline is None else y.newline
-            for i, y in zip(images, call.layouts, strict=True)
-        )
-        return torch.cat([image[~mask.to(image.device)] for image, mask in zip(images, masks, strict=True)])
+        packed = torch.cat(images)
+        return packed[~newline_mask(call.layouts).to(packed.device)]
 
     def _pack(self, images: Sequence[Tensor], sizes: Any, options: dict[str, Any]) -> list[Tensor]:
         """[crops, patches, C] of each image -> one [length, C] per image, NaN at newlines."""
@@ -107,9 +104,8 @@ def check_pixels(pixels: Any, crops: list[int]) -> None:
     Raises:
         ValueError: processor and model choose different grids.
     """
-    held = [pixels.shape[1]] * len(crops) if pixels.ndim == 5 else None
-    short = held is not None and any(n < want for n, want in zip(held, crops, strict=True))
-    if short or (held is None and len(pixels) != sum(crops)):
+    short = pixels.shape[1] < max(crops) if pixels.ndim == 5 else len(pixels) != sum(crops)
+    if short:
         raise ValueError(
             f"pixel_values of shape {list(pixels.shape)} do not hold the {crops} crops that image_sizes and the model's "
             "image_grid_pinpoints ask for; give the processor the same pinpoints (vtoken.match_processor(processor, model))"

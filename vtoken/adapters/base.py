@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from vtoken.errors import UnsupportedError
-from vtoken.run import Call, Layout
-
-KINDS = {"image": 1, "video": 2}
+from vtoken.run import KINDS, Call, Layout
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ class Adapter(ABC):
             else:
                 row = self.outer.get_input_embeddings()(torch.tensor(placeholder, device=given.device))
                 here = (given == row).all(-1)
-            kinds.masked_fill_(here, KINDS[kind])
+            kinds.masked_fill_(here, 1 + KINDS.index(kind))
         return kinds
 
 

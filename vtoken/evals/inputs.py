@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtoken.adapters.base import KINDS, Adapter
+from vtoken.adapters.base import Adapter
 from vtoken.errors import ConfigError
 from vtoken.evals.geometry import ImageSize, geometry
 from vtoken.evals.geometry.padded import pair
 from vtoken.evals.geometry.qwen import patch_grid
+from vtoken.run import KINDS
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def random_prompt(
     ids = torch.cat([text[0], *(each for after in text[1:] for each in (pictures, after))], 1)
     found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if adapter.mrope:
-        found["mm_token_type_ids"] = (ids == placeholder) * KINDS[kind]
+        found["mm_token_type_ids"] = (ids == placeholder) * (1 + KINDS.index(kind))
     for name, value in inputs.items():
         found[name] = value.to(model.dtype) if name.startswith("pixel_values") else value
     moved = {name: value.to(model.device) for name, value in found.items()}

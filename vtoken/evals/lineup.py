@@ -10,15 +10,14 @@ from typing import Any
 from vtoken.config import Pipeline, load
 from vtoken.errors import UnsupportedError, VtokenError
 from vtoken.evals.matrix import sample
-from vtoken.registry import catalogue
+from vtoken.registry import adapter, catalogue
 from vtoken.run import Trace
 from vtoken.stages import Stage
 from vtoken.wrap import trace, wrapped
 
 FEW = ("fastervlm", "uniform", "random")
 FLOORS = ("uniform", "random")
-# Where a default asks for a layer that only a full-sized tower has: 5 of CLIP-L's 24 is 1 of 4.
-SMALL = {"vscan": {"local_layer": 1}}
+DEPTH = 24  # of CLIP-L, which authors' layer numbers are about
 
 
 @dataclass(frozen=True)
@@ -54,15 +53,17 @@ def lineup(model: Any, prompt: Any, budgets: Sequence[int], everything: bool = F
     # The floors first, then what has a budget, then the rest.
     order = sorted(stages, key=lambda name: (name not in FLOORS, "keep" not in stages[name].model_fields, name))
     changed: dict[str, dict[str, int]] = {}
+    depth = len(adapter(model.config.model_type)(model).encoder.layers)
     for name in order:
         try:
             found = _budgeted(name, budgets) if "keep" in stages[name].model_fields else {name: _default(stages[name])}
             try:
                 seen = prefill(model, _last(found), prompt)
             except UnsupportedError:
-                if name not in SMALL:
+                fitted = _fitted(stages[name], depth)
+                if not fitted:
                     raise
-                found, changed[name] = _budgeted(name, budgets, **SMALL[name]), SMALL[name]
+                found, changed[name] = _budgeted(name, budgets, **fitted), fitted
                 seen = prefill(model, _last(found), prompt)
         except VtokenError as error:
             left_out[name] = str(error)
@@ -76,6 +77,12 @@ def lineup(model: Any, prompt: Any, budgets: Sequence[int], everything: bool = F
 
 def _budgeted(name: str, budgets: Sequence[int], **options: int) -> dict[str, Pipeline]:
     return {f"{name}:{k}": load([{name: {"keep": k, **options}}]) for k in budgets}
+
+
+def _fitted(cls: type[Stage], depth: int) -> dict[str, int]:
+    """Encoder layers that the defaults name and this tower does not have, at the same share of its depth."""
+    named = {key: field.default for key, field in cls.model_fields.items() if key.endswith("_layer")}
+    return {key: round(k * depth / DEPTH) for key, k in named.items() if isinstance(k, int) and k >= depth}
 
 
 def _last(found: dict[str, Pipeline]) -> Pipeline:

@@ -11,8 +11,11 @@ from typing import Any
 from vtoken.errors import ConfigError, UnsupportedError
 
 
-def load(source: str | Path) -> Any:
+def load(source: str | Path, *, pillow: bool = False) -> Any:
     """The processor of a folder or hub name, padding on the left.
+
+    Args:
+        pillow: prepare pictures with Pillow also where torchvision is installed, so that the same picture gives the same pixels.
 
     Raises:
         ConfigError: it cannot be loaded; the message has the first line of transformers' reason.
@@ -23,7 +26,7 @@ def load(source: str | Path) -> Any:
 
     try:
         if is_torchvision_available():
-            processor = AutoProcessor.from_pretrained(source)
+            processor = AutoProcessor.from_pretrained(source, **({"backend": "pil"} if pillow else {}))
         else:
             kind: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(source))]
             processor = pictures_only(kind).from_pretrained(source, backend="pil")

@@ -49,7 +49,8 @@ class Boundary:
         owner: Owner,
         resolve: Callable[[Fact], Fact],
     ) -> None:
-        self.adapter, self.run, self.stages, self.owner = adapter, run, list(stages), owner
+        self.adapter, self.run, self.owner = adapter, run, owner
+        self.stages = [(stage, substituted(stage, adapter.substitutes)) for stage in stages]
         self.compact, self.always = compact, always
         self.entry = Entry(adapter, run, resolve, newline, drops=bool(stages) or always)
         self.last: Trace | None = None
@@ -134,8 +135,7 @@ class Boundary:
         flow, values = self.entry.start(self._flow(kwargs), visual, kwargs.get("deepstack_visual_embeds"))
         self.last = flow.trace
         x, cache, trace = flow.hidden, flow.cache, flow.trace
-        for stage in self.stages:
-            given = substituted(stage, self.adapter.substitutes)
+        for stage, given in self.stages:
             values = flow.decide(stage, values, self.entry.facts(flow, stage), substitutes=given)
         trace.layers = [list(flow.visual.lengths)] * len(self.adapter.lm.layers)
         trace.prompt_tokens = list(flow.counts)
@@ -209,28 +209,22 @@ class Boundary:
     def enter(self, flow: Flow, start: int) -> Tensor | None:
         """Opens the layer group from `start` on and returns its 2D mask over physical slots, past and new; None when all are real."""
         cache, ok = flow.cache, flow.valid
-        dense = flow.dense
         if cache is not None:
             batch, device = len(ok), ok.device
             adopt(cache, batch, device, self.owner)
-            group = cache.group(start)
-            old = cache.logical(group, flow.past)
-            held = old >= 0
-            if flow.mask is not None and old.shape[1]:
-                mask = flow.mask.to(held.device).bool()
-                mask = torch.nn.functional.pad(mask, (0, max(0, flow.past - mask.shape[1])), value=True)
-                held = held & mask.gather(1, old.clamp(min=0))
+            before = cache.groups[cache.group(start)]
+            old, held = flow.held(start)
             ok = torch.cat([held, ok.to(held.device)], 1)
             if isinstance(flow, Prefill):
                 now = torch.where(flow.valid, flow.index + flow.past, -1).to(old.device)
-                shift = flow.shift(start) if self.compact else torch.zeros_like(cache.groups[group].shift)
+                shift = flow.shift(start) if self.compact else torch.zeros_like(before.shift)
                 everything = torch.cat([old, now], 1)
                 flow.records[start] = Slots(
-                    everything, flow.past + flow.new.shape[1], shift, dense and cache.groups[group].dense
+                    everything, flow.past + flow.new.shape[1], shift, flow.dense and before.dense
                 )
         flow.slots = ok.shape[1]
         # The device is asked only when nothing but the user's mask can tell.
-        dense = dense and (cache is None or cache.groups[cache.group(start)].dense)
+        dense = flow.dense and (cache is None or before.dense)
         flow.ok = None if dense and (flow.mask is None or bool(ok.all())) else ok.long()
         return flow.ok
 

@@ -62,12 +62,7 @@ def _past(flow: Prefill, k: int) -> tuple[Tensor, Tensor] | None:
     """Keys [B, H, S, d] of earlier turns in layer k's cache, and which of them are real; None for a first turn."""
     if not isinstance(flow.cache, PrunedCache) or not flow.past:
         return None
-    logical = flow.cache.logical(flow.cache.group(k), flow.past)
-    held = logical >= 0
-    if flow.mask is not None:
-        mask = flow.mask.to(held.device).bool()
-        mask = torch.nn.functional.pad(mask, (0, max(0, flow.past - mask.shape[1])), value=True)
-        held = held & mask.gather(1, logical.clamp(min=0))
+    logical, held = flow.held(k)
     return flow.cache.layers[k].keys[:, :, : logical.shape[1]], held  # type: ignore[attr-defined]
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vtoken.hooks import facts
-from vtoken.hooks.flow import check, check_replay
+from vtoken.hooks.flow import check, check_replay, trace_of
 from vtoken.hooks.handle import Handle
 from vtoken.run import Clock, Lineage, Run, StageTrace
 from vtoken.stages import Fact, Parts, Stage, VisualTokens
@@ -175,20 +175,8 @@ class EncoderHooks:
         check(stage, keep, tower.lengths)
         before, lengths = tower.lengths, keep.lengths
         tower.lineage = tower.lineage.advance(keep, rows)
-        place = tower.lineage.place
-        tower.traces.append(
-            StageTrace(
-                stage.name,
-                stage.site,
-                list(before),
-                list(lengths),
-                tower.lineage.kept(),
-                tower.lineage.into(),
-                layer=layer,
-                substitutes=facts.substituted(stage, self.adapter.substitutes),
-                clock=clock.milliseconds,
-            )
-        )
+        given = facts.substituted(stage, self.adapter.substitutes)
+        tower.traces.append(trace_of(stage, before, tower.lineage, clock, layer, given))
         if before == lengths and keep.into is None:
             return hidden
         width = max(lengths)

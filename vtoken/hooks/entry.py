@@ -13,7 +13,7 @@ from vtoken.errors import UnsupportedError
 from vtoken.hooks.flow import Flow, Prefill, Visual
 from vtoken.hooks.images import Located, check_axes, check_probe, locate
 from vtoken.hooks.prompt import text_of
-from vtoken.run import Lineage, Run, Trace
+from vtoken.run import Lineage, Run, Trace, segments
 from vtoken.stages import Fact, Keep, Stage, image_of, offsets_of
 
 
@@ -87,10 +87,7 @@ def unpruned(located: Located) -> Visual:
     lengths = tuple(layout.tokens for layout in layouts)
     image = image_of(lengths, device)
     place = torch.arange(len(image), device=device) - offsets_of(lengths, device)[:-1][image]
-    segment = None
-    if any(layout.segment is not None for layout in layouts):
-        each = [torch.zeros(i.tokens, dtype=torch.long) if i.segment is None else i.segment for i in layouts]
-        segment = torch.cat(each).to(device)
+    segment = segments(layouts)
     return Visual(
         lengths,
         tuple(layout.parts for layout in layouts),
@@ -99,7 +96,7 @@ def unpruned(located: Located) -> Visual:
         located.column,
         image,
         Lineage(lengths, place, lengths),
-        segment,
+        None if segment is None else segment.to(device),
         None if located.newlines is None else located.newlines.closes,
     )
 

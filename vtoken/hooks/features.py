@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vtoken.hooks.flow import eager
 from vtoken.hooks.handle import Handle
-from vtoken.run import Call, Encode, Run, StageTrace
+from vtoken.run import Call, Encode, Run, StageTrace, newline_mask
 from vtoken.stages import Fact
 
 Pack = Callable[[Tensor], Tensor]
@@ -61,7 +61,7 @@ class FeatureHooks:
         probe = torch.cat([f[..., 0].detach().flatten() for f in flat])
         # Some versions append the newline of a video only when they fill the prompt.
         if len(probe) != sum(layout.tokens for layout in call.layouts):
-            probe = probe[~newlines(call).to(probe.device)]
+            probe = probe[~newline_mask(call.layouts).to(probe.device)]
         tower = self.run.tower
         if tower is None:
             return Encode(call.layouts, {}, probe, [])
@@ -79,12 +79,6 @@ class FeatureHooks:
 def scalar(fact: Fact) -> bool:
     """Whether the fact is one number per token."""
     return fact.name.endswith("attention")
-
-
-def newlines(call: Call) -> Tensor:
-    """[Σlength] bool: which packed rows are newline tokens."""
-    masks = [torch.zeros(i.tokens, dtype=torch.bool) if i.newline is None else i.newline for i in call.layouts]
-    return torch.cat(masks)
 
 
 def repacked(

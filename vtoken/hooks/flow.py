@@ -104,6 +104,17 @@ class Flow:
         """No padding in the current layout, as far as the host knows."""
         return len(set(self.counts)) == 1 and self.counts[0] == self.index.shape[1]
 
+    def held(self, start: int) -> tuple[Tensor, Tensor]:
+        """Of the layer group that `start` belongs to, what earlier forwards left in its slots: logical positions [B, S] (-1: padding), and
+        which of them are real and not masked by the user."""
+        old = self.cache.logical(self.cache.group(start), self.past)
+        real = old >= 0
+        if self.mask is not None and old.shape[1]:
+            mask = self.mask.to(real.device).bool()
+            mask = torch.nn.functional.pad(mask, (0, max(0, self.past - mask.shape[1])), value=True)
+            real = real & mask.gather(1, old.clamp(min=0))
+        return old, real
+
     def shift(self, start: int) -> Tensor:
         """[B] how far the group's positions lag behind the logical ones once this forward is cached (compact positions)."""
         before = self.cache.groups[self.cache.group(start)].shift if isinstance(self.cache, PrunedCache) else 0
@@ -195,15 +206,19 @@ class Prefill(Flow):
             self.counts = [n - g for n, g in zip(self.counts, gone, strict=True)]
             self.newlines &= stay
 
-    def relayout(self) -> tuple[Tensor, Tensor]:
-        """Recomputes `alive` and the layout from `visual`; returns the gather from the old layout [B, P'] to the new one."""
+    def gone(self) -> Tensor:
+        """[B, L] which logical columns were dropped so far, whatever the current layout still holds."""
         gone = torch.zeros_like(self.alive)
         gone[self.started.line, self.started.column] = True
         gone[self.visual.line, self.visual.column] = False
         newlines = self.located.newlines
         if newlines is not None:
             gone[newlines.line, newlines.column] = ~self.newlines
-        self.alive = self.new & ~gone
+        return gone
+
+    def relayout(self) -> tuple[Tensor, Tensor]:
+        """Recomputes `alive` and the layout from `visual`; returns the gather from the old layout [B, P'] to the new one."""
+        self.alive = self.new & ~self.gone()
         index, self.valid = pack_left(self.alive.gather(1, self.index) & self.valid, max(self.counts))
         self.index = self.index.gather(1, index)
         return index, self.valid

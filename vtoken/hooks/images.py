@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from vtoken.errors import UnsupportedError
-from vtoken.run import Encode, Layout, StageTrace
-
-KINDS = ("image", "video")
+from vtoken.run import KINDS, Encode, Layout, StageTrace, newline_mask
 
 
 @dataclass(frozen=True)
@@ -107,8 +105,7 @@ def locate(kinds: Tensor, encodes: dict[str, Encode], adapter: Any) -> Located:
         source = torch.cat([torch.arange(i.start, i.start + n) for i, n in zip(images, lengths, strict=True)])
     newlines = None
     if any(layout.newline is not None for layout in layouts):
-        masks = [torch.zeros(i.tokens, dtype=torch.bool) if i.newline is None else i.newline for i in layouts]
-        is_newline = torch.cat(masks).to(line.device)
+        is_newline = newline_mask(layouts).to(line.device)
         newlines = Newlines(line[is_newline], column[is_newline], closes(layouts).to(line.device))
         line, column = line[~is_newline], column[~is_newline]
     origin = tuple((i.encode, i.index) for i in images)

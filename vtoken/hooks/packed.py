@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks import facts
-from vtoken.hooks.flow import check, check_replay
+from vtoken.hooks.flow import check, check_replay, trace_of
 from vtoken.hooks.handle import Handle
-from vtoken.run import Clock, Layout, Lineage, Run, StageTrace
-from vtoken.stages import Fact, Stage, VisualTokens
+from vtoken.run import Clock, Layout, Lineage, Run, StageTrace, segments
+from vtoken.stages import Fact, Stage, VisualTokens, image_of, offsets_of
 
 
 @dataclass
@@ -137,8 +137,8 @@ class PackedHooks:
         full = tuple(layout.tokens for layout in layouts)
         order = self.adapter.order(grid, kwargs)
         live = torch.arange(sum(full), device=device) if order is None else order.to(device)
-        place = torch.cat([torch.arange(n) for n in full]).to(device)
-        image = torch.cat([torch.full((n,), i) for i, n in enumerate(full)]).to(device)
+        image = image_of(full, device)
+        place = torch.arange(len(image), device=device) - offsets_of(full, device)[:-1][image]
         self.run.tower = PackedTower(layouts, image, live.argsort(), live, Lineage(full, place, full))
         if self.pixels:
             self.tower.facts[Fact("pixels")] = self._groups(pixels.detach().float()).flatten(1)
@@ -190,17 +190,15 @@ class PackedHooks:
         tower, device = self.tower, hidden.device
         token, rank = tower.live.sort()
         groups = self._groups(hidden)[rank.to(device)]
-        before, needs = tower.lineage.lengths, stage.needs()
-        segments = [torch.zeros(i.tokens, dtype=torch.long) if i.segment is None else i.segment for i in tower.layouts]
-        frames = any(layout.segment is not None for layout in tower.layouts)
+        before, segment = tower.lineage.lengths, segments(tower.layouts)
         tokens = VisualTokens.pack(
             groups.mean(1),
             before,
             [layout.parts for layout in tower.layouts],
             range(len(before)),
             tower.lineage.place.to(device),
-            segment=torch.cat(segments).to(device)[token.to(device)] if frames else None,
-            facts={need: self._fact(need, layer)[token].to(device) for need in needs},
+            segment=None if segment is None else segment.to(device)[token.to(device)],
+            facts={need: self._fact(need, layer)[token].to(device) for need in stage.needs()},
             layer=layer,
             memory=tower.memory.setdefault(id(stage), {}),
         )
@@ -212,19 +210,8 @@ class PackedHooks:
                 f"stage {stage.name} dropped every visual token inside the vision tower, which needs at least one"
             )
         tower.lineage = tower.lineage.advance(keep, tower.image[token])
-        tower.traces.append(
-            StageTrace(
-                stage.name,
-                stage.site,
-                list(before),
-                list(keep.lengths),
-                tower.lineage.kept(),
-                tower.lineage.into(),
-                layer=layer,
-                substitutes={n.name: given for n in needs if (given := self.adapter.substitutes.get(n.name))},
-                clock=clock.milliseconds,
-            )
-        )
+        given = facts.substituted(stage, self.adapter.substitutes)
+        tower.traces.append(trace_of(stage, before, tower.lineage, clock, layer, given))
         if before == keep.lengths and keep.into is None:
             return hidden
         token = token[keep.index.to(token.device)]

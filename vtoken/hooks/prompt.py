@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from vtoken.hooks.flow import Prefill
@@ -46,10 +45,4 @@ def text_before(flow: Prefill) -> list[int]:
 
 def dropped_slots(flow: Prefill) -> Tensor:
     """[B, P] slots of the current layout whose token was dropped since the layout was made."""
-    gone = torch.zeros_like(flow.alive)
-    gone[flow.started.line, flow.started.column] = True
-    gone[flow.visual.line, flow.visual.column] = False
-    newlines = flow.located.newlines
-    if newlines is not None:
-        gone[newlines.line, newlines.column] = ~flow.newlines
-    return gone.gather(1, flow.index) & flow.valid
+    return flow.gone().gather(1, flow.index) & flow.valid

@@ -51,14 +51,9 @@ def load(
 
 def processor(folder: Path) -> Any:
     """The processor saved in a folder, with the Pillow image backend."""
-    from transformers import AutoConfig, AutoProcessor
-    from transformers.utils import is_torchvision_available
+    from vtoken.evals import processors
 
-    if AutoConfig.from_pretrained(folder).model_type == "qwen2_5_vl" and not is_torchvision_available():
-        from .images_only import Qwen2_5_VLProcessor
-
-        return Qwen2_5_VLProcessor.stock(folder)
-    return AutoProcessor.from_pretrained(folder, backend="pil")
+    return processors.load(folder, pillow=True)
 
 
 def questions(limit: int | None = None, folder: Path | None = None) -> list[Question]:

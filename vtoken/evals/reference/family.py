@@ -11,7 +11,7 @@ from .batches import PRESENCE, Labels, Pictures
 from .build import WIDTH
 from .dialogue import VOCABULARY
 from .oracle import Oracle
-from .pictures import COLOUR_NAMES, GRID
+from .pictures import COLOUR_NAMES, GRID, PATCH
 from .recipe import Recipe
 
 
@@ -25,6 +25,15 @@ class Heads(nn.Module):
         self.column = nn.Linear(WIDTH, GRID)
         self.presence = nn.Linear(WIDTH, PRESENCE)
         self.presence_last = nn.Linear(WIDTH, PRESENCE)
+
+
+# Of both LLaVA processors.
+LLAVA = {
+    "patch_size": PATCH,
+    "vision_feature_select_strategy": "default",
+    "num_additional_image_tokens": 1,  # the CLS that the tower adds and the selection drops
+    "image_token": "<image>",
+}
 
 
 class Family(ABC):
@@ -47,9 +56,9 @@ class Family(ABC):
     def processor(self) -> Any:
         """Its stock processor, on Pillow alone."""
 
-    @abstractmethod
     def sight(self, model: Any) -> dict[str, nn.Module]:
         """The modules before the decoder: "tower" and, where it is one of its own, "projector"."""
+        return {"tower": model.model.vision_tower, "projector": model.model.multi_modal_projector}
 
     @abstractmethod
     def see(self, model: Any, heads: Heads, batch: Pictures) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,9 +9,9 @@ from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaForConditional
 from . import build
 from .batches import Pictures
 from .dialogue import VOCABULARY
-from .family import Family, Heads, clip_states, presence_loss
+from .family import LLAVA, Family, Heads, clip_states, presence_loss
 from .oracle import Oracle
-from .pictures import GRID, PATCH, SIZE
+from .pictures import GRID, SIZE
 from .recipe import Recipe
 
 
@@ -42,18 +42,7 @@ class TinyLlava(Family):
             image_mean=[0.5] * 3,
             image_std=[0.5] * 3,
         )
-        return LlavaProcessor(
-            images,
-            build.tokenizer(),
-            patch_size=PATCH,
-            vision_feature_select_strategy="default",
-            num_additional_image_tokens=1,  # the CLS that the tower adds and the selection drops
-            image_token="<image>",
-            chat_template=build.chat_template("<image>"),
-        )
-
-    def sight(self, model: Any) -> dict[str, nn.Module]:
-        return {"tower": model.model.vision_tower, "projector": model.model.multi_modal_projector}
+        return LlavaProcessor(images, build.tokenizer(), chat_template=build.chat_template("<image>"), **LLAVA)
 
     def see(self, model: Any, heads: Heads, batch: Pictures) -> tuple[torch.Tensor, torch.Tensor]:
         states = clip_states(model.model.vision_tower, batch.pixels, batch.positions)

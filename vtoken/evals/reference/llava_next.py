@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
@@ -19,7 +18,7 @@ from transformers import (
 from . import build, load
 from .batches import Labels, Pictures
 from .dialogue import EVEN, REST, VOCABULARY, WEAK
-from .family import Family, Heads, clip_states, presence_loss
+from .family import LLAVA, Family, Heads, clip_states, presence_loss
 from .oracle import Oracle
 from .pictures import GRID, PATCH, SIZE
 from .recipe import Joint, Recipe
@@ -72,18 +71,7 @@ class TinyLlavaNext(Family):
             image_mean=[0.5] * 3,
             image_std=[0.5] * 3,
         )
-        return LlavaNextProcessor(
-            images,
-            build.tokenizer(),
-            patch_size=PATCH,
-            vision_feature_select_strategy="default",
-            num_additional_image_tokens=1,  # the CLS that the tower adds and the selection drops
-            image_token="<image>",
-            chat_template=build.chat_template("<image>"),
-        )
-
-    def sight(self, model: Any) -> dict[str, nn.Module]:
-        return {"tower": model.model.vision_tower, "projector": model.model.multi_modal_projector}
+        return LlavaNextProcessor(images, build.tokenizer(), chat_template=build.chat_template("<image>"), **LLAVA)
 
     def see(self, model: Any, heads: Heads, batch: Pictures) -> tuple[torch.Tensor, torch.Tensor]:
         # the image processor resizes bytes: nothing leaves their range

@@ -11,14 +11,16 @@ from torch import nn
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
     Qwen2VLImageProcessorPil,
 )
+
+from vtoken.evals.processors import pictures_only
 
 from . import build, load
 from .batches import Pictures
 from .dialogue import EVEN, REST, VOCABULARY, WEAK
 from .family import Family, Heads, read_out_loss
-from .images_only import Qwen2_5_VLProcessor
 from .oracle import Oracle
 from .pictures import PATCH, SIZE
 from .recipe import Joint, Recipe
@@ -79,7 +81,7 @@ class TinyQwen(Family):
         build.inherit(model, load("tiny-llava")[0])
         return model
 
-    def processor(self) -> Qwen2_5_VLProcessor:
+    def processor(self) -> Any:
         images = Qwen2VLImageProcessorPil(
             patch_size=PATCH,
             merge_size=MERGE,
@@ -88,7 +90,7 @@ class TinyQwen(Family):
             image_std=[0.5] * 3,
         )
         template = build.chat_template("<|vision_start|><|image_pad|><|vision_end|>")
-        return Qwen2_5_VLProcessor(images, build.tokenizer(EXTRA), chat_template=template)
+        return pictures_only(Qwen2_5_VLProcessor)(images, build.tokenizer(EXTRA), chat_template=template)
 
     def sight(self, model: Any) -> dict[str, nn.Module]:
         return {"tower": model.model.visual}
