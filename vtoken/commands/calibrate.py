@@ -1,0 +1,30 @@
+"""`vtoken calibrate`: compute the table or layer that a stage needs for a model."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+from pkgutil import iter_modules
+
+from vtoken.evals import calibrate
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One sub-command per module of `vtoken.evals.calibrate`."""
+    parser.description = "Compute the table or layer that a stage needs for a model; training-free."
+    parsers = parser.add_subparsers(metavar="METHOD", dest="method", required=True)
+    for found in iter_modules(calibrate.__path__):
+        if found.name.startswith("_"):
+            continue
+        module = import_module(f"{calibrate.__name__}.{found.name}")
+        method = parsers.add_parser(
+            found.name, help=module.SUMMARY, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        method.set_defaults(calibrate=module.run)
+        module.add_arguments(method)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the method's own `run`."""
+    code: int = args.calibrate(args)
+    return code
