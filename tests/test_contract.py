@@ -17,10 +17,16 @@ from vtoken.stages import FACTS, Fact, VisualTokens
 LENGTHS, PARTS = (16, 9, 1, 30), (((1, 4, 4),), ((1, 3, 3),), ((1, 1, 1),), ((1, 2, 3), (1, 4, 6)))
 
 
+USUAL = {"keep": 5, "local_layer": 1, "r": 2}  # the tiny towers have 4 layers
+# Thresholds that everything exceeds: half of the tokens merge, half of the rest, ...
+HALVES = {"dtome": {"thresholds": (-1.0,) * 4, "left": (0.5, 0.25, 0.125, 0.125)}}
+HALVES["dtome_post"] = {"thresholds": (-1.0,), "left": (0.5,)}
+
+
 def stage(name, **options):
     cls = registry.stage(name)
-    usual = {"keep": 5, "local_layer": 1}  # the tiny towers have 4 layers
-    return cls(**{key: value for key, value in usual.items() if key in cls.model_fields}, **options)
+    usual = {key: value for key, value in USUAL.items() if key in cls.model_fields}
+    return cls(**usual, **HALVES.get(name, {}), **options)
 
 
 def packed(stage, lengths=LENGTHS, parts=PARTS, seed=0):

@@ -58,7 +58,7 @@ MAY_IMPORT_FROM_OTHERS = {
     "stages": {"torch", "pydantic"},
     "run": {"torch"},
     "pruners": {"torch", "pydantic"},
-    "compressors": {"torch", "pydantic"},
+    "compressors": {"torch", "pydantic", "safetensors"},
     "source": {"yaml"},
     "config": {"pydantic", "yaml"},
 }

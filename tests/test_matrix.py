@@ -33,7 +33,10 @@ def whole() -> matrices.Matrix:
 @pytest.mark.parametrize("name", registry.stages())
 def test_the_matrix_is_what_wrap_does(family: str, name: str) -> None:
     stage = matrices.sample(registry.stage(name))
-    assert stage is not None
+    if stage is None:  # it needs numbers of a checkpoint
+        assert "thresholds" in registry.stage(name).model_fields
+        assert whole().cells[name][family].answer == "depends"
+        return
     model = make(family)
     told = matrices.cell(model, stage, registry.adapter(family)(model).substitutes)
     try:

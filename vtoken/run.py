@@ -157,6 +157,16 @@ class Lineage:
     def kept(self) -> list[Tensor]:
         return list(self.place.split(self.lengths or self.full))
 
+    def size(self) -> Tensor | None:
+        """[ΣK] float32, unpruned tokens that each live one stands for; None while nothing was merged."""
+        if self.home is None:
+            return None
+        full, live = (torch.tensor(n, device=self.home.device) for n in (self.full, self.lengths or self.full))
+        start = full.cumsum(0) - full
+        slot = start.repeat_interleave(full, output_size=len(self.home)) + self.home
+        counts = torch.zeros_like(slot, dtype=torch.float32).index_add_(0, slot.clamp(min=0), (self.home >= 0).float())
+        return counts[start.repeat_interleave(live, output_size=len(self.place)) + self.place]
+
     def into(self) -> list[Tensor] | None:
         return None if self.home is None else list(self.home.split(self.full))
 

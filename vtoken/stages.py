@@ -44,6 +44,7 @@ FACTS: dict[str, str] = {
     "global_attention": "[ΣN] as cls_attention; without CLS the query is the mean over the image's patches, windows disregarded",
     "value_attention": "[ΣN] as global_attention, with values for queries and keys and no scale: softmax of dot products",
     "mean_value": "[ΣN, d] encoder values of the layer, head mean",
+    "mean_key": "[ΣN, d] encoder keys of the layer, head mean",
     "last_query_attention": "[ΣN] decoder attention of the last prompt token, head mean",
     "next_query_attention": "[ΣN] the same in the decoder layer behind the cut, before it runs",
     "text_attention": "[ΣN] decoder attention of the text tokens that the stage's `raters` chose, mean over them and the heads",
@@ -77,6 +78,8 @@ class VisualTokens:
         facts: what the stage declared in `needs`.
         layer: layer index at encoder and decoder sites, else None.
         memory: scratch of this stage for this prefill (stages themselves hold no state).
+        size: [ΣN] float32, unpruned tokens that each one stands for; None while nothing was merged.
+        lead: tokens in front of every image that no stage may touch: 1 at encoder sites with CLS.
     """
 
     x: Tensor
@@ -89,6 +92,8 @@ class VisualTokens:
     facts: Mapping[Fact, Any] = field(default_factory=dict)
     layer: int | None = None
     memory: dict[str, Any] = field(default_factory=dict)
+    size: Tensor | None = None
+    lead: int = 0
 
     @classmethod
     def pack(
@@ -196,6 +201,10 @@ class Stage(BaseModel):
     def bound(self, depth: int) -> Self:
         """The stage for an encoder of so many layers, where what it decides depends on that."""
         return self
+
+    def inside(self) -> Literal["plain", "proportional"] | None:
+        """Of encoder stages that act between attention and MLP: whether keys then count as often as they have members (log size)."""
+        return None
 
     def select(self, tokens: VisualTokens) -> Keep:
         """The decision, at sites encoder, tokens and decoder."""

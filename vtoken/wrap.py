@@ -144,12 +144,34 @@ def check_layers(stage: Stage, adapter: Adapter) -> None:
             'take there; load the model with attn_implementation="sdpa"'
         )
     depth = len(adapter.encoder.layers if stage.site == "encoder" else adapter.lm.layers)
-    layers = stage.layers(depth)
+    check_inside(stage, adapter)
+    try:
+        layers = stage.layers(depth)
+    except ValueError as error:
+        raise UnsupportedError(f"stage {stage.name}: {error}") from error
     first, last = (0, min(adapter.encoder.feature_layers) - 1) if stage.site == "encoder" else (1, depth - 1)
+    if stage.inside():
+        last = depth - 1  # what lies behind the feature layer is not asked
     if not layers or min(layers) < first or max(layers) > last:
         raise UnsupportedError(
             f"stage {stage.name} acts at {stage.site} layers {list(layers)}; this model allows {first} to {last}"
             + (" (features are read after that)" if stage.site == "encoder" else "")
+        )
+
+
+def check_inside(stage: Stage, adapter: Adapter) -> None:
+    """Refuses to merge inside layers that cannot be made to."""
+    if stage.inside() is None:
+        return
+    if adapter.encoder.unit != 1:
+        raise UnsupportedError(
+            f"stage {stage.name} merges single patches inside encoder layers; {adapter.model_type} joins {adapter.encoder.unit} "
+            "neighbouring patches to a token behind its encoder and needs them whole. Use a stage that merges behind it (dtome_post)"
+        )
+    if stage.inside() == "proportional" and "flash" in (adapter.tower.config._attn_implementation or ""):
+        raise UnsupportedError(
+            f"stage {stage.name} adds log(size) to the logits of attention in the vision tower, which flash attention cannot; load the "
+            'model with attn_implementation={"vision_config": "sdpa"}, or set proportional: false (another method)'
         )
 
 

@@ -171,7 +171,7 @@ def account(
         dtype_bytes=size,
         tower=batch * _tower(shape, walk),
         # The model projects before tokens-site stages act: they save nothing here.
-        projector=batch * sum(2 * each.weights * sum(walk.tower[each.layer]) for each in shape.projectors),
+        projector=batch * sum(2 * each.weights * sum(walk.mlps[each.layer]) for each in shape.projectors),
         stages=batch * walk.cost,
         prefill_linear=batch * (head + sum(map(decoder.linear, in_decoder))),
         prefill_attention=batch * sum(2 * decoder.scores(n, n) for n in in_decoder),
@@ -193,7 +193,9 @@ def _tower(shape: Geometry, walk: Walk) -> int:
     around = sum(walk.tower[0]) * tower.unit * tower.stem + crops * tower.head_image
     around += sum(walk.tower[-1]) * tower.unit * tower.head_patch
     layers = sum(
-        tower.linear(units) + 2 * tower.scores(layer, units) for layer, row in enumerate(walk.tower) for units in row
+        tower.linear(units, late) + 2 * tower.scores(layer, units)
+        for layer, rows in enumerate(zip(walk.tower, walk.mlps, strict=True))
+        for units, late in zip(*rows, strict=True)
     )
     return 2 * around + layers
 

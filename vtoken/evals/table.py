@@ -76,6 +76,7 @@ def fact_bytes(stage: Stage, shape: Geometry, text_tokens: int) -> int | None:
     keys, hidden = stack.kv_heads * stack.head_dim * HALF, decoder.width * HALF
     per_token = {
         "mean_value": stack.head_dim * SINGLE,
+        "mean_key": stack.head_dim * SINGLE,
         "keys": keys,
         "values": keys,
         "normed": hidden,

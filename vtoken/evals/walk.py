@@ -17,6 +17,7 @@ FREE = (
     "keys",
     "values",
     "mean_value",
+    "mean_key",
     "features",
     "pixels",
     "text",
@@ -31,7 +32,7 @@ class Walk:
     """Runs every stage's `plan`.
 
     Attributes:
-        tower: units (see Tower) alive per crop in every tower layer.
+        tower: units (see Tower) alive per crop in every tower layer; `mlps` those that its MLP sees.
         decoder: visual tokens alive per image in every decoder layer.
         newlines: newline tokens of the row in every decoder layer.
         cost: FLOPs of the stages and of the facts they read.
@@ -44,6 +45,7 @@ class Walk:
     def __init__(self, shape: Geometry, images: int, text_tokens: int, stages: Sequence[Stage], newline: str) -> None:
         self.shape, self.images, self.text_tokens, self.newline = shape, images, text_tokens, newline
         self.tower: list[Counts] = []
+        self.mlps: list[Counts] = []
         self.decoder: list[Counts] = []
         self.newlines: list[int] = []
         self.cost = 0
@@ -62,9 +64,12 @@ class Walk:
         counts: Counts = tuple(size_of((crop,)) for crop in self.crops)
         for layer in range(shape.tower.layers.depth):
             self.tower.append(counts)
-            for stage in at["encoder"]:
-                if layer in stage.layers(shape.tower.layers.depth):
-                    counts = self._act(stage, counts, layer)
+            acting = [s for s in at["encoder"] if layer in s.layers(shape.tower.layers.depth)]
+            for stage in acting if layer <= min(shape.tower.feature_layers) else ():
+                counts = self._act(stage, counts, layer) if stage.inside() else counts
+            self.mlps.append(counts)
+            for stage in acting:
+                counts = counts if stage.inside() else self._act(stage, counts, layer)
         each = len(shape.tower.crops)
         counts = tuple(shape.tokens(counts[i * each : (i + 1) * each]) for i in range(images))
         for stage in at["tokens"]:
@@ -91,7 +96,20 @@ class Walk:
         tower, depth = self.shape.tower, self.shape.decoder.depth
         encoder = stage.site == "encoder"
         first, last = (0, min(tower.feature_layers) - 1) if encoder else (1, depth - 1)
-        layers = stage.layers(tower.layers.depth if encoder else depth)
+        if stage.inside():
+            last = tower.layers.depth - 1
+            if any(mixed != 1 for _, mixed in self.shape.sources):
+                raise UnsupportedError(
+                    f"stage {stage.name} merges where this model interpolates features behind its tower"
+                )
+            if tower.unit != 1:
+                raise UnsupportedError(
+                    f"stage {stage.name} merges single patches, of which this encoder joins {tower.unit}"
+                )
+        try:
+            layers = stage.layers(tower.layers.depth if encoder else depth)
+        except ValueError as error:
+            raise UnsupportedError(f"stage {stage.name}: {error}") from error
         if not layers or min(layers) < first or max(layers) > last:
             raise UnsupportedError(
                 f"stage {stage.name} acts at {stage.site} layers {list(layers)}; this model allows {first} to {last}"
@@ -102,7 +120,8 @@ class Walk:
             self._pay(stage, fact, layer)
         if stage.site == "encoder":
             # The tower does not know which crops belong to one prompt: there each is a row of its own.
-            self.cost += stage.flops(counts, self.shape.tower.layers.width)
+            stack = self.shape.tower.layers
+            self.cost += stage.flops(counts, stack.head_dim if stage.inside() else stack.width)
             parts = tuple((crop,) for crop in self.crops)
             return tuple(stage.plan(counts, parts, range(len(parts)), layer))
         self.cost += stage.flops(counts, self.shape.decoder.width)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vtoken.hooks import facts
 from vtoken.hooks.flow import check, check_replay, trace_of
 from vtoken.hooks.handle import Handle
+from vtoken.hooks.merging import Between, check_resized, log_size, surface
 from vtoken.run import Clock, Lineage, Run, StageTrace
 from vtoken.stages import Fact, Parts, Stage, VisualTokens
 
@@ -33,6 +34,8 @@ class Tower:
         rows, columns: [Σlengths] where each live patch sits in the padded batch (columns count CLS).
         lineage: what became of every patch.
         valid: [crops, P] which columns of the padded batch are real, or None when all are.
+        bias: [crops, P] float32, what is added to the logits of its keys, or None.
+        merged: between attention and MLP of a layer, the merged tokens [crops, P, D].
     """
 
     full: int
@@ -41,6 +44,8 @@ class Tower:
     columns: Tensor
     lineage: Lineage
     valid: Tensor | None = None
+    bias: Tensor | None = None
+    merged: Tensor | None = None
     taps: dict[str, Tensor] = field(default_factory=dict)
     facts: dict[Fact, Tensor] = field(default_factory=dict)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -49,6 +54,10 @@ class Tower:
     @property
     def place(self) -> Tensor:
         return self.lineage.place
+
+    def packed(self, padded: Tensor) -> Tensor:
+        """[crops, P, ...] -> [ΣP, ...] without padding."""
+        return padded.flatten(0, 1) if self.valid is None else padded[self.valid.to(padded.device)]
 
     def restore(self, packed: Tensor) -> Tensor:
         """[Σlengths, ...] of live patches -> [crops, full, ...] with NaN where patches were dropped."""
@@ -71,12 +80,17 @@ class EncoderHooks:
         self.adapter, self.encoder, self.run = adapter, adapter.encoder, run
         depth = len(self.encoder.layers)
         stages = [stage.bound(depth) for stage in stages]
-        self.at = {layer: [s for s in stages if layer in s.layers(depth)] for layer in range(depth)}
+        last = min(self.encoder.feature_layers)
+        self.at = {i: [s for s in stages if s.inside() is None and i in s.layers(depth)] for i in range(depth)}
+        between = {i: [s for s in stages if s.inside() and i in s.layers(depth) and i <= last] for i in range(depth)}
+        self.merges = any(between.values())
+        self.proportional = any(s.inside() == "proportional" for s in stages)
         per_layer: dict[int, set[Fact]] = {layer: set() for layer in range(depth)}
         for fact in wanted:
             if fact.name in facts.PROJECTIONS and fact.layer is not None:
                 per_layer[fact.layer].add(fact)
-        for layer, acting in self.at.items():
+        for layer in range(depth):
+            acting = self.at[layer] + between[layer]
             for served in (self._served(f, layer) for stage in acting for f in stage.needs()):
                 assert served.layer is not None
                 per_layer[served.layer].add(served)
@@ -92,6 +106,7 @@ class EncoderHooks:
                 handle.after(module.self_attn, partial(self._facts, layer, sorted(per_layer[layer])))
             if layer and stages:
                 handle.before(module, partial(self._layer, layer))
+        Between(run, handle, self.encoder.layers, between, self._decide)
         handle.after(adapter.projectors[0], self._projected)
 
     def _served(self, fact: Fact, layer: int) -> Fact:
@@ -105,6 +120,8 @@ class EncoderHooks:
 
     def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.adapter.check_call(kwargs)
+        if self.merges:
+            check_resized(self.run.call)
         pixels = args[0] if args else kwargs["pixel_values"]
         crops, full, device = len(pixels), self.adapter.patches, pixels.device
         patch = torch.arange(full, device=device).repeat(crops)
@@ -126,14 +143,13 @@ class EncoderHooks:
         tower, e = self.tower, self.encoder
         if tower is None:
             return
-        packed = {
-            k: v.flatten(0, 1) if tower.valid is None else v[tower.valid.to(v.device)] for k, v in tower.taps.items()
-        }
+        packed = {k: tower.packed(v) for k, v in tower.taps.items()}
+        bias = None if tower.bias is None else tower.packed(tower.bias)
         tower.taps = {}
         # Packed row of each live patch: its rank, plus one CLS row for every crop up to its own.
         patches = torch.arange(len(tower.rows), device=tower.rows.device) + (tower.rows + 1 if e.cls else 0)
         for fact in wanted:
-            value = facts.compute(fact, packed, tower.lengths, e.heads, e.scale, e.cls)
+            value = facts.compute(fact, packed, tower.lengths, e.heads, e.scale, e.cls, bias)
             tower.facts[fact] = tower.restore(value[patches.to(value.device)].to(tower.rows.device))
 
     def _layer(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -169,6 +185,8 @@ class EncoderHooks:
             facts=found,
             layer=layer,
             memory=memory,
+            size=tower.lineage.size(),
+            lead=int(cls),
         )
         with Clock(device) as clock:
             keep = stage.select(tokens)
@@ -190,16 +208,19 @@ class EncoderHooks:
         tower.lengths, tower.rows, tower.columns = lengths, rows, columns
         ragged = min(lengths) < width
         tower.valid = torch.arange(width + cls, device=rows.device) < (counts + cls)[:, None] if ragged else None
+        tower.bias = log_size(tower, width + cls) if self.proportional else None
         return short
 
     def _mask(self, hidden: Tensor) -> Tensor | None:
-        valid = self.tower.valid
-        if valid is None:
+        valid, bias = self.tower.valid, self.tower.bias
+        if valid is None and bias is None:
             return None
-        valid = valid.to(hidden.device)
-        if "flash" in (self.adapter.tower.config._attn_implementation or ""):
-            return valid.long()
-        return hidden.new_zeros(valid.shape).masked_fill(~valid, torch.finfo(hidden.dtype).min)[:, None, None]
+        if valid is not None and "flash" in (self.adapter.tower.config._attn_implementation or ""):
+            return valid.to(hidden.device).long()
+        mask = hidden.new_zeros(len(hidden), hidden.shape[1]) if bias is None else bias.to(hidden)
+        if valid is not None:
+            mask = mask.masked_fill(~valid.to(hidden.device), torch.finfo(hidden.dtype).min)
+        return mask[:, None, None]
 
     def parts(self, crops: int) -> tuple[Parts, ...]:
         side = math.isqrt(self.adapter.patches)
@@ -216,6 +237,9 @@ class EncoderHooks:
         def full(x: Tensor) -> Tensor:
             return tower.restore(x[tower.rows.to(x.device), columns.to(x.device)]) if short else x
 
+        call = self.run.call
+        if call is not None and tower.lineage.full != tuple(layout.tokens for layout in call.layouts):
+            surface(tower, call, self.adapter.pack)
         if self.features:
             tower.facts[Fact("features")] = full(args[0]).detach()
         return full(out) if short else None

@@ -23,6 +23,7 @@ PROJECTIONS: dict[str, tuple[str, ...]] = {
     "global_attention": ("q_proj", "k_proj"),
     "value_attention": ("v_proj",),
     "mean_value": ("v_proj",),
+    "mean_key": ("k_proj",),
 }
 # These look at the whole image, also in a layer that attends within windows.
 GLOBAL = ("global_attention", "value_attention")
@@ -39,30 +40,45 @@ def projections(names: Iterable[str]) -> list[str]:
 
 
 def compute(
-    fact: Fact, outputs: dict[str, Tensor], lengths: Sequence[int], heads: int, scale: float, cls: bool
+    fact: Fact,
+    outputs: dict[str, Tensor],
+    lengths: Sequence[int],
+    heads: int,
+    scale: float,
+    cls: bool,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """One fact of one layer, for CLS (row 0 of each crop, if the tower has one) and patches.
 
     Args:
         outputs: projection name -> [ΣM, H*d], packed over crops, where M_i = lengths[i] + 1 if the tower has a CLS token.
         lengths: live patches per crop.
+        bias: [ΣM] what the tower adds to the logits of each key.
 
     Returns:
-        [ΣM] float32 for attention facts, [ΣM, H*d] for keys and values, [ΣM, d] float32 for mean_value.
+        [ΣM] float32 for attention facts, [ΣM, H*d] for keys and values, [ΣM, d] float32 for mean_value and mean_key.
     """
     name = fact.name
     if name in ("keys", "values"):
         return outputs[PROJECTIONS[name][0]]
     split = {p: outputs[p].unflatten(-1, (heads, -1)) for p in PROJECTIONS[name]}
-    if name == "mean_value":
-        return split["v_proj"].float().mean(1)
+    if name in ("mean_value", "mean_key"):
+        return split[PROJECTIONS[name][0]].float().mean(1)
     held = [n + cls for n in lengths]
     if name == "value_attention":
         return one_query(split["v_proj"], split["v_proj"], held, 1.0, cls)
     q, k = split["q_proj"], split["k_proj"]
+    if bias is not None:
+        q, k = biased(q, k, bias, scale)
     if name == "received_attention":
         return received(q, k, offsets_of(held, k.device), scale, fact.above, cls)
     return one_query(q, k, held, scale, cls)
+
+
+def biased(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """q and k [ΣM, H, d + 1] whose scaled products are those of q and k [ΣM, H, d] plus the key's bias [ΣM]."""
+    column = bias[:, None, None].to(k).expand(-1, k.shape[1], 1)
+    return torch.cat([q, torch.full_like(q[..., :1], 1 / scale)], -1), torch.cat([k, column], -1)
 
 
 def received(q: Tensor, k: Tensor, offsets: Tensor, scale: float, above: float, cls: bool) -> Tensor:

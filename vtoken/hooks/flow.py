@@ -180,6 +180,7 @@ class Prefill(Flow):
             facts=facts,
             layer=layer,
             memory=self.memory.setdefault(id(stage), {}),
+            size=v.lineage.size(),
         )
         with Clock(x.device) as clock:
             keep = stage.select(tokens)

@@ -20,9 +20,11 @@ class Handle:
         """A forward pre-hook `hook(module, args, kwargs) -> None | (args, kwargs)`."""
         self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
-    def after(self, module: nn.Module, hook: Callable[[nn.Module, tuple, dict, Any], Any]) -> None:
-        """A forward hook `hook(module, args, kwargs, output) -> None | output`."""
-        self._undo.append(module.register_forward_hook(hook, with_kwargs=True).remove)
+    def after(
+        self, module: nn.Module, hook: Callable[[nn.Module, tuple, dict, Any], Any], *, first: bool = False
+    ) -> None:
+        """A forward hook `hook(module, args, kwargs, output) -> None | output`; `first`: before those that are there already."""
+        self._undo.append(module.register_forward_hook(hook, prepend=first, with_kwargs=True).remove)
 
     def set(self, target: Any, name: str, value: Any) -> None:
         """Sets an instance attribute; undone to the earlier instance attribute, or to none at all."""

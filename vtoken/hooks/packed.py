@@ -159,8 +159,8 @@ class PackedHooks:
             name = fact.name
             if name in ("keys", "values"):
                 value = (k if name == "keys" else v).flatten(1)
-            elif name == "mean_value":
-                value = v.float().mean(1)
+            elif name in ("mean_value", "mean_key"):
+                value = (v if name == "mean_value" else k).float().mean(1)
             elif name == "value_attention":
                 value = facts.one_query(v, v, held, 1.0, False)
             else:

@@ -81,9 +81,11 @@ class Tower:
         """Of all crops of one image."""
         return size_of(self.crops) * self.unit
 
-    def linear(self, units: int) -> int:
-        """FLOPs of one layer's matrices on a crop with so many units left."""
-        return self.layers.linear(units * self.unit + self.extra)
+    def linear(self, units: int, late: int | None = None) -> int:
+        """FLOPs of one layer's matrices on a crop with so many units left, `late` of them when its MLP runs."""
+        merged = 0 if late is None else (units - late) * self.unit
+        mlp = self.layers.weights - 4 * self.layers.width**2
+        return self.layers.linear(units * self.unit + self.extra) - 2 * merged * mlp
 
     def scores(self, layer: int, units: int, *, one_query: bool = False) -> int:
         """FLOPs of q·k in one layer on a crop with so many units left. What is left is taken to be spread evenly over the blocks."""

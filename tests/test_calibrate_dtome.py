@@ -1,0 +1,183 @@
+"""`vtoken calibrate dtome`: thresholds by hand, exact on their own batch, and the same after an interruption."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import yaml
+from PIL import Image
+from safetensors import safe_open
+
+import vtoken
+from vtoken import config, registry
+from vtoken.cli import main
+from vtoken.errors import ConfigError, UnsupportedError
+from vtoken.evals.calibrate import _batches
+from vtoken.evals.calibrate.dtome import calibrate, pictures
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve pictures, plain ones among them; some in a sub-folder, and a file that is none."""
+    generator = np.random.default_rng(0)
+    (tmp_path / "more").mkdir()
+    for k in range(12):
+        noise = generator.integers(0, 255, (56, 56, 3)) * (k % 4 > 0) + 10 * k
+        Image.fromarray(noise.clip(0, 255).astype("uint8")).save(tmp_path / ("more" if k % 2 else "") / f"{k:02}.png")
+    (tmp_path / "readme.txt").write_text("no picture")
+    return tmp_path
+
+
+class Pixels:
+    """An image processor that counts its calls."""
+
+    def __init__(self, family="llava"):
+        self.calls, self.qwen = 0, family.startswith("qwen")
+
+    def __call__(self, images, return_tensors):
+        self.calls += 1
+        pixels = torch.stack([torch.tensor(np.asarray(i)).permute(2, 0, 1) / 127.5 - 1 for i in images])
+        if not self.qwen:
+            return {"pixel_values": pixels}
+        # Any order of patches will do; every other picture is half as high.
+        grids = [(1, 4, 4) if k % 2 else (1, 2, 4) for k in range(len(images))]
+        patches = pixels.unfold(2, 14, 14).unfold(3, 14, 14).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+        found = [p[: h * w].repeat(1, 2) for p, (_, h, w) in zip(patches, grids, strict=True)]
+        return {"pixel_values": torch.cat(found), "image_grid_thw": torch.tensor(grids)}
+
+
+def test_schedules():
+    constant, linear = (_batches.schedule(kind, 504, 24) for kind in ("constant", "linear"))
+    assert constant == (21,) * 24 and sum(linear) == 504
+    assert linear[:4] == (42, 40, 38, 36) and _batches.schedule("reverse_linear", 504, 24) == linear[::-1]
+    assert _batches.schedule("constant", 10, 4) == (3, 3, 2, 2)
+    for total in range(1, 200):
+        for kind in _batches.SCHEDULES:
+            merges = _batches.schedule(kind, total, 24)
+            assert min(merges) >= 0 and total / 2 <= sum(merges) + 24 and sum(merges) <= total
+
+
+def test_a_batch_shares_its_merges():
+    learned = _batches.Learned((1, 4, 0, 1), 4)
+    value = torch.tensor([[0.9, 0.5], [0.8, 0.95], [0.3, -torch.inf]])
+    assert learned.cut(value, (4, 4, 4), 0) == (1, 2, 0) and learned.thresholds[0].item() == pytest.approx(0.5)
+    assert learned.cut(value, (4, 4, 3), 1) == (2, 2, 1) and learned.thresholds[1].item() == pytest.approx(0.3)
+    assert learned.cut(value, (4, 4, 3), 2) == (0, 0, 0) and learned.left[2].item() == 11 / 12
+    assert learned.cut(-value.abs(), (4, 4, 3), 3)[2] == 1 and learned.thresholds[3].item() == 0, "clamped"
+    learned.batches = 1
+    learned.cut(value - 0.1, (4, 4, 4), 0)
+    assert learned.thresholds[0].item() == pytest.approx((0.5 + 0.4) / 2)
+    found = learned.tensors()
+    assert found["thresholds"][2] > 1 and found["thresholds"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("budget, per_layer", [("low", 4), ("mid", 3), ("high", 1)])
+def test_one_batch_gives_its_own_mean_count(folder, tmp_path, budget, per_layer):
+    """With the thresholds of a batch, its pictures lose on average what the budget says, and not all the same."""
+    model, out = tiny.llava(), tmp_path / "thresholds.safetensors"
+    files = pictures(folder)
+    calibrate(model, Pixels(), files, out, budget=budget)
+    stage = registry.stage("dtome")(thresholds=str(out))
+    batch = tiny.build(model, [["img", 1]] * 12)
+    batch["pixel_values"] = Pixels()([Image.open(f) for f in files], "pt")["pixel_values"]
+    with vtoken.wrapped(model, stage), torch.no_grad():
+        model(**batch)
+        trace = vtoken.trace(model)
+    counts = [sum(s.tokens_out) for s in trace.stages]
+    # Of eight tokens each four may merge, but not where some pictures have seven and others nine; then the last pair, which is the
+    # threshold, merges while learning only.
+    late = round(192 * stage.left[2]) + (budget == "low")
+    assert counts == [*(round(192 * share) for share in stage.left[:2]), late]
+    assert counts[:2] == [12 * (16 - per_layer * (k + 1)) for k in range(2)]
+    assert counts[2] == 12 * (16 - per_layer * 3) or budget == "low"
+    assert len(set(trace.tokens_out)) > 1
+    assert stage.plan((16,), (((1, 4, 4),),), (0,), 1) == (16 - 2 * per_layer,)
+    assert stage.thresholds[3] > 1, "behind the layer that features are read from"
+    again = config.load(yaml.safe_load(config.dump(config.load([stage]))))
+    assert again.stages[0] == stage, "a pipeline written out holds the numbers"
+
+
+def test_it_goes_on_where_it_was(folder, tmp_path):
+    model, files = tiny.llava(), pictures(folder)
+    whole = calibrate(model, Pixels(), files, tmp_path / "whole", batch_size=4)
+
+    def stop(done):
+        if done == 8:
+            raise KeyboardInterrupt
+
+    first, second, third = Pixels(), Pixels(), Pixels()
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, first, files, tmp_path / "out", batch_size=4, progress=stop)
+    found = calibrate(model, second, files, tmp_path / "out", batch_size=4)
+    assert (first.calls, second.calls) == (2, 1)
+    assert all(torch.equal(found[k], whole[k]) for k in ("thresholds", "left"))
+    again = calibrate(model, third, files, tmp_path / "out", batch_size=4)
+    assert third.calls == 0 and torch.equal(again["thresholds"], whole["thresholds"])
+    with pytest.raises(ConfigError, match=r"another calibration \(budget 'mid', not 'low'\)"):
+        calibrate(model, third, files, tmp_path / "out", batch_size=4, budget="low")
+    with pytest.raises(ConfigError, match="another calibration"):
+        calibrate(model, third, files[:-1], tmp_path / "out", batch_size=4)
+    (tmp_path / "out").write_text("x" * 20)
+    with pytest.raises(ConfigError, match="not a file of thresholds"):
+        calibrate(model, third, files, tmp_path / "out", batch_size=4)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_qwen_gets_rounds_behind_its_tower(family, folder, tmp_path):
+    model, out, files = tiny.make(family), tmp_path / "out", pictures(folder)
+    learned = calibrate(model, Pixels(family), files, out, budget="high", rounds=2)
+    stage = config.load([{"dtome_post": {"thresholds": str(out)}}]).stages[0]
+    assert stage.thresholds == tuple(learned["thresholds"].tolist()) and len(stage.thresholds) == 2
+    rows = [[1, ("img", (1, 4, 4) if k % 2 else (1, 2, 4)), 1] for k in range(12)]
+    batch = tiny.build(model, rows)
+    batch["pixel_values"] = Pixels(family)([Image.open(f) for f in files], "pt")["pixel_values"]
+    with vtoken.wrapped(model, stage), torch.no_grad():
+        model(**batch)
+        seen = vtoken.trace(model)
+    assert sum(seen.visual_tokens) == 36
+    assert sum(seen.tokens_out) == round(36 * learned["left"][-1].item()) == 36 - 2 * 6
+    with pytest.raises(ConfigError, match="holds the thresholds of dtome_post, not those of dtome"):
+        config.load([{"dtome": {"thresholds": str(out)}}])
+
+
+def test_what_files_are_refused(folder, tmp_path):
+    with pytest.raises(ConfigError, match="cannot read the thresholds"):
+        config.load("dtome:thresholds=nowhere.safetensors")
+    with pytest.raises(ConfigError, match="no pictures there"):
+        pictures(tmp_path / "nothing")
+    out = tmp_path / "out"
+    calibrate(tiny.llava(), Pixels(), pictures(folder)[:2], out)
+    model = tiny.llava()
+    with pytest.raises(UnsupportedError, match="encoder of 3 layers, this one has 4"):
+        vtoken.wrap(
+            model, [{"dtome": {"thresholds": list(registry.stage("dtome")(thresholds=str(out)).thresholds[:3])}}]
+        )
+    (folder / "00.png").write_text("broken")
+    with pytest.raises(ConfigError, match=r"cannot read picture .*00\.png"):
+        calibrate(tiny.llava(), Pixels(), pictures(folder), tmp_path / "other")
+
+
+def test_the_command(folder, tmp_path, capsys):
+    out = tmp_path / "t.safetensors"
+    line = [
+        "calibrate",
+        "dtome",
+        "tiny-llava",
+        "--images",
+        str(folder),
+        "-o",
+        str(out),
+        "--limit",
+        "4",
+        "--device",
+        "cpu",
+    ]
+    assert main(line) == 0
+    assert "4 pictures" in capsys.readouterr().out
+    with safe_open(out, "pt") as file:
+        about = file.metadata()
+        assert file.get_tensor("thresholds").isfinite().any()
+    assert about["method"] == "dtome" and about["batches"] == "1" and about["model"] == "tiny-llava"
+    assert main([*line, "--budget", "low"]) != 0

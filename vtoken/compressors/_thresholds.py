@@ -1,0 +1,71 @@
+"""Similarity thresholds, found with `vtoken calibrate dtome`, for stages that merge whatever is more similar."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+from typing import Any
+
+from pydantic import BaseModel, Field, model_validator
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+
+class Thresholds(BaseModel):
+    """Options that a file of thresholds fills; the stage then holds the numbers."""
+
+    thresholds: str | tuple[float, ...] = Field(
+        description="one per layer (dtome) or round (dtome_post), pairs above it merge; or the file of `vtoken calibrate dtome`"
+    )
+    left: tuple[float, ...] | None = Field(
+        default=None, description="share of tokens left after each, as calibrated: what the FLOPs account counts on"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        if isinstance(data.get("thresholds"), str):
+            return {**data, **read(data["thresholds"], cls.__module__.rpartition(".")[2])}
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+
+    def threshold(self, at: int) -> float:
+        """Of a layer or round."""
+        value = self.thresholds[at]
+        assert isinstance(value, float)
+        return value
+
+    def above(self, value: Tensor, held: Sequence[int], at: int) -> tuple[int, ...]:
+        """Merges per sequence, at most half its tokens; fetched from the device once."""
+        counts: list[int] = (value > self.threshold(at)).sum(1).tolist()
+        return tuple(min(count, n // 2) for count, n in zip(counts, held, strict=True))
+
+    def expected(self, lengths: Sequence[int], full: Sequence[int], at: int) -> tuple[int, ...]:
+        """Tokens expected of each image; all where nobody calibrated."""
+        if self.left is None:
+            return tuple(lengths)
+        share = self.left[at]
+        return tuple(min(n, max(1, ceil(f * share))) for n, f in zip(lengths, full, strict=True))
+
+
+def read(path: str, method: str) -> dict[str, Any]:
+    """The options in a file.
+
+    Raises:
+        ValueError: no such file, or not one of thresholds for this method.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            found = (file.metadata() or {}).get("method")
+            numbers = {name: file.get_tensor(name).tolist() for name in ("thresholds", "left") if name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"cannot read the thresholds {path!r}: {error}; make them with vtoken calibrate dtome"
+        ) from error
+    if found != method or "thresholds" not in numbers:
+        raise ValueError(
+            f"{path!r} holds {f'the thresholds of {found}' if found else 'no thresholds'}, not those of {method}; make them with vtoken "
+            "calibrate dtome"
+        )
+    return {name: tuple(values) for name, values in numbers.items()}

@@ -1,0 +1,78 @@
+"""DToMe-post: rounds of threshold merging behind the vision encoder, where merging inside it is impossible (Qwen)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtoken.compressors._matching import match, merge
+from vtoken.compressors._thresholds import Thresholds
+from vtoken.stages import Compressor, Fact, Keep, Parts, Site, VisualTokens, image_of, keep_all
+
+
+class DToMePost(Compressor, Thresholds):
+    """One round after the other, the visual tokens of a picture (crop, frame) are dealt out alternately to two sides, and each of side A
+    whose most similar one of side B exceeds the round's threshold merges into it, at most half of the tokens. Similarity: cosine of
+    the keys of the encoder layer that attention is read from (the last with full attention), mean over heads and over the patches of a
+    token; a merged token has the mean of its members, weighted as its embedding is, by how many tokens they stand for.
+
+    Not DyMU: a stand-in for its first half where an encoder joins 2 x 2 patches. It saves nothing inside the encoder and needs thresholds
+    of its own, which `vtoken calibrate dtome` finds for Qwen models. No published numbers. `plan` expects the mean count of the
+    calibration, or that nothing merges if there was none. Asks the device for the counts once per round.
+
+    Paper: https://arxiv.org/abs/2504.17040
+    """
+
+    site: ClassVar[Site] = "tokens"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2504.17040"
+    deviations: ClassVar[str] = "The authors merge inside the encoder only; this is an adaptation of ours."
+
+    def needs(self) -> tuple[Fact, ...]:
+        return (Fact("mean_key"),)
+
+    def taken(self, value: Tensor, held: Sequence[int], at: int) -> tuple[int, ...]:
+        """Merges per sequence in round `at`: value [S, W] similarities, -inf where there is none; held tokens per sequence."""
+        return self.above(value, held, at)
+
+    def select(self, tokens: VisualTokens) -> Keep:
+        owner, held, each = sequences(tokens)
+        metric, size, device = tokens.fact("mean_key").float(), tokens.size, owner.device
+        size = torch.ones(len(owner), device=device) if size is None else size
+        order = torch.argsort(owner, stable=True)
+        index = into = torch.arange(len(owner), device=device)
+        for at in range(len(self.thresholds)):
+            pairs = match(metric, order, held)
+            taken = self.taken(pairs.value, held, at)
+            if not any(taken):
+                continue
+            left, to, rank = merge(pairs, held, taken)
+            metric = Keep(left, (len(left),), to, size).apply(metric)
+            size = torch.zeros(len(left), device=device).index_add_(0, to, size)
+            held = [n - r for n, r in zip(held, taken, strict=True)]
+            index, into, owner = index[left], to[into], owner[left]
+            order = torch.argsort(owner * (len(tokens.x) + 1) + rank[left])
+        if len(index) == len(into):
+            return keep_all(tokens)
+        return Keep(index, tuple(sum(held[i : i + each]) for i in range(0, len(held), each)), into, tokens.size)
+
+    def plan(
+        self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
+    ) -> tuple[int, ...]:
+        return self.expected(lengths, lengths, -1)
+
+    def flops(self, lengths: Sequence[int], width: int) -> int:
+        """Similarities and means, counted at the decoder's width and as if nothing had merged before the last round: an upper bound."""
+        return len(self.thresholds) * sum(n * n // 2 + 2 * n for n in lengths) * width
+
+
+def sequences(tokens: VisualTokens) -> tuple[Tensor, list[int], int]:
+    """[ΣN] sequence of each token; tokens per sequence; sequences per image."""
+    image = image_of(tokens.lengths, tokens.x.device)
+    if tokens.segment is None:
+        return image, list(tokens.lengths), 1
+    each = int(tokens.segment.max()) + 1 if len(image) else 1
+    owner = image * each + tokens.segment
+    return owner, torch.bincount(owner, minlength=each * len(tokens.lengths)).tolist(), each
