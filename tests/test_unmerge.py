@@ -102,6 +102,18 @@ def test_equals_the_definition(family, rows, merger, cache):
     assert entry.tokens_in == entry.tokens_out == trace.stages[-2].tokens_out
 
 
+def test_interpolated_tokens_stand_for_themselves():
+    """Where it cannot be told which token absorbed which, `into` names those that are left, and no dropped one."""
+    model = tiny.make("llava_onevision")
+    batch = tiny.build(model, [[2, "video", 3], [1, "video", 2, "img", 1]], seed=3)
+    with vtoken.wrapped(model, [InsideMerge(at=(1,)), {"random": {"keep": "80%"}}]):
+        greedy(model, batch, 1)
+        trace = vtoken.trace(model)
+    assert trace.stages[0].into is None and len(trace.kept[2])
+    for into, kept in zip(trace.stages[-1].into, trace.kept, strict=True):
+        assert set(into.tolist()) - {-1} == set(kept.tolist())
+
+
 @families
 @caches
 def test_eager(family, cache):

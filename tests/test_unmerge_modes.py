@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import flash_stand_in
 import modes
 import naive_unmerge
@@ -132,13 +134,13 @@ def test_bfloat16(family, cache):
     merge(p, trace)
     _, want = naive_unmerge.generate(model, p, naive_unmerge.owners(p, trace), 3, start=out.sequences[:, -3:])
     assert out.past_key_values.layers[0].keys.dtype == torch.bfloat16
-    assert (torch.stack(out.logits).float() - want).abs().max() / want.abs().max() < 0.05
+    assert (torch.stack(out.logits).float() - want).norm() / want.norm() < 0.05, "0.015 to 0.03 without any stage"
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
 def test_gradients_with_and_without_checkpointing(family):
     model = tiny.make(family)
-    batch = tiny.build(model, [[3, "img", 5]], seed=3)
+    batch = tiny.build(model, modes.ROWS, seed=3)
     labels = batch["input_ids"].clone()
     labels[:, :-3] = -100
 
@@ -159,6 +161,27 @@ def test_gradients_with_and_without_checkpointing(family):
     assert plain.keys() == again.keys()
     for name, want in plain.items():
         torch.testing.assert_close(again[name], want)
+
+
+@families
+@caches
+def test_the_rows_of_a_cache_may_change_places(family, cache):
+    """Rows with pictures of different size, swapped and doubled behind the prefill: every row goes on as it would have."""
+    model = tiny.make(family)
+    batch = tiny.build(model, rows_for(family, "ragged")[:2], seed=3)
+    with vtoken.wrapped(model, unmerging("mingled", cache)), torch.no_grad():
+        want = greedy(model, batch, 4)
+        out = greedy(model, batch, 2, return_dict_in_generate=True)
+        deltas = getattr(model.model, "rope_deltas", None)
+        for index in ([1, 0], [1, 1, 0]):
+            held = copy.deepcopy(out.past_key_values)
+            held.batch_select_indices(torch.tensor(index))
+            mask = torch.nn.functional.pad(batch["attention_mask"], (0, 2), value=1)[index]
+            more = {"input_ids": out.sequences[index], "attention_mask": mask, "past_key_values": held}
+            if modes.qwen(model):
+                more["mm_token_type_ids"] = torch.nn.functional.pad(batch["mm_token_type_ids"], (0, 2))[index]
+                model.model.rope_deltas = deltas[index]
+            assert torch.equal(greedy(model, more, 2), want[index])
 
 
 @families
