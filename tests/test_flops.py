@@ -12,7 +12,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
+from vtoken import trace, wrapped
 from vtoken.budget import Budget
+from vtoken.config import load
 from vtoken.errors import UnsupportedError
 from vtoken.evals.flops import LEFT_OUT, account
 from vtoken.pruners.fastervlm import FasterVLM
@@ -182,6 +184,26 @@ def test_shortened_prefill_decode_and_cache(model: Any, keep: int) -> None:
     assert claimed.kv_bytes == held()
     assert claimed.dtype_bytes == 4
     assert claimed.visual_tokens == (keep,) * 4
+
+
+@pytest.mark.parametrize("held", ["expanded", "merged"])
+def test_unmerged_attention(held: Any) -> None:
+    """Merged tokens in the matrices, all places in attention, and the cache as the stage has it; of a wrapped model that merges all."""
+    model, text, new = tiny.llava(), 9, 4
+    pipeline = load([{"pool": {"size": 2}}, {"vtu": {"cache": held}}])
+    claimed = account(model.config, pipeline, text_tokens=text, new_tokens=1)
+    longer = account(model.config, pipeline, text_tokens=text, new_tokens=new)
+    batch = tiny.build(model, [[4, "img", 5]])
+    with wrapped(model, pipeline):
+        first = counted(lambda: model.generate(**batch, max_new_tokens=1, do_sample=False))
+        assert claimed.kv_bytes_prefill == trace(model).cache_bytes
+        assert longer.decode == pytest.approx(
+            counted(lambda: model.generate(**batch, max_new_tokens=new, do_sample=False)) - first, rel=CLOSE
+        )
+    assert claimed.total - claimed.stages == pytest.approx(first, rel=CLOSE)
+    assert claimed.visual_tokens == (4,) * 4 and "dropped, not merged" in claimed.left_out[-1]
+    alone = account(model.config, load("vtu"), text_tokens=text)
+    assert alone.total == account(model.config, text_tokens=text).total, "nothing was merged"
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip"])

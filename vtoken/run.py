@@ -237,6 +237,7 @@ class Encode:
         probe: [ΣN] first channel of the projected features: proof that what reaches the LLM is what was scored.
         stages: trace entries of encoder-site stages.
         home: [ΣN] as in Lineage, when an encoder stage merged.
+        untold: an encoder stage merged, but the model interpolated its output, so that no token stands for certain others.
     """
 
     layouts: tuple[Layout, ...]
@@ -244,6 +245,7 @@ class Encode:
     probe: Tensor
     stages: list[StageTrace]
     home: Tensor | None = None
+    untold: bool = False
 
 
 class Run(threading.local):

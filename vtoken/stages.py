@@ -19,6 +19,7 @@ from vtoken.budget import Budget
 from vtoken.kernels import gather_tokens, topk_tokens
 
 Site = Literal["frames", "encoder", "tokens", "decoder", "attention", "cache"]
+Unmerging = Literal["expanded", "merged"]
 SITES: tuple[Site, ...] = ("frames", "encoder", "tokens", "decoder", "attention", "cache")
 Grid = tuple[int, int, int]
 Parts = tuple[Grid, ...]
@@ -214,6 +215,11 @@ class Stage(BaseModel):
         """Per image, the text tokens whose attention is the fact text_attention, as indices into the fact later_text, the only one of
         `tokens`. Asked once, on what enters the decoder."""
         raise NotImplementedError(f"stage {self.name} asks for text_attention and defines no raters()")
+
+    def unmerges(self) -> Unmerging | None:
+        """At site attention, whether a merged token attends, and is attended to, at every place of its members; if so, what the KV cache
+        holds: keys and values of every place (expanded) or one of each merged token (merged)."""
+        return None
 
     def plan(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None

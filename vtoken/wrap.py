@@ -22,6 +22,7 @@ from vtoken.hooks.features import FeatureHooks
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.layers import LayerGroups
 from vtoken.hooks.packed import PackedHooks
+from vtoken.hooks.unmerge import Unmerge
 from vtoken.run import Run, Trace
 from vtoken.stages import FACTS, Fact, Site, Stage
 
@@ -31,6 +32,7 @@ AT_SITE: dict[Site, set[str]] = {
     "encoder": set(facts.PROJECTIONS),
     "tokens": AT_TOKENS,
     "decoder": {*OBSERVED, "next_query_attention", "normed", "later_normed", "text", "later_text"},
+    "attention": set(),
 }
 
 
@@ -52,6 +54,11 @@ class Session:
             FeatureHooks(self.adapter, self.run, self.handle)
             tower: Any = EncoderHooks if self.adapter.encoder.unit == 1 else PackedHooks
             tower(self.adapter, self.run, self.handle, wanted, encoder)
+            unmerge = [
+                Unmerge(self.adapter.lm, self.run, self.handle, stage, mrope=self.adapter.mrope)
+                for stage in self._at("attention")
+                if stage.unmerges()
+            ]
             self.boundary = Boundary(
                 self.adapter,
                 self.run,
@@ -62,6 +69,7 @@ class Session:
                 newline=pipeline.newline,
                 owner=self.owner,
                 resolve=self._resolve,
+                unmerge=unmerge[0] if unmerge else None,
             )
             LayerGroups(self.adapter.lm, self.run, self.handle, decoder, compact=compact, enter=self.boundary.enter)
             asked = tapped(decoder, len(self.adapter.lm.layers))
@@ -109,6 +117,7 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
             f"anyres: {pipeline.anyres} chooses how LLaVA-NeXT and OneVision cut pictures; {adapter.model_type} does not cut them. "
             "Leave the key out"
         )
+    check_unmerging(pipeline)
     for stage in pipeline.stages:
         if stage.site not in AT_SITE:
             raise UnsupportedError(
@@ -134,9 +143,31 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
         check_layers(stage, adapter)
 
 
+def check_unmerging(pipeline: Pipeline) -> None:
+    """Refuses what does not go together with virtual unmerging.
+
+    Raises:
+        UnsupportedError: names the other stage or policy.
+    """
+    for stage in pipeline.stages:
+        if not stage.unmerges():
+            continue
+        if pipeline.positions == "compact":
+            raise UnsupportedError(
+                f"stage {stage.name} gives merged tokens the positions of all their members, which positions: compact would renumber; "
+                "use positions: original"
+            )
+        others = [s for s in pipeline.stages if s is not stage and s.site in ("decoder", "attention", "cache")]
+        if others:
+            raise UnsupportedError(
+                f"stage {stage.name} makes decoder layers attend at places that {others[0].name} (site {others[0].site}) knows nothing "
+                f"of; leave one of the two out. Stages of site encoder and tokens go with {stage.name}"
+            )
+
+
 def check_layers(stage: Stage, adapter: Adapter) -> None:
     """Refuses layers that do not exist, or whose output nobody reads any more."""
-    if stage.site == "tokens":
+    if stage.site in ("tokens", "attention"):
         return
     if stage.site == "encoder" and adapter.tower.config._attn_implementation == "flex_attention":
         raise UnsupportedError(

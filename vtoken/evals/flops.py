@@ -160,6 +160,11 @@ def account(
     size = dtype_bytes or _dtype_bytes(config)
     decoder = shape.decoder
     in_decoder = [text_tokens + sum(counts) + lines for counts, lines in zip(walk.decoder, walk.newlines, strict=True)]
+    attended, cached = in_decoder, in_decoder
+    if walk.unmerged is not None:
+        tokens, held = walk.unmerged
+        attended = [n - sum(c) + tokens for n, c in zip(in_decoder, walk.decoder, strict=True)]
+        cached = attended if held == "expanded" else in_decoder
     head = 2 * decoder.width * shape.vocabulary
     steps = new_tokens - 1
     return Account(
@@ -174,14 +179,13 @@ def account(
         projector=batch * sum(2 * each.weights * sum(walk.mlps[each.layer]) for each in shape.projectors),
         stages=batch * walk.cost,
         prefill_linear=batch * (head + sum(map(decoder.linear, in_decoder))),
-        prefill_attention=batch * sum(2 * decoder.scores(n, n) for n in in_decoder),
-        prefill_attention_causal=batch * sum(decoder.scores(n, n + 1) for n in in_decoder),
-        decode=batch
-        * (steps * (head + decoder.depth * decoder.linear(1)) + _decode_attention(shape, in_decoder, steps)),
+        prefill_attention=batch * sum(2 * decoder.scores(n, n) for n in attended),
+        prefill_attention_causal=batch * sum(decoder.scores(n, n + 1) for n in attended),
+        decode=batch * (steps * (head + decoder.depth * decoder.linear(1)) + _decode_attention(shape, attended, steps)),
         visual_tokens=tuple(map(sum, walk.decoder)),
         newline_tokens=tuple(walk.newlines),
-        kv_bytes_prefill=batch * size * _kv_numbers(shape, in_decoder),
-        kv_bytes=batch * size * _kv_numbers(shape, [n + steps for n in in_decoder]),
+        kv_bytes_prefill=batch * size * _kv_numbers(shape, cached),
+        kv_bytes=batch * size * _kv_numbers(shape, [n + steps for n in cached]),
         left_out=(*LEFT_OUT, *walk.left_out),
     )
 

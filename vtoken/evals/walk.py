@@ -35,6 +35,8 @@ class Walk:
         tower: units (see Tower) alive per crop in every tower layer; `mlps` those that its MLP sees.
         decoder: visual tokens alive per image in every decoder layer.
         newlines: newline tokens of the row in every decoder layer.
+        unmerged: visual tokens of the row at whose places attention sees merged ones, and what the cache then holds; None without such a
+            stage.
         cost: FLOPs of the stages and of the facts they read.
         left_out: what could not be counted.
 
@@ -53,13 +55,19 @@ class Walk:
         self._paid: set[tuple[str, str, int]] = set()
         stages = [s.bound(shape.tower.layers.depth) if s.site == "encoder" else s for s in stages]
         for stage in stages:
-            if stage.site not in ("encoder", "tokens", "decoder"):
+            if stage.unmerges():
+                self._leave_out(
+                    f"{stage.name}: tokens that were dropped, not merged; attention is counted as if none was"
+                )
+            elif stage.site not in ("encoder", "tokens", "decoder"):
                 self._leave_out(f"{stage.name}: what a stage at site {stage.site} saves and costs")
             self._check_layers(stage)
         at: dict[Site, list[Stage]] = {
             site: [s for s in stages if s.site == site] for site in ("encoder", "tokens", "decoder")
         }
         self._dropping = bool(at["tokens"] or at["decoder"])
+        held = next((s.unmerges() for s in stages if s.unmerges()), None)
+        self.unmerged = None if held is None or len(stages) == 1 else (images * size_of(shape.parts), held)
         self.crops = shape.tower.crops * images
         counts: Counts = tuple(size_of((crop,)) for crop in self.crops)
         for layer in range(shape.tower.layers.depth):

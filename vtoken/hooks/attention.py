@@ -24,6 +24,7 @@ from vtoken.run import Run
 from vtoken.stages import Fact, Stage, offsets_of
 
 NAME = "vtoken"
+HANDED = "vtoken_handed"  # argument of a decoder layer that goes through to the tap of its attention, and no further
 CHUNK = 64  # text queries whose scores over all slots are held at once
 # Fact of a stage -> what is kept of the layer for it.
 OBSERVED = {
@@ -50,6 +51,7 @@ def tap(handle: Handle, lm: Any, layers: Iterable[int], function: Tap) -> None:
 def _dispatch(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
     function, config = module.vtoken_tap
     name = config._attn_implementation
+    handed = {HANDED: kwargs.pop(HANDED)} if HANDED in kwargs else {}
 
     def original(q: Tensor = q, k: Tensor = k, v: Tensor = v, mask: Any = mask) -> Any:
         attend = ALL_ATTENTION_FUNCTIONS.get(name) or sys.modules[type(module).__module__].eager_attention_forward
@@ -58,7 +60,7 @@ def _dispatch(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs:
         # The flash wrapper reads the implementation from module.config, so it sees a stand-in with the real one.
         return attend(_WithConfig(module, config), q, k, v, mask, **kwargs)
 
-    return function(module, q, k, v, mask, original, **kwargs)
+    return function(module, q, k, v, mask, original, **kwargs, **handed)
 
 
 class _WithConfig:

@@ -21,6 +21,7 @@ from vtoken.hooks.facts import substituted
 from vtoken.hooks.flow import Flow, Prefill, StaticStep, eager
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.layout import take
+from vtoken.hooks.unmerge import Unmerge
 from vtoken.run import Run, Trace
 from vtoken.stages import Fact, Stage
 
@@ -34,6 +35,7 @@ class Boundary:
         always: take over the cache at every prefill with images, because later stages shorten inside the decoder.
         newline: which newline tokens stay, see Prefill.
         resolve: the fact as the encoder stored it (layers resolved, substituted).
+        unmerge: lets attention see merged tokens at all their places, if a stage asks for that.
     """
 
     def __init__(
@@ -48,8 +50,9 @@ class Boundary:
         newline: str,
         owner: Owner,
         resolve: Callable[[Fact], Fact],
+        unmerge: Unmerge | None = None,
     ) -> None:
-        self.adapter, self.run, self.owner = adapter, run, owner
+        self.adapter, self.run, self.owner, self.unmerge = adapter, run, owner, unmerge
         self.stages = [(stage, substituted(stage, adapter.substitutes)) for stage in stages]
         self.compact, self.always = compact, always
         self.entry = Entry(adapter, run, resolve, newline, drops=bool(stages) or always)
@@ -141,6 +144,8 @@ class Boundary:
         trace.prompt_tokens = list(flow.counts)
         self.run.flow = flow
         if not flow.changed and not self.always and not isinstance(cache, PrunedCache):
+            if self.unmerge is not None:
+                self.unmerge.prefill(flow, self.enter)
             return None
         use_cache = kwargs.get("use_cache")
         if cache is None and (self.adapter.lm.config.use_cache if use_cache is None else use_cache):
@@ -156,6 +161,8 @@ class Boundary:
         if cache is not None and cache.is_compileable:
             cache.prompt_mask = flow.mask
         positions = flow.compact(0) if self.compact else take(flow.positions, flow.index, -1)
+        if self.unmerge is not None:
+            self.unmerge.prefill(flow, self.enter)
         if cache is None and mask is None:
             # Gaps in position ids without mask and cache would be taken for packed sequences.
             mask = torch.ones(flow.index.shape, dtype=torch.long, device=x.device)
@@ -197,13 +204,15 @@ class Boundary:
         backend = self.adapter.lm.config._attn_implementation or ""
         maskless = backend == "sdpa" or "flash" in backend
         uniform = single or (mask is None and maskless and not cache.shifted)
-        if one and cache.dense and uniform and (mask is None or mask.ndim == 4):
+        if one and cache.table is None and cache.dense and uniform and (mask is None or mask.ndim == 4):
             return args, kwargs
         flow = self._flow(kwargs)
         if cache.shifted:
             flow.positions = flow.positions + shift
         self.run.flow = flow
         kwargs = {**kwargs, "attention_mask": self.enter(flow, 0)}
+        if self.unmerge is not None:
+            self.unmerge.go_on(flow)
         return args, kwargs
 
     def enter(self, flow: Flow, start: int) -> Tensor | None:

@@ -50,9 +50,11 @@ class Slots:
 
 
 class PrunedCache:
-    """Mixed into the class of a live cache by `adopt`. `groups[k]` describes layers from k up to the next key."""
+    """Mixed into the class of a live cache by `adopt`. `groups[k]` describes layers from k up to the next key. `table` tells what merged
+    tokens, whose keys are held without RoPE, stand for (hooks/unmerge.py)."""
 
     groups: dict[int, Slots]
+    table: Any = None
     valid: dict[int, Tensor]
     prompt_mask: Tensor | None
     owner: Owner
@@ -130,7 +132,7 @@ class PrunedCache:
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
         first = next(iter(self.groups.values()))
-        self.shifted, self.prompt_mask = False, None
+        self.shifted, self.prompt_mask, self.table = False, None, None
         self.groups, self.valid = {}, {}
         self.record(
             0, replace(first, logical=first.logical[:, :0], end=0, shift=torch.zeros_like(first.shift), dense=True)
@@ -141,6 +143,8 @@ class PrunedCache:
             self.record(start, slots.rows(index))
         if self.prompt_mask is not None:
             self.prompt_mask = self.prompt_mask[index.to(self.prompt_mask.device)]
+        if self.table is not None:
+            self.table = self.table.rows(index)
 
 
 _CLASSES: dict[type, type] = {}

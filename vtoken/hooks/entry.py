@@ -112,8 +112,10 @@ def encoded(flow: Prefill, values: Tensor) -> Tensor:
     keep = Keep(alive, tuple(torch.bincount(v.image[alive], minlength=len(v.lengths)).tolist()))
     left = v.after(keep)
     if any(encode.home is not None for encode in encodes):
-        flat = [torch.arange(len(e.probe)) if e.home is None else e.home for e in encodes]
+        flat = [torch.full((len(e.probe),), -2) if e.home is None else e.home for e in encodes]
         home = flow.located.gather(flat).to(v.line.device)
+        alone = torch.where(values[:, 0].isnan(), -1, v.lineage.place)
+        home = torch.where(home == -2, alone.to(home.device), home)
         left = left.with_home(home)
         slot = torch.full_like(home, -1)
         slot[alive] = torch.arange(len(alive), device=alive.device)

@@ -73,7 +73,8 @@ class FeatureHooks:
         traces, home = tower.traces, tower.lineage.home
         if traces and tower.lineage.full != tuple(layout.tokens for layout in call.layouts):
             traces, home = repacked(pack, call, tower.lineage.full, traces)
-        return Encode(call.layouts, facts, probe, traces, home)
+        untold = home is None and tower.lineage.home is not None
+        return Encode(call.layouts, facts, probe, traces, home, untold)
 
 
 def scalar(fact: Fact) -> bool:

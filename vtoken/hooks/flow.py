@@ -81,6 +81,7 @@ class Flow:
         index, valid: [B, P] the physical layout: column of each slot, and whether it is real.
         group: first layer of the current layer group; `ok` its 2D mask over `slots` past and new slots (None: all real).
         over: arguments that later layers get instead of the model's own.
+        spread: how attention sees merged tokens at all their places, when it does.
     """
 
     new: Tensor
@@ -98,6 +99,7 @@ class Flow:
     slots: int = 0
     over: dict[str, Any] = field(default_factory=dict)
     memo: dict[str, Any] = field(default_factory=dict)
+    spread: Any = None
 
     @property
     def dense(self) -> bool:
@@ -108,12 +110,16 @@ class Flow:
         """Of the layer group that `start` belongs to, what earlier forwards left in its slots: logical positions [B, S] (-1: padding), and
         which of them are real and not masked by the user."""
         old = self.cache.logical(self.cache.group(start), self.past)
+        return old, self.unmasked(old)
+
+    def unmasked(self, old: Tensor) -> Tensor:
+        """[B, S] which of these past logical positions (-1: padding) are real and not masked by the user."""
         real = old >= 0
         if self.mask is not None and old.shape[1]:
             mask = self.mask.to(real.device).bool()
             mask = torch.nn.functional.pad(mask, (0, max(0, self.past - mask.shape[1])), value=True)
             real = real & mask.gather(1, old.clamp(min=0))
-        return old, real
+        return real
 
     def shift(self, start: int) -> Tensor:
         """[B] how far the group's positions lag behind the logical ones once this forward is cached (compact positions)."""
