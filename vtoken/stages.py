@@ -197,6 +197,10 @@ class Stage(BaseModel):
         """The stage for an encoder of so many layers, where what it decides depends on that."""
         return self
 
+    def misfit(self, depth: int, width: int) -> str:
+        """Why what the stage was given (weights, tables) does not fit an LLM of so many layers and channels; "" if it does."""
+        return ""
+
     def select(self, tokens: VisualTokens) -> Keep:
         """The decision, at sites encoder, tokens and decoder."""
         raise NotImplementedError(f"stage {self.name} defines no select()")
