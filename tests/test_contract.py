@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gates
 import pytest
 import tiny
 import torch
@@ -14,12 +15,13 @@ from vtoken import registry
 from vtoken.errors import UnsupportedError
 from vtoken.stages import FACTS, Fact, VisualTokens
 
+WIDTH = tiny.TEXT["hidden_size"]
 LENGTHS, PARTS = (16, 9, 1, 30), (((1, 4, 4),), ((1, 3, 3),), ((1, 1, 1),), ((1, 2, 3), (1, 4, 6)))
 
 
 def stage(name, **options):
     cls = registry.stage(name)
-    usual = {"keep": 5, "local_layer": 1}  # the tiny towers have 4 layers
+    usual = {"keep": 5, "local_layer": 1, "gates": gates.file()}  # the tiny towers have 4 layers
     return cls(**{key: value for key, value in usual.items() if key in cls.model_fields}, **options)
 
 
@@ -28,16 +30,17 @@ def packed(stage, lengths=LENGTHS, parts=PARTS, seed=0):
     xs, facts = [], {f: [] for f in stage.needs()}
     for n in lengths:
         g = torch.Generator().manual_seed(seed + n)
-        xs.append(torch.randn(n, 8, generator=g))
+        xs.append(torch.randn(n, WIDTH, generator=g))
         for f, values in facts.items():
-            values.append(torch.rand(n, generator=g) if "attention" in f.name else torch.randn(n, 8, generator=g))
+            values.append(torch.rand(n, generator=g) if "attention" in f.name else torch.randn(n, WIDTH, generator=g))
     place = torch.cat([torch.arange(n) for n in lengths])
+    layer = next(iter(stage.layers(4)), None)
     # Text is one tensor per row, what stands behind an image one per image.
     found = {
         f: v if f.name.startswith(("text", "later_")) and "attention" not in f.name else torch.cat(v)
         for f, v in facts.items()
     }
-    return VisualTokens.pack(torch.cat(xs), lengths, parts, tuple(range(len(lengths))), place, facts=found)
+    return VisualTokens.pack(torch.cat(xs), lengths, parts, tuple(range(len(lengths))), place, facts=found, layer=layer)
 
 
 every = pytest.mark.parametrize("name", registry.stages())
@@ -48,7 +51,7 @@ def test_decision_is_well_formed(name):
     s = stage(name)
     tokens = packed(s)
     keep = s.select(tokens)
-    assert keep.lengths == s.plan(LENGTHS, PARTS, tokens.row), "plan() tells what select() leaves"
+    assert keep.lengths == s.plan(LENGTHS, PARTS, tokens.row, tokens.layer), "plan() tells what select() leaves"
     assert len(keep.index) == sum(keep.lengths)
     assert torch.equal(keep.index, keep.index.unique()), "ascending and unique"
     start = 0

@@ -43,8 +43,8 @@ MAY_IMPORT = {
     "source": {"errors"},
     "config": GROUND | {"errors", "registry", "source"},
     "wrap": LOWER,
-    "evals": LOWER | {"wrap", "evals", "__init__"},
-    "commands": LOWER | {"wrap", "evals", "__init__"},
+    "evals": LOWER | {"wrap", "evals", "compressors", "__init__"},
+    "commands": LOWER | {"wrap", "evals", "compressors", "__init__"},
     "cli": LOWER | {"wrap", "commands", "evals", "__init__"},
     "__main__": {"cli"},
 }
@@ -58,7 +58,7 @@ MAY_IMPORT_FROM_OTHERS = {
     "stages": {"torch", "pydantic"},
     "run": {"torch"},
     "pruners": {"torch", "pydantic"},
-    "compressors": {"torch", "pydantic"},
+    "compressors": {"torch", "pydantic", "safetensors"},
     "source": {"yaml"},
     "config": {"pydantic", "yaml"},
 }
