@@ -8,25 +8,15 @@ import torch
 from modes import ROWS, families
 from probes import Deep, Failing, Inside, Ragged
 from test_generate import BATCHES, run
+from usual import stage
 
 import vtoken
 from vtoken import registry
 from vtoken.errors import UnsupportedError
 from vtoken.stages import FACTS, Fact, VisualTokens
 
+WIDTH = tiny.TEXT["hidden_size"]
 LENGTHS, PARTS = (16, 9, 1, 30), (((1, 4, 4),), ((1, 3, 3),), ((1, 1, 1),), ((1, 2, 3), (1, 4, 6)))
-
-
-USUAL = {"keep": 5, "local_layer": 1, "r": 2}  # the tiny towers have 4 layers
-# Thresholds that everything exceeds: half of the tokens merge, half of the rest, ...
-HALVES = {"dtome": {"thresholds": (-1.0,) * 4, "left": (0.5, 0.25, 0.125, 0.125)}}
-HALVES["dtome_post"] = {"thresholds": (-1.0,), "left": (0.5,)}
-
-
-def stage(name, **options):
-    cls = registry.stage(name)
-    usual = {key: value for key, value in USUAL.items() if key in cls.model_fields}
-    return cls(**usual, **HALVES.get(name, {}), **options)
 
 
 def packed(stage, lengths=LENGTHS, parts=PARTS, seed=0):
@@ -34,16 +24,17 @@ def packed(stage, lengths=LENGTHS, parts=PARTS, seed=0):
     xs, facts = [], {f: [] for f in stage.needs()}
     for n in lengths:
         g = torch.Generator().manual_seed(seed + n)
-        xs.append(torch.randn(n, 8, generator=g))
+        xs.append(torch.randn(n, WIDTH, generator=g))
         for f, values in facts.items():
-            values.append(torch.rand(n, generator=g) if "attention" in f.name else torch.randn(n, 8, generator=g))
+            values.append(torch.rand(n, generator=g) if "attention" in f.name else torch.randn(n, WIDTH, generator=g))
     place = torch.cat([torch.arange(n) for n in lengths])
+    layer = next(iter(stage.layers(4)), None)
     # Text is one tensor per row, what stands behind an image one per image.
     found = {
         f: v if f.name.startswith(("text", "later_")) and "attention" not in f.name else torch.cat(v)
         for f, v in facts.items()
     }
-    return VisualTokens.pack(torch.cat(xs), lengths, parts, tuple(range(len(lengths))), place, facts=found)
+    return VisualTokens.pack(torch.cat(xs), lengths, parts, tuple(range(len(lengths))), place, facts=found, layer=layer)
 
 
 every = pytest.mark.parametrize("name", registry.stages())
@@ -57,7 +48,7 @@ def test_decision_is_well_formed(name):
     s = stage(name)
     tokens = packed(s)
     keep = s.select(tokens)
-    assert keep.lengths == s.plan(LENGTHS, PARTS, tokens.row), "plan() tells what select() leaves"
+    assert keep.lengths == s.plan(LENGTHS, PARTS, tokens.row, tokens.layer), "plan() tells what select() leaves"
     assert len(keep.index) == sum(keep.lengths)
     assert torch.equal(keep.index, keep.index.unique()), "ascending and unique"
     start = 0

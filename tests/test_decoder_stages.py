@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import flash_stand_in
+import gates
 import oracle
 import pytest
 import tiny
@@ -21,6 +22,9 @@ STAGES = {
     "sparsevlm": [{"sparsevlm": {"keep": 8, "layer": 1}}, {"sparsevlm": {"keep": 4}}],
     "dart": [{"dart": {"keep": 6, "image_pivots": 1, "text_pivots": 2}}],
     "vtw": [{"vtw": {}}],
+    "dyvte": [{"dyvte": {"gates": gates.file(seed=18)}}],
+    "todre_exit": [{"todre_exit": {"threshold": 0.8, "at": (2, 3)}}],
+    "attention_exit": [{"attention_exit": {"threshold": 0.65, "first": 1, "window": 2, "sinks": 10}}],
 }
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gates
 import oracle
 import pytest
 import tiny
 import torch
+import usual
 from probes import Deep, Inside, InsideMerge, Ragged
-from test_contract import stage as usual
 
 import vtoken
 from vtoken import registry
@@ -196,7 +197,7 @@ def test_every_stage_runs(family, name):
     model = tiny.make(family)
     rows = "video and image" if family in tiny.VIDEO and name in ("evs", "vidcom2") else "ragged"
     batch = tiny.build(model, rows_for(family, rows), seed=3)
-    stage = usual(name)
+    stage = usual.stage(name, gates=gates.file(seed=18))
     if stage.inside() and family in QWEN:
         with pytest.raises(UnsupportedError, match="neighbouring patches"):
             vtoken.wrap(model, stage)

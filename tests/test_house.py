@@ -43,8 +43,8 @@ MAY_IMPORT = {
     "source": {"errors"},
     "config": GROUND | {"errors", "registry", "source"},
     "wrap": LOWER,
-    "evals": LOWER | {"wrap", "evals", "__init__"},
-    "commands": LOWER | {"wrap", "evals", "__init__"},
+    "evals": LOWER | {"wrap", "evals", "compressors", "__init__"},
+    "commands": LOWER | {"wrap", "evals", "compressors", "__init__"},
     "cli": LOWER | {"wrap", "commands", "evals", "__init__"},
     "__main__": {"cli"},
 }

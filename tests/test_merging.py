@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+import usual
 from known_merge import step
 from modes import alone, families
 from probes import Recorder
-from test_contract import stage as usual
 from test_generate import run
 
 import vtoken
@@ -308,7 +308,7 @@ def test_index_map_covers_every_token(family):
     model = tiny.make(family)
     batch = tiny.build(model, [[3, "img", 5], [2, "img", 3]], seed=3)
     name = "dtome_post" if family.startswith("qwen") else "dtome"
-    with vtoken.wrapped(model, usual(name)):
+    with vtoken.wrapped(model, usual.stage(name)):
         run(model, batch)
         trace = vtoken.trace(model)
     last = trace.stages[-1]

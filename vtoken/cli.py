@@ -22,6 +22,7 @@ COMMANDS = {
     "flops": "account for the FLOPs that a pipeline saves",
     "bench": "measure latency and memory with and without a pipeline",
     "calibrate": "compute the table or layer that a stage needs for a model",
+    "train-exit": "train the gates of dyvte for a model",
     "demo": "prune the shipped reference model and write a report",
     "schema": "JSON Schema of pipeline files, for editors",
 }
@@ -62,12 +63,12 @@ def _parser(command: str) -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"vtoken {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"vtoken {__version__}")
     parsers = parser.add_subparsers(metavar="COMMAND", dest="command")
     for name, summary in COMMANDS.items():
         sub = parsers.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
         if name == command:
-            module = import_module(f"vtoken.commands.{name}")
+            module = import_module(f"vtoken.commands.{name.replace('-', '_')}")
             module.add_arguments(sub)
             sub.set_defaults(run=module.run)
     return parser

@@ -18,6 +18,10 @@ class UnsupportedError(VtokenError, TypeError):
     """A model, or a pairing of model and stage, that vtoken cannot serve."""
 
 
+class OtherModelError(UnsupportedError):
+    """Weights or tables of a stage that belong to another model; names what makes those of this one."""
+
+
 def unknown(what: str, name: object, known: Iterable[str]) -> str:
     """`unknown stage 'fastervm', did you mean 'fastervlm'? Known: ...`, for messages."""
     names = sorted(known)

@@ -207,6 +207,10 @@ class Stage(BaseModel):
         """Of encoder stages that act between attention and MLP: whether keys then count as often as they have members (log size)."""
         return None
 
+    def misfit(self, depth: int, width: int) -> str:
+        """Why what the stage was given (weights, tables) does not fit an LLM of so many layers and channels; "" if it does."""
+        return ""
+
     def select(self, tokens: VisualTokens) -> Keep:
         """The decision, at sites encoder, tokens and decoder."""
         raise NotImplementedError(f"stage {self.name} defines no select()")

@@ -12,7 +12,7 @@ from torch import nn
 from vtoken import config, registry
 from vtoken.adapters.base import Adapter
 from vtoken.config import Pipeline
-from vtoken.errors import UnsupportedError
+from vtoken.errors import OtherModelError, UnsupportedError
 from vtoken.hooks import facts
 from vtoken.hooks.attention import OBSERVED, observe, tap, tapped
 from vtoken.hooks.boundary import Boundary
@@ -123,6 +123,8 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
             raise UnsupportedError(
                 f"stage {stage.name} acts at site {stage.site!r}, which this version of vtoken does not serve yet"
             )
+        if why := stage.misfit(len(adapter.lm.layers), adapter.lm.config.hidden_size):
+            raise OtherModelError(f"stage {stage.name}: {why}")
         for need in stage.needs():
             if need.name not in FACTS:
                 raise UnsupportedError(

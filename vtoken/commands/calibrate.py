@@ -8,10 +8,19 @@ from pkgutil import iter_modules
 
 from vtoken.evals import calibrate
 
+EXAMPLES = """examples:
+  vtoken calibrate vtw tiny-llava              # the layer before which all visual tokens can leave
+  vtoken calibrate vtw tiny-llava --json       # the same, as one JSON object
+  vtoken calibrate METHOD --help               # options of a method
+
+Every method takes --json.
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One sub-command per module of `vtoken.evals.calibrate`."""
     parser.description = "Compute the table or layer that a stage needs for a model; training-free."
+    parser.epilog = EXAMPLES
     parsers = parser.add_subparsers(metavar="METHOD", dest="method", required=True)
     for found in iter_modules(calibrate.__path__):
         if found.name.startswith("_"):

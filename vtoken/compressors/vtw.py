@@ -14,7 +14,7 @@ class VTW(Compressor):
     """Before decoder layer `layer` every visual token leaves: deeper layers compute, and cache, text only. What the image says has to
     have reached the text by then: too aggressive for reading text in images and for long captions.
 
-    The authors choose the layer offline, the first from 5 on where the next-token distribution on some 20 samples stays close to the
+    The authors choose the layer offline, as `vtoken calibrate vtw` does for a model: the first from 5 on where the next-token distribution on some 20 samples stays close to the
     unpruned one (KL(withdrawn || full) at most 0.003; 0.0005 for 13B): layer 15 of 32 for LLaVA-1.5-7B.
 
     Paper: https://arxiv.org/abs/2405.05803
@@ -23,7 +23,7 @@ class VTW(Compressor):
     site: ClassVar[Site] = "decoder"
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.05803"
     deviations: ClassVar[str] = (
-        "The search for the layer is not part of it; without `layer` it is the authors' result for LLaVA-1.5-7B, in proportion to the depth."
+        "Without `layer` it is the authors' result for LLaVA-1.5-7B, in proportion to the depth; `vtoken calibrate vtw` searches it."
     )
 
     layer: int | None = Field(

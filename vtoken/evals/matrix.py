@@ -9,7 +9,7 @@ import torch
 
 from vtoken import config, registry
 from vtoken.budget import Budget
-from vtoken.errors import ConfigError, UnsupportedError
+from vtoken.errors import ConfigError, OtherModelError, UnsupportedError
 from vtoken.evals.configs import builtin
 from vtoken.hooks.facts import substituted
 from vtoken.stages import Stage
@@ -27,7 +27,7 @@ class Cell:
 
     Attributes:
         answer: "yes"; "substitute", another fact stands in for one the family lacks; "no"; or "depends", where the stage has
-            options without a default, so that there is nothing to try.
+            options without a default, or weights or tables of another model, so that there is nothing to try.
         reason: why it is not "yes", one sentence; "" for "yes".
     """
 
@@ -90,6 +90,10 @@ def cell(model: Any, stage: Stage | None, substitutes: dict[str, str]) -> Cell:
     try:
         with wrapped(model, stage):
             pass
+    except OtherModelError:
+        return Cell(
+            "depends", "It needs weights or tables made for the model; those of its preset are for another one."
+        )
     except UnsupportedError as error:
         reason = f"{str(error).rstrip('.')}."
         return Cell("no", reason if stage.name in reason else f"{stage.name}: {reason}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vtoken.errors import UnsupportedError
+from vtoken.errors import OtherModelError, UnsupportedError
 from vtoken.evals.geometry import Geometry
 from vtoken.stages import Fact, Site, Stage, size_of
 
@@ -61,6 +61,8 @@ class Walk:
                 )
             elif stage.site not in ("encoder", "tokens", "decoder"):
                 self._leave_out(f"{stage.name}: what a stage at site {stage.site} saves and costs")
+            if why := stage.misfit(shape.decoder.depth, shape.decoder.width):
+                raise OtherModelError(f"stage {stage.name}: {why}")
             self._check_layers(stage)
         at: dict[Site, list[Stage]] = {
             site: [s for s in stages if s.site == site] for site in ("encoder", "tokens", "decoder")

@@ -18,11 +18,11 @@ PICTURES = 128
 DIGITS = (2, 5)  # one fewer than the most in training
 
 
-def generate(count: int = PICTURES, seed: int = SEED) -> Iterator[tuple[Image.Image, list[dict]]]:
-    """Every test picture and one question of each kind about it."""
+def generate(count: int = PICTURES, seed: int = SEED, split: str = "test") -> Iterator[tuple[Image.Image, list[dict]]]:
+    """Every picture and one question of each kind about it."""
     rng = np.random.RandomState(seed)
     for k in range(count):
-        drawn = picture(rng, "test", digits=DIGITS)
+        drawn = picture(rng, split, digits=DIGITS)
         about = {"boxes": [g.box for g in drawn.glyphs], "fonts": [g.font for g in drawn.glyphs], "photo": drawn.photo}
         rows = []
         for kind in KINDS:
@@ -31,11 +31,11 @@ def generate(count: int = PICTURES, seed: int = SEED) -> Iterator[tuple[Image.Im
         yield drawn.image, rows
 
 
-def write(folder: Path, count: int = PICTURES, seed: int = SEED) -> None:
+def write(folder: Path, count: int = PICTURES, seed: int = SEED, split: str = "test") -> None:
     """Pictures as JPEG without colour subsampling, questions as JSON lines."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for image, rows in generate(count, seed):
+    for image, rows in generate(count, seed, split):
         image.save(folder / rows[0]["image"], quality=92, subsampling=0)
         lines += [json.dumps(row) for row in rows]
     (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
@@ -45,8 +45,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=SEED, help=f"another set; {DEVELOPMENT} is that of the development")
+    parser.add_argument("--pictures", type=int, default=PICTURES, metavar="N")
+    parser.add_argument(
+        "--split", choices=("test", "train"), default="test", help="whose photographs' halves and fonts"
+    )
     given = parser.parse_args()
-    write(given.out, seed=given.seed)
+    write(given.out, given.pictures, given.seed, given.split)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,24 @@
+"""Every stage with options that suit the tiny models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gates
+
+from vtoken import registry
+from vtoken.stages import Stage
+
+# Thresholds that everything exceeds: half of the tokens merge, half of the rest, ...
+HALVES: dict[str, dict[str, Any]] = {
+    "dtome": {"thresholds": (-1.0,) * 4, "left": (0.5, 0.25, 0.125, 0.125)},
+    "dtome_post": {"thresholds": (-1.0,), "left": (0.5,)},
+}
+
+
+def stage(name: str, **options: Any) -> Stage:
+    """The stage by name; what it has of the usual options is set (the tiny towers and decoders have 4 layers)."""
+    cls = registry.stage(name)
+    usual = {"keep": 5, "local_layer": 1, "r": 2, "table": (200, 100, 50), "min_len": 0, "gates": gates.file()}
+    own = {key: value for key, value in {**usual, **options}.items() if key in cls.model_fields}
+    return cls(**{**own, **HALVES.get(name, {})})

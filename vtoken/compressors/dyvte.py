@@ -1,0 +1,84 @@
+"""DyVTE: a small trained gate per decoder layer says when all visual tokens of a sample leave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from pydantic import Field, field_validator
+
+from vtoken.compressors._exits import asked, last_of, leave
+from vtoken.compressors._gates import gate, header, logits, question
+from vtoken.stages import Compressor, Fact, Keep, Parts, Site, VisualTokens
+
+
+class DyVTE(Compressor):
+    """Before every decoder layer a gate of its own looks at what leaves the layer before: the mean of the question's tokens (the text behind the
+    row's last image, but for the last token) beside the last prompt token. Two matrices with GELU between them give two numbers, stay and
+    leave; at the first layer where leave is larger all visual tokens of the row leave. Decided at prefill, row by row.
+
+    The authors publish no gates. `vtoken train-exit` trains them for a model; those of the reference model are shipped (`gates:
+    tiny-llava`). How many rows leave where depends on the prompt: the plan (FLOPs) takes the shares that were measured when the gates were
+    trained. Rows with fewer than two text tokens behind their last image keep it.
+
+    Paper: https://arxiv.org/abs/2411.19628
+    """
+
+    site: ClassVar[Site] = "decoder"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2411.19628"
+    deviations: ClassVar[str] = (
+        "The authors' code counts on 35 tokens before one image of 576; here the question is found in any prompt, and the images of a row "
+        "leave together. No gate for the last layer, behind which there is nothing to save. Means are taken in float32."
+    )
+
+    gates: str = Field(
+        description="file that `vtoken train-exit` wrote for the same model, or tiny-llava for the shipped ones"
+    )
+
+    @field_validator("gates")
+    @classmethod
+    def _readable(cls, gates: str) -> str:
+        header(gates)
+        return gates
+
+    def needs(self) -> tuple[Fact, ...]:
+        return (Fact("later_text"),)
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        return tuple(range(1, depth))
+
+    def misfit(self, depth: int, width: int) -> str:
+        told = header(self.gates)
+        if (told.depth, told.width) == (depth, width):
+            return ""
+        return (
+            f"the gates {self.gates!r} are for a decoder of {told.depth} layers of width {told.width}, this one has {depth} of width "
+            f"{width}; train gates for it: vtoken train-exit MODEL --data DATA -o FILE"
+        )
+
+    @torch.no_grad()
+    def select(self, tokens: VisualTokens) -> Keep:
+        texts, last = tokens.fact("later_text"), last_of(tokens.row)
+        which = sorted({k for k, ask in zip(last, asked(tokens, least=2), strict=True) if ask})
+        gone: dict[int, bool] = {}
+        if which:
+            assert tokens.layer is not None
+            shown = torch.stack([question(texts[k]) for k in which])
+            stay, out = logits(gate(self.gates, tokens.layer, shown.device), shown).unbind(1)
+            gone = dict(zip(which, (out > stay).tolist(), strict=True))
+        return leave(tokens, [gone.get(k, False) for k in last])
+
+    def plan(
+        self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
+    ) -> tuple[int, ...]:
+        """Expected tokens: those that arrive, times the share of samples that stay of those still there."""
+        stay = header(self.gates).stay
+        if not layer or not stay[layer - 1]:
+            return tuple(lengths)
+        return tuple(round(n * stay[layer] / stay[layer - 1]) for n in lengths)
+
+    def flops(self, lengths: Sequence[int], width: int) -> int:
+        """Both matrices, of one row, while it has images."""
+        told = header(self.gates)
+        return 2 * told.hidden * (2 * told.width + 2) if any(lengths) else 0

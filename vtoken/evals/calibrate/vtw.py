@@ -1,0 +1,114 @@
+"""VTW's layer: the first from which the next token hardly changes when all visual tokens leave."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtoken.errors import ConfigError, VtokenError
+from vtoken.evals.samples import ABOUT, Sample, load, prepare, read
+from vtoken.evals.withdraw import Withdrawal
+
+SUMMARY = "the decoder layer before which all visual tokens can leave (vtw)"
+EXAMPLES = """examples:
+  vtoken calibrate vtw tiny-llava                       # on 20 shipped questions
+  vtoken calibrate vtw llava-hf/llava-1.5-13b-hf --data mine.jsonl --tolerance 0.0005
+  vtoken calibrate vtw tiny-llava --json | jq .pipeline
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "For every layer K: KL divergence of the next-token distribution with all visual tokens gone before K from that of\n"
+        "the full model, mean over questions; the first K within the tolerance is VTW's. One dense forward per question and\n"
+        "the deeper layers on text alone. Of multiple-choice questions it gives layers too early for OCR and captions."
+    )
+    parser.epilog = EXAMPLES
+    parser.add_argument("model", metavar="MODEL", help="shipped model, folder or hub id")
+    parser.add_argument("--data", default="reference", metavar="DATA", help=f"{ABOUT} (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=20, metavar="N", help="first N questions (default: %(default)s)")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.003,
+        metavar="KL",
+        help="most divergence, in nats (default: %(default)s, the authors' for LLaVA-1.5-7B; 0.0005 for 13B, 0.0001 for 1.6-7B)",
+    )
+    parser.add_argument(
+        "--first", type=int, metavar="K", help="first layer that is tried (default: 5 of 32, as the authors)"
+    )
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 (default: the GPU if there is one)")
+    parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: that of the weights)")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the divergence of every layer and the first within the tolerance.
+
+    Raises:
+        VtokenError: no layer is within it, or model or data are not to be had.
+    """
+    samples = read(args.data, args.limit)
+    model, processor = load(args.model, args.device, args.dtype)
+    depth = model.config.get_text_config().num_hidden_layers
+    first = max(1, min(5, depth * 5 // 32)) if args.first is None else args.first
+    if not 1 <= first < depth:
+        raise ConfigError(f"--first must lie between 1 and {depth - 1}, the last layer of {args.model}; not {first}")
+    found = divergences(model, processor, samples)
+    layer = choose(found, first, args.tolerance)
+    if args.json:
+        told = {str(k): kl for k, kl in enumerate(found, 1)}
+        print(
+            json.dumps(
+                {
+                    "model": args.model,
+                    "data": args.data,
+                    "questions": len(samples),
+                    "tolerance": args.tolerance,
+                    "divergence": told,
+                    "layer": layer,
+                    "pipeline": f"vtw:layer={layer}",
+                }
+            )
+        )
+        return 0
+    for k, kl in enumerate(found, 1):
+        print(f"layer {k:>3}  KL {kl:.6f}{'  <- first within ' + str(args.tolerance) if k == layer else ''}")
+    print(f"vtw:layer={layer} on {len(samples)} questions of {args.data}")
+    return 0
+
+
+def divergences(model: Any, processor: Any, samples: Sequence[Sample]) -> list[float]:
+    """Mean divergence for layers 1 to L - 1."""
+    rows = []
+    for sample in samples:
+        run = Withdrawal(model, prepare(model, processor, sample))
+        rows.append(torch.stack([divergence(run.without(k)[-1], run.full[-1]) for k in range(1, len(run.entering))]))
+    means: list[float] = torch.stack(rows).mean(0).tolist()
+    return means
+
+
+def divergence(now: Tensor, full: Tensor) -> Tensor:
+    """KL(now || full) of two rows of logits [V], in nats."""
+    log_now, log_full = now.double().log_softmax(-1), full.double().log_softmax(-1)
+    return (log_now.exp() * (log_now - log_full)).sum()
+
+
+def choose(found: Sequence[float], first: int, tolerance: float) -> int:
+    """The first layer from `first` on within the tolerance; found[0] is layer 1.
+
+    Raises:
+        VtokenError: there is none.
+    """
+    for k, kl in enumerate(found, 1):
+        if k >= first and kl <= tolerance:
+            return k
+    raise VtokenError(
+        f"no layer from {first} on keeps the divergence within {tolerance}: the lowest is {min(found[first - 1 :]):.6f}; "
+        "this model reads its images to the end, or raise --tolerance"
+    )
