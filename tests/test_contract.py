@@ -19,7 +19,7 @@ LENGTHS, PARTS = (16, 9, 1, 30), (((1, 4, 4),), ((1, 3, 3),), ((1, 1, 1),), ((1,
 
 def stage(name, **options):
     cls = registry.stage(name)
-    usual = {"keep": 5, "local_layer": 1}  # the tiny towers have 4 layers
+    usual = {"keep": 5, "local_layer": 1, "table": (200, 100, 50)}  # the tiny towers have 4 layers
     return cls(**{key: value for key, value in usual.items() if key in cls.model_fields}, **options)
 
 

@@ -199,7 +199,7 @@ class Stage(BaseModel):
         return ()
 
     def bound(self, depth: int) -> Self:
-        """The stage for an encoder of so many layers, where what it decides depends on that."""
+        """The stage for an encoder (at decoder sites: a decoder) of so many layers, where what it decides depends on that."""
         return self
 
     def select(self, tokens: VisualTokens) -> Keep:

@@ -30,7 +30,15 @@ AT_TOKENS = {*facts.PROJECTIONS, "features", "pixels", "text"}
 AT_SITE: dict[Site, set[str]] = {
     "encoder": set(facts.PROJECTIONS),
     "tokens": AT_TOKENS,
-    "decoder": {*OBSERVED, *facts.INSIDE_DECODER, "next_query_attention", "normed", "later_normed", "text", "later_text"},
+    "decoder": {
+        *OBSERVED,
+        *facts.INSIDE_DECODER,
+        "next_query_attention",
+        "normed",
+        "later_normed",
+        "text",
+        "later_text",
+    },
 }
 
 

@@ -53,7 +53,8 @@ class Walk:
         self.cost = 0
         self.left_out: list[str] = []
         self._paid: set[tuple[str, str, int]] = set()
-        stages = [s.bound(shape.tower.layers.depth) if s.site == "encoder" else s for s in stages]
+        depths = {"encoder": shape.tower.layers.depth, "decoder": shape.decoder.depth}
+        stages = [s.bound(depths[s.site]) if s.site in depths else s for s in stages]
         for stage in stages:
             if stage.site not in ("encoder", "tokens", "decoder"):
                 self._leave_out(f"{stage.name}: what a stage at site {stage.site} saves and costs")

@@ -44,6 +44,7 @@ class LayerGroups:
     ) -> None:
         self.lm, self.run, self.compact, self.enter, self.encoded = lm, run, compact, enter, encoded
         depth = len(lm.layers)
+        stages = [stage.bound(depth) for stage in stages]
         self.at = {k: [s for s in stages if k in s.layers(depth)] for k in range(depth)}
         self.rating = [stage for stage in stages if asks(stage, "text_attention")]
         for k, at in self.at.items():
