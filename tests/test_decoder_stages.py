@@ -21,10 +21,11 @@ STAGES = {
     "sparsevlm": [{"sparsevlm": {"keep": 8, "layer": 1}}, {"sparsevlm": {"keep": 4}}],
     "dart": [{"dart": {"keep": 6, "image_pivots": 1, "text_pivots": 2}}],
     "vtw": [{"vtw": {}}],
-    "flowcut_late": [{"flowcut_late": {"keep": {"total": 9}}}],
+    "flowcut_late": [{"flowcut_late": {"keep": {"total": 6}}}],
     "vflowopt_late": [{"vflowopt_late": {"keep": "60%", "layer": 1}}, {"vflowopt_late": {"keep": "50%", "layer": 3}}],
     "fitprune": [{"fitprune": {"table": (5, 2, 4), "tokens": 16}}],
     "cmai": [{"cmai": {"keep": 5}}],
+    "dpn": [{"dpn": {"at": (1, 3), "sizes": (2, 2), "least": 4}}],
 }
 
 
