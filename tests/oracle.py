@@ -108,6 +108,7 @@ def logits(
     cuts: dict[int, Tensor] | None = None,
     compact: bool = False,
     deep: Sequence[Tensor] = (),
+    mix: dict[int, Tensor] | None = None,
 ) -> Tensor:
     """One row [1, N, D] through the decoder, all layers dense causal.
 
@@ -116,10 +117,13 @@ def logits(
         cuts: cuts[k] [N_k] bool drops tokens before layer k.
         compact: renumber the positions behind dropped tokens.
         deep: deep[k] [1, N, D] is added after layer k, less the tokens that were dropped.
+        mix: mix[k] [N, N] is multiplied to what enters layer k, before the cut, and to what is to be added later.
     """
     lm = model.model.language_model
     rope = lm.rotary_emb(x, positions)
     for k, layer in enumerate(lm.layers):
+        if mix and k in mix:
+            x, deep = mix[k] @ x, [mix[k] @ d for d in deep]
         if cuts and k in cuts:
             stay = cuts[k]
             if compact:
@@ -145,6 +149,7 @@ def generate(
     compact: bool = False,
     layer_keep: dict[int, Tensor] | None = None,
     start: Sequence[Sequence[int]] | None = None,
+    layer_mix: dict[int, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Greedy decoding of the unwrapped model over the kept tokens.
 
@@ -152,6 +157,7 @@ def generate(
         keep: [B, L] tokens that enter the decoder; layer_keep[k]: [B, L] tokens that enter layer k.
         compact: renumber positions; not with M-RoPE.
         start: per row, tokens appended as if they had been generated (teacher forcing).
+        layer_mix: layer_mix[k]: [B, L, L] what a layer's tokens are made of, before the cut of layer_keep[k]; see `means`.
 
     Returns:
         tokens [B, n] and logits [n, B, V].
@@ -169,11 +175,13 @@ def generate(
         tokens, out = [], []
         for step in range(new_tokens):
             alive = torch.ones(int(stay.sum()) + step, dtype=torch.bool)
-            cuts, held = {}, alive
+            cuts, mix, held = {}, {}, alive
             for k in sorted(inner):
                 want = torch.cat([inner[k], torch.ones(step, dtype=torch.bool)])
+                if layer_mix and k in layer_mix:
+                    mix[k] = torch.block_diag(layer_mix[k][b][stay][:, stay], torch.eye(step))[held][:, held]
                 cuts[k], held = want[held], want
-            score = logits(model, x, positions, cuts, compact, deep)[0, -1]
+            score = logits(model, x, positions, cuts, compact, deep, mix)[0, -1]
             out.append(score)
             token = int(score.argmax()) if start is None else start[b][step]
             tokens.append(token)
@@ -183,3 +191,21 @@ def generate(
         rows.append(tokens)
         scores.append(torch.stack(out))
     return torch.tensor(rows), torch.stack(scores, 1)
+
+
+def means(p: Prompt, kept: Sequence[Tensor], into: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
+    """[B, L, L] what every token is made of when each kept visual token becomes the plain mean of those it takes in.
+
+    Args:
+        kept, into: of every image, as in the trace.
+        before: of every image, its tokens that were alive until then.
+    """
+    batch, length = p.mask.shape
+    out = torch.eye(length).repeat(batch, 1, 1)
+    for image, stay, home, alive in zip(p.images, kept, into, before, strict=True):
+        at = image.columns[~p.newline[image.row, image.columns]]
+        for k in stay.tolist():
+            members = alive[home[alive] == k]
+            out[image.row, at[k]] = 0
+            out[image.row, at[k], at[members]] = 1 / len(members)
+    return out

@@ -25,6 +25,11 @@ STAGES = {
     "dyvte": [{"dyvte": {"gates": gates.file(seed=18)}}],
     "todre_exit": [{"todre_exit": {"threshold": 0.8, "at": (2, 3)}}],
     "attention_exit": [{"attention_exit": {"threshold": 0.65, "first": 1, "window": 2, "sinks": 10}}],
+    "flowcut_late": [{"flowcut_late": {"keep": {"total": 6}}}],
+    "vflowopt_late": [{"vflowopt_late": {"keep": "60%", "layer": 1}}, {"vflowopt_late": {"keep": "50%", "layer": 3}}],
+    "fitprune": [{"fitprune": {"table": (5, 2, 4), "tokens": 16}}],
+    "cmai": [{"cmai": {"keep": 5}}],
+    "dpn": [{"dpn": {"at": (1, 3), "sizes": (2, 2), "least": 4}}],
 }
 
 

@@ -128,7 +128,14 @@ def compare(model, batch, pipeline, new=NEW, weighted=False):
         for k, d in enumerate(p.deep):
             d[keep & p.visual] = entered["deepstack_visual_embeds"][k]
     deeper = {s.layer: oracle.keep_mask(p, s.kept, newlines=policy) for s in trace.stages if s.site == "decoder"}
-    tokens, logits = oracle.generate(model, p, keep, new, pipeline.get("positions") == "compact", deeper)
+    mixed, alive = {}, first
+    for s in trace.stages:
+        if s.site == "decoder":
+            if s.into is not None:
+                mixed[s.layer] = oracle.means(p, s.kept, s.into, alive)
+            alive = s.kept
+    compact = pipeline.get("positions") == "compact"
+    tokens, logits = oracle.generate(model, p, keep, new, compact, deeper, layer_mix=mixed)
     torch.testing.assert_close(torch.stack(out.logits), logits, atol=2e-4, rtol=1e-4)
     assert torch.equal(out.sequences[:, -new:], tokens)
     assert trace.prompt_tokens == keep.sum(1).tolist()

@@ -44,11 +44,16 @@ FACTS: dict[str, str] = {
     "received_attention": "[ΣN] attention each token receives, mean over queries and heads",
     "global_attention": "[ΣN] as cls_attention; without CLS the query is the mean over the image's patches, windows disregarded",
     "value_attention": "[ΣN] as global_attention, with values for queries and keys and no scale: softmax of dot products",
-    "mean_value": "[ΣN, d] encoder values of the layer, head mean",
     "mean_key": "[ΣN, d] encoder keys of the layer, head mean",
+    "mean_value": "[ΣN, d] encoder values of the layer, head mean; at decoder sites the decoder's",
     "last_query_attention": "[ΣN] decoder attention of the last prompt token, head mean",
     "next_query_attention": "[ΣN] the same in the decoder layer behind the cut, before it runs",
     "text_attention": "[ΣN] decoder attention of the text tokens that the stage's `raters` chose, mean over them and the heads",
+    "visual_attention": "[ΣN] decoder attention of the last prompt token, softmax over the tokens of each image alone, head mean",
+    "visual_value_attention": "[ΣN] the same with values for query and keys",
+    "cross_attention": "[ΣN] decoder attention of the text behind each image, maximum over heads, mean over that text",
+    "self_attention": "[ΣN] decoder attention of each image's own tokens, maximum over heads, mean over them",
+    "relayed_attention": "[ΣN] decoder attention of the text behind each image, head mean, weighted by what that text receives from itself",
     "keys": "[ΣN, H*d] encoder keys of the layer; at decoder sites the decoder's, with RoPE",
     "later_keys": "one [T_i, H*d] tensor per image: decoder keys, with RoPE, of its row's text tokens behind it",
     "normed": "[ΣN, D] decoder hidden states through the LLM's final norm",
@@ -200,7 +205,7 @@ class Stage(BaseModel):
         return ()
 
     def bound(self, depth: int) -> Self:
-        """The stage for an encoder of so many layers, where what it decides depends on that."""
+        """The stage for an encoder (at decoder sites: a decoder) of so many layers, where what it decides depends on that."""
         return self
 
     def inside(self) -> Literal["plain", "proportional"] | None:

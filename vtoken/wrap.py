@@ -31,7 +31,15 @@ AT_TOKENS = {*facts.PROJECTIONS, "features", "pixels", "text"}
 AT_SITE: dict[Site, set[str]] = {
     "encoder": set(facts.PROJECTIONS),
     "tokens": AT_TOKENS,
-    "decoder": {*OBSERVED, "next_query_attention", "normed", "later_normed", "text", "later_text"},
+    "decoder": {
+        *OBSERVED,
+        *facts.INSIDE_DECODER,
+        "next_query_attention",
+        "normed",
+        "later_normed",
+        "text",
+        "later_text",
+    },
     "attention": set(),
 }
 
@@ -46,6 +54,9 @@ class Session:
         self.run, self.handle, self.owner = Run(), Handle(), Owner()
         encoder, tokens, decoder = (self._at(site) for site in ("encoder", "tokens", "decoder"))
         wanted = {self._resolve(need) for stage in tokens for need in stage.needs() if need.name != "text"}
+        wanted |= {
+            self._resolve(need) for stage in decoder for need in stage.needs() if need.name in facts.INSIDE_DECODER
+        }
         compact = pipeline.positions == "compact"
         try:
             if pipeline.anyres == "2x2":
@@ -71,7 +82,15 @@ class Session:
                 resolve=self._resolve,
                 unmerge=unmerge[0] if unmerge else None,
             )
-            LayerGroups(self.adapter.lm, self.run, self.handle, decoder, compact=compact, enter=self.boundary.enter)
+            LayerGroups(
+                self.adapter.lm,
+                self.run,
+                self.handle,
+                decoder,
+                compact=compact,
+                enter=self.boundary.enter,
+                encoded=self.boundary.entry.fact,
+            )
             asked = tapped(decoder, len(self.adapter.lm.layers))
             if asked:
                 tap(self.handle, self.adapter.lm, asked, observe(self.run, asked))
@@ -137,7 +156,8 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
                     f"stage {stage.name} needs {need.name}, which does not exist yet at site {stage.site!r}; "
                     f"there it can have {', '.join(sorted(AT_SITE[stage.site]))}"
                 )
-            depth = len(adapter.lm.layers if stage.site == "decoder" else adapter.encoder.layers)
+            decoder = stage.site == "decoder" and need.name not in facts.INSIDE_DECODER
+            depth = len(adapter.lm.layers if decoder else adapter.encoder.layers)
             if need.layer is not None and not -depth <= need.layer < depth:
                 raise UnsupportedError(
                     f"stage {stage.name} needs {need.name} of layer {need.layer}; there are {depth}, 0 to {depth - 1} (or -1 for the last)"

@@ -49,7 +49,7 @@ class Account:
         new_tokens: tokens generated; prefill gives the first, so decode runs new_tokens - 1 steps.
         dtype_bytes: bytes of one number in the KV cache.
         tower, projector: FLOPs of all images, unused last tower layers included where the model runs them.
-        stages: FLOPs of facts and decisions.
+        stages: FLOPs of facts and decisions. Where text rates images, all of the prompt's text does: an upper bound.
         prefill_linear: matrices of all decoder layers, and the output embedding of the last prompt token.
         prefill_attention: full queries x keys.
         prefill_attention_causal: the same without the masked half; not part of `total`.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from vtoken.errors import OtherModelError, UnsupportedError
 from vtoken.evals.geometry import Geometry
+from vtoken.hooks.facts import INSIDE_DECODER
 from vtoken.stages import Fact, Site, Stage, size_of
 
 Counts = tuple[int, ...]
@@ -13,6 +14,9 @@ Counts = tuple[int, ...]
 # Attention facts cost their query rows; the others are tensors that the model computes anyway.
 ONE_QUERY = ("cls_attention", "last_query_attention", "global_attention", "value_attention")
 ALL_QUERIES = ("received_attention",)
+# Inside the decoder, see _decoder_fact.
+PER_IMAGE = ("visual_attention", "visual_value_attention", "self_attention")
+PER_TEXT = ("text_attention", "cross_attention", "relayed_attention")
 FREE = (
     "keys",
     "values",
@@ -53,7 +57,8 @@ class Walk:
         self.cost = 0
         self.left_out: list[str] = []
         self._paid: set[tuple[str, str, int]] = set()
-        stages = [s.bound(shape.tower.layers.depth) if s.site == "encoder" else s for s in stages]
+        depths = {"encoder": shape.tower.layers.depth, "decoder": shape.decoder.depth}
+        stages = [s.bound(depths[s.site]) if s.site in depths else s for s in stages]
         for stage in stages:
             if stage.unmerges():
                 self._leave_out(
@@ -127,7 +132,7 @@ class Walk:
 
     def _act(self, stage: Stage, counts: Counts, layer: int | None) -> Counts:
         for fact in stage.needs():
-            self._pay(stage, fact, layer)
+            self._pay(stage, fact, counts, layer)
         if stage.site == "encoder":
             # The tower does not know which crops belong to one prompt: there each is a row of its own.
             stack = self.shape.tower.layers
@@ -137,18 +142,21 @@ class Walk:
         self.cost += stage.flops(counts, self.shape.decoder.width)
         return tuple(stage.plan(counts, (self.shape.parts,) * self.images, (0,) * self.images, layer))
 
-    def _pay(self, stage: Stage, fact: Fact, layer: int | None) -> None:
-        """Adds what a fact costs, once per layer it is read from."""
+    def _pay(self, stage: Stage, fact: Fact, counts: Counts, layer: int | None) -> None:
+        """Adds what a fact costs, once per layer it is read from. `counts` are alive where it is asked for."""
         if fact.name in FREE:
             return
-        if fact.name not in ONE_QUERY + ALL_QUERIES:
+        if fact.name == "next_query_attention" and layer is not None:
+            self.cost += self._coming(layer, counts)
+            return
+        if fact.name not in ONE_QUERY + ALL_QUERIES + PER_IMAGE + PER_TEXT:
             self._leave_out(f"{stage.name}: the fact {fact.name}")
             return
-        decoder, tower = stage.site == "decoder", self.shape.tower
+        decoder, tower = stage.site == "decoder" and fact.name not in INSIDE_DECODER, self.shape.tower
         stack = self.shape.decoder if decoder else tower.layers
         if fact.layer is not None:
             source = fact.layer % stack.depth
-        elif layer is None:
+        elif layer is None or (stage.site == "decoder" and not decoder):
             source = tower.attention_layer
         else:
             source = layer - decoder
@@ -162,12 +170,34 @@ class Walk:
         if key in self._paid:
             return
         self._paid.add(key)
-        one_query = name in ONE_QUERY
         if decoder:
-            length = self.text_tokens + sum(self.decoder[source]) + self.newlines[source]
-            self.cost += stack.scores(1 if one_query else length, length)
+            self.cost += self._decoder_fact(name, source)
         else:
+            one_query = name in ONE_QUERY
             self.cost += sum(tower.scores(source, units, one_query=one_query) for units in self.tower[source])
+
+    def _decoder_fact(self, name: str, source: int) -> int:
+        """FLOPs of rows of decoder layer `source`. All text of the prompt is taken to stand behind every image and to rate it."""
+        stack, counts = self.shape.decoder, self.decoder[source]
+        length, text = self._length(counts), self.text_tokens
+        if name == "visual_value_attention":
+            return 2 * sum(counts) * stack.kv_heads * stack.head_dim
+        if name in PER_IMAGE:
+            return sum(stack.scores(n, length) if name == "self_attention" else stack.scores(1, n) for n in counts)
+        if name in PER_TEXT:
+            relay = 2 * text * length if name == "relayed_attention" else 0
+            return len(counts) * (stack.scores(text, length) + relay)
+        return stack.scores(1 if name in ONE_QUERY else length, length)
+
+    def _coming(self, layer: int, counts: Counts) -> int:
+        """FLOPs of the last token's row of a layer before it runs: its query, the keys of all that enters, the row over what is left."""
+        stack, entering = self.shape.decoder, self._length(self.decoder[layer - 1])
+        projected = stack.heads + stack.kv_heads * entering
+        return 2 * stack.width * stack.head_dim * projected + stack.scores(1, self._length(counts))
+
+    def _length(self, counts: Counts) -> int:
+        """Tokens of the row in a decoder layer, text and newlines included."""
+        return self.text_tokens + sum(counts) + self._lines(counts)
 
     def _leave_out(self, sentence: str) -> None:
         if sentence not in self.left_out:

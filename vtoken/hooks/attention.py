@@ -19,19 +19,20 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vtoken.hooks.flow import Prefill, eager
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.prompt import text_slots
+from vtoken.hooks.rows import ROWS, causal
 from vtoken.kernels import query_attention
 from vtoken.run import Run
 from vtoken.stages import Fact, Stage, offsets_of
 
 NAME = "vtoken"
 HANDED = "vtoken_handed"  # argument of a decoder layer that goes through to the tap of its attention, and no further
-CHUNK = 64  # text queries whose scores over all slots are held at once
 # Fact of a stage -> what is kept of the layer for it.
 OBSERVED = {
     "last_query_attention": "last_query_attention",
     "text_attention": "text_attention",
     "keys": "keys",
     "later_keys": "keys",
+    **{name: name for name in ROWS},
 }
 # fn(module, q, k, v, mask, original, **kwargs) -> (output, weights); q and k carry RoPE, k and v include the cache.
 Tap = Callable[..., tuple[Tensor, Tensor | None]]
@@ -86,7 +87,7 @@ def tapped(stages: Sequence[Stage], depth: int) -> dict[int, list[tuple[Stage, s
 
 def observe(run: Run, asked: Mapping[int, Sequence[tuple[Stage, str]]]) -> Tap:
     """Keeps what stages ask for of the layers in `asked`, slot by slot: attention of the last prompt token `last_query_attention` or
-    of chosen text tokens `text_attention`, head mean, [B, slots], and `keys` [B, slots, H, d].
+    of chosen text tokens `text_attention`, head mean, [B, slots], `keys` [B, slots, H, d], and what ROWS has.
 
     With `logits_to_keep` = n > 1 (drafts of assisted generation, an answer that is scored) the last prompt token is the first of
     those n positions, so the decision is the one that `generate` makes.
@@ -97,7 +98,7 @@ def observe(run: Run, asked: Mapping[int, Sequence[tuple[Stage, str]]]) -> Tap:
     ) -> Any:
         if q.shape[2] > 1:
             scale = kwargs.get("scaling") or k.shape[-1] ** -0.5
-            _keep(run, module.layer_idx, asked[module.layer_idx], q, k, scale)
+            _keep(run, module.layer_idx, asked[module.layer_idx], q, k, v, scale)
         return original()
 
     return function
@@ -105,14 +106,16 @@ def observe(run: Run, asked: Mapping[int, Sequence[tuple[Stage, str]]]) -> Tap:
 
 @eager
 @torch.no_grad()
-def _keep(run: Run, layer: int, asked: Sequence[tuple[Stage, str]], q: Tensor, k: Tensor, scale: float) -> None:
-    """Stores the facts of a layer from its q and k [B, H, ., d]; without gradients, because a layer that checkpointing runs again does
+def _keep(
+    run: Run, layer: int, asked: Sequence[tuple[Stage, str]], q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> None:
+    """Stores the facts of a layer from its q, k and v [B, H, ., d]; without gradients, because a layer that checkpointing runs again does
     not store them again."""
     flow = run.flow
     if not isinstance(flow, Prefill):
         return
     # A static cache hands out all its slots; only those filled so far count.
-    k = k[:, :, : flow.slots].detach()
+    k, v = (t[:, :, : flow.slots].detach() for t in (k, v))
     ok = torch.ones(len(k), flow.slots, dtype=torch.bool) if flow.ok is None else flow.ok.bool()
     ok = ok.to(k.device)
     for stage, name in asked:
@@ -120,6 +123,8 @@ def _keep(run: Run, layer: int, asked: Sequence[tuple[Stage, str]], q: Tensor, k
         if name == "text_attention":
             memory = flow.memory.setdefault(id(stage), {})
             memory[f"{name} {layer}"] = _text_rows(flow, memory["raters"], q, k, ok, scale)
+        elif name in ROWS and fact not in flow.facts:
+            flow.facts[fact] = ROWS[name](flow, q.detach(), k, v, ok, scale)
         elif fact not in flow.facts:
             rows = name == "last_query_attention"
             flow.facts[fact] = last_row(q[:, :, -1 - flow.tail], k, ok, flow.tail, scale) if rows else k.transpose(1, 2)
@@ -157,14 +162,6 @@ def _text_rows(flow: Prefill, raters: Sequence[Tensor], q: Tensor, k: Tensor, ok
 
 
 def _causal_mean(q: Tensor, k: Tensor, ok: Tensor, at: Tensor, scale: float) -> Tensor:
-    """[N] attention of the queries [H, R, d] that stand in the slots `at` [R] of the keys [Hk, N, d], mean over queries and heads.
-
-    `query_attention` lets every query see all keys; these each see a prefix.
-    """
-    grouped, keys = q.float().unflatten(0, (len(k), -1)), k.float()
-    slots, total = torch.arange(len(ok), device=ok.device), keys.new_zeros(len(ok))
-    for part, end in zip(grouped.split(CHUNK, 2), at.split(CHUNK), strict=True):
-        scores = torch.einsum("hgrd,hnd->hgrn", part, keys) * scale
-        scores = scores.masked_fill(~ok | (slots > end[:, None]), -torch.inf)
-        total += scores.softmax(-1).sum((0, 1, 2))
+    """[N] attention of the queries [H, R, d] that stand in the slots `at` [R] of the keys [Hk, N, d], mean over queries and heads."""
+    total = torch.stack([part.sum((0, 1, 2)) for part in causal(q, k, ok, at, scale)]).sum(0)
     return total / (q.shape[0] * q.shape[1])

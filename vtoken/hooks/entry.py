@@ -63,22 +63,22 @@ class Entry:
 
     def facts(self, flow: Prefill, stage: Stage) -> dict[Fact, Any]:
         """What the stage asked for, about the live tokens."""
-        v, located = flow.visual, flow.located
-        out: dict[Fact, Any] = {}
-        for need in stage.needs():
-            if need.name == "text":
-                out[need] = text_of(flow, flow.hidden)
-                continue
-            stored = self.resolve(need)
-            if not located.encodes or not all(stored in encode.facts for encode in located.encodes):
-                raise UnsupportedError(
-                    f"stage {stage.name} needs {need.name}, but the features of this call were not encoded by this model in this "
-                    "thread; pass pixel_values instead of precomputed features"
-                )
-            full = located.gather([encode.facts[stored] for encode in located.encodes])
-            live = offsets_of(v.lineage.full, v.image.device)[:-1][v.image] + v.lineage.place
-            out[need] = full[live.to(full.device)].to(flow.hidden.device)
-        return out
+        return {
+            need: text_of(flow, flow.hidden) if need.name == "text" else self.fact(flow, stage, need)
+            for need in stage.needs()
+        }
+
+    def fact(self, flow: Prefill, stage: Stage, need: Fact) -> Tensor:
+        """A fact of the encoder about the live tokens, at any time of the prefill."""
+        v, located, stored = flow.visual, flow.located, self.resolve(need)
+        if not located.encodes or not all(stored in encode.facts for encode in located.encodes):
+            raise UnsupportedError(
+                f"stage {stage.name} needs {need.name}, but the features of this call were not encoded by this model in this "
+                "thread; pass pixel_values instead of precomputed features"
+            )
+        full = located.gather([encode.facts[stored] for encode in located.encodes])
+        live = offsets_of(v.lineage.full, v.image.device)[:-1][v.image] + v.lineage.place
+        return full[live.to(full.device)].to(flow.hidden.device)
 
 
 def unpruned(located: Located) -> Visual:

@@ -25,6 +25,8 @@ PROJECTIONS: dict[str, tuple[str, ...]] = {
     "mean_value": ("v_proj",),
     "mean_key": ("k_proj",),
 }
+# What stages inside the decoder may ask of the encoder too; other names mean something of the decoder's there.
+INSIDE_DECODER = ("received_attention", "pixels")
 # These look at the whole image, also in a layer that attends within windows.
 GLOBAL = ("global_attention", "value_attention")
 

@@ -13,6 +13,7 @@ from transformers.masking_utils import create_causal_mask
 
 from vtoken.hooks.cache import PrunedCache
 from vtoken.hooks.coming import check_coming, next_row
+from vtoken.hooks.facts import INSIDE_DECODER
 from vtoken.hooks.flow import Flow, Prefill, StaticStep, check_replay, eager
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.layout import take
@@ -27,6 +28,7 @@ class LayerGroups:
     Args:
         stages: decoder-site stages in pipeline order.
         enter: opens a layer group and returns its 2D mask (Boundary.enter).
+        encoded: a fact of the encoder about the live tokens (Entry.fact).
     """
 
     def __init__(
@@ -38,9 +40,11 @@ class LayerGroups:
         *,
         compact: bool,
         enter: Callable[[Flow, int], Tensor | None],
+        encoded: Callable[[Prefill, Stage, Fact], Tensor],
     ) -> None:
-        self.lm, self.run, self.compact, self.enter = lm, run, compact, enter
+        self.lm, self.run, self.compact, self.enter, self.encoded = lm, run, compact, enter, encoded
         depth = len(lm.layers)
+        stages = [stage.bound(depth) for stage in stages]
         self.at = {k: [s for s in stages if k in s.layers(depth)] for k in range(depth)}
         self.rating = [stage for stage in stages if asks(stage, "text_attention")]
         for k, at in self.at.items():
@@ -158,6 +162,8 @@ class LayerGroups:
         """A fact for a stage at layer k, see FACTS; of the text, per row."""
         if fact.name in ("text", "later_text"):
             return (text_of if fact.name == "text" else later_text)(flow, hidden)
+        if fact.name in INSIDE_DECODER:
+            return self.encoded(flow, stage, fact).to(hidden.device)
         layer, name = k - 1 if fact.layer is None else fact.layer % len(self.at), fact.name.removeprefix("later_")
         if name == "next_query_attention":
             if self.compact:

@@ -1,0 +1,61 @@
+"""What facts inside the decoder cost, against torch's FlopCounterMode on whole prefills with and without the stage that asks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_decoder_facts import First, Watcher
+from test_flops import MODELS, Pipe, counted
+
+import vtoken
+from vtoken.evals.flops import LEFT_OUT, account
+from vtoken.hooks.rows import ROWS
+from vtoken.stages import Fact
+
+TEXT = 9
+PICTURE = 16
+
+
+class All(Watcher):
+    """All text behind an image rates it; what is told is forgotten. No paper."""
+
+    def raters(self, tokens: Any) -> list[torch.Tensor]:
+        return [torch.arange(len(text)) for text in tokens.facts[Fact("later_text")]]
+
+    def select(self, tokens: Any) -> Any:
+        self.seen.clear()
+        return super().select(tokens)
+
+
+class Half(First):
+    """The plan of First. No paper."""
+
+    def plan(self, lengths: Any, parts: Any, row: Any, layer: int | None = None) -> tuple[int, ...]:
+        return tuple(n - n // 2 for n in lengths)
+
+
+NAMES = ("last_query_attention", "next_query_attention", "text_attention", "received_attention", *ROWS)
+
+
+@pytest.mark.parametrize("fact", NAMES)
+@pytest.mark.parametrize("text", ["llama", "wide heads", "qwen3"])
+@pytest.mark.parametrize("images", [1, 2])
+def test_facts_inside_the_decoder(fact: str, text: str, images: int) -> None:
+    """All text stands behind the pictures, so that the account's upper bound is the truth. The cut in front leaves fewer tokens."""
+    model = tiny.llava(**MODELS[text])
+    batch = tiny.build(model, [[*["img"] * images, TEXT]], seed=3)
+    # The cut at layer 2 comes first, so that a stage there asks about fewer tokens than enter the layer.
+    plain, asking = (Half(at=2),), (Half(at=2), All(at=(2, 3), asks=(fact,), seen={}))
+    costs = []
+    for stages in (plain, asking):
+        with vtoken.wrapped(model, list(stages)):
+            costs.append(counted(lambda: model(**batch, logits_to_keep=1)))
+    text_tokens = batch["input_ids"].shape[1] - images * PICTURE
+    claimed = account(model.config, Pipe(asking), images=images, text_tokens=text_tokens, new_tokens=1)
+    assert claimed.visual_tokens == tuple(images * n for n in (PICTURE, PICTURE, PICTURE // 2, PICTURE // 2))
+    assert claimed.stages == costs[1] - costs[0]
+    assert claimed.left_out == LEFT_OUT
+    assert bool(claimed.stages) != (fact == "mean_value")

@@ -1,0 +1,70 @@
+"""`vtoken calibrate fitprune`: the table of FitPrune for a model and a budget."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from vtoken.errors import ConfigError
+
+SUMMARY = "table of visual tokens that leave behind each decoder layer"
+EPILOG = """\
+examples:
+  vtoken calibrate fitprune tiny-llava --reduction 60 --out table.yaml     # shipped questions
+  vtoken calibrate fitprune llava-hf/llava-1.5-7b-hf --reduction 60 --data questions.jsonl --limit 128
+  vtoken bench tiny-llava table.yaml
+
+Runs every prompt once dense and some seven times pruned, one at a time. The pictures must have equally many visual tokens.
+Lines of --data: {"image": "cat.jpg", "question": "What is it?"}. The table depends on the model, the size and the questions.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the method's options."""
+    parser.description = "Finds how little attention has to be lost to spare a share of the visual tokens' FLOPs in the decoder; writes a pipeline."
+    parser.epilog = EPILOG
+    parser.add_argument("model", metavar="MODEL", help="shipped model (tiny-llava), local folder or hub name")
+    parser.add_argument(
+        "--reduction", type=float, required=True, metavar="PERCENT", help="FLOPs of visual tokens to spare, in percent"
+    )
+    parser.add_argument("--data", type=Path, metavar="FILE", help="questions (default: the shipped ones, last first)")
+    parser.add_argument("--limit", type=int, default=64, metavar="N", help="first N questions (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the model's)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="pipeline file to write (default: print it)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fits the table and writes the pipeline.
+
+    Raises:
+        ConfigError: no such model, questions that do not read, or a reduction that cannot be reached.
+    """
+    if not 0 < args.reduction < 100:
+        raise ConfigError(f"--reduction is in percent, above 0 and below 100, not {args.reduction:g}")
+    from vtoken.config import dump, load
+    from vtoken.evals import models, processors, reference
+    from vtoken.evals.calibrate._fitprune import fit
+    from vtoken.evals.calibrate._samples import prompts, samples
+
+    asked = samples(args.data, args.limit)
+    model = models.load(args.model, device=args.device, dtype=args.dtype)
+    shipped = args.model in reference.names()
+    processor = processors.load(reference.path(args.model) if shipped else args.model, pillow=shipped)
+    found = fit(
+        model,
+        prompts(model, processor, asked),
+        args.reduction / 100,
+        lambda: print(f"a pass over {len(asked)} prompts", file=sys.stderr),
+    )
+    text = (
+        f"# FitPrune (https://arxiv.org/abs/2409.10197) for {args.model}: spares {found.spared:.1%} of the FLOPs that {found.tokens} visual "
+        f"tokens cost in the decoder; fitted to {len(asked)} prompts, at each layer at most {found.alpha:.1%} of the attention is lost.\n"
+    ) + dump(load([{"fitprune": {"table": list(found.table), "tokens": found.tokens}}]))
+    if args.out is None:
+        print(text, end="")
+    else:
+        args.out.write_text(text, encoding="utf-8")
+        print(f"wrote {args.out}: spares {found.spared:.1%} (asked: {args.reduction:g} %)")
+    return 0

@@ -1,0 +1,40 @@
+"""CMAI's focus score (experimental): text that matters to other text says which visual tokens matter."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from vtoken.stages import Fact, Pruner, Site, VisualTokens
+
+
+class CMAI(Pruner):
+    """Before decoder layer `layer` keeps the tokens with the highest focus: with A_tt the attention of the text behind the image to itself
+    and A_ti its attention to the image in the layer before, head means, the column sums of A_tt A_ti. Text that other text attends to
+    weighs more than in a plain sum over rows. Without text behind the image the first tokens stay.
+
+    Experimental. Of the method only its abstract could be read: the two factors are its own; the product, the sum over the text, the layer
+    and the use for dropping tokens are this project's. The authors inhibit attention between text and image instead, and drop nothing.
+
+    Paper: https://arxiv.org/abs/2411.15453. Loops over images.
+    """
+
+    site: ClassVar[Site] = "decoder"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2411.15453"
+    deviations: ClassVar[str] = (
+        "A reconstruction, not the authors' method: theirs masks attention of pairs with low focus in layers that the abstract does not "
+        "name."
+    )
+
+    layer: int = Field(default=2, ge=1, description="first decoder layer that sees fewer tokens; a guess")
+
+    def needs(self) -> tuple[Fact, ...]:
+        return (Fact("relayed_attention"),)
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return tokens.fact("relayed_attention")
