@@ -28,7 +28,7 @@ def packed(stage, lengths=LENGTHS, parts=PARTS, seed=0):
         for f, values in facts.items():
             values.append(torch.rand(n, generator=g) if "attention" in f.name else torch.randn(n, WIDTH, generator=g))
     place = torch.cat([torch.arange(n) for n in lengths])
-    layer = next(iter(stage.layers(4)), None)
+    layer = min(stage.layers(4)) if stage.site == "decoder" else None
     # Text is one tensor per row, what stands behind an image one per image.
     found = {
         f: v if f.name.startswith(("text", "later_")) and "attention" not in f.name else torch.cat(v)

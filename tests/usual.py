@@ -9,10 +9,11 @@ import gates
 from vtoken import registry
 from vtoken.stages import Stage
 
-# Thresholds that everything exceeds: half of the tokens merge, half of the rest, ...
-HALVES: dict[str, dict[str, Any]] = {
+OWN: dict[str, dict[str, Any]] = {
+    # thresholds that everything exceeds: half of the tokens merge, half of the rest, ...
     "dtome": {"thresholds": (-1.0,) * 4, "left": (0.5, 0.25, 0.125, 0.125)},
     "dtome_post": {"thresholds": (-1.0,), "left": (0.5,)},
+    "dpn": {"at": (1, 3), "sizes": (2, 2), "least": 4},
 }
 
 
@@ -21,4 +22,4 @@ def stage(name: str, **options: Any) -> Stage:
     cls = registry.stage(name)
     usual = {"keep": 5, "local_layer": 1, "r": 2, "table": (200, 100, 50), "min_len": 0, "gates": gates.file()}
     own = {key: value for key, value in {**usual, **options}.items() if key in cls.model_fields}
-    return cls(**{**own, **HALVES.get(name, {})})
+    return cls(**{**own, **OWN.get(name, {})})
