@@ -76,11 +76,13 @@ def nearest_tokens(
     return out
 
 
-def farthest_tokens(x: Tensor, lengths: list[int], counts: list[int], first: list[int], strategy: str) -> list[int]:
+def farthest_tokens(
+    x: Tensor, lengths: list[int], counts: list[int], first: list[int] | None, strategy: str
+) -> list[int]:
     """Every candidate is compared with all that were taken, every time anew."""
     index, start = [], 0
-    for tokens, k, begin in zip(pieces(x, lengths), counts, first, strict=True):
-        taken = [begin - start] if k else []
+    for image, (tokens, k) in enumerate(zip(pieces(x, lengths), counts, strict=True)):
+        taken = [first[image] - start if first else loneliest(tokens)] if k else []
         while len(taken) < k:
             best = None
             for i in (i for i in range(len(tokens)) if i not in taken):
@@ -93,6 +95,14 @@ def farthest_tokens(x: Tensor, lengths: list[int], counts: list[int], first: lis
         index += [start + i for i in taken]
         start += len(tokens)
     return index
+
+
+def loneliest(tokens: Tensor) -> int:
+    nearest = []
+    for i in range(len(tokens)):
+        others = [cosine(tokens[i], tokens[j]) for j in range(len(tokens)) if j != i]
+        nearest.append(max(others, default=-1.0))
+    return nearest.index(min(nearest))
 
 
 def diverse_tokens(x: Tensor, relevance: Tensor, lengths: list[int], counts: list[int]) -> list[int]:

@@ -95,8 +95,9 @@ def test_farthest_tokens(strategy: Any, dtype: torch.dtype, in_torch: None) -> N
     lengths, counts, first = [6, 0, 1, 15], [6, 0, 1, 7], [4, 0, 6, 9]
     x = draw(22, 5, dtype=dtype)
     x[11] = 0
-    got = kernels.farthest_tokens(x, lengths, counts, torch.tensor(first), strategy)
-    assert got.tolist() == known.farthest_tokens(x, lengths, counts, first, strategy)
+    for start in (first, None):
+        got = kernels.farthest_tokens(x, lengths, counts, None if start is None else torch.tensor(start), strategy)
+        assert got.tolist() == known.farthest_tokens(x, lengths, counts, start, strategy)
 
 
 @pytest.mark.parametrize(("strategy", "taken"), [("max_min", [0, 2, 3, 1]), ("max_sum", [0, 2, 1, 3])])

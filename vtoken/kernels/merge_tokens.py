@@ -29,13 +29,15 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 def definition(x: Tensor, into: Tensor, slots: int, weight: Tensor | None = None) -> Tensor:
     """index_add into one slot more than there are, which takes what is dropped; on the CPU that is left out first."""
+    member = into >= 0
     if x.device.type == "cpu":
-        member = into >= 0
-        x, into, weight = x[member], into[member], None if weight is None else weight[member]
-    slot, flat = torch.where(into < 0, slots, into), x.flatten(1).float() if x.ndim > 1 else x[:, None].float()
-    each = flat.new_ones(len(slot)) if weight is None else weight.float()
-    total = flat.new_zeros(slots + 1).index_add_(0, slot, each)[:slots]
-    mean = flat.new_zeros(slots + 1, flat.shape[1]).index_add_(0, slot, flat * each[:, None])[:slots]
+        x, into, weight, more = x[member], into[member], None if weight is None else weight[member], 0
+    else:
+        into, more = torch.where(member, into, slots), 1
+    flat = x.reshape(len(x), math.prod(x.shape[1:])).float()
+    each = flat.new_ones(len(into)) if weight is None else weight.float()
+    total = flat.new_zeros(slots + more).index_add_(0, into, each)[:slots]
+    mean = flat.new_zeros(slots + more, flat.shape[1]).index_add_(0, into, flat * each[:, None])[:slots]
     return (mean / total[:, None]).to(x.dtype).view(slots, *x.shape[1:])
 
 

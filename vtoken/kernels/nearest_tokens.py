@@ -37,9 +37,8 @@ def definition(
     x: Tensor, y: Tensor, x_offsets: Tensor, y_offsets: Tensor, among: Among = "all"
 ) -> tuple[Tensor, Tensor]:
     """Segment by segment, ROWS tokens at a time. Reads the offsets, so it waits for a device that holds them."""
-    similarity, partner = [x.new_zeros(0, dtype=torch.float32)], [x_offsets.new_zeros(0, dtype=torch.int64)]
-    bounds = torch.stack([x_offsets.long(), y_offsets.long().to(x_offsets.device)]).tolist()
-    for (x0, x1), (y0, y1) in zip(pairwise(bounds[0]), pairwise(bounds[1]), strict=True):
+    similarity, partner = [x.new_zeros(0, dtype=torch.float32)], [x.new_zeros(0, dtype=torch.int64)]
+    for (x0, x1), (y0, y1) in zip(pairwise(x_offsets.tolist()), pairwise(y_offsets.tolist()), strict=True):
         choice = normalize(y[y0:y1].float(), dim=-1)
         tokens = choice if x is y else normalize(x[x0:x1].float(), dim=-1)
         column = torch.arange(y1 - y0, device=y.device)
@@ -48,14 +47,16 @@ def definition(
             if among != "all":
                 row = column[start : start + ROWS, None]
                 cosine.masked_fill_(column == row if among == "others" else column <= row, -torch.inf)
-            best = cosine.max(1) if y1 > y0 else None
-            if best is None:
+            if y1 == y0:
                 similarity.append(cosine.new_full((len(cosine),), -torch.inf))
                 partner.append(column.new_full((len(cosine),), -1))
-            else:
-                similarity.append(best.values)
-                partner.append(torch.where(best.values > -torch.inf, best.indices + y0, -1))
-    return torch.cat(similarity), torch.cat([p.to(x.device) for p in partner])
+                continue
+            best = cosine.max(1)
+            similarity.append(best.values)
+            partner.append(
+                best.indices + y0 if among == "all" else (best.indices + y0).where(best.values > -torch.inf, -1)
+            )
+    return torch.cat(similarity), torch.cat(partner)
 
 
 if triton is not None:

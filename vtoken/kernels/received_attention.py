@@ -43,11 +43,11 @@ def definition(
         position = torch.arange(k1 - k0, device=k.device)
         for start in range(q0, q1, chunk) if k1 > k0 else ():
             queries = q[start : min(start + chunk, q1)].to(dtype).unflatten(1, (k.shape[1], groups))
-            scores = torch.einsum("qhgd,nhd->qhgn", queries, keys) * scale
+            scores = torch.einsum("qhgd,nhd->hgqn", queries, keys) * scale
             if causal:
                 sees = torch.arange(start - q1, start - q1 + len(queries), device=k.device) + (k1 - k0)
-                scores = scores.masked_fill((position > sees[:, None])[:, None, None], -torch.inf)
-            received = received + scores.softmax(-1).sum(0)
+                scores = scores.masked_fill(position > sees[:, None], -torch.inf)
+            received = received + scores.softmax(-1).sum(2)
         parts.append(received.flatten(0, 1).T)
     return torch.cat([k.new_zeros(0, q.shape[1], dtype=dtype), *parts]).float()
 

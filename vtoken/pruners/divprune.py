@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vtoken.kernels import farthest_tokens, nearest_tokens, topk_tokens
-from vtoken.pruners._pools import choose_together, offsets_on_host
+from vtoken.kernels import farthest_tokens
+from vtoken.pruners._pools import choose_together
 from vtoken.stages import Keep, Pruner, VisualTokens
 
 
@@ -29,9 +29,7 @@ class DivPrune(Pruner):
 
     def select(self, tokens: VisualTokens) -> Keep:
         def pick(rows: Tensor, held: list[int], counts: list[int]) -> Tensor:
-            x, ends = tokens.x[rows], offsets_on_host(held)
-            similarity, _ = nearest_tokens(x, x, ends, ends, "others")
-            return farthest_tokens(x, held, counts, topk_tokens(-similarity, ends, [1] * len(held)))
+            return farthest_tokens(tokens.x[rows], held, counts)
 
         return choose_together(self, tokens, pick)
 
