@@ -26,10 +26,11 @@ bench: $(VENV)/.installed
 test-gpu:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make test-gpu needs a CUDA device'"
 	$(PYTHON) -m pytest -m gpu tests
-	$(PYTHON) -m pytest tests/test_kernels.py
+	$(PYTHON) -m pytest tests/test_kernels.py tests/test_kernel_choice.py
 
 bench-gpu:
 	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) benchmarks/kernels.py
 
 $(VENV)/.installed: CONSTRAINTS = constraints.txt
 $(VENV)/.installed: constraints.txt

@@ -70,7 +70,8 @@ def test_op_file_is_complete(name: str) -> None:
 @pytest.mark.skipif(_dispatch.triton is None, reason="triton is not installed")
 @pytest.mark.skipif(_dispatch.INTERPRETED, reason="this is the interpreter")
 def test_kernels_in_the_interpreter() -> None:
-    arguments = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "addopts=", "-k", "triton_", __file__)
+    files = [__file__, str(Path(__file__).with_name("test_kernel_choice.py"))]
+    arguments = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "addopts=", "-k", "triton_", *files)
     child = python(*arguments, TRITON_INTERPRET="1", VTOKEN_KERNELS="", CUDA_VISIBLE_DEVICES="")
     assert child.returncode == 0 and " passed" in child.stdout and "skipped" not in child.stdout, child.stdout
 
@@ -114,7 +115,7 @@ def test_triton_is_chosen_and_steps_aside(monkeypatch: pytest.MonkeyPatch) -> No
 
     with kernels.use("triton"):
         all_three(torch.float32, x)
-        assert sorted(launched) == sorted(OPS)
+        assert launched == ["topk_tokens", "query_attention", "gather_tokens"]
         all_three(torch.float64, x)
         assert launched[3:] == ["gather_tokens"]
         launched.clear()
@@ -150,6 +151,14 @@ def test_definitions_need_no_values_on_the_host() -> None:
     index = OPS["topk_tokens"].definition(scores, offsets, torch.tensor([2, 3]))
     assert index.shape == (5,)
     assert OPS["gather_tokens"].definition((scores,), index)[0].shape == (5,)
+    x, into = torch.rand(9, 4, device="meta"), torch.zeros(9, dtype=torch.int64, device="meta")
+    assert OPS["merge_tokens"].definition(x, into, 2, scores).shape == (2, 4)
+    assert OPS["farthest_tokens"].definition(x, [4, 5], [2, 1], into[:2], "max_sum").shape == (3,)
+    assert OPS["diverse_tokens"].definition(x, scores, [4, 5], [2, 1]).shape == (3,)
+    q = torch.rand(1, 2, 9, 4, device="meta")
+    assert OPS["gather_cache"].definition(q, into.expand(1, 2, 9)[..., :3]).shape == (1, 2, 3, 4)
+    assert OPS["probe_sums"].definition(q, q, 1.0, into[:1])[1].shape == (1, 2, 9)
+    assert OPS["pooled_scores"].definition(q, q, 4, 1.0, into[:1]).shape == (1, 2, 3, 3)
 
 
 def test_gather() -> None:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from vtoken.budget import Budget
-from vtoken.kernels import gather_tokens, topk_tokens
+from vtoken.kernels import gather_tokens, merge_tokens, topk_tokens
 
 Site = Literal["frames", "encoder", "tokens", "decoder", "attention", "cache"]
 Unmerging = Literal["expanded", "merged"]
@@ -168,12 +168,7 @@ class Keep:
         """Applies the decision to anything whose first axis is the packed token axis: [ΣN, ...] -> [ΣK, ...]."""
         if self.into is None:
             return gather_tokens(x, self.index)
-        member = self.into >= 0
-        slot, flat = self.into[member], x[member].flatten(1).float()
-        weight = flat.new_ones(len(slot)) if self.weight is None else self.weight[member].float()
-        total = flat.new_zeros(len(self.index)).index_add_(0, slot, weight)
-        mean = flat.new_zeros(len(self.index), flat.shape[1]).index_add_(0, slot, flat * weight[:, None])
-        return (mean / total[:, None]).to(x.dtype).view(len(self.index), *x.shape[1:])
+        return merge_tokens(x, self.into, len(self.index), self.weight)
 
 
 class Stage(BaseModel):

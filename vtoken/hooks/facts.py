@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from vtoken.kernels import query_attention
+from vtoken.kernels import query_attention, received_attention
 from vtoken.stages import Fact, Stage, offsets_of
 
 # Which projections a fact reads.
@@ -88,7 +88,7 @@ def received(q: Tensor, k: Tensor, offsets: Tensor, scale: float, above: float, 
 
     The queries that count are chosen by what they receive, so with `above` the device is asked how many they are.
     """
-    everyone = query_attention(q, k, offsets, offsets, scale)
+    everyone = mean_received(q, k, offsets, offsets, scale)
     if not above:
         return everyone
     chosen = []
@@ -98,7 +98,13 @@ def received(q: Tensor, k: Tensor, offsets: Tensor, scale: float, above: float, 
         mask[patches.argmax()] = True
         chosen.append(torch.nn.functional.pad(mask, (int(cls), 0)))
     counts = torch.stack([mask.sum() for mask in chosen]).tolist()
-    return query_attention(q[torch.cat(chosen)], k, offsets_of(counts, k.device), offsets, scale)
+    return mean_received(q[torch.cat(chosen)], k, offsets_of(counts, k.device), offsets, scale)
+
+
+def mean_received(q: Tensor, k: Tensor, q_offsets: Tensor, k_offsets: Tensor, scale: float) -> Tensor:
+    """[ΣM] what each key receives of the queries [ΣQ, H, d] of its segment, mean over them and the heads."""
+    total = received_attention(q, k, q_offsets, k_offsets, scale).mean(1)
+    return total / q_offsets.diff().clamp(min=1).repeat_interleave(k_offsets.diff(), output_size=len(k))
 
 
 def one_query(q: Tensor, k: Tensor, held: Sequence[int], scale: float, cls: bool) -> Tensor:

@@ -10,11 +10,36 @@ from pkgutil import iter_modules
 from types import ModuleType
 
 from vtoken.kernels._dispatch import backend, use
+from vtoken.kernels.diverse_tokens import diverse_tokens
+from vtoken.kernels.farthest_tokens import farthest_tokens
+from vtoken.kernels.flow_scores import flow_scores
+from vtoken.kernels.gather_cache import gather_cache
 from vtoken.kernels.gather_tokens import gather_tokens
+from vtoken.kernels.merge_tokens import merge_tokens
+from vtoken.kernels.nearest_tokens import nearest_tokens
+from vtoken.kernels.pooled_scores import pooled_scores
+from vtoken.kernels.probe_sums import probe_sums
 from vtoken.kernels.query_attention import query_attention
+from vtoken.kernels.received_attention import received_attention
 from vtoken.kernels.topk_tokens import topk_tokens
 
-__all__ = ["backend", "gather_tokens", "ops", "query_attention", "topk_tokens", "use"]
+__all__ = [
+    "backend",
+    "diverse_tokens",
+    "farthest_tokens",
+    "flow_scores",
+    "gather_cache",
+    "gather_tokens",
+    "merge_tokens",
+    "nearest_tokens",
+    "ops",
+    "pooled_scores",
+    "probe_sums",
+    "query_attention",
+    "received_attention",
+    "topk_tokens",
+    "use",
+]
 
 
 def ops() -> dict[str, ModuleType]:

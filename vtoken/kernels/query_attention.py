@@ -24,15 +24,15 @@ import torch
 from torch import Tensor
 
 from vtoken.kernels._dispatch import interpretable, runs_triton, tl, triton
+from vtoken.kernels._tiles import LOG2_E, attention_tiles
 
 CHUNK = 1 << 24  # scores that the definition holds at once: 64 MiB of fp32
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-LOG2_E = 1.4426950408889634
 
 
 def definition(q: Tensor, k: Tensor, q_offsets: Tensor, k_offsets: Tensor, scale: float) -> Tensor:
     """Segment by segment, a chunk of queries at a time. Reads the offsets, so it waits for a device that holds them."""
-    groups = _groups(q, k, q_offsets, k_offsets)
+    groups = groups_of(q, k, q_offsets, k_offsets)
     dtype = torch.promote_types(q.dtype, torch.float32)
     parts = []
     bounds = torch.stack([q_offsets.long(), k_offsets.long().to(q_offsets.device)]).tolist()
@@ -49,61 +49,7 @@ def definition(q: Tensor, k: Tensor, q_offsets: Tensor, k_offsets: Tensor, scale
 
 
 if triton is not None:
-
-    @triton.jit
-    def _segment(offsets, segments, tile, TILE: tl.constexpr, SEGMENTS: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Which segment a tile belongs to, and the tile's first position. Segment s owns the tiles from
-        offsets[s] // TILE + s on: always enough, at most one too many, and no length is needed on the host."""
-        s = tl.arange(0, SEGMENTS)
-        owned = tl.load(offsets + s, mask=s < segments, other=0) // TILE + s
-        mine = tl.sum(((owned <= tile) & (s < segments)).to(tl.int32), 0) - 1
-        begin = tl.load(offsets + mine).to(tl.int64)
-        return mine, begin + (tile - begin // TILE - mine) * TILE
-
-    @triton.jit
-    def _rows(  # type: ignore[no-untyped-def]
-        q, query, end, head, strides, d, GROUPS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr
-    ):
-        """Tile [ROWS, DIM] of q, queries times the query heads of one key head; each row's token, head, and if real."""
-        row = tl.arange(0, ROWS)
-        token = query + row // GROUPS
-        query_head = head * GROUPS + row % GROUPS
-        real = (row < ROWS // GROUPS * GROUPS) & (token < end)
-        dim = tl.arange(0, DIM)
-        address = token[:, None] * strides[0] + query_head[:, None] * strides[1] + dim[None, :] * strides[2]
-        return tl.load(q + address, mask=real[:, None] & (dim < d)[None, :], other=0.0), token, query_head, real
-
-    @triton.jit
-    def _columns(k, key, end, head, strides, d, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Tile [DIM, keys] of k, transposed."""
-        dim = tl.arange(0, DIM)
-        address = key[None, :] * strides[0] + head * strides[1] + dim[:, None] * strides[2]
-        return tl.load(k + address, mask=(key < end)[None, :] & (dim < d)[:, None], other=0.0)
-
-    @triton.jit
-    def _log_sums(  # type: ignore[no-untyped-def]
-        q, k, q_offsets, k_offsets, segments, d, scale, q_strides, k_strides, log_sums,
-        GROUPS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, SEGMENTS: tl.constexpr,
-    ):  # fmt: skip
-        """Program (tile of queries, key head): log2 of the softmax denominators, [ΣQ, H], online over the keys."""
-        mine, query = _segment(q_offsets, segments, tl.program_id(0), ROWS // GROUPS, SEGMENTS)
-        head = tl.program_id(1).to(tl.int64)
-        q_end = tl.load(q_offsets + mine + 1).to(tl.int64)
-        k_begin = tl.load(k_offsets + mine).to(tl.int64)
-        k_end = tl.load(k_offsets + mine + 1).to(tl.int64)
-        if (query < q_end) & (k_begin < k_end):
-            rows, token, query_head, real = _rows(q, query, q_end, head, q_strides, d, GROUPS, ROWS, DIM)
-            top = tl.full([ROWS], float("-inf"), tl.float32)
-            total = tl.zeros([ROWS], tl.float32)
-            for start in range(k_begin, k_end, KEYS):
-                key = start + tl.arange(0, KEYS)
-                columns = _columns(k, key, k_end, head, k_strides, d, DIM)
-                scores = tl.dot(rows, columns, input_precision="ieee") * scale
-                scores = tl.where((key < k_end)[None, :], scores, float("-inf"))
-                new_top = tl.maximum(top, tl.max(scores, 1))
-                total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(scores - new_top[:, None]), 1)
-                top = new_top
-            tl.store(log_sums + token * tl.num_programs(1) * GROUPS + query_head, top + tl.log2(total), mask=real)
+    from vtoken.kernels._tiles import key_columns, log_sums_kernel, query_rows, segment_of
 
     @triton.jit
     def _received(  # type: ignore[no-untyped-def]
@@ -112,7 +58,7 @@ if triton is not None:
     ):  # fmt: skip
         """Program (tile of keys, key head): its share of the result, [Hk, ΣN], over all queries of the segment.
         The heads are summed afterwards, which is deterministic where atomics are not."""
-        mine, first = _segment(k_offsets, segments, tl.program_id(0), KEYS, SEGMENTS)
+        mine, first = segment_of(k_offsets, segments, tl.program_id(0), KEYS, SEGMENTS)
         head = tl.program_id(1).to(tl.int64)
         k_end = tl.load(k_offsets + mine + 1).to(tl.int64)
         q_begin = tl.load(q_offsets + mine).to(tl.int64)
@@ -120,10 +66,10 @@ if triton is not None:
         heads = tl.num_programs(1) * GROUPS
         if first < k_end:
             key = first + tl.arange(0, KEYS)
-            columns = _columns(k, key, k_end, head, k_strides, d, DIM)
+            columns = key_columns(k, key, k_end, head, k_strides, d, DIM)
             share = tl.zeros([KEYS], tl.float32)
             for query in range(q_begin, q_end, ROWS // GROUPS):
-                rows, token, query_head, real = _rows(q, query, q_end, head, q_strides, d, GROUPS, ROWS, DIM)
+                rows, token, query_head, real = query_rows(q, query, q_end, head, q_strides, d, GROUPS, ROWS, DIM)
                 scores = tl.dot(rows, columns, input_precision="ieee") * scale
                 log_sum = tl.load(log_sums + token * heads + query_head, mask=real, other=0.0)
                 share += tl.sum(tl.where(real[:, None], tl.exp2(scores - log_sum[:, None]), 0.0), 0)
@@ -131,7 +77,7 @@ if triton is not None:
             tl.store(sums + head * keys + key, share, mask=key < k_end)
 
 
-def _groups(q: Tensor, k: Tensor, q_offsets: Tensor, k_offsets: Tensor) -> int:
+def groups_of(q: Tensor, k: Tensor, q_offsets: Tensor, k_offsets: Tensor) -> int:
     """Query heads per key head; ValueError where the arguments do not fit together."""
     if q.ndim != 3 or k.ndim != 3 or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}: need [ΣQ, H, d] and [ΣN, Hk, d], H a multiple of Hk")
@@ -142,22 +88,23 @@ def _groups(q: Tensor, k: Tensor, q_offsets: Tensor, k_offsets: Tensor) -> int:
 
 def launch(q: Tensor, k: Tensor, q_offsets: Tensor, k_offsets: Tensor, scale: float) -> Tensor:
     """The kernels' launcher: the definition's contract without gradients, for the dtypes in DTYPES and d up to 256."""
-    groups = _groups(q, k, q_offsets, k_offsets)
+    groups = groups_of(q, k, q_offsets, k_offsets)
     q, k = interpretable(q.detach()), interpretable(k.detach())
     (queries, heads, d), (keys, key_heads, _), segments = q.shape, k.shape, len(q_offsets) - 1
     log_sums = torch.empty((queries, heads), dtype=torch.float32, device=q.device)
     sums = torch.empty((key_heads, keys), dtype=torch.float32, device=q.device)
     dim = max(16, triton.next_power_of_2(d))
-    # Tiles that fit in 64 KB of shared memory. A dot product takes sixteen rows at least: enough for one query per
-    # segment, too few to reuse the keys where there are many.
-    tile = max(16, min(64, 16384 // (dim * q.element_size())))
+    # A dot product takes sixteen rows at least: enough for one query per segment, too few to reuse the keys where there
+    # are many.
+    tile = attention_tiles(dim, q.element_size())
     rows = triton.next_power_of_2(max(groups, 16 if queries * groups <= 16 * segments else min(64, 2 * tile)))
     blocks = {"GROUPS": groups, "ROWS": rows, "KEYS": tile, "DIM": dim, "SEGMENTS": triton.next_power_of_2(segments)}
     bounds = [offsets.to(q.device, non_blocking=True).contiguous() for offsets in (q_offsets, k_offsets)]
     common = (q, k, *bounds, segments, d, scale * LOG2_E, q.stride(), k.stride(), log_sums)
     with torch.cuda.device_of(q):  # triton launches on the current device
         if queries and keys:
-            _log_sums[(queries // (rows // groups) + segments, key_heads)](*common, **blocks, num_stages=2)
+            tiles = (queries // (rows // groups) + segments, key_heads)
+            log_sums_kernel[tiles](*common, **blocks, CAUSAL=False, num_stages=2)
         if keys:
             _received[(keys // tile + segments, key_heads)](*common, sums, keys, **blocks, num_stages=2)
     return sums.sum(0)

@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from vtoken.stages import Keep, Pruner, VisualTokens, keep_all
+from vtoken.stages import Keep, Pruner, VisualTokens, keep_all, offsets_of
 
 
 def choose(stage: Pruner, tokens: VisualTokens, pick: Callable[[Tensor, int], Tensor]) -> Keep:
     """Lets `pick(rows, k)` choose k of a pool's packed rows [n] (ascending), in any order. 1 <= k < n: pools that stay whole are not
     asked. A loop over pools."""
-    if stage.keep.per is not None and tokens.segment is not None:
-        order, held, counts, lengths = stage.per_segment(tokens)
-    else:
-        counts = lengths = stage.keep.counts(tokens.lengths, tokens.row)
-        order, held = torch.arange(len(tokens.x), device=tokens.x.device), tokens.lengths
+    order, held, counts, lengths = pools_of(stage, tokens)
     if counts == held:
         return keep_all(tokens)
     pools = zip(order.split(list(held)), counts, strict=True)
     kept = [rows if k == len(rows) else pick(rows, k) for rows, k in pools]
     return Keep(torch.cat(kept).sort().values, lengths)
+
+
+def choose_together(
+    stage: Pruner, tokens: VisualTokens, pick: Callable[[Tensor, list[int], list[int]], Tensor]
+) -> Keep:
+    """As choose, for what takes a ragged batch: `pick(rows, held, counts)` gets the packed rows [Σn] of all pools that lose something,
+    how many each holds and keeps, and returns positions [Σk] in `rows`, pool by pool, in any order within one."""
+    order, held, counts, lengths = pools_of(stage, tokens)
+    if counts == held:
+        return keep_all(tokens)
+    pools = list(zip(order.split(list(held)), held, counts, strict=True))
+    rows = torch.cat([rows for rows, n, k in pools if k < n])
+    chosen = rows[pick(rows, [n for _, n, k in pools if k < n], [k for _, n, k in pools if k < n])]
+    return Keep(torch.cat([chosen, *(rows for rows, n, k in pools if k == n)]).sort().values, lengths)
+
+
+def pools_of(stage: Pruner, tokens: VisualTokens) -> tuple[Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Order [ΣN] of the tokens, pool by pool; tokens held and to keep per pool; tokens to keep per image."""
+    if stage.keep.per is not None and tokens.segment is not None:
+        return stage.per_segment(tokens)
+    counts = stage.keep.counts(tokens.lengths, tokens.row)
+    return torch.arange(len(tokens.x), device=tokens.x.device), tokens.lengths, counts, counts
+
+
+def offsets_on_host(held: Sequence[int]) -> Tensor:
+    """[len + 1] packed offsets; ops copy them to a device without waiting for it."""
+    return offsets_of(held, torch.device("cpu"))
 
 
 def merged(keep: Keep, home: Tensor, weight: Tensor | None = None) -> Keep:

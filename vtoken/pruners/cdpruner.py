@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import cosine_similarity
 
-from vtoken.pruners._pools import choose
+from vtoken.kernels import diverse_tokens
+from vtoken.pruners._pools import choose_together
 from vtoken.stages import Fact, Keep, Pruner, VisualTokens
 
 EPSILON = 1e-6
@@ -21,8 +22,8 @@ class CDPruner(Pruner):
     Kernel K_ij = r_i cos(x_i, x_j) r_j on projected embeddings; keeps the greedy maximum of det K: each time the token with
     the largest part of K_ii that the kept ones do not explain. What lies in their span counts as explained (1e-6) and goes by index.
 
-    Paper: https://arxiv.org/abs/2506.10967. Loops over images and kept tokens: each choice needs the one before. Without text all
-    tokens are equally relevant.
+    Paper: https://arxiv.org/abs/2506.10967. Each choice needs the one before: on a CPU a loop over images and kept tokens, on a GPU one
+    launch. Without text all tokens are equally relevant.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.10967"
@@ -44,10 +45,10 @@ class CDPruner(Pruner):
     def select(self, tokens: VisualTokens) -> Keep:
         relevance = self._relevance(tokens)
 
-        def pick(rows: Tensor, k: int) -> Tensor:
-            return rows[diverse(normalize(tokens.x[rows].float(), dim=-1), relevance[rows], k)]
+        def pick(rows: Tensor, held: list[int], counts: list[int]) -> Tensor:
+            return diverse_tokens(tokens.x[rows], relevance[rows], held, counts)
 
-        return choose(self, tokens, pick)
+        return choose_together(self, tokens, pick)
 
     def _relevance(self, tokens: VisualTokens) -> Tensor:
         """[ΣN] in 0..1."""
@@ -67,20 +68,3 @@ class CDPruner(Pruner):
         counts = self.keep.counts(lengths, (0,) * len(lengths))
         pairs = zip(lengths, counts, strict=True)
         return sum(2 * n * width + n * k * (2 * width + k) for n, k in pairs if k < n)
-
-
-def diverse(x: Tensor, relevance: Tensor, k: int) -> Tensor:
-    """[k] rows of x [n, D] (unit length), in the order they were chosen; 1 <= k <= n."""
-    gain = relevance.square()
-    explained, taken = EPSILON * gain, torch.zeros_like(gain, dtype=torch.bool)
-    basis, chosen = x.new_zeros(k, len(x)), []
-    for i in range(k):
-        best = gain.masked_fill(taken, -1).argmax(keepdim=True)
-        chosen.append(best)
-        taken.index_fill_(0, best, True)
-        left = gain[best]
-        row = relevance * relevance[best] * (x @ x[best][0]) - basis[:i].T @ basis[:i, best][:, 0]
-        basis[i] = torch.where(left > 0, row * left.rsqrt(), 0)
-        gain = gain - basis[i].square()
-        gain = gain.where(gain > explained, 0)
-    return torch.cat(chosen)

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from vtoken.budget import Budget
-from vtoken.kernels import topk_tokens
+from vtoken.kernels import flow_scores, topk_tokens
 from vtoken.pruners._flowcut import cumulated, losses, share, targets
 from vtoken.stages import Fact, Keep, Parts, Pruner, Site, VisualTokens, keep_all, offsets_of
 
@@ -76,15 +76,15 @@ class FlowCut(Pruner):
         def fact(name: str) -> Tensor:
             return tokens.fact(name)[order].float()
 
-        attention = share(fact("global_attention"), held)
-        flow = attention + share(fact("value_attention"), held) if self.relevance else attention
-        score = cumulated(tokens, order, flow * fact("mean_value").abs().sum(-1), self.momentum)
+        attention, relevance = fact("global_attention"), fact("value_attention") if self.relevance else None
+        flow = flow_scores(attention, relevance, fact("mean_value"), offsets_of(held, order.device))
+        score = cumulated(tokens, order, flow, self.momentum)
         ahead = self._ahead(tokens.layer)
         if ahead % 2:
             return keep_all(tokens)
         counts = target
         if ahead:
-            loss = losses(attention, held, target, ahead)
+            loss = losses(share(attention, held), held, target, ahead)
             most = loss.max() if self.reference_quirks else loss
             counts = tuple(max(n - r, k) for n, r, k in zip(held, most.expand_as(loss).tolist(), target, strict=True))
         index = topk_tokens(score, offsets_of(held, score.device), counts)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
+from vtoken.kernels import nearest_tokens
 from vtoken.stages import Pruner, VisualTokens
-
-ROWS = 1024  # of the similarity map that are held at once
 
 
 class TextMonkey(Pruner):
@@ -31,18 +29,9 @@ class TextMonkey(Pruner):
     symmetric: bool = Field(default=False, description="compare with earlier tokens too")
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        """A loop over images; O(N) memory."""
-        x = nn.functional.normalize(tokens.x.float(), dim=-1)
-        return torch.cat([-self._redundancy(image) for image in x.split(tokens.lengths)])
-
-    def _redundancy(self, x: Tensor) -> Tensor:
-        """[N] from normalised x [N, D]."""
-        column, out = torch.arange(len(x), device=x.device), []
-        for start in range(0, len(x), ROWS):
-            row = column[start : start + ROWS, None]
-            hidden = column == row if self.symmetric else column <= row
-            out.append((x[start : start + ROWS] @ x.T).masked_fill_(hidden, -torch.inf).amax(1))
-        return torch.cat(out) if out else x[:, 0]
+        """O(N) memory."""
+        among: Literal["others", "later"] = "others" if self.symmetric else "later"
+        return -nearest_tokens(tokens.x, tokens.x, tokens.offsets, tokens.offsets, among)[0]
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
         return sum(2 * n * n * width for n in lengths)

@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from vtoken.pruners._pools import choose
+from vtoken.kernels import farthest_tokens, topk_tokens
+from vtoken.pruners._pools import choose_together, offsets_on_host
 from vtoken.stages import Fact, Keep, Pruner, VisualTokens, image_of
 
 
@@ -45,16 +45,17 @@ class ToDRE(Pruner):
         return (Fact("cls_attention", self.layer),)
 
     def select(self, tokens: VisualTokens) -> Keep:
-        """Loops over pools and over kept tokens: each choice needs the one before. One row of similarities at a time."""
+        """Each choice needs the one before: on a CPU a loop over pools and kept tokens, on a GPU one launch."""
         pivot = tokens.fact("cls_attention", self.layer)
         if self.keep.per != "per_crop":
             pivot = pivot.masked_fill(in_a_crop(tokens), -torch.inf)
 
-        def pick(rows: Tensor, k: int) -> Tensor:
-            x = normalize(tokens.x[rows].float(), dim=-1)
-            return rows[spread(x, pivot[rows].argmax(keepdim=True), k, self.strategy)]
+        def pick(rows: Tensor, held: list[int], counts: list[int]) -> Tensor:
+            first = topk_tokens(pivot[rows], offsets_on_host(held), [1] * len(held))
+            rule: Literal["max_sum", "max_min"] = "max_sum" if self.strategy == "max_sum" else "max_min"
+            return farthest_tokens(tokens.x[rows], held, counts, first, rule)
 
-        return choose(self, tokens, pick)
+        return choose_together(self, tokens, pick)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
         """One row of similarities per kept token; segments of an image are taken together."""
@@ -67,18 +68,3 @@ def in_a_crop(tokens: VisualTokens) -> Tensor:
     several = torch.tensor([len(parts) == 2 for parts in tokens.parts], device=tokens.x.device)
     inside = several[image_of(tokens.lengths, tokens.x.device)]
     return inside & (tokens.segment > 0) if tokens.segment is not None else torch.zeros_like(inside)
-
-
-def spread(x: Tensor, first: Tensor, k: int, strategy: str) -> Tensor:
-    """[k] rows of the normalised x [N, D], in the order in which they are taken; ties to the lower index.
-
-    Args:
-        first: [1] the row to start from.
-    """
-    picked, near = [first], x @ x.index_select(0, first)[0]
-    for _ in range(k - 1):
-        near.index_fill_(0, picked[-1], torch.inf)
-        picked.append(near.argmin()[None])
-        more = x @ x.index_select(0, picked[-1])[0]
-        near = near + more if strategy == "max_sum" else near.maximum(more)
-    return torch.cat(picked)

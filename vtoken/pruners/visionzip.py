@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from vtoken.pruners._pools import choose, merged, rest_of, top
+from vtoken.kernels import nearest_tokens
+from vtoken.pruners._pools import choose, merged, offsets_on_host, rest_of, top
 from vtoken.stages import Fact, Keep, Pruner, VisualTokens
 
 
@@ -61,7 +61,8 @@ class VisionZip(Pruner):
                 return rows[dominant]
             targets = torch.arange(c, device=rows.device) * (len(rest) // c)
             target, other = rows[rest[targets]], rows[rest[rest_of(len(rest), targets)]]
-            nearest = (keys[other] @ keys[target].T).argmax(1)
+            ends = offsets_on_host([len(other)]), offsets_on_host([c])
+            _, nearest = nearest_tokens(keys[other], keys[target], *ends)
             home[other] = target[nearest]
             members = torch.zeros_like(weight[:c]).index_add_(0, nearest, weight[other])
             weight[other] = 1 / members[nearest]
@@ -82,8 +83,8 @@ class VisionZip(Pruner):
                     f"visionzip: heads: {self.heads} does not divide the encoder's keys, {keys.shape[1]} wide; write the encoder's "
                     "number of attention heads, or leave it out"
                 )
-            keys = keys.unflatten(1, (self.heads, -1)).float().mean(1)
-        return normalize(keys.float(), dim=-1)
+            return keys.unflatten(1, (self.heads, -1)).float().mean(1)
+        return keys
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
         """Similarities at the model's width, and the merge."""

@@ -1,0 +1,102 @@
+"""What several kernels share: which segment a tile lies in, tiles of queries and keys, softmax denominators, dot products."""
+
+from vtoken.kernels._dispatch import tl, triton
+
+LOG2_E = 1.4426950408889634
+MANY = 1024  # tokens from which on tiles of 128 keep a device busy
+
+if triton is not None:
+
+    @triton.jit
+    def segment_of(offsets, segments, tile, TILE: tl.constexpr, SEGMENTS: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Which segment a tile belongs to, and the tile's first position. Segment s owns the tiles from
+        offsets[s] // TILE + s on: always enough, at most one too many, and no length is needed on the host."""
+        s = tl.arange(0, SEGMENTS)
+        owned = tl.load(offsets + s, mask=s < segments, other=0) // TILE + s
+        mine = tl.sum(((owned <= tile) & (s < segments)).to(tl.int32), 0) - 1
+        begin = tl.load(offsets + mine).to(tl.int64)
+        return mine, begin + (tile - begin // TILE - mine) * TILE
+
+    @triton.jit
+    def query_rows(  # type: ignore[no-untyped-def]
+        q, query, end, head, strides, d, GROUPS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr
+    ):
+        """Tile [ROWS, DIM] of q, queries times the query heads of one key head; each row's token, head, and if real."""
+        row = tl.arange(0, ROWS)
+        token = query + row // GROUPS
+        query_head = head * GROUPS + row % GROUPS
+        real = (row < ROWS // GROUPS * GROUPS) & (token < end)
+        dim = tl.arange(0, DIM)
+        address = token[:, None] * strides[0] + query_head[:, None] * strides[1] + dim[None, :] * strides[2]
+        return tl.load(q + address, mask=real[:, None] & (dim < d)[None, :], other=0.0), token, query_head, real
+
+    @triton.jit
+    def key_columns(k, key, end, head, strides, d, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Tile [DIM, keys] of k, transposed."""
+        dim = tl.arange(0, DIM)
+        address = key[None, :] * strides[0] + head * strides[1] + dim[:, None] * strides[2]
+        return tl.load(k + address, mask=(key < end)[None, :] & (dim < d)[:, None], other=0.0)
+
+    @triton.jit
+    def log_sums_kernel(  # type: ignore[no-untyped-def]
+        q, k, q_offsets, k_offsets, segments, d, scale, q_strides, k_strides, log_sums,
+        GROUPS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, SEGMENTS: tl.constexpr,
+        CAUSAL: tl.constexpr,
+    ):  # fmt: skip
+        """Program (tile of queries, key head): log2 of the softmax denominators, [ΣQ, H], online over the keys. Where
+        attention is causal, the queries are the last tokens of their segment."""
+        mine, query = segment_of(q_offsets, segments, tl.program_id(0), ROWS // GROUPS, SEGMENTS)
+        head = tl.program_id(1).to(tl.int64)
+        q_end = tl.load(q_offsets + mine + 1).to(tl.int64)
+        k_begin = tl.load(k_offsets + mine).to(tl.int64)
+        k_end = tl.load(k_offsets + mine + 1).to(tl.int64)
+        if (query < q_end) & (k_begin < k_end):
+            rows, token, query_head, real = query_rows(q, query, q_end, head, q_strides, d, GROUPS, ROWS, DIM)
+            sees = k_end - q_end + token  # the key that is the query itself
+            stop = k_end
+            if CAUSAL:
+                stop = tl.minimum(k_end, k_end - q_end + query + ROWS // GROUPS)
+            top = tl.full([ROWS], float("-inf"), tl.float32)
+            total = tl.zeros([ROWS], tl.float32)
+            for start in range(k_begin, stop, KEYS):
+                key = start + tl.arange(0, KEYS)
+                columns = key_columns(k, key, k_end, head, k_strides, d, DIM)
+                scores = tl.dot(rows, columns, input_precision="ieee") * scale
+                seen = (key < k_end)[None, :]
+                if CAUSAL:
+                    seen = seen & (key[None, :] <= sees[:, None])
+                scores = tl.where(seen, scores, float("-inf"))
+                new_top = tl.maximum(top, tl.max(scores, 1))
+                total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(scores - new_top[:, None]), 1)
+                top = new_top
+            tl.store(log_sums + token * tl.num_programs(1) * GROUPS + query_head, top + tl.log2(total), mask=real)
+
+    @triton.jit
+    def dots(  # type: ignore[no-untyped-def]
+        x, row, row_inside, x_stride, y, column, column_inside, y_stride, width,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+    ):  # fmt: skip
+        """[ROWS, COLUMNS] dot products of tokens of x and tokens of y, whose numbers lie side by side."""
+        total = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for start in range(0, width, WIDTH):
+            at = start + tl.arange(0, WIDTH)
+            inside = at < width
+            a = tl.load(
+                x + row[:, None] * x_stride + at[None, :], mask=row_inside[:, None] & inside[None, :], other=0.0
+            )
+            b = tl.load(
+                y + column[None, :] * y_stride + at[:, None], mask=column_inside[None, :] & inside[:, None], other=0.0
+            )
+            total = tl.dot(a, b, total, input_precision="ieee")
+        return total
+
+
+def dot_tiles(tokens: int, bytes_each: int) -> dict[str, int]:
+    """How `dots` is cut: small tiles where there are few tokens, so that the device is busy, or wide numbers."""
+    large = tokens >= MANY and bytes_each == 2
+    return {"TILE": 128 if large else 64, "WIDTH": 128 // bytes_each, "num_warps": 8 if large else 4}
+
+
+def attention_tiles(dim: int, bytes_each: int) -> int:
+    """Keys per tile, so that tiles fit in 64 KB of shared memory."""
+    return max(16, min(64, 16384 // (dim * bytes_each)))

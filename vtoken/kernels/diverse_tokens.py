@@ -1,0 +1,137 @@
+"""Greedy maximum of a determinant (a determinantal point process): tokens that matter and differ, in one launch for all images.
+
+    x          [ΣN, D]  tokens, packed over images, any length, any strides; fp16, bf16 or fp32 for the kernel
+    relevance  [ΣN]     fp32, none negative
+    lengths    N_i, on the host
+    counts     K_i, on the host, 0 <= K_i <= N_i
+    index      [ΣK] int64, packed positions, image by image, in the order in which they were taken
+
+The kernel matrix is K_ij = r_i cos(x_i, x_j) r_j. Each time the token with the largest part of K_ii that the taken ones do
+not explain comes next, ties to the lower position; what is left of at most EPSILON * K_ii counts as nothing. fp32
+throughout; NaN in x gives an undefined result.
+
+Bytes moved: all cosines first, as `farthest_tokens`; choice i then reads i rows of the orthogonal basis that the taken tokens
+span, so 2 * N * K² in all, by one program per image, and writes one. 576 -> 64 tokens: 4.7 MB. The definition computes one
+row of cosines per choice and takes over ten launches for it. Limits are those of `farthest_tokens`.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vtoken.kernels import _gram
+from vtoken.kernels._dispatch import runs_triton, tl, triton
+from vtoken.kernels.farthest_tokens import checked
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+EPSILON = 1e-6
+
+
+def definition(x: Tensor, relevance: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """Incremental Cholesky, a loop over images and over taken tokens: each choice needs the one before."""
+    index, starts = [torch.zeros(0, dtype=torch.int64, device=x.device)], [0, *accumulate(lengths)]
+    for tokens, r, k, start in zip(
+        x.split(list(lengths)), relevance.split(list(lengths)), counts, starts, strict=False
+    ):
+        unit, gain = normalize(tokens.float(), dim=-1), r.square()
+        explained, taken = EPSILON * gain, torch.zeros_like(gain, dtype=torch.bool)
+        basis = unit.new_zeros(k, len(unit))
+        for i in range(k):
+            best = gain.masked_fill(taken, -1).argmax(keepdim=True)
+            index.append(best + start)
+            taken.index_fill_(0, best, True)
+            left = gain[best]
+            row = r * r[best] * (unit @ unit[best][0]) - basis[:i].T @ basis[:i, best][:, 0]
+            basis[i] = torch.where(left > 0, row * left.rsqrt(), 0)
+            gain = gain - basis[i].square()
+            gain = gain.where(gain > explained, 0)
+    return torch.cat(index)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _take(  # type: ignore[no-untyped-def]
+        cosines, longest, relevance, offsets, slots, basis, index, epsilon, BLOCK: tl.constexpr
+    ):
+        """Program (image): takes token after token; its rows of the basis [ΣK, longest] are scratch."""
+        image = tl.program_id(0)
+        begin = tl.load(offsets + image)
+        n = tl.load(offsets + image + 1) - begin
+        slot = tl.load(slots + image)
+        end = tl.load(slots + image + 1)
+        lane = tl.arange(0, BLOCK)
+        real = lane < n
+        r = tl.load(relevance + begin + lane, mask=real, other=0.0)
+        gain = r * r
+        explained = epsilon * gain
+        taken = lane >= n
+        for at in range(slot, end):
+            best = tl.argmax(tl.where(taken, -1.0, gain), 0).to(tl.int64)
+            tl.store(index + at, begin + best)
+            taken = taken | (lane == best)
+            left = tl.sum(tl.where(lane == best, gain, 0.0), 0)
+            row = tl.load(cosines + (begin + best) * longest + lane, mask=real, other=0.0)
+            row = r * tl.load(relevance + begin + best) * row
+            for i in range(slot, at):
+                earlier = tl.load(basis + i * longest + lane, mask=real, other=0.0)
+                row -= earlier * tl.load(basis + i * longest + best)
+            row = tl.where(left > 0, row / tl.sqrt(left), 0.0)
+            tl.store(basis + at * longest + lane, row, mask=real)
+            tl.debug_barrier()  # what one thread wrote, all read in the next round
+            gain -= row * row
+            gain = tl.where(gain > explained, gain, 0.0)
+
+
+def launch(x: Tensor, relevance: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """The kernels' launcher: the definition's contract, for the dtypes in DTYPES and what `_gram.fits`."""
+    index = torch.empty(sum(counts), dtype=torch.int64, device=x.device)
+    if len(index):
+        longest = max(lengths)
+        cosines, block = _gram.cosines(x, lengths), triton.next_power_of_2(longest)
+        basis = torch.empty((len(index), longest), dtype=torch.float32, device=x.device)
+        offsets, slots = (_gram.bounds(held, x.device) for held in (lengths, counts))
+        with torch.cuda.device_of(x):  # triton launches on the current device
+            _take[(len(lengths),)](
+                cosines, longest, relevance.float().contiguous(), offsets, slots, basis, index, EPSILON,
+                BLOCK=block, num_warps=_gram.warps(block),
+            )  # fmt: skip
+    return index
+
+
+def diverse_tokens(x: Tensor, relevance: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """[ΣK] packed positions in the order taken, see the top of the file. No host synchronisation.
+
+    Raises ValueError where counts and lengths differ in number, and for a count below 0 or above N_i.
+    """
+    checked(lengths, counts, len(lengths))
+    x, relevance = x.detach(), relevance.detach()
+    triton_fits = x.dtype in DTYPES and _gram.fits(lengths) and runs_triton(x, relevance)
+    return (launch if triton_fits else definition)(x, relevance, lengths, counts)
+
+
+def examples() -> Iterator[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def case(lengths: list[int], counts: list[int], width: int) -> dict[str, Any]:
+        x = torch.randn(sum(lengths), width, generator=generator)
+        relevance = torch.rand(sum(lengths), generator=generator) + 0.1
+        return {"x": x, "relevance": relevance, "lengths": lengths, "counts": counts}
+
+    yield case([], [], 4)
+    yield case([0, 3], [0, 0], 4)
+    yield case([1, 70, 0, 5, 33], [1, 21, 0, 5, 2], 80)
+    # Copies of the first token are explained by it at once, and then go by position.
+    copies = case([9], [7], 16)
+    yield {**copies, "x": copies["x"][[0, 1, 0, 2, 0, 0, 3, 0, 0]], "relevance": torch.ones(9)}
+    strided = case([40], [9], 33)
+    yield {**strided, "x": strided["x"].T.contiguous().T}
+
+
+def tolerance(dtype: torch.dtype) -> tuple[float, float]:
+    """(relative, absolute): positions are exact, where no two candidates are within rounding of each other."""
+    return 0.0, 0.0

@@ -1,0 +1,188 @@
+"""Greedy choice of tokens that are unlike each other, one after the other, for all images in one launch.
+
+    x         [ΣN, D]   tokens, packed over images, any length, any strides; fp16, bf16 or fp32 for the kernel
+    lengths   N_i, on the host
+    counts    K_i, on the host, 0 <= K_i <= N_i
+    first     [images] int64, packed position of the token that each image starts with; where K_i is 0, anything. None: the
+              one whose highest cosine to any other is lowest
+    strategy  "max_min": next comes the token whose highest cosine to those taken is lowest; "max_sum": the one whose
+              cosines to them sum up lowest. Ties to the lower position; no token is taken twice
+    index     [ΣK] int64, packed positions, image by image, in the order in which they were taken
+
+fp32 accumulation; a token of length 0 has cosine 0 with everything. NaN in x gives an undefined result.
+
+Bytes moved, e bytes per number: the kernels compute all cosines first, as `nearest_tokens` does (2 * N² * D FLOPs), and
+write 4 * N² of them; each choice then reads one row, 4 * N, by one program per image that keeps its N distances in
+registers. 2880 -> 320 tokens, 4096 wide: 68 GFLOP (twice that without `first`), 33 MB of cosines, 3.7 MB of rows. The definition does 2 * N * K * D
+FLOPs instead, reads x K times (15 GB here) and takes five launches per choice. Images whose cosines would not fit in 512
+MiB, or with more than 16384 tokens, take the definition.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vtoken.kernels import _gram
+from vtoken.kernels._dispatch import runs_triton, tl, triton
+from vtoken.kernels.nearest_tokens import ROWS
+from vtoken.kernels.nearest_tokens import launch as nearest
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+Strategy = Literal["max_min", "max_sum"]
+
+
+def definition(
+    x: Tensor,
+    lengths: Sequence[int],
+    counts: Sequence[int],
+    first: Tensor | None = None,
+    strategy: Strategy = "max_min",
+) -> Tensor:
+    """A loop over images and over taken tokens: each choice needs the one before. One row of cosines at a time."""
+    index = [torch.zeros(0, dtype=torch.int64, device=x.device)]
+    for image, (tokens, k, start) in enumerate(zip(x.split(list(lengths)), counts, _starts(lengths), strict=True)):
+        if not k:
+            continue
+        unit = normalize(tokens.float(), dim=-1)
+        taken = [_loneliest(unit) if first is None else first[image : image + 1] - start]
+        near = unit @ unit.index_select(0, taken[0])[0]
+        for _ in range(k - 1):
+            near.index_fill_(0, taken[-1], torch.inf)
+            taken.append(near.argmin()[None])
+            more = unit @ unit.index_select(0, taken[-1])[0]
+            near = near + more if strategy == "max_sum" else near.maximum(more)
+        index += [position + start for position in taken]
+    return torch.cat(index)
+
+
+def _loneliest(unit: Tensor) -> Tensor:
+    """[1] the row whose nearest other is farthest away, ROWS rows at a time."""
+    closest = []
+    for start in range(0, len(unit), ROWS):
+        cosine = unit[start : start + ROWS] @ unit.T
+        cosine.diagonal(start).fill_(-torch.inf)
+        closest.append(cosine.amax(1))
+    return torch.cat(closest).argmin(keepdim=True)
+
+
+def _starts(lengths: Sequence[int]) -> list[int]:
+    return [0, *accumulate(lengths)][:-1]
+
+
+if triton is not None:
+
+    @triton.jit
+    def _take(  # type: ignore[no-untyped-def]
+        cosines,
+        longest,
+        offsets,
+        slots,
+        first,
+        closest,
+        index,
+        GIVEN: tl.constexpr,
+        SUM: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        """Program (image): takes token after token. The last token's row is never needed."""
+        image = tl.program_id(0)
+        begin = tl.load(offsets + image)
+        n = tl.load(offsets + image + 1) - begin
+        slot = tl.load(slots + image)
+        end = tl.load(slots + image + 1)
+        lane = tl.arange(0, BLOCK)
+        if slot < end:
+            if GIVEN:
+                best = tl.load(first + image) - begin
+            else:
+                best = tl.argmin(tl.load(closest + begin + lane, mask=lane < n, other=float("inf")), 0).to(tl.int64)
+            tl.store(index + slot, begin + best)
+            near = tl.load(cosines + (begin + best) * longest + lane, mask=lane < n, other=float("inf"))
+            for at in range(slot + 1, end):
+                near = tl.where(lane == best, float("inf"), near)
+                best = tl.argmin(near, 0).to(tl.int64)
+                tl.store(index + at, begin + best)
+                more = tl.load(cosines + (begin + best) * longest + lane, mask=lane < n, other=float("inf"))
+                if SUM:
+                    near += more
+                else:
+                    near = tl.maximum(near, more)
+
+
+def launch(
+    x: Tensor,
+    lengths: Sequence[int],
+    counts: Sequence[int],
+    first: Tensor | None = None,
+    strategy: Strategy = "max_min",
+) -> Tensor:
+    """The kernels' launcher: the definition's contract, for the dtypes in DTYPES and what `_gram.fits`."""
+    index = torch.empty(sum(counts), dtype=torch.int64, device=x.device)
+    if len(index):
+        cosines = _gram.cosines(x, lengths)
+        offsets, slots = (_gram.bounds(held, x.device) for held in (lengths, counts))
+        closest = nearest(x, x, offsets, offsets, "others")[0] if first is None else cosines
+        block = triton.next_power_of_2(max(lengths))
+        with torch.cuda.device_of(x):  # triton launches on the current device
+            _take[(len(lengths),)](
+                cosines, max(lengths), offsets, slots, offsets if first is None else first.contiguous(), closest, index,
+                GIVEN=first is not None, SUM=strategy == "max_sum", BLOCK=block, num_warps=_gram.warps(block),
+            )  # fmt: skip
+    return index
+
+
+def farthest_tokens(
+    x: Tensor,
+    lengths: Sequence[int],
+    counts: Sequence[int],
+    first: Tensor | None = None,
+    strategy: Strategy = "max_min",
+) -> Tensor:
+    """[ΣK] packed positions in the order taken, see the top of the file. No host synchronisation.
+
+    Raises ValueError where counts, lengths and first differ in number, and for a count below 0 or above N_i.
+    """
+    checked(lengths, counts, len(lengths) if first is None else len(first))
+    given = (x.detach(),) if first is None else (x.detach(), first)
+    triton_fits = x.dtype in DTYPES and _gram.fits(lengths) and runs_triton(*given)
+    return (launch if triton_fits else definition)(x.detach(), lengths, counts, first, strategy)
+
+
+def checked(lengths: Sequence[int], counts: Sequence[int], given: int) -> None:
+    """ValueError where these cannot belong together; `given` things came with the images."""
+    if not len(lengths) == len(counts) == given:
+        raise ValueError(f"{len(lengths)} images, {len(counts)} counts, {given} first tokens: need as many of each")
+    for image, (n, k) in enumerate(zip(lengths, counts, strict=True)):
+        if not 0 <= k <= n:
+            raise ValueError(f"image {image}: cannot keep {k} of {n} tokens")
+
+
+def examples() -> Iterator[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def case(lengths: list[int], counts: list[int], width: int, strategy: Strategy, first: int) -> dict[str, Any]:
+        x = torch.randn(sum(lengths), width, generator=generator)
+        starts = torch.tensor([s + first % max(1, n) for s, n in zip(_starts(lengths), lengths, strict=True)])
+        given = {"x": x, "lengths": lengths, "counts": counts}
+        return {**given, "first": starts.long(), "strategy": strategy}
+
+    yield case([], [], 4, "max_min", 0)
+    yield case([0, 3], [0, 0], 4, "max_sum", 0)
+    yield {**case([0, 1, 68, 40, 9], [0, 1, 10, 1, 0], 20, "max_min", 0), "first": None}
+    for strategy in ("max_min", "max_sum"):
+        yield case([1, 70, 0, 5, 33], [1, 21, 0, 5, 2], 80, strategy, first=7)
+    # Cosines of 0 and 1 only, so ties everywhere; one token has no length.
+    corners = torch.eye(6)[[0, 1, 2, 0, 3, 1, 4, 5, 0]] * torch.tensor([1, 2, 4, 2, 0, 1, 1, 4, 1])[:, None]
+    for strategy in ("max_min", "max_sum"):
+        yield {**case([9], [9], 6, strategy, first=5), "x": corners}  # type: ignore[arg-type]
+    strided = case([40], [9], 33, "max_sum", first=39)
+    yield {**strided, "x": strided["x"].T.contiguous().T}
+
+
+def tolerance(dtype: torch.dtype) -> tuple[float, float]:
+    """(relative, absolute): positions are exact, where no two candidates are within rounding of each other."""
+    return 0.0, 0.0

@@ -1,0 +1,128 @@
+"""Take the kept positions out of a key-value cache, every head its own.
+
+    caches  a tensor, or a tuple or list of them (K and V of one or more layers that keep the same), each [B, Hk, S, d], any
+            strides, d may differ
+    index   [B, Hk, K] int64, 0 <= index < S, any order; [B, 1, K] where all heads keep the same
+    result  the same structure, each [B, Hk, K, d], contiguous, same dtype
+
+Bytes moved, with R the bytes of one position of one head: B * Hk * K * R read and written per tensor, and 8 * B * Hk * K
+of index read once per tensor; nothing that is dropped is read. The definition moves the same bytes, but its gather reads
+an index for every number. One launch for all tensors.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from vtoken.kernels._dispatch import runs_triton, tl, triton
+from vtoken.kernels.gather_tokens import BITS
+
+Tensors = TypeVar("Tensors", Tensor, tuple[Tensor, ...], list[Tensor])
+TILE = 16  # positions that one program copies
+
+
+def definition(caches: Tensors, index: Tensor) -> Tensors:
+    """torch.gather on every tensor."""
+    if isinstance(caches, Tensor):
+        return _gather(caches, index)
+    taken = [_gather(cache, index) for cache in caches]
+    return tuple(taken) if isinstance(caches, tuple) else taken
+
+
+def _gather(cache: Tensor, index: Tensor) -> Tensor:
+    batch, heads, _, d = cache.shape
+    return cache.gather(2, index.expand(batch, heads, -1)[..., None].expand(-1, -1, -1, d))
+
+
+if triton is not None:
+
+    @triton.jit
+    def _copy(  # type: ignore[no-untyped-def]
+        sources, outputs, strides, widths, index, index_strides, heads, kept, TILE: tl.constexpr, WIDTHS: tl.constexpr
+    ):
+        """Program (tile of positions, batch row and head, tensor)."""
+        slot = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+        pair = tl.program_id(1).to(tl.int64)
+        row = pair // heads
+        head = pair % heads
+        inside = slot < kept
+        start = index + row * index_strides[0] + head * index_strides[1]
+        position = tl.load(start + slot * index_strides[2], mask=inside, other=0)
+        for which in tl.static_range(len(sources)):
+            if tl.program_id(2) == which:
+                column = tl.arange(0, WIDTHS[which])
+                mask = inside[:, None] & (column < widths[which])[None, :]
+                source = sources[which] + row * strides[which][0] + head * strides[which][1]
+                address = position[:, None] * strides[which][2] + column[None, :] * strides[which][3]
+                values = tl.load(source + address, mask=mask)
+                target = outputs[which] + (pair * kept + slot)[:, None] * widths[which] + column[None, :]
+                tl.store(target, values, mask=mask)
+
+
+def _launch(group: Sequence[Tensor], index: Tensor) -> list[Tensor]:
+    (batch, heads), kept = group[0].shape[:2], index.shape[2]
+    taken = [torch.empty((batch, heads, kept, c.shape[3]), dtype=c.dtype, device=c.device) for c in group]
+    if any(t.numel() for t in taken):
+        bits = [cache.detach().view(BITS[cache.element_size()]) for cache in group]
+        widths = tuple(cache.shape[3] for cache in group)
+        with torch.cuda.device_of(index):  # triton launches on the current device
+            _copy[(-(-kept // TILE), batch * heads, len(group))](
+                tuple(bits), tuple(t.view(b.dtype) for t, b in zip(taken, bits, strict=True)),
+                tuple(b.stride() for b in bits), widths, index, index.expand(batch, heads, -1).stride(), heads, kept,
+                TILE=TILE, WIDTHS=tuple(triton.next_power_of_2(max(1, d)) for d in widths),
+            )  # fmt: skip
+    return taken
+
+
+def launch(caches: Tensors, index: Tensor) -> Tensors:
+    """The kernel's launcher: the definition's contract without gradients, for tensors with the same B and Hk."""
+    if isinstance(caches, Tensor):
+        return _launch([caches], index)[0]
+    taken = _launch(caches, index) if caches else []
+    return tuple(taken) if isinstance(caches, tuple) else taken
+
+
+def gather_cache(caches: Tensors, index: Tensor) -> Tensors:
+    """Positions `index` of every cache, see the top of the file. Differentiable.
+
+    Raises:
+        ValueError: where batch and heads of the caches differ, or the index fits neither all heads nor one.
+        RuntimeError: for a position out of range on the CPU; on a device the result is then undefined, since looking would
+            synchronise.
+    """
+    group: Sequence[Tensor] = [caches] if isinstance(caches, Tensor) else caches
+    for cache in group:
+        if (
+            cache.shape[:2] != group[0].shape[:2]
+            or index.shape[0] != len(cache)
+            or index.shape[1] not in (1, cache.shape[1])
+        ):
+            raise ValueError(
+                f"cache {tuple(cache.shape)} and index {tuple(index.shape)}: need [B, Hk, S, d] with the same B and Hk "
+                "throughout, and [B, Hk, K] or [B, 1, K]"
+            )
+    return launch(caches, index) if runs_triton(index, *group) else definition(caches, index)
+
+
+def examples() -> Iterator[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def index(batch: int, heads: int, kept: int, size: int) -> Tensor:
+        return torch.randint(size, (batch, heads, kept), generator=generator)
+
+    yield {"caches": (), "index": index(1, 1, 1, 1)}
+    yield {"caches": draw(1, 1, 1, 3), "index": index(1, 1, 0, 1)}
+    yield {"caches": (draw(2, 3, 40, 64), draw(2, 3, 40, 80)), "index": index(2, 3, 17, 40)}
+    yield {"caches": [draw(2, 2, 33, 96), draw(2, 2, 35, 128)], "index": index(2, 1, 33, 33)}
+    heads_last = draw(2, 9, 3, 20).transpose(1, 2)
+    yield {"caches": (heads_last, draw(2, 3, 9, 40)[..., ::2]), "index": index(2, 3, 32, 9)[..., ::4]}
+
+
+def tolerance(dtype: torch.dtype) -> tuple[float, float]:
+    """(relative, absolute): a copy is exact."""
+    return 0.0, 0.0
