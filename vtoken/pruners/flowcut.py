@@ -26,7 +26,7 @@ class FlowCut(Pruner):
     keeps the positions of those that stay. `keep` counts per crop where pictures are cut into crops; a share is of the tokens before
     anything was dropped. Where features are interpolated behind the encoder (OneVision's videos and large pictures) a token lives only
     if all its sources do: few may be left, or none. How many go early depends on the picture: `plan` counts on the last cut alone,
-    so its FLOPs are an upper bound. The authors' second cut on LLaVA-NeXT, after decoder layer 1, is not part of this stage.
+    so its FLOPs are an upper bound. The authors' second cut on LLaVA-NeXT, after decoder layer 1, is the stage `flowcut_late`.
 
     Paper: https://arxiv.org/abs/2505.19536.
     """

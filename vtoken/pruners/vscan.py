@@ -22,13 +22,13 @@ class VScan(Pruner):
     take in what is left over; rasters and frames have windows of their own.
 
     Paper: https://arxiv.org/abs/2505.22654. Loops over images (or frames, or crops). The second stage, a drop to a third in the middle
-    of the LLM, is not part of it: with it, the authors' average over layers is two thirds of `keep`.
+    of the LLM, is `vscan_late`: with it, the authors' average over layers is two thirds of `keep`.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.22654"
     deviations: ClassVar[str] = (
         "When windows do not divide the local half evenly the count is still exact; the authors' LLaVA code keeps fewer. "
-        "Reading order; stage 1 only."
+        "Reading order."
     )
 
     local_layer: int = Field(
