@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import tiny
 import torch
@@ -14,7 +12,6 @@ from vtoken import config
 from vtoken.cli import main
 from vtoken.errors import ConfigError
 from vtoken.evals.calibrate import _fitprune as search
-from vtoken.evals.calibrate._samples import samples
 from vtoken.evals.flops import account
 from vtoken.evals.geometry.decoder import decoder
 
@@ -117,18 +114,8 @@ def test_the_command(tmp_path, capsys):
     assert stage.tokens == 576 and len(stage.table) == 4 and out.read_text().startswith("# FitPrune")
 
 
-def test_samples(tmp_path):
-    from vtoken.evals import reference
-
-    file = tmp_path / "q.jsonl"
-    file.write_text(json.dumps({"image": "a.png", "question": "What?"}) + "\n\n{}\n")
-    assert samples(file, 1) == [(tmp_path / "a.png", "What?")]
-    last = reference.questions()[-1]
-    assert samples(None, 3)[0] == (last.image, last.question)
-    with pytest.raises(ConfigError, match="one JSON object per line"):
-        samples(file, 2)
-    with pytest.raises(ConfigError, match="--limit"):
-        samples(file, 0)
-    file.write_text("\n")
-    with pytest.raises(ConfigError, match="no lines"):
-        samples(file, 1)
+def test_without_questions_nothing_is_loaded(capsys):
+    assert main(["calibrate", "fitprune", "tiny-llava", "--reduction", "40", "--limit", "0"]) == 2
+    assert "at least 1 question" in capsys.readouterr().err
+    assert main(["calibrate", "fitprune", "tiny-llava", "--reduction", "40", "--data", "nowhere.jsonl"]) == 2
+    assert "no data 'nowhere.jsonl'" in capsys.readouterr().err

@@ -175,7 +175,7 @@ def test_layers_and_facts_are_checked():
         ([{"vtw": {"layer": 4}}], "1 to 3"),
         ([{"pyramiddrop": {"at": (2, 9)}}], "1 to 3"),
         ([{"fastv": {"keep": "0%"}}], "above 0%"),
-        ([Watcher(asks=("pixels",))], "pixels"),
+        ([Watcher(asks=("features",))], "features"),
     ):
         with pytest.raises((UnsupportedError, ValueError), match=message):
             vtoken.wrap(model, stages)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from vtoken.errors import ConfigError
+from vtoken.evals.samples import ABOUT
 
 SUMMARY = "table of visual tokens that leave behind each decoder layer"
 EPILOG = """\
@@ -28,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reduction", type=float, required=True, metavar="PERCENT", help="FLOPs of visual tokens to spare, in percent"
     )
-    parser.add_argument("--data", type=Path, metavar="FILE", help="questions (default: the shipped ones, last first)")
-    parser.add_argument("--limit", type=int, default=64, metavar="N", help="first N questions (default: %(default)s)")
+    parser.add_argument("--data", metavar="DATA", help=f"{ABOUT} (default: the last of the shipped)")
+    parser.add_argument("--limit", type=int, default=64, metavar="N", help="so many questions (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the model's)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="pipeline file to write (default: print it)")
@@ -43,18 +44,18 @@ def run(args: argparse.Namespace) -> int:
     """
     if not 0 < args.reduction < 100:
         raise ConfigError(f"--reduction is in percent, above 0 and below 100, not {args.reduction:g}")
+    if args.limit < 1:
+        raise ConfigError(f"--limit must be at least 1 question, not {args.limit}")
     from vtoken.config import dump, load
-    from vtoken.evals import models, processors, reference
+    from vtoken.evals import samples
     from vtoken.evals.calibrate._fitprune import fit
-    from vtoken.evals.calibrate._samples import prompts, samples
 
-    asked = samples(args.data, args.limit)
-    model = models.load(args.model, device=args.device, dtype=args.dtype)
-    shipped = args.model in reference.names()
-    processor = processors.load(reference.path(args.model) if shipped else args.model, pillow=shipped)
+    # The first shipped questions stay fresh for a test.
+    asked = samples.read(args.data, args.limit) if args.data else samples.read("reference")[-args.limit :]
+    model, processor = samples.load(args.model, device=args.device, dtype=args.dtype)
     found = fit(
         model,
-        prompts(model, processor, asked),
+        (samples.prepare(model, processor, sample) for sample in asked),
         args.reduction / 100,
         lambda: print(f"a pass over {len(asked)} prompts", file=sys.stderr),
     )
