@@ -20,7 +20,7 @@ from tenacity import RetryError
 
 from vtoken.errors import UnsupportedError, VtokenError
 from vtoken.evals.lmms.model import VtokenModel
-from vtoken.evals.lmms.suites import KNOWN, OWN, known_to
+from vtoken.evals.lmms.suites import KNOWN, known_to
 
 TASKS = Path(__file__).parent / "tasks"
 
@@ -71,7 +71,7 @@ class Harness:
     would add the second run to the first.
 
     Args:
-        tasks: names; lmms-eval's own are indexed only if one of them is asked for (10 s).
+        tasks: names; lmms-eval's own are indexed only if one is not found elsewhere (10 s).
         folders: with YAML files of more tasks.
         profile: lmms-eval's model name whose prompts the tasks shall use, where they have several ("qwen_vl").
 
@@ -85,12 +85,10 @@ class Harness:
         missing = [str(folder) for folder in folders if not folder.is_dir()]
         if missing:
             raise VtokenError(f"no folder {missing[0]!r} to include tasks from")
-        own = {task.name for task in OWN}
-        self.manager = TaskManager(
-            include_path=[str(folder) for folder in (TASKS, *folders)],
-            include_defaults=not set(tasks) <= own,
-            model_name=profile or "vtoken",
-        )
+        places = {"include_path": [str(folder) for folder in (TASKS, *folders)], "model_name": profile or "vtoken"}
+        self.manager = TaskManager(include_defaults=False, **places)
+        if not set(tasks) <= set(self.manager.all_tasks):
+            self.manager = TaskManager(**places)
         known_to(self.manager.all_tasks, tasks)
         self.tasks = list(tasks)
         for name in tasks:

@@ -76,7 +76,7 @@ class VtokenModel(lmms):
             raise ConfigError(f"batch_size must be a whole number, not {batch_size!r}") from None
         if min(self.batch_size_per_gpu, frames) < 1:
             raise ConfigError("batch_size and frames must be at least 1")
-        parsed = config.load("none" if pipeline is None else pipeline)  # lmms-eval reads "None" as None.
+        parsed = config.load(pipeline)
         if device is None and "LOCAL_RANK" in os.environ and models.to_device(None).type == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         model = models.load(
