@@ -100,6 +100,15 @@ def test_arguments_as_lmms_eval_writes_them(folder: Path, tmp_path: Path) -> Non
             VtokenModel.create_from_arg_string(f"pretrained={folder},device=cpu,{wrong}")
 
 
+def test_pixels_as_lmms_eval_has_them(tmp_path: Path) -> None:
+    """256 to 2,048 squares of 28 pixels, which is what its Qwen classes pass to their processors."""
+    line = f"pretrained={save('qwen2_5_vl', tmp_path)},device=cpu,"
+    made = VtokenModel.create_from_arg_string(line + "lmms_eval_pixels=True")
+    assert made.about()["pixels"]["size"] == {"shortest_edge": 256 * 784, "longest_edge": 2048 * 784}
+    with pytest.raises(ConfigError, match="give one or the others"):
+        VtokenModel.create_from_arg_string(line + "lmms_eval_pixels=True,max_pixels=9000")
+
+
 def test_a_run_and_its_files(model: VtokenModel, tmp_path: Path) -> None:
     weights = {name: value.clone() for name, value in model.asker.model.state_dict().items()}
     first, second = (lmms_tasks.write(tmp_path, name, rows) for name, rows in (("few", 2), ("many", 5)))

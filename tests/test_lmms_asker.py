@@ -16,6 +16,7 @@ from tiny_models import FAMILIES, VIDEO, make
 from tiny_processors import processor, save
 
 from vtoken import config, registry, trace, wrapped
+from vtoken.cli import main
 from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals import models, processors
 from vtoken.evals.lmms.asker import Asker, ended
@@ -289,3 +290,9 @@ def test_pixel_limits_are_explicit(asker: Any) -> None:
         limit_pixels(kind, 200000, 100)
     with pytest.raises(UnsupportedError, match="LlavaProcessor does not resize pictures by their area"):
         limit_pixels(processor("llava"), 100, 200)
+
+
+def test_the_command_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("vtoken.commands.eval.find_spec", lambda name: None)
+    assert main(["eval", "tiny-llava", "--tasks", "smoke"]) == 2
+    assert "vtoken eval needs lmms-eval: `make eval-venv`" in capsys.readouterr().err

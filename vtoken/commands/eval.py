@@ -24,7 +24,7 @@ examples:
       lmms-eval's tasks; data come from the hub, most of them with a login (hf auth login)
   vtoken eval Qwen/Qwen2.5-VL-3B-Instruct --pipelines flowcut-64 --tasks pruning-suite --batch-size 8 --dtype bfloat16
       a suite: smoke, pruning-suite, pruning-suite-hires, pruning-suite-video, pruning-suite-judge
-  vtoken eval Qwen/Qwen2.5-VL-3B-Instruct --tasks pope --min-pixels 200704 --max-pixels 1605632
+  vtoken eval Qwen/Qwen2.5-VL-3B-Instruct --tasks pope --lmms-eval-pixels
       the picture sizes that lmms-eval's own Qwen classes use; no pipeline: the stock model alone
 
 The model is loaded once; the stock model runs first and last. DIR holds results.json and one line per answer in requests/.
@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="NAME", help="of a hub model (default: main)")
     parser.add_argument("--min-pixels", type=int, metavar="N", help="of a picture, Qwen (default: the processor's own)")
     parser.add_argument("--max-pixels", type=int, metavar="N", help="of a picture, Qwen (default: the processor's own)")
+    parser.add_argument("--lmms-eval-pixels", action="store_true", help="both as lmms-eval's own Qwen classes set them")
     parser.add_argument("--frames", type=int, default=8, metavar="N", help="most of a video (default: %(default)s)")
     parser.add_argument(
         "--system-prompt", metavar="TEXT", help="text, or a file that holds it (default: the template's)"
@@ -110,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         min_pixels=args.min_pixels,
         max_pixels=args.max_pixels,
+        lmms_eval_pixels=args.lmms_eval_pixels,
         frames=args.frames,
         system_prompt=args.system_prompt,
         max_new_tokens=args.max_new_tokens,

@@ -18,7 +18,7 @@ from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals import models, processors, reference
 from vtoken.evals.lmms.asker import Asker
-from vtoken.evals.lmms.prompts import from_chat, limit_pixels, pixels
+from vtoken.evals.lmms.prompts import LMMS_EVAL_PIXELS, from_chat, limit_pixels, pixels
 from vtoken.evals.lmms.records import Request
 
 
@@ -35,6 +35,7 @@ class VtokenModel(lmms):
         device, dtype, attn_implementation, revision: of the model; None is its own. Under torchrun every process takes a GPU.
         batch_size: prompts at a time, left-padded.
         min_pixels, max_pixels: of a picture, Qwen families; None is the processor's own.
+        lmms_eval_pixels: those that lmms-eval's Qwen classes set, in place of both.
         frames: most frames of a video.
         system_prompt: text, or a file that holds it.
         max_new_tokens: in place of what the tasks say.
@@ -61,6 +62,7 @@ class VtokenModel(lmms):
         max_batch_size: int | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        lmms_eval_pixels: bool = False,
         frames: int = 8,
         system_prompt: str | None = None,
         max_new_tokens: int | None = None,
@@ -76,6 +78,10 @@ class VtokenModel(lmms):
             raise ConfigError(f"batch_size must be a whole number, not {batch_size!r}") from None
         if min(self.batch_size_per_gpu, frames) < 1:
             raise ConfigError("batch_size and frames must be at least 1")
+        if lmms_eval_pixels and (min_pixels, max_pixels) != (None, None):
+            raise ConfigError("lmms_eval_pixels sets min_pixels and max_pixels; give one or the others")
+        if lmms_eval_pixels:
+            min_pixels, max_pixels = LMMS_EVAL_PIXELS
         parsed = config.load(pipeline)
         if device is None and "LOCAL_RANK" in os.environ and models.to_device(None).type == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"

@@ -167,9 +167,12 @@ def limit_pixels(processor: Any, least: int | None, most: int | None) -> None:
 
 
 def pixels(processor: Any) -> dict[str, Any]:
-    """What decides how many visual tokens a picture has, as the processor says it."""
+    """What decides how many visual tokens a picture or video has, as the processor says it."""
     images = processor.image_processor
     sizes = {name: dict(value) for name in ("size", "crop_size") if (value := getattr(images, name, None))}
+    video: Any = getattr(processor, "video_processor", None)
+    if getattr(video, "size", None):
+        sizes["video_size"] = dict(video.size)
     others = {name: getattr(images, name, None) for name in ("image_grid_pinpoints", "patch_size", "merge_size")}
     return {**sizes, **{name: value for name, value in others.items() if value}}
 
