@@ -1,9 +1,9 @@
-# make demo | test | lint | test-oldest | test-gpu | bench | bench-gpu. The first call makes a virtual environment, later ones reuse it.
+# make demo | test | lint | eval-venv | test-oldest | test-gpu | bench | bench-gpu. The first call makes a virtual environment, later ones reuse it.
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 
-.PHONY: demo test lint test-oldest test-gpu bench bench-gpu
+.PHONY: demo test lint eval-venv test-oldest test-gpu bench bench-gpu
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/vtoken demo
@@ -15,6 +15,9 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# What `vtoken eval` and its tests need, without the packages of lmms-eval that they do not.
+eval-venv: $(VENV)/.eval
 
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -n 2
@@ -36,6 +39,11 @@ $(VENV)/.installed: CONSTRAINTS = constraints.txt
 $(VENV)/.installed: constraints.txt
 $(OLDEST)/.installed: CONSTRAINTS = constraints-oldest.txt
 $(OLDEST)/.installed: constraints-oldest.txt
+
+$(VENV)/.eval: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -e '.[eval-lean]' -c constraints.txt
+	$(VENV)/bin/python -m pip install --no-deps lmms-eval==0.7.3
+	touch $@
 
 # torch comes first, so that nothing else decides which build of it is installed.
 $(VENV)/.installed $(OLDEST)/.installed: pyproject.toml

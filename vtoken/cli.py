@@ -21,6 +21,7 @@ COMMANDS = {
     "show": "draw which patches of a picture a pipeline keeps",
     "flops": "account for the FLOPs that a pipeline saves",
     "bench": "measure latency and memory with and without a pipeline",
+    "eval": "score pipelines with lmms-eval's tasks",
     "calibrate": "compute the table or layer that a stage needs for a model",
     "train-exit": "train the gates of dyvte for a model",
     "demo": "prune the shipped reference model and write a report",

@@ -18,7 +18,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load(
-    name: str, *, device: str | None = None, dtype: str | None = None, random_weights: bool = False, seed: int = 0
+    name: str,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    random_weights: bool = False,
+    seed: int = 0,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """A stock model in evaluation mode.
 
@@ -28,6 +35,7 @@ def load(
         dtype: one of `DTYPES`; None keeps what weights or config say.
         random_weights: fill the config's shapes on the device, as transformers initialises them; nothing is downloaded.
         seed: of random weights; torch's generators are left as they were.
+        attn_implementation, revision: as `from_pretrained` takes them; None is transformers' choice.
 
     Raises:
         ConfigError: a model, device or dtype that is not to be had; names what is.
@@ -48,9 +56,11 @@ def load(
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise ConfigError(f"no model folder {name!r}; shipped models: {', '.join(reference.names())}")
     source = str(reference.path(name)) if name in reference.names() else name
+    asked = {"attn_implementation": attn_implementation, "revision": revision}
+    options = {key: value for key, value in asked.items() if value is not None}
     try:
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=number or "auto")
-    except (OSError, ValueError) as error:
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=number or "auto", **options)
+    except (OSError, ValueError, ImportError) as error:
         raise ConfigError(
             f"cannot load model {name!r}: {str(error).strip().splitlines()[0]} (shipped: {', '.join(reference.names())}; "
             "vtoken bench --random-weights builds a model from its config alone)"

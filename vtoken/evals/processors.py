@@ -11,11 +11,12 @@ from typing import Any
 from vtoken.errors import ConfigError, UnsupportedError
 
 
-def load(source: str | Path, *, pillow: bool = False) -> Any:
+def load(source: str | Path, *, pillow: bool = False, revision: str | None = None) -> Any:
     """The processor of a folder or hub name, padding on the left.
 
     Args:
         pillow: prepare pictures with Pillow also where torchvision is installed, so that the same picture gives the same pixels.
+        revision: of a hub name; None is its main branch.
 
     Raises:
         ConfigError: it cannot be loaded; the message has the first line of transformers' reason.
@@ -24,12 +25,13 @@ def load(source: str | Path, *, pillow: bool = False) -> Any:
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
     from transformers.utils import is_torchvision_available
 
+    asked = {} if revision is None else {"revision": revision}
     try:
         if is_torchvision_available():
-            processor = AutoProcessor.from_pretrained(source, **({"backend": "pil"} if pillow else {}))
+            processor = AutoProcessor.from_pretrained(source, **({"backend": "pil"} if pillow else {}), **asked)
         else:
-            kind: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(source))]
-            processor = pictures_only(kind).from_pretrained(source, backend="pil")
+            kind: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(source, **asked))]
+            processor = pictures_only(kind).from_pretrained(source, backend="pil", **asked)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"cannot load the processor of {str(source)!r}: {reason}") from error

@@ -1,0 +1,213 @@
+"""Chat messages with pictures and videos in them -> model inputs of a left-padded batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vtoken.errors import ConfigError, UnsupportedError
+from vtoken.evals import media
+from vtoken.evals.processors import check_video
+
+# What lmms-eval's Qwen classes set; Hugging Face's own processors say 3,136 to 1,003,520.
+LMMS_EVAL_PIXELS = (256 * 28 * 28, 1605632)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames of a video, RGB.
+
+    Attributes:
+        indices: which frames of the video they are.
+        fps, total: frames per second and number of frames of the video.
+    """
+
+    frames: tuple[Image.Image, ...]
+    indices: tuple[int, ...]
+    fps: float
+    total: int
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """As video processors take it."""
+        return {
+            "fps": self.fps,
+            "total_num_frames": self.total,
+            "frames_indices": list(self.indices),
+            "duration": self.total / self.fps,
+        }
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One request: messages as chat templates read them, and the media their placeholders stand for, in order."""
+
+    messages: tuple[dict[str, Any], ...]
+    images: tuple[Image.Image, ...] = ()
+    clips: tuple[Clip, ...] = ()
+
+
+def from_chat(messages: Sequence[Mapping[str, Any]], frames: int, system: str | None = None) -> Prompt:
+    """Reads lmms-eval's chat messages: `{"role", "content": [{"type": "text", "text"} | {"type": "image" | "video", "url"}]}`.
+
+    Args:
+        frames: most frames of a video.
+        system: system prompt, in place of one that the messages bring.
+
+    Raises:
+        UnsupportedError: audio, or a clip that is cut by start and end.
+        ConfigError: a file that cannot be read.
+    """
+    images: list[Image.Image] = []
+    clips: list[Clip] = []
+    read = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
+    for message in messages:
+        if message["role"] == "system" and system is not None:
+            continue
+        parts: list[dict[str, str]] = []
+        for part in message["content"]:
+            kind = part["type"]
+            if kind == "text":
+                parts.append({"type": "text", "text": part["text"]})
+                continue
+            if kind not in ("image", "video"):
+                raise UnsupportedError(f"this request has {kind}, which no supported family takes; leave its task out")
+            if part.get("start_time") is not None or part.get("end_time") is not None:
+                raise UnsupportedError(
+                    "this request shows a part of a video, from start_time to end_time, which is not cut here; leave its task out"
+                )
+            parts.append({"type": kind})
+            if kind == "image":
+                images.append(_picture(part["url"]))
+            else:
+                clips.append(clip(part["url"], frames))
+        read.append({"role": message["role"], "content": parts})
+    return Prompt(tuple(read), tuple(images), tuple(clips))
+
+
+def _picture(given: Any) -> Image.Image:
+    if isinstance(given, Image.Image):
+        return given.convert("RGB")
+    return media.read([Path(given)]).pictures[0]
+
+
+def clip(given: Any, frames: int) -> Clip:
+    """At most `frames` evenly spaced frames of a video: a list of pictures, a folder, an animation, or a file that PyAV decodes.
+
+    Pictures without a clock are taken as one frame per second.
+
+    Raises:
+        ConfigError: it cannot be read.
+        UnsupportedError: something else.
+    """
+    if isinstance(given, (list, tuple)) and given and all(isinstance(each, Image.Image) for each in given):
+        return _sampled([each.convert("RGB") for each in given], frames, 1.0)
+    if isinstance(given, (list, tuple)) and len(given) == 1:
+        return clip(given[0], frames)
+    if not isinstance(given, (str, Path)):
+        raise UnsupportedError(f"a video is a file, a folder or a list of pictures, not {type(given).__name__}")
+    path = Path(given)
+    if path.is_dir() or path.suffix.lower() in (".gif", ".webp"):
+        return _sampled(list(media.read([path], frames=10**6).pictures), frames, 1.0)
+    return _decoded(path, frames)
+
+
+def _sampled(pictures: Sequence[Image.Image], frames: int, fps: float) -> Clip:
+    places = np.linspace(0, len(pictures) - 1, min(frames, len(pictures))).round().astype(int).tolist()
+    return Clip(tuple(pictures[k] for k in places), tuple(places), fps, len(pictures))
+
+
+def _decoded(path: Path, frames: int) -> Clip:
+    try:
+        import av
+    except ImportError:
+        raise ConfigError(f'{path.name}: video files are decoded by PyAV: pip install "av<16"') from None
+    try:
+        with av.open(str(path)) as file:
+            stream = file.streams.video[0]
+            rate = float(stream.average_rate or 1)
+            total = stream.frames or sum(1 for _ in file.decode(video=0))
+            file.seek(0)
+            wanted = np.linspace(0, total - 1, min(frames, total)).round().astype(int).tolist()
+            found = [
+                frame.to_image()
+                for k, frame in zip(range(wanted[-1] + 1), file.decode(video=0), strict=False)
+                if k in set(wanted)
+            ]
+    except (OSError, IndexError, av.FFmpegError) as error:
+        raise ConfigError(f"cannot read video {path}: {error}") from error
+    # Some containers promise more frames than they hold.
+    return Clip(tuple(found), tuple(wanted[: len(found)]), rate, total)
+
+
+def limit_pixels(processor: Any, least: int | None, most: int | None) -> None:
+    """Sets the fewest and most pixels of a picture, of a processor that resizes by area (Qwen).
+
+    Raises:
+        UnsupportedError: a processor that has no such limits.
+        ConfigError: limits out of order.
+    """
+    if least is None and most is None:
+        return
+    size = dict(processor.image_processor.size)
+    if "longest_edge" not in size or "merge_size" not in vars(processor.image_processor):
+        raise UnsupportedError(
+            f"min_pixels and max_pixels: {type(processor).__name__} does not resize pictures by their area; leave them out"
+        )
+    least, most = least or size["shortest_edge"], most or size["longest_edge"]
+    if not 0 < least <= most:
+        raise ConfigError(f"min_pixels and max_pixels must be 0 < min <= max, not {least} and {most}")
+    kind = type(processor.image_processor.size)  # A dict, or a class that transformers makes of one.
+    processor.image_processor.size = kind(shortest_edge=least, longest_edge=most)
+
+
+def pixels(processor: Any) -> dict[str, Any]:
+    """What decides how many visual tokens a picture or video has, as the processor says it."""
+    images = processor.image_processor
+    sizes = {name: dict(value) for name in ("size", "crop_size") if (value := getattr(images, name, None))}
+    video: Any = getattr(processor, "video_processor", None)
+    if getattr(video, "size", None):
+        sizes["video_size"] = dict(video.size)
+    others = {name: getattr(images, name, None) for name in ("image_grid_pinpoints", "patch_size", "merge_size")}
+    return {**sizes, **{name: value for name, value in others.items() if value}}
+
+
+def encode(processor: Any, prompts: Sequence[Prompt], model: Any) -> Any:
+    """Model inputs of a batch, padded on the left, on the model's device, pixels in its dtype.
+
+    Raises:
+        ConfigError: no chat template, or one that leaves the system prompt out.
+        UnsupportedError: a video for a processor that takes none.
+    """
+    if not getattr(processor, "chat_template", None):
+        raise ConfigError(
+            "the processor has no chat template, so the model's prompt format is not known; use the checkpoint's chat or instruct version"
+        )
+    texts = [
+        processor.apply_chat_template(list(p.messages), add_generation_prompt=True, tokenize=False) for p in prompts
+    ]
+    for prompt, text in zip(prompts, texts, strict=True):
+        first = prompt.messages[0]
+        if first["role"] == "system" and first["content"][0]["text"] not in text:
+            raise ConfigError("the chat template leaves the system prompt out; leave the option out too")
+    given: dict[str, Any] = {}
+    # One list per prompt, since OneVision must know which pictures share one; prompts without any have no placeholder either.
+    if images := [list(p.images) for p in prompts if p.images]:
+        given["images"] = images
+    if clips := [clip for p in prompts for clip in p.clips]:
+        check_video(processor)
+        given["videos"] = [list(clip.frames) for clip in clips]
+        given["video_metadata"] = [clip.metadata for clip in clips]
+        given["do_sample_frames"] = False  # They were chosen already.
+    start = processor.tokenizer.bos_token
+    if start and texts[0].startswith(start):
+        given["add_special_tokens"] = False  # The template wrote it.
+    inputs = processor(text=texts, padding=True, return_tensors="pt", **given).to(model.device)
+    for name in {"pixel_values", "pixel_values_videos"} & set(inputs):
+        inputs[name] = inputs[name].to(model.dtype)
+    return inputs

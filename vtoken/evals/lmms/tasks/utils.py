@@ -1,0 +1,69 @@
+"""The functions that the YAML files here name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vtoken.evals import reference
+
+FOLDER = Path(reference.__file__).parent / "glyph-qa"
+# Of the kinds of question, those that name a digit: it can be told which pictures it is not in.
+KINDS = ("color", "next")
+PICTURES = 4  # of a video
+HELD = 2  # frames that show one of them, as many as Qwen merges
+
+
+def pictures(doc: dict[str, Any]) -> list[Image.Image]:
+    """The pictures of a document, RGB."""
+    names = doc["images"] if "images" in doc else [doc["image"]]
+    return [_open(name) for name in names]
+
+
+def video_messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
+    """The question behind a video that shows one picture after the other."""
+    frames = [picture for picture in pictures(doc) for _ in range(HELD)]
+    content = [{"type": "video", "url": frames}, {"type": "text", "text": doc["question"]}]
+    return [{"role": "user", "content": content}]
+
+
+def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """1 for the words of the answer and nothing else, 0 otherwise."""
+    return {"glyph_accuracy": float(results[0].split() == doc["answer"].split())}
+
+
+def pairs(docs: Any) -> Any:
+    """Questions about two pictures, of which one answers them."""
+    return _composed(docs, 2)
+
+
+def videos(docs: Any) -> Any:
+    """Questions about four pictures, of which one answers them."""
+    return _composed(docs, PICTURES)
+
+
+def _composed(docs: Any, count: int) -> Any:
+    """Every question that names a digit, its picture among others that do not show that digit; its place goes round."""
+    from datasets import Dataset
+
+    rows = list(docs)
+    digits = {row["image"]: set(row["answer"].split()) for row in rows if row["kind"] == "read"}
+    names = list(digits)
+    found: list[dict[str, Any]] = []
+    for row in rows:
+        if row["kind"] not in KINDS:
+            continue
+        digit = row["question"].rstrip("?").split()[-1]
+        start = names.index(row["image"])
+        others = [name for name in names[start + 1 :] + names[:start] if digit not in digits[name]][: count - 1]
+        place = len(found) % count
+        images = [*others[:place], row["image"], *others[place:]]
+        found.append({"images": images, **{key: row[key] for key in ("question", "answer", "kind")}})
+    return Dataset.from_list(found)
+
+
+def _open(name: str) -> Image.Image:
+    with Image.open(FOLDER / name) as picture:
+        return picture.convert("RGB")
