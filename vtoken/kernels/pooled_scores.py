@@ -121,8 +121,8 @@ if triton is not None:
                 rows, k_means, pair, row, column, groups, key_blocks, queries, keys, start, d, block, scale, DIM
             )
             share = tl.exp2(scores - base[:, None]) / total[:, None]
-            inside = (row < query_blocks)[:, None] & (column < key_blocks)[None, :]
-            tl.store(result + (pair * query_blocks + row)[:, None] * key_blocks + column[None, :], share, mask=inside)
+            written = (row < query_blocks)[:, None] & (column < key_blocks)[None, :]
+            tl.store(result + (pair * query_blocks + row)[:, None] * key_blocks + column[None, :], share, mask=written)
 
 
 def launch(q: Tensor, k: Tensor, block: int, scale: float, padding: Tensor | None = None) -> Tensor:
