@@ -8,15 +8,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import vtoken
 from vtoken.evals import reference
+
+# Per model: its classes, visual placeholders of a shipped picture, and how many of them are newlines.
+SHIPPED = {"tiny-llava": ("Llava", 576, 0), "tiny-llava-next": ("LlavaNext", 744, 24)}
+
+
+@pytest.fixture(scope="module", params=SHIPPED)
+def name(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def loaded():
+def loaded(name):
     import torch
 
     torch.set_num_threads(1)
-    return reference.load()
+    return reference.load(name)
 
 
 def test_import_needs_neither_torch_nor_transformers():
@@ -25,30 +34,31 @@ def test_import_needs_neither_torch_nor_transformers():
 
 
 def test_names_and_paths():
-    assert reference.names() == ("tiny-llava",)
-    assert (reference.path() / "model.safetensors").stat().st_size <= 8e6
+    assert reference.names() == tuple(SHIPPED) and reference.path() == reference.path("tiny-llava")
+    assert all((reference.path(name) / "model.safetensors").stat().st_size <= 8e6 for name in SHIPPED)
     with pytest.raises(ValueError, match="there are: tiny-llava"):
         reference.path("tiny-lava")
 
 
-def test_stock_model_and_processor(loaded):
-    model, processor = loaded
-    assert type(model).__name__ == "LlavaForConditionalGeneration" and not model.training
-    assert type(processor).__name__ == "LlavaProcessor"
+def test_stock_model_and_processor(name, loaded):
+    (model, processor), kind = loaded, SHIPPED[name][0]
+    assert type(model).__name__ == f"{kind}ForConditionalGeneration" and not model.training
+    assert type(processor).__name__ == f"{kind}Processor"
     assert "torchvision" not in sys.modules and type(processor.image_processor).__name__.endswith("Pil")
     assert processor.tokenizer.padding_side == "left"
 
 
-def test_visual_tokens(loaded):
+def test_visual_tokens(name, loaded):
     model, processor = loaded
+    _, placeholders, newlines = SHIPPED[name]
     question = reference.questions(1)[0]
-    inputs = processor(
-        images=[Image.open(question.image)], text=[reference.prompt(processor, question)], return_tensors="pt"
-    )
-    assert (inputs["input_ids"] == model.config.image_token_id).sum() == 576
+    picture = Image.open(question.image)
+    inputs = processor(images=[picture], text=[reference.prompt(processor, question)], return_tensors="pt")
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == placeholders
     assert inputs["input_ids"][0, 0] == model.config.text_config.bos_token_id
-    features = model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True).pooler_output
-    assert features[0].shape == (576, model.config.text_config.hidden_size)
+    with vtoken.wrapped(model, "random:8"):
+        model.generate(**inputs, max_new_tokens=1, do_sample=False)
+        assert vtoken.trace(model).visual_tokens == [placeholders - newlines]
 
 
 def test_every_word_of_the_held_out_set_is_known(loaded):
@@ -83,9 +93,9 @@ def test_answers_in_a_batch_equal_answers_alone(loaded):
     assert together == reference.answers(*loaded, asked, batch_size=1)
 
 
-def test_the_weights_do_what_their_figures_say(loaded):
+def test_the_weights_do_what_their_figures_say(name, loaded):
     """The first 96 questions, against the accuracy on all of them that figures.json and the card state."""
-    overall = json.loads((reference.path() / "figures.json").read_text())["overall"]
+    overall = json.loads((reference.path(name) / "figures.json").read_text())["overall"]
     asked = reference.questions(96)
     table = reference.score(asked, reference.answers(*loaded, asked))
     assert sum(right for right, _ in table.values()) / len(asked) >= overall["right"] / overall["n"] - 0.05

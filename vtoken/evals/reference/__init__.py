@@ -11,7 +11,7 @@ from typing import Any
 
 KINDS = ("digit", "color", "count", "read", "exists", "next")
 _HERE = Path(__file__).parent
-_NAMES = ("tiny-llava",)
+_NAMES = ("tiny-llava", "tiny-llava-next")
 
 
 @dataclass(frozen=True)

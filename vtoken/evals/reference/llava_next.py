@@ -33,12 +33,19 @@ class TinyLlavaNext(Family):
     recipe = Recipe(
         full_batch=13,  # pictures of five crops
         language_cycles=((500, 1e-3, EVEN, (64, 128)), (400, 1e-3, REST, (64, 128, 256))),
-        projector_cycles=((500, 5e-4, "slanted", False), (400, 5e-4, "varied", False)),
+        projector_cycles=((500, 5e-4, "slanted", False), (400, 5e-4, "varied", False), (900, 6e-4, "varied", False), (500, 4e-4, "varied", False)),
         projector_rate=5e-4,
-        joint_cycles=(Joint(300, "varied", EVEN), Joint(250, "varied", WEAK, 0.5, turns=3)),
+        joint_cycles=(
+            Joint(300, "varied", EVEN),
+            Joint(250, "varied", WEAK, 0.5, turns=3),
+            Joint(450, "varied", REST),
+            Joint(250, "varied", REST, 0.4),
+            Joint(300, "varied", WEAK, 0.6),
+            Joint(350, "varied", WEAK, 0.6),
+        ),
         joint_tokens=(64, 128, 256, 744),
     )
-    plan = ("b1", "b2", "c1", "c2", "d1", "d2")
+    plan = ("b1", "b2", "c1", "c2", "d1", "d2", "d3", "d4", "c3", "d5", "c4", "d6")
     tokens = SIDE * SIDE + GRID * (GRID + 1)
 
     def model(self) -> LlavaNextForConditionalGeneration:
