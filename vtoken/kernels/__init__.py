@@ -10,11 +10,12 @@ from pkgutil import iter_modules
 from types import ModuleType
 
 from vtoken.kernels._dispatch import backend, use
+from vtoken.kernels.block_sparse_attention import block_sparse_attention
 from vtoken.kernels.gather_tokens import gather_tokens
 from vtoken.kernels.query_attention import query_attention
 from vtoken.kernels.topk_tokens import topk_tokens
 
-__all__ = ["backend", "gather_tokens", "ops", "query_attention", "topk_tokens", "use"]
+__all__ = ["backend", "block_sparse_attention", "gather_tokens", "ops", "query_attention", "topk_tokens", "use"]
 
 
 def ops() -> dict[str, ModuleType]:
