@@ -22,6 +22,7 @@ from vtoken.hooks.features import FeatureHooks
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.layers import LayerGroups
 from vtoken.hooks.packed import PackedHooks
+from vtoken.hooks.sparse import SparsePrefill, check_attention
 from vtoken.run import Run, Trace
 from vtoken.stages import FACTS, Fact, Site, Stage
 
@@ -30,6 +31,7 @@ AT_TOKENS = {*facts.PROJECTIONS, "features", "pixels", "text"}
 AT_SITE: dict[Site, set[str]] = {
     "encoder": set(facts.PROJECTIONS),
     "tokens": AT_TOKENS,
+    "attention": set(),
     "decoder": {*OBSERVED, "next_query_attention", "normed", "later_normed", "text", "later_text"},
 }
 
@@ -64,6 +66,8 @@ class Session:
                 resolve=self._resolve,
             )
             LayerGroups(self.adapter.lm, self.run, self.handle, decoder, compact=compact, enter=self.boundary.enter)
+            # Before the tap that observes, which is then the outer one and sees every layer.
+            SparsePrefill(self.adapter.lm, self.run, self.handle, self._at("attention"))
             asked = tapped(decoder, len(self.adapter.lm.layers))
             if asked:
                 tap(self.handle, self.adapter.lm, asked, observe(self.run, asked))
@@ -132,11 +136,12 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
                     f"stage {stage.name} needs {need.name} of layer {need.layer}; there are {depth}, 0 to {depth - 1} (or -1 for the last)"
                 )
         check_layers(stage, adapter)
+    check_attention([stage for stage in pipeline.stages if stage.site == "attention"], adapter.lm)
 
 
 def check_layers(stage: Stage, adapter: Adapter) -> None:
     """Refuses layers that do not exist, or whose output nobody reads any more."""
-    if stage.site == "tokens":
+    if stage.site in ("tokens", "attention"):
         return
     if stage.site == "encoder" and adapter.tower.config._attn_implementation == "flex_attention":
         raise UnsupportedError(
