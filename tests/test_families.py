@@ -196,7 +196,7 @@ def test_every_stage_runs(family, name):
     model = tiny.make(family)
     rows = "video and image" if family in tiny.VIDEO and name in ("evs", "vidcom2") else "ragged"
     batch = tiny.build(model, rows_for(family, rows), seed=3)
-    options = {"keep": 5, "local_layer": 1}
+    options = {"keep": 5, "local_layer": 1, "min_len": 0}
     stage = cls(**{key: value for key, value in options.items() if key in cls.model_fields})
     compare(model, batch, {"stages": [stage]}, new=3, weighted=True)
 
