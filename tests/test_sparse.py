@@ -305,3 +305,24 @@ def test_density_of_reads():
     dense = torch.zeros(2, 40, dtype=torch.bool)
     dense[0, [3, 37]] = True
     assert float(Reads(16, blocks, None, 1, dense).density()) == pytest.approx((8 + 3) / 12)
+
+
+def test_the_account_knows_fixed_patterns():
+    """Two layers stream at 4 visited blocks a row, two are dense; what depends on the prompt is counted whole and named."""
+    from vtoken.config import load
+    from vtoken.evals.flops import account
+
+    config = tiny.make("llava").config
+    thin = {"static_sparse": {"sink": 16, "window": 33, "size": 16, "min_len": 0, "dense_layers": [0, 3]}}
+    whole, less = (account(config, load(p), text_tokens=144) for p in ("none", [thin]))
+    # 160 tokens, 10 blocks: rows read 1, 2, 3 and then 4 blocks, the fourth row's first block being the oldest of its window.
+    share = (2 + 2 * (1 + 2 + 3 + 7 * 4) / 55) / 4
+    assert less.prefill_attention == pytest.approx(whole.prefill_attention * share)
+    assert less.prefill_attention_causal == pytest.approx(whole.prefill_attention_causal * share)
+    assert less.prefill_linear == whole.prefill_linear and less.kv_bytes == whole.kv_bytes
+    for stage, words in (
+        ({"flexprefill": {"min_len": 0}}, "counted whole"),
+        ({"flexprefill": {}}, "160 tokens are fewer than min_len 8192"),
+    ):
+        told = account(config, load([stage]), text_tokens=144)
+        assert told.prefill_attention == whole.prefill_attention and any(words in s for s in told.left_out)

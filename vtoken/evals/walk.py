@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from vtoken.errors import UnsupportedError
 from vtoken.evals.geometry import Geometry
+from vtoken.reading import SparseAttention
 from vtoken.stages import Fact, Site, Stage, size_of
 
 Counts = tuple[int, ...]
@@ -34,6 +35,7 @@ class Walk:
         tower: units (see Tower) alive per crop in every tower layer.
         decoder: visual tokens alive per image in every decoder layer.
         newlines: newline tokens of the row in every decoder layer.
+        density: share of the causal attention that is computed in every decoder layer at prefill.
         cost: FLOPs of the stages and of the facts they read.
         left_out: what could not be counted.
 
@@ -51,7 +53,7 @@ class Walk:
         self._paid: set[tuple[str, str, int]] = set()
         stages = [s.bound(shape.tower.layers.depth) if s.site == "encoder" else s for s in stages]
         for stage in stages:
-            if stage.site not in ("encoder", "tokens", "decoder"):
+            if stage.site not in ("encoder", "tokens", "decoder", "attention"):
                 self._leave_out(f"{stage.name}: what a stage at site {stage.site} saves and costs")
             self._check_layers(stage)
         at: dict[Site, list[Stage]] = {
@@ -75,6 +77,30 @@ class Walk:
                     counts = self._act(stage, counts, layer)
             self.decoder.append(counts)
             self.newlines.append(self._lines(counts))
+        self.density = [1.0] * shape.decoder.depth
+        for stage in stages:
+            if isinstance(stage, SparseAttention):
+                self._thin(stage)
+
+    def length(self, layer: int) -> int:
+        """Tokens of the row in a decoder layer."""
+        return self.text_tokens + sum(self.decoder[layer]) + self.newlines[layer]
+
+    def _thin(self, stage: SparseAttention) -> None:
+        """Enters how much of the attention a stage leaves, where that does not depend on what the prompt says."""
+        for layer in stage.layers(self.shape.decoder.depth):
+            if self.length(layer) < stage.min_len:
+                self._leave_out(
+                    f"{stage.name} stands aside: {self.length(layer)} tokens are fewer than min_len {stage.min_len}"
+                )
+                continue
+            density = stage.density(self.length(layer), layer)
+            if density is None:
+                self._leave_out(
+                    f"{stage.name}: which blocks it reads, and what choosing them costs (attention is counted whole)"
+                )
+            else:
+                self.density[layer] = density
 
     def _lines(self, counts: Counts) -> int:
         """Newline tokens that go with so many visual tokens per image."""
@@ -135,7 +161,7 @@ class Walk:
         self._paid.add(key)
         one_query = name in ONE_QUERY
         if decoder:
-            length = self.text_tokens + sum(self.decoder[source]) + self.newlines[source]
+            length = self.length(source)
             self.cost += stack.scores(1 if one_query else length, length)
         else:
             self.cost += sum(tower.scores(source, units, one_query=one_query) for units in self.tower[source])
