@@ -160,3 +160,130 @@ def antidiagonals(q, k, scale, size, stride):
         for b, share in enumerate(torch.tensor(products, dtype=torch.float64).softmax(0).tolist()):
             out[a * stride // size, b * stride // size] += share
     return out
+
+
+def seen_by(reads, n):
+    """[H, N, N] bool of a decision."""
+    mask = reads.blocks.repeat_interleave(reads.size, 1).repeat_interleave(reads.size, 2)[:, :n, :n].clone()
+    for h in range(len(mask)):
+        for i in range(n):
+            if reads.columns is not None:
+                at = reads.columns[h, i // reads.size // reads.share]
+                mask[h, i, at[at >= 0].long()] = True
+        if reads.dense is not None:
+            mask[h, reads.dense[h]] = True
+    return mask.tril()
+
+
+def video(n, frames, rows, width, gap, before, seed=0, heads=(4, 2)):
+    """A prompt with one video whose frames are parted by `gap` text tokens."""
+    image, place = torch.full((n,), -1), torch.full((n,), -1)
+    for f in range(frames):
+        at = before + f * (rows * width + gap)
+        image[at : at + rows * width] = 0
+        place[at : at + rows * width] = torch.arange(rows * width) + f * rows * width
+    p = prompt(n, heads, seed=seed)
+    return Prompt(p.q, p.k, p.scale, 0, image, place, (((frames, rows, width),),))
+
+
+def mminference():
+    from vtoken.compressors import _mminference as parts
+
+    clip = video(900, 80, 2, 4, 2, 5)
+    assert parts.strides(clip, "frame") == 10 and parts.strides(clip, "row") is None, "rows of 4, then 6 with the gap"
+    assert parts.strides(video(900, 80, 1, 8, 1, 5), "row") == 9 == parts.strides(video(900, 80, 1, 8, 1, 5), "frame")
+    the_grid(clip)
+    the_slashes()
+    the_modalities()
+    table = (("a_shape", "a_shape", "vertical_slash_1024", "grid_frame"),)
+    s = stage("mminference", heads=table, local=64, vertical=40, window=64, sink=10)
+    mixed, n = seen_by(s.reads(clip), 900), clip.length
+    for h, name in enumerate(table[0]):
+        alone = stage("mminference", pattern=name, local=64, vertical=40, window=64, sink=10)
+        assert torch.equal(mixed[h], seen_by(alone.reads(clip), n)[h])
+    i, j = torch.arange(n)[:, None], torch.arange(n)
+    end = int((clip.image >= 0).nonzero()[-1]) + 1
+    assert torch.equal(mixed[0], ((i // 64 - j // 64 <= 1) | (j < 64) | (i >= end)).logical_and(j <= i))
+    images = video(900, 3, 2, 4, 2, 5)
+    assert bool(
+        (seen_by(stage("mminference", pattern="grid_frame").reads(images), 900).sum((1, 2)) == 900 * 901 / 2).all()
+    )
+    with pytest.raises(ValueError, match="patterns for 4 heads, the model has 2"):
+        s.reads(video(300, 20, 2, 4, 2, 5, heads=(2, 2)))
+
+
+def the_grid(clip):
+    """The boolean definition, the window in whole blocks of 64; the phase by adding up one key after the other."""
+    n, first, end, stride, local = clip.length, 5, 5 + 80 * 10 - 2, 10, 64
+    sink, chunk = 64, 64 * stride
+    region = (end - sink - local) // chunk * chunk
+    assert region == chunk
+    i, j = torch.arange(n)[:, None], torch.arange(n)
+    for rows in (False, True):
+        name = "grid_frame" if rows else "grid_frame_columns"
+        found = seen_by(stage("mminference", pattern=name, local=local).reads(clip), n)
+        for h, q, k in heads_of(clip):
+            probe = torch.zeros(n, dtype=torch.float64)
+            for r in range(n - 64, n):
+                probe[: r + 1] += (k[: r + 1] @ q[r] * clip.scale).softmax(0)
+            whole = first + (end - first) // stride * stride
+            phase = max(range(stride), key=lambda p: float(probe[first + p : whole : stride].sum()))
+            on_keys = (j >= sink) & (j < sink + region) & ((j - first - phase) % stride == 0)
+            on_rows = (i >= sink + local) & (i < sink + local + region) & ((i - first - phase) % stride == 0)
+            want = (i // 64 - j // 64 <= 1) | (j < sink) | (i >= sink + local + region) | on_keys | (on_rows & rows)
+            assert torch.equal(found[h], want & (j <= i))
+
+
+def vertical_slash(q, k, scale, vertical, slash, probe, n):
+    """(keys, {(query block, key block)}) of an index that is built from the last `probe` of these queries."""
+    column, distance = torch.zeros(len(k)), torch.zeros(len(k))
+    for i in range(len(k) - probe, len(k)):
+        share = (k[: i + 1] @ q[i] * scale).softmax(0).float()
+        column[: i + 1] += share
+        distance[: i + 1] += share.flip(0)
+    column[:30], distance[:100] = math.inf, math.inf
+    keys = set(column.argsort(descending=True, stable=True)[: max(30, vertical)].tolist())
+    blocks = set()
+    for delta in distance.argsort(descending=True, stable=True)[: max(100, slash)].tolist():
+        for r in range(-(-n // 64)):
+            start = 64 * (r + 1) - delta - 64
+            blocks |= {(r, c) for c in (start // 64, (start + 63) // 64) if c >= 0}
+    return keys, blocks
+
+
+def the_slashes():
+    p = prompt(500, seed=5)
+    s = stage("mminference", pattern="vertical_slash_1024", vertical=40)
+    found = s.reads(p)
+    assert float(found.density()) == pytest.approx(1.0), "1024 distances are all of 500 tokens"
+    from vtoken.compressors import _mminference as parts
+
+    for h, q, k in heads_of(p):
+        columns, distances = parts.index(p.q[h : h + 1], p.k[h // 2][None], p.scale, 40, 130)
+        keys, blocks = vertical_slash(q, k, p.scale, 40, 130, 64, 500)
+        assert set(columns[0].nonzero()[:, 0].tolist()) == keys
+        assert set(map(tuple, parts.bands(distances, 8)[0].nonzero().tolist())) == blocks
+        assert parts.listed(columns, 40)[0].tolist() == sorted(keys)
+    assert parts.listed(torch.tensor([[False, True, False, True]]), 3).tolist() == [[1, 3, -1]]
+
+
+def the_modalities():
+    """200 text, 300 image, 150 text tokens: image queries read what the last 64 image tokens say, up to block borders."""
+    from vtoken.compressors import _mminference as parts
+
+    p = prompt(650, seed=6)
+    image = torch.full((650,), -1)
+    image[200:500] = 0
+    p = Prompt(p.q, p.k, p.scale, 0, image, image, (((1, 15, 20),),))
+    spans = [(start, end) for _, start, end in parts.modalities(p)]
+    assert spans == [(500, 650), (200, 500)]
+    found = stage("mminference", pattern="query_boundary", vertical=35, slash=110).reads(p)
+    assert found.share == 1 and found.columns.shape[1] == 11
+    for h, q, k in heads_of(p):
+        of = {end: vertical_slash(q[:end], k[:end], p.scale, 35, 110, 64, 650) for _, end in spans}
+        for r in range(11):
+            ends = {500 if 200 <= i < 500 else 650 for i in range(64 * r, min(64 * r + 64, 650))}
+            listed = [x for x in found.columns[h, r].tolist() if x >= 0]
+            assert len(listed) == len(set(listed)) and set(listed) == set().union(*(of[e][0] for e in ends))
+            blocks = set().union(*({c for row, c in of[e][1] if row == r} for e in ends))
+            assert set(found.blocks[h, r].nonzero()[:, 0].tolist()) == blocks
