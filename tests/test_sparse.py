@@ -154,16 +154,21 @@ def test_what_a_stage_is_told(family):
     model = tiny.make(family)
     batch = tiny.build(model, [[2, "img", 5], [1, "img", 2, "img", 7]], seed=3)
     stage = Ladder(seen=[])
-    with vtoken.wrapped(model, [{"uniform": {"keep": 3}}, stage]):
+    with vtoken.wrapped(model, [{"uniform": {"keep": 3}}, {"fastv": {"keep": 2, "layer": 2}}, stage]):
         greedy(model, batch, 1)
         trace = vtoken.trace(model)
-    for row, prompt in enumerate(stage.seen[:2]):
-        assert (prompt.length, prompt.heads, prompt.layer) == (trace.prompt_tokens[row], 4, 0)
+    entries = [s for s in trace.stages if s.site == "attention"]
+    assert [(p.layer, p.heads) for p in stage.seen] == [(k, 4) for k in range(4) for _ in range(2)]
+    for number, prompt in enumerate(stage.seen):
+        entry, row = entries[number // 2], number % 2
+        each = 3 if prompt.layer < 2 else 2
         images = [i for i, r in enumerate(trace.row) if r == row]
-        assert prompt.image[prompt.image >= 0].tolist() == [i for i in images for _ in range(3)]
-        assert prompt.place[prompt.image >= 0].tolist() == [p for i in images for p in trace.kept[i].tolist()]
+        assert prompt.image[prompt.image >= 0].tolist() == [i for i in images for _ in range(each)]
+        assert prompt.place[prompt.image >= 0].tolist() == [p for i in images for p in entry.kept[i].tolist()]
         assert bool((prompt.place[prompt.image < 0] == -1).all()) and prompt.parts == tuple(trace.parts)
         assert int(prompt.image[-1]) == -1, "text at the end"
+        if number < 2:
+            assert prompt.length == trace.prompt_tokens[row]
         if family == "llava":
             assert prompt.image[:3].tolist() == ([-1, -1, 0] if row == 0 else [-1, 1, 1])
 
@@ -326,3 +331,41 @@ def test_the_account_knows_fixed_patterns():
     ):
         told = account(config, load([stage]), text_tokens=144)
         assert told.prefill_attention == whole.prefill_attention and any(words in s for s in told.left_out)
+
+
+def test_calibration_of_mminference(tmp_path, capsys):
+    """Recall against an independent sum; the table loads, has a name per head, and prefers the cheap pattern on a tie."""
+    from vtoken import config, registry
+    from vtoken.cli import main
+    from vtoken.evals.calibrate import mminference
+
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 150, 8, generator=g), torch.randn(1, 150, 8, generator=g)
+    image = torch.where((torch.arange(150) > 9) & (torch.arange(150) < 130), 0, -1)
+    prompt = Prompt(q, k, 0.5, 0, image, image, (((1, 10, 12),),))
+    reads = Reads(16, torch.rand(2, 10, 10, generator=g) < 0.5, torch.tensor([[[3, 40]], [[60, -1]]]).int(), 10)
+    got = mminference.recall(prompt, reads)
+    for h in range(2):
+        total = 0.0
+        for i in range(10, 130):
+            share = (k[0, 10 : i + 1] @ q[h, i] * 0.5).softmax(0)
+            listed = reads.columns[h, 0].tolist()
+            total += sum(
+                float(share[j - 10]) for j in range(10, i + 1) if reads.blocks[h, i // 16, j // 16] or j in listed
+            )
+        assert float(got[h]) == pytest.approx(total / 120, rel=1e-4)
+    cls, picked = registry.stage("mminference"), {}
+    for window, names in ((64, ("a_shape", "vertical_slash_1024")), (4096, ("vertical_slash_1024", "a_shape"))):
+        for candidates in (names, names[::-1]):
+            tool = mminference.Search(candidates=candidates, method=cls(window=window, sink=0), found=picked)
+            tool.reads(
+                Prompt(q.repeat(1, 3, 1), k.repeat(1, 3, 1), 0.5, 0, *[torch.zeros(450).long()] * 2, (((1, 10, 45),),))
+            )
+            # A window of a block forgets, so slashes win; of patterns that recall all of it the first one stays.
+            assert picked[0][0] == (("vertical_slash_1024",) if window == 64 else candidates[:1]) * 2
+    out = tmp_path / "table.yaml"
+    assert main(["calibrate", "mminference", "tiny-llava", "--device", "cpu", "--out", str(out)]) == 0
+    assert "random pictures" in capsys.readouterr().out
+    (stage,) = config.load(out).stages
+    # A short prompt is read whole by every pattern, so the first one stays.
+    assert {name for row in stage.heads for name in row} == {"grid_frame_columns"} and stage.min_len == 8192

@@ -84,6 +84,19 @@ class Reads:
         last = padded.view(heads, tiles, self.size).amax(-1, keepdim=True).div(self.size, rounding_mode="floor")
         return rows, torch.arange(blocks, device=rows.device) <= last
 
+    def visible(self, rows: Tensor) -> Tensor:
+        """[H, R, N] bool: which keys the queries `rows` [R] read, of a prompt of N = M * size tokens."""
+        n = self.blocks.shape[2] * self.size
+        seen = self.blocks[:, rows // self.size].repeat_interleave(self.size, 2)
+        if self.columns is not None:
+            heads, groups, _ = self.columns.shape
+            marks = seen.new_zeros(heads, groups, n + 1)
+            marks.scatter_(2, torch.where(self.columns < 0, n, self.columns).long(), True)
+            seen |= marks[:, rows // self.size // self.share, :n]
+        if self.dense is not None:
+            seen |= self.dense[:, rows, None]
+        return seen & (torch.arange(n, device=rows.device) <= rows[:, None])
+
     def density(self) -> Tensor:
         """What is computed, as a share of all causal blocks, head mean: a scalar on the device of `blocks`. A single key counts a
         `size`-th of a block for every query block that reads it, dense queries count whole query blocks."""

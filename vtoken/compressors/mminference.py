@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,7 +18,6 @@ Pattern = Literal[
     "grid_frame_columns", "grid_frame", "a_shape", "grid_row_columns", "grid_row",
     "vertical_slash_1024", "vertical_slash_2048", "query_boundary",
 ]  # fmt: skip
-PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
 
 
 class MMInference(SparseAttention):
