@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from vtoken import kernels
-from vtoken.kernels import _dispatch, gather_tokens, query_attention, topk_tokens
+from vtoken.kernels import _dispatch, block_sparse_attention, gather_tokens, query_attention, topk_tokens
 
 OPS = kernels.ops()
 ROOT = Path(__file__).parents[1]
@@ -111,19 +111,22 @@ def test_triton_is_chosen_and_steps_aside(monkeypatch: pytest.MonkeyPatch) -> No
 
     def all_three(dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:
         kept = topk_tokens(scores.to(dtype), ends, [3])
-        return gather_tokens(query_attention(x.to(dtype), x.to(dtype), ends, ends, 1.0), kept).sum()
+        heads = x.to(dtype).transpose(0, 1)
+        everything = torch.ones(2, 1, 1, dtype=torch.bool, device=DEVICE)
+        seen = block_sparse_attention(heads, heads, heads, everything, 1.0)[0][0, :, 0]
+        return gather_tokens(seen + query_attention(x.to(dtype), x.to(dtype), ends, ends, 1.0), kept).sum()
 
     with kernels.use("triton"):
         all_three(torch.float32, x)
         assert launched == ["topk_tokens", "query_attention", "gather_tokens"]
         all_three(torch.float64, x)
-        assert launched[3:] == ["gather_tokens"]
+        assert launched[4:] == ["gather_tokens"]
         launched.clear()
         all_three(torch.float32, leaf).backward()
         assert launched == ["topk_tokens"]
         with torch.no_grad():
             all_three(torch.float32, leaf)
-        assert len(launched) == 4
+        assert len(launched) == 5
     assert leaf.grad is not None and leaf.grad.abs().sum() > 0
     launched.clear()
     with kernels.use("torch"):

@@ -28,7 +28,8 @@ class StageTrace:
         into: per image, for every unpruned visual token the kept one that absorbed it (-1 dropped); None for pure pruning.
         stood_aside: why the stage did nothing, or None.
         substitutes: fact asked for -> fact it was given, where the family has no such fact.
-        layer: the layer it acted at, for encoder and decoder sites.
+        layer: the layer it acted at, for encoder, decoder and attention sites.
+        densities: at site attention, per batch row: share of the causal blocks that was computed, head mean (scalars on the device).
     """
 
     name: str
@@ -41,6 +42,12 @@ class StageTrace:
     layer: int | None = None
     substitutes: dict[str, str] = field(default_factory=dict)
     clock: Callable[[], float] = field(default=lambda: 0.0, repr=False)
+    densities: list[Tensor] = field(default_factory=list, repr=False)
+
+    @property
+    def density(self) -> list[float]:
+        """`densities` as numbers (reading them waits for the device); empty at other sites and where the stage stood aside."""
+        return [float(density) for density in self.densities]
 
     @property
     def milliseconds(self) -> float:
@@ -58,6 +65,7 @@ class StageTrace:
             "into": None if self.into is None else [i.tolist() for i in self.into],
             "milliseconds": self.milliseconds,
             "stood_aside": self.stood_aside,
+            "density": self.density,
             "substitutes": self.substitutes,
         }
 

@@ -22,6 +22,7 @@ from vtoken.hooks.features import FeatureHooks
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.layers import LayerGroups
 from vtoken.hooks.packed import PackedHooks
+from vtoken.hooks.sparse import SparsePrefill, check_attention
 from vtoken.hooks.unmerge import Unmerge
 from vtoken.run import Run, Trace
 from vtoken.stages import FACTS, Fact, Site, Stage
@@ -91,6 +92,8 @@ class Session:
                 enter=self.boundary.enter,
                 encoded=self.boundary.entry.fact,
             )
+            # Before the tap that observes, which is then the outer one and sees every layer.
+            SparsePrefill(self.adapter.lm, self.run, self.handle, self._at("attention"))
             asked = tapped(decoder, len(self.adapter.lm.layers))
             if asked:
                 tap(self.handle, self.adapter.lm, asked, observe(self.run, asked))
@@ -163,6 +166,7 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
                     f"stage {stage.name} needs {need.name} of layer {need.layer}; there are {depth}, 0 to {depth - 1} (or -1 for the last)"
                 )
         check_layers(stage, adapter)
+    check_attention([stage for stage in pipeline.stages if stage.site == "attention"], adapter.lm)
 
 
 def check_unmerging(pipeline: Pipeline) -> None:

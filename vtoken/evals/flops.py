@@ -51,7 +51,7 @@ class Account:
         tower, projector: FLOPs of all images, unused last tower layers included where the model runs them.
         stages: FLOPs of facts and decisions. Where text rates images, all of the prompt's text does: an upper bound.
         prefill_linear: matrices of all decoder layers, and the output embedding of the last prompt token.
-        prefill_attention: full queries x keys.
+        prefill_attention: full queries x keys; with sparse prefill the share of it that is read.
         prefill_attention_causal: the same without the masked half; not part of `total`.
         decode: all decode steps: matrices, attention, output embedding.
         visual_tokens: of one batch row, for every decoder layer; newline tokens are counted apart.
@@ -159,12 +159,13 @@ def account(
     walk = Walk(shape, images, text_tokens, () if pipeline is None else pipeline.stages, newline)
     size = dtype_bytes or _dtype_bytes(config)
     decoder = shape.decoder
-    in_decoder = [text_tokens + sum(counts) + lines for counts, lines in zip(walk.decoder, walk.newlines, strict=True)]
+    in_decoder = [walk.length(layer) for layer in range(decoder.depth)]
     attended, cached = in_decoder, in_decoder
     if walk.unmerged is not None:
         tokens, held = walk.unmerged
         attended = [n - sum(c) + tokens for n, c in zip(in_decoder, walk.decoder, strict=True)]
         cached = attended if held == "expanded" else in_decoder
+    read = list(zip(attended, walk.density, strict=True))
     head = 2 * decoder.width * shape.vocabulary
     steps = new_tokens - 1
     return Account(
@@ -179,8 +180,8 @@ def account(
         projector=batch * sum(2 * each.weights * sum(walk.mlps[each.layer]) for each in shape.projectors),
         stages=batch * walk.cost,
         prefill_linear=batch * (head + sum(map(decoder.linear, in_decoder))),
-        prefill_attention=batch * sum(2 * decoder.scores(n, n) for n in attended),
-        prefill_attention_causal=batch * sum(decoder.scores(n, n + 1) for n in attended),
+        prefill_attention=batch * sum(round(2 * decoder.scores(n, n) * share) for n, share in read),
+        prefill_attention_causal=batch * sum(round(decoder.scores(n, n + 1) * share) for n, share in read),
         decode=batch * (steps * (head + decoder.depth * decoder.linear(1)) + _decode_attention(shape, attended, steps)),
         visual_tokens=tuple(map(sum, walk.decoder)),
         newline_tokens=tuple(walk.newlines),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from vtoken.errors import OtherModelError, UnsupportedError
 from vtoken.evals.geometry import Geometry
 from vtoken.hooks.facts import INSIDE_DECODER
+from vtoken.reading import SparseAttention
 from vtoken.stages import Fact, Site, Stage, size_of
 
 Counts = tuple[int, ...]
@@ -41,6 +42,7 @@ class Walk:
         newlines: newline tokens of the row in every decoder layer.
         unmerged: visual tokens of the row at whose places attention sees merged ones, and what the cache then holds; None without such a
             stage.
+        density: share of the causal attention that is computed in every decoder layer at prefill.
         cost: FLOPs of the stages and of the facts they read.
         left_out: what could not be counted.
 
@@ -64,7 +66,7 @@ class Walk:
                 self._leave_out(
                     f"{stage.name}: tokens that were dropped, not merged; attention is counted as if none was"
                 )
-            elif stage.site not in ("encoder", "tokens", "decoder"):
+            elif stage.site not in ("encoder", "tokens", "decoder", "attention"):
                 self._leave_out(f"{stage.name}: what a stage at site {stage.site} saves and costs")
             if why := stage.misfit(shape.decoder.depth, shape.decoder.width):
                 raise OtherModelError(f"stage {stage.name}: {why}")
@@ -95,6 +97,30 @@ class Walk:
                     counts = self._act(stage, counts, layer)
             self.decoder.append(counts)
             self.newlines.append(self._lines(counts))
+        self.density = [1.0] * shape.decoder.depth
+        for stage in stages:
+            if isinstance(stage, SparseAttention):
+                self._thin(stage)
+
+    def length(self, layer: int) -> int:
+        """Tokens of the row in a decoder layer."""
+        return self._length(self.decoder[layer])
+
+    def _thin(self, stage: SparseAttention) -> None:
+        """Enters how much of the attention a stage leaves, where that does not depend on what the prompt says."""
+        for layer in stage.layers(self.shape.decoder.depth):
+            if self.length(layer) < stage.min_len:
+                self._leave_out(
+                    f"{stage.name} stands aside: {self.length(layer)} tokens are fewer than min_len {stage.min_len}"
+                )
+                continue
+            density = stage.density(self.length(layer), layer)
+            if density is None:
+                self._leave_out(
+                    f"{stage.name}: which blocks it reads, and what choosing them costs (attention is counted whole)"
+                )
+            else:
+                self.density[layer] = density
 
     def _lines(self, counts: Counts) -> int:
         """Newline tokens that go with so many visual tokens per image."""

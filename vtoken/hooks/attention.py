@@ -39,14 +39,35 @@ Tap = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def tap(handle: Handle, lm: Any, layers: Iterable[int], function: Tap) -> None:
-    """Sends the attention of these decoder layers through `function`, which may call `original()`."""
+    """Sends the attention of these decoder layers through `function`, which may call `original()`; an earlier tap is its original."""
     AttentionInterface.register(NAME, _dispatch)
     for layer in layers:
         module = lm.layers[layer].self_attn
+        if "vtoken_tap" in vars(module):
+            earlier, config = module.vtoken_tap
+            handle.set(module, "vtoken_tap", (_chain(function, earlier), config))
+            continue
         shadow = copy.copy(module.config)
         shadow._attn_implementation_internal = NAME
         handle.set(module, "vtoken_tap", (function, module.config))
         handle.set(module, "config", shadow)
+
+
+def _chain(outer: Tap, inner: Tap) -> Tap:
+    """A tap whose `original` is another tap."""
+
+    def function(
+        module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Callable[..., Any], **kwargs: Any
+    ) -> Any:
+        def within(q: Tensor = q, k: Tensor = k, v: Tensor = v, mask: Any = mask) -> Any:
+            def innermost(q: Tensor = q, k: Tensor = k, v: Tensor = v, mask: Any = mask) -> Any:
+                return original(q, k, v, mask)
+
+            return inner(module, q, k, v, mask, innermost, **kwargs)
+
+        return outer(module, q, k, v, mask, within, **kwargs)
+
+    return function
 
 
 def _dispatch(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:

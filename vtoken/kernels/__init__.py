@@ -10,6 +10,7 @@ from pkgutil import iter_modules
 from types import ModuleType
 
 from vtoken.kernels._dispatch import backend, use
+from vtoken.kernels.block_sparse_attention import block_sparse_attention
 from vtoken.kernels.diverse_tokens import diverse_tokens
 from vtoken.kernels.farthest_tokens import farthest_tokens
 from vtoken.kernels.flow_scores import flow_scores
@@ -25,6 +26,7 @@ from vtoken.kernels.topk_tokens import topk_tokens
 
 __all__ = [
     "backend",
+    "block_sparse_attention",
     "diverse_tokens",
     "farthest_tokens",
     "flow_scores",

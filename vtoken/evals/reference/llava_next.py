@@ -33,7 +33,12 @@ class TinyLlavaNext(Family):
     recipe = Recipe(
         full_batch=13,  # pictures of five crops
         language_cycles=((500, 1e-3, EVEN, (64, 128)), (400, 1e-3, REST, (64, 128, 256))),
-        projector_cycles=((500, 5e-4, "slanted", False), (400, 5e-4, "varied", False), (900, 6e-4, "varied", False), (500, 4e-4, "varied", False)),
+        projector_cycles=(
+            (500, 5e-4, "slanted", False),
+            (400, 5e-4, "varied", False),
+            (900, 6e-4, "varied", False),
+            (500, 4e-4, "varied", False),
+        ),
         projector_rate=5e-4,
         joint_cycles=(
             Joint(300, "varied", EVEN),

@@ -1,0 +1,371 @@
+"""Site attention: sparse prefill on every family, and when it stands aside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flash_stand_in
+import pytest
+import tiny
+import torch
+from modes import alone, families, greedy
+from test_families import rows_for
+
+import vtoken
+from vtoken.errors import UnsupportedError
+from vtoken.reading import Prompt, Reads, SparseAttention, everything
+
+OPTIONS: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True}
+
+
+class Everything(SparseAttention):
+    """Reads all blocks. No paper."""
+
+    min_len: int = 0
+
+    def reads(self, prompt: Prompt) -> Reads:
+        n = prompt.length
+        return Reads(16, everything(prompt.heads, n, n, 16, prompt.q.device))
+
+
+class Ladder(SparseAttention):
+    """Each head another pattern: own block, own and first, single keys besides, dense queries besides. No paper."""
+
+    min_len: int = 0
+    seen: Any = None
+
+    def reads(self, prompt: Prompt) -> Reads:
+        n, heads = prompt.length, prompt.heads
+        if self.seen is not None:
+            self.seen.append(prompt)
+        t = torch.arange(-(-n // 16))
+        own = t[:, None] == t
+        blocks = torch.stack([own | (t == 0) if h % 2 else own for h in range(heads)])
+        columns = torch.stack([torch.arange(0, n, 5) if h > 1 else torch.full((-(-n // 5),), -1) for h in range(heads)])
+        dense = torch.zeros(heads, n, dtype=torch.bool)
+        dense[2:, ::7] = True
+        return Reads(16, blocks, columns[:, None].int(), len(t), dense)
+
+    @staticmethod
+    def mask(n, heads):
+        """[H, N, N], worked out apart."""
+        i, j = torch.arange(n)[:, None], torch.arange(n)
+        masks = [i // 16 == j // 16] * heads
+        for h in range(heads):
+            if h % 2:
+                masks[h] = masks[h] | (j < 16)
+            if h > 1:
+                masks[h] = masks[h] | (j % 5 == 0) | (i % 7 == 0)
+        return torch.stack(masks) & (j <= i)
+
+
+LONG = {"llava": [[3, "img", 1, "img", 9]], "video": [[2, "video", 3, "img", 1]]}
+
+
+def long(family):
+    """One row of more than two blocks of 16."""
+    return LONG["video" if family in tiny.VIDEO else "llava"]
+
+
+@families
+@pytest.mark.parametrize("batch", ["one", "ragged"])
+def test_reading_everything_changes_no_bit(family, batch):
+    model = tiny.make(family)
+    batch = tiny.build(model, long(family) if batch == "one" else rows_for(family, batch), seed=3)
+    want = greedy(model, batch, **OPTIONS)
+    with vtoken.wrapped(model, [Everything()]):
+        got = greedy(model, batch, **OPTIONS)
+        stages = vtoken.trace(model).stages
+    assert [s.layer for s in stages] == [0, 1, 2, 3] and all(
+        s.density == [1.0] * len(batch["input_ids"]) for s in stages
+    )
+    assert torch.equal(torch.stack(got.logits), torch.stack(want.logits)) or batch["attention_mask"].min() == 0
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-4, rtol=1e-4)
+    assert torch.equal(got.sequences, want.sequences)
+
+
+def masked(model, batch, kept=None):
+    """Logits of one unpadded row whose prefill attention is masked as Ladder reads, by the model's eager-like backend."""
+    lm, calls = model.model.language_model, []
+    from transformers import AttentionInterface
+
+    def attend(module, q, k, v, mask, scaling=None, **kwargs):
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        scores = q @ k.transpose(-1, -2) * scaling
+        n = q.shape[2]
+        if n > 1:
+            scores = scores.masked_fill(~Ladder.mask(n, q.shape[1]), -torch.inf)
+            calls.append(module.layer_idx)
+        return (scores.softmax(-1) @ v).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("known_ladder", attend)
+    before = lm.config._attn_implementation
+    lm.config._attn_implementation_internal = "known_ladder"
+    try:
+        return greedy(model, batch, **OPTIONS)
+    finally:
+        lm.config._attn_implementation_internal = before
+        assert calls == [0, 1, 2, 3]
+
+
+@families
+@pytest.mark.parametrize("backend", ["sdpa", "eager", flash_stand_in.NAME])
+def test_equals_masked_attention(family, backend):
+    model = tiny.make(family)
+    batch = tiny.build(model, long(family), seed=3)
+    want = masked(model, batch)
+    model.model.language_model.config._attn_implementation_internal = backend
+    with vtoken.wrapped(model, [Ladder()]):
+        got = greedy(model, batch, **OPTIONS)
+        density = vtoken.trace(model).stages[0].density[0]
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=2e-4, rtol=1e-4)
+    assert torch.equal(got.sequences, want.sequences) and 0.3 < density
+    dense = greedy(model, batch, **OPTIONS)
+    assert not torch.allclose(torch.stack(dense.logits)[0], torch.stack(want.logits)[0], atol=1e-2)
+
+
+@families
+def test_rows_of_a_batch_do_not_see_each_other(family):
+    """A ragged batch, pruned before and inside the decoder, row by row: logits and decisions are those of the rows alone."""
+    model = tiny.make(family)
+    batch = tiny.build(model, [[9, "img", 1, "img", 20], [1, "img", 30], [60]], seed=3)
+    stages = [{"fastervlm": {"keep": "80%"}}, {"fastv": {"keep": 5, "layer": 2}}, Ladder()]
+    with vtoken.wrapped(model, stages):
+        got = greedy(model, batch, **OPTIONS)
+        trace = vtoken.trace(model)
+        for row in (0, 1):
+            one = greedy(model, alone(model, batch, row), **OPTIONS)
+            torch.testing.assert_close(
+                torch.stack(one.logits)[:, 0], torch.stack(got.logits)[:, row], atol=1e-4, rtol=1e-4
+            )
+            single = [s for s in vtoken.trace(model).stages if s.site == "attention"]
+            whole = [s for s in trace.stages if s.site == "attention"]
+            assert [s.density[0] for s in single] == [s.density[row] for s in whole]
+    order = [(s.site, s.layer) for s in trace.stages]
+    assert order[1:] == [("attention", 0), ("attention", 1), ("decoder", 2), ("attention", 2), ("attention", 3)]
+    for before, after in zip(trace.stages, trace.stages[1:], strict=False):
+        assert after.tokens_in == before.tokens_out
+    assert whole[0].density[0] < 1 and whole[1].tokens_out != whole[2].tokens_out == [5, 5, 5]
+
+
+@families
+def test_what_a_stage_is_told(family):
+    """Image and place of every token, after pruning."""
+    model = tiny.make(family)
+    batch = tiny.build(model, [[2, "img", 5], [1, "img", 2, "img", 7]], seed=3)
+    stage = Ladder(seen=[])
+    with vtoken.wrapped(model, [{"uniform": {"keep": 3}}, {"fastv": {"keep": 2, "layer": 2}}, stage]):
+        greedy(model, batch, 1)
+        trace = vtoken.trace(model)
+    entries = [s for s in trace.stages if s.site == "attention"]
+    assert [(p.layer, p.heads) for p in stage.seen] == [(k, 4) for k in range(4) for _ in range(2)]
+    for number, prompt in enumerate(stage.seen):
+        entry, row = entries[number // 2], number % 2
+        each = 3 if prompt.layer < 2 else 2
+        images = [i for i, r in enumerate(trace.row) if r == row]
+        assert prompt.image[prompt.image >= 0].tolist() == [i for i in images for _ in range(each)]
+        assert prompt.place[prompt.image >= 0].tolist() == [p for i in images for p in entry.kept[i].tolist()]
+        assert bool((prompt.place[prompt.image < 0] == -1).all()) and prompt.parts == tuple(trace.parts)
+        assert int(prompt.image[-1]) == -1, "text at the end"
+        if number < 2:
+            assert prompt.length == trace.prompt_tokens[row]
+        if family == "llava":
+            assert prompt.image[:3].tolist() == ([-1, -1, 0] if row == 0 else [-1, 1, 1])
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_modes(family):
+    """Static caches, beams, drafts and scored answers give what plain generation gives."""
+    model = tiny.make(family)
+    batch = tiny.build(model, long(family), seed=3)
+    with vtoken.wrapped(model, [{"fastervlm": {"keep": "80%"}}, Ladder()]):
+        plain = greedy(model, batch)
+        assert torch.equal(greedy(model, batch, cache_implementation="static"), plain)
+        one = {k: v for k, v in batch.items() if k != "attention_mask"}
+        assert torch.equal(greedy(model, one, prompt_lookup_num_tokens=3), plain)
+        assert greedy(model, batch, num_beams=2).shape == plain.shape
+        logits = greedy(model, batch, **OPTIONS).logits
+        answer = plain[:, -6:-1]
+        scored = {**batch, "input_ids": plain[:, :-1]}
+        scored["attention_mask"] = torch.ones_like(scored["input_ids"])
+        if "mm_token_type_ids" in batch:
+            scored["mm_token_type_ids"] = torch.nn.functional.pad(batch["mm_token_type_ids"], (0, 5))
+        with torch.no_grad():
+            got = model(**scored, logits_to_keep=6).logits[0]
+        torch.testing.assert_close(got, torch.stack(logits)[:, 0], atol=1e-4, rtol=1e-4)
+        assert answer.shape[1] == 5
+
+
+@families
+def test_text_turns_and_short_prompts_keep_the_models_own(family):
+    model = tiny.make(family)
+    batch = tiny.build(model, rows_for(family, "ragged"), seed=3)
+    text = tiny.build(model, [[40]], seed=1)
+    want, words = greedy(model, batch, **OPTIONS), greedy(model, text)
+    with vtoken.wrapped(model, [Ladder(min_len=1000)]):
+        got = greedy(model, batch, **OPTIONS)
+        (entry,) = vtoken.trace(model).stages
+        assert torch.equal(greedy(model, text), words) and not vtoken.trace(model).stages
+    longest = int(batch["attention_mask"].sum(1).max())
+    assert entry.stood_aside == f"the prompt has {longest} tokens, fewer than min_len 1000" and entry.layer is None
+    assert not entry.density and entry.milliseconds == 0 and entry.tokens_in == entry.tokens_out
+    assert torch.equal(torch.stack(got.logits), torch.stack(want.logits)), "bit for bit"
+
+
+def test_min_len_holds_row_by_row():
+    model = tiny.make("llava")
+    batch = tiny.build(model, [[9, "img", 9], [1, "img", 30]], seed=3)
+    with vtoken.wrapped(model, [Ladder(min_len=40)]):
+        got = greedy(model, batch, **OPTIONS)
+        densities = [s.density for s in vtoken.trace(model).stages]
+    assert all(short == 1.0 > long for short, long in densities)
+    dense = greedy(model, batch, **OPTIONS)
+    torch.testing.assert_close(torch.stack(got.logits)[:, 0], torch.stack(dense.logits)[:, 0], atol=1e-4, rtol=1e-4)
+
+
+def test_other_reasons():
+    model = tiny.make("llava", "eager")
+    batch = tiny.build(model, [[3, "img", 1, "img", 9], [2, "img", 3]], seed=3)
+    right = {**batch}
+    for name in ("input_ids", "attention_mask"):
+        right[name] = torch.stack(
+            [row.roll(int(m.sum())) for row, m in zip(batch[name], batch["attention_mask"], strict=True)]
+        )
+    first = tiny.build(model, [[3, "img", 9]], seed=3)
+    second = tiny.build(model, [[3, "img", 9]], seed=4)
+
+    def reason():
+        (entry,) = vtoken.trace(model).stages
+        return entry.stood_aside
+
+    with vtoken.wrapped(model, [Ladder()]):
+        with torch.no_grad():
+            model(**right)
+            assert "padded on the right" in reason()
+            out = model(**first, use_cache=True)
+            assert [s.layer for s in vtoken.trace(model).stages] == [0, 1, 2, 3]
+            more = {**second, "attention_mask": torch.ones(1, 56, dtype=torch.long)}
+            model(**more, past_key_values=out.past_key_values)
+            assert reason() == "the cache holds 28 tokens already; only a prompt that comes in one piece is thinned"
+        model.train()
+        model(**first)
+        assert reason() == "the model is in training mode"
+        model.train(False)
+        model(**first).logits.sum().backward()
+        assert model.model.language_model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
+
+
+def test_layers_are_shared_out():
+    model = tiny.make("llava")
+    batch = tiny.build(model, [[3, "img", 1, "img", 9]], seed=3)
+    with vtoken.wrapped(model, [Ladder(dense_layers=(0, -1)), Everything(dense_layers=(1, 2))]):
+        greedy(model, batch, 1)
+        assert [(s.name, s.layer) for s in vtoken.trace(model).stages] == [
+            (Everything.name, 0),
+            (Ladder.name, 1),
+            (Ladder.name, 2),
+            (Everything.name, 3),
+        ]
+
+    class Plain(vtoken.stages.Compressor):
+        site = "attention"
+
+    class Bad(Ladder):
+        def reads(self, prompt):
+            return Reads(16, torch.ones(4, 1, 1, dtype=torch.bool))
+
+    for stages, message in (
+        ([Ladder(), Everything()], "both thin the attention of decoder layer 0"),
+        ([Ladder(dense_layers=(4,))], "layers 0 to 3"),
+        ([Ladder(dense_layers=(0, 1, 2, 3))], "one must be left"),
+        ([Plain()], "SparseAttention"),
+    ):
+        with pytest.raises(UnsupportedError, match=message):
+            vtoken.wrap(model, stages)
+    with pytest.raises(UnsupportedError, match="width 512; at most 256"):
+        vtoken.wrap(tiny.make("llava", hidden_size=32, head_dim=512), [Ladder()])
+    with vtoken.wrapped(model, [Bad()]), pytest.raises(ValueError, match="returned blocks"):
+        greedy(model, batch, 1)
+    assert torch.equal(greedy(model, batch), greedy(model, batch))
+
+
+def test_unwrap_takes_the_taps_away():
+    model = tiny.make("llava")
+    modules = [layer.self_attn for layer in model.model.language_model.layers]
+    before = [dict(vars(m)) for m in modules]
+    with vtoken.wrapped(model, [{"fastv": {"keep": 5, "layer": 2}}, Ladder()]):
+        assert all("vtoken_tap" in vars(m) for m in modules)
+    assert [dict(vars(m)) for m in modules] == before
+
+
+def test_density_of_reads():
+    """By hand: 3 blocks of 16, 6 causal pairs; head 0 reads its own 3, head 1 the first besides; keys and dense queries come on top."""
+    blocks = torch.eye(3, dtype=torch.bool).repeat(2, 1, 1)
+    blocks[1, :, 0] = True
+    assert float(Reads(16, blocks).density()) == pytest.approx((3 + 5) / 12)
+    assert float(Reads(16, torch.ones_like(blocks)).density()) == 1
+    columns = torch.tensor([[[0, 1, 20]], [[0, -1, -1]]], dtype=torch.int32)
+    # Keys 0 and 1 are read by two more blocks each, key 20 by one; head 1 reads key 0 with its block.
+    assert float(Reads(16, blocks, columns, 3).density()) == pytest.approx((8 + 5 / 16) / 12)
+    dense = torch.zeros(2, 40, dtype=torch.bool)
+    dense[0, [3, 37]] = True
+    assert float(Reads(16, blocks, None, 1, dense).density()) == pytest.approx((8 + 3) / 12)
+
+
+def test_the_account_knows_fixed_patterns():
+    """Two layers stream at 4 visited blocks a row, two are dense; what depends on the prompt is counted whole and named."""
+    from vtoken.config import load
+    from vtoken.evals.flops import account
+
+    config = tiny.make("llava").config
+    thin = {"static_sparse": {"sink": 16, "window": 33, "size": 16, "min_len": 0, "dense_layers": [0, 3]}}
+    whole, less = (account(config, load(p), text_tokens=144) for p in ("none", [thin]))
+    # 160 tokens, 10 blocks: rows read 1, 2, 3 and then 4 blocks, the fourth row's first block being the oldest of its window.
+    share = (2 + 2 * (1 + 2 + 3 + 7 * 4) / 55) / 4
+    assert less.prefill_attention == pytest.approx(whole.prefill_attention * share)
+    assert less.prefill_attention_causal == pytest.approx(whole.prefill_attention_causal * share)
+    assert less.prefill_linear == whole.prefill_linear and less.kv_bytes == whole.kv_bytes
+    for stage, words in (
+        ({"flexprefill": {"min_len": 0}}, "counted whole"),
+        ({"flexprefill": {}}, "160 tokens are fewer than min_len 8192"),
+    ):
+        told = account(config, load([stage]), text_tokens=144)
+        assert told.prefill_attention == whole.prefill_attention and any(words in s for s in told.left_out)
+
+
+def test_calibration_of_mminference(tmp_path, capsys):
+    """Recall against an independent sum; the table loads, has a name per head, and prefers the cheap pattern on a tie."""
+    from vtoken import config, registry
+    from vtoken.cli import main
+    from vtoken.evals.calibrate import mminference
+
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 150, 8, generator=g), torch.randn(1, 150, 8, generator=g)
+    image = torch.where((torch.arange(150) > 9) & (torch.arange(150) < 130), 0, -1)
+    prompt = Prompt(q, k, 0.5, 0, image, image, (((1, 10, 12),),))
+    reads = Reads(16, torch.rand(2, 10, 10, generator=g) < 0.5, torch.tensor([[[3, 40]], [[60, -1]]]).int(), 10)
+    got = mminference.recall(prompt, reads)
+    for h in range(2):
+        total = 0.0
+        for i in range(10, 130):
+            share = (k[0, 10 : i + 1] @ q[h, i] * 0.5).softmax(0)
+            listed = reads.columns[h, 0].tolist()
+            total += sum(
+                float(share[j - 10]) for j in range(10, i + 1) if reads.blocks[h, i // 16, j // 16] or j in listed
+            )
+        assert float(got[h]) == pytest.approx(total / 120, rel=1e-4)
+    cls, picked = registry.stage("mminference"), {}
+    for window, names in ((64, ("a_shape", "vertical_slash_1024")), (4096, ("vertical_slash_1024", "a_shape"))):
+        for candidates in (names, names[::-1]):
+            tool = mminference.Search(candidates=candidates, method=cls(window=window, sink=0), found=picked)
+            tool.reads(
+                Prompt(q.repeat(1, 3, 1), k.repeat(1, 3, 1), 0.5, 0, *[torch.zeros(450).long()] * 2, (((1, 10, 45),),))
+            )
+            # A window of a block forgets, so slashes win; of patterns that recall all of it the first one stays.
+            assert picked[0][0] == (("vertical_slash_1024",) if window == 64 else candidates[:1]) * 2
+    out = tmp_path / "table.yaml"
+    assert main(["calibrate", "mminference", "tiny-llava", "--device", "cpu", "--out", str(out)]) == 0
+    assert "random pictures" in capsys.readouterr().out
+    (stage,) = config.load(out).stages
+    # A short prompt is read whole by every pattern, so the first one stays.
+    assert {name for row in stage.heads for name in row} == {"grid_frame_columns"} and stage.min_len == 8192

@@ -1,0 +1,69 @@
+"""What block-sparse methods have in common: probes of the last queries, pooled blocks, and what is always read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+def last_rows(q: Tensor, k: Tensor, rows: int, scale: float) -> Tensor:
+    """[H, rows, N] fp32 attention of the last queries of [H, N, d] over keys [H, N, d], causal."""
+    n = k.shape[1]
+    scores = (q[:, n - rows :].float() @ k.float().transpose(1, 2)) * scale
+    ahead = torch.arange(n, device=q.device) > torch.arange(n - rows, n, device=q.device)[:, None]
+    return scores.masked_fill(ahead, -torch.inf).softmax(-1)
+
+
+def lines(attention: Tensor) -> tuple[Tensor, Tensor]:
+    """Of attention [H, R, N] of the last R queries, means over them: of every key [H, N] (vertical), and of every distance between
+    query and key [H, N] (slash)."""
+    _, rows, n = attention.shape
+    # One more column a row than it is read with: each row moves one to the right of the one before, so that equal distances meet.
+    sheared = pad(attention.flip(1), (0, rows)).flatten(1)[:, : rows * (n + rows - 1)].unflatten(1, (rows, -1))
+    return attention.mean(1), sheared.sum(1)[:, :n].flip(-1) / rows
+
+
+def block_sum(x: Tensor, size: int) -> Tensor:
+    """[..., N] -> [..., ceil(N / size)], sums over blocks."""
+    return pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size)).sum(-1)
+
+
+def block_mean(x: Tensor, size: int) -> Tensor:
+    """[H, N, d] -> [H, ceil(N / size), d] fp32, means over blocks; the last one over the tokens that it has."""
+    n = x.shape[1]
+    sums = pad(x.float(), (0, 0, 0, -n % size)).unflatten(1, (-1, size)).sum(2)
+    held = (n - torch.arange(0, n, size, device=x.device)).clamp(max=size)
+    return sums / held[:, None]
+
+
+def pooled_scores(q: Tensor, k: Tensor, scale: float, size: int) -> Tensor:
+    """[H, T, T] fp32 softmax over the causal key blocks of the products of block means."""
+    scores = (block_mean(q, size) @ block_mean(k, size).transpose(1, 2)) * scale
+    ahead = torch.ones_like(scores, dtype=torch.bool).triu(1)
+    return scores.masked_fill(ahead, -torch.inf).softmax(-1)
+
+
+def per_head(k: Tensor, heads: int) -> Tensor:
+    """[Hk, N, d] -> [H, N, d], a view per query head."""
+    return k[:, None].expand(-1, heads // len(k), -1, -1).reshape(heads, *k.shape[1:])
+
+
+def best(x: Tensor, count: Tensor) -> Tensor:
+    """[..., M] bool: the `count` [...] largest of the last axis, ties to the lower index."""
+    order = x.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(x.shape[-1], device=x.device).expand_as(order))
+    return rank < count[..., None]
+
+
+def cover(x: Tensor, share: float, drop_crossing: bool = False, always: Tensor | None = None) -> Tensor:
+    """[..., M] bool: the largest of the last axis until they hold `share` of its sum. The one that crosses is in, or out; `always`
+    [..., M] is in, and counts first."""
+    ranked = x if always is None else x.masked_fill(always, torch.inf)
+    order = ranked.sort(dim=-1, descending=True, stable=True).indices
+    values = x.gather(-1, order)
+    held = values.cumsum(-1)
+    total = share * x.sum(-1, keepdim=True)
+    taken = held <= total if drop_crossing else held - values < total
+    taken = torch.zeros_like(taken).scatter_(-1, order, taken)
+    return taken if always is None else taken | always

@@ -1,0 +1,105 @@
+"""Patterns of MMInference: where images and frames lie, vertical-slash indices, and the grid that frames draw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+import torch
+from torch import Tensor
+
+from vtoken.compressors._blocks import best, last_rows, lines, per_head
+from vtoken.reading import Prompt
+
+SIZE = 64  # tokens of a block, and queries of a probe
+FIRST, NEAR = 30, 100  # keys at the start and distances that every vertical-slash index holds
+
+
+def strides(prompt: Prompt, unit: str) -> int | None:
+    """Tokens from the start of one frame (single image) to the next, or from one row of a raster to the next: separators included.
+    None where they are not equally long: mixed sizes, or tokens that were dropped."""
+    seen = prompt.image >= 0
+    before, step = [], []
+    for *earlier, (_, h, w) in prompt.parts:
+        before.append(sum(map(prod, earlier)))
+        step.append(h * w if unit == "frame" else w)
+    skip, every = (torch.tensor(x, device=seen.device)[prompt.image.clamp(min=0)] for x in (before, step))
+    place = prompt.place - skip
+    starts = (seen & (place >= 0) & (place % every == 0)).nonzero()[:, 0]
+    steps: list[int] = starts.diff().unique().tolist()
+    return steps[0] if len(steps) == 1 else None
+
+
+def index(q: Tensor, k: Tensor, scale: float, vertical: int, slash: int, probe: int = SIZE) -> tuple[Tensor, Tensor]:
+    """Vertical-slash index of the last `probe` queries of [H, N, d]: columns [H, N] and distances [H, N], both bool."""
+    n = k.shape[1]
+    columns, distances = lines(last_rows(q, k, min(probe, n), scale))
+    columns[:, :FIRST] = torch.inf
+    distances[:, :NEAR] = torch.inf
+    taken, near = (
+        torch.full((len(q),), min(n, max(c, least)), device=q.device) for c, least in ((vertical, FIRST), (slash, NEAR))
+    )
+    return best(columns, taken), best(distances, near)
+
+
+def bands(distances: Tensor, tiles: int) -> Tensor:
+    """[H, T, T] blocks of `SIZE` that hold a key at one of the distances [H, N] from one of their queries."""
+    heads, n = distances.shape
+    padded = torch.nn.functional.pad(distances, (0, tiles * SIZE - n)).unflatten(1, (tiles, SIZE))
+    near = torch.zeros(heads, tiles + 1, dtype=torch.bool, device=distances.device)
+    near[:, :-1] |= padded.any(-1)
+    near[:, 1:] |= padded[..., 1:].any(-1)
+    t = torch.arange(tiles, device=distances.device)
+    return near[:, (t[:, None] - t).clamp(min=0)] & (t[:, None] >= t)
+
+
+def listed(columns: Tensor, width: int) -> Tensor:
+    """[..., width] int32 ascending positions of at most `width` True of [..., N], -1 behind them."""
+    n = columns.shape[-1]
+    found = torch.where(columns, torch.arange(n, device=columns.device), n).sort(-1).values[..., :width]
+    return torch.where(found < n, found, -1).int()
+
+
+def modalities(prompt: Prompt) -> Iterator[tuple[Tensor, int, int]]:
+    """Of text and of images: which tokens [N] they are, and where the last run of them starts and ends."""
+    for mine in (prompt.image < 0, prompt.image >= 0):
+        at = mine.nonzero()[-1:, 0].tolist()
+        if at:
+            others = (~mine[: at[0]]).nonzero()[-1:, 0].tolist()
+            yield mine, others[0] + 1 if others else 0, at[0] + 1
+
+
+Lists = tuple[Tensor, Tensor, Tensor]  # blocks [h, T, T], columns [h, 1 or T, C], dense queries [h, N]
+
+
+def grid(prompt: Prompt, unit: str, rows: bool, local: int) -> Lists | None:
+    """A window, the tokens in front of the images, everything behind the grid's region, and the lines of the grid: keys that lie a
+    multiple of its stride behind its phase and, with `rows`, queries likewise. The phase is where the probe of each head looks.
+    None where frames (rows) are not equally far apart, or too few for it."""
+    n, device = prompt.length, prompt.q.device
+    seen = (prompt.image >= 0).nonzero()[:, 0]
+    stride = strides(prompt, unit) if len(seen) else None
+    if stride is None:
+        return None
+    first, end = seen[[0, -1]].tolist()
+    chunk, local = stride * SIZE, -(-local // SIZE) * SIZE
+    sink = max(1, -(-first // SIZE)) * SIZE
+    count = (end + 1 - sink - local) // chunk * chunk
+    if count <= 0:
+        return None
+    probe = last_rows(prompt.q, per_head(prompt.k, prompt.heads), min(SIZE, n), prompt.scale).mean(1)
+    region = probe[:, first : first + (end + 1 - first) // stride * stride]
+    phase = region.unflatten(1, (-1, stride)).sum(1).argmax(-1, keepdim=True)
+    j = torch.arange(n, device=device)
+    line = (j - first - phase) % stride == 0
+    behind = (j >= sink + local + count).expand_as(line)
+    dense = behind | (line & (j >= sink + local)) if rows else behind
+    columns = listed(line & (j >= sink) & (j < sink + count), count // stride)
+    blocks = window(-(-n // SIZE), sink, local, device)
+    return blocks.expand(prompt.heads, -1, -1), columns[:, None], dense
+
+
+def window(tiles: int, sink: int, local: int, device: torch.device) -> Tensor:
+    """[T, T] blocks with the first `sink` and the latest `local` tokens."""
+    t = torch.arange(tiles, device=device)
+    return ((t[:, None] - t <= -(-local // SIZE)) | (t * SIZE < sink)) & (t[:, None] >= t)

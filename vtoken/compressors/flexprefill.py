@@ -1,0 +1,92 @@
+"""FlexPrefill: every head chooses, from its last queries, which key blocks prefill reads."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vtoken.compressors._blocks import best, block_mean, block_sum, cover, last_rows, lines, per_head, pooled_scores
+from vtoken.reading import Prompt, Reads, SparseAttention, everything
+
+
+class FlexPrefill(SparseAttention):
+    """A probe of the last `size` queries gives the attention of every key (vertical) and of every distance (slash). As many blocks
+    of keys and of distances are taken, the heaviest first, as the keys or distances that hold `gamma` of the mass would fill,
+    at least `min_budget` tokens' worth, at most `max_budget`; the first block and the diagonal always.
+
+    Where block means predict the probe well (root of the Jensen-Shannon divergence of the two below `tau`), the head takes the
+    minimum of both, and besides the entries that hold `gamma` of the whole matrix of softmaxed products of block means.
+    With tau 0 every head is vertical-slash. Prompts of at most two blocks, or of `min_budget`, are read whole.
+
+    The probe assumes that the last 128 tokens speak for the prompt: with a short question they are image tokens and template.
+
+    Paper: https://arxiv.org/abs/2502.20766
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2502.20766"
+    deviations: ClassVar[str] = (
+        "The entry that crosses gamma counts, as in the paper; the authors' code drops it in query-aware heads (drop_crossing). "
+        "Blocks of other sizes than 128 are counted in their own size, where the code divides by 128. Probabilities of 0 add "
+        "nothing to the divergence, where the code gets NaN. The attention's own scale is used for scoring too."
+    )
+
+    gamma: float = Field(default=0.95, gt=0, le=1, description="share of the attention that has to be covered")
+    tau: float = Field(
+        default=0.1, ge=0, description="heads whose divergence is below it also follow pooled queries and keys"
+    )
+    min_budget: int = Field(
+        default=1024, ge=1, description="tokens that verticals, and slashes, are worth at least (authors' function: 1)"
+    )
+    max_budget: int | None = Field(
+        default=None, ge=1, description="tokens that verticals, and slashes, are worth at most"
+    )
+    size: Literal[16, 32, 64, 128, 256] = Field(default=128, description="tokens of a block")
+    drop_crossing: bool = Field(
+        default=False, description="leave out the entry that crosses gamma in query-aware heads, as the authors' code"
+    )
+
+    def reads(self, prompt: Prompt) -> Reads:
+        n, size = prompt.length, self.size
+        if n <= max(2, -(-self.min_budget // size)) * size:
+            return Reads(size, everything(prompt.heads, n, n, size, prompt.q.device))
+        # One key head at a time: a probe of all would be H x size x N.
+        groups = prompt.q.split(prompt.heads // len(prompt.k))
+        blocks = [self._blocks(q, k[None], prompt.scale) for q, k in zip(groups, prompt.k, strict=True)]
+        return Reads(size, torch.cat(blocks))
+
+    def _blocks(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """[H, T, T] of a few heads."""
+        size, k = self.size, per_head(k, len(q))
+        vertical, slash = lines(last_rows(q, k, size, scale))
+        # Distances are pooled from the far end, so that those of an incomplete block are the longest ones.
+        columns, bands = block_sum(vertical, size), block_sum(slash.flip(-1), size).flip(-1)
+        t = columns.shape[-1]
+        least = min(-(-self.min_budget // size), t)
+        most = t if self.max_budget is None else min(-(-self.max_budget // size), t)
+        pooled = (q[:, -size:].float().mean(1, keepdim=True) @ block_mean(k, size).transpose(1, 2) * scale)[:, 0]
+        aware = divergence(pooled.softmax(-1), columns) < self.tau
+
+        def count(x: Tensor) -> Tensor:
+            needed = (x.sort(-1, descending=True).values.cumsum(-1) <= self.gamma).sum(-1) + 1
+            return torch.where(aware, least, (needed // size + 1).clamp(min=least)).clamp(max=most)
+
+        columns[:, 0] = bands[:, 0] = torch.inf
+        taken, near = best(columns, count(vertical)), best(bands, count(slash))
+        row = torch.arange(t, device=q.device)
+        distance = row[:, None] - row
+        blocks = (taken[:, None] | near[:, distance.clamp(min=0)]) & (distance >= 0)
+        if self.tau > 0:
+            entries = pooled_scores(q, k, scale, size).flatten(1)
+            covered = cover(entries, self.gamma, self.drop_crossing).view_as(blocks) & (distance >= 0)
+            blocks |= covered & aware[:, None, None]
+        return blocks
+
+
+def divergence(a: Tensor, b: Tensor) -> Tensor:
+    """Root of the Jensen-Shannon divergence over the last axis, natural logarithm."""
+    m = (a + b) / 2
+    terms = a.xlogy(a) + b.xlogy(b) - (a + b).xlogy(m)
+    return (terms.sum(-1) / 2).clamp(min=0).sqrt()

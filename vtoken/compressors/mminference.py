@@ -1,0 +1,113 @@
+"""MMInference: every head reads along a pattern of its own, chosen offline: grid, A-shape or vertical-slash, per modality or not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vtoken.compressors._blocks import per_head
+from vtoken.compressors._mminference import SIZE, Lists, bands, grid, index, listed, modalities, window
+from vtoken.reading import Prompt, Reads, SparseAttention, everything
+
+Pattern = Literal[
+    "grid_frame_columns", "grid_frame", "a_shape", "grid_row_columns", "grid_row",
+    "vertical_slash_1024", "vertical_slash_2048", "query_boundary",
+]  # fmt: skip
+
+
+class MMInference(SparseAttention):
+    """`heads` gives every query head of every layer its pattern; `vtoken calibrate mminference` searches it. Without it all heads
+    take `pattern`.
+
+    grid_frame, grid_row: a window, what stands in front of the images, and a grid whose stride is a frame (a picture), or a row of
+    patches, separators included: keys on it are read by all, queries on it (not with _columns) read all; its phase is where the
+    last 64 queries look. a_shape: the first and the latest tokens. Both read everything from the text behind the images.
+    vertical_slash: the keys and the distances that the last 64 queries attend to most, 1000 and 1024 (2048) of them.
+    query_boundary: the same (1000, 2048), once by the last text and once by the last image tokens, each for its own queries.
+
+    Frames that are not equally far apart (pictures of different sizes, tokens dropped before) draw no grid, nor do fewer than 64:
+    such heads read everything. At 20-66k tokens the authors report 32-47 % of the FLOPs.
+
+    Paper: https://arxiv.org/abs/2504.16083
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2504.16083"
+    deviations: ClassVar[str] = (
+        "K-boundary and 2D-boundary are left out (the authors' code has the latter commented out). Windows and slashes are read in "
+        "whole aligned blocks of 64, never less than the authors read. The grid's phase is found at run time, as in the paper; "
+        "their code fixes it offline. Modalities are told apart by their tokens, not by the order of spans. No searched table is "
+        "shipped: the authors' are of models that are not supported here."
+    )
+
+    pattern: Pattern = Field(default="query_boundary", description="of all heads, where `heads` is not given")
+    heads: tuple[tuple[Pattern, ...], ...] | None = Field(
+        default=None, description="per decoder layer, the pattern of every query head"
+    )
+    sink: int = Field(default=128, ge=0, description="first tokens that a_shape reads")
+    window: int = Field(default=4096, ge=1, description="latest tokens that a_shape reads")
+    local: int = Field(default=1024, ge=1, description="latest tokens that a grid reads")
+    vertical: int = Field(default=1000, ge=1, description="single keys that vertical-slash heads read")
+    slash: int = Field(default=2048, ge=1, description="distances that query_boundary heads read")
+
+    def reads(self, prompt: Prompt) -> Reads:
+        names = [self.pattern] * prompt.heads if self.heads is None else self.heads[prompt.layer]
+        if len(names) != prompt.heads:
+            raise ValueError(f"mminference: patterns for {len(names)} heads, the model has {prompt.heads}")
+        groups, order, found = prompt.heads // len(prompt.k), [], []
+        for key in range(len(prompt.k)):
+            mine = range(key * groups, (key + 1) * groups)
+            for name in dict.fromkeys(names[h] for h in mine):
+                some = [h for h in mine if names[h] == name]
+                order += some
+                found.append(self.lists(name, replace(prompt, q=prompt.q[some], k=prompt.k[key][None])))
+        tiles, width = found[0][0].shape[1], max(columns.shape[2] for _, columns, _ in found)
+        lists = max(columns.shape[1] for _, columns, _ in found)
+        columns = [pad(c, (0, width - c.shape[2]), value=-1).expand(-1, lists, -1) for _, c, _ in found]
+        back = torch.tensor(order, device=prompt.q.device).argsort()
+        blocks, single, dense = (torch.cat(x)[back] for x in ([f[0] for f in found], columns, [f[2] for f in found]))
+        return Reads(SIZE, blocks, single, tiles if lists == 1 else 1, dense)
+
+    def lists(self, name: str, prompt: Prompt) -> Lists:
+        """What the heads of the prompt read by one pattern."""
+        n, device = prompt.length, prompt.q.device
+        tiles = -(-n // SIZE)
+        nothing = torch.full((prompt.heads, 1, 1), -1, dtype=torch.int32, device=device)
+        none = torch.zeros(prompt.heads, n, dtype=torch.bool, device=device)
+        if name == "a_shape":
+            blocks = window(tiles, self.sink, self.window, device).expand(prompt.heads, -1, -1)
+            seen = prompt.image >= 0
+            behind = (seen.flip(0).cumsum(0).flip(0) == 0) & seen.any()
+            return blocks, nothing, behind.expand_as(none)
+        if name.startswith("grid"):
+            found = grid(prompt, name.split("_")[1], not name.endswith("columns"), self.local)
+            return found or (everything(prompt.heads, n, n, SIZE, device), nothing, none)
+        if name == "query_boundary":
+            return *self._by_modality(prompt, tiles), none
+        k = per_head(prompt.k, prompt.heads)
+        columns, distances = index(prompt.q, k, prompt.scale, self.vertical, int(name.rpartition("_")[2]))
+        return bands(distances, tiles), listed(columns, max(self.vertical, 30))[:, None], none
+
+    def _by_modality(self, prompt: Prompt, tiles: int) -> tuple[Tensor, Tensor]:
+        """Blocks and columns: a query block reads what the index of each modality in it says."""
+        n, q, k = prompt.length, prompt.q, per_head(prompt.k, prompt.heads)
+        blocks = torch.zeros(len(q), tiles, tiles, dtype=torch.bool, device=q.device)
+        earlier, parts = torch.zeros(len(q), n, dtype=torch.bool, device=q.device), []
+        first = blocks.new_zeros(tiles)
+        for mine, start, end in modalities(prompt):
+            taken, near = (
+                pad(x, (0, n - end))
+                for x in index(q[:, :end], k[:, :end], prompt.scale, self.vertical, self.slash, min(SIZE, end - start))
+            )
+            held = pad(mine, (0, tiles * SIZE - n)).unflatten(0, (tiles, SIZE)).any(-1)
+            blocks |= bands(near, tiles) & held[:, None]
+            found = listed(taken, min(n, max(self.vertical, 30)))
+            # Where a block holds both modalities, a key on both lists stands on one.
+            again = earlier.gather(1, found.clamp(min=0).long())
+            parts.append(torch.where(held[:, None] & ~(again[:, None] & first[:, None]), found[:, None], -1))
+            earlier, first = taken, held
+        return blocks, torch.cat(parts, 2)

@@ -1,0 +1,81 @@
+"""Static sparse prefill: some or all heads read only the first and the latest tokens (A-shape, streaming heads)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from vtoken.reading import Prompt, Reads, SparseAttention, causal, everything
+
+
+class StaticSparse(SparseAttention):
+    """A streaming head reads the first `sink` tokens and the latest `window`, in whole blocks; the last `last` queries of the prompt
+    read everything (tri-shape). Without `gates` all heads stream (A-shape). With `gates`, one number per decoder layer and key
+    head as DuoAttention learns them, the share `sparsity` of all key heads with the lowest numbers stream, with their query heads.
+
+    Streaming throughout prefill loses what lies between: A-shape finds 44 of 100 needles in video where full attention finds 98
+    (MMInference's V-NIAH). The cache stays whole and decoding reads all of it, where DuoAttention keeps less for streaming heads.
+
+    Paper: https://arxiv.org/abs/2410.10819
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2410.10819"
+    deviations: ClassVar[str] = (
+        "Prefill only: the cache of streaming heads is not shortened. A query block reads every block that its window touches, "
+        "up to one more than the window holds. Published gates are those of text models; none is shipped."
+    )
+
+    sink: int = Field(default=128, ge=0, description="first tokens that are always read")
+    window: int = Field(default=4096, ge=1, description="latest tokens that a query reads, itself included")
+    last: int = Field(default=0, ge=0, description="queries at the end of the prompt that read everything")
+    gates: tuple[tuple[float, ...], ...] | None = Field(
+        default=None, description="per decoder layer, one number per key head: low ones stream"
+    )
+    sparsity: float = Field(default=0.5, ge=0, le=1, description="share of key heads that stream, given gates")
+    size: Literal[16, 32, 64, 128, 256] = Field(default=128, description="tokens of a block")
+
+    @model_validator(mode="after")
+    def _rectangular(self) -> Self:
+        if self.gates is not None and len({len(row) for row in self.gates}) != 1:
+            raise ValueError("gates must hold equally many numbers for every layer, one per key head")
+        return self
+
+    def streams(self, layer: int) -> tuple[bool, ...] | None:
+        """Which key heads of a layer stream; None: all of them."""
+        if self.gates is None:
+            return None
+        order = sorted((gate, k, h) for k, row in enumerate(self.gates) for h, gate in enumerate(row))
+        chosen = {(k, h) for _, k, h in order[: int(self.sparsity * len(order) + 0.5)]}
+        return tuple((layer, h) in chosen for h in range(len(self.gates[layer])))
+
+    def reads(self, prompt: Prompt) -> Reads:
+        n, device = prompt.length, prompt.q.device
+        whole = everything(prompt.heads, n, n, self.size, device)
+        blocks, streams = self._blocks(n, device).expand_as(whole), self.streams(prompt.layer)
+        if streams is not None:
+            if len(streams) != len(prompt.k):
+                raise ValueError(f"static_sparse: gates for {len(streams)} key heads, the model has {len(prompt.k)}")
+            on = torch.tensor(streams, device=device).repeat_interleave(prompt.heads // len(streams))
+            blocks = torch.where(on[:, None, None], blocks, whole)
+        dense = (torch.arange(n, device=device) >= n - self.last).expand(prompt.heads, -1) if self.last else None
+        return Reads(self.size, blocks, dense=dense)
+
+    def _blocks(self, n: int, device: torch.device) -> Tensor:
+        """[1, T, M] what a streaming head reads."""
+        t = torch.arange(-(-n // self.size), device=device)
+        oldest = (t[:, None] * self.size - self.window + 1).div(self.size, rounding_mode="floor")
+        blocks = (t >= oldest) | (t * self.size < self.sink)
+        return (blocks & causal(blocks))[None]
+
+    def density(self, length: int, layer: int) -> float | None:
+        cpu = torch.device("cpu")
+        blocks, streams = self._blocks(length, cpu), self.streams(layer)
+        dense = (torch.arange(length) >= length - self.last)[None] if self.last else None
+        thin = float(Reads(self.size, blocks, dense=dense).density())
+        if streams is None:
+            return thin
+        whole = float(Reads(self.size, everything(1, length, length, self.size, cpu), dense=dense).density())
+        return (thin * sum(streams) + whole * (len(streams) - sum(streams))) / len(streams)

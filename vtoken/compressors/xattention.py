@@ -1,0 +1,70 @@
+"""XAttention: sums along antidiagonals tell which key blocks prefill reads."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vtoken.compressors._blocks import cover, per_head
+from vtoken.reading import Prompt, Reads, SparseAttention
+
+CHUNK = 1 << 26  # scores held at once
+
+
+class XAttention(SparseAttention):
+    """Every `stride` neighbouring queries, in reverse, and every `stride` neighbouring keys make one long vector each; the products of
+    these, divided by `stride` and softmaxed over the causal keys, are sums along antidiagonals of the attention map. Summed per
+    block pair they score the blocks: of each query block's the heaviest are read until they hold `threshold` of the sum, the
+    first block and the diagonal always and counted in.
+
+    Paper: https://arxiv.org/abs/2503.16428
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2503.16428"
+    deviations: ClassVar[str] = (
+        "One threshold for all heads; the authors also ship tuned tables for Llama. Without the defects of their code: the first "
+        "chunk of queries counts its first block like all others (one block more there), zero padding hides nothing but itself, "
+        "and tokens of padding ask nothing. The attention's own scale is used."
+    )
+
+    stride: Literal[4, 8, 16] = Field(default=16, description="tokens of an antidiagonal; authors: 8 or 16")
+    threshold: float = Field(default=0.9, gt=0, le=1, description="share of the scores that has to be covered")
+    size: Literal[16, 32, 64, 128, 256] = Field(default=128, description="tokens of a block")
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.size % self.stride:
+            raise ValueError(f"size {self.size} must be a multiple of stride {self.stride}")
+        return self
+
+    def reads(self, prompt: Prompt) -> Reads:
+        groups = prompt.q.split(prompt.heads // len(prompt.k))
+        blocks = [self._blocks(q, k[None], prompt.scale) for q, k in zip(groups, prompt.k, strict=True)]
+        return Reads(self.size, torch.cat(blocks))
+
+    def _blocks(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """[H, T, T] of the query heads of one key head."""
+        score = self.scores(q, per_head(k, len(q)), scale)
+        t = torch.arange(score.shape[-1], device=q.device)
+        always = (t == 0) | (t[:, None] == t)
+        return cover(score, self.threshold, always=always & (t <= t[:, None])) & (t <= t[:, None])
+
+    def scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """[H, T, T] sums over block pairs of the softmaxed antidiagonal sums of [H, N, d]."""
+        n, stride, size = q.shape[1], self.stride, self.size
+        per = size // stride
+        asked, keys = (pad(x, (0, 0, 0, -n % size)).unflatten(1, (-1, stride)) for x in (q, k))
+        asked, keys = asked.flip(2).flatten(2), keys.flatten(2)
+        at = torch.arange(keys.shape[1], device=q.device)
+        there, out = at * stride < n, []
+        each = per * max(1, CHUNK // (len(q) * len(at) * per))
+        for rows, place in zip(asked.split(each, 1), at.split(each), strict=True):
+            products = (rows @ keys.transpose(1, 2)).float() * (scale / stride)
+            products = products.masked_fill((at > place[:, None]) | ~there, -torch.inf)
+            shares = torch.where(there[place][:, None], products.softmax(-1), 0)
+            out.append(shares.unflatten(2, (-1, per)).sum(-1).unflatten(1, (-1, per)).sum(2))
+        return torch.cat(out, 1)

@@ -1,0 +1,116 @@
+"""`vtoken calibrate mminference`: which pattern each head reads along, searched on one prompt.
+
+Every head takes the pattern that recalls most of its attention among the visual tokens, a later one only if it recalls 0.01 more:
+the order is from cheap to costly. The rows are those of the vision, as in the authors' search.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, ClassVar, get_args
+
+import torch
+from torch import Tensor
+
+from vtoken import registry
+from vtoken.config import Pipeline, dump
+from vtoken.errors import ConfigError
+from vtoken.evals.options import add_pictures
+from vtoken.reading import Prompt, Reads, SparseAttention, everything
+
+SUMMARY = "search MMInference's pattern of every head on one prompt of random or given pictures"
+LONGEST = 25_000  # tokens of the authors' sample; longer ones take too long
+GAIN = 0.01
+QUERIES = 256  # rows of an attention map held at once
+
+
+class Search(SparseAttention):
+    """Reads everything and keeps, per layer and head, the pattern that recalls most. No paper: a tool."""
+
+    name: ClassVar[str] = "search"
+    min_len: int = 0
+    candidates: tuple[str, ...]
+    method: SparseAttention
+    found: Any = None
+
+    def reads(self, prompt: Prompt) -> Reads:
+        chosen, best = ["a_shape"] * prompt.heads, [-1.0] * prompt.heads
+        for name in self.candidates:
+            reads = self.method.model_copy(update={"pattern": name, "heads": None}).reads(prompt)
+            for head, value in enumerate(recall(prompt, reads).tolist()):
+                if value > best[head] + GAIN:
+                    chosen[head], best[head] = name, value
+        self.found[prompt.layer] = (tuple(chosen), tuple(best))
+        n = prompt.length
+        return Reads(128, everything(prompt.heads, n, n, 128, prompt.q.device))
+
+
+def recall(prompt: Prompt, reads: Reads) -> Tensor:
+    """[H] share of the attention among the visual tokens that a decision keeps, mean over the visual queries."""
+    seen = (prompt.image >= 0).nonzero()[:, 0]
+    groups, total = prompt.heads // len(prompt.k), torch.zeros(prompt.heads)
+    keys = prompt.k[:, seen].float().repeat_interleave(groups, 0)
+    for rows in seen.split(QUERIES):
+        scores = prompt.q[:, rows].float() @ keys.transpose(1, 2) * prompt.scale
+        share = scores.masked_fill(seen > rows[:, None], -torch.inf).softmax(-1)
+        total += torch.where(reads.visible(rows)[..., seen], share, 0).sum((1, 2)).cpu()
+    return total / len(seen)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="shipped model, folder or hub name")
+    parser.add_argument("--text-tokens", type=int, default=64, metavar="N", help="text tokens (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of text and pictures (default: %(default)s)")
+    add_pictures(parser)
+    parser.add_argument("--inputs", type=Path, metavar="FILE", help="a torch.save'd dict of the processor's output, instead of random pictures")  # fmt: skip
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
+    parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: the model's own)")
+    parser.add_argument("--random-weights", action="store_true", help="build the model from its config")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="YAML file to write (default: print it)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Searches, and writes a pipeline with the table.
+
+    Raises:
+        ConfigError: a prompt that is too long, or a model or option that cannot be used.
+    """
+    from vtoken.evals import models
+    from vtoken.evals.inputs import random_prompt
+
+    model: Any = models.load(
+        args.model, device=args.device, dtype=args.dtype, random_weights=args.random_weights, seed=args.seed
+    )
+    if args.inputs is not None:
+        inputs = {k: v.to(model.device) for k, v in torch.load(args.inputs, weights_only=True).items()}
+    else:
+        adapter = registry.adapter(model.config.model_type)(model)
+        sizes = {"images": args.images, "frames": args.frames, "image_size": args.image_size}
+        inputs = random_prompt(adapter, text_tokens=args.text_tokens, seed=args.seed, **sizes).inputs
+        print("random pictures: this table shows the form, not what the model attends to; use --inputs for a real one")
+    text = dump(Pipeline("mminference", "original", (search(model, inputs),)))
+    if args.out is None:
+        print(text)
+    else:
+        args.out.write_text(text, encoding="utf-8")
+    return 0
+
+
+def search(model: Any, inputs: dict[str, Tensor]) -> SparseAttention:
+    """The stage with the table found on one prompt.
+
+    Raises:
+        ConfigError: more than one row, or too many tokens.
+    """
+    from vtoken.wrap import wrapped
+
+    rows, length = inputs["input_ids"].shape
+    if rows != 1 or length > LONGEST:
+        raise ConfigError(f"the search takes one prompt of at most {LONGEST} tokens, not {rows} of {length}")
+    found: dict[int, Any] = {}
+    cls: Any = registry.stage("mminference")
+    patterns, method = get_args(cls.model_fields["pattern"].annotation), cls()
+    with wrapped(model, [Search(candidates=patterns, found=found, method=method)]), torch.no_grad():
+        model(**inputs, logits_to_keep=1)
+    return cls(heads=tuple(names for _, (names, _) in sorted(found.items())))

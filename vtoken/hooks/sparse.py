@@ -1,0 +1,192 @@
+"""Sparse prefill: a stage decides which keys are read, the model's own attention does everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtoken.errors import UnsupportedError
+from vtoken.hooks.attention import tap
+from vtoken.hooks.flow import Prefill, eager, trace_of
+from vtoken.hooks.handle import Handle
+from vtoken.kernels import block_sparse_attention
+from vtoken.reading import Prompt, Reads, SparseAttention, everything
+from vtoken.run import Clock, Run
+from vtoken.stages import Stage
+
+SIZE = 128  # block of what is read whole
+WIDEST = 256  # head width that the kernel takes
+# Arguments of attention functions that change what attention means.
+UNUSUAL = ("softcap", "s_aux", "position_bias", "sliding_window")
+
+
+class SparsePrefill:
+    """Taps the attention of the decoder layers in which a stage acts; installs nothing without one.
+
+    Args:
+        stages: attention-site stages that passed `check_attention`.
+    """
+
+    def __init__(self, lm: Any, run: Run, handle: Handle, stages: Sequence[Stage]) -> None:
+        self.run = run
+        self.at: dict[int, SparseAttention] = {}
+        for stage in stages:
+            if isinstance(stage, SparseAttention):
+                self.at |= dict.fromkeys(stage.layers(len(lm.layers)), stage)
+        tap(handle, lm, self.at, self._attend)
+
+    def _attend(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Callable[..., Any], **kwargs: Any
+    ) -> Any:
+        if q.shape[2] == 1:
+            return original()
+        return self._prefill(module, q, k, v, original, kwargs)
+
+    @eager
+    def _prefill(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, original: Callable[..., Any], kwargs: dict[str, Any]
+    ) -> Any:
+        flow, stage = self.run.flow, self.at[module.layer_idx]
+        if not isinstance(flow, Prefill):
+            return original()
+        memory = flow.memory.setdefault(id(stage), {})
+        reason = self._aside(flow, stage, module, kwargs)
+        if reason is not None:
+            if "aside" not in memory:
+                memory["aside"] = reason
+                trace = trace_of(stage, flow.visual.lengths, flow.visual.lineage, Clock(torch.device("cpu")), None)
+                trace.stood_aside, trace.clock = reason, lambda: 0.0
+                flow.trace.stages.append(trace)
+            return original()
+        scale = kwargs.get("scaling") or q.shape[-1] ** -0.5
+        rows = [_row(x, flow) for x in (q, k, v)]
+        with torch.no_grad(), Clock(q.device) as clock:
+            chosen = [
+                self._choose(stage, flow, row, q, k, scale, module.layer_idx)
+                for row, (q, k) in enumerate(zip(*rows[:2], strict=True))
+            ]
+        trace = trace_of(stage, flow.visual.lengths, flow.visual.lineage, clock, module.layer_idx)
+        trace.densities = [reads.density() for reads in chosen]
+        flow.trace.stages.append(trace)
+        out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+        for row, (reads, *qkv) in enumerate(zip(chosen, *rows, strict=True)):
+            n = flow.counts[row]
+            out[row, q.shape[2] - n :] = _attention(reads, qkv, scale, flow.tail).transpose(0, 1)
+        return out, None
+
+    def _choose(
+        self, stage: SparseAttention, flow: Prefill, row: int, q: Tensor, k: Tensor, scale: float, layer: int
+    ) -> Reads:
+        """What the queries of one row read; drafts and answers behind its prompt have no say in it."""
+        n, heads = q.shape[1] - flow.tail, len(q)
+        if n < max(1, stage.min_len):
+            return Reads(SIZE, everything(heads, n, n, SIZE, q.device))
+        image, place = (x[row, -q.shape[1] :][:n] for x in self._layout(flow, q.device))
+        prompt = Prompt(q[:, :n], k[:, :n], scale, layer, image, place, flow.visual.parts)
+        reads = stage.reads(prompt)
+        check(stage, reads, prompt)
+        return reads
+
+    def _layout(self, flow: Prefill, device: torch.device) -> tuple[Tensor, Tensor]:
+        """[B, P] image and place of every slot of the current layout, -1 at text and padding."""
+        memory = flow.memory.setdefault(id(self), {})
+        if memory.get("of") is not flow.index:
+            image, place = (torch.full_like(flow.index, -1) for _ in range(2))
+            at = flow.slot()
+            image[at] = flow.visual.image.to(image.device)
+            place[at] = flow.visual.lineage.place.to(image.device)
+            memory.update(of=flow.index, layout=(image.to(device), place.to(device)))
+        image, place = (x.to(device) for x in memory["layout"])
+        return image, place
+
+    def _aside(self, flow: Prefill, stage: SparseAttention, module: Any, kwargs: dict[str, Any]) -> str | None:
+        """Why this forward keeps the model's own attention."""
+        if module.training or kwargs.get("dropout"):
+            return "the model is in training mode"
+        if flow.past:
+            return f"the cache holds {flow.past} tokens already; only a prompt that comes in one piece is thinned"
+        if kwargs.get("output_attentions"):
+            return "attention weights were asked for"
+        found = [name for name in UNUSUAL if kwargs.get(name) is not None]
+        if found or not getattr(module, "is_causal", True):
+            return f"this layer's attention is not plain causal attention ({', '.join(found) or 'is_causal is False'})"
+        longest = max(flow.counts) - flow.tail
+        if longest < stage.min_len:
+            return f"the prompt has {longest} tokens, fewer than min_len {stage.min_len}"
+        if not self._left_padded(flow):
+            return "the batch is padded on the right; pad it on the left"
+        return None
+
+    def _left_padded(self, flow: Prefill) -> bool:
+        """Whether the tokens of every row stand at its end."""
+        memory = flow.memory.setdefault(id(self), {})
+        if memory.get("padding of") is not flow.index:
+            counts = torch.tensor(flow.counts, device=flow.valid.device)[:, None]
+            width = flow.valid.shape[1]
+            suffix = torch.arange(width, device=flow.valid.device) >= width - counts
+            memory["padding of"], memory["left"] = flow.index, flow.dense or bool((flow.valid == suffix).all())
+        left: bool = memory["left"]
+        return left
+
+
+def _row(x: Tensor, flow: Prefill) -> list[Tensor]:
+    """[H, n, d] of every row: what stands in the slots of this prefill (a static cache has more), without padding."""
+    width = flow.index.shape[1]
+    return [each[:, width - n : width] for each, n in zip(x, flow.counts, strict=True)]
+
+
+def _attention(reads: Reads, qkv: Sequence[Tensor], scale: float, tail: int) -> Tensor:
+    """[H, n, d]: the prompt as decided; the last `tail` queries, which decoding would have added, read everything."""
+    q, k, v = qkv
+    n = q.shape[1] - tail
+    out = reads.apply(q[:, :n], k[:, :n], v[:, :n], scale)
+    if not tail:
+        return out
+    last = everything(len(q), tail, q.shape[1], SIZE, q.device)
+    return torch.cat([out, block_sparse_attention(q[:, n:], k, v, last, scale, SIZE)[0]], 1)
+
+
+def check(stage: SparseAttention, reads: Reads, prompt: Prompt) -> None:
+    """Refuses a decision that does not fit its prompt.
+
+    Raises:
+        ValueError: names the stage.
+    """
+    blocks = -(-prompt.length // reads.size)
+    if tuple(reads.blocks.shape) != (prompt.heads, blocks, blocks) or reads.blocks.dtype != torch.bool:
+        raise ValueError(
+            f"stage {stage.name} returned blocks {reads.blocks.dtype} {tuple(reads.blocks.shape)} for {prompt.heads} heads and "
+            f"{prompt.length} tokens in blocks of {reads.size}; it must be bool {(prompt.heads, blocks, blocks)}"
+        )
+
+
+def check_attention(stages: Sequence[Stage], lm: Any) -> None:
+    """Refuses stages that no layer can serve, or two for one layer.
+
+    Raises:
+        UnsupportedError: names the stages.
+    """
+    depth = len(lm.layers)
+    taken: dict[int, str] = {}
+    width = getattr(lm.config, "head_dim", None) or lm.config.hidden_size // lm.config.num_attention_heads
+    for stage in stages:
+        if not isinstance(stage, SparseAttention):
+            raise UnsupportedError(
+                f"stage {stage.name} acts at site 'attention' and must derive from vtoken.reading.SparseAttention"
+            )
+        if width > WIDEST:
+            raise UnsupportedError(f"stage {stage.name}: attention heads of width {width}; at most {WIDEST} are served")
+        wrong = [k for k in stage.dense_layers if not -depth <= k < depth]
+        if wrong or not stage.layers(depth):
+            raise UnsupportedError(
+                f"stage {stage.name}: dense_layers {list(stage.dense_layers)}; this model has layers 0 to {depth - 1}, and one must be left"
+            )
+        for k in stage.layers(depth):
+            if k in taken:
+                raise UnsupportedError(
+                    f"stages {taken[k]} and {stage.name} both thin the attention of decoder layer {k}; share the layers out with dense_layers"
+                )
+            taken[k] = stage.name

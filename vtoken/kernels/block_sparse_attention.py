@@ -1,0 +1,299 @@
+"""Causal attention of one sequence where every block of queries reads only some blocks of keys, and perhaps single keys.
+
+    q        [H, Q, d]   queries, any strides; query i stands at position i + N - Q
+    k, v     [Hk, N, d]  same dtype; H is a multiple of Hk, and query head h reads key head h // (H / Hk)
+    read     [H, T, M] bool: which of the M = ceil(N / size) key blocks each of the T query blocks reads
+    columns  [H, G, C] int32 or None: single keys besides, -1 = none; query block t reads list t // share. A key whose block is
+             read anyway counts once
+    rows     [H, R] int32 or None: the queries that make up the query blocks, T = ceil(R / size), each at most once, -1 = none.
+             None: all in order, R = Q
+    result   out [H, Q, d]: softmax(scale * q . k) @ v over what is read and not behind the query; 0 where that is nothing, and
+             where a query is not in `rows`. lse [H, Q] fp32: log2 of the softmax's denominator, -inf there. Parts that read
+             different keys merge: l = logaddexp2(l1, l2), out = out1 * 2^(l1 - l) + out2 * 2^(l2 - l)
+
+fp32 accumulation (fp64 for fp64 inputs).
+
+Bytes moved, e bytes per element: q and out once, 2 e H Q d; of K and V a block for every True of `read`, 2 e d size sum(read)
+(mostly from L2: the query heads of a key head follow each other), a key for every query block that reads a column; `read` twice
+and a list of 4 H T M bytes written and read once. FLOPs: 4 d size^2 sum(read), the masked half of diagonal blocks included. At
+128k tokens, 28 / 4 heads x 128, a tenth of the causal blocks: 0.5 TFLOP of 6.2. The definition computes everything that it
+masks, and the scores a second time for `lse`.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from vtoken.kernels._dispatch import interpretable, runs_triton, tl, triton
+
+CHUNK = 1 << 26  # scores that the definition holds at once: 256 MiB of fp32
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LOG2_E = 1.4426950408889634
+
+
+def definition(
+    q: Tensor, k: Tensor, v: Tensor, read: Tensor, scale: float, size: int = 128, columns: Tensor | None = None,
+    share: int = 1, rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """torch's own attention under a mask, some query blocks at a time."""
+    (heads, queries, _), keys, device = q.shape, k.shape[1], q.device
+    out, lse = q.new_zeros(heads, queries, v.shape[2]), q.new_full((heads, queries), -torch.inf, dtype=torch.float32)
+    listed = queries if rows is None else rows.shape[1]
+    single = None if columns is None else _marked(columns, keys)
+    each = size * max(1, CHUNK // max(1, heads * keys * size))
+    for place in torch.arange(listed, device=device).split(each) if listed else ():
+        row = (place.expand(heads, -1) if rows is None else rows[:, place]).long()
+        visible = read[:, place // size].repeat_interleave(size, 2)[..., :keys]
+        if single is not None:
+            visible = visible | single[:, place // (size * share)]
+        position = row + keys - queries
+        visible = visible & (torch.arange(keys, device=device) <= position[..., None]) & (row >= 0)[..., None]
+        asked = q[:, place] if rows is None else q.take_along_dim(row.clamp(min=0)[..., None], 1)
+        o, total = _masked(asked, k, v, visible, scale)
+        head, at = (row >= 0).nonzero(as_tuple=True)
+        out = out.index_put((head, row[head, at]), o[head, at])
+        lse = lse.index_put((head, row[head, at]), total[head, at])
+    return out, lse
+
+
+def _marked(columns: Tensor, keys: int) -> Tensor:
+    """[H, G, N] bool of lists of keys."""
+    marks = columns.new_zeros(*columns.shape[:2], keys + 1, dtype=torch.bool)
+    return marks.scatter_(2, torch.where(columns < 0, keys, columns).long(), True)[..., :keys]
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(out, lse) of queries [H, R, d] that each see some keys [H, R, N]."""
+    groups = len(q) // len(k)
+    k, v = (x.repeat_interleave(groups, 0) for x in (k, v))
+    out = scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=visible[None], scale=scale)[0]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.detach().to(wide) @ k.detach().to(wide).transpose(1, 2)) * scale
+    lse = scores.masked_fill(~visible, -torch.inf).logsumexp(-1) * LOG2_E
+    return torch.where(visible.any(-1, keepdim=True), out, 0), lse.float()
+
+
+if triton is not None:
+
+    @triton.jit
+    def _list(read, lists, counts, blocks, keys, offset, SIZE: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Program (query block, head): the blocks it reads, ascending; how many; how many of them every query sees whole."""
+        at = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+        whole = 0 if LISTED else (offset + tl.program_id(0) * SIZE + 1) // SIZE
+        count = tl.full((), 0, tl.int32)
+        seen = tl.full((), 0, tl.int32)
+        for start in range(0, blocks, BLOCK):
+            block = start + tl.arange(0, BLOCK)
+            taken = (tl.load(read + at * blocks + block, mask=block < blocks, other=0) != 0).to(tl.int32)
+            tl.store(lists + at * blocks + count + tl.cumsum(taken, 0) - 1, block, mask=taken > 0)
+            count += tl.sum(taken, 0)
+            seen += tl.sum(tl.where(block < whole, taken, 0), 0)
+        tl.store(counts + at * 2, count)
+        tl.store(counts + at * 2 + 1, seen)
+
+    @triton.jit
+    def _step(  # type: ignore[no-untyped-def]
+        queries,
+        k,
+        v,
+        key,
+        visible,
+        k_strides,
+        v_strides,
+        d,
+        scale,
+        out,
+        total,
+        top,
+        MASK: tl.constexpr,
+        DIM: tl.constexpr,
+    ):
+        """Goes on with a softmax over some more keys; `visible` [rows, keys] counts if MASK."""
+        dim = tl.arange(0, DIM)
+        inside = dim < d
+        place = key.to(tl.int64)
+        known = tl.max(visible.to(tl.int32), 0) > 0 if MASK else key >= 0
+        at = k + place[None, :] * k_strides[1] + dim[:, None] * k_strides[2]
+        scores = tl.dot(queries, tl.load(at, mask=known[None, :] & inside[:, None], other=0.0), input_precision="ieee")
+        scores = scores * scale
+        if MASK:
+            scores = tl.where(visible, scores, -1e30)
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_top[:, None])
+        if MASK:
+            weights = tl.where(visible, weights, 0.0)
+        at = v + place[:, None] * v_strides[1] + dim[None, :] * v_strides[2]
+        values = tl.load(at, mask=known[:, None] & inside[None, :], other=0.0)
+        shrink = tl.exp2(top - new_top)
+        out = out * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        return out, total * shrink + tl.sum(weights, 1), new_top
+
+    @triton.jit
+    def _attend(  # type: ignore[no-untyped-def]
+        q, k, v, read, lists, counts, columns, rows, out, lse, queries, keys, d, scale, blocks, groups, length, share, listed,
+        q_strides, k_strides, v_strides,
+        GROUPS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
+        COLUMNS: tl.constexpr, LISTED: tl.constexpr,
+    ):  # fmt: skip
+        """Program (part of a query block, head). The last blocks read most and start first."""
+        part = tl.num_programs(0) - 1 - tl.program_id(0)
+        head = tl.program_id(1).to(tl.int64)
+        tile = part // (SIZE // ROWS)
+        at = head * (tl.num_programs(0) // (SIZE // ROWS)) + tile
+        place = part * ROWS + tl.arange(0, ROWS)
+        if LISTED:
+            row = tl.load(rows + head * listed + place, mask=place < listed, other=-1)
+        else:
+            row = tl.where(place < queries, place, -1)
+        real = row >= 0
+        position = tl.where(real, row + keys - queries, -1)
+        dim = tl.arange(0, DIM)
+        inside = real[:, None] & (dim < d)[None, :]
+        where = row.to(tl.int64)[:, None] * q_strides[1] + dim[None, :] * q_strides[2]
+        asked = tl.load(q + head * q_strides[0] + where, mask=inside, other=0.0)
+        k += head // GROUPS * k_strides[0]
+        v += head // GROUPS * v_strides[0]
+        top = tl.full([ROWS], -1e30, tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        sums = tl.zeros([ROWS, DIM], tl.float32)
+        count = tl.load(counts + at * 2)
+        whole = tl.load(counts + at * 2 + 1)
+        for i in range(0, whole * (SIZE // KEYS)):
+            block = tl.load(lists + at * blocks + i // (SIZE // KEYS))
+            key = block * SIZE + i % (SIZE // KEYS) * KEYS + tl.arange(0, KEYS)
+            sums, total, top = _step(
+                asked, k, v, key, key, k_strides, v_strides, d, scale, sums, total, top, False, DIM
+            )
+        for i in range(whole * (SIZE // KEYS), count * (SIZE // KEYS)):
+            block = tl.load(lists + at * blocks + i // (SIZE // KEYS))
+            key = block * SIZE + i % (SIZE // KEYS) * KEYS + tl.arange(0, KEYS)
+            visible = (key[None, :] <= position[:, None]) & (key < keys)[None, :]
+            sums, total, top = _step(
+                asked, k, v, key, visible, k_strides, v_strides, d, scale, sums, total, top, True, DIM
+            )
+        if COLUMNS:
+            mine = columns + (head * groups + tile // share) * length
+            for start in range(0, length, KEYS):
+                entry = start + tl.arange(0, KEYS)
+                key = tl.load(mine + entry, mask=entry < length, other=-1)
+                there = (key >= 0) & (key < keys)
+                covered = tl.load(read + at * blocks + key // SIZE, mask=there, other=1)
+                visible = (key[None, :] <= position[:, None]) & (there & (covered == 0))[None, :]
+                if tl.max(visible.to(tl.int32)) > 0:
+                    sums, total, top = _step(
+                        asked, k, v, key, visible, k_strides, v_strides, d, scale, sums, total, top, True, DIM
+                    )
+        some = tl.where(total > 0, total, 1.0)
+        where = (head * queries + row.to(tl.int64))[:, None] * d + dim[None, :]
+        tl.store(out + where, sums / some[:, None], mask=inside)
+        tl.store(lse + head * queries + row, tl.where(total > 0, top + tl.log2(some), float("-inf")), mask=real)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, read: Tensor, size: int, share: int, rows: Tensor | None) -> None:
+    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[0] % k.shape[0]:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: need [H, Q, d] and twice [Hk, N, d], H a multiple of Hk"
+        )
+    if size < 16 or size & (size - 1) or share < 1:
+        raise ValueError(f"size {size} must be a power of two from 16 on, share {share} at least 1")
+    tiles = -(-(q.shape[1] if rows is None else rows.shape[1]) // size)
+    if read.dtype != torch.bool or tuple(read.shape) != (q.shape[0], tiles, -(-k.shape[1] // size)):
+        raise ValueError(
+            f"read is {read.dtype} {tuple(read.shape)}; need bool {(q.shape[0], tiles, -(-k.shape[1] // size))}"
+        )
+
+
+def launch(
+    q: Tensor, k: Tensor, v: Tensor, read: Tensor, scale: float, size: int = 128, columns: Tensor | None = None,
+    share: int = 1, rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The kernel's launcher: the definition's contract without gradients, for the dtypes in DTYPES and d up to 256."""
+    dtype = q.dtype
+    q, k, v = (interpretable(x.detach()) for x in (q, k, v))
+    (heads, queries, d), keys, (_, tiles, blocks) = q.shape, k.shape[1], read.shape
+    out = (torch.empty if rows is None else torch.zeros)((heads, queries, d), dtype=q.dtype, device=q.device)
+    lse = torch.empty((heads, queries), dtype=torch.float32, device=q.device)
+    if rows is not None:
+        lse.fill_(-torch.inf)
+    if not (heads and tiles and d):
+        return out.to(dtype), lse
+    flags = read.contiguous().view(torch.uint8)
+    lists = torch.empty((heads, tiles, blocks), dtype=torch.int32, device=q.device)
+    counts = torch.empty((heads, tiles, 2), dtype=torch.int32, device=q.device)
+    dim = max(16, triton.next_power_of_2(d))
+    # A tile of queries, its sums and two tiles of keys have to fit into registers and shared memory.
+    large = dim * q.element_size() > 256
+    part, step = min(size, 64 if large else 128), min(size, 32 if large else 64)
+    singles = None if columns is None else columns.int().contiguous()
+    chosen = None if rows is None else rows.int().contiguous()
+    with torch.cuda.device_of(q):  # triton launches on the current device
+        _list[(tiles, heads)](
+            flags, lists, counts, blocks, keys, keys - queries, SIZE=size, LISTED=rows is not None, BLOCK=128
+        )
+        _attend[(tiles * (size // part), heads)](
+            q, k, v, flags, lists, counts, lists if singles is None else singles, lists if chosen is None else chosen, out, lse,
+            queries, keys, d, scale * LOG2_E, blocks, 0 if singles is None else singles.shape[1],
+            0 if singles is None else singles.shape[2], share, 0 if chosen is None else chosen.shape[1],
+            q.stride(), k.stride(), v.stride(),
+            GROUPS=heads // len(k), SIZE=size, ROWS=part, KEYS=step, DIM=dim, COLUMNS=singles is not None,
+            LISTED=chosen is not None, num_warps=8 if part == 128 else 4, num_stages=2,
+        )  # fmt: skip
+    return out.to(dtype), lse
+
+
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, read: Tensor, scale: float, size: int = 128, columns: Tensor | None = None,
+    share: int = 1, rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention over the blocks that are read, see the top of the file. `out` is differentiable in q, k and v, `lse` is not.
+
+    Columns and rows beyond the sequence give an undefined result. Raises ValueError for shapes that do not fit.
+    """
+    _check(q, k, v, read, size, share, rows)
+    fits = q.dtype == k.dtype == v.dtype and q.dtype in DTYPES and q.shape[-1] <= 256 and runs_triton(q, k, v, read)
+    return (launch if fits else definition)(q, k, v, read, scale, size, columns, share, rows)
+
+
+def examples() -> Iterator[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def case(heads: tuple[int, int], queries: int, keys: int, d: int, size: int, listed: int | None = None, p: float = 0.4) -> dict[str, Any]:  # fmt: skip
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        tiles = -(-(queries if listed is None else listed) // size)
+        read = torch.rand(heads[0], tiles, -(-keys // size), generator=generator) < p
+        q, k, v = draw(heads[0], queries, d), draw(heads[1], keys, d), draw(heads[1], keys, d)
+        return {"q": q, "k": k, "v": v, "read": read, "scale": d**-0.5, "size": size}
+
+    def some(count: int, of: int, *shape: int) -> Tensor:
+        """Lists [*shape, count] of different numbers below `of`, the second half of the last list -1."""
+        taken = torch.rand(*shape, of, generator=generator).argsort(-1)[..., :count].int()
+        taken[-1, ..., count // 2 :] = -1
+        return taken
+
+    yield case((2, 2), 0, 0, 8, 16)
+    yield case((1, 1), 1, 1, 1, 16, p=1.0)
+    yield case((4, 2), 200, 200, 64, 64)  # blocks
+    yield {**case((6, 2), 100, 100, 20, 16, p=0.2), "columns": some(21, 100, 6, 4), "share": 2}  # blocks and columns
+    yield {**case((2, 1), 70, 70, 16, 32, p=0.0), "columns": some(9, 70, 2, 1), "share": 3}  # columns alone
+    yield {**case((3, 3), 90, 90, 96, 32, listed=40), "rows": some(40, 90, 3)}  # rows
+    yield {
+        **case((2, 1), 60, 60, 32, 16, listed=20),
+        "rows": some(20, 60, 2),
+        "columns": some(7, 60, 2, 2),
+    }  # all three
+    yield case((2, 2), 45, 130, 8, 64)  # behind a prefix
+    yield case((2, 1), 33, 33, 256, 16)
+    yield case((2, 2), 130, 130, 128, 128, p=1.0)
+    strided = case((4, 2), 50, 50, 16, 16)
+    apart = {name: strided[name].transpose(0, 1).contiguous().transpose(0, 1) for name in "qkv"}
+    yield {**strided, **apart, "scale": 3.0}
+
+
+def tolerance(dtype: torch.dtype) -> tuple[float, float]:
+    """(relative, absolute): in half precision the kernel rounds the weights before they meet the values."""
+    return (1e-4, 1e-5) if dtype == torch.float32 else (2e-2, 2e-2)

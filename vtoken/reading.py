@@ -1,0 +1,154 @@
+"""The vocabulary of site attention: Prompt, Reads, SparseAttention. Letters as in `stages`; `T` and `M` count query and key blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vtoken.kernels import block_sparse_attention
+from vtoken.stages import Compressor, Parts, Site
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One batch row of a prefill, as one decoder layer attends to it; no padding.
+
+    Attributes:
+        q: [H, N, d] queries with RoPE; k: [Hk, N, d] keys, query head h reads key head h // (H / Hk).
+        scale: factor on q . k before the softmax.
+        layer: decoder layer.
+        image: [N] image of each token, as an index into `parts`; -1 for text (newlines and time stamps included).
+        place: [N] position among its image's unpruned tokens, -1 for text.
+        parts: rasters of every image of the batch, as in VisualTokens.
+    """
+
+    q: Tensor
+    k: Tensor
+    scale: float
+    layer: int
+    image: Tensor
+    place: Tensor
+    parts: tuple[Parts, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """N."""
+        return self.q.shape[1]
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return self.q.shape[0]
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What the queries of a prompt read: the decision, plain data. Causality holds besides, whatever it says.
+
+    Attributes:
+        size: tokens of a block, a power of two from 16 on.
+        blocks: [H, T, M] bool, the key blocks that each query block reads.
+        columns: [H, G, C] int32, single keys besides (-1 = none); query block t reads list t // share.
+        dense: [H, N] bool, queries that read all keys before them.
+    """
+
+    size: int
+    blocks: Tensor
+    columns: Tensor | None = None
+    share: int = 1
+    dense: Tensor | None = None
+
+    def apply(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Attention [H, N, d] of queries [H, N, d] over keys and values [Hk, N, d]."""
+        blocks = self.blocks & causal(self.blocks)
+        out, _ = block_sparse_attention(q, k, v, blocks, scale, self.size, self.columns, self.share)
+        if self.dense is None:
+            return out
+        rows, read = self._dense()
+        whole, _ = block_sparse_attention(q, k, v, read, scale, self.size, rows=rows)
+        return torch.where(self.dense[..., None], whole, out)
+
+    def _dense(self) -> tuple[Tensor, Tensor]:
+        """The dense queries of every head as a list [H, N], -1 behind the last, and the blocks [H, T, M] that they read."""
+        assert self.dense is not None
+        heads, n = self.dense.shape
+        _, tiles, blocks = self.blocks.shape
+        index = torch.arange(n, device=self.dense.device, dtype=torch.int32)
+        rows = torch.where(self.dense, index, n).sort(-1).values
+        rows = torch.where(rows < n, rows, -1)
+        padded = torch.nn.functional.pad(rows, (0, tiles * self.size - n), value=-1)
+        last = padded.view(heads, tiles, self.size).amax(-1, keepdim=True).div(self.size, rounding_mode="floor")
+        return rows, torch.arange(blocks, device=rows.device) <= last
+
+    def visible(self, rows: Tensor) -> Tensor:
+        """[H, R, N] bool: which keys the queries `rows` [R] read, of a prompt of N = M * size tokens."""
+        n = self.blocks.shape[2] * self.size
+        seen = self.blocks[:, rows // self.size].repeat_interleave(self.size, 2)
+        if self.columns is not None:
+            heads, groups, _ = self.columns.shape
+            marks = seen.new_zeros(heads, groups, n + 1)
+            marks.scatter_(2, torch.where(self.columns < 0, n, self.columns).long(), True)
+            seen |= marks[:, rows // self.size // self.share, :n]
+        if self.dense is not None:
+            seen |= self.dense[:, rows, None]
+        return seen & (torch.arange(n, device=rows.device) <= rows[:, None])
+
+    def density(self) -> Tensor:
+        """What is computed, as a share of all causal blocks, head mean: a scalar on the device of `blocks`. A single key counts a
+        `size`-th of a block for every query block that reads it, dense queries count whole query blocks."""
+        below = causal(self.blocks)
+        blocks = self.blocks & below
+        total = blocks.sum().float()
+        if self.columns is not None:
+            heads, groups, _ = self.columns.shape
+            count = torch.zeros(heads, groups, blocks.shape[2] + 1, device=blocks.device)
+            at = torch.where(self.columns < 0, blocks.shape[2], self.columns // self.size).long()
+            count.scatter_add_(2, at, torch.ones_like(at, dtype=torch.float32))
+            of = torch.arange(blocks.shape[1], device=blocks.device) // self.share
+            total += (count[:, of, :-1] * (below & ~blocks)).sum() / self.size
+        if self.dense is not None:
+            total += self._dense()[1].sum()
+        return total / (below.sum() * blocks.shape[0])
+
+
+def causal(blocks: Tensor) -> Tensor:
+    """[T, M] bool: the key blocks that no query block is wholly in front of, for a map [..., T, M] of a whole prompt."""
+    t, m = (torch.arange(n, device=blocks.device) for n in blocks.shape[-2:])
+    return m <= t[:, None]
+
+
+def everything(heads: int, queries: int, keys: int, size: int, device: torch.device) -> Tensor:
+    """[H, T, M] bool: all key blocks that the last `queries` of `keys` tokens may see."""
+    last = (torch.arange(-(-queries // size), device=device) + 1) * size + keys - queries - 1
+    return (torch.arange(-(-keys // size), device=device) * size <= last[:, None]).expand(heads, -1, -1)
+
+
+class SparseAttention(Compressor):
+    """Decides which keys the queries of a prompt read, layer by layer; all tokens stay, and the cache stays whole.
+
+    It acts where a prompt with pictures enters the decoder in one piece. Text turns, decode steps and prompts of fewer than
+    `min_len` tokens keep the model's own attention; the trace tells why.
+    """
+
+    site: ClassVar[Site] = "attention"
+
+    min_len: int = Field(
+        default=8192, ge=0, description="prompts of fewer tokens (after pruning) keep the model's own attention"
+    )
+    dense_layers: tuple[int, ...] = Field(default=(), description="decoder layers that keep the model's own attention")
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        dense = {k % depth if -depth <= k < depth else k for k in self.dense_layers}
+        return tuple(k for k in range(depth) if k not in dense)
+
+    def reads(self, prompt: Prompt) -> Reads:
+        """The decision for one row in one layer."""
+        raise NotImplementedError(f"stage {self.name} defines no reads()")
+
+    def density(self, length: int, layer: int) -> float | None:
+        """`Reads.density` of a prompt of so many tokens, head mean; None where it depends on what the prompt says."""
+        return None
