@@ -26,7 +26,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 METHODS = [f for folder in registry.FOLDERS.values() for f in sorted((PACKAGE / folder).glob("*.py"))]
 
 # Layer -> the layers of vtoken it may import. Nothing points upwards.
-GROUND = {"stages", "budget", "run", "kernels"}
+GROUND = {"stages", "cached", "budget", "run", "kernels"}
 LOWER = GROUND | {"hooks", "adapters", "config", "errors", "registry"}
 MAY_IMPORT = {
     "__init__": {"registry", "wrap"},
@@ -34,9 +34,10 @@ MAY_IMPORT = {
     "budget": set(),
     "kernels": {"kernels"},
     "stages": {"budget", "kernels"},
+    "cached": {"stages", "budget"},
     "run": {"stages"},
     "pruners": {"stages", "budget", "kernels", "pruners"},
-    "compressors": {"stages", "budget", "kernels", "compressors"},
+    "compressors": {"stages", "cached", "budget", "kernels", "compressors"},
     "hooks": GROUND | {"hooks", "errors"},
     "adapters": GROUND | {"hooks", "adapters", "errors"},
     "registry": {"errors", "stages", "adapters"},
@@ -56,6 +57,7 @@ MAY_IMPORT_FROM_OTHERS = {
     "budget": {"pydantic", "pydantic_core"},
     "kernels": {"torch", "triton"},
     "stages": {"torch", "pydantic"},
+    "cached": {"torch", "pydantic"},
     "run": {"torch"},
     "pruners": {"torch", "pydantic"},
     "compressors": {"torch", "pydantic"},

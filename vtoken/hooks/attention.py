@@ -41,13 +41,36 @@ def tap(handle: Handle, lm: Any, layers: Iterable[int], function: Tap) -> None:
     AttentionInterface.register(NAME, _dispatch)
     for layer in layers:
         module = lm.layers[layer].self_attn
+        if "vtoken_tap" in vars(module):
+            outer, config = module.vtoken_tap
+            handle.set(module, "vtoken_tap", (_both(outer, function), config))
+            continue
         shadow = copy.copy(module.config)
         shadow._attn_implementation_internal = NAME
         handle.set(module, "vtoken_tap", (function, module.config))
         handle.set(module, "config", shadow)
 
 
-def _dispatch(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
+def _both(outer: Tap, inner: Tap) -> Tap:
+    """One tap around another."""
+
+    def function(
+        module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Callable[..., Any], **kwargs: Any
+    ) -> Any:
+        def call(q: Tensor = q, k: Tensor = k, v: Tensor = v, mask: Any = mask) -> Any:
+            def last(q: Tensor = q, k: Tensor = k, v: Tensor = v, mask: Any = mask) -> Any:
+                return original(q, k, v, mask)
+
+            return inner(module, q, k, v, mask, last, **kwargs)
+
+        return outer(module, q, k, v, mask, call, **kwargs)
+
+    return function
+
+
+def _dispatch(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: float = 0.0, **kwargs: Any) -> Any:
+    # Whoever wraps attention functions (kvpress does, all of them) may hand dropout on by its place.
+    kwargs["dropout"] = dropout
     function, config = module.vtoken_tap
     name = config._attn_implementation
 

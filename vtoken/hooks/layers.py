@@ -27,6 +27,7 @@ class LayerGroups:
     Args:
         stages: decoder-site stages in pipeline order.
         enter: opens a layer group and returns its 2D mask (Boundary.enter).
+        cached: a cache stage makes layers hold different numbers of tokens.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class LayerGroups:
         *,
         compact: bool,
         enter: Callable[[Flow, int], Tensor | None],
+        cached: bool = False,
     ) -> None:
         self.lm, self.run, self.compact, self.enter = lm, run, compact, enter
         depth = len(lm.layers)
@@ -47,7 +49,7 @@ class LayerGroups:
             if any(asks(stage, "next_query_attention") for stage in at):
                 check_coming(lm.layers[k])
         self.flash = "flash" in (lm.config._attn_implementation or "")
-        if stages or self.flash:
+        if stages or self.flash or cached:
             for k, layer in enumerate(lm.layers):
                 handle.before(layer, partial(self._layer, k))
         if stages and hasattr(lm, "_deepstack_process"):
