@@ -197,8 +197,8 @@ def test_second_turn(family, name, more):
     for row in range(2):
         want = oracle_kv.forced(model, p, row, b.sequences[row, -n:].tolist(), lost[row])
         torch.testing.assert_close(torch.stack(b.logits)[:, row], want, atol=3e-4, rtol=1e-4)
-    held = b.past_key_values.layers[0].keys.shape[2]
-    assert held < int(whole["attention_mask"].sum(1).max()) + n - 1 and max(cached[0]) < held
+    held = b.past_key_values.layers[3].keys.shape[2]
+    assert held < int(whole["attention_mask"].sum(1).max()) + n - 1 and max(cached[3]) < held
 
 
 @families
@@ -283,7 +283,7 @@ def test_layers_may_hold_different_numbers(family):
 
 @families
 @pytest.mark.parametrize(
-    "stage", [SnapKV(keep="100%"), LookM(keep="100%"), LookM(important="90%")], ids=lambda s: s.name
+    "stage", [SnapKV(keep="100%"), LookM(keep="100%"), LookM(important="100%")], ids=lambda s: s.name
 )
 def test_holding_everything_is_the_identity(family, stage):
     model = tiny.make(family)
@@ -333,7 +333,7 @@ def test_what_cannot_be_served_is_refused():
     with pytest.raises(ConfigError, match="leave `keep` out"):
         vtoken.wrap(model, [{"lookm": {"keep": 4, "text": True}}])
     with pytest.raises(UnsupportedError, match=r"no compress\(\)"):
-        vtoken.wrap(model, [type("Other", (Deep,), {"site": "cache"})()])
+        vtoken.wrap(model, [type("Other", (Ragged,), {"site": "cache"})()])
     with vtoken.wrapped(model, [{"snapkv": {"keep": 4}}]):
         want = greedy(model, batch)
         with pytest.raises(UnsupportedError, match="static cache"):

@@ -177,11 +177,11 @@ def account(
         prefill_attention=batch * sum(2 * decoder.scores(n, n) for n in in_decoder),
         prefill_attention_causal=batch * sum(decoder.scores(n, n + 1) for n in in_decoder),
         decode=batch
-        * (steps * (head + decoder.depth * decoder.linear(1)) + _decode_attention(shape, in_decoder, steps)),
+        * (steps * (head + decoder.depth * decoder.linear(1)) + _decode_attention(shape, walk.held, steps)),
         visual_tokens=tuple(map(sum, walk.decoder)),
         newline_tokens=tuple(walk.newlines),
-        kv_bytes_prefill=batch * size * _kv_numbers(shape, in_decoder),
-        kv_bytes=batch * size * _kv_numbers(shape, [n + steps for n in in_decoder]),
+        kv_bytes_prefill=batch * size * _kv_numbers(shape, walk.held),
+        kv_bytes=batch * size * _kv_numbers(shape, [n + steps for n in walk.held]),
         left_out=(*LEFT_OUT, *walk.left_out),
     )
 

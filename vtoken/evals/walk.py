@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vtoken.cached import CacheStage
 from vtoken.errors import UnsupportedError
 from vtoken.evals.geometry import Geometry
 from vtoken.stages import Fact, Site, Stage, size_of
@@ -34,6 +35,7 @@ class Walk:
         tower: units (see Tower) alive per crop in every tower layer.
         decoder: visual tokens alive per image in every decoder layer.
         newlines: newline tokens of the row in every decoder layer.
+        held: prompt tokens in every decoder layer's KV cache when the prefill ends.
         cost: FLOPs of the stages and of the facts they read.
         left_out: what could not be counted.
 
@@ -51,7 +53,7 @@ class Walk:
         self._paid: set[tuple[str, str, int]] = set()
         stages = [s.bound(shape.tower.layers.depth) if s.site == "encoder" else s for s in stages]
         for stage in stages:
-            if stage.site not in ("encoder", "tokens", "decoder"):
+            if stage.site not in ("encoder", "tokens", "decoder") and not isinstance(stage, CacheStage):
                 self._leave_out(f"{stage.name}: what a stage at site {stage.site} saves and costs")
             self._check_layers(stage)
         at: dict[Site, list[Stage]] = {
@@ -75,6 +77,22 @@ class Walk:
                     counts = self._act(stage, counts, layer)
             self.decoder.append(counts)
             self.newlines.append(self._lines(counts))
+        self.held = [text_tokens + sum(c) + n for c, n in zip(self.decoder, self.newlines, strict=True)]
+        for stage in stages:
+            if isinstance(stage, CacheStage):
+                self._shrink(stage)
+
+    def _shrink(self, stage: CacheStage) -> None:
+        """What a cache stage leaves of every layer, and costs there."""
+        stack = self.shape.decoder
+        for layer, (prompt, counts) in enumerate(zip(self.held, self.decoder, strict=True)):
+            if not sum(counts):
+                continue
+            cost = stage.cost(prompt, counts, stack.heads, stack.kv_heads, stack.head_dim)
+            if cost is None:
+                self._leave_out(f"{stage.name}: what deciding costs")
+            self.cost += cost or 0
+            self.held[layer] = stage.slots(prompt, counts)
 
     def _lines(self, counts: Counts) -> int:
         """Newline tokens that go with so many visual tokens per image."""
