@@ -37,8 +37,9 @@ def packed(stage, lengths=LENGTHS, parts=PARTS, seed=0):
     return VisualTokens.pack(torch.cat(xs), lengths, parts, tuple(range(len(lengths))), place, facts=found, layer=layer)
 
 
-every = pytest.mark.parametrize("name", registry.stages())
-# The others decide about attention or the cache, not about tokens.
+# Stages of site cache decide layer by layer on keys and values: test_cache_stages.py and test_kvpress.py hold them.
+every = pytest.mark.parametrize("name", [name for name in registry.stages() if registry.stage(name).site != "cache"])
+# The others decide about attention, not about tokens.
 DECIDING = [name for name in registry.stages() if registry.stage(name).site in ("encoder", "tokens", "decoder")]
 deciding = pytest.mark.parametrize("name", DECIDING)
 

@@ -14,6 +14,7 @@ from transformers import DynamicCache, LlavaForConditionalGeneration
 
 from vtoken import trace, wrapped
 from vtoken.budget import Budget
+from vtoken.compressors.snapkv import SnapKV
 from vtoken.config import load
 from vtoken.errors import UnsupportedError
 from vtoken.evals.flops import LEFT_OUT, account
@@ -103,8 +104,8 @@ class Odd(Pruner):
         return int(sum(lengths) * width)
 
 
-class Cache(Odd):
-    site: ClassVar[Site] = "cache"
+class Frames(Odd):
+    site: ClassVar[Site] = "frames"
 
 
 def _cpu_sdpa(q: Any, k: Any, v: Any, *rest: Any, out_val: Any = None, **more: Any) -> Any:
@@ -303,6 +304,21 @@ def test_overhead_of_facts_and_stages() -> None:
     odd = account(config, Pipe((Odd(keep=Budget(4)),)))
     assert odd.stages == 2 * 17 * 17 * 32 + 16 * 32
     assert odd.left_out == (*LEFT_OUT, "test_flops: the fact horoscope")
-    cache = account(config, Pipe((Cache(keep=Budget(4)),)))
-    assert "site cache" in cache.left_out[-1]
-    assert cache.total == account(config).total
+    frames = account(config, Pipe((Frames(keep=Budget(4)),)))
+    assert "site frames" in frames.left_out[-1]
+    assert frames.total == account(config).total
+
+
+def test_a_cache_stage_saves_bytes_and_decoding_only() -> None:
+    config = tiny.llava().config
+    kwargs = {"text_tokens": 40, "new_tokens": 3}
+    dense, held = account(config, **kwargs), account(config, Pipe((SnapKV(keep=Budget(5), window=8),)), **kwargs)
+    per_token = dense.kv_bytes_prefill // (40 + 16)
+    assert held.kv_bytes_prefill == per_token * 45 and held.kv_bytes == per_token * 47
+    text, layers = config.text_config, 4
+    wide = text.num_attention_heads * (text.hidden_size // text.num_attention_heads)
+    assert dense.decode - held.decode == layers * 2 * 2 * 2 * 11 * wide, (
+        "two steps, q k and the values, 11 tokens fewer"
+    )
+    assert held.stages == layers * 2 * 8 * 56 * wide
+    assert held.prefill_attention == dense.prefill_attention and held.visual_tokens == dense.visual_tokens

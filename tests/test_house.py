@@ -26,7 +26,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 METHODS = [f for folder in registry.FOLDERS.values() for f in sorted((PACKAGE / folder).glob("*.py"))]
 
 # Layer -> the layers of vtoken it may import. Nothing points upwards.
-GROUND = {"stages", "reading", "budget", "run", "kernels"}
+GROUND = {"stages", "reading", "cached", "budget", "run", "kernels"}
 LOWER = GROUND | {"hooks", "adapters", "config", "errors", "registry"}
 MAY_IMPORT = {
     "__init__": {"registry", "wrap"},
@@ -35,9 +35,10 @@ MAY_IMPORT = {
     "kernels": {"kernels"},
     "stages": {"budget", "kernels"},
     "reading": {"stages", "kernels"},
+    "cached": {"stages", "budget"},
     "run": {"stages"},
     "pruners": {"stages", "budget", "kernels", "pruners"},
-    "compressors": {"stages", "reading", "budget", "kernels", "compressors"},
+    "compressors": {"stages", "reading", "cached", "budget", "kernels", "compressors"},
     "hooks": GROUND | {"hooks", "errors"},
     "adapters": GROUND | {"hooks", "adapters", "errors"},
     "registry": {"errors", "stages", "adapters"},
@@ -58,6 +59,7 @@ MAY_IMPORT_FROM_OTHERS = {
     "kernels": {"torch", "triton"},
     "stages": {"torch", "pydantic"},
     "reading": {"torch", "pydantic"},
+    "cached": {"torch", "pydantic"},
     "run": {"torch"},
     "pruners": {"torch", "pydantic"},
     "compressors": {"torch", "pydantic", "safetensors"},

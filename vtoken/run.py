@@ -24,11 +24,12 @@ class StageTrace:
     Attributes:
         name, site: of the stage.
         tokens_in, tokens_out: visual tokens per image before and after it.
-        kept: per image, ascending LongTensor of indices into the image's unpruned visual tokens.
+        kept: per image, ascending LongTensor of indices into the image's unpruned visual tokens. At site cache those that any KV head
+            of the layer holds, with tokens_out their number per head (a mean); both empty where a method does not tell.
         into: per image, for every unpruned visual token the kept one that absorbed it (-1 dropped); None for pure pruning.
         stood_aside: why the stage did nothing, or None.
         substitutes: fact asked for -> fact it was given, where the family has no such fact.
-        layer: the layer it acted at, for encoder, decoder and attention sites.
+        layer: the layer it acted at, for encoder, decoder, attention and cache sites.
         densities: at site attention, per batch row: share of the causal blocks that was computed, head mean (scalars on the device).
     """
 
@@ -80,6 +81,7 @@ class Trace:
         visual_tokens: per image, before anything was dropped.
         layers: for every decoder layer, visual tokens per image that it saw.
         prompt_tokens: per batch row, tokens that entered the first decoder layer (text and visual, no padding).
+        cached: for every decoder layer, per batch row, prompt tokens that each KV head holds after a cache stage; empty without one.
         cache_bytes: bytes of keys and values after prefill (0 without a cache).
     """
 
@@ -89,13 +91,14 @@ class Trace:
     visual_tokens: list[int] = field(default_factory=list)
     layers: list[list[int]] = field(default_factory=list)
     prompt_tokens: list[int] = field(default_factory=list)
+    cached: list[list[int]] = field(default_factory=list)
     cache_bytes: int = 0
 
     @property
     def kept(self) -> list[Tensor]:
-        """Per image, unpruned indices of the tokens alive after the last stage that chose."""
+        """Per image, unpruned indices of the tokens alive after the last stage that chose; what a cache stage evicts took part."""
         for stage in reversed(self.stages):
-            if stage.kept:
+            if stage.kept and stage.site != "cache":
                 return stage.kept
         return [torch.arange(n) for n in self.visual_tokens]
 
@@ -119,6 +122,7 @@ class Trace:
             "visual_tokens": self.visual_tokens,
             "layers": self.layers,
             "prompt_tokens": self.prompt_tokens,
+            "cached": self.cached,
             "cache_bytes": self.cache_bytes,
         }
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from vtoken import config, registry
 from vtoken.adapters.base import Adapter
+from vtoken.cached import CacheStage
 from vtoken.config import Pipeline
 from vtoken.errors import OtherModelError, UnsupportedError
 from vtoken.hooks import facts
@@ -20,6 +21,7 @@ from vtoken.hooks.cache import Owner
 from vtoken.hooks.encoder import EncoderHooks
 from vtoken.hooks.features import FeatureHooks
 from vtoken.hooks.handle import Handle
+from vtoken.hooks.kv import CacheHooks
 from vtoken.hooks.layers import LayerGroups
 from vtoken.hooks.packed import PackedHooks
 from vtoken.hooks.sparse import SparsePrefill, check_attention
@@ -42,6 +44,7 @@ AT_SITE: dict[Site, set[str]] = {
         "later_text",
     },
     "attention": set(),
+    "cache": set(),
 }
 
 
@@ -53,7 +56,7 @@ class Session:
         self.adapter: Adapter = registry.adapter(model.config.model_type)(model)
         check(self.adapter, pipeline)
         self.run, self.handle, self.owner = Run(), Handle(), Owner()
-        encoder, tokens, decoder = (self._at(site) for site in ("encoder", "tokens", "decoder"))
+        encoder, tokens, decoder, cache = (self._at(site) for site in ("encoder", "tokens", "decoder", "cache"))
         wanted = {self._resolve(need) for stage in tokens for need in stage.needs() if need.name != "text"}
         wanted |= {
             self._resolve(need) for stage in decoder for need in stage.needs() if need.name in facts.INSIDE_DECODER
@@ -66,22 +69,29 @@ class Session:
             FeatureHooks(self.adapter, self.run, self.handle)
             tower: Any = EncoderHooks if self.adapter.encoder.unit == 1 else PackedHooks
             tower(self.adapter, self.run, self.handle, wanted, encoder)
+            # Sparse attention lies within the taps that observe, which come later and see every layer.
+            SparsePrefill(self.adapter.lm, self.run, self.handle, self._at("attention"))
             unmerge = [
                 Unmerge(self.adapter.lm, self.run, self.handle, stage, mrope=self.adapter.mrope)
                 for stage in self._at("attention")
                 if stage.unmerges()
             ]
+            kv = None
+            for stage in cache:
+                assert isinstance(stage, CacheStage)
+                kv = CacheHooks(model, self.adapter.lm, self.run, self.handle, stage, mrope=self.adapter.mrope)
             self.boundary = Boundary(
                 self.adapter,
                 self.run,
                 self.handle,
                 tokens,
                 compact=compact,
-                always=bool(decoder),
+                always=bool(decoder or cache),
                 newline=pipeline.newline,
                 owner=self.owner,
                 resolve=self._resolve,
                 unmerge=unmerge[0] if unmerge else None,
+                kv=kv,
             )
             LayerGroups(
                 self.adapter.lm,
@@ -91,9 +101,8 @@ class Session:
                 compact=compact,
                 enter=self.boundary.enter,
                 encoded=self.boundary.entry.fact,
+                cached=bool(cache),
             )
-            # Before the tap that observes, which is then the outer one and sees every layer.
-            SparsePrefill(self.adapter.lm, self.run, self.handle, self._at("attention"))
             asked = tapped(decoder, len(self.adapter.lm.layers))
             if asked:
                 tap(self.handle, self.adapter.lm, asked, observe(self.run, asked))
@@ -167,6 +176,7 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
                 )
         check_layers(stage, adapter)
     check_attention([stage for stage in pipeline.stages if stage.site == "attention"], adapter.lm)
+    check_cache([stage for stage in pipeline.stages if stage.site == "cache"])
 
 
 def check_unmerging(pipeline: Pipeline) -> None:
@@ -191,9 +201,23 @@ def check_unmerging(pipeline: Pipeline) -> None:
             )
 
 
+def check_cache(stages: list[Stage]) -> None:
+    """Refuses what cannot shrink a KV cache, and a second stage that would."""
+    for stage in stages:
+        if not isinstance(stage, CacheStage):
+            raise UnsupportedError(
+                f"stage {stage.name} acts at site 'cache' and has no compress(); derive it from vtoken.cached.CacheStage"
+            )
+    if len(stages) > 1:
+        raise UnsupportedError(
+            f"stages {' and '.join(s.name for s in stages)} both act at site 'cache': after the first, heads hold different tokens, and a "
+            "second cannot tell text from image; keep one of them"
+        )
+
+
 def check_layers(stage: Stage, adapter: Adapter) -> None:
     """Refuses layers that do not exist, or whose output nobody reads any more."""
-    if stage.site in ("tokens", "attention"):
+    if stage.site in ("tokens", "attention", "cache"):
         return
     if stage.site == "encoder" and adapter.tower.config._attn_implementation == "flex_attention":
         raise UnsupportedError(

@@ -160,12 +160,7 @@ def account(
     size = dtype_bytes or _dtype_bytes(config)
     decoder = shape.decoder
     in_decoder = [walk.length(layer) for layer in range(decoder.depth)]
-    attended, cached = in_decoder, in_decoder
-    if walk.unmerged is not None:
-        tokens, held = walk.unmerged
-        attended = [n - sum(c) + tokens for n, c in zip(in_decoder, walk.decoder, strict=True)]
-        cached = attended if held == "expanded" else in_decoder
-    read = list(zip(attended, walk.density, strict=True))
+    read = list(zip(walk.attended, walk.density, strict=True))
     head = 2 * decoder.width * shape.vocabulary
     steps = new_tokens - 1
     return Account(
@@ -182,11 +177,12 @@ def account(
         prefill_linear=batch * (head + sum(map(decoder.linear, in_decoder))),
         prefill_attention=batch * sum(round(2 * decoder.scores(n, n) * share) for n, share in read),
         prefill_attention_causal=batch * sum(round(decoder.scores(n, n + 1) * share) for n, share in read),
-        decode=batch * (steps * (head + decoder.depth * decoder.linear(1)) + _decode_attention(shape, attended, steps)),
+        decode=batch
+        * (steps * (head + decoder.depth * decoder.linear(1)) + _decode_attention(shape, walk.decoded, steps)),
         visual_tokens=tuple(map(sum, walk.decoder)),
         newline_tokens=tuple(walk.newlines),
-        kv_bytes_prefill=batch * size * _kv_numbers(shape, cached),
-        kv_bytes=batch * size * _kv_numbers(shape, [n + steps for n in cached]),
+        kv_bytes_prefill=batch * size * _kv_numbers(shape, walk.held),
+        kv_bytes=batch * size * _kv_numbers(shape, [n + steps for n in walk.held]),
         left_out=(*LEFT_OUT, *walk.left_out),
     )
 

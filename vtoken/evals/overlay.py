@@ -172,7 +172,7 @@ def as_seen(processor: Any, pixels: Any) -> Image.Image:
 
 def owners(trace: Trace, image: int) -> list[int] | None:
     """For every unpruned token of an image the kept token it ended in after all stages, -1 = dropped; None if none merged."""
-    last = next((stage for stage in reversed(trace.stages) if stage.kept), None)
+    last = next((stage for stage in reversed(trace.stages) if stage.kept and stage.site != "cache"), None)
     return last.into[image].tolist() if last and last.into else None
 
 

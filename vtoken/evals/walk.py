@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vtoken.cached import CacheStage
 from vtoken.errors import OtherModelError, UnsupportedError
 from vtoken.evals.geometry import Geometry
 from vtoken.hooks.facts import INSIDE_DECODER
@@ -40,9 +41,8 @@ class Walk:
         tower: units (see Tower) alive per crop in every tower layer; `mlps` those that its MLP sees.
         decoder: visual tokens alive per image in every decoder layer.
         newlines: newline tokens of the row in every decoder layer.
-        unmerged: visual tokens of the row at whose places attention sees merged ones, and what the cache then holds; None without such a
-            stage.
-        density: share of the causal attention that is computed in every decoder layer at prefill.
+        attended: prompt tokens that attention sees in every decoder layer at prefill; `density` is the share of it that is computed.
+        held: prompt tokens in every decoder layer's KV cache when the prefill ends; `decoded` those that a decode step attends to.
         cost: FLOPs of the stages and of the facts they read.
         left_out: what could not be counted.
 
@@ -66,7 +66,7 @@ class Walk:
                 self._leave_out(
                     f"{stage.name}: tokens that were dropped, not merged; attention is counted as if none was"
                 )
-            elif stage.site not in ("encoder", "tokens", "decoder", "attention"):
+            elif stage.site not in ("encoder", "tokens", "decoder", "attention") and not isinstance(stage, CacheStage):
                 self._leave_out(f"{stage.name}: what a stage at site {stage.site} saves and costs")
             if why := stage.misfit(shape.decoder.depth, shape.decoder.width):
                 raise OtherModelError(f"stage {stage.name}: {why}")
@@ -75,8 +75,6 @@ class Walk:
             site: [s for s in stages if s.site == site] for site in ("encoder", "tokens", "decoder")
         }
         self._dropping = bool(at["tokens"] or at["decoder"])
-        held = next((s.unmerges() for s in stages if s.unmerges()), None)
-        self.unmerged = None if held is None or len(stages) == 1 else (images * size_of(shape.parts), held)
         self.crops = shape.tower.crops * images
         counts: Counts = tuple(size_of((crop,)) for crop in self.crops)
         for layer in range(shape.tower.layers.depth):
@@ -98,9 +96,18 @@ class Walk:
             self.decoder.append(counts)
             self.newlines.append(self._lines(counts))
         self.density = [1.0] * shape.decoder.depth
+        lengths = [self.length(layer) for layer in range(shape.decoder.depth)]
+        self.attended = self.held = self.decoded = lengths
         for stage in stages:
             if isinstance(stage, SparseAttention):
                 self._thin(stage)
+            elif isinstance(stage, CacheStage):
+                self._shrink(stage)
+            elif (kept := stage.unmerges()) and len(stages) > 1:
+                places = images * size_of(shape.parts)
+                self.attended = [n - sum(c) + places for n, c in zip(lengths, self.decoder, strict=True)]
+                self.decoded = self.attended
+                self.held = self.attended if kept == "expanded" else lengths
 
     def length(self, layer: int) -> int:
         """Tokens of the row in a decoder layer."""
@@ -121,6 +128,19 @@ class Walk:
                 )
             else:
                 self.density[layer] = density
+
+    def _shrink(self, stage: CacheStage) -> None:
+        """What a cache stage leaves of every layer, and costs there."""
+        stack = self.shape.decoder
+        self.held = self.decoded = list(self.held)
+        for layer, (prompt, counts) in enumerate(zip(self.held, self.decoder, strict=True)):
+            if not sum(counts):
+                continue
+            cost = stage.cost(prompt, counts, stack.heads, stack.kv_heads, stack.head_dim)
+            if cost is None:
+                self._leave_out(f"{stage.name}: what deciding costs")
+            self.cost += cost or 0
+            self.held[layer] = stage.slots(prompt, counts)
 
     def _lines(self, counts: Counts) -> int:
         """Newline tokens that go with so many visual tokens per image."""

@@ -70,7 +70,9 @@ def _chain(outer: Tap, inner: Tap) -> Tap:
     return function
 
 
-def _dispatch(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
+def _dispatch(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: float = 0.0, **kwargs: Any) -> Any:
+    # Whoever wraps attention functions (kvpress does, all of them) may hand dropout on by its place.
+    kwargs["dropout"] = dropout
     function, config = module.vtoken_tap
     name = config._attn_implementation
     handed = {HANDED: kwargs.pop(HANDED)} if HANDED in kwargs else {}

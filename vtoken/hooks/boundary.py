@@ -20,6 +20,7 @@ from vtoken.hooks.entry import Entry
 from vtoken.hooks.facts import substituted
 from vtoken.hooks.flow import Flow, Prefill, StaticStep, eager
 from vtoken.hooks.handle import Handle
+from vtoken.hooks.kv import CacheHooks
 from vtoken.hooks.layout import take
 from vtoken.hooks.unmerge import Unmerge
 from vtoken.run import Run, Trace
@@ -36,6 +37,7 @@ class Boundary:
         newline: which newline tokens stay, see Prefill.
         resolve: the fact as the encoder stored it (layers resolved, substituted).
         unmerge: lets attention see merged tokens at all their places, if a stage asks for that.
+        kv: shrinks the cache.
     """
 
     def __init__(
@@ -51,10 +53,11 @@ class Boundary:
         owner: Owner,
         resolve: Callable[[Fact], Fact],
         unmerge: Unmerge | None = None,
+        kv: CacheHooks | None = None,
     ) -> None:
         self.adapter, self.run, self.owner, self.unmerge = adapter, run, owner, unmerge
         self.stages = [(stage, substituted(stage, adapter.substitutes)) for stage in stages]
-        self.compact, self.always = compact, always
+        self.compact, self.always, self.kv = compact, always, kv
         self.entry = Entry(adapter, run, resolve, newline, drops=bool(stages) or always)
         self.last: Trace | None = None
         handle.before(adapter.model, self._call)
@@ -150,6 +153,8 @@ class Boundary:
         use_cache = kwargs.get("use_cache")
         if cache is None and (self.adapter.lm.config.use_cache if use_cache is None else use_cache):
             flow.cache = cache = DynamicCache(config=self.adapter.lm.config)
+        if self.kv is not None:
+            self.kv.check(cache)
         if flow.visual.lineage.home is not None:
             x = x.clone()
             x[flow.visual.line, flow.visual.column] = values.to(x.dtype)
@@ -248,6 +253,8 @@ class Boundary:
         flow, self.run.flow = self.run.flow, None
         if not isinstance(flow, Prefill):
             return None
+        if self.kv is not None:
+            self.kv.finish(flow)
         for start, slots in sorted(flow.records.items()):
             flow.cache.record(start, slots)
         flow.trace.cache_bytes = cache_bytes(getattr(out, "past_key_values", None))

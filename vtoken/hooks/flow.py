@@ -145,7 +145,7 @@ class Prefill(Flow):
             added so far.
         tail: tokens after the last prompt token: drafts or an answer, whose logits are asked for too.
         changed: something was dropped or merged.
-        records: slot maps to commit to the cache when the forward ends.
+        records: slot maps to commit to the cache when the forward ends; shrunk: what a cache stage left of each layer.
     """
 
     visual: Visual = field(kw_only=True)
@@ -161,6 +161,7 @@ class Prefill(Flow):
     records: dict[int, Slots] = field(default_factory=dict)
     facts: dict[Fact, Tensor] = field(default_factory=dict)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
+    shrunk: dict[int, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         newlines = self.located.newlines

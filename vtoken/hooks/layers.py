@@ -29,6 +29,7 @@ class LayerGroups:
         stages: decoder-site stages in pipeline order.
         enter: opens a layer group and returns its 2D mask (Boundary.enter).
         encoded: a fact of the encoder about the live tokens (Entry.fact).
+        cached: a cache stage makes layers hold different numbers of tokens.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class LayerGroups:
         compact: bool,
         enter: Callable[[Flow, int], Tensor | None],
         encoded: Callable[[Prefill, Stage, Fact], Tensor],
+        cached: bool = False,
     ) -> None:
         self.lm, self.run, self.compact, self.enter, self.encoded = lm, run, compact, enter, encoded
         depth = len(lm.layers)
@@ -51,7 +53,7 @@ class LayerGroups:
             if any(asks(stage, "next_query_attention") for stage in at):
                 check_coming(lm.layers[k])
         self.flash = "flash" in (lm.config._attn_implementation or "")
-        if stages or self.flash:
+        if stages or self.flash or cached:
             for k, layer in enumerate(lm.layers):
                 handle.before(layer, partial(self._layer, k))
         if stages and hasattr(lm, "_deepstack_process"):

@@ -1,0 +1,141 @@
+"""Known answers of the stages that shrink the KV cache, by hand or by an independent definition in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vtoken import registry
+from vtoken.cached import CachedLayer
+
+
+def layer(n, images, heads=4, kv_heads=2, seed=0):
+    """Random keys, values and queries of a row of n tokens whose images have these slots."""
+    g = torch.Generator().manual_seed(seed)
+    k, v, q = (torch.randn(h, n, 8, generator=g) for h in (kv_heads, kv_heads, heads))
+    slots = tuple(tuple(i) for i in images)
+    return CachedLayer(k, v, q, tuple(torch.tensor(s) for s in slots), slots, 0.3)
+
+
+def attention(x, query_head):
+    """[N, N] causal attention of a query head in float64."""
+    group = len(x.queries) // len(x.keys)
+    q, k = x.queries[query_head].double(), x.keys[query_head // group].double()
+    rows = []
+    for i in range(len(q)):
+        row = torch.zeros(len(k), dtype=torch.float64)
+        row[: i + 1] = (k[: i + 1] @ q[i] * x.scale).softmax(0)
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def best(scores, k):
+    return sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k])
+
+
+def snapkv():
+    x = layer(20, [range(2, 12)])
+    stage = registry.stage("snapkv")
+
+    def scores(window, kernel, pool):
+        out = []
+        for h in range(2):
+            each = []
+            for q in (2 * h, 2 * h + 1):
+                mean = attention(x, q)[-window:].mean(0)[:-window].tolist()
+                half, padded = kernel // 2, []
+                for i in range(len(mean)):
+                    near = mean[max(0, i - half) : i + half + 1]
+                    padded.append(sum(near) / kernel if pool == "avg" else max(near))
+                each.append(padded)
+            out.append([(a + b) / 2 for a, b in zip(*each, strict=True)])
+        return out
+
+    for kernel, pool, window in ((5, "avg", 4), (3, "max", 8), (1, "avg", 1), (5, "avg", 32)):
+        found = stage(keep=4, window=window, kernel=kernel, pooling=pool).compress(x)
+        want = scores(min(window, 8), kernel, pool)  # eight words stand behind the image
+        for h in range(2):
+            image = best(want[h][2:12], 4)
+            assert found.index[h].tolist() == [0, 1, *(2 + i for i in image), *range(12, 20)]
+        assert found.counts == (4,) and found.into is None
+        if window <= 8:
+            whole = stage(keep=11, window=window, kernel=kernel, pooling=pool, text=True).compress(x)
+            for h in range(2):
+                assert whole.index[h].tolist() == [*best(want[h], 11 - window), *range(20 - window, 20)]
+    assert stage(keep=10).compress(x).index.tolist() == [list(range(20))] * 2
+    assert stage(keep=3, text=True).compress(x).index.tolist() == [[17, 18, 19]] * 2, "the window takes its own"
+    ends = layer(8, [range(1, 4), range(4, 8)])
+    assert stage(keep=2).compress(ends).index[:, -1].tolist() == [7, 7], "a prompt that ends in a picture"
+    assert stage(keep=4).slots(100, (60, 3)) == 37 + 4 + 3 and stage(keep=40, text=True).slots(100, (60,)) == 40
+    assert stage(keep=4, window=8).cost(100, (60,), 4, 2, 8) == 2 * 8 * 100 * 4 * 8
+
+
+def lookm():
+    x, stage = layer(20, [range(2, 8), range(9, 14)]), registry.stage("lookm")
+    total = [sum(attention(x, q).sum(0) for q in (2 * h, 2 * h + 1)).tolist() for h in range(2)]
+    images = [*range(2, 8), *range(9, 14)]
+    # 40 % of 20 is 8; older than the last 2 are 7 words, so one visual token of all stays.
+    found = stage(important="40%", merge="none").compress(x)
+    for h in range(2):
+        one = images[best([total[h][i] for i in images], 1)[0]]
+        assert found.index[h].tolist() == sorted({0, 1, 8, *range(14, 20), one})
+    assert found.counts is None, "which image it is of depends on the head"
+    none = stage(merge="none").compress(x)
+    assert none.index.tolist() == [[0, 1, 8, *range(14, 20)]] * 2, "text stays whatever the budget"
+    strict = stage(important="20%", merge="none", text=True).compress(x)
+    words = [0, 1, 8, *range(14, 18)]
+    for h in range(2):
+        assert strict.index[h].tolist() == [*(words[i] for i in best([total[h][i] for i in words], 4)), 18, 19]
+    kept = stage(keep=2, merge="none").compress(x)
+    for h in range(2):
+        want = [best([total[h][i] for i in image], 2) for image in (range(2, 8), range(9, 14))]
+        assert kept.index[h].tolist() == [0, 1, *(2 + i for i in want[0]), 8, *(9 + i for i in want[1]), *range(14, 20)]
+    assert kept.counts == (2, 2)
+    recent = stage(keep=2, recent="50%", merge="none").compress(x)
+    assert all({10, 11} <= set(index) for index in recent.index.tolist()), "recent ones first, ties to the lower index"
+    everything = stage(important="50%", recent="50%").compress(x)
+    assert everything.index.tolist() == [list(range(20))] * 2 and everything.into is None
+    the_merges(x, stage)
+    # 40 visual tokens, 60 words behind them: 100 is 10 newest, 50 older words; 90 % leave room for 40 visual tokens at most.
+    assert stage().slots(100, (40,)) == 60 and stage(important="60%").slots(100, (40,)) == 70
+    assert stage(text=True).slots(100, (40,)) == 20 and stage(keep=5).slots(100, (40,)) == 65
+    assert stage(merge="none").cost(100, (40,), 4, 2, 8) == 2 * 8 * 4 * 100 * 100
+    assert stage().cost(100, (40,), 4, 2, 8) == 2 * 8 * (4 * 100 * 100 + 2 * 40 * 60)
+
+
+def the_merges(x, stage):
+    for merge in ("averaged", "pivotal", "weighted"):
+        found = stage(keep=2, merge=merge).compress(x)
+        for values in (x.keys, x.values):
+            got = found.apply(values)
+            for h in range(2):
+                kept = found.index[h].tolist()
+                near = {}
+                for e in sorted(set(range(20)) - set(kept)):
+                    alike = [
+                        float(torch.cosine_similarity(x.keys[h, e].double(), x.keys[h, t].double(), dim=0))
+                        for t in kept
+                    ]
+                    near[e] = max(alike), alike.index(max(alike))
+                mean = sum(a for a, _ in near.values()) / len(near)
+                for slot, t in enumerate(kept):
+                    own = values[h, t].double()
+                    mine = [(e, a) for e, (a, s) in near.items() if s == slot and (merge == "pivotal" or a >= mean)]
+                    more = {
+                        "averaged": [values[h, e].double() for e, _ in mine],
+                        "pivotal": [(values[h, e].double() + own) / 2 for e, _ in mine],
+                        "weighted": [a * values[h, e].double() for e, a in mine],
+                    }[merge]
+                    torch.testing.assert_close(
+                        got[h, slot].double(), torch.stack([own, *more]).mean(0), atol=1e-5, rtol=1e-5
+                    )
+
+
+def kvpress():
+    """Budgets and refusals that need no kvpress; test_kvpress.py runs presses."""
+    stage = registry.stage("kvpress")
+    assert stage(press="KnormPress", compression_ratio=0.9).slots(150, (100, 5)) == 45 + 10 + 1
+    assert stage(press="KnormPress", compression_ratio=0.5, text=True).slots(150, (100,)) == 75
+    assert stage(press="KnormPress").slots(150, (100,)) == 150
+    with pytest.raises(ValueError, match="less than 1"):
+        stage(press="KnormPress", compression_ratio=1.0)

@@ -1,0 +1,97 @@
+"""What a shrunk KV cache must amount to: a dense model without a cache in which later tokens do not see the evicted ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import oracle
+import torch
+from torch import Tensor
+
+# Per layer: (first slot of a prefill among the row's tokens, [H, N] which of its tokens each query head lost when it ended).
+Lost = dict[int, list[tuple[int, Tensor]]]
+
+
+class Told:
+    """Wraps a stage's decisions: `calls[layer]` are its (CachedLayer, Hold), in the order of the rows."""
+
+    def __init__(self, cls: Any, **options: Any) -> None:
+        self.calls: dict[int, list[tuple[Any, Any]]] = {}
+        calls = self.calls
+
+        def compress(self: Any, layer: Any) -> Any:
+            found = cls.compress(self, layer)
+            calls.setdefault(layer.layer, []).append((layer, found))
+            return found
+
+        self.stage = type(cls.__name__, (cls,), {"compress": compress, "name": cls.name})(**options)
+
+    def lost(self, row: int, begin: int = 0) -> Lost:
+        """What the row (counted among those with images) lost in the last prefill, which began at slot `begin`."""
+        out: Lost = {}
+        for k, calls in self.calls.items():
+            layer, found = calls[row]
+            heads, n, _ = layer.keys.shape
+            gone = torch.ones(heads, n, dtype=torch.bool).scatter(1, found.index, False)
+            out[k] = [(begin, gone.repeat_interleave(len(layer.queries) // heads, 0))]
+        return out
+
+
+@torch.no_grad()
+def logits(
+    model: Any,
+    x: Tensor,
+    positions: Tensor,
+    lost: Lost,
+    cuts: dict[int, Tensor] | None = None,
+    deep: Sequence[Tensor] = (),
+) -> Tensor:
+    """[N, V] of one row [1, N, D]; cuts[k] [N_k] drops tokens before layer k."""
+    lm = model.model.language_model
+    for k, layer in enumerate(lm.layers):
+        if cuts and k in cuts:
+            x, positions = x[:, cuts[k]], positions[..., cuts[k]]
+            deep = [d[:, cuts[k]] for d in deep]
+        n = x.shape[1]
+        mask = torch.ones(lm.config.num_attention_heads, n, n, dtype=torch.bool).tril()
+        for begin, gone in lost.get(k, ()):
+            end = begin + gone.shape[1]
+            mask[:, end:, begin:end] &= ~gone[:, None]
+        mask = mask[None]
+        if lm.config._attn_implementation == "eager":
+            mask = torch.where(mask, 0.0, torch.finfo(x.dtype).min).to(x.dtype)
+        rope = lm.rotary_emb(x, positions)
+        x = layer(x, attention_mask=mask, position_embeddings=rope, position_ids=None, past_key_values=None)
+        if k < len(deep):
+            x = x + deep[k]
+    return model.lm_head(lm.norm(x))[0]
+
+
+@torch.no_grad()
+def forced(
+    model: Any,
+    p: oracle.Prompt,
+    row: int,
+    tokens: Sequence[int],
+    lost: Lost,
+    keep: Tensor | None = None,
+    layer_keep: dict[int, Tensor] | None = None,
+) -> Tensor:
+    """[n, V] logits of one row while it is made to say `tokens`.
+
+    Args:
+        keep: [B, L] tokens that enter the decoder; layer_keep[k]: [B, L] those that enter layer k.
+    """
+    stay = p.mask[row] if keep is None else keep[row] & p.mask[row]
+    said = torch.tensor([list(tokens)[:-1]], dtype=torch.long)
+    x = torch.cat([p.embeds[row : row + 1, stay], model.get_input_embeddings()(said)], 1)
+    more = p.positions[..., row, -1].max() + 1 + torch.arange(said.shape[1])
+    positions = p.positions[..., row : row + 1, stay]
+    positions = torch.cat([positions, more.expand(*positions.shape[:-1], -1)], -1)
+    deep = [torch.cat([d[row : row + 1, stay], torch.zeros(1, said.shape[1], d.shape[2])], 1) for d in p.deep]
+    cuts, held = {}, torch.ones(x.shape[1], dtype=torch.bool)
+    for k, kept in sorted((layer_keep or {}).items()):
+        now = torch.cat([kept[row][stay], torch.ones(said.shape[1], dtype=torch.bool)])
+        cuts[k], held = now[held], now
+    return logits(model, x, positions, lost, cuts, deep)[-len(tokens) :]

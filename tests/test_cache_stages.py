@@ -1,0 +1,383 @@
+"""Stages that shrink the KV cache: every family, ragged batches, all ways of generating, against a dense model that masks what was evicted."""
+
+from __future__ import annotations
+
+import flash_stand_in
+import oracle
+import oracle_kv
+import pytest
+import tiny
+import torch
+from modes import alone, families, greedy
+from oracle_kv import Told
+from probes import Deep, Inside, Ragged
+from test_contract import changed, state
+from test_families import rows_for
+from test_family_turns import conversation, second
+
+import vtoken
+from vtoken.cached import Hold, Ready
+from vtoken.compressors.lookm import LookM
+from vtoken.compressors.snapkv import SnapKV
+from vtoken.errors import ConfigError, UnsupportedError
+
+FULL = {"return_dict_in_generate": True, "output_logits": True}
+STAGES = {
+    "snapkv": (SnapKV, {"keep": 5, "window": 4}),
+    "snapkv share": (SnapKV, {"keep": "30%", "kernel": 3, "pooling": "max"}),
+    "snapkv all": (SnapKV, {"keep": 9, "window": 4, "text": True}),
+    "lookm": (LookM, {"merge": "none", "important": "40%"}),
+    "lookm keep": (LookM, {"merge": "none", "keep": 4}),
+    "lookm strict": (LookM, {"merge": "none", "text": True}),
+}
+
+
+class Pyramid(SnapKV):
+    """Holds fewer tokens in deeper layers."""
+
+    def compress(self, layer):
+        return SnapKV(keep=8 - 2 * layer.layer, window=4).compress(layer)
+
+
+STAGES["pyramid"] = (Pyramid, {"keep": 8})
+ROWS = [[3, "img", 5], [1, "img", 2, "img", 7], [4]]
+stages = pytest.mark.parametrize("name", [name for name in STAGES if name != "pyramid"])
+
+
+def told(name):
+    cls, options = STAGES[name]
+    return Told(cls, **options)
+
+
+def check(model, batch, name, before=(), n=6, tolerance=3e-4):
+    """Generates, and holds logits of every row against the oracle; returns output, trace and what was told."""
+    p, spy = oracle.prompt(model, batch), told(name)
+    with vtoken.wrapped(model, [*before, spy.stage]):
+        out, trace = greedy(model, batch, n, **FULL), vtoken.trace(model)
+    entry = [s for s in trace.stages if s.site in ("encoder", "tokens")]
+    keep = oracle.keep_mask(p, entry[-1].kept) if entry else p.mask
+    inner = {s.layer: oracle.keep_mask(p, s.kept) for s in trace.stages if s.site == "decoder"}
+    images, got = sorted(set(trace.row)), torch.stack(out.logits)
+    for row in range(len(keep)):
+        lost = spy.lost(images.index(row)) if row in images else {}
+        want = oracle_kv.forced(model, p, row, out.sequences[row, -n:].tolist(), lost, keep, inner)
+        torch.testing.assert_close(got[:, row], want, atol=tolerance, rtol=1e-4)
+    return out, trace, spy
+
+
+@families
+@stages
+@pytest.mark.parametrize("rows", ["one", "ragged", "video and image"])
+def test_equals_a_dense_model_that_masks(family, name, rows):
+    if rows_for(family, rows) is None:
+        pytest.skip("stock LLaVA-1.5 and NeXT take no video")
+    model = tiny.make(family)
+    out, trace, spy = check(model, tiny.build(model, rows_for(family, rows), seed=3), name)
+    assert trace.layers == [trace.visual_tokens] * 4 and trace.tokens_out == trace.visual_tokens
+    mine = [s for s in trace.stages if s.site == "cache"]
+    assert [s.layer for s in mine] == [0, 1, 2, 3] and len(trace.cached) == 4
+    assert all(sum(held) < sum(trace.prompt_tokens) for held in trace.cached)
+    cache = out.past_key_values
+    for k, (held, stage) in enumerate(zip(trace.cached, mine, strict=True)):
+        assert cache.layers[k].keys.shape[2] == max(held) + 5
+        assert all(held_by <= n for held_by, n in zip(stage.tokens_out, stage.tokens_in, strict=True))
+        if not spy.stage.text:
+            gone = sum(stage.tokens_in) - sum(stage.tokens_out)
+            assert sum(trace.prompt_tokens) - sum(held) == pytest.approx(gone, abs=len(trace.row))
+    keys = cache.layers[0].keys
+    assert trace.cache_bytes == sum(max(h) for h in trace.cached) * 2 * keys.element_size() * keys[:, :, 0].numel()
+
+
+@families
+@pytest.mark.parametrize("name", ["snapkv", "lookm"])
+def test_after_stages_of_every_site(family, name):
+    model = tiny.make(family)
+    before = [Inside(at=(1,)), {"random": {"keep": "80%"}}, {"fastv": {"keep": "70%"}}, Deep(at=(3,), factor=0.6)]
+    p_before = before[1:]  # what the encoder drops is other embeddings; test_families holds that
+    _, trace, _ = check(model, tiny.build(model, rows_for(family, "ragged"), seed=3), name, p_before)
+    assert [s.site for s in trace.stages] == ["tokens", "decoder", "decoder"] + ["cache"] * 4
+    for stage in trace.stages[3:]:
+        assert stage.tokens_in == trace.layers[stage.layer]
+        seen = trace.stages[(0, 0, 1, 2)[stage.layer]].kept
+        assert all(set(k.tolist()) <= set(s.tolist()) for k, s in zip(stage.kept, seen, strict=True))
+    with vtoken.wrapped(model, [*before, told(name).stage]):
+        greedy(model, tiny.build(model, rows_for(family, "ragged"), seed=3))
+
+
+@families
+@stages
+def test_batch_equals_single(family, name):
+    model = tiny.make(family)
+    batch = tiny.build(model, ROWS, seed=3)
+    with vtoken.wrapped(model, [told(name).stage]):
+        together, trace = greedy(model, batch), vtoken.trace(model)
+        for row in range(3):
+            assert torch.equal(greedy(model, alone(model, batch, row))[0, -6:], together[row, -6:])
+            single = vtoken.trace(model)
+            for k in range(4) if row < 2 else ():
+                assert single.cached[k] == [trace.cached[k][row]]
+                mine = [i for i, r in enumerate(trace.row) if r == row]
+                kept = [next(s for s in t.stages if s.layer == k).kept for t in (trace, single)]
+                assert [kept[0][i].tolist() for i in mine] == [i.tolist() for i in kept[1]]
+
+
+@families
+@stages
+def test_drafts_change_nothing(family, name):
+    """Drafts that are verified in the prefill read the shrunk cache, too."""
+    model = tiny.make(family)
+    batch = tiny.build(model, ROWS[:1], seed=5)
+    batch.pop("attention_mask")
+    with vtoken.wrapped(model, [told(name).stage]):
+        plain, cached = greedy(model, batch, 8), vtoken.trace(model).cached
+        assert torch.equal(greedy(model, batch, 8, prompt_lookup_num_tokens=3), plain)
+        assert vtoken.trace(model).cached == cached
+        assert torch.equal(greedy(model, batch, 8, assistant_model=tiny.make(family)), plain)
+
+
+@families
+@pytest.mark.parametrize("name", ["snapkv", "lookm"])
+def test_an_answer_that_is_scored_reads_the_shrunk_cache(family, name):
+    model = tiny.make(family)
+    batch = tiny.build(model, ROWS[:1], seed=5)
+    with vtoken.wrapped(model, [told(name).stage]), torch.no_grad():
+        out = greedy(model, batch, 5, **FULL)
+        whole = {**batch, "input_ids": out.sequences, "attention_mask": torch.ones_like(out.sequences)}
+        if "mm_token_type_ids" in whole:
+            whole["mm_token_type_ids"] = torch.nn.functional.pad(batch["mm_token_type_ids"], (0, 5))
+        scored = model(**whole, logits_to_keep=6).logits[0, :5]
+    torch.testing.assert_close(scored, torch.stack(out.logits)[:, 0], atol=2e-4, rtol=1e-4)
+
+
+@families
+@stages
+def test_beams(family, name):
+    model = tiny.make(family)
+    batch, n = tiny.build(model, [[3, "img", 5]], seed=3), 4
+    p, spy = oracle.prompt(model, batch), told(name)
+    with vtoken.wrapped(model, [spy.stage]):
+        out = greedy(
+            model,
+            batch,
+            n,
+            num_beams=3,
+            num_return_sequences=2,
+            length_penalty=0.0,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+    for sequence, found in zip(out.sequences, out.sequences_scores, strict=True):
+        want = oracle_kv.forced(model, p, 0, sequence[-n:].tolist(), spy.lost(0)).log_softmax(-1)
+        torch.testing.assert_close(found, want.gather(1, sequence[-n:, None]).sum(), atol=1e-3, rtol=1e-3)
+
+
+@families
+@pytest.mark.parametrize("name", ["snapkv", "snapkv all", "lookm"])
+@pytest.mark.parametrize("more", [[[5], [5]], [[3, "img", 2], [3, "img", 2]]], ids=["text", "image"])
+def test_second_turn(family, name, more):
+    """A text turn reads the shrunk cache; a turn with an image shrinks what it adds, and nothing else."""
+    model = tiny.make(family)
+    first, turn = tiny.build(model, ROWS[:2], seed=3), tiny.build(model, more, seed=9)
+    if "pixel_values" in turn and family.startswith("qwen"):
+        pytest.importorskip("transformers", minversion="5.21", reason="older transformers numbers a new image as text")
+    spy, n = told(name), 4
+    with vtoken.wrapped(model, [spy.stage]):
+        a = greedy(model, first, n, **FULL)
+        lost, cached = [spy.lost(row) for row in range(2)], vtoken.trace(model).cached
+        spy.calls.clear()
+        whole, _ = conversation(model, first, turn, a.sequences)
+        b = greedy(model, second(model, whole, turn), n, past_key_values=a.past_key_values, **FULL)
+        if spy.calls:
+            begin = first["attention_mask"].sum(1) + n - 1
+            for row in range(2):
+                for k, found in spy.lost(row, int(begin[row])).items():
+                    lost[row][k] += found
+    assert bool(spy.calls) == ("pixel_values" in turn)
+    p = oracle.prompt(model, whole)
+    for row in range(2):
+        want = oracle_kv.forced(model, p, row, b.sequences[row, -n:].tolist(), lost[row])
+        torch.testing.assert_close(torch.stack(b.logits)[:, row], want, atol=3e-4, rtol=1e-4)
+    held = b.past_key_values.layers[3].keys.shape[2]
+    assert held < int(whole["attention_mask"].sum(1).max()) + n - 1 and max(cached[3]) < held
+
+
+@families
+@pytest.mark.parametrize("merge", ["averaged", "pivotal", "weighted"])
+def test_merged_caches_equal_a_loop_on_the_stock_model(family, merge):
+    """The stock model's own cache, every layer's keys and values replaced by hand before it goes on."""
+    model, n = tiny.make(family), 5
+    batch = tiny.build(model, ROWS[:2], seed=3)
+    spy = Told(LookM, important="30%", merge=merge)
+    with vtoken.wrapped(model, [spy.stage]):
+        got = greedy(model, batch, n, **FULL)
+    for row in range(2):
+        one = alone(model, batch, row)
+        with torch.no_grad():
+            out = model(**one)
+            last = model.model.language_model
+            cache, length = out.past_key_values, one["input_ids"].shape[1]
+            for k, calls in spy.calls.items():
+                layer, hold = calls[row]
+                held = cache.layers[k]
+                torch.testing.assert_close(held.keys[0], layer.keys, atol=1e-4, rtol=1e-4)
+                held.keys, held.values = (by_hand(hold, x[0])[None] for x in (held.keys, held.values))
+            start = oracle.prompt(model, one).positions.max() + 1
+            want = [out.logits[:, -1]]
+            for step, token in enumerate(got.sequences[row, -n:-1].tolist()):
+                position = (start + step).reshape(1, 1)
+                if family.startswith("qwen"):
+                    position = position.expand(3, 1, 1)
+                x = model.get_input_embeddings()(torch.tensor([[token]]))
+                hidden = last(inputs_embeds=x, position_ids=position, past_key_values=cache).last_hidden_state
+                want.append(model.lm_head(hidden)[:, -1])
+        assert length > cache.layers[0].keys.shape[2]
+        torch.testing.assert_close(torch.stack(got.logits)[:, row], torch.cat(want), atol=3e-4, rtol=1e-4)
+
+
+def by_hand(hold, x):
+    """Hold.apply, one loop per sentence."""
+    out = torch.zeros(*hold.index.shape, x.shape[2])
+    for h in range(len(x)):
+        for j, into in enumerate(hold.into[h].tolist()):
+            if into >= 0:
+                out[h, into] += x[h, j] * hold.weight[h, j]
+    return out
+
+
+@families
+def test_backends(family):
+    """Eager masks, and backends of the flash kind, which take 2D masks and read the tail."""
+    rows = rows_for(family, "ragged")
+    check(tiny.make(family, "eager"), tiny.build(tiny.make(family), rows, seed=3), "snapkv", [Ragged()])
+    model = tiny.make(family)
+    batch = tiny.build(model, rows, seed=3)
+    with vtoken.wrapped(model, [Ragged(), Deep(), told("snapkv").stage]):
+        want = greedy(model, batch, **FULL)
+    model.model.language_model.config._attn_implementation_internal = flash_stand_in.NAME
+    with vtoken.wrapped(model, [Ragged(), Deep(), told("snapkv").stage]):
+        got = greedy(model, batch, **FULL)
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_compact_positions(family):
+    model = tiny.make(family)
+    batch = tiny.build(model, ROWS, seed=3)
+    pipeline = {"positions": "compact", "stages": [{"random": {"keep": 9}}, told("snapkv").stage]}
+    with vtoken.wrapped(model, pipeline):
+        plain = greedy(model, batch)
+        for row in range(3):
+            assert torch.equal(greedy(model, alone(model, batch, row))[0, -6:], plain[row, -6:])
+
+
+@families
+def test_layers_may_hold_different_numbers(family):
+    """Layer groups of their own, in padded rows, drafts and text turns."""
+    model = tiny.make(family)
+    out, trace, _ = check(model, tiny.build(model, ROWS, seed=3), "pyramid", [{"random": {"keep": 12}}])
+    assert [layer.keys.shape[2] for layer in out.past_key_values.layers] == [max(h) + 5 for h in trace.cached]
+    assert len({tuple(h) for h in trace.cached}) == 4
+    test_drafts_change_nothing(family, "pyramid")
+    test_second_turn(family, "pyramid", [[5], [5]])
+
+
+@families
+@pytest.mark.parametrize(
+    "stage", [SnapKV(keep="100%"), LookM(keep="100%"), LookM(important="100%")], ids=lambda s: s.name
+)
+def test_holding_everything_is_the_identity(family, stage):
+    model = tiny.make(family)
+    batch = tiny.build(model, ROWS, seed=3)
+    want = greedy(model, batch, **FULL)
+    with vtoken.wrapped(model, [stage]):
+        got = greedy(model, batch, **FULL)
+    assert torch.equal(torch.stack(got.logits), torch.stack(want.logits)), "bit for bit"
+
+
+@families
+def test_unwrap_is_exact(family):
+    model = tiny.make(family)
+    batch = tiny.build(model, ROWS, seed=3)
+    want = greedy(model, batch, **FULL)
+    before = state(model)
+    with vtoken.wrapped(model, [{"fastv": {"keep": 9}}, told("lookm").stage]):
+        greedy(model, batch)
+    assert changed(before, state(model)) <= {("model", "rope_deltas")}
+    assert torch.equal(torch.stack(greedy(model, batch, **FULL).logits), torch.stack(want.logits))
+
+
+@families
+def test_bfloat16_and_text_only(family):
+    model = tiny.make(family).to(torch.bfloat16)
+    batch = tiny.build(model, ROWS, seed=3)
+    batch |= {k: v.bfloat16() for k, v in batch.items() if k.startswith("pixel_values")}
+    text = tiny.build(model, [[6], [4]], seed=1)
+    plain = greedy(model, text)
+    with vtoken.wrapped(model, [LookM(keep=4)]), torch.inference_mode():
+        out = greedy(model, batch, 3, **FULL)
+        assert out.past_key_values.layers[0].keys.dtype == torch.bfloat16 and bool(
+            torch.stack(out.logits).isfinite().all()
+        )
+        assert torch.equal(greedy(model, text), plain) and vtoken.trace(model).cached == []
+
+
+def test_what_cannot_be_served_is_refused():
+    model = tiny.make("llava")
+    batch = tiny.build(model, ROWS, seed=3)
+    with pytest.raises(UnsupportedError, match="snapkv and lookm both act"):
+        vtoken.wrap(model, [{"snapkv": {"keep": 4}}, "lookm"])
+    with pytest.raises(ConfigError, match="per_frame cannot"):
+        vtoken.wrap(model, [{"snapkv": {"keep": {"per_frame": 4}}}])
+    with pytest.raises(ConfigError, match="odd"):
+        vtoken.wrap(model, [{"snapkv": {"keep": 4, "kernel": 4}}])
+    with pytest.raises(ConfigError, match="leave `keep` out"):
+        vtoken.wrap(model, [{"lookm": {"keep": 4, "text": True}}])
+    with pytest.raises(UnsupportedError, match=r"no compress\(\)"):
+        vtoken.wrap(model, [type("Other", (Ragged,), {"site": "cache"})()])
+    with vtoken.wrapped(model, [{"snapkv": {"keep": 4}}]):
+        want = greedy(model, batch)
+        with pytest.raises(UnsupportedError, match="static cache"):
+            greedy(model, batch, cache_implementation="static")
+        with pytest.raises(UnsupportedError, match="use_cache=True"):
+            greedy(model, batch, use_cache=False)
+        assert torch.equal(greedy(model, batch), want)
+
+
+@families
+def test_an_exception_leaves_the_model_usable(family):
+    model = tiny.make(family)
+    batch = tiny.build(model, ROWS, seed=3)
+    fail = [True]
+
+    class Sometimes(SnapKV):
+        def compress(self, layer):
+            if fail[0] and layer.layer == 2:
+                raise ZeroDivisionError("a bug in a stage")
+            return SnapKV.compress(self, layer)
+
+    with vtoken.wrapped(model, [SnapKV(keep=3)]):
+        want = greedy(model, batch)
+    with vtoken.wrapped(model, [Sometimes(keep=3)]):
+        with pytest.raises(ZeroDivisionError):
+            greedy(model, batch)
+        assert greedy(model, tiny.build(model, [[5]], seed=1)).shape == (1, 11)
+        fail[0] = False
+        assert torch.equal(greedy(model, batch), want)
+
+
+@pytest.mark.parametrize("bad", ["heads", "none", "more"])
+def test_a_bad_decision_is_named(bad):
+    class Bad(SnapKV):
+        def compress(self, layer):
+            n = {"heads": 3, "none": 0, "more": layer.keys.shape[1] + 1}[bad]
+            x = layer.keys.new_zeros(len(layer.keys) + (bad == "heads"), n, layer.keys.shape[2])
+            return Ready(x, x)
+
+    model = tiny.llava()
+    with vtoken.wrapped(model, [Bad(keep=3)]), pytest.raises(ValueError, match="every head must hold the same"):
+        greedy(model, tiny.build(model, ROWS, seed=3))
+
+
+def test_a_hold_is_a_gather():
+    x = torch.arange(12.0).view(2, 3, 2)
+    assert Hold(torch.tensor([[0, 2], [1, 2]])).apply(x).tolist() == [[[0, 1], [4, 5]], [[8, 9], [10, 11]]]

@@ -1,0 +1,124 @@
+"""LOOK-M: the KV cache puts text before images, and folds what it evicts into what is most like it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional as F
+
+from vtoken.budget import Budget
+from vtoken.cached import CachedLayer, CacheStage, Hold, ascending, best, hold_text
+from vtoken.compressors._attention import CHUNK, received
+
+
+class LookM(CacheStage):
+    """When the prefill ends, every layer and KV head ranks the prompt's tokens by the attention they receive from all of it (summed over
+    the queries, so early tokens have an advantage; mean over the query heads of the KV head). It keeps the newest tokens (`recent`), all
+    text, and of the older visual tokens as many of the best as `important` leaves room for after the older text: none, if that is longer.
+
+    An evicted token is folded into the kept one, text included, whose key has the most similar direction; values go the same way.
+    `averaged`: mean of the kept token and all it absorbs. `pivotal`: each of these is first averaged with the kept token. `weighted`: each
+    is first multiplied by its similarity. Averaged and weighted take only what is at least as similar as the mean of its head.
+
+    Paper: https://arxiv.org/abs/2406.18139
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2406.18139"
+    deviations: ClassVar[str] = (
+        "Text comes first by a mask: the authors' code subtracts 65516 from the scores of images, which loses their ranking in half "
+        "precision. Their averaging pairs the wrong rows and judges by similarities averaged over heads whose evicted tokens differ; here "
+        "each head pairs and judges its own. Images may have any number of tokens (there 576). `keep` counts visual tokens instead; with "
+        "`text: true` the budget is strict, as in the paper, and long text is evicted. A row without images is left alone."
+    )
+
+    important: Budget = Field(
+        default=Budget("10%"), description="older tokens that stay, text first: a share of the prompt"
+    )
+    recent: Budget = Field(default=Budget("10%"), description="newest tokens, which always stay: a share of the prompt")
+    keep: Budget | None = Field(
+        default=None,
+        description="visual tokens that stay of each image, recent ones first, instead of what `important` leaves",
+    )
+    merge: Literal["none", "averaged", "pivotal", "weighted"] = Field(
+        default="pivotal", description="how evicted tokens are folded in; pivotal is the paper's best"
+    )
+    text: bool = Field(default=False, description="text beyond `important` is evicted too; not with `keep`")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if self.text and self.keep is not None:
+            raise ValueError("text: true counts on the whole prompt by `important`; leave `keep` out")
+        return self
+
+    def compress(self, layer: CachedLayer) -> Hold:
+        n, heads = layer.keys.shape[1], len(layer.keys)
+        recent, important = (b.counts((n,), (0,))[0] for b in (self.recent, self.important))
+        counts = None if self.keep is None else self.keep.counts(layer.lengths, (0,) * len(layer.lengths))
+        if counts == layer.lengths or (counts is None and n <= important + recent):
+            return Hold(torch.arange(n, device=layer.keys.device).expand(heads, n), layer.lengths)
+        scores = received(layer, n).mean(1)
+        if counts is None:
+            return self._fold(layer, self._older(layer, scores, n - recent, important))
+        newest = torch.arange(n, device=scores.device) >= n - recent
+        return self._fold(layer, hold_text(layer, scores.masked_fill(newest, torch.inf), counts))
+
+    def _older(self, layer: CachedLayer, scores: Tensor, end: int, room: int) -> Hold:
+        """Everything from slot `end` on, and of what stands before it text first, then visual tokens, until `room` is taken."""
+        before = [sum(slot < end for slot in slots) for slots in layer.slots]
+        visual = torch.cat([slots[:n] for slots, n in zip(layer.images, before, strict=True)])
+        words, n = end - len(visual), scores.shape[1]
+        alive = torch.ones_like(scores, dtype=torch.bool)
+        alive[:, visual] = False
+        if self.text and words > room:
+            rivals = ascending(alive[:1, :end], words)[0]
+            alive[:, rivals] = False
+            left, counts = room, None
+            stay = n - end + room
+        else:
+            rivals, left = visual, min(len(visual), max(0, room - words))
+            counts = (layer.lengths[0] - len(visual) + left,) if len(before) == 1 else None
+            stay = n - len(visual) + left
+        alive.scatter_(1, rivals[best(scores[:, rivals], left)], True)
+        return Hold(ascending(alive, stay), counts)
+
+    def _fold(self, layer: CachedLayer, hold: Hold) -> Hold:
+        """Gives every evicted token the kept one it goes to, and what it weighs there."""
+        (heads, stay), n = hold.index.shape, layer.keys.shape[1]
+        if self.merge == "none" or stay == n:
+            return hold
+        gone = torch.ones(heads, n, dtype=torch.bool, device=hold.index.device).scatter(1, hold.index, False)
+        evicted, unit = ascending(gone, n - stay), F.normalize(layer.keys.float(), dim=-1)
+        kept, lost = (unit.gather(1, i[..., None].expand(-1, -1, unit.shape[2])) for i in (hold.index, evicted))
+        found = [(part @ kept.mT).max(-1) for part in lost.split(max(1, CHUNK // (heads * stay)), 1)]
+        alike, slot = torch.cat([f.values for f in found], 1), torch.cat([f.indices for f in found], 1)
+        taken = alike >= (-1.0 if self.merge == "pivotal" else alike.mean(1, keepdim=True))
+        count = alike.new_zeros(heads, stay).scatter_add(1, slot, taken.float())
+        own = (1 + count / 2 if self.merge == "pivotal" else 1) / (1 + count)
+        part = {"averaged": torch.ones_like(alike), "pivotal": torch.full_like(alike, 0.5)}.get(self.merge, alike)
+        places = torch.arange(stay, device=slot.device).expand(heads, -1)
+        into = torch.full((heads, n), -1, device=slot.device).scatter(1, hold.index, places)
+        weight = (
+            alike.new_zeros(heads, n)
+            .scatter(1, hold.index, own)
+            .scatter(1, evicted, part / (1 + count).gather(1, slot))
+        )
+        return replace(hold, into=into.scatter(1, evicted, slot.masked_fill(~taken, -1)), weight=weight)
+
+    def slots(self, prompt: int, lengths: Sequence[int]) -> int:
+        """The text is taken to stand behind the images."""
+        recent, important = (b.counts((prompt,), (0,))[0] for b in (self.recent, self.important))
+        visual = sum(lengths)
+        if self.keep is not None:
+            return prompt - visual + sum(self.keep.counts(lengths, (0,) * len(lengths)))
+        words = max(0, prompt - visual - recent)
+        return min(prompt, recent + (important if self.text else max(words, important)))
+
+    def cost(self, prompt: int, lengths: Sequence[int], heads: int, kv_heads: int, head_dim: int) -> int:
+        stay = self.slots(prompt, lengths)
+        pairs = 0 if self.merge == "none" else (prompt - stay) * stay
+        return 2 * head_dim * (heads * prompt * prompt + kv_heads * pairs)

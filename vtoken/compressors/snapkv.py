@@ -1,0 +1,77 @@
+"""SnapKV: the KV cache keeps what the last prompt tokens attend to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+from torch.nn import functional as F
+
+from vtoken.budget import Budget
+from vtoken.cached import CachedLayer, CacheStage, Hold, best, hold_text
+from vtoken.compressors._attention import received
+
+
+class SnapKV(CacheStage):
+    """When the prefill ends, every layer and KV head keeps the tokens that the last `window` prompt tokens attend to most: softmax over
+    all they see, mean over them, pooled over `kernel` neighbouring tokens, mean over the query heads of the KV head. Prefill costs what
+    it did; the cache is smaller, and decoding reads less.
+
+    By default text stays and the visual tokens of each image compete; the window is the text behind the last image, if that is shorter.
+    With `text: true` the whole prompt competes for `keep` slots, and the window takes its own of them.
+
+    Paper: https://arxiv.org/abs/2404.14469
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2404.14469"
+    deviations: ClassVar[str] = (
+        "Text is kept unless `text: true`; the authors' budget (2048 in their code) covers the whole prompt. One cache per KV head, its "
+        "query heads averaged: the authors' code repeats K and V and caches every query head. Kept tokens stay in order. A row without "
+        "images is left alone. The kernel is 5, as in the code."
+    )
+
+    keep: Budget = Field(
+        description="visual tokens each KV head keeps of each image; with text: true, of the whole prompt"
+    )
+    window: int = Field(default=32, ge=1, description="prompt tokens whose attention decides")
+    kernel: int = Field(default=5, ge=1, description="tokens that scores are pooled over, an odd number")
+    pooling: Literal["avg", "max"] = Field(default="avg", description="avg counts what is beyond the ends as zero")
+    text: bool = Field(default=False, description="text may be evicted too, as in the authors' code")
+
+    @field_validator("kernel")
+    @classmethod
+    def _odd(cls, kernel: int) -> int:
+        if kernel % 2 == 0:
+            raise ValueError("must be odd, so that a score stays with its token")
+        return kernel
+
+    def compress(self, layer: CachedLayer) -> Hold:
+        n, heads = layer.keys.shape[1], len(layer.keys)
+        held = self.slots(n, layer.lengths)
+        if held == n:
+            return Hold(torch.arange(n, device=layer.keys.device).expand(heads, n), layer.lengths)
+        if self.text:
+            return Hold(best(self.score(layer, min(self.window, held)), held))
+        window = max(1, min(self.window, layer.behind))
+        return hold_text(layer, self.score(layer, window), self._counts(layer.lengths))
+
+    def score(self, layer: CachedLayer, window: int) -> Tensor:
+        """[Hk, N] scores; the window's own tokens come first."""
+        before = received(layer, window)[..., :-window] / window
+        pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
+        pooled = pool(before, self.kernel, 1, self.kernel // 2)
+        return F.pad(pooled.mean(1), (0, window), value=torch.inf)
+
+    def _counts(self, lengths: Sequence[int]) -> tuple[int, ...]:
+        return self.keep.counts(lengths, (0,) * len(lengths))
+
+    def slots(self, prompt: int, lengths: Sequence[int]) -> int:
+        if self.text:
+            return self.keep.counts((prompt,), (0,))[0]
+        return prompt - sum(lengths) + sum(self._counts(lengths))
+
+    def cost(self, prompt: int, lengths: Sequence[int], heads: int, kv_heads: int, head_dim: int) -> int:
+        return 2 * min(self.window, prompt) * prompt * heads * head_dim

@@ -1,0 +1,285 @@
+"""The KV cache is shrunk as the prefill fills it, layer by layer.
+
+As soon as a layer has attended, nothing of this prefill reads its keys and values any more, so what the stage does not hold goes at once.
+Rows are padded on the left to the longest. Logical lengths stay as they were (see cache.py); layers that hold other numbers of tokens
+become layer groups of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.cache_utils import DynamicLayer
+
+from vtoken.cached import CachedLayer, CacheStage, Hold, Native, Ready
+from vtoken.errors import UnsupportedError
+from vtoken.hooks.attention import tap
+from vtoken.hooks.cache import Slots
+from vtoken.hooks.flow import Prefill, Visual, eager
+from vtoken.hooks.handle import Handle
+from vtoken.hooks.layout import take
+from vtoken.run import Clock, Run, StageTrace
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a prefill in the current layout, and what a layer holds of it.
+
+    Attributes:
+        prompt, tail: tokens of the prompt; of what follows it (drafts, an answer), which all stay.
+        slots: per image, where its visual tokens are among the row's tokens.
+        stay: prompt tokens that every head holds; counts: visual tokens of each image, None where that is not known.
+    """
+
+    prompt: int
+    tail: int
+    slots: tuple[tuple[int, ...], ...]
+    stay: int = 0
+    counts: tuple[int, ...] | None = None
+
+    def columns(self) -> list[int]:
+        """Slots that stand for those it holds. Heads may hold different visual tokens, so of each image it is the first ones: masks only
+        ask whether a slot is real, and crop() whether the newest tokens are all there and in order."""
+        if self.counts is None:
+            kept = list(range(self.stay))
+        else:
+            gone = {slot for slots, k in zip(self.slots, self.counts, strict=True) for slot in slots[k:]}
+            kept = [slot for slot in range(self.prompt) if slot not in gone]
+        return [*kept, *range(self.prompt, self.prompt + self.tail)]
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """What a layer was left with: `held` [Hk, C] slots per row (None: all, or not told), of `visual` in the layer group `group`."""
+
+    group: int
+    rows: tuple[Row, ...]
+    held: tuple[Tensor | None, ...]
+    told: bool
+    visual: Visual
+    clock: Clock
+
+
+class CacheHooks:
+    """A tap on every decoder layer.
+
+    Args:
+        mrope: positions have several axes.
+
+    Raises:
+        UnsupportedError: the stage cannot run on this model.
+    """
+
+    def __init__(self, model: Any, lm: Any, run: Run, handle: Handle, stage: CacheStage, *, mrope: bool) -> None:
+        self.lm, self.run, self.stage, self.mrope = lm, run, stage, mrope
+        try:
+            self.compress = stage.compressor(model)
+        except (ImportError, ValueError) as error:
+            raise UnsupportedError(str(error)) from error
+        tap(handle, lm, range(len(lm.layers)), self._tap)
+        if stage.native:
+            for layer in lm.layers:
+                handle.before(layer.self_attn, self._remember)
+
+    def check(self, cache: Any) -> None:
+        """Refuses a prefill with images whose cache cannot shrink.
+
+        Raises:
+            UnsupportedError: says why, and what to do.
+        """
+        name = self.stage.name
+        if cache is None:
+            raise UnsupportedError(
+                f"stage {name} shrinks the KV cache, and this call has none (use_cache=False): pass use_cache=True, or take the stage out"
+            )
+        if cache.is_compileable:
+            raise UnsupportedError(
+                f"stage {name} shrinks the KV cache, but a static cache keeps its size: leave cache_implementation out"
+            )
+        odd = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}
+        if odd:
+            raise UnsupportedError(
+                f"stage {name} cannot shrink cache layers of kind {', '.join(sorted(odd))}; use a plain DynamicCache"
+            )
+
+    def _remember(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        flow = self.run.flow
+        if isinstance(flow, Prefill):
+            flow.memo["native"] = args[0] if args else kwargs["hidden_states"], kwargs["position_embeddings"]
+
+    def _tap(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Callable[..., Any], **kwargs: Any
+    ) -> Any:
+        out = original()
+        if q.shape[2] == 1 or not isinstance(self.run.flow, Prefill):
+            return out
+        return self._shrink(self.run.flow, module, q, k, v, kwargs.get("scaling") or k.shape[-1] ** -0.5, out)
+
+    @eager
+    def _shrink(self, flow: Prefill, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Any) -> Any:
+        number, width = module.layer_idx, flow.index.shape[1]
+        past = flow.slots - width
+        if "rows" not in flow.memo:
+            flow.memo["rows"] = rows_of(flow)
+        rows, held, parts, told, same = [], [], [], True, True
+        with Clock(k.device) as clock:
+            for r, (row, images) in enumerate(flow.memo["rows"]):
+                begin = width - row.prompt - row.tail
+                here = slice(past + begin, past + begin + row.prompt)
+                x, y, end = k[r, :, here], v[r, :, here], (k[r, :, here.stop :], v[r, :, here.stop :])
+                decision: Hold | Ready | None = None
+                if any(row.slots):
+                    native = self._native(flow, module, r, begin, row.prompt) if self.stage.native else None
+                    layer = CachedLayer(
+                        x,
+                        y,
+                        q[r, :, begin : begin + row.prompt],
+                        images,
+                        row.slots,
+                        scale,
+                        number,
+                        len(self.lm.layers),
+                        native,
+                    )
+                    with torch.no_grad():
+                        decision = self.compress(layer)
+                    same = same and isinstance(decision, Hold) and decision.index.shape[1] == row.prompt
+                    told = told and isinstance(decision, Hold)
+                x, y = apply(self.stage, decision, x, y)
+                stay = x.shape[1]
+                counts = row.counts if decision is None else getattr(decision, "counts", None)
+                rows.append(replace(row, stay=stay, counts=counts))
+                held.append(decision.index if isinstance(decision, Hold) else None)
+                parts.append([torch.cat(pair, 1) for pair in zip((x, y), end, strict=True)])
+        flow.shrunk[number] = Shrunk(flow.group, tuple(rows), tuple(held), told, flow.visual, clock)
+        if same:
+            return out
+        keys, values = (
+            torch.cat([t[:, :, :past], left_padded(new)], 2)
+            for t, new in zip((k, v), zip(*parts, strict=True), strict=True)
+        )
+        cached = flow.cache.layers[number]
+        cached.keys, cached.values = keys, values
+        return self._behind(flow, rows, past, q, keys, values, scale, out) if flow.tail else out
+
+    def _native(self, flow: Prefill, module: Any, row: int, begin: int, length: int) -> Native:
+        hidden, rope = flow.memo["native"]
+        end = begin + length
+        cos, sin = (t[(row if len(t) > 1 else 0), begin:end][None] for t in rope)
+        return Native(module, hidden[row : row + 1, begin:end], (cos, sin), None if self.mrope else self.lm.rotary_emb)
+
+    def _behind(
+        self, flow: Prefill, rows: list[Row], past: int, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Any
+    ) -> Any:
+        """What follows the prompt in this forward (drafts) reads what is left of it, as it would in a forward of its own."""
+        slots, new = k.shape[2] - past, flow.tail
+        length = torch.tensor([row.stay + row.tail for row in rows], device=k.device)
+        real = torch.arange(slots, device=k.device) >= slots - length[:, None]
+        before = real.new_ones(len(k), past) if flow.ok is None else flow.ok[:, :past].bool().to(k.device)
+        visible = torch.cat([before, real], 1)[:, None, None].repeat(1, 1, new, 1)
+        visible[..., -new:] &= torch.ones(new, new, dtype=torch.bool, device=k.device).tril()
+        read = F.scaled_dot_product_attention(q[:, :, -new:], k, v, visible, scale=scale, enable_gqa=True)
+        return torch.cat([out[0][:, :-new], read.transpose(1, 2)], 1), *out[1:]
+
+    def finish(self, flow: Prefill) -> None:
+        """Commits the slots of every layer to the flow's records, and the decisions to its trace."""
+        records: dict[int, Slots] = {}
+        last: Any = None
+        for k, shrunk in sorted(flow.shrunk.items()):
+            now = (shrunk.group, shrunk.rows)
+            if now != last or k in flow.records:
+                dense = flow.cache.groups[flow.cache.group(k)].dense
+                records[k] = slots_of(flow.records[shrunk.group], shrunk.rows, dense)
+            last = now
+            flow.trace.stages.append(self._trace(k, shrunk))
+            flow.trace.cached.append([row.stay for row in shrunk.rows])
+        flow.records.update(records)
+
+    def _trace(self, k: int, shrunk: Shrunk) -> StageTrace:
+        v, kept, left = shrunk.visual, [], []
+        images = iter(v.lineage.kept())
+        for row, held in zip(shrunk.rows, shrunk.held, strict=True):
+            for slots in row.slots if shrunk.told else ():
+                place = next(images)
+                if held is None:
+                    kept.append(place)
+                    left.append(len(place))
+                    continue
+                alive = torch.zeros(len(held), row.prompt, dtype=torch.bool, device=held.device).scatter(1, held, True)
+                alive = alive[:, list(slots)]
+                kept.append(place[alive.any(0).to(place.device)])
+                left.append(round(float(alive.float().sum(1).mean())))
+        before = list(v.lengths)
+        return StageTrace(self.stage.name, "cache", before, left, kept, layer=k, clock=shrunk.clock.milliseconds)
+
+
+def rows_of(flow: Prefill) -> list[tuple[Row, tuple[Tensor, ...]]]:
+    """The rows of a prefill in the current layout, each with the slots of its images on the device. Whole, as if everything stayed."""
+    v, (_, column) = flow.visual, flow.slot()
+    tails = flow.new[:, flow.new.shape[1] - flow.tail :].sum(1).tolist()
+    ends = list(accumulate(v.lengths, initial=0))
+    on_host = column.tolist()
+    out = []
+    for r, (count, tail) in enumerate(zip(flow.counts, tails, strict=True)):
+        begin = flow.index.shape[1] - count
+        spans = [span for span, owner in zip(pairwise(ends), v.row, strict=True) if owner == r]
+        slots = tuple(tuple(c - begin for c in on_host[a:b]) for a, b in spans)
+        row = Row(count - tail, tail, slots, count - tail, tuple(map(len, slots)))
+        out.append((row, tuple(column[a:b] - begin for a, b in spans)))
+    return out
+
+
+def apply(stage: CacheStage, decision: Hold | Ready | None, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [Hk, C, d] of a row after the decision.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    if decision is None:
+        return keys, values
+    if isinstance(decision, Ready):
+        new = decision.keys, decision.values
+    else:
+        new = decision.apply(keys), decision.apply(values)
+    heads, n, width = keys.shape
+    for t in new:
+        if (
+            t.ndim != 3
+            or (t.shape[0], t.shape[2]) != (heads, width)
+            or not 0 < t.shape[1] <= n
+            or t.shape[1] != new[0].shape[1]
+        ):
+            raise ValueError(
+                f"stage {stage.name} left keys and values of shapes {[tuple(t.shape) for t in new]} of {tuple(keys.shape)}; "
+                f"every head must hold the same 1 to {n} tokens"
+            )
+    return new
+
+
+def left_padded(rows: Any) -> Tensor:
+    """[B, Hk, longest, d] of rows [Hk, length, d]."""
+    longest = max(row.shape[1] for row in rows)
+    return torch.stack([F.pad(row, (0, 0, longest - row.shape[1], 0)) for row in rows])
+
+
+def slots_of(before: Slots, rows: tuple[Row, ...], dense: bool) -> Slots:
+    """The slots of a layer that holds these rows.
+
+    Args:
+        before: those it had with everything in it; dense: whether earlier turns left it without padding.
+    """
+    columns = [row.columns() for row in rows]
+    longest, total = max(map(len, columns)), before.logical.shape[1]
+    past = total - max(row.prompt + row.tail for row in rows)
+    starts = [total - row.prompt - row.tail for row in rows]
+    padded = [[-1] * (longest - len(c)) + [start + i for i in c] for start, c in zip(starts, columns, strict=True)]
+    index = torch.tensor(padded, device=before.logical.device)
+    new = take(before.logical, index.clamp(min=0), 1).masked_fill(index < 0, -1)
+    logical = torch.cat([before.logical[:, :past], new], 1)
+    return replace(before, logical=logical, dense=dense and len(set(map(len, columns))) == 1)
