@@ -88,6 +88,16 @@ def test_equals_a_dense_model_that_masks(family, name, rows):
     assert trace.cache_bytes == sum(max(h) for h in trace.cached) * 2 * keys.element_size() * keys[:, :, 0].numel()
 
 
+@pytest.mark.parametrize("family, small, texts", [("qwen2_vl", (1, 4, 4), 4), ("qwen3_vl", (1, 4, 4), 4)])
+def test_rows_without_padding_may_be_left_with_different_numbers(family, small, texts):
+    """Two prompts of one length, so that `generate` sees no padding and drops its mask; the shrunk rows are padded all the same."""
+    model = tiny.make(family)
+    batch = tiny.build(model, [[3, "img", 5], [3, ("img", small), 5 + texts]], seed=3)
+    assert bool(batch["attention_mask"].all())
+    _, trace, _ = check(model, batch, "snapkv share")
+    assert trace.cached[0][0] != trace.cached[0][1]
+
+
 @families
 @pytest.mark.parametrize("name", ["snapkv", "lookm"])
 def test_after_stages_of_every_site(family, name):
