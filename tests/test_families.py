@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gates
 import oracle
 import pytest
 import tiny
@@ -204,7 +203,7 @@ def test_every_stage_runs(family, name):
     model = tiny.make(family)
     rows = "video and image" if family in tiny.VIDEO and name in ("evs", "vidcom2") else "ragged"
     batch = tiny.build(model, rows_for(family, rows), seed=3)
-    stage = usual.stage(name, gates=gates.file(seed=18))
+    stage = usual.stage(name, seed=18)
     if stage.inside() and family in QWEN:
         with pytest.raises(UnsupportedError, match="neighbouring patches"):
             vtoken.wrap(model, stage)

@@ -175,7 +175,7 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
                     f"stage {stage.name} needs {need.name} of layer {need.layer}; there are {depth}, 0 to {depth - 1} (or -1 for the last)"
                 )
         check_layers(stage, adapter)
-    check_attention([stage for stage in pipeline.stages if stage.site == "attention"], adapter.lm)
+    check_attention([s for s in pipeline.stages if s.site == "attention" and not s.unmerges()], adapter.lm)
     check_cache([stage for stage in pipeline.stages if stage.site == "cache"])
 
 

@@ -22,7 +22,7 @@ class Cost:
 
     Attributes:
         families: answer of the matrix -> the families it goes for.
-        flops: of the facts and the decision; None for a stage that has options without a default, or cannot run on the model.
+        flops: of the facts and the decision; None for a stage that has options without a default, or whose defaults do not run on the model.
         fact_bytes: size of the facts that it is given, at its first layer if it acts at several; None likewise, or where a fact is
             not one of vtoken's.
         left_out: what `flops` does not count, one sentence each.
@@ -55,7 +55,8 @@ def _by_answer(found: Matrix, stage: str) -> dict[Answer, list[str]]:
 def _cost(cls: type[Stage], families: dict[Answer, list[str]]) -> Cost:
     config = resolve_config(MODEL)
     stage = sample(cls)
-    if stage is None or config.model_type in families.get("no", []):
+    runs = [family for answer in ("yes", "substitute") for family in families.get(answer, [])]
+    if stage is None or config.model_type not in runs:
         return Cost(cls.name, families, None, None)
     if "keep" in cls.model_fields:
         stage = stage.model_copy(update={"keep": Budget(64)})
