@@ -264,6 +264,9 @@ def the_slashes():
         assert set(columns[0].nonzero()[:, 0].tolist()) == keys
         assert set(map(tuple, parts.bands(distances, 8)[0].nonzero().tolist())) == blocks
         assert parts.listed(columns, 40)[0].tolist() == sorted(keys)
+    for distance, near in ((0, {0}), (1, {0, 1}), (64, {1}), (65, {1, 2})):
+        (blocks,) = parts.bands(torch.arange(256)[None] == distance, 4)
+        assert {r - c for r, c in blocks.nonzero().tolist()} == near
     assert parts.listed(torch.tensor([[False, True, False, True]]), 3).tolist() == [[1, 3, -1]]
 
 
