@@ -109,7 +109,7 @@ def test_triton_is_chosen_and_steps_aside(monkeypatch: pytest.MonkeyPatch) -> No
     x = torch.randn(6, 2, 16, device=DEVICE)
     leaf = x.clone().requires_grad_()
 
-    def all_three(dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:
+    def all_ops(dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:
         kept = topk_tokens(scores.to(dtype), ends, [3])
         heads = x.to(dtype).transpose(0, 1)
         everything = torch.ones(2, 1, 1, dtype=torch.bool, device=DEVICE)
@@ -117,20 +117,20 @@ def test_triton_is_chosen_and_steps_aside(monkeypatch: pytest.MonkeyPatch) -> No
         return gather_tokens(seen + query_attention(x.to(dtype), x.to(dtype), ends, ends, 1.0), kept).sum()
 
     with kernels.use("triton"):
-        all_three(torch.float32, x)
-        assert launched == ["topk_tokens", "query_attention", "gather_tokens"]
-        all_three(torch.float64, x)
+        all_ops(torch.float32, x)
+        assert launched == ["topk_tokens", "block_sparse_attention", "query_attention", "gather_tokens"]
+        all_ops(torch.float64, x)
         assert launched[4:] == ["gather_tokens"]
         launched.clear()
-        all_three(torch.float32, leaf).backward()
+        all_ops(torch.float32, leaf).backward()
         assert launched == ["topk_tokens"]
         with torch.no_grad():
-            all_three(torch.float32, leaf)
+            all_ops(torch.float32, leaf)
         assert len(launched) == 5
     assert leaf.grad is not None and leaf.grad.abs().sum() > 0
     launched.clear()
     with kernels.use("torch"):
-        all_three(torch.float32, x)
+        all_ops(torch.float32, x)
     assert not launched
 
 
