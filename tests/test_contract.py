@@ -305,7 +305,7 @@ def test_facts_of_layers_that_do_not_exist_are_refused():
 
 def test_a_fact_that_a_family_lacks_is_refused_with_its_reason():
     from vtoken import config
-    from vtoken.wrap import check
+    from vtoken.checks import check
 
     adapter = registry.adapter("llava")(tiny.llava())
     adapter.missing = {"cls_attention": "this tower looks at nothing; nearest: keys"}
