@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vtoken.config import Pipeline
 from vtoken.errors import VtokenError
 from vtoken.evals.demo import image_size
 from vtoken.evals.flops import account
-from vtoken.evals.lmms.model import VtokenModel
 from vtoken.evals.lmms.prompts import encode
 from vtoken.evals.lmms.records import Request
+
+if TYPE_CHECKING:
+    from vtoken.evals.lmms.model import VtokenModel
 
 
 @dataclass(frozen=True)

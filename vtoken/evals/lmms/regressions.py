@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 
 from vtoken.config import Pipeline
-from vtoken.evals.lmms.model import VtokenModel
 from vtoken.evals.lmms.prompts import Prompt, encode
 from vtoken.evals.media import Media
 from vtoken.evals.overlay import drawn, owners, sheet, views
 from vtoken.wrap import trace
+
+if TYPE_CHECKING:
+    from vtoken.evals.lmms.model import VtokenModel
 
 CASES = 8  # documents
 PANELS = 7  # pipelines beside dense, of one document
