@@ -10,8 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageStat
 from probes import Failing
 from tiny_models import TOKENS
 from tiny_processors import save
@@ -25,9 +27,11 @@ from lmms_eval.models.registry_v2 import ModelRegistryV2
 
 from vtoken import config
 from vtoken.errors import ConfigError, UnsupportedError, VtokenError
-from vtoken.evals.lmms import manifest, run, suites
+from vtoken.evals.flops import account
+from vtoken.evals.lmms import manifest, regressions, run, suites
 from vtoken.evals.lmms.harness import Harness, numbers
 from vtoken.evals.lmms.model import VtokenModel
+from vtoken.evals.lmms.prompts import Prompt
 
 ROOT = Path(__file__).parents[1]
 TWO = ["random:5", "uniform:4"]
@@ -118,6 +122,7 @@ def test_a_run_and_its_files(model: VtokenModel, tmp_path: Path) -> None:
     assert [each["name"] for each in written["runs"]] == ["dense", *TWO, "dense"]
     # A whole limit is each task's own: lmms-eval would turn a share into the first task's count.
     assert {name: about["docs"] for name, about in written["tasks"].items()} == {"few": 2, "many": 4}
+    text = lines(results, 0)[0]["prompt_tokens"] - TOKENS  # every question has two words
     for k, (each, kept) in enumerate(zip(results.runs, (TOKENS, 5, 4, TOKENS), strict=True)):
         rows = lines(results, k)
         assert [(row["task"], row["doc"]) for row in rows] == [("few", 0), ("few", 1), *(("many", d) for d in range(4))]
@@ -127,11 +132,21 @@ def test_a_run_and_its_files(model: VtokenModel, tmp_path: Path) -> None:
             assert row["same_as_dense"] == (row["answer"] == base["answer"]) and row["doc_hash"] == base["doc_hash"]
             assert row["score"] == row["scores"]["hit"] == 1.0 and row["target"] == "w1" and row["answer"]
             assert row["question"].startswith(f"w{20 + row['doc']} w4")
+            assert list(row["stages"]) == ([] if k in (0, 3) else [each["name"].partition(":")[0]])
+            assert row["media"] == base["media"] != rows[1 - row["doc"] % 2]["media"]
         for name, found in each["tasks"].items():
             own = [row for row in rows if row["task"] == name]
             assert found["value"] == found["metrics"][name]["hit"] == found["of_dense"] == 1.0
             assert found["same_as_dense"] == sum(row["same_as_dense"] for row in own) / len(own)
             assert found["visual_tokens_entry"] == kept and found["ttft_s"] > 0
+            plan = account(
+                model.asker.model.config,
+                config.load(each["name"]) if 0 < k < 3 else None,
+                text_tokens=text,
+                new_tokens=1,
+            )
+            assert found["flops"]["total"] == plan.total and found["flops"]["doc"] == len(own) // 2
+            assert list(found["stages"]) == list(own[0]["stages"])
     assert results.drift is not None and results.drift["answers_changed"] == 0
     assert not all(row["same_as_dense"] for row in lines(results, 2))
     held = results.conditions
@@ -144,6 +159,20 @@ def test_a_run_and_its_files(model: VtokenModel, tmp_path: Path) -> None:
     assert all(torch.equal(value, weights[name]) for name, value in model.asker.model.state_dict().items())
     with pytest.raises(ConfigError, match="holds results already"):
         evaluated(model, [first], tmp_path)
+
+
+def test_lost_documents_are_drawn_as_the_pipeline_sees_them(model: VtokenModel, tmp_path: Path) -> None:
+    task = lmms_tasks.write(tmp_path, "plain", 3)
+    Harness([task], [tmp_path]).run(model, task, None, tmp_path / "scorers")
+    chosen = [{"task": task, "doc": 2, "shown": ["random:5"]}, {"task": task, "doc": 0, "shown": []}]
+    cases = regressions.draw(model, [run.DENSE, *map(config.load, TWO)], chosen, tmp_path)
+    assert [(case["doc"], list(case["panels"])) for case in cases] == [(2, ["dense", "random:5"]), (0, ["dense"])]
+    whole, kept = (Image.open(tmp_path / cases[0]["panels"][name]) for name in ("dense", "random:5"))
+    # The third picture is plain (40, 99, 9); dropped cells are grey.
+    assert all(abs(a - b) < 6 for a, b in zip(ImageStat.Stat(whole).mean, (40, 99, 9), strict=True))
+    red, green = np.asarray(kept, dtype=int)[..., :2].transpose(2, 0, 1)
+    assert 0.5 * 5 / TOKENS < (green - red > 30).mean() < 1.1 * 5 / TOKENS
+    assert regressions.kept(model, Prompt(({"role": "user", "content": []},))) is None
 
 
 def test_a_batch_mixes_tasks_and_equals_single_prompts(model: VtokenModel, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ COMMANDS = {
     "flops": "account for the FLOPs that a pipeline saves",
     "bench": "measure latency and memory with and without a pipeline",
     "eval": "score pipelines with lmms-eval's tasks",
+    "report": "the page and the tables of an eval run",
     "calibrate": "compute the table or layer that a stage needs for a model",
     "train-exit": "train the gates of dyvte for a model",
     "demo": "prune the shipped reference model and write a report",

@@ -26,8 +26,13 @@ examples:
       a suite: smoke, pruning-suite, pruning-suite-hires, pruning-suite-video, pruning-suite-judge
   vtoken eval Qwen/Qwen2.5-VL-3B-Instruct --tasks pope --lmms-eval-pixels
       the picture sizes that lmms-eval's own Qwen classes use; no pipeline: the stock model alone
+  vtoken eval --paper flowcut
+      published tables of FlowCut, their sources, and the commands that measure their rows; runs nothing
+  vtoken eval llava-hf/llava-1.5-7b-hf --paper flowcut --limit 500
+      runs those of that model, prints published beside measured
 
-The model is loaded once; the stock model runs first and last. DIR holds results.json and one line per answer in requests/.
+The model is loaded once; the stock model runs first and last. DIR holds results.json, one line per answer in requests/,
+table.md and report.html (vtoken report DIR writes them anew).
 Needs lmms-eval: `make eval-venv` in a checkout, or pip install "vtoken[eval]".
 """
 
@@ -37,11 +42,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Scores pipelines with lmms-eval's tasks and scorers, and records what every answer cost."
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("model", metavar="MODEL", help="shipped model (tiny-llava), local folder or hub name")
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="shipped model (tiny-llava), local folder or hub name"
+    )
     parser.add_argument(
         "--pipelines", nargs="+", default=[], metavar="PIPELINE", help="presets, method:budget or YAML files"
     )
-    parser.add_argument("--tasks", required=True, metavar="TASK,TASK", help="lmms-eval's tasks and groups, or suites")
+    parser.add_argument("--tasks", metavar="TASK,TASK", help="lmms-eval's tasks and groups, or suites")
+    parser.add_argument(
+        "--paper",
+        metavar="METHOD",
+        help="pipelines and tasks of the published tables of a method, measured beside published; without MODEL: what they say "
+        "and what would be run",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="first N documents of every task (default: all)")
     parser.add_argument(
         "--batch-size", type=int, default=1, metavar="N", help="prompts at a time (default: %(default)s)"
@@ -75,13 +88,24 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         VtokenError: lmms-eval is missing, or an argument that cannot be used.
     """
+    from vtoken.evals.lmms import paper
+    from vtoken.evals.lmms.suites import expand, has_judge
+
+    if args.paper is not None and args.model is None:
+        print(paper.beside(args.paper))
+        return 0
+    if args.model is None or (args.tasks is None and args.paper is None):
+        raise ConfigError("vtoken eval needs a MODEL and --tasks, or --paper METHOD; see `vtoken eval --help`")
+    if args.paper is not None:
+        chosen = paper.of(args.paper, args.model)
+        args.pipelines = list(dict.fromkeys([*paper.pipelines(chosen), *args.pipelines]))
+        args.tasks = args.tasks or ",".join(paper.tasks(chosen, judge=has_judge()))
     if find_spec("lmms_eval") is None:
         raise VtokenError(
             'vtoken eval needs lmms-eval: `make eval-venv` in a checkout, or pip install "vtoken[eval]" with the torchvision that '
             "belongs to your torch"
         )
     from vtoken.config import load
-    from vtoken.evals.lmms.suites import expand
 
     if args.threads is not None and args.threads < 1:
         raise ConfigError(f"threads must be at least 1, not {args.threads}")
@@ -121,6 +145,7 @@ def run(args: argparse.Namespace) -> int:
         model, pipelines, harness, args.out, args.limit, command, lambda what: print(what, file=sys.stderr)
     )
     if args.json:
+        report(results)
         print(json.dumps(results.to_dict()))
         return 0
     from rich.console import Console
@@ -134,7 +159,23 @@ def run(args: argparse.Namespace) -> int:
     Console(width=None if console.is_terminal else 200).print(table)
     for sentence in notes(results):
         print(sentence)
+    for file in report(results):
+        print(f"wrote {file}")
+    if args.paper is not None:
+        print(paper.beside(args.paper, results.to_dict()))
     return 0
+
+
+def report(results: Results) -> list[Path]:
+    """Writes table.md and, where jinja2 and matplotlib are installed, report.html; says on stderr how to have the page otherwise."""
+    from vtoken.evals.lmms import report
+    from vtoken.evals.lmms.findings import findings, read
+
+    evaluation = read(results.folder)
+    written = report.write(evaluation, findings(evaluation))
+    if len(written) == 1:
+        print(report.MISSING.format(folder=results.folder), file=sys.stderr)
+    return written
 
 
 def cells(results: Results) -> list[tuple[str, ...]]:

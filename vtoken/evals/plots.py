@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ def _together(figures: Figures, methods: Sequence[str]) -> str:
     figure = Figure(figsize=(5.2, 3.3), layout="constrained")
     axes = figure.subplots()
     dense = figures[0]
-    _frame(axes, dense)
+    _frame(axes, 100 * dense["accuracy"]["share"])
     axes.text(dense["tokens"], 100 * dense["accuracy"]["share"], "dense", color=INK, ha="right", va="bottom")
     ends = []
     for k, method in enumerate(methods):
@@ -64,7 +65,7 @@ def _apart(figures: Figures, methods: Sequence[str]) -> str:
         if k >= len(own):
             axes.set_visible(False)
             continue
-        _frame(axes, figures[0])
+        _frame(axes, 100 * figures[0]["accuracy"]["share"])
         for floor, dashes in FLOORS.items():
             x, y = _points(figures, floor)
             axes.plot(x, y, dashes, color=SOFT, linewidth=1.2)
@@ -77,8 +78,56 @@ def _apart(figures: Figures, methods: Sequence[str]) -> str:
     return _svg(figure)
 
 
-def _frame(axes: Any, dense: dict[str, Any]) -> None:
-    axes.axhline(100 * dense["accuracy"]["share"], color=INK, linewidth=1, dashes=(5, 3))
+def fronts(rows: Figures, cost: str, label: str) -> str:
+    """Draws what is left of the dense score against a cost, whiskers where an interval is known; steps join the front.
+
+    Args:
+        rows: `pipelines` of `lmms.findings`, dense first.
+        cost: key of the cost; rows that have none are left out. `label` is what it is called.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    known = [row for row in rows if row[cost] is not None and row["quality"] is not None]
+    look = looks(rows)
+    aside = cost == "tokens" and len(look) <= len(SERIES)  # Points of one budget stand side by side.
+    shift = {method: 1.06 ** (k - (len(look) - 1) / 2) for k, method in enumerate(look)} if aside else {}
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vtoken", "font.size": 10}):
+        figure = Figure(figsize=(3.7, 3.0), layout="constrained")
+        axes = figure.subplots()
+        _frame(axes, 100.0)
+        best = sorted((row[cost], 100 * row["quality"]) for row in known if cost in row["fronts"])
+        axes.plot(*zip(*best, strict=True), color=INK, linewidth=0.9, drawstyle="steps-post", zorder=1)
+        for row in known:
+            y = 100 * row["quality"]
+            _, colour, marker = look.get(row["method"], ("dense", INK, "*"))
+            whiskers = None if row["low"] is None else ([y - 100 * row["low"]], [100 * row["high"] - y])
+            edge: dict[str, Any] = {"markeredgecolor": INK, "markeredgewidth": 1.2} if cost in row["fronts"] else {}
+            x = row[cost] * shift.get(row["method"], 1.0)
+            axes.errorbar([x], [y], whiskers, color=colour, marker=marker, elinewidth=0.9, markersize=7, **edge)
+        ticks = sorted({round(row[cost]) for row in known})
+        if cost == "tokens" and len(ticks) <= len(SERIES):
+            axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        elif cost != "tokens":
+            axes.set_xscale("linear")
+            axes.set_xlim(left=0)
+        low = min(100 * (row["quality"] if row["low"] is None else row["low"]) for row in known)
+        axes.set_ylim(max(0, 10 * math.floor(low / 10 - 0.2)), None)
+        axes.set(xlabel=label, ylabel="% of dense")
+        return _svg(figure, f"percent of dense against {label}")
+
+
+def looks(rows: Figures) -> dict[str, tuple[str, str, str]]:
+    """Method -> name of its colour on the page, the colour, its marker. Beyond as many as there are colours all look alike."""
+    methods = list(dict.fromkeys(row["method"] for row in rows[1:]))
+    if len(methods) > len(SERIES):
+        return {method: ("soft", SOFT, MARKERS[0]) for method in methods}
+    return {method: (f"series-{k}", SERIES[k], MARKERS[k]) for k, method in enumerate(methods)}
+
+
+def _frame(axes: Any, level: float) -> None:
+    """Axes in the page's colours, dashed where dense lies, in percent."""
+    axes.axhline(level, color=INK, linewidth=1, dashes=(5, 3))
     axes.set_xscale("log", base=2)
     axes.minorticks_off()
     axes.set_ylim(0, 104)
@@ -110,7 +159,7 @@ def _line(
     return x, y
 
 
-def _svg(figure: Any) -> str:
+def _svg(figure: Any, what: str = "accuracy against visual tokens") -> str:
     text = io.StringIO()
     nothing = {"Creator": None, "Date": None, "Format": None, "Type": None}
     figure.savefig(text, format="svg", transparent=True, metadata=nothing)
@@ -119,9 +168,7 @@ def _svg(figure: Any) -> str:
     series = {colour: f"series-{k}" for k, colour in enumerate(SERIES)}
     for colour, name in {INK: "ink", SOFT: "soft", FAINT: "line", PAPER: "paper", **series}.items():
         svg = svg.replace(colour, f"var(--{name})")
-    return svg.replace(
-        "<svg", '<svg role="img" aria-label="accuracy against visual tokens; the numbers are in the table"', 1
-    )
+    return svg.replace("<svg", f'<svg role="img" aria-label="{what}; the numbers are in the table"', 1)
 
 
 def _spaced(heights: Sequence[float], gap: float = 7.0) -> list[float]:

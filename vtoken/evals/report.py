@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -15,7 +15,7 @@ from PIL import Image
 
 from vtoken.evals.plots import plot
 
-TEMPLATE = Path(__file__).parent / "templates" / "demo.html"
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pipeline's view of a question: what it kept, what it answered."""
+    """One pipeline's view of a question: what it kept, what it answered; no picture where nothing can be drawn."""
 
     pipeline: str
     answer: str
     right: bool
-    picture: Image.Image
+    picture: Image.Image | None
 
 
 @dataclass(frozen=True)
@@ -99,20 +99,40 @@ def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def render(report: Report) -> str:
-    """The page: no script, no link, no file beside it.
+    """The demo's page.
 
     Raises:
         ImportError: jinja2 or matplotlib is missing.
     """
-    from jinja2 import Environment
-
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(percent=_percent, milliseconds=_milliseconds, flops=_flops, bytes=_bytes, ratio=_ratio)
-    environment.filters["uri"] = _uri
     figures = report.figures()
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        report=report, rows=figures, dense=figures[0], kinds=list(report.rows[0].scores), plot=plot(figures)
+    return page(
+        "demo.html",
+        report.conditions,
+        report=report,
+        rows=figures,
+        dense=figures[0],
+        kinds=list(report.rows[0].scores),
+        plot=plot(figures),
     )
+
+
+def page(template: str, conditions: Mapping[str, Any], **values: Any) -> str:
+    """A page of `templates/`: no script, no link, no file beside it.
+
+    Args:
+        conditions: what its last part lists.
+        values: what else the template names.
+
+    Raises:
+        ImportError: jinja2 is missing.
+    """
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(
+        percent=percent, milliseconds=milliseconds, flops=_flops, bytes=_bytes, ratio=ratio, uri=_uri
+    )
+    return environment.get_template(template).render(conditions=conditions, **values)
 
 
 def _figures(row: Row, dense: Row) -> dict[str, Any]:
@@ -147,19 +167,21 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median(values), "low": low, "high": high}
 
 
-def _percent(share: float | None, digits: int = 1) -> str:
+def percent(share: float | None, digits: int = 1) -> str:
     return "n/a" if share is None else f"{100 * share:.{digits}f}"
 
 
-def _milliseconds(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.1f}"
 
 
-def _ratio(value: float) -> str:
-    return f"{value:.2f}"
+def ratio(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.2f}"
 
 
-def _flops(count: float) -> str:
+def _flops(count: float | None) -> str:
+    if count is None:
+        return "n/a"
     power = min(max(int(math.log10(max(count, 1)) // 3), 2), 4)
     return f"{count / 1000**power:.3g}\u00a0{('MFLOP', 'GFLOP', 'TFLOP')[power - 2]}"
 

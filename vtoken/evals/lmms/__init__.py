@@ -8,5 +8,10 @@ records.py    what is known about one request, and about one run: the schema of 
 suites.py     named lists of tasks
 harness.py    lmms-eval's task manager and evaluator, and what must not go wrong there
 run.py        pipelines x tasks, the model loaded once
+costs.py      FLOPs of a pipeline on a task
+regressions.py  what was lost, and pictures of what was kept of it
+findings.py   results read back: paired statistics, costs, fronts (pareto.py)
+report.py     report.html and table.md
+paper.py      published tables beside measured ones
 tasks/        tasks that need no download
 """

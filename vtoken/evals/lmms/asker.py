@@ -13,7 +13,7 @@ from vtoken import registry
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError
 from vtoken.evals.lmms.prompts import Prompt, encode
-from vtoken.evals.lmms.records import Clock, Cost, Reply, dense_tokens, pruned_tokens
+from vtoken.evals.lmms.records import Clock, Cost, Reply, dense_tokens, pruned_tokens, stage_times
 from vtoken.evals.timing import FirstToken
 from vtoken.wrap import match_processor, trace, unwrap, wrap
 
@@ -76,10 +76,12 @@ class Asker:
         end = self.clock.now()
         ttft, decode = self.clock.seconds(start, first.at), self.clock.seconds(first.at, end)
         if self.pipeline is None or not any(name.startswith("pixel_values") for name in inputs):
-            tokens = dense_tokens(self.adapter, inputs)
+            tokens, stages = dense_tokens(self.adapter, inputs), {}
         else:
             beams = arguments["num_beams"]
-            tokens = pruned_tokens(inputs, trace(self.model), range(0, beams * len(prompts), beams))
+            seen = trace(self.model)
+            tokens = pruned_tokens(inputs, seen, range(0, beams * len(prompts), beams))
+            stages = stage_times(seen)
         new = out[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [
@@ -96,6 +98,7 @@ class Asker:
                     preprocess,
                     ttft,
                     decode,
+                    stages,
                 ),
             )
             for text, row, t in zip(texts, new.tolist(), tokens, strict=True)

@@ -18,7 +18,7 @@ from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals import models, processors, reference
 from vtoken.evals.lmms.asker import Asker
-from vtoken.evals.lmms.prompts import LMMS_EVAL_PIXELS, from_chat, limit_pixels, pixels
+from vtoken.evals.lmms.prompts import LMMS_EVAL_PIXELS, Prompt, from_chat, limit_pixels, pixels
 from vtoken.evals.lmms.records import Request
 
 
@@ -96,6 +96,7 @@ class VtokenModel(lmms):
         self.system_prompt = self._resolve_system_prompt(system_prompt) if system_prompt else None
         self.records = None if records is None else os.path.abspath(records)
         self.requests: list[Request] = []
+        self._sources: dict[tuple[str, int], tuple[Any, str]] = {}
         # A torch module in an attribute of its own would be deleted after a run: see `clean`.
         self.asker = Asker(model, processor, max_new_tokens)
         self.use(parsed)
@@ -167,7 +168,7 @@ class VtokenModel(lmms):
         try:
             prompts = [
                 # Looked up per request: a batch may mix tasks.
-                from_chat(request.args[1](self.task_dict[task][split][doc]), self.frames, self.system_prompt)
+                self._prompt(request.args[1], task, split, doc)
                 for request, (task, doc, split) in zip(batch, about, strict=True)
             ]
             replies = self.asker.ask(prompts, batch[0].args[2])
@@ -176,11 +177,26 @@ class VtokenModel(lmms):
             error.add_note(f"while {self._label()} answered {where}")
             raise
         found = {}
-        for place, (task, doc, _), reply in zip(places, about, replies, strict=True):
+        for place, request, prompt, (task, doc, split), reply in zip(
+            places, batch, prompts, about, replies, strict=True
+        ):
+            self._sources[task, int(doc)] = request.args[1], split
             repeat = seen.get((task, doc), 0)
             seen[task, doc] = repeat + 1
-            found[place] = Request(task, int(doc), repeat, reply)
+            found[place] = Request(task, int(doc), repeat, reply, prompt.fingerprint)
         return found
+
+    def prompt(self, task: str, doc: int) -> Prompt:
+        """What the model was shown when it answered a document.
+
+        Raises:
+            KeyError: a document that it did not answer.
+        """
+        messages, split = self._sources[task, doc]
+        return self._prompt(messages, task, split, doc)
+
+    def _prompt(self, messages: Any, task: str, split: str, doc: int) -> Prompt:
+        return from_chat(messages(self.task_dict[task][split][doc]), self.frames, self.system_prompt)
 
     def _note(self, answered: Sequence[Request]) -> None:
         """Keeps the requests, writes them down, and tells lmms-eval what they cost on average."""

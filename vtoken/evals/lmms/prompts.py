@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,18 @@ class Prompt:
     messages: tuple[dict[str, Any], ...]
     images: tuple[Image.Image, ...] = ()
     clips: tuple[Clip, ...] = ()
+
+    @property
+    def fingerprint(self) -> str | None:
+        """sha256 over all pictures and frames in order, None without any: prompts that show the same have the same."""
+        shown = [*self.images, *(frame for clip in self.clips for frame in clip.frames)]
+        if not shown:
+            return None
+        digest = hashlib.sha256()
+        for picture in shown:
+            digest.update(repr(picture.size).encode())
+            digest.update(picture.tobytes())
+        return digest.hexdigest()
 
 
 def from_chat(messages: Sequence[Mapping[str, Any]], frames: int, system: str | None = None) -> Prompt:

@@ -9,6 +9,8 @@
     scores          every number the scorer gave for the document
     same_as_dense   whether the answer is the first dense run's, letter by letter
     doc_hash        sha256 of the document, media aside
+    media           sha256 over the pictures and frames shown, null without any: questions about one picture share it
+    stages          stage (with its layer, "fastv@2") -> milliseconds that its decision took, of the batch; empty for dense
 
 `DIR/results.json`, rewritten after every run:
 
@@ -21,7 +23,11 @@
     runs            in the order they ran, the first and the last dense: name, pipeline (YAML, null for dense), requests (file), and
                     tasks: name -> value, of_dense (value / first dense value), metrics (leaf -> every number), same_as_dense (share),
                     visual_tokens, visual_tokens_entry, visual_tokens_mean, input_tokens, new_tokens (means per document),
-                    ttft_s, decode_s, preprocess_s (medians over documents), ttft_to_dense (median of the ratios document by document)
+                    ttft_s, decode_s, preprocess_s (medians over documents), ttft_to_dense (median of the ratios document by document),
+                    stages (stage -> median milliseconds), flops (counted, of the prefill of the task's document with the median
+                    of visual tokens, which `doc` names: total, language, stages; or `reason` where it cannot be counted)
+    cases           documents that pipelines lost against dense, worst first: task, doc, and panels: run's name -> JPEG under
+                    `DIR/cases/` with the tokens it kept (dense: the pictures), null where nothing can be drawn
     drift           last dense run against the first: ttft (median ratio), answers_changed (documents)
 
 `DIR/scorers/K-NAME/TASK/` holds what a scorer wrote into the folder it ran in, if anything.
@@ -34,7 +40,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -61,6 +67,7 @@ class Cost:
         preprocess_s: chat template, pictures and their way to the device, of the batch.
         ttft_s: from the call of `generate` to the first token, vision included, of the batch.
         decode_s: from there to the last token of the batch.
+        stages: stage, with its layer where it has one -> milliseconds of its decision, of the batch.
     """
 
     prompt_tokens: int
@@ -73,6 +80,7 @@ class Cost:
     preprocess_s: float
     ttft_s: float
     decode_s: float
+    stages: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,17 +93,18 @@ class Reply:
 
 @dataclass(frozen=True)
 class Request:
-    """One answered document. `repeat` counts answers to the same one."""
+    """One answered document. `repeat` counts answers to the same one, `media` tells apart what was shown."""
 
     task: str
     doc: int
     repeat: int
     reply: Reply
+    media: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, flat."""
         about = {"task": self.task, "doc": self.doc, "repeat": self.repeat, "answer": self.reply.text}
-        return {**about, **vars(self.reply.cost)}
+        return {**about, **vars(self.reply.cost), "media": self.media}
 
 
 class Clock:
@@ -161,4 +170,13 @@ def pruned_tokens(inputs: Any, seen: Trace, rows: Sequence[int]) -> list[Tokens]
         layers = [sum(layer[k] for k in own) for layer in seen.layers]
         visual = sum(seen.visual_tokens[k] for k in own)
         found.append(Tokens(prompt, seen.prompt_tokens[row], visual, layers[0], sum(layers) / len(layers)))
+    return found
+
+
+def stage_times(seen: Trace) -> dict[str, float]:
+    """Milliseconds of every decision of a prefill, by stage and layer."""
+    found: dict[str, float] = {}
+    for stage in seen.stages:
+        name = stage.name if stage.layer is None else f"{stage.name}@{stage.layer}"
+        found[name] = found.get(name, 0.0) + stage.milliseconds
     return found

@@ -17,6 +17,7 @@ from vtoken import config
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, VtokenError
 from vtoken.evals.latency import machine
+from vtoken.evals.lmms import costs, regressions
 from vtoken.evals.lmms.harness import Harness, Scored, options
 from vtoken.evals.lmms.model import VtokenModel
 from vtoken.evals.lmms.records import SCHEMA, Request
@@ -38,6 +39,7 @@ class Results:
     conditions: dict[str, Any]
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     runs: list[dict[str, Any]] = field(default_factory=list)
+    cases: list[dict[str, Any]] = field(default_factory=list)
     drift: dict[str, Any] | None = None
     complete: bool = False
 
@@ -101,7 +103,9 @@ def evaluate(
     (folder / "requests").mkdir(parents=True, exist_ok=True)
     results = Results(folder, model.pretrained, command, conditions(model, limit))
     first: dict[Key, Request] = {}
-    lines: list[dict[Key, Request]] = []
+    answered: list[dict[Key, Request]] = []
+    lines: list[list[dict[str, Any]]] = []
+    documents: dict[str, costs.Typical | str] = {}
     try:
         for k, pipeline in enumerate(runs):
             name = re.sub(r"[^A-Za-z0-9._+=%-]+", "-", pipeline.name).strip("-")
@@ -114,6 +118,7 @@ def evaluate(
             }
             results.runs.append(run)
             asked: dict[Key, Request] = {}
+            lines.append([])
             with file.open("w", encoding="utf-8") as out:
                 for task in harness.tasks:
                     progress(f"{pipeline.name}: {task}")
@@ -124,27 +129,34 @@ def evaluate(
                     if k == 0:
                         first |= found
                         results.tasks[task] = _about(task, scored)
+                        documents[task] = costs.typical(model, list(found.values()))
                     elif scored.hash != results.tasks[task]["hash"]:
                         raise VtokenError(
                             f"task {task} gave other documents than in the dense run; its data changed meanwhile"
                         )
                     dense = results.runs[0]["tasks"].get(task)
-                    run["tasks"][task] = _summary(scored, found, first, dense)
-                    out.writelines(
-                        json.dumps(line) + "\n" for line in _lines(pipeline.name, task, scored, found, first)
-                    )
-            lines.append(asked)
+                    counted = costs.flops(model.asker.model.config, pipeline, documents[task])
+                    run["tasks"][task] = {**_summary(scored, found, first, dense), "flops": counted}
+                    new = list(_lines(pipeline.name, task, scored, found, first))
+                    out.writelines(json.dumps(line) + "\n" for line in new)
+                    lines[-1] += new
+            answered.append(asked)
             results.save()
+        if len(runs) > 1:
+            changed = sum(answered[-1][key].reply.text != answered[0][key].reply.text for key in first)
+            results.drift = {"ttft": _ratio(answered[-1], first), "answers_changed": changed}
+        results.complete = True
+        results.save()
+        pruned = {pipeline.name: found for pipeline, found in zip(runs[1:-1], lines[1:-1], strict=True)}
+        progress("pictures of what was lost")
+        chosen = regressions.worst(lines[0], pruned, _falls(results.tasks))
+        results.cases = regressions.draw(model, runs[:-1] or runs, chosen, folder)
+        results.save()
     finally:
         model.use(DENSE)
         for empty in [*folder.glob("scorers/*"), folder / "scorers"]:
             with suppress(OSError):
                 empty.rmdir()
-    if len(runs) > 1:
-        changed = sum(lines[-1][key].reply.text != lines[0][key].reply.text for key in lines[0])
-        results.drift = {"ttft": _ratio(lines[-1], lines[0]), "answers_changed": changed}
-    results.complete = True
-    results.save()
     return results
 
 
@@ -179,6 +191,11 @@ def commit() -> str | None:
         return None
 
 
+def _falls(tasks: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Leaf -> 1, or -1 where lower is better."""
+    return {leaf: 1.0 if about["higher_is_better"] else -1.0 for about in tasks.values() for leaf in about["leaves"]}
+
+
 def _about(task: str, scored: Scored) -> dict[str, Any]:
     higher = [leaf.higher_is_better.get(scored.metric or "", True) for leaf in scored.leaves.values()]
     return {
@@ -194,16 +211,18 @@ def _about(task: str, scored: Scored) -> dict[str, Any]:
 def _summary(
     scored: Scored, found: dict[Key, Request], first: dict[Key, Request], dense: dict[str, Any] | None
 ) -> dict[str, Any]:
-    costs = [request.reply.cost for request in found.values()]
+    each = [request.reply.cost for request in found.values()]
     base = scored.value if dense is None else dense["value"]
+    stages = dict.fromkeys(name for cost in each for name in cost.stages)
     return {
         "value": scored.value,
         "of_dense": scored.value / base if scored.value is not None and base else None,
         "metrics": {name: leaf.metrics for name, leaf in scored.leaves.items()},
         "same_as_dense": fmean(found[key].reply.text == first[key].reply.text for key in found),
-        **{name: fmean(getattr(cost, name) for cost in costs) for name in MEANS},
-        **{name: median(getattr(cost, name) for cost in costs) for name in MEDIANS},
+        **{name: fmean(getattr(cost, name) for cost in each) for name in MEANS},
+        **{name: median(getattr(cost, name) for cost in each) for name in MEDIANS},
         "ttft_to_dense": _ratio(found, first),
+        "stages": {name: median(cost.stages[name] for cost in each if name in cost.stages) for name in stages},
     }
 
 

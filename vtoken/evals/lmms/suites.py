@@ -113,11 +113,16 @@ def _check(task: Task | None) -> None:
     missing = [PACKAGES[name] for name in task.needs if find_spec(name) is None]
     if missing:
         raise ConfigError(f"task {task.name} needs a package that is not installed: pip install {' '.join(missing)}")
-    if task.judge and not any(os.environ.get(name) for name in ("OPENAI_API_KEY", "AZURE_API_KEY")):
+    if task.judge and not has_judge():
         raise ConfigError(
             f"task {task.name} is scored by a model behind an API: set OPENAI_API_KEY, or AZURE_API_KEY with API_TYPE=azure; without "
             "one lmms-eval gives every answer the score 0 or a random option"
         )
+
+
+def has_judge() -> bool:
+    """Whether a model behind an API can be asked to score."""
+    return any(os.environ.get(name) for name in ("OPENAI_API_KEY", "AZURE_API_KEY"))
 
 
 def known_to(every: Sequence[str], names: Sequence[str]) -> None:
