@@ -22,6 +22,8 @@ COMMANDS = {
     "flops": "account for the FLOPs that a pipeline saves",
     "bench": "measure latency and memory with and without a pipeline",
     "eval": "score pipelines with lmms-eval's tasks",
+    "sweep": "score and time pipelines x tasks from one YAML file, resumably",
+    "tune": "search stages, budgets and options that keep a model's answers",
     "calibrate": "compute the table or layer that a stage needs for a model",
     "demo": "prune the shipped reference model and write a report",
     "schema": "JSON Schema of pipeline files, for editors",

@@ -8,5 +8,9 @@ records.py    what is known about one request, and about one run: the schema of 
 suites.py     named lists of tasks
 harness.py    lmms-eval's task manager and evaluator, and what must not go wrong there
 run.py        pipelines x tasks, the model loaded once
+prepare.py    what has to be set before lmms-eval is imported
+plan.py       a sweep's YAML file and its points
+points.py     a point asked and kept, and points put together as results
+sweep.py      points over processes
 tasks/        tasks that need no download
 """

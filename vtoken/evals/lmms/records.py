@@ -23,6 +23,10 @@
                     visual_tokens, visual_tokens_entry, visual_tokens_mean, input_tokens, new_tokens (means per document),
                     ttft_s, decode_s, preprocess_s (medians over documents), ttft_to_dense (median of the ratios document by document)
     drift           last dense run against the first: ttft (median ratio), answers_changed (documents)
+    speed           what `vtoken bench --json` prints, of a sweep with a speed pass, else null
+
+`vtoken sweep` writes the same, and beside it `DIR/points/KEY.json`: one file per pipeline and task, from which the rest is put
+together; KEY is a hash of everything that decides the numbers.
 
 `DIR/scorers/K-NAME/TASK/` holds what a scorer wrote into the folder it ran in, if anything.
 
