@@ -16,7 +16,7 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# What `vtoken eval` and its tests need, without the packages of lmms-eval that they do not.
+# What `vtoken eval`, `sweep` and `tune` and their tests need, without the packages of lmms-eval that they do not.
 eval-venv: $(VENV)/.eval
 
 test-oldest: $(OLDEST)/.installed
@@ -41,7 +41,7 @@ $(OLDEST)/.installed: CONSTRAINTS = constraints-oldest.txt
 $(OLDEST)/.installed: constraints-oldest.txt
 
 $(VENV)/.eval: $(VENV)/.installed
-	$(VENV)/bin/python -m pip install -e '.[eval-lean]' -c constraints.txt
+	$(VENV)/bin/python -m pip install -e '.[eval-lean,tune]' -c constraints.txt
 	$(VENV)/bin/python -m pip install --no-deps lmms-eval==0.7.3
 	touch $@
 

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 UTILS = """
+import os
 from PIL import Image
 seen = []
 
@@ -25,6 +26,14 @@ def broken(doc, results):
 def piling_up(values):
     seen.extend(values)
     return sum(seen)
+
+def third_time_fatal(values):
+    if "VTOKEN_TEST_CALLS" in os.environ:
+        with open(os.environ["VTOKEN_TEST_CALLS"], "a") as calls:
+            calls.write("x")
+        if os.path.getsize(os.environ["VTOKEN_TEST_CALLS"]) == 3:
+            os.kill(os.getpid(), 9)
+    return sum(values)
 
 def writing(values):
     print("a scorer that prints")

@@ -23,6 +23,8 @@ COMMANDS = {
     "bench": "measure latency and memory with and without a pipeline",
     "eval": "score pipelines with lmms-eval's tasks",
     "report": "the page and the tables of an eval run",
+    "sweep": "score and time pipelines x tasks from one YAML file, resumably",
+    "tune": "search stages, budgets and options that keep a model's answers",
     "calibrate": "compute the table or layer that a stage needs for a model",
     "train-exit": "train the gates of dyvte for a model",
     "demo": "prune the shipped reference model and write a report",

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vtoken.errors import ConfigError, VtokenError
+from vtoken.errors import ConfigError
 
 if TYPE_CHECKING:
     from vtoken.evals.lmms.run import Results
@@ -100,25 +98,16 @@ def run(args: argparse.Namespace) -> int:
         chosen = paper.of(args.paper, args.model)
         args.pipelines = list(dict.fromkeys([*paper.pipelines(chosen), *args.pipelines]))
         args.tasks = args.tasks or ",".join(paper.tasks(chosen, judge=has_judge()))
-    if find_spec("lmms_eval") is None:
-        raise VtokenError(
-            'vtoken eval needs lmms-eval: `make eval-venv` in a checkout, or pip install "vtoken[eval]" with the torchvision that '
-            "belongs to your torch"
-        )
     from vtoken.config import load
+    from vtoken.evals.lmms.prepare import prepare
 
+    prepare("vtoken eval")
     if args.threads is not None and args.threads < 1:
         raise ConfigError(f"threads must be at least 1, not {args.threads}")
     pipelines = [load(each) for each in args.pipelines]  # A typing error must not cost the loading of a model.
     tasks = expand(args.tasks.split(","))
-    # Some tasks of lmms-eval read it without asking whether it is there.
-    os.environ.setdefault("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
-    import lmms_eval.models  # noqa: F401  # It sets up loguru, so what is set up here must come later.
     import torch
-    from loguru import logger
 
-    logger.remove()
-    logger.add(sys.stderr, level="WARNING")
     from vtoken.evals.lmms.harness import Harness
     from vtoken.evals.lmms.model import VtokenModel
     from vtoken.evals.lmms.run import evaluate

@@ -13,5 +13,9 @@ regressions.py  what was lost, and pictures of what was kept of it
 findings.py   results read back: paired statistics, costs, fronts (pareto.py)
 report.py     report.html and table.md
 paper.py      published tables beside measured ones
+prepare.py    what has to be set before lmms-eval is imported
+plan.py       a sweep's YAML file and its points
+points.py     a point asked and kept, and points put together as results
+sweep.py      points over processes
 tasks/        tasks that need no download
 """

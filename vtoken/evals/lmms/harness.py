@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch.distributed as dist
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager, get_task_dict
 from tenacity import RetryError
@@ -32,7 +34,7 @@ class Leaf:
     Attributes:
         metrics: every number its scorer gave for all documents.
         samples: one per document, in order, as lmms-eval logs them.
-        config: of the task.
+        config: of the task, as plain data.
         higher_is_better: metric -> whether.
     """
 
@@ -107,6 +109,9 @@ class Harness:
     def run(self, model: VtokenModel, name: str, limit: int | None, folder: Path) -> Scored:
         """Asks the model everything and scores it.
 
+        In a process group every process asks its share of the documents, and all of them have the whole score and all requests when it
+        is over.
+
         Args:
             limit: first documents of every leaf only.
             folder: where scorers leave their files.
@@ -129,14 +134,19 @@ class Harness:
                 bootstrap_iters=0,
                 log_samples=True,
                 use_cache=None,
+                distributed_executor_backend="torchrun" if dist.is_initialized() else "accelerate",
             )
-        if not any(folder.iterdir()):
+        with contextlib.suppress(OSError):  # Something was left in it, or another process was faster.
             folder.rmdir()
+        return gathered(model, None if found is None else self._scored(name, found))
+
+    def _scored(self, name: str, found: dict[str, Any]) -> Scored:
         leaves = {
             leaf: Leaf(
                 numbers(found["results"][leaf]),
                 _one_per_document(samples),
-                found["configs"][leaf],
+                # Functions of a task do not travel between processes.
+                json.loads(json.dumps(found["configs"][leaf], default=str)),
                 found["higher_is_better"][leaf],
             )
             for leaf, samples in found["samples"].items()
@@ -147,6 +157,24 @@ class Harness:
         # A group without a number of its own: every leaf counts alike.
         value = own.get(metric, fmean(each) if each else None) if metric else None
         return Scored(metric, value, leaves)
+
+
+def ranks() -> tuple[int, int]:
+    """Number of this process under torchrun or accelerate, and how many there are."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def gathered(model: VtokenModel, scored: Scored | None) -> Scored:
+    """The score, which only the first process has, and in model.requests those of all processes, in the order of the documents."""
+    if dist.is_initialized():
+        box = [scored]
+        shares: list[Any] = [None] * dist.get_world_size()
+        dist.broadcast_object_list(box, src=0)
+        dist.all_gather_object(shares, model.requests)
+        scored = box[0]
+        model.requests = sorted((r for share in shares for r in share), key=lambda r: (r.task, r.doc, r.repeat))
+    assert scored is not None  # lmms-eval scores in the first process, and alone in the only one
+    return scored
 
 
 def numbers(given: dict[str, Any]) -> dict[str, float]:
@@ -168,12 +196,9 @@ def _metric(name: str, leaves: dict[str, Leaf]) -> str | None:
 
 
 def _one_per_document(samples: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
-    """A task with several filters logs every document once per filter: the first stays."""
-    return tuple({sample["doc_id"]: sample for sample in reversed(samples)}[key] for key in _order(samples))
-
-
-def _order(samples: Sequence[dict[str, Any]]) -> list[Any]:
-    return list(dict.fromkeys(sample["doc_id"] for sample in samples))
+    """A task with several filters logs every document once per filter: the first stays. Several processes log one share each."""
+    first = {sample["doc_id"]: sample for sample in reversed(samples)}
+    return tuple(first[key] for key in sorted(first))
 
 
 def _leaves(loaded: dict[Any, Any]) -> Iterator[tuple[str, Any]]:

@@ -29,6 +29,10 @@
     cases           documents that pipelines lost against dense, worst first: task, doc, and panels: run's name -> JPEG under
                     `DIR/cases/` with the tokens it kept (dense: the pictures), null where nothing can be drawn
     drift           last dense run against the first: ttft (median ratio), answers_changed (documents)
+    speed           what `vtoken bench --json` prints, of a sweep with a speed pass, else null
+
+`vtoken sweep` writes the same, and beside it `DIR/points/KEY.json`: one file per pipeline and task, from which the rest is put
+together; KEY is a hash of everything that decides the numbers.
 
 `DIR/scorers/K-NAME/TASK/` holds what a scorer wrote into the folder it ran in, if anything.
 

@@ -18,7 +18,7 @@ from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, VtokenError
 from vtoken.evals.latency import machine
 from vtoken.evals.lmms import costs, regressions
-from vtoken.evals.lmms.harness import Harness, Scored, options
+from vtoken.evals.lmms.harness import Harness, Scored, options, ranks
 from vtoken.evals.lmms.model import VtokenModel
 from vtoken.evals.lmms.records import SCHEMA, Request
 from vtoken.evals.lmms.suites import KNOWN, document_score
@@ -41,6 +41,7 @@ class Results:
     runs: list[dict[str, Any]] = field(default_factory=list)
     cases: list[dict[str, Any]] = field(default_factory=list)
     drift: dict[str, Any] | None = None
+    speed: dict[str, Any] | None = None
     complete: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,13 +88,15 @@ def evaluate(
         progress: called with what comes next.
 
     Raises:
-        ConfigError: a limit below 1, a folder that holds results already, pipelines that cannot be told apart.
+        ConfigError: a limit below 1, several processes, a folder that holds results already, pipelines that cannot be told apart.
         UnsupportedError: a stage that the model cannot serve, before anything is asked.
         VtokenError: a task whose scorer fails.
         Whatever the model raises: what was finished before stays in the folder, with `complete` false.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1 document, not {limit}")
+    if ranks()[1] > 1:
+        raise ConfigError("vtoken eval is one process; under torchrun or accelerate launch take vtoken sweep")
     if (folder / "results.json").exists():
         raise ConfigError(f"{folder} holds results already; give another folder with --out")
     runs = lineup(pipelines)

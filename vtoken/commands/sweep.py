@@ -1,0 +1,126 @@
+"""`vtoken sweep`: pipelines x tasks from one YAML file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from vtoken.errors import ConfigError
+
+EPILOG = """\
+a sweep file:
+  model: tiny-llava
+  methods: [fastervlm, visionzip, random]     # each at every budget
+  budgets: [64, 32, 16]
+  pipelines: [fastervlm-64, mine.yaml]        # and these as they are
+  tasks: [vtoken_glyph_qa]
+  limit: 48
+  speed: {new_tokens: 16, repeats: 7}         # a second pass, batch 1, interleaved; left out: none
+other keys: batch_size, device, dtype, attn, revision, min_pixels, max_pixels, frames, system_prompt, max_new_tokens, prompts,
+include; they mean what the options of vtoken eval mean.
+
+examples:
+  vtoken sweep sweep.yaml --out out
+      run it again after a kill: what is in out/points is not asked again
+  vtoken sweep sweep.yaml --out out --workers 4
+      four processes, each with its model, on the GPUs in turn; each takes the next pipeline and task
+  torchrun --nproc-per-node 4 -m vtoken sweep sweep.yaml --out out
+      every task's documents shared out over the processes; accelerate launch does as well
+
+The stock model is asked first and last. DIR holds results.json and requests/, as of vtoken eval. A point is asked again when model,
+weights, pipeline, task, limit, generation settings or versions differ. Documents of hub data sets are not part of that: if they
+changed, the sweep says so.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's options."""
+    parser.description = "Scores pipelines on tasks, point by point and resumably, then times them."
+    parser.epilog = EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("file", type=Path, metavar="SWEEP.yaml", help="what to sweep")
+    parser.add_argument("--out", type=Path, default=Path("vtoken-sweep"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch, of all workers together")
+    parser.add_argument("--json", action="store_true", help="print what is in results.json and nothing else")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Sweeps, writes and prints.
+
+    Raises:
+        VtokenError: lmms-eval is missing, or a file or argument that cannot be used.
+    """
+    from vtoken.evals.lmms.plan import Sweep
+    from vtoken.evals.lmms.prepare import prepare
+    from vtoken.evals.strict import read
+
+    sweep = read(Sweep, args.file)
+    if args.threads is not None and args.threads < 1:
+        raise ConfigError(f"threads must be at least 1, not {args.threads}")
+    if args.workers > 1:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # Bars of several processes overwrite each other.
+    prepare("vtoken sweep")
+    import torch
+
+    from vtoken.evals.lmms import sweep as sweeping
+    from vtoken.evals.lmms.harness import ranks
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    from tqdm import tqdm
+
+    command = shlex.join(["vtoken", *sys.argv[1:]])
+    with tqdm(desc="points", disable=ranks()[0] > 0) as bar:
+
+        def progress(done: int, total: int, what: str) -> None:
+            bar.total, bar.n = total, done
+            bar.set_postfix_str(what)
+
+        results = sweeping.run(sweep, args.out, args.workers, command, progress)
+    if results is None:
+        return 0
+    if args.json:
+        print(json.dumps(results.to_dict()))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    from vtoken.commands import eval as scores
+
+    console = Console()
+    console = Console(width=None if console.is_terminal else 200)
+    tables = [(f"{sweep.model}: accuracy", scores.cells(results))]
+    if results.speed is not None:
+        tables.append((f"{sweep.model}: speed, batch 1, interleaved", speeds(results.speed)))
+    for title, (head, *lines) in tables:
+        table = Table(*head, title=title, title_justify="left")
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
+    for sentence in scores.notes(results):
+        print(sentence)
+    return 0
+
+
+def speeds(bench: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Head and rows of the speed pass as text; medians."""
+    found: list[tuple[str, ...]] = [
+        ("pipeline", "visual tokens", "TTFT ms", "end to end ms", "TTFT / dense", "end / dense")
+    ]
+    for row in bench["rows"]:
+        ratios = [(row["to_dense"] or {}).get(part) for part in ("ttft", "end_to_end")]
+        found.append(
+            (
+                row["name"],
+                str(row["visual_tokens"]),
+                *(f"{row['milliseconds'][part]['median']:.1f}" for part in ("ttft", "end_to_end")),
+                *("" if ratio is None else f"{ratio['median']:.3f}" for ratio in ratios),
+            )
+        )
+    return found

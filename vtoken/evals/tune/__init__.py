@@ -1,0 +1,7 @@
+"""The search for pipelines that keep a model's answers.
+
+space.py      what may vary: a strict YAML file, a trial's draw as a pipeline
+samples.py    what is asked: the reference set, a JSONL file, or the prompts of lmms-eval's tasks
+quality.py    how near the answers stay: agreement, accuracy, cosine
+search.py     trials with Optuna, and the best pipelines as YAML
+"""

@@ -1,0 +1,104 @@
+"""How near a pruned model stays to the dense one on samples."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vtoken.config import Pipeline
+from vtoken.errors import ConfigError
+from vtoken.evals.lmms.asker import Asker
+from vtoken.evals.lmms.prompts import encode
+from vtoken.evals.tune.samples import Sample
+
+Measure = Literal["agreement", "accuracy", "cosine"]
+MEASURES: dict[str, str] = {
+    "agreement": "share of answers that are the dense model's, case and outer space aside; needs no labels",
+    "accuracy": "share of answers that are the right ones, case and outer space aside",
+    "cosine": "mean cosine of the last prompt token's final hidden state with the dense model's; needs no labels (VFlowOpt)",
+}
+
+
+class Judge:
+    """Scores pipelines on samples, in chunks; what dense says is had once.
+
+    Args:
+        batch_size: prompts at a time.
+
+    Attributes:
+        dense: the dense model's own quality: 1 except for accuracy.
+
+    Raises:
+        ConfigError: accuracy without an answer to every sample, or of a model that answers nothing right.
+    """
+
+    def __init__(self, asker: Asker, samples: Sequence[Sample], measure: Measure, batch_size: int = 1) -> None:
+        if measure == "accuracy" and any(sample.answer is None for sample in samples):
+            raise ConfigError(
+                "accuracy needs an answer to every sample, which lmms-eval's tasks leave to their scorers; take --quality agreement, "
+                "and vtoken eval for the best pipelines"
+            )
+        self.asker, self.samples, self.measure, self.batch_size = asker, list(samples), measure, batch_size
+        asker.use(None)
+        self._said = [] if measure == "cosine" else [text for batch in self._batches() for text in self._answers(batch)]
+        self._states = [s for batch in self._batches() for s in self._hidden(batch)] if measure == "cosine" else []
+        self.dense = 1.0
+        if measure == "accuracy":
+            right = [_same(said, s.answer or "") for said, s in zip(self._said, self.samples, strict=True)]
+            self.dense = sum(right) / len(right)
+        if not self.dense:
+            raise ConfigError(
+                "the dense model answers nothing right, so no accuracy can be kept; take --quality agreement"
+            )
+
+    def scores(self, pipeline: Pipeline) -> Generator[list[float], None, None]:
+        """Scores of one batch after the other; the model is dense again when it ends or is closed.
+
+        Raises:
+            UnsupportedError: a stage that the model cannot serve.
+        """
+        self.asker.use(pipeline)
+        try:
+            done = 0
+            for batch in self._batches():
+                yield self._score(batch, done)
+                done += len(batch)
+        finally:
+            self.asker.use(None)
+
+    def _score(self, batch: Sequence[Sample], start: int) -> list[float]:
+        if self.measure == "cosine":
+            pairs = zip(self._hidden(batch), self._states[start:], strict=False)
+            return [float(torch.cosine_similarity(own, dense, dim=0)) for own, dense in pairs]
+        wanted = self._said[start:] if self.measure == "agreement" else [s.answer or "" for s in batch]
+        return [float(_same(own, other)) for own, other in zip(self._answers(batch), wanted, strict=False)]
+
+    def _batches(self) -> Iterator[list[Sample]]:
+        """Of equal generation options, in order."""
+        batch: list[Sample] = []
+        for sample in self.samples:
+            if batch and (len(batch) == self.batch_size or sample.options != batch[0].options):
+                yield batch
+                batch = []
+            batch.append(sample)
+        yield batch
+
+    def _answers(self, batch: Sequence[Sample]) -> list[str]:
+        return [reply.text for reply in self.asker.ask([s.prompt for s in batch], batch[0].options)]
+
+    @torch.inference_mode()
+    def _hidden(self, batch: Sequence[Sample]) -> list[Tensor]:
+        """[D] of every sample, on the CPU."""
+        model: Any = self.asker.model
+        inputs = encode(self.asker.processor, [s.prompt for s in batch], model)
+        out = model.generate(
+            **inputs, do_sample=False, max_new_tokens=1, return_dict_in_generate=True, output_hidden_states=True
+        )
+        return list(out.hidden_states[0][-1][:, -1].float().cpu())
+
+
+def _same(a: str, b: str) -> bool:
+    return a.strip().lower() == b.strip().lower()

@@ -1,0 +1,170 @@
+"""Trials: quality up, cost down, stopped early where the first samples tell that they lead nowhere; resumable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+import vtoken
+from vtoken import config
+from vtoken.config import Pipeline
+from vtoken.errors import ConfigError, UnsupportedError, VtokenError
+from vtoken.evals.tune.cost import Objective, Shape, share
+from vtoken.evals.tune.quality import Judge
+from vtoken.evals.tune.space import Space
+
+STATES = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+@dataclass
+class Search:
+    """One study.
+
+    Attributes:
+        keep: share of the dense model's quality that the best pipeline must keep.
+        first: samples after which a trial may be stopped, if its quality there is below the floor and below the median of all trials
+            before it. Whatever the number, one that cannot reach the floor any more is stopped.
+        about: what else decides the numbers; a study of another one is not gone on with.
+    """
+
+    judge: Judge
+    space: Space
+    folder: Path
+    like: Shape
+    objective: Objective
+    keep: float
+    first: int
+    seed: int
+    about: dict[str, Any]
+    study: optuna.Study = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise ConfigError(f"keep-accuracy must lie between 0 and 100 %, not {100 * self.keep:g} %")
+        if self.first < 1:
+            raise ConfigError(f"first must be at least 1 sample, not {self.first}")
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        storage = f"sqlite:///{(self.folder / 'study.db').resolve()}"
+        self.study = optuna.create_study(
+            storage=storage, study_name="vtoken", directions=["maximize", "minimize"], load_if_exists=True
+        )
+        own = json.loads(json.dumps({**self.about, **self._settings()}, sort_keys=True, default=str))
+        known = self.study.user_attrs.setdefault("about", own)
+        if known != own:
+            other = ", ".join(key for key in own if known.get(key) != own[key])
+            raise ConfigError(f"{self.folder} holds a study with another {other}; give another folder with --out")
+        self.study.set_user_attr("about", own)
+        for trial in self.study.get_trials(states=(TrialState.RUNNING,)):  # It was killed.
+            self.study.tell(trial.number, state=TrialState.FAIL)
+        # Not the draws of the trials that are there already.
+        self.study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(self.study.trials))
+
+    def _settings(self) -> dict[str, Any]:
+        own = {"objective": self.objective, "quality": self.judge.measure, "keep": self.keep, "first": self.first}
+        shape = self.like.to_dict()
+        return {**own, "shape": shape, "space": self.space.model_dump(mode="json"), "vtoken": vtoken.__version__}
+
+    @property
+    def floor(self) -> float:
+        return self.keep * self.judge.dense
+
+    def run(self, trials: int, progress: Callable[[int, str], None] = lambda done, what: None) -> None:
+        """Goes on until there are so many trials, those of earlier calls counted.
+
+        Raises:
+            ConfigError: no trials.
+            VtokenError: a model that can serve none of the drawn pipelines.
+            Whatever the model raises: the trials before stay in the study.
+        """
+        if trials < 1:
+            raise ConfigError(f"trials must be at least 1, not {trials}")
+        for done in range(len(self._tried()), trials):
+            trial = self.study.ask()
+            pipeline = self.space.suggest(trial)
+            trial.set_user_attr("pipeline", config.dump(pipeline))
+            progress(done, pipeline.name)
+            try:
+                cost = share(self.judge.asker, pipeline, self.objective, self.like)
+                quality = self._quality(trial, pipeline)
+            except UnsupportedError as error:
+                trial.set_user_attr("refused", str(error))
+                quality = None
+            if quality is None:
+                self.study.tell(trial, state=TrialState.PRUNED)
+            else:
+                self.study.tell(trial, [quality, cost])
+        reasons = [t.user_attrs.get("refused") for t in self._tried()]
+        if all(reasons):
+            raise VtokenError(f"the model can serve none of the pipelines tried: {reasons[0]}")
+
+    def _tried(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=STATES)
+
+    def _quality(self, trial: optuna.Trial, pipeline: Pipeline) -> float | None:
+        """Mean score, None where the trial was stopped; `stopped` then says why, `first` what was seen until then."""
+        total = len(self.judge.samples)
+        before = [t.user_attrs["first"] for t in self._tried() if "first" in t.user_attrs]
+        scores: list[float] = []
+        stream = self.judge.scores(pipeline)
+        try:
+            for batch in stream:
+                early = len(scores) < self.first
+                scores += batch
+                mean = sum(scores) / len(scores)
+                if early and len(scores) >= self.first:
+                    trial.set_user_attr("first", mean)
+                    if before and mean < min(self.floor, median(before)) and len(scores) < total:
+                        trial.set_user_attr("stopped", f"{mean:.3f} after {len(scores)} samples, below the median")
+                        return None
+                if len(scores) < total and (sum(scores) + total - len(scores)) / total < self.floor:
+                    trial.set_user_attr("stopped", f"{mean:.3f} after {len(scores)} samples, cannot reach the floor")
+                    return None
+        finally:
+            stream.close()
+        return sum(scores) / total
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that was tried, in order; `best` numbers trials, the cheapest at or above the floor first."""
+        trials = [
+            {
+                "number": t.number,
+                "quality": t.values[0] if t.values else None,
+                "cost": t.values[1] if t.values else None,
+                **{key: t.user_attrs.get(key) for key in ("first", "stopped", "refused", "pipeline")},
+            }
+            for t in self._tried()
+        ]
+        best = [t.number for t in self.best()]
+        about = self.study.user_attrs["about"]
+        return {"schema": "vtoken-tune/1", "about": about, "floor": self.floor, "best": best, "trials": trials}
+
+    def best(self) -> list[FrozenTrial]:
+        """The Pareto front: first those at or above the floor, cheapest first, then the others, best first."""
+        front = {t.values[0]: t for t in sorted(self.study.best_trials, key=lambda t: -t.number)}.values()
+        good = sorted((t for t in front if t.values[0] >= self.floor), key=lambda t: t.values[1])
+        return good + sorted((t for t in front if t.values[0] < self.floor), key=lambda t: -t.values[0])
+
+    def write(self) -> list[Path]:
+        """tune.json, and a pipeline file for every trial of the front: best-1.yaml is the one to take if it reaches the floor."""
+        (self.folder / "tune.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        for old in self.folder.glob("best-*.yaml"):
+            old.unlink()
+        files = []
+        for k, trial in enumerate(self.best(), start=1):
+            quality, cost = trial.values
+            kept = "at or above" if quality >= self.floor else "below"
+            head = (
+                f"# vtoken tune on {self.about.get('model')}: {self.judge.measure} {quality:.4f} on {len(self.judge.samples)} samples "
+                f"(dense {self.judge.dense:.4f}), {kept} the floor {self.floor:.4f}; {self.objective} {cost:.4f} of dense\n"
+            )
+            files.append(self.folder / f"best-{k}.yaml")
+            files[-1].write_text(head + trial.user_attrs["pipeline"], encoding="utf-8")
+        return files

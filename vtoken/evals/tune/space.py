@@ -1,0 +1,112 @@
+"""What a search may vary, and what a trial makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import yaml
+from pydantic import Field, field_validator
+
+from vtoken import config
+from vtoken.config import Pipeline
+from vtoken.errors import ConfigError
+from vtoken.evals.strict import Strict
+
+KEYS = {"values", "low", "high", "step", "log"}
+
+
+class Space(Strict):
+    """Alternatives by name, each a list of stages as in a pipeline file, with ranges in place of some options' values.
+
+    A range is `{values: [a, b]}` or `{low: 1, high: 9}`, with `step: 2` or `log: true` if wanted; whole bounds give whole numbers.
+    """
+
+    alternatives: dict[str, list[Any]] = Field(
+        description="name -> stages; options may be {values: [..]} or {low:, high:}"
+    )
+    positions: Any = Field("original", description="as in a pipeline file, or {values: [original, compact]}")
+
+    @field_validator("alternatives")
+    @classmethod
+    def _some(cls, given: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        if not given:
+            raise ValueError("name at least one list of stages")
+        return given
+
+    def check(self) -> list[Pipeline]:
+        """Both ends of every alternative, so that a wrong option is told before a model is loaded.
+
+        Raises:
+            ConfigError: a range or a pipeline that cannot be used, with the alternative's name.
+        """
+
+        def first(key: str, given: dict[str, Any]) -> Any:
+            return _ends(key, given)[0]
+
+        def last(key: str, given: dict[str, Any]) -> Any:
+            return _ends(key, given)[-1]
+
+        found = []
+        for name in self.alternatives:
+            try:
+                found += [self.draw(name, first), self.draw(name, last)]
+            except ConfigError as error:
+                raise ConfigError(f"alternative {name!r}: {error}") from error
+        return found
+
+    def draw(self, name: str, choose: Callable[[str, dict[str, Any]], Any]) -> Pipeline:
+        """The alternative with every range replaced by what `choose(key, range)` gives; keys are as "zip/0.visionzip.keep"."""
+        places = {"positions": self.positions, "stages": self.alternatives[name]}
+        filled = _filled(places, name + "/", choose)
+        return config.load(filled)
+
+    def suggest(self, trial: Any) -> Pipeline:
+        """An Optuna trial's draw."""
+        names = list(self.alternatives)
+        name = trial.suggest_categorical("alternative", names) if len(names) > 1 else names[0]
+        return self.draw(name, lambda key, given: _suggest(trial, key, given))
+
+
+def ranges(value: Any, at: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every range below a value, with its key."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    _filled(value, at, lambda key, given: found.append((key, given)))
+    yield from found
+
+
+def _filled(value: Any, at: str, choose: Callable[[str, dict[str, Any]], Any]) -> Any:
+    if isinstance(value, dict) and value and set(value) <= KEYS:
+        return choose(at.rstrip("."), value)
+    if isinstance(value, dict):
+        # What is plain to a reader stays out of the keys: stages are told apart by their place.
+        return {key: _filled(each, at if key == "stages" else f"{at}{key}.", choose) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_filled(each, f"{at}{k}.", choose) for k, each in enumerate(value)]
+    return value
+
+
+def _ends(key: str, given: dict[str, Any]) -> list[Any]:
+    values = given.get("values")
+    if isinstance(values, list) and values and set(given) == {"values"}:
+        return values
+    numbers: list[Any] = [given.get("low"), given.get("high"), given.get("step", 1)]
+    plain = all(isinstance(v, int | float) and not isinstance(v, bool) for v in numbers)
+    if plain and "values" not in given and isinstance(given.get("log", False), bool):
+        low, high, step = numbers
+        if low < high and step > 0 and not (given.get("log") and (low <= 0 or "step" in given)):
+            return [low, high]
+    raise ConfigError(
+        f"{key}: a range is {{values: [a, b]}} or {{low: 1, high: 9}} with step or log (then low above 0, no step), not {given}"
+    )
+
+
+def _suggest(trial: Any, key: str, given: dict[str, Any]) -> Any:
+    ends = _ends(key, given)
+    if "values" in given:
+        # Optuna keeps texts and numbers only; a budget may be a mapping.
+        texts = [yaml.safe_dump(value, default_flow_style=True) for value in ends]
+        return yaml.safe_load(trial.suggest_categorical(key, texts))
+    options = {name: given[name] for name in ("step", "log") if name in given}
+    whole = all(isinstance(each, int) for each in (*ends, given.get("step", 1)))
+    return (trial.suggest_int if whole else trial.suggest_float)(key, *ends, **options)
