@@ -76,7 +76,8 @@ def test_a_batch_is_its_rows(family: str, pipeline: Any, asker: Any) -> None:
     assert len({reply.text for reply in alone}) == len(PROMPTS)
     for one, other in zip(together, alone, strict=True):
         assert one.cost.batch == 4 and other.cost.batch == 1
-        timed = {"batch": 1, "preprocess_s": 0.0, "ttft_s": 0.0, "decode_s": 0.0}
+        assert one.cost.stages.keys() == other.cost.stages.keys()
+        timed = {"batch": 1, "preprocess_s": 0.0, "ttft_s": 0.0, "decode_s": 0.0, "stages": {}}
         assert replace(one.cost, **timed) == replace(other.cost, **timed)
         assert one.cost.new_tokens == 4 and one.cost.prompt_tokens > one.cost.visual_tokens
         assert min(one.cost.preprocess_s, one.cost.ttft_s, one.cost.decode_s) > 0
@@ -293,6 +294,6 @@ def test_pixel_limits_are_explicit(asker: Any) -> None:
 
 
 def test_the_command_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("vtoken.commands.eval.find_spec", lambda name: None)
+    monkeypatch.setattr("vtoken.evals.lmms.prepare.find_spec", lambda name: None)
     assert main(["eval", "tiny-llava", "--tasks", "smoke"]) == 2
     assert "vtoken eval needs lmms-eval: `make eval-venv`" in capsys.readouterr().err

@@ -164,15 +164,15 @@ def ranks() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def gathered(model: VtokenModel, scored: Scored | None) -> Scored:
-    """The score, which only the first process has, and in model.requests those of all processes, in the order of the documents."""
+def gathered(bridge: VtokenModel, scored: Scored | None) -> Scored:
+    """The score, which only the first process has, and in bridge.requests those of all processes, in the order of the documents."""
     if dist.is_initialized():
         box = [scored]
         shares: list[Any] = [None] * dist.get_world_size()
         dist.broadcast_object_list(box, src=0)
-        dist.all_gather_object(shares, model.requests)
+        dist.all_gather_object(shares, bridge.requests)
         scored = box[0]
-        model.requests = sorted((r for share in shares for r in share), key=lambda r: (r.task, r.doc, r.repeat))
+        bridge.requests = sorted((r for share in shares for r in share), key=lambda r: (r.task, r.doc, r.repeat))
     assert scored is not None  # lmms-eval scores in the first process, and alone in the only one
     return scored
 
