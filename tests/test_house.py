@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "source": {"errors"},
     "config": GROUND | {"errors", "registry", "source"},
     "wrap": LOWER,
-    "evals": LOWER | {"wrap", "evals", "__init__"},
+    "evals": LOWER | {"wrap", "evals", "source", "__init__"},
     "commands": LOWER | {"wrap", "evals", "__init__"},
     "cli": LOWER | {"wrap", "commands", "evals", "__init__"},
     "__main__": {"cli"},

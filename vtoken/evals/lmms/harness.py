@@ -172,7 +172,7 @@ def gathered(model: VtokenModel, scored: Scored | None) -> Scored:
         dist.broadcast_object_list(box, src=0)
         dist.all_gather_object(shares, model.requests)
         scored = box[0]
-        model.requests = sorted((r for share in shares for r in share), key=lambda r: (r.task, r.doc, r.repeat))
+        model.requests[:] = sorted((r for share in shares for r in share), key=lambda r: (r.task, r.doc, r.repeat))
     assert scored is not None  # lmms-eval scores in the first process, and alone in the only one
     return scored
 
