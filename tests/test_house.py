@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "config": GROUND | {"errors", "registry", "source"},
     "checks": LOWER,
     "wrap": LOWER | {"checks"},
-    "evals": LOWER | {"wrap", "evals", "compressors", "__init__"},
+    "evals": LOWER | {"wrap", "evals", "compressors", "source", "__init__"},
     "commands": LOWER | {"wrap", "evals", "compressors", "__init__"},
     "cli": LOWER | {"wrap", "commands", "evals", "__init__"},
     "__main__": {"cli"},

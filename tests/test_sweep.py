@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ pytest.importorskip("lmms_eval")
 import lmms_tasks
 
 from vtoken.cli import main
+from vtoken.commands.sweep import cells
 from vtoken.errors import ConfigError, VtokenError
 from vtoken.evals.lmms import points, sweep
 from vtoken.evals.lmms.plan import Speed, Sweep
@@ -26,7 +28,7 @@ from vtoken.evals.strict import read
 
 ROOT = Path(__file__).parents[1]
 # What nobody can repeat, and how many documents shared a batch, which is another number where they are shared out.
-PASSING = ("preprocess_s", "ttft_s", "decode_s", "ttft_to_dense", "batch")
+PASSING = ("preprocess_s", "ttft_s", "decode_s", "ttft_to_dense", "batch", "stages")
 RUNS = 5  # dense, two methods at one budget, one pipeline, dense
 
 
@@ -99,6 +101,15 @@ def test_a_whole_sweep(whole: Results) -> None:
     assert whole.speed is not None and [row["name"] for row in whole.speed["rows"]] == list(kept)
 
 
+def test_the_table_says_what_the_file_does(whole: Results) -> None:
+    head, *rows = cells(whole)
+    assert all(len(row) == len(head) for row in rows) and [row[0] for row in rows] == [r["name"] for r in whole.runs]
+    kept = head.index("visual tokens")
+    assert [row[kept] for row in rows] == ["16", "3", "5", "5", "16"]
+    assert rows[0][head.index("answers as dense")] == "100.0 %" and rows[0][head.index("TTFT / dense")] == ""
+    assert "TTFT ms" not in cells(replace(whole, speed=None))[0]
+
+
 def test_nothing_is_asked_twice(place: Path, given: Sweep, whole: Results, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: Any) -> None:
         raise AssertionError("asked again")
@@ -146,7 +157,7 @@ def test_workers_come_to_the_same(place: Path, whole: Results) -> None:
 
 def test_torchrun_comes_to_the_same(place: Path, whole: Results) -> None:
     out = place / "torchrun"
-    run = ("torch.distributed.run", "--nproc-per-node", 2, "--master-port", 29517, "-m")
+    run = ("torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m")
     done = program(*run, "vtoken", "sweep", place / "sweep.yaml", "--out", out)
     assert done.returncode == 0, done.stderr
     assert timeless(out) == timeless(whole.folder)

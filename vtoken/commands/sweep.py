@@ -8,9 +8,12 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vtoken.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vtoken.evals.lmms.run import Results
 
 EPILOG = """\
 a sweep file:
@@ -91,36 +94,50 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from vtoken.commands import eval as scores
-
+    head, *lines = cells(results)
+    table = Table(*head, title=results.model, title_justify="left")
+    for line in lines:
+        table.add_row(*line)
     console = Console()
-    console = Console(width=None if console.is_terminal else 200)
-    tables = [(f"{sweep.model}: accuracy", scores.cells(results))]
+    Console(width=None if console.is_terminal else 200).print(table)
+    about = results.conditions
+    print(f"{about['device']}, {about['dtype']}, {about['versions']}, lmms-eval {about['lmms_eval']}")
     if results.speed is not None:
-        tables.append((f"{sweep.model}: speed, batch 1, interleaved", speeds(results.speed)))
-    for title, (head, *lines) in tables:
-        table = Table(*head, title=title, title_justify="left")
-        for line in lines:
-            table.add_row(*line)
-        console.print(table)
-    for sentence in scores.notes(results):
-        print(sentence)
+        print("times: medians at batch 1 on random prompts, dense and pipelines interleaved; ratios within a round")
+    if results.drift is not None:
+        print(f"drift: {results.drift['answers_changed']} answers of the last dense run differ from the first one's")
+    print(f"wrote {results.folder / 'results.json'}")
     return 0
 
 
-def speeds(bench: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Head and rows of the speed pass as text; medians."""
-    found: list[tuple[str, ...]] = [
-        ("pipeline", "visual tokens", "TTFT ms", "end to end ms", "TTFT / dense", "end / dense")
+def cells(results: Results) -> list[tuple[str, ...]]:
+    """Head and rows as text: accuracy, and speed where there was a speed pass."""
+    timed = {} if results.speed is None else {row["name"]: row for row in results.speed["rows"]}
+    head = ["pipeline", *(f"{name}\n{about['metric']}" for name, about in results.tasks.items())]
+    rows = [
+        (*head, "answers as dense", "visual tokens", *(("TTFT ms", "TTFT / dense", "end / dense") if timed else ()))
     ]
-    for row in bench["rows"]:
-        ratios = [(row["to_dense"] or {}).get(part) for part in ("ttft", "end_to_end")]
-        found.append(
-            (
-                row["name"],
-                str(row["visual_tokens"]),
-                *(f"{row['milliseconds'][part]['median']:.1f}" for part in ("ttft", "end_to_end")),
-                *("" if ratio is None else f"{ratio['median']:.3f}" for ratio in ratios),
-            )
+    for run in results.runs:
+        each = run["tasks"]
+        docs = {name: results.tasks[name]["docs"] for name in each}
+        same, tokens = (
+            sum(each[name][key] * docs[name] for name in each) / sum(docs.values())
+            for key in ("same_as_dense", "visual_tokens_entry")
         )
-    return found
+        scores = (_value(each.get(name)) for name in results.tasks)
+        times = _times(timed[run["name"]]) if timed else ()
+        rows.append((run["name"], *scores, f"{100 * same:.1f} %", f"{tokens:.0f}", *times))
+    return rows
+
+
+def _times(row: dict[str, Any]) -> tuple[str, ...]:
+    ratios = [(row["to_dense"] or {}).get(part) for part in ("ttft", "end_to_end")]
+    shown = ["" if ratio is None else f"{ratio['median']:.3f}" for ratio in ratios]
+    return (f"{row['milliseconds']['ttft']['median']:.1f}", *shown)
+
+
+def _value(task: dict[str, Any] | None) -> str:
+    if task is None or task["value"] is None:
+        return "n/a"
+    share = "" if task["of_dense"] is None else f" ({100 * task['of_dense']:.0f} %)"
+    return f"{task['value']:.3f}{share}"

@@ -26,6 +26,10 @@ examples:
   vtoken tune Qwen/Qwen2.5-VL-3B-Instruct --data textvqa_val,gqa --limit 30 --quality cosine --space space.yaml --trials 50
       prompts of lmms-eval's tasks (their scorers are not asked), and VFlowOpt's objective; no labels needed
 
+agreement: share of answers that are dense's; accuracy: that are the right ones; cosine: of the last prompt token's final hidden state
+with dense's. A trial is stopped when it cannot reach the floor any more, or is below it and below the median of the trials before
+after the first samples.
+
 Run it again with more --trials to go on. DIR holds best-1.yaml, best-2.yaml, ... (the Pareto front; the cheapest that keeps enough comes
 first), tune.json (all trials) and study.db (Optuna's). The samples that choose a pipeline flatter it: score the best with vtoken eval
 on others.
@@ -43,7 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", default="reference", metavar="DATA", help="reference, FILE.jsonl or lmms-eval's tasks"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="first N samples (of each task)")
-    parser.add_argument("--quality", choices=("agreement", "accuracy", "cosine"), default="agreement", help="see below")
+    parser.add_argument(
+        "--quality",
+        choices=("agreement", "accuracy", "cosine"),
+        default="agreement",
+        help="what is kept (default: %(default)s)",
+    )
     parser.add_argument("--objective", choices=("flops", "ttft"), default="flops", help="cost (default: %(default)s)")
     parser.add_argument(
         "--keep-accuracy", type=_share, default=0.98, metavar="SHARE", help="of dense's quality (default: 98%%)"

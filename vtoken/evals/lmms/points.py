@@ -13,11 +13,12 @@ from typing import Any
 from vtoken import config
 from vtoken.config import Pipeline
 from vtoken.errors import VtokenError
+from vtoken.evals.lmms import costs
 from vtoken.evals.lmms.harness import Harness, Leaf, Scored
 from vtoken.evals.lmms.model import VtokenModel
 from vtoken.evals.lmms.plan import Point, Sweep
 from vtoken.evals.lmms.records import Cost, Reply, Request
-from vtoken.evals.lmms.run import DENSE, Results, _about, _lines, _ratio, _summary, conditions
+from vtoken.evals.lmms.run import DENSE, Results, about_task, conditions, request_lines, summary, ttft_ratio
 
 Answered = Mapping[str, Any]  # what a point's file holds
 
@@ -28,14 +29,16 @@ def ask(model: VtokenModel, harness: Harness, point: Point, limit: int | None, f
     try:
         scored = harness.run(model, point.task, limit, folder / "scorers" / f"{point.run}" / point.task)
         found = {(r.task, r.doc): r for r in model.requests if r.repeat == 0}
+        counted = costs.flops(model.asker.model.config, point.pipeline, costs.typical(model, list(found.values())))
     finally:
         model.use(DENSE)
     return {
         "conditions": conditions(model, limit),
-        "about": _about(point.task, scored),
+        "about": about_task(point.task, scored),
         "value": scored.value,
+        "flops": counted,
         "metrics": {name: leaf.metrics for name, leaf in scored.leaves.items()},
-        "requests": list(_lines(point.pipeline.name, point.task, scored, found, found)),
+        "requests": list(request_lines(point.pipeline.name, point.task, scored, found, found)),
     }
 
 
@@ -86,7 +89,8 @@ def assemble(
                 raise VtokenError(f"task {point.task} gave {name} other documents than dense; start in a new folder")
             scored = Scored(found["about"]["metric"], found["value"], _leaves(found))
             base = results.runs[0]["tasks"][point.task] if k else None
-            row["tasks"][point.task] = _summary(scored, _requests(found), dense[point.task], base)
+            measured = summary(scored, _requests(found), dense[point.task], base)
+            row["tasks"][point.task] = {**measured, "flops": found["flops"]}
             for line in found["requests"]:
                 before = dense[point.task][line["task"], line["doc"]].reply.text
                 lines.append({**line, "pipeline": pipeline.name, "same_as_dense": line["answer"] == before})
@@ -99,7 +103,7 @@ def assemble(
         last = {k: r for p, found in kept.items() if p.run == len(runs) - 1 for k, r in _requests(found).items()}
         both = {key: request for each in dense.values() for key, request in each.items()}
         changed = sum(last[key].reply.text != both[key].reply.text for key in both)
-        results.drift = {"ttft": _ratio(last, both), "answers_changed": changed}
+        results.drift = {"ttft": ttft_ratio(last, both), "answers_changed": changed}
     results.save()
     return results
 

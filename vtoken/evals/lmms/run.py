@@ -131,7 +131,7 @@ def evaluate(
                     asked |= found
                     if k == 0:
                         first |= found
-                        results.tasks[task] = _about(task, scored)
+                        results.tasks[task] = about_task(task, scored)
                         documents[task] = costs.typical(model, list(found.values()))
                     elif scored.hash != results.tasks[task]["hash"]:
                         raise VtokenError(
@@ -139,15 +139,15 @@ def evaluate(
                         )
                     dense = results.runs[0]["tasks"].get(task)
                     counted = costs.flops(model.asker.model.config, pipeline, documents[task])
-                    run["tasks"][task] = {**_summary(scored, found, first, dense), "flops": counted}
-                    new = list(_lines(pipeline.name, task, scored, found, first))
+                    run["tasks"][task] = {**summary(scored, found, first, dense), "flops": counted}
+                    new = list(request_lines(pipeline.name, task, scored, found, first))
                     out.writelines(json.dumps(line) + "\n" for line in new)
                     lines[-1] += new
             answered.append(asked)
             results.save()
         if len(runs) > 1:
             changed = sum(answered[-1][key].reply.text != answered[0][key].reply.text for key in first)
-            results.drift = {"ttft": _ratio(answered[-1], first), "answers_changed": changed}
+            results.drift = {"ttft": ttft_ratio(answered[-1], first), "answers_changed": changed}
         results.complete = True
         results.save()
         pruned = {pipeline.name: found for pipeline, found in zip(runs[1:-1], lines[1:-1], strict=True)}
@@ -199,7 +199,7 @@ def _falls(tasks: dict[str, dict[str, Any]]) -> dict[str, float]:
     return {leaf: 1.0 if about["higher_is_better"] else -1.0 for about in tasks.values() for leaf in about["leaves"]}
 
 
-def _about(task: str, scored: Scored) -> dict[str, Any]:
+def about_task(task: str, scored: Scored) -> dict[str, Any]:
     higher = [leaf.higher_is_better.get(scored.metric or "", True) for leaf in scored.leaves.values()]
     return {
         "metric": scored.metric,
@@ -211,7 +211,7 @@ def _about(task: str, scored: Scored) -> dict[str, Any]:
     }
 
 
-def _summary(
+def summary(
     scored: Scored, found: dict[Key, Request], first: dict[Key, Request], dense: dict[str, Any] | None
 ) -> dict[str, Any]:
     each = [request.reply.cost for request in found.values()]
@@ -224,16 +224,16 @@ def _summary(
         "same_as_dense": fmean(found[key].reply.text == first[key].reply.text for key in found),
         **{name: fmean(getattr(cost, name) for cost in each) for name in MEANS},
         **{name: median(getattr(cost, name) for cost in each) for name in MEDIANS},
-        "ttft_to_dense": _ratio(found, first),
+        "ttft_to_dense": ttft_ratio(found, first),
         "stages": {name: median(cost.stages[name] for cost in each if name in cost.stages) for name in stages},
     }
 
 
-def _ratio(found: dict[Key, Request], first: dict[Key, Request]) -> float:
+def ttft_ratio(found: dict[Key, Request], first: dict[Key, Request]) -> float:
     return median(found[key].reply.cost.ttft_s / first[key].reply.cost.ttft_s for key in found)
 
 
-def _lines(
+def request_lines(
     pipeline: str, task: str, scored: Scored, found: dict[Key, Request], first: dict[Key, Request]
 ) -> Iterator[dict[str, Any]]:
     for name, leaf in scored.leaves.items():

@@ -15,17 +15,15 @@ from vtoken.evals.lmms.prompts import encode
 from vtoken.evals.tune.samples import Sample
 
 Measure = Literal["agreement", "accuracy", "cosine"]
-MEASURES: dict[str, str] = {
-    "agreement": "share of answers that are the dense model's, case and outer space aside; needs no labels",
-    "accuracy": "share of answers that are the right ones, case and outer space aside",
-    "cosine": "mean cosine of the last prompt token's final hidden state with the dense model's; needs no labels (VFlowOpt)",
-}
 
 
 class Judge:
     """Scores pipelines on samples, in chunks; what dense says is had once.
 
     Args:
+        measure: "agreement", share of answers that are the dense model's, or "accuracy", the right ones, both case and outer space
+            aside; or "cosine", mean cosine of the last prompt token's final hidden state with the dense model's, which is what
+            VFlowOpt is tuned with (its authors sum it over 30 samples).
         batch_size: prompts at a time.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import yaml
@@ -66,13 +66,6 @@ class Space(Strict):
         names = list(self.alternatives)
         name = trial.suggest_categorical("alternative", names) if len(names) > 1 else names[0]
         return self.draw(name, lambda key, given: _suggest(trial, key, given))
-
-
-def ranges(value: Any, at: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every range below a value, with its key."""
-    found: list[tuple[str, dict[str, Any]]] = []
-    _filled(value, at, lambda key, given: found.append((key, given)))
-    yield from found
 
 
 def _filled(value: Any, at: str, choose: Callable[[str, dict[str, Any]], Any]) -> Any:
