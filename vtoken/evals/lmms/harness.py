@@ -177,6 +177,15 @@ def gathered(bridge: VtokenModel, scored: Scored | None) -> Scored:
     return scored
 
 
+def whoever(found: Any) -> Any:
+    """What one of the processes found; the others give None."""
+    shares = [found]
+    if dist.is_initialized():
+        shares = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, found)
+    return next(share for share in shares if share is not None)
+
+
 def numbers(given: dict[str, Any]) -> dict[str, float]:
     """Metric -> number; "N/A", empty lists, standard errors and other decorations are left out, and so is the filter "none"."""
     found = {}

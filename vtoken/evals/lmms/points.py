@@ -14,7 +14,7 @@ from vtoken import config
 from vtoken.config import Pipeline
 from vtoken.errors import VtokenError
 from vtoken.evals.lmms import costs
-from vtoken.evals.lmms.harness import Harness, Leaf, Scored
+from vtoken.evals.lmms.harness import Harness, Leaf, Scored, whoever
 from vtoken.evals.lmms.model import VtokenModel
 from vtoken.evals.lmms.plan import Point, Sweep
 from vtoken.evals.lmms.records import Cost, Reply, Request
@@ -29,7 +29,10 @@ def ask(model: VtokenModel, harness: Harness, point: Point, limit: int | None, f
     try:
         scored = harness.run(model, point.task, limit, folder / "scorers" / f"{point.run}" / point.task)
         found = {(r.task, r.doc): r for r in model.requests if r.repeat == 0}
-        counted = costs.flops(model.asker.model.config, point.pipeline, costs.typical(model, list(found.values())))
+        document = None
+        with suppress(KeyError):  # another process may have answered it
+            document = costs.typical(model, list(found.values()))
+        counted = costs.flops(model.asker.model.config, point.pipeline, whoever(document))
     finally:
         model.use(DENSE)
     return {
