@@ -36,11 +36,15 @@ class TinyQwen(Family):
     name = "tiny-qwen2.5-vl"
     recipe = Recipe(
         language_cycles=((900, 1e-3, EVEN, (48, 96, 144)), (500, 1e-3, REST, (48, 96, 144))),
-        projector_cycles=((1000, 1.5e-3, "varied", True), (400, 5e-4, "varied", False)),
-        joint_cycles=(Joint(300, "varied", EVEN), Joint(250, "varied", WEAK, 0.5, turns=3)),
+        projector_cycles=((1000, 1.5e-3, "varied", True), (400, 5e-4, "varied", False), (500, 5e-4, "varied", False)),
+        joint_cycles=(
+            Joint(300, "varied", EVEN),
+            Joint(250, "varied", WEAK, 0.5, turns=3),
+            Joint(350, "varied", WEAK, 0.6),
+        ),
         joint_tokens=(24, 48, 96, 144),
     )
-    plan = ("b1", "b2", "c1", "c2", "d1", "d2")
+    plan = ("b1", "b2", "c1", "c2", "d1", "d2", "c3", "d3")
     tokens = SIDE * SIDE
     words = {**VOCABULARY, **SPECIAL}
     prefix = (*Family.prefix, "<|vision_start|>")
