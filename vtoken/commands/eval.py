@@ -137,15 +137,9 @@ def run(args: argparse.Namespace) -> int:
         report(results)
         print(json.dumps(results.to_dict()))
         return 0
-    from rich.console import Console
-    from rich.table import Table
+    from vtoken.evals.console import show
 
-    head, *lines = cells(results)
-    table = Table(*head, title=args.model, title_justify="left")
-    for line in lines:
-        table.add_row(*line)
-    console = Console()
-    Console(width=None if console.is_terminal else 200).print(table)
+    show(args.model, cells(results))
     for sentence in notes(results):
         print(sentence)
     for file in report(results):

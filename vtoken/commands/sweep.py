@@ -91,15 +91,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(results.to_dict()))
         return 0
-    from rich.console import Console
-    from rich.table import Table
+    from vtoken.evals.console import show
 
-    head, *lines = cells(results)
-    table = Table(*head, title=results.model, title_justify="left")
-    for line in lines:
-        table.add_row(*line)
-    console = Console()
-    Console(width=None if console.is_terminal else 200).print(table)
+    show(results.model, cells(results))
     about = results.conditions
     print(f"{about['device']}, {about['dtype']}, {about['versions']}, lmms-eval {about['lmms_eval']}")
     if results.speed is not None:

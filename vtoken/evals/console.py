@@ -1,0 +1,18 @@
+"""Tables of text on the console."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+
+def show(title: str, rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table, its head first; 200 columns wide where nobody looks on."""
+    head, *lines = rows
+    table = Table(*head, title=title, title_justify="left")
+    for line in lines:
+        table.add_row(*line)
+    console = Console()
+    Console(width=None if console.is_terminal else 200).print(table)
