@@ -12,7 +12,11 @@ import vtoken
 from vtoken.evals import reference
 
 # Per model: its classes, visual placeholders of a shipped picture, and how many of them are newlines.
-SHIPPED = {"tiny-llava": ("Llava", 576, 0), "tiny-llava-next": ("LlavaNext", 744, 24)}
+SHIPPED = {
+    "tiny-llava": ("Llava", 576, 0),
+    "tiny-llava-next": ("LlavaNext", 744, 24),
+    "tiny-qwen2.5-vl": ("Qwen2_5_VL", 144, 0),
+}
 
 
 @pytest.fixture(scope="module", params=SHIPPED)

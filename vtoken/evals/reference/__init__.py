@@ -11,7 +11,7 @@ from typing import Any
 
 KINDS = ("digit", "color", "count", "read", "exists", "next")
 _HERE = Path(__file__).parent
-_NAMES = ("tiny-llava", "tiny-llava-next")
+_NAMES = ("tiny-llava", "tiny-llava-next", "tiny-qwen2.5-vl")
 
 
 @dataclass(frozen=True)
