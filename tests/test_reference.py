@@ -48,7 +48,7 @@ def test_stock_model_and_processor(name, loaded):
     (model, processor), kind = loaded, SHIPPED[name][0]
     assert type(model).__name__ == f"{kind}ForConditionalGeneration" and not model.training
     assert type(processor).__name__ == f"{kind}Processor"
-    assert "torchvision" not in sys.modules and type(processor.image_processor).__name__.endswith("Pil")
+    assert type(processor.image_processor).__name__.endswith("Pil")
     assert processor.tokenizer.padding_side == "left"
 
 

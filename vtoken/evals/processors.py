@@ -21,22 +21,36 @@ def load(source: str | Path, *, pillow: bool = False, revision: str | None = Non
     Raises:
         ConfigError: it cannot be loaded; the message has the first line of transformers' reason.
     """
-    from transformers import AutoConfig, AutoProcessor
+    from transformers import AutoConfig, AutoImageProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
     from transformers.utils import is_torchvision_available
 
     asked = {} if revision is None else {"revision": revision}
     try:
-        if is_torchvision_available():
-            processor = AutoProcessor.from_pretrained(source, **({"backend": "pil"} if pillow else {}), **asked)
-        else:
-            kind: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(source, **asked))]
+        kind: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(source, **asked))]
+        if not is_torchvision_available():
             processor = pictures_only(kind).from_pretrained(source, backend="pil", **asked)
+        else:
+            processor = _with_videos(kind, source, asked)
+            if pillow:  # not asked of the whole processor: its video half has torchvision only
+                processor.image_processor = AutoImageProcessor.from_pretrained(source, backend="pil", **asked)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"cannot load the processor of {str(source)!r}: {reason}") from error
     processor.tokenizer.padding_side = "left"
     return processor
+
+
+def _with_videos(kind: Any, source: str | Path, asked: dict[str, str]) -> Any:
+    """The stock processor; of a folder that says nothing of videos, one without them."""
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(source, **asked)
+    except OSError as error:
+        if "video processor" not in str(error):
+            raise
+        return pictures_only(kind).from_pretrained(source, **asked)
 
 
 def pictures_only(kind: type[Any]) -> type[Any]:

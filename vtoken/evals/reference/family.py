@@ -46,6 +46,9 @@ class Family(ABC):
     words: ClassVar[dict[str, int]] = VOCABULARY
     prefix: ClassVar[tuple[str, ...]] = ("<bos>", "USER", ":")  # what the chat template puts before the image
     suffix: ClassVar[tuple[str, ...]] = ()  # and behind it
+    video: ClassVar[dict[str, Any] | None] = (
+        None  # settings of the stock video processor, which only torchvision could build and save
+    )
     hinted: ClassVar[int | None] = None  # the decoder layer before which visual tokens are to equal `hint`
 
     @abstractmethod

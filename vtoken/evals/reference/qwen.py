@@ -31,6 +31,8 @@ SIDE = SIZE // CELL
 EXTRA = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 SPECIAL = {word: len(VOCABULARY) + k for k, word in enumerate(EXTRA)}
 
+PIXELS: dict[str, Any] = {"patch_size": PATCH, "merge_size": MERGE, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
 
 class TinyQwen(Family):
     name = "tiny-qwen2.5-vl"
@@ -49,6 +51,11 @@ class TinyQwen(Family):
     words = {**VOCABULARY, **SPECIAL}
     prefix = (*Family.prefix, "<|vision_start|>")
     suffix = ("<|vision_end|>",)
+    video = {
+        "video_processor_type": "Qwen2VLVideoProcessor",
+        **PIXELS,
+        "size": {"shortest_edge": 4 * CELL * CELL, "longest_edge": 16 * SIZE * SIZE},
+    }
     hinted = 2
 
     def model(self) -> Qwen2_5_VLForConditionalGeneration:
@@ -87,11 +94,7 @@ class TinyQwen(Family):
 
     def processor(self) -> Any:
         images = Qwen2VLImageProcessorPil(
-            patch_size=PATCH,
-            merge_size=MERGE,
-            size={"shortest_edge": 4 * CELL * CELL, "longest_edge": 4 * SIZE * SIZE},
-            image_mean=[0.5] * 3,
-            image_std=[0.5] * 3,
+            **PIXELS, size={"shortest_edge": 4 * CELL * CELL, "longest_edge": 4 * SIZE * SIZE}
         )
         template = build.chat_template("<|vision_start|><|image_pad|><|vision_end|>")
         return pictures_only(Qwen2_5_VLProcessor)(images, build.tokenizer(EXTRA), chat_template=template)

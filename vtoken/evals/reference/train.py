@@ -96,6 +96,8 @@ def train(
     final, processor = out / family.name, family.processor()
     model.save_pretrained(final)
     processor.save_pretrained(final)
+    if family.video is not None:
+        (final / "video_preprocessor_config.json").write_text(json.dumps(family.video, indent=1) + "\n")
     found = figures(model, processor, recipe, time.time() - started, limit, heldout)
     (final / "figures.json").write_text(json.dumps(found, indent=1) + "\n")
 
