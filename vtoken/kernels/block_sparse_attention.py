@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from vtoken.kernels._dispatch import interpretable, runs_triton, tl, triton
+from vtoken.kernels._dispatch import flex_is_forced, interpretable, runs_triton, tl, triton
+from vtoken.kernels._flex import attend
 
 CHUNK = 1 << 26  # scores that the definition holds at once: 256 MiB of fp32
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -253,8 +254,29 @@ def block_sparse_attention(
     Columns and rows beyond the sequence give an undefined result. Raises ValueError for shapes that do not fit.
     """
     _check(q, k, v, read, size, share, rows)
-    fits = q.dtype == k.dtype == v.dtype and q.dtype in DTYPES and q.shape[-1] <= 256 and runs_triton(q, k, v, read)
-    return (launch if fits else definition)(q, k, v, read, scale, size, columns, share, rows)
+    chosen = backend_of(q, k, v, columns, rows)
+    if chosen == "flex":
+        return attend(q, k, v, read, scale, size)
+    return (launch if chosen == "triton" else definition)(q, k, v, read, scale, size, columns, share, rows)
+
+
+def backend_of(q: Tensor, k: Tensor, v: Tensor, columns: Tensor | None = None, rows: Tensor | None = None) -> str:
+    """``"torch"``, ``"triton"`` or ``"flex"``: what computes `block_sparse_attention` of these. Gradients, and dtypes and widths that the
+    kernel does not take, are torch's; flex has to be forced.
+
+    Raises:
+        RuntimeError: flex is forced and cannot serve single keys or chosen queries, or triton is forced and cannot run.
+    """
+    if flex_is_forced():
+        if columns is not None or rows is not None:
+            raise RuntimeError(
+                f"flex_attention is forced (VTOKEN_KERNELS=flex or use('flex')) but reads whole blocks only, and here single "
+                f"{'keys' if columns is not None else 'queries'} are listed besides: use torch or triton, or a method that lists blocks "
+                "alone (flexprefill, xattention, static_sparse without `last`)"
+            )
+        return "torch" if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)) else "flex"
+    fits = q.dtype == k.dtype == v.dtype and q.dtype in DTYPES and q.shape[-1] <= 256 and runs_triton(q, k, v)
+    return "triton" if fits else "torch"
 
 
 def examples() -> Iterator[dict[str, Any]]:
