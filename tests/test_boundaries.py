@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from known_sparse import heads_of, prompt, seen_by, stage
 
+from vtoken import registry
 from vtoken.compressors import _mminference as parts
+from vtoken.evals.calibrate import mminference as search
 from vtoken.reading import Prompt
 
 # Text, a picture, text, a picture, text; and text in front of and behind one picture.
@@ -104,13 +108,29 @@ def test_distances_run_on_across_text():
 
 def test_text_keys_do_not_compete_with_image_keys():
     """Text that all queries attend to more than to any picture: one index takes text alone, a pair's takes its share of each."""
-    p = mixed(((80, -1), (200, 0), (100, -1)), seed=1)
-    k = torch.where((p.image < 0)[:, None], p.q.mean((0, 1)) * 50, p.k)
-    k[:, 280:] = p.k[:, 280:]
-    p = Prompt(p.q.abs() * p.q.mean((0, 1)).sign(), k, p.scale, 0, p.image, p.place, p.parts)
+    p = loud_text(200)
     one, two = (
         stage("mminference", pattern=name, vertical=60, slash=100).reads(p).columns[:, -1]
         for name in ("query_boundary", "2d_boundary")
     )
     of_images = [((c >= 80) & (c < 280)).sum(-1) for c in (one, two)]
     assert bool((of_images[1] == 60).all()) and bool((of_images[0] < 30).all())
+
+
+def test_the_search_finds_the_boundary():
+    """Where text drowns the picture in one index, the search takes a pair's; by the share of the attention among image tokens."""
+    p, found = loud_text(600), {}
+    s = registry.stage("mminference")(min_len=0, vertical=60, slash=100)
+    assert "2d_boundary" in get_args(type(s).model_fields["pattern"].annotation)
+    search.Search(
+        candidates=("a_shape", "query_boundary", "2d_boundary"), method=s.model_copy(update={"window": 64}), found=found
+    ).reads(p)
+    assert found[0][0] == ("2d_boundary",) * 4
+
+
+def loud_text(pictures):
+    """A prompt whose picture stands between texts that all queries attend to most."""
+    p = mixed(((80, -1), (pictures, 0), (100, -1)), seed=1)
+    k = torch.where((p.image < 0)[:, None], p.q.mean((0, 1)) * 50, p.k)
+    k[:, 80 + pictures :] = p.k[:, 80 + pictures :]
+    return Prompt(p.q.abs() * p.q.mean((0, 1)).sign(), k, p.scale, 0, p.image, torch.where(p.image < 0, -1, 0), p.parts)

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vtoken.kernels import block_sparse_attention
-from vtoken.kernels.block_sparse_attention import backend_of
+from vtoken.kernels._flex import backend_of
 from vtoken.stages import Compressor, Parts, Site
 
 

@@ -21,10 +21,10 @@ class AnchorAttention(SparseAttention):
 
     Nothing is sorted, and no share is fixed: a larger `theta` reads more.
 
-    Paper: https://aclanthology.org/2025.emnlp-main.430/
+    Paper: https://aclanthology.org/2025.emnlp-main.430
     """
 
-    paper: ClassVar[str] = "https://aclanthology.org/2025.emnlp-main.430/"
+    paper: ClassVar[str] = "https://aclanthology.org/2025.emnlp-main.430"
     deviations: ClassVar[str] = (
         "The authors' released kernel reads the whole first group, counts its chosen keys twice, and never reads the block in front "
         "of a group; an earlier kernel in their repository has the ranges taken here. `released` takes the released ranges, each key "
@@ -73,9 +73,10 @@ class AnchorAttention(SparseAttention):
 
 
 def listed(taken: Tensor) -> Tensor:
-    """[..., C] int32: the ascending positions of the True of [..., N], -1 behind them; C is the largest count."""
-    counts = taken.sum(-1)
-    out = torch.full((*counts.shape, int(counts.max())), -1, dtype=torch.int32, device=taken.device)
-    *at, position = taken.nonzero(as_tuple=True)
-    out[(*at, (taken.cumsum(-1, dtype=torch.int32) - 1)[(*at, position)])] = position.int()
-    return out
+    """[..., C] int32: the ascending positions of the True of [..., N], -1 behind them; C is the largest count, at least 1."""
+    counts = taken.sum(-1).flatten()
+    out = torch.full((len(counts), max(1, int(counts.max()))), -1, dtype=torch.int32, device=taken.device)
+    row, position = taken.flatten(0, -2).nonzero(as_tuple=True)
+    before = counts.cumsum(0) - counts
+    out[row, torch.arange(len(row), device=row.device) - before[row]] = position.int()
+    return out.unflatten(0, taken.shape[:-1])

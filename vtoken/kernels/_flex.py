@@ -1,4 +1,4 @@
-"""block_sparse_attention by torch's flex_attention, from the same lists: for comparison, and where a GPU is not Triton's."""
+"""block_sparse_attention by torch's flex_attention, from the same lists, and which of torch, triton and flex computes it."""
 
 from typing import Any
 
@@ -6,8 +6,30 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vtoken.kernels._dispatch import flex_is_forced, runs_triton
+
 BLOCK = 128  # flex skips in tiles of this size, whatever the size of a block
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of the Triton kernel
 LOG2_E = 1.4426950408889634
+
+
+def backend_of(q: Tensor, k: Tensor, v: Tensor, columns: Tensor | None = None, rows: Tensor | None = None) -> str:
+    """``"torch"``, ``"triton"`` or ``"flex"``: what computes `block_sparse_attention` of these. Gradients, and dtypes and widths that the
+    kernel does not take, are torch's; flex has to be forced.
+
+    Raises:
+        RuntimeError: flex is forced and cannot serve single keys or chosen queries, or triton is forced and cannot run.
+    """
+    if flex_is_forced():
+        if columns is not None or rows is not None:
+            raise RuntimeError(
+                f"flex_attention is forced (VTOKEN_KERNELS=flex or use('flex')) but reads whole blocks only, and here single "
+                f"{'keys' if columns is not None else 'queries'} are listed besides: use torch or triton, or a method that lists blocks "
+                "alone (flexprefill, xattention, static_sparse without `last`)"
+            )
+        return "torch" if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)) else "flex"
+    fits = q.dtype == k.dtype == v.dtype and q.dtype in DTYPES and q.shape[-1] <= 256 and runs_triton(q, k, v)
+    return "triton" if fits else "torch"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, read: Tensor, scale: float, size: int) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from vtoken.kernels._dispatch import interpretable, runs_triton, tl, triton
-from vtoken.kernels.block_sparse_attention import DTYPES, _check
+from vtoken.kernels._flex import DTYPES
+from vtoken.kernels.block_sparse_attention import _check
 
 CHUNK = 1 << 26  # scores that the definition holds at once: 256 MiB of fp32
 
