@@ -249,7 +249,7 @@ def test_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatch, "INTERPRETED", False)
     monkeypatch.setattr(_dispatch, "triton", object())
     assert (kernels.backend("cpu"), kernels.backend("cuda:1")) == ("torch", "triton")
-    with pytest.raises(ValueError, match=r"'cuda'.*torch, triton"), kernels.use("cuda"):
+    with pytest.raises(ValueError, match=r"'cuda'.*torch, triton, flex"), kernels.use("cuda"):
         pass
     with kernels.use("torch"):
         assert kernels.backend("cuda") == "torch"
@@ -271,7 +271,7 @@ def test_environment_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     spec.loader.exec_module(fresh)
     assert fresh.backend("cuda") == "torch"
     monkeypatch.setenv("VTOKEN_KERNELS", "cuda")
-    with pytest.raises(ValueError, match=r"VTOKEN_KERNELS.*torch, triton"):
+    with pytest.raises(ValueError, match=r"VTOKEN_KERNELS.*torch, triton, flex"):
         spec.loader.exec_module(fresh)
 
 

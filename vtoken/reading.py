@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vtoken.kernels import block_sparse_attention
+from vtoken.kernels._flex import backend_of
 from vtoken.stages import Compressor, Parts, Site
 
 
@@ -71,6 +72,14 @@ class Reads:
         rows, read = self._dense()
         whole, _ = block_sparse_attention(q, k, v, read, scale, self.size, rows=rows)
         return torch.where(self.dense[..., None], whole, out)
+
+    def backend(self, q: Tensor, k: Tensor, v: Tensor) -> str:
+        """What computes `apply`: torch, triton or flex.
+
+        Raises:
+            RuntimeError: flex is forced and cannot serve what is listed here, or triton is forced and cannot run.
+        """
+        return backend_of(q, k, v, self.columns, self.dense)
 
     def _dense(self) -> tuple[Tensor, Tensor]:
         """The dense queries of every head as a list [H, N], -1 behind the last, and the blocks [H, T, M] that they read."""

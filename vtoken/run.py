@@ -30,6 +30,7 @@ class StageTrace:
         stood_aside: why the stage did nothing, or None.
         substitutes: fact asked for -> fact it was given, where the family has no such fact.
         layer: the layer it acted at, for encoder, decoder, attention and cache sites.
+        backend: at site attention, what computed it: torch, triton or flex.
         densities: at site attention, per batch row: share of the causal blocks that was computed, head mean (scalars on the device).
     """
 
@@ -42,6 +43,7 @@ class StageTrace:
     stood_aside: str | None = None
     layer: int | None = None
     substitutes: dict[str, str] = field(default_factory=dict)
+    backend: str | None = None
     clock: Callable[[], float] = field(default=lambda: 0.0, repr=False)
     densities: list[Tensor] = field(default_factory=list, repr=False)
 
@@ -67,6 +69,7 @@ class StageTrace:
             "milliseconds": self.milliseconds,
             "stood_aside": self.stood_aside,
             "density": self.density,
+            "backend": self.backend,
             "substitutes": self.substitutes,
         }
 

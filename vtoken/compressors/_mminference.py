@@ -7,6 +7,7 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vtoken.compressors._blocks import best, last_rows, lines, per_head
 from vtoken.reading import Prompt
@@ -45,7 +46,7 @@ def index(q: Tensor, k: Tensor, scale: float, vertical: int, slash: int, probe: 
 def bands(distances: Tensor, tiles: int) -> Tensor:
     """[H, T, T] blocks of `SIZE` that hold a key at one of the distances [H, N] from one of their queries."""
     heads, n = distances.shape
-    padded = torch.nn.functional.pad(distances, (0, tiles * SIZE - n)).unflatten(1, (tiles, SIZE))
+    padded = pad(distances, (0, tiles * SIZE - n)).unflatten(1, (tiles, SIZE))
     near = torch.zeros(heads, tiles + 1, dtype=torch.bool, device=distances.device)
     near[:, :-1] |= padded.any(-1)
     near[:, 1:] |= padded[..., 1:].any(-1)
@@ -67,6 +68,83 @@ def modalities(prompt: Prompt) -> Iterator[tuple[Tensor, int, int]]:
         if at:
             others = (~mine[: at[0]]).nonzero()[-1:, 0].tolist()
             yield mine, others[0] + 1 if others else 0, at[0] + 1
+
+
+def by_modality(prompt: Prompt, vertical: int, slash: int, keys_too: bool) -> tuple[Tensor, Tensor]:
+    """Blocks [h, T, T] and columns [h, T, C] of heads that read by modality: a query block reads what the index of each modality in
+    it says. An index is built by the last queries of the modality's last run, for all keys, or with `keys_too` for the keys of
+    each modality apart, distances then counted in keys of that modality alone."""
+    n, q, k = prompt.length, prompt.q, per_head(prompt.k, prompt.heads)
+    tiles = -(-n // SIZE)
+    blocks = torch.zeros(len(q), tiles, tiles, dtype=torch.bool, device=q.device)
+    earlier, parts = torch.zeros(len(q), n, dtype=torch.bool, device=q.device), []
+    first = blocks.new_zeros(tiles)
+    kinds = list(modalities(prompt))
+    for mine, start, end in kinds:
+        held = pad(mine, (0, tiles * SIZE - n)).unflatten(0, (tiles, SIZE)).any(-1)
+        if keys_too:
+            probe = last_rows(q[:, :end], k[:, :end], min(SIZE, end - start), prompt.scale)
+            taken = torch.zeros_like(earlier)
+            for theirs, _, _ in kinds:
+                columns, near = pair(probe, mine, theirs, vertical, slash)
+                taken |= columns
+                blocks |= near
+        else:
+            taken, near = (
+                pad(x, (0, n - end))
+                for x in index(q[:, :end], k[:, :end], prompt.scale, vertical, slash, min(SIZE, end - start))
+            )
+            blocks |= bands(near, tiles) & held[:, None]
+        found = listed(taken, min(n, max(vertical, FIRST) * (len(kinds) if keys_too else 1)))
+        # Where a block holds both modalities, a key on both lists stands on one.
+        again = earlier.gather(1, found.clamp(min=0).long())
+        parts.append(torch.where(held[:, None] & ~(again[:, None] & first[:, None]), found[:, None], -1))
+        earlier, first = taken, held
+    return blocks, torch.cat(parts, 2)
+
+
+def pair(probe: Tensor, mine: Tensor, theirs: Tensor, vertical: int, slash: int) -> tuple[Tensor, Tensor]:
+    """What queries of one modality, `mine` [N], read of the keys of one, `theirs` [N]: columns [h, N] and blocks [h, T, T], by the
+    attention [h, R, n] of the last R of the first n tokens. The distance of a key is how many later keys of its modality the query
+    sees, so distances run on across what stands in between."""
+    heads, rows, n = probe.shape
+    tiles, rank = -(-len(mine) // SIZE), theirs.cumsum(0) - 1
+    at = theirs[:n].nonzero()[:, 0]
+    columns = torch.zeros(heads, len(mine), dtype=torch.bool, device=probe.device)
+    if not len(at):
+        return columns, torch.zeros(heads, tiles, tiles, dtype=torch.bool, device=probe.device)
+    seen = probe[..., at]
+    held = seen.sum(1)
+    held[:, :FIRST] = torch.inf
+    columns[:, at] = best(held, torch.full((heads,), max(vertical, FIRST), device=probe.device))
+    distance = rank[n - rows : n, None] - rank[at]
+    near = torch.zeros(heads, len(at) + 1, device=probe.device)
+    near.index_add_(1, torch.where(distance < 0, len(at), distance).flatten(), seen.flatten(1))
+    near = near[:, :-1]
+    near[:, :NEAR] = torch.inf
+    taken = best(near, torch.full((heads,), max(slash, NEAR), device=probe.device))
+    return columns, reached(taken, mine, rank, theirs)
+
+
+def reached(distances: Tensor, mine: Tensor, rank: Tensor, theirs: Tensor) -> Tensor:
+    """[h, T, T] blocks of `SIZE` with a key of `theirs` at one of the distances [h, n] from a query of `mine` in the block; between the
+    first and the last query of a block every distance counts as met. `rank` [N]: keys of `theirs` up to a token, less one."""
+    (low, high), (least, most) = (spans(rank, of) for of in (mine, theirs))
+    count = pad(distances.cumsum(-1, dtype=torch.int32), (1, 0))
+    inside = count.shape[-1] - 1
+    start = (low[:, None] - most).clamp(0, inside)
+    stop = (high[:, None] - least + 1).clamp(0, inside)
+    t = torch.arange(len(low), device=rank.device)
+    return (count[:, stop] > count[:, start]) & (stop > start) & (t[:, None] >= t)
+
+
+def spans(rank: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest `rank` [N] of the tokens `of` [N] in every block of `SIZE`; where there is none the smallest is past all."""
+    tiles = -(-len(rank) // SIZE)
+    width, beyond = tiles * SIZE - len(rank), 2 * len(rank)
+    low = pad(torch.where(of, rank, beyond), (0, width), value=beyond).unflatten(0, (tiles, SIZE)).amin(-1)
+    high = pad(torch.where(of, rank, -beyond), (0, width), value=-beyond).unflatten(0, (tiles, SIZE)).amax(-1)
+    return low, high
 
 
 Lists = tuple[Tensor, Tensor, Tensor]  # blocks [h, T, T], columns [h, 1 or T, C], dense queries [h, N]

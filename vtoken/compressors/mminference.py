@@ -7,16 +7,15 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 from torch.nn.functional import pad
 
 from vtoken.compressors._blocks import per_head
-from vtoken.compressors._mminference import SIZE, Lists, bands, grid, index, listed, modalities, window
+from vtoken.compressors._mminference import SIZE, Lists, bands, by_modality, grid, index, listed, window
 from vtoken.reading import Prompt, Reads, SparseAttention, everything
 
 Pattern = Literal[
     "grid_frame_columns", "grid_frame", "a_shape", "grid_row_columns", "grid_row",
-    "vertical_slash_1024", "vertical_slash_2048", "query_boundary",
+    "vertical_slash_1024", "vertical_slash_2048", "query_boundary", "2d_boundary",
 ]  # fmt: skip
 
 
@@ -29,6 +28,9 @@ class MMInference(SparseAttention):
     last 64 queries look. a_shape: the first and the latest tokens. Both read everything from the text behind the images.
     vertical_slash: the keys and the distances that the last 64 queries attend to most, 1000 and 1024 (2048) of them.
     query_boundary: the same (1000, 2048), once by the last text and once by the last image tokens, each for its own queries.
+    2d_boundary: the same for each pair of modalities, so that text keys, in the eyes of image queries, do not compete with image
+    keys. Distances are counted in keys of that modality alone: what stands in between does not part them.
+    Heads with a boundary along the keys alone (K-boundary) need no pattern of their own: one index serves all queries.
 
     Frames that are not equally far apart (pictures of different sizes, tokens dropped before) draw no grid, nor do fewer than 64:
     such heads read everything. At 20-66k tokens the authors report 32-47 % of the FLOPs.
@@ -38,7 +40,8 @@ class MMInference(SparseAttention):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2504.16083"
     deviations: ClassVar[str] = (
-        "K-boundary and 2D-boundary are left out (the authors' code has the latter commented out). Windows and slashes are read in "
+        "2d_boundary is experimental: the paper leaves open how text and images index each other, its code has it commented out; here "
+        "both ways are vertical-slash, and the attention that ranks the keys is over all of them. Windows and slashes are read in "
         "whole aligned blocks of 64, never less than the authors read. The grid's phase is found at run time, as in the paper; "
         "their code fixes it offline. Modalities are told apart by their tokens, not by the order of spans. No searched table is "
         "shipped: the authors' are of models that are not supported here."
@@ -52,7 +55,7 @@ class MMInference(SparseAttention):
     window: int = Field(default=4096, ge=1, description="latest tokens that a_shape reads")
     local: int = Field(default=1024, ge=1, description="latest tokens that a grid reads")
     vertical: int = Field(default=1000, ge=1, description="single keys that vertical-slash heads read")
-    slash: int = Field(default=2048, ge=1, description="distances that query_boundary heads read")
+    slash: int = Field(default=2048, ge=1, description="distances that heads with a boundary read")
 
     def reads(self, prompt: Prompt) -> Reads:
         names = [self.pattern] * prompt.heads if self.heads is None else self.heads[prompt.layer]
@@ -86,28 +89,8 @@ class MMInference(SparseAttention):
         if name.startswith("grid"):
             found = grid(prompt, name.split("_")[1], not name.endswith("columns"), self.local)
             return found or (everything(prompt.heads, n, n, SIZE, device), nothing, none)
-        if name == "query_boundary":
-            return *self._by_modality(prompt, tiles), none
+        if name.endswith("boundary"):
+            return *by_modality(prompt, self.vertical, self.slash, keys_too=name == "2d_boundary"), none
         k = per_head(prompt.k, prompt.heads)
         columns, distances = index(prompt.q, k, prompt.scale, self.vertical, int(name.rpartition("_")[2]))
         return bands(distances, tiles), listed(columns, max(self.vertical, 30))[:, None], none
-
-    def _by_modality(self, prompt: Prompt, tiles: int) -> tuple[Tensor, Tensor]:
-        """Blocks and columns: a query block reads what the index of each modality in it says."""
-        n, q, k = prompt.length, prompt.q, per_head(prompt.k, prompt.heads)
-        blocks = torch.zeros(len(q), tiles, tiles, dtype=torch.bool, device=q.device)
-        earlier, parts = torch.zeros(len(q), n, dtype=torch.bool, device=q.device), []
-        first = blocks.new_zeros(tiles)
-        for mine, start, end in modalities(prompt):
-            taken, near = (
-                pad(x, (0, n - end))
-                for x in index(q[:, :end], k[:, :end], prompt.scale, self.vertical, self.slash, min(SIZE, end - start))
-            )
-            held = pad(mine, (0, tiles * SIZE - n)).unflatten(0, (tiles, SIZE)).any(-1)
-            blocks |= bands(near, tiles) & held[:, None]
-            found = listed(taken, min(n, max(self.vertical, 30)))
-            # Where a block holds both modalities, a key on both lists stands on one.
-            again = earlier.gather(1, found.clamp(min=0).long())
-            parts.append(torch.where(held[:, None] & ~(again[:, None] & first[:, None]), found[:, None], -1))
-            earlier, first = taken, held
-        return blocks, torch.cat(parts, 2)

@@ -70,6 +70,7 @@ class SparsePrefill:
             ]
         trace = trace_of(stage, flow.visual.lengths, flow.visual.lineage, clock, module.layer_idx)
         trace.densities = [reads.density() for reads in chosen]
+        trace.backend = ", ".join(sorted({reads.backend(*qkv) for reads, *qkv in zip(chosen, *rows, strict=True)}))
         flow.trace.stages.append(trace)
         out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
         for row, (reads, *qkv) in enumerate(zip(chosen, *rows, strict=True)):

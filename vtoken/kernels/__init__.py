@@ -22,6 +22,7 @@ from vtoken.kernels.pooled_scores import pooled_scores
 from vtoken.kernels.probe_sums import probe_sums
 from vtoken.kernels.query_attention import query_attention
 from vtoken.kernels.received_attention import received_attention
+from vtoken.kernels.row_maxima import row_maxima
 from vtoken.kernels.topk_tokens import topk_tokens
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "probe_sums",
     "query_attention",
     "received_attention",
+    "row_maxima",
     "topk_tokens",
     "use",
 ]

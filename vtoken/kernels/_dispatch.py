@@ -1,7 +1,8 @@
 """Which implementation of an op runs: its definition in torch, or its Triton kernel.
 
 The default is Triton for tensors on a CUDA (or ROCm) device where triton can be imported, and torch everywhere else.
-The environment variable ``VTOKEN_KERNELS=torch|triton`` forces one; it is read once, when this module is imported.
+The environment variable ``VTOKEN_KERNELS=torch|triton|flex`` forces one; it is read once, when this module is imported.
+``flex`` is for sparse attention alone, by torch's flex_attention; all other ops then run as by default.
 ``use`` overrides it for a while, which is for tests.
 """
 
@@ -17,7 +18,7 @@ try:
 except ImportError:
     triton = tl = None
 
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "triton", "flex")
 
 # triton.jit chooses between compiler and interpreter when it decorates, so the answer is taken before the first kernel.
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
@@ -34,7 +35,7 @@ _forced: str | None = _known(os.environ["VTOKEN_KERNELS"]) if os.environ.get("VT
 
 @contextmanager
 def use(choice: str) -> Iterator[None]:
-    """Force ``"torch"`` or ``"triton"`` inside a with block, for the whole process; ValueError for any other name."""
+    """Force ``"torch"``, ``"triton"`` or ``"flex"`` inside a with block, for the whole process; ValueError for any other name."""
     global _forced
     before, _forced = _forced, _known(choice)
     try:
@@ -59,7 +60,14 @@ def backend(device: torch.device | str) -> str:
             f"triton kernels are forced (VTOKEN_KERNELS=triton or use('triton')) but the tensors are on {device}: "
             "move them to a CUDA device, set TRITON_INTERPRET=1 before triton is imported, or unset VTOKEN_KERNELS"
         )
-    return _forced or ("triton" if triton is not None and on_cuda else "torch")
+    if _forced in ("torch", "triton"):
+        return _forced
+    return "triton" if triton is not None and on_cuda else "torch"
+
+
+def flex_is_forced() -> bool:
+    """Whether sparse attention runs by torch's flex_attention."""
+    return _forced == "flex"
 
 
 def interpretable(tensor: torch.Tensor) -> torch.Tensor:

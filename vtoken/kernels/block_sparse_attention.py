@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from vtoken.kernels._dispatch import interpretable, runs_triton, tl, triton
+from vtoken.kernels._dispatch import interpretable, tl, triton
+from vtoken.kernels._flex import attend, backend_of
 
 CHUNK = 1 << 26  # scores that the definition holds at once: 256 MiB of fp32
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOG2_E = 1.4426950408889634
 
 
@@ -210,7 +210,7 @@ def launch(
     q: Tensor, k: Tensor, v: Tensor, read: Tensor, scale: float, size: int = 128, columns: Tensor | None = None,
     share: int = 1, rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The kernel's launcher: the definition's contract without gradients, for the dtypes in DTYPES and d up to 256."""
+    """The kernel's launcher: the definition's contract without gradients, for half precision or fp32 and d up to 256."""
     dtype = q.dtype
     q, k, v = (interpretable(x.detach()) for x in (q, k, v))
     (heads, queries, d), keys, (_, tiles, blocks) = q.shape, k.shape[1], read.shape
@@ -253,8 +253,9 @@ def block_sparse_attention(
     Columns and rows beyond the sequence give an undefined result. Raises ValueError for shapes that do not fit.
     """
     _check(q, k, v, read, size, share, rows)
-    fits = q.dtype == k.dtype == v.dtype and q.dtype in DTYPES and q.shape[-1] <= 256 and runs_triton(q, k, v, read)
-    return (launch if fits else definition)(q, k, v, read, scale, size, columns, share, rows)
+    if (chosen := backend_of(q, k, v, columns, rows)) == "flex":
+        return attend(q, k, v, read, scale, size)
+    return (launch if chosen == "triton" else definition)(q, k, v, read, scale, size, columns, share, rows)
 
 
 def examples() -> Iterator[dict[str, Any]]:

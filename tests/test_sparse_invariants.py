@@ -1,0 +1,136 @@
+"""What holds of every method of site attention: first key and own key are read, nothing ahead is, and reading all is plain attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from known_sparse import NO_IMAGES, video
+from known_sparse import prompt as random_prompt
+from modes import alone, families, greedy
+from test_sparse import OPTIONS
+
+import vtoken
+from vtoken import kernels, registry
+from vtoken.reading import Prompt, SparseAttention
+
+# Options under which short prompts are thinned, and those under which everything is read; block size of MMInference is 64.
+THIN: dict[str, list[dict[str, Any]]] = {
+    "anchorattention": [
+        {"size": 16, "step": 2, "theta": 1.5, "released": released, "dense_tail": False} for released in (False, True)
+    ],
+    "flexprefill": [{"size": 16, "gamma": 0.5, "tau": tau, "min_budget": 1} for tau in (0.0, 0.4)],
+    "mminference": [
+        {"pattern": name, "sink": 20, "window": 64, "local": 64, "vertical": 40, "slash": 110}
+        for name in ("grid_frame_columns", "grid_frame", "a_shape", "query_boundary", "2d_boundary")
+    ],
+    "static_sparse": [{"size": 16, "sink": 16, "window": 20, "last": last} for last in (0, 5)],
+    "xattention": [{"size": 16, "stride": 8, "threshold": 0.4}],
+}
+WHOLE: dict[str, dict[str, Any]] = {
+    "anchorattention": {"size": 16, "step": 2, "theta": 1e9},
+    "flexprefill": {"size": 16, "gamma": 1.0, "tau": 0.0, "min_budget": 10_000},
+    "mminference": {"pattern": "2d_boundary", "vertical": 10_000, "slash": 10_000},
+    "static_sparse": {"size": 16, "window": 10_000},
+    "xattention": {"size": 16, "stride": 8, "threshold": 1.0},
+}
+CASES = [(name, options) for name, several in THIN.items() for options in several]
+each = pytest.mark.parametrize(("name", "options"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())))  # fmt: skip
+
+
+def thinned(name: str, options: dict[str, Any], n: int = 900) -> tuple[Prompt, Any]:
+    """A video of 80 frames between texts, and what the method reads of it."""
+    clip = video(n, 80, 2, 4, 2, 5, seed=n)
+    return clip, registry.stage(name)(min_len=0, **options).reads(clip)
+
+
+def test_every_method_is_here():
+    sparse = {name for name in registry.stages() if issubclass(registry.stage(name), SparseAttention)}
+    missing = sparse - set(THIN)
+    assert not missing and set(THIN) == set(WHOLE), (
+        f"give {missing} options that thin, and options that read everything"
+    )
+
+
+@each
+def test_first_and_own_key_are_read(name, options):
+    clip, reads = thinned(name, options)
+    n, size = clip.length, reads.size
+    tiles = -(-n // size)
+    rows = torch.arange(n)
+    seen = torch.nn.functional.pad(reads.visible(rows), (0, max(0, n - reads.blocks.shape[2] * size)))[..., :n]
+    assert bool(seen[:, rows, rows].all()), "a query that does not read its own token"
+    # An index of MMInference is about single keys, its sink a list entry; all others read the first block whole.
+    first = seen[:, :, 0] if name == "mminference" else (reads.blocks | ~torch.ones(tiles, tiles).tril().bool())[..., 0]
+    assert bool(first.all()), "a query that does not read the first token"
+    assert 0.05 < float(reads.density()) < 0.99, "these options thin"
+    ahead = torch.ones(n, n, dtype=torch.bool).triu(1)
+    assert not bool((seen & ahead).any())
+    if reads.columns is not None:
+        listed = reads.columns.sort(-1).values
+        again = (listed[..., 1:] == listed[..., :-1]) & (listed[..., 1:] >= 0)
+        assert not bool(again.any()) and int(listed.max()) < n, "the kernel adds up what a list holds"
+
+
+@each
+def test_given_its_lists_nothing_ahead_counts(name, options):
+    """Other keys and values from a token on change nothing in front of it, wherever it stands."""
+    clip, reads = thinned(name, options)
+    g = torch.Generator().manual_seed(5)
+    v = torch.randn(clip.k.shape, generator=g)
+    before = reads.apply(clip.q, clip.k, v, clip.scale)
+    for token in (1, 64, *torch.randint(900, (3,), generator=g).tolist(), 899):
+        k, w = clip.k.clone(), v.clone()
+        k[:, token:], w[:, token:] = (torch.randn(k[:, token:].shape, generator=g) for _ in range(2))
+        after = reads.apply(clip.q, k, w, clip.scale)
+        assert torch.equal(after[:, :token], before[:, :token])
+        assert not torch.equal(after[:, token], before[:, token]), "and it changes the token itself"
+
+
+@each
+def test_the_lists_say_what_is_computed(name, options):
+    """`visible`, which calibration goes by, against the attention itself: as a mask it gives the same."""
+    clip, reads = thinned(name, options)
+    v = torch.randn(clip.k.shape, generator=torch.Generator().manual_seed(6))
+    got = reads.apply(clip.q, clip.k, v, clip.scale)
+    seen = reads.visible(torch.arange(clip.length))[..., : clip.length]
+    k, v = (x.double().repeat_interleave(2, 0) for x in (clip.k, v))
+    scores = (clip.q.double() @ k.transpose(1, 2) * clip.scale).masked_fill(~seen, -torch.inf)
+    torch.testing.assert_close(got.double(), scores.softmax(-1) @ v, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("n", [1, 31, 200])
+def test_reading_everything_is_plain_attention(name, n):
+    p = random_prompt(max(n, 2), seed=n) if n > 100 else None
+    if p is None:
+        g = torch.Generator().manual_seed(n)
+        q, k = torch.randn(4, n, 16, generator=g), torch.randn(2, n, 16, generator=g)
+        p = Prompt(q, k, 0.25, 0, NO_IMAGES[:n], NO_IMAGES[:n])
+    v = torch.randn(p.k.shape, generator=torch.Generator().manual_seed(7))
+    reads = registry.stage(name)(min_len=0, **WHOLE[name]).reads(p)
+    with kernels.use("torch"):
+        got = reads.apply(p.q, p.k, v, p.scale)
+    k, v = (x.repeat_interleave(2, 0) for x in (p.k, v))
+    want = torch.nn.functional.scaled_dot_product_attention(p.q[None], k[None], v[None], is_causal=True, scale=p.scale)
+    torch.testing.assert_close(got, want[0], atol=1e-6, rtol=1e-5)
+
+
+@families
+@pytest.mark.parametrize("name", ["anchorattention", "mminference"])
+def test_a_batch_says_what_its_rows_say_alone(family, name):
+    model = tiny.make(family)
+    batch = tiny.build(model, [[150, "img", 60, "img", 160], [1, "img", 260], [90]], seed=3)
+    options = {**THIN[name][-1], **({"vertical": 30, "slash": 100} if name == "mminference" else {"theta": 0.0})}
+    stages = [{"fastervlm": {"keep": "80%"}}, {name: {"min_len": 0, **options}}]
+    with vtoken.wrapped(model, stages):
+        got = torch.stack(greedy(model, batch, **OPTIONS).logits)
+        whole = [s for s in vtoken.trace(model).stages if s.site == "attention"]
+        assert len(whole) == 4 and whole[0].density[0] < 1 and whole[0].backend == "torch"
+        for row in (0, 1):
+            one = torch.stack(greedy(model, alone(model, batch, row), **OPTIONS).logits)
+            torch.testing.assert_close(one[:, 0], got[:, row], atol=1e-4, rtol=1e-4)
+            single = [s for s in vtoken.trace(model).stages if s.site == "attention"]
+            assert [s.density[0] for s in single] == [s.density[row] for s in whole]

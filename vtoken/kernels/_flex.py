@@ -1,0 +1,99 @@
+"""block_sparse_attention by torch's flex_attention, from the same lists, and which of torch, triton and flex computes it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vtoken.kernels._dispatch import flex_is_forced, runs_triton
+
+BLOCK = 128  # flex skips in tiles of this size, whatever the size of a block
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of the Triton kernel
+LOG2_E = 1.4426950408889634
+
+
+def backend_of(q: Tensor, k: Tensor, v: Tensor, columns: Tensor | None = None, rows: Tensor | None = None) -> str:
+    """``"torch"``, ``"triton"`` or ``"flex"``: what computes `block_sparse_attention` of these. Gradients, and dtypes and widths that the
+    kernel does not take, are torch's; flex has to be forced.
+
+    Raises:
+        RuntimeError: flex is forced and cannot serve single keys or chosen queries, or triton is forced and cannot run.
+    """
+    if flex_is_forced():
+        if columns is not None or rows is not None:
+            raise RuntimeError(
+                f"flex_attention is forced (VTOKEN_KERNELS=flex or use('flex')) but reads whole blocks only, and here single "
+                f"{'keys' if columns is not None else 'queries'} are listed besides: use torch or triton, or a method that lists blocks "
+                "alone (flexprefill, xattention, static_sparse without `last`)"
+            )
+        return "torch" if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)) else "flex"
+    fits = q.dtype == k.dtype == v.dtype and q.dtype in DTYPES and q.shape[-1] <= 256 and runs_triton(q, k, v)
+    return "triton" if fits else "torch"
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, read: Tensor, scale: float, size: int) -> tuple[Tensor, Tensor]:
+    """(out, lse) as block_sparse_attention defines them, for lists of blocks alone.
+
+    Compiled on an accelerator, once for every shape. On a CPU it is torch's eager version, which reads every key: its compiled one
+    gives no lse. Both look up what is read; the block mask only lets the compiled one skip.
+    """
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    queries, keys = q.shape[1], k.shape[1]
+    if not (q.numel() and keys):
+        return q.new_zeros(*q.shape[:2], v.shape[2]), q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
+    mask = block_mask(read, queries, keys, size)
+    run = flex_attention if q.device.type == "cpu" else _compiled(flex_attention)
+    wanted = AuxRequest(lse=True)
+    out, aux = run(q[None], k[None], v[None], block_mask=mask, scale=scale, enable_gqa=True, return_aux=wanted)
+    return out[0], aux.lse[0].float() * LOG2_E
+
+
+def block_mask(read: Tensor, queries: int, keys: int, size: int) -> Any:
+    """torch's BlockMask of a map [H, T, M] of blocks of `size`: tiles that are read whole need no mask, others look it up."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    offset = keys - queries
+
+    def visible(_: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        return read[head, row // size, key // size] & (key <= row + offset)
+
+    tiles, blocks = -(-queries // BLOCK), -(-keys // BLOCK)
+    some, all_ = tiled(read, size, tiles, blocks)
+    device = read.device
+    first, last = torch.arange(tiles, device=device) * BLOCK + offset, torch.arange(blocks, device=device) * BLOCK
+    some = some & (last <= (first + BLOCK - 1)[:, None])
+    whole = all_ & (last + BLOCK - 1 <= first[:, None])
+    lists = (*_lists(some & ~whole), *_lists(whole))
+    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(queries, keys))
+
+
+def tiled(read: Tensor, size: int, tiles: int, blocks: int) -> tuple[Tensor, Tensor]:
+    """Of tiles [H, tiles, blocks] of 128: which hold a block that is read, and which hold no other."""
+    if size > BLOCK:
+        wide = read.repeat_interleave(size // BLOCK, 1).repeat_interleave(size // BLOCK, 2)[:, :tiles, :blocks]
+        return wide, wide
+    per = BLOCK // size
+    width, height = blocks * per - read.shape[2], tiles * per - read.shape[1]
+    some, all_ = (
+        pad(read, (0, width, 0, height), value=fill).unflatten(2, (blocks, per)).unflatten(1, (tiles, per))
+        for fill in (False, True)
+    )
+    return some.any(4).any(2), all_.all(4).all(2)
+
+
+def _lists(read: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts [1, H, T] and indices [1, H, T, M], the chosen first, both ascending."""
+    order = read.int().argsort(dim=-1, descending=True, stable=True)
+    return read.sum(-1, dtype=torch.int32)[None], order.int()[None]
+
+
+_held: list[Any] = []
+
+
+def _compiled(function: Any) -> Any:
+    """`function` compiled, and compiled once; past torch's limit of shapes it raises instead of running uncompiled."""
+    if not _held:
+        _held.append(torch.compile(function, dynamic=False, fullgraph=True))
+    return _held[0]
