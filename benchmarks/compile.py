@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for a GPU that is not here: `python benchmarks/compile.py [--ops OP ...] [--json FILE]`.
 
-Every op is launched on its own examples and, where it has heads, on heads of 64, 80, 128 and 256; the launches are compiled with an
+Every op is launched on its own examples, where it has heads also on heads of 64, 80, 128 and 256, and on tokens 4096 wide; the launches are compiled with an
 explicit target and never run. Per compiled kernel: registers of a thread, bytes of its stack (what spilled, and arrays that registers
 cannot hold), shared memory of a program, which limits how many run side by side. Exits with 1 where something does not compile or
 asks for more shared memory than the target has.
@@ -35,8 +35,15 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from vtoken import kernels  # noqa: E402
 from vtoken.kernels import _tiles  # noqa: E402
 
-SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}  # bytes a program may take, by compute capability
+SHARED = {
+    80: 166912,
+    86: 101376,
+    89: 101376,
+    90: 232448,
+    100: 232448,
+}  # bytes a program may take, by compute capability
 HEADS = (64, 80, 128, 256)
+WIDTH = 4096
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -107,7 +114,7 @@ def resources(cubin: bytes) -> tuple[int | None, int | None]:
 
 
 def cases(op: Any, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    """The examples, and one of them with other heads."""
+    """The examples, and one of them with other heads or wide tokens."""
 
     def cast(value: Any) -> Any:
         if isinstance(value, (tuple, list)):
@@ -120,6 +127,10 @@ def cases(op: Any, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     big = max(examples, key=lambda example: example[wide[0]].numel()) if wide else {}
     for d in HEADS if wide else ():
         yield {**big, **{name: torch.zeros(*big[name].shape[:-1], d, dtype=dtype) for name in wide}}
+    tokens = [name for name in ("x", "y") if name in examples[0]]
+    for example in examples[-2:] if tokens else ():
+        made = {name: torch.zeros(len(example[name]), WIDTH, dtype=dtype) for name in tokens}
+        yield {**example, **made, **({"y": made["x"]} if example.get("y") is example["x"] else {})}
 
 
 def table(found: list[Compiled]) -> Table:
@@ -133,7 +144,9 @@ def table(found: list[Compiled]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="*", default=[], metavar="OP", help="only these (default: all)")
-    parser.add_argument("--arch", type=int, default=90, choices=sorted(SHARED), help="default: %(default)s, H100 and H200")
+    parser.add_argument(
+        "--arch", type=int, default=90, choices=sorted(SHARED), help="default: %(default)s, H100 and H200"
+    )
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32", "float16"], metavar="DTYPE")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was compiled here")
     args = parser.parse_args()
@@ -160,10 +173,16 @@ def main() -> None:
                 for c in list(recorder.found.values())[before:]:
                     print(*asdict(c).values(), file=sys.stderr, flush=True)
     found = list(recorder.found.values())
-    wrong += [f"{c.op}, {c.dtype}: {c.kernel} takes {c.shared} bytes of shared memory" for c in found if c.shared > SHARED[args.arch]]
+    wrong += [
+        f"{c.op}, {c.dtype}: {c.kernel} takes {c.shared} bytes of shared memory"
+        for c in found
+        if c.shared > SHARED[args.arch]
+    ]
     Console(width=None if sys.stdout.isatty() else 200).print(table(found))
     spilled = [c for c in found if c.stack]
-    print(f"sm_{args.arch}, triton {triton.__version__}: {len(found)} compiled, {len(spilled)} with a stack, {len(wrong)} failed")
+    print(
+        f"sm_{args.arch}, triton {triton.__version__}: {len(found)} compiled, {len(spilled)} with a stack, {len(wrong)} failed"
+    )
     if args.json:
         conditions = {"arch": args.arch, "triton": triton.__version__, "torch": torch.__version__}
         report = {"conditions": conditions, "compiled": [asdict(c) for c in found], "failed": wrong}

@@ -71,7 +71,9 @@ def test_the_recorder_sees_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.tensor([1]).to(device)
         torch.tensor([1]).to(device, non_blocking=True)
         torch.tensor([1, 2]).tolist()
-    counts = {kind: sum(n for (k, _), n in recorder.found.items() if k == kind) for kind in ("asked", "masked", "uploaded")}
+    counts = {
+        kind: sum(n for (k, _), n in recorder.found.items() if k == kind) for kind in ("asked", "masked", "uploaded")
+    }
     assert isinstance(y, Tensor) and counts == {"asked": 2, "masked": 1, "uploaded": 2}
 
 

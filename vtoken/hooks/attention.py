@@ -152,7 +152,9 @@ def _keep(
         elif fact not in flow.facts:
             rows = name == "last_query_attention"
             there = None if whole else ok
-            flow.facts[fact] = last_row(q[:, :, -1 - flow.tail], k, there, flow.tail, scale) if rows else k.transpose(1, 2)
+            flow.facts[fact] = (
+                last_row(q[:, :, -1 - flow.tail], k, there, flow.tail, scale) if rows else k.transpose(1, 2)
+            )
 
 
 def last_row(q: Tensor, k: Tensor, ok: Tensor | None, tail: int, scale: float) -> Tensor:

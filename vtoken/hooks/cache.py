@@ -137,7 +137,10 @@ class PrunedCache:
         self.shifted, self.prompt_mask, self.table = False, None, None
         self.groups, self.valid = {}, {}
         self.record(
-            0, replace(first, logical=first.logical[:, :0], end=0, shift=torch.zeros_like(first.shift), dense=True, lags=False)
+            0,
+            replace(
+                first, logical=first.logical[:, :0], end=0, shift=torch.zeros_like(first.shift), dense=True, lags=False
+            ),
         )
 
     def _rows(self, index: Tensor) -> None:
