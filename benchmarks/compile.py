@@ -1,8 +1,7 @@
 """Compiles the Triton kernels for a GPU that is not here: `python benchmarks/compile.py [--ops OP ...] [--json FILE]`.
 
 Every op is launched on its own examples, where it has heads also on heads of 64, 80, 128 and 256, and on tokens 4096 wide; the launches are compiled with an
-explicit target and never run. Per compiled kernel: registers of a thread, bytes of its stack (what spilled, and arrays that registers
-cannot hold), shared memory of a program, which limits how many run side by side. Exits with 1 where something does not compile or
+explicit target and never run. Per compiled kernel: registers of a thread, bytes of its stack (what spilled, and what calls need), shared memory of a program, which limits how many run side by side. Exits with 1 where something does not compile or
 asks for more shared memory than the target has.
 """
 

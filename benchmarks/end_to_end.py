@@ -7,18 +7,20 @@ downloaded. Without a GPU, or with --small, the shipped models take their place 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from measure import CUDA, Record
 
+from vtoken.config import load
 from vtoken.evals import models
 from vtoken.evals.latency import Bench, bench
 from vtoken.evals.latency import Row as Measured
 
 OVERHEAD = 1.02  # of the oracle's time to the first token
+# The preset fastervlm-next-160, on pictures that the model cuts into 2 x 2 crops by itself.
 NEXT_160 = {"positions": "compact", "newline": "drop", "stages": [{"fastervlm": {"keep": {"per_crop": 32}}}]}
 NEXT = "llava-hf/llava-v1.6-vicuna-7b-hf"
 QWEN = "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -50,7 +52,7 @@ CASES = {
         "llava-hf/llava-1.5-7b-hf", "tiny-llava",
         ("none", "fastervlm:192", "fastervlm:64", "visionzip:64", "divprune:64", "fastv:64"),
     ),
-    "next": Case(NEXT, "tiny-llava-next", (NEXT_160, "fastervlm:160", "fastervlm:320"), image_size=672, repeats=7),
+    "next": Case(NEXT, "tiny-llava-next", (replace(load(NEXT_160), name="fastervlm-next-160"), "fastervlm:160", "fastervlm:320"), image_size=672, repeats=7),
     "qwen-4k": Case(QWEN, "tiny-qwen2.5-vl", ("fastervlm:10%", "divprune:10%"), (1, 8), 896, 8, 5),
     "qwen-16k": Case(QWEN, "tiny-qwen2.5-vl", ("fastervlm:10%", *SPARSE), (1,), 896, 32, 3, 4),
     "qwen-16k-8": Case(QWEN, "tiny-qwen2.5-vl", ("fastervlm:10%", "static_sparse-4096"), (8,), 896, 32, 2, 4),

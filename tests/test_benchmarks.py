@@ -35,6 +35,18 @@ def test_parts_end_in_the_interpreter(tmp_path: Path) -> None:
     assert again.returncode == 0 and "## llava" not in again.stdout and "fastervlm" in again.stdout
 
 
+@pytest.mark.skipif(_dispatch.triton is None, reason="triton is not installed")
+def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
+    """One op, in seconds; `python benchmarks/compile.py` takes all."""
+    file = tmp_path / "compiled.json"
+    child = run("compile.py", "--ops", "gather_tokens", "--dtypes", "bfloat16", "--json", str(file), interpret=False)
+    assert child.returncode == 0, child.stdout + child.stderr
+    report = json.loads(file.read_text())
+    assert report["failed"] == [] and report["conditions"]["arch"] == 90
+    assert {c["kernel"] for c in report["compiled"]} == {"_copy_rows"}
+    assert all(c["registers"] is None or 0 < c["registers"] <= 255 for c in report["compiled"])
+
+
 def test_a_part_that_is_slow_costs_only_itself(tmp_path: Path) -> None:
     """Stopped at its cap, it leaves the parts behind it their turn; what it had written would be shown."""
     (tmp_path / "kernels.json").write_text(json.dumps({"conditions": {}, "rows": [{"op": "kept"}], "goals": []}))

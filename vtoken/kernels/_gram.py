@@ -33,9 +33,13 @@ if triton is not None:
             cosine *= tl.load(inverse + row, mask=row < end, other=0.0)[:, None]
             cosine *= tl.load(inverse + column, mask=column < end, other=0.0)[None, :]
             inside = (row < end)[:, None] & (column < end)[None, :]
-            tl.store(result + row[:, None] * longest + (column - begin)[None, :], cosine, mask=inside)
+            # CELLS keeps places within a segment in 32 bits; 64 cost registers that the tile needs.
+            result += begin * longest
+            i = (row - begin).to(tl.int32)
+            j = (column - begin).to(tl.int32)
+            tl.store(result + (i[:, None] * longest + j[None, :]), cosine, mask=inside)
             if first < other:
-                tl.store(result + column[None, :] * longest + (row - begin)[:, None], cosine, mask=inside)
+                tl.store(result + (j[None, :] * longest + i[:, None]), cosine, mask=inside)
 
 
 def bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
