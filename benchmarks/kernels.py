@@ -183,7 +183,7 @@ def figures(record: Record, case: Case) -> Row:
         row["of_like_copy"] = copy_ms(case.bytes) / kernel
         row["of_matmul"] = row["tflops"] / record.conditions["matmul_tflops"]
         row["kernel_mb"] = ratio(peak_bytes(lambda: op.launch(**case.given)), 1e6)
-    row["eager_ms"] = milliseconds(lambda: op.definition(**case.given), rounds=1)
+    row["eager_ms"] = milliseconds(lambda: op.definition(**case.given))
     row["eager_mb"] = ratio(peak_bytes(lambda: op.definition(**case.given)), 1e6)
     row["compiled_ms"], row["sdpa_ms"] = None, sdpa(case)
     row["map_ms"] = milliseconds(lambda: attention_map(**case.given)) if case.op in MAPPED else None

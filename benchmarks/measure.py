@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -95,19 +94,15 @@ def shown(value: Any) -> str:
     return str(value)
 
 
-def milliseconds(run: Callable[[], Any], rounds: int = 3) -> float:
-    """Median: on a GPU by triton's do_bench (L2 flushed), elsewhere by the host's clock, which says nothing about a GPU."""
+def milliseconds(run: Callable[[], Any]) -> float:
+    """Median on a GPU, by triton's do_bench (L2 flushed); elsewhere of one run, by the host's clock, which says nothing about a GPU."""
     if CUDA:
         from triton.testing import do_bench
 
         return float(do_bench(run, return_mode="median"))
+    start = time.perf_counter()
     run()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        run()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+    return 1e3 * (time.perf_counter() - start)
 
 
 def peak_bytes(run: Callable[[], Any]) -> int | None:

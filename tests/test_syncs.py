@@ -7,6 +7,7 @@ import torch
 from syncs import OnDevice, Recorder, on_device
 from tiny import FAMILIES, build, make
 from torch import Tensor
+from usual import stage
 
 import vtoken
 
@@ -51,7 +52,13 @@ def test_a_cut_inside_the_decoder_waits_no_oftener() -> None:
     assert waits("llava", "fastv:4", [[3, "img", 5]]) == sorted([ENTRY, CHECK])
 
 
-@pytest.mark.parametrize("pipeline", ["divprune:4", "visionzip:6"])
+def test_a_cut_inside_the_tower_waits_once_more() -> None:
+    """For how many tokens of each image came out of it."""
+    found = waits("llava", [stage("flowcut")], [[3, "img", 5]])
+    assert found == sorted([ENTRY, CHECK, ("asked", "entry.py:encoded")])
+
+
+@pytest.mark.parametrize("pipeline", ["divprune:4", "visionzip:6", "uniform:4", "random:4"])
 def test_other_choices_wait_no_oftener(pipeline: str) -> None:
     assert waits("llava", pipeline, [[3, "img", 5]]) == sorted([ENTRY, CHECK])
 

@@ -108,13 +108,16 @@ def encoded(flow: Prefill, values: Tensor) -> Tensor:
     those of the token that absorbed them.
     """
     v, encodes = flow.visual, flow.located.encodes
-    alive = (~values[:, 0].isnan()).nonzero()[:, 0]
-    keep = Keep(alive, tuple(torch.bincount(v.image[alive], minlength=len(v.lengths)).tolist()))
+    gone = values[:, 0].isnan()
+    counts = v.image.new_zeros(len(v.lengths)).index_add_(0, v.image, (~gone).to(v.image)).tolist()
+    # As nonzero(), whose size the device would be asked for.
+    alive = torch.argsort(gone, stable=True)[: sum(counts)]
+    keep = Keep(alive, tuple(counts))
     left = v.after(keep)
     if any(encode.home is not None for encode in encodes):
         flat = [torch.full((len(e.probe),), -2) if e.home is None else e.home for e in encodes]
         home = flow.located.gather(flat).to(v.line.device)
-        alone = torch.where(values[:, 0].isnan(), -1, v.lineage.place)
+        alone = torch.where(gone, -1, v.lineage.place)
         home = torch.where(home == -2, alone.to(home.device), home)
         left = left.with_home(home)
         slot = torch.full_like(home, -1)

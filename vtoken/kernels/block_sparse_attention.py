@@ -216,7 +216,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, read: Tensor, size: int, share: int,
 def tiles_of(dim: int, bytes_each: int, size: int) -> dict[str, int]:
     """How `_attend` is cut: a tile of queries, its sums and two tiles of keys have to fit into registers and shared memory."""
     large = dim * bytes_each > 256
-    rows, keys = min(size, 64 if large else 128), min(size, 32 if large else 64)
+    # fp32 has no tensor cores that round as it does, and unrolled products take many registers.
+    rows = min(size, 128 if not large else 32 if bytes_each == 4 else 64)
+    keys = min(size, 32 if large else 64)
     return {"ROWS": rows, "KEYS": keys, "num_warps": 8 if rows == 128 else 4, "num_stages": 2}
 
 
