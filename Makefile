@@ -31,9 +31,10 @@ test-gpu:
 	$(PYTHON) -m pytest -m gpu tests
 	$(PYTHON) -m pytest tests/test_kernels.py tests/test_kernel_choice.py
 
+# All parts in one go take about half an hour on an H200; `make bench-gpu PARTS="kernels sparse"` runs some, and what bench-out/ holds
+# already is not run again.
 bench-gpu:
-	$(PYTHON) benchmarks/gpu.py
-	$(PYTHON) benchmarks/kernels.py
+	$(PYTHON) benchmarks/gpu.py $(if $(PARTS),--only $(PARTS))
 
 $(VENV)/.installed: CONSTRAINTS = constraints.txt
 $(VENV)/.installed: constraints.txt

@@ -1,40 +1,45 @@
-"""What the kernels reach: `python benchmarks/kernels.py [--json FILE]`. A table to stdout.
+"""What the kernels reach: `python benchmarks/kernels.py [--ops OP ...] [--json FILE]`. A table to stdout.
 
 On a CUDA device: time on the device from triton's do_bench (L2 flushed, median), bytes and FLOPs as each op's file counts
-them, as shares of a copy and a matmul measured in the same run, and against the definition eager and under torch.compile,
-and for attention ops against flash SDPA, which computes more (the values too) and gives no sums. Without one the script
-runs to its end on small inputs, by the host's clock: with TRITON_INTERPRET=1 kernels are interpreted, else only
-definitions run. Such times say nothing about a GPU. No figure is printed before kernel and definition
-agree.
+them, as shares of a copy and a matmul measured in the same run, and of a copy of as many bytes, and against the definition eager and
+under torch.compile, and for attention ops against flash SDPA, which computes more (the values too) and gives no sums, and against
+the map of all attention; the most memory that kernel and definition hold. torch.compile takes minutes and comes last. Without a GPU the
+script runs to its end on small inputs, by the host's clock: with TRITON_INTERPRET=1 kernels are interpreted, else only
+definitions run. Such times say nothing about a GPU. No figure is given before kernel and definition agree.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # Runs from a checkout that is not installed, too.
+import torch
+from measure import (
+    CUDA,
+    DEVICE,
+    DTYPE,
+    KERNELS,
+    Record,
+    Row,
+    draw,
+    flash,
+    milliseconds,
+    offsets,
+    peak_bytes,
+    ratio,
+    said,
+)
 
-import torch  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+from vtoken import kernels
+from vtoken.kernels import _gram
 
-from vtoken import kernels  # noqa: E402
-from vtoken.kernels import _dispatch  # noqa: E402
-
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-DTYPE = torch.bfloat16 if CUDA else torch.float32
 GREEDY = ("diverse_tokens", "farthest_tokens")  # torch.compile would unroll every choice, so it is not tried
+MAPPED = ("query_attention", "received_attention")  # what a tower switched to eager attention would hold instead
+GATHER, RECEIVED, LINEAR, FARTHEST = 0.85, 5.0, 2.2, 20.0  # the goals
 
 
 @dataclass(frozen=True)
@@ -48,30 +53,6 @@ class Case:
     flops: float = 0.0
 
 
-@dataclass
-class Row:
-    """Milliseconds; None where it was not run. Shares are of the measured ceilings."""
-
-    op: str
-    shapes: str
-    kernel: float | None
-    eager: float
-    compiled: float | None
-    sdpa: float | None
-    gbps: float | None = None
-    tflops: float | None = None
-    of_copy: float | None = None
-    of_matmul: float | None = None
-
-
-def draw(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
-    return torch.randn(shape, device=DEVICE).to(dtype)
-
-
-def bounds(*lengths: int) -> torch.Tensor:
-    return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
-
-
 def cases(small: bool) -> Iterator[Case]:
     """LLaVA-1.5 (576 tokens), LLaVA-NeXT (2880 -> 320), a 4k encoder and a 32k prompt; `small` is for the interpreter."""
     e = DTYPE.itemsize
@@ -80,7 +61,11 @@ def cases(small: bool) -> Iterator[Case]:
     yield Case(
         "gather_tokens", f"{images * n} x {width}", {"tensors": x, "index": index}, len(index) * (2 * width * e + 8)
     )
-    given = {"scores": draw(images * n, dtype=torch.float32), "offsets": bounds(*[n] * images), "counts": [k] * images}
+    large = 64 if small else 1 << 17
+    index = torch.rand(large, device=DEVICE).topk(large // 4).indices.sort().values
+    given = {"tensors": draw(large, width), "index": index}
+    yield Case("gather_tokens", f"{large} -> {large // 4} x {width}", given, len(index) * (2 * width * e + 8))
+    given = {"scores": draw(images * n, dtype=torch.float32), "offsets": offsets(*[n] * images), "counts": [k] * images}
     yield Case("topk_tokens", f"{images} x {n}, {k}", given, images * (4 * n + 8 * k))
     into = torch.randint(images * k, (images * n,), device=DEVICE)
     into[: images * k] = torch.arange(images * k, device=DEVICE)
@@ -89,12 +74,12 @@ def cases(small: bool) -> Iterator[Case]:
     attention = draw(images * n, dtype=torch.float32).abs()
     given = {"attention": attention, "relevance": attention, "value": draw(images * n, 64, dtype=torch.float32)}
     shape, moved = f"{images} x {n} x 64", images * n * (64 + 3) * 4
-    yield Case("flow_scores", shape, {**given, "offsets": bounds(*[n] * images)}, moved)
+    yield Case("flow_scores", shape, {**given, "offsets": offsets(*[n] * images)}, moved)
 
     n, width, k = (48, 64, 6) if small else (2880, 4096, 320)
     x = draw(n, width)
     cosines = 2 * n * n * width
-    given = {"x": x, "y": x, "x_offsets": bounds(n), "y_offsets": bounds(n), "among": "others"}
+    given = {"x": x, "y": x, "x_offsets": offsets(n), "y_offsets": offsets(n), "among": "others"}
     yield Case("nearest_tokens", f"{n} x {width}", given, n * width * e + 12 * n, cosines)
     greedy = {"x": x, "lengths": [n], "counts": [k]}
     given = {**greedy, "first": torch.zeros(1, dtype=torch.int64, device=DEVICE), "strategy": "max_min"}
@@ -103,12 +88,13 @@ def cases(small: bool) -> Iterator[Case]:
     given = {**greedy, "relevance": torch.rand(n, device=DEVICE)}
     yield Case("diverse_tokens", f"{n} -> {k}, {width}", given, moved + 2 * n * k * k, cosines + n * k * k)
 
-    n, heads, d = (70, 2, 64) if small else (4096, 16, 64)
-    q = draw(n, heads, d)
-    given = {"q": q, "k": q, "q_offsets": bounds(n), "k_offsets": bounds(n), "scale": d**-0.5}
-    moved = 2 * n * heads * d * e + 4 * n * heads
-    yield Case("received_attention", f"{n} x {heads} x {d}", given, moved, 4 * n * n * heads * d)
-    given = {**given, "q": q[:1], "q_offsets": bounds(1)}
+    for n in (70, 140) if small else (4096, 8192):
+        heads, d = (2, 64) if small else (16, 64)
+        q = draw(n, heads, d)
+        given = {"q": q, "k": q, "q_offsets": offsets(n), "k_offsets": offsets(n), "scale": d**-0.5}
+        moved = 2 * n * heads * d * e + 4 * n * heads
+        yield Case("received_attention", f"{n} x {heads} x {d}", given, moved, 4 * n * n * heads * d)
+    given = {**given, "q": q[:1], "q_offsets": offsets(1)}
     yield Case("query_attention", f"1 of {n} x {heads} x {d}", given, 2 * n * heads * d * e, 4 * n * heads * d)
 
     n, last, heads, kv, d, block = (130, 20, 2, 1, 64, 16) if small else (32768, 128, 28, 4, 128, 128)
@@ -124,49 +110,43 @@ def cases(small: bool) -> Iterator[Case]:
     yield Case("gather_cache", f"{n} -> {kept}, {kv} x {d}", {"caches": (key, key), "index": where}, moved)
 
 
-def milliseconds(run: Callable[[], Any]) -> float:
-    if CUDA:
-        from triton.testing import do_bench
-
-        return float(do_bench(run, return_mode="median"))
-    run()
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        run()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
-
-
 def ceilings(small: bool) -> dict[str, float]:
     """GB/s of a copy (read and written) and TFLOP/s of a matmul, measured."""
-    size, side = (1 << 16, 128) if small else (1 << 28, 8192)
-    source, target, a = draw(size), draw(size), draw(side, side)
-    copy = milliseconds(lambda: target.copy_(source))
+    size, side = (1 << 16, 128) if small else (1 << 29, 8192)
+    a = draw(side, side)
     return {
-        "copy": 2 * size * DTYPE.itemsize / copy / 1e6,
-        "matmul": 2 * side**3 / milliseconds(lambda: a @ a) / 1e9,
+        "copy_gbps": 2 * size * DTYPE.itemsize / copy_ms(2 * size * DTYPE.itemsize) / 1e6,
+        "matmul_tflops": 2 * side**3 / milliseconds(lambda: a @ a) / 1e9,
     }
+
+
+def copy_ms(moved: float) -> float:
+    """A copy that reads and writes this many bytes in all."""
+    source = draw(max(1, int(moved) // (2 * DTYPE.itemsize)))
+    target = torch.empty_like(source)
+    return milliseconds(lambda: target.copy_(source))
 
 
 def sdpa(case: Case) -> float | None:
     """Flash SDPA on the same queries and keys, keys for values."""
     if not CUDA or case.op not in ("received_attention", "probe_sums"):
         return None
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.functional import scaled_dot_product_attention
-
     q, k = (case.given[name] for name in ("q", "k"))
     if q.ndim == 3:
         q, k = (t.transpose(0, 1)[None] for t in (q, k))
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return milliseconds(lambda: scaled_dot_product_attention(q, k, k, enable_gqa=True))
+    return milliseconds(flash(q, k, k, causal=False))
+
+
+def attention_map(q: torch.Tensor, k: torch.Tensor, q_offsets: Any, k_offsets: Any, scale: float) -> torch.Tensor:
+    """Column sums as a tower with eager attention would give them: one map [H, Q, N], softmax in fp32, cast back."""
+    q, k = q.transpose(0, 1), k.transpose(0, 1)
+    return (q @ k.transpose(1, 2) * scale).softmax(-1, dtype=torch.float32).to(q.dtype).sum(1)
 
 
 def agree(case: Case) -> None:
     """AssertionError where kernel and definition differ. A greedy choice among many tokens turns on the last bit of a sum,
     and so does the partner among many; these are held against the definition on the op's own examples, in fp32."""
-    op = kernels.ops()[case.op]
+    op: Any = kernels.ops()[case.op]
     greedy = case.op in GREEDY
     examples = [on_device(example) for example in op.examples()] if greedy else [case.given]
     relative, absolute = op.tolerance(torch.float32 if greedy else DTYPE)
@@ -181,74 +161,106 @@ def on_device(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
 
 
-def measured(case: Case, compile_too: bool, ceiling: dict[str, float]) -> Row:
-    op = kernels.ops()[case.op]
-    runs = CUDA or _dispatch.INTERPRETED
-    if runs:
-        agree(case)
-    compiled = None
-    if compile_too and case.op not in GREEDY:
-        traced = torch.compile(op.definition)
-        compiled = milliseconds(lambda: traced(**case.given))
-    kernel = milliseconds(lambda: op.launch(**case.given)) if runs else None
-    row = Row(case.op, case.shapes, kernel, milliseconds(lambda: op.definition(**case.given)), compiled, sdpa(case))
-    if kernel is not None:
-        row.gbps, row.tflops = case.bytes / kernel / 1e6, case.flops / kernel / 1e9
-        row.of_copy, row.of_matmul = row.gbps / ceiling["copy"], row.tflops / ceiling["matmul"]
+def measured(record: Record, case: Case) -> Row:
+    """The row of a case; where kernel and definition differ, or something fails, it says so and nothing else."""
+    row = record.add(op=case.op, shapes=case.shapes)
+    try:
+        row |= figures(record, case)
+    except Exception as error:  # One op that fails must not end the others.
+        row["failed"] = said(error)
+    record.save()
     return row
 
 
-def table(rows: list[Row]) -> Table:
-    def shown(value: float | None, form: str = ".3f") -> str:
-        return "-" if value is None else format(value, form)
+def figures(record: Record, case: Case) -> Row:
+    op: Any = kernels.ops()[case.op]
+    row: Row = {}
+    if KERNELS:
+        agree(case)
+        row["kernel_ms"] = kernel = milliseconds(lambda: op.launch(**case.given))
+        row["gbps"], row["tflops"] = case.bytes / kernel / 1e6, case.flops / kernel / 1e9
+        row["of_copy"] = row["gbps"] / record.conditions["copy_gbps"]
+        row["of_like_copy"] = copy_ms(case.bytes) / kernel
+        row["of_matmul"] = row["tflops"] / record.conditions["matmul_tflops"]
+        row["kernel_mb"] = ratio(peak_bytes(lambda: op.launch(**case.given)), 1e6)
+    row["eager_ms"] = milliseconds(lambda: op.definition(**case.given))
+    row["eager_mb"] = ratio(peak_bytes(lambda: op.definition(**case.given)), 1e6)
+    row["compiled_ms"], row["sdpa_ms"] = None, sdpa(case)
+    row["map_ms"] = milliseconds(lambda: attention_map(**case.given)) if case.op in MAPPED else None
+    row["eager_by_kernel"] = ratio(row["eager_ms"], row.get("kernel_ms"))
+    return row
 
-    heads = (
-        "op",
-        "shapes",
-        "kernel ms",
-        "GB/s",
-        "of copy",
-        "TFLOP/s",
-        "of matmul",
-        "eager ms",
-        "compiled ms",
-        "flash SDPA ms",
-    )
-    out = Table(*heads, "eager / kernel")
-    for r in rows:
-        ratio = None if r.kernel is None else r.eager / r.kernel
-        cells = [shown(r.kernel), shown(r.gbps, ".1f"), shown(r.of_copy, ".0%"), shown(r.tflops, ".2f")]
-        cells += [shown(r.of_matmul, ".0%"), shown(r.eager), shown(r.compiled), shown(r.sdpa), shown(ratio, ".2f")]
-        out.add_row(r.op, r.shapes, *cells)
-    return out
+
+def compiled(record: Record, case: Case, row: Row) -> None:
+    """The definition under torch.compile; what it cannot take is said in the row."""
+    op: Any = kernels.ops()[case.op]
+    torch.compiler.reset()
+    traced = torch.compile(op.definition)
+    try:
+        row["compiled_ms"] = milliseconds(lambda: traced(**case.given))
+    except Exception as error:  # One definition that torch.compile cannot take must not end the others.
+        row["compiled_ms"] = said(error)
+    record.save()
+
+
+def warps(record: Record, case: Case) -> None:
+    """The greedy walk with other numbers of warps: a matter of latency, which only a device tells."""
+    op: Any = kernels.ops()[case.op]
+    chosen = _gram.warps
+    for count in (4, 8, 16):
+        _gram.warps = lambda block, count=count: count
+        ms = milliseconds(lambda: op.launch(**case.given))
+        record.add(op=case.op, shapes=f"{case.shapes}; {count} warps", kernel_ms=ms)
+    _gram.warps = chosen
+
+
+def goals(record: Record, rows: list[Row]) -> None:
+    def of(op: str) -> list[Row]:
+        return [row for row in rows if row["op"] == op]
+
+    for row in of("gather_tokens")[-1:]:
+        share = row.get("of_copy")
+        record.goal(
+            f"gather_tokens, {row['shapes']}", f">= {GATHER:.0%} of copy bandwidth", share, (share or 0) >= GATHER
+        )
+    received = of("received_attention")
+    for row in received[:1]:
+        for name, against in (("definition", row.get("eager_ms")), ("attention map", row.get("map_ms"))):
+            times = ratio(against, row.get("kernel_ms"))
+            wanted = f">= {RECEIVED:g} x {name}, eager"
+            record.goal(f"received_attention, {row['shapes']}", wanted, times, (times or 0) >= RECEIVED)
+    if len(received) > 1:
+        growth = ratio(received[1].get("kernel_mb"), received[0].get("kernel_mb"))
+        wanted = f"memory <= {LINEAR:g} x at twice the tokens"
+        record.goal("received_attention, O(N)", wanted, growth, (growth or 9) <= LINEAR)
+    for row in of("farthest_tokens")[:1]:
+        times = row.get("eager_by_kernel")
+        record.goal(
+            f"farthest_tokens, {row['shapes']}", f">= {FARTHEST:g} x Python loop", times, (times or 0) >= FARTHEST
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="*", default=[], metavar="OP", help="only these (default: all)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write conditions and rows here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write conditions, rows and goals here, as they come")
     args = parser.parse_args()
     if unknown := sorted(set(args.ops) - set(kernels.ops())):
         parser.error(f"no op {', '.join(unknown)}; there are {', '.join(kernels.ops())}")
     torch.manual_seed(0)
-    ceiling = ceilings(small=not CUDA)
-    given = [case for case in cases(small=not CUDA) if not args.ops or case.op in args.ops]
-    rows = [measured(case, not args.no_compile, ceiling) for case in given]
-    conditions = {
-        "device": torch.cuda.get_device_name() if CUDA else platform.processor() or platform.machine(),
-        "kernels": "on the device" if CUDA else "interpreted" if _dispatch.INTERPRETED else "not run",
-        "dtype": str(DTYPE).removeprefix("torch."),
-        "torch": torch.__version__,
-        "triton": getattr(_dispatch.triton, "__version__", None),
-        "copy_gbps": round(ceiling["copy"], 2),
-        "matmul_tflops": round(ceiling["matmul"], 3),
-    }
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(table(rows))
-    console.print("; ".join(f"{name}: {value}" for name, value in conditions.items()))
-    if args.json:
-        args.json.write_text(json.dumps({"conditions": conditions, "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
+    record = Record(args.json, **ceilings(small=not CUDA))
+    taken = [case for case in cases(small=not CUDA) if not args.ops or case.op in args.ops]
+    rows = [measured(record, case) for case in taken]
+    goals(record, rows)
+    for case in taken if CUDA else ():
+        if case.op in GREEDY:
+            warps(record, case)
+    for case, row in zip(taken, rows, strict=True):
+        if case.op not in GREEDY and "failed" not in row and not args.no_compile:
+            compiled(record, case, row)
+    record.show()
+    sys.exit(any("failed" in row for row in rows))
 
 
 if __name__ == "__main__":

@@ -66,12 +66,15 @@ def test_triton_steps_aside_for_gradients(name: str, leaf: str, monkeypatch: pyt
         ("farthest_tokens", _tiles, "MANY", 0),
         ("nearest_tokens", OPS["nearest_tokens"], "PROGRAMS", 1),
         ("probe_sums", OPS["probe_sums"], "SPLIT", 64),
+        ("farthest_tokens", OPS["farthest_tokens"], "ROW", 16),
+        ("farthest_tokens", _gram, "CELLS", 70 * 70),
+        ("diverse_tokens", _gram, "CELLS", 70 * 70),
     ],
 )
 def test_triton_equals_definition_in_other_sizes(
     name: str, module: Any, constant: str, value: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Large tiles, one share of the columns, several splits of the keys: what the examples alone do not reach."""
+    """Large tiles, one share of the columns, several splits of the keys, images in groups: what the examples alone do not reach."""
     monkeypatch.setattr(module, constant, value)
     op = OPS[name]
     relative, absolute = op.tolerance(torch.float16)
@@ -93,8 +96,19 @@ def test_triton_steps_aside_for_too_many_tokens(name: str, monkeypatch: pytest.M
 
 def test_how_many_cosines_fit() -> None:
     assert _gram.fits([]) and _gram.fits([2880] * 8) and _gram.fits([11585])
-    assert not _gram.fits([11586]) and not _gram.fits([2880] * 17)
-    assert not _gram.fits([_gram.LONGEST + 1])
+    assert not _gram.fits([11586]) and not _gram.fits([2880, _gram.LONGEST + 1])
+
+
+def test_images_whose_cosines_do_not_fit_together_are_taken_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(_gram.groups([])) == [(slice(0, 0), slice(0, 0))]
+    assert [g for g, _ in _gram.groups([2880] * 17)] == [slice(0, 16), slice(16, 17)]
+    monkeypatch.setattr(_gram, "CELLS", 36)
+    found = list(_gram.groups([2, 0, 4, 6, 1, 1, 3, 3, 0]))
+    assert found == [
+        (slice(0, 3), slice(0, 6)),  # 6 tokens, 4 at most
+        (slice(3, 4), slice(6, 12)),  # 6, which fills it
+        (slice(4, 9), slice(12, 20)),  # 8, 3 at most
+    ]
 
 
 @pytest.mark.gpu

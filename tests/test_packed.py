@@ -99,7 +99,7 @@ def test_facts_equal_a_naive_tower(family, grids, attn):
     same("values", 2, [group(f.values[2]) for f in found])
     same("features", None, [f.last for f in found])
     assert torch.equal(facts[Fact("pixels")], pixels.view(-1, 4 * pixels.shape[1]))
-    assert hooked.run.tower.lineage.full == tuple(layout.tokens for layout in hooked.adapter.rasters(grid))
+    assert hooked.run.tower.lineage.full == tuple(layout.tokens for layout in hooked.adapter.rasters(grid.tolist()))
 
 
 CUTS = {

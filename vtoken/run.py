@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from vtoken.stages import Parts, size_of
+from vtoken.stages import Parts, size_of, uploaded
 
 KINDS = ("image", "video")  # of visual tokens; Run.visual counts from 1
 
@@ -152,7 +152,7 @@ class Lineage:
         place, home = self.place[keep.index.to(self.place.device)], self.home
         if keep.into is not None or home is not None:
             device = self.place.device
-            start = torch.tensor([0, *accumulate(self.full)], device=device)[:-1]
+            start = uploaded([0, *accumulate(self.full)][:-1], device)
             arange = torch.arange(len(self.place), device=device)
             if keep.into is None:
                 target = torch.full_like(arange, -1)
@@ -165,7 +165,7 @@ class Lineage:
             if home is None:
                 home = moved
             else:
-                of = torch.repeat_interleave(torch.tensor(self.full, device=device), output_size=sum(self.full))
+                of = torch.repeat_interleave(uploaded(self.full, device), output_size=sum(self.full))
                 home = torch.where(home >= 0, moved[(start[of] + home).clamp(min=0)], -1)
         return Lineage(self.full, place, keep.lengths, home)
 
@@ -176,7 +176,7 @@ class Lineage:
         """[ΣK] float32, unpruned tokens that each live one stands for; None while nothing was merged."""
         if self.home is None:
             return None
-        full, live = (torch.tensor(n, device=self.home.device) for n in (self.full, self.lengths or self.full))
+        full, live = (uploaded(n, self.home.device) for n in (self.full, self.lengths or self.full))
         start = full.cumsum(0) - full
         slot = start.repeat_interleave(full, output_size=len(self.home)) + self.home
         counts = torch.zeros_like(slot, dtype=torch.float32).index_add_(0, slot.clamp(min=0), (self.home >= 0).float())
@@ -218,6 +218,11 @@ class Layout:
 def newline_mask(layouts: Sequence[Layout]) -> Tensor:
     """[Σlength] bool: which placeholders of these images are newline tokens."""
     return torch.cat([torch.zeros(i.tokens, dtype=torch.bool) if i.newline is None else i.newline for i in layouts])
+
+
+def tokens_of(layouts: Sequence[Layout], device: torch.device) -> Tensor:
+    """[ΣN] which placeholders of these images are visual tokens, as indices on the device, which is not waited for."""
+    return (~newline_mask(layouts)).nonzero()[:, 0].to(device, non_blocking=True)
 
 
 def segments(layouts: Sequence[Layout]) -> Tensor | None:

@@ -122,15 +122,19 @@ def size_of(parts: Parts) -> int:
     return sum(t * h * w for t, h, w in parts)
 
 
+def uploaded(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """[len] on the device. The host does not wait for what the device is doing, as it would in `torch.tensor(values, device=device)`."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
 def offsets_of(lengths: Sequence[int], device: torch.device) -> Tensor:
     """Packed offsets [len + 1], int32, of segments with these lengths."""
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    return uploaded([0, *accumulate(lengths)], device, torch.int32)
 
 
 def image_of(lengths: Sequence[int], device: torch.device) -> Tensor:
     """[ΣN] image of each packed token."""
-    counts = torch.tensor(lengths, device=device)
-    return torch.repeat_interleave(counts, output_size=sum(lengths))
+    return torch.repeat_interleave(uploaded(lengths, device), output_size=sum(lengths))
 
 
 def segments_of(parts: Parts, per: str) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtoken.adapters._padded import Padded
-from vtoken.run import Call, Layout, newline_mask
+from vtoken.run import Call, Layout, tokens_of
 
 
 class Anyres(Padded):
@@ -52,7 +52,7 @@ class Anyres(Padded):
         split = values.split(self.crops(call.arguments))
         images = self._pack(split, call.arguments["image_sizes"], self.pack_options(call.arguments))
         packed = torch.cat(images)
-        return packed[~newline_mask(call.layouts).to(packed.device)]
+        return packed[tokens_of(call.layouts, packed.device)]
 
     def _pack(self, images: Sequence[Tensor], sizes: Any, options: dict[str, Any]) -> list[Tensor]:
         """[crops, patches, C] of each image -> one [length, C] per image, NaN at newlines."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -60,10 +62,10 @@ class Packed(Adapter):
         """
         return None
 
-    def rasters(self, grid: Tensor) -> tuple[Layout, ...]:
+    def rasters(self, grid: Sequence[Sequence[int]]) -> tuple[Layout, ...]:
         """The layout of each row of `grid` [images, 3]: frames, rows and columns in patches."""
         layouts = []
-        for frames, rows, columns in grid.tolist():
+        for frames, rows, columns in grid:
             rows, columns = rows // self.merge, columns // self.merge
             segment = torch.arange(frames).repeat_interleave(rows * columns) if frames > 1 else None
             layouts.append(Layout(((frames, rows, columns),), segment))
@@ -75,10 +77,11 @@ class Packed(Adapter):
             raise ValueError(
                 f"{self.model_type} needs {' and '.join(GRIDS[kind])} to encode; pass what its processor returns"
             )
-        patches = int(grid.prod(-1).sum())
+        sizes = grid.tolist()
+        patches = sum(map(prod, sizes))
         if len(pixels) != patches:
             raise ValueError(
                 f"{GRIDS[kind][0]} holds {len(pixels)} patches, but {GRIDS[kind][1]} tells of {patches}; pass both as one call of "
                 "the processor returned them"
             )
-        return self.rasters(grid)
+        return self.rasters(sizes)

@@ -139,7 +139,8 @@ def _keep(
         return
     # A static cache hands out all its slots; only those filled so far count.
     k, v = (t[:, :, : flow.slots].detach() for t in (k, v))
-    ok = torch.ones(len(k), flow.slots, dtype=torch.bool) if flow.ok is None else flow.ok.bool()
+    whole = flow.ok is None and not flow.tail
+    ok = torch.ones(len(k), flow.slots, dtype=torch.bool, device=k.device) if flow.ok is None else flow.ok.bool()
     ok = ok.to(k.device)
     for stage, name in asked:
         fact = Fact(name, layer)
@@ -150,16 +151,23 @@ def _keep(
             flow.facts[fact] = ROWS[name](flow, q.detach(), k, v, ok, scale)
         elif fact not in flow.facts:
             rows = name == "last_query_attention"
-            flow.facts[fact] = last_row(q[:, :, -1 - flow.tail], k, ok, flow.tail, scale) if rows else k.transpose(1, 2)
+            there = None if whole else ok
+            flow.facts[fact] = (
+                last_row(q[:, :, -1 - flow.tail], k, there, flow.tail, scale) if rows else k.transpose(1, 2)
+            )
 
 
-def last_row(q: Tensor, k: Tensor, ok: Tensor, tail: int, scale: float) -> Tensor:
+def last_row(q: Tensor, k: Tensor, ok: Tensor | None, tail: int, scale: float) -> Tensor:
     """[B, slots] attention of one query per row, head mean.
 
     Args:
         q: [B, H, d] of the last prompt token; k: [B, H, slots, d].
-        ok: [B, slots] slots that hold something; the last `tail` come after the query.
+        ok: [B, slots] slots that hold something; the last `tail` come after the query. None: all do, and none comes after it.
     """
+    if ok is None:
+        batch, slots = len(k), k.shape[2]
+        each, all_of = (offsets_of([n] * batch, k.device) for n in (1, slots))
+        return query_attention(q, k.transpose(1, 2).flatten(0, 1), each, all_of, scale).view(batch, slots)
     if tail:
         ok = ok.index_fill(1, torch.arange(ok.shape[1] - tail, ok.shape[1], device=ok.device), False)
     one_each = torch.arange(len(k) + 1, dtype=torch.int32, device=k.device)

@@ -233,13 +233,15 @@ class Boundary:
                 now = torch.where(flow.valid, flow.index + flow.past, -1).to(old.device)
                 shift = flow.shift(start) if self.compact else torch.zeros_like(before.shift)
                 everything = torch.cat([old, now], 1)
+                lags = self.compact and (flow.changed or before.lags)
                 flow.records[start] = Slots(
-                    everything, flow.past + flow.new.shape[1], shift, flow.dense and before.dense
+                    everything, flow.past + flow.new.shape[1], shift, flow.dense and before.dense, lags
                 )
         flow.slots = ok.shape[1]
-        # The device is asked only when nothing but the user's mask can tell.
+        # The device is asked only when nothing but the user's mask can tell; the counts of a prefill are what its mask leaves.
         dense = flow.dense and (cache is None or before.dense)
-        flow.ok = None if dense and (flow.mask is None or bool(ok.all())) else ok.long()
+        told = flow.mask is None or (isinstance(flow, Prefill) and not flow.past)
+        flow.ok = None if dense and (told or bool(ok.all())) else ok.long()
         return flow.ok
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:

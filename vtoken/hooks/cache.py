@@ -32,12 +32,14 @@ class Slots:
         end: logical length when this was recorded; later tokens are dense.
         shift: [B] how far positions lag behind the logical numbering (all zero unless positions are compact).
         dense: no padding in any row.
+        lags: whether `shift` may hold anything but zeros.
     """
 
     logical: Tensor
     end: int
     shift: Tensor
     dense: bool
+    lags: bool = False
 
     @property
     def saved(self) -> int:
@@ -91,7 +93,7 @@ class PrunedCache:
 
     def record(self, start: int, slots: Slots) -> None:
         self.groups[start] = slots
-        self.shifted = self.shifted or bool(slots.shift.any())
+        self.shifted = self.shifted or slots.lags
         if self.is_compileable:  # type: ignore[attr-defined]
             # Compiled decoding needs a mask of fixed size; causality hides the slots that are not filled yet.
             free = self.get_max_length() - slots.logical.shape[1]  # type: ignore[attr-defined]
@@ -135,7 +137,10 @@ class PrunedCache:
         self.shifted, self.prompt_mask, self.table = False, None, None
         self.groups, self.valid = {}, {}
         self.record(
-            0, replace(first, logical=first.logical[:, :0], end=0, shift=torch.zeros_like(first.shift), dense=True)
+            0,
+            replace(
+                first, logical=first.logical[:, :0], end=0, shift=torch.zeros_like(first.shift), dense=True, lags=False
+            ),
         )
 
     def _rows(self, index: Tensor) -> None:

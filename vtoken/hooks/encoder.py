@@ -22,7 +22,7 @@ from vtoken.hooks.flow import check, check_replay, trace_of
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.merging import Between, check_resized, log_size, surface
 from vtoken.run import Clock, Lineage, Run, StageTrace
-from vtoken.stages import Fact, Parts, Stage, VisualTokens
+from vtoken.stages import Fact, Parts, Stage, VisualTokens, uploaded
 
 
 @dataclass
@@ -201,7 +201,7 @@ class EncoderHooks:
         short = hidden.new_zeros(crops, width + cls, hidden.shape[2])
         if cls:
             short[:, 0] = hidden[:, 0]
-        counts = torch.tensor(lengths, device=rows.device)
+        counts = uploaded(lengths, rows.device)
         rows = torch.arange(crops, device=rows.device).repeat_interleave(counts, output_size=sum(lengths))
         columns = torch.cat([torch.arange(n, device=rows.device) for n in lengths]) + cls
         short[rows.to(device), columns.to(device)] = keep.apply(x)

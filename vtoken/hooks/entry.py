@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.flow import Flow, Prefill, Visual
-from vtoken.hooks.images import Located, check_axes, check_probe, locate
+from vtoken.hooks.images import Located, check, locate
 from vtoken.hooks.prompt import text_of
 from vtoken.run import Lineage, Run, Trace, segments
 from vtoken.stages import Fact, Keep, Stage, image_of, offsets_of
@@ -31,13 +31,13 @@ class Entry:
 
     def start(self, flow: Flow, visual: Tensor, riders: Sequence[Tensor] | None) -> tuple[Prefill, Tensor]:
         """Finds the images of the batch, and drops what the encoder dropped; returns the values [ΣK, D] of the live tokens too."""
-        located = locate(visual.masked_fill(~flow.new, 0), self.run.encodes, self.adapter)
+        kinds = visual.masked_fill(~flow.new, 0)
+        each = [(kinds == kind + 1).sum(1) for kind in range(len(self.adapter.placeholders))]
+        *held, counts = torch.stack([*each, flow.new.sum(1)]).tolist()
+        located = locate(kinds, held, self.run.encodes, self.adapter)
         whole = unpruned(located)
         values = flow.hidden[whole.line, whole.column]
-        if located.encodes:
-            check_probe(values, located)
-        if self.adapter.mrope:
-            check_axes(flow.positions, located)
+        check(values, flow.positions if self.adapter.mrope else None, located)
         trace = self.run.trace = Trace(
             visual_tokens=list(whole.lengths),
             parts=list(whole.parts),
@@ -45,7 +45,7 @@ class Entry:
             stages=located.stages(),
         )
         prefill = Prefill(
-            **{**vars(flow), "counts": flow.new.sum(1).tolist()},
+            **{**vars(flow), "counts": counts},
             visual=whole,
             started=whole,
             trace=trace,
@@ -96,7 +96,7 @@ def unpruned(located: Located) -> Visual:
         located.column,
         image,
         Lineage(lengths, place, lengths),
-        None if segment is None else segment.to(device),
+        None if segment is None else segment.to(device, non_blocking=True),
         None if located.newlines is None else located.newlines.closes,
     )
 
@@ -108,13 +108,16 @@ def encoded(flow: Prefill, values: Tensor) -> Tensor:
     those of the token that absorbed them.
     """
     v, encodes = flow.visual, flow.located.encodes
-    alive = (~values[:, 0].isnan()).nonzero()[:, 0]
-    keep = Keep(alive, tuple(torch.bincount(v.image[alive], minlength=len(v.lengths)).tolist()))
+    gone = values[:, 0].isnan()
+    counts = v.image.new_zeros(len(v.lengths)).index_add_(0, v.image, (~gone).to(v.image)).tolist()
+    # As nonzero(), whose size the device would be asked for.
+    alive = torch.argsort(gone, stable=True)[: sum(counts)]
+    keep = Keep(alive, tuple(counts))
     left = v.after(keep)
     if any(encode.home is not None for encode in encodes):
         flat = [torch.full((len(e.probe),), -2) if e.home is None else e.home for e in encodes]
         home = flow.located.gather(flat).to(v.line.device)
-        alone = torch.where(values[:, 0].isnan(), -1, v.lineage.place)
+        alone = torch.where(gone, -1, v.lineage.place)
         home = torch.where(home == -2, alone.to(home.device), home)
         left = left.with_home(home)
         slot = torch.full_like(home, -1)

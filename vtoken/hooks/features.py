@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vtoken.hooks.flow import eager
 from vtoken.hooks.handle import Handle
-from vtoken.run import Call, Encode, Run, StageTrace, newline_mask
+from vtoken.run import Call, Encode, Run, StageTrace, tokens_of
 from vtoken.stages import Fact
 
 Pack = Callable[[Tensor], Tensor]
@@ -61,7 +61,7 @@ class FeatureHooks:
         probe = torch.cat([f[..., 0].detach().flatten() for f in flat])
         # Some versions append the newline of a video only when they fill the prompt.
         if len(probe) != sum(layout.tokens for layout in call.layouts):
-            probe = probe[~newline_mask(call.layouts).to(probe.device)]
+            probe = probe[tokens_of(call.layouts, probe.device)]
         tower = self.run.tower
         if tower is None:
             return Encode(call.layouts, {}, probe, [])

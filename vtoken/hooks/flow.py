@@ -209,8 +209,11 @@ class Prefill(Flow):
         if newlines is not None and self.policy != "keep":
             stay = torch.zeros_like(self.newlines)
             if self.policy == "keep_if_row_has_token" and visual.closes is not None:
-                stay[visual.closes[visual.closes >= 0]] = True
-            gone = torch.bincount(newlines.line[self.newlines & ~stay], minlength=batch).tolist()
+                # The last slot takes the tokens whose row no newline closes.
+                marks = stay.new_zeros(len(stay) + 1).index_fill_(0, visual.closes, True)
+                stay = marks[:-1]
+            lost = (self.newlines & ~stay).long()
+            gone = lost.new_zeros(batch).index_add_(0, newlines.line, lost).tolist()
             self.counts = [n - g for n, g in zip(self.counts, gone, strict=True)]
             self.newlines &= stay
 

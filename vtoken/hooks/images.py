@@ -80,14 +80,18 @@ class _Image:
     start: int  # of its tokens in the packed values of all encodes
 
 
-def locate(kinds: Tensor, encodes: dict[str, Encode], adapter: Any) -> Located:
+def locate(kinds: Tensor, counts: Sequence[Sequence[int]], encodes: dict[str, Encode], adapter: Any) -> Located:
     """Finds the images behind the visual positions of `kinds` [B, L]: 0 none, 1 image, 2 video.
+
+    Args:
+        counts: of each kind, its positions in each row.
 
     Raises:
         ValueError: the rows cannot be filled with whole images, or some features came precomputed and some did not.
     """
-    line, column = kinds.nonzero(as_tuple=True)
-    counts = torch.stack([(kinds == k + 1).sum(1) for k in range(len(adapter.placeholders))]).tolist()
+    # As nonzero(), whose size the device would be asked for; here it is known.
+    at = torch.argsort(kinds.flatten() == 0, stable=True)[: sum(map(sum, counts))]
+    line, column = at // kinds.shape[1], at % kinds.shape[1]
     found = {k: per_row for k, per_row in enumerate(counts) if any(per_row)}
     given = [encodes.get(KINDS[k]) for k in found]
     known = tuple(e for e in given if e is not None)
@@ -105,9 +109,10 @@ def locate(kinds: Tensor, encodes: dict[str, Encode], adapter: Any) -> Located:
         source = torch.cat([torch.arange(i.start, i.start + n) for i, n in zip(images, lengths, strict=True)])
     newlines = None
     if any(layout.newline is not None for layout in layouts):
-        is_newline = newline_mask(layouts).to(line.device)
-        newlines = Newlines(line[is_newline], column[is_newline], closes(layouts).to(line.device))
-        line, column = line[~is_newline], column[~is_newline]
+        is_newline, device = newline_mask(layouts), line.device
+        here, rest = (m.nonzero()[:, 0].to(device, non_blocking=True) for m in (is_newline, ~is_newline))
+        newlines = Newlines(line[here], column[here], closes(layouts).to(device, non_blocking=True))
+        line, column = line[rest], column[rest]
     origin = tuple((i.encode, i.index) for i in images)
     return Located(layouts, tuple(i.row for i in images), known, origin, source, line, column, newlines)
 
@@ -173,39 +178,51 @@ def assign(
     return images
 
 
-def check_probe(values: Tensor, located: Located) -> None:
-    """Refuses features that are not the ones that were scored.
+def check(values: Tensor, positions: Tensor | None, located: Located) -> None:
+    """Refuses features that are not the ones that were scored, and images that a model with M-RoPE would read as a line of text. Asks the
+    device once.
+
+    Args:
+        values: [ΣN, D] what stands at the visual positions.
+        positions: of a model with M-RoPE, [..., B or 1, L]; of the axes in front, the last two are rows and columns.
 
     Raises:
         ValueError: e.g. features were encoded earlier, and another picture has been encoded since.
+        UnsupportedError: all axes are equal on images that have more than one token to a frame, because an argument is missing or
+            transformers too old.
     """
-    probe = located.gather([encode.probe for encode in located.encodes])
-    seen = values[:, 0].detach().to(probe.device)
-    if not torch.equal(torch.nan_to_num(probe.to(seen.dtype)), torch.nan_to_num(seen)):
+    probed = is_scored(values, located) if located.encodes else torch.ones((), dtype=torch.bool, device=values.device)
+    apart = torch.ones_like(probed) if positions is None else has_axes(positions, located).to(probed.device)
+    same, told = torch.stack([probed, apart]).tolist() if located.encodes or positions is not None else (True, True)
+    if not same:
         raise ValueError(
             "the visual features of this call are not those the vision tower encoded last in this thread; "
             "pass pixel_values, or encode right before the call that uses the features"
         )
-
-
-def check_axes(positions: Tensor, located: Located) -> None:
-    """Refuses images that a model with M-RoPE would read as a line of text, because an argument is missing or transformers too old.
-
-    Args:
-        positions: [..., B or 1, L]; of the axes in front, the last two are rows and columns.
-
-    Raises:
-        UnsupportedError: all axes are equal on images that have more than one token to a frame.
-    """
-    if not any(rows * columns > 1 for layout in located.layouts for _, rows, columns in layout.parts):
+    if told:
         return
-    if positions.ndim == 3 and len(positions) > 1:
-        line = located.line if positions.shape[1] > 1 else torch.zeros_like(located.line)
-        rows, columns = positions[-2:, line.to(positions.device), located.column.to(positions.device)]
-        if not torch.equal(rows, columns):
-            return
     raise UnsupportedError(
         "the images of this call have the positions of text (all axes of M-RoPE are equal). Pass input_ids, mm_token_type_ids and "
         "image grids of the whole conversation, or position_ids; where that does not help, transformers is older than 5.21 and does "
         "so to every new image of a cached conversation: start again without past_key_values, or upgrade"
     )
+
+
+def is_scored(values: Tensor, located: Located) -> Tensor:
+    """[] bool: whether these [ΣN, D] are the features that the encoder gave last."""
+    probe = located.gather([encode.probe for encode in located.encodes])
+    seen = values[:, 0].detach().to(probe.device)
+    if len(probe) != len(seen):
+        return torch.zeros((), dtype=torch.bool, device=seen.device)
+    return (torch.nan_to_num(probe.to(seen.dtype)) == torch.nan_to_num(seen)).all()
+
+
+def has_axes(positions: Tensor, located: Located) -> Tensor:
+    """[] bool: whether the positions [..., B or 1, L] tell rows and columns of the images apart, or no image has more than one."""
+    if not any(rows * columns > 1 for layout in located.layouts for _, rows, columns in layout.parts):
+        return torch.ones((), dtype=torch.bool, device=positions.device)
+    if positions.ndim != 3 or len(positions) == 1:
+        return torch.zeros((), dtype=torch.bool, device=positions.device)
+    line = located.line if positions.shape[1] > 1 else torch.zeros_like(located.line)
+    rows, columns = positions[-2:, line.to(positions.device), located.column.to(positions.device)]
+    return (rows != columns).any()

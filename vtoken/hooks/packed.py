@@ -133,10 +133,11 @@ class PackedHooks:
     def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         pixels = args[0] if args else kwargs["hidden_states"]
         grid = args[1] if len(args) > 1 else kwargs["grid_thw"]
-        layouts, device = self.adapter.rasters(grid), pixels.device
+        call, device = self.run.call, pixels.device
+        layouts = self.adapter.rasters(grid.tolist()) if call is None else call.layouts
         full = tuple(layout.tokens for layout in layouts)
         order = self.adapter.order(grid, kwargs)
-        live = torch.arange(sum(full), device=device) if order is None else order.to(device)
+        live = torch.arange(sum(full), device=device) if order is None else order.to(device, non_blocking=True)
         image = image_of(full, device)
         place = torch.arange(len(image), device=device) - offsets_of(full, device)[:-1][image]
         self.run.tower = PackedTower(layouts, image, live.argsort(), live, Lineage(full, place, full))

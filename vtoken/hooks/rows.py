@@ -14,7 +14,7 @@ from torch import Tensor
 from vtoken.hooks.flow import Prefill
 from vtoken.hooks.prompt import text_before, text_slots
 from vtoken.kernels import query_attention
-from vtoken.stages import offsets_of
+from vtoken.stages import offsets_of, uploaded
 
 CHUNK = 64  # queries whose scores over all slots are held at once
 Rows = Callable[[Prefill, Tensor, Tensor, Tensor, Tensor, float], Tensor]
@@ -87,7 +87,7 @@ def _relay(rows: Iterator[Tensor], at: Tensor) -> Tensor:
 def _among(flow: Prefill, query: Tensor, k: Tensor, scale: float) -> Tensor:
     """One query [B, H, d] per row over the tokens of each of its images alone."""
     line, column = _places(flow, k)
-    lengths, rows = flow.visual.lengths, torch.tensor(flow.visual.row, device=k.device)
+    lengths, rows = flow.visual.lengths, uploaded(flow.visual.row, k.device)
     one_each = torch.arange(len(lengths) + 1, dtype=torch.int32, device=k.device)
     found = query_attention(
         query[rows], k.transpose(1, 2)[line, column], one_each, offsets_of(lengths, k.device), scale

@@ -15,7 +15,7 @@ from vtoken.hooks.handle import Handle
 from vtoken.kernels import block_sparse_attention
 from vtoken.reading import Prompt, Reads, SparseAttention, everything
 from vtoken.run import Clock, Run
-from vtoken.stages import Stage
+from vtoken.stages import Stage, uploaded
 
 SIZE = 128  # block of what is read whole
 WIDEST = 256  # head width that the kernel takes
@@ -125,12 +125,15 @@ class SparsePrefill:
         """Whether the tokens of every row stand at its end."""
         memory = flow.memory.setdefault(id(self), {})
         if memory.get("padding of") is not flow.index:
-            counts = torch.tensor(flow.counts, device=flow.valid.device)[:, None]
-            width = flow.valid.shape[1]
-            suffix = torch.arange(width, device=flow.valid.device) >= width - counts
-            memory["padding of"], memory["left"] = flow.index, flow.dense or bool((flow.valid == suffix).all())
+            memory["padding of"], memory["left"] = flow.index, flow.dense or suffixes(flow)
         left: bool = memory["left"]
         return left
+
+
+def suffixes(flow: Prefill) -> bool:
+    """Whether what is real of every row is its end; asks the device."""
+    width, counts = flow.valid.shape[1], uploaded(flow.counts, flow.valid.device)[:, None]
+    return bool((flow.valid == (torch.arange(width, device=counts.device) >= width - counts)).all())
 
 
 def _row(x: Tensor, flow: Prefill) -> list[Tensor]:

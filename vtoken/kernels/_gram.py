@@ -1,6 +1,6 @@
 """Cosines between all tokens of a segment, for kernels that walk through them token by token."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import torch
@@ -10,7 +10,7 @@ from vtoken.kernels._dispatch import tl, triton
 from vtoken.kernels._tiles import dot_tiles
 from vtoken.kernels.nearest_tokens import inverse_norms, side_by_side
 
-CELLS = 1 << 27  # cosines held at most: 512 MiB
+CELLS = 1 << 27  # cosines held at a time at most: 512 MiB
 LONGEST = 16384  # tokens of a segment, whose state one program keeps in registers
 
 if triton is not None:
@@ -21,19 +21,25 @@ if triton is not None:
         x, inverse, offsets, segments, stride, width, result, longest,
         TILE: tl.constexpr, WIDTH: tl.constexpr, SEGMENTS: tl.constexpr,
     ):  # fmt: skip
-        """Program (tile of rows, tile of columns of their segment)."""
+        """Program (tile of rows, tile of columns of their segment). What lies below the diagonal is written by those above it."""
         mine, first = segment_of(offsets, segments, tl.program_id(0), TILE, SEGMENTS)
         begin = tl.load(offsets + mine).to(tl.int64)
         end = tl.load(offsets + mine + 1).to(tl.int64)
         other = begin + tl.program_id(1) * TILE
-        if (first < end) & (other < end):
+        if (first < end) & (other < end) & (first <= other):
             row = first + tl.arange(0, TILE)
             column = other + tl.arange(0, TILE)
             cosine = dots(x, row, row < end, stride, x, column, column < end, stride, width, TILE, TILE, WIDTH)
             cosine *= tl.load(inverse + row, mask=row < end, other=0.0)[:, None]
             cosine *= tl.load(inverse + column, mask=column < end, other=0.0)[None, :]
             inside = (row < end)[:, None] & (column < end)[None, :]
-            tl.store(result + row[:, None] * longest + (column - begin)[None, :], cosine, mask=inside)
+            # CELLS keeps places within a segment in 32 bits; 64 cost registers that the tile needs.
+            result += begin * longest
+            i = (row - begin).to(tl.int32)
+            j = (column - begin).to(tl.int32)
+            tl.store(result + (i[:, None] * longest + j[None, :]), cosine, mask=inside)
+            if first < other:
+                tl.store(result + (j[None, :] * longest + i[:, None]), cosine, mask=inside)
 
 
 def bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
@@ -42,9 +48,21 @@ def bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def fits(lengths: Sequence[int]) -> bool:
-    """Whether segments of these lengths are within CELLS and LONGEST."""
+    """Whether every one of these segments is within CELLS and LONGEST."""
     longest = max(lengths, default=0)
-    return longest <= LONGEST and sum(lengths) * longest <= CELLS
+    return longest <= LONGEST and longest * longest <= CELLS
+
+
+def groups(lengths: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+    """Segments, and their tokens, one group after the other, each of which is within CELLS; segments that fit alone."""
+    first = begin = end = longest = 0
+    for segment, n in enumerate(lengths):
+        longest = max(longest, n)
+        if (end + n - begin) * longest > CELLS:
+            yield slice(first, segment), slice(begin, end)
+            first, begin, longest = segment, end, n
+        end += n
+    yield slice(first, len(lengths)), slice(begin, end)
 
 
 def cosines(x: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -110,15 +110,19 @@ if triton is not None:
         top,
         MASK: tl.constexpr,
         DIM: tl.constexpr,
+        FULL: tl.constexpr,
     ):
-        """Goes on with a softmax over some more keys; `visible` [rows, keys] counts if MASK."""
+        """Goes on with a softmax over some more keys; `visible` [rows, keys] counts if MASK. FULL: d is DIM."""
         dim = tl.arange(0, DIM)
         inside = dim < d
         place = key.to(tl.int64)
         known = tl.max(visible.to(tl.int32), 0) > 0 if MASK else key >= 0
         at = k + place[None, :] * k_strides[1] + dim[:, None] * k_strides[2]
-        scores = tl.dot(queries, tl.load(at, mask=known[None, :] & inside[:, None], other=0.0), input_precision="ieee")
-        scores = scores * scale
+        if FULL and not MASK:
+            columns = tl.load(at)
+        else:
+            columns = tl.load(at, mask=known[None, :] & inside[:, None], other=0.0)
+        scores = tl.dot(queries, columns, input_precision="ieee") * scale
         if MASK:
             scores = tl.where(visible, scores, -1e30)
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -126,7 +130,10 @@ if triton is not None:
         if MASK:
             weights = tl.where(visible, weights, 0.0)
         at = v + place[:, None] * v_strides[1] + dim[None, :] * v_strides[2]
-        values = tl.load(at, mask=known[:, None] & inside[None, :], other=0.0)
+        if FULL and not MASK:
+            values = tl.load(at)
+        else:
+            values = tl.load(at, mask=known[:, None] & inside[None, :], other=0.0)
         shrink = tl.exp2(top - new_top)
         out = out * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         return out, total * shrink + tl.sum(weights, 1), new_top
@@ -136,7 +143,7 @@ if triton is not None:
         q, k, v, read, lists, counts, columns, rows, out, lse, queries, keys, d, scale, blocks, groups, length, share, listed,
         q_strides, k_strides, v_strides,
         GROUPS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
-        COLUMNS: tl.constexpr, LISTED: tl.constexpr,
+        COLUMNS: tl.constexpr, LISTED: tl.constexpr, FULL: tl.constexpr,
     ):  # fmt: skip
         """Program (part of a query block, head). The last blocks read most and start first."""
         part = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -165,14 +172,14 @@ if triton is not None:
             block = tl.load(lists + at * blocks + i // (SIZE // KEYS))
             key = block * SIZE + i % (SIZE // KEYS) * KEYS + tl.arange(0, KEYS)
             sums, total, top = _step(
-                asked, k, v, key, key, k_strides, v_strides, d, scale, sums, total, top, False, DIM
+                asked, k, v, key, key, k_strides, v_strides, d, scale, sums, total, top, False, DIM, FULL
             )
         for i in range(whole * (SIZE // KEYS), count * (SIZE // KEYS)):
             block = tl.load(lists + at * blocks + i // (SIZE // KEYS))
             key = block * SIZE + i % (SIZE // KEYS) * KEYS + tl.arange(0, KEYS)
             visible = (key[None, :] <= position[:, None]) & (key < keys)[None, :]
             sums, total, top = _step(
-                asked, k, v, key, visible, k_strides, v_strides, d, scale, sums, total, top, True, DIM
+                asked, k, v, key, visible, k_strides, v_strides, d, scale, sums, total, top, True, DIM, FULL
             )
         if COLUMNS:
             mine = columns + (head * groups + tile // share) * length
@@ -184,7 +191,7 @@ if triton is not None:
                 visible = (key[None, :] <= position[:, None]) & (there & (covered == 0))[None, :]
                 if tl.max(visible.to(tl.int32)) > 0:
                     sums, total, top = _step(
-                        asked, k, v, key, visible, k_strides, v_strides, d, scale, sums, total, top, True, DIM
+                        asked, k, v, key, visible, k_strides, v_strides, d, scale, sums, total, top, True, DIM, FULL
                     )
         some = tl.where(total > 0, total, 1.0)
         where = (head * queries + row.to(tl.int64))[:, None] * d + dim[None, :]
@@ -206,6 +213,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor, read: Tensor, size: int, share: int,
         )
 
 
+def tiles_of(dim: int, bytes_each: int, size: int) -> dict[str, int]:
+    """How `_attend` is cut: a tile of queries, its sums and two tiles of keys have to fit into registers and shared memory."""
+    large = dim * bytes_each > 256
+    # fp32 has no tensor cores that round as it does, and unrolled products take many registers.
+    rows = min(size, 128 if not large else 32 if bytes_each == 4 else 64)
+    keys = min(size, 32 if large else 64)
+    return {"ROWS": rows, "KEYS": keys, "num_warps": 8 if rows == 128 else 4, "num_stages": 2}
+
+
 def launch(
     q: Tensor, k: Tensor, v: Tensor, read: Tensor, scale: float, size: int = 128, columns: Tensor | None = None,
     share: int = 1, rows: Tensor | None = None,
@@ -224,22 +240,20 @@ def launch(
     lists = torch.empty((heads, tiles, blocks), dtype=torch.int32, device=q.device)
     counts = torch.empty((heads, tiles, 2), dtype=torch.int32, device=q.device)
     dim = max(16, triton.next_power_of_2(d))
-    # A tile of queries, its sums and two tiles of keys have to fit into registers and shared memory.
-    large = dim * q.element_size() > 256
-    part, step = min(size, 64 if large else 128), min(size, 32 if large else 64)
+    cut = tiles_of(dim, q.element_size(), size)
     singles = None if columns is None else columns.int().contiguous()
     chosen = None if rows is None else rows.int().contiguous()
     with torch.cuda.device_of(q):  # triton launches on the current device
         _list[(tiles, heads)](
             flags, lists, counts, blocks, keys, keys - queries, SIZE=size, LISTED=rows is not None, BLOCK=128
         )
-        _attend[(tiles * (size // part), heads)](
+        _attend[(tiles * (size // cut["ROWS"]), heads)](
             q, k, v, flags, lists, counts, lists if singles is None else singles, lists if chosen is None else chosen, out, lse,
             queries, keys, d, scale * LOG2_E, blocks, 0 if singles is None else singles.shape[1],
             0 if singles is None else singles.shape[2], share, 0 if chosen is None else chosen.shape[1],
             q.stride(), k.stride(), v.stride(),
-            GROUPS=heads // len(k), SIZE=size, ROWS=part, KEYS=step, DIM=dim, COLUMNS=singles is not None,
-            LISTED=chosen is not None, num_warps=8 if part == 128 else 4, num_stages=2,
+            GROUPS=heads // len(k), SIZE=size, DIM=dim, COLUMNS=singles is not None, LISTED=chosen is not None,
+            FULL=dim == d, **cut,
         )  # fmt: skip
     return out.to(dtype), lse
 

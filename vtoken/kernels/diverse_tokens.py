@@ -89,6 +89,15 @@ if triton is not None:
 
 def launch(x: Tensor, relevance: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> Tensor:
     """The kernels' launcher: the definition's contract, for the dtypes in DTYPES and what `_gram.fits`."""
+    parts = [
+        _launch(x[tokens], relevance[tokens], lengths[images], counts[images]) + tokens.start
+        for images, tokens in _gram.groups(lengths)
+    ]
+    return torch.cat(parts)
+
+
+def _launch(x: Tensor, relevance: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """Images whose cosines are held together."""
     index = torch.empty(sum(counts), dtype=torch.int64, device=x.device)
     if len(index):
         longest = max(lengths)

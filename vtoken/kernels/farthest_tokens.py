@@ -11,11 +11,16 @@
 
 fp32 accumulation; a token of length 0 has cosine 0 with everything. NaN in x gives an undefined result.
 
-Bytes moved, e bytes per number: the kernels compute all cosines first, as `nearest_tokens` does (2 * N² * D FLOPs), and
-write 4 * N² of them; each choice then reads one row, 4 * N, by one program per image that keeps its N distances in
-registers. 2880 -> 320 tokens, 4096 wide: 68 GFLOP (twice that without `first`), 33 MB of cosines, 3.7 MB of rows. The definition does 2 * N * K * D
-FLOPs instead, reads x K times (15 GB here) and takes five launches per choice. Images whose cosines would not fit in 512
-MiB, or with more than 16384 tokens, take the definition.
+Bytes moved, e bytes per number: the kernels compute all cosines first, each pair once (N² * D FLOPs), and write 4 * N² of them,
+which is read once without `first`; each choice then reads one row, 4 * N, by one program per image that keeps its N distances in
+registers. 2880 -> 320 tokens, 4096 wide: 34 GFLOP, 33 MB of cosines, 3.7 MB of rows. The definition does 2 * N * K * D
+FLOPs instead, reads x K times (15 GB in fp32) and takes five launches per choice.
+
+Why not without the cosines, in O(N * D) memory: every choice would read x whole, e * N * D * K (7.5 GB in bf16, over a millisecond
+from L2 at some 6 TB/s, on all multiprocessors), with a wait of the whole grid for each choice, or a launch; the cosines take
+a tenth of a millisecond at 400 TFLOP/s. They are cheaper while N / K < e * R / B, some 130 at these rates R and B, which few budgets in
+use exceed. What it costs is memory: images are taken in groups whose cosines fit in 512 MiB, and one that would not fit alone, or has
+more than 16384 tokens, takes the definition.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,10 +34,10 @@ from torch.nn.functional import normalize
 from vtoken.kernels import _gram
 from vtoken.kernels._dispatch import runs_triton, tl, triton
 from vtoken.kernels.nearest_tokens import ROWS
-from vtoken.kernels.nearest_tokens import launch as nearest
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 Strategy = Literal["max_min", "max_sum"]
+ROW = 1024  # cosines that one program reads at a time
 
 
 def definition(
@@ -74,6 +79,23 @@ def _starts(lengths: Sequence[int]) -> list[int]:
 
 
 if triton is not None:
+    from vtoken.kernels._tiles import segment_of
+
+    @triton.jit
+    def _closest(  # type: ignore[no-untyped-def]
+        cosines, longest, offsets, segments, closest, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr
+    ):
+        """Program (token): its highest cosine to another token of its image."""
+        mine, row = segment_of(offsets, segments, tl.program_id(0), 1, SEGMENTS)
+        begin = tl.load(offsets + mine).to(tl.int64)
+        n = tl.load(offsets + mine + 1).to(tl.int64) - begin
+        if row < begin + n:
+            best = tl.full([BLOCK], float("-inf"), tl.float32)
+            for start in range(0, n, BLOCK):
+                lane = start + tl.arange(0, BLOCK)
+                other = (lane < n) & (lane != row - begin)
+                best = tl.maximum(best, tl.load(cosines + row * longest + lane, mask=other, other=float("-inf")))
+            tl.store(closest + row, tl.max(best, 0))
 
     @triton.jit
     def _take(  # type: ignore[no-untyped-def]
@@ -121,13 +143,29 @@ def launch(
     strategy: Strategy = "max_min",
 ) -> Tensor:
     """The kernels' launcher: the definition's contract, for the dtypes in DTYPES and what `_gram.fits`."""
+    index = []
+    for images, tokens in _gram.groups(lengths):
+        start = None if first is None else first[images] - tokens.start
+        index.append(_launch(x[tokens], lengths[images], counts[images], start, strategy) + tokens.start)
+    return torch.cat(index)
+
+
+def _launch(
+    x: Tensor, lengths: Sequence[int], counts: Sequence[int], first: Tensor | None, strategy: Strategy
+) -> Tensor:
+    """Images whose cosines are held together."""
     index = torch.empty(sum(counts), dtype=torch.int64, device=x.device)
     if len(index):
         cosines = _gram.cosines(x, lengths)
         offsets, slots = (_gram.bounds(held, x.device) for held in (lengths, counts))
-        closest = nearest(x, x, offsets, offsets, "others")[0] if first is None else cosines
-        block = triton.next_power_of_2(max(lengths))
+        closest, block = cosines, triton.next_power_of_2(max(lengths))
         with torch.cuda.device_of(x):  # triton launches on the current device
+            if first is None:
+                closest, segments = torch.empty(len(x), dtype=torch.float32, device=x.device), len(lengths)
+                _closest[(len(x) + segments,)](
+                    cosines, max(lengths), offsets, segments, closest,
+                    BLOCK=min(block, ROW), SEGMENTS=triton.next_power_of_2(segments),
+                )  # fmt: skip
             _take[(len(lengths),)](
                 cosines, max(lengths), offsets, slots, offsets if first is None else first.contiguous(), closest, index,
                 GIVEN=first is not None, SUM=strategy == "max_sum", BLOCK=block, num_warps=_gram.warps(block),

@@ -33,7 +33,7 @@ class Uniform(Pruner):
         for i, (n, k) in enumerate(zip(tokens.lengths, counts, strict=True)):
             kept.append(start + (even(tokens.parts[i], k) if tokens.whole(i) else centres(n, k)))
             start += n
-        return Keep(torch.cat(kept).to(tokens.x.device), counts)
+        return Keep(torch.cat(kept).to(tokens.x.device, non_blocking=True), counts)
 
     def _each_segment(self, tokens: VisualTokens) -> Keep:
         order, held, keep, lengths = self.per_segment(tokens)
@@ -44,7 +44,7 @@ class Uniform(Pruner):
             (_, h, w), *more = tokens.parts[s // segments]
             kept.append(start + (even_grid(h, w, k) if not more and n == h * w else centres(n, k)))
             start += n
-        return Keep(order[torch.cat(kept).to(order.device)].sort().values, lengths)
+        return Keep(order[torch.cat(kept).to(order.device, non_blocking=True)].sort().values, lengths)
 
 
 def even(parts: Parts, k: int) -> Tensor:

@@ -1,0 +1,109 @@
+"""How often a prefill makes the host wait for the device. What the model itself asks is not counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from syncs import OnDevice, Recorder, on_device
+from tiny import FAMILIES, build, make
+from torch import Tensor
+from usual import stage
+
+import vtoken
+
+ENTRY, CHECK = ("asked", "entry.py:start"), ("asked", "images.py:check")
+# Image sizes and grids come with the call, and the model reads them on the host as well; newlines that stay depend on what was kept.
+ANYRES = [("asked", "_anyres.py:<genexpr>")] * 2
+QWEN = [("asked", "_packed.py:layouts")]
+WAITS = {
+    "llava": [],
+    "llava_next": [*ANYRES, ("asked", "flow.py:leave")],
+    "llava_onevision": [*ANYRES, ("asked", "flow.py:leave")],
+    "qwen2_vl": QWEN,
+    "qwen2_5_vl": QWEN,
+    "qwen3_vl": QWEN,
+}
+
+
+def waits(family: str, pipeline: object, rows: list[list[int | str]]) -> list[tuple[str, str]]:
+    """Of the second prefill: layouts that were worked out once are known. The kernels have tests of their own on a GPU."""
+    model = make(family)
+    batch = on_device(build(model, rows))
+    with torch.inference_mode(), vtoken.wrapped(model, pipeline):
+        model(**batch)
+        with Recorder() as recorder:
+            model(**batch)
+        assert vtoken.trace(model).stages[0].stood_aside is None
+    return sorted(where for where in recorder.found.elements() if not where[1].endswith((":definition", ":_on_host")))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fixed_budget_waits_so_often(family: str) -> None:
+    """Once for the counts of the prompt, once for what is checked, and for what the call's own arguments say."""
+    assert waits(family, "fastervlm:4", [[3, "img", 5]]) == sorted([ENTRY, CHECK, *WAITS[family]])
+
+
+def test_ragged_batches_wait_no_oftener() -> None:
+    found = waits("llava", "fastervlm:4", [[3, "img", 5], [2, "img", 1, "img", 4]])
+    assert found == sorted([ENTRY, CHECK])
+
+
+def test_a_cut_inside_the_decoder_waits_no_oftener() -> None:
+    assert waits("llava", "fastv:4", [[3, "img", 5]]) == sorted([ENTRY, CHECK])
+
+
+def test_a_cut_inside_the_tower_waits_once_more() -> None:
+    """For how many tokens of each image came out of it."""
+    found = waits("llava", [stage("flowcut")], [[3, "img", 5]])
+    assert found == sorted([ENTRY, CHECK, ("asked", "entry.py:encoded")])
+
+
+@pytest.mark.parametrize("pipeline", ["divprune:4", "visionzip:6", "uniform:4", "random:4"])
+def test_other_choices_wait_no_oftener(pipeline: str) -> None:
+    assert waits("llava", pipeline, [[3, "img", 5]]) == sorted([ENTRY, CHECK])
+
+
+def test_the_recorder_sees_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values asked for, masks of bools and blocking copies, of what lies on the device; the host's own tensors do not count."""
+    import syncs
+
+    monkeypatch.setattr(syncs, "PACKAGE", __file__)
+    x, device = torch.arange(4).as_subclass(OnDevice), torch.device("cpu")
+    with Recorder() as recorder:
+        y = x + torch.tensor([1, 2, 3, 4])
+        bool((y > 1).all())
+        y[y > 2].tolist()
+        y[torch.tensor([0])] = 7
+        torch.tensor([1], device=device)
+        torch.tensor([1]).to(device)
+        torch.tensor([1]).to(device, non_blocking=True)
+        torch.tensor([1, 2]).tolist()
+    counts = {
+        kind: sum(n for (k, _), n in recorder.found.items() if k == kind) for kind in ("asked", "masked", "uploaded")
+    }
+    assert isinstance(y, Tensor) and counts == {"asked": 2, "masked": 1, "uploaded": 2}
+
+
+@pytest.mark.gpu
+def test_a_gpu_agrees() -> None:
+    """torch's own account: a wrapped prefill waits at most as often more than a stock one as is counted above."""
+    import warnings
+
+    model = make("llava").to("cuda")
+    batch = build(model, [[3, "img", 5]])
+
+    def count() -> int:
+        with torch.inference_mode(), warnings.catch_warnings(record=True) as found:
+            model(**batch)
+            torch.cuda.set_sync_debug_mode("warn")
+            found.clear()
+            try:
+                warnings.simplefilter("always")
+                model(**batch)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(warning.message) for warning in found)
+
+    stock = count()
+    with vtoken.wrapped(model, "fastervlm:4"):
+        assert count() <= stock + 2
