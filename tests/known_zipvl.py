@@ -58,6 +58,8 @@ def zipvl():
     assert len(sizes) > 3 and max(sizes) > 10, "layers and prompts have numbers of their own"
     p = prompt(80, seed=1)
     p = type(p)(p.q, p.k, p.scale, 0, torch.zeros(80), torch.zeros(80))
+    p.k[:, 0] = -20 * p.q.mean(1).unflatten(0, (2, 2)).mean(1)
+    assert make("zipvl", tau=0.2, text=True).reads(p).index[0] == 0, "the first token, whatever it receives"
     counts = [len(make("zipvl", tau=tau).reads(p).index) for tau in (0.2, 0.5, 0.8, 0.95, 1.0)]
     assert counts == sorted(counts) and counts[0] < counts[1] < counts[-1] == 80
     assert torch.equal(make("zipvl", seed=3).queries(500), make("zipvl", seed=3, tau=0.1).queries(500))

@@ -44,6 +44,7 @@ def test_prompts_with_few_visual_tokens_run_dense_to_the_bit(family, name):
     with vtoken.wrapped(model, {"min_visual_tokens": 1000, "stages": STAGES[name]}):
         got, trace = greedy(model, batch, **OPTIONS), vtoken.trace(model)
     assert torch.equal(torch.stack(got.logits), torch.stack(want.logits))
+    assert type(got.past_key_values) is type(want.past_key_values), "the cache is left alone"
     most = max(sum(n for n, r in zip(trace.visual_tokens, trace.row, strict=True) if r == row) for row in range(3))
     reason = f"{most} visual tokens are fewer than min_visual_tokens 1000"
     own = [s for s in trace.stages if s.name != "vtu"]
