@@ -19,6 +19,7 @@ import vtoken
 from vtoken.cached import Hold, Ready
 from vtoken.compressors.lookm import LookM
 from vtoken.compressors.snapkv import SnapKV
+from vtoken.compressors.zipvl_cache import ZipVLCache
 from vtoken.errors import ConfigError, UnsupportedError
 
 FULL = {"return_dict_in_generate": True, "output_logits": True}
@@ -28,6 +29,7 @@ STAGES = {
     "snapkv all": (SnapKV, {"keep": 9, "window": 4, "text": True}),
     "lookm": (LookM, {"merge": "none", "important": "40%"}),
     "lookm keep": (LookM, {"merge": "none", "keep": 4}),
+    "zipvl": (ZipVLCache, {"tau": 0.9, "recent": 2, "drawn": 4}),
     "lookm strict": (LookM, {"merge": "none", "text": True}),
 }
 

@@ -167,7 +167,8 @@ def test_dump_round_trips(write: Any, keep: Any, positions: str) -> None:
 def test_dump_writes_every_option_in_yaml_that_people_read() -> None:
     assert (
         config.dump(config.load("random:64"))
-        == "positions: original\nnewline: keep_if_row_has_token\nanyres: model\nstages:\n- random: {keep: 64, seed: 0}\n"
+        == "positions: original\nnewline: keep_if_row_has_token\nanyres: model\nmin_visual_tokens: 0\n"
+        "stages:\n- random: {keep: 64, seed: 0}\n"
     )
 
 

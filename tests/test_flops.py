@@ -43,6 +43,7 @@ class Pipe:
     name: str = "pipe"
     newline: str = "keep_if_row_has_token"
     anyres: str = "model"
+    min_visual_tokens: int = 0
 
 
 class Inside(Pruner):

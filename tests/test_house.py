@@ -26,7 +26,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 METHODS = [f for folder in registry.FOLDERS.values() for f in sorted((PACKAGE / folder).glob("*.py"))]
 
 # Layer -> the layers of vtoken it may import. Nothing points upwards.
-GROUND = {"stages", "reading", "cached", "budget", "run", "kernels"}
+GROUND = {"stages", "reading", "cached", "probe", "budget", "run", "kernels"}
 LOWER = GROUND | {"hooks", "adapters", "config", "errors", "registry"}
 MAY_IMPORT = {
     "__init__": {"registry", "wrap"},
@@ -34,11 +34,12 @@ MAY_IMPORT = {
     "budget": set(),
     "kernels": {"kernels"},
     "stages": {"budget", "kernels"},
-    "reading": {"stages", "kernels"},
-    "cached": {"stages", "budget"},
+    "probe": set(),
+    "reading": {"stages", "kernels", "probe"},
+    "cached": {"stages", "budget", "probe"},
     "run": {"stages"},
     "pruners": {"stages", "budget", "kernels", "pruners"},
-    "compressors": {"stages", "reading", "cached", "budget", "kernels", "compressors"},
+    "compressors": {"stages", "reading", "cached", "probe", "budget", "kernels", "compressors"},
     "hooks": GROUND | {"hooks", "errors"},
     "adapters": GROUND | {"hooks", "adapters", "errors"},
     "registry": {"errors", "stages", "adapters"},
@@ -59,6 +60,7 @@ MAY_IMPORT_FROM_OTHERS = {
     "budget": {"pydantic", "pydantic_core"},
     "kernels": {"torch", "triton"},
     "stages": {"torch", "pydantic"},
+    "probe": {"torch"},
     "reading": {"torch", "pydantic"},
     "cached": {"torch", "pydantic"},
     "run": {"torch"},

@@ -13,6 +13,9 @@ OWN: dict[str, dict[str, Any]] = {
     # thresholds that everything exceeds: half of the tokens merge, half of the rest, ...
     "dtome": {"thresholds": (-1.0,) * 4, "left": (0.5, 0.25, 0.125, 0.125)},
     "dtome_post": {"thresholds": (-1.0,), "left": (0.5,)},
+    # As dense attention as others are on short prompts; test_zipvl.py has the rest.
+    "zipvl": {"tau": 1.0, "recent": 200},
+    "zipvl_cache": {"tau": 0.9, "recent": 2, "drawn": 4},
     "dpn": {"at": (1, 3), "sizes": (2, 2), "least": 4},
 }
 

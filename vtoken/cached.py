@@ -15,6 +15,7 @@ from pydantic import field_validator
 from torch import Tensor
 
 from vtoken.budget import Budget
+from vtoken.probe import Probe
 from vtoken.stages import Compressor, Site
 
 
@@ -31,6 +32,7 @@ class CachedLayer:
         scale: factor on q . k before the softmax.
         layer, depth: index of the layer, and how many there are.
         native: what a foreign method may want to see, if the stage says so: the attention module, its input and its RoPE.
+        probe: what its queries attend to, as a stage of site attention left it; use it through `vtoken.probe.shared`.
     """
 
     keys: Tensor
@@ -42,6 +44,7 @@ class CachedLayer:
     layer: int = 0
     depth: int = 1
     native: Native | None = None
+    probe: Probe | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -93,10 +96,14 @@ class Hold:
 
 @dataclass(frozen=True)
 class Ready:
-    """Keys and values [Hk, C, d] as they are to be cached, from a method that does not say which tokens they are of."""
+    """Keys and values [Hk, C, d] as they are to be cached, from a method that does not say which tokens they are of.
+
+    `packed`: bytes they would take in a packed form that they were rounded to; None: there is none.
+    """
 
     keys: Tensor
     values: Tensor
+    packed: int | None = None
 
 
 class CacheStage(Compressor):
@@ -111,6 +118,11 @@ class CacheStage(Compressor):
     def compress(self, layer: CachedLayer) -> Hold | Ready:
         """The decision for one layer of one row that holds at least one visual token."""
         raise NotImplementedError(f"stage {self.name} defines no compress()")
+
+    def probes(self, prompt: int, lengths: Sequence[int], behind: int) -> tuple[int, ...]:
+        """Numbers of last queries whose `Probe.received` it will ask for, of a prompt of so many tokens, visual ones as `lengths` says and
+        `behind` of them behind the last visual one. Only saves work: a probe that a stage of site attention makes leaves them."""
+        return ()
 
     def compressor(self, model: Any) -> Callable[[CachedLayer], Hold | Ready]:
         """What decides on this model, for methods that have to be set up; asked once, by `wrap`.

@@ -43,7 +43,12 @@ POLICIES: dict[str, tuple[tuple[str, ...], str]] = {
         "pass the processor through vtoken.match_processor",
     ),
 }
-KEYS = (*POLICIES, "stages")
+LEAST = (
+    "min_visual_tokens",
+    "batch rows with fewer visual tokens (counted before anything is dropped) run dense, the others as usual; not with stages that act "
+    "before it is known which images stand in one prompt (sites frames and encoder)",
+)
+KEYS = (*POLICIES, LEAST[0], "stages")
 WORDS = {
     "integer": "a whole number",
     "number": "a number",
@@ -57,16 +62,18 @@ BUDGETS = "a count per image (64), a share (25%), a count per sample ({total: 64
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Stages in the order the data flows, and the policies that go with them: see POLICIES."""
+    """Stages in the order the data flows, and the policies that go with them: see POLICIES and LEAST."""
 
     name: str
     positions: Positions
     stages: tuple[Stage, ...]
     newline: Newline = "keep_if_row_has_token"
     anyres: Anyres = "model"
+    min_visual_tokens: int = 0
 
     def __post_init__(self) -> None:
         _check_order(self.stages, Source())
+        _check_least(self.min_visual_tokens, Source())
 
 
 PipelineLike = str | os.PathLike[str] | dict[str, Any] | Sequence[Any] | Stage | Pipeline
@@ -114,7 +121,7 @@ def load(pipeline: PipelineLike) -> Pipeline:
 def dump(pipeline: Pipeline) -> str:
     """YAML text that loads to the same policies and stages, every option written out."""
     stages = [{s.name: options} if (options := s.model_dump(mode="json")) else s.name for s in pipeline.stages]
-    data = {**{key: getattr(pipeline, key) for key in POLICIES}, "stages": stages}
+    data = {**{key: getattr(pipeline, key) for key in (*POLICIES, LEAST[0])}, "stages": stages}
     return yaml.safe_dump(data, sort_keys=False, default_flow_style=None)
 
 
@@ -144,6 +151,7 @@ def schema() -> dict[str, Any]:
                 key: {"description": meaning, "enum": list(values), "default": values[0]}
                 for key, (values, meaning) in POLICIES.items()
             },
+            LEAST[0]: {"description": LEAST[1], "type": "integer", "minimum": 0, "default": 0},
             "stages": {
                 "description": f"sites must not go backwards: {', '.join(SITES)}",
                 "type": "array",
@@ -177,6 +185,8 @@ def _from_data(data: Any, name: str | None, source: Source) -> Pipeline:
         if chosen[key] not in values:
             accepted = " or ".join([", ".join(values[:-1]), values[-1]])
             raise source.error((key,), f"{key} must be {accepted}, not {reprlib.repr(chosen[key])}")
+    least = data.get(LEAST[0], 0)
+    _check_least(least, source)
     items = data.get("stages")
     if not isinstance(items, (list, tuple)):
         raise source.error(
@@ -185,7 +195,9 @@ def _from_data(data: Any, name: str | None, source: Source) -> Pipeline:
         )
     stages = tuple(_stage(item, ("stages", i), source) for i, item in enumerate(items))
     _check_order(stages, source)
-    return Pipeline(name or "+".join(s.name for s in stages) or "none", stages=stages, **chosen)
+    return Pipeline(
+        name or "+".join(s.name for s in stages) or "none", stages=stages, min_visual_tokens=least, **chosen
+    )
 
 
 def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
@@ -288,3 +300,8 @@ def _check_order(stages: Sequence[Stage], source: Source) -> None:
                 f"stage {after.name!r} acts at site {after.site} but comes after {before.name!r}, which acts at "
                 f"{before.site}; order the stages by site: {', '.join(SITES)}",
             )
+
+
+def _check_least(least: Any, source: Source) -> None:
+    if type(least) is not int or least < 0:
+        raise source.error((LEAST[0],), f"{LEAST[0]} must be a whole number >= 0, not {reprlib.repr(least)}")

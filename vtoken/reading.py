@@ -8,9 +8,11 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from vtoken.kernels import block_sparse_attention
 from vtoken.kernels._flex import backend_of
+from vtoken.probe import Probe
 from vtoken.stages import Compressor, Parts, Site
 
 
@@ -25,6 +27,7 @@ class Prompt:
         image: [N] image of each token, as an index into `parts`; -1 for text (newlines and time stamps included).
         place: [N] position among its image's unpruned tokens, -1 for text.
         parts: rasters of every image of the batch, as in VisualTokens.
+        probe: what its queries attend to, shared with a stage of site cache; use it through `vtoken.probe.shared`.
     """
 
     q: Tensor
@@ -34,6 +37,7 @@ class Prompt:
     image: Tensor
     place: Tensor
     parts: tuple[Parts, ...] = ()
+    probe: Probe | None = None
 
     @property
     def length(self) -> int:
@@ -124,6 +128,31 @@ class Reads:
         return total / (below.sum() * blocks.shape[0])
 
 
+@dataclass(frozen=True)
+class Among:
+    """The other kind of decision: these tokens attend, causally, and only to each other; all others get zeros from attention.
+
+    Attributes:
+        index: [P] positions, ascending, the same for all heads.
+        length: N.
+    """
+
+    index: Tensor
+    length: int
+
+    def apply(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """As `Reads.apply`, by dense attention over what is gathered."""
+        q_, k_, v_ = (x[None, :, self.index] for x in (q, k, v))
+        out = scaled_dot_product_attention(q_, k_, v_, is_causal=True, scale=scale, enable_gqa=True)[0]
+        return q.new_zeros(*q.shape[:2], v.shape[2]).index_copy(1, self.index, out)
+
+    def density(self) -> Tensor:
+        """Scores that are computed, as a share of all causal ones."""
+        held = len(self.index)
+        share = held * (held + 1) / (self.length * (self.length + 1))
+        return torch.tensor(share, dtype=torch.float32, device=self.index.device)
+
+
 def causal(blocks: Tensor) -> Tensor:
     """[T, M] bool: the key blocks that no query block is wholly in front of, for a map [..., T, M] of a whole prompt."""
     t, m = (torch.arange(n, device=blocks.device) for n in blocks.shape[-2:])
@@ -154,7 +183,7 @@ class SparseAttention(Compressor):
         dense = {k % depth if -depth <= k < depth else k for k in self.dense_layers}
         return tuple(k for k in range(depth) if k not in dense)
 
-    def reads(self, prompt: Prompt) -> Reads:
+    def reads(self, prompt: Prompt) -> Reads | Among:
         """The decision for one row in one layer."""
         raise NotImplementedError(f"stage {self.name} defines no reads()")
 

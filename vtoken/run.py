@@ -27,10 +27,12 @@ class StageTrace:
         kept: per image, ascending LongTensor of indices into the image's unpruned visual tokens. At site cache those that any KV head
             of the layer holds, with tokens_out their number per head (a mean); both empty where a method does not tell.
         into: per image, for every unpruned visual token the kept one that absorbed it (-1 dropped); None for pure pruning.
-        stood_aside: why the stage did nothing, or None.
+        stood_aside: why the stage did nothing, or None (rows of a batch that ran dense: `Trace.dense_rows`).
         substitutes: fact asked for -> fact it was given, where the family has no such fact.
         layer: the layer it acted at, for encoder, decoder, attention and cache sites.
         backend: at site attention, what computed it: torch, triton or flex.
+        packed_bytes: at site cache, of a method that rounds to few bits: bytes of the layer's keys and values if they were packed so, which
+            they are not (`Trace.cache_bytes` are held).
         densities: at site attention, per batch row: share of the causal blocks that was computed, head mean (scalars on the device).
     """
 
@@ -42,6 +44,7 @@ class StageTrace:
     into: list[Tensor] | None = None
     stood_aside: str | None = None
     layer: int | None = None
+    packed_bytes: int | None = None
     substitutes: dict[str, str] = field(default_factory=dict)
     backend: str | None = None
     clock: Callable[[], float] = field(default=lambda: 0.0, repr=False)
@@ -70,6 +73,7 @@ class StageTrace:
             "stood_aside": self.stood_aside,
             "density": self.density,
             "backend": self.backend,
+            "packed_bytes": self.packed_bytes,
             "substitutes": self.substitutes,
         }
 
@@ -86,6 +90,7 @@ class Trace:
         prompt_tokens: per batch row, tokens that entered the first decoder layer (text and visual, no padding).
         cached: for every decoder layer, per batch row, prompt tokens that each KV head holds after a cache stage; empty without one.
         cache_bytes: bytes of keys and values after prefill (0 without a cache).
+        dense_rows: batch rows that ran dense because they hold fewer visual tokens than the pipeline's `min_visual_tokens`.
     """
 
     stages: list[StageTrace] = field(default_factory=list)
@@ -96,6 +101,7 @@ class Trace:
     prompt_tokens: list[int] = field(default_factory=list)
     cached: list[list[int]] = field(default_factory=list)
     cache_bytes: int = 0
+    dense_rows: list[int] = field(default_factory=list)
 
     @property
     def kept(self) -> list[Tensor]:
@@ -127,6 +133,7 @@ class Trace:
             "prompt_tokens": self.prompt_tokens,
             "cached": self.cached,
             "cache_bytes": self.cache_bytes,
+            "dense_rows": self.dense_rows,
         }
 
 

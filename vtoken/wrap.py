@@ -53,7 +53,7 @@ class Session:
             tower: Any = EncoderHooks if self.adapter.encoder.unit == 1 else PackedHooks
             tower(self.adapter, self.run, self.handle, wanted, encoder)
             # Sparse attention lies within the taps that observe, which come later and see every layer.
-            SparsePrefill(self.adapter.lm, self.run, self.handle, self._at("attention"))
+            sparse = SparsePrefill(self.adapter.lm, self.run, self.handle, self._at("attention"))
             unmerge = [
                 Unmerge(self.adapter.lm, self.run, self.handle, stage, mrope=self.adapter.mrope)
                 for stage in self._at("attention")
@@ -63,6 +63,7 @@ class Session:
             for stage in cache:
                 assert isinstance(stage, CacheStage)
                 kv = CacheHooks(model, self.adapter.lm, self.run, self.handle, stage, mrope=self.adapter.mrope)
+                sparse.also = kv.asks
             self.boundary = Boundary(
                 self.adapter,
                 self.run,
@@ -75,6 +76,7 @@ class Session:
                 resolve=self._resolve,
                 unmerge=unmerge[0] if unmerge else None,
                 kv=kv,
+                least=pipeline.min_visual_tokens,
             )
             LayerGroups(
                 self.adapter.lm,

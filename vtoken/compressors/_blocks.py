@@ -6,13 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-
-def last_rows(q: Tensor, k: Tensor, rows: int, scale: float) -> Tensor:
-    """[H, rows, N] fp32 attention of the last queries of [H, N, d] over keys [H, N, d], causal."""
-    n = k.shape[1]
-    scores = (q[:, n - rows :].float() @ k.float().transpose(1, 2)) * scale
-    ahead = torch.arange(n, device=q.device) > torch.arange(n - rows, n, device=q.device)[:, None]
-    return scores.masked_fill(ahead, -torch.inf).softmax(-1)
+from vtoken.probe import last_rows as last_rows
 
 
 def lines(attention: Tensor) -> tuple[Tensor, Tensor]:

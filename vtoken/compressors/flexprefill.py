@@ -8,7 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vtoken.compressors._blocks import best, block_mean, block_sum, cover, last_rows, lines, per_head, pooled_scores
+from vtoken.compressors._blocks import best, block_mean, block_sum, cover, lines, per_head, pooled_scores
+from vtoken.probe import shared
 from vtoken.reading import Prompt, Reads, SparseAttention, everything
 
 
@@ -52,15 +53,14 @@ class FlexPrefill(SparseAttention):
         n, size = prompt.length, self.size
         if n <= max(2, -(-self.min_budget // size)) * size:
             return Reads(size, everything(prompt.heads, n, n, size, prompt.q.device))
-        # One key head at a time: a probe of all would be H x size x N.
-        groups = prompt.q.split(prompt.heads // len(prompt.k))
-        blocks = [self._blocks(q, k[None], prompt.scale) for q, k in zip(groups, prompt.k, strict=True)]
-        return Reads(size, torch.cat(blocks))
+        probe = shared(prompt.probe, prompt.q, prompt.k, prompt.scale)
+        parts = zip(probe.heads(), probe.rows(size), strict=True)
+        return Reads(size, torch.cat([self._blocks(q, k, last, prompt.scale) for (q, k), last in parts]))
 
-    def _blocks(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        """[H, T, T] of a few heads."""
+    def _blocks(self, q: Tensor, k: Tensor, last: Tensor, scale: float) -> Tensor:
+        """[H, T, T] of a few heads, `last` [H, size, N] the attention of their last queries."""
         size, k = self.size, per_head(k, len(q))
-        vertical, slash = lines(last_rows(q, k, size, scale))
+        vertical, slash = lines(last)
         # Distances are pooled from the far end, so that those of an incomplete block are the longest ones.
         columns, bands = block_sum(vertical, size), block_sum(slash.flip(-1), size).flip(-1)
         t = columns.shape[-1]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from vtoken.budget import Budget
 from vtoken.cached import CachedLayer, CacheStage, Hold, best, hold_text
-from vtoken.compressors._attention import received
+from vtoken.probe import shared
 
 
 class SnapKV(CacheStage):
@@ -53,14 +53,21 @@ class SnapKV(CacheStage):
         held = self.slots(n, layer.lengths)
         if held == n:
             return Hold(torch.arange(n, device=layer.keys.device).expand(heads, n), layer.lengths)
+        (window,) = self.probes(n, layer.lengths, layer.behind)
         if self.text:
-            return Hold(best(self.score(layer, min(self.window, held)), held))
-        window = max(1, min(self.window, layer.behind))
+            return Hold(best(self.score(layer, window), held))
         return hold_text(layer, self.score(layer, window), self._counts(layer.lengths))
+
+    def probes(self, prompt: int, lengths: Sequence[int], behind: int) -> tuple[int, ...]:
+        held = self.slots(prompt, lengths)
+        if held == prompt:
+            return ()
+        return (min(self.window, held) if self.text else max(1, min(self.window, behind)),)
 
     def score(self, layer: CachedLayer, window: int) -> Tensor:
         """[Hk, N] scores; the window's own tokens come first."""
-        before = received(layer, window)[..., :-window] / window
+        probe = shared(layer.probe, layer.queries, layer.keys, layer.scale)
+        before = probe.received(window)[..., :-window] / window
         pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
         pooled = pool(before, self.kernel, 1, self.kernel // 2)
         return F.pad(pooled.mean(1), (0, window), value=torch.inf)

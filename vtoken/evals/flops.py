@@ -37,6 +37,8 @@ class Pipeline(Protocol):
     def newline(self) -> str: ...
     @property
     def anyres(self) -> str: ...
+    @property
+    def min_visual_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,8 @@ def account(
         raise ConfigError(f"image_size: {image_size} must be at least 1 pixel a side")
     shape = geometry(config, image_size, images, frames, "model" if pipeline is None else pipeline.anyres)
     newline = "keep_if_row_has_token" if pipeline is None else pipeline.newline
-    walk = Walk(shape, images, text_tokens, () if pipeline is None else pipeline.stages, newline)
+    stages, threshold = ((), 0) if pipeline is None else (pipeline.stages, pipeline.min_visual_tokens)
+    walk = Walk(shape, images, text_tokens, stages, newline, threshold)
     size = dtype_bytes or _dtype_bytes(config)
     decoder = shape.decoder
     in_decoder = [walk.length(layer) for layer in range(decoder.depth)]

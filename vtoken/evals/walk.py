@@ -46,11 +46,16 @@ class Walk:
         cost: FLOPs of the stages and of the facts they read.
         left_out: what could not be counted.
 
+    Args:
+        least: visual tokens below which nothing is done.
+
     Raises:
         UnsupportedError: a stage at a layer where it cannot act, or a fact that comes too late for it.
     """
 
-    def __init__(self, shape: Geometry, images: int, text_tokens: int, stages: Sequence[Stage], newline: str) -> None:
+    def __init__(
+        self, shape: Geometry, images: int, text_tokens: int, stages: Sequence[Stage], newline: str, least: int = 0
+    ) -> None:
         self.shape, self.images, self.text_tokens, self.newline = shape, images, text_tokens, newline
         self.tower: list[Counts] = []
         self.mlps: list[Counts] = []
@@ -60,6 +65,9 @@ class Walk:
         self.left_out: list[str] = []
         self._paid: set[tuple[str, str, int]] = set()
         depths = {"encoder": shape.tower.layers.depth, "decoder": shape.decoder.depth}
+        if stages and (visual := images * size_of(shape.parts)) < least:
+            self._leave_out(f"all stages stand aside: {visual} visual tokens are fewer than min_visual_tokens {least}")
+            stages = ()
         stages = [s.bound(depths[s.site]) if s.site in depths else s for s in stages]
         for stage in stages:
             if stage.unmerges():

@@ -135,7 +135,7 @@ def _keep(
     """Stores the facts of a layer from its q, k and v [B, H, ., d]; without gradients, because a layer that checkpointing runs again does
     not store them again."""
     flow = run.flow
-    if not isinstance(flow, Prefill):
+    if not isinstance(flow, Prefill) or flow.aside is not None:
         return
     # A static cache hands out all its slots; only those filled so far count.
     k, v = (t[:, :, : flow.slots].detach() for t in (k, v))

@@ -38,6 +38,7 @@ class Boundary:
         resolve: the fact as the encoder stored it (layers resolved, substituted).
         unmerge: lets attention see merged tokens at all their places, if a stage asks for that.
         kv: shrinks the cache.
+        least: visual tokens below which a row runs dense.
     """
 
     def __init__(
@@ -54,11 +55,12 @@ class Boundary:
         resolve: Callable[[Fact], Fact],
         unmerge: Unmerge | None = None,
         kv: CacheHooks | None = None,
+        least: int = 0,
     ) -> None:
         self.adapter, self.run, self.owner, self.unmerge = adapter, run, owner, unmerge
         self.stages = [(stage, substituted(stage, adapter.substitutes)) for stage in stages]
         self.compact, self.always, self.kv = compact, always, kv
-        self.entry = Entry(adapter, run, resolve, newline, drops=bool(stages) or always)
+        self.entry = Entry(adapter, run, resolve, newline, drops=bool(stages) or always, least=least)
         self.last: Trace | None = None
         handle.before(adapter.model, self._call)
         handle.before(adapter.outer, self._outer)
@@ -142,18 +144,20 @@ class Boundary:
         self.last = flow.trace
         x, cache, trace = flow.hidden, flow.cache, flow.trace
         for stage, given in self.stages:
-            values = flow.decide(stage, values, self.entry.facts(flow, stage), substitutes=given)
+            facts = self.entry.facts(flow, stage) if flow.aside is None else {}
+            values = flow.decide(stage, values, facts, substitutes=given)
         trace.layers = [list(flow.visual.lengths)] * len(self.adapter.lm.layers)
         trace.prompt_tokens = list(flow.counts)
         self.run.flow = flow
-        if not flow.changed and not self.always and not isinstance(cache, PrunedCache):
+        acts = flow.changed or (self.always and flow.aside is None)
+        if not acts and not isinstance(cache, PrunedCache):
             if self.unmerge is not None:
                 self.unmerge.prefill(flow, self.enter)
             return None
         use_cache = kwargs.get("use_cache")
         if cache is None and (self.adapter.lm.config.use_cache if use_cache is None else use_cache):
             flow.cache = cache = DynamicCache(config=self.adapter.lm.config)
-        if self.kv is not None:
+        if self.kv is not None and flow.aside is None:
             self.kv.check(cache)
         if flow.visual.lineage.home is not None:
             x = x.clone()

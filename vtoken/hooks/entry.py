@@ -23,11 +23,14 @@ class Entry:
     Args:
         resolve: the fact as the encoder stored it (layers resolved, substituted).
         newline: which newline tokens stay, see Prefill.
-        drops: whether any stage acts from here on.
+        drops: whether any stage acts from here on; least: visual tokens below which a row runs dense.
     """
 
-    def __init__(self, adapter: Any, run: Run, resolve: Callable[[Fact], Fact], newline: str, *, drops: bool) -> None:
+    def __init__(
+        self, adapter: Any, run: Run, resolve: Callable[[Fact], Fact], newline: str, *, drops: bool, least: int = 0
+    ) -> None:
         self.adapter, self.run, self.resolve, self.newline, self.drops = adapter, run, resolve, newline, drops
+        self.least = least
 
     def start(self, flow: Flow, visual: Tensor, riders: Sequence[Tensor] | None) -> tuple[Prefill, Tensor]:
         """Finds the images of the batch, and drops what the encoder dropped; returns the values [ΣK, D] of the live tokens too."""
@@ -54,10 +57,12 @@ class Entry:
             riders=list(riders or ()),
             labels=self.run.labels,
             tail=self.run.tail,
+            least=self.least,
         )
+        trace.dense_rows = sorted(prefill.spared)
         if any(encode.stages for encode in located.encodes):
             values = encoded(prefill, values)
-        elif self.newline == "drop" and located.newlines is not None and self.drops:
+        elif self.newline == "drop" and located.newlines is not None and self.drops and prefill.aside is None:
             prefill.leave(whole)
         return prefill, values
 

@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.cache import PrunedCache, Slots
 from vtoken.hooks.images import Located
-from vtoken.hooks.layout import pack_left, take
+from vtoken.hooks.layout import pack_left, spare, take
 from vtoken.run import Clock, Lineage, StageTrace, Trace
 from vtoken.stages import Fact, Keep, Parts, Stage, VisualTokens
 
@@ -145,6 +145,7 @@ class Prefill(Flow):
             added so far.
         tail: tokens after the last prompt token: drafts or an answer, whose logits are asked for too.
         changed: something was dropped or merged.
+        least: visual tokens below which a row runs dense; `spared` are those rows, `aside` why no stage acts at all, or None.
         records: slot maps to commit to the cache when the forward ends; shrunk: what a cache stage left of each layer.
     """
 
@@ -158,6 +159,7 @@ class Prefill(Flow):
     tail: int = 0
     labels: Tensor | None = None
     changed: bool = False
+    least: int = 0
     records: dict[int, Slots] = field(default_factory=dict)
     facts: dict[Fact, Tensor] = field(default_factory=dict)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -166,6 +168,11 @@ class Prefill(Flow):
     def __post_init__(self) -> None:
         newlines = self.located.newlines
         self.newlines = self.new.new_ones(0 if newlines is None else len(newlines.line))
+        held = self.started.per_row(len(self.counts))
+        self.spared = frozenset(row for row, n in enumerate(held) if n < self.least)
+        self.aside: str | None = None
+        if self.spared.issuperset(self.started.row) and self.spared:
+            self.aside = f"{max(held)} visual tokens are fewer than min_visual_tokens {self.least}"
 
     def decide(
         self,
@@ -175,8 +182,14 @@ class Prefill(Flow):
         layer: int | None = None,
         substitutes: dict[str, str] | None = None,
     ) -> Tensor:
-        """Lets a stage choose among the live visual tokens, given their [ΣK, D] values; returns the values that remain."""
+        """Lets a stage choose among the live visual tokens, given their [ΣK, D] values; returns the values that remain.
+
+        All images decide, those of rows that run dense too, so that facts and budgets need no cutting; then these get theirs back.
+        """
         v = self.visual
+        if self.aside is not None:
+            self.trace.stages.append(aside_of(stage, v, self.aside))
+            return x
         tokens = VisualTokens.pack(
             x,
             v.lengths,
@@ -192,6 +205,8 @@ class Prefill(Flow):
         with Clock(x.device) as clock:
             keep = stage.select(tokens)
         check(stage, keep, v.lengths)
+        if self.spared:
+            keep = spare(keep, v.lengths, [row in self.spared for row in v.row])
         untouched = keep.into is None and keep.lengths == v.lengths
         if not untouched:
             self.leave(v.after(keep))
@@ -212,6 +227,8 @@ class Prefill(Flow):
                 # The last slot takes the tokens whose row no newline closes.
                 marks = stay.new_zeros(len(stay) + 1).index_fill_(0, visual.closes, True)
                 stay = marks[:-1]
+            for row in self.spared:
+                stay |= newlines.line == row
             lost = (self.newlines & ~stay).long()
             gone = lost.new_zeros(batch).index_add_(0, newlines.line, lost).tolist()
             self.counts = [n - g for n, g in zip(self.counts, gone, strict=True)]
@@ -270,6 +287,13 @@ def trace_of(
         substitutes=substitutes or {},
         clock=clock.milliseconds,
     )
+
+
+def aside_of(stage: Stage, visual: Visual, reason: str) -> StageTrace:
+    """The entry of a stage that did nothing."""
+    entry = trace_of(stage, visual.lengths, visual.lineage, Clock(torch.device("cpu")), None)
+    entry.stood_aside, entry.clock = reason, lambda: 0.0
+    return entry
 
 
 def check(stage: Stage, keep: Keep, lengths: Sequence[int]) -> None:

@@ -21,37 +21,10 @@ from vtoken.cached import CachedLayer, CacheStage, Hold, Native, Ready
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.attention import tap
 from vtoken.hooks.cache import Slots
-from vtoken.hooks.flow import Prefill, Visual, eager
+from vtoken.hooks.flow import Prefill, Visual, aside_of, eager
 from vtoken.hooks.handle import Handle
-from vtoken.hooks.layout import take
+from vtoken.hooks.held import Row, left_padded, slots_of
 from vtoken.run import Clock, Run, StageTrace
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a prefill in the current layout, and what a layer holds of it.
-
-    Attributes:
-        prompt, tail: tokens of the prompt; of what follows it (drafts, an answer), which all stay.
-        slots: per image, where its visual tokens are among the row's tokens.
-        stay: prompt tokens that every head holds; counts: visual tokens of each image, None where that is not known.
-    """
-
-    prompt: int
-    tail: int
-    slots: tuple[tuple[int, ...], ...]
-    stay: int = 0
-    counts: tuple[int, ...] | None = None
-
-    def columns(self) -> list[int]:
-        """Slots that stand for those it holds. Heads may hold different visual tokens, so of each image it is the first ones: masks only
-        ask whether a slot is real, and crop() whether the newest tokens are all there and in order."""
-        if self.counts is None:
-            kept = list(range(self.stay))
-        else:
-            gone = {slot for slots, k in zip(self.slots, self.counts, strict=True) for slot in slots[k:]}
-            kept = [slot for slot in range(self.prompt) if slot not in gone]
-        return [*kept, *range(self.prompt, self.prompt + self.tail)]
 
 
 @dataclass(frozen=True)
@@ -62,6 +35,7 @@ class Shrunk:
     rows: tuple[Row, ...]
     held: tuple[Tensor | None, ...]
     told: bool
+    packed: int | None
     visual: Visual
     clock: Clock
 
@@ -119,22 +93,31 @@ class CacheHooks:
         out = original()
         if q.shape[2] == 1 or not isinstance(self.run.flow, Prefill):
             return out
+        if self.run.flow.aside is not None:
+            return self._stand_aside(self.run.flow, out)
         return self._shrink(self.run.flow, module, q, k, v, kwargs.get("scaling") or k.shape[-1] ** -0.5, out)
+
+    @eager
+    def _stand_aside(self, flow: Prefill, out: Any) -> Any:
+        if not flow.memory.setdefault(id(self.stage), {}):
+            flow.memory[id(self.stage)]["told"] = True
+            assert flow.aside is not None
+            flow.trace.stages.append(aside_of(self.stage, flow.visual, flow.aside))
+        return out
 
     @eager
     def _shrink(self, flow: Prefill, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Any) -> Any:
         number, width = module.layer_idx, flow.index.shape[1]
-        past = flow.slots - width
-        if "rows" not in flow.memo:
-            flow.memo["rows"] = rows_of(flow)
+        past, probes = flow.slots - width, flow.memo.pop("probes", {})
         rows, held, parts, told, same = [], [], [], True, True
+        packed: int | None = None
         with Clock(k.device) as clock:
-            for r, (row, images) in enumerate(flow.memo["rows"]):
+            for r, (row, images) in enumerate(self._rows(flow)):
                 begin = width - row.prompt - row.tail
                 here = slice(past + begin, past + begin + row.prompt)
                 x, y, end = k[r, :, here], v[r, :, here], (k[r, :, here.stop :], v[r, :, here.stop :])
                 decision: Hold | Ready | None = None
-                if any(row.slots):
+                if any(row.slots) and r not in flow.spared:
                     native = self._native(flow, module, r, begin, row.prompt) if self.stage.native else None
                     layer = CachedLayer(
                         x,
@@ -146,18 +129,21 @@ class CacheHooks:
                         number,
                         len(self.lm.layers),
                         native,
+                        probes.get((number, r)),
                     )
                     with torch.no_grad():
                         decision = self.compress(layer)
                     same = same and isinstance(decision, Hold) and decision.index.shape[1] == row.prompt
                     told = told and isinstance(decision, Hold)
                 x, y = apply(self.stage, decision, x, y)
+                if isinstance(decision, Ready) and decision.packed is not None:
+                    packed = decision.packed + (packed or 0)
                 stay = x.shape[1]
                 counts = row.counts if decision is None else getattr(decision, "counts", None)
                 rows.append(replace(row, stay=stay, counts=counts))
                 held.append(decision.index if isinstance(decision, Hold) else None)
                 parts.append([torch.cat(pair, 1) for pair in zip((x, y), end, strict=True)])
-        flow.shrunk[number] = Shrunk(flow.group, tuple(rows), tuple(held), told, flow.visual, clock)
+        flow.shrunk[number] = Shrunk(flow.group, tuple(rows), tuple(held), told, packed, flow.visual, clock)
         if same:
             return out
         keys, values = (
@@ -167,6 +153,20 @@ class CacheHooks:
         cached = flow.cache.layers[number]
         cached.keys, cached.values = keys, values
         return self._behind(flow, rows, past, q, keys, values, scale, out) if flow.tail else out
+
+    def _rows(self, flow: Prefill) -> list[tuple[Row, tuple[Tensor, ...]]]:
+        if "rows" not in flow.memo:
+            flow.memo["rows"] = rows_of(flow)
+        rows: list[tuple[Row, tuple[Tensor, ...]]] = flow.memo["rows"]
+        return rows
+
+    def asks(self, flow: Prefill, r: int) -> tuple[int, ...]:
+        """Numbers of last queries of a row whose attention the stage will ask for, in the current layout."""
+        row, _ = self._rows(flow)[r]
+        if r in flow.spared or not any(row.slots):
+            return ()
+        behind = row.prompt - 1 - max(slots[-1] for slots in row.slots if slots)
+        return self.stage.probes(row.prompt, tuple(map(len, row.slots)), behind)
 
     def _native(self, flow: Prefill, module: Any, row: int, begin: int, length: int) -> Native:
         hidden, rope = flow.memo["native"]
@@ -216,7 +216,16 @@ class CacheHooks:
                 kept.append(place[alive.any(0).to(place.device)])
                 left.append(round(float(alive.float().sum(1).mean())))
         before = list(v.lengths)
-        return StageTrace(self.stage.name, "cache", before, left, kept, layer=k, clock=shrunk.clock.milliseconds)
+        return StageTrace(
+            self.stage.name,
+            "cache",
+            before,
+            left,
+            kept,
+            layer=k,
+            packed_bytes=shrunk.packed,
+            clock=shrunk.clock.milliseconds,
+        )
 
 
 def rows_of(flow: Prefill) -> list[tuple[Row, tuple[Tensor, ...]]]:
@@ -260,26 +269,3 @@ def apply(stage: CacheStage, decision: Hold | Ready | None, keys: Tensor, values
                 f"every head must hold the same 1 to {n} tokens"
             )
     return new
-
-
-def left_padded(rows: Any) -> Tensor:
-    """[B, Hk, longest, d] of rows [Hk, length, d]."""
-    longest = max(row.shape[1] for row in rows)
-    return torch.stack([F.pad(row, (0, 0, longest - row.shape[1], 0)) for row in rows])
-
-
-def slots_of(before: Slots, rows: tuple[Row, ...], dense: bool) -> Slots:
-    """The slots of a layer that holds these rows.
-
-    Args:
-        before: those it had with everything in it; dense: whether earlier turns left it without padding.
-    """
-    columns = [row.columns() for row in rows]
-    longest, total = max(map(len, columns)), before.logical.shape[1]
-    past = total - max(row.prompt + row.tail for row in rows)
-    starts = [total - row.prompt - row.tail for row in rows]
-    padded = [[-1] * (longest - len(c)) + [start + i for i in c] for start, c in zip(starts, columns, strict=True)]
-    index = torch.tensor(padded, device=before.logical.device)
-    new = take(before.logical, index.clamp(min=0), 1).masked_fill(index < 0, -1)
-    logical = torch.cat([before.logical[:, :past], new], 1)
-    return replace(before, logical=logical, dense=dense and len(set(map(len, columns))) == 1)

@@ -119,7 +119,7 @@ class LayerGroups:
     @torch.no_grad()
     def _rate(self, flow: Prefill, hidden: Tensor) -> None:
         """Asks stages which text tokens shall rate the images, given the embeddings that enter the decoder."""
-        for stage in self.rating:
+        for stage in self.rating if flow.aside is None else ():
             line, column = (i.to(hidden.device) for i in flow.slot())
             v, x = flow.visual, hidden[line, column]
             tokens = VisualTokens.pack(
@@ -138,7 +138,8 @@ class LayerGroups:
         for stage in self.at[k]:
             line, column = (i.to(hidden.device) for i in flow.slot())
             x = hidden[line, column]
-            facts = {need: self.fact(need, k, stage, flow, hidden, rope) for need in stage.needs()}
+            needs = stage.needs() if flow.aside is None else ()
+            facts = {need: self.fact(need, k, stage, flow, hidden, rope) for need in needs}
             kept = flow.decide(stage, x, facts, layer=k)
             if kept is not x:
                 line, column = (i.to(hidden.device) for i in flow.slot())

@@ -1,9 +1,13 @@
-"""Rows of different length: left-padded compaction and the gathers that go with it."""
+"""Rows of different length: left-padded compaction and the gathers that go with it; and rows that a decision spares."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from vtoken.stages import Keep, image_of
 
 
 def pack_left(keep: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
@@ -31,3 +35,19 @@ def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
         x = x.expand(*[len(index) if d == batch else -1 for d in range(x.ndim)])
     view = [len(index) if d == batch else index.shape[1] if d == dim else 1 for d in range(x.ndim)]
     return x.gather(dim, index.view(view).expand(*[index.shape[1] if d == dim else n for d, n in enumerate(x.shape)]))
+
+
+def spare(keep: Keep, lengths: Sequence[int], spared: Sequence[bool]) -> Keep:
+    """The decision, but that these images keep all their tokens as they are."""
+    device = keep.index.device
+    owner = image_of(lengths, device)
+    own = torch.tensor(spared, device=device)[owner]
+    alive = own.clone()
+    alive[keep.index] = True
+    slot = alive.cumsum(0) - 1
+    into, weight = keep.into, keep.weight
+    if into is not None:
+        into = torch.where(own, slot, torch.where(into >= 0, slot[keep.index[into.clamp(min=0)]], -1))
+        weight = None if weight is None else torch.where(own, 1, weight)
+    kept = tuple(n if s else k for n, k, s in zip(lengths, keep.lengths, spared, strict=True))
+    return Keep(alive.nonzero()[:, 0], kept, into, weight)

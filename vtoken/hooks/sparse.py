@@ -10,10 +10,11 @@ from torch import Tensor
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.attention import tap
-from vtoken.hooks.flow import Prefill, eager, trace_of
+from vtoken.hooks.flow import Prefill, aside_of, eager, trace_of
 from vtoken.hooks.handle import Handle
 from vtoken.kernels import block_sparse_attention
-from vtoken.reading import Prompt, Reads, SparseAttention, everything
+from vtoken.probe import Probe
+from vtoken.reading import Among, Prompt, Reads, SparseAttention, everything
 from vtoken.run import Clock, Run
 from vtoken.stages import Stage, uploaded
 
@@ -32,6 +33,8 @@ class SparsePrefill:
 
     def __init__(self, lm: Any, run: Run, handle: Handle, stages: Sequence[Stage]) -> None:
         self.run = run
+        # What a cache stage will ask of the last queries of a row, if there is one.
+        self.also: Callable[[Prefill, int], tuple[int, ...]] | None = None
         self.at: dict[int, SparseAttention] = {}
         for stage in stages:
             if isinstance(stage, SparseAttention):
@@ -57,9 +60,7 @@ class SparsePrefill:
         if reason is not None:
             if "aside" not in memory:
                 memory["aside"] = reason
-                trace = trace_of(stage, flow.visual.lengths, flow.visual.lineage, Clock(torch.device("cpu")), None)
-                trace.stood_aside, trace.clock = reason, lambda: 0.0
-                flow.trace.stages.append(trace)
+                flow.trace.stages.append(aside_of(stage, flow.visual, reason))
             return original()
         scale = kwargs.get("scaling") or q.shape[-1] ** -0.5
         rows = [_row(x, flow) for x in (q, k, v)]
@@ -80,13 +81,16 @@ class SparsePrefill:
 
     def _choose(
         self, stage: SparseAttention, flow: Prefill, row: int, q: Tensor, k: Tensor, scale: float, layer: int
-    ) -> Reads:
+    ) -> Reads | Among:
         """What the queries of one row read; drafts and answers behind its prompt have no say in it."""
         n, heads = q.shape[1] - flow.tail, len(q)
-        if n < max(1, stage.min_len):
+        if n < max(1, stage.min_len) or row in flow.spared:
             return Reads(SIZE, everything(heads, n, n, SIZE, q.device))
         image, place = (x[row, -q.shape[1] :][:n] for x in self._layout(flow, q.device))
-        prompt = Prompt(q[:, :n], k[:, :n], scale, layer, image, place, flow.visual.parts)
+        probe = Probe(q[:, :n], k[:, :n], scale, () if self.also is None else self.also(flow, row))
+        if self.also is not None:
+            flow.memo.setdefault("probes", {})[layer, row] = probe
+        prompt = Prompt(probe.q, probe.k, scale, layer, image, place, flow.visual.parts, probe)
         reads = stage.reads(prompt)
         check(stage, reads, prompt)
         return reads
@@ -105,6 +109,8 @@ class SparsePrefill:
 
     def _aside(self, flow: Prefill, stage: SparseAttention, module: Any, kwargs: dict[str, Any]) -> str | None:
         """Why this forward keeps the model's own attention."""
+        if flow.aside is not None:
+            return flow.aside
         if module.training or kwargs.get("dropout"):
             return "the model is in training mode"
         if flow.past:
@@ -142,7 +148,7 @@ def _row(x: Tensor, flow: Prefill) -> list[Tensor]:
     return [each[:, width - n : width] for each, n in zip(x, flow.counts, strict=True)]
 
 
-def _attention(reads: Reads, qkv: Sequence[Tensor], scale: float, tail: int) -> Tensor:
+def _attention(reads: Reads | Among, qkv: Sequence[Tensor], scale: float, tail: int) -> Tensor:
     """[H, n, d]: the prompt as decided; the last `tail` queries, which decoding would have added, read everything."""
     q, k, v = qkv
     n = q.shape[1] - tail
@@ -153,12 +159,18 @@ def _attention(reads: Reads, qkv: Sequence[Tensor], scale: float, tail: int) -> 
     return torch.cat([out, block_sparse_attention(q[:, n:], k, v, last, scale, SIZE)[0]], 1)
 
 
-def check(stage: SparseAttention, reads: Reads, prompt: Prompt) -> None:
+def check(stage: SparseAttention, reads: Reads | Among, prompt: Prompt) -> None:
     """Refuses a decision that does not fit its prompt.
 
     Raises:
         ValueError: names the stage.
     """
+    if isinstance(reads, Among):
+        if reads.length != prompt.length or not 0 < len(reads.index) <= prompt.length:
+            raise ValueError(
+                f"stage {stage.name} returned {len(reads.index)} of {reads.length} tokens for a prompt of {prompt.length}"
+            )
+        return
     blocks = -(-prompt.length // reads.size)
     if tuple(reads.blocks.shape) != (prompt.heads, blocks, blocks) or reads.blocks.dtype != torch.bool:
         raise ValueError(

@@ -38,6 +38,7 @@ class Search(SparseAttention):
         chosen, best = ["a_shape"] * prompt.heads, [-1.0] * prompt.heads
         for name in self.candidates:
             reads = self.method.model_copy(update={"pattern": name, "heads": None}).reads(prompt)
+            assert isinstance(reads, Reads)
             for head, value in enumerate(recall(prompt, reads).tolist()):
                 if value > best[head] + GAIN:
                     chosen[head], best[head] = name, value

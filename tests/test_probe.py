@@ -1,0 +1,114 @@
+"""One probe of a layer's last queries for all who ask: how often it is worked out, and that nobody can tell."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from modes import families, greedy
+
+import vtoken
+from vtoken import probe
+from vtoken.probe import Probe, shared
+
+OPTIONS = {"return_dict_in_generate": True, "output_logits": True}
+ROWS = [[9, "img", 1, "img", 20], [1, "img", 30], [60]]
+FLEX = {"flexprefill": {"gamma": 0.6, "min_budget": 1, "size": 16, "min_len": 0}}
+ZIP = {"tau": 0.6, "recent": 4, "drawn": 6}
+SHARE = {
+    "same queries": [FLEX, {"snapkv": {"keep": 4, "window": 16}}],
+    "some of them": [FLEX, {"snapkv": {"keep": 4, "window": 5}}],
+    "the whole prompt": [FLEX, {"snapkv": {"keep": 24, "window": 8, "text": True}}],
+    "zipvl": [{"zipvl": {**ZIP, "min_len": 0}}, {"zipvl_cache": ZIP}],
+}
+# More queries than the probe has, another kind of probe, other options: everybody for himself.
+ALONE = {
+    "more queries": [FLEX, {"snapkv": {"keep": 4, "window": 20}}],
+    "other queries": [FLEX, {"zipvl_cache": ZIP}],
+    "other options": [{"zipvl": {**ZIP, "min_len": 0}}, {"zipvl_cache": {**ZIP, "tau": 0.8}}],
+    "a prompt read whole": [{"flexprefill": {"size": 256, "min_len": 0}}, {"snapkv": {"keep": 4, "window": 16}}],
+}
+
+
+def qk(n=40, heads=4, kv_heads=2):
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(heads, n, 8, generator=g), torch.randn(kv_heads, n, 8, generator=g)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """What the probes worked out: (queries, keys) of every key head."""
+    seen = []
+    rows_at = probe.rows_at
+
+    def spy(q, k, at, scale):
+        seen.append((len(at), k.shape[1]))
+        return rows_at(q, k, at, scale)
+
+    monkeypatch.setattr(probe, "rows_at", spy)
+    monkeypatch.setattr("vtoken.compressors._zipvl.rows_at", spy)
+    return seen
+
+
+def test_a_pass_leaves_what_was_announced(passes):
+    q, k = qk()
+    p = Probe(q, k, 0.3, announced=(4, 16, 17))
+    whole = torch.stack(list(p.rows(16)))
+    assert whole.shape == (2, 2, 16, 40) and len(passes) == 2
+    for n in (16, 4):
+        torch.testing.assert_close(p.received(n), whole[:, :, -n:].sum(2))
+    assert len(passes) == 2
+    for n in (17, 5, 5):
+        want = Probe(q, k, 0.3)
+        torch.testing.assert_close(p.received(n), torch.stack([r.sum(1) for r in want.rows(n)]))
+    assert len(passes) == 2 * (1 + 2 + 3), (
+        "17 were too many and 5 not announced: once each, and three passes to compare with"
+    )
+
+
+def test_attention_of_a_row_is_causal_and_sums_to_one():
+    q, k = qk()
+    (first, _) = Probe(q, k, 0.3).rows(3)
+    assert first.sum(-1).flatten().tolist() == pytest.approx([1.0] * 6) and bool((first[:, 0, 38:] == 0).all())
+    want = (k[0, :39].double() @ q[1, 38].double() * 0.3).softmax(0)
+    torch.testing.assert_close(first[1, 1, :39].double(), want, atol=1e-6, rtol=1e-5)
+
+
+def test_a_probe_of_other_tensors_is_not_taken():
+    q, k = qk()
+    p = Probe(q, k, 0.3)
+    assert shared(p, q, k, 0.3) is p and shared(p, q[:, :], k[:], 0.3) is p
+    for other in ((q[:, 1:], k, 0.3), (q.clone(), k, 0.3), (q, k[:1], 0.3), (q, k, 0.5)):
+        assert shared(p, *other) is not p
+    assert shared(None, q, k, 0.3).q is q
+
+
+def run(model, batch, stages):
+    with vtoken.wrapped(model, stages):
+        out, trace = greedy(model, batch, 4, **OPTIONS), vtoken.trace(model)
+    return torch.stack(out.logits), trace, [layer.keys for layer in out.past_key_values.layers]
+
+
+@families
+@pytest.mark.parametrize("name", [*SHARE, *ALONE])
+def test_sharing_saves_the_second_pass_and_changes_nothing(family, name, passes, monkeypatch):
+    model = tiny.make(family)
+    batch, stages = tiny.build(model, ROWS, seed=3), {**SHARE, **ALONE}[name]
+    logits, trace, keys = run(model, batch, stages)
+    together = len(passes)
+    heads = keys[0].shape[1]
+    monkeypatch.setattr(probe, "same", lambda a, b: False)
+    apart = run(model, batch, stages)
+    # Rows with pictures are shrunk, all three are thinned (unless they are read whole).
+    thinned, shrunk = (0 if name == "a prompt read whole" else 3), 2
+    assert len(passes) - together == 4 * heads * (thinned + shrunk)
+    assert together == 4 * heads * (thinned + (0 if name in SHARE else shrunk))
+    assert all(s.stood_aside is None for s in trace.stages)
+    for mine, other in zip(trace.stages, apart[1].stages, strict=True):
+        assert mine.density == other.density and mine.tokens_out == other.tokens_out
+        assert all(torch.equal(a, b) for a, b in zip(mine.kept, other.kept, strict=True))
+    # A product of 16 rows may round otherwise than one of 5.
+    exact = name not in ("some of them", "the whole prompt")
+    for mine, other in zip([logits, *keys], [apart[0], *apart[2]], strict=True):
+        torch.testing.assert_close(mine, other, **({"atol": 0, "rtol": 0} if exact else {"atol": 1e-5, "rtol": 1e-4}))
+    assert sum(trace.cached[0]) < sum(trace.prompt_tokens)

@@ -1,0 +1,154 @@
+"""ZipVL in models: attention among important tokens, the same tokens in the cache, and a cache that is rounded to few bits."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from modes import alone, families, greedy
+from test_families import rows_for
+
+import vtoken
+from vtoken.compressors._zipvl import quantised
+from vtoken.compressors.zipvl import ZipVL
+from vtoken.errors import UnsupportedError
+
+OPTIONS = {"return_dict_in_generate": True, "output_logits": True}
+FEW = {"tau": 0.9, "recent": 2, "drawn": 4}
+ATTENTION, DROP = {"zipvl": {**FEW, "min_len": 0}}, {"zipvl_cache": FEW}
+QUANTISE = {"zipvl_cache": {**FEW, "mode": "quantise"}}
+
+
+def told():
+    """The stage, and the positions that it chose, by layer."""
+    chosen = {}
+
+    class Telling(ZipVL):
+        def reads(self, prompt):
+            found = super().reads(prompt)
+            chosen.setdefault(prompt.layer, []).append(found.index)
+            return found
+
+    return Telling(**FEW, min_len=0), chosen
+
+
+def restricted(model, batch, chosen):
+    """Logits of one unpadded row whose prefill attends only among the chosen tokens, by a mask; rows that read nothing give zeros."""
+    from transformers import AttentionInterface
+
+    lm, layers = model.model.language_model, []
+
+    def attend(module, q, k, v, mask, scaling=None, **kwargs):
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        scores, n = q @ k.transpose(-1, -2) * scaling, q.shape[2]
+        if n > 1:
+            layers.append(module.layer_idx)
+            alive = torch.zeros(n, dtype=torch.bool)
+            alive[chosen[module.layer_idx][0]] = True
+            scores = scores.masked_fill(~(alive[:, None] & alive & torch.ones(n, n).tril().bool()), -torch.inf)
+        return (scores.softmax(-1).nan_to_num() @ v).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("known_zipvl", attend)
+    before = lm.config._attn_implementation
+    lm.config._attn_implementation_internal = "known_zipvl"
+    try:
+        return greedy(model, batch, **OPTIONS)
+    finally:
+        lm.config._attn_implementation_internal = before
+        assert layers == [0, 1, 2, 3]
+
+
+@families
+def test_attention_among_the_important_ones(family):
+    model = tiny.make(family)
+    batch = tiny.build(model, [[3, "img", 9]], seed=3)
+    stage, chosen = told()
+    with vtoken.wrapped(model, [stage]):
+        got, trace = greedy(model, batch, **OPTIONS), vtoken.trace(model)
+    want = restricted(model, batch, chosen)
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=2e-4, rtol=1e-4)
+    (n,) = trace.prompt_tokens
+    for entry in trace.stages:
+        held = len(chosen[entry.layer][0])
+        assert 12 <= held < n and entry.density == [pytest.approx(held * (held + 1) / (n * (n + 1)))]
+        assert entry.tokens_in == entry.tokens_out, "all tokens stay alive"
+    dense = greedy(model, batch, **OPTIONS)
+    assert not torch.allclose(torch.stack(dense.logits)[0], torch.stack(got.logits)[0], atol=1e-2)
+
+
+@families
+def test_everything_is_important_at_tau_1(family):
+    """Every token that is attended to at all is, whoever asks."""
+    model = tiny.make(family)
+    batch = tiny.build(model, rows_for(family, "ragged"), seed=3)
+    want = greedy(model, batch, **OPTIONS)
+    options = {"tau": 1.0, "recent": 64}
+    with vtoken.wrapped(model, [{"zipvl": {**options, "min_len": 0}}, {"zipvl_cache": options}]):
+        got, trace = greedy(model, batch, **OPTIONS), vtoken.trace(model)
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=2e-4, rtol=1e-4)
+    assert trace.stages[0].density == [1.0] * 3 and trace.cached == [trace.prompt_tokens] * 4
+
+
+@families
+def test_the_cache_holds_the_tokens_that_attended(family):
+    model = tiny.make(family)
+    batch = tiny.build(model, [[3, "img", 5], [1, "img", 2, "img", 7], [4]], seed=3)
+    stage, chosen = told()
+    with vtoken.wrapped(model, [{"uniform": {"keep": "80%"}}, stage, DROP]):
+        got, trace = greedy(model, batch, **OPTIONS), vtoken.trace(model)
+        for row in (0, 1):
+            one = greedy(model, alone(model, batch, row), **OPTIONS)
+            torch.testing.assert_close(
+                torch.stack(one.logits)[:, 0], torch.stack(got.logits)[:, row], atol=2e-4, rtol=1e-4
+            )
+            assert vtoken.trace(model).cached == [[held[row]] for held in trace.cached]
+    for k in range(4):
+        assert trace.cached[k][:2] == [len(index) for index in chosen[k][:2]] and trace.cached[k][2] == 4
+    assert len({tuple(held) for held in trace.cached}) > 1, "layers hold different numbers"
+
+
+@families
+@pytest.mark.parametrize("rows", ["one", "ragged"])
+def test_rounded_caches(family, rows):
+    """Layer 0 is that of the dense model, rounded row by row; what follows the prompt and rows without images are exact."""
+    model = tiny.make(family)
+    batch = tiny.build(model, rows_for(family, rows), seed=3)
+    dense = greedy(model, batch, **OPTIONS)
+    with vtoken.wrapped(model, [QUANTISE]):
+        got, trace = greedy(model, batch, **OPTIONS), vtoken.trace(model)
+        again = greedy(model, alone(model, batch, 0), **OPTIONS) if rows == "ragged" else got
+    torch.testing.assert_close(got.logits[0], dense.logits[0], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(got.logits[1][0], dense.logits[1][0], atol=1e-4), "decoding reads rounded keys and values"
+    torch.testing.assert_close(torch.stack(again.logits)[:, 0], torch.stack(got.logits)[:, 0], atol=2e-4, rtol=1e-4)
+    if rows == "ragged":
+        torch.testing.assert_close(torch.stack(got.logits)[:, 2], torch.stack(dense.logits)[:, 2], atol=2e-4, rtol=1e-4)
+    new, old = (out.past_key_values.layers[0].keys for out in (got, dense))
+    assert new.shape == old.shape and trace.cached == [trace.prompt_tokens] * 4
+    keys = new[:1, :, :-5]
+    assert trace.cache_bytes == 4 * 2 * keys.element_size() * new[:, :, :-5].numel()
+    entry = [s for s in trace.stages if s.site == "cache"]
+    assert len(entry) == 4 and all(0 < s.packed_bytes < trace.cache_bytes / 4 for s in entry)
+    assert [s.to_dict()["packed_bytes"] for s in entry] == [s.packed_bytes for s in entry]
+    length = trace.prompt_tokens[0]
+    column = new[0, 0, -5 - length : -5, 0]
+    assert 2 < len(column.unique()) <= 16 + 4 < length or length <= 20
+
+
+def test_rounding_keeps_its_distance():
+    g = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 50, 8, generator=g), torch.randn(2, 50, 8, generator=g) * torch.arange(1, 9)
+    index = torch.arange(50)
+    errors = []
+    for bits in (2, 4, 8):
+        k, v, size = quantised(keys, values, ((index[::2], bits), (index[1::2], bits)))
+        errors.append((float((k - keys).abs().max()), float((v - values).abs().max()), size))
+        assert (k - keys).abs().max() <= (keys.amax(1) - keys.amin(1)).max() / (2**bits - 1) / 2 + 1e-5
+    assert errors[0][0] > 3 * errors[1][0] > 9 * errors[2][0] and errors[0][1] > 3 * errors[1][1]
+    assert errors[0][2] < errors[1][2] < errors[2][2]
+
+
+def test_static_caches_are_refused():
+    model = tiny.make("llava")
+    batch = tiny.build(model, [[3, "img", 9]], seed=3)
+    with vtoken.wrapped(model, [QUANTISE]), pytest.raises(UnsupportedError, match="static cache"):
+        greedy(model, batch, cache_implementation="static")

@@ -1,0 +1,82 @@
+"""ZipVL, KV cache: every layer drops its unimportant tokens (v2), or keeps all in few bits (v1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from vtoken.cached import CachedLayer, CacheStage, Hold, Ready
+from vtoken.compressors._zipvl import Important, quantised
+from vtoken.probe import shared
+
+
+class ZipVLCache(Important, CacheStage):
+    """When the prefill ends, every layer takes its important tokens, as `zipvl` has it: as few as hold `tau` of what the probe attends
+    to, the same for all heads, and as many as layer and prompt say.
+
+    `mode: drop` (second version of the paper) caches these alone. `mode: quantise` (first version) holds all tokens, the important ones in
+    `bits[0]` and the others in `bits[1]` bits: keys by channel, values by token after their channels were evened out. **Simulated**: the
+    cache holds the rounded numbers at full width, so that accuracy can be studied and nothing is saved; `cache_bytes` of the trace says
+    what is held, `packed_bytes` of its stages what packed codes with their minima and scales would take.
+
+    Paper: https://arxiv.org/abs/2410.08584
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2410.08584"
+    deviations: ClassVar[str] = (
+        "As zipvl about the choice of tokens: no code of the authors was at hand, and text always counts as important. Quantising is "
+        "simulated, with the quantiser of the same authors' ZipCache, and generated tokens stay at full precision: the first version "
+        "compresses every hundredth step's last hundred. A row without images is left alone."
+    )
+
+    mode: Literal["drop", "quantise"] = Field(
+        default="drop",
+        description="drop unimportant tokens, or round all to few bits (simulated: memory stays what it was)",
+    )
+    bits: tuple[int, int] = Field(
+        default=(4, 2), description="mode quantise: bits of important and of other tokens, 1 to 8"
+    )
+    left: float = Field(
+        default=1.0, gt=0, le=1, description="share of the prompt expected to be important: for the FLOPs account only"
+    )
+
+    @field_validator("bits")
+    @classmethod
+    def _few(cls, bits: tuple[int, int]) -> tuple[int, int]:
+        if not all(1 <= b <= 8 for b in bits):
+            raise ValueError("each must be 1 to 8")
+        return bits
+
+    def compress(self, layer: CachedLayer) -> Hold | Ready:
+        n, device = layer.keys.shape[1], layer.keys.device
+        text = torch.ones(n, dtype=torch.bool, device=device)
+        text[torch.cat(layer.images)] = False
+        probe = shared(layer.probe, layer.queries, layer.keys, layer.scale)
+        index = self.important(probe, text)
+        alive = torch.zeros_like(text).index_fill(0, index, True)
+        if self.mode == "drop":
+            return Hold(index.expand(len(layer.keys), -1), self._counts(layer, alive))
+        rest = (~alive).nonzero()[:, 0]
+        keys, values, size = quantised(layer.keys, layer.values, ((index, self.bits[0]), (rest, self.bits[1])))
+        return Ready(keys, values, size)
+
+    def _counts(self, layer: CachedLayer, alive: Tensor) -> tuple[int, ...] | None:
+        """Visual tokens that stay of each image; None where text may go, too."""
+        if self.text:
+            return None
+        return tuple(torch.stack([alive[slots].sum() for slots in layer.images]).tolist())
+
+    def slots(self, prompt: int, lengths: Sequence[int]) -> int:
+        """What `left` expects: how many stay depends on the prompt, and with the default all are counted."""
+        if self.mode == "quantise":
+            return prompt
+        least = 1 if self.text else prompt - sum(lengths)
+        return min(prompt, max(least, ceil(self.left * prompt)))
+
+    def cost(self, prompt: int, lengths: Sequence[int], heads: int, kv_heads: int, head_dim: int) -> int:
+        return 2 * min(self.recent + self.drawn, prompt) * prompt * heads * head_dim
