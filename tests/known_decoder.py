@@ -131,6 +131,19 @@ def dart():
     assert alone.select(image).index.tolist() == [0, 5, 6] and len(alone.needs()) == 2
     for k in range(1, 9):
         assert stage("dart", keep=k).select(image).index.tolist() == by_turns(keys, x, facts, k)
+    g = torch.Generator().manual_seed(2)
+    lengths, words = (12, 3, 20), (1, 0, 6)  # images with pivots of their own number
+    keys, x = torch.randn(35, 4, generator=g), torch.randn(35, 6, generator=g)
+    later = [{"keys": torch.randn(n, 4, generator=g), "normed": torch.randn(n, 6, generator=g)} for n in words]
+    facts = {"keys": keys, "normed": x, **{f"later_{f}": [each[f] for each in later] for f in ("keys", "normed")}}
+    batch = tokens(torch.zeros(35, 2), lengths, tuple((1, 1, n) for n in lengths), **facts)
+    for k in (6, 11):
+        want, start = [], 0
+        for i, n in enumerate(lengths):
+            rows, own = slice(start, start + n), {f"later_{f}": [later[i][f]] for f in ("keys", "normed")}
+            want += [start + t for t in by_turns(keys[rows], x[rows], own, min(k, n))]
+            start += n
+        assert stage("dart", keep=k).select(batch).index.tolist() == want
     with pytest.raises(ValidationError, match="per_frame"):
         stage("dart", keep={"per_frame": 3})
 

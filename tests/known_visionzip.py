@@ -41,11 +41,24 @@ def visionzip():
     attention = torch.tensor([0.1, 0.9, 0.2, 0.3, 0.8, 0.05, 0.15])
     keys = torch.tensor([[1.0, 0], [0, 0], [0.9, 0.1], [0, 1], [0, 0], [0.1, 0.9], [1, 0.2]])
     x = torch.arange(7.0)[:, None]
-    seven = tokens(x, (7,), ((1, 1, 7),), cls_attention=attention, keys=keys)
+    seven = tokens(x, (7,), ((1, 1, 7),), cls_attention=attention, keys=keys, features=10 * x.repeat(1, 2))
     keep = stage(keep=4, contextual=2).select(seven)
     assert keep.index.tolist() == [0, 1, 3, 4], "1 and 4 dominant; of 0 2 3 5 6 every second is a target: 0, 3"
     assert keep.into.tolist() == [0, 1, 0, 2, 3, 2, 0]
-    torch.testing.assert_close(keep.apply(x)[:, 0], torch.tensor([(0 + (2 + 6) / 2) / 2, 1, (3 + 5) / 2, 4]))
+    torch.testing.assert_close(keep.apply(x)[:, 0], torch.tensor([0 + (2 + 6) / 2, 1, 3 + 5, 4]))
+    half = stage(keep=4, contextual=2, halve=True).select(seven)
+    torch.testing.assert_close(half.apply(x)[:, 0], torch.tensor([(0 + (2 + 6) / 2) / 2, 1, (3 + 5) / 2, 4]))
+    # Behind the projector stand the sums of features; what nobody joined is only itself.
+    sums = keep.apply(x, lambda f: 100 * f[:, :1])
+    torch.testing.assert_close(sums[:, 0], torch.tensor([100 * (0 + (20 + 60) / 2), 1, 100 * (30 + 50.0), 4]))
+    assert half.apply(x, lambda f: f / 0).isfinite().all(), "half and half needs no projector"
+    facts = {"cls_attention": attention[:4], "keys": keys[:4], "features": x[:4] + 1}
+    alone = stage(keep=3, contextual=2).select(tokens(x[:4], (4,), ((1, 1, 4),), **facts))
+    assert alone.apply(x[:4], lambda f: f)[:, 0].tolist() == [1, 1, 3 + 4], "3 joined 2, nobody 0"
+    again = replace(seven, size=torch.ones(7))
+    assert stage(keep=4, contextual=2).select(again).fused.features is None, (
+        "merged before: features tell of one member"
+    )
     assert stage(keep=1).select(seven).index.tolist() == [1] and stage(keep=4, contextual=0).select(
         seven
     ).index.tolist() == [1, 2, 3, 4]
@@ -59,9 +72,8 @@ def visionzip():
     keys = draw(lengths, 12, seed=1)[0]
     for heads, k, c in ((3, 13, 2), (None, 20, 7), (4, 22, 3)):
         options = {"heads": heads} if c in (2, 3) else {"contextual": c}
-        keep = stage(keep=k, **options).select(
-            given(lengths, parts, x, {("cls_attention",): attention, ("keys",): keys})
-        )
+        facts = {("cls_attention",): attention, ("keys",): keys, ("features",): x}
+        keep = stage(keep=k, **options).select(given(lengths, parts, x, facts))
         metric = keys.double() if heads is None else keys.double().view(-1, heads, 12 // heads).mean(1)
         index, want = [], []
         for start, n in ((0, 40), (40, 23)):
@@ -77,7 +89,7 @@ def visionzip():
             for i in sorted(dominant + targets):
                 own = x[start + i]
                 index.append(start + i)
-                want.append((own + torch.stack(joined[i]).mean(0)) / 2 if joined.get(i) else own)
+                want.append(own + torch.stack(joined[i]).mean(0) if joined.get(i) else own)
         assert keep.index.tolist() == index and keep.lengths == (k, k)
         close(keep.apply(x), want)
 

@@ -6,7 +6,7 @@ Letters in every docstring: `B` batch rows, `N` visual tokens (`N_i` of image i)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, ClassVar, Literal, NamedTuple, Self
@@ -147,6 +147,22 @@ def segments_of(parts: Parts, per: str) -> int:
 
 
 @dataclass(frozen=True)
+class Fused:
+    """Slots that become something else than the mean of their members' embeddings.
+
+    Attributes:
+        slots: [M] int64 kept slots (0..ΣK-1).
+        factor: [M] float32 that multiplies the mean.
+        features: [ΣN, D_encoder] the fact `features`: at site tokens the mean is taken of them, and the projector makes an
+            embedding of it. None, or where one visual token takes several patches' features (Qwen): of embeddings.
+    """
+
+    slots: Tensor
+    factor: Tensor
+    features: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Keep:
     """The decision of a stage, plain data.
 
@@ -156,23 +172,41 @@ class Keep:
         into: [ΣN] kept slot (0..ΣK-1) that absorbs each token, -1 = dropped; None when losers are simply dropped. A kept
             token absorbs itself.
         weight: [ΣN] weight of each token in its slot's mean; None means equal weights.
+        fused: slots that are not to be plain means; only with `into`.
     """
 
     index: Tensor
     lengths: tuple[int, ...]
     into: Tensor | None = None
     weight: Tensor | None = None
+    fused: Fused | None = None
 
     def to(self, device: torch.device) -> Keep:
         """The same decision on another device."""
         into, weight = (None if t is None else t.to(device) for t in (self.into, self.weight))
-        return Keep(self.index.to(device), self.lengths, into, weight)
+        f = self.fused
+        if f is not None:
+            f = Fused(f.slots.to(device), f.factor.to(device), None if f.features is None else f.features.to(device))
+        return Keep(self.index.to(device), self.lengths, into, weight, f)
 
-    def apply(self, x: Tensor) -> Tensor:
-        """Applies the decision to anything whose first axis is the packed token axis: [ΣN, ...] -> [ΣK, ...]."""
+    def apply(self, x: Tensor, project: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Applies the decision to anything whose first axis is the packed token axis: [ΣN, ...] -> [ΣK, ...].
+
+        Args:
+            project: makes embeddings [M, D] of features [M, D_encoder], where x are embeddings and the family can.
+        """
         if self.into is None:
             return gather_tokens(x, self.index)
-        return merge_tokens(x, self.into, len(self.index), self.weight)
+        mean = merge_tokens(x, self.into, len(self.index), self.weight)
+        if self.fused is None:
+            return mean
+        slots, features = self.fused.slots, None if project is None else self.fused.features
+        of = mean if features is None else merge_tokens(features, self.into, len(self.index), self.weight)
+        each = of[slots]
+        each = each * self.fused.factor.to(each.dtype).view(-1, *[1] * (each.ndim - 1))
+        if project is not None and features is not None:
+            each = project(each)
+        return mean.index_copy(0, slots, each.to(mean.dtype))
 
 
 class Stage(BaseModel):

@@ -58,6 +58,7 @@ class Entry:
             labels=self.run.labels,
             tail=self.run.tail,
             least=self.least,
+            project=self.project if self.adapter.encoder.unit == 1 else None,
         )
         trace.dense_rows = sorted(prefill.spared)
         if any(encode.stages for encode in located.encodes):
@@ -65,6 +66,14 @@ class Entry:
         elif self.newline == "drop" and located.newlines is not None and self.drops and prefill.aside is None:
             prefill.leave(whole)
         return prefill, values
+
+    def project(self, features: Tensor) -> Tensor:
+        """[M, D] of features [M, D_encoder]. By `forward`: the projector's hooks, vtoken's among them, are about whole pictures."""
+        projector = self.adapter.projectors[0]
+        device = next(projector.parameters()).device
+        # Where accelerate offloads the projector, what it put around `forward` brings both together.
+        here = features if device.type == "meta" else features.to(device)
+        return projector.forward(here).to(features.device)
 
     def facts(self, flow: Prefill, stage: Stage) -> dict[Fact, Any]:
         """What the stage asked for, about the live tokens."""

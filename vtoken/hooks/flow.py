@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -147,6 +147,7 @@ class Prefill(Flow):
         changed: something was dropped or merged.
         least: visual tokens below which a row runs dense; `spared` are those rows, `aside` why no stage acts at all, or None.
         records: slot maps to commit to the cache when the forward ends; shrunk: what a cache stage left of each layer.
+        project: makes embeddings of features, where the family's projector takes tokens one by one.
     """
 
     visual: Visual = field(kw_only=True)
@@ -164,6 +165,7 @@ class Prefill(Flow):
     facts: dict[Fact, Tensor] = field(default_factory=dict)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
     shrunk: dict[int, Any] = field(default_factory=dict)
+    project: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         newlines = self.located.newlines
@@ -211,8 +213,9 @@ class Prefill(Flow):
         if not untouched:
             self.leave(v.after(keep))
             self.riders = [keep.to(r.device).apply(r) for r in self.riders]
+            x = keep.apply(x, self.project if layer is None else None)
         self.trace.stages.append(trace_of(stage, v.lengths, self.visual.lineage, clock, layer, substitutes))
-        return x if untouched else keep.apply(x)
+        return x
 
     def leave(self, visual: Visual) -> None:
         """From now on only these visual tokens are alive, and the newlines that the policy leaves with them."""

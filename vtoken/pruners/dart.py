@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from vtoken.budget import Budget
+from vtoken.kernels import topk_tokens
 from vtoken.pruners._pools import top
 from vtoken.stages import Fact, Keep, Pruner, Site, VisualTokens, keep_all
 
@@ -21,7 +22,8 @@ class DART(Pruner):
     tokens not yet taken: those whose hidden states, through the LLM's final norm, have the lowest cosine similarity to its own.
     Kept are the image pivots and what was taken, `keep` in all; the first pivots take one more where shares are uneven.
 
-    No attention is needed. Paper: https://arxiv.org/abs/2502.11494. Loops over images and pivots.
+    No attention is needed. Paper: https://arxiv.org/abs/2502.11494. Loops over images for the
+    pivots, then over pivots.
     """
 
     site: ClassVar[Site] = "decoder"
@@ -61,16 +63,17 @@ class DART(Pruner):
         if counts == tokens.lengths:
             return keep_all(tokens)
         keys, x = (tokens.fact(name).split(list(tokens.lengths)) for name in ("keys", "normed"))
-        kept, start = [], 0
+        taken, likeness, start = [], [], 0
         for i, k in enumerate(counts):
             first = strongest(keys[i], min(self.image_pivots, k))
             pivots = x[i][first]
             if self.text_pivots:
                 text = tokens.fact("later_normed")[i]
                 pivots = torch.cat([pivots, text[strongest(tokens.fact("later_keys")[i], self.text_pivots)]])
-            kept.append(unlike(x[i], first, pivots, k) + start)
+            likeness.append(normalize(pivots.float(), dim=-1) @ normalize(x[i].float(), dim=-1).T)
+            taken.append(first + start)
             start += tokens.lengths[i]
-        return Keep(torch.cat(kept), counts)
+        return Keep(unlike(likeness, taken, tokens.offsets, counts), counts)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
         pivots = self.image_pivots + self.text_pivots
@@ -83,13 +86,18 @@ def strongest(keys: Tensor, n: int) -> Tensor:
     return top(keys.float().abs().sum(1), n)
 
 
-def unlike(x: Tensor, first: Tensor, pivots: Tensor, k: int) -> Tensor:
-    """[k] rows of x [N, D], ascending: `first` and what each of the pivots [P, D] takes."""
-    similarity = normalize(pivots.float(), dim=-1) @ normalize(x.float(), dim=-1).T
-    free = torch.zeros(len(x), device=x.device).index_fill_(0, first, torch.inf)
-    share, more = divmod(k - len(first), max(1, len(pivots)))
-    taken = [first]
-    for p, like in enumerate(similarity):
-        taken.append(top(-(like + free), share + (p < more)))
-        free = free.index_fill(0, taken[-1], torch.inf)
-    return torch.cat(taken).sort().values
+def unlike(likeness: list[Tensor], taken: list[Tensor], offsets: Tensor, counts: Sequence[int]) -> Tensor:
+    """[ΣK] packed rows, ascending: those taken already and what each pivot takes, one pivot of every image at a time.
+
+    Args:
+        likeness: per image [P_i, N_i] similarity of its pivots to its tokens; taken: per image packed rows.
+        offsets: as in VisualTokens; counts: K_i, no less than was taken.
+    """
+    most = max(map(len, likeness))
+    table = torch.cat([pad(like, (0, 0, 0, most - len(like))) for like in likeness], 1)
+    gone = torch.zeros_like(table[0]).index_fill_(0, torch.cat(taken), torch.inf)
+    shares = [divmod(k - len(held), max(1, len(like))) for k, held, like in zip(counts, taken, likeness, strict=True)]
+    for p in range(most):
+        turn = [(share + (p < more)) * (p < len(like)) for (share, more), like in zip(shares, likeness, strict=True)]
+        gone = gone.index_fill(0, topk_tokens(-(table[p] + gone), offsets, turn), torch.inf)
+    return topk_tokens(gone, offsets, list(counts))

@@ -23,7 +23,8 @@ class PruMerge(Pruner):
     is lost.
 
     `plan` without `keep` expects the papers' averages, a 14th of the tokens, with `plus` a quarter. Loops over images; the number
-    of outliers is fetched from the device.
+    of outliers is fetched from the device. `nearest_tokens` finds one neighbour of a token, not the 32 that a kept one asks for, so all cosines
+    of kept tokens and others are sorted.
 
     Paper: https://arxiv.org/abs/2403.15388.
     """

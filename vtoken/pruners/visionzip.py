@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -11,13 +12,16 @@ from torch import Tensor
 
 from vtoken.kernels import nearest_tokens
 from vtoken.pruners._pools import choose, merged, offsets_on_host, rest_of, top
-from vtoken.stages import Fact, Keep, Pruner, VisualTokens
+from vtoken.stages import Fact, Fused, Keep, Pruner, VisualTokens
 
 
 class VisionZip(Pruner):
     """Of k tokens to keep, c are contextual and k - c dominant. Dominant are the tokens with the highest CLS attention. Of the r others every
     (r // c)-th, the first c of them, is a target; every token left joins the target whose key is most similar (cosine of keys
-    averaged over heads). A target becomes half itself, half the mean of those that joined it. With k = 1 nothing is merged.
+    averaged over heads). A target's encoder features become the sum of themselves and the mean of those that joined it, and go through
+    the projector. With k = 1 nothing is merged.
+
+    On Qwen, whose merger makes one token of four patches, and behind a stage that merged, the sum is one of embeddings.
 
     Paper: https://arxiv.org/abs/2412.04467. Loops over images (or frames, or crops).
 
@@ -27,7 +31,6 @@ class VisionZip(Pruner):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.04467"
     deviations: ClassVar[str] = (
-        "Contextual tokens are (target + mean) / 2 after the projector; the authors take the sum, before it. "
         "The CLS token, which the authors count as one dominant token, is not to be had: one more patch takes its slot. "
         "Contextual tokens stand at their targets' places in reading order instead of at the end. "
         "Keys are averaged over heads only if `heads` says how many there are (the presets do)."
@@ -44,14 +47,19 @@ class VisionZip(Pruner):
         description="attention heads of the vision encoder (16 in CLIP-L, SigLIP-so400m and Qwen), whose keys are averaged; null: "
         "compare the keys of all heads side by side",
     )
+    halve: bool = Field(
+        default=False,
+        description="contextual tokens as half target, half mean, of embeddings, instead of the authors' sum before the projector",
+    )
 
     def needs(self) -> tuple[Fact, ...]:
-        return (Fact("cls_attention"), Fact("keys"))
+        return (Fact("cls_attention"), Fact("keys"), *(() if self.halve else (Fact("features"),)))
 
     def select(self, tokens: VisualTokens) -> Keep:
         attention, keys = tokens.fact("cls_attention"), self._metric(tokens.fact("keys"))
         home = torch.full((len(tokens.x),), -1, device=tokens.x.device)
         weight = torch.ones(len(tokens.x), device=tokens.x.device)
+        summed, factors = [], []
 
         def pick(rows: Tensor, k: int) -> Tensor:
             c = self._merged(k)
@@ -66,10 +74,19 @@ class VisionZip(Pruner):
             home[other] = target[nearest]
             members = torch.zeros_like(weight[:c]).index_add_(0, nearest, weight[other])
             weight[other] = 1 / members[nearest]
+            summed.append(target)
+            factors.append(1 + members.clamp(max=1))
             return torch.cat([rows[dominant], target])
 
         keep = choose(self, tokens, pick)
-        return keep if keep.lengths == tokens.lengths else merged(keep, home, weight)
+        if keep.lengths == tokens.lengths:
+            return keep
+        keep = merged(keep, home, weight)
+        if self.halve or not summed:
+            return keep
+        features = tokens.fact("features") if tokens.size is None else None
+        slots = torch.searchsorted(keep.index, torch.cat(summed))
+        return replace(keep, fused=Fused(slots, torch.cat(factors), features))
 
     def _merged(self, k: int) -> int:
         """Contextual tokens among k."""
@@ -87,6 +104,7 @@ class VisionZip(Pruner):
         return keys
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        """Similarities at the model's width, and the merge."""
-        counts = self.keep.counts(lengths, (0,) * len(lengths))
-        return sum(2 * n * (self._merged(k) + 1) * width for n, k in zip(lengths, counts, strict=True) if k < n)
+        """Similarities at the model's width, the merge, and two layers of a projector for what was merged."""
+        pairs = zip(lengths, self.keep.counts(lengths, (0,) * len(lengths)), strict=True)
+        project = 0 if self.halve else 4 * width * width
+        return sum(2 * n * (c + 1) * width + c * project for n, k in pairs if k < n for c in [self._merged(k)])

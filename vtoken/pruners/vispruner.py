@@ -22,7 +22,8 @@ class VisPruner(Pruner):
     compared with all at odd places (cosine of encoder features), those with the highest maximum go, and the list becomes the
     even ones left, most similar first, then the odd ones.
 
-    Paper: https://arxiv.org/abs/2412.01818 (v2; v1 is FasterVLM). Loops over images and rounds.
+    Paper: https://arxiv.org/abs/2412.01818 (v2; v1 is FasterVLM). Loops over images and rounds. All cosines of an
+    image are computed once (4 N^2 bytes); `nearest_tokens` gives what a round asks for, but would compute its cosines afresh each time.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.01818"

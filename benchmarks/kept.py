@@ -1,0 +1,64 @@
+"""What every method keeps of one picture, as one image: `python benchmarks/kept.py --out docs/kept.jpg`. Seconds to a minute on a CPU.
+
+The picture is the first of the shipped questions; nothing is picked by result. Methods that leave it whole are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # Runs from a checkout that is not installed, too.
+
+CELL = 8  # pixels of a token at least
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny-llava", metavar="NAME", help="shipped model (default: %(default)s)")
+    parser.add_argument(
+        "--keep", type=int, default=32, metavar="N", help="visual tokens of the picture (default: %(default)s)"
+    )
+    parser.add_argument("--columns", type=int, default=6, metavar="N", help="pictures per row (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("kept.jpg"), metavar="FILE", help="JPEG or PNG (default: %(default)s)"
+    )
+    given = parser.parse_args()
+
+    import torch
+    from PIL import Image
+
+    from vtoken.evals import reference
+    from vtoken.evals.demo import inputs_of
+    from vtoken.evals.lineup import lineup, prefill
+    from vtoken.evals.media import Media
+    from vtoken.evals.overlay import captioned, drawn, owners, sheet, views
+
+    model, processor = reference.load(given.model)
+    question = reference.questions(1)[0]
+    prompt = inputs_of(processor, question)
+    with Image.open(question.image) as original:
+        picture = original.convert("RGB")
+    tiles = []
+    with torch.inference_mode():
+        for label, pipeline in lineup(model, prompt, (given.keep,), everything=True).pipelines.items():
+            if pipeline is None:
+                continue
+            seen = prefill(model, pipeline, prompt)
+            total, kept = seen.visual_tokens[0], len(seen.kept[0])
+            (rasters,) = views(processor, prompt.get("pixel_values"), Media((picture,)), seen.parts)
+            side = CELL * min(n for _, *raster in seen.parts[0] for n in raster)
+            shown = drawn(rasters, seen.parts[0], seen.kept[0], owners(seen, 0), side=side, columns=1)
+            if not tiles:
+                size = (shown.width, round(shown.width * picture.height / picture.width))
+                tiles.append(captioned(picture.resize(size, Image.Resampling.BICUBIC), f"all: {total}"))
+            if kept < total:
+                tiles.append(captioned(shown, f"{label.partition(':')[0]}: {kept}"))
+    sheet(tiles, given.columns, background="white").save(given.out, quality=82, optimize=True)
+    print(f"{question.question} ({question.answer})")
+    print(f"wrote {given.out}: {len(tiles) - 1} methods, {given.out.stat().st_size // 1024} kB")
+
+
+if __name__ == "__main__":
+    main()
