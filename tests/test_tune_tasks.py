@@ -46,7 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save("llava", folder / "model")
     lmms_tasks.write(folder / "tasks", "five", 5, **SPELLED)
     lmms_tasks.write(folder / "tasks", "three", 3, **SPELLED)
-    lmms_tasks.write(folder / "tasks", "root", 4, **SPELLED, metric_list=METRIC.format("!function utils.root", "true"))
+    lmms_tasks.write(folder / "tasks", "best", 4, **SPELLED, metric_list=METRIC.format("!function utils.best", "true"))
     lmms_tasks.write(folder / "tasks", "errors", 2, **SPELLED, metric_list=METRIC.format("mean", "false"))
     lmms_tasks.write(folder / "tasks", "broken", 2, process_results="!function utils.broken")
     return folder
@@ -92,10 +92,11 @@ def test_marks_are_shares_of_dense_task_by_task(both: Tasks) -> None:
 
 
 def test_a_metric_that_is_no_mean_is_told_at_the_end(place: Path) -> None:
-    one = Marks(tasks(place, "root"), ["b", "b", "b", "b"])
-    assert not one.steady
-    found = one.of(["b", "b", "", ""])
-    assert found == pytest.approx([2**-0.5] * 4) and one.quality == pytest.approx(2**-0.5)
+    # The best of equal documents is their mean too: only others tell.
+    one = Marks(tasks(place, "best"), ["c", "c", "c", "c"])
+    assert one.base == {"best": pytest.approx(0.9)} and not one.steady
+    found = one.of(["e", "e", "g", ""])
+    assert found == pytest.approx([3 / 9] * 4) and one.quality == pytest.approx(3 / 9)
 
 
 def test_metrics_that_cannot_be_kept(place: Path, both: Tasks) -> None:
@@ -121,6 +122,7 @@ def test_accuracy_is_what_vtoken_eval_reports(place: Path, both: Tasks, batch: i
         assert values == {name: harness.run(model, name, None, place / "scorers").value for name in both.names}
     assert judge.marks.values != judge.marks.base
     assert judge.quality(scores) == pytest.approx(fmean(scores)) and judge.dense == 1
+    assert judge.quality([0.0] * 8) == judge.marks.quality > 0  # the metric has the last word
 
 
 def test_trials_are_stopped_by_what_tasks_leave_possible(place: Path, both: Tasks, tmp_path: Path) -> None:
