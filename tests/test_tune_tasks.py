@@ -48,6 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lmms_tasks.write(folder / "tasks", "three", 3, **SPELLED)
     lmms_tasks.write(folder / "tasks", "best", 4, **SPELLED, metric_list=METRIC.format("!function utils.best", "true"))
     lmms_tasks.write(folder / "tasks", "errors", 2, **SPELLED, metric_list=METRIC.format("mean", "false"))
+    lmms_tasks.write(folder / "tasks", "twice", 2, **SPELLED, repeats="2")
     lmms_tasks.write(folder / "tasks", "broken", 2, process_results="!function utils.broken")
     return folder
 
@@ -75,6 +76,13 @@ def test_scorers_say_what_answers_are_worth(both: Tasks) -> None:
     assert found.values == pytest.approx({"five": fmean(want[:5]), "three": fmean(want[5:])})
     some = both.grade(SAID[:6])
     assert some.documents == pytest.approx([*want[:6], 0, 0]) and some.values["three"] == pytest.approx(want[5] / 3)
+
+
+def test_documents_that_are_asked_twice(place: Path) -> None:
+    found = tasks(place, "twice")
+    assert len(found.samples) == 4
+    # lmms-eval scores the first of a document's answers.
+    assert found.grade(["c", "e", "g", ""]).documents == pytest.approx([0.9, 0.9, 0.3, 0.3])
 
 
 def test_marks_are_shares_of_dense_task_by_task(both: Tasks) -> None:
