@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,17 @@ def test_workers_come_to_the_same(place: Path, whole: Results) -> None:
     out = place / "workers"
     done = program("vtoken", "sweep", place / "sweep.yaml", "--out", out, "--workers", 2)
     assert done.returncode == 0, done.stderr
+    assert timeless(out) == timeless(whole.folder)
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'vtoken[ray]'")
+def test_ray_comes_to_the_same_though_an_actor_is_killed(place: Path, whole: Results) -> None:
+    out = place / "ray"
+    words = ("vtoken", "sweep", place / "sweep.yaml", "--out", out, "--ray", "--workers", 2)
+    done = program(*words, VTOKEN_TEST_CALLS=str(place / "ray-calls"), RAY_ADDRESS="local")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("an actor died while") == 1 and "answered fatal; another one takes over" in done.stderr
+    assert (place / "ray-calls").read_text() == "x" * (RUNS + 1)
     assert timeless(out) == timeless(whole.folder)
 
 

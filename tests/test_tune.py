@@ -75,14 +75,11 @@ def search(judge: Judge, folder: Path, given: Space = ONE, **changed: Any) -> Se
     return Search(judge=judge, space=given, folder=folder, **{**options, **changed})
 
 
-class Scripted:
+class Scripted(Judge):
     """A judge whose scores are given: pipeline's budget -> scores."""
 
-    measure = "agreement"
-    dense = 1.0
-
     def __init__(self, asker: Asker, scores: dict[int, list[float]]) -> None:
-        self.asker, self.by_keep = asker, scores
+        self.asker, self.by_keep, self.measure, self.dense = asker, scores, "agreement", 1.0
         self.samples = [None] * len(next(iter(scores.values())))
         self.asked: list[tuple[int, int]] = []
 
@@ -227,7 +224,7 @@ def test_trials_are_stopped_by_what_they_show_first(askers: dict[str, Asker], tm
     good, late, bad = [1.0] * 6, [1.0] * 4 + [0.0] * 2, [0.0] * 6
     judge = Scripted(askers["llava"], {1: bad, 2: late, 4: good})
     values = space(random=[{"random": {"keep": {"values": [1, 2, 4]}}}])
-    found = search(judge, tmp_path, values, keep=0.5)  # type: ignore[arg-type]
+    found = search(judge, tmp_path, values, keep=0.5)
     for text in ("4", "2", "1"):
         found.study.enqueue_trial({"random/0.random.keep": text + "\n...\n"})
     found.run(3)

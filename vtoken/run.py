@@ -303,27 +303,40 @@ class Run(threading.local):
 
 
 class Clock:
-    """Times a block without waiting for the device: the figure is read when somebody asks for it."""
+    """Moments on a device's own clock, taken without waiting for it: only who asks how far apart they are waits.
+
+    As a context it takes the moments around a block.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
+        self.device = device
+
+    def now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def wait(self) -> None:
+        """For everything the device was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def between(self, start: Any, end: Any) -> float:
+        """Milliseconds."""
+        if self.device.type != "cuda":
+            return 1e3 * (end - start)
+        end.synchronize()
+        return start.elapsed_time(end)
 
     def __enter__(self) -> Clock:
-        if self.cuda:
-            self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self.start.record()
-        else:
-            self.began = time.perf_counter()
+        self.start = self.now()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.cuda:
-            self.end.record()
-        else:
-            self.seconds = time.perf_counter() - self.began
+        self.end = self.now()
 
     def milliseconds(self) -> float:
-        if not self.cuda:
-            return self.seconds * 1e3
-        self.end.synchronize()
-        return self.start.elapsed_time(self.end)
+        """Of the block."""
+        return self.between(self.start, self.end)

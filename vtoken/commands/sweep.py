@@ -32,6 +32,10 @@ examples:
       run it again after a kill: what is in out/points is not asked again
   vtoken sweep sweep.yaml --out out --workers 4
       four processes, each with its model, on the GPUs in turn; each takes the next pipeline and task
+  vtoken sweep sweep.yaml --out out --ray auto --workers 8
+      eight actors of a Ray cluster, one GPU each; --ray alone takes the cluster of this machine or starts one, and without
+      --workers every GPU has an actor. A point whose actor dies is asked once more. vtoken, model and tasks must be the same on
+      all machines; results are written here (pip install "vtoken[ray]")
   torchrun --nproc-per-node 4 -m vtoken sweep sweep.yaml --out out
       every task's documents shared out over the processes; accelerate launch does as well
 
@@ -48,7 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("file", type=Path, metavar="SWEEP.yaml", help="what to sweep")
     parser.add_argument("--out", type=Path, default=Path("vtoken-sweep"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: 1), or actors of --ray")
+    parser.add_argument(
+        "--ray", nargs="?", const="", metavar="ADDRESS", help="spread points over a Ray cluster (vtoken[ray])"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch, of all workers together")
     parser.add_argument("--json", action="store_true", help="print what is in results.json and nothing else")
 
@@ -60,13 +67,15 @@ def run(args: argparse.Namespace) -> int:
         VtokenError: lmms-eval is missing, or a file or argument that cannot be used.
     """
     from vtoken.evals.lmms.plan import Sweep
-    from vtoken.evals.lmms.prepare import prepare
+    from vtoken.evals.lmms.prepare import prepare, prepare_ray
     from vtoken.evals.strict import read
 
     sweep = read(Sweep, args.file)
     if args.threads is not None and args.threads < 1:
         raise ConfigError(f"threads must be at least 1, not {args.threads}")
-    if args.workers > 1:
+    if args.ray is not None:
+        prepare_ray()
+    if (args.workers or 1) > 1:
         os.environ.setdefault("TQDM_DISABLE", "1")  # Bars of several processes overwrite each other.
     prepare("vtoken sweep")
     import torch
@@ -85,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
             bar.total, bar.n = total, done
             bar.set_postfix_str(what)
 
-        results = sweeping.run(sweep, args.out, args.workers, command, progress)
+        results = sweeping.run(sweep, args.out, args.workers, command, progress, args.ray)
     if results is None:
         return 0
     if args.json:

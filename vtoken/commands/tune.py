@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,15 @@ examples:
       the shipped model on its own held-out questions: as many answers as possible like dense's, as few FLOPs as possible
   vtoken tune llava-hf/llava-1.5-7b-hf --data mine.jsonl --quality accuracy --keep-accuracy 98% --objective ttft --space space.yaml
       lines {"image": FILE, "question": TEXT, "answer": TEXT}; cost is measured, dense and pruned interleaved
-  vtoken tune Qwen/Qwen2.5-VL-3B-Instruct --data textvqa_val,gqa --limit 30 --quality cosine --space space.yaml --trials 50
-      prompts of lmms-eval's tasks (their scorers are not asked), and VFlowOpt's objective; no labels needed
+  vtoken tune Qwen/Qwen2.5-VL-3B-Instruct --data textvqa_val,gqa --limit 100 --keep-accuracy 98% --space space.yaml
+      lmms-eval's tasks, scored by their own scorers
+  vtoken tune Qwen/Qwen2.5-VL-3B-Instruct --data textvqa_val --limit 30 --quality cosine --space space.yaml --trials 50
+      their prompts alone, and VFlowOpt's objective; no labels needed
 
-agreement: share of answers that are dense's; accuracy: that are the right ones; cosine: of the last prompt token's final hidden state
-with dense's. A trial is stopped when it cannot reach the floor any more, or is below it and below the median of the trials before
-after the first samples.
+agreement: share of answers that are dense's; accuracy: that are the right ones, of tasks: mean over tasks of the metric vtoken eval
+reports, as a share of dense's; cosine: of the last prompt token's final hidden state with dense's. A trial is stopped when it cannot
+reach the floor any more, or is below it and below the median of the trials before after the first samples; a metric that is no mean
+over documents (F1, sums) is known only after all of them, so nothing is stopped.
 
 Run it again with more --trials to go on. DIR holds best-1.yaml, best-2.yaml, ... (the Pareto front; the cheapest that keeps enough comes
 first), tune.json (all trials) and study.db (Optuna's). The samples that choose a pipeline flatter it: score the best with vtoken eval
@@ -48,10 +52,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=int, metavar="N", help="first N samples (of each task)")
     parser.add_argument(
+        "--include",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="folders with tasks of yours (lmms-eval's YAML)",
+    )
+    parser.add_argument(
         "--quality",
         choices=("agreement", "accuracy", "cosine"),
-        default="agreement",
-        help="what is kept (default: %(default)s)",
+        help="what is kept (default: accuracy of lmms-eval's tasks, else agreement)",
     )
     parser.add_argument("--objective", choices=("flops", "ttft"), default="flops", help="cost (default: %(default)s)")
     parser.add_argument(
@@ -91,12 +102,14 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"batch-size must be at least 1, not {args.batch_size}")
     from vtoken.evals.tune import samples
     from vtoken.evals.tune.cost import shape
-    from vtoken.evals.tune.quality import Judge
+    from vtoken.evals.tune.quality import Judge, Measure
     from vtoken.evals.tune.search import Search
 
-    asked = samples.load(args.data, args.limit)
+    tasks = samples.tasks(args.data, args.limit, folders=[folder.resolve() for folder in args.include])
+    asked = samples.load(args.data, args.limit) if tasks is None else tasks.samples
+    quality: Measure = args.quality or ("agreement" if tasks is None else "accuracy")
     asker = _asker(args)
-    judge = Judge(asker, asked, args.quality, args.batch_size)
+    judge = Judge(asker, asked, quality, args.batch_size, tasks, args.first)
     about = {
         "model": args.model,
         "revision": args.revision,
@@ -104,6 +117,8 @@ def run(args: argparse.Namespace) -> int:
         "batch_size": args.batch_size,
         "samples": samples.fingerprint(asked),
     }
+    if judge.marks is not None:
+        about |= {"scorers": judge.marks.tasks.names, "lmms_eval": version("lmms-eval")}
     like = shape(asker, asked[0])
     search = Search(judge, space, args.out, like, args.objective, args.keep_accuracy, args.first, args.seed, about)
     from tqdm import tqdm
@@ -151,6 +166,8 @@ def _print(search: Any, files: list[Path]) -> None:
         f"{len(found['trials'])} trials, {stopped} stopped early, {refused} refused by the model; dense {search.judge.dense:.4f}, "
         f"floor {search.floor:.4f}, {len(search.judge.samples)} samples, cost of a prompt of {search.like.to_dict()}"
     )
+    if found["dense"] is not None:
+        print("dense: " + ", ".join(f"{name} {value:.6g}" for name, value in found["dense"].items()))
     if not files or search.best()[0].values[0] < search.floor:
         print("no trial keeps enough: allow larger budgets, more trials, or a lower --keep-accuracy")
     print(f"wrote {search.folder / 'tune.json'} and {len(files)} pipelines")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from vtoken.config import Pipeline
 from vtoken.errors import UnsupportedError
 from vtoken.evals.inputs import Prompt
 from vtoken.hooks.handle import Handle
-from vtoken.run import Trace
+from vtoken.run import Clock, Trace
 from vtoken.wrap import trace, wrapped
 
 
@@ -92,7 +91,7 @@ class Runner:
     def __init__(self, adapter: Adapter, prompt: Prompt) -> None:
         self.adapter, self.prompt = adapter, prompt
         self.model: Any = adapter.model
-        self.cuda = self.model.device.type == "cuda"
+        self.clock, self.cuda = Clock(self.model.device), self.model.device.type == "cuda"
         self.rope = list(inspect.signature(adapter.outer.get_rope_index).parameters) if adapter.mrope else []
 
     @property
@@ -212,18 +211,18 @@ class Runner:
         """One timed `generate`, and all ids it returns. Timing hooks sit outside vtoken's."""
         began: list[Any] = []
         ended: list[Any] = []
-        handle, first = Handle(), FirstToken(self._now)
-        handle.before(self.adapter.tower, lambda *_: began.append(self._now()))
+        handle, first = Handle(), FirstToken(self.clock.now)
+        handle.before(self.adapter.tower, lambda *_: began.append(self.clock.now()))
         try:
             with wrapped(self.model, pipeline) if pipeline else self._short(oracle):
                 # Wrapping scans packages and leaves caches cold, which no second call on a wrapped model finds.
                 self._call(oracle, max_new_tokens=1)
                 began.clear()
-                handle.after(self.adapter.projectors[0], lambda *_: ended.append(self._now()))
+                handle.after(self.adapter.projectors[0], lambda *_: ended.append(self.clock.now()))
                 resident = self._settle()
-                start = self._now()
+                start = self.clock.now()
                 ids = self._call(oracle, stopping_criteria=StoppingCriteriaList([first]))
-                end = self._now()
+                end = self.clock.now()
                 self._settle(reset=False)
                 peak = torch.cuda.max_memory_allocated(self.model.device) - resident if self.cuda else None
                 decisions = sum(stage.milliseconds for stage in trace(self.model).stages) if pipeline else None
@@ -231,11 +230,11 @@ class Runner:
             handle.release()
         steps = self.model.generation_config.max_new_tokens - 1
         timed = Sample(
-            vision=sum(self._between(*pair) for pair in zip(began, ended, strict=True)),
+            vision=sum(self.clock.between(*pair) for pair in zip(began, ended, strict=True)),
             stages=decisions,
-            ttft=self._between(start, first.at),
-            decode=self._between(first.at, end) / steps if steps else None,
-            end_to_end=self._between(start, end),
+            ttft=self.clock.between(start, first.at),
+            decode=self.clock.between(first.at, end) / steps if steps else None,
+            end_to_end=self.clock.between(start, end),
             peak_bytes=peak,
         )
         return timed, ids
@@ -254,19 +253,7 @@ class Runner:
         """Waits for the device; returns the bytes allocated there."""
         if not self.cuda:
             return 0
-        torch.cuda.synchronize(self.model.device)
+        self.clock.wait()
         if reset:
             torch.cuda.reset_peak_memory_stats(self.model.device)
         return torch.cuda.memory_allocated(self.model.device)
-
-    def _now(self) -> Any:
-        """A moment on the clock of the device, without waiting for it."""
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.model.device))
-        return event
-
-    def _between(self, start: Any, end: Any) -> float:
-        """Milliseconds; on a GPU the device has to be past both."""
-        return start.elapsed_time(end) if self.cuda else 1e3 * (end - start)

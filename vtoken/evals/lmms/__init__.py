@@ -17,5 +17,6 @@ prepare.py    what has to be set before lmms-eval is imported
 plan.py       a sweep's YAML file and its points
 points.py     a point asked and kept, and points put together as results
 sweep.py      points over processes
+cluster.py    points over a Ray cluster
 tasks/        tasks that need no download
 """

@@ -13,8 +13,9 @@ from vtoken import registry
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError
 from vtoken.evals.lmms.prompts import Prompt, encode
-from vtoken.evals.lmms.records import Clock, Cost, Reply, dense_tokens, pruned_tokens, stage_times
+from vtoken.evals.lmms.records import Cost, Reply, dense_tokens, pruned_tokens, stage_times
 from vtoken.evals.timing import FirstToken
+from vtoken.run import Clock
 from vtoken.wrap import match_processor, trace, unwrap, wrap
 
 
@@ -74,7 +75,7 @@ class Asker:
         start = self.clock.now()
         out = self.model.generate(**inputs, **arguments, stopping_criteria=StoppingCriteriaList([first]))
         end = self.clock.now()
-        ttft, decode = self.clock.seconds(start, first.at), self.clock.seconds(first.at, end)
+        ttft, decode = (self.clock.between(*pair) / 1e3 for pair in ((start, first.at), (first.at, end)))
         if self.pipeline is None or not any(name.startswith("pixel_values") for name in inputs):
             tokens, stages = dense_tokens(self.adapter, inputs), {}
         else:

@@ -25,6 +25,12 @@ def prepare(command: str) -> None:
     quiet()
 
 
+def prepare_ray() -> None:
+    """Raises VtokenError: Ray is not installed."""
+    if find_spec("ray") is None:
+        raise VtokenError('vtoken sweep --ray needs Ray: pip install "vtoken[ray]"')
+
+
 def quiet() -> None:
     """Warnings only, from lmms-eval."""
     import lmms_eval.models  # noqa: F401  # It sets up loguru, so what is set up here must come later.

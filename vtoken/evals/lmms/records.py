@@ -42,13 +42,10 @@ speed take `vtoken bench`, which interleaves what it compares.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
-
-import torch
 
 from vtoken.adapters.base import Adapter
 from vtoken.run import KINDS, Trace
@@ -109,30 +106,6 @@ class Request:
         """Plain data, flat."""
         about = {"task": self.task, "doc": self.doc, "repeat": self.repeat, "answer": self.reply.text}
         return {**about, **vars(self.reply.cost), "media": self.media}
-
-
-class Clock:
-    """Moments on a device's own clock, without waiting for it until somebody asks how far they are apart."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def now(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def seconds(self, start: Any, end: Any) -> float:
-        if self.device.type != "cuda":
-            return float(end - start)
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Points of a sweep, asked by one process, by several, or by all processes of torchrun; then, apart, the speed of all pipelines."""
+"""Points of a sweep, asked by one process, several, a Ray cluster or all processes of torchrun; then, apart, the speed of all pipelines."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ import torch.distributed as dist
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, VtokenError
 from vtoken.evals.latency import bench
+from vtoken.evals.lmms import cluster
 from vtoken.evals.lmms.harness import Harness, ranks
 from vtoken.evals.lmms.model import VtokenModel
 from vtoken.evals.lmms.plan import Point, Sweep, digest, points
 from vtoken.evals.lmms.points import Answered, ask, assemble, load, save
-from vtoken.evals.lmms.prepare import quiet
+from vtoken.evals.lmms.prepare import prepare_ray, quiet
 from vtoken.evals.lmms.run import Results, commit, lineup
 from vtoken.evals.lmms.suites import expand
 
@@ -61,33 +62,39 @@ class Asking:
 def run(
     sweep: Sweep,
     folder: Path,
-    workers: int = 1,
+    workers: int | None = None,
     command: str = "",
     progress: Progress = lambda done, total, what: None,
+    ray: str | None = None,
 ) -> Results | None:
     """Asks what is not in the folder yet and writes DIR/results.json, DIR/requests/ and DIR/points/.
 
     Args:
-        workers: processes, each with a model of its own; they take the GPUs in turn.
+        workers: processes, each with a model of its own; they take the GPUs in turn. None is 1, or what `cluster` says.
         progress: called with points done, points in all, and what comes next or was done.
+        ray: address of a Ray cluster, "" for the one that Ray finds or starts; None: no Ray.
 
     Returns:
         The results; None in every process of torchrun but the first.
 
     Raises:
         ConfigError: workers that cannot be had, pipelines that cannot be told apart.
+        VtokenError: Ray is missing or its cluster cannot be reached; workers that died.
         UnsupportedError: a stage that the model cannot serve, before anything is asked.
         Whatever model and scorers raise: points that were finished before stay in the folder, and are not asked again.
     """
     rank, world = ranks()
-    if workers < 1:
+    if workers is not None and workers < 1:
         raise ConfigError(f"workers must be at least 1, not {workers}")
-    if workers > 1 and world > 1:
-        raise ConfigError("torchrun starts the processes already; leave --workers out")
+    if world > 1 and (ray is not None or (workers or 1) > 1):
+        raise ConfigError(f"torchrun starts the processes already; leave --{'workers' if ray is None else 'ray'} out")
+    if ray is not None:
+        prepare_ray()
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     runs = lineup(sweep.lineup())
-    todo = points(sweep, runs, commit())
+    made_by = commit()
+    todo = points(sweep, runs, made_by)
     folder = folder.resolve()
     if rank == 0:
         (folder / "points").mkdir(parents=True, exist_ok=True)
@@ -104,7 +111,9 @@ def run(
 
     progress(done, len(todo), "loading the model" if missing else "all points are there")
     try:
-        if workers > 1 and missing:
+        if ray is not None and missing:
+            cluster.ask_all(sweep, runs, todo, missing, made_by, folder, keep, ray, workers)
+        elif workers is not None and workers > 1 and missing:
             _in_parallel(asking, missing, workers, keep)
         else:
             for point in missing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +12,11 @@ from vtoken.config import Pipeline
 from vtoken.errors import ConfigError
 from vtoken.evals.lmms.asker import Asker
 from vtoken.evals.lmms.prompts import encode
+from vtoken.evals.tune.marks import Marks
 from vtoken.evals.tune.samples import Sample
+
+if TYPE_CHECKING:  # It needs lmms-eval.
+    from vtoken.evals.tune.tasks import Tasks
 
 Measure = Literal["agreement", "accuracy", "cosine"]
 
@@ -25,26 +29,38 @@ class Judge:
             aside; or "cosine", mean cosine of the last prompt token's final hidden state with the dense model's, which is what
             VFlowOpt is tuned with (its authors sum it over 30 samples).
         batch_size: prompts at a time.
+        tasks: that the samples come from; accuracy is then what `Marks` says, by their own scorers.
+        chunk: samples after which those are asked again.
 
     Attributes:
-        dense: the dense model's own quality: 1 except for accuracy.
+        dense: the dense model's own quality: 1 except for accuracy against given answers.
 
     Raises:
         ConfigError: accuracy without an answer to every sample, or of a model that answers nothing right.
     """
 
-    def __init__(self, asker: Asker, samples: Sequence[Sample], measure: Measure, batch_size: int = 1) -> None:
-        if measure == "accuracy" and any(sample.answer is None for sample in samples):
-            raise ConfigError(
-                "accuracy needs an answer to every sample, which lmms-eval's tasks leave to their scorers; take --quality agreement, "
-                "and vtoken eval for the best pipelines"
-            )
+    marks: Marks | None = None
+
+    def __init__(
+        self,
+        asker: Asker,
+        samples: Sequence[Sample],
+        measure: Measure,
+        batch_size: int = 1,
+        tasks: Tasks | None = None,
+        chunk: int = 8,
+    ) -> None:
+        if measure == "accuracy" and tasks is None and any(sample.answer is None for sample in samples):
+            raise ConfigError("accuracy needs an answer to every sample; add them, or take --quality agreement")
         self.asker, self.samples, self.measure, self.batch_size = asker, list(samples), measure, batch_size
+        self.chunk = chunk
         asker.use(None)
         self._said = [] if measure == "cosine" else [text for batch in self._batches() for text in self._answers(batch)]
         self._states = [s for batch in self._batches() for s in self._hidden(batch)] if measure == "cosine" else []
         self.dense = 1.0
-        if measure == "accuracy":
+        if measure == "accuracy" and tasks is not None:
+            self.marks = Marks(tasks, self._said)
+        elif measure == "accuracy":
             right = [_same(said, s.answer or "") for said, s in zip(self._said, self.samples, strict=True)]
             self.dense = sum(right) / len(right)
         if not self.dense:
@@ -52,8 +68,17 @@ class Judge:
                 "the dense model answers nothing right, so no accuracy can be kept; take --quality agreement"
             )
 
+    @property
+    def most(self) -> list[float]:
+        """Highest score of every sample."""
+        return [1.0] * len(self.samples) if self.marks is None else self.marks.most
+
+    def quality(self, scores: Sequence[float]) -> float:
+        """Of a pipeline, from the scores of all samples, right after they were given."""
+        return sum(scores) / len(scores) if self.marks is None else self.marks.quality
+
     def scores(self, pipeline: Pipeline) -> Generator[list[float], None, None]:
-        """Scores of one batch after the other; the model is dense again when it ends or is closed.
+        """Scores of one batch after the other, of tasks of one chunk; the model is dense again when it ends or is closed.
 
         Raises:
             UnsupportedError: a stage that the model cannot serve.
@@ -61,9 +86,11 @@ class Judge:
         self.asker.use(pipeline)
         try:
             done = 0
-            for batch in self._batches():
+            for batch in self._batches() if self.marks is None else ():
                 yield self._score(batch, done)
                 done += len(batch)
+            if self.marks is not None:
+                yield from self._marked(self.marks)
         finally:
             self.asker.use(None)
 
@@ -73,6 +100,15 @@ class Judge:
             return [float(torch.cosine_similarity(own, dense, dim=0)) for own, dense in pairs]
         wanted = self._said[start:] if self.measure == "agreement" else [s.answer or "" for s in batch]
         return [float(_same(own, other)) for own, other in zip(self._answers(batch), wanted, strict=False)]
+
+    def _marked(self, marks: Marks) -> Iterator[list[float]]:
+        answers: list[str] = []
+        told = 0
+        for batch in self._batches():
+            answers += self._answers(batch)
+            if len(answers) == len(self.samples) or (marks.steady and len(answers) - told >= self.chunk):
+                yield marks.of(answers)[told:]
+                told = len(answers)
 
     def _batches(self) -> Iterator[list[Sample]]:
         """Of equal generation options, in order."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vtoken.errors import ConfigError, unknown
 from vtoken.evals import reference
 from vtoken.evals.lmms.prompts import Prompt, from_chat
+
+if TYPE_CHECKING:  # It needs lmms-eval.
+    from vtoken.evals.tune.tasks import Tasks
 
 KEYS = ("image", "question", "answer")
 OPTIONS = {"max_new_tokens": 32}
@@ -36,18 +40,34 @@ def load(data: str, limit: int | None, frames: int = 8) -> list[Sample]:
         ConfigError: no such data, or a line that cannot be used, with its number.
         VtokenError: tasks without lmms-eval, or tasks that cannot be loaded.
     """
+    if (found := tasks(data, limit, frames)) is not None:
+        return found.samples
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1, not {limit}")
     if data == "reference":
         return [_sample(str(q.image), q.question, q.answer, {"max_new_tokens": 8}) for q in reference.questions(limit)]
-    if data.endswith(".jsonl"):
-        return _lines(Path(data), limit)
+    return _lines(Path(data), limit)
+
+
+def tasks(data: str, limit: int | None, frames: int = 8, folders: Sequence[Path] = ()) -> Tasks | None:
+    """lmms-eval's tasks, which ask and score; None of other data.
+
+    Args:
+        folders: with more tasks.
+
+    Raises:
+        As `load`.
+    """
+    if data == "reference" or data.endswith(".jsonl"):
+        return None
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit must be at least 1, not {limit}")
     from vtoken.evals.lmms.prepare import prepare
 
     prepare("vtoken tune on tasks")
-    from vtoken.evals.tune.tasks import prompts
+    from vtoken.evals.tune.tasks import Tasks
 
-    return [Sample(prompt, None, options) for prompt, options in prompts(data.split(","), limit, frames)]
+    return Tasks(data.split(","), limit, frames, folders)
 
 
 def fingerprint(samples: list[Sample]) -> str:

@@ -110,7 +110,7 @@ class Search:
 
     def _quality(self, trial: optuna.Trial, pipeline: Pipeline) -> float | None:
         """Mean score, None where the trial was stopped; `stopped` then says why, `first` what was seen until then."""
-        total = len(self.judge.samples)
+        total, most = len(self.judge.samples), self.judge.most
         before = [t.user_attrs["first"] for t in self._tried() if "first" in t.user_attrs]
         scores: list[float] = []
         stream = self.judge.scores(pipeline)
@@ -124,27 +124,32 @@ class Search:
                     if before and mean < min(self.floor, median(before)) and len(scores) < total:
                         trial.set_user_attr("stopped", f"{mean:.3f} after {len(scores)} samples, below the median")
                         return None
-                if len(scores) < total and (sum(scores) + total - len(scores)) / total < self.floor:
+                if len(scores) < total and (sum(scores) + sum(most[len(scores) :])) / total < self.floor:
                     trial.set_user_attr("stopped", f"{mean:.3f} after {len(scores)} samples, cannot reach the floor")
                     return None
         finally:
             stream.close()
-        return sum(scores) / total
+        if self.judge.marks is not None:
+            trial.set_user_attr("tasks", self.judge.marks.values)
+        return self.judge.quality(scores)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything that was tried, in order; `best` numbers trials, the cheapest at or above the floor first."""
+        """Everything that was tried, in order; `best` numbers trials, the cheapest at or above the floor first. `dense`, and `tasks`
+        of a trial, are the tasks' own metrics where those are kept."""
         trials = [
             {
                 "number": t.number,
                 "quality": t.values[0] if t.values else None,
                 "cost": t.values[1] if t.values else None,
-                **{key: t.user_attrs.get(key) for key in ("first", "stopped", "refused", "pipeline")},
+                **{key: t.user_attrs.get(key) for key in ("first", "stopped", "refused", "tasks", "pipeline")},
             }
             for t in self._tried()
         ]
         best = [t.number for t in self.best()]
         about = self.study.user_attrs["about"]
-        return {"schema": "vtoken-tune/1", "about": about, "floor": self.floor, "best": best, "trials": trials}
+        dense = None if self.judge.marks is None else self.judge.marks.base
+        found = {"schema": "vtoken-tune/1", "about": about, "floor": self.floor, "dense": dense}
+        return {**found, "best": best, "trials": trials}
 
     def best(self) -> list[FrozenTrial]:
         """The Pareto front: first those at or above the floor, cheapest first, then the others, best first."""
@@ -161,9 +166,10 @@ class Search:
         for k, trial in enumerate(self.best(), start=1):
             quality, cost = trial.values
             kept = "at or above" if quality >= self.floor else "below"
+            own = "".join(f"; {name} {value:.6g}" for name, value in (trial.user_attrs.get("tasks") or {}).items())
             head = (
                 f"# vtoken tune on {self.about.get('model')}: {self.judge.measure} {quality:.4f} on {len(self.judge.samples)} samples "
-                f"(dense {self.judge.dense:.4f}), {kept} the floor {self.floor:.4f}; {self.objective} {cost:.4f} of dense\n"
+                f"(dense {self.judge.dense:.4f}), {kept} the floor {self.floor:.4f}; {self.objective} {cost:.4f} of dense{own}\n"
             )
             files.append(self.folder / f"best-{k}.yaml")
             files[-1].write_text(head + trial.user_attrs["pipeline"], encoding="utf-8")

@@ -1,23 +1,28 @@
-"""The prompts of lmms-eval's tasks, without asking a model."""
+"""lmms-eval's tasks in a search: what they ask, and what their own scorers say to answers."""
 
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lmms_eval.api.instance import GenerationResult, TokenCounts
 from lmms_eval.api.model import lmms
 
-from vtoken.errors import UnsupportedError
-from vtoken.evals.lmms.harness import Harness
+from vtoken.errors import ConfigError, UnsupportedError
+from vtoken.evals.lmms.harness import Harness, Scored
 from vtoken.evals.lmms.prompts import Prompt, from_chat
-from vtoken.evals.lmms.suites import expand
+from vtoken.evals.lmms.suites import document_score, expand
+from vtoken.evals.tune.samples import Sample
+
+Key = tuple[str, str, int, int]  # task as it was asked for, its leaf, document, and which answer to it
 
 
-class Listener(lmms):
-    """Looks like a model to lmms-eval, and keeps what it is asked."""
+class Speaker(lmms):
+    """Looks like a model to lmms-eval: keeps what it is asked, and says what it was told to, else nothing."""
 
     is_simple = False
     batch_size = 1
@@ -25,8 +30,9 @@ class Listener(lmms):
 
     def __init__(self, frames: int) -> None:
         super().__init__()
-        self.frames = frames
-        self.heard: list[tuple[Prompt, dict[str, Any]]] = []
+        self.frames, self.name = frames, ""
+        self.heard: dict[Key, tuple[Prompt, dict[str, Any]]] = {}
+        self.says: dict[Key, str] = {}
         self.requests: list[Any] = []
 
     def about(self) -> dict[str, Any]:
@@ -36,10 +42,16 @@ class Listener(lmms):
         """Nothing to free."""
 
     def generate_until(self, requests: list[Any]) -> list[GenerationResult]:
+        answers, seen = [], Counter[tuple[str, int]]()
         for request in requests:
             _, messages, options, doc, task, split = request.args
-            self.heard.append((from_chat(messages(self.task_dict[task][split][doc]), self.frames), dict(options)))
-        return [GenerationResult("", TokenCounts(0, 0)) for _ in requests]
+            key = self.name, task, int(doc), seen[task, doc]
+            seen[task, doc] += 1
+            if key not in self.heard:
+                prompt = from_chat(messages(self.task_dict[task][split][doc]), self.frames)
+                self.heard[key] = prompt, dict(options)
+            answers.append(GenerationResult(self.says.get(key, ""), TokenCounts(0, 0)))
+        return answers
 
     def loglikelihood(self, requests: list[Any]) -> NoReturn:
         raise UnsupportedError("only tasks that are answered by generating text are served")
@@ -47,15 +59,69 @@ class Listener(lmms):
     generate_until_multi_round = loglikelihood
 
 
-def prompts(tasks: Sequence[str], limit: int | None, frames: int) -> list[tuple[Prompt, dict[str, Any]]]:
-    """What every task asks, and with which generation options.
+@dataclass(frozen=True)
+class Grades:
+    """What scorers say.
+
+    Attributes:
+        values: task -> its own metric over all its documents.
+        documents: of every sample, its document's own number in that metric; None where the metric has none.
+    """
+
+    values: dict[str, float]
+    documents: tuple[float | None, ...]
+
+
+class Tasks:
+    """Tasks that are asked and scored without a model at hand.
+
+    Args:
+        names: of tasks, groups and suites.
+        limit: first documents of each.
+        frames: most of a video.
+        folders: with tasks of the caller's.
+
+    Attributes:
+        samples: everything they ask, one task after the other.
+        of: the task of every sample.
 
     Raises:
-        VtokenError: a task that is not there or cannot be loaded.
+        VtokenError: a task that is not there, or cannot be loaded or scored.
     """
-    names = expand(tasks)
-    listener, harness = Listener(frames), Harness(names)
-    with tempfile.TemporaryDirectory() as folder:
-        for name in names:
-            harness.run(listener, name, limit, Path(folder))
-    return listener.heard
+
+    def __init__(self, names: Sequence[str], limit: int | None, frames: int, folders: Sequence[Path] = ()) -> None:
+        self.names, self.limit = expand(names), limit
+        self._speaker, self._harness = Speaker(frames), Harness(self.names, folders)
+        self._scored()
+        self.samples = [Sample(prompt, None, options) for prompt, options in self._speaker.heard.values()]
+        self.of = [key[0] for key in self._speaker.heard]
+
+    def grade(self, answers: Sequence[str]) -> Grades:
+        """Of answers to the first samples; the others count as answered with nothing.
+
+        Raises:
+            ConfigError: a task whose metric is no number, or better when it is lower.
+            VtokenError: a scorer that fails.
+        """
+        self._speaker.says = dict(zip(self._speaker.heard, answers, strict=False))
+        values: dict[str, float] = {}
+        found: dict[tuple[str, str, int], float | None] = {}
+        for name, scored in self._scored().items():
+            metric = scored.metric or ""
+            if scored.value is None:
+                raise ConfigError(f"the scorer of task {name} gives no number to keep; take --quality agreement")
+            if not all(leaf.higher_is_better.get(metric, True) for leaf in scored.leaves.values()):
+                raise ConfigError(f"{metric} of task {name} is better when it is lower; take --quality agreement")
+            values[name] = scored.value
+            for leaf, about in scored.leaves.items():
+                for sample in about.samples:
+                    found[name, leaf, int(sample["doc_id"])] = document_score(name, sample.get(metric))
+        return Grades(values, tuple(found[key[:3]] for key in self._speaker.heard))
+
+    def _scored(self) -> dict[str, Scored]:
+        found = {}
+        with tempfile.TemporaryDirectory() as folder:  # Some scorers leave files.
+            for name in self.names:
+                self._speaker.name = name
+                found[name] = self._harness.run(self._speaker, name, self.limit, Path(folder) / name)
+        return found
