@@ -13,6 +13,8 @@ OWN: dict[str, dict[str, Any]] = {
     # thresholds that everything exceeds: half of the tokens merge, half of the rest, ...
     "dtome": {"thresholds": (-1.0,) * 4, "left": (0.5, 0.25, 0.125, 0.125)},
     "dtome_post": {"thresholds": (-1.0,), "left": (0.5,)},
+    # only the first frame stays, as expected
+    "frames_changed": {"similarity": -1.0, "left": 0.01},
     "dpn": {"at": (1, 3), "sizes": (2, 2), "least": 4},
 }
 

@@ -30,6 +30,8 @@ class StageTrace:
         stood_aside: why the stage did nothing, or None.
         substitutes: fact asked for -> fact it was given, where the family has no such fact.
         layer: the layer it acted at, for encoder, decoder, attention and cache sites.
+        frames: at site frames, per image, the frames that stayed (in Qwen models pairs of frames); an image is one.
+        patches: at site frames, per image, the patches that the vision tower's layers see of it.
         densities: at site attention, per batch row: share of the causal blocks that was computed, head mean (scalars on the device).
     """
 
@@ -44,6 +46,8 @@ class StageTrace:
     substitutes: dict[str, str] = field(default_factory=dict)
     clock: Callable[[], float] = field(default=lambda: 0.0, repr=False)
     densities: list[Tensor] = field(default_factory=list, repr=False)
+    frames: list[list[int]] = field(default_factory=list)
+    patches: list[int] = field(default_factory=list)
 
     @property
     def density(self) -> list[float]:
@@ -67,6 +71,8 @@ class StageTrace:
             "milliseconds": self.milliseconds,
             "stood_aside": self.stood_aside,
             "density": self.density,
+            "frames": self.frames,
+            "patches": self.patches,
             "substitutes": self.substitutes,
         }
 
