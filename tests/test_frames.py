@@ -9,6 +9,7 @@ import tiny
 import torch
 from modes import alone, greedy
 from probes import Deep, Inside, InsideMerge, Ragged, above_mean
+from test_composition import CACHE, SPARSE
 from test_families import QWEN, compare, inside, rows_for
 from test_flops import SDPA, Pipe, part
 from torch.utils.flop_counter import FlopCounterMode
@@ -144,21 +145,29 @@ def test_the_layers_of_the_tower_see_fewer_patches(family: str) -> None:
 
 @families
 @pytest.mark.parametrize(
-    "stage", [Some(), FramesFarthest(keep=2), FramesUniform(keep=3), FramesChanged(similarity=0.0)]
+    "stages",
+    [
+        [Some()],
+        [FramesFarthest(keep=2)],
+        [FramesUniform(keep=3)],
+        [FramesChanged(similarity=0.0)],
+        [Some(), SPARSE, CACHE],
+    ],
+    ids=str,
 )
-def test_a_row_of_a_batch_is_what_it_is_alone(family: str, stage: Any) -> None:
+def test_a_row_of_a_batch_is_what_it_is_alone(family: str, stages: list[Any]) -> None:
     model = tiny.make(family)
     batch = batch_of(family, model)
     options: dict[str, Any] = {"n": 3, "return_dict_in_generate": True, "output_logits": True}
-    with vtoken.wrapped(model, [stage]):
+    with vtoken.wrapped(model, stages):
         together = torch.stack(greedy(model, batch, **options).logits, 1)
         whole = vtoken.trace(model)
         for row in range(len(together)):
             single = torch.stack(greedy(model, alone(model, batch, row), **options).logits, 1)
             torch.testing.assert_close(together[row : row + 1], single, atol=2e-4, rtol=1e-4)
-            stages = vtoken.trace(model).stages
+            found = vtoken.trace(model).stages
             mine = [f for f, r in zip(whole.stages[0].frames, whole.row, strict=True) if r == row]
-            assert mine == (stages[0].frames if stages else [])
+            assert mine == (found[0].frames if found else [])
 
 
 @families
