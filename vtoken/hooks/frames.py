@@ -17,7 +17,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from vtoken.hooks.flow import check, trace_of
 from vtoken.run import Clock, Layout, Lineage, StageTrace
-from vtoken.stages import Keep, Stage, VisualTokens, image_of, offsets_of
+from vtoken.stages import Keep, Stage, VisualTokens, offsets_of
 
 SIDE = 16  # of a thumbnail
 T = TypeVar("T")
@@ -74,7 +74,7 @@ def packed_thumbnails(pixels: Tensor, layouts: Sequence[Layout], side: int, area
         layouts: of each video; a token of theirs is side x side patches, which follow each other.
         area: pixels of a patch, in all frames that it spans.
     """
-    colour = pixels.detach().unflatten(1, (-1, area)).float().mean(2)
+    colour = pixels.detach().unflatten(1, (-1, area)).mean(2, dtype=torch.float32)
     out, start = [], 0
     for layout in layouts:
         ((t, h, w),) = layout.parts
@@ -137,22 +137,14 @@ def lift(tower: Any, chosen: Chosen) -> None:
         )
         for t in tower.traces
     ]
-    tower.traces, alive = [], [True] * many
-    image = image_of(chosen.frames, torch.device("cpu")).tolist()
+    starts = offsets_of(chosen.frames, torch.device("cpu")).tolist()
+    tower.traces, alive = [], set(range(many))
     for stage, places, clock in chosen.steps:
-        left = [False] * many
-        starts = offsets_of(chosen.frames, torch.device("cpu")).tolist()
-        for start, place in zip(starts, places, strict=False):
-            for p in place.tolist():
-                left[start + p] = True
-        kept = [torch.arange(full) if stays else torch.arange(0) for stays in left]
-        trace = StageTrace(
-            stage.name, stage.site, [full * a for a in alive], [full * a for a in left], kept, clock=clock.milliseconds
-        )
-        per_video = [
-            full * sum(stays for stays, i in zip(left, image, strict=True) if i == v) for v in range(len(places))
-        ]
-        tower.traces.append(traced(trace, places, 1, per_video))
+        left = {start + p for start, place in zip(starts, places, strict=False) for p in place.tolist()}
+        before, after = ([full * (frame in some) for frame in range(many)] for some in (alive, left))
+        kept = [torch.arange(n) for n in after]
+        trace = StageTrace(stage.name, stage.site, before, after, kept, clock=clock.milliseconds)
+        tower.traces.append(traced(trace, places, 1, [len(p) * full for p in places]))
         alive = left
     tower.traces += later
     rows = chosen.index.to(tower.rows.device)
