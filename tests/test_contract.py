@@ -37,10 +37,15 @@ def packed(stage, lengths=LENGTHS, parts=PARTS, seed=0):
     return VisualTokens.pack(torch.cat(xs), lengths, parts, tuple(range(len(lengths))), place, facts=found, layer=layer)
 
 
-# Stages of site cache decide layer by layer on keys and values: test_cache_stages.py and test_kvpress.py hold them.
-every = pytest.mark.parametrize("name", [name for name in registry.stages() if registry.stage(name).site != "cache"])
+# Stages of site cache decide layer by layer on keys and values: test_cache_stages.py and test_kvpress.py hold them. LLaVA has no frames:
+# test_frames.py.
+every = pytest.mark.parametrize(
+    "name", [name for name in registry.stages() if registry.stage(name).site not in ("cache", "frames")]
+)
 # The others decide about attention, not about tokens.
-DECIDING = [name for name in registry.stages() if registry.stage(name).site in ("encoder", "tokens", "decoder")]
+DECIDING = [
+    name for name in registry.stages() if registry.stage(name).site in ("frames", "encoder", "tokens", "decoder")
+]
 deciding = pytest.mark.parametrize("name", DECIDING)
 
 

@@ -82,7 +82,7 @@ def encode(model, batch, p, stages):
 def merge(p, trace):
     """Puts the means of merged tokens at the places of those that absorbed them."""
     last = [s for s in trace.stages if s.site == "tokens" and s.into is not None]
-    inside = [s.kept for s in trace.stages if s.site == "encoder"]
+    inside = [s.kept for s in trace.stages if s.site in ("frames", "encoder")]
     if not last:
         return
     for i, (image, into) in enumerate(zip(p.images, last[-1].into, strict=True)):
@@ -111,7 +111,7 @@ def compare(model, batch, pipeline, new=NEW, weighted=False):
         )
         trace = vtoken.trace(model)
         hook.remove()
-        early = [s for s in trace.stages if s.site == "encoder"]
+        early = [s for s in trace.stages if s.site in ("frames", "encoder")]
         if early:
             encode(model, batch, p, early)
     if not weighted:
@@ -201,9 +201,17 @@ def test_keeping_everything_is_the_identity(family, rows, stages):
 @pytest.mark.parametrize("name", [name for name in registry.stages() if registry.stage(name).site != "cache"])
 def test_every_stage_runs(family, name):
     model = tiny.make(family)
-    rows = "video and image" if family in tiny.VIDEO and name in ("evs", "vidcom2") else "ragged"
-    batch = tiny.build(model, rows_for(family, rows), seed=3)
     stage = usual.stage(name, seed=18)
+    rows = (
+        "video and image"
+        if family in tiny.VIDEO and (name in ("evs", "vidcom2") or stage.site == "frames")
+        else "ragged"
+    )
+    batch = tiny.build(model, rows_for(family, rows), seed=3)
+    if stage.site == "frames" and family not in tiny.VIDEO:
+        with pytest.raises(UnsupportedError, match=f"{family} takes none"):
+            vtoken.wrap(model, stage)
+        return
     if stage.inside() and family in QWEN:
         with pytest.raises(UnsupportedError, match="neighbouring patches"):
             vtoken.wrap(model, stage)

@@ -16,6 +16,8 @@ OWN: dict[str, dict[str, Any]] = {
     # As dense attention as others are on short prompts; test_zipvl.py has the rest.
     "zipvl": {"tau": 1.0, "recent": 200},
     "zipvl_cache": {"tau": 0.9, "recent": 2, "drawn": 4},
+    # only the first frame stays, as expected
+    "frames_changed": {"similarity": -1.0, "left": 0.01},
     "dpn": {"at": (1, 3), "sizes": (2, 2), "least": 4},
 }
 

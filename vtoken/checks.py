@@ -14,6 +14,7 @@ from vtoken.stages import FACTS, Site, Stage
 # Which facts can be had where: the encoder's own before the LLM runs, the decoder's inside it.
 AT_TOKENS = {*facts.PROJECTIONS, "features", "pixels", "text"}
 AT_SITE: dict[Site, set[str]] = {
+    "frames": set(),
     "encoder": set(facts.PROJECTIONS),
     "tokens": AT_TOKENS,
     "decoder": {
@@ -132,11 +133,20 @@ def check_layers(stage: Stage, adapter: Adapter) -> None:
     """Refuses layers that do not exist, or whose output nobody reads any more."""
     if stage.site in ("tokens", "attention", "cache"):
         return
-    if stage.site == "encoder" and adapter.tower.config._attn_implementation == "flex_attention":
+    if stage.site == "frames" and "video" not in adapter.features:
+        raise UnsupportedError(
+            f"stage {stage.name} chooses frames of videos, and transformers' {adapter.model_type} takes none; leave it out, or use a family "
+            "that does (llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl)"
+        )
+    if stage.site == "frames" and adapter.encoder.unit == 1:
+        return  # the tower is given fewer frames; nothing changes inside it
+    if stage.site in ("frames", "encoder") and adapter.tower.config._attn_implementation == "flex_attention":
         raise UnsupportedError(
             f"stage {stage.name} drops tokens inside the vision tower, which needs attention masks that flex_attention does not "
             'take there; load the model with attn_implementation="sdpa"'
         )
+    if stage.site == "frames":
+        return
     depth = len(adapter.encoder.layers if stage.site == "encoder" else adapter.lm.layers)
     check_inside(stage, adapter)
     try:

@@ -33,6 +33,8 @@ class StageTrace:
         backend: at site attention, what computed it: torch, triton or flex.
         packed_bytes: at site cache, of a method that rounds to few bits: bytes of the layer's keys and values if they were packed so, which
             they are not (`Trace.cache_bytes` are held).
+        frames: at site frames, per image, the frames that stayed (in Qwen models pairs of frames); an image is one.
+        patches: at site frames, per image, the patches that the vision tower's layers see of it.
         densities: at site attention, per batch row: share of the causal blocks that was computed, head mean (scalars on the device).
     """
 
@@ -49,6 +51,8 @@ class StageTrace:
     backend: str | None = None
     clock: Callable[[], float] = field(default=lambda: 0.0, repr=False)
     densities: list[Tensor] = field(default_factory=list, repr=False)
+    frames: list[list[int]] = field(default_factory=list)
+    patches: list[int] = field(default_factory=list)
 
     @property
     def density(self) -> list[float]:
@@ -74,6 +78,8 @@ class StageTrace:
             "density": self.density,
             "backend": self.backend,
             "packed_bytes": self.packed_bytes,
+            "frames": self.frames,
+            "patches": self.patches,
             "substitutes": self.substitutes,
         }
 

@@ -70,6 +70,9 @@ FACTS: dict[str, str] = {
 class VisualTokens:
     """The visual tokens of one prefill, packed over images; ragged is the normal case.
 
+    At site frames a row is not a token but a frame of a video (Qwen: a pair of frames), before anything was encoded: `x` holds the
+    normalised pixels of its thumbnail, float32 [ΣF, channels * height * width], `parts` is ((frames, 1, 1),), and images have one.
+
     Attributes:
         x: [ΣN, D] embeddings (hidden states at encoder and decoder sites).
         offsets: [images + 1] int32 on the device of `x`: image i owns rows offsets[i]:offsets[i+1].

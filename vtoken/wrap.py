@@ -51,7 +51,7 @@ class Session:
                 self.handle.set(model.config, "image_grid_pinpoints", [[side, side]])
             FeatureHooks(self.adapter, self.run, self.handle)
             tower: Any = EncoderHooks if self.adapter.encoder.unit == 1 else PackedHooks
-            tower(self.adapter, self.run, self.handle, wanted, encoder)
+            tower(self.adapter, self.run, self.handle, wanted, encoder, self._at("frames"))
             # Sparse attention lies within the taps that observe, which come later and see every layer.
             sparse = SparsePrefill(self.adapter.lm, self.run, self.handle, self._at("attention"))
             unmerge = [

@@ -160,6 +160,7 @@ def account(
     newline = "keep_if_row_has_token" if pipeline is None else pipeline.newline
     stages, threshold = ((), 0) if pipeline is None else (pipeline.stages, pipeline.min_visual_tokens)
     walk = Walk(shape, images, text_tokens, stages, newline, threshold)
+    shape = walk.shape
     size = dtype_bytes or _dtype_bytes(config)
     decoder = shape.decoder
     in_decoder = [walk.length(layer) for layer in range(decoder.depth)]
@@ -194,7 +195,7 @@ def _tower(shape: Geometry, walk: Walk) -> int:
     """FLOPs of the tower on one batch row."""
     tower = shape.tower
     crops = len(walk.tower[0])
-    around = sum(walk.tower[0]) * tower.unit * tower.stem + crops * tower.head_image
+    around = walk.embedded * tower.stem + crops * tower.head_image
     around += sum(walk.tower[-1]) * tower.unit * tower.head_patch
     layers = sum(
         tower.linear(units, late) + 2 * tower.scores(layer, units)

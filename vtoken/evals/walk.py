@@ -8,6 +8,7 @@ from vtoken.cached import CacheStage
 from vtoken.errors import OtherModelError, UnsupportedError
 from vtoken.evals.geometry import Geometry
 from vtoken.hooks.facts import INSIDE_DECODER
+from vtoken.hooks.frames import SIDE
 from vtoken.reading import SparseAttention
 from vtoken.stages import Fact, Site, Stage, size_of
 
@@ -16,6 +17,7 @@ Counts = tuple[int, ...]
 # Attention facts cost their query rows; the others are tensors that the model computes anyway.
 ONE_QUERY = ("cls_attention", "last_query_attention", "global_attention", "value_attention")
 ALL_QUERIES = ("received_attention",)
+CHANNELS = 3  # of a frame
 # Inside the decoder, see _decoder_fact.
 PER_IMAGE = ("visual_attention", "visual_value_attention", "self_attention")
 PER_TEXT = ("text_attention", "cross_attention", "relayed_attention")
@@ -38,6 +40,8 @@ class Walk:
     """Runs every stage's `plan`.
 
     Attributes:
+        shape: what is counted, after frames-site stages.
+        embedded: patches that the tower's patch embedding meets.
         tower: units (see Tower) alive per crop in every tower layer; `mlps` those that its MLP sees.
         decoder: visual tokens alive per image in every decoder layer.
         newlines: newline tokens of the row in every decoder layer.
@@ -74,7 +78,9 @@ class Walk:
                 self._leave_out(
                     f"{stage.name}: tokens that were dropped, not merged; attention is counted as if none was"
                 )
-            elif stage.site not in ("encoder", "tokens", "decoder", "attention") and not isinstance(stage, CacheStage):
+            elif stage.site not in ("frames", "encoder", "tokens", "decoder", "attention") and not isinstance(
+                stage, CacheStage
+            ):
                 self._leave_out(f"{stage.name}: what a stage at site {stage.site} saves and costs")
             if why := stage.misfit(shape.decoder.depth, shape.decoder.width):
                 raise OtherModelError(f"stage {stage.name}: {why}")
@@ -83,6 +89,8 @@ class Walk:
             site: [s for s in stages if s.site == site] for site in ("encoder", "tokens", "decoder")
         }
         self._dropping = bool(at["tokens"] or at["decoder"])
+        self.embedded = shape.tower.patches * images
+        shape = self._choose([s for s in stages if s.site == "frames"])
         self.crops = shape.tower.crops * images
         counts: Counts = tuple(size_of((crop,)) for crop in self.crops)
         for layer in range(shape.tower.layers.depth):
@@ -116,6 +124,19 @@ class Walk:
                 self.attended = [n - sum(c) + places for n, c in zip(lengths, self.decoder, strict=True)]
                 self.decoded = self.attended
                 self.held = self.attended if kept == "expanded" else lengths
+
+    def _choose(self, stages: Sequence[Stage]) -> Geometry:
+        """The shapes of the frames that are left. A packed tower embeds all of them; its layers, as all of a padded one, see fewer."""
+        frames = self.shape.frames
+        for stage in stages:
+            counts: Counts = (frames,) * self.images
+            self.cost += stage.flops(counts, CHANNELS * SIDE**2)
+            frames = max(stage.plan(counts, (((self.shape.frames, 1, 1),),) * self.images, range(self.images)))
+        self._dropping |= frames < self.shape.frames
+        self.shape = self.shape.thinned(frames)
+        if self.shape.tower.unit == 1:
+            self.embedded = self.shape.tower.patches * self.images
+        return self.shape
 
     def length(self, layer: int) -> int:
         """Tokens of the row in a decoder layer."""

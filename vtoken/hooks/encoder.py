@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtoken.hooks import facts
+from vtoken.hooks import facts, frames
 from vtoken.hooks.flow import check, check_replay, trace_of
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.merging import Between, check_resized, log_size, surface
@@ -36,6 +36,7 @@ class Tower:
         valid: [crops, P] which columns of the padded batch are real, or None when all are.
         bias: [crops, P] float32, what is added to the logits of its keys, or None.
         merged: between attention and MLP of a layer, the merged tokens [crops, P, D].
+        chosen: which frames of a video the crops are, or None when they are all that came.
     """
 
     full: int
@@ -46,6 +47,7 @@ class Tower:
     valid: Tensor | None = None
     bias: Tensor | None = None
     merged: Tensor | None = None
+    chosen: frames.Chosen | None = None
     taps: dict[str, Tensor] = field(default_factory=dict)
     facts: dict[Fact, Tensor] = field(default_factory=dict)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -74,9 +76,19 @@ class EncoderHooks:
     Args:
         wanted: facts (with layers resolved) that stages after the tower need.
         stages: encoder-site stages, in pipeline order.
+        choosers: frames-site stages.
     """
 
-    def __init__(self, adapter: Any, run: Run, handle: Handle, wanted: set[Fact], stages: Sequence[Stage]) -> None:
+    def __init__(
+        self,
+        adapter: Any,
+        run: Run,
+        handle: Handle,
+        wanted: set[Fact],
+        stages: Sequence[Stage],
+        choosers: Sequence[Stage] = (),
+    ) -> None:
+        self.choosers = choosers
         self.adapter, self.encoder, self.run = adapter, adapter.encoder, run
         depth = len(self.encoder.layers)
         stages = [stage.bound(depth) for stage in stages]
@@ -94,7 +106,7 @@ class EncoderHooks:
             for served in (self._served(f, layer) for stage in acting for f in stage.needs()):
                 assert served.layer is not None
                 per_layer[served.layer].add(served)
-        if not wanted and not stages:
+        if not wanted and not stages and not choosers:
             return
         self.features = any(f.name == "features" for f in wanted)
         self.pixels = any(f.name == "pixels" for f in wanted)
@@ -118,21 +130,32 @@ class EncoderHooks:
     def tower(self) -> Any:
         return self.run.tower
 
-    def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         self.adapter.check_call(kwargs)
         if self.merges:
             check_resized(self.run.call)
-        pixels = args[0] if args else kwargs["pixel_values"]
+        given = pixels = args[0] if args else kwargs["pixel_values"]
+        call, chosen = self.run.call, None
+        if self.choosers and call is not None and call.kind == "video":
+            counts = [layout.parts[0][0] for layout in call.layouts]
+            chosen = frames.choose(self.choosers, frames.thumbnails(pixels), counts)
+            pixels = pixels[chosen.index]
         crops, full, device = len(pixels), self.adapter.patches, pixels.device
         patch = torch.arange(full, device=device).repeat(crops)
         rows = torch.arange(crops, device=device).repeat_interleave(full)
         self.run.tower = Tower(
             full, (full,) * crops, rows, patch + int(self.encoder.cls), Lineage((full,) * crops, patch)
         )
+        self.tower.chosen = chosen
+        if self.choosers and call is not None and chosen is None:
+            self.tower.traces += frames.untouched(self.choosers, self.adapter.crops(call.arguments), full)
         if self.pixels:
             size: Any = self.adapter.tower.config.patch_size
             behind = torch.nn.functional.unfold(pixels.float(), size, stride=size).transpose(1, 2)
             self.run.tower.facts[Fact("pixels")] = behind
+        if pixels is given:
+            return None
+        return ((pixels, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": pixels})
 
     def _tap(self, name: str, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> None:
         if self.tower is not None:  # not when gradient checkpointing runs the layer again
@@ -231,15 +254,17 @@ class EncoderHooks:
         tower = self.tower
         if tower is None:
             return None
-        short = sum(tower.lengths) < len(tower.lengths) * tower.full
-        columns = tower.columns - int(self.encoder.cls)
-
-        def full(x: Tensor) -> Tensor:
-            return tower.restore(x[tower.rows.to(x.device), columns.to(x.device)]) if short else x
-
+        rows, columns = tower.rows, tower.columns - int(self.encoder.cls)
         call = self.run.call
         if call is not None and tower.lineage.full != tuple(layout.tokens for layout in call.layouts):
             surface(tower, call, self.adapter.pack)
+        if tower.chosen is not None:
+            frames.lift(tower, tower.chosen)
+        short = sum(tower.lengths) < len(tower.lengths) * tower.full
+
+        def full(x: Tensor) -> Tensor:
+            return tower.restore(x[rows.to(x.device), columns.to(x.device)]) if short else x
+
         if self.features:
             tower.facts[Fact("features")] = full(args[0]).detach()
         return full(out) if short else None

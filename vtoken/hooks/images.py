@@ -66,6 +66,8 @@ class Located:
                     tokens_out=[t.tokens_out[i] for t, i in each],
                     kept=[t.kept[i] for t, i in each],
                     into=into if len(into) == len(each) else None,
+                    frames=[t.frames[i] for t, i in each if t.frames],
+                    patches=[t.patches[i] for t, i in each if t.patches],
                 )
             )
         return out

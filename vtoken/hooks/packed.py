@@ -8,6 +8,7 @@ which are removed at the language-model boundary.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vtoken.errors import UnsupportedError
-from vtoken.hooks import facts
+from vtoken.hooks import facts, frames
 from vtoken.hooks.flow import check, check_replay, trace_of
 from vtoken.hooks.handle import Handle
 from vtoken.run import Clock, Layout, Lineage, Run, StageTrace, segments
@@ -72,12 +73,22 @@ class PackedHooks:
     Args:
         wanted: facts (with layers resolved) that stages after the tower need.
         stages: encoder-site stages, in pipeline order.
+        choosers: frames-site stages. All frames are embedded; the blocks see those that are left.
 
     Raises:
         UnsupportedError: attention facts of a window layer, or a stage that asks for a layer after the one it acts at.
     """
 
-    def __init__(self, adapter: Any, run: Run, handle: Handle, wanted: set[Fact], stages: Sequence[Stage]) -> None:
+    def __init__(
+        self,
+        adapter: Any,
+        run: Run,
+        handle: Handle,
+        wanted: set[Fact],
+        stages: Sequence[Stage],
+        choosers: Sequence[Stage] = (),
+    ) -> None:
+        self.choosers = choosers
         self.adapter, self.encoder, self.run = adapter, adapter.encoder, run
         depth = len(self.encoder.layers)
         stages = [stage.bound(depth) for stage in stages]
@@ -90,7 +101,7 @@ class PackedHooks:
                 read = self._layer_of(fact, layer)
                 self._check(fact.name, read, layer, who)
                 per_layer[read].add(fact._replace(layer=read))
-        if not asked and not stages:
+        if not asked and not stages and not choosers:
             return
         self.features = Fact("features") in wanted
         self.pixels = any(fact.name == "pixels" for fact, _, _ in asked)
@@ -99,7 +110,7 @@ class PackedHooks:
             if per_layer[layer]:
                 handle.after(block.attn.qkv, self._tap)
                 handle.after(block.attn, partial(self._facts, layer, sorted(per_layer[layer])))
-            if layer and stages:
+            if (layer and stages) or choosers:
                 handle.before(block, partial(self._block, layer))
         for index, merger in enumerate(adapter.projectors):
             handle.after(merger, partial(self._merged, index))
@@ -143,6 +154,12 @@ class PackedHooks:
         self.run.tower = PackedTower(layouts, image, live.argsort(), live, Lineage(full, place, full))
         if self.pixels:
             self.tower.facts[Fact("pixels")] = self._groups(pixels.detach().float()).flatten(1)
+        if self.choosers:
+            config = self.adapter.tower.config
+            area = config.temporal_patch_size * config.patch_size**2
+            seen = frames.packed_thumbnails(pixels, layouts, math.isqrt(self.encoder.unit), area)
+            chosen = frames.choose(self.choosers, seen, [layout.parts[0][0] for layout in layouts])
+            frames.shorten(self.tower, chosen, self.encoder.unit)
 
     def _tap(self, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> None:
         if self.tower is not None:  # not when gradient checkpointing runs the block again
@@ -179,7 +196,10 @@ class PackedHooks:
         check_replay(module)
         given = args[0] if args else kwargs["hidden_states"]
         hidden = given
-        for stage in self.at[layer - 1]:
+        if not layer and self.tower.short:
+            slots = self.tower.slot[self.tower.live].to(hidden.device)
+            hidden = self._groups(hidden)[slots].flatten(0, 1)
+        for stage in self.at.get(layer - 1, ()):
             hidden = self._decide(stage, layer - 1, hidden)
         if hidden is given and not self.tower.short:
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb
 
 from vtoken.stages import Parts, size_of
@@ -112,6 +112,30 @@ class Geometry:
     newlines: tuple[int, int]
     decoder: Layers
     vocabulary: int
+
+    @property
+    def frames(self) -> int:
+        """Frames of a video (Qwen: pairs of frames); 1 of an image."""
+        return self.parts[0][0]
+
+    def thinned(self, frames: int) -> Geometry:
+        """The same video with fewer frames."""
+        (before, height, width), tower = self.parts[0], self.tower
+        if frames == before:
+            return self
+        (first, down, across), many = tower.crops[0], len(tower.crops) * frames // before
+        crops: Parts = tower.crops[:many] if first == 1 else ((frames, down, across),)
+        blocks = (
+            tower.blocks if first == 1 else tuple({n: m * frames // before for n, m in b.items()} for b in tower.blocks)
+        )
+        (_, mixed), (newlines, closed) = self.sources[0], self.newlines
+        return replace(
+            self,
+            tower=replace(tower, crops=crops, blocks=blocks),
+            parts=((frames, height, width),),
+            sources=((len(crops), mixed),),
+            newlines=(newlines, closed * frames // before),
+        )
 
     def tokens(self, units: Sequence[int]) -> int:
         """Visual tokens that the units left of each crop become: the share of them that is left. A token that is interpolated from

@@ -1,0 +1,265 @@
+"""Stages that choose frames before the vision tower, inside models: every family that takes videos."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+import tiny
+import torch
+from modes import alone, greedy
+from probes import Deep, Inside, InsideMerge, Ragged, above_mean
+from test_composition import CACHE, SPARSE
+from test_families import QWEN, compare, inside, rows_for
+from test_flops import SDPA, Pipe, part
+from torch.utils.flop_counter import FlopCounterMode
+
+import vtoken
+from vtoken.errors import UnsupportedError
+from vtoken.evals.flops import account
+from vtoken.hooks import frames
+from vtoken.pruners.frames_changed import FramesChanged
+from vtoken.pruners.frames_farthest import FramesFarthest
+from vtoken.pruners.frames_uniform import FramesUniform
+from vtoken.run import Layout
+from vtoken.stages import Compressor, Keep, Site, VisualTokens
+
+families = pytest.mark.parametrize("family", tiny.VIDEO)
+
+
+class Some(Compressor):
+    """Frames site, by contrast: another number of each video. No paper."""
+
+    site: ClassVar[Site] = "frames"
+
+    def select(self, tokens: VisualTokens) -> Keep:
+        return above_mean(tokens, tokens.x.var(1))
+
+
+class Off(Compressor):
+    """Frames site, does what none may. No paper."""
+
+    site: ClassVar[Site] = "frames"
+    merge: bool = False
+
+    def select(self, tokens: VisualTokens) -> Keep:
+        if not self.merge:
+            return Keep(torch.arange(0), (0,) * len(tokens.lengths))
+        first = torch.arange(tokens.lengths[0])
+        return Keep(first[:1], (1,), torch.zeros_like(first))
+
+
+PIPELINES: dict[str, list[Any]] = {
+    "farthest": [{"frames_farthest": {"keep": 2}}],
+    "ragged": [Some()],
+    "twice": [{"frames_uniform": {"keep": 3}}, Some()],
+    "then tokens": [Some(), {"fastervlm": {"keep": {"per_frame": 2}}}, {"pool": {"size": 2}}],
+    "then everywhere": [Some(), Inside(at=(1,)), Ragged(), Deep()],
+    "then merged inside": [Some(), InsideMerge(at=(1,))],
+}
+
+
+def rows(family: str) -> list[list[Any]]:
+    """Four frames, or pairs of frames, of different sizes where the family allows it."""
+    if family == "llava_onevision":
+        return [[2, ("video", 4), 3], [1, ("video", 4), 2, "img", 1], [3]]
+    return [[2, ("video", 4, 4, 4), 3], [1, ("video", 4, 8, 4), 2, "img", 1, ("video", 3), 2], [3]]
+
+
+def batch_of(family: str, model: Any) -> dict[str, Any]:
+    """Frames of growing contrast, so that those above the mean are the later ones, and not equally many of all videos."""
+    batch = tiny.build(model, rows(family), seed=3)
+    pixels = batch["pixel_values_videos"]
+    pixels *= torch.rand(len(pixels), *(1,) * (pixels.ndim - 1), generator=torch.Generator().manual_seed(1))
+    if family == "llava_onevision":
+        pixels *= torch.tensor([[0.1, 0.2, 3, 4], [0.1, 0.2, 0.3, 9]])[:, :, None, None, None]
+    return batch
+
+
+@families
+@pytest.mark.parametrize("stages", PIPELINES)
+def test_equals_recomputation(family: str, stages: str) -> None:
+    model = tiny.make(family)
+    pipeline = inside(PIPELINES[stages]) if family == "qwen2_5_vl" else PIPELINES[stages]
+    trace = compare(model, batch_of(family, model), {"stages": pipeline})
+    first = trace.stages[0]
+    assert first.site == "frames" and first.tokens_in == trace.visual_tokens
+    assert sum(first.tokens_out) < sum(first.tokens_in)
+    for before, after in zip(trace.stages, trace.stages[1:], strict=False):
+        assert after.tokens_in == before.tokens_out
+    if stages == "ragged":
+        assert len({len(f) for f, parts in zip(first.frames, trace.parts, strict=True) if parts[0][0] > 1}) > 1
+
+
+@families
+def test_what_stays_are_the_features_of_these_frames(family: str) -> None:
+    """Frames do not see each other in the tower: the stock model's features of the whole video, where the frame stayed."""
+    model = tiny.make(family)
+    batch = batch_of(family, model)
+    names = ("pixel_values_videos", "video_grid_thw")
+    given = [batch[name] for name in names if name in batch]
+    seen: dict[str, Any] = {}
+    with torch.no_grad():
+        stock = model.model.get_video_features(*given, return_dict=True).pooler_output
+        stock = (
+            torch.cat(list(stock)) if not torch.is_tensor(stock) else stock[:, : stock.shape[1] - stock.shape[1] % 4]
+        )
+        with vtoken.wrapped(model, [Some()]):
+            hook = model.model.language_model.register_forward_pre_hook(
+                lambda m, a, k: seen.update(k), with_kwargs=True
+            )
+            model(**batch)
+            hook.remove()
+            trace = vtoken.trace(model)
+    stage = trace.stages[0]
+    video = [i for i, parts in enumerate(trace.parts) if parts[0][0] > 1]
+    whole = iter(stock.flatten(0, -2).split([trace.visual_tokens[i] for i in video]))
+    for i in video:
+        tokens, each = next(whole), trace.visual_tokens[i] // trace.parts[i][0][0]
+        want = [f * each + j for f in stage.frames[i] for j in range(each)]
+        assert stage.kept[i].tolist() == want
+        row = seen["inputs_embeds"][trace.row[i]]
+        near = (tokens[want][:, None] - row).abs().amax(2).min(1).values
+        assert near.max() < 1e-4
+
+
+@families
+def test_the_layers_of_the_tower_see_fewer_patches(family: str) -> None:
+    model = tiny.make(family)
+    batch = tiny.build(model, [rows(family)[0]], seed=3)
+    found: list[int] = []
+    tower = model.model.visual.blocks if family in QWEN else model.model.vision_tower.encoder.layers
+    with vtoken.wrapped(model, FramesFarthest(keep=2)), torch.no_grad():
+        hooks = [
+            layer.register_forward_hook(
+                lambda m, a, out: found.append((out[0] if isinstance(out, tuple) else out).numel() // 32)
+            )
+            for layer in tower
+        ]
+        model(**batch)
+        for hook in hooks:
+            hook.remove()
+        (stage,) = vtoken.trace(model).stages
+    assert found == [2 * 16] * 4 and stage.patches == [2 * 16] and len(stage.frames[0]) == 2
+
+
+@families
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [Some()],
+        [FramesFarthest(keep=2)],
+        [FramesUniform(keep=3)],
+        [FramesChanged(similarity=0.0)],
+        [Some(), SPARSE, CACHE],
+    ],
+    ids=str,
+)
+def test_a_row_of_a_batch_is_what_it_is_alone(family: str, stages: list[Any]) -> None:
+    model = tiny.make(family)
+    batch = batch_of(family, model)
+    options: dict[str, Any] = {"n": 3, "return_dict_in_generate": True, "output_logits": True}
+    with vtoken.wrapped(model, stages):
+        together = torch.stack(greedy(model, batch, **options).logits, 1)
+        whole = vtoken.trace(model)
+        for row in range(len(together)):
+            single = torch.stack(greedy(model, alone(model, batch, row), **options).logits, 1)
+            torch.testing.assert_close(together[row : row + 1], single, atol=2e-4, rtol=1e-4)
+            found = vtoken.trace(model).stages
+            mine = [f for f, r in zip(whole.stages[0].frames, whole.row, strict=True) if r == row]
+            assert mine == (found[0].frames if found else [])
+
+
+@families
+def test_beams_and_return_sequences(family: str) -> None:
+    """`generate` repeats the rows of a batch after the frames were chosen."""
+    model = tiny.make(family)
+    batch = tiny.build(model, [rows(family)[0]], seed=3)
+    with vtoken.wrapped(model, FramesFarthest(keep=2)):
+        want = greedy(model, batch)
+        kept = vtoken.trace(model).stages[0].frames
+        got = model.generate(**batch, max_new_tokens=6, do_sample=False, num_beams=2, num_return_sequences=2)
+        assert vtoken.trace(model).stages[0].frames == kept * 2
+    assert len(got) == 2 and got.shape[1] == want.shape[1]
+
+
+@families
+def test_keeping_everything_is_the_identity(family: str) -> None:
+    model = tiny.make(family)
+    batch = batch_of(family, model)
+    options: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True}
+    want = torch.stack(greedy(model, batch, **options).logits)
+    with vtoken.wrapped(model, FramesUniform(keep="100%")):
+        assert torch.equal(torch.stack(greedy(model, batch, **options).logits), want), "bit for bit"
+
+
+@families
+@pytest.mark.parametrize(
+    "stage, says", [(Off(), "dropped every frame of a video"), (Off(merge=True), "merged frames")], ids=str
+)
+def test_what_no_stage_may_do(family: str, stage: Any, says: str) -> None:
+    model = tiny.make(family)
+    batch = tiny.build(model, [rows(family)[0]], seed=3)
+    want = greedy(model, batch)
+    with vtoken.wrapped(model, [stage]), pytest.raises(ValueError, match=f"stage off {says}|stage test_frames {says}"):
+        greedy(model, batch)
+    assert torch.equal(greedy(model, batch), want)
+
+
+@pytest.mark.parametrize("family", [f for f in tiny.FAMILIES if f not in tiny.VIDEO])
+def test_families_without_videos_are_refused(family: str) -> None:
+    with pytest.raises(
+        UnsupportedError, match=f"frames_farthest chooses frames of videos, and transformers' {family} takes none"
+    ):
+        vtoken.wrap(tiny.make(family), "frames_farthest:2")
+
+
+@families
+def test_images_pass(family: str) -> None:
+    model = tiny.make(family)
+    batch = tiny.build(model, rows_for(family, "ragged"), seed=3)
+    want = greedy(model, batch)
+    with vtoken.wrapped(model, "frames_farthest:1"):
+        assert torch.equal(greedy(model, batch), want)
+        (stage,) = vtoken.trace(model).stages
+    assert stage.frames == [[0]] * 3 and stage.tokens_in == stage.tokens_out
+
+
+@families
+def test_flops(family: str) -> None:
+    """What the account says of the tower is what it runs; the prompt is as long as it says."""
+    model = tiny.make(family)
+    frames_given = 4 if family == "llava_onevision" else 8
+    picture = ("video", 4) if family == "llava_onevision" else ("video", 4, 4, 4)
+    batch = tiny.build(model, [[2, picture, 3]], seed=3)
+    stage = FramesFarthest(keep=1)
+    text = int((batch["input_ids"] < tiny.IMG).sum() + (batch["input_ids"] > tiny.VID).sum())
+    claimed = account(model.config, Pipe((stage,)), image_size=56, frames=frames_given, text_tokens=text, new_tokens=1)
+    dense = account(model.config, image_size=56, frames=frames_given, text_tokens=text, new_tokens=1)
+    with vtoken.wrapped(model, stage), torch.no_grad():
+        with FlopCounterMode(display=False, custom_mapping=SDPA) as counter:
+            greedy(model, batch, n=1)
+        trace = vtoken.trace(model)
+    others = (model.model.language_model, "language_model"), (model.lm_head, "lm_head")
+    behind = sum(sum(part(counter, module, name).values()) for module, name in others)
+    # Similarities are products of a matrix and a vector, which the counter leaves out.
+    assert claimed.tower + claimed.projector == counter.get_total_flops() - behind
+    embedding = 2 * 4 * 16 * 1176 * 32 if family in QWEN else 0  # of all frames
+    assert (claimed.tower - embedding) * 4 == dense.tower - embedding
+    assert claimed.stages == 2 * 4 * 3 * 16**2
+    assert trace.prompt_tokens == [text + claimed.visual_entry + claimed.newline_entry]
+    assert claimed.visual_entry * 4 == dense.visual_entry
+
+
+def test_thumbnails_of_patches_are_those_of_the_pictures() -> None:
+    """What the image processor of Qwen cut into patches gives the thumbnails of the pictures it was given."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    pictures = [torch.randint(0, 255, (h, w, 3), dtype=torch.uint8).numpy() for h, w in ((448, 448), (896, 448))]
+    processor = Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, temporal_patch_size=2)
+    cut = processor(images=pictures, return_tensors="pt")
+    layouts = [Layout(((t, h // 2, w // 2),)) for t, h, w in cut["image_grid_thw"].tolist()]
+    got = frames.packed_thumbnails(cut["pixel_values"], layouts, 2, 2 * 14 * 14)
+    mean, std = (torch.tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std))
+    want = [frames.thumbnails(((torch.tensor(p).permute(2, 0, 1) / 255 - mean) / std)[None]) for p in pictures]
+    torch.testing.assert_close(got, torch.cat(want), atol=1e-5, rtol=1e-4)

@@ -1,0 +1,43 @@
+"""What stages of site frames share: a budget of frames, and how alike two frames are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from vtoken.budget import Budget
+from vtoken.stages import Pruner, Site
+
+
+class FramePruner(Pruner):
+    """Chooses so many frames of every video before the vision tower runs. In Qwen models a frame is the pair that the tower embeds together."""
+
+    site: ClassVar[Site] = "frames"
+
+    keep: Budget = Field(
+        description="frames to keep of each video (of Qwen models pairs of frames): a count (8) or a share (25%)"
+    )
+
+    @field_validator("keep")
+    @classmethod
+    def _frames(cls, keep: Budget) -> Budget:
+        if keep.total is not None or keep.per is not None:
+            raise ValueError(
+                f"keep: {keep.plain()} cannot be had before the vision tower, which does not know what belongs to one prompt; write frames "
+                "per video (8), or a share of them (25%)"
+            )
+        return keep
+
+
+def unit(x: Tensor) -> Tensor:
+    """[F, D] rows of length 1 in float32."""
+    return torch.nn.functional.normalize(x.float(), dim=-1)
+
+
+def products(lengths: Sequence[int], kept: Sequence[int], width: int) -> int:
+    """FLOPs of holding every frame of a video against each that is kept."""
+    return sum(2 * n * k * width for n, k in zip(lengths, kept, strict=True))

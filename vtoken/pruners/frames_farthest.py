@@ -1,0 +1,46 @@
+"""Farthest frames: a fixed number of frames that differ most from each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtoken.pruners._frames import FramePruner, products, unit
+from vtoken.stages import Keep, VisualTokens, keep_all, offsets_of
+
+
+class FramesFarthest(FramePruner):
+    """Starts with a video's first frame and adds, again and again, the frame whose cosine with the most similar chosen one is smallest (ties
+    to the earlier), until `keep` are chosen. Frames are compared by the pixels of their thumbnails, before the vision tower runs, so
+    the tower's cost falls too; what the pictures mean, or what is asked, plays no part.
+
+    No paper: a baseline.
+    """
+
+    paper: ClassVar[str] = "no paper"
+
+    def select(self, tokens: VisualTokens) -> Keep:
+        counts = self.keep.counts(tokens.lengths, tokens.row)
+        if counts == tokens.lengths:
+            return keep_all(tokens)
+        starts = offsets_of(tokens.lengths, tokens.x.device)[:-1]
+        videos = unit(tokens.x).split(tokens.lengths)
+        kept = [farthest(x, k) + start for x, k, start in zip(videos, counts, starts, strict=True)]
+        return Keep(torch.cat(kept), counts)
+
+    def flops(self, lengths: Sequence[int], width: int) -> int:
+        return products(lengths, self.keep.counts(lengths, range(len(lengths))), width)
+
+
+def farthest(x: Tensor, k: int) -> Tensor:
+    """[k] ascending rows of x [F, D] (of length 1), the first among them."""
+    chosen = [torch.zeros((), dtype=torch.long, device=x.device)]
+    nearest = x @ x[0]
+    for _ in range(k - 1):
+        nearest[chosen[-1]] = torch.inf
+        chosen.append(nearest.argmin())
+        nearest = torch.maximum(nearest, x @ x[chosen[-1]])
+    return torch.stack(chosen).sort().values

@@ -1,0 +1,28 @@
+"""Uniform frames: evenly spaced in time, the baseline that every choice of frames has to beat."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from vtoken.pruners._frames import FramePruner
+from vtoken.pruners.uniform import centres
+from vtoken.stages import Keep, VisualTokens, keep_all, offsets_of
+
+
+class FramesUniform(FramePruner):
+    """Keeps the frame at the centre of each of `keep` equal spans of the video, before the vision tower runs: the tower's cost falls too.
+
+    No paper: a baseline.
+    """
+
+    paper: ClassVar[str] = "no paper"
+
+    def select(self, tokens: VisualTokens) -> Keep:
+        counts = self.keep.counts(tokens.lengths, tokens.row)
+        if counts == tokens.lengths:
+            return keep_all(tokens)
+        starts = offsets_of(tokens.lengths, torch.device("cpu")).tolist()
+        kept = [start + centres(n, k) for start, n, k in zip(starts, tokens.lengths, counts, strict=False)]
+        return Keep(torch.cat(kept).to(tokens.x.device), counts)
