@@ -208,6 +208,29 @@ def test_unmerged_attention(held: Any) -> None:
     assert alone.total == account(model.config, text_tokens=text).total, "nothing was merged"
 
 
+@pytest.mark.parametrize(
+    "family, merger",
+    [("llava", {"tome": {"r": 2}}), ("llava_next", {"pool": {"size": 2}}), ("qwen2_vl", {"pool": {"size": 2}})],
+)
+def test_unmerged_attention_of_other_mergers_and_families(family: str, merger: Any) -> None:
+    """Merging inside the tower, newlines beside the places, and M-RoPE: with VTU and without."""
+    model = tiny.make(family)
+    batch = tiny.build(model, [[4, "img", 5]], seed=3)
+    size = tuple(batch["image_sizes"][0].tolist()) if "image_sizes" in batch else None
+    if "image_grid_thw" in batch:
+        size = tuple(model.config.vision_config.patch_size * n for n in batch["image_grid_thw"][0, 1:].tolist())
+    for after in ([], ["vtu"]):
+        pipeline = load({"newline": "keep", "stages": [merger, *after]})
+        with wrapped(model, pipeline):
+            flops = counted(lambda: model.generate(**batch, max_new_tokens=1, do_sample=False))
+            seen = trace(model)
+        text = int((batch["input_ids"] != tiny.IMG).sum())
+        claimed = account(model.config, pipeline, image_size=size, text_tokens=text, new_tokens=1)
+        assert seen.prompt_tokens == [text + claimed.visual_entry + claimed.newline_entry]
+        assert claimed.total == pytest.approx(flops, rel=CLOSE), after
+        assert claimed.kv_bytes_prefill == seen.cache_bytes
+
+
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
 def test_shortened_tower(tower: Any) -> None:
     """Two cuts inside the tower: its layers, run by hand on what is left."""

@@ -62,6 +62,12 @@ def test_every_part_is_there(found: Bench) -> None:
     dense, pruned, *others = found.rows
     assert dense.milliseconds["stages"] is dense.to_dense is dense.oracle is dense.no_oracle is None
     assert (dense.visual_tokens, pruned.visual_tokens) == (32, 8)
+    assert (pruned.visual_entry, pruned.visual_average) == (8, 8)
+    deep = others[0]
+    assert deep.visual_entry == 32 > deep.visual_tokens > 0, "it cuts before layer 2 of 4"
+    assert deep.visual_average == (2 * 32 + 2 * deep.visual_tokens) / 4
+    inside = others[1]
+    assert inside.visual_entry == inside.visual_average == inside.visual_tokens < 32
     assert dense.kv_bytes * (5 + 4) == pruned.kv_bytes * (5 + 16)
     assert pruned.oracle["stages"] is None and all(pruned.oracle[p] for p in PARTS if p != "stages")
     assert set(pruned.to_oracle) == set(pruned.to_dense) == set(COMPARED)
@@ -92,7 +98,7 @@ def test_the_oracle_is_the_same_computation(positions: str, stage: Any, text_tok
     runner = Runner(adapter, random_prompt(adapter, batch=3, images=2, text_tokens=text_tokens, seed=3))
     with torch.inference_mode():
         subject = runner.prepare(pipeline)
-        kept, oracle = subject.visual_tokens, subject.oracle
+        kept, oracle = subject.layers[-1], subject.oracle
         assert 0 < kept < 3 * 2 * tiny.TOKENS and len(oracle.values) == int((oracle.ids == tiny.IMG).sum()) == kept
         ours = runner.sample(pipeline)[1][:, -8:]
         ideal = runner.sample(None, oracle)[1][:, -8:]
@@ -121,7 +127,7 @@ def test_the_oracle_of_every_family(family: str, frames: int, stage: Any) -> Non
             assert (family, frames) == ("llava_onevision", 5) and transformers.__version__ < "5.18"
             assert "before transformers 5.18" in subject.no_oracle
             return
-        assert subject.visual_tokens <= len(subject.oracle.values) < int(placeholders(prompt.inputs["input_ids"]).sum())
+        assert subject.layers[-1] <= len(subject.oracle.values) < int(placeholders(prompt.inputs["input_ids"]).sum())
         assert int(placeholders(subject.oracle.ids).sum()) == len(subject.oracle.values)
         assert len(subject.oracle.deep) == (2 if family == "qwen3_vl" else 0)
         ours = runner.sample(pipeline)[1][:, -8:]
@@ -156,8 +162,8 @@ def samples(*ttft: float) -> list[Sample]:
 
 def test_ratios_are_paired() -> None:
     """Rounds get slower tenfold; ratios of medians would be the same, their spread would not."""
-    dense = Subject(None, 100, 800, None, None, samples=samples(20, 200, 2000))
-    own = Subject(load("none"), 40, 400, object(), None, samples(11, 110, 1100), samples(10, 100, 1000))  # type: ignore[arg-type]
+    dense = Subject(None, (100,), 800, None, None, samples=samples(20, 200, 2000))
+    own = Subject(load("none"), (40,), 400, object(), None, samples(11, 110, 1100), samples(10, 100, 1000))  # type: ignore[arg-type]
     found = row(own, dense)
     assert found.to_dense["ttft"] == Spread(0.55, 0.55, 0.55)
     assert found.to_oracle["ttft"].median == found.to_oracle["ttft"].high == pytest.approx(1.1)
@@ -239,7 +245,7 @@ def test_command_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plain["weights"] == "random" and plain["conditions"]["threads"].startswith("1 of")
     assert main(argv) == 0
     out = capsys.readouterr().out
-    assert "TTFT / oracle" in out and "fastervlm:4" in out
+    assert "TTFT / oracle" in out and "fastervlm:4" in out and "over" in out
 
 
 @pytest.mark.parametrize(

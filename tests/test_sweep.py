@@ -105,8 +105,8 @@ def test_a_whole_sweep(whole: Results) -> None:
 def test_the_table_says_what_the_file_does(whole: Results) -> None:
     head, *rows = cells(whole)
     assert all(len(row) == len(head) for row in rows) and [row[0] for row in rows] == [r["name"] for r in whole.runs]
-    kept = head.index("visual tokens")
-    assert [row[kept] for row in rows] == ["16", "3", "5", "5", "16"]
+    for column in ("visual tokens", "over layers"):
+        assert [row[head.index(column)] for row in rows] == ["16", "3", "5", "5", "16"], column
     assert rows[0][head.index("answers as dense")] == "100.0 %" and rows[0][head.index("TTFT / dense")] == ""
     assert "TTFT ms" not in cells(replace(whole, speed=None))[0]
 

@@ -26,12 +26,14 @@ examples:
 
 Dense, pipelines and oracles run interleaved in one process. The oracle is the same unwrapped model on a prompt that is
 short already: pipeline / oracle is what vtoken itself costs. TTFT runs from the call to the first token, vision included.
-Numbers are medians, [25 % - 75 %] below; ratios are formed within a round.
+Numbers are medians, [25 % - 75 %] below; ratios are formed within a round. Visual tokens are those of the whole batch that enter the
+decoder, and their mean over its layers.
 """
 
 HEAD = (
     "pipeline",
     "visual tokens",
+    "over layers",
     "vision ms",
     "stages ms",
     "TTFT ms",
@@ -156,7 +158,8 @@ def _line(row: Row) -> tuple[str, ...]:
     times, dense, oracle = row.milliseconds, row.to_dense or {}, row.to_oracle or {}
     return (
         row.name,
-        str(row.visual_tokens),
+        str(row.visual_entry),
+        f"{row.visual_average:.1f}".removesuffix(".0"),
         *(_spread(times[part], 2) for part in ("vision", "stages", "ttft", "decode", "end_to_end")),
         "" if row.peak_bytes is None else _bytes(row.peak_bytes),
         _bytes(row.kv_bytes),

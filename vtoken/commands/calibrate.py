@@ -11,9 +11,11 @@ from vtoken.evals import calibrate
 EXAMPLES = """examples:
   vtoken calibrate vtw tiny-llava              # the layer before which all visual tokens can leave
   vtoken calibrate vtw tiny-llava --json       # the same, as one JSON object
+  vtoken calibrate attention_exit tiny-llava -o exit.yaml
   vtoken calibrate METHOD --help               # options of a method
 
-Every method takes --json.
+Every method takes --json: one object with method, model, pipeline (what other commands take: a name with options, or YAML) and
+what it found. Without it a table and a sentence are printed; a pipeline that goes to no file goes to stdout, and those to stderr.
 """
 
 

@@ -19,8 +19,8 @@ class AttentionExit(Compressor):
     leave. Rows leave at different layers, or never; the plan (FLOPs) counts on none. A prompt that ends with an image keeps it.
 
     `sinks` leaves out the tokens attended to most: early tokens can draw attention without being read. Nothing tells that the question
-    has read the image by then: exits before half of the depth are destructive in ToDRE's table, and `vtoken calibrate vtw` shows for
-    a model from which layer on images are not missed.
+    has read the image by then: exits before half of the depth are destructive in ToDRE's table. `vtoken calibrate attention_exit` finds the
+    threshold of a model that changes so many answers and no more.
 
     No paper: a baseline, ToDRE's rule asked at every layer and of the last token.
     """
@@ -48,12 +48,16 @@ class AttentionExit(Compressor):
     def raters(self, tokens: VisualTokens) -> list[Tensor]:
         return [index[-self.window :] for index in behind_all(tokens)]
 
-    def select(self, tokens: VisualTokens) -> Keep:
+    def heard(self, tokens: VisualTokens) -> Tensor:
+        """[images] the share of attention that is held against the threshold; of all images of a row together."""
         attention = tokens.fact("text_attention")
         if self.sinks:
             counts = [-(-n * self.sinks // 100) for n in tokens.lengths]
             attention = attention.index_fill(0, topk_tokens(attention, tokens.offsets, counts), 0.0)
-        calm = torch.where(mass(tokens, attention) < self.threshold, tokens.memory.get("calm", 0) + 1, 0)
+        return mass(tokens, attention)
+
+    def select(self, tokens: VisualTokens) -> Keep:
+        calm = torch.where(self.heard(tokens) < self.threshold, tokens.memory.get("calm", 0) + 1, 0)
         tokens.memory["calm"] = calm
         long = (calm >= self.patience).tolist()
         return leave(tokens, [a and b for a, b in zip(asked(tokens), long, strict=True)])

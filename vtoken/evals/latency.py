@@ -59,7 +59,7 @@ class Row:
     """One pipeline, or dense.
 
     Attributes:
-        visual_tokens: of the whole batch, when the decoder's last layer is done.
+        visual_tokens: of the whole batch, in the decoder's last layer; `visual_entry` in its first, `visual_average` over all of them.
         kv_bytes: keys and values of the whole batch after prefill.
         milliseconds, oracle: part -> spread; a part is None where it does not exist.
         peak_bytes: largest of all rounds, None on a CPU.
@@ -71,6 +71,8 @@ class Row:
 
     name: str
     visual_tokens: int
+    visual_entry: int
+    visual_average: float
     kv_bytes: int
     milliseconds: dict[str, Spread | None]
     peak_bytes: int | None
@@ -190,8 +192,10 @@ def row(subject: Subject, dense: Subject) -> Row:
     peaks = [sample.peak_bytes for sample in subject.samples if sample.peak_bytes is not None]
     base = Row(
         name,
-        subject.visual_tokens,
-        subject.kv_bytes,
+        visual_tokens=subject.layers[-1],
+        visual_entry=subject.layers[0],
+        visual_average=sum(subject.layers) / len(subject.layers),
+        kv_bytes=subject.kv_bytes,
         milliseconds=parts(subject.samples),
         peak_bytes=max(peaks, default=None),
         no_oracle=subject.no_oracle,
@@ -209,7 +213,7 @@ def row(subject: Subject, dense: Subject) -> Row:
         oracle=parts(subject.ideal),
         to_oracle=ratios(subject.samples, subject.ideal),
         overhead=overhead,
-        break_even=break_even(overhead.median, gain, dense.visual_tokens - subject.visual_tokens),
+        break_even=break_even(overhead.median, gain, dense.layers[-1] - subject.layers[-1]),
     )
 
 

@@ -62,10 +62,11 @@ class Oracle:
 
 @dataclass
 class Subject:
-    """What is measured: a pipeline (None: dense), its oracle, and their samples."""
+    """What is measured: a pipeline (None: dense), its oracle, and their samples; `layers` are the visual tokens of the whole batch in
+    every decoder layer."""
 
     pipeline: Pipeline | None
-    visual_tokens: int
+    layers: tuple[int, ...]
     kv_bytes: int
     oracle: Oracle | None
     no_oracle: str | None
@@ -124,13 +125,13 @@ class Runner:
             finally:
                 handle.release()
             found = trace(self.model)
-        tokens, stages = sum(found.layers[-1]), pipeline.stages if pipeline else ()
+        layers, stages = tuple(map(sum, found.layers)), pipeline.stages if pipeline else ()
         inside = [f"{stage.name} acts at site {stage.site}" for stage in stages if stage.site != "tokens"]
         reason = f"no short prompt is equivalent: {', '.join(inside)}" if inside else self._unshortened()
         if pipeline is None:
-            return Subject(None, tokens, found.cache_bytes, None, None)
+            return Subject(None, layers, found.cache_bytes, None, None)
         oracle = None if reason else self._shorten(seen, found)
-        return Subject(pipeline, tokens, found.cache_bytes, oracle, reason)
+        return Subject(pipeline, layers, found.cache_bytes, oracle, reason)
 
     def _unshortened(self) -> str | None:
         """Why the model cannot be given fewer features, or None."""

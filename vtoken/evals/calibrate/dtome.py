@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtoken.errors import ConfigError
+from vtoken.evals.calibrate._report import add_json, check_out, tell
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 (default: the GPU if there is one)")
     parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: the checkpoint's)")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,8 +63,10 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
+    from vtoken import registry
     from vtoken.evals import models, processors, reference
 
+    check_out(args.out)
     files = pictures(args.images, args.limit)
     model = models.load(args.model, device=args.device, dtype=args.dtype)
     shipped = args.model in reference.names()
@@ -81,8 +85,16 @@ def run(args: argparse.Namespace) -> int:
             name=args.model,
             progress=lambda done: bar.update(task, completed=done),
         )
-    share = found["left"][-1].item()
-    print(f"wrote {args.out}: {len(files)} pictures, {100 * share:.1f} % of the tokens left on average")
+    thresholds, left = (found[name].tolist() for name in ("thresholds", "left"))
+    told = {"file": str(args.out), "pictures": len(files), "budget": args.budget, "schedule": args.schedule}
+    rows = [("layer or round", "threshold", "tokens left")]
+    rows += [
+        (str(k), "nothing merges" if t > 1 else f"{t:.4f}", f"{share:.1%}")
+        for k, (t, share) in enumerate(zip(thresholds, left, strict=True))
+    ]
+    about = f"wrote {args.out}: {len(files)} pictures, {left[-1]:.1%} of the tokens left on average"
+    stage = "dtome_post" if packed(registry.adapter(model.config.model_type)(model)) else "dtome"
+    tell(args, {**told, "thresholds": thresholds, "left": left}, rows, about, f"{stage}:thresholds={args.out}")
     return 0
 
 
@@ -132,13 +144,13 @@ def calibrate(
     if batch_size < 1 or rounds < 1:
         raise ConfigError(f"batch size and rounds must be at least 1, not {batch_size} and {rounds}")
     adapter = registry.adapter(model.config.model_type)(model)
-    packed = adapter.encoder.unit > 1
-    depth = rounds if packed else len(adapter.encoder.layers)
-    nominal = 1000 if packed else adapter.patches
+    behind = packed(adapter)
+    depth = rounds if behind else len(adapter.encoder.layers)
+    nominal = 1000 if behind else adapter.patches
     each = round(_batches.SHARES[budget] * nominal / depth)
     learned = _batches.Learned(_batches.schedule(schedule, each * depth, depth), nominal)
     about = {
-        "method": "dtome_post" if packed else "dtome",
+        "method": "dtome_post" if behind else "dtome",
         "model": name,
         "budget": budget,
         "schedule": schedule,
@@ -146,10 +158,10 @@ def calibrate(
         "pictures": digest(files),
         "dtype": str(model.dtype),
     }
-    resume(out, about, learned, depth if packed else 1 + min(adapter.encoder.feature_layers))
+    resume(out, about, learned, depth if behind else 1 + min(adapter.encoder.feature_layers))
     stage = _batches.learner(registry.stage(about["method"]), learned)
     with torch.inference_mode():
-        encode = _packed(adapter, stage) if packed else _padded(adapter, stage)
+        encode = _packed(adapter, stage) if behind else _padded(adapter, stage)
         for start in range(learned.batches * batch_size, len(files), batch_size):
             progress(start)
             encode(image_processor(images=[_open(f) for f in files[start : start + batch_size]], return_tensors="pt"))
@@ -157,6 +169,12 @@ def calibrate(
             save(out, about, learned)
     progress(len(files))
     return learned.tensors()
+
+
+def packed(adapter: Any) -> bool:
+    """Whether the model's encoder cannot merge inside, so that dtome_post merges what leaves it."""
+    joined: bool = adapter.encoder.unit > 1
+    return joined
 
 
 def _padded(adapter: Any, stage: Any) -> Callable[[Any], None]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
+from dataclasses import asdict
 
 from vtoken.errors import ConfigError
+from vtoken.evals.calibrate._report import add_json, add_out, check_out, tell_pipeline
 from vtoken.evals.samples import ABOUT
 
 SUMMARY = "table of visual tokens that leave behind each decoder layer"
 EPILOG = """\
 examples:
-  vtoken calibrate fitprune tiny-llava --reduction 60 --out table.yaml     # shipped questions
+  vtoken calibrate fitprune tiny-llava --reduction 60 -o table.yaml     # shipped questions
   vtoken calibrate fitprune llava-hf/llava-1.5-7b-hf --reduction 60 --data questions.jsonl --limit 128
   vtoken bench tiny-llava table.yaml
 
@@ -33,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, default=64, metavar="N", help="so many questions (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the model's)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="pipeline file to write (default: print it)")
+    add_out(parser)
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--reduction is in percent, above 0 and below 100, not {args.reduction:g}")
     if args.limit < 1:
         raise ConfigError(f"--limit must be at least 1 question, not {args.limit}")
-    from vtoken.config import dump, load
+    check_out(args.out)
     from vtoken.evals import samples
     from vtoken.evals.calibrate._fitprune import fit
 
@@ -59,13 +61,12 @@ def run(args: argparse.Namespace) -> int:
         args.reduction / 100,
         lambda: print(f"a pass over {len(asked)} prompts", file=sys.stderr),
     )
-    text = (
-        f"# FitPrune (https://arxiv.org/abs/2409.10197) for {args.model}: spares {found.spared:.1%} of the FLOPs that {found.tokens} visual "
-        f"tokens cost in the decoder; fitted to {len(asked)} prompts, at each layer at most {found.alpha:.1%} of the attention is lost.\n"
-    ) + dump(load([{"fitprune": {"table": list(found.table), "tokens": found.tokens}}]))
-    if args.out is None:
-        print(text, end="")
-    else:
-        args.out.write_text(text, encoding="utf-8")
-        print(f"wrote {args.out}: spares {found.spared:.1%} (asked: {args.reduction:g} %)")
+    told = {"questions": len(asked), "reduction": args.reduction / 100, **asdict(found)}
+    rows = [("behind layer", "tokens that leave", "left")]
+    rows += [(str(k), str(n), str(found.tokens - sum(found.table[: k + 1]))) for k, n in enumerate(found.table)]
+    about = (
+        f"FitPrune (https://arxiv.org/abs/2409.10197) for {args.model}: spares {found.spared:.1%} of the FLOPs that {found.tokens} visual "
+        f"tokens cost in the decoder; fitted to {len(asked)} prompts, at each layer at most {found.alpha:.1%} of the attention is lost."
+    )
+    tell_pipeline(args, told, rows, about, {"fitprune": {"table": list(found.table), "tokens": found.tokens}})
     return 0

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from vtoken import registry
-from vtoken.config import Pipeline, dump
 from vtoken.errors import ConfigError
+from vtoken.evals.calibrate._report import add_json, add_out, check_out, tell_pipeline
 from vtoken.evals.options import add_pictures
 from vtoken.reading import Prompt, Reads, SparseAttention, everything
 
@@ -68,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: the model's own)")
     parser.add_argument("--random-weights", action="store_true", help="build the model from its config")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="YAML file to write (default: print it)")
+    add_out(parser)
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     from vtoken.evals import models
     from vtoken.evals.inputs import random_prompt
 
+    check_out(args.out)
     model: Any = models.load(
         args.model, device=args.device, dtype=args.dtype, random_weights=args.random_weights, seed=args.seed
     )
@@ -89,17 +91,22 @@ def run(args: argparse.Namespace) -> int:
         adapter = registry.adapter(model.config.model_type)(model)
         sizes = {"images": args.images, "frames": args.frames, "image_size": args.image_size}
         inputs = random_prompt(adapter, text_tokens=args.text_tokens, seed=args.seed, **sizes).inputs
-        print("random pictures: this table shows the form, not what the model attends to; use --inputs for a real one")
-    text = dump(Pipeline("mminference", "original", (search(model, inputs),)))
-    if args.out is None:
-        print(text)
-    else:
-        args.out.write_text(text, encoding="utf-8")
+    stage, recalls = search(model, inputs)
+    length, shown = inputs["input_ids"].shape[1], "random pictures" if args.inputs is None else str(args.inputs)
+    about = f"MMInference (https://arxiv.org/abs/2504.16083) for {args.model}: searched on one prompt of {length} tokens ({shown})."
+    if args.inputs is None:
+        about += " This table shows the form, not what the model attends to; use --inputs for a real one."
+    rows = [("layer", "patterns of its heads", "recall, mean")]
+    for layer, (names, values) in enumerate(zip(stage.heads, recalls, strict=True)):
+        many = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
+        rows.append((str(layer), many, f"{sum(values) / len(values):.1%}"))
+    told = {"tokens": length, "inputs": shown, "heads": stage.heads, "recall": recalls}
+    tell_pipeline(args, told, rows, about, {"mminference": {"heads": stage.heads}})
     return 0
 
 
-def search(model: Any, inputs: dict[str, Tensor]) -> SparseAttention:
-    """The stage with the table found on one prompt.
+def search(model: Any, inputs: dict[str, Tensor]) -> tuple[Any, list[tuple[float, ...]]]:
+    """The stage with the table found on one prompt, and per layer what the chosen pattern of every head recalls.
 
     Raises:
         ConfigError: more than one row, or too many tokens.
@@ -114,4 +121,5 @@ def search(model: Any, inputs: dict[str, Tensor]) -> SparseAttention:
     patterns, method = get_args(cls.model_fields["pattern"].annotation), cls()
     with wrapped(model, [Search(candidates=patterns, found=found, method=method)]), torch.no_grad():
         model(**inputs, logits_to_keep=1)
-    return cls(heads=tuple(names for _, (names, _) in sorted(found.items())))
+    chosen, recalls = zip(*(pair for _, pair in sorted(found.items())), strict=True)
+    return cls(heads=chosen), list(recalls)

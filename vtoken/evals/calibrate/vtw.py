@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vtoken.errors import ConfigError, VtokenError
+from vtoken.evals.calibrate._report import add_json, tell
 from vtoken.evals.samples import ABOUT, Sample, load, prepare, read
 from vtoken.evals.withdraw import Withdrawal
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 (default: the GPU if there is one)")
     parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: that of the weights)")
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,25 +61,11 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--first must lie between 1 and {depth - 1}, the last layer of {args.model}; not {first}")
     found = divergences(model, processor, samples)
     layer = choose(found, first, args.tolerance)
-    if args.json:
-        told = {str(k): kl for k, kl in enumerate(found, 1)}
-        print(
-            json.dumps(
-                {
-                    "model": args.model,
-                    "data": args.data,
-                    "questions": len(samples),
-                    "tolerance": args.tolerance,
-                    "divergence": told,
-                    "layer": layer,
-                    "pipeline": f"vtw:layer={layer}",
-                }
-            )
-        )
-        return 0
-    for k, kl in enumerate(found, 1):
-        print(f"layer {k:>3}  KL {kl:.6f}{'  <- first within ' + str(args.tolerance) if k == layer else ''}")
-    print(f"vtw:layer={layer} on {len(samples)} questions of {args.data}")
+    told = {"data": args.data, "questions": len(samples), "tolerance": args.tolerance, "layer": layer}
+    rows = [("layer", "KL, nats", "")]
+    rows += [(str(k), f"{kl:.6f}", f"first within {args.tolerance}" * (k == layer)) for k, kl in enumerate(found, 1)]
+    about = f"vtw:layer={layer} on {len(samples)} questions of {args.data}"
+    tell(args, {**told, "divergence": dict(enumerate(found, 1))}, rows, about, f"vtw:layer={layer}")
     return 0
 
 
