@@ -24,10 +24,13 @@ import lmms_tasks
 from vtoken.cli import main
 from vtoken.commands.sweep import cells
 from vtoken.errors import ConfigError, VtokenError
+from vtoken.evals import reference
 from vtoken.evals.lmms import points, sweep
 from vtoken.evals.lmms.plan import Speed, Sweep
 from vtoken.evals.lmms.run import Results
+from vtoken.evals.lmms.suites import KNOWN
 from vtoken.evals.strict import read
+from vtoken.wrap import wrapped
 
 ROOT = Path(__file__).parents[1]
 # What nobody can repeat, and how many documents shared a batch, which is another number where they are shared out.
@@ -239,6 +242,16 @@ def test_workers_that_cannot_be_had(given: Sweep, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="leave --workers out"):
         sweep.run(given, tmp_path, workers=2)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks").glob("sweep-*.yaml")), ids=lambda file: file.stem)
+def test_shipped_sweeps_run_on_their_model(file: Path) -> None:
+    asked = read(Sweep, file)
+    assert file.stem == f"sweep-{asked.model}" and set(asked.tasks) <= set(KNOWN)
+    model, _ = reference.load(asked.model)
+    for pipeline in asked.lineup():
+        with wrapped(model, pipeline):
+            pass
 
 
 WRONG = [
