@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from vtoken.errors import VtokenError
 from vtoken.evals.lmms import regressions, report
 from vtoken.evals.lmms.findings import findings, read
 from vtoken.evals.lmms.pareto import front
+from vtoken.evals.plots import fronts, looks
 
 RIGHT = [1.0] * 8 + [0.0] * 2
 WORSE = [0.0, 0.0, *[1.0] * 6, 1.0, 0.0]  # lost 2, won 1
@@ -104,7 +106,8 @@ def test_the_page_is_whole_and_shows_the_numbers(folder: Path) -> None:
     assert main(["report", str(folder)]) == 0
     text = (folder / "report.html").read_text()
     page = Page(text)
-    assert not page.open and "<script" not in text and "<link" not in text and not re.findall(r"url\((?!#)", text)
+    assert not page.open and "<link" not in text and not re.findall(r"url\((?!#)", text)
+    assert re.findall("<script.*?>", text) == ["<script>"]
     assert page.fetched and all(link.startswith(("data:image/", "#")) for link in page.fetched)
     cells = [" ".join(" ".join(row).split()) for row in page.rows]
     assert any(cell.startswith("bad:8 4 8 at entry 93.8") and cell.endswith("500.0 1.25") for cell in cells)
@@ -120,7 +123,9 @@ def test_the_page_is_whole_and_shows_the_numbers(folder: Path) -> None:
     ]
     assert "what is &lt;0&gt;?" in text and "are too few for an interval" in text
     # Dense first, then what lost the document, without a picture where none was drawn.
-    shown = re.findall(r"<figure>(<img.*?>)?<figcaption><b>(.*?)</b><br>.*?<span class=\"(\w+)\"", text)
+    shown = re.findall(
+        r"<figure data-name=\".*?\">(<img.*?>)?<figcaption><b>(.*?)</b><br>.*?<span class=\"(\w+)\"", text
+    )
     assert [(bool(picture), name, how) for picture, name, how in shown] == [
         (True, "dense", "right"),
         (False, "bad:8", "wrong"),
@@ -129,12 +134,69 @@ def test_the_page_is_whole_and_shows_the_numbers(folder: Path) -> None:
     assert "| bad:8 | 0.7 | 87.5 |" in (folder / "table.md").read_text()
 
 
-def test_many_methods_share_a_look(tmp_path: Path) -> None:
+def test_of_many_methods_those_on_a_front_are_coloured(tmp_path: Path) -> None:
     rows = [run("dense", None, {"t": RIGHT})]
-    rows += [run(f"m{k}", f"m{k}", {"t": WORSE}, visual=10 * k + 9) for k in range(6)]
-    few, crowd = (write(tmp_path / f"{n}", rows[:n], pictures=10) for n in (6, 7))
-    texts = [report.render(each, findings(each)) for each in map(read, (few, crowd))]
-    assert ["●" in text and "series-4" in text.split("<body>")[1] for text in texts] == [True, False]
+    rows += [run(f"m{k}", f"m{k}", {"t": WORSE}, visual=90 - 9 * k, ttft=0.9 - k / 10, flops=900 - k) for k in range(6)]
+    few, crowd = (read(write(tmp_path / f"{n}", rows[:n], pictures=10)) for n in (6, 7))
+    found = [findings(each) for each in (few, crowd)]
+    assert [looks(each["pipelines"])["m4"][0] for each in found] == ["series-4", "soft"]
+    # Equally good, so the cheapest is alone on every front.
+    assert [name for name, look in looks(found[1]["pipelines"]).items() if look[0] != "soft"] == ["m5"]
+    texts = [report.render(each, said) for each, said in zip((few, crowd), found, strict=True)]
+    keys = [re.findall(r'var\(--([\w-]+)\)">.</b>&nbsp;(\w+)</span>', text) for text in texts]
+    assert keys == [[(f"series-{k}", f"m{k}") for k in range(5)], [("series-0", "m5"), ("soft", "others")]]
+    assert ["Method by method" in text for text in texts] == [False, True]
+    assert all(f">m{k}</text>" in texts[1] for k in range(6))
+
+
+def test_budgets_of_a_method_are_one_line(tmp_path: Path) -> None:
+    """As many points as budgets, from few tokens to many, whatever the order in which they ran."""
+    rows = [run("dense", None, {"t": RIGHT})]
+    rows += [run(f"a:{n}", f"a: {{keep: {n}}}", {"t": WORSE}, visual=n) for n in (8, 32, 16)]
+    rows.insert(2, run("b", "b", {"t": RIGHT}, visual=4))
+    found = findings(read(write(tmp_path / "out", rows, pictures=10)))["pipelines"]
+    paths = re.findall(r'<path d="([^"]*)"[^>]*stroke: var\(--series-0\)', fronts(found, "tokens", "x"))
+    (line,) = [path for path in paths if path.count("L") == 2]  # whiskers have one, markers none
+    x = [float(each) for each in re.findall(r"[ML] ([\d.]+)", line)]
+    assert len(x) == 3 and x == sorted(x)
+    assert [row["name"] for row in report.grouped(found)] == ["dense", "a:32", "a:16", "a:8", "b"]
+
+
+def test_times_of_a_speed_pass_count(folder: Path) -> None:
+    def timed(name: str, ms: float, ratio: float | None) -> dict[str, Any]:
+        spread = None if ratio is None else {"ttft": {"median": ratio, "low": ratio - 0.01, "high": ratio + 0.02}}
+        return {"name": name, "milliseconds": {"ttft": {"median": ms, "low": ms, "high": ms}}, "to_dense": spread}
+
+    assert not findings(read(folder))["benched"]
+    results = json.loads((folder / "results.json").read_text())
+    results["speed"] = {
+        "rows": [timed("dense", 40, None), timed("good:8", 50, 1.3), timed("bad:8", 10, 0.3), timed("dense", 40, 1)]
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+    evaluation = read(folder)
+    found = findings(evaluation)
+    dense, good, bad = found["pipelines"]
+    assert [(row["ttft"], row["ttft_ratio"]) for row in (dense, good, bad)] == [(0.04, 1.0), (0.05, 1.3), (0.01, 0.3)]
+    assert (bad["ttft_low"], bad["ttft_high"], dense["ttft_low"]) == (pytest.approx(0.29), pytest.approx(0.32), None)
+    assert "ttft_ratio" in bad["fronts"] and "ttft_ratio" not in good["fronts"]
+    text = report.render(evaluation, found)
+    assert "0.29–0.32" in text and "of the speed pass" in text
+    # What deciding costs was measured with the answers, so its share is one of their time: 1.5 of 500 ms.
+    assert "<td>1.50</td><td>0.3</td>" in text
+
+
+def test_a_long_table_is_folded(tmp_path: Path) -> None:
+    rows = [run("dense", None, {"t": RIGHT})]
+    rows += [run(f"m:{k}", f"m: {{keep: {k}}}", {"t": WORSE}, visual=k) for k in range(1, 31)]
+    texts = [
+        report.render(each, findings(each))
+        for each in (read(write(tmp_path / f"{n}", rows[:n], pictures=10)) for n in (3, 31))
+    ]
+    assert ["<details>" in text for text in texts] == [False, True]
+    assert ['id="filter"' in text for text in texts] == [False, True]
+    assert not Page(texts[1]).open
+    named = re.findall(r'<tr data-name="(.*?)"( data-front)?', texts[1])
+    assert len(named) == 31 + 31 + 30 and ("m:1", " data-front") in named and ("m:2", "") in named
 
 
 def test_without_the_extra_there_are_tables_and_advice(
@@ -188,8 +250,20 @@ def test_the_worst_of_every_pipeline_in_turn() -> None:
         (4, ["b", "a"]),
     ]
     assert regressions.worst(dense, {"a": a}, {"t": -1.0}) == []
-    many = {f"m{k}": scored(*[0.0] * 8) for k in range(20)}
-    assert len(regressions.worst(dense, many, {})[0]["shown"]) == regressions.PANELS
+
+
+def test_of_many_pipelines_all_are_shown() -> None:
+    dense = [{"task": "t", "doc": k, "score": 1.0, "media": f"p{k}"} for k in range(40)]
+    rng = np.random.default_rng(1)
+    lost = {f"m{k}": [{**line, "score": float(rng.random() < 0.5)} for line in dense] for k in range(60)}
+    found = regressions.worst(dense, lost, {})
+    assert len(found) == -(-60 // regressions.PANELS) and {len(case["shown"]) for case in found} == {regressions.PANELS}
+    times = Counter(name for case in found for name in case["shown"])
+    assert set(times) == set(lost) and max(times.values()) <= 2
+    for case in found:  # whoever is shown first lost it
+        assert lost[case["shown"][0]][case["doc"]]["score"] == 0
+    one = regressions.worst(dense[:1], {name: lines[:1] for name, lines in lost.items()}, {})
+    assert len(one) == 1 and len({case["doc"] for case in found}) == len(found)
 
 
 @pytest.mark.parametrize(("first", "second"), list(product((0.2, 0.9), repeat=2)))

@@ -115,7 +115,7 @@ def report() -> Report:
 class Page(HTMLParser):
     """Collects rows of cells, attributes that could fetch something, and unclosed elements."""
 
-    VOID = {"meta", "img", "br", "link", "path", "use"}
+    VOID = {"meta", "img", "br", "link", "path", "use", "input"}
 
     def __init__(self, text: str) -> None:
         super().__init__()

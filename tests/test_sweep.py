@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image, ImageStat
 from tiny_processors import save
 
 pytest.importorskip("lmms_eval")
@@ -22,10 +24,13 @@ import lmms_tasks
 from vtoken.cli import main
 from vtoken.commands.sweep import cells
 from vtoken.errors import ConfigError, VtokenError
+from vtoken.evals import reference
 from vtoken.evals.lmms import points, sweep
 from vtoken.evals.lmms.plan import Speed, Sweep
 from vtoken.evals.lmms.run import Results
+from vtoken.evals.lmms.suites import KNOWN
 from vtoken.evals.strict import read
+from vtoken.wrap import wrapped
 
 ROOT = Path(__file__).parents[1]
 # What nobody can repeat, and how many documents shared a batch, which is another number where they are shared out.
@@ -111,6 +116,43 @@ def test_the_table_says_what_the_file_does(whole: Results) -> None:
     assert "TTFT ms" not in cells(replace(whole, speed=None))[0]
 
 
+def test_a_sweep_shows_what_was_lost(
+    place: Path, given: Sweep, whole: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a folder where everything was asked already: two documents are drawn, once, and again if a picture is missing."""
+    chosen = [
+        {"task": "fatal", "doc": 2, "shown": ["random:5"]},
+        {"task": "odd", "doc": 4, "shown": ["fastervlm:3", "random:5"]},
+    ]
+    lines = []
+
+    def worst(dense: Any, pruned: Any, falls: Any) -> Any:
+        lines.append((len(dense), {name: len(own) for name, own in pruned.items()}, falls))
+        return chosen
+
+    monkeypatch.setattr(sweep.regressions, "worst", worst)
+    out = shutil.copytree(whole.folder, place / "cases")
+    for file in (out / "points").glob("cases-*.json"):
+        file.unlink()
+    found = sweep.run(given, out)
+    assert found is not None and lines == [
+        (8, dict.fromkeys(("fastervlm:3", "random:5", "uniform:5"), 8), {"odd": 1.0, "fatal": 1.0})
+    ]
+    assert [(case["task"], case["doc"], list(case["panels"])) for case in found.cases] == [
+        ("fatal", 2, ["dense", "random:5"]),
+        ("odd", 4, ["dense", "fastervlm:3", "random:5"]),
+    ]
+    with Image.open(out / found.cases[1]["panels"]["dense"]) as picture:
+        assert all(abs(a - b) < 6 for a, b in zip(ImageStat.Stat(picture).mean, (80, 99, 9), strict=True))
+    before = {file: file.stat().st_mtime_ns for file in (out / "cases").iterdir()}
+    assert len(before) == 5
+    sweep.run(given, out)
+    assert {file: file.stat().st_mtime_ns for file in before} == before and len(lines) == 1
+    next(iter(before)).unlink()
+    sweep.run(given, out)
+    assert all(file.exists() for file in before) and len(lines) == 2
+
+
 def test_nothing_is_asked_twice(place: Path, given: Sweep, whole: Results, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: Any) -> None:
         raise AssertionError("asked again")
@@ -154,6 +196,9 @@ def test_workers_come_to_the_same(place: Path, whole: Results) -> None:
     done = program("vtoken", "sweep", place / "sweep.yaml", "--out", out, "--workers", 2)
     assert done.returncode == 0, done.stderr
     assert timeless(out) == timeless(whole.folder)
+    assert "| random:5 |" in (out / "table.md").read_text()
+    if find_spec("jinja2") and find_spec("matplotlib"):
+        assert "uniform:5" in (out / "report.html").read_text()
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'vtoken[ray]'")
@@ -208,6 +253,16 @@ def test_workers_that_cannot_be_had(given: Sweep, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="leave --workers out"):
         sweep.run(given, tmp_path, workers=2)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks").glob("sweep-*.yaml")), ids=lambda file: file.stem)
+def test_shipped_sweeps_run_on_their_model(file: Path) -> None:
+    asked = read(Sweep, file)
+    assert file.stem == f"sweep-{asked.model}" and set(asked.tasks) <= set(KNOWN)
+    model, _ = reference.load(asked.model)
+    for pipeline in asked.lineup():
+        with wrapped(model, pipeline):
+            pass
 
 
 WRONG = [

@@ -39,7 +39,7 @@ examples:
   torchrun --nproc-per-node 4 -m vtoken sweep sweep.yaml --out out
       every task's documents shared out over the processes; accelerate launch does as well
 
-The stock model is asked first and last. DIR holds results.json and requests/, as of vtoken eval. A point is asked again when model,
+The stock model is asked first and last. DIR holds results.json, requests/, table.md and report.html, as of vtoken eval. A point is asked again when model,
 weights, pipeline, task, limit, generation settings or versions differ. Documents of hub data sets are not part of that: if they
 changed, the sweep says so.
 """
@@ -80,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
     prepare("vtoken sweep")
     import torch
 
+    from vtoken.commands.eval import report
+    from vtoken.evals.console import show
     from vtoken.evals.lmms import sweep as sweeping
     from vtoken.evals.lmms.harness import ranks
 
@@ -97,11 +99,10 @@ def run(args: argparse.Namespace) -> int:
         results = sweeping.run(sweep, args.out, args.workers, command, progress, args.ray)
     if results is None:
         return 0
+    written = report(results)
     if args.json:
         print(json.dumps(results.to_dict()))
         return 0
-    from vtoken.evals.console import show
-
     show(results.model, cells(results))
     about = results.conditions
     print(f"{about['device']}, {about['dtype']}, {about['versions']}, lmms-eval {about['lmms_eval']}")
@@ -109,7 +110,8 @@ def run(args: argparse.Namespace) -> int:
         print("times: medians at batch 1 on random prompts, dense and pipelines interleaved; ratios within a round")
     if results.drift is not None:
         print(f"drift: {results.drift['answers_changed']} answers of the last dense run differ from the first one's")
-    print(f"wrote {results.folder / 'results.json'}")
+    for file in (results.folder / "results.json", *written):
+        print(f"wrote {file}")
     return 0
 
 

@@ -16,19 +16,22 @@ COLUMNS = 6
 Figures = Sequence[dict[str, Any]]
 
 
-def plot(figures: Figures) -> str:
-    """Draws the rows of `Report.figures`, dense first: dashed where it lies, Wilson intervals as whiskers.
+def plot(figures: Figures, label: str = "questions right, %") -> str:
+    """Draws the rows of `Report.figures`, dense first: dashed where it lies, intervals as whiskers.
 
     Up to five methods share one picture; of more, each has its own, with uniform and random choice behind it.
+
+    Args:
+        label: what `accuracy` of the rows is.
     """
     import matplotlib
 
     methods = list(dict.fromkeys(row["method"] for row in figures[1:]))
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vtoken", "font.size": 10}):
-        return _together(figures, methods) if len(methods) <= len(SERIES) else _apart(figures, methods)
+        return (_together if len(methods) <= len(SERIES) else _apart)(figures, methods, label)
 
 
-def _together(figures: Figures, methods: Sequence[str]) -> str:
+def _together(figures: Figures, methods: Sequence[str], label: str) -> str:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2, 3.3), layout="constrained")
@@ -49,23 +52,26 @@ def _together(figures: Figures, methods: Sequence[str]) -> str:
         axes.text(x_label, y_label, method, color=colour, va="center", weight="bold", bbox=patch)
     ticks = sorted({row["tokens"] for row in figures})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.set(xlabel="visual tokens per picture", ylabel="questions right, %")
+    axes.set(xlabel="visual tokens per picture", ylabel=label)
     return _svg(figure)
 
 
-def _apart(figures: Figures, methods: Sequence[str]) -> str:
+def _apart(figures: Figures, methods: Sequence[str], label: str) -> str:
     from matplotlib.figure import Figure
 
     own = [method for method in methods if method not in FLOORS]
     count = -(-len(own) // COLUMNS)
+    top = max(104.0, *(100 * row["accuracy"]["high"] for row in figures))
     figure = Figure(figsize=(10.4, 1.75 * count + 0.3), layout="constrained")
     grid = figure.subplots(count, COLUMNS, sharex=True, sharey=True, squeeze=False)
-    ticks = sorted({row["tokens"] for row in figures if row["method"] in ("dense", *FLOORS)})
+    floors = {row["tokens"] for row in figures if row["method"] in FLOORS} or {min(row["tokens"] for row in figures)}
+    ticks = sorted({figures[0]["tokens"], *floors})
     for k, axes in enumerate(grid.flat):
         if k >= len(own):
             axes.set_visible(False)
             continue
         _frame(axes, 100 * figures[0]["accuracy"]["share"])
+        axes.set_ylim(0, top)
         for floor, dashes in FLOORS.items():
             x, y = _points(figures, floor)
             axes.plot(x, y, dashes, color=SOFT, linewidth=1.2)
@@ -74,12 +80,14 @@ def _apart(figures: Figures, methods: Sequence[str]) -> str:
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.tick_params(labelbottom=k + COLUMNS >= len(own), labelsize=9)
     figure.supxlabel("visual tokens per picture", color=INK, fontsize=10)
-    figure.supylabel("questions right, %", color=INK, fontsize=10)
+    figure.supylabel(label, color=INK, fontsize=10)
     return _svg(figure)
 
 
 def fronts(rows: Figures, cost: str, label: str) -> str:
-    """Draws what is left of the dense score against a cost, whiskers where an interval is known; steps join the front.
+    """Draws what is left of the dense score against a cost, whiskers where an interval is known.
+
+    A thin line joins the budgets of a method, steps join the front. Beyond five methods those on a front have a colour, and whiskers.
 
     Args:
         rows: `pipelines` of `lmms.findings`, dense first.
@@ -90,7 +98,8 @@ def fronts(rows: Figures, cost: str, label: str) -> str:
 
     known = [row for row in rows if row[cost] is not None and row["quality"] is not None]
     look = looks(rows)
-    aside = cost == "tokens" and len(look) <= len(SERIES)  # Points of one budget stand side by side.
+    plain = {method for method, (name, _, _) in look.items() if name == "soft"}
+    aside = cost == "tokens" and not plain  # Points of one budget stand side by side.
     shift = {method: 1.06 ** (k - (len(look) - 1) / 2) for k, method in enumerate(look)} if aside else {}
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vtoken", "font.size": 10}):
         figure = Figure(figsize=(3.7, 3.0), layout="constrained")
@@ -98,31 +107,53 @@ def fronts(rows: Figures, cost: str, label: str) -> str:
         _frame(axes, 100.0)
         best = sorted((row[cost], 100 * row["quality"]) for row in known if cost in row["fronts"])
         axes.plot(*zip(*best, strict=True), color=INK, linewidth=0.9, drawstyle="steps-post", zorder=1)
-        for row in known:
+        for method, (_, colour, _) in look.items():
+            own = sorted(
+                (row[cost] * shift.get(method, 1.0), 100 * row["quality"]) for row in known if row["method"] == method
+            )
+            x, y = [each[0] for each in own], [each[1] for each in own]
+            axes.plot(x, y, color=FAINT if method in plain else colour, linewidth=1, zorder=0.5 + (method not in plain))
+        for row in sorted(known, key=lambda row: row["method"] not in plain):
             y = 100 * row["quality"]
             _, colour, marker = look.get(row["method"], ("dense", INK, "*"))
-            whiskers = None if row["low"] is None else ([y - 100 * row["low"]], [100 * row["high"] - y])
+            small = row["method"] in plain
+            whiskers = None if row["low"] is None or small else ([y - 100 * row["low"]], [100 * row["high"] - y])
             edge: dict[str, Any] = {"markeredgecolor": INK, "markeredgewidth": 1.2} if cost in row["fronts"] else {}
             x = row[cost] * shift.get(row["method"], 1.0)
-            axes.errorbar([x], [y], whiskers, color=colour, marker=marker, elinewidth=0.9, markersize=7, **edge)
+            axes.errorbar(
+                [x], [y], whiskers, color=colour, marker=marker, elinewidth=0.9, markersize=4 if small else 7, **edge
+            )
         ticks = sorted({round(row[cost]) for row in known})
         if cost == "tokens" and len(ticks) <= len(SERIES):
             axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        elif cost != "tokens":
+        elif cost == "tokens":
+            axes.xaxis.set_major_formatter("{x:.0f}")
+        else:
             axes.set_xscale("linear")
             axes.set_xlim(left=0)
-        low = min(100 * (row["quality"] if row["low"] is None else row["low"]) for row in known)
+        low = min(
+            100 * (row["low"] if row["low"] is not None and row["method"] not in plain else row["quality"])
+            for row in known
+        )
         axes.set_ylim(max(0, 10 * math.floor(low / 10 - 0.2)), None)
         axes.set(xlabel=label, ylabel="% of dense")
         return _svg(figure, f"percent of dense against {label}")
 
 
 def looks(rows: Figures) -> dict[str, tuple[str, str, str]]:
-    """Method -> name of its colour on the page, the colour, its marker. Beyond as many as there are colours all look alike."""
+    """Method -> name of its colour on the page, the colour, its marker.
+
+    Where there are more methods than colours, those that are on the fronts most often have them; the others look alike.
+    """
     methods = list(dict.fromkeys(row["method"] for row in rows[1:]))
+    chosen = methods
     if len(methods) > len(SERIES):
-        return {method: ("soft", SOFT, MARKERS[0]) for method in methods}
-    return {method: (f"series-{k}", SERIES[k], MARKERS[k]) for k, method in enumerate(methods)}
+        often = {method: sum(len(row["fronts"]) for row in rows if row["method"] == method) for method in methods}
+        chosen = sorted((method for method in methods if often[method]), key=lambda method: -often[method])[
+            : len(SERIES)
+        ]
+    coloured = {method: (f"series-{k}", SERIES[k], MARKERS[k]) for k, method in enumerate(chosen)}
+    return {method: coloured.get(method, ("soft", SOFT, MARKERS[0])) for method in methods}
 
 
 def _frame(axes: Any, level: float) -> None:

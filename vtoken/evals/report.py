@@ -117,7 +117,7 @@ def render(report: Report) -> str:
 
 
 def page(template: str, conditions: Mapping[str, Any], **values: Any) -> str:
-    """A page of `templates/`: no script, no link, no file beside it.
+    """A page of `templates/`: no link, no file beside it, and whole without its script if it has one.
 
     Args:
         conditions: what its last part lists.

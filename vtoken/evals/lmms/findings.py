@@ -57,10 +57,11 @@ def findings(evaluation: Evaluation) -> dict[str, Any]:
     """Everything a report shows, plain data.
 
     Returns:
-        `model`, `complete`, `conditions`, `drift`; `tasks`: name -> metric, scale, docs, pictures; `pipelines`: one dict per
+        `model`, `complete`, `conditions`, `drift`; `benched`: whether times are those of a speed pass, else of the answers; `tasks`: name -> metric, scale, docs, pictures; `pipelines`: one dict per
         pipeline, dense first (its last run is only drift): name, method, tokens (averaged over layers), entry, dense_tokens,
         quality and low, high (mean over tasks of the share of dense that is left, its interval taking tasks for independent),
-        same (agreement), ttft, ttft_ratio, flops, flops_ratio, language_ratio, stages, fronts; per task the same and, against
+        same (agreement), ttft, ttft_ratio, ttft_low and ttft_high (quartiles of the ratio, of a speed pass), ttft_asked (of the
+        answers), flops, flops_ratio, language_ratio, stages, fronts; per task the same and, against
         dense, what `statistics.paired` says. Shares in 0..1, seconds, None where a number does not exist.
     """
     results = evaluation.results
@@ -72,6 +73,7 @@ def findings(evaluation: Evaluation) -> dict[str, Any]:
             known[k]["fronts"].append(cost)
     return {
         **{key: results[key] for key in ("model", "command", "complete", "conditions", "drift")},
+        "benched": results.get("speed") is not None,
         "tasks": {
             name: {
                 **about,
@@ -103,8 +105,7 @@ def _pipeline(evaluation: Evaluation, k: int) -> dict[str, Any]:
         "entry": _mean(tasks, "visual_tokens_entry"),
         "dense_tokens": _mean(tasks, "visual_tokens"),
         "same": _mean(tasks, "same"),
-        "ttft": _mean(tasks, "ttft_s"),
-        "ttft_ratio": _mean(tasks, "ttft_to_dense"),
+        **_times(evaluation, run["name"], tasks),
         "flops": _mean(tasks, "flops"),
         "flops_ratio": _mean(tasks, "flops_ratio"),
         "language_ratio": _mean(tasks, "language_ratio"),
@@ -113,6 +114,18 @@ def _pipeline(evaluation: Evaluation, k: int) -> dict[str, Any]:
         "fronts": [],
         "tasks": tasks,
     }
+
+
+def _times(evaluation: Evaluation, name: str, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+    asked = _mean(tasks, "ttft_s")
+    speed = evaluation.results.get("speed")
+    if speed is None:
+        times = (asked, _mean(tasks, "ttft_to_dense"), None, None)
+    else:
+        row = next(row for row in speed["rows"] if row["name"] == name)
+        spread = (row["to_dense"] or {}).get("ttft") or {"median": 1.0, "low": None, "high": None}
+        times = (row["milliseconds"]["ttft"]["median"] / 1e3, spread["median"], spread["low"], spread["high"])
+    return {**dict(zip(("ttft", "ttft_ratio", "ttft_low", "ttft_high"), times, strict=True)), "ttft_asked": asked}
 
 
 def _method(run: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -139,6 +139,23 @@ class Harness:
         with contextlib.suppress(OSError):  # Something was left in it, or another process was faster.
             folder.rmdir()
         return gathered(model, None if found is None else self._scored(name, found))
+
+    def introduce(self, model: VtokenModel, cases: Sequence[Mapping[str, Any]]) -> None:
+        """Makes documents known to a model that was not asked about them.
+
+        Args:
+            cases: `task` (a task without parts) and `doc` of each.
+
+        Raises:
+            VtokenError: a task that cannot be loaded.
+        """
+        for name in self.tasks:
+            with _explained(name, "cannot be loaded"):
+                loaded = get_task_dict([name], self.manager, "chat")
+            for leaf, task in _leaves(loaded):
+                split = task.config.test_split if task.has_test_docs() else task.config.validation_split
+                docs = [case["doc"] for case in cases if case["task"] == leaf]
+                model.introduce(leaf, task.dataset, task.doc_to_messages, split, docs)
 
     def _scored(self, name: str, found: dict[str, Any]) -> Scored:
         leaves = {

@@ -195,6 +195,16 @@ class VtokenModel(lmms):
         messages, split = self._sources[task, doc]
         return self._prompt(messages, task, split, doc)
 
+    def introduce(self, task: str, documents: Any, messages: Any, split: str, docs: Sequence[int]) -> None:
+        """Lets `prompt` tell of documents that another process answered, or an earlier run.
+
+        Args:
+            documents: the task's, by split; `messages` makes the chat of one.
+            docs: numbers of those meant.
+        """
+        self.task_dict[task] = documents
+        self._sources |= {(task, doc): (messages, split) for doc in docs}
+
     def _prompt(self, messages: Any, task: str, split: str, doc: int) -> Prompt:
         return from_chat(messages(self.task_dict[task][split][doc]), self.frames, self.system_prompt)
 

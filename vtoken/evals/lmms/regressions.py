@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +19,21 @@ from vtoken.wrap import trace
 if TYPE_CHECKING:
     from vtoken.evals.lmms.model import VtokenModel
 
-CASES = 8  # documents
+CASES = 8  # documents; of many pipelines as many as it takes to show all of them
 PANELS = 7  # pipelines beside dense, of one document
 SIDE = 480  # pixels
 Line = Mapping[str, Any]
 
 
+def directions(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Leaf -> 1, or -1 where lower is better, from `tasks` of results.json."""
+    return {leaf: 1.0 if about["higher_is_better"] else -1.0 for about in tasks.values() for leaf in about["leaves"]}
+
+
 def worst(dense: Sequence[Line], pruned: Mapping[str, Sequence[Line]], falls: Mapping[str, float]) -> list[dict]:
     """Picks documents, pipelines in turn, for each the largest loss first; no two show the same pictures.
+
+    Whoever had fewest turns is next, then who was shown least, so that of many pipelines none is shown again before the others.
 
     Args:
         dense: lines of the first dense run, as `records` describes them.
@@ -33,31 +41,35 @@ def worst(dense: Sequence[Line], pruned: Mapping[str, Sequence[Line]], falls: Ma
         falls: task -> 1, or -1 where a lower score is better.
 
     Returns:
-        At most CASES times `task` (the line's), `doc`, and `shown`: pipelines, those that lost the document first.
+        `task` (the line's), `doc`, and `shown`: at most PANELS pipelines, those that lost the document first.
     """
     losses = {
         name: [_loss(mine, base, falls) for mine, base in zip(lines, dense, strict=True)]
         for name, lines in pruned.items()
     }
     queues = {name: _by_loss(found) for name, found in losses.items()}
-    chosen: list[int] = []
+    turns, times = dict.fromkeys(losses, 0), dict.fromkeys(losses, 0)
+    found: list[dict[str, Any]] = []
+    taken: set[int] = set()
     seen: set[str] = set()
-    while len(chosen) < CASES and any(queues.values()):
-        for queue in queues.values():
-            while queue and (queue[0] in chosen or dense[queue[0]]["media"] in seen):
-                queue.pop(0)
-            if queue and len(chosen) < CASES:
-                chosen.append(queue.pop(0))
-                if dense[chosen[-1]]["media"] is not None:
-                    seen.add(dense[chosen[-1]]["media"])
-    return [
-        {
-            "task": dense[k]["task"],
-            "doc": dense[k]["doc"],
-            "shown": sorted(losses, key=lambda name: losses[name][k] <= 0)[:PANELS],
-        }
-        for k in chosen
-    ]
+    while len(found) < max(CASES, math.ceil(len(losses) / PANELS)):
+        for name, queue in queues.items():
+            queues[name] = [k for k in queue if k not in taken and dense[k]["media"] not in seen]
+        left = [name for name, queue in queues.items() if queue]
+        if not left:
+            break
+        own = min(left, key=lambda name: (turns[name], times[name]))
+        k = queues[own][0]
+        others = sorted(losses, key=lambda name: (name != own, times[name], losses[name][k] <= 0))[:PANELS]
+        shown = sorted(others, key=lambda name: losses[name][k] <= 0)
+        taken.add(k)
+        turns[own] += 1
+        for name in shown:
+            times[name] += 1
+        if dense[k]["media"] is not None:
+            seen.add(dense[k]["media"])
+        found.append({"task": dense[k]["task"], "doc": dense[k]["doc"], "shown": shown})
+    return found
 
 
 def _by_loss(losses: Sequence[float]) -> list[int]:

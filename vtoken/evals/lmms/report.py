@@ -10,10 +10,11 @@ from typing import Any
 from PIL import Image
 
 from vtoken.evals.lmms.findings import COSTS, Evaluation
-from vtoken.evals.plots import fronts, looks
+from vtoken.evals.plots import SERIES, fronts, looks, plot
 from vtoken.evals.report import Case, Panel, milliseconds, page, percent, ratio
 
 FEW = 20  # pictures; with fewer a bootstrap over them is too sure of itself
+MANY = 20  # rows of a table that are too many to show at once, of what few readers look for
 GLYPHS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼"}  # markers as text
 MISSING = 'report.html needs jinja2 and matplotlib: pip install "vtoken[plot]", then `vtoken report {folder}`'
 
@@ -43,11 +44,12 @@ def render(evaluation: Evaluation, found: Mapping[str, Any]) -> str:
     Raises:
         ImportError: jinja2 or matplotlib is missing.
     """
-    rows = found["pipelines"]
+    rows = grouped(found["pipelines"])
     drawn = {cost: [row for row in rows if cost in row["fronts"]] for cost in COSTS}
     plots = [(name, fronts(rows, cost, name), drawn[cost]) for cost, name in COSTS.items() if drawn[cost]]
     key = [(method, colour, GLYPHS[marker]) for method, (colour, _, marker) in looks(rows).items()]
-    alike = len({colour for _, colour, _ in key}) < len(key)
+    coloured = [each for each in key if each[1] != "soft"]
+    known = [_as_plotted(row) for row in rows if None not in (row["quality"], row["tokens"])]
     return page(
         "eval.html",
         conditions(found),
@@ -55,11 +57,28 @@ def render(evaluation: Evaluation, found: Mapping[str, Any]) -> str:
         rows=rows,
         dense=rows[0],
         plots=plots,
-        key=[] if alike else key,
+        key=coloured if len(coloured) == len(key) else [*coloured, ("others", "soft", GLYPHS["o"])],
+        each=plot(known, "% of dense") if len(key) > len(SERIES) and rows[0]["quality"] is not None else None,
         cases=cases(evaluation),
         few=FEW,
+        many=len(rows) > MANY,
+        told={row["name"]: " ".join(row["pipeline"].split()) for row in rows if row["pipeline"]},
         reasons=sorted({task["no_flops"] for row in rows for task in row["tasks"].values() if task["no_flops"]}),
     )
+
+
+def grouped(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Dense, then method by method in the order they ran, each from many tokens to few."""
+    methods = list(dict.fromkeys(row["method"] for row in rows[1:]))
+    return [rows[0], *sorted(rows[1:], key=lambda row: (methods.index(row["method"]), -(row["entry"] or 0)))]
+
+
+def _as_plotted(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as `plot` takes it, with what is left of dense as accuracy."""
+    share = row["quality"]
+    low, high = (share if row[end] is None else row[end] for end in ("low", "high"))
+    about = {"method": row["method"], "tokens": round(row["tokens"])}
+    return {**about, "accuracy": {"share": share, "low": low, "high": high}}
 
 
 def conditions(found: Mapping[str, Any]) -> dict[str, str]:
@@ -75,8 +94,6 @@ def conditions(found: Mapping[str, Any]) -> dict[str, str]:
         told["drift"] = (
             f"last dense run / first: TTFT {ratio(found['drift']['ttft'])}, {found['drift']['answers_changed']} answers changed"
         )
-    for row in found["pipelines"][1:]:
-        told[row["name"]] = " ".join(row["pipeline"].split())
     return {key: value for key, value in told.items() if value}
 
 

@@ -152,7 +152,7 @@ def evaluate(
         results.save()
         pruned = {pipeline.name: found for pipeline, found in zip(runs[1:-1], lines[1:-1], strict=True)}
         progress("pictures of what was lost")
-        chosen = regressions.worst(lines[0], pruned, _falls(results.tasks))
+        chosen = regressions.worst(lines[0], pruned, regressions.directions(results.tasks))
         results.cases = regressions.draw(model, runs[:-1] or runs, chosen, folder)
         results.save()
     finally:
@@ -192,11 +192,6 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain").strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _falls(tasks: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Leaf -> 1, or -1 where lower is better."""
-    return {leaf: 1.0 if about["higher_is_better"] else -1.0 for about in tasks.values() for leaf in about["leaves"]}
 
 
 def about_task(task: str, scored: Scored) -> dict[str, Any]:

@@ -17,13 +17,14 @@ import torch.distributed as dist
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, VtokenError
 from vtoken.evals.latency import bench
-from vtoken.evals.lmms import cluster
+from vtoken.evals.lmms import cluster, regressions
+from vtoken.evals.lmms.findings import read
 from vtoken.evals.lmms.harness import Harness, ranks
 from vtoken.evals.lmms.model import VtokenModel
 from vtoken.evals.lmms.plan import Point, Sweep, digest, points
 from vtoken.evals.lmms.points import Answered, ask, assemble, load, save
 from vtoken.evals.lmms.prepare import prepare_ray, quiet
-from vtoken.evals.lmms.run import Results, commit, lineup
+from vtoken.evals.lmms.run import DENSE, Results, commit, lineup
 from vtoken.evals.lmms.suites import expand
 
 Progress = Callable[[int, int, str], None]
@@ -67,7 +68,7 @@ def run(
     progress: Progress = lambda done, total, what: None,
     ray: str | None = None,
 ) -> Results | None:
-    """Asks what is not in the folder yet and writes DIR/results.json, DIR/requests/ and DIR/points/.
+    """Asks what is not in the folder yet and writes DIR/results.json, DIR/requests/, DIR/cases/ and DIR/points/.
 
     Args:
         workers: processes, each with a model of its own; they take the GPUs in turn. None is 1, or what `cluster` says.
@@ -128,8 +129,31 @@ def run(
     assert results is not None  # the first dense point is there, or something was raised
     if sweep.speed is not None:
         results.speed = _speed(asking, folder, [point.key for point in todo], progress, (done, len(todo)))
-        results.save()
+    progress(len(todo), len(todo), "pictures of what was lost")
+    results.cases = _cases(asking, folder, [point.key for point in todo])
+    results.save()
     return results
+
+
+def _cases(asking: Asking, folder: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Pictures of what was lost, drawn once."""
+    key = "cases-" + digest(keys)
+    found: list[dict[str, Any]] | None = load(folder, key)
+    if found is not None and all(
+        (folder / file).is_file() for case in found for file in case["panels"].values() if file
+    ):
+        return found
+    asked = read(folder)
+    pruned = {run["name"]: asked.lines[k] for k, run in enumerate(asked.results["runs"]) if run["pipeline"]}
+    chosen = regressions.worst(asked.lines[0], pruned, regressions.directions(asked.results["tasks"]))
+    found = []
+    if chosen:
+        model = asking.ready()
+        asking.harness.introduce(model, chosen)
+        found = regressions.draw(model, asking.runs[:-1], chosen, folder)
+        model.use(DENSE)
+    save(folder, key, found)
+    return found
 
 
 def _speed(asking: Asking, folder: Path, keys: Sequence[str], progress: Progress, at: tuple[int, int]) -> Any:
