@@ -1,7 +1,7 @@
 """Everything that wants a GPU, part by part: `python benchmarks/gpu.py [--only PART ...]`. Tables to stdout, JSON to --out.
 
 Every part is a process of its own with a time cap, and writes its rows as they come, so a part that is slow or fails costs only itself. A
-part whose JSON is there is not run again (unless named with --again). The last table holds the goals against all that was found.
+part whose JSON is there is not run again, one that was cut short neither (--again runs it). The last table holds the goals against all that was found.
 With --small the parts run to their end on a CPU; set TRITON_INTERPRET=1 and the kernels run, too. Such times mean nothing.
 """
 
@@ -39,6 +39,7 @@ def run(name: str, out: Path, small: bool, cap: int) -> str:
     if small and name != "sparse":
         # Where no GPU is, compiling for the CPU takes minutes and tells nothing.
         command.append("--no-compile" if name == "kernels" else "--small")
+    file.unlink(missing_ok=True)  # What an earlier run found must not pass for this one's.
     start = time.perf_counter()
     with (out / f"{name}.log").open("w") as log:
         child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
