@@ -174,6 +174,10 @@ class Keep:
         return merge_tokens(x, self.into, len(self.index), self.weight)
 
 
+class OtherModel(ValueError):
+    """Options (weights, tables, thresholds) that were made for another model; says how to make those of this one."""
+
+
 class Stage(BaseModel):
     """A method and its options: fields are YAML options, the object with the options is the object with the code.
 
