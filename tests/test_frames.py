@@ -251,6 +251,38 @@ def test_flops(family: str) -> None:
     assert claimed.visual_entry * 4 == dense.visual_entry
 
 
+def test_a_second_stage_sees_what_the_first_left() -> None:
+    """Frames 0, 2 and 3 of the first video, 1 of the second; then the last of each."""
+    seen: list[VisualTokens] = []
+
+    class First(Compressor):
+        """No paper."""
+
+        site: ClassVar[Site] = "frames"
+
+        def select(self, tokens: VisualTokens) -> Keep:
+            seen.append(tokens)
+            return Keep(torch.tensor([0, 2, 3, 5]), (3, 1))
+
+    class Second(Compressor):
+        """No paper."""
+
+        site: ClassVar[Site] = "frames"
+
+        def select(self, tokens: VisualTokens) -> Keep:
+            seen.append(tokens)
+            return Keep(torch.tensor([2, 3]), (1, 1))
+
+    x = torch.arange(6.0)[:, None]
+    found = frames.choose([First(), Second()], x, (4, 2))
+    assert found.index.tolist() == [3, 5]
+    assert [[p.tolist() for p in places] for _, places, _ in found.steps] == [[[0, 2, 3], [1]], [[3], [1]]]
+    first, second = seen
+    assert first.lengths == (4, 2) and second.lengths == (3, 1)
+    assert first.place.tolist() == [0, 1, 2, 3, 0, 1] and second.place.tolist() == [0, 2, 3, 1]
+    assert second.x[:, 0].tolist() == [0, 2, 3, 5] and second.parts == (((4, 1, 1),), ((2, 1, 1),))
+
+
 def test_thumbnails_of_patches_are_those_of_the_pictures() -> None:
     """What the image processor of Qwen cut into patches gives the thumbnails of the pictures it was given."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil

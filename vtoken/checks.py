@@ -9,7 +9,7 @@ from vtoken.errors import OtherModelError, UnsupportedError
 from vtoken.hooks import facts
 from vtoken.hooks.attention import OBSERVED
 from vtoken.hooks.sparse import check_attention
-from vtoken.stages import FACTS, Site, Stage
+from vtoken.stages import FACTS, OtherModel, Site, Stage
 
 # Which facts can be had where: the encoder's own before the LLM runs, the decoder's inside it.
 AT_TOKENS = {*facts.PROJECTIONS, "features", "pixels", "text"}
@@ -151,6 +151,8 @@ def check_layers(stage: Stage, adapter: Adapter) -> None:
     check_inside(stage, adapter)
     try:
         layers = stage.layers(depth)
+    except OtherModel as error:
+        raise OtherModelError(f"stage {stage.name}: {error}") from error
     except ValueError as error:
         raise UnsupportedError(f"stage {stage.name}: {error}") from error
     first, last = (0, min(adapter.encoder.feature_layers) - 1) if stage.site == "encoder" else (1, depth - 1)

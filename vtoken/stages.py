@@ -212,6 +212,10 @@ class Keep:
         return mean.index_copy(0, slots, each.to(mean.dtype))
 
 
+class OtherModel(ValueError):
+    """Options (weights, tables, thresholds) that were made for another model; says how to make those of this one."""
+
+
 class Stage(BaseModel):
     """A method and its options: fields are YAML options, the object with the options is the object with the code.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vtoken.compressors._matching import Merger
 from vtoken.compressors._thresholds import Thresholds
-from vtoken.stages import Parts, size_of
+from vtoken.stages import OtherModel, Parts, size_of
 
 
 class DToMe(Merger, Thresholds):
@@ -34,7 +34,7 @@ class DToMe(Merger, Thresholds):
     def layers(self, depth: int) -> tuple[int, ...]:
         for name, values in (("thresholds", self.thresholds), ("left", self.left or self.thresholds)):
             if len(values) != depth:
-                raise ValueError(
+                raise OtherModel(
                     f"{name} are for an encoder of {len(values)} layers, this one has {depth}; calibrate them on this checkpoint: "
                     "vtoken calibrate dtome MODEL"
                 )

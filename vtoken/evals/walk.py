@@ -10,7 +10,7 @@ from vtoken.evals.geometry import Geometry
 from vtoken.hooks.facts import INSIDE_DECODER
 from vtoken.hooks.frames import SIDE
 from vtoken.reading import SparseAttention
-from vtoken.stages import Fact, Site, Stage, size_of
+from vtoken.stages import Fact, OtherModel, Site, Stage, size_of
 
 Counts = tuple[int, ...]
 
@@ -198,6 +198,8 @@ class Walk:
                 )
         try:
             layers = stage.layers(tower.layers.depth if encoder else depth)
+        except OtherModel as error:
+            raise OtherModelError(f"stage {stage.name}: {error}") from error
         except ValueError as error:
             raise UnsupportedError(f"stage {stage.name}: {error}") from error
         if not layers or min(layers) < first or max(layers) > last:
