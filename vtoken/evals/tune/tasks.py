@@ -5,7 +5,9 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -104,9 +106,11 @@ class Tasks:
             VtokenError: a scorer that fails.
         """
         self._speaker.says = dict(zip(self._speaker.heard, answers, strict=False))
+        with redirect_stderr(StringIO()):  # Bars, and what scorers print, would come again with every trial.
+            every = self._scored()
         values: dict[str, float] = {}
         found: dict[tuple[str, str, int], float | None] = {}
-        for name, scored in self._scored().items():
+        for name, scored in every.items():
             metric = scored.metric or ""
             if scored.value is None:
                 raise ConfigError(f"the scorer of task {name} gives no number to keep; take --quality agreement")
