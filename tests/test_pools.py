@@ -12,9 +12,9 @@ from vtoken import registry
 from vtoken.pruners._pools import merged, rest_of, top
 from vtoken.stages import Fact, Keep, VisualTokens, offsets_of
 
-METHODS = ("visionzip", "divprune", "cdpruner", "vispruner", "prumerge", "vscan", "holov")
+METHODS = ("visionzip", "divprune", "cdpruner", "vispruner", "prumerge", "vscan", "holov", "scope")
 # Those for which a crop is nothing but a smaller image: the others look at the whole for relevance or windows.
-ALIKE = ("visionzip", "divprune", "vispruner", "prumerge", "holov")
+ALIKE = ("visionzip", "divprune", "vispruner", "prumerge", "holov", "scope")
 LENGTHS, PARTS = (40, 18, 24), (((1, 4, 4), (1, 4, 6)), ((1, 3, 6),), ((3, 2, 4),))
 SEGMENT = torch.tensor([0] * 16 + [1, 1, 1, 1, 2, 2] * 4 + [0] * 18 + [0] * 8 + [1] * 8 + [2] * 8)
 methods = pytest.mark.parametrize("name", METHODS)

@@ -33,6 +33,7 @@ class VisionZip(Pruner):
     deviations: ClassVar[str] = (
         "The CLS token, which the authors count as one dominant token, is not to be had: one more patch takes its slot. "
         "Contextual tokens stand at their targets' places in reading order instead of at the end. "
+        "Where OneVision scales tokens down behind the projector, sums are of scaled features. "
         "Keys are averaged over heads only if `heads` says how many there are (the presets do)."
     )
 
