@@ -290,3 +290,25 @@ def the_modalities():
             assert len(listed) == len(set(listed)) and set(listed) == set().union(*(of[e][0] for e in ends))
             blocks = set().union(*({c for row, c in of[e][1] if row == r} for e in ends))
             assert set(found.blocks[h, r].nonzero()[:, 0].tolist()) == blocks
+
+
+def composite_attention():
+    """Query by query: text reads all before it, a visual token itself and, with `prefix`, the text before it."""
+    for n, prefix in ((70, True), (70, False), (300, True), (300, False)):
+        p = video(n, 3, 2, 4, 2, 5, seed=n)
+        v = torch.randn(p.k.shape, generator=torch.Generator().manual_seed(n))
+        found = stage("composite_attention", prefix=prefix).reads(p)
+        got = found.apply(p.q, p.k, v, p.scale)
+        visual = (p.image >= 0).tolist()
+        assert any(visual) and not all(visual)
+        for h, q, k in heads_of(p):
+            for i in range(n):
+                keys = [j for j in range(i + 1) if not visual[i] or j == i or (prefix and not visual[j])]
+                weight = (k[keys] @ q[i] * p.scale).softmax(0)
+                want = weight @ v[h // 2].double()[keys]
+                torch.testing.assert_close(got[h, i].double(), want, atol=1e-5, rtol=1e-4)
+                assert found.visible(torch.tensor([i]))[h, 0].nonzero().flatten().tolist() == keys
+    layers = registry.stage("composite_attention")
+    assert layers().layers(5) == (2, 3, 4) and layers(at=(0, -1), dense_layers=(0,)).layers(5) == (4,)
+    with pytest.raises(ValidationError):
+        layers(at=())

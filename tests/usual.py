@@ -14,6 +14,8 @@ OWN: dict[str, dict[str, Any]] = {
     "dtome": {"thresholds": (-1.0,) * 4, "left": (0.5, 0.25, 0.125, 0.125)},
     "dtome_post": {"thresholds": (-1.0,), "left": (0.5,)},
     # As dense attention as others are on short prompts; test_zipvl.py has the rest.
+    # stands aside on short prompts, where it would not be as dense attention; test_composite.py has the rest
+    "composite_attention": {"min_len": 4096},
     "zipvl": {"tau": 1.0, "recent": 200},
     "zipvl_cache": {"tau": 0.9, "recent": 2, "drawn": 4},
     # only the first frame stays, as expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import log
 from typing import ClassVar
 
 import torch
@@ -59,6 +60,7 @@ class Reads:
         blocks: [H, T, M] bool, the key blocks that each query block reads.
         columns: [H, G, C] int32, single keys besides (-1 = none); query block t reads list t // share.
         dense: [H, N] bool, queries that read all keys before them.
+        own: [N] bool, queries that read their own key besides, where no block or list has it.
     """
 
     size: int
@@ -66,11 +68,14 @@ class Reads:
     columns: Tensor | None = None
     share: int = 1
     dense: Tensor | None = None
+    own: Tensor | None = None
 
     def apply(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Attention [H, N, d] of queries [H, N, d] over keys and values [Hk, N, d]."""
         blocks = self.blocks & causal(self.blocks)
-        out, _ = block_sparse_attention(q, k, v, blocks, scale, self.size, self.columns, self.share)
+        out, lse = block_sparse_attention(q, k, v, blocks, scale, self.size, self.columns, self.share)
+        if self.own is not None:
+            out = torch.where(self.own[:, None], with_own(out, lse, q, k, v, scale), out)
         if self.dense is None:
             return out
         rows, read = self._dense()
@@ -106,13 +111,15 @@ class Reads:
             marks = seen.new_zeros(heads, groups, n + 1)
             marks.scatter_(2, torch.where(self.columns < 0, n, self.columns).long(), True)
             seen |= marks[:, rows // self.size // self.share, :n]
+        if self.own is not None:
+            seen |= (torch.arange(n, device=rows.device) == rows[:, None]) & self.own[rows, None]
         if self.dense is not None:
             seen |= self.dense[:, rows, None]
         return seen & (torch.arange(n, device=rows.device) <= rows[:, None])
 
     def density(self) -> Tensor:
         """What is computed, as a share of all causal blocks, head mean: a scalar on the device of `blocks`. A single key counts a
-        `size`-th of a block for every query block that reads it, dense queries count whole query blocks."""
+        `size`-th of a block for every query block that reads it, dense queries count whole query blocks, own keys nothing."""
         below = causal(self.blocks)
         blocks = self.blocks & below
         total = blocks.sum().float()
@@ -146,11 +153,24 @@ class Among:
         out = scaled_dot_product_attention(q_, k_, v_, is_causal=True, scale=scale, enable_gqa=True)[0]
         return q.new_zeros(*q.shape[:2], v.shape[2]).index_copy(1, self.index, out)
 
+    def backend(self, q: Tensor, k: Tensor, v: Tensor) -> str:
+        """What computes `apply`: torch."""
+        return "torch"
+
     def density(self) -> Tensor:
         """Scores that are computed, as a share of all causal ones."""
         held = len(self.index)
         share = held * (held + 1) / (self.length * (self.length + 1))
         return torch.tensor(share, dtype=torch.float32, device=self.index.device)
+
+
+def with_own(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention [H, N, d] with every query's own key and value added to what `out` and `lse` (as `block_sparse_attention` gives them) hold."""
+    k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    own = (q.to(wide) * k.to(wide)).sum(-1) * (scale / log(2))
+    share = torch.sigmoid((own - lse) * log(2))[..., None]
+    return (out * (1 - share) + v * share).to(out.dtype)
 
 
 def causal(blocks: Tensor) -> Tensor:
