@@ -112,6 +112,7 @@ def test_the_table_says_what_the_file_does(whole: Results) -> None:
     assert all(len(row) == len(head) for row in rows) and [row[0] for row in rows] == [r["name"] for r in whole.runs]
     kept = head.index("visual tokens")
     assert [row[kept] for row in rows] == ["16", "3", "5", "5", "16"]
+    assert [row[head.index("over layers")] for row in rows] == [row[kept] for row in rows]
     assert rows[0][head.index("answers as dense")] == "100.0 %" and rows[0][head.index("TTFT / dense")] == ""
     assert "TTFT ms" not in cells(replace(whole, speed=None))[0]
 

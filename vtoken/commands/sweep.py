@@ -111,18 +111,24 @@ def cells(results: Results) -> list[tuple[str, ...]]:
     timed = {} if results.speed is None else {row["name"]: row for row in results.speed["rows"]}
     head = ["pipeline", *(f"{name}\n{about['metric']}" for name, about in results.tasks.items())]
     rows = [
-        (*head, "answers as dense", "visual tokens", *(("TTFT ms", "TTFT / dense", "end / dense") if timed else ()))
+        (
+            *head,
+            "answers as dense",
+            "visual tokens",
+            "over layers",
+            *(("TTFT ms", "TTFT / dense", "end / dense") if timed else ()),
+        )
     ]
     for run in results.runs:
         each = run["tasks"]
         docs = {name: results.tasks[name]["docs"] for name in each}
-        same, tokens = (
+        same, tokens, mean = (
             sum(each[name][key] * docs[name] for name in each) / sum(docs.values())
-            for key in ("same_as_dense", "visual_tokens_entry")
+            for key in ("same_as_dense", "visual_tokens_entry", "visual_tokens_mean")
         )
         scores = (_value(each.get(name)) for name in results.tasks)
         times = _times(timed[run["name"]]) if timed else ()
-        rows.append((run["name"], *scores, f"{100 * same:.1f} %", f"{tokens:.0f}", *times))
+        rows.append((run["name"], *scores, f"{100 * same:.1f} %", f"{tokens:.0f}", f"{mean:.0f}", *times))
     return rows
 
 
