@@ -110,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
 
     from vtoken.evals.lmms.harness import Harness
     from vtoken.evals.lmms.model import VtokenModel
+    from vtoken.evals.lmms.report import publish
     from vtoken.evals.lmms.run import evaluate
 
     if args.threads is not None:
@@ -134,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
         model, pipelines, harness, args.out, args.limit, command, lambda what: print(what, file=sys.stderr)
     )
     if args.json:
-        report(results)
+        publish(results.folder)
         print(json.dumps(results.to_dict()))
         return 0
     from vtoken.evals.console import show
@@ -142,23 +143,11 @@ def run(args: argparse.Namespace) -> int:
     show(args.model, cells(results))
     for sentence in notes(results):
         print(sentence)
-    for file in report(results):
+    for file in publish(results.folder):
         print(f"wrote {file}")
     if args.paper is not None:
         print(paper.beside(args.paper, results.to_dict()))
     return 0
-
-
-def report(results: Results) -> list[Path]:
-    """Writes table.md and, where jinja2 and matplotlib are installed, report.html; says on stderr how to have the page otherwise."""
-    from vtoken.evals.lmms import report
-    from vtoken.evals.lmms.findings import findings, read
-
-    evaluation = read(results.folder)
-    written = report.write(evaluation, findings(evaluation))
-    if len(written) == 1:
-        print(report.MISSING.format(folder=results.folder), file=sys.stderr)
-    return written
 
 
 def cells(results: Results) -> list[tuple[str, ...]]:

@@ -80,10 +80,10 @@ def run(args: argparse.Namespace) -> int:
     prepare("vtoken sweep")
     import torch
 
-    from vtoken.commands.eval import report
     from vtoken.evals.console import show
     from vtoken.evals.lmms import sweep as sweeping
     from vtoken.evals.lmms.harness import ranks
+    from vtoken.evals.lmms.report import publish
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         results = sweeping.run(sweep, args.out, args.workers, command, progress, args.ray)
     if results is None:
         return 0
-    written = report(results)
+    written = publish(results.folder)
     if args.json:
         print(json.dumps(results.to_dict()))
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from vtoken.evals.lmms.findings import COSTS, Evaluation
+from vtoken.evals.lmms.findings import COSTS, Evaluation, findings, read
 from vtoken.evals.plots import SERIES, fronts, looks, plot
 from vtoken.evals.report import Case, Panel, milliseconds, page, percent, ratio
 
@@ -36,6 +37,15 @@ def write(evaluation: Evaluation, found: Mapping[str, Any], file: Path | None = 
     file = evaluation.folder / "report.html" if file is None else file
     file.write_text(render(evaluation, found), encoding="utf-8")
     return [table, file]
+
+
+def publish(folder: Path) -> list[Path]:
+    """What `write` does for a folder of results; says on stderr how to have the page where a package is missing."""
+    evaluation = read(folder)
+    written = write(evaluation, findings(evaluation))
+    if len(written) == 1:
+        print(MISSING.format(folder=folder), file=sys.stderr)
+    return written
 
 
 def render(evaluation: Evaluation, found: Mapping[str, Any]) -> str:
