@@ -17,8 +17,8 @@ from vtoken.cli import main
 from vtoken.compressors.attention_exit import AttentionExit
 from vtoken.errors import VtokenError
 from vtoken.evals import calibrate, reference, samples
-from vtoken.evals.calibrate import attention_exit as search
-from vtoken.evals.calibrate.attention_exit import Point, Seen
+from vtoken.evals.calibrate import _attention as search
+from vtoken.evals.calibrate._attention import Point, Seen
 
 
 def first_calm(row: list[float], threshold: float, patience: int) -> int:
@@ -73,6 +73,18 @@ def test_the_curve_by_hand():
 )
 def test_what_is_chosen(kind, target, threshold):
     assert search.choose(search.curve(seen()), kind, target, depth=4).threshold == threshold
+
+
+def test_the_first_layer_is_searched_too():
+    """From layer 3 on nobody is asked before layer 2, where the third question must not lose its picture."""
+    first, best, points = search.search(seen(), (2, 3), "agreement", 0.6, depth=4)
+    assert (first, best.threshold) == (2, 0.65) and points == search.curve(seen())
+    later = search.curve(seen().since(3))
+    assert [(p.threshold, round(3 * p.agreement), p.mean_layer) for p in later][-1] == (0.65, 2, 3.0)
+    assert search.search(seen(), (2, 3), "mean_layer", 3.4, depth=4)[:2] == (3, later[2])
+    assert search.search(seen(), (2, 3), "agreement", 1.0, depth=4)[0] == 3, "both leave at 10/3: the later layer"
+    with pytest.raises(VtokenError, match=r"before layer 2\.00 at the earliest"):
+        search.search(seen(), (2, 3), "mean_layer", 1, depth=4)
 
 
 def test_a_lucky_threshold_behind_a_bad_one_is_not_taken():
