@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import random
+from random import Random
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def the_attention(found, p):
     out = found.apply(p.q, p.k, v, p.scale)
     for h in range(p.heads):
         keys, values = (x[h // (p.heads // len(p.k))].double() for x in (p.k, v))
-        for i in random.Random(h).sample(range(n), 3):
+        for i in Random(h).sample(range(n), 3):
             seen = [j for j in held if j <= i]
             want = torch.zeros(5, dtype=torch.float64)
             if i in held:
