@@ -26,18 +26,20 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 METHODS = [f for folder in registry.FOLDERS.values() for f in sorted((PACKAGE / folder).glob("*.py"))]
 
 # Layer -> the layers of vtoken it may import. Nothing points upwards.
-GROUND = {"stages", "reading", "cached", "probe", "budget", "run", "kernels"}
+GROUND = {"tokens", "stages", "reading", "cached", "probe", "budget", "run", "tracing", "kernels"}
 LOWER = GROUND | {"hooks", "adapters", "config", "errors", "registry"}
 MAY_IMPORT = {
     "__init__": {"registry", "wrap"},
     "errors": set(),
     "budget": set(),
     "kernels": {"kernels"},
-    "stages": {"budget", "kernels"},
+    "tokens": {"kernels"},
+    "stages": {"tokens", "budget", "kernels"},
     "probe": set(),
     "reading": {"stages", "kernels", "probe"},
     "cached": {"stages", "budget", "probe"},
-    "run": {"stages"},
+    "tracing": {"stages"},
+    "run": {"stages", "tracing"},
     "pruners": {"stages", "budget", "kernels", "pruners"},
     "compressors": {"stages", "reading", "cached", "probe", "budget", "kernels", "compressors"},
     "hooks": GROUND | {"hooks", "errors"},
@@ -59,10 +61,12 @@ MAY_IMPORT_FROM_OTHERS = {
     "registry": set(),
     "budget": {"pydantic", "pydantic_core"},
     "kernels": {"torch", "triton"},
+    "tokens": {"torch"},
     "stages": {"torch", "pydantic"},
     "probe": {"torch"},
     "reading": {"torch", "pydantic"},
     "cached": {"torch", "pydantic"},
+    "tracing": {"torch"},
     "run": {"torch"},
     "pruners": {"torch", "pydantic"},
     "compressors": {"torch", "pydantic", "safetensors"},

@@ -19,7 +19,7 @@ from test_unmerge import LOGITS, Mingled, caches, compare, unmerging
 
 import vtoken
 from vtoken.errors import UnsupportedError
-from vtoken.run import Trace
+from vtoken.tracing import Trace
 
 
 @families

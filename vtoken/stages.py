@@ -1,215 +1,60 @@
-"""The vocabulary between models and methods: VisualTokens, Fact, Keep, Stage.
+"""The vocabulary between models and methods: Stage, Pruner, Compressor, and from `tokens` what they decide about.
 
-Letters in every docstring: `B` batch rows, `N` visual tokens (`N_i` of image i), `K` kept, `T` text tokens, `L` sequence, `H` heads,
-`D` width, `d` head width. A method imports this file and never sees a model; an adapter never sees a method.
+A method imports this file and never sees a model; an adapter never sees a method. Letters as in `tokens`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from vtoken.budget import Budget
-from vtoken.kernels import gather_tokens, merge_tokens, topk_tokens
+from vtoken.kernels import topk_tokens
+from vtoken.tokens import (
+    FACTS,
+    Fact,
+    Fused,
+    Grid,
+    Keep,
+    Parts,
+    VisualTokens,
+    image_of,
+    offsets_of,
+    segments_of,
+    size_of,
+    uploaded,
+)
 
 Site = Literal["frames", "encoder", "tokens", "decoder", "attention", "cache"]
 Unmerging = Literal["expanded", "merged"]
 SITES: tuple[Site, ...] = ("frames", "encoder", "tokens", "decoder", "attention", "cache")
-Grid = tuple[int, int, int]
-Parts = tuple[Grid, ...]
 
-
-class Fact(NamedTuple):
-    """Something a stage needs to know about the visual tokens; nothing that is not asked for is computed.
-
-    `layer` is the encoder (or, at decoder sites, decoder) layer; None means the layer the model takes its features from
-    (at encoder and decoder sites: the layer before the cut). Negative layers count from the end. `above` counts, for
-    received_attention, only the queries that themselves receive more than so many times the mean of their crop (frame), or if
-    there is none, the one that receives most.
-    """
-
-    name: str
-    layer: int | None = None
-    above: float = 0.0
-
-
-FACTS: dict[str, str] = {
-    "cls_attention": "[ΣN] attention of the CLS query over all keys, head mean, CLS column dropped, not renormalised",
-    "received_attention": "[ΣN] attention each token receives, mean over queries and heads",
-    "global_attention": "[ΣN] as cls_attention; without CLS the query is the mean over the image's patches, windows disregarded",
-    "value_attention": "[ΣN] as global_attention, with values for queries and keys and no scale: softmax of dot products",
-    "mean_key": "[ΣN, d] encoder keys of the layer, head mean",
-    "mean_value": "[ΣN, d] encoder values of the layer, head mean; at decoder sites the decoder's",
-    "last_query_attention": "[ΣN] decoder attention of the last prompt token, head mean",
-    "next_query_attention": "[ΣN] the same in the decoder layer behind the cut, before it runs",
-    "text_attention": "[ΣN] decoder attention of the text tokens that the stage's `raters` chose, mean over them and the heads",
-    "visual_attention": "[ΣN] decoder attention of the last prompt token, softmax over the tokens of each image alone, head mean",
-    "visual_value_attention": "[ΣN] the same with values for query and keys",
-    "cross_attention": "[ΣN] decoder attention of the text behind each image, maximum over heads, mean over that text",
-    "self_attention": "[ΣN] decoder attention of each image's own tokens, maximum over heads, mean over them",
-    "relayed_attention": "[ΣN] decoder attention of the text behind each image, head mean, weighted by what that text receives from itself",
-    "keys": "[ΣN, H*d] encoder keys of the layer; at decoder sites the decoder's, with RoPE",
-    "later_keys": "one [T_i, H*d] tensor per image: decoder keys, with RoPE, of its row's text tokens behind it",
-    "normed": "[ΣN, D] decoder hidden states through the LLM's final norm",
-    "later_normed": "one [T_i, D] tensor per image: the same of its row's text tokens behind it",
-    "values": "[ΣN, H*d] encoder values of the layer",
-    "features": "[ΣN, D_encoder] encoder output before the projector",
-    "pixels": "[ΣN, P] the normalised pixel values behind each token (all patches and frames that were merged into it)",
-    "text": "one [T_r, D] tensor per batch row: embeddings of its text tokens (hidden states at decoder sites)",
-    "later_text": "one [T_i, D] tensor per image: as text, but only what stands behind the image",
-}
-
-
-@dataclass(frozen=True)
-class VisualTokens:
-    """The visual tokens of one prefill, packed over images; ragged is the normal case.
-
-    At site frames a row is not a token but a frame of a video (Qwen: a pair of frames), before anything was encoded: `x` holds the
-    normalised pixels of its thumbnail, float32 [ΣF, channels * height * width], `parts` is ((frames, 1, 1),), and images have one.
-
-    Attributes:
-        x: [ΣN, D] embeddings (hidden states at encoder and decoder sites).
-        offsets: [images + 1] int32 on the device of `x`: image i owns rows offsets[i]:offsets[i+1].
-        lengths: N_i on the host, so that no stage has to ask the device for a size.
-        parts: rasters of each image before anything was dropped, as (frames, rows, columns), in token order. A plain image or a
-            video is one raster; an anyres image is two, the downscaled whole and the stitched crops without their padding.
-            Newline tokens are in no raster: they follow the pipeline's newline policy and no method sees them.
-        row: batch row of each image.
-        place: [ΣN] position of each token among its image's unpruned tokens (rasters one after the other).
-        segment: [ΣN] frame of a video, or crop of an anyres image (0 is the downscaled whole), each token belongs to; None when
-            every image is a single one.
-        facts: what the stage declared in `needs`.
-        layer: layer index at encoder and decoder sites, else None.
-        memory: scratch of this stage for this prefill (stages themselves hold no state).
-        size: [ΣN] float32, unpruned tokens that each one stands for; None while nothing was merged.
-        lead: tokens in front of every image that no stage may touch: 1 at encoder sites with CLS.
-    """
-
-    x: Tensor
-    offsets: Tensor
-    lengths: tuple[int, ...]
-    parts: tuple[Parts, ...]
-    row: tuple[int, ...]
-    place: Tensor
-    segment: Tensor | None = None
-    facts: Mapping[Fact, Any] = field(default_factory=dict)
-    layer: int | None = None
-    memory: dict[str, Any] = field(default_factory=dict)
-    size: Tensor | None = None
-    lead: int = 0
-
-    @classmethod
-    def pack(
-        cls, x: Tensor, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], place: Tensor, **more: Any
-    ) -> VisualTokens:
-        """Builds the packed form from host-side lengths."""
-        return cls(x, offsets_of(lengths, x.device), tuple(lengths), tuple(parts), tuple(row), place, **more)
-
-    def whole(self, image: int) -> bool:
-        """Whether nothing was dropped from the image so far."""
-        return self.lengths[image] == size_of(self.parts[image])
-
-    def fact(self, name: str, layer: int | None = None, above: float = 0.0) -> Any:
-        """A fact by name, as declared in `needs`."""
-        return self.facts[Fact(name, layer, above)]
-
-
-def size_of(parts: Parts) -> int:
-    """Tokens of an image with these rasters."""
-    return sum(t * h * w for t, h, w in parts)
-
-
-def uploaded(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """[len] on the device. The host does not wait for what the device is doing, as it would in `torch.tensor(values, device=device)`."""
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
-
-
-def offsets_of(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Packed offsets [len + 1], int32, of segments with these lengths."""
-    return uploaded([0, *accumulate(lengths)], device, torch.int32)
-
-
-def image_of(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """[ΣN] image of each packed token."""
-    return torch.repeat_interleave(uploaded(lengths, device), output_size=sum(lengths))
-
-
-def segments_of(parts: Parts, per: str) -> int:
-    """Frames of a video, or crops of an anyres image with the downscaled whole. Crops are counted from the size without padding, which is
-    what a plan knows: a long picture that is forced into 2 x 2 crops has more of them."""
-    if len(parts) == 1:
-        return parts[0][0] if per == "per_frame" else 1
-    (_, side, _), (_, height, width) = parts
-    return 1 + -(-height // side) * -(-width // side) if per == "per_crop" else 1
-
-
-@dataclass(frozen=True)
-class Fused:
-    """Slots that become something else than the mean of their members' embeddings.
-
-    Attributes:
-        slots: [M] int64 kept slots (0..ΣK-1).
-        factor: [M] float32 that multiplies the mean.
-        features: [ΣN, D_encoder] the fact `features`: at site tokens the mean is taken of them, and the projector makes an
-            embedding of it. None, or where one visual token takes several patches' features (Qwen): of embeddings.
-    """
-
-    slots: Tensor
-    factor: Tensor
-    features: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Keep:
-    """The decision of a stage, plain data.
-
-    Attributes:
-        index: [ΣK] int64 rows of the packed axis that stay, ascending (reading order).
-        lengths: kept per image, on the host.
-        into: [ΣN] kept slot (0..ΣK-1) that absorbs each token, -1 = dropped; None when losers are simply dropped. A kept
-            token absorbs itself.
-        weight: [ΣN] weight of each token in its slot's mean; None means equal weights.
-        fused: slots that are not to be plain means; only with `into`.
-    """
-
-    index: Tensor
-    lengths: tuple[int, ...]
-    into: Tensor | None = None
-    weight: Tensor | None = None
-    fused: Fused | None = None
-
-    def to(self, device: torch.device) -> Keep:
-        """The same decision on another device."""
-        into, weight = (None if t is None else t.to(device) for t in (self.into, self.weight))
-        f = self.fused
-        if f is not None:
-            f = Fused(f.slots.to(device), f.factor.to(device), None if f.features is None else f.features.to(device))
-        return Keep(self.index.to(device), self.lengths, into, weight, f)
-
-    def apply(self, x: Tensor, project: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Applies the decision to anything whose first axis is the packed token axis: [ΣN, ...] -> [ΣK, ...].
-
-        Args:
-            project: makes embeddings [M, D] of features [M, D_encoder], where x are embeddings and the family can.
-        """
-        if self.into is None:
-            return gather_tokens(x, self.index)
-        mean = merge_tokens(x, self.into, len(self.index), self.weight)
-        if self.fused is None:
-            return mean
-        slots, features = self.fused.slots, None if project is None else self.fused.features
-        of = mean if features is None else merge_tokens(features, self.into, len(self.index), self.weight)
-        each = of[slots]
-        each = each * self.fused.factor.to(each.dtype).view(-1, *[1] * (each.ndim - 1))
-        if project is not None and features is not None:
-            each = project(each)
-        return mean.index_copy(0, slots, each.to(mean.dtype))
+__all__ = [
+    "FACTS",
+    "SITES",
+    "Compressor",
+    "Fact",
+    "Fused",
+    "Grid",
+    "Keep",
+    "OtherModel",
+    "Parts",
+    "Pruner",
+    "Site",
+    "Stage",
+    "Unmerging",
+    "VisualTokens",
+    "image_of",
+    "keep_all",
+    "offsets_of",
+    "segments_of",
+    "size_of",
+    "uploaded",
+]
 
 
 class OtherModel(ValueError):

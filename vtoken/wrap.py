@@ -27,8 +27,9 @@ from vtoken.hooks.layers import LayerGroups
 from vtoken.hooks.packed import PackedHooks
 from vtoken.hooks.sparse import SparsePrefill
 from vtoken.hooks.unmerge import Unmerge
-from vtoken.run import Run, Trace
+from vtoken.run import Run
 from vtoken.stages import Fact, Site, Stage
+from vtoken.tracing import Trace
 
 
 class Session:

@@ -11,8 +11,8 @@ from vtoken.config import Pipeline, load
 from vtoken.errors import UnsupportedError, VtokenError
 from vtoken.evals.matrix import sample
 from vtoken.registry import adapter, catalogue
-from vtoken.run import Trace
 from vtoken.stages import Stage
+from vtoken.tracing import Trace
 from vtoken.wrap import trace, wrapped
 
 FEW = ("fastervlm", "uniform", "random")

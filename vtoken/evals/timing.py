@@ -18,7 +18,8 @@ from vtoken.config import Pipeline
 from vtoken.errors import UnsupportedError
 from vtoken.evals.inputs import Prompt
 from vtoken.hooks.handle import Handle
-from vtoken.run import Clock, Trace
+from vtoken.run import Clock
+from vtoken.tracing import Trace
 from vtoken.wrap import trace, wrapped
 
 

@@ -23,8 +23,9 @@ from vtoken.hooks.handle import Handle
 from vtoken.hooks.kv import CacheHooks
 from vtoken.hooks.layout import take
 from vtoken.hooks.unmerge import Unmerge
-from vtoken.run import Run, Trace
+from vtoken.run import Run
 from vtoken.stages import Fact, Stage
+from vtoken.tracing import Trace
 
 
 class Boundary:

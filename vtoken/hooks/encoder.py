@@ -21,8 +21,9 @@ from vtoken.hooks import facts, frames
 from vtoken.hooks.flow import check, check_replay, trace_of
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.merging import Between, check_resized, log_size, surface
-from vtoken.run import Clock, Lineage, Run, StageTrace
+from vtoken.run import Clock, Lineage, Run
 from vtoken.stages import Fact, Parts, Stage, VisualTokens, uploaded
+from vtoken.tracing import StageTrace
 
 
 @dataclass

@@ -13,8 +13,9 @@ from vtoken.errors import UnsupportedError
 from vtoken.hooks.flow import Flow, Prefill, Visual
 from vtoken.hooks.images import Located, check, locate
 from vtoken.hooks.prompt import text_of
-from vtoken.run import Lineage, Run, Trace, segments
+from vtoken.run import Lineage, Run, segments
 from vtoken.stages import Fact, Keep, Stage, image_of, offsets_of
+from vtoken.tracing import Trace
 
 
 class Entry:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from vtoken.hooks.flow import eager
 from vtoken.hooks.handle import Handle
-from vtoken.run import Call, Encode, Run, StageTrace, tokens_of
+from vtoken.run import Call, Encode, Run, tokens_of
 from vtoken.stages import Fact
+from vtoken.tracing import StageTrace
 
 Pack = Callable[[Tensor], Tensor]
 

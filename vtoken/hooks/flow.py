@@ -14,8 +14,9 @@ from vtoken.errors import UnsupportedError
 from vtoken.hooks.cache import PrunedCache, Slots
 from vtoken.hooks.images import Located
 from vtoken.hooks.layout import pack_left, spare, take
-from vtoken.run import Clock, Lineage, StageTrace, Trace
+from vtoken.run import Clock, Lineage
 from vtoken.stages import Fact, Keep, Parts, Stage, VisualTokens
+from vtoken.tracing import StageTrace, Trace
 
 # For all that happens at prefill: torch.compile reads thread-local state wrongly (it sees the class's default), and would see no images.
 eager = torch.compiler.disable

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from vtoken.hooks.flow import check, trace_of
-from vtoken.run import Clock, Layout, Lineage, StageTrace
+from vtoken.run import Clock, Layout, Lineage
 from vtoken.stages import Keep, Stage, VisualTokens, offsets_of
+from vtoken.tracing import StageTrace
 
 SIDE = 16  # of a thumbnail
 T = TypeVar("T")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from vtoken.errors import UnsupportedError
-from vtoken.run import KINDS, Encode, Layout, StageTrace, newline_mask
+from vtoken.run import KINDS, Encode, Layout, newline_mask
+from vtoken.tracing import StageTrace
 
 
 @dataclass(frozen=True)

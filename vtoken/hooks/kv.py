@@ -24,7 +24,8 @@ from vtoken.hooks.cache import Slots
 from vtoken.hooks.flow import Prefill, Visual, aside_of, eager
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.held import Row, left_padded, slots_of
-from vtoken.run import Clock, Run, StageTrace
+from vtoken.run import Clock, Run
+from vtoken.tracing import StageTrace
 
 
 @dataclass(frozen=True)

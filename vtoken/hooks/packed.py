@@ -22,8 +22,9 @@ from vtoken.errors import UnsupportedError
 from vtoken.hooks import facts, frames
 from vtoken.hooks.flow import check, check_replay, trace_of
 from vtoken.hooks.handle import Handle
-from vtoken.run import Clock, Layout, Lineage, Run, StageTrace, segments
+from vtoken.run import Clock, Layout, Lineage, Run, segments
 from vtoken.stages import Fact, Stage, VisualTokens, image_of, offsets_of
+from vtoken.tracing import StageTrace
 
 
 @dataclass

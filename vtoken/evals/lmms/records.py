@@ -48,7 +48,8 @@ from itertools import accumulate
 from typing import Any
 
 from vtoken.adapters.base import Adapter
-from vtoken.run import KINDS, Trace
+from vtoken.run import KINDS
+from vtoken.tracing import Trace
 
 SCHEMA = "vtoken-eval/1"
 

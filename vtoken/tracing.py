@@ -1,0 +1,138 @@
+"""The trace: what a wrapped model did in its last prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtoken.stages import Parts
+
+
+@dataclass
+class StageTrace:
+    """One stage of one prefill.
+
+    Attributes:
+        name, site: of the stage.
+        tokens_in, tokens_out: visual tokens per image before and after it.
+        kept: per image, ascending LongTensor of indices into the image's unpruned visual tokens. At site cache those that any KV head
+            of the layer holds, with tokens_out their number per head (a mean); both empty where a method does not tell.
+        into: per image, for every unpruned visual token the kept one that absorbed it (-1 dropped); None for pure pruning.
+        stood_aside: why the stage did nothing, or None (rows of a batch that ran dense: `Trace.dense_rows`).
+        substitutes: fact asked for -> fact it was given, where the family has no such fact.
+        layer: the layer it acted at, for encoder, decoder, attention and cache sites.
+        backend: at site attention, what computed it: torch, triton or flex.
+        packed_bytes: at site cache, of a method that rounds to few bits: bytes of the layer's keys and values if they were packed so, which
+            they are not (`Trace.cache_bytes` are held).
+        frames: at site frames, per image, the frames that stayed (in Qwen models pairs of frames); an image is one.
+        patches: at site frames, per image, the patches that the vision tower's layers see of it.
+        densities: at site attention, per batch row: share of the causal blocks that was computed, head mean (scalars on the device).
+    """
+
+    name: str
+    site: str
+    tokens_in: list[int]
+    tokens_out: list[int]
+    kept: list[Tensor]
+    into: list[Tensor] | None = None
+    stood_aside: str | None = None
+    layer: int | None = None
+    packed_bytes: int | None = None
+    substitutes: dict[str, str] = field(default_factory=dict)
+    backend: str | None = None
+    clock: Callable[[], float] = field(default=lambda: 0.0, repr=False)
+    densities: list[Tensor] = field(default_factory=list, repr=False)
+    frames: list[list[int]] = field(default_factory=list)
+    patches: list[int] = field(default_factory=list)
+
+    @property
+    def density(self) -> list[float]:
+        """`densities` as numbers (reading them waits for the device); empty at other sites and where the stage stood aside."""
+        return [float(density) for density in self.densities]
+
+    @property
+    def milliseconds(self) -> float:
+        """Time the decision took (device time on a GPU; reading it waits for the device)."""
+        return self.clock()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "site": self.site,
+            "layer": self.layer,
+            "tokens_in": self.tokens_in,
+            "tokens_out": self.tokens_out,
+            "kept": [k.tolist() for k in self.kept],
+            "into": None if self.into is None else [i.tolist() for i in self.into],
+            "milliseconds": self.milliseconds,
+            "stood_aside": self.stood_aside,
+            "density": self.density,
+            "backend": self.backend,
+            "packed_bytes": self.packed_bytes,
+            "frames": self.frames,
+            "patches": self.patches,
+            "substitutes": self.substitutes,
+        }
+
+
+@dataclass
+class Trace:
+    """What happened in one prefill.
+
+    Attributes:
+        stages: one entry per stage and layer it acted at, in the order the data flowed.
+        parts: rasters of each image, as in VisualTokens; `row` is its batch row.
+        visual_tokens: per image, before anything was dropped.
+        layers: for every decoder layer, visual tokens per image that it saw.
+        prompt_tokens: per batch row, tokens that entered the first decoder layer (text and visual, no padding).
+        cached: for every decoder layer, per batch row, prompt tokens that each KV head holds after a cache stage; empty without one.
+        cache_bytes: bytes of keys and values after prefill (0 without a cache).
+        dense_rows: batch rows that ran dense because they hold fewer visual tokens than the pipeline's `min_visual_tokens`.
+    """
+
+    stages: list[StageTrace] = field(default_factory=list)
+    parts: list[Parts] = field(default_factory=list)
+    row: list[int] = field(default_factory=list)
+    visual_tokens: list[int] = field(default_factory=list)
+    layers: list[list[int]] = field(default_factory=list)
+    prompt_tokens: list[int] = field(default_factory=list)
+    cached: list[list[int]] = field(default_factory=list)
+    cache_bytes: int = 0
+    dense_rows: list[int] = field(default_factory=list)
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """Per image, unpruned indices of the tokens alive after the last stage that chose; what a cache stage evicts took part."""
+        for stage in reversed(self.stages):
+            if stage.kept and stage.site != "cache":
+                return stage.kept
+        return [torch.arange(n) for n in self.visual_tokens]
+
+    @property
+    def tokens_out(self) -> list[int]:
+        """Visual tokens per image after the last stage."""
+        return [len(k) for k in self.kept]
+
+    @property
+    def average_tokens(self) -> float:
+        """Visual tokens of the whole batch, averaged over decoder layers (papers mix this with tokens at entry)."""
+        counts: Sequence[int] = [sum(layer) for layer in self.layers] or [sum(self.visual_tokens)]
+        return sum(counts) / len(counts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `json.dumps` takes."""
+        return {
+            "stages": [s.to_dict() for s in self.stages],
+            "parts": [[list(grid) for grid in parts] for parts in self.parts],
+            "row": self.row,
+            "visual_tokens": self.visual_tokens,
+            "layers": self.layers,
+            "prompt_tokens": self.prompt_tokens,
+            "cached": self.cached,
+            "cache_bytes": self.cache_bytes,
+            "dense_rows": self.dense_rows,
+        }
