@@ -94,8 +94,9 @@ def prepare(processor: Any, media: Media, question: str, model: Any) -> Any:
     """Model inputs of one prompt, on the model's device and in its dtype.
 
     Raises:
-        UnsupportedError: a video that this processor cannot take.
+        UnsupportedError: pictures or a video that this processor cannot take.
     """
+    from vtoken.errors import UnsupportedError
     from vtoken.evals.processors import check_video
 
     text = _prompt(processor, question, "video" if media.video else "image", media.items)
@@ -104,7 +105,11 @@ def prepare(processor: Any, media: Media, question: str, model: Any) -> Any:
         given = {"videos": [list(media.pictures)], "do_sample_frames": False}  # The frames were chosen already.
     else:
         given = {"images": [list(media.pictures)]}  # Nested: OneVision must know that one prompt holds them all.
-    inputs = processor(text=text, return_tensors="pt", **given).to(model.device)
+    try:
+        inputs = processor(text=text, return_tensors="pt", **given).to(model.device)
+    except ValueError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UnsupportedError(f"the model's processor does not take this: {reason}") from error
     for name in {"pixel_values", "pixel_values_videos"} & set(inputs):
         inputs[name] = inputs[name].to(model.dtype)
     return inputs

@@ -23,14 +23,17 @@ DECODER: dict[str, Any] = {
 }
 
 
-def chat_template(image: str) -> str:
-    """The template, with what stands for a picture."""
+def chat_template(image: str, video: str = "") -> str:
+    """The template, with what stands for a picture and, in models that take any, for a video."""
+    other = "{% elif part['type'] == 'video' %}{{ '" + video + " ' }}" if video else ""
     return (
         "{% for message in messages %}{% if message['role'] == 'user' %}{{ 'USER: ' }}"
         "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
         "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '"
         + image
-        + " ' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ ' ' }}"
+        + " ' }}"
+        + other
+        + "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ ' ' }}"
         "{% else %}{{ 'ASSISTANT: ' }}{% if message['content'] is string %}{{ message['content'] }}{% else %}{{ message['content'][0]['text'] }}{% endif %}{{ eos_token }}"
         "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
     )

@@ -96,7 +96,8 @@ class TinyQwen(Family):
         images = Qwen2VLImageProcessorPil(
             **PIXELS, size={"shortest_edge": 4 * CELL * CELL, "longest_edge": 4 * SIZE * SIZE}
         )
-        template = build.chat_template("<|vision_start|><|image_pad|><|vision_end|>")
+        around = "<|vision_start|>{}<|vision_end|>".format
+        template = build.chat_template(around("<|image_pad|>"), around("<|video_pad|>"))
         return pictures_only(Qwen2_5_VLProcessor)(images, build.tokenizer(EXTRA), chat_template=template)
 
     def sight(self, model: Any) -> dict[str, nn.Module]:
