@@ -1,4 +1,4 @@
-"""Files of DyVTE gates for the tiny models: random ones, and ones that never let anything leave."""
+"""Files of DyVTE gates for the tiny models (random ones, and ones that never let anything leave), and of random DPN routers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 
 import tiny
 import torch
+from safetensors.torch import save_file
 
 from vtoken.compressors._gates import save
 
@@ -26,4 +27,21 @@ def file(seed: int | None = None, depth: int = 4, width: int = tiny.TEXT["hidden
         gates[k] = pair if seed is not None else tuple(0 * matrix for matrix in pair)
     path = Path(_FOLDER.name) / f"{seed}-{depth}-{width}-{len(stay)}.safetensors"
     save(path, gates, stay or (1.0,) * depth, {})
+    return str(path)
+
+
+@cache
+def routers(
+    seed: int = 0, layers: tuple = (0, 2), width: int = tiny.TEXT["hidden_size"], sizes: int = 2, loud: float = 1.0
+) -> str:
+    """The path of a file of routers behind these layers, loud enough to pick different sizes for different prompts."""
+    g = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in layers:
+        tensors[f"{layer}.norm.weight"] = 1 + 0.1 * torch.randn(width, generator=g)
+        tensors[f"{layer}.norm.bias"] = 0.1 * torch.randn(width, generator=g)
+        tensors[f"{layer}.in.weight"] = torch.randn(width // 4, width, generator=g)
+        tensors[f"{layer}.out.weight"] = loud * torch.randn(sizes, width // 4, generator=g)
+    path = Path(_FOLDER.name) / f"routers-{seed}-{len(layers)}-{width}-{sizes}-{loud}.safetensors"
+    save_file(tensors, path)
     return str(path)

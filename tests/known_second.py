@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gates
 import pytest
 import torch
 from packing import tokens
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from torch.nn.functional import avg_pool2d
 
 from vtoken import config, registry
@@ -162,3 +164,58 @@ def pooled(grid, k):
     """Means of k x k cells of [rows, columns, D]; at the edge of what is there."""
     rows = avg_pool2d(grid.permute(2, 0, 1)[None], k, ceil_mode=True, count_include_pad=False)
     return rows[0].permute(1, 2, 0)
+
+
+def dpn_routed():
+    """Two rows with one and two images, two routers with three and two sizes; maxima and probabilities by hand, cell by cell."""
+    g = torch.Generator().manual_seed(4)
+    file = gates.routers(seed=7, layers=(7, 15), width=8, sizes=3)
+    pyramid = stage("dpn_routed", routers=file, read=2)
+    assert (
+        pyramid.layers(32) == (8, 16)
+        and pyramid.misfit(32, 8) == ""
+        and pyramid.misfit(15, 8)
+        and pyramid.misfit(32, 9)
+    )
+    held = load_file(file)
+    parts, row = (((1, 8, 8),), ((1, 4, 8),), ((1, 9, 7),)), (0, 0, 1)
+    lengths = (64, 32, 63)
+    grids = [torch.randn(h, w, 8, generator=g).double() for ((_, h, w),) in parts]
+    sides, memory = [1, 1, 1], {}
+    taken = set()
+    for layer in (8, 16):
+        texts = [torch.randn(5, 8, generator=g) for _ in row]
+        place = torch.cat(
+            [torch.arange(h * w).view(h, w)[::s, ::s].flatten() for s, ((_, h, w),) in zip(sides, parts, strict=True)]
+        )
+        x = torch.cat([grid.flatten(0, 1) for grid in grids])
+        facts = {Fact("later_text"): texts}
+        now = VisualTokens.pack(
+            x, [len(v.flatten(0, 1)) for v in grids], parts, row, place, facts=facts, layer=layer, memory=memory
+        )
+        keep = pyramid.select(now)
+        for images, last in (((0, 1), 1), ((2,), 2)):
+            if any(len(grids[i].flatten(0, 1)) < 16 or min(grids[i].shape[:2]) < 4 for i in images):
+                continue
+            shown = texts[last][-2:].double().mean(0)
+            name = str(layer - 1)
+            shown = (shown - shown.mean()) / (shown.var(unbiased=False) + 1e-5).sqrt()
+            shown = shown * held[f"{name}.norm.weight"].double() + held[f"{name}.norm.bias"].double()
+            inner = held[f"{name}.in.weight"].double() @ shown
+            inner = inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
+            p = ((held[f"{name}.out.weight"].double() @ inner) / 10).softmax(0)
+            k = (1, 2, 4)[int(p.argmax())]
+            taken.add(k)
+            for i in images:
+                sides[i] *= k
+                rows, columns = (range(0, n, k) for n in grids[i].shape[:2])
+                grids[i] = p.max() * torch.stack(
+                    [torch.stack([grids[i][r : r + k, c : c + k].amax((0, 1)) for c in columns]) for r in rows]
+                )
+        assert keep.lengths == tuple(len(v.flatten(0, 1)) for v in grids)
+        torch.testing.assert_close(keep.apply(x), torch.cat([v.flatten(0, 1) for v in grids]), atol=1e-6, rtol=1e-5)
+    assert len(taken) > 1, "different sizes were seen"
+    assert pyramid.plan(lengths, parts, row, 8) == lengths
+    for bad in ({"routers": "nowhere.safetensors"}, {"routers": __file__}, {"routers": file, "sizes": (0, 2)}):
+        with pytest.raises(ValidationError):
+            stage("dpn_routed", **bad)

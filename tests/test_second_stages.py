@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import gates
+import oracle
 import pytest
 import tiny
 import torch
@@ -96,3 +98,17 @@ def test_layers_of_encoder_facts_are_the_encoders():
         pass
     with pytest.raises(UnsupportedError, match="layer 4; there are 4"):
         vtoken.wrap(model, [Late(at=(1,), ask=4, seen={})])
+
+
+@families
+def test_routers_scale_what_they_leave(family, monkeypatch):
+    """Routers of zeros give each of three sizes, all 1, a third: nothing is pooled, and behind both layers a token counts a third of what it did."""
+    file = gates.routers(sizes=3, loud=0.0)
+    means = oracle.means
+    monkeypatch.setattr(
+        oracle, "means", lambda p, *rest: means(p, *rest) * torch.where(p.visual, 1 / 3, 1.0)[:, :, None]
+    )
+    model = tiny.make(family)
+    batch = tiny.build(model, rows_for(family, "ragged"), seed=3)
+    stages = [{"dpn_routed": {"routers": file, "sizes": (1, 1, 1), "least": 1}}]
+    compare(model, batch, {"stages": stages, "newline": "drop"})

@@ -153,11 +153,13 @@ class Fused:
         factor: [M] float32 that multiplies the mean.
         features: [ΣN, D_encoder] the fact `features`: at site tokens the mean is taken of them, and the projector makes an
             embedding of it. None, or where one visual token takes several patches' features (Qwen): of embeddings.
+        largest: the factor multiplies the largest of every number, not the mean; without `features`.
     """
 
     slots: Tensor
     factor: Tensor
     features: Tensor | None = None
+    largest: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,8 @@ class Keep:
         into, weight = (None if t is None else t.to(device) for t in (self.into, self.weight))
         f = self.fused
         if f is not None:
-            f = Fused(f.slots.to(device), f.factor.to(device), None if f.features is None else f.features.to(device))
+            features = None if f.features is None else f.features.to(device)
+            f = Fused(f.slots.to(device), f.factor.to(device), features, f.largest)
         return Keep(self.index.to(device), self.lengths, into, weight, f)
 
     def apply(self, x: Tensor, project: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -198,6 +201,8 @@ class Keep:
         mean = merge_tokens(x, self.into, len(self.index), self.weight)
         if self.fused is None:
             return mean
+        if self.fused.largest:
+            mean = _largest(x, self.into, len(self.index))
         slots, features = self.fused.slots, None if project is None else self.fused.features
         of = mean if features is None else merge_tokens(features, self.into, len(self.index), self.weight)
         each = of[slots]
@@ -205,3 +210,10 @@ class Keep:
         if project is not None and features is not None:
             each = project(each)
         return mean.index_copy(0, slots, each.to(mean.dtype))
+
+
+def _largest(x: Tensor, into: Tensor, slots: int) -> Tensor:
+    """[slots, ...] the largest of every number over the rows of x [ΣN, ...] that go `into` each slot (-1: into none)."""
+    room = x.new_full((slots + 1, *x.shape[1:]), -torch.inf)
+    slot = torch.where(into < 0, slots, into).view(-1, *[1] * (x.ndim - 1)).expand_as(x)
+    return room.scatter_reduce_(0, slot, x, "amax")[:slots]

@@ -29,9 +29,7 @@ class DPN(Compressor):
     deviations: ClassVar[str] = (
         "A static schedule, not the authors' method: without routers nothing is chosen by the question, and pooled tokens are not multiplied "
         "by the router's probability, which a stock LLM was not trained for. Means instead of maxima, original positions instead of "
-        "renumbered ones (positions: compact has these), edges are kept. Trained routers cannot be loaded: they belong to an LLM that was fine-tuned "
-        "with them on maxima times the router's probability, which a decision of ours (means) does not express, and to prompts with tokens "
-        "for the router to read; no checkpoint in the format of transformers is known."
+        "renumbered ones (positions: compact has these), edges are kept. With routers: dpn_routed."
     )
 
     at: tuple[int, ...] | None = Field(

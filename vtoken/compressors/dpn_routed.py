@@ -1,0 +1,110 @@
+"""DPN with its trained routers: the question says how far visual tokens are pooled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from vtoken.compressors._cells import cells_in, pooled
+from vtoken.compressors._exits import asked, last_of
+from vtoken.compressors._routers import chances, routers
+from vtoken.stages import Compressor, Fact, Fused, Keep, Parts, Site, VisualTokens, image_of, keep_all
+
+
+class DPNRouted(Compressor):
+    """Behind the decoder layers that have a router, the mean of the row's last `read` prompt tokens goes through its norm and two matrices with
+    GELU between them; of the softmax of a tenth of what comes out the largest picks k in `sizes`. The maximum over every k x k cell of the
+    current grid, times that probability (also where k is 1), takes the place and position of the cell's first token. Rows whose images are
+    down to fewer than `least` tokens, or to a raster smaller than the largest k, stay as they are.
+
+    Only for an LLM that was fine-tuned with these routers: the probability scales what it reads. `dpn` is the schedule by hand for stock
+    models. How far is pooled depends on the prompt: the plan (FLOPs) counts that nothing is.
+
+    Paper: https://arxiv.org/abs/2503.20322
+    """
+
+    site: ClassVar[Site] = "decoder"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2503.20322"
+    deviations: ClassVar[str] = (
+        "The authors' checkpoints are not in the format of transformers; their routers (norm and matrix of `mlp1`, matrix of `predictor`) have to be "
+        "written to a safetensors file as LAYER.norm.weight, .norm.bias, .in.weight and .out.weight, LAYER being 7, 15 and 23 in LLaVA-1.5-7B. Tried "
+        "with random routers only. They read <ROUTER> tokens that they append to the prompt: append them and say how many (`read`). "
+        "Original positions (positions: compact has theirs); edges of a grid are kept; the images of a row share one choice."
+    )
+
+    routers: str = Field(description="safetensors file with the routers that the LLM was fine-tuned with")
+    sizes: tuple[int, ...] = Field(
+        default=(1, 2, 4),
+        min_length=1,
+        description="sides of the cells; a router with fewer outputs has the first of them",
+    )
+    read: int = Field(default=1, ge=1, description="how many of the last prompt tokens the routers read the mean of")
+    least: int = Field(
+        default=16, ge=1, description="rows with fewer visual tokens left are left alone, as the authors do"
+    )
+
+    @field_validator("routers")
+    @classmethod
+    def _readable(cls, name: str) -> str:
+        routers(name)
+        return name
+
+    @field_validator("sizes")
+    @classmethod
+    def _positive(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        if min(sizes) < 1:
+            raise ValueError("`sizes` are sides of cells, numbers from 1 on")
+        return sizes
+
+    def needs(self) -> tuple[Fact, ...]:
+        return (Fact("later_text"),)
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        return tuple(layer + 1 for layer in routers(self.routers))
+
+    def misfit(self, depth: int, width: int) -> str:
+        found = routers(self.routers)
+        wide, outputs = ({f(r) for r in found.values()} for f in (lambda r: r.first.shape[1], lambda r: len(r.second)))
+        if wide == {width} and max(found) < depth - 1 and max(outputs) <= len(self.sizes):
+            return ""
+        return (
+            f"the routers {self.routers!r} are for layers {sorted(found)} of a decoder of width {sorted(wide)} with up to {max(outputs)} sizes; "
+            f"this one has {depth} layers of width {width}, and {len(self.sizes)} sizes are given; take the routers it was fine-tuned with"
+        )
+
+    @torch.no_grad()
+    def select(self, tokens: VisualTokens) -> Keep:
+        assert tokens.layer is not None
+        last, sides = last_of(tokens.row), tokens.memory.setdefault("sides", [1] * len(tokens.lengths))
+        router = routers(self.routers, tokens.x.device)[tokens.layer - 1]
+        sizes = self.sizes[: len(router.second)]
+        fits = [self._fits(parts, side, max(sizes)) for parts, side in zip(tokens.parts, sides, strict=True)]
+        rows = {k for k, ask in zip(last, asked(tokens), strict=True) if ask}
+        which = sorted(k for k in rows if all(f for f, of in zip(fits, last, strict=True) if of == k))
+        if not which:
+            return keep_all(tokens)
+        texts, factor = tokens.fact("later_text"), [1.0] * len(last)
+        best, at = chances(router, torch.stack([texts[k][-self.read :].float().mean(0) for k in which])).max(-1)
+        chosen = dict(zip(which, zip(best.tolist(), at.tolist(), strict=True), strict=True))
+        for i, k in enumerate(last):
+            if k in chosen:
+                factor[i], sides[i] = chosen[k][0], sides[i] * sizes[chosen[k][1]]
+        keep = pooled(tokens, sides)
+        return Keep(keep.index, keep.lengths, keep.into, fused=self._scaled(keep, factor, tokens.x.device))
+
+    def _fits(self, parts: Parts, side: int, largest: int) -> bool:
+        grids = [(-(-h // side), -(-w // side)) for _, h, w in parts]
+        return cells_in(parts, side) >= self.least and all(min(grid) >= largest for grid in grids)
+
+    def _scaled(self, keep: Keep, factor: list[float], device: torch.device) -> Fused:
+        image = image_of(keep.lengths, device)
+        each: Tensor = torch.tensor(factor, device=device)[image]
+        return Fused(torch.arange(len(image), device=device), each, largest=True)
+
+    def flops(self, lengths: Sequence[int], width: int) -> int:
+        """Maxima, and both matrices of one row."""
+        return sum(lengths) * width + width * width // 2
