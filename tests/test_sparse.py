@@ -279,6 +279,7 @@ def test_layers_are_shared_out():
         ([Ladder(dense_layers=(4,))], "layers 0 to 3"),
         ([Ladder(dense_layers=(0, 1, 2, 3))], "one must be left"),
         ([Plain()], "SparseAttention"),
+        ([{"proxyattn": {"proxies": 3}}], "3 proxies cannot share out 4 query heads on 2 key heads"),
     ):
         with pytest.raises(UnsupportedError, match=message):
             vtoken.wrap(model, stages)

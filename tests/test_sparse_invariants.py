@@ -27,6 +27,10 @@ THIN: dict[str, list[dict[str, Any]]] = {
         {"pattern": name, "sink": 20, "window": 64, "local": 64, "vertical": 40, "slash": 110}
         for name in ("grid_frame_columns", "grid_frame", "a_shape", "query_boundary", "2d_boundary")
     ],
+    "proxyattn": [
+        {"size": 16, "proxies": proxies, "gamma": 0.6, "min_budget": 16, "by_row": proxies == 4}
+        for proxies in (1, 2, 4)
+    ],
     "static_sparse": [{"size": 16, "sink": 16, "window": 20, "last": last} for last in (0, 5)],
     "xattention": [{"size": 16, "stride": 8, "threshold": 0.4}],
 }
@@ -34,9 +38,12 @@ WHOLE: dict[str, dict[str, Any]] = {
     "anchorattention": {"size": 16, "step": 2, "theta": 1e9},
     "flexprefill": {"size": 16, "gamma": 1.0, "tau": 0.0, "min_budget": 10_000},
     "mminference": {"pattern": "2d_boundary", "vertical": 10_000, "slash": 10_000},
+    "proxyattn": {"size": 16, "min_budget": 10_000},
     "static_sparse": {"size": 16, "window": 10_000},
     "xattention": {"size": 16, "stride": 8, "threshold": 1.0},
 }
+# Options that thin the shorter prompts of whole models.
+SHORT: dict[str, dict[str, Any]] = {"anchorattention": {"theta": 0.0}, "mminference": {"vertical": 30, "slash": 100}}
 CASES = [(name, options) for name, several in THIN.items() for options in several]
 each = pytest.mark.parametrize(("name", "options"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())))  # fmt: skip
 
@@ -125,11 +132,11 @@ def test_reading_everything_is_plain_attention(name, n):
 
 
 @families
-@pytest.mark.parametrize("name", ["anchorattention", "mminference"])
+@pytest.mark.parametrize("name", ["anchorattention", "mminference", "proxyattn"])
 def test_a_batch_says_what_its_rows_say_alone(family, name):
     model = tiny.make(family)
     batch = tiny.build(model, [[150, "img", 60, "img", 160], [1, "img", 260], [90]], seed=3)
-    options = {**THIN[name][-1], **({"vertical": 30, "slash": 100} if name == "mminference" else {"theta": 0.0})}
+    options = {**THIN[name][-1], **SHORT.get(name, {})}
     stages = [{"fastervlm": {"keep": "80%"}}, {name: {"min_len": 0, **options}}]
     with vtoken.wrapped(model, stages):
         got = torch.stack(greedy(model, batch, **OPTIONS).logits)

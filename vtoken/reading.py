@@ -203,6 +203,10 @@ class SparseAttention(Compressor):
         dense = {k % depth if -depth <= k < depth else k for k in self.dense_layers}
         return tuple(k for k in range(depth) if k not in dense)
 
+    def misfit_heads(self, heads: int, key_heads: int) -> str:
+        """Why a decoder with so many query and key heads cannot be served, and what to do; empty where it can. Asked when wrapping."""
+        return ""
+
     def reads(self, prompt: Prompt) -> Reads | Among:
         """The decision for one row in one layer."""
         raise NotImplementedError(f"stage {self.name} defines no reads()")

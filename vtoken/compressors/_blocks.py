@@ -45,9 +45,13 @@ def per_head(k: Tensor, heads: int) -> Tensor:
 
 def best(x: Tensor, count: Tensor) -> Tensor:
     """[..., M] bool: the `count` [...] largest of the last axis, ties to the lower index."""
+    return ranks(x) < count[..., None]
+
+
+def ranks(x: Tensor) -> Tensor:
+    """[..., M] int64: how many of the last axis come before each, the largest first, ties by index."""
     order = x.argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(x.shape[-1], device=x.device).expand_as(order))
-    return rank < count[..., None]
+    return torch.empty_like(order).scatter_(-1, order, torch.arange(x.shape[-1], device=x.device).expand_as(order))
 
 
 def cover(x: Tensor, share: float, drop_crossing: bool = False, always: Tensor | None = None) -> Tensor:

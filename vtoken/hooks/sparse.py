@@ -195,6 +195,8 @@ def check_attention(stages: Sequence[Stage], lm: Any) -> None:
             )
         if width > WIDEST:
             raise UnsupportedError(f"stage {stage.name}: attention heads of width {width}; at most {WIDEST} are served")
+        if why := stage.misfit_heads(lm.config.num_attention_heads, lm.config.num_key_value_heads):
+            raise UnsupportedError(f"stage {stage.name}: {why}")
         wrong = [k for k in stage.dense_layers if not -depth <= k < depth]
         if wrong or not stage.layers(depth):
             raise UnsupportedError(
