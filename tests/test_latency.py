@@ -236,8 +236,7 @@ def test_models(folder: Path, tmp_path: Path) -> None:
         models.load("nobody/nothing")
 
 
-def test_command_json(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")  # long times may not break a head over lines
+def test_command_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["--repeats", "1", "--warmup", "0", "--new-tokens", "2", "--text-tokens", "3"]
     argv = ["bench", str(folder), "fastervlm:4", "--device", "cpu", "--threads", "1", "--random-weights", *few]
     assert main([*argv, "--json"]) == 0

@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
         table.add_row(*line)
     console = Console()
     # A file has no width of its own; folded cells would be hard to read there.
-    Console(width=None if console.is_terminal else 200).print(table)
+    Console(width=None if console.is_terminal else 280).print(table)
     for sentence in (f"weights: {weights}", *notes(measured)):
         print(sentence)
     return 0
