@@ -309,6 +309,6 @@ def composite_attention():
                 torch.testing.assert_close(got[h, i].double(), want, atol=1e-5, rtol=1e-4)
                 assert found.visible(torch.tensor([i]))[h, 0].nonzero().flatten().tolist() == keys
     layers = registry.stage("composite_attention")
-    assert layers().layers(5) == (2, 3, 4) and layers(at=(0, -1), dense_layers=(0,)).layers(5) == (4,)
+    assert layers().layers(5) == (2, 3, 4) and layers(first=0, dense_layers=(1, -1)).layers(5) == (0, 2, 3)
     with pytest.raises(ValidationError):
-        layers(at=())
+        layers(first=-1)

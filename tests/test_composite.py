@@ -42,7 +42,7 @@ def test_equals_a_stock_model_under_the_mask(family, prefix):
     model = tiny.make(family)
     batch = tiny.build(model, [[5, "img", 4, "img", 3], [2, "img", 6], [4]], seed=3)
     options = {"return_dict_in_generate": True, "output_logits": True}
-    with vtoken.wrapped(model, [{"composite_attention": {"at": [1, -1], "prefix": prefix}}]):
+    with vtoken.wrapped(model, [{"composite_attention": {"first": 1, "dense_layers": [2], "prefix": prefix}}]):
         got = greedy(model, batch, n=3, **options)
         entries = [s for s in vtoken.trace(model).stages if s.stood_aside is None]
         assert [s.layer for s in entries] == [1, 3]

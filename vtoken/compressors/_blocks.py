@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vtoken.probe import last_rows as last_rows
-
 
 def lines(attention: Tensor) -> tuple[Tensor, Tensor]:
     """Of attention [H, R, N] of the last R queries, means over them: of every key [H, N] (vertical), and of every distance between

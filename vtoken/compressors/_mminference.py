@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vtoken.compressors._blocks import best, last_rows, lines, per_head
+from vtoken.compressors._blocks import best, lines, per_head
+from vtoken.probe import last_rows
 from vtoken.reading import Prompt
 
 SIZE = 64  # tokens of a block, and queries of a probe

@@ -17,6 +17,7 @@ class CompositeAttention(SparseAttention):
 
     Softmax runs over exactly these keys. All tokens keep their projections, MLP, positions and place in the cache; what is saved is attention
     among visual tokens, quadratic in their number. `prefix: false` leaves a visual token itself alone, so that attention gives its own value.
+    With `prefix` one number per layer and row comes from the device.
 
     Paper: https://arxiv.org/abs/2408.11795
     """
@@ -29,26 +30,20 @@ class CompositeAttention(SparseAttention):
     )
 
     min_len: int = Field(default=0, ge=0, description="prompts of fewer tokens keep the model's own attention")
-    at: tuple[int, ...] | None = Field(
-        default=None, min_length=1, description="decoder layers; none given: the second half of them"
+    first: int | None = Field(
+        default=None, ge=0, description="first decoder layer it acts in; none given: half of the depth"
     )
     prefix: bool = Field(default=True, description="visual tokens read the text in front of them too")
 
     def layers(self, depth: int) -> tuple[int, ...]:
-        given = (
-            range(depth // 2, depth) if self.at is None else (k % depth if -depth <= k < depth else k for k in self.at)
-        )
-        held = set(given)
-        return tuple(k for k in super().layers(depth) if k in held)
+        first = depth // 2 if self.first is None else self.first
+        return tuple(k for k in super().layers(depth) if k >= first)
 
     def reads(self, prompt: Prompt) -> Reads:
         text = prompt.image < 0
         tiles = -(-prompt.length // SIZE)
         blocks = torch.zeros(prompt.heads, tiles, tiles, dtype=torch.bool, device=text.device)
-        columns = None
-        if self.prefix:
-            # Text first, in order, the rest marked as none: no count has to come from the device.
-            order = torch.where(text, torch.arange(prompt.length, device=text.device), prompt.length).sort().values
-            columns = torch.where(order < prompt.length, order, -1).int().expand(prompt.heads, 1, -1)
+        listed = text.nonzero()[:, 0].int() if self.prefix else text.new_empty(0)
+        columns = listed.expand(prompt.heads, 1, -1) if len(listed) else None
         dense = text.expand(prompt.heads, -1)
         return Reads(SIZE, blocks, columns, share=max(1, tiles), dense=dense, own=~text)
