@@ -67,12 +67,16 @@ def train(
     only: list[str] | None = None,
     limit: int | None = None,
     heldout: Path | None = None,
+    compiled: bool = False,
 ) -> None:
     """Run the plan in order, or only the named cycles; what is finished is restored. At the end of the plan the model and its figures are written."""
     folder = out / "stages"
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
     model = family.model().to(recipe.device).train()
+    if compiled:
+        for layer in model.model.language_model.layers:
+            layer.compile()
     heads, oracle = Heads().to(recipe.device), Oracle(recipe.seed).to(recipe.device)
     sight, language = family.sight(model), {"language": model.model.language_model, "head": model.lm_head}
     seeing = {**sight, "heads": heads}
@@ -111,6 +115,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch decides")
     parser.add_argument("--only", nargs="+", metavar="CYCLE", help="run these cycles, on top of what is finished")
     parser.add_argument("--heldout", type=Path, help="held-out set for figures.json; default: the shipped one")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the decoder; needs a C++ compiler")
     parser.add_argument("--smoke", action="store_true", help="a few steps of every stage")
     given = parser.parse_args()
     family = FAMILIES[given.model]
@@ -126,6 +131,7 @@ def main() -> None:
         given.only,
         6 if given.smoke else None,
         given.heldout,
+        given.compile,
     )
 
 
