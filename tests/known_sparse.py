@@ -208,8 +208,8 @@ def mminference():
     assert bool(
         (seen_by(stage("mminference", pattern="grid_frame").reads(images), 900).sum((1, 2)) == 900 * 901 / 2).all()
     )
-    with pytest.raises(ValueError, match="patterns for 4 heads, the model has 2"):
-        s.reads(video(300, 20, 2, 4, 2, 5, heads=(2, 2)))
+    assert "for 4 heads in a layer, this model has 2" in s.misfit_heads(2, 2)
+    assert not s.misfit(1, 32) and not s.misfit_heads(4, 2)
 
 
 def the_grid(clip):

@@ -280,6 +280,13 @@ def test_layers_are_shared_out():
         ([Ladder(dense_layers=(0, 1, 2, 3))], "one must be left"),
         ([Plain()], "SparseAttention"),
         ([{"proxyattn": {"proxies": 3}}], "3 proxies cannot share out 4 query heads on 2 key heads"),
+        ([{"mminference": {"heads": [["a_shape"] * 4] * 3}}], "for 3 decoder layers, this model has 4"),
+        (
+            [{"mminference": {"heads": [["a_shape"] * 4, *[["a_shape"] * 2] * 3]}}],
+            "for 2 heads in a layer, this model has 4",
+        ),
+        ([{"static_sparse": {"gates": [[0.1, 0.2]] * 3}}], "for 3 decoder layers, this model has 4"),
+        ([{"static_sparse": {"gates": [[0.1] * 4] * 4}}], "for 4 key heads in a layer, this model has 2"),
     ):
         with pytest.raises(UnsupportedError, match=message):
             vtoken.wrap(model, stages)

@@ -63,6 +63,21 @@ def test_other_choices_wait_no_oftener(pipeline: str) -> None:
     assert waits("llava", pipeline, [[3, "img", 5]]) == sorted([ENTRY, CHECK])
 
 
+@pytest.mark.parametrize("name", ["flexprefill", "xattention", "proxyattn", "anchorattention", "static_sparse"])
+def test_sparse_prefill_waits_no_oftener(name: str) -> None:
+    assert waits("llava", [{name: {"min_len": 0}}], [[3, "img", 5]]) == sorted([ENTRY, CHECK])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "times"),
+    [("a_shape", 1), ("vertical_slash_1024", 1), ("query_boundary", 5), ("2d_boundary", 9), ("grid_frame", 5)],
+)
+def test_patterns_ask_where_images_lie_once_for_all_layers(pattern: str, times: int) -> None:
+    """Once for the order of the heads, the rest for where each modality lies and how far frames are apart."""
+    found = waits("llava", [{"mminference": {"min_len": 0, "pattern": pattern}}], [[3, "img", 5]])
+    assert len(found) == times + 2 and {where for where in found if "mminference" not in where[1]} == {ENTRY, CHECK}
+
+
 def test_the_recorder_sees_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values asked for, masks of bools and blocking copies, of what lies on the device; the host's own tensors do not count."""
     import syncs

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from math import log
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -29,6 +30,7 @@ class Prompt:
         place: [N] position among its image's unpruned tokens, -1 for text.
         parts: rasters of every image of the batch, as in VisualTokens.
         probe: what its queries attend to, shared with a stage of site cache; use it through `vtoken.probe.shared`.
+        known: what was worked out from image, place and parts alone, for all layers that see this layout; use `once`.
     """
 
     q: Tensor
@@ -39,6 +41,13 @@ class Prompt:
     place: Tensor
     parts: tuple[Parts, ...] = ()
     probe: Probe | None = None
+    known: dict[Hashable, Any] = field(default_factory=dict)
+
+    def once(self, key: Hashable, work: Callable[[], Any]) -> Any:
+        """What `work` returns, from the first time it was asked for under this key; it may read image, place and parts, not q and k."""
+        if key not in self.known:
+            self.known[key] = work()
+        return self.known[key]
 
     @property
     def length(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from math import prod
 
 import torch
@@ -20,6 +21,11 @@ FIRST, NEAR = 30, 100  # keys at the start and distances that every vertical-sla
 def strides(prompt: Prompt, unit: str) -> int | None:
     """Tokens from the start of one frame (single image) to the next, or from one row of a raster to the next: separators included.
     None where they are not equally long: mixed sizes, or tokens that were dropped."""
+    found: int | None = prompt.once(("strides", unit), lambda: _strides(prompt, unit))
+    return found
+
+
+def _strides(prompt: Prompt, unit: str) -> int | None:
     seen = prompt.image >= 0
     before, step = [], []
     for *earlier, (_, h, w) in prompt.parts:
@@ -62,13 +68,23 @@ def listed(columns: Tensor, width: int) -> Tensor:
     return torch.where(found < n, found, -1).int()
 
 
-def modalities(prompt: Prompt) -> Iterator[tuple[Tensor, int, int]]:
+def modalities(prompt: Prompt) -> tuple[tuple[Tensor, int, int], ...]:
     """Of text and of images: which tokens [N] they are, and where the last run of them starts and ends."""
+    found: tuple[tuple[Tensor, int, int], ...] = prompt.once("modalities", lambda: tuple(_modalities(prompt)))
+    return found
+
+
+def _modalities(prompt: Prompt) -> Iterator[tuple[Tensor, int, int]]:
     for mine in (prompt.image < 0, prompt.image >= 0):
-        at = mine.nonzero()[-1:, 0].tolist()
-        if at:
-            others = (~mine[: at[0]]).nonzero()[-1:, 0].tolist()
-            yield mine, others[0] + 1 if others else 0, at[0] + 1
+        at = _positions(mine)
+        if len(at):
+            run = (at.flip(0) + torch.arange(len(at), device=at.device) == at[-1]).cumprod(0).sum()
+            last, length = torch.stack([at[-1], run]).tolist()
+            yield mine, last + 1 - length, last + 1
+
+
+def _positions(mask: Tensor) -> Tensor:
+    return mask.nonzero()[:, 0]
 
 
 def by_modality(prompt: Prompt, vertical: int, slash: int, keys_too: bool) -> tuple[Tensor, Tensor]:
@@ -80,14 +96,15 @@ def by_modality(prompt: Prompt, vertical: int, slash: int, keys_too: bool) -> tu
     blocks = torch.zeros(len(q), tiles, tiles, dtype=torch.bool, device=q.device)
     earlier, parts = torch.zeros(len(q), n, dtype=torch.bool, device=q.device), []
     first = blocks.new_zeros(tiles)
-    kinds = list(modalities(prompt))
+    kinds = modalities(prompt)
     for mine, start, end in kinds:
         held = pad(mine, (0, tiles * SIZE - n)).unflatten(0, (tiles, SIZE)).any(-1)
         if keys_too:
             probe = last_rows(q[:, :end], k[:, :end], min(SIZE, end - start), prompt.scale)
             taken = torch.zeros_like(earlier)
-            for theirs, _, _ in kinds:
-                columns, near = pair(probe, mine, theirs, vertical, slash)
+            for j, (theirs, _, _) in enumerate(kinds):
+                at = prompt.once(("keys", j, end), partial(_positions, theirs[:end]))
+                columns, near = pair(probe, mine, theirs, at, vertical, slash)
                 taken |= columns
                 blocks |= near
         else:
@@ -104,13 +121,12 @@ def by_modality(prompt: Prompt, vertical: int, slash: int, keys_too: bool) -> tu
     return blocks, torch.cat(parts, 2)
 
 
-def pair(probe: Tensor, mine: Tensor, theirs: Tensor, vertical: int, slash: int) -> tuple[Tensor, Tensor]:
-    """What queries of one modality, `mine` [N], read of the keys of one, `theirs` [N]: columns [h, N] and blocks [h, T, T], by the
-    attention [h, R, n] of the last R of the first n tokens. The distance of a key is how many later keys of its modality the query
+def pair(probe: Tensor, mine: Tensor, theirs: Tensor, at: Tensor, vertical: int, slash: int) -> tuple[Tensor, Tensor]:
+    """What queries of one modality, `mine` [N], read of the keys of one, `theirs` [N] (`at`: where those
+    of the first n tokens stand): columns [h, N] and blocks [h, T, T], by the attention [h, R, n] of the last R of the first n tokens. The distance of a key is how many later keys of its modality the query
     sees, so distances run on across what stands in between."""
     heads, rows, n = probe.shape
     tiles, rank = -(-len(mine) // SIZE), theirs.cumsum(0) - 1
-    at = theirs[:n].nonzero()[:, 0]
     columns = torch.zeros(heads, len(mine), dtype=torch.bool, device=probe.device)
     if not len(at):
         return columns, torch.zeros(heads, tiles, tiles, dtype=torch.bool, device=probe.device)
@@ -156,11 +172,10 @@ def grid(prompt: Prompt, unit: str, rows: bool, local: int) -> Lists | None:
     multiple of its stride behind its phase and, with `rows`, queries likewise. The phase is where the probe of each head looks.
     None where frames (rows) are not equally far apart, or too few for it."""
     n, device = prompt.length, prompt.q.device
-    seen = (prompt.image >= 0).nonzero()[:, 0]
-    stride = strides(prompt, unit) if len(seen) else None
+    stride = strides(prompt, unit)
     if stride is None:
         return None
-    first, end = seen[[0, -1]].tolist()
+    first, end = prompt.once("span", lambda: (prompt.image >= 0).nonzero()[[0, -1], 0].tolist())
     chunk, local = stride * SIZE, -(-local // SIZE) * SIZE
     sink = max(1, -(-first // SIZE)) * SIZE
     count = (end + 1 - sink - local) // chunk * chunk

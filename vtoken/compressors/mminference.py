@@ -18,6 +18,8 @@ Pattern = Literal[
     "vertical_slash_1024", "vertical_slash_2048", "query_boundary", "2d_boundary",
 ]  # fmt: skip
 
+SEARCH = "search a table for it: vtoken calibrate mminference MODEL -o FILE"
+
 
 class MMInference(SparseAttention):
     """`heads` gives every query head of every layer its pattern; `vtoken calibrate mminference` searches it. Without it all heads
@@ -57,10 +59,17 @@ class MMInference(SparseAttention):
     vertical: int = Field(default=1000, ge=1, description="single keys that vertical-slash heads read")
     slash: int = Field(default=2048, ge=1, description="distances that heads with a boundary read")
 
+    def misfit(self, depth: int, width: int) -> str:
+        if self.heads is None or len(self.heads) == depth:
+            return ""
+        return f"heads has patterns for {len(self.heads)} decoder layers, this model has {depth}; {SEARCH}"
+
+    def misfit_heads(self, heads: int, key_heads: int) -> str:
+        odd = {len(row) for row in self.heads or ()} - {heads}
+        return f"heads has patterns for {odd.pop()} heads in a layer, this model has {heads}; {SEARCH}" if odd else ""
+
     def reads(self, prompt: Prompt) -> Reads:
         names = [self.pattern] * prompt.heads if self.heads is None else self.heads[prompt.layer]
-        if len(names) != prompt.heads:
-            raise ValueError(f"mminference: patterns for {len(names)} heads, the model has {prompt.heads}")
         groups, order, found = prompt.heads // len(prompt.k), [], []
         for key in range(len(prompt.k)):
             mine = range(key * groups, (key + 1) * groups)
@@ -71,7 +80,7 @@ class MMInference(SparseAttention):
         tiles, width = found[0][0].shape[1], max(columns.shape[2] for _, columns, _ in found)
         lists = max(columns.shape[1] for _, columns, _ in found)
         columns = [pad(c, (0, width - c.shape[2]), value=-1).expand(-1, lists, -1) for _, c, _ in found]
-        back = torch.tensor(order, device=prompt.q.device).argsort()
+        back = prompt.once(("back", tuple(names)), lambda: torch.tensor(order, device=prompt.q.device).argsort())
         blocks, single, dense = (torch.cat(x)[back] for x in ([f[0] for f in found], columns, [f[2] for f in found]))
         return Reads(SIZE, blocks, single, tiles if lists == 1 else 1, dense)
 

@@ -39,9 +39,19 @@ class StaticSparse(SparseAttention):
 
     @model_validator(mode="after")
     def _rectangular(self) -> Self:
-        if self.gates is not None and len({len(row) for row in self.gates}) != 1:
+        if self.gates is not None and (len({len(row) for row in self.gates}) != 1 or not self.gates[0]):
             raise ValueError("gates must hold equally many numbers for every layer, one per key head")
         return self
+
+    def misfit(self, depth: int, width: int) -> str:
+        if self.gates is None or len(self.gates) == depth:
+            return ""
+        return f"gates are for {len(self.gates)} decoder layers, this model has {depth}; learn them on it, or leave them out"
+
+    def misfit_heads(self, heads: int, key_heads: int) -> str:
+        if self.gates is None or len(self.gates[0]) == key_heads:
+            return ""
+        return f"gates are for {len(self.gates[0])} key heads in a layer, this model has {key_heads}; learn them on it, or leave them out"
 
     def streams(self, layer: int) -> tuple[bool, ...] | None:
         """Which key heads of a layer stream; None: all of them."""
@@ -56,8 +66,6 @@ class StaticSparse(SparseAttention):
         whole = everything(prompt.heads, n, n, self.size, device)
         blocks, streams = self._blocks(n, device).expand_as(whole), self.streams(prompt.layer)
         if streams is not None:
-            if len(streams) != len(prompt.k):
-                raise ValueError(f"static_sparse: gates for {len(streams)} key heads, the model has {len(prompt.k)}")
             on = torch.tensor(streams, device=device).repeat_interleave(prompt.heads // len(streams))
             blocks = torch.where(on[:, None, None], blocks, whole)
         dense = (torch.arange(n, device=device) >= n - self.last).expand(prompt.heads, -1) if self.last else None

@@ -84,6 +84,10 @@ class Walk:
                 self._leave_out(f"{stage.name}: what a stage at site {stage.site} saves and costs")
             if why := stage.misfit(shape.decoder.depth, shape.decoder.width):
                 raise OtherModelError(f"stage {stage.name}: {why}")
+            if isinstance(stage, SparseAttention) and (
+                why := stage.misfit_heads(shape.decoder.heads, shape.decoder.kv_heads)
+            ):
+                raise UnsupportedError(f"stage {stage.name}: {why}")
             self._check_layers(stage)
         at: dict[Site, list[Stage]] = {
             site: [s for s in stages if s.site == site] for site in ("encoder", "tokens", "decoder")

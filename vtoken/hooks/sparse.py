@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -86,26 +86,28 @@ class SparsePrefill:
         n, heads = q.shape[1] - flow.tail, len(q)
         if n < max(1, stage.min_len) or row in flow.spared:
             return Reads(SIZE, everything(heads, n, n, SIZE, q.device))
-        image, place = (x[row, -q.shape[1] :][:n] for x in self._layout(flow, q.device))
+        image, place, known = self._layout(flow, q.device)
+        image, place = (x[row, -q.shape[1] :][:n] for x in (image, place))
         probe = Probe(q[:, :n], k[:, :n], scale, () if self.also is None else self.also(flow, row))
         if self.also is not None:
             flow.memo.setdefault("probes", {})[layer, row] = probe
-        prompt = Prompt(probe.q, probe.k, scale, layer, image, place, flow.visual.parts, probe)
+        prompt = Prompt(probe.q, probe.k, scale, layer, image, place, flow.visual.parts, probe, known[row])
         reads = stage.reads(prompt)
         check(stage, reads, prompt)
         return reads
 
-    def _layout(self, flow: Prefill, device: torch.device) -> tuple[Tensor, Tensor]:
-        """[B, P] image and place of every slot of the current layout, -1 at text and padding."""
+    def _layout(self, flow: Prefill, device: torch.device) -> tuple[Tensor, Tensor, list[dict[Hashable, Any]]]:
+        """[B, P] image and place of every slot of the current layout, -1 at text and padding, and what stages found out about its rows."""
         memory = flow.memory.setdefault(id(self), {})
         if memory.get("of") is not flow.index:
             image, place = (torch.full_like(flow.index, -1) for _ in range(2))
             at = flow.slot()
             image[at] = flow.visual.image.to(image.device)
             place[at] = flow.visual.lineage.place.to(image.device)
-            memory.update(of=flow.index, layout=(image.to(device), place.to(device)))
+            known: list[dict[Hashable, Any]] = [{} for _ in flow.counts]
+            memory.update(of=flow.index, layout=(image.to(device), place.to(device)), known=known)
         image, place = (x.to(device) for x in memory["layout"])
-        return image, place
+        return image, place, memory["known"]
 
     def _aside(self, flow: Prefill, stage: SparseAttention, module: Any, kwargs: dict[str, Any]) -> str | None:
         """Why this forward keeps the model's own attention."""
