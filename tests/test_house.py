@@ -46,7 +46,8 @@ MAY_IMPORT = {
     "adapters": GROUND | {"hooks", "adapters", "errors"},
     "registry": {"errors", "stages", "adapters"},
     "source": {"errors"},
-    "config": GROUND | {"errors", "registry", "source"},
+    "wording": {"errors", "stages", "budget"},
+    "config": GROUND | {"errors", "registry", "source", "wording"},
     "checks": LOWER,
     "wrap": LOWER | {"checks"},
     "evals": LOWER | {"wrap", "evals", "compressors", "source", "__init__"},
@@ -71,6 +72,7 @@ MAY_IMPORT_FROM_OTHERS = {
     "pruners": {"torch", "pydantic"},
     "compressors": {"torch", "pydantic", "safetensors"},
     "source": {"yaml"},
+    "wording": {"pydantic"},
     "config": {"pydantic", "yaml"},
 }
 

@@ -22,6 +22,7 @@ from vtoken.budget import Budget
 from vtoken.errors import ConfigError, unknown
 from vtoken.source import Source, parse
 from vtoken.stages import SITES, Stage
+from vtoken.wording import explain
 
 Positions = Literal["original", "compact"]
 Newline = Literal["keep_if_row_has_token", "keep", "drop"]
@@ -49,15 +50,6 @@ LEAST = (
     "before it is known which images stand in one prompt (sites frames and encoder)",
 )
 KEYS = (*POLICIES, LEAST[0], "stages")
-WORDS = {
-    "integer": "a whole number",
-    "number": "a number",
-    "boolean": "true or false",
-    "string": "text",
-    "array": "a list",
-    "object": "a mapping",
-}
-BUDGETS = "a count per image (64), a share (25%), a count per sample ({total: 640}), per frame ({per_frame: 32}) or per crop ({per_crop: 64})"
 
 
 @dataclass(frozen=True)
@@ -227,7 +219,7 @@ def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
         # JSON mode is strict about numbers, texts and truth values, yet takes lists for tuples, as YAML writes them.
         return cls.model_validate_json(text, strict=True)
     except ValidationError as error:
-        option, message = _explain(cls, error)
+        option, message = explain(cls, error)
         raise source.error((*path, name, option), f"stage {name!r}: {message}") from None
 
 
@@ -235,45 +227,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Budget):
         return value.plain()
     raise TypeError(f"{value!r} is a {type(value).__name__}; write a number, text, list or mapping")
-
-
-def _explain(cls: type[Stage], error: ValidationError) -> tuple[str, str]:
-    """The option at fault and what to write instead; misspelled options come first, they explain missing ones."""
-    problems = error.errors(include_url=False)
-    first = min(problems, key=lambda p: p["type"] != "extra_forbidden")
-    option = str(first["loc"][0]) if first["loc"] else ""
-    if first["type"] == "extra_forbidden":
-        return option, unknown("option", option, cls.model_fields)
-    if option not in cls.model_fields:
-        return option, first["msg"].removeprefix("Value error, ")
-    if first["type"] == "missing":
-        return option, f"option {option!r} is missing: write {accepts(cls, option)}"
-    place = f"option {'.'.join(map(str, first['loc']))!r}"
-    if first["type"] == "value_error":  # A validator's own words; a budget's end in what is accepted.
-        message = first["msg"].removeprefix("Value error, ").removeprefix("keep: ").partition("; write a count")[0]
-    else:
-        message = f"{first['msg']}, not {reprlib.repr(first['input'])}"
-    return option, f"{place}: {message}; accepted: {accepts(cls, option)}"
-
-
-def accepts(cls: type[Stage], option: str) -> str:
-    """What may be written for an option, in words."""
-    if cls.model_fields[option].annotation is Budget:
-        return BUDGETS
-    return _in_words(cls.model_json_schema()["properties"][option])
-
-
-def _in_words(node: dict[str, Any]) -> str:
-    if "anyOf" in node:
-        return " or ".join(_in_words(each) for each in node["anyOf"])
-    if "enum" in node or "const" in node:
-        return " or ".join(json.dumps(value) for value in node.get("enum", [node.get("const")]))
-    words = WORDS.get(node.get("type", "object"), "null")
-    if isinstance(node.get("items"), dict):
-        words += f" of {_in_words(node['items'])}"
-    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    bounds = [f"{sign} {node[key]}" for key, sign in signs.items() if key in node]
-    return " ".join([words, " and ".join(bounds)]).strip()
 
 
 def _short_form(text: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import KINDS, answers, questions, score
 from .family import Family, Heads
@@ -75,8 +76,9 @@ def train(
     torch.manual_seed(recipe.seed)
     model = family.model().to(recipe.device).train()
     if compiled:
-        for layer in model.model.language_model.layers:
-            layer.compile()
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):  # every layer of tower and decoder
+                module.compile()
     heads, oracle = Heads().to(recipe.device), Oracle(recipe.seed).to(recipe.device)
     sight, language = family.sight(model), {"language": model.model.language_model, "head": model.lm_head}
     seeing = {**sight, "heads": heads}
@@ -115,7 +117,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch decides")
     parser.add_argument("--only", nargs="+", metavar="CYCLE", help="run these cycles, on top of what is finished")
     parser.add_argument("--heldout", type=Path, help="held-out set for figures.json; default: the shipped one")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the decoder; needs a C++ compiler")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the layers; needs a C++ compiler")
     parser.add_argument("--smoke", action="store_true", help="a few steps of every stage")
     given = parser.parse_args()
     family = FAMILIES[given.model]
