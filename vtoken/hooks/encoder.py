@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from vtoken.hooks import facts, frames
-from vtoken.hooks.flow import check, check_replay, trace_of
+from vtoken.hooks.flow import check_replay
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.merging import Between, check_resized, log_size, surface
+from vtoken.hooks.visual import check, trace_of
 from vtoken.run import Clock, Lineage, Run
 from vtoken.stages import Fact, Parts, Stage, VisualTokens, uploaded
 from vtoken.tracing import StageTrace

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from vtoken.errors import UnsupportedError
-from vtoken.hooks.flow import Flow, Prefill, Visual
+from vtoken.hooks.flow import Flow, Prefill
 from vtoken.hooks.images import Located, check, locate
 from vtoken.hooks.prompt import text_of
+from vtoken.hooks.visual import Visual
 from vtoken.run import Lineage, Run, segments
 from vtoken.stages import Fact, Keep, Stage, image_of, offsets_of
 from vtoken.tracing import Trace

@@ -1,9 +1,9 @@
-"""One forward of the language model: which tokens are visual, which are alive, and the slots they will take."""
+"""One forward of the language model: which tokens are alive, and the slots they will take."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,59 +14,13 @@ from vtoken.errors import UnsupportedError
 from vtoken.hooks.cache import PrunedCache, Slots
 from vtoken.hooks.images import Located
 from vtoken.hooks.layout import pack_left, spare, take
-from vtoken.run import Clock, Lineage
-from vtoken.stages import Fact, Keep, Parts, Stage, VisualTokens
-from vtoken.tracing import StageTrace, Trace
+from vtoken.hooks.visual import Visual, aside_of, check, trace_of
+from vtoken.run import Clock
+from vtoken.stages import Fact, Stage, VisualTokens
+from vtoken.tracing import Trace
 
 # For all that happens at prefill: torch.compile reads thread-local state wrongly (it sees the class's default), and would see no images.
 eager = torch.compiler.disable
-
-
-@dataclass(frozen=True)
-class Visual:
-    """The live visual tokens of a prefill.
-
-    Attributes:
-        lengths, parts, row: per image, as in VisualTokens.
-        line, column: [ΣK] batch row and logical column of each token.
-        image: [ΣK] image of each token.
-        lineage: what became of the unpruned tokens.
-        segment: [ΣK] as in VisualTokens.
-        closes: [ΣK] newline behind each token's row; None without newlines.
-    """
-
-    lengths: tuple[int, ...]
-    parts: tuple[Parts, ...]
-    row: tuple[int, ...]
-    line: Tensor
-    column: Tensor
-    image: Tensor
-    lineage: Lineage
-    segment: Tensor | None = None
-    closes: Tensor | None = None
-
-    def after(self, keep: Keep) -> Visual:
-        index = keep.index.to(self.line.device)
-        return replace(
-            self,
-            lengths=keep.lengths,
-            line=self.line[index],
-            column=self.column[index],
-            image=self.image[index],
-            lineage=self.lineage.advance(keep, self.image),
-            segment=None if self.segment is None else self.segment[index],
-            closes=None if self.closes is None else self.closes[index],
-        )
-
-    def with_home(self, home: Tensor) -> Visual:
-        """The same tokens, after an encoder stage that merged."""
-        return replace(self, lineage=replace(self.lineage, home=home))
-
-    def per_row(self, batch: int) -> list[int]:
-        out = [0] * batch
-        for n, r in zip(self.lengths, self.row, strict=True):
-            out[r] += n
-        return out
 
 
 @dataclass
@@ -269,51 +223,6 @@ class StaticStep:
     cache: Any
     hidden: Tensor
     memo: dict[int, Any] = field(default_factory=dict)
-
-
-def trace_of(
-    stage: Stage,
-    before: Sequence[int],
-    lineage: Lineage,
-    clock: Clock,
-    layer: int | None,
-    substitutes: dict[str, str] | None = None,
-) -> StageTrace:
-    kept = lineage.kept()
-    return StageTrace(
-        stage.name,
-        stage.site,
-        list(before),
-        [len(k) for k in kept],
-        kept,
-        lineage.into(),
-        layer=layer,
-        substitutes=substitutes or {},
-        clock=clock.milliseconds,
-    )
-
-
-def aside_of(stage: Stage, visual: Visual, reason: str) -> StageTrace:
-    """The entry of a stage that did nothing."""
-    entry = trace_of(stage, visual.lengths, visual.lineage, Clock(torch.device("cpu")), None)
-    entry.stood_aside, entry.clock = reason, lambda: 0.0
-    return entry
-
-
-def check(stage: Stage, keep: Keep, lengths: Sequence[int]) -> None:
-    """Refuses a decision that does not fit its tokens, from what the host knows.
-
-    Raises:
-        ValueError: names the stage.
-    """
-    fits = len(keep.lengths) == len(lengths) and all(0 <= k <= n for k, n in zip(keep.lengths, lengths, strict=False))
-    if not fits or len(keep.index) != sum(keep.lengths):
-        raise ValueError(
-            f"stage {stage.name} returned a Keep of {len(keep.index)} tokens, {list(keep.lengths)} per image, "
-            f"for images of {list(lengths)} tokens; it must keep 0..N_i of each image"
-        )
-    if keep.into is not None and len(keep.into) != sum(lengths):
-        raise ValueError(f"stage {stage.name} returned `into` of {len(keep.into)} entries for {sum(lengths)} tokens")
 
 
 def check_replay(layer: nn.Module) -> None:

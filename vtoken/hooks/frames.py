@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from vtoken.hooks.flow import check, trace_of
+from vtoken.hooks.visual import check, trace_of
 from vtoken.run import Clock, Layout, Lineage
 from vtoken.stages import Keep, Stage, VisualTokens, offsets_of
 from vtoken.tracing import StageTrace

@@ -21,9 +21,10 @@ from vtoken.cached import CachedLayer, CacheStage, Hold, Native, Ready
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.attention import tap
 from vtoken.hooks.cache import Slots
-from vtoken.hooks.flow import Prefill, Visual, aside_of, eager
+from vtoken.hooks.flow import Prefill, eager
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.held import Row, left_padded, slots_of
+from vtoken.hooks.visual import Visual, aside_of
 from vtoken.run import Clock, Run
 from vtoken.tracing import StageTrace
 

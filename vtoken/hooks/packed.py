@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks import facts, frames
-from vtoken.hooks.flow import check, check_replay, trace_of
+from vtoken.hooks.flow import check_replay
 from vtoken.hooks.handle import Handle
+from vtoken.hooks.visual import check, trace_of
 from vtoken.run import Clock, Layout, Lineage, Run, segments
 from vtoken.stages import Fact, Stage, VisualTokens, image_of, offsets_of
 from vtoken.tracing import StageTrace

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.attention import tap
-from vtoken.hooks.flow import Prefill, aside_of, eager, trace_of
+from vtoken.hooks.flow import Prefill, eager
 from vtoken.hooks.handle import Handle
+from vtoken.hooks.visual import aside_of, trace_of
 from vtoken.kernels import block_sparse_attention
 from vtoken.probe import Probe
 from vtoken.reading import Among, Prompt, Reads, SparseAttention, everything

@@ -19,10 +19,11 @@ from transformers.masking_utils import create_causal_mask
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.attention import HANDED, tap
 from vtoken.hooks.cache import PrunedCache
-from vtoken.hooks.flow import Flow, Prefill, check_replay, eager, trace_of
+from vtoken.hooks.flow import Flow, Prefill, check_replay, eager
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.layout import pack_left, take
 from vtoken.hooks.spread import Rope, Spread, Table, attend, rotation_of
+from vtoken.hooks.visual import trace_of
 from vtoken.run import Clock, Run
 from vtoken.stages import Stage, offsets_of
 
