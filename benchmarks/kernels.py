@@ -197,6 +197,7 @@ def compiled(record: Record, case: Case, row: Row) -> None:
     torch.compiler.reset()
     traced = torch.compile(op.definition)
     try:
+        traced(**case.given)  # compiles
         row["compiled_ms"] = milliseconds(lambda: traced(**case.given))
     except Exception as error:  # One definition that torch.compile cannot take must not end the others.
         row["compiled_ms"] = said(error)
