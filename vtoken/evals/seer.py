@@ -13,11 +13,13 @@ from torch.nn.functional import pad
 
 from vtoken.compressors._blocks import best
 from vtoken.compressors._seer import chosen, logits, pooled
+from vtoken.errors import ConfigError
 from vtoken.evals.samples import Sample, prepare
 from vtoken.probe import rows_at
 from vtoken.reading import Prompt, Reads, Rope, SparseAttention, everything
 from vtoken.wrap import wrapped
 
+LEAST = 4  # blocks of a prompt below which there is nothing to learn
 STD = 0.02  # of gates that nobody trained, the authors' for Llama and Qwen
 
 
@@ -98,12 +100,22 @@ def watch(
     size: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[Seen]]:
-    """Runs every prompt once: per prompt, what was seen of each layer."""
+    """Runs every prompt once: per prompt, what was seen of each layer.
+
+    Raises:
+        ConfigError: a prompt too short for blocks of this size.
+    """
     out = []
     for done, sample in enumerate(samples, 1):
         found: list[Seen] = []
         with wrapped(model, [Watch(size=size, found=found)]), torch.no_grad():
             model(**prepare(model, processor, sample), logits_to_keep=1)
+        blocks = found[0].target.shape[1]
+        if blocks < LEAST:
+            raise ConfigError(
+                f"{sample.image.name}, {sample.question!r}: a prompt of {blocks} blocks of {size} tokens, and gates learn from {LEAST} on; "
+                "give a smaller --size"
+            )
         out.append(found)
         progress(done)
     return out

@@ -11,7 +11,6 @@ from vtoken.evals.calibrate._report import add_json, check_out, tell
 from vtoken.evals.samples import ABOUT, load, read
 
 SUMMARY = "train SeerAttention's gates on the model's own attention"
-LEAST = 4  # blocks of a prompt below which there is nothing to learn
 EXAMPLES = """\
 examples:
   vtoken calibrate seerattention Qwen/Qwen2.5-VL-7B-Instruct --data long.jsonl --dtype bfloat16 -o gates.safetensors
@@ -84,11 +83,6 @@ def run(args: argparse.Namespace) -> int:
         model, processor = load(args.model, args.device, args.dtype)
         bar.update(task, description="prompts")
         seen = seer.watch(model, processor, given, args.size, lambda done: bar.update(task, completed=done))
-        blocks = [layers[0].target.shape[1] for layers in seen]
-        if min(blocks) < LEAST:
-            raise ConfigError(
-                f"a prompt of {args.data} is {min(blocks)} blocks of {args.size} tokens, and gates learn from {LEAST} on; give a smaller --size"
-            )
         known, kept = ([s for s, b in zip(seen, back, strict=True) if b == which] for which in (False, True))
         task = bar.add_task("gates", total=settings.steps * len(known[0]))
         gates = seer.train(known, settings, model.device, lambda done: bar.update(task, completed=done))
@@ -98,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     numbers = {"prompts": len(known), "kept_back": len(kept), "size": args.size, **vars(settings)}
     about = {"model": args.model, "data": args.data, **{key: str(value) for key, value in numbers.items()}}
     save(args.out, [gate.to(model.dtype) for gate in gates], len(seen[0][0].keys), args.size, about)
-    _tell(args, {**numbers, "blocks": max(blocks), "threshold": threshold}, found)
+    _tell(args, {**numbers, "blocks": max(len(layers[0].starts.cos) for layers in seen), "threshold": threshold}, found)
     return 0
 
 
