@@ -126,6 +126,20 @@ def test_drafts_and_static_caches_have_no_say(family):
             assert [s.density for s in vtoken.trace(model).stages] == densities
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_compiled_prefill(family):
+    model = tiny.make(family)
+    batch = tiny.build(model, [[150, "img", 40]], seed=3)
+    with vtoken.wrapped(model, [{"seerattention": {"gates": gates.seer(), "threshold": 0.1, "min_len": 0}}]):
+        with torch.no_grad():
+            want = model(**batch).logits
+            densities = [s.density for s in vtoken.trace(model).stages]
+            torch._dynamo.reset()
+            got = torch.compile(model, backend="eager")(**batch).logits
+        assert [s.density for s in vtoken.trace(model).stages] == densities and densities[0][0] < 0.9
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
 def test_gates_of_another_model_are_refused():
     model = tiny.make("llava")
     for options, error, words in (

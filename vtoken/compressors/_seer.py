@@ -20,7 +20,6 @@ from vtoken.reading import Prompt, Rope, causal
 
 FORMAT = "vtoken seerattention 1"
 SIZES = (16, 32, 64, 128, 256)
-SHIPPED = Path(__file__).parents[1] / "evals" / "reference"
 THEIRS = re.compile(r"layers\.(\d+)\.self_attn\.attn_gate\.(\w+)\.weight$")
 THEIR_SIZE = 64
 AHEAD = -1e30  # finite, so that nothing times it is nothing
@@ -41,19 +40,13 @@ class Header(NamedTuple):
     size: int
 
 
-def find(name: str) -> Path:
-    """The file of this path, or the shipped one of a reference model's name."""
-    shipped = SHIPPED / name / "seerattention.safetensors"
-    return shipped if "." not in name and shipped.is_file() else Path(name)
-
-
 def header(name: str) -> Header:
     """Reads what a file says of itself.
 
     Raises:
         ValueError: there is no such file, or it holds something else.
     """
-    path = find(name)
+    path = Path(name)
     if not path.is_file():
         raise ValueError(
             f"no file {name!r}; `vtoken calibrate seerattention MODEL --data DATA -o FILE` trains gates for a model"
@@ -106,7 +99,7 @@ def _theirs(path: str) -> list[Tensor]:
 
 def gate(name: str, layer: int, device: torch.device) -> Tensor:
     """[H, 3 d, d] of one layer; read once per device."""
-    path = find(name)
+    path = Path(name)
     return _gates(str(path), path.stat().st_mtime_ns, device)[layer]
 
 

@@ -47,7 +47,12 @@ class SparsePrefill:
 
     def _note_rope(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if isinstance(self.run.flow, Prefill):
-            self.run.flow.memo["rope"] = kwargs["position_embeddings"]
+            self._keep_rope(kwargs["position_embeddings"])
+
+    @eager
+    def _keep_rope(self, cos_sin: tuple[Tensor, Tensor]) -> None:
+        assert self.run.flow is not None
+        self.run.flow.memo["rope"] = cos_sin
 
     def _attend(
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Callable[..., Any], **kwargs: Any

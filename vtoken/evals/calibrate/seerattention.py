@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from vtoken.compressors._seer import SIZES, save
 from vtoken.errors import ConfigError
 from vtoken.evals.calibrate._report import add_json, check_out, tell
 from vtoken.evals.samples import ABOUT, load, read
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size",
         type=int,
         default=64,
-        choices=(16, 32, 64, 128, 256),
+        choices=SIZES,
         help="tokens of a block (default: %(default)s, the authors')",
     )
     parser.add_argument(
@@ -65,7 +66,6 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from vtoken.compressors._seer import save
     from vtoken.compressors.seerattention import SeerAttention
     from vtoken.evals import exits, seer
 
