@@ -2,23 +2,26 @@
 
 First `block_sparse_attention` over random blocks of given density against dense causal flash SDPA. Then every method of site attention with
 its defaults: what choosing costs, what it chose, what it takes in all, as shares of the same dense attention, and the most memory that
-choosing holds. Queries and keys are drawn with neighbours alike and a heavy start, as real ones are; which density a method comes to on
-them says nothing about a model. Without a GPU all runs on a short prompt, and times mean nothing.
+choosing holds. Queries and keys are drawn with neighbours alike and a heavy start, as real ones are, gates of seerattention at random; which
+density a method comes to on them says nothing about a model. Without a GPU all runs on a short prompt, and times mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from measure import CUDA, DEVICE, KERNELS, Record, draw, flash, milliseconds, peak_bytes, ratio, said
 from torch import Tensor
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vtoken import kernels, registry
+from vtoken.compressors._seer import save
 from vtoken.kernels import block_sparse_attention
-from vtoken.reading import Prompt, Reads, SparseAttention, causal
+from vtoken.reading import Prompt, Reads, Rope, SparseAttention, causal
 
 HEADS, KEY_HEADS, WIDTH = (28, 4, 128) if CUDA else (4, 2, 32)  # Qwen2.5-VL-7B
 LENGTHS = (32768, 65536, 131072) if CUDA else (600,)
@@ -42,7 +45,17 @@ def prompt(n: int) -> tuple[Prompt, Tensor]:
     place = torch.full((n,), -1, device=DEVICE)
     place[TEXT : TEXT + frames * cells] = torch.arange(frames * cells, device=DEVICE)
     image = torch.where(place >= 0, 0, -1)
-    return Prompt(q, k, WIDTH**-0.5, 0, image, place, (((frames, *RASTER),),)), draw(KEY_HEADS, n, WIDTH)
+    angles = torch.arange(n, device=DEVICE)[:, None] * 1e6 ** -torch.arange(0, 1, 2 / WIDTH, device=DEVICE)
+    rope = Rope(angles.cos().repeat(1, 2), angles.sin().repeat(1, 2), apply_rotary_pos_emb)
+    given = Prompt(q, k, WIDTH**-0.5, 0, image, place, (((frames, *RASTER),),), rope=rope)
+    return given, draw(KEY_HEADS, n, WIDTH)
+
+
+def random_gates(folder: str) -> str:
+    """A file of SeerAttention gates of one layer: what choosing costs does not depend on what they learnt."""
+    file = Path(folder) / "gates.safetensors"
+    save(file, [draw(HEADS, 3 * WIDTH, WIDTH).cpu() * WIDTH**-0.5], KEY_HEADS, 64, {})
+    return str(file)
 
 
 def random_blocks(n: int, density: float) -> Tensor:
@@ -108,12 +121,12 @@ def cuts(record: Record, n: int) -> None:
         record.save()
 
 
-def method(record: Record, name: str, given: Prompt, v: Tensor, dense: float) -> None:
-    """One method with its defaults; what it cannot do is said in its row."""
+def method(record: Record, name: str, own: dict[str, Any], given: Prompt, v: Tensor, dense: float) -> None:
+    """One method with its defaults, and what has none; what it cannot do is said in its row."""
     n = given.length
     row = record.add(what=name, tokens=n)
     try:
-        stage: Any = registry.stage(name)(min_len=0)
+        stage: Any = registry.stage(name)(min_len=0, **own)
         with torch.inference_mode():
             chosen = stage.reads(given)
             row["density"] = float(chosen.density())
@@ -124,7 +137,7 @@ def method(record: Record, name: str, given: Prompt, v: Tensor, dense: float) ->
             row["ms"] = milliseconds(lambda: chosen.apply(given.q, given.k, v, given.scale))
             row["of_dense"] = (row["choosing_ms"] + row["ms"]) / dense
             row["over_density"] = row["ms"] / (row["density"] * dense)
-    except Exception as error:  # One method that needs a file, or more memory than there is, must not end the others.
+    except Exception as error:  # One method that needs more memory than there is must not end the others.
         row["failed"] = said(error)
         record.save()
         return
@@ -144,11 +157,14 @@ def main() -> None:
     record = Record(args.json, heads=f"{HEADS} / {KEY_HEADS} x {WIDTH}", block=SIZE)
     agree(record)
     dense = {n: blocks(record, n) for n in args.tokens}
-    for n in args.tokens:
-        given, v = prompt(n)
-        for name in registry.stages():
-            if issubclass(registry.stage(name), SparseAttention) and (not args.methods or name in args.methods):
-                method(record, name, given, v, dense[n])
+    names = [name for name in registry.stages() if issubclass(registry.stage(name), SparseAttention)]
+    with TemporaryDirectory() as folder:
+        own = {"seerattention": {"gates": random_gates(folder)}}
+        for n in args.tokens:
+            given, v = prompt(n)
+            for name in names:
+                if not args.methods or name in args.methods:
+                    method(record, name, own.get(name, {}), given, v, dense[n])
     if CUDA:
         cuts(record, args.tokens[0])
     record.show()

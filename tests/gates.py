@@ -1,4 +1,5 @@
-"""Files of DyVTE gates for the tiny models (random ones, and ones that never let anything leave), and of random DPN routers."""
+"""Files of DyVTE gates for the tiny models (random ones, and ones that never let anything leave), of random DPN routers, and of random
+SeerAttention gates."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
+from vtoken.compressors import _seer
 from vtoken.compressors._gates import save
 
 _FOLDER = TemporaryDirectory()
@@ -44,4 +46,14 @@ def routers(
         tensors[f"{layer}.out.weight"] = loud * torch.randn(sizes, width // 4, generator=g)
     path = Path(_FOLDER.name) / f"routers-{seed}-{len(layers)}-{width}-{sizes}-{loud}.safetensors"
     save_file(tensors, path)
+    return str(path)
+
+
+@cache
+def seer(seed: int = 0, depth: int = 4, heads: tuple[int, int] = (4, 2), width: int = 8, size: int = 16) -> str:
+    """The path of a file of SeerAttention gates for so many query and key heads."""
+    g = torch.Generator().manual_seed(seed)
+    matrices = [torch.randn(heads[0], 3 * width, width, generator=g) / width**0.5 for _ in range(depth)]
+    path = Path(_FOLDER.name) / f"seer-{seed}-{depth}-{heads[0]}-{heads[1]}-{width}-{size}.safetensors"
+    _seer.save(path, matrices, heads[1], size, {})
     return str(path)

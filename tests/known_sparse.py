@@ -8,9 +8,10 @@ from itertools import accumulate
 import pytest
 import torch
 from pydantic import ValidationError
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vtoken import registry
-from vtoken.reading import Prompt
+from vtoken.reading import Prompt, Rope
 
 NO_IMAGES = torch.full((4096,), -1)
 
@@ -27,7 +28,13 @@ def prompt(n, heads=(4, 2), d=16, seed=0, layer=0):
     q[0] += 1.5 * near
     k[0] += 1.5 * near
     k[1, ::29] += 2 * q[-1, -20:].mean(0)
-    return Prompt(q, k, d**-0.5, layer, NO_IMAGES[:n], NO_IMAGES[:n])
+    return Prompt(q, k, d**-0.5, layer, NO_IMAGES[:n], NO_IMAGES[:n], rope=rope(n, d))
+
+
+def rope(n, d):
+    """Llama's, of positions 0 to n - 1."""
+    angles = torch.arange(n)[:, None] * 10_000.0 ** -torch.arange(0, 1, 2 / d)
+    return Rope(angles.cos().repeat(1, 2), angles.sin().repeat(1, 2), apply_rotary_pos_emb)
 
 
 def heads_of(p):
@@ -183,7 +190,7 @@ def video(n, frames, rows, width, gap, before, seed=0, heads=(4, 2)):
         image[at : at + rows * width] = 0
         place[at : at + rows * width] = torch.arange(rows * width) + f * rows * width
     p = prompt(n, heads, seed=seed)
-    return Prompt(p.q, p.k, p.scale, 0, image, place, (((frames, rows, width),),))
+    return Prompt(p.q, p.k, p.scale, 0, image, place, (((frames, rows, width),),), rope=p.rope)
 
 
 def mminference():
@@ -208,8 +215,8 @@ def mminference():
     assert bool(
         (seen_by(stage("mminference", pattern="grid_frame").reads(images), 900).sum((1, 2)) == 900 * 901 / 2).all()
     )
-    assert "for 4 heads in a layer, this model has 2" in s.misfit_heads(2, 2)
-    assert not s.misfit(1, 32) and not s.misfit_heads(4, 2)
+    assert "for 4 heads in a layer, this model has 2" in s.misfit_heads(2, 2, 16)
+    assert not s.misfit(1, 32) and not s.misfit_heads(4, 2, 16)
 
 
 def the_grid(clip):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import gates
 import pytest
 import tiny
 import torch
-from known_sparse import NO_IMAGES, video
+from known_sparse import NO_IMAGES, rope, video
 from known_sparse import prompt as random_prompt
 from modes import alone, families, greedy
 from test_sparse import OPTIONS
@@ -31,6 +32,10 @@ THIN: dict[str, list[dict[str, Any]]] = {
         {"size": 16, "proxies": proxies, "gamma": 0.6, "min_budget": 16, "by_row": proxies == 4}
         for proxies in (1, 2, 4)
     ],
+    "seerattention": [
+        {"gates": gates.seer(width=16), "threshold": 0.02, "last": 0},
+        {"gates": gates.seer(width=16), "share": 0.3},
+    ],
     "static_sparse": [{"size": 16, "sink": 16, "window": 20, "last": last} for last in (0, 5)],
     "xattention": [{"size": 16, "stride": 8, "threshold": 0.4}],
 }
@@ -39,13 +44,25 @@ WHOLE: dict[str, dict[str, Any]] = {
     "flexprefill": {"size": 16, "gamma": 1.0, "tau": 0.0, "min_budget": 10_000},
     "mminference": {"pattern": "2d_boundary", "vertical": 10_000, "slash": 10_000},
     "proxyattn": {"size": 16, "min_budget": 10_000},
+    "seerattention": {"gates": gates.seer(width=16), "threshold": 0.0},
     "static_sparse": {"size": 16, "window": 10_000},
     "xattention": {"size": 16, "stride": 8, "threshold": 1.0},
 }
 # Options that thin the shorter prompts of whole models.
-SHORT: dict[str, dict[str, Any]] = {"anchorattention": {"theta": 0.0}, "mminference": {"vertical": 30, "slash": 100}}
+SHORT: dict[str, dict[str, Any]] = {
+    "anchorattention": {"theta": 0.0},
+    "mminference": {"vertical": 30, "slash": 100},
+    "seerattention": {"gates": gates.seer()},
+}
 CASES = [(name, options) for name, several in THIN.items() for options in several]
-each = pytest.mark.parametrize(("name", "options"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())))  # fmt: skip
+
+
+def words(x: str | dict[str, Any]) -> str:
+    """The id of a case; of a file only its name, since its folder is another one in every worker."""
+    return x if isinstance(x, str) else "-".join(str(value).rpartition("/")[2] for value in x.values())
+
+
+each = pytest.mark.parametrize(("name", "options"), CASES, ids=words)
 
 
 def thinned(name: str, options: dict[str, Any], n: int = 900) -> tuple[Prompt, Any]:
@@ -121,7 +138,7 @@ def test_reading_everything_is_plain_attention(name, n):
     if p is None:
         g = torch.Generator().manual_seed(n)
         q, k = torch.randn(4, n, 16, generator=g), torch.randn(2, n, 16, generator=g)
-        p = Prompt(q, k, 0.25, 0, NO_IMAGES[:n], NO_IMAGES[:n])
+        p = Prompt(q, k, 0.25, 0, NO_IMAGES[:n], NO_IMAGES[:n], rope=rope(n, 16))
     v = torch.randn(p.k.shape, generator=torch.Generator().manual_seed(7))
     reads = registry.stage(name)(min_len=0, **WHOLE[name]).reads(p)
     with kernels.use("torch"):
@@ -132,7 +149,7 @@ def test_reading_everything_is_plain_attention(name, n):
 
 
 @families
-@pytest.mark.parametrize("name", ["anchorattention", "mminference", "proxyattn"])
+@pytest.mark.parametrize("name", ["anchorattention", "mminference", "proxyattn", "seerattention"])
 def test_a_batch_says_what_its_rows_say_alone(family, name):
     model = tiny.make(family)
     batch = tiny.build(model, [[150, "img", 60, "img", 160], [1, "img", 260], [90]], seed=3)

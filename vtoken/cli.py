@@ -25,7 +25,7 @@ COMMANDS = {
     "report": "the page and the tables of an eval run",
     "sweep": "score and time pipelines x tasks from one file",
     "tune": "search stages and budgets that keep the answers",
-    "calibrate": "compute the table or layer that a stage needs for a model",
+    "calibrate": "compute the table, layer or gates that a stage needs for a model",
     "train-exit": "train the gates of dyvte for a model",
     "demo": "prune the shipped reference model and write a report",
     "schema": "JSON Schema of pipeline files, for editors",

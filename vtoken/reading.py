@@ -1,4 +1,4 @@
-"""The vocabulary of site attention: Prompt, Reads, SparseAttention. Letters as in `stages`; `T` and `M` count query and key blocks."""
+"""The vocabulary of site attention: Prompt, Rope, Reads, SparseAttention. Letters as in `stages`; `T` and `M` count query and key blocks."""
 
 from __future__ import annotations
 
@@ -19,6 +19,39 @@ from vtoken.stages import Compressor, Parts, Site
 
 
 @dataclass(frozen=True)
+class Rope:
+    """How a decoder layer rotated the queries and keys of one row.
+
+    Attributes:
+        cos, sin: [N, r] of each token, as the layer was given them: the axes of M-RoPE are joined, a factor on attention (YaRN) is in
+            both, and r < d where RoPE turns a part of a head only.
+        rotate: the model's own, (q [1, H, N, d], k [1, Hk, N, d], cos [1, N, r], sin [1, N, r]) -> both of them rotated.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    rotate: Callable[..., tuple[Tensor, Tensor]]
+
+    def starts(self, size: int) -> Rope:
+        """That of the first token of every block."""
+        return Rope(self.cos[::size], self.sin[::size], self.rotate)
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Rotates x [H, N, d]; fp32."""
+        return self._turned(x, self.cos.float(), self.sin.float())
+
+    def undo(self, x: Tensor) -> Tensor:
+        """x [H, N, d] as it was before it was rotated, up to rounding; fp32."""
+        cos, sin = self.cos.float(), self.sin.float()
+        square = cos * cos + sin * sin  # 1, but for a factor on attention and rounding
+        return self._turned(x, cos / square, -sin / square)
+
+    def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x[None].float()
+        return self.rotate(x, x[:, :1], cos[None], sin[None])[0][0]
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One batch row of a prefill, as one decoder layer attends to it; no padding.
 
@@ -30,6 +63,7 @@ class Prompt:
         place: [N] position among its image's unpruned tokens, -1 for text.
         parts: rasters of every image of the batch, as in VisualTokens.
         probe: what its queries attend to, shared with a stage of site cache; use it through `vtoken.probe.shared`.
+        rope: what q and k were rotated by, where the stage asks for it.
         known: what was worked out from image, place and parts alone, for all layers that see this layout; use `once`.
     """
 
@@ -41,6 +75,7 @@ class Prompt:
     place: Tensor
     parts: tuple[Parts, ...] = ()
     probe: Probe | None = None
+    rope: Rope | None = None
     known: dict[Hashable, Any] = field(default_factory=dict)
 
     def once(self, key: Hashable, work: Callable[[], Any]) -> Any:
@@ -202,6 +237,7 @@ class SparseAttention(Compressor):
     """
 
     site: ClassVar[Site] = "attention"
+    rope: ClassVar[bool] = False  # whether it asks for Prompt.rope
 
     min_len: int = Field(
         default=8192, ge=0, description="prompts of fewer tokens (after pruning) keep the model's own attention"
@@ -212,8 +248,8 @@ class SparseAttention(Compressor):
         dense = {k % depth if -depth <= k < depth else k for k in self.dense_layers}
         return tuple(k for k in range(depth) if k not in dense)
 
-    def misfit_heads(self, heads: int, key_heads: int) -> str:
-        """Why a decoder with so many query and key heads cannot be served, and what to do; empty where it can. Asked when wrapping."""
+    def misfit_heads(self, heads: int, key_heads: int, width: int) -> str:
+        """Why a decoder with so many query and key heads of this width cannot be served, and what to do; empty where it can. Asked when wrapping."""
         return ""
 
     def reads(self, prompt: Prompt) -> Reads | Among:

@@ -1,4 +1,4 @@
-"""`vtoken calibrate`: compute the table or layer that a stage needs for a model."""
+"""`vtoken calibrate`: compute the table or layer that a stage needs for a model, or train its gates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ what it found. Without it a table and a sentence are printed; a pipeline that go
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One sub-command per module of `vtoken.evals.calibrate`."""
-    parser.description = "Compute the table or layer that a stage needs for a model; training-free."
+    parser.description = (
+        "Compute the table or layer that a stage needs for a model, or train its gates; models stay as they are."
+    )
     parser.epilog = EXAMPLES
     parsers = parser.add_subparsers(metavar="METHOD", dest="method", required=True)
     for found in iter_modules(calibrate.__path__):

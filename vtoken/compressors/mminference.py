@@ -64,7 +64,7 @@ class MMInference(SparseAttention):
             return ""
         return f"heads has patterns for {len(self.heads)} decoder layers, this model has {depth}; {SEARCH}"
 
-    def misfit_heads(self, heads: int, key_heads: int) -> str:
+    def misfit_heads(self, heads: int, key_heads: int, width: int) -> str:
         odd = {len(row) for row in self.heads or ()} - {heads}
         return f"heads has patterns for {odd.pop()} heads in a layer, this model has {heads}; {SEARCH}" if odd else ""
 

@@ -50,7 +50,7 @@ class ProxyAttn(SparseAttention):
     by_row: bool = Field(default=False, description="a head reads a share of the blocks up to a row, not a number")
     size: Literal[16, 32, 64, 128, 256] = Field(default=128, description="tokens of a block")
 
-    def misfit_heads(self, heads: int, key_heads: int) -> str:
+    def misfit_heads(self, heads: int, key_heads: int, width: int) -> str:
         if heads % self.proxies == 0 and (key_heads % self.proxies == 0 or self.proxies % key_heads == 0):
             return ""
         return (

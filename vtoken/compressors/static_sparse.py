@@ -48,7 +48,7 @@ class StaticSparse(SparseAttention):
             return ""
         return f"gates are for {len(self.gates)} decoder layers, this model has {depth}; learn them on it, or leave them out"
 
-    def misfit_heads(self, heads: int, key_heads: int) -> str:
+    def misfit_heads(self, heads: int, key_heads: int, width: int) -> str:
         if self.gates is None or len(self.gates[0]) == key_heads:
             return ""
         return f"gates are for {len(self.gates[0])} key heads in a layer, this model has {key_heads}; learn them on it, or leave them out"

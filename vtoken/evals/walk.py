@@ -85,7 +85,7 @@ class Walk:
             if why := stage.misfit(shape.decoder.depth, shape.decoder.width):
                 raise OtherModelError(f"stage {stage.name}: {why}")
             if isinstance(stage, SparseAttention) and (
-                why := stage.misfit_heads(shape.decoder.heads, shape.decoder.kv_heads)
+                why := stage.misfit_heads(shape.decoder.heads, shape.decoder.kv_heads, shape.decoder.head_dim)
             ):
                 raise UnsupportedError(f"stage {stage.name}: {why}")
             self._check_layers(stage)

@@ -6,16 +6,17 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.attention import tap
 from vtoken.hooks.flow import Prefill, eager
 from vtoken.hooks.handle import Handle
+from vtoken.hooks.spread import rotates_last, rotation_of
 from vtoken.hooks.visual import aside_of, trace_of
 from vtoken.kernels import block_sparse_attention
 from vtoken.probe import Probe
-from vtoken.reading import Among, Prompt, Reads, SparseAttention, everything
+from vtoken.reading import Among, Prompt, Reads, Rope, SparseAttention, everything
 from vtoken.run import Clock, Run
 from vtoken.stages import Stage, uploaded
 
@@ -40,7 +41,19 @@ class SparsePrefill:
         for stage in stages:
             if isinstance(stage, SparseAttention):
                 self.at |= dict.fromkeys(stage.layers(len(lm.layers)), stage)
+        for layer, stage in self.at.items():
+            if stage.rope:
+                handle.before(lm.layers[layer].self_attn, self._note_rope)
         tap(handle, lm, self.at, self._attend)
+
+    def _note_rope(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if isinstance(self.run.flow, Prefill):
+            self._keep_rope(kwargs["position_embeddings"])
+
+    @eager
+    def _keep_rope(self, cos_sin: tuple[Tensor, Tensor]) -> None:
+        assert self.run.flow is not None
+        self.run.flow.memo["rope"] = cos_sin
 
     def _attend(
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Callable[..., Any], **kwargs: Any
@@ -67,7 +80,7 @@ class SparsePrefill:
         rows = [_row(x, flow) for x in (q, k, v)]
         with torch.no_grad(), Clock(q.device) as clock:
             chosen = [
-                self._choose(stage, flow, row, q, k, scale, module.layer_idx)
+                self._choose(stage, flow, row, q, k, scale, module)
                 for row, (q, k) in enumerate(zip(*rows[:2], strict=True))
             ]
         trace = trace_of(stage, flow.visual.lengths, flow.visual.lineage, clock, module.layer_idx)
@@ -81,10 +94,10 @@ class SparsePrefill:
         return out, None
 
     def _choose(
-        self, stage: SparseAttention, flow: Prefill, row: int, q: Tensor, k: Tensor, scale: float, layer: int
+        self, stage: SparseAttention, flow: Prefill, row: int, q: Tensor, k: Tensor, scale: float, module: Any
     ) -> Reads | Among:
         """What the queries of one row read; drafts and answers behind its prompt have no say in it."""
-        n, heads = q.shape[1] - flow.tail, len(q)
+        n, heads, layer = q.shape[1] - flow.tail, len(q), module.layer_idx
         if n < max(1, stage.min_len) or row in flow.spared:
             return Reads(SIZE, everything(heads, n, n, SIZE, q.device))
         image, place, known = self._layout(flow, q.device)
@@ -92,7 +105,11 @@ class SparsePrefill:
         probe = Probe(q[:, :n], k[:, :n], scale, () if self.also is None else self.also(flow, row))
         if self.also is not None:
             flow.memo.setdefault("probes", {})[layer, row] = probe
-        prompt = Prompt(probe.q, probe.k, scale, layer, image, place, flow.visual.parts, probe, known[row])
+        rope = None
+        if stage.rope:
+            cos, sin = (t[row if len(t) > 1 else 0, -q.shape[1] :][:n].to(q.device) for t in flow.memo["rope"])
+            rope = Rope(cos, sin, rotation_of(module))
+        prompt = Prompt(probe.q, probe.k, scale, layer, image, place, flow.visual.parts, probe, rope, known[row])
         reads = stage.reads(prompt)
         check(stage, reads, prompt)
         return reads
@@ -198,7 +215,7 @@ def check_attention(stages: Sequence[Stage], lm: Any) -> None:
             )
         if width > WIDEST:
             raise UnsupportedError(f"stage {stage.name}: attention heads of width {width}; at most {WIDEST} are served")
-        if why := stage.misfit_heads(lm.config.num_attention_heads, lm.config.num_key_value_heads):
+        if why := stage.misfit_heads(lm.config.num_attention_heads, lm.config.num_key_value_heads, width):
             raise UnsupportedError(f"stage {stage.name}: {why}")
         wrong = [k for k in stage.dense_layers if not -depth <= k < depth]
         if wrong or not stage.layers(depth):
@@ -206,6 +223,12 @@ def check_attention(stages: Sequence[Stage], lm: Any) -> None:
                 f"stage {stage.name}: dense_layers {list(stage.dense_layers)}; this model has layers 0 to {depth - 1}, and one must be left"
             )
         for k in stage.layers(depth):
+            attention = lm.layers[k].self_attn
+            if stage.rope and not rotates_last(attention):
+                raise UnsupportedError(
+                    f"stage {stage.name} needs queries and keys from before RoPE, and {type(attention).__name__} is not q_proj, k_proj and "
+                    "v_proj, norms of queries and keys, then apply_rotary_pos_emb; take another stage of site attention"
+                )
             if k in taken:
                 raise UnsupportedError(
                     f"stages {taken[k]} and {stage.name} both thin the attention of decoder layer {k}; share the layers out with dense_layers"

@@ -13,6 +13,8 @@ from torch import Tensor
 from vtoken.hooks.attention import HANDED
 from vtoken.hooks.flow import eager
 
+# What an attention may be built of for its queries and keys to be rotated last of all.
+PARTS = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
 Rope = tuple[Tensor, Tensor]  # cos and sin, [B, U, d] (or less than d, where RoPE is partial)
 
 
@@ -151,3 +153,10 @@ def _spread(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: A
 def rotation_of(attention: Any) -> Any:
     """The function by which an attention rotates its queries and keys, as its file defines it; None if it defines none."""
     return getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+
+
+def rotates_last(attention: Any) -> bool:
+    """Whether an attention is q_proj, k_proj and v_proj, norms of queries and keys, then `apply_rotary_pos_emb` of its file."""
+    parts = {name for name, _ in attention.named_children()}
+    built = PARTS - {"q_norm", "k_norm"} <= parts <= PARTS
+    return built and rotation_of(attention) is not None and bool(getattr(attention, "use_rope", True))

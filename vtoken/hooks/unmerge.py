@@ -22,13 +22,11 @@ from vtoken.hooks.cache import PrunedCache
 from vtoken.hooks.flow import Flow, Prefill, check_replay, eager
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.layout import pack_left, take
-from vtoken.hooks.spread import Rope, Spread, Table, attend, rotation_of
+from vtoken.hooks.spread import Rope, Spread, Table, attend, rotates_last
 from vtoken.hooks.visual import trace_of
 from vtoken.run import Clock, Run
 from vtoken.stages import Stage, offsets_of
 
-# What an attention may be built of for its queries and keys to be rotated later than it does itself.
-PARTS = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
 NOTHING = "no stage before it merged anything"
 
 
@@ -200,9 +198,7 @@ def check_rotation(stage: Stage, attention: Any) -> None:
     Raises:
         UnsupportedError: names what is different about it.
     """
-    parts = {name for name, _ in attention.named_children()}
-    needed = {"q_proj", "k_proj", "v_proj", "o_proj"}
-    if parts - PARTS or needed - parts or rotation_of(attention) is None or not getattr(attention, "use_rope", True):
+    if not rotates_last(attention):
         raise UnsupportedError(
             f"stage {stage.name} cannot unmerge tokens in {type(attention).__name__}: it is not q_proj, k_proj and v_proj, norms of "
             "queries and keys, then apply_rotary_pos_emb; leave the stage out, merged tokens then attend at one place each"

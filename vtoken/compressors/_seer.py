@@ -1,0 +1,173 @@
+"""SeerAttention's gates: one matrix per decoder layer and query head, their file, and what they make of pooled queries and keys."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vtoken.compressors._blocks import best, block_mean, per_head
+from vtoken.reading import Prompt, Rope, causal
+
+FORMAT = "vtoken seerattention 1"
+SIZES = (16, 32, 64, 128, 256)
+THEIRS = re.compile(r"layers\.(\d+)\.self_attn\.attn_gate\.(\w+)\.weight$")
+THEIR_SIZE = 64
+AHEAD = -1e30  # finite, so that nothing times it is nothing
+
+
+class Header(NamedTuple):
+    """What a file of gates is for.
+
+    Attributes:
+        depth: decoder layers; heads: of queries; key_heads: 0 where the file does not tell; width: of a head.
+        size: tokens of a block.
+    """
+
+    depth: int
+    heads: int
+    key_heads: int
+    width: int
+    size: int
+
+
+def header(name: str) -> Header:
+    """Reads what a file says of itself.
+
+    Raises:
+        ValueError: there is no such file, or it holds something else.
+    """
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(
+            f"no file {name!r}; `vtoken calibrate seerattention MODEL --data DATA -o FILE` trains gates for a model"
+        )
+    return _header(str(path), path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=32)
+def _header(path: str, changed: int) -> Header:
+    if path.endswith(".pth"):
+        gates = _theirs(path)
+        heads, _, width = gates[0].shape
+        return Header(len(gates), heads, 0, width, THEIR_SIZE)
+    try:
+        with safe_open(path, "pt") as file:
+            told = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from None
+    if told.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} holds no gates of `vtoken calibrate seerattention` (format {told.get('format')!r}, not {FORMAT!r})"
+        )
+    found = Header(*(int(told[key]) for key in Header._fields))
+    if found.size not in SIZES:
+        raise ValueError(
+            f"{path} holds gates for blocks of {found.size} tokens; {', '.join(map(str, SIZES))} can be had"
+        )
+    return found
+
+
+def _theirs(path: str) -> list[Tensor]:
+    """The gates of the authors' attn_gate_weights.pth, layer by layer."""
+    try:
+        found = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        gates = {int(at[1]): t for name, t in found.items() if (at := THEIRS.search(name)) and at[2] == "mask_linear_k"}
+    except (RuntimeError, UnpicklingError, AttributeError) as error:
+        raise ValueError(f"{path} is no file of tensors that torch saved: {error}") from None
+    alike = {tuple(t.shape) for t in gates.values()}
+    if len(found) != len(gates) or sorted(gates) != list(range(len(gates))) or len(alike) != 1:
+        raise ValueError(
+            f"{path} does not hold one matrix mask_linear_k for every layer and nothing else: of the authors' gates the default kind is read"
+        )
+    _, rows, width = next(iter(alike))
+    if rows != 3 * width:
+        raise ValueError(
+            f"{path} holds gates of {rows} x {width}; they must be 3 head widths x 1 (keys pooled by max, min, avg)"
+        )
+    return [gates[k] for k in sorted(gates)]
+
+
+def gate(name: str, layer: int, device: torch.device) -> Tensor:
+    """[H, 3 d, d] of one layer; read once per device."""
+    path = Path(name)
+    return _gates(str(path), path.stat().st_mtime_ns, device)[layer]
+
+
+@lru_cache(maxsize=4)
+def _gates(path: str, changed: int, device: torch.device) -> list[Tensor]:
+    with torch.inference_mode(False):
+        if path.endswith(".pth"):
+            return [t.to(device) for t in _theirs(path)]
+        with safe_open(path, "pt", device=str(device)) as file:
+            return [file.get_tensor(str(k)) for k in range(int(file.metadata()["depth"]))]
+
+
+def save(path: Path, gates: Sequence[Tensor], key_heads: int, size: int, about: Mapping[str, str]) -> None:
+    """Writes gates [H, 3 d, d], one per layer.
+
+    Args:
+        about: more to say of them: model, data, settings.
+    """
+    heads, _, width = gates[0].shape
+    told = Header(len(gates), heads, key_heads, width, size)._asdict()
+    numbers = {key: str(value) for key, value in told.items()}
+    save_file({str(k): t.contiguous() for k, t in enumerate(gates)}, path, {**about, "format": FORMAT, **numbers})
+
+
+def pooled(prompt: Prompt, size: int) -> tuple[Tensor, Tensor]:
+    """Of queries and keys before RoPE, over blocks of `size` tokens (the last one over what it has), fp32: means of queries [H, T, d];
+    maxima, minima and means of keys side by side [Hk, T, 3 d]."""
+    rope = prompt.rope
+    assert rope is not None
+    # Key head by key head: all unrotated queries at once would double what the layer holds.
+    queries = torch.cat([block_mean(rope.undo(q), size) for q in prompt.q.split(prompt.heads // len(prompt.k))])
+    keys = []
+    for k in prompt.k.split(1):
+        k = rope.undo(k)
+        keys.append(torch.cat([block_max(k, size), -block_max(-k, size), block_mean(k, size)], -1))
+    return queries, torch.cat(keys)
+
+
+def block_max(x: Tensor, size: int) -> Tensor:
+    """[H, N, d] -> [H, ceil(N / size), d], maxima over blocks."""
+    return pad(x, (0, 0, 0, -x.shape[1] % size), value=-torch.inf).unflatten(1, (-1, size)).amax(2)
+
+
+def logits(queries: Tensor, keys: Tensor, gate: Tensor, starts: Rope) -> Tensor:
+    """[H, T, T] fp32, before the softmax over key blocks, of what `pooled` returns.
+
+    Args:
+        gate: [H, 3 d, d].
+        starts: of the blocks' first tokens.
+    """
+    keys = per_head(keys, len(queries)) @ gate.float()
+    products = starts.turn(queries) @ starts.turn(keys).transpose(1, 2) * queries.shape[-1] ** -0.5
+    return products.masked_fill(~causal(products), AHEAD)
+
+
+def chosen(shares: Tensor, threshold: float, share: float | None, last: int) -> Tensor:
+    """[H, T, T] bool: the key blocks to read, of shares [H, T, T] that a gate gives them.
+
+    Args:
+        threshold: shares above it are read; with `share` instead as many of the largest in every row as make it up of a whole
+            causal map, at least one.
+        last: rows at the end that read all.
+    """
+    t = torch.arange(shares.shape[-1], device=shares.device)
+    if share is None:
+        read = shares > threshold
+    else:
+        count = max(1, int((1 - (1 - share) ** 0.5) * len(t)))
+        read = best(shares, torch.full_like(shares[..., 0], count))
+    read = read | (t == 0) | (t[:, None] == t) | (t[:, None] >= len(t) - last)
+    return read & causal(shares)

@@ -1,0 +1,84 @@
+"""SeerAttention: trained gates tell from pooled queries and keys which key blocks each head reads."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field, field_validator
+
+from vtoken.compressors._seer import Header, chosen, gate, header, logits, pooled
+from vtoken.reading import Prompt, Reads, SparseAttention
+
+
+class SeerAttention(SparseAttention):
+    """Per layer, queries and keys before RoPE are pooled over blocks: of queries the mean, of keys maximum, minimum and mean side by side,
+    which a matrix per query head brings back to the width of a head. Both are rotated by the place where their block starts; the
+    softmax of their products over the key blocks up to a query's own says how much of its attention each would get. Blocks with
+    more than `threshold` are read, or as many of the largest as make up `share` of the causal map; the first block and the
+    diagonal always, and everything by the last `last` query blocks.
+
+    The gates are trained on the model's own attention, which stays as it is: `vtoken calibrate seerattention MODEL --data DATA
+    -o FILE`. The file says how large blocks are. The authors' attn_gate_weights.pth are read too; those that are published belong
+    to text models (Llama-3.1, Qwen2.5), not to VLMs built of them.
+
+    Paper: https://arxiv.org/abs/2410.13276
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2410.13276"
+    deviations: ClassVar[str] = (
+        "One matrix per query head, on pooled keys, as in the authors' default and published gates; their variants (a matrix for queries "
+        "too, one per key head, other poolings, a gate width other than the head's) are left out. The first block and the diagonal are always "
+        "read; the authors read them where their gate says so. Queries and keys are rotated back from what the model rotated, exact up "
+        "to rounding. With M-RoPE, and after pruning, a block starts at the positions of its first token, which the paper does not "
+        "speak of. Blocks are counted from a row's first token, without its padding. `share` breaks ties towards the first block."
+    )
+    rope: ClassVar[bool] = True
+
+    gates: str = Field(
+        description="file that `vtoken calibrate seerattention` wrote for the same model, or the authors' attn_gate_weights.pth"
+    )
+    threshold: float = Field(
+        default=2e-3,
+        ge=0,
+        lt=1,
+        description="share of a query block's attention above which a key block is read; useful: 5e-4 to 5e-3",
+    )
+    share: float | None = Field(
+        default=None, gt=0, le=1, description="share of the causal blocks that is read, in place of a threshold"
+    )
+    last: int = Field(default=2, ge=0, description="query blocks at the end that read everything")
+
+    @field_validator("gates")
+    @classmethod
+    def _readable(cls, gates: str) -> str:
+        header(gates)
+        return gates
+
+    def misfit(self, depth: int, width: int) -> str:
+        told = header(self.gates)
+        return "" if told.depth == depth else self._other(told, f"{depth} layers")
+
+    def misfit_heads(self, heads: int, key_heads: int, width: int) -> str:
+        told = header(self.gates)
+        if (told.heads, told.key_heads or key_heads, told.width) == (heads, key_heads, width):
+            return ""
+        return self._other(told, f"{heads} query heads on {key_heads} key heads of width {width}")
+
+    def _other(self, told: Header, here: str) -> str:
+        on = f" on {told.key_heads} key heads" if told.key_heads else ""
+        return (
+            f"the gates {self.gates!r} are for {told.depth} layers of {told.heads} query heads{on} of width {told.width}, this model "
+            f"has {here}; train gates for it: vtoken calibrate seerattention MODEL --data DATA -o FILE"
+        )
+
+    def reads(self, prompt: Prompt) -> Reads:
+        assert prompt.rope is not None
+        size = header(self.gates).size
+        starts, matrices = prompt.rope.starts(size), gate(self.gates, prompt.layer, prompt.q.device)
+        groups, blocks = prompt.heads // len(prompt.k), []
+        queries, keys = pooled(prompt, size)
+        for q, k, matrix in zip(queries.split(groups), keys.split(1), matrices.split(groups), strict=True):
+            shares = logits(q, k, matrix, starts).softmax(-1)
+            blocks.append(chosen(shares, self.threshold, self.share, self.last))
+        return Reads(size, torch.cat(blocks))
