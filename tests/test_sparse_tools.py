@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 
+from vtoken.errors import UnsupportedError
 from vtoken.reading import Prompt, Reads
 
 
@@ -42,6 +43,8 @@ def test_the_account_knows_fixed_patterns():
     ):
         told = account(config, load([stage]), text_tokens=144)
         assert told.prefill_attention == whole.prefill_attention and any(words in s for s in told.left_out)
+    with pytest.raises(UnsupportedError, match="3 proxies cannot share out"):
+        account(config, load([{"proxyattn": {"proxies": 3}}]))
 
 
 def test_calibration_of_mminference(tmp_path, capsys):
