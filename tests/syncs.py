@@ -59,6 +59,8 @@ class Recorder(TorchFunctionMode):
             return None if sized else "asked"
         if name in ("__getitem__", "__setitem__", "index_put_", "index_put"):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(isinstance(i, list) for i in index):
+                return "uploaded"
             return "masked" if any(isinstance(i, Tensor) and i.dtype == torch.bool and i.ndim for i in index) else None
         return "asked" if name in ASK or (name == "where" and len(args) == 1) else None
 

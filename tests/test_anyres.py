@@ -54,6 +54,21 @@ def test_values_take_the_road_of_the_features(family, size):
 
 
 @families
+@pytest.mark.parametrize("size", [(20, 5000), (5000, 20), (2, 300)], ids=str)
+def test_pictures_thinner_than_a_patch(family, size):
+    """The model cuts their crops away with the padding: the scaled-down whole is all there is, and newlines."""
+    model = tiny.make(family)
+    batch = tiny.build(model, [[1, ("img", size), 2], [("img", (100, 60)), 3]], seed=1)
+    stock = model.generate(**batch, max_new_tokens=4, do_sample=False)
+    with vtoken.wrapped(model, "none"):
+        assert torch.equal(model.generate(**batch, max_new_tokens=4, do_sample=False), stock)
+    with vtoken.wrapped(model, "uniform:8"):
+        model.generate(**batch, max_new_tokens=1, do_sample=False)
+        seen = vtoken.trace(model)
+    assert seen.visual_tokens[0] == 16 and seen.tokens_out == [8, 8] and seen.parts[0] == ((1, 4, 4),)
+
+
+@families
 def test_segments_are_crops(family):
     """A channel that holds the number of the crop comes out as the segment (interpolated, it is a mean of several)."""
     model = tiny.make(family)

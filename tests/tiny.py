@@ -240,5 +240,7 @@ def _tokens(family: str, picture: Picture) -> int:
         inputs["batch_num_images"] = torch.tensor([2])
     features = getattr(model, f"get_{picture.kind}_features")(pixels, **inputs, return_dict=True).pooler_output[0]
     # Before 5.18 the newline that ends a OneVision video was added outside of the feature function.
-    late = family == "llava_onevision" and not torch.equal(features[-1], model.image_newline)
+    late = (
+        family == "llava_onevision" and picture.kind == "video" and not torch.equal(features[-1], model.image_newline)
+    )
     return len(features) + late

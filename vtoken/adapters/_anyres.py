@@ -88,6 +88,8 @@ class Anyres(Padded):
         if crops == 1:
             return Layout((base,), None, newline, torch.zeros(len(content), dtype=torch.long))
         n = len(content) - self.patches
+        if not n:  # A picture thinner than a patch is cut away with its padding, but for newlines.
+            return Layout((base,), None, newline, torch.full((self.patches,), -1))
         rows = int(newline.sum())
         stitched = content[self.patches :]
         width = int(stitched[:, 1].max() // self.side) + 1

@@ -29,9 +29,9 @@ def block_mean(x: Tensor, size: int) -> Tensor:
     return sums / held[:, None]
 
 
-def pooled_scores(q: Tensor, k: Tensor, scale: float, size: int) -> Tensor:
-    """[H, T, T] fp32 softmax over the causal key blocks of the products of block means."""
-    scores = (block_mean(q, size) @ block_mean(k, size).transpose(1, 2)) * scale
+def pooled_scores(q: Tensor, means: Tensor, scale: float, size: int) -> Tensor:
+    """[H, T, T] fp32 softmax over the causal key blocks of the products of block means: of queries [H, N, d], and those of the keys [H, T, d]."""
+    scores = (block_mean(q, size) @ means.transpose(1, 2)) * scale
     ahead = torch.ones_like(scores, dtype=torch.bool).triu(1)
     return scores.masked_fill(ahead, -torch.inf).softmax(-1)
 

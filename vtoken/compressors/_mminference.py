@@ -164,7 +164,9 @@ def spans(rank: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-Lists = tuple[Tensor, Tensor, Tensor]  # blocks [h, T, T], columns [h, 1 or T, C], dense queries [h, N]
+Lists = tuple[
+    Tensor, Tensor, Tensor | None
+]  # blocks [h, T, T], columns [h, 1 or T, C], dense queries [h, N] (None: none are)
 
 
 def grid(prompt: Prompt, unit: str, rows: bool, local: int) -> Lists | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from vtoken.compressors._blocks import best, block_mean, block_sum, cover, lines, per_head, pooled_scores
@@ -49,6 +49,14 @@ class FlexPrefill(SparseAttention):
         default=False, description="leave out the entry that crosses gamma in query-aware heads, as the authors' code"
     )
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max_budget is not None and self.max_budget < self.min_budget:
+            raise ValueError(
+                f"max_budget {self.max_budget} is below min_budget {self.min_budget}; raise it, or lower that"
+            )
+        return self
+
     def reads(self, prompt: Prompt) -> Reads:
         n, size = prompt.length, self.size
         if n <= max(2, -(-self.min_budget // size)) * size:
@@ -58,15 +66,15 @@ class FlexPrefill(SparseAttention):
         return Reads(size, torch.cat([self._blocks(q, k, last, prompt.scale) for (q, k), last in parts]))
 
     def _blocks(self, q: Tensor, k: Tensor, last: Tensor, scale: float) -> Tensor:
-        """[H, T, T] of a few heads, `last` [H, size, N] the attention of their last queries."""
-        size, k = self.size, per_head(k, len(q))
+        """[H, T, T] of the query heads [H, N, d] of one key head [1, N, d], `last` [H, size, N] the attention of their last queries."""
+        size, means = self.size, per_head(block_mean(k, self.size), len(q))
         vertical, slash = lines(last)
         # Distances are pooled from the far end, so that those of an incomplete block are the longest ones.
         columns, bands = block_sum(vertical, size), block_sum(slash.flip(-1), size).flip(-1)
         t = columns.shape[-1]
         least = min(-(-self.min_budget // size), t)
         most = t if self.max_budget is None else min(-(-self.max_budget // size), t)
-        pooled = (q[:, -size:].float().mean(1, keepdim=True) @ block_mean(k, size).transpose(1, 2) * scale)[:, 0]
+        pooled = (q[:, -size:].float().mean(1, keepdim=True) @ means.transpose(1, 2) * scale)[:, 0]
         aware = divergence(pooled.softmax(-1), columns) < self.tau
 
         def count(x: Tensor) -> Tensor:
@@ -79,7 +87,7 @@ class FlexPrefill(SparseAttention):
         distance = row[:, None] - row
         blocks = (taken[:, None] | near[:, distance.clamp(min=0)]) & (distance >= 0)
         if self.tau > 0:
-            entries = pooled_scores(q, k, scale, size).flatten(1)
+            entries = pooled_scores(q, means, scale, size).flatten(1)
             covered = cover(entries, self.gamma, self.drop_crossing).view_as(blocks) & (distance >= 0)
             blocks |= covered & aware[:, None, None]
         return blocks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.functional import pad
 from vtoken.compressors._blocks import per_head
 from vtoken.compressors._mminference import SIZE, Lists, bands, by_modality, grid, index, listed, window
 from vtoken.reading import Prompt, Reads, SparseAttention, everything
+from vtoken.stages import uploaded
 
 Pattern = Literal[
     "grid_frame_columns", "grid_frame", "a_shape", "grid_row_columns", "grid_row",
@@ -44,7 +46,8 @@ class MMInference(SparseAttention):
     deviations: ClassVar[str] = (
         "2d_boundary is experimental: the paper leaves open how text and images index each other, its code has it commented out; here "
         "both ways are vertical-slash, and the attention that ranks the keys is over all of them. Windows and slashes are read in "
-        "whole aligned blocks of 64, never less than the authors read. The grid's phase is found at run time, as in the paper; "
+        "whole aligned blocks of 64, never less than the authors read. Lists of rows and columns take the place of the authors' permutation "
+        "of queries and keys; what is read is the same. The grid's phase is found at run time, as in the paper; "
         "their code fixes it offline. Modalities are told apart by their tokens, not by the order of spans. No searched table is "
         "shipped: the authors' are of models that are not supported here."
     )
@@ -74,14 +77,21 @@ class MMInference(SparseAttention):
         for key in range(len(prompt.k)):
             mine = range(key * groups, (key + 1) * groups)
             for name in dict.fromkeys(names[h] for h in mine):
-                some = [h for h in mine if names[h] == name]
+                some = tuple(h for h in mine if names[h] == name)
                 order += some
-                found.append(self.lists(name, replace(prompt, q=prompt.q[some], k=prompt.k[key][None])))
+                q = prompt.q[mine.start : mine.stop]
+                if len(some) < groups:
+                    q = prompt.q[prompt.once(("heads", some), partial(uploaded, some, q.device))]
+                found.append(self.lists(name, replace(prompt, q=q, k=prompt.k[key][None])))
         tiles, width = found[0][0].shape[1], max(columns.shape[2] for _, columns, _ in found)
         lists = max(columns.shape[1] for _, columns, _ in found)
         columns = [pad(c, (0, width - c.shape[2]), value=-1).expand(-1, lists, -1) for _, c, _ in found]
-        back = prompt.once(("back", tuple(names)), lambda: torch.tensor(order, device=prompt.q.device).argsort())
-        blocks, single, dense = (torch.cat(x)[back] for x in ([f[0] for f in found], columns, [f[2] for f in found]))
+        back = prompt.once(("back", tuple(names)), lambda: uploaded(order, prompt.q.device).argsort())
+        blocks, single = (torch.cat(x)[back] for x in ([f[0] for f in found], columns))
+        dense = None
+        if any(f[2] is not None for f in found):
+            none = torch.zeros(1, prompt.length, dtype=torch.bool, device=prompt.q.device)
+            dense = torch.cat([none.expand(len(f[0]), -1) if f[2] is None else f[2] for f in found])[back]
         return Reads(SIZE, blocks, single, tiles if lists == 1 else 1, dense)
 
     def lists(self, name: str, prompt: Prompt) -> Lists:
@@ -89,17 +99,16 @@ class MMInference(SparseAttention):
         n, device = prompt.length, prompt.q.device
         tiles = -(-n // SIZE)
         nothing = torch.full((prompt.heads, 1, 1), -1, dtype=torch.int32, device=device)
-        none = torch.zeros(prompt.heads, n, dtype=torch.bool, device=device)
         if name == "a_shape":
             blocks = window(tiles, self.sink, self.window, device).expand(prompt.heads, -1, -1)
             seen = prompt.image >= 0
             behind = (seen.flip(0).cumsum(0).flip(0) == 0) & seen.any()
-            return blocks, nothing, behind.expand_as(none)
+            return blocks, nothing, behind.expand(prompt.heads, -1)
         if name.startswith("grid"):
             found = grid(prompt, name.split("_")[1], not name.endswith("columns"), self.local)
-            return found or (everything(prompt.heads, n, n, SIZE, device), nothing, none)
+            return found or (everything(prompt.heads, n, n, SIZE, device), nothing, None)
         if name.endswith("boundary"):
-            return *by_modality(prompt, self.vertical, self.slash, keys_too=name == "2d_boundary"), none
+            return *by_modality(prompt, self.vertical, self.slash, keys_too=name == "2d_boundary"), None
         k = per_head(prompt.k, prompt.heads)
         columns, distances = index(prompt.q, k, prompt.scale, self.vertical, int(name.rpartition("_")[2]))
-        return bands(distances, tiles), listed(columns, max(self.vertical, 30))[:, None], none
+        return bands(distances, tiles), listed(columns, max(self.vertical, 30))[:, None], None

@@ -85,7 +85,7 @@ class ProxyAttn(SparseAttention):
         each = per * max(1, CHUNK // (len(q) * total * per))
         for start in range(0, total, each):
             stop = min(total, start + each)
-            products = (q[:, start:stop] @ k[:, :stop].transpose(1, 2)).float() * scale
+            products = (q[:, start:stop] * scale @ k[:, :stop].transpose(1, 2)).float()
             shares = products.masked_fill(place[:stop] > place[start:stop, None], -torch.inf).softmax(-1)
             shares = pad(shares, (0, -stop % per, 0, (start - stop) % per))
             tiles = shares.unflatten(2, (-1, per)).amax(-1).unflatten(1, (-1, per)).amax(2)

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from vtoken.reading import Prompt, Reads, SparseAttention, causal, everything
+from vtoken.stages import uploaded
 
 
 class StaticSparse(SparseAttention):
@@ -66,7 +67,7 @@ class StaticSparse(SparseAttention):
         whole = everything(prompt.heads, n, n, self.size, device)
         blocks, streams = self._blocks(n, device).expand_as(whole), self.streams(prompt.layer)
         if streams is not None:
-            on = torch.tensor(streams, device=device).repeat_interleave(prompt.heads // len(streams))
+            on = uploaded([s for s in streams for _ in range(prompt.heads // len(streams))], device, torch.bool)
             blocks = torch.where(on[:, None, None], blocks, whole)
         dense = (torch.arange(n, device=device) >= n - self.last).expand(prompt.heads, -1) if self.last else None
         return Reads(self.size, blocks, dense=dense)

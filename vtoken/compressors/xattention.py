@@ -63,7 +63,8 @@ class XAttention(SparseAttention):
         there, out = at * stride < n, []
         each = per * max(1, CHUNK // (len(q) * len(at) * per))
         for rows, place in zip(asked.split(each, 1), at.split(each), strict=True):
-            products = (rows @ keys.transpose(1, 2)).float() * (scale / stride)
+            # Scaled first: in half precision a sum of so many products may be out of range.
+            products = (rows * (scale / stride) @ keys.transpose(1, 2)).float()
             products = products.masked_fill((at > place[:, None]) | ~there, -torch.inf)
             shares = torch.where(there[place][:, None], products.softmax(-1), 0)
             out.append(shares.unflatten(2, (-1, per)).sum(-1).unflatten(1, (-1, per)).sum(2))

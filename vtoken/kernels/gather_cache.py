@@ -49,7 +49,7 @@ if triton is not None:
         head = pair % heads
         inside = slot < kept
         start = index + row * index_strides[0] + head * index_strides[1]
-        position = tl.load(start + slot * index_strides[2], mask=inside, other=0)
+        position = tl.load(start + slot * index_strides[2], mask=inside, other=0).to(tl.int64)
         for which in tl.static_range(len(sources)):
             if tl.program_id(2) == which:
                 column = tl.arange(0, WIDTHS[which])

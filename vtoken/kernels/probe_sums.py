@@ -61,9 +61,10 @@ if triton is not None:
         """[TILE, TILE] scores in powers of two of the queries from `first` on and these keys; -inf what is not seen."""
         row = first + tl.arange(0, TILE)
         dim = tl.arange(0, DIM)
+        far = row.to(tl.int64)
         batch = pair // heads
         head = pair % heads
-        q_at = batch * q_strides[0] + head * q_strides[1] + row[:, None] * q_strides[2] + dim[None, :] * q_strides[3]
+        q_at = batch * q_strides[0] + head * q_strides[1] + far[:, None] * q_strides[2] + dim[None, :] * q_strides[3]
         a = tl.load(q + q_at, mask=(row < last)[:, None] & (dim < d)[None, :], other=0.0)
         k_at = batch * k_strides[0] + head // groups * k_strides[1]
         k_at += key[None, :] * k_strides[2] + dim[:, None] * k_strides[3]
