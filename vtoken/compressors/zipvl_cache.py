@@ -10,9 +10,12 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from vtoken.cached import CachedLayer, CacheStage, Hold, Ready
+from vtoken.bits import Packed
+from vtoken.cached import CachedLayer, CacheStage, Hold, Later
 from vtoken.compressors._zipvl import Important, quantised
+from vtoken.kernels import query_attention
 from vtoken.probe import shared
+from vtoken.stages import offsets_of
 
 
 class ZipVLCache(Important, CacheStage):
@@ -41,6 +44,11 @@ class ZipVLCache(Important, CacheStage):
     bits: tuple[int, int] = Field(
         default=(4, 2), description="mode quantise: bits of important and of other tokens, 1 to 8"
     )
+    every: int | None = Field(
+        default=100,
+        ge=1,
+        description="mode quantise: tokens behind the prompt that are rounded together once there are so many, text or not; null: never",
+    )
     left: float = Field(
         default=1.0, gt=0, le=1, description="share of the prompt expected to be important: for the FLOPs account only"
     )
@@ -52,7 +60,7 @@ class ZipVLCache(Important, CacheStage):
             raise ValueError("each must be 1 to 8")
         return bits
 
-    def compress(self, layer: CachedLayer) -> Hold | Ready:
+    def compress(self, layer: CachedLayer) -> Hold | Packed:
         n, device = layer.keys.shape[1], layer.keys.device
         text = torch.ones(n, dtype=torch.bool, device=device)
         text[torch.cat(layer.images)] = False
@@ -62,8 +70,21 @@ class ZipVLCache(Important, CacheStage):
         if self.mode == "drop":
             return Hold(index.expand(len(layer.keys), -1), self._counts(layer, alive))
         rest = (~alive).nonzero()[:, 0]
-        keys, values, size = quantised(layer.keys, layer.values, ((index, self.bits[0]), (rest, self.bits[1])))
-        return Ready(keys, values, size)
+        return quantised(layer.keys, layer.values, ((index, self.bits[0]), (rest, self.bits[1])))
+
+    def period(self) -> int | None:
+        return self.every if self.mode == "quantise" else None
+
+    def later(self, layer: Later) -> Packed:
+        """The query alone probes: it sees every token, so that what a token receives needs no evening out."""
+        n, device = layer.keys.shape[1], layer.keys.device
+        one, all_of = offsets_of((1,), device), offsets_of((n,), device)
+        received = query_attention(layer.query[None], layer.keys.transpose(0, 1), one, all_of, layer.scale).double()
+        order = received.argsort(descending=True, stable=True)
+        count = (received[order].cumsum(0) < self.tau).sum() + 1
+        alive = (order.argsort() < count)[layer.at.start : layer.at.stop]
+        groups = ((where.nonzero()[:, 0], bits) for where, bits in zip((alive, ~alive), self.bits, strict=True))
+        return quantised(layer.keys[:, layer.at.start : layer.at.stop], layer.values, tuple(groups))
 
     def _counts(self, layer: CachedLayer, alive: Tensor) -> tuple[int, ...] | None:
         """Visual tokens that stay of each image; None where text may go, too."""
