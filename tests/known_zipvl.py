@@ -121,7 +121,9 @@ def the_bits(x, want):
     assert found.keys.shape == x.keys.shape and found.keys.dtype == x.keys.dtype
     codes = 2 * 2 * (len(want) * 4 + len(rest) * 2)  # K and V of two heads, 8 channels: 4 bytes at 4 bits, 2 at 2
     minima = 2 * 4 * 2 * (2 * 8) + 2 * 4 * 40  # lowest and highest, fp32: keys per group and channel, values per token
-    assert sum(t.nbytes for t in found.tensors()) == codes + minima + 4 * 2 * 8 + 4 * 40, "channel factors and places, too"
+    assert sum(t.nbytes for t in found.tensors()) == codes + minima + 4 * 2 * 8 + 4 * 40, (
+        "channel factors and places, too"
+    )
     flat = CachedLayer(torch.ones(1, 3, 4), torch.zeros(1, 3, 4), x.queries[:1, :3], x.images, x.slots, 0.3)
     same = quantised(flat.keys, flat.values, ((torch.arange(3), 2), (torch.arange(0), 2)))
     assert torch.equal(same.keys, flat.keys) and torch.equal(same.values, flat.values), "nothing to tell apart"
@@ -140,7 +142,9 @@ def what_is_generated(x):
             if held < 4 * tau - 1e-9:
                 important.append(j)
             held += total[j]
-        groups = [(g, b) for g, b in (([j for j in at if j in important], 4), ([j for j in at if j not in important], 2)) if g]
+        groups = [
+            (g, b) for g, b in (([j for j in at if j in important], 4), ([j for j in at if j not in important], 2)) if g
+        ]
         assert [(c.packed.shape[1], c.bits) for c in found.key_groups] == [(len(g), b) for g, b in groups]
         for group, bits in groups:
             rounded = [j - at.start for j in group]

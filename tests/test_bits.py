@@ -89,8 +89,12 @@ def test_constant_channels_and_zeros():
 def test_bytes_are_those_of_codes_and_what_reads_them(dtype):
     n, important, d, size = 50, 20, 12, dtype.itemsize
     found = quantised(numbers(n, d, dtype), numbers(n, d, dtype), split(n, important, (4, 3)))
-    codes = 2 * 2 * (important * 6 + (n - important) * 5)  # keys and values of two heads; 12 channels: 6 bytes at 4 bits, 5 at 3
-    minima = 2 * size * 2 * (2 * d) + 2 * 4 * n  # keys per group, head and channel; values, once evened out fp32, per token
+    codes = (
+        2 * 2 * (important * 6 + (n - important) * 5)
+    )  # keys and values of two heads; 12 channels: 6 bytes at 4 bits, 5 at 3
+    minima = (
+        2 * size * 2 * (2 * d) + 2 * 4 * n
+    )  # keys per group, head and channel; values, once evened out fp32, per token
     held = found.tensors()
     assert sum(t.nbytes for t in held) == codes + minima + size * 2 * d + 4 * n
     assert sum(t.untyped_storage().nbytes() for t in held) == sum(t.nbytes for t in held), "no view of anything larger"

@@ -147,8 +147,7 @@ def test_second_turn(family, more):
     got, want = both(model, run)
     equal(got, want)
     kinds = [
-        {type(piece).__name__ for row in block.rows for piece in row}
-        for block in got.past_key_values.layers[2].blocks
+        {type(piece).__name__ for row in block.rows for piece in row} for block in got.past_key_values.layers[2].blocks
     ]
     assert kinds == ([{"Packed"}, {"Plain"}, {"Packed"}] if "pixel_values" in turn else [{"Packed"}])
 
@@ -274,8 +273,7 @@ def test_what_is_generated_follows(family):
                 parts = [(chosen.nonzero()[:, 0], 4), ((~chosen).nonzero()[:, 0], 2)]
                 new = rounded(k[:, begin:], v[:, begin:], parts)
                 held.keys, held.values = (
-                    torch.cat([x[:, :, :begin], y[None]], 2)
-                    for x, y in zip((held.keys, held.values), new, strict=True)
+                    torch.cat([x[:, :, :begin], y[None]], 2) for x, y in zip((held.keys, held.values), new, strict=True)
                 )
     torch.testing.assert_close(torch.stack(out.logits), torch.stack(want), atol=2e-4, rtol=1e-4)
     for held, plain in zip(out.past_key_values.layers, cache.layers, strict=True):

@@ -165,6 +165,12 @@ class CacheStage(Compressor):
         """Tokens that every head holds of a prompt of so many tokens, visual ones as `lengths` says: what the FLOPs account uses."""
         return prompt
 
+    def packed_bytes(
+        self, prompt: int, lengths: Sequence[int], kv_heads: int, head_dim: int, dtype_bytes: int
+    ) -> int | None:
+        """Bytes of keys and values of the prompt in one layer of one row, if they are put into few bits; None: `slots` at full width."""
+        return None
+
     def cost(self, prompt: int, lengths: Sequence[int], heads: int, kv_heads: int, head_dim: int) -> int | None:
         """FLOPs of the decision in one layer of one row; None if not known."""
         return 0
