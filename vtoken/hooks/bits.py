@@ -78,7 +78,7 @@ class Block:
         """Without the newest slots, which are real in every row."""
         rows = []
         for row in self.rows:
-            left, pieces = sum(piece.length for piece in row) - count, []
+            left, pieces = sum(piece.length for piece in row) - count, list[Piece]()
             for piece in row:
                 if left > 0 or not pieces:
                     pieces.append(piece if piece.length <= left else piece.first(max(0, left)))
@@ -187,12 +187,13 @@ class PackedLayer(DynamicLayer):
         return [*(t for block in self.blocks for t in block.tensors()), *self.tail]
 
 
-def adopt(layer: Any) -> PackedLayer:
+def adopt(cached: Any) -> PackedLayer:
     """Lets a live DynamicLayer hold rows in few bits (idempotent). What it holds is its tail."""
-    if isinstance(layer, PackedLayer):
-        return layer
-    state = vars(layer)
+    if isinstance(cached, PackedLayer):
+        return cached
+    state = vars(cached)
     tail = state.pop("keys"), state.pop("values")
-    layer.__class__ = PackedLayer
-    layer.blocks, layer.tail = (), tail
-    return layer
+    cached.__class__ = PackedLayer
+    cached.blocks, cached.tail = (), tail
+    packed: PackedLayer = cached
+    return packed

@@ -59,20 +59,20 @@ def slots_of(before: Slots, rows: tuple[Row, ...], dense: bool) -> Slots:
     return replace(before, logical=logical, dense=dense and len(set(map(len, columns))) == 1)
 
 
-def store(layer: Any, rows: Sequence[tuple[Piece, Plain]], keys: Tensor, values: Tensor, width: int) -> Any:
+def store(cached: Any, rows: Sequence[tuple[Piece, Plain]], keys: Tensor, values: Tensor, width: int) -> Any:
     """Puts rows in the place of the newest `width` of the keys and values [B, Hk, S, d] that a cache layer holds; returns the layer.
 
     Args:
         rows: what is left of each row's prompt, and what follows the prompt.
     """
-    if not isinstance(layer, PackedLayer) and not any(isinstance(piece, Packed) for piece, _ in rows):
-        layer.keys, layer.values = (
+    if not isinstance(cached, PackedLayer) and not any(isinstance(piece, Packed) for piece, _ in rows):
+        cached.keys, cached.values = (
             torch.cat(
                 [t[:, :, :-width], left_padded([torch.cat([getattr(x, side) for x in row], 1) for row in rows])], 2
             )
             for side, t in (("keys", keys), ("values", values))
         )
-        return layer
+        return cached
     # Rows may be followed by different numbers of tokens; what all have is a tail.
     tail = min(end.length for _, end in rows)
     held = []
@@ -80,8 +80,8 @@ def store(layer: Any, rows: Sequence[tuple[Piece, Plain]], keys: Tensor, values:
         more = end.length - tail
         kept = piece if isinstance(piece, Packed) else Plain.of(piece.keys, piece.values)
         held.append((kept, end.first(more)) if more else (kept,))
-    layer = adopt(layer)
-    layer.crop(-width)
+    cached = adopt(cached)
+    cached.crop(-width)
     cut = keys.shape[2] - tail
-    layer.append(held, (keys[:, :, cut:], values[:, :, cut:]))
-    return layer
+    cached.append(held, (keys[:, :, cut:], values[:, :, cut:]))
+    return cached

@@ -31,29 +31,29 @@ class LaterHooks:
         if isinstance(self.run.flow, Prefill):
             return
         layers: Sequence[Any] = getattr(kwargs.get("past_key_values"), "layers", ())
-        layer = layers[module.layer_idx] if len(layers) > module.layer_idx else None
+        cached = layers[module.layer_idx] if len(layers) > module.layer_idx else None
         # The first query of this forward is sure to stay; what comes behind it may be drafts.
-        if isinstance(layer, PackedLayer) and layer.tail[0].shape[2] + 1 >= self.period:
-            self.run.due = layer
+        if isinstance(cached, PackedLayer) and cached.tail[0].shape[2] + 1 >= self.period:
+            self.run.due = cached
 
     def _tap(
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Callable[..., Any], **kwargs: Any
     ) -> Any:
         out = original()
-        layer, self.run.due = self.run.due, None
-        if layer is not None:
-            self._pack(layer, module.layer_idx, q, k, v, kwargs.get("scaling") or k.shape[-1] ** -0.5)
+        cached, self.run.due = self.run.due, None
+        if cached is not None:
+            self._pack(cached, module.layer_idx, q, k, v, kwargs.get("scaling") or k.shape[-1] ** -0.5)
         return out
 
     @eager
     @torch.no_grad()
-    def _pack(self, layer: PackedLayer, number: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-        begin, end = k.shape[2] - layer.tail[0].shape[2], k.shape[2] - q.shape[2] + 1
+    def _pack(self, cached: PackedLayer, number: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+        begin, end = k.shape[2] - cached.tail[0].shape[2], k.shape[2] - q.shape[2] + 1
         flow, stop = self.run.flow, begin + self.period
         ok = None if flow is None or flow.ok is None else flow.ok.bool().to(k.device)
         if ok is not None and not bool(ok[:, end - 1].all()):
             return  # a turn of text, padded: its first query is not every row's
-        packs = [any(row) for row in zip(*(block.packed() for block in layer.blocks), strict=True)]
+        packs = [any(row) for row in zip(*(block.packed() for block in cached.blocks), strict=True)]
         rows: list[tuple[Piece, ...]] = []
         for r, packed in enumerate(packs):
             values = v[r, :, begin:stop]
@@ -65,6 +65,6 @@ class LaterHooks:
             first = keys.shape[1] - (end - begin) if ok is None else int(ok[r, :begin].sum())
             at = range(first, first + self.period)
             rows.append((self.stage.later(Later(keys, values, q[r, :, 0], at, scale, number)),))
-        layer.blocks = (*layer.blocks, Block(tuple(rows)))
-        keys, values = layer.tail
-        layer.tail = keys[:, :, self.period :].clone(), values[:, :, self.period :].clone()
+        cached.blocks = (*cached.blocks, Block(tuple(rows)))
+        keys, values = cached.tail
+        cached.tail = keys[:, :, self.period :].clone(), values[:, :, self.period :].clone()
