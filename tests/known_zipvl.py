@@ -12,7 +12,7 @@ from known_sparse import prompt
 from pydantic import ValidationError
 
 from vtoken import registry
-from vtoken.cached import CachedLayer
+from vtoken.cached import CachedLayer, Later
 from vtoken.compressors._zipvl import quantised
 
 
@@ -95,6 +95,7 @@ def zipvl_cache():
     assert loose.compress(x).index.tolist() == [important(loose, x.queries, x.keys, x.scale, words)] * 2
     assert loose.compress(x).counts is None and len(loose.compress(x).index[0]) < sum(words)
     the_bits(x, want)
+    what_is_generated(x)
     assert s.slots(100, (60,)) == 100 and make("zipvl_cache", left=0.5).slots(100, (60,)) == 50
     assert make("zipvl_cache", left=0.1).slots(100, (60,)) == 40, "all text stays"
     assert make("zipvl_cache", left=0.1, mode="quantise").slots(100, (60,)) == 100
@@ -119,17 +120,46 @@ def the_bits(x, want):
             near(got, token, steps)
     assert found.keys.shape == x.keys.shape and found.keys.dtype == x.keys.dtype
     codes = 2 * 2 * (len(want) * 4 + len(rest) * 2)  # K and V of two heads, 8 channels: 4 bytes at 4 bits, 2 at 2
-    minima = 2 * 4 * 2 * (2 * 8) + 2 * 4 * 40  # lowest and step, fp32: keys per group and channel, values per token
-    assert found.packed == codes + minima + 4 * 2 * 8
+    minima = 2 * 4 * 2 * (2 * 8) + 2 * 4 * 40  # lowest and highest, fp32: keys per group and channel, values per token
+    assert sum(t.nbytes for t in found.tensors()) == codes + minima + 4 * 2 * 8 + 4 * 40, (
+        "channel factors and places, too"
+    )
     flat = CachedLayer(torch.ones(1, 3, 4), torch.zeros(1, 3, 4), x.queries[:1, :3], x.images, x.slots, 0.3)
-    keys, values, _ = quantised(flat.keys, flat.values, ((torch.arange(3), 2), (torch.arange(0), 2)))
-    assert torch.equal(keys, flat.keys) and torch.equal(values, flat.values), "nothing to tell apart"
+    same = quantised(flat.keys, flat.values, ((torch.arange(3), 2), (torch.arange(0), 2)))
+    assert torch.equal(same.keys, flat.keys) and torch.equal(same.values, flat.values), "nothing to tell apart"
+
+
+def what_is_generated(x):
+    """Those of the last tokens that the newest query cannot do without, to hold tau of what it attends to."""
+    sizes = set()
+    for n, tau in ((40, 0.5), (33, 0.8), (25, 1.0), (12, 0.05)):
+        s, at = make("zipvl_cache", tau=tau, mode="quantise", every=10), range(n - 10, n)
+        query, keys, values = x.queries[:, n - 1], x.keys[:, :n], x.values[:, at.start : n]
+        found = s.later(Later(keys, values, query, at, x.scale))
+        total = sum((keys[h // 2].double() @ query[h].double() * x.scale).softmax(0) for h in range(4)).tolist()
+        held, important = 0.0, []
+        for j in sorted(range(n), key=lambda j: -total[j]):
+            if held < 4 * tau - 1e-9:
+                important.append(j)
+            held += total[j]
+        groups = [
+            (g, b) for g, b in (([j for j in at if j in important], 4), ([j for j in at if j not in important], 2)) if g
+        ]
+        assert [(c.packed.shape[1], c.bits) for c in found.key_groups] == [(len(g), b) for g, b in groups]
+        for group, bits in groups:
+            rounded = [j - at.start for j in group]
+            for h in range(2):
+                for c in range(8):
+                    near(found.keys[h, rounded, c].tolist(), keys[h, group, c].double().tolist(), 2**bits - 1)
+        sizes.add(len(important))
+        assert s.period() == 10 and make("zipvl_cache", every=10).period() is None
+    assert len(sizes) == 4
 
 
 def near(got, exact, steps):
     """Every number is the nearest of the steps between the lowest and the highest."""
     low, high = min(exact), max(exact)
-    step = (high - low) / steps
+    step = (high - low) / steps or 1.0
     for a, b in zip(got, exact, strict=True):
         assert a == pytest.approx(low + step * round((b - low) / step), abs=1e-4 + step * 1e-3)
         assert abs(a - b) <= step / 2 + 1e-4

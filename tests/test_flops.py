@@ -18,6 +18,7 @@ from vtoken.compressors.snapkv import SnapKV
 from vtoken.config import load
 from vtoken.errors import UnsupportedError
 from vtoken.evals.flops import LEFT_OUT, account
+from vtoken.hooks.cache import cache_bytes
 from vtoken.pruners.fastervlm import FasterVLM
 from vtoken.pruners.uniform import Uniform
 from vtoken.stages import Fact, Pruner, Site, Stage
@@ -330,6 +331,30 @@ def test_overhead_of_facts_and_stages() -> None:
     assert odd.left_out == (*LEFT_OUT, "test_flops: the fact horoscope")
     frames = account(config, Pipe((Frames(keep=Budget(4)),)))
     assert frames.left_out == LEFT_OUT and frames.total == account(config).total + 3 * 16**2, "a picture is one frame"
+
+
+@pytest.mark.parametrize("bits", [(4, 2), (3, 8)], ids=str)
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_bytes_of_a_packed_cache(family: str, bits: tuple[int, int]) -> None:
+    """As many tokens as the account expects to be important: all, then those of the text."""
+    model = tiny.make(family)
+    batch = tiny.build(model, [[4, "img", 5]], seed=3)
+    size = None
+    if "image_grid_thw" in batch:
+        size = tuple(model.config.vision_config.patch_size * n for n in batch["image_grid_thw"][0, 1:].tolist())
+    text = int((batch["input_ids"] != model.config.image_token_id).sum())
+    for tau, left in ((1.0, 1.0), (1e-6, 1e-6)):
+        options = {"mode": "quantise", "bits": bits, "tau": tau, "left": left, "recent": 2, "drawn": 4, "every": None}
+        pipeline = load({"stages": [{"zipvl_cache": options}]})
+        with wrapped(model, pipeline):
+            out = model.generate(**batch, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+            seen = trace(model)
+        claimed = account(model.config, pipeline, image_size=size, text_tokens=text, new_tokens=3)
+        assert claimed.kv_bytes_prefill == seen.cache_bytes
+        assert claimed.kv_bytes == cache_bytes(out.past_key_values)
+        assert claimed.left_out == LEFT_OUT
+    every = load({"stages": [{"zipvl_cache": {"mode": "quantise"}}]})
+    assert "what is generated gets smaller" in account(model.config, every, image_size=size).left_out[-1]
 
 
 def test_a_cache_stage_saves_bytes_and_decoding_only() -> None:

@@ -26,7 +26,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 METHODS = [f for folder in registry.FOLDERS.values() for f in sorted((PACKAGE / folder).glob("*.py"))]
 
 # Layer -> the layers of vtoken it may import. Nothing points upwards.
-GROUND = {"tokens", "stages", "reading", "cached", "probe", "budget", "run", "tracing", "kernels"}
+GROUND = {"tokens", "stages", "reading", "bits", "cached", "probe", "budget", "run", "tracing", "kernels"}
 LOWER = GROUND | {"hooks", "adapters", "config", "errors", "registry"}
 MAY_IMPORT = {
     "__init__": {"registry", "wrap"},
@@ -37,11 +37,12 @@ MAY_IMPORT = {
     "stages": {"tokens", "budget", "kernels"},
     "probe": set(),
     "reading": {"stages", "kernels", "probe"},
-    "cached": {"stages", "budget", "probe"},
+    "bits": set(),
+    "cached": {"stages", "bits", "budget", "probe"},
     "tracing": {"stages"},
     "run": {"stages", "tracing"},
     "pruners": {"stages", "budget", "kernels", "pruners"},
-    "compressors": {"stages", "reading", "cached", "probe", "budget", "kernels", "compressors"},
+    "compressors": {"stages", "reading", "bits", "cached", "probe", "budget", "kernels", "compressors"},
     "hooks": GROUND | {"hooks", "errors"},
     "adapters": GROUND | {"hooks", "adapters", "errors"},
     "registry": {"errors", "stages", "adapters"},
@@ -66,6 +67,7 @@ MAY_IMPORT_FROM_OTHERS = {
     "stages": {"torch", "pydantic"},
     "probe": {"torch"},
     "reading": {"torch", "pydantic"},
+    "bits": {"torch"},
     "cached": {"torch", "pydantic"},
     "tracing": {"torch"},
     "run": {"torch"},

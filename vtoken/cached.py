@@ -1,4 +1,4 @@
-"""The vocabulary of site `cache`: CachedLayer, Hold, Ready, CacheStage.
+"""The vocabulary of site `cache`: CachedLayer, Hold, Ready, Packed (bits.py), CacheStage; Later for what is generated.
 
 When the prefill ends, what a decoder layer keeps of the prompt is decided row by row, so that a batch decides as its rows do alone.
 Every KV head holds the same number of tokens, but not necessarily the same ones. Keys carry RoPE already: what stays keeps its position.
@@ -14,6 +14,7 @@ import torch
 from pydantic import field_validator
 from torch import Tensor
 
+from vtoken.bits import Packed
 from vtoken.budget import Budget
 from vtoken.probe import Probe
 from vtoken.stages import Compressor, Site
@@ -96,14 +97,33 @@ class Hold:
 
 @dataclass(frozen=True)
 class Ready:
-    """Keys and values [Hk, C, d] as they are to be cached, from a method that does not say which tokens they are of.
+    """Keys and values [Hk, C, d] as they are to be cached, from a method that does not say which tokens they are of."""
 
-    `packed`: bytes they would take in a packed form that they were rounded to; None: there is none.
+    keys: Tensor
+    values: Tensor
+
+
+Decision = Hold | Ready | Packed
+
+
+@dataclass(frozen=True)
+class Later:
+    """One decoder layer of one row while it generates.
+
+    Attributes:
+        keys: [Hk, N, d] of all N tokens held that the query sees, itself the last.
+        at: which of them the stage is asked about; values: [Hk, len(at), d] of these.
+        query: [H, d] of the newest token; query head h reads key head h // (H / Hk).
+        scale: factor on q . k before the softmax.
+        layer: index of the layer.
     """
 
     keys: Tensor
     values: Tensor
-    packed: int | None = None
+    query: Tensor
+    at: range
+    scale: float
+    layer: int = 0
 
 
 class CacheStage(Compressor):
@@ -115,7 +135,7 @@ class CacheStage(Compressor):
     site: ClassVar[Site] = "cache"
     native: ClassVar[bool] = False
 
-    def compress(self, layer: CachedLayer) -> Hold | Ready:
+    def compress(self, layer: CachedLayer) -> Decision:
         """The decision for one layer of one row that holds at least one visual token."""
         raise NotImplementedError(f"stage {self.name} defines no compress()")
 
@@ -124,7 +144,16 @@ class CacheStage(Compressor):
         `behind` of them behind the last visual one. Only saves work: a probe that a stage of site attention makes leaves them."""
         return ()
 
-    def compressor(self, model: Any) -> Callable[[CachedLayer], Hold | Ready]:
+    def period(self) -> int | None:
+        """Tokens behind the prompt after which `later` is asked about them, again and again; None: never. Only rows that `compress` put
+        into few bits are asked about."""
+        return None
+
+    def later(self, layer: Later) -> Packed:
+        """What becomes of so many tokens behind the prompt, all of `layer.at`."""
+        raise NotImplementedError(f"stage {self.name} defines no later()")
+
+    def compressor(self, model: Any) -> Callable[[CachedLayer], Decision]:
         """What decides on this model, for methods that have to be set up; asked once, by `wrap`.
 
         Raises:
@@ -135,6 +164,12 @@ class CacheStage(Compressor):
     def slots(self, prompt: int, lengths: Sequence[int]) -> int:
         """Tokens that every head holds of a prompt of so many tokens, visual ones as `lengths` says: what the FLOPs account uses."""
         return prompt
+
+    def packed_bytes(
+        self, prompt: int, lengths: Sequence[int], kv_heads: int, head_dim: int, dtype_bytes: int
+    ) -> int | None:
+        """Bytes of keys and values of the prompt in one layer of one row, if they are put into few bits; None: `slots` at full width."""
+        return None
 
     def cost(self, prompt: int, lengths: Sequence[int], heads: int, kv_heads: int, head_dim: int) -> int | None:
         """FLOPs of the decision in one layer of one row; None if not known."""

@@ -163,6 +163,7 @@ class Run(threading.local):
         visual: [B, L] which kind of visual token a position holds: 0 none, 1 image, 2 video.
         labels, tail: of the outermost call, see Prefill.
         call, tower: the feature call and the tower call in progress.
+        due: a cache layer whose newest tokens a cache stage is asked about after the attention in progress.
         encodes: kind -> what was encoded last.
     """
 
@@ -173,6 +174,7 @@ class Run(threading.local):
     tower: Any = None
     flow: Any = None
     trace: Trace | None = None
+    due: Any = None
 
     def __init__(self) -> None:
         self.encodes: dict[str, Encode] = {}

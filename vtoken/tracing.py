@@ -26,8 +26,6 @@ class StageTrace:
         substitutes: fact asked for -> fact it was given, where the family has no such fact.
         layer: the layer it acted at, for encoder, decoder, attention and cache sites.
         backend: at site attention, what computed it: torch, triton or flex.
-        packed_bytes: at site cache, of a method that rounds to few bits: bytes of the layer's keys and values if they were packed so, which
-            they are not (`Trace.cache_bytes` are held).
         frames: at site frames, per image, the frames that stayed (in Qwen models pairs of frames); an image is one.
         patches: at site frames, per image, the patches that the vision tower's layers see of it.
         densities: at site attention, per batch row: share of the causal blocks that was computed, head mean (scalars on the device).
@@ -41,7 +39,6 @@ class StageTrace:
     into: list[Tensor] | None = None
     stood_aside: str | None = None
     layer: int | None = None
-    packed_bytes: int | None = None
     substitutes: dict[str, str] = field(default_factory=dict)
     backend: str | None = None
     clock: Callable[[], float] = field(default=lambda: 0.0, repr=False)
@@ -72,7 +69,6 @@ class StageTrace:
             "stood_aside": self.stood_aside,
             "density": self.density,
             "backend": self.backend,
-            "packed_bytes": self.packed_bytes,
             "frames": self.frames,
             "patches": self.patches,
             "substitutes": self.substitutes,
@@ -90,7 +86,7 @@ class Trace:
         layers: for every decoder layer, visual tokens per image that it saw.
         prompt_tokens: per batch row, tokens that entered the first decoder layer (text and visual, no padding).
         cached: for every decoder layer, per batch row, prompt tokens that each KV head holds after a cache stage; empty without one.
-        cache_bytes: bytes of keys and values after prefill (0 without a cache).
+        cache_bytes: bytes that keys and values take after prefill, packed ones with all that reads them (0 without a cache).
         dense_rows: batch rows that ran dense because they hold fewer visual tokens than the pipeline's `min_visual_tokens`.
     """
 

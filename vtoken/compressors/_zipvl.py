@@ -6,6 +6,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from vtoken.bits import Codes, Packed, factor
 from vtoken.probe import Probe, rows_at
 
 
@@ -55,36 +56,21 @@ class Important(BaseModel):
         return torch.cat([lots[: self.drawn].sort().values, torch.arange(older, n)])
 
 
-def quantised(keys: Tensor, values: Tensor, groups: tuple[tuple[Tensor, int], ...]) -> tuple[Tensor, Tensor, int]:
-    """Keys and values [Hk, N, d] as they come back from few bits, in their own dtype.
+def quantised(keys: Tensor, values: Tensor, groups: tuple[tuple[Tensor, int], ...]) -> Packed:
+    """Keys and values [Hk, N, d] in few bits.
 
     Keys: minimum and maximum of every channel of every head over the tokens of a group. Values: divided by the root of the largest
     magnitude of their channel over all tokens, then minimum and maximum of every token over heads and channels.
 
     Args:
         groups: (positions [n], bits) of tokens that are quantised together; every token is in one.
-
-    Returns:
-        keys, values, and the bytes that packed codes with minima, scales and channel factors (in the dtype given) would take.
     """
-    channel = values.float().abs().amax(1, keepdim=True).sqrt()
-    channel = torch.where(channel > 0, channel, 1)
-    k, v = keys.float(), values.float() / channel
-    new_k, new_v = torch.empty_like(k), torch.empty_like(v)
-    heads, _, d = keys.shape
-    size = keys.element_size()
-    total = heads * d * size
-    for index, bits in groups:
-        if len(index):
-            new_k[:, index] = nearest(k[:, index], (1,), bits)
-            new_v[:, index] = nearest(v[:, index], (0, 2), bits)
-            codes = 2 * len(index) * heads * -(-d * bits // 8)
-            total += codes + 2 * size * (heads * d + len(index))
-    return new_k.to(keys.dtype), (new_v * channel).to(values.dtype), total
-
-
-def nearest(x: Tensor, axes: tuple[int, ...], bits: int) -> Tensor:
-    """x at the nearest of 2^bits equal steps from its minimum to its maximum over these axes."""
-    low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
-    step = (high - low) / (2**bits - 1)
-    return torch.where(step > 0, ((x - low) / step).round() * step, 0) + low
+    peak = values.abs().amax(1, keepdim=True)
+    v = values.float() / factor(peak)
+    groups = tuple((index, bits) for index, bits in groups if len(index))
+    return Packed(
+        torch.cat([index for index, _ in groups]).argsort().int(),
+        peak,
+        tuple(Codes.of(keys[:, index], (1,), bits) for index, bits in groups),
+        tuple(Codes.of(v[:, index], (0, 2), bits) for index, bits in groups),
+    )

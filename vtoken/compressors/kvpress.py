@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from vtoken.cached import CachedLayer, CacheStage, Hold, Ready, hold_text
+from vtoken.cached import CachedLayer, CacheStage, Decision, Ready, hold_text
 from vtoken.compressors import _presses
 
 
@@ -40,13 +40,13 @@ class KVPress(CacheStage):
     )
     text: bool = Field(default=False, description="text may be evicted too, as kvpress does")
 
-    def compressor(self, model: Any) -> Callable[[CachedLayer], Hold | Ready]:
+    def compressor(self, model: Any) -> Callable[[CachedLayer], Decision]:
         ratio = {} if self.compression_ratio is None else {"compression_ratio": self.compression_ratio}
         press = _presses.press(self.press, {**ratio, **self.options})
         _presses.check(press, self.text)
         press.post_init_from_model(model)
 
-        def compress(layer: CachedLayer) -> Hold | Ready:
+        def compress(layer: CachedLayer) -> Decision:
             try:
                 if self.text:
                     return Ready(*_presses.compressed(press, layer))

@@ -10,9 +10,12 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from vtoken.cached import CachedLayer, CacheStage, Hold, Ready
+from vtoken.bits import Packed
+from vtoken.cached import CachedLayer, CacheStage, Hold, Later
 from vtoken.compressors._zipvl import Important, quantised
+from vtoken.kernels import query_attention
 from vtoken.probe import shared
+from vtoken.stages import offsets_of
 
 
 class ZipVLCache(Important, CacheStage):
@@ -20,26 +23,34 @@ class ZipVLCache(Important, CacheStage):
     to, the same for all heads, and as many as layer and prompt say.
 
     `mode: drop` (second version of the paper) caches these alone. `mode: quantise` (first version) holds all tokens, the important ones in
-    `bits[0]` and the others in `bits[1]` bits: keys by channel, values by token after their channels were evened out. **Simulated**: the
-    cache holds the rounded numbers at full width, so that accuracy can be studied and nothing is saved; `cache_bytes` of the trace says
-    what is held, `packed_bytes` of its stages what packed codes with their minima and scales would take.
+    `bits[0]` and the others in `bits[1]` bits: keys by channel, values by token after their channels were evened out. Of what follows the
+    prompt, `every` tokens at a time are rounded, the important ones being those with which the newest query holds `tau` of its attention.
+
+    Memory is saved, time is not: every decode step works out keys and values of every layer anew, at full width, one layer after the other,
+    in a few copies of that layer. `cache_bytes` of the trace is what the packed cache takes.
 
     Paper: https://arxiv.org/abs/2410.08584
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.08584"
     deviations: ClassVar[str] = (
-        "As zipvl about the choice of tokens: no code of the authors was at hand, and text always counts as important. Quantising is "
-        "simulated, with the quantiser of the same authors' ZipCache, and generated tokens stay at full precision: the first version "
-        "compresses every hundredth step's last hundred. A row without images is left alone."
+        "As zipvl about the choice of tokens: no code of the authors was at hand, and text always counts as important, except what is "
+        "generated, of which the query's attention alone decides. The quantiser is that of the same authors' ZipCache. Tokens of a later "
+        "turn of text count as generated; a later turn with images leaves what lies between at full precision, and so is what is packed "
+        "together with padding. With drafts, a hundred tokens are rounded one forward later. A row without images is left alone."
     )
 
     mode: Literal["drop", "quantise"] = Field(
         default="drop",
-        description="drop unimportant tokens, or round all to few bits (simulated: memory stays what it was)",
+        description="drop unimportant tokens, or hold all in few bits (saves memory, not time)",
     )
     bits: tuple[int, int] = Field(
         default=(4, 2), description="mode quantise: bits of important and of other tokens, 1 to 8"
+    )
+    every: int | None = Field(
+        default=100,
+        ge=1,
+        description="mode quantise: tokens behind the prompt that are rounded together once there are so many, text or not; null: never",
     )
     left: float = Field(
         default=1.0, gt=0, le=1, description="share of the prompt expected to be important: for the FLOPs account only"
@@ -52,7 +63,7 @@ class ZipVLCache(Important, CacheStage):
             raise ValueError("each must be 1 to 8")
         return bits
 
-    def compress(self, layer: CachedLayer) -> Hold | Ready:
+    def compress(self, layer: CachedLayer) -> Hold | Packed:
         n, device = layer.keys.shape[1], layer.keys.device
         text = torch.ones(n, dtype=torch.bool, device=device)
         text[torch.cat(layer.images)] = False
@@ -62,8 +73,21 @@ class ZipVLCache(Important, CacheStage):
         if self.mode == "drop":
             return Hold(index.expand(len(layer.keys), -1), self._counts(layer, alive))
         rest = (~alive).nonzero()[:, 0]
-        keys, values, size = quantised(layer.keys, layer.values, ((index, self.bits[0]), (rest, self.bits[1])))
-        return Ready(keys, values, size)
+        return quantised(layer.keys, layer.values, ((index, self.bits[0]), (rest, self.bits[1])))
+
+    def period(self) -> int | None:
+        return self.every if self.mode == "quantise" else None
+
+    def later(self, layer: Later) -> Packed:
+        """The query alone probes: it sees every token, so that what a token receives needs no evening out."""
+        n, device = layer.keys.shape[1], layer.keys.device
+        one, all_of = offsets_of((1,), device), offsets_of((n,), device)
+        received = query_attention(layer.query[None], layer.keys.transpose(0, 1), one, all_of, layer.scale).double()
+        order = received.argsort(descending=True, stable=True)
+        count = (received[order].cumsum(0) < self.tau).sum() + 1
+        alive = (order.argsort() < count)[layer.at.start : layer.at.stop]
+        groups = ((where.nonzero()[:, 0], bits) for where, bits in zip((alive, ~alive), self.bits, strict=True))
+        return quantised(layer.keys[:, layer.at.start : layer.at.stop], layer.values, tuple(groups))
 
     def _counts(self, layer: CachedLayer, alive: Tensor) -> tuple[int, ...] | None:
         """Visual tokens that stay of each image; None where text may go, too."""
@@ -73,10 +97,26 @@ class ZipVLCache(Important, CacheStage):
 
     def slots(self, prompt: int, lengths: Sequence[int]) -> int:
         """What `left` expects: how many stay depends on the prompt, and with the default all are counted."""
-        if self.mode == "quantise":
-            return prompt
+        return prompt if self.mode == "quantise" else self._expected(prompt, lengths)
+
+    def _expected(self, prompt: int, lengths: Sequence[int]) -> int:
+        """Important tokens."""
         least = 1 if self.text else prompt - sum(lengths)
         return min(prompt, max(least, ceil(self.left * prompt)))
+
+    def packed_bytes(
+        self, prompt: int, lengths: Sequence[int], kv_heads: int, head_dim: int, dtype_bytes: int
+    ) -> int | None:
+        if self.mode == "drop":
+            return None
+        important = self._expected(prompt, lengths)
+        total = 4 * prompt + dtype_bytes * kv_heads * head_dim  # places, and the channels' factors
+        for n, bits in zip((important, prompt - important), self.bits, strict=True):
+            minima = (
+                2 * dtype_bytes * kv_heads * head_dim + 2 * 4 * n
+            )  # and maxima: of keys by channel, of values by token
+            total += 2 * n * kv_heads * -(-head_dim * bits // 8) + (minima if n else 0)
+        return total
 
     def cost(self, prompt: int, lengths: Sequence[int], heads: int, kv_heads: int, head_dim: int) -> int:
         return 2 * min(self.recent + self.drawn, prompt) * prompt * heads * head_dim

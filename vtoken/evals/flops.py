@@ -185,8 +185,8 @@ def account(
         * (steps * (head + decoder.depth * decoder.linear(1)) + _decode_attention(shape, walk.decoded, steps)),
         visual_tokens=tuple(map(sum, walk.decoder)),
         newline_tokens=tuple(walk.newlines),
-        kv_bytes_prefill=batch * size * _kv_numbers(shape, walk.held),
-        kv_bytes=batch * size * _kv_numbers(shape, [n + steps for n in walk.held]),
+        kv_bytes_prefill=batch * _kv_bytes(walk, size),
+        kv_bytes=batch * _kv_bytes(walk, size, steps),
         left_out=(*LEFT_OUT, *walk.left_out),
     )
 
@@ -219,10 +219,14 @@ def _decode_attention(shape: Geometry, prompt: Sequence[int], steps: int) -> int
     )
 
 
-def _kv_numbers(shape: Geometry, tokens: Sequence[int]) -> int:
-    """Numbers in the KV cache of one row; `tokens` is the length at every layer."""
-    slots = sum(_stored(n, window) for n, window in zip(tokens, shape.decoder.windows, strict=True))
-    return slots * 2 * shape.decoder.kv_heads * shape.decoder.head_dim
+def _kv_bytes(walk: Walk, size: int, steps: int = 0) -> int:
+    """Bytes of the KV cache of one row after so many decode steps; a number takes `size` of them at full width."""
+    decoder, total = walk.shape.decoder, 0
+    for layer, (n, window) in enumerate(zip(walk.held, decoder.windows, strict=True)):
+        packed = walk.packed[layer](size) if layer in walk.packed else None
+        slots = _stored(n + steps, window) if packed is None else steps
+        total += (packed or 0) + slots * 2 * decoder.kv_heads * decoder.head_dim * size
+    return total
 
 
 def _dtype_bytes(config: Any) -> int:

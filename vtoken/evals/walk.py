@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from vtoken.cached import CacheStage
 from vtoken.errors import OtherModelError, UnsupportedError
@@ -47,6 +48,7 @@ class Walk:
         newlines: newline tokens of the row in every decoder layer.
         attended: prompt tokens that attention sees in every decoder layer at prefill; `density` is the share of it that is computed.
         held: prompt tokens in every decoder layer's KV cache when the prefill ends; `decoded` those that a decode step attends to.
+        packed: of the layers whose cached prompt is in few bits, the bytes it takes, given those of a number at full width.
         cost: FLOPs of the stages and of the facts they read.
         left_out: what could not be counted.
 
@@ -65,6 +67,7 @@ class Walk:
         self.mlps: list[Counts] = []
         self.decoder: list[Counts] = []
         self.newlines: list[int] = []
+        self.packed: dict[int, Callable[[int], int | None]] = {}
         self.cost = 0
         self.left_out: list[str] = []
         self._paid: set[tuple[str, str, int]] = set()
@@ -174,6 +177,9 @@ class Walk:
                 self._leave_out(f"{stage.name}: what deciding costs")
             self.cost += cost or 0
             self.held[layer] = stage.slots(prompt, counts)
+            self.packed[layer] = partial(stage.packed_bytes, prompt, counts, stack.kv_heads, stack.head_dim)
+        if stage.period():
+            self._leave_out(f"{stage.name}: that what is generated gets smaller, too (KV bytes count it at full width)")
 
     def _lines(self, counts: Counts) -> int:
         """Newline tokens that go with so many visual tokens per image."""

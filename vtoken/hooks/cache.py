@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtoken.hooks.bits import PackedLayer
+
 
 class Owner:
     """Who may continue a cache: dead after unwrap, shared by copies of the cache."""
@@ -179,6 +181,9 @@ def adopt(cache: Any, batch: int, device: torch.device, owner: Owner) -> PrunedC
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of keys and values that a cache holds now (allocated bytes for static caches)."""
-    tensors = [getattr(layer, name, None) for layer in getattr(cache, "layers", ()) for name in ("keys", "values")]
+    """Bytes of keys and values that a cache holds now (allocated bytes for static caches), in whatever form."""
+    tensors: list[Any] = []
+    for layer in getattr(cache, "layers", ()):
+        packed = isinstance(layer, PackedLayer)
+        tensors += layer.tensors() if packed else [getattr(layer, name, None) for name in ("keys", "values")]
     return sum(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t))

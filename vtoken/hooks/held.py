@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from vtoken.bits import Packed
+from vtoken.hooks.bits import PackedLayer, Piece, Plain, adopt
 from vtoken.hooks.cache import Slots
-from vtoken.hooks.layout import take
+from vtoken.hooks.layout import left_padded, take
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,6 @@ class Row:
         return [*kept, *range(self.prompt, self.prompt + self.tail)]
 
 
-def left_padded(rows: Any) -> Tensor:
-    """[B, Hk, longest, d] of rows [Hk, length, d]."""
-    longest = max(row.shape[1] for row in rows)
-    return torch.stack([F.pad(row, (0, 0, longest - row.shape[1], 0)) for row in rows])
-
-
 def slots_of(before: Slots, rows: tuple[Row, ...], dense: bool) -> Slots:
     """The slots of a layer that holds these rows.
 
@@ -61,3 +57,31 @@ def slots_of(before: Slots, rows: tuple[Row, ...], dense: bool) -> Slots:
     new = take(before.logical, index.clamp(min=0), 1).masked_fill(index < 0, -1)
     logical = torch.cat([before.logical[:, :past], new], 1)
     return replace(before, logical=logical, dense=dense and len(set(map(len, columns))) == 1)
+
+
+def store(cached: Any, rows: Sequence[tuple[Piece, Plain]], keys: Tensor, values: Tensor, width: int) -> Any:
+    """Puts rows in the place of the newest `width` of the keys and values [B, Hk, S, d] that a cache layer holds; returns the layer.
+
+    Args:
+        rows: what is left of each row's prompt, and what follows the prompt.
+    """
+    if not isinstance(cached, PackedLayer) and not any(isinstance(piece, Packed) for piece, _ in rows):
+        cached.keys, cached.values = (
+            torch.cat(
+                [t[:, :, :-width], left_padded([torch.cat([getattr(x, side) for x in row], 1) for row in rows])], 2
+            )
+            for side, t in (("keys", keys), ("values", values))
+        )
+        return cached
+    # Rows may be followed by different numbers of tokens; what all have is a tail.
+    tail = min(end.length for _, end in rows)
+    held = []
+    for piece, end in rows:
+        more = end.length - tail
+        kept = piece if isinstance(piece, Packed) else Plain.of(piece.keys, piece.values)
+        held.append((kept, end.first(more)) if more else (kept,))
+    cached = adopt(cached)
+    cached.crop(-width)
+    cut = keys.shape[2] - tail
+    cached.append(held, (keys[:, :, cut:], values[:, :, cut:]))
+    return cached

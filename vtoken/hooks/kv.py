@@ -17,13 +17,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer
 
-from vtoken.cached import CachedLayer, CacheStage, Hold, Native, Ready
+from vtoken.bits import Packed
+from vtoken.cached import CachedLayer, CacheStage, Decision, Hold, Native, Ready
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.attention import tap
+from vtoken.hooks.bits import PackedLayer, Piece, Plain
 from vtoken.hooks.cache import Slots
 from vtoken.hooks.flow import Prefill, eager
 from vtoken.hooks.handle import Handle
-from vtoken.hooks.held import Row, left_padded, slots_of
+from vtoken.hooks.held import Row, slots_of, store
+from vtoken.hooks.later import LaterHooks
 from vtoken.hooks.visual import Visual, aside_of
 from vtoken.run import Clock, Run
 from vtoken.tracing import StageTrace
@@ -37,7 +40,6 @@ class Shrunk:
     rows: tuple[Row, ...]
     held: tuple[Tensor | None, ...]
     told: bool
-    packed: int | None
     visual: Visual
     clock: Clock
 
@@ -59,6 +61,8 @@ class CacheHooks:
         except (ImportError, ValueError) as error:
             raise UnsupportedError(str(error)) from error
         tap(handle, lm, range(len(lm.layers)), self._tap)
+        if stage.period():
+            LaterHooks(lm, run, handle, stage)
         if stage.native:
             for layer in lm.layers:
                 handle.before(layer.self_attn, self._remember)
@@ -78,7 +82,7 @@ class CacheHooks:
             raise UnsupportedError(
                 f"stage {name} shrinks the KV cache, but a static cache keeps its size: leave cache_implementation out"
             )
-        odd = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}
+        odd = {type(layer).__name__ for layer in cache.layers if type(layer) not in (DynamicLayer, PackedLayer)}
         if odd:
             raise UnsupportedError(
                 f"stage {name} cannot shrink cache layers of kind {', '.join(sorted(odd))}; use a plain DynamicCache"
@@ -112,13 +116,12 @@ class CacheHooks:
         number, width = module.layer_idx, flow.index.shape[1]
         past, probes = flow.slots - width, flow.memo.pop("probes", {})
         rows, held, parts, told, same = [], [], [], True, True
-        packed: int | None = None
         with Clock(k.device) as clock:
             for r, (row, images) in enumerate(self._rows(flow)):
                 begin = width - row.prompt - row.tail
                 here = slice(past + begin, past + begin + row.prompt)
                 x, y, end = k[r, :, here], v[r, :, here], (k[r, :, here.stop :], v[r, :, here.stop :])
-                decision: Hold | Ready | None = None
+                decision: Decision | None = None
                 if any(row.slots) and r not in flow.spared:
                     native = self._native(flow, module, r, begin, row.prompt) if self.stage.native else None
                     layer = CachedLayer(
@@ -136,25 +139,18 @@ class CacheHooks:
                     with torch.no_grad():
                         decision = self.compress(layer)
                     same = same and isinstance(decision, Hold) and decision.index.shape[1] == row.prompt
-                    told = told and isinstance(decision, Hold)
-                x, y = apply(self.stage, decision, x, y)
-                if isinstance(decision, Ready) and decision.packed is not None:
-                    packed = decision.packed + (packed or 0)
-                stay = x.shape[1]
+                    told = told and not isinstance(decision, Ready)
+                piece = apply(self.stage, decision, x, y)
+                stay = piece.length
                 counts = row.counts if decision is None else getattr(decision, "counts", None)
                 rows.append(replace(row, stay=stay, counts=counts))
                 held.append(decision.index if isinstance(decision, Hold) else None)
-                parts.append([torch.cat(pair, 1) for pair in zip((x, y), end, strict=True)])
-        flow.shrunk[number] = Shrunk(flow.group, tuple(rows), tuple(held), told, packed, flow.visual, clock)
+                parts.append((piece, Plain(*end)))
+        flow.shrunk[number] = Shrunk(flow.group, tuple(rows), tuple(held), told, flow.visual, clock)
         if same:
             return out
-        keys, values = (
-            torch.cat([t[:, :, :past], left_padded(new)], 2)
-            for t, new in zip((k, v), zip(*parts, strict=True), strict=True)
-        )
-        cached = flow.cache.layers[number]
-        cached.keys, cached.values = keys, values
-        return self._behind(flow, rows, past, q, keys, values, scale, out) if flow.tail else out
+        cached = store(flow.cache.layers[number], parts, k, v, width)
+        return self._behind(flow, rows, past, q, cached.keys, cached.values, scale, out) if flow.tail else out
 
     def _rows(self, flow: Prefill) -> list[tuple[Row, tuple[Tensor, ...]]]:
         if "rows" not in flow.memo:
@@ -225,7 +221,6 @@ class CacheHooks:
             left,
             kept,
             layer=k,
-            packed_bytes=shrunk.packed,
             clock=shrunk.clock.milliseconds,
         )
 
@@ -246,18 +241,20 @@ def rows_of(flow: Prefill) -> list[tuple[Row, tuple[Tensor, ...]]]:
     return out
 
 
-def apply(stage: CacheStage, decision: Hold | Ready | None, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def apply(stage: CacheStage, decision: Decision | None, keys: Tensor, values: Tensor) -> Piece:
     """Keys and values [Hk, C, d] of a row after the decision.
 
     Raises:
         ValueError: it does not fit.
     """
     if decision is None:
-        return keys, values
-    if isinstance(decision, Ready):
-        new = decision.keys, decision.values
-    else:
+        return Plain(keys, values)
+    if isinstance(decision, Packed) and decision.shape == keys.shape:
+        return decision
+    if isinstance(decision, Hold):
         new = decision.apply(keys), decision.apply(values)
+    else:
+        new = decision.keys, decision.values
     heads, n, width = keys.shape
     for t in new:
         if (
@@ -270,4 +267,4 @@ def apply(stage: CacheStage, decision: Hold | Ready | None, keys: Tensor, values
                 f"stage {stage.name} left keys and values of shapes {[tuple(t.shape) for t in new]} of {tuple(keys.shape)}; "
                 f"every head must hold the same 1 to {n} tokens"
             )
-    return new
+    return Plain(*new)

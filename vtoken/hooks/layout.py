@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vtoken.stages import Keep, image_of
 
@@ -35,6 +36,12 @@ def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
         x = x.expand(*[len(index) if d == batch else -1 for d in range(x.ndim)])
     view = [len(index) if d == batch else index.shape[1] if d == dim else 1 for d in range(x.ndim)]
     return x.gather(dim, index.view(view).expand(*[index.shape[1] if d == dim else n for d, n in enumerate(x.shape)]))
+
+
+def left_padded(rows: Sequence[Tensor]) -> Tensor:
+    """[B, Hk, longest, d] of rows [Hk, length, d]."""
+    longest = max(row.shape[1] for row in rows)
+    return torch.stack([F.pad(row, (0, 0, longest - row.shape[1], 0)) for row in rows])
 
 
 def spare(keep: Keep, lengths: Sequence[int], spared: Sequence[bool]) -> Keep:

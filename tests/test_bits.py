@@ -1,0 +1,170 @@
+"""Codes of few bits: packed without gaps, as near as a step allows, the same numbers as rounding at full width, and the bytes that are held."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vtoken.bits import Codes, pack, unpack
+from vtoken.compressors._zipvl import quantised
+from vtoken.hooks.bits import Plain, adopt
+
+TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+def rounded(keys, values, groups):
+    """The same quantiser at full width: the numbers are rounded where they are, and nothing is packed."""
+
+    def nearest(x, axes, bits):
+        low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
+        step = (high - low) / (2**bits - 1)
+        return torch.where(step > 0, ((x - low) / step).round() * step, 0) + low
+
+    channel = values.float().abs().amax(1, keepdim=True).sqrt()
+    channel = torch.where(channel > 0, channel, 1)
+    k, v = keys.float(), values.float() / channel
+    for index, bits in groups:
+        if len(index):
+            k[:, index], v[:, index] = nearest(k[:, index], (1,), bits), nearest(v[:, index], (0, 2), bits)
+    return k.to(keys.dtype), (v * channel).to(values.dtype)
+
+
+def numbers(n, d, dtype=torch.float32, heads=2):
+    g = torch.Generator().manual_seed(n * 100 + d)
+    return (torch.randn(heads, n, d, generator=g) * torch.arange(1, d + 1)).to(dtype)
+
+
+def split(n, important, bits):
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(n))
+    return tuple((part.sort().values, b) for part, b in zip((order[:important], order[important:]), bits, strict=True))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_no_gaps_and_nothing_lost(bits):
+    g = torch.Generator().manual_seed(bits)
+    for d in (1, 2, 3, 7, 8, 80, 129):
+        codes = torch.randint(0, 2**bits, (2, 5, d), generator=g, dtype=torch.uint8)
+        packed = pack(codes, bits)
+        assert packed.shape == (2, 5, -(-d * bits // 8)) and packed.dtype == torch.uint8
+        assert torch.equal(unpack(packed, bits, d), codes)
+    assert pack(torch.tensor([1, 0, 3, 2], dtype=torch.uint8), 2).tolist() == [1 + (3 << 4) + (2 << 6)]
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@TYPES
+def test_within_half_a_step(bits, dtype):
+    x = numbers(33, 7, dtype)
+    for axes in ((1,), (0, 2)):
+        low, high = x.double().amin(axes, keepdim=True), x.double().amax(axes, keepdim=True)
+        step = (high - low) / (2**bits - 1)
+        got = Codes.of(x, axes, bits).read().double()
+        assert bool(((got - x.double()).abs() <= step / 2 + 1e-5).all())
+        assert bool(((got - low) / step - ((got - low) / step).round()).abs().max() < 1e-3), "on the steps"
+
+
+@TYPES
+@pytest.mark.parametrize("bits", [(4, 2), (8, 1), (3, 5)], ids=str)
+def test_bit_for_bit_as_rounding_at_full_width(dtype, bits):
+    for n, important, d in ((37, 11, 8), (1, 1, 5), (2, 1, 80), (9, 9, 3), (9, 1, 16), (9, 0, 4)):
+        keys, values, groups = numbers(n, d, dtype), numbers(n + 1, d, dtype)[:, 1:] * 3, split(n, important, bits)
+        found = quantised(keys, values, groups)
+        want = rounded(keys, values, groups)
+        assert found.keys.dtype == found.values.dtype == dtype
+        assert torch.equal(found.keys, want[0]) and torch.equal(found.values, want[1])
+        half = found.first((n + 1) // 2)
+        assert torch.equal(half.keys, want[0][:, : half.length]) and torch.equal(half.values, want[1][:, : half.length])
+
+
+def test_constant_channels_and_zeros():
+    keys, values = numbers(6, 4), numbers(6, 4)
+    keys[:, :, 1], values[:, :, 2], keys[1] = -2.5, 0.0, 7.0
+    found = quantised(keys, values, split(6, 2, (4, 2)))
+    assert bool((found.keys[:1, :, 1] == -2.5).all()) and bool((found.keys[1] == 7).all())
+    assert bool(found.values[:, :, 2].isfinite().all()) and bool(found.keys.isfinite().all())
+    flat = quantised(torch.zeros(2, 3, 4), torch.ones(2, 3, 4), split(3, 1, (4, 2)))
+    assert bool((flat.keys == 0).all()) and bool((flat.values == 1).all())
+
+
+@TYPES
+def test_bytes_are_those_of_codes_and_what_reads_them(dtype):
+    n, important, d, size = 50, 20, 12, dtype.itemsize
+    found = quantised(numbers(n, d, dtype), numbers(n, d, dtype), split(n, important, (4, 3)))
+    codes = (
+        2 * 2 * (important * 6 + (n - important) * 5)
+    )  # keys and values of two heads; 12 channels: 6 bytes at 4 bits, 5 at 3
+    minima = (
+        2 * size * 2 * (2 * d) + 2 * 4 * n
+    )  # keys per group, head and channel; values, once evened out fp32, per token
+    held = found.tensors()
+    assert sum(t.nbytes for t in held) == codes + minima + size * 2 * d + 4 * n
+    assert sum(t.untyped_storage().nbytes() for t in held) == sum(t.nbytes for t in held), "no view of anything larger"
+
+
+def layer(rows=3, length=9, tail=4):
+    """A cache layer of rows of different lengths, and what it is of: keys and values of a DynamicLayer."""
+    from transformers.cache_utils import DynamicLayer
+
+    g = torch.Generator().manual_seed(length)
+    keys, values = (torch.randn(rows, 2, length, 8, generator=g) for _ in range(2))
+    held = DynamicLayer()
+    held.update(keys[:, :, :2], values[:, :, :2])
+    held, parts = adopt(held), []
+    for r in range(rows):
+        own = slice(2 + r, length)  # rows differ: padding at the left
+        found = quantised(keys[r, :, own], values[r, :, own], split(length - 2 - r, 2, (4, 2)))
+        parts.append((found,) if r else (Plain.of(keys[r, :, own], values[r, :, own]),))
+        keys[r, :, 2 : 2 + r], values[r, :, 2 : 2 + r] = 0, 0
+        if r:
+            keys[r, :, own], values[r, :, own] = found.keys, found.values
+    new = [torch.randn(rows, 2, tail, 8, generator=g) for _ in range(2)]
+    held.append(parts, tuple(x[:, :, :0] for x in new))
+    held.update(*new)
+    plain = DynamicLayer()
+    plain.update(torch.cat([keys, new[0]], 2), torch.cat([values, new[1]], 2))
+    return held, plain
+
+
+def same(held, plain):
+    assert torch.equal(held.keys, plain.keys) and torch.equal(held.values, plain.values)
+    assert held.get_seq_length() == plain.get_seq_length() and held.get_mask_sizes(3) == plain.get_mask_sizes(3)
+
+
+def test_a_layer_is_what_a_dynamic_layer_would_be():
+    import copy
+
+    held, plain = layer()
+    same(held, plain)
+    moves = (
+        lambda x: x.reorder_cache(torch.tensor([2, 0, 2])),
+        lambda x: x.batch_repeat_interleave(2),
+        lambda x: x.reorder_cache(torch.tensor([5, 5, 0, 1, 2, 3])),
+        lambda x: x.batch_select_indices(torch.tensor([1, 4])),
+        lambda x: x.update(torch.ones(2, 2, 1, 8), torch.ones(2, 2, 1, 8)),
+        lambda x: x.batch_select_indices(torch.tensor([True, False])),
+        lambda x: x.crop(-1),
+        lambda x: x.crop(0),
+        lambda x: (x.offload(), x.prefetch()),
+    )
+    twin = None
+    for move in moves:
+        move(held), move(plain)
+        same(held, plain)
+        twin = twin or copy.deepcopy(held)
+    assert twin.keys.shape[0] == 3, "a copy goes its own way"
+    held.reset()
+    assert type(held) is type(plain) and held.get_seq_length() == 0
+    held.update(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8))
+    assert held.keys.shape == (1, 2, 3, 8)
+
+
+@pytest.mark.parametrize("count", range(1, 13))
+def test_crops_reach_into_packed_rows(count):
+    """4 tokens of the tail, then up to 5 that every row holds, then what earlier turns left."""
+    held, plain = layer()
+    if 4 + 5 < count < 4 + 7:
+        return  # padding in some row: PrunedCache.crop refuses before
+    held.crop(-count), plain.crop(-count)
+    same(held, plain)
+    held.update(torch.ones(3, 2, 1, 8), torch.ones(3, 2, 1, 8))
+    plain.update(torch.ones(3, 2, 1, 8), torch.ones(3, 2, 1, 8))
+    same(held, plain)
