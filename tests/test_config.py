@@ -59,6 +59,7 @@ def write(tmp_path: Path) -> Any:
         (["pool", {"random": {"keep": "25%", "seed": 3}}, FASTER], "pool+random+fastervlm", "original", (Pool(), RANDOM, FASTER)),
         ([{"random": {"keep": Budget("25%"), "seed": 3}}], "random", "original", (RANDOM,)),
         ({"positions": "compact", "stages": ["pool"]}, "pool", "compact", (Pool(),)),
+        (["random:25%,seed=3", "fastervlm:64"], "random+fastervlm", "original", (RANDOM, FASTER)),
     ],
 )  # fmt: skip
 def test_every_form_loads(given: Any, name: str, positions: str, stages: tuple[Any, ...]) -> None:
@@ -126,6 +127,11 @@ def test_errors_in_a_file_name_the_line(write: Any, text: str, line: int, words:
         ("pool:size=[", "'[' is not a value"),
         ("random:64,seed=1.5", "accepted: a whole number"),
         (3, "not int"),
+        (["fastervm:64"], "did you mean 'fastervlm'?"),
+        ("snapkv:keep={per_crop: 4}", "per_crop cannot be had in the KV cache; take a count, a share or {total: 640}"),
+        ("lookm:important={per_frame: 4}", "per_frame cannot be had in the KV cache; take a count"),
+        ("lookm:keep=0", "accepted: a count per image (64), a share (25%)"),
+        ("flexprefill:max_budget=512", "max_budget 512 is below min_budget 1024"),
         ([["pool"]], "a stage is a name"),
         ([{"random": {"keep": object()}}], "must be plain data"),
         ([{"random": {("a", 1): 2}}], "must be plain data"),

@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from vtoken import registry, wrap
 from vtoken.cli import main
-from vtoken.commands.bench import cells, markdown
+from vtoken.commands.bench import cells, markdown, notes
 from vtoken.config import load
 from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals import models
@@ -198,6 +198,15 @@ def test_one_new_token_has_no_decode() -> None:
     assert found.rows[0].milliseconds["decode"] is None and found.drift is None
 
 
+def test_stages_that_stood_aside_are_named() -> None:
+    row = bench(tiny.llava(), ["flexprefill"], **SHORT).rows[1]
+    assert "fewer than min_len 8192" in row.stood_aside["flexprefill"]
+    assert any(
+        note.startswith("flexprefill: flexprefill stood aside, the prompt has")
+        for note in notes(Bench((row,), None, {}))
+    )
+
+
 def test_a_failing_stage_leaves_no_hooks() -> None:
     model = used()
     before, config = hooks(model), model.generation_config
@@ -256,6 +265,8 @@ def test_command_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--device", "cuda:99"], "device 'cuda:99' is not here"),
         (["--dtype", "float31"], "unknown dtype 'float31', did you mean 'float32'?"),
         (["--threads", "0"], "threads must be at least 1"),
+        (["--repeats", "0"], "repeats must be at least 1"),
+        (["--batch", "0"], "batch must be at least 1"),
         (["fastervm:4"], "fastervm"),
     ],
 )

@@ -164,6 +164,17 @@ def test_processors_load_with_pillow_alone(family: str, folder: Any, picture: Pa
         assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
 
 
+def test_what_stands_aside_and_what_is_not_drawn_is_said(
+    folder: Any, picture: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert run(folder("llava"), "flexprefill", picture, "--out", tmp_path / "kept.png") == 0
+    assert "flexprefill stood aside: the prompt has" in capsys.readouterr().out
+    assert run(folder("llava"), "snapkv:2", picture, "--out", tmp_path / "kept.png") == 0
+    assert "prompt tokens per layer and head; that is not drawn" in capsys.readouterr().out
+    with pytest.raises(VtokenError, match="no folder"):
+        run("./nowhere", "pool", picture, "--out", tmp_path / "no" / "kept.png")
+
+
 def test_a_folder_without_processor_is_one_line(tmp_path: Path) -> None:
     make("qwen2_vl").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="cannot load the processor of") as raised:

@@ -175,12 +175,12 @@ class CacheStage(Compressor):
         """FLOPs of the decision in one layer of one row; None if not known."""
         return 0
 
-    @field_validator("keep", check_fields=False)
+    @field_validator("*")
     @classmethod
-    def _whole_images(cls, keep: Budget | None) -> Budget | None:
-        if keep is not None and keep.per is not None:
-            raise ValueError(f"{keep.per} cannot be had in the KV cache; write a count, a share or {{total: 640}}")
-        return keep
+    def _whole_images(cls, value: Any) -> Any:
+        if isinstance(value, Budget) and value.per is not None:
+            raise ValueError(f"{value.per} cannot be had in the KV cache; take a count, a share or {{total: 640}}")
+        return value
 
 
 def best(scores: Tensor, k: int) -> Tensor:

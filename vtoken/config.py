@@ -195,6 +195,8 @@ def _from_data(data: Any, name: str | None, source: Source) -> Pipeline:
 def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
     if isinstance(item, Stage):
         return item
+    if isinstance(item, str) and item not in registry.stages() and item.partition(":")[0] in registry.stages():
+        item = _short_form(item)
     name, options = next(iter(item.items())) if isinstance(item, dict) and len(item) == 1 else (item, None)
     if not isinstance(name, str):
         keys = f"; indent {list(item)[1:]} to make them options" if isinstance(item, dict) and len(item) > 1 else ""

@@ -114,6 +114,11 @@ class Trace:
         return [len(k) for k in self.kept]
 
     @property
+    def aside(self) -> dict[str, str]:
+        """Stages that did nothing, and why."""
+        return {stage.name: stage.stood_aside for stage in self.stages if stage.stood_aside is not None}
+
+    @property
     def average_tokens(self) -> float:
         """Visual tokens of the whole batch, averaged over decoder layers (papers mix this with tokens at entry)."""
         counts: Sequence[int] = [sum(layer) for layer in self.layers] or [sum(self.visual_tokens)]

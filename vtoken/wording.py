@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -39,12 +39,15 @@ def explain(cls: type[Stage], error: ValidationError) -> tuple[str, str]:
         message = first["msg"].removeprefix("Value error, ").removeprefix("keep: ").partition("; write a count")[0]
     else:
         message = f"{first['msg']}, not {reprlib.repr(first['input'])}"
+    if "; take " in message:
+        return option, f"{place}: {message}"
     return option, f"{place}: {message}; accepted: {accepts(cls, option)}"
 
 
 def accepts(cls: type[Stage], option: str) -> str:
     """What may be written for an option, in words."""
-    if cls.model_fields[option].annotation is Budget:
+    annotation = cls.model_fields[option].annotation
+    if annotation is Budget or Budget in get_args(annotation):
         return BUDGETS
     return _in_words(cls.model_json_schema()["properties"][option])
 

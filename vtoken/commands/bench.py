@@ -89,9 +89,12 @@ def run(args: argparse.Namespace) -> int:
     from vtoken.evals import models
     from vtoken.evals.latency import bench
 
-    if args.threads is not None and args.threads < 1:
-        raise ConfigError(f"threads must be at least 1, not {args.threads}")
-    pipelines = [load(each) for each in args.pipelines]  # A typing error must not cost the loading of a model.
+    # A typing error must not cost the loading of a model.
+    for name in ("threads", "batch", "text_tokens", "new_tokens", "repeats", "images", "frames"):
+        count = getattr(args, name)
+        if count is not None and count < 1:
+            raise ConfigError(f"{name} must be at least 1, not {count}")
+    pipelines = [load(each) for each in args.pipelines]
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     model = models.load(
@@ -150,6 +153,9 @@ def notes(measured: Bench) -> list[str]:
         found.append(f"drift: dense end to end, second half of the rounds / first: {measured.drift:.3f}")
     if all(row.peak_bytes is None for row in measured.rows):
         found.append("peak memory: not measured on a CPU, where one process has no figure per pipeline")
+    found += [
+        f"{row.name}: {name} stood aside, {why}" for row in measured.rows for name, why in row.stood_aside.items()
+    ]
     found += [f"{row.name}: no oracle, {row.no_oracle}" for row in measured.rows if row.no_oracle]
     return found
 

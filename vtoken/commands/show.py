@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     from vtoken.wrap import match_processor, trace, wrapped
 
     pipeline = load(args.pipeline)
+    if args.out and not args.out.absolute().parent.is_dir():
+        raise VtokenError(f"no folder {str(args.out.parent)!r} to write {args.out.name} into")
     media = read(args.media, args.frames)
     model, processor = _load(args.model)
     with torch.inference_mode(), wrapped(model, pipeline):
@@ -87,6 +89,14 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"file": str(out), **seen.to_dict()}))
     else:
         print(f"wrote {out}: {kept} of {total} visual tokens kept")
+        for name, why in seen.aside.items():
+            print(f"{name} stood aside: {why}")
+        if any(stage.site == "cache" and stage.stood_aside is None for stage in seen.stages):
+            held = sorted({count for (count,) in seen.cached})
+            many = " to ".join(map(str, {held[0]: 0, held[-1]: 0}))
+            print(
+                f"the KV cache holds {many} of {seen.prompt_tokens[0]} prompt tokens per layer and head; that is not drawn"
+            )
     return 0
 
 

@@ -23,7 +23,7 @@ import math
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from typing import Any
 
@@ -67,6 +67,7 @@ class Row:
         overhead: milliseconds of TTFT above the oracle's.
         break_even: visual tokens to drop before the pipeline pays, None where it cannot be computed.
         no_oracle: why there is none, or None.
+        stood_aside: stages that did nothing -> why; what is measured is the model without them.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Row:
     overhead: Spread | None = None
     break_even: int | None = None
     no_oracle: str | None = None
+    stood_aside: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,7 @@ def row(subject: Subject, dense: Subject) -> Row:
         milliseconds=parts(subject.samples),
         peak_bytes=max(peaks, default=None),
         no_oracle=subject.no_oracle,
+        stood_aside=subject.aside,
     )
     if subject is dense:
         return base

@@ -55,10 +55,17 @@ def _read(path: Path) -> Media:
         with Image.open(path) as file:
             frames = tuple(frame.convert("RGB") for frame in ImageSequence.Iterator(file))
     except (OSError, UnidentifiedImageError) as error:
-        raise ConfigError(f"cannot read picture {path}: {error}") from error
+        raise _unreadable(path, error) from error
     return Media(frames, video=len(frames) > 1)
 
 
 def _open(path: Path) -> Image.Image:
-    with Image.open(path) as file:
-        return file.convert("RGB")
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"cannot read picture {path}: {error}")

@@ -64,13 +64,14 @@ class Oracle:
 @dataclass
 class Subject:
     """What is measured: a pipeline (None: dense), its oracle, and their samples; `layers` are the visual tokens of the whole batch in
-    every decoder layer."""
+    every decoder layer, `aside` the stages that did nothing, and why."""
 
     pipeline: Pipeline | None
     layers: tuple[int, ...]
     kv_bytes: int
     oracle: Oracle | None
     no_oracle: str | None
+    aside: dict[str, str] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
     ideal: list[Sample] = field(default_factory=list)
 
@@ -132,7 +133,7 @@ class Runner:
         if pipeline is None:
             return Subject(None, layers, found.cache_bytes, None, None)
         oracle = None if reason else self._shorten(seen, found)
-        return Subject(pipeline, layers, found.cache_bytes, oracle, reason)
+        return Subject(pipeline, layers, found.cache_bytes, oracle, reason, found.aside)
 
     def _unshortened(self) -> str | None:
         """Why the model cannot be given fewer features, or None."""

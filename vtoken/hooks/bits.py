@@ -136,7 +136,10 @@ class PackedLayer(DynamicLayer):
         return sum(block.length for block in self.blocks) + self.tail[0].shape[2]
 
     def crop(self, tokens_to_remove: int) -> None:
-        count, (keys, values) = abs(tokens_to_remove), self.tail
+        """Without the newest -tokens_to_remove; what is positive is the length that stays, as older versions of transformers have it."""
+        count, (keys, values) = -tokens_to_remove, self.tail
+        if tokens_to_remove > 0:
+            count = max(0, self.get_seq_length() - tokens_to_remove)
         left = max(0, keys.shape[2] - count)
         count -= keys.shape[2] - left
         self.tail = keys[:, :, :left].clone(), values[:, :, :left].clone()
