@@ -73,7 +73,7 @@ class MMInference(SparseAttention):
 
     def reads(self, prompt: Prompt) -> Reads:
         names = [self.pattern] * prompt.heads if self.heads is None else self.heads[prompt.layer]
-        groups, order, found = prompt.heads // len(prompt.k), [], []
+        groups, order, found = prompt.heads // len(prompt.k), list[int](), list[Lists]()
         for key in range(len(prompt.k)):
             mine = range(key * groups, (key + 1) * groups)
             for name in dict.fromkeys(names[h] for h in mine):
