@@ -163,7 +163,15 @@ def samples(*ttft: float) -> list[Sample]:
 def test_ratios_are_paired() -> None:
     """Rounds get slower tenfold; ratios of medians would be the same, their spread would not."""
     dense = Subject(None, (100,), 800, None, None, samples=samples(20, 200, 2000))
-    own = Subject(load("none"), (40,), 400, object(), None, samples(11, 110, 1100), samples(10, 100, 1000))  # type: ignore[arg-type]
+    own = Subject(
+        load("none"),
+        (40,),
+        400,
+        object(),
+        None,
+        samples=samples(11, 110, 1100),
+        ideal=samples(10, 100, 1000),  # type: ignore[arg-type]
+    )
     found = row(own, dense)
     assert found.to_dense["ttft"] == Spread(0.55, 0.55, 0.55)
     assert found.to_oracle["ttft"].median == found.to_oracle["ttft"].high == pytest.approx(1.1)

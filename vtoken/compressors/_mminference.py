@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from vtoken.compressors._blocks import best, lines, per_head
 from vtoken.probe import last_rows
 from vtoken.reading import Prompt
+from vtoken.stages import uploaded
 
 SIZE = 64  # tokens of a block, and queries of a probe
 FIRST, NEAR = 30, 100  # keys at the start and distances that every vertical-slash index holds
@@ -31,7 +32,7 @@ def _strides(prompt: Prompt, unit: str) -> int | None:
     for *earlier, (_, h, w) in prompt.parts:
         before.append(sum(map(prod, earlier)))
         step.append(h * w if unit == "frame" else w)
-    skip, every = (torch.tensor(x, device=seen.device)[prompt.image.clamp(min=0)] for x in (before, step))
+    skip, every = (uploaded(x, seen.device)[prompt.image.clamp(min=0)] for x in (before, step))
     place = prompt.place - skip
     starts = (seen & (place >= 0) & (place % every == 0)).nonzero()[:, 0]
     steps: list[int] = starts.diff().unique().tolist()
