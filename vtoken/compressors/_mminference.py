@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vtoken.compressors._blocks import best, lines, per_head
+from vtoken.compressors._blocks import best, per_head
+from vtoken.kernels import probe_sums
 from vtoken.probe import last_rows
 from vtoken.reading import Prompt
 from vtoken.stages import uploaded
@@ -42,7 +43,7 @@ def _strides(prompt: Prompt, unit: str) -> int | None:
 def index(q: Tensor, k: Tensor, scale: float, vertical: int, slash: int, probe: int = SIZE) -> tuple[Tensor, Tensor]:
     """Vertical-slash index of the last `probe` queries of [H, N, d]: columns [H, N] and distances [H, N], both bool."""
     n = k.shape[1]
-    columns, distances = lines(last_rows(q, k, min(probe, n), scale))
+    columns, distances, _ = (x[0] for x in probe_sums(q[None, :, -min(probe, n) :], k[None], scale))
     columns[:, :FIRST] = torch.inf
     distances[:, :NEAR] = torch.inf
     taken, near = (

@@ -36,7 +36,7 @@ class SparsePrefill:
     def __init__(self, lm: Any, run: Run, handle: Handle, stages: Sequence[Stage]) -> None:
         self.run = run
         # What a cache stage will ask of the last queries of a row, if there is one.
-        self.also: Callable[[Prefill, int], tuple[int, ...]] | None = None
+        self.also: Callable[[Prefill, int], int] | None = None
         self.at: dict[int, SparseAttention] = {}
         for stage in stages:
             if isinstance(stage, SparseAttention):
@@ -102,7 +102,7 @@ class SparsePrefill:
             return Reads(SIZE, everything(heads, n, n, SIZE, q.device))
         image, place, known = self._layout(flow, q.device)
         image, place = (x[row, -q.shape[1] :][:n] for x in (image, place))
-        probe = Probe(q[:, :n], k[:, :n], scale, () if self.also is None else self.also(flow, row))
+        probe = Probe(q[:, :n], k[:, :n], scale, 0 if self.also is None else self.also(flow, row))
         if self.also is not None:
             flow.memo.setdefault("probes", {})[layer, row] = probe
         rope = None
