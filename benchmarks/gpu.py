@@ -20,7 +20,7 @@ from measure import CUDA, ROOT, show
 
 # Part -> script and arguments, and seconds that it may take on an H200.
 PARTS: dict[str, tuple[list[str], int]] = {
-    "kernels": (["kernels.py"], 300),
+    "kernels": (["ops.py"], 300),
     "sparse": (["sparse.py"], 240),
     "llava": (["end_to_end.py", "llava"], 240),
     "next": (["end_to_end.py", "next"], 240),

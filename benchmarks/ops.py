@@ -1,4 +1,4 @@
-"""What the kernels reach: `python benchmarks/kernels.py [--ops OP ...] [--json FILE]`. A table to stdout.
+"""What the kernels reach: `python benchmarks/ops.py [--ops OP ...] [--json FILE]`. A table to stdout.
 
 On a CUDA device: time on the device from triton's do_bench (L2 flushed, median), bytes and FLOPs as each op's file counts
 them, as shares of a copy and a matmul measured in the same run, and of a copy of as many bytes, and against the definition eager and
