@@ -77,7 +77,7 @@ class Record:
 
 def show(conditions: Row, rows: Sequence[Row], goals: Sequence[Row]) -> None:
     """One table of the rows, one of the goals, and the conditions."""
-    console = Console(width=None if sys.stdout.isatty() else 220)
+    console = Console(width=None if sys.stdout.isatty() else 260)
     for lines in (rows, goals):
         if lines:
             heads = list(dict.fromkeys(name for line in lines for name in line))
