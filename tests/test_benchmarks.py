@@ -23,9 +23,10 @@ def run(script: str, *arguments: str, interpret: bool = True) -> subprocess.Comp
 
 @pytest.mark.skipif(_dispatch.triton is None, reason="triton is not installed")
 def test_parts_end_in_the_interpreter(tmp_path: Path) -> None:
-    child = run("gpu.py", "--small", "--only", "kernels", "sparse", "llava", "--out", str(tmp_path))
+    parts = ("kernels", "sparse", "cuts", "llava")
+    child = run("gpu.py", "--small", "--only", *parts, "--out", str(tmp_path))
     assert child.returncode == 0, child.stdout + child.stderr
-    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("kernels", "sparse", "llava")}
+    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in parts}
     assert not [row for part in found.values() for row in part["rows"] if "failed" in row]
     for name, said in (("kernels", "farthest_tokens"), ("sparse", "block-sparse"), ("llava", "fastervlm")):
         assert any(said in goal["goal"] for goal in found[name]["goals"]), name
