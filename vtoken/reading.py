@@ -165,18 +165,27 @@ class Reads:
         """What is computed, as a share of all causal blocks, head mean: a scalar on the device of `blocks`. A single key counts a
         `size`-th of a block for every query block that reads it, dense queries count whole query blocks, own keys nothing."""
         below = causal(self.blocks)
-        blocks = self.blocks & below
-        total = blocks.sum().float()
+        total = torch.count_nonzero(self.blocks & below).float()
         if self.columns is not None:
-            heads, groups, _ = self.columns.shape
-            count = torch.zeros(heads, groups, blocks.shape[2] + 1, device=blocks.device)
-            at = torch.where(self.columns < 0, blocks.shape[2], self.columns // self.size).long()
-            count.scatter_add_(2, at, torch.ones_like(at, dtype=torch.float32))
-            of = torch.arange(blocks.shape[1], device=blocks.device) // self.share
-            total += (count[:, of, :-1] * (below & ~blocks)).sum() / self.size
+            # Read off counts, one per list and key block; what is as long as the lists is held for some heads at a time.
+            for columns, unread in zip(self.columns.split(8), self._unread(below).split(8), strict=True):
+                times = unread.gather(2, (columns.clamp(min=0) // self.size).long())
+                total += torch.where(columns < 0, 0, times).sum() / self.size
         if self.dense is not None:
-            total += self._dense()[1].sum()
-        return total / (below.sum() * blocks.shape[0])
+            # Of the query blocks that dense queries are packed into, the last query decides how far all of them read.
+            rank = self.dense.cumsum(1, dtype=torch.int32)
+            last = self.dense & ((rank % self.size == 0) | (rank == rank[:, -1:]))
+            ends = torch.arange(self.dense.shape[1], device=last.device, dtype=torch.int32) // self.size + 1
+            total += torch.where(last, ends, 0).sum()
+        return total / (torch.count_nonzero(below) * len(self.blocks))
+
+    def _unread(self, below: Tensor) -> Tensor:
+        """[H, G, M] int32: how many of the query blocks that share a list read its keys in this block by the list alone."""
+        assert self.columns is not None
+        alone = below & ~self.blocks
+        groups = self.columns.shape[1]
+        alone = torch.nn.functional.pad(alone, (0, 0, 0, groups * self.share - alone.shape[1]))
+        return alone.unflatten(1, (groups, self.share)).sum(2, dtype=torch.int32)
 
 
 @dataclass(frozen=True)
