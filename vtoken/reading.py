@@ -103,6 +103,7 @@ class Reads:
         size: tokens of a block, a power of two from 16 on.
         blocks: [H, T, M] bool, the key blocks that each query block reads.
         columns: [H, G, C] int32, single keys besides (-1 = none); query block t reads list t // share.
+        of: [T] int32, the list that each query block reads instead: for few lists that query blocks share in no order.
         dense: [H, N] bool, queries that read all keys before them.
         own: [N] bool, queries that read their own key besides, where no block or list has it.
     """
@@ -113,11 +114,12 @@ class Reads:
     share: int = 1
     dense: Tensor | None = None
     own: Tensor | None = None
+    of: Tensor | None = None
 
     def apply(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Attention [H, N, d] of queries [H, N, d] over keys and values [Hk, N, d]."""
         blocks = self.blocks & causal(self.blocks)
-        out, lse = block_sparse_attention(q, k, v, blocks, scale, self.size, self.columns, self.share)
+        out, lse = block_sparse_attention(q, k, v, blocks, scale, self.size, self.columns, self.share, of=self.of)
         if self.own is not None:
             out = torch.where(self.own[:, None], with_own(out, lse, q, k, v, scale), out)
         if self.dense is None:
@@ -154,7 +156,8 @@ class Reads:
             heads, groups, _ = self.columns.shape
             marks = seen.new_zeros(heads, groups, n + 1)
             marks.scatter_(2, torch.where(self.columns < 0, n, self.columns).long(), True)
-            seen |= marks[:, rows // self.size // self.share, :n]
+            tiles = rows // self.size
+            seen |= marks[:, tiles // self.share if self.of is None else self.of[tiles], :n]
         if self.own is not None:
             seen |= (torch.arange(n, device=rows.device) == rows[:, None]) & self.own[rows, None]
         if self.dense is not None:
@@ -184,6 +187,9 @@ class Reads:
         assert self.columns is not None
         alone = below & ~self.blocks
         groups = self.columns.shape[1]
+        if self.of is not None:
+            mine = self.of == torch.arange(groups, device=self.of.device)[:, None]
+            return torch.stack([(alone & m[:, None]).sum(1, dtype=torch.int32) for m in mine], 1)
         alone = torch.nn.functional.pad(alone, (0, 0, 0, groups * self.share - alone.shape[1]))
         return alone.unflatten(1, (groups, self.share)).sum(2, dtype=torch.int32)
 

@@ -5,6 +5,7 @@
     read     [H, T, M] bool: which of the M = ceil(N / size) key blocks each of the T query blocks reads
     columns  [H, G, C] int32 or None: single keys besides, -1 = none; query block t reads list t // share. A key whose block is
              read anyway counts once
+    of       [T] int32 or None: which list each query block reads, instead of t // share
     rows     [H, R] int32 or None: the queries that make up the query blocks, T = ceil(R / size), each at most once, -1 = none.
              None: all in order, R = Q
     result   out [H, Q, d]: softmax(scale * q . k) @ v over what is read and not behind the query; 0 where that is nothing, and
@@ -36,19 +37,20 @@ LOG2_E = 1.4426950408889634
 
 def definition(
     q: Tensor, k: Tensor, v: Tensor, read: Tensor, scale: float, size: int = 128, columns: Tensor | None = None,
-    share: int = 1, rows: Tensor | None = None,
+    share: int = 1, rows: Tensor | None = None, of: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """torch's own attention under a mask, some query blocks at a time."""
     (heads, queries, _), keys, device = q.shape, k.shape[1], q.device
     out, lse = q.new_zeros(heads, queries, v.shape[2]), q.new_full((heads, queries), -torch.inf, dtype=torch.float32)
     listed = queries if rows is None else rows.shape[1]
     single = None if columns is None else _marked(columns, keys)
+    of = _lists_of(read, share) if of is None else of
     each = size * max(1, CHUNK // max(1, heads * keys * size))
     for place in torch.arange(listed, device=device).split(each) if listed else ():
         row = (place.expand(heads, -1) if rows is None else rows[:, place]).long()
         visible = read[:, place // size].repeat_interleave(size, 2)[..., :keys]
         if single is not None:
-            visible = visible | single[:, place // (size * share)]
+            visible = visible | single[:, of[place // size]]
         position = row + keys - queries
         visible = visible & (torch.arange(keys, device=device) <= position[..., None]) & (row >= 0)[..., None]
         asked = q[:, place] if rows is None else q.take_along_dim(row.clamp(min=0)[..., None], 1)
@@ -57,6 +59,11 @@ def definition(
         out = out.index_put((head, row[head, at]), o[head, at])
         lse = lse.index_put((head, row[head, at]), total[head, at])
     return out, lse
+
+
+def _lists_of(read: Tensor, share: int) -> Tensor:
+    """[T] int32: which list each query block reads where `share` neighbours share one."""
+    return torch.arange(read.shape[1], dtype=torch.int32, device=read.device) // share
 
 
 def _marked(columns: Tensor, keys: int) -> Tensor:
@@ -140,7 +147,7 @@ if triton is not None:
 
     @triton.jit
     def _attend(  # type: ignore[no-untyped-def]
-        q, k, v, read, lists, counts, columns, rows, out, lse, queries, keys, d, scale, blocks, groups, length, share, listed,
+        q, k, v, read, lists, counts, columns, of, rows, out, lse, queries, keys, d, scale, blocks, groups, length, listed,
         q_strides, k_strides, v_strides,
         GROUPS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
         COLUMNS: tl.constexpr, LISTED: tl.constexpr, FULL: tl.constexpr,
@@ -185,7 +192,7 @@ if triton is not None:
                 asked, k, v, key, visible, k_strides, v_strides, d, scale, sums, total, top, True, DIM, FULL
             )
         if COLUMNS:
-            mine = columns + (head * groups + tile // share) * length
+            mine = columns + (head * groups + tl.load(of + tile)) * length
             for start in range(0, length, KEYS):
                 entry = start + tl.arange(0, KEYS)
                 key = tl.load(mine + entry, mask=entry < length, other=-1)
@@ -202,7 +209,10 @@ if triton is not None:
         tl.store(lse + head * queries + row, tl.where(total > 0, top + tl.log2(some), float("-inf")), mask=real)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, read: Tensor, size: int, share: int, rows: Tensor | None) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, read: Tensor, size: int, share: int = 1, rows: Tensor | None = None,
+    of: Tensor | None = None,
+) -> None:  # fmt: skip
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[0] % k.shape[0]:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: need [H, Q, d] and twice [Hk, N, d], H a multiple of Hk"
@@ -214,6 +224,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, read: Tensor, size: int, share: int,
         raise ValueError(
             f"read is {read.dtype} {tuple(read.shape)}; need bool {(q.shape[0], tiles, -(-k.shape[1] // size))}"
         )
+    if of is not None and tuple(of.shape) != (tiles,):
+        raise ValueError(f"of is {tuple(of.shape)}; need a list for each of {tiles} query blocks")
 
 
 def tiles_of(dim: int, bytes_each: int, size: int) -> dict[str, int]:
@@ -228,7 +240,7 @@ def tiles_of(dim: int, bytes_each: int, size: int) -> dict[str, int]:
 
 def launch(
     q: Tensor, k: Tensor, v: Tensor, read: Tensor, scale: float, size: int = 128, columns: Tensor | None = None,
-    share: int = 1, rows: Tensor | None = None,
+    share: int = 1, rows: Tensor | None = None, of: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The kernel's launcher: the definition's contract without gradients, for half precision or fp32 and d up to 256."""
     dtype = q.dtype
@@ -246,15 +258,16 @@ def launch(
     dim = max(16, triton.next_power_of_2(d))
     cut = tiles_of(dim, q.element_size(), size)
     singles = None if columns is None else columns.int().contiguous()
+    of = lists if singles is None else _lists_of(read, share) if of is None else of.int().contiguous()
     chosen = None if rows is None else rows.int().contiguous()
     with torch.cuda.device_of(q):  # triton launches on the current device
         _list[(tiles, heads)](
             flags, lists, counts, blocks, keys, keys - queries, SIZE=size, LISTED=rows is not None, BLOCK=128
         )
         _attend[(tiles * (size // cut["ROWS"]), heads)](
-            q, k, v, flags, lists, counts, lists if singles is None else singles, lists if chosen is None else chosen, out, lse,
+            q, k, v, flags, lists, counts, lists if singles is None else singles, of, lists if chosen is None else chosen, out, lse,
             queries, keys, d, scale * LOG2_E, blocks, 0 if singles is None else singles.shape[1],
-            0 if singles is None else singles.shape[2], share, 0 if chosen is None else chosen.shape[1],
+            0 if singles is None else singles.shape[2], 0 if chosen is None else chosen.shape[1],
             q.stride(), k.stride(), v.stride(),
             GROUPS=heads // len(k), SIZE=size, DIM=dim, COLUMNS=singles is not None, LISTED=chosen is not None,
             FULL=dim == d, **cut,
@@ -264,16 +277,16 @@ def launch(
 
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, read: Tensor, scale: float, size: int = 128, columns: Tensor | None = None,
-    share: int = 1, rows: Tensor | None = None,
+    share: int = 1, rows: Tensor | None = None, of: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention over the blocks that are read, see the top of the file. `out` is differentiable in q, k and v, `lse` is not.
 
     Columns and rows beyond the sequence give an undefined result. Raises ValueError for shapes that do not fit.
     """
-    _check(q, k, v, read, size, share, rows)
+    _check(q, k, v, read, size, share, rows, of)
     if (chosen := backend_of(q, k, v, columns, rows)) == "flex":
         return attend(q, k, v, read, scale, size)
-    return (launch if chosen == "triton" else definition)(q, k, v, read, scale, size, columns, share, rows)
+    return (launch if chosen == "triton" else definition)(q, k, v, read, scale, size, columns, share, rows, of)
 
 
 def examples() -> Iterator[dict[str, Any]]:
@@ -299,6 +312,8 @@ def examples() -> Iterator[dict[str, Any]]:
     yield case((4, 2), 200, 200, 64, 64)  # blocks
     yield {**case((6, 2), 100, 100, 20, 16, p=0.2), "columns": some(21, 100, 6, 4), "share": 2}  # blocks and columns
     yield {**case((2, 1), 70, 70, 16, 32, p=0.0), "columns": some(9, 70, 2, 1), "share": 3}  # columns alone
+    of = torch.tensor([2, 0, 1, 1, 0, 2, 2], dtype=torch.int32)
+    yield {**case((4, 2), 100, 100, 16, 16, p=0.2), "columns": some(21, 100, 4, 3), "of": of}  # few lists in no order
     yield {**case((3, 3), 90, 90, 96, 32, listed=40), "rows": some(40, 90, 3)}  # rows
     yield {
         **case((2, 1), 60, 60, 32, 16, listed=20),

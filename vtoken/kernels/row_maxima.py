@@ -95,7 +95,7 @@ def row_maxima(q: Tensor, k: Tensor, read: Tensor, scale: float, size: int = 128
     """The maxima, see the top of the file; no gradients. Raises ValueError for shapes that do not fit."""
     if q.shape[1] != k.shape[1]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}: need the queries of the whole sequence")
-    _check(q, k, k, read, size, 1, None)
+    _check(q, k, k, read, size)
     with torch.no_grad():
         fits = q.dtype == k.dtype and q.dtype in DTYPES and q.shape[-1] <= 256 and runs_triton(q, k, read)
         return (launch if fits else definition)(q, k, read, scale, size)
