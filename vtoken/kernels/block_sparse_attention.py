@@ -279,11 +279,14 @@ def examples() -> Iterator[dict[str, Any]]:
     gaps[..., torch.arange(20) * 57] = some(20, 70, 2, 1)
     yield {**case((2, 1), 70, 70, 16, 16, p=0.2), "columns": gaps, "share": 5}  # a long list with gaps
     yield case((2, 2), 45, 130, 8, 64)  # behind a prefix
+    yield case((4, 2), 45, 130, 16, 16, p=0.7)  # the same with whole tiles, at a width that fills them
     yield case((2, 1), 33, 33, 256, 16)
     yield case((2, 2), 130, 130, 128, 128, p=1.0)
     strided = case((4, 2), 50, 50, 16, 16)
     apart = {name: strided[name].transpose(0, 1).contiguous().transpose(0, 1) for name in "qkv"}
     yield {**strided, **apart, "scale": 3.0}
+    wide = case((2, 1), 40, 40, 131, 16, p=0.7)
+    yield {**wide, **{name: wide[name][..., 2:130] for name in "qkv"}}  # rows 131 numbers apart, from the third on
 
 
 def tolerance(dtype: torch.dtype) -> tuple[float, float]:
