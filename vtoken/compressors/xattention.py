@@ -13,10 +13,8 @@ from vtoken.compressors._blocks import cover, per_head
 from vtoken.reading import Prompt, Reads, SparseAttention
 
 CHUNK = 1 << 26  # scores held at once
-PARTS, LEAST = (
-    8,
-    256,
-)  # chunks of queries that a long prompt comes in, each with the keys up to its end; rows that are worth one
+PARTS = 8  # chunks of queries that a long prompt comes in, each with the keys up to its end
+LEAST = 256  # rows that are worth a chunk
 
 
 class XAttention(SparseAttention):
