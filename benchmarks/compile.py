@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for a GPU that is not here: `python benchmarks/compile.py [--ops OP ...] [--json FILE]`.
 
-Every op is launched on its own examples, where it has heads also on heads of 64, 80, 128 and 256, and on tokens 4096 wide; the launches are compiled with an
+Every op is launched on its own examples, where it has heads also on heads of 64, 80, 128 and 256 (with the largest blocks there are), and on tokens 4096 wide; the launches are compiled with an
 explicit target and never run. Per compiled kernel: registers of a thread, bytes of its stack (what spilled, and what calls need), shared memory of a program, which limits how many run side by side. Exits with 1 where something does not compile or
 asks for more shared memory than the target has.
 """
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -123,13 +124,36 @@ def cases(op: Any, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     examples = [{name: cast(value) for name, value in example.items()} for example in op.examples()]
     yield from examples
     wide = [name for name in ("q", "k", "v") if name in examples[0]]
-    big = max(examples, key=lambda example: example[wide[0]].numel()) if wide else {}
+    big = max(examples, key=lambda example: (example.get("size", 0), example[wide[0]].numel())) if wide else {}
     for d in HEADS if wide else ():
         yield {**big, **{name: torch.zeros(*big[name].shape[:-1], d, dtype=dtype) for name in wide}}
     tokens = [name for name in ("x", "y") if name in examples[0]]
     for example in examples[-2:] if tokens else ():
         made = {name: torch.zeros(len(example[name]), WIDTH, dtype=dtype) for name in tokens}
         yield {**example, **made, **({"y": made["x"]} if example.get("y") is example["x"] else {})}
+    if "columns" in signature(op.launch).parameters:
+        yield from listed(dtype)
+
+
+def listed(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """`block_sparse_attention` as stages ask for it: blocks of 128, and besides single keys, or queries of a list."""
+    heads, n, size = 4, 260, 128
+    blocks = -(-n // size)
+    singles = {"columns": torch.zeros(heads, blocks, 40, dtype=torch.int32)}
+    queries = {"rows": torch.arange(n, dtype=torch.int32).expand(heads, -1)}
+    read = torch.ones(heads, blocks, blocks, dtype=torch.bool)
+    for d in HEADS:
+        k = torch.zeros(2, n, d, dtype=dtype)
+        for more in (singles, queries):
+            yield {
+                "q": torch.zeros(heads, n, d, dtype=dtype),
+                "k": k,
+                "v": k,
+                "read": read,
+                "scale": 1.0,
+                "size": size,
+                **more,
+            }
 
 
 def table(found: list[Compiled]) -> Table:

@@ -2,6 +2,10 @@
 
 Dense, pipelines and oracles interleaved (vtoken/evals/latency.py says how), bf16, random weights of 7B models made on the GPU, nothing
 downloaded. Without a GPU, or with --small, the shipped models take their place on the CPU.
+
+`density` is the share of the causal blocks that a sparse stage computed. Random weights attend everywhere, and a stage that goes by attention
+(flexprefill) then computes nearly all: its ratio is that of this density and says nothing about a trained model, nor whether the method pays.
+A fixed pattern (static_sparse) comes to the same density with any weights.
 """
 
 from __future__ import annotations
@@ -68,7 +72,7 @@ def always(pipeline: Any) -> Any:
     return replace(whole, stages=tuple(stages), min_visual_tokens=0)
 
 
-def rows(record: Record, found: Bench, name: str, batch: int) -> None:
+def rows(record: Record, found: Bench, name: str, batch: int, small: bool) -> None:
     """What a reader asks first; all of it is in the JSON of `vtoken bench`."""
 
     def median(parts: Any, part: str) -> float | None:
@@ -78,7 +82,8 @@ def rows(record: Record, found: Bench, name: str, batch: int) -> None:
     def one(row: Measured) -> None:
         overhead = (row.to_oracle or {}).get("ttft")
         record.add(
-            case=name, batch=batch, pipeline=row.name, visual_tokens=row.visual_tokens,
+            case=name, batch=batch, pipeline=row.name, density=next(iter(row.density.values()), None),
+            stood_aside=", ".join(row.stood_aside) or None, visual_tokens=row.visual_tokens,
             ttft_ms=median(row.milliseconds, "ttft"), vision_ms=median(row.milliseconds, "vision"),
             stages_ms=median(row.milliseconds, "stages"), decode_ms=median(row.milliseconds, "decode"),
             ttft_of_dense=median(row.to_dense, "ttft"), ttft_of_oracle=median(row.to_oracle, "ttft"),
@@ -92,6 +97,10 @@ def rows(record: Record, found: Bench, name: str, batch: int) -> None:
 
     for row in found.rows:
         one(row)
+    if not small and any(row.density for row in found.rows):
+        record.conditions["density"] = (
+            "with random weights; of a trained model that of flexprefill is another, and so is its ratio"
+        )
     record.conditions[f"batch {batch}"] = f"{found.conditions['prompt']}, drift {found.drift}"
     record.save()
 
@@ -123,7 +132,7 @@ def main() -> None:
             record.add(case=args.case, batch=batch, failed=str(error).splitlines()[0][:160])
             torch.cuda.empty_cache()
             continue
-        rows(record, found, args.case, batch)
+        rows(record, found, args.case, batch, small)
     record.show()
 
 

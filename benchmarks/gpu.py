@@ -20,8 +20,9 @@ from measure import CUDA, ROOT, show
 
 # Part -> script and arguments, and seconds that it may take on an H200.
 PARTS: dict[str, tuple[list[str], int]] = {
-    "kernels": (["kernels.py"], 300),
-    "sparse": (["sparse.py"], 240),
+    "kernels": (["ops.py"], 300),
+    "sparse": (["sparse.py"], 300),
+    "cuts": (["cuts.py"], 120),
     "llava": (["end_to_end.py", "llava"], 240),
     "next": (["end_to_end.py", "next"], 240),
     "qwen-4k": (["end_to_end.py", "qwen-4k"], 240),
@@ -30,15 +31,16 @@ PARTS: dict[str, tuple[list[str], int]] = {
     "qwen-64k": (["end_to_end.py", "qwen-64k"], 300),
     "qwen-128k": (["end_to_end.py", "qwen-128k"], 480),
 }
+# Where no GPU is, compiling for the CPU takes minutes and tells nothing.
+SMALL = {"ops.py": ["--no-compile"], "end_to_end.py": ["--small"]}
 
 
 def run(name: str, out: Path, small: bool, cap: int) -> str:
     """One part; says how it ended."""
     script, file = PARTS[name][0], out / f"{name}.json"
     command = [sys.executable, str(ROOT / "benchmarks" / script[0]), *script[1:], "--json", str(file)]
-    if small and name != "sparse":
-        # Where no GPU is, compiling for the CPU takes minutes and tells nothing.
-        command.append("--no-compile" if name == "kernels" else "--small")
+    if small:
+        command += SMALL.get(script[0], [])
     file.unlink(missing_ok=True)  # What an earlier run found must not pass for this one's.
     start = time.perf_counter()
     with (out / f"{name}.log").open("w") as log:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
+from statistics import quantiles
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +27,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 KERNELS = CUDA or _dispatch.INTERPRETED  # whether they run at all
+ROUNDS = 15 if CUDA else 2
 Row = dict[str, Any]
 
 
@@ -75,7 +77,7 @@ class Record:
 
 def show(conditions: Row, rows: Sequence[Row], goals: Sequence[Row]) -> None:
     """One table of the rows, one of the goals, and the conditions."""
-    console = Console(width=None if sys.stdout.isatty() else 220)
+    console = Console(width=None if sys.stdout.isatty() else 260)
     for lines in (rows, goals):
         if lines:
             heads = list(dict.fromkeys(name for line in lines for name in line))
@@ -103,6 +105,37 @@ def milliseconds(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     run()
     return 1e3 * (time.perf_counter() - start)
+
+
+def interleaved(*runs: Callable[[], Any], rounds: int = ROUNDS) -> list[list[float]]:
+    """Milliseconds of each in every round. They take turns at going first, so that what drifts (clocks, heat, neighbours) weighs on all alike.
+    By the device's clock, L2 flushed; on a CPU by the host's."""
+    for run in runs:
+        run()  # compiles
+    times: list[list[Any]] = [[] for _ in runs]
+    flushed = torch.empty(1 << 28 if CUDA else 0, dtype=torch.int8, device=DEVICE)
+    for turn in range(rounds):
+        for each in range(turn, turn + len(runs)):
+            run, at = runs[each % len(runs)], times[each % len(runs)]
+            if CUDA:
+                flushed.zero_()
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                run()
+                end.record()
+                at.append((start, end))
+            else:
+                at.append(milliseconds(run))
+    if CUDA:
+        torch.cuda.synchronize()
+        times = [[start.elapsed_time(end) for start, end in pairs] for pairs in times]
+    return times
+
+
+def against(own: Sequence[float], other: Sequence[float]) -> tuple[float, str]:
+    """Median and quartiles of the ratio round by round."""
+    low, middle, high = quantiles([a / b for a, b in zip(own, other, strict=True)], n=4, method="inclusive")
+    return middle, f"{low:.3f} - {high:.3f}"
 
 
 def peak_bytes(run: Callable[[], Any]) -> int | None:

@@ -44,6 +44,31 @@ def anchorattention():
         real = [x for x in each if x >= 0]
         assert real == sorted(set(real)) and each[len(real) :] == [-1] * (len(each) - len(real))
         assert not {x // 16 for x in real} & {0}
+    more_than_are_listed()
+
+
+def more_than_are_listed():
+    """Blocks with most chosen keys are read whole, no more of them than it takes; nothing that was chosen is left out."""
+    n, overfull = 230, 0
+    for most, released in ((1, False), (9, False), (30, True), (500, False)):
+        options = {"size": 16, "step": 2, "theta": 2.0, "dense_tail": False, "released": released}
+        free, short = (
+            stage("anchorattention", **options, **o).reads(prompt(n, seed=3)) for o in ({}, {"max_columns": most})
+        )
+        assert short.columns.shape[2] == min(most, n) and free.columns.shape[2] == n
+        for h in range(4):
+            for group in range(8):
+                chosen, listed = ([x for x in r.columns[h, group].tolist() if x >= 0] for r in (free, short))
+                held = sorted((sum(x // 16 == b for x in chosen), -b) for b in {x // 16 for x in chosen})
+                whole = set()
+                while len([x for x in chosen if x // 16 not in whole]) > most:
+                    whole.add(-held.pop()[1])
+                assert listed == [x for x in chosen if x // 16 not in whole]
+                for t in range(2 * group, min(2 * group + 2, 15)):
+                    read, asked = (set(r.blocks[h, t].nonzero()[:, 0].tolist()) for r in (short, free))
+                    assert read == asked | whole
+                overfull += bool(whole)
+    assert 20 < overfull < 100
 
 
 def by_hand(q, k, scale, size, step, theta, dense_tail, released):

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vtoken import registry
+from vtoken.compressors._lists import listed
 from vtoken.reading import Prompt, Rope
 
 NO_IMAGES = torch.full((4096,), -1)
@@ -175,11 +176,16 @@ def seen_by(reads, n):
     for h in range(len(mask)):
         for i in range(n):
             if reads.columns is not None:
-                at = reads.columns[h, i // reads.size // reads.share]
+                at = list_of(reads, h, i // reads.size)
                 mask[h, i, at[at >= 0].long()] = True
         if reads.dense is not None:
             mask[h, reads.dense[h]] = True
     return mask.tril()
+
+
+def list_of(reads, head, tile):
+    """The single keys that a query block reads, and -1s."""
+    return reads.columns[head, tile // reads.share if reads.of is None else reads.of[tile]]
 
 
 def video(n, frames, rows, width, gap, before, seed=0, heads=(4, 2)):
@@ -202,12 +208,15 @@ def mminference():
     the_grid(clip)
     the_slashes()
     the_modalities()
-    table = (("a_shape", "a_shape", "vertical_slash_1024", "grid_frame"),)
-    s = stage("mminference", heads=table, local=64, vertical=40, window=64, sink=10)
-    mixed, n = seen_by(s.reads(clip), 900), clip.length
-    for h, name in enumerate(table[0]):
-        alone = stage("mminference", pattern=name, local=64, vertical=40, window=64, sink=10)
-        assert torch.equal(mixed[h], seen_by(alone.reads(clip), n)[h])
+    n, options = clip.length, {"local": 64, "vertical": 40, "window": 64, "sink": 10}
+    for row in (
+        ("a_shape", "query_boundary", "2d_boundary", "grid_frame"),
+        ("a_shape", "a_shape", "vertical_slash_1024", "grid_frame"),
+    ):
+        s = stage("mminference", heads=(row,), **options)
+        mixed = seen_by(s.reads(clip), n)
+        for h, name in enumerate(row):
+            assert torch.equal(mixed[h], seen_by(stage("mminference", pattern=name, **options).reads(clip), n)[h])
     i, j = torch.arange(n)[:, None], torch.arange(n)
     end = int((clip.image >= 0).nonzero()[-1]) + 1
     assert torch.equal(mixed[0], ((i // 64 - j // 64 <= 1) | (j < 64) | (i >= end)).logical_and(j <= i))
@@ -270,11 +279,13 @@ def the_slashes():
         keys, blocks = vertical_slash(q, k, p.scale, 40, 130, 64, 500)
         assert set(columns[0].nonzero()[:, 0].tolist()) == keys
         assert set(map(tuple, parts.bands(distances, 8)[0].nonzero().tolist())) == blocks
-        assert parts.listed(columns, 40)[0].tolist() == sorted(keys)
+        assert listed(columns, 40)[0].tolist() == sorted(keys)
     for distance, near in ((0, {0}), (1, {0, 1}), (64, {1}), (65, {1, 2})):
         (blocks,) = parts.bands(torch.arange(256)[None] == distance, 4)
         assert {r - c for r, c in blocks.nonzero().tolist()} == near
-    assert parts.listed(torch.tensor([[False, True, False, True]]), 3).tolist() == [[1, 3, -1]]
+    some = torch.tensor([[[False, True, False, True]], [[False] * 4], [[True] * 4]])
+    assert listed(some, 3).tolist() == [[[1, 3, -1]], [[-1, -1, -1]], [[0, 1, 2]]]
+    assert listed(some, 9).tolist() == [[[1, 3, -1, -1]], [[-1, -1, -1, -1]], [[0, 1, 2, 3]]]
 
 
 def the_modalities():
@@ -288,12 +299,12 @@ def the_modalities():
     spans = [(start, end) for _, start, end in parts.modalities(p)]
     assert spans == [(500, 650), (200, 500)]
     found = stage("mminference", pattern="query_boundary", vertical=35, slash=110).reads(p)
-    assert found.share == 1 and found.columns.shape[1] == 11
+    assert found.of.tolist() == [0, 0, 0, 2, 1, 1, 1, 2, 0, 0, 0] and found.columns.shape == (4, 3, 70)
     for h, q, k in heads_of(p):
         of = {end: vertical_slash(q[:end], k[:end], p.scale, 35, 110, 64, 650) for _, end in spans}
         for r in range(11):
             ends = {500 if 200 <= i < 500 else 650 for i in range(64 * r, min(64 * r + 64, 650))}
-            listed = [x for x in found.columns[h, r].tolist() if x >= 0]
+            listed = [x for x in list_of(found, h, r).tolist() if x >= 0]
             assert len(listed) == len(set(listed)) and set(listed) == set().union(*(of[e][0] for e in ends))
             blocks = set().union(*({c for row, c in of[e][1] if row == r} for e in ends))
             assert set(found.blocks[h, r].nonzero()[:, 0].tolist()) == blocks

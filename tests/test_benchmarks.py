@@ -23,9 +23,10 @@ def run(script: str, *arguments: str, interpret: bool = True) -> subprocess.Comp
 
 @pytest.mark.skipif(_dispatch.triton is None, reason="triton is not installed")
 def test_parts_end_in_the_interpreter(tmp_path: Path) -> None:
-    child = run("gpu.py", "--small", "--only", "kernels", "sparse", "llava", "--out", str(tmp_path))
+    parts = ("kernels", "sparse", "cuts", "llava")
+    child = run("gpu.py", "--small", "--only", *parts, "--out", str(tmp_path))
     assert child.returncode == 0, child.stdout + child.stderr
-    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("kernels", "sparse", "llava")}
+    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in parts}
     assert not [row for part in found.values() for row in part["rows"] if "failed" in row]
     for name, said in (("kernels", "farthest_tokens"), ("sparse", "block-sparse"), ("llava", "fastervlm")):
         assert any(said in goal["goal"] for goal in found[name]["goals"]), name
@@ -45,6 +46,33 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     assert report["failed"] == [] and report["conditions"]["arch"] == 90
     assert {c["kernel"] for c in report["compiled"]} == {"_copy_rows"}
     assert all(c["registers"] is None or 0 < c["registers"] <= 255 for c in report["compiled"])
+
+
+@pytest.mark.skipif(_dispatch.triton is None, reason="triton is not installed")
+def test_a_new_length_compiles_nothing_new() -> None:
+    """Sparse attention and what chooses for it, on prompts of lengths that triton would tell apart: 1, multiples of 16, and others."""
+    code = """
+import contextlib, compile, torch
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from vtoken.kernels import ops
+
+driver.set_active(compile.NoDevice(90))
+torch.cuda.device_of = contextlib.nullcontext
+recorder = compile.Recorder()
+JITFunction.run = lambda function, *given, **options: recorder(function, *given, **options)
+counts = []
+for n in (160, 1, 100, 33):
+    q, tiles = torch.zeros(2, n, 16), -(-n // 16)
+    read = torch.ones(2, tiles, tiles, dtype=torch.bool)
+    ops()["row_maxima"].launch(q, q, read, 1.0, 16)
+    ops()["block_sparse_attention"].launch(q, q, q, read, 1.0, 16, torch.zeros(2, tiles, n, dtype=torch.int32))
+    counts.append(len(recorder.found))
+print(counts)
+"""
+    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}"}
+    child = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert child.stdout == "[4, 4, 4, 4]\n", child.stdout + child.stderr
 
 
 def test_a_part_that_is_slow_costs_only_itself(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def definition():
         yield
 
 
-def one_by_one(q, k, v, read, scale, size=128, columns=None, share=1, rows=None):
+def one_by_one(q, k, v, read, scale, size=128, columns=None, share=1, rows=None, of=None):
     """Query by query: the set of keys it sees, their softmax, their mean."""
     out, lse = torch.zeros(*q.shape[:2], v.shape[2], dtype=torch.float64), torch.full(q.shape[:2], -math.inf)
     for h in range(len(q)):
@@ -27,7 +27,9 @@ def one_by_one(q, k, v, read, scale, size=128, columns=None, share=1, rows=None)
         for place, row in enumerate(listed):
             tile, last = place // size, row + k.shape[1] - q.shape[1]
             seen = {j for j in range(k.shape[1]) if read[h, tile, j // size]}
-            seen |= set() if columns is None else set(columns[h, tile // share].tolist()) - {-1}
+            seen |= (
+                set() if columns is None else set(columns[h, tile // share if of is None else of[tile]].tolist()) - {-1}
+            )
             at = sorted(j for j in seen if j <= last)
             if row >= 0 and at:
                 kv = h // (len(q) // len(k))
@@ -127,6 +129,7 @@ def test_refusals():
         {"read": read.int()},
         {"read": read[:, :2]},
         {"rows": torch.zeros(2, 60, dtype=torch.int32)},
+        {"of": torch.zeros(2, dtype=torch.int32)},
     ):
         with pytest.raises(ValueError, match=r"need|must be"):
             block_sparse_attention(**{"q": x, "k": x, "v": x, "read": read, "scale": 1.0, "size": 16, **arguments})

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
-from known_sparse import heads_of, prompt, seen_by, stage
+from known_sparse import heads_of, list_of, prompt, seen_by, stage
 
 from vtoken import registry
 from vtoken.compressors import _mminference as parts
@@ -66,7 +66,7 @@ def test_each_pair_has_its_index(layout):
         for tile in range(-(-n // 64)):
             rows = range(tile * 64, min(n, tile * 64 + 64))
             kinds = {visual[i] for i in rows}
-            listed = [j for j in reads.columns[h, tile].tolist() if j >= 0]
+            listed = [j for j in list_of(reads, h, tile).tolist() if j >= 0]
             assert len(listed) == len(set(listed))
             assert set(listed) == set().union(*(pairs[a, b][0] for a in kinds for b in (False, True)))
             for c in range(tile + 1):
@@ -111,7 +111,7 @@ def test_text_keys_do_not_compete_with_image_keys():
     """Text that all queries attend to more than to any picture: one index takes text alone, a pair's takes its share of each."""
     p = loud_text(200)
     one, two = (
-        stage("mminference", pattern=name, vertical=60, slash=100).reads(p).columns[:, -1]
+        stage("mminference", pattern=name, vertical=60, slash=100).reads(p).columns[:, 0]
         for name in ("query_boundary", "2d_boundary")
     )
     of_images = [((c >= 80) & (c < 280)).sum(-1) for c in (one, two)]

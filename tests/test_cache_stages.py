@@ -392,4 +392,6 @@ def test_a_bad_decision_is_named(bad):
 
 def test_a_hold_is_a_gather():
     x = torch.arange(12.0).view(2, 3, 2)
-    assert Hold(torch.tensor([[0, 2], [1, 2]])).apply(x).tolist() == [[[0, 1], [4, 5]], [[8, 9], [10, 11]]]
+    keys, values = Hold(torch.tensor([[0, 2], [1, 2]])).apply(x, -x[..., :1])
+    assert keys.tolist() == [[[0, 1], [4, 5]], [[8, 9], [10, 11]]]
+    assert values.tolist() == [[[0], [-4]], [[-8], [-10]]]

@@ -17,7 +17,7 @@ from types import ModuleType
 import pytest
 
 import vtoken
-from vtoken import registry
+from vtoken import kernels, registry
 from vtoken.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -35,10 +35,10 @@ MAY_IMPORT = {
     "kernels": {"kernels"},
     "tokens": {"kernels"},
     "stages": {"tokens", "budget", "kernels"},
-    "probe": set(),
+    "probe": {"kernels"},
     "reading": {"stages", "kernels", "probe"},
     "bits": set(),
-    "cached": {"stages", "bits", "budget", "probe"},
+    "cached": {"stages", "bits", "budget", "kernels", "probe"},
     "tracing": {"stages"},
     "run": {"stages", "tracing"},
     "pruners": {"stages", "budget", "kernels", "pruners"},
@@ -168,6 +168,18 @@ def test_every_stage_says_where_it_comes_from(name: str) -> None:
         assert re.fullmatch(r"https://\S+", cls.paper) and f"Paper: {cls.paper}" in doc
     module_doc = sys.modules[cls.__module__].__doc__ or ""
     assert module_doc.strip().split("\n")[0].endswith("."), "the module's first line is its summary in `vtoken list`"
+
+
+def test_every_op_is_used() -> None:
+    """An op that no stage and no hook calls is measured for nothing."""
+    called = {
+        node.func.id
+        for file in SOURCES
+        if "kernels" not in file.relative_to(PACKAGE).parts
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    assert set(kernels.ops()) <= called
 
 
 def test_no_two_stages_share_a_file_name() -> None:

@@ -24,7 +24,9 @@ from vtoken.evals import models
 from vtoken.evals.inputs import random_prompt
 from vtoken.evals.latency import COMPARED, PARTS, Bench, Spread, bench, break_even, ratios, row, spread
 from vtoken.evals.timing import Runner, Sample, Subject
+from vtoken.tracing import StageTrace, Trace
 
+SHARES = (("a", 0.25), ("b", 0.125), ("a", 0.5))  # of a stage, layer by layer
 SHORT = {"text_tokens": 5, "new_tokens": 3, "repeats": 2, "warmup": 0}
 
 
@@ -213,6 +215,15 @@ def test_stages_that_stood_aside_are_named() -> None:
         note.startswith("flexprefill: flexprefill stood aside, the prompt has")
         for note in notes(Bench((row,), None, {}))
     )
+
+
+def test_the_share_of_attention_that_sparse_stages_computed_is_told() -> None:
+    row = bench(tiny.llava(), [[{"static_sparse": {"min_len": 0, "dense_layers": [1]}}]], **SHORT).rows[1]
+    assert row.density == {"static_sparse": 1.0} and not row.stood_aside, "one block"
+    said = "static_sparse: static_sparse computed 100.0% of its layers' attention at prefill"
+    assert said in notes(Bench((row,), None, {}))
+    stages = [StageTrace(name, "attention", [], [], [], densities=[torch.tensor(x)]) for name, x in SHARES]
+    assert Trace(stages).density == pytest.approx({"a": 0.375, "b": 0.125})
 
 
 def test_a_failing_stage_leaves_no_hooks() -> None:

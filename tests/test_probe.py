@@ -37,38 +37,42 @@ def qk(n=40, heads=4, kv_heads=2):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """What the probes worked out: (queries, keys) of every key head."""
+    """What was worked out: of all heads of a row, for zipvl key head by key head."""
     seen = []
-    rows_at = probe.rows_at
 
-    def spy(q, k, at, scale):
-        seen.append((len(at), k.shape[1]))
-        return rows_at(q, k, at, scale)
+    def spied(work):
+        def spy(q, *arguments, **named):
+            seen.append(work.__name__)
+            return work(q, *arguments, **named)
 
-    monkeypatch.setattr(probe, "rows_at", spy)
-    monkeypatch.setattr("vtoken.compressors._zipvl.rows_at", spy)
+        return spy
+
+    monkeypatch.setattr(probe, "probe_sums", spied(probe.probe_sums))
+    monkeypatch.setattr(probe, "received_attention", spied(probe.received_attention))
+    monkeypatch.setattr("vtoken.compressors._zipvl.rows_at", spied(probe.rows_at))
     return seen
 
 
-def test_a_pass_leaves_what_was_announced(passes):
+def rows(q, k, count):
+    """[Hk, H / Hk, count, N] attention of the last queries."""
+    return probe.last_rows(q, k.repeat_interleave(len(q) // len(k), 0), count, 0.3).unflatten(0, (len(k), -1))
+
+
+@pytest.mark.parametrize(("announced", "left"), [(4, [4, 16]), (16, [16]), (17, [16]), (0, [16])])
+def test_a_pass_leaves_what_was_announced(announced, left, passes):
     q, k = qk()
-    p = Probe(q, k, 0.3, announced=(4, 16, 17))
-    whole = torch.stack(list(p.rows(16)))
-    assert whole.shape == (2, 2, 16, 40) and len(passes) == 2
-    for n in (16, 4):
-        torch.testing.assert_close(p.received(n), whole[:, :, -n:].sum(2))
-    assert len(passes) == 2
-    for n in (17, 5, 5):
-        want = Probe(q, k, 0.3)
-        torch.testing.assert_close(p.received(n), torch.stack([r.sum(1) for r in want.rows(n)]))
-    assert len(passes) == 2 * (1 + 2 + 3), (
-        "17 were too many and 5 not announced: once each, and three passes to compare with"
-    )
+    p = Probe(q, k, 0.3, announced)
+    vertical, slash = p.lines(16)
+    for n in (4, 16, 17, 17):
+        torch.testing.assert_close(p.received(n), rows(q, k, n).sum(2))
+    assert passes == ["probe_sums", *["received_attention"] * (3 - len(left))]
+    torch.testing.assert_close(vertical, rows(q, k, 16).sum(2))
+    torch.testing.assert_close(slash[..., 0], rows(q, k, 16)[..., -16:].diagonal(dim1=-2, dim2=-1).sum(-1))
 
 
 def test_attention_of_a_row_is_causal_and_sums_to_one():
     q, k = qk()
-    (first, _) = Probe(q, k, 0.3).rows(3)
+    first = rows(q, k, 3)[0]
     assert first.sum(-1).flatten().tolist() == pytest.approx([1.0] * 6) and bool((first[:, 0, 38:] == 0).all())
     want = (k[0, :39].double() @ q[1, 38].double() * 0.3).softmax(0)
     torch.testing.assert_close(first[1, 1, :39].double(), want, atol=1e-6, rtol=1e-5)
@@ -97,18 +101,19 @@ def test_sharing_saves_the_second_pass_and_changes_nothing(family, name, passes,
     logits, trace, keys = run(model, batch, stages)
     together = len(passes)
     heads = keys[0].shape[1]
+    each = [heads if next(iter(stage)).startswith("zipvl") else 1 for stage in stages]
     monkeypatch.setattr(probe, "same", lambda a, b: False)
     apart = run(model, batch, stages)
     # Rows with pictures are shrunk, all three are thinned (unless they are read whole).
-    thinned, shrunk = (0 if name == "a prompt read whole" else 3), 2
-    assert len(passes) - together == 4 * heads * (thinned + shrunk)
-    assert together == 4 * heads * (thinned + (0 if name in SHARE else shrunk))
+    thinned, shrunk = (0 if name == "a prompt read whole" else 3) * each[0], 2 * each[1]
+    assert len(passes) - together == 4 * (thinned + shrunk)
+    assert together == 4 * (thinned + (0 if name in SHARE else shrunk))
     assert all(s.stood_aside is None for s in trace.stages)
     for mine, other in zip(trace.stages, apart[1].stages, strict=True):
         assert mine.density == other.density and mine.tokens_out == other.tokens_out
         assert all(torch.equal(a, b) for a, b in zip(mine.kept, other.kept, strict=True))
-    # A product of 16 rows may round otherwise than one of 5.
-    exact = name not in ("some of them", "the whole prompt")
+    # Sums that a pass leaves may round otherwise than those of a pass of its own.
+    exact = name not in ("same queries", "some of them", "the whole prompt")
     for mine, other in zip([logits, *keys], [apart[0], *apart[2]], strict=True):
         torch.testing.assert_close(mine, other, **({"atol": 0, "rtol": 0} if exact else {"atol": 1e-5, "rtol": 1e-4}))
     assert sum(trace.cached[0]) < sum(trace.prompt_tokens)

@@ -164,24 +164,26 @@ def test_gather_cache(in_torch: None) -> None:
         kernels.gather_cache((k, v[:, :2]), index[:, :1])
 
 
-@pytest.mark.parametrize("chunk", [1 << 24, 30])
-def test_probe_sums(chunk: int, monkeypatch: pytest.MonkeyPatch, in_torch: None) -> None:
+@pytest.mark.parametrize("recent", [0, 1, 4, 5])
+@pytest.mark.parametrize("chunk", [1 << 24, 50, 30])
+def test_probe_sums(chunk: int, recent: int, monkeypatch: pytest.MonkeyPatch, in_torch: None) -> None:
     """The second row's padding reaches past its first queries."""
     monkeypatch.setattr(OPS["probe_sums"], "CHUNK", chunk)
     q, k, padding = draw(2, 4, 5, 6), draw(2, 2, 11, 6, seed=1), [0, 8]
-    vertical, slash = kernels.probe_sums(q, k, 0.8, torch.tensor(padding))
+    vertical, slash, late = kernels.probe_sums(q, k, 0.8, torch.tensor(padding), recent)
     want = known.probe_sums(q, k, 0.8, padding)
     close(vertical, want[0])
     close(slash, want[1])
+    close(late, known.probe_sums(q[:, :, -recent:], k, 0.8, padding)[0] if recent else torch.empty(2, 4, 0))
     close(vertical.sum(-1), torch.tensor([5.0, 3.0])[:, None].expand(2, 4))
 
 
 def test_probe_sums_by_hand(in_torch: None) -> None:
     """All scores equal: query 1 of 3 keys gives halves, query 2 thirds."""
-    vertical, slash = kernels.probe_sums(torch.zeros(1, 1, 2, 4), torch.ones(1, 1, 3, 4), 1.0)
+    vertical, slash, _ = kernels.probe_sums(torch.zeros(1, 1, 2, 4), torch.ones(1, 1, 3, 4), 1.0)
     close(vertical, [[[5 / 6, 5 / 6, 1 / 3]]])
     close(slash, [[[5 / 6, 5 / 6, 1 / 3]]])
-    vertical, slash = kernels.probe_sums(torch.zeros(1, 1, 1, 4), torch.ones(1, 1, 3, 4), 1.0, torch.tensor([1]))
+    vertical, slash, _ = kernels.probe_sums(torch.zeros(1, 1, 1, 4), torch.ones(1, 1, 3, 4), 1.0, torch.tensor([1]))
     close(vertical, [[[0, 0.5, 0.5]]])
     close(slash, [[[0.5, 0.5, 0]]])
 
@@ -201,3 +203,10 @@ def test_prompt_ops_refuse_shapes_that_do_not_fit(name: str) -> None:
     for k in (torch.zeros(1, 2, 4, 8), torch.zeros(1, 3, 4, 7), torch.zeros(2, 3, 4, 8), torch.zeros(1, 3, 3, 8)):
         with pytest.raises(ValueError, match="need"):
             getattr(kernels, name)(q, k, *more, 1.0)
+
+
+def test_no_more_recent_queries_than_there_are() -> None:
+    q = torch.zeros(1, 1, 4, 8)
+    for recent in (-1, 5):
+        with pytest.raises(ValueError, match=f"recent {recent}: there are 4 queries"):
+            kernels.probe_sums(q, q, 1.0, recent=recent)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import gates
@@ -146,6 +148,53 @@ def test_reading_everything_is_plain_attention(name, n):
     k, v = (x.repeat_interleave(2, 0) for x in (p.k, v))
     want = torch.nn.functional.scaled_dot_product_attention(p.q[None], k[None], v[None], is_causal=True, scale=p.scale)
     torch.testing.assert_close(got, want[0], atol=1e-6, rtol=1e-5)
+
+
+# Of 400 tokens in blocks of 16, too many to be read whole because they are few.
+COVERING: list[tuple[str, dict[str, Any]]] = [
+    ("flexprefill", {"tau": 0.0}),
+    ("flexprefill", {"tau": 9.0}),
+    ("proxyattn", {"proxies": 2}),
+    ("proxyattn", {"proxies": 2, "by_row": True}),
+]
+covering = pytest.mark.parametrize(("name", "options"), COVERING, ids=words)
+
+
+def covered(name: str, options: dict[str, Any], p: Prompt, gamma: float) -> Any:
+    return registry.stage(name)(min_len=0, size=16, min_budget=1, gamma=gamma, **options).reads(p)
+
+
+@covering
+def test_a_larger_gamma_reads_what_a_smaller_one_does_and_more(name, options):
+    p = random_prompt(400, seed=8)
+    found = [covered(name, options, p, gamma) for gamma in (0.2, 0.4, 0.6, 0.8, 0.95, 1.0)]
+    for less, more in pairwise(found):
+        assert not bool((less.blocks & ~more.blocks).any())
+    densities = [float(reads.density()) for reads in found]
+    assert densities == sorted(densities) and len(set(densities)) > 4 and densities[0] < 0.5
+
+
+@covering
+def test_all_of_the_attention_is_in_all_blocks(name, options):
+    """Where no key gets next to nothing, a gamma of 1 leaves no block out."""
+    p = random_prompt(400, seed=9)
+    even = replace(p, q=p.q * 0.1)
+    assert float(covered(name, options, even, 1.0).density()) == 1 > float(covered(name, options, even, 0.5).density())
+
+
+@pytest.mark.parametrize("tau", [0.0, 9.0])
+def test_what_gamma_1_leaves_out_weighs_nothing(tau):
+    """Peaked attention: of that of the last block, which vertical-slash heads go by, and of the pooled map otherwise."""
+    p = random_prompt(400, seed=10)
+    p = replace(p, q=p.q * 4)
+    blocks = covered("flexprefill", {"tau": tau}, p, 1.0).blocks
+    q, k = p.q.double(), p.k.double().repeat_interleave(2, 0)
+    if tau:
+        q, k = (x.unflatten(1, (-1, 16)).mean(2) for x in (q, k))
+    scores = (q @ k.mT * p.scale).masked_fill(torch.ones(k.shape[1], k.shape[1]).triu(1).bool(), -torch.inf)
+    shares = scores.softmax(-1)
+    unread = shares * ~blocks if tau else shares[:, -16:] * ~blocks[:, -1:].repeat_interleave(16, 2)
+    assert float(unread.sum(-1).max()) < 1e-4
 
 
 @families

@@ -24,6 +24,28 @@ def test_density_of_reads():
     assert float(Reads(16, blocks, None, 1, dense).density()) == pytest.approx((8 + 3) / 12)
 
 
+@pytest.mark.parametrize("share", [1, 3, 7, None])
+@pytest.mark.parametrize("n", [96, 101])
+def test_density_counts_one_by_one(n, share):
+    """9 heads, 6 or 7 blocks of 16; lists in no order with -1 in between; heads with no dense query and with nothing else."""
+    g, tiles = torch.Generator().manual_seed(n), -(-n // 16)
+    of = torch.arange(tiles) // share if share else torch.randint(3, (tiles,), generator=g)
+    blocks = torch.rand(9, tiles, tiles, generator=g) < 0.4
+    columns = torch.rand(9, int(of.max()) + 1, n, generator=g).argsort(-1)[..., :23].int()
+    columns[torch.rand(columns.shape, generator=g) < 0.3] = -1
+    dense = torch.rand(9, n, generator=g) < torch.tensor([0.0, 0.1, 0.5, 1.0, 0.02, 0.3, 0.0, 0.9, 0.2])[:, None]
+    total, lists = 0.0, [[[x for x in c if x >= 0] for c in of_head] for of_head in columns.tolist()]
+    for h in range(9):
+        for t in range(tiles):
+            total += sum(bool(blocks[h, t, m]) for m in range(t + 1))
+            total += sum(x // 16 <= t and not blocks[h, t, x // 16] for x in lists[h][of[t]]) / 16
+        rows = dense[h].nonzero()[:, 0].tolist()
+        total += sum(rows[i : i + 16][-1] // 16 + 1 for i in range(0, len(rows), 16))
+    read = Reads(16, blocks, columns, share or 1, dense, of=None if share else of.int())
+    got = float(read.density())
+    assert got == pytest.approx(total / (9 * tiles * (tiles + 1) / 2), rel=1e-6)
+
+
 def test_the_account_knows_fixed_patterns():
     """Two layers stream at 4 visited blocks a row, two are dense; what depends on the prompt is counted whole and named."""
     from vtoken.config import load

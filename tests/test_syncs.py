@@ -63,10 +63,11 @@ def test_other_choices_wait_no_oftener(pipeline: str) -> None:
     assert waits("llava", pipeline, [[3, "img", 5]]) == sorted([ENTRY, CHECK])
 
 
-@pytest.mark.parametrize("name", ["flexprefill", "xattention", "proxyattn", "static_sparse"])
+@pytest.mark.parametrize("name", ["anchorattention", "flexprefill", "xattention", "proxyattn", "static_sparse"])
 def test_sparse_prefill_waits_no_oftener(name: str) -> None:
-    """With options that make it choose among the 24 tokens of the prompt, which none reads whole."""
+    """With options that make it choose among the tokens of the prompt, which none reads whole."""
     options = {
+        "anchorattention": {"size": 16, "step": 1, "theta": 4.0, "dense_tail": False, "max_columns": 3},
         "flexprefill": {"size": 16, "min_budget": 1, "max_budget": 1},
         "proxyattn": {"size": 16, "min_budget": 1},
         "static_sparse": {"size": 16, "window": 1, "sink": 0, "gates": [[0.1, 0.9]] * 4},

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vtoken.bits import Packed
 from vtoken.budget import Budget
+from vtoken.kernels import gather_cache
 from vtoken.probe import Probe
 from vtoken.stages import Compressor, Site
 
@@ -85,13 +86,17 @@ class Hold:
     into: Tensor | None = None
     weight: Tensor | None = None
 
-    def apply(self, x: Tensor) -> Tensor:
-        """[Hk, N, d] -> [Hk, C, d]."""
+    def apply(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Both [Hk, N, d] -> [Hk, C, d]."""
         if self.into is None or self.weight is None:
-            return x.gather(1, self.index[..., None].expand(-1, -1, x.shape[2]))
-        parts = x.float() * self.weight.masked_fill(self.into < 0, 0)[..., None]
+            keys, values = gather_cache((keys[None], values[None]), self.index[None])
+            return keys[0], values[0]
+        return self._merged(keys, self.into, self.weight), self._merged(values, self.into, self.weight)
+
+    def _merged(self, x: Tensor, into: Tensor, weight: Tensor) -> Tensor:
+        parts = x.float() * weight.masked_fill(into < 0, 0)[..., None]
         out = parts.new_zeros(len(x), self.index.shape[1], x.shape[2])
-        slot = self.into.clamp(min=0)[..., None].expand_as(parts)
+        slot = into.clamp(min=0)[..., None].expand_as(parts)
         return out.scatter_add(1, slot, parts).to(x.dtype)
 
 
@@ -139,10 +144,10 @@ class CacheStage(Compressor):
         """The decision for one layer of one row that holds at least one visual token."""
         raise NotImplementedError(f"stage {self.name} defines no compress()")
 
-    def probes(self, prompt: int, lengths: Sequence[int], behind: int) -> tuple[int, ...]:
-        """Numbers of last queries whose `Probe.received` it will ask for, of a prompt of so many tokens, visual ones as `lengths` says and
-        `behind` of them behind the last visual one. Only saves work: a probe that a stage of site attention makes leaves them."""
-        return ()
+    def probe(self, prompt: int, lengths: Sequence[int], behind: int) -> int:
+        """How many last queries' `Probe.received` it will ask for, of a prompt of so many tokens, visual ones as `lengths` says and
+        `behind` of them behind the last visual one; 0: none. Only saves work: a probe that a stage of site attention makes leaves them."""
+        return 0
 
     def period(self) -> int | None:
         """Tokens behind the prompt after which `later` is asked about them, again and again; None: never. Only rows that `compress` put

@@ -8,33 +8,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtoken.kernels import probe_sums, received_attention
+
 
 class Probe:
     """One row of a prefill in one decoder layer. A stage of site attention comes first, one of site cache finds what it left.
 
     Attributes:
         q: [H, N, d] queries with RoPE; k: [Hk, N, d] keys, query head h reads key head h // (H / Hk); scale: factor on q . k.
-        announced: numbers of last queries whose sums will be asked for later. A pass over as many or more leaves them behind.
+        announced: how many last queries' sums will be asked for later, 0 for none. A pass over as many or more leaves them behind.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, scale: float, announced: tuple[int, ...] = ()) -> None:
+    def __init__(self, q: Tensor, k: Tensor, scale: float, announced: int = 0) -> None:
         self.q, self.k, self.scale, self.announced = q, k, scale, announced
         self._found: dict[Hashable, Any] = {}
 
-    def rows(self, count: int) -> Iterator[Tensor]:
-        """[H / Hk, count, N] fp32 attention of the last `count` queries, key head by key head: of all it would be H x count x N."""
-        sums: dict[int, list[Tensor]] = {n: [] for n in self.announced if n <= count and n not in self._found}
-        for q, k in self.heads():
-            found = last_rows(q, k, count, self.scale)
-            for n, each in sums.items():
-                each.append(found[:, -n:].sum(1))
-                if len(each) == len(self.k):
-                    self._found[n] = torch.stack(each)
-            yield found
+    def lines(self, count: int) -> tuple[Tensor, Tensor]:
+        """[Hk, H / Hk, N] fp32 each: attention from the last `count` queries that every token receives, and that goes to every
+        distance, summed over them."""
+
+        def work() -> tuple[Tensor, Tensor]:
+            recent = self.announced if self.announced < count else 0
+            sums = probe_sums(self.q[None, :, -count:], self.k[None], self.scale, recent=recent)
+            vertical, slash, late = (x[0].unflatten(0, (len(self.k), -1)) for x in sums)
+            self._found.setdefault(count, vertical)
+            if recent:
+                self._found.setdefault(recent, late)
+            return vertical, slash
+
+        found: tuple[Tensor, Tensor] = self.once(("lines", count), work)
+        return found
 
     def received(self, count: int) -> Tensor:
         """[Hk, H / Hk, N] fp32: attention that every token receives from the last `count` queries, summed over them."""
-        return self.once(count, lambda: torch.stack([found.sum(1) for found in self.rows(count)]))
+
+        def work() -> Tensor:
+            q, k = (x.transpose(0, 1) for x in (self.q[:, -count:], self.k))
+            q_ends, k_ends = (torch.tensor([0, len(x)]) for x in (q, k))
+            sums = received_attention(q, k, q_ends, k_ends, self.scale, causal=True)
+            return sums.T.unflatten(0, (len(self.k), -1))
+
+        found: Tensor = self.once(count, work)
+        return found
 
     def heads(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Queries [H / Hk, N, d] and keys [1, N, d] of every key head."""

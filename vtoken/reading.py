@@ -103,6 +103,7 @@ class Reads:
         size: tokens of a block, a power of two from 16 on.
         blocks: [H, T, M] bool, the key blocks that each query block reads.
         columns: [H, G, C] int32, single keys besides (-1 = none); query block t reads list t // share.
+        of: [T] int32, the list that each query block reads instead: for few lists that query blocks share in no order.
         dense: [H, N] bool, queries that read all keys before them.
         own: [N] bool, queries that read their own key besides, where no block or list has it.
     """
@@ -113,11 +114,12 @@ class Reads:
     share: int = 1
     dense: Tensor | None = None
     own: Tensor | None = None
+    of: Tensor | None = None
 
     def apply(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Attention [H, N, d] of queries [H, N, d] over keys and values [Hk, N, d]."""
         blocks = self.blocks & causal(self.blocks)
-        out, lse = block_sparse_attention(q, k, v, blocks, scale, self.size, self.columns, self.share)
+        out, lse = block_sparse_attention(q, k, v, blocks, scale, self.size, self.columns, self.share, of=self.of)
         if self.own is not None:
             out = torch.where(self.own[:, None], with_own(out, lse, q, k, v, scale), out)
         if self.dense is None:
@@ -154,7 +156,8 @@ class Reads:
             heads, groups, _ = self.columns.shape
             marks = seen.new_zeros(heads, groups, n + 1)
             marks.scatter_(2, torch.where(self.columns < 0, n, self.columns).long(), True)
-            seen |= marks[:, rows // self.size // self.share, :n]
+            tiles = rows // self.size
+            seen |= marks[:, tiles // self.share if self.of is None else self.of[tiles], :n]
         if self.own is not None:
             seen |= (torch.arange(n, device=rows.device) == rows[:, None]) & self.own[rows, None]
         if self.dense is not None:
@@ -165,18 +168,30 @@ class Reads:
         """What is computed, as a share of all causal blocks, head mean: a scalar on the device of `blocks`. A single key counts a
         `size`-th of a block for every query block that reads it, dense queries count whole query blocks, own keys nothing."""
         below = causal(self.blocks)
-        blocks = self.blocks & below
-        total = blocks.sum().float()
+        total = torch.count_nonzero(self.blocks & below).float()
         if self.columns is not None:
-            heads, groups, _ = self.columns.shape
-            count = torch.zeros(heads, groups, blocks.shape[2] + 1, device=blocks.device)
-            at = torch.where(self.columns < 0, blocks.shape[2], self.columns // self.size).long()
-            count.scatter_add_(2, at, torch.ones_like(at, dtype=torch.float32))
-            of = torch.arange(blocks.shape[1], device=blocks.device) // self.share
-            total += (count[:, of, :-1] * (below & ~blocks)).sum() / self.size
+            # Read off counts, one per list and key block; what is as long as the lists is held for some heads at a time.
+            for columns, unread in zip(self.columns.split(8), self._unread(below).split(8), strict=True):
+                times = unread.gather(2, (columns.clamp(min=0) // self.size).long())
+                total += torch.where(columns < 0, 0, times).sum() / self.size
         if self.dense is not None:
-            total += self._dense()[1].sum()
-        return total / (below.sum() * blocks.shape[0])
+            # Of the query blocks that dense queries are packed into, the last query decides how far all of them read.
+            rank = self.dense.cumsum(1, dtype=torch.int32)
+            last = self.dense & ((rank % self.size == 0) | (rank == rank[:, -1:]))
+            ends = torch.arange(self.dense.shape[1], device=last.device, dtype=torch.int32) // self.size + 1
+            total += torch.where(last, ends, 0).sum()
+        return total / (torch.count_nonzero(below) * len(self.blocks))
+
+    def _unread(self, below: Tensor) -> Tensor:
+        """[H, G, M] int32: how many of the query blocks that share a list read its keys in this block by the list alone."""
+        assert self.columns is not None
+        alone = below & ~self.blocks
+        groups = self.columns.shape[1]
+        if self.of is not None:
+            mine = self.of == torch.arange(groups, device=self.of.device)[:, None]
+            return torch.stack([(alone & m[:, None]).sum(1, dtype=torch.int32) for m in mine], 1)
+        alone = torch.nn.functional.pad(alone, (0, 0, 0, groups * self.share - alone.shape[1]))
+        return alone.unflatten(1, (groups, self.share)).sum(2, dtype=torch.int32)
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,16 @@ class Trace:
         return {stage.name: stage.stood_aside for stage in self.stages if stage.stood_aside is not None}
 
     @property
+    def density(self) -> dict[str, float]:
+        """Stages of site attention that acted, and the share of the causal blocks that each computed, mean over its layers and rows (reading
+        it waits for the device)."""
+        found: dict[str, list[Tensor]] = {}
+        for stage in self.stages:
+            if stage.densities:
+                found.setdefault(stage.name, []).extend(stage.densities)
+        return {name: float(torch.stack(shares).mean()) for name, shares in found.items()}
+
+    @property
     def average_tokens(self) -> float:
         """Visual tokens of the whole batch, averaged over decoder layers (papers mix this with tokens at entry)."""
         counts: Sequence[int] = [sum(layer) for layer in self.layers] or [sum(self.visual_tokens)]

@@ -156,6 +156,11 @@ def notes(measured: Bench) -> list[str]:
     found += [
         f"{row.name}: {name} stood aside, {why}" for row in measured.rows for name, why in row.stood_aside.items()
     ]
+    found += [
+        f"{row.name}: {name} computed {share:.1%} of its layers' attention at prefill"
+        for row in measured.rows
+        for name, share in row.density.items()
+    ]
     found += [f"{row.name}: no oracle, {row.no_oracle}" for row in measured.rows if row.no_oracle]
     return found
 

@@ -1,19 +1,10 @@
-"""What block-sparse methods have in common: probes of the last queries, pooled blocks, and what is always read."""
+"""What block-sparse methods have in common: sums and means of blocks, and what is taken of a ranking."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-
-
-def lines(attention: Tensor) -> tuple[Tensor, Tensor]:
-    """Of attention [H, R, N] of the last R queries, means over them: of every key [H, N] (vertical), and of every distance between
-    query and key [H, N] (slash)."""
-    _, rows, n = attention.shape
-    # One more column a row than it is read with: each row moves one to the right of the one before, so that equal distances meet.
-    sheared = pad(attention.flip(1), (0, rows)).flatten(1)[:, : rows * (n + rows - 1)].unflatten(1, (rows, -1))
-    return attention.mean(1), sheared.sum(1)[:, :n].flip(-1) / rows
 
 
 def block_sum(x: Tensor, size: int) -> Tensor:
@@ -27,13 +18,6 @@ def block_mean(x: Tensor, size: int) -> Tensor:
     sums = pad(x.float(), (0, 0, 0, -n % size)).unflatten(1, (-1, size)).sum(2)
     held = (n - torch.arange(0, n, size, device=x.device)).clamp(max=size)
     return sums / held[:, None]
-
-
-def pooled_scores(q: Tensor, means: Tensor, scale: float, size: int) -> Tensor:
-    """[H, T, T] fp32 softmax over the causal key blocks of the products of block means: of queries [H, N, d], and those of the keys [H, T, d]."""
-    scores = (block_mean(q, size) @ means.transpose(1, 2)) * scale
-    ahead = torch.ones_like(scores, dtype=torch.bool).triu(1)
-    return scores.masked_fill(ahead, -torch.inf).softmax(-1)
 
 
 def per_head(k: Tensor, heads: int) -> Tensor:

@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import normalize, pad
 
+from vtoken.kernels import nearest_tokens
 from vtoken.stages import Compressor, Fact, Keep, Site, VisualTokens, image_of, keep_all, offsets_of, size_of
 
 
@@ -52,14 +52,27 @@ def match(metric: Tensor, order: Tensor, held: Sequence[int], lead: int = 0) -> 
             (`lead`, of side A, never merged) the first goes to side B.
         held: tokens per sequence.
     """
-    rows, columns = seats(held, order.device)
-    grid = torch.full((len(held), max(2, *held)), len(order), device=order.device)
+    device = order.device
+    rows, columns = seats(held, device)
+    grid = torch.full((len(held), max(2, *held)), len(order), device=device)
     grid[rows, columns] = order
     a, b = grid[:, lead % 2 :: 2], grid[:, (lead + 1) % 2 :: 2]
-    unit = pad(normalize(metric.float(), dim=-1), (0, 0, 0, 1))
-    cosine = (unit[a] @ unit[b].mT).masked_fill((b == len(order))[:, None], -torch.inf)
-    value, best = cosine.max(-1)
-    return Pairs(a, b, b.gather(1, best), value.masked_fill(a == len(order), -torch.inf), lead)
+    (at, a_ends), (to, b_ends) = (_taken(held, (lead + k) % 2, side.shape[1], device) for k, side in ((0, a), (1, b)))
+    mine, theirs = a.flatten()[at], b.flatten()[to]
+    cosine, best = nearest_tokens(metric[mine], metric[theirs], a_ends, b_ends)
+    value, partner = cosine.new_full((a.numel(),), -torch.inf), a.flatten().clone()
+    # Nobody to join: the value says so.
+    partner[at] = theirs[best] if len(theirs) else mine
+    value[at] = cosine
+    return Pairs(a, b, partner.view_as(a), value.view_as(a), lead)
+
+
+def _taken(held: Sequence[int], first: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which of the [S x width] seats of one side, every second token from `first` on, are taken, and packed offsets of them."""
+    rows, columns = seats(held, torch.device("cpu"))
+    mine = columns % 2 == first
+    seat = rows[mine] * width + columns[mine] // 2
+    return seat.to(device, non_blocking=True), offsets_of([(n + 1 - first) // 2 for n in held], device)
 
 
 def merge(pairs: Pairs, held: Sequence[int], taken: Sequence[int]) -> Merged:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vtoken.compressors._blocks import best, lines, per_head
+from vtoken.compressors._blocks import best, per_head
+from vtoken.compressors._lists import listed
+from vtoken.kernels import probe_sums
 from vtoken.probe import last_rows
 from vtoken.reading import Prompt
 from vtoken.stages import uploaded
@@ -42,7 +44,7 @@ def _strides(prompt: Prompt, unit: str) -> int | None:
 def index(q: Tensor, k: Tensor, scale: float, vertical: int, slash: int, probe: int = SIZE) -> tuple[Tensor, Tensor]:
     """Vertical-slash index of the last `probe` queries of [H, N, d]: columns [H, N] and distances [H, N], both bool."""
     n = k.shape[1]
-    columns, distances = lines(last_rows(q, k, min(probe, n), scale))
+    columns, distances, _ = (x[0] for x in probe_sums(q[None, :, -min(probe, n) :], k[None], scale))
     columns[:, :FIRST] = torch.inf
     distances[:, :NEAR] = torch.inf
     taken, near = (
@@ -60,13 +62,6 @@ def bands(distances: Tensor, tiles: int) -> Tensor:
     near[:, 1:] |= padded[..., 1:].any(-1)
     t = torch.arange(tiles, device=distances.device)
     return near[:, (t[:, None] - t).clamp(min=0)] & (t[:, None] >= t)
-
-
-def listed(columns: Tensor, width: int) -> Tensor:
-    """[..., width] int32 ascending positions of at most `width` True of [..., N], -1 behind them."""
-    n = columns.shape[-1]
-    found = torch.where(columns, torch.arange(n, device=columns.device), n).sort(-1).values[..., :width]
-    return torch.where(found < n, found, -1).int()
 
 
 def modalities(prompt: Prompt) -> tuple[tuple[Tensor, int, int], ...]:
@@ -89,37 +84,45 @@ def _positions(mask: Tensor) -> Tensor:
 
 
 def by_modality(prompt: Prompt, vertical: int, slash: int, keys_too: bool) -> tuple[Tensor, Tensor]:
-    """Blocks [h, T, T] and columns [h, T, C] of heads that read by modality: a query block reads what the index of each modality in
-    it says. An index is built by the last queries of the modality's last run, for all keys, or with `keys_too` for the keys of
-    each modality apart, distances then counted in keys of that modality alone."""
+    """Blocks [h, T, T] and lists of keys [h, L, C] of heads that read by modality: a query block reads what the index of each modality
+    in it says, and one list of those that `lists_of` tells apart. An index is built by the last queries of the modality's last run, for
+    all keys, or with `keys_too` for the keys of each modality apart, distances then counted in keys of that modality alone."""
     n, q, k = prompt.length, prompt.q, per_head(prompt.k, prompt.heads)
     tiles = -(-n // SIZE)
     blocks = torch.zeros(len(q), tiles, tiles, dtype=torch.bool, device=q.device)
-    earlier, parts = torch.zeros(len(q), n, dtype=torch.bool, device=q.device), []
-    first = blocks.new_zeros(tiles)
-    kinds = modalities(prompt)
-    for mine, start, end in kinds:
-        held = pad(mine, (0, tiles * SIZE - n)).unflatten(0, (tiles, SIZE)).any(-1)
+    kinds, columns = modalities(prompt), list[Tensor]()
+    for (mine, start, end), rows in zip(kinds, held(prompt), strict=True):
         if keys_too:
             probe = last_rows(q[:, :end], k[:, :end], min(SIZE, end - start), prompt.scale)
-            taken = torch.zeros_like(earlier)
+            taken = torch.zeros(len(q), n, dtype=torch.bool, device=q.device)
             for j, (theirs, _, _) in enumerate(kinds):
                 at = prompt.once(("keys", j, end), partial(_positions, theirs[:end]))
-                columns, near = pair(probe, mine, theirs, at, vertical, slash)
-                taken |= columns
+                keys, near = pair(probe, mine, theirs, at, vertical, slash)
+                taken |= keys
                 blocks |= near
         else:
             taken, near = (
                 pad(x, (0, n - end))
                 for x in index(q[:, :end], k[:, :end], prompt.scale, vertical, slash, min(SIZE, end - start))
             )
-            blocks |= bands(near, tiles) & held[:, None]
-        found = listed(taken, min(n, max(vertical, FIRST) * (len(kinds) if keys_too else 1)))
-        # Where a block holds both modalities, a key on both lists stands on one.
-        again = earlier.gather(1, found.clamp(min=0).long())
-        parts.append(torch.where(held[:, None] & ~(again[:, None] & first[:, None]), found[:, None], -1))
-        earlier, first = taken, held
-    return blocks, torch.cat(parts, 2)
+            blocks |= bands(near, tiles) & rows[:, None]
+        columns.append(taken)
+    if len(kinds) > 1:
+        columns.append(columns[0] | columns[1])
+    most = max(vertical, FIRST) * len(kinds) * (len(kinds) if keys_too else 1)
+    return blocks, listed(torch.stack(columns, 1), most)
+
+
+def held(prompt: Prompt) -> Tensor:
+    """[K, T] bool: which query blocks hold tokens of each of the `modalities`."""
+    tokens = torch.stack([mine for mine, _, _ in modalities(prompt)])
+    return pad(tokens, (0, -prompt.length % SIZE)).unflatten(1, (-1, SIZE)).any(-1)
+
+
+def lists_of(prompt: Prompt) -> Tensor:
+    """[T] int32, where there are both modalities: which list of `by_modality` each query block reads: that of its modality, or the last one, of both."""
+    text, images = held(prompt)
+    return torch.where(text & images, 2, images).int()
 
 
 def pair(probe: Tensor, mine: Tensor, theirs: Tensor, at: Tensor, vertical: int, slash: int) -> tuple[Tensor, Tensor]:
@@ -167,7 +170,7 @@ def spans(rank: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
 
 Lists = tuple[
     Tensor, Tensor, Tensor | None
-]  # blocks [h, T, T], columns [h, 1 or T, C], dense queries [h, N] (None: none are)
+]  # blocks [h, T, T], columns [h, L, C], dense queries [h, N] (None: none are)
 
 
 def grid(prompt: Prompt, unit: str, rows: bool, local: int) -> Lists | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
@@ -9,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vtoken.compressors._blocks import block_mean
+from vtoken.compressors._lists import fullest, listed
 from vtoken.kernels import row_maxima
 from vtoken.reading import Prompt, Reads, SparseAttention, causal, everything
 
@@ -19,7 +21,8 @@ class AnchorAttention(SparseAttention):
     is read by the whole group if the score of one of its blocks' mean queries comes within `theta` (natural units) of that block's
     anchor. The queries behind the last whole group read everything; so does a prompt of less than a group.
 
-    Nothing is sorted, and no share is fixed: a larger `theta` reads more.
+    No share is fixed: a larger `theta` reads more. A group that chose more than `max_columns` keys reads the blocks with most of them
+    whole, as few as leave `max_columns` in the others: more than was chosen, never less.
 
     Paper: https://aclanthology.org/2025.emnlp-main.430
     """
@@ -29,7 +32,8 @@ class AnchorAttention(SparseAttention):
         "The authors' released kernel reads the whole first group, counts its chosen keys twice, and never reads the block in front "
         "of a group; an earlier kernel in their repository has the ranges taken here. `released` takes the released ranges, each key "
         "counted once. Scores and anchors are compared in fp32, theirs in half precision. The maxima are computed apart from "
-        "the attention, theirs in one pass, so what is read by all is scored twice. Evaluated by its authors on text models alone."
+        "the attention, theirs in one pass, so what is read by all is scored twice. A group lists "
+        "at most `max_columns` keys and reads blocks beyond, see above. Evaluated by its authors on text models alone."
     )
 
     theta: float = Field(default=12.0, description="how far below the anchor a key may score, natural logarithm")
@@ -37,6 +41,9 @@ class AnchorAttention(SparseAttention):
     size: Literal[16, 32, 64, 128, 256] = Field(default=128, description="tokens of a block")
     dense_tail: bool = Field(
         default=True, description="queries behind the last whole group read everything, as in the authors' code"
+    )
+    max_columns: int = Field(
+        default=8192, ge=1, description="single keys that a group lists; further ones are read with their block"
     )
     released: bool = Field(default=False, description="the ranges of the authors' released kernel, see the deviations")
 
@@ -53,30 +60,24 @@ class AnchorAttention(SparseAttention):
         searched = t[:, None] < whole
         maxima = row_maxima(prompt.q, prompt.k, (exact & searched).expand_as(blocks), prompt.scale, size)
         anchors = block_mean(maxima[..., None], size)[..., 0]
-        columns = self._stripes(prompt, anchors, whole)
-        return Reads(size, (exact | ~searched & causal(blocks)).expand_as(blocks), columns, self.step)
+        columns, full = (torch.cat(x) for x in zip(*self._stripes(prompt, anchors, whole), strict=True))
+        full = full.repeat_interleave(self.step, 1)[:, : len(t)]
+        return Reads(size, full | exact | ~searched & causal(blocks), columns, self.step)
 
-    def _stripes(self, prompt: Prompt, anchors: Tensor, whole: int) -> Tensor:
-        """[H, G, C] the single keys of every group, -1 behind them; `anchors` [H, T], groups up to block `whole`."""
+    def _stripes(self, prompt: Prompt, anchors: Tensor, whole: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of the query heads of every key head the single keys of every group [h, G, C], -1 behind them, and the blocks [h, G, M] that it
+        reads whole instead; `anchors` [H, T], groups up to block `whole`."""
         size, step, groups = self.size, self.step, prompt.heads // len(prompt.k)
         total = -(-anchors.shape[1] // step)
-        taken = torch.zeros(prompt.heads, total, prompt.length, dtype=torch.bool, device=anchors.device)
         for head, k in enumerate(prompt.k):
             mine = slice(head * groups, (head + 1) * groups)
             means, keys = block_mean(prompt.q[mine], size), k.float().T
+            taken = torch.zeros(groups, total, anchors.shape[1], size, dtype=torch.bool, device=anchors.device)
             for group in range(1, -(-whole // step)):
                 rows = slice(group * step, min(whole, (group + 1) * step))
-                between = slice(size, (group * step - 1) * size)
-                scores = means[:, rows] @ keys[:, between] * prompt.scale
-                taken[mine, group, between] = (scores + self.theta >= anchors[mine, rows, None]).any(1)
-        return listed(taken)
-
-
-def listed(taken: Tensor) -> Tensor:
-    """[..., C] int32: the ascending positions of the True of [..., N], -1 behind them; C is the largest count, at least 1."""
-    counts = taken.sum(-1).flatten()
-    out = torch.full((len(counts), max(1, int(counts.max()))), -1, dtype=torch.int32, device=taken.device)
-    row, position = taken.flatten(0, -2).nonzero(as_tuple=True)
-    before = counts.cumsum(0) - counts
-    out[row, torch.arange(len(row), device=row.device) - before[row]] = position.int()
-    return out.unflatten(0, taken.shape[:-1])
+                scores = means[:, rows] @ keys[:, size : (group * step - 1) * size] * prompt.scale
+                near = (scores + self.theta >= anchors[mine, rows, None]).any(1)
+                taken[:, group, 1 : group * step - 1] = near.unflatten(1, (-1, size))
+            full = fullest(taken.sum(-1, dtype=torch.int32), self.max_columns)
+            taken &= ~full[..., None]
+            yield listed(taken.flatten(2)[..., : prompt.length], self.max_columns), full

@@ -8,7 +8,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from vtoken.compressors._blocks import best, block_mean, block_sum, cover, lines, per_head, pooled_scores
+from vtoken.compressors._blocks import best, block_mean, block_sum, cover
+from vtoken.kernels import pooled_scores
 from vtoken.probe import shared
 from vtoken.reading import Prompt, Reads, SparseAttention, everything
 
@@ -62,19 +63,20 @@ class FlexPrefill(SparseAttention):
         if n <= max(2, -(-self.min_budget // size)) * size:
             return Reads(size, everything(prompt.heads, n, n, size, prompt.q.device))
         probe = shared(prompt.probe, prompt.q, prompt.k, prompt.scale)
-        parts = zip(probe.heads(), probe.rows(size), strict=True)
-        return Reads(size, torch.cat([self._blocks(q, k, last, prompt.scale) for (q, k), last in parts]))
+        vertical, slash = (x / size for x in probe.lines(size))
+        parts = zip(probe.heads(), vertical, slash, strict=True)
+        return Reads(size, torch.cat([self._blocks(q, k, v, s, prompt.scale) for (q, k), v, s in parts]))
 
-    def _blocks(self, q: Tensor, k: Tensor, last: Tensor, scale: float) -> Tensor:
-        """[H, T, T] of the query heads [H, N, d] of one key head [1, N, d], `last` [H, size, N] the attention of their last queries."""
-        size, means = self.size, per_head(block_mean(k, self.size), len(q))
-        vertical, slash = lines(last)
+    def _blocks(self, q: Tensor, k: Tensor, vertical: Tensor, slash: Tensor, scale: float) -> Tensor:
+        """[H, T, T] of the query heads [H, N, d] of one key head [1, N, d]; [H, N] each, what their last queries give on average to
+        every key and to every distance."""
+        size = self.size
         # Distances are pooled from the far end, so that those of an incomplete block are the longest ones.
         columns, bands = block_sum(vertical, size), block_sum(slash.flip(-1), size).flip(-1)
         t = columns.shape[-1]
         least = min(-(-self.min_budget // size), t)
         most = t if self.max_budget is None else min(-(-self.max_budget // size), t)
-        pooled = (q[:, -size:].float().mean(1, keepdim=True) @ means.transpose(1, 2) * scale)[:, 0]
+        pooled = q[:, -size:].float().mean(1) @ block_mean(k, size)[0].T * scale
         aware = divergence(pooled.softmax(-1), columns) < self.tau
 
         def count(x: Tensor) -> Tensor:
@@ -87,7 +89,7 @@ class FlexPrefill(SparseAttention):
         distance = row[:, None] - row
         blocks = (taken[:, None] | near[:, distance.clamp(min=0)]) & (distance >= 0)
         if self.tau > 0:
-            entries = pooled_scores(q, means, scale, size).flatten(1)
+            entries = pooled_scores(q[None], k[None], size, scale)[0].flatten(1)
             covered = cover(entries, self.gamma, self.drop_crossing).view_as(blocks) & (distance >= 0)
             blocks |= covered & aware[:, None, None]
         return blocks

@@ -9,11 +9,12 @@ from typing import ClassVar, Literal, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.nn import functional as F
 
 from vtoken.budget import Budget
 from vtoken.cached import CachedLayer, CacheStage, Hold, ascending, best, hold_text
-from vtoken.compressors._attention import CHUNK, received
+from vtoken.kernels import gather_cache, nearest_tokens
+from vtoken.probe import shared
+from vtoken.stages import offsets_of
 
 
 class LookM(CacheStage):
@@ -61,7 +62,7 @@ class LookM(CacheStage):
         counts = None if self.keep is None else self.keep.counts(layer.lengths, (0,) * len(layer.lengths))
         if counts == layer.lengths or (counts is None and n <= important + recent):
             return Hold(torch.arange(n, device=layer.keys.device).expand(heads, n), layer.lengths)
-        scores = received(layer, n).mean(1)
+        scores = shared(layer.probe, layer.queries, layer.keys, layer.scale).received(n).mean(1)
         if counts is None:
             return self._fold(layer, self._older(layer, scores, n - recent, important))
         newest = torch.arange(n, device=scores.device) >= n - recent
@@ -92,10 +93,12 @@ class LookM(CacheStage):
         if self.merge == "none" or stay == n:
             return hold
         gone = torch.ones(heads, n, dtype=torch.bool, device=hold.index.device).scatter(1, hold.index, False)
-        evicted, unit = ascending(gone, n - stay), F.normalize(layer.keys.float(), dim=-1)
-        kept, lost = (unit.gather(1, i[..., None].expand(-1, -1, unit.shape[2])) for i in (hold.index, evicted))
-        found = [(part @ kept.mT).max(-1) for part in lost.split(max(1, CHUNK // (heads * stay)), 1)]
-        alike, slot = torch.cat([f.values for f in found], 1), torch.cat([f.indices for f in found], 1)
+        evicted = ascending(gone, n - stay)
+        kept, lost = (gather_cache(layer.keys[None], i[None])[0].flatten(0, 1) for i in (hold.index, evicted))
+        lost_ends, kept_ends = (offsets_of([each] * heads, kept.device) for each in (n - stay, stay))
+        found = nearest_tokens(lost, kept, lost_ends, kept_ends)
+        alike, slot = (x.unflatten(0, (heads, -1)) for x in found)
+        slot = slot - torch.arange(heads, device=slot.device)[:, None] * stay
         taken = alike >= (-1.0 if self.merge == "pivotal" else alike.mean(1, keepdim=True))
         count = alike.new_zeros(heads, stay).scatter_add(1, slot, taken.float())
         own = (1 + count / 2 if self.merge == "pivotal" else 1) / (1 + count)

@@ -53,16 +53,16 @@ class SnapKV(CacheStage):
         held = self.slots(n, layer.lengths)
         if held == n:
             return Hold(torch.arange(n, device=layer.keys.device).expand(heads, n), layer.lengths)
-        (window,) = self.probes(n, layer.lengths, layer.behind)
+        window = self.probe(n, layer.lengths, layer.behind)
         if self.text:
             return Hold(best(self.score(layer, window), held))
         return hold_text(layer, self.score(layer, window), self._counts(layer.lengths))
 
-    def probes(self, prompt: int, lengths: Sequence[int], behind: int) -> tuple[int, ...]:
+    def probe(self, prompt: int, lengths: Sequence[int], behind: int) -> int:
         held = self.slots(prompt, lengths)
         if held == prompt:
-            return ()
-        return (min(self.window, held) if self.text else max(1, min(self.window, behind)),)
+            return 0
+        return min(self.window, held) if self.text else max(1, min(self.window, behind))
 
     def score(self, layer: CachedLayer, window: int) -> Tensor:
         """[Hk, N] scores; the window's own tokens come first."""

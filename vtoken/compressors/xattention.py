@@ -13,6 +13,10 @@ from vtoken.compressors._blocks import cover, per_head
 from vtoken.reading import Prompt, Reads, SparseAttention
 
 CHUNK = 1 << 26  # scores held at once
+PARTS, LEAST = (
+    8,
+    256,
+)  # chunks of queries that a long prompt comes in, each with the keys up to its end; rows that are worth one
 
 
 class XAttention(SparseAttention):
@@ -59,13 +63,18 @@ class XAttention(SparseAttention):
         per = size // stride
         asked, keys = (pad(x, (0, 0, 0, -n % size)).unflatten(1, (-1, stride)) for x in (q, k))
         asked, keys = asked.flip(2).flatten(2), keys.flatten(2)
-        at = torch.arange(keys.shape[1], device=q.device)
-        there, out = at * stride < n, []
-        each = per * max(1, CHUNK // (len(q) * len(at) * per))
-        for rows, place in zip(asked.split(each, 1), at.split(each), strict=True):
+        count, blocks = keys.shape[1], keys.shape[1] // per
+        at = torch.arange(count, device=q.device)
+        out = torch.zeros(len(q), blocks, blocks, device=q.device)
+        fits = CHUNK // max(1, len(q) * count)
+        each = per * max(1, min(fits, max(LEAST, -(-count // PARTS))) // per)
+        for first in range(0, count, each):
+            place = at[first : first + each]
+            last = first + len(place)
             # Scaled first: in half precision a sum of so many products may be out of range.
-            products = (rows * (scale / stride) @ keys.transpose(1, 2)).float()
-            products = products.masked_fill((at > place[:, None]) | ~there, -torch.inf)
-            shares = torch.where(there[place][:, None], products.softmax(-1), 0)
-            out.append(shares.unflatten(2, (-1, per)).sum(-1).unflatten(1, (-1, per)).sum(2))
-        return torch.cat(out, 1)
+            products = (asked[:, first:last] * (scale / stride) @ keys[:, :last].transpose(1, 2)).float()
+            products[..., first:].masked_fill_(place > place[:, None], -torch.inf)
+            shares = products.softmax(-1).mul_((place * stride < n)[:, None])
+            sums = shares.unflatten(2, (-1, per)).sum(-1).unflatten(1, (-1, per)).sum(2)
+            out[:, first // per : last // per, : last // per] = sums
+        return out

@@ -68,6 +68,8 @@ class Row:
         break_even: visual tokens to drop before the pipeline pays, None where it cannot be computed.
         no_oracle: why there is none, or None.
         stood_aside: stages that did nothing -> why; what is measured is the model without them.
+        density: stages of site attention that acted -> share of the causal blocks that they computed. Times of a method that chooses by
+            what it sees are those at this density, whatever the weights.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Row:
     break_even: int | None = None
     no_oracle: str | None = None
     stood_aside: dict[str, str] = field(default_factory=dict)
+    density: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -202,6 +205,7 @@ def row(subject: Subject, dense: Subject) -> Row:
         peak_bytes=max(peaks, default=None),
         no_oracle=subject.no_oracle,
         stood_aside=subject.aside,
+        density=subject.density,
     )
     if subject is dense:
         return base

@@ -64,7 +64,7 @@ class Oracle:
 @dataclass
 class Subject:
     """What is measured: a pipeline (None: dense), its oracle, and their samples; `layers` are the visual tokens of the whole batch in
-    every decoder layer, `aside` the stages that did nothing, and why."""
+    every decoder layer, `aside` the stages that did nothing, and why, `density` as in Trace."""
 
     pipeline: Pipeline | None
     layers: tuple[int, ...]
@@ -72,6 +72,7 @@ class Subject:
     oracle: Oracle | None
     no_oracle: str | None
     aside: dict[str, str] = field(default_factory=dict)
+    density: dict[str, float] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
     ideal: list[Sample] = field(default_factory=list)
 
@@ -133,7 +134,7 @@ class Runner:
         if pipeline is None:
             return Subject(None, layers, found.cache_bytes, None, None)
         oracle = None if reason else self._shorten(seen, found)
-        return Subject(pipeline, layers, found.cache_bytes, oracle, reason, found.aside)
+        return Subject(pipeline, layers, found.cache_bytes, oracle, reason, found.aside, found.density)
 
     def _unshortened(self) -> str | None:
         """Why the model cannot be given fewer features, or None."""

@@ -158,13 +158,13 @@ class CacheHooks:
         rows: list[tuple[Row, tuple[Tensor, ...]]] = flow.memo["rows"]
         return rows
 
-    def asks(self, flow: Prefill, r: int) -> tuple[int, ...]:
-        """Numbers of last queries of a row whose attention the stage will ask for, in the current layout."""
+    def asks(self, flow: Prefill, r: int) -> int:
+        """How many last queries' attention of a row the stage will ask for, in the current layout."""
         row, _ = self._rows(flow)[r]
         if r in flow.spared or not any(row.slots):
-            return ()
+            return 0
         behind = row.prompt - 1 - max(slots[-1] for slots in row.slots if slots)
-        return self.stage.probes(row.prompt, tuple(map(len, row.slots)), behind)
+        return self.stage.probe(row.prompt, tuple(map(len, row.slots)), behind)
 
     def _native(self, flow: Prefill, module: Any, row: int, begin: int, length: int) -> Native:
         hidden, rope = flow.memo["native"]
@@ -252,7 +252,7 @@ def apply(stage: CacheStage, decision: Decision | None, keys: Tensor, values: Te
     if isinstance(decision, Packed) and decision.shape == keys.shape:
         return decision
     if isinstance(decision, Hold):
-        new = decision.apply(keys), decision.apply(values)
+        new = decision.apply(keys, values)
     else:
         new = decision.keys, decision.values
     heads, n, width = keys.shape

@@ -36,7 +36,7 @@ class SparsePrefill:
     def __init__(self, lm: Any, run: Run, handle: Handle, stages: Sequence[Stage]) -> None:
         self.run = run
         # What a cache stage will ask of the last queries of a row, if there is one.
-        self.also: Callable[[Prefill, int], tuple[int, ...]] | None = None
+        self.also: Callable[[Prefill, int], int] | None = None
         self.at: dict[int, SparseAttention] = {}
         for stage in stages:
             if isinstance(stage, SparseAttention):
@@ -84,6 +84,7 @@ class SparsePrefill:
                 for row, (q, k) in enumerate(zip(*rows[:2], strict=True))
             ]
         trace = trace_of(stage, flow.visual.lengths, flow.visual.lineage, clock, module.layer_idx)
+        # Counted now: left for the reader of the trace, maps of all layers would be held (28 heads, 128k tokens: 29 MB each).
         trace.densities, trace.rows_aside = [reads.density() for reads in chosen], asides
         trace.backend = ", ".join(sorted({reads.backend(*qkv) for reads, *qkv in zip(chosen, *rows, strict=True)}))
         flow.trace.stages.append(trace)
@@ -100,7 +101,7 @@ class SparsePrefill:
         n, layer = q.shape[1] - flow.tail, module.layer_idx
         image, place, known = self._layout(flow, q.device)
         image, place = (x[row, -q.shape[1] :][:n] for x in (image, place))
-        probe = Probe(q[:, :n], k[:, :n], scale, () if self.also is None else self.also(flow, row))
+        probe = Probe(q[:, :n], k[:, :n], scale, 0 if self.also is None else self.also(flow, row))
         if self.also is not None:
             flow.memo.setdefault("probes", {})[layer, row] = probe
         rope = None

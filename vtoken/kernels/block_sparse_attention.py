@@ -3,8 +3,10 @@
     q        [H, Q, d]   queries, any strides; query i stands at position i + N - Q
     k, v     [Hk, N, d]  same dtype; H is a multiple of Hk, and query head h reads key head h // (H / Hk)
     read     [H, T, M] bool: which of the M = ceil(N / size) key blocks each of the T query blocks reads
-    columns  [H, G, C] int32 or None: single keys besides, -1 = none; query block t reads list t // share. A key whose block is
-             read anyway counts once
+    columns  [H, G, C] int32 or None: single keys besides, each at most once in a list, -1 = none; query block t reads list
+             t // share. A key whose block is read anyway counts once. Ascending lists are cheapest: a query block goes through
+             its list up to the last key that it may see
+    of       [T] int32 or None: which list each query block reads, instead of t // share
     rows     [H, R] int32 or None: the queries that make up the query blocks, T = ceil(R / size), each at most once, -1 = none.
              None: all in order, R = Q
     result   out [H, Q, d]: softmax(scale * q . k) @ v over what is read and not behind the query; 0 where that is nothing, and
@@ -14,8 +16,8 @@
 fp32 accumulation (fp64 for fp64 inputs).
 
 Bytes moved, e bytes per element: q and out once, 2 e H Q d; of K and V a block for every True of `read`, 2 e d size sum(read)
-(mostly from L2: the query heads of a key head follow each other), a key for every query block that reads a column; `read` twice
-and a list of 4 H T M bytes written and read once. FLOPs: 4 d size^2 sum(read), the masked half of diagonal blocks included. At
+(mostly from L2: the query heads of a key head follow each other), a key for every query block that reads a column; `read` and
+4 C bytes of columns per query block twice, a list of 4 H T M bytes written and read once. FLOPs: 4 d size^2 sum(read), the masked half of diagonal blocks included. At
 128k tokens, 28 / 4 heads x 128, a tenth of the causal blocks: 0.5 TFLOP of 6.2. The definition computes everything that it
 masks, and the scores a second time for `lse`.
 """
@@ -29,6 +31,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vtoken.kernels._dispatch import interpretable, tl, triton
 from vtoken.kernels._flex import attend, backend_of
+from vtoken.kernels._lists import assigned, check, lists_of
 
 CHUNK = 1 << 26  # scores that the definition holds at once: 256 MiB of fp32
 LOG2_E = 1.4426950408889634
@@ -36,19 +39,20 @@ LOG2_E = 1.4426950408889634
 
 def definition(
     q: Tensor, k: Tensor, v: Tensor, read: Tensor, scale: float, size: int = 128, columns: Tensor | None = None,
-    share: int = 1, rows: Tensor | None = None,
+    share: int = 1, rows: Tensor | None = None, of: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """torch's own attention under a mask, some query blocks at a time."""
     (heads, queries, _), keys, device = q.shape, k.shape[1], q.device
     out, lse = q.new_zeros(heads, queries, v.shape[2]), q.new_full((heads, queries), -torch.inf, dtype=torch.float32)
     listed = queries if rows is None else rows.shape[1]
     single = None if columns is None else _marked(columns, keys)
+    of = assigned(read, share, of)
     each = size * max(1, CHUNK // max(1, heads * keys * size))
     for place in torch.arange(listed, device=device).split(each) if listed else ():
         row = (place.expand(heads, -1) if rows is None else rows[:, place]).long()
         visible = read[:, place // size].repeat_interleave(size, 2)[..., :keys]
         if single is not None:
-            visible = visible | single[:, place // (size * share)]
+            visible = visible | single[:, of[place // size]]
         position = row + keys - queries
         visible = visible & (torch.arange(keys, device=device) <= position[..., None]) & (row >= 0)[..., None]
         asked = q[:, place] if rows is None else q.take_along_dim(row.clamp(min=0)[..., None], 1)
@@ -79,44 +83,15 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> t
 if triton is not None:
 
     @triton.jit
-    def _list(read, lists, counts, blocks, keys, offset, SIZE: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Program (query block, head): the blocks it reads, ascending; how many; how many of them every query sees whole."""
-        at = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-        whole = 0 if LISTED else (offset + tl.program_id(0) * SIZE + 1) // SIZE
-        count = tl.full((), 0, tl.int32)
-        seen = tl.full((), 0, tl.int32)
-        for start in range(0, blocks, BLOCK):
-            block = start + tl.arange(0, BLOCK)
-            taken = (tl.load(read + at * blocks + block, mask=block < blocks, other=0) != 0).to(tl.int32)
-            tl.store(lists + at * blocks + count + tl.cumsum(taken, 0) - 1, block, mask=taken > 0)
-            count += tl.sum(taken, 0)
-            seen += tl.sum(tl.where(block < whole, taken, 0), 0)
-        tl.store(counts + at * 2, count)
-        tl.store(counts + at * 2 + 1, seen)
-
-    @triton.jit
     def _step(  # type: ignore[no-untyped-def]
-        queries,
-        k,
-        v,
-        key,
-        visible,
-        k_strides,
-        v_strides,
-        d,
-        scale,
-        out,
-        total,
-        top,
-        MASK: tl.constexpr,
-        DIM: tl.constexpr,
-        FULL: tl.constexpr,
-    ):
-        """Goes on with a softmax over some more keys; `visible` [rows, keys] counts if MASK. FULL: d is DIM."""
+        queries, k, v, key, known, visible, k_strides, v_strides, d, scale, out, total, top,
+        MASK: tl.constexpr, DIM: tl.constexpr, FULL: tl.constexpr,
+    ):  # fmt: skip
+        """Goes on with a softmax over some more keys. If MASK, those `known` [keys] are fetched, and those `visible` [rows, keys] count;
+        else all are. FULL: d is DIM."""
         dim = tl.arange(0, DIM)
         inside = dim < d
         place = key.to(tl.int64)
-        known = tl.max(visible.to(tl.int32), 0) > 0 if MASK else key >= 0
         at = k + place[None, :] * k_strides[1] + dim[:, None] * k_strides[2]
         if FULL and not MASK:
             columns = tl.load(at)
@@ -139,8 +114,18 @@ if triton is not None:
         return out, total * shrink + tl.sum(weights, 1), new_top
 
     @triton.jit
+    def _single(columns, read, start, end, keys, SIZE: tl.constexpr, KEYS: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Some single keys, -1 for one whose block is read."""
+        entry = start + tl.arange(0, KEYS)
+        key = tl.load(columns + entry, mask=entry < end, other=-1)
+        there = (key >= 0) & (key < keys)
+        covered = tl.load(read + key // SIZE, mask=there, other=1)
+        return tl.where(covered == 0, key, -1)
+
+    # What changes from prompt to prompt says nothing about addresses (strides do), so a new length does not compile anew.
+    @triton.jit(do_not_specialize=["queries", "keys", "blocks", "groups", "length", "listed"])
     def _attend(  # type: ignore[no-untyped-def]
-        q, k, v, read, lists, counts, columns, rows, out, lse, queries, keys, d, scale, blocks, groups, length, share, listed,
+        q, k, v, read, lists, counts, columns, of, rows, out, lse, queries, keys, d, scale, blocks, groups, length, listed,
         q_strides, k_strides, v_strides,
         GROUPS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
         COLUMNS: tl.constexpr, LISTED: tl.constexpr, FULL: tl.constexpr,
@@ -166,8 +151,8 @@ if triton is not None:
         top = tl.full([ROWS], -1e30, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         sums = tl.zeros([ROWS, DIM], tl.float32)
-        count = tl.load(counts + at * 2)
-        whole = tl.load(counts + at * 2 + 1)
+        count = tl.load(counts + at * 3)
+        whole = tl.load(counts + at * 3 + 1)
         # The next block's number is loaded ahead: addresses that hang on a load in the same round keep keys from being fetched early.
         steps = count * (SIZE // KEYS)
         block = tl.load(lists + at * blocks, mask=count > 0, other=0)
@@ -175,45 +160,32 @@ if triton is not None:
             key = block * SIZE + i % (SIZE // KEYS) * KEYS + tl.arange(0, KEYS)
             block = tl.load(lists + at * blocks + (i + 1) // (SIZE // KEYS), mask=i + 1 < steps, other=0)
             sums, total, top = _step(
-                asked, k, v, key, key, k_strides, v_strides, d, scale, sums, total, top, False, DIM, FULL
+                asked, k, v, key, key >= 0, key, k_strides, v_strides, d, scale, sums, total, top, False, DIM, FULL
             )
         for i in range(whole * (SIZE // KEYS), steps):
             key = block * SIZE + i % (SIZE // KEYS) * KEYS + tl.arange(0, KEYS)
             block = tl.load(lists + at * blocks + (i + 1) // (SIZE // KEYS), mask=i + 1 < steps, other=0)
-            visible = (key[None, :] <= position[:, None]) & (key < keys)[None, :]
+            known = key < keys
+            visible = (key[None, :] <= position[:, None]) & known[None, :]
             sums, total, top = _step(
-                asked, k, v, key, visible, k_strides, v_strides, d, scale, sums, total, top, True, DIM, FULL
+                asked, k, v, key, known, visible, k_strides, v_strides, d, scale, sums, total, top, True, DIM, FULL
             )
         if COLUMNS:
-            mine = columns + (head * groups + tile // share) * length
-            for start in range(0, length, KEYS):
-                entry = start + tl.arange(0, KEYS)
-                key = tl.load(mine + entry, mask=entry < length, other=-1)
-                there = (key >= 0) & (key < keys)
-                covered = tl.load(read + at * blocks + key // SIZE, mask=there, other=1)
-                visible = (key[None, :] <= position[:, None]) & (there & (covered == 0))[None, :]
-                if tl.max(visible.to(tl.int32)) > 0:
-                    sums, total, top = _step(
-                        asked, k, v, key, visible, k_strides, v_strides, d, scale, sums, total, top, True, DIM, FULL
-                    )
+            mine = columns + (head * groups + tl.load(of + tile)) * length
+            end = tl.load(counts + at * 3 + 2)
+            coming = _single(mine, read + at * blocks, 0, end, keys, SIZE, KEYS)
+            for start in range(0, end, KEYS):
+                key = coming
+                coming = _single(mine, read + at * blocks, start + KEYS, end, keys, SIZE, KEYS)
+                known = key >= 0
+                visible = (key[None, :] <= position[:, None]) & known[None, :]
+                sums, total, top = _step(
+                    asked, k, v, key, known, visible, k_strides, v_strides, d, scale, sums, total, top, True, DIM, FULL
+                )
         some = tl.where(total > 0, total, 1.0)
         where = (head * queries + row.to(tl.int64))[:, None] * d + dim[None, :]
         tl.store(out + where, sums / some[:, None], mask=inside)
         tl.store(lse + head * queries + row, tl.where(total > 0, top + tl.log2(some), float("-inf")), mask=real)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, read: Tensor, size: int, share: int, rows: Tensor | None) -> None:
-    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[0] % k.shape[0]:
-        raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: need [H, Q, d] and twice [Hk, N, d], H a multiple of Hk"
-        )
-    if size < 16 or size & (size - 1) or share < 1:
-        raise ValueError(f"size {size} must be a power of two from 16 on, share {share} at least 1")
-    tiles = -(-(q.shape[1] if rows is None else rows.shape[1]) // size)
-    if read.dtype != torch.bool or tuple(read.shape) != (q.shape[0], tiles, -(-k.shape[1] // size)):
-        raise ValueError(
-            f"read is {read.dtype} {tuple(read.shape)}; need bool {(q.shape[0], tiles, -(-k.shape[1] // size))}"
-        )
 
 
 def tiles_of(dim: int, bytes_each: int, size: int) -> dict[str, int]:
@@ -228,7 +200,7 @@ def tiles_of(dim: int, bytes_each: int, size: int) -> dict[str, int]:
 
 def launch(
     q: Tensor, k: Tensor, v: Tensor, read: Tensor, scale: float, size: int = 128, columns: Tensor | None = None,
-    share: int = 1, rows: Tensor | None = None,
+    share: int = 1, rows: Tensor | None = None, of: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The kernel's launcher: the definition's contract without gradients, for half precision or fp32 and d up to 256."""
     dtype = q.dtype
@@ -241,21 +213,20 @@ def launch(
     if not (heads and tiles and d):
         return out.to(dtype), lse
     flags = read.contiguous().view(torch.uint8)
-    lists = torch.empty((heads, tiles, blocks), dtype=torch.int32, device=q.device)
-    counts = torch.empty((heads, tiles, 2), dtype=torch.int32, device=q.device)
     dim = max(16, triton.next_power_of_2(d))
     cut = tiles_of(dim, q.element_size(), size)
-    singles = None if columns is None else columns.int().contiguous()
-    chosen = None if rows is None else rows.int().contiguous()
+    singles, mine, chosen = None, None, None
+    if columns is not None:
+        singles, mine = columns.int().contiguous(), assigned(read, share, of).contiguous()
+    if rows is not None:
+        chosen = rows.int().contiguous()
+    groups, length = (0, 0) if singles is None else singles.shape[1:]
     with torch.cuda.device_of(q):  # triton launches on the current device
-        _list[(tiles, heads)](
-            flags, lists, counts, blocks, keys, keys - queries, SIZE=size, LISTED=rows is not None, BLOCK=128
-        )
+        lists, counts = lists_of(flags, size, keys - queries, rows is not None, singles, mine)
         _attend[(tiles * (size // cut["ROWS"]), heads)](
-            q, k, v, flags, lists, counts, lists if singles is None else singles, lists if chosen is None else chosen, out, lse,
-            queries, keys, d, scale * LOG2_E, blocks, 0 if singles is None else singles.shape[1],
-            0 if singles is None else singles.shape[2], share, 0 if chosen is None else chosen.shape[1],
-            q.stride(), k.stride(), v.stride(),
+            q, k, v, flags, lists, counts, lists if singles is None else singles, lists if mine is None else mine,
+            lists if chosen is None else chosen, out, lse, queries, keys, d, scale * LOG2_E, blocks, groups, length,
+            0 if chosen is None else chosen.shape[1], q.stride(), k.stride(), v.stride(),
             GROUPS=heads // len(k), SIZE=size, DIM=dim, COLUMNS=singles is not None, LISTED=chosen is not None,
             FULL=dim == d, **cut,
         )  # fmt: skip
@@ -264,16 +235,16 @@ def launch(
 
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, read: Tensor, scale: float, size: int = 128, columns: Tensor | None = None,
-    share: int = 1, rows: Tensor | None = None,
+    share: int = 1, rows: Tensor | None = None, of: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention over the blocks that are read, see the top of the file. `out` is differentiable in q, k and v, `lse` is not.
 
     Columns and rows beyond the sequence give an undefined result. Raises ValueError for shapes that do not fit.
     """
-    _check(q, k, v, read, size, share, rows)
+    check(q, k, v, read, size, share, rows, of)
     if (chosen := backend_of(q, k, v, columns, rows)) == "flex":
         return attend(q, k, v, read, scale, size)
-    return (launch if chosen == "triton" else definition)(q, k, v, read, scale, size, columns, share, rows)
+    return (launch if chosen == "triton" else definition)(q, k, v, read, scale, size, columns, share, rows, of)
 
 
 def examples() -> Iterator[dict[str, Any]]:
@@ -299,18 +270,23 @@ def examples() -> Iterator[dict[str, Any]]:
     yield case((4, 2), 200, 200, 64, 64)  # blocks
     yield {**case((6, 2), 100, 100, 20, 16, p=0.2), "columns": some(21, 100, 6, 4), "share": 2}  # blocks and columns
     yield {**case((2, 1), 70, 70, 16, 32, p=0.0), "columns": some(9, 70, 2, 1), "share": 3}  # columns alone
+    of = torch.tensor([2, 0, 1, 1, 0, 2, 2], dtype=torch.int32)
+    yield {**case((4, 2), 100, 100, 16, 16, p=0.2), "columns": some(21, 100, 4, 3), "of": of}  # few lists in no order
     yield {**case((3, 3), 90, 90, 96, 32, listed=40), "rows": some(40, 90, 3)}  # rows
-    yield {
-        **case((2, 1), 60, 60, 32, 16, listed=20),
-        "rows": some(20, 60, 2),
-        "columns": some(7, 60, 2, 2),
-    }  # all three
+    both = {"rows": some(20, 60, 2), "columns": some(7, 60, 2, 2)}
+    yield {**case((2, 1), 60, 60, 32, 16, listed=20), **both}  # all three
+    gaps = torch.full((2, 1, 1100), -1, dtype=torch.int32)
+    gaps[..., torch.arange(20) * 57] = some(20, 70, 2, 1)
+    yield {**case((2, 1), 70, 70, 16, 16, p=0.2), "columns": gaps, "share": 5}  # a long list with gaps
     yield case((2, 2), 45, 130, 8, 64)  # behind a prefix
+    yield case((4, 2), 45, 130, 16, 16, p=0.7)  # the same with whole tiles, at a width that fills them
     yield case((2, 1), 33, 33, 256, 16)
     yield case((2, 2), 130, 130, 128, 128, p=1.0)
     strided = case((4, 2), 50, 50, 16, 16)
     apart = {name: strided[name].transpose(0, 1).contiguous().transpose(0, 1) for name in "qkv"}
     yield {**strided, **apart, "scale": 3.0}
+    wide = case((2, 1), 40, 40, 131, 16, p=0.7)
+    yield {**wide, **{name: wide[name][..., 2:130] for name in "qkv"}}  # rows 131 numbers apart, from the third on
 
 
 def tolerance(dtype: torch.dtype) -> tuple[float, float]:

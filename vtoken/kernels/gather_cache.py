@@ -119,6 +119,7 @@ def examples() -> Iterator[dict[str, Any]]:
     yield {"caches": draw(1, 1, 1, 3), "index": index(1, 1, 0, 1)}
     yield {"caches": (draw(2, 3, 40, 64), draw(2, 3, 40, 80)), "index": index(2, 3, 17, 40)}
     yield {"caches": [draw(2, 2, 33, 96), draw(2, 2, 35, 128)], "index": index(2, 1, 33, 33)}
+    yield {"caches": draw(2, 2, 30, 16), "index": index(2, 2, 21, 30).int()}
     heads_last = draw(2, 9, 3, 20).transpose(1, 2)
     yield {"caches": (heads_last, draw(2, 3, 9, 40)[..., ::2]), "index": index(2, 3, 32, 9)[..., ::4]}
 

@@ -4,14 +4,17 @@
     k         [B, Hk, N, d]  keys, same dtype, L <= N; H is a multiple of Hk, and query head h reads key head h // (H / Hk)
     scale     factor on q . k before the softmax
     padding   [B] int64 keys at the front of each row that are padding, or None; queries there count for nothing
+    recent    of the L queries the last so many, whose column sums are wanted besides: a second stage saves a pass of its own
     vertical  [B, H, N] fp32: key j's column sum of the causal softmax over the L queries
     slash     [B, H, N] fp32: the sum over all queries of what each gives the key `distance` tokens before it
+    late      [B, H, N] fp32: as vertical, of the last `recent` queries; [B, H, 0] where recent is 0
 
 Query i stands at position N - L + i. vertical and slash of a head both sum to the number of queries; divide by it for
-means. L = N gives the sums over a whole prompt. fp32 accumulation; the map [H, L, N] is never held, whatever L is.
+means. L = N gives the sums over a whole prompt. fp32 accumulation. The map [H, L, N] is not held, but its diagonals are,
+tile by tile: a 16th of it in fp32 where d is at most 128 in half precision.
 
 Bytes moved, e bytes per element: K is read 2 * ceil(L / 64) times per query head, mostly from L2, and per tile of 64
-queries and keys of a head 128 partial sums of 4 bytes are written and read (2 * L * N / 16 bytes per head); 8 * N written. 4 * L * N *
+queries and keys of a head 128 partial sums of 4 bytes are written and read (2 * L * N / 8 bytes per head); 8 * N written. 4 * L * N *
 d FLOPs per head. The diagonals of a tile are turned into columns in registers, so there are no atomics and every run
 gives the same result. The definition holds CHUNK scores at a time.
 """
@@ -21,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vtoken.kernels._dispatch import interpretable, runs_triton, tl, triton
 from vtoken.kernels._tiles import LOG2_E, attention_tiles
@@ -29,11 +33,16 @@ from vtoken.kernels.query_attention import CHUNK, DTYPES
 SPLIT = 4096  # keys that one program takes for the denominators
 
 
-def definition(q: Tensor, k: Tensor, scale: float, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
+Sums = tuple[Tensor, Tensor, Tensor]
+
+
+def definition(q: Tensor, k: Tensor, scale: float, padding: Tensor | None = None, recent: int = 0) -> Sums:
     """Heads and a chunk of queries at a time."""
-    groups = groups_of(q, k)
+    groups = groups_of(q, k, recent)
     (batch, heads, last, _), keys = q.shape, k.shape[2]
-    vertical, slash = (torch.zeros(batch, heads, keys, dtype=torch.float32, device=q.device) for _ in range(2))
+    vertical, slash, late = _empty(q, k, recent)
+    for sums in (vertical, slash, late):
+        sums.zero_()
     start = torch.zeros(batch, dtype=torch.int64, device=q.device) if padding is None else padding.to(q.device)
     column = torch.arange(keys, device=q.device)
     chunk = max(1, CHUNK // max(1, batch * keys))
@@ -41,14 +50,31 @@ def definition(q: Tensor, k: Tensor, scale: float, padding: Tensor | None = None
         their_keys = k[:, head // groups].float()
         for first in range(0, last, chunk):
             queries = q[:, head, first : first + chunk].float()
-            position = torch.arange(queries.shape[1], device=q.device) + keys - last + first
-            seen = (column <= position[:, None]) & (column >= start[:, None, None])
-            scores = (queries @ their_keys.mT * scale).masked_fill(~seen, -torch.inf)
+            rows = queries.shape[1]
+            end = keys - last + first + rows  # behind what the last of them sees
+            position = torch.arange(end - rows, end, device=q.device)
+            seen = (column[:end] <= position[:, None]) & (column[:end] >= start[:, None, None])
+            scores = (queries @ their_keys[:, :end].mT * scale).masked_fill(~seen, -torch.inf)
             share = scores.softmax(-1).masked_fill(~seen, 0)
-            vertical[:, head] += share.sum(1)
-            distance = (position[:, None] - column).clamp(min=0).expand_as(share)
-            slash[:, head].scatter_add_(1, distance.flatten(1), share.flatten(1))
-    return vertical, slash
+            vertical[:, head, :end] += share.sum(1)
+            slash[:, head, :end] += _diagonals(share)
+            if recent > last - first - rows:
+                late[:, head, :end] += share[:, max(0, last - first - recent) :].sum(1)
+    return vertical, slash, late
+
+
+def _diagonals(share: Tensor) -> Tensor:
+    """[B, N] sums over equal distances of [B, R, N], whose last row belongs to the last key."""
+    _, rows, n = share.shape
+    # One more column a row than it is read with: each row moves one to the right of the one before, so that equal distances meet.
+    sheared = pad(share.flip(1), (0, rows)).flatten(1)[:, : rows * (n + rows - 1)].unflatten(1, (rows, -1))
+    return sheared.sum(1)[:, :n].flip(-1)
+
+
+def _empty(q: Tensor, k: Tensor, recent: int) -> Sums:
+    widths = (k.shape[2], k.shape[2], k.shape[2] if recent else 0)
+    vertical, slash, late = (torch.empty((*q.shape[:2], n), dtype=torch.float32, device=q.device) for n in widths)
+    return vertical, slash, late
 
 
 if triton is not None:
@@ -102,8 +128,8 @@ if triton is not None:
 
     @triton.jit
     def _sums(  # type: ignore[no-untyped-def]
-        q, k, padding, heads, groups, last, keys, d, scale, q_strides, k_strides, log_sums, vertical, diagonals,
-        PADDED: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr,
+        q, k, padding, heads, groups, last, keys, d, scale, q_strides, k_strides, log_sums, vertical, late, diagonals, recent,
+        PADDED: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, RECENT: tl.constexpr,
     ):  # fmt: skip
         """Program (tile of keys, batch row and head): its columns, and the sums along the diagonals of every tile, [B * H,
         tiles of queries, tiles of keys, 2 * TILE], diagonal TILE - 1 being the one through the corner."""
@@ -114,6 +140,7 @@ if triton is not None:
             start = tl.load(padding + pair // heads).to(tl.int32)
         key = tile * TILE + tl.arange(0, TILE)
         columns = tl.zeros([TILE], tl.float32)
+        of_recent = tl.zeros([TILE], tl.float32)
         i = tl.arange(0, TILE)
         c = tl.arange(0, 2 * TILE)
         # Row i of the turned tile holds, at c, the key with i - j = c - (TILE - 1).
@@ -127,10 +154,14 @@ if triton is not None:
             log_sum = tl.where(log_sum == float("-inf"), 0.0, log_sum)
             share = tl.exp2(scores - log_sum[:, None])
             columns += tl.sum(share, 0)
+            if RECENT:
+                of_recent += tl.sum(tl.where((row >= last - recent)[:, None], share, 0.0), 0)
             turned = tl.gather(share, tl.where(on_tile, j, 0), 1)
             slot = (pair * tl.cdiv(last, TILE) + first // TILE) * tl.num_programs(0) + tile
             tl.store(diagonals + slot * 2 * TILE + c, tl.sum(tl.where(on_tile, turned, 0.0), 0))
         tl.store(vertical + pair * keys + key, columns, mask=key < keys)
+        if RECENT:
+            tl.store(late + pair * keys + key, of_recent, mask=key < keys)
 
     @triton.jit
     def _slashes(diagonals, last, keys, slash, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -155,8 +186,10 @@ if triton is not None:
         tl.store(slash + pair * keys + distance, total, mask=distance < keys)
 
 
-def groups_of(q: Tensor, k: Tensor) -> int:
+def groups_of(q: Tensor, k: Tensor, recent: int = 0) -> int:
     """Query heads per key head; ValueError where the arguments do not fit together."""
+    if not 0 <= recent <= q.shape[-2]:
+        raise ValueError(f"recent {recent}: there are {q.shape[-2]} queries")
     alike = q.ndim == k.ndim == 4 and len(q) == len(k) and q.shape[3] == k.shape[3] and q.shape[1] % k.shape[1] == 0
     if not alike or q.shape[2] > k.shape[2]:
         raise ValueError(
@@ -165,14 +198,14 @@ def groups_of(q: Tensor, k: Tensor) -> int:
     return q.shape[1] // k.shape[1]
 
 
-def launch(q: Tensor, k: Tensor, scale: float, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def launch(q: Tensor, k: Tensor, scale: float, padding: Tensor | None = None, recent: int = 0) -> Sums:
     """The kernels' launcher: the definition's contract without gradients, for the dtypes in DTYPES and d up to 256."""
-    groups = groups_of(q, k)
+    groups = groups_of(q, k, recent)
     q, k = interpretable(q.detach()), interpretable(k.detach())
     (batch, heads, last, d), keys = q.shape, k.shape[2]
-    vertical, slash = (torch.empty((batch, heads, keys), dtype=torch.float32, device=q.device) for _ in range(2))
+    vertical, slash, late = _empty(q, k, recent)
     if not last or not vertical.numel():
-        return vertical.zero_(), slash.zero_()
+        return vertical.zero_(), slash.zero_(), late.zero_()
     dim = max(16, triton.next_power_of_2(d))
     tile = attention_tiles(dim, q.element_size())
     pairs, q_tiles, k_tiles, splits = batch * heads, -(-last // tile), -(-keys // tile), -(-keys // SPLIT)
@@ -184,16 +217,18 @@ def launch(q: Tensor, k: Tensor, scale: float, padding: Tensor | None = None) ->
     with torch.cuda.device_of(q):  # triton launches on the current device
         _log_sums[(q_tiles, splits, pairs)](*common, log_sums, **blocks, SPLIT=SPLIT, num_stages=2)
         whole = log_sums[0] if splits == 1 else torch.logsumexp(log_sums / LOG2_E, 0) * LOG2_E
-        _sums[(k_tiles, pairs)](*common, whole, vertical, diagonals, **blocks, num_stages=1)
+        _sums[(k_tiles, pairs)](
+            *common, whole, vertical, late, diagonals, recent, **blocks, RECENT=recent > 0, num_stages=1
+        )
         _slashes[(k_tiles, pairs)](diagonals, last, keys, slash, TILE=tile)
-    return vertical, slash
+    return vertical, slash, late
 
 
-def probe_sums(q: Tensor, k: Tensor, scale: float, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(vertical, slash), see the top of the file. No gradient. Raises ValueError for shapes that do not fit."""
+def probe_sums(q: Tensor, k: Tensor, scale: float, padding: Tensor | None = None, recent: int = 0) -> Sums:
+    """(vertical, slash, late), see the top of the file. No gradient. Raises ValueError for shapes that do not fit."""
     q, k = q.detach(), k.detach()
     fits = q.dtype == k.dtype and q.dtype in DTYPES and q.shape[-1] <= 256 and runs_triton(q, k)
-    return (launch if fits else definition)(q, k, scale, padding)
+    return (launch if fits else definition)(q, k, scale, padding, recent)
 
 
 def examples() -> Iterator[dict[str, Any]]:
@@ -209,8 +244,8 @@ def examples() -> Iterator[dict[str, Any]]:
 
     yield case(1, (1, 1), 0, 5, 8)
     yield case(1, (1, 1), 1, 1, 8)
-    yield case(2, (2, 1), 65, 130, 80, 0, 100)
-    yield case(1, (2, 2), 64, 64, 96)
+    yield {**case(2, (2, 1), 65, 130, 80, 0, 100), "recent": 3}
+    yield {**case(1, (2, 2), 64, 64, 96), "recent": 64}
     yield case(2, (3, 1), 5, 133, 128, 131, 7)
     strided = case(1, (2, 1), 9, 70, 64)
     yield {

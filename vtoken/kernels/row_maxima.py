@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vtoken.kernels._dispatch import interpretable, runs_triton, tl, triton
 from vtoken.kernels._flex import DTYPES
-from vtoken.kernels.block_sparse_attention import _check
+from vtoken.kernels._lists import check, lists_of
 
 CHUNK = 1 << 26  # scores that the definition holds at once: 256 MiB of fp32
 
@@ -38,9 +38,8 @@ def definition(q: Tensor, k: Tensor, read: Tensor, scale: float, size: int = 128
 
 
 if triton is not None:
-    from vtoken.kernels.block_sparse_attention import _list
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["tokens", "blocks"])
     def _maxima(  # type: ignore[no-untyped-def]
         q, k, lists, counts, out, tokens, d, scale, blocks, q_strides, k_strides,
         GROUPS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
@@ -56,10 +55,11 @@ if triton is not None:
         asked = tl.load(q + head * q_strides[0] + where, mask=(row < tokens)[:, None] & inside[None, :], other=0.0)
         k += head // GROUPS * k_strides[0]
         top = tl.full([ROWS], float("-inf"), tl.float32)
-        count = tl.load(counts + at * 2)
-        for i in range(0, count * (SIZE // KEYS)):
-            block = tl.load(lists + at * blocks + i // (SIZE // KEYS))
+        steps = tl.load(counts + at * 3) * (SIZE // KEYS)
+        block = tl.load(lists + at * blocks, mask=steps > 0, other=0)
+        for i in range(0, steps):
             key = block * SIZE + i % (SIZE // KEYS) * KEYS + tl.arange(0, KEYS)
+            block = tl.load(lists + at * blocks + (i + 1) // (SIZE // KEYS), mask=i + 1 < steps, other=0)
             address = key.to(tl.int64)[None, :] * k_strides[1] + dim[:, None] * k_strides[2]
             columns = tl.load(k + address, mask=(key < tokens)[None, :] & inside[:, None], other=0.0)
             scores = tl.dot(asked, columns, input_precision="ieee") * scale
@@ -71,22 +71,19 @@ if triton is not None:
 def launch(q: Tensor, k: Tensor, read: Tensor, scale: float, size: int = 128) -> Tensor:
     """The kernel's launcher: the definition's contract without gradients, for the dtypes of sparse attention and d up to 256."""
     q, k = (interpretable(x.detach()) for x in (q, k))
-    (heads, n, d), (_, tiles, blocks) = q.shape, read.shape
+    heads, n, d = q.shape
     out = torch.empty((heads, n), dtype=torch.float32, device=q.device)
     if not (heads and n):
         return out
-    lists = torch.empty((heads, tiles, blocks), dtype=torch.int32, device=q.device)
-    counts = torch.empty((heads, tiles, 2), dtype=torch.int32, device=q.device)
     dim = max(16, triton.next_power_of_2(d))
     large = dim * q.element_size() > 256
     part, step = min(size, 64 if large else 128), min(size, 32 if large else 64)
     with torch.cuda.device_of(q):  # triton launches on the current device
-        flags = read.contiguous().view(torch.uint8)
-        _list[(tiles, heads)](flags, lists, counts, blocks, n, 0, SIZE=size, LISTED=False, BLOCK=128)
-        _maxima[(tiles * (size // part), heads)](
-            q, k, lists, counts, out, n, d, scale, blocks, q.stride(), k.stride(),
+        lists, counts = lists_of(read.contiguous().view(torch.uint8), size, 0)
+        _maxima[(read.shape[1] * (size // part), heads)](
+            q, k, lists, counts, out, n, d, scale, read.shape[2], q.stride(), k.stride(),
             GROUPS=heads // len(k), SIZE=size, ROWS=part, KEYS=step, DIM=dim, num_warps=8 if part == 128 else 4,
-            num_stages=2,
+            num_stages=3,
         )  # fmt: skip
     return out
 
@@ -95,7 +92,7 @@ def row_maxima(q: Tensor, k: Tensor, read: Tensor, scale: float, size: int = 128
     """The maxima, see the top of the file; no gradients. Raises ValueError for shapes that do not fit."""
     if q.shape[1] != k.shape[1]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}: need the queries of the whole sequence")
-    _check(q, k, k, read, size, 1, None)
+    check(q, k, k, read, size)
     with torch.no_grad():
         fits = q.dtype == k.dtype and q.dtype in DTYPES and q.shape[-1] <= 256 and runs_triton(q, k, read)
         return (launch if fits else definition)(q, k, read, scale, size)

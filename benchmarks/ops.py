@@ -1,4 +1,4 @@
-"""What the kernels reach: `python benchmarks/kernels.py [--ops OP ...] [--json FILE]`. A table to stdout.
+"""What the kernels reach: `python benchmarks/ops.py [--ops OP ...] [--json FILE]`. A table to stdout.
 
 On a CUDA device: time on the device from triton's do_bench (L2 flushed, median), bytes and FLOPs as each op's file counts
 them, as shares of a copy and a matmul measured in the same run, and of a copy of as many bytes, and against the definition eager and
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from agreement import GREEDY, agree
 from measure import (
     CUDA,
     DEVICE,
@@ -37,7 +38,6 @@ from measure import (
 from vtoken import kernels
 from vtoken.kernels import _gram
 
-GREEDY = ("diverse_tokens", "farthest_tokens")  # torch.compile would unroll every choice, so it is not tried
 MAPPED = ("query_attention", "received_attention")  # what a tower switched to eager attention would hold instead
 GATHER, RECEIVED, LINEAR, FARTHEST = 0.85, 5.0, 2.2, 20.0  # the goals
 
@@ -143,24 +143,6 @@ def attention_map(q: torch.Tensor, k: torch.Tensor, q_offsets: Any, k_offsets: A
     return (q @ k.transpose(1, 2) * scale).softmax(-1, dtype=torch.float32).to(q.dtype).sum(1)
 
 
-def agree(case: Case) -> None:
-    """AssertionError where kernel and definition differ. A greedy choice among many tokens turns on the last bit of a sum,
-    and so does the partner among many; these are held against the definition on the op's own examples, in fp32."""
-    op: Any = kernels.ops()[case.op]
-    greedy = case.op in GREEDY
-    examples = [on_device(example) for example in op.examples()] if greedy else [case.given]
-    relative, absolute = op.tolerance(torch.float32 if greedy else DTYPE)
-    for given in examples:
-        want, got = op.definition(**given), op.launch(**given)
-        if case.op == "nearest_tokens":
-            want, got = want[0], got[0]
-        torch.testing.assert_close(got, want, rtol=relative, atol=absolute, equal_nan=True)
-
-
-def on_device(given: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
-
-
 def measured(record: Record, case: Case) -> Row:
     """The row of a case; where kernel and definition differ, or something fails, it says so and nothing else."""
     row = record.add(op=case.op, shapes=case.shapes)
@@ -176,7 +158,7 @@ def figures(record: Record, case: Case) -> Row:
     op: Any = kernels.ops()[case.op]
     row: Row = {}
     if KERNELS:
-        agree(case)
+        agree(case.op, case.given)
         row["kernel_ms"] = kernel = milliseconds(lambda: op.launch(**case.given))
         row["gbps"], row["tflops"] = case.bytes / kernel / 1e6, case.flops / kernel / 1e9
         row["of_copy"] = row["gbps"] / record.conditions["copy_gbps"]
@@ -258,6 +240,7 @@ def main() -> None:
         if case.op in GREEDY:
             warps(record, case)
     for case, row in zip(taken, rows, strict=True):
+        # It would unroll every choice of a greedy walk.
         if case.op not in GREEDY and "failed" not in row and not args.no_compile:
             compiled(record, case, row)
     record.show()
