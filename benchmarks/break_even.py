@@ -1,25 +1,97 @@
-"""The `min_visual_tokens` of the presets, by a model of cost: nothing is measured here. `python benchmarks/break_even.py`
+"""The `min_visual_tokens` of the presets, by a model of cost, and which have none: no time is measured here. `python benchmarks/break_even.py`
 
-A decoder layer takes as long as its matrices are multiplied or, for few tokens, read; attention and the vision tower are left out, which
-stages of site tokens and decoder leave alone or make only cheaper. What a pipeline costs is taken as 2 ms of host work where tokens are
-first dropped (measured, benchmarks/RESULTS.md) and as much again at every further cut. Facts of the vision tower are worked out all the
-same, so they do not count. A preset gets the least number of visual tokens from which on it is not slower than the dense model.
+A decoder layer takes as long as its matrices are multiplied or, for few tokens, read; attention and the vision tower (a twentieth of the
+decoder) are left out, which stages leave alone or make only cheaper. What a pipeline costs is taken as 2 ms of host work where tokens are
+first dropped (measured, benchmarks/RESULTS.md) and as much again at every further cut, and in every layer of the tower in which a stage
+acts: a cut there takes more operations (counted on a CPU, benchmarks/operations.py). Facts of the tower are worked out all the same, so they
+do not count. A preset gets the least number of visual tokens from which on it is not slower than the dense model.
 """
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
+from math import prod
+from typing import Literal, NamedTuple
+
 from vtoken import config, registry
-from vtoken.stages import Stage
+from vtoken.stages import Parts, Stage
 
 DEPTH, PARAMETERS = 28, 233e6  # of Qwen2.5-VL-7B's decoder, per layer
 FLOPS, BYTES = 600e12, 4.8e12  # a second: an H200 in bfloat16, dense matrices; its memory
 OVERHEAD = 2e-3  # seconds of every cut
 TEXT = 40  # tokens of the prompt that are none of the image's
-# Above it the pictures that a preset was published for would be left dense. Such a preset has no threshold; by this model it costs time.
-PUBLISHED = 1024
 FRAMES, LARGEST, STEP = 4, 8192, 16
-# Baselines are there to be compared with, and this exit has gates for one tiny model.
-LEFT_ALONE = ("none", "random", "uniform", "dyvte")
+TOWERS = {"qwen": 32, "": 24}  # layers of a vision tower, by what the preset is called
+EXITS = ("todre_exit",)  # whose plans count on nobody leaving: they are taken to leave, or they would cost no cut
+
+
+class Without(NamedTuple):
+    """Presets that have no threshold.
+
+    Attributes:
+        names: patterns of their names.
+        why: the reason.
+        unit: tokens, or LLaVA's pictures of 576, from which on they pay by this model; None where it says nothing about them.
+    """
+
+    names: tuple[str, ...]
+    why: str
+    unit: Literal["tokens", "pictures"] | None = "tokens"
+
+
+LLAVA = Without(
+    (
+        *(
+            f"{name}-*"
+            for name in ("cdpruner", "divprune", "fastervlm", "hired", "holov", "prumerge", "scope", "sparsevlm")
+        ),
+        *("todre-next-*", "visionzip-*", "vispruner-*", "vscan-*", "pyramiddrop-270"),
+    ),
+    "Renumbered positions and fixed crops go with LLaVAs only, whose pictures hold 576 tokens and more, cut 2 x 2 mostly 1152 and more.",
+)
+TOWER = "They act in the vision tower, before it is known which pictures share a prompt. "
+CROPS = Without(("flowcut-next-*",), TOWER + "A picture of LLaVA-NeXT in 5 crops holds 2880 tokens.")
+ENCODER = Without(
+    ("flowcut-64", "flowcut-128", "flowcut-192", "tome-*"),
+    TOWER
+    + "One picture at a time they save FLOPs and memory and, on an H200 by this model, cost time; pictures of a batch share most of it. Slower "
+    "devices need fewer: on a CPU one is enough for `flowcut` (measured, RESULTS).",
+    "pictures",
+)
+QWEN = Without(
+    ("flowcut-qwen-*",),
+    TOWER + "Prompts with fewer tokens save FLOPs and memory and, on an H200 by this model, cost time.",
+)
+MANY_CUTS = Without(
+    ("fitprune-*",),
+    "The authors' tables cut behind almost every layer of LLaVA-1.5-7B. On its 576 tokens they save FLOPs and memory and, by this model, cost "
+    "time; with a threshold they would never act on the picture they were made for.",
+)
+NOT_FOR_TIME = Without(("var_filter-7b",), "Drops a handful of tokens for the sake of the answer.")
+SPARSE = Without(
+    ("anchorattention-*", "flexprefill-*", "mminference-*", "proxyattn-*", "static_sparse-*", "xattention-*"),
+    "They go by the length of the prompt, text included: `min_len`.",
+    None,
+)
+CACHE = Without(
+    ("lookm-*", "snapkv-*", "zipvl-*"),
+    "Stages of site cache cost time when the prefill ends, and save memory and reading while decoding: they are not claimed to make prefill "
+    "faster. The attention of `zipvl` has its `min_len`.",
+    None,
+)
+WITHOUT = (
+    LLAVA,
+    CROPS,
+    ENCODER,
+    QWEN,
+    MANY_CUTS,
+    NOT_FOR_TIME,
+    SPARSE,
+    CACHE,
+    Without(("random-*", "uniform-*"), "Baselines: compared with others at any number of tokens."),
+    Without(("dymu-*-tiny-llava", "dyvte-tiny-llava"), "Only for the reference model, which is no 7B.", None),
+    Without(("none",), "The stock model.", None),
+)
 
 
 def seconds(tokens: list[int]) -> float:
@@ -27,45 +99,82 @@ def seconds(tokens: list[int]) -> float:
     return sum(max(2 * PARAMETERS * (n + TEXT) / FLOPS, 2 * PARAMETERS / BYTES) for n in tokens)
 
 
-def layers(stages: tuple[Stage, ...], side: int) -> tuple[list[int], int]:
-    """Visual tokens per layer of a video of FRAMES frames of side x side tokens, as the stages plan, and how often they cut."""
-    parts, counts, cuts, out = (((FRAMES, side, side),),), (FRAMES * side * side,), 0, []
-    bound = [stage.bound(DEPTH) for stage in stages]
+def layers(stages: tuple[Stage, ...], images: tuple[Parts, ...], tower: int) -> tuple[list[int], int]:
+    """Visual tokens per layer of the decoder, as the stages plan, and how often they cut."""
+    counts, row, cuts, out = tuple(sum(map(prod, parts)) for parts in images), (0,) * len(images), 0, []
+    for stage in (s.bound(tower) for s in stages if s.site == "encoder"):
+        for layer in stage.layers(tower):
+            if layer < tower - 1:  # LLaVA reads the features before the last layer
+                cuts, counts = cuts + 1, tuple(stage.plan(counts, images, row, layer))
+    bound = [stage.bound(DEPTH) for stage in stages if stage.site != "encoder"]
     for layer in (None, *range(DEPTH)):
         for stage in bound:
             if (stage.site == "tokens") == (layer is None) and (layer is None or layer in stage.layers(DEPTH)):
-                after = stage.plan(counts, parts, (0,), layer)
-                cuts, counts = cuts + (after != counts), tuple(after)
+                after = (0,) * len(images) if stage.name in EXITS else tuple(stage.plan(counts, images, row, layer))
+                cuts, counts = cuts + (after != counts), after
         if layer is not None:
-            out.append(counts[0])
+            out.append(sum(counts))
     return out, cuts
 
 
-def least(stages: tuple[Stage, ...]) -> int | None:
-    """The number from which on the pipeline pays, up to STEP; None if it never does, as far as its plans tell."""
+def pays(stages: tuple[Stage, ...], images: tuple[Parts, ...], tower: int) -> bool:
+    """Whether a pipeline takes less time than the dense model."""
+    after, cuts = layers(stages, images, tower)
+    return seconds(after) + OVERHEAD * cuts < seconds([sum(prod(grid) for parts in images for grid in parts)] * DEPTH)
+
+
+def least(stages: tuple[Stage, ...], tower: int = TOWERS[""]) -> int | None:
+    """The visual tokens from which on the pipeline pays, up to STEP, in a video of FRAMES square frames; None: it never does."""
     found = None
     for side in range(int((LARGEST / FRAMES) ** 0.5), 1, -1):
-        n = FRAMES * side * side
-        after, cuts = layers(stages, side)
-        if seconds(after) + OVERHEAD * cuts >= seconds([n] * DEPTH):
+        if not pays(stages, (((FRAMES, side, side),),), tower):
             break
-        found = n
+        found = FRAMES * side * side
     return None if found is None else -(-found // STEP) * STEP
 
 
+def pictures(stages: tuple[Stage, ...]) -> int | None:
+    """How many pictures of 576 tokens it takes."""
+    return next((n for n in range(1, 65) if pays(stages, (((1, 24, 24),),) * n, TOWERS[""])), None)
+
+
+def of(name: str) -> int | None:
+    """`least` of a preset."""
+    return least(config.load(name).stages, next(n for part, n in TOWERS.items() if part in name))
+
+
+def without(name: str) -> list[Without]:
+    """The entries that excuse a preset: none, or one."""
+    return [each for each in WITHOUT if any(fnmatch(name, pattern) for pattern in each.names)]
+
+
 def presets() -> dict[str, int | None]:
-    """Of those that may meet pictures of any size: renumbered positions and fixed crops go with LLaVA's 576 tokens and more."""
-    out = {}
-    for name in registry.presets():
-        pipeline = config.load(name)
-        sites = {stage.site for stage in pipeline.stages}
-        anywhere = pipeline.positions == "original" and pipeline.anyres == "model"
-        if anywhere and sites <= {"tokens", "decoder"} and not name.startswith(LEFT_ALONE):
-            out[name] = least(pipeline.stages)
-    return out
+    """What the presets that are not excused must carry."""
+    return {name: of(name) for name in registry.presets() if not without(name)}
+
+
+def paying(each: Without) -> str:
+    """From how many tokens or pictures on the presets of an entry pay."""
+    if each.unit is None:
+        return "–"
+    mine = [name for name in registry.presets() if each in without(name)]
+    found = [of(name) if each.unit == "tokens" else pictures(config.load(name).stages) for name in mine]
+    numbers = sorted({n for n in found if n is not None})
+    return (
+        f"{' to '.join(str(n) for n in dict.fromkeys((numbers[0], numbers[-1])))} {each.unit}" if numbers else "never"
+    )
+
+
+def tables() -> str:
+    """Both tables of docs/methods.md."""
+    by_number: dict[int | None, list[str]] = {}
+    for name, n in presets().items():
+        by_number.setdefault(n, []).append(f"`{name}`")
+    rows = [f"| {n} | {', '.join(by_number[n])} |" for n in sorted(by_number, key=lambda n: n or 0)]
+    excused = [f"| {', '.join(f'`{n}`' for n in e.names)} | {paying(e)} | {e.why} |" for e in WITHOUT]
+    head = ("| min_visual_tokens | presets |", "| --- | --- |")
+    return "\n".join([*head, *rows, "", "| presets without | pay from | why |", "| --- | --- | --- |", *excused])
 
 
 if __name__ == "__main__":
-    for name, n in presets().items():
-        note = " (none in the preset)" if n is not None and n > PUBLISHED else ""
-        print(f"{name:28} {'never, as far as its plan tells' if n is None else n}{note}")
+    print(tables())

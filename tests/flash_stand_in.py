@@ -1,6 +1,7 @@
 """A CPU stand-in for flash attention: the same 2D masks, the same tail reading, and it refuses what flash attention would misread.
 
 Real flash attention takes gaps in `position_ids` for packed sequences when a row is alone in its batch; the stand-in fails there.
+Arguments are ordered as a real one's: kvpress, once imported, hands dropout on by its place.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ NAME = "flash_stand_in"
 
 
 def attend(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **kwargs: Any
+    module: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout: float = 0.0,
+    *,
+    scaling: float,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     positions = kwargs.get("position_ids")
     if len(q) == 1 and q.shape[2] > 1 and positions is not None:

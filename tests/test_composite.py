@@ -19,7 +19,17 @@ NAME = "composite_stand_in"
 SEEN: dict[str, Any] = {}
 
 
-def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **kwargs: Any) -> Any:
+def attend(
+    module: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout: float = 0.0,
+    *,
+    scaling: float,
+    **kwargs: Any,
+) -> Any:
     """Attention under the mask, and among the prompt's visual tokens only to oneself in the layers of SEEN."""
     n, m = q.shape[2], k.shape[2]
     seen = torch.ones(n, m, dtype=torch.bool).tril(m - n) if mask is None else mask[..., :m]

@@ -245,11 +245,24 @@ def test_wrap_says_what_is_wrong(tmp_path):
         vtoken.wrap(torch.nn.Linear(2, 2), "none")
     with pytest.raises(UnsupportedError, match="Hugging Face"):
         vtoken.wrap("llava-hf/llava-1.5-7b-hf", "none")
-    with pytest.raises(UnsupportedError, match="LlavaForConditionalGeneration, got LlavaModel"):
-        vtoken.wrap(model.model, "none")
-    text_only = model.model.language_model
-    with pytest.raises(UnsupportedError, match="llama"):
-        vtoken.wrap(text_only, "none")
+
+
+@families
+def test_parts_of_a_vlm_are_told_from_the_whole(family):
+    model = tiny.make(family)
+    outer = model.model
+    for part in (outer, outer.language_model, registry.adapter(family)(model).tower, model.lm_head):
+        with pytest.raises(UnsupportedError, match="whole VLM") as error:
+            vtoken.wrap(part, "none")
+        assert type(part).__name__ in str(error.value)
+    vtoken.unwrap(vtoken.wrap(model, "none"))
+
+
+def test_a_vlm_of_another_family_is_no_part(monkeypatch):
+    model = tiny.llava()
+    monkeypatch.setattr(type(model.config), "model_type", "lava")
+    with pytest.raises(UnsupportedError, match="unknown model_type 'lava', did you mean 'llava'"):
+        vtoken.wrap(model, "none")
 
 
 def pixtral():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import flash_stand_in
@@ -217,10 +218,35 @@ def test_min_len_holds_row_by_row():
     batch = tiny.build(model, [[9, "img", 9], [1, "img", 30]], seed=3)
     with vtoken.wrapped(model, [Ladder(min_len=40)]):
         got = greedy(model, batch, **OPTIONS)
-        densities = [s.density for s in vtoken.trace(model).stages]
-    assert all(short == 1.0 > long for short, long in densities)
+        stages = vtoken.trace(model).stages
+    assert len(stages) == 4 and all(s.density[0] == 1.0 > s.density[1] for s in stages)
+    short = int(batch["attention_mask"][0].sum())
+    want = [f"the row has {short} tokens, fewer than min_len 40", None]
+    assert all(s.rows_aside == want and s.stood_aside is None for s in stages)
+    assert json.loads(json.dumps(stages[0].to_dict()))["rows_aside"] == want
     dense = greedy(model, batch, **OPTIONS)
     torch.testing.assert_close(torch.stack(got.logits)[:, 0], torch.stack(dense.logits)[:, 0], atol=1e-4, rtol=1e-4)
+
+
+def test_rows_below_both_thresholds():
+    """Row 0 is long and holds too few visual tokens, row 1 the other way round, row 2 is thinned."""
+    model = tiny.make("llava")
+    rows = [[60, "img", 9], [1, "img", "img", 2], [1, "img", 20, "img", 2]]
+    batch = tiny.build(model, rows, seed=3)
+    dense = greedy(model, batch, **OPTIONS)
+    few = "16 visual tokens are fewer than min_visual_tokens 32"
+    with vtoken.wrapped(model, {"min_visual_tokens": 32, "stages": [Ladder(min_len=40)]}):
+        got = greedy(model, batch, **OPTIONS)
+        for stage in vtoken.trace(model).stages:
+            assert stage.rows_aside == [few, "the row has 35 tokens, fewer than min_len 40", None]
+            assert [d == 1.0 for d in stage.density] == [True, True, False]
+        greedy(model, tiny.build(model, rows[:2], seed=3))
+        (stage,) = vtoken.trace(model).stages
+        assert stage.stood_aside == "the prompt has 35 tokens, fewer than min_len 40" and not stage.rows_aside
+        assert vtoken.trace(model).dense_rows == [0]
+    for row in (0, 1):
+        logits = [torch.stack(out.logits)[:, row] for out in (got, dense)]
+        torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 
 
 def test_other_reasons():

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import nn
+
+from vtoken import registry
 from vtoken.adapters.base import Adapter
 from vtoken.cached import CacheStage
 from vtoken.config import Pipeline
@@ -29,6 +34,22 @@ AT_SITE: dict[Site, set[str]] = {
     "attention": set(),
     "cache": set(),
 }
+
+
+def check_whole(model: Any) -> None:
+    """Refuses what is no model, or only a part of one.
+
+    Raises:
+        UnsupportedError: says what to wrap instead.
+    """
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise UnsupportedError(f"expected a Hugging Face model, the whole VLM, got {type(model).__name__}")
+    kind, known = getattr(model.config, "model_type", None), registry.adapters()
+    if kind not in (*known, *registry.REFUSED) and not hasattr(model.config, "vision_config"):
+        raise UnsupportedError(
+            f"{type(model).__name__} (model_type {kind!r}) is no VLM of a supported family; if it is a part of one, wrap the whole VLM, "
+            f"model and not model.model.language_model. Known: {', '.join(known)}; see vtoken/adapters/base.py to add a family"
+        )
 
 
 def check(adapter: Adapter, pipeline: Pipeline) -> None:

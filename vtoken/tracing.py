@@ -28,6 +28,7 @@ class StageTrace:
         backend: at site attention, what computed it: torch, triton or flex.
         frames: at site frames, per image, the frames that stayed (in Qwen models pairs of frames); an image is one.
         patches: at site frames, per image, the patches that the vision tower's layers see of it.
+        rows_aside: at site attention, per batch row: why it read everything while others did not, or None.
         densities: at site attention, per batch row: share of the causal blocks that was computed, head mean (scalars on the device).
     """
 
@@ -43,6 +44,7 @@ class StageTrace:
     backend: str | None = None
     clock: Callable[[], float] = field(default=lambda: 0.0, repr=False)
     densities: list[Tensor] = field(default_factory=list, repr=False)
+    rows_aside: list[str | None] = field(default_factory=list)
     frames: list[list[int]] = field(default_factory=list)
     patches: list[int] = field(default_factory=list)
 
@@ -68,6 +70,7 @@ class StageTrace:
             "milliseconds": self.milliseconds,
             "stood_aside": self.stood_aside,
             "density": self.density,
+            "rows_aside": self.rows_aside,
             "backend": self.backend,
             "frames": self.frames,
             "patches": self.patches,

@@ -34,7 +34,8 @@ def explain(cls: type[Stage], error: ValidationError) -> tuple[str, str]:
         return option, first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         return option, f"option {option!r} is missing: write {accepts(cls, option)}"
-    place = f"option {'.'.join(map(str, first['loc']))!r}"
+    # Where several types are accepted, pydantic puts the one it tried into the place.
+    place = f"option {'.'.join(str(part) for part in first['loc'] if '[' not in str(part))!r}"
     if first["type"] == "value_error":  # A validator's own words; a budget's end in what is accepted.
         message = first["msg"].removeprefix("Value error, ").removeprefix("keep: ").partition("; write a count")[0]
     else:

@@ -12,7 +12,7 @@ from torch import nn
 from vtoken import config, registry
 from vtoken.adapters.base import Adapter
 from vtoken.cached import CacheStage
-from vtoken.checks import check
+from vtoken.checks import check, check_whole
 from vtoken.config import Pipeline
 from vtoken.errors import UnsupportedError
 from vtoken.hooks import facts
@@ -137,8 +137,7 @@ def wrap(model: Any, pipeline: Any) -> Any:
             f"this model is wrapped already (pipeline {_SESSIONS[model].pipeline.name!r}); call vtoken.unwrap(model) first"
         )
     parsed = config.load(pipeline)
-    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-        raise UnsupportedError(f"expected a Hugging Face model, got {type(model).__name__}")
+    check_whole(model)
     _SESSIONS[model] = Session(model, parsed)
     return model
 

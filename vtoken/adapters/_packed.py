@@ -26,7 +26,8 @@ class Packed(Adapter):
         outer: Any = getattr(model, "model", None)
         if not (hasattr(outer, "visual") and hasattr(outer, "language_model")):
             raise UnsupportedError(
-                f"expected a {self.model_type} model with its language-model head (…ForConditionalGeneration), got {type(model).__name__}"
+                f"expected a {self.model_type} model with its language-model head (…ForConditionalGeneration), got {type(model).__name__}; "
+                "wrap the whole VLM, model and not model.model"
             )
         self.model, self.outer = model, outer
         self.lm, self.tower = outer.language_model, outer.visual

@@ -18,7 +18,9 @@ class Padded(Adapter):
     def __init__(self, model: Any) -> None:
         config = model.config
         if not hasattr(getattr(model, "model", None), "multi_modal_projector"):
-            raise UnsupportedError(f"expected a {self.expects}, got {type(model).__name__}")
+            raise UnsupportedError(
+                f"expected a {self.expects}, got {type(model).__name__}; wrap the whole VLM, model and not model.model"
+            )
         vision = config.vision_config
         if vision.model_type not in TOWERS:
             raise UnsupportedError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
+from vtoken.compressors import _duo
 from vtoken.reading import Prompt, Reads, SparseAttention, causal, everything
 from vtoken.stages import uploaded
 
@@ -16,6 +17,8 @@ class StaticSparse(SparseAttention):
     """A streaming head reads the first `sink` tokens and the latest `window`, in whole blocks; the last `last` queries of the prompt
     read everything (tri-shape). Without `gates` all heads stream (A-shape). With `gates`, one number per decoder layer and key
     head as DuoAttention learns them, the share `sparsity` of all key heads with the lowest numbers stream, with their query heads.
+    They may stand in a file: JSON, or the authors' full_attention_heads.tsv, whose sink_size and recent_size (config.json beside it)
+    go into `sink` and `window`.
 
     Streaming throughout prefill loses what lies between: A-shape finds 44 of 100 needles in video where full attention finds 98
     (MMInference's V-NIAH). The cache stays whole and decoding reads all of it, where DuoAttention keeps less for streaming heads.
@@ -26,41 +29,57 @@ class StaticSparse(SparseAttention):
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.10819"
     deviations: ClassVar[str] = (
         "Prefill only: the cache of streaming heads is not shortened. A query block reads every block that its window touches, "
-        "up to one more than the window holds. Published gates are those of text models; none is shipped."
+        "up to one more than the window holds. Of equal gates those of the first layers stream; the authors draw. "
+        "Published gates are those of text models; none is shipped."
     )
 
     sink: int = Field(default=128, ge=0, description="first tokens that are always read")
     window: int = Field(default=4096, ge=1, description="latest tokens that a query reads, itself included")
     last: int = Field(default=0, ge=0, description="queries at the end of the prompt that read everything")
-    gates: tuple[tuple[float, ...], ...] | None = Field(
-        default=None, description="per decoder layer, one number per key head: low ones stream"
+    gates: _duo.Gates | str | None = Field(
+        default=None,
+        description="per decoder layer, one number per key head: low ones stream; or a file of them, .json or .tsv",
     )
     sparsity: float = Field(default=0.5, ge=0, le=1, description="share of key heads that stream, given gates")
     size: Literal[16, 32, 64, 128, 256] = Field(default=128, description="tokens of a block")
 
-    @model_validator(mode="after")
-    def _rectangular(self) -> Self:
-        if self.gates is not None and (len({len(row) for row in self.gates}) != 1 or not self.gates[0]):
-            raise ValueError("gates must hold equally many numbers for every layer, one per key head")
-        return self
+    @field_validator("gates")
+    @classmethod
+    def _readable(cls, gates: _duo.Gates | str | None) -> _duo.Gates | str | None:
+        if isinstance(gates, str):
+            _duo.read(gates)
+        elif gates is not None:
+            _duo.check(gates, "gates")
+        return gates
+
+    def table(self) -> _duo.Gates | None:
+        """The gates, wherever they are written."""
+        return _duo.read(self.gates) if isinstance(self.gates, str) else self.gates
 
     def misfit(self, depth: int, width: int) -> str:
-        if self.gates is None or len(self.gates) == depth:
+        gates = self.table()
+        if gates is None or len(gates) == depth:
             return ""
-        return f"gates are for {len(self.gates)} decoder layers, this model has {depth}; learn them on it, or leave them out"
+        return self._other(f"{len(gates)} decoder layers", depth)
 
     def misfit_heads(self, heads: int, key_heads: int, width: int) -> str:
-        if self.gates is None or len(self.gates[0]) == key_heads:
+        gates = self.table()
+        if gates is None or len(gates[0]) == key_heads:
             return ""
-        return f"gates are for {len(self.gates[0])} key heads in a layer, this model has {key_heads}; learn them on it, or leave them out"
+        return self._other(f"{len(gates[0])} key heads in a layer", key_heads)
+
+    def _other(self, told: str, here: int) -> str:
+        of = f"the gates {self.gates!r}" if isinstance(self.gates, str) else "gates"
+        return f"{of} are for {told}, this model has {here}; learn them on it, or leave them out"
 
     def streams(self, layer: int) -> tuple[bool, ...] | None:
         """Which key heads of a layer stream; None: all of them."""
-        if self.gates is None:
+        gates = self.table()
+        if gates is None:
             return None
-        order = sorted((gate, k, h) for k, row in enumerate(self.gates) for h, gate in enumerate(row))
+        order = sorted((gate, k, h) for k, row in enumerate(gates) for h, gate in enumerate(row))
         chosen = {(k, h) for _, k, h in order[: int(self.sparsity * len(order) + 0.5)]}
-        return tuple((layer, h) in chosen for h in range(len(self.gates[layer])))
+        return tuple((layer, h) in chosen for h in range(len(gates[layer])))
 
     def reads(self, prompt: Prompt) -> Reads:
         n, device = prompt.length, prompt.q.device

@@ -100,7 +100,7 @@ class Prefill(Flow):
             added so far.
         tail: tokens after the last prompt token: drafts or an answer, whose logits are asked for too.
         changed: something was dropped or merged.
-        least: visual tokens below which a row runs dense; `spared` are those rows, `aside` why no stage acts at all, or None.
+        least: visual tokens below which a row runs dense; `spared` says why of those rows, `aside` why no stage acts at all, or None.
         records: slot maps to commit to the cache when the forward ends; shrunk: what a cache stage left of each layer.
         project: makes embeddings of features, where the family's projector takes tokens one by one.
     """
@@ -126,10 +126,14 @@ class Prefill(Flow):
         newlines = self.located.newlines
         self.newlines = self.new.new_ones(0 if newlines is None else len(newlines.line))
         held = self.started.per_row(len(self.counts))
-        self.spared = frozenset(row for row, n in enumerate(held) if n < self.least)
+        self.spared = {
+            row: f"{n} visual tokens are fewer than min_visual_tokens {self.least}"
+            for row, n in enumerate(held)
+            if n < self.least
+        }
         self.aside: str | None = None
-        if self.spared.issuperset(self.started.row) and self.spared:
-            self.aside = f"{max(held)} visual tokens are fewer than min_visual_tokens {self.least}"
+        if self.spared and self.spared.keys() >= set(self.started.row):
+            self.aside = self.spared[held.index(max(held))]
 
     def decide(
         self,

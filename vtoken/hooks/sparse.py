@@ -77,15 +77,15 @@ class SparsePrefill:
                 flow.trace.stages.append(aside_of(stage, flow.visual, reason))
             return original()
         scale = kwargs.get("scaling") or q.shape[-1] ** -0.5
-        rows = [_row(x, flow) for x in (q, k, v)]
+        rows, asides = [_row(x, flow) for x in (q, k, v)], _asides(flow, stage)
         with torch.no_grad(), Clock(q.device) as clock:
             chosen = [
-                self._choose(stage, flow, row, q, k, scale, module)
+                self._choose(stage, flow, row, q, k, scale, module) if asides[row] is None else _whole(flow, q)
                 for row, (q, k) in enumerate(zip(*rows[:2], strict=True))
             ]
         trace = trace_of(stage, flow.visual.lengths, flow.visual.lineage, clock, module.layer_idx)
         # Counted now: left for the reader of the trace, maps of all layers would be held (28 heads, 128k tokens: 29 MB each).
-        trace.densities = [reads.density() for reads in chosen]
+        trace.densities, trace.rows_aside = [reads.density() for reads in chosen], asides
         trace.backend = ", ".join(sorted({reads.backend(*qkv) for reads, *qkv in zip(chosen, *rows, strict=True)}))
         flow.trace.stages.append(trace)
         out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
@@ -98,9 +98,7 @@ class SparsePrefill:
         self, stage: SparseAttention, flow: Prefill, row: int, q: Tensor, k: Tensor, scale: float, module: Any
     ) -> Reads | Among:
         """What the queries of one row read; drafts and answers behind its prompt have no say in it."""
-        n, heads, layer = q.shape[1] - flow.tail, len(q), module.layer_idx
-        if n < max(1, stage.min_len) or row in flow.spared:
-            return Reads(SIZE, everything(heads, n, n, SIZE, q.device))
+        n, layer = q.shape[1] - flow.tail, module.layer_idx
         image, place, known = self._layout(flow, q.device)
         image, place = (x[row, -q.shape[1] :][:n] for x in (image, place))
         probe = Probe(q[:, :n], k[:, :n], scale, 0 if self.also is None else self.also(flow, row))
@@ -141,7 +139,7 @@ class SparsePrefill:
         found = [name for name in UNUSUAL if kwargs.get(name) is not None]
         if found or not getattr(module, "is_causal", True):
             return f"this layer's attention is not plain causal attention ({', '.join(found) or 'is_causal is False'})"
-        longest = max(flow.counts) - flow.tail
+        longest = max(n for row, n in enumerate(flow.counts) if row not in flow.spared) - flow.tail
         if longest < stage.min_len:
             return f"the prompt has {longest} tokens, fewer than min_len {stage.min_len}"
         if not self._left_padded(flow):
@@ -167,6 +165,19 @@ def _row(x: Tensor, flow: Prefill) -> list[Tensor]:
     """[H, n, d] of every row: what stands in the slots of this prefill (a static cache has more), without padding."""
     width = flow.index.shape[1]
     return [each[:, width - n : width] for each, n in zip(x, flow.counts, strict=True)]
+
+
+def _asides(flow: Prefill, stage: SparseAttention) -> list[str | None]:
+    """Why rows read everything while others do not; None: they do not."""
+    least, lengths = max(1, stage.min_len), [n - flow.tail for n in flow.counts]
+    short = [f"the row has {n} tokens, fewer than min_len {least}" if n < least else None for n in lengths]
+    return [flow.spared.get(row, why) for row, why in enumerate(short)]
+
+
+def _whole(flow: Prefill, q: Tensor) -> Reads:
+    """What a row reads that no stage thins."""
+    n = q.shape[1] - flow.tail
+    return Reads(SIZE, everything(len(q), n, n, SIZE, q.device))
 
 
 def _attention(reads: Reads | Among, qkv: Sequence[Tensor], scale: float, tail: int) -> Tensor:

@@ -1,0 +1,72 @@
+"""How many operations a stage adds to a prefill, the decision included: what a host has to launch. `python benchmarks/operations.py`
+
+One picture of 576 tokens, a tower of 24 layers as in LLaVA-1.5 and a decoder of 4, narrow and with random weights: the numbers depend on
+neither width nor machine.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+import vtoken
+
+IMAGE, TOKENS, TEXT = 3, 576, 40
+PIPELINES: dict[str, Any] = {
+    "uniform:64": "uniform:64",
+    "fastervlm:64": "fastervlm:64",
+    "fastv, one cut": [{"fastv": {"keep": 300, "layer": 1}}],
+    "fastv, two cuts": [{"fastv": {"keep": 300, "layer": 1}}, {"fastv": {"keep": 64, "layer": 2}}],
+    "fitprune, one cut": [{"fitprune": {"table": [100, 0, 0, 0]}}],
+    "fitprune, three cuts": [{"fitprune": {"table": [100, 100, 100, 0]}}],
+    "flowcut:64, 22 layers": "flowcut:64",
+    "tome:r=16, 23 layers": "tome:r=16",
+    "snapkv:64, 4 layers": "snapkv:64",
+    "lookm-20, 4 layers": "lookm-20",
+}
+
+
+class Count(TorchDispatchMode):
+    """Counts what torch dispatches."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def model() -> Any:
+    small = {"num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 64}
+    vision = {"model_type": "clip_vision_model", "num_hidden_layers": 24, "image_size": 336, "patch_size": 14, **small}
+    text = {"model_type": "llama", "num_hidden_layers": 4, "vocab_size": 8, "max_position_embeddings": 1024, **small}
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
+    ).eval()
+
+
+def operations(model: Any, pipeline: Any) -> int:
+    """Of a second prefill."""
+    ids = torch.tensor([[1] * (TEXT // 2) + [IMAGE] * TOKENS + [2] * (TEXT // 2)])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.zeros(1, 3, 336, 336)}
+    with vtoken.wrapped(model, pipeline), torch.no_grad():
+        model(**batch, use_cache=True)
+        with Count() as count:
+            model(**batch, use_cache=True)
+    return count.calls
+
+
+def main() -> None:
+    stock = model()
+    dense = operations(stock, "none")
+    print(f"| pipeline | operations besides the {dense} of dense |\n| --- | ---: |")
+    for name, pipeline in PIPELINES.items():
+        print(f"| {name} | {operations(stock, pipeline) - dense} |")
+
+
+if __name__ == "__main__":
+    main()

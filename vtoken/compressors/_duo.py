@@ -1,0 +1,56 @@
+"""DuoAttention's gates: one number per decoder layer and key head, written out or in a file."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+Gates = tuple[tuple[float, ...], ...]
+
+
+def read(name: str) -> Gates:
+    """The numbers of a file, read anew when it changes.
+
+    Raises:
+        ValueError: there is no such file, or it holds something else.
+    """
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(
+            f"no file {name!r}; take a path to JSON [[...], ...] or to the authors' full_attention_heads.tsv"
+        )
+    return _read(str(path), path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=32)
+def _read(path: str, changed: int) -> Gates:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        lines = [line.split("\t") for line in text.splitlines() if line.strip()]
+        rows = [[float(word) for word in line] for line in lines] if path.endswith(".tsv") else json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no JSON: {error}; tables with tabs must be called .tsv") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no table of numbers with tabs between them: {error}") from None
+    check(rows, path)
+    return tuple(tuple(map(float, row)) for row in rows)
+
+
+def check(rows: Any, what: str) -> None:
+    """Refuses what is not a number for every key head of every layer.
+
+    Raises:
+        ValueError: names `what`.
+    """
+    if not isinstance(rows, (list, tuple)) or not all(isinstance(row, (list, tuple)) for row in rows):
+        raise ValueError(f"{what} must hold a list per decoder layer, [[0.1, 0.9], [0.4, 0.2], ...]")
+    odd = [x for row in rows for x in row if type(x) not in (int, float) or not isfinite(x)]
+    if odd:
+        raise ValueError(f"{what} must hold finite numbers, not {odd[0]!r}")
+    widths = sorted({len(row) for row in rows})
+    if len(widths) != 1 or not widths[0]:
+        found = f"layers of {' and '.join(map(str, widths))}" if widths else "no layers"
+        raise ValueError(f"{what} must hold equally many numbers for every layer, one per key head, not {found}")
