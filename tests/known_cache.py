@@ -107,8 +107,7 @@ def lookm():
 def the_merges(x, stage):
     for merge in ("averaged", "pivotal", "weighted"):
         found = stage(keep=2, merge=merge).compress(x)
-        for values in (x.keys, x.values):
-            got = found.apply(values)
+        for values, got in zip((x.keys, x.values), found.apply(x.keys, x.values), strict=True):
             for h in range(2):
                 kept = found.index[h].tolist()
                 near = {}
