@@ -50,7 +50,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(_dispatch.triton is None, reason="triton is not installed")
 def test_a_new_length_compiles_nothing_new() -> None:
-    """Sparse attention and what chooses for it, on prompts of lengths that triton would tell apart: 1, multiples of 16, and others."""
+    """Sparse attention, what chooses for it, and cuts of the cache, on prompts of lengths that triton would tell apart: 1, multiples of 16, and others."""
     code = """
 import contextlib, compile, torch
 from triton.runtime import driver
@@ -67,12 +67,15 @@ for n in (160, 1, 100, 33):
     read = torch.ones(2, tiles, tiles, dtype=torch.bool)
     ops()["row_maxima"].launch(q, q, read, 1.0, 16)
     ops()["block_sparse_attention"].launch(q, q, q, read, 1.0, 16, torch.zeros(2, tiles, n, dtype=torch.int32))
+    ops()["probe_sums"].launch(q[None, :, -max(1, n // 2) :], q[None], 1.0, recent=max(1, n // 4))
+    ops()["pooled_scores"].launch(q[None], q[None], 16, 1.0)
+    ops()["gather_cache"].launch(q[None], torch.zeros(1, 2, max(1, n // 2), dtype=torch.int64))
     counts.append(len(recorder.found))
 print(counts)
 """
     env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}"}
     child = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert child.stdout == "[4, 4, 4, 4]\n", child.stdout + child.stderr
+    assert child.stdout == "[10, 10, 10, 10]\n", child.stdout + child.stderr
 
 
 def test_a_part_that_is_slow_costs_only_itself(tmp_path: Path) -> None:

@@ -38,18 +38,18 @@ def _gather(cache: Tensor, index: Tensor) -> Tensor:
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["kept"])
     def _copy(  # type: ignore[no-untyped-def]
-        sources, outputs, strides, widths, index, index_strides, heads, kept, TILE: tl.constexpr, WIDTHS: tl.constexpr
-    ):
-        """Program (tile of positions, batch row and head, tensor)."""
+        sources, outputs, strides, widths, index, heads, kept,
+        TILE: tl.constexpr, WIDTHS: tl.constexpr, ALIKE: tl.constexpr,
+    ):  # fmt: skip
+        """Program (tile of positions, batch row and head, tensor). ALIKE: one list of positions for all heads of a row."""
         slot = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
         pair = tl.program_id(1).to(tl.int64)
         row = pair // heads
         head = pair % heads
         inside = slot < kept
-        start = index + row * index_strides[0] + head * index_strides[1]
-        position = tl.load(start + slot * index_strides[2], mask=inside, other=0).to(tl.int64)
+        position = tl.load(index + (row if ALIKE else pair) * kept + slot, mask=inside, other=0).to(tl.int64)
         for which in tl.static_range(len(sources)):
             if tl.program_id(2) == which:
                 column = tl.arange(0, WIDTHS[which])
@@ -70,8 +70,8 @@ def _launch(group: Sequence[Tensor], index: Tensor) -> list[Tensor]:
         with torch.cuda.device_of(index):  # triton launches on the current device
             _copy[(-(-kept // TILE), batch * heads, len(group))](
                 tuple(bits), tuple(t.view(b.dtype) for t, b in zip(taken, bits, strict=True)),
-                tuple(b.stride() for b in bits), widths, index, index.expand(batch, heads, -1).stride(), heads, kept,
-                TILE=TILE, WIDTHS=tuple(triton.next_power_of_2(max(1, d)) for d in widths),
+                tuple(b.stride() for b in bits), widths, index.contiguous(), heads, kept,
+                TILE=TILE, WIDTHS=tuple(triton.next_power_of_2(max(1, d)) for d in widths), ALIKE=index.shape[1] < heads,
             )  # fmt: skip
     return taken
 

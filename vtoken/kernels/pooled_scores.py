@@ -51,7 +51,7 @@ def _means(x: Tensor, block: int, start: Tensor) -> tuple[Tensor, Tensor]:
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["tokens", "shift"])
     def _pool(  # type: ignore[no-untyped-def]
         x, padding, heads, tokens, shift, d, block, strides, means,
         PADDED: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr,
@@ -88,7 +88,7 @@ if triton is not None:
         seen = seen & ((column < key_blocks) & (tl.minimum(column * block + block, keys) > start))[None, :]
         return tl.where(seen, tl.dot(rows, columns, input_precision="ieee") * scale, float("-inf"))
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["query_blocks", "key_blocks", "queries", "keys"])
     def _scores(  # type: ignore[no-untyped-def]
         q_means, k_means, padding, heads, groups, query_blocks, key_blocks, queries, keys, d, block, scale, result,
         PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr,

@@ -98,7 +98,7 @@ if triton is not None:
         seen = (key[None, :] <= (keys - last + row)[:, None]) & (key >= start)[None, :] & (row < last)[:, None]
         return tl.where(seen, tl.dot(a, b, input_precision="ieee") * scale, float("-inf")), row
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["last", "keys"])
     def _log_sums(  # type: ignore[no-untyped-def]
         q, k, padding, heads, groups, last, keys, d, scale, q_strides, k_strides, log_sums,
         PADDED: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, SPLIT: tl.constexpr,
@@ -126,7 +126,7 @@ if triton is not None:
         slot = (tl.program_id(1).to(tl.int64) * tl.num_programs(2) + pair) * last + row
         tl.store(log_sums + slot, tl.where(total > 0, top + tl.log2(total), float("-inf")), mask=row < last)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["last", "keys", "recent"])
     def _sums(  # type: ignore[no-untyped-def]
         q, k, padding, heads, groups, last, keys, d, scale, q_strides, k_strides, log_sums, vertical, late, diagonals, recent,
         PADDED: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, RECENT: tl.constexpr,
@@ -163,7 +163,7 @@ if triton is not None:
         if RECENT:
             tl.store(late + pair * keys + key, of_recent, mask=key < keys)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["last", "keys"])
     def _slashes(diagonals, last, keys, slash, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
         """Program (tile of distances, batch row and head): adds up the tiles that each distance crosses, two per tile of
         queries."""
