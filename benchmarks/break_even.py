@@ -74,9 +74,14 @@ SPARSE = Without(
     None,
 )
 CACHE = Without(
-    ("lookm-*", "snapkv-*", "zipvl-*"),
+    ("lookm-*", "snapkv-*", "zipvl-9*"),
     "Stages of site cache cost time when the prefill ends, and save memory and reading while decoding: they are not claimed to make prefill "
     "faster. The attention of `zipvl` has its `min_len`.",
+    None,
+)
+BITS = Without(
+    ("zipvl-4-2-bits",),
+    "Saves memory, not time: every decode step works the cache out anew (on a CPU 13 to 27 % slower per token, RESULTS).",
     None,
 )
 WITHOUT = (
@@ -88,6 +93,7 @@ WITHOUT = (
     NOT_FOR_TIME,
     SPARSE,
     CACHE,
+    BITS,
     Without(("random-*", "uniform-*"), "Baselines: compared with others at any number of tokens."),
     Without(("dymu-*-tiny-llava", "dyvte-tiny-llava"), "Only for the reference model, which is no 7B.", None),
     Without(("none",), "The stock model.", None),

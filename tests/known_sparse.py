@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vtoken import registry
-from vtoken.compressors._lists import listed
+from vtoken.compressors._singles import listed
 from vtoken.reading import Prompt, Rope
 
 NO_IMAGES = torch.full((4096,), -1)

@@ -130,6 +130,8 @@ def test_refusals():
         {"read": read[:, :2]},
         {"rows": torch.zeros(2, 60, dtype=torch.int32)},
         {"of": torch.zeros(2, dtype=torch.int32)},
+        {"columns": torch.zeros(1, 3, 4, dtype=torch.int32)},
+        {"columns": torch.zeros(2, 2, 4, dtype=torch.int32)},
     ):
         with pytest.raises(ValueError, match=r"need|must be"):
             block_sparse_attention(**{"q": x, "k": x, "v": x, "read": read, "scale": 1.0, "size": 16, **arguments})

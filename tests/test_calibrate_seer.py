@@ -11,7 +11,7 @@ from known_sparse import heads_of, prompt
 
 import vtoken
 from vtoken.cli import main
-from vtoken.compressors._seer import gate, header, logits, pooled
+from vtoken.compressors._seer import header, logits, matrices, pooled
 from vtoken.evals import reference, samples, seer
 
 
@@ -108,7 +108,7 @@ def test_calibrate_prints_a_table(tmp_path, capsys):
     out = capsys.readouterr().out
     assert [line.split()[1] for line in out.splitlines() if line.startswith("│")] == list("0123")
     assert "of the blocks at threshold 0.002, on 1 prompts kept back" in out
-    assert gate(str(file), 3, torch.device("cpu")).dtype == torch.bfloat16, "as the model"
+    assert matrices(str(file))[3].dtype == torch.bfloat16, "as the model"
     assert header(str(file)).size == 64
 
 

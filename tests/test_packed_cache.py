@@ -185,21 +185,6 @@ def test_an_answer_that_is_scored(family):
 
 
 @some
-def test_crops_of_the_whole_cache(family):
-    """Into the tail, and on into what was packed, whose tokens are all there."""
-    model = tiny.make(family)
-    batch = tiny.build(model, ROWS[:2], seed=3)
-
-    def run():
-        cache = greedy(model, batch, 5, **OPTIONS).past_key_values
-        cache.crop(-6)
-        return cache.get_seq_length(), cache.layers[3].keys
-
-    (length, got), (wide, want) = both(model, run)
-    assert length == wide == batch["input_ids"].shape[1] - 2 and torch.equal(got, want)
-
-
-@some
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_and_stages_before(family, dtype):
     model = tiny.make(family).to(dtype)
@@ -286,7 +271,7 @@ def test_what_is_generated_in_batches_and_turns(family):
     """Rows decide as they do alone; the row without an image stays as it is; copies of a prompt have answers of their own."""
     model = tiny.make(family)
     batch = tiny.build(model, ROWS, seed=3)
-    stage, _ = later(every=3)
+    stage, calls = later(every=3)
     with vtoken.wrapped(model, [stage]):
         together = greedy(model, batch, 8, **OPTIONS)
         for row in range(3):
@@ -301,8 +286,10 @@ def test_what_is_generated_in_batches_and_turns(family):
         # A text turn, padded, then more of the same.
         turn = tiny.build(model, [[5], [2], [3]], seed=9)
         whole, _ = conversation(model, batch, turn, together.sequences)
+        calls.clear()
         ahead = greedy(model, second(model, whole, turn), 8, past_key_values=together.past_key_values, **OPTIONS)
         assert bool(torch.stack(ahead.logits).isfinite().all()) and len(ahead.past_key_values.layers[1].blocks) > 4
+        assert calls and all(layer.at.stop <= layer.keys.shape[1] for layer, _ in calls)
 
 
 @some
@@ -316,9 +303,11 @@ def test_beams_and_drafts_with_what_is_generated(family):
         assert len(calls) == 2 * 4 * 3, "each beam its own"
         calls.clear()
         drafted = greedy(model, batch, 8, assistant_model=tiny.make(family), **OPTIONS)
-        assert calls and all(len(asked.at) == 3 for asked, _ in calls)
+        n = batch["input_ids"].shape[1]
+        found = [asked.at for asked, _ in calls if asked.layer == 0]
+        assert found == [range(n, n + 3), range(n + 3, n + 6)][: len(found)] and found, "each token once, in order"
         held = drafted.past_key_values.layers[0]
-        assert held.get_seq_length() == batch["input_ids"].shape[1] + 7
+        assert held.get_seq_length() == n + 7
 
 
 def test_never_costs_nothing():

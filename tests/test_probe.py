@@ -104,8 +104,8 @@ def test_sharing_saves_the_second_pass_and_changes_nothing(family, name, passes,
     each = [heads if next(iter(stage)).startswith("zipvl") else 1 for stage in stages]
     monkeypatch.setattr(probe, "same", lambda a, b: False)
     apart = run(model, batch, stages)
-    # Rows with pictures are shrunk, all three are thinned (unless they are read whole).
-    thinned, shrunk = (0 if name == "a prompt read whole" else 3) * each[0], 2 * each[1]
+    # The two rows with pictures are shrunk, and thinned (unless they are read whole).
+    thinned, shrunk = (0 if name == "a prompt read whole" else 2) * each[0], 2 * each[1]
     assert len(passes) - together == 4 * (thinned + shrunk)
     assert together == 4 * (thinned + (0 if name in SHARE else shrunk))
     assert all(s.stood_aside is None for s in trace.stages)

@@ -228,6 +228,22 @@ def test_min_len_holds_row_by_row():
     torch.testing.assert_close(torch.stack(got.logits)[:, 0], torch.stack(dense.logits)[:, 0], atol=1e-4, rtol=1e-4)
 
 
+def test_rows_without_pictures_are_left_alone():
+    """As they are in a batch of their own."""
+    model = tiny.make("llava")
+    batch = tiny.build(model, [[40, "img", 9], [80]], seed=3)
+    with vtoken.wrapped(model, [Ladder(min_len=0)]):
+        got = greedy(model, batch, **OPTIONS)
+        for stage in vtoken.trace(model).stages:
+            assert stage.rows_aside == [None, "the row has no image"] and stage.density[1] == 1.0 > stage.density[0]
+    with vtoken.wrapped(model, [Ladder(min_len=70)]):
+        greedy(model, batch, 1)
+        (stage,) = vtoken.trace(model).stages
+        assert stage.stood_aside == "the prompt has 65 tokens, fewer than min_len 70", "the text's 80 do not count"
+    dense = greedy(model, batch, **OPTIONS)
+    torch.testing.assert_close(torch.stack(got.logits)[:, 1], torch.stack(dense.logits)[:, 1], atol=1e-4, rtol=1e-4)
+
+
 def test_rows_below_both_thresholds():
     """Row 0 is long and holds too few visual tokens, row 1 the other way round, row 2 is thinned."""
     model = tiny.make("llava")
@@ -300,6 +316,15 @@ def test_layers_are_shared_out():
         def reads(self, prompt):
             return Reads(16, torch.ones(4, 1, 1, dtype=torch.bool))
 
+    class Odd(SparseAttention):
+        name = "bad"
+        min_len: int = 0
+        more: dict
+
+        def reads(self, prompt):
+            n = prompt.length
+            return Reads(16, everything(4, n, n, 16, prompt.q.device), **self.more)
+
     for stages, message in (
         ([Ladder(), Everything()], "both thin the attention of decoder layer 0"),
         ([Ladder(dense_layers=(4,))], "layers 0 to 3"),
@@ -320,6 +345,16 @@ def test_layers_are_shared_out():
         vtoken.wrap(tiny.make("llava", hidden_size=32, head_dim=512), [Ladder()])
     with vtoken.wrapped(model, [Bad()]), pytest.raises(ValueError, match="returned blocks"):
         greedy(model, batch, 1)
+    lists = torch.zeros(4, 1, 3, dtype=torch.int32)
+    for more, words in (
+        ({"columns": lists[:1]}, r"need \[H, lists, keys\] of 4 heads"),
+        ({"columns": lists}, "with share 1: need lists for"),
+        ({"columns": lists, "of": torch.zeros(1, dtype=torch.int32)}, "need the list of each of"),
+        ({"dense": torch.zeros(4, 1, dtype=torch.bool)}, "dense .* must be bool"),
+        ({"own": torch.zeros(1)}, "own .* must be bool"),
+    ):
+        with vtoken.wrapped(model, [Odd(more=more)]), pytest.raises(ValueError, match=f"stage bad returned .*{words}"):
+            greedy(model, batch, 1)
     assert torch.equal(greedy(model, batch), greedy(model, batch))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import lru_cache
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ Gates = tuple[tuple[float, ...], ...]
 
 
 def read(name: str) -> Gates:
-    """The numbers of a file, read anew when it changes.
+    """The numbers of a file.
 
     Raises:
         ValueError: there is no such file, or it holds something else.
@@ -22,20 +21,16 @@ def read(name: str) -> Gates:
         raise ValueError(
             f"no file {name!r}; take a path to JSON [[...], ...] or to the authors' full_attention_heads.tsv"
         )
-    return _read(str(path), path.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=32)
-def _read(path: str, changed: int) -> Gates:
+    table = path.suffix == ".tsv"
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
         lines = [line.split("\t") for line in text.splitlines() if line.strip()]
-        rows = [[float(word) for word in line] for line in lines] if path.endswith(".tsv") else json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no JSON: {error}; tables with tabs must be called .tsv") from None
+        rows = [[float(word) for word in line] for line in lines] if table else json.loads(text, parse_int=float)
     except ValueError as error:
-        raise ValueError(f"{path} is no table of numbers with tabs between them: {error}") from None
-    check(rows, path)
+        what = "table of numbers with tabs between them" if table else "JSON"
+        more = "" if table else "; tables with tabs must be called .tsv"
+        raise ValueError(f"{path} is no {what}: {error}{more}") from None
+    check(rows, str(path))
     return tuple(tuple(map(float, row)) for row in rows)
 
 

@@ -68,11 +68,11 @@ def match(metric: Tensor, order: Tensor, held: Sequence[int], lead: int = 0) -> 
 
 
 def _taken(held: Sequence[int], first: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which of the [S x width] seats of one side, every second token from `first` on, are taken, and packed offsets of them."""
+    """Which of the [S x width] seats of one side, every second token from `first` on, are taken, and packed offsets of them, on the host."""
     rows, columns = seats(held, torch.device("cpu"))
     mine = columns % 2 == first
     seat = rows[mine] * width + columns[mine] // 2
-    return seat.to(device, non_blocking=True), offsets_of([(n + 1 - first) // 2 for n in held], device)
+    return seat.to(device, non_blocking=True), offsets_of([(n + 1 - first) // 2 for n in held], rows.device)
 
 
 def merge(pairs: Pairs, held: Sequence[int], taken: Sequence[int]) -> Merged:

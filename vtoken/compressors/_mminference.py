@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vtoken.compressors._blocks import best, per_head
-from vtoken.compressors._lists import listed
+from vtoken.compressors._singles import listed
 from vtoken.kernels import probe_sums
 from vtoken.probe import last_rows
 from vtoken.reading import Prompt

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple
@@ -51,41 +50,42 @@ def header(name: str) -> Header:
         raise ValueError(
             f"no file {name!r}; `vtoken calibrate seerattention MODEL --data DATA -o FILE` trains gates for a model"
         )
-    return _header(str(path), path.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=32)
-def _header(path: str, changed: int) -> Header:
-    if path.endswith(".pth"):
+    if path.suffix == ".pth":
         gates = _theirs(path)
         heads, _, width = gates[0].shape
         return Header(len(gates), heads, 0, width, THEIR_SIZE)
     try:
         with safe_open(path, "pt") as file:
-            told = file.metadata() or {}
+            told, shapes = file.metadata() or {}, {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file: {error}") from None
     if told.get("format") != FORMAT:
         raise ValueError(
             f"{path} holds no gates of `vtoken calibrate seerattention` (format {told.get('format')!r}, not {FORMAT!r})"
         )
-    found = Header(*(int(told[key]) for key in Header._fields))
+    try:
+        found = Header(*(int(told[key]) for key in Header._fields))
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} does not say what its gates are for: {error!r}; train them again") from None
     if found.size not in SIZES:
         raise ValueError(
             f"{path} holds gates for blocks of {found.size} tokens; {', '.join(map(str, SIZES))} can be had"
         )
+    if shapes != {str(k): (found.heads, 3 * found.width, found.width) for k in range(found.depth)}:
+        raise ValueError(f"{path} does not hold the gates that it speaks of, {found}; train them again")
     return found
 
 
-def _theirs(path: str) -> list[Tensor]:
+def _theirs(path: Path) -> list[Tensor]:
     """The gates of the authors' attn_gate_weights.pth, layer by layer."""
     try:
         found = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
         gates = {int(at[1]): t for name, t in found.items() if (at := THEIRS.search(name)) and at[2] == "mask_linear_k"}
-    except (RuntimeError, UnpicklingError, AttributeError) as error:
+        alike = {tuple(t.shape) for t in gates.values()}
+    except (RuntimeError, UnpicklingError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is no file of tensors that torch saved: {error}") from None
-    alike = {tuple(t.shape) for t in gates.values()}
-    if len(found) != len(gates) or sorted(gates) != list(range(len(gates))) or len(alike) != 1:
+    whole = len(found) == len(gates) and sorted(gates) == list(range(len(gates)))
+    if not whole or len(alike) != 1 or len(next(iter(alike))) != 3:
         raise ValueError(
             f"{path} does not hold one matrix mask_linear_k for every layer and nothing else: of the authors' gates the default kind is read"
         )
@@ -97,19 +97,18 @@ def _theirs(path: str) -> list[Tensor]:
     return [gates[k] for k in sorted(gates)]
 
 
-def gate(name: str, layer: int, device: torch.device) -> Tensor:
-    """[H, 3 d, d] of one layer; read once per device."""
-    path = Path(name)
-    return _gates(str(path), path.stat().st_mtime_ns, device)[layer]
+def matrices(name: str) -> list[Tensor]:
+    """[H, 3 d, d] of every layer, on the CPU.
 
-
-@lru_cache(maxsize=4)
-def _gates(path: str, changed: int, device: torch.device) -> list[Tensor]:
+    Raises:
+        ValueError: as `header`.
+    """
+    told = header(name)
     with torch.inference_mode(False):
-        if path.endswith(".pth"):
-            return [t.to(device) for t in _theirs(path)]
-        with safe_open(path, "pt", device=str(device)) as file:
-            return [file.get_tensor(str(k)) for k in range(int(file.metadata()["depth"]))]
+        if name.endswith(".pth"):
+            return _theirs(Path(name))
+        with safe_open(name, "pt") as file:
+            return [file.get_tensor(str(k)) for k in range(told.depth)]
 
 
 def save(path: Path, gates: Sequence[Tensor], key_heads: int, size: int, about: Mapping[str, str]) -> None:

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vtoken.compressors._blocks import block_mean
-from vtoken.compressors._lists import fullest, listed
+from vtoken.compressors._singles import fullest, listed
 from vtoken.kernels import row_maxima
 from vtoken.reading import Prompt, Reads, SparseAttention, causal, everything
 
@@ -60,13 +60,13 @@ class AnchorAttention(SparseAttention):
         searched = t[:, None] < whole
         maxima = row_maxima(prompt.q, prompt.k, (exact & searched).expand_as(blocks), prompt.scale, size)
         anchors = block_mean(maxima[..., None], size)[..., 0]
-        columns, full = (torch.cat(x) for x in zip(*self._stripes(prompt, anchors, whole), strict=True))
+        columns, full = (torch.cat(x) for x in zip(*self._stripes(prompt, anchors, whole, initial), strict=True))
         full = full.repeat_interleave(self.step, 1)[:, : len(t)]
         return Reads(size, full | exact | ~searched & causal(blocks), columns, self.step)
 
-    def _stripes(self, prompt: Prompt, anchors: Tensor, whole: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _stripes(self, prompt: Prompt, anchors: Tensor, whole: int, initial: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Of the query heads of every key head the single keys of every group [h, G, C], -1 behind them, and the blocks [h, G, M] that it
-        reads whole instead; `anchors` [H, T], groups up to block `whole`."""
+        reads whole instead; `anchors` [H, T], groups up to block `whole`; the first `initial` blocks are read anyway."""
         size, step, groups = self.size, self.step, prompt.heads // len(prompt.k)
         total = -(-anchors.shape[1] // step)
         for head, k in enumerate(prompt.k):
@@ -75,9 +75,9 @@ class AnchorAttention(SparseAttention):
             taken = torch.zeros(groups, total, anchors.shape[1], size, dtype=torch.bool, device=anchors.device)
             for group in range(1, -(-whole // step)):
                 rows = slice(group * step, min(whole, (group + 1) * step))
-                scores = means[:, rows] @ keys[:, size : (group * step - 1) * size] * prompt.scale
+                scores = means[:, rows] @ keys[:, initial * size : (group * step - 1) * size] * prompt.scale
                 near = (scores + self.theta >= anchors[mine, rows, None]).any(1)
-                taken[:, group, 1 : group * step - 1] = near.unflatten(1, (-1, size))
+                taken[:, group, initial : group * step - 1] = near.unflatten(1, (-1, size))
             full = fullest(taken.sum(-1, dtype=torch.int32), self.max_columns)
             taken &= ~full[..., None]
             yield listed(taken.flatten(2)[..., : prompt.length], self.max_columns), full

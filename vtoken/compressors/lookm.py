@@ -95,7 +95,7 @@ class LookM(CacheStage):
         gone = torch.ones(heads, n, dtype=torch.bool, device=hold.index.device).scatter(1, hold.index, False)
         evicted = ascending(gone, n - stay)
         kept, lost = (gather_cache(layer.keys[None], i[None])[0].flatten(0, 1) for i in (hold.index, evicted))
-        lost_ends, kept_ends = (offsets_of([each] * heads, kept.device) for each in (n - stay, stay))
+        lost_ends, kept_ends = (offsets_of([each] * heads, torch.device("cpu")) for each in (n - stay, stay))
         found = nearest_tokens(lost, kept, lost_ends, kept_ends)
         alike, slot = (x.unflatten(0, (heads, -1)) for x in found)
         slot = slot - torch.arange(heads, device=slot.device)[:, None] * stay

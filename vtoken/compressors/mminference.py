@@ -11,8 +11,8 @@ from pydantic import Field
 from torch.nn.functional import pad
 
 from vtoken.compressors._blocks import per_head
-from vtoken.compressors._lists import listed
 from vtoken.compressors._mminference import SIZE, Lists, bands, by_modality, grid, index, lists_of, window
+from vtoken.compressors._singles import listed
 from vtoken.reading import Prompt, Reads, SparseAttention, everything
 from vtoken.stages import uploaded
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from pydantic import Field, field_validator
+from torch import Tensor
 
-from vtoken.compressors._seer import Header, chosen, gate, header, logits, pooled
+from vtoken.compressors._seer import Header, chosen, header, logits, matrices, pooled
 from vtoken.reading import Prompt, Reads, SparseAttention
 
 
@@ -55,15 +57,25 @@ class SeerAttention(SparseAttention):
         header(gates)
         return gates
 
+    @cached_property
+    def told(self) -> Header:
+        """What the file says of itself, from the first time it was asked."""
+        return header(self.gates)
+
+    @cached_property
+    def held(self) -> dict[torch.device, list[Tensor]]:
+        """[H, 3 d, d] gates per layer, by device. What is done to the file later does not reach a wrapped model."""
+        return {torch.device("cpu"): matrices(self.gates)}
+
     def misfit(self, depth: int, width: int) -> str:
-        told = header(self.gates)
-        return "" if told.depth == depth else self._other(told, f"{depth} layers")
+        return "" if self.told.depth == depth else self._other(self.told, f"{depth} layers")
 
     def misfit_heads(self, heads: int, key_heads: int, width: int) -> str:
-        told = header(self.gates)
-        if (told.heads, told.key_heads or key_heads, told.width) == (heads, key_heads, width):
-            return ""
-        return self._other(told, f"{heads} query heads on {key_heads} key heads of width {width}")
+        told = self.told
+        if (told.heads, told.key_heads or key_heads, told.width) != (heads, key_heads, width):
+            return self._other(told, f"{heads} query heads on {key_heads} key heads of width {width}")
+        assert self.held  # read now
+        return ""
 
     def _other(self, told: Header, here: str) -> str:
         on = f" on {told.key_heads} key heads" if told.key_heads else ""
@@ -74,11 +86,14 @@ class SeerAttention(SparseAttention):
 
     def reads(self, prompt: Prompt) -> Reads:
         assert prompt.rope is not None
-        size = header(self.gates).size
-        starts, matrices = prompt.rope.starts(size), gate(self.gates, prompt.layer, prompt.q.device)
+        size, device = self.told.size, prompt.q.device
+        if device not in self.held:
+            with torch.inference_mode(False):
+                self.held[device] = [gate.to(device) for gate in self.held[torch.device("cpu")]]
+        starts, gates = prompt.rope.starts(size), self.held[device][prompt.layer]
         groups, blocks = prompt.heads // len(prompt.k), []
         queries, keys = pooled(prompt, size)
-        for q, k, matrix in zip(queries.split(groups), keys.split(1), matrices.split(groups), strict=True):
+        for q, k, matrix in zip(queries.split(groups), keys.split(1), gates.split(groups), strict=True):
             shares = logits(q, k, matrix, starts).softmax(-1)
             blocks.append(chosen(shares, self.threshold, self.share, self.last))
         return Reads(size, torch.cat(blocks))

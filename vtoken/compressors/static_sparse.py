@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -52,18 +53,19 @@ class StaticSparse(SparseAttention):
             _duo.check(gates, "gates")
         return gates
 
+    @cached_property
     def table(self) -> _duo.Gates | None:
-        """The gates, wherever they are written."""
+        """The gates, wherever they are written: what is done to the file later does not reach a wrapped model."""
         return _duo.read(self.gates) if isinstance(self.gates, str) else self.gates
 
     def misfit(self, depth: int, width: int) -> str:
-        gates = self.table()
+        gates = self.table
         if gates is None or len(gates) == depth:
             return ""
         return self._other(f"{len(gates)} decoder layers", depth)
 
     def misfit_heads(self, heads: int, key_heads: int, width: int) -> str:
-        gates = self.table()
+        gates = self.table
         if gates is None or len(gates[0]) == key_heads:
             return ""
         return self._other(f"{len(gates[0])} key heads in a layer", key_heads)
@@ -74,7 +76,7 @@ class StaticSparse(SparseAttention):
 
     def streams(self, layer: int) -> tuple[bool, ...] | None:
         """Which key heads of a layer stream; None: all of them."""
-        gates = self.table()
+        gates = self.table
         if gates is None:
             return None
         order = sorted((gate, k, h) for k, row in enumerate(gates) for h, gate in enumerate(row))

@@ -110,6 +110,12 @@ def watch(
         found: list[Seen] = []
         with wrapped(model, [Watch(size=size, found=found)]), torch.no_grad():
             model(**prepare(model, processor, sample), logits_to_keep=1)
+        depth = model.config.get_text_config().num_hidden_layers
+        if len(found) != depth:
+            raise ConfigError(
+                f"{sample.image.name}, {sample.question!r}: {len(found)} of {depth} decoder layers could be watched; a layer whose attention is "
+                "not plain and causal, a sliding window for one, cannot be given gates"
+            )
         blocks = found[0].target.shape[1]
         if blocks < LEAST:
             raise ConfigError(

@@ -48,12 +48,14 @@ class LaterHooks:
     @eager
     @torch.no_grad()
     def _pack(self, cached: PackedLayer, number: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+        packs = [any(row) for row in zip(*(block.packed() for block in cached.blocks), strict=True)]
+        if not any(packs):
+            return  # cropped away
         begin, end = k.shape[2] - cached.tail[0].shape[2], k.shape[2] - q.shape[2] + 1
         flow, stop = self.run.flow, begin + self.period
         ok = None if flow is None or flow.ok is None else flow.ok.bool().to(k.device)
         if ok is not None and not bool(ok[:, end - 1].all()):
             return  # a turn of text, padded: its first query is not every row's
-        packs = [any(row) for row in zip(*(block.packed() for block in cached.blocks), strict=True)]
         rows: list[tuple[Piece, ...]] = []
         for r, packed in enumerate(packs):
             values = v[r, :, begin:stop]

@@ -15,6 +15,7 @@ from vtoken.hooks.handle import Handle
 from vtoken.hooks.spread import rotates_last, rotation_of
 from vtoken.hooks.visual import aside_of, trace_of
 from vtoken.kernels import block_sparse_attention
+from vtoken.kernels._lists import check_singles
 from vtoken.probe import Probe
 from vtoken.reading import Among, Prompt, Reads, Rope, SparseAttention, everything
 from vtoken.run import Clock, Run
@@ -139,7 +140,8 @@ class SparsePrefill:
         found = [name for name in UNUSUAL if kwargs.get(name) is not None]
         if found or not getattr(module, "is_causal", True):
             return f"this layer's attention is not plain causal attention ({', '.join(found) or 'is_causal is False'})"
-        longest = max(n for row, n in enumerate(flow.counts) if row not in flow.spared) - flow.tail
+        shown = set(flow.visual.row)
+        longest = max(n for row, n in enumerate(flow.counts) if row in shown and row not in flow.spared) - flow.tail
         if longest < stage.min_len:
             return f"the prompt has {longest} tokens, fewer than min_len {stage.min_len}"
         if not self._left_padded(flow):
@@ -169,9 +171,13 @@ def _row(x: Tensor, flow: Prefill) -> list[Tensor]:
 
 def _asides(flow: Prefill, stage: SparseAttention) -> list[str | None]:
     """Why rows read everything while others do not; None: they do not."""
-    least, lengths = max(1, stage.min_len), [n - flow.tail for n in flow.counts]
-    short = [f"the row has {n} tokens, fewer than min_len {least}" if n < least else None for n in lengths]
-    return [flow.spared.get(row, why) for row, why in enumerate(short)]
+    least, shown, out = max(1, stage.min_len), set(flow.visual.row), list[str | None]()
+    for row, count in enumerate(flow.counts):
+        why = None if row in shown else "the row has no image"
+        if why is None and count - flow.tail < least:
+            why = f"the row has {count - flow.tail} tokens, fewer than min_len {least}"
+        out.append(flow.spared.get(row, why))
+    return out
 
 
 def _whole(flow: Prefill, q: Tensor) -> Reads:
@@ -209,6 +215,17 @@ def check(stage: SparseAttention, reads: Reads | Among, prompt: Prompt) -> None:
             f"stage {stage.name} returned blocks {reads.blocks.dtype} {tuple(reads.blocks.shape)} for {prompt.heads} heads and "
             f"{prompt.length} tokens in blocks of {reads.size}; it must be bool {(prompt.heads, blocks, blocks)}"
         )
+    try:
+        check_singles(prompt.heads, blocks, reads.columns, reads.share, reads.of)
+    except ValueError as error:
+        raise ValueError(f"stage {stage.name} returned {error}") from None
+    for name, mask, shape in (
+        ("dense", reads.dense, (prompt.heads, prompt.length)), ("own", reads.own, (prompt.length,)),
+    ):  # fmt: skip
+        if mask is not None and (tuple(mask.shape) != shape or mask.dtype != torch.bool):
+            raise ValueError(
+                f"stage {stage.name} returned {name} {mask.dtype} {tuple(mask.shape)}; it must be bool {shape}"
+            )
 
 
 def check_attention(stages: Sequence[Stage], lm: Any) -> None:

@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vtoken.kernels._dispatch import flex_is_forced, runs_triton
+from vtoken.kernels._tiles import LOG2_E
 
 BLOCK = 128  # flex skips in tiles of this size, whatever the size of a block
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of the Triton kernel
-LOG2_E = 1.4426950408889634
 
 
 def backend_of(q: Tensor, k: Tensor, v: Tensor, columns: Tensor | None = None, rows: Tensor | None = None) -> str:

@@ -61,8 +61,8 @@ def assigned(read: Tensor, share: int, of: Tensor | None) -> Tensor:
 
 
 def check(
-    q: Tensor, k: Tensor, v: Tensor, read: Tensor, size: int, share: int = 1, rows: Tensor | None = None,
-    of: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, read: Tensor, size: int, columns: Tensor | None = None, share: int = 1,
+    rows: Tensor | None = None, of: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Raises ValueError where arguments of block_sparse_attention do not fit together."""
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[0] % k.shape[0]:
@@ -76,5 +76,16 @@ def check(
         raise ValueError(
             f"read is {read.dtype} {tuple(read.shape)}; need bool {(q.shape[0], tiles, -(-k.shape[1] // size))}"
         )
+    check_singles(len(q), tiles, columns, share, of)
+
+
+def check_singles(heads: int, tiles: int, columns: Tensor | None, share: int, of: Tensor | None) -> None:
+    """Raises ValueError where lists of single keys do not fit so many heads and query blocks; the numbers in them are not looked at."""
+    if columns is not None and (columns.ndim != 3 or len(columns) != heads):
+        raise ValueError(f"columns {tuple(columns.shape)}: need [H, lists, keys] of {heads} heads")
+    if columns is not None and of is None and columns.shape[1] * share < tiles:
+        raise ValueError(
+            f"columns {tuple(columns.shape)} with share {share}: need lists for {tiles} query blocks, {share} on each"
+        )
     if of is not None and tuple(of.shape) != (tiles,):
-        raise ValueError(f"of is {tuple(of.shape)}; need a list for each of {tiles} query blocks")
+        raise ValueError(f"of is {tuple(of.shape)}; need the list of each of {tiles} query blocks")

@@ -32,9 +32,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from vtoken.kernels._dispatch import interpretable, tl, triton
 from vtoken.kernels._flex import attend, backend_of
 from vtoken.kernels._lists import assigned, check, lists_of
+from vtoken.kernels._tiles import LOG2_E
 
 CHUNK = 1 << 26  # scores that the definition holds at once: 256 MiB of fp32
-LOG2_E = 1.4426950408889634
 
 
 def definition(
@@ -239,9 +239,9 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention over the blocks that are read, see the top of the file. `out` is differentiable in q, k and v, `lse` is not.
 
-    Columns and rows beyond the sequence give an undefined result. Raises ValueError for shapes that do not fit.
+    Columns and rows beyond the sequence, and lists in `of` that there are not, give an undefined result. Raises ValueError for shapes that do not fit.
     """
-    check(q, k, v, read, size, share, rows, of)
+    check(q, k, v, read, size, columns, share, rows, of)
     if (chosen := backend_of(q, k, v, columns, rows)) == "flex":
         return attend(q, k, v, read, scale, size)
     return (launch if chosen == "triton" else definition)(q, k, v, read, scale, size, columns, share, rows, of)

@@ -2,7 +2,7 @@
 
     caches  a tensor, or a tuple or list of them (K and V of one or more layers that keep the same), each [B, Hk, S, d], any
             strides, d may differ
-    index   [B, Hk, K] int64, 0 <= index < S, any order; [B, 1, K] where all heads keep the same
+    index   [B, Hk, K] int32 or int64, 0 <= index < S, any order; [B, 1, K] where all heads keep the same
     result  the same structure, each [B, Hk, K, d], contiguous, same dtype
 
 Bytes moved, with R the bytes of one position of one head: B * Hk * K * R read and written per tensor, and 8 * B * Hk * K
