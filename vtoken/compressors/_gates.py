@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,11 +50,6 @@ def header(name: str) -> Header:
         raise ValueError(
             f"no file {name!r}; the authors publish no gates, `vtoken train-exit MODEL --data DATA -o FILE` trains them"
         )
-    return _header(str(path), path.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=32)
-def _header(path: str, changed: int) -> Header:
     try:
         with safe_open(path, "pt") as file:
             told = file.metadata() or {}
@@ -68,17 +62,18 @@ def _header(path: str, changed: int) -> Header:
     return Header(int(told["depth"]), int(told["width"]), int(told["hidden"]), tuple(json.loads(told["stay"])))
 
 
-def gate(name: str, layer: int, device: torch.device) -> Gate:
-    """The gate that is asked before a decoder layer: matrices [hidden, 2 D] and [2, hidden]; read once per device."""
-    path = find(name)
-    return _gates(str(path), path.stat().st_mtime_ns, device)[layer]
+def matrices(name: str) -> dict[int, Gate]:
+    """By the decoder layer before which a gate is asked its matrices [hidden, 2 D] and [2, hidden], on the CPU.
 
-
-@lru_cache(maxsize=4)
-def _gates(path: str, changed: int, device: torch.device) -> dict[int, Gate]:
-    with torch.inference_mode(False), safe_open(path, "pt", device=str(device)) as file:
-        depth = int(file.metadata()["depth"])
-        return {k: (file.get_tensor(f"{k}.in"), file.get_tensor(f"{k}.out")) for k in range(1, depth)}
+    Raises:
+        ValueError: as `header`, or they are not there.
+    """
+    path, depth = find(name), header(name).depth
+    try:
+        with torch.inference_mode(False), safe_open(path, "pt") as file:
+            return {k: (file.get_tensor(f"{k}.in"), file.get_tensor(f"{k}.out")) for k in range(1, depth)}
+    except SafetensorError as error:
+        raise ValueError(f"{path} does not hold the gates that it speaks of: {error}; train them again") from None
 
 
 def save(path: Path, gates: Mapping[int, Gate], stay: Sequence[float], about: Mapping[str, str]) -> None:

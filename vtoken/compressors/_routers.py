@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +23,8 @@ class Router(NamedTuple):
     second: Tensor
 
 
-def routers(name: str, device: torch.device | None = None) -> dict[int, Router]:
-    """The routers of a file, by the decoder layer behind which they are asked; read once per device.
+def routers(name: str) -> dict[int, Router]:
+    """The routers of a file, by the decoder layer behind which they are asked, on the CPU.
 
     Raises:
         ValueError: there is no such file, or it holds something else.
@@ -35,13 +34,8 @@ def routers(name: str, device: torch.device | None = None) -> dict[int, Router]:
         raise ValueError(
             f"no file {name!r}; write a safetensors file with LAYER.{', LAYER.'.join(PARTS)} of every router"
         )
-    return _read(str(path), path.stat().st_mtime_ns, device or torch.device("cpu"))
-
-
-@lru_cache(maxsize=8)
-def _read(path: str, changed: int, device: torch.device) -> dict[int, Router]:
     try:
-        with torch.inference_mode(False), safe_open(path, "pt", device=str(device)) as file:
+        with torch.inference_mode(False), safe_open(path, "pt") as file:
             found = {key: file.get_tensor(key) for key in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file: {error}") from None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from pydantic import Field, field_validator
 
 from vtoken.compressors._exits import asked, last_of, leave
-from vtoken.compressors._gates import gate, header, logits, question
+from vtoken.compressors._gates import Gate, Header, header, logits, matrices, question
 from vtoken.stages import Compressor, Fact, Keep, Parts, Site, VisualTokens
 
 
@@ -42,6 +43,16 @@ class DyVTE(Compressor):
         header(gates)
         return gates
 
+    @cached_property
+    def told(self) -> Header:
+        """What the file says of itself, from the first time it was asked."""
+        return header(self.gates)
+
+    @cached_property
+    def held(self) -> dict[torch.device, dict[int, Gate]]:
+        """The gates, by device. What is done to the file later does not reach a wrapped model."""
+        return {torch.device("cpu"): matrices(self.gates)}
+
     def needs(self) -> tuple[Fact, ...]:
         return (Fact("later_text"),)
 
@@ -49,8 +60,9 @@ class DyVTE(Compressor):
         return tuple(range(1, depth))
 
     def misfit(self, depth: int, width: int) -> str:
-        told = header(self.gates)
+        told = self.told
         if (told.depth, told.width) == (depth, width):
+            assert self.held  # read now
             return ""
         return (
             f"the gates {self.gates!r} are for a decoder of {told.depth} layers of width {told.width}, this one has {depth} of width "
@@ -65,7 +77,11 @@ class DyVTE(Compressor):
         if which:
             assert tokens.layer is not None
             shown = torch.stack([question(texts[k]) for k in which])
-            stay, out = logits(gate(self.gates, tokens.layer, shown.device), shown).unbind(1)
+            if shown.device not in self.held:
+                gates = self.held[torch.device("cpu")].items()
+                with torch.inference_mode(False):
+                    self.held[shown.device] = {k: (a.to(shown.device), b.to(shown.device)) for k, (a, b) in gates}
+            stay, out = logits(self.held[shown.device][tokens.layer], shown).unbind(1)
             gone = dict(zip(which, (out > stay).tolist(), strict=True))
         return leave(tokens, [gone.get(k, False) for k in last])
 
@@ -73,12 +89,12 @@ class DyVTE(Compressor):
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
         """Expected tokens: those that arrive, times the share of samples that stay of those still there."""
-        stay = header(self.gates).stay
+        stay = self.told.stay
         if not layer or not stay[layer - 1]:
             return tuple(lengths)
         return tuple(round(n * stay[layer] / stay[layer - 1]) for n in lengths)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
         """Both matrices, of one row, while it has images."""
-        told = header(self.gates)
+        told = self.told
         return 2 * told.hidden * (2 * told.width + 2) if any(lengths) else 0
