@@ -8,7 +8,7 @@
     result   [B, H, ceil(Nq / block), ceil(Nk / block)] fp32: softmax over the key blocks of which the query block sees at least
              the first token; zeros for what it does not see, and for blocks of padding alone
 
-fp32 accumulation. Bytes moved, e bytes per element: q and k read once, e * (H * Nq + Hk * Nk) * d per batch row; the means
+fp32 accumulation; products of means as three TF32 products each, as exact as fp32. Bytes moved, e bytes per element: q and k read once, e * (H * Nq + Hk * Nk) * d per batch row; the means
 written in fp32, 1 / block of that, and read once per 16 blocks; the result written twice and read once. The definition
 writes and reads the result about four times.
 """
@@ -86,7 +86,7 @@ if triton is not None:
         last = tl.minimum(row * block + block, queries) + keys - queries
         seen = (last[:, None] > (column * block)[None, :]) & (last > start)[:, None]
         seen = seen & ((column < key_blocks) & (tl.minimum(column * block + block, keys) > start))[None, :]
-        return tl.where(seen, tl.dot(rows, columns, input_precision="ieee") * scale, float("-inf"))
+        return tl.where(seen, tl.dot(rows, columns, input_precision="tf32x3") * scale, float("-inf"))
 
     @triton.jit(do_not_specialize=["query_blocks", "key_blocks", "queries", "keys"])
     def _scores(  # type: ignore[no-untyped-def]
