@@ -190,7 +190,9 @@ def test_reasons_for_no_threshold_hold(cost):
         sites, why = {s.site for s in pipeline.stages}, found[0] if found else None
         least = [s.min_len for s in pipeline.stages if s.site == "attention" and s.name != "vtu"]
         assert all(n >= 8192 for n in least), name
-        assert (why is cost.SPARSE) == (sites == {"attention"}) and (why in (cost.CACHE, cost.BITS)) == ("cache" in sites), name
+        assert (why is cost.SPARSE) == (sites == {"attention"}) and (why in (cost.CACHE, cost.BITS)) == (
+            "cache" in sites
+        ), name
         if why is cost.LLAVA:
             assert pipeline.positions == "compact" or pipeline.anyres == "2x2", name
             assert cost.of(name) <= (1152 if pipeline.anyres == "2x2" else 576), name
