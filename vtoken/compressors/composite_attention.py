@@ -17,7 +17,7 @@ class CompositeAttention(SparseAttention):
 
     Softmax runs over exactly these keys. All tokens keep their projections, MLP, positions and place in the cache; what is saved is attention
     among visual tokens, quadratic in their number. `prefix: false` leaves a visual token itself alone, so that attention gives its own value.
-    With `prefix` one number per layer and row comes from the device.
+    With `prefix` one number per prefill and row comes from the device.
 
     Paper: https://arxiv.org/abs/2408.11795
     """
@@ -43,7 +43,7 @@ class CompositeAttention(SparseAttention):
         text = prompt.image < 0
         tiles = -(-prompt.length // SIZE)
         blocks = torch.zeros(prompt.heads, tiles, tiles, dtype=torch.bool, device=text.device)
-        listed = text.nonzero()[:, 0].int() if self.prefix else text.new_empty(0)
+        listed = prompt.once("text", lambda: text.nonzero()[:, 0].int()) if self.prefix else text.new_empty(0)
         columns = listed.expand(prompt.heads, 1, -1) if len(listed) else None
         dense = text.expand(prompt.heads, -1)
         return Reads(SIZE, blocks, columns, share=max(1, tiles), dense=dense, own=~text)

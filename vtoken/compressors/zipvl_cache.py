@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from vtoken.bits import Packed
-from vtoken.cached import CachedLayer, CacheStage, Hold, Later
+from vtoken.cached import CachedLayer, CacheStage, Hold, Later, ascending
 from vtoken.compressors._zipvl import Important, quantised
 from vtoken.kernels import query_attention
 from vtoken.probe import shared
@@ -72,7 +72,7 @@ class ZipVLCache(Important, CacheStage):
         alive = torch.zeros_like(text).index_fill(0, index, True)
         if self.mode == "drop":
             return Hold(index.expand(len(layer.keys), -1), self._counts(layer, alive))
-        rest = (~alive).nonzero()[:, 0]
+        (rest,) = ascending(~alive[None], n - len(index))
         return quantised(layer.keys, layer.values, ((index, self.bits[0]), (rest, self.bits[1])))
 
     def period(self) -> int | None:
@@ -85,9 +85,10 @@ class ZipVLCache(Important, CacheStage):
         received = query_attention(layer.query[None], layer.keys.transpose(0, 1), one, all_of, layer.scale).double()
         order = received.argsort(descending=True, stable=True)
         count = (received[order].cumsum(0) < self.tau).sum() + 1
-        alive = (order.argsort() < count)[layer.at.start : layer.at.stop]
-        groups = ((where.nonzero()[:, 0], bits) for where, bits in zip((alive, ~alive), self.bits, strict=True))
-        return quantised(layer.keys[:, layer.at.start : layer.at.stop], layer.values, tuple(groups))
+        alive = (order.argsort() < count)[None, layer.at.start : layer.at.stop]
+        many, bits = int(alive.sum()), self.bits
+        groups = (ascending(alive, many)[0], bits[0]), (ascending(~alive, len(layer.at) - many)[0], bits[1])
+        return quantised(layer.keys[:, layer.at.start : layer.at.stop], layer.values, groups)
 
     def _counts(self, layer: CachedLayer, alive: Tensor) -> tuple[int, ...] | None:
         """Visual tokens that stay of each image; None where text may go, too."""
