@@ -7,6 +7,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from vtoken.compressors._files import existing
+
 Gates = tuple[tuple[float, ...], ...]
 
 
@@ -16,11 +18,7 @@ def read(name: str) -> Gates:
     Raises:
         ValueError: there is no such file, or it holds something else.
     """
-    path = Path(name)
-    if not path.is_file():
-        raise ValueError(
-            f"no file {name!r}; take a path to JSON [[...], ...] or to the authors' full_attention_heads.tsv"
-        )
+    path = existing(Path(name), name, "take a path to JSON [[...], ...] or to the authors' full_attention_heads.tsv")
     table = path.suffix == ".tsv"
     try:
         text = path.read_text(encoding="utf-8")

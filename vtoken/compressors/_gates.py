@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
+from vtoken.compressors._files import existing
+
 FORMAT = "vtoken dyvte 1"
 SHIPPED = Path(__file__).parents[1] / "evals" / "reference"
 Gate = tuple[Tensor, Tensor]
@@ -45,11 +47,8 @@ def header(name: str) -> Header:
     Raises:
         ValueError: there is no such file, or it holds something else.
     """
-    path = find(name)
-    if not path.is_file():
-        raise ValueError(
-            f"no file {name!r}; the authors publish no gates, `vtoken train-exit MODEL --data DATA -o FILE` trains them"
-        )
+    mend = "the authors publish no gates, `vtoken train-exit MODEL --data DATA -o FILE` trains them"
+    path = existing(find(name), name, mend)
     try:
         with safe_open(path, "pt") as file:
             told = file.metadata() or {}

@@ -85,7 +85,7 @@ def _positions(mask: Tensor) -> Tensor:
 
 def by_modality(prompt: Prompt, vertical: int, slash: int, keys_too: bool) -> tuple[Tensor, Tensor]:
     """Blocks [h, T, T] and lists of keys [h, L, C] of heads that read by modality: a query block reads what the index of each modality
-    in it says, and one list of those that `lists_of` tells apart. An index is built by the last queries of the modality's last run, for
+    in it says, and one list of those that `list_of_each` tells apart. An index is built by the last queries of the modality's last run, for
     all keys, or with `keys_too` for the keys of each modality apart, distances then counted in keys of that modality alone."""
     n, q, k = prompt.length, prompt.q, per_head(prompt.k, prompt.heads)
     tiles = -(-n // SIZE)
@@ -119,7 +119,7 @@ def held(prompt: Prompt) -> Tensor:
     return pad(tokens, (0, -prompt.length % SIZE)).unflatten(1, (-1, SIZE)).any(-1)
 
 
-def lists_of(prompt: Prompt) -> Tensor:
+def list_of_each(prompt: Prompt) -> Tensor:
     """[T] int32, where there are both modalities: which list of `by_modality` each query block reads: that of its modality, or the last one, of both."""
     text, images = held(prompt)
     return torch.where(text & images, 2, images).int()

@@ -10,6 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear
 
+from vtoken.compressors._files import existing
+
 PARTS = ("norm.weight", "norm.bias", "in.weight", "out.weight")
 TEMPERATURE = 10.0
 
@@ -29,11 +31,8 @@ def routers(name: str) -> dict[int, Router]:
     Raises:
         ValueError: there is no such file, or it holds something else.
     """
-    path = Path(name)
-    if not path.is_file():
-        raise ValueError(
-            f"no file {name!r}; write a safetensors file with LAYER.{', LAYER.'.join(PARTS)} of every router"
-        )
+    mend = f"write a safetensors file with LAYER.{', LAYER.'.join(PARTS)} of every router"
+    path = existing(Path(name), name, mend)
     try:
         with torch.inference_mode(False), safe_open(path, "pt") as file:
             found = {key: file.get_tensor(key) for key in file.keys()}

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vtoken.compressors._blocks import best, block_mean, per_head
+from vtoken.compressors._files import existing
 from vtoken.reading import Prompt, Rope, causal
 
 FORMAT = "vtoken seerattention 1"
@@ -45,11 +46,8 @@ def header(name: str) -> Header:
     Raises:
         ValueError: there is no such file, or it holds something else.
     """
-    path = Path(name)
-    if not path.is_file():
-        raise ValueError(
-            f"no file {name!r}; `vtoken calibrate seerattention MODEL --data DATA -o FILE` trains gates for a model"
-        )
+    mend = "`vtoken calibrate seerattention MODEL --data DATA -o FILE` trains gates for a model"
+    path = existing(Path(name), name, mend)
     if path.suffix == ".pth":
         gates = _theirs(path)
         heads, _, width = gates[0].shape

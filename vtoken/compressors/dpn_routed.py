@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vtoken.compressors._cells import cells_in, pooled
 from vtoken.compressors._exits import asked, last_of
+from vtoken.compressors._files import Weights
 from vtoken.compressors._routers import Router, chances, routers
 from vtoken.stages import Compressor, Fact, Fused, Keep, Parts, Site, VisualTokens, image_of, keep_all
 
@@ -62,18 +63,18 @@ class DPNRouted(Compressor):
         return sizes
 
     @cached_property
-    def held(self) -> dict[torch.device, dict[int, Router]]:
-        """The routers, by device. What is done to the file later does not reach a wrapped model."""
-        return {torch.device("cpu"): routers(self.routers)}
+    def held(self) -> Weights:
+        """The routers, by the layer behind which they are asked."""
+        return Weights(routers(self.routers))
 
     def needs(self) -> tuple[Fact, ...]:
         return (Fact("later_text"),)
 
     def layers(self, depth: int) -> tuple[int, ...]:
-        return tuple(layer + 1 for layer in self.held[torch.device("cpu")])
+        return tuple(layer + 1 for layer in self.held.layers)
 
     def misfit(self, depth: int, width: int) -> str:
-        found = self.held[torch.device("cpu")]
+        found = {layer: Router(*router) for layer, router in self.held.layers.items()}
         wide, outputs = ({f(r) for r in found.values()} for f in (lambda r: r.first.shape[1], lambda r: len(r.second)))
         if wide == {width} and max(found) < depth - 1 and max(outputs) <= len(self.sizes):
             return ""
@@ -86,12 +87,7 @@ class DPNRouted(Compressor):
     def select(self, tokens: VisualTokens) -> Keep:
         assert tokens.layer is not None
         last, sides = last_of(tokens.row), tokens.memory.setdefault("sides", [1] * len(tokens.lengths))
-        device = tokens.x.device
-        if device not in self.held:
-            found = self.held[torch.device("cpu")].items()
-            with torch.inference_mode(False):
-                self.held[device] = {layer: Router(*(x.to(device) for x in router)) for layer, router in found}
-        router = self.held[device][tokens.layer - 1]
+        router = Router(*self.held.on(tokens.layer - 1, tokens.x.device))
         sizes = self.sizes[: len(router.second)]
         fits = [self._fits(parts, side, max(sizes)) for parts, side in zip(tokens.parts, sides, strict=True)]
         rows = {k for k, ask in zip(last, asked(tokens), strict=True) if ask}

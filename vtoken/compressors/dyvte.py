@@ -10,7 +10,8 @@ import torch
 from pydantic import Field, field_validator
 
 from vtoken.compressors._exits import asked, last_of, leave
-from vtoken.compressors._gates import Gate, Header, header, logits, matrices, question
+from vtoken.compressors._files import Weights
+from vtoken.compressors._gates import Header, header, logits, matrices, question
 from vtoken.stages import Compressor, Fact, Keep, Parts, Site, VisualTokens
 
 
@@ -49,9 +50,9 @@ class DyVTE(Compressor):
         return header(self.gates)
 
     @cached_property
-    def held(self) -> dict[torch.device, dict[int, Gate]]:
-        """The gates, by device. What is done to the file later does not reach a wrapped model."""
-        return {torch.device("cpu"): matrices(self.gates)}
+    def held(self) -> Weights:
+        """The gates, by the layer before which they are asked."""
+        return Weights(matrices(self.gates))
 
     def needs(self) -> tuple[Fact, ...]:
         return (Fact("later_text"),)
@@ -60,9 +61,8 @@ class DyVTE(Compressor):
         return tuple(range(1, depth))
 
     def misfit(self, depth: int, width: int) -> str:
-        told = self.told
+        told, _ = self.told, self.held  # read when wrapping
         if (told.depth, told.width) == (depth, width):
-            assert self.held  # read now
             return ""
         return (
             f"the gates {self.gates!r} are for a decoder of {told.depth} layers of width {told.width}, this one has {depth} of width "
@@ -77,11 +77,8 @@ class DyVTE(Compressor):
         if which:
             assert tokens.layer is not None
             shown = torch.stack([question(texts[k]) for k in which])
-            if shown.device not in self.held:
-                gates = self.held[torch.device("cpu")].items()
-                with torch.inference_mode(False):
-                    self.held[shown.device] = {k: (a.to(shown.device), b.to(shown.device)) for k, (a, b) in gates}
-            stay, out = logits(self.held[shown.device][tokens.layer], shown).unbind(1)
+            first, second = self.held.on(tokens.layer, shown.device)
+            stay, out = logits((first, second), shown).unbind(1)
             gone = dict(zip(which, (out > stay).tolist(), strict=True))
         return leave(tokens, [gone.get(k, False) for k in last])
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch.nn.functional import pad
 
 from vtoken.compressors._blocks import per_head
-from vtoken.compressors._mminference import SIZE, Lists, bands, by_modality, grid, index, lists_of, window
+from vtoken.compressors._mminference import SIZE, Lists, bands, by_modality, grid, index, list_of_each, window
 from vtoken.compressors._singles import listed
 from vtoken.reading import Prompt, Reads, SparseAttention, everything
 from vtoken.stages import uploaded
@@ -93,7 +93,7 @@ class MMInference(SparseAttention):
         if any(f[2] is not None for f in found):
             none = torch.zeros(1, prompt.length, dtype=torch.bool, device=prompt.q.device)
             dense = torch.cat([none.expand(len(f[0]), -1) if f[2] is None else f[2] for f in found])[back]
-        of = None if lists == 1 else prompt.once("lists", lambda: lists_of(prompt))
+        of = None if lists == 1 else prompt.once("lists", lambda: list_of_each(prompt))
         return Reads(SIZE, blocks, single, tiles, dense, of=of)
 
     def lists(self, name: str, prompt: Prompt) -> Lists:

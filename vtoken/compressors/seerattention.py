@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor
 
+from vtoken.compressors._files import Weights
 from vtoken.compressors._seer import Header, chosen, header, logits, matrices, pooled
 from vtoken.reading import Prompt, Reads, SparseAttention
 
@@ -63,18 +63,17 @@ class SeerAttention(SparseAttention):
         return header(self.gates)
 
     @cached_property
-    def held(self) -> dict[torch.device, list[Tensor]]:
-        """[H, 3 d, d] gates per layer, by device. What is done to the file later does not reach a wrapped model."""
-        return {torch.device("cpu"): matrices(self.gates)}
+    def held(self) -> Weights:
+        """The gates, [H, 3 d, d] of every layer."""
+        return Weights({layer: (gate,) for layer, gate in enumerate(matrices(self.gates))})
 
     def misfit(self, depth: int, width: int) -> str:
         return "" if self.told.depth == depth else self._other(self.told, f"{depth} layers")
 
     def misfit_heads(self, heads: int, key_heads: int, width: int) -> str:
-        told = self.told
+        told, _ = self.told, self.held  # read when wrapping
         if (told.heads, told.key_heads or key_heads, told.width) != (heads, key_heads, width):
             return self._other(told, f"{heads} query heads on {key_heads} key heads of width {width}")
-        assert self.held  # read now
         return ""
 
     def _other(self, told: Header, here: str) -> str:
@@ -86,11 +85,8 @@ class SeerAttention(SparseAttention):
 
     def reads(self, prompt: Prompt) -> Reads:
         assert prompt.rope is not None
-        size, device = self.told.size, prompt.q.device
-        if device not in self.held:
-            with torch.inference_mode(False):
-                self.held[device] = [gate.to(device) for gate in self.held[torch.device("cpu")]]
-        starts, gates = prompt.rope.starts(size), self.held[device][prompt.layer]
+        size = self.told.size
+        starts, (gates,) = prompt.rope.starts(size), self.held.on(prompt.layer, prompt.q.device)
         groups, blocks = prompt.heads // len(prompt.k), []
         queries, keys = pooled(prompt, size)
         for q, k, matrix in zip(queries.split(groups), keys.split(1), gates.split(groups), strict=True):

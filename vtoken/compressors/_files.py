@@ -1,0 +1,39 @@
+"""Files of trained weights that an option names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def existing(path: Path, name: str, mend: str) -> Path:
+    """The path, if there is a file.
+
+    Raises:
+        ValueError: there is none; says what to do.
+    """
+    if not path.is_file():
+        raise ValueError(f"no file {name!r}; {mend}")
+    return path
+
+
+class Weights:
+    """Tensors of a file, by decoder layer: read once, so that what is done to the file later does not reach a wrapped model.
+
+    Attributes:
+        layers: on the CPU.
+    """
+
+    def __init__(self, layers: Mapping[int, tuple[Tensor, ...]]) -> None:
+        self.layers = layers
+        self._there: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
+
+    def on(self, layer: int, device: torch.device) -> tuple[Tensor, ...]:
+        """Those of one layer on the device that asks, brought there once."""
+        if (layer, device) not in self._there:
+            with torch.inference_mode(False):
+                self._there[layer, device] = tuple(t.to(device) for t in self.layers[layer])
+        return self._there[layer, device]
