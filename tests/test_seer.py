@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import gates
@@ -150,20 +149,6 @@ def test_gates_of_another_model_are_refused():
     ):
         with pytest.raises(error, match=words):
             vtoken.wrap(model, [{"seerattention": {"gates": gates.seer(**options)}}])
-
-
-def test_what_is_done_to_the_file_does_not_reach_a_wrapped_model(tmp_path):
-    model, file = tiny.make("llava"), tmp_path / "gates.safetensors"
-    batch = tiny.build(model, [[150, "img", 40]], seed=3)
-    file.write_bytes(Path(gates.seer()).read_bytes())
-    with (
-        vtoken.wrapped(model, [{"seerattention": {"gates": str(file), "threshold": 0.1, "min_len": 0}}]),
-        torch.no_grad(),
-    ):
-        file.unlink()
-        want = model(**batch).logits
-        file.write_bytes(Path(gates.seer(depth=3)).read_bytes())
-        assert torch.equal(model(**batch).logits, want)
 
 
 def test_unmerging_and_seerattention_do_not_go_together():
