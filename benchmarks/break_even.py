@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from fnmatch import fnmatch
 from math import prod
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from vtoken import config, registry
 from vtoken.stages import Parts, Stage
@@ -23,22 +23,19 @@ TEXT = 40  # tokens of the prompt that are none of the image's
 FRAMES, LARGEST, STEP = 4, 8192, 16
 TOWERS = {"qwen": 32, "": 24}  # layers of a vision tower, by what the preset is called
 EXITS = ("todre_exit",)  # whose plans count on nobody leaving: they are taken to leave, or they would cost no cut
+FEW = ("var_filter",)  # whose plans keep everything, not knowing how few leave: a cut all the same
 
 
 class Without(NamedTuple):
-    """Presets that have no threshold.
-
-    Attributes:
-        names: patterns of their names.
-        why: the reason.
-        unit: tokens, or LLaVA's pictures of 576, from which on they pay by this model; None where it says nothing about them.
-    """
+    """Presets that have no threshold: patterns of their names, the reason, and whether this model says from where on they pay."""
 
     names: tuple[str, ...]
     why: str
-    unit: Literal["tokens", "pictures"] | None = "tokens"
+    modelled: bool = False
 
 
+# They were published for LLaVA-1.5 alone: prompts of one, two, ... pictures of 576 tokens.
+PICTURES = ("flowcut-64", "flowcut-128", "flowcut-192", "tome-*")
 LLAVA = Without(
     (
         *(
@@ -48,55 +45,28 @@ LLAVA = Without(
         *("todre-next-*", "visionzip-*", "vispruner-*", "vscan-*", "pyramiddrop-270"),
     ),
     "Renumbered positions and fixed crops go with LLaVAs only, whose pictures hold 576 tokens and more, cut 2 x 2 mostly 1152 and more.",
+    modelled=True,
 )
-TOWER = "They act in the vision tower, before it is known which pictures share a prompt. "
-CROPS = Without(("flowcut-next-*",), TOWER + "A picture of LLaVA-NeXT in 5 crops holds 2880 tokens.")
-ENCODER = Without(
-    ("flowcut-64", "flowcut-128", "flowcut-192", "tome-*"),
-    TOWER
-    + "One picture at a time they save FLOPs and memory and, on an H200 by this model, cost time; pictures of a batch share most of it. Slower "
-    "devices need fewer: on a CPU one is enough for `flowcut` (measured, RESULTS).",
-    "pictures",
-)
-QWEN = Without(
-    ("flowcut-qwen-*",),
-    TOWER + "Prompts with fewer tokens save FLOPs and memory and, on an H200 by this model, cost time.",
-)
-MANY_CUTS = Without(
-    ("fitprune-*",),
-    "The authors' tables cut behind almost every layer of LLaVA-1.5-7B. On its 576 tokens they save FLOPs and memory and, by this model, cost "
-    "time; with a threshold they would never act on the picture they were made for.",
-)
-NOT_FOR_TIME = Without(("var_filter-7b",), "Drops a handful of tokens for the sake of the answer.")
 SPARSE = Without(
     ("anchorattention-*", "flexprefill-*", "mminference-*", "proxyattn-*", "static_sparse-*", "xattention-*"),
     "They go by the length of the prompt, text included: `min_len`.",
-    None,
 )
 CACHE = Without(
     ("lookm-*", "snapkv-*", "zipvl-9*"),
     "Stages of site cache cost time when the prefill ends, and save memory and reading while decoding: they are not claimed to make prefill "
     "faster. The attention of `zipvl` has its `min_len`.",
-    None,
 )
 BITS = Without(
     ("zipvl-4-2-bits",),
     "Saves memory, not time: every decode step works the cache out anew (on a CPU 13 to 27 % slower per token, RESULTS).",
-    None,
 )
 WITHOUT = (
     LLAVA,
-    CROPS,
-    ENCODER,
-    QWEN,
-    MANY_CUTS,
-    NOT_FOR_TIME,
     SPARSE,
     CACHE,
     BITS,
-    Without(("random-*", "uniform-*"), "Baselines: compared with others at any number of tokens."),
-    Without(("dymu-*-tiny-llava", "dyvte-tiny-llava"), "Only for the reference model, which is no 7B.", None),
-    Without(("none",), "The stock model.", None),
+    Without(("dymu-*-tiny-llava", "dyvte-tiny-llava"), "Only for the reference model, which is no 7B."),
+    Without(("none",), "The stock model."),
 )
 
 
@@ -117,7 +87,7 @@ def layers(stages: tuple[Stage, ...], images: tuple[Parts, ...], tower: int) -> 
         for stage in bound:
             if (stage.site == "tokens") == (layer is None) and (layer is None or layer in stage.layers(DEPTH)):
                 after = (0,) * len(images) if stage.name in EXITS else tuple(stage.plan(counts, images, row, layer))
-                cuts, counts = cuts + (after != counts), after
+                cuts, counts = cuts + (after != counts or stage.name in FEW), after
         if layer is not None:
             out.append(sum(counts))
     return out, cuts
@@ -140,13 +110,17 @@ def least(stages: tuple[Stage, ...], tower: int = TOWERS[""]) -> int | None:
 
 
 def pictures(stages: tuple[Stage, ...]) -> int | None:
-    """How many pictures of 576 tokens it takes."""
-    return next((n for n in range(1, 65) if pays(stages, (((1, 24, 24),),) * n, TOWERS[""])), None)
+    """The same in prompts of pictures of 576 tokens."""
+    one = (((1, 24, 24),),)
+    return next((n * 576 for n in range(1, 65) if pays(stages, one * n, TOWERS[""])), None)
 
 
 def of(name: str) -> int | None:
-    """`least` of a preset."""
-    return least(config.load(name).stages, next(n for part, n in TOWERS.items() if part in name))
+    """`least` or `pictures` of a preset."""
+    stages = config.load(name).stages
+    if any(fnmatch(name, pattern) for pattern in PICTURES):
+        return pictures(stages)
+    return least(stages, next(n for part, n in TOWERS.items() if part in name))
 
 
 def without(name: str) -> list[Without]:
@@ -160,15 +134,11 @@ def presets() -> dict[str, int | None]:
 
 
 def paying(each: Without) -> str:
-    """From how many tokens or pictures on the presets of an entry pay."""
-    if each.unit is None:
+    """From how many tokens on the presets of an entry pay."""
+    if not each.modelled:
         return "–"
-    mine = [name for name in registry.presets() if each in without(name)]
-    found = [of(name) if each.unit == "tokens" else pictures(config.load(name).stages) for name in mine]
-    numbers = sorted({n for n in found if n is not None})
-    return (
-        f"{' to '.join(str(n) for n in dict.fromkeys((numbers[0], numbers[-1])))} {each.unit}" if numbers else "never"
-    )
+    numbers = sorted({n for name in registry.presets() if each in without(name) and (n := of(name)) is not None})
+    return f"{numbers[0]} to {numbers[-1]} tokens"
 
 
 def tables() -> str:

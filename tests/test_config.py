@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -117,6 +118,14 @@ def test_errors_in_a_file_name_the_line(write: Any, text: str, line: int, words:
     ("given", "words"),
     [
         ("fastervlm-65", "unknown preset 'fastervlm-65', did you mean 'fastervlm-64'?"),
+        ("fastervlm-65,positions=compact", "unknown preset 'fastervlm-65', did you mean 'fastervlm-64'?"),
+        ("fastervlm-64,", "unknown preset 'fastervlm-64,', did you mean 'fastervlm-64'?"),
+        ("fastervlm-64,positons=compact", "unknown key 'positons', did you mean 'positions'?"),
+        ("fastervlm-64,positions=compact,positions=original", "option 'positions' is given twice"),
+        ("fastervlm-64,min_visual_tokens=few", "min_visual_tokens must be a whole number >= 0, not 'few'"),
+        ({"preset": "fastervlm64"}, "unknown preset 'fastervlm64', did you mean 'fastervlm-64'?"),
+        ({"preset": ["pool-2"]}, "unknown preset ['pool-2']"),
+        ({"preset": "pool-2", "stages": []}, "the stages are those of the preset 'pool-2'; give one of the two"),
         ("fastervm:64", "as in fastervlm:64"),
         ("no/such/file.yaml", "pipeline file 'no/such/file.yaml' does not exist"),
         (Path("fastervlm-64.yaml"), "did you mean the preset 'fastervlm-64'?"),
@@ -170,6 +179,26 @@ def test_dump_round_trips(write: Any, keep: Any, positions: str) -> None:
     assert again.stages[1].model_dump()["keep"] == keep
 
 
+def test_a_preset_with_other_policies(write: Any) -> None:
+    base = config.load("hired-next-640")
+    short = config.load("hired-next-640,min_visual_tokens=12,positions=original")
+    assert short == replace(base, name=short.name, min_visual_tokens=12, positions="original") != base
+    assert short.name == "hired-next-640,min_visual_tokens=12,positions=original"
+    file = config.load(write("preset: hired-next-640\nnewline: keep\n"))
+    assert file == replace(base, name=file.name, newline="keep")
+    assert config.load({"preset": "hired-next-640"}) == base
+    # YAML that is in a preset's way: a later `preset` does not take its place.
+    assert config.load("pool-2,preset=hired-next-640").stages == config.load("pool-2").stages
+
+
+def test_only_a_presets_own_threshold_is_left_out_of_scores(write: Any) -> None:
+    assert config.load("fastv-64").min_visual_tokens == 208
+    assert config.unguarded("fastv-64") == replace(config.load("fastv-64"), min_visual_tokens=0)
+    mine = "preset: fastv-64\nmin_visual_tokens: 9\n"
+    for written in ("fastv-64,min_visual_tokens=9", write(mine), yaml.safe_load(mine)):
+        assert config.unguarded(written).min_visual_tokens == 9
+
+
 def test_dump_writes_every_option_in_yaml_that_people_read() -> None:
     assert (
         config.dump(config.load("random:64"))
@@ -181,6 +210,11 @@ def test_dump_writes_every_option_in_yaml_that_people_read() -> None:
 DOCUMENTS = [
     ("stages: []", True),
     ("stages: [pool]", True),
+    ("preset: pool-2", True),
+    ("{preset: pool-2, min_visual_tokens: 3}", True),
+    ("preset: pool-3", False),
+    ("{preset: pool-2, stages: [pool]}", False),
+    ("min_visual_tokens: 3", False),
     ("stages: [pool: ]", True),
     ("stages: [pool: {size: 3}, random: {keep: 25%, seed: 3}]", True),
     ("{positions: compact, stages: [fastervlm: {keep: {total: 640}}]}", True),

@@ -69,7 +69,6 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
             "Leave the key out"
         )
     check_unmerging(pipeline)
-    check_least(pipeline)
     for stage in pipeline.stages:
         if stage.site not in AT_SITE:
             raise UnsupportedError(
@@ -98,20 +97,6 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
         check_layers(stage, adapter)
     check_attention([s for s in pipeline.stages if s.site == "attention" and not s.unmerges()], adapter.lm)
     check_cache([stage for stage in pipeline.stages if stage.site == "cache"])
-
-
-def check_least(pipeline: Pipeline) -> None:
-    """Refuses a threshold per row where rows are not known yet.
-
-    Raises:
-        UnsupportedError: names the stage.
-    """
-    early = [stage for stage in pipeline.stages if stage.site in ("frames", "encoder")]
-    if pipeline.min_visual_tokens and early:
-        raise UnsupportedError(
-            f"min_visual_tokens counts the visual tokens of a prompt, and stage {early[0].name} (site {early[0].site}) acts before it is "
-            "known which images stand in one prompt; leave the key out, or take a stage of a later site"
-        )
 
 
 def check_unmerging(pipeline: Pipeline) -> None:

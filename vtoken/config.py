@@ -7,7 +7,7 @@ import os
 import re
 import reprlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
@@ -46,10 +46,11 @@ POLICIES: dict[str, tuple[tuple[str, ...], str]] = {
 }
 LEAST = (
     "min_visual_tokens",
-    "batch rows with fewer visual tokens (counted before anything is dropped) run dense, the others as usual; not with stages that act "
-    "before it is known which images stand in one prompt (sites frames and encoder)",
+    "batch rows with fewer visual tokens (counted before anything is dropped) run dense, the others as usual; where features are asked for "
+    "without a prompt, each image counts for itself in stages of the vision tower",
 )
-KEYS = (*POLICIES, LEAST[0], "stages")
+PRESET = ("preset", "takes the stages of this preset, and its policies where no others are given here")
+KEYS = (PRESET[0], *POLICIES, LEAST[0], "stages")
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,9 @@ def load(pipeline: PipelineLike) -> Pipeline:
     """Reads a pipeline in any of its forms.
 
     Args:
-        pipeline: a preset's name ("fastervlm-64"); a path to a YAML file; one stage in short ("fastervlm:64",
-            "random:25%,seed=3", "pool:size=2": a bare value is `keep`); a dict as in the YAML file; a list of names,
-            one-key dicts and Stage objects; a Stage; a Pipeline.
+        pipeline: a preset's name ("fastervlm-64"), with other policies where some follow ("flowcut-64,min_visual_tokens=0"); a path to
+            a YAML file; one stage in short ("fastervlm:64", "random:25%,seed=3", "pool:size=2": a bare value is `keep`); a dict as in
+            the YAML file; a list of names, one-key dicts and Stage objects; a Stage; a Pipeline.
 
     Raises:
         ConfigError: with file and line where there is a file, the name that is wrong, and what is accepted.
@@ -98,15 +99,27 @@ def load(pipeline: PipelineLike) -> Pipeline:
         close = get_close_matches(Path(pipeline).stem, registry.presets(), n=1)
         hint = f"; did you mean the preset {close[0]!r}?" if close else ""
         raise ConfigError(f"pipeline file {os.fspath(pipeline)!r} does not exist{hint}")
+    text = pipeline if isinstance(pipeline, str) else ""
+    preset, _, rest = text.partition(",")
+    if rest and preset in registry.presets():
+        return _from_data({**_options(text, rest), PRESET[0]: preset}, text, Source())
     if isinstance(pipeline, str) and pipeline.partition(":")[0] in registry.stages():
         return _from_data({"stages": [_short_form(pipeline)]}, pipeline, Source())
     if isinstance(pipeline, str):
         raise ConfigError(
-            f"{unknown('preset', pipeline, registry.presets())}; or write a path to a YAML file, or a stage and its "
+            f"{unknown('preset', preset if rest else pipeline, registry.presets())}; or write a path to a YAML file, or a stage and its "
             f"budget, as in fastervlm:64 (stages: {', '.join(registry.stages())})"
         )
     raise ConfigError(
         f"a pipeline is a preset name, a path, a dict, a list of stages or a stage, not {type(pipeline).__name__}"
+    )
+
+
+def unguarded(pipeline: PipelineLike) -> Pipeline:
+    """As `load`, but a preset's `min_visual_tokens` is 0: for scores, which are about its stages and not about their time."""
+    given = load(pipeline)
+    return (
+        replace(given, min_visual_tokens=0) if isinstance(pipeline, str) and pipeline in registry.presets() else given
     )
 
 
@@ -143,6 +156,7 @@ def schema() -> dict[str, Any]:
                 key: {"description": meaning, "enum": list(values), "default": values[0]}
                 for key, (values, meaning) in POLICIES.items()
             },
+            PRESET[0]: {"description": PRESET[1], "enum": list(registry.presets())},
             LEAST[0]: {"description": LEAST[1], "type": "integer", "minimum": 0, "default": 0},
             "stages": {
                 "description": f"sites must not go backwards: {', '.join(SITES)}",
@@ -150,7 +164,7 @@ def schema() -> dict[str, Any]:
                 "items": {"anyOf": [items, {"enum": bare}]},
             },
         },
-        "required": ["stages"],
+        "oneOf": [{"required": ["stages"]}, {"required": [PRESET[0]]}],
         "additionalProperties": False,
         "$defs": defs.get("$defs", {}),
     }
@@ -172,6 +186,8 @@ def _from_data(data: Any, name: str | None, source: Source) -> Pipeline:
         if key not in KEYS:
             hint = f"; stages go into a list, stages: [{key}: ...]" if key in registry.stages() else ""
             raise source.error((key,), unknown("key", key, KEYS) + hint)
+    if PRESET[0] in data:
+        data, name = _on_preset(data, source), name or data[PRESET[0]]
     chosen = {key: data.get(key, values[0]) for key, (values, _) in POLICIES.items()}
     for key, (values, _) in POLICIES.items():
         if chosen[key] not in values:
@@ -190,6 +206,18 @@ def _from_data(data: Any, name: str | None, source: Source) -> Pipeline:
     return Pipeline(
         name or "+".join(s.name for s in stages) or "none", stages=stages, min_visual_tokens=least, **chosen
     )
+
+
+def _on_preset(data: dict[str, Any], source: Source) -> dict[str, Any]:
+    """What a preset says, and over it what is said here."""
+    preset = data[PRESET[0]]
+    if preset not in registry.presets():
+        raise source.error((PRESET[0],), unknown(PRESET[0], preset, registry.presets()))
+    if "stages" in data:
+        raise source.error(("stages",), f"the stages are those of the preset {preset!r}; give one of the two")
+    base = load(preset)
+    policies = {key: getattr(base, key) for key in (*POLICIES, LEAST[0])}
+    return {**policies, **data, "stages": base.stages}
 
 
 def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
@@ -234,7 +262,12 @@ def _plain(value: Any) -> Any:
 def _short_form(text: str) -> dict[str, Any]:
     """`name:KEEP,option=value` -> {name: options}; values are YAML."""
     name, _, rest = text.partition(":")
-    options: dict[str, Any] = {}
+    return {name: _options(text, rest)}
+
+
+def _options(text: str, rest: str) -> dict[str, Any]:
+    """`KEEP,option=value` -> options; `text` is all that was written."""
+    name, options = re.split("[:,]", text)[0], dict[str, Any]()
     for part in re.split(r",(?=\s*\w+=)", rest) if rest else []:
         match = re.fullmatch(r"\s*(\w+)=(.*)", part, re.DOTALL)
         key, value = match.groups() if match else ("keep", part)
@@ -244,7 +277,7 @@ def _short_form(text: str) -> dict[str, Any]:
             options[key] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError):
             raise ConfigError(f"{text!r}: {value!r} is not a value; write {name}:64 or {name}:option=value") from None
-    return {name: options}
+    return options
 
 
 def _check_order(stages: Sequence[Stage], source: Source) -> None:

@@ -121,6 +121,14 @@ def segments(layouts: Sequence[Layout]) -> Tensor | None:
 
 
 @dataclass(frozen=True)
+class Sparing:
+    """Which images of a call of the feature function stages of the encoder leave alone; `aside` says why if they do nothing at all."""
+
+    images: tuple[bool, ...]
+    aside: str | None = None
+
+
+@dataclass(frozen=True)
 class Call:
     """One call of the model's feature function.
 
@@ -128,11 +136,24 @@ class Call:
         kind: "image" or "video".
         arguments: what it was called with, by name.
         layouts: of each image or video, in order.
+        sparing: None where nothing is spared.
     """
 
     kind: str
     arguments: dict[str, Any]
     layouts: tuple[Layout, ...]
+    sparing: Sparing | None = None
+
+    def spared(self, each: Sequence[int]) -> tuple[bool, ...]:
+        """Of the parts of the images, so many each; empty where nothing is spared."""
+        if self.sparing is None or not any(self.sparing.images):
+            return ()
+        return tuple(s for s, n in zip(self.sparing.images, each, strict=True) for _ in range(n))
+
+    @property
+    def aside(self) -> str | None:
+        """Why stages of the encoder do nothing, or None."""
+        return None if self.sparing is None else self.sparing.aside
 
 
 @dataclass
@@ -163,6 +184,7 @@ class Run(threading.local):
         visual: [B, L] which kind of visual token a position holds: 0 none, 1 image, 2 video.
         labels, tail: of the outermost call, see Prefill.
         call, tower: the feature call and the tower call in progress.
+        sparing: kind -> which images of the prompt to come are left alone.
         due: a cache layer whose newest tokens a cache stage is asked about after the attention in progress.
         encodes: kind -> what was encoded last.
     """
@@ -178,6 +200,7 @@ class Run(threading.local):
 
     def __init__(self) -> None:
         self.encodes: dict[str, Encode] = {}
+        self.sparing: dict[str, Sparing] = {}
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(

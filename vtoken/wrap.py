@@ -21,6 +21,7 @@ from vtoken.hooks.boundary import Boundary
 from vtoken.hooks.cache import Owner
 from vtoken.hooks.encoder import EncoderHooks
 from vtoken.hooks.features import FeatureHooks
+from vtoken.hooks.guard import Guard
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.kv import CacheHooks
 from vtoken.hooks.layers import LayerGroups
@@ -50,7 +51,11 @@ class Session:
             if pipeline.anyres == "2x2":
                 side = 2 * model.config.vision_config.image_size
                 self.handle.set(model.config, "image_grid_pinpoints", [[side, side]])
-            FeatureHooks(self.adapter, self.run, self.handle)
+            early = [*encoder, *self._at("frames")]
+            least = pipeline.min_visual_tokens if early else 0
+            if least:
+                Guard(self.adapter, self.run, self.handle, least)
+            FeatureHooks(self.adapter, self.run, self.handle, least)
             tower: Any = EncoderHooks if self.adapter.encoder.unit == 1 else PackedHooks
             tower(self.adapter, self.run, self.handle, wanted, encoder, self._at("frames"))
             # Sparse attention lies within the taps that observe, which come later and see every layer.
@@ -78,6 +83,9 @@ class Session:
                 unmerge=unmerge[0] if unmerge else None,
                 kv=kv,
                 least=pipeline.min_visual_tokens,
+                preset=pipeline.name
+                if pipeline.name in registry.presets() and pipeline == config.load(pipeline.name)
+                else None,
             )
             LayerGroups(
                 self.adapter.lm,

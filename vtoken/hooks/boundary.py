@@ -39,7 +39,7 @@ class Boundary:
         resolve: the fact as the encoder stored it (layers resolved, substituted).
         unmerge: lets attention see merged tokens at all their places, if a stage asks for that.
         kv: shrinks the cache.
-        least: visual tokens below which a row runs dense.
+        least, preset: as in Entry.
     """
 
     def __init__(
@@ -57,11 +57,12 @@ class Boundary:
         unmerge: Unmerge | None = None,
         kv: CacheHooks | None = None,
         least: int = 0,
+        preset: str | None = None,
     ) -> None:
         self.adapter, self.run, self.owner, self.unmerge = adapter, run, owner, unmerge
         self.stages = [(stage, substituted(stage, adapter.substitutes)) for stage in stages]
         self.compact, self.always, self.kv = compact, always, kv
-        self.entry = Entry(adapter, run, resolve, newline, drops=bool(stages) or always, least=least)
+        self.entry = Entry(adapter, run, resolve, newline, drops=bool(stages) or always, least=least, preset=preset)
         self.last: Trace | None = None
         handle.before(adapter.model, self._call)
         handle.before(adapter.outer, self._outer)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from vtoken.hooks import facts, frames
 from vtoken.hooks.flow import check_replay
 from vtoken.hooks.handle import Handle
+from vtoken.hooks.layout import spare
 from vtoken.hooks.merging import Between, check_resized, log_size, surface
-from vtoken.hooks.visual import check, trace_of
+from vtoken.hooks.visual import aside_of, check, trace_of
 from vtoken.run import Clock, Lineage, Run
 from vtoken.stages import Fact, Parts, Stage, VisualTokens, uploaded
 from vtoken.tracing import StageTrace
@@ -39,6 +40,7 @@ class Tower:
         bias: [crops, P] float32, what is added to the logits of its keys, or None.
         merged: between attention and MLP of a layer, the merged tokens [crops, P, D].
         chosen: which frames of a video the crops are, or None when they are all that came.
+        spared: per crop, whether it keeps all its patches; empty when none does. `aside` says why no stage acts at all, or None.
     """
 
     full: int
@@ -50,6 +52,8 @@ class Tower:
     bias: Tensor | None = None
     merged: Tensor | None = None
     chosen: frames.Chosen | None = None
+    spared: tuple[bool, ...] = ()
+    aside: str | None = None
     taps: dict[str, Tensor] = field(default_factory=dict)
     facts: dict[Fact, Tensor] = field(default_factory=dict)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -134,21 +138,27 @@ class EncoderHooks:
 
     def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         self.adapter.check_call(kwargs)
-        if self.merges:
-            check_resized(self.run.call)
         given = pixels = args[0] if args else kwargs["pixel_values"]
         call, chosen = self.run.call, None
-        if self.choosers and call is not None and call.kind == "video":
-            counts = [layout.parts[0][0] for layout in call.layouts]
-            chosen = frames.choose(self.choosers, frames.thumbnails(pixels), counts)
-            pixels = pixels[chosen.index]
+        spared: tuple[bool, ...] = ()
+        aside = None if call is None else call.aside
+        if self.merges and aside is None:
+            check_resized(call)
+        if call is not None:
+            video = call.kind == "video"
+            counts = [layout.parts[0][0] for layout in call.layouts] if video else self.adapter.crops(call.arguments)
+            spared = call.spared(counts)
+            if self.choosers and video:
+                chosen = frames.choose(self.choosers, frames.thumbnails(pixels), counts, call.spared([1] * len(counts)))
+                pixels = pixels[chosen.index]
+                spared = tuple(spared[i] for i in chosen.index.tolist()) if spared else ()
         crops, full, device = len(pixels), self.adapter.patches, pixels.device
         patch = torch.arange(full, device=device).repeat(crops)
         rows = torch.arange(crops, device=device).repeat_interleave(full)
         self.run.tower = Tower(
             full, (full,) * crops, rows, patch + int(self.encoder.cls), Lineage((full,) * crops, patch)
         )
-        self.tower.chosen = chosen
+        self.tower.chosen, self.tower.spared, self.tower.aside = chosen, spared, aside
         if self.choosers and call is not None and chosen is None:
             self.tower.traces += frames.untouched(self.choosers, self.adapter.crops(call.arguments), full)
         if self.pixels:
@@ -166,7 +176,7 @@ class EncoderHooks:
     @torch.no_grad()
     def _facts(self, layer: int, wanted: list[Fact], module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
         tower, e = self.tower, self.encoder
-        if tower is None:
+        if tower is None or tower.aside is not None:
             return
         packed = {k: tower.packed(v) for k, v in tower.taps.items()}
         bias = None if tower.bias is None else tower.packed(tower.bias)
@@ -196,6 +206,9 @@ class EncoderHooks:
 
     def _decide(self, stage: Stage, layer: int, hidden: Tensor) -> Tensor:
         tower = self.tower
+        if tower.aside is not None:
+            tower.traces.append(aside_of(stage, tower.lineage, tower.aside, layer))
+            return hidden
         device, crops, cls = hidden.device, len(tower.lengths), self.encoder.cls
         rows, place = tower.rows, tower.place
         found = {f: tower.facts[self._served(f, layer)][rows, place] for f in stage.needs()}
@@ -216,6 +229,8 @@ class EncoderHooks:
         with Clock(device) as clock:
             keep = stage.select(tokens)
         check(stage, keep, tower.lengths)
+        if tower.spared:
+            keep = spare(keep, tower.lengths, tower.spared)
         before, lengths = tower.lengths, keep.lengths
         tower.lineage = tower.lineage.advance(keep, rows)
         given = facts.substituted(stage, self.adapter.substitutes)

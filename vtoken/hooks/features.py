@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vtoken.hooks.flow import eager
+from vtoken.hooks.guard import alone
 from vtoken.hooks.handle import Handle
 from vtoken.run import Call, Encode, Run, tokens_of
 from vtoken.stages import Fact
@@ -25,10 +26,14 @@ Pack = Callable[[Tensor], Tensor]
 
 
 class FeatureHooks:
-    """Shadows the feature functions of `adapter.outer`; each call leaves an `Encode` in `run.encodes`."""
+    """Shadows the feature functions of `adapter.outer`; each call leaves an `Encode` in `run.encodes`.
 
-    def __init__(self, adapter: Any, run: Run, handle: Handle) -> None:
-        self.adapter, self.run = adapter, run
+    Args:
+        least: visual tokens below which stages of the encoder leave a prompt alone.
+    """
+
+    def __init__(self, adapter: Any, run: Run, handle: Handle, least: int = 0) -> None:
+        self.adapter, self.run, self.least = adapter, run, least
         for kind, name in adapter.features.items():
             handle.set(adapter.outer, name, self._shadow(kind, getattr(adapter.outer, name)))
 
@@ -45,7 +50,10 @@ class FeatureHooks:
             run.encodes.pop(kind, None)
             arguments = dict(signature.bind(*args, **kwargs).arguments)
             arguments |= arguments.pop("kwargs", {})
-            run.call = Call(kind, arguments, self.adapter.layouts(kind, arguments))
+            layouts, sparing = self.adapter.layouts(kind, arguments), run.sparing.pop(kind, None)
+            if self.least and (sparing is None or len(sparing.images) != len(layouts)):
+                sparing = alone(layouts, self.least)
+            run.call = Call(kind, arguments, layouts, sparing)
             try:
                 out = original(*args, **kwargs)
                 run.encodes[kind] = self._encode(run.call, out)
@@ -72,6 +80,8 @@ class FeatureHooks:
 
         facts = {f: pack(v[..., None])[..., 0] if scalar(f) else pack(v) for f, v in tower.facts.items()}
         traces, home = tower.traces, tower.lineage.home
+        if call.aside is not None:
+            traces = [replace(trace, stood_aside=call.aside) for trace in traces]
         if traces and tower.lineage.full != tuple(layout.tokens for layout in call.layouts):
             traces, home = repacked(pack, call, tower.lineage.full, traces)
         untold = home is None and tower.lineage.home is not None

@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.cache import PrunedCache, Slots
 from vtoken.hooks.images import Located
-from vtoken.hooks.layout import pack_left, spare, take
+from vtoken.hooks.layout import few, pack_left, spare, take
 from vtoken.hooks.visual import Visual, aside_of, check, trace_of
 from vtoken.run import Clock
 from vtoken.stages import Fact, Stage, VisualTokens
@@ -126,11 +126,7 @@ class Prefill(Flow):
         newlines = self.located.newlines
         self.newlines = self.new.new_ones(0 if newlines is None else len(newlines.line))
         held = self.started.per_row(len(self.counts))
-        self.spared = {
-            row: f"{n} visual tokens are fewer than min_visual_tokens {self.least}"
-            for row, n in enumerate(held)
-            if n < self.least
-        }
+        self.spared = {row: few(n, self.least) for row, n in enumerate(held) if n < self.least}
         self.aside: str | None = None
         if self.spared and self.spared.keys() >= set(self.started.row):
             self.aside = self.spared[held.index(max(held))]
@@ -149,7 +145,7 @@ class Prefill(Flow):
         """
         v = self.visual
         if self.aside is not None:
-            self.trace.stages.append(aside_of(stage, v, self.aside))
+            self.trace.stages.append(aside_of(stage, v.lineage, self.aside))
             return x
         tokens = VisualTokens.pack(
             x,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from vtoken.hooks.layout import spare
 from vtoken.hooks.visual import check, trace_of
 from vtoken.run import Clock, Layout, Lineage
 from vtoken.stages import Keep, Stage, VisualTokens, offsets_of
@@ -39,8 +40,8 @@ class Chosen:
     steps: list[tuple[Stage, list[Tensor], Clock]] = field(default_factory=list)
 
 
-def choose(stages: Sequence[Stage], x: Tensor, frames: Sequence[int]) -> Chosen:
-    """Lets the stages choose among the frames x [ΣF, D] of videos of so many frames.
+def choose(stages: Sequence[Stage], x: Tensor, frames: Sequence[int], spared: Sequence[bool] = ()) -> Chosen:
+    """Lets the stages choose among the frames x [ΣF, D] of videos of so many frames. Those of spared videos all stay.
 
     Raises:
         ValueError: a stage left a video without frames, or merged some.
@@ -58,6 +59,8 @@ def choose(stages: Sequence[Stage], x: Tensor, frames: Sequence[int]) -> Chosen:
                 f"stage {stage.name} {'merged frames' if 0 not in keep.lengths else 'dropped every frame of a video'}: a stage of site "
                 "frames must choose at least one frame of every video, and can merge none"
             )
+        if spared:
+            keep = spare(keep, lengths, spared)
         index, lengths = index[keep.index.to(index.device)], keep.lengths
         steps.append((stage, list(place[index].split(lengths)), clock))
     return Chosen(tuple(frames), index, steps)

@@ -102,7 +102,8 @@ def locate(kinds: Tensor, counts: Sequence[Sequence[int]], encodes: dict[str, En
         raise ValueError("the features of images and of videos must come the same way; encode both after vtoken.wrap")
     queues, offset = {}, 0
     for number, ((k, per_row), encode) in enumerate(zip(found.items(), given, strict=True)):
-        queues[k] = deque(assign(per_row, encode, adapter, number, offset))
+        known_layouts = None if encode is None else encode.layouts
+        queues[k] = deque(assign(per_row, known_layouts, adapter, number, offset))
         offset += 0 if encode is None else len(encode.probe)
     images = list(*queues.values()) if len(queues) == 1 else interleave(queues, kinds[line, column].tolist())
     layouts = tuple(i.layout for i in images)
@@ -142,7 +143,7 @@ def closes(layouts: Sequence[Layout]) -> Tensor:
 
 
 def assign(
-    counts: Sequence[int], encode: Encode | None, adapter: Any, number: int = 0, offset: int = 0
+    counts: Sequence[int], layouts: Sequence[Layout] | None, adapter: Any, number: int = 0, offset: int = 0
 ) -> list[_Image]:
     """Shares the encoded images of one kind out among the batch rows.
 
@@ -150,16 +151,16 @@ def assign(
 
     Args:
         counts: visual positions of this kind in each batch row.
-        encode: what the tower of this call saw, or None when features came precomputed.
+        layouts: of what the tower of this call saw, or None when features came precomputed.
         number, offset: of the encode among all of this call, and where its tokens begin among theirs.
 
     Raises:
         ValueError: the rows cannot be filled with whole images.
     """
-    if encode is None:
+    if layouts is None:
         return [_Image(layout, r, number, 0, 0) for r, n in enumerate(counts) for layout in adapter.split(n)]
-    lengths = [layout.length for layout in encode.layouts]
-    starts = [0, *accumulate(layout.tokens for layout in encode.layouts)]
+    lengths = [layout.length for layout in layouts]
+    starts = [0, *accumulate(layout.tokens for layout in layouts)]
     copies, rest = divmod(sum(counts), sum(lengths))
     if rest or not copies:
         raise ValueError(
@@ -173,7 +174,7 @@ def assign(
             first = following
         following, held = first, 0
         while held < need and following < len(lengths):
-            images.append(_Image(encode.layouts[following], r, number, following, offset + starts[following]))
+            images.append(_Image(layouts[following], r, number, following, offset + starts[following]))
             held += lengths[following]
             following += 1
         if held != need:

@@ -108,7 +108,7 @@ class CacheHooks:
         if not flow.memory.setdefault(id(self.stage), {}):
             flow.memory[id(self.stage)]["told"] = True
             assert flow.aside is not None
-            flow.trace.stages.append(aside_of(self.stage, flow.visual, flow.aside))
+            flow.trace.stages.append(aside_of(self.stage, flow.visual.lineage, flow.aside))
         return out
 
     @eager

@@ -1,4 +1,4 @@
-"""Rows of different length: left-padded compaction and the gathers that go with it; and rows that a decision spares."""
+"""Rows of different length: left-padded compaction and the gathers that go with it; and what a decision spares."""
 
 from __future__ import annotations
 
@@ -42,6 +42,11 @@ def left_padded(rows: Sequence[Tensor]) -> Tensor:
     """[B, Hk, longest, d] of rows [Hk, length, d]."""
     longest = max(row.shape[1] for row in rows)
     return torch.stack([F.pad(row, (0, 0, longest - row.shape[1], 0)) for row in rows])
+
+
+def few(tokens: int, least: int) -> str:
+    """Why a row runs dense."""
+    return f"{tokens} visual tokens are fewer than min_visual_tokens {least}"
 
 
 def spare(keep: Keep, lengths: Sequence[int], spared: Sequence[bool]) -> Keep:

@@ -22,7 +22,8 @@ from vtoken.errors import UnsupportedError
 from vtoken.hooks import facts, frames
 from vtoken.hooks.flow import check_replay
 from vtoken.hooks.handle import Handle
-from vtoken.hooks.visual import check, trace_of
+from vtoken.hooks.layout import spare
+from vtoken.hooks.visual import aside_of, check, trace_of
 from vtoken.run import Clock, Layout, Lineage, Run, segments
 from vtoken.stages import Fact, Stage, VisualTokens, image_of, offsets_of
 from vtoken.tracing import StageTrace
@@ -40,6 +41,7 @@ class PackedTower:
         lineage: what became of every token of each image.
         rotary: cos and sin of the live patches; bounds: whether attention is full -> cu_seqlens and longest segment of the live
             patches. Both are made again after every drop.
+        spared: per image, whether it keeps all its tokens; empty when none does. `aside` says why no stage acts at all, or None.
         qkv: output of the block at work.
         facts: [ΣN, ...] in token order, NaN where the token was dropped before the fact was read. `keys` and `values`
             [ΣN, H*d] are as projected (no rotary), `features` [ΣN, D] what enters the merger, means over the group;
@@ -53,6 +55,8 @@ class PackedTower:
     lineage: Lineage
     rotary: tuple[Tensor, Tensor] | None = None
     bounds: dict[bool, tuple[Tensor, int | None]] = field(default_factory=dict)
+    spared: tuple[bool, ...] = ()
+    aside: str | None = None
     qkv: Tensor | None = None
     facts: dict[Fact, Tensor] = field(default_factory=dict)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -154,13 +158,16 @@ class PackedHooks:
         image = image_of(full, device)
         place = torch.arange(len(image), device=device) - offsets_of(full, device)[:-1][image]
         self.run.tower = PackedTower(layouts, image, live.argsort(), live, Lineage(full, place, full))
+        if call is not None:
+            self.tower.spared, self.tower.aside = call.spared([1] * len(layouts)), call.aside
         if self.pixels:
             self.tower.facts[Fact("pixels")] = self._groups(pixels.detach().float()).flatten(1)
         if self.choosers:
             config = self.adapter.tower.config
             area = config.temporal_patch_size * config.patch_size**2
             seen = frames.packed_thumbnails(pixels, layouts, math.isqrt(self.encoder.unit), area)
-            chosen = frames.choose(self.choosers, seen, [layout.parts[0][0] for layout in layouts])
+            counts = [layout.parts[0][0] for layout in layouts]
+            chosen = frames.choose(self.choosers, seen, counts, self.tower.spared)
             frames.shorten(self.tower, chosen, self.encoder.unit)
 
     def _tap(self, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> None:
@@ -170,7 +177,7 @@ class PackedHooks:
     @torch.no_grad()
     def _facts(self, layer: int, wanted: list[Fact], module: Any, args: tuple, kwargs: dict, out: Any) -> None:
         tower, unit = self.tower, self.encoder.unit
-        if tower is None:
+        if tower is None or tower.aside is not None:
             return
         q, k, v = tower.qkv.unflatten(1, (3, self.encoder.heads, -1)).unbind(1)
         tower.qkv = None
@@ -211,6 +218,9 @@ class PackedHooks:
 
     def _decide(self, stage: Stage, layer: int, hidden: Tensor) -> Tensor:
         tower, device = self.tower, hidden.device
+        if tower.aside is not None:
+            tower.traces.append(aside_of(stage, tower.lineage, tower.aside, layer))
+            return hidden
         token, rank = tower.live.sort()
         groups = self._groups(hidden)[rank.to(device)]
         before, segment = tower.lineage.lengths, segments(tower.layouts)
@@ -228,6 +238,8 @@ class PackedHooks:
         with Clock(device) as clock:
             keep = stage.select(tokens)
         check(stage, keep, before)
+        if tower.spared:
+            keep = spare(keep, before, tower.spared)
         if not len(keep.index):
             raise ValueError(
                 f"stage {stage.name} dropped every visual token inside the vision tower, which needs at least one"

@@ -75,7 +75,7 @@ class SparsePrefill:
         if reason is not None:
             if "aside" not in memory:
                 memory["aside"] = reason
-                flow.trace.stages.append(aside_of(stage, flow.visual, reason))
+                flow.trace.stages.append(aside_of(stage, flow.visual.lineage, reason))
             return original()
         scale = kwargs.get("scaling") or q.shape[-1] ** -0.5
         rows, asides = [_row(x, flow) for x in (q, k, v)], _asides(flow, stage)

@@ -82,9 +82,9 @@ def trace_of(
     )
 
 
-def aside_of(stage: Stage, visual: Visual, reason: str) -> StageTrace:
+def aside_of(stage: Stage, lineage: Lineage, reason: str, layer: int | None = None) -> StageTrace:
     """The entry of a stage that did nothing."""
-    entry = trace_of(stage, visual.lengths, visual.lineage, Clock(torch.device("cpu")), None)
+    entry = trace_of(stage, lineage.lengths or lineage.full, lineage, Clock(torch.device("cpu")), layer)
     entry.stood_aside, entry.clock = reason, lambda: 0.0
     return entry
 

@@ -1,0 +1,99 @@
+"""Which images stand in prompts of few visual tokens, told before the vision tower runs: stages in it leave those alone.
+
+Rows are known as soon as the prompt is: to `generate`, which since transformers 5.18 encodes before the first forward, or to the forward itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from torch import Tensor, nn
+
+from vtoken.hooks.flow import eager
+from vtoken.hooks.handle import Handle
+from vtoken.hooks.images import assign
+from vtoken.hooks.layout import few
+from vtoken.run import KINDS, Layout, Run, Sparing
+
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+
+class Guard:
+    """Leaves a `Sparing` per kind in `run.sparing` for the feature functions.
+
+    Args:
+        least: visual tokens below which a row runs dense.
+    """
+
+    def __init__(self, adapter: Any, run: Run, handle: Handle, least: int) -> None:
+        self.adapter, self.run, self.least = adapter, run, least
+        handle.set(adapter.model, "generate", self._shadow(adapter.model.generate))
+        handle.before(adapter.outer, self._outer)
+
+    def _shadow(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def generate(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+            cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+            ids, embeds = kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds")
+            given = next((x for x in (mask, ids, embeds) if x is not None), None)
+            if given is not None:
+                past = 0 if cache is None else int(cache.get_seq_length())
+                self._look(ids, embeds, kwargs, given.shape[1] - past)
+            return original(inputs, *args, **kwargs)
+
+        return generate
+
+    def _outer(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._look(args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds"), kwargs)
+
+    @eager
+    def _look(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict, last: int = 0) -> None:
+        """`last`: so many columns are of the turn to come; 0 means all."""
+        given = {kind: kwargs for kind, name in PIXELS.items() if kwargs.get(name) is not None}
+        if not given or (ids is None and embeds is None):
+            return
+        kinds = self.adapter.visual_kinds(ids, embeds)[:, -last:]
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 2 and mask.shape[1] >= kinds.shape[1]:
+            kinds = kinds.masked_fill(~mask[:, -kinds.shape[1] :].to(kinds.device).bool(), 0)
+        try:
+            layouts = {kind: self.adapter.layouts(kind, arguments) for kind, arguments in given.items()}
+            counts = {kind: (kinds == 1 + KINDS.index(kind)).sum(1).tolist() for kind in layouts}
+            self.run.sparing = spared(layouts, counts, self.adapter, self.least)
+        except ValueError:
+            self.run.sparing = {}  # What does not fit is said where the call stops.
+
+
+def spared(
+    layouts: dict[str, tuple[Layout, ...]], counts: dict[str, list[int]], adapter: Any, least: int
+) -> dict[str, Sparing]:
+    """Per kind, which of its images stand in rows with fewer than `least` visual tokens of all kinds.
+
+    Args:
+        counts: per kind, its positions in each row, newline tokens among them.
+
+    Raises:
+        ValueError: the rows cannot be filled with whole images.
+    """
+    rows = {kind: assign(counts[kind], each, adapter) for kind, each in layouts.items()}
+    held = [0] * len(next(iter(counts.values())))
+    for images in rows.values():
+        for image in images:
+            held[image.row] += image.layout.tokens
+    dense = {row for row, n in enumerate(held) if n < least}
+    every = {image.row for images in rows.values() for image in images}
+    aside = few(max(held), least) if every <= dense else None
+    out = {}
+    for kind, images in rows.items():
+        flags = [False] * len(layouts[kind])
+        for image in images:
+            flags[image.index] = image.row in dense
+        out[kind] = Sparing(tuple(flags), aside)
+    return out
+
+
+def alone(layouts: tuple[Layout, ...], least: int) -> Sparing:
+    """Where features are asked for without a prompt, each image counts for itself."""
+    return Sparing(tuple(layout.tokens < least for layout in layouts))
