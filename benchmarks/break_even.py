@@ -10,11 +10,12 @@ do not count. A preset gets the least number of visual tokens from which on it i
 from __future__ import annotations
 
 from fnmatch import fnmatch
+from itertools import takewhile
 from math import prod
 from typing import NamedTuple
 
 from vtoken import config, registry
-from vtoken.stages import Parts, Stage
+from vtoken.stages import Parts, Stage, size_of
 
 DEPTH, PARAMETERS = 28, 233e6  # of Qwen2.5-VL-7B's decoder, per layer
 FLOPS, BYTES = 600e12, 4.8e12  # a second: an H200 in bfloat16, dense matrices; its memory
@@ -27,25 +28,34 @@ FEW = ("var_filter",)  # whose plans keep everything, not knowing how few leave:
 
 
 class Without(NamedTuple):
-    """Presets that have no threshold: patterns of their names, the reason, and whether this model says from where on they pay."""
+    """Presets that have no threshold.
+
+    Attributes:
+        names: patterns of their names, `but` those of this one.
+        why: the reason.
+        modelled: whether this model says from where on they pay.
+    """
 
     names: tuple[str, ...]
     why: str
     modelled: bool = False
+    but: str = ""
 
 
 # They were published for LLaVA-1.5 alone: prompts of one, two, ... pictures of 576 tokens.
 PICTURES = ("flowcut-64", "flowcut-128", "flowcut-192", "tome-*")
+CROPS = "*-next-*"  # LLaVA-NeXT's pictures in 2 x 2 crops and the whole, wider than they are high
 LLAVA = Without(
     (
         *(
             f"{name}-*"
             for name in ("cdpruner", "divprune", "fastervlm", "hired", "holov", "prumerge", "scope", "sparsevlm")
         ),
-        *("todre-next-*", "visionzip-*", "vispruner-*", "vscan-*", "pyramiddrop-270"),
+        *("visionzip-*", "vispruner-*", "vscan-*", "pyramiddrop-270"),
     ),
-    "Renumbered positions and fixed crops go with LLaVAs only, whose pictures hold 576 tokens and more, cut 2 x 2 mostly 1152 and more.",
+    "Renumbered positions go with LLaVAs only, and no picture of theirs holds fewer than 576 tokens.",
     modelled=True,
+    but=CROPS,
 )
 SPARSE = Without(
     ("anchorattention-*", "flexprefill-*", "mminference-*", "proxyattn-*", "static_sparse-*", "xattention-*"),
@@ -101,12 +111,19 @@ def pays(stages: tuple[Stage, ...], images: tuple[Parts, ...], tower: int) -> bo
 
 def least(stages: tuple[Stage, ...], tower: int = TOWERS[""]) -> int | None:
     """The visual tokens from which on the pipeline pays, up to STEP, in a video of FRAMES square frames; None: it never does."""
-    found = None
-    for side in range(int((LARGEST / FRAMES) ** 0.5), 1, -1):
-        if not pays(stages, (((FRAMES, side, side),),), tower):
-            break
-        found = FRAMES * side * side
-    return None if found is None else -(-found // STEP) * STEP
+    sides = range(int((LARGEST / FRAMES) ** 0.5), 1, -1)
+    return smallest(stages, [((FRAMES, side, side),) for side in sides], tower)
+
+
+def crops(stages: tuple[Stage, ...]) -> int | None:
+    """The same in a picture of LLaVA-NeXT without its padding."""
+    return smallest(stages, [((1, 24, 24), (1, rows, 48)) for rows in range(48, 0, -1)], TOWERS[""])
+
+
+def smallest(stages: tuple[Stage, ...], shapes: list[Parts], tower: int) -> int | None:
+    """Tokens of the last of these images, which get smaller, up to which the pipeline pays; None: not even on the first."""
+    paying = list(takewhile(lambda parts: pays(stages, (parts,), tower), shapes))
+    return -(-size_of(paying[-1]) // STEP) * STEP if paying else None
 
 
 def pictures(stages: tuple[Stage, ...]) -> int | None:
@@ -116,8 +133,10 @@ def pictures(stages: tuple[Stage, ...]) -> int | None:
 
 
 def of(name: str) -> int | None:
-    """`least` or `pictures` of a preset."""
+    """`least`, `crops` or `pictures` of a preset."""
     stages = config.load(name).stages
+    if fnmatch(name, CROPS):
+        return crops(stages)
     if any(fnmatch(name, pattern) for pattern in PICTURES):
         return pictures(stages)
     return least(stages, next(n for part, n in TOWERS.items() if part in name))
@@ -125,7 +144,7 @@ def of(name: str) -> int | None:
 
 def without(name: str) -> list[Without]:
     """The entries that excuse a preset: none, or one."""
-    return [each for each in WITHOUT if any(fnmatch(name, pattern) for pattern in each.names)]
+    return [e for e in WITHOUT if any(fnmatch(name, pattern) for pattern in e.names) and not fnmatch(name, e.but)]
 
 
 def presets() -> dict[str, int | None]:
@@ -141,13 +160,18 @@ def paying(each: Without) -> str:
     return f"{numbers[0]} to {numbers[-1]} tokens"
 
 
+def named(each: Without) -> str:
+    """Its presets."""
+    return ", ".join(f"`{n}`" for n in each.names) + (f" (but not `{each.but}`)" if each.but else "")
+
+
 def tables() -> str:
     """Both tables of docs/methods.md."""
     by_number: dict[int | None, list[str]] = {}
     for name, n in presets().items():
         by_number.setdefault(n, []).append(f"`{name}`")
     rows = [f"| {n} | {', '.join(by_number[n])} |" for n in sorted(by_number, key=lambda n: n or 0)]
-    excused = [f"| {', '.join(f'`{n}`' for n in e.names)} | {paying(e)} | {e.why} |" for e in WITHOUT]
+    excused = [f"| {named(e)} | {paying(e)} | {e.why} |" for e in WITHOUT]
     head = ("| min_visual_tokens | presets |", "| --- | --- |")
     return "\n".join([*head, *rows, "", "| presets without | pay from | why |", "| --- | --- | --- |", *excused])
 

@@ -137,7 +137,8 @@ def test_features_that_are_asked_for_by_hand(family):
 
 
 @families
-def test_standing_aside_costs_no_facts(family, monkeypatch):
+@pytest.mark.parametrize("stages", [[Inside(at=(1,))], [{"fastervlm": {"keep": 5}}]], ids=["inside", "tokens"])
+def test_standing_aside_costs_no_facts(family, stages, monkeypatch):
     model = tiny.make(family)
     batch = tiny.build(model, uneven(family), seed=3)
 
@@ -146,7 +147,6 @@ def test_standing_aside_costs_no_facts(family, monkeypatch):
 
     for name in ("received", "compute", "one_query"):
         monkeypatch.setattr(facts, name, never)
-    stages = [Inside(at=(1,)), {"fastervlm": {"keep": 5}}]
     with vtoken.wrapped(model, {"min_visual_tokens": 1000, "stages": stages}):
         greedy(model, batch)
         with pytest.raises(AssertionError, match="for nobody"), vtoken.wrapped(tiny.make(family), stages) as other:

@@ -197,8 +197,7 @@ def test_reasons_for_no_threshold_hold(cost):
             "cache" in sites
         ), name
         if why is cost.LLAVA:
-            assert pipeline.positions == "compact" or pipeline.anyres == "2x2", name
-            assert cost.of(name) <= (1152 if pipeline.anyres == "2x2" else 576), name
+            assert pipeline.positions == "compact" and pipeline.anyres == "model" and cost.of(name) <= 576, name
         if not found:
             assert pipeline.min_visual_tokens == cost.of(name) < 8192, name
 

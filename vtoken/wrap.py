@@ -51,7 +51,7 @@ class Session:
             if pipeline.anyres == "2x2":
                 side = 2 * model.config.vision_config.image_size
                 self.handle.set(model.config, "image_grid_pinpoints", [[side, side]])
-            early = [*encoder, *self._at("frames")]
+            early = encoder or self._at("frames") or wanted
             least = pipeline.min_visual_tokens if early else 0
             if least:
                 Guard(self.adapter, self.run, self.handle, least)

@@ -1,4 +1,4 @@
-"""Which images stand in prompts of few visual tokens, told before the vision tower runs: stages in it leave those alone.
+"""Which images stand in prompts of few visual tokens, told before the vision tower runs: nothing is decided or worked out for them in it.
 
 Rows are known as soon as the prompt is: to `generate`, which since transformers 5.18 encodes before the first forward, or to the forward itself.
 """
