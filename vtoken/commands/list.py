@@ -20,7 +20,8 @@ EXAMPLES = """examples:
 """
 SHORT_COLUMNS = ("stage", "site", "summary", "paper")
 STAGE_COLUMNS = ("stage", "kind", "site", "needs", "options", "paper", "summary")
-PRESET_COLUMNS = ("preset", "positions", "stages", "summary")
+PRESET_COLUMNS = ("preset", "positions", "min_visual_tokens", "stages", "summary")
+USUAL = {"newline": "keep_if_row_has_token", "anyres": "model", "min_visual_tokens": 0}  # not worth a line
 COST_COLUMNS = ("stage", "site", "facts", "bytes", "FLOPs", "families", "paper")
 
 
@@ -181,7 +182,12 @@ def presets() -> list[dict[str, Any]]:
         comment = registry.preset_file(name).read_text(encoding="utf-8").split("\n")[0]
         stages = [{stage.name: stage.model_dump(mode="json")} for stage in pipeline.stages]
         rows.append(
-            {"preset": name, "positions": pipeline.positions, "stages": stages, "summary": comment.lstrip("# ")}
+            {
+                "preset": name,
+                **{key: getattr(pipeline, key) for key in ("positions", "newline", "anyres", "min_visual_tokens")},
+                "stages": stages,
+                "summary": comment.lstrip("# "),
+            }
         )
     return rows
 
@@ -258,6 +264,7 @@ def _print_table(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
         table.add_column(column, no_wrap=True)
     table.add_column("what it does", overflow="fold")
     for row in rows:
-        rest = [f"{key}: {text}" for key in row if key not in (*columns, "summary") and (text := _text(key, row[key]))]
+        told = [key for key in row if key not in (*columns, "summary") and row[key] != USUAL.get(key)]
+        rest = [f"{key}: {text}" for key in told if (text := _text(key, row[key]))]
         table.add_row(*(row[column] for column in columns), Text("\n".join([row["summary"], *rest])))
     Console().print(table)

@@ -1,6 +1,7 @@
-"""Which images stand in prompts of few visual tokens, told before the vision tower runs: nothing is decided or worked out for them in it.
+"""Which images stand in prompts of few visual tokens, told before the vision tower runs: stages in it leave those alone.
 
-Rows are known as soon as the prompt is: to `generate`, which since transformers 5.18 encodes before the first forward, or to the forward itself.
+Where every prompt is one, no facts are worked out either. Rows are known as soon as the prompt is: to `generate`, which since transformers
+5.18 encodes before the first forward, or to the forward itself.
 """
 
 from __future__ import annotations
