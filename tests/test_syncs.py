@@ -58,6 +58,12 @@ def test_a_cut_inside_the_tower_waits_once_more() -> None:
     assert found == sorted([ENTRY, CHECK, ("asked", "entry.py:encoded")])
 
 
+def test_a_threshold_waits_once_more() -> None:
+    """For how many visual tokens each row holds, before the tower runs."""
+    pipeline = {"min_visual_tokens": 1, "stages": [{"fastervlm": {"keep": 4}}]}
+    assert waits("llava", pipeline, [[3, "img", 5]]) == sorted([ENTRY, CHECK, ("asked", "guard.py:_look")])
+
+
 @pytest.mark.parametrize("pipeline", ["divprune:4", "visionzip:6", "uniform:4", "random:4"])
 def test_other_choices_wait_no_oftener(pipeline: str) -> None:
     assert waits("llava", pipeline, [[3, "img", 5]]) == sorted([ENTRY, CHECK])

@@ -144,7 +144,7 @@ class EncoderHooks:
         aside = None if call is None else call.aside
         if self.merges and aside is None:
             check_resized(call)
-        if call is not None:
+        if call is not None and (self.choosers or call.sparing is not None):
             video = call.kind == "video"
             counts = [layout.parts[0][0] for layout in call.layouts] if video else self.adapter.crops(call.arguments)
             spared = call.spared(counts)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vtoken.hooks.flow import eager
@@ -38,16 +39,17 @@ class Guard:
         def generate(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
             cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
             ids, embeds = kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds")
-            given = next((x for x in (mask, ids, embeds) if x is not None), None)
-            if given is not None:
-                past = 0 if cache is None else int(cache.get_seq_length())
-                self._look(ids, embeds, kwargs, given.shape[1] - past)
+            past = 0 if cache is None else int(cache.get_seq_length())
+            given = ids if ids is not None else embeds
+            whole = mask if mask is not None and mask.ndim == 2 else given
+            self._look(ids, embeds, kwargs, whole.shape[1] - past if past and whole is not None else 0)
             return original(inputs, *args, **kwargs)
 
         return generate
 
     def _outer(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._look(args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds"), kwargs)
+        if any(kwargs.get(name) is not None for name in PIXELS.values()):  # not on decode steps, which may be compiled
+            self._look(args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds"), kwargs)
 
     @eager
     def _look(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict, last: int = 0) -> None:
@@ -61,10 +63,10 @@ class Guard:
             kinds = kinds.masked_fill(~mask[:, -kinds.shape[1] :].to(kinds.device).bool(), 0)
         try:
             layouts = {kind: self.adapter.layouts(kind, arguments) for kind, arguments in given.items()}
-            counts = {kind: (kinds == 1 + KINDS.index(kind)).sum(1).tolist() for kind in layouts}
-            self.run.sparing = spared(layouts, counts, self.adapter, self.least)
-        except ValueError:
-            self.run.sparing = {}  # What does not fit is said where the call stops.
+            each = torch.stack([(kinds == 1 + KINDS.index(kind)).sum(1) for kind in layouts]).tolist()
+            self.run.sparing = spared(layouts, dict(zip(layouts, each, strict=True)), self.adapter, self.least)
+        except (KeyError, TypeError, ValueError):
+            self.run.sparing = {}  # What is missing or does not fit is said where the call stops.
 
 
 def spared(
