@@ -136,10 +136,12 @@ class LayerGroups:
 
     def _decide(self, k: int, flow: Prefill, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         for stage in self.at[k]:
+            if flow.aside is not None:
+                flow.decide(stage, hidden, {}, layer=k)
+                continue
             line, column = (i.to(hidden.device) for i in flow.slot())
             x = hidden[line, column]
-            needs = stage.needs() if flow.aside is None else ()
-            facts = {need: self.fact(need, k, stage, flow, hidden, rope) for need in needs}
+            facts = {need: self.fact(need, k, stage, flow, hidden, rope) for need in stage.needs()}
             kept = flow.decide(stage, x, facts, layer=k)
             if kept is not x:
                 line, column = (i.to(hidden.device) for i in flow.slot())
