@@ -3,8 +3,7 @@
 A decoder layer takes as long as its matrices are multiplied or, for few tokens, read; attention and the vision tower (a twentieth of the
 decoder) are left out, which stages leave alone or make only cheaper. What a pipeline costs is taken as 2 ms of host work where tokens are
 first dropped (measured, benchmarks/RESULTS.md) and as much again at every further cut, and in every layer of the tower in which a stage
-acts: a cut there takes more operations (counted on a CPU, benchmarks/operations.py). Facts of the tower are worked out all the same, so they
-do not count. A preset gets the least number of visual tokens from which on it is not slower than the dense model.
+acts: a cut there takes more operations (counted on a CPU, benchmarks/operations.py). Facts are part of those 2 ms. A preset gets the least number of visual tokens from which on it is not slower than the dense model.
 """
 
 from __future__ import annotations

@@ -65,6 +65,19 @@ def test_beams(family, options):
     torch.testing.assert_close(got.sequences_scores, want, atol=3e-4, rtol=1e-4)
 
 
+@families
+def test_a_static_cache(family):
+    """Its prefill is given a 4D mask, and its decode steps may be compiled."""
+    model = tiny.make(family)
+    batch = tiny.build(model, uneven(family), seed=3)
+    pipeline = guarded(model, batch, [Inside(at=(1,)), Ragged()])
+    with vtoken.wrapped(model, pipeline):
+        want = torch.stack(greedy(model, batch, **OPTIONS).logits)
+        got = torch.stack(greedy(model, batch, cache_implementation="static", **OPTIONS).logits)
+        assert vtoken.trace(model).dense_rows == [0, 2]
+    torch.testing.assert_close(got, want, atol=3e-4, rtol=1e-4)
+
+
 @videos
 def test_images_and_videos_of_a_prompt_count_together(family):
     model = tiny.make(family)

@@ -61,7 +61,7 @@ def test_a_cut_inside_the_tower_waits_once_more() -> None:
 def test_a_threshold_waits_once_more() -> None:
     """For how many visual tokens each row holds, before the tower runs."""
     pipeline = {"min_visual_tokens": 1, "stages": [{"fastervlm": {"keep": 4}}]}
-    assert waits("llava", pipeline, [[3, "img", 5]]) == sorted([ENTRY, CHECK, ("asked", "guard.py:_look")])
+    assert waits("llava", pipeline, [[3, "img", 5]]) == sorted([ENTRY, CHECK, ("asked", "guard.py:look")])
 
 
 @pytest.mark.parametrize("pipeline", ["divprune:4", "visionzip:6", "uniform:4", "random:4"])

@@ -267,7 +267,7 @@ def _short_form(text: str) -> dict[str, Any]:
 
 def _options(text: str, rest: str) -> dict[str, Any]:
     """`KEEP,option=value` -> options; `text` is all that was written."""
-    name, options = re.split("[:,]", text)[0], dict[str, Any]()
+    options: dict[str, Any] = {}
     for part in re.split(r",(?=\s*\w+=)", rest) if rest else []:
         match = re.fullmatch(r"\s*(\w+)=(.*)", part, re.DOTALL)
         key, value = match.groups() if match else ("keep", part)
@@ -276,7 +276,9 @@ def _options(text: str, rest: str) -> dict[str, Any]:
         try:
             options[key] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError):
-            raise ConfigError(f"{text!r}: {value!r} is not a value; write {name}:64 or {name}:option=value") from None
+            raise ConfigError(
+                f"{text!r}: {value!r} is not a value of {key!r}; write one as in YAML: 64, 25%, [1, 2]"
+            ) from None
     return options
 
 

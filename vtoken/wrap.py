@@ -25,6 +25,7 @@ from vtoken.hooks.guard import Guard
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.kv import CacheHooks
 from vtoken.hooks.layers import LayerGroups
+from vtoken.hooks.outer import Outer
 from vtoken.hooks.packed import PackedHooks
 from vtoken.hooks.sparse import SparsePrefill
 from vtoken.hooks.unmerge import Unmerge
@@ -53,8 +54,8 @@ class Session:
                 self.handle.set(model.config, "image_grid_pinpoints", [[side, side]])
             early = encoder or self._at("frames") or wanted
             least = pipeline.min_visual_tokens if early else 0
-            if least:
-                Guard(self.adapter, self.run, self.handle, least)
+            guard = Guard(self.adapter, self.run, self.handle, least) if least else None
+            Outer(self.adapter, self.run, self.handle, guard)
             FeatureHooks(self.adapter, self.run, self.handle, least)
             tower: Any = EncoderHooks if self.adapter.encoder.unit == 1 else PackedHooks
             tower(self.adapter, self.run, self.handle, wanted, encoder, self._at("frames"))

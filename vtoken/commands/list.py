@@ -21,7 +21,6 @@ EXAMPLES = """examples:
 SHORT_COLUMNS = ("stage", "site", "summary", "paper")
 STAGE_COLUMNS = ("stage", "kind", "site", "needs", "options", "paper", "summary")
 PRESET_COLUMNS = ("preset", "positions", "min_visual_tokens", "stages", "summary")
-USUAL = {"newline": "keep_if_row_has_token", "anyres": "model", "min_visual_tokens": 0}  # not worth a line
 COST_COLUMNS = ("stage", "site", "facts", "bytes", "FLOPs", "families", "paper")
 
 
@@ -184,7 +183,7 @@ def presets() -> list[dict[str, Any]]:
         rows.append(
             {
                 "preset": name,
-                **{key: getattr(pipeline, key) for key in ("positions", "newline", "anyres", "min_visual_tokens")},
+                **{key: getattr(pipeline, key) for key in (*config.POLICIES, config.LEAST[0])},
                 "stages": stages,
                 "summary": comment.lstrip("# "),
             }
@@ -259,12 +258,15 @@ def _print_table(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from vtoken.config import LEAST, POLICIES
+
+    usual = {key: values[0] for key, (values, _) in POLICIES.items()} | {LEAST[0]: 0}
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 1, 0))
     for column in columns:
         table.add_column(column, no_wrap=True)
     table.add_column("what it does", overflow="fold")
     for row in rows:
-        told = [key for key in row if key not in (*columns, "summary") and row[key] != USUAL.get(key)]
+        told = [key for key in row if key not in (*columns, "summary") and row[key] != usual.get(key)]
         rest = [f"{key}: {text}" for key in told if (text := _text(key, row[key]))]
         table.add_row(*(row[column] for column in columns), Text("\n".join([row["summary"], *rest])))
     Console().print(table)

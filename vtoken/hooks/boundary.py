@@ -29,7 +29,7 @@ from vtoken.tracing import Trace
 
 
 class Boundary:
-    """Hooks on the model, on `outer` (which sees ids) and on the language model.
+    """Hooks on the language model.
 
     Args:
         stages: tokens-site stages, in pipeline order.
@@ -64,39 +64,8 @@ class Boundary:
         self.compact, self.always, self.kv = compact, always, kv
         self.entry = Entry(adapter, run, resolve, newline, drops=bool(stages) or always, least=least, preset=preset)
         self.last: Trace | None = None
-        handle.before(adapter.model, self._call)
-        handle.before(adapter.outer, self._outer)
         handle.before(adapter.lm, self._before)
         handle.after(adapter.lm, self._after)
-
-    def _call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Remembers what only the outermost call knows; nothing on decode steps, which may be compiled."""
-        ids = kwargs.get("input_ids")
-        if ids is None or ids.shape[1] > 1:
-            self._asked(kwargs)
-
-    @eager
-    def _asked(self, kwargs: dict) -> None:
-        wanted = kwargs.get("logits_to_keep")
-        self.run.labels = kwargs.get("labels")
-        self.run.tail = wanted - 1 if type(wanted) is int and wanted > 1 else 0
-
-    def _outer(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Remembers which positions are visual: ids cannot be seen any more inside the language model."""
-        ids = args[0] if args else kwargs.get("input_ids")
-        embeds = kwargs.get("inputs_embeds")
-        given = embeds if ids is None else ids
-        if given is not None and given.shape[1] > 1:
-            self._see(ids, embeds, kwargs)
-
-    @eager
-    def _see(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict) -> None:
-        self.adapter.check_call(kwargs)
-        encoded = kwargs.get("mm_encoder_outputs") or {}
-        has_features = any(kwargs.get(k) is not None for k in ("pixel_values", "pixel_values_videos")) or any(
-            v is not None for v in encoded.values()
-        )
-        self.run.visual = self.adapter.visual_kinds(ids, embeds) if has_features else None
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         # An exception in an earlier forward may have left its state behind.

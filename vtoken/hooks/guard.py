@@ -11,7 +11,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtoken.hooks.flow import eager
 from vtoken.hooks.handle import Handle
@@ -23,7 +23,7 @@ PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 class Guard:
-    """Leaves a `Sparing` per kind in `run.sparing` for the feature functions.
+    """Leaves a `Sparing` per kind in `run.sparing` for the feature functions. `Outer` tells it of forwards.
 
     Args:
         least: visual tokens below which a row runs dense.
@@ -32,41 +32,48 @@ class Guard:
     def __init__(self, adapter: Any, run: Run, handle: Handle, least: int) -> None:
         self.adapter, self.run, self.least = adapter, run, least
         handle.set(adapter.model, "generate", self._shadow(adapter.model.generate))
-        handle.before(adapter.outer, self._outer)
 
     def _shadow(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
         def generate(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-            cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
             ids, embeds = kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds")
-            past = 0 if cache is None else int(cache.get_seq_length())
-            given = ids if ids is not None else embeds
-            whole = mask if mask is not None and mask.ndim == 2 else given
-            self._look(ids, embeds, kwargs, whole.shape[1] - past if past and whole is not None else 0)
+            if any(kwargs.get(name) is not None for name in PIXELS.values()) and (
+                ids is not None or embeds is not None
+            ):
+                self.look(self.adapter.visual_kinds(ids, embeds)[:, -_last(ids, embeds, kwargs) :], kwargs)
             return original(inputs, *args, **kwargs)
 
         return generate
 
-    def _outer(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if any(kwargs.get(name) is not None for name in PIXELS.values()):  # not on decode steps, which may be compiled
-            self._look(args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds"), kwargs)
-
     @eager
-    def _look(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict, last: int = 0) -> None:
-        """`last`: so many columns are of the turn to come; 0 means all."""
-        given = {kind: kwargs for kind, name in PIXELS.items() if kwargs.get(name) is not None}
-        if not given or (ids is None and embeds is None):
-            return
-        kinds = self.adapter.visual_kinds(ids, embeds)[:, -last:]
+    def look(self, kinds: Tensor, kwargs: dict) -> None:
+        """Before a prompt with pixels is encoded.
+
+        Args:
+            kinds: [B, L] as `Adapter.visual_kinds` gives them; kwargs: of the call.
+        """
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim == 2 and mask.shape[1] >= kinds.shape[1]:
             kinds = kinds.masked_fill(~mask[:, -kinds.shape[1] :].to(kinds.device).bool(), 0)
         try:
-            layouts = {kind: self.adapter.layouts(kind, arguments) for kind, arguments in given.items()}
+            layouts = {
+                kind: self.adapter.layouts(kind, kwargs)
+                for kind, name in PIXELS.items()
+                if kwargs.get(name) is not None
+            }
             each = torch.stack([(kinds == 1 + KINDS.index(kind)).sum(1) for kind in layouts]).tolist()
             self.run.sparing = spared(layouts, dict(zip(layouts, each, strict=True)), self.adapter, self.least)
         except (KeyError, TypeError, ValueError):
             self.run.sparing = {}  # What is missing or does not fit is said where the call stops.
+
+
+def _last(ids: Tensor | None, embeds: Tensor | None, kwargs: dict) -> int:
+    """How many columns are of the turn to come: `generate` is told the whole conversation, or by its mask how long that is. 0 means all."""
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    past = 0 if cache is None else int(cache.get_seq_length())
+    whole = mask if mask is not None and mask.ndim == 2 else ids if ids is not None else embeds
+    assert whole is not None
+    return whole.shape[1] - past if past else 0
 
 
 def spared(
