@@ -149,6 +149,17 @@ def test_features_that_are_asked_for_by_hand(family):
     assert stage.tokens_out == want and sum(want) < sum(sizes)
 
 
+def test_a_call_that_failed_tells_nothing_of_the_next():
+    """Its two pictures together pass the threshold, asked for by hand neither does."""
+    model = tiny.llava()
+    batch = tiny.build(model, [[3, "img", 2, "img", 4]])
+    with vtoken.wrapped(model, guarded(model, batch, [Inside(at=(1,))], 0)), torch.no_grad():
+        with pytest.raises(ValueError, match="max_new_tokens"):
+            model.generate(**batch, max_new_tokens=-1)
+        features = model.get_image_features(pixel_values=batch["pixel_values"], return_dict=True).pooler_output
+    assert len(features) == 2 and not any(f.isnan().any() for f in features)
+
+
 @families
 @pytest.mark.parametrize("stages", [[Inside(at=(1,))], [{"fastervlm": {"keep": 5}}]], ids=["inside", "tokens"])
 def test_standing_aside_costs_no_facts(family, stages, monkeypatch):

@@ -37,11 +37,12 @@ class Guard:
         @wraps(original)
         def generate(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
             ids, embeds = kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds")
-            if any(kwargs.get(name) is not None for name in PIXELS.values()) and (
-                ids is not None or embeds is not None
-            ):
+            if pictured(kwargs) and (ids is not None or embeds is not None):
                 self.look(self.adapter.visual_kinds(ids, embeds)[:, -_last(ids, embeds, kwargs) :], kwargs)
-            return original(inputs, *args, **kwargs)
+            try:
+                return original(inputs, *args, **kwargs)
+            finally:
+                self.run.sparing = {}  # A call that failed before it encoded says nothing about the next.
 
         return generate
 
@@ -56,15 +57,16 @@ class Guard:
         if mask is not None and mask.ndim == 2 and mask.shape[1] >= kinds.shape[1]:
             kinds = kinds.masked_fill(~mask[:, -kinds.shape[1] :].to(kinds.device).bool(), 0)
         try:
-            layouts = {
-                kind: self.adapter.layouts(kind, kwargs)
-                for kind, name in PIXELS.items()
-                if kwargs.get(name) is not None
-            }
+            layouts = {kind: self.adapter.layouts(kind, kwargs) for kind in pictured(kwargs)}
             each = torch.stack([(kinds == 1 + KINDS.index(kind)).sum(1) for kind in layouts]).tolist()
             self.run.sparing = spared(layouts, dict(zip(layouts, each, strict=True)), self.adapter, self.least)
         except (KeyError, TypeError, ValueError):
             self.run.sparing = {}  # What is missing or does not fit is said where the call stops.
+
+
+def pictured(kwargs: dict) -> list[str]:
+    """Of which kinds a call brings pixels."""
+    return [kind for kind, name in PIXELS.items() if kwargs.get(name) is not None]
 
 
 def _last(ids: Tensor | None, embeds: Tensor | None, kwargs: dict) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtoken.hooks.flow import eager
-from vtoken.hooks.guard import PIXELS, Guard
+from vtoken.hooks.guard import Guard, pictured
 from vtoken.hooks.handle import Handle
 from vtoken.run import Run
 
@@ -46,7 +46,7 @@ class Outer:
     @eager
     def _see(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict) -> None:
         self.adapter.check_call(kwargs)
-        pixels = any(kwargs.get(name) is not None for name in PIXELS.values())
+        pixels = bool(pictured(kwargs))
         encoded = any(v is not None for v in (kwargs.get("mm_encoder_outputs") or {}).values())
         self.run.visual = self.adapter.visual_kinds(ids, embeds) if pixels or encoded else None
         if pixels and self.guard is not None:
