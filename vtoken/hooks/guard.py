@@ -53,8 +53,8 @@ class Guard:
         Args:
             kinds: [B, L] as `Adapter.visual_kinds` gives them; kwargs: of the call.
         """
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.ndim == 2 and mask.shape[1] >= kinds.shape[1]:
+        mask = _padding(kwargs)
+        if mask is not None and mask.shape[1] >= kinds.shape[1]:
             kinds = kinds.masked_fill(~mask[:, -kinds.shape[1] :].to(kinds.device).bool(), 0)
         try:
             layouts = {kind: self.adapter.layouts(kind, kwargs) for kind in pictured(kwargs)}
@@ -69,11 +69,17 @@ def pictured(kwargs: dict) -> list[str]:
     return [kind for kind, name in PIXELS.items() if kwargs.get(name) is not None]
 
 
+def _padding(kwargs: dict) -> Tensor | None:
+    """The padding mask [B, L]. None for the 4D masks that `generate` builds for a static cache, of some decoders one per layer type."""
+    mask = kwargs.get("attention_mask")
+    return mask if torch.is_tensor(mask) and mask.ndim == 2 else None
+
+
 def _last(ids: Tensor | None, embeds: Tensor | None, kwargs: dict) -> int:
     """How many columns are of the turn to come: `generate` is told the whole conversation, or by its mask how long that is. 0 means all."""
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    cache, mask = kwargs.get("past_key_values"), _padding(kwargs)
     past = 0 if cache is None else int(cache.get_seq_length())
-    whole = mask if mask is not None and mask.ndim == 2 else ids if ids is not None else embeds
+    whole = mask if mask is not None else ids if ids is not None else embeds
     assert whole is not None
     return whole.shape[1] - past if past else 0
 
