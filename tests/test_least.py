@@ -20,8 +20,6 @@ from test_sparse import Ladder
 import vtoken
 from vtoken import config, registry
 from vtoken.errors import ConfigError
-from vtoken.hooks.layout import spare
-from vtoken.stages import Keep
 
 OPTIONS = {"return_dict_in_generate": True, "output_logits": True}
 STAGES = {
@@ -132,19 +130,6 @@ def test_a_dense_turn_behind_a_pruned_one():
         assert all(s.stood_aside for s in trace.stages)
         assert [layer.keys.shape[2] for layer in again.past_key_values.layers] == [n + 21 for n in held]
         assert again.logits.shape[1] == 21 and bool(again.logits[:, -1].isfinite().all())
-
-
-def test_sparing_keeps_what_others_decided():
-    """Three images of 3, 2 and 3 tokens; the second one is spared."""
-    keep = Keep(torch.tensor([1, 4, 7]), (1, 1, 1), torch.tensor([0, 0, -1, 1, 1, 2, -1, 2]), torch.arange(8.0) + 1)
-    got = spare(keep, (3, 2, 3), [False, True, False])
-    assert got.index.tolist() == [1, 3, 4, 7] and got.lengths == (1, 2, 1)
-    assert got.into.tolist() == [0, 0, -1, 1, 2, 3, -1, 3] and got.weight.tolist() == [1, 2, 3, 1, 1, 6, 7, 8]
-    x = torch.arange(8.0)[:, None]
-    want = [(0 * 1 + 1 * 2) / 3, 3, 4, (5 * 6 + 7 * 8) / 14]
-    torch.testing.assert_close(got.apply(x)[:, 0], torch.tensor(want))
-    plain = spare(Keep(torch.tensor([0, 5]), (1, 0, 1)), (3, 2, 3), [False, True, False])
-    assert plain.index.tolist() == [0, 3, 4, 5] and plain.lengths == (1, 2, 1) and plain.into is None
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, "64", None])

@@ -7,7 +7,7 @@ Letters in every docstring: `B` batch rows, `N` visual tokens (`N_i` of image i)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -187,8 +187,30 @@ class Keep:
         f = self.fused
         if f is not None:
             features = None if f.features is None else f.features.to(device)
-            f = Fused(f.slots.to(device), f.factor.to(device), features, f.largest)
+            f = replace(f, slots=f.slots.to(device), factor=f.factor.to(device), features=features)
         return Keep(self.index.to(device), self.lengths, into, weight, f)
+
+    def sparing(self, lengths: Sequence[int], spared: Sequence[bool]) -> Keep:
+        """The same decision, but these images keep all their tokens as they are.
+
+        Args:
+            lengths: N_i of every image; spared: whether it keeps them.
+        """
+        device = self.index.device
+        own = torch.tensor(spared, device=device)[image_of(lengths, device)]
+        alive = own.clone()
+        alive[self.index] = True
+        slot = alive.cumsum(0) - 1
+        into, weight, fused = self.into, self.weight, self.fused
+        if into is not None:
+            into = torch.where(own, slot, torch.where(into >= 0, slot[self.index[into.clamp(min=0)]], -1))
+            weight = None if weight is None else torch.where(own, 1, weight)
+        if fused is not None:
+            tokens = self.index[fused.slots]
+            stay = ~own[tokens]
+            fused = replace(fused, slots=slot[tokens[stay]], factor=fused.factor[stay])
+        kept = tuple(n if s else k for n, k, s in zip(lengths, self.lengths, spared, strict=True))
+        return Keep(alive.nonzero()[:, 0], kept, into, weight, fused)
 
     def apply(self, x: Tensor, project: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Applies the decision to anything whose first axis is the packed token axis: [ΣN, ...] -> [ΣK, ...].

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from vtoken.hooks import facts, frames
 from vtoken.hooks.flow import check_replay
 from vtoken.hooks.handle import Handle
-from vtoken.hooks.layout import spare
 from vtoken.hooks.merging import Between, check_resized, log_size, surface
 from vtoken.hooks.visual import aside_of, check, trace_of
 from vtoken.run import Clock, Lineage, Run
@@ -230,7 +229,7 @@ class EncoderHooks:
             keep = stage.select(tokens)
         check(stage, keep, tower.lengths)
         if tower.spared:
-            keep = spare(keep, tower.lengths, tower.spared)
+            keep = keep.sparing(tower.lengths, tower.spared)
         before, lengths = tower.lengths, keep.lengths
         tower.lineage = tower.lineage.advance(keep, rows)
         given = facts.substituted(stage, self.adapter.substitutes)

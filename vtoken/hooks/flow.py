@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.cache import PrunedCache, Slots
 from vtoken.hooks.images import Located
-from vtoken.hooks.layout import few, pack_left, spare, take
+from vtoken.hooks.layout import few, pack_left, take
 from vtoken.hooks.visual import Visual, aside_of, check, trace_of
 from vtoken.run import Clock
 from vtoken.stages import Fact, Stage, VisualTokens
@@ -163,7 +163,7 @@ class Prefill(Flow):
             keep = stage.select(tokens)
         check(stage, keep, v.lengths)
         if self.spared:
-            keep = spare(keep, v.lengths, [row in self.spared for row in v.row])
+            keep = keep.sparing(v.lengths, [row in self.spared for row in v.row])
         untouched = keep.into is None and keep.lengths == v.lengths
         if not untouched:
             self.leave(v.after(keep))

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from vtoken.hooks.layout import spare
 from vtoken.hooks.visual import check, trace_of
 from vtoken.run import Clock, Layout, Lineage
 from vtoken.stages import Keep, Stage, VisualTokens, offsets_of
@@ -60,7 +59,7 @@ def choose(stages: Sequence[Stage], x: Tensor, frames: Sequence[int], spared: Se
                 "frames must choose at least one frame of every video, and can merge none"
             )
         if spared:
-            keep = spare(keep, lengths, spared)
+            keep = keep.sparing(lengths, spared)
         index, lengths = index[keep.index.to(index.device)], keep.lengths
         steps.append((stage, list(place[index].split(lengths)), clock))
     return Chosen(tuple(frames), index, steps)

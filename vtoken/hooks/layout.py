@@ -1,4 +1,4 @@
-"""Rows of different length: left-padded compaction and the gathers that go with it; and what a decision spares."""
+"""Rows of different length: left-padded compaction and the gathers that go with it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from vtoken.stages import Keep, image_of
 
 
 def pack_left(keep: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
@@ -47,19 +45,3 @@ def left_padded(rows: Sequence[Tensor]) -> Tensor:
 def few(tokens: int, least: int) -> str:
     """Why a row runs dense."""
     return f"{tokens} visual tokens are fewer than min_visual_tokens {least}"
-
-
-def spare(keep: Keep, lengths: Sequence[int], spared: Sequence[bool]) -> Keep:
-    """The decision, but that these images keep all their tokens as they are."""
-    device = keep.index.device
-    owner = image_of(lengths, device)
-    own = torch.tensor(spared, device=device)[owner]
-    alive = own.clone()
-    alive[keep.index] = True
-    slot = alive.cumsum(0) - 1
-    into, weight = keep.into, keep.weight
-    if into is not None:
-        into = torch.where(own, slot, torch.where(into >= 0, slot[keep.index[into.clamp(min=0)]], -1))
-        weight = None if weight is None else torch.where(own, 1, weight)
-    kept = tuple(n if s else k for n, k, s in zip(lengths, keep.lengths, spared, strict=True))
-    return Keep(alive.nonzero()[:, 0], kept, into, weight)

@@ -22,7 +22,6 @@ from vtoken.errors import UnsupportedError
 from vtoken.hooks import facts, frames
 from vtoken.hooks.flow import check_replay
 from vtoken.hooks.handle import Handle
-from vtoken.hooks.layout import spare
 from vtoken.hooks.visual import aside_of, check, trace_of
 from vtoken.run import Clock, Layout, Lineage, Run, segments
 from vtoken.stages import Fact, Stage, VisualTokens, image_of, offsets_of
@@ -239,7 +238,7 @@ class PackedHooks:
             keep = stage.select(tokens)
         check(stage, keep, before)
         if tower.spared:
-            keep = spare(keep, before, tower.spared)
+            keep = keep.sparing(before, tower.spared)
         if not len(keep.index):
             raise ValueError(
                 f"stage {stage.name} dropped every visual token inside the vision tower, which needs at least one"
