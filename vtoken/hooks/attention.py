@@ -22,7 +22,7 @@ from vtoken.hooks.prompt import text_slots
 from vtoken.hooks.rows import ROWS, causal
 from vtoken.kernels import query_attention
 from vtoken.run import Run
-from vtoken.stages import Fact, Stage, offsets_of
+from vtoken.stages import Fact, Stage, offsets_of, uploaded
 
 NAME = "vtoken"
 HANDED = "vtoken_handed"  # argument of a decoder layer that goes through to the tap of its attention, and no further
@@ -112,8 +112,8 @@ def observe(run: Run, asked: Mapping[int, Sequence[tuple[Stage, str]]]) -> Tap:
     """Keeps what stages ask for of the layers in `asked`, slot by slot: attention of the last prompt token `last_query_attention` or
     of chosen text tokens `text_attention`, head mean, [B, slots], `keys` [B, slots, H, d], and what ROWS has.
 
-    With `logits_to_keep` = n > 1 (drafts of assisted generation, an answer that is scored) the last prompt token is the first of
-    those n positions, so the decision is the one that `generate` makes.
+    With an answer or drafts behind the prompt (`prompt.answered`) the last prompt token stands before them, so the decision is the one
+    that `generate` makes.
     """
 
     def function(
@@ -139,7 +139,7 @@ def _keep(
         return
     # A static cache hands out all its slots; only those filled so far count.
     k, v = (t[:, :, : flow.slots].detach() for t in (k, v))
-    whole = flow.ok is None and not flow.tail
+    whole = flow.ok is None and flow.answer is None
     ok = torch.ones(len(k), flow.slots, dtype=torch.bool, device=k.device) if flow.ok is None else flow.ok.bool()
     ok = ok.to(k.device)
     for stage, name in asked:
@@ -152,24 +152,24 @@ def _keep(
         elif fact not in flow.facts:
             rows = name == "last_query_attention"
             there = None if whole else ok
-            flow.facts[fact] = (
-                last_row(q[:, :, -1 - flow.tail], k, there, flow.tail, scale) if rows else k.transpose(1, 2)
-            )
+            flow.facts[fact] = last_row(flow.of_last(q, 2), k, there, flow.tails, scale) if rows else k.transpose(1, 2)
 
 
-def last_row(q: Tensor, k: Tensor, ok: Tensor | None, tail: int, scale: float) -> Tensor:
+def last_row(q: Tensor, k: Tensor, ok: Tensor | None, tails: Sequence[int], scale: float) -> Tensor:
     """[B, slots] attention of one query per row, head mean.
 
     Args:
         q: [B, H, d] of the last prompt token; k: [B, H, slots, d].
-        ok: [B, slots] slots that hold something; the last `tail` come after the query. None: all do, and none comes after it.
+        ok: [B, slots] slots that hold something; None: all do, and none comes after the query.
+        tails: per row, how many slots at the end come after the query.
     """
     if ok is None:
         batch, slots = len(k), k.shape[2]
         each, all_of = (offsets_of([n] * batch, k.device) for n in (1, slots))
         return query_attention(q, k.transpose(1, 2).flatten(0, 1), each, all_of, scale).view(batch, slots)
-    if tail:
-        ok = ok.index_fill(1, torch.arange(ok.shape[1] - tail, ok.shape[1], device=ok.device), False)
+    if any(tails):
+        ends = ok.shape[1] - uploaded(tails, ok.device)
+        ok = ok & (torch.arange(ok.shape[1], device=ok.device) < ends[:, None])
     one_each = torch.arange(len(k) + 1, dtype=torch.int32, device=k.device)
     packed = query_attention(q, k.transpose(1, 2)[ok], one_each, offsets_of(ok.sum(1).tolist(), k.device), scale)
     return packed.new_zeros(ok.shape).masked_scatter(ok, packed)

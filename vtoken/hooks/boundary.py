@@ -1,8 +1,8 @@
 """The language-model boundary: everything that enters the decoder is shortened here, coherently.
 
 Features were merged into the prompt by the model itself, so ids and placeholders no longer matter. Embeddings, positions and masks are
-cut to the live tokens and rows packed to the left-padded maximum of the batch; afterwards `last_hidden_state` gets its length back (zeros
-where tokens were dropped), so that logits and labels keep their shape.
+cut to the live tokens and rows packed to the left-padded maximum of the batch; afterwards outputs get their length back (zeros where tokens
+were dropped, see restore.py), so that logits and labels keep their shape.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from vtoken.hooks.facts import substituted
 from vtoken.hooks.flow import Flow, Prefill, StaticStep, eager
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.kv import CacheHooks
-from vtoken.hooks.layout import take
+from vtoken.hooks.layout import Layout, take
+from vtoken.hooks.restore import restore
 from vtoken.hooks.unmerge import Unmerge
 from vtoken.run import Run
 from vtoken.stages import Fact, Stage
@@ -208,10 +209,13 @@ class Boundary:
                 now = torch.where(flow.valid, flow.index + flow.past, -1).to(old.device)
                 shift = flow.shift(start) if self.compact else torch.zeros_like(before.shift)
                 everything = torch.cat([old, now], 1)
+                flow.layouts[start] = Layout(flow.index, flow.valid, everything)
                 lags = self.compact and (flow.changed or before.lags)
                 flow.records[start] = Slots(
                     everything, flow.past + flow.new.shape[1], shift, flow.dense and before.dense, lags
                 )
+        elif isinstance(flow, Prefill):
+            flow.layouts[start] = Layout(flow.index, flow.valid, torch.where(ok, flow.index, -1))
         flow.slots = ok.shape[1]
         # The device is asked only when nothing but the user's mask can tell; the counts of a prefill are what its mask leaves.
         dense = flow.dense and (cache is None or before.dense)
@@ -236,16 +240,9 @@ class Boundary:
             flow.cache.record(start, slots)
         flow.trace.cache_bytes = cache_bytes(getattr(out, "past_key_values", None))
         check_labels(flow)
-        hidden = out.last_hidden_state
-        if hidden.shape[1] == flow.new.shape[1] and not flow.changed:
+        if not flow.layouts or (flow.dense and not flow.changed):
             return None
-        if not flow.dense:
-            hidden = hidden.masked_fill(~flow.valid.to(hidden.device)[..., None], 0)
-        full = hidden.new_zeros(len(hidden), flow.new.shape[1], hidden.shape[2])
-        full.scatter_(1, flow.index.to(hidden.device)[..., None].expand_as(hidden), hidden)
-        # Where a prompt ends in a picture and its last token was dropped, the last one that is left speaks for it.
-        full[:, -1] = torch.where(flow.new[:, -1:].to(hidden.device), hidden[:, -1], full[:, -1])
-        out.last_hidden_state = full
+        restore(out, flow, len(self.adapter.lm.layers))
         return out
 
 

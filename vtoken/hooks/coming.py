@@ -42,20 +42,20 @@ def next_row(layer: Any, k: int, flow: Prefill, hidden: Tensor, rope: tuple[Tens
     Args:
         rope: cos and sin of their positions, [B or 1, P, d].
     """
-    attention, last = layer.self_attn, hidden.shape[1] - 1 - flow.tail
+    attention = layer.self_attn
     rotate = _file(attention).apply_rotary_pos_emb
     x = layer.input_layernorm(hidden.detach())
-    q, keys = (_heads(attention, name, y) for name, y in (("q", x[:, last : last + 1]), ("k", x)))
+    q, keys = (_heads(attention, name, y) for name, y in (("q", flow.of_last(x, 1)[:, None]), ("k", x)))
     cos, sin = rope
     # One call rotates queries and keys by the same positions; these have their own.
-    q = rotate(q, q, cos[:, last : last + 1], sin[:, last : last + 1])[0]
+    q = rotate(q, q, *(flow.of_last(half, 1)[:, None] for half in rope))[0]
     keys = rotate(keys, keys, cos, sin)[0]
     ok = flow.valid.to(keys.device) & ~dropped_slots(flow).to(keys.device)
     past = _past(flow, k)
     if past is not None:
         old, held = past
         keys, ok = torch.cat([old, keys], 2), torch.cat([held.to(ok.device), ok], 1)
-    return last_row(q[:, :, 0], keys, ok, flow.tail, getattr(attention, "scaling", None) or attention.head_dim**-0.5)
+    return last_row(q[:, :, 0], keys, ok, flow.tails, getattr(attention, "scaling", None) or attention.head_dim**-0.5)
 
 
 def _past(flow: Prefill, k: int) -> tuple[Tensor, Tensor] | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from vtoken.errors import StoodAsideWarning, UnsupportedError
 from vtoken.hooks.flow import Flow, Prefill
 from vtoken.hooks.images import Located, check, locate
-from vtoken.hooks.prompt import text_of
+from vtoken.hooks.prompt import answered, text_of
 from vtoken.hooks.visual import Visual
 from vtoken.run import Lineage, Run, segments
 from vtoken.stages import Fact, Keep, Stage, image_of, offsets_of
@@ -48,7 +48,10 @@ class Entry:
         """Finds the images of the batch, and drops what the encoder dropped; returns the values [ΣK, D] of the live tokens too."""
         kinds = visual.masked_fill(~flow.new, 0)
         each = [(kinds == kind + 1).sum(1) for kind in range(len(self.adapter.placeholders))]
-        *held, counts = torch.stack([*each, flow.new.sum(1)]).tolist()
+        answer = answered(kinds, flow.new, self.run.tail, self.run.labels)
+        behind = [] if answer is None else [answer.sum(1)]
+        *told, counts = torch.stack([*each, *behind, flow.new.sum(1)]).tolist()
+        held, tails = told[: len(each)], told[-1] if behind else [0] * len(counts)
         located = locate(kinds, held, self.run.encodes, self.adapter)
         whole = unpruned(located)
         values = flow.hidden[whole.line, whole.column]
@@ -68,7 +71,8 @@ class Entry:
             policy=self.newline,
             riders=list(riders or ()),
             labels=self.run.labels,
-            tail=self.run.tail,
+            answer=answer if any(tails) else None,
+            tails=tails,
             least=self.least,
             project=self.project if self.adapter.encoder.unit == 1 else None,
         )

@@ -13,10 +13,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.cache import PrunedCache, Slots
 from vtoken.hooks.images import Located
-from vtoken.hooks.layout import few, pack_left, take
+from vtoken.hooks.layout import Layout, few, pack_left, take
 from vtoken.hooks.visual import Visual, aside_of, check, trace_of
 from vtoken.run import Clock
-from vtoken.stages import Fact, Stage, VisualTokens
+from vtoken.stages import Fact, Stage, VisualTokens, uploaded
 from vtoken.tracing import Trace
 
 # For all that happens at prefill: torch.compile reads thread-local state wrongly (it sees the class's default), and would see no images.
@@ -98,9 +98,11 @@ class Prefill(Flow):
         policy: which newline tokens stay: keep_if_row_has_token, keep or drop.
         riders: [ΣK, D] what else is added to the visual tokens inside the decoder (DeepStack), one tensor per layer; `injected` of them were
             added so far.
-        tail: tokens after the last prompt token: drafts or an answer, whose logits are asked for too.
+        answer: [B, L] logical columns behind the prompt (drafts, or an answer that is scored), None without any; `tails` says how many
+            they are per row.
         changed: something was dropped or merged.
         least: visual tokens below which a row runs dense; `spared` says why of those rows, `aside` why no stage acts at all, or None.
+        layouts: first layer of a group -> its layout.
         records: slot maps to commit to the cache when the forward ends; shrunk: what a cache stage left of each layer.
         project: makes embeddings of features, where the family's projector takes tokens one by one.
     """
@@ -112,10 +114,12 @@ class Prefill(Flow):
     policy: str = "keep"
     riders: list[Tensor] = field(default_factory=list)
     injected: int = 0
-    tail: int = 0
+    answer: Tensor | None = None
+    tails: list[int] = field(default_factory=list)
     labels: Tensor | None = None
     changed: bool = False
     least: int = 0
+    layouts: dict[int, Layout] = field(default_factory=dict)
     records: dict[int, Slots] = field(default_factory=dict)
     facts: dict[Fact, Tensor] = field(default_factory=dict)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -191,6 +195,15 @@ class Prefill(Flow):
             gone = lost.new_zeros(batch).index_add_(0, newlines.line, lost).tolist()
             self.counts = [n - g for n, g in zip(self.counts, gone, strict=True)]
             self.newlines &= stay
+
+    def of_last(self, x: Tensor, dim: int) -> Tensor:
+        """What x [B or 1, ...] holds at the last prompt token of each row; slots of the current layout end along `dim`, which goes."""
+        if len(set(self.tails)) == 1:
+            return x.select(dim, x.shape[dim] - 1 - self.tails[0])
+        at = (x.shape[dim] - 1 - uploaded(self.tails, x.device)).clamp(min=0)
+        x = x.expand(len(at), *x.shape[1:])
+        index = at.view(-1, *[1] * (x.ndim - 1)).expand(*[1 if d == dim else n for d, n in enumerate(x.shape)])
+        return x.gather(dim, index).squeeze(dim)
 
     def gone(self) -> Tensor:
         """[B, L] which logical columns were dropped so far, whatever the current layout still holds."""

@@ -29,6 +29,7 @@ from vtoken.hooks.held import Row, slots_of, store
 from vtoken.hooks.later import LaterHooks
 from vtoken.hooks.visual import Visual, aside_of
 from vtoken.run import Clock, Run
+from vtoken.stages import uploaded
 from vtoken.tracing import StageTrace
 
 
@@ -150,7 +151,7 @@ class CacheHooks:
         if same:
             return out
         cached = store(flow.cache.layers[number], parts, k, v, width)
-        return self._behind(flow, rows, past, q, cached.keys, cached.values, scale, out) if flow.tail else out
+        return self._behind(flow, rows, past, q, cached.keys, cached.values, scale, out) if any(flow.tails) else out
 
     def _rows(self, flow: Prefill) -> list[tuple[Row, tuple[Tensor, ...]]]:
         if "rows" not in flow.memo:
@@ -176,14 +177,17 @@ class CacheHooks:
         self, flow: Prefill, rows: list[Row], past: int, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Any
     ) -> Any:
         """What follows the prompt in this forward (drafts) reads what is left of it, as it would in a forward of its own."""
-        slots, new = k.shape[2] - past, flow.tail
+        slots, new = k.shape[2] - past, max(flow.tails)
         length = torch.tensor([row.stay + row.tail for row in rows], device=k.device)
         real = torch.arange(slots, device=k.device) >= slots - length[:, None]
         before = real.new_ones(len(k), past) if flow.ok is None else flow.ok[:, :past].bool().to(k.device)
         visible = torch.cat([before, real], 1)[:, None, None].repeat(1, 1, new, 1)
         visible[..., -new:] &= torch.ones(new, new, dtype=torch.bool, device=k.device).tril()
         read = F.scaled_dot_product_attention(q[:, :, -new:], k, v, visible, scale=scale, enable_gqa=True)
-        return torch.cat([out[0][:, :-new], read.transpose(1, 2)], 1), *out[1:]
+        # In rows with fewer of them, the first of these queries are the prompt's own.
+        behind = torch.arange(new, device=k.device) >= new - uploaded(flow.tails, k.device)[:, None]
+        late = torch.where(behind[..., None, None], read.transpose(1, 2), out[0][:, -new:])
+        return torch.cat([out[0][:, :-new], late], 1), *out[1:]
 
     def finish(self, flow: Prefill) -> None:
         """Commits the slots of every layer to the flow's records, and the decisions to its trace."""
@@ -228,11 +232,10 @@ class CacheHooks:
 def rows_of(flow: Prefill) -> list[tuple[Row, tuple[Tensor, ...]]]:
     """The rows of a prefill in the current layout, each with the slots of its images on the device. Whole, as if everything stayed."""
     v, (_, column) = flow.visual, flow.slot()
-    tails = flow.new[:, flow.new.shape[1] - flow.tail :].sum(1).tolist()
     ends = list(accumulate(v.lengths, initial=0))
     on_host = column.tolist()
     out = []
-    for r, (count, tail) in enumerate(zip(flow.counts, tails, strict=True)):
+    for r, (count, tail) in enumerate(zip(flow.counts, flow.tails, strict=True)):
         begin = flow.index.shape[1] - count
         spans = [span for span, owner in zip(pairwise(ends), v.row, strict=True) if owner == r]
         slots = tuple(tuple(c - begin for c in on_host[a:b]) for a, b in spans)

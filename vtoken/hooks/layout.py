@@ -3,10 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of a forward stand while some layers work on them.
+
+    Attributes:
+        index, valid: [B, P] logical column of each slot, and whether it is real.
+        logical: [B, S + P] logical position behind each slot that is attended to, earlier turns in front; -1 for padding.
+    """
+
+    index: Tensor
+    valid: Tensor
+    logical: Tensor
+
+    def restore(self, x: Tensor, length: int) -> Tensor:
+        """[B, length, D] of x [B, P, D]: everything at its logical column, zeros elsewhere."""
+        index, valid = self.index.to(x.device), self.valid.to(x.device)
+        out = x.new_zeros(len(x), length, x.shape[2])
+        return out.scatter(1, index[..., None].expand_as(x), x.masked_fill(~valid[..., None], 0))
+
+    def restore_map(self, weights: Tensor, length: int, past: int) -> Tensor:
+        """[B, H, length, past + length] of attention weights [B, H, P, S + P]."""
+        rows, logical = self.restore(weights.transpose(1, 2).flatten(2), length), self.logical.to(weights.device)
+        rows = rows.unflatten(2, weights.shape[1::2]).transpose(1, 2)
+        # Padding goes to a column behind the others, which is cut off.
+        at = torch.where(logical < 0, past + length, logical)[:, None, None].expand_as(rows)
+        return rows.new_zeros(*rows.shape[:3], past + length + 1).scatter(3, at, rows)[..., :-1]
 
 
 def pack_left(keep: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:

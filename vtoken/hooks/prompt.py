@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from vtoken.hooks.flow import Prefill
 from vtoken.stages import offsets_of
+
+
+def answered(kinds: Tensor, new: Tensor, tail: int, labels: Tensor | None) -> Tensor | None:
+    """[B, L] which tokens stand behind the prompt: drafts, or an answer that is scored; None where nothing can.
+
+    Args:
+        kinds: [B, L] kind of visual token, 0 for text; new: [B, L] what is real.
+        tail: columns at the end whose logits are asked for. If 0, labels tell: an answer begins with the first that counts (is not
+            -100) behind the last image of its row.
+    """
+    if tail:
+        return new & (torch.arange(new.shape[1], device=new.device) >= new.shape[1] - tail)
+    if labels is None or labels.shape != new.shape:
+        return None
+    ahead = (kinds > 0).flip(1).cumsum(1).flip(1)
+    counts = (labels.to(new.device) != -100) & new & (ahead == 0)
+    return new & (counts.cumsum(1) > 0)
 
 
 def text_columns(flow: Prefill) -> Tensor:
@@ -15,8 +33,7 @@ def text_columns(flow: Prefill) -> Tensor:
     newlines = flow.located.newlines
     if newlines is not None:
         text[newlines.line, newlines.column] = False
-    text[:, text.shape[1] - flow.tail :] = False
-    return text
+    return text if flow.answer is None else text & ~flow.answer
 
 
 def text_slots(flow: Prefill) -> Tensor:

@@ -22,12 +22,12 @@ Rows = Callable[[Prefill, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 def visual_attention(flow: Prefill, q: Tensor, k: Tensor, v: Tensor, ok: Tensor, scale: float) -> Tensor:
     """The last prompt token's, softmax over the tokens of each image alone, head mean."""
-    return _among(flow, q[:, :, -1 - flow.tail], k, scale)
+    return _among(flow, flow.of_last(q, 2), k, scale)
 
 
 def visual_value_attention(flow: Prefill, q: Tensor, k: Tensor, v: Tensor, ok: Tensor, scale: float) -> Tensor:
     """The same with values for query and keys."""
-    return _among(flow, v[:, :, -1 - flow.tail], v, scale)
+    return _among(flow, flow.of_last(v, 2), v, scale)
 
 
 def mean_value(flow: Prefill, q: Tensor, k: Tensor, v: Tensor, ok: Tensor, scale: float) -> Tensor:

@@ -81,7 +81,7 @@ class SparsePrefill:
         rows, asides = [_row(x, flow) for x in (q, k, v)], _asides(flow, stage)
         with torch.no_grad(), Clock(q.device) as clock:
             chosen = [
-                self._choose(stage, flow, row, q, k, scale, module) if asides[row] is None else _whole(flow, q)
+                self._choose(stage, flow, row, q, k, scale, module) if asides[row] is None else _whole(q)
                 for row, (q, k) in enumerate(zip(*rows[:2], strict=True))
             ]
         trace = trace_of(stage, flow.visual.lengths, flow.visual.lineage, clock, module.layer_idx)
@@ -92,14 +92,15 @@ class SparsePrefill:
         out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
         for row, (reads, *qkv) in enumerate(zip(chosen, *rows, strict=True)):
             n = flow.counts[row]
-            out[row, q.shape[2] - n :] = _attention(reads, qkv, scale, flow.tail).transpose(0, 1)
+            tail = flow.tails[row] if asides[row] is None else 0
+            out[row, q.shape[2] - n :] = _attention(reads, qkv, scale, tail).transpose(0, 1)
         return out, None
 
     def _choose(
         self, stage: SparseAttention, flow: Prefill, row: int, q: Tensor, k: Tensor, scale: float, module: Any
     ) -> Reads | Among:
         """What the queries of one row read; drafts and answers behind its prompt have no say in it."""
-        n, layer = q.shape[1] - flow.tail, module.layer_idx
+        n, layer = q.shape[1] - flow.tails[row], module.layer_idx
         image, place, known = self._layout(flow, q.device)
         image, place = (x[row, -q.shape[1] :][:n] for x in (image, place))
         probe = Probe(q[:, :n], k[:, :n], scale, 0 if self.also is None else self.also(flow, row))
@@ -141,7 +142,7 @@ class SparsePrefill:
         if found or not getattr(module, "is_causal", True):
             return f"this layer's attention is not plain causal attention ({', '.join(found) or 'is_causal is False'})"
         shown = set(flow.visual.row)
-        longest = max(n for row, n in enumerate(flow.counts) if row in shown and row not in flow.spared) - flow.tail
+        longest = max(n for row, n in enumerate(prompts(flow)) if row in shown and row not in flow.spared)
         if longest < stage.min_len:
             return f"the prompt has {longest} tokens, fewer than min_len {stage.min_len}"
         if not self._left_padded(flow):
@@ -172,17 +173,22 @@ def _row(x: Tensor, flow: Prefill) -> list[Tensor]:
 def _asides(flow: Prefill, stage: SparseAttention) -> list[str | None]:
     """Why rows read everything while others do not; None: they do not."""
     least, shown, out = max(1, stage.min_len), set(flow.visual.row), list[str | None]()
-    for row, count in enumerate(flow.counts):
+    for row, count in enumerate(prompts(flow)):
         why = None if row in shown else "the row has no image"
-        if why is None and count - flow.tail < least:
-            why = f"the row has {count - flow.tail} tokens, fewer than min_len {least}"
+        if why is None and count < least:
+            why = f"the row has {count} tokens, fewer than min_len {least}"
         out.append(flow.spared.get(row, why))
     return out
 
 
-def _whole(flow: Prefill, q: Tensor) -> Reads:
+def prompts(flow: Prefill) -> list[int]:
+    """Tokens of every row's prompt, without drafts and answers behind it."""
+    return [count - tail for count, tail in zip(flow.counts, flow.tails, strict=True)]
+
+
+def _whole(q: Tensor) -> Reads:
     """What a row reads that no stage thins."""
-    n = q.shape[1] - flow.tail
+    n = q.shape[1]
     return Reads(SIZE, everything(len(q), n, n, SIZE, q.device))
 
 
