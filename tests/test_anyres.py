@@ -172,7 +172,7 @@ def test_forced_grid():
     pinpoints = model.config.image_grid_pinpoints
     stale = tiny.build(model, [[1, ("img", (50, 100)), 2]], seed=1)
     with vtoken.wrapped(model, {"anyres": "2x2", "stages": [{"random": {"keep": 4}}]}):
-        assert model.config.image_grid_pinpoints == [[112, 112]]
+        assert model.model.config.image_grid_pinpoints == [[112, 112]]
         with pytest.raises(ValueError, match="match_processor"):
             model(**stale)
         pixels = torch.randn(1, 5, 3, 56, 56)

@@ -19,6 +19,7 @@ from vtoken.errors import VtokenError
 from vtoken.evals import calibrate, reference, samples
 from vtoken.evals.calibrate import _attention as search
 from vtoken.evals.calibrate._attention import Point, Seen
+from vtoken.wrap import watched
 
 
 def first_calm(row: list[float], threshold: float, patience: int) -> int:
@@ -127,7 +128,7 @@ def test_it_foretells_what_the_stage_does(options):
 def said(model, processor, given, pipeline):
     """Answers as words, and per question the layers that saw its picture."""
     answers, layers = [], []
-    with vtoken.wrapped(model, pipeline or "none"):
+    with watched(model, pipeline or "none"):
         for sample in given:
             prompt = samples.prepare(model, processor, sample)
             out = model.generate(**prompt, do_sample=False, max_new_tokens=8)[0, prompt["input_ids"].shape[1] :]

@@ -126,6 +126,20 @@ def test_keeping_everything_is_the_identity(pipeline, positions):
     assert torch.equal(torch.stack(got.logits), torch.stack(want.logits)), "bit for bit"
 
 
+@families
+@pytest.mark.parametrize("pipeline", ["none", {"positions": "original", "newline": "drop", "stages": []}], ids=str)
+def test_a_pipeline_without_stages_installs_nothing(family, pipeline):
+    """Nothing but the note that the model is wrapped."""
+    model = tiny.make(family)
+    before = state(model)
+    vtoken.wrap(model, pipeline)
+    assert changed(before, state(model)) == {("", "_vtoken_session")}
+    with pytest.raises(UnsupportedError, match="has no stages"):
+        vtoken.trace(model)
+    vtoken.unwrap(model)
+    assert state(model) == before
+
+
 def state(model):
     """Everything a wrap could leave behind: attributes by identity, hooks by their functions. Weights are compared apart."""
     return {

@@ -101,16 +101,16 @@ def test_labels_mark_the_end_of_the_prompt(family, name):
         given["mm_token_type_ids"] = (ids == tiny.IMG).long()
     order = torch.argsort(~mask.bool(), dim=1, stable=True)
     moved = with_positions(model, right(given))
-    for side, labels in ((with_positions(model, given), labels), (moved, labels.gather(1, order))):
+    for side, answers in ((with_positions(model, given), labels), (moved, labels.gather(1, order))):
         with torch.no_grad():
-            scored = model(**side, labels=labels)
+            scored = model(**side, labels=answers)
         trace = vtoken.trace(model)
         if any(s.stood_aside and "padded on the right" in s.stood_aside for s in trace.stages):
             continue
         assert [k.tolist() for k in trace.kept] == [k.tolist() for k in kept]
         probabilities = scored.logits.log_softmax(-1)
         for row, length in enumerate(lengths):
-            at = (labels[row] != -100).nonzero()[:, 0]
+            at = (answers[row] != -100).nonzero()[:, 0]
             assert len(at) == length
             got = probabilities[row, at - 1]
             torch.testing.assert_close(got, want[row, :length], atol=3e-4, rtol=1e-4)

@@ -16,6 +16,7 @@ from test_families import encode, inside, merge, rows_for
 import vtoken
 from vtoken.errors import UnsupportedError
 from vtoken.stages import Compressor, Keep, Site, VisualTokens
+from vtoken.wrap import watched
 
 NEW = 4
 LOGITS = {"return_dict_in_generate": True, "output_logits": True}
@@ -174,7 +175,7 @@ def test_the_cache_holds_what_it_says(family):
         ("vtu", unmerging("mingled")),
         ("vtu merged", unmerging("mingled", "merged")),
     ):
-        with vtoken.wrapped(model, {"stages": stages, "newline": "keep"}):
+        with watched(model, {"stages": stages, "newline": "keep"}):
             out, trace = greedy(model, batch, 1, return_dict_in_generate=True), vtoken.trace(model)
         layer = out.past_key_values.layers[-1]
         held[name] = layer.keys.shape[2]

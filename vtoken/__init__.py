@@ -1,6 +1,6 @@
 """vtoken: visual-token pruning for stock Hugging Face VLMs.
 
-Importing this package imports nothing else: the five names below fetch their modules when first used.
+Importing this package imports nothing else: the names below fetch their modules when first used.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from vtoken.wrap import trace, unwrap, wrap, wrapped
 
 __version__ = "0.1.0"
-__all__ = ["available", "match_processor", "trace", "unwrap", "wrap", "wrapped"]
+__all__ = ["available", "match_processor", "trace", "unmatch_processor", "unwrap", "wrap", "wrapped"]
 
 _HOME = {
     "available": "vtoken.registry",
     "match_processor": "vtoken.wrap",
     "trace": "vtoken.wrap",
+    "unmatch_processor": "vtoken.wrap",
     "unwrap": "vtoken.wrap",
     "wrap": "vtoken.wrap",
     "wrapped": "vtoken.wrap",

@@ -101,6 +101,9 @@ class Stage(BaseModel):
         """Why what the stage was given (weights, tables) does not fit an LLM of so many layers and channels; "" if it does."""
         return ""
 
+    def unload(self) -> None:
+        """Frees what it brought to devices; called by `unwrap`."""
+
     def select(self, tokens: VisualTokens) -> Keep:
         """The decision, at sites encoder, tokens and decoder."""
         raise NotImplementedError(f"stage {self.name} defines no select()")

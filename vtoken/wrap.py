@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from copy import copy
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -33,12 +34,15 @@ from vtoken.run import Run
 from vtoken.stages import Fact, Site, Stage
 from vtoken.tracing import Trace
 
+SESSION = "_vtoken_session"  # attribute of a wrapped model; whoever drops the model drops its session with it
+
 
 class Session:
-    """Everything one wrap put on one model."""
+    """Everything one wrap put on one model: nothing for a pipeline without stages, unless it is `watched`."""
 
-    def __init__(self, model: Any, pipeline: Pipeline) -> None:
+    def __init__(self, model: Any, pipeline: Pipeline, *, watched: bool = False) -> None:
         self.pipeline = pipeline
+        self.boundary: Boundary | None = None
         self.adapter: Adapter = registry.adapter(model.config.model_type)(model)
         check(self.adapter, pipeline)
         self.run, self.handle, self.owner = Run(), Handle(), Owner()
@@ -49,14 +53,19 @@ class Session:
         }
         compact = pipeline.positions == "compact"
         try:
+            self.handle.set(model, SESSION, self)
             if pipeline.anyres == "2x2":
-                side = 2 * model.config.vision_config.image_size
-                self.handle.set(model.config, "image_grid_pinpoints", [[side, side]])
+                side, cut = 2 * model.config.vision_config.image_size, copy(model.config)
+                cut.image_grid_pinpoints = [[side, side]]
+                # The whole model's config is what gets saved; this one is read where pictures are cut.
+                self.handle.set(self.adapter.outer, "config", cut)
+            if not pipeline.stages and not watched:
+                return
             early = encoder or self._at("frames") or wanted
             least = pipeline.min_visual_tokens if early else 0
-            guard = Guard(self.adapter, self.run, self.handle, least) if least else None
+            guard = Guard(self.adapter, self.run, least) if least else None
             Outer(self.adapter, self.run, self.handle, guard)
-            FeatureHooks(self.adapter, self.run, self.handle, least)
+            FeatureHooks(self.adapter, self.run, self.handle, wanted, least)
             tower: Any = EncoderHooks if self.adapter.encoder.unit == 1 else PackedHooks
             tower(self.adapter, self.run, self.handle, wanted, encoder, self._at("frames"))
             # Sparse attention lies within the taps that observe, which come later and see every layer.
@@ -119,36 +128,72 @@ class Session:
         return Fact(name, layer, fact.above)
 
     @property
-    def trace(self) -> Trace | None:
-        return self.run.trace or self.boundary.last
+    def trace(self) -> Trace:
+        """Of the last prefill.
+
+        Raises:
+            UnsupportedError: there is none.
+        """
+        if self.boundary is None:
+            raise UnsupportedError(
+                f"pipeline {self.pipeline.name!r} has no stages, so nothing is installed and nothing is traced"
+            )
+        found = self.run.trace or self.boundary.last
+        if found is None:
+            raise UnsupportedError("the wrapped model has not run yet; call generate or forward first")
+        return found
 
     def release(self) -> None:
         self.owner.alive = False
+        for stage in self.pipeline.stages:
+            stage.unload()
         self.handle.release()
 
 
-_SESSIONS: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
+def whole(model: Any) -> Any:
+    """The model itself, where it is given inside a PeftModel or what torch.compile makes of it."""
+    while isinstance(model, nn.Module):
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(type(model), "get_base_model"):  # peft
+            model = cast(Any, model).get_base_model()
+        else:
+            break
+    return model
+
+
+def session_of(model: Any) -> Session | None:
+    """What wraps the model, if anything does."""
+    found: Session | None = vars(whole(model)).get(SESSION) if isinstance(model, nn.Module) else None
+    return found
 
 
 def wrap(model: Any, pipeline: Any) -> Any:
     """Makes a stock Hugging Face VLM run a pipeline; returns the same object.
 
     Args:
-        model: e.g. a `LlavaForConditionalGeneration`. It is used as before: `generate`, `forward`, batches, beams, caches.
+        model: e.g. a `LlavaForConditionalGeneration`, also inside a PeftModel or compiled by torch.compile. It is used as before:
+            `generate`, `forward`, batches, beams, caches.
         pipeline: preset name, `"method:keep"`, path to a YAML file, dict, list of stages, or stage objects.
 
     Raises:
         UnsupportedError: the model or a stage cannot be served; the message says why and what can.
         ConfigError: the pipeline does not read.
     """
-    if model in _SESSIONS:
+    _install(model, pipeline)
+    return model
+
+
+def _install(model: Any, pipeline: Any, *, watched: bool = False) -> None:
+    session = session_of(model)
+    if session is not None:
         raise UnsupportedError(
-            f"this model is wrapped already (pipeline {_SESSIONS[model].pipeline.name!r}); call vtoken.unwrap(model) first"
+            f"this model is wrapped already (pipeline {session.pipeline.name!r}); call vtoken.unwrap(model) first"
         )
     parsed = config.load(pipeline)
-    check_whole(model)
-    _SESSIONS[model] = Session(model, parsed)
-    return model
+    inner = whole(model)
+    check_whole(inner)
+    Session(inner, parsed, watched=watched)
 
 
 def unwrap(model: Any) -> Any:
@@ -158,36 +203,67 @@ def unwrap(model: Any) -> Any:
 
     Raises:
         UnsupportedError: the model is not wrapped.
+        ExceptionGroup: some changes could not be taken back; all others are.
     """
-    if model not in _SESSIONS:
+    session = session_of(model)
+    if session is None:
         raise UnsupportedError("this model is not wrapped")
-    _SESSIONS.pop(model).release()
+    session.release()
     return model
 
 
 @contextmanager
 def wrapped(model: Any, pipeline: Any) -> Iterator[Any]:
     """`wrap` for the length of a with-block."""
-    wrap(model, pipeline)
+    _install(model, pipeline)
     try:
         yield model
     finally:
-        if model in _SESSIONS:
+        if session_of(model) is not None:
             unwrap(model)
+
+
+@contextmanager
+def watched(model: Any, pipeline: Any) -> Iterator[Any]:
+    """As `wrapped`, but a pipeline without stages is traced, too."""
+    _install(model, pipeline, watched=True)
+    try:
+        yield model
+    finally:
+        unwrap(model)
+
+
+_GRIDS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # image processor -> the crop grids that it had
 
 
 def match_processor(processor: Any, model: Any) -> Any:
     """Gives a LLaVA-NeXT or OneVision processor the crop grids of the model (of the wrapped model: `anyres: 2x2`); returns the processor.
 
+    `unmatch_processor` takes it back.
+
     Raises:
         UnsupportedError: model or processor do not cut pictures into crops.
     """
-    pinpoints = getattr(model.config, "image_grid_pinpoints", None)
-    if pinpoints is None or not hasattr(processor.image_processor, "image_grid_pinpoints"):
+    outer = getattr(whole(model), "model", None)
+    pinpoints, images = getattr(getattr(outer, "config", None), "image_grid_pinpoints", None), processor.image_processor
+    if pinpoints is None or not hasattr(images, "image_grid_pinpoints"):
         raise UnsupportedError(
             f"{type(model).__name__} with {type(processor).__name__} does not cut pictures into crops"
         )
-    processor.image_processor.image_grid_pinpoints = [list(size) for size in pinpoints]
+    _GRIDS.setdefault(images, images.image_grid_pinpoints)
+    images.image_grid_pinpoints = [list(size) for size in pinpoints]
+    return processor
+
+
+def unmatch_processor(processor: Any) -> Any:
+    """Gives a processor the crop grids back that it had before `match_processor`; returns the processor.
+
+    Raises:
+        UnsupportedError: it was not matched.
+    """
+    if processor.image_processor not in _GRIDS:
+        raise UnsupportedError(f"this {type(processor).__name__} was not matched to a model; nothing to take back")
+    processor.image_processor.image_grid_pinpoints = _GRIDS.pop(processor.image_processor)
     return processor
 
 
@@ -197,11 +273,9 @@ def trace(model: Any) -> Trace:
     Under beam search or several return sequences, images are those of the expanded batch.
 
     Raises:
-        UnsupportedError: the model is not wrapped, or has not run since.
+        UnsupportedError: the model is not wrapped, has not run since, or its pipeline has no stages.
     """
-    session = _SESSIONS.get(model)
+    session = session_of(model)
     if session is None:
         raise UnsupportedError("this model is not wrapped; a trace exists only while it is")
-    if session.trace is None:
-        raise UnsupportedError("the wrapped model has not run yet; call generate or forward first")
     return session.trace

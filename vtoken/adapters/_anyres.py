@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,12 +23,13 @@ class Anyres(Padded):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        self._known: dict[Any, Layout] = {}
+        # Sizes come again and again, so the last ones are worked out once.
+        self._layout = lru_cache(maxsize=64)(self._laid_out)
 
     def layouts(self, kind: str, arguments: dict[str, Any]) -> tuple[Layout, ...]:
         crops = self.crops(arguments)
         check_pixels(arguments["pixel_values"], crops)
-        options = self.pack_options(arguments)
+        options = tuple(self.pack_options(arguments).items())
         return tuple(
             self._layout(n, tuple(map(int, s)), options) for n, s in zip(crops, arguments["image_sizes"], strict=True)
         )
@@ -35,7 +37,7 @@ class Anyres(Padded):
     def crops(self, arguments: dict[str, Any]) -> list[int]:
         """Crops per image, the whole included."""
         count = sys.modules[type(self.outer).__module__].image_size_to_num_patches
-        config = self.model.config
+        config = self.outer.config
         pinpoints, size = config.image_grid_pinpoints, config.vision_config.image_size
         sizes, whole = arguments["image_sizes"], self.whole(arguments)
         return [1 if w else count(s, pinpoints, size) for s, w in zip(sizes, whole, strict=True)]
@@ -65,20 +67,17 @@ class Anyres(Padded):
         place = torch.full((crops, self.patches, 2), -1.0)
         if crops > 1:
             shape = sys.modules[type(self.outer).__module__].get_anyres_image_grid_shape
-            config = self.model.config
+            config = self.outer.config
             _, columns = shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
             crop, patch = torch.arange(crops - 1)[:, None], torch.arange(self.patches)
             place[1:, :, 0] = crop // columns * self.side + patch // self.side
             place[1:, :, 1] = crop % columns * self.side + patch % self.side
         return place
 
-    def _layout(self, crops: int, size: tuple[int, ...], options: dict[str, Any]) -> Layout:
-        """Of an image of this (height, width); sizes come again and again, so each is worked out once."""
-        key = (crops, size, *options.items())
-        if key not in self._known:
-            (image,) = self._pack([self._places(crops, size)], torch.tensor([size]), options)
-            self._known[key] = self._read(image, crops)
-        return self._known[key]
+    def _laid_out(self, crops: int, size: tuple[int, ...], options: tuple[tuple[str, Any], ...]) -> Layout:
+        """Of an image of this (height, width)."""
+        (image,) = self._pack([self._places(crops, size)], torch.tensor([size]), dict(options))
+        return self._read(image, crops)
 
     def _read(self, image: Tensor, crops: int) -> Layout:
         """From the packed places [length, 2] of one image."""

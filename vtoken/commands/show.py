@@ -64,14 +64,14 @@ def run(args: argparse.Namespace) -> int:
 
     from vtoken.config import load
     from vtoken.evals.media import read
-    from vtoken.wrap import match_processor, trace, wrapped
+    from vtoken.wrap import match_processor, trace, watched
 
     pipeline = load(args.pipeline)
     if args.out and not args.out.absolute().parent.is_dir():
         raise VtokenError(f"no folder {str(args.out.parent)!r} to write {args.out.name} into")
     media = read(args.media, args.frames)
     model, processor = _load(args.model)
-    with torch.inference_mode(), wrapped(model, pipeline):
+    with torch.inference_mode(), watched(model, pipeline):
         if pipeline.anyres != "model":
             match_processor(processor, model)
         inputs = prepare(processor, media, args.question, model)

@@ -37,3 +37,7 @@ class Weights:
             with torch.inference_mode(False):
                 self._there[layer, device] = tuple(t.to(device) for t in self.layers[layer])
         return self._there[layer, device]
+
+    def unload(self) -> None:
+        """Frees the copies on devices."""
+        self._there.clear()

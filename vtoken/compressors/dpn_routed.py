@@ -67,6 +67,9 @@ class DPNRouted(Compressor):
         """The routers, by the layer behind which they are asked."""
         return Weights(routers(self.routers))
 
+    def unload(self) -> None:
+        self.held.unload()
+
     def needs(self) -> tuple[Fact, ...]:
         return (Fact("later_text"),)
 

@@ -54,6 +54,9 @@ class DyVTE(Compressor):
         """The gates, by the layer before which they are asked."""
         return Weights(matrices(self.gates))
 
+    def unload(self) -> None:
+        self.held.unload()
+
     def needs(self) -> tuple[Fact, ...]:
         return (Fact("later_text"),)
 

@@ -67,6 +67,9 @@ class SeerAttention(SparseAttention):
         """The gates, [H, 3 d, d] of every layer."""
         return Weights({layer: (gate,) for layer, gate in enumerate(matrices(self.gates))})
 
+    def unload(self) -> None:
+        self.held.unload()
+
     def misfit(self, depth: int, width: int) -> str:
         return "" if self.told.depth == depth else self._other(self.told, f"{depth} layers")
 

@@ -13,7 +13,7 @@ from vtoken.evals.matrix import sample
 from vtoken.registry import adapter, catalogue
 from vtoken.stages import Stage
 from vtoken.tracing import Trace
-from vtoken.wrap import trace, wrapped
+from vtoken.wrap import trace, watched, wrapped
 
 FEW = ("fastervlm", "uniform", "random")
 FLOORS = ("uniform", "random")
@@ -108,6 +108,6 @@ def applied(model: Any, pipeline: Pipeline | None) -> AbstractContextManager[Any
 
 def prefill(model: Any, pipeline: Pipeline, prompt: Any) -> Trace:
     """What the pipeline does to one prompt."""
-    with wrapped(model, pipeline):
+    with watched(model, pipeline):
         model.generate(**prompt, do_sample=False, max_new_tokens=1)
         return trace(model)

@@ -20,7 +20,7 @@ from vtoken.evals.inputs import Prompt
 from vtoken.hooks.handle import Handle
 from vtoken.run import Clock
 from vtoken.tracing import Trace
-from vtoken.wrap import trace, wrapped
+from vtoken.wrap import trace, watched, wrapped
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Runner:
         def look(module: Any, args: tuple, kwargs: dict) -> None:
             seen.update({} if seen else kwargs)
 
-        with wrapped(self.model, pipeline or Pipeline("dense", "original", ())):
+        with watched(self.model, pipeline or Pipeline("dense", "original", ())):
             handle.before(self.adapter.lm, look)  # Behind vtoken's own hook, so it sees the short sequence.
             try:
                 self.model.generate(**self.prompt.inputs, max_new_tokens=1)
@@ -229,7 +229,8 @@ class Runner:
                 end = self.clock.now()
                 self._settle(reset=False)
                 peak = torch.cuda.max_memory_allocated(self.model.device) - resident if self.cuda else None
-                decisions = sum(stage.milliseconds for stage in trace(self.model).stages) if pipeline else None
+                stages = trace(self.model).stages if pipeline and pipeline.stages else []
+                decisions = sum(stage.milliseconds for stage in stages) if pipeline else None
         finally:
             handle.release()
         steps = self.model.generation_config.max_new_tokens - 1

@@ -21,7 +21,7 @@ from vtoken.hooks.facts import substituted
 from vtoken.hooks.flow import Flow, Prefill, StaticStep, eager
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.kv import CacheHooks
-from vtoken.hooks.layout import Layout, take
+from vtoken.hooks.layout import take
 from vtoken.hooks.restore import restore
 from vtoken.hooks.unmerge import Unmerge
 from vtoken.run import Run
@@ -139,6 +139,7 @@ class Boundary:
         if not flow.dense:
             flow.hidden = flow.hidden.masked_fill(~flow.valid[..., None], 0)
         mask = self.enter(flow, 0)
+        flow.note_layout(0)
         if cache is not None and cache.is_compileable:
             cache.prompt_mask = flow.mask
         positions = flow.compact(0) if self.compact else take(flow.positions, flow.index, -1)
@@ -209,13 +210,13 @@ class Boundary:
                 now = torch.where(flow.valid, flow.index + flow.past, -1).to(old.device)
                 shift = flow.shift(start) if self.compact else torch.zeros_like(before.shift)
                 everything = torch.cat([old, now], 1)
-                flow.layouts[start] = Layout(flow.index, flow.valid, everything)
+                flow.logical = everything
                 lags = self.compact and (flow.changed or before.lags)
                 flow.records[start] = Slots(
                     everything, flow.past + flow.new.shape[1], shift, flow.dense and before.dense, lags
                 )
         elif isinstance(flow, Prefill):
-            flow.layouts[start] = Layout(flow.index, flow.valid, torch.where(ok, flow.index, -1))
+            flow.logical = torch.where(ok, flow.index, -1)
         flow.slots = ok.shape[1]
         # The device is asked only when nothing but the user's mask can tell; the counts of a prefill are what its mask leaves.
         dense = flow.dense and (cache is None or before.dense)
@@ -234,6 +235,7 @@ class Boundary:
         flow, self.run.flow = self.run.flow, None
         if not isinstance(flow, Prefill):
             return None
+        self.run.forget_forward()
         if self.kv is not None:
             self.kv.finish(flow)
         for start, slots in sorted(flow.records.items()):

@@ -119,7 +119,7 @@ class EncoderHooks:
         for layer, module in enumerate(self.encoder.layers):
             if per_layer[layer]:
                 for name in facts.projections(fact.name for fact in per_layer[layer]):
-                    handle.after(getattr(module.self_attn, name), partial(self._tap, name))
+                    handle.after_child(module.self_attn, name, partial(self._tap, name))
                 handle.after(module.self_attn, partial(self._facts, layer, sorted(per_layer[layer])))
             if layer and stages:
                 handle.before(module, partial(self._layer, layer))
@@ -168,7 +168,7 @@ class EncoderHooks:
             return None
         return ((pixels, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": pixels})
 
-    def _tap(self, name: str, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> None:
+    def _tap(self, name: str, out: Tensor) -> None:
         if self.tower is not None:  # not when gradient checkpointing runs the layer again
             self.tower.taps[name] = out
 

@@ -7,7 +7,7 @@ They are methods, not modules, so there is nothing to hook: each is shadowed on 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import replace
 from functools import wraps
 from typing import Any
@@ -29,11 +29,12 @@ class FeatureHooks:
     """Shadows the feature functions of `adapter.outer`; each call leaves an `Encode` in `run.encodes`.
 
     Args:
+        wanted: facts of the tower (with layers resolved) that stages behind it read.
         least: visual tokens below which stages of the encoder leave a prompt alone.
     """
 
-    def __init__(self, adapter: Any, run: Run, handle: Handle, least: int = 0) -> None:
-        self.adapter, self.run, self.least = adapter, run, least
+    def __init__(self, adapter: Any, run: Run, handle: Handle, wanted: Set[Fact], least: int = 0) -> None:
+        self.adapter, self.run, self.handle, self.wanted, self.least = adapter, run, handle, wanted, least
         for kind, name in adapter.features.items():
             handle.set(adapter.outer, name, self._shadow(kind, getattr(adapter.outer, name)))
 
@@ -44,7 +45,8 @@ class FeatureHooks:
         @wraps(original)
         def features(*args: Any, **kwargs: Any) -> Any:
             run = self.run
-            if run.call is not None:  # Qwen3-VL encodes videos through its image function.
+            # Qwen3-VL encodes videos through its image function. Somebody who patched the model may call this after `unwrap`.
+            if run.call is not None or self.handle.released:
                 return original(*args, **kwargs)
             run.tower = None
             run.encodes.pop(kind, None)
@@ -78,7 +80,9 @@ class FeatureHooks:
         def pack(values: Tensor) -> Tensor:
             return self.adapter.pack(call, values)
 
-        facts = {f: pack(v[..., None])[..., 0] if scalar(f) else pack(v) for f, v in tower.facts.items()}
+        facts = {
+            f: pack(v[..., None])[..., 0] if scalar(f) else pack(v) for f, v in tower.facts.items() if f in self.wanted
+        }
         traces, home = tower.traces, tower.lineage.home
         if call.aside is not None:
             traces = [replace(trace, stood_aside=call.aside) for trace in traces]

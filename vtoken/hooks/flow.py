@@ -102,7 +102,7 @@ class Prefill(Flow):
             they are per row.
         changed: something was dropped or merged.
         least: visual tokens below which a row runs dense; `spared` says why of those rows, `aside` why no stage acts at all, or None.
-        layouts: first layer of a group -> its layout.
+        layouts: first layer of a group -> its layout; logical: of the current one, see Layout.
         records: slot maps to commit to the cache when the forward ends; shrunk: what a cache stage left of each layer.
         project: makes embeddings of features, where the family's projector takes tokens one by one.
     """
@@ -120,6 +120,7 @@ class Prefill(Flow):
     changed: bool = False
     least: int = 0
     layouts: dict[int, Layout] = field(default_factory=dict)
+    logical: Tensor | None = None
     records: dict[int, Slots] = field(default_factory=dict)
     facts: dict[Fact, Tensor] = field(default_factory=dict)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -221,6 +222,11 @@ class Prefill(Flow):
         index, self.valid = pack_left(self.alive.gather(1, self.index) & self.valid, max(self.counts))
         self.index = self.index.gather(1, index)
         return index, self.valid
+
+    def note_layout(self, start: int) -> None:
+        """Keeps the current layout as that of the group from layer `start` on."""
+        assert self.logical is not None
+        self.layouts[start] = Layout(self.index, self.valid, self.logical)
 
     def slot(self) -> tuple[Tensor, Tensor]:
         """(row, physical column) of every live visual token in the current layout."""

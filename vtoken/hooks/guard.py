@@ -6,15 +6,12 @@ Where every prompt is one, no facts are worked out either. Rows are known as soo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtoken.hooks.flow import eager
-from vtoken.hooks.handle import Handle
 from vtoken.hooks.images import assign
 from vtoken.hooks.layout import few
 from vtoken.run import KINDS, Layout, Run, Sparing
@@ -23,28 +20,18 @@ PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 class Guard:
-    """Leaves a `Sparing` per kind in `run.sparing` for the feature functions. `Outer` tells it of forwards.
+    """Leaves a `Sparing` per kind in `run.sparing` for the feature functions. `Outer` tells it of calls.
 
     Args:
         least: visual tokens below which a row runs dense.
     """
 
-    def __init__(self, adapter: Any, run: Run, handle: Handle, least: int) -> None:
+    def __init__(self, adapter: Any, run: Run, least: int) -> None:
         self.adapter, self.run, self.least = adapter, run, least
-        handle.set(adapter.model, "generate", self._shadow(adapter.model.generate))
 
-    def _shadow(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(original)
-        def generate(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-            ids, embeds = kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds")
-            if pictured(kwargs) and (ids is not None or embeds is not None):
-                self.look(self.adapter.visual_kinds(ids, embeds)[:, -_last(ids, embeds, kwargs) :], kwargs)
-            try:
-                return original(inputs, *args, **kwargs)
-            finally:
-                self.run.sparing = {}  # A call that failed before it encoded says nothing about the next.
-
-        return generate
+    def ahead(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict) -> None:
+        """Before `generate`, given its arguments."""
+        self.look(self.adapter.visual_kinds(ids, embeds)[:, -_last(ids, embeds, kwargs) :], kwargs)
 
     @eager
     def look(self, kinds: Tensor, kwargs: dict) -> None:

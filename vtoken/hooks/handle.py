@@ -8,38 +8,97 @@ from typing import Any
 from torch import nn
 
 _ABSENT = object()
+Before = Callable[[nn.Module, tuple, dict], Any]
+After = Callable[[nn.Module, tuple, dict, Any], Any]
 
 
 class Handle:
-    """Records what was changed so that `release` leaves the model as it was, attributes and hooks included."""
+    """Records what was changed so that `release` leaves the model as it was, attributes and hooks included.
+
+    Attributes:
+        released: functions that stand for the model's own are to do nothing more than those.
+    """
+
+    released = False
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
 
-    def before(self, module: nn.Module, hook: Callable[[nn.Module, tuple, dict], Any]) -> None:
+    def before(self, module: nn.Module, hook: Before) -> None:
         """A forward pre-hook `hook(module, args, kwargs) -> None | (args, kwargs)`."""
         self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
-    def after(
-        self, module: nn.Module, hook: Callable[[nn.Module, tuple, dict, Any], Any], *, first: bool = False
-    ) -> None:
+    def after(self, module: nn.Module, hook: After, *, first: bool = False) -> None:
         """A forward hook `hook(module, args, kwargs, output) -> None | output`; `first`: before those that are there already."""
         self._undo.append(module.register_forward_hook(hook, prepend=first, with_kwargs=True).remove)
 
+    def after_child(self, parent: nn.Module, name: str, hook: Callable[[Any], None]) -> None:
+        """`hook(output)` behind every call, in a forward of `parent`, of what it then has under `name`.
+
+        Adapters and quantisation put another module there, before or after this; it is looked up at every forward.
+        """
+        child = _Child(parent, name, hook)
+        self.before(parent, child.follow)
+        self._undo.append(child.leave)
+
     def set(self, target: Any, name: str, value: Any) -> None:
-        """Sets an instance attribute; undone to the earlier instance attribute, or to none at all."""
-        old = vars(target).get(name, _ABSENT)
+        """Sets an instance attribute; undone to the earlier instance attribute, or to none at all. What somebody else set since stays."""
+        held = vars(target)
+        old = held.get(name, _ABSENT)
         setattr(target, name, value)
 
         def undo() -> None:
+            if held.get(name, _ABSENT) is not value:
+                return
             if old is _ABSENT:
-                vars(target).pop(name, None)
+                del held[name]
             else:
                 setattr(target, name, old)
 
         self._undo.append(undo)
 
     def release(self) -> None:
-        """Undoes everything, newest first; safe to call twice."""
+        """Undoes everything, newest first; safe to call twice.
+
+        Raises:
+            ExceptionGroup: what failed; all the rest is undone.
+        """
+        self.released, failed = True, []
         while self._undo:
-            self._undo.pop()()
+            try:
+                self._undo.pop()()
+            except Exception as error:
+                failed.append(error)
+        if failed:
+            raise ExceptionGroup("some changes could not be taken back", failed)
+
+
+class _Child:
+    """A forward hook that moves to whatever module a parent has under a name."""
+
+    def __init__(self, parent: nn.Module, name: str, hook: Callable[[Any], None]) -> None:
+        self.parent, self.name, self.hook = parent, name, hook
+        self.module: nn.Module | None = None
+        self.follow(parent, (), {})
+
+    def follow(self, parent: nn.Module, args: tuple, kwargs: dict) -> None:
+        module = getattr(self.parent, self.name)
+        if module is not self.module:
+            self.leave()
+            self._take_off(module)
+            self.module = module
+            module.register_forward_hook(self._seen)
+
+    def leave(self) -> None:
+        for module in (self.module, getattr(self.parent, self.name)):
+            self._take_off(module)
+        self.module = None
+
+    def _take_off(self, module: nn.Module | None) -> None:
+        """Quantisation copies hooks to the module that it puts in place of another."""
+        hooks = {} if module is None else module._forward_hooks
+        for key in [key for key, hook in hooks.items() if hook == self._seen]:
+            del hooks[key]
+
+    def _seen(self, module: nn.Module, args: tuple, out: Any) -> None:
+        self.hook(out)

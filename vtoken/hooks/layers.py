@@ -114,6 +114,8 @@ class LayerGroups:
             flow.over = {"position_embeddings": self.lm.rotary_emb(hidden, position_ids=ids), "position_ids": ids}
         flow.hidden, flow.group, flow.memo = hidden, k, {}
         self.enter(flow, k)
+        if isinstance(flow, Prefill):
+            flow.note_layout(k)
         return hidden
 
     @torch.no_grad()

@@ -1,7 +1,10 @@
-"""What only the calls around the language model know: labels, drafts, which positions are visual, and which prompts run dense."""
+"""What only the calls around the language model know: labels, drafts, which positions are visual, which prompts run dense, and when a call
+is over."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,9 +23,28 @@ class Outer:
     """
 
     def __init__(self, adapter: Any, run: Run, handle: Handle, guard: Guard | None) -> None:
-        self.adapter, self.run, self.guard = adapter, run, guard
+        self.adapter, self.run, self.handle, self.guard = adapter, run, handle, guard
+        handle.set(adapter.model, "generate", self._shadow(adapter.model.generate))
         handle.before(adapter.model, self._call)
         handle.before(adapter.outer, self._outer)
+
+    def _shadow(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def generate(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+            if self.handle.released:
+                return original(inputs, *args, **kwargs)
+            ids, embeds = kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds")
+            if self.guard is not None and pictured(kwargs) and (ids is not None or embeds is not None):
+                self.guard.ahead(ids, embeds, kwargs)
+            outermost, self.run.generating = not self.run.generating, True
+            try:
+                return original(inputs, *args, **kwargs)
+            finally:
+                if outermost:
+                    self.run.generating = False
+                    self.run.forget()
+
+        return generate
 
     def _call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         ids = kwargs.get("input_ids")
@@ -45,6 +67,7 @@ class Outer:
 
     @eager
     def _see(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict) -> None:
+        self.run.earlier = dict(self.run.encodes)
         self.adapter.check_call(kwargs)
         pixels = bool(pictured(kwargs))
         encoded = any(v is not None for v in (kwargs.get("mm_encoder_outputs") or {}).values())

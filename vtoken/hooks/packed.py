@@ -113,7 +113,7 @@ class PackedHooks:
         handle.before(adapter.tower, self._start)
         for layer, block in enumerate(self.encoder.layers):
             if per_layer[layer]:
-                handle.after(block.attn.qkv, self._tap)
+                handle.after_child(block.attn, "qkv", self._tap)
                 handle.after(block.attn, partial(self._facts, layer, sorted(per_layer[layer])))
             if (layer and stages) or choosers:
                 handle.before(block, partial(self._block, layer))
@@ -169,7 +169,7 @@ class PackedHooks:
             chosen = frames.choose(self.choosers, seen, counts, self.tower.spared)
             frames.shorten(self.tower, chosen, self.encoder.unit)
 
-    def _tap(self, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> None:
+    def _tap(self, out: Tensor) -> None:
         if self.tower is not None:  # not when gradient checkpointing runs the block again
             self.tower.qkv = out
 

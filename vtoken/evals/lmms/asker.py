@@ -76,7 +76,11 @@ class Asker:
         out = self.model.generate(**inputs, **arguments, stopping_criteria=StoppingCriteriaList([first]))
         end = self.clock.now()
         ttft, decode = (self.clock.between(*pair) / 1e3 for pair in ((start, first.at), (first.at, end)))
-        if self.pipeline is None or not any(name.startswith("pixel_values") for name in inputs):
+        if (
+            self.pipeline is None
+            or not self.pipeline.stages
+            or not any(name.startswith("pixel_values") for name in inputs)
+        ):
             tokens, stages = dense_tokens(self.adapter, inputs), {}
         else:
             beams = arguments["num_beams"]

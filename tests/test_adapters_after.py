@@ -1,0 +1,114 @@
+"""LoRA, quantisation and torch.compile in every order with `wrap`: the same results."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from modes import families, greedy, qwen
+from probes import Deep
+
+import vtoken
+from vtoken.errors import UnsupportedError
+
+peft = pytest.importorskip("peft")
+ROWS = [[3, "img", 5], [1, "img", 4]]
+# Every fact that the tower's projections give, by a stage that reads it.
+READERS = ["fastervlm", "fopru", "flowcut", "prumerge", "visionzip", "vispruner", "vflowopt", "holov"]
+OPTIONS = {"return_dict_in_generate": True, "output_logits": True}
+
+
+def lora(model):
+    """Random LoRA matrices on all projections of tower and decoder, large enough to change scores."""
+    names = "q_proj|k_proj|v_proj|qkv|fc1|linear_fc1"
+    settings = peft.LoraConfig(r=4, target_modules=rf".*\.({names})", init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(model, settings)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.mul_(8)
+    return adapted.train(False)
+
+
+def outcome(model, batch):
+    out = greedy(model, batch, 3, **OPTIONS)
+    return torch.stack(out.logits), [k.tolist() for k in vtoken.trace(model).kept]
+
+
+def same(a, b):
+    torch.testing.assert_close(a[0], b[0], atol=1e-5, rtol=1e-5)
+    assert a[1] == b[1]
+
+
+@families
+@pytest.mark.parametrize("name", READERS)
+def test_the_order_of_wrap_and_lora_does_not_matter(family, name):
+    pipeline = [{name: {"keep": 5}}, {"fastv": {"keep": 3, "layer": 2}}]
+    first = lora(tiny.make(family))
+    batch = tiny.build(tiny.make(family), ROWS, seed=3)
+    vtoken.wrap(first, pipeline)
+    want = outcome(first, batch)
+    second = lora(vtoken.wrap(tiny.make(family), pipeline))
+    same(outcome(second, batch), want)
+    with second.disable_adapter(), first.disable_adapter():
+        off = outcome(second, batch)
+        same(outcome(first, batch), off)
+    with vtoken.wrapped(tiny.make(family), pipeline) as plain:
+        same(outcome(plain, batch), off)
+    assert not torch.allclose(off[0], want[0], atol=1e-2), "the adapter does something"
+    same(outcome(second, batch), want)
+    bare = second.unload()
+    same(outcome(bare, batch), off)
+    vtoken.unwrap(bare)
+    assert not any("_seen" in repr(hook) for m in bare.modules() for hook in m._forward_hooks.values())
+
+
+@families
+def test_either_object_is_taken(family):
+    model = tiny.make(family)
+    adapted = lora(model)
+    batch = tiny.build(model, ROWS, seed=3)
+    assert vtoken.wrap(adapted, [Deep()]) is adapted
+    with pytest.raises(UnsupportedError, match="already"):
+        vtoken.wrap(model, "none")
+    greedy(adapted, batch, 1)
+    assert vtoken.trace(model) is vtoken.trace(adapted)
+    assert vtoken.unwrap(model) is model
+    with vtoken.wrapped(adapted, [Deep()]) as given:
+        assert given is adapted
+    compiled = torch.compile(model, backend="eager")
+    with vtoken.wrapped(compiled, [Deep()]), torch.no_grad():
+        got = compiled(**batch).logits
+        assert vtoken.trace(model).visual_tokens and vtoken.trace(compiled).visual_tokens
+        torch.testing.assert_close(got, model(**batch).logits)
+
+
+@families
+def test_saved_copies_of_modules_are_refused_with_the_reason(family):
+    """peft copies modules that it trains whole; what watches a model cannot be copied."""
+    model = vtoken.wrap(tiny.make(family), [{"fastervlm": {"keep": 5}}])
+    name = "visual.merger" if qwen(model) else "multi_modal_projector"
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=[name.split(".")[-1]])
+    with pytest.raises(TypeError, match="unwrap"):
+        peft.get_peft_model(model, settings)
+
+
+@families
+@pytest.mark.parametrize("before", [True, False], ids=["quantise, wrap", "wrap, quantise"])
+def test_dynamic_quantisation(family, before):
+    pipeline = [{"fastervlm": {"keep": 5}}, {"fastv": {"keep": 3, "layer": 2}}]
+    batch = tiny.build(tiny.make(family), ROWS, seed=3)
+
+    def quantise(model):
+        return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, inplace=True)
+
+    with vtoken.wrapped(quantise(tiny.make(family)), pipeline) as first:
+        want = outcome(first, batch)
+    model = tiny.make(family)
+    vtoken.wrap(quantise(model) if before else model, pipeline)
+    if not before:
+        quantise(model)
+    same(outcome(model, batch), want)
+    vtoken.unwrap(model)
+    assert not any(m._forward_hooks for m in model.modules() if "Linear" in type(m).__name__)
