@@ -335,6 +335,16 @@ def test_facts_of_layers_that_do_not_exist_are_refused():
         vtoken.wrap(tiny.llava(), [{"vscan": {"keep": 5, "local_layer": 30}}])
 
 
+@families
+def test_facts_of_a_layer_of_the_tower_that_runs_later_are_refused(family):
+    class Ahead(Inside):
+        def needs(self):
+            return (Fact("keys", -1),)
+
+    with pytest.raises(UnsupportedError, match="after encoder layer 1 and needs keys of layer 3, which runs later"):
+        vtoken.wrap(tiny.make(family), [Ahead(at=(1,))])
+
+
 def test_a_fact_that_a_family_lacks_is_refused_with_its_reason():
     from vtoken import config
     from vtoken.checks import check

@@ -13,6 +13,8 @@ from test_families import rows_for
 from test_family_turns import IMAGE_TURNS, TURNS, conversation, second
 
 import vtoken
+from vtoken.errors import UnsupportedError
+from vtoken.hooks.attention import OBSERVED
 from vtoken.stages import Compressor, Fact, Keep, Site, VisualTokens, keep_all
 
 ATTENTION = ("last_query_attention", "next_query_attention", "text_attention")
@@ -151,6 +153,63 @@ def test_facts_are_those_of_the_last_prompt_token(family):
         model(**batch, logits_to_keep=4)
     for k, tokens in watcher.seen.items():
         held_against(tokens, expected(model, batch, out, k, tail=3))
+
+
+class EverySecond(First):
+    """Before layer `at`, drops every second token of every image. No paper."""
+
+    def select(self, tokens: VisualTokens) -> Keep:
+        rows = torch.arange(len(tokens.x)).split(list(tokens.lengths))
+        return Keep(torch.cat([r[::2] for r in rows]), tuple(len(r[::2]) for r in rows))
+
+
+class Earlier(Watcher):
+    """Is told facts of layer 1, wherever it acts. No paper."""
+
+    def needs(self) -> tuple[Fact, ...]:
+        return tuple(Fact(name, 1) for name in self.asks)
+
+    def raters(self, tokens: VisualTokens) -> list[torch.Tensor]:
+        return [every_other(len(text)) for text in tokens.facts[Fact("later_text")]]
+
+
+OF_A_LAYER = sorted({*OBSERVED} - {"later_keys"})
+
+
+@families
+def test_facts_of_an_earlier_layer_follow_the_token(family):
+    """Behind a cut, what layer 1 said of a token is what it says without the cut, whatever slot the token has moved to."""
+    model = tiny.make(family)
+    batch = tiny.build(model, rows_for(family, "ragged"), seed=3)
+    told = {}
+    for name, stages in (("dense", []), ("cut", [EverySecond(at=2)])):
+        watcher = Earlier(at=(3,), asks=(*OF_A_LAYER, "later_keys"), seen={})
+        with vtoken.wrapped(model, [*stages, watcher]), torch.no_grad():
+            model(**batch)
+        told[name] = watcher.seen[3]
+    dense, cut = told["dense"], told["cut"]
+    start, chosen = 0, []
+    for n in dense.lengths:
+        chosen.append(torch.arange(start, start + n, 2))
+        start += n
+    assert cut.lengths == tuple(map(len, chosen))
+    for name in OF_A_LAYER:
+        want = dense.fact(name, 1)[torch.cat(chosen)]
+        torch.testing.assert_close(cut.fact(name, 1), want, msg=lambda m, name=name: f"{name}: {m}")
+    for got, want in zip(cut.fact("later_keys", 1), dense.fact("later_keys", 1), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@families
+@pytest.mark.parametrize("name", OF_A_LAYER)
+@pytest.mark.parametrize("layer", [2, 3, -1])
+def test_facts_of_a_later_layer_are_refused(family, name, layer):
+    class Ahead(Watcher):
+        def needs(self) -> tuple[Fact, ...]:
+            return (Fact(name, layer),)
+
+    with pytest.raises(UnsupportedError, match=rf"before decoder layer 2.*{name} of layer {layer % 4}"):
+        vtoken.wrap(tiny.make(family), [Ahead(at=(2, 3))])
 
 
 MODES = ["plain", "eager", "compact", "static", "turn"]

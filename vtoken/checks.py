@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -14,7 +15,7 @@ from vtoken.errors import OtherModelError, UnsupportedError
 from vtoken.hooks import facts
 from vtoken.hooks.attention import OBSERVED
 from vtoken.hooks.sparse import check_attention
-from vtoken.stages import FACTS, OtherModel, Site, Stage
+from vtoken.stages import FACTS, Fact, OtherModel, Site, Stage
 
 # Which facts can be had where: the encoder's own before the LLM runs, the decoder's inside it.
 AT_TOKENS = {*facts.PROJECTIONS, "features", "pixels", "text"}
@@ -77,26 +78,51 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
         if why := stage.misfit(len(adapter.lm.layers), adapter.lm.config.hidden_size):
             raise OtherModelError(f"stage {stage.name}: {why}")
         for need in stage.needs():
-            if need.name not in FACTS:
-                raise UnsupportedError(
-                    f"stage {stage.name} needs the unknown fact {need.name!r}; known: {', '.join(FACTS)}"
-                )
-            if need.name in adapter.missing:
-                raise UnsupportedError(f"stage {stage.name} needs {need.name}: {adapter.missing[need.name]}")
-            if need.name not in AT_SITE[stage.site]:
-                raise UnsupportedError(
-                    f"stage {stage.name} needs {need.name}, which does not exist yet at site {stage.site!r}; "
-                    f"there it can have {', '.join(sorted(AT_SITE[stage.site]))}"
-                )
-            decoder = stage.site == "decoder" and need.name not in facts.INSIDE_DECODER
-            depth = len(adapter.lm.layers if decoder else adapter.encoder.layers)
-            if need.layer is not None and not -depth <= need.layer < depth:
-                raise UnsupportedError(
-                    f"stage {stage.name} needs {need.name} of layer {need.layer}; there are {depth}, 0 to {depth - 1} (or -1 for the last)"
-                )
+            check_fact(stage, need, adapter)
         check_layers(stage, adapter)
+        check_order_of_layers(stage, adapter)
     check_attention([s for s in pipeline.stages if s.site == "attention" and not s.unmerges()], adapter.lm)
     check_cache([stage for stage in pipeline.stages if stage.site == "cache"])
+
+
+def check_fact(stage: Stage, need: Fact, adapter: Adapter) -> None:
+    """Refuses facts that do not exist, at all or where the stage acts."""
+    if need.name not in FACTS:
+        raise UnsupportedError(f"stage {stage.name} needs the unknown fact {need.name!r}; known: {', '.join(FACTS)}")
+    if need.name in adapter.missing:
+        raise UnsupportedError(f"stage {stage.name} needs {need.name}: {adapter.missing[need.name]}")
+    if need.name not in AT_SITE[stage.site]:
+        raise UnsupportedError(
+            f"stage {stage.name} needs {need.name}, which does not exist yet at site {stage.site!r}; "
+            f"there it can have {', '.join(sorted(AT_SITE[stage.site]))}"
+        )
+    depth = len(layers_of(stage, need, adapter))
+    if need.layer is not None and not -depth <= need.layer < depth:
+        raise UnsupportedError(
+            f"stage {stage.name} needs {need.name} of layer {need.layer}; there are {depth}, 0 to {depth - 1} (or -1 for the last)"
+        )
+
+
+def layers_of(stage: Stage, need: Fact, adapter: Adapter) -> Sequence[Any]:
+    """The layers that a fact's number counts."""
+    decoder = stage.site == "decoder" and need.name not in facts.INSIDE_DECODER
+    found: Sequence[Any] = adapter.lm.layers if decoder else adapter.encoder.layers
+    return found
+
+
+def check_order_of_layers(stage: Stage, adapter: Adapter) -> None:
+    """Refuses facts of a layer that runs after the stage acts."""
+    own = adapter.lm.layers if stage.site == "decoder" else adapter.encoder.layers
+    for need in stage.needs() if stage.site in ("encoder", "decoder") else ():
+        if need.layer is None or layers_of(stage, need, adapter) is not own:
+            continue
+        first, layer = min(stage.layers(len(own))), need.layer % len(own)
+        acts, last = ("after", first) if stage.site == "encoder" else ("before", first - 1)
+        if layer > last:
+            raise UnsupportedError(
+                f"stage {stage.name} acts {acts} {stage.site} layer {first} and needs {need.name} of layer {layer}, which runs later; "
+                f"ask for layer {last} or an earlier one"
+            )
 
 
 def check_unmerging(pipeline: Pipeline) -> None:

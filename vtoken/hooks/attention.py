@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vtoken.hooks.flow import Prefill, eager
+from vtoken.hooks.flow import Observed, Prefill, eager
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.prompt import text_slots
 from vtoken.hooks.rows import ROWS, causal
@@ -145,14 +145,16 @@ def _keep(
     for stage, name in asked:
         fact = Fact(name, layer)
         if name == "text_attention":
-            memory = flow.memory.setdefault(id(stage), {})
-            memory[f"{name} {layer}"] = _text_rows(flow, memory["raters"], q, k, ok, scale)
-        elif name in ROWS and fact not in flow.facts:
-            flow.facts[fact] = ROWS[name](flow, q.detach(), k, v, ok, scale)
+            values = _text_rows(flow, flow.memory[id(stage)]["raters"], q, k, ok, scale)
+            flow.memory[id(stage)][f"{name} {layer}"] = Observed(values, flow.index)
         elif fact not in flow.facts:
-            rows = name == "last_query_attention"
-            there = None if whole else ok
-            flow.facts[fact] = last_row(flow.of_last(q, 2), k, there, flow.tails, scale) if rows else k.transpose(1, 2)
+            if name in ROWS:
+                values = ROWS[name](flow, q.detach(), k, v, ok, scale)
+            elif name == "last_query_attention":
+                values = last_row(flow.of_last(q, 2), k, None if whole else ok, flow.tails, scale)
+            else:
+                values = k.transpose(1, 2)
+            flow.facts[fact] = Observed(values, flow.index)
 
 
 def last_row(q: Tensor, k: Tensor, ok: Tensor | None, tails: Sequence[int], scale: float) -> Tensor:

@@ -88,6 +88,23 @@ class Flow:
         return take(self.positions, self.index, -1) - before.gather(1, self.index).to(self.positions.device)
 
 
+@dataclass(frozen=True)
+class Observed:
+    """What a decoder layer said of the slots [B, S, ...] it attended to, and the layout `index` [B, P] of the last P of them then."""
+
+    values: Tensor
+    index: Tensor
+
+    def now(self, index: Tensor, length: int) -> Tensor:
+        """[B, P', ...] of the tokens in a later layout of this prefill, which holds no others; of `length` logical columns."""
+        values = self.values[:, self.values.shape[1] - self.index.shape[1] :]
+        if index is self.index:
+            return values
+        slots = torch.arange(self.index.shape[1], device=index.device).expand_as(self.index)
+        slot_of = index.new_zeros(len(index), length).scatter(1, self.index, slots)
+        return take(values, slot_of.gather(1, index), 1)
+
+
 @dataclass
 class Prefill(Flow):
     """A forward with visual tokens in it.
@@ -122,7 +139,7 @@ class Prefill(Flow):
     layouts: dict[int, Layout] = field(default_factory=dict)
     logical: Tensor | None = None
     records: dict[int, Slots] = field(default_factory=dict)
-    facts: dict[Fact, Tensor] = field(default_factory=dict)
+    facts: dict[Fact, Observed] = field(default_factory=dict)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
     shrunk: dict[int, Any] = field(default_factory=dict)
     project: Callable[[Tensor], Tensor] | None = None

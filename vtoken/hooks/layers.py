@@ -14,7 +14,7 @@ from transformers.masking_utils import create_causal_mask
 from vtoken.hooks.cache import PrunedCache
 from vtoken.hooks.coming import check_coming, next_row
 from vtoken.hooks.facts import INSIDE_DECODER
-from vtoken.hooks.flow import Flow, Prefill, StaticStep, check_replay, eager
+from vtoken.hooks.flow import Flow, Observed, Prefill, StaticStep, check_replay, eager
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.layout import take
 from vtoken.hooks.prompt import dropped_slots, later_text, text_before, text_of
@@ -177,14 +177,14 @@ class LayerGroups:
                 ids = flow.compact(k)
                 ids = ids - dropped_slots(flow).cumsum(1).to(ids.device)
                 rope = self.lm.rotary_emb(hidden, position_ids=ids.to(hidden.device))
-            values = next_row(self.lm.layers[k], k, flow, hidden, rope)
+            found = Observed(next_row(self.lm.layers[k], k, flow, hidden, rope), flow.index)
         elif name == "normed":
-            values = self.lm.norm(hidden)
+            found = Observed(self.lm.norm(hidden), flow.index)
         elif name == "text_attention":
-            values = flow.memory[id(stage)][f"{name} {layer}"]
+            found = flow.memory[id(stage)][f"{name} {layer}"]
         else:
-            values = flow.facts[Fact(name, layer)]
-        values = values[:, values.shape[1] - flow.index.shape[1] :].to(hidden.device)
+            found = flow.facts[Fact(name, layer)]
+        values = found.now(flow.index, flow.new.shape[1]).to(hidden.device)
         if name != fact.name:
             return [text.flatten(1) for text in later_text(flow, values)]
         rows, columns = (i.to(hidden.device) for i in flow.slot())

@@ -81,7 +81,7 @@ class PackedHooks:
         choosers: frames-site stages. All frames are embedded; the blocks see those that are left.
 
     Raises:
-        UnsupportedError: attention facts of a window layer, or a stage that asks for a layer after the one it acts at.
+        UnsupportedError: attention facts of a window layer.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class PackedHooks:
         for fact, layer, who in asked:
             if fact.name in facts.PROJECTIONS:
                 read = self._layer_of(fact, layer)
-                self._check(fact.name, read, layer, who)
+                self._check(fact.name, read, who)
                 per_layer[read].add(fact._replace(layer=read))
         if not asked and not stages and not choosers:
             return
@@ -125,13 +125,8 @@ class PackedHooks:
         assert layer is not None, f"{fact} came without a layer"
         return layer
 
-    def _check(self, name: str, layer: int, acts_at: int | None, who: str) -> None:
+    def _check(self, name: str, layer: int, who: str) -> None:
         full = self.encoder.full_attention
-        if acts_at is not None and layer > acts_at:
-            raise UnsupportedError(
-                f"{who} acts after encoder layer {acts_at} and needs {name} of layer {layer}, which runs later; ask for layer "
-                f"{acts_at} or an earlier one"
-            )
         if name.endswith("attention") and name not in facts.GLOBAL and full is not None and layer not in full:
             raise UnsupportedError(
                 f"{who} needs {name} of encoder layer {layer}, where tokens attend within windows only; the layers with full "
