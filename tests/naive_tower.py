@@ -87,7 +87,7 @@ def group(patches):
 
 
 def spread(rows, token, total):
-    out = rows.new_full((total, rows.shape[1]), float("nan"))
+    out = rows.new_zeros(total, rows.shape[1])
     out[token] = rows
     return out
 

@@ -60,7 +60,7 @@ def inside(stages):
 
 
 def encode(model, batch, p, stages):
-    """Puts the features that the wrapped model encodes, NaN where dropped, into the prompt; DeepStack's too, means where merged."""
+    """Puts the features that the wrapped model encodes, zeros where dropped, into the prompt; DeepStack's too, means where merged."""
     seen = {}
 
     def look(module, args, kwargs):
@@ -69,9 +69,10 @@ def encode(model, batch, p, stages):
     hook = model.model.language_model.register_forward_pre_hook(look, with_kwargs=True, prepend=True)
     model.generate(**batch, max_new_tokens=1, do_sample=False)
     hook.remove()
-    p.embeds = seen["inputs_embeds"].nan_to_num()
+    p.embeds = seen["inputs_embeds"]
     for d, features in zip(p.deep, seen.get("deepstack_visual_embeds") or [], strict=True):
-        d[seen["visual_pos_masks"]] = features
+        # Of merged tokens, those count that had a value when the features were tapped.
+        d[seen["visual_pos_masks"]] = features.masked_fill(~features.any(-1, keepdim=True), torch.nan)
         for image, into in zip(p.images, stages[-1].into or [], strict=False):
             x = d[image.row, image.columns].clone()
             for k in into.unique().tolist():
@@ -239,7 +240,7 @@ def test_deepstack_features_of_merged_tokens_are_averaged():
         want += [before[start : start + len(i)][i == j].mean(0) for j in k.tolist()]
         start += len(i)
     torch.testing.assert_close(seen["deepstack_visual_embeds"][0], torch.stack(want))
-    torch.testing.assert_close(seen["deepstack_visual_embeds"][1], after[~after[:, 0].isnan()])
+    torch.testing.assert_close(seen["deepstack_visual_embeds"][1], after[after.any(-1)])
 
 
 @pytest.mark.parametrize(

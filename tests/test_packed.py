@@ -125,14 +125,15 @@ def test_dropping_equals_a_naive_tower(family, stages, grids, attn):
         {t.layer: (t.kept[i], None if t.into is None else t.into[i]) for t in tower.traces} for i in range(len(grid))
     ]
     found = each(family, pixels, grid, cuts)
-    close = {"atol": 2e-4, "rtol": 1e-3, "equal_nan": True}
+    close = {"atol": 2e-4, "rtol": 1e-3}
     torch.testing.assert_close(out, torch.cat([f.features for f in found]), **close)
     torch.testing.assert_close(tower.facts[Fact("features")], torch.cat([f.last for f in found]), **close)
     for index, tap in enumerate(hooked.taps):
         torch.testing.assert_close(tap, torch.cat([f.taps[index] for f in found]), **close)
     assert (family == "qwen3_vl") == bool(hooked.taps)
     assert rows == [4 * sum(tower.lineage.lengths)] and rows[0] < len(pixels)
-    assert tower.facts[Fact("keys", 3)][:, 0].isnan().sum() == len(pixels) // 4 - rows[0] // 4
+    gone = ~tower.alive()
+    assert gone.sum() == len(pixels) // 4 - rows[0] // 4 and not tower.facts[Fact("keys", 3)][gone].any()
     for before, after in zip(tower.traces, tower.traces[1:], strict=False):
         assert after.tokens_in == before.tokens_out
 
@@ -145,10 +146,10 @@ def test_an_image_alone_gives_what_it_gives_in_a_batch(family):
     tokens, start = (grid.prod(-1) // 4).tolist(), 0
     for i, part in enumerate(pixels.split(grid.prod(-1).tolist())):
         alone, rows = hooked(part, grid[i : i + 1]), slice(start, start + tokens[i])
-        torch.testing.assert_close(alone, together[rows], atol=1e-5, rtol=1e-4, equal_nan=True)
+        torch.testing.assert_close(alone, together[rows], atol=1e-5, rtol=1e-4)
         assert torch.equal(hooked.run.tower.lineage.kept()[0], tower.lineage.kept()[i])
         for fact, value in hooked.run.tower.facts.items():
-            torch.testing.assert_close(value, tower.facts[fact][rows], atol=1e-6, rtol=1e-4, equal_nan=True)
+            torch.testing.assert_close(value, tower.facts[fact][rows], atol=1e-6, rtol=1e-4)
         start += tokens[i]
 
 
@@ -198,7 +199,7 @@ def test_release_leaves_nothing(family):
     hooked, (pixels, grid) = Hooked(family, wanted=[("features",)], stages=[Cut(at=(0,))]), pictures(IMAGES)
     with torch.no_grad():
         before = stock(family).model.get_image_features(pixels, grid, return_dict=True)
-    assert hooked(pixels, grid).isnan().any()
+    assert not hooked(pixels, grid).any(-1).all(), "rows of zeros for what was dropped"
     hooked.handle.release()
     assert torch.equal(hooked(pixels, grid), torch.cat(list(before.pooler_output)))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in hooked.model.modules())

@@ -162,7 +162,9 @@ class Encode:
 
     Attributes:
         layouts: of each image, in the order the model packs them.
-        facts: Fact -> [ΣN, ...] aligned with the packed, unpruned visual tokens (NaN where dropped).
+        facts: Fact -> [ΣN, ...] aligned with the packed, unpruned visual tokens (0 where dropped).
+        alive: [ΣN] which of them the vision tower left; None where all are. Values tell nothing: a model may overflow.
+        deep: the same for what DeepStack taps from the tower, tap by tap.
         probe: [ΣN] first channel of the projected features: proof that what reaches the LLM is what was scored.
         stages: trace entries of encoder-site stages.
         home: [ΣN] as in Lineage, when an encoder stage merged.
@@ -175,6 +177,8 @@ class Encode:
     stages: list[StageTrace]
     home: Tensor | None = None
     untold: bool = False
+    alive: Tensor | None = None
+    deep: tuple[Tensor | None, ...] = ()
 
 
 class Run(threading.local):

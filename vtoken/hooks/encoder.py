@@ -1,7 +1,7 @@
 """Inside a padded vision tower (CLIP, SigLIP): facts of chosen layers, and stages that drop or merge between layers.
 
-Later layers really run on fewer tokens. Towards the rest of the model shapes are restored after the projector: dropped rows carry NaN,
-travel with the features wherever the model packs them, and are removed at the language-model boundary. Crops of a batch may keep
+Later layers really run on fewer tokens. Towards the rest of the model shapes are restored after the projector: rows of zeros stand for what
+was dropped and are removed at the language-model boundary, which is told which they are. Crops of a batch may keep
 different counts: they are padded on the right (CLS stays in column 0) and padded keys are masked, so a picture's result does not
 depend on its neighbours.
 """
@@ -66,13 +66,21 @@ class Tower:
         """[crops, P, ...] -> [ΣP, ...] without padding."""
         return padded.flatten(0, 1) if self.valid is None else padded[self.valid.to(padded.device)]
 
+    @property
+    def short(self) -> bool:
+        return sum(self.lengths) < len(self.lengths) * self.full
+
     def restore(self, packed: Tensor) -> Tensor:
-        """[Σlengths, ...] of live patches -> [crops, full, ...] with NaN where patches were dropped."""
-        if len(packed) == len(self.lengths) * self.full:
+        """[Σlengths, ...] of live patches -> [crops, full, ...] with zeros where patches were dropped."""
+        if not self.short:
             return packed.unflatten(0, (-1, self.full))
-        out = packed.new_full((len(self.lengths), self.full, *packed.shape[1:]), float("nan"))
-        out[self.rows, self.place] = packed
+        out = packed.new_zeros(len(self.lengths), self.full, *packed.shape[1:])
+        out[self.rows.to(out.device), self.place.to(out.device)] = packed
         return out
+
+    def alive(self) -> Tensor | None:
+        """[crops, full] which patches are left; None where all are."""
+        return self.restore(torch.ones_like(self.place, dtype=torch.bool)) if self.short else None
 
 
 class EncoderHooks:
@@ -276,7 +284,7 @@ class EncoderHooks:
             surface(tower, call, self.adapter.pack)
         if tower.chosen is not None:
             frames.lift(tower, tower.chosen)
-        short = sum(tower.lengths) < len(tower.lengths) * tower.full
+        short = tower.short
 
         def full(x: Tensor) -> Tensor:
             return tower.restore(x[rows.to(x.device), columns.to(x.device)]) if short else x

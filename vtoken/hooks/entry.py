@@ -85,7 +85,7 @@ class Entry:
                 StoodAsideWarning,
                 stacklevel=2,
             )
-        if any(encode.stages for encode in located.encodes):
+        if any(encode.alive is not None for encode in located.encodes):
             values = encoded(prefill, values)
         elif self.newline == "drop" and located.newlines is not None and self.drops and prefill.aside is None:
             prefill.leave(whole)
@@ -140,13 +140,13 @@ def unpruned(located: Located) -> Visual:
 
 
 def encoded(flow: Prefill, values: Tensor) -> Tensor:
-    """Drops what encoder stages dropped (NaN rows of `values`); returns the values that remain.
+    """Drops what encoder stages dropped; returns the values that remain.
 
-    Of merged tokens, DeepStack features from before the merge are averaged, equally weighted; later ones (NaN where dropped) are
-    those of the token that absorbed them.
+    Of merged tokens, DeepStack features from before the merge are averaged, equally weighted; later ones, of which only some tokens have any,
+    are those of the token that absorbed them.
     """
     v, encodes = flow.visual, flow.located.encodes
-    gone = values[:, 0].isnan()
+    gone = ~mask_of(flow.located, [encode.alive for encode in encodes]).to(v.image.device)
     counts = v.image.new_zeros(len(v.lengths)).index_add_(0, v.image, (~gone).to(v.image)).tolist()
     # As nonzero(), whose size the device would be asked for.
     alive = torch.argsort(gone, stable=True)[: sum(counts)]
@@ -165,8 +165,20 @@ def encoded(flow: Prefill, values: Tensor) -> Tensor:
     if left.lengths == v.lengths:
         return values
     flow.leave(left)
-    flow.riders = [without(keep, r[:, 0].isnan()).to(r.device).apply(r) for r in flow.riders]
-    return values[alive]
+    for tap, features in enumerate(flow.riders):
+        there = mask_of(flow.located, [encode.deep[tap] if encode.deep else None for encode in encodes])
+        flow.riders[tap] = without(keep, ~there).to(features.device).apply(features)
+    return values[alive.to(values.device)]
+
+
+def mask_of(located: Located, masks: Sequence[Tensor | None]) -> Tensor:
+    """[ΣN] bool of one packed mask per encode, None for one that is True everywhere."""
+    sizes = [len(encode.probe) for encode in located.encodes]
+    device = next((m.device for m in masks if m is not None), located.line.device)
+    whole = [
+        torch.ones(n, dtype=torch.bool, device=device) if m is None else m for m, n in zip(masks, sizes, strict=True)
+    ]
+    return located.gather(whole)
 
 
 def without(keep: Keep, gone: Tensor) -> Keep:

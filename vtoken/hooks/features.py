@@ -89,7 +89,16 @@ class FeatureHooks:
         if traces and tower.lineage.full != tuple(layout.tokens for layout in call.layouts):
             traces, home = repacked(pack, call, tower.lineage.full, traces)
         untold = home is None and tower.lineage.home is not None
-        return Encode(call.layouts, facts, probe, traces, home, untold)
+        alive, deep = packed_mask(pack, tower.alive()), tuple(getattr(tower, "deep", ()))
+        return Encode(call.layouts, facts, probe, traces, home, untold, alive, deep)
+
+
+def packed_mask(pack: Pack, alive: Tensor | None) -> Tensor | None:
+    """[ΣN] bool of a mask over patches. A token that the model interpolates is alive where all its sources are, hence NaN for the others."""
+    if alive is None:
+        return None
+    marks = torch.zeros(alive.shape, device=alive.device).masked_fill(~alive, torch.nan)
+    return ~pack(marks[..., None])[..., 0].isnan()
 
 
 def scalar(fact: Fact) -> bool:

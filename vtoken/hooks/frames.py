@@ -2,7 +2,7 @@
 
 Stages see thumbnails, one row per frame (in packed towers per temporal patch, the two frames that are embedded together), so that videos of
 any resolution can be compared. What they drop never enters the tower's layers; towards the rest of the model the frames come back as rows of
-NaN, like all that is dropped in the encoder.
+zeros, like all that is dropped in the encoder.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def lift(tower: Any, chosen: Chosen) -> None:
     tower.traces += later
     rows = chosen.index.to(tower.rows.device)
     for fact, values in tower.facts.items():
-        wide = values.new_full((many, *values.shape[1:]), float("nan"))
+        wide = values.new_zeros(many, *values.shape[1:])
         wide[rows.to(values.device)] = values
         tower.facts[fact] = wide
     home = tower.lineage.home

@@ -2,8 +2,8 @@
 
 All images lie in one sequence of patches, and `unit` consecutive patches (a merge group) become one visual token. Stages see groups in
 token order; the tower may store them in another one (windows). Whole groups are dropped and later blocks really run on fewer, in the
-tower's own order, with the segment bounds and rotary embeddings of the survivors. The mergers' outputs get their length back with NaN rows,
-which are removed at the language-model boundary.
+tower's own order, with the segment bounds and rotary embeddings of the survivors. The mergers' outputs get their length back with rows of
+zeros, which are removed at the language-model boundary.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class PackedTower:
             patches. Both are made again after every drop.
         spared: per image, whether it keeps all its tokens; empty when none does. `aside` says why no stage acts at all, or None.
         qkv: output of the block at work.
-        facts: [ΣN, ...] in token order, NaN where the token was dropped before the fact was read. `keys` and `values`
+        deep: per DeepStack merger, what was left when it ran, see `alive`.
+        facts: [ΣN, ...] in token order, 0 where the token was dropped before the fact was read. `keys` and `values`
             [ΣN, H*d] are as projected (no rotary), `features` [ΣN, D] what enters the merger, means over the group;
             `pixels` [ΣN, unit*P] its patches one after the other.
     """
@@ -57,6 +58,7 @@ class PackedTower:
     spared: tuple[bool, ...] = ()
     aside: str | None = None
     qkv: Tensor | None = None
+    deep: list[Tensor | None] = field(default_factory=list)
     facts: dict[Fact, Tensor] = field(default_factory=dict)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
     traces: list[StageTrace] = field(default_factory=list)
@@ -66,10 +68,14 @@ class PackedTower:
         return len(self.live) < len(self.slot)
 
     def restore(self, values: Tensor, at: Tensor) -> Tensor:
-        """[ΣK, ...] in the tower's order -> [ΣN, ...] where row `at[i]` is values[i] and all others are NaN."""
-        out = values.new_full((len(self.slot), *values.shape[1:]), float("nan"))
+        """[ΣK, ...] in the tower's order -> [ΣN, ...] where row `at[i]` is values[i] and all others are 0."""
+        out = values.new_zeros(len(self.slot), *values.shape[1:])
         out[at.to(values.device)] = values
         return out
+
+    def alive(self) -> Tensor | None:
+        """[ΣN] which tokens are left, in token order; None where all are."""
+        return self.restore(torch.ones_like(self.live, dtype=torch.bool), self.live) if self.short else None
 
 
 class PackedHooks:
@@ -276,6 +282,8 @@ class PackedHooks:
         tower = self.tower
         if tower is None:
             return None
+        if index:
+            tower.deep.append(tower.alive())
         if index == 0 and self.features:
             hidden = self._groups(args[0].detach()).mean(1)
             tower.facts[Fact("features")] = tower.restore(hidden, tower.live)
