@@ -190,7 +190,7 @@ class Run(threading.local):
         call, tower: the feature call and the tower call in progress.
         sparing: kind -> which images of the prompt to come are left alone.
         due: a cache layer whose newest tokens a cache stage is asked about after the attention in progress.
-        encodes: kind -> what was encoded last; earlier: the same before the forward in progress.
+        encodes: kind -> what was encoded last; earlier: the same before the call in progress.
         generating: `generate` is at work, which may encode long before it uses the features, and use them several times.
     """
 
@@ -209,15 +209,17 @@ class Run(threading.local):
         self.earlier: dict[str, Encode] = {}
         self.sparing: dict[str, Sparing] = {}
 
-    def forget(self) -> None:
-        """What was encoded and found out for a `generate` that is over."""
-        self.encodes, self.earlier, self.sparing = {}, {}, {}
+    def begin(self) -> None:
+        """A `generate`, or a forward outside of one, begins."""
+        if not self.generating:
+            self.earlier = dict(self.encodes)
 
-    def forget_forward(self) -> None:
-        """What was encoded in a forward that is over. Features that were encoded before it may be used again."""
+    def forget(self) -> None:
+        """What was encoded and found out for a `generate`, or a forward outside of one, that is over. Features that were encoded before it
+        may be used again."""
         if not self.generating:
             self.encodes = {kind: e for kind, e in self.encodes.items() if self.earlier.get(kind) is e}
-            self.earlier = {}
+            self.earlier, self.sparing = {}, {}
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(

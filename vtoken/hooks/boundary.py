@@ -235,7 +235,7 @@ class Boundary:
         flow, self.run.flow = self.run.flow, None
         if not isinstance(flow, Prefill):
             return None
-        self.run.forget_forward()
+        self.run.forget()
         if self.kv is not None:
             self.kv.finish(flow)
         for start, slots in sorted(flow.records.items()):

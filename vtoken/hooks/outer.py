@@ -36,6 +36,7 @@ class Outer:
             ids, embeds = kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds")
             if self.guard is not None and pictured(kwargs) and (ids is not None or embeds is not None):
                 self.guard.ahead(ids, embeds, kwargs)
+            self.run.begin()
             outermost, self.run.generating = not self.run.generating, True
             try:
                 return original(inputs, *args, **kwargs)
@@ -67,7 +68,7 @@ class Outer:
 
     @eager
     def _see(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict) -> None:
-        self.run.earlier = dict(self.run.encodes)
+        self.run.begin()
         self.adapter.check_call(kwargs)
         pixels = bool(pictured(kwargs))
         encoded = any(v is not None for v in (kwargs.get("mm_encoder_outputs") or {}).values())
