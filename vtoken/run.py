@@ -122,10 +122,12 @@ def segments(layouts: Sequence[Layout]) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Sparing:
-    """Which images of a call of the feature function stages of the encoder leave alone; `aside` says why if they do nothing at all."""
+    """Which images of a call of the feature function stages of the encoder leave alone; `aside` says why if they do nothing at all, `counted`
+    as in Trace."""
 
     images: tuple[bool, ...]
     aside: str | None = None
+    counted: str = "rows"
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ class Encode:
         probe: [ΣN] first channel of the projected features: proof that what reaches the LLM is what was scored.
         stages: trace entries of encoder-site stages.
         home: [ΣN] as in Lineage, when an encoder stage merged.
+        counted: as in Trace.
         untold: an encoder stage merged, but the model interpolated its output, so that no token stands for certain others.
     """
 
@@ -179,6 +182,7 @@ class Encode:
     untold: bool = False
     alive: Tensor | None = None
     deep: tuple[Tensor | None, ...] = ()
+    counted: str | None = None
 
 
 class Run(threading.local):
