@@ -49,6 +49,7 @@ class Outer:
                 if outermost:
                     self.run.generating = False
                     self.run.forget()
+                    self.handle.switch.off()
 
         return generate
 
