@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.cache import Owner, PrunedCache, Slots, adopt, cache_bytes
+from vtoken.hooks.calls import check_labels, check_packed
 from vtoken.hooks.entry import Entry
 from vtoken.hooks.facts import substituted
 from vtoken.hooks.flow import Flow, Prefill, StaticStep, eager, replays, steps
@@ -24,9 +25,9 @@ from vtoken.hooks.kv import CacheHooks
 from vtoken.hooks.layout import take
 from vtoken.hooks.restore import restore
 from vtoken.hooks.unmerge import Unmerge
-from vtoken.run import Run
+from vtoken.run import UNSEEN, Run
 from vtoken.stages import Fact, Stage
-from vtoken.tracing import Trace
+from vtoken.tracing import StageTrace, Trace
 
 
 class Boundary:
@@ -35,7 +36,7 @@ class Boundary:
     Args:
         stages: tokens-site stages, in pipeline order.
         compact: renumber positions after dropping, decode positions included.
-        acts: the pipeline has stages, of any site.
+        every: stages of any site.
         always: take over the cache at every prefill with images, because later stages shorten inside the decoder.
         newline: which newline tokens stay, see Prefill.
         resolve: the fact as the encoder stored it (layers resolved, substituted).
@@ -52,7 +53,7 @@ class Boundary:
         stages: Sequence[Stage],
         *,
         compact: bool,
-        acts: bool,
+        every: Sequence[Stage],
         always: bool,
         newline: str,
         owner: Owner,
@@ -64,8 +65,8 @@ class Boundary:
     ) -> None:
         self.adapter, self.run, self.owner, self.unmerge = adapter, run, owner, unmerge
         self.stages = [(stage, substituted(stage, adapter.substitutes)) for stage in stages]
-        self.compact, self.always, self.kv = compact, always, kv
-        self.entry = Entry(adapter, run, resolve, newline, acts=acts, least=least, preset=preset)
+        self.compact, self.always, self.kv, self.every = compact, always, kv, every
+        self.entry = Entry(adapter, run, resolve, newline, acts=bool(every), least=least, preset=preset)
         self.switch = handle.switch
         self.last: Trace | None = None
         handle.before(adapter.lm, self._before)
@@ -90,7 +91,9 @@ class Boundary:
         if isinstance(cache, PrunedCache):
             return self._continue(args, kwargs)
         if cache is None or not int(cache.get_seq_length()):
-            run.trace = self.last = Trace()
+            run.trace = self.last = Trace(
+                stages=[StageTrace(s.name, s.site, [], [], [], stood_aside=UNSEEN) for s in self.every if run.unseen]
+            )
         return None
 
     def _flow(self, kwargs: dict) -> Flow:
@@ -118,6 +121,8 @@ class Boundary:
         return Flow(new, [length] * batch, past, mask, positions, cache, x, new, index, new)
 
     def _prefill(self, args: tuple, kwargs: dict, visual: Tensor) -> Any:
+        if self.every:
+            check_packed(kwargs, self.adapter.lm.config)
         flow, values = self.entry.start(self._flow(kwargs), visual, kwargs.get("deepstack_visual_embeds"))
         self.last = flow.trace
         x, cache, trace = flow.hidden, flow.cache, flow.trace
@@ -280,19 +285,3 @@ class Boundary:
 def as_bool(mask: Tensor) -> Tensor:
     """What a 4D mask lets through, whatever its dtype."""
     return mask == 0 if mask.is_floating_point() else mask.bool()
-
-
-def check_labels(flow: Prefill) -> None:
-    """A dropped token predicts nothing, so nothing may be supervised on it.
-
-    Raises:
-        ValueError: a label that is not -100 follows a dropped token.
-    """
-    if flow.labels is None or flow.labels.shape != flow.alive.shape:
-        return
-    supervised = flow.labels.to(flow.alive.device)[:, 1:] != -100
-    if bool((supervised & flow.new[:, :-1] & ~flow.alive[:, :-1]).any()):
-        raise ValueError(
-            "labels supervise the token after a dropped visual token, which has no logits; "
-            "set labels to -100 on image tokens and on the token that follows an image"
-        )

@@ -23,7 +23,7 @@ from vtoken.errors import UnsupportedError
 from vtoken.hooks.attention import tap
 from vtoken.hooks.bits import PackedLayer, Piece, Plain
 from vtoken.hooks.cache import Slots
-from vtoken.hooks.flow import Prefill, eager, steps
+from vtoken.hooks.flow import Prefill, eager, replays, steps
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.held import Row, slots_of, store
 from vtoken.hooks.later import LaterHooks
@@ -79,6 +79,11 @@ class CacheHooks:
             UnsupportedError: says why, and what to do.
         """
         name = self.stage.name
+        if replays(self.lm.layers[0]):
+            raise UnsupportedError(
+                f"stage {name} shrinks the KV cache, and gradient checkpointing runs layers without one: call "
+                "model.gradient_checkpointing_disable(), or take the stage out"
+            )
         if cache is None:
             raise UnsupportedError(
                 f"stage {name} shrinks the KV cache, and this call has none (use_cache=False): pass use_cache=True, or take the stage out"
