@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -44,7 +45,7 @@ class Budget:
             raise ValueError(f"keep: {value!r} is not a budget; {_HELP}")
         elif isinstance(value, int):
             tokens = value
-        elif isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?%", value):
+        elif isinstance(value, str) and re.fullmatch(r"[0-9]+(\.[0-9]+)?%", value):
             share = Fraction(value[:-1]) / 100
         elif isinstance(value, dict) and list(value) == ["total"] and type(value["total"]) is int:
             total = value["total"]
@@ -112,7 +113,7 @@ class Budget:
             return {"total": self.total}
         assert self.share is not None
         percent = self.share * 100
-        return f"{percent.numerator if percent.denominator == 1 else float(percent)}%"
+        return f"{Decimal(percent.numerator) / percent.denominator:f}%"
 
     def __repr__(self) -> str:
         return f"Budget({self.plain()!r})"
@@ -138,7 +139,7 @@ class Budget:
             "description": "tokens to keep: a count per image, a share of them, or a count per sample, frame or crop",
             "anyOf": [
                 {"type": "integer", "minimum": 1},
-                {"type": "string", "pattern": r"^\d+(\.\d+)?%$", "examples": ["25%"]},
+                {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?%$", "examples": ["25%"]},
                 *(
                     {
                         "type": "object",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -13,14 +12,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import ValidationError
 from pydantic.json_schema import models_json_schema
 
 from vtoken import registry
 from vtoken.budget import Budget
-from vtoken.errors import ConfigError, unknown
-from vtoken.source import Source, parse
+from vtoken.errors import ConfigError, shown, unknown
+from vtoken.source import Source, parse, read
+from vtoken.source import dump as write_yaml
 from vtoken.stages import SITES, Stage
 from vtoken.wording import explain
 
@@ -127,7 +126,7 @@ def dump(pipeline: Pipeline) -> str:
     """YAML text that loads to the same policies and stages, every option written out."""
     stages = [{s.name: options} if (options := s.model_dump(mode="json")) else s.name for s in pipeline.stages]
     data = {**{key: getattr(pipeline, key) for key in (*POLICIES, LEAST[0])}, "stages": stages}
-    return yaml.safe_dump(data, sort_keys=False, default_flow_style=None)
+    return write_yaml(data)
 
 
 def schema() -> dict[str, Any]:
@@ -171,17 +170,13 @@ def schema() -> dict[str, Any]:
 
 
 def _from_file(path: Path) -> Pipeline:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    data, source = parse(text, str(path))
+    data, source = read(path)
     return _from_data(data, path.stem, source)
 
 
 def _from_data(data: Any, name: str | None, source: Source) -> Pipeline:
     if not isinstance(data, dict):
-        raise source.error((), f"a pipeline is a mapping with positions and stages, not {reprlib.repr(data)}")
+        raise source.error((), f"a pipeline is a mapping with positions and stages, not {shown(data)}")
     for key in data:
         if key not in KEYS:
             hint = f"; stages go into a list, stages: [{key}: ...]" if key in registry.stages() else ""
@@ -192,14 +187,14 @@ def _from_data(data: Any, name: str | None, source: Source) -> Pipeline:
     for key, (values, _) in POLICIES.items():
         if chosen[key] not in values:
             accepted = " or ".join([", ".join(values[:-1]), values[-1]])
-            raise source.error((key,), f"{key} must be {accepted}, not {reprlib.repr(chosen[key])}")
+            raise source.error((key,), f"{key} must be {accepted}, not {shown(chosen[key])}")
     least = data.get(LEAST[0], 0)
     _check_least(least, source)
     items = data.get("stages")
     if not isinstance(items, (list, tuple)):
         raise source.error(
             ("stages",),
-            f"stages must be a list, as in [fastervlm: {{keep: 64}}] (for none []), not {reprlib.repr(items)}",
+            f"stages must be a list, as in [fastervlm: {{keep: 64}}] (for none []), not {shown(items)}",
         )
     stages = tuple(_stage(item, ("stages", i), source) for i, item in enumerate(items))
     _check_order(stages, source)
@@ -230,7 +225,7 @@ def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
         keys = f"; indent {list(item)[1:]} to make them options" if isinstance(item, dict) and len(item) > 1 else ""
         raise source.error(
             path,
-            f"a stage is a name or one name with its options, fastervlm: {{keep: 64}}, not {reprlib.repr(item)}{keys}",
+            f"a stage is a name or one name with its options, fastervlm: {{keep: 64}}, not {shown(item)}{keys}",
         )
     try:
         cls = registry.stage(name)
@@ -239,7 +234,7 @@ def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
     if not isinstance(options, (dict, type(None))):
         raise source.error(
             (*path, name),
-            f"options of stage {name!r} must be a mapping, as in {{keep: 64}}, not {reprlib.repr(options)}",
+            f"options of stage {name!r} must be a mapping, as in {{keep: 64}}, not {shown(options)}",
         )
     try:
         text = json.dumps(options or {}, default=_plain)
@@ -272,12 +267,13 @@ def _options(text: str, rest: str) -> dict[str, Any]:
         match = re.fullmatch(r"\s*(\w+)=(.*)", part, re.DOTALL)
         key, value = match.groups() if match else ("keep", part)
         if key in options:
-            raise ConfigError(f"{text!r}: option {key!r} is given twice; remove one")
+            raise ConfigError(f"{shown(text)}: option {key!r} is given twice; remove one")
         try:
-            options[key] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError):
+            options[key], _ = parse(value)
+        except ConfigError as error:
             raise ConfigError(
-                f"{text!r}: {value!r} is not a value of {key!r}; write one as in YAML: 64, 25%, [1, 2]"
+                f"{shown(text)}: {shown(value)} is not a value of {key!r} ({error}); write one as in YAML (64, 25%, [1, 2]), and "
+                "every further option by name behind a comma: NAME:64,option=value"
             ) from None
     return options
 
@@ -294,4 +290,4 @@ def _check_order(stages: Sequence[Stage], source: Source) -> None:
 
 def _check_least(least: Any, source: Source) -> None:
     if type(least) is not int or least < 0:
-        raise source.error((LEAST[0],), f"{LEAST[0]} must be a whole number >= 0, not {reprlib.repr(least)}")
+        raise source.error((LEAST[0],), f"{LEAST[0]} must be a whole number >= 0, not {shown(least)}")
