@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
+from numbers import Integral
 from typing import Any
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
@@ -14,6 +16,11 @@ from pydantic_core import CoreSchema, core_schema
 
 _HELP = "write a count per image (64), a share (25%), or a count per sample ({total: 640}), frame or crop ({per_frame: 32}, {per_crop: 64})"
 PER_SEGMENT = ("per_frame", "per_crop")
+
+
+def _whole(value: Any) -> bool:
+    """Whether it is a whole number, of Python or numpy."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 class Budget:
@@ -41,23 +48,21 @@ class Budget:
         per: str | None = None
         if isinstance(value, Budget):
             tokens, share, total, per = value.tokens, value.share, value.total, value.per
-        elif isinstance(value, bool):
-            raise ValueError(f"keep: {value!r} is not a budget; {_HELP}")
-        elif isinstance(value, int):
-            tokens = value
+        elif _whole(value):
+            tokens = int(value)
         elif isinstance(value, str) and re.fullmatch(r"[0-9]+(\.[0-9]+)?%", value):
             share = Fraction(value[:-1]) / 100
-        elif isinstance(value, dict) and list(value) == ["total"] and type(value["total"]) is int:
-            total = value["total"]
+        elif isinstance(value, dict) and list(value) == ["total"] and _whole(value["total"]):
+            total = int(value["total"])
         elif (
             isinstance(value, dict)
             and len(value) == 1
             and (only := next(iter(value))) in PER_SEGMENT
-            and type(value[only]) is int
+            and _whole(value[only])
         ):
-            per, tokens = only, value[only]
+            per, tokens = only, int(value[only])
         else:
-            raise ValueError(f"keep: {value!r} is not a budget; {_HELP}")
+            raise ValueError(f"keep: {reprlib.repr(value)} is not a budget; {_HELP}")
         if share is not None and not 0 < share <= 1:
             raise ValueError(f"keep: {value} must be above 0% and at most 100%")
         if any(n is not None and n < 1 for n in (tokens, total)):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -64,8 +65,13 @@ class Pipeline:
     min_visual_tokens: int = 0
 
     def __post_init__(self) -> None:
-        _check_order(self.stages, Source())
+        for key in POLICIES:
+            _check_policy(key, getattr(self, key), Source())
         _check_least(self.min_visual_tokens, Source())
+        for stage in self.stages:
+            if not isinstance(stage, Stage):
+                raise ConfigError(f"{shown(stage)} is no Stage; vtoken.config.load reads a list of names and options")
+        _check_order(self.stages, Source())
 
 
 PipelineLike = str | os.PathLike[str] | dict[str, Any] | Sequence[Any] | Stage | Pipeline
@@ -95,9 +101,11 @@ def load(pipeline: PipelineLike) -> Pipeline:
     if isinstance(pipeline, (str, os.PathLike)) and os.path.isfile(pipeline):
         return _from_file(Path(pipeline))
     if isinstance(pipeline, (str, os.PathLike)) and Path(pipeline).suffix in (".yaml", ".yml"):
+        if os.path.isdir(pipeline):
+            raise ConfigError(f"{shown(os.fspath(pipeline))} is a folder; write a path to a YAML file")
         close = get_close_matches(Path(pipeline).stem, registry.presets(), n=1)
         hint = f"; did you mean the preset {close[0]!r}?" if close else ""
-        raise ConfigError(f"pipeline file {os.fspath(pipeline)!r} does not exist{hint}")
+        raise ConfigError(f"pipeline file {shown(os.fspath(pipeline))} does not exist{hint}")
     text = pipeline if isinstance(pipeline, str) else ""
     preset, _, rest = text.partition(",")
     if rest and preset in registry.presets():
@@ -182,13 +190,11 @@ def _from_data(data: Any, name: str | None, source: Source) -> Pipeline:
             hint = f"; stages go into a list, stages: [{key}: ...]" if key in registry.stages() else ""
             raise source.error((key,), unknown("key", key, KEYS) + hint)
     if PRESET[0] in data:
-        data, name = _on_preset(data, source), name or data[PRESET[0]]
-    chosen = {key: data.get(key, values[0]) for key, (values, _) in POLICIES.items()}
-    for key, (values, _) in POLICIES.items():
-        if chosen[key] not in values:
-            accepted = " or ".join([", ".join(values[:-1]), values[-1]])
-            raise source.error((key,), f"{key} must be {accepted}, not {shown(chosen[key])}")
-    least = data.get(LEAST[0], 0)
+        data, name = _on_preset(data, source), name or str(data[PRESET[0]])
+    chosen: dict[str, Any] = {key: _native(data.get(key, values[0])) for key, (values, _) in POLICIES.items()}
+    for key, value in chosen.items():
+        _check_policy(key, value, source)
+    least = _native(data.get(LEAST[0], 0))
     _check_least(least, source)
     items = data.get("stages")
     if not isinstance(items, (list, tuple)):
@@ -205,8 +211,8 @@ def _from_data(data: Any, name: str | None, source: Source) -> Pipeline:
 
 def _on_preset(data: dict[str, Any], source: Source) -> dict[str, Any]:
     """What a preset says, and over it what is said here."""
-    preset = data[PRESET[0]]
-    if preset not in registry.presets():
+    preset = _native(data[PRESET[0]])
+    if not isinstance(preset, str) or preset not in registry.presets():
         raise source.error((PRESET[0],), unknown(PRESET[0], preset, registry.presets()))
     if "stages" in data:
         raise source.error(("stages",), f"the stages are those of the preset {preset!r}; give one of the two")
@@ -238,7 +244,7 @@ def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
         )
     try:
         text = json.dumps(options or {}, default=_plain)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise source.error((*path, name), f"options of stage {name!r} must be plain data: {error}") from None
     try:
         # JSON mode is strict about numbers, texts and truth values, yet takes lists for tuples, as YAML writes them.
@@ -248,10 +254,19 @@ def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
         raise source.error((*path, name, option), f"stage {name!r}: {message}") from None
 
 
+def _native(value: Any) -> Any:
+    """Python's own for numpy's whole numbers and texts."""
+    if isinstance(value, Integral) and not isinstance(value, int):
+        return int(value)
+    return str(value) if isinstance(value, str) else value
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Budget):
         return value.plain()
-    raise TypeError(f"{value!r} is a {type(value).__name__}; write a number, text, list or mapping")
+    if isinstance(value, Integral):
+        return int(value)
+    raise TypeError(f"{shown(value)} is a {type(value).__name__}; write a number, text, list or mapping")
 
 
 def _short_form(text: str) -> dict[str, Any]:
@@ -278,6 +293,13 @@ def _options(text: str, rest: str) -> dict[str, Any]:
     return options
 
 
+def _check_policy(key: str, value: Any, source: Source) -> None:
+    values, _ = POLICIES[key]
+    if type(value) is not str or value not in values:
+        accepted = " or ".join([", ".join(values[:-1]), values[-1]])
+        raise source.error((key,), f"{key} must be {accepted}, not {shown(value)}")
+
+
 def _check_order(stages: Sequence[Stage], source: Source) -> None:
     for i, (before, after) in enumerate(pairwise(stages), start=1):
         if SITES.index(after.site) < SITES.index(before.site):
@@ -289,5 +311,5 @@ def _check_order(stages: Sequence[Stage], source: Source) -> None:
 
 
 def _check_least(least: Any, source: Source) -> None:
-    if type(least) is not int or least < 0:
+    if type(least) is not int or not 0 <= least < 2**63:
         raise source.error((LEAST[0],), f"{LEAST[0]} must be a whole number >= 0, not {shown(least)}")

@@ -15,7 +15,7 @@ from vtoken.errors import ConfigError, shown, unknown
 class Strict(BaseModel):
     """Options without guessing: an unknown key or a number written as text is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 S = TypeVar("S", bound=Strict)
