@@ -118,6 +118,11 @@ def test_one_place_reads_yaml(file: Path) -> None:
     assert "yaml" not in names or file == PACKAGE / "source.py"
 
 
+@pytest.mark.parametrize("file", [*SOURCES, *sorted((ROOT / "benchmarks").glob("*.py"))], ids=relative)
+def test_one_place_opens_pictures(file: Path) -> None:
+    assert ("Image.open(" in file.read_text(encoding="utf-8")) == (file == PACKAGE / "evals" / "media.py")
+
+
 MODULES = re.compile(r"(model|module|layers?|block|lm|attn|attention|config|encoder|decoder|projector|outer|adapter)$")
 
 

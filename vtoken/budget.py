@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeGuard
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
@@ -18,7 +18,7 @@ _HELP = "write a count per image (64), a share (25%), or a count per sample ({to
 PER_SEGMENT = ("per_frame", "per_crop")
 
 
-def _whole(value: Any) -> bool:
+def _whole(value: Any) -> TypeGuard[int]:
     """Whether it is a whole number, of Python or numpy."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 

@@ -66,6 +66,23 @@ def pictures_only(kind: type[Any]) -> type[Any]:
     return type(kind.__name__, (kind,), fields)
 
 
+def apply(processor: Any, what: str, **given: Any) -> Any:
+    """What the processor makes of pictures and texts.
+
+    Args:
+        what: names the pictures in errors.
+        given: as the processor takes it.
+
+    Raises:
+        UnsupportedError: it refuses them.
+    """
+    try:
+        return processor(return_tensors="pt", **given)
+    except ValueError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UnsupportedError(f"the model's processor does not take {what}: {reason}") from error
+
+
 def check_video(processor: Any) -> None:
     """Refuses a processor that cannot take videos.
 

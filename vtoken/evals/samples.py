@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from vtoken.errors import ConfigError
-from vtoken.evals import models, processors, reference
+from vtoken.errors import ConfigError, shown
+from vtoken.evals import media, models, processors, reference
 
 ABOUT = (
     "`reference` (the shipped pictures), a folder with questions.jsonl, or a .jsonl file; one JSON object per line: image (path from "
@@ -58,8 +58,8 @@ def _sample(file: Path, number: int, line: str) -> Sample:
         found = Sample(file.parent / image, str(question), None if answer is None else str(answer))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{file}, line {number}: not a JSON object with image and question") from None
-    if not found.image.is_file():
-        raise ConfigError(f"{file}, line {number}: no picture {str(found.image)!r}")
+    if not os.path.isfile(found.image):
+        raise ConfigError(f"{file}, line {number}: no picture {shown(str(found.image))}")
     return found
 
 
@@ -79,10 +79,14 @@ def load(name: str, device: str | None = None, dtype: str | None = None) -> tupl
 
 
 def prepare(model: Any, processor: Any, sample: Sample) -> dict[str, Tensor]:
-    """Model inputs of one sample, batch 1, on the model's device and in its dtype."""
-    with Image.open(sample.image) as picture:
-        text = reference.prompt(processor, sample.question)
-        inputs = dict(processor(images=[[picture.convert("RGB")]], text=text, return_tensors="pt"))
+    """Model inputs of one sample, batch 1, on the model's device and in its dtype.
+
+    Raises:
+        ConfigError: its picture cannot be read.
+        UnsupportedError: the processor refuses it.
+    """
+    text = reference.prompt(processor, sample.question)
+    inputs = processors.apply(processor, str(sample.image), images=[[media.still(sample.image)]], text=text)
     return {k: v.to(model.device, model.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
 
 

@@ -92,12 +92,13 @@ def answers(
 ) -> list[str]:
     """Greedy answers in left-padded batches. Calls `model.generate` and nothing else; `progress(done, total)` is called after every batch."""
     import torch
-    from PIL import Image
+
+    from vtoken.evals.media import still
 
     said: list[str] = []
     for start in range(0, len(questions), batch_size):
         rows = questions[start : start + batch_size]
-        images = [Image.open(row.image).convert("RGB") for row in rows]
+        images = [still(row.image) for row in rows]
         inputs = processor(
             images=images, text=[prompt(processor, row) for row in rows], padding=True, return_tensors="pt"
         ).to(model.device)
