@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vtoken.errors import ConfigError, unknown
+
 KINDS = ("digit", "color", "count", "read", "exists", "next")
 _HERE = Path(__file__).parent
 _NAMES = ("tiny-llava", "tiny-llava-next", "tiny-qwen2.5-vl")
@@ -31,9 +33,13 @@ def names() -> tuple[str, ...]:
 
 
 def path(name: str = "tiny-llava") -> Path:
-    """Folder of a shipped model."""
+    """Folder of a shipped model.
+
+    Raises:
+        ConfigError: there is no such model; suggests the nearest name.
+    """
     if name not in _NAMES:
-        raise ValueError(f"no reference model {name!r}; there are: {', '.join(_NAMES)}")
+        raise ConfigError(unknown("reference model", name, _NAMES))
     return _HERE / name
 
 
