@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,20 @@ def test_a_folder_of_frames_opens_what_it_shows(tmp_path: Path) -> None:
     for k in (5, 15):
         RED.save(tmp_path / f"{k:02d}.png")
     assert len(media.read([tmp_path], frames=2).pictures) == 2
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 5000, "no"])
+def test_data_that_cannot_be_opened(path: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"image": "\xff"}')
+    for given, words in ((path, "no data"), (str(tmp_path / "a.jsonl"), "cannot read")):
+        with pytest.raises(ConfigError, match=words) as caught:
+            samples.read(given)
+        assert len(str(caught.value)) < 600
+    (tmp_path / "a.jsonl").write_text(json.dumps({"image": path, "question": "?"}))
+    with pytest.raises(ConfigError, match="line 1: no picture"):
+        samples.read(str(tmp_path / "a.jsonl"))
+    with pytest.raises(ConfigError, match=r"cannot read video|PyAV"):
+        prompts.clip(path + ".mp4", 8)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])

@@ -42,10 +42,14 @@ def read(data: str, limit: int | None = None) -> list[Sample]:
         raise ConfigError(f"the limit must be at least 1 question, not {limit}")
     if data == "reference":
         return [Sample(q.image, q.question, q.answer) for q in reference.questions(limit)]
-    file = Path(data) / "questions.jsonl" if Path(data).is_dir() else Path(data)
-    if not file.is_file():
-        raise ConfigError(f"no data {data!r}; give {ABOUT}")
-    lines = [line for line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1) if line[1].strip()]
+    file = Path(data) / "questions.jsonl" if os.path.isdir(data) else Path(data)
+    if not os.path.isfile(file):
+        raise ConfigError(f"no data {shown(data)}; give {ABOUT}")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {file}: {error}") from None
+    lines = [line for line in enumerate(text.splitlines(), 1) if line[1].strip()]
     if not lines:
         raise ConfigError(f"{file} is empty; give {ABOUT}")
     return [_sample(file, number, line) for number, line in lines[:limit]]

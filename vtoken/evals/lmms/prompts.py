@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vtoken.errors import ConfigError, UnsupportedError
+from vtoken.errors import ConfigError, UnsupportedError, shown
 from vtoken.evals import media
 from vtoken.evals.processors import apply, check_video
 
@@ -161,8 +161,8 @@ def _decoded(path: Path, frames: int) -> Clip:
                 for k, frame in zip(range(wanted[-1] + 1), file.decode(video=0), strict=False)
                 if k in set(wanted)
             ]
-    except (OSError, IndexError, av.FFmpegError) as error:
-        raise ConfigError(f"cannot read video {path}: {error}") from error
+    except (OSError, ValueError, IndexError, av.FFmpegError) as error:
+        raise ConfigError(f"cannot read video {shown(str(path))[1:-1]}: {str(error)[:200]}") from error
     # Some containers promise more frames than they hold.
     return Clip(tuple(found), tuple(wanted[: len(found)]), rate, total)
 
