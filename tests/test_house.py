@@ -75,7 +75,7 @@ MAY_IMPORT_FROM_OTHERS = {
     "compressors": {"torch", "pydantic", "safetensors"},
     "source": {"yaml"},
     "wording": {"pydantic"},
-    "config": {"pydantic", "yaml"},
+    "config": {"pydantic"},
 }
 
 
@@ -85,7 +85,7 @@ def layer_of(file: Path) -> str:
 
 def imports(file: Path) -> Iterator[str]:
     """Dotted names of everything a file imports, wherever in the file, relative ones made absolute."""
-    package = ["vtoken", *file.relative_to(PACKAGE).parts[:-1]]
+    package = list(file.relative_to(ROOT).parts[:-1])
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -110,6 +110,17 @@ def test_imports_go_down(file: Path) -> None:
             assert target in MAY_IMPORT[layer], f"{layer} must not import {name}"
         elif top not in sys.stdlib_module_names and layer in MAY_IMPORT_FROM_OTHERS:
             assert top in MAY_IMPORT_FROM_OTHERS[layer], f"{layer} must not import {name}"
+
+
+@pytest.mark.parametrize("file", [*SOURCES, *sorted((ROOT / "benchmarks").glob("*.py"))], ids=relative)
+def test_one_place_reads_yaml(file: Path) -> None:
+    names = {name.partition(".")[0] for name in imports(file)}
+    assert "yaml" not in names or file == PACKAGE / "source.py"
+
+
+@pytest.mark.parametrize("file", [*SOURCES, *sorted((ROOT / "benchmarks").glob("*.py"))], ids=relative)
+def test_one_place_opens_pictures(file: Path) -> None:
+    assert ("Image.open(" in file.read_text(encoding="utf-8")) == (file == PACKAGE / "evals" / "media.py")
 
 
 MODULES = re.compile(r"(model|module|layers?|block|lm|attn|attention|config|encoder|decoder|projector|outer|adapter)$")
