@@ -191,14 +191,6 @@ def test_a_preset_with_other_policies(write: Any) -> None:
     assert config.load("pool-2,preset=hired-next-640").stages == config.load("pool-2").stages
 
 
-def test_only_a_presets_own_threshold_is_left_out_of_scores(write: Any) -> None:
-    assert config.load("fastv-64").min_visual_tokens == 208
-    assert config.unguarded("fastv-64") == replace(config.load("fastv-64"), min_visual_tokens=0)
-    mine = "preset: fastv-64\nmin_visual_tokens: 9\n"
-    for written in ("fastv-64,min_visual_tokens=9", write(mine), yaml.safe_load(mine)):
-        assert config.unguarded(written).min_visual_tokens == 9
-
-
 def test_dump_writes_every_option_in_yaml_that_people_read() -> None:
     assert (
         config.dump(config.load("random:64"))

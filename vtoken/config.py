@@ -7,7 +7,7 @@ import os
 import re
 import reprlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
@@ -76,7 +76,7 @@ def load(pipeline: PipelineLike) -> Pipeline:
     """Reads a pipeline in any of its forms.
 
     Args:
-        pipeline: a preset's name ("fastervlm-64"), with other policies where some follow ("flowcut-64,min_visual_tokens=0"); a path to
+        pipeline: a preset's name ("fastervlm-64"), with other policies where some follow ("flowcut-64,positions=original"); a path to
             a YAML file; one stage in short ("fastervlm:64", "random:25%,seed=3", "pool:size=2": a bare value is `keep`); a dict as in
             the YAML file; a list of names, one-key dicts and Stage objects; a Stage; a Pipeline.
 
@@ -112,14 +112,6 @@ def load(pipeline: PipelineLike) -> Pipeline:
         )
     raise ConfigError(
         f"a pipeline is a preset name, a path, a dict, a list of stages or a stage, not {type(pipeline).__name__}"
-    )
-
-
-def unguarded(pipeline: PipelineLike) -> Pipeline:
-    """As `load`, but a preset's `min_visual_tokens` is 0: for scores, which are about its stages and not about their time."""
-    given = load(pipeline)
-    return (
-        replace(given, min_visual_tokens=0) if isinstance(pipeline, str) and pipeline in registry.presets() else given
     )
 
 

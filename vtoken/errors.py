@@ -22,10 +22,6 @@ class OtherModelError(UnsupportedError):
     """Weights or tables of a stage that belong to another model; names what makes those of this one."""
 
 
-class StoodAsideWarning(UserWarning):
-    """A preset left a whole batch to the stock model; said once per wrap."""
-
-
 def unknown(what: str, name: object, known: Iterable[str]) -> str:
     """`unknown stage 'fastervm', did you mean 'fastervlm'? Known: ...`, for messages."""
     names = sorted(known)

@@ -93,9 +93,6 @@ class Session:
                 unmerge=unmerge[0] if unmerge else None,
                 kv=kv,
                 least=pipeline.min_visual_tokens,
-                preset=pipeline.name
-                if pipeline.name in registry.presets() and pipeline == config.load(pipeline.name)
-                else None,
             )
             LayerGroups(
                 self.adapter.lm,

@@ -20,7 +20,7 @@ EXAMPLES = """examples:
 """
 SHORT_COLUMNS = ("stage", "site", "summary", "paper")
 STAGE_COLUMNS = ("stage", "kind", "site", "needs", "options", "paper", "summary")
-PRESET_COLUMNS = ("preset", "positions", "min_visual_tokens", "stages", "summary")
+PRESET_COLUMNS = ("preset", "positions", "stages", "summary")
 COST_COLUMNS = ("stage", "site", "facts", "bytes", "FLOPs", "families", "paper")
 
 
@@ -183,7 +183,7 @@ def presets() -> list[dict[str, Any]]:
         rows.append(
             {
                 "preset": name,
-                **{key: getattr(pipeline, key) for key in (*config.POLICIES, config.LEAST[0])},
+                **{key: getattr(pipeline, key) for key in config.POLICIES},
                 "stages": stages,
                 "summary": comment.lstrip("# "),
             }
@@ -258,9 +258,9 @@ def _print_table(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from vtoken.config import LEAST, POLICIES
+    from vtoken.config import POLICIES
 
-    usual = {key: values[0] for key, (values, _) in POLICIES.items()} | {LEAST[0]: 0}
+    usual = {key: values[0] for key, (values, _) in POLICIES.items()}
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 1, 0))
     for column in columns:
         table.add_column(column, no_wrap=True)

@@ -16,7 +16,7 @@ a space file:
   alternatives:                                # each a list of stages, as in a pipeline file
     before: [fastervlm: {keep: {low: 16, high: 192, log: true}}]
     inside: [fastv: {layer: {values: [1, 2]}, keep: {low: 16, high: 192, log: true}}]
-  positions: {values: [original, compact]}     # left out: original
+  positions: {values: [original, compact]}     # left out: original; newline, anyres and min_visual_tokens likewise
 a range is {values: [..]} or {low:, high:}, with step: or log: true; whole bounds give whole numbers.
 
 examples:

@@ -82,7 +82,7 @@ class VtokenModel(lmms):
             raise ConfigError("lmms_eval_pixels sets min_pixels and max_pixels; give one or the others")
         if lmms_eval_pixels:
             min_pixels, max_pixels = LMMS_EVAL_PIXELS
-        parsed = config.unguarded(pipeline)
+        parsed = config.load(pipeline)
         if device is None and "LOCAL_RANK" in os.environ and models.to_device(None).type == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         model = models.load(
