@@ -18,6 +18,10 @@ class UnsupportedError(VtokenError, TypeError):
     """A model, or a pairing of model and stage, that vtoken cannot serve."""
 
 
+class NotWholeError(VtokenError, ValueError):
+    """Placeholders of a prompt that are no whole number of the pictures that were encoded."""
+
+
 class OtherModelError(UnsupportedError):
     """Weights or tables of a stage that belong to another model; names what makes those of this one."""
 

@@ -122,10 +122,12 @@ def segments(layouts: Sequence[Layout]) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Sparing:
-    """Which images of a call of the feature function stages of the encoder leave alone; `aside` says why if they do nothing at all."""
+    """Which images of a call of the feature function stages of the encoder leave alone; `aside` says why if they do nothing at all, `counted`
+    as in Trace."""
 
     images: tuple[bool, ...]
     aside: str | None = None
+    counted: str = "rows"
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ class Encode:
         probe: [ΣN] first channel of the projected features: proof that what reaches the LLM is what was scored.
         stages: trace entries of encoder-site stages.
         home: [ΣN] as in Lineage, when an encoder stage merged.
+        counted: as in Trace.
         untold: an encoder stage merged, but the model interpolated its output, so that no token stands for certain others.
     """
 
@@ -179,6 +182,7 @@ class Encode:
     untold: bool = False
     alive: Tensor | None = None
     deep: tuple[Tensor | None, ...] = ()
+    counted: str | None = None
 
 
 class Run(threading.local):
@@ -190,7 +194,7 @@ class Run(threading.local):
         call, tower: the feature call and the tower call in progress.
         sparing: kind -> which images of the prompt to come are left alone.
         due: a cache layer whose newest tokens a cache stage is asked about after the attention in progress.
-        encodes: kind -> what was encoded last; earlier: the same before the forward in progress.
+        encodes: kind -> what was encoded last; earlier: the same before the call in progress.
         generating: `generate` is at work, which may encode long before it uses the features, and use them several times.
     """
 
@@ -209,15 +213,17 @@ class Run(threading.local):
         self.earlier: dict[str, Encode] = {}
         self.sparing: dict[str, Sparing] = {}
 
-    def forget(self) -> None:
-        """What was encoded and found out for a `generate` that is over."""
-        self.encodes, self.earlier, self.sparing = {}, {}, {}
+    def begin(self) -> None:
+        """A `generate`, or a forward outside of one, begins."""
+        if not self.generating:
+            self.earlier = dict(self.encodes)
 
-    def forget_forward(self) -> None:
-        """What was encoded in a forward that is over. Features that were encoded before it may be used again."""
+    def forget(self) -> None:
+        """What was encoded and found out for a `generate`, or a forward outside of one, that is over. Features that were encoded before it
+        may be used again."""
         if not self.generating:
             self.encodes = {kind: e for kind, e in self.encodes.items() if self.earlier.get(kind) is e}
-            self.earlier = {}
+            self.earlier, self.sparing = {}, {}
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(

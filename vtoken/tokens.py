@@ -196,8 +196,15 @@ class Keep:
         Args:
             lengths: N_i of every image; spared: whether it keeps them.
         """
-        device = self.index.device
-        own = torch.tensor(spared, device=device)[image_of(lengths, device)]
+        own = uploaded(spared, self.index.device, torch.bool)[image_of(lengths, self.index.device)]
+        return self.retaining(own, [n if s else k for n, k, s in zip(lengths, self.lengths, spared, strict=True)])
+
+    def retaining(self, own: Tensor, lengths: Sequence[int]) -> Keep:
+        """The same decision, but these tokens stay as they are.
+
+        Args:
+            own: [ΣN] bool which; lengths: kept per image then.
+        """
         alive = own.clone()
         alive[self.index] = True
         slot = alive.cumsum(0) - 1
@@ -209,8 +216,9 @@ class Keep:
             tokens = self.index[fused.slots]
             stay = ~own[tokens]
             fused = replace(fused, slots=slot[tokens[stay]], factor=fused.factor[stay])
-        kept = tuple(n if s else k for n, k, s in zip(lengths, self.lengths, spared, strict=True))
-        return Keep(alive.nonzero()[:, 0], kept, into, weight, fused)
+        # As nonzero(), whose size the device would be asked for.
+        index = torch.argsort(~alive, stable=True)[: sum(lengths)]
+        return Keep(index, tuple(lengths), into, weight, fused)
 
     def apply(self, x: Tensor, project: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Applies the decision to anything whose first axis is the packed token axis: [ΣN, ...] -> [ΣK, ...].

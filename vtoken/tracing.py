@@ -91,6 +91,8 @@ class Trace:
         cached: for every decoder layer, per batch row, prompt tokens that each KV head holds after a cache stage; empty without one.
         cache_bytes: bytes that keys and values take after prefill, packed ones with all that reads them (0 without a cache).
         dense_rows: batch rows that ran dense because they hold fewer visual tokens than the pipeline's `min_visual_tokens`.
+        counted: what the vision tower's stages held against `min_visual_tokens`: "rows", or where the prompt was not known when its pictures
+            were encoded each of the "images" alone; None without a threshold, or without such stages.
     """
 
     stages: list[StageTrace] = field(default_factory=list)
@@ -102,6 +104,7 @@ class Trace:
     cached: list[list[int]] = field(default_factory=list)
     cache_bytes: int = 0
     dense_rows: list[int] = field(default_factory=list)
+    counted: str | None = None
 
     @property
     def kept(self) -> list[Tensor]:
@@ -149,4 +152,5 @@ class Trace:
             "cached": self.cached,
             "cache_bytes": self.cache_bytes,
             "dense_rows": self.dense_rows,
+            "counted": self.counted,
         }

@@ -86,6 +86,7 @@ class Session:
                 self.handle,
                 tokens,
                 compact=compact,
+                acts=bool(pipeline.stages),
                 always=bool(decoder or cache),
                 newline=pipeline.newline,
                 owner=self.owner,

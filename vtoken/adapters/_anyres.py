@@ -27,6 +27,10 @@ class Anyres(Padded):
         self._layout = lru_cache(maxsize=64)(self._laid_out)
 
     def layouts(self, kind: str, arguments: dict[str, Any]) -> tuple[Layout, ...]:
+        if arguments.get("image_sizes") is None:
+            raise ValueError(
+                f"{self.model_type} needs pixel_values and image_sizes to encode; pass what its processor returns"
+            )
         crops = self.crops(arguments)
         check_pixels(arguments["pixel_values"], crops)
         options = tuple(self.pack_options(arguments).items())

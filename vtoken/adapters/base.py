@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -111,13 +111,15 @@ class Adapter(ABC):
     def check_call(self, kwargs: dict[str, Any]) -> None:  # noqa: B027
         """Refuses arguments of a call of `outer` or the tower that change which layer the features come from."""
 
-    def visual_kinds(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
+    def visual_kinds(self, ids: Tensor | None, embeds: Tensor | None, among: Collection[str] = KINDS) -> Tensor:
         """[B, L] uint8: 1 where a position holds an image token, 2 for video, 0 for text. Without ids the placeholder's embedding
-        is looked for, as upstream."""
+        is looked for, as upstream. Placeholders of kinds that are not `among` these are text."""
         given = embeds if ids is None else ids
         assert given is not None
         kinds = torch.zeros(given.shape[:2], dtype=torch.uint8, device=given.device)
         for kind, placeholder in self.placeholders.items():
+            if kind not in among:
+                continue
             if ids is not None:
                 here = ids == placeholder
             else:

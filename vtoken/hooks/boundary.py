@@ -35,6 +35,7 @@ class Boundary:
     Args:
         stages: tokens-site stages, in pipeline order.
         compact: renumber positions after dropping, decode positions included.
+        acts: the pipeline has stages, of any site.
         always: take over the cache at every prefill with images, because later stages shorten inside the decoder.
         newline: which newline tokens stay, see Prefill.
         resolve: the fact as the encoder stored it (layers resolved, substituted).
@@ -51,6 +52,7 @@ class Boundary:
         stages: Sequence[Stage],
         *,
         compact: bool,
+        acts: bool,
         always: bool,
         newline: str,
         owner: Owner,
@@ -62,7 +64,7 @@ class Boundary:
         self.adapter, self.run, self.owner, self.unmerge = adapter, run, owner, unmerge
         self.stages = [(stage, substituted(stage, adapter.substitutes)) for stage in stages]
         self.compact, self.always, self.kv = compact, always, kv
-        self.entry = Entry(adapter, run, resolve, newline, drops=bool(stages) or always, least=least)
+        self.entry = Entry(adapter, run, resolve, newline, acts=acts, least=least)
         self.last: Trace | None = None
         handle.before(adapter.lm, self._before)
         handle.after(adapter.lm, self._after)
@@ -234,7 +236,7 @@ class Boundary:
         flow, self.run.flow = self.run.flow, None
         if not isinstance(flow, Prefill):
             return None
-        self.run.forget_forward()
+        self.run.forget()
         if self.kv is not None:
             self.kv.finish(flow)
         for start, slots in sorted(flow.records.items()):

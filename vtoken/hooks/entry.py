@@ -18,6 +18,11 @@ from vtoken.run import Lineage, Run, segments
 from vtoken.stages import Fact, Keep, Stage, image_of, offsets_of
 from vtoken.tracing import Trace
 
+HIDDEN = (
+    "the attention_mask hides a part of a picture, whose tokens this model numbers by rows and columns; show all of it, or hide all of it "
+    "with the tokens that mark its beginning and end"
+)
+
 
 class Entry:
     """Turns a forward with visual positions into a `Prefill`.
@@ -25,7 +30,7 @@ class Entry:
     Args:
         resolve: the fact as the encoder stored it (layers resolved, substituted).
         newline: which newline tokens stay, see Prefill.
-        drops: whether any stage acts from here on.
+        acts: whether the pipeline has any stage.
         least: visual tokens below which a row runs dense.
     """
 
@@ -36,34 +41,37 @@ class Entry:
         resolve: Callable[[Fact], Fact],
         newline: str,
         *,
-        drops: bool,
+        acts: bool,
         least: int = 0,
     ) -> None:
-        self.adapter, self.run, self.resolve, self.newline, self.drops = adapter, run, resolve, newline, drops
+        self.adapter, self.run, self.resolve, self.newline, self.acts = adapter, run, resolve, newline, acts
         self.least = least
 
     def start(self, flow: Flow, visual: Tensor, riders: Sequence[Tensor] | None) -> tuple[Prefill, Tensor]:
         """Finds the images of the batch, and drops what the encoder dropped; returns the values [ΣK, D] of the live tokens too."""
-        kinds = visual.masked_fill(~flow.new, 0)
-        each = [(kinds == kind + 1).sum(1) for kind in range(len(self.adapter.placeholders))]
-        answer = answered(kinds, flow.new, self.run.tail, self.run.labels)
+        each = [(visual == kind + 1).sum(1) for kind in range(len(self.adapter.placeholders))]
+        answer = answered(visual, flow.new, self.run.tail, self.run.labels)
         behind = [] if answer is None else [answer.sum(1)]
-        *told, counts = torch.stack([*each, *behind, flow.new.sum(1)]).tolist()
+        *told, shown, counts = torch.stack([*each, *behind, ((visual > 0) & flow.new).sum(1), flow.new.sum(1)]).tolist()
         held, tails = told[: len(each)], told[-1] if behind else [0] * len(counts)
-        located = locate(kinds, held, self.run.encodes, self.adapter)
+        located = locate(visual, held, self.run.encodes, self.adapter)
         whole = unpruned(located)
+        hidden = sum(shown) < sum(map(sum, held))
+        seen = unmasked(whole, flow.new, self.adapter) if hidden else whole
         values = flow.hidden[whole.line, whole.column]
-        check(values, flow.positions if self.adapter.mrope else None, located)
+        check(values, flow.positions if self.adapter.mrope else None, located, seen)
         trace = self.run.trace = Trace(
-            visual_tokens=list(whole.lengths),
+            visual_tokens=list(seen.lengths),
             parts=list(whole.parts),
             row=list(whole.row),
             stages=located.stages(),
+            counted=next((encode.counted for encode in located.encodes if encode.counted), None),
         )
         prefill = Prefill(
             **{**vars(flow), "counts": counts},
-            visual=whole,
-            started=whole,
+            visual=seen,
+            started=seen,
+            raster=whole,
             trace=trace,
             located=located,
             policy=self.newline,
@@ -71,14 +79,15 @@ class Entry:
             labels=self.run.labels,
             answer=answer if any(tails) else None,
             tails=tails,
+            texts=[n - tail - v for n, tail, v in zip(counts, tails, shown, strict=True)],
             least=self.least,
             project=self.project if self.adapter.encoder.unit == 1 else None,
         )
         trace.dense_rows = sorted(prefill.spared)
-        if any(encode.alive is not None for encode in located.encodes):
-            values = encoded(prefill, values)
-        elif self.newline == "drop" and located.newlines is not None and self.drops and prefill.aside is None:
-            prefill.leave(whole)
+        if hidden or any(encode.alive is not None for encode in located.encodes):
+            values = entered(prefill, values)
+        if self.newline == "drop" and self.acts and prefill.aside is None:
+            prefill.leave(prefill.visual)
         return prefill, values
 
     def project(self, features: Tensor) -> Tensor:
@@ -129,14 +138,29 @@ def unpruned(located: Located) -> Visual:
     )
 
 
-def encoded(flow: Prefill, values: Tensor) -> Tensor:
-    """Drops what encoder stages dropped; returns the values that remain.
+def unmasked(whole: Visual, new: Tensor, adapter: Any) -> Visual:
+    """The visual tokens that the padding mask `new` [B, L] does not hide. Asks the device.
+
+    Raises:
+        UnsupportedError: a part of a picture is hidden, of a model that numbers pictures by rows and columns.
+    """
+    shown = new[whole.line, whole.column]
+    counts = whole.image.new_zeros(len(whole.lengths)).index_add_(0, whole.image, shown.to(whole.image)).tolist()
+    if adapter.mrope and any(0 < n < length for n, length in zip(counts, whole.lengths, strict=True)):
+        raise UnsupportedError(HIDDEN)
+    return whole.after(Keep(shown.nonzero()[:, 0], tuple(counts)))
+
+
+def entered(flow: Prefill, values: Tensor) -> Tensor:
+    """Leaves out what the padding mask hides and what encoder stages dropped; returns the values that remain of [ΣN, D].
 
     Of merged tokens, DeepStack features from before the merge are averaged, equally weighted; later ones, of which only some tokens have any,
     are those of the token that absorbed them.
     """
-    v, encodes = flow.visual, flow.located.encodes
-    gone = ~mask_of(flow.located, [encode.alive for encode in encodes]).to(v.image.device)
+    v, encodes = flow.raster, flow.located.encodes
+    gone = ~(
+        mask_of(flow.located, [encode.alive for encode in encodes]).to(v.image.device) & flow.new[v.line, v.column]
+    )
     counts = v.image.new_zeros(len(v.lengths)).index_add_(0, v.image, (~gone).to(v.image)).tolist()
     # As nonzero(), whose size the device would be asked for.
     alive = torch.argsort(gone, stable=True)[: sum(counts)]
@@ -147,11 +171,12 @@ def encoded(flow: Prefill, values: Tensor) -> Tensor:
         home = flow.located.gather(flat).to(v.line.device)
         alone = torch.where(gone, -1, v.lineage.place)
         home = torch.where(home == -2, alone.to(home.device), home)
-        left = left.with_home(home)
         slot = torch.full_like(home, -1)
         slot[alive] = torch.arange(len(alive), device=alive.device)
         target = home + offsets_of(v.lengths, home.device)[:-1][v.image]
-        keep = replace(keep, into=slot[target.clamp(min=0)].masked_fill(home < 0, -1))
+        into = slot[target.clamp(min=0)].masked_fill(home < 0, -1)
+        left = left.with_home(home.masked_fill(into < 0, -1))
+        keep = replace(keep, into=into)
     if left.lengths == v.lengths:
         return values
     flow.leave(left)

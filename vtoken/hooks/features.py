@@ -73,9 +73,9 @@ class FeatureHooks:
         # Some versions append the newline of a video only when they fill the prompt.
         if len(probe) != sum(layout.tokens for layout in call.layouts):
             probe = probe[tokens_of(call.layouts, probe.device)]
-        tower = self.run.tower
+        tower, counted = self.run.tower, None if call.sparing is None else call.sparing.counted
         if tower is None:
-            return Encode(call.layouts, {}, probe, [])
+            return Encode(call.layouts, {}, probe, [], counted=counted)
 
         def pack(values: Tensor) -> Tensor:
             return self.adapter.pack(call, values)
@@ -90,7 +90,7 @@ class FeatureHooks:
             traces, home = repacked(pack, call, tower.lineage.full, traces)
         untold = home is None and tower.lineage.home is not None
         alive, deep = packed_mask(pack, tower.alive()), tuple(getattr(tower, "deep", ()))
-        return Encode(call.layouts, facts, probe, traces, home, untold, alive, deep)
+        return Encode(call.layouts, facts, probe, traces, home, untold, alive, deep, counted)
 
 
 def packed_mask(pack: Pack, alive: Tensor | None) -> Tensor | None:

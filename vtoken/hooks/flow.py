@@ -16,7 +16,7 @@ from vtoken.hooks.images import Located
 from vtoken.hooks.layout import Layout, few, pack_left, take
 from vtoken.hooks.visual import Visual, aside_of, check, trace_of
 from vtoken.run import Clock
-from vtoken.stages import Fact, Stage, VisualTokens, uploaded
+from vtoken.stages import Fact, Keep, Stage, VisualTokens, uploaded
 from vtoken.tracing import Trace
 
 # For all that happens at prefill: torch.compile reads thread-local state wrongly (it sees the class's default), and would see no images.
@@ -110,13 +110,13 @@ class Prefill(Flow):
     """A forward with visual tokens in it.
 
     Attributes:
-        visual: the live visual tokens; `started` is what it was before anything was dropped.
+        visual: the live visual tokens; `started` is what it was before anything was dropped, `raster` that with what the padding mask hides.
         located: where the images came from.
         policy: which newline tokens stay: keep_if_row_has_token, keep or drop.
         riders: [ΣK, D] what else is added to the visual tokens inside the decoder (DeepStack), one tensor per layer; `injected` of them were
             added so far.
         answer: [B, L] logical columns behind the prompt (drafts, or an answer that is scored), None without any; `tails` says how many
-            they are per row.
+            they are per row; texts: text tokens of each row's prompt.
         changed: something was dropped or merged.
         least: visual tokens below which a row runs dense; `spared` says why of those rows, `aside` why no stage acts at all, or None.
         layouts: first layer of a group -> its layout; logical: of the current one, see Layout.
@@ -126,6 +126,7 @@ class Prefill(Flow):
 
     visual: Visual = field(kw_only=True)
     started: Visual = field(kw_only=True)
+    raster: Visual = field(kw_only=True)
     trace: Trace = field(kw_only=True)
     located: Located = field(kw_only=True)
     policy: str = "keep"
@@ -133,6 +134,7 @@ class Prefill(Flow):
     injected: int = 0
     answer: Tensor | None = None
     tails: list[int] = field(default_factory=list)
+    texts: list[int] = field(default_factory=list)
     labels: Tensor | None = None
     changed: bool = False
     least: int = 0
@@ -146,7 +148,7 @@ class Prefill(Flow):
 
     def __post_init__(self) -> None:
         newlines = self.located.newlines
-        self.newlines = self.new.new_ones(0 if newlines is None else len(newlines.line))
+        self.newlines = self.new.new_ones(0) if newlines is None else self.new[newlines.line, newlines.column]
         held = self.started.per_row(len(self.counts))
         self.spared = {row: few(n, self.least) for row, n in enumerate(held) if n < self.least}
         self.aside: str | None = None
@@ -186,6 +188,7 @@ class Prefill(Flow):
         check(stage, keep, v.lengths)
         if self.spared:
             keep = keep.sparing(v.lengths, [row in self.spared for row in v.row])
+        keep = self._with_last(keep)
         untouched = keep.into is None and keep.lengths == v.lengths
         if not untouched:
             self.leave(v.after(keep))
@@ -193,6 +196,21 @@ class Prefill(Flow):
             x = keep.apply(x, self.project if layer is None else None)
         self.trace.stages.append(trace_of(stage, v.lengths, self.visual.lineage, clock, layer, substitutes))
         return x
+
+    def _with_last(self, keep: Keep) -> Keep:
+        """Of a row without text the last token stays: something must be left to answer from."""
+        v, lengths = self.visual, list(keep.lengths)
+        last: list[int] = []
+        for row, texts in enumerate(self.texts):
+            images = [i for i, r in enumerate(v.row) if r == row and v.lengths[i]]
+            if not texts and images and not any(lengths[i] for i in images):
+                lengths[images[-1]] = 1
+                last.append(sum(v.lengths[: images[-1] + 1]) - 1)
+        if not last:
+            return keep
+        device = keep.index.device
+        own = torch.zeros(sum(v.lengths), dtype=torch.bool, device=device)
+        return keep.retaining(own.index_fill_(0, uploaded(last, device), True), lengths)
 
     def leave(self, visual: Visual) -> None:
         """From now on only these visual tokens are alive, and the newlines that the policy leaves with them."""
@@ -203,16 +221,21 @@ class Prefill(Flow):
         newlines = self.located.newlines
         if newlines is not None and self.policy != "keep":
             stay = torch.zeros_like(self.newlines)
-            if self.policy == "keep_if_row_has_token" and visual.closes is not None:
-                # The last slot takes the tokens whose row no newline closes.
-                marks = stay.new_zeros(len(stay) + 1).index_fill_(0, visual.closes, True)
-                stay = marks[:-1]
+            if self.policy == "keep_if_row_has_token":
+                had, has = (self._closed(v) for v in (self.started, visual))
+                stay = has | ~had
             for row in self.spared:
                 stay |= newlines.line == row
             lost = (self.newlines & ~stay).long()
             gone = lost.new_zeros(batch).index_add_(0, newlines.line, lost).tolist()
             self.counts = [n - g for n, g in zip(self.counts, gone, strict=True)]
             self.newlines &= stay
+
+    def _closed(self, visual: Visual) -> Tensor:
+        """[newlines] bool: which of them close a row of these tokens."""
+        assert visual.closes is not None
+        # The last slot takes the tokens whose row no newline closes.
+        return self.newlines.new_zeros(len(self.newlines) + 1).index_fill_(0, visual.closes, True)[:-1]
 
     def of_last(self, x: Tensor, dim: int) -> Tensor:
         """What x [B or 1, ...] holds at the last prompt token of each row; slots of the current layout end along `dim`, which goes."""

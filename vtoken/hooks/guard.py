@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtoken.errors import NotWholeError
 from vtoken.hooks.flow import eager
-from vtoken.hooks.images import assign
+from vtoken.hooks.images import Image, assign
 from vtoken.hooks.layout import few
-from vtoken.run import KINDS, Layout, Run, Sparing
+from vtoken.run import KINDS, Layout, Run, Sparing, newline_mask
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
@@ -31,7 +32,7 @@ class Guard:
 
     def ahead(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict) -> None:
         """Before `generate`, given its arguments."""
-        self.look(self.adapter.visual_kinds(ids, embeds)[:, -_last(ids, embeds, kwargs) :], kwargs)
+        self.look(self.adapter.visual_kinds(ids, embeds, pictured(kwargs))[:, -_last(ids, embeds, kwargs) :], kwargs)
 
     @eager
     def look(self, kinds: Tensor, kwargs: dict) -> None:
@@ -41,14 +42,24 @@ class Guard:
             kinds: [B, L] as `Adapter.visual_kinds` gives them; kwargs: of the call.
         """
         mask = _padding(kwargs)
+        hidden = torch.zeros_like(kinds, dtype=torch.bool)
         if mask is not None and mask.shape[1] >= kinds.shape[1]:
-            kinds = kinds.masked_fill(~mask[:, -kinds.shape[1] :].to(kinds.device).bool(), 0)
+            hidden = (kinds > 0) & ~mask[:, -kinds.shape[1] :].to(kinds.device).bool()
+        layouts = {kind: self.adapter.layouts(kind, kwargs) for kind in pictured(kwargs)}
+        of_kind = [kinds == 1 + KINDS.index(kind) for kind in layouts]
+        *each, unseen = torch.stack([here.sum(1) for here in (*of_kind, hidden)]).tolist()
         try:
-            layouts = {kind: self.adapter.layouts(kind, kwargs) for kind in pictured(kwargs)}
-            each = torch.stack([(kinds == 1 + KINDS.index(kind)).sum(1) for kind in layouts]).tolist()
-            self.run.sparing = spared(layouts, dict(zip(layouts, each, strict=True)), self.adapter, self.least)
-        except (KeyError, TypeError, ValueError):
-            self.run.sparing = {}  # What is missing or does not fit is said where the call stops.
+            images = {kind: assign(n, layouts[kind], self.adapter) for kind, n in zip(layouts, each, strict=True)}
+        except NotWholeError:
+            self.run.sparing = {}  # Each picture counts for itself; what does not fit is said where the call stops.
+            return
+        held = [0] * len(kinds)
+        for here, found in zip(of_kind, images.values(), strict=True):
+            for image in found:
+                held[image.row] += image.layout.tokens
+            if any(unseen):
+                held = [n - m for n, m in zip(held, lost(here, hidden, found), strict=True)]
+        self.run.sparing = spared(layouts, images, held, self.least)
 
 
 def pictured(kwargs: dict) -> list[str]:
@@ -71,22 +82,26 @@ def _last(ids: Tensor | None, embeds: Tensor | None, kwargs: dict) -> int:
     return whole.shape[1] - past if past else 0
 
 
+def lost(here: Tensor, hidden: Tensor, images: list[Image]) -> list[int]:
+    """Visual tokens per row that the padding mask hides, newlines not counted. Asks the device.
+
+    Args:
+        here: [B, L] bool, placeholders of these images; hidden: [B, L] bool, what is hidden.
+    """
+    line, column = here.nonzero(as_tuple=True)
+    newline = newline_mask([image.layout for image in images]).to(here.device)
+    gone: list[int] = line.new_zeros(len(here)).index_add_(0, line, (hidden[line, column] & ~newline).long()).tolist()
+    return gone
+
+
 def spared(
-    layouts: dict[str, tuple[Layout, ...]], counts: dict[str, list[int]], adapter: Any, least: int
+    layouts: dict[str, tuple[Layout, ...]], rows: dict[str, list[Image]], held: list[int], least: int
 ) -> dict[str, Sparing]:
     """Per kind, which of its images stand in rows with fewer than `least` visual tokens of all kinds.
 
     Args:
-        counts: per kind, its positions in each row, newline tokens among them.
-
-    Raises:
-        ValueError: the rows cannot be filled with whole images.
+        rows: per kind, the images of the batch; held: visual tokens per row that the padding mask does not hide.
     """
-    rows = {kind: assign(counts[kind], each, adapter) for kind, each in layouts.items()}
-    held = [0] * len(next(iter(counts.values())))
-    for images in rows.values():
-        for image in images:
-            held[image.row] += image.layout.tokens
     dense = {row for row, n in enumerate(held) if n < least}
     every = {image.row for images in rows.values() for image in images}
     aside = few(max(held), least) if every <= dense else None
@@ -101,4 +116,4 @@ def spared(
 
 def alone(layouts: tuple[Layout, ...], least: int) -> Sparing:
     """Where features are asked for without a prompt, each image counts for itself."""
-    return Sparing(tuple(layout.tokens < least for layout in layouts))
+    return Sparing(tuple(layout.tokens < least for layout in layouts), counted="images")

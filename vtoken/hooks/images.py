@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtoken.errors import UnsupportedError
+from vtoken.errors import NotWholeError, UnsupportedError
+from vtoken.hooks.visual import Visual
 from vtoken.run import KINDS, Encode, Layout, newline_mask
 from vtoken.tracing import StageTrace
 
@@ -75,7 +76,7 @@ class Located:
 
 
 @dataclass(frozen=True)
-class _Image:
+class Image:
     layout: Layout
     row: int
     encode: int
@@ -90,7 +91,8 @@ def locate(kinds: Tensor, counts: Sequence[Sequence[int]], encodes: dict[str, En
         counts: of each kind, its positions in each row.
 
     Raises:
-        ValueError: the rows cannot be filled with whole images, or some features came precomputed and some did not.
+        NotWholeError: the rows cannot be filled with whole images.
+        ValueError: some features came precomputed and some did not.
     """
     # As nonzero(), whose size the device would be asked for; here it is known.
     at = torch.argsort(kinds.flatten() == 0, stable=True)[: sum(map(sum, counts))]
@@ -121,7 +123,7 @@ def locate(kinds: Tensor, counts: Sequence[Sequence[int]], encodes: dict[str, En
     return Located(layouts, tuple(i.row for i in images), known, origin, source, line, column, newlines)
 
 
-def interleave(queues: dict[int, deque[_Image]], kinds: list[int]) -> list[_Image]:
+def interleave(queues: dict[int, deque[Image]], kinds: list[int]) -> list[Image]:
     """Images and videos in the order in which their tokens stand; `kinds` is the kind of every visual position, row by row."""
     images, at = [], 0
     while at < len(kinds):
@@ -144,7 +146,7 @@ def closes(layouts: Sequence[Layout]) -> Tensor:
 
 def assign(
     counts: Sequence[int], layouts: Sequence[Layout] | None, adapter: Any, number: int = 0, offset: int = 0
-) -> list[_Image]:
+) -> list[Image]:
     """Shares the encoded images of one kind out among the batch rows.
 
     `generate` may expand the batch after encoding (beams, several return sequences): then E consecutive rows hold the same images.
@@ -155,40 +157,43 @@ def assign(
         number, offset: of the encode among all of this call, and where its tokens begin among theirs.
 
     Raises:
-        ValueError: the rows cannot be filled with whole images.
+        NotWholeError: the rows cannot be filled with whole images.
     """
     if layouts is None:
-        return [_Image(layout, r, number, 0, 0) for r, n in enumerate(counts) for layout in adapter.split(n)]
+        return [Image(layout, r, number, 0, 0) for r, n in enumerate(counts) for layout in adapter.split(n)]
     lengths = [layout.length for layout in layouts]
     starts = [0, *accumulate(layout.tokens for layout in layouts)]
     copies, rest = divmod(sum(counts), sum(lengths))
     if rest or not copies:
-        raise ValueError(
+        raise NotWholeError(
             f"this call holds {sum(counts)} visual tokens but {sum(lengths)} were encoded; a prompt prefilled in chunks cannot be "
             "pruned (set prefill_chunk_size=None), and images must be encoded in the call that uses them"
         )
-    images: list[_Image] = []
+    images: list[Image] = []
     following = first = 0
     for r, need in enumerate(counts):
         if r % copies == 0:
             first = following
         following, held = first, 0
         while held < need and following < len(lengths):
-            images.append(_Image(layouts[following], r, number, following, offset + starts[following]))
+            images.append(Image(layouts[following], r, number, following, offset + starts[following]))
             held += lengths[following]
             following += 1
         if held != need:
-            raise ValueError(f"row {r} holds {need} visual tokens, which is not a whole number of the encoded images")
+            raise NotWholeError(
+                f"row {r} holds {need} visual tokens, which is not a whole number of the encoded images"
+            )
     return images
 
 
-def check(values: Tensor, positions: Tensor | None, located: Located) -> None:
+def check(values: Tensor, positions: Tensor | None, located: Located, seen: Visual) -> None:
     """Refuses features that are not the ones that were scored, and images that a model with M-RoPE would read as a line of text. Asks the
     device once.
 
     Args:
         values: [ΣN, D] what stands at the visual positions.
         positions: of a model with M-RoPE, [..., B or 1, L]; of the axes in front, the last two are rows and columns.
+        seen: the visual tokens that the padding mask does not hide.
 
     Raises:
         ValueError: e.g. features were encoded earlier, and another picture has been encoded since.
@@ -196,7 +201,7 @@ def check(values: Tensor, positions: Tensor | None, located: Located) -> None:
             transformers too old.
     """
     probed = is_scored(values, located) if located.encodes else torch.ones((), dtype=torch.bool, device=values.device)
-    apart = torch.ones_like(probed) if positions is None else has_axes(positions, located).to(probed.device)
+    apart = torch.ones_like(probed) if positions is None else has_axes(positions, seen).to(probed.device)
     same, told = torch.stack([probed, apart]).tolist() if located.encodes or positions is not None else (True, True)
     if not same:
         raise ValueError(
@@ -221,12 +226,12 @@ def is_scored(values: Tensor, located: Located) -> Tensor:
     return (torch.nan_to_num(probe.to(seen.dtype)) == torch.nan_to_num(seen)).all()
 
 
-def has_axes(positions: Tensor, located: Located) -> Tensor:
+def has_axes(positions: Tensor, seen: Visual) -> Tensor:
     """[] bool: whether the positions [..., B or 1, L] tell rows and columns of the images apart, or no image has more than one."""
-    if not any(rows * columns > 1 for layout in located.layouts for _, rows, columns in layout.parts):
+    if not any(n and r * c > 1 for n, parts in zip(seen.lengths, seen.parts, strict=True) for _, r, c in parts):
         return torch.ones((), dtype=torch.bool, device=positions.device)
     if positions.ndim != 3 or len(positions) == 1:
         return torch.zeros((), dtype=torch.bool, device=positions.device)
-    line = located.line if positions.shape[1] > 1 else torch.zeros_like(located.line)
-    rows, columns = positions[-2:, line.to(positions.device), located.column.to(positions.device)]
+    line = seen.line if positions.shape[1] > 1 else torch.zeros_like(seen.line)
+    rows, columns = positions[-2:, line.to(positions.device), seen.column.to(positions.device)]
     return (rows != columns).any()

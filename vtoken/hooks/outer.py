@@ -3,12 +3,15 @@ is over."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
 
+from vtoken.errors import UnsupportedError
+from vtoken.hooks.entry import HIDDEN
 from vtoken.hooks.flow import eager
 from vtoken.hooks.guard import Guard, pictured
 from vtoken.hooks.handle import Handle
@@ -25,6 +28,8 @@ class Outer:
     def __init__(self, adapter: Any, run: Run, handle: Handle, guard: Guard | None) -> None:
         self.adapter, self.run, self.handle, self.guard = adapter, run, handle, guard
         handle.set(adapter.model, "generate", self._shadow(adapter.model.generate))
+        if hasattr(adapter.outer, "get_rope_index"):
+            handle.set(adapter.outer, "get_rope_index", self._placed(adapter.outer.get_rope_index))
         handle.before(adapter.model, self._call)
         handle.before(adapter.outer, self._outer)
 
@@ -36,6 +41,7 @@ class Outer:
             ids, embeds = kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds")
             if self.guard is not None and pictured(kwargs) and (ids is not None or embeds is not None):
                 self.guard.ahead(ids, embeds, kwargs)
+            self.run.begin()
             outermost, self.run.generating = not self.run.generating, True
             try:
                 return original(inputs, *args, **kwargs)
@@ -45,6 +51,28 @@ class Outer:
                     self.run.forget()
 
         return generate
+
+    def _placed(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Positions of rows and columns, which the model reads off the ids that its mask leaves."""
+        signature = inspect.signature(original)
+
+        @eager
+        @wraps(original)
+        def get_rope_index(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return original(*args, **kwargs)
+            except (RuntimeError, IndexError) as error:
+                given = signature.bind(*args, **kwargs).arguments
+                ids, mask = given.get("input_ids"), given.get("attention_mask")
+                if (
+                    ids is None
+                    or mask is None
+                    or not bool(((self.adapter.visual_kinds(ids, None) > 0) & (mask == 0)).any())
+                ):
+                    raise
+                raise UnsupportedError(HIDDEN) from error
+
+        return get_rope_index
 
     def _call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         ids = kwargs.get("input_ids")
@@ -67,10 +95,11 @@ class Outer:
 
     @eager
     def _see(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict) -> None:
-        self.run.earlier = dict(self.run.encodes)
+        self.run.begin()
         self.adapter.check_call(kwargs)
-        pixels = bool(pictured(kwargs))
-        encoded = any(v is not None for v in (kwargs.get("mm_encoder_outputs") or {}).values())
-        self.run.visual = self.adapter.visual_kinds(ids, embeds) if pixels or encoded else None
+        pixels = pictured(kwargs)
+        given = {*pixels, *(kind for kind, v in (kwargs.get("mm_encoder_outputs") or {}).items() if v is not None)}
+        # A placeholder that somebody typed, without a picture of its kind, is a word.
+        self.run.visual = self.adapter.visual_kinds(ids, embeds, given) if given else None
         if pixels and self.guard is not None:
             self.guard.look(self.run.visual, kwargs)

@@ -49,13 +49,13 @@ def text_of(flow: Prefill, values: Tensor) -> list[Tensor]:
 
 def later_text(flow: Prefill, values: Tensor) -> list[Tensor]:
     """Per image, the values [B, P, ...] of its row's text tokens that stand behind it."""
-    rows, v = text_of(flow, values), flow.started
+    rows, v = text_of(flow, values), flow.raster
     return [rows[row][n:] for row, n in zip(v.row, text_before(flow), strict=True)]
 
 
 def text_before(flow: Prefill) -> list[int]:
     """Per image, how many of its row's text tokens stand before its last token."""
-    v = flow.started
+    v = flow.raster
     last = offsets_of(v.lengths, v.line.device)[1:].long() - 1
     return text_columns(flow).cumsum(1)[v.line[last], v.column[last]].tolist()
 

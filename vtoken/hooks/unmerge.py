@@ -172,7 +172,7 @@ def places(flow: Prefill) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         columns [B, U] of the prompt, rows packed to the left; valid [B, U], which of them are real; slot [B, U] of the token in the
         current layout that stands there (anything at padding); how many there are per row.
     """
-    start, home = flow.started, flow.visual.lineage.home
+    start, home = flow.raster, flow.visual.lineage.home
     rank, alive = flow.alive.cumsum(1), flow.alive.clone()
     slot = rank - rank[:, -1:] + flow.index.shape[1] - 1
     if home is not None:

@@ -176,8 +176,8 @@ def examples() -> Iterator[dict[str, Any]]:
     yield alone([1, 0, 129, 3], 40, "others")
     yield alone([1, 0, 129, 3], 40, "later")
     doubled = alone([70], 16, "others")
-    # Equal tokens, whose partners are the first of their kind, and one of length 0.
-    twice = doubled["x"][:35].repeat(2, 1).index_fill(0, torch.tensor([3]), 0)
+    # Pairs of equal tokens, and one pair of length 0. (Of three equal ones, how a product is cut into blocks decides which two are closer.)
+    twice = doubled["x"][:35].repeat(2, 1).index_fill(0, torch.tensor([3, 38]), 0)
     yield {**doubled, "x": twice, "y": twice}
     strided = case([6, 9], [9, 6], 24)
     yield {
