@@ -17,6 +17,7 @@ from vtoken.config import Pipeline
 from vtoken.errors import ConfigError
 from vtoken.pruners.fastervlm import FasterVLM
 from vtoken.pruners.random import Random
+from vtoken.schema import schema as pipeline_schema
 from vtoken.stages import Pruner, Site
 
 FASTER = FasterVLM(keep=64)  # type: ignore[arg-type]
@@ -237,11 +238,11 @@ def test_schema_and_loader_agree(write: Any, text: str, good: bool) -> None:
     if importlib.util.find_spec("jsonschema"):
         from jsonschema import Draft202012Validator
 
-        assert Draft202012Validator(config.schema()).is_valid(yaml.safe_load(text)) == good
+        assert Draft202012Validator(pipeline_schema()).is_valid(yaml.safe_load(text)) == good
 
 
 def test_schema_is_whole() -> None:
-    schema = config.schema()
+    schema = pipeline_schema()
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     items, bare = schema["properties"]["stages"]["items"]["anyOf"]
     assert sorted(items["properties"]) == registry.stages()
@@ -264,4 +265,4 @@ def test_every_preset_builds_and_fits_the_schema(name: str) -> None:
     if importlib.util.find_spec("jsonschema"):
         from jsonschema import validate
 
-        validate(yaml.safe_load(text), config.schema())
+        validate(yaml.safe_load(text), pipeline_schema())

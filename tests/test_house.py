@@ -49,10 +49,11 @@ MAY_IMPORT = {
     "source": {"errors"},
     "wording": {"errors", "stages", "budget"},
     "config": GROUND | {"errors", "registry", "source", "wording"},
+    "schema": {"config", "registry", "stages"},
     "checks": LOWER,
     "wrap": LOWER | {"checks"},
     "evals": LOWER | {"wrap", "evals", "compressors", "source", "__init__"},
-    "commands": LOWER | {"wrap", "evals", "compressors", "__init__"},
+    "commands": LOWER | {"wrap", "evals", "compressors", "schema", "__init__"},
     "cli": LOWER | {"wrap", "commands", "evals", "__init__"},
     "__main__": {"cli"},
 }
@@ -76,6 +77,7 @@ MAY_IMPORT_FROM_OTHERS = {
     "source": {"yaml"},
     "wording": {"pydantic"},
     "config": {"pydantic", "yaml"},
+    "schema": {"pydantic"},
 }
 
 

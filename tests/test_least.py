@@ -17,6 +17,7 @@ from test_sparse import Ladder
 import vtoken
 from vtoken import config
 from vtoken.errors import ConfigError
+from vtoken.schema import schema as pipeline_schema
 
 OPTIONS = {"return_dict_in_generate": True, "output_logits": True}
 STAGES = {
@@ -142,7 +143,7 @@ def test_the_key_is_read_written_and_described(tmp_path):
     assert pipeline.min_visual_tokens == 160
     assert config.load(yaml.safe_load(config.dump(pipeline))).min_visual_tokens == 160
     assert config.load("pool").min_visual_tokens == 0
-    entry = config.schema()["properties"]["min_visual_tokens"]
+    entry = pipeline_schema()["properties"]["min_visual_tokens"]
     assert (entry["type"], entry["minimum"], entry["default"]) == ("integer", 0, 0) and entry["description"]
 
 

@@ -6,8 +6,8 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
@@ -15,11 +15,10 @@ from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import ValidationError
-from pydantic.json_schema import models_json_schema
 
 from vtoken import registry
 from vtoken.budget import Budget
-from vtoken.errors import ConfigError, unknown
+from vtoken.errors import ConfigError, about, unknown
 from vtoken.source import Source, parse
 from vtoken.stages import SITES, Stage
 from vtoken.wording import explain
@@ -55,7 +54,10 @@ KEYS = (PRESET[0], *POLICIES, LEAST[0], "stages")
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Stages in the order the data flows, and the policies that go with them: see POLICIES and LEAST."""
+    """Stages in the order the data flows, and the policies that go with them: see POLICIES and LEAST.
+
+    `written` is how errors call it, as it was written down; "" where it was not.
+    """
 
     name: str
     positions: Positions
@@ -63,6 +65,7 @@ class Pipeline:
     newline: Newline = "keep_if_row_has_token"
     anyres: Anyres = "model"
     min_visual_tokens: int = 0
+    written: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         _check_order(self.stages, Source())
@@ -92,7 +95,7 @@ def load(pipeline: PipelineLike) -> Pipeline:
     if isinstance(pipeline, (list, tuple)):
         return _from_data({"stages": pipeline}, None, Source())
     if isinstance(pipeline, str) and pipeline in registry.presets():
-        return _from_file(registry.preset_file(pipeline))
+        return replace(_from_file(registry.preset_file(pipeline)), written=f'preset "{pipeline}"')
     if isinstance(pipeline, (str, os.PathLike)) and os.path.isfile(pipeline):
         return _from_file(Path(pipeline))
     if isinstance(pipeline, (str, os.PathLike)) and Path(pipeline).suffix in (".yaml", ".yml"):
@@ -102,9 +105,9 @@ def load(pipeline: PipelineLike) -> Pipeline:
     text = pipeline if isinstance(pipeline, str) else ""
     preset, _, rest = text.partition(",")
     if rest and preset in registry.presets():
-        return _from_data({**_options(text, rest), PRESET[0]: preset}, text, Source())
+        return _short(lambda: {**_options(rest), PRESET[0]: preset}, text, "preset")
     if isinstance(pipeline, str) and pipeline.partition(":")[0] in registry.stages():
-        return _from_data({"stages": [_short_form(pipeline)]}, pipeline, Source())
+        return _short(lambda: {"stages": [_short_form(text)]}, text, "pipeline")
     if isinstance(pipeline, str):
         raise ConfigError(
             f"{unknown('preset', preset if rest else pipeline, registry.presets())}; or write a path to a YAML file, or a stage and its "
@@ -122,44 +125,11 @@ def dump(pipeline: Pipeline) -> str:
     return yaml.safe_dump(data, sort_keys=False, default_flow_style=None)
 
 
-def schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of a pipeline file, composed from every stage that can be imported; for editors."""
-    stages, _ = registry.catalogue()
-    refs, defs = models_json_schema([(cls, "validation") for cls in stages.values()], ref_template="#/$defs/{model}")
-    bare = [name for name, cls in stages.items() if not any(f.is_required() for f in cls.model_fields.values())]
-    options = {
-        name: {"anyOf": [refs[cls, "validation"], {"type": "null"}]} if name in bare else refs[cls, "validation"]
-        for name, cls in stages.items()
-    }
-    items = {
-        "type": "object",
-        "properties": options,
-        "additionalProperties": False,
-        "minProperties": 1,
-        "maxProperties": 1,
-    }
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "vtoken pipeline",
-        "description": "Stages that drop, merge or retire visual tokens, in the order the data flows.",
-        "type": "object",
-        "properties": {
-            **{
-                key: {"description": meaning, "enum": list(values), "default": values[0]}
-                for key, (values, meaning) in POLICIES.items()
-            },
-            PRESET[0]: {"description": PRESET[1], "enum": list(registry.presets())},
-            LEAST[0]: {"description": LEAST[1], "type": "integer", "minimum": 0, "default": 0},
-            "stages": {
-                "description": f"sites must not go backwards: {', '.join(SITES)}",
-                "type": "array",
-                "items": {"anyOf": [items, {"enum": bare}]},
-            },
-        },
-        "oneOf": [{"required": ["stages"]}, {"required": [PRESET[0]]}],
-        "additionalProperties": False,
-        "$defs": defs.get("$defs", {}),
-    }
+def _short(data: Callable[[], dict[str, Any]], text: str, what: str) -> Pipeline:
+    """What a line of text says."""
+    written = f'{what} "{text}"'
+    with about(written):
+        return replace(_from_data(data(), text, Source()), written=written)
 
 
 def _from_file(path: Path) -> Pipeline:
@@ -168,7 +138,8 @@ def _from_file(path: Path) -> Pipeline:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     data, source = parse(text, str(path))
-    return _from_data(data, path.stem, source)
+    found = _from_data(data, path.stem, source)
+    return replace(found, written=f"{path} ({found.written})" if found.written else str(path))
 
 
 def _from_data(data: Any, name: str | None, source: Source) -> Pipeline:
@@ -179,7 +150,10 @@ def _from_data(data: Any, name: str | None, source: Source) -> Pipeline:
             hint = f"; stages go into a list, stages: [{key}: ...]" if key in registry.stages() else ""
             raise source.error((key,), unknown("key", key, KEYS) + hint)
     if PRESET[0] in data:
+        written = f'preset "{data[PRESET[0]]}"'
         data, name = _on_preset(data, source), name or data[PRESET[0]]
+    else:
+        written = ""
     chosen = {key: data.get(key, values[0]) for key, (values, _) in POLICIES.items()}
     for key, (values, _) in POLICIES.items():
         if chosen[key] not in values:
@@ -196,7 +170,11 @@ def _from_data(data: Any, name: str | None, source: Source) -> Pipeline:
     stages = tuple(_stage(item, ("stages", i), source) for i, item in enumerate(items))
     _check_order(stages, source)
     return Pipeline(
-        name or "+".join(s.name for s in stages) or "none", stages=stages, min_visual_tokens=least, **chosen
+        name or "+".join(s.name for s in stages) or "none",
+        stages=stages,
+        min_visual_tokens=least,
+        written=written,
+        **chosen,
     )
 
 
@@ -216,7 +194,10 @@ def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
     if isinstance(item, Stage):
         return item
     if isinstance(item, str) and item not in registry.stages() and item.partition(":")[0] in registry.stages():
-        item = _short_form(item)
+        try:
+            item = _short_form(item)
+        except ConfigError as error:
+            raise source.error(path, f"{item!r}: {error}") from None
     name, options = next(iter(item.items())) if isinstance(item, dict) and len(item) == 1 else (item, None)
     if not isinstance(name, str):
         keys = f"; indent {list(item)[1:]} to make them options" if isinstance(item, dict) and len(item) > 1 else ""
@@ -254,23 +235,21 @@ def _plain(value: Any) -> Any:
 def _short_form(text: str) -> dict[str, Any]:
     """`name:KEEP,option=value` -> {name: options}; values are YAML."""
     name, _, rest = text.partition(":")
-    return {name: _options(text, rest)}
+    return {name: _options(rest)}
 
 
-def _options(text: str, rest: str) -> dict[str, Any]:
-    """`KEEP,option=value` -> options; `text` is all that was written."""
+def _options(rest: str) -> dict[str, Any]:
+    """`KEEP,option=value` -> options."""
     options: dict[str, Any] = {}
     for part in re.split(r",(?=\s*\w+=)", rest) if rest else []:
         match = re.fullmatch(r"\s*(\w+)=(.*)", part, re.DOTALL)
         key, value = match.groups() if match else ("keep", part)
         if key in options:
-            raise ConfigError(f"{text!r}: option {key!r} is given twice; remove one")
+            raise ConfigError(f"option {key!r} is given twice; remove one")
         try:
             options[key] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError):
-            raise ConfigError(
-                f"{text!r}: {value!r} is not a value of {key!r}; write one as in YAML: 64, 25%, [1, 2]"
-            ) from None
+            raise ConfigError(f"{value!r} is not a value of {key!r}; write one as in YAML: 64, 25%, [1, 2]") from None
     return options
 
 

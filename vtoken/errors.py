@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -24,6 +25,17 @@ class NotWholeError(VtokenError, ValueError):
 
 class OtherModelError(UnsupportedError):
     """Weights or tables of a stage that belong to another model; names what makes those of this one."""
+
+
+@contextmanager
+def about(what: str) -> Iterator[None]:
+    """Puts before what is raised inside what it is about, once: `preset "vtw-15": ...`; nothing if that is not known ("")."""
+    try:
+        yield
+    except VtokenError as error:
+        if what and not str(error).startswith(what):
+            error.args = (f"{what}: {error}",)
+        raise
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:
