@@ -38,8 +38,8 @@ examples:
   vtoken demo                         see it work, without a download
   vtoken COMMAND --help               options and examples of a command
 
-A pipeline is a preset (fastervlm-64; with other policies: flowcut-64,positions=original), a YAML file (mine.yaml) or a stage in
-short (fastervlm:64, random:25%,seed=3).
+A pipeline is a preset (fastervlm-64), a stage in short (fastervlm:64, random:25%,seed=3), either with policies behind it
+(fastervlm:64,positions=compact), or a YAML file (mine.yaml). Several are parted by spaces.
 """
 
 

@@ -49,7 +49,8 @@ LEAST = (
     "without a prompt, each image counts for itself in stages of the vision tower",
 )
 PRESET = ("preset", "takes the stages of this preset, and its policies where no others are given here")
-KEYS = (PRESET[0], *POLICIES, LEAST[0], "stages")
+POLICY_KEYS = (*POLICIES, LEAST[0])
+KEYS = (PRESET[0], *POLICY_KEYS, "stages")
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ def load(pipeline: PipelineLike) -> Pipeline:
 
     Args:
         pipeline: a preset's name ("fastervlm-64"), with other policies where some follow ("flowcut-64,positions=original"); a path to
-            a YAML file; one stage in short ("fastervlm:64", "random:25%,seed=3", "pool:size=2": a bare value is `keep`); a dict as in
-            the YAML file; a list of names, one-key dicts and Stage objects; a Stage; a Pipeline.
+            a YAML file; one stage in short ("fastervlm:64", "random:25%,seed=3", "pool:size=2": a bare value is `keep`), likewise with
+            policies ("fastervlm:64,positions=compact"); a dict as in the YAML file; a list of names, one-key dicts and Stage objects; a Stage; a Pipeline.
 
     Raises:
         ConfigError: with file and line where there is a file, the name that is wrong, and what is accepted.
@@ -106,8 +107,8 @@ def load(pipeline: PipelineLike) -> Pipeline:
     preset, _, rest = text.partition(",")
     if rest and preset in registry.presets():
         return _short(lambda: {**_options(rest), PRESET[0]: preset}, text, "preset")
-    if isinstance(pipeline, str) and pipeline.partition(":")[0] in registry.stages():
-        return _short(lambda: {"stages": [_short_form(text)]}, text, "pipeline")
+    if _stage_in(text):
+        return _short(lambda: _with_policies(*_short_form(text)), text, "pipeline")
     if isinstance(pipeline, str):
         raise ConfigError(
             f"{unknown('preset', preset if rest else pipeline, registry.presets())}; or write a path to a YAML file, or a stage and its "
@@ -121,7 +122,7 @@ def load(pipeline: PipelineLike) -> Pipeline:
 def dump(pipeline: Pipeline) -> str:
     """YAML text that loads to the same policies and stages, every option written out."""
     stages = [{s.name: options} if (options := s.model_dump(mode="json")) else s.name for s in pipeline.stages]
-    data = {**{key: getattr(pipeline, key) for key in (*POLICIES, LEAST[0])}, "stages": stages}
+    data = {**{key: getattr(pipeline, key) for key in POLICY_KEYS}, "stages": stages}
     return yaml.safe_dump(data, sort_keys=False, default_flow_style=None)
 
 
@@ -186,16 +187,16 @@ def _on_preset(data: dict[str, Any], source: Source) -> dict[str, Any]:
     if "stages" in data:
         raise source.error(("stages",), f"the stages are those of the preset {preset!r}; give one of the two")
     base = load(preset)
-    policies = {key: getattr(base, key) for key in (*POLICIES, LEAST[0])}
+    policies = {key: getattr(base, key) for key in POLICY_KEYS}
     return {**policies, **data, "stages": base.stages}
 
 
 def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
     if isinstance(item, Stage):
         return item
-    if isinstance(item, str) and item not in registry.stages() and item.partition(":")[0] in registry.stages():
+    if isinstance(item, str) and item not in registry.stages() and _stage_in(item):
         try:
-            item = _short_form(item)
+            item = dict([_short_form(item)])
         except ConfigError as error:
             raise source.error(path, f"{item!r}: {error}") from None
     name, options = next(iter(item.items())) if isinstance(item, dict) and len(item) == 1 else (item, None)
@@ -223,7 +224,10 @@ def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
         return cls.model_validate_json(text, strict=True)
     except ValidationError as error:
         option, message = explain(cls, error)
-        raise source.error((*path, name, option), f"stage {name!r}: {message}") from None
+        policy = (
+            f"; {option} is a policy of the whole pipeline, write it beside stages" if option in POLICY_KEYS else ""
+        )
+        raise source.error((*path, name, option), f"stage {name!r}: {message}{policy}") from None
 
 
 def _plain(value: Any) -> Any:
@@ -232,10 +236,25 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{value!r} is a {type(value).__name__}; write a number, text, list or mapping")
 
 
-def _short_form(text: str) -> dict[str, Any]:
-    """`name:KEEP,option=value` -> {name: options}; values are YAML."""
-    name, _, rest = text.partition(":")
-    return {name: _options(rest)}
+SHORT = re.compile(r"([^:,]+)(?::|,(?=\s*\w+=)|$)(.*)", re.DOTALL)
+
+
+def _stage_in(text: str) -> bool:
+    match = SHORT.fullmatch(text)
+    return match is not None and match[1] in registry.stages()
+
+
+def _short_form(text: str) -> tuple[str, dict[str, Any]]:
+    """`NAME:KEEP,option=value` or `NAME,option=value` -> name and options; values are YAML."""
+    match = SHORT.fullmatch(text)
+    assert match is not None
+    return match[1], _options(match[2])
+
+
+def _with_policies(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """A pipeline of one stage; what is a policy among its options is the pipeline's."""
+    policies = {key: options.pop(key) for key in POLICY_KEYS if key in options}
+    return {**policies, "stages": [{name: options}]}
 
 
 def _options(rest: str) -> dict[str, Any]:
