@@ -118,8 +118,8 @@ def test_errors_in_a_file_name_the_line(write: Any, text: str, line: int, words:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("fastervlm-65", "unknown preset 'fastervlm-65', did you mean 'fastervlm-64'?"),
-        ("fastervlm-65,positions=compact", "unknown preset 'fastervlm-65', did you mean 'fastervlm-64'?"),
+        ("fastervlm65", "unknown preset 'fastervlm65', did you mean 'fastervlm-64'?"),
+        ("fastervlm65,positions=compact", "unknown preset 'fastervlm65', did you mean 'fastervlm-64'?"),
         ("fastervlm-64,", "unknown preset 'fastervlm-64,', did you mean 'fastervlm-64'?"),
         ("fastervlm-64,positons=compact", "unknown key 'positons', did you mean 'positions'?"),
         ("fastervlm-64,positions=compact,positions=original", "option 'positions' is given twice"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,7 @@ def test_wrap_takes_it() -> None:
 def test_commands_take_lists_of_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Pipelines are parted by spaces, so that a comma is the pipeline's own."""
     found: list[Any] = []
-    monkeypatch.setattr(sys.modules["vtoken.evals.latency"], "bench", catch(found, 1))
+    monkeypatch.setattr("vtoken.evals.latency.bench", catch(found, 1))
     ends(["bench", "tiny-llava", *TWO])
     assert found == [[config.load(each) for each in TWO]]
     assert main(["flops", "tiny-llava", *TWO, "--json"]) == 0
@@ -110,3 +109,42 @@ def test_lmms_eval_parts_policies_from_the_pipeline(monkeypatch: pytest.MonkeyPa
         cls("tiny-llava", pipeline="uniform:64", positions="kompact", device="cpu")
     with pytest.raises(ConfigError, match="unknown model_args: positons"):
         cls("tiny-llava", pipeline="uniform:64", positons="compact", device="cpu")
+
+
+def budgeted() -> list[str]:
+    stages, _ = registry.catalogue()
+    return [name for name, cls in stages.items() if "keep" in cls.model_fields]
+
+
+@pytest.mark.parametrize("name", budgeted())
+@pytest.mark.parametrize("rest", ["", ",positions=compact"])
+def test_a_budget_that_no_preset_has_is_had_from_the_stage(name: str, rest: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.load(f"{name}-97{rest}")
+    assert f"unknown preset '{name}-97', did you mean '{name}:97{rest}' (the stage with its defaults)?" in str(
+        caught.value
+    )
+    assert config.load(f"{name}:97{rest}")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("fastervlm-12%", "'fastervlm:12%'"),
+        ("pool-3", "'pool-2'"),
+        ("vtw-16", "'vtw-15'"),
+        ("fastervlm-0", "'fastervlm-"),
+    ],
+)
+def test_other_names_are_compared_with_the_presets(name: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown preset '{name}', did you mean {meant}"):
+        config.load(name)
+
+
+def test_a_file_is_told_to_take_stages(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("positions: compact\npreset: fastervlm-96\n")
+    with pytest.raises(
+        ConfigError, match=rf"^{file}:2: unknown preset 'fastervlm-96', did you mean 'stages: \[fastervlm:96\]' "
+    ):
+        config.load(file)

@@ -111,7 +111,7 @@ def load(pipeline: PipelineLike) -> Pipeline:
         return _short(lambda: _with_policies(*_short_form(text)), text, "pipeline")
     if isinstance(pipeline, str):
         raise ConfigError(
-            f"{unknown('preset', preset if rest else pipeline, registry.presets())}; or write a path to a YAML file, or a stage and its "
+            f"{unknown('preset', preset if rest else pipeline, registry.presets(), _bare(preset, '', text[len(preset) :]))}; or write a path to a YAML file, or a stage and its "
             f"budget, as in fastervlm:64 (stages: {', '.join(registry.stages())})"
         )
     raise ConfigError(
@@ -179,11 +179,21 @@ def _from_data(data: Any, name: str | None, source: Source) -> Pipeline:
     )
 
 
+def _bare(name: str, before: str, after: str) -> str:
+    """Of a preset's name at a budget that no preset has, `fastervlm-96`: the stage at that budget."""
+    stage, _, keep = name.rpartition("-")
+    takes = stage in registry.stages() and "keep" in registry.stage(stage).model_fields
+    if not takes or not re.fullmatch(r"[1-9]\d*%?", keep) or name in registry.presets():
+        return ""
+    return f"{f'{before}{stage}:{keep}{after}'!r} (the stage with its defaults)"
+
+
 def _on_preset(data: dict[str, Any], source: Source) -> dict[str, Any]:
     """What a preset says, and over it what is said here."""
     preset = data[PRESET[0]]
     if preset not in registry.presets():
-        raise source.error((PRESET[0],), unknown(PRESET[0], preset, registry.presets()))
+        meant = _bare(str(preset), "stages: [", "]")
+        raise source.error((PRESET[0],), unknown(PRESET[0], preset, registry.presets(), meant))
     if "stages" in data:
         raise source.error(("stages",), f"the stages are those of the preset {preset!r}; give one of the two")
     base = load(preset)

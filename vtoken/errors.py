@@ -38,9 +38,10 @@ def about(what: str) -> Iterator[None]:
         raise
 
 
-def unknown(what: str, name: object, known: Iterable[str]) -> str:
-    """`unknown stage 'fastervm', did you mean 'fastervlm'? Known: ...`, for messages."""
+def unknown(what: str, name: object, known: Iterable[str], meant: str = "") -> str:
+    """`unknown stage 'fastervm', did you mean 'fastervlm'? Known: ...`, for messages; `meant` in place of the closest name."""
     names = sorted(known)
     close = get_close_matches(str(name), names, n=1)
-    hint = f", did you mean {close[0]!r}?" if close else "."
+    meant = meant or (repr(close[0]) if close else "")
+    hint = f", did you mean {meant}?" if meant else "."
     return f"unknown {what} {name!r}{hint} Known: {', '.join(names) or 'none'}"
