@@ -134,6 +134,7 @@ def test_list_as_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f" {name} " in out for name in (*registry.stages(), *registry.presets()))
     assert "options: keep, seed=0" in out and "needs: cls_attention" in out
     assert "anyres: 2x2" in out and "anyres: model" not in out
+    assert "NAME:64 is the bare stage with its defaults" in " ".join(out.split())
     assert max(map(len, out.splitlines())) <= 80
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ EXAMPLES = """examples:
   vtoken list --markdown                       # vtoken's own stages and presets, as in docs/methods.md
   vtoken list --markdown short                 # the table of the README
 """
+DIFFER = "NAME-64, a preset, is a paper's whole recipe, policies included; NAME:64 is the bare stage with its defaults."
 SHORT_COLUMNS = ("stage", "site", "summary", "paper")
 STAGE_COLUMNS = ("stage", "kind", "site", "needs", "options", "paper", "summary")
 PRESET_COLUMNS = ("preset", "positions", "stages", "summary")
@@ -68,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print_table(("stage", "kind", "site"), shown)
         _print_table(("preset",), presets())
+        print(*wrap(DIFFER, 80), sep="\n")
         for name, reason in broken.items():
             print(f"broken: {name}: {reason}", file=sys.stderr)
     return 0
