@@ -69,7 +69,7 @@ def always(pipeline: Any) -> Any:
     """The pipeline with stages that do not stand aside on a short prompt."""
     whole = load(pipeline)
     stages = (s.model_copy(update={"min_len": 0}) if s.site == "attention" else s for s in whole.stages)
-    return replace(whole, stages=tuple(stages), min_visual_tokens=0)
+    return replace(whole, stages=tuple(stages))
 
 
 def rows(record: Record, found: Bench, name: str, batch: int, small: bool) -> None:

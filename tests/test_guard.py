@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import modes
 import pytest
 import tiny
@@ -17,8 +15,6 @@ from test_frames import Some, batch_of
 from test_least import OPTIONS, uneven
 
 import vtoken
-from vtoken import config
-from vtoken.errors import StoodAsideWarning
 from vtoken.hooks import facts
 
 videos = pytest.mark.parametrize("family", tiny.VIDEO)
@@ -182,19 +178,3 @@ def test_unwrapping_gives_generate_back():
     with vtoken.wrapped(model, {"min_visual_tokens": 8, "stages": [Inside()]}):
         assert "generate" in vars(model) and model.generate.__name__ == "generate"
     assert "generate" not in vars(model)
-
-
-def test_presets_say_once_that_they_stand_aside():
-    model = tiny.llava()
-    batch = tiny.build(model, modes.ROWS, seed=3)
-    assert config.load("uniform-64").min_visual_tokens == 208
-    with vtoken.wrapped(model, "uniform-64"):
-        with pytest.warns(StoodAsideWarning, match="uniform-64.*32 visual tokens are fewer") as told:
-            greedy(model, batch)
-            greedy(model, batch)
-        assert len(told) == 1
-    for quiet in ({"preset": "uniform-64", "min_visual_tokens": 207}, "uniform-64,min_visual_tokens=0"):
-        with warnings.catch_warnings(), vtoken.wrapped(model, quiet if isinstance(quiet, str) else {**quiet}):
-            warnings.simplefilter("error")
-            greedy(model, batch)
-            assert len(vtoken.trace(model).dense_rows) == (0 if isinstance(quiet, str) else 3)

@@ -48,11 +48,13 @@ MAY_IMPORT = {
     "registry": {"errors", "stages", "adapters"},
     "source": {"errors"},
     "wording": {"errors", "stages", "budget"},
-    "config": GROUND | {"errors", "registry", "source", "wording"},
+    "short": {"errors", "registry", "source"},
+    "config": GROUND | {"errors", "registry", "short", "source", "wording"},
+    "schema": {"config", "registry", "stages"},
     "checks": LOWER,
     "wrap": LOWER | {"checks"},
     "evals": LOWER | {"wrap", "evals", "compressors", "source", "__init__"},
-    "commands": LOWER | {"wrap", "evals", "compressors", "__init__"},
+    "commands": LOWER | {"wrap", "evals", "compressors", "schema", "__init__"},
     "cli": LOWER | {"wrap", "commands", "evals", "__init__"},
     "__main__": {"cli"},
 }
@@ -75,7 +77,9 @@ MAY_IMPORT_FROM_OTHERS = {
     "compressors": {"torch", "pydantic", "safetensors"},
     "source": {"yaml"},
     "wording": {"pydantic"},
+    "short": set(),
     "config": {"pydantic"},
+    "schema": {"pydantic"},
 }
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import re
-from pathlib import Path
 
 import pytest
 import tiny
@@ -18,8 +15,9 @@ from test_flops import Pipe
 from test_sparse import Ladder
 
 import vtoken
-from vtoken import config, registry
+from vtoken import config
 from vtoken.errors import ConfigError
+from vtoken.schema import schema as pipeline_schema
 
 OPTIONS = {"return_dict_in_generate": True, "output_logits": True}
 STAGES = {
@@ -145,60 +143,8 @@ def test_the_key_is_read_written_and_described(tmp_path):
     assert pipeline.min_visual_tokens == 160
     assert config.load(yaml.safe_load(config.dump(pipeline))).min_visual_tokens == 160
     assert config.load("pool").min_visual_tokens == 0
-    entry = config.schema()["properties"]["min_visual_tokens"]
+    entry = pipeline_schema()["properties"]["min_visual_tokens"]
     assert (entry["type"], entry["minimum"], entry["default"]) == ("integer", 0, 0) and entry["description"]
-
-
-@pytest.fixture(scope="module")
-def cost():
-    file = Path(__file__).parents[1] / "benchmarks" / "break_even.py"
-    spec = importlib.util.spec_from_file_location("break_even", file)
-    model = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(model)
-    return model
-
-
-def test_presets_carry_what_the_model_of_cost_says(cost):
-    """All of them, or there is one reason why not."""
-    held = {name: config.load(name).min_visual_tokens for name in registry.presets()}
-    assert {name: n for name, n in held.items() if n} == cost.presets() and len(cost.presets()) > 20
-    assert {name: len(cost.without(name)) for name in held} == {name: int(n == 0) for name, n in held.items()}
-    # 64 tokens of n enter, 2 ms are 92.2 tokens' time, and below 125 tokens in all a layer takes its time whatever it does.
-    assert (
-        cost.least(config.load("uniform:64").stages) == 208 >= 125 - 40 + 92.2
-        and 4 * 7 * 7 >= 125 - 40 + 92.2 > 4 * 6 * 6
-    )
-    assert cost.least(config.load("uniform:100%").stages) is None
-
-
-def test_reasons_for_no_threshold_hold(cost):
-    """As far as the model, or the pipeline, can tell."""
-    for name in registry.presets():
-        pipeline, found = config.load(name), cost.without(name)
-        sites, why = {s.site for s in pipeline.stages}, found[0] if found else None
-        least = [s.min_len for s in pipeline.stages if s.site == "attention" and s.name != "vtu"]
-        assert all(n >= 8192 for n in least), name
-        assert (why is cost.SPARSE) == (sites == {"attention"}) and (why in (cost.CACHE, cost.BITS)) == (
-            "cache" in sites
-        ), name
-        if why is cost.LLAVA:
-            assert pipeline.positions == "compact" and pipeline.anyres == "model" and cost.of(name) <= 576, name
-        if not found:
-            assert pipeline.min_visual_tokens == cost.of(name) < 8192, name
-
-
-def test_cuts_inside_the_encoder_are_counted(cost):
-    """By hand: 24 layers, of which the last is not read and, by FlowCut, the last two are not looked at."""
-    one = (((1, 24, 24),),)
-    assert cost.layers(config.load("tome:r=21").stages, one, 24) == ([93] * 28, 23)
-    assert cost.layers(config.load("flowcut:64").stages, one * 2, 24) == ([128] * 28, 22)
-    assert cost.layers(config.load("todre_exit-7-8").stages, one, 24) == ([576] * 24 + [0] * 4, 1)
-
-
-def test_the_tables_of_the_guards_are_the_generated_ones(cost):
-    page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
-    match = re.search(r"<!-- guards -->\n(.*?)\n<!-- /guards -->", page, re.DOTALL)
-    assert match and match[1] == cost.tables(), "paste the output of `python benchmarks/break_even.py`"
 
 
 def test_the_account_knows_it():

@@ -13,6 +13,7 @@ import vtoken
 from vtoken import config, registry
 from vtoken.adapters.base import Adapter
 from vtoken.errors import ConfigError, UnsupportedError, VtokenError
+from vtoken.schema import schema as pipeline_schema
 from vtoken.stages import Compressor, Pruner
 
 MIDDLE = '''"""Middle: keep the first tokens."""
@@ -100,7 +101,7 @@ def test_a_stage_of_another_package(install: Install, target: str, tmp_path: Pat
     assert not registry.is_built_in("middle")
     assert "middle" in vtoken.available("pruner") and "middle" not in vtoken.available("compressor")
     assert config.load("middle:25%").stages[0].model_dump() == {"keep": "25%", "layer": 2}
-    assert "middle" in config.schema()["properties"]["stages"]["items"]["anyOf"][0]["properties"]
+    assert "middle" in pipeline_schema()["properties"]["stages"]["items"]["anyOf"][0]["properties"]
     late = tmp_path / "late.yaml"
     late.write_text("stages:\n  - middle: {keep: 9}\n  - random: {keep: 4}\n")
     assert refusal(config.load, late).startswith(

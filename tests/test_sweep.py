@@ -255,11 +255,6 @@ def test_workers_that_cannot_be_had(given: Sweep, tmp_path: Path, monkeypatch: p
         sweep.run(given, tmp_path, workers=2)
 
 
-def test_presets_are_scored_without_their_threshold() -> None:
-    asked = Sweep(model="tiny-llava", tasks=("a",), pipelines=("fastv-64", "fastv-64,min_visual_tokens=9"))
-    assert [pipeline.min_visual_tokens for pipeline in asked.lineup()] == [0, 9]
-
-
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks").glob("sweep-*.yaml")), ids=lambda file: file.stem)
 def test_shipped_sweeps_run_on_their_model(file: Path) -> None:
     asked = read(Sweep, file)

@@ -19,12 +19,14 @@ from optuna.trial import TrialState
 
 from vtoken import config, wrapped
 from vtoken.cli import main
+from vtoken.commands import tune as command
 from vtoken.errors import ConfigError, VtokenError
 from vtoken.evals import models, processors
 from vtoken.evals.flops import account
 from vtoken.evals.lmms.asker import Asker
 from vtoken.evals.lmms.prompts import encode
 from vtoken.evals.tune import samples
+from vtoken.evals.tune import search as searching
 from vtoken.evals.tune.cost import Shape, share
 from vtoken.evals.tune.quality import Judge
 from vtoken.evals.tune.search import Search
@@ -284,6 +286,31 @@ def test_the_front_is_written(askers: dict[str, Asker], tmp_path: Path) -> None:
     assert kept["best"] == [0, 1] and len(kept["trials"]) == 4
     found.keep = 0.5
     assert [config.load(file).stages[0].keep.plain() for file in found.write()] == [2, 1]
+
+
+@pytest.mark.parametrize("objective", ["flops", "ttft"])
+def test_what_is_no_cheaper_than_dense_is_not_recommended(
+    objective: Any, askers: dict[str, Asker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """However good it is; a tie is no gain either."""
+    costs = {1: 0.5, 2: 1.0, 4: 1.2}
+    monkeypatch.setattr(searching, "share", lambda asker, pipeline, *_: costs[pipeline.stages[0].keep.plain()])
+    judge = Scripted(askers["llava"], {1: [1.0, 0.0], 2: [1.0, 1.0], 4: [1.0, 1.0]})
+    values = space(random=[{"random": {"keep": {"values": [1, 2, 4]}}}])
+    for tried, kept in (((1, 2, 4), [1]), ((2, 4), [])):
+        found = search(judge, tmp_path / str(len(tried)), values, keep=0.3, objective=objective)  # type: ignore[arg-type]
+        for keep in tried:
+            found.study.enqueue_trial({"random/0.random.keep": f"{keep}\n...\n"})
+        found.run(len(tried))
+        files = found.write()
+        assert [config.load(file).stages[0].keep.plain() for file in files] == kept
+        assert [found.study.trials[k].values[1] for k in found.to_dict()["no_gain"]] == [1.0, 1.2]
+        command._print(found, files)
+        told = capsys.readouterr().out
+        word = "faster" if objective == "ttft" else "cheaper"
+        assert f"2 trials were not {word} than dense" in told
+        assert (f"no trial was {word} than dense: take the stock model" in told) == (not kept)
+        assert ("no time was taken" in told) == (objective == "flops" and bool(kept))
 
 
 def test_a_model_that_can_serve_nothing(askers: dict[str, Asker], asked: list[samples.Sample], tmp_path: Path) -> None:

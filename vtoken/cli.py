@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
 from vtoken import __version__
-from vtoken.errors import StoodAsideWarning, VtokenError, unknown
+from vtoken.errors import VtokenError, unknown
 
 COMMANDS = {
     "list": "stages and presets, with their options and papers",
@@ -39,8 +38,8 @@ examples:
   vtoken demo                         see it work, without a download
   vtoken COMMAND --help               options and examples of a command
 
-A pipeline is a preset (fastervlm-64; with other policies: flowcut-64,min_visual_tokens=0), a YAML file (mine.yaml) or a stage in
-short (fastervlm:64, random:25%,seed=3).
+A pipeline is a preset (fastervlm-64), a stage in short (fastervlm:64, random:25%,seed=3), either with policies behind it
+(fastervlm:64,positions=compact), or a YAML file (mine.yaml). Several are parted by spaces.
 """
 
 
@@ -88,9 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not first.startswith("-") and first not in COMMANDS:
             raise VtokenError(unknown("command", first, COMMANDS))
         args = _parser(first).parse_args(argv or ["--help"])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", StoodAsideWarning)  # Commands say so in their own words.
-            code: int = args.run(args)
+        code: int = args.run(args)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # `vtoken list | head`: nobody reads on, and Python must not complain at exit either.

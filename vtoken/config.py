@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from itertools import pairwise
 from numbers import Integral
@@ -14,12 +13,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
-from pydantic.json_schema import models_json_schema
 
 from vtoken import registry
 from vtoken.budget import Budget
-from vtoken.errors import ConfigError, shown, unknown
-from vtoken.source import Source, parse, read
+from vtoken.errors import ConfigError, about, shown, unknown
+from vtoken.short import bare, is_stage, options_of, short_form
+from vtoken.source import Source, read
 from vtoken.source import dump as write_yaml
 from vtoken.stages import SITES, Stage
 from vtoken.wording import explain
@@ -50,12 +49,16 @@ LEAST = (
     "without a prompt, each image counts for itself in stages of the vision tower",
 )
 PRESET = ("preset", "takes the stages of this preset, and its policies where no others are given here")
-KEYS = (PRESET[0], *POLICIES, LEAST[0], "stages")
+POLICY_KEYS = (*POLICIES, LEAST[0])
+KEYS = (PRESET[0], *POLICY_KEYS, "stages")
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Stages in the order the data flows, and the policies that go with them: see POLICIES and LEAST."""
+    """Stages in the order the data flows, and the policies that go with them: see POLICIES and LEAST.
+
+    `written` is how errors call it, as it was written down; "" where it was not.
+    """
 
     name: str
     positions: Positions
@@ -63,6 +66,7 @@ class Pipeline:
     newline: Newline = "keep_if_row_has_token"
     anyres: Anyres = "model"
     min_visual_tokens: int = 0
+    written: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         for key in POLICIES:
@@ -81,9 +85,9 @@ def load(pipeline: PipelineLike) -> Pipeline:
     """Reads a pipeline in any of its forms.
 
     Args:
-        pipeline: a preset's name ("fastervlm-64"), with other policies where some follow ("flowcut-64,min_visual_tokens=0"); a path to
-            a YAML file; one stage in short ("fastervlm:64", "random:25%,seed=3", "pool:size=2": a bare value is `keep`); a dict as in
-            the YAML file; a list of names, one-key dicts and Stage objects; a Stage; a Pipeline.
+        pipeline: a preset's name ("fastervlm-64"), with other policies where some follow ("flowcut-64,positions=original"); a path to
+            a YAML file; one stage in short ("fastervlm:64", "random:25%,seed=3", "pool:size=2": a bare value is `keep`), likewise with
+            policies ("fastervlm:64,positions=compact"); a dict as in the YAML file; a list of names, one-key dicts and Stage objects; a Stage; a Pipeline.
 
     Raises:
         ConfigError: with file and line where there is a file, the name that is wrong, and what is accepted.
@@ -97,7 +101,7 @@ def load(pipeline: PipelineLike) -> Pipeline:
     if isinstance(pipeline, (list, tuple)):
         return _from_data({"stages": pipeline}, None, Source())
     if isinstance(pipeline, str) and pipeline in registry.presets():
-        return _from_file(registry.preset_file(pipeline))
+        return replace(_from_file(registry.preset_file(pipeline)), written=f'preset "{pipeline}"')
     if isinstance(pipeline, (str, os.PathLike)) and os.path.isfile(pipeline):
         return _from_file(Path(pipeline))
     if isinstance(pipeline, (str, os.PathLike)) and Path(pipeline).suffix in (".yaml", ".yml"):
@@ -109,12 +113,12 @@ def load(pipeline: PipelineLike) -> Pipeline:
     text = pipeline if isinstance(pipeline, str) else ""
     preset, _, rest = text.partition(",")
     if rest and preset in registry.presets():
-        return _from_data({**_options(text, rest), PRESET[0]: preset}, text, Source())
-    if isinstance(pipeline, str) and pipeline.partition(":")[0] in registry.stages():
-        return _from_data({"stages": [_short_form(pipeline)]}, pipeline, Source())
+        return _short(lambda: {**options_of(rest), PRESET[0]: preset}, text, "preset")
+    if is_stage(text):
+        return _short(lambda: _with_policies(*short_form(text)), text, "pipeline")
     if isinstance(pipeline, str):
         raise ConfigError(
-            f"{unknown('preset', preset if rest else pipeline, registry.presets())}; or write a path to a YAML file, or a stage and its "
+            f"{unknown('preset', preset if rest else pipeline, registry.presets(), bare(preset, '', text[len(preset) :]))}; or write a path to a YAML file, or a stage and its "
             f"budget, as in fastervlm:64 (stages: {', '.join(registry.stages())})"
         )
     raise ConfigError(
@@ -122,64 +126,23 @@ def load(pipeline: PipelineLike) -> Pipeline:
     )
 
 
-def unguarded(pipeline: PipelineLike) -> Pipeline:
-    """As `load`, but a preset's `min_visual_tokens` is 0: for scores, which are about its stages and not about their time."""
-    given = load(pipeline)
-    return (
-        replace(given, min_visual_tokens=0) if isinstance(pipeline, str) and pipeline in registry.presets() else given
-    )
-
-
 def dump(pipeline: Pipeline) -> str:
     """YAML text that loads to the same policies and stages, every option written out."""
     stages = [{s.name: options} if (options := s.model_dump(mode="json")) else s.name for s in pipeline.stages]
-    data = {**{key: getattr(pipeline, key) for key in (*POLICIES, LEAST[0])}, "stages": stages}
-    return write_yaml(data)
+    return write_yaml({**{key: getattr(pipeline, key) for key in POLICY_KEYS}, "stages": stages})
 
 
-def schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of a pipeline file, composed from every stage that can be imported; for editors."""
-    stages, _ = registry.catalogue()
-    refs, defs = models_json_schema([(cls, "validation") for cls in stages.values()], ref_template="#/$defs/{model}")
-    bare = [name for name, cls in stages.items() if not any(f.is_required() for f in cls.model_fields.values())]
-    options = {
-        name: {"anyOf": [refs[cls, "validation"], {"type": "null"}]} if name in bare else refs[cls, "validation"]
-        for name, cls in stages.items()
-    }
-    items = {
-        "type": "object",
-        "properties": options,
-        "additionalProperties": False,
-        "minProperties": 1,
-        "maxProperties": 1,
-    }
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "vtoken pipeline",
-        "description": "Stages that drop, merge or retire visual tokens, in the order the data flows.",
-        "type": "object",
-        "properties": {
-            **{
-                key: {"description": meaning, "enum": list(values), "default": values[0]}
-                for key, (values, meaning) in POLICIES.items()
-            },
-            PRESET[0]: {"description": PRESET[1], "enum": list(registry.presets())},
-            LEAST[0]: {"description": LEAST[1], "type": "integer", "minimum": 0, "default": 0},
-            "stages": {
-                "description": f"sites must not go backwards: {', '.join(SITES)}",
-                "type": "array",
-                "items": {"anyOf": [items, {"enum": bare}]},
-            },
-        },
-        "oneOf": [{"required": ["stages"]}, {"required": [PRESET[0]]}],
-        "additionalProperties": False,
-        "$defs": defs.get("$defs", {}),
-    }
+def _short(data: Callable[[], dict[str, Any]], text: str, what: str) -> Pipeline:
+    """What a line of text says."""
+    written = f'{what} "{shown(text)[1:-1]}"'
+    with about(written):
+        return replace(_from_data(data(), text, Source()), written=written)
 
 
 def _from_file(path: Path) -> Pipeline:
     data, source = read(path)
-    return _from_data(data, path.stem, source)
+    found = _from_data(data, path.stem, source)
+    return replace(found, written=f"{path} ({found.written})" if found.written else str(path))
 
 
 def _from_data(data: Any, name: str | None, source: Source) -> Pipeline:
@@ -190,7 +153,10 @@ def _from_data(data: Any, name: str | None, source: Source) -> Pipeline:
             hint = f"; stages go into a list, stages: [{key}: ...]" if key in registry.stages() else ""
             raise source.error((key,), unknown("key", key, KEYS) + hint)
     if PRESET[0] in data:
-        data, name = _on_preset(data, source), name or str(data[PRESET[0]])
+        preset, data = data[PRESET[0]], _on_preset(data, source)
+        name, written = name or str(preset), f'preset "{preset}"'
+    else:
+        written = ""
     chosen: dict[str, Any] = {key: _native(data.get(key, values[0])) for key, (values, _) in POLICIES.items()}
     for key, value in chosen.items():
         _check_policy(key, value, source)
@@ -205,7 +171,11 @@ def _from_data(data: Any, name: str | None, source: Source) -> Pipeline:
     stages = tuple(_stage(item, ("stages", i), source) for i, item in enumerate(items))
     _check_order(stages, source)
     return Pipeline(
-        name or "+".join(s.name for s in stages) or "none", stages=stages, min_visual_tokens=least, **chosen
+        name or "+".join(s.name for s in stages) or "none",
+        stages=stages,
+        min_visual_tokens=least,
+        written=written,
+        **chosen,
     )
 
 
@@ -213,19 +183,23 @@ def _on_preset(data: dict[str, Any], source: Source) -> dict[str, Any]:
     """What a preset says, and over it what is said here."""
     preset = _native(data[PRESET[0]])
     if not isinstance(preset, str) or preset not in registry.presets():
-        raise source.error((PRESET[0],), unknown(PRESET[0], preset, registry.presets()))
+        meant = bare(preset, "stages: [", "]") if isinstance(preset, str) else ""
+        raise source.error((PRESET[0],), unknown(PRESET[0], preset, registry.presets(), meant))
     if "stages" in data:
         raise source.error(("stages",), f"the stages are those of the preset {preset!r}; give one of the two")
     base = load(preset)
-    policies = {key: getattr(base, key) for key in (*POLICIES, LEAST[0])}
+    policies = {key: getattr(base, key) for key in POLICY_KEYS}
     return {**policies, **data, "stages": base.stages}
 
 
 def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
     if isinstance(item, Stage):
         return item
-    if isinstance(item, str) and item not in registry.stages() and item.partition(":")[0] in registry.stages():
-        item = _short_form(item)
+    if isinstance(item, str) and item not in registry.stages() and is_stage(item):
+        try:
+            item = dict([short_form(item)])
+        except ConfigError as error:
+            raise source.error(path, f"{shown(item)}: {error}") from None
     name, options = next(iter(item.items())) if isinstance(item, dict) and len(item) == 1 else (item, None)
     if not isinstance(name, str):
         keys = f"; indent {list(item)[1:]} to make them options" if isinstance(item, dict) and len(item) > 1 else ""
@@ -251,7 +225,10 @@ def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
         return cls.model_validate_json(text, strict=True)
     except ValidationError as error:
         option, message = explain(cls, error)
-        raise source.error((*path, name, option), f"stage {name!r}: {message}") from None
+        policy = (
+            f"; {option} is a policy of the whole pipeline, write it beside stages" if option in POLICY_KEYS else ""
+        )
+        raise source.error((*path, name, option), f"stage {name!r}: {message}{policy}") from None
 
 
 def _native(value: Any) -> Any:
@@ -269,28 +246,10 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{shown(value)} is a {type(value).__name__}; write a number, text, list or mapping")
 
 
-def _short_form(text: str) -> dict[str, Any]:
-    """`name:KEEP,option=value` -> {name: options}; values are YAML."""
-    name, _, rest = text.partition(":")
-    return {name: _options(text, rest)}
-
-
-def _options(text: str, rest: str) -> dict[str, Any]:
-    """`KEEP,option=value` -> options; `text` is all that was written."""
-    options: dict[str, Any] = {}
-    for part in re.split(r",(?=\s*\w+=)", rest) if rest else []:
-        match = re.fullmatch(r"\s*(\w+)=(.*)", part, re.DOTALL)
-        key, value = match.groups() if match else ("keep", part)
-        if key in options:
-            raise ConfigError(f"{shown(text)}: option {key!r} is given twice; remove one")
-        try:
-            options[key], _ = parse(value)
-        except ConfigError as error:
-            raise ConfigError(
-                f"{shown(text)}: {shown(value)} is not a value of {key!r} ({error}); write one as in YAML (64, 25%, [1, 2]), and "
-                "every further option by name behind a comma: NAME:64,option=value"
-            ) from None
-    return options
+def _with_policies(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """A pipeline of one stage; what is a policy among its options is the pipeline's."""
+    policies = {key: options.pop(key) for key in POLICY_KEYS if key in options}
+    return {**policies, "stages": [{name: options}]}
 
 
 def _check_policy(key: str, value: Any, source: Source) -> None:

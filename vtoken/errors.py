@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 _SHORT = reprlib.Repr()
@@ -39,14 +40,22 @@ class OtherModelError(UnsupportedError):
     """Weights or tables of a stage that belong to another model; names what makes those of this one."""
 
 
-class StoodAsideWarning(UserWarning):
-    """A preset left a whole batch to the stock model; said once per wrap."""
+@contextmanager
+def about(what: str) -> Iterator[None]:
+    """Puts before what is raised inside what it is about, once: `preset "vtw-15": ...`; nothing if that is not known ("")."""
+    try:
+        yield
+    except VtokenError as error:
+        if what and not str(error).startswith(what):
+            error.args = (f"{what}: {error}",)
+        raise
 
 
-def unknown(what: str, name: object, known: Iterable[str]) -> str:
-    """`unknown stage 'fastervm', did you mean 'fastervlm'? Known: ...`, for messages."""
+def unknown(what: str, name: object, known: Iterable[str], meant: str = "") -> str:
+    """`unknown stage 'fastervm', did you mean 'fastervlm'? Known: ...`, for messages; `meant` in place of the closest name."""
     names = sorted(known)
     text = shown(name)
     close = get_close_matches(name if isinstance(name, str) else text, names, n=1)
-    hint = f", did you mean {close[0]!r}?" if close else "."
+    meant = meant or (repr(close[0]) if close else "")
+    hint = f", did you mean {meant}?" if meant else "."
     return f"unknown {what} {text}{hint} Known: {', '.join(names) or 'none'}"

@@ -15,7 +15,7 @@ from vtoken.adapters.base import Adapter
 from vtoken.cached import CacheStage
 from vtoken.checks import check, check_whole
 from vtoken.config import Pipeline
-from vtoken.errors import UnsupportedError
+from vtoken.errors import UnsupportedError, about
 from vtoken.hooks import facts
 from vtoken.hooks.attention import observe, tap, tapped
 from vtoken.hooks.boundary import Boundary
@@ -94,9 +94,6 @@ class Session:
                 unmerge=unmerge[0] if unmerge else None,
                 kv=kv,
                 least=pipeline.min_visual_tokens,
-                preset=pipeline.name
-                if pipeline.name in registry.presets() and pipeline == config.load(pipeline.name)
-                else None,
             )
             LayerGroups(
                 self.adapter.lm,
@@ -194,7 +191,8 @@ def _install(model: Any, pipeline: Any, *, watched: bool = False) -> None:
     parsed = config.load(pipeline)
     inner = whole(model)
     check_whole(inner)
-    Session(inner, parsed, watched=watched)
+    with about(parsed.written):
+        Session(inner, parsed, watched=watched)
 
 
 def unwrap(model: Any) -> Any:

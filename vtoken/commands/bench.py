@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from vtoken.evals.options import add_pictures, mend
+from vtoken.evals.options import add_pictures
 
 if TYPE_CHECKING:
     from vtoken.evals.latency import Bench, Row, Spread
@@ -154,9 +154,7 @@ def notes(measured: Bench) -> list[str]:
     if all(row.peak_bytes is None for row in measured.rows):
         found.append("peak memory: not measured on a CPU, where one process has no figure per pipeline")
     found += [
-        f"{row.name}: {name} stood aside, {why}{mend(row.name, why)}"
-        for row in measured.rows
-        for name, why in row.stood_aside.items()
+        f"{row.name}: {name} stood aside, {why}" for row in measured.rows for name, why in row.stood_aside.items()
     ]
     found += [
         f"{row.name}: {name} computed {share:.1%} of its layers' attention at prefill"

@@ -98,13 +98,13 @@ def run(args: argparse.Namespace) -> int:
         chosen = paper.of(args.paper, args.model)
         args.pipelines = list(dict.fromkeys([*paper.pipelines(chosen), *args.pipelines]))
         args.tasks = args.tasks or ",".join(paper.tasks(chosen, judge=has_judge()))
-    from vtoken.config import unguarded
+    from vtoken.config import load
     from vtoken.evals.lmms.prepare import prepare
 
     prepare("vtoken eval")
     if args.threads is not None and args.threads < 1:
         raise ConfigError(f"threads must be at least 1, not {args.threads}")
-    pipelines = [unguarded(each) for each in args.pipelines]  # A typing error must not cost the loading of a model.
+    pipelines = [load(each) for each in args.pipelines]  # A typing error must not cost the loading of a model.
     tasks = expand(args.tasks.split(","))
     import torch
 

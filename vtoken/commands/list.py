@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,9 +19,10 @@ EXAMPLES = """examples:
   vtoken list --markdown                       # vtoken's own stages and presets, as in docs/methods.md
   vtoken list --markdown short                 # the table of the README
 """
+DIFFER = "NAME-64, a preset, is a paper's whole recipe, policies included; NAME:64 is the bare stage with its defaults."
 SHORT_COLUMNS = ("stage", "site", "summary", "paper")
 STAGE_COLUMNS = ("stage", "kind", "site", "needs", "options", "paper", "summary")
-PRESET_COLUMNS = ("preset", "positions", "min_visual_tokens", "stages", "summary")
+PRESET_COLUMNS = ("preset", "positions", "stages", "summary")
 COST_COLUMNS = ("stage", "site", "facts", "bytes", "FLOPs", "families", "paper")
 
 
@@ -68,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print_table(("stage", "kind", "site"), shown)
         _print_table(("preset",), presets())
+        print(*wrap(DIFFER, 80), sep="\n")
         for name, reason in broken.items():
             print(f"broken: {name}: {reason}", file=sys.stderr)
     return 0
@@ -183,7 +186,7 @@ def presets() -> list[dict[str, Any]]:
         rows.append(
             {
                 "preset": name,
-                **{key: getattr(pipeline, key) for key in (*config.POLICIES, config.LEAST[0])},
+                **{key: getattr(pipeline, key) for key in config.POLICIES},
                 "stages": stages,
                 "summary": comment.lstrip("# "),
             }
@@ -258,9 +261,9 @@ def _print_table(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from vtoken.config import LEAST, POLICIES
+    from vtoken.config import POLICIES
 
-    usual = {key: values[0] for key, (values, _) in POLICIES.items()} | {LEAST[0]: 0}
+    usual = {key: values[0] for key, (values, _) in POLICIES.items()}
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 1, 0))
     for column in columns:
         table.add_column(column, no_wrap=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtoken.errors import VtokenError
-from vtoken.evals.options import mend
 
 if TYPE_CHECKING:
     from vtoken.evals.media import Media
@@ -91,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"wrote {out}: {kept} of {total} visual tokens kept")
         for name, why in seen.aside.items():
-            print(f"{name} stood aside: {why}{mend(pipeline.name, why)}")
+            print(f"{name} stood aside: {why}")
         if any(stage.site == "cache" and stage.stood_aside is None for stage in seen.stages):
             held = sorted({count for (count,) in seen.cached})
             many = " to ".join(map(str, {held[0]: 0, held[-1]: 0}))

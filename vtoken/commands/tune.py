@@ -17,7 +17,7 @@ a space file:
   alternatives:                                # each a list of stages, as in a pipeline file
     before: [fastervlm: {keep: {low: 16, high: 192, log: true}}]
     inside: [fastv: {layer: {values: [1, 2]}, keep: {low: 16, high: 192, log: true}}]
-  positions: {values: [original, compact]}     # left out: original
+  positions: {values: [original, compact]}     # left out: original; newline, anyres and min_visual_tokens likewise
 a range is {values: [..]} or {low:, high:}, with step: or log: true; whole bounds give whole numbers.
 
 examples:
@@ -36,7 +36,7 @@ reach the floor any more, or is below it and below the median of the trials befo
 over documents (F1, sums) is known only after all of them, so nothing is stopped.
 
 Run it again with more --trials to go on. DIR holds best-1.yaml, best-2.yaml, ... (the Pareto front; the cheapest that keeps enough comes
-first), tune.json (all trials) and study.db (Optuna's). The samples that choose a pipeline flatter it: score the best with vtoken eval
+first; none that cost as much as dense or more), tune.json (all trials) and study.db (Optuna's). The samples that choose a pipeline flatter it: score the best with vtoken eval
 on others.
 """
 
@@ -169,8 +169,15 @@ def _print(search: Any, files: list[Path]) -> None:
     )
     if found["dense"] is not None:
         print("dense: " + ", ".join(f"{name} {value:.6g}" for name, value in found["dense"].items()))
-    if not files or search.best()[0].values[0] < search.floor:
+    word, slow = "faster" if search.objective == "ttft" else "cheaper", len(search.no_gain())
+    if slow:
+        print(f"{slow} trials were not {word} than dense, and are not recommended")
+    if slow and not files:
+        print(f"no trial was {word} than dense: take the stock model, or lower budgets and longer prompts")
+    elif not files or search.best()[0].values[0] < search.floor:
         print("no trial keeps enough: allow larger budgets, more trials, or a lower --keep-accuracy")
+    if files and search.objective == "flops":
+        print(f"FLOPs are counted, no time was taken: vtoken bench {search.about.get('model')} {files[0]} tells")
     print(f"wrote {search.folder / 'tune.json'} and {len(files)} pipelines")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from vtoken.errors import ConfigError
+from vtoken.errors import ConfigError, about
 from vtoken.evals.configs import resolve_config
 from vtoken.evals.geometry import Geometry, ImageSize, geometry
 from vtoken.evals.walk import Counts, Walk
@@ -39,6 +39,8 @@ class Pipeline(Protocol):
     def anyres(self) -> str: ...
     @property
     def min_visual_tokens(self) -> int: ...
+    @property
+    def written(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -156,10 +158,11 @@ def account(
     sides = () if image_size is None else (image_size,) if isinstance(image_size, int) else image_size
     if any(side < 1 for side in sides):
         raise ConfigError(f"image_size: {image_size} must be at least 1 pixel a side")
-    shape = geometry(config, image_size, images, frames, "model" if pipeline is None else pipeline.anyres)
     newline = "keep_if_row_has_token" if pipeline is None else pipeline.newline
     stages, threshold = ((), 0) if pipeline is None else (pipeline.stages, pipeline.min_visual_tokens)
-    walk = Walk(shape, images, text_tokens, stages, newline, threshold)
+    with about("" if pipeline is None else pipeline.written):
+        shape = geometry(config, image_size, images, frames, "model" if pipeline is None else pipeline.anyres)
+        walk = Walk(shape, images, text_tokens, stages, newline, threshold)
     shape = walk.shape
     size = dtype_bytes or _dtype_bytes(config)
     decoder = shape.decoder

@@ -1,4 +1,4 @@
-"""What commands have in common: options that say what a prompt shows, and how to have a preset act that stood aside."""
+"""What commands have in common: options that say what a prompt shows."""
 
 from __future__ import annotations
 
@@ -44,11 +44,3 @@ def _image_size(text: str) -> int | tuple[int, int]:
     if len(sides) not in (1, 2) or min(sides) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no image size; write 336 or 480x640 (height x width)")
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
-
-
-def mend(pipeline: str, why: str) -> str:
-    """Behind the reason why a preset's stage stood aside: how to have it act."""
-    from vtoken import registry
-
-    guarded = "min_visual_tokens" in why and pipeline in registry.presets()
-    return f" ({pipeline},min_visual_tokens=0 acts all the same)" if guarded else ""

@@ -42,7 +42,7 @@ class Boundary:
         resolve: the fact as the encoder stored it (layers resolved, substituted).
         unmerge: lets attention see merged tokens at all their places, if a stage asks for that.
         kv: shrinks the cache.
-        least, preset: as in Entry.
+        least: as in Entry.
     """
 
     def __init__(
@@ -61,12 +61,11 @@ class Boundary:
         unmerge: Unmerge | None = None,
         kv: CacheHooks | None = None,
         least: int = 0,
-        preset: str | None = None,
     ) -> None:
         self.adapter, self.run, self.owner, self.unmerge = adapter, run, owner, unmerge
         self.stages = [(stage, substituted(stage, adapter.substitutes)) for stage in stages]
         self.compact, self.always, self.kv, self.every = compact, always, kv, every
-        self.entry = Entry(adapter, run, resolve, newline, acts=bool(every), least=least, preset=preset)
+        self.entry = Entry(adapter, run, resolve, newline, acts=bool(every), least=least)
         self.switch = handle.switch
         self.last: Trace | None = None
         handle.before(adapter.lm, self._before)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
-from warnings import warn
 
 import torch
 from torch import Tensor
 
-from vtoken.errors import StoodAsideWarning, UnsupportedError
+from vtoken.errors import UnsupportedError
 from vtoken.hooks.flow import Flow, Prefill
 from vtoken.hooks.images import Located, check, locate
 from vtoken.hooks.prompt import answered, text_of
@@ -32,7 +31,7 @@ class Entry:
         resolve: the fact as the encoder stored it (layers resolved, substituted).
         newline: which newline tokens stay, see Prefill.
         acts: whether the pipeline has any stage.
-        least: visual tokens below which a row runs dense; `preset` that says so, if it is one: who did not choose the number is told.
+        least: visual tokens below which a row runs dense.
     """
 
     def __init__(
@@ -44,10 +43,9 @@ class Entry:
         *,
         acts: bool,
         least: int = 0,
-        preset: str | None = None,
     ) -> None:
         self.adapter, self.run, self.resolve, self.newline, self.acts = adapter, run, resolve, newline, acts
-        self.least, self.preset = least, preset
+        self.least = least
 
     def start(self, flow: Flow, visual: Tensor, riders: Sequence[Tensor] | None) -> tuple[Prefill, Tensor]:
         """Finds the images of the batch, and drops what the encoder dropped; returns the values [ΣK, D] of the live tokens too."""
@@ -86,14 +84,6 @@ class Entry:
             project=self.project if self.adapter.encoder.unit == 1 else None,
         )
         trace.dense_rows = sorted(prefill.spared)
-        if prefill.aside is not None and self.preset is not None:
-            preset, self.preset = self.preset, None
-            warn(
-                f"preset {preset} leaves this to the stock model, which by a model of cost is faster here: {prefill.aside}. "
-                f'"{preset},min_visual_tokens=0" acts all the same. This is said once, vtoken.trace tells of every prompt',
-                StoodAsideWarning,
-                stacklevel=2,
-            )
         if hidden or any(encode.alive is not None for encode in located.encodes):
             values = entered(prefill, values)
         if self.newline == "drop" and self.acts and prefill.aside is None:

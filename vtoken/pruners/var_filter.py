@@ -11,6 +11,12 @@ from torch import Tensor
 
 from vtoken.stages import Keep, Site, Stage, VisualTokens, keep_all
 
+# Channels in which sinks show -> the LLM, its layers and channels.
+PUBLISHED: dict[tuple[int, ...], tuple[str, int, int]] = {
+    (1415, 2533): ("LLaMA-2-7B", 32, 4096),
+    (2100, 4743): ("LLaMA-2-13B", 40, 5120),
+}
+
 
 class VarFilter(Stage):
     """Before decoder layer `layer`, drops the visual tokens whose hidden state, divided by its root mean square, exceeds `tau` in one
@@ -36,25 +42,24 @@ class VarFilter(Stage):
     tau: float = Field(default=20.0, gt=0, description="how many times the root mean square a channel must be")
     dims: tuple[int, ...] | None = Field(
         default=None,
-        description="channels of the LLM in which sinks show: [1415, 2533] for LLaMA-2-7B (LLaVA-1.5-7B), [2100, 4743] for 13B; null: all",
+        description="channels of the LLM in which sinks show: [1415, 2533] for LLaMA-2-7B (LLaVA-1.5-7B), [2100, 4743] for 13B, refused by LLMs of other sizes; null: all",
     )
 
     def layers(self, depth: int) -> tuple[int, ...]:
         return (self.layer,)
 
-    def select(self, tokens: VisualTokens) -> Keep:
-        """A loop over images for the token that stays in any case.
-
-        Raises:
-            ValueError: a channel that the hidden states do not have.
-        """
-        width = tokens.x.shape[1]
+    def misfit(self, depth: int, width: int) -> str:
         wrong = [d for d in self.dims or () if not 0 <= d < width]
-        if wrong:
-            raise ValueError(
-                f"var_filter: dims {wrong} do not exist in hidden states of {width} channels; they belong to another LLM. Leave dims "
-                "out to look at all channels"
-            )
+        llm, *own = PUBLISHED.get(tuple(sorted(self.dims or ())), ("another LLM", depth, width))
+        if not wrong and own == [depth, width]:
+            return ""
+        return (
+            f"sinks show in channels {list(self.dims or ())} of {llm}, not in those of this LLM ({depth} layers, {width} channels); "
+            "leave dims out to look at all channels, or give those of this LLM"
+        )
+
+    def select(self, tokens: VisualTokens) -> Keep:
+        """A loop over images for the token that stays in any case."""
         strength = massive(tokens.x, self.dims)
         stay = strength <= self.tau
         start = 0

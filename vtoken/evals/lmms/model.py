@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any, NoReturn
 
@@ -31,7 +32,9 @@ class VtokenModel(lmms):
 
     Args:
         pretrained: shipped model, folder or hub name.
-        pipeline: preset, `method:budget` or YAML file (one with commas must be a file here); "none" is the stock model, not wrapped.
+        pipeline: preset, `method:budget` or YAML file; "none" is the stock model, not wrapped. lmms-eval parts arguments at commas: stages
+            with further options must be a file here.
+        positions, newline, anyres, min_visual_tokens: policies in place of the pipeline's own.
         device, dtype, attn_implementation, revision: of the model; None is its own. Under torchrun every process takes a GPU.
         batch_size: prompts at a time, left-padded.
         min_pixels, max_pixels: of a picture, Qwen families; None is the processor's own.
@@ -70,6 +73,7 @@ class VtokenModel(lmms):
         **unknown: Any,
     ) -> None:
         super().__init__()
+        policies = {key: unknown.pop(key) for key in config.POLICY_KEYS if key in unknown}
         if unknown:
             raise ConfigError(f"unknown model_args: {', '.join(sorted(unknown))}")
         try:
@@ -82,7 +86,11 @@ class VtokenModel(lmms):
             raise ConfigError("lmms_eval_pixels sets min_pixels and max_pixels; give one or the others")
         if lmms_eval_pixels:
             min_pixels, max_pixels = LMMS_EVAL_PIXELS
-        parsed = config.unguarded(pipeline)
+        parsed = config.load(pipeline)
+        if policies:
+            written = ",".join([parsed.name, *(f"{key}={value}" for key, value in policies.items())])
+            own = {key: getattr(parsed, key) for key in config.POLICY_KEYS}
+            parsed = replace(config.load({**own, **policies, "stages": parsed.stages}), name=written)
         if device is None and "LOCAL_RANK" in os.environ and models.to_device(None).type == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         model = models.load(

@@ -78,7 +78,7 @@ class Sweep(Strict):
             for method in self.methods
             for budget in self.budgets
         ]
-        return [config.unguarded(each) for each in (*self.pipelines, *crossed)]
+        return [config.load(each) for each in (*self.pipelines, *crossed)]
 
     def model_args(self) -> dict[str, Any]:
         """Arguments of `VtokenModel`, the device aside."""

@@ -134,7 +134,8 @@ class Search:
         return self.judge.quality(scores)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything that was tried, in order; `best` numbers trials, the cheapest at or above the floor first. `dense`, and `tasks`
+        """Everything that was tried, in order; `best` numbers trials, the cheapest at or above the floor first, `no_gain` those
+        that were no cheaper than dense. `dense`, and `tasks`
         of a trial, are the tasks' own metrics where those are kept."""
         trials = [
             {
@@ -149,11 +150,17 @@ class Search:
         about = self.study.user_attrs["about"]
         dense = None if self.judge.marks is None else self.judge.marks.base
         found = {"schema": "vtoken-tune/1", "about": about, "floor": self.floor, "dense": dense}
-        return {**found, "best": best, "trials": trials}
+        return {**found, "best": best, "no_gain": [t.number for t in self.no_gain()], "trials": trials}
+
+    def no_gain(self) -> list[FrozenTrial]:
+        """Trials that cost as much as the dense model or more, which are never recommended."""
+        done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return [t for t in done if t.values[1] >= 1]
 
     def best(self) -> list[FrozenTrial]:
-        """The Pareto front: first those at or above the floor, cheapest first, then the others, best first."""
-        front = {t.values[0]: t for t in sorted(self.study.best_trials, key=lambda t: -t.number)}.values()
+        """The Pareto front below dense's cost: first those at or above the floor, cheapest first, then the others, best first."""
+        gains = (t for t in self.study.best_trials if t.values[1] < 1)
+        front = {t.values[0]: t for t in sorted(gains, key=lambda t: -t.number)}.values()
         good = sorted((t for t in front if t.values[0] >= self.floor), key=lambda t: t.values[1])
         return good + sorted((t for t in front if t.values[0] < self.floor), key=lambda t: -t.values[0])
 

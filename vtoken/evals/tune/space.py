@@ -25,6 +25,9 @@ class Space(Strict):
         description="name -> stages; options may be {values: [..]} or {low:, high:}"
     )
     positions: Any = Field("original", description="as in a pipeline file, or {values: [original, compact]}")
+    newline: Any = Field("keep_if_row_has_token", description="as in a pipeline file, or a range")
+    anyres: Any = Field("model", description="as in a pipeline file, or a range")
+    min_visual_tokens: Any = Field(0, description="as in a pipeline file, or a range")
 
     @field_validator("alternatives")
     @classmethod
@@ -56,7 +59,8 @@ class Space(Strict):
 
     def draw(self, name: str, choose: Callable[[str, dict[str, Any]], Any]) -> Pipeline:
         """The alternative with every range replaced by what `choose(key, range)` gives; keys are as "zip/0.visionzip.keep"."""
-        places = {"positions": self.positions, "stages": self.alternatives[name]}
+        policies = {key: getattr(self, key) for key in Space.model_fields if key != "alternatives"}
+        places = {**policies, "stages": self.alternatives[name]}
         filled = _filled(places, name + "/", choose)
         return config.load(filled)
 
