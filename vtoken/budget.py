@@ -1,10 +1,11 @@
-"""How many tokens to keep: `64`, `25%`, `{total: 640}`, `{per_frame: 32}` or `{per_crop: 64}`, turned into whole numbers."""
+"""How many tokens to keep: `64`, `25%`, `{total: 640}`, `{per_frame: 32}` or `{per_crop: 64}`, turned into whole numbers: a share to the nearest."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from fractions import Fraction
+from math import ceil
 from typing import Any
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
@@ -72,12 +73,13 @@ class Budget:
                 lengths (largest remainder, ties to the earlier image).
 
         Returns:
-            One count per image: at least 1 (0 for an image without tokens), at most its length.
+            One count per image: at least 1 (0 for an image without tokens), at most its length. A share is rounded to the nearest, halves
+            down.
         """
         if self.tokens is not None:
             wanted = [self.tokens] * len(lengths)
         elif self.share is not None:
-            wanted = [n * self.share.numerator // self.share.denominator for n in lengths]
+            wanted = [ceil(n * self.share - Fraction(1, 2)) for n in lengths]
         else:
             wanted = self._split(lengths, row)
         return tuple(min(max(1, k), n) for k, n in zip(wanted, lengths, strict=True))

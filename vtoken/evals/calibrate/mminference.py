@@ -1,7 +1,7 @@
 """`vtoken calibrate mminference`: which pattern each head reads along, searched on one prompt.
 
-Every head takes the pattern that recalls most of its attention among the visual tokens, a later one only if it recalls 0.01 more:
-the order is from cheap to costly. The rows are those of the vision, as in the authors' search.
+Every head takes the pattern that recalls most of what visual tokens attend to among visual tokens, a later one only if it recalls 0.01
+more of all their attention: the order is from cheap to costly. Text keys take their part, as in the authors' search.
 """
 
 from __future__ import annotations
@@ -48,13 +48,14 @@ class Search(SparseAttention):
 
 
 def recall(prompt: Prompt, reads: Reads) -> Tensor:
-    """[H] share of the attention among the visual tokens that a decision keeps, mean over the visual queries."""
+    """[H] share of the attention of visual queries, over all keys, that goes to visual keys and that a decision keeps; mean over queries."""
     seen = (prompt.image >= 0).nonzero()[:, 0]
     groups, total = prompt.heads // len(prompt.k), torch.zeros(prompt.heads)
-    keys = prompt.k[:, seen].float().repeat_interleave(groups, 0)
+    keys = prompt.k.float().repeat_interleave(groups, 0)
+    place = torch.arange(prompt.length, device=seen.device)
     for rows in seen.split(QUERIES):
         scores = prompt.q[:, rows].float() @ keys.transpose(1, 2) * prompt.scale
-        share = scores.masked_fill(seen > rows[:, None], -torch.inf).softmax(-1)
+        share = scores.masked_fill(place > rows[:, None], -torch.inf).softmax(-1)[..., seen]
         total += torch.where(reads.visible(rows)[..., seen], share, 0).sum((1, 2)).cpu()
     return total / len(seen)
 
