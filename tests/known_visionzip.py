@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 import torch
 from packing import tokens
 
@@ -64,8 +63,8 @@ def visionzip():
     ).index.tolist() == [1, 2, 3, 4]
     assert [stage(keep=k)._merged(k) for k in (192, 128, 64, 32)] == [30, 20, 10, 5], "published splits"
 
-    with pytest.raises(ValueError, match=r"heads: 3 does not divide .* 2 wide"):
-        stage(keep=4, heads=3).select(seven)
+    assert "heads: 3 does not divide" in stage(keep=4, heads=3).misfit_tower(32, 1)
+    assert not stage(keep=4, heads=4).misfit_tower(32, 1) and not stage(keep=4).misfit_tower(33, 4)
 
     lengths, parts = (40, 23), (((1, 5, 8),), ((1, 23, 1),))
     x, attention = draw(lengths, 6)

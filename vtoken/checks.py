@@ -77,6 +77,8 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
             )
         if why := stage.misfit(len(adapter.lm.layers), adapter.lm.config.hidden_size):
             raise OtherModelError(f"stage {stage.name}: {why}")
+        if why := stage.misfit_tower(adapter.encoder.width, adapter.encoder.unit):
+            raise UnsupportedError(f"stage {stage.name}: {why}")
         for need in stage.needs():
             check_fact(stage, need, adapter)
         check_layers(stage, adapter)

@@ -42,19 +42,14 @@ class VarFilter(Stage):
     def layers(self, depth: int) -> tuple[int, ...]:
         return (self.layer,)
 
-    def select(self, tokens: VisualTokens) -> Keep:
-        """A loop over images for the token that stays in any case.
-
-        Raises:
-            ValueError: a channel that the hidden states do not have.
-        """
-        width = tokens.x.shape[1]
+    def misfit(self, depth: int, width: int) -> str:
         wrong = [d for d in self.dims or () if not 0 <= d < width]
-        if wrong:
-            raise ValueError(
-                f"var_filter: dims {wrong} do not exist in hidden states of {width} channels; they belong to another LLM. Leave dims "
-                "out to look at all channels"
-            )
+        if not wrong:
+            return ""
+        return f"dims {wrong} do not exist in hidden states of {width} channels; they belong to another LLM. Leave dims out to look at all channels"
+
+    def select(self, tokens: VisualTokens) -> Keep:
+        """A loop over images for the token that stays in any case."""
         strength = massive(tokens.x, self.dims)
         stay = strength <= self.tau
         start = 0
