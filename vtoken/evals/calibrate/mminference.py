@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         args.model, device=args.device, dtype=args.dtype, random_weights=args.random_weights, seed=args.seed
     )
     if args.inputs is not None:
-        inputs = {k: v.to(model.device) for k, v in torch.load(args.inputs, weights_only=True).items()}
+        inputs = {k: v.to(model.device) for k, v in saved(args.inputs).items()}
     else:
         adapter = registry.adapter(model.config.model_type)(model)
         sizes = {"images": args.images, "frames": args.frames, "image_size": args.image_size}
@@ -104,6 +104,22 @@ def run(args: argparse.Namespace) -> int:
     told = {"tokens": length, "inputs": shown, "heads": stage.heads, "recall": recalls}
     tell_pipeline(args, told, rows, about, {"mminference": {"heads": stage.heads}})
     return 0
+
+
+def saved(file: Path) -> dict[str, Tensor]:
+    """The inputs in a file.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    try:
+        found = torch.load(file, weights_only=True, map_location="cpu")
+        if isinstance(found, dict) and "input_ids" in found and all(isinstance(x, Tensor) for x in found.values()):
+            return found
+        what = "no dict of tensors with input_ids"
+    except Exception as error:  # bytes that no pickle wrote can raise anything
+        what = str(error).partition("\n")[0] or type(error).__name__
+    raise ConfigError(f"--inputs {file}: {what}; write it with torch.save(dict(processor(...)), FILE)") from None
 
 
 def search(model: Any, inputs: dict[str, Tensor]) -> tuple[Any, list[tuple[float, ...]]]:
