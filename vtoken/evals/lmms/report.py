@@ -10,6 +10,8 @@ from typing import Any
 
 from PIL import Image
 
+from vtoken.errors import VtokenError
+from vtoken.evals.lmms import whole
 from vtoken.evals.lmms.findings import COSTS, Evaluation, findings, read
 from vtoken.evals.plots import SERIES, fronts, looks, plot
 from vtoken.evals.report import Case, Panel, milliseconds, page, percent, ratio
@@ -138,8 +140,12 @@ def cases(evaluation: Evaluation) -> tuple[Case, ...]:
 def _picture(folder: Path, name: str | None) -> Image.Image | None:
     if name is None:
         return None
-    with Image.open(folder / name) as picture:
-        return picture.convert("RGB")
+    file = whole.inside(folder, name, folder / "results.json")
+    try:
+        with Image.open(file) as picture:
+            return picture.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise VtokenError(f"{file} is no picture that can be read: {error}") from error
 
 
 def markdown(found: Mapping[str, Any]) -> str:
