@@ -21,7 +21,7 @@ SUMMARY = "thresholds of dtome, or of dtome_post on Qwen models, from a folder o
 BUDGETS, SCHEDULES = ("low", "mid", "high"), ("constant", "linear", "reverse_linear")
 EXAMPLES = """examples:
   vtoken calibrate dtome llava-hf/llava-1.5-7b-hf --images coco/ --budget mid -o mid.safetensors
-  vtoken show picture.jpg --pipeline dtome:thresholds=mid.safetensors --model llava-hf/llava-1.5-7b-hf
+  vtoken show llava-hf/llava-1.5-7b-hf dtome:thresholds=mid.safetensors picture.jpg
 """
 
 

@@ -20,6 +20,11 @@ from vtoken.evals.options import add_pictures
 from vtoken.reading import Prompt, Reads, SparseAttention, everything
 
 SUMMARY = "search MMInference's pattern of every head on one prompt of random or given pictures"
+EXAMPLES = """examples:
+  vtoken calibrate mminference tiny-llava -o table.yaml            # the form of a table, on random pictures
+  vtoken calibrate mminference Qwen/Qwen2.5-VL-7B-Instruct --inputs clip.pt --dtype bfloat16 -o table.yaml
+  vtoken bench Qwen/Qwen2.5-VL-7B-Instruct table.yaml
+"""
 LONGEST = 25_000  # tokens of the authors' sample; longer ones take too long
 GAIN = 0.01
 QUERIES = 256  # rows of an attention map held at once
@@ -61,6 +66,7 @@ def recall(prompt: Prompt, reads: Reads) -> Tensor:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EXAMPLES
     parser.add_argument("model", metavar="MODEL", help="shipped model, folder or hub name")
     parser.add_argument("--text-tokens", type=int, default=64, metavar="N", help="text tokens (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of text and pictures (default: %(default)s)")
