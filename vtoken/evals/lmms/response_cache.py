@@ -11,8 +11,6 @@ from lmms_eval.caching.response_cache import ResponseCache
 
 from vtoken.errors import UnsupportedError
 
-KEY = "_model_fingerprint_hash"
-
 
 def identify(cls: type) -> None:
     """From now on a cache asks every model of this class for its `repr` before it looks an answer up."""
@@ -22,7 +20,7 @@ def identify(cls: type) -> None:
     def with_identity(self: Any, lm: Any, reqtype: str, requests: list[Any]) -> Any:
         """Raises UnsupportedError: this lmms-eval makes its key of something else."""
         if isinstance(lm, cls):
-            if not hasattr(self, KEY):
+            if not hasattr(self, "_model_fingerprint_hash"):
                 raise UnsupportedError("this lmms-eval's cache cannot tell pipelines apart; leave --use_cache out")
             vars(self)[KEY] = sha256(f"{self.model_fingerprint}|{lm!r}".encode()).hexdigest()[:16]
         return execute(self, lm, reqtype, requests)
