@@ -22,7 +22,7 @@ def identify(cls: type) -> None:
         if isinstance(lm, cls):
             if not hasattr(self, "_model_fingerprint_hash"):
                 raise UnsupportedError("this lmms-eval's cache cannot tell pipelines apart; leave --use_cache out")
-            vars(self)[KEY] = sha256(f"{self.model_fingerprint}|{lm!r}".encode()).hexdigest()[:16]
+            self._model_fingerprint_hash = sha256(f"{self.model_fingerprint}|{lm!r}".encode()).hexdigest()[:16]
         return execute(self, lm, reqtype, requests)
 
     ResponseCache.execute = with_identity
