@@ -96,8 +96,8 @@ def lengths(config: Any, up_to: int, image_size: ImageSize | None = None, frames
         except ConfigError:
             continue
     for count in COUNTS[1:]:
-        each = size_of(geometry(config, image_size, count, frames).parts)
-        found.append(Length(count * each, count, image_size))
+        one = size_of(geometry(config, image_size, count, frames).parts)
+        found.append(Length(count * one, count, image_size))
     found = sorted((each for each in found if each.visual_tokens <= up_to), key=lambda each: each.visual_tokens)
     if not found:
         raise ConfigError(f"one picture has {own.visual_tokens} visual tokens, more than the {up_to} to be tried")

@@ -12,7 +12,10 @@ from torch import Tensor
 from vtoken.stages import Keep, Site, Stage, VisualTokens, keep_all
 
 # Channels in which sinks show -> the LLM, its layers and channels.
-PUBLISHED = {(1415, 2533): ("LLaMA-2-7B", 32, 4096), (2100, 4743): ("LLaMA-2-13B", 40, 5120)}
+PUBLISHED: dict[tuple[int, ...], tuple[str, int, int]] = {
+    (1415, 2533): ("LLaMA-2-7B", 32, 4096),
+    (2100, 4743): ("LLaMA-2-13B", 40, 5120),
+}
 
 
 class VarFilter(Stage):
