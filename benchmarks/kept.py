@@ -27,19 +27,18 @@ def main() -> None:
     given = parser.parse_args()
 
     import torch
-    from PIL import Image
+    from PIL.Image import Resampling
 
     from vtoken.evals import reference
     from vtoken.evals.demo import inputs_of
     from vtoken.evals.lineup import lineup, prefill
-    from vtoken.evals.media import Media
+    from vtoken.evals.media import Media, still
     from vtoken.evals.overlay import captioned, drawn, owners, sheet, views
 
     model, processor = reference.load(given.model)
     question = reference.questions(1)[0]
     prompt = inputs_of(processor, question)
-    with Image.open(question.image) as original:
-        picture = original.convert("RGB")
+    picture = still(question.image)
     tiles = []
     with torch.inference_mode():
         for label, pipeline in lineup(model, prompt, (given.keep,), everything=True).pipelines.items():
@@ -52,7 +51,7 @@ def main() -> None:
             shown = drawn(rasters, seen.parts[0], seen.kept[0], owners(seen, 0), side=side, columns=1)
             if not tiles:
                 size = (shown.width, round(shown.width * picture.height / picture.width))
-                tiles.append(captioned(picture.resize(size, Image.Resampling.BICUBIC), f"all: {total}"))
+                tiles.append(captioned(picture.resize(size, Resampling.BICUBIC), f"all: {total}"))
             if kept < total:
                 tiles.append(captioned(shown, f"{label.partition(':')[0]}: {kept}"))
     sheet(tiles, given.columns, background="white").save(given.out, quality=82, optimize=True)

@@ -77,12 +77,12 @@ class Made:
         return self.file("gates.safetensors", "train-exit", self.model, *data, *shape)
 
     def pipeline(self, method: str, *options: str, limit: int) -> Pipeline:
-        import yaml
+        from vtoken import source
 
         data = ("--data", str(self.data), "--limit", str(limit))
         name = "-".join([method, *(o.strip("-") for o in options)]) + ".yaml"
-        text = Path(self.file(name, "calibrate", method, self.model, *data, *options)).read_text()
-        stages: Pipeline = yaml.safe_load(text)["stages"]
+        made = Path(self.file(name, "calibrate", method, self.model, *data, *options))
+        stages: Pipeline = source.read(made)[0]["stages"]
         return stages
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-import yaml
 
 from vtoken import config, registry
 from vtoken.budget import Budget
@@ -18,6 +17,7 @@ from vtoken.errors import ConfigError
 from vtoken.pruners.fastervlm import FasterVLM
 from vtoken.pruners.random import Random
 from vtoken.schema import schema as pipeline_schema
+from vtoken.source import parse
 from vtoken.stages import Pruner, Site
 
 FASTER = FasterVLM(keep=64)  # type: ignore[arg-type]
@@ -90,7 +90,7 @@ def test_a_file_loads_by_path_and_by_text_of_its_path(write: Any) -> None:
         ("stages:\n  - random:\n      keep: 200%\n", 3, "at most 100%"),
         ("stages:\n  - random:\n      keep: {totl: 3}\n", 3, "{total: 640}"),
         ("stages:\n  - pool: {size: 0}\n", 2, "accepted: a whole number >= 1"),
-        ("stages:\n  - pool: {size: 2001-01-01}\n", 2, "must be plain data"),
+        ("stages:\n  - pool: {size: 2001-01-01}\n", 2, "accepted: a whole number >= 1"),
         ("stages:\n  - fastervlm: 64\n", 2, "options of stage 'fastervlm' must be a mapping"),
         ("stages:\n  - pool\n  - fastervlm:\n    keep: 64\n", 3, "indent ['keep'] to make them options"),
         ("stages:\n  - 3\n", 2, "a stage is a name"),
@@ -103,7 +103,7 @@ def test_a_file_loads_by_path_and_by_text_of_its_path(write: Any) -> None:
         ("stages: []\npositions: compact\nstages: [pool]\n", 3, "duplicate key 'stages', first on line 1"),
         ("stages:\n  - random:\n      keep: 64\n      keep: 32\n", 4, "duplicate key 'keep', first on line 3"),
         ("stages:\n  - pool\n  - [\n", 4, "not valid YAML"),
-        ("stages:\n  - !!python/object/apply:os.getcwd []\n", 2, "not valid YAML"),
+        ("stages:\n  - !!python/object/apply:os.getcwd []\n", 2, "is not read here; leave it out"),
         ("stages: []\n---\nstages: []\n", 2, "not valid YAML"),
     ],
 )  # fmt: skip
@@ -165,12 +165,12 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
 
 
 def test_aliases_neither_loop_nor_explode(write: Any) -> None:
-    assert "a stage is a name" in refusal(write("stages: &a\n  - *a\n"))
+    assert "inside of what it names" in refusal(write("stages: &a\n  - *a\n"))
     doubling = "".join(f"  - &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60))
     assert len(refusal(write(f"stages:\n  - &a0 [x]\n{doubling}"))) < 400
 
 
-@pytest.mark.parametrize("keep", [64, "25%", "33.3%", "0.01%", {"total": 640}])
+@pytest.mark.parametrize("keep", [64, "25%", "33.3%", "0.01%", "0.00001%", {"total": 640}])
 @pytest.mark.parametrize("positions", ["original", "compact"])
 def test_dump_round_trips(write: Any, keep: Any, positions: str) -> None:
     data = {"positions": positions, "stages": [{"pool": {"size": 3}}, {"random": {"keep": keep, "seed": 7}}]}
@@ -238,7 +238,7 @@ def test_schema_and_loader_agree(write: Any, text: str, good: bool) -> None:
     if importlib.util.find_spec("jsonschema"):
         from jsonschema import Draft202012Validator
 
-        assert Draft202012Validator(pipeline_schema()).is_valid(yaml.safe_load(text)) == good
+        assert Draft202012Validator(pipeline_schema()).is_valid(parse(text)[0]) == good
 
 
 def test_schema_is_whole() -> None:
@@ -265,4 +265,4 @@ def test_every_preset_builds_and_fits_the_schema(name: str) -> None:
     if importlib.util.find_spec("jsonschema"):
         from jsonschema import validate
 
-        validate(yaml.safe_load(text), pipeline_schema())
+        validate(parse(text)[0], pipeline_schema())

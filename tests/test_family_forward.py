@@ -8,11 +8,13 @@ import pytest
 import tiny
 import torch
 from accelerate import cpu_offload, dispatch_model
-from modes import STAGES, every, families, greedy
+from modes import ROWS, STAGES, every, families, greedy
 from packaging.version import Version
 from probes import Deep, Inside, Ragged, Recorder
+from usual import stage
 
 import vtoken
+from vtoken import registry
 from vtoken.errors import UnsupportedError
 
 
@@ -198,6 +200,27 @@ def test_gradient_checkpointing(model, batch, stages):
     assert plain.keys() == again.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(again[name], gradient)
+
+
+@families
+@pytest.mark.parametrize("name", [n for n in registry.stages() if registry.stage(n).site == "cache" and n != "kvpress"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_cache_stage_refuses_gradient_checkpointing(family, name, reentrant):
+    """Which runs layers without a cache; evaluated, the same model is served."""
+    model = tiny.make(family)
+    batch = tiny.build(model, ROWS[:1], seed=3)
+    labels = batch["input_ids"].clone()
+    labels[:, :-2] = -100
+    with vtoken.wrapped(model, [stage(name, seed=2)]):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        for use_cache in (None, True):
+            model.train()
+            with pytest.raises(
+                UnsupportedError, match=f"stage {name} shrinks the KV cache, and gradient checkpointing"
+            ):
+                model(**batch, labels=labels, use_cache=use_cache).loss.backward()
+        model.eval()
+        assert model(**batch, labels=labels, use_cache=True).loss.isfinite()
 
 
 @families

@@ -48,7 +48,8 @@ MAY_IMPORT = {
     "registry": {"errors", "stages", "adapters"},
     "source": {"errors"},
     "wording": {"errors", "stages", "budget"},
-    "config": GROUND | {"errors", "registry", "source", "wording"},
+    "short": {"errors", "registry", "source"},
+    "config": GROUND | {"errors", "registry", "short", "source", "wording"},
     "schema": {"config", "registry", "stages"},
     "checks": LOWER,
     "wrap": LOWER | {"checks"},
@@ -76,7 +77,8 @@ MAY_IMPORT_FROM_OTHERS = {
     "compressors": {"torch", "pydantic", "safetensors"},
     "source": {"yaml"},
     "wording": {"pydantic"},
-    "config": {"pydantic", "yaml"},
+    "short": set(),
+    "config": {"pydantic"},
     "schema": {"pydantic"},
 }
 
@@ -87,7 +89,7 @@ def layer_of(file: Path) -> str:
 
 def imports(file: Path) -> Iterator[str]:
     """Dotted names of everything a file imports, wherever in the file, relative ones made absolute."""
-    package = ["vtoken", *file.relative_to(PACKAGE).parts[:-1]]
+    package = list(file.relative_to(ROOT).parts[:-1])
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -112,6 +114,17 @@ def test_imports_go_down(file: Path) -> None:
             assert target in MAY_IMPORT[layer], f"{layer} must not import {name}"
         elif top not in sys.stdlib_module_names and layer in MAY_IMPORT_FROM_OTHERS:
             assert top in MAY_IMPORT_FROM_OTHERS[layer], f"{layer} must not import {name}"
+
+
+@pytest.mark.parametrize("file", [*SOURCES, *sorted((ROOT / "benchmarks").glob("*.py"))], ids=relative)
+def test_one_place_reads_yaml(file: Path) -> None:
+    names = {name.partition(".")[0] for name in imports(file)}
+    assert "yaml" not in names or file == PACKAGE / "source.py"
+
+
+@pytest.mark.parametrize("file", [*SOURCES, *sorted((ROOT / "benchmarks").glob("*.py"))], ids=relative)
+def test_one_place_opens_pictures(file: Path) -> None:
+    assert ("Image.open(" in file.read_text(encoding="utf-8")) == (file == PACKAGE / "evals" / "media.py")
 
 
 MODULES = re.compile(r"(model|module|layers?|block|lm|attn|attention|config|encoder|decoder|projector|outer|adapter)$")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Sequence
+from decimal import Decimal
 from fractions import Fraction
-from typing import Any
+from numbers import Integral
+from typing import Any, TypeGuard
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
@@ -13,6 +16,11 @@ from pydantic_core import CoreSchema, core_schema
 
 _HELP = "write a count per image (64), a share (25%), or a count per sample ({total: 640}), frame or crop ({per_frame: 32}, {per_crop: 64})"
 PER_SEGMENT = ("per_frame", "per_crop")
+
+
+def _whole(value: Any) -> TypeGuard[int]:
+    """Whether it is a whole number, of Python or numpy."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 class Budget:
@@ -40,23 +48,21 @@ class Budget:
         per: str | None = None
         if isinstance(value, Budget):
             tokens, share, total, per = value.tokens, value.share, value.total, value.per
-        elif isinstance(value, bool):
-            raise ValueError(f"keep: {value!r} is not a budget; {_HELP}")
-        elif isinstance(value, int):
-            tokens = value
-        elif isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?%", value):
+        elif _whole(value):
+            tokens = int(value)
+        elif isinstance(value, str) and re.fullmatch(r"[0-9]+(\.[0-9]+)?%", value):
             share = Fraction(value[:-1]) / 100
-        elif isinstance(value, dict) and list(value) == ["total"] and type(value["total"]) is int:
-            total = value["total"]
+        elif isinstance(value, dict) and list(value) == ["total"] and _whole(value["total"]):
+            total = int(value["total"])
         elif (
             isinstance(value, dict)
             and len(value) == 1
             and (only := next(iter(value))) in PER_SEGMENT
-            and type(value[only]) is int
+            and _whole(value[only])
         ):
-            per, tokens = only, value[only]
+            per, tokens = only, int(value[only])
         else:
-            raise ValueError(f"keep: {value!r} is not a budget; {_HELP}")
+            raise ValueError(f"keep: {reprlib.repr(value)} is not a budget; {_HELP}")
         if share is not None and not 0 < share <= 1:
             raise ValueError(f"keep: {value} must be above 0% and at most 100%")
         if any(n is not None and n < 1 for n in (tokens, total)):
@@ -112,7 +118,7 @@ class Budget:
             return {"total": self.total}
         assert self.share is not None
         percent = self.share * 100
-        return f"{percent.numerator if percent.denominator == 1 else float(percent)}%"
+        return f"{Decimal(percent.numerator) / percent.denominator:f}%"
 
     def __repr__(self) -> str:
         return f"Budget({self.plain()!r})"
@@ -138,7 +144,7 @@ class Budget:
             "description": "tokens to keep: a count per image, a share of them, or a count per sample, frame or crop",
             "anyOf": [
                 {"type": "integer", "minimum": 1},
-                {"type": "string", "pattern": r"^\d+(\.\d+)?%$", "examples": ["25%"]},
+                {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?%$", "examples": ["25%"]},
                 *(
                     {
                         "type": "object",

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import ValidationError
 
 from vtoken import registry
 from vtoken.budget import Budget
-from vtoken.errors import ConfigError, about, unknown
-from vtoken.source import Source, parse
+from vtoken.errors import ConfigError, about, shown, unknown
+from vtoken.short import bare, options_of, short_form, stage_in
+from vtoken.source import Source, read
+from vtoken.source import dump as write_yaml
 from vtoken.stages import SITES, Stage
 from vtoken.wording import explain
 
@@ -69,8 +69,13 @@ class Pipeline:
     written: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        _check_order(self.stages, Source())
+        for key in POLICIES:
+            _check_policy(key, getattr(self, key), Source())
         _check_least(self.min_visual_tokens, Source())
+        for stage in self.stages:
+            if not isinstance(stage, Stage):
+                raise ConfigError(f"{shown(stage)} is no Stage; vtoken.config.load reads a list of names and options")
+        _check_order(self.stages, Source())
 
 
 PipelineLike = str | os.PathLike[str] | dict[str, Any] | Sequence[Any] | Stage | Pipeline
@@ -100,18 +105,20 @@ def load(pipeline: PipelineLike) -> Pipeline:
     if isinstance(pipeline, (str, os.PathLike)) and os.path.isfile(pipeline):
         return _from_file(Path(pipeline))
     if isinstance(pipeline, (str, os.PathLike)) and Path(pipeline).suffix in (".yaml", ".yml"):
+        if os.path.isdir(pipeline):
+            raise ConfigError(f"{shown(os.fspath(pipeline))} is a folder; write a path to a YAML file")
         close = get_close_matches(Path(pipeline).stem, registry.presets(), n=1)
         hint = f"; did you mean the preset {close[0]!r}?" if close else ""
-        raise ConfigError(f"pipeline file {os.fspath(pipeline)!r} does not exist{hint}")
+        raise ConfigError(f"pipeline file {shown(os.fspath(pipeline))} does not exist{hint}")
     text = pipeline if isinstance(pipeline, str) else ""
     preset, _, rest = text.partition(",")
     if rest and preset in registry.presets():
-        return _short(lambda: {**_options(rest), PRESET[0]: preset}, text, "preset")
-    if _stage_in(text):
-        return _short(lambda: _with_policies(*_short_form(text)), text, "pipeline")
+        return _short(lambda: {**options_of(rest), PRESET[0]: preset}, text, "preset")
+    if stage_in(text):
+        return _short(lambda: _with_policies(*short_form(text)), text, "pipeline")
     if isinstance(pipeline, str):
         raise ConfigError(
-            f"{unknown('preset', preset if rest else pipeline, registry.presets(), _bare(preset, '', text[len(preset) :]))}; or write a path to a YAML file, or a stage and its "
+            f"{unknown('preset', preset if rest else pipeline, registry.presets(), bare(preset, '', text[len(preset) :]))}; or write a path to a YAML file, or a stage and its "
             f"budget, as in fastervlm:64 (stages: {', '.join(registry.stages())})"
         )
     raise ConfigError(
@@ -123,50 +130,44 @@ def dump(pipeline: Pipeline) -> str:
     """YAML text that loads to the same policies and stages, every option written out."""
     stages = [{s.name: options} if (options := s.model_dump(mode="json")) else s.name for s in pipeline.stages]
     data = {**{key: getattr(pipeline, key) for key in POLICY_KEYS}, "stages": stages}
-    return yaml.safe_dump(data, sort_keys=False, default_flow_style=None)
+    return write_yaml(data)
 
 
 def _short(data: Callable[[], dict[str, Any]], text: str, what: str) -> Pipeline:
     """What a line of text says."""
-    written = f'{what} "{text}"'
+    written = f'{what} "{text if len(text) < 160 else text[:150] + "..."}"'
     with about(written):
         return replace(_from_data(data(), text, Source()), written=written)
 
 
 def _from_file(path: Path) -> Pipeline:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    data, source = parse(text, str(path))
+    data, source = read(path)
     found = _from_data(data, path.stem, source)
     return replace(found, written=f"{path} ({found.written})" if found.written else str(path))
 
 
 def _from_data(data: Any, name: str | None, source: Source) -> Pipeline:
     if not isinstance(data, dict):
-        raise source.error((), f"a pipeline is a mapping with positions and stages, not {reprlib.repr(data)}")
+        raise source.error((), f"a pipeline is a mapping with positions and stages, not {shown(data)}")
     for key in data:
         if key not in KEYS:
             hint = f"; stages go into a list, stages: [{key}: ...]" if key in registry.stages() else ""
             raise source.error((key,), unknown("key", key, KEYS) + hint)
     if PRESET[0] in data:
-        written = f'preset "{data[PRESET[0]]}"'
-        data, name = _on_preset(data, source), name or data[PRESET[0]]
+        preset, data = data[PRESET[0]], _on_preset(data, source)
+        name, written = name or str(preset), f'preset "{preset}"'
     else:
         written = ""
-    chosen = {key: data.get(key, values[0]) for key, (values, _) in POLICIES.items()}
-    for key, (values, _) in POLICIES.items():
-        if chosen[key] not in values:
-            accepted = " or ".join([", ".join(values[:-1]), values[-1]])
-            raise source.error((key,), f"{key} must be {accepted}, not {reprlib.repr(chosen[key])}")
-    least = data.get(LEAST[0], 0)
+    chosen: dict[str, Any] = {key: _native(data.get(key, values[0])) for key, (values, _) in POLICIES.items()}
+    for key, value in chosen.items():
+        _check_policy(key, value, source)
+    least = _native(data.get(LEAST[0], 0))
     _check_least(least, source)
     items = data.get("stages")
     if not isinstance(items, (list, tuple)):
         raise source.error(
             ("stages",),
-            f"stages must be a list, as in [fastervlm: {{keep: 64}}] (for none []), not {reprlib.repr(items)}",
+            f"stages must be a list, as in [fastervlm: {{keep: 64}}] (for none []), not {shown(items)}",
         )
     stages = tuple(_stage(item, ("stages", i), source) for i, item in enumerate(items))
     _check_order(stages, source)
@@ -179,20 +180,11 @@ def _from_data(data: Any, name: str | None, source: Source) -> Pipeline:
     )
 
 
-def _bare(name: str, before: str, after: str) -> str:
-    """Of a preset's name at a budget that no preset has, `fastervlm-96`: the stage at that budget."""
-    stage, _, keep = name.rpartition("-")
-    takes = stage in registry.stages() and "keep" in registry.stage(stage).model_fields
-    if not takes or not re.fullmatch(r"[1-9]\d*%?", keep) or name in registry.presets():
-        return ""
-    return f"{f'{before}{stage}:{keep}{after}'!r} (the stage with its defaults)"
-
-
 def _on_preset(data: dict[str, Any], source: Source) -> dict[str, Any]:
     """What a preset says, and over it what is said here."""
-    preset = data[PRESET[0]]
-    if preset not in registry.presets():
-        meant = _bare(str(preset), "stages: [", "]")
+    preset = _native(data[PRESET[0]])
+    if not isinstance(preset, str) or preset not in registry.presets():
+        meant = bare(preset, "stages: [", "]") if isinstance(preset, str) else ""
         raise source.error((PRESET[0],), unknown(PRESET[0], preset, registry.presets(), meant))
     if "stages" in data:
         raise source.error(("stages",), f"the stages are those of the preset {preset!r}; give one of the two")
@@ -204,17 +196,17 @@ def _on_preset(data: dict[str, Any], source: Source) -> dict[str, Any]:
 def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
     if isinstance(item, Stage):
         return item
-    if isinstance(item, str) and item not in registry.stages() and _stage_in(item):
+    if isinstance(item, str) and item not in registry.stages() and stage_in(item):
         try:
-            item = dict([_short_form(item)])
+            item = dict([short_form(item)])
         except ConfigError as error:
-            raise source.error(path, f"{item!r}: {error}") from None
+            raise source.error(path, f"{shown(item)}: {error}") from None
     name, options = next(iter(item.items())) if isinstance(item, dict) and len(item) == 1 else (item, None)
     if not isinstance(name, str):
         keys = f"; indent {list(item)[1:]} to make them options" if isinstance(item, dict) and len(item) > 1 else ""
         raise source.error(
             path,
-            f"a stage is a name or one name with its options, fastervlm: {{keep: 64}}, not {reprlib.repr(item)}{keys}",
+            f"a stage is a name or one name with its options, fastervlm: {{keep: 64}}, not {shown(item)}{keys}",
         )
     try:
         cls = registry.stage(name)
@@ -223,11 +215,11 @@ def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
     if not isinstance(options, (dict, type(None))):
         raise source.error(
             (*path, name),
-            f"options of stage {name!r} must be a mapping, as in {{keep: 64}}, not {reprlib.repr(options)}",
+            f"options of stage {name!r} must be a mapping, as in {{keep: 64}}, not {shown(options)}",
         )
     try:
         text = json.dumps(options or {}, default=_plain)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise source.error((*path, name), f"options of stage {name!r} must be plain data: {error}") from None
     try:
         # JSON mode is strict about numbers, texts and truth values, yet takes lists for tuples, as YAML writes them.
@@ -240,25 +232,19 @@ def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
         raise source.error((*path, name, option), f"stage {name!r}: {message}{policy}") from None
 
 
+def _native(value: Any) -> Any:
+    """Python's own for numpy's whole numbers and texts."""
+    if isinstance(value, Integral) and not isinstance(value, int):
+        return int(value)
+    return str(value) if isinstance(value, str) else value
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Budget):
         return value.plain()
-    raise TypeError(f"{value!r} is a {type(value).__name__}; write a number, text, list or mapping")
-
-
-SHORT = re.compile(r"([^:,]+)(?::|,(?=\s*\w+=)|$)(.*)", re.DOTALL)
-
-
-def _stage_in(text: str) -> bool:
-    match = SHORT.fullmatch(text)
-    return match is not None and match[1] in registry.stages()
-
-
-def _short_form(text: str) -> tuple[str, dict[str, Any]]:
-    """`NAME:KEEP,option=value` or `NAME,option=value` -> name and options; values are YAML."""
-    match = SHORT.fullmatch(text)
-    assert match is not None
-    return match[1], _options(match[2])
+    if isinstance(value, Integral):
+        return int(value)
+    raise TypeError(f"{shown(value)} is a {type(value).__name__}; write a number, text, list or mapping")
 
 
 def _with_policies(name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -267,19 +253,11 @@ def _with_policies(name: str, options: dict[str, Any]) -> dict[str, Any]:
     return {**policies, "stages": [{name: options}]}
 
 
-def _options(rest: str) -> dict[str, Any]:
-    """`KEEP,option=value` -> options."""
-    options: dict[str, Any] = {}
-    for part in re.split(r",(?=\s*\w+=)", rest) if rest else []:
-        match = re.fullmatch(r"\s*(\w+)=(.*)", part, re.DOTALL)
-        key, value = match.groups() if match else ("keep", part)
-        if key in options:
-            raise ConfigError(f"option {key!r} is given twice; remove one")
-        try:
-            options[key] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError):
-            raise ConfigError(f"{value!r} is not a value of {key!r}; write one as in YAML: 64, 25%, [1, 2]") from None
-    return options
+def _check_policy(key: str, value: Any, source: Source) -> None:
+    values, _ = POLICIES[key]
+    if type(value) is not str or value not in values:
+        accepted = " or ".join([", ".join(values[:-1]), values[-1]])
+        raise source.error((key,), f"{key} must be {accepted}, not {shown(value)}")
 
 
 def _check_order(stages: Sequence[Stage], source: Source) -> None:
@@ -293,5 +271,5 @@ def _check_order(stages: Sequence[Stage], source: Source) -> None:
 
 
 def _check_least(least: Any, source: Source) -> None:
-    if type(least) is not int or least < 0:
-        raise source.error((LEAST[0],), f"{LEAST[0]} must be a whole number >= 0, not {reprlib.repr(least)}")
+    if type(least) is not int or not 0 <= least < 2**63:
+        raise source.error((LEAST[0],), f"{LEAST[0]} must be a whole number >= 0, not {shown(least)}")

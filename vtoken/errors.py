@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 160, 160
+
+
+def shown(value: object) -> str:
+    """`repr` for messages, of at most a line."""
+    try:
+        text = _SHORT.repr(value)
+        return text if len(text) < 200 else f"{text[:190]}..."
+    except ValueError:  # Python does not write whole numbers of more than 4,300 digits.
+        return f"a {type(value).__name__} too long to write"
 
 
 class VtokenError(Exception):
@@ -41,7 +54,8 @@ def about(what: str) -> Iterator[None]:
 def unknown(what: str, name: object, known: Iterable[str], meant: str = "") -> str:
     """`unknown stage 'fastervm', did you mean 'fastervlm'? Known: ...`, for messages; `meant` in place of the closest name."""
     names = sorted(known)
-    close = get_close_matches(str(name), names, n=1)
+    text = shown(name)
+    close = get_close_matches(name if isinstance(name, str) else text, names, n=1)
     meant = meant or (repr(close[0]) if close else "")
     hint = f", did you mean {meant}?" if meant else "."
-    return f"unknown {what} {name!r}{hint} Known: {', '.join(names) or 'none'}"
+    return f"unknown {what} {text}{hint} Known: {', '.join(names) or 'none'}"

@@ -37,7 +37,15 @@ REFUSED = {"qwen3_5": _HYBRID, "qwen3_5_moe": _HYBRID}
 
 
 def _files(folder: str) -> list[str]:
-    return [m.name for m in iter_modules([str(ROOT / folder)]) if not m.name.startswith("_")]
+    path = str(ROOT / folder)
+    return list(_listed(path, _changed(path)))
+
+
+@lru_cache(maxsize=16)
+def _listed(folder: str, changed: int) -> tuple[str, ...]:
+    """Public names in a folder, of modules or presets; listed again only when it has changed."""
+    names = [m.name for m in iter_modules([folder])] + [file.stem for file in Path(folder).glob("*.yaml")]
+    return tuple(sorted(name for name in names if not name.startswith("_")))
 
 
 def _built_in() -> dict[str, str]:
@@ -161,7 +169,7 @@ def catalogue() -> tuple[dict[str, type[Stage]], dict[str, str]]:
 
 def presets() -> list[str]:
     """Names of the shipped pipelines."""
-    return sorted(file.stem for file in (ROOT / "presets").glob("*.yaml"))
+    return _files("presets")
 
 
 def preset_file(name: str) -> Path:

@@ -17,6 +17,8 @@ from vtoken.tracing import StageTrace, Trace
 
 KINDS = ("image", "video")  # of visual tokens; Run.visual counts from 1
 
+UNSEEN = "inputs_embeds came without pixels, so pictures that are merged in them already cannot be found"
+
 
 @dataclass(frozen=True)
 class Lineage:
@@ -190,6 +192,7 @@ class Run(threading.local):
 
     Attributes:
         visual: [B, L] which kind of visual token a position holds: 0 none, 1 image, 2 video.
+        unseen: it was given embeddings alone, which may hold pictures.
         labels, tail: of the outermost call, see Prefill.
         call, tower: the feature call and the tower call in progress.
         sparing: kind -> which images of the prompt to come are left alone.
@@ -199,6 +202,7 @@ class Run(threading.local):
     """
 
     visual: Tensor | None = None
+    unseen: bool = False
     labels: Tensor | None = None
     tail: int = 0
     call: Call | None = None

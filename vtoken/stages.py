@@ -68,7 +68,7 @@ class Stage(BaseModel):
     from the authors' code. The name is the file's name (entry points: the entry point's).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     name: ClassVar[str] = ""
     site: ClassVar[Site]

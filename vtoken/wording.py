@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import reprlib
 from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from vtoken.budget import Budget
-from vtoken.errors import unknown
+from vtoken.errors import shown, unknown
 from vtoken.stages import Stage
 
 WORDS = {
@@ -39,7 +38,7 @@ def explain(cls: type[Stage], error: ValidationError) -> tuple[str, str]:
     if first["type"] == "value_error":  # A validator's own words; a budget's end in what is accepted.
         message = first["msg"].removeprefix("Value error, ").removeprefix("keep: ").partition("; write a count")[0]
     else:
-        message = f"{first['msg']}, not {reprlib.repr(first['input'])}"
+        message = f"{first['msg']}, not {shown(first['input'])}"
     if "; take " in message:
         return option, f"{place}: {message}"
     return option, f"{place}: {message}; accepted: {accepts(cls, option)}"

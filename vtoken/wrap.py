@@ -64,7 +64,7 @@ class Session:
             early = encoder or self._at("frames") or wanted
             least = pipeline.min_visual_tokens if early else 0
             guard = Guard(self.adapter, self.run, least) if least else None
-            Outer(self.adapter, self.run, self.handle, guard)
+            Outer(self.adapter, self.run, self.handle, guard, acts=bool(pipeline.stages))
             FeatureHooks(self.adapter, self.run, self.handle, wanted, least)
             tower: Any = EncoderHooks if self.adapter.encoder.unit == 1 else PackedHooks
             tower(self.adapter, self.run, self.handle, wanted, encoder, self._at("frames"))
@@ -86,7 +86,7 @@ class Session:
                 self.handle,
                 tokens,
                 compact=compact,
-                acts=bool(pipeline.stages),
+                every=pipeline.stages,
                 always=bool(decoder or cache),
                 newline=pipeline.newline,
                 owner=self.owner,

@@ -7,7 +7,7 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
-from vtoken.errors import VtokenError
+from vtoken.errors import VtokenError, unknown
 
 EXAMPLES = """examples:
   vtoken demo                                  # writes vtoken-demo/report.html
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from vtoken.evals.report import render
 
     if args.model not in reference.names():
-        raise VtokenError(f"no reference model {args.model!r}; there are: {', '.join(reference.names())}")
+        raise VtokenError(unknown("reference model", args.model, reference.names()))
     bar = Progress(
         TextColumn("{task.description:<20}"),
         BarColumn(),

@@ -106,8 +106,7 @@ def prepare(processor: Any, media: Media, question: str, model: Any) -> Any:
     Raises:
         UnsupportedError: pictures or a video that this processor cannot take.
     """
-    from vtoken.errors import UnsupportedError
-    from vtoken.evals.processors import check_video
+    from vtoken.evals.processors import apply, check_video
 
     text = _prompt(processor, question, "video" if media.video else "image", media.items)
     if media.video:
@@ -115,11 +114,7 @@ def prepare(processor: Any, media: Media, question: str, model: Any) -> Any:
         given = {"videos": [list(media.pictures)], "do_sample_frames": False}  # The frames were chosen already.
     else:
         given = {"images": [list(media.pictures)]}  # Nested: OneVision must know that one prompt holds them all.
-    try:
-        inputs = processor(text=text, return_tensors="pt", **given).to(model.device)
-    except ValueError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UnsupportedError(f"the model's processor does not take this: {reason}") from error
+    inputs = apply(processor, "this", text=text, **given).to(model.device)
     for name in {"pixel_values", "pixel_values_videos"} & set(inputs):
         inputs[name] = inputs[name].to(model.dtype)
     return inputs

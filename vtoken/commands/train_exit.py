@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vtoken.errors import ConfigError
+from vtoken.evals.options import number
 
 EPILOG = """\
 examples:
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--epochs", type=int, default=1, metavar="N", help="passes over the data (default: %(default)s)"
     )
     parser.add_argument("--batch", type=int, default=128, metavar="N", help="questions per step (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=6e-5, metavar="R", help="learning rate (default: %(default)s)")
+    parser.add_argument("--rate", type=number, default=6e-5, metavar="R", help="learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and order (default: %(default)s)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 (default: the GPU if there is one)")
     parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: that of the weights)")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vtoken.errors import ConfigError, VtokenError
+from vtoken.evals.options import number
 
 EPILOG = """\
 a space file:
@@ -182,6 +183,6 @@ def _print(search: Any, files: list[Path]) -> None:
 
 def _share(text: str) -> float:
     try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
+        return number(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text!r} is no share; write 98% or 0.98") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,10 +14,12 @@ def existing(path: Path, name: str, mend: str) -> Path:
     """The path, if there is a file.
 
     Raises:
-        ValueError: there is none; says what to do.
+        ValueError: there is none, or one that may not be read; says what to do.
     """
-    if not path.is_file():
-        raise ValueError(f"no file {name!r}; {mend}")
+    if not os.path.isfile(path):  # Path.is_file raises where a name is too long.
+        raise ValueError(f"no file {name[:200]!r}; {mend}")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"{name!r} may not be read; give yourself the right, or {mend}")
     return path
 
 

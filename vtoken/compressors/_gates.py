@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +39,7 @@ class Header(NamedTuple):
 def find(name: str) -> Path:
     """The file of this path, or the shipped one of a reference model's name."""
     shipped = SHIPPED / name / "dyvte.safetensors"
-    return shipped if "." not in name and shipped.is_file() else Path(name)
+    return shipped if "." not in name and os.path.isfile(shipped) else Path(name)
 
 
 def header(name: str) -> Header:

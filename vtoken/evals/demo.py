@@ -19,8 +19,9 @@ from vtoken.errors import VtokenError
 from vtoken.evals import reference
 from vtoken.evals.flops import account
 from vtoken.evals.lineup import applied, lineup, prefill
-from vtoken.evals.media import Media
+from vtoken.evals.media import Media, still
 from vtoken.evals.overlay import drawn, owners, views
+from vtoken.evals.processors import apply
 from vtoken.evals.report import Case, Panel, Report, Row
 
 ROUNDS = 21
@@ -118,8 +119,8 @@ def default_budgets(total: int) -> tuple[int, int, int]:
 
 def inputs_of(processor: Any, question: reference.Question) -> Any:
     """Model inputs of one question, batch 1."""
-    with Image.open(question.image) as picture:
-        return processor(images=picture.convert("RGB"), text=reference.prompt(processor, question), return_tensors="pt")
+    text = reference.prompt(processor, question)
+    return apply(processor, str(question.image), images=still(question.image), text=text)
 
 
 @torch.inference_mode()
@@ -209,8 +210,7 @@ def case(
 ) -> Case:
     """One question with what every pipeline kept of its picture and answered."""
     prompt = inputs_of(processor, question)
-    with Image.open(question.image) as original:
-        picture = original.convert("RGB")
+    picture = still(question.image)
     panels = []
     for label, pipeline in pipelines.items():
         if pipeline is None:

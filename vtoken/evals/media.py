@@ -1,14 +1,26 @@
-"""Pictures and videos from disk. A video is a folder of frames or an animation; Pillow reads both."""
+"""Pictures and videos from disk, the one place that opens them. A video is a folder of frames or an animation.
+
+Pictures look as in transformers' own loader (upright, RGB, the first of several in a file), but 16 bits are scaled down to 8 and not
+cut off. Only formats of pixels are opened: some others that Pillow knows start a program.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from PIL import Image, ImageSequence, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageOps
 
-from vtoken.errors import ConfigError
+from vtoken.errors import ConfigError, shown
+
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+ANIMATED = ("AVIF", "GIF", "PNG", "WEBP")
+Choose = Callable[[int], Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -28,44 +40,96 @@ def read(paths: Sequence[Path], frames: int = 8) -> Media:
     """Reads pictures, or one video, of which at most `frames` evenly spaced frames.
 
     Raises:
-        ConfigError: a file that Pillow does not read, a folder without pictures, `frames` below 1, or a video beside others.
+        ConfigError: a file that is no picture, a folder without pictures, `frames` below 1, or a video beside others.
     """
     if frames < 1:
         raise ConfigError(f"frames must be at least 1, not {frames}")
-    found = [_read(path) for path in paths]
-    videos = [path for path, media in zip(paths, found, strict=True) if media.video]
+    videos = [path for path in paths if is_video(path)]
     if videos and len(paths) > 1:
         raise ConfigError(f"{videos[0]} is a video; give one video, or pictures only")
-    if videos:
-        all_of = found[0].pictures
-        count = min(frames, len(all_of))
-        return Media(tuple(all_of[(2 * k + 1) * len(all_of) // (2 * count)] for k in range(count)), video=True)
-    return Media(tuple(picture for media in found for picture in media.pictures))
+    if not videos:
+        return Media(tuple(map(still, paths)))
+
+    def spread(total: int) -> Sequence[int]:
+        count = min(frames, total)
+        return [(2 * k + 1) * total // (2 * count) for k in range(count)]
+
+    return Media(film(videos[0], spread), video=True)
 
 
-def _read(path: Path) -> Media:
+def still(path: Path) -> Image.Image:
+    """A picture, RGB; of an animation the first frame.
+
+    Raises:
+        ConfigError: a file that is no picture.
+    """
+    with _opened(path) as file:
+        return rgb(file)
+
+
+def film(path: Path, choose: Choose) -> tuple[Image.Image, ...]:
+    """Frames of a folder or an animation, RGB.
+
+    Args:
+        choose: number of frames -> which of them, in order; only those are kept.
+
+    Raises:
+        ConfigError: a file that is no picture, or a folder without pictures.
+    """
+    if os.path.isdir(path):
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes())
+        if not files:
+            raise ConfigError(f"folder {path} holds no pictures; frames of a video are files such as 000.png, 001.png")
+        return tuple(still(files[k]) for k in choose(len(files)))
+    found = []
+    with _opened(path) as file:
+        for k in choose(getattr(file, "n_frames", 1)):
+            file.seek(k)
+            found.append(rgb(file))
+    return tuple(found)
+
+
+def is_video(path: Path) -> bool:
+    """Whether it is a folder or an animation.
+
+    Raises:
+        ConfigError: a file that is no picture.
+    """
+    if os.path.isdir(path):
+        return True
+    with _opened(path) as file:
+        return file.format in ANIMATED and getattr(file, "n_frames", 1) > 1
+
+
+def rgb(picture: Image.Image) -> Image.Image:
+    """An opened picture upright, with three channels of 8 bits.
+
+    Raises:
+        ConfigError: pixels of which it is not known what is white.
+    """
+    upright = ImageOps.exif_transpose(picture)
+    if upright.mode[0] in "IF":  # Pillow cuts off what is above 255.
+        levels = np.asarray(upright)
+        if upright.mode == "F" or levels.min() < 0 or levels.max() > 65535:
+            raise ConfigError("it holds fractions or more than 16 bits; save it with 8 or 16 bits per channel")
+        upright = Image.fromarray(((levels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    return upright.convert("RGB")
+
+
+def suffixes() -> set[str]:
+    """What names of picture files end in: .png, .jpg and others."""
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    Image.init()
+    known = [name for name in FORMATS if name in Image.OPEN]
     try:
-        if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.suffix.lower() in Image.registered_extensions())
-            if not files:
-                raise ConfigError(
-                    f"folder {path} holds no pictures; frames of a video are files such as 000.png, 001.png"
-                )
-            return Media(tuple(_open(file) for file in files), video=True)
-        with Image.open(path) as file:
-            frames = tuple(frame.convert("RGB") for frame in ImageSequence.Iterator(file))
-    except (OSError, UnidentifiedImageError) as error:
-        raise _unreadable(path, error) from error
-    return Media(frames, video=len(frames) > 1)
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as file:
-            return file.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> ConfigError:
-    return ConfigError(f"cannot read picture {path}: {error}")
+        with Image.open(path, formats=known) as file:
+            yield file
+    except Exception as error:  # Pillow has no base class for what damaged files, bombs and odd paths raise.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = f"none of {', '.join(FORMATS)}, or damaged"
+        raise ConfigError(f"cannot read picture {shown(str(path))[1:-1]}: {reason[:200]}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from vtoken.errors import ConfigError, unknown
 from vtoken.evals import reference
 from vtoken.evals.configs import resolve_config
+from vtoken.evals.names import locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,9 +53,7 @@ def load(
         except ValueError as error:
             raise ConfigError(f"cannot build {name!r} from its config: {str(error).splitlines()[0]}") from error
         return model.train(False)
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise ConfigError(f"no model folder {name!r}; shipped models: {', '.join(reference.names())}")
-    source = str(reference.path(name)) if name in reference.names() else name
+    source = locate(name)
     asked = {"attn_implementation": attn_implementation, "revision": revision}
     options = {key: value for key, value in asked.items() if value is not None}
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 
 def add_pictures(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +23,17 @@ def add_pictures(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="frames per image, which makes it a video (default: %(default)s, a still)",
     )
+
+
+def number(text: str) -> float:
+    """A finite number, as the type of an option."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is no finite number; write one such as 0.5")
+    return found
 
 
 def _image_size(text: str) -> int | tuple[int, int]:

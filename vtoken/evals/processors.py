@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vtoken.errors import ConfigError, UnsupportedError
+from vtoken.evals.names import locate
 
 
 def load(source: str | Path, *, pillow: bool = False, revision: str | None = None) -> Any:
@@ -25,6 +26,7 @@ def load(source: str | Path, *, pillow: bool = False, revision: str | None = Non
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
     from transformers.utils import is_torchvision_available
 
+    source = locate(source)
     asked = {} if revision is None else {"revision": revision}
     try:
         kind: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(source, **asked))]
@@ -36,7 +38,7 @@ def load(source: str | Path, *, pillow: bool = False, revision: str | None = Non
                 processor.image_processor = AutoImageProcessor.from_pretrained(source, backend="pil", **asked)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"cannot load the processor of {str(source)!r}: {reason}") from error
+        raise ConfigError(f"cannot load the processor of {source!r}: {reason}") from error
     processor.tokenizer.padding_side = "left"
     return processor
 
@@ -64,6 +66,23 @@ def pictures_only(kind: type[Any]) -> type[Any]:
     # The name is written into saved files, where the stock class must find itself.
     fields = {"get_attributes": classmethod(lambda cls: list(attributes)), "__module__": kind.__module__}
     return type(kind.__name__, (kind,), fields)
+
+
+def apply(processor: Any, what: str, **given: Any) -> Any:
+    """What the processor makes of pictures and texts.
+
+    Args:
+        what: names the pictures in errors.
+        given: as the processor takes it.
+
+    Raises:
+        UnsupportedError: it refuses them.
+    """
+    try:
+        return processor(return_tensors="pt", **given)
+    except ValueError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UnsupportedError(f"the model's processor does not take {what}: {reason}") from error
 
 
 def check_video(processor: Any) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from vtoken.errors import ConfigError
-from vtoken.evals import models, processors, reference
+from vtoken.errors import ConfigError, shown
+from vtoken.evals import media, models, processors, reference
 
 ABOUT = (
     "`reference` (the shipped pictures), a folder with questions.jsonl, or a .jsonl file; one JSON object per line: image (path from "
@@ -42,10 +42,14 @@ def read(data: str, limit: int | None = None) -> list[Sample]:
         raise ConfigError(f"the limit must be at least 1 question, not {limit}")
     if data == "reference":
         return [Sample(q.image, q.question, q.answer) for q in reference.questions(limit)]
-    file = Path(data) / "questions.jsonl" if Path(data).is_dir() else Path(data)
-    if not file.is_file():
-        raise ConfigError(f"no data {data!r}; give {ABOUT}")
-    lines = [line for line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1) if line[1].strip()]
+    file = Path(data) / "questions.jsonl" if os.path.isdir(data) else Path(data)
+    if not os.path.isfile(file):
+        raise ConfigError(f"no data {shown(data)}; give {ABOUT}")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {file}: {error}") from None
+    lines = [line for line in enumerate(text.splitlines(), 1) if line[1].strip()]
     if not lines:
         raise ConfigError(f"{file} is empty; give {ABOUT}")
     return [_sample(file, number, line) for number, line in lines[:limit]]
@@ -58,8 +62,8 @@ def _sample(file: Path, number: int, line: str) -> Sample:
         found = Sample(file.parent / image, str(question), None if answer is None else str(answer))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{file}, line {number}: not a JSON object with image and question") from None
-    if not found.image.is_file():
-        raise ConfigError(f"{file}, line {number}: no picture {str(found.image)!r}")
+    if not os.path.isfile(found.image):
+        raise ConfigError(f"{file}, line {number}: no picture {shown(str(found.image))}")
     return found
 
 
@@ -79,10 +83,14 @@ def load(name: str, device: str | None = None, dtype: str | None = None) -> tupl
 
 
 def prepare(model: Any, processor: Any, sample: Sample) -> dict[str, Tensor]:
-    """Model inputs of one sample, batch 1, on the model's device and in its dtype."""
-    with Image.open(sample.image) as picture:
-        text = reference.prompt(processor, sample.question)
-        inputs = dict(processor(images=[[picture.convert("RGB")]], text=text, return_tensors="pt"))
+    """Model inputs of one sample, batch 1, on the model's device and in its dtype.
+
+    Raises:
+        ConfigError: its picture cannot be read.
+        UnsupportedError: the processor refuses it.
+    """
+    text = reference.prompt(processor, sample.question)
+    inputs = processors.apply(processor, str(sample.image), images=[[media.still(sample.image)]], text=text)
     return {k: v.to(model.device, model.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
 
 

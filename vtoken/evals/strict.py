@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import reprlib
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from vtoken.errors import ConfigError, unknown
-from vtoken.source import parse
+from vtoken import source
+from vtoken.errors import ConfigError, shown, unknown
 
 
 class Strict(BaseModel):
     """Options without guessing: an unknown key or a number written as text is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 S = TypeVar("S", bound=Strict)
@@ -28,21 +27,17 @@ def read(cls: type[S], path: Path) -> S:
     Raises:
         ConfigError: no such file, no YAML, or not what the fields accept.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {str(path)!r}: {error}") from None
-    data, source = parse(text, str(path))
+    data, where = source.read(path)
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: write keys and values ({', '.join(cls.model_fields)}), not {reprlib.repr(data)}")
+        raise ConfigError(f"{path}: write keys and values ({', '.join(cls.model_fields)}), not {shown(data)}")
     try:
         # JSON mode takes lists for tuples and texts for paths, and is strict about the rest.
-        return cls.model_validate_json(json.dumps(data, default=str), strict=True)
+        return cls.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         problems = error.errors(include_url=False)
         first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
         place = first["loc"]
-        raise source.error(place, _message(cls, place, first)) from None
+        raise where.error(place, _message(cls, place, first)) from None
 
 
 def _message(cls: type[BaseModel], place: tuple[Any, ...], problem: Any) -> str:
@@ -51,7 +46,7 @@ def _message(cls: type[BaseModel], place: tuple[Any, ...], problem: Any) -> str:
     if problem["type"] == "missing":
         return f"key {place[-1]!r} is missing: {_fields(cls, place[:-1])[place[-1]].description}"
     message = problem["msg"].removeprefix("Value error, ")
-    given = "" if problem["type"] == "value_error" else f", not {reprlib.repr(problem['input'])}"
+    given = "" if problem["type"] == "value_error" else f", not {shown(problem['input'])}"
     return f"{'.'.join(map(str, place))}: {message}{given}" if place else message
 
 

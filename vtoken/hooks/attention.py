@@ -1,7 +1,7 @@
 """A tap on the decoder's attention, layer by layer, that leaves the model's own backend in charge.
 
-Each tapped module gets a shadow config that differs only in the name of its attention implementation. Masks are made from the real config,
-so they keep the backend's format, and nothing global changes.
+While a forward needs it, each tapped module has a shadow config that differs only in the name of its attention implementation. Masks are
+made from the real config, so they keep the backend's format, and nothing global changes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def tap(handle: Handle, lm: Any, layers: Iterable[int], function: Tap) -> None:
         shadow = copy.copy(module.config)
         shadow._attn_implementation_internal = NAME
         handle.set(module, "vtoken_tap", (function, module.config))
-        handle.set(module, "config", shadow)
+        handle.switch.add(module, "config", shadow)
 
 
 def _chain(outer: Tap, inner: Tap) -> Tap:
@@ -119,9 +119,8 @@ def observe(run: Run, asked: Mapping[int, Sequence[tuple[Stage, str]]]) -> Tap:
     def function(
         module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Callable[..., Any], **kwargs: Any
     ) -> Any:
-        if q.shape[2] > 1:
-            scale = kwargs.get("scaling") or k.shape[-1] ** -0.5
-            _keep(run, module.layer_idx, asked[module.layer_idx], q, k, v, scale)
+        scale = kwargs.get("scaling") or k.shape[-1] ** -0.5
+        _keep(run, module.layer_idx, asked[module.layer_idx], q, k, v, scale)
         return original()
 
     return function

@@ -16,17 +16,18 @@ from transformers import DynamicCache
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.cache import Owner, PrunedCache, Slots, adopt, cache_bytes
+from vtoken.hooks.calls import check_labels, check_packed
 from vtoken.hooks.entry import Entry
 from vtoken.hooks.facts import substituted
-from vtoken.hooks.flow import Flow, Prefill, StaticStep, eager
+from vtoken.hooks.flow import Flow, Prefill, StaticStep, eager, replays, steps
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.kv import CacheHooks
 from vtoken.hooks.layout import take
 from vtoken.hooks.restore import restore
 from vtoken.hooks.unmerge import Unmerge
-from vtoken.run import Run
+from vtoken.run import UNSEEN, Run
 from vtoken.stages import Fact, Stage
-from vtoken.tracing import Trace
+from vtoken.tracing import StageTrace, Trace
 
 
 class Boundary:
@@ -35,7 +36,7 @@ class Boundary:
     Args:
         stages: tokens-site stages, in pipeline order.
         compact: renumber positions after dropping, decode positions included.
-        acts: the pipeline has stages, of any site.
+        every: stages of any site.
         always: take over the cache at every prefill with images, because later stages shorten inside the decoder.
         newline: which newline tokens stay, see Prefill.
         resolve: the fact as the encoder stored it (layers resolved, substituted).
@@ -52,7 +53,7 @@ class Boundary:
         stages: Sequence[Stage],
         *,
         compact: bool,
-        acts: bool,
+        every: Sequence[Stage],
         always: bool,
         newline: str,
         owner: Owner,
@@ -63,8 +64,9 @@ class Boundary:
     ) -> None:
         self.adapter, self.run, self.owner, self.unmerge = adapter, run, owner, unmerge
         self.stages = [(stage, substituted(stage, adapter.substitutes)) for stage in stages]
-        self.compact, self.always, self.kv = compact, always, kv
-        self.entry = Entry(adapter, run, resolve, newline, acts=acts, least=least)
+        self.compact, self.always, self.kv, self.every = compact, always, kv, every
+        self.entry = Entry(adapter, run, resolve, newline, acts=bool(every), least=least)
+        self.switch = handle.switch
         self.last: Trace | None = None
         handle.before(adapter.lm, self._before)
         handle.after(adapter.lm, self._after)
@@ -72,12 +74,15 @@ class Boundary:
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         # An exception in an earlier forward may have left its state behind.
         self.run.flow = None
-        if kwargs["inputs_embeds"].shape[1] == 1:
-            return self._continue(args, kwargs) if isinstance(kwargs.get("past_key_values"), PrunedCache) else None
-        return self._several(args, kwargs)
+        cache = kwargs.get("past_key_values")
+        first = cache is None or (not cache.is_compileable and not cache.get_seq_length())
+        if first or kwargs["inputs_embeds"].shape[1] > 1:
+            return self._several(args, kwargs)
+        return self._continue(args, kwargs) if isinstance(cache, PrunedCache) else None
 
     @eager
     def _several(self, args: tuple, kwargs: dict) -> Any:
+        self.switch.off()
         x, cache, run = kwargs["inputs_embeds"], kwargs.get("past_key_values"), self.run
         visual, run.visual = run.visual, None
         if visual is not None and visual.shape == x.shape[:2]:
@@ -85,7 +90,9 @@ class Boundary:
         if isinstance(cache, PrunedCache):
             return self._continue(args, kwargs)
         if cache is None or not int(cache.get_seq_length()):
-            run.trace = self.last = Trace()
+            run.trace = self.last = Trace(
+                stages=[StageTrace(s.name, s.site, [], [], [], stood_aside=UNSEEN) for s in self.every if run.unseen]
+            )
         return None
 
     def _flow(self, kwargs: dict) -> Flow:
@@ -113,6 +120,8 @@ class Boundary:
         return Flow(new, [length] * batch, past, mask, positions, cache, x, new, index, new)
 
     def _prefill(self, args: tuple, kwargs: dict, visual: Tensor) -> Any:
+        if self.every:
+            check_packed(kwargs, self.adapter.lm.config)
         flow, values = self.entry.start(self._flow(kwargs), visual, kwargs.get("deepstack_visual_embeds"))
         self.last = flow.trace
         x, cache, trace = flow.hidden, flow.cache, flow.trace
@@ -121,7 +130,7 @@ class Boundary:
             values = flow.decide(stage, values, facts, substitutes=given)
         trace.layers = [list(flow.visual.lengths)] * len(self.adapter.lm.layers)
         trace.prompt_tokens = list(flow.counts)
-        self.run.flow = flow
+        self._begin(flow, flow.cache)
         acts = flow.changed or (self.always and flow.aside is None)
         if not acts and not isinstance(cache, PrunedCache):
             if self.unmerge is not None:
@@ -140,6 +149,7 @@ class Boundary:
         if not flow.dense:
             flow.hidden = flow.hidden.masked_fill(~flow.valid[..., None], 0)
         mask = self.enter(flow, 0)
+        self._begin(flow, flow.cache)
         flow.note_layout(0)
         if cache is not None and cache.is_compileable:
             cache.prompt_mask = flow.mask
@@ -166,6 +176,8 @@ class Boundary:
         x, mask, cache = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs["past_key_values"]
         if cache.owner is not self.owner:
             adopt(cache, len(x), x.device, self.owner)
+        if cache.busy:
+            cache.busy = False  # left behind by a forward that failed
         one = x.shape[1] == 1
         if cache.shifted:
             shift = cache.groups[0].shift[:, None].to(x.device)
@@ -187,16 +199,33 @@ class Boundary:
         backend = self.adapter.lm.config._attn_implementation or ""
         maskless = backend == "sdpa" or "flash" in backend
         uniform = single or (mask is None and maskless and not cache.shifted)
+        packs = self.kv is not None and self.kv.goes_on
         if one and cache.table is None and cache.dense and uniform and (mask is None or mask.ndim == 4):
+            if packs:
+                self._begin(None, cache)
             return args, kwargs
+        return self._go_on(args, kwargs, shift if cache.shifted else None, packs or cache.table is not None)
+
+    @eager
+    def _go_on(self, args: tuple, kwargs: dict, shift: Tensor | None, taps: bool) -> Any:
+        """What cannot be told from shapes: rows of different lengths, several new tokens, layers that hold different ones."""
         flow = self._flow(kwargs)
-        if cache.shifted:
+        if shift is not None:
             flow.positions = flow.positions + shift
-        self.run.flow = flow
+        self._begin(flow, flow.cache, taps=taps)
         kwargs = {**kwargs, "attention_mask": self.enter(flow, 0)}
         if self.unmerge is not None:
             self.unmerge.go_on(flow)
         return args, kwargs
+
+    @eager
+    def _begin(self, flow: Flow | None, cache: Any, *, taps: bool = True) -> None:
+        """From here on hooks find the state of this forward, and taps are on."""
+        self.run.flow = flow
+        if isinstance(cache, PrunedCache):
+            cache.busy = True
+        if taps:
+            self.switch.on()
 
     def enter(self, flow: Flow, start: int) -> Tensor | None:
         """Opens the layer group from `start` on and returns its 2D mask over physical slots, past and new; None when all are real."""
@@ -226,14 +255,17 @@ class Boundary:
         return flow.ok
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
-        if out.last_hidden_state.shape[1] == 1 and not isinstance(self.run.flow, Prefill):
-            self.run.flow = None
-            return None
-        return self._finish(out)
+        cache = kwargs.get("past_key_values")
+        return None if steps(out.last_hidden_state, cache) else self._finish(out, cache)
 
     @eager
-    def _finish(self, out: Any) -> Any:
+    def _finish(self, out: Any, cache: Any) -> Any:
         flow, self.run.flow = self.run.flow, None
+        # A layer that is to be run again by the backward pass attends as it did.
+        if not replays(self.adapter.lm.layers[0]):
+            self.switch.off()
+        if isinstance(cache, PrunedCache):
+            cache.busy = False
         if not isinstance(flow, Prefill):
             return None
         self.run.forget()
@@ -252,19 +284,3 @@ class Boundary:
 def as_bool(mask: Tensor) -> Tensor:
     """What a 4D mask lets through, whatever its dtype."""
     return mask == 0 if mask.is_floating_point() else mask.bool()
-
-
-def check_labels(flow: Prefill) -> None:
-    """A dropped token predicts nothing, so nothing may be supervised on it.
-
-    Raises:
-        ValueError: a label that is not -100 follows a dropped token.
-    """
-    if flow.labels is None or flow.labels.shape != flow.alive.shape:
-        return
-    supervised = flow.labels.to(flow.alive.device)[:, 1:] != -100
-    if bool((supervised & flow.new[:, :-1] & ~flow.alive[:, :-1]).any()):
-        raise ValueError(
-            "labels supervise the token after a dropped visual token, which has no logits; "
-            "set labels to -100 on image tokens and on the token that follows an image"
-        )

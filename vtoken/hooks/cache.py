@@ -55,9 +55,10 @@ class Slots:
 
 class PrunedCache:
     """Mixed into the class of a live cache by `adopt`. `groups[k]` describes layers from k up to the next key. `table` tells what merged
-    tokens, whose keys are held without RoPE, stand for (hooks/unmerge.py)."""
+    tokens, whose keys are held without RoPE, stand for (hooks/unmerge.py). `busy`: a forward is at work on it of which `Run.flow` tells."""
 
     groups: dict[int, Slots]
+    busy: bool = False
     table: Any = None
     valid: dict[int, Tensor]
     prompt_mask: Tensor | None

@@ -45,9 +45,12 @@ class FeatureHooks:
         @wraps(original)
         def features(*args: Any, **kwargs: Any) -> Any:
             run = self.run
-            # Qwen3-VL encodes videos through its image function. Somebody who patched the model may call this after `unwrap`.
-            if run.call is not None or self.handle.released:
+            # Somebody who patched the model may call this after `unwrap`.
+            if self.handle.released:
                 return original(*args, **kwargs)
+            # Qwen3-VL encodes videos through its image function.
+            if run.call is not None:
+                return original(*args, **{**kwargs, "return_dict": True})
             run.tower = None
             run.encodes.pop(kind, None)
             arguments = dict(signature.bind(*args, **kwargs).arguments)
@@ -56,18 +59,20 @@ class FeatureHooks:
             if self.least and (sparing is None or len(sparing.images) != len(layouts)):
                 sparing = alone(layouts, self.least)
             run.call = Call(kind, arguments, layouts, sparing)
+            asked = kwargs.pop("return_dict", None)
             try:
-                out = original(*args, **kwargs)
+                out = original(*args, return_dict=True, **kwargs)
                 run.encodes[kind] = self._encode(run.call, out)
             finally:
                 run.call = run.tower = None
-            return out
+            named = self.adapter.outer.config.return_dict if asked is None else asked
+            return out if named else out.to_tuple()
 
         return features
 
     @torch.no_grad()
     def _encode(self, call: Call, out: Any) -> Encode:
-        given = out.pooler_output if hasattr(out, "pooler_output") else out[1]
+        given = out.pooler_output
         flat = [given] if torch.is_tensor(given) else list(given)
         probe = torch.cat([f[..., 0].detach().flatten() for f in flat])
         # Some versions append the newline of a video only when they fill the prompt.

@@ -23,6 +23,11 @@ from vtoken.tracing import Trace
 eager = torch.compiler.disable
 
 
+def steps(hidden: Tensor, cache: Any) -> bool:
+    """Whether a layer is in a decode step of which `Run.flow` tells nothing. Read off the cache, because a decode step may be compiled."""
+    return hidden.shape[1] == 1 and cache is not None and not getattr(cache, "busy", False)
+
+
 @dataclass
 class Flow:
     """State of one forward on a cache that holds a pruned prompt, or (`Prefill`) of one that prunes.
@@ -284,14 +289,18 @@ class StaticStep:
     memo: dict[int, Any] = field(default_factory=dict)
 
 
+def replays(layer: nn.Module) -> bool:
+    """Whether the backward pass will run this layer again (gradient checkpointing)."""
+    return layer.training and bool(getattr(layer, "gradient_checkpointing", False))
+
+
 def check_replay(layer: nn.Module) -> None:
     """Refuses gradient checkpointing that runs a layer's hooks a second time, when what they knew is gone.
 
     Raises:
         UnsupportedError: the layer is about to be called so.
     """
-    replayed = "__call__" in vars(GradientCheckpointingLayer)
-    if replayed and layer.training and getattr(layer, "gradient_checkpointing", False):
+    if "__call__" in vars(GradientCheckpointingLayer) and replays(layer):
         raise UnsupportedError(
             "gradient checkpointing of this transformers version (before 5.21) recomputes layers with their hooks, so stages "
             "between layers would be lost in the backward pass; call model.gradient_checkpointing_disable(), upgrade transformers, "

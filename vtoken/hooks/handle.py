@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +17,15 @@ class Handle:
     """Records what was changed so that `release` leaves the model as it was, attributes and hooks included.
 
     Attributes:
+        switch: what is in place only while a forward needs it.
         released: functions that stand for the model's own are to do nothing more than those.
     """
 
     released = False
 
     def __init__(self) -> None:
-        self._undo: list[Callable[[], None]] = []
+        self.switch = Switch()
+        self._undo: list[Callable[[], None]] = [self.switch.clear]
 
     def before(self, module: nn.Module, hook: Before) -> None:
         """A forward pre-hook `hook(module, args, kwargs) -> None | (args, kwargs)`."""
@@ -71,6 +74,47 @@ class Handle:
                 failed.append(error)
         if failed:
             raise ExceptionGroup("some changes could not be taken back", failed)
+
+
+class Switch:
+    """Instance attributes that are in place while any thread has them on."""
+
+    def __init__(self) -> None:
+        self._lock, self._mine, self._threads = threading.Lock(), threading.local(), 0
+        self._swaps: list[tuple[dict[str, Any], str, Any, Any]] = []
+
+    def add(self, target: Any, name: str, value: Any) -> None:
+        """`value` in place of the instance attribute `name`."""
+        self._swaps.append((vars(target), name, value, vars(target)[name]))
+
+    def on(self) -> None:
+        """For the calling thread; safe to call twice."""
+        if self._swaps and not getattr(self._mine, "on", False):
+            self._mine.on = True
+            with self._lock:
+                self._threads += 1
+                for held, name, value, _ in self._swaps:
+                    held[name] = value
+
+    def off(self) -> None:
+        """For the calling thread; safe to call twice."""
+        if getattr(self._mine, "on", False):
+            self._mine.on = False
+            with self._lock:
+                self._threads -= 1
+                if not self._threads:
+                    self._restore()
+
+    def clear(self) -> None:
+        """For all threads and for good."""
+        with self._lock:
+            self._restore()
+            self._swaps = []
+
+    def _restore(self) -> None:
+        for held, name, value, usual in self._swaps:
+            if held.get(name) is value:
+                held[name] = usual
 
 
 class _Child:

@@ -23,7 +23,7 @@ from vtoken.errors import UnsupportedError
 from vtoken.hooks.attention import tap
 from vtoken.hooks.bits import PackedLayer, Piece, Plain
 from vtoken.hooks.cache import Slots
-from vtoken.hooks.flow import Prefill, eager
+from vtoken.hooks.flow import Prefill, eager, replays, steps
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.held import Row, slots_of, store
 from vtoken.hooks.later import LaterHooks
@@ -51,6 +51,9 @@ class CacheHooks:
     Args:
         mrope: positions have several axes.
 
+    Attributes:
+        goes_on: tokens behind the prompt follow into few bits.
+
     Raises:
         UnsupportedError: the stage cannot run on this model.
     """
@@ -62,7 +65,8 @@ class CacheHooks:
         except (ImportError, ValueError) as error:
             raise UnsupportedError(str(error)) from error
         tap(handle, lm, range(len(lm.layers)), self._tap)
-        if stage.period():
+        self.goes_on = bool(stage.period())
+        if self.goes_on:
             LaterHooks(lm, run, handle, stage)
         if stage.native:
             for layer in lm.layers:
@@ -75,6 +79,11 @@ class CacheHooks:
             UnsupportedError: says why, and what to do.
         """
         name = self.stage.name
+        if replays(self.lm.layers[0]):
+            raise UnsupportedError(
+                f"stage {name} shrinks the KV cache, and gradient checkpointing runs layers without one: call "
+                "model.gradient_checkpointing_disable(), or take the stage out"
+            )
         if cache is None:
             raise UnsupportedError(
                 f"stage {name} shrinks the KV cache, and this call has none (use_cache=False): pass use_cache=True, or take the stage out"
@@ -90,6 +99,11 @@ class CacheHooks:
             )
 
     def _remember(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not steps(args[0] if args else kwargs["hidden_states"], kwargs.get("past_key_values")):
+            self._note(args, kwargs)
+
+    @eager
+    def _note(self, args: tuple, kwargs: dict) -> None:
         flow = self.run.flow
         if isinstance(flow, Prefill):
             flow.memo["native"] = args[0] if args else kwargs["hidden_states"], kwargs["position_embeddings"]
@@ -98,13 +112,17 @@ class CacheHooks:
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Callable[..., Any], **kwargs: Any
     ) -> Any:
         out = original()
-        if q.shape[2] == 1 or not isinstance(self.run.flow, Prefill):
-            return out
-        if self.run.flow.aside is not None:
-            return self._stand_aside(self.run.flow, out)
-        return self._shrink(self.run.flow, module, q, k, v, kwargs.get("scaling") or k.shape[-1] ** -0.5, out)
+        return self._attended(module, q, k, v, kwargs.get("scaling") or k.shape[-1] ** -0.5, out)
 
     @eager
+    def _attended(self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Any) -> Any:
+        flow = self.run.flow
+        if not isinstance(flow, Prefill):
+            return out
+        return (
+            self._stand_aside(flow, out) if flow.aside is not None else self._shrink(flow, module, q, k, v, scale, out)
+        )
+
     def _stand_aside(self, flow: Prefill, out: Any) -> Any:
         if not flow.memory.setdefault(id(self.stage), {}):
             flow.memory[id(self.stage)]["told"] = True
@@ -112,7 +130,6 @@ class CacheHooks:
             flow.trace.stages.append(aside_of(self.stage, flow.visual.lineage, flow.aside))
         return out
 
-    @eager
     def _shrink(self, flow: Prefill, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Any) -> Any:
         number, width = module.layer_idx, flow.index.shape[1]
         past, probes = flow.slots - width, flow.memo.pop("probes", {})

@@ -40,13 +40,16 @@ class LaterHooks:
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Callable[..., Any], **kwargs: Any
     ) -> Any:
         out = original()
-        cached, self.run.due = self.run.due, None
-        if cached is not None:
-            self._pack(cached, module.layer_idx, q, k, v, kwargs.get("scaling") or k.shape[-1] ** -0.5)
+        self._attended(module.layer_idx, q, k, v, kwargs.get("scaling") or k.shape[-1] ** -0.5)
         return out
 
     @eager
     @torch.no_grad()
+    def _attended(self, number: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+        cached, self.run.due = self.run.due, None
+        if cached is not None:
+            self._pack(cached, number, q, k, v, scale)
+
     def _pack(self, cached: PackedLayer, number: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
         packs = [any(row) for row in zip(*(block.packed() for block in cached.blocks), strict=True)]
         if not any(packs):

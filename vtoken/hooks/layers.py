@@ -14,7 +14,7 @@ from transformers.masking_utils import create_causal_mask
 from vtoken.hooks.cache import PrunedCache
 from vtoken.hooks.coming import check_coming, next_row
 from vtoken.hooks.facts import INSIDE_DECODER
-from vtoken.hooks.flow import Flow, Observed, Prefill, StaticStep, check_replay, eager
+from vtoken.hooks.flow import Flow, Observed, Prefill, StaticStep, check_replay, eager, steps
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.layout import take
 from vtoken.hooks.prompt import dropped_slots, later_text, text_before, text_of
@@ -60,12 +60,13 @@ class LayerGroups:
             handle.set(lm, "_deepstack_process", partial(self._deepstack, lm._deepstack_process))
 
     def _layer(self, k: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        hidden, flow = args[0] if args else kwargs["hidden_states"], self.run.flow
-        if isinstance(flow, StaticStep):
-            return args, self._static(k, flow, kwargs)
-        if flow is None and hidden.shape[1] == 1:
-            return None
-        return self._shorten(k, module, args, kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        cache: Any = kwargs.get("past_key_values")
+        if not steps(hidden, cache):
+            return self._shorten(k, module, args, kwargs)
+        if cache.is_compileable and isinstance(cache, PrunedCache) and len(cache.groups) > 1:
+            return args, self._static(k, self.run.flow, kwargs)
+        return None
 
     @eager
     def _shorten(self, k: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -152,6 +153,7 @@ class LayerGroups:
         flow.trace.layers[k:] = [list(flow.visual.lengths)] * (len(self.at) - k)
         return hidden
 
+    @eager
     def _deepstack(self, original: Callable[..., Tensor], hidden: Tensor, where: Tensor, features: Tensor) -> Tensor:
         """DeepStack adds visual features after the first layers: behind a cut, to the tokens that are left."""
         flow = self.run.flow

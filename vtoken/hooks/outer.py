@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
+from warnings import warn
 
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from vtoken.hooks.entry import HIDDEN
 from vtoken.hooks.flow import eager
 from vtoken.hooks.guard import Guard, pictured
 from vtoken.hooks.handle import Handle
-from vtoken.run import Run
+from vtoken.run import UNSEEN, Run
 
 
 class Outer:
@@ -23,9 +24,11 @@ class Outer:
 
     Args:
         guard: is told of every prompt with pixels before the vision tower runs.
+        acts: the pipeline has stages.
     """
 
-    def __init__(self, adapter: Any, run: Run, handle: Handle, guard: Guard | None) -> None:
+    def __init__(self, adapter: Any, run: Run, handle: Handle, guard: Guard | None, *, acts: bool) -> None:
+        self.acts, self.warned = acts, False
         self.adapter, self.run, self.handle, self.guard = adapter, run, handle, guard
         handle.set(adapter.model, "generate", self._shadow(adapter.model.generate))
         if hasattr(adapter.outer, "get_rope_index"):
@@ -49,6 +52,7 @@ class Outer:
                 if outermost:
                     self.run.generating = False
                     self.run.forget()
+                    self.handle.switch.off()
 
         return generate
 
@@ -99,6 +103,13 @@ class Outer:
         self.adapter.check_call(kwargs)
         pixels = pictured(kwargs)
         given = {*pixels, *(kind for kind, v in (kwargs.get("mm_encoder_outputs") or {}).items() if v is not None)}
+        self.run.unseen = ids is None and not given
+        if self.run.unseen and self.acts and not self.warned:
+            self.warned = True
+            warn(
+                f"{UNSEEN}: they keep all their tokens. Pass input_ids and pixel_values. This is said once per wrap",
+                stacklevel=2,
+            )
         # A placeholder that somebody typed, without a picture of its kind, is a word.
         self.run.visual = self.adapter.visual_kinds(ids, embeds, given) if given else None
         if pixels and self.guard is not None:

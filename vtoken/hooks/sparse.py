@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.attention import tap
-from vtoken.hooks.flow import Prefill, eager
+from vtoken.hooks.flow import Prefill, eager, steps
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.spread import rotates_last, rotation_of
 from vtoken.hooks.visual import aside_of, trace_of
@@ -48,19 +48,17 @@ class SparsePrefill:
         tap(handle, lm, self.at, self._attend)
 
     def _note_rope(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if isinstance(self.run.flow, Prefill):
+        if not steps(args[0] if args else kwargs["hidden_states"], kwargs.get("past_key_values")):
             self._keep_rope(kwargs["position_embeddings"])
 
     @eager
     def _keep_rope(self, cos_sin: tuple[Tensor, Tensor]) -> None:
-        assert self.run.flow is not None
-        self.run.flow.memo["rope"] = cos_sin
+        if isinstance(self.run.flow, Prefill):
+            self.run.flow.memo["rope"] = cos_sin
 
     def _attend(
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Callable[..., Any], **kwargs: Any
     ) -> Any:
-        if q.shape[2] == 1:
-            return original()
         return self._prefill(module, q, k, v, original, kwargs)
 
     @eager

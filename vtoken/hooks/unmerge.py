@@ -19,7 +19,7 @@ from transformers.masking_utils import create_causal_mask
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.attention import HANDED, tap
 from vtoken.hooks.cache import PrunedCache
-from vtoken.hooks.flow import Flow, Prefill, check_replay, eager
+from vtoken.hooks.flow import Flow, Prefill, check_replay, eager, steps
 from vtoken.hooks.handle import Handle
 from vtoken.hooks.layout import pack_left, take
 from vtoken.hooks.spread import Rope, Spread, Table, attend, rotates_last
@@ -52,9 +52,7 @@ class Unmerge:
 
     def _layer(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        if self.run.flow is None and hidden.shape[1] == 1:
-            return None
-        return self._hand(module, args, kwargs)
+        return None if steps(hidden, kwargs.get("past_key_values")) else self._hand(module, args, kwargs)
 
     @eager
     def _hand(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:

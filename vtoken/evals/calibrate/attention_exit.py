@@ -10,6 +10,7 @@ from vtoken.compressors.attention_exit import AttentionExit
 from vtoken.errors import ConfigError
 from vtoken.evals.calibrate._attention import Point, search, see
 from vtoken.evals.calibrate._report import add_json, add_out, check_out, tell_pipeline
+from vtoken.evals.options import number
 from vtoken.evals.report import wilson
 from vtoken.evals.samples import ABOUT, load, read
 
@@ -36,12 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, default=100, metavar="N", help="so many questions (default: %(default)s)")
     target = parser.add_mutually_exclusive_group()
     target.add_argument(
-        "--agreement", type=float, metavar="SHARE", help="of answers that stay word for word (default: 0.99)"
+        "--agreement", type=number, metavar="SHARE", help="of answers that stay word for word (default: 0.99)"
     )
     target.add_argument(
-        "--accuracy", type=float, metavar="SHARE", help="of the dense model's right answers; DATA must hold answers"
+        "--accuracy", type=number, metavar="SHARE", help="of the dense model's right answers; DATA must hold answers"
     )
-    target.add_argument("--mean-layer", type=float, metavar="K", help="images leave before this layer on average")
+    target.add_argument("--mean-layer", type=number, metavar="K", help="images leave before this layer on average")
     parser.add_argument(
         "--first",
         type=int,

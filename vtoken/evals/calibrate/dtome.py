@@ -104,11 +104,11 @@ def pictures(folder: Path, limit: int | None = None) -> list[Path]:
     Raises:
         ConfigError: there are none, or a limit below 1.
     """
-    from PIL import Image
+    from vtoken.evals.media import suffixes
 
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit must be at least 1, not {limit}")
-    known = set(Image.registered_extensions())
+    known = suffixes()
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in known)[:limit]
     if not files:
         raise ConfigError(f"--images {folder}: no pictures there; give a folder of jpg, png or other files")
@@ -140,6 +140,7 @@ def calibrate(
 
     from vtoken import registry
     from vtoken.evals.calibrate import _batches
+    from vtoken.evals.processors import apply
 
     if batch_size < 1 or rounds < 1:
         raise ConfigError(f"batch size and rounds must be at least 1, not {batch_size} and {rounds}")
@@ -164,7 +165,8 @@ def calibrate(
         encode = _packed(adapter, stage) if behind else _padded(adapter, stage)
         for start in range(learned.batches * batch_size, len(files), batch_size):
             progress(start)
-            encode(image_processor(images=[_open(f) for f in files[start : start + batch_size]], return_tensors="pt"))
+            batch = files[start : start + batch_size]
+            encode(apply(image_processor, f"{batch[0]} to {batch[-1]}", images=[_open(f) for f in batch]))
             learned.batches += 1
             save(out, about, learned)
     progress(len(files))
@@ -235,13 +237,12 @@ def _packed(adapter: Any, stage: Any) -> Callable[[Any], None]:
 
 
 def _open(file: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
+    from vtoken.evals.media import still
 
     try:
-        with Image.open(file) as picture:
-            return picture.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise ConfigError(f"cannot read picture {file}: {error}; move it away and start anew") from error
+        return still(file)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; move it away and start anew") from error
 
 
 def digest(files: list[Path]) -> str:

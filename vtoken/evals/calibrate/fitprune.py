@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 from vtoken.errors import ConfigError
 from vtoken.evals.calibrate._report import add_json, add_out, check_out, tell_pipeline
+from vtoken.evals.options import number
 from vtoken.evals.samples import ABOUT
 
 SUMMARY = "table of visual tokens that leave behind each decoder layer"
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("model", metavar="MODEL", help="shipped model (tiny-llava), local folder or hub name")
     parser.add_argument(
-        "--reduction", type=float, required=True, metavar="PERCENT", help="FLOPs of visual tokens to spare, in percent"
+        "--reduction", type=number, required=True, metavar="PERCENT", help="FLOPs of visual tokens to spare, in percent"
     )
     parser.add_argument("--data", metavar="DATA", help=f"{ABOUT} (default: the last of the shipped)")
     parser.add_argument("--limit", type=int, default=64, metavar="N", help="so many questions (default: %(default)s)")

@@ -9,6 +9,7 @@ from typing import Any
 from vtoken.compressors._seer import SIZES, save
 from vtoken.errors import ConfigError
 from vtoken.evals.calibrate._report import add_json, check_out, tell
+from vtoken.evals.options import number
 from vtoken.evals.samples import ABOUT, load, read
 
 SUMMARY = "train SeerAttention's gates on the model's own attention"
@@ -47,10 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=int, default=500, metavar="N", help="batches to learn from (default: %(default)s)"
     )
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="prompts per step (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=1e-3, metavar="R", help="learning rate (default: %(default)s)")
+    parser.add_argument("--rate", type=number, default=1e-3, metavar="R", help="learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and order (default: %(default)s)")
     parser.add_argument(
-        "--threshold", type=float, metavar="X", help="to measure density and recall at (default: the stage's)"
+        "--threshold", type=number, metavar="X", help="to measure density and recall at (default: the stage's)"
     )
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 (default: the GPU if there is one)")
     parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: that of the weights)")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vtoken.errors import ConfigError, VtokenError
 from vtoken.evals.calibrate._report import add_json, tell
+from vtoken.evals.options import number
 from vtoken.evals.samples import ABOUT, Sample, load, prepare, read
 from vtoken.evals.withdraw import Withdrawal
 
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, default=20, metavar="N", help="first N questions (default: %(default)s)")
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=number,
         default=0.003,
         metavar="KL",
         help="most divergence, in nats (default: %(default)s, the authors' for LLaVA-1.5-7B; 0.0005 for 13B, 0.0001 for 1.6-7B)",

@@ -29,10 +29,11 @@ def resolve_config(model: str | Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     from vtoken.evals import reference
+    from vtoken.evals.names import locate
 
     known, shipped = builtin(), reference.names()
     name = str(model)
-    source = str(reference.path(name)) if name in shipped else name
+    source = name if name in known else locate(name)
     config: PretrainedConfig
     try:
         config = AutoConfig.for_model(**known[name]) if name in known else AutoConfig.from_pretrained(source)

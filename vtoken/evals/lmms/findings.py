@@ -10,8 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
-
+from vtoken import source
 from vtoken.errors import VtokenError
 from vtoken.evals.lmms.pareto import front
 from vtoken.evals.lmms.records import SCHEMA
@@ -130,7 +129,7 @@ def _times(evaluation: Evaluation, name: str, tasks: Mapping[str, Mapping[str, A
 
 def _method(run: Mapping[str, Any]) -> str:
     """Names of the stages: pipelines of one method, at several budgets, make one line of a plot."""
-    stages = yaml.safe_load(run["pipeline"])["stages"] if run["pipeline"] else []
+    stages = source.parse(run["pipeline"])[0]["stages"] if run["pipeline"] else []
     return "+".join(stage if isinstance(stage, str) else next(iter(stage)) for stage in stages) or run["name"]
 
 

@@ -7,12 +7,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from pydantic import BaseModel, ConfigDict
 
 from vtoken import registry
 from vtoken.errors import ConfigError, unknown
 from vtoken.evals.lmms.suites import KNOWN
+from vtoken.source import read
 
 FOLDER = Path(__file__).parents[1] / "papers"
 
@@ -106,7 +106,7 @@ class Table(BaseModel):
 def tables() -> tuple[Table, ...]:
     """All published tables that are shipped."""
     files = sorted(FOLDER.glob("*.yaml"))
-    return tuple(Table.model_validate(yaml.safe_load(file.read_text(encoding="utf-8"))) for file in files)
+    return tuple(Table.model_validate(read(file)[0]) for file in files)
 
 
 def of(method: str, model: str | None = None) -> list[Table]:

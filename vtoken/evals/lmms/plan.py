@@ -17,8 +17,8 @@ import vtoken
 from vtoken import config
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError
-from vtoken.evals import reference
 from vtoken.evals.lmms.suites import expand
+from vtoken.evals.names import locate
 from vtoken.evals.strict import Strict
 
 
@@ -133,7 +133,7 @@ def weights(name: str, revision: str | None) -> str | None:
     Raises:
         ConfigError: no such model.
     """
-    folder = reference.path(name) if name in reference.names() else Path(name)
+    folder = Path(locate(name))
     if folder.is_dir():
         return _digest(sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".jinja")))
     from transformers import AutoConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vtoken.errors import ConfigError, UnsupportedError
+from vtoken.errors import ConfigError, UnsupportedError, shown
 from vtoken.evals import media
-from vtoken.evals.processors import check_video
+from vtoken.evals.processors import apply, check_video
 
 # What lmms-eval's Qwen classes set; Hugging Face's own processors say 3,136 to 1,003,520.
 LMMS_EVAL_PIXELS = (256 * 28 * 28, 1605632)
@@ -105,8 +106,8 @@ def from_chat(messages: Sequence[Mapping[str, Any]], frames: int, system: str | 
 
 def _picture(given: Any) -> Image.Image:
     if isinstance(given, Image.Image):
-        return given.convert("RGB")
-    return media.read([Path(given)]).pictures[0]
+        return media.rgb(given)
+    return media.still(Path(given))
 
 
 def clip(given: Any, frames: int) -> Clip:
@@ -119,20 +120,28 @@ def clip(given: Any, frames: int) -> Clip:
         UnsupportedError: something else.
     """
     if isinstance(given, (list, tuple)) and given and all(isinstance(each, Image.Image) for each in given):
-        return _sampled([each.convert("RGB") for each in given], frames, 1.0)
+        places = _places(len(given), frames)
+        return Clip(tuple(media.rgb(given[k]) for k in places), tuple(places), 1.0, len(given))
     if isinstance(given, (list, tuple)) and len(given) == 1:
         return clip(given[0], frames)
     if not isinstance(given, (str, Path)):
         raise UnsupportedError(f"a video is a file, a folder or a list of pictures, not {type(given).__name__}")
     path = Path(given)
-    if path.is_dir() or path.suffix.lower() in (".gif", ".webp"):
-        return _sampled(list(media.read([path], frames=10**6).pictures), frames, 1.0)
-    return _decoded(path, frames)
+    if not os.path.isdir(path) and path.suffix.lower() not in (".gif", ".webp"):
+        return _decoded(path, frames)
+    totals = []
+
+    def choose(total: int) -> list[int]:
+        totals.append(total)
+        return _places(total, frames)
+
+    pictures = media.film(path, choose)
+    return Clip(pictures, tuple(_places(totals[0], frames)), 1.0, totals[0])
 
 
-def _sampled(pictures: Sequence[Image.Image], frames: int, fps: float) -> Clip:
-    places = np.linspace(0, len(pictures) - 1, min(frames, len(pictures))).round().astype(int).tolist()
-    return Clip(tuple(pictures[k] for k in places), tuple(places), fps, len(pictures))
+def _places(total: int, frames: int) -> list[int]:
+    places: list[int] = np.linspace(0, total - 1, min(frames, total)).round().astype(int).tolist()
+    return places
 
 
 def _decoded(path: Path, frames: int) -> Clip:
@@ -146,14 +155,14 @@ def _decoded(path: Path, frames: int) -> Clip:
             rate = float(stream.average_rate or 1)
             total = stream.frames or sum(1 for _ in file.decode(video=0))
             file.seek(0)
-            wanted = np.linspace(0, total - 1, min(frames, total)).round().astype(int).tolist()
+            wanted = _places(total, frames)
             found = [
                 frame.to_image()
                 for k, frame in zip(range(wanted[-1] + 1), file.decode(video=0), strict=False)
                 if k in set(wanted)
             ]
-    except (OSError, IndexError, av.FFmpegError) as error:
-        raise ConfigError(f"cannot read video {path}: {error}") from error
+    except (OSError, ValueError, IndexError, av.FFmpegError) as error:
+        raise ConfigError(f"cannot read video {shown(str(path))[1:-1]}: {str(error)[:200]}") from error
     # Some containers promise more frames than they hold.
     return Clip(tuple(found), tuple(wanted[: len(found)]), rate, total)
 
@@ -195,7 +204,7 @@ def encode(processor: Any, prompts: Sequence[Prompt], model: Any) -> Any:
 
     Raises:
         ConfigError: no chat template, or one that leaves the system prompt out.
-        UnsupportedError: a video for a processor that takes none.
+        UnsupportedError: a video for a processor that takes none, or pictures that it refuses.
     """
     if not getattr(processor, "chat_template", None):
         raise ConfigError(
@@ -220,7 +229,7 @@ def encode(processor: Any, prompts: Sequence[Prompt], model: Any) -> Any:
     start = processor.tokenizer.bos_token
     if start and texts[0].startswith(start):
         given["add_special_tokens"] = False  # The template wrote it.
-    inputs = processor(text=texts, padding=True, return_tensors="pt", **given).to(model.device)
+    inputs = apply(processor, "these pictures", text=texts, padding=True, **given).to(model.device)
     for name in {"pixel_values", "pixel_values_videos"} & set(inputs):
         inputs[name] = inputs[name].to(model.dtype)
     return inputs

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from vtoken.evals.lmms.findings import COSTS, Evaluation, findings, read
+from vtoken.evals.media import still
 from vtoken.evals.plots import SERIES, fronts, looks, plot
 from vtoken.evals.report import Case, Panel, milliseconds, page, percent, ratio
 
@@ -138,8 +139,7 @@ def cases(evaluation: Evaluation) -> tuple[Case, ...]:
 def _picture(folder: Path, name: str | None) -> Image.Image | None:
     if name is None:
         return None
-    with Image.open(folder / name) as picture:
-        return picture.convert("RGB")
+    return still(folder / name)
 
 
 def markdown(found: Mapping[str, Any]) -> str:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vtoken.errors import ConfigError, unknown
+
 KINDS = ("digit", "color", "count", "read", "exists", "next")
 _HERE = Path(__file__).parent
 _NAMES = ("tiny-llava", "tiny-llava-next", "tiny-qwen2.5-vl")
@@ -31,9 +33,13 @@ def names() -> tuple[str, ...]:
 
 
 def path(name: str = "tiny-llava") -> Path:
-    """Folder of a shipped model."""
+    """Folder of a shipped model.
+
+    Raises:
+        ConfigError: there is no such model; suggests the nearest name.
+    """
     if name not in _NAMES:
-        raise ValueError(f"no reference model {name!r}; there are: {', '.join(_NAMES)}")
+        raise ConfigError(unknown("reference model", name, _NAMES))
     return _HERE / name
 
 
@@ -92,12 +98,13 @@ def answers(
 ) -> list[str]:
     """Greedy answers in left-padded batches. Calls `model.generate` and nothing else; `progress(done, total)` is called after every batch."""
     import torch
-    from PIL import Image
+
+    from vtoken.evals.media import still
 
     said: list[str] = []
     for start in range(0, len(questions), batch_size):
         rows = questions[start : start + batch_size]
-        images = [Image.open(row.image).convert("RGB") for row in rows]
+        images = [still(row.image) for row in rows]
         inputs = processor(
             images=images, text=[prompt(processor, row) for row in rows], padding=True, return_tensors="pt"
         ).to(model.device)

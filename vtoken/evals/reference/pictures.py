@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
+from vtoken.evals.media import still
+
 SIZE = 192  # pixels per side
 PATCH = 8  # pixels per side of the patch behind one visual token
 GRID = SIZE // PATCH
@@ -112,7 +114,7 @@ def _folder(package: str) -> Path:
 @cache
 def _photo(index: int) -> np.ndarray:
     photo = PHOTOS[index]
-    return np.asarray(Image.open(_folder(photo.package) / photo.file).convert("RGB"))
+    return np.asarray(still(_folder(photo.package) / photo.file))
 
 
 @cache

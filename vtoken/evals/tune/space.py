@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import yaml
 from pydantic import Field, field_validator
 
-from vtoken import config
+from vtoken import config, source
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError
 from vtoken.evals.strict import Strict
@@ -102,8 +101,8 @@ def _suggest(trial: Any, key: str, given: dict[str, Any]) -> Any:
     ends = _ends(key, given)
     if "values" in given:
         # Optuna keeps texts and numbers only; a budget may be a mapping.
-        texts = [yaml.safe_dump(value, default_flow_style=True) for value in ends]
-        return yaml.safe_load(trial.suggest_categorical(key, texts))
+        texts = [source.dump(value, flow=True) for value in ends]
+        return source.parse(trial.suggest_categorical(key, texts))[0]
     options = {name: given[name] for name in ("step", "log") if name in given}
     whole = all(isinstance(each, int) for each in (*ends, given.get("step", 1)))
     return (trial.suggest_int if whole else trial.suggest_float)(key, *ends, **options)

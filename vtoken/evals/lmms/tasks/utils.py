@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from vtoken.evals import reference
+from vtoken.evals.media import still
 
 FOLDER = Path(reference.__file__).parent / "glyph-qa"
 # Of the kinds of question, those that name a digit: it can be told which pictures it is not in.
@@ -19,7 +20,7 @@ HELD = 2  # frames that show one of them, as many as Qwen merges
 def pictures(doc: dict[str, Any]) -> list[Image.Image]:
     """The pictures of a document, RGB."""
     names = doc["images"] if "images" in doc else [doc["image"]]
-    return [_open(name) for name in names]
+    return [still(FOLDER / name) for name in names]
 
 
 def video_messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
@@ -62,8 +63,3 @@ def _composed(docs: Any, count: int) -> Any:
         images = [*others[:place], row["image"], *others[place:]]
         found.append({"images": images, **{key: row[key] for key in ("question", "answer", "kind")}})
     return Dataset.from_list(found)
-
-
-def _open(name: str) -> Image.Image:
-    with Image.open(FOLDER / name) as picture:
-        return picture.convert("RGB")
