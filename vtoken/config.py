@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from vtoken import registry
 from vtoken.budget import Budget
 from vtoken.errors import ConfigError, about, shown, unknown
-from vtoken.short import bare, options_of, short_form, stage_in
+from vtoken.short import bare, is_stage, options_of, short_form
 from vtoken.source import Source, read
 from vtoken.source import dump as write_yaml
 from vtoken.stages import SITES, Stage
@@ -114,7 +114,7 @@ def load(pipeline: PipelineLike) -> Pipeline:
     preset, _, rest = text.partition(",")
     if rest and preset in registry.presets():
         return _short(lambda: {**options_of(rest), PRESET[0]: preset}, text, "preset")
-    if stage_in(text):
+    if is_stage(text):
         return _short(lambda: _with_policies(*short_form(text)), text, "pipeline")
     if isinstance(pipeline, str):
         raise ConfigError(
@@ -129,13 +129,12 @@ def load(pipeline: PipelineLike) -> Pipeline:
 def dump(pipeline: Pipeline) -> str:
     """YAML text that loads to the same policies and stages, every option written out."""
     stages = [{s.name: options} if (options := s.model_dump(mode="json")) else s.name for s in pipeline.stages]
-    data = {**{key: getattr(pipeline, key) for key in POLICY_KEYS}, "stages": stages}
-    return write_yaml(data)
+    return write_yaml({**{key: getattr(pipeline, key) for key in POLICY_KEYS}, "stages": stages})
 
 
 def _short(data: Callable[[], dict[str, Any]], text: str, what: str) -> Pipeline:
     """What a line of text says."""
-    written = f'{what} "{text if len(text) < 160 else text[:150] + "..."}"'
+    written = f'{what} "{shown(text)[1:-1]}"'
     with about(written):
         return replace(_from_data(data(), text, Source()), written=written)
 
@@ -196,7 +195,7 @@ def _on_preset(data: dict[str, Any], source: Source) -> dict[str, Any]:
 def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
     if isinstance(item, Stage):
         return item
-    if isinstance(item, str) and item not in registry.stages() and stage_in(item):
+    if isinstance(item, str) and item not in registry.stages() and is_stage(item):
         try:
             item = dict([short_form(item)])
         except ConfigError as error:

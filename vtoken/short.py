@@ -1,4 +1,4 @@
-"""Pipelines in one line: `NAME:KEEP,option=value`."""
+"""One stage in a line of text: `fastervlm:64`, `random:25%,seed=3`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from vtoken.source import parse
 SHORT = re.compile(r"([^:,]+)(?::|,(?=\s*\w+=)|$)(.*)", re.DOTALL)
 
 
-def stage_in(text: str) -> bool:
-    """Whether it begins with a stage."""
+def is_stage(text: str) -> bool:
     match = SHORT.fullmatch(text)
     return match is not None and match[1] in registry.stages()
 
@@ -37,8 +36,8 @@ def options_of(rest: str) -> dict[str, Any]:
             options[key], _ = parse(value)
         except ConfigError as error:
             raise ConfigError(
-                f"{shown(value)} is not a value of {key!r} ({error}); write one as in YAML (64, 25%, [1, 2]), and every further "
-                "option by name behind a comma: NAME:64,option=value"
+                f"{shown(value)} is not a value of {key!r} ({error}); write one as in YAML (64, 25%, [1, 2]), and every further option by "
+                "name behind a comma: NAME:64,option=value"
             ) from None
     return options
 
