@@ -148,3 +148,10 @@ def test_a_file_is_told_to_take_stages(tmp_path: Path) -> None:
         ConfigError, match=rf"^{file}:2: unknown preset 'fastervlm-96', did you mean 'stages: \[fastervlm:96\]' "
     ):
         config.load(file)
+
+
+@pytest.mark.parametrize("start", ["fastervlm-96,positions=", "fastervlm:96,positions=", "fastervlm-64,positions="])
+def test_a_message_does_not_repeat_all_of_a_long_text(start: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.load(start + 5000 * "y")
+    assert 300 * "y" not in str(caught.value)

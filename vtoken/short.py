@@ -48,4 +48,4 @@ def bare(name: str, before: str, after: str) -> str:
     takes = stage in registry.stages() and "keep" in registry.stage(stage).model_fields
     if not takes or not re.fullmatch(r"[1-9]\d*%?", keep) or name in registry.presets():
         return ""
-    return f"{f'{before}{stage}:{keep}{after}'!r} (the stage with its defaults)"
+    return f"{shown(f'{before}{stage}:{keep}{after}')} (the stage with its defaults)"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vtoken.evals.options import add_pictures
 
 if TYPE_CHECKING:
+    from vtoken.config import Pipeline
+    from vtoken.evals.break_even import Measured, Step
     from vtoken.evals.latency import Bench, Row, Spread
 
 EPILOG = """\
@@ -23,6 +25,8 @@ examples:
       a video
   vtoken bench tiny-llava my_pipeline.yaml --repeats 21 --json | jq '.rows[1].to_oracle.ttft'
       the overhead alone
+  vtoken bench llava-hf/llava-1.5-7b-hf flowcut-64 fastv-64 --break-even --random-weights --device cuda --dtype bfloat16
+      from how many visual tokens each is faster than dense on this machine, and the line for its file
 
 Dense, pipelines and oracles run interleaved in one process. The oracle is the same unwrapped model on a prompt that is
 short already: pipeline / oracle is what vtoken itself costs. TTFT runs from the call to the first token, vision included.
@@ -72,6 +76,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--random-weights", action="store_true", help="build the model from its config; nothing is downloaded"
     )
+    parser.add_argument(
+        "--break-even",
+        action="store_true",
+        help="longer and longer prompts instead: from how many visual tokens on each pipeline is faster than dense, end to end",
+    )
+    parser.add_argument(
+        "--up-to",
+        type=int,
+        default=4608,
+        metavar="N",
+        help="visual tokens of the longest prompt of --break-even (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 
@@ -90,16 +106,22 @@ def run(args: argparse.Namespace) -> int:
     from vtoken.evals.latency import bench
 
     # A typing error must not cost the loading of a model.
-    for name in ("threads", "batch", "text_tokens", "new_tokens", "repeats", "images", "frames"):
+    for name in ("threads", "batch", "text_tokens", "new_tokens", "repeats", "images", "frames", "up_to"):
         count = getattr(args, name)
         if count is not None and count < 1:
             raise ConfigError(f"{name} must be at least 1, not {count}")
+    if args.break_even and (args.images > 1 or not args.pipelines):
+        raise ConfigError(
+            "--break-even compares pipelines over more and more images: name some, and leave --images out"
+        )
     pipelines = [load(each) for each in args.pipelines]
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     model = models.load(
         args.model, device=args.device, dtype=args.dtype, random_weights=args.random_weights, seed=args.seed
     )
+    if args.break_even:
+        return _break_even(args, model, pipelines)
     measured = bench(
         model,
         pipelines,
@@ -130,6 +152,72 @@ def run(args: argparse.Namespace) -> int:
     for sentence in (f"weights: {weights}", *notes(measured)):
         print(sentence)
     return 0
+
+
+def _break_even(args: argparse.Namespace, model: Any, pipelines: list[Pipeline]) -> int:
+    from tqdm import tqdm
+
+    from vtoken.evals.break_even import lengths, measure
+
+    tried = lengths(model.config, args.up_to, args.image_size, args.frames)
+    options = {
+        name: getattr(args, name)
+        for name in ("batch", "frames", "text_tokens", "new_tokens", "repeats", "warmup", "seed")
+    }
+    with tqdm(total=len(tried), desc="lengths", disable=None) as bar:
+
+        def progress(visual_tokens: int) -> None:
+            bar.set_postfix_str(f"{visual_tokens} visual tokens")
+            bar.update()
+
+        found = measure(model, pipelines, tried, progress=progress, **options)
+    weights = "random" if args.random_weights else "as loaded"
+    if args.json:
+        print(json.dumps({"model": args.model, "weights": weights, **found.to_dict()}))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("visual tokens", *found.steps, title=f"{args.model}: end to end / dense", title_justify="left")
+    for row in zip(*found.steps.values(), strict=True):
+        table.add_row(str(row[0].visual_tokens), *(_against_dense(step) for step in row))
+    console = Console()
+    Console(width=None if console.is_terminal else 160).print(table)
+    for name in found.steps:
+        print(_advice(name, found))
+    if found.stopped:
+        print(found.stopped)
+    for sentence in (
+        f"weights: {weights}",
+        *(f"{name.replace('_', ' ')}: {value}" for name, value in found.conditions.items()),
+    ):
+        print(sentence)
+    return 0
+
+
+def _against_dense(step: Step) -> str:
+    if step.aside is not None:
+        return "did nothing"
+    return _spread(step.end_to_end, 3).replace("\n", " ") + (" faster" if step.faster else "")
+
+
+def _advice(name: str, found: Measured) -> str:
+    """What the numbers say, and the line of YAML that follows from it."""
+    steps, least = found.steps[name], found.least(name)
+    if not steps:
+        return f"{name}: nothing was measured"
+    longest = f"{steps[-1].visual_tokens} visual tokens, the longest measured"
+    if all(step.aside is not None for step in steps):
+        return f"{name}: did nothing at any length measured, up to {longest}: {steps[-1].aside}"
+    if least is None and any(step.faster for step in steps):
+        return f"{name}: faster than dense at some lengths, but not at {longest}"
+    if least is None:
+        return f"{name}: not faster than dense at any length measured, up to {longest}"
+    shorter = [step.visual_tokens for step in steps if step.visual_tokens < least]
+    below = f"not at {shorter[-1]}" if shorter else "the shortest measured"
+    return (
+        f"{name}: faster than dense from {least} visual tokens on ({below}); for its file:\nmin_visual_tokens: {least}"
+    )
 
 
 def cells(measured: Bench) -> list[tuple[str, ...]]:

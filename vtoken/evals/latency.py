@@ -121,6 +121,7 @@ def bench(
     repeats: int = 7,
     warmup: int = 2,
     seed: int = 0,
+    oracles: bool = True,
 ) -> Bench:
     """Measures dense, every pipeline and every oracle once per round, in an order that rotates from round to round.
 
@@ -134,6 +135,7 @@ def bench(
         new_tokens: generated per prompt; end-of-sequence is disabled.
         repeats: rounds that count, after `warmup` rounds that do not.
         seed: of texts and pictures.
+        oracles: whether they are measured.
 
     Raises:
         ConfigError: a count out of range, a pipeline that does not read, or an image size that the family's processor refuses.
@@ -169,6 +171,8 @@ def bench(
     handle.set(model, "generation_config", GenerationConfig(do_sample=False, max_new_tokens=new_tokens))
     try:
         subjects = [runner.prepare(pipeline) for pipeline in (None, *parsed)]
+        if not oracles:
+            subjects = [replace(subject, oracle=None, no_oracle=None) for subject in subjects]
         for turn in range(-warmup, repeats):
             shift = turn % len(subjects)
             for subject in subjects[shift:] + subjects[:shift]:
