@@ -51,7 +51,8 @@ def measured(model: Any, processor: Any, asked: Any, name: str) -> tuple[dict[st
     from vtoken.evals import reference
 
     said, total = [], 0.0
-    with vtoken.wrapped(model, name):
+    # A pipeline without stages leaves no trace to count by.
+    with vtoken.wrapped(model, "uniform:100%" if name == "none" else name):
         for start in range(0, len(asked), BATCH):
             said += reference.answers(model, processor, asked[start : start + BATCH], BATCH)
             total += vtoken.trace(model).average_tokens

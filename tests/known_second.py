@@ -39,7 +39,7 @@ def vscan_late():
     assert stage("vscan_late", layer=9).layers(32) == (9,)
     scores = torch.tensor([5.0, 1, 4, 2, 3, 0])
     found = cut.select(tokens(next_query_attention=scores))
-    assert found.index.tolist() == [0, 2] and found.lengths == (2,), "a third, rounded down"
+    assert found.index.tolist() == [0, 2] and found.lengths == (2,), "a third"
     for average in (64, 128, 192):
         entered = 3 * average // 2
         assert walked(config.load(f"vscan-{entered}"), 576, 32) == [entered] * 16 + [entered // 3] * 16

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 import torch
 from packing import tokens
 
@@ -64,8 +63,8 @@ def visionzip():
     ).index.tolist() == [1, 2, 3, 4]
     assert [stage(keep=k)._merged(k) for k in (192, 128, 64, 32)] == [30, 20, 10, 5], "published splits"
 
-    with pytest.raises(ValueError, match=r"heads: 3 does not divide .* 2 wide"):
-        stage(keep=4, heads=3).select(seven)
+    assert "heads: 3 does not divide" in stage(keep=4, heads=3).misfit_tower(32, 1)
+    assert not stage(keep=4, heads=4).misfit_tower(32, 1) and not stage(keep=4).misfit_tower(33, 4)
 
     lengths, parts = (40, 23), (((1, 5, 8),), ((1, 23, 1),))
     x, attention = draw(lengths, 6)
@@ -109,7 +108,18 @@ def prumerge():
     # Both ask for all others: each goes where its key is nearer.
     assert stage(neighbours=8).select(nine).into.tolist() == [0, 1, 1, 0, 0, 1, 1, 1, 1]
     assert stage(neighbours=0).select(nine).into.tolist() == [-1] * 4 + [0, -1, -1, 1, -1]
-    assert stage(plus=True).select(nine).index.tolist() == list(range(9)), "9 // 2 // 3 = 1: every token"
+    assert stage(plus=True).select(nine).index.tolist() == list(range(8)), "9 // 2 // 3 = 1: every token but the last"
+    for outliers, evenly in ((38, 115), (8, 24), (7, 22)):  # steps of 5, 24 and 27; 5 divides 575
+        peaks = torch.zeros(576).index_fill(0, torch.arange(outliers) * 15 + 1, 1.0)
+        whole = given(
+            (576,),
+            (((1, 24, 24),),),
+            torch.zeros(576, 1),
+            {("cls_attention", -1): peaks, ("keys", -1): torch.ones(576, 2)},
+        )
+        kept = set(stage(plus=True).select(whole).index.tolist())
+        theirs = set(range(0, 575, int(int(1 / (outliers / 576)) / 3)))
+        assert len(theirs) == evenly and kept == theirs | set(peaks.nonzero()[:, 0].tolist())
     assert stage(keep=3).select(nine).index.tolist() == [4, 5, 7], "with a budget the highest"
     assert stage(keep=5, plus=True).select(nine).index.tolist() == [1, 3, 4, 6, 7], "2 outliers, then 3 of 7 evenly"
     assert stage(keep=1, plus=True).select(nine).index.tolist() == [4]
@@ -135,7 +145,7 @@ def prumerge():
             chosen = {i for i in range(n) if float(a[i]) > q3 + 1.5 * (q3 - q1)}
             assert 2 < len(chosen) < n / 4, "a test of outliers needs some"
             if plus:
-                chosen |= set(range(0, n, int(int(1 / (len(chosen) / n)) / 3)))
+                chosen |= set(range(0, n - 1, int(int(1 / (len(chosen) / n)) / 3)))
             near = {
                 i: sorted(set(range(n)) - {i}, key=lambda j, i=i, s=start: -cosine(keys[s + i], keys[s + j]))[:4]
                 for i in chosen

@@ -20,11 +20,13 @@ from tiny_processors import save
 
 pytest.importorskip("lmms_eval")
 
+import gates
 import lmms_tasks
 from lmms_eval.api.task import ConfigurableTask
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models.registry_v2 import ModelRegistryV2
 
+import vtoken
 from vtoken import config
 from vtoken.errors import ConfigError, UnsupportedError, VtokenError
 from vtoken.evals.flops import account
@@ -96,7 +98,7 @@ def test_arguments_as_lmms_eval_writes_them(folder: Path, tmp_path: Path) -> Non
         ("pipline=random:5", "unknown model_args: pipline"),
         ("batch_size=auto", "batch_size must be a whole number, not 'auto'"),
         ("frames=0", "must be at least 1"),
-        ("pipeline=random-5", "did you mean 'random-64'"),
+        ("pipeline=random-5", "did you mean 'random:5'"),
         ("min_pixels=9", "does not resize pictures by their area"),
         ("dtype=float12", "unknown dtype"),
     ):
@@ -203,6 +205,37 @@ def test_the_response_cache_knows_the_pipeline(model: VtokenModel, tmp_path: Pat
     assert asked == [3, 3, 0]  # the third is a hit: so the cache was on
     model.use(config.load("none"))
     assert model.about()["pipeline"] is None
+
+
+def test_the_response_cache_knows_what_was_edited(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on the command line, where the words stay: another pipeline in the file, other gates, another version are other answers."""
+    task = lmms_tasks.write(tmp_path, "plain", 3)
+    manager, asked = Harness([task], [tmp_path]).manager, list[int]()
+    monkeypatch.setattr(VtokenModel, "_note", lambda self, answered: asked.append(len(answered)))
+    pipeline, gated = tmp_path / "p.yaml", tmp_path / "gates.safetensors"
+    words = f"pretrained={folder},device=cpu,pipeline={pipeline},batch_size=4"
+
+    def answers() -> int:
+        asked.clear()
+        simple_evaluate(
+            model="vtoken", model_args=words, tasks=[task], task_manager=manager, bootstrap_iters=0,
+            use_cache=str(tmp_path / "kept"),
+        )  # fmt: skip
+        return sum(asked)
+
+    pipeline.write_text("stages: [random: {keep: 5}]")
+    assert (answers(), answers()) == (3, 0)
+    pipeline.write_text("stages: [random: {keep: 6}]")
+    assert (answers(), answers()) == (3, 0)
+    gated.write_bytes(Path(gates.file()).read_bytes())
+    pipeline.write_text(f"stages: [dyvte: {{gates: {gated}}}]")
+    assert (answers(), answers()) == (3, 0)
+    gated.write_bytes(Path(gates.file(2)).read_bytes())
+    assert (answers(), answers()) == (3, 0)
+    monkeypatch.setattr(vtoken, "__version__", "0.0.0")
+    assert (answers(), answers()) == (3, 0)
 
 
 def test_an_exception_ends_the_run(model: VtokenModel, tmp_path: Path) -> None:

@@ -170,8 +170,8 @@ def test_files_that_hold_no_gates(tmp_path):
         (other, "format 'other', not 'vtoken seerattention 1'"),
         (odd, "blocks of 48 tokens; 16, 32, 64, 128, 256 can be had"),
         (gates.file(), "format 'vtoken dyvte 1'"),
-        (some, "does not say what its gates are for: KeyError"),
-        (few, "does not hold the gates that it speaks of"),
+        (some, "says nothing for 'heads', expected a whole number"),
+        (few, "has no tensor '1', expected one of shape"),
     ):
         with pytest.raises(ConfigError, match=words):
             config.load([{"seerattention": {"gates": str(file)}}])
@@ -193,9 +193,9 @@ def test_the_authors_files_are_read(tmp_path):
         assert density == pytest.approx(7 / 10), "four blocks of 64: the first and the diagonal"
     for number, (found, words) in enumerate((
         ({**matrices, names[0].replace("_k", "_q"): torch.zeros(4, 8, 8)}, "of the authors' gates the default kind"),
-        ({name: torch.zeros(4, 16, 8) for name in names}, "gates of 16 x 8"),
+        ({name: torch.zeros(4, 16, 8) for name in names}, "of shape \\[4, 16, 8\\], expected \\[heads, 3 D, D\\]"),
         ({}, "does not hold one matrix"),
-        ({name: torch.zeros(24, 8) for name in names}, "does not hold one matrix"),
+        ({name: torch.zeros(24, 8) for name in names}, r"expected \[heads, 3 D, D\]"),
         ({0: torch.zeros(4, 24, 8)}, "no file of tensors"),
         ({name: 0 for name in names}, "no file of tensors"),
     )):  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -213,3 +214,18 @@ def test_a_batch_says_what_its_rows_say_alone(family, name):
             torch.testing.assert_close(one[:, 0], got[:, row], atol=1e-4, rtol=1e-4)
             single = [s for s in vtoken.trace(model).stages if s.site == "attention"]
             assert [s.density[0] for s in single] == [s.density[row] for s in whole]
+
+
+@pytest.mark.parametrize("name", [*THIN, "zipvl"])
+def test_the_trace_is_valid_json_and_no_share_exceeds_one(name):
+    """A row of much text and one picture, and one that is padding alone."""
+    model = tiny.make("llava")
+    batch = tiny.build(model, [[150, "img", 40], [9]], seed=3)
+    batch["attention_mask"][1] = 0
+    options = {**THIN.get(name, [{}])[0], **SHORT.get(name, {}), "min_len": 0}
+    with vtoken.wrapped(model, [{name: options}]), torch.no_grad():
+        model(**batch)
+        seen = vtoken.trace(model)
+    shares = [share for stage in seen.stages for share in stage.density]
+    assert shares and all(0 < share <= 1 for share in shares) and 0 < seen.density[name] <= 1
+    json.dumps(seen.to_dict(), allow_nan=False)

@@ -164,6 +164,26 @@ def test_nothing_is_asked_twice(place: Path, given: Sweep, whole: Results, monke
     assert timeless(whole.folder) == before
 
 
+def test_torn_and_foreign_files_are_made_anew(place: Path, given: Sweep, whole: Results, tmp_path: Path) -> None:
+    """A point, the cases and a picture of them, cut short; a point of something else."""
+    shutil.copytree(place / "whole", tmp_path / "torn")
+    files = sorted(
+        (tmp_path / "torn" / "points").glob("[0-9a-f]*.json"), key=lambda file: not file.name.startswith("cases-")
+    )
+    files = [file for file in files if not file.name.startswith("speed-")]
+    torn = files[:2]
+    for file in torn:
+        file.write_bytes(file.read_bytes()[:-20])
+    files[2].write_text('{"error": "quota"}')
+    with pytest.warns(UserWarning, match="taken as missing") as told:
+        sweep.run(given, tmp_path / "torn")
+    assert {str(file) for file in files[:3]} == {
+        str(w.message).partition(" ")[0] for w in told if "taken as" in str(w.message)
+    }
+    assert timeless(tmp_path / "torn") == timeless(place / "whole")
+    assert not list((tmp_path / "torn").rglob("*.part"))
+
+
 def test_what_decides_the_numbers_names_the_points(given: Sweep, whole: Results) -> None:
     def keys(sweep_: Sweep, commit: str | None = "abc") -> set[str]:
         return {point.key for point in sweep.points(sweep_, sweep.lineup(sweep_.lineup()), commit)}
@@ -238,7 +258,7 @@ def test_an_error_leaves_what_was_finished(place: Path, given: Sweep, monkeypatc
 def test_other_documents_are_told(place: Path, given: Sweep, whole: Results) -> None:
     todo = sweep.points(given, sweep.lineup(given.lineup()), sweep.commit())
     victim = next(point for point in todo if point.run == 1)
-    kept = points.load(whole.folder, victim.key)
+    kept = points.load(whole.folder, victim.key, points.is_point)
     points.save(whole.folder, victim.key, {**kept, "about": {**kept["about"], "hash": "other"}})
     try:
         with pytest.raises(VtokenError, match="other documents"):

@@ -1,4 +1,4 @@
-"""How many tokens to keep: `64`, `25%`, `{total: 640}`, `{per_frame: 32}` or `{per_crop: 64}`, turned into whole numbers."""
+"""How many tokens to keep: `64`, `25%`, `{total: 640}`, `{per_frame: 32}` or `{per_crop: 64}`, turned into whole numbers: a share to the nearest."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import reprlib
 from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
+from math import ceil
 from numbers import Integral
 from typing import Any, TypeGuard
 
@@ -78,12 +79,13 @@ class Budget:
                 lengths (largest remainder, ties to the earlier image).
 
         Returns:
-            One count per image: at least 1 (0 for an image without tokens), at most its length.
+            One count per image: at least 1 (0 for an image without tokens), at most its length. A share is rounded to the nearest, halves
+            down.
         """
         if self.tokens is not None:
             wanted = [self.tokens] * len(lengths)
         elif self.share is not None:
-            wanted = [n * self.share.numerator // self.share.denominator for n in lengths]
+            wanted = [ceil(n * self.share - Fraction(1, 2)) for n in lengths]
         else:
             wanted = self._split(lengths, row)
         return tuple(min(max(1, k), n) for k, n in zip(wanted, lengths, strict=True))

@@ -11,7 +11,7 @@ from vtoken import registry
 from vtoken.adapters.base import Adapter
 from vtoken.cached import CacheStage
 from vtoken.config import Pipeline
-from vtoken.errors import OtherModelError, UnsupportedError
+from vtoken.errors import ConfigError, OtherModelError, UnsupportedError
 from vtoken.hooks import facts
 from vtoken.hooks.attention import OBSERVED
 from vtoken.hooks.sparse import check_attention
@@ -75,8 +75,14 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
             raise UnsupportedError(
                 f"stage {stage.name} acts at site {stage.site!r}, which this version of vtoken does not serve yet"
             )
-        if why := stage.misfit(len(adapter.lm.layers), adapter.lm.config.hidden_size):
+        try:
+            why = stage.misfit(len(adapter.lm.layers), adapter.lm.config.hidden_size)
+        except ValueError as error:  # of a file that has changed since the pipeline was read
+            raise ConfigError(f"stage {stage.name}: {error}") from error
+        if why:
             raise OtherModelError(f"stage {stage.name}: {why}")
+        if why := stage.misfit_tower(adapter.encoder.width, adapter.encoder.unit):
+            raise UnsupportedError(f"stage {stage.name}: {why}")
         for need in stage.needs():
             check_fact(stage, need, adapter)
         check_layers(stage, adapter)

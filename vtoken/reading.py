@@ -166,21 +166,25 @@ class Reads:
 
     def density(self) -> Tensor:
         """What is computed, as a share of all causal blocks, head mean: a scalar on the device of `blocks`. A single key counts a
-        `size`-th of a block for every query block that reads it, dense queries count whole query blocks, own keys nothing."""
+        `size`-th of a block for every query block that reads it, dense queries count whole query blocks, own keys nothing; a head at most
+        1, though dense queries go through the lists, too. 1 for a prompt of no tokens."""
         below = causal(self.blocks)
-        total = torch.count_nonzero(self.blocks & below).float()
+        if not below.numel():
+            return torch.ones((), device=below.device)
+        total = torch.count_nonzero(self.blocks & below, dim=(1, 2)).float()
         if self.columns is not None:
             # Read off counts, one per list and key block; what is as long as the lists is held for some heads at a time.
-            for columns, unread in zip(self.columns.split(8), self._unread(below).split(8), strict=True):
+            parts = zip(total.split(8), self.columns.split(8), self._unread(below).split(8), strict=True)
+            for mine, columns, unread in parts:
                 times = unread.gather(2, (columns.clamp(min=0) // self.size).long())
-                total += torch.where(columns < 0, 0, times).sum() / self.size
+                mine += torch.where(columns < 0, 0, times).sum((1, 2)) / self.size
         if self.dense is not None:
             # Of the query blocks that dense queries are packed into, the last query decides how far all of them read.
             rank = self.dense.cumsum(1, dtype=torch.int32)
             last = self.dense & ((rank % self.size == 0) | (rank == rank[:, -1:]))
             ends = torch.arange(self.dense.shape[1], device=last.device, dtype=torch.int32) // self.size + 1
-            total += torch.where(last, ends, 0).sum()
-        return total / (torch.count_nonzero(below) * len(self.blocks))
+            total += torch.where(last, ends, 0).sum(1)
+        return (total / torch.count_nonzero(below)).clamp(max=1).mean()
 
     def _unread(self, below: Tensor) -> Tensor:
         """[H, G, M] int32: how many of the query blocks that share a list read its keys in this block by the list alone."""

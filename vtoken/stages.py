@@ -101,6 +101,10 @@ class Stage(BaseModel):
         """Why what the stage was given (weights, tables) does not fit an LLM of so many layers and channels; "" if it does."""
         return ""
 
+    def misfit_tower(self, width: int, unit: int) -> str:
+        """As `misfit`, of a vision tower with keys of so many channels that makes so many patches into one token."""
+        return ""
+
     def unload(self) -> None:
         """Frees what it brought to devices; called by `unwrap`."""
 

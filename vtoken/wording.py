@@ -39,7 +39,7 @@ def explain(cls: type[Stage], error: ValidationError) -> tuple[str, str]:
         message = first["msg"].removeprefix("Value error, ").removeprefix("keep: ").partition("; write a count")[0]
     else:
         message = f"{first['msg']}, not {shown(first['input'])}"
-    if "; take " in message:
+    if "; take " in message or accepts(cls, option) == "text":
         return option, f"{place}: {message}"
     return option, f"{place}: {message}; accepted: {accepts(cls, option)}"
 

@@ -38,6 +38,11 @@ class Encoder:
     full_attention: tuple[int, ...] | None = None
     unit: int = 1
 
+    @property
+    def width(self) -> int:
+        """Channels of the keys of all heads."""
+        return self.heads * round(self.scale**-2)
+
 
 class Adapter(ABC):
     """One family. Constructing it finds the modules, or raises UnsupportedError with the reason.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def read(name: str) -> Gates:
         text = path.read_text(encoding="utf-8")
         lines = [line.split("\t") for line in text.splitlines() if line.strip()]
         rows = [[float(word) for word in line] for line in lines] if table else json.loads(text, parse_int=float)
-    except ValueError as error:
+    except (ValueError, OSError, RecursionError) as error:
         what = "table of numbers with tabs between them" if table else "JSON"
         more = "" if table else "; tables with tabs must be called .tsv"
         raise ValueError(f"{path} is no {what}: {error}{more}") from None
@@ -40,9 +41,10 @@ def check(rows: Any, what: str) -> None:
     """
     if not isinstance(rows, (list, tuple)) or not all(isinstance(row, (list, tuple)) for row in rows):
         raise ValueError(f"{what} must hold a list per decoder layer, [[0.1, 0.9], [0.4, 0.2], ...]")
-    odd = [x for row in rows for x in row if type(x) not in (int, float) or not isfinite(x)]
-    if odd:
-        raise ValueError(f"{what} must hold finite numbers, not {odd[0]!r}")
+    for layer, row in enumerate(rows):
+        for x in row:
+            if type(x) not in (int, float) or not isfinite(x):
+                raise ValueError(f"{what} must hold finite numbers, not {reprlib.repr(x)} in layer {layer}")
     widths = sorted({len(row) for row in rows})
     if len(widths) != 1 or not widths[0]:
         found = f"layers of {' and '.join(map(str, widths))}" if widths else "no layers"

@@ -1,13 +1,19 @@
-"""Files of trained weights that an option names."""
+"""Files of trained weights that an option names: what is in them is checked before anything uses it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+import reprlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+Shape = tuple[int | str, ...]  # words where the file itself leaves open how many
 
 
 def existing(path: Path, name: str, mend: str) -> Path:
@@ -21,6 +27,64 @@ def existing(path: Path, name: str, mend: str) -> Path:
     if not os.access(path, os.R_OK):
         raise ValueError(f"{name!r} may not be read; give yourself the right, or {mend}")
     return path
+
+
+def opened(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors, on the CPU, of a safetensors file.
+
+    Raises:
+        ValueError: it is none, or cannot be read.
+    """
+    try:
+        with torch.inference_mode(False), safe_open(path, "pt") as file:
+            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is no safetensors file that can be read: {error}") from None
+
+
+def count(path: Path, told: Mapping[str, str], key: str) -> int:
+    """A whole number from 1 on in a file's header.
+
+    Raises:
+        ValueError: there is no such key, or something else.
+    """
+    if not re.fullmatch("[1-9][0-9]{0,8}", told.get(key, "")):
+        found = reprlib.repr(told[key]) if key in told else "nothing"
+        raise ValueError(f"{path} says {found} for {key!r}, expected a whole number from 1 on; make it again")
+    return int(told[key])
+
+
+def expect(path: Path, found: Mapping[str, Tensor], wanted: Iterable[tuple[str, Shape]]) -> None:
+    """Refuses anything but tensors of these names and shapes, of one float dtype, all finite.
+
+    Raises:
+        ValueError: names the file, the tensor and what was expected.
+    """
+    seen: set[str] = set()
+    for name, shape in wanted:
+        if name not in found:
+            raise ValueError(f"{path} has no tensor {name!r}, expected one of shape {written(shape)}; make it again")
+        first, tensor = found[next(iter(seen), name)], found[name]
+        seen.add(name)
+        this = f"{path}: tensor {name!r}"
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{this} is of shape {written(tensor.shape)}, expected {written(shape)}; make the file again"
+            )
+        if tensor.dtype not in FLOATS or tensor.dtype != first.dtype:
+            kind = "floats" if tensor.dtype not in FLOATS else f"{first.dtype} like the others"
+            raise ValueError(f"{this} is {tensor.dtype}, expected {kind}; make the file again")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{this} holds NaN or infinity, expected finite numbers; make the file again")
+    if more := sorted(map(str, set(found) - seen)):
+        raise ValueError(
+            f"{path} holds a tensor {reprlib.repr(more[0])}, expected {len(seen)} others; make the file again"
+        )
+
+
+def written(shape: Iterable[int | str]) -> str:
+    """[4, D]."""
+    return f"[{', '.join(map(str, shape))}]"
 
 
 class Weights:

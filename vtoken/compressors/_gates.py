@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
-from vtoken.compressors._files import existing
+from vtoken.compressors._files import count, existing, expect, opened
 
 FORMAT = "vtoken dyvte 1"
 SHIPPED = Path(__file__).parents[1] / "evals" / "reference"
@@ -43,37 +43,54 @@ def find(name: str) -> Path:
 
 
 def header(name: str) -> Header:
-    """Reads what a file says of itself.
+    """What a file says of itself.
 
     Raises:
-        ValueError: there is no such file, or it holds something else.
+        ValueError: as `read`.
     """
-    mend = "the authors publish no gates, `vtoken train-exit MODEL --data DATA -o FILE` trains them"
-    path = existing(find(name), name, mend)
-    try:
-        with safe_open(path, "pt") as file:
-            told = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file: {error}") from None
-    if told.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} holds no gates of `vtoken train-exit` (format {told.get('format')!r}, not {FORMAT!r})"
-        )
-    return Header(int(told["depth"]), int(told["width"]), int(told["hidden"]), tuple(json.loads(told["stay"])))
+    return read(name)[0]
 
 
 def matrices(name: str) -> dict[int, Gate]:
     """By the decoder layer before which a gate is asked its matrices [hidden, 2 D] and [2, hidden], on the CPU.
 
     Raises:
-        ValueError: as `header`, or they are not there.
+        ValueError: as `read`.
     """
-    path, depth = find(name), header(name).depth
+    return read(name)[1]
+
+
+def read(name: str) -> tuple[Header, dict[int, Gate]]:
+    """Header and matrices of a file.
+
+    Raises:
+        ValueError: there is no such file, or it holds something else.
+    """
+    mend = "the authors publish no gates, `vtoken train-exit MODEL --data DATA -o FILE` trains them"
+    path = existing(find(name), name, mend)
+    told, found = opened(path)
+    if told.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} holds no gates of `vtoken train-exit` (format {reprlib.repr(told.get('format'))}, not {FORMAT!r})"
+        )
+    depth, width, hidden = (count(path, told, key) for key in ("depth", "width", "hidden"))
+    stay = _shares(path, told, depth)
+    shapes = ((".in", (hidden, 2 * width)), (".out", (2, hidden)))
+    expect(path, found, ((f"{k}{end}", shape) for k in range(1, depth) for end, shape in shapes))
+    gates = {k: (found[f"{k}.in"], found[f"{k}.out"]) for k in range(1, depth)}
+    return Header(depth, width, hidden, stay), gates
+
+
+def _shares(path: Path, told: Mapping[str, str], depth: int) -> tuple[float, ...]:
     try:
-        with torch.inference_mode(False), safe_open(path, "pt") as file:
-            return {k: (file.get_tensor(f"{k}.in"), file.get_tensor(f"{k}.out")) for k in range(1, depth)}
-    except SafetensorError as error:
-        raise ValueError(f"{path} does not hold the gates that it speaks of: {error}; train them again") from None
+        stay = json.loads(told.get("stay", ""), parse_int=float)
+        fits = len(stay) == depth and all(0 <= share <= 1 for share in stay)
+    except (ValueError, TypeError, RecursionError):
+        fits = False
+    if not fits:
+        found = reprlib.repr(told["stay"]) if "stay" in told else "nothing"
+        raise ValueError(f"{path} says {found} for 'stay', expected {depth} shares from 0 to 1; train the gates again")
+    return tuple(stay)
 
 
 def save(path: Path, gates: Mapping[int, Gate], stay: Sequence[float], about: Mapping[str, str]) -> None:

@@ -75,11 +75,11 @@ def _taken(held: Sequence[int], first: int, width: int, device: torch.device) ->
     return seat.to(device, non_blocking=True), offsets_of([(n + 1 - first) // 2 for n in held], rows.device)
 
 
-def merge(pairs: Pairs, held: Sequence[int], taken: Sequence[int]) -> Merged:
+def merge(pairs: Pairs, held: Sequence[int], taken: Sequence[int], anew: bool = False) -> Merged:
     """Lets the `taken` most similar of side A join their partners, in every sequence.
 
     Ranks: first what is left of side A (by similarity; with a token in front in the old order), then side B. A sequence in which nothing
-    merged keeps its order.
+    merged keeps its order. With `anew` side A stays in the old order, and no sequence keeps its own.
     """
     n, device = sum(held), pairs.a.device
     count = torch.tensor(taken, device=device)[:, None]
@@ -88,10 +88,11 @@ def merge(pairs: Pairs, held: Sequence[int], taken: Sequence[int]) -> Merged:
     nth = torch.empty_like(best).scatter_(1, best, across_a)
     home = torch.arange(n + 1, device=device)
     home[pairs.a] = torch.where(nth < count, pairs.partner, pairs.a)
-    left = across_a if pairs.lead else nth
+    left = across_a if pairs.lead or anew else nth
+    dealt = count >= 0 if anew else count > 0
     rank = torch.zeros_like(home)
-    rank[pairs.a] = torch.where(count > 0, left, 2 * across_a + pairs.lead % 2)
-    rank[pairs.b] = torch.where(count > 0, left.shape[1] + across_b, 2 * across_b + (pairs.lead + 1) % 2)
+    rank[pairs.a] = torch.where(dealt, left, 2 * across_a + pairs.lead % 2)
+    rank[pairs.b] = torch.where(dealt, left.shape[1] + across_b, 2 * across_b + (pairs.lead + 1) % 2)
     home = home[:n]
     stays = home == torch.arange(n, device=device)
     index = stays.byte().sort(descending=True, stable=True).indices[: n - sum(taken)]
@@ -109,6 +110,7 @@ class Merger(Compressor):
     its own. Ranks are remembered by place, so that other stages may drop tokens in between."""
 
     site: ClassVar[Site] = "encoder"
+    anew: ClassVar[bool] = False  # as in `merge`
 
     proportional: bool = Field(default=True, description="keys of later layers count as often as they have members")
 
@@ -140,7 +142,7 @@ class Merger(Compressor):
         taken = self.taken(pairs.value, tokens.lengths, tokens.layer or 0)
         if not any(taken):
             return keep_all(tokens)
-        index, into, rank = merge(pairs, tokens.lengths, taken)
+        index, into, rank = merge(pairs, tokens.lengths, taken, self.anew)
         known.setdefault("rank", at.new_zeros(sum(map(size_of, tokens.parts))))[at] = rank
         return Keep(index, tuple(n - r for n, r in zip(tokens.lengths, taken, strict=True)), into, tokens.size)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import reprlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear
 
-from vtoken.compressors._files import existing
+from vtoken.compressors._files import Shape, existing, expect, opened
 
 PARTS = ("norm.weight", "norm.bias", "in.weight", "out.weight")
 TEMPERATURE = 10.0
@@ -33,24 +34,23 @@ def routers(name: str) -> dict[int, Router]:
     """
     mend = f"write a safetensors file with LAYER.{', LAYER.'.join(PARTS)} of every router"
     path = existing(Path(name), name, mend)
-    try:
-        with torch.inference_mode(False), safe_open(path, "pt") as file:
-            found = {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file: {error}") from None
+    _, found = opened(path)
     layers = sorted({key.split(".")[0] for key in found})
-    wanted = {f"{layer}.{part}" for layer in layers for part in PARTS}
-    if not layers or wanted != set(found) or not all(layer.isdecimal() for layer in layers):
-        odd = sorted(wanted ^ set(found))[:3]
+    if not layers or not all(re.fullmatch("[0-9]{1,9}", layer) for layer in layers):
+        odd = next((key for key in found if not re.match(r"[0-9]{1,9}\.", key)), "nothing")
         raise ValueError(
-            f"{path} holds no routers: every layer (a number) needs {', '.join(PARTS)}; missing or too many: {', '.join(odd)}"
+            f"{path} holds no routers but {reprlib.repr(odd)}, expected {', '.join(PARTS)} behind the number of every layer that has one"
         )
-    out = {int(layer): Router(*(found[f"{layer}.{part}"] for part in PARTS)) for layer in layers}
-    for layer, router in out.items():
-        width, hidden = router.first.shape[1], router.first.shape[0]
-        if router.scale.shape != (width,) or router.shift.shape != (width,) or router.second.shape[1] != hidden:
-            raise ValueError(f"{path}: the shapes of layer {layer}'s router do not fit each other")
-    return dict(sorted(out.items()))
+    expect(path, found, ((f"{k}.{part}", shape) for k in layers for part, shape in _shapes(found, k)))
+    return {int(k): Router(*(found[f"{k}.{part}"] for part in PARTS)) for k in sorted(layers, key=int)}
+
+
+def _shapes(found: Mapping[str, Tensor], layer: str) -> Iterator[tuple[str, Shape]]:
+    """What fits the layer's first matrix; nothing does if that is none."""
+    first, second = (found.get(f"{layer}.{part}") for part in PARTS[2:])
+    hidden, width = first.shape if first is not None and first.ndim == 2 else ("D / 4", "D")
+    sizes = max(1, len(second)) if second is not None and second.ndim else "sizes"
+    yield from zip(PARTS, ((width,), (width,), (hidden, width), (sizes, hidden)), strict=True)
 
 
 def chances(router: Router, shown: Tensor) -> Tensor:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
 from vtoken.compressors._blocks import best, block_mean, per_head
-from vtoken.compressors._files import existing
+from vtoken.compressors._files import count, existing, expect, opened, written
 from vtoken.reading import Prompt, Rope, causal
 
 FORMAT = "vtoken seerattention 1"
@@ -41,7 +40,25 @@ class Header(NamedTuple):
 
 
 def header(name: str) -> Header:
-    """Reads what a file says of itself.
+    """What a file says of itself.
+
+    Raises:
+        ValueError: as `read`.
+    """
+    return read(name)[0]
+
+
+def matrices(name: str) -> list[Tensor]:
+    """[H, 3 d, d] of every layer, on the CPU.
+
+    Raises:
+        ValueError: as `read`.
+    """
+    return read(name)[1]
+
+
+def read(name: str) -> tuple[Header, list[Tensor]]:
+    """Header and gates of a file.
 
     Raises:
         ValueError: there is no such file, or it holds something else.
@@ -51,62 +68,43 @@ def header(name: str) -> Header:
     if path.suffix == ".pth":
         gates = _theirs(path)
         heads, _, width = gates[0].shape
-        return Header(len(gates), heads, 0, width, THEIR_SIZE)
-    try:
-        with safe_open(path, "pt") as file:
-            told, shapes = file.metadata() or {}, {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file: {error}") from None
+        return Header(len(gates), heads, 0, width, THEIR_SIZE), gates
+    told, found = opened(path)
     if told.get("format") != FORMAT:
         raise ValueError(
-            f"{path} holds no gates of `vtoken calibrate seerattention` (format {told.get('format')!r}, not {FORMAT!r})"
+            f"{path} holds no gates of `vtoken calibrate seerattention` (format {reprlib.repr(told.get('format'))}, not {FORMAT!r})"
         )
-    try:
-        found = Header(*(int(told[key]) for key in Header._fields))
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{path} does not say what its gates are for: {error!r}; train them again") from None
-    if found.size not in SIZES:
+    about = Header(*(count(path, told, key) for key in Header._fields))
+    if about.size not in SIZES:
         raise ValueError(
-            f"{path} holds gates for blocks of {found.size} tokens; {', '.join(map(str, SIZES))} can be had"
+            f"{path} holds gates for blocks of {about.size} tokens; {', '.join(map(str, SIZES))} can be had"
         )
-    if shapes != {str(k): (found.heads, 3 * found.width, found.width) for k in range(found.depth)}:
-        raise ValueError(f"{path} does not hold the gates that it speaks of, {found}; train them again")
-    return found
+    shape = (about.heads, 3 * about.width, about.width)
+    expect(path, found, ((str(k), shape) for k in range(about.depth)))
+    return about, [found[str(k)] for k in range(about.depth)]
 
 
 def _theirs(path: Path) -> list[Tensor]:
     """The gates of the authors' attn_gate_weights.pth, layer by layer."""
     try:
-        found = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-        gates = {int(at[1]): t for name, t in found.items() if (at := THEIRS.search(name)) and at[2] == "mask_linear_k"}
-        alike = {tuple(t.shape) for t in gates.values()}
-    except (RuntimeError, UnpicklingError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is no file of tensors that torch saved: {error}") from None
-    whole = len(found) == len(gates) and sorted(gates) == list(range(len(gates)))
-    if not whole or len(alike) != 1 or len(next(iter(alike))) != 3:
+        with torch.inference_mode(False):
+            found = torch.load(path, weights_only=True, map_location="cpu")
+        names = {int(at[1]): name for name in found if (at := THEIRS.search(name)) and at[2] == "mask_linear_k"}
+        shapes = {tuple(found[name].shape) for name in names.values()}
+    except Exception as error:  # bytes that no pickle wrote can raise anything
+        what = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} is no file of tensors that torch saved: {reprlib.repr(what)}") from None
+    if len(found) != len(names) or sorted(names) != list(range(len(names))) or not shapes:
         raise ValueError(
             f"{path} does not hold one matrix mask_linear_k for every layer and nothing else: of the authors' gates the default kind is read"
         )
-    _, rows, width = next(iter(alike))
-    if rows != 3 * width:
+    first = found[names[0]].shape
+    if len(first) != 3 or not first[0] or first[1] != 3 * first[2]:
         raise ValueError(
-            f"{path} holds gates of {rows} x {width}; they must be 3 head widths x 1 (keys pooled by max, min, avg)"
+            f"{path}: tensor {names[0]!r} is of shape {written(first)}, expected [heads, 3 D, D]: keys pooled by max, min, avg"
         )
-    return [gates[k] for k in sorted(gates)]
-
-
-def matrices(name: str) -> list[Tensor]:
-    """[H, 3 d, d] of every layer, on the CPU.
-
-    Raises:
-        ValueError: as `header`.
-    """
-    told = header(name)
-    with torch.inference_mode(False):
-        if name.endswith(".pth"):
-            return _theirs(Path(name))
-        with safe_open(name, "pt") as file:
-            return [file.get_tensor(str(k)) for k in range(told.depth)]
+    expect(path, found, ((names[k], tuple(first)) for k in sorted(names)))
+    return [found[names[k]] for k in sorted(names)]
 
 
 def save(path: Path, gates: Sequence[Tensor], key_heads: int, size: int, about: Mapping[str, str]) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from vtoken.compressors._files import Shape, existing, expect, opened
+
+MEND = "make them with vtoken calibrate dtome"
 
 
 class Thresholds(BaseModel):
@@ -55,17 +60,17 @@ def read(path: str, method: str) -> dict[str, Any]:
     Raises:
         ValueError: no such file, or not one of thresholds for this method.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            found = (file.metadata() or {}).get("method")
-            numbers = {name: file.get_tensor(name).tolist() for name in ("thresholds", "left") if name in file.keys()}
-    except (OSError, SafetensorError) as error:
+    file = existing(Path(path), path, MEND)
+    about, found = opened(file)
+    if about.get("method") != method:
+        of = f"the thresholds of {reprlib.repr(about['method'])}" if "method" in about else "no thresholds"
+        raise ValueError(f"{path} holds {of}, not those of {method}; {MEND}")
+    first = found.get("thresholds")
+    shape: Shape = (max(1, len(first)),) if first is not None and first.ndim else ("layers or rounds",)
+    expect(file, found, ((name, shape) for name in ("thresholds", "left") if name in found or name == "thresholds"))
+    numbers = {name: tuple(found[name].tolist()) for name in found}
+    if not all(0 < share <= 1 for share in numbers.get("left", ())):
         raise ValueError(
-            f"cannot read the thresholds {path!r}: {error}; make them with vtoken calibrate dtome"
-        ) from error
-    if found != method or "thresholds" not in numbers:
-        raise ValueError(
-            f"{path!r} holds {f'the thresholds of {found}' if found else 'no thresholds'}, not those of {method}; make them with vtoken "
-            "calibrate dtome"
+            f"{path}: tensor 'left' holds {min(numbers['left'])}, expected shares above 0, at most 1; {MEND}"
         )
-    return {name: tuple(values) for name, values in numbers.items()}
+    return numbers

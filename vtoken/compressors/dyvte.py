@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 
 from vtoken.compressors._exits import asked, last_of, leave
 from vtoken.compressors._files import Weights
-from vtoken.compressors._gates import Header, header, logits, matrices, question
+from vtoken.compressors._gates import Header, header, logits, matrices, question, read
 from vtoken.stages import Compressor, Fact, Keep, Parts, Site, VisualTokens
 
 
@@ -41,7 +41,7 @@ class DyVTE(Compressor):
     @field_validator("gates")
     @classmethod
     def _readable(cls, gates: str) -> str:
-        header(gates)
+        read(gates)
         return gates
 
     @cached_property

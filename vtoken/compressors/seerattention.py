@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, field_validator
 
 from vtoken.compressors._files import Weights
-from vtoken.compressors._seer import Header, chosen, header, logits, matrices, pooled
+from vtoken.compressors._seer import Header, chosen, header, logits, matrices, pooled, read
 from vtoken.reading import Prompt, Reads, SparseAttention
 
 
@@ -54,7 +54,7 @@ class SeerAttention(SparseAttention):
     @field_validator("gates")
     @classmethod
     def _readable(cls, gates: str) -> str:
-        header(gates)
+        read(gates)
         return gates
 
     @cached_property
@@ -71,10 +71,11 @@ class SeerAttention(SparseAttention):
         self.held.unload()
 
     def misfit(self, depth: int, width: int) -> str:
-        return "" if self.told.depth == depth else self._other(self.told, f"{depth} layers")
+        told, _ = self.told, self.held  # read when wrapping
+        return "" if told.depth == depth else self._other(told, f"{depth} layers")
 
     def misfit_heads(self, heads: int, key_heads: int, width: int) -> str:
-        told, _ = self.told, self.held  # read when wrapping
+        told = self.told
         if (told.heads, told.key_heads or key_heads, told.width) != (heads, key_heads, width):
             return self._other(told, f"{heads} query heads on {key_heads} key heads of width {width}")
         return ""

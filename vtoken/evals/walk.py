@@ -87,6 +87,8 @@ class Walk:
                 self._leave_out(f"{stage.name}: what a stage at site {stage.site} saves and costs")
             if why := stage.misfit(shape.decoder.depth, shape.decoder.width):
                 raise OtherModelError(f"stage {stage.name}: {why}")
+            if why := stage.misfit_tower(shape.tower.layers.width, shape.tower.unit):
+                raise UnsupportedError(f"stage {stage.name}: {why}")
             if isinstance(stage, SparseAttention) and (
                 why := stage.misfit_heads(shape.decoder.heads, shape.decoder.kv_heads, shape.decoder.head_dim)
             ):

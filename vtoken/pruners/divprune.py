@@ -24,7 +24,7 @@ class DivPrune(Pruner):
     deviations: ClassVar[str] = (
         "A token is never chosen twice (the authors can repeat exact duplicates and then keep fewer). "
         "Newline tokens follow the newline policy; the authors let them compete on LLaVA-NeXT. "
-        "Cosines are float32."
+        "Cosines are float32. A share that falls halfway between two counts gives the smaller one, theirs the even one."
     )
 
     def select(self, tokens: VisualTokens) -> Keep:

@@ -30,7 +30,7 @@ class EVS(Pruner):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.14624"
     deviations: ClassVar[str] = (
-        "A share is an exact fraction where vLLM truncates a float. Text after the video keeps its unpruned positions "
+        "A share is rounded to the nearest where vLLM rounds it down. Text after the video keeps its unpruned positions "
         "(positions: original), as in vLLM."
     )
 

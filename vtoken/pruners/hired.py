@@ -30,7 +30,7 @@ class HiRED(Pruner):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2408.10945"
     deviations: ClassVar[str] = (
-        "The authors' code (August 2024) splits by float ratios and drops the remainder; cuts the whole's raster into runs of equal "
+        "The authors' code (August 2024) splits by float ratios, rounds down and drops the remainder; cuts the whole's raster into runs of equal "
         "length instead of regions (region: reference); spends budget on padding tokens that unpadding then drops; and prunes "
         "nothing when LLaVA-NeXT has one crop."
     )

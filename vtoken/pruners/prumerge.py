@@ -17,7 +17,7 @@ from vtoken.stages import Fact, Keep, Parts, Pruner, VisualTokens
 
 class PruMerge(Pruner):
     """Without `keep` the picture decides: kept are the tokens whose CLS attention in the encoder's last layer lies above Q3 + 1.5 IQR of
-    the image's (at least one); `plus` adds every s-th token, s a third of N / outliers. With `keep` the highest stay, with
+    the image's (at least one); `plus` adds every s-th token but the image's last, s a third of N / outliers. With `keep` the highest stay, with
     `plus` the outliers and evenly spaced others. A dropped token joins the most similar (cosine of keys) of the kept ones
     that have it among their `neighbours` nearest, weighted by its attention against 1 for the kept token; if there are none it
     is lost.
@@ -77,7 +77,7 @@ class PruMerge(Pruner):
         if not self.plus:
             return chosen
         if k is None:
-            evenly = torch.arange(0, n, max(1, n // outliers // 3), device=chosen.device)
+            evenly = torch.arange(0, n - 1, max(1, n // outliers // 3), device=chosen.device)
             return torch.cat([chosen, evenly]).unique()
         more = k - outliers
         evenly = (torch.arange(more, device=chosen.device) * 2 + 1) * (n - outliers) // (2 * more)

@@ -24,7 +24,7 @@ class PyramidDrop(Pruner):
     site: ClassVar[Site] = "decoder"
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.17247"
     deviations: ClassVar[str] = (
-        "Each cut takes its share of what arrives, rounded down, the authors of the unpruned count: for shares that are not 1/n the counts "
+        "Each cut takes its share of what arrives, to the nearest, the authors of the unpruned count, rounded down: the counts "
         "may differ by a token. Works with several images, image by image, with left padding and with grouped key heads, where the "
         "authors' code does not."
     )

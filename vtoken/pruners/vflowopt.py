@@ -65,6 +65,11 @@ class VFlowOpt(Pruner):
     def needs(self) -> tuple[Fact, ...]:
         return (Fact("received_attention", above=self.threshold), *((Fact("pixels"),) if self.alpha else ()))
 
+    def misfit_tower(self, width: int, unit: int) -> str:
+        if self.merge == unit or (self.merge == 1 and not self.alpha):
+            return ""
+        return f"merge: {self.merge} patches are not what this model makes into one token; write merge: {unit}"
+
     def score(self, tokens: VisualTokens) -> Tensor:
         received: Tensor = tokens.fact("received_attention", above=self.threshold).float()
         if not self.alpha:
@@ -77,11 +82,6 @@ class VFlowOpt(Pruner):
 
     def entropy(self, pixels: Tensor) -> Tensor:
         """[ΣN] bits of the grey histogram of the pixels [ΣN, P] behind each token."""
-        if pixels.shape[1] % (3 * self.merge):
-            raise ValueError(
-                f"vflowopt: {pixels.shape[1]} pixel values per token are not {self.merge} patches of 3 colours; set merge to the number "
-                "of patches that the model makes into one token"
-            )
         colours = pixels.float().unflatten(1, (self.merge, 3, -1))
         mean, std = (torch.tensor(v, device=pixels.device)[:, None] for v in (self.mean, self.std))
         grey = ((colours * std + mean).mean(2) * 255).round().clamp(0, 255).long().flatten(1)

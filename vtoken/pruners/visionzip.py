@@ -56,6 +56,14 @@ class VisionZip(Pruner):
     def needs(self) -> tuple[Fact, ...]:
         return (Fact("cls_attention"), Fact("keys"), *(() if self.halve else (Fact("features"),)))
 
+    def misfit_tower(self, width: int, unit: int) -> str:
+        if self.heads is None or width % self.heads == 0:
+            return ""
+        return (
+            f"heads: {self.heads} does not divide the encoder's keys, {width} wide; write the encoder's number of attention heads, or leave "
+            "it out"
+        )
+
     def select(self, tokens: VisualTokens) -> Keep:
         attention, keys = tokens.fact("cls_attention"), self._metric(tokens.fact("keys"))
         home = torch.full((len(tokens.x),), -1, device=tokens.x.device)
@@ -95,14 +103,7 @@ class VisionZip(Pruner):
 
     def _metric(self, keys: Tensor) -> Tensor:
         """[ΣN, d] what similarity is taken of."""
-        if self.heads is not None:
-            if keys.shape[1] % self.heads:
-                raise ValueError(
-                    f"visionzip: heads: {self.heads} does not divide the encoder's keys, {keys.shape[1]} wide; write the encoder's "
-                    "number of attention heads, or leave it out"
-                )
-            return keys.unflatten(1, (self.heads, -1)).float().mean(1)
-        return keys
+        return keys if self.heads is None else keys.unflatten(1, (self.heads, -1)).float().mean(1)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
         """Similarities at the model's width, the merge, and two layers of a projector for what was merged."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -77,9 +77,12 @@ class Learned:
 
 
 def learner(cls: Any, learned: Learned) -> Stage:
-    """The stage `cls`, merging by batches instead of thresholds."""
+    """The stage `cls`, merging by batches instead of thresholds. Inside a tower each match of a batch deals the tokens of all pictures out
+    anew, also of those that lose none, as the authors' calibration does; alone, at inference, such a picture keeps its order."""
 
     class Learner(cls):
+        anew: ClassVar[bool] = True
+
         def taken(self, value: Tensor, held: Sequence[int], at: int) -> tuple[int, ...]:
             return learned.cut(value, held, at)
 

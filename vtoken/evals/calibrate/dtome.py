@@ -21,7 +21,7 @@ SUMMARY = "thresholds of dtome, or of dtome_post on Qwen models, from a folder o
 BUDGETS, SCHEDULES = ("low", "mid", "high"), ("constant", "linear", "reverse_linear")
 EXAMPLES = """examples:
   vtoken calibrate dtome llava-hf/llava-1.5-7b-hf --images coco/ --budget mid -o mid.safetensors
-  vtoken show picture.jpg --pipeline dtome:thresholds=mid.safetensors --model llava-hf/llava-1.5-7b-hf
+  vtoken show llava-hf/llava-1.5-7b-hf dtome:thresholds=mid.safetensors picture.jpg
 """
 
 
@@ -158,6 +158,7 @@ def calibrate(
         "batch_size": str(batch_size),
         "pictures": digest(files),
         "dtype": str(model.dtype),
+        **({} if behind else {"order": "anew"}),  # not so in files of before
     }
     resume(out, about, learned, depth if behind else 1 + min(adapter.encoder.feature_layers))
     stage = _batches.learner(registry.stage(about["method"]), learned)
@@ -266,24 +267,27 @@ def resume(out: Path, about: dict[str, str], learned: Learned, asked: int) -> No
     Raises:
         ConfigError: it is of another calibration.
     """
-    from safetensors import SafetensorError, safe_open
-
+    from vtoken.compressors._files import count, expect, opened
     from vtoken.evals.calibrate._batches import NEVER
 
     if not out.exists():
         return
     try:
-        with safe_open(out, "pt") as file:
-            found = file.metadata() or {}
-            learned_before = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
+        found, learned_before = opened(out)
+    except ValueError as error:
         raise ConfigError(f"{out} is not a file of thresholds ({error}); write to another one") from error
     different = [f"{key} {found.get(key)!r}, not {value!r}" for key, value in about.items() if found.get(key) != value]
-    if different or len(learned_before.get("left", ())) != len(learned.merges):
+    rounds = learned_before["left"].numel() if "left" in learned_before else len(learned.merges)
+    if different or rounds != len(learned.merges):
         raise ConfigError(
             f"{out} is of another calibration ({'; '.join(different) or 'other rounds'}); delete it or write to another file"
         )
+    try:
+        expect(out, learned_before, ((name, (rounds,)) for name in ("thresholds", "left")))
+        learned.batches = count(out, found, "batches")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     thresholds = learned_before["thresholds"]
     learned.thresholds = thresholds.masked_fill(thresholds == NEVER, float("nan"))
-    learned.left, learned.batches = learned_before["left"], int(found["batches"])
+    learned.left = learned_before["left"]
     learned.left[asked:] = float("nan")

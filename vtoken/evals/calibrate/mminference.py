@@ -1,7 +1,7 @@
 """`vtoken calibrate mminference`: which pattern each head reads along, searched on one prompt.
 
-Every head takes the pattern that recalls most of its attention among the visual tokens, a later one only if it recalls 0.01 more:
-the order is from cheap to costly. The rows are those of the vision, as in the authors' search.
+Every head takes the pattern that recalls most of what visual tokens attend to among visual tokens, a later one only if it recalls 0.01
+more of all their attention: the order is from cheap to costly. Text keys take their part, as in the authors' search.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ from vtoken.evals.options import add_pictures
 from vtoken.reading import Prompt, Reads, SparseAttention, everything
 
 SUMMARY = "search MMInference's pattern of every head on one prompt of random or given pictures"
+EXAMPLES = """examples:
+  vtoken calibrate mminference tiny-llava -o table.yaml            # the form of a table, on random pictures
+  vtoken calibrate mminference Qwen/Qwen2.5-VL-7B-Instruct --inputs clip.pt --dtype bfloat16 -o table.yaml
+  vtoken bench Qwen/Qwen2.5-VL-7B-Instruct table.yaml
+"""
 LONGEST = 25_000  # tokens of the authors' sample; longer ones take too long
 GAIN = 0.01
 QUERIES = 256  # rows of an attention map held at once
@@ -48,18 +53,20 @@ class Search(SparseAttention):
 
 
 def recall(prompt: Prompt, reads: Reads) -> Tensor:
-    """[H] share of the attention among the visual tokens that a decision keeps, mean over the visual queries."""
+    """[H] share of the attention of visual queries, over all keys, that goes to visual keys and that a decision keeps; mean over queries."""
     seen = (prompt.image >= 0).nonzero()[:, 0]
     groups, total = prompt.heads // len(prompt.k), torch.zeros(prompt.heads)
-    keys = prompt.k[:, seen].float().repeat_interleave(groups, 0)
+    keys = prompt.k.float().repeat_interleave(groups, 0)
+    place = torch.arange(prompt.length, device=seen.device)
     for rows in seen.split(QUERIES):
         scores = prompt.q[:, rows].float() @ keys.transpose(1, 2) * prompt.scale
-        share = scores.masked_fill(seen > rows[:, None], -torch.inf).softmax(-1)
+        share = scores.masked_fill(place > rows[:, None], -torch.inf).softmax(-1)[..., seen]
         total += torch.where(reads.visible(rows)[..., seen], share, 0).sum((1, 2)).cpu()
     return total / len(seen)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EXAMPLES
     parser.add_argument("model", metavar="MODEL", help="shipped model, folder or hub name")
     parser.add_argument("--text-tokens", type=int, default=64, metavar="N", help="text tokens (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of text and pictures (default: %(default)s)")
@@ -86,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         args.model, device=args.device, dtype=args.dtype, random_weights=args.random_weights, seed=args.seed
     )
     if args.inputs is not None:
-        inputs = {k: v.to(model.device) for k, v in torch.load(args.inputs, weights_only=True).items()}
+        inputs = {k: v.to(model.device) for k, v in saved(args.inputs).items()}
     else:
         adapter = registry.adapter(model.config.model_type)(model)
         sizes = {"images": args.images, "frames": args.frames, "image_size": args.image_size}
@@ -103,6 +110,22 @@ def run(args: argparse.Namespace) -> int:
     told = {"tokens": length, "inputs": shown, "heads": stage.heads, "recall": recalls}
     tell_pipeline(args, told, rows, about, {"mminference": {"heads": stage.heads}})
     return 0
+
+
+def saved(file: Path) -> dict[str, Tensor]:
+    """The inputs in a file.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    try:
+        found = torch.load(file, weights_only=True, map_location="cpu")
+        if isinstance(found, dict) and "input_ids" in found and all(isinstance(x, Tensor) for x in found.values()):
+            return found
+        what = "no dict of tensors with input_ids"
+    except Exception as error:  # bytes that no pickle wrote can raise anything
+        what = str(error).partition("\n")[0] or type(error).__name__
+    raise ConfigError(f"--inputs {file}: {what}; write it with torch.save(dict(processor(...)), FILE)") from None
 
 
 def search(model: Any, inputs: dict[str, Tensor]) -> tuple[Any, list[tuple[float, ...]]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtoken.errors import ConfigError, VtokenError
+from vtoken.errors import ConfigError
 from vtoken.evals.calibrate._report import add_json, tell
 from vtoken.evals.options import number
 from vtoken.evals.samples import ABOUT, Sample, load, prepare, read
@@ -49,11 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the divergence of every layer and the first within the tolerance.
+    """Prints the divergence of every layer and the first within the tolerance; that there is none is an answer, too: `none`.
 
     Raises:
-        VtokenError: no layer is within it, or model or data are not to be had.
+        VtokenError: model or data are not to be had, or an option cannot be used.
     """
+    if not args.tolerance >= 0:
+        raise ConfigError(f"--tolerance must be at least 0, not {args.tolerance}")
     samples = read(args.data, args.limit)
     model, processor = load(args.model, args.device, args.dtype)
     depth = model.config.get_text_config().num_hidden_layers
@@ -65,8 +67,15 @@ def run(args: argparse.Namespace) -> int:
     told = {"data": args.data, "questions": len(samples), "tolerance": args.tolerance, "layer": layer}
     rows = [("layer", "KL, nats", "")]
     rows += [(str(k), f"{kl:.6f}", f"first within {args.tolerance}" * (k == layer)) for k, kl in enumerate(found, 1)]
-    about = f"vtw:layer={layer} on {len(samples)} questions of {args.data}"
-    tell(args, {**told, "divergence": dict(enumerate(found, 1))}, rows, about, f"vtw:layer={layer}")
+    pipeline = "none" if layer is None else f"vtw:layer={layer}"
+    about = f"{pipeline} on {len(samples)} questions of {args.data}"
+    if layer is None:
+        lowest = min(found[first - 1 :])
+        about += (
+            f": no layer from {first} on keeps the divergence within {args.tolerance}, the lowest is {lowest:.6f} at layer "
+            f"{found.index(lowest, first - 1) + 1}; this model reads its images to the end, or raise --tolerance"
+        )
+    tell(args, {**told, "divergence": dict(enumerate(found, 1))}, rows, about, pipeline)
     return 0
 
 
@@ -86,16 +95,6 @@ def divergence(now: Tensor, full: Tensor) -> Tensor:
     return (log_now.exp() * (log_now - log_full)).sum()
 
 
-def choose(found: Sequence[float], first: int, tolerance: float) -> int:
-    """The first layer from `first` on within the tolerance; found[0] is layer 1.
-
-    Raises:
-        VtokenError: there is none.
-    """
-    for k, kl in enumerate(found, 1):
-        if k >= first and kl <= tolerance:
-            return k
-    raise VtokenError(
-        f"no layer from {first} on keeps the divergence within {tolerance}: the lowest is {min(found[first - 1 :]):.6f}; "
-        "this model reads its images to the end, or raise --tolerance"
-    )
+def choose(found: Sequence[float], first: int, tolerance: float) -> int | None:
+    """The first layer from `first` on within the tolerance, if there is one; found[0] is layer 1."""
+    return next((k for k, kl in enumerate(found, 1) if k >= first and kl <= tolerance), None)

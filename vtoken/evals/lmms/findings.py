@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from types import NoneType
 from typing import Any
 
 from vtoken import source
-from vtoken.errors import VtokenError
+from vtoken.errors import ConfigError, VtokenError
+from vtoken.evals.lmms import whole
 from vtoken.evals.lmms.pareto import front
 from vtoken.evals.lmms.records import SCHEMA
 from vtoken.evals.statistics import agreement, paired, questions_needed
@@ -19,6 +22,19 @@ from vtoken.evals.statistics import agreement, paired, questions_needed
 POINT = 0.01  # of the share of right answers
 COSTS = {"tokens": "visual tokens", "flops_ratio": "FLOPs / dense", "ttft_ratio": "TTFT / dense"}
 Line = Mapping[str, Any]
+# What is read of results.json, of a run in it, and of a line of answers.
+PARTS: dict[str, Any] = {
+    "model": str,
+    "command": str,
+    "complete": bool,
+    "conditions": dict,
+    "drift": (dict, NoneType),
+    "tasks": dict,
+    "runs": list,
+    "cases": list,
+}
+RUN: dict[str, Any] = {"name": str, "pipeline": (str, NoneType), "requests": str, "tasks": dict}
+LINE = {"task", "doc", "score", "answer", "question", "target", "media"}
 
 
 @dataclass(frozen=True)
@@ -39,17 +55,39 @@ def read(folder: Path) -> Evaluation:
     file = folder / "results.json"
     if not file.is_file():
         raise VtokenError(f"no results.json in {folder}; give the folder that `vtoken eval --out DIR` wrote")
-    results = json.loads(file.read_text(encoding="utf-8"))
-    if results.get("schema") != SCHEMA:
-        raise VtokenError(f"{file} has schema {results.get('schema')!r}, this vtoken reads {SCHEMA!r}")
+    results = whole.read(file)
+    schema = results.get("schema") if isinstance(results, dict) else None
+    if schema != SCHEMA:
+        raise VtokenError(f"{file} has schema {reprlib.repr(schema)}, this vtoken reads {SCHEMA!r}")
+    if odd := [key for key, kind in PARTS.items() if not isinstance(results.get(key, NotImplemented), kind)]:
+        raise VtokenError(f"{file} is not as `vtoken eval` writes it: {', '.join(odd)} missing, or of another kind")
+    for run in results["runs"]:
+        if not isinstance(run, dict) or not all(
+            isinstance(run.get(key, NotImplemented), kind) for key, kind in RUN.items()
+        ):
+            raise VtokenError(f"{file} is not as `vtoken eval` writes it: a run needs {', '.join(RUN)}")
     results["runs"] = [run for run in results["runs"] if set(run["tasks"]) == set(results["tasks"])]
     if not results["runs"] or not results["tasks"]:
         raise VtokenError(f"{folder} holds no finished run; the dense one has to finish at least")
-    lines = []
-    for run in results["runs"]:
-        with (folder / run["requests"]).open(encoding="utf-8") as rows:
-            lines.append([json.loads(row) for row in rows])
-    return Evaluation(folder, results, lines)
+    return Evaluation(folder, results, [_lines(whole.inside(folder, run["requests"], file)) for run in results["runs"]])
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """The answers of a run.
+
+    Raises:
+        VtokenError: there is no such file, or it is torn.
+    """
+    try:
+        lines = [json.loads(row) for row in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, RecursionError) as error:
+        raise VtokenError(f"{file} cannot be read line by line as JSON: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not isinstance(line, dict) or not set(line) >= LINE:
+            raise VtokenError(
+                f"{file}, line {number} is not as `vtoken eval` writes it: it needs {', '.join(sorted(LINE))}"
+            )
+    return lines
 
 
 def findings(evaluation: Evaluation) -> dict[str, Any]:
@@ -63,6 +101,14 @@ def findings(evaluation: Evaluation) -> dict[str, Any]:
         answers), flops, flops_ratio, language_ratio, stages, fronts; per task the same and, against
         dense, what `statistics.paired` says. Shares in 0..1, seconds, None where a number does not exist.
     """
+    try:
+        return _found(evaluation)
+    except (KeyError, TypeError, AttributeError, StopIteration, ConfigError) as error:
+        file = evaluation.folder / "results.json"
+        raise VtokenError(f"{file} is not as `vtoken eval` writes it ({type(error).__name__}: {error})") from error
+
+
+def _found(evaluation: Evaluation) -> dict[str, Any]:
     results = evaluation.results
     runs = [k for k, run in enumerate(results["runs"]) if k == 0 or run["pipeline"] is not None]
     rows = [_pipeline(evaluation, k) for k in runs]

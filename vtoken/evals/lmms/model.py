@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from statistics import fmean
 from typing import Any, NoReturn
 
@@ -14,13 +15,16 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 
+import vtoken
 from vtoken import config
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals import models, processors, reference
 from vtoken.evals.lmms.asker import Asker
+from vtoken.evals.lmms.plan import code, named_files, weights
 from vtoken.evals.lmms.prompts import LMMS_EVAL_PIXELS, Prompt, from_chat, limit_pixels, pixels
 from vtoken.evals.lmms.records import Request
+from vtoken.evals.lmms.response_cache import identify
 
 
 class VtokenModel(lmms):
@@ -28,7 +32,8 @@ class VtokenModel(lmms):
 
     An exception in model, processor or stage ends the run: it is never scored as an empty answer.
 
-    `--use_cache` knows a pipeline by what is written after `pipeline=`: a YAML file that is edited keeps its old answers.
+    `--use_cache` knows a model by its weights, by what its pipeline says, files named in it included, and by vtoken's version and code: what
+    was edited is asked anew.
 
     Args:
         pretrained: shipped model, folder or hub name.
@@ -88,9 +93,10 @@ class VtokenModel(lmms):
             min_pixels, max_pixels = LMMS_EVAL_PIXELS
         parsed = config.load(pipeline)
         if policies:
-            written = ",".join([parsed.name, *(f"{key}={value}" for key, value in policies.items())])
+            name = ",".join([parsed.name, *(f"{key}={value}" for key, value in policies.items())])
             own = {key: getattr(parsed, key) for key in config.POLICY_KEYS}
-            parsed = replace(config.load({**own, **policies, "stages": parsed.stages}), name=written)
+            whole = config.load({**own, **policies, "stages": parsed.stages})
+            parsed = replace(whole, name=name, written=f'pipeline "{name}"')
         if device is None and "LOCAL_RANK" in os.environ and models.to_device(None).type == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         model = models.load(
@@ -145,7 +151,17 @@ class VtokenModel(lmms):
 
     def __repr__(self) -> str:
         # lmms-eval's response cache takes it for the model's identity.
-        return f"VtokenModel({json.dumps(self.about(), sort_keys=True, default=str)})"
+        about = {
+            **self.about(),
+            "files": [] if self.asker.pipeline is None else named_files(self.asker.pipeline),
+            "weights": self._weights,
+            "vtoken": [vtoken.__version__, code()],
+        }
+        return f"VtokenModel({json.dumps(about, sort_keys=True, default=str)})"
+
+    @cached_property
+    def _weights(self) -> str | None:
+        return getattr(self.asker.model.config, "_commit_hash", None) or weights(self.pretrained, self.revision)
 
     def clean(self) -> None:
         """Keeps the weights: lmms-eval calls this after every run, to free what the next run of a sweep needs again."""
@@ -247,3 +263,6 @@ class VtokenModel(lmms):
     def generate_until_multi_round(self, requests: list[Any]) -> NoReturn:
         """Raises UnsupportedError: one question, one answer."""
         raise UnsupportedError("tasks of several rounds are not served; leave them out")
+
+
+identify(VtokenModel)

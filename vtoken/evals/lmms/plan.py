@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def points(sweep: Sweep, runs: Sequence[Pipeline], commit: str | None) -> list[P
 
     def point(k: int, pipeline: Pipeline, task: str) -> Point:
         # The last dense run asks again what the first did; a pipeline's place in the line-up does not matter.
-        own = [config.dump(pipeline), task, "last" if k == last > 0 else "first"]
+        own = [config.dump(pipeline), named_files(pipeline), task, "last" if k == last > 0 else "first"]
         return Point(k, pipeline, task, digest(common, own))
 
     return [point(k, pipeline, task) for k, pipeline in enumerate(runs) for task in expand(sweep.tasks)]
@@ -144,6 +145,13 @@ def weights(name: str, revision: str | None) -> str | None:
         raise ConfigError(f"cannot find model {name!r}: {str(error).strip().splitlines()[0]}") from error
 
 
+def named_files(pipeline: Pipeline) -> list[str]:
+    """What tells the files that options name (gates, routers) from others of their names, in order."""
+    options = [value for stage in pipeline.stages for value in stage.model_dump().values() if isinstance(value, str)]
+    return [_digest([Path(value)]) for value in options if len(value) < 4096 and Path(value).is_file()]
+
+
+@cache
 def code() -> str:
     """What tells vtoken's own files from others."""
     return _digest(sorted(Path(vtoken.__file__).parent.rglob("*.py")))

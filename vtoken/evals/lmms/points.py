@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from vtoken import config
 from vtoken.config import Pipeline
 from vtoken.errors import VtokenError
-from vtoken.evals.lmms import costs
+from vtoken.evals.lmms import costs, whole
 from vtoken.evals.lmms.harness import Harness, Leaf, Scored, whoever
 from vtoken.evals.lmms.model import VtokenModel
 from vtoken.evals.lmms.plan import Point, Sweep
@@ -21,6 +21,7 @@ from vtoken.evals.lmms.records import Cost, Reply, Request
 from vtoken.evals.lmms.run import DENSE, Results, about_task, conditions, request_lines, summary, ttft_ratio
 
 Answered = Mapping[str, Any]  # what a point's file holds
+ABOUT = {"metric", "scale", "higher_is_better", "docs", "hash", "leaves"}
 
 
 def ask(model: VtokenModel, harness: Harness, point: Point, limit: int | None, folder: Path) -> Answered:
@@ -50,17 +51,50 @@ def file_of(folder: Path, key: str) -> Path:
 
 
 def save(folder: Path, key: str, what: Any) -> None:
-    """Writes beside, then renames: a file that is there is whole."""
-    file = file_of(folder, key)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(what) + "\n", encoding="utf-8")
-    part.replace(file)
+    """Keeps plain data under a key, whole or not at all."""
+    whole.write(file_of(folder, key), json.dumps(what) + "\n")
 
 
-def load(folder: Path, key: str) -> Any:
-    """What is kept under a key, None if nothing is."""
-    with suppress(FileNotFoundError):
-        return json.loads(file_of(folder, key).read_text(encoding="utf-8"))
+def load(folder: Path, key: str, fits: Callable[[Any], bool]) -> Any:
+    """What is kept under a key, None if nothing is or, with a warning, nothing that `fits`."""
+    return whole.kept(file_of(folder, key), fits)
+
+
+def is_point(found: Any) -> bool:
+    """Whether it is what `ask` gave, as far as `assemble` reads it."""
+    try:
+        costs = [vars(request.reply.cost) for request in _requests(found).values()]
+        numbers = [n for cost in costs for n in (*cost["stages"].values(), *cost.values()) if n is not cost["stages"]]
+        return (
+            all(type(n) in (int, float) for n in numbers)
+            and all(isinstance(line["answer"], str) and "score" in line for line in found["requests"])
+            and ABOUT <= set(found["about"])
+            and all(isinstance(found[key], dict) for key in ("conditions", "flops", "metrics"))
+            and (found["value"] is None or type(found["value"]) in (int, float))
+            and len(costs) > 0
+        )
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+
+def is_cases(found: Any) -> bool:
+    """Whether it is what `regressions.draw` gave, with pictures in their folder."""
+    try:
+        names = [name for case in found for name in case["panels"].values() if name is not None]
+        known = isinstance(found, list) and all({"task", "doc"} <= set(case) for case in found)
+        return known and all(re.fullmatch(r"cases/[0-9-]+\.jpg", name) for name in names)
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+
+def is_speed(found: Any) -> bool:
+    """Whether it is what `bench` gave, as far as a report reads it."""
+    try:
+        return all(
+            "name" in row and "to_dense" in row and row["milliseconds"]["ttft"]["median"] for row in found["rows"]
+        )
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 def assemble(
@@ -71,7 +105,7 @@ def assemble(
     Raises:
         VtokenError: a task whose documents are not those of its dense run.
     """
-    kept = {point: load(folder, point.key) for point in points}
+    kept = {point: load(folder, point.key, is_point) for point in points}
     first = {p.task: found for p, found in kept.items() if p.run == 0 and found is not None}
     if not first:
         return None
@@ -99,8 +133,7 @@ def assemble(
                 lines.append({**line, "pipeline": pipeline.name, "same_as_dense": line["answer"] == before})
         if row["tasks"]:
             results.runs.append(row)
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            (folder / row["requests"]).write_text(text, encoding="utf-8")
+            whole.write(folder / row["requests"], "".join(json.dumps(line) + "\n" for line in lines))
     results.complete = all(found is not None for found in kept.values())
     if results.complete and len(runs) > 1:
         last = {k: r for p, found in kept.items() if p.run == len(runs) - 1 for k, r in _requests(found).items()}

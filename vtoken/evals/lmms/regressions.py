@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from vtoken.config import Pipeline
+from vtoken.evals.lmms import whole
 from vtoken.evals.lmms.prompts import Prompt, encode
 from vtoken.evals.media import Media
 from vtoken.evals.overlay import drawn, owners, sheet, views
@@ -105,7 +107,9 @@ def draw(
             if picture is not None:
                 name = f"cases/{n}-{k}.jpg"
                 (folder / "cases").mkdir(exist_ok=True)
-                picture.save(folder / name, quality=85)
+                file = BytesIO()
+                picture.save(file, "JPEG", quality=85)
+                whole.write(folder / name, file.getvalue())
                 case["panels"][pipeline.name] = name
     return cases
 

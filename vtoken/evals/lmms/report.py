@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from vtoken.evals.lmms import whole
 from vtoken.evals.lmms.findings import COSTS, Evaluation, findings, read
 from vtoken.evals.media import still
 from vtoken.evals.plots import SERIES, fronts, looks, plot
@@ -139,7 +140,7 @@ def cases(evaluation: Evaluation) -> tuple[Case, ...]:
 def _picture(folder: Path, name: str | None) -> Image.Image | None:
     if name is None:
         return None
-    return still(folder / name)
+    return still(whole.inside(folder, name, folder / "results.json"))
 
 
 def markdown(found: Mapping[str, Any]) -> str:

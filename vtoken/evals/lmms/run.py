@@ -17,7 +17,7 @@ from vtoken import config
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, VtokenError
 from vtoken.evals.latency import machine
-from vtoken.evals.lmms import costs, regressions
+from vtoken.evals.lmms import costs, regressions, whole
 from vtoken.evals.lmms.harness import Harness, Scored, options, ranks
 from vtoken.evals.lmms.model import VtokenModel
 from vtoken.evals.lmms.records import SCHEMA, Request
@@ -49,10 +49,8 @@ class Results:
         return {"schema": SCHEMA, **{name: value for name, value in vars(self).items() if name != "folder"}}
 
     def save(self) -> None:
-        """Writes beside, then renames: an interrupted run leaves the last whole file."""
-        part = self.folder / "results.json.part"
-        part.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        part.replace(self.folder / "results.json")
+        """An interrupted run leaves the last whole file."""
+        whole.write(self.folder / "results.json", json.dumps(self.to_dict(), indent=1) + "\n")
 
 
 def lineup(pipelines: Sequence[Pipeline]) -> list[Pipeline]:

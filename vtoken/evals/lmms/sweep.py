@@ -22,7 +22,7 @@ from vtoken.evals.lmms.findings import read
 from vtoken.evals.lmms.harness import Harness, ranks
 from vtoken.evals.lmms.model import VtokenModel
 from vtoken.evals.lmms.plan import Point, Sweep, digest, points
-from vtoken.evals.lmms.points import Answered, ask, assemble, load, save
+from vtoken.evals.lmms.points import Answered, ask, assemble, is_cases, is_point, is_speed, load, save
 from vtoken.evals.lmms.prepare import prepare_ray, quiet
 from vtoken.evals.lmms.run import DENSE, Results, commit, lineup
 from vtoken.evals.lmms.suites import expand
@@ -100,7 +100,7 @@ def run(
     if rank == 0:
         (folder / "points").mkdir(parents=True, exist_ok=True)
     asking = Asking(sweep, runs, folder, sweep.device)
-    missing = _agreed([point for point in todo if rank == 0 and load(folder, point.key) is None])
+    missing = _agreed([point for point in todo if rank == 0 and load(folder, point.key, is_point) is None])
     done = len(todo) - len(missing)
 
     def keep(point: Point, found: Answered) -> None:
@@ -138,7 +138,7 @@ def run(
 def _cases(asking: Asking, folder: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
     """Pictures of what was lost, drawn once."""
     key = "cases-" + digest(keys)
-    found: list[dict[str, Any]] | None = load(folder, key)
+    found: list[dict[str, Any]] | None = load(folder, key, is_cases)
     if found is not None and all(
         (folder / file).is_file() for case in found for file in case["panels"].values() if file
     ):
@@ -161,7 +161,7 @@ def _speed(asking: Asking, folder: Path, keys: Sequence[str], progress: Progress
     options = asking.sweep.speed.model_dump()
     # Threads do not change answers, but they do change times.
     key = "speed-" + digest(keys, options, torch.get_num_threads())
-    found = load(folder, key)
+    found = load(folder, key, is_speed)
     if found is None:
         progress(*at, "speed")
         model = asking.ready()

@@ -1,0 +1,50 @@
+"""Options that cannot fit a model are refused by `wrap` and by the FLOPs account, before anything runs."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+
+import vtoken
+from vtoken.config import load
+from vtoken.errors import UnsupportedError
+from vtoken.evals.flops import account
+
+ALL = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+HEADS = [["a_shape"] * 4] * 3
+
+
+@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize(
+    ("stage", "why"),
+    [
+        ({"visionzip": {"keep": 2, "heads": 3}}, "heads: 3 does not divide the encoder's keys"),
+        ({"vflowopt": {"keep": 4, "merge": 3}}, "merge: 3 patches are not what this model makes into one token"),
+        ({"vflowopt": {"keep": 4, "merge": 3, "alpha": 0.1}}, "merge: 3 patches"),
+        ({"var_filter": {"layer": 1, "dims": [10_000]}}, r"channels \[10000\] of another LLM"),
+        ({"static_sparse": {"gates": [[0.1] * 3] * 4}}, "3 key heads in a layer, this model has 2"),
+        ({"static_sparse": {"gates": [[0.1] * 2] * 3}}, "3 decoder layers, this model has 4"),
+        ({"mminference": {"heads": [["a_shape"] * 3, *HEADS]}}, "patterns for 3 heads in a layer, this model has 4"),
+        ({"mminference": {"heads": HEADS}}, "patterns for 3 decoder layers, this model has 4"),
+    ],
+    ids=lambda x: x[:20] if isinstance(x, str) else next(iter(x)),
+)
+def test_wrap_tells(family, stage, why):
+    model = tiny.make(family)
+    with pytest.raises(UnsupportedError, match=why):
+        vtoken.wrap(model, [stage])
+    with vtoken.wrapped(model, "random:4"):
+        pass  # nothing was left on it
+    with pytest.raises(UnsupportedError, match=why):
+        account(model.config, load([stage]))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_what_fits_is_taken(family):
+    model = tiny.make(family)
+    patches = 4 if family.startswith("qwen") else 1
+    for merge in {1, patches}:
+        with vtoken.wrapped(model, [{"vflowopt": {"keep": 4, "merge": merge}}]):
+            pass
+    with vtoken.wrapped(model, [{"vflowopt": {"keep": 4, "merge": patches, "alpha": 0.1}}]):
+        pass

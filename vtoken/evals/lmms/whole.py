@@ -1,0 +1,63 @@
+"""Files that are there whole or not at all, and those of others: read with one sentence about what is wrong, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vtoken.errors import VtokenError
+
+
+def write(file: Path, what: str | bytes) -> None:
+    """Writes beside, then renames: an interruption leaves what was there before."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_bytes(what.encode() if isinstance(what, str) else what)
+    part.replace(file)
+
+
+def read(file: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        FileNotFoundError: there is none.
+        VtokenError: it cannot be read, or is no JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise VtokenError(f"{file} cannot be read as JSON: {error}") from error
+
+
+def kept(file: Path, fits: Callable[[Any], bool]) -> Any:
+    """What a JSON file holds; None if there is none, and, with a warning, if it is torn or another kind of file."""
+    try:
+        found = read(file)
+        if fits(found):
+            return found
+        problem = f"{file} does not hold what belongs there"
+    except FileNotFoundError:
+        return None
+    except VtokenError as error:
+        problem = str(error)
+    warnings.warn(f"{problem}; taken as missing, so it is made anew", stacklevel=2)
+    return None
+
+
+def inside(folder: Path, name: Any, source: Path) -> Path:
+    """The file of this name below a folder; `source` names it.
+
+    Raises:
+        VtokenError: it lies elsewhere.
+    """
+    try:
+        file = (folder / name).resolve()
+        if file.is_relative_to(folder.resolve()):
+            return file
+    except (OSError, TypeError, ValueError):
+        pass
+    raise VtokenError(f"{source} names {str(name)[:80]!r}, which is no file in its folder; only those are read")
