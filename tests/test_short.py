@@ -15,7 +15,7 @@ from test_presets import catch, ends, lmms_model
 import vtoken
 from vtoken import config, registry
 from vtoken.cli import main
-from vtoken.errors import ConfigError
+from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals.lmms.plan import Sweep
 from vtoken.evals.strict import read
 from vtoken.wrap import session_of
@@ -107,6 +107,8 @@ def test_lmms_eval_parts_policies_from_the_pipeline(monkeypatch: pytest.MonkeyPa
     assert model.asker.pipeline == config.load("uniform:64,positions=compact,min_visual_tokens=9")
     with pytest.raises(ConfigError, match="positions must be original or compact, not 'kompact'"):
         cls("tiny-llava", pipeline="uniform:64", positions="kompact", device="cpu")
+    with pytest.raises(UnsupportedError, match=r'^pipeline "vtw-15,newline=drop": stage vtw'):
+        cls("tiny-llava", pipeline="vtw-15", newline="drop", device="cpu")
     with pytest.raises(ConfigError, match="unknown model_args: positons"):
         cls("tiny-llava", pipeline="uniform:64", positons="compact", device="cpu")
 

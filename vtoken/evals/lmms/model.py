@@ -93,9 +93,10 @@ class VtokenModel(lmms):
             min_pixels, max_pixels = LMMS_EVAL_PIXELS
         parsed = config.load(pipeline)
         if policies:
-            written = ",".join([parsed.name, *(f"{key}={value}" for key, value in policies.items())])
+            name = ",".join([parsed.name, *(f"{key}={value}" for key, value in policies.items())])
             own = {key: getattr(parsed, key) for key in config.POLICY_KEYS}
-            parsed = replace(config.load({**own, **policies, "stages": parsed.stages}), name=written)
+            whole = config.load({**own, **policies, "stages": parsed.stages})
+            parsed = replace(whole, name=name, written=f'pipeline "{name}"')
         if device is None and "LOCAL_RANK" in os.environ and models.to_device(None).type == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         model = models.load(
