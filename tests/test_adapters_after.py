@@ -77,6 +77,11 @@ def test_either_object_is_taken(family):
     assert vtoken.unwrap(model) is model
     with vtoken.wrapped(adapted, [Deep()]) as given:
         assert given is adapted
+
+
+def test_a_compiled_model_is_taken():
+    model = tiny.make("llava")
+    batch = tiny.build(model, [[3, "img", 5]], seed=3)
     compiled = torch.compile(model, backend="eager")
     with vtoken.wrapped(compiled, [Deep()]), torch.no_grad():
         got = compiled(**batch).logits

@@ -43,7 +43,9 @@ def test_a_file_is_as_good_as_the_numbers(files, name):
             logits = torch.stack(greedy(model, batch, **options).logits)
             found.append((logits, [s.density for s in vtoken.trace(model).stages]))
     (want, densities), *others = found
-    assert len({d[0] for d in densities}) == 1 and densities[0][0] < 1, "one of two heads streams in every layer"
+    assert len({round(d[0], 6) for d in densities}) == 1 and densities[0][0] < 1, (
+        "one of two heads streams in every layer"
+    )
     assert all(torch.equal(got, want) and told == densities for got, told in others)
     (stage,) = pipeline(name).stages
     assert [stage.streams(k) for k in range(4)] == [(False, True), (True, False), (False, True), (False, True)]

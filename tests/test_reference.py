@@ -40,7 +40,7 @@ def test_import_needs_neither_torch_nor_transformers():
 def test_names_and_paths():
     assert reference.names() == tuple(SHIPPED) and reference.path() == reference.path("tiny-llava")
     assert all((reference.path(name) / "model.safetensors").stat().st_size <= 8e6 for name in SHIPPED)
-    with pytest.raises(ValueError, match="there are: tiny-llava"):
+    with pytest.raises(ValueError, match="did you mean 'tiny-llava'"):
         reference.path("tiny-lava")
 
 

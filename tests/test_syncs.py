@@ -55,7 +55,7 @@ def test_a_cut_inside_the_decoder_waits_no_oftener() -> None:
 def test_a_cut_inside_the_tower_waits_once_more() -> None:
     """For how many tokens of each image came out of it."""
     found = waits("llava", [stage("flowcut")], [[3, "img", 5]])
-    assert found == sorted([ENTRY, CHECK, ("asked", "entry.py:encoded")])
+    assert found == sorted([ENTRY, CHECK, ("asked", "entry.py:entered")])
 
 
 def test_a_threshold_waits_once_more() -> None:
