@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from modes import alone, families, greedy
+from packaging.version import Version
 from probes import Deep, Inside, Ragged
 from test_forward_rows import wrapped_or_skip
 from torch.utils._pytree import tree_leaves
@@ -265,6 +266,8 @@ def test_features_as_tuples(family, kind, by):
     batch = tiny.build(model, [[3, kind if kind == "video" else "img", 5]], seed=3)
     pixels = {k: v for k, v in batch.items() if k in modes.INPUTS[kind]}
     function = f"get_{kind}_features"
+    if modes.VERSION < Version("5.18") and family == "llava_onevision":
+        pixels = {"pixel_values" if k == "pixel_values_videos" else k: v for k, v in pixels.items()}
     options = {"return_dict": False} if by == "argument" else {}
     with torch.no_grad(), vtoken.wrapped(model, [Inside(at=(1,))]):
         want = getattr(model, function)(**pixels, return_dict=True)

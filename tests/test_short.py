@@ -100,9 +100,9 @@ def test_sweeps_take_it(tmp_path: Path) -> None:
     assert read(Sweep, file).lineup() == [config.load(each) for each in TWO]
 
 
-def test_lmms_eval_parts_policies_from_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lmms_eval_parts_policies_from_the_pipeline() -> None:
     """It splits `--model_args pipeline=uniform:64,positions=compact` at every comma."""
-    cls = lmms_model(monkeypatch)
+    cls = lmms_model()
     model = cls("tiny-llava", pipeline="uniform:64", positions="compact", min_visual_tokens=9, device="cpu")
     assert model.asker.pipeline == config.load("uniform:64,positions=compact,min_visual_tokens=9")
     with pytest.raises(ConfigError, match="positions must be original or compact, not 'kompact'"):

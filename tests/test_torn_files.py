@@ -9,6 +9,8 @@ import eval_folder
 import pytest
 from PIL import Image
 
+pytest.importorskip("lmms_eval")
+
 from vtoken.cli import main
 from vtoken.errors import VtokenError
 from vtoken.evals.lmms import points, report
