@@ -77,7 +77,7 @@ class Made:
         return self.file("gates.safetensors", "train-exit", self.model, *data, *shape)
 
     def pipeline(self, method: str, *options: str, limit: int) -> Pipeline:
-        from vtoken import source
+        from vtoken.config import yaml_source as source
 
         data = ("--data", str(self.data), "--limit", str(limit))
         name = "-".join([method, *(o.strip("-") for o in options)]) + ".yaml"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vtoken import registry
-from vtoken.cached import CachedLayer
+from vtoken.stages.cache import CachedLayer
 
 
 def layer(n, images, heads=4, kv_heads=2, seed=0):

@@ -9,7 +9,7 @@ import torch
 from packing import tokens
 
 from vtoken import registry
-from vtoken.run import Lineage
+from vtoken.hooks.state.run import Lineage
 from vtoken.stages import Fact, Keep, VisualTokens, image_of
 
 ANGLES = (0, 10, 90, 95, 200, 230)  # of six keys: neighbours are 10, 80, 5, 105 and 30 degrees apart

@@ -9,7 +9,7 @@ import torch
 from known_sparse import NO_IMAGES, heads_of, prompt, stage
 from pydantic import ValidationError
 
-from vtoken.reading import Prompt
+from vtoken.stages.attention import Prompt
 
 
 def proxyattn():

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import avg_pool2d
 
 from vtoken import config, registry
-from vtoken.budget import Budget
 from vtoken.stages import Fact, VisualTokens
+from vtoken.stages.budget import Budget
 
 
 def stage(name, **options):

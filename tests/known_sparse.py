@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vtoken import registry
 from vtoken.compressors._singles import listed
-from vtoken.reading import Prompt, Rope
+from vtoken.stages.attention import Prompt, Rope
 
 NO_IMAGES = torch.full((4096,), -1)
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vtoken import registry
-from vtoken.hooks.spread import Spread, Table
+from vtoken.hooks.attention.unmerged_attention import Spread, Table
 
 
 def causal(q, k, v, padding=0):

@@ -11,7 +11,7 @@ import torch
 from packing import tokens as packed
 
 from vtoken import registry
-from vtoken.hooks import facts
+from vtoken.hooks.vision import encoder_facts as facts
 from vtoken.stages import Fact, offsets_of, size_of
 
 

@@ -12,8 +12,8 @@ from known_sparse import prompt
 from pydantic import ValidationError
 
 from vtoken import registry
-from vtoken.cached import CachedLayer, Later
 from vtoken.compressors._zipvl import quantised
+from vtoken.stages.cache import CachedLayer, Later
 
 
 def make(name, **options):

@@ -10,7 +10,7 @@ from probes import Recorder
 import vtoken
 from vtoken import registry
 from vtoken.errors import UnsupportedError
-from vtoken.run import Call
+from vtoken.hooks.state.run import Call
 
 ANYRES = ("llava_next", "llava_onevision")
 SIZES = [(100, 60), (50, 100), (112, 112), (30, 200), (57, 56), (300, 40)]

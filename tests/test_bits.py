@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vtoken.bits import Codes, pack, unpack
 from vtoken.compressors._zipvl import quantised
-from vtoken.hooks.bits import Plain, adopt
+from vtoken.hooks.state.quantized_layer import Plain, adopt
+from vtoken.stages.quantized import Codes, pack, unpack
 
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 

@@ -11,7 +11,7 @@ from known_sparse import heads_of, list_of, prompt, seen_by, stage
 from vtoken import registry
 from vtoken.compressors import _mminference as parts
 from vtoken.evals.calibrate import mminference as search
-from vtoken.reading import Prompt
+from vtoken.stages.attention import Prompt
 
 # Text, a picture, text, a picture, text; and text in front of and behind one picture.
 LAYOUTS = {

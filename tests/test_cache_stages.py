@@ -16,11 +16,11 @@ from test_families import rows_for
 from test_family_turns import conversation, second
 
 import vtoken
-from vtoken.cached import Hold, Ready
 from vtoken.compressors.lookm import LookM
 from vtoken.compressors.snapkv import SnapKV
 from vtoken.compressors.zipvl_cache import ZipVLCache
 from vtoken.errors import ConfigError, UnsupportedError
+from vtoken.stages.cache import Hold, Ready
 
 FULL = {"return_dict_in_generate": True, "output_logits": True}
 STAGES = {

@@ -16,7 +16,7 @@ from vtoken.cli import main
 from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals.calibrate import _batches
 from vtoken.evals.calibrate.dtome import calibrate, pictures
-from vtoken.run import Lineage
+from vtoken.hooks.state.run import Lineage
 from vtoken.stages import Fact, VisualTokens
 
 

@@ -19,7 +19,7 @@ from vtoken.errors import VtokenError
 from vtoken.evals import calibrate, reference, samples
 from vtoken.evals.calibrate import _attention as search
 from vtoken.evals.calibrate._attention import Point, Seen
-from vtoken.wrap import watched
+from vtoken.session import watched
 
 
 def first_calm(row: list[float], threshold: float, patience: int) -> int:

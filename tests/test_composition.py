@@ -12,7 +12,7 @@ from modes import alone, families, greedy
 from test_families import compare, rows_for
 
 import vtoken
-from vtoken.tracing import Trace
+from vtoken.hooks.state.trace import Trace
 
 # One stage a site, merging and choosing, and an exit behind them; each leaves something for the next.
 ENCODER = {"flowcut": {"keep": 12}}

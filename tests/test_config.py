@@ -10,15 +10,15 @@ from typing import Any, ClassVar
 import pytest
 
 from vtoken import config, registry
-from vtoken.budget import Budget
 from vtoken.compressors.pool import Pool
 from vtoken.config import Pipeline
+from vtoken.config.schema import schema as pipeline_schema
+from vtoken.config.yaml_source import parse
 from vtoken.errors import ConfigError
 from vtoken.pruners.fastervlm import FasterVLM
 from vtoken.pruners.random import Random
-from vtoken.schema import schema as pipeline_schema
-from vtoken.source import parse
 from vtoken.stages import Pruner, Site
+from vtoken.stages.budget import Budget
 
 FASTER = FasterVLM(keep=64)  # type: ignore[arg-type]
 RANDOM = Random(keep="25%", seed=3)  # type: ignore[arg-type]

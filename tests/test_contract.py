@@ -347,7 +347,7 @@ def test_facts_of_a_layer_of_the_tower_that_runs_later_are_refused(family):
 
 def test_a_fact_that_a_family_lacks_is_refused_with_its_reason():
     from vtoken import config
-    from vtoken.checks import check
+    from vtoken.compatibility import check
 
     adapter = registry.adapter("llava")(tiny.llava())
     adapter.missing = {"cls_attention": "this tower looks at nothing; nearest: keys"}

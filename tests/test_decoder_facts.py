@@ -14,7 +14,7 @@ from test_family_turns import IMAGE_TURNS, TURNS, conversation, second
 
 import vtoken
 from vtoken.errors import UnsupportedError
-from vtoken.hooks.attention import OBSERVED
+from vtoken.hooks.decoder.attention_tap import OBSERVED
 from vtoken.stages import Compressor, Fact, Keep, Site, VisualTokens, keep_all
 
 ATTENTION = ("last_query_attention", "next_query_attention", "text_attention")

@@ -11,7 +11,7 @@ from test_families import rows_for
 from test_family_turns import IMAGE_TURNS, TURNS, conversation, second
 
 import vtoken
-from vtoken.hooks.rows import ROWS, causal
+from vtoken.hooks.decoder.attention_facts import ROWS, causal
 
 LAYERS = (1, 3)
 

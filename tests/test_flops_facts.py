@@ -12,7 +12,7 @@ from test_flops import MODELS, Pipe, counted
 
 import vtoken
 from vtoken.evals.flops import LEFT_OUT, account
-from vtoken.hooks.rows import ROWS
+from vtoken.hooks.decoder.attention_facts import ROWS
 from vtoken.stages import Fact
 
 TEXT = 9

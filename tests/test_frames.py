@@ -17,11 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import vtoken
 from vtoken.errors import UnsupportedError
 from vtoken.evals.flops import account
-from vtoken.hooks import frames
+from vtoken.hooks.state.run import Layout
+from vtoken.hooks.vision import frames
 from vtoken.pruners.frames_changed import FramesChanged
 from vtoken.pruners.frames_farthest import FramesFarthest
 from vtoken.pruners.frames_uniform import FramesUniform
-from vtoken.run import Layout
 from vtoken.stages import Compressor, Keep, Site, VisualTokens
 
 families = pytest.mark.parametrize("family", tiny.VIDEO)

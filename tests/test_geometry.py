@@ -11,7 +11,6 @@ from test_flops import CLOSE, SDPA, Deep, Exit, Inside, Pipe, Quiet, counted, pa
 from torch.utils.flop_counter import FlopCounterMode
 
 from vtoken import registry, trace, wrapped
-from vtoken.budget import Budget
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals.flops import account
@@ -20,6 +19,7 @@ from vtoken.evals.geometry.qwen import patch_grid, windows_of
 from vtoken.pruners.fastervlm import FasterVLM
 from vtoken.pruners.uniform import Uniform
 from vtoken.stages import Fact, Pruner, Site, VisualTokens, size_of
+from vtoken.stages.budget import Budget
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 ANYRES = ("llava_next", "llava_onevision")

@@ -15,7 +15,7 @@ from test_frames import Some, batch_of
 from test_least import OPTIONS, uneven
 
 import vtoken
-from vtoken.hooks import facts
+from vtoken.hooks.vision import encoder_facts as facts
 
 videos = pytest.mark.parametrize("family", tiny.VIDEO)
 early = pytest.mark.skipif(modes.VERSION < Version("5.18"), reason="transformers takes encoded features from 5.18 on")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import re
 import shutil
 import subprocess
@@ -12,7 +11,6 @@ import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -26,60 +24,46 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 METHODS = [f for folder in registry.FOLDERS.values() for f in sorted((PACKAGE / folder).glob("*.py"))]
 
 # Layer -> the layers of vtoken it may import. Nothing points upwards.
-GROUND = {"tokens", "stages", "reading", "bits", "cached", "probe", "budget", "run", "tracing", "kernels"}
-LOWER = GROUND | {"hooks", "adapters", "config", "errors", "registry"}
+LOWER = {"stages", "kernels", "hooks", "adapters", "config", "errors", "registry"}
 MAY_IMPORT = {
-    "__init__": {"registry", "wrap"},
+    "__init__": {"registry", "session"},
     "errors": set(),
-    "budget": set(),
     "kernels": {"kernels"},
-    "tokens": {"kernels"},
-    "stages": {"tokens", "budget", "kernels"},
-    "probe": {"kernels"},
-    "reading": {"stages", "kernels", "probe"},
-    "bits": set(),
-    "cached": {"stages", "bits", "budget", "kernels", "probe"},
-    "tracing": {"stages"},
-    "run": {"stages", "tracing"},
-    "pruners": {"stages", "budget", "kernels", "pruners"},
-    "compressors": {"stages", "reading", "bits", "cached", "probe", "budget", "kernels", "compressors"},
-    "hooks": GROUND | {"hooks", "errors"},
-    "adapters": GROUND | {"hooks", "adapters", "errors"},
+    "stages": {"stages", "kernels"},
+    "pruners": {"stages", "kernels", "pruners"},
+    "compressors": {"stages", "kernels", "compressors"},
+    "hooks": {"stages", "kernels", "hooks", "errors"},
+    "adapters": {"stages", "kernels", "hooks", "adapters", "errors"},
     "registry": {"errors", "stages", "adapters"},
-    "source": {"errors"},
-    "wording": {"errors", "stages", "budget"},
-    "short": {"errors", "registry", "source"},
-    "config": GROUND | {"errors", "registry", "short", "source", "wording"},
-    "schema": {"config", "registry", "stages"},
-    "checks": LOWER,
-    "wrap": LOWER | {"checks"},
-    "evals": LOWER | {"wrap", "evals", "compressors", "source", "__init__"},
-    "commands": LOWER | {"wrap", "evals", "compressors", "schema", "__init__"},
-    "cli": LOWER | {"wrap", "commands", "evals", "__init__"},
+    "config": {"stages", "config", "errors", "registry"},
+    "compatibility": LOWER,
+    "session": LOWER | {"compatibility"},
+    "evals": LOWER | {"session", "evals", "compressors", "__init__"},
+    "commands": LOWER | {"session", "evals", "compressors", "__init__"},
+    "cli": LOWER | {"session", "commands", "evals", "__init__"},
     "__main__": {"cli"},
+}
+# The same among the rooms of hooks.
+STATE = {"state"}
+ROOMS = {
+    "state": STATE,
+    "call": STATE | {"call"},
+    "vision": STATE | {"call", "vision"},
+    "decoder": STATE | {"decoder"},
+    "attention": STATE | {"decoder", "attention"},
+    "cache": STATE | {"decoder", "cache"},
+    "boundary": STATE | {"decoder", "attention", "cache", "boundary"},
 }
 MAY_IMPORT_FROM_OTHERS = {
     "__init__": set(),
     "cli": set(),
     "errors": set(),
     "registry": set(),
-    "budget": {"pydantic", "pydantic_core"},
     "kernels": {"torch", "triton"},
-    "tokens": {"torch"},
-    "stages": {"torch", "pydantic"},
-    "probe": {"torch"},
-    "reading": {"torch", "pydantic"},
-    "bits": {"torch"},
-    "cached": {"torch", "pydantic"},
-    "tracing": {"torch"},
-    "run": {"torch"},
+    "stages": {"torch", "pydantic", "pydantic_core"},
     "pruners": {"torch", "pydantic"},
     "compressors": {"torch", "pydantic", "safetensors"},
-    "source": {"yaml"},
-    "wording": {"pydantic"},
-    "short": set(),
-    "config": {"pydantic"},
-    "schema": {"pydantic"},
+    "config": {"pydantic", "yaml"},
 }
 
 
@@ -119,12 +103,20 @@ def test_imports_go_down(file: Path) -> None:
 @pytest.mark.parametrize("file", [*SOURCES, *sorted((ROOT / "benchmarks").glob("*.py"))], ids=relative)
 def test_one_place_reads_yaml(file: Path) -> None:
     names = {name.partition(".")[0] for name in imports(file)}
-    assert "yaml" not in names or file == PACKAGE / "source.py"
+    assert "yaml" not in names or file == PACKAGE / "config" / "yaml_source.py"
 
 
 @pytest.mark.parametrize("file", [*SOURCES, *sorted((ROOT / "benchmarks").glob("*.py"))], ids=relative)
 def test_one_place_opens_pictures(file: Path) -> None:
     assert ("Image.open(" in file.read_text(encoding="utf-8")) == (file == PACKAGE / "evals" / "media.py")
+
+
+@pytest.mark.parametrize("file", sorted((PACKAGE / "hooks").glob("*/*.py")), ids=relative)
+def test_rooms_of_the_hooks_go_down(file: Path) -> None:
+    room = file.parent.name
+    for name in imports(file):
+        if name.startswith("vtoken.hooks."):
+            assert name.split(".")[2] in ROOMS[room], f"{room} must not import {name}"
 
 
 MODULES = re.compile(r"(model|module|layers?|block|lm|attn|attention|config|encoder|decoder|projector|outer|adapter)$")
@@ -153,7 +145,7 @@ def writes(file: Path) -> Iterator[tuple[int, str]]:
 @pytest.mark.parametrize("file", SOURCES, ids=relative)
 def test_only_the_handle_writes_to_a_model(file: Path) -> None:
     found = list(writes(file))
-    if file == PACKAGE / "hooks" / "handle.py":
+    if file == PACKAGE / "hooks" / "state" / "handle.py":
         assert {what for _, what in found} >= {"setattr", "module.register_forward_hook"}
     else:
         assert not found
@@ -230,16 +222,6 @@ def test_the_public_names() -> None:
     assert all(callable(getattr(vtoken, name)) for name in vtoken.__all__)
     with pytest.raises(AttributeError, match="'vtoken' has no attribute 'warp'"):
         vtoken.warp  # noqa: B018
-
-
-def test_the_function_wrap_is_not_hidden_by_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    function = vtoken.wrap
-    monkeypatch.delitem(sys.modules, "vtoken.wrap")
-    try:
-        module = importlib.import_module("vtoken.wrap")
-        assert isinstance(module, ModuleType) and vtoken.wrap is module.wrap is not function
-    finally:
-        vtoken.wrap = function
 
 
 def test_constraints_pin_every_direct_dependency() -> None:

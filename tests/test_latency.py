@@ -24,7 +24,7 @@ from vtoken.evals import models
 from vtoken.evals.inputs import random_prompt
 from vtoken.evals.latency import COMPARED, PARTS, Bench, Spread, bench, break_even, ratios, row, spread
 from vtoken.evals.timing import Runner, Sample, Subject
-from vtoken.tracing import StageTrace, Trace
+from vtoken.hooks.state.trace import StageTrace, Trace
 
 SHARES = (("a", 0.25), ("b", 0.125), ("a", 0.5))  # of a stage, layer by layer
 SHORT = {"text_tokens": 5, "new_tokens": 3, "repeats": 2, "warmup": 0}

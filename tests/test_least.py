@@ -16,8 +16,8 @@ from test_sparse import Ladder
 
 import vtoken
 from vtoken import config
+from vtoken.config.schema import schema as pipeline_schema
 from vtoken.errors import ConfigError
-from vtoken.schema import schema as pipeline_schema
 
 OPTIONS = {"return_dict_in_generate": True, "output_logits": True}
 STAGES = {

@@ -17,8 +17,8 @@ from test_sparse import Ladder
 import vtoken
 from vtoken import config, registry
 from vtoken.errors import UnsupportedError
-from vtoken.hooks.features import FeatureHooks
-from vtoken.wrap import session_of
+from vtoken.hooks.vision.features import FeatureHooks
+from vtoken.session import session_of
 
 SITES = {
     "none": [],

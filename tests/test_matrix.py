@@ -15,11 +15,11 @@ from tiny_models import FAMILIES, make
 
 import vtoken
 from vtoken import registry
-from vtoken.budget import Budget
 from vtoken.cli import main
 from vtoken.errors import OtherModelError, UnsupportedError
 from vtoken.evals import matrix as matrices
 from vtoken.stages import Fact, Pruner, Site
+from vtoken.stages.budget import Budget
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,7 +15,7 @@ import vtoken
 from vtoken import registry
 from vtoken.errors import UnsupportedError
 from vtoken.evals.flops import account
-from vtoken.run import Call
+from vtoken.hooks.state.run import Call
 from vtoken.stages import Fact
 
 ToMe, DToMe = registry.stage("tome"), registry.stage("dtome")

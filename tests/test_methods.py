@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vtoken import registry
-from vtoken.budget import Budget
+from vtoken.stages.budget import Budget
 
 FILES = [import_module(file.stem) for file in sorted(Path(__file__).parent.glob("known_*.py"))]
 KNOWN = {name: vars(module)[name] for module in FILES for name in registry.stages() if name in vars(module)}

@@ -13,11 +13,11 @@ import pytest
 from pydantic import ValidationError
 
 from vtoken import cli, config, registry
-from vtoken.budget import Budget
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError
 from vtoken.evals.strict import Strict
 from vtoken.pruners.random import Random
+from vtoken.stages.budget import Budget
 
 HUGE = [float("nan"), float("inf"), -float("inf")]
 

@@ -11,9 +11,9 @@ from naive_tower import each, group, stock
 
 from vtoken import registry
 from vtoken.errors import UnsupportedError
-from vtoken.hooks.handle import Handle
-from vtoken.hooks.packed import PackedHooks
-from vtoken.run import Run
+from vtoken.hooks.state.handle import Handle
+from vtoken.hooks.state.run import Run
+from vtoken.hooks.vision.varlen_tower import PackedHooks
 from vtoken.stages import Compressor, Fact, Keep, Site
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")

@@ -13,9 +13,9 @@ from test_bits import rounded
 from test_family_turns import conversation, second
 
 import vtoken
-from vtoken.cached import Ready
 from vtoken.compressors.zipvl_cache import ZipVLCache
-from vtoken.hooks.bits import PackedLayer, Plain
+from vtoken.hooks.state.quantized_layer import PackedLayer, Plain
+from vtoken.stages.cache import Ready
 
 OPTIONS = {"return_dict_in_generate": True, "output_logits": True}
 FEW = {"tau": 0.9, "recent": 2, "drawn": 4, "mode": "quantise"}

@@ -22,7 +22,7 @@ from vtoken.evals import reference
 from vtoken.evals.flops import account, resolve_config
 from vtoken.evals.lmms import paper
 from vtoken.evals.tune.space import Space
-from vtoken.wrap import session_of
+from vtoken.session import session_of
 
 # Of one picture they shorten nothing in the decoder: long prompts, the KV cache, videos.
 ELSEWHERE = {"attention", "cache"}
@@ -158,7 +158,7 @@ def test_flops_counts_what_is_written(written: list[str], capsys: pytest.Capture
 
 def test_show_draws_what_is_written(written: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Any] = []
-    monkeypatch.setattr(sys.modules["vtoken.wrap"], "watched", catch(found, 1))
+    monkeypatch.setattr(sys.modules["vtoken.session"], "watched", catch(found, 1))
     for each in written:
         ends(["show", "tiny-llava", each, str(reference.questions(1)[0].image)])
     assert found == [config.load(each) for each in written]

@@ -8,8 +8,8 @@ import torch
 from modes import families, greedy
 
 import vtoken
-from vtoken import probe
-from vtoken.probe import Probe, shared
+from vtoken.stages import query_attention as probe
+from vtoken.stages.query_attention import Probe, shared
 
 OPTIONS = {"return_dict_in_generate": True, "output_logits": True}
 ROWS = [[9, "img", 1, "img", 20], [1, "img", 30], [60]]

@@ -12,8 +12,8 @@ import pytest
 import vtoken
 from vtoken import config, registry
 from vtoken.adapters.base import Adapter
+from vtoken.config.schema import schema as pipeline_schema
 from vtoken.errors import ConfigError, UnsupportedError, VtokenError
-from vtoken.schema import schema as pipeline_schema
 from vtoken.stages import Compressor, Pruner
 
 MIDDLE = '''"""Middle: keep the first tokens."""
@@ -137,7 +137,7 @@ def test_two_packages_that_take_one_name(install: Install) -> None:
         ),
         ("1 / 0", "acme_bad:Middle", "ZeroDivisionError"),
         (MIDDLE, "acme_bad:Nothing", "cannot be imported: AttributeError"),
-        ("Middle = dict", "acme_bad:Middle", "is not a subclass of vtoken.stages.Stage"),
+        ("Middle = dict", "acme_bad:Middle", "is not a subclass of vtoken.stages.base.Stage"),
         ("x = 1", "acme_bad", "must define exactly one public Stage subclass, found none"),
         (MIDDLE + "class Two(Pruner):\n    pass\n", "acme_bad", "found Middle, Two"),
         (MIDDLE.replace('"decoder"', '"nowhere"'), "acme_bad", "one of frames, encoder, tokens"),

@@ -13,7 +13,7 @@ from PIL import Image, ImageStat
 
 from vtoken.evals.overlay import as_seen, overlay, owners, sheet
 from vtoken.evals.report import Case, Panel, Report, Row, render, wilson
-from vtoken.tracing import StageTrace, Trace
+from vtoken.hooks.state.trace import StageTrace, Trace
 
 GRID = (1, 2, 3)
 RED = Image.new("RGB", (30, 20), (200, 40, 40))

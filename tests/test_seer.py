@@ -16,7 +16,7 @@ import vtoken
 from vtoken import config
 from vtoken.compressors import _seer
 from vtoken.errors import ConfigError, OtherModelError, UnsupportedError
-from vtoken.reading import Reads, SparseAttention, everything
+from vtoken.stages.attention import Reads, SparseAttention, everything
 
 
 class Undone(SparseAttention):

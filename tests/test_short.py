@@ -18,7 +18,7 @@ from vtoken.cli import main
 from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals.lmms.plan import Sweep
 from vtoken.evals.strict import read
-from vtoken.wrap import session_of
+from vtoken.session import session_of
 
 POLICIES = {"positions": "compact", "newline": "drop", "anyres": "2x2", "min_visual_tokens": 9}
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from vtoken import config, source
+from vtoken import config
+from vtoken.config import yaml_source as source
 from vtoken.errors import ConfigError
 from vtoken.evals.lmms.plan import Sweep
 from vtoken.evals.strict import Strict, read

@@ -14,7 +14,7 @@ from test_families import rows_for
 
 import vtoken
 from vtoken.errors import UnsupportedError
-from vtoken.reading import Prompt, Reads, SparseAttention, everything
+from vtoken.stages.attention import Prompt, Reads, SparseAttention, everything
 
 OPTIONS: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True}
 

@@ -18,7 +18,7 @@ from test_sparse import OPTIONS
 
 import vtoken
 from vtoken import kernels, registry
-from vtoken.reading import Prompt, SparseAttention
+from vtoken.stages.attention import Prompt, SparseAttention
 
 # Options under which short prompts are thinned, and those under which everything is read; block size of MMInference is 64.
 THIN: dict[str, list[dict[str, Any]]] = {

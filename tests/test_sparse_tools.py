@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from vtoken.errors import UnsupportedError
-from vtoken.reading import Prompt, Reads
+from vtoken.stages.attention import Prompt, Reads
 
 
 def test_density_of_reads():

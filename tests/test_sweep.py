@@ -30,7 +30,7 @@ from vtoken.evals.lmms.plan import Speed, Sweep
 from vtoken.evals.lmms.run import Results
 from vtoken.evals.lmms.suites import KNOWN
 from vtoken.evals.strict import read
-from vtoken.wrap import wrapped
+from vtoken.session import wrapped
 
 ROOT = Path(__file__).parents[1]
 # What nobody can repeat, and how many documents shared a batch, which is another number where they are shared out.

@@ -11,14 +11,14 @@ from usual import stage
 
 import vtoken
 
-ENTRY, CHECK = ("asked", "entry.py:start"), ("asked", "images.py:check")
+ENTRY, CHECK = ("asked", "prefill_start.py:start"), ("asked", "image_spans.py:check")
 # Image sizes and grids come with the call, and the model reads them on the host as well; newlines that stay depend on what was kept.
 ANYRES = [("asked", "_anyres.py:<genexpr>")] * 2
 QWEN = [("asked", "_packed.py:layouts")]
 WAITS = {
     "llava": [],
-    "llava_next": [*ANYRES, ("asked", "flow.py:leave")],
-    "llava_onevision": [*ANYRES, ("asked", "flow.py:leave")],
+    "llava_next": [*ANYRES, ("asked", "forward_state.py:leave")],
+    "llava_onevision": [*ANYRES, ("asked", "forward_state.py:leave")],
     "qwen2_vl": QWEN,
     "qwen2_5_vl": QWEN,
     "qwen3_vl": QWEN,
@@ -55,13 +55,13 @@ def test_a_cut_inside_the_decoder_waits_no_oftener() -> None:
 def test_a_cut_inside_the_tower_waits_once_more() -> None:
     """For how many tokens of each image came out of it."""
     found = waits("llava", [stage("flowcut")], [[3, "img", 5]])
-    assert found == sorted([ENTRY, CHECK, ("asked", "entry.py:entered")])
+    assert found == sorted([ENTRY, CHECK, ("asked", "prefill_start.py:entered")])
 
 
 def test_a_threshold_waits_once_more() -> None:
     """For how many visual tokens each row holds, before the tower runs."""
     pipeline = {"min_visual_tokens": 1, "stages": [{"fastervlm": {"keep": 4}}]}
-    assert waits("llava", pipeline, [[3, "img", 5]]) == sorted([ENTRY, CHECK, ("asked", "guard.py:look")])
+    assert waits("llava", pipeline, [[3, "img", 5]]) == sorted([ENTRY, CHECK, ("asked", "min_tokens.py:look")])
 
 
 @pytest.mark.parametrize("pipeline", ["divprune:4", "visionzip:6", "uniform:4", "random:4"])

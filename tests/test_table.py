@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from vtoken import registry
-from vtoken.budget import Budget
 from vtoken.cli import main
 from vtoken.commands import list as list_command
 from vtoken.evals import table
@@ -16,6 +15,7 @@ from vtoken.evals.flops import resolve_config
 from vtoken.evals.geometry import geometry
 from vtoken.evals.matrix import Cell, Matrix
 from vtoken.stages import Fact, Pruner
+from vtoken.stages.budget import Budget
 
 NAMES = ("fastervlm", "visionzip", "random")
 

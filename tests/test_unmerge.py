@@ -15,8 +15,8 @@ from test_families import encode, inside, merge, rows_for
 
 import vtoken
 from vtoken.errors import UnsupportedError
+from vtoken.session import watched
 from vtoken.stages import Compressor, Keep, Site, VisualTokens
-from vtoken.wrap import watched
 
 NEW = 4
 LOGITS = {"return_dict_in_generate": True, "output_logits": True}

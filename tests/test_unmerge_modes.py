@@ -19,7 +19,7 @@ from test_unmerge import LOGITS, Mingled, caches, compare, unmerging
 
 import vtoken
 from vtoken.errors import UnsupportedError
-from vtoken.tracing import Trace
+from vtoken.hooks.state.trace import Trace
 
 
 @families

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vtoken.adapters._padded import Padded
-from vtoken.run import Call, Layout, tokens_of
+from vtoken.hooks.state.run import Call, Layout, tokens_of
 
 
 class Anyres(Padded):

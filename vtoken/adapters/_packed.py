@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtoken.adapters.base import Adapter, Encoder, check_decoder
 from vtoken.errors import UnsupportedError
-from vtoken.run import Layout
+from vtoken.hooks.state.run import Layout
 
 GRIDS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 

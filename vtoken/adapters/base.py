@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtoken.errors import UnsupportedError
-from vtoken.run import KINDS, Call, Layout
+from vtoken.hooks.state.run import KINDS, Call, Layout
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vtoken.adapters._padded import Padded
-from vtoken.run import Layout
+from vtoken.hooks.state.run import Layout
 
 
 class Llava(Padded):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vtoken.adapters._anyres import Anyres
-from vtoken.run import Call, Layout
+from vtoken.hooks.state.run import Call, Layout
 
 
 class LlavaOnevision(Anyres):

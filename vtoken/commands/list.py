@@ -196,7 +196,7 @@ def presets() -> list[dict[str, Any]]:
 
 def _needs(cls: type[Stage]) -> list[str]:
     """Facts of a stage with default options; `keep` has no default and no say in it."""
-    from vtoken.budget import Budget
+    from vtoken.stages.budget import Budget
 
     options: dict[str, Any] = {"keep": Budget(64)} if "keep" in cls.model_fields else {}
     try:
@@ -209,7 +209,7 @@ def _needs(cls: type[Stage]) -> list[str]:
 def _plain(default: Any) -> Any:
     from pydantic_core import PydanticUndefined, to_jsonable_python
 
-    from vtoken.budget import Budget
+    from vtoken.stages.budget import Budget
 
     return None if default is PydanticUndefined else to_jsonable_python(default, fallback=Budget.plain)
 

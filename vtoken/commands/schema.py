@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from vtoken.schema import schema
+    from vtoken.config.schema import schema
 
     print(json.dumps(schema(), indent=2, ensure_ascii=False))
     return 0

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
     from vtoken.config import load
     from vtoken.evals.media import read
-    from vtoken.wrap import match_processor, trace, watched
+    from vtoken.session import match_processor, trace, watched
 
     pipeline = load(args.pipeline)
     if args.out and not args.out.absolute().parent.is_dir():

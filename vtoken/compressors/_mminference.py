@@ -13,9 +13,9 @@ from torch.nn.functional import pad
 from vtoken.compressors._blocks import best, per_head
 from vtoken.compressors._singles import listed
 from vtoken.kernels import probe_sums
-from vtoken.probe import last_rows
-from vtoken.reading import Prompt
 from vtoken.stages import uploaded
+from vtoken.stages.attention import Prompt
+from vtoken.stages.query_attention import last_rows
 
 SIZE = 64  # tokens of a block, and queries of a probe
 FIRST, NEAR = 30, 100  # keys at the start and distances that every vertical-slash index holds

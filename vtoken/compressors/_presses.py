@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtoken.cached import CachedLayer, Native
+from vtoken.stages.cache import CachedLayer, Native
 
 HELP = "pip install 'vtoken[kvpress]', then pip install --no-deps kvpress==0.5.5"
 MASKING = ("AdaKVPress", "CriticalAdaKVPress", "DMSPress", "DuoAttentionPress", "LUKVPress")

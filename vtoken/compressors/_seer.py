@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from vtoken.compressors._blocks import best, block_mean, per_head
 from vtoken.compressors._files import count, existing, expect, opened, written
-from vtoken.reading import Prompt, Rope, causal
+from vtoken.stages.attention import Prompt, Rope, causal
 
 FORMAT = "vtoken seerattention 1"
 SIZES = (16, 32, 64, 128, 256)

@@ -6,8 +6,8 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from vtoken.bits import Codes, Packed, factor
-from vtoken.probe import Probe, rows_at
+from vtoken.stages.quantized import Codes, Packed, factor
+from vtoken.stages.query_attention import Probe, rows_at
 
 
 class Important(BaseModel):

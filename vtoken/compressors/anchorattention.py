@@ -12,7 +12,7 @@ from torch import Tensor
 from vtoken.compressors._blocks import block_mean
 from vtoken.compressors._singles import fullest, listed
 from vtoken.kernels import row_maxima
-from vtoken.reading import Prompt, Reads, SparseAttention, causal, everything
+from vtoken.stages.attention import Prompt, Reads, SparseAttention, causal, everything
 
 
 class AnchorAttention(SparseAttention):

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from vtoken.reading import Prompt, Reads, SparseAttention
+from vtoken.stages.attention import Prompt, Reads, SparseAttention
 
 SIZE = 128
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from vtoken.compressors._blocks import best, block_mean, block_sum, cover
 from vtoken.kernels import pooled_scores
-from vtoken.probe import shared
-from vtoken.reading import Prompt, Reads, SparseAttention, everything
+from vtoken.stages.attention import Prompt, Reads, SparseAttention, everything
+from vtoken.stages.query_attention import shared
 
 
 class FlexPrefill(SparseAttention):

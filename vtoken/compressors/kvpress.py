@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from vtoken.cached import CachedLayer, CacheStage, Decision, Ready, hold_text
 from vtoken.compressors import _presses
+from vtoken.stages.cache import CachedLayer, CacheStage, Decision, Ready, hold_text
 
 
 class KVPress(CacheStage):

@@ -10,11 +10,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from vtoken.budget import Budget
-from vtoken.cached import CachedLayer, CacheStage, Hold, ascending, best, hold_text
 from vtoken.kernels import gather_cache, nearest_tokens
-from vtoken.probe import shared
 from vtoken.stages import offsets_of
+from vtoken.stages.budget import Budget
+from vtoken.stages.cache import CachedLayer, CacheStage, Hold, ascending, best, hold_text
+from vtoken.stages.query_attention import shared
 
 
 class LookM(CacheStage):

@@ -13,8 +13,8 @@ from torch.nn.functional import pad
 from vtoken.compressors._blocks import per_head
 from vtoken.compressors._mminference import SIZE, Lists, bands, by_modality, grid, index, list_of_each, window
 from vtoken.compressors._singles import listed
-from vtoken.reading import Prompt, Reads, SparseAttention, everything
 from vtoken.stages import uploaded
+from vtoken.stages.attention import Prompt, Reads, SparseAttention, everything
 
 Pattern = Literal[
     "grid_frame_columns", "grid_frame", "a_shape", "grid_row_columns", "grid_row",

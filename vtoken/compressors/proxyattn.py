@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vtoken.compressors._blocks import block_sum, cover, ranks
-from vtoken.probe import shared
-from vtoken.reading import Prompt, Reads, SparseAttention, causal, everything
+from vtoken.stages.attention import Prompt, Reads, SparseAttention, causal, everything
+from vtoken.stages.query_attention import shared
 
 CHUNK = 1 << 26  # scores held at once
 

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from vtoken.compressors._files import Weights
 from vtoken.compressors._seer import Header, chosen, header, logits, matrices, pooled, read
-from vtoken.reading import Prompt, Reads, SparseAttention
+from vtoken.stages.attention import Prompt, Reads, SparseAttention
 
 
 class SeerAttention(SparseAttention):

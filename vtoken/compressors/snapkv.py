@@ -10,9 +10,9 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from vtoken.budget import Budget
-from vtoken.cached import CachedLayer, CacheStage, Hold, best, hold_text
-from vtoken.probe import shared
+from vtoken.stages.budget import Budget
+from vtoken.stages.cache import CachedLayer, CacheStage, Hold, best, hold_text
+from vtoken.stages.query_attention import shared
 
 
 class SnapKV(CacheStage):

@@ -10,8 +10,8 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from vtoken.compressors import _duo
-from vtoken.reading import Prompt, Reads, SparseAttention, causal, everything
 from vtoken.stages import uploaded
+from vtoken.stages.attention import Prompt, Reads, SparseAttention, causal, everything
 
 
 class StaticSparse(SparseAttention):

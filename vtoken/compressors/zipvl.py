@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from vtoken.compressors._zipvl import Important
-from vtoken.probe import shared
-from vtoken.reading import Among, Prompt, SparseAttention
+from vtoken.stages.attention import Among, Prompt, SparseAttention
+from vtoken.stages.query_attention import shared
 
 
 class ZipVL(Important, SparseAttention):

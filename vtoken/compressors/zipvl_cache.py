@@ -10,12 +10,12 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from vtoken.bits import Packed
-from vtoken.cached import CachedLayer, CacheStage, Hold, Later, ascending
 from vtoken.compressors._zipvl import Important, quantised
 from vtoken.kernels import query_attention
-from vtoken.probe import shared
 from vtoken.stages import offsets_of
+from vtoken.stages.cache import CachedLayer, CacheStage, Hold, Later, ascending
+from vtoken.stages.quantized import Packed
+from vtoken.stages.query_attention import shared
 
 
 class ZipVLCache(Important, CacheStage):

@@ -13,7 +13,7 @@ from vtoken.errors import ConfigError
 from vtoken.evals.geometry import ImageSize, geometry
 from vtoken.evals.geometry.padded import pair
 from vtoken.evals.geometry.qwen import patch_grid
-from vtoken.run import KINDS
+from vtoken.hooks.state.run import KINDS
 
 
 @dataclass(frozen=True)

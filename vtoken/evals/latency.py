@@ -39,7 +39,7 @@ from vtoken.evals.demo import processor_name
 from vtoken.evals.geometry import ImageSize
 from vtoken.evals.inputs import random_prompt
 from vtoken.evals.timing import Runner, Sample, Subject
-from vtoken.hooks.handle import Handle
+from vtoken.hooks.state.handle import Handle
 
 PARTS = ("vision", "stages", "ttft", "decode", "end_to_end")
 COMPARED = ("ttft", "decode", "end_to_end")

@@ -10,10 +10,10 @@ from typing import Any
 from vtoken.config import Pipeline, load
 from vtoken.errors import UnsupportedError, VtokenError
 from vtoken.evals.matrix import sample
+from vtoken.hooks.state.trace import Trace
 from vtoken.registry import adapter, catalogue
+from vtoken.session import trace, watched, wrapped
 from vtoken.stages import Stage
-from vtoken.tracing import Trace
-from vtoken.wrap import trace, watched, wrapped
 
 FEW = ("fastervlm", "uniform", "random")
 FLOORS = ("uniform", "random")

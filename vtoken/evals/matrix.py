@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from vtoken import config, registry
-from vtoken.budget import Budget
 from vtoken.errors import ConfigError, OtherModelError, UnsupportedError
 from vtoken.evals.configs import builtin
-from vtoken.hooks.facts import substituted
+from vtoken.hooks.state.fact_tables import substituted
+from vtoken.session import wrapped
 from vtoken.stages import Stage
-from vtoken.wrap import wrapped
+from vtoken.stages.budget import Budget
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
 from vtoken.evals.media import Media
+from vtoken.hooks.state.trace import Trace
 from vtoken.stages import Grid, Parts, size_of
-from vtoken.tracing import Trace
 
 LINE = (255, 255, 255)
 MOST = 4096  # pixels of the longer side, for grids that are one long row

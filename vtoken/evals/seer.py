@@ -15,9 +15,9 @@ from vtoken.compressors._blocks import best
 from vtoken.compressors._seer import chosen, logits, pooled
 from vtoken.errors import ConfigError
 from vtoken.evals.samples import Sample, prepare
-from vtoken.probe import rows_at
-from vtoken.reading import Prompt, Reads, Rope, SparseAttention, everything
-from vtoken.wrap import wrapped
+from vtoken.session import wrapped
+from vtoken.stages.attention import Prompt, Reads, Rope, SparseAttention, everything
+from vtoken.stages.query_attention import rows_at
 
 LEAST = 4  # blocks of a prompt below which there is nothing to learn
 STD = 0.02  # of gates that nobody trained, the authors' for Llama and Qwen

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from vtoken import source
+from vtoken.config import yaml_source as source
 from vtoken.errors import ConfigError, shown, unknown
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vtoken.budget import Budget
 from vtoken.config import load
 from vtoken.evals.flops import account, resolve_config
 from vtoken.evals.geometry import Geometry, geometry
 from vtoken.evals.matrix import Answer, Matrix, matrix, sample
 from vtoken.stages import FACTS, Stage, size_of
+from vtoken.stages.budget import Budget
 
 MODEL = "llava-hf/llava-1.5-7b-hf"
 TEXT_TOKENS = 64

@@ -17,10 +17,10 @@ from vtoken.adapters.base import Adapter
 from vtoken.config import Pipeline
 from vtoken.errors import UnsupportedError
 from vtoken.evals.inputs import Prompt
-from vtoken.hooks.handle import Handle
-from vtoken.run import Clock
-from vtoken.tracing import Trace
-from vtoken.wrap import trace, watched, wrapped
+from vtoken.hooks.state.handle import Handle
+from vtoken.hooks.state.run import Clock
+from vtoken.hooks.state.trace import Trace
+from vtoken.session import trace, watched, wrapped
 
 
 @dataclass(frozen=True)

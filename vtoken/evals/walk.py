@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from vtoken.cached import CacheStage
 from vtoken.errors import OtherModelError, UnsupportedError
 from vtoken.evals.geometry import Geometry
-from vtoken.hooks.facts import INSIDE_DECODER
-from vtoken.hooks.frames import SIDE
-from vtoken.reading import SparseAttention
+from vtoken.hooks.state.fact_tables import INSIDE_DECODER
+from vtoken.hooks.vision.frames import SIDE
 from vtoken.stages import Fact, OtherModel, Site, Stage, size_of
+from vtoken.stages.attention import SparseAttention
+from vtoken.stages.cache import CacheStage
 
 Counts = tuple[int, ...]
 

@@ -10,7 +10,7 @@ from transformers.masking_utils import create_causal_mask
 
 from vtoken import registry
 from vtoken.errors import UnsupportedError
-from vtoken.hooks.handle import Handle
+from vtoken.hooks.state.handle import Handle
 
 
 class Withdrawal:

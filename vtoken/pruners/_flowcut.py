@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vtoken.budget import Budget
 from vtoken.stages import Parts, VisualTokens, image_of, offsets_of, size_of
+from vtoken.stages.budget import Budget
 
 
 def targets(keep: Budget, lengths: Sequence[int], parts: Sequence[Parts]) -> tuple[int, ...]:

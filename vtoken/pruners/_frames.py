@@ -9,8 +9,8 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from vtoken.budget import Budget
 from vtoken.stages import Pruner, Site
+from vtoken.stages.budget import Budget
 
 
 class FramePruner(Pruner):

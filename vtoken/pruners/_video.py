@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from vtoken.budget import Budget
 from vtoken.stages import Grid, Parts, Pruner
+from vtoken.stages.budget import Budget
 
 AnyPruner = TypeVar("AnyPruner", bound=Pruner)
 

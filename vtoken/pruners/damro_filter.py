@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vtoken.budget import PER_SEGMENT
 from vtoken.kernels import topk_tokens
 from vtoken.stages import Fact, Keep, Parts, Site, Stage, VisualTokens, image_of, keep_all, offsets_of, segments_of
+from vtoken.stages.budget import PER_SEGMENT
 
 
 class DamroFilter(Stage):

@@ -10,10 +10,10 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from vtoken.budget import Budget
 from vtoken.kernels import topk_tokens
 from vtoken.pruners._pools import top
 from vtoken.stages import Fact, Keep, Pruner, Site, VisualTokens, keep_all
+from vtoken.stages.budget import Budget
 
 
 class DART(Pruner):

@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vtoken.budget import Budget
 from vtoken.kernels import topk_tokens
 from vtoken.stages import Keep, Pruner, VisualTokens, image_of, offsets_of
+from vtoken.stages.budget import Budget
 
 FRAMES = 32  # compared at a time: what is held in memory
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from vtoken.budget import Budget
 from vtoken.stages import Fact, Pruner, Site, VisualTokens
+from vtoken.stages.budget import Budget
 
 
 class FastV(Pruner):

@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vtoken.budget import Budget
 from vtoken.pruners._pools import choose, merged, rest_of, top
 from vtoken.stages import Fact, Keep, Parts, Pruner, VisualTokens
+from vtoken.stages.budget import Budget
 
 
 class PruMerge(Pruner):

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtoken.budget import Budget
 from vtoken.stages import Keep, Parts, Pruner, VisualTokens, keep_all, size_of
+from vtoken.stages.budget import Budget
 
 
 class Uniform(Pruner):

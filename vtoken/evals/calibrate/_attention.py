@@ -16,8 +16,8 @@ from vtoken.compressors.attention_exit import AttentionExit
 from vtoken.errors import VtokenError
 from vtoken.evals.samples import Sample, answer_of, continued, prepare
 from vtoken.evals.withdraw import Withdrawal
+from vtoken.session import wrapped
 from vtoken.stages import Keep, VisualTokens, keep_all
-from vtoken.wrap import wrapped
 
 ANSWER = 64  # tokens of an answer that count
 

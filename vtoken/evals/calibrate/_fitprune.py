@@ -13,8 +13,8 @@ from torch import Tensor
 from vtoken.errors import ConfigError
 from vtoken.evals.geometry.decoder import decoder
 from vtoken.evals.geometry.shapes import Layers
+from vtoken.session import wrapped
 from vtoken.stages import Fact, Keep, Site, Stage, VisualTokens
-from vtoken.wrap import wrapped
 
 STEP = 0.01  # at which the search for alpha stops, as the authors' does
 MASSES = (Fact("cross_attention"), Fact("self_attention"))

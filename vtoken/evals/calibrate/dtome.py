@@ -184,9 +184,9 @@ def _padded(adapter: Any, stage: Any) -> Callable[[Any], None]:
     """Runs the tower of a LLaVA on what the image processor returns; the stage merges inside it."""
     import torch
 
-    from vtoken.hooks.encoder import EncoderHooks
-    from vtoken.hooks.handle import Handle
-    from vtoken.run import Run
+    from vtoken.hooks.state.handle import Handle
+    from vtoken.hooks.state.run import Run
+    from vtoken.hooks.vision.padded_tower import EncoderHooks
 
     def encode(inputs: Any) -> None:
         pixels, handle = inputs["pixel_values"], Handle()
@@ -204,9 +204,9 @@ def _padded(adapter: Any, stage: Any) -> Callable[[Any], None]:
 
 def _packed(adapter: Any, stage: Any) -> Callable[[Any], None]:
     """Runs the tower of a Qwen model; the stage merges the keys that it leaves."""
-    from vtoken.hooks.handle import Handle
-    from vtoken.hooks.packed import PackedHooks
-    from vtoken.run import Run, segments
+    from vtoken.hooks.state.handle import Handle
+    from vtoken.hooks.state.run import Run, segments
+    from vtoken.hooks.vision.varlen_tower import PackedHooks
     from vtoken.stages import Fact, VisualTokens
 
     def encode(inputs: Any) -> None:

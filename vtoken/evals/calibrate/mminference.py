@@ -17,7 +17,7 @@ from vtoken import registry
 from vtoken.errors import ConfigError
 from vtoken.evals.calibrate._report import add_json, add_out, check_out, tell_pipeline
 from vtoken.evals.options import add_pictures
-from vtoken.reading import Prompt, Reads, SparseAttention, everything
+from vtoken.stages.attention import Prompt, Reads, SparseAttention, everything
 
 SUMMARY = "search MMInference's pattern of every head on one prompt of random or given pictures"
 EXAMPLES = """examples:
@@ -134,7 +134,7 @@ def search(model: Any, inputs: dict[str, Tensor]) -> tuple[Any, list[tuple[float
     Raises:
         ConfigError: more than one row, or too many tokens.
     """
-    from vtoken.wrap import wrapped
+    from vtoken.session import wrapped
 
     rows, length = inputs["input_ids"].shape
     if rows != 1 or length > LONGEST:

@@ -15,8 +15,8 @@ from vtoken.errors import ConfigError
 from vtoken.evals.lmms.prompts import Prompt, encode
 from vtoken.evals.lmms.records import Cost, Reply, dense_tokens, pruned_tokens, stage_times
 from vtoken.evals.timing import FirstToken
-from vtoken.run import Clock
-from vtoken.wrap import match_processor, trace, unwrap, wrap
+from vtoken.hooks.state.run import Clock
+from vtoken.session import match_processor, trace, unwrap, wrap
 
 
 class Asker:

@@ -12,7 +12,7 @@ from statistics import fmean
 from types import NoneType
 from typing import Any
 
-from vtoken import source
+from vtoken.config import yaml_source as source
 from vtoken.errors import ConfigError, VtokenError
 from vtoken.evals.lmms import whole
 from vtoken.evals.lmms.pareto import front

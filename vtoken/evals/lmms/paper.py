@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from vtoken import registry
+from vtoken.config.yaml_source import read
 from vtoken.errors import ConfigError, unknown
 from vtoken.evals.lmms.suites import KNOWN
-from vtoken.source import read
 
 FOLDER = Path(__file__).parents[1] / "papers"
 

@@ -48,8 +48,8 @@ from itertools import accumulate
 from typing import Any
 
 from vtoken.adapters.base import Adapter
-from vtoken.run import KINDS
-from vtoken.tracing import Trace
+from vtoken.hooks.state.run import KINDS
+from vtoken.hooks.state.trace import Trace
 
 SCHEMA = "vtoken-eval/1"
 

@@ -16,7 +16,7 @@ from vtoken.evals.lmms import whole
 from vtoken.evals.lmms.prompts import Prompt, encode
 from vtoken.evals.media import Media
 from vtoken.evals.overlay import drawn, owners, sheet, views
-from vtoken.wrap import trace
+from vtoken.session import trace
 
 if TYPE_CHECKING:
     from vtoken.evals.lmms.model import VtokenModel

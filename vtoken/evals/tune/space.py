@@ -7,8 +7,9 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from vtoken import config, source
+from vtoken import config
 from vtoken.config import Pipeline
+from vtoken.config import yaml_source as source
 from vtoken.errors import ConfigError
 from vtoken.evals.strict import Strict
 

@@ -1,0 +1,219 @@
+"""A pipeline held against a model before anything is installed: sites, facts, layers, and what does not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from vtoken import registry
+from vtoken.adapters.base import Adapter
+from vtoken.config import Pipeline
+from vtoken.errors import ConfigError, OtherModelError, UnsupportedError
+from vtoken.hooks.attention.sparse_prefill import check_attention
+from vtoken.hooks.decoder.attention_tap import OBSERVED
+from vtoken.hooks.state import fact_tables as facts
+from vtoken.stages import FACTS, Fact, OtherModel, Site, Stage
+from vtoken.stages.cache import CacheStage
+
+# Which facts can be had where: the encoder's own before the LLM runs, the decoder's inside it.
+AT_TOKENS = {*facts.PROJECTIONS, "features", "pixels", "text"}
+AT_SITE: dict[Site, set[str]] = {
+    "frames": set(),
+    "encoder": set(facts.PROJECTIONS),
+    "tokens": AT_TOKENS,
+    "decoder": {
+        *OBSERVED,
+        *facts.INSIDE_DECODER,
+        "next_query_attention",
+        "normed",
+        "later_normed",
+        "text",
+        "later_text",
+    },
+    "attention": set(),
+    "cache": set(),
+}
+
+
+def check_whole(model: Any) -> None:
+    """Refuses what is no model, or only a part of one.
+
+    Raises:
+        UnsupportedError: says what to wrap instead.
+    """
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise UnsupportedError(f"expected a Hugging Face model, the whole VLM, got {type(model).__name__}")
+    kind, known = getattr(model.config, "model_type", None), registry.adapters()
+    if kind not in (*known, *registry.REFUSED) and not hasattr(model.config, "vision_config"):
+        raise UnsupportedError(
+            f"{type(model).__name__} (model_type {kind!r}) is no VLM of a supported family; if it is a part of one, wrap the whole VLM, "
+            f"model and not model.model.language_model. Known: {', '.join(known)}; see vtoken/adapters/base.py to add a family"
+        )
+
+
+def check(adapter: Adapter, pipeline: Pipeline) -> None:
+    """Holds every stage against what the family and this version can do.
+
+    Raises:
+        UnsupportedError: names the stage, the reason and the nearest thing that works.
+    """
+    if pipeline.positions == "compact" and adapter.mrope:
+        raise UnsupportedError(
+            f"positions: compact cannot be had on {adapter.model_type}: its positions have three axes (M-RoPE), which a renumbering "
+            "would tear apart; use positions: original"
+        )
+    if pipeline.anyres != "model" and not hasattr(adapter.model.config, "image_grid_pinpoints"):
+        raise UnsupportedError(
+            f"anyres: {pipeline.anyres} chooses how LLaVA-NeXT and OneVision cut pictures; {adapter.model_type} does not cut them. "
+            "Leave the key out"
+        )
+    check_unmerging(pipeline)
+    for stage in pipeline.stages:
+        if stage.site not in AT_SITE:
+            raise UnsupportedError(
+                f"stage {stage.name} acts at site {stage.site!r}, which this version of vtoken does not serve yet"
+            )
+        try:
+            why = stage.misfit(len(adapter.lm.layers), adapter.lm.config.hidden_size)
+        except ValueError as error:  # of a file that has changed since the pipeline was read
+            raise ConfigError(f"stage {stage.name}: {error}") from error
+        if why:
+            raise OtherModelError(f"stage {stage.name}: {why}")
+        if why := stage.misfit_tower(adapter.encoder.width, adapter.encoder.unit):
+            raise UnsupportedError(f"stage {stage.name}: {why}")
+        for need in stage.needs():
+            check_fact(stage, need, adapter)
+        check_layers(stage, adapter)
+        check_order_of_layers(stage, adapter)
+    check_attention([s for s in pipeline.stages if s.site == "attention" and not s.unmerges()], adapter.lm)
+    check_cache([stage for stage in pipeline.stages if stage.site == "cache"])
+
+
+def check_fact(stage: Stage, need: Fact, adapter: Adapter) -> None:
+    """Refuses facts that do not exist, at all or where the stage acts."""
+    if need.name not in FACTS:
+        raise UnsupportedError(f"stage {stage.name} needs the unknown fact {need.name!r}; known: {', '.join(FACTS)}")
+    if need.name in adapter.missing:
+        raise UnsupportedError(f"stage {stage.name} needs {need.name}: {adapter.missing[need.name]}")
+    if need.name not in AT_SITE[stage.site]:
+        raise UnsupportedError(
+            f"stage {stage.name} needs {need.name}, which does not exist yet at site {stage.site!r}; "
+            f"there it can have {', '.join(sorted(AT_SITE[stage.site]))}"
+        )
+    depth = len(layers_of(stage, need, adapter))
+    if need.layer is not None and not -depth <= need.layer < depth:
+        raise UnsupportedError(
+            f"stage {stage.name} needs {need.name} of layer {need.layer}; there are {depth}, 0 to {depth - 1} (or -1 for the last)"
+        )
+
+
+def layers_of(stage: Stage, need: Fact, adapter: Adapter) -> Sequence[Any]:
+    """The layers that a fact's number counts."""
+    decoder = stage.site == "decoder" and need.name not in facts.INSIDE_DECODER
+    found: Sequence[Any] = adapter.lm.layers if decoder else adapter.encoder.layers
+    return found
+
+
+def check_order_of_layers(stage: Stage, adapter: Adapter) -> None:
+    """Refuses facts of a layer that runs after the stage acts."""
+    own = adapter.lm.layers if stage.site == "decoder" else adapter.encoder.layers
+    for need in stage.needs() if stage.site in ("encoder", "decoder") else ():
+        if need.layer is None or layers_of(stage, need, adapter) is not own:
+            continue
+        first, layer = min(stage.layers(len(own))), need.layer % len(own)
+        acts, last = ("after", first) if stage.site == "encoder" else ("before", first - 1)
+        if layer > last:
+            raise UnsupportedError(
+                f"stage {stage.name} acts {acts} {stage.site} layer {first} and needs {need.name} of layer {layer}, which runs later; "
+                f"ask for layer {last} or an earlier one"
+            )
+
+
+def check_unmerging(pipeline: Pipeline) -> None:
+    """Refuses what does not go together with virtual unmerging.
+
+    Raises:
+        UnsupportedError: names the other stage or policy.
+    """
+    for stage in pipeline.stages:
+        if not stage.unmerges():
+            continue
+        if pipeline.positions == "compact":
+            raise UnsupportedError(
+                f"stage {stage.name} gives merged tokens the positions of all their members, which positions: compact would renumber; "
+                "use positions: original"
+            )
+        others = [s for s in pipeline.stages if s is not stage and s.site in ("decoder", "attention", "cache")]
+        if others:
+            raise UnsupportedError(
+                f"stage {stage.name} makes decoder layers attend at places that {others[0].name} (site {others[0].site}) knows nothing "
+                f"of; leave one of the two out. Stages of site encoder and tokens go with {stage.name}"
+            )
+
+
+def check_cache(stages: list[Stage]) -> None:
+    """Refuses what cannot shrink a KV cache, and a second stage that would."""
+    for stage in stages:
+        if not isinstance(stage, CacheStage):
+            raise UnsupportedError(
+                f"stage {stage.name} acts at site 'cache' and has no compress(); derive it from vtoken.cached.CacheStage"
+            )
+    if len(stages) > 1:
+        raise UnsupportedError(
+            f"stages {' and '.join(s.name for s in stages)} both act at site 'cache': after the first, heads hold different tokens, and a "
+            "second cannot tell text from image; keep one of them"
+        )
+
+
+def check_layers(stage: Stage, adapter: Adapter) -> None:
+    """Refuses layers that do not exist, or whose output nobody reads any more."""
+    if stage.site in ("tokens", "attention", "cache"):
+        return
+    if stage.site == "frames" and "video" not in adapter.features:
+        raise UnsupportedError(
+            f"stage {stage.name} chooses frames of videos, and transformers' {adapter.model_type} takes none; leave it out, or use a family "
+            "that does (llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl)"
+        )
+    if stage.site == "frames" and adapter.encoder.unit == 1:
+        return  # the tower is given fewer frames; nothing changes inside it
+    if stage.site in ("frames", "encoder") and adapter.tower.config._attn_implementation == "flex_attention":
+        raise UnsupportedError(
+            f"stage {stage.name} drops tokens inside the vision tower, which needs attention masks that flex_attention does not "
+            'take there; load the model with attn_implementation="sdpa"'
+        )
+    if stage.site == "frames":
+        return
+    depth = len(adapter.encoder.layers if stage.site == "encoder" else adapter.lm.layers)
+    check_inside(stage, adapter)
+    try:
+        layers = stage.layers(depth)
+    except OtherModel as error:
+        raise OtherModelError(f"stage {stage.name}: {error}") from error
+    except ValueError as error:
+        raise UnsupportedError(f"stage {stage.name}: {error}") from error
+    first, last = (0, min(adapter.encoder.feature_layers) - 1) if stage.site == "encoder" else (1, depth - 1)
+    if stage.inside():
+        last = depth - 1  # what lies behind the feature layer is not asked
+    if not layers or min(layers) < first or max(layers) > last:
+        raise UnsupportedError(
+            f"stage {stage.name} acts at {stage.site} layers {list(layers)}; this model allows {first} to {last}"
+            + (" (features are read after that)" if stage.site == "encoder" else "")
+        )
+
+
+def check_inside(stage: Stage, adapter: Adapter) -> None:
+    """Refuses to merge inside layers that cannot be made to."""
+    if stage.inside() is None:
+        return
+    if adapter.encoder.unit != 1:
+        raise UnsupportedError(
+            f"stage {stage.name} merges single patches inside encoder layers; {adapter.model_type} joins {adapter.encoder.unit} "
+            "neighbouring patches to a token behind its encoder and needs them whole. Use a stage that merges behind it (dtome_post)"
+        )
+    if stage.inside() == "proportional" and "flash" in (adapter.tower.config._attn_implementation or ""):
+        raise UnsupportedError(
+            f"stage {stage.name} adds log(size) to the logits of attention in the vision tower, which flash attention cannot; load the "
+            'model with attn_implementation={"vision_config": "sdpa"}, or set proportional: false (another method)'
+        )

@@ -1,0 +1,274 @@
+"""YAML, dict, list, name or stage -> Pipeline; strict, and every error says where and what instead."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from itertools import pairwise
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import ValidationError
+
+from vtoken import registry
+from vtoken.config.messages import explain
+from vtoken.config.short_form import bare, is_stage, options_of, short_form
+from vtoken.config.yaml_source import Source, read
+from vtoken.config.yaml_source import dump as write_yaml
+from vtoken.errors import ConfigError, about, shown, unknown
+from vtoken.stages import SITES, Stage
+from vtoken.stages.budget import Budget
+
+Positions = Literal["original", "compact"]
+Newline = Literal["keep_if_row_has_token", "keep", "drop"]
+Anyres = Literal["model", "2x2"]
+# Key -> what may be written, the default first, and what it means.
+POLICIES: dict[str, tuple[tuple[str, ...], str]] = {
+    "positions": (
+        get_args(Positions),
+        "original: tokens keep their position ids; compact: ids are renumbered without gaps (not with M-RoPE)",
+    ),
+    "newline": (
+        get_args(Newline),
+        "the newline token behind each row of a LLaVA-NeXT or OneVision image: it stays if a token of its row stays, "
+        "always, or never",
+    ),
+    "anyres": (
+        get_args(Anyres),
+        "LLaVA-NeXT: crops as the model chooses, or always 2 x 2 (as in published tables of 640, 320 and 160 tokens); "
+        "pass the processor through vtoken.match_processor",
+    ),
+}
+LEAST = (
+    "min_visual_tokens",
+    "batch rows with fewer visual tokens (counted before anything is dropped) run dense, the others as usual; where features are asked for "
+    "without a prompt, each image counts for itself in stages of the vision tower",
+)
+PRESET = ("preset", "takes the stages of this preset, and its policies where no others are given here")
+POLICY_KEYS = (*POLICIES, LEAST[0])
+KEYS = (PRESET[0], *POLICY_KEYS, "stages")
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Stages in the order the data flows, and the policies that go with them: see POLICIES and LEAST.
+
+    `written` is how errors call it, as it was written down; "" where it was not.
+    """
+
+    name: str
+    positions: Positions
+    stages: tuple[Stage, ...]
+    newline: Newline = "keep_if_row_has_token"
+    anyres: Anyres = "model"
+    min_visual_tokens: int = 0
+    written: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        for key in POLICIES:
+            _check_policy(key, getattr(self, key), Source())
+        _check_least(self.min_visual_tokens, Source())
+        for stage in self.stages:
+            if not isinstance(stage, Stage):
+                raise ConfigError(f"{shown(stage)} is no Stage; vtoken.config.load reads a list of names and options")
+        _check_order(self.stages, Source())
+
+
+PipelineLike = str | os.PathLike[str] | dict[str, Any] | Sequence[Any] | Stage | Pipeline
+
+
+def load(pipeline: PipelineLike) -> Pipeline:
+    """Reads a pipeline in any of its forms.
+
+    Args:
+        pipeline: a preset's name ("fastervlm-64"), with other policies where some follow ("flowcut-64,positions=original"); a path to
+            a YAML file; one stage in short ("fastervlm:64", "random:25%,seed=3", "pool:size=2": a bare value is `keep`), likewise with
+            policies ("fastervlm:64,positions=compact"); a dict as in the YAML file; a list of names, one-key dicts and Stage objects; a Stage; a Pipeline.
+
+    Raises:
+        ConfigError: with file and line where there is a file, the name that is wrong, and what is accepted.
+    """
+    if isinstance(pipeline, Pipeline):
+        return pipeline
+    if isinstance(pipeline, Stage):
+        return Pipeline(pipeline.name, "original", (pipeline,))
+    if isinstance(pipeline, dict):
+        return _from_data(pipeline, None, Source())
+    if isinstance(pipeline, (list, tuple)):
+        return _from_data({"stages": pipeline}, None, Source())
+    if isinstance(pipeline, str) and pipeline in registry.presets():
+        return replace(_from_file(registry.preset_file(pipeline)), written=f'preset "{pipeline}"')
+    if isinstance(pipeline, (str, os.PathLike)) and os.path.isfile(pipeline):
+        return _from_file(Path(pipeline))
+    if isinstance(pipeline, (str, os.PathLike)) and Path(pipeline).suffix in (".yaml", ".yml"):
+        if os.path.isdir(pipeline):
+            raise ConfigError(f"{shown(os.fspath(pipeline))} is a folder; write a path to a YAML file")
+        close = get_close_matches(Path(pipeline).stem, registry.presets(), n=1)
+        hint = f"; did you mean the preset {close[0]!r}?" if close else ""
+        raise ConfigError(f"pipeline file {shown(os.fspath(pipeline))} does not exist{hint}")
+    text = pipeline if isinstance(pipeline, str) else ""
+    preset, _, rest = text.partition(",")
+    if rest and preset in registry.presets():
+        return _short(lambda: {**options_of(rest), PRESET[0]: preset}, text, "preset")
+    if is_stage(text):
+        return _short(lambda: _with_policies(*short_form(text)), text, "pipeline")
+    if isinstance(pipeline, str):
+        raise ConfigError(
+            f"{unknown('preset', preset if rest else pipeline, registry.presets(), bare(preset, '', text[len(preset) :]))}; or write a path to a YAML file, or a stage and its "
+            f"budget, as in fastervlm:64 (stages: {', '.join(registry.stages())})"
+        )
+    raise ConfigError(
+        f"a pipeline is a preset name, a path, a dict, a list of stages or a stage, not {type(pipeline).__name__}"
+    )
+
+
+def dump(pipeline: Pipeline) -> str:
+    """YAML text that loads to the same policies and stages, every option written out."""
+    stages = [{s.name: options} if (options := s.model_dump(mode="json")) else s.name for s in pipeline.stages]
+    return write_yaml({**{key: getattr(pipeline, key) for key in POLICY_KEYS}, "stages": stages})
+
+
+def _short(data: Callable[[], dict[str, Any]], text: str, what: str) -> Pipeline:
+    """What a line of text says."""
+    written = f'{what} "{shown(text)[1:-1]}"'
+    with about(written):
+        return replace(_from_data(data(), text, Source()), written=written)
+
+
+def _from_file(path: Path) -> Pipeline:
+    data, source = read(path)
+    found = _from_data(data, path.stem, source)
+    return replace(found, written=f"{path} ({found.written})" if found.written else str(path))
+
+
+def _from_data(data: Any, name: str | None, source: Source) -> Pipeline:
+    if not isinstance(data, dict):
+        raise source.error((), f"a pipeline is a mapping with positions and stages, not {shown(data)}")
+    for key in data:
+        if key not in KEYS:
+            hint = f"; stages go into a list, stages: [{key}: ...]" if key in registry.stages() else ""
+            raise source.error((key,), unknown("key", key, KEYS) + hint)
+    if PRESET[0] in data:
+        preset, data = data[PRESET[0]], _on_preset(data, source)
+        name, written = name or str(preset), f'preset "{preset}"'
+    else:
+        written = ""
+    chosen: dict[str, Any] = {key: _native(data.get(key, values[0])) for key, (values, _) in POLICIES.items()}
+    for key, value in chosen.items():
+        _check_policy(key, value, source)
+    least = _native(data.get(LEAST[0], 0))
+    _check_least(least, source)
+    items = data.get("stages")
+    if not isinstance(items, (list, tuple)):
+        raise source.error(
+            ("stages",),
+            f"stages must be a list, as in [fastervlm: {{keep: 64}}] (for none []), not {shown(items)}",
+        )
+    stages = tuple(_stage(item, ("stages", i), source) for i, item in enumerate(items))
+    _check_order(stages, source)
+    return Pipeline(
+        name or "+".join(s.name for s in stages) or "none",
+        stages=stages,
+        min_visual_tokens=least,
+        written=written,
+        **chosen,
+    )
+
+
+def _on_preset(data: dict[str, Any], source: Source) -> dict[str, Any]:
+    """What a preset says, and over it what is said here."""
+    preset = _native(data[PRESET[0]])
+    if not isinstance(preset, str) or preset not in registry.presets():
+        meant = bare(preset, "stages: [", "]") if isinstance(preset, str) else ""
+        raise source.error((PRESET[0],), unknown(PRESET[0], preset, registry.presets(), meant))
+    if "stages" in data:
+        raise source.error(("stages",), f"the stages are those of the preset {preset!r}; give one of the two")
+    base = load(preset)
+    policies = {key: getattr(base, key) for key in POLICY_KEYS}
+    return {**policies, **data, "stages": base.stages}
+
+
+def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
+    if isinstance(item, Stage):
+        return item
+    if isinstance(item, str) and item not in registry.stages() and is_stage(item):
+        try:
+            item = dict([short_form(item)])
+        except ConfigError as error:
+            raise source.error(path, f"{shown(item)}: {error}") from None
+    name, options = next(iter(item.items())) if isinstance(item, dict) and len(item) == 1 else (item, None)
+    if not isinstance(name, str):
+        keys = f"; indent {list(item)[1:]} to make them options" if isinstance(item, dict) and len(item) > 1 else ""
+        raise source.error(
+            path,
+            f"a stage is a name or one name with its options, fastervlm: {{keep: 64}}, not {shown(item)}{keys}",
+        )
+    try:
+        cls = registry.stage(name)
+    except ConfigError as error:
+        raise source.error(path, str(error)) from error
+    if not isinstance(options, (dict, type(None))):
+        raise source.error(
+            (*path, name),
+            f"options of stage {name!r} must be a mapping, as in {{keep: 64}}, not {shown(options)}",
+        )
+    try:
+        text = json.dumps(options or {}, default=_plain)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise source.error((*path, name), f"options of stage {name!r} must be plain data: {error}") from None
+    try:
+        # JSON mode is strict about numbers, texts and truth values, yet takes lists for tuples, as YAML writes them.
+        return cls.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        option, message = explain(cls, error)
+        policy = (
+            f"; {option} is a policy of the whole pipeline, write it beside stages" if option in POLICY_KEYS else ""
+        )
+        raise source.error((*path, name, option), f"stage {name!r}: {message}{policy}") from None
+
+
+def _native(value: Any) -> Any:
+    """Python's own for numpy's whole numbers and texts."""
+    if isinstance(value, Integral) and not isinstance(value, int):
+        return int(value)
+    return str(value) if isinstance(value, str) else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Budget):
+        return value.plain()
+    if isinstance(value, Integral):
+        return int(value)
+    raise TypeError(f"{shown(value)} is a {type(value).__name__}; write a number, text, list or mapping")
+
+
+def _with_policies(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """A pipeline of one stage; what is a policy among its options is the pipeline's."""
+    policies = {key: options.pop(key) for key in POLICY_KEYS if key in options}
+    return {**policies, "stages": [{name: options}]}
+
+
+def _check_policy(key: str, value: Any, source: Source) -> None:
+    values, _ = POLICIES[key]
+    if type(value) is not str or value not in values:
+        accepted = " or ".join([", ".join(values[:-1]), values[-1]])
+        raise source.error((key,), f"{key} must be {accepted}, not {shown(value)}")
+
+
+def _check_order(stages: Sequence[Stage], source: Source) -> None:
+    for i, (before, after) in enumerate(pairwise(stages), start=1):
+        if SITES.index(after.site) < SITES.index(before.site):
+            raise source.error(
+                ("stages", i),
+                f"stage {after.name!r} acts at site {after.site} but comes after {before.name!r}, which acts at "
+                f"{before.site}; order the stages by site: {', '.join(SITES)}",
+            )
+
+
+def _check_least(least: Any, source: Source) -> None:
+    if type(least) is not int or not 0 <= least < 2**63:
+        raise source.error((LEAST[0],), f"{LEAST[0]} must be a whole number >= 0, not {shown(least)}")

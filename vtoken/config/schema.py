@@ -1,0 +1,51 @@
+"""JSON Schema of a pipeline file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic.json_schema import models_json_schema
+
+from vtoken import registry
+from vtoken.config.pipeline import LEAST, POLICIES, PRESET
+from vtoken.stages import SITES
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a pipeline file, composed from every stage that can be imported; for editors."""
+    stages, _ = registry.catalogue()
+    refs, defs = models_json_schema([(cls, "validation") for cls in stages.values()], ref_template="#/$defs/{model}")
+    bare = [name for name, cls in stages.items() if not any(f.is_required() for f in cls.model_fields.values())]
+    options = {
+        name: {"anyOf": [refs[cls, "validation"], {"type": "null"}]} if name in bare else refs[cls, "validation"]
+        for name, cls in stages.items()
+    }
+    items = {
+        "type": "object",
+        "properties": options,
+        "additionalProperties": False,
+        "minProperties": 1,
+        "maxProperties": 1,
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "vtoken pipeline",
+        "description": "Stages that drop, merge or retire visual tokens, in the order the data flows.",
+        "type": "object",
+        "properties": {
+            **{
+                key: {"description": meaning, "enum": list(values), "default": values[0]}
+                for key, (values, meaning) in POLICIES.items()
+            },
+            PRESET[0]: {"description": PRESET[1], "enum": list(registry.presets())},
+            LEAST[0]: {"description": LEAST[1], "type": "integer", "minimum": 0, "default": 0},
+            "stages": {
+                "description": f"sites must not go backwards: {', '.join(SITES)}",
+                "type": "array",
+                "items": {"anyOf": [items, {"enum": bare}]},
+            },
+        },
+        "oneOf": [{"required": ["stages"]}, {"required": [PRESET[0]]}],
+        "additionalProperties": False,
+        "$defs": defs.get("$defs", {}),
+    }

@@ -1,0 +1,51 @@
+"""One stage in a line of text: `fastervlm:64`, `random:25%,seed=3`."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from vtoken import registry
+from vtoken.config.yaml_source import parse
+from vtoken.errors import ConfigError, shown
+
+SHORT = re.compile(r"([^:,]+)(?::|,(?=\s*\w+=)|$)(.*)", re.DOTALL)
+
+
+def is_stage(text: str) -> bool:
+    match = SHORT.fullmatch(text)
+    return match is not None and match[1] in registry.stages()
+
+
+def short_form(text: str) -> tuple[str, dict[str, Any]]:
+    """`NAME:KEEP,option=value` or `NAME,option=value` -> name and options; values are YAML."""
+    match = SHORT.fullmatch(text)
+    assert match is not None
+    return match[1], options_of(match[2])
+
+
+def options_of(rest: str) -> dict[str, Any]:
+    """`KEEP,option=value` -> options."""
+    options: dict[str, Any] = {}
+    for part in re.split(r",(?=\s*\w+=)", rest) if rest else []:
+        match = re.fullmatch(r"\s*(\w+)=(.*)", part, re.DOTALL)
+        key, value = match.groups() if match else ("keep", part)
+        if key in options:
+            raise ConfigError(f"option {key!r} is given twice; remove one")
+        try:
+            options[key], _ = parse(value)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{shown(value)} is not a value of {key!r} ({error}); write one as in YAML (64, 25%, [1, 2]), and every further option by "
+                "name behind a comma: NAME:64,option=value"
+            ) from None
+    return options
+
+
+def bare(name: str, before: str, after: str) -> str:
+    """Of a preset's name at a budget that no preset has, `fastervlm-96`: the stage at that budget."""
+    stage, _, keep = name.rpartition("-")
+    takes = stage in registry.stages() and "keep" in registry.stage(stage).model_fields
+    if not takes or not re.fullmatch(r"[1-9]\d*%?", keep) or name in registry.presets():
+        return ""
+    return f"{shown(f'{before}{stage}:{keep}{after}')} (the stage with its defaults)"

@@ -1,0 +1,1 @@
+"""Instead of a layer's own attention."""

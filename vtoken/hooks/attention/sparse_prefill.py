@@ -1,0 +1,269 @@
+"""Sparse prefill: a stage decides which keys are read, the model's own attention does everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtoken.errors import UnsupportedError
+from vtoken.hooks.attention.unmerged_attention import rotates_last, rotation_of
+from vtoken.hooks.decoder.attention_tap import tap
+from vtoken.hooks.state.forward_state import Prefill, eager, steps
+from vtoken.hooks.state.handle import Handle
+from vtoken.hooks.state.live_tokens import aside_of, trace_of
+from vtoken.hooks.state.run import Clock, Run
+from vtoken.kernels import block_sparse_attention
+from vtoken.kernels._lists import check_singles
+from vtoken.stages import Stage, uploaded
+from vtoken.stages.attention import Among, Prompt, Reads, Rope, SparseAttention, everything
+from vtoken.stages.query_attention import Probe
+
+SIZE = 128  # block of what is read whole
+WIDEST = 256  # head width that the kernel takes
+# Arguments of attention functions that change what attention means.
+UNUSUAL = ("softcap", "s_aux", "position_bias", "sliding_window")
+
+
+class SparsePrefill:
+    """Taps the attention of the decoder layers in which a stage acts; installs nothing without one.
+
+    Args:
+        stages: attention-site stages that passed `check_attention`.
+    """
+
+    def __init__(self, lm: Any, run: Run, handle: Handle, stages: Sequence[Stage]) -> None:
+        self.run = run
+        # What a cache stage will ask of the last queries of a row, if there is one.
+        self.also: Callable[[Prefill, int], int] | None = None
+        self.at: dict[int, SparseAttention] = {}
+        for stage in stages:
+            if isinstance(stage, SparseAttention):
+                self.at |= dict.fromkeys(stage.layers(len(lm.layers)), stage)
+        for layer, stage in self.at.items():
+            if stage.rope:
+                handle.before(lm.layers[layer].self_attn, self._note_rope)
+        tap(handle, lm, self.at, self._attend)
+
+    def _note_rope(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not steps(args[0] if args else kwargs["hidden_states"], kwargs.get("past_key_values")):
+            self._keep_rope(kwargs["position_embeddings"])
+
+    @eager
+    def _keep_rope(self, cos_sin: tuple[Tensor, Tensor]) -> None:
+        if isinstance(self.run.flow, Prefill):
+            self.run.flow.memo["rope"] = cos_sin
+
+    def _attend(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Callable[..., Any], **kwargs: Any
+    ) -> Any:
+        return self._prefill(module, q, k, v, original, kwargs)
+
+    @eager
+    def _prefill(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, original: Callable[..., Any], kwargs: dict[str, Any]
+    ) -> Any:
+        flow, stage = self.run.flow, self.at[module.layer_idx]
+        if not isinstance(flow, Prefill):
+            return original()
+        memory = flow.memory.setdefault(id(stage), {})
+        reason = self._aside(flow, stage, module, kwargs)
+        if reason is not None:
+            if "aside" not in memory:
+                memory["aside"] = reason
+                flow.trace.stages.append(aside_of(stage, flow.visual.lineage, reason))
+            return original()
+        scale = kwargs.get("scaling") or q.shape[-1] ** -0.5
+        rows, asides = [_row(x, flow) for x in (q, k, v)], _asides(flow, stage)
+        with torch.no_grad(), Clock(q.device) as clock:
+            chosen = [
+                self._choose(stage, flow, row, q, k, scale, module) if asides[row] is None else _whole(q)
+                for row, (q, k) in enumerate(zip(*rows[:2], strict=True))
+            ]
+        trace = trace_of(stage, flow.visual.lengths, flow.visual.lineage, clock, module.layer_idx)
+        # Counted now: left for the reader of the trace, maps of all layers would be held (28 heads, 128k tokens: 29 MB each).
+        trace.densities, trace.rows_aside = [reads.density() for reads in chosen], asides
+        trace.backend = ", ".join(sorted({reads.backend(*qkv) for reads, *qkv in zip(chosen, *rows, strict=True)}))
+        flow.trace.stages.append(trace)
+        out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+        for row, (reads, *qkv) in enumerate(zip(chosen, *rows, strict=True)):
+            n = flow.counts[row]
+            tail = flow.tails[row] if asides[row] is None else 0
+            out[row, q.shape[2] - n :] = _attention(reads, qkv, scale, tail).transpose(0, 1)
+        return out, None
+
+    def _choose(
+        self, stage: SparseAttention, flow: Prefill, row: int, q: Tensor, k: Tensor, scale: float, module: Any
+    ) -> Reads | Among:
+        """What the queries of one row read; drafts and answers behind its prompt have no say in it."""
+        n, layer = q.shape[1] - flow.tails[row], module.layer_idx
+        image, place, known = self._layout(flow, q.device)
+        image, place = (x[row, -q.shape[1] :][:n] for x in (image, place))
+        probe = Probe(q[:, :n], k[:, :n], scale, 0 if self.also is None else self.also(flow, row))
+        if self.also is not None:
+            flow.memo.setdefault("probes", {})[layer, row] = probe
+        rope = None
+        if stage.rope:
+            cos, sin = (t[row if len(t) > 1 else 0, -q.shape[1] :][:n].to(q.device) for t in flow.memo["rope"])
+            rope = Rope(cos, sin, rotation_of(module))
+        prompt = Prompt(probe.q, probe.k, scale, layer, image, place, flow.visual.parts, probe, rope, known[row])
+        reads = stage.reads(prompt)
+        check(stage, reads, prompt)
+        return reads
+
+    def _layout(self, flow: Prefill, device: torch.device) -> tuple[Tensor, Tensor, list[dict[Hashable, Any]]]:
+        """[B, P] image and place of every slot of the current layout, -1 at text and padding, and what stages found out about its rows."""
+        memory = flow.memory.setdefault(id(self), {})
+        if memory.get("of") is not flow.index:
+            image, place = (torch.full_like(flow.index, -1) for _ in range(2))
+            at = flow.slot()
+            image[at] = flow.visual.image.to(image.device)
+            place[at] = flow.visual.lineage.place.to(image.device)
+            known: list[dict[Hashable, Any]] = [{} for _ in flow.counts]
+            memory.update(of=flow.index, layout=(image.to(device), place.to(device)), known=known)
+        image, place = (x.to(device) for x in memory["layout"])
+        return image, place, memory["known"]
+
+    def _aside(self, flow: Prefill, stage: SparseAttention, module: Any, kwargs: dict[str, Any]) -> str | None:
+        """Why this forward keeps the model's own attention."""
+        if flow.aside is not None:
+            return flow.aside
+        if module.training or kwargs.get("dropout"):
+            return "the model is in training mode"
+        if flow.past:
+            return f"the cache holds {flow.past} tokens already; only a prompt that comes in one piece is thinned"
+        if kwargs.get("output_attentions"):
+            return "attention weights were asked for"
+        found = [name for name in UNUSUAL if kwargs.get(name) is not None]
+        if found or not getattr(module, "is_causal", True):
+            return f"this layer's attention is not plain causal attention ({', '.join(found) or 'is_causal is False'})"
+        shown = set(flow.visual.row)
+        longest = max(n for row, n in enumerate(prompts(flow)) if row in shown and row not in flow.spared)
+        if longest < stage.min_len:
+            return f"the prompt has {longest} tokens, fewer than min_len {stage.min_len}"
+        if not self._left_padded(flow):
+            return "the batch is padded on the right; pad it on the left"
+        return None
+
+    def _left_padded(self, flow: Prefill) -> bool:
+        """Whether the tokens of every row stand at its end."""
+        memory = flow.memory.setdefault(id(self), {})
+        if memory.get("padding of") is not flow.index:
+            memory["padding of"], memory["left"] = flow.index, flow.dense or suffixes(flow)
+        left: bool = memory["left"]
+        return left
+
+
+def suffixes(flow: Prefill) -> bool:
+    """Whether what is real of every row is its end; asks the device."""
+    width, counts = flow.valid.shape[1], uploaded(flow.counts, flow.valid.device)[:, None]
+    return bool((flow.valid == (torch.arange(width, device=counts.device) >= width - counts)).all())
+
+
+def _row(x: Tensor, flow: Prefill) -> list[Tensor]:
+    """[H, n, d] of every row: what stands in the slots of this prefill (a static cache has more), without padding."""
+    width = flow.index.shape[1]
+    return [each[:, width - n : width] for each, n in zip(x, flow.counts, strict=True)]
+
+
+def _asides(flow: Prefill, stage: SparseAttention) -> list[str | None]:
+    """Why rows read everything while others do not; None: they do not."""
+    least, shown, out = max(1, stage.min_len), set(flow.visual.row), list[str | None]()
+    for row, count in enumerate(prompts(flow)):
+        why = None if row in shown else "the row has no image"
+        if why is None and count < least:
+            why = f"the row has {count} tokens, fewer than min_len {least}"
+        out.append(flow.spared.get(row, why))
+    return out
+
+
+def prompts(flow: Prefill) -> list[int]:
+    """Tokens of every row's prompt, without drafts and answers behind it."""
+    return [count - tail for count, tail in zip(flow.counts, flow.tails, strict=True)]
+
+
+def _whole(q: Tensor) -> Reads:
+    """What a row reads that no stage thins."""
+    n = q.shape[1]
+    return Reads(SIZE, everything(len(q), n, n, SIZE, q.device))
+
+
+def _attention(reads: Reads | Among, qkv: Sequence[Tensor], scale: float, tail: int) -> Tensor:
+    """[H, n, d]: the prompt as decided; the last `tail` queries, which decoding would have added, read everything."""
+    q, k, v = qkv
+    n = q.shape[1] - tail
+    out = reads.apply(q[:, :n], k[:, :n], v[:, :n], scale)
+    if not tail:
+        return out
+    last = everything(len(q), tail, q.shape[1], SIZE, q.device)
+    return torch.cat([out, block_sparse_attention(q[:, n:], k, v, last, scale, SIZE)[0]], 1)
+
+
+def check(stage: SparseAttention, reads: Reads | Among, prompt: Prompt) -> None:
+    """Refuses a decision that does not fit its prompt.
+
+    Raises:
+        ValueError: names the stage.
+    """
+    if isinstance(reads, Among):
+        if reads.length != prompt.length or not 0 < len(reads.index) <= prompt.length:
+            raise ValueError(
+                f"stage {stage.name} returned {len(reads.index)} of {reads.length} tokens for a prompt of {prompt.length}"
+            )
+        return
+    blocks = -(-prompt.length // reads.size)
+    if tuple(reads.blocks.shape) != (prompt.heads, blocks, blocks) or reads.blocks.dtype != torch.bool:
+        raise ValueError(
+            f"stage {stage.name} returned blocks {reads.blocks.dtype} {tuple(reads.blocks.shape)} for {prompt.heads} heads and "
+            f"{prompt.length} tokens in blocks of {reads.size}; it must be bool {(prompt.heads, blocks, blocks)}"
+        )
+    try:
+        check_singles(prompt.heads, blocks, reads.columns, reads.share, reads.of)
+    except ValueError as error:
+        raise ValueError(f"stage {stage.name} returned {error}") from None
+    for name, mask, shape in (
+        ("dense", reads.dense, (prompt.heads, prompt.length)), ("own", reads.own, (prompt.length,)),
+    ):  # fmt: skip
+        if mask is not None and (tuple(mask.shape) != shape or mask.dtype != torch.bool):
+            raise ValueError(
+                f"stage {stage.name} returned {name} {mask.dtype} {tuple(mask.shape)}; it must be bool {shape}"
+            )
+
+
+def check_attention(stages: Sequence[Stage], lm: Any) -> None:
+    """Refuses stages that no layer can serve, or two for one layer.
+
+    Raises:
+        UnsupportedError: names the stages.
+    """
+    depth = len(lm.layers)
+    taken: dict[int, str] = {}
+    width = getattr(lm.config, "head_dim", None) or lm.config.hidden_size // lm.config.num_attention_heads
+    for stage in stages:
+        if not isinstance(stage, SparseAttention):
+            raise UnsupportedError(
+                f"stage {stage.name} acts at site 'attention' and must derive from vtoken.reading.SparseAttention"
+            )
+        if width > WIDEST:
+            raise UnsupportedError(f"stage {stage.name}: attention heads of width {width}; at most {WIDEST} are served")
+        if why := stage.misfit_heads(lm.config.num_attention_heads, lm.config.num_key_value_heads, width):
+            raise UnsupportedError(f"stage {stage.name}: {why}")
+        wrong = [k for k in stage.dense_layers if not -depth <= k < depth]
+        if wrong or not stage.layers(depth):
+            raise UnsupportedError(
+                f"stage {stage.name}: dense_layers {list(stage.dense_layers)}; this model has layers 0 to {depth - 1}, and one must be left"
+            )
+        for k in stage.layers(depth):
+            attention = lm.layers[k].self_attn
+            if stage.rope and not rotates_last(attention):
+                raise UnsupportedError(
+                    f"stage {stage.name} needs queries and keys from before RoPE, and {type(attention).__name__} is not q_proj, k_proj and "
+                    "v_proj, norms of queries and keys, then apply_rotary_pos_emb; take another stage of site attention"
+                )
+            if k in taken:
+                raise UnsupportedError(
+                    f"stages {taken[k]} and {stage.name} both thin the attention of decoder layer {k}; share the layers out with dense_layers"
+                )
+            taken[k] = stage.name

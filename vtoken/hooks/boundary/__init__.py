@@ -1,0 +1,1 @@
+"""Where the prompt enters the language model and its output leaves it."""

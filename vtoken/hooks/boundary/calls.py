@@ -1,0 +1,48 @@
+"""Calls of the language model that cannot be served once tokens are dropped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vtoken.errors import UnsupportedError
+from vtoken.hooks.state.forward_state import Prefill
+
+
+def check_packed(kwargs: dict, config: Any) -> None:
+    """Refuses several samples in one row. Asks the device only where positions come without mask and cache.
+
+    Raises:
+        UnsupportedError: positions that start again, or lengths of samples as flash attention takes them.
+    """
+    positions, use_cache = kwargs.get("position_ids"), kwargs.get("use_cache")
+    packed = kwargs.get("cu_seq_lens_q") is not None
+    if (
+        positions is not None
+        and kwargs.get("attention_mask") is None
+        and kwargs.get("past_key_values") is None
+        and not (config.use_cache if use_cache is None else use_cache)
+    ):
+        # Of four axes, the one in front is the text's; three tell nothing of samples.
+        text = positions if positions.ndim == 2 else positions[0] if len(positions) == 4 else positions[0, :, :0]
+        packed = packed or bool((text.diff(dim=-1) != 1).any())
+    if packed:
+        raise UnsupportedError(
+            "several samples in one row (position_ids that start again, or cu_seq_lens) cannot be kept apart once tokens are dropped: "
+            "give each sample a row of its own, padded, with an attention_mask; or unwrap the model"
+        )
+
+
+def check_labels(flow: Prefill) -> None:
+    """A dropped token predicts nothing, so nothing may be supervised on it.
+
+    Raises:
+        ValueError: a label that is not -100 follows a dropped token.
+    """
+    if flow.labels is None or flow.labels.shape != flow.alive.shape:
+        return
+    supervised = flow.labels.to(flow.alive.device)[:, 1:] != -100
+    if bool((supervised & flow.new[:, :-1] & ~flow.alive[:, :-1]).any()):
+        raise ValueError(
+            "labels supervise the token after a dropped visual token, which has no logits; "
+            "set labels to -100 on image tokens and on the token that follows an image"
+        )

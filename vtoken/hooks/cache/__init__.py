@@ -1,0 +1,1 @@
+"""What a prefill leaves in the KV cache."""

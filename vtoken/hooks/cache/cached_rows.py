@@ -1,0 +1,87 @@
+"""What the slots of a layer hold after a cache stage: rows, padded on the left, and the logical positions behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtoken.hooks.state.left_padding import left_padded, take
+from vtoken.hooks.state.pruned_cache import Slots
+from vtoken.hooks.state.quantized_layer import PackedLayer, Piece, Plain, adopt
+from vtoken.stages.quantized import Packed
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a prefill in the current layout, and what a layer holds of it.
+
+    Attributes:
+        prompt, tail: tokens of the prompt; of what follows it (drafts, an answer), which all stay.
+        slots: per image, where its visual tokens are among the row's tokens.
+        stay: prompt tokens that every head holds; counts: visual tokens of each image, None where that is not known.
+    """
+
+    prompt: int
+    tail: int
+    slots: tuple[tuple[int, ...], ...]
+    stay: int = 0
+    counts: tuple[int, ...] | None = None
+
+    def columns(self) -> list[int]:
+        """Slots that stand for those it holds. Heads may hold different visual tokens, so of each image it is the first ones: masks only
+        ask whether a slot is real, and crop() whether the newest tokens are all there and in order."""
+        if self.counts is None:
+            kept = list(range(self.stay))
+        else:
+            gone = {slot for slots, k in zip(self.slots, self.counts, strict=True) for slot in slots[k:]}
+            kept = [slot for slot in range(self.prompt) if slot not in gone]
+        return [*kept, *range(self.prompt, self.prompt + self.tail)]
+
+
+def slots_of(before: Slots, rows: tuple[Row, ...], dense: bool) -> Slots:
+    """The slots of a layer that holds these rows.
+
+    Args:
+        before: those it had with everything in it; dense: whether earlier turns left it without padding.
+    """
+    columns = [row.columns() for row in rows]
+    longest, total = max(map(len, columns)), before.logical.shape[1]
+    past = total - max(row.prompt + row.tail for row in rows)
+    starts = [total - row.prompt - row.tail for row in rows]
+    padded = [[-1] * (longest - len(c)) + [start + i for i in c] for start, c in zip(starts, columns, strict=True)]
+    index = torch.tensor(padded, device=before.logical.device)
+    new = take(before.logical, index.clamp(min=0), 1).masked_fill(index < 0, -1)
+    logical = torch.cat([before.logical[:, :past], new], 1)
+    return replace(before, logical=logical, dense=dense and len(set(map(len, columns))) == 1)
+
+
+def store(cached: Any, rows: Sequence[tuple[Piece, Plain]], keys: Tensor, values: Tensor, width: int) -> Any:
+    """Puts rows in the place of the newest `width` of the keys and values [B, Hk, S, d] that a cache layer holds; returns the layer.
+
+    Args:
+        rows: what is left of each row's prompt, and what follows the prompt.
+    """
+    if not isinstance(cached, PackedLayer) and not any(isinstance(piece, Packed) for piece, _ in rows):
+        cached.keys, cached.values = (
+            torch.cat(
+                [t[:, :, :-width], left_padded([torch.cat([getattr(x, side) for x in row], 1) for row in rows])], 2
+            )
+            for side, t in (("keys", keys), ("values", values))
+        )
+        return cached
+    # Rows may be followed by different numbers of tokens; what all have is a tail.
+    tail = min(end.length for _, end in rows)
+    held = []
+    for piece, end in rows:
+        more = end.length - tail
+        kept = piece if isinstance(piece, Packed) else Plain.of(piece.keys, piece.values)
+        held.append((kept, end.first(more)) if more else (kept,))
+    cached = adopt(cached)
+    cached.crop(-width)
+    cut = keys.shape[2] - tail
+    cached.append(held, (keys[:, :, cut:], values[:, :, cut:]))
+    return cached

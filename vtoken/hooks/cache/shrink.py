@@ -1,0 +1,290 @@
+"""The KV cache is shrunk as the prefill fills it, layer by layer.
+
+As soon as a layer has attended, nothing of this prefill reads its keys and values any more, so what the stage does not hold goes at once.
+Rows are padded on the left to the longest. Logical lengths stay as they were (see pruned_cache.py); layers that hold other numbers of tokens
+become layer groups of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.cache_utils import DynamicLayer
+
+from vtoken.errors import UnsupportedError
+from vtoken.hooks.cache.cached_rows import Row, slots_of, store
+from vtoken.hooks.cache.requantize import LaterHooks
+from vtoken.hooks.decoder.attention_tap import tap
+from vtoken.hooks.state.forward_state import Prefill, eager, replays, steps
+from vtoken.hooks.state.handle import Handle
+from vtoken.hooks.state.live_tokens import Visual, aside_of
+from vtoken.hooks.state.pruned_cache import Slots
+from vtoken.hooks.state.quantized_layer import PackedLayer, Piece, Plain
+from vtoken.hooks.state.run import Clock, Run
+from vtoken.hooks.state.trace import StageTrace
+from vtoken.stages import uploaded
+from vtoken.stages.cache import CachedLayer, CacheStage, Decision, Hold, Native, Ready
+from vtoken.stages.quantized import Packed
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """What a layer was left with: `held` [Hk, C] slots per row (None: all, or not told), of `visual` in the layer group `group`."""
+
+    group: int
+    rows: tuple[Row, ...]
+    held: tuple[Tensor | None, ...]
+    told: bool
+    visual: Visual
+    clock: Clock
+
+
+class CacheHooks:
+    """A tap on every decoder layer.
+
+    Args:
+        mrope: positions have several axes.
+
+    Attributes:
+        goes_on: tokens behind the prompt follow into few bits.
+
+    Raises:
+        UnsupportedError: the stage cannot run on this model.
+    """
+
+    def __init__(self, model: Any, lm: Any, run: Run, handle: Handle, stage: CacheStage, *, mrope: bool) -> None:
+        self.lm, self.run, self.stage, self.mrope = lm, run, stage, mrope
+        try:
+            self.compress = stage.compressor(model)
+        except (ImportError, ValueError) as error:
+            raise UnsupportedError(str(error)) from error
+        tap(handle, lm, range(len(lm.layers)), self._tap)
+        self.goes_on = bool(stage.period())
+        if self.goes_on:
+            LaterHooks(lm, run, handle, stage)
+        if stage.native:
+            for layer in lm.layers:
+                handle.before(layer.self_attn, self._remember)
+
+    def check(self, cache: Any) -> None:
+        """Refuses a prefill with images whose cache cannot shrink.
+
+        Raises:
+            UnsupportedError: says why, and what to do.
+        """
+        name = self.stage.name
+        if replays(self.lm.layers[0]):
+            raise UnsupportedError(
+                f"stage {name} shrinks the KV cache, and gradient checkpointing runs layers without one: call "
+                "model.gradient_checkpointing_disable(), or take the stage out"
+            )
+        if cache is None:
+            raise UnsupportedError(
+                f"stage {name} shrinks the KV cache, and this call has none (use_cache=False): pass use_cache=True, or take the stage out"
+            )
+        if cache.is_compileable:
+            raise UnsupportedError(
+                f"stage {name} shrinks the KV cache, but a static cache keeps its size: leave cache_implementation out"
+            )
+        odd = {type(layer).__name__ for layer in cache.layers if type(layer) not in (DynamicLayer, PackedLayer)}
+        if odd:
+            raise UnsupportedError(
+                f"stage {name} cannot shrink cache layers of kind {', '.join(sorted(odd))}; use a plain DynamicCache"
+            )
+
+    def _remember(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not steps(args[0] if args else kwargs["hidden_states"], kwargs.get("past_key_values")):
+            self._note(args, kwargs)
+
+    @eager
+    def _note(self, args: tuple, kwargs: dict) -> None:
+        flow = self.run.flow
+        if isinstance(flow, Prefill):
+            flow.memo["native"] = args[0] if args else kwargs["hidden_states"], kwargs["position_embeddings"]
+
+    def _tap(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Callable[..., Any], **kwargs: Any
+    ) -> Any:
+        out = original()
+        return self._attended(module, q, k, v, kwargs.get("scaling") or k.shape[-1] ** -0.5, out)
+
+    @eager
+    def _attended(self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Any) -> Any:
+        flow = self.run.flow
+        if not isinstance(flow, Prefill):
+            return out
+        return (
+            self._stand_aside(flow, out) if flow.aside is not None else self._shrink(flow, module, q, k, v, scale, out)
+        )
+
+    def _stand_aside(self, flow: Prefill, out: Any) -> Any:
+        if not flow.memory.setdefault(id(self.stage), {}):
+            flow.memory[id(self.stage)]["told"] = True
+            assert flow.aside is not None
+            flow.trace.stages.append(aside_of(self.stage, flow.visual.lineage, flow.aside))
+        return out
+
+    def _shrink(self, flow: Prefill, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Any) -> Any:
+        number, width = module.layer_idx, flow.index.shape[1]
+        past, probes = flow.slots - width, flow.memo.pop("probes", {})
+        rows, held, parts, told, same = [], [], [], True, True
+        with Clock(k.device) as clock:
+            for r, (row, images) in enumerate(self._rows(flow)):
+                begin = width - row.prompt - row.tail
+                here = slice(past + begin, past + begin + row.prompt)
+                x, y, end = k[r, :, here], v[r, :, here], (k[r, :, here.stop :], v[r, :, here.stop :])
+                decision: Decision | None = None
+                if any(row.slots) and r not in flow.spared:
+                    native = self._native(flow, module, r, begin, row.prompt) if self.stage.native else None
+                    layer = CachedLayer(
+                        x,
+                        y,
+                        q[r, :, begin : begin + row.prompt],
+                        images,
+                        row.slots,
+                        scale,
+                        number,
+                        len(self.lm.layers),
+                        native,
+                        probes.get((number, r)),
+                    )
+                    with torch.no_grad():
+                        decision = self.compress(layer)
+                    same = same and isinstance(decision, Hold) and decision.index.shape[1] == row.prompt
+                    told = told and not isinstance(decision, Ready)
+                piece = apply(self.stage, decision, x, y)
+                stay = piece.length
+                counts = row.counts if decision is None else getattr(decision, "counts", None)
+                rows.append(replace(row, stay=stay, counts=counts))
+                held.append(decision.index if isinstance(decision, Hold) else None)
+                parts.append((piece, Plain(*end)))
+        flow.shrunk[number] = Shrunk(flow.group, tuple(rows), tuple(held), told, flow.visual, clock)
+        if same:
+            return out
+        cached = store(flow.cache.layers[number], parts, k, v, width)
+        return self._behind(flow, rows, past, q, cached.keys, cached.values, scale, out) if any(flow.tails) else out
+
+    def _rows(self, flow: Prefill) -> list[tuple[Row, tuple[Tensor, ...]]]:
+        if "rows" not in flow.memo:
+            flow.memo["rows"] = rows_of(flow)
+        rows: list[tuple[Row, tuple[Tensor, ...]]] = flow.memo["rows"]
+        return rows
+
+    def asks(self, flow: Prefill, r: int) -> int:
+        """How many last queries' attention of a row the stage will ask for, in the current layout."""
+        row, _ = self._rows(flow)[r]
+        if r in flow.spared or not any(row.slots):
+            return 0
+        behind = row.prompt - 1 - max(slots[-1] for slots in row.slots if slots)
+        return self.stage.probe(row.prompt, tuple(map(len, row.slots)), behind)
+
+    def _native(self, flow: Prefill, module: Any, row: int, begin: int, length: int) -> Native:
+        hidden, rope = flow.memo["native"]
+        end = begin + length
+        cos, sin = (t[(row if len(t) > 1 else 0), begin:end][None] for t in rope)
+        return Native(module, hidden[row : row + 1, begin:end], (cos, sin), None if self.mrope else self.lm.rotary_emb)
+
+    def _behind(
+        self, flow: Prefill, rows: list[Row], past: int, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Any
+    ) -> Any:
+        """What follows the prompt in this forward (drafts) reads what is left of it, as it would in a forward of its own."""
+        slots, new = k.shape[2] - past, max(flow.tails)
+        length = torch.tensor([row.stay + row.tail for row in rows], device=k.device)
+        real = torch.arange(slots, device=k.device) >= slots - length[:, None]
+        before = real.new_ones(len(k), past) if flow.ok is None else flow.ok[:, :past].bool().to(k.device)
+        visible = torch.cat([before, real], 1)[:, None, None].repeat(1, 1, new, 1)
+        visible[..., -new:] &= torch.ones(new, new, dtype=torch.bool, device=k.device).tril()
+        read = F.scaled_dot_product_attention(q[:, :, -new:], k, v, visible, scale=scale, enable_gqa=True)
+        # In rows with fewer of them, the first of these queries are the prompt's own.
+        behind = torch.arange(new, device=k.device) >= new - uploaded(flow.tails, k.device)[:, None]
+        late = torch.where(behind[..., None, None], read.transpose(1, 2), out[0][:, -new:])
+        return torch.cat([out[0][:, :-new], late], 1), *out[1:]
+
+    def finish(self, flow: Prefill) -> None:
+        """Commits the slots of every layer to the flow's records, and the decisions to its trace."""
+        records: dict[int, Slots] = {}
+        last: Any = None
+        for k, shrunk in sorted(flow.shrunk.items()):
+            now = (shrunk.group, shrunk.rows)
+            if now != last or k in flow.records:
+                dense = flow.cache.groups[flow.cache.group(k)].dense
+                records[k] = slots_of(flow.records[shrunk.group], shrunk.rows, dense)
+            last = now
+            flow.trace.stages.append(self._trace(k, shrunk))
+            flow.trace.cached.append([row.stay for row in shrunk.rows])
+        flow.records.update(records)
+
+    def _trace(self, k: int, shrunk: Shrunk) -> StageTrace:
+        v, kept, left = shrunk.visual, [], []
+        images = iter(v.lineage.kept())
+        for row, held in zip(shrunk.rows, shrunk.held, strict=True):
+            for slots in row.slots if shrunk.told else ():
+                place = next(images)
+                if held is None:
+                    kept.append(place)
+                    left.append(len(place))
+                    continue
+                alive = torch.zeros(len(held), row.prompt, dtype=torch.bool, device=held.device).scatter(1, held, True)
+                alive = alive[:, list(slots)]
+                kept.append(place[alive.any(0).to(place.device)])
+                left.append(round(float(alive.float().sum(1).mean())))
+        before = list(v.lengths)
+        return StageTrace(
+            self.stage.name,
+            "cache",
+            before,
+            left,
+            kept,
+            layer=k,
+            clock=shrunk.clock.milliseconds,
+        )
+
+
+def rows_of(flow: Prefill) -> list[tuple[Row, tuple[Tensor, ...]]]:
+    """The rows of a prefill in the current layout, each with the slots of its images on the device. Whole, as if everything stayed."""
+    v, (_, column) = flow.visual, flow.slot()
+    ends = list(accumulate(v.lengths, initial=0))
+    on_host = column.tolist()
+    out = []
+    for r, (count, tail) in enumerate(zip(flow.counts, flow.tails, strict=True)):
+        begin = flow.index.shape[1] - count
+        spans = [span for span, owner in zip(pairwise(ends), v.row, strict=True) if owner == r]
+        slots = tuple(tuple(c - begin for c in on_host[a:b]) for a, b in spans)
+        row = Row(count - tail, tail, slots, count - tail, tuple(map(len, slots)))
+        out.append((row, tuple(column[a:b] - begin for a, b in spans)))
+    return out
+
+
+def apply(stage: CacheStage, decision: Decision | None, keys: Tensor, values: Tensor) -> Piece:
+    """Keys and values [Hk, C, d] of a row after the decision.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    if decision is None:
+        return Plain(keys, values)
+    if isinstance(decision, Packed) and decision.shape == keys.shape:
+        return decision
+    if isinstance(decision, Hold):
+        new = decision.apply(keys, values)
+    else:
+        new = decision.keys, decision.values
+    heads, n, width = keys.shape
+    for t in new:
+        if (
+            t.ndim != 3
+            or (t.shape[0], t.shape[2]) != (heads, width)
+            or not 0 < t.shape[1] <= n
+            or t.shape[1] != new[0].shape[1]
+        ):
+            raise ValueError(
+                f"stage {stage.name} left keys and values of shapes {[tuple(t.shape) for t in new]} of {tuple(keys.shape)}; "
+                f"every head must hold the same 1 to {n} tokens"
+            )
+    return Plain(*new)

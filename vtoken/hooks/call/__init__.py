@@ -1,0 +1,1 @@
+"""What only the calls around the language model know."""

@@ -1,0 +1,116 @@
+"""What only the calls around the language model know: labels, drafts, which positions are visual, which prompts run dense, and when a call
+is over."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+from warnings import warn
+
+from torch import Tensor, nn
+
+from vtoken.errors import UnsupportedError
+from vtoken.hooks.call.min_tokens import Guard, pictured
+from vtoken.hooks.state.forward_state import eager
+from vtoken.hooks.state.handle import Handle
+from vtoken.hooks.state.image_spans import HIDDEN
+from vtoken.hooks.state.run import UNSEEN, Run
+
+
+class Outer:
+    """Hooks on the model and on `outer` (which sees ids); what they find goes to the run. Nothing on decode steps, which may be compiled.
+
+    Args:
+        guard: is told of every prompt with pixels before the vision tower runs.
+        acts: the pipeline has stages.
+    """
+
+    def __init__(self, adapter: Any, run: Run, handle: Handle, guard: Guard | None, *, acts: bool) -> None:
+        self.acts, self.warned = acts, False
+        self.adapter, self.run, self.handle, self.guard = adapter, run, handle, guard
+        handle.set(adapter.model, "generate", self._shadow(adapter.model.generate))
+        if hasattr(adapter.outer, "get_rope_index"):
+            handle.set(adapter.outer, "get_rope_index", self._placed(adapter.outer.get_rope_index))
+        handle.before(adapter.model, self._call)
+        handle.before(adapter.outer, self._outer)
+
+    def _shadow(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def generate(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+            if self.handle.released:
+                return original(inputs, *args, **kwargs)
+            ids, embeds = kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds")
+            if self.guard is not None and pictured(kwargs) and (ids is not None or embeds is not None):
+                self.guard.ahead(ids, embeds, kwargs)
+            self.run.begin()
+            outermost, self.run.generating = not self.run.generating, True
+            try:
+                return original(inputs, *args, **kwargs)
+            finally:
+                if outermost:
+                    self.run.generating = False
+                    self.run.forget()
+                    self.handle.switch.off()
+
+        return generate
+
+    def _placed(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Positions of rows and columns, which the model reads off the ids that its mask leaves."""
+        signature = inspect.signature(original)
+
+        @eager
+        @wraps(original)
+        def get_rope_index(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return original(*args, **kwargs)
+            except (RuntimeError, IndexError) as error:
+                given = signature.bind(*args, **kwargs).arguments
+                ids, mask = given.get("input_ids"), given.get("attention_mask")
+                if (
+                    ids is None
+                    or mask is None
+                    or not bool(((self.adapter.visual_kinds(ids, None) > 0) & (mask == 0)).any())
+                ):
+                    raise
+                raise UnsupportedError(HIDDEN) from error
+
+        return get_rope_index
+
+    def _call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        ids = kwargs.get("input_ids")
+        if ids is None or ids.shape[1] > 1:
+            self._asked(kwargs)
+
+    @eager
+    def _asked(self, kwargs: dict) -> None:
+        wanted = kwargs.get("logits_to_keep")
+        self.run.labels = kwargs.get("labels")
+        self.run.tail = wanted - 1 if type(wanted) is int and wanted > 1 else 0
+
+    def _outer(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Ids cannot be seen any more inside the language model."""
+        ids = args[0] if args else kwargs.get("input_ids")
+        embeds = kwargs.get("inputs_embeds")
+        given = embeds if ids is None else ids
+        if given is not None and given.shape[1] > 1:
+            self._see(ids, embeds, kwargs)
+
+    @eager
+    def _see(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict) -> None:
+        self.run.begin()
+        self.adapter.check_call(kwargs)
+        pixels = pictured(kwargs)
+        given = {*pixels, *(kind for kind, v in (kwargs.get("mm_encoder_outputs") or {}).items() if v is not None)}
+        self.run.unseen = ids is None and not given
+        if self.run.unseen and self.acts and not self.warned:
+            self.warned = True
+            warn(
+                f"{UNSEEN}: they keep all their tokens. Pass input_ids and pixel_values. This is said once per wrap",
+                stacklevel=2,
+            )
+        # A placeholder that somebody typed, without a picture of its kind, is a word.
+        self.run.visual = self.adapter.visual_kinds(ids, embeds, given) if given else None
+        if pixels and self.guard is not None:
+            self.guard.look(self.run.visual, kwargs)

@@ -1,0 +1,119 @@
+"""Which images stand in prompts of few visual tokens, told before the vision tower runs: stages in it leave those alone.
+
+Where every prompt is one, no facts are worked out either. Rows are known as soon as the prompt is: to `generate`, which since transformers
+5.18 encodes before the first forward, or to the forward itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtoken.errors import NotWholeError
+from vtoken.hooks.state.forward_state import eager
+from vtoken.hooks.state.image_spans import Image, assign
+from vtoken.hooks.state.left_padding import few
+from vtoken.hooks.state.run import KINDS, Layout, Run, Sparing, newline_mask
+
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+
+class Guard:
+    """Leaves a `Sparing` per kind in `run.sparing` for the feature functions. `Outer` tells it of calls.
+
+    Args:
+        least: visual tokens below which a row runs dense.
+    """
+
+    def __init__(self, adapter: Any, run: Run, least: int) -> None:
+        self.adapter, self.run, self.least = adapter, run, least
+
+    def ahead(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict) -> None:
+        """Before `generate`, given its arguments."""
+        self.look(self.adapter.visual_kinds(ids, embeds, pictured(kwargs))[:, -_last(ids, embeds, kwargs) :], kwargs)
+
+    @eager
+    def look(self, kinds: Tensor, kwargs: dict) -> None:
+        """Before a prompt with pixels is encoded.
+
+        Args:
+            kinds: [B, L] as `Adapter.visual_kinds` gives them; kwargs: of the call.
+        """
+        mask = _padding(kwargs)
+        hidden = torch.zeros_like(kinds, dtype=torch.bool)
+        if mask is not None and mask.shape[1] >= kinds.shape[1]:
+            hidden = (kinds > 0) & ~mask[:, -kinds.shape[1] :].to(kinds.device).bool()
+        layouts = {kind: self.adapter.layouts(kind, kwargs) for kind in pictured(kwargs)}
+        of_kind = [kinds == 1 + KINDS.index(kind) for kind in layouts]
+        *each, unseen = torch.stack([here.sum(1) for here in (*of_kind, hidden)]).tolist()
+        try:
+            images = {kind: assign(n, layouts[kind], self.adapter) for kind, n in zip(layouts, each, strict=True)}
+        except NotWholeError:
+            self.run.sparing = {}  # Each picture counts for itself; what does not fit is said where the call stops.
+            return
+        held = [0] * len(kinds)
+        for here, found in zip(of_kind, images.values(), strict=True):
+            for image in found:
+                held[image.row] += image.layout.tokens
+            if any(unseen):
+                held = [n - m for n, m in zip(held, lost(here, hidden, found), strict=True)]
+        self.run.sparing = spared(layouts, images, held, self.least)
+
+
+def pictured(kwargs: dict) -> list[str]:
+    """Of which kinds a call brings pixels."""
+    return [kind for kind, name in PIXELS.items() if kwargs.get(name) is not None]
+
+
+def _padding(kwargs: dict) -> Tensor | None:
+    """The padding mask [B, L]. None for the 4D masks that `generate` builds for a static cache, of some decoders one per layer type."""
+    mask = kwargs.get("attention_mask")
+    return mask if torch.is_tensor(mask) and mask.ndim == 2 else None
+
+
+def _last(ids: Tensor | None, embeds: Tensor | None, kwargs: dict) -> int:
+    """How many columns are of the turn to come: `generate` is told the whole conversation, or by its mask how long that is. 0 means all."""
+    cache, mask = kwargs.get("past_key_values"), _padding(kwargs)
+    past = 0 if cache is None else int(cache.get_seq_length())
+    whole = mask if mask is not None else ids if ids is not None else embeds
+    assert whole is not None
+    return whole.shape[1] - past if past else 0
+
+
+def lost(here: Tensor, hidden: Tensor, images: list[Image]) -> list[int]:
+    """Visual tokens per row that the padding mask hides, newlines not counted. Asks the device.
+
+    Args:
+        here: [B, L] bool, placeholders of these images; hidden: [B, L] bool, what is hidden.
+    """
+    line, column = here.nonzero(as_tuple=True)
+    newline = newline_mask([image.layout for image in images]).to(here.device)
+    gone: list[int] = line.new_zeros(len(here)).index_add_(0, line, (hidden[line, column] & ~newline).long()).tolist()
+    return gone
+
+
+def spared(
+    layouts: dict[str, tuple[Layout, ...]], rows: dict[str, list[Image]], held: list[int], least: int
+) -> dict[str, Sparing]:
+    """Per kind, which of its images stand in rows with fewer than `least` visual tokens of all kinds.
+
+    Args:
+        rows: per kind, the images of the batch; held: visual tokens per row that the padding mask does not hide.
+    """
+    dense = {row for row, n in enumerate(held) if n < least}
+    every = {image.row for images in rows.values() for image in images}
+    aside = few(max(held), least) if every <= dense else None
+    out = {}
+    for kind, images in rows.items():
+        flags = [False] * len(layouts[kind])
+        for image in images:
+            flags[image.index] = image.row in dense
+        out[kind] = Sparing(tuple(flags), aside)
+    return out
+
+
+def alone(layouts: tuple[Layout, ...], least: int) -> Sparing:
+    """Where features are asked for without a prompt, each image counts for itself."""
+    return Sparing(tuple(layout.tokens < least for layout in layouts), counted="images")

@@ -1,0 +1,1 @@
+"""Around the decoder's layers and their attention."""

@@ -1,0 +1,215 @@
+"""Decoder-layer groups: everything is shortened once at layer k; later layers get a mask of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.masking_utils import create_causal_mask
+
+from vtoken.hooks.decoder.next_layer import check_coming, next_row
+from vtoken.hooks.state.fact_tables import INSIDE_DECODER
+from vtoken.hooks.state.forward_state import Flow, Observed, Prefill, StaticStep, check_replay, eager, steps
+from vtoken.hooks.state.handle import Handle
+from vtoken.hooks.state.left_padding import take
+from vtoken.hooks.state.prompt_text import dropped_slots, later_text, text_before, text_of
+from vtoken.hooks.state.pruned_cache import PrunedCache
+from vtoken.hooks.state.run import Run
+from vtoken.stages import Fact, Stage, VisualTokens
+
+
+class LayerGroups:
+    """Pre-hooks on the decoder layers; none when no stage acts there (but flash attention needs its position ids hidden).
+
+    Args:
+        stages: decoder-site stages in pipeline order.
+        enter: opens a layer group and returns its 2D mask (Boundary.enter).
+        encoded: a fact of the encoder about the live tokens (Entry.fact).
+        cached: a cache stage makes layers hold different numbers of tokens.
+    """
+
+    def __init__(
+        self,
+        lm: Any,
+        run: Run,
+        handle: Handle,
+        stages: Sequence[Stage],
+        *,
+        compact: bool,
+        enter: Callable[[Flow, int], Tensor | None],
+        encoded: Callable[[Prefill, Stage, Fact], Tensor],
+        cached: bool = False,
+    ) -> None:
+        self.lm, self.run, self.compact, self.enter, self.encoded = lm, run, compact, enter, encoded
+        depth = len(lm.layers)
+        stages = [stage.bound(depth) for stage in stages]
+        self.at = {k: [s for s in stages if k in s.layers(depth)] for k in range(depth)}
+        self.rating = [stage for stage in stages if asks(stage, "text_attention")]
+        for k, at in self.at.items():
+            if any(asks(stage, "next_query_attention") for stage in at):
+                check_coming(lm.layers[k])
+        self.flash = "flash" in (lm.config._attn_implementation or "")
+        if stages or self.flash or cached:
+            for k, layer in enumerate(lm.layers):
+                handle.before(layer, partial(self._layer, k))
+        if stages and hasattr(lm, "_deepstack_process"):
+            handle.set(lm, "_deepstack_process", partial(self._deepstack, lm._deepstack_process))
+
+    def _layer(self, k: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        cache: Any = kwargs.get("past_key_values")
+        if not steps(hidden, cache):
+            return self._shorten(k, module, args, kwargs)
+        if cache.is_compileable and isinstance(cache, PrunedCache) and len(cache.groups) > 1:
+            return args, self._static(k, self.run.flow, kwargs)
+        return None
+
+    @eager
+    def _shorten(self, k: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        hidden, flow = args[0] if args else kwargs["hidden_states"], self.run.flow
+        if flow is None:
+            return None
+        check_replay(module)
+        kwargs = {**kwargs, **flow.over}
+        if k == 0 and isinstance(flow, Prefill):
+            self._rate(flow, hidden)
+        short = self._open(k, flow, hidden, kwargs) if k else hidden
+        kwargs.update(flow.over)
+        if args:
+            args = (short, *args[1:])
+        else:
+            kwargs["hidden_states"] = short
+        if self.flash:
+            # Gaps in position ids look like packed sequences to flash attention; RoPE is in position_embeddings already.
+            kwargs["position_ids"] = None
+        if flow.group:
+            if "mask" not in flow.memo:
+                flow.memo["mask"] = self._mask(flow.group, flow.cache, short, flow.ok)
+            kwargs["attention_mask"] = flow.memo["mask"]
+        return args, kwargs
+
+    def _open(self, k: int, flow: Flow, hidden: Tensor, kwargs: dict) -> Tensor:
+        """Enters the group that starts at k, if one does; returns the hidden states it works on."""
+        known = isinstance(flow.cache, PrunedCache) and k in flow.cache.groups
+        dropped = False
+        if isinstance(flow, Prefill):
+            before = flow.visual
+            hidden = self._decide(k, flow, hidden, kwargs["position_embeddings"])
+            dropped = flow.visual is not before
+        if not known and not dropped:
+            return hidden
+        if isinstance(flow, Prefill) and dropped:
+            index, valid = flow.relayout()
+            hidden = take(hidden, index, 1).masked_fill(~valid[..., None].to(hidden.device), 0)
+            cos_sin, ids = kwargs["position_embeddings"], kwargs.get("position_ids")
+            flow.over = {
+                "position_embeddings": tuple(take(t, index, -2) for t in cos_sin),
+                "position_ids": None if ids is None else take(ids, index, -1),
+            }
+        if self.compact:
+            ids = flow.compact(k).to(hidden.device)
+            flow.over = {"position_embeddings": self.lm.rotary_emb(hidden, position_ids=ids), "position_ids": ids}
+        flow.hidden, flow.group, flow.memo = hidden, k, {}
+        self.enter(flow, k)
+        if isinstance(flow, Prefill):
+            flow.note_layout(k)
+        return hidden
+
+    @torch.no_grad()
+    def _rate(self, flow: Prefill, hidden: Tensor) -> None:
+        """Asks stages which text tokens shall rate the images, given the embeddings that enter the decoder."""
+        for stage in self.rating if flow.aside is None else ():
+            line, column = (i.to(hidden.device) for i in flow.slot())
+            v, x = flow.visual, hidden[line, column]
+            tokens = VisualTokens.pack(
+                x,
+                v.lengths,
+                v.parts,
+                v.row,
+                v.lineage.place.to(x.device),
+                facts={Fact("later_text"): later_text(flow, hidden)},
+                layer=0,
+            )
+            chosen = zip(stage.raters(tokens), text_before(flow), strict=True)
+            flow.memory.setdefault(id(stage), {})["raters"] = [index + n for index, n in chosen]
+
+    def _decide(self, k: int, flow: Prefill, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        for stage in self.at[k]:
+            if flow.aside is not None:
+                flow.decide(stage, hidden, {}, layer=k)
+                continue
+            line, column = (i.to(hidden.device) for i in flow.slot())
+            x = hidden[line, column]
+            facts = {need: self.fact(need, k, stage, flow, hidden, rope) for need in stage.needs()}
+            kept = flow.decide(stage, x, facts, layer=k)
+            if kept is not x:
+                line, column = (i.to(hidden.device) for i in flow.slot())
+                hidden = hidden.clone()
+                hidden[line, column] = kept
+        flow.trace.layers[k:] = [list(flow.visual.lengths)] * (len(self.at) - k)
+        return hidden
+
+    @eager
+    def _deepstack(self, original: Callable[..., Tensor], hidden: Tensor, where: Tensor, features: Tensor) -> Tensor:
+        """DeepStack adds visual features after the first layers: behind a cut, to the tokens that are left."""
+        flow = self.run.flow
+        if isinstance(flow, Prefill):
+            flow.injected += 1
+            if flow.group:
+                # The model still hands out what was alive when the decoder was entered.
+                line, column = flow.slot()
+                where = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=line.device)
+                where[line, column] = True
+                features = flow.riders[flow.injected - 1]
+        return original(hidden, where.to(hidden.device), features)
+
+    def fact(self, fact: Fact, k: int, stage: Stage, flow: Prefill, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Any:
+        """A fact for a stage at layer k, see FACTS; of the text, per row."""
+        if fact.name in ("text", "later_text"):
+            return (text_of if fact.name == "text" else later_text)(flow, hidden)
+        if fact.name in INSIDE_DECODER:
+            return self.encoded(flow, stage, fact).to(hidden.device)
+        layer, name = k - 1 if fact.layer is None else fact.layer % len(self.at), fact.name.removeprefix("later_")
+        if name == "next_query_attention":
+            if self.compact:
+                ids = flow.compact(k)
+                ids = ids - dropped_slots(flow).cumsum(1).to(ids.device)
+                rope = self.lm.rotary_emb(hidden, position_ids=ids.to(hidden.device))
+            found = Observed(next_row(self.lm.layers[k], k, flow, hidden, rope), flow.index)
+        elif name == "normed":
+            found = Observed(self.lm.norm(hidden), flow.index)
+        elif name == "text_attention":
+            found = flow.memory[id(stage)][f"{name} {layer}"]
+        else:
+            found = flow.facts[Fact(name, layer)]
+        values = found.now(flow.index, flow.new.shape[1]).to(hidden.device)
+        if name != fact.name:
+            return [text.flatten(1) for text in later_text(flow, values)]
+        rows, columns = (i.to(hidden.device) for i in flow.slot())
+        return values[rows, columns].flatten(1) if values.ndim > 2 else values[rows, columns]
+
+    def _static(self, k: int, step: StaticStep, kwargs: dict) -> dict:
+        group = step.cache.group(k)
+        if not group:
+            return kwargs
+        if group not in step.memo:
+            step.memo[group] = self._mask(group, step.cache, step.hidden, step.cache.valid[group])
+        return {**kwargs, "attention_mask": step.memo[group]}
+
+    def _mask(self, k: int, cache: Any, hidden: Tensor, ok: Tensor | None) -> Any:
+        """The backend's mask for the layers of the group that starts at k, sized by that layer alone."""
+        if cache is None and ok is None:
+            ok = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        view = None if cache is None else Cache(layers=[cache.layers[k]])
+        return create_causal_mask(
+            config=self.lm.config, inputs_embeds=hidden, attention_mask=ok, past_key_values=view, position_ids=None
+        )
+
+
+def asks(stage: Stage, name: str) -> bool:
+    """Whether the stage needs the fact."""
+    return any(need.name == name for need in stage.needs())

@@ -1,0 +1,77 @@
+"""What the last prompt token will attend to in a decoder layer that has not run yet."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtoken.errors import UnsupportedError
+from vtoken.hooks.decoder.attention_tap import last_row
+from vtoken.hooks.state.forward_state import Prefill
+from vtoken.hooks.state.prompt_text import dropped_slots
+from vtoken.hooks.state.pruned_cache import PrunedCache
+
+
+def check_coming(layer: Any) -> None:
+    """Refuses decoder layers whose queries and keys cannot be had before they run.
+
+    Raises:
+        UnsupportedError: the layer is not built as Llama's and Qwen's are.
+    """
+    attention = layer.self_attn
+    known = all(hasattr(attention, name) for name in ("q_proj", "k_proj", "head_dim"))
+    norms = [norm for norm in (getattr(attention, name, None) for name in ("q_norm", "k_norm")) if norm is not None]
+    if (
+        not (known and hasattr(layer, "input_layernorm") and hasattr(_file(attention), "apply_rotary_pos_emb"))
+        or hasattr(attention, "qk_norm")
+        or any(norm.weight.shape != (attention.head_dim,) for norm in norms)
+    ):
+        raise UnsupportedError(
+            f"next_query_attention cannot be computed for {type(attention).__name__}: it is not built of input_layernorm, q_proj, k_proj "
+            "and apply_rotary_pos_emb; use a stage that reads last_query_attention, which any decoder has"
+        )
+
+
+@torch.no_grad()
+def next_row(layer: Any, k: int, flow: Prefill, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """[B, slots] attention of the last prompt token over the slots of layer k, head mean, from the hidden states [B, P, D] that enter it.
+
+    Args:
+        rope: cos and sin of their positions, [B or 1, P, d].
+    """
+    attention = layer.self_attn
+    rotate = _file(attention).apply_rotary_pos_emb
+    x = layer.input_layernorm(hidden.detach())
+    q, keys = (_heads(attention, name, y) for name, y in (("q", flow.of_last(x, 1)[:, None]), ("k", x)))
+    cos, sin = rope
+    # One call rotates queries and keys by the same positions; these have their own.
+    q = rotate(q, q, *(flow.of_last(half, 1)[:, None] for half in rope))[0]
+    keys = rotate(keys, keys, cos, sin)[0]
+    ok = flow.valid.to(keys.device) & ~dropped_slots(flow).to(keys.device)
+    past = _past(flow, k)
+    if past is not None:
+        old, held = past
+        keys, ok = torch.cat([old, keys], 2), torch.cat([held.to(ok.device), ok], 1)
+    return last_row(q[:, :, 0], keys, ok, flow.tails, getattr(attention, "scaling", None) or attention.head_dim**-0.5)
+
+
+def _past(flow: Prefill, k: int) -> tuple[Tensor, Tensor] | None:
+    """Keys [B, H, S, d] of earlier turns in layer k's cache, and which of them are real; None for a first turn."""
+    if not isinstance(flow.cache, PrunedCache) or not flow.past:
+        return None
+    logical, held = flow.held(k)
+    return flow.cache.layers[k].keys[:, :, : logical.shape[1]], held  # type: ignore[attr-defined]
+
+
+def _heads(attention: Any, name: str, x: Tensor) -> Tensor:
+    """[B, H, P, d] projection q or k of x [B, P, D]."""
+    out = getattr(attention, f"{name}_proj")(x).unflatten(-1, (-1, attention.head_dim))
+    norm = getattr(attention, f"{name}_norm", None)
+    return (out if norm is None else norm(out)).transpose(1, 2)
+
+
+def _file(module: Any) -> Any:
+    return sys.modules[type(module).__module__]

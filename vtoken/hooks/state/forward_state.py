@@ -1,0 +1,308 @@
+"""One forward of the language model: which tokens are alive, and the slots they will take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from vtoken.errors import UnsupportedError
+from vtoken.hooks.state.image_spans import Located
+from vtoken.hooks.state.left_padding import Layout, few, pack_left, take
+from vtoken.hooks.state.live_tokens import Visual, aside_of, check, trace_of
+from vtoken.hooks.state.pruned_cache import PrunedCache, Slots
+from vtoken.hooks.state.run import Clock
+from vtoken.hooks.state.trace import Trace
+from vtoken.stages import Fact, Keep, Stage, VisualTokens, uploaded
+
+# For all that happens at prefill: torch.compile reads thread-local state wrongly (it sees the class's default), and would see no images.
+eager = torch.compiler.disable
+
+
+def steps(hidden: Tensor, cache: Any) -> bool:
+    """Whether a layer is in a decode step of which `Run.flow` tells nothing. Read off the cache, because a decode step may be compiled."""
+    return hidden.shape[1] == 1 and cache is not None and not getattr(cache, "busy", False)
+
+
+@dataclass
+class Flow:
+    """State of one forward on a cache that holds a pruned prompt, or (`Prefill`) of one that prunes.
+
+    Attributes:
+        new: [B, L] which of the newest logical tokens are real (not padding).
+        counts: live tokens per row, on the host (padding of a text turn counts as live: its mask tells).
+        past: logical tokens cached before; mask: the 2D mask of logical length, if any.
+        positions: logical position ids [..., B or 1, L].
+        alive: [B, L] which logical columns are still in the sequence.
+        index, valid: [B, P] the physical layout: column of each slot, and whether it is real.
+        group: first layer of the current layer group; `ok` its 2D mask over `slots` past and new slots (None: all real).
+        over: arguments that later layers get instead of the model's own.
+        spread: how attention sees merged tokens at all their places, when it does.
+    """
+
+    new: Tensor
+    counts: list[int]
+    past: int
+    mask: Tensor | None
+    positions: Tensor
+    cache: Any
+    hidden: Tensor
+    alive: Tensor
+    index: Tensor
+    valid: Tensor
+    group: int = 0
+    ok: Tensor | None = None
+    slots: int = 0
+    over: dict[str, Any] = field(default_factory=dict)
+    memo: dict[str, Any] = field(default_factory=dict)
+    spread: Any = None
+
+    @property
+    def dense(self) -> bool:
+        """No padding in the current layout, as far as the host knows."""
+        return len(set(self.counts)) == 1 and self.counts[0] == self.index.shape[1]
+
+    def held(self, start: int) -> tuple[Tensor, Tensor]:
+        """Of the layer group that `start` belongs to, what earlier forwards left in its slots: logical positions [B, S] (-1: padding), and
+        which of them are real and not masked by the user."""
+        old = self.cache.logical(self.cache.group(start), self.past)
+        return old, self.unmasked(old)
+
+    def unmasked(self, old: Tensor) -> Tensor:
+        """[B, S] which of these past logical positions (-1: padding) are real and not masked by the user."""
+        real = old >= 0
+        if self.mask is not None and old.shape[1]:
+            mask = self.mask.to(real.device).bool()
+            mask = torch.nn.functional.pad(mask, (0, max(0, self.past - mask.shape[1])), value=True)
+            real = real & mask.gather(1, old.clamp(min=0))
+        return real
+
+    def shift(self, start: int) -> Tensor:
+        """[B] how far the group's positions lag behind the logical ones once this forward is cached (compact positions)."""
+        before = self.cache.groups[self.cache.group(start)].shift if isinstance(self.cache, PrunedCache) else 0
+        return (self.new & ~self.alive).sum(1) + before
+
+    def compact(self, start: int) -> Tensor:
+        """[B, P] renumbered positions of the current layout."""
+        dropped = self.new & ~self.alive
+        before = self.shift(start)[:, None] - dropped.sum(1, keepdim=True) + dropped.cumsum(1)
+        return take(self.positions, self.index, -1) - before.gather(1, self.index).to(self.positions.device)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a decoder layer said of the slots [B, S, ...] it attended to, and the layout `index` [B, P] of the last P of them then."""
+
+    values: Tensor
+    index: Tensor
+
+    def now(self, index: Tensor, length: int) -> Tensor:
+        """[B, P', ...] of the tokens in a later layout of this prefill, which holds no others; of `length` logical columns."""
+        values = self.values[:, self.values.shape[1] - self.index.shape[1] :]
+        if index is self.index:
+            return values
+        slots = torch.arange(self.index.shape[1], device=index.device).expand_as(self.index)
+        slot_of = index.new_zeros(len(index), length).scatter(1, self.index, slots)
+        return take(values, slot_of.gather(1, index), 1)
+
+
+@dataclass
+class Prefill(Flow):
+    """A forward with visual tokens in it.
+
+    Attributes:
+        visual: the live visual tokens; `started` is what it was before anything was dropped, `raster` that with what the padding mask hides.
+        located: where the images came from.
+        policy: which newline tokens stay: keep_if_row_has_token, keep or drop.
+        riders: [ΣK, D] what else is added to the visual tokens inside the decoder (DeepStack), one tensor per layer; `injected` of them were
+            added so far.
+        answer: [B, L] logical columns behind the prompt (drafts, or an answer that is scored), None without any; `tails` says how many
+            they are per row; texts: text tokens of each row's prompt.
+        changed: something was dropped or merged.
+        least: visual tokens below which a row runs dense; `spared` says why of those rows, `aside` why no stage acts at all, or None.
+        layouts: first layer of a group -> its layout; logical: of the current one, see Layout.
+        records: slot maps to commit to the cache when the forward ends; shrunk: what a cache stage left of each layer.
+        project: makes embeddings of features, where the family's projector takes tokens one by one.
+    """
+
+    visual: Visual = field(kw_only=True)
+    started: Visual = field(kw_only=True)
+    raster: Visual = field(kw_only=True)
+    trace: Trace = field(kw_only=True)
+    located: Located = field(kw_only=True)
+    policy: str = "keep"
+    riders: list[Tensor] = field(default_factory=list)
+    injected: int = 0
+    answer: Tensor | None = None
+    tails: list[int] = field(default_factory=list)
+    texts: list[int] = field(default_factory=list)
+    labels: Tensor | None = None
+    changed: bool = False
+    least: int = 0
+    layouts: dict[int, Layout] = field(default_factory=dict)
+    logical: Tensor | None = None
+    records: dict[int, Slots] = field(default_factory=dict)
+    facts: dict[Fact, Observed] = field(default_factory=dict)
+    memory: dict[int, dict[str, Any]] = field(default_factory=dict)
+    shrunk: dict[int, Any] = field(default_factory=dict)
+    project: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        newlines = self.located.newlines
+        self.newlines = self.new.new_ones(0) if newlines is None else self.new[newlines.line, newlines.column]
+        held = self.started.per_row(len(self.counts))
+        self.spared = {row: few(n, self.least) for row, n in enumerate(held) if n < self.least}
+        self.aside: str | None = None
+        if self.spared and self.spared.keys() >= set(self.started.row):
+            self.aside = self.spared[held.index(max(held))]
+
+    def decide(
+        self,
+        stage: Stage,
+        x: Tensor,
+        facts: dict[Fact, Any],
+        layer: int | None = None,
+        substitutes: dict[str, str] | None = None,
+    ) -> Tensor:
+        """Lets a stage choose among the live visual tokens, given their [ΣK, D] values; returns the values that remain.
+
+        All images decide, those of rows that run dense too, so that facts and budgets need no cutting; then these get theirs back.
+        """
+        v = self.visual
+        if self.aside is not None:
+            self.trace.stages.append(aside_of(stage, v.lineage, self.aside))
+            return x
+        tokens = VisualTokens.pack(
+            x,
+            v.lengths,
+            v.parts,
+            v.row,
+            v.lineage.place.to(x.device),
+            segment=None if v.segment is None else v.segment.to(x.device),
+            facts=facts,
+            layer=layer,
+            memory=self.memory.setdefault(id(stage), {}),
+            size=v.lineage.size(),
+        )
+        with Clock(x.device) as clock:
+            keep = stage.select(tokens)
+        check(stage, keep, v.lengths)
+        if self.spared:
+            keep = keep.sparing(v.lengths, [row in self.spared for row in v.row])
+        keep = self._with_last(keep)
+        untouched = keep.into is None and keep.lengths == v.lengths
+        if not untouched:
+            self.leave(v.after(keep))
+            self.riders = [keep.to(r.device).apply(r) for r in self.riders]
+            x = keep.apply(x, self.project if layer is None else None)
+        self.trace.stages.append(trace_of(stage, v.lengths, self.visual.lineage, clock, layer, substitutes))
+        return x
+
+    def _with_last(self, keep: Keep) -> Keep:
+        """Of a row without text the last token stays: something must be left to answer from."""
+        v, lengths = self.visual, list(keep.lengths)
+        last: list[int] = []
+        for row, texts in enumerate(self.texts):
+            images = [i for i, r in enumerate(v.row) if r == row and v.lengths[i]]
+            if not texts and images and not any(lengths[i] for i in images):
+                lengths[images[-1]] = 1
+                last.append(sum(v.lengths[: images[-1] + 1]) - 1)
+        if not last:
+            return keep
+        device = keep.index.device
+        own = torch.zeros(sum(v.lengths), dtype=torch.bool, device=device)
+        return keep.retaining(own.index_fill_(0, uploaded(last, device), True), lengths)
+
+    def leave(self, visual: Visual) -> None:
+        """From now on only these visual tokens are alive, and the newlines that the policy leaves with them."""
+        batch = len(self.counts)
+        before, now = (v.per_row(batch) for v in (self.visual, visual))
+        self.counts = [n - b + k for n, b, k in zip(self.counts, before, now, strict=True)]
+        self.visual, self.changed = visual, True
+        newlines = self.located.newlines
+        if newlines is not None and self.policy != "keep":
+            stay = torch.zeros_like(self.newlines)
+            if self.policy == "keep_if_row_has_token":
+                had, has = (self._closed(v) for v in (self.started, visual))
+                stay = has | ~had
+            for row in self.spared:
+                stay |= newlines.line == row
+            lost = (self.newlines & ~stay).long()
+            gone = lost.new_zeros(batch).index_add_(0, newlines.line, lost).tolist()
+            self.counts = [n - g for n, g in zip(self.counts, gone, strict=True)]
+            self.newlines &= stay
+
+    def _closed(self, visual: Visual) -> Tensor:
+        """[newlines] bool: which of them close a row of these tokens."""
+        assert visual.closes is not None
+        # The last slot takes the tokens whose row no newline closes.
+        return self.newlines.new_zeros(len(self.newlines) + 1).index_fill_(0, visual.closes, True)[:-1]
+
+    def of_last(self, x: Tensor, dim: int) -> Tensor:
+        """What x [B or 1, ...] holds at the last prompt token of each row; slots of the current layout end along `dim`, which goes."""
+        if len(set(self.tails)) == 1:
+            return x.select(dim, x.shape[dim] - 1 - self.tails[0])
+        at = (x.shape[dim] - 1 - uploaded(self.tails, x.device)).clamp(min=0)
+        x = x.expand(len(at), *x.shape[1:])
+        index = at.view(-1, *[1] * (x.ndim - 1)).expand(*[1 if d == dim else n for d, n in enumerate(x.shape)])
+        return x.gather(dim, index).squeeze(dim)
+
+    def gone(self) -> Tensor:
+        """[B, L] which logical columns were dropped so far, whatever the current layout still holds."""
+        gone = torch.zeros_like(self.alive)
+        gone[self.started.line, self.started.column] = True
+        gone[self.visual.line, self.visual.column] = False
+        newlines = self.located.newlines
+        if newlines is not None:
+            gone[newlines.line, newlines.column] = ~self.newlines
+        return gone
+
+    def relayout(self) -> tuple[Tensor, Tensor]:
+        """Recomputes `alive` and the layout from `visual`; returns the gather from the old layout [B, P'] to the new one."""
+        self.alive = self.new & ~self.gone()
+        index, self.valid = pack_left(self.alive.gather(1, self.index) & self.valid, max(self.counts))
+        self.index = self.index.gather(1, index)
+        return index, self.valid
+
+    def note_layout(self, start: int) -> None:
+        """Keeps the current layout as that of the group from layer `start` on."""
+        assert self.logical is not None
+        self.layouts[start] = Layout(self.index, self.valid, self.logical)
+
+    def slot(self) -> tuple[Tensor, Tensor]:
+        """(row, physical column) of every live visual token in the current layout."""
+        line, column = self.visual.line, self.visual.column
+        rank = self.alive.cumsum(1)
+        return line, rank[line, column] - 1 + self.index.shape[1] - rank[line, -1]
+
+
+@dataclass
+class StaticStep:
+    """A decode step on a static cache whose layer groups differ: fixed shapes, nothing read back from the device."""
+
+    cache: Any
+    hidden: Tensor
+    memo: dict[int, Any] = field(default_factory=dict)
+
+
+def replays(layer: nn.Module) -> bool:
+    """Whether the backward pass will run this layer again (gradient checkpointing)."""
+    return layer.training and bool(getattr(layer, "gradient_checkpointing", False))
+
+
+def check_replay(layer: nn.Module) -> None:
+    """Refuses gradient checkpointing that runs a layer's hooks a second time, when what they knew is gone.
+
+    Raises:
+        UnsupportedError: the layer is about to be called so.
+    """
+    if "__call__" in vars(GradientCheckpointingLayer) and replays(layer):
+        raise UnsupportedError(
+            "gradient checkpointing of this transformers version (before 5.21) recomputes layers with their hooks, so stages "
+            "between layers would be lost in the backward pass; call model.gradient_checkpointing_disable(), upgrade transformers, "
+            "or use stages of site tokens only"
+        )

@@ -1,0 +1,242 @@
+"""Which image each visual token belongs to, where its newlines stand, and whether it is the image that was scored."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtoken.errors import NotWholeError, UnsupportedError
+from vtoken.hooks.state.live_tokens import Visual
+from vtoken.hooks.state.run import KINDS, Encode, Layout, newline_mask
+from vtoken.hooks.state.trace import StageTrace
+
+HIDDEN = (
+    "the attention_mask hides a part of a picture, whose tokens this model numbers by rows and columns; show all of it, or hide all of it "
+    "with the tokens that mark its beginning and end"
+)
+
+
+@dataclass(frozen=True)
+class Newlines:
+    """The newline tokens of a prefill: where they stand, and `closes` [ΣN], the newline behind each token's row (-1: none)."""
+
+    line: Tensor
+    column: Tensor
+    closes: Tensor
+
+
+@dataclass(frozen=True)
+class Located:
+    """The images of a prefill, in reading order.
+
+    Attributes:
+        layouts: of each image; `row` is its batch row.
+        encodes: the encoder calls they came from; empty when features came precomputed.
+        origin: (encode, image of that call) of each image.
+        source: [ΣN] row of each token in the encodes' packed values, one encode after the other; None when they line up.
+        line, column: [ΣN] where each token stands in the batch.
+        newlines: None where there are none.
+    """
+
+    layouts: tuple[Layout, ...]
+    row: tuple[int, ...]
+    encodes: tuple[Encode, ...]
+    origin: tuple[tuple[int, int], ...]
+    source: Tensor | None
+    line: Tensor
+    column: Tensor
+    newlines: Newlines | None
+
+    def gather(self, values: Sequence[Tensor]) -> Tensor:
+        """[ΣN, ...] of one packed value per encode, in the order of the tokens here."""
+        value = values[0] if len(values) == 1 else torch.cat([v.to(values[0].device) for v in values])
+        return value if self.source is None else value[self.source.to(value.device)]
+
+    def stages(self) -> list[StageTrace]:
+        """What encoder stages did, told for the images of this batch."""
+        if not any(encode.stages for encode in self.encodes):
+            return []
+        out = []
+        for traces in zip(*(encode.stages for encode in self.encodes), strict=True):
+            each = [(traces[e], i) for e, i in self.origin]
+            into = [t.into[i] for t, i in each if t.into is not None]
+            out.append(
+                replace(
+                    traces[0],
+                    tokens_in=[t.tokens_in[i] for t, i in each],
+                    tokens_out=[t.tokens_out[i] for t, i in each],
+                    kept=[t.kept[i] for t, i in each],
+                    into=into if len(into) == len(each) else None,
+                    frames=[t.frames[i] for t, i in each if t.frames],
+                    patches=[t.patches[i] for t, i in each if t.patches],
+                )
+            )
+        return out
+
+
+@dataclass(frozen=True)
+class Image:
+    layout: Layout
+    row: int
+    encode: int
+    index: int  # among the images of that encode
+    start: int  # of its tokens in the packed values of all encodes
+
+
+def locate(kinds: Tensor, counts: Sequence[Sequence[int]], encodes: dict[str, Encode], adapter: Any) -> Located:
+    """Finds the images behind the visual positions of `kinds` [B, L]: 0 none, 1 image, 2 video.
+
+    Args:
+        counts: of each kind, its positions in each row.
+
+    Raises:
+        NotWholeError: the rows cannot be filled with whole images.
+        ValueError: some features came precomputed and some did not.
+    """
+    # As nonzero(), whose size the device would be asked for; here it is known.
+    at = torch.argsort(kinds.flatten() == 0, stable=True)[: sum(map(sum, counts))]
+    line, column = at // kinds.shape[1], at % kinds.shape[1]
+    found = {k: per_row for k, per_row in enumerate(counts) if any(per_row)}
+    given = [encodes.get(KINDS[k]) for k in found]
+    known = tuple(e for e in given if e is not None)
+    if known and len(known) < len(given):
+        raise ValueError("the features of images and of videos must come the same way; encode both after vtoken.wrap")
+    queues, offset = {}, 0
+    for number, ((k, per_row), encode) in enumerate(zip(found.items(), given, strict=True)):
+        known_layouts = None if encode is None else encode.layouts
+        queues[k] = deque(assign(per_row, known_layouts, adapter, number, offset))
+        offset += 0 if encode is None else len(encode.probe)
+    images = list(*queues.values()) if len(queues) == 1 else interleave(queues, kinds[line, column].tolist())
+    layouts = tuple(i.layout for i in images)
+    lengths = [layout.tokens for layout in layouts]
+    source = None
+    if known and [i.start for i in images] != [0, *accumulate(lengths)][:-1]:
+        source = torch.cat([torch.arange(i.start, i.start + n) for i, n in zip(images, lengths, strict=True)])
+    newlines = None
+    if any(layout.newline is not None for layout in layouts):
+        is_newline, device = newline_mask(layouts), line.device
+        here, rest = (m.nonzero()[:, 0].to(device, non_blocking=True) for m in (is_newline, ~is_newline))
+        newlines = Newlines(line[here], column[here], closes(layouts).to(device, non_blocking=True))
+        line, column = line[rest], column[rest]
+    origin = tuple((i.encode, i.index) for i in images)
+    return Located(layouts, tuple(i.row for i in images), known, origin, source, line, column, newlines)
+
+
+def interleave(queues: dict[int, deque[Image]], kinds: list[int]) -> list[Image]:
+    """Images and videos in the order in which their tokens stand; `kinds` is the kind of every visual position, row by row."""
+    images, at = [], 0
+    while at < len(kinds):
+        images.append(queues[kinds[at] - 1].popleft())
+        at += images[-1].layout.length
+    return images
+
+
+def closes(layouts: Sequence[Layout]) -> Tensor:
+    """[ΣN] index, among all newlines of the batch, of the one that closes each token's row; -1 for none."""
+    out, first = [], 0
+    for layout in layouts:
+        if layout.newline is None or layout.line is None:
+            out.append(torch.full((layout.tokens,), -1))
+            continue
+        out.append(torch.where(layout.line < 0, -1, layout.line + first))
+        first += layout.length - layout.tokens
+    return torch.cat(out)
+
+
+def assign(
+    counts: Sequence[int], layouts: Sequence[Layout] | None, adapter: Any, number: int = 0, offset: int = 0
+) -> list[Image]:
+    """Shares the encoded images of one kind out among the batch rows.
+
+    `generate` may expand the batch after encoding (beams, several return sequences): then E consecutive rows hold the same images.
+
+    Args:
+        counts: visual positions of this kind in each batch row.
+        layouts: of what the tower of this call saw, or None when features came precomputed.
+        number, offset: of the encode among all of this call, and where its tokens begin among theirs.
+
+    Raises:
+        NotWholeError: the rows cannot be filled with whole images.
+    """
+    if layouts is None:
+        return [Image(layout, r, number, 0, 0) for r, n in enumerate(counts) for layout in adapter.split(n)]
+    lengths = [layout.length for layout in layouts]
+    starts = [0, *accumulate(layout.tokens for layout in layouts)]
+    copies, rest = divmod(sum(counts), sum(lengths))
+    if rest or not copies:
+        raise NotWholeError(
+            f"this call holds {sum(counts)} visual tokens but {sum(lengths)} were encoded; a prompt prefilled in chunks cannot be "
+            "pruned (set prefill_chunk_size=None), and images must be encoded in the call that uses them"
+        )
+    images: list[Image] = []
+    following = first = 0
+    for r, need in enumerate(counts):
+        if r % copies == 0:
+            first = following
+        following, held = first, 0
+        while held < need and following < len(lengths):
+            images.append(Image(layouts[following], r, number, following, offset + starts[following]))
+            held += lengths[following]
+            following += 1
+        if held != need:
+            raise NotWholeError(
+                f"row {r} holds {need} visual tokens, which is not a whole number of the encoded images"
+            )
+    return images
+
+
+def check(values: Tensor, positions: Tensor | None, located: Located, seen: Visual) -> None:
+    """Refuses features that are not the ones that were scored, and images that a model with M-RoPE would read as a line of text. Asks the
+    device once.
+
+    Args:
+        values: [ΣN, D] what stands at the visual positions.
+        positions: of a model with M-RoPE, [..., B or 1, L]; of the axes in front, the last two are rows and columns.
+        seen: the visual tokens that the padding mask does not hide.
+
+    Raises:
+        ValueError: e.g. features were encoded earlier, and another picture has been encoded since.
+        UnsupportedError: all axes are equal on images that have more than one token to a frame, because an argument is missing or
+            transformers too old.
+    """
+    probed = is_scored(values, located) if located.encodes else torch.ones((), dtype=torch.bool, device=values.device)
+    apart = torch.ones_like(probed) if positions is None else has_axes(positions, seen).to(probed.device)
+    same, told = torch.stack([probed, apart]).tolist() if located.encodes or positions is not None else (True, True)
+    if not same:
+        raise ValueError(
+            "the visual features of this call are not those the vision tower encoded last in this thread; "
+            "pass pixel_values, or encode right before the call that uses the features"
+        )
+    if told:
+        return
+    raise UnsupportedError(
+        "the images of this call have the positions of text (all axes of M-RoPE are equal). Pass input_ids, mm_token_type_ids and "
+        "image grids of the whole conversation, or position_ids; where that does not help, transformers is older than 5.21 and does "
+        "so to every new image of a cached conversation: start again without past_key_values, or upgrade"
+    )
+
+
+def is_scored(values: Tensor, located: Located) -> Tensor:
+    """[] bool: whether these [ΣN, D] are the features that the encoder gave last."""
+    probe = located.gather([encode.probe for encode in located.encodes])
+    seen = values[:, 0].detach().to(probe.device)
+    if len(probe) != len(seen):
+        return torch.zeros((), dtype=torch.bool, device=seen.device)
+    return (torch.nan_to_num(probe.to(seen.dtype)) == torch.nan_to_num(seen)).all()
+
+
+def has_axes(positions: Tensor, seen: Visual) -> Tensor:
+    """[] bool: whether the positions [..., B or 1, L] tell rows and columns of the images apart, or no image has more than one."""
+    if not any(n and r * c > 1 for n, parts in zip(seen.lengths, seen.parts, strict=True) for _, r, c in parts):
+        return torch.ones((), dtype=torch.bool, device=positions.device)
+    if positions.ndim != 3 or len(positions) == 1:
+        return torch.zeros((), dtype=torch.bool, device=positions.device)
+    line = seen.line if positions.shape[1] > 1 else torch.zeros_like(seen.line)
+    rows, columns = positions[-2:, line.to(positions.device), seen.column.to(positions.device)]
+    return (rows != columns).any()

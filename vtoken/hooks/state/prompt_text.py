@@ -1,0 +1,65 @@
+"""Where the text of a prompt lies among its tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vtoken.hooks.state.forward_state import Prefill
+from vtoken.stages import offsets_of
+
+
+def answered(kinds: Tensor, new: Tensor, tail: int, labels: Tensor | None) -> Tensor | None:
+    """[B, L] which tokens stand behind the prompt: drafts, or an answer that is scored; None where nothing can.
+
+    Args:
+        kinds: [B, L] kind of visual token, 0 for text; new: [B, L] what is real.
+        tail: columns at the end whose logits are asked for. If 0, labels tell: an answer begins with the first that counts (is not
+            -100) behind the last image of its row.
+    """
+    if tail:
+        return new & (torch.arange(new.shape[1], device=new.device) >= new.shape[1] - tail)
+    if labels is None or labels.shape != new.shape:
+        return None
+    ahead = (kinds > 0).flip(1).cumsum(1).flip(1)
+    counts = (labels.to(new.device) != -100) & new & (ahead == 0)
+    return new & (counts.cumsum(1) > 0)
+
+
+def text_columns(flow: Prefill) -> Tensor:
+    """[B, L] which of the newest logical tokens are text of the prompt: no newlines of images, no drafts or answer behind it."""
+    text = flow.alive.clone()
+    text[flow.started.line, flow.started.column] = False
+    newlines = flow.located.newlines
+    if newlines is not None:
+        text[newlines.line, newlines.column] = False
+    return text if flow.answer is None else text & ~flow.answer
+
+
+def text_slots(flow: Prefill) -> Tensor:
+    """[B, P] the same in the current physical layout."""
+    return text_columns(flow).gather(1, flow.index) & flow.valid
+
+
+def text_of(flow: Prefill, values: Tensor) -> list[Tensor]:
+    """Per row, the values [B, P, ...] of its text tokens."""
+    at = text_slots(flow).to(values.device)
+    return [row[here] for row, here in zip(values, at, strict=True)]
+
+
+def later_text(flow: Prefill, values: Tensor) -> list[Tensor]:
+    """Per image, the values [B, P, ...] of its row's text tokens that stand behind it."""
+    rows, v = text_of(flow, values), flow.raster
+    return [rows[row][n:] for row, n in zip(v.row, text_before(flow), strict=True)]
+
+
+def text_before(flow: Prefill) -> list[int]:
+    """Per image, how many of its row's text tokens stand before its last token."""
+    v = flow.raster
+    last = offsets_of(v.lengths, v.line.device)[1:].long() - 1
+    return text_columns(flow).cumsum(1)[v.line[last], v.column[last]].tolist()
+
+
+def dropped_slots(flow: Prefill) -> Tensor:
+    """[B, P] slots of the current layout whose token was dropped since the layout was made."""
+    return flow.gone().gather(1, flow.index) & flow.valid

@@ -1,0 +1,190 @@
+"""A KV cache that is asked for logical lengths and answers with physical ones where masks are made.
+
+`generate` counts the original prompt: it slices ids, grows masks and numbers positions by `get_seq_length()`. Mask creation wants
+the slots that are really there. The live cache object therefore takes on a subclass of its own class; its keys and values are
+untouched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtoken.hooks.state.quantized_layer import PackedLayer
+
+
+class Owner:
+    """Who may continue a cache: dead after unwrap, shared by copies of the cache."""
+
+    alive = True
+
+    def __deepcopy__(self, memo: dict) -> Owner:
+        return self
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What the physical slots of one layer group hold.
+
+    Attributes:
+        logical: [B, P] logical position of each slot, -1 for padding.
+        end: logical length when this was recorded; later tokens are dense.
+        shift: [B] how far positions lag behind the logical numbering (all zero unless positions are compact).
+        dense: no padding in any row.
+        lags: whether `shift` may hold anything but zeros.
+    """
+
+    logical: Tensor
+    end: int
+    shift: Tensor
+    dense: bool
+    lags: bool = False
+
+    @property
+    def saved(self) -> int:
+        """Logical minus physical length."""
+        return self.end - self.logical.shape[1]
+
+    def rows(self, index: Tensor) -> Slots:
+        index = index.to(self.logical.device)
+        return replace(self, logical=self.logical[index], shift=self.shift[index])
+
+
+class PrunedCache:
+    """Mixed into the class of a live cache by `adopt`. `groups[k]` describes layers from k up to the next key. `table` tells what merged
+    tokens, whose keys are held without RoPE, stand for (hooks/attention/unmerge.py). `busy`: a forward is at work on it of which `Run.flow` tells."""
+
+    groups: dict[int, Slots]
+    busy: bool = False
+    table: Any = None
+    valid: dict[int, Tensor]
+    prompt_mask: Tensor | None
+    owner: Owner
+    shifted: bool
+
+    def group(self, layer: int) -> int:
+        return max(start for start in self.groups if start <= layer)
+
+    @property
+    def dense(self) -> bool:
+        return all(slots.dense for slots in self.groups.values())
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return super().get_seq_length(layer_idx) + self.groups[self.group(layer_idx)].saved  # type: ignore[misc]
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return super().get_seq_length(layer_idx)  # type: ignore[misc]
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.owner.alive:
+            raise RuntimeError(
+                "this KV cache holds a pruned prompt and its model was unwrapped since; "
+                "start a new conversation, or keep the model wrapped while the cache is in use"
+            )
+        return super().update(*args, **kwargs)  # type: ignore[misc]
+
+    def logical(self, start: int, total: int) -> Tensor:
+        """[B, P] logical positions held by the group's slots when `total` logical tokens are cached."""
+        slots = self.groups[start]
+        if total <= slots.end:
+            return slots.logical[:, : slots.logical.shape[1] - (slots.end - total)]
+        tail = torch.arange(slots.end, total, device=slots.logical.device).expand(len(slots.logical), -1)
+        return torch.cat([slots.logical, tail], 1)
+
+    def record(self, start: int, slots: Slots) -> None:
+        self.groups[start] = slots
+        self.shifted = self.shifted or slots.lags
+        if self.is_compileable:  # type: ignore[attr-defined]
+            # Compiled decoding needs a mask of fixed size; causality hides the slots that are not filled yet.
+            free = self.get_max_length() - slots.logical.shape[1]  # type: ignore[attr-defined]
+            self.valid[start] = torch.nn.functional.pad(slots.logical >= 0, (0, free), value=True)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the newest tokens (negative count, as upstream). Only tokens after the pruned part can be removed."""
+        if tokens_to_remove > 0:
+            raise ValueError("crop() of a pruned cache takes a negative count: how many of the newest tokens to remove")
+        total = int(self.get_seq_length())
+        left, groups = total + int(tokens_to_remove), {}
+        for start, slots in self.groups.items():
+            n = max(0, slots.end - left)
+            # Drafts that were verified in the prefill forward sit at the tail of the record, one slot each.
+            if n and not torch.equal(
+                slots.logical[:, -n:].cpu(), torch.arange(left, slots.end).expand(len(slots.logical), -1)
+            ):
+                raise RuntimeError("crop() reaches into the pruned part of the prompt; those tokens are gone")
+            kept = slots.logical[:, : slots.logical.shape[1] - n]
+            groups[start] = replace(slots, logical=kept, end=slots.end - n)
+        super().crop(tokens_to_remove)  # type: ignore[misc]
+        for start, slots in groups.items():
+            self.record(start, slots)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        rows = len(next(iter(self.groups.values())).logical)
+        self._rows(torch.arange(rows).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        first = next(iter(self.groups.values()))
+        self.shifted, self.prompt_mask, self.table = False, None, None
+        self.groups, self.valid = {}, {}
+        self.record(
+            0,
+            replace(
+                first, logical=first.logical[:, :0], end=0, shift=torch.zeros_like(first.shift), dense=True, lags=False
+            ),
+        )
+
+    def _rows(self, index: Tensor) -> None:
+        for start, slots in self.groups.items():
+            self.record(start, slots.rows(index))
+        if self.prompt_mask is not None:
+            self.prompt_mask = self.prompt_mask[index.to(self.prompt_mask.device)]
+        if self.table is not None:
+            self.table = self.table.rows(index)
+
+
+_CLASSES: dict[type, type] = {}
+
+
+def adopt(cache: Any, batch: int, device: torch.device, owner: Owner) -> PrunedCache:
+    """Gives a live cache the pruning interface (idempotent). What it already holds is taken as unpruned.
+
+    Raises:
+        RuntimeError: the cache holds a prompt pruned by another wrap, or by one that was unwrapped since.
+    """
+    if isinstance(cache, PrunedCache):
+        if cache.owner is not owner:
+            raise RuntimeError(
+                "this KV cache was pruned by another wrapped model, or before this one was wrapped again; "
+                "start a new conversation"
+            )
+        return cache
+    held, cls = int(cache.get_seq_length()), type(cache)
+    if cls not in _CLASSES:
+        _CLASSES[cls] = type("Pruned" + cls.__name__, (PrunedCache, cls), {})
+    cache.__class__ = _CLASSES[cls]
+    cache.groups, cache.valid, cache.prompt_mask, cache.shifted, cache.owner = {}, {}, None, False, owner
+    everything = torch.arange(held, device=device).expand(batch, -1)
+    cache.record(0, Slots(everything, held, torch.zeros(batch, dtype=torch.long, device=device), dense=True))
+    return cache
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of keys and values that a cache holds now (allocated bytes for static caches), in whatever form."""
+    tensors: list[Any] = []
+    for layer in getattr(cache, "layers", ()):
+        packed = isinstance(layer, PackedLayer)
+        tensors += layer.tensors() if packed else [getattr(layer, name, None) for name in ("keys", "values")]
+    return sum(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t))

@@ -1,0 +1,275 @@
+"""State of one forward."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from vtoken.hooks.state.trace import StageTrace, Trace
+from vtoken.stages import Parts, size_of, uploaded
+
+KINDS = ("image", "video")  # of visual tokens; Run.visual counts from 1
+
+UNSEEN = "inputs_embeds came without pixels, so pictures that are merged in them already cannot be found"
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What became of every unpruned visual token of a batch of images.
+
+    Attributes:
+        full: unpruned tokens per image.
+        place: [ΣK] position of each live token in its image's unpruned raster.
+        lengths: live tokens per image; None means `full`.
+        home: [Σfull] position (in its image's raster) of the live token that stands for each unpruned one, -1 = dropped; None
+            while nothing was merged.
+    """
+
+    full: tuple[int, ...]
+    place: Tensor
+    lengths: tuple[int, ...] | None = None
+    home: Tensor | None = None
+
+    def advance(self, keep: Any, image: Tensor) -> Lineage:
+        """After a Keep. `image` [ΣK] is the image of each live token."""
+        place, home = self.place[keep.index.to(self.place.device)], self.home
+        if keep.into is not None or home is not None:
+            device = self.place.device
+            start = uploaded([0, *accumulate(self.full)][:-1], device)
+            arange = torch.arange(len(self.place), device=device)
+            if keep.into is None:
+                target = torch.full_like(arange, -1)
+                target[keep.index.to(device)] = place
+            else:
+                into = keep.into.to(device)
+                target = torch.where(into >= 0, place[into.clamp(min=0)], -1)
+            moved = torch.full((sum(self.full),), -1, device=device)
+            moved[start[image.to(device)] + self.place] = target
+            if home is None:
+                home = moved
+            else:
+                of = torch.repeat_interleave(uploaded(self.full, device), output_size=sum(self.full))
+                home = torch.where(home >= 0, moved[(start[of] + home).clamp(min=0)], -1)
+        return Lineage(self.full, place, keep.lengths, home)
+
+    def kept(self) -> list[Tensor]:
+        return list(self.place.split(self.lengths or self.full))
+
+    def size(self) -> Tensor | None:
+        """[ΣK] float32, unpruned tokens that each live one stands for; None while nothing was merged."""
+        if self.home is None:
+            return None
+        full, live = (uploaded(n, self.home.device) for n in (self.full, self.lengths or self.full))
+        start = full.cumsum(0) - full
+        slot = start.repeat_interleave(full, output_size=len(self.home)) + self.home
+        counts = torch.zeros_like(slot, dtype=torch.float32).index_add_(0, slot.clamp(min=0), (self.home >= 0).float())
+        return counts[start.repeat_interleave(live, output_size=len(self.place)) + self.place]
+
+    def into(self) -> list[Tensor] | None:
+        return None if self.home is None else list(self.home.split(self.full))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the language model sees one image or video. Tensors lie on the CPU.
+
+    Attributes:
+        parts: its rasters, as in VisualTokens.
+        segment: [N] as in VisualTokens, None for a single frame or crop.
+        newline: [N + newlines] bool, which of its placeholders are newline tokens; None without any.
+        line: [N] index of the newline that closes each token's row, -1 for none; given when `newline` is.
+        resized: tokens were interpolated after the tower, so that none is one tower position.
+    """
+
+    parts: Parts
+    segment: Tensor | None = None
+    newline: Tensor | None = None
+    line: Tensor | None = None
+    resized: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens, newlines not counted."""
+        return size_of(self.parts)
+
+    @property
+    def length(self) -> int:
+        """Placeholders in the prompt."""
+        return self.tokens if self.newline is None else len(self.newline)
+
+
+def newline_mask(layouts: Sequence[Layout]) -> Tensor:
+    """[Σlength] bool: which placeholders of these images are newline tokens."""
+    return torch.cat([torch.zeros(i.tokens, dtype=torch.bool) if i.newline is None else i.newline for i in layouts])
+
+
+def tokens_of(layouts: Sequence[Layout], device: torch.device) -> Tensor:
+    """[ΣN] which placeholders of these images are visual tokens, as indices on the device, which is not waited for."""
+    return (~newline_mask(layouts)).nonzero()[:, 0].to(device, non_blocking=True)
+
+
+def segments(layouts: Sequence[Layout]) -> Tensor | None:
+    """[ΣN] segment of every token of these images; None when every one is a single segment."""
+    if all(layout.segment is None for layout in layouts):
+        return None
+    return torch.cat([torch.zeros(i.tokens, dtype=torch.long) if i.segment is None else i.segment for i in layouts])
+
+
+@dataclass(frozen=True)
+class Sparing:
+    """Which images of a call of the feature function stages of the encoder leave alone; `aside` says why if they do nothing at all, `counted`
+    as in Trace."""
+
+    images: tuple[bool, ...]
+    aside: str | None = None
+    counted: str = "rows"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the model's feature function.
+
+    Attributes:
+        kind: "image" or "video".
+        arguments: what it was called with, by name.
+        layouts: of each image or video, in order.
+        sparing: None where nothing is spared.
+    """
+
+    kind: str
+    arguments: dict[str, Any]
+    layouts: tuple[Layout, ...]
+    sparing: Sparing | None = None
+
+    def spared(self, each: Sequence[int]) -> tuple[bool, ...]:
+        """Of the parts of the images, so many each; empty where nothing is spared."""
+        if self.sparing is None or not any(self.sparing.images):
+            return ()
+        return tuple(s for s, n in zip(self.sparing.images, each, strict=True) for _ in range(n))
+
+    @property
+    def aside(self) -> str | None:
+        """Why stages of the encoder do nothing, or None."""
+        return None if self.sparing is None else self.sparing.aside
+
+
+@dataclass
+class Encode:
+    """What the vision encoder of one call produced, until the language-model boundary consumes it.
+
+    Attributes:
+        layouts: of each image, in the order the model packs them.
+        facts: Fact -> [ΣN, ...] aligned with the packed, unpruned visual tokens (0 where dropped).
+        alive: [ΣN] which of them the vision tower left; None where all are. Values tell nothing: a model may overflow.
+        deep: the same for what DeepStack taps from the tower, tap by tap.
+        probe: [ΣN] first channel of the projected features: proof that what reaches the LLM is what was scored.
+        stages: trace entries of encoder-site stages.
+        home: [ΣN] as in Lineage, when an encoder stage merged.
+        counted: as in Trace.
+        untold: an encoder stage merged, but the model interpolated its output, so that no token stands for certain others.
+    """
+
+    layouts: tuple[Layout, ...]
+    facts: dict[Any, Tensor]
+    probe: Tensor
+    stages: list[StageTrace]
+    home: Tensor | None = None
+    untold: bool = False
+    alive: Tensor | None = None
+    deep: tuple[Tensor | None, ...] = ()
+    counted: str | None = None
+
+
+class Run(threading.local):
+    """State of one forward, one per thread: two threads may call one model.
+
+    Attributes:
+        visual: [B, L] which kind of visual token a position holds: 0 none, 1 image, 2 video.
+        unseen: it was given embeddings alone, which may hold pictures.
+        labels, tail: of the outermost call, see Prefill.
+        call, tower: the feature call and the tower call in progress.
+        sparing: kind -> which images of the prompt to come are left alone.
+        due: a cache layer whose newest tokens a cache stage is asked about after the attention in progress.
+        encodes: kind -> what was encoded last; earlier: the same before the call in progress.
+        generating: `generate` is at work, which may encode long before it uses the features, and use them several times.
+    """
+
+    visual: Tensor | None = None
+    unseen: bool = False
+    labels: Tensor | None = None
+    tail: int = 0
+    call: Call | None = None
+    tower: Any = None
+    flow: Any = None
+    trace: Trace | None = None
+    due: Any = None
+    generating: bool = False
+
+    def __init__(self) -> None:
+        self.encodes: dict[str, Encode] = {}
+        self.earlier: dict[str, Encode] = {}
+        self.sparing: dict[str, Sparing] = {}
+
+    def begin(self) -> None:
+        """A `generate`, or a forward outside of one, begins."""
+        if not self.generating:
+            self.earlier = dict(self.encodes)
+
+    def forget(self) -> None:
+        """What was encoded and found out for a `generate`, or a forward outside of one, that is over. Features that were encoded before it
+        may be used again."""
+        if not self.generating:
+            self.encodes = {kind: e for kind, e in self.encodes.items() if self.earlier.get(kind) is e}
+            self.earlier, self.sparing = {}, {}
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            "a wrapped model cannot be copied or pickled; call vtoken.unwrap(model) first (save_pretrained works as it is)"
+        )
+
+
+class Clock:
+    """Moments on a device's own clock, taken without waiting for it: only who asks how far apart they are waits.
+
+    As a context it takes the moments around a block.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def wait(self) -> None:
+        """For everything the device was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def between(self, start: Any, end: Any) -> float:
+        """Milliseconds."""
+        if self.device.type != "cuda":
+            return 1e3 * (end - start)
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def __enter__(self) -> Clock:
+        self.start = self.now()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.end = self.now()
+
+    def milliseconds(self) -> float:
+        """Of the block."""
+        return self.between(self.start, self.end)

@@ -1,0 +1,1 @@
+"""Around and inside the vision tower."""

@@ -1,0 +1,153 @@
+"""Around the model's own feature functions: what an encoder call was asked for, and what it gave, in the order the LLM sees it.
+
+They are methods, not modules, so there is nothing to hook: each is shadowed on the instance by a function with its signature
+(`generate` inspects it). Since transformers 5.18 `generate` calls them before the model's forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Set
+from dataclasses import replace
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtoken.hooks.call.min_tokens import alone
+from vtoken.hooks.state.forward_state import eager
+from vtoken.hooks.state.handle import Handle
+from vtoken.hooks.state.run import Call, Encode, Run, tokens_of
+from vtoken.hooks.state.trace import StageTrace
+from vtoken.stages import Fact
+
+Pack = Callable[[Tensor], Tensor]
+
+
+class FeatureHooks:
+    """Shadows the feature functions of `adapter.outer`; each call leaves an `Encode` in `run.encodes`.
+
+    Args:
+        wanted: facts of the tower (with layers resolved) that stages behind it read.
+        least: visual tokens below which stages of the encoder leave a prompt alone.
+    """
+
+    def __init__(self, adapter: Any, run: Run, handle: Handle, wanted: Set[Fact], least: int = 0) -> None:
+        self.adapter, self.run, self.handle, self.wanted, self.least = adapter, run, handle, wanted, least
+        for kind, name in adapter.features.items():
+            handle.set(adapter.outer, name, self._shadow(kind, getattr(adapter.outer, name)))
+
+    def _shadow(self, kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
+        @eager
+        @wraps(original)
+        def features(*args: Any, **kwargs: Any) -> Any:
+            run = self.run
+            # Somebody who patched the model may call this after `unwrap`.
+            if self.handle.released:
+                return original(*args, **kwargs)
+            # Qwen3-VL encodes videos through its image function.
+            if run.call is not None:
+                return original(*args, **{**kwargs, "return_dict": True})
+            run.tower = None
+            run.encodes.pop(kind, None)
+            arguments = dict(signature.bind(*args, **kwargs).arguments)
+            arguments |= arguments.pop("kwargs", {})
+            layouts, sparing = self.adapter.layouts(kind, arguments), run.sparing.pop(kind, None)
+            if self.least and (sparing is None or len(sparing.images) != len(layouts)):
+                sparing = alone(layouts, self.least)
+            run.call = Call(kind, arguments, layouts, sparing)
+            asked = kwargs.pop("return_dict", None)
+            try:
+                out = original(*args, return_dict=True, **kwargs)
+                run.encodes[kind] = self._encode(run.call, out)
+            finally:
+                run.call = run.tower = None
+            named = self.adapter.outer.config.return_dict if asked is None else asked
+            return out if named else out.to_tuple()
+
+        return features
+
+    @torch.no_grad()
+    def _encode(self, call: Call, out: Any) -> Encode:
+        given = out.pooler_output
+        flat = [given] if torch.is_tensor(given) else list(given)
+        probe = torch.cat([f[..., 0].detach().flatten() for f in flat])
+        # Some versions append the newline of a video only when they fill the prompt.
+        if len(probe) != sum(layout.tokens for layout in call.layouts):
+            probe = probe[tokens_of(call.layouts, probe.device)]
+        tower, counted = self.run.tower, None if call.sparing is None else call.sparing.counted
+        if tower is None:
+            return Encode(call.layouts, {}, probe, [], counted=counted)
+
+        def pack(values: Tensor) -> Tensor:
+            return self.adapter.pack(call, values)
+
+        facts = {
+            f: pack(v[..., None])[..., 0] if scalar(f) else pack(v) for f, v in tower.facts.items() if f in self.wanted
+        }
+        traces, home = tower.traces, tower.lineage.home
+        if call.aside is not None:
+            traces = [replace(trace, stood_aside=call.aside) for trace in traces]
+        if traces and tower.lineage.full != tuple(layout.tokens for layout in call.layouts):
+            traces, home = repacked(pack, call, tower.lineage.full, traces)
+        untold = home is None and tower.lineage.home is not None
+        alive, deep = packed_mask(pack, tower.alive()), tuple(getattr(tower, "deep", ()))
+        return Encode(call.layouts, facts, probe, traces, home, untold, alive, deep, counted)
+
+
+def packed_mask(pack: Pack, alive: Tensor | None) -> Tensor | None:
+    """[ΣN] bool of a mask over patches. A token that the model interpolates is alive where all its sources are, hence NaN for the others."""
+    if alive is None:
+        return None
+    marks = torch.zeros(alive.shape, device=alive.device).masked_fill(~alive, torch.nan)
+    return ~pack(marks[..., None])[..., 0].isnan()
+
+
+def scalar(fact: Fact) -> bool:
+    """Whether the fact is one number per token."""
+    return fact.name.endswith("attention")
+
+
+def repacked(
+    pack: Pack, call: Call, full: tuple[int, ...], traces: list[StageTrace]
+) -> tuple[list[StageTrace], Tensor | None]:
+    """Traces of stages that saw crops and patches, brought to images and tokens, and the last `home`.
+
+    Tokens that the model interpolated stay when all their sources stayed; which of them absorbed which cannot be told.
+    """
+    exact = not any(layout.resized for layout in call.layouts)
+    crops, patches = len(full), full[0]
+    ids = torch.arange(crops * patches, dtype=torch.float32)
+    channels = [ids.view(crops, patches)]
+    for trace in traces:
+        alive = torch.full((crops, patches), float("nan"))
+        for crop, patch in enumerate(trace.kept):
+            alive[crop, patch.cpu()] = 0
+        channels.append(alive)
+        if trace.into is not None:
+            absorbed = torch.stack(trace.into).cpu()
+            ids_of = (absorbed + torch.arange(crops)[:, None] * patches).float()
+            channels.append(ids_of.masked_fill(absorbed < 0, float("nan")))
+    columns = iter(pack(torch.stack(channels, -1)).unbind(-1))
+    tokens = [layout.tokens for layout in call.layouts]
+    place = torch.cat([torch.arange(n) for n in tokens])
+    place_of = torch.full((crops * patches,), -1)
+    first = next(columns)
+    if exact:
+        place_of[first.long()] = place
+    out: list[StageTrace] = []
+    home: Tensor | None = None
+    before = tokens
+    for trace in traces:
+        kept = [(~image.isnan()).nonzero()[:, 0] for image in next(columns).split(tokens)]
+        if trace.into is not None:
+            rep = next(columns)
+            home = torch.where(rep.isnan(), -1, place_of[rep.nan_to_num().long()]) if exact else None
+        into = None if home is None else list(home.split(tokens))
+        after = [len(k) for k in kept]
+        out.append(replace(trace, tokens_in=list(before), tokens_out=after, kept=kept, into=into))
+        before = after
+    return out, home

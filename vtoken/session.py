@@ -1,0 +1,280 @@
+"""The one call: a pipeline is checked against the model, and only what it needs is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from vtoken import config, registry
+from vtoken.adapters.base import Adapter
+from vtoken.compatibility import check, check_whole
+from vtoken.config import Pipeline
+from vtoken.errors import UnsupportedError, about
+from vtoken.hooks.attention.sparse_prefill import SparsePrefill
+from vtoken.hooks.attention.unmerge import Unmerge
+from vtoken.hooks.boundary.boundary import Boundary
+from vtoken.hooks.cache.shrink import CacheHooks
+from vtoken.hooks.call.inputs import Outer
+from vtoken.hooks.call.min_tokens import Guard
+from vtoken.hooks.decoder.attention_tap import observe, tap, tapped
+from vtoken.hooks.decoder.layer_groups import LayerGroups
+from vtoken.hooks.state import fact_tables as facts
+from vtoken.hooks.state.handle import Handle
+from vtoken.hooks.state.pruned_cache import Owner
+from vtoken.hooks.state.run import Run
+from vtoken.hooks.state.trace import Trace
+from vtoken.hooks.vision.features import FeatureHooks
+from vtoken.hooks.vision.padded_tower import EncoderHooks
+from vtoken.hooks.vision.varlen_tower import PackedHooks
+from vtoken.stages import Fact, Site, Stage
+from vtoken.stages.cache import CacheStage
+
+SESSION = "_vtoken_session"  # attribute of a wrapped model; whoever drops the model drops its session with it
+
+
+class Session:
+    """Everything one wrap put on one model: nothing for a pipeline without stages, unless it is `watched`."""
+
+    def __init__(self, model: Any, pipeline: Pipeline, *, watched: bool = False) -> None:
+        self.pipeline = pipeline
+        self.boundary: Boundary | None = None
+        self.adapter: Adapter = registry.adapter(model.config.model_type)(model)
+        check(self.adapter, pipeline)
+        self.run, self.handle, self.owner = Run(), Handle(), Owner()
+        encoder, tokens, decoder, cache = (self._at(site) for site in ("encoder", "tokens", "decoder", "cache"))
+        wanted = {self._resolve(need) for stage in tokens for need in stage.needs() if need.name != "text"}
+        wanted |= {
+            self._resolve(need) for stage in decoder for need in stage.needs() if need.name in facts.INSIDE_DECODER
+        }
+        compact = pipeline.positions == "compact"
+        try:
+            self.handle.set(model, SESSION, self)
+            if pipeline.anyres == "2x2":
+                side, cut = 2 * model.config.vision_config.image_size, copy(model.config)
+                cut.image_grid_pinpoints = [[side, side]]
+                # The whole model's config is what gets saved; this one is read where pictures are cut.
+                self.handle.set(self.adapter.outer, "config", cut)
+            if not pipeline.stages and not watched:
+                return
+            early = encoder or self._at("frames") or wanted
+            least = pipeline.min_visual_tokens if early else 0
+            guard = Guard(self.adapter, self.run, least) if least else None
+            Outer(self.adapter, self.run, self.handle, guard, acts=bool(pipeline.stages))
+            FeatureHooks(self.adapter, self.run, self.handle, wanted, least)
+            tower: Any = EncoderHooks if self.adapter.encoder.unit == 1 else PackedHooks
+            tower(self.adapter, self.run, self.handle, wanted, encoder, self._at("frames"))
+            # Sparse attention lies within the taps that observe, which come later and see every layer.
+            sparse = SparsePrefill(self.adapter.lm, self.run, self.handle, self._at("attention"))
+            unmerge = [
+                Unmerge(self.adapter.lm, self.run, self.handle, stage, mrope=self.adapter.mrope)
+                for stage in self._at("attention")
+                if stage.unmerges()
+            ]
+            kv = None
+            for stage in cache:
+                assert isinstance(stage, CacheStage)
+                kv = CacheHooks(model, self.adapter.lm, self.run, self.handle, stage, mrope=self.adapter.mrope)
+                sparse.also = kv.asks
+            self.boundary = Boundary(
+                self.adapter,
+                self.run,
+                self.handle,
+                tokens,
+                compact=compact,
+                every=pipeline.stages,
+                always=bool(decoder or cache),
+                newline=pipeline.newline,
+                owner=self.owner,
+                resolve=self._resolve,
+                unmerge=unmerge[0] if unmerge else None,
+                kv=kv,
+                least=pipeline.min_visual_tokens,
+            )
+            LayerGroups(
+                self.adapter.lm,
+                self.run,
+                self.handle,
+                decoder,
+                compact=compact,
+                enter=self.boundary.enter,
+                encoded=self.boundary.entry.fact,
+                cached=bool(cache),
+            )
+            asked = tapped(decoder, len(self.adapter.lm.layers))
+            if asked:
+                tap(self.handle, self.adapter.lm, asked, observe(self.run, asked))
+        except BaseException:
+            self.handle.release()
+            raise
+
+    def _at(self, site: Site) -> list[Stage]:
+        return [stage for stage in self.pipeline.stages if stage.site == site]
+
+    def _resolve(self, fact: Fact) -> Fact:
+        name, encoder = self.adapter.substitutes.get(fact.name, fact.name), self.adapter.encoder
+        if name not in facts.PROJECTIONS:
+            return Fact(name)
+        layer = encoder.attention_layer if fact.layer is None else fact.layer % len(encoder.layers)
+        if name != fact.name and encoder.full_attention is not None:
+            # What stands in for CLS needs all tokens of the image: the next layer that sees them.
+            layer = min((k for k in encoder.full_attention if k >= layer), default=max(encoder.full_attention))
+        return Fact(name, layer, fact.above)
+
+    @property
+    def trace(self) -> Trace:
+        """Of the last prefill.
+
+        Raises:
+            UnsupportedError: there is none.
+        """
+        if self.boundary is None:
+            raise UnsupportedError(
+                f"pipeline {self.pipeline.name!r} has no stages, so nothing is installed and nothing is traced"
+            )
+        found = self.run.trace or self.boundary.last
+        if found is None:
+            raise UnsupportedError("the wrapped model has not run yet; call generate or forward first")
+        return found
+
+    def release(self) -> None:
+        self.owner.alive = False
+        for stage in self.pipeline.stages:
+            stage.unload()
+        self.handle.release()
+
+
+def whole(model: Any) -> Any:
+    """The model itself, where it is given inside a PeftModel or what torch.compile makes of it."""
+    while isinstance(model, nn.Module):
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(type(model), "get_base_model"):  # peft
+            model = cast(Any, model).get_base_model()
+        else:
+            break
+    return model
+
+
+def session_of(model: Any) -> Session | None:
+    """What wraps the model, if anything does."""
+    found: Session | None = vars(whole(model)).get(SESSION) if isinstance(model, nn.Module) else None
+    return found
+
+
+def wrap(model: Any, pipeline: Any) -> Any:
+    """Makes a stock Hugging Face VLM run a pipeline; returns the same object.
+
+    Args:
+        model: e.g. a `LlavaForConditionalGeneration`, also inside a PeftModel or compiled by torch.compile. It is used as before:
+            `generate`, `forward`, batches, beams, caches.
+        pipeline: preset name, `"method:keep"`, path to a YAML file, dict, list of stages, or stage objects.
+
+    Raises:
+        UnsupportedError: the model or a stage cannot be served; the message says why and what can.
+        ConfigError: the pipeline does not read.
+    """
+    _install(model, pipeline)
+    return model
+
+
+def _install(model: Any, pipeline: Any, *, watched: bool = False) -> None:
+    session = session_of(model)
+    if session is not None:
+        raise UnsupportedError(
+            f"this model is wrapped already (pipeline {session.pipeline.name!r}); call vtoken.unwrap(model) first"
+        )
+    parsed = config.load(pipeline)
+    inner = whole(model)
+    check_whole(inner)
+    with about(parsed.written):
+        Session(inner, parsed, watched=watched)
+
+
+def unwrap(model: Any) -> Any:
+    """Takes everything back that `wrap` put on the model; returns the model, bit-exact as before.
+
+    KV caches that hold a pruned prompt cannot be continued afterwards (they say so).
+
+    Raises:
+        UnsupportedError: the model is not wrapped.
+        ExceptionGroup: some changes could not be taken back; all others are.
+    """
+    session = session_of(model)
+    if session is None:
+        raise UnsupportedError("this model is not wrapped")
+    session.release()
+    return model
+
+
+@contextmanager
+def wrapped(model: Any, pipeline: Any) -> Iterator[Any]:
+    """`wrap` for the length of a with-block."""
+    _install(model, pipeline)
+    try:
+        yield model
+    finally:
+        if session_of(model) is not None:
+            unwrap(model)
+
+
+@contextmanager
+def watched(model: Any, pipeline: Any) -> Iterator[Any]:
+    """As `wrapped`, but a pipeline without stages is traced, too."""
+    _install(model, pipeline, watched=True)
+    try:
+        yield model
+    finally:
+        unwrap(model)
+
+
+_GRIDS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # image processor -> the crop grids that it had
+
+
+def match_processor(processor: Any, model: Any) -> Any:
+    """Gives a LLaVA-NeXT or OneVision processor the crop grids of the model (of the wrapped model: `anyres: 2x2`); returns the processor.
+
+    `unmatch_processor` takes it back.
+
+    Raises:
+        UnsupportedError: model or processor do not cut pictures into crops.
+    """
+    outer = getattr(whole(model), "model", None)
+    pinpoints, images = getattr(getattr(outer, "config", None), "image_grid_pinpoints", None), processor.image_processor
+    if pinpoints is None or not hasattr(images, "image_grid_pinpoints"):
+        raise UnsupportedError(
+            f"{type(model).__name__} with {type(processor).__name__} does not cut pictures into crops"
+        )
+    _GRIDS.setdefault(images, images.image_grid_pinpoints)
+    images.image_grid_pinpoints = [list(size) for size in pinpoints]
+    return processor
+
+
+def unmatch_processor(processor: Any) -> Any:
+    """Gives a processor the crop grids back that it had before `match_processor`; returns the processor.
+
+    Raises:
+        UnsupportedError: it was not matched.
+    """
+    if processor.image_processor not in _GRIDS:
+        raise UnsupportedError(f"this {type(processor).__name__} was not matched to a model; nothing to take back")
+    processor.image_processor.image_grid_pinpoints = _GRIDS.pop(processor.image_processor)
+    return processor
+
+
+def trace(model: Any) -> Trace:
+    """What happened in the last prefill: of the calling thread, or of any thread if this one ran none.
+
+    Under beam search or several return sequences, images are those of the expanded batch.
+
+    Raises:
+        UnsupportedError: the model is not wrapped, has not run since, or its pipeline has no stages.
+    """
+    session = session_of(model)
+    if session is None:
+        raise UnsupportedError("this model is not wrapped; a trace exists only while it is")
+    return session.trace

@@ -1,0 +1,280 @@
+"""The vocabulary of site attention: Prompt, Rope, Reads, SparseAttention. Letters as in `stages`; `T` and `M` count query and key blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from math import log
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from vtoken.kernels import block_sparse_attention
+from vtoken.kernels._flex import backend_of
+from vtoken.stages.base import Compressor, Parts, Site
+from vtoken.stages.query_attention import Probe
+
+
+@dataclass(frozen=True)
+class Rope:
+    """How a decoder layer rotated the queries and keys of one row.
+
+    Attributes:
+        cos, sin: [N, r] of each token, as the layer was given them: the axes of M-RoPE are joined, a factor on attention (YaRN) is in
+            both, and r < d where RoPE turns a part of a head only.
+        rotate: the model's own, (q [1, H, N, d], k [1, Hk, N, d], cos [1, N, r], sin [1, N, r]) -> both of them rotated.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    rotate: Callable[..., tuple[Tensor, Tensor]]
+
+    def starts(self, size: int) -> Rope:
+        """That of the first token of every block."""
+        return Rope(self.cos[::size], self.sin[::size], self.rotate)
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Rotates x [H, N, d]; fp32."""
+        return self._turned(x, self.cos.float(), self.sin.float())
+
+    def undo(self, x: Tensor) -> Tensor:
+        """x [H, N, d] as it was before it was rotated, up to rounding; fp32."""
+        cos, sin = self.cos.float(), self.sin.float()
+        square = cos * cos + sin * sin  # 1, but for a factor on attention and rounding
+        return self._turned(x, cos / square, -sin / square)
+
+    def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x[None].float()
+        return self.rotate(x, x[:, :1], cos[None], sin[None])[0][0]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One batch row of a prefill, as one decoder layer attends to it; no padding.
+
+    Attributes:
+        q: [H, N, d] queries with RoPE; k: [Hk, N, d] keys, query head h reads key head h // (H / Hk).
+        scale: factor on q . k before the softmax.
+        layer: decoder layer.
+        image: [N] image of each token, as an index into `parts`; -1 for text (newlines and time stamps included).
+        place: [N] position among its image's unpruned tokens, -1 for text.
+        parts: rasters of every image of the batch, as in VisualTokens.
+        probe: what its queries attend to, shared with a stage of site cache; use it through `vtoken.stages.query_attention.shared`.
+        rope: what q and k were rotated by, where the stage asks for it.
+        known: what was worked out from image, place and parts alone, for all layers that see this layout; use `once`.
+    """
+
+    q: Tensor
+    k: Tensor
+    scale: float
+    layer: int
+    image: Tensor
+    place: Tensor
+    parts: tuple[Parts, ...] = ()
+    probe: Probe | None = None
+    rope: Rope | None = None
+    known: dict[Hashable, Any] = field(default_factory=dict)
+
+    def once(self, key: Hashable, work: Callable[[], Any]) -> Any:
+        """What `work` returns, from the first time it was asked for under this key; it may read image, place and parts, not q and k."""
+        if key not in self.known:
+            self.known[key] = work()
+        return self.known[key]
+
+    @property
+    def length(self) -> int:
+        """N."""
+        return self.q.shape[1]
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return self.q.shape[0]
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What the queries of a prompt read: the decision, plain data. Causality holds besides, whatever it says.
+
+    Attributes:
+        size: tokens of a block, a power of two from 16 on.
+        blocks: [H, T, M] bool, the key blocks that each query block reads.
+        columns: [H, G, C] int32, single keys besides (-1 = none); query block t reads list t // share.
+        of: [T] int32, the list that each query block reads instead: for few lists that query blocks share in no order.
+        dense: [H, N] bool, queries that read all keys before them.
+        own: [N] bool, queries that read their own key besides, where no block or list has it.
+    """
+
+    size: int
+    blocks: Tensor
+    columns: Tensor | None = None
+    share: int = 1
+    dense: Tensor | None = None
+    own: Tensor | None = None
+    of: Tensor | None = None
+
+    def apply(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Attention [H, N, d] of queries [H, N, d] over keys and values [Hk, N, d]."""
+        blocks = self.blocks & causal(self.blocks)
+        out, lse = block_sparse_attention(q, k, v, blocks, scale, self.size, self.columns, self.share, of=self.of)
+        if self.own is not None:
+            out = torch.where(self.own[:, None], with_own(out, lse, q, k, v, scale), out)
+        if self.dense is None:
+            return out
+        rows, read = self._dense()
+        whole, _ = block_sparse_attention(q, k, v, read, scale, self.size, rows=rows)
+        return torch.where(self.dense[..., None], whole, out)
+
+    def backend(self, q: Tensor, k: Tensor, v: Tensor) -> str:
+        """What computes `apply`: torch, triton or flex.
+
+        Raises:
+            RuntimeError: flex is forced and cannot serve what is listed here, or triton is forced and cannot run.
+        """
+        return backend_of(q, k, v, self.columns, self.dense)
+
+    def _dense(self) -> tuple[Tensor, Tensor]:
+        """The dense queries of every head as a list [H, N], -1 behind the last, and the blocks [H, T, M] that they read."""
+        assert self.dense is not None
+        heads, n = self.dense.shape
+        _, tiles, blocks = self.blocks.shape
+        index = torch.arange(n, device=self.dense.device, dtype=torch.int32)
+        rows = torch.where(self.dense, index, n).sort(-1).values
+        rows = torch.where(rows < n, rows, -1)
+        padded = torch.nn.functional.pad(rows, (0, tiles * self.size - n), value=-1)
+        last = padded.view(heads, tiles, self.size).amax(-1, keepdim=True).div(self.size, rounding_mode="floor")
+        return rows, torch.arange(blocks, device=rows.device) <= last
+
+    def visible(self, rows: Tensor) -> Tensor:
+        """[H, R, N] bool: which keys the queries `rows` [R] read, of a prompt of N = M * size tokens."""
+        n = self.blocks.shape[2] * self.size
+        seen = self.blocks[:, rows // self.size].repeat_interleave(self.size, 2)
+        if self.columns is not None:
+            heads, groups, _ = self.columns.shape
+            marks = seen.new_zeros(heads, groups, n + 1)
+            marks.scatter_(2, torch.where(self.columns < 0, n, self.columns).long(), True)
+            tiles = rows // self.size
+            seen |= marks[:, tiles // self.share if self.of is None else self.of[tiles], :n]
+        if self.own is not None:
+            seen |= (torch.arange(n, device=rows.device) == rows[:, None]) & self.own[rows, None]
+        if self.dense is not None:
+            seen |= self.dense[:, rows, None]
+        return seen & (torch.arange(n, device=rows.device) <= rows[:, None])
+
+    def density(self) -> Tensor:
+        """What is computed, as a share of all causal blocks, head mean: a scalar on the device of `blocks`. A single key counts a
+        `size`-th of a block for every query block that reads it, dense queries count whole query blocks, own keys nothing; a head at most
+        1, though dense queries go through the lists, too. 1 for a prompt of no tokens."""
+        below = causal(self.blocks)
+        if not below.numel():
+            return torch.ones((), device=below.device)
+        total = torch.count_nonzero(self.blocks & below, dim=(1, 2)).float()
+        if self.columns is not None:
+            # Read off counts, one per list and key block; what is as long as the lists is held for some heads at a time.
+            parts = zip(total.split(8), self.columns.split(8), self._unread(below).split(8), strict=True)
+            for mine, columns, unread in parts:
+                times = unread.gather(2, (columns.clamp(min=0) // self.size).long())
+                mine += torch.where(columns < 0, 0, times).sum((1, 2)) / self.size
+        if self.dense is not None:
+            # Of the query blocks that dense queries are packed into, the last query decides how far all of them read.
+            rank = self.dense.cumsum(1, dtype=torch.int32)
+            last = self.dense & ((rank % self.size == 0) | (rank == rank[:, -1:]))
+            ends = torch.arange(self.dense.shape[1], device=last.device, dtype=torch.int32) // self.size + 1
+            total += torch.where(last, ends, 0).sum(1)
+        return (total / torch.count_nonzero(below)).clamp(max=1).mean()
+
+    def _unread(self, below: Tensor) -> Tensor:
+        """[H, G, M] int32: how many of the query blocks that share a list read its keys in this block by the list alone."""
+        assert self.columns is not None
+        alone = below & ~self.blocks
+        groups = self.columns.shape[1]
+        if self.of is not None:
+            mine = self.of == torch.arange(groups, device=self.of.device)[:, None]
+            return torch.stack([(alone & m[:, None]).sum(1, dtype=torch.int32) for m in mine], 1)
+        alone = torch.nn.functional.pad(alone, (0, 0, 0, groups * self.share - alone.shape[1]))
+        return alone.unflatten(1, (groups, self.share)).sum(2, dtype=torch.int32)
+
+
+@dataclass(frozen=True)
+class Among:
+    """The other kind of decision: these tokens attend, causally, and only to each other; all others get zeros from attention.
+
+    Attributes:
+        index: [P] positions, ascending, the same for all heads.
+        length: N.
+    """
+
+    index: Tensor
+    length: int
+
+    def apply(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """As `Reads.apply`, by dense attention over what is gathered."""
+        q_, k_, v_ = (x[None, :, self.index] for x in (q, k, v))
+        out = scaled_dot_product_attention(q_, k_, v_, is_causal=True, scale=scale, enable_gqa=True)[0]
+        return q.new_zeros(*q.shape[:2], v.shape[2]).index_copy(1, self.index, out)
+
+    def backend(self, q: Tensor, k: Tensor, v: Tensor) -> str:
+        """What computes `apply`: torch."""
+        return "torch"
+
+    def density(self) -> Tensor:
+        """Scores that are computed, as a share of all causal ones."""
+        held = len(self.index)
+        share = held * (held + 1) / (self.length * (self.length + 1))
+        return torch.tensor(share, dtype=torch.float32, device=self.index.device)
+
+
+def with_own(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention [H, N, d] with every query's own key and value added to what `out` and `lse` (as `block_sparse_attention` gives them) hold."""
+    k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    own = (q.to(wide) * k.to(wide)).sum(-1) * (scale / log(2))
+    share = torch.sigmoid((own - lse) * log(2))[..., None]
+    return (out * (1 - share) + v * share).to(out.dtype)
+
+
+def causal(blocks: Tensor) -> Tensor:
+    """[T, M] bool: the key blocks that no query block is wholly in front of, for a map [..., T, M] of a whole prompt."""
+    t, m = (torch.arange(n, device=blocks.device) for n in blocks.shape[-2:])
+    return m <= t[:, None]
+
+
+def everything(heads: int, queries: int, keys: int, size: int, device: torch.device) -> Tensor:
+    """[H, T, M] bool: all key blocks that the last `queries` of `keys` tokens may see."""
+    last = (torch.arange(-(-queries // size), device=device) + 1) * size + keys - queries - 1
+    return (torch.arange(-(-keys // size), device=device) * size <= last[:, None]).expand(heads, -1, -1)
+
+
+class SparseAttention(Compressor):
+    """Decides which keys the queries of a prompt read, layer by layer; all tokens stay, and the cache stays whole.
+
+    It acts where a prompt with pictures enters the decoder in one piece. Text turns, decode steps and prompts of fewer than
+    `min_len` tokens keep the model's own attention; the trace tells why.
+    """
+
+    site: ClassVar[Site] = "attention"
+    rope: ClassVar[bool] = False  # whether it asks for Prompt.rope
+
+    min_len: int = Field(
+        default=8192, ge=0, description="prompts of fewer tokens (after pruning) keep the model's own attention"
+    )
+    dense_layers: tuple[int, ...] = Field(default=(), description="decoder layers that keep the model's own attention")
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        dense = {k % depth if -depth <= k < depth else k for k in self.dense_layers}
+        return tuple(k for k in range(depth) if k not in dense)
+
+    def misfit_heads(self, heads: int, key_heads: int, width: int) -> str:
+        """Why a decoder with so many query and key heads of this width cannot be served, and what to do; empty where it can. Asked when wrapping."""
+        return ""
+
+    def reads(self, prompt: Prompt) -> Reads | Among:
+        """The decision for one row in one layer."""
+        raise NotImplementedError(f"stage {self.name} defines no reads()")
+
+    def density(self, length: int, layer: int) -> float | None:
+        """`Reads.density` of a prompt of so many tokens, head mean; None where it depends on what the prompt says."""
+        return None

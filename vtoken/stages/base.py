@@ -1,0 +1,208 @@
+"""The vocabulary between models and methods: Stage, Pruner, Compressor, and from `tokens` what they decide about.
+
+A method imports this file and never sees a model; an adapter never sees a method. Letters as in `tokens`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from vtoken.kernels import topk_tokens
+from vtoken.stages.budget import Budget
+from vtoken.stages.tokens import (
+    FACTS,
+    Fact,
+    Fused,
+    Grid,
+    Keep,
+    Parts,
+    VisualTokens,
+    image_of,
+    offsets_of,
+    segments_of,
+    size_of,
+    uploaded,
+)
+
+Site = Literal["frames", "encoder", "tokens", "decoder", "attention", "cache"]
+Unmerging = Literal["expanded", "merged"]
+SITES: tuple[Site, ...] = ("frames", "encoder", "tokens", "decoder", "attention", "cache")
+
+__all__ = [
+    "FACTS",
+    "SITES",
+    "Compressor",
+    "Fact",
+    "Fused",
+    "Grid",
+    "Keep",
+    "OtherModel",
+    "Parts",
+    "Pruner",
+    "Site",
+    "Stage",
+    "Unmerging",
+    "VisualTokens",
+    "image_of",
+    "keep_all",
+    "offsets_of",
+    "segments_of",
+    "size_of",
+    "uploaded",
+]
+
+
+class OtherModel(ValueError):
+    """Options (weights, tables, thresholds) that were made for another model; says how to make those of this one."""
+
+
+class Stage(BaseModel):
+    """A method and its options: fields are YAML options, the object with the options is the object with the code.
+
+    Class attributes: `site` says where it acts, `paper` is a link or "no paper", `deviations` names each deliberate difference
+    from the authors' code. The name is the file's name (entry points: the entry point's).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: ClassVar[str] = ""
+    site: ClassVar[Site]
+    kind: ClassVar[Literal["pruner", "compressor"]]
+    paper: ClassVar[str] = "no paper"
+    deviations: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            cls.name = cls.__module__.rpartition(".")[2]
+
+    def needs(self) -> tuple[Fact, ...]:
+        """The facts this stage reads."""
+        return ()
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        """Layers after which (encoder) or before which (decoder) the stage acts, of `depth` layers; () at other sites."""
+        return ()
+
+    def bound(self, depth: int) -> Self:
+        """The stage for an encoder (at decoder sites: a decoder) of so many layers, where what it decides depends on that."""
+        return self
+
+    def inside(self) -> Literal["plain", "proportional"] | None:
+        """Of encoder stages that act between attention and MLP: whether keys then count as often as they have members (log size)."""
+        return None
+
+    def misfit(self, depth: int, width: int) -> str:
+        """Why what the stage was given (weights, tables) does not fit an LLM of so many layers and channels; "" if it does."""
+        return ""
+
+    def misfit_tower(self, width: int, unit: int) -> str:
+        """As `misfit`, of a vision tower with keys of so many channels that makes so many patches into one token."""
+        return ""
+
+    def unload(self) -> None:
+        """Frees what it brought to devices; called by `unwrap`."""
+
+    def select(self, tokens: VisualTokens) -> Keep:
+        """The decision, at sites encoder, tokens and decoder."""
+        raise NotImplementedError(f"stage {self.name} defines no select()")
+
+    def raters(self, tokens: VisualTokens) -> list[Tensor]:
+        """Per image, the text tokens whose attention is the fact text_attention, as indices into the fact later_text, the only one of
+        `tokens`. Asked once, on what enters the decoder."""
+        raise NotImplementedError(f"stage {self.name} asks for text_attention and defines no raters()")
+
+    def unmerges(self) -> Unmerging | None:
+        """At site attention, whether a merged token attends, and is attended to, at every place of its members; if so, what the KV cache
+        holds: keys and values of every place (expanded) or one of each merged token (merged)."""
+        return None
+
+    def plan(
+        self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
+    ) -> tuple[int, ...]:
+        """Tokens it leaves of each image, without running it: what the FLOPs account uses.
+
+        Stages whose count depends on the picture return what they expect and say so in their docstring.
+        """
+        return tuple(lengths)
+
+    def flops(self, lengths: Sequence[int], width: int) -> int:
+        """FLOPs of the decision itself (facts are counted by the account); 0 where only comparisons are made."""
+        return 0
+
+
+class Pruner(Stage):
+    """Chooses tokens. Most methods override `score`; the few that need more than a ranking override `select`."""
+
+    kind: ClassVar[Literal["pruner", "compressor"]] = "pruner"
+    site: ClassVar[Site] = "tokens"
+
+    keep: Budget
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        """[ΣN] scores, higher is kept."""
+        raise NotImplementedError(f"{self.name}: define score() or select()")
+
+    def select(self, tokens: VisualTokens) -> Keep:
+        """Exact top-k of `score` per image (or frame, or crop), reading order, ties to the lower index."""
+        if self.keep.per is not None and tokens.segment is not None:
+            return self._per_segment(tokens)
+        counts = self.keep.counts(tokens.lengths, tokens.row)
+        if counts == tokens.lengths:
+            return keep_all(tokens)
+        return Keep(topk_tokens(self.score(tokens), tokens.offsets, list(counts)), counts)
+
+    def _per_segment(self, tokens: VisualTokens) -> Keep:
+        order, held, keep, lengths = self.per_segment(tokens)
+        if keep == held:
+            return keep_all(tokens)
+        chosen = topk_tokens(self.score(tokens)[order], offsets_of(held, order.device), list(keep))
+        return Keep(order[chosen].sort().values, lengths)
+
+    def per_segment(self, tokens: VisualTokens) -> tuple[Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Segments as images of their own, for budgets per frame or crop.
+
+        Returns:
+            order [ΣN] of the tokens, segment by segment (crops of an anyres image take turns in reading order); tokens held and to
+            keep per segment; tokens to keep per image.
+        """
+        image, segment = image_of(tokens.lengths, tokens.x.device), self._segments(tokens)
+        count = int(segment.max()) + 1 if len(segment) else 1
+        owner = image * count + segment
+        held = tuple(torch.bincount(owner, minlength=count * len(tokens.lengths)).tolist())
+        keep = self.keep.counts(held, range(len(held)))
+        lengths = tuple(sum(keep[i * count : (i + 1) * count]) for i in range(len(tokens.lengths)))
+        return torch.argsort(owner, stable=True), held, keep, lengths
+
+    def _segments(self, tokens: VisualTokens) -> Tensor:
+        """[ΣN] frame (per_frame) or crop (per_crop) of each token; the other kind of image is one segment."""
+        assert tokens.segment is not None
+        video = [len(parts) == 1 for parts in tokens.parts]
+        wanted = torch.tensor([v == (self.keep.per == "per_frame") for v in video], device=tokens.x.device)
+        return torch.where(wanted[image_of(tokens.lengths, tokens.x.device)], tokens.segment, 0)
+
+    def plan(
+        self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
+    ) -> tuple[int, ...]:
+        """With `per` a segment is taken to hold at least its budget."""
+        if self.keep.per is None:
+            return self.keep.counts(lengths, row)
+        assert self.keep.tokens is not None
+        each = [self.keep.tokens * segments_of(p, self.keep.per) for p in parts]
+        return tuple(min(n, k) for n, k in zip(lengths, each, strict=True))
+
+
+class Compressor(Stage):
+    """Does more than choose: merges, retires, sparsifies, shrinks."""
+
+    kind: ClassVar[Literal["pruner", "compressor"]] = "compressor"
+
+
+def keep_all(tokens: VisualTokens) -> Keep:
+    """The identity decision."""
+    return Keep(torch.arange(len(tokens.x), device=tokens.x.device), tokens.lengths)
