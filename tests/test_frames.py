@@ -276,7 +276,7 @@ def test_a_second_stage_sees_what_the_first_left() -> None:
     x = torch.arange(6.0)[:, None]
     found = frames.choose([First(), Second()], x, (4, 2))
     assert found.index.tolist() == [3, 5]
-    assert [[p.tolist() for p in places] for _, places, _ in found.steps] == [[[0, 2, 3], [1]], [[3], [1]]]
+    assert [[p.tolist() for p in step.kept] for step in found.steps] == [[[0, 2, 3], [1]], [[3], [1]]]
     first, second = seen
     assert first.lengths == (4, 2) and second.lengths == (3, 1)
     assert first.place.tolist() == [0, 1, 2, 3, 0, 1] and second.place.tolist() == [0, 2, 3, 1]

@@ -19,7 +19,8 @@ from transformers.masking_utils import create_causal_mask
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.attention.unmerged_attention import Rope, Spread, Table, attend, rotates_last
 from vtoken.hooks.decoder.attention_tap import HANDED, tap
-from vtoken.hooks.state.forward_state import Flow, Prefill, check_replay, eager, steps
+from vtoken.hooks.state.checkpointing import check_replay
+from vtoken.hooks.state.forward_state import Flow, Prefill, eager, steps
 from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.left_padding import pack_left, take
 from vtoken.hooks.state.live_tokens import trace_of

@@ -20,8 +20,9 @@ from vtoken.hooks.boundary.calls import check_labels, check_packed
 from vtoken.hooks.boundary.outputs import restore
 from vtoken.hooks.boundary.prefill_start import Entry
 from vtoken.hooks.cache.shrink import CacheHooks
+from vtoken.hooks.state.checkpointing import replays
 from vtoken.hooks.state.fact_tables import substituted
-from vtoken.hooks.state.forward_state import Flow, Prefill, StaticStep, eager, replays, steps
+from vtoken.hooks.state.forward_state import Flow, Prefill, StaticStep, eager, steps
 from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.left_padding import take
 from vtoken.hooks.state.pruned_cache import Owner, PrunedCache, Slots, adopt, cache_bytes

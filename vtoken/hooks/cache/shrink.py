@@ -21,7 +21,8 @@ from vtoken.errors import UnsupportedError
 from vtoken.hooks.cache.cached_rows import Row, slots_of, store
 from vtoken.hooks.cache.requantize import LaterHooks
 from vtoken.hooks.decoder.attention_tap import tap
-from vtoken.hooks.state.forward_state import Prefill, eager, replays, steps
+from vtoken.hooks.state.checkpointing import replays
+from vtoken.hooks.state.forward_state import Prefill, eager, steps
 from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.live_tokens import Visual, aside_of
 from vtoken.hooks.state.pruned_cache import Slots

@@ -12,8 +12,9 @@ from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 
 from vtoken.hooks.decoder.next_layer import check_coming, next_row
+from vtoken.hooks.state.checkpointing import check_replay
 from vtoken.hooks.state.fact_tables import INSIDE_DECODER
-from vtoken.hooks.state.forward_state import Flow, Observed, Prefill, StaticStep, check_replay, eager, steps
+from vtoken.hooks.state.forward_state import Flow, Observed, Prefill, StaticStep, eager, steps
 from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.left_padding import take
 from vtoken.hooks.state.prompt_text import dropped_slots, later_text, text_before, text_of

@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch import Tensor
 
-from vtoken.errors import UnsupportedError
+from vtoken.hooks.state.decide import decide
 from vtoken.hooks.state.image_spans import Located
 from vtoken.hooks.state.left_padding import Layout, few, pack_left, take
-from vtoken.hooks.state.live_tokens import Visual, aside_of, check, trace_of
+from vtoken.hooks.state.live_tokens import Visual, aside_of
 from vtoken.hooks.state.pruned_cache import PrunedCache, Slots
-from vtoken.hooks.state.run import Clock
 from vtoken.hooks.state.trace import Trace
 from vtoken.stages import Fact, Keep, Stage, VisualTokens, uploaded
 
@@ -168,10 +166,7 @@ class Prefill(Flow):
         layer: int | None = None,
         substitutes: dict[str, str] | None = None,
     ) -> Tensor:
-        """Lets a stage choose among the live visual tokens, given their [ΣK, D] values; returns the values that remain.
-
-        All images decide, those of rows that run dense too, so that facts and budgets need no cutting; then these get theirs back.
-        """
+        """Lets a stage choose among the live visual tokens, given their [ΣK, D] values; returns the values that remain."""
         v = self.visual
         if self.aside is not None:
             self.trace.stages.append(aside_of(stage, v.lineage, self.aside))
@@ -188,19 +183,21 @@ class Prefill(Flow):
             memory=self.memory.setdefault(id(stage), {}),
             size=v.lineage.size(),
         )
-        with Clock(x.device) as clock:
-            keep = stage.select(tokens)
-        check(stage, keep, v.lengths)
-        if self.spared:
-            keep = keep.sparing(v.lengths, [row in self.spared for row in v.row])
-        keep = self._with_last(keep)
-        untouched = keep.into is None and keep.lengths == v.lengths
-        if not untouched:
-            self.leave(v.after(keep))
-            self.riders = [keep.to(r.device).apply(r) for r in self.riders]
-            x = keep.apply(x, self.project if layer is None else None)
-        self.trace.stages.append(trace_of(stage, v.lengths, self.visual.lineage, clock, layer, substitutes))
-        return x
+        found = decide(
+            stage,
+            tokens,
+            v.lineage,
+            v.image,
+            spared=[row in self.spared for row in v.row] if self.spared else (),
+            amend=self._with_last,
+            substitutes=substitutes,
+        )
+        self.trace.stages.append(found.trace)
+        if found.untouched:
+            return x
+        self.leave(v.after(found.keep, found.lineage))
+        self.riders = [found.keep.to(r.device).apply(r) for r in self.riders]
+        return found.keep.apply(x, self.project if layer is None else None)
 
     def _with_last(self, keep: Keep) -> Keep:
         """Of a row without text the last token stays: something must be left to answer from."""
@@ -287,22 +284,3 @@ class StaticStep:
     cache: Any
     hidden: Tensor
     memo: dict[int, Any] = field(default_factory=dict)
-
-
-def replays(layer: nn.Module) -> bool:
-    """Whether the backward pass will run this layer again (gradient checkpointing)."""
-    return layer.training and bool(getattr(layer, "gradient_checkpointing", False))
-
-
-def check_replay(layer: nn.Module) -> None:
-    """Refuses gradient checkpointing that runs a layer's hooks a second time, when what they knew is gone.
-
-    Raises:
-        UnsupportedError: the layer is about to be called so.
-    """
-    if "__call__" in vars(GradientCheckpointingLayer) and replays(layer):
-        raise UnsupportedError(
-            "gradient checkpointing of this transformers version (before 5.21) recomputes layers with their hooks, so stages "
-            "between layers would be lost in the backward pass; call model.gradient_checkpointing_disable(), upgrade transformers, "
-            "or use stages of site tokens only"
-        )

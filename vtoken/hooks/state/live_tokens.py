@@ -36,7 +36,8 @@ class Visual:
     segment: Tensor | None = None
     closes: Tensor | None = None
 
-    def after(self, keep: Keep) -> Visual:
+    def after(self, keep: Keep, lineage: Lineage | None = None) -> Visual:
+        """What a decision leaves; `lineage` if it is known already."""
         index = keep.index.to(self.line.device)
         return replace(
             self,
@@ -44,7 +45,7 @@ class Visual:
             line=self.line[index],
             column=self.column[index],
             image=self.image[index],
-            lineage=self.lineage.advance(keep, self.image),
+            lineage=self.lineage.advance(keep, self.image) if lineage is None else lineage,
             segment=None if self.segment is None else self.segment[index],
             closes=None if self.closes is None else self.closes[index],
         )

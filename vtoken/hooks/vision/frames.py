@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from vtoken.hooks.state.live_tokens import check, trace_of
-from vtoken.hooks.state.run import Clock, Layout, Lineage
+from vtoken.hooks.state.decide import decide
+from vtoken.hooks.state.run import Layout, Lineage
 from vtoken.hooks.state.trace import StageTrace
-from vtoken.stages import Keep, Stage, VisualTokens, offsets_of
+from vtoken.stages import Keep, Stage, VisualTokens, image_of, offsets_of
 
 SIDE = 16  # of a thumbnail
 T = TypeVar("T")
@@ -31,12 +32,12 @@ class Chosen:
     Attributes:
         frames: per video, how many there were.
         index: [ΣK] rows of all frames of the call that stay, ascending.
-        steps: per stage, the frames of each video that stayed, ascending, and the time it took.
+        steps: per stage its entry of the trace, counted in frames of each video.
     """
 
     frames: tuple[int, ...]
     index: Tensor
-    steps: list[tuple[Stage, list[Tensor], Clock]] = field(default_factory=list)
+    steps: list[StageTrace] = field(default_factory=list)
 
 
 def choose(stages: Sequence[Stage], x: Tensor, frames: Sequence[int], spared: Sequence[bool] = ()) -> Chosen:
@@ -45,24 +46,32 @@ def choose(stages: Sequence[Stage], x: Tensor, frames: Sequence[int], spared: Se
     Raises:
         ValueError: a stage left a video without frames, or merged some.
     """
-    place = torch.cat([torch.arange(n, device=x.device) for n in frames])
-    index, lengths = torch.arange(len(place), device=x.device), tuple(frames)
+    lineage = Lineage(tuple(frames), torch.cat([torch.arange(n, device=x.device) for n in frames]), tuple(frames))
+    index, lengths = torch.arange(len(lineage.place), device=x.device), tuple(frames)
     parts, steps = [((n, 1, 1),) for n in frames], []
     for stage in stages:
-        tokens = VisualTokens.pack(x[index], lengths, parts, range(len(parts)), place[index])
-        with Clock(x.device) as clock:
-            keep = stage.select(tokens)
-        check(stage, keep, lengths)
-        if keep.into is not None or 0 in keep.lengths:
-            raise ValueError(
-                f"stage {stage.name} {'merged frames' if 0 not in keep.lengths else 'dropped every frame of a video'}: a stage of site "
-                "frames must choose at least one frame of every video, and can merge none"
-            )
-        if spared:
-            keep = keep.sparing(lengths, spared)
-        index, lengths = index[keep.index.to(index.device)], keep.lengths
-        steps.append((stage, list(place[index].split(lengths)), clock))
+        tokens = VisualTokens.pack(x[index], lengths, parts, range(len(parts)), lineage.place)
+        found = decide(
+            stage, tokens, lineage, image_of(lengths, x.device), spared=spared, amend=partial(chooses, stage)
+        )
+        lineage, lengths = found.lineage, found.keep.lengths
+        index = index[found.keep.index.to(index.device)]
+        steps.append(found.trace)
     return Chosen(tuple(frames), index, steps)
+
+
+def chooses(stage: Stage, keep: Keep) -> Keep:
+    """The decision, if it is one about frames.
+
+    Raises:
+        ValueError: names the stage.
+    """
+    if keep.into is not None or 0 in keep.lengths:
+        raise ValueError(
+            f"stage {stage.name} {'merged frames' if 0 not in keep.lengths else 'dropped every frame of a video'}: a stage of site "
+            "frames must choose at least one frame of every video, and can merge none"
+        )
+    return keep
 
 
 def thumbnails(frames: Tensor) -> Tensor:
@@ -95,27 +104,38 @@ def shorten(tower: Any, chosen: Chosen, unit: int) -> None:
     token = torch.arange(len(tower.image), device=device)
     start = offsets_of(chosen.frames, device)[:-1]
     frame = tower.lineage.place // torch.tensor(each, device=device)[tower.image] + start[tower.image]
-    for stage, places, clock in chosen.steps:
+    for step in chosen.steps:
         before = tower.lineage.lengths
-        kept = torch.cat([p.to(device) + s for p, s in zip(places, start, strict=True)])
-        lengths = tuple(len(p) * n for p, n in zip(places, each, strict=True))
+        kept = torch.cat([p.to(device) + s for p, s in zip(step.kept, start, strict=True)])
+        lengths = tuple(len(p) * n for p, n in zip(step.kept, each, strict=True))
         keep = Keep(torch.isin(frame[token], kept).nonzero()[:, 0], lengths)
         tower.lineage = tower.lineage.advance(keep, tower.image[token])
         token = token[keep.index]
-        tower.traces.append(traced(trace_of(stage, before, tower.lineage, clock, None), places, unit, lengths))
+        tower.traces.append(traced(step, before, tower.lineage.kept(), unit, lengths))
     tower.live = token[tower.slot[token].argsort()]
 
 
-def traced(trace: StageTrace, places: Sequence[Tensor], unit: int, tokens: Sequence[int]) -> StageTrace:
-    """With the frames that stayed, and the patches (`unit` to a token) that the tower sees of them."""
-    return replace(trace, frames=[p.tolist() for p in places], patches=[n * unit for n in tokens])
+def traced(
+    step: StageTrace, before: Sequence[int], kept: Sequence[Tensor], unit: int, tokens: Sequence[int]
+) -> StageTrace:
+    """An entry counted in frames, told in tokens: how many there were, and which are left; with the patches (`unit` to each of `tokens`) that
+    the tower sees of every video."""
+    return replace(
+        step,
+        tokens_in=list(before),
+        tokens_out=[len(k) for k in kept],
+        kept=list(kept),
+        frames=[p.tolist() for p in step.kept],
+        patches=[n * unit for n in tokens],
+    )
 
 
 def untouched(stages: Sequence[Stage], crops: Sequence[int], full: int) -> list[StageTrace]:
     """Traces where there is nothing to choose: images, whose crops (so many each, of `full` patches) are no frames."""
     counts, kept = [full] * sum(crops), [torch.arange(full)] * sum(crops)
-    traces = [StageTrace(s.name, s.site, counts, counts, kept) for s in stages]
-    return [traced(trace, [torch.arange(1)] * len(crops), 1, [n * full for n in crops]) for trace in traces]
+    whole = [torch.arange(1)] * len(crops)
+    steps = [StageTrace(s.name, s.site, [], [], whole) for s in stages]
+    return [traced(step, counts, kept, 1, [n * full for n in crops]) for step in steps]
 
 
 def lift(tower: Any, chosen: Chosen) -> None:
@@ -142,12 +162,11 @@ def lift(tower: Any, chosen: Chosen) -> None:
     ]
     starts = offsets_of(chosen.frames, torch.device("cpu")).tolist()
     tower.traces, alive = [], set(range(many))
-    for stage, places, clock in chosen.steps:
-        left = {start + p for start, place in zip(starts, places, strict=False) for p in place.tolist()}
+    for step in chosen.steps:
+        left = {start + p for start, place in zip(starts, step.kept, strict=False) for p in place.tolist()}
         before, after = ([full * (frame in some) for frame in range(many)] for some in (alive, left))
         kept = [torch.arange(n) for n in after]
-        trace = StageTrace(stage.name, stage.site, before, after, kept, clock=clock.milliseconds)
-        tower.traces.append(traced(trace, places, 1, [len(p) * full for p in places]))
+        tower.traces.append(traced(step, before, kept, 1, [len(p) * full for p in step.kept]))
         alive = left
     tower.traces += later
     rows = chosen.index.to(tower.rows.device)

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtoken.hooks.state.checkpointing import check_replay
+from vtoken.hooks.state.decide import decide
 from vtoken.hooks.state.fact_tables import PROJECTIONS, substituted
-from vtoken.hooks.state.forward_state import check_replay
 from vtoken.hooks.state.handle import Handle
-from vtoken.hooks.state.live_tokens import aside_of, check, trace_of
-from vtoken.hooks.state.run import Clock, Lineage, Run
+from vtoken.hooks.state.live_tokens import aside_of
+from vtoken.hooks.state.run import Lineage, Run
 from vtoken.hooks.state.trace import StageTrace
 from vtoken.hooks.vision import encoder_facts as facts
 from vtoken.hooks.vision import frames
@@ -220,7 +221,7 @@ class EncoderHooks:
             return hidden
         device, crops, cls = hidden.device, len(tower.lengths), self.encoder.cls
         rows, place = tower.rows, tower.place
-        found = {f: tower.facts[self._served(f, layer)][rows, place] for f in stage.needs()}
+        known = {f: tower.facts[self._served(f, layer)][rows, place] for f in stage.needs()}
         memory = tower.memory.setdefault(id(stage), {})
         x = hidden[rows.to(device), tower.columns.to(device)]
         tokens = VisualTokens.pack(
@@ -229,23 +230,19 @@ class EncoderHooks:
             self.parts(crops),
             tuple(range(crops)),
             place.to(device),
-            facts=found,
+            facts=known,
             layer=layer,
             memory=memory,
             size=tower.lineage.size(),
             lead=int(cls),
         )
-        with Clock(device) as clock:
-            keep = stage.select(tokens)
-        check(stage, keep, tower.lengths)
-        if tower.spared:
-            keep = keep.sparing(tower.lengths, tower.spared)
-        before, lengths = tower.lengths, keep.lengths
-        tower.lineage = tower.lineage.advance(keep, rows)
         given = substituted(stage, self.adapter.substitutes)
-        tower.traces.append(trace_of(stage, before, tower.lineage, clock, layer, given))
-        if before == lengths and keep.into is None:
+        found = decide(stage, tokens, tower.lineage, rows, spared=tower.spared, substitutes=given)
+        tower.lineage = found.lineage
+        tower.traces.append(found.trace)
+        if found.untouched:
             return hidden
+        keep, lengths = found.keep, found.keep.lengths
         width = max(lengths)
         short = hidden.new_zeros(crops, width + cls, hidden.shape[2])
         if cls:

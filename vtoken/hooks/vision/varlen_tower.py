@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from vtoken.errors import UnsupportedError
+from vtoken.hooks.state.checkpointing import check_replay
+from vtoken.hooks.state.decide import decide, leaves_some
 from vtoken.hooks.state.fact_tables import GLOBAL, PROJECTIONS, substituted
-from vtoken.hooks.state.forward_state import check_replay
 from vtoken.hooks.state.handle import Handle
-from vtoken.hooks.state.live_tokens import aside_of, check, trace_of
-from vtoken.hooks.state.run import Clock, Layout, Lineage, Run, segments
+from vtoken.hooks.state.live_tokens import aside_of
+from vtoken.hooks.state.run import Layout, Lineage, Run, segments
 from vtoken.hooks.state.trace import StageTrace
 from vtoken.hooks.vision import encoder_facts as facts
 from vtoken.hooks.vision import frames
@@ -237,20 +238,21 @@ class PackedHooks:
             layer=layer,
             memory=tower.memory.setdefault(id(stage), {}),
         )
-        with Clock(device) as clock:
-            keep = stage.select(tokens)
-        check(stage, keep, before)
-        if tower.spared:
-            keep = keep.sparing(before, tower.spared)
-        if not len(keep.index):
-            raise ValueError(
-                f"stage {stage.name} dropped every visual token inside the vision tower, which needs at least one"
-            )
-        tower.lineage = tower.lineage.advance(keep, tower.image[token])
         given = substituted(stage, self.adapter.substitutes)
-        tower.traces.append(trace_of(stage, before, tower.lineage, clock, layer, given))
-        if before == keep.lengths and keep.into is None:
+        found = decide(
+            stage,
+            tokens,
+            tower.lineage,
+            tower.image[token],
+            spared=tower.spared,
+            amend=partial(leaves_some, stage),
+            substitutes=given,
+        )
+        tower.lineage = found.lineage
+        tower.traces.append(found.trace)
+        if found.untouched:
             return hidden
+        keep = found.keep
         token = token[keep.index.to(token.device)]
         back = tower.slot[token].argsort()
         tower.live, tower.rotary, tower.bounds = token[back], None, {}

@@ -1,0 +1,72 @@
+"""The one decision protocol: a stage chooses, and what it chose is timed, checked and told, wherever it acts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vtoken.hooks.state.live_tokens import check, trace_of
+from vtoken.hooks.state.run import Clock, Lineage
+from vtoken.hooks.state.trace import StageTrace
+from vtoken.stages import Keep, Stage, VisualTokens
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided, what then has become of every token, and the entry of the trace."""
+
+    keep: Keep
+    lineage: Lineage
+    trace: StageTrace
+    untouched: bool
+
+
+def decide(
+    stage: Stage,
+    tokens: VisualTokens,
+    lineage: Lineage,
+    image: Tensor,
+    *,
+    spared: Sequence[bool] = (),
+    amend: Callable[[Keep], Keep] | None = None,
+    substitutes: Mapping[str, str] | None = None,
+) -> Decision:
+    """Lets a stage choose among the live tokens.
+
+    Args:
+        lineage: what became of all tokens so far; image: [ΣN] image of each live one.
+        spared: per image, whether it keeps all its tokens; empty when none does. It decides all the same, so that facts and budgets need
+            no cutting.
+        amend: what has to hold of every decision here.
+        substitutes: facts that stood in for others.
+
+    Raises:
+        ValueError: the decision does not fit its tokens.
+    """
+    with Clock(tokens.x.device) as clock:
+        keep = stage.select(tokens)
+    check(stage, keep, tokens.lengths)
+    if any(spared):
+        keep = keep.sparing(tokens.lengths, spared)
+    if amend is not None:
+        keep = amend(keep)
+    untouched = keep.into is None and keep.lengths == tuple(tokens.lengths)
+    if not untouched:
+        lineage = lineage.advance(keep, image)
+    entry = trace_of(stage, tokens.lengths, lineage, clock, tokens.layer, dict(substitutes or {}))
+    return Decision(keep, lineage, entry, untouched)
+
+
+def leaves_some(stage: Stage, keep: Keep) -> Keep:
+    """The decision, if it leaves anything.
+
+    Raises:
+        ValueError: names the stage.
+    """
+    if not len(keep.index):
+        raise ValueError(
+            f"stage {stage.name} dropped every visual token inside the vision tower, which needs at least one"
+        )
+    return keep
