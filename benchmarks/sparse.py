@@ -35,7 +35,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vtoken import kernels, registry
-from vtoken.compressors._seer import save
+from vtoken.compressors.attention._seer import save
 from vtoken.kernels import block_sparse_attention
 from vtoken.stages.attention import Prompt, Reads, Rope, SparseAttention, causal
 

@@ -12,8 +12,8 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from vtoken.compressors import _seer
-from vtoken.compressors._gates import save
+from vtoken.compressors.attention import _seer
+from vtoken.compressors.decoder._gates import save
 
 _FOLDER = TemporaryDirectory()
 atexit.register(_FOLDER.cleanup)

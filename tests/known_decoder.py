@@ -57,7 +57,7 @@ def sparsevlm():
     the_raters()
     the_counts()
     the_recycled()
-    from vtoken.pruners.sparsevlm import peaks
+    from vtoken.pruners.decoder.sparsevlm import peaks
 
     centre, member = peaks(torch.tensor([0.0, 0, 0, 10, 10.5])[:, None], 2)
     assert centre.tolist() == [0, 3] and member.tolist() == [0, 0, 0, 1, 1], "of equals one is the centre"
@@ -74,7 +74,7 @@ def the_raters():
 
 def the_counts():
     """Published cuts leave 300, 200 and 110 tokens of 576 and recycle into 9, 4 and 3 more."""
-    from vtoken.pruners.sparsevlm import pooled, recycled
+    from vtoken.pruners.decoder.sparsevlm import pooled, recycled
 
     n = 576
     for kept, clusters in ((300, 9), (200, 4), (110, 3)):

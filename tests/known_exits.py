@@ -12,7 +12,7 @@ from packing import tokens
 from pydantic import ValidationError
 
 from vtoken import registry
-from vtoken.compressors._gates import header, save
+from vtoken.compressors.decoder._gates import header, save
 
 GRIDS = ((1, 1, 2), (1, 1, 1), (1, 1, 3), (1, 1, 1))
 

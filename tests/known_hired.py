@@ -11,7 +11,7 @@ from packing import tokens
 from pydantic import ValidationError
 
 from vtoken import registry
-from vtoken.pruners.hired import share
+from vtoken.pruners.tokens.hired import share
 from vtoken.stages import Fact
 
 

@@ -8,7 +8,7 @@ import torch
 from packing import tokens
 
 from vtoken import registry
-from vtoken.pruners.vmtc import condense, k_means
+from vtoken.pruners.tokens.vmtc import condense, k_means
 from vtoken.stages import Fact
 
 CROPS = ((1, 2, 2), (1, 2, 4))  # two crops of 2 x 2 side by side, and the whole

@@ -26,7 +26,7 @@ def proxyattn():
         s = stage("proxyattn", proxies=proxies, stride=stride, size=size, gamma=gamma, min_budget=least, by_row=by_row)
         found, scores = s.reads(p).blocks, s.scores(p.q, p.k, p.scale)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("vtoken.compressors.proxyattn.CHUNK", 5000)
+            patch.setattr("vtoken.compressors.attention.proxyattn.CHUNK", 5000)
             torch.testing.assert_close(s.scores(p.q, p.k, p.scale), scores)
         groups = [proxy(p, g, proxies, stride, size) for g in range(proxies)]
         for score, want in zip(scores.tolist(), groups, strict=True):

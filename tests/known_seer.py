@@ -12,7 +12,7 @@ from known_sparse import heads_of, prompt, stage
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from vtoken.compressors._seer import chosen
+from vtoken.compressors.attention._seer import chosen
 
 
 def seerattention():

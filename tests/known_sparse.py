@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vtoken import registry
-from vtoken.compressors._singles import listed
+from vtoken.compressors.attention._singles import listed
 from vtoken.stages.attention import Prompt, Rope
 
 NO_IMAGES = torch.full((4096,), -1)
@@ -200,7 +200,7 @@ def video(n, frames, rows, width, gap, before, seed=0, heads=(4, 2)):
 
 
 def mminference():
-    from vtoken.compressors import _mminference as parts
+    from vtoken.compressors.attention import _mminference as parts
 
     clip = video(900, 80, 2, 4, 2, 5)
     assert parts.strides(clip, "frame") == 10 and parts.strides(clip, "row") is None, "rows of 4, then 6 with the gap"
@@ -272,7 +272,7 @@ def the_slashes():
     s = stage("mminference", pattern="vertical_slash_1024", vertical=40)
     found = s.reads(p)
     assert float(found.density()) == pytest.approx(1.0), "1024 distances are all of 500 tokens"
-    from vtoken.compressors import _mminference as parts
+    from vtoken.compressors.attention import _mminference as parts
 
     for h, q, k in heads_of(p):
         columns, distances = parts.index(p.q[h : h + 1], p.k[h // 2][None], p.scale, 40, 130)
@@ -290,7 +290,7 @@ def the_slashes():
 
 def the_modalities():
     """200 text, 300 image, 150 text tokens: image queries read what the last 64 image tokens say, up to block borders."""
-    from vtoken.compressors import _mminference as parts
+    from vtoken.compressors.attention import _mminference as parts
 
     p = prompt(650, seed=6)
     image = torch.full((650,), -1)

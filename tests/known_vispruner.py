@@ -7,7 +7,7 @@ from known_divprune import on_circle, unit
 from packing import tokens
 
 from vtoken import registry
-from vtoken.pruners.holov import shares
+from vtoken.pruners.tokens.holov import shares
 
 
 def thinned(features, attention, k, important):

@@ -9,7 +9,7 @@ import torch
 from known_sparse import heads_of, list_of, prompt, seen_by, stage
 
 from vtoken import registry
-from vtoken.compressors import _mminference as parts
+from vtoken.compressors.attention import _mminference as parts
 from vtoken.evals.calibrate import mminference as search
 from vtoken.stages.attention import Prompt
 

@@ -16,9 +16,9 @@ from test_families import rows_for
 from test_family_turns import conversation, second
 
 import vtoken
-from vtoken.compressors.lookm import LookM
-from vtoken.compressors.snapkv import SnapKV
-from vtoken.compressors.zipvl_cache import ZipVLCache
+from vtoken.compressors.cache.lookm import LookM
+from vtoken.compressors.cache.snapkv import SnapKV
+from vtoken.compressors.cache.zipvl_cache import ZipVLCache
 from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.stages.cache import Hold, Ready
 

@@ -14,7 +14,7 @@ from PIL import Image
 import vtoken
 from vtoken import config
 from vtoken.cli import main
-from vtoken.compressors.attention_exit import AttentionExit
+from vtoken.compressors.decoder.attention_exit import AttentionExit
 from vtoken.errors import VtokenError
 from vtoken.evals import calibrate, reference, samples
 from vtoken.evals.calibrate import _attention as search

@@ -11,7 +11,7 @@ from known_sparse import heads_of, prompt
 
 import vtoken
 from vtoken.cli import main
-from vtoken.compressors._seer import header, logits, matrices, pooled
+from vtoken.compressors.attention._seer import header, logits, matrices, pooled
 from vtoken.evals import reference, samples, seer
 
 

@@ -11,7 +11,7 @@ from probes import Deep, Inside, Ragged
 from usual import stage
 
 import vtoken
-from vtoken.compressors.zipvl_cache import ZipVLCache
+from vtoken.compressors.cache.zipvl_cache import ZipVLCache
 
 PIPELINES = {
     "fastv": [{"fastv": {"keep": 3, "layer": 2}}],

@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 import pytest
 
 from vtoken import config, registry
-from vtoken.compressors.pool import Pool
+from vtoken.compressors.tokens.pool import Pool
 from vtoken.config import Pipeline
 from vtoken.config.schema import schema as pipeline_schema
 from vtoken.config.yaml_source import parse
 from vtoken.errors import ConfigError
-from vtoken.pruners.fastervlm import FasterVLM
-from vtoken.pruners.random import Random
+from vtoken.pruners.tokens.fastervlm import FasterVLM
+from vtoken.pruners.tokens.random import Random
 from vtoken.stages import Pruner, Site
 from vtoken.stages.budget import Budget
 

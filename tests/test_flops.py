@@ -13,13 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
 from vtoken import trace, wrapped
-from vtoken.compressors.snapkv import SnapKV
+from vtoken.compressors.cache.snapkv import SnapKV
 from vtoken.config import load
 from vtoken.errors import UnsupportedError
 from vtoken.evals.flops import LEFT_OUT, account
 from vtoken.hooks.state.pruned_cache import cache_bytes
-from vtoken.pruners.fastervlm import FasterVLM
-from vtoken.pruners.uniform import Uniform
+from vtoken.pruners.tokens.fastervlm import FasterVLM
+from vtoken.pruners.tokens.uniform import Uniform
 from vtoken.stages import Fact, Pruner, Site, Stage
 from vtoken.stages.budget import Budget
 

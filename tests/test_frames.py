@@ -19,9 +19,9 @@ from vtoken.errors import UnsupportedError
 from vtoken.evals.flops import account
 from vtoken.hooks.state.run import Layout
 from vtoken.hooks.vision import frames
-from vtoken.pruners.frames_changed import FramesChanged
-from vtoken.pruners.frames_farthest import FramesFarthest
-from vtoken.pruners.frames_uniform import FramesUniform
+from vtoken.pruners.frames.frames_changed import FramesChanged
+from vtoken.pruners.frames.frames_farthest import FramesFarthest
+from vtoken.pruners.frames.frames_uniform import FramesUniform
 from vtoken.stages import Compressor, Keep, Site, VisualTokens
 
 families = pytest.mark.parametrize("family", tiny.VIDEO)

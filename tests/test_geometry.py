@@ -16,8 +16,8 @@ from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals.flops import account
 from vtoken.evals.geometry import geometry
 from vtoken.evals.geometry.qwen import patch_grid, windows_of
-from vtoken.pruners.fastervlm import FasterVLM
-from vtoken.pruners.uniform import Uniform
+from vtoken.pruners.tokens.fastervlm import FasterVLM
+from vtoken.pruners.tokens.uniform import Uniform
 from vtoken.stages import Fact, Pruner, Site, VisualTokens, size_of
 from vtoken.stages.budget import Budget
 

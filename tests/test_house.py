@@ -21,7 +21,7 @@ from vtoken.cli import main
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "vtoken"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-METHODS = [f for folder in registry.FOLDERS.values() for f in sorted((PACKAGE / folder).glob("*.py"))]
+METHODS = [f for folder in registry.FOLDERS.values() for f in sorted((PACKAGE / folder).rglob("*.py"))]
 
 # Layer -> the layers of vtoken it may import. Nothing points upwards.
 LOWER = {"stages", "kernels", "hooks", "adapters", "config", "errors", "registry"}

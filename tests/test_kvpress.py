@@ -12,8 +12,8 @@ from modes import alone, families, greedy
 from test_cache_stages import FULL, ROWS
 
 import vtoken
-from vtoken.compressors.kvpress import KVPress
-from vtoken.compressors.snapkv import SnapKV
+from vtoken.compressors.cache.kvpress import KVPress
+from vtoken.compressors.cache.snapkv import SnapKV
 from vtoken.errors import UnsupportedError
 
 try:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import vtoken
-from vtoken.compressors.lookm import LookM
+from vtoken.compressors.cache.lookm import LookM
 
 IMPORTANT, RECENT, NEW = 9, 3, 4
 FIRST = [[3, "img", 5], [1, "img", 2, "img", 7]]

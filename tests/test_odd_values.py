@@ -16,7 +16,7 @@ from vtoken import cli, config, registry
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError
 from vtoken.evals.strict import Strict
-from vtoken.pruners.random import Random
+from vtoken.pruners.tokens.random import Random
 from vtoken.stages.budget import Budget
 
 HUGE = [float("nan"), float("inf"), -float("inf")]

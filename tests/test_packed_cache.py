@@ -13,7 +13,7 @@ from test_bits import rounded
 from test_family_turns import conversation, second
 
 import vtoken
-from vtoken.compressors.zipvl_cache import ZipVLCache
+from vtoken.compressors.cache.zipvl_cache import ZipVLCache
 from vtoken.hooks.state.quantized_layer import PackedLayer, Plain
 from vtoken.stages.cache import Ready
 

@@ -66,9 +66,11 @@ def test_names_come_from_file_names() -> None:
     files = {"pruner": "pruners", "compressor": "compressors"}
     root = Path(vtoken.__file__).parent
     for kind, folder in files.items():
-        expected = sorted(f.stem for f in (root / folder).glob("*.py") if not f.stem.startswith("_"))
-        assert vtoken.available(kind) == expected  # type: ignore[call-overload]
-        assert all(registry.stage(name).name == name and registry.stage(name).kind == kind for name in expected)
+        expected = {f.stem: f.parent.name for f in (root / folder).glob("*/*.py") if not f.stem.startswith("_")}
+        assert vtoken.available(kind) == sorted(expected)  # type: ignore[call-overload]
+        for name, site in expected.items():
+            cls = registry.stage(name)
+            assert (cls.name, cls.kind, cls.site) == (name, kind, site), "the folder says kind and site"
     assert vtoken.available("preset") == sorted(f.stem for f in (root / "presets").iterdir())
     assert "llava" in vtoken.available("adapter") and "base" not in vtoken.available("adapter")
     assert vtoken.available() == {kind: vtoken.available(kind) for kind in registry.KINDS}  # type: ignore[call-overload]
@@ -112,7 +114,7 @@ def test_a_stage_of_another_package(install: Install, target: str, tmp_path: Pat
 def test_a_stage_that_takes_a_taken_name(install: Install) -> None:
     install("acme_clash", MIDDLE, "[vtoken.stages]\nrandom = acme_clash:Middle\n")
     message = refusal(registry.stage, "random")
-    assert "vtoken itself (vtoken.pruners.random)" in message and "acme_clash 1.2 (acme_clash:Middle)" in message
+    assert "vtoken itself (vtoken.pruners.tokens.random)" in message and "acme_clash 1.2 (acme_clash:Middle)" in message
     assert registry.stage("uniform").name == "uniform"
     assert registry.stages().count("random") == 1 and vtoken.available("pruner").count("random") == 1
     assert "random" in registry.catalogue()[1] and "random" not in registry.catalogue()[0]

@@ -14,7 +14,7 @@ from test_sparse import OPTIONS, long
 
 import vtoken
 from vtoken import config
-from vtoken.compressors import _seer
+from vtoken.compressors.attention import _seer
 from vtoken.errors import ConfigError, OtherModelError, UnsupportedError
 from vtoken.stages.attention import Reads, SparseAttention, everything
 

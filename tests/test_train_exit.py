@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 import vtoken
 from vtoken import config
 from vtoken.cli import main
-from vtoken.compressors._gates import header, question
+from vtoken.compressors.decoder._gates import header, question
 from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals import exits, reference, samples
 from vtoken.evals.calibrate import vtw

@@ -7,7 +7,7 @@ import torch
 from known_sparse import prompt, stage
 from torch.utils.flop_counter import FlopCounterMode
 
-from vtoken.compressors import xattention
+from vtoken.compressors.attention import xattention
 
 
 def at_once(q, k, scale, size, stride):

@@ -10,7 +10,7 @@ from test_families import rows_for
 
 import vtoken
 from vtoken.compressors._zipvl import quantised
-from vtoken.compressors.zipvl import ZipVL
+from vtoken.compressors.attention.zipvl import ZipVL
 from vtoken.errors import UnsupportedError
 
 OPTIONS = {"return_dict_in_generate": True, "output_logits": True}

@@ -50,7 +50,13 @@ def _listed(folder: str, changed: int) -> tuple[str, ...]:
 
 def _built_in() -> dict[str, str]:
     """Stage name -> the package its module lives in."""
-    return {name: f"vtoken.{folder}" for folder in FOLDERS.values() for name in _files(folder)}
+    return {name: place for folder in FOLDERS.values() for name, place in _methods(folder).items()}
+
+
+def _methods(folder: str) -> dict[str, str]:
+    """Stage name -> package, of one kind: a folder per site."""
+    sites = [site for site in _files(folder) if (ROOT / folder / site).is_dir()]
+    return {name: f"vtoken.{folder}.{site}" for site in sites for name in _files(f"{folder}/{site}")}
 
 
 def _foreign(group: str) -> dict[str, list[EntryPoint]]:
@@ -227,7 +233,7 @@ def available(kind: str | None = None) -> dict[str, list[str]] | list[str]:
         return adapters()
     if kind not in FOLDERS:
         raise ConfigError(unknown("kind", kind, KINDS))
-    names = _files(FOLDERS[kind])
+    names = list(_methods(FOLDERS[kind]))
     for name in _foreign("vtoken.stages"):
         try:
             names += [name] if stage(name).kind == kind and name not in names else []

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from vtoken.compressors._gates import save
+    from vtoken.compressors.decoder._gates import save
     from vtoken.evals import exits, samples
 
     for name in ("hidden", "epochs", "batch", "rate"):

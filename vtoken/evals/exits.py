@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from vtoken.compressors._gates import Gate, logits, question
+from vtoken.compressors.decoder._gates import Gate, logits, question
 from vtoken.evals.samples import Sample, answer_of, continued, prepare
 from vtoken.evals.withdraw import Withdrawal
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vtoken.compressors._blocks import best
-from vtoken.compressors._seer import chosen, logits, pooled
+from vtoken.compressors.attention._blocks import best
+from vtoken.compressors.attention._seer import chosen, logits, pooled
 from vtoken.errors import ConfigError
 from vtoken.evals.samples import Sample, prepare
 from vtoken.session import wrapped

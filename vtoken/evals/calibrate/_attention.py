@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtoken.compressors._exits import asked
-from vtoken.compressors.attention_exit import AttentionExit
+from vtoken.compressors.decoder._exits import asked
+from vtoken.compressors.decoder.attention_exit import AttentionExit
 from vtoken.errors import VtokenError
 from vtoken.evals.samples import Sample, answer_of, continued, prepare
 from vtoken.evals.withdraw import Withdrawal

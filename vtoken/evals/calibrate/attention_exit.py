@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from vtoken.compressors.attention_exit import AttentionExit
+from vtoken.compressors.decoder.attention_exit import AttentionExit
 from vtoken.errors import ConfigError
 from vtoken.evals.calibrate._attention import Point, search, see
 from vtoken.evals.calibrate._report import add_json, add_out, check_out, tell_pipeline

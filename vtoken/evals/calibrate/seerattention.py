@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vtoken.compressors._seer import SIZES, save
+from vtoken.compressors.attention._seer import SIZES, save
 from vtoken.errors import ConfigError
 from vtoken.evals.calibrate._report import add_json, check_out, tell
 from vtoken.evals.options import number
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from vtoken.compressors.seerattention import SeerAttention
+    from vtoken.compressors.attention.seerattention import SeerAttention
     from vtoken.evals import exits, seer
 
     for name in ("steps", "batch", "rate"):

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, field_validator
 
 from vtoken.compressors._files import Weights
-from vtoken.compressors._seer import Header, chosen, header, logits, matrices, pooled, read
+from vtoken.compressors.attention._seer import Header, chosen, header, logits, matrices, pooled, read
 from vtoken.stages.attention import Prompt, Reads, SparseAttention
 
 

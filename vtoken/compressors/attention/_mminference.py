@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vtoken.compressors._blocks import best, per_head
-from vtoken.compressors._singles import listed
+from vtoken.compressors.attention._blocks import best, per_head
+from vtoken.compressors.attention._singles import listed
 from vtoken.kernels import probe_sums
 from vtoken.stages import uploaded
 from vtoken.stages.attention import Prompt

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from vtoken.kernels import flow_scores, topk_tokens
-from vtoken.pruners._flowcut import cumulated, losses, share, targets
+from vtoken.pruners.encoder._flowcut import cumulated, losses, share, targets
 from vtoken.stages import Fact, Keep, Parts, Pruner, Site, VisualTokens, keep_all, offsets_of
 from vtoken.stages.budget import Budget
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtoken.pruners._frames import FramePruner, products, unit
+from vtoken.pruners.frames._frames import FramePruner, products, unit
 from vtoken.stages import Keep, VisualTokens, keep_all, offsets_of
 
 

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vtoken.compressors._blocks import cover, per_head
+from vtoken.compressors.attention._blocks import cover, per_head
 from vtoken.stages.attention import Prompt, Reads, SparseAttention
 
 CHUNK = 1 << 26  # scores held at once

@@ -10,7 +10,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from vtoken.kernels import topk_tokens
-from vtoken.pruners._video import counts_of_videos, whole_videos
+from vtoken.pruners.tokens._video import counts_of_videos, whole_videos
 from vtoken.stages import Keep, Parts, Pruner, VisualTokens, image_of, keep_all, size_of
 
 NEW = 255.0  # above any dissimilarity, which is at most 2

@@ -11,9 +11,9 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from vtoken.compressors._cells import cells_in, pooled
-from vtoken.compressors._exits import asked, last_of
 from vtoken.compressors._files import Weights
-from vtoken.compressors._routers import Router, chances, routers
+from vtoken.compressors.decoder._exits import asked, last_of
+from vtoken.compressors.decoder._routers import Router, chances, routers
 from vtoken.stages import Compressor, Fact, Fused, Keep, Parts, Site, VisualTokens, image_of, keep_all
 
 

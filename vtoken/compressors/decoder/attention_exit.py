@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vtoken.compressors._exits import asked, behind_all, leave, mass
+from vtoken.compressors.decoder._exits import asked, behind_all, leave, mass
 from vtoken.kernels import topk_tokens
 from vtoken.stages import Compressor, Fact, Keep, Site, VisualTokens
 

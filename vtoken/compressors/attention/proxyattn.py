@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vtoken.compressors._blocks import block_sum, cover, ranks
+from vtoken.compressors.attention._blocks import block_sum, cover, ranks
 from vtoken.stages.attention import Prompt, Reads, SparseAttention, causal, everything
 from vtoken.stages.query_attention import shared
 

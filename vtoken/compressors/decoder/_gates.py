@@ -17,7 +17,7 @@ from torch.nn.functional import gelu, linear
 from vtoken.compressors._files import count, existing, expect, opened
 
 FORMAT = "vtoken dyvte 1"
-SHIPPED = Path(__file__).parents[1] / "evals" / "reference"
+SHIPPED = Path(__file__).parents[2] / "evals" / "reference"
 Gate = tuple[Tensor, Tensor]
 
 

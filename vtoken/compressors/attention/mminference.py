@@ -10,9 +10,9 @@ import torch
 from pydantic import Field
 from torch.nn.functional import pad
 
-from vtoken.compressors._blocks import per_head
-from vtoken.compressors._mminference import SIZE, Lists, bands, by_modality, grid, index, list_of_each, window
-from vtoken.compressors._singles import listed
+from vtoken.compressors.attention._blocks import per_head
+from vtoken.compressors.attention._mminference import SIZE, Lists, bands, by_modality, grid, index, list_of_each, window
+from vtoken.compressors.attention._singles import listed
 from vtoken.stages import uploaded
 from vtoken.stages.attention import Prompt, Reads, SparseAttention, everything
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from vtoken.pruners._frames import products, unit
+from vtoken.pruners.frames._frames import products, unit
 from vtoken.stages import Keep, Parts, Site, Stage, VisualTokens, keep_all
 
 

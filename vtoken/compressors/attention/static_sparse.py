@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from vtoken.compressors import _duo
+from vtoken.compressors.attention import _duo
 from vtoken.stages import uploaded
 from vtoken.stages.attention import Prompt, Reads, SparseAttention, causal, everything
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from vtoken.compressors._blocks import best, block_mean, block_sum, cover
+from vtoken.compressors.attention._blocks import best, block_mean, block_sum, cover
 from vtoken.kernels import pooled_scores
 from vtoken.stages.attention import Prompt, Reads, SparseAttention, everything
 from vtoken.stages.query_attention import shared

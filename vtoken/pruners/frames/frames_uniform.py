@@ -6,8 +6,8 @@ from typing import ClassVar
 
 import torch
 
-from vtoken.pruners._frames import FramePruner
-from vtoken.pruners.uniform import centres
+from vtoken.pruners.frames._frames import FramePruner
+from vtoken.pruners.tokens.uniform import centres
 from vtoken.stages import Keep, VisualTokens, keep_all, offsets_of
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from vtoken.compressors._exits import asked, behind_all, leave, mass
+from vtoken.compressors.decoder._exits import asked, behind_all, leave, mass
 from vtoken.stages import Compressor, Fact, Keep, Site, VisualTokens
 
 

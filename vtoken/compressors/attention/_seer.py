@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vtoken.compressors._blocks import best, block_mean, per_head
 from vtoken.compressors._files import count, existing, expect, opened, written
+from vtoken.compressors.attention._blocks import best, block_mean, per_head
 from vtoken.stages.attention import Prompt, Rope, causal
 
 FORMAT = "vtoken seerattention 1"

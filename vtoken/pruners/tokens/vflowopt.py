@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from vtoken.kernels import topk_tokens
-from vtoken.pruners._vflowopt import cells_of, recycle
+from vtoken.pruners.tokens._vflowopt import cells_of, recycle
 from vtoken.stages import Fact, Keep, Pruner, VisualTokens, image_of, keep_all, size_of
 
 Rgb = Annotated[tuple[float, float, float], Field(strict=False)]

@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from pydantic import Field, field_validator
 
-from vtoken.compressors._exits import asked, last_of, leave
 from vtoken.compressors._files import Weights
-from vtoken.compressors._gates import Header, header, logits, matrices, question, read
+from vtoken.compressors.decoder._exits import asked, last_of, leave
+from vtoken.compressors.decoder._gates import Header, header, logits, matrices, question, read
 from vtoken.stages import Compressor, Fact, Keep, Parts, Site, VisualTokens
 
 

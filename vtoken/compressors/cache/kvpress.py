@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from vtoken.compressors import _presses
+from vtoken.compressors.cache import _presses
 from vtoken.stages.cache import CachedLayer, CacheStage, Decision, Ready, hold_text
 
 

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vtoken.compressors._blocks import block_mean
-from vtoken.compressors._singles import fullest, listed
+from vtoken.compressors.attention._blocks import block_mean
+from vtoken.compressors.attention._singles import fullest, listed
 from vtoken.kernels import row_maxima
 from vtoken.stages.attention import Prompt, Reads, SparseAttention, causal, everything
 
