@@ -15,6 +15,7 @@ from test_presets import catch, ends, lmms_model
 import vtoken
 from vtoken import config, registry
 from vtoken.cli import main
+from vtoken.config.pipeline import KEYS
 from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals.lmms.plan import Sweep
 from vtoken.evals.strict import read
@@ -51,7 +52,7 @@ def test_policies_stand_behind_a_preset(name: str) -> None:
 
 def test_no_stage_calls_an_option_as_a_policy_is_called() -> None:
     stages, _ = registry.catalogue()
-    assert not {(name, key) for name, cls in stages.items() for key in config.KEYS if key in cls.model_fields}
+    assert not {(name, key) for name, cls in stages.items() for key in KEYS if key in cls.model_fields}
 
 
 @pytest.mark.parametrize(
