@@ -27,8 +27,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def definition(scores: Tensor, offsets: Tensor, counts: Sequence[int] | Tensor) -> Tensor:
-    """Two stable sorts, lesser key first. Synchronises only for counts on a device."""
+    """Two stable sorts, lesser key first; one for one image. Synchronises only for counts on a device."""
     wanted = _on_host(counts, offsets)
+    if len(wanted) == 1 and scores.is_floating_point():
+        return _of_one(scores, wanted[0])
     bounds = offsets.to(scores.device, torch.int64, non_blocking=True)
     image = torch.bucketize(torch.arange(len(scores), device=scores.device), bounds[1:], right=True)
     # One value for both zeros and every NaN: a radix sort would tell their bits apart.
@@ -39,6 +41,12 @@ def definition(scores: Tensor, offsets: Tensor, counts: Sequence[int] | Tensor) 
     owner = torch.repeat_interleave(kept, output_size=sum(wanted))
     first = bounds[:-1] - (kept.cumsum(0) - kept)
     return ranked[first[owner] + torch.arange(len(owner), device=scores.device)].sort().values
+
+
+def _of_one(scores: Tensor, k: int) -> Tensor:
+    """Of one image. An ascending sort of what is negated puts NaN last; 0 - x makes both zeros one."""
+    key = 0 - scores
+    return key.masked_fill(key.isnan(), torch.nan).sort(stable=True).indices[:k].sort().values
 
 
 if triton is not None:

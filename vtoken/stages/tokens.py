@@ -132,6 +132,8 @@ def offsets_of(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 def image_of(lengths: Sequence[int], device: torch.device) -> Tensor:
     """[ΣN] image of each packed token."""
+    if len(lengths) == 1:
+        return torch.zeros(lengths[0], dtype=torch.int64, device=device)
     return torch.repeat_interleave(uploaded(lengths, device), output_size=sum(lengths))
 
 

@@ -111,12 +111,13 @@ class Boundary:
             # generate() built it for a static cache from logical lengths; only its padding matters here.
             adopted = isinstance(cache, PrunedCache) and past
             mask = cache.prompt_mask if adopted else as_bool(mask)[:, 0, -1, past : past + length]
-        new = torch.ones(batch, length, dtype=torch.bool, device=x.device)
-        if mask is not None:
+        if mask is None:
+            new = torch.ones(batch, length, dtype=torch.bool, device=x.device)
+        else:
             new = mask[:, -length:].to(x.device).bool()
         positions = kwargs.get("position_ids")
         if positions is None:
-            positions = (torch.arange(length, device=x.device) + past)[None]
+            positions = torch.arange(past, past + length, device=x.device)[None]
         index = torch.arange(length, device=x.device).expand(batch, -1)
         return Flow(new, [length] * batch, past, mask, positions, cache, x, new, index, new)
 
@@ -235,19 +236,22 @@ class Boundary:
             batch, device = len(ok), ok.device
             adopt(cache, batch, device, self.owner)
             before = cache.groups[cache.group(start)]
-            old, held = flow.held(start)
-            ok = torch.cat([held, ok.to(held.device)], 1)
+            everything = flow.now() if isinstance(flow, Prefill) else None
+            if flow.past:
+                old, held = flow.held(start)
+                ok = torch.cat([held, ok.to(held.device)], 1)
+                everything = None if everything is None else torch.cat([old, everything.to(old.device)], 1)
             if isinstance(flow, Prefill):
-                now = torch.where(flow.valid, flow.index + flow.past, -1).to(old.device)
-                shift = flow.shift(start) if self.compact else torch.zeros_like(before.shift)
-                everything = torch.cat([old, now], 1)
+                assert everything is not None
+                # Nothing lags where positions are not compact.
+                shift = flow.shift(start) if self.compact else before.shift
                 flow.logical = everything
                 lags = self.compact and (flow.changed or before.lags)
                 flow.records[start] = Slots(
                     everything, flow.past + flow.new.shape[1], shift, flow.dense and before.dense, lags
                 )
         elif isinstance(flow, Prefill):
-            flow.logical = torch.where(ok, flow.index, -1)
+            flow.logical = flow.now()
         flow.slots = ok.shape[1]
         # The device is asked only when nothing but the user's mask can tell; the counts of a prefill are what its mask leaves.
         dense = flow.dense and (cache is None or before.dense)

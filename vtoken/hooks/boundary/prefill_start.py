@@ -117,8 +117,9 @@ def unpruned(located: Located) -> Visual:
     """All visual tokens of the batch, newlines left out."""
     layouts, device = located.layouts, located.line.device
     lengths = tuple(layout.tokens for layout in layouts)
-    image = image_of(lengths, device)
-    place = torch.arange(len(image), device=device) - offsets_of(lengths, device)[:-1][image]
+    image, place = image_of(lengths, device), torch.arange(sum(lengths), device=device)
+    if len(lengths) > 1:
+        place = place - offsets_of(lengths, device)[:-1][image]
     segment = segments(layouts)
     return Visual(
         lengths,

@@ -151,7 +151,7 @@ class Prefill(Flow):
 
     def __post_init__(self) -> None:
         newlines = self.located.newlines
-        self.newlines = self.new.new_ones(0) if newlines is None else self.new[newlines.line, newlines.column]
+        self.newlines = self.new[0, :0] if newlines is None else self.new[newlines.line, newlines.column]
         held = self.started.per_row(len(self.counts))
         self.spared = {row: few(n, self.least) for row, n in enumerate(held) if n < self.least}
         self.aside: str | None = None
@@ -248,6 +248,11 @@ class Prefill(Flow):
         index = at.view(-1, *[1] * (x.ndim - 1)).expand(*[1 if d == dim else n for d, n in enumerate(x.shape)])
         return x.gather(dim, index).squeeze(dim)
 
+    def now(self) -> Tensor:
+        """[B, P] logical positions that the current layout fills, -1 for padding."""
+        positions = self.index + self.past if self.past else self.index
+        return positions if self.dense else torch.where(self.valid, positions, -1)
+
     def gone(self) -> Tensor:
         """[B, L] which logical columns were dropped so far, whatever the current layout still holds."""
         gone = torch.zeros_like(self.alive)
@@ -258,17 +263,28 @@ class Prefill(Flow):
             gone[newlines.line, newlines.column] = ~self.newlines
         return gone
 
+    def _left(self) -> Tensor:
+        """[B, L] which logical columns are real and not dropped so far."""
+        left = self.new.clone()
+        left[self.started.line, self.started.column] = False
+        left[self.visual.line, self.visual.column] = True
+        newlines = self.located.newlines
+        if newlines is not None:
+            left[newlines.line, newlines.column] = self.newlines
+        return left
+
     def relayout(self) -> tuple[Tensor, Tensor]:
         """Recomputes `alive` and the layout from `visual`; returns the gather from the old layout [B, P'] to the new one."""
-        self.alive = self.new & ~self.gone()
-        index, self.valid = pack_left(self.alive.gather(1, self.index) & self.valid, max(self.counts))
-        self.index = self.index.gather(1, index)
+        first, self.alive = self.alive is self.new, self._left()
+        here = self.alive if first else self.alive.gather(1, self.index) & self.valid
+        index, self.valid = pack_left(here, max(self.counts))
+        self.index = index if first else self.index.gather(1, index)
         return index, self.valid
 
     def note_layout(self, start: int) -> None:
         """Keeps the current layout as that of the group from layer `start` on."""
         assert self.logical is not None
-        self.layouts[start] = Layout(self.index, self.valid, self.logical)
+        self.layouts[start] = Layout(self.index, self.valid, self.logical, self.dense)
 
     def slot(self) -> tuple[Tensor, Tensor]:
         """(row, physical column) of every live visual token in the current layout."""

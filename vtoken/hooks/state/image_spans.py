@@ -101,7 +101,7 @@ def locate(kinds: Tensor, counts: Sequence[Sequence[int]], encodes: dict[str, En
     """
     # As nonzero(), whose size the device would be asked for; here it is known.
     at = torch.argsort(kinds.flatten() == 0, stable=True)[: sum(map(sum, counts))]
-    line, column = at // kinds.shape[1], at % kinds.shape[1]
+    line, column = (at // kinds.shape[1], at % kinds.shape[1]) if len(kinds) > 1 else (torch.zeros_like(at), at)
     found = {k: per_row for k, per_row in enumerate(counts) if any(per_row)}
     given = [encodes.get(KINDS[k]) for k in found]
     known = tuple(e for e in given if e is not None)
@@ -205,15 +205,22 @@ def check(values: Tensor, positions: Tensor | None, located: Located, seen: Visu
         UnsupportedError: all axes are equal on images that have more than one token to a frame, because an argument is missing or
             transformers too old.
     """
-    probed = is_scored(values, located) if located.encodes else torch.ones((), dtype=torch.bool, device=values.device)
-    apart = torch.ones_like(probed) if positions is None else has_axes(positions, seen).to(probed.device)
-    same, told = torch.stack([probed, apart]).tolist() if located.encodes or positions is not None else (True, True)
+    asked = [is_scored(values, located)] if located.encodes else []
+    asked += [] if positions is None else [has_axes(positions, seen)]
+    told = (
+        [bool(asked[0])]
+        if len(asked) == 1
+        else torch.stack([each.to(values.device) for each in asked]).tolist()
+        if asked
+        else []
+    )
+    same, apart = not located.encodes or told[0], positions is None or told[-1]
     if not same:
         raise ValueError(
             "the visual features of this call are not those the vision tower encoded last in this thread; "
             "pass pixel_values, or encode right before the call that uses the features"
         )
-    if told:
+    if apart:
         return
     raise UnsupportedError(
         "the images of this call have the positions of text (all axes of M-RoPE are equal). Pass input_ids, mm_token_type_ids and "

@@ -17,17 +17,20 @@ class Layout:
     Attributes:
         index, valid: [B, P] logical column of each slot, and whether it is real.
         logical: [B, S + P] logical position behind each slot that is attended to, earlier turns in front; -1 for padding.
+        dense: all slots are real.
     """
 
     index: Tensor
     valid: Tensor
     logical: Tensor
+    dense: bool = False
 
     def restore(self, x: Tensor, length: int) -> Tensor:
         """[B, length, D] of x [B, P, D]: everything at its logical column, zeros elsewhere."""
-        index, valid = self.index.to(x.device), self.valid.to(x.device)
+        if not self.dense:
+            x = x.masked_fill(~self.valid.to(x.device)[..., None], 0)
         out = x.new_zeros(len(x), length, x.shape[2])
-        return out.scatter(1, index[..., None].expand_as(x), x.masked_fill(~valid[..., None], 0))
+        return out.scatter(1, self.index.to(x.device)[..., None].expand_as(x), x)
 
     def restore_map(self, weights: Tensor, length: int, past: int) -> Tensor:
         """[B, H, length, past + length] of attention weights [B, H, P, S + P]."""
@@ -49,7 +52,7 @@ def pack_left(keep: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
         index [B, P] into the columns, in order, and valid [B, P]: padding is at the left.
     """
     width = int(keep.sum(1).max()) if width is None else width
-    index = torch.argsort(keep.int(), dim=1, stable=True)[:, keep.shape[1] - width :]
+    index = torch.argsort(keep, dim=1, stable=True)[:, keep.shape[1] - width :]
     return index, keep.gather(1, index)
 
 
