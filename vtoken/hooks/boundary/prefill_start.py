@@ -81,7 +81,7 @@ class Entry:
         trace.dense_rows = sorted(prefill.spared)
         if hidden or any(encode.alive is not None for encode in located.encodes):
             values = entered(prefill, values)
-        if self.newline == "drop" and self.acts and prefill.aside is None:
+        if located.newlines is not None and self.newline == "drop" and self.acts and prefill.aside is None:
             prefill.leave(prefill.visual)
         return prefill, values
 

@@ -68,11 +68,9 @@ class Outer:
             except (RuntimeError, IndexError) as error:
                 given = signature.bind(*args, **kwargs).arguments
                 ids, mask = given.get("input_ids"), given.get("attention_mask")
-                if (
-                    ids is None
-                    or mask is None
-                    or not bool(((self.adapter.visual_kinds(ids, None) > 0) & (mask == 0)).any())
-                ):
+                if ids is None or mask is None:
+                    raise
+                if not bool(((self.adapter.visual_kinds(ids, None) > 0) & (mask == 0)).any()):
                     raise
                 raise UnsupportedError(HIDDEN) from error
 

@@ -253,18 +253,8 @@ class Prefill(Flow):
         positions = self.index + self.past if self.past else self.index
         return positions if self.dense else torch.where(self.valid, positions, -1)
 
-    def gone(self) -> Tensor:
-        """[B, L] which logical columns were dropped so far, whatever the current layout still holds."""
-        gone = torch.zeros_like(self.alive)
-        gone[self.started.line, self.started.column] = True
-        gone[self.visual.line, self.visual.column] = False
-        newlines = self.located.newlines
-        if newlines is not None:
-            gone[newlines.line, newlines.column] = ~self.newlines
-        return gone
-
-    def _left(self) -> Tensor:
-        """[B, L] which logical columns are real and not dropped so far."""
+    def left(self) -> Tensor:
+        """[B, L] which logical columns are real and not dropped so far, whatever the current layout still holds."""
         left = self.new.clone()
         left[self.started.line, self.started.column] = False
         left[self.visual.line, self.visual.column] = True
@@ -275,7 +265,7 @@ class Prefill(Flow):
 
     def relayout(self) -> tuple[Tensor, Tensor]:
         """Recomputes `alive` and the layout from `visual`; returns the gather from the old layout [B, P'] to the new one."""
-        first, self.alive = self.alive is self.new, self._left()
+        first, self.alive = self.alive is self.new, self.left()
         here = self.alive if first else self.alive.gather(1, self.index) & self.valid
         index, self.valid = pack_left(here, max(self.counts))
         self.index = index if first else self.index.gather(1, index)

@@ -62,4 +62,4 @@ def text_before(flow: Prefill) -> list[int]:
 
 def dropped_slots(flow: Prefill) -> Tensor:
     """[B, P] slots of the current layout whose token was dropped since the layout was made."""
-    return flow.gone().gather(1, flow.index) & flow.valid
+    return ~flow.left().gather(1, flow.index) & flow.valid
