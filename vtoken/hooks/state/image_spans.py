@@ -207,13 +207,9 @@ def check(values: Tensor, positions: Tensor | None, located: Located, seen: Visu
     """
     asked = [is_scored(values, located)] if located.encodes else []
     asked += [] if positions is None else [has_axes(positions, seen)]
-    told = (
-        [bool(asked[0])]
-        if len(asked) == 1
-        else torch.stack([each.to(values.device) for each in asked]).tolist()
-        if asked
-        else []
-    )
+    if not asked:
+        return
+    told = torch.stack([each.to(values.device) for each in asked]).tolist() if len(asked) > 1 else [bool(asked[0])]
     same, apart = not located.encodes or told[0], positions is None or told[-1]
     if not same:
         raise ValueError(
