@@ -6,13 +6,13 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import tiny
+from caught import catch, ends, lmms_model
 
 import vtoken
 from vtoken import config, registry
@@ -115,25 +115,6 @@ def written(tmp_path: Path) -> list[str]:
     return ["flowcut-64", GUARDED, str(tmp_path / "mine.yaml"), str(tmp_path / "over.yaml")]
 
 
-class Caught(Exception):
-    """What a command hands on."""
-
-
-def catch(found: list[Any], at: int | str) -> Any:
-    """Takes the place of what measures: notes the pipelines, and ends the command."""
-
-    def measure(*args: Any, **kwargs: Any) -> Any:
-        found.append(args[at] if isinstance(at, int) else kwargs[at])
-        raise Caught
-
-    return measure
-
-
-def ends(argv: list[str]) -> None:
-    with pytest.raises(Caught):
-        main(argv)
-
-
 def test_wrap_runs_what_is_written(written: list[str]) -> None:
     model = tiny.llava()
     for each in written:
@@ -206,9 +187,3 @@ def test_lmms_evals_model_runs_what_is_written(written: list[str]) -> None:
     cls = lmms_model()
     for each in written:
         assert cls("tiny-llava", each, device="cpu").asker.pipeline == config.load(each)
-
-
-def lmms_model() -> Any:
-    """`VtokenModel`, if lmms-eval is installed."""
-    pytest.importorskip("lmms_eval")
-    return import_module("vtoken.evals.lmms.model").VtokenModel

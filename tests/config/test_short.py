@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import yaml
-from test_presets import catch, ends, lmms_model
+from caught import catch, ends, lmms_model
 
 import vtoken
 from vtoken import config, registry

@@ -8,11 +8,11 @@ import pytest
 import tiny
 import tiny_models
 import torch
+from hooked_tower import IMAGES, VIDEOS, Hooked, pictures
 from known_flowcut import one, with_facts
 from naive_tower import group, naive, rotate, stock
 from packing import tokens
 from pydantic import ValidationError
-from test_packed import IMAGES, VIDEOS, Hooked, pictures
 
 import vtoken
 from vtoken import registry

@@ -8,8 +8,8 @@ import pytest
 import tiny
 import torch
 from modes import ROWS, VIDEOS, families
+from plain_runs import BATCHES, compare, run
 from probes import Deep, Ragged
-from test_generate import BATCHES, compare, run
 
 import vtoken
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from test_decoder_facts import dense, where
+from watchers import dense, where
 
 import vtoken
 from vtoken import config

@@ -7,10 +7,10 @@ import json
 import pytest
 import tiny
 import torch
+from batches import rows_for
 from modes import alone, families
-from test_decoder_facts import Watcher
-from test_families import rows_for
 from torch.nn.functional import cross_entropy
+from watchers import Watcher
 
 import vtoken
 from vtoken import config

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_flops import CLOSE, counted
+from flop_counts import CLOSE, counted
 from transformers import AutoModelForImageTextToText, DynamicCache
 
 from vtoken.evals.configs import builtin

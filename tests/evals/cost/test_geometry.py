@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import pytest
 import tiny
 import torch
-from test_flops import CLOSE, SDPA, Deep, Exit, Inside, Pipe, Quiet, counted, part
+from flop_counts import CLOSE, SDPA, Deep, Exit, Inside, Pipe, Quiet, counted, part
 from torch.utils.flop_counter import FlopCounterMode
 
 from vtoken import registry, trace, wrapped

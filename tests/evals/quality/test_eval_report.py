@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from eval_folder import run, write
-from test_report import Page
+from html_page import Page
 
 from vtoken.cli import main
 from vtoken.errors import VtokenError

@@ -7,46 +7,20 @@ from typing import ClassVar
 import pytest
 import tiny
 import torch
+from hooked_tower import IMAGES, VIDEOS, Hooked, pictures
 from naive_tower import each, group, stock
 
 from vtoken import registry
 from vtoken.errors import UnsupportedError
-from vtoken.hooks.state.handle import Handle
-from vtoken.hooks.state.run import Run
-from vtoken.hooks.vision.varlen_tower import PackedHooks
 from vtoken.stages import Compressor, Fact, Keep, Site
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-IMAGES = [[1, 6, 10], [1, 4, 4], [1, 10, 6]]  # in patches; windows of Qwen2.5-VL are 4 x 4
-VIDEOS = [[3, 4, 6], [1, 6, 4]]
 FULL = 1  # a block with full attention in every family
-
-
-def pictures(grids, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(sum(t * h * w for t, h, w in grids), 3 * 2 * 14 * 14, generator=generator), torch.tensor(grids)
 
 
 def received(found, layer):
     weights, sees = found.maps[layer]
     return group(weights.sum(0) / sees.sum(0))
-
-
-class Hooked:
-    """A tiny model with the hooks on, and what they found in the last call."""
-
-    def __init__(self, family, attn="sdpa", wanted=(), stages=()):
-        self.model, self.run, self.handle = tiny.make(family, attn), Run(), Handle()
-        self.adapter = registry.adapter(family)(self.model)
-        PackedHooks(self.adapter, self.run, self.handle, {Fact(*w) for w in wanted}, list(stages))
-
-    @torch.no_grad()
-    def __call__(self, pixels, grid, kind="image"):
-        out = getattr(self.model.model, f"get_{kind}_features")(pixels, grid, return_dict=True)
-        self.taps = [
-            t if isinstance(t, torch.Tensor) else torch.cat(list(t)) for t in getattr(out, "deepstack_features", ())
-        ]
-        return torch.cat(list(out.pooler_output))
 
 
 class Cut(Compressor):
