@@ -12,6 +12,7 @@ import pytest
 from vtoken import config, registry
 from vtoken.compressors.tokens.pool import Pool
 from vtoken.config import Pipeline
+from vtoken.config.presets import recipe, summary
 from vtoken.config.schema import schema as pipeline_schema
 from vtoken.config.yaml_source import parse
 from vtoken.errors import ConfigError
@@ -259,10 +260,68 @@ def test_schema_is_whole() -> None:
 
 @pytest.mark.parametrize("name", registry.presets())
 def test_every_preset_builds_and_fits_the_schema(name: str) -> None:
-    assert config.load(name).name == name
-    text = registry.preset_file(name).read_text(encoding="utf-8")
-    assert text.startswith("# "), "a preset starts with a comment: method, source, what its number means"
+    assert config.load(name).name == name and "min_visual_tokens" not in recipe(name)[0]
+    assert summary(name).endswith(".") and "\n" not in summary(name)
     if importlib.util.find_spec("jsonschema"):
         from jsonschema import validate
 
-        validate(parse(text)[0], pipeline_schema())
+        validate(recipe(name)[0], pipeline_schema())
+
+
+@pytest.mark.parametrize(
+    "file", sorted({registry.preset_file(name) for name in registry.presets()}), ids=lambda f: f.stem
+)
+def test_every_preset_file_says_what_its_numbers_mean_and_names_its_variants(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert text.startswith("# ") and max(map(len, text.splitlines())) <= 120
+    assert sorted(parse(text)[0]["variants"]) == [n for n in registry.presets() if registry.preset_file(n) == file]
+
+
+SHARED = "positions: compact\nvariants:\n  mine-2:\n    summary: Two.\n    {more}\n    stages: [pool]\n"
+
+
+@pytest.fixture
+def preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Loads the preset mine-2 from a file with this text."""
+    monkeypatch.setattr(registry, "ROOT", tmp_path)
+    monkeypatch.setattr(registry, "stages", lambda: ["pool"])
+    monkeypatch.setattr(registry, "stage", lambda name: Pool)
+    folder = tmp_path / "presets"
+    folder.mkdir()
+
+    def load(text: str) -> Pipeline:
+        (folder / "mine.yaml").write_text(text, encoding="utf-8")
+        return config.load("mine-2")
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("more", "newline", "positions"),
+    [("newline: drop", "drop", "compact"), ("positions: original", "keep_if_row_has_token", "original")],
+)
+def test_variants_share_what_stands_beside_them(preset: Any, more: str, newline: str, positions: str) -> None:
+    found = preset(SHARED.format(more=more))
+    assert found == Pipeline("mine-2", positions, (Pool(),), newline=newline)  # type: ignore[arg-type]
+    assert found.written == 'preset "mine-2"' and summary("mine-2") == "Two."
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("variants:\n  mine-2:\n    stages: []\n", 2, "mine-2 must be a mapping with a summary and stages, not {'stages': []}"),
+        ("variants:\n  mine-2:\n", 2, "mine-2 must be a mapping with a summary and stages, not None"),
+        (SHARED.format(more="newlin: drop"), 5, "unknown key 'newlin', did you mean 'newline'?"),
+        (SHARED.format(more="newline: dro"), 5, "newline must be keep_if_row_has_token, keep or drop, not 'dro'"),
+        (SHARED.format(more="").replace("compact", "kompact"), 1, "positions must be original or compact, not 'kompact'"),
+        (SHARED.format(more="").replace("[pool]", "\n      - pool: {size: 0}"), 7, "stage 'pool': option 'size'"),
+        (SHARED.format(more="") + "  your-2:\n", 7, "the name 'your-2' must begin with that of its file, mine"),
+        ("  mine-2:\n  mine-2:\n", 2, "duplicate key 'mine-2'"),
+        ("  mine-2:\n", 1, "variants must be a mapping of names, as in mine-64, to pipelines"),
+        ("positions: compact\nvariants: [a]\nx:\n  mine-2:\n", 2, "variants must be a mapping of names"),
+    ],
+)  # fmt: skip
+def test_errors_in_a_preset_name_the_line(preset: Any, tmp_path: Path, text: str, line: int, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        preset(text)
+    assert str(caught.value).startswith(f"{tmp_path / 'presets' / 'mine.yaml'}:{line}: ") and words in str(caught.value)

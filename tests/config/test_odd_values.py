@@ -206,5 +206,5 @@ def test_folders_are_listed_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(registry, "ROOT", tmp_path)
     (tmp_path / "presets").mkdir()
     assert registry.presets() == []
-    (tmp_path / "presets" / "mine.yaml").touch()
-    assert registry.presets() == ["mine"]
+    (tmp_path / "presets" / "mine.yaml").write_text("variants:\n  mine:\n    stages: []\n  mine-2:\n")
+    assert registry.presets() == ["mine", "mine-2"]
