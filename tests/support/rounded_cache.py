@@ -7,7 +7,7 @@ import torch
 
 import vtoken
 from vtoken.compressors.cache.zipvl_cache import ZipVLCache
-from vtoken.stages.cache import Ready
+from vtoken.stages.cache import ReplacedKV
 
 
 def rounded(keys, values, groups):
@@ -43,7 +43,7 @@ class Wide(ZipVLCache):
             ends.append(ends[-1] + codes.packed.shape[1])
         order = found.place.argsort()
         groups = [(order[a:b], c.bits) for a, b, c in zip(ends, ends[1:], found.key_groups, strict=False)]
-        return Ready(*rounded(layer.keys, layer.values, groups))
+        return ReplacedKV(*rounded(layer.keys, layer.values, groups))
 
 
 def both(model, run, **options):

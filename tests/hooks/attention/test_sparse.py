@@ -14,7 +14,7 @@ from sparse_probes import Everything, Ladder
 
 import vtoken
 from vtoken.errors import UnsupportedError
-from vtoken.stages.attention import Reads, SparseAttention, everything
+from vtoken.stages.attention import SparseMask, SparseAttention, everything
 
 
 @families
@@ -263,7 +263,7 @@ def test_layers_are_shared_out():
 
     class Bad(Ladder):
         def reads(self, prompt):
-            return Reads(16, torch.ones(4, 1, 1, dtype=torch.bool))
+            return SparseMask(16, torch.ones(4, 1, 1, dtype=torch.bool))
 
     class Odd(SparseAttention):
         name = "bad"
@@ -272,7 +272,7 @@ def test_layers_are_shared_out():
 
         def reads(self, prompt):
             n = prompt.length
-            return Reads(16, everything(4, n, n, 16, prompt.q.device), **self.more)
+            return SparseMask(16, everything(4, n, n, 16, prompt.q.device), **self.more)
 
     for stages, message in (
         ([Ladder(), Everything()], "both thin the attention of decoder layer 0"),
