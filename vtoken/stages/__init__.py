@@ -1,6 +1,15 @@
 """The vocabulary between models and methods: all that a method imports. A method never sees a model, an adapter never sees a method."""
 
-from vtoken.stages.attention import Among, Prompt, Reads, Rope, SparseAttention, causal, everything, with_own
+from vtoken.stages.attention import (
+    DenseSubset,
+    PrefillQK,
+    Rope,
+    SparseAttention,
+    SparseMask,
+    causal,
+    everything,
+    with_own,
+)
 from vtoken.stages.base import (
     FACTS,
     SITES,
@@ -28,45 +37,45 @@ from vtoken.stages.cache import (
     CachedLayer,
     CacheStage,
     Decision,
-    Hold,
-    Later,
+    GeneratedBlock,
+    KeepSlots,
     Native,
-    Ready,
+    ReplacedKV,
     ascending,
     best,
     hold_text,
 )
-from vtoken.stages.quantized import Codes, Packed
-from vtoken.stages.query_attention import Probe, last_rows, rows_at, shared
+from vtoken.stages.quantized import QuantizedKV, QuantizedTensor
+from vtoken.stages.query_attention import QueryAttention, last_rows, rows_at, shared
 
 __all__ = [
     "FACTS",
     "SITES",
-    "Among",
     "Budget",
     "CacheStage",
     "CachedLayer",
-    "Codes",
     "Compressor",
     "Decision",
+    "DenseSubset",
     "Fact",
     "Fused",
+    "GeneratedBlock",
     "Grid",
-    "Hold",
     "Keep",
-    "Later",
+    "KeepSlots",
     "Native",
     "OtherModel",
-    "Packed",
     "Parts",
-    "Probe",
-    "Prompt",
+    "PrefillQK",
     "Pruner",
-    "Reads",
-    "Ready",
+    "QuantizedKV",
+    "QuantizedTensor",
+    "QueryAttention",
+    "ReplacedKV",
     "Rope",
     "Site",
     "SparseAttention",
+    "SparseMask",
     "Stage",
     "Unmerging",
     "VisualTokens",

@@ -14,7 +14,7 @@ from test_families import rows_for
 
 import vtoken
 from vtoken.errors import UnsupportedError
-from vtoken.stages.attention import Prompt, Reads, SparseAttention, everything
+from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, everything
 
 OPTIONS: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True}
 
@@ -24,9 +24,9 @@ class Everything(SparseAttention):
 
     min_len: int = 0
 
-    def reads(self, prompt: Prompt) -> Reads:
+    def reads(self, prompt: PrefillQK) -> SparseMask:
         n = prompt.length
-        return Reads(16, everything(prompt.heads, n, n, 16, prompt.q.device))
+        return SparseMask(16, everything(prompt.heads, n, n, 16, prompt.q.device))
 
 
 class Ladder(SparseAttention):
@@ -35,7 +35,7 @@ class Ladder(SparseAttention):
     min_len: int = 0
     seen: Any = None
 
-    def reads(self, prompt: Prompt) -> Reads:
+    def reads(self, prompt: PrefillQK) -> SparseMask:
         n, heads = prompt.length, prompt.heads
         if self.seen is not None:
             self.seen.append(prompt)
@@ -45,7 +45,7 @@ class Ladder(SparseAttention):
         columns = torch.stack([torch.arange(0, n, 5) if h > 1 else torch.full((-(-n // 5),), -1) for h in range(heads)])
         dense = torch.zeros(heads, n, dtype=torch.bool)
         dense[2:, ::7] = True
-        return Reads(16, blocks, columns[:, None].int(), len(t), dense)
+        return SparseMask(16, blocks, columns[:, None].int(), len(t), dense)
 
     @staticmethod
     def mask(n, heads):
@@ -165,8 +165,8 @@ def test_what_a_stage_is_told(family):
         each = 3 if prompt.layer < 2 else 2
         images = [i for i, r in enumerate(trace.row) if r == row]
         assert prompt.image[prompt.image >= 0].tolist() == [i for i in images for _ in range(each)]
-        assert prompt.place[prompt.image >= 0].tolist() == [p for i in images for p in entry.kept[i].tolist()]
-        assert bool((prompt.place[prompt.image < 0] == -1).all()) and prompt.parts == tuple(trace.parts)
+        assert prompt.raster_index[prompt.image >= 0].tolist() == [p for i in images for p in entry.kept[i].tolist()]
+        assert bool((prompt.raster_index[prompt.image < 0] == -1).all()) and prompt.parts == tuple(trace.parts)
         assert int(prompt.image[-1]) == -1, "text at the end"
         if number < 2:
             assert prompt.length == trace.prompt_tokens[row]
@@ -314,7 +314,7 @@ def test_layers_are_shared_out():
 
     class Bad(Ladder):
         def reads(self, prompt):
-            return Reads(16, torch.ones(4, 1, 1, dtype=torch.bool))
+            return SparseMask(16, torch.ones(4, 1, 1, dtype=torch.bool))
 
     class Odd(SparseAttention):
         name = "bad"
@@ -323,7 +323,7 @@ def test_layers_are_shared_out():
 
         def reads(self, prompt):
             n = prompt.length
-            return Reads(16, everything(4, n, n, 16, prompt.q.device), **self.more)
+            return SparseMask(16, everything(4, n, n, 16, prompt.q.device), **self.more)
 
     for stages, message in (
         ([Ladder(), Everything()], "both thin the attention of decoder layer 0"),
