@@ -21,7 +21,7 @@ from vtoken.evals import matrix as matrices
 from vtoken.stages import Fact, Pruner, Site
 from vtoken.stages.budget import Budget
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @cache

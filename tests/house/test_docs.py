@@ -17,7 +17,7 @@ import vtoken
 from vtoken import config, registry
 from vtoken.cli import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 METHODS = ROOT / "docs" / "methods.md"
 PAGES = sorted((ROOT / "docs" / "families").glob("*.md"))
 

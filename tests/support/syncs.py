@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-PACKAGE = str(Path(__file__).parents[1] / "vtoken")
+PACKAGE = str(Path(__file__).parents[2] / "vtoken")
 # A value on the host, or an output whose size depends on values.
 ASK = {
     "item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__contains__", "equal", "allclose", "is_nonzero",

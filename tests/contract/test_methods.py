@@ -10,7 +10,7 @@ import pytest
 from vtoken import registry
 from vtoken.stages.budget import Budget
 
-FILES = [import_module(file.stem) for file in sorted(Path(__file__).parent.glob("known_*.py"))]
+FILES = [import_module(file.stem) for file in sorted(Path(__file__).parents[1].glob("known/known_*.py"))]
 KNOWN = {name: vars(module)[name] for module in FILES for name in registry.stages() if name in vars(module)}
 
 

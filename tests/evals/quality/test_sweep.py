@@ -32,7 +32,7 @@ from vtoken.evals.lmms.suites import KNOWN
 from vtoken.evals.strict import read
 from vtoken.session import wrapped
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 # What nobody can repeat, and how many documents shared a batch, which is another number where they are shared out.
 PASSING = ("preprocess_s", "ttft_s", "decode_s", "ttft_to_dense", "batch", "stages")
 RUNS = 5  # dense, two methods at one budget, one pipeline, dense

@@ -35,7 +35,7 @@ from vtoken.evals.lmms.harness import Harness, numbers
 from vtoken.evals.lmms.model import VtokenModel
 from vtoken.evals.lmms.prompts import Prompt
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 TWO = ["random:5", "uniform:4"]
 
 

@@ -18,7 +18,7 @@ from vtoken import kernels
 from vtoken.kernels import _dispatch, block_sparse_attention, gather_tokens, query_attention, topk_tokens
 
 OPS = kernels.ops()
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAN, INF = float("nan"), float("inf")
 DEVICE = "cpu" if _dispatch.INTERPRETED else "cuda" if _dispatch.triton and torch.cuda.is_available() else None
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

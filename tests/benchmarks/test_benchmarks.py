@@ -12,7 +12,7 @@ import pytest
 
 from vtoken.kernels import _dispatch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(script: str, *arguments: str, interpret: bool = True) -> subprocess.CompletedProcess[str]:

@@ -18,7 +18,7 @@ import vtoken
 from vtoken import kernels, registry
 from vtoken.cli import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "vtoken"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 METHODS = [f for folder in registry.FOLDERS.values() for f in sorted((PACKAGE / folder).rglob("*.py"))]
