@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from math import ceil
@@ -26,7 +25,6 @@ def _whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-@dataclass(frozen=True, init=False, repr=False)
 class Budget:
     """A validated budget. Build it with `Budget(64)`, `Budget("25%")`, `Budget({"total": 640})` or `Budget({"per_frame": 32})`.
 
@@ -114,6 +112,12 @@ class Budget:
 
     def __repr__(self) -> str:
         return f"Budget({self.plain()!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Budget) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
