@@ -26,7 +26,7 @@ from vtoken.evals.inputs import random_prompt
 from vtoken.evals.latency import machine
 from vtoken.hooks.state.pruned_cache import cache_bytes
 from vtoken.hooks.state.quantized_layer import QuantizedLayer
-from vtoken.stages.quantized import QuantizedTensor, QuantizedKV
+from vtoken.stages.quantized import QuantizedKV, QuantizedTensor
 
 
 @dataclass

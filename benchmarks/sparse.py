@@ -37,7 +37,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from vtoken import kernels, registry
 from vtoken.compressors.attention._seer import save
 from vtoken.kernels import block_sparse_attention
-from vtoken.stages.attention import PrefillQK, SparseMask, Rope, SparseAttention, causal
+from vtoken.stages.attention import PrefillQK, Rope, SparseAttention, SparseMask, causal
 
 HEADS, KEY_HEADS, WIDTH = (28, 4, 128) if CUDA else (4, 2, 32)  # Qwen2.5-VL-7B
 LENGTHS = (32768, 65536, 131072) if CUDA else (600,)

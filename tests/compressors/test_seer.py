@@ -16,7 +16,7 @@ import vtoken
 from vtoken import config
 from vtoken.compressors.attention import _seer
 from vtoken.errors import ConfigError, OtherModelError, UnsupportedError
-from vtoken.stages.attention import SparseMask, SparseAttention, everything
+from vtoken.stages.attention import SparseAttention, SparseMask, everything
 
 
 class Undone(SparseAttention):

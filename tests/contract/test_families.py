@@ -145,4 +145,4 @@ class First(Pruner):
     """Keeps the first tokens of every image. No paper."""
 
     def score(self, tokens):
-        return -tokens.place.float()
+        return -tokens.raster_index.float()

@@ -141,7 +141,9 @@ def test_other_stages_may_drop_in_between():
     assert stage.select(with_facts(ones, ones, values, 0, memory=memory, side=2)).lengths == (4,)
     left = torch.tensor([1, 2, 3])
     flat = with_facts(ones[:3], ones[:3], torch.ones(3, 1), 1, left, memory, side=2)
-    assert flat.place[stage.select(flat).index].tolist() == [2, 3], "the newest layer alone cannot tell them apart"
+    assert flat.raster_index[stage.select(flat).index].tolist() == [2, 3], (
+        "the newest layer alone cannot tell them apart"
+    )
 
 
 def test_frames_have_their_own_budget():

@@ -34,7 +34,7 @@ def rows_for(family, name):
     return rows
 
 
-def merge_point(stages):
+def inside(stages):
     """The pipeline with its encoder stages where Qwen2.5-VL attends fully."""
     return [s.model_copy(update={"at": (1,)}) if isinstance(s, Inside) else s for s in stages]
 

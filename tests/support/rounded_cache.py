@@ -55,15 +55,15 @@ def both(model, run, **options):
     return found
 
 
-def later(cls=ZipVLCache, **options):
+def recording(cls=ZipVLCache, **options):
     """A stage that tells what it was asked about the tokens behind the prompt."""
     calls = []
 
     class Telling(cls):
         name = "zipvl_cache"
 
-        def later(self, layer):
-            found = super().later(layer)
+        def requantize(self, layer):
+            found = super().requantize(layer)
             calls.append((layer, found))
             return found
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vtoken.stages.attention import PrefillQK, SparseMask, SparseAttention, everything
+from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, everything
 
 
 class Everything(SparseAttention):

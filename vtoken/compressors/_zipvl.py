@@ -6,7 +6,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from vtoken.stages.quantized import QuantizedTensor, QuantizedKV, factor
+from vtoken.stages.quantized import QuantizedKV, QuantizedTensor, factor
 from vtoken.stages.query_attention import QueryAttention, rows_at
 
 

@@ -16,7 +16,7 @@ from vtoken.compressors.attention._seer import chosen, logits, pooled
 from vtoken.errors import ConfigError
 from vtoken.evals.samples import Sample, prepare
 from vtoken.session import wrapped
-from vtoken.stages.attention import PrefillQK, SparseMask, Rope, SparseAttention, everything
+from vtoken.stages.attention import PrefillQK, Rope, SparseAttention, SparseMask, everything
 from vtoken.stages.query_attention import rows_at
 
 LEAST = 4  # blocks of a prompt below which there is nothing to learn

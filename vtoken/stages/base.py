@@ -14,47 +14,11 @@ from torch import Tensor
 
 from vtoken.kernels import topk_tokens
 from vtoken.stages.budget import Budget
-from vtoken.stages.tokens import (
-    FACTS,
-    Fact,
-    Fused,
-    Grid,
-    Keep,
-    Parts,
-    VisualTokens,
-    image_of,
-    offsets_of,
-    segments_of,
-    size_of,
-    uploaded,
-)
+from vtoken.stages.tokens import Fact, Keep, Parts, VisualTokens, image_of, offsets_of, segments_of
 
 Site = Literal["frames", "encoder", "tokens", "decoder", "attention", "cache"]
 Unmerging = Literal["expanded", "merged"]
 SITES: tuple[Site, ...] = ("frames", "encoder", "tokens", "decoder", "attention", "cache")
-
-__all__ = [
-    "FACTS",
-    "SITES",
-    "Compressor",
-    "Fact",
-    "Fused",
-    "Grid",
-    "Keep",
-    "OtherModel",
-    "Parts",
-    "Pruner",
-    "Site",
-    "Stage",
-    "Unmerging",
-    "VisualTokens",
-    "image_of",
-    "keep_all",
-    "offsets_of",
-    "segments_of",
-    "size_of",
-    "uploaded",
-]
 
 
 class OtherModel(ValueError):

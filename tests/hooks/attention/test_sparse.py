@@ -14,7 +14,7 @@ from sparse_probes import Everything, Ladder
 
 import vtoken
 from vtoken.errors import UnsupportedError
-from vtoken.stages.attention import SparseMask, SparseAttention, everything
+from vtoken.stages.attention import SparseAttention, SparseMask, everything
 
 
 @families
@@ -114,8 +114,8 @@ def test_what_a_stage_is_told(family):
         each = 3 if prompt.layer < 2 else 2
         images = [i for i, r in enumerate(trace.row) if r == row]
         assert prompt.image[prompt.image >= 0].tolist() == [i for i in images for _ in range(each)]
-        assert prompt.place[prompt.image >= 0].tolist() == [p for i in images for p in entry.kept[i].tolist()]
-        assert bool((prompt.place[prompt.image < 0] == -1).all()) and prompt.parts == tuple(trace.parts)
+        assert prompt.raster_index[prompt.image >= 0].tolist() == [p for i in images for p in entry.kept[i].tolist()]
+        assert bool((prompt.raster_index[prompt.image < 0] == -1).all()) and prompt.parts == tuple(trace.parts)
         assert int(prompt.image[-1]) == -1, "text at the end"
         if number < 2:
             assert prompt.length == trace.prompt_tokens[row]

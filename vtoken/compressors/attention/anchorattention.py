@@ -12,7 +12,7 @@ from torch import Tensor
 from vtoken.compressors.attention._blocks import block_mean
 from vtoken.compressors.attention._singles import fullest, listed
 from vtoken.kernels import row_maxima
-from vtoken.stages.attention import PrefillQK, SparseMask, SparseAttention, causal, everything
+from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, causal, everything
 
 
 class AnchorAttention(SparseAttention):

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from vtoken.stages.attention import PrefillQK, SparseMask, SparseAttention
+from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask
 
 SIZE = 128
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtoken.compressors.attention._blocks import best, block_mean, block_sum, cover
 from vtoken.kernels import pooled_scores
-from vtoken.stages.attention import PrefillQK, SparseMask, SparseAttention, everything
+from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, everything
 from vtoken.stages.query_attention import shared
 
 

@@ -14,7 +14,7 @@ from vtoken.compressors.attention._blocks import per_head
 from vtoken.compressors.attention._mminference import SIZE, Lists, bands, by_modality, grid, index, list_of_each, window
 from vtoken.compressors.attention._singles import listed
 from vtoken.stages import uploaded
-from vtoken.stages.attention import PrefillQK, SparseMask, SparseAttention, everything
+from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, everything
 
 Pattern = Literal[
     "grid_frame_columns", "grid_frame", "a_shape", "grid_row_columns", "grid_row",

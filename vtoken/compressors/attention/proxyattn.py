@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vtoken.compressors.attention._blocks import block_sum, cover, ranks
-from vtoken.stages.attention import PrefillQK, SparseMask, SparseAttention, causal, everything
+from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, causal, everything
 from vtoken.stages.query_attention import shared
 
 CHUNK = 1 << 26  # scores held at once

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from vtoken.compressors._files import Weights
 from vtoken.compressors.attention._seer import Header, chosen, header, logits, matrices, pooled, read
-from vtoken.stages.attention import PrefillQK, SparseMask, SparseAttention
+from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask
 
 
 class SeerAttention(SparseAttention):

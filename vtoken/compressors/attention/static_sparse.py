@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtoken.compressors.attention import _duo
 from vtoken.stages import uploaded
-from vtoken.stages.attention import PrefillQK, SparseMask, SparseAttention, causal, everything
+from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, causal, everything
 
 
 class StaticSparse(SparseAttention):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vtoken.compressors.attention._blocks import cover, per_head
-from vtoken.stages.attention import PrefillQK, SparseMask, SparseAttention
+from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask
 
 CHUNK = 1 << 26  # scores held at once
 PARTS = 8  # chunks of queries that a long prompt comes in, each with the keys up to its end

@@ -13,7 +13,7 @@ from torch import Tensor
 from vtoken.compressors._zipvl import Important, quantised
 from vtoken.kernels import query_attention
 from vtoken.stages import offsets_of
-from vtoken.stages.cache import CachedLayer, CacheStage, KeepSlots, GeneratedBlock, ascending
+from vtoken.stages.cache import CachedLayer, CacheStage, GeneratedBlock, KeepSlots, ascending
 from vtoken.stages.quantized import QuantizedKV
 from vtoken.stages.query_attention import shared
 

@@ -17,7 +17,7 @@ from vtoken import registry
 from vtoken.errors import ConfigError
 from vtoken.evals.calibrate._report import add_json, add_out, check_out, tell_pipeline
 from vtoken.evals.options import add_pictures
-from vtoken.stages.attention import PrefillQK, SparseMask, SparseAttention, everything
+from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, everything
 
 SUMMARY = "search MMInference's pattern of every head on one prompt of random or given pictures"
 EXAMPLES = """examples:

@@ -18,7 +18,7 @@ from vtoken.hooks.state.run import Clock, Run
 from vtoken.kernels import block_sparse_attention
 from vtoken.kernels._lists import check_singles
 from vtoken.stages import Stage, uploaded
-from vtoken.stages.attention import DenseSubset, PrefillQK, SparseMask, Rope, SparseAttention, everything
+from vtoken.stages.attention import DenseSubset, PrefillQK, Rope, SparseAttention, SparseMask, everything
 from vtoken.stages.query_attention import QueryAttention
 
 SIZE = 128  # block of what is read whole

@@ -14,7 +14,7 @@ from vtoken.hooks.state.forward_state import ForwardState, PrefillState
 from vtoken.hooks.state.image_spans import HIDDEN, ImageSpans, check, locate
 from vtoken.hooks.state.live_tokens import LiveTokens
 from vtoken.hooks.state.prompt_text import answered, text_of
-from vtoken.hooks.state.run import TokenHistory, Run, segments
+from vtoken.hooks.state.run import Run, TokenHistory, segments
 from vtoken.hooks.state.trace import Trace
 from vtoken.stages import Fact, Keep, Stage, image_of, offsets_of
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtoken.hooks.state.left_padding import left_padded, take
 from vtoken.hooks.state.pruned_cache import SlotMap
-from vtoken.hooks.state.quantized_layer import QuantizedLayer, Piece, Plain, adopt
+from vtoken.hooks.state.quantized_layer import Piece, Plain, QuantizedLayer, adopt
 from vtoken.stages.quantized import QuantizedKV
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from vtoken.hooks.decoder.attention_tap import tap
 from vtoken.hooks.state.forward_state import PrefillState, eager
 from vtoken.hooks.state.handle import Handle
-from vtoken.hooks.state.quantized_layer import Block, QuantizedLayer, Piece, Plain
+from vtoken.hooks.state.quantized_layer import Block, Piece, Plain, QuantizedLayer
 from vtoken.hooks.state.run import Run
 from vtoken.stages.cache import CacheStage, GeneratedBlock
 

@@ -26,7 +26,7 @@ from vtoken.hooks.state.forward_state import PrefillState, eager, steps
 from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.live_tokens import LiveTokens, skipped_entry
 from vtoken.hooks.state.pruned_cache import SlotMap
-from vtoken.hooks.state.quantized_layer import QuantizedLayer, Piece, Plain
+from vtoken.hooks.state.quantized_layer import Piece, Plain, QuantizedLayer
 from vtoken.hooks.state.run import Clock, Run
 from vtoken.hooks.state.trace import StageTrace
 from vtoken.stages import uploaded

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtoken.hooks.state.decide import decide
 from vtoken.hooks.state.image_spans import ImageSpans
-from vtoken.hooks.state.left_padding import SlotLayout, too_few, left_pad, take
+from vtoken.hooks.state.left_padding import SlotLayout, left_pad, take, too_few
 from vtoken.hooks.state.live_tokens import LiveTokens, skipped_entry
 from vtoken.hooks.state.pruned_cache import PrunedCache, SlotMap
 from vtoken.hooks.state.trace import Trace

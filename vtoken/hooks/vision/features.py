@@ -18,7 +18,7 @@ from torch import Tensor
 from vtoken.hooks.call.min_tokens import alone
 from vtoken.hooks.state.forward_state import eager
 from vtoken.hooks.state.handle import Handle
-from vtoken.hooks.state.run import FeatureCall, Encoded, Run, tokens_of
+from vtoken.hooks.state.run import Encoded, FeatureCall, Run, tokens_of
 from vtoken.hooks.state.trace import StageTrace
 from vtoken.stages import Fact
 

@@ -22,7 +22,7 @@ from vtoken.hooks.state.decide import decide
 from vtoken.hooks.state.fact_tables import PROJECTIONS, substituted
 from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.live_tokens import skipped_entry
-from vtoken.hooks.state.run import TokenHistory, Run
+from vtoken.hooks.state.run import Run, TokenHistory
 from vtoken.hooks.state.trace import StageTrace
 from vtoken.hooks.vision import encoder_facts as facts
 from vtoken.hooks.vision import frames

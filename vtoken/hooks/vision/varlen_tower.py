@@ -24,7 +24,7 @@ from vtoken.hooks.state.decide import decide, leaves_some
 from vtoken.hooks.state.fact_tables import GLOBAL, PROJECTIONS, substituted
 from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.live_tokens import skipped_entry
-from vtoken.hooks.state.run import ImageLayout, TokenHistory, Run, segments
+from vtoken.hooks.state.run import ImageLayout, Run, TokenHistory, segments
 from vtoken.hooks.state.trace import StageTrace
 from vtoken.hooks.vision import encoder_facts as facts
 from vtoken.hooks.vision import frames
