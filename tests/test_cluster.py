@@ -14,8 +14,9 @@ pytest.importorskip("lmms_eval")
 from vtoken import config
 from vtoken.cli import main
 from vtoken.errors import ConfigError, VtokenError
-from vtoken.evals.lmms import cluster, plan, prepare, sweep
-from vtoken.evals.lmms.plan import Point, Sweep
+from vtoken.evals.lmms import prepare
+from vtoken.evals.quality import cluster, plan, sweep
+from vtoken.evals.quality.plan import Point, Sweep
 
 SWEEP = Sweep(model="tiny-llava", tasks=("a", "b"))
 POINTS = [Point(k, config.load(f"random:{k + 1}"), task, f"{k}{task}") for k in range(3) for task in ("a", "b")]

@@ -17,7 +17,9 @@ from vtoken import registry
 from vtoken.commands import demo as demo_command
 from vtoken.commands import show as show_command
 from vtoken.errors import VtokenError
-from vtoken.evals import demo, lineup, reference
+from vtoken.evals import reference
+from vtoken.evals.pictures import demo
+from vtoken.evals.pictures import demo_pipelines as lineup
 
 PICTURE = str(reference.path().parent / "glyph-qa" / "000.jpg")
 

@@ -16,10 +16,10 @@ from test_report import Page
 
 from vtoken.cli import main
 from vtoken.errors import VtokenError
-from vtoken.evals.lmms import regressions, report
-from vtoken.evals.lmms.findings import findings, read
-from vtoken.evals.lmms.pareto import front
-from vtoken.evals.plots import fronts, looks
+from vtoken.evals.pictures.plots import fronts, looks
+from vtoken.evals.quality import regressions, report
+from vtoken.evals.quality.analysis import findings, read
+from vtoken.evals.quality.pareto import front
 
 RIGHT = [1.0] * 8 + [0.0] * 2
 WORSE = [0.0, 0.0, *[1.0] * 6, 1.0, 0.0]  # lost 2, won 1

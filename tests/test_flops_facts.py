@@ -11,7 +11,7 @@ from test_decoder_facts import First, Watcher
 from test_flops import MODELS, Pipe, counted
 
 import vtoken
-from vtoken.evals.flops import LEFT_OUT, account
+from vtoken.evals.cost.flops import LEFT_OUT, account
 from vtoken.hooks.decoder.attention_facts import ROWS
 from vtoken.stages import Fact
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vtoken
 from vtoken.errors import UnsupportedError
-from vtoken.evals.flops import account
+from vtoken.evals.cost.flops import account
 from vtoken.hooks.state.run import Layout
 from vtoken.hooks.vision import frames
 from vtoken.pruners.frames.frames_changed import FramesChanged

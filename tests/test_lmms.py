@@ -29,11 +29,12 @@ from lmms_eval.models.registry_v2 import ModelRegistryV2
 import vtoken
 from vtoken import config
 from vtoken.errors import ConfigError, UnsupportedError, VtokenError
-from vtoken.evals.flops import account
-from vtoken.evals.lmms import manifest, regressions, run, suites
+from vtoken.evals.cost.flops import account
+from vtoken.evals.lmms import manifest, suites
 from vtoken.evals.lmms.harness import Harness, numbers
 from vtoken.evals.lmms.model import VtokenModel
 from vtoken.evals.lmms.prompts import Prompt
+from vtoken.evals.quality import regressions, run
 
 ROOT = Path(__file__).parents[1]
 TWO = ["random:5", "uniform:4"]

@@ -18,10 +18,11 @@ from tiny_processors import processor, save
 from vtoken import config, registry, trace, wrapped
 from vtoken.cli import main
 from vtoken.errors import ConfigError, UnsupportedError
-from vtoken.evals import models, processors
-from vtoken.evals.lmms.asker import Asker, ended
+from vtoken.evals import processors
+from vtoken.evals.lmms.generation import Asker, ended
 from vtoken.evals.lmms.prompts import Prompt, clip, encode, from_chat, limit_pixels, pixels
 from vtoken.evals.lmms.records import dense_tokens, pruned_tokens
+from vtoken.evals.shared import models
 
 OPTIONS = {"max_new_tokens": 4, "temperature": 0, "do_sample": False, "until": ["\n\n"]}
 families = pytest.mark.parametrize("family", FAMILIES)

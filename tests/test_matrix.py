@@ -17,7 +17,7 @@ import vtoken
 from vtoken import registry
 from vtoken.cli import main
 from vtoken.errors import OtherModelError, UnsupportedError
-from vtoken.evals import matrix as matrices
+from vtoken.evals.cost import support_matrix as matrices
 from vtoken.stages import Fact, Pruner, Site
 from vtoken.stages.budget import Budget
 

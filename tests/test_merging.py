@@ -14,7 +14,7 @@ from test_generate import run
 import vtoken
 from vtoken import registry
 from vtoken.errors import UnsupportedError
-from vtoken.evals.flops import account
+from vtoken.evals.cost.flops import account
 from vtoken.hooks.state.run import Call
 from vtoken.stages import Fact
 

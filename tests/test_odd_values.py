@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from vtoken import cli, config, registry
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError
-from vtoken.evals.strict import Strict
+from vtoken.evals.shared.yaml_options import Strict
 from vtoken.pruners.tokens.random import Random
 from vtoken.stages.budget import Budget
 

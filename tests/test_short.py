@@ -17,8 +17,8 @@ from vtoken import config, registry
 from vtoken.cli import main
 from vtoken.config.pipeline import KEYS
 from vtoken.errors import ConfigError, UnsupportedError
-from vtoken.evals.lmms.plan import Sweep
-from vtoken.evals.strict import read
+from vtoken.evals.quality.plan import Sweep
+from vtoken.evals.shared.yaml_options import read
 from vtoken.session import session_of
 
 POLICIES = {"positions": "compact", "newline": "drop", "anyres": "2x2", "min_visual_tokens": 9}
@@ -88,7 +88,7 @@ def test_wrap_takes_it() -> None:
 def test_commands_take_lists_of_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Pipelines are parted by spaces, so that a comma is the pipeline's own."""
     found: list[Any] = []
-    monkeypatch.setattr("vtoken.evals.latency.bench", catch(found, 1))
+    monkeypatch.setattr("vtoken.evals.speed.latency.bench", catch(found, 1))
     ends(["bench", "tiny-llava", *TWO])
     assert found == [[config.load(each) for each in TWO]]
     assert main(["flops", "tiny-llava", *TWO, "--json"]) == 0

@@ -12,8 +12,8 @@ import pytest
 from vtoken import config
 from vtoken.config import yaml_source as source
 from vtoken.errors import ConfigError
-from vtoken.evals.lmms.plan import Sweep
-from vtoken.evals.strict import Strict, read
+from vtoken.evals.quality.plan import Sweep
+from vtoken.evals.shared.yaml_options import Strict, read
 from vtoken.evals.tune.space import Space
 
 

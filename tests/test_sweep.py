@@ -25,11 +25,11 @@ from vtoken.cli import main
 from vtoken.commands.sweep import cells
 from vtoken.errors import ConfigError, VtokenError
 from vtoken.evals import reference
-from vtoken.evals.lmms import points, sweep
-from vtoken.evals.lmms.plan import Speed, Sweep
-from vtoken.evals.lmms.run import Results
 from vtoken.evals.lmms.suites import KNOWN
-from vtoken.evals.strict import read
+from vtoken.evals.quality import points, sweep
+from vtoken.evals.quality.plan import Speed, Sweep
+from vtoken.evals.quality.run import Results
+from vtoken.evals.shared.yaml_options import read
 from vtoken.session import wrapped
 
 ROOT = Path(__file__).parents[1]

@@ -10,10 +10,10 @@ import pytest
 from vtoken import registry
 from vtoken.cli import main
 from vtoken.commands import list as list_command
-from vtoken.evals import table
-from vtoken.evals.flops import resolve_config
-from vtoken.evals.geometry import geometry
-from vtoken.evals.matrix import Cell, Matrix
+from vtoken.evals.cost import decision_costs as table
+from vtoken.evals.cost.flops import resolve_config
+from vtoken.evals.cost.geometry import geometry
+from vtoken.evals.cost.support_matrix import Cell, Matrix
 from vtoken.stages import Fact, Pruner
 from vtoken.stages.budget import Budget
 

@@ -13,8 +13,8 @@ pytest.importorskip("lmms_eval")
 
 from vtoken.cli import main
 from vtoken.errors import VtokenError
-from vtoken.evals.lmms import points, report
-from vtoken.evals.lmms.findings import findings, read
+from vtoken.evals.quality import points, report
+from vtoken.evals.quality.analysis import findings, read
 
 COST = {"prompt_tokens": 9, "input_tokens": 9, "visual_tokens": 4, "visual_tokens_entry": 4, "visual_tokens_mean": 4.0, "new_tokens": 1,
         "batch": 1, "preprocess_s": 0.1, "ttft_s": 0.1, "decode_s": 0.1, "stages": {"fastv@2": 0.1}}  # fmt: skip

@@ -17,9 +17,11 @@ from vtoken import config
 from vtoken.cli import main
 from vtoken.compressors.decoder._gates import header, question
 from vtoken.errors import ConfigError, UnsupportedError
-from vtoken.evals import exits, reference, samples
+from vtoken.evals import reference
+from vtoken.evals.calibrate import _train_exit_gates as exits
 from vtoken.evals.calibrate import vtw
-from vtoken.evals.withdraw import Withdrawal
+from vtoken.evals.calibrate._exit_reference import Withdrawal
+from vtoken.evals.shared import samples
 
 
 @families

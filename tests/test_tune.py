@@ -21,10 +21,11 @@ from vtoken import config, wrapped
 from vtoken.cli import main
 from vtoken.commands import tune as command
 from vtoken.errors import ConfigError, VtokenError
-from vtoken.evals import models, processors
-from vtoken.evals.flops import account
-from vtoken.evals.lmms.asker import Asker
+from vtoken.evals import processors
+from vtoken.evals.cost.flops import account
+from vtoken.evals.lmms.generation import Asker
 from vtoken.evals.lmms.prompts import encode
+from vtoken.evals.shared import models
 from vtoken.evals.tune import samples
 from vtoken.evals.tune import search as searching
 from vtoken.evals.tune.cost import Shape, share

@@ -18,14 +18,15 @@ import lmms_tasks
 from vtoken import config
 from vtoken.cli import main
 from vtoken.errors import ConfigError, VtokenError
-from vtoken.evals import models, processors
-from vtoken.evals.lmms.asker import Asker
+from vtoken.evals import processors
+from vtoken.evals.lmms.generation import Asker
 from vtoken.evals.lmms.harness import Harness
 from vtoken.evals.lmms.model import VtokenModel
+from vtoken.evals.shared import models
 from vtoken.evals.tune import samples
 from vtoken.evals.tune.cost import Shape
-from vtoken.evals.tune.marks import Marks
 from vtoken.evals.tune.quality import Judge
+from vtoken.evals.tune.relative_score import Marks
 from vtoken.evals.tune.search import Search
 from vtoken.evals.tune.space import Space
 from vtoken.evals.tune.tasks import Tasks

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _matrix(classes: list[type[Stage]], args: argparse.Namespace) -> int:
-    from vtoken.evals.matrix import matrix
+    from vtoken.evals.cost.support_matrix import matrix
 
     found = matrix(classes)
     notes = found.notes()
@@ -104,7 +104,7 @@ def _matrix(classes: list[type[Stage]], args: argparse.Namespace) -> int:
 def _costs(classes: list[type[Stage]], args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from vtoken.evals.table import costs
+    from vtoken.evals.cost.decision_costs import costs
 
     found = costs(classes)
     about = {

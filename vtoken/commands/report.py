@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         VtokenError: a folder without results, a method without published tables.
     """
-    from vtoken.evals.lmms import paper, report
-    from vtoken.evals.lmms.findings import findings, read
+    from vtoken.evals.quality import paper, report
+    from vtoken.evals.quality.analysis import findings, read
 
     evaluation = read(args.folder)
     found = findings(evaluation)

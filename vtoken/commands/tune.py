@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vtoken.errors import ConfigError, VtokenError
-from vtoken.evals.options import number
+from vtoken.evals.shared.options import number
 
 EPILOG = """\
 a space file:
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         VtokenError: Optuna is missing, or a file or argument that cannot be used.
     """
-    from vtoken.evals.strict import read
+    from vtoken.evals.shared.yaml_options import read
     from vtoken.evals.tune.space import Space
 
     space = read(Space, args.space)
@@ -141,8 +141,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _asker(args: argparse.Namespace) -> Any:
-    from vtoken.evals import models, processors, reference
-    from vtoken.evals.lmms.asker import Asker
+    from vtoken.evals import processors, reference
+    from vtoken.evals.lmms.generation import Asker
+    from vtoken.evals.shared import models
 
     model = models.load(args.model, device=args.device, dtype=args.dtype, revision=args.revision)
     shipped = args.model in reference.names()

@@ -14,8 +14,8 @@ from torch import Tensor
 from vtoken.compressors.decoder._exits import asked
 from vtoken.compressors.decoder.attention_exit import AttentionExit
 from vtoken.errors import VtokenError
-from vtoken.evals.samples import Sample, answer_of, continued, prepare
-from vtoken.evals.withdraw import Withdrawal
+from vtoken.evals.calibrate._exit_reference import Withdrawal
+from vtoken.evals.shared.samples import Sample, answer_of, continued, prepare
 from vtoken.session import wrapped
 from vtoken.stages import Keep, VisualTokens, keep_all
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from vtoken.errors import ConfigError
+from vtoken.evals.calibrate._exit_reference import Withdrawal
 from vtoken.evals.calibrate._report import add_json, tell
-from vtoken.evals.options import number
-from vtoken.evals.samples import ABOUT, Sample, load, prepare, read
-from vtoken.evals.withdraw import Withdrawal
+from vtoken.evals.shared.options import number
+from vtoken.evals.shared.samples import ABOUT, Sample, load, prepare, read
 
 SUMMARY = "the decoder layer before which all visual tokens can leave (vtw)"
 EXAMPLES = """examples:

@@ -19,12 +19,13 @@ import vtoken
 from vtoken import config
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, UnsupportedError
-from vtoken.evals import models, processors, reference
-from vtoken.evals.lmms.asker import Asker
-from vtoken.evals.lmms.plan import code, named_files, weights
+from vtoken.evals import processors, reference
+from vtoken.evals.lmms.generation import Asker
 from vtoken.evals.lmms.prompts import LMMS_EVAL_PIXELS, Prompt, from_chat, limit_pixels, pixels
 from vtoken.evals.lmms.records import Request
 from vtoken.evals.lmms.response_cache import identify
+from vtoken.evals.quality.plan import code, named_files, weights
+from vtoken.evals.shared import models
 
 
 class VtokenModel(lmms):

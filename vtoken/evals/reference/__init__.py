@@ -99,7 +99,7 @@ def answers(
     """Greedy answers in left-padded batches. Calls `model.generate` and nothing else; `progress(done, total)` is called after every batch."""
     import torch
 
-    from vtoken.evals.media import still
+    from vtoken.evals.shared.media import still
 
     said: list[str] = []
     for start in range(0, len(questions), batch_size):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
-from vtoken.evals.media import still
+from vtoken.evals.shared.media import still
 
 SIZE = 192  # pixels per side
 PATCH = 8  # pixels per side of the patch behind one visual token

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vtoken.config import Pipeline
-from vtoken.evals.flops import account
-from vtoken.evals.latency import bench
-from vtoken.evals.lmms.asker import Asker
+from vtoken.evals.cost.flops import account
+from vtoken.evals.lmms.generation import Asker
+from vtoken.evals.speed.latency import bench
 from vtoken.evals.tune.samples import Sample
 
 Objective = Literal["flops", "ttft"]

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError
-from vtoken.evals.lmms.asker import Asker
+from vtoken.evals.lmms.generation import Asker
 from vtoken.evals.lmms.prompts import encode
-from vtoken.evals.tune.marks import Marks
+from vtoken.evals.tune.relative_score import Marks
 from vtoken.evals.tune.samples import Sample
 
 if TYPE_CHECKING:  # It needs lmms-eval.

@@ -11,7 +11,7 @@ from vtoken import config
 from vtoken.config import Pipeline
 from vtoken.config import yaml_source as source
 from vtoken.errors import ConfigError
-from vtoken.evals.strict import Strict
+from vtoken.evals.shared.yaml_options import Strict
 
 KEYS = {"values", "low", "high", "step", "log"}
 

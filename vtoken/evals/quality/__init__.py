@@ -1,0 +1,1 @@
+"""Pipelines x tasks: runs, sweeps, results, and what they say."""
