@@ -29,7 +29,7 @@ bench: $(VENV)/.installed
 test-gpu:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make test-gpu needs a CUDA device'"
 	$(PYTHON) -m pytest -m gpu tests
-	$(PYTHON) -m pytest tests/test_kernels.py tests/test_kernel_choice.py
+	$(PYTHON) -m pytest tests/kernels/test_kernels.py tests/kernels/test_kernel_choice.py
 
 # All parts in one go take about half an hour on an H200; `make bench-gpu PARTS="kernels sparse"` runs some, and what bench-out/ holds
 # already is not run again.

@@ -16,7 +16,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 import vtoken
 
 IMAGE, TOKENS, TEXT = 3, 576, 40
-# Name -> pipeline, and how many operations it adds at most: what it added when this was last written (tests/test_operations.py).
+# Name -> pipeline, and how many operations it adds at most: what it added when this was last written (tests/benchmarks/test_operations.py).
 PIPELINES: dict[str, tuple[Any, int]] = {
     "none": ("none", 0),
     "random:64": ("random:64", 45),

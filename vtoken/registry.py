@@ -1,4 +1,4 @@
-"""Names of stages, presets and adapters, read off file names; other packages add theirs by entry points.
+"""Names of stages and adapters, read off file names, and of presets; other packages add theirs by entry points.
 
 A stage's module is imported when the stage is asked for, so this file imports neither torch nor pydantic. Other packages
 declare `[project.entry-points."vtoken.stages"]` with `name = "package.module:Class"` (or a module that holds one stage);
@@ -8,6 +8,7 @@ the group `vtoken.adapters` does the same for model families, by `model_type`.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from functools import lru_cache
 from importlib import import_module
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent
 FOLDERS = {"pruner": "pruners", "compressor": "compressors"}
 KINDS = ("pruner", "compressor", "preset", "adapter")
-
+_VARIANT = re.compile(r"^  ([\w-]+):$", re.MULTILINE)
 
 # Families that look alike but are not, and why.
 _HYBRID = (
@@ -43,9 +44,15 @@ def _files(folder: str) -> list[str]:
 
 @lru_cache(maxsize=16)
 def _listed(folder: str, changed: int) -> tuple[str, ...]:
-    """Public names in a folder, of modules or presets; listed again only when it has changed."""
-    names = [m.name for m in iter_modules([folder])] + [file.stem for file in Path(folder).glob("*.yaml")]
-    return tuple(sorted(name for name in names if not name.startswith("_")))
+    """Public names of the modules in a folder; listed again only when it has changed."""
+    return tuple(sorted(m.name for m in iter_modules([folder]) if not m.name.startswith("_")))
+
+
+@lru_cache(maxsize=16)
+def _variants(folder: str, changed: int) -> tuple[str, ...]:
+    """Names of the variants in all preset files of a folder: keys behind two spaces. No YAML is parsed for them."""
+    texts = [file.read_text(encoding="utf-8") for file in Path(folder).glob("*.yaml")]
+    return tuple(sorted(name for text in texts for name in _VARIANT.findall(text)))
 
 
 def _built_in() -> dict[str, str]:
@@ -175,12 +182,13 @@ def catalogue() -> tuple[dict[str, type[Stage]], dict[str, str]]:
 
 def presets() -> list[str]:
     """Names of the shipped pipelines."""
-    return _files("presets")
+    folder = str(ROOT / "presets")
+    return list(_variants(folder, _changed(folder)))
 
 
 def preset_file(name: str) -> Path:
-    """The YAML file of a preset."""
-    return ROOT / "presets" / f"{name}.yaml"
+    """The YAML file that holds a preset, among the variants of its method."""
+    return ROOT / "presets" / f"{name.partition('-')[0]}.yaml"
 
 
 def adapters() -> list[str]:

@@ -175,20 +175,20 @@ def describe(cls: type[Stage]) -> dict[str, Any]:
 
 
 def presets() -> list[dict[str, Any]]:
-    """Every preset as plain data; its summary is the first line of its file."""
+    """Every preset as plain data."""
     from vtoken import config, registry
+    from vtoken.config.presets import summary
 
     rows = []
     for name in registry.presets():
         pipeline = config.load(name)
-        comment = registry.preset_file(name).read_text(encoding="utf-8").split("\n")[0]
         stages = [{stage.name: stage.model_dump(mode="json")} for stage in pipeline.stages]
         rows.append(
             {
                 "preset": name,
                 **{key: getattr(pipeline, key) for key in config.POLICIES},
                 "stages": stages,
-                "summary": comment.lstrip("# "),
+                "summary": summary(name),
             }
         )
     return rows

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from vtoken import registry
 from vtoken.config.messages import explain
+from vtoken.config.presets import recipe
 from vtoken.config.short_form import bare, is_stage, options_of, short_form
 from vtoken.config.yaml_source import Source, read
 from vtoken.config.yaml_source import dump as write_yaml
@@ -101,7 +102,8 @@ def load(pipeline: PipelineLike) -> Pipeline:
     if isinstance(pipeline, (list, tuple)):
         return _from_data({"stages": pipeline}, None, Source())
     if isinstance(pipeline, str) and pipeline in registry.presets():
-        return replace(_from_file(registry.preset_file(pipeline)), written=f'preset "{pipeline}"')
+        data, source = recipe(pipeline)
+        return replace(_from_data(data, pipeline, source), written=f'preset "{pipeline}"')
     if isinstance(pipeline, (str, os.PathLike)) and os.path.isfile(pipeline):
         return _from_file(Path(pipeline))
     if isinstance(pipeline, (str, os.PathLike)) and Path(pipeline).suffix in (".yaml", ".yml"):
