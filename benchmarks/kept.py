@@ -31,7 +31,7 @@ def main() -> None:
 
     from vtoken.evals import reference
     from vtoken.evals.pictures.demo import inputs_of
-    from vtoken.evals.pictures.demo_pipelines import lineup, prefill
+    from vtoken.evals.pictures.demo_pipelines import choose, prefill
     from vtoken.evals.pictures.overlay import captioned, drawn, owners, sheet, views
     from vtoken.evals.shared.media import Media, still
 
@@ -41,7 +41,7 @@ def main() -> None:
     picture = still(question.image)
     tiles = []
     with torch.inference_mode():
-        for label, pipeline in lineup(model, prompt, (given.keep,), everything=True).pipelines.items():
+        for label, pipeline in choose(model, prompt, (given.keep,), everything=True).pipelines.items():
             if pipeline is None:
                 continue
             seen = prefill(model, pipeline, prompt)

@@ -167,7 +167,7 @@ def test_sweep_scores_what_is_written(written: list[str]) -> None:
     from vtoken.evals.quality.plan import Sweep
 
     asked = Sweep(model="tiny-llava", tasks=("a",), pipelines=tuple(written), methods=("uniform",), budgets=(64,))
-    assert asked.lineup() == [config.load(each) for each in (*written, "uniform:64")]
+    assert asked.all_pipelines() == [config.load(each) for each in (*written, "uniform:64")]
 
 
 def test_tune_searches_among_what_is_written() -> None:
@@ -204,7 +204,7 @@ def test_eval_scores_what_is_written(written: list[str], monkeypatch: pytest.Mon
 def test_lmms_evals_model_runs_what_is_written(written: list[str]) -> None:
     cls = lmms_model()
     for each in written:
-        assert cls("tiny-llava", each, device="cpu").asker.pipeline == config.load(each)
+        assert cls("tiny-llava", each, device="cpu").generator.pipeline == config.load(each)
 
 
 def lmms_model() -> Any:

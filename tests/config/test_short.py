@@ -98,14 +98,14 @@ def test_commands_take_lists_of_it(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 def test_sweeps_take_it(tmp_path: Path) -> None:
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump({"model": "tiny-llava", "tasks": ["a"], "pipelines": list(TWO)}))
-    assert read(Sweep, file).lineup() == [config.load(each) for each in TWO]
+    assert read(Sweep, file).all_pipelines() == [config.load(each) for each in TWO]
 
 
 def test_lmms_eval_parts_policies_from_the_pipeline() -> None:
     """It splits `--model_args pipeline=uniform:64,positions=compact` at every comma."""
     cls = lmms_model()
     model = cls("tiny-llava", pipeline="uniform:64", positions="compact", min_visual_tokens=9, device="cpu")
-    assert model.asker.pipeline == config.load("uniform:64,positions=compact,min_visual_tokens=9")
+    assert model.generator.pipeline == config.load("uniform:64,positions=compact,min_visual_tokens=9")
     with pytest.raises(ConfigError, match="positions must be original or compact, not 'kompact'"):
         cls("tiny-llava", pipeline="uniform:64", positions="kompact", device="cpu")
     with pytest.raises(UnsupportedError, match=r'^pipeline "vtw-15,newline=drop": stage vtw'):

@@ -77,9 +77,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _matrix(classes: list[type[Stage]], args: argparse.Namespace) -> int:
-    from vtoken.evals.cost.support_matrix import matrix
+    from vtoken.evals.cost.support_matrix import support_matrix
 
-    found = matrix(classes)
+    found = support_matrix(classes)
     notes = found.notes()
     if args.json:
         print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))

@@ -38,10 +38,10 @@ def run(args: argparse.Namespace) -> int:
         VtokenError: a folder without results, a method without published tables.
     """
     from vtoken.evals.quality import paper, report
-    from vtoken.evals.quality.analysis import findings, read
+    from vtoken.evals.quality.analysis import analyse, read
 
     evaluation = read(args.folder)
-    found = findings(evaluation)
+    found = analyse(evaluation)
     if args.json:
         print(json.dumps(found))
         return 0

@@ -128,7 +128,7 @@ def test_another_machine_must_hold_the_same(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.chdir(tmp_path)
     given = SWEEP.model_copy(update={"tasks": ("smoke",), "device": "cpu"})
-    runs = sweep.lineup([config.load("random:4")])
+    runs = sweep.with_dense([config.load("random:4")])
     keys = {point.key for point in plan.points(given, runs, "abc")}
     for others, code in (({"other"}, plan.code()), (keys, "other")):
         worker = cluster.Worker(given, runs, others, "abc", code, tmp_path, tmp_path, 1)

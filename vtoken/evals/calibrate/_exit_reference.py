@@ -13,7 +13,7 @@ from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.handle import Handle
 
 
-class Withdrawal:
+class ExitReference:
     """One dense forward of one prompt; what enters every layer is kept for its text tokens only.
 
     `without(k)` runs layers k and deeper on that text: the same numbers as a forward wrapped with `vtw: {layer: k}`, for the price

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from vtoken.compressors.decoder._gates import Gate, logits, question
-from vtoken.evals.calibrate._exit_reference import Withdrawal
+from vtoken.evals.calibrate._exit_reference import ExitReference
 from vtoken.evals.shared.samples import Sample, answer_of, continued, prepare
 
 AGREEMENT, LOSS = 0.99, 1.03  # the authors' bounds
@@ -63,7 +63,7 @@ def table(
     for done, sample in enumerate(samples, 1):
         prompt = prepare(model, processor, sample)
         answer = answer_of(model, processor, sample, prompt, ANSWER)
-        run = Withdrawal(model, continued(prompt, answer))
+        run = ExitReference(model, continued(prompt, answer))
         asked = len(run.columns) - len(answer)
         full = run.full[asked - 1 : -1].float()
         layers = range(1, len(run.entering))

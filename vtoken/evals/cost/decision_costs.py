@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from vtoken.config import load
 from vtoken.evals.cost.flops import account, resolve_config
 from vtoken.evals.cost.geometry import Geometry, geometry
-from vtoken.evals.cost.support_matrix import Answer, Matrix, matrix, sample
+from vtoken.evals.cost.support_matrix import Answer, SupportMatrix, example_stage, support_matrix
 from vtoken.stages import FACTS, Stage, size_of
 from vtoken.stages.budget import Budget
 
@@ -35,17 +35,17 @@ class Cost:
     left_out: tuple[str, ...] = ()
 
 
-def costs(stages: list[type[Stage]], found: Matrix | None = None) -> list[Cost]:
+def costs(stages: list[type[Stage]], found: SupportMatrix | None = None) -> list[Cost]:
     """One row per stage.
 
     Args:
         found: the matrix of these stages, if it is at hand; else it is made, which takes seconds.
     """
-    found = matrix(stages) if found is None else found
+    found = support_matrix(stages) if found is None else found
     return [_cost(cls, _by_answer(found, cls.name)) for cls in stages]
 
 
-def _by_answer(found: Matrix, stage: str) -> dict[Answer, list[str]]:
+def _by_answer(found: SupportMatrix, stage: str) -> dict[Answer, list[str]]:
     out: dict[Answer, list[str]] = {}
     for family, cell in found.cells[stage].items():
         out.setdefault(cell.answer, []).append(family)
@@ -54,7 +54,7 @@ def _by_answer(found: Matrix, stage: str) -> dict[Answer, list[str]]:
 
 def _cost(cls: type[Stage], families: dict[Answer, list[str]]) -> Cost:
     config = resolve_config(MODEL)
-    stage = sample(cls)
+    stage = example_stage(cls)
     runs = [family for answer in ("yes", "substitute") for family in families.get(answer, [])]
     if stage is None or config.model_type not in runs:
         return Cost(cls.name, families, None, None)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from vtoken.errors import ConfigError, about
 from vtoken.evals.cost.geometry import Geometry, ImageSize, geometry
-from vtoken.evals.cost.token_flow import Counts, Walk
+from vtoken.evals.cost.token_flow import Counts, TokenFlow
 from vtoken.evals.shared.configs import resolve_config
 from vtoken.stages import Stage
 
@@ -162,12 +162,12 @@ def account(
     stages, threshold = ((), 0) if pipeline is None else (pipeline.stages, pipeline.min_visual_tokens)
     with about("" if pipeline is None else pipeline.written):
         shape = geometry(config, image_size, images, frames, "model" if pipeline is None else pipeline.anyres)
-        walk = Walk(shape, images, text_tokens, stages, newline, threshold)
-    shape = walk.shape
+        flow = TokenFlow(shape, images, text_tokens, stages, newline, threshold)
+    shape = flow.shape
     size = dtype_bytes or _dtype_bytes(config)
     decoder = shape.decoder
-    in_decoder = [walk.length(layer) for layer in range(decoder.depth)]
-    read = list(zip(walk.attended, walk.density, strict=True))
+    in_decoder = [flow.length(layer) for layer in range(decoder.depth)]
+    read = list(zip(flow.attended, flow.density, strict=True))
     head = 2 * decoder.width * shape.vocabulary
     steps = new_tokens - 1
     return Account(
@@ -177,32 +177,32 @@ def account(
         new_tokens=new_tokens,
         batch=batch,
         dtype_bytes=size,
-        tower=batch * _tower(shape, walk),
+        tower=batch * _tower(shape, flow),
         # The model projects before tokens-site stages act: they save nothing here.
-        projector=batch * sum(2 * each.weights * sum(walk.mlps[each.layer]) for each in shape.projectors),
-        stages=batch * walk.cost,
+        projector=batch * sum(2 * each.weights * sum(flow.mlps[each.layer]) for each in shape.projectors),
+        stages=batch * flow.cost,
         prefill_linear=batch * (head + sum(map(decoder.linear, in_decoder))),
         prefill_attention=batch * sum(round(2 * decoder.scores(n, n) * share) for n, share in read),
         prefill_attention_causal=batch * sum(round(decoder.scores(n, n + 1) * share) for n, share in read),
         decode=batch
-        * (steps * (head + decoder.depth * decoder.linear(1)) + _decode_attention(shape, walk.decoded, steps)),
-        visual_tokens=tuple(map(sum, walk.decoder)),
-        newline_tokens=tuple(walk.newlines),
-        kv_bytes_prefill=batch * _kv_bytes(walk, size),
-        kv_bytes=batch * _kv_bytes(walk, size, steps),
-        left_out=(*LEFT_OUT, *walk.left_out),
+        * (steps * (head + decoder.depth * decoder.linear(1)) + _decode_attention(shape, flow.decoded, steps)),
+        visual_tokens=tuple(map(sum, flow.decoder)),
+        newline_tokens=tuple(flow.newlines),
+        kv_bytes_prefill=batch * _kv_bytes(flow, size),
+        kv_bytes=batch * _kv_bytes(flow, size, steps),
+        left_out=(*LEFT_OUT, *flow.left_out),
     )
 
 
-def _tower(shape: Geometry, walk: Walk) -> int:
+def _tower(shape: Geometry, flow: TokenFlow) -> int:
     """FLOPs of the tower on one batch row."""
     tower = shape.tower
-    crops = len(walk.tower[0])
-    around = walk.embedded * tower.stem + crops * tower.head_image
-    around += sum(walk.tower[-1]) * tower.unit * tower.head_patch
+    crops = len(flow.tower[0])
+    around = flow.embedded * tower.stem + crops * tower.head_image
+    around += sum(flow.tower[-1]) * tower.unit * tower.head_patch
     layers = sum(
         tower.linear(units, late) + 2 * tower.scores(layer, units)
-        for layer, rows in enumerate(zip(walk.tower, walk.mlps, strict=True))
+        for layer, rows in enumerate(zip(flow.tower, flow.mlps, strict=True))
         for units, late in zip(*rows, strict=True)
     )
     return 2 * around + layers
@@ -222,11 +222,11 @@ def _decode_attention(shape: Geometry, prompt: Sequence[int], steps: int) -> int
     )
 
 
-def _kv_bytes(walk: Walk, size: int, steps: int = 0) -> int:
+def _kv_bytes(flow: TokenFlow, size: int, steps: int = 0) -> int:
     """Bytes of the KV cache of one row after so many decode steps; a number takes `size` of them at full width."""
-    decoder, total = walk.shape.decoder, 0
-    for layer, (n, window) in enumerate(zip(walk.held, decoder.windows, strict=True)):
-        packed = walk.packed[layer](size) if layer in walk.packed else None
+    decoder, total = flow.shape.decoder, 0
+    for layer, (n, window) in enumerate(zip(flow.held, decoder.windows, strict=True)):
+        packed = flow.packed[layer](size) if layer in flow.packed else None
         slots = _stored(n + steps, window) if packed is None else steps
         total += (packed or 0) + slots * 2 * decoder.kv_heads * decoder.head_dim * size
     return total

@@ -36,7 +36,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Matrix:
+class SupportMatrix:
     """Answers by stage and family.
 
     Attributes:
@@ -60,7 +60,7 @@ class Matrix:
         return {"models": self.models, "cells": cells}
 
 
-def matrix(stages: list[type[Stage]], families: list[str] | None = None) -> Matrix:
+def support_matrix(stages: list[type[Stage]], families: list[str] | None = None) -> SupportMatrix:
     """Tries every stage with default options on every family's first built-in config, on torch's meta device.
 
     Args:
@@ -74,8 +74,11 @@ def matrix(stages: list[type[Stage]], families: list[str] | None = None) -> Matr
     models = {family: known.get(family, family) for family in families}
     built = {family: _build(family, models[family]) for family in families}
     given = {family: registry.adapter(family)(model).substitutes for family, model in built.items()}
-    cells = {c.name: {family: cell(model, sample(c), given[family]) for family, model in built.items()} for c in stages}
-    return Matrix(models, cells)
+    cells = {
+        c.name: {family: cell(model, example_stage(c), given[family]) for family, model in built.items()}
+        for c in stages
+    }
+    return SupportMatrix(models, cells)
 
 
 def cell(model: Any, stage: Stage | None, substitutes: dict[str, str]) -> Cell:
@@ -104,7 +107,7 @@ def cell(model: Any, stage: Stage | None, substitutes: dict[str, str]) -> Cell:
     return Cell("yes")
 
 
-def sample(cls: type[Stage]) -> Stage | None:
+def example_stage(cls: type[Stage]) -> Stage | None:
     """The stage with default options and 64 tokens, or as a preset has it; None if some other option has no default."""
     required = {name for name, field in cls.model_fields.items() if field.is_required()}
     if required <= {"keep"}:

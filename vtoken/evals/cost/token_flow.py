@@ -37,7 +37,7 @@ FREE = (
 )
 
 
-class Walk:
+class TokenFlow:
     """Runs every stage's `plan`.
 
     Attributes:

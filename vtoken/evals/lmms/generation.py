@@ -19,7 +19,7 @@ from vtoken.hooks.state.run import Clock
 from vtoken.session import match_processor, trace, unwrap, wrap
 
 
-class Asker:
+class TextGenerator:
     """A stock model with its processor, dense or with a pipeline on it.
 
     Attributes:
@@ -53,7 +53,7 @@ class Asker:
         self._cold = True
 
     @torch.inference_mode()
-    def ask(self, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> list[Reply]:
+    def generate(self, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> list[Reply]:
         """Answers of one batch.
 
         Args:

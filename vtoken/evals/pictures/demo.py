@@ -18,7 +18,7 @@ from vtoken.config import Pipeline, load
 from vtoken.errors import VtokenError
 from vtoken.evals import reference
 from vtoken.evals.cost.flops import account
-from vtoken.evals.pictures.demo_pipelines import applied, lineup, prefill
+from vtoken.evals.pictures.demo_pipelines import applied, choose, prefill
 from vtoken.evals.pictures.overlay import drawn, owners, views
 from vtoken.evals.pictures.report import Case, Panel, Report, Row
 from vtoken.evals.processors import apply
@@ -61,7 +61,7 @@ def run(
     budgets = sorted(set(budgets or default_budgets(total)), reverse=True)
     if not 1 <= budgets[-1] <= budgets[0] <= total:
         raise VtokenError(f"budgets must lie between 1 and {total}, the visual tokens of {name}")
-    compared = lineup(model, prompts[0], budgets, everything)
+    compared = choose(model, prompts[0], budgets, everything)
     pipelines = compared.pipelines
 
     work = len(pipelines) * (len(questions) + WARMUP + ROUNDS)

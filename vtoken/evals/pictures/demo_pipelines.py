@@ -9,7 +9,7 @@ from typing import Any
 
 from vtoken.config import Pipeline, load
 from vtoken.errors import UnsupportedError, VtokenError
-from vtoken.evals.cost.support_matrix import sample
+from vtoken.evals.cost.support_matrix import example_stage
 from vtoken.hooks.state.trace import Trace
 from vtoken.registry import adapter, catalogue
 from vtoken.session import trace, watched, wrapped
@@ -21,7 +21,7 @@ DEPTH = 24  # of CLIP-L, which authors' layer numbers are about
 
 
 @dataclass(frozen=True)
-class Lineup:
+class DemoPipelines:
     """What is compared.
 
     Attributes:
@@ -37,7 +37,7 @@ class Lineup:
     options: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
-def lineup(model: Any, prompt: Any, budgets: Sequence[int], everything: bool = False) -> Lineup:
+def choose(model: Any, prompt: Any, budgets: Sequence[int], everything: bool = False) -> DemoPipelines:
     """Dense and every method at every budget: a few methods, or everything that runs on the model and changes this prompt.
 
     Args:
@@ -48,7 +48,7 @@ def lineup(model: Any, prompt: Any, budgets: Sequence[int], everything: bool = F
     pipelines: dict[str, Pipeline | None] = {"dense": None}
     if not everything:
         pipelines |= {f"{method}:{k}": load(f"{method}:{k}") for method in FEW for k in budgets}
-        return Lineup(pipelines, _middle(pipelines, budgets), {})
+        return DemoPipelines(pipelines, _middle(pipelines, budgets), {})
     stages, left_out = catalogue()
     # The floors first, then what has a budget, then the rest.
     order = sorted(stages, key=lambda name: (name not in FLOORS, "keep" not in stages[name].model_fields, name))
@@ -72,7 +72,7 @@ def lineup(model: Any, prompt: Any, budgets: Sequence[int], everything: bool = F
             left_out[name] = "leaves a single picture whole"
             continue
         pipelines |= found
-    return Lineup(pipelines, _middle(pipelines, budgets), left_out, changed)
+    return DemoPipelines(pipelines, _middle(pipelines, budgets), left_out, changed)
 
 
 def _budgeted(name: str, budgets: Sequence[int], **options: int) -> dict[str, Pipeline]:
@@ -90,7 +90,7 @@ def _last(found: dict[str, Pipeline]) -> Pipeline:
 
 
 def _default(cls: type[Stage]) -> Pipeline:
-    stage = sample(cls)
+    stage = example_stage(cls)
     if stage is None:
         raise VtokenError("has options without a default")
     return load(stage)

@@ -90,7 +90,7 @@ def fronts(rows: Figures, cost: str, label: str) -> str:
     A thin line joins the budgets of a method, steps join the front. Beyond five methods those on a front have a colour, and whiskers.
 
     Args:
-        rows: `pipelines` of `lmms.findings`, dense first.
+        rows: `pipelines` of `quality.analysis`, dense first.
         cost: key of the cost; rows that have none are left out. `label` is what it is called.
     """
     import matplotlib

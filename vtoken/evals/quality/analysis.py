@@ -90,7 +90,7 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def findings(evaluation: Evaluation) -> dict[str, Any]:
+def analyse(evaluation: Evaluation) -> dict[str, Any]:
     """Everything a report shows, plain data.
 
     Returns:

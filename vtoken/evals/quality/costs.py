@@ -43,10 +43,10 @@ def typical(model: VtokenModel, requests: Sequence[Request]) -> Typical | str:
     """
     chosen = sorted(requests, key=lambda request: request.reply.cost.visual_tokens)[len(requests) // 2]
     prompt = model.prompt(chosen.task, chosen.doc)
-    asker = model.asker
+    generator = model.generator
     if bool(prompt.images) == bool(prompt.clips):
         return "the prompt shows no picture" if not prompt.images else "the prompt shows pictures and videos"
-    inputs = encode(asker.processor, [prompt], asker.model)
+    inputs = encode(generator.processor, [prompt], generator.model)
     if prompt.clips:
         grids = {"image_grid_thw": inputs["video_grid_thw"]} if "video_grid_thw" in inputs else {}
     else:
@@ -56,12 +56,12 @@ def typical(model: VtokenModel, requests: Sequence[Request]) -> Typical | str:
     if len({len(clip.frames) for clip in prompt.clips}) > 1:
         return "the videos of the prompt differ in length"
     ids = inputs["input_ids"]
-    visual = sum(int((ids == each).sum()) for each in {*asker.adapter.placeholders.values()})
+    visual = sum(int((ids == each).sum()) for each in {*generator.adapter.placeholders.values()})
     return Typical(
         chosen.doc,
         len(prompt.images) or len(prompt.clips),
         len(prompt.clips[0].frames) if prompt.clips else 1,
-        image_size(asker.model.config, grids),
+        image_size(generator.model.config, grids),
         ids.shape[1] - visual,
         chosen.reply.cost.visual_tokens,
     )

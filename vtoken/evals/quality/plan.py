@@ -20,10 +20,10 @@ from vtoken.config import Pipeline
 from vtoken.errors import ConfigError
 from vtoken.evals.lmms.suites import expand
 from vtoken.evals.shared.names import locate
-from vtoken.evals.shared.yaml_options import Strict
+from vtoken.evals.shared.yaml_options import YamlOptions
 
 
-class Speed(Strict):
+class Speed(YamlOptions):
     """The speed pass: `vtoken bench` at batch 1, everything interleaved in one process."""
 
     new_tokens: int = Field(16, ge=1, description="generated per prompt, whatever the model would say")
@@ -36,7 +36,7 @@ class Speed(Strict):
     seed: int = Field(0, description="of texts and pictures")
 
 
-class Sweep(Strict):
+class Sweep(YamlOptions):
     """Pipelines x tasks, or methods x budgets x tasks, or both."""
 
     model: str = Field(description="shipped model (tiny-llava), local folder or hub name")
@@ -72,7 +72,7 @@ class Sweep(Strict):
             raise ValueError("write budgets as a list of what `keep` accepts, as in [64, 25%]")
         return budgets
 
-    def lineup(self) -> list[Pipeline]:
+    def all_pipelines(self) -> list[Pipeline]:
         """Every pipeline, read and checked."""
         crossed = [
             f"{method}:{json.dumps(budget) if isinstance(budget, dict) else budget}"
@@ -93,7 +93,7 @@ class Point:
     """One pipeline on one task.
 
     Attributes:
-        run: number of the pipeline in the line-up; the first and the last are dense.
+        run: number of the pipeline in the list; the first and the last are dense.
         key: names the point's file; the same if and only if everything that decides its numbers is.
     """
 
@@ -104,7 +104,7 @@ class Point:
 
 
 def points(sweep: Sweep, runs: Sequence[Pipeline], commit: str | None) -> list[Point]:
-    """Every pipeline of the line-up on every task, in this order."""
+    """Every pipeline of the list on every task, in this order."""
     common = {
         **sweep.model_dump(mode="json", include={"prompts", "limit"}),
         **sweep.model_args(),
@@ -116,7 +116,7 @@ def points(sweep: Sweep, runs: Sequence[Pipeline], commit: str | None) -> list[P
     last = len(runs) - 1
 
     def point(k: int, pipeline: Pipeline, task: str) -> Point:
-        # The last dense run asks again what the first did; a pipeline's place in the line-up does not matter.
+        # The last dense run asks again what the first did; a pipeline's place in the list does not matter.
         own = [config.dump(pipeline), named_files(pipeline), task, "last" if k == last > 0 else "first"]
         return Point(k, pipeline, task, digest(common, own))
 

@@ -34,7 +34,7 @@ def ask(model: VtokenModel, harness: Harness, point: Point, limit: int | None, f
         document = None
         with suppress(KeyError):  # another process may have answered it
             document = costs.typical(model, list(found.values()))
-        counted = costs.flops(model.asker.model.config, point.pipeline, whoever(document))
+        counted = costs.flops(model.generator.model.config, point.pipeline, whoever(document))
     finally:
         model.use(DENSE)
     return {

@@ -121,18 +121,18 @@ def kept(model: VtokenModel, prompt: Prompt) -> Image.Image | None:
     if bool(prompt.images) == bool(prompt.clips) or len(prompt.clips) > 1:
         return None
     media = Media(prompt.images) if prompt.images else Media(prompt.clips[0].frames, video=True)
-    asker = model.asker
-    if asker.pipeline is None:
+    generator = model.generator
+    if generator.pipeline is None:
         return sheet([_scaled(each) for each in media.pictures], 2, gap=0 if len(media.pictures) == 1 else 12)
-    inputs = encode(asker.processor, [prompt], asker.model)
-    asker.model.generate(**inputs, do_sample=False, max_new_tokens=1)
-    seen = trace(asker.model)
+    inputs = encode(generator.processor, [prompt], generator.model)
+    generator.model.generate(**inputs, do_sample=False, max_new_tokens=1)
+    seen = trace(generator.model)
     tiles = [
         # A page shows them some 260 pixels wide; labels of several rasters must stay legible there.
         drawn(rasters, parts, alive, owners(seen, k), side=SIDE if len(rasters) == 1 else SIDE // 2, columns=2)
         for k, (rasters, parts, alive) in enumerate(
             zip(
-                views(asker.processor, inputs.get("pixel_values"), media, seen.parts),
+                views(generator.processor, inputs.get("pixel_values"), media, seen.parts),
                 seen.parts,
                 seen.kept,
                 strict=True,

@@ -12,7 +12,7 @@ from PIL import Image
 
 from vtoken.evals.pictures.plots import SERIES, fronts, looks, plot
 from vtoken.evals.pictures.report import Case, Panel, milliseconds, page, percent, ratio
-from vtoken.evals.quality.analysis import COSTS, Evaluation, findings, read
+from vtoken.evals.quality.analysis import COSTS, Evaluation, analyse, read
 from vtoken.evals.shared import whole
 from vtoken.evals.shared.media import still
 
@@ -26,7 +26,7 @@ def write(evaluation: Evaluation, found: Mapping[str, Any], file: Path | None = 
     """Writes table.md into the folder of the results and the page, where jinja2 and matplotlib are installed.
 
     Args:
-        found: what `findings` says.
+        found: what `analyse` returns.
         file: the page; None is report.html in the folder.
 
     Returns:
@@ -44,7 +44,7 @@ def write(evaluation: Evaluation, found: Mapping[str, Any], file: Path | None = 
 def publish(folder: Path) -> list[Path]:
     """What `write` does for a folder of results; says on stderr how to have the page where a package is missing."""
     evaluation = read(folder)
-    written = write(evaluation, findings(evaluation))
+    written = write(evaluation, analyse(evaluation))
     if len(written) == 1:
         print(MISSING.format(folder=folder), file=sys.stderr)
     return written

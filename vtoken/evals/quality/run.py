@@ -54,7 +54,7 @@ class Results:
         whole.write(self.folder / "results.json", json.dumps(self.to_dict(), indent=1) + "\n")
 
 
-def lineup(pipelines: Sequence[Pipeline]) -> list[Pipeline]:
+def with_dense(pipelines: Sequence[Pipeline]) -> list[Pipeline]:
     """Dense, the pipelines, dense. One without stages is dense itself.
 
     Raises:
@@ -98,7 +98,7 @@ def evaluate(
         raise ConfigError("vtoken eval is one process; under torchrun or accelerate launch take vtoken sweep")
     if (folder / "results.json").exists():
         raise ConfigError(f"{folder} holds results already; give another folder with --out")
-    runs = lineup(pipelines)
+    runs = with_dense(pipelines)
     for pipeline in runs:
         model.use(pipeline)
     folder = folder.resolve()
@@ -137,7 +137,7 @@ def evaluate(
                             f"task {task} gave other documents than in the dense run; its data changed meanwhile"
                         )
                     dense = results.runs[0]["tasks"].get(task)
-                    counted = costs.flops(model.asker.model.config, pipeline, documents[task])
+                    counted = costs.flops(model.generator.model.config, pipeline, documents[task])
                     run["tasks"][task] = {**summary(scored, found, first, dense), "flops": counted}
                     new = list(request_lines(pipeline.name, task, scored, found, first))
                     out.writelines(json.dumps(line) + "\n" for line in new)
@@ -165,9 +165,9 @@ def evaluate(
 def conditions(model: VtokenModel, limit: int | None) -> dict[str, Any]:
     """What a reader needs to run it again."""
     about = {key: value for key, value in model.about().items() if key not in ("pretrained", "pipeline")}
-    held = model.asker.model.config
+    held = model.generator.model.config
     return {
-        **machine(model.asker.model),
+        **machine(model.generator.model),
         **about,
         "weights": getattr(held, "_commit_hash", None),
         "lmms_eval": version("lmms-eval"),  # lmms-eval calls itself "unknown" when pip installed it.

@@ -24,7 +24,7 @@ from vtoken.evals.quality import cluster, regressions
 from vtoken.evals.quality.analysis import read
 from vtoken.evals.quality.plan import Point, Sweep, digest, points
 from vtoken.evals.quality.points import Answered, ask, assemble, is_cases, is_point, is_speed, load, save
-from vtoken.evals.quality.run import DENSE, Results, commit, lineup
+from vtoken.evals.quality.run import DENSE, Results, commit, with_dense
 from vtoken.evals.speed.latency import bench
 
 Progress = Callable[[int, int, str], None]
@@ -93,7 +93,7 @@ def run(
         prepare_ray()
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    runs = lineup(sweep.lineup())
+    runs = with_dense(sweep.all_pipelines())
     made_by = commit()
     todo = points(sweep, runs, made_by)
     folder = folder.resolve()
@@ -165,7 +165,7 @@ def _speed(asking: Asking, folder: Path, keys: Sequence[str], progress: Progress
     if found is None:
         progress(*at, "speed")
         model = asking.ready()
-        found = bench(model.asker.model, asking.runs[1:-1], batch=1, **options).to_dict()
+        found = bench(model.generator.model, asking.runs[1:-1], batch=1, **options).to_dict()
         save(folder, key, found)
     return found
 

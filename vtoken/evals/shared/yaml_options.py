@@ -12,13 +12,13 @@ from vtoken.config import yaml_source as source
 from vtoken.errors import ConfigError, shown, unknown
 
 
-class Strict(BaseModel):
+class YamlOptions(BaseModel):
     """Options without guessing: an unknown key or a number written as text is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-S = TypeVar("S", bound=Strict)
+S = TypeVar("S", bound=YamlOptions)
 
 
 def read(cls: type[S], path: Path) -> S:

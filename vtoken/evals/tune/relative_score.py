@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # It needs lmms-eval.
     from vtoken.evals.tune.tasks import Grades, Tasks
 
 
-class Marks:
+class RelativeScore:
     """What answers are worth: the mean over tasks of (metric / the dense model's metric), so that dense has 1.
 
     Args:

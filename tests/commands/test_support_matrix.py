@@ -25,14 +25,14 @@ ROOT = Path(__file__).parents[2]
 
 
 @cache
-def whole() -> matrices.Matrix:
-    return matrices.matrix([registry.stage(name) for name in registry.stages()])
+def whole() -> matrices.SupportMatrix:
+    return matrices.support_matrix([registry.stage(name) for name in registry.stages()])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", registry.stages())
 def test_the_matrix_is_what_wrap_does(family: str, name: str) -> None:
-    stage = matrices.sample(registry.stage(name))
+    stage = matrices.example_stage(registry.stage(name))
     if stage is None:  # thresholds of a checkpoint, the name of a press
         fields = registry.stage(name).model_fields
         assert {field for field, about in fields.items() if about.is_required()} - {"keep"}
@@ -93,7 +93,7 @@ class Open(Pruner):
 
 
 def test_a_refusal_is_told_with_its_reason_once() -> None:
-    found = matrices.matrix([Odd, Windowed], ["llava", "qwen2_5_vl"])
+    found = matrices.support_matrix([Odd, Windowed], ["llava", "qwen2_5_vl"])
     assert {c.answer for c in found.cells["odd"].values()} == {"no"}
     assert found.cells["windowed"]["llava"].answer == "yes" and found.cells["windowed"]["qwen2_5_vl"].answer == "no"
     assert len(found.notes()) == 2
@@ -101,9 +101,9 @@ def test_a_refusal_is_told_with_its_reason_once() -> None:
 
 
 def test_a_stage_with_an_option_without_default_is_not_guessed() -> None:
-    assert matrices.sample(Open) is None
+    assert matrices.example_stage(Open) is None
     assert matrices.cell(None, None, {}).answer == "depends"
-    assert matrices.sample(registry.stage("random")).keep == Budget(64)
+    assert matrices.example_stage(registry.stage("random")).keep == Budget(64)
 
 
 def shown(*words: str, capsys: Any) -> str:
@@ -114,7 +114,7 @@ def shown(*words: str, capsys: Any) -> str:
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command computes it anew; the same object is used for speed."""
-    monkeypatch.setattr(matrices, "matrix", lambda stages: whole())
+    monkeypatch.setattr(matrices, "support_matrix", lambda stages: whole())
 
 
 def test_as_json(known: None, capsys: Any) -> None:
@@ -141,10 +141,10 @@ def test_the_readme_matrix_is_the_generated_one(known: None, capsys: Any) -> Non
 def test_the_command_calls_the_matrix(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     seen: list[list[str]] = []
 
-    def record(stages: list[Any]) -> matrices.Matrix:
+    def record(stages: list[Any]) -> matrices.SupportMatrix:
         seen.append([cls.name for cls in stages])
-        return matrices.Matrix({"llava": "x/y"}, {"odd": {"llava": matrices.Cell("no", "Because.")}})
+        return matrices.SupportMatrix({"llava": "x/y"}, {"odd": {"llava": matrices.Cell("no", "Because.")}})
 
-    monkeypatch.setattr(matrices, "matrix", record)
+    monkeypatch.setattr(matrices, "support_matrix", record)
     assert "| odd | no [1] |" in shown("--markdown", capsys=capsys)
     assert seen == [registry.stages()]

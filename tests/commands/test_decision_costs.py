@@ -10,25 +10,27 @@ import pytest
 from vtoken import registry
 from vtoken.cli import main
 from vtoken.commands import list as list_command
-from vtoken.evals.cost import decision_costs as table
+from vtoken.evals.cost import decision_costs
 from vtoken.evals.cost.flops import resolve_config
 from vtoken.evals.cost.geometry import geometry
-from vtoken.evals.cost.support_matrix import Cell, Matrix
+from vtoken.evals.cost.support_matrix import Cell, SupportMatrix
 from vtoken.stages import Fact, Pruner
 from vtoken.stages.budget import Budget
 
 NAMES = ("fastervlm", "visionzip", "random")
 
 
-def answers(**of_random: str) -> Matrix:
+def answers(**of_random: str) -> SupportMatrix:
     """A matrix made by hand: the real one takes seconds and has its own tests."""
     cells = {name: {"llava": Cell("yes"), "qwen2_vl": Cell("substitute", "Because.")} for name in NAMES}
     cells["random"] = {family: Cell(answer) for family, answer in of_random.items()}  # type: ignore[arg-type]
-    return Matrix({"llava": "x/y", "qwen2_vl": "x/z"}, cells)
+    return SupportMatrix({"llava": "x/y", "qwen2_vl": "x/z"}, cells)
 
 
-def rows(**of_random: str) -> dict[str, table.Cost]:
-    return {row.stage: row for row in table.costs([registry.stage(name) for name in NAMES], answers(**of_random))}
+def rows(**of_random: str) -> dict[str, decision_costs.Cost]:
+    return {
+        row.stage: row for row in decision_costs.costs([registry.stage(name) for name in NAMES], answers(**of_random))
+    }
 
 
 def test_what_deciding_costs_on_a_picture_of_576_tokens() -> None:
@@ -48,13 +50,13 @@ def test_a_stage_that_does_not_run_there_has_no_cost() -> None:
 
 
 def test_facts_nobody_knows_have_no_size() -> None:
-    shape = geometry(resolve_config(table.MODEL), None, 1, 1, "model")
+    shape = geometry(resolve_config(decision_costs.MODEL), None, 1, 1, "model")
 
     class Odd(Pruner):
         def needs(self) -> tuple[Fact, ...]:
             return (Fact("cls_attention"), Fact("odd"))
 
-    assert table.fact_bytes(Odd(keep=Budget(64)), shape, 64) is None
+    assert decision_costs.fact_bytes(Odd(keep=Budget(64)), shape, 64) is None
 
 
 @pytest.mark.parametrize(
@@ -66,8 +68,8 @@ def test_numbers_are_short(value: int | None, unit: str, text: str) -> None:
 
 
 def test_the_command_shows_it_in_every_form(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    odd = table.Cost("random", {"yes": ["llava"], "no": ["qwen2_vl"]}, 1000, None, ("random: the fact odd",))
-    monkeypatch.setattr(table, "costs", lambda stages: [odd])
+    odd = decision_costs.Cost("random", {"yes": ["llava"], "no": ["qwen2_vl"]}, 1000, None, ("random: the fact odd",))
+    monkeypatch.setattr(decision_costs, "costs", lambda stages: [odd])
     assert main(["list", "--costs", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert found["flops"] == 1000 and found["site"] == "tokens" and found["families"]["no"] == ["qwen2_vl"]

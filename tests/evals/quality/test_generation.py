@@ -19,7 +19,7 @@ from vtoken import config, registry, trace, wrapped
 from vtoken.cli import main
 from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals import processors
-from vtoken.evals.lmms.generation import Asker, ended
+from vtoken.evals.lmms.generation import TextGenerator, ended
 from vtoken.evals.lmms.prompts import Prompt, clip, encode, from_chat, limit_pixels, pixels
 from vtoken.evals.lmms.records import dense_tokens, pruned_tokens
 from vtoken.evals.shared import models
@@ -52,13 +52,13 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def asker(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Asker] = {}
+def generator(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made: dict[str, TextGenerator] = {}
 
-    def get(family: str) -> Asker:
+    def get(family: str) -> TextGenerator:
         if family not in made:
             folder = save(family, tmp_path_factory.mktemp(family))
-            made[family] = Asker(models.load(str(folder), device="cpu"), processors.load(folder))
+            made[family] = TextGenerator(models.load(str(folder), device="cpu"), processors.load(folder))
         made[family].use(None)
         return made[family]
 
@@ -67,12 +67,12 @@ def asker(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @families
 @pytest.mark.parametrize("pipeline", [None, "random:60%", [Ragged(), Deep(at=(1, 3), factor=0.7)]], ids=str)
-def test_a_batch_is_its_rows(family: str, pipeline: Any, asker: Any) -> None:
+def test_a_batch_is_its_rows(family: str, pipeline: Any, generator: Any) -> None:
     """Pictures of several sizes, two of them, none at all: answers and counts are those of each prompt alone."""
-    asked = asker(family)
+    asked = generator(family)
     asked.use(None if pipeline is None else config.load(pipeline))
-    together = asked.ask(PROMPTS, OPTIONS)
-    alone = [asked.ask([prompt], OPTIONS)[0] for prompt in PROMPTS]
+    together = asked.generate(PROMPTS, OPTIONS)
+    alone = [asked.generate([prompt], OPTIONS)[0] for prompt in PROMPTS]
     assert [reply.text for reply in together] == [reply.text for reply in alone]
     assert len({reply.text for reply in alone}) == len(PROMPTS)
     for one, other in zip(together, alone, strict=True):
@@ -93,16 +93,16 @@ def test_a_batch_is_its_rows(family: str, pipeline: Any, asker: Any) -> None:
         assert reply.cost.input_tokens <= reply.cost.prompt_tokens - dropped
 
 
-def test_answers_are_those_of_the_stock_call(asker: Any) -> None:
+def test_answers_are_those_of_the_stock_call(generator: Any) -> None:
     """Against transformers' own chat template with pictures in it, decoded from what `generate` adds."""
-    asked = asker("llava")
+    asked = generator("llava")
     message = {"role": "user", "content": [{"type": "image", "image": picture(1)}, {"type": "text", "text": "w20 w21"}]}
     inputs = asked.processor.apply_chat_template(
         [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     out = asked.model.generate(**inputs, do_sample=False, max_new_tokens=4)
     text = asked.processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert asked.ask(PROMPTS[:1], OPTIONS)[0].text == text != ""
+    assert asked.generate(PROMPTS[:1], OPTIONS)[0].text == text != ""
 
 
 @families
@@ -132,49 +132,49 @@ def test_tokens_are_counted_without_a_trace_as_with_one(family: str, kinds: str)
         assert tokens.entered == seen.prompt_tokens[row]
 
 
-def test_beams_count_every_prompt_once(asker: Any) -> None:
-    asked = asker("llava")
+def test_beams_count_every_prompt_once(generator: Any) -> None:
+    asked = generator("llava")
     asked.use(config.load("random:5"))
-    one, two = (asked.ask(PROMPTS[:2], {**OPTIONS, "num_beams": beams}) for beams in (1, 2))
+    one, two = (asked.generate(PROMPTS[:2], {**OPTIONS, "num_beams": beams}) for beams in (1, 2))
     assert [r.cost.visual_tokens_entry for r in two] == [r.cost.visual_tokens_entry for r in one] == [5, 10]
     assert [r.cost.input_tokens for r in two] == [r.cost.input_tokens for r in one]
 
 
-def test_an_error_is_no_answer_and_another_pipeline_goes_on(asker: Any) -> None:
-    asked = asker("llava")
+def test_an_error_is_no_answer_and_another_pipeline_goes_on(generator: Any) -> None:
+    asked = generator("llava")
     asked.use(config.load([Failing(keep=5)]))
     with pytest.raises(ZeroDivisionError):
-        asked.ask(PROMPTS[:1], OPTIONS)
+        asked.generate(PROMPTS[:1], OPTIONS)
     asked.use(config.load("random:5"))
-    assert asked.ask(PROMPTS[:1], OPTIONS)[0].cost.visual_tokens_entry == 5
+    assert asked.generate(PROMPTS[:1], OPTIONS)[0].cost.visual_tokens_entry == 5
     with pytest.raises(UnsupportedError):
         asked.use(config.load({"anyres": "2x2", "stages": ["pool"]}))
-    assert asked.pipeline is None and asked.ask(PROMPTS[:1], OPTIONS)[0].cost.visual_tokens_entry == tiny.TOKENS
+    assert asked.pipeline is None and asked.generate(PROMPTS[:1], OPTIONS)[0].cost.visual_tokens_entry == tiny.TOKENS
 
 
-def test_crops_follow_the_pipeline_and_come_back(asker: Any) -> None:
-    asked = asker("llava_next")
+def test_crops_follow_the_pipeline_and_come_back(generator: Any) -> None:
+    asked = generator("llava_next")
     wide = [from_chat(chat(picture(5, (56, 34)), "w20"), 8)]
     counts = []
     for pipeline in (None, config.load({"anyres": "2x2", "stages": [{"random": {"keep": 5}}]}), None):
         asked.use(pipeline)
-        counts.append(asked.ask(wide, OPTIONS)[0].cost.visual_tokens)
+        counts.append(asked.generate(wide, OPTIONS)[0].cost.visual_tokens)
     assert counts[0] == counts[2] != counts[1]
 
 
-def test_where_answers_end(asker: Any) -> None:
+def test_where_answers_end(generator: Any) -> None:
     assert ended("a\n\nb", ["\n\n"]) == ended("a\n\nb", None) == "a\n\nb"
     assert ended("a. b", ".") == ended("a. b", ["\n\n", "", "."]) == "a"
-    asked = asker("llava")
+    asked = generator("llava")
     asked.model.generation_config.eos_token_id = [7, 9]
     assert asked._length([3, 9, 0, 0]) == 2 and asked._length([3, 4]) == 2 and asked._length([7]) == 1
     asked.model.generation_config.eos_token_id = None
     with pytest.raises(ConfigError, match="max_new_tokens must be at least 1"):
-        Asker(asked.model, asked.processor, 0)
+        TextGenerator(asked.model, asked.processor, 0)
 
 
-def test_sampling_is_what_the_task_asks(asker: Any) -> None:
-    greedy, warm = (asker("llava")._arguments(options) for options in (OPTIONS, {"temperature": 0.7, "top_p": 0.9}))
+def test_sampling_is_what_the_task_asks(generator: Any) -> None:
+    greedy, warm = (generator("llava")._arguments(options) for options in (OPTIONS, {"temperature": 0.7, "top_p": 0.9}))
     assert not greedy["do_sample"] and greedy["temperature"] is None and greedy["max_new_tokens"] == 4
     assert warm["do_sample"] and (warm["temperature"], warm["top_p"], warm["max_new_tokens"]) == (0.7, 0.9, 128)
 
@@ -281,7 +281,7 @@ def test_what_no_family_takes_is_refused() -> None:
         from_chat(message(type="video", url="x.mp4", start_time=0.0, end_time=3.0), 8)
 
 
-def test_pixel_limits_are_explicit(asker: Any) -> None:
+def test_pixel_limits_are_explicit(generator: Any) -> None:
     kind = processor("qwen2_5_vl")
     assert pixels(kind)["size"] == {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
     big = [from_chat(chat(picture(1, (112, 112)), "w20"), 8)]
