@@ -53,7 +53,7 @@ class Made:
     """Files that stages read, made by vtoken's own commands when they are first asked for."""
 
     def __init__(self, model: str, folder: Path) -> None:
-        from vtoken.evals.reference.heldout import write
+        from reference_models.heldout import write
 
         self.model, self.folder, self.data = model, folder, folder / "pictures"
         if not (self.data / "questions.jsonl").exists():

@@ -96,8 +96,8 @@ def test_marks_are_shares_of_dense_task_by_task(both: Tasks) -> None:
     found = relative.of(other)
     assert relative.quality == pytest.approx((own[0] / dense[0] + own[1] / dense[1]) / 2)
     assert fmean(found) == pytest.approx(relative.quality) and relative.values == pytest.approx(
-        dict(zip(both.names, own))
-    )  # noqa: B905
+        dict(zip(both.names, own, strict=True))
+    )
     assert relative.of(other[:6]) == pytest.approx(found[:6])
     assert all(score <= most for score, most in zip(found, relative.most, strict=True))
     assert fmean(relative.most) == pytest.approx((1 / dense[0] + 1 / dense[1]) / 2)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import team
+from . import distributed
 from .batches import Pictures, draw, sequences, thinned
 from .family import Family, Heads, clip_states, presence_loss
 from .oracle import Oracle
@@ -44,16 +44,16 @@ def fit(groups: list, steps: int, loss_of: Callable, note: Callable, tag: str, e
         loss = loss_of(step)
         optimizer.zero_grad()
         loss.backward()
-        team.average(every_one)
+        distributed.average(every_one)
         nn.utils.clip_grad_norm_(every_one, 1.0)
         optimizer.step()
         schedule.step()
-        if team.rank() == 0 and (step % every == 0 or step == steps - 1):
+        if distributed.rank() == 0 and (step % every == 0 or step == steps - 1):
             print(f"{tag} {step}/{steps} loss {loss.item():.3f} {note()} {time.time() - started:.0f} s", flush=True)
 
 
 def _seeded(recipe: Recipe, stage: int) -> np.random.RandomState:
-    seed = 1000 * stage + recipe.seed + 100_000 * team.rank()
+    seed = 1000 * stage + recipe.seed + 100_000 * distributed.rank()
     torch.manual_seed(seed)
     return np.random.RandomState(seed)
 
@@ -66,11 +66,11 @@ def _autocast(recipe: Recipe) -> torch.autocast:
 
 def crop_batch(rng: np.random.RandomState, recipe: Recipe, shapes: str = "plain") -> Pictures:
     """Quarters of a picture: as many patches as a full batch, with three times the digits."""
-    return draw(rng, team.part(recipe.crop_batch), SIZE // 2, (2, 5), shapes).to(recipe.device)
+    return draw(rng, distributed.part(recipe.crop_batch), SIZE // 2, (2, 5), shapes).to(recipe.device)
 
 
 def full_batch(rng: np.random.RandomState, recipe: Recipe, shapes: str = "plain") -> Pictures:
-    return draw(rng, team.part(recipe.full_batch), SIZE, (2, MOST), shapes).to(recipe.device)
+    return draw(rng, distributed.part(recipe.full_batch), SIZE, (2, MOST), shapes).to(recipe.device)
 
 
 def tower_stage(tower: Any, heads: Heads, recipe: Recipe) -> None:
@@ -130,7 +130,7 @@ def language_stage(family: Family, model: Any, oracle: Oracle, recipe: Recipe, c
     seen: dict[str, str] = {}
 
     def loss_of(step: int) -> torch.Tensor:
-        batch = draw(rng, team.part(recipe.language_batch), SIZE, (2, MOST)).to(recipe.device)
+        batch = draw(rng, distributed.part(recipe.language_batch), SIZE, (2, MOST)).to(recipe.device)
         text, target = (t.to(recipe.device) for t in sequences(batch.pictures, recipe.turns, rng, weights))
         visual = family.target(model, oracle, batch)
         visual = visual + 0.2 * torch.randn_like(visual)

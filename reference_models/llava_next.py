@@ -15,7 +15,9 @@ from transformers import (
     LlavaNextProcessor,
 )
 
-from . import build, load
+from vtoken.evals.reference import load
+
+from . import build
 from .batches import Labels, Pictures
 from .dialogue import EVEN, REST, VOCABULARY, WEAK
 from .family import LLAVA, Family, Heads, clip_states, presence_loss

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from . import KINDS
+from vtoken.evals.reference import KINDS
+
 from .pictures import COLOUR_NAMES, Picture
 
 EVEN = (0.2, 0.2, 0.1, 0.2, 0.1, 0.2)  # how often training asks each kind

@@ -1,7 +1,7 @@
-"""Train a reference VLM: `python -m vtoken.evals.reference.train --model tiny-llava --out DIR`.
+"""Train a reference VLM: `python -m reference_models.train --model tiny-llava --out DIR`.
 
 Writes DIR/stages (one checkpoint per cycle of a stage; a finished one is skipped when the command is run again) and DIR/NAME (model, processor, figures.json).
-tiny-llava-next and tiny-qwen2.5-vl start from the tiny-llava that is shipped. `torchrun --nproc-per-node 2 -m vtoken.evals.reference.train ...` shares
+tiny-llava-next and tiny-qwen2.5-vl start from the tiny-llava that is shipped. `torchrun --nproc-per-node 2 -m reference_models.train ...` shares
 every batch out among processes, which on a CPU is faster than as many threads.
 """
 
@@ -18,7 +18,9 @@ import torch
 import transformers
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from . import KINDS, answers, questions, score, team
+from vtoken.evals.reference import KINDS, answers, questions, score
+
+from . import distributed
 from .family import Family, Heads
 from .llava import TinyLlava
 from .llava_next import TinyLlavaNext
@@ -95,12 +97,12 @@ def train(
         file = folder / f"{name}.pt"
         if not file.exists() and (only is None or name in only):
             run(int(name[1:]) - 1)
-            if team.rank() == 0:
+            if distributed.rank() == 0:
                 _keep(file, modules)
-            team.wait()
+            distributed.wait()
         if file.exists():
             _restore(file, modules)
-    if team.rank() or (only is not None and family.plan[-1] not in only):
+    if distributed.rank() or (only is not None and family.plan[-1] not in only):
         return
     final, processor = out / family.name, family.processor()
     model.save_pretrained(final)
@@ -128,7 +130,7 @@ def main() -> None:
         parser.error(f"{given.model} has no cycle {', '.join(sorted(unknown))}; its plan is {' '.join(family.plan)}")
     if given.threads:
         torch.set_num_threads(given.threads)
-    team.join(given.device)
+    distributed.join(given.device)
     recipe = Recipe(**{**vars(family.recipe), "seed": given.seed, "device": given.device})
     train(
         family,

@@ -4,7 +4,8 @@ import os
 from collections.abc import Sequence
 
 import torch
-from torch import distributed, nn
+import torch.distributed as dist
+from torch import nn
 
 
 def join(device: str) -> None:
@@ -17,11 +18,11 @@ def join(device: str) -> None:
         return
     if device != "cpu":
         raise ValueError(f"batches are shared out on a CPU, not on {device}: one process is enough there")
-    distributed.init_process_group("gloo")
+    dist.init_process_group("gloo")
 
 
 def rank() -> int:
-    return distributed.get_rank() if _joined() else 0
+    return dist.get_rank() if _joined() else 0
 
 
 def part(count: int) -> int:
@@ -30,7 +31,7 @@ def part(count: int) -> int:
     Raises:
         ValueError: it cannot be shared out evenly.
     """
-    size = distributed.get_world_size() if _joined() else 1
+    size = dist.get_world_size() if _joined() else 1
     if count % size:
         raise ValueError(f"a batch of {count} cannot be shared out evenly among {size} processes")
     return count // size
@@ -39,7 +40,7 @@ def part(count: int) -> int:
 def wait() -> None:
     """Until all are here."""
     if _joined():
-        distributed.barrier()
+        dist.barrier()
 
 
 @torch.no_grad()
@@ -49,11 +50,11 @@ def average(parameters: Sequence[nn.Parameter]) -> None:
         return
     grads = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.flatten() for g in grads])
-    distributed.all_reduce(flat)
-    flat /= distributed.get_world_size()
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
     for grad, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
         grad.copy_(mean.view_as(grad))
 
 
 def _joined() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
+    return dist.is_available() and dist.is_initialized()

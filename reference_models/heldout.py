@@ -1,4 +1,4 @@
-"""Write the shipped held-out set: `python -m vtoken.evals.reference.heldout --out DIR`."""
+"""Write the shipped held-out set: `python -m reference_models.heldout --out DIR`."""
 
 import argparse
 import json
@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from . import KINDS
+from vtoken.evals.reference import KINDS
+
 from .dialogue import ask
 from .pictures import picture
 

@@ -16,8 +16,9 @@ from transformers import (
 )
 
 from vtoken.evals.processors import pictures_only
+from vtoken.evals.reference import load
 
-from . import build, load
+from . import build
 from .batches import Pictures
 from .dialogue import EVEN, REST, VOCABULARY, WEAK
 from .family import Family, Heads, read_out_loss
