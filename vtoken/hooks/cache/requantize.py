@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from vtoken.hooks.decoder.attention_tap import tap
-from vtoken.hooks.state.forward_state import PrefillState, eager
+from vtoken.hooks.state.forward_state import eager
 from vtoken.hooks.state.handle import Handle
+from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.hooks.state.quantized_layer import Block, Piece, Plain, QuantizedLayer
 from vtoken.hooks.state.run import Run
 from vtoken.stages.cache import CacheStage, GeneratedBlock

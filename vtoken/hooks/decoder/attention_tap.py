@@ -17,8 +17,9 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtoken.hooks.decoder.attention_facts import ROWS, causal
-from vtoken.hooks.state.forward_state import Observed, PrefillState, eager
+from vtoken.hooks.state.forward_state import eager
 from vtoken.hooks.state.handle import Handle
+from vtoken.hooks.state.prefill_state import Observed, PrefillState
 from vtoken.hooks.state.prompt_text import text_slots
 from vtoken.hooks.state.run import Run
 from vtoken.kernels import query_attention
@@ -148,8 +149,8 @@ def _keep(
     for stage, name in asked:
         fact = Fact(name, layer)
         if name == "text_attention":
-            values = _text_rows(flow, flow.memory[id(stage)]["raters"], q, k, key_mask, scale)
-            flow.memory[id(stage)][f"{name} {layer}"] = Observed(values, flow.index)
+            values = _text_rows(flow, flow.asked[id(stage)].tokens, q, k, key_mask, scale)
+            flow.asked[id(stage)].found[layer] = Observed(values, flow.index)
         elif fact not in flow.facts:
             if name in ROWS:
                 values = ROWS[name](flow, q.detach(), k, v, key_mask, scale)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.decoder.attention_tap import last_row
-from vtoken.hooks.state.forward_state import PrefillState
+from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.hooks.state.prompt_text import dropped_slots
 from vtoken.hooks.state.pruned_cache import PrunedCache
 
