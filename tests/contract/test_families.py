@@ -213,7 +213,7 @@ def test_every_stage_runs(family, name):
         with pytest.raises(UnsupportedError, match=f"{family} takes none"):
             vtoken.wrap(model, stage)
         return
-    if stage.inside() and family in QWEN:
+    if stage.merge_point() and family in QWEN:
         with pytest.raises(UnsupportedError, match="neighbouring patches"):
             vtoken.wrap(model, stage)
         return

@@ -159,13 +159,13 @@ def test_plan_bounds_what_runs():
     with vtoken.wrapped(model, [FlowCut(keep=3)]), torch.no_grad():
         model(**tiny.build(model, ROWS, seed=3))
         found = [tuple(s.tokens_out) for s in vtoken.trace(model).stages]
-    stage, lengths = FlowCut(keep=3).bound(8), (16, 16, 16)
+    stage, lengths = FlowCut(keep=3).for_depth(8), (16, 16, 16)
     for layer in range(6):
-        lengths = stage.plan(lengths, parts, range(3), layer)
+        lengths = stage.expected_counts(lengths, parts, range(3), layer)
         assert all(most >= n for most, n in zip(lengths, found[layer], strict=True))
     assert lengths == found[-1] == (3, 3, 3)
-    half = FlowCut(keep="50%").bound(8)
-    assert half.plan((12,), (((1, 4, 4),),), (0,), 5) == (8,), "of all 16, whatever is left of them"
+    half = FlowCut(keep="50%").for_depth(8)
+    assert half.expected_counts((12,), (((1, 4, 4),),), (0,), 5) == (8,), "of all 16, whatever is left of them"
 
 
 def test_zero_attention_and_relevance():
@@ -185,7 +185,7 @@ def test_what_it_refuses():
     with pytest.raises(ValidationError, match="at least 1"):
         FlowCut(keep=4, at=())
     with pytest.raises(ValueError, match="how deep the encoder is"):
-        FlowCut(keep=4).plan((16,), (((1, 4, 4),),), (0,), 1)
+        FlowCut(keep=4).expected_counts((16,), (((1, 4, 4),),), (0,), 1)
     model = tiny.llava()
     with pytest.raises(vtoken.errors.UnsupportedError, match=r"acts at encoder layers .* 0 to 1"):
         vtoken.wrap(model, [FlowCut(keep=4, at=(1, 2))])

@@ -1,10 +1,10 @@
 """The vocabulary between models and methods: all that a method imports. A method never sees a model, an adapter never sees a method."""
 
-from vtoken.stages.attention import Among as Among
-from vtoken.stages.attention import Prompt as Prompt
-from vtoken.stages.attention import Reads as Reads
+from vtoken.stages.attention import DenseSubset as DenseSubset
+from vtoken.stages.attention import PrefillQK as PrefillQK
 from vtoken.stages.attention import Rope as Rope
 from vtoken.stages.attention import SparseAttention as SparseAttention
+from vtoken.stages.attention import SparseMask as SparseMask
 from vtoken.stages.attention import causal as causal
 from vtoken.stages.attention import everything as everything
 from vtoken.stages.attention import with_own as with_own
@@ -18,10 +18,10 @@ from vtoken.stages.budget import Budget as Budget
 from vtoken.stages.cache import CachedLayer as CachedLayer
 from vtoken.stages.cache import CacheStage as CacheStage
 from vtoken.stages.cache import Decision as Decision
-from vtoken.stages.cache import Hold as Hold
-from vtoken.stages.cache import Later as Later
+from vtoken.stages.cache import GeneratedBlock as GeneratedBlock
+from vtoken.stages.cache import KeepSlots as KeepSlots
 from vtoken.stages.cache import Native as Native
-from vtoken.stages.cache import Ready as Ready
+from vtoken.stages.cache import ReplacedKV as ReplacedKV
 from vtoken.stages.cache import ascending as ascending
 from vtoken.stages.cache import best as best
 from vtoken.stages.cache import hold_text as hold_text
@@ -31,9 +31,9 @@ from vtoken.stages.facts import Fact as Fact
 from vtoken.stages.facts import FactSpec as FactSpec
 from vtoken.stages.facts import Site as Site
 from vtoken.stages.facts import spec_of as spec_of
-from vtoken.stages.quantized import Codes as Codes
-from vtoken.stages.quantized import Packed as Packed
-from vtoken.stages.query_attention import Probe as Probe
+from vtoken.stages.quantized import QuantizedKV as QuantizedKV
+from vtoken.stages.quantized import QuantizedTensor as QuantizedTensor
+from vtoken.stages.query_attention import QueryAttention as QueryAttention
 from vtoken.stages.query_attention import last_rows as last_rows
 from vtoken.stages.query_attention import rows_at as rows_at
 from vtoken.stages.query_attention import shared as shared

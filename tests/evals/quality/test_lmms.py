@@ -33,7 +33,7 @@ from vtoken.evals.flops import account
 from vtoken.evals.lmms import manifest, regressions, run, suites
 from vtoken.evals.lmms.harness import Harness, numbers
 from vtoken.evals.lmms.model import VtokenModel
-from vtoken.evals.lmms.prompts import Prompt
+from vtoken.evals.lmms.prompts import PrefillQK
 
 ROOT = Path(__file__).parents[3]
 TWO = ["random:5", "uniform:4"]
@@ -174,7 +174,7 @@ def test_lost_documents_are_drawn_as_the_pipeline_sees_them(model: VtokenModel, 
     assert all(abs(a - b) < 6 for a, b in zip(ImageStat.Stat(whole).mean, (40, 99, 9), strict=True))
     red, green = np.asarray(kept, dtype=int)[..., :2].transpose(2, 0, 1)
     assert 0.5 * 5 / TOKENS < (green - red > 30).mean() < 1.1 * 5 / TOKENS
-    assert regressions.kept(model, Prompt(({"role": "user", "content": []},))) is None
+    assert regressions.kept(model, PrefillQK(({"role": "user", "content": []},))) is None
 
 
 def test_a_batch_mixes_tasks_and_equals_single_prompts(model: VtokenModel, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from vtoken.cli import main
 from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals import models, processors
 from vtoken.evals.lmms.asker import Asker, ended
-from vtoken.evals.lmms.prompts import Prompt, clip, encode, from_chat, limit_pixels, pixels
+from vtoken.evals.lmms.prompts import PrefillQK, clip, encode, from_chat, limit_pixels, pixels
 from vtoken.evals.lmms.records import dense_tokens, pruned_tokens
 
 OPTIONS = {"max_new_tokens": 4, "temperature": 0, "do_sample": False, "until": ["\n\n"]}
@@ -187,7 +187,7 @@ def test_system_prompts_come_first_or_are_refused(family: str) -> None:
     assert encode(kind, [replaced], model)["input_ids"][0, :2].tolist() == [6, 7]
     kind.chat_template = "{{ messages[-1]['content'][-1]['text'] }}"
     with pytest.raises(ConfigError, match="leaves the system prompt out"):
-        encode(kind, [Prompt(replaced.messages)], model)
+        encode(kind, [PrefillQK(replaced.messages)], model)
     kind.chat_template = None
     with pytest.raises(ConfigError, match="no chat template"):
         encode(kind, [kept], model)
@@ -205,7 +205,7 @@ def test_a_template_that_writes_bos_gets_no_second_one() -> None:
     stub = type("Stub", (), fields)()
     for written in ("<bos> w20", "w20"):
         stub.apply_chat_template = lambda *a, written=written, **k: written
-        encode(stub, [Prompt(({"role": "user", "content": []},))], model)
+        encode(stub, [PrefillQK(({"role": "user", "content": []},))], model)
     assert [each.get("add_special_tokens", True) for each in seen] == [False, True]
 
 

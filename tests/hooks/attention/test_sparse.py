@@ -14,7 +14,7 @@ from test_families import rows_for
 
 import vtoken
 from vtoken.errors import UnsupportedError
-from vtoken.stages.attention import Prompt, Reads, SparseAttention, everything
+from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, everything
 
 OPTIONS: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True}
 
@@ -24,9 +24,9 @@ class Everything(SparseAttention):
 
     min_len: int = 0
 
-    def reads(self, prompt: Prompt) -> Reads:
+    def reads(self, prompt: PrefillQK) -> SparseMask:
         n = prompt.length
-        return Reads(16, everything(prompt.heads, n, n, 16, prompt.q.device))
+        return SparseMask(16, everything(prompt.heads, n, n, 16, prompt.q.device))
 
 
 class Ladder(SparseAttention):
@@ -35,7 +35,7 @@ class Ladder(SparseAttention):
     min_len: int = 0
     seen: Any = None
 
-    def reads(self, prompt: Prompt) -> Reads:
+    def reads(self, prompt: PrefillQK) -> SparseMask:
         n, heads = prompt.length, prompt.heads
         if self.seen is not None:
             self.seen.append(prompt)
@@ -45,7 +45,7 @@ class Ladder(SparseAttention):
         columns = torch.stack([torch.arange(0, n, 5) if h > 1 else torch.full((-(-n // 5),), -1) for h in range(heads)])
         dense = torch.zeros(heads, n, dtype=torch.bool)
         dense[2:, ::7] = True
-        return Reads(16, blocks, columns[:, None].int(), len(t), dense)
+        return SparseMask(16, blocks, columns[:, None].int(), len(t), dense)
 
     @staticmethod
     def mask(n, heads):
@@ -314,7 +314,7 @@ def test_layers_are_shared_out():
 
     class Bad(Ladder):
         def reads(self, prompt):
-            return Reads(16, torch.ones(4, 1, 1, dtype=torch.bool))
+            return SparseMask(16, torch.ones(4, 1, 1, dtype=torch.bool))
 
     class Odd(SparseAttention):
         name = "bad"
@@ -323,7 +323,7 @@ def test_layers_are_shared_out():
 
         def reads(self, prompt):
             n = prompt.length
-            return Reads(16, everything(4, n, n, 16, prompt.q.device), **self.more)
+            return SparseMask(16, everything(4, n, n, 16, prompt.q.device), **self.more)
 
     for stages, message in (
         ([Ladder(), Everything()], "both thin the attention of decoder layer 0"),

@@ -14,8 +14,8 @@ from test_family_turns import conversation, second
 
 import vtoken
 from vtoken.compressors.cache.zipvl_cache import ZipVLCache
-from vtoken.hooks.state.quantized_layer import PackedLayer, Plain
-from vtoken.stages.cache import Ready
+from vtoken.hooks.state.quantized_layer import Plain, QuantizedLayer
+from vtoken.stages.cache import ReplacedKV
 
 OPTIONS = {"return_dict_in_generate": True, "output_logits": True}
 FEW = {"tau": 0.9, "recent": 2, "drawn": 4, "mode": "quantise"}
@@ -34,7 +34,7 @@ class Wide(ZipVLCache):
             ends.append(ends[-1] + codes.packed.shape[1])
         order = found.place.argsort()
         groups = [(order[a:b], c.bits) for a, b, c in zip(ends, ends[1:], found.key_groups, strict=False)]
-        return Ready(*rounded(layer.keys, layer.values, groups))
+        return ReplacedKV(*rounded(layer.keys, layer.values, groups))
 
 
 def both(model, run, **options):
@@ -81,7 +81,7 @@ def test_greedy(family, rows):
     equal(got, want)
     assert trace.cached == wide.cached == [trace.prompt_tokens] * 4
     for held, plain in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):
-        assert isinstance(held, PackedLayer) and held.get_seq_length() == plain.get_seq_length()
+        assert isinstance(held, QuantizedLayer) and held.get_seq_length() == plain.get_seq_length()
         assert torch.equal(held.keys, plain.keys) and torch.equal(held.values, plain.values)
 
 
@@ -180,7 +180,7 @@ def test_an_answer_that_is_scored(family):
         return scored.logits[0, :5], torch.stack(out.logits)[:, 0], scored.past_key_values.layers[1]
 
     (got, generated, held), (want, _, _) = both(model, run)
-    assert torch.equal(got, want) and isinstance(held, PackedLayer)
+    assert torch.equal(got, want) and isinstance(held, QuantizedLayer)
     torch.testing.assert_close(got, generated, atol=2e-4, rtol=1e-4)
 
 
@@ -203,15 +203,15 @@ def test_half_precision_and_stages_before(family, dtype):
     assert layers[0].get_seq_length() > layers[3].get_seq_length(), "fastv opens a layer group of its own"
 
 
-def later(cls=ZipVLCache, **options):
+def requantize(cls=ZipVLCache, **options):
     """A stage that tells what it was asked about the tokens behind the prompt."""
     calls = []
 
     class Telling(cls):
         name = "zipvl_cache"
 
-        def later(self, layer):
-            found = super().later(layer)
+        def requantize(self, layer):
+            found = super().requantize(layer)
             calls.append((layer, found))
             return found
 
@@ -336,10 +336,10 @@ def test_unwrap_and_exceptions_leave_a_usable_model(family):
                 raise ZeroDivisionError("a bug in a stage")
             return ZipVLCache.compress(self, layer)
 
-        def later(self, layer):
+        def requantize(self, layer):
             if fail[0]:
                 raise ZeroDivisionError("a bug in a stage")
-            return ZipVLCache.later(self, layer)
+            return ZipVLCache.requantize(self, layer)
 
     with vtoken.wrapped(model, [ZipVLCache(**FEW, every=3)]):
         want = greedy(model, batch, **OPTIONS)
@@ -376,6 +376,6 @@ def test_the_stock_layer_has_no_other_doors():
     """What a newer DynamicLayer can do with its keys and values must be looked at here."""
     from transformers.cache_utils import DynamicLayer
 
-    known = {*vars(PackedLayer), "lazy_initialization", "get_mask_sizes", "get_max_length", "get_max_cache_shape"}
+    known = {*vars(QuantizedLayer), "lazy_initialization", "get_mask_sizes", "get_max_length", "get_max_cache_shape"}
     public = {name for name, _ in inspect.getmembers(DynamicLayer, inspect.isfunction) if not name.startswith("_")}
     assert public <= known

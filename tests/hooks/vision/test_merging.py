@@ -15,7 +15,7 @@ import vtoken
 from vtoken import registry
 from vtoken.errors import UnsupportedError
 from vtoken.evals.flops import account
-from vtoken.hooks.state.run import Call
+from vtoken.hooks.state.run import FeatureCall
 from vtoken.stages import Fact
 
 ToMe, DToMe = registry.stage("tome"), registry.stage("dtome")
@@ -167,7 +167,7 @@ def test_nothing_vanishes_with_the_padding_of_crops(size, name):
     inputs = {key: batch[key] for key in ("pixel_values", "image_sizes")}
     crops = batch["pixel_values"][0][: adapter.crops(inputs)[0]]
     ids = torch.arange(len(crops) * tiny.TOKENS).float().view(len(crops), -1, 1)
-    where = adapter.pack(Call("image", inputs, adapter.layouts("image", inputs)), ids)[:, 0].long().tolist()
+    where = adapter.pack(FeatureCall("image", inputs, adapter.layouts("image", inputs)), ids)[:, 0].long().tolist()
     want = {}
     for c, pixels in enumerate(crops.double()):
         groups, features, *_ = by_hand(exact, pixels[None], STAGES[name], "clip")

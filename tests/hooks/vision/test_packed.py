@@ -13,7 +13,7 @@ from vtoken import registry
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.run import Run
-from vtoken.hooks.vision.varlen_tower import PackedHooks
+from vtoken.hooks.vision.varlen_tower import VarlenTower
 from vtoken.stages import Compressor, Fact, Keep, Site
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -38,7 +38,7 @@ class Hooked:
     def __init__(self, family, attn="sdpa", wanted=(), stages=()):
         self.model, self.run, self.handle = tiny.make(family, attn), Run(), Handle()
         self.adapter = registry.adapter(family)(self.model)
-        PackedHooks(self.adapter, self.run, self.handle, {Fact(*w) for w in wanted}, list(stages))
+        VarlenTower(self.adapter, self.run, self.handle, {Fact(*w) for w in wanted}, list(stages))
 
     @torch.no_grad()
     def __call__(self, pixels, grid, kind="image"):
