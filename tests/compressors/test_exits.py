@@ -6,16 +6,16 @@ import gates
 import pytest
 import tiny
 import torch
+from batches import rows_for
 from known_exits import leaves, load
 from modes import families, greedy
-from test_decoder_facts import dense, where
-from test_families import rows_for
+from watchers import dense, where
 
 import vtoken
 from vtoken import config, registry
 from vtoken.errors import ConfigError, OtherModelError, UnsupportedError
 from vtoken.evals import reference
-from vtoken.evals.flops import account
+from vtoken.evals.cost.flops import account
 
 DEPTH = 4
 

@@ -13,8 +13,7 @@ import tiny
 import torch
 from known_sparse import NO_IMAGES, rope, video
 from known_sparse import prompt as random_prompt
-from modes import alone, families, greedy
-from test_sparse import OPTIONS
+from modes import LOGITS, alone, families, greedy
 
 import vtoken
 from vtoken import kernels, registry
@@ -206,11 +205,11 @@ def test_a_batch_says_what_its_rows_say_alone(family, name):
     options = {**THIN[name][-1], **SHORT.get(name, {})}
     stages = [{"fastervlm": {"keep": "80%"}}, {name: {"min_len": 0, **options}}]
     with vtoken.wrapped(model, stages):
-        got = torch.stack(greedy(model, batch, **OPTIONS).logits)
+        got = torch.stack(greedy(model, batch, **LOGITS).logits)
         whole = [s for s in vtoken.trace(model).stages if s.site == "attention"]
         assert len(whole) == 4 and whole[0].density[0] < 1 and whole[0].backend == "torch"
         for row in (0, 1):
-            one = torch.stack(greedy(model, alone(model, batch, row), **OPTIONS).logits)
+            one = torch.stack(greedy(model, alone(model, batch, row), **LOGITS).logits)
             torch.testing.assert_close(one[:, 0], got[:, row], atol=1e-4, rtol=1e-4)
             single = [s for s in vtoken.trace(model).stages if s.site == "attention"]
             assert [s.density[0] for s in single] == [s.density[row] for s in whole]

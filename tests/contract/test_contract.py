@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from model_state import changed, state
 from modes import ROWS, families
+from plain_runs import BATCHES, run
 from probes import Deep, Failing, Inside, Ragged
-from test_generate import BATCHES, run
 from usual import stage
 
 import vtoken
@@ -143,14 +144,6 @@ def test_a_pipeline_without_stages_installs_nothing(family, pipeline):
     assert state(model) == before
 
 
-def state(model):
-    """Everything a wrap could leave behind: attributes by identity, hooks by their functions. Weights are compared apart."""
-    return {
-        name: {k: list(v.values()) if k.endswith(("_hooks", "_kwargs")) else id(v) for k, v in vars(m).items()}
-        for name, m in model.named_modules()
-    }
-
-
 @families
 @pytest.mark.parametrize(
     "stages", [["fastervlm:3"], [Ragged(), Deep()], [Inside(at=(1,)), Ragged(), Deep(at=(1, 2))]], ids=str
@@ -172,17 +165,6 @@ def test_unwrap_is_exact(family, stages):
     got = run(model, batch)
     assert torch.equal(torch.stack(got.logits), torch.stack(want.logits))
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
-
-
-def changed(before, after):
-    """(module, attribute) of all that differs; the model itself stores `rope_deltas` anew at every run."""
-    assert before.keys() == after.keys()
-    return {
-        (name, k)
-        for name, held in before.items()
-        for k in held.keys() | after[name].keys()
-        if held.get(k) != after[name].get(k)
-    }
 
 
 @families

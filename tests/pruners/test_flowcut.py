@@ -8,11 +8,11 @@ import pytest
 import tiny
 import tiny_models
 import torch
+from hooked_tower import IMAGES, VIDEOS, Hooked, pictures
 from known_flowcut import one, with_facts
 from naive_tower import group, naive, rotate, stock
 from packing import tokens
 from pydantic import ValidationError
-from test_packed import IMAGES, VIDEOS, Hooked, pictures
 
 import vtoken
 from vtoken import registry
@@ -141,7 +141,9 @@ def test_other_stages_may_drop_in_between():
     assert stage.select(with_facts(ones, ones, values, 0, memory=memory, side=2)).lengths == (4,)
     left = torch.tensor([1, 2, 3])
     flat = with_facts(ones[:3], ones[:3], torch.ones(3, 1), 1, left, memory, side=2)
-    assert flat.place[stage.select(flat).index].tolist() == [2, 3], "the newest layer alone cannot tell them apart"
+    assert flat.raster_index[stage.select(flat).index].tolist() == [2, 3], (
+        "the newest layer alone cannot tell them apart"
+    )
 
 
 def test_frames_have_their_own_budget():

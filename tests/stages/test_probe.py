@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from modes import families, greedy
+from modes import LOGITS, families, greedy
 
 import vtoken
 from vtoken.stages import query_attention as probe
 from vtoken.stages.query_attention import QueryAttention, shared
 
-OPTIONS = {"return_dict_in_generate": True, "output_logits": True}
 ROWS = [[9, "img", 1, "img", 20], [1, "img", 30], [60]]
 FLEX = {"flexprefill": {"gamma": 0.6, "min_budget": 1, "size": 16, "min_len": 0}}
 ZIP = {"tau": 0.6, "recent": 4, "drawn": 6}
@@ -89,7 +88,7 @@ def test_a_probe_of_other_tensors_is_not_taken():
 
 def run(model, batch, stages):
     with vtoken.wrapped(model, stages):
-        out, trace = greedy(model, batch, 4, **OPTIONS), vtoken.trace(model)
+        out, trace = greedy(model, batch, 4, **LOGITS), vtoken.trace(model)
     return torch.stack(out.logits), trace, [layer.keys for layer in out.past_key_values.layers]
 
 

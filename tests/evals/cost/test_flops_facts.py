@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_decoder_facts import First, Watcher
-from test_flops import MODELS, Pipe, counted
+from flop_counts import MODELS, Pipe, counted
+from watchers import First, Watcher
 
 import vtoken
-from vtoken.evals.flops import LEFT_OUT, account
+from vtoken.evals.cost.flops import LEFT_OUT, account
 from vtoken.stages import FACTS, Fact, spec_of
 
 TEXT = 9

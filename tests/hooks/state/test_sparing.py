@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import pytest
 import tiny
 import torch
-from modes import alone, families, greedy
+from modes import LOGITS, alone, families, greedy
 from usual import stage
 
 import vtoken
@@ -15,7 +15,6 @@ from vtoken import registry
 from vtoken.errors import UnsupportedError
 from vtoken.stages import Fused, Keep
 
-OPTIONS = {"return_dict_in_generate": True, "output_logits": True}
 SITES = ("encoder", "tokens", "decoder")
 MERGING = [name for name in registry.stages() if registry.stage(name).site in SITES]
 
@@ -68,13 +67,13 @@ def test_a_row_beside_dense_rows_is_as_alone(family, name):
     batch = tiny.build(model, rows, seed=3)
     try:
         with vtoken.wrapped(model, [tested]):
-            want = greedy(model, alone(model, batch, 1), **OPTIONS)
+            want = greedy(model, alone(model, batch, 1), **LOGITS)
             single = vtoken.trace(model)
     except UnsupportedError:
         pytest.skip("the family cannot have this stage")
     least = sum(single.visual_tokens)
     with vtoken.wrapped(model, {"min_visual_tokens": least, "stages": [tested]}):
-        got = greedy(model, batch, **OPTIONS)
+        got = greedy(model, batch, **LOGITS)
         trace = vtoken.trace(model)
     assert trace.dense_rows == [0, 2]
     assert [k.tolist() for k in trace.kept[1:]] == [k.tolist() for k in single.kept]

@@ -7,16 +7,18 @@ from typing import Any, ClassVar
 import pytest
 import tiny
 import torch
+from against_oracle import compare
+from batches import QWEN, inside, rows_for
+from contrast import Some, batch_of, rows
+from flop_counts import SDPA, Pipe, part
 from modes import alone, greedy
-from probes import Deep, Inside, InsideMerge, Ragged, above_mean
-from test_composition import CACHE, SPARSE
-from test_families import QWEN, compare, inside, rows_for
-from test_flops import SDPA, Pipe, part
+from probes import Deep, Inside, InsideMerge, Ragged
 from torch.utils.flop_counter import FlopCounterMode
+from usual import CACHE, SPARSE
 
 import vtoken
 from vtoken.errors import UnsupportedError
-from vtoken.evals.flops import account
+from vtoken.evals.cost.flops import account
 from vtoken.hooks.state.run import ImageLayout
 from vtoken.hooks.vision import frames
 from vtoken.pruners.frames.frames_changed import FramesChanged
@@ -25,15 +27,6 @@ from vtoken.pruners.frames.frames_uniform import FramesUniform
 from vtoken.stages import Compressor, Keep, Site, VisualTokens
 
 families = pytest.mark.parametrize("family", tiny.VIDEO)
-
-
-class Some(Compressor):
-    """Frames site, by contrast: another number of each video. No paper."""
-
-    site: ClassVar[Site] = "frames"
-
-    def select(self, tokens: VisualTokens) -> Keep:
-        return above_mean(tokens, tokens.x.var(1))
 
 
 class Off(Compressor):
@@ -57,23 +50,6 @@ PIPELINES: dict[str, list[Any]] = {
     "then everywhere": [Some(), Inside(at=(1,)), Ragged(), Deep()],
     "then merged inside": [Some(), InsideMerge(at=(1,))],
 }
-
-
-def rows(family: str) -> list[list[Any]]:
-    """Four frames, or pairs of frames, of different sizes where the family allows it."""
-    if family == "llava_onevision":
-        return [[2, ("video", 4), 3], [1, ("video", 4), 2, "img", 1], [3]]
-    return [[2, ("video", 4, 4, 4), 3], [1, ("video", 4, 8, 4), 2, "img", 1, ("video", 3), 2], [3]]
-
-
-def batch_of(family: str, model: Any) -> dict[str, Any]:
-    """Frames of growing contrast, so that those above the mean are the later ones, and not equally many of all videos."""
-    batch = tiny.build(model, rows(family), seed=3)
-    pixels = batch["pixel_values_videos"]
-    pixels *= torch.rand(len(pixels), *(1,) * (pixels.ndim - 1), generator=torch.Generator().manual_seed(1))
-    if family == "llava_onevision":
-        pixels *= torch.tensor([[0.1, 0.2, 3, 4], [0.1, 0.2, 0.3, 9]])[:, :, None, None, None]
-    return batch
 
 
 @families

@@ -8,13 +8,13 @@ import torch
 import usual
 from known_merge import step
 from modes import alone, families
+from plain_runs import run
 from probes import Recorder
-from test_generate import run
 
 import vtoken
 from vtoken import registry
 from vtoken.errors import UnsupportedError
-from vtoken.evals.flops import account
+from vtoken.evals.cost.flops import account
 from vtoken.hooks.state.run import FeatureCall
 from vtoken.stages import Fact
 
@@ -233,7 +233,7 @@ def test_stages_that_drop_may_act_in_between():
 
 @TOWERS
 def test_flops_of_a_tower_that_merges(tower):
-    from test_flops import CLOSE, SDPA, Pipe, part
+    from flop_counts import CLOSE, SDPA, Pipe, part
     from torch.utils.flop_counter import FlopCounterMode
 
     model = tiny.llava(tower=tower)
@@ -318,7 +318,7 @@ def test_index_map_covers_every_token(family):
 
 
 def test_keys_of_packed_towers_are_means_over_heads():
-    from test_packed import IMAGES, Hooked, pictures
+    from hooked_tower import IMAGES, Hooked, pictures
 
     hooked = Hooked("qwen2_vl", wanted=[("mean_key", 2), ("keys", 2)])
     hooked(*pictures(IMAGES))
