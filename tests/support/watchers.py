@@ -8,7 +8,7 @@ import oracle
 import tiny
 import torch
 
-from vtoken.stages import Compressor, Fact, Keep, Site, VisualTokens, keep_all
+from vtoken.stages import Compressor, Fact, Keep, Site, VisualTokens, keep_all, spec_of
 
 ATTENTION = ("last_query_attention", "next_query_attention", "text_attention")
 OTHER = ("keys", "later_keys", "normed", "later_normed", "text", "later_text")
@@ -115,10 +115,11 @@ def expected(model, batch, out, k, tail=0):
 def held_against(tokens, want):
     for name, values in want.items():
         got = tokens.fact(name)
-        if name == "text":
+        spec = spec_of(name, "decoder")
+        if spec.per == "row":
             got = [got[row] for row in tokens.row]
-        elif not name.startswith("later"):
+        elif spec.per == "token":
             got = got.split(list(tokens.lengths))
         for a, b in zip(got, values, strict=True):
-            atol = 1e-5 if "attention" in name else 2e-4
+            atol = 1e-5 if spec.queries else 2e-4
             torch.testing.assert_close(a, b, atol=atol, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")

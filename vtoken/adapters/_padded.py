@@ -61,11 +61,6 @@ class Padded(Adapter):
         self.side = vision.image_size // vision.patch_size
         self.patches = self.side**2
         self.missing = {}
-        self.substitutes = {} if cls else {"cls_attention": "received_attention"}
-
-    def crops(self, arguments: dict[str, Any]) -> list[int]:
-        """Crops per image of a call of the feature function."""
-        return [1] * len(arguments["pixel_values"])
 
     def check_call(self, kwargs: dict[str, Any]) -> None:
         # The model is told the layer; from 5.18 on the tower is too, as the one hidden state to return.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.run import KINDS, FeatureCall, ImageLayout
+from vtoken.stages import FACTS
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,6 @@ class Adapter(ABC):
         placeholders: kind ("image", "video") -> id that stands for its tokens in a prompt.
         features: kind -> name of the method of `outer` that encodes it.
         missing: fact name -> why the family cannot supply it and what comes nearest.
-        substitutes: fact name -> the documented fact that is given in its place.
         mrope: whether positions have several axes, which cannot be renumbered.
     """
 
@@ -74,10 +75,14 @@ class Adapter(ABC):
     patches: int
     placeholders: dict[str, int]
     missing: dict[str, str]
-    substitutes: dict[str, str]
 
     @abstractmethod
     def __init__(self, model: Any) -> None: ...
+
+    @cached_property
+    def substitutes(self) -> dict[str, str]:
+        """Fact name -> the fact that is given in its place."""
+        return {} if self.encoder.cls else {spec.name: spec.instead for spec in FACTS if spec.instead}
 
     @abstractmethod
     def layouts(self, kind: str, arguments: dict[str, Any]) -> tuple[ImageLayout, ...]:
@@ -101,6 +106,22 @@ class Adapter(ABC):
             [ΣN, C].
         """
         return values.flatten(0, -2)
+
+    def crops(self, arguments: dict[str, Any]) -> list[int]:
+        """Crops per image of a call of the feature function (padded towers)."""
+        return [1] * len(arguments["pixel_values"])
+
+    def rasters(self, grid: Sequence[Sequence[int]]) -> tuple[ImageLayout, ...]:
+        """The layout of each row of `grid` [images, 3]: frames, rows and columns in patches (towers of variable length)."""
+        raise NotImplementedError(f"{self.model_type}: define rasters()")
+
+    def order(self, grid: Tensor, arguments: dict[str, Any]) -> Tensor | None:
+        """[ΣN] which token each merge group of the tower's sequence becomes; None where it is the same order (towers of variable length).
+
+        Args:
+            grid: [images, 3] frames, rows and columns in patches; arguments: of the tower call, by name.
+        """
+        return None
 
     def split(self, tokens: int) -> tuple[ImageLayout, ...]:
         """Layouts of the images that fill `tokens` placeholders of one row, when no encoder call tells.

@@ -10,7 +10,7 @@ from vtoken.stages.attention import (
     everything,
     with_own,
 )
-from vtoken.stages.base import SITES, Compressor, OtherModel, Pruner, Site, Stage, Unmerging, keep_all
+from vtoken.stages.base import Compressor, OtherModel, Pruner, Stage, Unmerging, keep_all
 from vtoken.stages.budget import Budget
 from vtoken.stages.cache import (
     CachedLayer,
@@ -24,11 +24,10 @@ from vtoken.stages.cache import (
     best,
     hold_text,
 )
+from vtoken.stages.facts import FACTS, SITES, Fact, FactSpec, Site, spec_of
 from vtoken.stages.quantized import QuantizedKV, QuantizedTensor
 from vtoken.stages.query_attention import QueryAttention, last_rows, rows_at, shared
 from vtoken.stages.tokens import (
-    FACTS,
-    Fact,
     Fused,
     Grid,
     Keep,

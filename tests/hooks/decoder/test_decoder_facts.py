@@ -12,8 +12,8 @@ from watchers import LAYERS, First, Watcher, dense, every_other, expected, held_
 
 import vtoken
 from vtoken.errors import UnsupportedError
-from vtoken.hooks.decoder.attention_tap import OBSERVED
 from vtoken.stages import Fact, Keep, VisualTokens
+from vtoken.stages.facts import read_of
 
 
 @families
@@ -60,7 +60,7 @@ class Earlier(Watcher):
         return [every_other(len(text)) for text in tokens.facts[Fact("later_text")]]
 
 
-OF_A_LAYER = sorted({*OBSERVED} - {"later_keys"})
+OF_A_LAYER = sorted(spec.name for spec in read_of("decoder layer").values() if spec.per == "token")
 
 
 @families

@@ -8,12 +8,13 @@ import torch
 from batches import rows_for
 from modes import families, greedy
 from turns import IMAGE_TURNS, TURNS, conversation, second
-from watchers import First, Watcher, dense, held_against, where
+from watchers import ATTENTION, OTHER, First, Watcher, dense, held_against, where
 
 import vtoken
-from vtoken.hooks.decoder.attention_facts import ROWS, causal
+from vtoken.hooks.decoder.attention_facts import FUNCTIONS, causal
 
 LAYERS = (1, 3)
+ROWS = sorted({*FUNCTIONS} - {*ATTENTION, *OTHER})
 
 
 def expected(model, batch, out, k, tail=0):

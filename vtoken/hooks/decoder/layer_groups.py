@@ -15,13 +15,12 @@ from vtoken.hooks.decoder.next_layer import check_next_layer, next_layer_attenti
 from vtoken.hooks.state.checkpointing import check_replay
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.encoder_fact import encoder_fact
-from vtoken.hooks.state.fact_tables import INSIDE_DECODER
 from vtoken.hooks.state.forward_state import ForwardState, StaticStep, eager, steps
 from vtoken.hooks.state.left_padding import take
 from vtoken.hooks.state.prefill_state import AskedText, Observed, PrefillState
 from vtoken.hooks.state.prompt_text import dropped_slots, later_text, text_before, text_of
 from vtoken.hooks.state.pruned_cache import PrunedCache
-from vtoken.stages import Fact, Stage, VisualTokens
+from vtoken.stages import Fact, Stage, VisualTokens, spec_of
 
 
 class LayerGroups:
@@ -32,9 +31,9 @@ class LayerGroups:
         lm, depth = self.lm, context.depth
         stages = [stage.for_depth(depth) for stage in context.at("decoder")]
         self.at = {k: [s for s in stages if k in s.layers(depth)] for k in range(depth)}
-        self.rating = [stage for stage in stages if asks(stage, "text_attention")]
+        self.rating = [stage for stage in stages if asks(stage, queries="chosen")]
         for k, at in self.at.items():
-            if any(asks(stage, "next_query_attention") for stage in at):
+            if any(asks(stage, read="next layer") for stage in at):
                 check_next_layer(lm.layers[k])
         self.flash = "flash" in (lm.config._attn_implementation or "")
         if stages or self.flash or context.cache_stage is not None:
@@ -158,25 +157,27 @@ class LayerGroups:
         self, fact: Fact, k: int, stage: Stage, flow: PrefillState, hidden: Tensor, rope: tuple[Tensor, Tensor]
     ) -> Any:
         """A fact for a stage at layer k, see FACTS; of the text, per row."""
-        if fact.name in ("text", "later_text"):
-            return (text_of if fact.name == "text" else later_text)(flow, hidden)
-        if fact.name in INSIDE_DECODER:
+        spec = spec_of(fact.name, "decoder")
+        assert spec is not None
+        if spec.of_encoder:
             return encoder_fact(self.context, flow, stage, fact).to(hidden.device)
-        layer, name = k - 1 if fact.layer is None else fact.layer % len(self.at), fact.name.removeprefix("later_")
-        if name == "next_query_attention":
+        layer, name = k - 1 if fact.layer is None else fact.layer % len(self.at), spec.part_of or fact.name
+        if spec.read == "next layer":
             if self.context.compact:
                 ids = flow.compact(k)
                 ids = ids - dropped_slots(flow).cumsum(1).to(ids.device)
                 rope = self.lm.rotary_emb(hidden, position_ids=ids.to(hidden.device))
             found = Observed(next_layer_attention(self.lm.layers[k], k, flow, hidden, rope), flow.index)
-        elif name == "normed":
-            found = Observed(self.lm.norm(hidden), flow.index)
-        elif name == "text_attention":
+        elif spec.read == "hidden states":
+            found = Observed(self.lm.norm(hidden) if name == "normed" else hidden, flow.index)
+        elif spec.queries == "chosen":
             found = flow.asked[id(stage)].found[layer]
         else:
             found = flow.facts[Fact(name, layer)]
         values = found.now(flow.index, flow.new.shape[1]).to(hidden.device)
-        if name != fact.name:
+        if spec.per == "row":
+            return text_of(flow, values)
+        if spec.per == "image":
             return [text.flatten(1) for text in later_text(flow, values)]
         rows, columns = (i.to(hidden.device) for i in flow.slot())
         return values[rows, columns].flatten(1) if values.ndim > 2 else values[rows, columns]
@@ -203,6 +204,7 @@ class LayerGroups:
         )
 
 
-def asks(stage: Stage, name: str) -> bool:
-    """Whether the stage needs the fact."""
-    return any(need.name == name for need in stage.needs())
+def asks(stage: Stage, **told: str) -> bool:
+    """Whether the stage needs a fact of which the table says this."""
+    specs = [spec_of(need.name, "decoder") for need in stage.needs()]
+    return any(getattr(spec, key) == value for spec in specs for key, value in told.items())

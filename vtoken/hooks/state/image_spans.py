@@ -76,7 +76,9 @@ class ImageSpans:
             values = [getattr(trace, name) for trace in traces]
             return [values[e][i] for e, i in self.origin if values[e]]
 
-        told: dict[str, Any] = {name: pick(name) for name in ("tokens_in", "tokens_out", "kept", "frames", "patches", "into")}
+        told: dict[str, Any] = {
+            name: pick(name) for name in ("tokens_in", "tokens_out", "kept", "frames", "patches", "into")
+        }
         if len(told["into"]) < len(self.origin):
             told["into"] = None
         return replace(traces[0], **told)

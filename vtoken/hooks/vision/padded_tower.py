@@ -71,7 +71,8 @@ class PaddedTower(Tower):
         call = self.run.call
         if any(self.merging.values()) and (call is None or call.skip_reason is None):
             check_resized(call)
-        pixels, chosen, skipped = given, None, ()
+        pixels, chosen = given, None
+        skipped: tuple[bool, ...] = ()
         if call is not None and (self.choosers or call.skip_plan is not None):
             pixels, chosen, skipped = self._choose(call, given)
         crops, full, device = len(pixels), self.adapter.patches, pixels.device
