@@ -12,29 +12,9 @@ from vtoken.adapters.base import Adapter
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, OtherModelError, UnsupportedError
 from vtoken.hooks.attention.sparse_prefill import check_attention
-from vtoken.hooks.decoder.attention_tap import OBSERVED
-from vtoken.hooks.state import fact_tables as facts
-from vtoken.stages import FACTS, Fact, OtherModel, Site, Stage
+from vtoken.stages import FACTS, SITES, Fact, OtherModel, Stage, spec_of
 from vtoken.stages.cache import CacheStage
-
-# Which facts can be had where: the encoder's own before the LLM runs, the decoder's inside it.
-AT_TOKENS = {*facts.PROJECTIONS, "features", "pixels", "text"}
-AT_SITE: dict[Site, set[str]] = {
-    "frames": set(),
-    "encoder": set(facts.PROJECTIONS),
-    "tokens": AT_TOKENS,
-    "decoder": {
-        *OBSERVED,
-        *facts.INSIDE_DECODER,
-        "next_query_attention",
-        "normed",
-        "later_normed",
-        "text",
-        "later_text",
-    },
-    "attention": set(),
-    "cache": set(),
-}
+from vtoken.stages.facts import encoded
 
 
 def check_whole(model: Any) -> None:
@@ -71,7 +51,7 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
         )
     check_unmerging(pipeline)
     for stage in pipeline.stages:
-        if stage.site not in AT_SITE:
+        if stage.site not in SITES:
             raise UnsupportedError(
                 f"stage {stage.name} acts at site {stage.site!r}, which this version of vtoken does not serve yet"
             )
@@ -93,14 +73,16 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
 
 def check_fact(stage: Stage, need: Fact, adapter: Adapter) -> None:
     """Refuses facts that do not exist, at all or where the stage acts."""
-    if need.name not in FACTS:
-        raise UnsupportedError(f"stage {stage.name} needs the unknown fact {need.name!r}; known: {', '.join(FACTS)}")
+    known = dict.fromkeys(spec.name for spec in FACTS)
+    if need.name not in known:
+        raise UnsupportedError(f"stage {stage.name} needs the unknown fact {need.name!r}; known: {', '.join(known)}")
     if need.name in adapter.missing:
         raise UnsupportedError(f"stage {stage.name} needs {need.name}: {adapter.missing[need.name]}")
-    if need.name not in AT_SITE[stage.site]:
+    if spec_of(need.name, stage.site) is None:
+        there = sorted(name for name in known if spec_of(name, stage.site))
         raise UnsupportedError(
             f"stage {stage.name} needs {need.name}, which does not exist yet at site {stage.site!r}; "
-            f"there it can have {', '.join(sorted(AT_SITE[stage.site]))}"
+            f"there it can have {', '.join(there)}"
         )
     depth = len(layers_of(stage, need, adapter))
     if need.layer is not None and not -depth <= need.layer < depth:
@@ -111,7 +93,7 @@ def check_fact(stage: Stage, need: Fact, adapter: Adapter) -> None:
 
 def layers_of(stage: Stage, need: Fact, adapter: Adapter) -> Sequence[Any]:
     """The layers that a fact's number counts."""
-    decoder = stage.site == "decoder" and need.name not in facts.INSIDE_DECODER
+    decoder = stage.site == "decoder" and not encoded(need, stage.site)
     found: Sequence[Any] = adapter.lm.layers if decoder else adapter.encoder.layers
     return found
 

@@ -23,7 +23,6 @@ from vtoken.hooks.call.inputs import Outer
 from vtoken.hooks.call.min_tokens import Guard
 from vtoken.hooks.decoder.attention_tap import observe, tap, tapped
 from vtoken.hooks.decoder.layer_groups import LayerGroups
-from vtoken.hooks.state import fact_tables as facts
 from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.pruned_cache import Owner
 from vtoken.hooks.state.run import Run
@@ -33,6 +32,7 @@ from vtoken.hooks.vision.padded_tower import EncoderHooks
 from vtoken.hooks.vision.varlen_tower import PackedHooks
 from vtoken.stages import Fact, Site, Stage
 from vtoken.stages.cache import CacheStage
+from vtoken.stages.facts import encoded, read_of
 
 SESSION = "_vtoken_session"  # attribute of a wrapped model; whoever drops the model drops its session with it
 
@@ -47,10 +47,8 @@ class Session:
         check(self.adapter, pipeline)
         self.run, self.handle, self.owner = Run(), Handle(), Owner()
         encoder, tokens, decoder, cache = (self._at(site) for site in ("encoder", "tokens", "decoder", "cache"))
-        wanted = {self._resolve(need) for stage in tokens for need in stage.needs() if need.name != "text"}
-        wanted |= {
-            self._resolve(need) for stage in decoder for need in stage.needs() if need.name in facts.INSIDE_DECODER
-        }
+        asked = [need for stage in (*tokens, *decoder) for need in stage.needs() if encoded(need, stage.site)]
+        wanted = {self._resolve(need) for need in asked}
         compact = pipeline.positions == "compact"
         try:
             self.handle.set(model, SESSION, self)
@@ -105,9 +103,9 @@ class Session:
                 encoded=self.boundary.entry.fact,
                 cached=bool(cache),
             )
-            asked = tapped(decoder, len(self.adapter.lm.layers))
-            if asked:
-                tap(self.handle, self.adapter.lm, asked, observe(self.run, asked))
+            observed = tapped(decoder, len(self.adapter.lm.layers))
+            if observed:
+                tap(self.handle, self.adapter.lm, observed, observe(self.run, observed))
         except BaseException:
             self.handle.release()
             raise
@@ -117,7 +115,7 @@ class Session:
 
     def _resolve(self, fact: Fact) -> Fact:
         name, encoder = self.adapter.substitutes.get(fact.name, fact.name), self.adapter.encoder
-        if name not in facts.PROJECTIONS:
+        if name not in read_of("encoder layer"):
             return Fact(name)
         layer = encoder.attention_layer if fact.layer is None else fact.layer % len(encoder.layers)
         if name != fact.name and encoder.full_attention is not None:

@@ -13,7 +13,7 @@ from usual import stage
 import vtoken
 from vtoken import registry
 from vtoken.errors import UnsupportedError
-from vtoken.stages import FACTS, Fact, VisualTokens
+from vtoken.stages import Fact, VisualTokens, spec_of
 
 WIDTH = tiny.TEXT["hidden_size"]
 LENGTHS, PARTS = (16, 9, 1, 30), (((1, 4, 4),), ((1, 3, 3),), ((1, 1, 1),), ((1, 2, 3), (1, 4, 6)))
@@ -22,18 +22,17 @@ LENGTHS, PARTS = (16, 9, 1, 30), (((1, 4, 4),), ((1, 3, 3),), ((1, 1, 1),), ((1,
 def packed(stage, lengths=LENGTHS, parts=PARTS, seed=0):
     """Random tokens and facts, the same for an image wherever it stands in the batch."""
     xs, facts = [], {f: [] for f in stage.needs()}
+    specs = {f: spec_of(f.name, stage.site) for f in facts}
     for n in lengths:
         g = torch.Generator().manual_seed(seed + n)
         xs.append(torch.randn(n, WIDTH, generator=g))
         for f, values in facts.items():
-            values.append(torch.rand(n, generator=g) if "attention" in f.name else torch.randn(n, WIDTH, generator=g))
+            one = specs[f].holds == "one"
+            values.append(torch.rand(n, generator=g) if one else torch.randn(n, WIDTH, generator=g))
     place = torch.cat([torch.arange(n) for n in lengths])
     layer = min(stage.layers(4)) if stage.site == "decoder" else None
     # Text is one tensor per row, what stands behind an image one per image.
-    found = {
-        f: v if f.name.startswith(("text", "later_")) and "attention" not in f.name else torch.cat(v)
-        for f, v in facts.items()
-    }
+    found = {f: torch.cat(v) if specs[f].per == "token" else v for f, v in facts.items()}
     return VisualTokens.pack(torch.cat(xs), lengths, parts, tuple(range(len(lengths))), place, facts=found, layer=layer)
 
 
@@ -80,7 +79,7 @@ def test_decision_does_not_depend_on_the_batch(name):
 
 @every
 def test_facts_are_known(name):
-    assert all(isinstance(f, Fact) and f.name in FACTS for f in stage(name).needs())
+    assert all(isinstance(f, Fact) and spec_of(f.name, stage(name).site) for f in stage(name).needs())
 
 
 @every

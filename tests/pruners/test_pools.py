@@ -10,7 +10,7 @@ from packing import tokens
 
 from vtoken import registry
 from vtoken.pruners._pools import merged, rest_of, top
-from vtoken.stages import Fact, Keep, VisualTokens, offsets_of
+from vtoken.stages import Fact, Keep, VisualTokens, offsets_of, spec_of
 
 METHODS = ("visionzip", "divprune", "cdpruner", "vispruner", "prumerge", "vscan", "holov", "scope")
 # Those for which a crop is nothing but a smaller image: the others look at the whole for relevance or windows.
@@ -25,15 +25,16 @@ def batch(stage, row=(0, 0, 1), dtype=torch.float32):
     n = sum(LENGTHS)
     facts = {}
     for fact in stage.needs():
-        one = torch.rand(n, generator=g) if "attention" in fact.name else torch.randn(n, 8, generator=g).to(dtype)
-        facts[fact] = [one[: 3 + r] for r in set(row)] if fact.name == "text" else one
+        spec = spec_of(fact.name, stage.site)
+        one = torch.rand(n, generator=g) if spec.holds == "one" else torch.randn(n, 8, generator=g).to(dtype)
+        facts[fact] = one if spec.per == "token" else [one[: 3 + r] for r in set(row)]
     packed = tokens(torch.randn(n, 8, generator=g).to(dtype), LENGTHS, row=row, parts=PARTS, segment=SEGMENT)
     return replace(packed, facts=facts)
 
 
 def part_of(packed, rows):
     """These rows as an image of their own."""
-    facts = {f: v if f.name == "text" else v[rows] for f, v in packed.facts.items()}
+    facts = {f: v if isinstance(v, list) else v[rows] for f, v in packed.facts.items()}
     n = len(rows)
     return VisualTokens(
         packed.x[rows], offsets_of((n,), rows.device), (n,), (((1, 1, n),),), (0,), torch.arange(n), facts=facts

@@ -49,7 +49,6 @@ class Packed(Adapter):
         config = model.config
         self.placeholders = {"image": config.image_token_id, "video": config.video_token_id}
         self.missing = {}
-        self.substitutes = {"cls_attention": "received_attention"}
 
     def full_attention(self) -> tuple[int, ...] | None:
         """As in Encoder."""

@@ -61,7 +61,6 @@ class Padded(Adapter):
         self.side = vision.image_size // vision.patch_size
         self.patches = self.side**2
         self.missing = {}
-        self.substitutes = {} if cls else {"cls_attention": "received_attention"}
 
     def crops(self, arguments: dict[str, Any]) -> list[int]:
         """Crops per image of a call of the feature function."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.run import KINDS, Call, Layout
+from vtoken.stages import FACTS
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,6 @@ class Adapter(ABC):
         placeholders: kind ("image", "video") -> id that stands for its tokens in a prompt.
         features: kind -> name of the method of `outer` that encodes it.
         missing: fact name -> why the family cannot supply it and what comes nearest.
-        substitutes: fact name -> the documented fact that is given in its place.
         mrope: whether positions have several axes, which cannot be renumbered.
     """
 
@@ -74,10 +75,14 @@ class Adapter(ABC):
     patches: int
     placeholders: dict[str, int]
     missing: dict[str, str]
-    substitutes: dict[str, str]
 
     @abstractmethod
     def __init__(self, model: Any) -> None: ...
+
+    @cached_property
+    def substitutes(self) -> dict[str, str]:
+        """Fact name -> the fact that is given in its place."""
+        return {} if self.encoder.cls else {spec.name: spec.instead for spec in FACTS if spec.instead}
 
     @abstractmethod
     def layouts(self, kind: str, arguments: dict[str, Any]) -> tuple[Layout, ...]:

@@ -8,7 +8,7 @@ from vtoken.config import load
 from vtoken.evals.flops import account, resolve_config
 from vtoken.evals.geometry import Geometry, geometry
 from vtoken.evals.matrix import Answer, Matrix, matrix, sample
-from vtoken.stages import FACTS, Stage, size_of
+from vtoken.stages import Stage, size_of, spec_of
 from vtoken.stages.budget import Budget
 
 MODEL = "llava-hf/llava-1.5-7b-hf"
@@ -73,21 +73,19 @@ def fact_bytes(stage: Stage, shape: Geometry, text_tokens: int) -> int | None:
         text_tokens: all of them taken to stand behind the picture.
     """
     encoder, decoder = shape.tower.layers, shape.decoder
-    stack = decoder if stage.site == "decoder" else encoder
-    keys, hidden = stack.kv_heads * stack.head_dim * HALF, decoder.width * HALF
-    per_token = {
-        "mean_value": stack.head_dim * SINGLE,
-        "mean_key": stack.head_dim * SINGLE,
-        "keys": keys,
-        "values": keys,
-        "normed": hidden,
-        "features": encoder.width * HALF,
-        "pixels": shape.tower.stem // encoder.width * shape.tower.unit * HALF,
-    }
-    per_text = {"text": hidden, "later_text": hidden, "later_normed": hidden, "later_keys": keys}
-    sizes = {name: SINGLE * size_of(shape.parts) for name in FACTS if name.endswith("_attention")}
-    sizes |= {name: size * size_of(shape.parts) for name, size in per_token.items()}
-    sizes |= {name: size * text_tokens for name, size in per_text.items()}
-    if any(fact.name not in sizes for fact in stage.needs()):
-        return None
-    return sum(sizes[fact.name] for fact in stage.needs())
+    total = 0
+    for fact in stage.needs():
+        spec = spec_of(fact.name, stage.site)
+        if spec is None:
+            return None
+        stack = encoder if spec.of_encoder else decoder
+        entry = {
+            "one": SINGLE,
+            "head": stack.head_dim * SINGLE,
+            "heads": stack.kv_heads * stack.head_dim * HALF,
+            "hidden": decoder.width * HALF,
+            "features": encoder.width * HALF,
+            "pixels": shape.tower.stem // encoder.width * shape.tower.unit * HALF,
+        }[spec.holds]
+        total += entry * (size_of(shape.parts) if spec.per == "token" else text_tokens)
+    return total

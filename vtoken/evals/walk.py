@@ -7,34 +7,14 @@ from functools import partial
 
 from vtoken.errors import OtherModelError, UnsupportedError
 from vtoken.evals.geometry import Geometry
-from vtoken.hooks.state.fact_tables import INSIDE_DECODER
 from vtoken.hooks.vision.frames import SIDE
-from vtoken.stages import Fact, OtherModel, Site, Stage, size_of
+from vtoken.stages import Fact, FactSpec, OtherModel, Site, Stage, size_of, spec_of
 from vtoken.stages.attention import SparseAttention
 from vtoken.stages.cache import CacheStage
 
 Counts = tuple[int, ...]
 
-# Attention facts cost their query rows; the others are tensors that the model computes anyway.
-ONE_QUERY = ("cls_attention", "last_query_attention", "global_attention", "value_attention")
-ALL_QUERIES = ("received_attention",)
 CHANNELS = 3  # of a frame
-# Inside the decoder, see _decoder_fact.
-PER_IMAGE = ("visual_attention", "visual_value_attention", "self_attention")
-PER_TEXT = ("text_attention", "cross_attention", "relayed_attention")
-FREE = (
-    "keys",
-    "values",
-    "mean_value",
-    "mean_key",
-    "features",
-    "pixels",
-    "text",
-    "later_text",
-    "normed",
-    "later_keys",
-    "later_normed",
-)
 
 
 class Walk:
@@ -233,15 +213,16 @@ class Walk:
 
     def _pay(self, stage: Stage, fact: Fact, counts: Counts, layer: int | None) -> None:
         """Adds what a fact costs, once per layer it is read from. `counts` are alive where it is asked for."""
-        if fact.name in FREE:
-            return
-        if fact.name == "next_query_attention" and layer is not None:
-            self.cost += self._coming(layer, counts)
-            return
-        if fact.name not in ONE_QUERY + ALL_QUERIES + PER_IMAGE + PER_TEXT:
+        spec = spec_of(fact.name, stage.site)
+        if spec is None:
             self._leave_out(f"{stage.name}: the fact {fact.name}")
             return
-        decoder, tower = stage.site == "decoder" and fact.name not in INSIDE_DECODER, self.shape.tower
+        if not spec.queries:
+            return  # a tensor that the model computes anyway
+        if spec.read == "next layer" and layer is not None:
+            self.cost += self._coming(layer, counts)
+            return
+        decoder, tower = not spec.of_encoder, self.shape.tower
         stack = self.shape.decoder if decoder else tower.layers
         if fact.layer is not None:
             source = fact.layer % stack.depth
@@ -253,30 +234,30 @@ class Walk:
             raise UnsupportedError(
                 f"stage {stage.name} needs {fact.name} of layer {source}, which runs after the stage"
             )
-        # Without a CLS token its attention is substituted by the attention received.
-        name = "received_attention" if fact.name == "cls_attention" and not tower.extra else fact.name
-        key = (stage.site if decoder else "tower", name, source)
+        if spec.instead and not tower.extra:
+            spec = spec_of(spec.instead, stage.site)
+            assert spec is not None
+        key = (spec.read, spec.name, source)
         if key in self._paid:
             return
         self._paid.add(key)
         if decoder:
-            self.cost += self._decoder_fact(name, source)
+            self.cost += self._decoder_fact(spec, source)
         else:
-            one_query = name in ONE_QUERY
+            one_query = spec.queries == "cls"
             self.cost += sum(tower.scores(source, units, one_query=one_query) for units in self.tower[source])
 
-    def _decoder_fact(self, name: str, source: int) -> int:
+    def _decoder_fact(self, spec: FactSpec, source: int) -> int:
         """FLOPs of rows of decoder layer `source`. All text of the prompt is taken to stand behind every image and to rate it."""
         stack, counts = self.shape.decoder, self.decoder[source]
         length, text = self._length(counts), self.text_tokens
-        if name == "visual_value_attention":
+        if spec.queries == "last" and not spec.own:
+            return stack.scores(1, length)
+        if spec.projections == ("v",):
             return 2 * sum(counts) * stack.kv_heads * stack.head_dim
-        if name in PER_IMAGE:
-            return sum(stack.scores(n, length) if name == "self_attention" else stack.scores(1, n) for n in counts)
-        if name in PER_TEXT:
-            relay = 2 * text * length if name == "relayed_attention" else 0
-            return len(counts) * (stack.scores(text, length) + relay)
-        return stack.scores(1 if name in ONE_QUERY else length, length)
+        relayed = 2 * text * length if spec.relayed else 0
+        rows = {"last": 1, "text": text, "raters": text}
+        return sum(stack.scores(rows.get(str(spec.queries), n), n if spec.own else length) + relayed for n in counts)
 
     def _coming(self, layer: int, counts: Counts) -> int:
         """FLOPs of the last token's row of a layer before it runs: its query, the keys of all that enters, the row over what is left."""

@@ -14,7 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vtoken.kernels import block_sparse_attention
 from vtoken.kernels._flex import backend_of
-from vtoken.stages.base import Compressor, Site
+from vtoken.stages.base import Compressor
+from vtoken.stages.facts import Site
 from vtoken.stages.query_attention import Probe
 from vtoken.stages.tokens import Parts
 

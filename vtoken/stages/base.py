@@ -14,11 +14,10 @@ from torch import Tensor
 
 from vtoken.kernels import topk_tokens
 from vtoken.stages.budget import Budget
-from vtoken.stages.tokens import Fact, Keep, Parts, VisualTokens, image_of, offsets_of, segments_of
+from vtoken.stages.facts import Fact, Site
+from vtoken.stages.tokens import Keep, Parts, VisualTokens, image_of, offsets_of, segments_of
 
-Site = Literal["frames", "encoder", "tokens", "decoder", "attention", "cache"]
 Unmerging = Literal["expanded", "merged"]
-SITES: tuple[Site, ...] = ("frames", "encoder", "tokens", "decoder", "attention", "cache")
 
 
 class OtherModel(ValueError):

@@ -15,8 +15,9 @@ from pydantic import field_validator
 from torch import Tensor
 
 from vtoken.kernels import gather_cache
-from vtoken.stages.base import Compressor, Site
+from vtoken.stages.base import Compressor
 from vtoken.stages.budget import Budget
+from vtoken.stages.facts import Site
 from vtoken.stages.quantized import Packed
 from vtoken.stages.query_attention import Probe
 

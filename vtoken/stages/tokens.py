@@ -1,4 +1,4 @@
-"""Visual tokens and what a stage decides about them: VisualTokens, Fact, Keep.
+"""Visual tokens and what a stage decides about them: VisualTokens, Keep.
 
 Letters in every docstring: `B` batch rows, `N` visual tokens (`N_i` of image i), `K` kept, `T` text tokens, `L` sequence, `H` heads,
 `D` width, `d` head width.
@@ -9,56 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtoken.kernels import gather_tokens, merge_tokens
+from vtoken.stages.facts import Fact
 
 Grid = tuple[int, int, int]
 Parts = tuple[Grid, ...]
-
-
-class Fact(NamedTuple):
-    """Something a stage needs to know about the visual tokens; nothing that is not asked for is computed.
-
-    `layer` is the encoder (or, at decoder sites, decoder) layer; None means the layer the model takes its features from
-    (at encoder and decoder sites: the layer before the cut). Negative layers count from the end. `above` counts, for
-    received_attention, only the queries that themselves receive more than so many times the mean of their crop (frame), or if
-    there is none, the one that receives most.
-    """
-
-    name: str
-    layer: int | None = None
-    above: float = 0.0
-
-
-FACTS: dict[str, str] = {
-    "cls_attention": "[ΣN] attention of the CLS query over all keys, head mean, CLS column dropped, not renormalised",
-    "received_attention": "[ΣN] attention each token receives, mean over queries and heads",
-    "global_attention": "[ΣN] as cls_attention; without CLS the query is the mean over the image's patches, windows disregarded",
-    "value_attention": "[ΣN] as global_attention, with values for queries and keys and no scale: softmax of dot products",
-    "mean_key": "[ΣN, d] encoder keys of the layer, head mean",
-    "mean_value": "[ΣN, d] encoder values of the layer, head mean; at decoder sites the decoder's",
-    "last_query_attention": "[ΣN] decoder attention of the last prompt token, head mean",
-    "next_query_attention": "[ΣN] the same in the decoder layer behind the cut, before it runs",
-    "text_attention": "[ΣN] decoder attention of the text tokens that the stage's `raters` chose, mean over them and the heads",
-    "visual_attention": "[ΣN] decoder attention of the last prompt token, softmax over the tokens of each image alone, head mean",
-    "visual_value_attention": "[ΣN] the same with values for query and keys",
-    "cross_attention": "[ΣN] decoder attention of the text behind each image, maximum over heads, mean over that text",
-    "self_attention": "[ΣN] decoder attention of each image's own tokens, maximum over heads, mean over them",
-    "relayed_attention": "[ΣN] decoder attention of the text behind each image, head mean, weighted by what that text receives from itself",
-    "keys": "[ΣN, H*d] encoder keys of the layer; at decoder sites the decoder's, with RoPE",
-    "later_keys": "one [T_i, H*d] tensor per image: decoder keys, with RoPE, of its row's text tokens behind it",
-    "normed": "[ΣN, D] decoder hidden states through the LLM's final norm",
-    "later_normed": "one [T_i, D] tensor per image: the same of its row's text tokens behind it",
-    "values": "[ΣN, H*d] encoder values of the layer",
-    "features": "[ΣN, D_encoder] encoder output before the projector",
-    "pixels": "[ΣN, P] the normalised pixel values behind each token (all patches and frames that were merged into it)",
-    "text": "one [T_r, D] tensor per batch row: embeddings of its text tokens (hidden states at decoder sites)",
-    "later_text": "one [T_i, D] tensor per image: as text, but only what stands behind the image",
-}
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from test_family_turns import IMAGE_TURNS, TURNS, conversation, second
 
 import vtoken
 from vtoken.errors import UnsupportedError
-from vtoken.hooks.decoder.attention_tap import OBSERVED
-from vtoken.stages import Compressor, Fact, Keep, Site, VisualTokens, keep_all
+from vtoken.stages import Compressor, Fact, Keep, Site, VisualTokens, keep_all, spec_of
+from vtoken.stages.facts import read_of
 
 ATTENTION = ("last_query_attention", "next_query_attention", "text_attention")
 OTHER = ("keys", "later_keys", "normed", "later_normed", "text", "later_text")
@@ -120,12 +120,13 @@ def expected(model, batch, out, k, tail=0):
 def held_against(tokens, want):
     for name, values in want.items():
         got = tokens.fact(name)
-        if name == "text":
+        spec = spec_of(name, "decoder")
+        if spec.per == "row":
             got = [got[row] for row in tokens.row]
-        elif not name.startswith("later"):
+        elif spec.per == "token":
             got = got.split(list(tokens.lengths))
         for a, b in zip(got, values, strict=True):
-            atol = 1e-5 if "attention" in name else 2e-4
+            atol = 1e-5 if spec.queries else 2e-4
             torch.testing.assert_close(a, b, atol=atol, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
@@ -173,7 +174,7 @@ class Earlier(Watcher):
         return [every_other(len(text)) for text in tokens.facts[Fact("later_text")]]
 
 
-OF_A_LAYER = sorted({*OBSERVED} - {"later_keys"})
+OF_A_LAYER = sorted(spec.name for spec in read_of("decoder layer").values() if spec.per == "token")
 
 
 @families

@@ -6,14 +6,15 @@ import pytest
 import tiny
 import torch
 from modes import families, greedy
-from test_decoder_facts import First, Watcher, dense, held_against, where
+from test_decoder_facts import ATTENTION, OTHER, First, Watcher, dense, held_against, where
 from test_families import rows_for
 from test_family_turns import IMAGE_TURNS, TURNS, conversation, second
 
 import vtoken
-from vtoken.hooks.decoder.attention_facts import ROWS, causal
+from vtoken.hooks.decoder.attention_facts import FUNCTIONS, causal
 
 LAYERS = (1, 3)
+ROWS = sorted({*FUNCTIONS} - {*ATTENTION, *OTHER})
 
 
 def expected(model, batch, out, k, tail=0):

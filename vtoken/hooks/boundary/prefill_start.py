@@ -17,6 +17,7 @@ from vtoken.hooks.state.prompt_text import answered, text_of
 from vtoken.hooks.state.run import Lineage, Run, segments
 from vtoken.hooks.state.trace import Trace
 from vtoken.stages import Fact, Keep, Stage, image_of, offsets_of
+from vtoken.stages.facts import encoded
 
 
 class Entry:
@@ -96,7 +97,7 @@ class Entry:
     def facts(self, flow: Prefill, stage: Stage) -> dict[Fact, Any]:
         """What the stage asked for, about the live tokens."""
         return {
-            need: text_of(flow, flow.hidden) if need.name == "text" else self.fact(flow, stage, need)
+            need: self.fact(flow, stage, need) if encoded(need, stage.site) else text_of(flow, flow.hidden)
             for need in stage.needs()
         }
 

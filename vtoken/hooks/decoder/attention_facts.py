@@ -1,12 +1,12 @@
-"""Attention rows of a decoder layer that stages ask for beside the last prompt token's, slot by slot.
+"""Facts of a decoder layer, slot by slot: a function per fact, of the fact's name.
 
-Every function here takes the queries q [B, H, P, d] of a layer, its keys and values k, v [B, Hk, slots, d] with the cache, and which slots
-hold something, ok [B, slots]. It returns [B, slots] (mean_value: [B, slots, d]), 0 where no image's token stands.
+Every one takes the queries q [B, H, P, d] of a layer, its keys and values k, v [B, Hk, slots, d] with the cache, and which slots
+hold something, ok [B, slots]. It returns [B, slots, ...], see `stages.facts`; attention is 0 where no image's token stands.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,18 @@ from vtoken.kernels import query_attention
 from vtoken.stages import offsets_of, uploaded
 
 CHUNK = 64  # queries whose scores over all slots are held at once
-Rows = Callable[[Prefill, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+Function = Callable[[Prefill, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+
+
+def keys(flow: Prefill, q: Tensor, k: Tensor, v: Tensor, ok: Tensor, scale: float) -> Tensor:
+    """Of all heads, with RoPE: [B, slots, Hk, d]."""
+    return k.transpose(1, 2)
+
+
+def last_query_attention(flow: Prefill, q: Tensor, k: Tensor, v: Tensor, ok: Tensor, scale: float) -> Tensor:
+    """The last prompt token's, head mean."""
+    whole = flow.ok is None and flow.answer is None
+    return last_row(flow.of_last(q, 2), k, None if whole else ok, flow.tails, scale)
 
 
 def visual_attention(flow: Prefill, q: Tensor, k: Tensor, v: Tensor, ok: Tensor, scale: float) -> Tensor:
@@ -50,9 +61,11 @@ def relayed_attention(flow: Prefill, q: Tensor, k: Tensor, v: Tensor, ok: Tensor
     return _per_image(flow, q, k, ok, scale, _behind(flow), _relay)
 
 
-ROWS: dict[str, Rows] = {
-    row.__name__: row
-    for row in (
+FUNCTIONS: dict[str, Function] = {
+    function.__name__: function
+    for function in (
+        keys,
+        last_query_attention,
         visual_attention,
         visual_value_attention,
         mean_value,
@@ -61,6 +74,49 @@ ROWS: dict[str, Rows] = {
         relayed_attention,
     )
 }
+
+
+def last_row(q: Tensor, k: Tensor, ok: Tensor | None, tails: Sequence[int], scale: float) -> Tensor:
+    """[B, slots] attention of one query per row, head mean.
+
+    Args:
+        q: [B, H, d] of the last prompt token; k: [B, H, slots, d].
+        ok: [B, slots] slots that hold something; None: all do, and none comes after the query.
+        tails: per row, how many slots at the end come after the query.
+    """
+    if ok is None:
+        batch, slots = len(k), k.shape[2]
+        each, all_of = (offsets_of([n] * batch, k.device) for n in (1, slots))
+        return query_attention(q, k.transpose(1, 2).flatten(0, 1), each, all_of, scale).view(batch, slots)
+    if any(tails):
+        ends = ok.shape[1] - uploaded(tails, ok.device)
+        ok = ok & (torch.arange(ok.shape[1], device=ok.device) < ends[:, None])
+    one_each = torch.arange(len(k) + 1, dtype=torch.int32, device=k.device)
+    packed = query_attention(q, k.transpose(1, 2)[ok], one_each, offsets_of(ok.sum(1).tolist(), k.device), scale)
+    return packed.new_zeros(ok.shape).masked_scatter(ok, packed)
+
+
+def text_rows(flow: Prefill, raters: Sequence[Tensor], q: Tensor, k: Tensor, ok: Tensor, scale: float) -> Tensor:
+    """[B, slots] attention that the slots of each image receive from its raters, mean over them and the heads; 0 elsewhere.
+
+    Args:
+        raters: per image, which text tokens of its row.
+    """
+    v, past = flow.visual, flow.slots - flow.index.shape[1]
+    out, text = q.new_zeros(ok.shape, dtype=torch.float32), text_slots(flow).to(q.device)
+    lines, columns = (i.to(q.device).split(v.lengths) for i in flow.slot())
+    for row, line, column, chosen in zip(v.row, lines, columns, raters, strict=True):
+        if len(chosen):
+            at = text[row].nonzero()[:, 0][chosen.to(q.device)]
+            mean = _causal_mean(q[row, :, at], k[row], ok[row], at + past, scale)
+            out[line, column + past] = mean[column + past]
+    return out
+
+
+def _causal_mean(q: Tensor, k: Tensor, ok: Tensor, at: Tensor, scale: float) -> Tensor:
+    """[N] attention of the queries [H, R, d] that stand in the slots `at` [R] of the keys [Hk, N, d], mean over queries and heads."""
+    total = torch.stack([part.sum((0, 1, 2)) for part in causal(q, k, ok, at, scale)]).sum(0)
+    return total / (q.shape[0] * q.shape[1])
 
 
 def causal(q: Tensor, k: Tensor, ok: Tensor, at: Tensor, scale: float) -> Iterator[Tensor]:

@@ -16,24 +16,16 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vtoken.hooks.decoder.attention_facts import ROWS, causal
+from vtoken.hooks.decoder.attention_facts import FUNCTIONS, text_rows
 from vtoken.hooks.state.forward_state import Observed, Prefill, eager
 from vtoken.hooks.state.handle import Handle
-from vtoken.hooks.state.prompt_text import text_slots
 from vtoken.hooks.state.run import Run
-from vtoken.kernels import query_attention
-from vtoken.stages import Fact, Stage, offsets_of, uploaded
+from vtoken.stages import Fact, Stage
+from vtoken.stages.facts import read_of
 
 NAME = "vtoken"
 HANDED = "vtoken_handed"  # argument of a decoder layer that goes through to the tap of its attention, and no further
-# Fact of a stage -> what is kept of the layer for it.
-OBSERVED = {
-    "last_query_attention": "last_query_attention",
-    "text_attention": "text_attention",
-    "keys": "keys",
-    "later_keys": "keys",
-    **{name: name for name in ROWS},
-}
+OBSERVED = read_of("decoder layer")
 # fn(module, q, k, v, mask, original, **kwargs) -> (output, weights); q and k carry RoPE, k and v include the cache.
 Tap = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -104,13 +96,12 @@ def tapped(stages: Sequence[Stage], depth: int) -> dict[int, list[tuple[Stage, s
         for need in stage.needs():
             for k in stage.layers(depth) if need.name in OBSERVED else ():
                 layer = k - 1 if need.layer is None else need.layer % depth
-                asked.setdefault(layer, []).append((stage, OBSERVED[need.name]))
+                asked.setdefault(layer, []).append((stage, OBSERVED[need.name].part_of or need.name))
     return asked
 
 
 def observe(run: Run, asked: Mapping[int, Sequence[tuple[Stage, str]]]) -> Tap:
-    """Keeps what stages ask for of the layers in `asked`, slot by slot: attention of the last prompt token `last_query_attention` or
-    of chosen text tokens `text_attention`, head mean, [B, slots], `keys` [B, slots, H, d], and what ROWS has.
+    """Keeps what stages ask for of the layers in `asked`, slot by slot: see `attention_facts`.
 
     With an answer or drafts behind the prompt (`prompt.answered`) the last prompt token stands before them, so the decision is the one
     that `generate` makes.
@@ -138,62 +129,13 @@ def _keep(
         return
     # A static cache hands out all its slots; only those filled so far count.
     k, v = (t[:, :, : flow.slots].detach() for t in (k, v))
-    whole = flow.ok is None and flow.answer is None
     ok = torch.ones(len(k), flow.slots, dtype=torch.bool, device=k.device) if flow.ok is None else flow.ok.bool()
     ok = ok.to(k.device)
     for stage, name in asked:
         fact = Fact(name, layer)
-        if name == "text_attention":
-            values = _text_rows(flow, flow.memory[id(stage)]["raters"], q, k, ok, scale)
-            flow.memory[id(stage)][f"{name} {layer}"] = Observed(values, flow.index)
+        if OBSERVED[name].queries == "raters":
+            memory = flow.memory[id(stage)]
+            memory[f"{name} {layer}"] = Observed(text_rows(flow, memory["raters"], q, k, ok, scale), flow.index)
         elif fact not in flow.facts:
-            if name in ROWS:
-                values = ROWS[name](flow, q.detach(), k, v, ok, scale)
-            elif name == "last_query_attention":
-                values = last_row(flow.of_last(q, 2), k, None if whole else ok, flow.tails, scale)
-            else:
-                values = k.transpose(1, 2)
+            values = FUNCTIONS[name](flow, q.detach(), k, v, ok, scale)
             flow.facts[fact] = Observed(values, flow.index)
-
-
-def last_row(q: Tensor, k: Tensor, ok: Tensor | None, tails: Sequence[int], scale: float) -> Tensor:
-    """[B, slots] attention of one query per row, head mean.
-
-    Args:
-        q: [B, H, d] of the last prompt token; k: [B, H, slots, d].
-        ok: [B, slots] slots that hold something; None: all do, and none comes after the query.
-        tails: per row, how many slots at the end come after the query.
-    """
-    if ok is None:
-        batch, slots = len(k), k.shape[2]
-        each, all_of = (offsets_of([n] * batch, k.device) for n in (1, slots))
-        return query_attention(q, k.transpose(1, 2).flatten(0, 1), each, all_of, scale).view(batch, slots)
-    if any(tails):
-        ends = ok.shape[1] - uploaded(tails, ok.device)
-        ok = ok & (torch.arange(ok.shape[1], device=ok.device) < ends[:, None])
-    one_each = torch.arange(len(k) + 1, dtype=torch.int32, device=k.device)
-    packed = query_attention(q, k.transpose(1, 2)[ok], one_each, offsets_of(ok.sum(1).tolist(), k.device), scale)
-    return packed.new_zeros(ok.shape).masked_scatter(ok, packed)
-
-
-def _text_rows(flow: Prefill, raters: Sequence[Tensor], q: Tensor, k: Tensor, ok: Tensor, scale: float) -> Tensor:
-    """[B, slots] attention that the slots of each image receive from its raters, mean over them and the heads; 0 elsewhere.
-
-    Args:
-        raters: per image, which text tokens of its row.
-    """
-    v, past = flow.visual, flow.slots - flow.index.shape[1]
-    out, text = q.new_zeros(ok.shape, dtype=torch.float32), text_slots(flow).to(q.device)
-    lines, columns = (i.to(q.device).split(v.lengths) for i in flow.slot())
-    for row, line, column, chosen in zip(v.row, lines, columns, raters, strict=True):
-        if len(chosen):
-            at = text[row].nonzero()[:, 0][chosen.to(q.device)]
-            mean = _causal_mean(q[row, :, at], k[row], ok[row], at + past, scale)
-            out[line, column + past] = mean[column + past]
-    return out
-
-
-def _causal_mean(q: Tensor, k: Tensor, ok: Tensor, at: Tensor, scale: float) -> Tensor:
-    """[N] attention of the queries [H, R, d] that stand in the slots `at` [R] of the keys [Hk, N, d], mean over queries and heads."""
-    total = torch.stack([part.sum((0, 1, 2)) for part in causal(q, k, ok, at, scale)]).sum(0)
-    return total / (q.shape[0] * q.shape[1])

@@ -13,14 +13,13 @@ from transformers.masking_utils import create_causal_mask
 
 from vtoken.hooks.decoder.next_layer import check_coming, next_row
 from vtoken.hooks.state.checkpointing import check_replay
-from vtoken.hooks.state.fact_tables import INSIDE_DECODER
 from vtoken.hooks.state.forward_state import Flow, Observed, Prefill, StaticStep, eager, steps
 from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.left_padding import take
 from vtoken.hooks.state.prompt_text import dropped_slots, later_text, text_before, text_of
 from vtoken.hooks.state.pruned_cache import PrunedCache
 from vtoken.hooks.state.run import Run
-from vtoken.stages import Fact, Stage, VisualTokens
+from vtoken.stages import Fact, Stage, VisualTokens, spec_of
 
 
 class LayerGroups:
@@ -49,9 +48,9 @@ class LayerGroups:
         depth = len(lm.layers)
         stages = [stage.bound(depth) for stage in stages]
         self.at = {k: [s for s in stages if k in s.layers(depth)] for k in range(depth)}
-        self.rating = [stage for stage in stages if asks(stage, "text_attention")]
+        self.rating = [stage for stage in stages if asks(stage, queries="raters")]
         for k, at in self.at.items():
-            if any(asks(stage, "next_query_attention") for stage in at):
+            if any(asks(stage, read="next layer") for stage in at):
                 check_coming(lm.layers[k])
         self.flash = "flash" in (lm.config._attn_implementation or "")
         if stages or self.flash or cached:
@@ -170,25 +169,27 @@ class LayerGroups:
 
     def fact(self, fact: Fact, k: int, stage: Stage, flow: Prefill, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Any:
         """A fact for a stage at layer k, see FACTS; of the text, per row."""
-        if fact.name in ("text", "later_text"):
-            return (text_of if fact.name == "text" else later_text)(flow, hidden)
-        if fact.name in INSIDE_DECODER:
+        spec = spec_of(fact.name, "decoder")
+        assert spec is not None
+        if spec.of_encoder:
             return self.encoded(flow, stage, fact).to(hidden.device)
-        layer, name = k - 1 if fact.layer is None else fact.layer % len(self.at), fact.name.removeprefix("later_")
-        if name == "next_query_attention":
+        layer, name = k - 1 if fact.layer is None else fact.layer % len(self.at), spec.part_of or fact.name
+        if spec.read == "next layer":
             if self.compact:
                 ids = flow.compact(k)
                 ids = ids - dropped_slots(flow).cumsum(1).to(ids.device)
                 rope = self.lm.rotary_emb(hidden, position_ids=ids.to(hidden.device))
             found = Observed(next_row(self.lm.layers[k], k, flow, hidden, rope), flow.index)
-        elif name == "normed":
-            found = Observed(self.lm.norm(hidden), flow.index)
-        elif name == "text_attention":
+        elif spec.read == "hidden states":
+            found = Observed(self.lm.norm(hidden) if name == "normed" else hidden, flow.index)
+        elif spec.queries == "raters":
             found = flow.memory[id(stage)][f"{name} {layer}"]
         else:
             found = flow.facts[Fact(name, layer)]
         values = found.now(flow.index, flow.new.shape[1]).to(hidden.device)
-        if name != fact.name:
+        if spec.per == "row":
+            return text_of(flow, values)
+        if spec.per == "image":
             return [text.flatten(1) for text in later_text(flow, values)]
         rows, columns = (i.to(hidden.device) for i in flow.slot())
         return values[rows, columns].flatten(1) if values.ndim > 2 else values[rows, columns]
@@ -211,6 +212,7 @@ class LayerGroups:
         )
 
 
-def asks(stage: Stage, name: str) -> bool:
-    """Whether the stage needs the fact."""
-    return any(need.name == name for need in stage.needs())
+def asks(stage: Stage, **told: str) -> bool:
+    """Whether the stage needs a fact of which the table says this."""
+    specs = [spec_of(need.name, "decoder") for need in stage.needs()]
+    return any(getattr(spec, key) == value for spec in specs for key, value in told.items())

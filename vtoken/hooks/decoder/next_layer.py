@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtoken.errors import UnsupportedError
-from vtoken.hooks.decoder.attention_tap import last_row
+from vtoken.hooks.decoder.attention_facts import last_row
 from vtoken.hooks.state.forward_state import Prefill
 from vtoken.hooks.state.prompt_text import dropped_slots
 from vtoken.hooks.state.pruned_cache import PrunedCache

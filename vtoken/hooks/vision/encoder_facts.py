@@ -1,4 +1,4 @@
-"""Attention facts of a vision tower, recomputed for the few queries that are needed.
+"""Facts of an encoder layer, recomputed for the few queries that are needed: a function per fact, of the fact's name.
 
 The layer's own projections are tapped, so nothing is projected twice, the tower keeps its attention backend, and quantised,
 offloaded or adapted Linears keep working. No N x N map is made.
@@ -6,55 +6,105 @@ offloaded or adapted Linears keep working. No N x N map is made.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from vtoken.hooks.state.fact_tables import PROJECTIONS
-from vtoken.kernels import query_attention, received_attention
+from vtoken.kernels import query_attention
+from vtoken.kernels import received_attention as received_sums
 from vtoken.stages import Fact, offsets_of
+from vtoken.stages.facts import read_of
+
+OF_LAYER = read_of("encoder layer")
 
 
-def projections(names: Iterable[str]) -> list[str]:
-    """The projections to tap for these facts."""
-    return sorted({p for name in names for p in PROJECTIONS[name]})
+@dataclass
+class EncoderLayer:
+    """What one layer projected of the live patches of a call, and how it attends.
 
-
-def compute(
-    fact: Fact,
-    outputs: dict[str, Tensor],
-    lengths: Sequence[int],
-    heads: int,
-    scale: float,
-    cls: bool,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """One fact of one layer, for CLS (row 0 of each crop, if the tower has one) and patches.
-
-    Args:
-        outputs: projection name -> [ΣM, H*d], packed over crops, where M_i = lengths[i] + 1 if the tower has a CLS token.
-        lengths: live patches per crop.
-        bias: [ΣM] what the tower adds to the logits of each key.
-
-    Returns:
-        [ΣM] float32 for attention facts, [ΣM, H*d] for keys and values, [ΣM, d] float32 for mean_value and mean_key.
+    Attributes:
+        projected: q, k, v -> [ΣM, H, d], those that the facts read; CLS tokens stand in front of their crops.
+        lengths: M_i of every image (padded towers: of every crop).
+        bounds: offsets of the segments that attend within themselves; None: the images.
+        scale: factor on q . k; cls: whether there are CLS tokens.
+        turn: makes of q and k what the layer multiplies (rotary, a bias on keys); None: nothing.
     """
-    name = fact.name
-    if name in ("keys", "values"):
-        return outputs[PROJECTIONS[name][0]]
-    split = {p: outputs[p].unflatten(-1, (heads, -1)) for p in PROJECTIONS[name]}
-    if name in ("mean_value", "mean_key"):
-        return split[PROJECTIONS[name][0]].float().mean(1)
-    held = [n + cls for n in lengths]
-    if name == "value_attention":
-        return one_query(split["v_proj"], split["v_proj"], held, 1.0, cls)
-    q, k = split["q_proj"], split["k_proj"]
-    if bias is not None:
-        q, k = biased(q, k, bias, scale)
-    if name == "received_attention":
-        return received(q, k, offsets_of(held, k.device), scale, fact.above, cls)
-    return one_query(q, k, held, scale, cls)
+
+    projected: dict[str, Tensor]
+    lengths: Sequence[int]
+    scale: float
+    cls: bool
+    bounds: Tensor | None = None
+    turn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+
+    @cached_property
+    def multiplied(self) -> tuple[Tensor, Tensor]:
+        """q and k as the layer multiplies them."""
+        q, k = self.projected["q"], self.projected["k"]
+        return (q, k) if self.turn is None else self.turn(q, k)
+
+
+def projections(facts: Iterable[Fact]) -> list[str]:
+    """What is to be tapped for these facts."""
+    return sorted({letter for fact in facts for letter in OF_LAYER[fact.name].projections})
+
+
+def compute(fact: Fact, layer: EncoderLayer) -> Tensor:
+    """One fact of one layer for CLS and patches: [ΣM] float32 for attention, [ΣM, H*d] or, head means, [ΣM, d] float32 for the others."""
+    return FUNCTIONS[fact.name](layer, fact)
+
+
+def cls_attention(layer: EncoderLayer, fact: Fact) -> Tensor:
+    return one_query(*layer.multiplied, layer.lengths, layer.scale, layer.cls)
+
+
+def global_attention(layer: EncoderLayer, fact: Fact) -> Tensor:
+    return one_query(*layer.multiplied, layer.lengths, layer.scale, layer.cls)
+
+
+def value_attention(layer: EncoderLayer, fact: Fact) -> Tensor:
+    v = layer.projected["v"]
+    return one_query(v, v, layer.lengths, 1.0, layer.cls)
+
+
+def received_attention(layer: EncoderLayer, fact: Fact) -> Tensor:
+    q, k = layer.multiplied
+    bounds = offsets_of(layer.lengths, k.device) if layer.bounds is None else layer.bounds
+    return received(q, k, bounds, layer.scale, fact.above, layer.cls)
+
+
+def keys(layer: EncoderLayer, fact: Fact) -> Tensor:
+    return layer.projected["k"].flatten(1)
+
+
+def values(layer: EncoderLayer, fact: Fact) -> Tensor:
+    return layer.projected["v"].flatten(1)
+
+
+def mean_key(layer: EncoderLayer, fact: Fact) -> Tensor:
+    return layer.projected["k"].float().mean(1)
+
+
+def mean_value(layer: EncoderLayer, fact: Fact) -> Tensor:
+    return layer.projected["v"].float().mean(1)
+
+
+FUNCTIONS: dict[str, Callable[[EncoderLayer, Fact], Tensor]] = {
+    function.__name__: function
+    for function in (
+        cls_attention,
+        global_attention,
+        value_attention,
+        received_attention,
+        keys,
+        values,
+        mean_key,
+        mean_value,
+    )
+}
 
 
 def biased(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -83,7 +133,7 @@ def received(q: Tensor, k: Tensor, offsets: Tensor, scale: float, above: float, 
 
 def mean_received(q: Tensor, k: Tensor, q_offsets: Tensor, k_offsets: Tensor, scale: float) -> Tensor:
     """[ΣM] what each key receives of the queries [ΣQ, H, d] of its segment, mean over them and the heads."""
-    total = received_attention(q, k, q_offsets, k_offsets, scale).mean(1)
+    total = received_sums(q, k, q_offsets, k_offsets, scale).mean(1)
     return total / q_offsets.diff().clamp(min=1).repeat_interleave(k_offsets.diff(), output_size=len(k))
 
 

@@ -20,7 +20,7 @@ from vtoken.hooks.state.forward_state import eager
 from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.run import Call, Encode, Run, tokens_of
 from vtoken.hooks.state.trace import StageTrace
-from vtoken.stages import Fact
+from vtoken.stages import Fact, spec_of
 
 Pack = Callable[[Tensor], Tensor]
 
@@ -108,7 +108,8 @@ def packed_mask(pack: Pack, alive: Tensor | None) -> Tensor | None:
 
 def scalar(fact: Fact) -> bool:
     """Whether the fact is one number per token."""
-    return fact.name.endswith("attention")
+    spec = spec_of(fact.name, "tokens")
+    return spec is not None and spec.holds == "one"
 
 
 def repacked(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vtoken.hooks.state.checkpointing import check_replay
 from vtoken.hooks.state.decide import decide
-from vtoken.hooks.state.fact_tables import PROJECTIONS, substituted
+from vtoken.hooks.state.fact_tables import substituted
 from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.live_tokens import aside_of
 from vtoken.hooks.state.run import Lineage, Run
@@ -115,7 +115,7 @@ class EncoderHooks:
         self.proportional = any(s.inside() == "proportional" for s in stages)
         per_layer: dict[int, set[Fact]] = {layer: set() for layer in range(depth)}
         for fact in wanted:
-            if fact.name in PROJECTIONS and fact.layer is not None:
+            if fact.layer is not None:
                 per_layer[fact.layer].add(fact)
         for layer in range(depth):
             acting = self.at[layer] + between[layer]
@@ -129,8 +129,8 @@ class EncoderHooks:
         handle.before(adapter.tower, self._start)
         for layer, module in enumerate(self.encoder.layers):
             if per_layer[layer]:
-                for name in facts.projections(fact.name for fact in per_layer[layer]):
-                    handle.after_child(module.self_attn, name, partial(self._tap, name))
+                for letter in facts.projections(per_layer[layer]):
+                    handle.after_child(module.self_attn, f"{letter}_proj", partial(self._tap, letter))
                 handle.after(module.self_attn, partial(self._facts, layer, sorted(per_layer[layer])))
             if layer and stages:
                 handle.before(module, partial(self._layer, layer))
@@ -188,13 +188,15 @@ class EncoderHooks:
         tower, e = self.tower, self.encoder
         if tower is None or tower.aside is not None:
             return
-        packed = {k: tower.packed(v) for k, v in tower.taps.items()}
+        projected = {k: tower.packed(v).unflatten(-1, (e.heads, -1)) for k, v in tower.taps.items()}
         bias = None if tower.bias is None else tower.packed(tower.bias)
+        turn = None if bias is None else partial(facts.biased, bias=bias, scale=e.scale)
+        read = facts.EncoderLayer(projected, [n + e.cls for n in tower.lengths], e.scale, e.cls, turn=turn)
         tower.taps = {}
         # Packed row of each live patch: its rank, plus one CLS row for every crop up to its own.
         patches = torch.arange(len(tower.rows), device=tower.rows.device) + (tower.rows + 1 if e.cls else 0)
         for fact in wanted:
-            value = facts.compute(fact, packed, tower.lengths, e.heads, e.scale, e.cls, bias)
+            value = facts.compute(fact, read)
             tower.facts[fact] = tower.restore(value[patches.to(value.device)].to(tower.rows.device))
 
     def _layer(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.checkpointing import check_replay
 from vtoken.hooks.state.decide import decide, leaves_some
-from vtoken.hooks.state.fact_tables import GLOBAL, PROJECTIONS, substituted
+from vtoken.hooks.state.fact_tables import substituted
 from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.live_tokens import aside_of
 from vtoken.hooks.state.run import Layout, Lineage, Run, segments
@@ -111,7 +111,7 @@ class PackedHooks:
         asked: list[tuple[Fact, int | None, str]] = [(fact, None, "a later stage") for fact in wanted]
         asked += [(f, layer, f"stage {s.name}") for layer, acting in self.at.items() for s in acting for f in s.needs()]
         for fact, layer, who in asked:
-            if fact.name in PROJECTIONS:
+            if fact.name in facts.OF_LAYER:
                 read = self._layer_of(fact, layer)
                 self._check(fact.name, read, who)
                 per_layer[read].add(fact._replace(layer=read))
@@ -135,8 +135,8 @@ class PackedHooks:
         return layer
 
     def _check(self, name: str, layer: int, who: str) -> None:
-        full = self.encoder.full_attention
-        if name.endswith("attention") and name not in GLOBAL and full is not None and layer not in full:
+        full, spec = self.encoder.full_attention, facts.OF_LAYER[name]
+        if spec.queries and not spec.whole and full is not None and layer not in full:
             raise UnsupportedError(
                 f"{who} needs {name} of encoder layer {layer}, where tokens attend within windows only; the layers with full "
                 f"attention are {', '.join(map(str, full))}: name one of them"
@@ -185,22 +185,19 @@ class PackedHooks:
         q, k, v = tower.qkv.unflatten(1, (3, self.encoder.heads, -1)).unbind(1)
         tower.qkv = None
         held = [n * unit for n in tower.lineage.lengths or tower.lineage.full]
+        rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb_vision
+        cos, sin = kwargs["position_embeddings"]
+        read = facts.EncoderLayer(
+            {"q": q, "k": k, "v": v},
+            held,
+            self.encoder.scale,
+            False,
+            kwargs["cu_seqlens"].to(q.device),
+            lambda q, k: rotate(q, k, cos.to(q.device), sin.to(q.device)),
+        )
         for fact in wanted:
-            name = fact.name
-            if name in ("keys", "values"):
-                value = (k if name == "keys" else v).flatten(1)
-            elif name in ("mean_value", "mean_key"):
-                value = (v if name == "mean_value" else k).float().mean(1)
-            elif name == "value_attention":
-                value = facts.one_query(v, v, held, 1.0, False)
-            else:
-                rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb_vision
-                queries, keys = rotate(q, k, *(half.to(q.device) for half in kwargs["position_embeddings"]))
-                if name == "global_attention":
-                    value = facts.one_query(queries, keys, held, self.encoder.scale, False)
-                else:
-                    bounds = kwargs["cu_seqlens"].to(q.device)
-                    value = facts.received(queries, keys, bounds, self.encoder.scale, fact.above, False)
+            given = self.adapter.substitutes.get(fact.name, fact.name)
+            value = facts.compute(fact._replace(name=given), read)
             tower.facts[fact] = tower.restore(value.unflatten(0, (-1, unit)).mean(1), tower.live)
 
     def _block(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -259,7 +256,7 @@ class PackedHooks:
         return keep.apply(groups)[back.to(device)].flatten(0, 1)
 
     def _fact(self, need: Fact, layer: int) -> Tensor:
-        known = need.name in PROJECTIONS
+        known = need.name in facts.OF_LAYER
         value = self.tower.facts[need._replace(layer=self._layer_of(need, layer)) if known else Fact(need.name)]
         return value.to(self.tower.live.device)
 

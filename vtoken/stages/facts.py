@@ -1,0 +1,148 @@
+"""Facts: what a stage may ask to be told about the visual tokens, a row each. Nothing that is not asked for is computed.
+
+A new fact is a row here and a function of its name: in `hooks/vision/encoder_facts.py` what is made of an encoder layer, in
+`hooks/decoder/attention_facts.py` what is made of a decoder layer. Letters as in `tokens`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Site = Literal["frames", "encoder", "tokens", "decoder", "attention", "cache"]
+SITES: tuple[Site, ...] = ("frames", "encoder", "tokens", "decoder", "attention", "cache")
+Read = Literal["pixels", "encoder layer", "encoder output", "hidden states", "decoder layer", "next layer"]
+
+
+class Fact(NamedTuple):
+    """What a stage asks for in `needs`.
+
+    `layer` is the encoder (or, at decoder sites, decoder) layer; None means the layer the model takes its features from
+    (at encoder and decoder sites: the layer before the cut). Negative layers count from the end. `above` counts, for
+    received_attention, only the queries that themselves receive more than so many times the mean of their crop (frame), or if
+    there is none, the one that receives most.
+    """
+
+    name: str
+    layer: int | None = None
+    above: float = 0.0
+
+
+@dataclass(frozen=True)
+class FactSpec:
+    """All that the package knows of a fact beside how to compute it.
+
+    Attributes:
+        name: what `Fact` asks for. A name may mean two facts, at different sites.
+        sites: of the stages that may ask.
+        read: where in the model: what the encoder is given or returns, a layer's projections, the layer that runs next, or the hidden
+            states that a stage is given (at site tokens: embeddings).
+        means: shape and meaning.
+        per: whether there is an entry per visual token, or a tensor over text tokens per image or batch row.
+        holds: numbers of an entry: one or d (both fp32), H*d, D, D_encoder, or the pixel values of a token.
+        projections: what is read of a layer.
+        queries: of an attention fact, the one CLS token (without: the mean patch), the last prompt token, each image's own tokens, the text
+            behind each image, or text tokens that the stage chooses (`raters`).
+        own: attention goes to the tokens of each image alone, not to all keys.
+        whole: looks at the whole image also in an encoder layer that attends within windows.
+        relayed: attention is weighted by what its queries receive of each other.
+        part_of: the fact, of all tokens, whose text tokens this one is about.
+        instead: what encoders without CLS token give in its place.
+    """
+
+    name: str
+    sites: tuple[Site, ...]
+    read: Read
+    means: str
+    per: Literal["token", "image", "row"] = "token"
+    holds: Literal["one", "head", "heads", "hidden", "features", "pixels"] = "one"
+    projections: tuple[Literal["q", "k", "v"], ...] = ()
+    queries: Literal["cls", "last", "own", "text", "raters"] | None = None
+    own: bool = False
+    whole: bool = False
+    relayed: bool = False
+    part_of: str = ""
+    instead: str = ""
+
+    @property
+    def of_encoder(self) -> bool:
+        """Whether it is known before the LLM runs, and about the encoder's layers."""
+        return self.read in ("pixels", "encoder layer", "encoder output")
+
+
+ENCODER: tuple[Site, ...] = ("encoder", "tokens")
+DECODER: tuple[Site, ...] = ("decoder",)
+LAYER: Read = "decoder layer"
+QK: tuple[Literal["q", "k", "v"], ...] = ("q", "k")
+
+# fmt: off
+FACTS = (
+    FactSpec("pixels", ("tokens", "decoder"), "pixels", holds="pixels",
+             means="[ΣN, P] the normalised pixel values behind each token (all patches and frames that were merged into it)"),
+    FactSpec("cls_attention", ENCODER, "encoder layer", projections=QK, queries="cls", instead="received_attention",
+             means="[ΣN] attention of the CLS query over all keys, head mean, CLS column dropped, not renormalised"),
+    FactSpec("global_attention", ENCODER, "encoder layer", projections=QK, queries="cls", whole=True,
+             means="[ΣN] as cls_attention; without CLS the query is the mean over the image's patches, windows disregarded"),
+    FactSpec("value_attention", ENCODER, "encoder layer", projections=("v",), queries="cls", whole=True,
+             means="[ΣN] as global_attention, with values for queries and keys and no scale: softmax of dot products"),
+    FactSpec("received_attention", (*ENCODER, "decoder"), "encoder layer", projections=QK, queries="own",
+             means="[ΣN] attention each token receives in the encoder, mean over queries and heads"),
+    FactSpec("keys", ENCODER, "encoder layer", holds="heads", projections=("k",),
+             means="[ΣN, H*d] encoder keys of the layer"),
+    FactSpec("values", ENCODER, "encoder layer", holds="heads", projections=("v",),
+             means="[ΣN, H*d] encoder values of the layer"),
+    FactSpec("mean_key", ENCODER, "encoder layer", holds="head", projections=("k",),
+             means="[ΣN, d] encoder keys of the layer, head mean"),
+    FactSpec("mean_value", ENCODER, "encoder layer", holds="head", projections=("v",),
+             means="[ΣN, d] encoder values of the layer, head mean"),
+    FactSpec("features", ("tokens",), "encoder output", holds="features",
+             means="[ΣN, D_encoder] encoder output before the projector"),
+    FactSpec("text", ("tokens", "decoder"), "hidden states", per="row", holds="hidden",
+             means="one [T_r, D] tensor per batch row: embeddings of its text tokens (hidden states at decoder sites)"),
+    FactSpec("later_text", DECODER, "hidden states", per="image", holds="hidden", part_of="text",
+             means="one [T_i, D] tensor per image: hidden states of its row's text tokens behind it"),
+    FactSpec("normed", DECODER, "hidden states", holds="hidden",
+             means="[ΣN, D] decoder hidden states through the LLM's final norm"),
+    FactSpec("later_normed", DECODER, "hidden states", per="image", holds="hidden", part_of="normed",
+             means="one [T_i, D] tensor per image: the same of its row's text tokens behind it"),
+    FactSpec("keys", DECODER, LAYER, holds="heads", projections=("k",),
+             means="[ΣN, Hk*d] decoder keys of the layer, with RoPE"),
+    FactSpec("later_keys", DECODER, LAYER, per="image", holds="heads", projections=("k",), part_of="keys",
+             means="one [T_i, Hk*d] tensor per image: decoder keys, with RoPE, of its row's text tokens behind it"),
+    FactSpec("mean_value", DECODER, LAYER, holds="head", projections=("v",),
+             means="[ΣN, d] decoder values of the layer, head mean"),
+    FactSpec("last_query_attention", DECODER, LAYER, projections=QK, queries="last",
+             means="[ΣN] decoder attention of the last prompt token, head mean"),
+    FactSpec("next_query_attention", DECODER, "next layer", projections=QK, queries="last",
+             means="[ΣN] the same in the decoder layer behind the cut, before it runs"),
+    FactSpec("text_attention", DECODER, LAYER, projections=QK, queries="raters",
+             means="[ΣN] decoder attention of the text tokens that the stage's `raters` chose, mean over them and the heads"),
+    FactSpec("visual_attention", DECODER, LAYER, projections=QK, queries="last", own=True,
+             means="[ΣN] decoder attention of the last prompt token, softmax over the tokens of each image alone, head mean"),
+    FactSpec("visual_value_attention", DECODER, LAYER, projections=("v",), queries="last", own=True,
+             means="[ΣN] the same with values for query and keys"),
+    FactSpec("cross_attention", DECODER, LAYER, projections=QK, queries="text",
+             means="[ΣN] decoder attention of the text behind each image, maximum over heads, mean over that text"),
+    FactSpec("self_attention", DECODER, LAYER, projections=QK, queries="own",
+             means="[ΣN] decoder attention of each image's own tokens, maximum over heads, mean over them"),
+    FactSpec("relayed_attention", DECODER, LAYER, projections=QK, queries="text", relayed=True,
+             means="[ΣN] decoder attention of the text behind each image, head mean, weighted by what that text receives from itself"),
+)
+# fmt: on
+_AT = {(spec.name, site): spec for spec in FACTS for site in spec.sites}
+
+
+def spec_of(name: str, site: Site) -> FactSpec | None:
+    """The fact that a stage at this site means by a name; None where there is none."""
+    return _AT.get((name, site))
+
+
+def encoded(fact: Fact, site: Site) -> bool:
+    """Whether what a stage at this site asks for is the encoder's: known before the LLM runs."""
+    spec = spec_of(fact.name, site)
+    return spec is not None and spec.of_encoder
+
+
+def read_of(read: Read) -> dict[str, FactSpec]:
+    """The facts that are read at one place in the model, by name."""
+    return {spec.name: spec for spec in FACTS if spec.read == read}
