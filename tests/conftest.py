@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # Before anything imports transformers, which reads them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,6 +13,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# Helpers assert as well: a failure there shows its values.
+HELPERS = [file.stem for room in ("support", "known") for file in (Path(__file__).parent / room).glob("*.py")]
+pytest.register_assert_rewrite(*HELPERS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

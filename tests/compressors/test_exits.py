@@ -6,16 +6,16 @@ import gates
 import pytest
 import tiny
 import torch
+from batches import rows_for
 from known_exits import leaves, load
 from modes import families, greedy
-from test_decoder_facts import dense, where
-from test_families import rows_for
+from watchers import dense, where
 
 import vtoken
 from vtoken import config, registry
 from vtoken.errors import ConfigError, OtherModelError, UnsupportedError
 from vtoken.evals import reference
-from vtoken.evals.flops import account
+from vtoken.evals.cost.flops import account
 
 DEPTH = 4
 
@@ -136,4 +136,4 @@ def test_the_shipped_gates_are_the_shipped_models():
     assert seen.layers[0] == [576] * 6 and {n for layer in seen.layers for n in layer} == {0, 576}
     (stage,) = config.load("dyvte-tiny-llava").stages
     told = registry.stage("dyvte")(gates="tiny-llava")
-    assert stage == told and not told.misfit(len(seen.layers), model.config.text_config.hidden_size)
+    assert stage == told and not told.incompatibility(len(seen.layers), model.config.text_config.hidden_size)

@@ -8,8 +8,7 @@ import oracle_kv
 import pytest
 import tiny
 import torch
-from modes import alone, families, greedy
-from test_cache_stages import FULL, ROWS
+from modes import LOGITS, ROWS, alone, families, greedy
 
 import vtoken
 from vtoken.compressors.cache.kvpress import KVPress
@@ -66,7 +65,7 @@ def test_snapkv_of_kvpress_is_ours(family):
     ):
         spy = Spy(cls, **options)
         with vtoken.wrapped(model, [spy.stage]):
-            out = greedy(model, batch, **FULL)
+            out = greedy(model, batch, **LOGITS)
         held.append(({k: [h.index.tolist() for h in calls] for k, calls in spy.calls.items()}, torch.stack(out.logits)))
     assert held[0][0] == held[1][0] and len(held[0][0]) == 4
     assert torch.equal(held[0][1], held[1][1])

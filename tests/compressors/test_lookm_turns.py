@@ -8,9 +8,9 @@ import tiny
 import torch
 from modes import families, greedy
 from oracle_kv import Told
-from test_family_turns import conversation, second
 from torch import Tensor
 from transformers import DynamicCache
+from turns import conversation, second
 
 import vtoken
 from vtoken.compressors.cache.lookm import LookM

@@ -8,15 +8,15 @@ import gates
 import pytest
 import tiny
 import torch
-from modes import families, greedy
+from batches import long
+from modes import LOGITS, families, greedy
 from safetensors.torch import save_file
-from test_sparse import OPTIONS, long
 
 import vtoken
 from vtoken import config
 from vtoken.compressors.attention import _seer
 from vtoken.errors import ConfigError, OtherModelError, UnsupportedError
-from vtoken.stages.attention import Reads, SparseAttention, everything
+from vtoken.stages.attention import SparseAttention, SparseMask, everything
 
 
 class Undone(SparseAttention):
@@ -32,7 +32,7 @@ class Undone(SparseAttention):
         starts = rope.starts(16).turn(rope.undo(prompt.k)[:, ::16])
         torch.testing.assert_close(starts, prompt.k[:, ::16].float(), atol=1e-4, rtol=1e-4)
         self.seen.append((prompt.layer, rope.undo(prompt.q), rope.undo(prompt.k)))
-        return Reads(16, everything(prompt.heads, n, n, 16, prompt.q.device))
+        return SparseMask(16, everything(prompt.heads, n, n, 16, prompt.q.device))
 
 
 def unrotated(attention, seen, undo):
@@ -103,10 +103,10 @@ def test_what_turns_elsewhere_is_refused():
 def test_at_threshold_0_the_model_is_itself(family):
     model = tiny.make(family)
     batch = tiny.build(model, [[40, "img", 1, "img", 20], [1, "img", 30]], seed=3)
-    want = greedy(model, batch, **OPTIONS)
+    want = greedy(model, batch, **LOGITS)
     stage = {"seerattention": {"gates": gates.seer(), "threshold": 0.0, "min_len": 0}}
     with vtoken.wrapped(model, [stage]):
-        got = greedy(model, batch, **OPTIONS)
+        got = greedy(model, batch, **LOGITS)
         assert all(s.density == [1.0, 1.0] for s in vtoken.trace(model).stages)
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-4, rtol=1e-4)
     assert torch.equal(got.sequences, want.sequences)

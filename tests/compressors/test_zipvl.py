@@ -5,15 +5,14 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from modes import alone, families, greedy
-from test_families import rows_for
+from batches import rows_for
+from modes import LOGITS, alone, families, greedy
 
 import vtoken
 from vtoken.compressors._zipvl import quantised
 from vtoken.compressors.attention.zipvl import ZipVL
 from vtoken.errors import UnsupportedError
 
-OPTIONS = {"return_dict_in_generate": True, "output_logits": True}
 FEW = {"tau": 0.9, "recent": 2, "drawn": 4}
 ATTENTION, DROP = {"zipvl": {**FEW, "min_len": 0}}, {"zipvl_cache": FEW}
 QUANTISE = {"zipvl_cache": {**FEW, "mode": "quantise"}}
@@ -52,7 +51,7 @@ def restricted(model, batch, chosen):
     before = lm.config._attn_implementation
     lm.config._attn_implementation_internal = "known_zipvl"
     try:
-        return greedy(model, batch, **OPTIONS)
+        return greedy(model, batch, **LOGITS)
     finally:
         lm.config._attn_implementation_internal = before
         assert layers == [0, 1, 2, 3]
@@ -64,7 +63,7 @@ def test_attention_among_the_important_ones(family):
     batch = tiny.build(model, [[3, "img", 9]], seed=3)
     stage, chosen = told()
     with vtoken.wrapped(model, [stage]):
-        got, trace = greedy(model, batch, **OPTIONS), vtoken.trace(model)
+        got, trace = greedy(model, batch, **LOGITS), vtoken.trace(model)
     want = restricted(model, batch, chosen)
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=2e-4, rtol=1e-4)
     (n,) = trace.prompt_tokens
@@ -72,7 +71,7 @@ def test_attention_among_the_important_ones(family):
         held = len(chosen[entry.layer][0])
         assert 12 <= held < n and entry.density == [pytest.approx(held * (held + 1) / (n * (n + 1)))]
         assert entry.tokens_in == entry.tokens_out, "all tokens stay alive"
-    dense = greedy(model, batch, **OPTIONS)
+    dense = greedy(model, batch, **LOGITS)
     assert not torch.allclose(torch.stack(dense.logits)[0], torch.stack(got.logits)[0], atol=1e-2)
 
 
@@ -81,10 +80,10 @@ def test_everything_is_important_at_tau_1(family):
     """Every token that is attended to at all is, whoever asks."""
     model = tiny.make(family)
     batch = tiny.build(model, rows_for(family, "ragged"), seed=3)
-    want = greedy(model, batch, **OPTIONS)
+    want = greedy(model, batch, **LOGITS)
     options = {"tau": 1.0, "recent": 64}
     with vtoken.wrapped(model, [{"zipvl": {**options, "min_len": 0}}, {"zipvl_cache": options}]):
-        got, trace = greedy(model, batch, **OPTIONS), vtoken.trace(model)
+        got, trace = greedy(model, batch, **LOGITS), vtoken.trace(model)
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=2e-4, rtol=1e-4)
     assert trace.stages[0].density == [1.0] * 3 and trace.cached == [trace.prompt_tokens] * 4
 
@@ -95,9 +94,9 @@ def test_the_cache_holds_the_tokens_that_attended(family):
     batch = tiny.build(model, [[3, "img", 5], [1, "img", 2, "img", 7], [4]], seed=3)
     stage, chosen = told()
     with vtoken.wrapped(model, [{"uniform": {"keep": "80%"}}, stage, DROP]):
-        got, trace = greedy(model, batch, **OPTIONS), vtoken.trace(model)
+        got, trace = greedy(model, batch, **LOGITS), vtoken.trace(model)
         for row in (0, 1):
-            one = greedy(model, alone(model, batch, row), **OPTIONS)
+            one = greedy(model, alone(model, batch, row), **LOGITS)
             torch.testing.assert_close(
                 torch.stack(one.logits)[:, 0], torch.stack(got.logits)[:, row], atol=2e-4, rtol=1e-4
             )
@@ -113,10 +112,10 @@ def test_rounded_caches(family, rows):
     """Layer 0 is that of the dense model, rounded row by row; what follows the prompt and rows without images are exact."""
     model = tiny.make(family)
     batch = tiny.build(model, rows_for(family, rows), seed=3)
-    dense = greedy(model, batch, **OPTIONS)
+    dense = greedy(model, batch, **LOGITS)
     with vtoken.wrapped(model, [QUANTISE]):
-        got, trace = greedy(model, batch, **OPTIONS), vtoken.trace(model)
-        again = greedy(model, alone(model, batch, 0), **OPTIONS) if rows == "ragged" else got
+        got, trace = greedy(model, batch, **LOGITS), vtoken.trace(model)
+        again = greedy(model, alone(model, batch, 0), **LOGITS) if rows == "ragged" else got
     torch.testing.assert_close(got.logits[0], dense.logits[0], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(got.logits[1][0], dense.logits[1][0], atol=1e-4), "decoding reads rounded keys and values"
     torch.testing.assert_close(torch.stack(again.logits)[:, 0], torch.stack(got.logits)[:, 0], atol=2e-4, rtol=1e-4)

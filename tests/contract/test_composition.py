@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from against_oracle import compare
+from batches import rows_for
 from modes import alone, families, greedy
-from test_families import compare, rows_for
+from usual import CACHE, SPARSE
 
 import vtoken
 from vtoken.hooks.state.trace import Trace
@@ -22,8 +24,6 @@ LATER = {"dart": {"keep": 3, "layer": 2}}
 EXIT = {"vtw": {"layer": 3}}
 CHAIN = [ENCODER, TOKENS, DECODER, LATER, EXIT]
 PAIRS = list(combinations(CHAIN, 2))
-SPARSE = {"static_sparse": {"sink": 16, "window": 16, "size": 16, "min_len": 0}}
-CACHE = {"snapkv": {"keep": 2, "window": 2}}
 
 
 def names(stages: Any) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from model_state import changed, state
 from modes import ROWS, families
+from plain_runs import BATCHES, run
 from probes import Deep, Failing, Inside, Ragged
-from test_generate import BATCHES, run
 from usual import stage
 
 import vtoken
@@ -29,11 +30,13 @@ def packed(stage, lengths=LENGTHS, parts=PARTS, seed=0):
         for f, values in facts.items():
             one = specs[f].holds == "one"
             values.append(torch.rand(n, generator=g) if one else torch.randn(n, WIDTH, generator=g))
-    place = torch.cat([torch.arange(n) for n in lengths])
+    raster_index = torch.cat([torch.arange(n) for n in lengths])
     layer = min(stage.layers(4)) if stage.site == "decoder" else None
     # Text is one tensor per row, what stands behind an image one per image.
     found = {f: torch.cat(v) if specs[f].per == "token" else v for f, v in facts.items()}
-    return VisualTokens.pack(torch.cat(xs), lengths, parts, tuple(range(len(lengths))), place, facts=found, layer=layer)
+    return VisualTokens.pack(
+        torch.cat(xs), lengths, parts, tuple(range(len(lengths))), raster_index, facts=found, layer=layer
+    )
 
 
 # Stages of site cache decide layer by layer on keys and values: test_cache_stages.py and test_kvpress.py hold them. LLaVA has no frames:
@@ -53,7 +56,9 @@ def test_decision_is_well_formed(name):
     s = stage(name)
     tokens = packed(s)
     keep = s.select(tokens)
-    assert keep.lengths == s.plan(LENGTHS, PARTS, tokens.row, tokens.layer), "plan() tells what select() leaves"
+    assert keep.lengths == s.expected_counts(LENGTHS, PARTS, tokens.row, tokens.layer), (
+        "plan() tells what select() leaves"
+    )
     assert len(keep.index) == sum(keep.lengths)
     assert torch.equal(keep.index, keep.index.unique()), "ascending and unique"
     start = 0
@@ -139,14 +144,6 @@ def test_a_pipeline_without_stages_installs_nothing(family, pipeline):
     assert state(model) == before
 
 
-def state(model):
-    """Everything a wrap could leave behind: attributes by identity, hooks by their functions. Weights are compared apart."""
-    return {
-        name: {k: list(v.values()) if k.endswith(("_hooks", "_kwargs")) else id(v) for k, v in vars(m).items()}
-        for name, m in model.named_modules()
-    }
-
-
 @families
 @pytest.mark.parametrize(
     "stages", [["fastervlm:3"], [Ragged(), Deep()], [Inside(at=(1,)), Ragged(), Deep(at=(1, 2))]], ids=str
@@ -168,17 +165,6 @@ def test_unwrap_is_exact(family, stages):
     got = run(model, batch)
     assert torch.equal(torch.stack(got.logits), torch.stack(want.logits))
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
-
-
-def changed(before, after):
-    """(module, attribute) of all that differs; the model itself stores `rope_deltas` anew at every run."""
-    assert before.keys() == after.keys()
-    return {
-        (name, k)
-        for name, held in before.items()
-        for k in held.keys() | after[name].keys()
-        if held.get(k) != after[name].get(k)
-    }
 
 
 @families

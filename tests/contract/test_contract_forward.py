@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from modes import families, qwen
-from test_forward_rows import BATCH, NAMES, right, with_positions, wrapped_or_skip
+from padded_right import BATCH, NAMES, right, with_positions, wrapped_or_skip
 from usual import stage
 
 import vtoken
@@ -45,7 +45,7 @@ def test_padding_packing_and_saving(family, name, tmp_path):
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
 @pytest.mark.parametrize("name", NAMES)
 def test_lora_before_or_after(family, name):
-    from test_adapters_after import lora, outcome, same
+    from lora import lora, outcome, same
 
     pipeline, batch = [stage(name, seed=18)], tiny.build(tiny.make(family), BATCH, seed=3)
     first = wrapped_or_skip(lora(tiny.make(family)), pipeline)

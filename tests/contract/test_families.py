@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import tiny
 import torch
 import usual
+from against_oracle import compare
+from batches import BATCHES, QWEN, inside, rows_for
 from probes import Deep, Inside, InsideMerge, Ragged
 
 import vtoken
@@ -14,22 +15,6 @@ from vtoken import registry
 from vtoken.errors import UnsupportedError
 from vtoken.stages import Pruner
 
-NEW = 6
-IMAGES = {
-    "llava": "img",
-    "llava_next": ("img", (50, 100)),
-    "llava_onevision": ("img", (112, 112)),
-    "qwen2_vl": ("img", (1, 8, 4)),
-    "qwen2_5_vl": ("img", (1, 8, 12)),
-    "qwen3_vl": ("img", (1, 4, 4)),
-}
-QWEN = tuple(f for f in tiny.FAMILIES if f.startswith("qwen"))
-BATCHES = {
-    "one": [[3, "img", 5]],
-    "ragged": [[3, "img", 5], [1, "img", 2, "other", 7], [4]],
-    "video": [[2, "video", 3], [1, ("video", 2), 6]],
-    "video and image": [[2, "video", 3, "other", 1], [1, "img", 6], [3]],
-}
 PIPELINES = {
     "fastervlm": [{"fastervlm": {"keep": 5}}],
     "random then ragged": [{"random": {"keep": "60%"}}, Ragged()],
@@ -42,104 +27,6 @@ PIPELINES = {
     "everywhere": [Inside(at=(1,)), {"pool": {"size": 2}}, Deep()],
 }
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
-
-
-def rows_for(family, name):
-    """The rows of BATCHES with this family's own second picture; None where it cannot have them."""
-    rows = [[IMAGES[family] if item == "other" else item for item in row] for row in BATCHES[name]]
-    if "video" in name and family not in tiny.VIDEO:
-        return None
-    if family == "llava_onevision" and name == "video":
-        rows = [[("video", 3) if isinstance(i, tuple) else i for i in row] for row in rows]
-    return rows
-
-
-def inside(stages):
-    """The pipeline with its encoder stages where Qwen2.5-VL attends fully."""
-    return [s.model_copy(update={"at": (1,)}) if isinstance(s, Inside) else s for s in stages]
-
-
-def encode(model, batch, p, stages):
-    """Puts the features that the wrapped model encodes, zeros where dropped, into the prompt; DeepStack's too, means where merged."""
-    seen = {}
-
-    def look(module, args, kwargs):
-        seen.update(kwargs if not seen else {})
-
-    hook = model.model.language_model.register_forward_pre_hook(look, with_kwargs=True, prepend=True)
-    model.generate(**batch, max_new_tokens=1, do_sample=False)
-    hook.remove()
-    p.embeds = seen["inputs_embeds"]
-    for d, features in zip(p.deep, seen.get("deepstack_visual_embeds") or [], strict=True):
-        # Of merged tokens, those count that had a value when the features were tapped.
-        d[seen["visual_pos_masks"]] = features.masked_fill(~features.any(-1, keepdim=True), torch.nan)
-        for image, into in zip(p.images, stages[-1].into or [], strict=False):
-            x = d[image.row, image.columns].clone()
-            for k in into.unique().tolist():
-                d[image.row, image.columns[k]] = x[into == k].nanmean(0)
-        d.nan_to_num_()
-
-
-def merge(p, trace):
-    """Puts the means of merged tokens at the places of those that absorbed them."""
-    last = [s for s in trace.stages if s.site == "tokens" and s.into is not None]
-    inside = [s.kept for s in trace.stages if s.site in ("frames", "encoder")]
-    if not last:
-        return
-    for i, (image, into) in enumerate(zip(p.images, last[-1].into, strict=True)):
-        columns = image.columns[~p.newline[image.row, image.columns]]
-        alive = torch.zeros(len(columns), dtype=torch.bool)
-        alive[inside[-1][i] if inside else slice(None)] = True
-        for values in (p.embeds, *p.deep):
-            x = values[image.row, columns].clone()
-            for k in last[-1].kept[i].tolist():
-                values[image.row, columns[k]] = x[(into == k) & alive].mean(0)
-
-
-def compare(model, batch, pipeline, new=NEW, weighted=False):
-    """Runs wrapped, then holds tokens and logits against the oracle; returns the trace.
-
-    With `weighted` what merged tokens became is taken from what enters the decoder (the methods' own tests hold it), else it is the
-    mean of the members.
-    """
-    p, entered = oracle.prompt(model, batch), {}
-    with vtoken.wrapped(model, pipeline):
-        hook = model.model.language_model.register_forward_pre_hook(
-            lambda m, a, k: entered.update(k if not entered else {}), with_kwargs=True
-        )
-        out = model.generate(
-            **batch, max_new_tokens=new, do_sample=False, return_dict_in_generate=True, output_logits=True
-        )
-        trace = vtoken.trace(model)
-        hook.remove()
-        early = [s for s in trace.stages if s.site in ("frames", "encoder")]
-        if early:
-            encode(model, batch, p, early)
-    if not weighted:
-        merge(p, trace)
-    policy = pipeline.get("newline", "keep_if_row_has_token")
-    entry = [s for s in trace.stages if s.site != "decoder"]
-    first = entry[-1].kept if entry else [torch.arange(n) for n in trace.visual_tokens]
-    keep = oracle.keep_mask(p, first, newlines=policy)
-    if weighted and any(s.into is not None for s in trace.stages):
-        alive, merged = entered["inputs_embeds"], keep & p.mask
-        for row, stay in enumerate(merged):
-            p.embeds[row, stay] = alive[row, alive.shape[1] - int(stay.sum()) :]
-        for k, d in enumerate(p.deep):
-            d[keep & p.visual] = entered["deepstack_visual_embeds"][k]
-    deeper = {s.layer: oracle.keep_mask(p, s.kept, newlines=policy) for s in trace.stages if s.site == "decoder"}
-    mixed, alive = {}, first
-    for s in trace.stages:
-        if s.site == "decoder":
-            if s.into is not None:
-                mixed[s.layer] = oracle.means(p, s.kept, s.into, alive)
-            alive = s.kept
-    compact = pipeline.get("positions") == "compact"
-    tokens, logits = oracle.generate(model, p, keep, new, compact, deeper, layer_mix=mixed)
-    torch.testing.assert_close(torch.stack(out.logits), logits, atol=2e-4, rtol=1e-4)
-    assert torch.equal(out.sequences[:, -new:], tokens)
-    assert trace.prompt_tokens == keep.sum(1).tolist()
-    return trace
 
 
 @families
@@ -213,7 +100,7 @@ def test_every_stage_runs(family, name):
         with pytest.raises(UnsupportedError, match=f"{family} takes none"):
             vtoken.wrap(model, stage)
         return
-    if stage.inside() and family in QWEN:
+    if stage.merge_point() and family in QWEN:
         with pytest.raises(UnsupportedError, match="neighbouring patches"):
             vtoken.wrap(model, stage)
         return
@@ -258,4 +145,4 @@ class First(Pruner):
     """Keeps the first tokens of every image. No paper."""
 
     def score(self, tokens):
-        return -tokens.place.float()
+        return -tokens.raster_index.float()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from modes import greedy
-from test_kernels import OPS
-from test_sparse import LONG, OPTIONS, Everything, Ladder
+from batches import LONG
+from kernel_examples import OPS
+from modes import LOGITS, greedy
+from sparse_probes import Everything, Ladder
 
 import vtoken
 from vtoken import kernels
@@ -80,11 +81,11 @@ def test_the_trace_names_what_computed():
     """A wrapped model gives the same logits by flex; a method that lists keys is refused, and the model goes on."""
     model = tiny.make("llava")
     batch = tiny.build(model, [*LONG["llava"], [2, "img", 5]], seed=3)
-    plain = torch.stack(greedy(model, batch, **OPTIONS).logits)
+    plain = torch.stack(greedy(model, batch, **LOGITS).logits)
     with vtoken.wrapped(model, [Everything()]):
         for choice in ("torch", "flex"):
             with kernels.use(choice):
-                got = torch.stack(greedy(model, batch, **OPTIONS).logits)
+                got = torch.stack(greedy(model, batch, **LOGITS).logits)
             torch.testing.assert_close(got, plain, atol=1e-4, rtol=1e-4)
             stages = vtoken.trace(model).stages
             assert [s.backend for s in stages] == [choice] * 4
@@ -94,4 +95,4 @@ def test_the_trace_names_what_computed():
             greedy(model, batch, 1)
         greedy(model, batch, 1)
         assert {s.backend for s in vtoken.trace(model).stages} == {None, "torch"}
-    assert torch.equal(torch.stack(greedy(model, batch, **OPTIONS).logits), plain)
+    assert torch.equal(torch.stack(greedy(model, batch, **LOGITS).logits), plain)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_kernels import DEVICE, OPS, needs_cuda, needs_triton, prepared
+from kernel_examples import DEVICE, OPS, needs_cuda, needs_triton, prepared
 
 from vtoken import kernels
 from vtoken.kernels import _gram, _tiles

@@ -13,34 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_examples import DEVICE, OPS, needs_cuda, needs_triton, prepared
 
 from vtoken import kernels
 from vtoken.kernels import _dispatch, block_sparse_attention, gather_tokens, query_attention, topk_tokens
 
-OPS = kernels.ops()
 ROOT = Path(__file__).parents[2]
 NAN, INF = float("nan"), float("inf")
-DEVICE = "cpu" if _dispatch.INTERPRETED else "cuda" if _dispatch.triton and torch.cuda.is_available() else None
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-def needs_triton(test: Any) -> Any:
-    """On a GPU, or in the interpreter, where it is not a GPU test."""
-    skip = pytest.mark.skipif(DEVICE is None, reason="no GPU here; test_kernels_in_the_interpreter runs this")
-    return test if _dispatch.INTERPRETED else pytest.mark.gpu(skip(test))
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
-
-
-def prepared(value: Any, dtype: torch.dtype, device: str) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(device, dtype if value.is_floating_point() else value.dtype)
-    if isinstance(value, (tuple, list)):
-        return type(value)(prepared(item, dtype, device) for item in value)
-    return value
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 import known_kernels as known
 import pytest
 import torch
-from test_kernels import OPS
+from kernel_examples import OPS
 
 from vtoken import kernels
 

@@ -6,7 +6,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from test_families import IMAGES
+from batches import IMAGES
 
 import vtoken
 

@@ -9,9 +9,10 @@ import oracle
 import pytest
 import tiny
 import torch
+from against_oracle import compare
+from batches import rows_for
 from modes import families
-from test_decoder_facts import Watcher
-from test_families import compare, rows_for
+from watchers import Watcher
 
 import vtoken
 from vtoken.errors import UnsupportedError

@@ -30,7 +30,7 @@ class Middle(Pruner):
     layer: int = 2
 
     def score(self, tokens):
-        return -tokens.place.float()
+        return -tokens.raster_index.float()
 
 
 class _Helper(Pruner):

@@ -7,17 +7,12 @@ import pytest
 import tiny
 import torch
 from modes import families, greedy
-from test_sparse import Ladder
+from padded_right import BATCH, NAMES, right, with_positions, wrapped_or_skip
+from sparse_probes import Ladder
 from usual import stage
 
 import vtoken
-from vtoken import registry
-from vtoken.errors import UnsupportedError
 
-# kvpress replaces attention functions of the process: test_kvpress.py.
-NAMES = [name for name in registry.stages() if name != "kvpress"]
-# A stage that reads what stands behind an image may find text there or not.
-BATCH = [[3, "img", 6], [1, "img", 4], [5]]
 PLENTY: dict[str, list] = {
     "encoder": [{"tome": {"r": 0}}],
     "tokens": [{"fastervlm": {"keep": 1000}}],
@@ -27,20 +22,6 @@ PLENTY: dict[str, list] = {
     "cache": [{"snapkv": {"keep": 1000, "window": 2}}],
     "attention": [Ladder()],
 }
-SPEAKING = ("input_ids", "attention_mask", "mm_token_type_ids")
-
-
-def right(batch):
-    """The same batch, padded on the right; positions count from each row's first token."""
-    order = torch.argsort(~batch["attention_mask"].bool(), dim=1, stable=True)
-    return {**batch, **{name: batch[name].gather(1, order) for name in SPEAKING if name in batch}}
-
-
-def with_positions(model, batch):
-    """LLaVA numbers columns unless it is told; Qwen numbers tokens."""
-    if modes.qwen(model):
-        return batch
-    return {**batch, "position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)}
 
 
 def labels_of(batch):
@@ -50,13 +31,6 @@ def labels_of(batch):
     labels[:, 1:][ids[:, :-1] == tiny.IMG] = -100
     labels[mask.cumsum(1) == 1] = -100
     return labels
-
-
-def wrapped_or_skip(model, pipeline):
-    try:
-        return vtoken.wrap(model, pipeline)
-    except UnsupportedError as error:
-        pytest.skip(str(error))
 
 
 @families

@@ -12,7 +12,7 @@ import tiny
 import torch
 from modes import families, greedy
 from probes import Deep, Inside, Ragged
-from test_sparse import Ladder
+from sparse_probes import Ladder
 
 import vtoken
 from vtoken import config, registry

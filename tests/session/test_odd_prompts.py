@@ -8,10 +8,10 @@ import modes
 import pytest
 import tiny
 import torch
-from modes import alone, families, greedy
+from modes import LOGITS, alone, families, greedy
 from packaging.version import Version
+from padded_right import wrapped_or_skip
 from probes import Deep, Inside, Ragged
-from test_forward_rows import wrapped_or_skip
 from torch.utils._pytree import tree_leaves
 from usual import stage
 
@@ -19,7 +19,6 @@ import vtoken
 from vtoken import registry
 from vtoken.errors import UnsupportedError
 
-OPTIONS = {"return_dict_in_generate": True, "output_logits": True}
 PADDED = [family for family in tiny.FAMILIES if not family.startswith("qwen")]
 # Decoder and cache sites may drop on the way; what matters here is who is seen.
 SITES = {
@@ -56,10 +55,10 @@ def test_pictures_hidden_by_the_mask_as_the_stock_model_has_it(family, rows, wha
                 with pytest.raises(UnsupportedError, match="attention_mask hides a part of a picture"):
                     call()
         return
-    want = torch.stack(greedy(model, batch, 3, **OPTIONS).logits)
+    want = torch.stack(greedy(model, batch, 3, **LOGITS).logits)
     for stages in ([{"uniform": {"keep": 99}}], [{"fastv": {"keep": 99}}]):
         with vtoken.wrapped(model, stages):
-            got = torch.stack(greedy(model, batch, 3, **OPTIONS).logits)
+            got = torch.stack(greedy(model, batch, 3, **LOGITS).logits)
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
@@ -101,9 +100,9 @@ def test_a_typed_placeholder_is_text(family, name):
     with vtoken.wrapped(model, SITES[name]):
         greedy(model, batch, 2)
         assert len(vtoken.trace(model).visual_tokens) == 1
-    want = torch.stack(greedy(model, batch, 2, **OPTIONS).logits)
+    want = torch.stack(greedy(model, batch, 2, **LOGITS).logits)
     with vtoken.wrapped(model, [{"uniform": {"keep": 99}}]):
-        torch.testing.assert_close(torch.stack(greedy(model, batch, 2, **OPTIONS).logits), want)
+        torch.testing.assert_close(torch.stack(greedy(model, batch, 2, **LOGITS).logits), want)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])

@@ -4,29 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rounded_cache import rounded
 
 from vtoken.compressors._zipvl import quantised
 from vtoken.hooks.state.quantized_layer import Plain, adopt
-from vtoken.stages.quantized import Codes, pack, unpack
+from vtoken.stages.quantized import QuantizedTensor, pack, unpack
 
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-
-
-def rounded(keys, values, groups):
-    """The same quantiser at full width: the numbers are rounded where they are, and nothing is packed."""
-
-    def nearest(x, axes, bits):
-        low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
-        step = (high - low) / (2**bits - 1)
-        return torch.where(step > 0, ((x - low) / step).round() * step, 0) + low
-
-    channel = values.float().abs().amax(1, keepdim=True).sqrt()
-    channel = torch.where(channel > 0, channel, 1)
-    k, v = keys.float(), values.float() / channel
-    for index, bits in groups:
-        if len(index):
-            k[:, index], v[:, index] = nearest(k[:, index], (1,), bits), nearest(v[:, index], (0, 2), bits)
-    return k.to(keys.dtype), (v * channel).to(values.dtype)
 
 
 def numbers(n, d, dtype=torch.float32, heads=2):
@@ -57,7 +41,7 @@ def test_within_half_a_step(bits, dtype):
     for axes in ((1,), (0, 2)):
         low, high = x.double().amin(axes, keepdim=True), x.double().amax(axes, keepdim=True)
         step = (high - low) / (2**bits - 1)
-        got = Codes.of(x, axes, bits).read().double()
+        got = QuantizedTensor.of(x, axes, bits).read().double()
         assert bool(((got - x.double()).abs() <= step / 2 + 1e-5).all())
         assert bool(((got - low) / step - ((got - low) / step).round()).abs().max() < 1e-3), "on the steps"
 

@@ -15,6 +15,7 @@ from packaging.version import Version
 from probes import Deep, Ragged
 from torch import Tensor
 
+LOGITS: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True}
 VERSION = Version(transformers.__version__)
 ROWS: list[list[Any]] = [[3, "img", 5], [1, "img", 2, "img", 7], [4]]
 # Up to 5.17 transformers itself mixes up the images of a row that holds several, once beams or return sequences expand the batch.

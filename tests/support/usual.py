@@ -37,3 +37,7 @@ def stage(name: str, seed: int | None = None, **options: Any) -> Stage:
     if name == "dyvte":
         own["gates"] = gates.file(seed)
     return cls(**{**own, **OWN.get(name, {})})
+
+
+SPARSE = {"static_sparse": {"sink": 16, "window": 16, "size": 16, "min_len": 0}}
+CACHE = {"snapkv": {"keep": 2, "window": 2}}

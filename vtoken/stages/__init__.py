@@ -1,49 +1,41 @@
 """The vocabulary between models and methods: all that a method imports. A method never sees a model, an adapter never sees a method."""
 
-from vtoken.stages.attention import Among as Among
-from vtoken.stages.attention import Prompt as Prompt
-from vtoken.stages.attention import Reads as Reads
-from vtoken.stages.attention import Rope as Rope
-from vtoken.stages.attention import SparseAttention as SparseAttention
-from vtoken.stages.attention import causal as causal
-from vtoken.stages.attention import everything as everything
-from vtoken.stages.attention import with_own as with_own
-from vtoken.stages.base import Compressor as Compressor
-from vtoken.stages.base import OtherModel as OtherModel
-from vtoken.stages.base import Pruner as Pruner
-from vtoken.stages.base import Stage as Stage
-from vtoken.stages.base import Unmerging as Unmerging
-from vtoken.stages.base import keep_all as keep_all
-from vtoken.stages.budget import Budget as Budget
-from vtoken.stages.cache import CachedLayer as CachedLayer
-from vtoken.stages.cache import CacheStage as CacheStage
-from vtoken.stages.cache import Decision as Decision
-from vtoken.stages.cache import Hold as Hold
-from vtoken.stages.cache import Later as Later
-from vtoken.stages.cache import Native as Native
-from vtoken.stages.cache import Ready as Ready
-from vtoken.stages.cache import ascending as ascending
-from vtoken.stages.cache import best as best
-from vtoken.stages.cache import hold_text as hold_text
-from vtoken.stages.facts import FACTS as FACTS
-from vtoken.stages.facts import SITES as SITES
-from vtoken.stages.facts import Fact as Fact
-from vtoken.stages.facts import FactSpec as FactSpec
-from vtoken.stages.facts import Site as Site
-from vtoken.stages.facts import spec_of as spec_of
-from vtoken.stages.quantized import Codes as Codes
-from vtoken.stages.quantized import Packed as Packed
-from vtoken.stages.query_attention import Probe as Probe
-from vtoken.stages.query_attention import last_rows as last_rows
-from vtoken.stages.query_attention import rows_at as rows_at
-from vtoken.stages.query_attention import shared as shared
-from vtoken.stages.tokens import Fused as Fused
-from vtoken.stages.tokens import Grid as Grid
-from vtoken.stages.tokens import Keep as Keep
-from vtoken.stages.tokens import Parts as Parts
-from vtoken.stages.tokens import VisualTokens as VisualTokens
-from vtoken.stages.tokens import image_of as image_of
-from vtoken.stages.tokens import offsets_of as offsets_of
-from vtoken.stages.tokens import segments_of as segments_of
-from vtoken.stages.tokens import size_of as size_of
-from vtoken.stages.tokens import uploaded as uploaded
+from vtoken.stages.attention import (
+    DenseSubset,
+    PrefillQK,
+    Rope,
+    SparseAttention,
+    SparseMask,
+    causal,
+    everything,
+    with_own,
+)
+from vtoken.stages.base import Compressor, OtherModel, Pruner, Stage, Unmerging, keep_all
+from vtoken.stages.budget import Budget
+from vtoken.stages.cache import (
+    CachedLayer,
+    CacheStage,
+    Decision,
+    GeneratedBlock,
+    KeepSlots,
+    Native,
+    ReplacedKV,
+    ascending,
+    best,
+    hold_text,
+)
+from vtoken.stages.facts import FACTS, SITES, Fact, FactSpec, Site, spec_of
+from vtoken.stages.quantized import QuantizedKV, QuantizedTensor
+from vtoken.stages.query_attention import QueryAttention, last_rows, rows_at, shared
+from vtoken.stages.tokens import (
+    Fused,
+    Grid,
+    Keep,
+    Parts,
+    VisualTokens,
+    image_of,
+    offsets_of,
+    segments_of,
+    size_of,
+    uploaded,
+)

@@ -42,7 +42,7 @@ class FactSpec:
         holds: numbers of an entry: one or d (both fp32), H*d, D, D_encoder, or the pixel values of a token.
         projections: what is read of a layer.
         queries: of an attention fact, the one CLS token (without: the mean patch), the last prompt token, each image's own tokens, the text
-            behind each image, or text tokens that the stage chooses (`raters`).
+            behind each image, or text tokens that the stage chooses (`query_tokens`).
         own: attention goes to the tokens of each image alone, not to all keys.
         whole: looks at the whole image also in an encoder layer that attends within windows.
         relayed: attention is weighted by what its queries receive of each other.
@@ -57,7 +57,7 @@ class FactSpec:
     per: Literal["token", "image", "row"] = "token"
     holds: Literal["one", "head", "heads", "hidden", "features", "pixels"] = "one"
     projections: tuple[Literal["q", "k", "v"], ...] = ()
-    queries: Literal["cls", "last", "own", "text", "raters"] | None = None
+    queries: Literal["cls", "last", "own", "text", "chosen"] | None = None
     own: bool = False
     whole: bool = False
     relayed: bool = False
@@ -115,8 +115,8 @@ FACTS = (
              means="[ΣN] decoder attention of the last prompt token, head mean"),
     FactSpec("next_query_attention", DECODER, "next layer", projections=QK, queries="last",
              means="[ΣN] the same in the decoder layer behind the cut, before it runs"),
-    FactSpec("text_attention", DECODER, LAYER, projections=QK, queries="raters",
-             means="[ΣN] decoder attention of the text tokens that the stage's `raters` chose, mean over them and the heads"),
+    FactSpec("text_attention", DECODER, LAYER, projections=QK, queries="chosen",
+             means="[ΣN] decoder attention of the text tokens that the stage's `query_tokens` chose, mean over them and the heads"),
     FactSpec("visual_attention", DECODER, LAYER, projections=QK, queries="last", own=True,
              means="[ΣN] decoder attention of the last prompt token, softmax over the tokens of each image alone, head mean"),
     FactSpec("visual_value_attention", DECODER, LAYER, projections=("v",), queries="last", own=True,

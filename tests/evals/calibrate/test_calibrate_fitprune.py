@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from test_decoder_facts import dense, where
+from watchers import dense, where
 
 import vtoken
 from vtoken import config
 from vtoken.cli import main
 from vtoken.errors import ConfigError
 from vtoken.evals.calibrate import _fitprune as search
-from vtoken.evals.flops import account
-from vtoken.evals.geometry.decoder import decoder
+from vtoken.evals.cost.flops import account
+from vtoken.evals.cost.geometry.decoder import decoder
 
 
 def test_what_can_be_removed():

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_flops import CLOSE, counted
+from flop_counts import CLOSE, counted
 from transformers import AutoModelForImageTextToText, DynamicCache
 
-from vtoken.evals.configs import builtin
-from vtoken.evals.flops import account, resolve_config
+from vtoken.evals.cost.flops import account, resolve_config
+from vtoken.evals.shared.configs import builtin
 
 # Parameters in millions: what a typing error in a config would change.
 PARAMETERS = {

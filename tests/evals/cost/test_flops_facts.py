@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_decoder_facts import First, Watcher
-from test_flops import MODELS, Pipe, counted
+from flop_counts import MODELS, Pipe, counted
+from watchers import First, Watcher
 
 import vtoken
-from vtoken.evals.flops import LEFT_OUT, account
+from vtoken.evals.cost.flops import LEFT_OUT, account
 from vtoken.stages import FACTS, Fact, spec_of
 
 TEXT = 9
@@ -21,7 +21,7 @@ PICTURE = 16
 class All(Watcher):
     """All text behind an image rates it; what is told is forgotten. No paper."""
 
-    def raters(self, tokens: Any) -> list[torch.Tensor]:
+    def query_tokens(self, tokens: Any) -> list[torch.Tensor]:
         return [torch.arange(len(text)) for text in tokens.facts[Fact("later_text")]]
 
     def select(self, tokens: Any) -> Any:
@@ -32,7 +32,7 @@ class All(Watcher):
 class Half(First):
     """The plan of First. No paper."""
 
-    def plan(self, lengths: Any, parts: Any, row: Any, layer: int | None = None) -> tuple[int, ...]:
+    def expected_counts(self, lengths: Any, parts: Any, row: Any, layer: int | None = None) -> tuple[int, ...]:
         return tuple(n - n // 2 for n in lengths)
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
 import torch
+from html_page import Page
 from PIL import Image, ImageStat
 
-from vtoken.evals.overlay import as_seen, overlay, owners, sheet
-from vtoken.evals.report import Case, Panel, Report, Row, render, wilson
+from vtoken.evals.pictures.overlay import as_seen, overlay, owners, sheet
+from vtoken.evals.pictures.report import Case, Panel, Report, Row, render, wilson
 from vtoken.hooks.state.trace import StageTrace, Trace
 
 GRID = (1, 2, 3)
@@ -110,36 +110,6 @@ def report() -> Report:
     pruned = Row("fast:2", "fast", {"digit": (8, 10), "read": (4, 10)}, 2, 3_000_000, 250_000, 1024, (0.03, 0.02, 0.03))
     case = Case("what <digit> is red?", "7", (Panel("dense", "7", True, RED), Panel("fast:2", "", False, RED)))
     return Report("toy", (dense, pruned), (case,), {"command": "vtoken demo", "seed": "0"})
-
-
-class Page(HTMLParser):
-    """Collects rows of cells, attributes that could fetch something, and unclosed elements."""
-
-    VOID = {"meta", "img", "br", "link", "path", "use", "input"}
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.rows: list[list[str]] = []
-        self.fetched: list[str] = []
-        self.open: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.fetched += [v for name, v in attrs if name in ("src", "href", "xlink:href", "data", "srcset") and v]
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag not in self.VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if {"td", "th"} & {*self.open}:
-            self.rows[-1][-1] += f" {data.strip()}"
 
 
 def test_page_is_whole_and_fetches_nothing(report):

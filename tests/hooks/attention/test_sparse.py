@@ -3,69 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import flash_stand_in
 import pytest
 import tiny
 import torch
-from modes import alone, families, greedy
-from test_families import rows_for
+from batches import long, rows_for
+from modes import LOGITS, alone, families, greedy
+from sparse_probes import Everything, Ladder
 
 import vtoken
 from vtoken.errors import UnsupportedError
-from vtoken.stages.attention import Prompt, Reads, SparseAttention, everything
-
-OPTIONS: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True}
-
-
-class Everything(SparseAttention):
-    """Reads all blocks. No paper."""
-
-    min_len: int = 0
-
-    def reads(self, prompt: Prompt) -> Reads:
-        n = prompt.length
-        return Reads(16, everything(prompt.heads, n, n, 16, prompt.q.device))
-
-
-class Ladder(SparseAttention):
-    """Each head another pattern: own block, own and first, single keys besides, dense queries besides. No paper."""
-
-    min_len: int = 0
-    seen: Any = None
-
-    def reads(self, prompt: Prompt) -> Reads:
-        n, heads = prompt.length, prompt.heads
-        if self.seen is not None:
-            self.seen.append(prompt)
-        t = torch.arange(-(-n // 16))
-        own = t[:, None] == t
-        blocks = torch.stack([own | (t == 0) if h % 2 else own for h in range(heads)])
-        columns = torch.stack([torch.arange(0, n, 5) if h > 1 else torch.full((-(-n // 5),), -1) for h in range(heads)])
-        dense = torch.zeros(heads, n, dtype=torch.bool)
-        dense[2:, ::7] = True
-        return Reads(16, blocks, columns[:, None].int(), len(t), dense)
-
-    @staticmethod
-    def mask(n, heads):
-        """[H, N, N], worked out apart."""
-        i, j = torch.arange(n)[:, None], torch.arange(n)
-        masks = [i // 16 == j // 16] * heads
-        for h in range(heads):
-            if h % 2:
-                masks[h] = masks[h] | (j < 16)
-            if h > 1:
-                masks[h] = masks[h] | (j % 5 == 0) | (i % 7 == 0)
-        return torch.stack(masks) & (j <= i)
-
-
-LONG = {"llava": [[3, "img", 1, "img", 9]], "video": [[2, "video", 3, "img", 1]]}
-
-
-def long(family):
-    """One row of more than two blocks of 16."""
-    return LONG["video" if family in tiny.VIDEO else "llava"]
+from vtoken.stages.attention import SparseAttention, SparseMask, everything
 
 
 @families
@@ -73,9 +22,9 @@ def long(family):
 def test_reading_everything_changes_no_bit(family, batch):
     model = tiny.make(family)
     batch = tiny.build(model, long(family) if batch == "one" else rows_for(family, batch), seed=3)
-    want = greedy(model, batch, **OPTIONS)
+    want = greedy(model, batch, **LOGITS)
     with vtoken.wrapped(model, [Everything()]):
-        got = greedy(model, batch, **OPTIONS)
+        got = greedy(model, batch, **LOGITS)
         stages = vtoken.trace(model).stages
     assert [s.layer for s in stages] == [0, 1, 2, 3] and all(
         s.density == [1.0] * len(batch["input_ids"]) for s in stages
@@ -103,7 +52,7 @@ def masked(model, batch, kept=None):
     before = lm.config._attn_implementation
     lm.config._attn_implementation_internal = "known_ladder"
     try:
-        return greedy(model, batch, **OPTIONS)
+        return greedy(model, batch, **LOGITS)
     finally:
         lm.config._attn_implementation_internal = before
         assert calls == [0, 1, 2, 3]
@@ -117,11 +66,11 @@ def test_equals_masked_attention(family, backend):
     want = masked(model, batch)
     model.model.language_model.config._attn_implementation_internal = backend
     with vtoken.wrapped(model, [Ladder()]):
-        got = greedy(model, batch, **OPTIONS)
+        got = greedy(model, batch, **LOGITS)
         density = vtoken.trace(model).stages[0].density[0]
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=2e-4, rtol=1e-4)
     assert torch.equal(got.sequences, want.sequences) and 0.3 < density
-    dense = greedy(model, batch, **OPTIONS)
+    dense = greedy(model, batch, **LOGITS)
     assert not torch.allclose(torch.stack(dense.logits)[0], torch.stack(want.logits)[0], atol=1e-2)
 
 
@@ -132,10 +81,10 @@ def test_rows_of_a_batch_do_not_see_each_other(family):
     batch = tiny.build(model, [[9, "img", 1, "img", 20], [1, "img", 30], [60]], seed=3)
     stages = [{"fastervlm": {"keep": "80%"}}, {"fastv": {"keep": 5, "layer": 2}}, Ladder()]
     with vtoken.wrapped(model, stages):
-        got = greedy(model, batch, **OPTIONS)
+        got = greedy(model, batch, **LOGITS)
         trace = vtoken.trace(model)
         for row in (0, 1):
-            one = greedy(model, alone(model, batch, row), **OPTIONS)
+            one = greedy(model, alone(model, batch, row), **LOGITS)
             torch.testing.assert_close(
                 torch.stack(one.logits)[:, 0], torch.stack(got.logits)[:, row], atol=1e-4, rtol=1e-4
             )
@@ -165,8 +114,8 @@ def test_what_a_stage_is_told(family):
         each = 3 if prompt.layer < 2 else 2
         images = [i for i, r in enumerate(trace.row) if r == row]
         assert prompt.image[prompt.image >= 0].tolist() == [i for i in images for _ in range(each)]
-        assert prompt.place[prompt.image >= 0].tolist() == [p for i in images for p in entry.kept[i].tolist()]
-        assert bool((prompt.place[prompt.image < 0] == -1).all()) and prompt.parts == tuple(trace.parts)
+        assert prompt.raster_index[prompt.image >= 0].tolist() == [p for i in images for p in entry.kept[i].tolist()]
+        assert bool((prompt.raster_index[prompt.image < 0] == -1).all()) and prompt.parts == tuple(trace.parts)
         assert int(prompt.image[-1]) == -1, "text at the end"
         if number < 2:
             assert prompt.length == trace.prompt_tokens[row]
@@ -185,7 +134,7 @@ def test_modes(family):
         one = {k: v for k, v in batch.items() if k != "attention_mask"}
         assert torch.equal(greedy(model, one, prompt_lookup_num_tokens=3), plain)
         assert greedy(model, batch, num_beams=2).shape == plain.shape
-        logits = greedy(model, batch, **OPTIONS).logits
+        logits = greedy(model, batch, **LOGITS).logits
         answer = plain[:, -6:-1]
         scored = {**batch, "input_ids": plain[:, :-1]}
         scored["attention_mask"] = torch.ones_like(scored["input_ids"])
@@ -202,9 +151,9 @@ def test_text_turns_and_short_prompts_keep_the_models_own(family):
     model = tiny.make(family)
     batch = tiny.build(model, rows_for(family, "ragged"), seed=3)
     text = tiny.build(model, [[40]], seed=1)
-    want, words = greedy(model, batch, **OPTIONS), greedy(model, text)
+    want, words = greedy(model, batch, **LOGITS), greedy(model, text)
     with vtoken.wrapped(model, [Ladder(min_len=1000)]):
-        got = greedy(model, batch, **OPTIONS)
+        got = greedy(model, batch, **LOGITS)
         (entry,) = vtoken.trace(model).stages
         assert torch.equal(greedy(model, text), words) and not vtoken.trace(model).stages
     longest = int(batch["attention_mask"].sum(1).max())
@@ -217,14 +166,14 @@ def test_min_len_holds_row_by_row():
     model = tiny.make("llava")
     batch = tiny.build(model, [[9, "img", 9], [1, "img", 30]], seed=3)
     with vtoken.wrapped(model, [Ladder(min_len=40)]):
-        got = greedy(model, batch, **OPTIONS)
+        got = greedy(model, batch, **LOGITS)
         stages = vtoken.trace(model).stages
     assert len(stages) == 4 and all(s.density[0] == 1.0 > s.density[1] for s in stages)
     short = int(batch["attention_mask"][0].sum())
     want = [f"the row has {short} tokens, fewer than min_len 40", None]
     assert all(s.rows_aside == want and s.stood_aside is None for s in stages)
     assert json.loads(json.dumps(stages[0].to_dict()))["rows_aside"] == want
-    dense = greedy(model, batch, **OPTIONS)
+    dense = greedy(model, batch, **LOGITS)
     torch.testing.assert_close(torch.stack(got.logits)[:, 0], torch.stack(dense.logits)[:, 0], atol=1e-4, rtol=1e-4)
 
 
@@ -233,14 +182,14 @@ def test_rows_without_pictures_are_left_alone():
     model = tiny.make("llava")
     batch = tiny.build(model, [[40, "img", 9], [80]], seed=3)
     with vtoken.wrapped(model, [Ladder(min_len=0)]):
-        got = greedy(model, batch, **OPTIONS)
+        got = greedy(model, batch, **LOGITS)
         for stage in vtoken.trace(model).stages:
             assert stage.rows_aside == [None, "the row has no image"] and stage.density[1] == 1.0 > stage.density[0]
     with vtoken.wrapped(model, [Ladder(min_len=70)]):
         greedy(model, batch, 1)
         (stage,) = vtoken.trace(model).stages
         assert stage.stood_aside == "the prompt has 65 tokens, fewer than min_len 70", "the text's 80 do not count"
-    dense = greedy(model, batch, **OPTIONS)
+    dense = greedy(model, batch, **LOGITS)
     torch.testing.assert_close(torch.stack(got.logits)[:, 1], torch.stack(dense.logits)[:, 1], atol=1e-4, rtol=1e-4)
 
 
@@ -249,10 +198,10 @@ def test_rows_below_both_thresholds():
     model = tiny.make("llava")
     rows = [[60, "img", 9], [1, "img", "img", 2], [1, "img", 20, "img", 2]]
     batch = tiny.build(model, rows, seed=3)
-    dense = greedy(model, batch, **OPTIONS)
+    dense = greedy(model, batch, **LOGITS)
     few = "16 visual tokens are fewer than min_visual_tokens 32"
     with vtoken.wrapped(model, {"min_visual_tokens": 32, "stages": [Ladder(min_len=40)]}):
-        got = greedy(model, batch, **OPTIONS)
+        got = greedy(model, batch, **LOGITS)
         for stage in vtoken.trace(model).stages:
             assert stage.rows_aside == [few, "the row has 35 tokens, fewer than min_len 40", None]
             assert [d == 1.0 for d in stage.density] == [True, True, False]
@@ -314,7 +263,7 @@ def test_layers_are_shared_out():
 
     class Bad(Ladder):
         def reads(self, prompt):
-            return Reads(16, torch.ones(4, 1, 1, dtype=torch.bool))
+            return SparseMask(16, torch.ones(4, 1, 1, dtype=torch.bool))
 
     class Odd(SparseAttention):
         name = "bad"
@@ -323,7 +272,7 @@ def test_layers_are_shared_out():
 
         def reads(self, prompt):
             n = prompt.length
-            return Reads(16, everything(4, n, n, 16, prompt.q.device), **self.more)
+            return SparseMask(16, everything(4, n, n, 16, prompt.q.device), **self.more)
 
     for stages, message in (
         ([Ladder(), Everything()], "both thin the attention of decoder layer 0"),

@@ -11,11 +11,12 @@ import oracle
 import pytest
 import tiny
 import torch
-from modes import alone, families, greedy
+from against_oracle import merge
+from batches import rows_for
+from modes import LOGITS, alone, families, greedy
 from packaging.version import Version
-from test_families import merge, rows_for
-from test_family_turns import IMAGE_TURNS, TURNS, both, conversation, second
-from test_unmerge import LOGITS, Mingled, caches, compare, unmerging
+from turns import IMAGE_TURNS, TURNS, both, conversation, second
+from unmerging import Mingled, caches, compare, unmerging
 
 import vtoken
 from vtoken.errors import UnsupportedError
@@ -234,7 +235,7 @@ def test_compiled_prefill():
 
 @families
 def test_unwrap_is_exact(family):
-    from test_contract import changed, state
+    from model_state import changed, state
 
     model = tiny.make(family)
     batch = tiny.build(model, modes.ROWS, seed=3)

@@ -8,21 +8,20 @@ import oracle_kv
 import pytest
 import tiny
 import torch
-from modes import alone, families, greedy
+from batches import rows_for
+from model_state import changed, state
+from modes import LOGITS, alone, families, greedy
 from oracle_kv import Told
 from probes import Deep, Inside, Ragged
-from test_contract import changed, state
-from test_families import rows_for
-from test_family_turns import conversation, second
+from turns import conversation, second
 
 import vtoken
 from vtoken.compressors.cache.lookm import LookM
 from vtoken.compressors.cache.snapkv import SnapKV
 from vtoken.compressors.cache.zipvl_cache import ZipVLCache
 from vtoken.errors import ConfigError, UnsupportedError
-from vtoken.stages.cache import Hold, Ready
+from vtoken.stages.cache import KeepSlots, ReplacedKV
 
-FULL = {"return_dict_in_generate": True, "output_logits": True}
 STAGES = {
     "snapkv": (SnapKV, {"keep": 5, "window": 4}),
     "snapkv share": (SnapKV, {"keep": "30%", "kernel": 3, "pooling": "max"}),
@@ -55,7 +54,7 @@ def check(model, batch, name, before=(), n=6, tolerance=3e-4):
     """Generates, and holds logits of every row against the oracle; returns output, trace and what was told."""
     p, spy = oracle.prompt(model, batch), told(name)
     with vtoken.wrapped(model, [*before, spy.stage]):
-        out, trace = greedy(model, batch, n, **FULL), vtoken.trace(model)
+        out, trace = greedy(model, batch, n, **LOGITS), vtoken.trace(model)
     entry = [s for s in trace.stages if s.site in ("encoder", "tokens")]
     keep = oracle.keep_mask(p, entry[-1].kept) if entry else p.mask
     inner = {s.layer: oracle.keep_mask(p, s.kept) for s in trace.stages if s.site == "decoder"}
@@ -153,7 +152,7 @@ def test_an_answer_that_is_scored_reads_the_shrunk_cache(family, name):
     model = tiny.make(family)
     batch = tiny.build(model, ROWS[:1], seed=5)
     with vtoken.wrapped(model, [told(name).stage]), torch.no_grad():
-        out = greedy(model, batch, 5, **FULL)
+        out = greedy(model, batch, 5, **LOGITS)
         whole = {**batch, "input_ids": out.sequences, "attention_mask": torch.ones_like(out.sequences)}
         if "mm_token_type_ids" in whole:
             whole["mm_token_type_ids"] = torch.nn.functional.pad(batch["mm_token_type_ids"], (0, 5))
@@ -194,11 +193,11 @@ def test_second_turn(family, name, more):
         pytest.importorskip("transformers", minversion="5.21", reason="older transformers numbers a new image as text")
     spy, n = told(name), 4
     with vtoken.wrapped(model, [spy.stage]):
-        a = greedy(model, first, n, **FULL)
+        a = greedy(model, first, n, **LOGITS)
         lost, cached = [spy.lost(row) for row in range(2)], vtoken.trace(model).cached
         spy.calls.clear()
         whole, _ = conversation(model, first, turn, a.sequences)
-        b = greedy(model, second(model, whole, turn), n, past_key_values=a.past_key_values, **FULL)
+        b = greedy(model, second(model, whole, turn), n, past_key_values=a.past_key_values, **LOGITS)
         if spy.calls:
             begin = first["attention_mask"].sum(1) + n - 1
             for row in range(2):
@@ -221,7 +220,7 @@ def test_merged_caches_equal_a_loop_on_the_stock_model(family, merge):
     batch = tiny.build(model, ROWS[:2], seed=3)
     spy = Told(LookM, important="30%", merge=merge)
     with vtoken.wrapped(model, [spy.stage]):
-        got = greedy(model, batch, n, **FULL)
+        got = greedy(model, batch, n, **LOGITS)
     for row in range(2):
         one = alone(model, batch, row)
         with torch.no_grad():
@@ -264,10 +263,10 @@ def test_backends(family):
     model = tiny.make(family)
     batch = tiny.build(model, rows, seed=3)
     with vtoken.wrapped(model, [Ragged(), Deep(), told("snapkv").stage]):
-        want = greedy(model, batch, **FULL)
+        want = greedy(model, batch, **LOGITS)
     model.model.language_model.config._attn_implementation_internal = flash_stand_in.NAME
     with vtoken.wrapped(model, [Ragged(), Deep(), told("snapkv").stage]):
-        got = greedy(model, batch, **FULL)
+        got = greedy(model, batch, **LOGITS)
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=2e-4, rtol=1e-4)
 
 
@@ -300,9 +299,9 @@ def test_layers_may_hold_different_numbers(family):
 def test_holding_everything_is_the_identity(family, stage):
     model = tiny.make(family)
     batch = tiny.build(model, ROWS, seed=3)
-    want = greedy(model, batch, **FULL)
+    want = greedy(model, batch, **LOGITS)
     with vtoken.wrapped(model, [stage]):
-        got = greedy(model, batch, **FULL)
+        got = greedy(model, batch, **LOGITS)
     assert torch.equal(torch.stack(got.logits), torch.stack(want.logits)), "bit for bit"
 
 
@@ -310,12 +309,12 @@ def test_holding_everything_is_the_identity(family, stage):
 def test_unwrap_is_exact(family):
     model = tiny.make(family)
     batch = tiny.build(model, ROWS, seed=3)
-    want = greedy(model, batch, **FULL)
+    want = greedy(model, batch, **LOGITS)
     before = state(model)
     with vtoken.wrapped(model, [{"fastv": {"keep": 9}}, told("lookm").stage]):
         greedy(model, batch)
     assert changed(before, state(model)) <= {("model", "rope_deltas")}
-    assert torch.equal(torch.stack(greedy(model, batch, **FULL).logits), torch.stack(want.logits))
+    assert torch.equal(torch.stack(greedy(model, batch, **LOGITS).logits), torch.stack(want.logits))
 
 
 @families
@@ -326,7 +325,7 @@ def test_bfloat16_and_text_only(family):
     text = tiny.build(model, [[6], [4]], seed=1)
     plain = greedy(model, text)
     with vtoken.wrapped(model, [LookM(keep=4)]), torch.inference_mode():
-        out = greedy(model, batch, 3, **FULL)
+        out = greedy(model, batch, 3, **LOGITS)
         assert out.past_key_values.layers[0].keys.dtype == torch.bfloat16 and bool(
             torch.stack(out.logits).isfinite().all()
         )
@@ -383,7 +382,7 @@ def test_a_bad_decision_is_named(bad):
         def compress(self, layer):
             n = {"heads": 3, "none": 0, "more": layer.keys.shape[1] + 1}[bad]
             x = layer.keys.new_zeros(len(layer.keys) + (bad == "heads"), n, layer.keys.shape[2])
-            return Ready(x, x)
+            return ReplacedKV(x, x)
 
     model = tiny.llava()
     with vtoken.wrapped(model, [Bad(keep=3)]), pytest.raises(ValueError, match="every head must hold the same"):
@@ -392,6 +391,6 @@ def test_a_bad_decision_is_named(bad):
 
 def test_a_hold_is_a_gather():
     x = torch.arange(12.0).view(2, 3, 2)
-    keys, values = Hold(torch.tensor([[0, 2], [1, 2]])).apply(x, -x[..., :1])
+    keys, values = KeepSlots(torch.tensor([[0, 2], [1, 2]])).apply(x, -x[..., :1])
     assert keys.tolist() == [[[0, 1], [4, 5]], [[8, 9], [10, 11]]]
     assert values.tolist() == [[[0], [-4]], [[-8], [-10]]]

@@ -8,42 +8,13 @@ import inspect
 import pytest
 import tiny
 import torch
-from modes import EXPANDABLE, ROWS, alone, families, greedy
-from test_bits import rounded
-from test_family_turns import conversation, second
+from modes import EXPANDABLE, LOGITS, ROWS, alone, families, greedy
+from rounded_cache import FEW, Wide, both, recording, rounded, some
+from turns import conversation, second
 
 import vtoken
 from vtoken.compressors.cache.zipvl_cache import ZipVLCache
-from vtoken.hooks.state.quantized_layer import PackedLayer, Plain
-from vtoken.stages.cache import Ready
-
-OPTIONS = {"return_dict_in_generate": True, "output_logits": True}
-FEW = {"tau": 0.9, "recent": 2, "drawn": 4, "mode": "quantise"}
-some = pytest.mark.parametrize("family", ["llava", "llava_next", "qwen3_vl"])
-
-
-class Wide(ZipVLCache):
-    """The same choice of tokens, rounded at full width by the definition of test_bits.py."""
-
-    name = "zipvl_cache"
-
-    def compress(self, layer):
-        found = super().compress(layer)
-        ends = [0]
-        for codes in found.key_groups:
-            ends.append(ends[-1] + codes.packed.shape[1])
-        order = found.place.argsort()
-        groups = [(order[a:b], c.bits) for a, b, c in zip(ends, ends[1:], found.key_groups, strict=False)]
-        return Ready(*rounded(layer.keys, layer.values, groups))
-
-
-def both(model, run, **options):
-    """What `run` returns with either cache, the packed one first."""
-    found = []
-    for cls in (ZipVLCache, Wide):
-        with vtoken.wrapped(model, [cls(**FEW, **options)]):
-            found.append(run())
-    return found
+from vtoken.hooks.state.quantized_layer import Plain, QuantizedLayer
 
 
 def equal(a, b):
@@ -75,13 +46,13 @@ def test_greedy(family, rows):
     batch = tiny.build(model, rows, seed=3)
 
     def run():
-        return greedy(model, batch, **OPTIONS), vtoken.trace(model)
+        return greedy(model, batch, **LOGITS), vtoken.trace(model)
 
     (got, trace), (want, wide) = both(model, run)
     equal(got, want)
     assert trace.cached == wide.cached == [trace.prompt_tokens] * 4
     for held, plain in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):
-        assert isinstance(held, PackedLayer) and held.get_seq_length() == plain.get_seq_length()
+        assert isinstance(held, QuantizedLayer) and held.get_seq_length() == plain.get_seq_length()
         assert torch.equal(held.keys, plain.keys) and torch.equal(held.values, plain.values)
 
 
@@ -97,7 +68,7 @@ def test_bytes_are_really_saved(family):
     assert trace.cache_bytes == sum(map(stored, cache.layers)), "and nothing else is kept alive"
     for held, full in zip(cache.layers, dense.layers, strict=True):
         (block,), d = held.blocks, full.keys.shape[-1]
-        assert [type(row[0]).__name__ for row in block.rows] == ["Packed", "Packed", "Plain"]
+        assert [type(row[0]).__name__ for row in block.rows] == ["QuantizedKV", "QuantizedKV", "Plain"]
         for (piece,), n in zip(block.rows[:2], trace.prompt_tokens, strict=False):
             heads = full.keys.shape[1]
             assert sum(c.packed.nbytes for c in piece.key_groups) <= n * heads * -(-4 * d // 8)
@@ -121,7 +92,7 @@ def test_sampling_and_return_sequences(family):
 
     def run():
         torch.manual_seed(1)
-        return model.generate(**batch, max_new_tokens=5, do_sample=True, num_return_sequences=3, **OPTIONS)
+        return model.generate(**batch, max_new_tokens=5, do_sample=True, num_return_sequences=3, **LOGITS)
 
     equal(*both(model, run))
 
@@ -136,11 +107,11 @@ def test_second_turn(family, more):
         pytest.importorskip("transformers", minversion="5.21", reason="older transformers numbers a new image as text")
 
     def run():
-        a = greedy(model, first, 4, **OPTIONS)
+        a = greedy(model, first, 4, **LOGITS)
         whole, _ = conversation(model, first, turn, a.sequences)
         twin = copy.deepcopy(a.past_key_values)
         now = second(model, whole, turn)
-        b = greedy(model, now, 4, past_key_values=a.past_key_values, **OPTIONS)
+        b = greedy(model, now, 4, past_key_values=a.past_key_values, **LOGITS)
         assert torch.equal(greedy(model, now, 4, past_key_values=twin), b.sequences)
         return b
 
@@ -149,7 +120,7 @@ def test_second_turn(family, more):
     kinds = [
         {type(piece).__name__ for row in block.rows for piece in row} for block in got.past_key_values.layers[2].blocks
     ]
-    assert kinds == ([{"Packed"}, {"Plain"}, {"Packed"}] if "pixel_values" in turn else [{"Packed"}])
+    assert kinds == ([{"QuantizedKV"}, {"Plain"}, {"QuantizedKV"}] if "pixel_values" in turn else [{"QuantizedKV"}])
 
 
 @families
@@ -171,7 +142,7 @@ def test_an_answer_that_is_scored(family):
     batch = tiny.build(model, ROWS[:1], seed=5)
 
     def run():
-        out = greedy(model, batch, 5, **OPTIONS)
+        out = greedy(model, batch, 5, **LOGITS)
         whole = {**batch, "input_ids": out.sequences, "attention_mask": torch.ones_like(out.sequences)}
         if "mm_token_type_ids" in whole:
             whole["mm_token_type_ids"] = torch.nn.functional.pad(batch["mm_token_type_ids"], (0, 5))
@@ -180,7 +151,7 @@ def test_an_answer_that_is_scored(family):
         return scored.logits[0, :5], torch.stack(out.logits)[:, 0], scored.past_key_values.layers[1]
 
     (got, generated, held), (want, _, _) = both(model, run)
-    assert torch.equal(got, want) and isinstance(held, PackedLayer)
+    assert torch.equal(got, want) and isinstance(held, QuantizedLayer)
     torch.testing.assert_close(got, generated, atol=2e-4, rtol=1e-4)
 
 
@@ -196,26 +167,11 @@ def test_half_precision_and_stages_before(family, dtype):
             vtoken.wrapped(model, [{"random": {"keep": "80%"}}, {"fastv": {"keep": "60%"}}, cls(**FEW)]),
             torch.inference_mode(),
         ):
-            found.append(greedy(model, batch, **OPTIONS))
+            found.append(greedy(model, batch, **LOGITS))
     equal(*found)
     layers = found[0].past_key_values.layers
     assert layers[0].keys.dtype == layers[3].values.dtype == dtype
     assert layers[0].get_seq_length() > layers[3].get_seq_length(), "fastv opens a layer group of its own"
-
-
-def later(cls=ZipVLCache, **options):
-    """A stage that tells what it was asked about the tokens behind the prompt."""
-    calls = []
-
-    class Telling(cls):
-        name = "zipvl_cache"
-
-        def later(self, layer):
-            found = super().later(layer)
-            calls.append((layer, found))
-            return found
-
-    return Telling(**FEW, **options), calls
 
 
 @families
@@ -223,9 +179,9 @@ def test_what_is_generated_follows(family):
     """Against a loop on the stock model, whose cache is rounded by hand: every third token, what the newest query attends to in float64."""
     model, n, every = tiny.make(family), 9, 3
     batch = tiny.build(model, ROWS[:1], seed=3)
-    stage, calls = later(every=every)
+    stage, calls = recording(every=every)
     with vtoken.wrapped(model, [stage]):
-        out = greedy(model, batch, n, **OPTIONS)
+        out = greedy(model, batch, n, **LOGITS)
     assert [layer.layer for layer, _ in calls] == [0, 1, 2, 3] * 2, "after the third and the sixth token that is fed"
     wide = Wide(**FEW, every=None)
     with vtoken.wrapped(model, [wide]), torch.no_grad():
@@ -271,11 +227,11 @@ def test_what_is_generated_in_batches_and_turns(family):
     """Rows decide as they do alone; the row without an image stays as it is; copies of a prompt have answers of their own."""
     model = tiny.make(family)
     batch = tiny.build(model, ROWS, seed=3)
-    stage, calls = later(every=3)
+    stage, calls = recording(every=3)
     with vtoken.wrapped(model, [stage]):
-        together = greedy(model, batch, 8, **OPTIONS)
+        together = greedy(model, batch, 8, **LOGITS)
         for row in range(3):
-            one = greedy(model, alone(model, batch, row), 8, **OPTIONS)
+            one = greedy(model, alone(model, batch, row), 8, **LOGITS)
             torch.testing.assert_close(
                 torch.stack(one.logits)[:, 0], torch.stack(together.logits)[:, row], atol=2e-4, rtol=1e-4
             )
@@ -287,7 +243,7 @@ def test_what_is_generated_in_batches_and_turns(family):
         turn = tiny.build(model, [[5], [2], [3]], seed=9)
         whole, _ = conversation(model, batch, turn, together.sequences)
         calls.clear()
-        ahead = greedy(model, second(model, whole, turn), 8, past_key_values=together.past_key_values, **OPTIONS)
+        ahead = greedy(model, second(model, whole, turn), 8, past_key_values=together.past_key_values, **LOGITS)
         assert bool(torch.stack(ahead.logits).isfinite().all()) and len(ahead.past_key_values.layers[1].blocks) > 4
         assert calls and all(layer.at.stop <= layer.keys.shape[1] for layer, _ in calls)
 
@@ -297,12 +253,12 @@ def test_beams_and_drafts_with_what_is_generated(family):
     model = tiny.make(family)
     batch = tiny.build(model, ROWS[:1], seed=5)
     batch.pop("attention_mask")
-    stage, calls = later(every=3)
+    stage, calls = recording(every=3)
     with vtoken.wrapped(model, [stage]):
         greedy(model, batch, 8, num_beams=3)
         assert len(calls) == 2 * 4 * 3, "each beam its own"
         calls.clear()
-        drafted = greedy(model, batch, 8, assistant_model=tiny.make(family), **OPTIONS)
+        drafted = greedy(model, batch, 8, assistant_model=tiny.make(family), **LOGITS)
         n = batch["input_ids"].shape[1]
         found = [asked.at for asked, _ in calls if asked.layer == 0]
         assert found == [range(n, n + 3), range(n + 3, n + 6)][: len(found)] and found, "each token once, in order"
@@ -325,7 +281,7 @@ def test_never_costs_nothing():
 def test_unwrap_and_exceptions_leave_a_usable_model(family):
     model = tiny.make(family)
     batch = tiny.build(model, ROWS, seed=3)
-    dense = greedy(model, batch, **OPTIONS)
+    dense = greedy(model, batch, **LOGITS)
     fail = [True]
 
     class Sometimes(ZipVLCache):
@@ -336,13 +292,13 @@ def test_unwrap_and_exceptions_leave_a_usable_model(family):
                 raise ZeroDivisionError("a bug in a stage")
             return ZipVLCache.compress(self, layer)
 
-        def later(self, layer):
+        def requantize(self, layer):
             if fail[0]:
                 raise ZeroDivisionError("a bug in a stage")
-            return ZipVLCache.later(self, layer)
+            return ZipVLCache.requantize(self, layer)
 
     with vtoken.wrapped(model, [ZipVLCache(**FEW, every=3)]):
-        want = greedy(model, batch, **OPTIONS)
+        want = greedy(model, batch, **LOGITS)
     with vtoken.wrapped(model, [Sometimes(**FEW, every=3)]):
         with pytest.raises(ZeroDivisionError):
             greedy(model, batch)
@@ -353,8 +309,8 @@ def test_unwrap_and_exceptions_leave_a_usable_model(family):
             for _ in range(3):
                 model(input_ids=torch.ones(3, 1, dtype=torch.long), past_key_values=cache)
         fail[0] = False
-        equal(greedy(model, batch, **OPTIONS), want)
-    equal(greedy(model, batch, **OPTIONS), dense)
+        equal(greedy(model, batch, **LOGITS), want)
+    equal(greedy(model, batch, **LOGITS), dense)
     with pytest.raises(RuntimeError, match="was unwrapped since"):
         model(input_ids=torch.ones(3, 1, dtype=torch.long), past_key_values=cache)
 
@@ -376,6 +332,6 @@ def test_the_stock_layer_has_no_other_doors():
     """What a newer DynamicLayer can do with its keys and values must be looked at here."""
     from transformers.cache_utils import DynamicLayer
 
-    known = {*vars(PackedLayer), "lazy_initialization", "get_mask_sizes", "get_max_length", "get_max_cache_shape"}
+    known = {*vars(QuantizedLayer), "lazy_initialization", "get_mask_sizes", "get_max_length", "get_max_cache_shape"}
     public = {name for name, _ in inspect.getmembers(DynamicLayer, inspect.isfunction) if not name.startswith("_")}
     assert public <= known

@@ -6,13 +6,12 @@ import modes
 import pytest
 import tiny
 import torch
-from modes import alone, families, greedy
+from batches import rows_for, uneven
+from contrast import Some, batch_of
+from modes import LOGITS, alone, families, greedy
 from packaging.version import Version
 from probes import Inside, InsideMerge, Ragged
-from test_families import rows_for
-from test_family_turns import conversation, second
-from test_frames import Some, batch_of
-from test_least import OPTIONS, uneven
+from turns import conversation, second
 
 import vtoken
 from vtoken.hooks.vision import encoder_facts as facts
@@ -35,7 +34,7 @@ def test_a_forward_decides_as_generate_does(family, stages):
     model = tiny.make(family)
     batch = tiny.build(model, uneven(family), seed=3)
     with vtoken.wrapped(model, guarded(model, batch, stages)), torch.no_grad():
-        said = greedy(model, batch, 1, **OPTIONS).logits[0]
+        said = greedy(model, batch, 1, **LOGITS).logits[0]
         first = vtoken.trace(model)
         called = model(**batch).logits[:, -1]
         again = vtoken.trace(model)
@@ -68,8 +67,8 @@ def test_a_static_cache(family):
     batch = tiny.build(model, uneven(family), seed=3)
     pipeline = guarded(model, batch, [Inside(at=(1,)), Ragged()])
     with vtoken.wrapped(model, pipeline):
-        want = torch.stack(greedy(model, batch, **OPTIONS).logits)
-        got = torch.stack(greedy(model, batch, cache_implementation="static", **OPTIONS).logits)
+        want = torch.stack(greedy(model, batch, **LOGITS).logits)
+        got = torch.stack(greedy(model, batch, cache_implementation="static", **LOGITS).logits)
         assert vtoken.trace(model).dense_rows == [0, 2]
     torch.testing.assert_close(got, want, atol=3e-4, rtol=1e-4)
 
@@ -79,12 +78,12 @@ def test_images_and_videos_of_a_prompt_count_together(family):
     model = tiny.make(family)
     batch = tiny.build(model, rows_for(family, "video and image"), seed=3)
     pipeline = guarded(model, batch, [Inside(at=(1,), uniform=True), Ragged()], 0)
-    dense = torch.stack(greedy(model, batch, **OPTIONS).logits)
+    dense = torch.stack(greedy(model, batch, **LOGITS).logits)
     with vtoken.wrapped(model, pipeline["stages"]):
-        plain = torch.stack(greedy(model, alone(model, batch, 0), **OPTIONS).logits)[:, 0]
+        plain = torch.stack(greedy(model, alone(model, batch, 0), **LOGITS).logits)[:, 0]
         single = vtoken.trace(model).stages[0]
     with vtoken.wrapped(model, pipeline):
-        got, trace = torch.stack(greedy(model, batch, **OPTIONS).logits), vtoken.trace(model)
+        got, trace = torch.stack(greedy(model, batch, **LOGITS).logits), vtoken.trace(model)
     assert trace.dense_rows == [1, 2] and trace.stages[0].site == "encoder"
     torch.testing.assert_close(got[:, 0], plain, atol=2e-4, rtol=1e-4)
     torch.testing.assert_close(got[:, 1:], dense[:, 1:], atol=2e-4, rtol=1e-4)
@@ -98,17 +97,17 @@ def test_frames(family):
     """A video of a short prompt keeps all its frames; where every prompt is short, the bits are those of the stock model."""
     model = tiny.make(family)
     batch = batch_of(family, model)
-    dense = torch.stack(greedy(model, batch, **OPTIONS).logits)
+    dense = torch.stack(greedy(model, batch, **LOGITS).logits)
     pipeline = guarded(model, batch, [Some(), {"uniform": {"keep": "50%"}}])
     with vtoken.wrapped(model, pipeline["stages"]):
-        plain = torch.stack(greedy(model, alone(model, batch, 1), **OPTIONS).logits)[:, 0]
+        plain = torch.stack(greedy(model, alone(model, batch, 1), **LOGITS).logits)[:, 0]
     with vtoken.wrapped(model, pipeline):
-        got, trace = torch.stack(greedy(model, batch, **OPTIONS).logits), vtoken.trace(model)
+        got, trace = torch.stack(greedy(model, batch, **LOGITS).logits), vtoken.trace(model)
     assert trace.dense_rows == [0, 2]
     torch.testing.assert_close(got[:, 1], plain, atol=2e-4, rtol=1e-4)
     torch.testing.assert_close(got[:, 0], dense[:, 0], atol=2e-4, rtol=1e-4)
     with vtoken.wrapped(model, {**pipeline, "min_visual_tokens": 1000}):
-        assert torch.equal(torch.stack(greedy(model, batch, **OPTIONS).logits), dense)
+        assert torch.equal(torch.stack(greedy(model, batch, **LOGITS).logits), dense)
         assert all("min_visual_tokens 1000" in s.stood_aside for s in vtoken.trace(model).stages)
 
 

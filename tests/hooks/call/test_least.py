@@ -8,18 +8,17 @@ import pytest
 import tiny
 import torch
 import yaml
-from modes import alone, families, greedy
+from batches import rows_for, uneven
+from flop_counts import Pipe
+from modes import LOGITS, alone, families, greedy
 from probes import Deep, Inside, InsideMerge, Ragged
-from test_families import rows_for
-from test_flops import Pipe
-from test_sparse import Ladder
+from sparse_probes import Ladder
 
 import vtoken
 from vtoken import config
 from vtoken.config.schema import schema as pipeline_schema
 from vtoken.errors import ConfigError
 
-OPTIONS = {"return_dict_in_generate": True, "output_logits": True}
 STAGES = {
     "tokens": [{"fastervlm": {"keep": 5}}, Ragged()],
     "merged": [{"pool": {"size": 2}}],
@@ -45,9 +44,9 @@ pipelines = pytest.mark.parametrize("name", STAGES)
 def test_prompts_with_few_visual_tokens_run_dense_to_the_bit(family, name):
     model = tiny.make(family)
     batch = tiny.build(model, rows_for(family, "ragged"), seed=3)
-    want = greedy(model, batch, **OPTIONS)
+    want = greedy(model, batch, **LOGITS)
     with vtoken.wrapped(model, {"min_visual_tokens": 1000, "stages": STAGES[name]}):
-        got, trace = greedy(model, batch, **OPTIONS), vtoken.trace(model)
+        got, trace = greedy(model, batch, **LOGITS), vtoken.trace(model)
     assert torch.equal(torch.stack(got.logits), torch.stack(want.logits))
     assert type(got.past_key_values) is type(want.past_key_values), "the cache is left alone"
     most = max(sum(n for n, r in zip(trace.visual_tokens, trace.row, strict=True) if r == row) for row in range(3))
@@ -59,25 +58,18 @@ def test_prompts_with_few_visual_tokens_run_dense_to_the_bit(family, name):
     assert json.loads(json.dumps(trace.to_dict()))["dense_rows"] == [0, 1, 2]
 
 
-def uneven(family):
-    """Rows of one picture, more visual tokens, none. OneVision does not cut pictures into crops where a row holds several."""
-    if family == "llava_onevision":
-        return [[3, ("img", (56, 56)), 5], [1, "img", 7], [4]]
-    return [[3, "img", 5], [1, "img", 2, "img", 7], [4]]
-
-
 @families
 @pipelines
 def test_a_ragged_batch_decides_row_by_row(family, name):
     """Row 0 holds too few, row 1 enough: the one equals the dense model, the other the pipeline without a threshold."""
     model = tiny.make(family)
     batch = tiny.build(model, uneven(family), seed=3)
-    dense = greedy(model, batch, **OPTIONS)
+    dense = greedy(model, batch, **LOGITS)
     with vtoken.wrapped(model, STAGES[name]):
-        plain = greedy(model, alone(model, batch, 1), **OPTIONS)
+        plain = greedy(model, alone(model, batch, 1), **LOGITS)
         single = vtoken.trace(model)
     with vtoken.wrapped(model, {"min_visual_tokens": sum(single.visual_tokens), "stages": STAGES[name]}):
-        got, trace = greedy(model, batch, **OPTIONS), vtoken.trace(model)
+        got, trace = greedy(model, batch, **LOGITS), vtoken.trace(model)
     assert trace.dense_rows == [0, 2]
     logits = torch.stack(got.logits)
     for row, want in ((0, torch.stack(dense.logits)[:, 0]), (1, torch.stack(plain.logits)[:, 0])):
@@ -99,17 +91,17 @@ def test_a_ragged_batch_decides_row_by_row(family, name):
 def test_policies_do_not_touch_them_either(family, positions, newline):
     model = tiny.make(family)
     batch = tiny.build(model, uneven(family)[:2], seed=3)
-    dense = torch.stack(greedy(model, batch, **OPTIONS).logits)
+    dense = torch.stack(greedy(model, batch, **LOGITS).logits)
     pipeline = {"positions": positions, "newline": newline, "stages": [{"fastervlm": {"keep": 5}}, Deep()]}
     with vtoken.wrapped(model, pipeline):
-        plain = greedy(model, alone(model, batch, 1), **OPTIONS)
+        plain = greedy(model, alone(model, batch, 1), **LOGITS)
         least = sum(vtoken.trace(model).visual_tokens)
     with vtoken.wrapped(model, {**pipeline, "min_visual_tokens": least}):
-        got = torch.stack(greedy(model, batch, **OPTIONS).logits)
+        got = torch.stack(greedy(model, batch, **LOGITS).logits)
     torch.testing.assert_close(got[:, 0], dense[:, 0], atol=2e-4, rtol=1e-4)
     torch.testing.assert_close(got[:, 1], torch.stack(plain.logits)[:, 0], atol=2e-4, rtol=1e-4)
     with vtoken.wrapped(model, {**pipeline, "min_visual_tokens": least + 1}):
-        assert torch.equal(torch.stack(greedy(model, batch, **OPTIONS).logits), dense)
+        assert torch.equal(torch.stack(greedy(model, batch, **LOGITS).logits), dense)
 
 
 def test_a_dense_turn_behind_a_pruned_one():
@@ -148,7 +140,7 @@ def test_the_key_is_read_written_and_described(tmp_path):
 
 
 def test_the_account_knows_it():
-    from vtoken.evals.flops import account
+    from vtoken.evals.cost.flops import account
 
     model = tiny.llava()
     stages = config.load([{"uniform": {"keep": 4}}]).stages

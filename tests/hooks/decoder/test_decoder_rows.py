@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from batches import rows_for
 from modes import families, greedy
-from test_decoder_facts import ATTENTION, OTHER, First, Watcher, dense, held_against, where
-from test_families import rows_for
-from test_family_turns import IMAGE_TURNS, TURNS, conversation, second
+from turns import IMAGE_TURNS, TURNS, conversation, second
+from watchers import ATTENTION, OTHER, First, Watcher, dense, held_against, where
 
 import vtoken
 from vtoken.hooks.decoder.attention_facts import FUNCTIONS, causal

@@ -8,10 +8,11 @@ import oracle
 import pytest
 import tiny
 import torch
+from against_oracle import compare
+from batches import rows_for
 from modes import alone, families, greedy
 from probes import Inside
-from test_decoder_facts import ATTENTION, Watcher
-from test_families import compare, rows_for
+from watchers import ATTENTION, Watcher
 
 import vtoken
 from vtoken.errors import UnsupportedError

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import pytest
 import tiny
 import torch
-from modes import alone, families, greedy
+from modes import LOGITS, alone, families, greedy
 from usual import stage
 
 import vtoken
@@ -15,7 +15,6 @@ from vtoken import registry
 from vtoken.errors import UnsupportedError
 from vtoken.stages import Fused, Keep
 
-OPTIONS = {"return_dict_in_generate": True, "output_logits": True}
 SITES = ("encoder", "tokens", "decoder")
 MERGING = [name for name in registry.stages() if registry.stage(name).site in SITES]
 
@@ -36,7 +35,7 @@ def test_every_field_of_a_decision_is_told_apart():
 
 def test_every_field_survives_where_nothing_is_spared():
     keep = decision()
-    for got in (keep.sparing((3, 2, 3), [False] * 3), keep.to(torch.device("cpu"))):
+    for got in (keep.skipping((3, 2, 3), [False] * 3), keep.to(torch.device("cpu"))):
         for mine, other in ((got, keep), (got.fused, keep.fused)):
             for f in fields(other):
                 a, b = getattr(mine, f.name), getattr(other, f.name)
@@ -46,7 +45,7 @@ def test_every_field_survives_where_nothing_is_spared():
 def test_the_spared_image_gets_its_tokens_back():
     """The second image is spared; slots of the third move behind its two tokens."""
     keep = decision()
-    got = keep.sparing((3, 2, 3), [False, True, False])
+    got = keep.skipping((3, 2, 3), [False, True, False])
     assert got.index.tolist() == [1, 3, 4, 7] and got.lengths == (1, 2, 1)
     assert got.into.tolist() == [0, 0, -1, 1, 2, 3, -1, 3] and got.weight.tolist() == [1, 2, 3, 1, 1, 6, 7, 8]
     assert got.fused.slots.tolist() == [0, 3] and got.fused.factor.tolist() == [2, 4] and got.fused.largest
@@ -54,7 +53,7 @@ def test_the_spared_image_gets_its_tokens_back():
     x = torch.arange(8.0)[:, None]
     plain = replace(got, fused=None).apply(x)[:, 0]
     torch.testing.assert_close(plain, torch.tensor([(0 * 1 + 1 * 2) / 3, 3, 4, (5 * 6 + 7 * 8) / 14]))
-    dropped = Keep(torch.tensor([0, 5]), (1, 0, 1)).sparing((3, 2, 3), [False, True, False])
+    dropped = Keep(torch.tensor([0, 5]), (1, 0, 1)).skipping((3, 2, 3), [False, True, False])
     assert dropped.index.tolist() == [0, 3, 4, 5] and dropped.lengths == (1, 2, 1) and dropped.into is None
 
 
@@ -68,13 +67,13 @@ def test_a_row_beside_dense_rows_is_as_alone(family, name):
     batch = tiny.build(model, rows, seed=3)
     try:
         with vtoken.wrapped(model, [tested]):
-            want = greedy(model, alone(model, batch, 1), **OPTIONS)
+            want = greedy(model, alone(model, batch, 1), **LOGITS)
             single = vtoken.trace(model)
     except UnsupportedError:
         pytest.skip("the family cannot have this stage")
     least = sum(single.visual_tokens)
     with vtoken.wrapped(model, {"min_visual_tokens": least, "stages": [tested]}):
-        got = greedy(model, batch, **OPTIONS)
+        got = greedy(model, batch, **LOGITS)
         trace = vtoken.trace(model)
     assert trace.dense_rows == [0, 2]
     assert [k.tolist() for k in trace.kept[1:]] == [k.tolist() for k in single.kept]

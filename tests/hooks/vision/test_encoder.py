@@ -8,8 +8,8 @@ import oracle
 import pytest
 import tiny
 import torch
+from plain_runs import BATCHES, NEW, run
 from probes import Deep, Inside, InsideOne, Ragged, Recorder
-from test_generate import BATCHES, NEW, run
 
 import vtoken
 from vtoken.errors import UnsupportedError

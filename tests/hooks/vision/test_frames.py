@@ -7,17 +7,19 @@ from typing import Any, ClassVar
 import pytest
 import tiny
 import torch
+from against_oracle import compare
+from batches import QWEN, inside, rows_for
+from contrast import Some, batch_of, rows
+from flop_counts import SDPA, Pipe, part
 from modes import alone, greedy
-from probes import Deep, Inside, InsideMerge, Ragged, above_mean
-from test_composition import CACHE, SPARSE
-from test_families import QWEN, compare, inside, rows_for
-from test_flops import SDPA, Pipe, part
+from probes import Deep, Inside, InsideMerge, Ragged
 from torch.utils.flop_counter import FlopCounterMode
+from usual import CACHE, SPARSE
 
 import vtoken
 from vtoken.errors import UnsupportedError
-from vtoken.evals.flops import account
-from vtoken.hooks.state.run import Layout
+from vtoken.evals.cost.flops import account
+from vtoken.hooks.state.run import ImageLayout
 from vtoken.hooks.vision import frames
 from vtoken.pruners.frames.frames_changed import FramesChanged
 from vtoken.pruners.frames.frames_farthest import FramesFarthest
@@ -25,15 +27,6 @@ from vtoken.pruners.frames.frames_uniform import FramesUniform
 from vtoken.stages import Compressor, Keep, Site, VisualTokens
 
 families = pytest.mark.parametrize("family", tiny.VIDEO)
-
-
-class Some(Compressor):
-    """Frames site, by contrast: another number of each video. No paper."""
-
-    site: ClassVar[Site] = "frames"
-
-    def select(self, tokens: VisualTokens) -> Keep:
-        return above_mean(tokens, tokens.x.var(1))
 
 
 class Off(Compressor):
@@ -57,23 +50,6 @@ PIPELINES: dict[str, list[Any]] = {
     "then everywhere": [Some(), Inside(at=(1,)), Ragged(), Deep()],
     "then merged inside": [Some(), InsideMerge(at=(1,))],
 }
-
-
-def rows(family: str) -> list[list[Any]]:
-    """Four frames, or pairs of frames, of different sizes where the family allows it."""
-    if family == "llava_onevision":
-        return [[2, ("video", 4), 3], [1, ("video", 4), 2, "img", 1], [3]]
-    return [[2, ("video", 4, 4, 4), 3], [1, ("video", 4, 8, 4), 2, "img", 1, ("video", 3), 2], [3]]
-
-
-def batch_of(family: str, model: Any) -> dict[str, Any]:
-    """Frames of growing contrast, so that those above the mean are the later ones, and not equally many of all videos."""
-    batch = tiny.build(model, rows(family), seed=3)
-    pixels = batch["pixel_values_videos"]
-    pixels *= torch.rand(len(pixels), *(1,) * (pixels.ndim - 1), generator=torch.Generator().manual_seed(1))
-    if family == "llava_onevision":
-        pixels *= torch.tensor([[0.1, 0.2, 3, 4], [0.1, 0.2, 0.3, 9]])[:, :, None, None, None]
-    return batch
 
 
 @families
@@ -279,7 +255,7 @@ def test_a_second_stage_sees_what_the_first_left() -> None:
     assert [[p.tolist() for p in step.kept] for step in found.steps] == [[[0, 2, 3], [1]], [[3], [1]]]
     first, second = seen
     assert first.lengths == (4, 2) and second.lengths == (3, 1)
-    assert first.place.tolist() == [0, 1, 2, 3, 0, 1] and second.place.tolist() == [0, 2, 3, 1]
+    assert first.raster_index.tolist() == [0, 1, 2, 3, 0, 1] and second.raster_index.tolist() == [0, 2, 3, 1]
     assert second.x[:, 0].tolist() == [0, 2, 3, 5] and second.parts == (((4, 1, 1),), ((2, 1, 1),))
 
 
@@ -290,7 +266,7 @@ def test_thumbnails_of_patches_are_those_of_the_pictures() -> None:
     pictures = [torch.randint(0, 255, (h, w, 3), dtype=torch.uint8).numpy() for h, w in ((448, 448), (896, 448))]
     processor = Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, temporal_patch_size=2)
     cut = processor(images=pictures, return_tensors="pt")
-    layouts = [Layout(((t, h // 2, w // 2),)) for t, h, w in cut["image_grid_thw"].tolist()]
+    layouts = [ImageLayout(((t, h // 2, w // 2),)) for t, h, w in cut["image_grid_thw"].tolist()]
     got = frames.packed_thumbnails(cut["pixel_values"], layouts, 2, 2 * 14 * 14)
     mean, std = (torch.tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std))
     want = [frames.thumbnails(((torch.tensor(p).permute(2, 0, 1) / 255 - mean) / std)[None]) for p in pictures]

@@ -8,14 +8,14 @@ import torch
 import usual
 from known_merge import step
 from modes import alone, families
+from plain_runs import run
 from probes import Recorder
-from test_generate import run
 
 import vtoken
 from vtoken import registry
 from vtoken.errors import UnsupportedError
-from vtoken.evals.flops import account
-from vtoken.hooks.state.run import Call
+from vtoken.evals.cost.flops import account
+from vtoken.hooks.state.run import FeatureCall
 from vtoken.stages import Fact
 
 ToMe, DToMe = registry.stage("tome"), registry.stage("dtome")
@@ -167,7 +167,7 @@ def test_nothing_vanishes_with_the_padding_of_crops(size, name):
     inputs = {key: batch[key] for key in ("pixel_values", "image_sizes")}
     crops = batch["pixel_values"][0][: adapter.crops(inputs)[0]]
     ids = torch.arange(len(crops) * tiny.TOKENS).float().view(len(crops), -1, 1)
-    where = adapter.pack(Call("image", inputs, adapter.layouts("image", inputs)), ids)[:, 0].long().tolist()
+    where = adapter.pack(FeatureCall("image", inputs, adapter.layouts("image", inputs)), ids)[:, 0].long().tolist()
     want = {}
     for c, pixels in enumerate(crops.double()):
         groups, features, *_ = by_hand(exact, pixels[None], STAGES[name], "clip")
@@ -233,7 +233,7 @@ def test_stages_that_drop_may_act_in_between():
 
 @TOWERS
 def test_flops_of_a_tower_that_merges(tower):
-    from test_flops import CLOSE, SDPA, Pipe, part
+    from flop_counts import CLOSE, SDPA, Pipe, part
     from torch.utils.flop_counter import FlopCounterMode
 
     model = tiny.llava(tower=tower)
@@ -318,7 +318,7 @@ def test_index_map_covers_every_token(family):
 
 
 def test_keys_of_packed_towers_are_means_over_heads():
-    from test_packed import IMAGES, Hooked, pictures
+    from hooked_tower import IMAGES, Hooked, pictures
 
     hooked = Hooked("qwen2_vl", wanted=[("mean_key", 2), ("keys", 2)])
     hooked(*pictures(IMAGES))

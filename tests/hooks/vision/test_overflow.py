@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from batches import rows_for
 from modes import families
 from probes import Inside, InsideMerge
-from test_families import rows_for
 
 import vtoken
 from vtoken import registry

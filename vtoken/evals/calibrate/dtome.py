@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from vtoken import registry
-    from vtoken.evals import models, processors, reference
+    from vtoken.evals import processors, reference
+    from vtoken.evals.shared import models
 
     check_out(args.out)
     files = pictures(args.images, args.limit)
@@ -104,7 +105,7 @@ def pictures(folder: Path, limit: int | None = None) -> list[Path]:
     Raises:
         ConfigError: there are none, or a limit below 1.
     """
-    from vtoken.evals.media import suffixes
+    from vtoken.evals.shared.media import suffixes
 
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit must be at least 1, not {limit}")
@@ -186,7 +187,7 @@ def _padded(adapter: Any, stage: Any) -> Callable[[Any], None]:
 
     from vtoken.hooks.state.handle import Handle
     from vtoken.hooks.state.run import Run
-    from vtoken.hooks.vision.padded_tower import EncoderHooks
+    from vtoken.hooks.vision.padded_tower import PaddedTower
 
     def encode(inputs: Any) -> None:
         pixels, handle = inputs["pixel_values"], Handle()
@@ -194,7 +195,7 @@ def _padded(adapter: Any, stage: Any) -> Callable[[Any], None]:
             crops = adapter.crops({"image_sizes": inputs["image_sizes"]})
             pixels = torch.cat([image[:n] for image, n in zip(pixels, crops, strict=True)])
         try:
-            EncoderHooks(adapter, Run(), handle, set(), [stage])
+            PaddedTower(adapter, Run(), handle, set(), [stage])
             adapter.tower(pixels.to(adapter.model.device, adapter.model.dtype))
         finally:
             handle.release()
@@ -206,7 +207,7 @@ def _packed(adapter: Any, stage: Any) -> Callable[[Any], None]:
     """Runs the tower of a Qwen model; the stage merges the keys that it leaves."""
     from vtoken.hooks.state.handle import Handle
     from vtoken.hooks.state.run import Run, segments
-    from vtoken.hooks.vision.varlen_tower import PackedHooks
+    from vtoken.hooks.vision.varlen_tower import VarlenTower
     from vtoken.stages import Fact, VisualTokens
 
     def encode(inputs: Any) -> None:
@@ -214,7 +215,7 @@ def _packed(adapter: Any, stage: Any) -> Callable[[Any], None]:
         grid = inputs["image_grid_thw"].to(adapter.model.device)
         keys = Fact("mean_key", adapter.encoder.attention_layer)
         try:
-            PackedHooks(adapter, run, handle, {keys}, ())
+            VarlenTower(adapter, run, handle, {keys}, ())
             adapter.tower(inputs["pixel_values"].to(adapter.model.device, adapter.model.dtype), grid_thw=grid)
         finally:
             handle.release()
@@ -228,7 +229,7 @@ def _packed(adapter: Any, stage: Any) -> Callable[[Any], None]:
                 lengths,
                 parts,
                 range(len(parts)),
-                tower.lineage.place,
+                tower.lineage.raster_index,
                 segment=segment,
                 facts={Fact("mean_key"): value},
             )
@@ -238,7 +239,7 @@ def _packed(adapter: Any, stage: Any) -> Callable[[Any], None]:
 
 
 def _open(file: Path) -> Any:
-    from vtoken.evals.media import still
+    from vtoken.evals.shared.media import still
 
     try:
         return still(file)

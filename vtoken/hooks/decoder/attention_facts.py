@@ -1,7 +1,7 @@
 """Facts of a decoder layer, slot by slot: a function per fact, of the fact's name.
 
 Every one takes the queries q [B, H, P, d] of a layer, its keys and values k, v [B, Hk, slots, d] with the cache, and which slots
-hold something, ok [B, slots]. It returns [B, slots, ...], see `stages.facts`; attention is 0 where no image's token stands.
+hold something, key_mask [B, slots]. It returns [B, slots, ...], see `stages.facts`; attention is 0 where no image's token stands.
 """
 
 from __future__ import annotations
@@ -11,54 +11,56 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from vtoken.hooks.state.forward_state import Prefill
+from vtoken.hooks.state.forward_state import PrefillState
 from vtoken.hooks.state.prompt_text import text_before, text_slots
 from vtoken.kernels import query_attention
 from vtoken.stages import offsets_of, uploaded
 
 CHUNK = 64  # queries whose scores over all slots are held at once
-Function = Callable[[Prefill, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+Function = Callable[[PrefillState, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
-def keys(flow: Prefill, q: Tensor, k: Tensor, v: Tensor, ok: Tensor, scale: float) -> Tensor:
+def keys(flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float) -> Tensor:
     """Of all heads, with RoPE: [B, slots, Hk, d]."""
     return k.transpose(1, 2)
 
 
-def last_query_attention(flow: Prefill, q: Tensor, k: Tensor, v: Tensor, ok: Tensor, scale: float) -> Tensor:
+def last_query_attention(flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float) -> Tensor:
     """The last prompt token's, head mean."""
-    whole = flow.ok is None and flow.answer is None
-    return last_row(flow.of_last(q, 2), k, None if whole else ok, flow.tails, scale)
+    whole = flow.key_mask is None and flow.answer is None
+    return last_row(flow.of_last(q, 2), k, None if whole else key_mask, flow.tails, scale)
 
 
-def visual_attention(flow: Prefill, q: Tensor, k: Tensor, v: Tensor, ok: Tensor, scale: float) -> Tensor:
+def visual_attention(flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float) -> Tensor:
     """The last prompt token's, softmax over the tokens of each image alone, head mean."""
     return _among(flow, flow.of_last(q, 2), k, scale)
 
 
-def visual_value_attention(flow: Prefill, q: Tensor, k: Tensor, v: Tensor, ok: Tensor, scale: float) -> Tensor:
+def visual_value_attention(
+    flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float
+) -> Tensor:
     """The same with values for query and keys."""
     return _among(flow, flow.of_last(v, 2), v, scale)
 
 
-def mean_value(flow: Prefill, q: Tensor, k: Tensor, v: Tensor, ok: Tensor, scale: float) -> Tensor:
+def mean_value(flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float) -> Tensor:
     """Values, mean over heads."""
     return v.float().mean(1)
 
 
-def cross_attention(flow: Prefill, q: Tensor, k: Tensor, v: Tensor, ok: Tensor, scale: float) -> Tensor:
+def cross_attention(flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float) -> Tensor:
     """Of the text behind each image: maximum over heads, mean over that text."""
-    return _per_image(flow, q, k, ok, scale, _behind(flow), _head_maximum)
+    return _per_image(flow, q, k, key_mask, scale, _behind(flow), _head_maximum)
 
 
-def self_attention(flow: Prefill, q: Tensor, k: Tensor, v: Tensor, ok: Tensor, scale: float) -> Tensor:
+def self_attention(flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float) -> Tensor:
     """Of each image's own tokens: maximum over heads, mean over them."""
-    return _per_image(flow, q, k, ok, scale, _own(flow), _head_maximum)
+    return _per_image(flow, q, k, key_mask, scale, _own(flow), _head_maximum)
 
 
-def relayed_attention(flow: Prefill, q: Tensor, k: Tensor, v: Tensor, ok: Tensor, scale: float) -> Tensor:
+def relayed_attention(flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float) -> Tensor:
     """Of the text behind each image, head mean, weighted by what that text receives from itself; mean over it."""
-    return _per_image(flow, q, k, ok, scale, _behind(flow), _relay)
+    return _per_image(flow, q, k, key_mask, scale, _behind(flow), _relay)
 
 
 FUNCTIONS: dict[str, Function] = {
@@ -76,59 +78,63 @@ FUNCTIONS: dict[str, Function] = {
 }
 
 
-def last_row(q: Tensor, k: Tensor, ok: Tensor | None, tails: Sequence[int], scale: float) -> Tensor:
+def last_row(q: Tensor, k: Tensor, key_mask: Tensor | None, tails: Sequence[int], scale: float) -> Tensor:
     """[B, slots] attention of one query per row, head mean.
 
     Args:
         q: [B, H, d] of the last prompt token; k: [B, H, slots, d].
-        ok: [B, slots] slots that hold something; None: all do, and none comes after the query.
+        key_mask: [B, slots] slots that hold something; None: all do, and none comes after the query.
         tails: per row, how many slots at the end come after the query.
     """
-    if ok is None:
+    if key_mask is None:
         batch, slots = len(k), k.shape[2]
         each, all_of = (offsets_of([n] * batch, k.device) for n in (1, slots))
         return query_attention(q, k.transpose(1, 2).flatten(0, 1), each, all_of, scale).view(batch, slots)
     if any(tails):
-        ends = ok.shape[1] - uploaded(tails, ok.device)
-        ok = ok & (torch.arange(ok.shape[1], device=ok.device) < ends[:, None])
+        ends = key_mask.shape[1] - uploaded(tails, key_mask.device)
+        key_mask = key_mask & (torch.arange(key_mask.shape[1], device=key_mask.device) < ends[:, None])
     one_each = torch.arange(len(k) + 1, dtype=torch.int32, device=k.device)
-    packed = query_attention(q, k.transpose(1, 2)[ok], one_each, offsets_of(ok.sum(1).tolist(), k.device), scale)
-    return packed.new_zeros(ok.shape).masked_scatter(ok, packed)
+    packed = query_attention(
+        q, k.transpose(1, 2)[key_mask], one_each, offsets_of(key_mask.sum(1).tolist(), k.device), scale
+    )
+    return packed.new_zeros(key_mask.shape).masked_scatter(key_mask, packed)
 
 
-def text_rows(flow: Prefill, raters: Sequence[Tensor], q: Tensor, k: Tensor, ok: Tensor, scale: float) -> Tensor:
+def text_rows(
+    flow: PrefillState, raters: Sequence[Tensor], q: Tensor, k: Tensor, key_mask: Tensor, scale: float
+) -> Tensor:
     """[B, slots] attention that the slots of each image receive from its raters, mean over them and the heads; 0 elsewhere.
 
     Args:
         raters: per image, which text tokens of its row.
     """
-    v, past = flow.visual, flow.slots - flow.index.shape[1]
-    out, text = q.new_zeros(ok.shape, dtype=torch.float32), text_slots(flow).to(q.device)
+    v, past = flow.live, flow.slots - flow.index.shape[1]
+    out, text = q.new_zeros(key_mask.shape, dtype=torch.float32), text_slots(flow).to(q.device)
     lines, columns = (i.to(q.device).split(v.lengths) for i in flow.slot())
-    for row, line, column, chosen in zip(v.row, lines, columns, raters, strict=True):
+    for row, batch_row, column, chosen in zip(v.row, lines, columns, raters, strict=True):
         if len(chosen):
             at = text[row].nonzero()[:, 0][chosen.to(q.device)]
-            mean = _causal_mean(q[row, :, at], k[row], ok[row], at + past, scale)
-            out[line, column + past] = mean[column + past]
+            mean = _causal_mean(q[row, :, at], k[row], key_mask[row], at + past, scale)
+            out[batch_row, column + past] = mean[column + past]
     return out
 
 
-def _causal_mean(q: Tensor, k: Tensor, ok: Tensor, at: Tensor, scale: float) -> Tensor:
+def _causal_mean(q: Tensor, k: Tensor, key_mask: Tensor, at: Tensor, scale: float) -> Tensor:
     """[N] attention of the queries [H, R, d] that stand in the slots `at` [R] of the keys [Hk, N, d], mean over queries and heads."""
-    total = torch.stack([part.sum((0, 1, 2)) for part in causal(q, k, ok, at, scale)]).sum(0)
+    total = torch.stack([part.sum((0, 1, 2)) for part in causal(q, k, key_mask, at, scale)]).sum(0)
     return total / (q.shape[0] * q.shape[1])
 
 
-def causal(q: Tensor, k: Tensor, ok: Tensor, at: Tensor, scale: float) -> Iterator[Tensor]:
+def causal(q: Tensor, k: Tensor, key_mask: Tensor, at: Tensor, scale: float) -> Iterator[Tensor]:
     """Attention [Hk, H / Hk, R, N] of the queries [H, ., d] that stand in the slots `at` of the keys [Hk, N, d], a chunk at a time.
 
     `query_attention` lets every query see all keys; these each see a prefix.
     """
     grouped, keys = q.float().unflatten(0, (len(k), -1)), k.float()
-    slots = torch.arange(len(ok), device=ok.device)
+    slots = torch.arange(len(key_mask), device=key_mask.device)
     for part, end in zip(grouped.split(CHUNK, 2), at.split(CHUNK), strict=True):
         scores = torch.einsum("hgrd,hnd->hgrn", part, keys) * scale
-        yield scores.masked_fill(~ok | (slots > end[:, None]), -torch.inf).softmax(-1)
+        yield scores.masked_fill(~key_mask | (slots > end[:, None]), -torch.inf).softmax(-1)
 
 
 def _head_maximum(rows: Iterator[Tensor], at: Tensor) -> Tensor:
@@ -140,24 +146,24 @@ def _relay(rows: Iterator[Tensor], at: Tensor) -> Tensor:
     return mean[:, at].sum(0) @ mean / len(at)
 
 
-def _among(flow: Prefill, query: Tensor, k: Tensor, scale: float) -> Tensor:
+def _among(flow: PrefillState, query: Tensor, k: Tensor, scale: float) -> Tensor:
     """One query [B, H, d] per row over the tokens of each of its images alone."""
-    line, column = _places(flow, k)
-    lengths, rows = flow.visual.lengths, uploaded(flow.visual.row, k.device)
+    batch_row, column = _places(flow, k)
+    lengths, rows = flow.live.lengths, uploaded(flow.live.row, k.device)
     one_each = torch.arange(len(lengths) + 1, dtype=torch.int32, device=k.device)
     found = query_attention(
-        query[rows], k.transpose(1, 2)[line, column], one_each, offsets_of(lengths, k.device), scale
+        query[rows], k.transpose(1, 2)[batch_row, column], one_each, offsets_of(lengths, k.device), scale
     )
     out = found.new_zeros(len(k), k.shape[2])
-    out[line, column] = found
+    out[batch_row, column] = found
     return out
 
 
 def _per_image(
-    flow: Prefill,
+    flow: PrefillState,
     q: Tensor,
     k: Tensor,
-    ok: Tensor,
+    key_mask: Tensor,
     scale: float,
     queries: list[Tensor],
     reduce: Callable[[Iterator[Tensor], Tensor], Tensor],
@@ -168,27 +174,27 @@ def _per_image(
         queries: per image, slots of the current layout; an image without any gets zeros.
         reduce: takes the rows and the queries' slots among those of k; returns [slots].
     """
-    visual, past = flow.visual, k.shape[2] - flow.index.shape[1]
-    out = k.new_zeros(ok.shape, dtype=torch.float32)
+    visual, past = flow.live, k.shape[2] - flow.index.shape[1]
+    out = k.new_zeros(key_mask.shape, dtype=torch.float32)
     lines, columns = (i.split(visual.lengths) for i in _places(flow, k))
-    for row, line, column, at in zip(visual.row, lines, columns, queries, strict=True):
+    for row, batch_row, column, at in zip(visual.row, lines, columns, queries, strict=True):
         at = at.to(k.device)
         if len(at) and len(column):
-            found = reduce(causal(q[row, :, at], k[row], ok[row], at + past, scale), at + past)
-            out[line, column] = found[column]
+            found = reduce(causal(q[row, :, at], k[row], key_mask[row], at + past, scale), at + past)
+            out[batch_row, column] = found[column]
     return out
 
 
-def _places(flow: Prefill, k: Tensor) -> tuple[Tensor, Tensor]:
+def _places(flow: PrefillState, k: Tensor) -> tuple[Tensor, Tensor]:
     """(row, slot) of every live visual token among the slots of k."""
-    line, column = (i.to(k.device) for i in flow.slot())
-    return line, column + k.shape[2] - flow.index.shape[1]
+    batch_row, column = (i.to(k.device) for i in flow.slot())
+    return batch_row, column + k.shape[2] - flow.index.shape[1]
 
 
-def _own(flow: Prefill) -> list[Tensor]:
-    return list(flow.slot()[1].split(flow.visual.lengths))
+def _own(flow: PrefillState) -> list[Tensor]:
+    return list(flow.slot()[1].split(flow.live.lengths))
 
 
-def _behind(flow: Prefill) -> list[Tensor]:
+def _behind(flow: PrefillState) -> list[Tensor]:
     text = text_slots(flow)
-    return [text[row].nonzero()[n:, 0] for row, n in zip(flow.visual.row, text_before(flow), strict=True)]
+    return [text[row].nonzero()[n:, 0] for row, n in zip(flow.live.row, text_before(flow), strict=True)]

@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtoken.hooks.decoder.attention_facts import FUNCTIONS, text_rows
-from vtoken.hooks.state.forward_state import Observed, Prefill, eager
+from vtoken.hooks.state.forward_state import Observed, PrefillState, eager
 from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.run import Run
 from vtoken.stages import Fact, Stage
@@ -125,17 +125,21 @@ def _keep(
     """Stores the facts of a layer from its q, k and v [B, H, ., d]; without gradients, because a layer that checkpointing runs again does
     not store them again."""
     flow = run.flow
-    if not isinstance(flow, Prefill) or flow.aside is not None:
+    if not isinstance(flow, PrefillState) or flow.skip_reason is not None:
         return
     # A static cache hands out all its slots; only those filled so far count.
     k, v = (t[:, :, : flow.slots].detach() for t in (k, v))
-    ok = torch.ones(len(k), flow.slots, dtype=torch.bool, device=k.device) if flow.ok is None else flow.ok.bool()
-    ok = ok.to(k.device)
+    key_mask = (
+        torch.ones(len(k), flow.slots, dtype=torch.bool, device=k.device)
+        if flow.key_mask is None
+        else flow.key_mask.bool()
+    )
+    key_mask = key_mask.to(k.device)
     for stage, name in asked:
         fact = Fact(name, layer)
-        if OBSERVED[name].queries == "raters":
+        if OBSERVED[name].queries == "chosen":
             memory = flow.memory[id(stage)]
-            memory[f"{name} {layer}"] = Observed(text_rows(flow, memory["raters"], q, k, ok, scale), flow.index)
+            memory[f"{name} {layer}"] = Observed(text_rows(flow, memory["raters"], q, k, key_mask, scale), flow.index)
         elif fact not in flow.facts:
-            values = FUNCTIONS[name](flow, q.detach(), k, v, ok, scale)
+            values = FUNCTIONS[name](flow, q.detach(), k, v, key_mask, scale)
             flow.facts[fact] = Observed(values, flow.index)
