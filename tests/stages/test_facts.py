@@ -21,7 +21,7 @@ def test_a_name_means_one_fact_at_a_site() -> None:
 
 def test_every_row_has_its_function() -> None:
     assert {*encoder_facts.FUNCTIONS} == {*read_of("encoder layer")}
-    whole = {spec.part_of or spec.name for spec in read_of("decoder layer").values() if spec.queries != "raters"}
+    whole = {spec.part_of or spec.name for spec in read_of("decoder layer").values() if spec.queries != "chosen"}
     assert {*attention_facts.FUNCTIONS} == whole
 
 

@@ -258,7 +258,7 @@ class TokenFlow:
         if spec.projections == ("v",):
             return 2 * sum(counts) * stack.kv_heads * stack.head_dim
         relayed = 2 * text * length if spec.relayed else 0
-        rows = {"last": 1, "text": text, "raters": text}
+        rows = {"last": 1, "text": text, "chosen": text}
         return sum(stack.scores(rows.get(str(spec.queries), n), n if spec.own else length) + relayed for n in counts)
 
     def _coming(self, layer: int, counts: Counts) -> int:

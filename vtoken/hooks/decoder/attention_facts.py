@@ -1,7 +1,7 @@
 """Facts of a decoder layer, slot by slot: a function per fact, of the fact's name.
 
 Every one takes the queries q [B, H, P, d] of a layer, its keys and values k, v [B, Hk, slots, d] with the cache, and which slots
-hold something, ok [B, slots]. It returns [B, slots, ...], see `stages.facts`; attention is 0 where no image's token stands.
+hold something, key_mask [B, slots]. It returns [B, slots, ...], see `stages.facts`; attention is 0 where no image's token stands.
 """
 
 from __future__ import annotations
