@@ -25,8 +25,8 @@ from vtoken.config import load
 from vtoken.evals.inputs import random_prompt
 from vtoken.evals.latency import machine
 from vtoken.hooks.state.pruned_cache import cache_bytes
-from vtoken.hooks.state.quantized_layer import PackedLayer
-from vtoken.stages.quantized import Codes, Packed
+from vtoken.hooks.state.quantized_layer import QuantizedLayer
+from vtoken.stages.quantized import QuantizedKV, QuantizedTensor
 
 
 @dataclass
@@ -52,12 +52,12 @@ class Side:
         self.milliseconds.append(1e3 * (time.perf_counter() - start))
 
 
-def codes(cache: Any) -> Iterator[Codes]:
+def codes(cache: Any) -> Iterator[QuantizedTensor]:
     """Keys in few bits, of all layers."""
     for layer in cache.layers:
-        pieces = [p for b in layer.blocks for row in b.rows for p in row] if isinstance(layer, PackedLayer) else []
+        pieces = [p for b in layer.blocks for row in b.rows for p in row] if isinstance(layer, QuantizedLayer) else []
         for piece in pieces:
-            yield from piece.key_groups if isinstance(piece, Packed) else ()
+            yield from piece.key_groups if isinstance(piece, QuantizedKV) else ()
 
 
 def bits(cache: Any) -> str:

@@ -195,7 +195,7 @@ def flops(config: Any, pipeline: Any, seen: Sequence[tuple[int, list[int]]]) -> 
     from vtoken.evals.geometry.decoder import decoder
 
     stack, dense = decoder(config.get_text_config()), account(config, image_size=SIZE, new_tokens=1)
-    places = dense.visual_entry if any(stage.unmerges() for stage in pipeline.stages) else None
+    places = dense.visual_entry if any(stage.unmerge_mode() for stage in pipeline.stages) else None
     linear = attention = texts = 0
     for prompt, counts in seen:
         others = prompt - counts[0]

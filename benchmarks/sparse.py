@@ -37,7 +37,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from vtoken import kernels, registry
 from vtoken.compressors.attention._seer import save
 from vtoken.kernels import block_sparse_attention
-from vtoken.stages.attention import Prompt, Reads, Rope, SparseAttention, causal
+from vtoken.stages.attention import PrefillQK, Rope, SparseAttention, SparseMask, causal
 
 HEADS, KEY_HEADS, WIDTH = (28, 4, 128) if CUDA else (4, 2, 32)  # Qwen2.5-VL-7B
 LENGTHS = (32768, 65536, 131072) if CUDA else (600,)
@@ -47,7 +47,7 @@ SIZE, TEXT, SLACK, SELECTION = 128, 64, 1.15, 0.10
 CHECKED = 2  # query blocks that are held against the definition, at the end and in the middle
 
 
-def prompt(n: int) -> tuple[Prompt, Tensor]:
+def prompt(n: int) -> tuple[PrefillQK, Tensor]:
     """A video between two texts, and values."""
     near = draw(KEY_HEADS, -(-n // 64), WIDTH).repeat_interleave(64, 1)[:, :n] * 0.7
     start, groups = draw(KEY_HEADS, 1, WIDTH) * 0.5, HEADS // KEY_HEADS
@@ -61,11 +61,11 @@ def prompt(n: int) -> tuple[Prompt, Tensor]:
     image = torch.where(place >= 0, 0, -1)
     angles = torch.arange(n, device=DEVICE)[:, None] * 1e6 ** -torch.arange(0, 1, 2 / WIDTH, device=DEVICE)
     rope = Rope(angles.cos().repeat(1, 2), angles.sin().repeat(1, 2), apply_rotary_pos_emb)
-    given = Prompt(q, k, WIDTH**-0.5, 0, image, place, (((frames, *RASTER),),), rope=rope)
+    given = PrefillQK(q, k, WIDTH**-0.5, 0, image, place, (((frames, *RASTER),),), rope=rope)
     return given, draw(KEY_HEADS, n, WIDTH)
 
 
-def dense(given: Prompt, v: Tensor) -> Callable[[], Tensor]:
+def dense(given: PrefillQK, v: Tensor) -> Callable[[], Tensor]:
     return flash(given.q[None], given.k[None], v[None], causal=True)
 
 
@@ -84,7 +84,7 @@ def random_blocks(n: int, density: float) -> Tensor:
     return read & causal(read)
 
 
-def agree(given: Prompt, v: Tensor, read: Tensor) -> None:
+def agree(given: PrefillQK, v: Tensor, read: Tensor) -> None:
     """AssertionError where the kernel, as it is measured, differs from its definition in some query blocks; all are more than that can take."""
     if not KERNELS:
         return
@@ -108,7 +108,7 @@ def blocks(record: Record, n: int) -> None:
     for wanted in DENSITIES:
         read = random_blocks(n, wanted)
         agree(given, v, read)
-        share = float(Reads(SIZE, read).density())
+        share = float(SparseMask(SIZE, read).density())
         own, all_of = interleaved(
             lambda read=read: block_sparse_attention(given.q, given.k, v, read, given.scale, SIZE), whole
         )
@@ -122,7 +122,7 @@ def blocks(record: Record, n: int) -> None:
         record.goal(f"block-sparse at {n}, density {share:.2f}", f"<= {SLACK} x density x dense", over, over <= SLACK)
 
 
-def method(record: Record, name: str, own: dict[str, Any], given: Prompt, v: Tensor) -> None:
+def method(record: Record, name: str, own: dict[str, Any], given: PrefillQK, v: Tensor) -> None:
     """One method with its defaults, and what has none; what it cannot do is said in its row."""
     n = given.length
     row = record.add(what=name, tokens=n)

@@ -76,18 +76,18 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
                 f"stage {stage.name} acts at site {stage.site!r}, which this version of vtoken does not serve yet"
             )
         try:
-            why = stage.misfit(len(adapter.lm.layers), adapter.lm.config.hidden_size)
+            why = stage.incompatibility(len(adapter.lm.layers), adapter.lm.config.hidden_size)
         except ValueError as error:  # of a file that has changed since the pipeline was read
             raise ConfigError(f"stage {stage.name}: {error}") from error
         if why:
             raise OtherModelError(f"stage {stage.name}: {why}")
-        if why := stage.misfit_tower(adapter.encoder.width, adapter.encoder.unit):
+        if why := stage.tower_incompatibility(adapter.encoder.width, adapter.encoder.unit):
             raise UnsupportedError(f"stage {stage.name}: {why}")
         for need in stage.needs():
             check_fact(stage, need, adapter)
         check_layers(stage, adapter)
         check_order_of_layers(stage, adapter)
-    check_attention([s for s in pipeline.stages if s.site == "attention" and not s.unmerges()], adapter.lm)
+    check_attention([s for s in pipeline.stages if s.site == "attention" and not s.unmerge_mode()], adapter.lm)
     check_cache([stage for stage in pipeline.stages if stage.site == "cache"])
 
 
@@ -138,7 +138,7 @@ def check_unmerging(pipeline: Pipeline) -> None:
         UnsupportedError: names the other stage or policy.
     """
     for stage in pipeline.stages:
-        if not stage.unmerges():
+        if not stage.unmerge_mode():
             continue
         if pipeline.positions == "compact":
             raise UnsupportedError(
@@ -194,7 +194,7 @@ def check_layers(stage: Stage, adapter: Adapter) -> None:
     except ValueError as error:
         raise UnsupportedError(f"stage {stage.name}: {error}") from error
     first, last = (0, min(adapter.encoder.feature_layers) - 1) if stage.site == "encoder" else (1, depth - 1)
-    if stage.inside():
+    if stage.merge_point():
         last = depth - 1  # what lies behind the feature layer is not asked
     if not layers or min(layers) < first or max(layers) > last:
         raise UnsupportedError(
@@ -205,14 +205,14 @@ def check_layers(stage: Stage, adapter: Adapter) -> None:
 
 def check_inside(stage: Stage, adapter: Adapter) -> None:
     """Refuses to merge inside layers that cannot be made to."""
-    if stage.inside() is None:
+    if stage.merge_point() is None:
         return
     if adapter.encoder.unit != 1:
         raise UnsupportedError(
             f"stage {stage.name} merges single patches inside encoder layers; {adapter.model_type} joins {adapter.encoder.unit} "
             "neighbouring patches to a token behind its encoder and needs them whole. Use a stage that merges behind it (dtome_post)"
         )
-    if stage.inside() == "proportional" and "flash" in (adapter.tower.config._attn_implementation or ""):
+    if stage.merge_point() == "proportional" and "flash" in (adapter.tower.config._attn_implementation or ""):
         raise UnsupportedError(
             f"stage {stage.name} adds log(size) to the logits of attention in the vision tower, which flash attention cannot; load the "
             'model with attn_implementation={"vision_config": "sdpa"}, or set proportional: false (another method)'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 
@@ -51,11 +51,23 @@ def about(what: str) -> Iterator[None]:
         raise
 
 
-def unknown(what: str, name: object, known: Iterable[str], meant: str = "") -> str:
-    """`unknown stage 'fastervm', did you mean 'fastervlm'? Known: ...`, for messages; `meant` in place of the closest name."""
-    names = sorted(known)
-    text = shown(name)
-    close = get_close_matches(name if isinstance(name, str) else text, names, n=1)
-    meant = meant or (repr(close[0]) if close else "")
+def either(words: Sequence[str]) -> str:
+    """`a, b or c`."""
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def unknown(what: str, name: object, known: Iterable[str], meant: str = "", listed: str = "", close: int = 1) -> str:
+    """`unknown stage 'fastervm', did you mean 'fastervlm'? Known: ...`, for messages.
+
+    Args:
+        meant: what stands in place of the closest names, of which there are `close` at most.
+        listed: the command that lists what is known, in place of a long list.
+    """
+    names, text = sorted(known), shown(name)
+    meant = meant or either(
+        [repr(n) for n in get_close_matches(name if isinstance(name, str) else text, names, n=close)]
+    )
     hint = f", did you mean {meant}?" if meant else "."
-    return f"unknown {what} {text}{hint} Known: {', '.join(names) or 'none'}"
+    return f"unknown {what} {text}{hint} " + (
+        f"{listed} shows all" if listed else f"Known: {', '.join(names) or 'none'}"
+    )

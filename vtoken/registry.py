@@ -1,4 +1,4 @@
-"""Names of stages and adapters, read off file names, and of presets; other packages add theirs by entry points.
+"""Names of stages, presets and adapters, read off files; other packages add theirs by entry points.
 
 A stage's module is imported when the stage is asked for, so this file imports neither torch nor pydantic. Other packages
 declare `[project.entry-points."vtoken.stages"]` with `name = "package.module:Class"` (or a module that holds one stage);
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from contextlib import suppress
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent
 FOLDERS = {"pruner": "pruners", "compressor": "compressors"}
 KINDS = ("pruner", "compressor", "preset", "adapter")
-_VARIANT = re.compile(r"^  ([\w-]+):$", re.MULTILINE)
+LIST = "`vtoken list`"
 
 # Families that look alike but are not, and why.
 _HYBRID = (
@@ -36,95 +37,88 @@ _HYBRID = (
 )
 REFUSED = {"qwen3_5": _HYBRID, "qwen3_5_moe": _HYBRID}
 
+_VARIANT = re.compile(r"^  ([\w-]+):$", re.MULTILINE)
+Dated = tuple[str, int]
 
-def _files(folder: str) -> list[str]:
-    path = str(ROOT / folder)
-    return list(_listed(path, _changed(path)))
+
+def _dated(path: str | Path) -> Dated:
+    """A folder and when it last changed: what is read there is kept until it changes again."""
+    try:
+        return str(path), os.stat(path or ".").st_mtime_ns
+    except OSError:
+        return str(path), 0
 
 
 @lru_cache(maxsize=16)
-def _listed(folder: str, changed: int) -> tuple[str, ...]:
-    """Public names of the modules in a folder; listed again only when it has changed."""
-    return tuple(sorted(m.name for m in iter_modules([folder]) if not m.name.startswith("_")))
+def _modules(folder: Dated) -> tuple[str, ...]:
+    return tuple(sorted(m.name for m in iter_modules([folder[0]]) if not m.name.startswith("_")))
 
 
-@lru_cache(maxsize=16)
-def _variants(folder: str, changed: int) -> tuple[str, ...]:
-    """Names of the variants in all preset files of a folder: keys behind two spaces. No YAML is parsed for them."""
-    texts = [file.read_text(encoding="utf-8") for file in Path(folder).glob("*.yaml")]
+@lru_cache(maxsize=4)
+def _variants(folder: Dated) -> tuple[str, ...]:
+    """Names in all preset files: keys behind two spaces. No YAML is parsed for them."""
+    texts = [file.read_text(encoding="utf-8") for file in Path(folder[0]).glob("*.yaml")]
     return tuple(sorted(name for text in texts for name in _VARIANT.findall(text)))
 
 
-def _built_in() -> dict[str, str]:
-    """Stage name -> the package its module lives in."""
-    return {name: place for folder in FOLDERS.values() for name, place in _methods(folder).items()}
-
-
-def _methods(folder: str) -> dict[str, str]:
-    """Stage name -> package, of one kind: a folder per site."""
-    sites = [site for site in _files(folder) if (ROOT / folder / site).is_dir()]
-    return {name: f"vtoken.{folder}.{site}" for site in sites for name in _files(f"{folder}/{site}")}
-
-
-def _foreign(group: str) -> dict[str, list[EntryPoint]]:
-    """Entry points of other packages by name; more than one under a name is an error when that name is asked for."""
-    return _points(group, tuple((path, _changed(path)) for path in sys.path))
-
-
 @lru_cache(maxsize=8)
-def _points(group: str, state: tuple[tuple[str, int], ...]) -> dict[str, list[EntryPoint]]:
-    """Reading every package's entry points is slow, so it is done again only when a folder of sys.path has changed."""
+def _entry_points(group: str, path: tuple[Dated, ...]) -> dict[str, list[EntryPoint]]:
     found: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=group):
         found.setdefault(point.name, []).append(point)
     return found
 
 
-def _changed(path: str) -> int:
-    try:
-        return os.stat(path or ".").st_mtime_ns
-    except OSError:
-        return 0
+def _foreign(group: str) -> dict[str, list[EntryPoint]]:
+    """Entry points of other packages by name; more than one under a name is an error when that name is asked for."""
+    return _entry_points(group, tuple(map(_dated, sys.path)))
 
 
-def _origin(point: EntryPoint) -> str:
-    package = f"package {point.dist.name} {point.dist.version}" if point.dist else "another package"
-    return f"{package} ({point.value})"
+def _methods(kind: str) -> dict[str, str]:
+    """Name of vtoken's own stages of a kind -> package of their module; a kind is a folder, with a folder per site."""
+    root = ROOT / FOLDERS[kind]
+    sites = [site for site in _modules(_dated(root)) if (root / site).is_dir()]
+    return {name: f"vtoken.{FOLDERS[kind]}.{site}" for site in sites for name in _modules(_dated(root / site))}
 
 
-def _load(what: str, name: str, built_in: dict[str, str], base: type[Any]) -> tuple[type[Any], str]:
-    """The class called `name`, and where it comes from."""
+def _built_in() -> dict[str, str]:
+    return {name: package for kind in FOLDERS for name, package in _methods(kind).items()}
+
+
+def _load(what: str, name: str, built_in: dict[str, str], base: type[Any], names: str) -> tuple[type[Any], str]:
+    """The class called `name`, and whose it is; its attribute `names` has to say the same name."""
     points = _foreign(f"vtoken.{what}s").get(name, [])
     claims = [f"vtoken itself ({built_in[name]}.{name})"] if name in built_in else []
-    claims += [_origin(point) for point in points]
+    for point in points:
+        package = f"package {point.dist.name} {point.dist.version}" if point.dist else "another package"
+        claims.append(f"{package} ({point.value})")
     if len(claims) > 1:
         raise ConfigError(
             f"{what} {name!r} is defined by {' and by '.join(claims)}; rename one entry point or uninstall its package"
         )
-    if not points:
-        return _only_class(import_module(f"{built_in[name]}.{name}"), base), claims[0]
+    whose = f"{what} {name!r} of {claims[0]}"
     try:
-        loaded = points[0].load()
+        loaded: Any = points[0].load() if points else import_module(f"{built_in[name]}.{name}")
     except Exception as error:  # Whatever another package's import raises, the user needs to know whose it is.
+        if not points:
+            raise
         raise ConfigError(
-            f"{what} {name!r} of {claims[0]} cannot be imported: {type(error).__name__}: {error}; "
-            "repair or uninstall that package"
+            f"{whose} cannot be imported: {type(error).__name__}: {error}; repair or uninstall that package"
         ) from error
     cls = _only_class(loaded, base) if isinstance(loaded, ModuleType) else loaded
     if not (isinstance(cls, type) and issubclass(cls, base)):
-        raise ConfigError(f"{what} {name!r} of {claims[0]} is not a subclass of {base.__module__}.{base.__name__}")
-    return cls, claims[0]
+        raise ConfigError(f"{whose} is not a subclass of {base.__module__}.{base.__name__}")
+    if getattr(cls, names, None) != name:
+        raise ConfigError(
+            f"{whose}: the class {cls.__name__} calls itself {getattr(cls, names, None)!r}; "
+            f'declare `{names}: ClassVar[str] = "{name}"` in it'
+        )
+    return cls, whose
 
 
 def _only_class(module: ModuleType, base: type[Any]) -> type[Any]:
-    classes = [
-        value
-        for key, value in vars(module).items()
-        if isinstance(value, type)
-        and issubclass(value, base)
-        and value.__module__ == module.__name__
-        and not key.startswith("_")
-    ]
+    own = [v for k, v in vars(module).items() if isinstance(v, type) and not k.startswith("_")]
+    classes = [cls for cls in own if issubclass(cls, base) and cls.__module__ == module.__name__]
     if len(classes) != 1:
         found = ", ".join(cls.__name__ for cls in classes) or "none"
         raise ConfigError(
@@ -151,18 +145,13 @@ def stage(name: str) -> type[Stage]:
         ConfigError: unknown name, a second claim to it, a package that does not import, or a class that is no stage.
     """
     if name not in stages():
-        raise ConfigError(unknown("stage", name, stages()))
+        raise ConfigError(unknown("stage", name, stages(), listed=LIST))
     from vtoken.stages import SITES, Stage
 
-    cls, origin = _load("stage", name, _built_in(), Stage)
-    if cls.name != name:
-        raise ConfigError(
-            f"stage {name!r} of {origin}: the class {cls.__name__} calls itself {cls.name!r}; "
-            f'declare `name: ClassVar[str] = "{name}"` in it'
-        )
+    cls, whose = _load("stage", name, _built_in(), Stage, "name")
     if getattr(cls, "site", None) not in SITES or getattr(cls, "kind", None) not in FOLDERS:
         raise ConfigError(
-            f"stage {name!r} of {origin}: {cls.__name__} must derive from Pruner or Compressor and declare "
+            f"{whose}: {cls.__name__} must derive from Pruner or Compressor and declare "
             f"`site: ClassVar[Site]`, one of {', '.join(SITES)}"
         )
     return cls
@@ -182,8 +171,7 @@ def catalogue() -> tuple[dict[str, type[Stage]], dict[str, str]]:
 
 def presets() -> list[str]:
     """Names of the shipped pipelines."""
-    folder = str(ROOT / "presets")
-    return list(_variants(folder, _changed(folder)))
+    return list(_variants(_dated(ROOT / "presets")))
 
 
 def preset_file(name: str) -> Path:
@@ -193,7 +181,7 @@ def preset_file(name: str) -> Path:
 
 def adapters() -> list[str]:
     """Every `model_type` that has an adapter; nothing is imported."""
-    return sorted({*_files("adapters"), *_foreign("vtoken.adapters")} - {"base"})
+    return sorted({*_modules(_dated(ROOT / "adapters")), *_foreign("vtoken.adapters")} - {"base"})
 
 
 def adapter(model_type: str) -> type[Adapter]:
@@ -203,22 +191,16 @@ def adapter(model_type: str) -> type[Adapter]:
         UnsupportedError: no adapter serves this `model_type`.
         ConfigError: two packages claim it, or the package that does cannot be imported.
     """
-    if model_type in REFUSED and model_type not in adapters():
-        raise UnsupportedError(f"model_type {model_type!r} is not supported: {REFUSED[model_type]}")
     if model_type not in adapters():
+        if model_type in REFUSED:
+            raise UnsupportedError(f"model_type {model_type!r} is not supported: {REFUSED[model_type]}")
         raise UnsupportedError(
             f"{unknown('model_type', model_type, adapters())}; see vtoken/adapters/base.py to add a family"
         )
     from vtoken.adapters.base import Adapter
 
-    own = {name: "vtoken.adapters" for name in _files("adapters")}
-    cls, origin = _load("adapter", model_type, own, Adapter)
-    if getattr(cls, "model_type", None) != model_type:
-        raise ConfigError(
-            f"adapter {model_type!r} of {origin}: {cls.__name__} serves {getattr(cls, 'model_type', None)!r}; "
-            f'declare `model_type = "{model_type}"` in it'
-        )
-    return cls
+    own = dict.fromkeys(_modules(_dated(ROOT / "adapters")), "vtoken.adapters")
+    return _load("adapter", model_type, own, Adapter, "model_type")[0]
 
 
 @overload
@@ -235,16 +217,12 @@ def available(kind: str | None = None) -> dict[str, list[str]] | list[str]:
     """
     if kind is None:
         return {each: available(each) for each in KINDS}  # type: ignore[call-overload]
-    if kind == "preset":
-        return presets()
-    if kind == "adapter":
-        return adapters()
-    if kind not in FOLDERS:
+    if kind not in KINDS:
         raise ConfigError(unknown("kind", kind, KINDS))
-    names = list(_methods(FOLDERS[kind]))
+    if kind not in FOLDERS:
+        return presets() if kind == "preset" else adapters()
+    names = set(_methods(kind))
     for name in _foreign("vtoken.stages"):
-        try:
-            names += [name] if stage(name).kind == kind and name not in names else []
-        except ConfigError:
-            continue
+        with suppress(ConfigError):
+            names |= {name} if stage(name).kind == kind else set()
     return sorted(names)

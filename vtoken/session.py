@@ -18,19 +18,19 @@ from vtoken.errors import UnsupportedError, about
 from vtoken.hooks.attention.sparse_prefill import SparsePrefill
 from vtoken.hooks.attention.unmerge import Unmerge
 from vtoken.hooks.boundary.boundary import Boundary
-from vtoken.hooks.cache.shrink import CacheHooks
-from vtoken.hooks.call.inputs import Outer
-from vtoken.hooks.call.min_tokens import Guard
+from vtoken.hooks.cache.shrink import CacheShrinker
+from vtoken.hooks.call.inputs import CallInputs
+from vtoken.hooks.call.min_tokens import MinTokensGuard
 from vtoken.hooks.decoder.attention_tap import observe, tap, tapped
 from vtoken.hooks.decoder.layer_groups import LayerGroups
 from vtoken.hooks.state import fact_tables as facts
 from vtoken.hooks.state.handle import Handle
-from vtoken.hooks.state.pruned_cache import Owner
+from vtoken.hooks.state.pruned_cache import CacheOwner
 from vtoken.hooks.state.run import Run
 from vtoken.hooks.state.trace import Trace
 from vtoken.hooks.vision.features import FeatureHooks
-from vtoken.hooks.vision.padded_tower import EncoderHooks
-from vtoken.hooks.vision.varlen_tower import PackedHooks
+from vtoken.hooks.vision.padded_tower import PaddedTower
+from vtoken.hooks.vision.varlen_tower import VarlenTower
 from vtoken.stages import Fact, Site, Stage
 from vtoken.stages.cache import CacheStage
 
@@ -45,7 +45,7 @@ class Session:
         self.boundary: Boundary | None = None
         self.adapter: Adapter = registry.adapter(model.config.model_type)(model)
         check(self.adapter, pipeline)
-        self.run, self.handle, self.owner = Run(), Handle(), Owner()
+        self.run, self.handle, self.owner = Run(), Handle(), CacheOwner()
         encoder, tokens, decoder, cache = (self._at(site) for site in ("encoder", "tokens", "decoder", "cache"))
         wanted = {self._resolve(need) for stage in tokens for need in stage.needs() if need.name != "text"}
         wanted |= {
@@ -63,22 +63,22 @@ class Session:
                 return
             early = encoder or self._at("frames") or wanted
             least = pipeline.min_visual_tokens if early else 0
-            guard = Guard(self.adapter, self.run, least) if least else None
-            Outer(self.adapter, self.run, self.handle, guard, acts=bool(pipeline.stages))
+            guard = MinTokensGuard(self.adapter, self.run, least) if least else None
+            CallInputs(self.adapter, self.run, self.handle, guard, acts=bool(pipeline.stages))
             FeatureHooks(self.adapter, self.run, self.handle, wanted, least)
-            tower: Any = EncoderHooks if self.adapter.encoder.unit == 1 else PackedHooks
+            tower: Any = PaddedTower if self.adapter.encoder.unit == 1 else VarlenTower
             tower(self.adapter, self.run, self.handle, wanted, encoder, self._at("frames"))
             # Sparse attention lies within the taps that observe, which come later and see every layer.
             sparse = SparsePrefill(self.adapter.lm, self.run, self.handle, self._at("attention"))
             unmerge = [
                 Unmerge(self.adapter.lm, self.run, self.handle, stage, mrope=self.adapter.mrope)
                 for stage in self._at("attention")
-                if stage.unmerges()
+                if stage.unmerge_mode()
             ]
             kv = None
             for stage in cache:
                 assert isinstance(stage, CacheStage)
-                kv = CacheHooks(model, self.adapter.lm, self.run, self.handle, stage, mrope=self.adapter.mrope)
+                kv = CacheShrinker(model, self.adapter.lm, self.run, self.handle, stage, mrope=self.adapter.mrope)
                 sparse.also = kv.asks
             self.boundary = Boundary(
                 self.adapter,
@@ -93,7 +93,7 @@ class Session:
                 resolve=self._resolve,
                 unmerge=unmerge[0] if unmerge else None,
                 kv=kv,
-                least=pipeline.min_visual_tokens,
+                min_tokens=pipeline.min_visual_tokens,
             )
             LayerGroups(
                 self.adapter.lm,

@@ -10,7 +10,7 @@ from probes import Recorder
 import vtoken
 from vtoken import registry
 from vtoken.errors import UnsupportedError
-from vtoken.hooks.state.run import Call
+from vtoken.hooks.state.run import FeatureCall
 
 SIZES = [(100, 60), (50, 100), (112, 112), (30, 200), (57, 56), (300, 40)]
 families = pytest.mark.parametrize("family", tiny.families(anyres=True))
@@ -31,7 +31,7 @@ def encode(model, batch, kind="image"):
         more = {name: arguments[name] for name in names}
         out = getattr(model.model, adapter.features[kind])(arguments[first], **more, return_dict=True).pooler_output
     hook.remove()
-    return adapter, Call(kind, arguments, adapter.layouts(kind, arguments)), seen["out"], out
+    return adapter, FeatureCall(kind, arguments, adapter.layouts(kind, arguments)), seen["out"], out
 
 
 @families
@@ -49,7 +49,7 @@ def test_values_take_the_road_of_the_features(family, size):
         assert torch.equal(packed[ends], model.model.image_newline.expand(len(ends), -1))
         _, (_, rows, columns) = layout.parts
         assert len(ends) == rows and torch.equal(ends, torch.arange(rows) * (columns + 1) + columns + 16)
-        assert torch.equal(layout.line[16:], torch.arange(rows).repeat_interleave(columns))
+        assert torch.equal(layout.closed_by[16:], torch.arange(rows).repeat_interleave(columns))
 
 
 @families

@@ -11,7 +11,7 @@ from known_sparse import heads_of, list_of, prompt, seen_by, stage
 from vtoken import registry
 from vtoken.compressors.attention import _mminference as parts
 from vtoken.evals.calibrate import mminference as search
-from vtoken.stages.attention import Prompt
+from vtoken.stages.attention import PrefillQK
 
 # Text, a picture, text, a picture, text; and text in front of and behind one picture.
 LAYOUTS = {
@@ -28,7 +28,7 @@ def mixed(runs, seed=0):
     """A prompt of runs (tokens, image)."""
     image = torch.cat([torch.full((n,), i) for n, i in runs])
     p = prompt(len(image), seed=seed)
-    return Prompt(p.q, p.k, p.scale, 0, image, torch.where(image < 0, -1, 0), (((1, 1, 150),),) * 2)
+    return PrefillQK(p.q, p.k, p.scale, 0, image, torch.where(image < 0, -1, 0), (((1, 1, 150),),) * 2)
 
 
 def index(q, k, scale, visual, vertical, slash):
@@ -134,4 +134,6 @@ def loud_text(pictures):
     p = mixed(((80, -1), (pictures, 0), (100, -1)), seed=1)
     k = torch.where((p.image < 0)[:, None], p.q.mean((0, 1)) * 50, p.k)
     k[:, 80 + pictures :] = p.k[:, 80 + pictures :]
-    return Prompt(p.q.abs() * p.q.mean((0, 1)).sign(), k, p.scale, 0, p.image, torch.where(p.image < 0, -1, 0), p.parts)
+    return PrefillQK(
+        p.q.abs() * p.q.mean((0, 1)).sign(), k, p.scale, 0, p.image, torch.where(p.image < 0, -1, 0), p.parts
+    )

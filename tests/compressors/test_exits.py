@@ -136,4 +136,4 @@ def test_the_shipped_gates_are_the_shipped_models():
     assert seen.layers[0] == [576] * 6 and {n for layer in seen.layers for n in layer} == {0, 576}
     (stage,) = config.load("dyvte-tiny-llava").stages
     told = registry.stage("dyvte")(gates="tiny-llava")
-    assert stage == told and not told.misfit(len(seen.layers), model.config.text_config.hidden_size)
+    assert stage == told and not told.incompatibility(len(seen.layers), model.config.text_config.hidden_size)

@@ -16,7 +16,7 @@ import vtoken
 from vtoken import config
 from vtoken.compressors.attention import _seer
 from vtoken.errors import ConfigError, OtherModelError, UnsupportedError
-from vtoken.stages.attention import Reads, SparseAttention, everything
+from vtoken.stages.attention import SparseAttention, SparseMask, everything
 
 
 class Undone(SparseAttention):
@@ -32,7 +32,7 @@ class Undone(SparseAttention):
         starts = rope.starts(16).turn(rope.undo(prompt.k)[:, ::16])
         torch.testing.assert_close(starts, prompt.k[:, ::16].float(), atol=1e-4, rtol=1e-4)
         self.seen.append((prompt.layer, rope.undo(prompt.q), rope.undo(prompt.k)))
-        return Reads(16, everything(prompt.heads, n, n, 16, prompt.q.device))
+        return SparseMask(16, everything(prompt.heads, n, n, 16, prompt.q.device))
 
 
 def unrotated(attention, seen, undo):

@@ -17,7 +17,7 @@ from modes import LOGITS, alone, families, greedy
 
 import vtoken
 from vtoken import kernels, registry
-from vtoken.stages.attention import Prompt, SparseAttention
+from vtoken.stages.attention import PrefillQK, SparseAttention
 
 # Options under which short prompts are thinned, and those under which everything is read; block size of MMInference is 64.
 THIN: dict[str, list[dict[str, Any]]] = {
@@ -67,7 +67,7 @@ def words(x: str | dict[str, Any]) -> str:
 each = pytest.mark.parametrize(("name", "options"), CASES, ids=words)
 
 
-def thinned(name: str, options: dict[str, Any], n: int = 900) -> tuple[Prompt, Any]:
+def thinned(name: str, options: dict[str, Any], n: int = 900) -> tuple[PrefillQK, Any]:
     """A video of 80 frames between texts, and what the method reads of it."""
     clip = video(n, 80, 2, 4, 2, 5, seed=n)
     return clip, registry.stage(name)(min_len=0, **options).reads(clip)
@@ -140,7 +140,7 @@ def test_reading_everything_is_plain_attention(name, n):
     if p is None:
         g = torch.Generator().manual_seed(n)
         q, k = torch.randn(4, n, 16, generator=g), torch.randn(2, n, 16, generator=g)
-        p = Prompt(q, k, 0.25, 0, NO_IMAGES[:n], NO_IMAGES[:n], rope=rope(n, 16))
+        p = PrefillQK(q, k, 0.25, 0, NO_IMAGES[:n], NO_IMAGES[:n], rope=rope(n, 16))
     v = torch.randn(p.k.shape, generator=torch.Generator().manual_seed(7))
     reads = registry.stage(name)(min_len=0, **WHOLE[name]).reads(p)
     with kernels.use("torch"):
@@ -160,7 +160,7 @@ COVERING: list[tuple[str, dict[str, Any]]] = [
 covering = pytest.mark.parametrize(("name", "options"), COVERING, ids=words)
 
 
-def covered(name: str, options: dict[str, Any], p: Prompt, gamma: float) -> Any:
+def covered(name: str, options: dict[str, Any], p: PrefillQK, gamma: float) -> Any:
     return registry.stage(name)(min_len=0, size=16, min_budget=1, gamma=gamma, **options).reads(p)
 
 

@@ -7,21 +7,21 @@ import tiny
 import torch
 
 from vtoken.errors import UnsupportedError
-from vtoken.stages.attention import Prompt, Reads
+from vtoken.stages.attention import PrefillQK, SparseMask
 
 
 def test_density_of_reads():
     """By hand: 3 blocks of 16, 6 causal pairs; head 0 reads its own 3, head 1 the first besides; keys and dense queries come on top."""
     blocks = torch.eye(3, dtype=torch.bool).repeat(2, 1, 1)
     blocks[1, :, 0] = True
-    assert float(Reads(16, blocks).density()) == pytest.approx((3 + 5) / 12)
-    assert float(Reads(16, torch.ones_like(blocks)).density()) == 1
+    assert float(SparseMask(16, blocks).density()) == pytest.approx((3 + 5) / 12)
+    assert float(SparseMask(16, torch.ones_like(blocks)).density()) == 1
     columns = torch.tensor([[[0, 1, 20]], [[0, -1, -1]]], dtype=torch.int32)
     # Keys 0 and 1 are read by two more blocks each, key 20 by one; head 1 reads key 0 with its block.
-    assert float(Reads(16, blocks, columns, 3).density()) == pytest.approx((8 + 5 / 16) / 12)
+    assert float(SparseMask(16, blocks, columns, 3).density()) == pytest.approx((8 + 5 / 16) / 12)
     dense = torch.zeros(2, 40, dtype=torch.bool)
     dense[0, [3, 37]] = True
-    assert float(Reads(16, blocks, None, 1, dense).density()) == pytest.approx((8 + 3) / 12)
+    assert float(SparseMask(16, blocks, None, 1, dense).density()) == pytest.approx((8 + 3) / 12)
 
 
 @pytest.mark.parametrize("share", [1, 3, 7, None])
@@ -43,7 +43,7 @@ def test_density_counts_one_by_one(n, share):
         rows = dense[h].nonzero()[:, 0].tolist()
         total += sum(rows[i : i + 16][-1] // 16 + 1 for i in range(0, len(rows), 16))
         total = before + min(total, tiles * (tiles + 1) / 2)
-    read = Reads(16, blocks, columns, share or 1, dense, of=None if share else of.int())
+    read = SparseMask(16, blocks, columns, share or 1, dense, of=None if share else of.int())
     got = float(read.density())
     assert got == pytest.approx(total / (9 * tiles * (tiles + 1) / 2), rel=1e-6)
 
@@ -80,8 +80,8 @@ def test_calibration_of_mminference(tmp_path, capsys):
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 150, 8, generator=g), torch.randn(1, 150, 8, generator=g)
     image = torch.where((torch.arange(150) > 9) & (torch.arange(150) < 130), 0, -1)
-    prompt = Prompt(q, k, 0.5, 0, image, image, (((1, 10, 12),),))
-    reads = Reads(16, torch.rand(2, 10, 10, generator=g) < 0.5, torch.tensor([[[3, 40]], [[60, -1]]]).int(), 10)
+    prompt = PrefillQK(q, k, 0.5, 0, image, image, (((1, 10, 12),),))
+    reads = SparseMask(16, torch.rand(2, 10, 10, generator=g) < 0.5, torch.tensor([[[3, 40]], [[60, -1]]]).int(), 10)
     got = mminference.recall(prompt, reads)
     for h in range(2):
         total = 0.0
@@ -95,7 +95,9 @@ def test_calibration_of_mminference(tmp_path, capsys):
         for candidates in (names, names[::-1]):
             tool = mminference.Search(candidates=candidates, method=cls(window=window, sink=0), found=picked)
             tool.reads(
-                Prompt(q.repeat(1, 3, 1), k.repeat(1, 3, 1), 0.5, 0, *[torch.zeros(450).long()] * 2, (((1, 10, 45),),))
+                PrefillQK(
+                    q.repeat(1, 3, 1), k.repeat(1, 3, 1), 0.5, 0, *[torch.zeros(450).long()] * 2, (((1, 10, 45),),)
+                )
             )
             # A window of a block forgets, so slashes win; of patterns that recall all of it the first one stays.
             assert picked[0][0] == (("vertical_slash_1024",) if window == 64 else candidates[:1]) * 2

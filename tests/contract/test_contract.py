@@ -28,14 +28,16 @@ def packed(stage, lengths=LENGTHS, parts=PARTS, seed=0):
         xs.append(torch.randn(n, WIDTH, generator=g))
         for f, values in facts.items():
             values.append(torch.rand(n, generator=g) if "attention" in f.name else torch.randn(n, WIDTH, generator=g))
-    place = torch.cat([torch.arange(n) for n in lengths])
+    raster_index = torch.cat([torch.arange(n) for n in lengths])
     layer = min(stage.layers(4)) if stage.site == "decoder" else None
     # Text is one tensor per row, what stands behind an image one per image.
     found = {
         f: v if f.name.startswith(("text", "later_")) and "attention" not in f.name else torch.cat(v)
         for f, v in facts.items()
     }
-    return VisualTokens.pack(torch.cat(xs), lengths, parts, tuple(range(len(lengths))), place, facts=found, layer=layer)
+    return VisualTokens.pack(
+        torch.cat(xs), lengths, parts, tuple(range(len(lengths))), raster_index, facts=found, layer=layer
+    )
 
 
 # Stages of site cache decide layer by layer on keys and values: test_cache_stages.py and test_kvpress.py hold them. LLaVA has no frames:
@@ -55,7 +57,9 @@ def test_decision_is_well_formed(name):
     s = stage(name)
     tokens = packed(s)
     keep = s.select(tokens)
-    assert keep.lengths == s.plan(LENGTHS, PARTS, tokens.row, tokens.layer), "plan() tells what select() leaves"
+    assert keep.lengths == s.expected_counts(LENGTHS, PARTS, tokens.row, tokens.layer), (
+        "plan() tells what select() leaves"
+    )
     assert len(keep.index) == sum(keep.lengths)
     assert torch.equal(keep.index, keep.index.unique()), "ascending and unique"
     start = 0

@@ -100,7 +100,7 @@ def test_every_stage_runs(family, name):
         with pytest.raises(UnsupportedError, match=f"{family} takes none"):
             vtoken.wrap(model, stage)
         return
-    if stage.inside() and tiny.family(family).packed:
+    if stage.merge_point() and tiny.family(family).varlen:
         with pytest.raises(UnsupportedError, match="neighbouring patches"):
             vtoken.wrap(model, stage)
         return
@@ -130,7 +130,7 @@ def test_deepstack_features_of_merged_tokens_are_averaged():
     torch.testing.assert_close(seen["deepstack_visual_embeds"][1], after[after.any(-1)])
 
 
-@pytest.mark.parametrize("family", tiny.families(packed=False))  # Qwen closes a picture with a text token
+@pytest.mark.parametrize("family", tiny.families(varlen=False))  # Qwen closes a picture with a text token
 @pytest.mark.parametrize("rows", [[[3, "img"]], [[2, "img", 1, "img"], [9]]], ids=["one", "ragged"])
 def test_a_prompt_may_end_in_a_picture(family, rows):
     """Its last token may be dropped: the answer then follows the last one that is left."""
@@ -143,4 +143,4 @@ class First(Pruner):
     """Keeps the first tokens of every image. No paper."""
 
     def score(self, tokens):
-        return -tokens.place.float()
+        return -tokens.raster_index.float()

@@ -35,7 +35,7 @@ def uniform():
         for k in range(1, n + 1):
             index = stage(keep=k).select(tokens(lengths=(n,), grid=(grid,))).index
             assert len(index) == k == len(set(index.tolist())) and torch.equal(index, index.sort().values)
-    thinned = tokens(lengths=(4,), grid=((1, 4, 4),), place=torch.tensor([0, 3, 9, 15]))
+    thinned = tokens(lengths=(4,), grid=((1, 4, 4),), raster_index=torch.tensor([0, 3, 9, 15]))
     assert stage(keep=2).select(thinned).index.tolist() == [1, 3]
 
 
@@ -44,7 +44,7 @@ def pool():
     keep = registry.stage("pool")(size=2).select(tokens(x))
     assert keep.index.tolist() == [0, 2] and keep.into.tolist() == [0, 0, 1, 0, 0, 1]
     assert keep.apply(x).tolist() == [[2.0, 4.0], [3.5, 7.0]]
-    thinned = tokens(x[:3], (3,), ((1, 4, 4),), place=torch.tensor([2, 4, 5]))
+    thinned = tokens(x[:3], (3,), ((1, 4, 4),), raster_index=torch.tensor([2, 4, 5]))
     keep = registry.stage("pool")(size=2).select(thinned)
     assert keep.index.tolist() == [0, 1] and keep.into.tolist() == [0, 1, 1], "cells in the order of their first tokens"
     frames = registry.stage("pool")(size=2).select(tokens(lengths=(8,), grid=((2, 2, 2),)))

@@ -32,7 +32,7 @@ def pyramiddrop():
     cut, counts = stage("pyramiddrop"), [576]
     assert cut.layers(32) == (8, 16, 24) and cut.layers(28) == (7, 14, 21) and cut.layers(4) == (1, 2, 3)
     for layer in cut.layers(32):
-        counts += cut.plan(counts[-1:], (((1, 24, 24),),), (0,), layer)
+        counts += cut.expected_counts(counts[-1:], (((1, 24, 24),),), (0,), layer)
     assert counts == [576, 288, 144, 72] and sum(counts) * 8 / 32 == 270, "the authors' average"
     scores = torch.tensor([5.0, 1, 4, 2, 3])
     found = cut.select(tokens(lengths=(5,), grid=((1, 1, 5),), next_query_attention=scores))
@@ -43,7 +43,9 @@ def pyramiddrop():
 def vtw():
     whole = tokens(lengths=(4, 2), grid=((1, 2, 2), (1, 1, 2)))
     keep = stage("vtw").select(whole)
-    assert keep.lengths == (0, 0) == stage("vtw").plan((4, 2), whole.parts, whole.row) and not len(keep.index)
+    assert keep.lengths == (0, 0) == stage("vtw").expected_counts((4, 2), whole.parts, whole.row) and not len(
+        keep.index
+    )
     assert keep.index.dtype == torch.long and keep.apply(whole.x).shape == (0, 2)
     assert stage("vtw").layers(32) == (15,) and stage("vtw").layers(28) == (13,) and stage("vtw").layers(2) == (1,)
     assert stage("vtw", layer=20).layers(32) == (20,)
@@ -69,7 +71,7 @@ def the_raters():
     x = torch.tensor([[1.0, 0], [1, 0], [0, 0], [1, 0]])
     text = [torch.tensor([[0.0, 5], [log2, 9], [0, 7]]), torch.ones(3, 2), torch.ones(0, 2)]
     image = tokens(x, (2, 1, 1), ((1, 1, 2), (1, 1, 1), (1, 1, 1)), later_text=text)
-    assert [r.tolist() for r in stage("sparsevlm", keep=2).raters(image)] == [[1], [0, 1, 2], []]
+    assert [r.tolist() for r in stage("sparsevlm", keep=2).query_tokens(image)] == [[1], [0, 1, 2], []]
 
 
 def the_counts():

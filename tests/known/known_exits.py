@@ -31,7 +31,7 @@ def dyvte():
     by_definition()
     cut = stage("dyvte", gates=gates.file(stay=(1.0, 0.5, 0.5, 0.0)))
     assert cut.layers(32) == tuple(range(1, 32))
-    plan = [cut.plan((10, 3), (((1, 2, 5),), ((1, 1, 3),)), (0, 1), layer) for layer in (None, 1, 2, 3)]
+    plan = [cut.expected_counts((10, 3), (((1, 2, 5),), ((1, 1, 3),)), (0, 1), layer) for layer in (None, 1, 2, 3)]
     assert plan == [(10, 3), (5, 2), (10, 3), (0, 0)], "of those that arrive"
     assert cut.flops((4, 2), 32) == 2 * 5 * (64 + 2) and cut.flops((0, 0), 32) == 0
     for bad in ("nothing.safetensors", __file__):
@@ -90,11 +90,11 @@ def todre_exit():
     assert found.index.tolist() == [0, 1, 2, 6]
     apart = cut.select(images(words, row=(0, 1, 2, 3), text_attention=attention))
     assert apart.lengths == (0, 0, 0, 1), "the images of a row count together"
-    assert cut.plan((4, 2), (), ()) == (4, 2)
+    assert cut.expected_counts((4, 2), (), ()) == (4, 2)
     assert stage("todre_exit").threshold == 0.1
     assert stage("todre_exit").layers(32) == (28,) and stage("todre_exit").layers(28) == (24,)
     assert stage("todre_exit").layers(4) == (3,) and stage("todre_exit", at=(2, 5)).layers(32) == (2, 5)
-    raters = [r.tolist() for r in cut.raters(images(words))]
+    raters = [r.tolist() for r in cut.query_tokens(images(words))]
     assert raters == [[3, 4], [0, 1], [0, 1, 2, 3], []], "of image 0, what stands behind image 1 too"
 
 
@@ -114,6 +114,6 @@ def attention_exit():
     assert counts(stage("attention_exit"), sink) == [stays]
     assert counts(stage("attention_exit", sinks=1), sink) == [leaves], "of every image, at least one token"
     cut = stage("attention_exit", window=3)
-    assert [r.tolist() for r in cut.raters(images(words))] == [[3, 4], [0, 1], [1, 2, 3], []]
+    assert [r.tolist() for r in cut.query_tokens(images(words))] == [[3, 4], [0, 1], [1, 2, 3], []]
     assert cut.layers(32) == (28, 29, 30, 31) and cut.layers(4) == (3,)
     assert stage("attention_exit", first=20).layers(22) == (20, 21)

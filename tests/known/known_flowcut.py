@@ -15,8 +15,8 @@ def flowcut():
     stage = registry.stage("flowcut")
     by_hand(stage)
     numbers_of_the_formula(stage)
-    chain(stage(keep=3).bound(8), stage(keep=3))
-    chain(stage(keep="25%", relevance=False, momentum=0.25).bound(8), stage(keep="25%"))
+    chain(stage(keep=3).for_depth(8), stage(keep=3))
+    chain(stage(keep="25%", relevance=False, momentum=0.25).for_depth(8), stage(keep="25%"))
 
 
 def by_hand(stage):
@@ -38,7 +38,7 @@ def numbers_of_the_formula(stage):
     for keep, gone in ((64, (0, 5, 11, 22, 41)), (192, (0, 3, 8, 16, 31))):
         for h, r in zip((1.0, 0.98, 0.95, 0.9, 0.8), gone, strict=True):
             given = with_facts(of_entropy(h, 576), torch.ones(576), torch.ones(576, 1), 1)
-            assert stage(keep=keep).bound(24).select(given).lengths == (576 - r,)
+            assert stage(keep=keep).for_depth(24).select(given).lengths == (576 - r,)
 
 
 def of_entropy(h, n):
@@ -51,14 +51,14 @@ def of_entropy(h, n):
     return p.float()
 
 
-def with_facts(attention, relevance, values, layer, place=None, memory=None, lengths=None, side=24):
+def with_facts(attention, relevance, values, layer, raster_index=None, memory=None, lengths=None, side=24):
     lengths = lengths or (len(attention),)
-    place = torch.arange(len(attention)) if place is None else place
+    raster_index = torch.arange(len(attention)) if raster_index is None else raster_index
     facts = {Fact("global_attention"): attention, Fact("value_attention"): relevance, Fact("mean_value"): values}
     parts = (((1, side, side),),) * len(lengths)
     memory = {} if memory is None else memory
     return VisualTokens.pack(
-        values, lengths, parts, range(len(lengths)), place, facts=facts, layer=layer, memory=memory
+        values, lengths, parts, range(len(lengths)), raster_index, facts=facts, layer=layer, memory=memory
     )
 
 
@@ -76,7 +76,7 @@ def chain(stage, plain):
         packed = [torch.cat([x[i, r] for i, r in enumerate(rows)]) for x in (a, m, v)]
         given = with_facts(*packed, layer, torch.cat(rows), memory, tuple(map(len, kept)), 6)
         keep = stage.select(given)
-        left = given.place[keep.index].split(keep.lengths)
+        left = given.raster_index[keep.index].split(keep.lengths)
         before = kept
         kept = [one(stage, k, past[i], target, 5 - layer, a[i], m[i], v[i]) for i, k in enumerate(kept)]
         assert [part.tolist() for part in left] == kept

@@ -75,7 +75,7 @@ def frames_changed():
     ):
         s = stage(similarity=math.cos(math.radians(degrees)))
         assert per_video(s.select(videos())) == want, degrees
-    assert stage(left=0.25).plan((8, 100, 1), (), ()) == (2, 25, 1)
+    assert stage(left=0.25).expected_counts((8, 100, 1), (), ()) == (2, 25, 1)
 
 
 def refuses_budgets(stage):

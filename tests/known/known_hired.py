@@ -120,7 +120,9 @@ def hired():
     gone = torch.ones(n, dtype=torch.bool)
     gone[torch.tensor([0, 7, 40, 41, 100, n - 1])] = False
     thinned = replace(
-        tokens(torch.zeros(n - 6, 2), (n - 6,), parts=v.parts, place=gone.nonzero()[:, 0], segment=v.segment[gone]),
+        tokens(
+            torch.zeros(n - 6, 2), (n - 6,), parts=v.parts, raster_index=gone.nonzero()[:, 0], segment=v.segment[gone]
+        ),
         facts={f: a[gone] for f, a in v.facts.items()},
     )
     assert stage(keep=20).select(thinned).lengths == (20,)

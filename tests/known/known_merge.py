@@ -9,7 +9,7 @@ import torch
 from packing import tokens
 
 from vtoken import registry
-from vtoken.hooks.state.run import Lineage
+from vtoken.hooks.state.run import TokenHistory
 from vtoken.stages import Fact, Keep, VisualTokens, image_of
 
 ANGLES = (0, 10, 90, 95, 200, 230)  # of six keys: neighbours are 10, 80, 5, 105 and 30 degrees apart
@@ -50,7 +50,7 @@ def step(groups, keys, limit, cls):
 def layers(stage, lengths, cls, depth, seed=0):
     """Runs a stage layer by layer on random keys, as a tower does, and after every layer holds it against `step`, picture by picture."""
     generator = torch.Generator().manual_seed(seed)
-    lineage = Lineage(lengths, torch.cat([torch.arange(n) for n in lengths]), lengths)
+    lineage = TokenHistory(lengths, torch.cat([torch.arange(n) for n in lengths]), lengths)
     groups, memory = [[[k] for k in range(n)] for n in lengths], {}
     x = everything = torch.randn(sum(lengths), 3, generator=generator).double()
     counts = []
@@ -63,8 +63,8 @@ def layers(stage, lengths, cls, depth, seed=0):
             lineage.lengths,
             [((1, 1, n),) for n in lengths],
             range(len(lengths)),
-            lineage.place,
-            facts={Fact("mean_key"): every[start[image] + lineage.place]},
+            lineage.raster_index,
+            facts={Fact("mean_key"): every[start[image] + lineage.raster_index]},
             layer=layer,
             memory=memory,
             size=lineage.size(),
@@ -119,7 +119,10 @@ def tome():
     keep = cls(r=1).select(first)
     left = {"mean_key": first.fact("mean_key")[keep.index]}
     after = VisualTokens(
-        **{**vars(tokens(torch.ones(5, 2), (5,), ((1, 2, 3),), place=keep.index, **left)), "memory": first.memory}
+        **{
+            **vars(tokens(torch.ones(5, 2), (5,), ((1, 2, 3),), raster_index=keep.index, **left)),
+            "memory": first.memory,
+        }
     )
     same(cls(r=1).select(after), [0, 1, 2, 3], [0, 1, 2, 3, 3])
     assert cls(r=0).select(circle(0)).into is None

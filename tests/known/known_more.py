@@ -38,8 +38,10 @@ def fopru():
     kept = [stage("fopru", keep=k, strategy="row").select(tokens(**grid)).index.tolist() for k in range(1, 9)]
     order = [8, 6, 7, 1, 0, 2, 3, 4]  # rows 2, 0, 1
     assert kept == [sorted(order[:k]) for k in range(1, 9)]
-    place = torch.tensor([3, 4, 5, 8])
-    thinned = tokens(lengths=(4,), grid=((1, 3, 3),), place=place, received_attention=scores[place])
+    raster_index = torch.tensor([3, 4, 5, 8])
+    thinned = tokens(
+        lengths=(4,), grid=((1, 3, 3),), raster_index=raster_index, received_attention=scores[raster_index]
+    )
     assert stage("fopru", keep=2, strategy="row").select(thinned).index.tolist() == [0, 3], "means, not sums"
     equal = tokens(lengths=(4,), grid=((1, 2, 2),), received_attention=torch.tensor([1.0, 9, 5, 5]))
     assert stage("fopru", keep=2, strategy="row").select(equal).index.tolist() == [0, 1], "rows are not mixed"
@@ -192,10 +194,12 @@ def var_filter():
     pair = tokens(torch.cat([x, x[[2, 4]]]), (6, 2), ((1, 2, 3), (1, 1, 2)))
     keep = stage("var_filter", tau=3.9).select(pair)
     assert keep.index.tolist() == [0, 1, 3, 5, 6] and keep.lengths == (4, 1), "one always stays"
-    assert not stage("var_filter", dims=(3, 1415)).misfit(4, 1416) and not stage("var_filter").misfit(4, 16)
-    assert "channels [3, 1415] of another LLM" in stage("var_filter", dims=(3, 1415)).misfit(4, 1415)
-    assert not stage("var_filter", dims=(1415, 2533)).misfit(32, 4096)
-    assert "of LLaMA-2-7B, not" in stage("var_filter", dims=(2533, 1415)).misfit(28, 3584)
+    assert not stage("var_filter", dims=(3, 1415)).incompatibility(4, 1416) and not stage("var_filter").incompatibility(
+        4, 16
+    )
+    assert "channels [3, 1415] of another LLM" in stage("var_filter", dims=(3, 1415)).incompatibility(4, 1415)
+    assert not stage("var_filter", dims=(1415, 2533)).incompatibility(32, 4096)
+    assert "of LLaMA-2-7B, not" in stage("var_filter", dims=(2533, 1415)).incompatibility(28, 3584)
 
 
 def damro_filter():
@@ -213,4 +217,4 @@ def damro_filter():
     assert stage("damro_filter", outliers=2).select(crops).index.tolist() == [1, 2, *range(4, 12)]
     each = stage("damro_filter", outliers=1, each_segment=True)
     assert each.select(crops).index.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 10]
-    assert each.select(crops).lengths == each.plan((12,), (CROPS,), (0,))
+    assert each.select(crops).lengths == each.expected_counts((12,), (CROPS,), (0,))

@@ -9,7 +9,7 @@ import torch
 from known_sparse import NO_IMAGES, heads_of, prompt, stage
 from pydantic import ValidationError
 
-from vtoken.stages.attention import Prompt
+from vtoken.stages.attention import PrefillQK
 
 
 def proxyattn():
@@ -90,7 +90,7 @@ def by_hand():
     q[:, :, 0] = 1.0
     q[0, :, 1], q[1, :, 1] = 9.0, -9.0
     k[:, 32:48:4, 0] = 8.0
-    p = Prompt(q, k, 1.0, 0, NO_IMAGES[:80], NO_IMAGES[:80])
+    p = PrefillQK(q, k, 1.0, 0, NO_IMAGES[:80], NO_IMAGES[:80])
     s = stage("proxyattn", size=16, gamma=0.9, min_budget=48)
     (score,) = s.scores(q, k, 1.0)
     four, rest = math.exp(8), 1.0

@@ -23,12 +23,12 @@ def walked(pipeline, count, depth):
     """Tokens of one image of `count` tokens in every decoder layer, by the plans of the stages."""
     counts, parts = (count,), (((1, 1, count),),)
     for each in pipeline.stages:
-        counts = each.plan(counts, parts, (0,)) if each.site != "decoder" else counts
+        counts = each.expected_counts(counts, parts, (0,)) if each.site != "decoder" else counts
     out = []
     for layer in range(depth):
         for each in pipeline.stages:
             if layer in each.layers(depth) and each.site == "decoder":
-                counts = each.plan(counts, parts, (0,), layer)
+                counts = each.expected_counts(counts, parts, (0,), layer)
         out.append(counts[0])
     return out
 
@@ -64,8 +64,8 @@ def flowcut_late():
     five_crops = ((1, 24, 24), (1, 48, 48))
     for total in (640, 320, 160):
         first, late = config.load(f"flowcut-next-{total}").stages
-        entered = first.plan((2880,), (five_crops,), (0,))
-        assert entered == (5 * total // 2,) and late.plan(entered, (five_crops,), (0,), 2) == (total,)
+        entered = first.expected_counts((2880,), (five_crops,), (0,))
+        assert entered == (5 * total // 2,) and late.expected_counts(entered, (five_crops,), (0,), 2) == (total,)
 
 
 def vflowopt_late():
@@ -98,9 +98,9 @@ def fitprune():
     assert stage("fitprune", table=(1, 0, 2, 1), tokens=5).layers(3) == (1, 4), "which wrap refuses"
     assert stage("fitprune", table=(1, 0, 0), tokens=5).layers(2) == (1, 3), "a table for three layers"
     table = stage("fitprune", table=(200, 100, 50), tokens=576)
-    assert [table.plan((576,), (), (), k) for k in (1,)] == [(376,)]
-    assert table.plan((376, 36, 35, 1, 0), (), (), 2) == (276, 26, 26, 1, 0), "26.4 and 25.7"
-    assert stage("fitprune", table=(3, 2), tokens=5).plan((5, 1), (), ()) == (0, 0)
+    assert [table.expected_counts((576,), (), (), k) for k in (1,)] == [(376,)]
+    assert table.expected_counts((376, 36, 35, 1, 0), (), (), 2) == (276, 26, 26, 1, 0), "26.4 and 25.7"
+    assert stage("fitprune", table=(3, 2), tokens=5).expected_counts((5, 1), (), ()) == (0, 0)
     for bad in ({"table": (3, 3), "tokens": 5}, {"table": (-1, 2)}, {"table": ()}):
         with pytest.raises(ValidationError):
             stage("fitprune", **bad)
@@ -133,7 +133,7 @@ def cmai():
 
 
 def dpn():
-    pyramid = stage("dpn", sizes=(2, 1, 2)).bound(32)
+    pyramid = stage("dpn", sizes=(2, 1, 2)).for_depth(32)
     assert pyramid.layers(32) == (8, 16, 24) and stage("dpn").layers(4) == (1, 2, 3)
     x = torch.randn(576 + 35, 3, generator=torch.Generator().manual_seed(0)).double()
     parts = (((1, 24, 24),), ((1, 5, 7),))
@@ -141,21 +141,25 @@ def dpn():
     now = VisualTokens.pack(x, (576, 35), parts, (0, 1), torch.cat([torch.arange(576), torch.arange(35)]))
     for layer, k in ((8, 2), (16, 1), (24, 2)):
         keep = pyramid.select(VisualTokens(**{**vars(now), "layer": layer}))
-        assert keep.lengths == pyramid.plan(now.lengths, parts, (0, 1), layer)
-        now = VisualTokens.pack(keep.apply(now.x), keep.lengths, parts, (0, 1), now.place[keep.index])
+        assert keep.lengths == pyramid.expected_counts(now.lengths, parts, (0, 1), layer)
+        now = VisualTokens.pack(keep.apply(now.x), keep.lengths, parts, (0, 1), now.raster_index[keep.index])
         # 3 x 4 cells are fewer than 16 tokens: the second image is left alone from then on.
         grids = [pooled(g, k) if g.shape[0] * g.shape[1] >= 16 else g for g in grids]
         torch.testing.assert_close(now.x, torch.cat([g.flatten(0, 1) for g in grids]).double(), atol=1e-6, rtol=1e-5)
     assert now.lengths == (36, 12)
-    assert now.place[:3].tolist() == [0, 4, 8] and now.place[6] == 4 * 24 and now.place[36:39].tolist() == [0, 2, 4]
-    assert stage("dpn", sizes=(4,), at=(3,)).plan((9,), (((1, 3, 3),),), (0,), 3) == (9,)
+    assert (
+        now.raster_index[:3].tolist() == [0, 4, 8]
+        and now.raster_index[6] == 4 * 24
+        and now.raster_index[36:39].tolist() == [0, 2, 4]
+    )
+    assert stage("dpn", sizes=(4,), at=(3,)).expected_counts((9,), (((1, 3, 3),),), (0,), 3) == (9,)
     big = stage("dpn", sizes=(4,), at=(3,), least=4)
-    assert big.plan((12,), (((1, 3, 4),),), (0,), 3) == (12,), "no room for 4 x 4"
+    assert big.expected_counts((12,), (((1, 3, 4),),), (0,), 3) == (12,), "no room for 4 x 4"
     for bad in ({"sizes": (2,)}, {"sizes": (2, 2, 0)}, {"at": (3, 2), "sizes": (2, 2)}, {"at": (3,)}):
         with pytest.raises(ValidationError):
             stage("dpn", **bad)
     with pytest.raises(ValueError, match="bound"):
-        stage("dpn").plan((16,), (((1, 4, 4),),), (0,), 1)
+        stage("dpn").expected_counts((16,), (((1, 4, 4),),), (0,), 1)
     assert Budget(1)  # DPN has no budget: its sizes say it all
     assert "keep" not in type(pyramid).model_fields
 
@@ -173,9 +177,9 @@ def dpn_routed():
     pyramid = stage("dpn_routed", routers=file, read=2)
     assert (
         pyramid.layers(32) == (8, 16)
-        and pyramid.misfit(32, 8) == ""
-        and pyramid.misfit(15, 8)
-        and pyramid.misfit(32, 9)
+        and pyramid.incompatibility(32, 8) == ""
+        and pyramid.incompatibility(15, 8)
+        and pyramid.incompatibility(32, 9)
     )
     held = load_file(file)
     parts, row = (((1, 8, 8),), ((1, 4, 8),), ((1, 9, 7),)), (0, 0, 1)
@@ -185,13 +189,13 @@ def dpn_routed():
     taken = set()
     for layer in (8, 16):
         texts = [torch.randn(5, 8, generator=g) for _ in row]
-        place = torch.cat(
+        raster_index = torch.cat(
             [torch.arange(h * w).view(h, w)[::s, ::s].flatten() for s, ((_, h, w),) in zip(sides, parts, strict=True)]
         )
         x = torch.cat([grid.flatten(0, 1) for grid in grids])
         facts = {Fact("later_text"): texts}
         now = VisualTokens.pack(
-            x, [len(v.flatten(0, 1)) for v in grids], parts, row, place, facts=facts, layer=layer, memory=memory
+            x, [len(v.flatten(0, 1)) for v in grids], parts, row, raster_index, facts=facts, layer=layer, memory=memory
         )
         keep = pyramid.select(now)
         for images, last in (((0, 1), 1), ((2,), 2)):
@@ -215,7 +219,7 @@ def dpn_routed():
         assert keep.lengths == tuple(len(v.flatten(0, 1)) for v in grids)
         torch.testing.assert_close(keep.apply(x), torch.cat([v.flatten(0, 1) for v in grids]), atol=1e-6, rtol=1e-5)
     assert len(taken) > 1, "different sizes were seen"
-    assert pyramid.plan(lengths, parts, row, 8) == lengths
+    assert pyramid.expected_counts(lengths, parts, row, 8) == lengths
     for bad in ({"routers": "nowhere.safetensors"}, {"routers": __file__}, {"routers": file, "sizes": (0, 2)}):
         with pytest.raises(ValidationError):
             stage("dpn_routed", **bad)

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vtoken import registry
 from vtoken.compressors.attention._singles import listed
-from vtoken.stages.attention import Prompt, Rope
+from vtoken.stages.attention import PrefillQK, Rope
 
 NO_IMAGES = torch.full((4096,), -1)
 
@@ -29,7 +29,7 @@ def prompt(n, heads=(4, 2), d=16, seed=0, layer=0):
     q[0] += 1.5 * near
     k[0] += 1.5 * near
     k[1, ::29] += 2 * q[-1, -20:].mean(0)
-    return Prompt(q, k, d**-0.5, layer, NO_IMAGES[:n], NO_IMAGES[:n], rope=rope(n, d))
+    return PrefillQK(q, k, d**-0.5, layer, NO_IMAGES[:n], NO_IMAGES[:n], rope=rope(n, d))
 
 
 def rope(n, d):
@@ -196,7 +196,7 @@ def video(n, frames, rows, width, gap, before, seed=0, heads=(4, 2)):
         image[at : at + rows * width] = 0
         place[at : at + rows * width] = torch.arange(rows * width) + f * rows * width
     p = prompt(n, heads, seed=seed)
-    return Prompt(p.q, p.k, p.scale, 0, image, place, (((frames, rows, width),),), rope=p.rope)
+    return PrefillQK(p.q, p.k, p.scale, 0, image, place, (((frames, rows, width),),), rope=p.rope)
 
 
 def mminference():
@@ -224,8 +224,8 @@ def mminference():
     assert bool(
         (seen_by(stage("mminference", pattern="grid_frame").reads(images), 900).sum((1, 2)) == 900 * 901 / 2).all()
     )
-    assert "for 4 heads in a layer, this model has 2" in s.misfit_heads(2, 2, 16)
-    assert not s.misfit(1, 32) and not s.misfit_heads(4, 2, 16)
+    assert "for 4 heads in a layer, this model has 2" in s.heads_incompatibility(2, 2, 16)
+    assert not s.incompatibility(1, 32) and not s.heads_incompatibility(4, 2, 16)
 
 
 def the_grid(clip):
@@ -295,7 +295,7 @@ def the_modalities():
     p = prompt(650, seed=6)
     image = torch.full((650,), -1)
     image[200:500] = 0
-    p = Prompt(p.q, p.k, p.scale, 0, image, image, (((1, 15, 20),),))
+    p = PrefillQK(p.q, p.k, p.scale, 0, image, image, (((1, 15, 20),),))
     spans = [(start, end) for _, start, end in parts.modalities(p)]
     assert spans == [(500, 650), (200, 500)]
     found = stage("mminference", pattern="query_boundary", vertical=35, slash=110).reads(p)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vtoken import registry
-from vtoken.hooks.attention.unmerged_attention import Spread, Table
+from vtoken.hooks.attention.unmerged_attention import UnmergedAttention, UnmergeTable
 
 
 def causal(q, k, v, padding=0):
@@ -38,14 +38,18 @@ def vtu():
     angles = tuple(torch.cat(each) for each in zip(rope(0, 1, 2), rope(0, 0, 1), strict=True))
     one, two = (1 + 3 * e) / (1 + e), (1 / e + 3 + e) / (1 / e + 1 + e)
     padded = partial(causal, padding=1)
-    got, _ = Spread(None, 3, angles, home).attention(apply_rotary_pos_emb, x, x, v, None, padded)
+    got, _ = UnmergedAttention(None, 3, angles, home).attention(apply_rotary_pos_emb, x, x, v, None, padded)
     torch.testing.assert_close(got[0, :, 0, 0], torch.tensor([(1 + two) / 2, one, 0]))
     torch.testing.assert_close(got[1, 1:, 0, 0], torch.tensor([1, one]))
     the_written()
     the_table()
     made = registry.stage("vtu")()
-    assert made.unmerges() == "expanded" and made.layers(32) == () and made.plan((4, 2), (), (0, 0)) == (4, 2)
-    assert registry.stage("vtu")(cache="merged").unmerges() == "merged"
+    assert (
+        made.unmerge_mode() == "expanded"
+        and made.layers(32) == ()
+        and made.expected_counts((4, 2), (), (0, 0)) == (4, 2)
+    )
+    assert registry.stage("vtu")(cache="merged").unmerge_mode() == "merged"
     with pytest.raises(ValidationError):
         registry.stage("vtu")(cache="un-rotated")
 
@@ -59,7 +63,7 @@ def the_written():
         seen.extend((k, v))
         return k, v
 
-    Spread(None, 2, rope(0, 1, 2, 3), torch.tensor([[0, 1, 0, 1]])).attention(
+    UnmergedAttention(None, 2, rope(0, 1, 2, 3), torch.tensor([[0, 1, 0, 1]])).attention(
         apply_rotary_pos_emb, x, x, x, write, causal
     )
     assert seen[0][0, 0].tolist() == [[1, 0], [0, 2], [-1, 0], [0, -2]]
@@ -68,7 +72,7 @@ def the_written():
 
 def the_table():
     """A merged cache: two stock slots of an earlier turn keep their rotation, token 2 stands at two places, then a draft is rejected."""
-    old = Table.rotated(torch.tensor([[0, 1]]), True, rope(0))
+    old = UnmergeTable.rotated(torch.tensor([[0, 1]]), True, rope(0))
     table = old.extend(torch.tensor([[2, 3, 4]]), torch.tensor([[2, 3, 2]]), rope(1, 2, 3), 5, True)
     longer = table.extend(torch.tensor([[5, 6]]), torch.tensor([[4, 5]]), rope(0, 1), 7, True)
     assert longer.slot.tolist() == [[0, 1, 2, 3, 2, 4, 5]] and longer.cut(9).logical.shape == (1, 7)

@@ -22,13 +22,18 @@ def tokens(*args, received_attention, pixels=None, threshold=34.76, **options):
     return replace(given, facts=found)
 
 
-def cell_of(place, parts, side):
+def cell_of(raster_index, parts, side):
     """(raster, frame, row of cells, column of cells) of an unpruned token."""
     for number, (t, h, w) in enumerate(parts):
-        if place < t * h * w:
-            return number, place // (h * w), math.floor(place // w % h / side), math.floor(place % w / side)
-        place -= t * h * w
-    raise IndexError(place)
+        if raster_index < t * h * w:
+            return (
+                number,
+                raster_index // (h * w),
+                math.floor(raster_index // w % h / side),
+                math.floor(raster_index % w / side),
+            )
+        raster_index -= t * h * w
+    raise IndexError(raster_index)
 
 
 def recycled(importance, cells, k=None, size=None):
@@ -147,10 +152,16 @@ def recycling(stage):
         )
         whole = recycled(weight.tolist(), cells, k)
         follows(stage(keep=k, cell=side).select(both), whole, both.x, weight.tolist(), 4, 4)
-        place = torch.arange(0, n, 2)
-        thin = tokens(x[place], (len(place),), parts=(parts,), place=place, received_attention=weight[place])
-        want = recycled(weight[place].tolist(), [cells[i] for i in place], k // 2)
-        follows(stage(keep=k // 2, cell=side).select(thin), want, x[place], weight[place].tolist())
+        raster_index = torch.arange(0, n, 2)
+        thin = tokens(
+            x[raster_index],
+            (len(raster_index),),
+            parts=(parts,),
+            raster_index=raster_index,
+            received_attention=weight[raster_index],
+        )
+        want = recycled(weight[raster_index].tolist(), [cells[i] for i in raster_index], k // 2)
+        follows(stage(keep=k // 2, cell=side).select(thin), want, x[raster_index], weight[raster_index].tolist())
 
 
 def bits(values):
@@ -171,7 +182,7 @@ def entropy(stage):
     torch.testing.assert_close(stage(**options).entropy(normal.flatten(1)), torch.tensor(want))
     pairs = stage(**options, merge=2).entropy(normal.reshape(3, 24))
     torch.testing.assert_close(pairs, torch.tensor([bits(grey[i] + grey[i + 1]) for i in (0, 2, 4)]))
-    assert "write merge: 4" in stage(**options, merge=3).misfit_tower(32, 4)
+    assert "write merge: 4" in stage(**options, merge=3).tower_incompatibility(32, 4)
 
     received, segment = torch.rand(6, generator=g), torch.tensor([0, 0, 1, 1, 1, 1])
     crops = [want[:2], want[2:]]

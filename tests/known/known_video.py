@@ -19,10 +19,16 @@ def video(grid, seed=0, width=8, images=0, dtype=torch.float32):
     return tokens(x, (n, *(4,) * images), grids, row=(0,) * len(grids), segment=frame)
 
 
-def thinned(whole, place):
+def thinned(whole, raster_index):
     """What an earlier stage left of a video."""
-    place = torch.tensor(place)
-    return tokens(whole.x[place], (len(place),), (whole.parts[0][0],), place=place, segment=whole.segment[place])
+    raster_index = torch.tensor(raster_index)
+    return tokens(
+        whole.x[raster_index],
+        (len(raster_index),),
+        (whole.parts[0][0],),
+        raster_index=raster_index,
+        segment=whole.segment[raster_index],
+    )
 
 
 def cosine(a, b):
@@ -143,9 +149,9 @@ def vidcom2():
     assert warm.index[: sum(counts)].tolist() == lowest(score, frames, counts)
 
     # Frames of different size, one of them gone.
-    place = [0, 1, 2, 3, 4, 5, 7, 9, 10, 20, 21, 22]
-    v = thinned(video((4, 2, 3), 3), place)
-    frames = [[i for i, p in enumerate(place) if p // 6 == f] for f in (0, 1, 3)]
+    raster_index = [0, 1, 2, 3, 4, 5, 7, 9, 10, 20, 21, 22]
+    v = thinned(video((4, 2, 3), 3), raster_index)
+    frames = [[i for i, p in enumerate(raster_index) if p // 6 == f] for f in (0, 1, 3)]
     in_video, in_frame = commonness(v.x, frames)
     score = [a + b for a, b in zip(in_video, in_frame, strict=True)]
     for temperature in (0.01, 1.0):

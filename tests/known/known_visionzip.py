@@ -63,8 +63,8 @@ def visionzip():
     ).index.tolist() == [1, 2, 3, 4]
     assert [stage(keep=k)._merged(k) for k in (192, 128, 64, 32)] == [30, 20, 10, 5], "published splits"
 
-    assert "heads: 3 does not divide" in stage(keep=4, heads=3).misfit_tower(32, 1)
-    assert not stage(keep=4, heads=4).misfit_tower(32, 1) and not stage(keep=4).misfit_tower(33, 4)
+    assert "heads: 3 does not divide" in stage(keep=4, heads=3).tower_incompatibility(32, 1)
+    assert not stage(keep=4, heads=4).tower_incompatibility(32, 1) and not stage(keep=4).tower_incompatibility(33, 4)
 
     lengths, parts = (40, 23), (((1, 5, 8),), ((1, 23, 1),))
     x, attention = draw(lengths, 6)
@@ -125,7 +125,9 @@ def prumerge():
     assert stage(keep=1, plus=True).select(nine).index.tolist() == [4]
     flat = given((4,), (((1, 2, 2),),), x[:4], {k: torch.ones_like(v[:4]) for k, v in facts.items()})
     assert stage().select(flat).index.tolist() == [0], "what lies on the bar is no outlier, but one stays"
-    assert stage().plan((576,), (), (0,)) == (41,) and stage(plus=True).plan((576, 3), (), (0, 0)) == (144, 1)
+    assert stage().expected_counts((576,), (), (0,)) == (41,) and stage(plus=True).expected_counts(
+        (576, 3), (), (0, 0)
+    ) == (144, 1)
 
     lengths, parts = (150, 60), (((1, 10, 15),), ((1, 6, 10),))
     x, attention = draw(lengths, 5)

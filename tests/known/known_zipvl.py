@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from vtoken import registry
 from vtoken.compressors._zipvl import quantised
-from vtoken.stages.cache import CachedLayer, Later
+from vtoken.stages.cache import CachedLayer, GeneratedBlock
 
 
 def make(name, **options):
@@ -135,7 +135,7 @@ def what_is_generated(x):
     for n, tau in ((40, 0.5), (33, 0.8), (25, 1.0), (12, 0.05)):
         s, at = make("zipvl_cache", tau=tau, mode="quantise", every=10), range(n - 10, n)
         query, keys, values = x.queries[:, n - 1], x.keys[:, :n], x.values[:, at.start : n]
-        found = s.later(Later(keys, values, query, at, x.scale))
+        found = s.requantize(GeneratedBlock(keys, values, query, at, x.scale))
         total = sum((keys[h // 2].double() @ query[h].double() * x.scale).softmax(0) for h in range(4)).tolist()
         held, important = 0.0, []
         for j in sorted(range(n), key=lambda j: -total[j]):
@@ -152,7 +152,7 @@ def what_is_generated(x):
                 for c in range(8):
                     near(found.keys[h, rounded, c].tolist(), keys[h, group, c].double().tolist(), 2**bits - 1)
         sizes.add(len(important))
-        assert s.period() == 10 and make("zipvl_cache", every=10).period() is None
+        assert s.requantize_every() == 10 and make("zipvl_cache", every=10).requantize_every() is None
     assert len(sizes) == 4
 
 

@@ -110,7 +110,7 @@ def test_the_batch_counts_only_with_the_authors_quirk():
     assert shared[1] == [min(own[1])] * 3
 
 
-@pytest.mark.parametrize("family", tiny.families(packed=True))
+@pytest.mark.parametrize("family", tiny.families(varlen=True))
 @pytest.mark.parametrize("grids", [IMAGES, VIDEOS], ids=["images", "videos"])
 def test_global_facts_of_packed_towers(family, grids):
     """Over the whole picture or video, in window blocks too, then means over the merge group."""
@@ -141,7 +141,9 @@ def test_other_stages_may_drop_in_between():
     assert stage.select(with_facts(ones, ones, values, 0, memory=memory, side=2)).lengths == (4,)
     left = torch.tensor([1, 2, 3])
     flat = with_facts(ones[:3], ones[:3], torch.ones(3, 1), 1, left, memory, side=2)
-    assert flat.place[stage.select(flat).index].tolist() == [2, 3], "the newest layer alone cannot tell them apart"
+    assert flat.raster_index[stage.select(flat).index].tolist() == [2, 3], (
+        "the newest layer alone cannot tell them apart"
+    )
 
 
 def test_frames_have_their_own_budget():
@@ -159,13 +161,13 @@ def test_plan_bounds_what_runs():
     with vtoken.wrapped(model, [FlowCut(keep=3)]), torch.no_grad():
         model(**tiny.build(model, ROWS, seed=3))
         found = [tuple(s.tokens_out) for s in vtoken.trace(model).stages]
-    stage, lengths = FlowCut(keep=3).bound(8), (16, 16, 16)
+    stage, lengths = FlowCut(keep=3).for_depth(8), (16, 16, 16)
     for layer in range(6):
-        lengths = stage.plan(lengths, parts, range(3), layer)
+        lengths = stage.expected_counts(lengths, parts, range(3), layer)
         assert all(most >= n for most, n in zip(lengths, found[layer], strict=True))
     assert lengths == found[-1] == (3, 3, 3)
-    half = FlowCut(keep="50%").bound(8)
-    assert half.plan((12,), (((1, 4, 4),),), (0,), 5) == (8,), "of all 16, whatever is left of them"
+    half = FlowCut(keep="50%").for_depth(8)
+    assert half.expected_counts((12,), (((1, 4, 4),),), (0,), 5) == (8,), "of all 16, whatever is left of them"
 
 
 def test_zero_attention_and_relevance():
@@ -185,7 +187,7 @@ def test_what_it_refuses():
     with pytest.raises(ValidationError, match="at least 1"):
         FlowCut(keep=4, at=())
     with pytest.raises(ValueError, match="how deep the encoder is"):
-        FlowCut(keep=4).plan((16,), (((1, 4, 4),),), (0,), 1)
+        FlowCut(keep=4).expected_counts((16,), (((1, 4, 4),),), (0,), 1)
     model = tiny.llava()
     with pytest.raises(vtoken.errors.UnsupportedError, match=r"acts at encoder layers .* 0 to 1"):
         vtoken.wrap(model, [FlowCut(keep=4, at=(1, 2))])

@@ -30,7 +30,7 @@ class Middle(Pruner):
     layer: int = 2
 
     def score(self, tokens):
-        return -tokens.place.float()
+        return -tokens.raster_index.float()
 
 
 class _Helper(Pruner):
@@ -84,7 +84,9 @@ def test_asking_for_names_imports_nothing_heavy() -> None:
 
 
 def test_unknown_names_are_met_with_a_suggestion() -> None:
-    assert "unknown stage 'fastervm', did you mean 'fastervlm'? Known: " in refusal(registry.stage, "fastervm")
+    assert "unknown stage 'fastervm', did you mean 'fastervlm'? `vtoken list` shows all" == refusal(
+        registry.stage, "fastervm"
+    )
     assert "unknown kind 'pruners', did you mean 'pruner'?" in refusal(vtoken.available, "pruners")
     with pytest.raises(UnsupportedError, match="unknown model_type 'llama', did you mean 'llava'"):
         registry.adapter("llama")
@@ -163,7 +165,7 @@ def test_adapters_of_other_packages(install: Install) -> None:
     source = "from vtoken.adapters.llava import Llava\n\n\nclass Mine(Llava):\n    model_type = 'my_vlm'\n"
     install("acme_vlm", source, "[vtoken.adapters]\nmy_vlm = acme_vlm:Mine\nother_vlm = acme_vlm\nllava = acme_vlm\n")
     assert registry.adapter("my_vlm").__name__ == "Mine"
-    assert 'declare `model_type = "other_vlm"`' in refusal(registry.adapter, "other_vlm")
+    assert 'declare `model_type: ClassVar[str] = "other_vlm"`' in refusal(registry.adapter, "other_vlm")
     assert "vtoken itself (vtoken.adapters.llava) and by package acme_vlm 1.2" in refusal(registry.adapter, "llava")
 
 

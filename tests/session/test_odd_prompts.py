@@ -19,7 +19,7 @@ import vtoken
 from vtoken import registry
 from vtoken.errors import UnsupportedError
 
-PADDED = tiny.families(packed=False)
+PADDED = tiny.families(varlen=False)
 # Decoder and cache sites may drop on the way; what matters here is who is seen.
 SITES = {
     "encoder": [Inside(at=(1,))],

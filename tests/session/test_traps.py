@@ -43,9 +43,9 @@ def test_masks_have_physical_length(model):
     _, logits = oracle.generate(model, p, keep, 8)
     torch.testing.assert_close(torch.stack(good.logits), logits, atol=2e-4, rtol=1e-4)
 
-    from vtoken.hooks.state.left_padding import pack_left, take
+    from vtoken.hooks.state.left_padding import left_pad, take
 
-    index, valid = pack_left(keep)
+    index, valid = left_pad(keep)
     lm = model.model.language_model
 
     def naive(module, args, kwargs):

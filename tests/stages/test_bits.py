@@ -8,7 +8,7 @@ from rounded_cache import rounded
 
 from vtoken.compressors._zipvl import quantised
 from vtoken.hooks.state.quantized_layer import Plain, adopt
-from vtoken.stages.quantized import Codes, pack, unpack
+from vtoken.stages.quantized import QuantizedTensor, pack, unpack
 
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
@@ -41,7 +41,7 @@ def test_within_half_a_step(bits, dtype):
     for axes in ((1,), (0, 2)):
         low, high = x.double().amin(axes, keepdim=True), x.double().amax(axes, keepdim=True)
         step = (high - low) / (2**bits - 1)
-        got = Codes.of(x, axes, bits).read().double()
+        got = QuantizedTensor.of(x, axes, bits).read().double()
         assert bool(((got - x.double()).abs() <= step / 2 + 1e-5).all())
         assert bool(((got - low) / step - ((got - low) / step).round()).abs().max() < 1e-3), "on the steps"
 

@@ -9,7 +9,7 @@ from modes import LOGITS, families, greedy
 
 import vtoken
 from vtoken.stages import query_attention as probe
-from vtoken.stages.query_attention import Probe, shared
+from vtoken.stages.query_attention import QueryAttention, shared
 
 ROWS = [[9, "img", 1, "img", 20], [1, "img", 30], [60]]
 FLEX = {"flexprefill": {"gamma": 0.6, "min_budget": 1, "size": 16, "min_len": 0}}
@@ -60,7 +60,7 @@ def rows(q, k, count):
 @pytest.mark.parametrize(("announced", "left"), [(4, [4, 16]), (16, [16]), (17, [16]), (0, [16])])
 def test_a_pass_leaves_what_was_announced(announced, left, passes):
     q, k = qk()
-    p = Probe(q, k, 0.3, announced)
+    p = QueryAttention(q, k, 0.3, announced)
     vertical, slash = p.lines(16)
     for n in (4, 16, 17, 17):
         torch.testing.assert_close(p.received(n), rows(q, k, n).sum(2))
@@ -79,7 +79,7 @@ def test_attention_of_a_row_is_causal_and_sums_to_one():
 
 def test_a_probe_of_other_tensors_is_not_taken():
     q, k = qk()
-    p = Probe(q, k, 0.3)
+    p = QueryAttention(q, k, 0.3)
     assert shared(p, q, k, 0.3) is p and shared(p, q[:, :], k[:], 0.3) is p
     for other in ((q[:, 1:], k, 0.3), (q.clone(), k, 0.3), (q, k[:1], 0.3), (q, k, 0.5)):
         assert shared(p, *other) is not p

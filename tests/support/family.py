@@ -82,7 +82,7 @@ class Family:
         return self.video is not None
 
     @property
-    def packed(self) -> bool:
+    def varlen(self) -> bool:
         return self.unit > 1
 
     @property

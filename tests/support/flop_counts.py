@@ -81,7 +81,7 @@ class Exit(Stage):
     def layers(self, depth: int) -> tuple[int, ...]:
         return (self.layer,)
 
-    def plan(self, lengths: Any, parts: Any, row: Any, layer: int | None = None) -> tuple[int, ...]:
+    def expected_counts(self, lengths: Any, parts: Any, row: Any, layer: int | None = None) -> tuple[int, ...]:
         return (0,) * len(lengths)
 
 

@@ -8,7 +8,7 @@ import torch
 from vtoken import registry
 from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.run import Run
-from vtoken.hooks.vision.varlen_tower import PackedHooks
+from vtoken.hooks.vision.varlen_tower import VarlenTower
 from vtoken.stages import Fact
 
 IMAGES = [[1, 6, 10], [1, 4, 4], [1, 10, 6]]  # in patches; windows of Qwen2.5-VL are 4 x 4
@@ -26,7 +26,7 @@ class Hooked:
     def __init__(self, family, attn="sdpa", wanted=(), stages=()):
         self.model, self.run, self.handle = tiny.make(family, attn), Run(), Handle()
         self.adapter = registry.adapter(family)(self.model)
-        PackedHooks(self.adapter, self.run, self.handle, {Fact(*w) for w in wanted}, list(stages))
+        VarlenTower(self.adapter, self.run, self.handle, {Fact(*w) for w in wanted}, list(stages))
 
     @torch.no_grad()
     def __call__(self, pixels, grid, kind="image"):

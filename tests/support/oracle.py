@@ -14,7 +14,7 @@ Newlines = Literal["keep_if_row_has_token", "keep", "drop"]
 
 
 @dataclass
-class Prompt:
+class PrefillQK:
     """What the unwrapped model feeds its language model.
 
     Attributes:
@@ -39,7 +39,7 @@ class Prompt:
 
 
 @torch.no_grad()
-def prompt(model: Any, batch: dict[str, Tensor]) -> Prompt:
+def prompt(model: Any, batch: dict[str, Tensor]) -> PrefillQK:
     """Runs the prefill of the unwrapped model on a batch from `tiny.build` and records what enters the language model."""
     seen: dict[str, Any] = {}
 
@@ -62,7 +62,7 @@ def prompt(model: Any, batch: dict[str, Tensor]) -> Prompt:
         newline = visual & (embeds == model.model.image_newline).all(-1)
         vision = model.config.vision_config
         crop = (vision.image_size // vision.patch_size) ** 2
-    return Prompt(
+    return PrefillQK(
         embeds=embeds,
         positions=positions.expand(*positions.shape[:-2], *ids.shape),
         mask=batch.get("attention_mask", torch.ones_like(ids)).bool(),
@@ -75,7 +75,7 @@ def prompt(model: Any, batch: dict[str, Tensor]) -> Prompt:
 
 
 def keep_mask(
-    p: Prompt, kept: Sequence[Tensor], tokens: int | None = None, newlines: Newlines = "keep_if_row_has_token"
+    p: PrefillQK, kept: Sequence[Tensor], tokens: int | None = None, newlines: Newlines = "keep_if_row_has_token"
 ) -> Tensor:
     """[B, L] bool: text, and what stays of each image.
 
@@ -143,7 +143,7 @@ def logits(
 @torch.no_grad()
 def generate(
     model: Any,
-    p: Prompt,
+    p: PrefillQK,
     keep: Tensor,
     new_tokens: int,
     compact: bool = False,
@@ -193,7 +193,7 @@ def generate(
     return torch.tensor(rows), torch.stack(scores, 1)
 
 
-def means(p: Prompt, kept: Sequence[Tensor], into: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
+def means(p: PrefillQK, kept: Sequence[Tensor], into: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
     """[B, L, L] what every token is made of when each kept visual token becomes the plain mean of those it takes in.
 
     Args:

@@ -7,12 +7,12 @@ import torch
 from vtoken.stages import Fact, VisualTokens
 
 
-def tokens(x=None, lengths=(6,), grid=((1, 2, 3),), row=None, place=None, parts=None, segment=None, **facts):
+def tokens(x=None, lengths=(6,), grid=((1, 2, 3),), row=None, raster_index=None, parts=None, segment=None, **facts):
     """`grid` is one raster per image; `parts` several."""
     parts = tuple((g,) for g in grid) if parts is None else parts
     x = torch.arange(sum(lengths), dtype=torch.float32)[:, None].repeat(1, 2) if x is None else x
-    place = torch.cat([torch.arange(n) for n in lengths]) if place is None else place
+    raster_index = torch.cat([torch.arange(n) for n in lengths]) if raster_index is None else raster_index
     row = tuple(range(len(lengths))) if row is None else row
     return VisualTokens.pack(
-        x, lengths, parts, row, place, segment=segment, facts={Fact(k): v for k, v in facts.items()}
+        x, lengths, parts, row, raster_index, segment=segment, facts={Fact(k): v for k, v in facts.items()}
     )

@@ -8,7 +8,7 @@ import torch
 
 import vtoken
 from vtoken.compressors.cache.zipvl_cache import ZipVLCache
-from vtoken.stages.cache import Ready
+from vtoken.stages.cache import ReplacedKV
 
 
 def rounded(keys, values, groups):
@@ -44,7 +44,7 @@ class Wide(ZipVLCache):
             ends.append(ends[-1] + codes.packed.shape[1])
         order = found.place.argsort()
         groups = [(order[a:b], c.bits) for a, b, c in zip(ends, ends[1:], found.key_groups, strict=False)]
-        return Ready(*rounded(layer.keys, layer.values, groups))
+        return ReplacedKV(*rounded(layer.keys, layer.values, groups))
 
 
 def both(model, run, **options):
@@ -56,15 +56,15 @@ def both(model, run, **options):
     return found
 
 
-def later(cls=ZipVLCache, **options):
+def recording(cls=ZipVLCache, **options):
     """A stage that tells what it was asked about the tokens behind the prompt."""
     calls = []
 
     class Telling(cls):
         name = "zipvl_cache"
 
-        def later(self, layer):
-            found = super().later(layer)
+        def requantize(self, layer):
+            found = super().requantize(layer)
             calls.append((layer, found))
             return found
 

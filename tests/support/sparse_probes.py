@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 
-from vtoken.stages.attention import Prompt, Reads, SparseAttention, everything
+from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, everything
 
 
 class Everything(SparseAttention):
-    """Reads all blocks. No paper."""
+    """SparseMask all blocks. No paper."""
 
     min_len: int = 0
 
-    def reads(self, prompt: Prompt) -> Reads:
+    def reads(self, prompt: PrefillQK) -> SparseMask:
         n = prompt.length
-        return Reads(16, everything(prompt.heads, n, n, 16, prompt.q.device))
+        return SparseMask(16, everything(prompt.heads, n, n, 16, prompt.q.device))
 
 
 class Ladder(SparseAttention):
@@ -25,7 +25,7 @@ class Ladder(SparseAttention):
     min_len: int = 0
     seen: Any = None
 
-    def reads(self, prompt: Prompt) -> Reads:
+    def reads(self, prompt: PrefillQK) -> SparseMask:
         n, heads = prompt.length, prompt.heads
         if self.seen is not None:
             self.seen.append(prompt)
@@ -35,7 +35,7 @@ class Ladder(SparseAttention):
         columns = torch.stack([torch.arange(0, n, 5) if h > 1 else torch.full((-(-n // 5),), -1) for h in range(heads)])
         dense = torch.zeros(heads, n, dtype=torch.bool)
         dense[2:, ::7] = True
-        return Reads(16, blocks, columns[:, None].int(), len(t), dense)
+        return SparseMask(16, blocks, columns[:, None].int(), len(t), dense)
 
     @staticmethod
     def mask(n, heads):

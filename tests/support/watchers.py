@@ -31,7 +31,7 @@ class Watcher(Compressor):
     def needs(self) -> tuple[Fact, ...]:
         return tuple(map(Fact, self.asks))
 
-    def raters(self, tokens: VisualTokens) -> list[torch.Tensor]:
+    def query_tokens(self, tokens: VisualTokens) -> list[torch.Tensor]:
         return [every_other(len(text)) for text in tokens.fact("later_text")]
 
     def select(self, tokens: VisualTokens) -> Keep:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vtoken.adapters._padded import Padded
-from vtoken.hooks.state.run import Call, Layout, tokens_of
+from vtoken.hooks.state.run import FeatureCall, ImageLayout, tokens_of
 
 
 class Anyres(Padded):
@@ -26,7 +26,7 @@ class Anyres(Padded):
         # Sizes come again and again, so the last ones are worked out once.
         self._layout = lru_cache(maxsize=64)(self._laid_out)
 
-    def layouts(self, kind: str, arguments: dict[str, Any]) -> tuple[Layout, ...]:
+    def layouts(self, kind: str, arguments: dict[str, Any]) -> tuple[ImageLayout, ...]:
         if arguments.get("image_sizes") is None:
             raise ValueError(
                 f"{self.model_type} needs pixel_values and image_sizes to encode; pass what its processor returns"
@@ -54,7 +54,7 @@ class Anyres(Padded):
     def pack_options(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """What the model's packing is told besides sizes."""
 
-    def pack(self, call: Call, values: Tensor) -> Tensor:
+    def pack(self, call: FeatureCall, values: Tensor) -> Tensor:
         split = values.split(self.crops(call.arguments))
         images = self._pack(split, call.arguments["image_sizes"], self.pack_options(call.arguments))
         packed = torch.cat(images)
@@ -78,21 +78,21 @@ class Anyres(Padded):
             place[1:, :, 1] = crop % columns * self.side + patch % self.side
         return place
 
-    def _laid_out(self, crops: int, size: tuple[int, ...], options: tuple[tuple[str, Any], ...]) -> Layout:
+    def _laid_out(self, crops: int, size: tuple[int, ...], options: tuple[tuple[str, Any], ...]) -> ImageLayout:
         """Of an image of this (height, width)."""
         (image,) = self._pack([self._places(crops, size)], torch.tensor([size]), dict(options))
         return self._read(image, crops)
 
-    def _read(self, image: Tensor, crops: int) -> Layout:
+    def _read(self, image: Tensor, crops: int) -> ImageLayout:
         """From the packed places [length, 2] of one image."""
         newline = image[:, 0].isnan()
         content = image[~newline]
         base = (1, self.side, self.side)
         if crops == 1:
-            return Layout((base,), None, newline, torch.zeros(len(content), dtype=torch.long))
+            return ImageLayout((base,), None, newline, torch.zeros(len(content), dtype=torch.long))
         n = len(content) - self.patches
         if not n:  # A picture thinner than a patch is cut away with its padding, but for newlines.
-            return Layout((base,), None, newline, torch.full((self.patches,), -1))
+            return ImageLayout((base,), None, newline, torch.full((self.patches,), -1))
         rows = int(newline.sum())
         stitched = content[self.patches :]
         width = int(stitched[:, 1].max() // self.side) + 1
@@ -100,7 +100,7 @@ class Anyres(Padded):
         segment = torch.cat([torch.zeros(self.patches), crop]).long()
         line = torch.cat([torch.full((self.patches,), -1), torch.arange(rows).repeat_interleave(n // rows)])
         exact = bool((stitched == stitched.round()).all())
-        return Layout((base, (1, rows, n // rows)), segment, newline, line, resized=not exact)
+        return ImageLayout((base, (1, rows, n // rows)), segment, newline, line, resized=not exact)
 
 
 def check_pixels(pixels: Any, crops: list[int]) -> None:

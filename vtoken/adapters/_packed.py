@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtoken.adapters.base import Adapter, Encoder, check_decoder
 from vtoken.errors import UnsupportedError
-from vtoken.hooks.state.run import Layout
+from vtoken.hooks.state.run import ImageLayout
 
 GRIDS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 
@@ -63,16 +63,16 @@ class Packed(Adapter):
         """
         return None
 
-    def rasters(self, grid: Sequence[Sequence[int]]) -> tuple[Layout, ...]:
+    def rasters(self, grid: Sequence[Sequence[int]]) -> tuple[ImageLayout, ...]:
         """The layout of each row of `grid` [images, 3]: frames, rows and columns in patches."""
         layouts = []
         for frames, rows, columns in grid:
             rows, columns = rows // self.merge, columns // self.merge
             segment = torch.arange(frames).repeat_interleave(rows * columns) if frames > 1 else None
-            layouts.append(Layout(((frames, rows, columns),), segment))
+            layouts.append(ImageLayout(((frames, rows, columns),), segment))
         return tuple(layouts)
 
-    def layouts(self, kind: str, arguments: dict[str, Any]) -> tuple[Layout, ...]:
+    def layouts(self, kind: str, arguments: dict[str, Any]) -> tuple[ImageLayout, ...]:
         pixels, grid = (arguments.get(name) for name in GRIDS[kind])
         if pixels is None or grid is None:
             raise ValueError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtoken.errors import UnsupportedError
-from vtoken.hooks.state.run import KINDS, Call, Layout
+from vtoken.hooks.state.run import KINDS, FeatureCall, ImageLayout
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Adapter(ABC):
     def __init__(self, model: Any) -> None: ...
 
     @abstractmethod
-    def layouts(self, kind: str, arguments: dict[str, Any]) -> tuple[Layout, ...]:
+    def layouts(self, kind: str, arguments: dict[str, Any]) -> tuple[ImageLayout, ...]:
         """How each image or video of a call of the feature function will reach the language model.
 
         Args:
@@ -90,7 +90,7 @@ class Adapter(ABC):
             ValueError: pixels that do not fit their sizes.
         """
 
-    def pack(self, call: Call, values: Tensor) -> Tensor:
+    def pack(self, call: FeatureCall, values: Tensor) -> Tensor:
         """Brings tower values to the order and number of the packed visual tokens, newlines left out, by the same operations that
         the model applies to its features.
 
@@ -102,7 +102,7 @@ class Adapter(ABC):
         """
         return values.flatten(0, -2)
 
-    def split(self, tokens: int) -> tuple[Layout, ...]:
+    def split(self, tokens: int) -> tuple[ImageLayout, ...]:
         """Layouts of the images that fill `tokens` placeholders of one row, when no encoder call tells.
 
         Raises:

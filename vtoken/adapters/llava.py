@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vtoken.adapters._padded import Padded
-from vtoken.hooks.state.run import Layout
+from vtoken.hooks.state.run import ImageLayout
 
 
 class Llava(Padded):
@@ -14,14 +14,14 @@ class Llava(Padded):
     model_type = "llava"
     expects = "LlavaForConditionalGeneration"
 
-    def layouts(self, kind: str, arguments: dict[str, Any]) -> tuple[Layout, ...]:
-        return (Layout(((1, self.side, self.side),)),) * len(arguments["pixel_values"])
+    def layouts(self, kind: str, arguments: dict[str, Any]) -> tuple[ImageLayout, ...]:
+        return (ImageLayout(((1, self.side, self.side),)),) * len(arguments["pixel_values"])
 
-    def split(self, tokens: int) -> tuple[Layout, ...]:
+    def split(self, tokens: int) -> tuple[ImageLayout, ...]:
         images, rest = divmod(tokens, self.patches)
         if rest:
             raise ValueError(
                 f"{tokens} image placeholders are not a whole number of images of {self.patches} tokens; "
                 "is the prompt prefilled in chunks? Set prefill_chunk_size=None"
             )
-        return (Layout(((1, self.side, self.side),)),) * images
+        return (ImageLayout(((1, self.side, self.side),)),) * images

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vtoken.adapters._anyres import Anyres
-from vtoken.hooks.state.run import Call, Layout
+from vtoken.hooks.state.run import FeatureCall, ImageLayout
 
 
 class LlavaOnevision(Anyres):
@@ -22,7 +22,7 @@ class LlavaOnevision(Anyres):
         super().__init__(model)
         self.placeholders["video"] = model.config.video_token_id
 
-    def layouts(self, kind: str, arguments: dict[str, Any]) -> tuple[Layout, ...]:
+    def layouts(self, kind: str, arguments: dict[str, Any]) -> tuple[ImageLayout, ...]:
         if kind == "image":
             return super().layouts(kind, arguments)
         # Up to 5.17 the argument is called pixel_values.
@@ -33,9 +33,9 @@ class LlavaOnevision(Anyres):
         newline = torch.arange(tokens + 1) == tokens
         segment = torch.arange(frames).repeat_interleave(side**2) if frames > 1 else None
         line = torch.zeros(tokens, dtype=torch.long)
-        return (Layout(((frames, side, side),), segment, newline, line, resized=True),) * videos
+        return (ImageLayout(((frames, side, side),), segment, newline, line, resized=True),) * videos
 
-    def pack(self, call: Call, values: Tensor) -> Tensor:
+    def pack(self, call: FeatureCall, values: Tensor) -> Tensor:
         if call.kind == "image":
             return super().pack(call, values)
         return self.outer.apply_pooling(values).flatten(0, 1)

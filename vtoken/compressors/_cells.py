@@ -15,7 +15,7 @@ def pooled(tokens: VisualTokens, sides: Sequence[int]) -> Keep:
     index, into, start = [], [], 0
     lengths: list[int] = []
     for n, parts, side in zip(tokens.lengths, tokens.parts, sides, strict=True):
-        _, cell = torch.unique(_cells(tokens.place[start : start + n], parts, side), return_inverse=True)
+        _, cell = torch.unique(_cells(tokens.raster_index[start : start + n], parts, side), return_inverse=True)
         m = int(cell.max()) + 1 if n else 0
         arange = torch.arange(n, device=cell.device)
         first, order = torch.full_like(arange[:m], n).scatter_reduce_(0, cell, arange, "amin").sort()

@@ -117,7 +117,7 @@ class Merger(Compressor):
     def needs(self) -> tuple[Fact, ...]:
         return (Fact("mean_key"),)
 
-    def inside(self) -> Literal["plain", "proportional"]:
+    def merge_point(self) -> Literal["plain", "proportional"]:
         return "proportional" if self.proportional else "plain"
 
     def taken(self, value: Tensor, held: Sequence[int], at: int) -> tuple[int, ...]:
@@ -133,7 +133,7 @@ class Merger(Compressor):
     def select(self, tokens: VisualTokens) -> Keep:
         device = tokens.x.device
         image = image_of(tokens.lengths, device)
-        at = offsets_of([size_of(parts) for parts in tokens.parts], device)[:-1].long()[image] + tokens.place
+        at = offsets_of([size_of(parts) for parts in tokens.parts], device)[:-1].long()[image] + tokens.raster_index
         order = torch.arange(len(image), device=device)
         known: dict[str, Any] = tokens.memory
         if "rank" in known:

@@ -6,8 +6,8 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from vtoken.stages.quantized import Codes, Packed, factor
-from vtoken.stages.query_attention import Probe, rows_at
+from vtoken.stages.quantized import QuantizedKV, QuantizedTensor, factor
+from vtoken.stages.query_attention import QueryAttention, rows_at
 
 
 class Important(BaseModel):
@@ -26,7 +26,7 @@ class Important(BaseModel):
     )
     text: bool = Field(default=False, description="text competes with visual tokens; else all of it is important")
 
-    def important(self, probe: Probe, text: Tensor) -> Tensor:
+    def important(self, probe: QueryAttention, text: Tensor) -> Tensor:
         """[P] ascending positions of the important tokens of a row, the same for all heads. Waits for the device once.
 
         Args:
@@ -36,7 +36,7 @@ class Important(BaseModel):
         found: Tensor = probe.once(key, lambda: self._important(probe, text))
         return found
 
-    def _important(self, probe: Probe, text: Tensor) -> Tensor:
+    def _important(self, probe: QueryAttention, text: Tensor) -> Tensor:
         n, device = len(text), text.device
         slots, at = torch.arange(n, device=device), self.queries(n).to(device)
         parts = [rows_at(q, k, at, probe.scale).sum((0, 1)) for q, k in probe.heads()]
@@ -56,7 +56,7 @@ class Important(BaseModel):
         return torch.cat([lots[: self.drawn].sort().values, torch.arange(older, n)])
 
 
-def quantised(keys: Tensor, values: Tensor, groups: tuple[tuple[Tensor, int], ...]) -> Packed:
+def quantised(keys: Tensor, values: Tensor, groups: tuple[tuple[Tensor, int], ...]) -> QuantizedKV:
     """Keys and values [Hk, N, d] in few bits.
 
     Keys: minimum and maximum of every channel of every head over the tokens of a group. Values: divided by the root of the largest
@@ -68,9 +68,9 @@ def quantised(keys: Tensor, values: Tensor, groups: tuple[tuple[Tensor, int], ..
     peak = values.abs().amax(1, keepdim=True)
     v = values.float() / factor(peak)
     groups = tuple((index, bits) for index, bits in groups if len(index))
-    return Packed(
+    return QuantizedKV(
         torch.cat([index for index, _ in groups]).argsort().int(),
         peak,
-        tuple(Codes.of(keys[:, index], (1,), bits) for index, bits in groups),
-        tuple(Codes.of(v[:, index], (0, 2), bits) for index, bits in groups),
+        tuple(QuantizedTensor.of(keys[:, index], (1,), bits) for index, bits in groups),
+        tuple(QuantizedTensor.of(v[:, index], (0, 2), bits) for index, bits in groups),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from itertools import pairwise
@@ -20,7 +20,7 @@ from vtoken.config.presets import recipe
 from vtoken.config.short_form import bare, is_stage, options_of, short_form
 from vtoken.config.yaml_source import Source, read
 from vtoken.config.yaml_source import dump as write_yaml
-from vtoken.errors import ConfigError, about, shown, unknown
+from vtoken.errors import ConfigError, about, either, shown, unknown
 from vtoken.stages import SITES, Stage
 from vtoken.stages.budget import Budget
 
@@ -44,19 +44,15 @@ POLICIES: dict[str, tuple[tuple[str, ...], str]] = {
         "pass the processor through vtoken.match_processor",
     ),
 }
-LEAST = (
-    "min_visual_tokens",
-    "batch rows with fewer visual tokens (counted before anything is dropped) run dense, the others as usual; where features are asked for "
-    "without a prompt, each image counts for itself in stages of the vision tower",
-)
-PRESET = ("preset", "takes the stages of this preset, and its policies where no others are given here")
-POLICY_KEYS = (*POLICIES, LEAST[0])
-KEYS = (PRESET[0], *POLICY_KEYS, "stages")
+LEAST = "min_visual_tokens"
+PRESET = "preset"
+POLICY_KEYS = (*POLICIES, LEAST)
+KEYS = (PRESET, *POLICY_KEYS, "stages")
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Stages in the order the data flows, and the policies that go with them: see POLICIES and LEAST.
+    """Stages in the order the data flows, and the policies that go with them (see `vtoken schema`).
 
     `written` is how errors call it, as it was written down; "" where it was not.
     """
@@ -70,13 +66,7 @@ class Pipeline:
     written: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        for key in POLICIES:
-            _check_policy(key, getattr(self, key), Source())
-        _check_least(self.min_visual_tokens, Source())
-        for stage in self.stages:
-            if not isinstance(stage, Stage):
-                raise ConfigError(f"{shown(stage)} is no Stage; vtoken.config.load reads a list of names and options")
-        _check_order(self.stages, Source())
+        _check(vars(self), Source())
 
 
 PipelineLike = str | os.PathLike[str] | dict[str, Any] | Sequence[Any] | Stage | Pipeline
@@ -86,43 +76,23 @@ def load(pipeline: PipelineLike) -> Pipeline:
     """Reads a pipeline in any of its forms.
 
     Args:
-        pipeline: a preset's name ("fastervlm-64"), with other policies where some follow ("flowcut-64,positions=original"); a path to
-            a YAML file; one stage in short ("fastervlm:64", "random:25%,seed=3", "pool:size=2": a bare value is `keep`), likewise with
-            policies ("fastervlm:64,positions=compact"); a dict as in the YAML file; a list of names, one-key dicts and Stage objects; a Stage; a Pipeline.
+        pipeline: a preset ("fastervlm-64") or one stage in short ("fastervlm:64", "random:25%,seed=3", "pool:size=2": a bare value is
+            `keep`), policies behind either ("flowcut-64,positions=original"); a path to a YAML file; a dict as in the file; a list of
+            names, one-key dicts and Stage objects; a Stage; a Pipeline.
 
     Raises:
         ConfigError: with file and line where there is a file, the name that is wrong, and what is accepted.
     """
     if isinstance(pipeline, Pipeline):
         return pipeline
-    if isinstance(pipeline, Stage):
-        return Pipeline(pipeline.name, "original", (pipeline,))
-    if isinstance(pipeline, dict):
-        return _from_data(pipeline, None, Source())
-    if isinstance(pipeline, (list, tuple)):
-        return _from_data({"stages": pipeline}, None, Source())
-    if isinstance(pipeline, str) and pipeline in registry.presets():
-        data, source = recipe(pipeline)
-        return replace(_from_data(data, pipeline, source), written=f'preset "{pipeline}"')
-    if isinstance(pipeline, (str, os.PathLike)) and os.path.isfile(pipeline):
-        return _from_file(Path(pipeline))
-    if isinstance(pipeline, (str, os.PathLike)) and Path(pipeline).suffix in (".yaml", ".yml"):
-        if os.path.isdir(pipeline):
-            raise ConfigError(f"{shown(os.fspath(pipeline))} is a folder; write a path to a YAML file")
-        close = get_close_matches(Path(pipeline).stem, registry.presets(), n=1)
-        hint = f"; did you mean the preset {close[0]!r}?" if close else ""
-        raise ConfigError(f"pipeline file {shown(os.fspath(pipeline))} does not exist{hint}")
-    text = pipeline if isinstance(pipeline, str) else ""
-    preset, _, rest = text.partition(",")
-    if rest and preset in registry.presets():
-        return _short(lambda: {**options_of(rest), PRESET[0]: preset}, text, "preset")
-    if is_stage(text):
-        return _short(lambda: _with_policies(*short_form(text)), text, "pipeline")
     if isinstance(pipeline, str):
-        raise ConfigError(
-            f"{unknown('preset', preset if rest else pipeline, registry.presets(), bare(preset, '', text[len(preset) :]))}; or write a path to a YAML file, or a stage and its "
-            f"budget, as in fastervlm:64 (stages: {', '.join(registry.stages())})"
-        )
+        return _from_text(pipeline)
+    if isinstance(pipeline, os.PathLike):
+        return _from_file(Path(pipeline))
+    if isinstance(pipeline, dict):
+        return _from_data(pipeline, "", Source())
+    if isinstance(pipeline, (Stage, list, tuple)):
+        return _from_data({"stages": [pipeline] if isinstance(pipeline, Stage) else pipeline}, "", Source())
     raise ConfigError(
         f"a pipeline is a preset name, a path, a dict, a list of stages or a stage, not {type(pipeline).__name__}"
     )
@@ -134,6 +104,24 @@ def dump(pipeline: Pipeline) -> str:
     return write_yaml({**{key: getattr(pipeline, key) for key in POLICY_KEYS}, "stages": stages})
 
 
+def _from_text(text: str) -> Pipeline:
+    presets = registry.presets()
+    if text in presets:
+        data, source = recipe(text)
+        return replace(_from_data(data, text, source), written=f'preset "{text}"')
+    if os.path.isfile(text) or Path(text).suffix in (".yaml", ".yml"):
+        return _from_file(Path(text))
+    name, _, rest = text.partition(",")
+    if rest and name in presets:
+        return _short(lambda: {**options_of(rest), PRESET: name}, text, "preset")
+    if is_stage(text):
+        return _short(lambda: _with_policies(*short_form(text)), text, "pipeline")
+    raise ConfigError(
+        f"{_unknown_preset(name if rest else text, after=text[len(name) :])}; or write a path to a YAML file, or a stage "
+        "and its budget, as in fastervlm:64"
+    )
+
+
 def _short(data: Callable[[], dict[str, Any]], text: str, what: str) -> Pipeline:
     """What a line of text says."""
     written = f'{what} "{shown(text)[1:-1]}"'
@@ -141,29 +129,36 @@ def _short(data: Callable[[], dict[str, Any]], text: str, what: str) -> Pipeline
         return replace(_from_data(data(), text, Source()), written=written)
 
 
+def _with_policies(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """A pipeline of one stage; what is a policy among its options is the pipeline's."""
+    policies = {key: options.pop(key) for key in POLICY_KEYS if key in options}
+    return {**policies, "stages": [{name: options}]}
+
+
 def _from_file(path: Path) -> Pipeline:
+    if os.path.isdir(path):
+        raise ConfigError(f"{shown(str(path))} is a folder; write a path to a YAML file")
+    if not os.path.isfile(path):
+        close = get_close_matches(path.stem, registry.presets(), n=1)
+        hint = f"; did you mean the preset {close[0]!r}?" if close else ""
+        raise ConfigError(f"pipeline file {shown(str(path))} does not exist{hint}")
     data, source = read(path)
     found = _from_data(data, path.stem, source)
     return replace(found, written=f"{path} ({found.written})" if found.written else str(path))
 
 
-def _from_data(data: Any, name: str | None, source: Source) -> Pipeline:
+def _from_data(data: Any, name: str, source: Source) -> Pipeline:
     if not isinstance(data, dict):
         raise source.error((), f"a pipeline is a mapping with positions and stages, not {shown(data)}")
     for key in data:
         if key not in KEYS:
             hint = f"; stages go into a list, stages: [{key}: ...]" if key in registry.stages() else ""
             raise source.error((key,), unknown("key", key, KEYS) + hint)
-    if PRESET[0] in data:
-        preset, data = data[PRESET[0]], _on_preset(data, source)
-        name, written = name or str(preset), f'preset "{preset}"'
-    else:
-        written = ""
-    chosen: dict[str, Any] = {key: _native(data.get(key, values[0])) for key, (values, _) in POLICIES.items()}
-    for key, value in chosen.items():
-        _check_policy(key, value, source)
-    least = _native(data.get(LEAST[0], 0))
-    _check_least(least, source)
+    preset = ""
+    if PRESET in data:
+        preset, data = _on_preset(data, source)
+    policies = {key: _native(data.get(key, values[0])) for key, (values, _) in POLICIES.items()}
+    policies[LEAST] = _native(data.get(LEAST, 0))
     items = data.get("stages")
     if not isinstance(items, (list, tuple)):
         raise source.error(
@@ -171,27 +166,24 @@ def _from_data(data: Any, name: str | None, source: Source) -> Pipeline:
             f"stages must be a list, as in [fastervlm: {{keep: 64}}] (for none []), not {shown(items)}",
         )
     stages = tuple(_stage(item, ("stages", i), source) for i, item in enumerate(items))
-    _check_order(stages, source)
-    return Pipeline(
-        name or "+".join(s.name for s in stages) or "none",
-        stages=stages,
-        min_visual_tokens=least,
-        written=written,
-        **chosen,
-    )
+    _check({**policies, "stages": stages}, source)
+    name = name or preset or "+".join(s.name for s in stages) or "none"
+    return Pipeline(name, stages=stages, written=preset and f'preset "{preset}"', **policies)
 
 
-def _on_preset(data: dict[str, Any], source: Source) -> dict[str, Any]:
-    """What a preset says, and over it what is said here."""
-    preset = _native(data[PRESET[0]])
+def _on_preset(data: dict[str, Any], source: Source) -> tuple[str, dict[str, Any]]:
+    """Its name, and what it says under what is said here."""
+    preset = _native(data[PRESET])
     if not isinstance(preset, str) or preset not in registry.presets():
-        meant = bare(preset, "stages: [", "]") if isinstance(preset, str) else ""
-        raise source.error((PRESET[0],), unknown(PRESET[0], preset, registry.presets(), meant))
+        raise source.error((PRESET,), _unknown_preset(preset, "stages: [", "]"))
     if "stages" in data:
         raise source.error(("stages",), f"the stages are those of the preset {preset!r}; give one of the two")
-    base = load(preset)
-    policies = {key: getattr(base, key) for key in POLICY_KEYS}
-    return {**policies, **data, "stages": base.stages}
+    return preset, {**recipe(preset)[0], **data}
+
+
+def _unknown_preset(name: Any, before: str = "", after: str = "") -> str:
+    meant = bare(name, before, after) if isinstance(name, str) else ""
+    return unknown(PRESET, name, registry.presets(), meant, listed=registry.LIST, close=3)
 
 
 def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
@@ -213,24 +205,22 @@ def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
         cls = registry.stage(name)
     except ConfigError as error:
         raise source.error(path, str(error)) from error
+    path = (*path, name)
     if not isinstance(options, (dict, type(None))):
         raise source.error(
-            (*path, name),
-            f"options of stage {name!r} must be a mapping, as in {{keep: 64}}, not {shown(options)}",
+            path, f"options of stage {name!r} must be a mapping, as in {{keep: 64}}, not {shown(options)}"
         )
     try:
-        text = json.dumps(options or {}, default=_plain)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise source.error((*path, name), f"options of stage {name!r} must be plain data: {error}") from None
-    try:
         # JSON mode is strict about numbers, texts and truth values, yet takes lists for tuples, as YAML writes them.
-        return cls.model_validate_json(text, strict=True)
+        return cls.model_validate_json(json.dumps(options or {}, default=_plain), strict=True)
     except ValidationError as error:
         option, message = explain(cls, error)
         policy = (
             f"; {option} is a policy of the whole pipeline, write it beside stages" if option in POLICY_KEYS else ""
         )
-        raise source.error((*path, name, option), f"stage {name!r}: {message}{policy}") from None
+        raise source.error((*path, option), f"stage {name!r}: {message}{policy}") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise source.error(path, f"options of stage {name!r} must be plain data: {error}") from None
 
 
 def _native(value: Any) -> Any:
@@ -248,29 +238,21 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{shown(value)} is a {type(value).__name__}; write a number, text, list or mapping")
 
 
-def _with_policies(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """A pipeline of one stage; what is a policy among its options is the pipeline's."""
-    policies = {key: options.pop(key) for key in POLICY_KEYS if key in options}
-    return {**policies, "stages": [{name: options}]}
-
-
-def _check_policy(key: str, value: Any, source: Source) -> None:
-    values, _ = POLICIES[key]
-    if type(value) is not str or value not in values:
-        accepted = " or ".join([", ".join(values[:-1]), values[-1]])
-        raise source.error((key,), f"{key} must be {accepted}, not {shown(value)}")
-
-
-def _check_order(stages: Sequence[Stage], source: Source) -> None:
-    for i, (before, after) in enumerate(pairwise(stages), start=1):
+def _check(given: Mapping[str, Any], source: Source) -> None:
+    """Policies and stages, one by one and in their order."""
+    for key, (values, _) in POLICIES.items():
+        if type(given[key]) is not str or given[key] not in values:
+            raise source.error((key,), f"{key} must be {either(values)}, not {shown(given[key])}")
+    least = given[LEAST]
+    if type(least) is not int or not 0 <= least < 2**63:
+        raise source.error((LEAST,), f"{LEAST} must be a whole number >= 0, not {shown(least)}")
+    for stage in given["stages"]:
+        if not isinstance(stage, Stage):
+            raise ConfigError(f"{shown(stage)} is no Stage; vtoken.config.load reads a list of names and options")
+    for i, (before, after) in enumerate(pairwise(given["stages"]), start=1):
         if SITES.index(after.site) < SITES.index(before.site):
             raise source.error(
                 ("stages", i),
                 f"stage {after.name!r} acts at site {after.site} but comes after {before.name!r}, which acts at "
                 f"{before.site}; order the stages by site: {', '.join(SITES)}",
             )
-
-
-def _check_least(least: Any, source: Source) -> None:
-    if type(least) is not int or not 0 <= least < 2**63:
-        raise source.error((LEAST[0],), f"{LEAST[0]} must be a whole number >= 0, not {shown(least)}")

@@ -37,15 +37,24 @@ def schema() -> dict[str, Any]:
                 key: {"description": meaning, "enum": list(values), "default": values[0]}
                 for key, (values, meaning) in POLICIES.items()
             },
-            PRESET[0]: {"description": PRESET[1], "enum": list(registry.presets())},
-            LEAST[0]: {"description": LEAST[1], "type": "integer", "minimum": 0, "default": 0},
+            PRESET: {
+                "description": "takes the stages of this preset, and its policies where no others are given here",
+                "enum": registry.presets(),
+            },
+            LEAST: {
+                "description": "batch rows with fewer visual tokens (counted before anything is dropped) run dense, the others as usual; "
+                "where features are asked for without a prompt, each image counts for itself in stages of the vision tower",
+                "type": "integer",
+                "minimum": 0,
+                "default": 0,
+            },
             "stages": {
                 "description": f"sites must not go backwards: {', '.join(SITES)}",
                 "type": "array",
                 "items": {"anyOf": [items, {"enum": bare}]},
             },
         },
-        "oneOf": [{"required": ["stages"]}, {"required": [PRESET[0]]}],
+        "oneOf": [{"required": ["stages"]}, {"required": [PRESET]}],
         "additionalProperties": False,
         "$defs": defs.get("$defs", {}),
     }

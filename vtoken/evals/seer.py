@@ -16,7 +16,7 @@ from vtoken.compressors.attention._seer import chosen, logits, pooled
 from vtoken.errors import ConfigError
 from vtoken.evals.samples import Sample, prepare
 from vtoken.session import wrapped
-from vtoken.stages.attention import Prompt, Reads, Rope, SparseAttention, everything
+from vtoken.stages.attention import PrefillQK, Rope, SparseAttention, SparseMask, everything
 from vtoken.stages.query_attention import rows_at
 
 LEAST = 4  # blocks of a prompt below which there is nothing to learn
@@ -69,15 +69,15 @@ class Watch(SparseAttention):
     size: int
     found: Any
 
-    def reads(self, prompt: Prompt) -> Reads:
+    def reads(self, prompt: PrefillQK) -> SparseMask:
         assert prompt.rope is not None
         seen = Seen(*pooled(prompt, self.size), prompt.rope.starts(self.size), *maps(prompt, self.size))
         self.found.append(seen.to(torch.device("cpu")))
         n = prompt.length
-        return Reads(128, everything(prompt.heads, n, n, 128, prompt.q.device))
+        return SparseMask(128, everything(prompt.heads, n, n, 128, prompt.q.device))
 
 
-def maps(prompt: Prompt, size: int) -> tuple[Tensor, Tensor]:
+def maps(prompt: PrefillQK, size: int) -> tuple[Tensor, Tensor]:
     """`target` and `mass` of a prompt, one row of blocks of one key head at a time."""
     n, groups = prompt.length, prompt.heads // len(prompt.k)
     t = -(-n // size)
@@ -196,6 +196,8 @@ def judge(
             read = chosen(logits(s.queries, s.keys, gate, s.starts).softmax(-1), threshold, None, last)
             ideal = best(s.mass, read.sum(-1))
             recalls = [(s.mass * which).sum(-1).mean() for which in (read, ideal)]
-            rows.append(torch.stack([divergence(start, s), divergence(gate, s), Reads(size, read).density(), *recalls]))
+            rows.append(
+                torch.stack([divergence(start, s), divergence(gate, s), SparseMask(size, read).density(), *recalls])
+            )
     means = torch.stack(rows).unflatten(0, (len(gates), -1)).mean(1)
     return dict(zip(("before", "after", "density", "recall", "best"), means.T.tolist(), strict=True))

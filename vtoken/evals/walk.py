@@ -38,7 +38,7 @@ FREE = (
 
 
 class Walk:
-    """Runs every stage's `plan`.
+    """Runs every stage's `expected_counts`.
 
     Attributes:
         shape: what is counted, after frames-site stages.
@@ -75,9 +75,9 @@ class Walk:
         if stages and (visual := images * size_of(shape.parts)) < least:
             self._leave_out(f"all stages stand aside: {visual} visual tokens are fewer than min_visual_tokens {least}")
             stages = ()
-        stages = [s.bound(depths[s.site]) if s.site in depths else s for s in stages]
+        stages = [s.for_depth(depths[s.site]) if s.site in depths else s for s in stages]
         for stage in stages:
-            if stage.unmerges():
+            if stage.unmerge_mode():
                 self._leave_out(
                     f"{stage.name}: tokens that were dropped, not merged; attention is counted as if none was"
                 )
@@ -85,12 +85,12 @@ class Walk:
                 stage, CacheStage
             ):
                 self._leave_out(f"{stage.name}: what a stage at site {stage.site} saves and costs")
-            if why := stage.misfit(shape.decoder.depth, shape.decoder.width):
+            if why := stage.incompatibility(shape.decoder.depth, shape.decoder.width):
                 raise OtherModelError(f"stage {stage.name}: {why}")
-            if why := stage.misfit_tower(shape.tower.layers.width, shape.tower.unit):
+            if why := stage.tower_incompatibility(shape.tower.layers.width, shape.tower.unit):
                 raise UnsupportedError(f"stage {stage.name}: {why}")
             if isinstance(stage, SparseAttention) and (
-                why := stage.misfit_heads(shape.decoder.heads, shape.decoder.kv_heads, shape.decoder.head_dim)
+                why := stage.heads_incompatibility(shape.decoder.heads, shape.decoder.kv_heads, shape.decoder.head_dim)
             ):
                 raise UnsupportedError(f"stage {stage.name}: {why}")
             self._check_layers(stage)
@@ -106,10 +106,10 @@ class Walk:
             self.tower.append(counts)
             acting = [s for s in at["encoder"] if layer in s.layers(shape.tower.layers.depth)]
             for stage in acting if layer <= min(shape.tower.feature_layers) else ():
-                counts = self._act(stage, counts, layer) if stage.inside() else counts
+                counts = self._act(stage, counts, layer) if stage.merge_point() else counts
             self.mlps.append(counts)
             for stage in acting:
-                counts = counts if stage.inside() else self._act(stage, counts, layer)
+                counts = counts if stage.merge_point() else self._act(stage, counts, layer)
         each = len(shape.tower.crops)
         counts = tuple(shape.tokens(counts[i * each : (i + 1) * each]) for i in range(images))
         for stage in at["tokens"]:
@@ -128,7 +128,7 @@ class Walk:
                 self._thin(stage)
             elif isinstance(stage, CacheStage):
                 self._shrink(stage)
-            elif (kept := stage.unmerges()) and len(stages) > 1:
+            elif (kept := stage.unmerge_mode()) and len(stages) > 1:
                 places = images * size_of(shape.parts)
                 self.attended = [n - sum(c) + places for n, c in zip(lengths, self.decoder, strict=True)]
                 self.decoded = self.attended
@@ -140,7 +140,9 @@ class Walk:
         for stage in stages:
             counts: Counts = (frames,) * self.images
             self.cost += stage.flops(counts, CHANNELS * SIDE**2)
-            frames = max(stage.plan(counts, (((self.shape.frames, 1, 1),),) * self.images, range(self.images)))
+            frames = max(
+                stage.expected_counts(counts, (((self.shape.frames, 1, 1),),) * self.images, range(self.images))
+            )
         self._dropping |= frames < self.shape.frames
         self.shape = self.shape.thinned(frames)
         if self.shape.tower.unit == 1:
@@ -180,7 +182,7 @@ class Walk:
             self.cost += cost or 0
             self.held[layer] = stage.slots(prompt, counts)
             self.packed[layer] = partial(stage.packed_bytes, prompt, counts, stack.kv_heads, stack.head_dim)
-        if stage.period():
+        if stage.requantize_every():
             self._leave_out(f"{stage.name}: that what is generated gets smaller, too (KV bytes count it at full width)")
 
     def _lines(self, counts: Counts) -> int:
@@ -198,7 +200,7 @@ class Walk:
         tower, depth = self.shape.tower, self.shape.decoder.depth
         encoder = stage.site == "encoder"
         first, last = (0, min(tower.feature_layers) - 1) if encoder else (1, depth - 1)
-        if stage.inside():
+        if stage.merge_point():
             last = tower.layers.depth - 1
             if any(mixed != 1 for _, mixed in self.shape.sources):
                 raise UnsupportedError(
@@ -225,11 +227,11 @@ class Walk:
         if stage.site == "encoder":
             # The tower does not know which crops belong to one prompt: there each is a row of its own.
             stack = self.shape.tower.layers
-            self.cost += stage.flops(counts, stack.head_dim if stage.inside() else stack.width)
+            self.cost += stage.flops(counts, stack.head_dim if stage.merge_point() else stack.width)
             parts = tuple((crop,) for crop in self.crops)
-            return tuple(stage.plan(counts, parts, range(len(parts)), layer))
+            return tuple(stage.expected_counts(counts, parts, range(len(parts)), layer))
         self.cost += stage.flops(counts, self.shape.decoder.width)
-        return tuple(stage.plan(counts, (self.shape.parts,) * self.images, (0,) * self.images, layer))
+        return tuple(stage.expected_counts(counts, (self.shape.parts,) * self.images, (0,) * self.images, layer))
 
     def _pay(self, stage: Stage, fact: Fact, counts: Counts, layer: int | None) -> None:
         """Adds what a fact costs, once per layer it is read from. `counts` are alive where it is asked for."""

@@ -14,8 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vtoken.kernels import block_sparse_attention
 from vtoken.kernels._flex import backend_of
-from vtoken.stages.base import Compressor, Parts, Site
-from vtoken.stages.query_attention import Probe
+from vtoken.stages.base import Compressor, Site
+from vtoken.stages.query_attention import QueryAttention
+from vtoken.stages.tokens import Parts
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Rope:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PrefillQK:
     """One batch row of a prefill, as one decoder layer attends to it; no padding.
 
     Attributes:
@@ -72,9 +73,9 @@ class Prompt:
     scale: float
     layer: int
     image: Tensor
-    place: Tensor
+    raster_index: Tensor
     parts: tuple[Parts, ...] = ()
-    probe: Probe | None = None
+    query_attention: QueryAttention | None = None
     rope: Rope | None = None
     known: dict[Hashable, Any] = field(default_factory=dict)
 
@@ -96,7 +97,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Reads:
+class SparseMask:
     """What the queries of a prompt read: the decision, plain data. Causality holds besides, whatever it says.
 
     Attributes:
@@ -199,7 +200,7 @@ class Reads:
 
 
 @dataclass(frozen=True)
-class Among:
+class DenseSubset:
     """The other kind of decision: these tokens attend, causally, and only to each other; all others get zeros from attention.
 
     Attributes:
@@ -267,11 +268,11 @@ class SparseAttention(Compressor):
         dense = {k % depth if -depth <= k < depth else k for k in self.dense_layers}
         return tuple(k for k in range(depth) if k not in dense)
 
-    def misfit_heads(self, heads: int, key_heads: int, width: int) -> str:
+    def heads_incompatibility(self, heads: int, key_heads: int, width: int) -> str:
         """Why a decoder with so many query and key heads of this width cannot be served, and what to do; empty where it can. Asked when wrapping."""
         return ""
 
-    def reads(self, prompt: Prompt) -> Reads | Among:
+    def reads(self, prompt: PrefillQK) -> SparseMask | DenseSubset:
         """The decision for one row in one layer."""
         raise NotImplementedError(f"stage {self.name} defines no reads()")
 

@@ -14,47 +14,11 @@ from torch import Tensor
 
 from vtoken.kernels import topk_tokens
 from vtoken.stages.budget import Budget
-from vtoken.stages.tokens import (
-    FACTS,
-    Fact,
-    Fused,
-    Grid,
-    Keep,
-    Parts,
-    VisualTokens,
-    image_of,
-    offsets_of,
-    segments_of,
-    size_of,
-    uploaded,
-)
+from vtoken.stages.tokens import Fact, Keep, Parts, VisualTokens, image_of, offsets_of, segments_of
 
 Site = Literal["frames", "encoder", "tokens", "decoder", "attention", "cache"]
 Unmerging = Literal["expanded", "merged"]
 SITES: tuple[Site, ...] = ("frames", "encoder", "tokens", "decoder", "attention", "cache")
-
-__all__ = [
-    "FACTS",
-    "SITES",
-    "Compressor",
-    "Fact",
-    "Fused",
-    "Grid",
-    "Keep",
-    "OtherModel",
-    "Parts",
-    "Pruner",
-    "Site",
-    "Stage",
-    "Unmerging",
-    "VisualTokens",
-    "image_of",
-    "keep_all",
-    "offsets_of",
-    "segments_of",
-    "size_of",
-    "uploaded",
-]
 
 
 class OtherModel(ValueError):
@@ -89,20 +53,20 @@ class Stage(BaseModel):
         """Layers after which (encoder) or before which (decoder) the stage acts, of `depth` layers; () at other sites."""
         return ()
 
-    def bound(self, depth: int) -> Self:
+    def for_depth(self, depth: int) -> Self:
         """The stage for an encoder (at decoder sites: a decoder) of so many layers, where what it decides depends on that."""
         return self
 
-    def inside(self) -> Literal["plain", "proportional"] | None:
+    def merge_point(self) -> Literal["plain", "proportional"] | None:
         """Of encoder stages that act between attention and MLP: whether keys then count as often as they have members (log size)."""
         return None
 
-    def misfit(self, depth: int, width: int) -> str:
+    def incompatibility(self, depth: int, width: int) -> str:
         """Why what the stage was given (weights, tables) does not fit an LLM of so many layers and channels; "" if it does."""
         return ""
 
-    def misfit_tower(self, width: int, unit: int) -> str:
-        """As `misfit`, of a vision tower with keys of so many channels that makes so many patches into one token."""
+    def tower_incompatibility(self, width: int, unit: int) -> str:
+        """As `incompatibility`, of a vision tower with keys of so many channels that makes so many patches into one token."""
         return ""
 
     def unload(self) -> None:
@@ -112,17 +76,17 @@ class Stage(BaseModel):
         """The decision, at sites encoder, tokens and decoder."""
         raise NotImplementedError(f"stage {self.name} defines no select()")
 
-    def raters(self, tokens: VisualTokens) -> list[Tensor]:
+    def query_tokens(self, tokens: VisualTokens) -> list[Tensor]:
         """Per image, the text tokens whose attention is the fact text_attention, as indices into the fact later_text, the only one of
         `tokens`. Asked once, on what enters the decoder."""
         raise NotImplementedError(f"stage {self.name} asks for text_attention and defines no raters()")
 
-    def unmerges(self) -> Unmerging | None:
+    def unmerge_mode(self) -> Unmerging | None:
         """At site attention, whether a merged token attends, and is attended to, at every place of its members; if so, what the KV cache
         holds: keys and values of every place (expanded) or one of each merged token (merged)."""
         return None
 
-    def plan(
+    def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
         """Tokens it leaves of each image, without running it: what the FLOPs account uses.
@@ -186,7 +150,7 @@ class Pruner(Stage):
         wanted = torch.tensor([v == (self.keep.per == "per_frame") for v in video], device=tokens.x.device)
         return torch.where(wanted[image_of(tokens.lengths, tokens.x.device)], tokens.segment, 0)
 
-    def plan(
+    def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
         """With `per` a segment is taken to hold at least its budget."""

@@ -17,6 +17,7 @@ from pydantic_core import CoreSchema, core_schema
 
 _HELP = "write a count per image (64), a share (25%), or a count per sample ({total: 640}), frame or crop ({per_frame: 32}, {per_crop: 64})"
 PER_SEGMENT = ("per_frame", "per_crop")
+_KEYS = [[key] for key in ("total", *PER_SEGMENT)]
 
 
 def _whole(value: Any) -> TypeGuard[int]:
@@ -32,43 +33,32 @@ class Budget:
     one crop) is one segment.
 
     Raises:
-        ValueError: anything else, with the three accepted forms in the message. Floats are refused because
-            `1` and `1.0` would mean different things.
+        ValueError: anything else, floats too: `1` and `1.0` would mean different things.
     """
 
-    __slots__ = ("per", "share", "tokens", "total")
-    per: str | None
-    tokens: int | None
-    share: Fraction | None
-    total: int | None
+    tokens: int | None = None
+    share: Fraction | None = None
+    total: int | None = None
+    per: str | None = None
 
     def __init__(self, value: int | str | dict[str, int] | Budget) -> None:
-        tokens: int | None = None
-        share: Fraction | None = None
-        total: int | None = None
-        per: str | None = None
+        found: dict[str, Any]
         if isinstance(value, Budget):
-            tokens, share, total, per = value.tokens, value.share, value.total, value.per
+            found = vars(value)
         elif _whole(value):
-            tokens = int(value)
+            found = {"tokens": int(value)}
         elif isinstance(value, str) and re.fullmatch(r"[0-9]+(\.[0-9]+)?%", value):
-            share = Fraction(value[:-1]) / 100
-        elif isinstance(value, dict) and list(value) == ["total"] and _whole(value["total"]):
-            total = int(value["total"])
-        elif (
-            isinstance(value, dict)
-            and len(value) == 1
-            and (only := next(iter(value))) in PER_SEGMENT
-            and _whole(value[only])
-        ):
-            per, tokens = only, int(value[only])
+            found = {"share": Fraction(value[:-1]) / 100}
+        elif isinstance(value, dict) and list(value) in _KEYS and _whole(count := next(iter(value.values()))):
+            (key,) = value
+            found = {"total": int(count)} if key == "total" else {"per": key, "tokens": int(count)}
         else:
             raise ValueError(f"keep: {reprlib.repr(value)} is not a budget; {_HELP}")
-        if share is not None and not 0 < share <= 1:
+        if not 0 < found.get("share", 1) <= 1:
             raise ValueError(f"keep: {value} must be above 0% and at most 100%")
-        if any(n is not None and n < 1 for n in (tokens, total)):
+        if any(n is not None and n < 1 for n in (found.get("tokens"), found.get("total"))):
             raise ValueError(f"keep: {value!r} must keep at least 1 token")
-        self.tokens, self.share, self.total, self.per = tokens, share, total, per
+        vars(self).update(found)
 
     def counts(self, lengths: Sequence[int], row: Sequence[int]) -> tuple[int, ...]:
         """Tokens to keep of every image.
@@ -94,22 +84,20 @@ class Budget:
         assert self.total is not None
         out = [0] * len(lengths)
         for r in set(row):
-            images = [i for i, owner in enumerate(row) if owner == r]
+            images = [i for i, owner in enumerate(row) if owner == r and lengths[i]]
             available = sum(lengths[i] for i in images)
             total = min(self.total, available)
-            if not available:
-                continue
-            floors = {i: total * lengths[i] // available for i in images}
-            by_remainder = sorted(images, key=lambda i: (-(total * lengths[i] % available), i))
-            for i in by_remainder[: total - sum(floors.values())]:
-                floors[i] += 1
+            for i in images:
+                out[i] = total * lengths[i] // available
+            left = total - sum(out[i] for i in images)
+            for i in sorted(images, key=lambda i: (-(total * lengths[i] % available), i))[:left]:
+                out[i] += 1
             # Every image keeps at least one token; the largest shares pay for it, so the total still holds.
             for i in images:
-                if not floors[i] and lengths[i] and max(floors.values()) > 1:
-                    floors[max(images, key=lambda j: floors[j])] -= 1
-                    floors[i] = 1
-            for i in images:
-                out[i] = floors[i]
+                largest = max(images, key=lambda j: out[j])
+                if not out[i] and out[largest] > 1:
+                    out[largest] -= 1
+                    out[i] = 1
         return out
 
     def plain(self) -> int | str | dict[str, int]:
@@ -126,13 +114,10 @@ class Budget:
         return f"Budget({self.plain()!r})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Budget) and self._key() == other._key()
+        return isinstance(other, Budget) and vars(self) == vars(other)
 
     def __hash__(self) -> int:
-        return hash(self._key())
-
-    def _key(self) -> tuple[Any, ...]:
-        return self.tokens, self.share, self.total, self.per
+        return hash(repr(self))
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -154,7 +139,7 @@ class Budget:
                         "required": [key],
                         "additionalProperties": False,
                     }
-                    for key in ("total", *PER_SEGMENT)
+                    for (key,) in _KEYS
                 ),
             ],
         }

@@ -17,8 +17,8 @@ from torch import Tensor
 from vtoken.kernels import gather_cache
 from vtoken.stages.base import Compressor, Site
 from vtoken.stages.budget import Budget
-from vtoken.stages.quantized import Packed
-from vtoken.stages.query_attention import Probe
+from vtoken.stages.quantized import QuantizedKV
+from vtoken.stages.query_attention import QueryAttention
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class CachedLayer:
     layer: int = 0
     depth: int = 1
     native: Native | None = None
-    probe: Probe | None = None
+    query_attention: QueryAttention | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -71,7 +71,7 @@ class Native:
 
 
 @dataclass(frozen=True)
-class Hold:
+class KeepSlots:
     """The decision, plain data.
 
     Attributes:
@@ -101,18 +101,18 @@ class Hold:
 
 
 @dataclass(frozen=True)
-class Ready:
+class ReplacedKV:
     """Keys and values [Hk, C, d] as they are to be cached, from a method that does not say which tokens they are of."""
 
     keys: Tensor
     values: Tensor
 
 
-Decision = Hold | Ready | Packed
+Decision = KeepSlots | ReplacedKV | QuantizedKV
 
 
 @dataclass(frozen=True)
-class Later:
+class GeneratedBlock:
     """One decoder layer of one row while it generates.
 
     Attributes:
@@ -144,17 +144,17 @@ class CacheStage(Compressor):
         """The decision for one layer of one row that holds at least one visual token."""
         raise NotImplementedError(f"stage {self.name} defines no compress()")
 
-    def probe(self, prompt: int, lengths: Sequence[int], behind: int) -> int:
+    def query_window(self, prompt: int, lengths: Sequence[int], behind: int) -> int:
         """How many last queries' `Probe.received` it will ask for, of a prompt of so many tokens, visual ones as `lengths` says and
         `behind` of them behind the last visual one; 0: none. Only saves work: a probe that a stage of site attention makes leaves them."""
         return 0
 
-    def period(self) -> int | None:
-        """Tokens behind the prompt after which `later` is asked about them, again and again; None: never. Only rows that `compress` put
+    def requantize_every(self) -> int | None:
+        """Tokens behind the prompt after which `requantize` is asked about them, again and again; None: never. Only rows that `compress` put
         into few bits are asked about."""
         return None
 
-    def later(self, layer: Later) -> Packed:
+    def requantize(self, layer: GeneratedBlock) -> QuantizedKV:
         """What becomes of so many tokens behind the prompt, all of `layer.at`."""
         raise NotImplementedError(f"stage {self.name} defines no later()")
 
@@ -193,7 +193,7 @@ def best(scores: Tensor, k: int) -> Tensor:
     return scores.argsort(dim=-1, descending=True, stable=True)[:, :k].sort(-1).values
 
 
-def hold_text(layer: CachedLayer, scores: Tensor, counts: Sequence[int]) -> Hold:
+def hold_text(layer: CachedLayer, scores: Tensor, counts: Sequence[int]) -> KeepSlots:
     """Keeps all text and, head by head, the visual tokens of each image that score highest.
 
     Args:
@@ -203,7 +203,7 @@ def hold_text(layer: CachedLayer, scores: Tensor, counts: Sequence[int]) -> Hold
     for slots, k in zip(layer.images, counts, strict=True):
         alive[:, slots] = False
         alive.scatter_(1, slots[best(scores[:, slots], k)], True)
-    return Hold(ascending(alive, scores.shape[1] - sum(layer.lengths) + sum(counts)), tuple(counts))
+    return KeepSlots(ascending(alive, scores.shape[1] - sum(layer.lengths) + sum(counts)), tuple(counts))
 
 
 def ascending(alive: Tensor, count: int) -> Tensor:

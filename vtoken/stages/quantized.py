@@ -33,7 +33,7 @@ def _places(count: int, bits: int, like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Codes:
+class QuantizedTensor:
     """Numbers [Hk, n, d], each the nearest of 2^bits equal steps from a minimum to a maximum.
 
     Attributes:
@@ -48,7 +48,7 @@ class Codes:
     d: int
 
     @classmethod
-    def of(cls, x: Tensor, axes: tuple[int, ...], bits: int) -> Codes:
+    def of(cls, x: Tensor, axes: tuple[int, ...], bits: int) -> QuantizedTensor:
         """Minimum and maximum are taken over these axes of x [Hk, n, d], n > 0."""
         low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
         step = _step(low, high, bits)
@@ -60,7 +60,7 @@ class Codes:
         codes = unpack(self.packed, self.bits, self.d).float()
         return codes * _step(self.low, self.high, self.bits) + self.low.float()
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Codes:
+    def map(self, function: Callable[[Tensor], Tensor]) -> QuantizedTensor:
         return replace(self, packed=function(self.packed), low=function(self.low), high=function(self.high))
 
 
@@ -69,7 +69,7 @@ def _step(low: Tensor, high: Tensor, bits: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Packed:
+class QuantizedKV:
     """Keys and values [Hk, N, d] of some tokens of a row in few bits. `keys` and `values` work them out anew whenever they are read.
 
     Attributes:
@@ -80,8 +80,8 @@ class Packed:
 
     place: Tensor
     peak: Tensor
-    key_groups: tuple[Codes, ...]
-    value_groups: tuple[Codes, ...]
+    key_groups: tuple[QuantizedTensor, ...]
+    value_groups: tuple[QuantizedTensor, ...]
 
     @property
     def length(self) -> int:
@@ -101,7 +101,7 @@ class Packed:
     def values(self) -> Tensor:
         return (self._in_order(self.value_groups) * factor(self.peak)).to(self.peak.dtype)
 
-    def _in_order(self, groups: tuple[Codes, ...]) -> Tensor:
+    def _in_order(self, groups: tuple[QuantizedTensor, ...]) -> Tensor:
         return torch.cat([codes.read() for codes in groups], 1).index_select(1, self.place)
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -109,14 +109,14 @@ class Packed:
         groups = (*self.key_groups, *self.value_groups)
         return self.place, self.peak, *(t for codes in groups for t in (codes.packed, codes.low, codes.high))
 
-    def first(self, count: int) -> Packed:
+    def first(self, count: int) -> QuantizedKV:
         """Its first tokens; the codes of the others stay, unread."""
         return replace(self, place=self.place[:count].clone())
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Packed:
+    def map(self, function: Callable[[Tensor], Tensor]) -> QuantizedKV:
         """The same of what the function makes of every tensor, as moved to another device."""
         keys, values = (tuple(c.map(function) for c in groups) for groups in (self.key_groups, self.value_groups))
-        return Packed(function(self.place), function(self.peak), keys, values)
+        return QuantizedKV(function(self.place), function(self.peak), keys, values)
 
 
 def factor(peak: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from vtoken.kernels import probe_sums, received_attention
 
 
-class Probe:
+class QueryAttention:
     """One row of a prefill in one decoder layer. A stage of site attention comes first, one of site cache finds what it left.
 
     Attributes:
@@ -62,11 +62,11 @@ class Probe:
         return self._found[key]
 
 
-def shared(given: Probe | None, q: Tensor, k: Tensor, scale: float) -> Probe:
+def shared(given: QueryAttention | None, q: Tensor, k: Tensor, scale: float) -> QueryAttention:
     """The probe that was handed on, if it is of these very queries and keys; else one of its own."""
     if given is not None and (same(given.q, q) and same(given.k, k)) and given.scale == scale:
         return given
-    return Probe(q, k, scale)
+    return QueryAttention(q, k, scale)
 
 
 def same(a: Tensor, b: Tensor) -> bool:

@@ -43,7 +43,7 @@ FACTS: dict[str, str] = {
     "mean_value": "[ΣN, d] encoder values of the layer, head mean; at decoder sites the decoder's",
     "last_query_attention": "[ΣN] decoder attention of the last prompt token, head mean",
     "next_query_attention": "[ΣN] the same in the decoder layer behind the cut, before it runs",
-    "text_attention": "[ΣN] decoder attention of the text tokens that the stage's `raters` chose, mean over them and the heads",
+    "text_attention": "[ΣN] decoder attention of the text tokens that the stage's `query_tokens` chose, mean over them and the heads",
     "visual_attention": "[ΣN] decoder attention of the last prompt token, softmax over the tokens of each image alone, head mean",
     "visual_value_attention": "[ΣN] the same with values for query and keys",
     "cross_attention": "[ΣN] decoder attention of the text behind each image, maximum over heads, mean over that text",
@@ -76,7 +76,7 @@ class VisualTokens:
             video is one raster; an anyres image is two, the downscaled whole and the stitched crops without their padding.
             Newline tokens are in no raster: they follow the pipeline's newline policy and no method sees them.
         row: batch row of each image.
-        place: [ΣN] position of each token among its image's unpruned tokens (rasters one after the other).
+        raster_index: [ΣN] position of each token among its image's unpruned tokens (rasters one after the other).
         segment: [ΣN] frame of a video, or crop of an anyres image (0 is the downscaled whole), each token belongs to; None when
             every image is a single one.
         facts: what the stage declared in `needs`.
@@ -91,7 +91,7 @@ class VisualTokens:
     lengths: tuple[int, ...]
     parts: tuple[Parts, ...]
     row: tuple[int, ...]
-    place: Tensor
+    raster_index: Tensor
     segment: Tensor | None = None
     facts: Mapping[Fact, Any] = field(default_factory=dict)
     layer: int | None = None
@@ -101,10 +101,16 @@ class VisualTokens:
 
     @classmethod
     def pack(
-        cls, x: Tensor, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], place: Tensor, **more: Any
+        cls,
+        x: Tensor,
+        lengths: Sequence[int],
+        parts: Sequence[Parts],
+        row: Sequence[int],
+        raster_index: Tensor,
+        **more: Any,
     ) -> VisualTokens:
         """Builds the packed form from host-side lengths."""
-        return cls(x, offsets_of(lengths, x.device), tuple(lengths), tuple(parts), tuple(row), place, **more)
+        return cls(x, offsets_of(lengths, x.device), tuple(lengths), tuple(parts), tuple(row), raster_index, **more)
 
     def whole(self, image: int) -> bool:
         """Whether nothing was dropped from the image so far."""
@@ -192,14 +198,14 @@ class Keep:
             f = replace(f, slots=f.slots.to(device), factor=f.factor.to(device), features=features)
         return Keep(self.index.to(device), self.lengths, into, weight, f)
 
-    def sparing(self, lengths: Sequence[int], spared: Sequence[bool]) -> Keep:
+    def skipping(self, lengths: Sequence[int], skipped: Sequence[bool]) -> Keep:
         """The same decision, but these images keep all their tokens as they are.
 
         Args:
-            lengths: N_i of every image; spared: whether it keeps them.
+            lengths: N_i of every image; skipped: whether it keeps them.
         """
-        own = uploaded(spared, self.index.device, torch.bool)[image_of(lengths, self.index.device)]
-        return self.retaining(own, [n if s else k for n, k, s in zip(lengths, self.lengths, spared, strict=True)])
+        own = uploaded(skipped, self.index.device, torch.bool)[image_of(lengths, self.index.device)]
+        return self.retaining(own, [n if s else k for n, k, s in zip(lengths, self.lengths, skipped, strict=True)])
 
     def retaining(self, own: Tensor, lengths: Sequence[int]) -> Keep:
         """The same decision, but these tokens stay as they are.

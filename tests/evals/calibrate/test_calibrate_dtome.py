@@ -16,7 +16,7 @@ from vtoken.cli import main
 from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals.calibrate import _batches
 from vtoken.evals.calibrate.dtome import calibrate, pictures
-from vtoken.hooks.state.run import Lineage
+from vtoken.hooks.state.run import TokenHistory
 from vtoken.stages import Fact, VisualTokens
 
 
@@ -36,12 +36,12 @@ class Pixels:
     """An image processor that counts its calls."""
 
     def __init__(self, family="llava"):
-        self.calls, self.packed = 0, tiny.family(family).packed
+        self.calls, self.varlen = 0, tiny.family(family).varlen
 
     def __call__(self, images, return_tensors):
         self.calls += 1
         pixels = torch.stack([torch.tensor(np.asarray(i)).permute(2, 0, 1) / 127.5 - 1 for i in images])
-        if not self.packed:
+        if not self.varlen:
             return {"pixel_values": pixels}
         # Any order of patches will do; every other picture is half as high.
         grids = [(1, 4, 4) if k % 2 else (1, 2, 4) for k in range(len(images))]
@@ -81,7 +81,7 @@ def test_every_picture_is_dealt_out_anew(lead):
     g, depth, n = torch.Generator().manual_seed(4), 4, 12
     learned = _batches.Learned((1, 2, 1, 1), n)
     stage, memory = _batches.learner(registry.stage("dtome"), learned), {}
-    x, lineage = torch.zeros(3 * n, 1), Lineage((n,) * 3, torch.arange(n).repeat(3), (n,) * 3)
+    x, lineage = torch.zeros(3 * n, 1), TokenHistory((n,) * 3, torch.arange(n).repeat(3), (n,) * 3)
     sequences, idle = [[[k] for k in range(n)] for _ in range(3)], 0
     for layer in range(depth):
         every = torch.randn(3, n, 4, generator=g) + 0.6
@@ -92,8 +92,8 @@ def test_every_picture_is_dealt_out_anew(lead):
             lineage.lengths,
             [((1, 1, n),)] * 3,
             range(3),
-            lineage.place,
-            facts={Fact("mean_key"): every[image, lineage.place]},
+            lineage.raster_index,
+            facts={Fact("mean_key"): every[image, lineage.raster_index]},
             layer=layer,
             memory=memory,
             lead=lead,
@@ -140,7 +140,7 @@ def test_one_batch_gives_its_own_mean_count(folder, tmp_path, budget, per_layer)
     # Behind the first layer pictures that lost nothing were dealt out anew while learning, and keep their order here.
     assert counts[0] == learned[0] and counts[1:] == pytest.approx(learned[1:], rel=0.05)
     assert len(set(trace.tokens_out)) > 1
-    assert stage.plan((16,), (((1, 4, 4),),), (0,), 1) == (16 - 2 * per_layer,)
+    assert stage.expected_counts((16,), (((1, 4, 4),),), (0,), 1) == (16 - 2 * per_layer,)
     assert stage.thresholds[3] > 1, "behind the layer that features are read from"
     again = config.load(yaml.safe_load(config.dump(config.load([stage]))))
     assert again.stages[0] == stage, "a pipeline written out holds the numbers"
@@ -171,7 +171,7 @@ def test_it_goes_on_where_it_was(folder, tmp_path):
         calibrate(model, third, files, tmp_path / "out", batch_size=4)
 
 
-@pytest.mark.parametrize("family", tiny.families(packed=True))
+@pytest.mark.parametrize("family", tiny.families(varlen=True))
 def test_qwen_gets_rounds_behind_its_tower(family, folder, tmp_path):
     model, out, files = tiny.make(family), tmp_path / "out", pictures(folder)
     learned = calibrate(model, Pixels(family), files, out, budget="high", rounds=2)

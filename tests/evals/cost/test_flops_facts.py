@@ -22,7 +22,7 @@ PICTURE = 16
 class All(Watcher):
     """All text behind an image rates it; what is told is forgotten. No paper."""
 
-    def raters(self, tokens: Any) -> list[torch.Tensor]:
+    def query_tokens(self, tokens: Any) -> list[torch.Tensor]:
         return [torch.arange(len(text)) for text in tokens.facts[Fact("later_text")]]
 
     def select(self, tokens: Any) -> Any:
@@ -33,7 +33,7 @@ class All(Watcher):
 class Half(First):
     """The plan of First. No paper."""
 
-    def plan(self, lengths: Any, parts: Any, row: Any, layer: int | None = None) -> tuple[int, ...]:
+    def expected_counts(self, lengths: Any, parts: Any, row: Any, layer: int | None = None) -> tuple[int, ...]:
         return tuple(n - n // 2 for n in lengths)
 
 

@@ -33,7 +33,7 @@ from vtoken.evals.tune.quality import Judge
 from vtoken.evals.tune.search import Search
 from vtoken.evals.tune.space import Space
 
-FOLDERS = tiny.each("packed")
+FOLDERS = tiny.each("varlen")
 LIKE = Shape(1, 1, None, 8)
 
 

@@ -14,7 +14,7 @@ from sparse_probes import Everything, Ladder
 
 import vtoken
 from vtoken.errors import UnsupportedError
-from vtoken.stages.attention import Reads, SparseAttention, everything
+from vtoken.stages.attention import SparseAttention, SparseMask, everything
 
 
 @families
@@ -114,12 +114,12 @@ def test_what_a_stage_is_told(family):
         each = 3 if prompt.layer < 2 else 2
         images = [i for i, r in enumerate(trace.row) if r == row]
         assert prompt.image[prompt.image >= 0].tolist() == [i for i in images for _ in range(each)]
-        assert prompt.place[prompt.image >= 0].tolist() == [p for i in images for p in entry.kept[i].tolist()]
-        assert bool((prompt.place[prompt.image < 0] == -1).all()) and prompt.parts == tuple(trace.parts)
+        assert prompt.raster_index[prompt.image >= 0].tolist() == [p for i in images for p in entry.kept[i].tolist()]
+        assert bool((prompt.raster_index[prompt.image < 0] == -1).all()) and prompt.parts == tuple(trace.parts)
         assert int(prompt.image[-1]) == -1, "text at the end"
         if number < 2:
             assert prompt.length == trace.prompt_tokens[row]
-        if not (tiny.family(family).anyres or tiny.family(family).packed):
+        if not (tiny.family(family).anyres or tiny.family(family).varlen):
             assert prompt.image[:3].tolist() == ([-1, -1, 0] if row == 0 else [-1, 1, 1])
 
 
@@ -263,7 +263,7 @@ def test_layers_are_shared_out():
 
     class Bad(Ladder):
         def reads(self, prompt):
-            return Reads(16, torch.ones(4, 1, 1, dtype=torch.bool))
+            return SparseMask(16, torch.ones(4, 1, 1, dtype=torch.bool))
 
     class Odd(SparseAttention):
         name = "bad"
@@ -272,7 +272,7 @@ def test_layers_are_shared_out():
 
         def reads(self, prompt):
             n = prompt.length
-            return Reads(16, everything(4, n, n, 16, prompt.q.device), **self.more)
+            return SparseMask(16, everything(4, n, n, 16, prompt.q.device), **self.more)
 
     for stages, message in (
         ([Ladder(), Everything()], "both thin the attention of decoder layer 0"),

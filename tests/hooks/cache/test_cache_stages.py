@@ -20,7 +20,7 @@ from vtoken.compressors.cache.lookm import LookM
 from vtoken.compressors.cache.snapkv import SnapKV
 from vtoken.compressors.cache.zipvl_cache import ZipVLCache
 from vtoken.errors import ConfigError, UnsupportedError
-from vtoken.stages.cache import Hold, Ready
+from vtoken.stages.cache import KeepSlots, ReplacedKV
 
 STAGES = {
     "snapkv": (SnapKV, {"keep": 5, "window": 4}),
@@ -89,7 +89,7 @@ def test_equals_a_dense_model_that_masks(family, name, rows):
     assert trace.cache_bytes == sum(max(h) for h in trace.cached) * 2 * keys.element_size() * keys[:, :, 0].numel()
 
 
-@pytest.mark.parametrize("family", tiny.families(packed=True))
+@pytest.mark.parametrize("family", tiny.families(varlen=True))
 def test_rows_without_padding_may_be_left_with_different_numbers(family):
     """Two prompts of one length, so that `generate` sees no padding and drops its mask; the shrunk rows are padded all the same."""
     model = tiny.make(family)
@@ -382,7 +382,7 @@ def test_a_bad_decision_is_named(bad):
         def compress(self, layer):
             n = {"heads": 3, "none": 0, "more": layer.keys.shape[1] + 1}[bad]
             x = layer.keys.new_zeros(len(layer.keys) + (bad == "heads"), n, layer.keys.shape[2])
-            return Ready(x, x)
+            return ReplacedKV(x, x)
 
     model = tiny.llava()
     with vtoken.wrapped(model, [Bad(keep=3)]), pytest.raises(ValueError, match="every head must hold the same"):
@@ -391,6 +391,6 @@ def test_a_bad_decision_is_named(bad):
 
 def test_a_hold_is_a_gather():
     x = torch.arange(12.0).view(2, 3, 2)
-    keys, values = Hold(torch.tensor([[0, 2], [1, 2]])).apply(x, -x[..., :1])
+    keys, values = KeepSlots(torch.tensor([[0, 2], [1, 2]])).apply(x, -x[..., :1])
     assert keys.tolist() == [[[0, 1], [4, 5]], [[8, 9], [10, 11]]]
     assert values.tolist() == [[[0], [-4]], [[-8], [-10]]]

@@ -9,12 +9,12 @@ import pytest
 import tiny
 import torch
 from modes import EXPANDABLE, LOGITS, ROWS, alone, families, greedy, mrope
-from rounded_cache import FEW, Wide, both, later, rounded, some
+from rounded_cache import FEW, Wide, both, recording, rounded, some
 from turns import conversation, second
 
 import vtoken
 from vtoken.compressors.cache.zipvl_cache import ZipVLCache
-from vtoken.hooks.state.quantized_layer import PackedLayer, Plain
+from vtoken.hooks.state.quantized_layer import Plain, QuantizedLayer
 
 
 def equal(a, b):
@@ -52,7 +52,7 @@ def test_greedy(family, rows):
     equal(got, want)
     assert trace.cached == wide.cached == [trace.prompt_tokens] * 4
     for held, plain in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):
-        assert isinstance(held, PackedLayer) and held.get_seq_length() == plain.get_seq_length()
+        assert isinstance(held, QuantizedLayer) and held.get_seq_length() == plain.get_seq_length()
         assert torch.equal(held.keys, plain.keys) and torch.equal(held.values, plain.values)
 
 
@@ -68,7 +68,7 @@ def test_bytes_are_really_saved(family):
     assert trace.cache_bytes == sum(map(stored, cache.layers)), "and nothing else is kept alive"
     for held, full in zip(cache.layers, dense.layers, strict=True):
         (block,), d = held.blocks, full.keys.shape[-1]
-        assert [type(row[0]).__name__ for row in block.rows] == ["Packed", "Packed", "Plain"]
+        assert [type(row[0]).__name__ for row in block.rows] == ["QuantizedKV", "QuantizedKV", "Plain"]
         for (piece,), n in zip(block.rows[:2], trace.prompt_tokens, strict=False):
             heads = full.keys.shape[1]
             assert sum(c.packed.nbytes for c in piece.key_groups) <= n * heads * -(-4 * d // 8)
@@ -120,7 +120,7 @@ def test_second_turn(family, more):
     kinds = [
         {type(piece).__name__ for row in block.rows for piece in row} for block in got.past_key_values.layers[2].blocks
     ]
-    assert kinds == ([{"Packed"}, {"Plain"}, {"Packed"}] if "pixel_values" in turn else [{"Packed"}])
+    assert kinds == ([{"QuantizedKV"}, {"Plain"}, {"QuantizedKV"}] if "pixel_values" in turn else [{"QuantizedKV"}])
 
 
 @families
@@ -151,7 +151,7 @@ def test_an_answer_that_is_scored(family):
         return scored.logits[0, :5], torch.stack(out.logits)[:, 0], scored.past_key_values.layers[1]
 
     (got, generated, held), (want, _, _) = both(model, run)
-    assert torch.equal(got, want) and isinstance(held, PackedLayer)
+    assert torch.equal(got, want) and isinstance(held, QuantizedLayer)
     torch.testing.assert_close(got, generated, atol=2e-4, rtol=1e-4)
 
 
@@ -179,7 +179,7 @@ def test_what_is_generated_follows(family):
     """Against a loop on the stock model, whose cache is rounded by hand: every third token, what the newest query attends to in float64."""
     model, n, every = tiny.make(family), 9, 3
     batch = tiny.build(model, ROWS[:1], seed=3)
-    stage, calls = later(every=every)
+    stage, calls = recording(every=every)
     with vtoken.wrapped(model, [stage]):
         out = greedy(model, batch, n, **LOGITS)
     assert [layer.layer for layer, _ in calls] == [0, 1, 2, 3] * 2, "after the third and the sixth token that is fed"
@@ -227,7 +227,7 @@ def test_what_is_generated_in_batches_and_turns(family):
     """Rows decide as they do alone; the row without an image stays as it is; copies of a prompt have answers of their own."""
     model = tiny.make(family)
     batch = tiny.build(model, ROWS, seed=3)
-    stage, calls = later(every=3)
+    stage, calls = recording(every=3)
     with vtoken.wrapped(model, [stage]):
         together = greedy(model, batch, 8, **LOGITS)
         for row in range(3):
@@ -253,7 +253,7 @@ def test_beams_and_drafts_with_what_is_generated(family):
     model = tiny.make(family)
     batch = tiny.build(model, ROWS[:1], seed=5)
     batch.pop("attention_mask")
-    stage, calls = later(every=3)
+    stage, calls = recording(every=3)
     with vtoken.wrapped(model, [stage]):
         greedy(model, batch, 8, num_beams=3)
         assert len(calls) == 2 * 4 * 3, "each beam its own"
@@ -292,10 +292,10 @@ def test_unwrap_and_exceptions_leave_a_usable_model(family):
                 raise ZeroDivisionError("a bug in a stage")
             return ZipVLCache.compress(self, layer)
 
-        def later(self, layer):
+        def requantize(self, layer):
             if fail[0]:
                 raise ZeroDivisionError("a bug in a stage")
-            return ZipVLCache.later(self, layer)
+            return ZipVLCache.requantize(self, layer)
 
     with vtoken.wrapped(model, [ZipVLCache(**FEW, every=3)]):
         want = greedy(model, batch, **LOGITS)
@@ -332,6 +332,6 @@ def test_the_stock_layer_has_no_other_doors():
     """What a newer DynamicLayer can do with its keys and values must be looked at here."""
     from transformers.cache_utils import DynamicLayer
 
-    known = {*vars(PackedLayer), "lazy_initialization", "get_mask_sizes", "get_max_length", "get_max_cache_shape"}
+    known = {*vars(QuantizedLayer), "lazy_initialization", "get_mask_sizes", "get_max_length", "get_max_cache_shape"}
     public = {name for name, _ in inspect.getmembers(DynamicLayer, inspect.isfunction) if not name.startswith("_")}
     assert public <= known

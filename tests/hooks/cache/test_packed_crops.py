@@ -5,7 +5,7 @@ from __future__ import annotations
 import tiny
 import torch
 from modes import LOGITS, ROWS, greedy
-from rounded_cache import both, later, some
+from rounded_cache import both, recording, some
 from transformers import DynamicCache
 
 import vtoken
@@ -29,7 +29,7 @@ def test_crops_of_the_whole_cache(family):
 def test_nothing_is_left_of_what_was_packed():
     """Then what is generated stays at full precision, too."""
     model = tiny.make("llava")
-    stage, calls = later(every=3)
+    stage, calls = recording(every=3)
     with vtoken.wrapped(model, [stage]), torch.no_grad():
         cache = model(**tiny.build(model, ROWS[:1], seed=3)).past_key_values
         cache.crop(-cache.get_seq_length())

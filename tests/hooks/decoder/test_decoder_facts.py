@@ -56,7 +56,7 @@ class Earlier(Watcher):
     def needs(self) -> tuple[Fact, ...]:
         return tuple(Fact(name, 1) for name in self.asks)
 
-    def raters(self, tokens: VisualTokens) -> list[torch.Tensor]:
+    def query_tokens(self, tokens: VisualTokens) -> list[torch.Tensor]:
         return [every_other(len(text)) for text in tokens.facts[Fact("later_text")]]
 
 

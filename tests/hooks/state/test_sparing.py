@@ -36,7 +36,7 @@ def test_every_field_of_a_decision_is_told_apart():
 
 def test_every_field_survives_where_nothing_is_spared():
     keep = decision()
-    for got in (keep.sparing((3, 2, 3), [False] * 3), keep.to(torch.device("cpu"))):
+    for got in (keep.skipping((3, 2, 3), [False] * 3), keep.to(torch.device("cpu"))):
         for mine, other in ((got, keep), (got.fused, keep.fused)):
             for f in fields(other):
                 a, b = getattr(mine, f.name), getattr(other, f.name)
@@ -46,7 +46,7 @@ def test_every_field_survives_where_nothing_is_spared():
 def test_the_spared_image_gets_its_tokens_back():
     """The second image is spared; slots of the third move behind its two tokens."""
     keep = decision()
-    got = keep.sparing((3, 2, 3), [False, True, False])
+    got = keep.skipping((3, 2, 3), [False, True, False])
     assert got.index.tolist() == [1, 3, 4, 7] and got.lengths == (1, 2, 1)
     assert got.into.tolist() == [0, 0, -1, 1, 2, 3, -1, 3] and got.weight.tolist() == [1, 2, 3, 1, 1, 6, 7, 8]
     assert got.fused.slots.tolist() == [0, 3] and got.fused.factor.tolist() == [2, 4] and got.fused.largest
@@ -54,7 +54,7 @@ def test_the_spared_image_gets_its_tokens_back():
     x = torch.arange(8.0)[:, None]
     plain = replace(got, fused=None).apply(x)[:, 0]
     torch.testing.assert_close(plain, torch.tensor([(0 * 1 + 1 * 2) / 3, 3, 4, (5 * 6 + 7 * 8) / 14]))
-    dropped = Keep(torch.tensor([0, 5]), (1, 0, 1)).sparing((3, 2, 3), [False, True, False])
+    dropped = Keep(torch.tensor([0, 5]), (1, 0, 1)).skipping((3, 2, 3), [False, True, False])
     assert dropped.index.tolist() == [0, 3, 4, 5] and dropped.lengths == (1, 2, 1) and dropped.into is None
 
 

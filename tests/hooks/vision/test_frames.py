@@ -19,7 +19,7 @@ from usual import CACHE, SPARSE
 import vtoken
 from vtoken.errors import UnsupportedError
 from vtoken.evals.flops import account
-from vtoken.hooks.state.run import Layout
+from vtoken.hooks.state.run import ImageLayout
 from vtoken.hooks.vision import frames
 from vtoken.pruners.frames.frames_changed import FramesChanged
 from vtoken.pruners.frames.frames_farthest import FramesFarthest
@@ -222,7 +222,7 @@ def test_flops(family: str) -> None:
     # Similarities are products of a matrix and a vector, which the counter leaves out.
     assert claimed.tower + claimed.projector == counter.get_total_flops() - behind
     # Packed towers embed the patches of all frames before any is left out.
-    embedding = 2 * 4 * patches * 1176 * 32 if tiny.family(model).packed else 0
+    embedding = 2 * 4 * patches * 1176 * 32 if tiny.family(model).varlen else 0
     assert (claimed.tower - embedding) * 4 == dense.tower - embedding
     assert claimed.stages == 2 * 4 * 3 * 16**2
     assert trace.prompt_tokens == [text + claimed.visual_entry + claimed.newline_entry]
@@ -257,7 +257,7 @@ def test_a_second_stage_sees_what_the_first_left() -> None:
     assert [[p.tolist() for p in step.kept] for step in found.steps] == [[[0, 2, 3], [1]], [[3], [1]]]
     first, second = seen
     assert first.lengths == (4, 2) and second.lengths == (3, 1)
-    assert first.place.tolist() == [0, 1, 2, 3, 0, 1] and second.place.tolist() == [0, 2, 3, 1]
+    assert first.raster_index.tolist() == [0, 1, 2, 3, 0, 1] and second.raster_index.tolist() == [0, 2, 3, 1]
     assert second.x[:, 0].tolist() == [0, 2, 3, 5] and second.parts == (((4, 1, 1),), ((2, 1, 1),))
 
 
@@ -268,7 +268,7 @@ def test_thumbnails_of_patches_are_those_of_the_pictures() -> None:
     pictures = [torch.randint(0, 255, (h, w, 3), dtype=torch.uint8).numpy() for h, w in ((448, 448), (896, 448))]
     processor = Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, temporal_patch_size=2)
     cut = processor(images=pictures, return_tensors="pt")
-    layouts = [Layout(((t, h // 2, w // 2),)) for t, h, w in cut["image_grid_thw"].tolist()]
+    layouts = [ImageLayout(((t, h // 2, w // 2),)) for t, h, w in cut["image_grid_thw"].tolist()]
     got = frames.packed_thumbnails(cut["pixel_values"], layouts, 2, 2 * 14 * 14)
     mean, std = (torch.tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std))
     want = [frames.thumbnails(((torch.tensor(p).permute(2, 0, 1) / 255 - mean) / std)[None]) for p in pictures]

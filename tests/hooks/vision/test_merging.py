@@ -15,7 +15,7 @@ import vtoken
 from vtoken import registry
 from vtoken.errors import UnsupportedError
 from vtoken.evals.flops import account
-from vtoken.hooks.state.run import Call
+from vtoken.hooks.state.run import FeatureCall
 from vtoken.stages import Fact
 
 ToMe, DToMe = registry.stage("tome"), registry.stage("dtome")
@@ -139,7 +139,7 @@ def test_later_layers_run_on_less():
     assert trace.layers == [[8] * 3] * 4
 
 
-@pytest.mark.parametrize("family", tiny.families(packed=False))
+@pytest.mark.parametrize("family", tiny.families(varlen=False))
 @pytest.mark.parametrize("name", STAGES)
 def test_a_batch_equals_its_rows(family, name):
     model = tiny.make(family)
@@ -167,7 +167,7 @@ def test_nothing_vanishes_with_the_padding_of_crops(size, name):
     inputs = {key: batch[key] for key in ("pixel_values", "image_sizes")}
     crops = batch["pixel_values"][0][: adapter.crops(inputs)[0]]
     ids = torch.arange(len(crops) * tiny.TOKENS).float().view(len(crops), -1, 1)
-    where = adapter.pack(Call("image", inputs, adapter.layouts("image", inputs)), ids)[:, 0].long().tolist()
+    where = adapter.pack(FeatureCall("image", inputs, adapter.layouts("image", inputs)), ids)[:, 0].long().tolist()
     want = {}
     for c, pixels in enumerate(crops.double()):
         groups, features, *_ = by_hand(exact, pixels[None], STAGES[name], "clip")
@@ -307,7 +307,7 @@ def test_index_map_covers_every_token(family):
     """For every unpruned token the trace names a live one, as whatever comes later needs it."""
     model = tiny.make(family)
     batch = tiny.build(model, [[3, "img", 5], [2, "img", 3]], seed=3)
-    name = "dtome_post" if tiny.family(family).packed else "dtome"
+    name = "dtome_post" if tiny.family(family).varlen else "dtome"
     with vtoken.wrapped(model, usual.stage(name)):
         run(model, batch)
         trace = vtoken.trace(model)

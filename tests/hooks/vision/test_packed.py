@@ -14,7 +14,7 @@ from vtoken import registry
 from vtoken.errors import UnsupportedError
 from vtoken.stages import Compressor, Fact, Keep, Site
 
-FAMILIES = tiny.families(packed=True)
+FAMILIES = tiny.families(varlen=True)
 FULL = 1  # a block with full attention in every family
 
 
@@ -73,7 +73,7 @@ def test_facts_equal_a_naive_tower(family, grids, attn):
     same("values", 2, [group(f.values[2]) for f in found])
     same("features", None, [f.last for f in found])
     assert torch.equal(facts[Fact("pixels")], pixels.view(-1, 4 * pixels.shape[1]))
-    assert hooked.run.tower.lineage.full == tuple(layout.tokens for layout in hooked.adapter.rasters(grid.tolist()))
+    assert hooked.run.tower.history.full == tuple(layout.tokens for layout in hooked.adapter.rasters(grid.tolist()))
 
 
 CUTS = {
@@ -105,7 +105,7 @@ def test_dropping_equals_a_naive_tower(family, stages, grids, attn):
     for index, tap in enumerate(hooked.taps):
         torch.testing.assert_close(tap, torch.cat([f.taps[index] for f in found]), **close)
     assert len(hooked.taps) == tiny.family(family).deepstack
-    assert rows == [4 * sum(tower.lineage.lengths)] and rows[0] < len(pixels)
+    assert rows == [4 * sum(tower.history.lengths)] and rows[0] < len(pixels)
     gone = ~tower.alive()
     assert gone.sum() == len(pixels) // 4 - rows[0] // 4 and not tower.facts[Fact("keys", 3)][gone].any()
     for before, after in zip(tower.traces, tower.traces[1:], strict=False):
@@ -121,7 +121,7 @@ def test_an_image_alone_gives_what_it_gives_in_a_batch(family):
     for i, part in enumerate(pixels.split(grid.prod(-1).tolist())):
         alone, rows = hooked(part, grid[i : i + 1]), slice(start, start + tokens[i])
         torch.testing.assert_close(alone, together[rows], atol=1e-5, rtol=1e-4)
-        assert torch.equal(hooked.run.tower.lineage.kept()[0], tower.lineage.kept()[i])
+        assert torch.equal(hooked.run.tower.history.kept()[0], tower.history.kept()[i])
         for fact, value in hooked.run.tower.facts.items():
             torch.testing.assert_close(value, tower.facts[fact][rows], atol=1e-6, rtol=1e-4)
         start += tokens[i]
@@ -140,7 +140,7 @@ def test_what_a_stage_sees(family):
     cuts = [{0: (k, None)} for k in kept]
     found = each(family, pixels, grid, cuts)
     live = torch.cat([k + start for k, start in zip(kept, (0, 18), strict=True)])
-    assert torch.equal(seen.place, torch.cat(kept)) and seen.lengths == tuple(map(len, kept))
+    assert torch.equal(seen.raster_index, torch.cat(kept)) and seen.lengths == tuple(map(len, kept))
     assert seen.parts == (((3, 2, 3),), ((1, 3, 2),)) and seen.layer == 1 and seen.row == (0, 1)
     assert torch.equal(seen.segment, torch.cat([kept[0] // 6, torch.zeros_like(kept[1])]))
     expected = torch.cat([received(f, 1) for f in found])

@@ -14,35 +14,35 @@ from vtoken.compressors.attention._blocks import best, per_head
 from vtoken.compressors.attention._singles import listed
 from vtoken.kernels import probe_sums
 from vtoken.stages import uploaded
-from vtoken.stages.attention import Prompt
+from vtoken.stages.attention import PrefillQK
 from vtoken.stages.query_attention import last_rows
 
 SIZE = 64  # tokens of a block, and queries of a probe
 FIRST, NEAR = 30, 100  # keys at the start and distances that every vertical-slash index holds
 
 
-def strides(prompt: Prompt, unit: str) -> int | None:
+def strides(prompt: PrefillQK, unit: str) -> int | None:
     """Tokens from the start of one frame (single image) to the next, or from one row of a raster to the next: separators included.
     None where they are not equally long: mixed sizes, or tokens that were dropped."""
     found: int | None = prompt.once(("strides", unit), lambda: _strides(prompt, unit))
     return found
 
 
-def _strides(prompt: Prompt, unit: str) -> int | None:
+def _strides(prompt: PrefillQK, unit: str) -> int | None:
     seen = prompt.image >= 0
     before, step = [], []
     for *earlier, (_, h, w) in prompt.parts:
         before.append(sum(map(prod, earlier)))
         step.append(h * w if unit == "frame" else w)
     skip, every = (uploaded(x, seen.device)[prompt.image.clamp(min=0)] for x in (before, step))
-    place = prompt.place - skip
+    place = prompt.raster_index - skip
     starts = (seen & (place >= 0) & (place % every == 0)).nonzero()[:, 0]
     steps: list[int] = starts.diff().unique().tolist()
     return steps[0] if len(steps) == 1 else None
 
 
 def index(q: Tensor, k: Tensor, scale: float, vertical: int, slash: int, probe: int = SIZE) -> tuple[Tensor, Tensor]:
-    """Vertical-slash index of the last `probe` queries of [H, N, d]: columns [H, N] and distances [H, N], both bool."""
+    """Vertical-slash index of the last `query_attention` queries of [H, N, d]: columns [H, N] and distances [H, N], both bool."""
     n = k.shape[1]
     columns, distances, _ = (x[0] for x in probe_sums(q[None, :, -min(probe, n) :], k[None], scale))
     columns[:, :FIRST] = torch.inf
@@ -64,13 +64,13 @@ def bands(distances: Tensor, tiles: int) -> Tensor:
     return near[:, (t[:, None] - t).clamp(min=0)] & (t[:, None] >= t)
 
 
-def modalities(prompt: Prompt) -> tuple[tuple[Tensor, int, int], ...]:
+def modalities(prompt: PrefillQK) -> tuple[tuple[Tensor, int, int], ...]:
     """Of text and of images: which tokens [N] they are, and where the last run of them starts and ends."""
     found: tuple[tuple[Tensor, int, int], ...] = prompt.once("modalities", lambda: tuple(_modalities(prompt)))
     return found
 
 
-def _modalities(prompt: Prompt) -> Iterator[tuple[Tensor, int, int]]:
+def _modalities(prompt: PrefillQK) -> Iterator[tuple[Tensor, int, int]]:
     for mine in (prompt.image < 0, prompt.image >= 0):
         at = _positions(mine)
         if len(at):
@@ -83,7 +83,7 @@ def _positions(mask: Tensor) -> Tensor:
     return mask.nonzero()[:, 0]
 
 
-def by_modality(prompt: Prompt, vertical: int, slash: int, keys_too: bool) -> tuple[Tensor, Tensor]:
+def by_modality(prompt: PrefillQK, vertical: int, slash: int, keys_too: bool) -> tuple[Tensor, Tensor]:
     """Blocks [h, T, T] and lists of keys [h, L, C] of heads that read by modality: a query block reads what the index of each modality
     in it says, and one list of those that `list_of_each` tells apart. An index is built by the last queries of the modality's last run, for
     all keys, or with `keys_too` for the keys of each modality apart, distances then counted in keys of that modality alone."""
@@ -113,13 +113,13 @@ def by_modality(prompt: Prompt, vertical: int, slash: int, keys_too: bool) -> tu
     return blocks, listed(torch.stack(columns, 1), most)
 
 
-def held(prompt: Prompt) -> Tensor:
+def held(prompt: PrefillQK) -> Tensor:
     """[K, T] bool: which query blocks hold tokens of each of the `modalities`."""
     tokens = torch.stack([mine for mine, _, _ in modalities(prompt)])
     return pad(tokens, (0, -prompt.length % SIZE)).unflatten(1, (-1, SIZE)).any(-1)
 
 
-def list_of_each(prompt: Prompt) -> Tensor:
+def list_of_each(prompt: PrefillQK) -> Tensor:
     """[T] int32, where there are both modalities: which list of `by_modality` each query block reads: that of its modality, or the last one, of both."""
     text, images = held(prompt)
     return torch.where(text & images, 2, images).int()
@@ -173,7 +173,7 @@ Lists = tuple[
 ]  # blocks [h, T, T], columns [h, L, C], dense queries [h, N] (None: none are)
 
 
-def grid(prompt: Prompt, unit: str, rows: bool, local: int) -> Lists | None:
+def grid(prompt: PrefillQK, unit: str, rows: bool, local: int) -> Lists | None:
     """A window, the tokens in front of the images, everything behind the grid's region, and the lines of the grid: keys that lie a
     multiple of its stride behind its phase and, with `rows`, queries likewise. The phase is where the probe of each head looks.
     None where frames (rows) are not equally far apart, or too few for it."""

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from vtoken.compressors._files import count, existing, expect, opened, written
 from vtoken.compressors.attention._blocks import best, block_mean, per_head
-from vtoken.stages.attention import Prompt, Rope, causal
+from vtoken.stages.attention import PrefillQK, Rope, causal
 
 FORMAT = "vtoken seerattention 1"
 SIZES = (16, 32, 64, 128, 256)
@@ -119,7 +119,7 @@ def save(path: Path, gates: Sequence[Tensor], key_heads: int, size: int, about: 
     save_file({str(k): t.contiguous() for k, t in enumerate(gates)}, path, {**about, "format": FORMAT, **numbers})
 
 
-def pooled(prompt: Prompt, size: int) -> tuple[Tensor, Tensor]:
+def pooled(prompt: PrefillQK, size: int) -> tuple[Tensor, Tensor]:
     """Of queries and keys before RoPE, over blocks of `size` tokens (the last one over what it has), fp32: means of queries [H, T, d];
     maxima, minima and means of keys side by side [Hk, T, 3 d]."""
     rope = prompt.rope

@@ -12,7 +12,7 @@ from torch import Tensor
 from vtoken.compressors.attention._blocks import block_mean
 from vtoken.compressors.attention._singles import fullest, listed
 from vtoken.kernels import row_maxima
-from vtoken.stages.attention import Prompt, Reads, SparseAttention, causal, everything
+from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, causal, everything
 
 
 class AnchorAttention(SparseAttention):
@@ -47,12 +47,12 @@ class AnchorAttention(SparseAttention):
     )
     released: bool = Field(default=False, description="the ranges of the authors' released kernel, see the deviations")
 
-    def reads(self, prompt: Prompt) -> Reads:
+    def reads(self, prompt: PrefillQK) -> SparseMask:
         n, size, device = prompt.length, self.size, prompt.q.device
         whole = n // (self.step * size) * self.step if self.dense_tail else -(-n // size)
         blocks = everything(prompt.heads, n, n, size, device)
         if whole <= self.step:
-            return Reads(size, blocks)
+            return SparseMask(size, blocks)
         t = torch.arange(blocks.shape[1], device=device)
         first = t // self.step * self.step
         first, initial = (first, self.step) if self.released else (first - 1, 1)
@@ -62,9 +62,9 @@ class AnchorAttention(SparseAttention):
         anchors = block_mean(maxima[..., None], size)[..., 0]
         columns, full = (torch.cat(x) for x in zip(*self._stripes(prompt, anchors, whole, initial), strict=True))
         full = full.repeat_interleave(self.step, 1)[:, : len(t)]
-        return Reads(size, full | exact | ~searched & causal(blocks), columns, self.step)
+        return SparseMask(size, full | exact | ~searched & causal(blocks), columns, self.step)
 
-    def _stripes(self, prompt: Prompt, anchors: Tensor, whole: int, initial: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _stripes(self, prompt: PrefillQK, anchors: Tensor, whole: int, initial: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Of the query heads of every key head the single keys of every group [h, G, C], -1 behind them, and the blocks [h, G, M] that it
         reads whole instead; `anchors` [H, T], groups up to block `whole`; the first `initial` blocks are read anyway."""
         size, step, groups = self.size, self.step, prompt.heads // len(prompt.k)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from vtoken.stages.attention import Prompt, Reads, SparseAttention
+from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask
 
 SIZE = 128
 
@@ -39,11 +39,11 @@ class CompositeAttention(SparseAttention):
         first = depth // 2 if self.first is None else self.first
         return tuple(k for k in super().layers(depth) if k >= first)
 
-    def reads(self, prompt: Prompt) -> Reads:
+    def reads(self, prompt: PrefillQK) -> SparseMask:
         text = prompt.image < 0
         tiles = -(-prompt.length // SIZE)
         blocks = torch.zeros(prompt.heads, tiles, tiles, dtype=torch.bool, device=text.device)
         listed = prompt.once("text", lambda: text.nonzero()[:, 0].int()) if self.prefix else text.new_empty(0)
         columns = listed.expand(prompt.heads, 1, -1) if len(listed) else None
         dense = text.expand(prompt.heads, -1)
-        return Reads(SIZE, blocks, columns, share=max(1, tiles), dense=dense, own=~text)
+        return SparseMask(SIZE, blocks, columns, share=max(1, tiles), dense=dense, own=~text)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtoken.compressors.attention._blocks import best, block_mean, block_sum, cover
 from vtoken.kernels import pooled_scores
-from vtoken.stages.attention import Prompt, Reads, SparseAttention, everything
+from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, everything
 from vtoken.stages.query_attention import shared
 
 
@@ -58,14 +58,14 @@ class FlexPrefill(SparseAttention):
             )
         return self
 
-    def reads(self, prompt: Prompt) -> Reads:
+    def reads(self, prompt: PrefillQK) -> SparseMask:
         n, size = prompt.length, self.size
         if n <= max(2, -(-self.min_budget // size)) * size:
-            return Reads(size, everything(prompt.heads, n, n, size, prompt.q.device))
-        probe = shared(prompt.probe, prompt.q, prompt.k, prompt.scale)
+            return SparseMask(size, everything(prompt.heads, n, n, size, prompt.q.device))
+        probe = shared(prompt.query_attention, prompt.q, prompt.k, prompt.scale)
         vertical, slash = (x / size for x in probe.lines(size))
         parts = zip(probe.heads(), vertical, slash, strict=True)
-        return Reads(size, torch.cat([self._blocks(q, k, v, s, prompt.scale) for (q, k), v, s in parts]))
+        return SparseMask(size, torch.cat([self._blocks(q, k, v, s, prompt.scale) for (q, k), v, s in parts]))
 
     def _blocks(self, q: Tensor, k: Tensor, vertical: Tensor, slash: Tensor, scale: float) -> Tensor:
         """[H, T, T] of the query heads [H, N, d] of one key head [1, N, d]; [H, N] each, what their last queries give on average to

@@ -14,7 +14,7 @@ from vtoken.compressors.attention._blocks import per_head
 from vtoken.compressors.attention._mminference import SIZE, Lists, bands, by_modality, grid, index, list_of_each, window
 from vtoken.compressors.attention._singles import listed
 from vtoken.stages import uploaded
-from vtoken.stages.attention import Prompt, Reads, SparseAttention, everything
+from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, everything
 
 Pattern = Literal[
     "grid_frame_columns", "grid_frame", "a_shape", "grid_row_columns", "grid_row",
@@ -63,16 +63,16 @@ class MMInference(SparseAttention):
     vertical: int = Field(default=1000, ge=1, description="single keys that vertical-slash heads read")
     slash: int = Field(default=2048, ge=1, description="distances that heads with a boundary read")
 
-    def misfit(self, depth: int, width: int) -> str:
+    def incompatibility(self, depth: int, width: int) -> str:
         if self.heads is None or len(self.heads) == depth:
             return ""
         return f"heads has patterns for {len(self.heads)} decoder layers, this model has {depth}; {SEARCH}"
 
-    def misfit_heads(self, heads: int, key_heads: int, width: int) -> str:
+    def heads_incompatibility(self, heads: int, key_heads: int, width: int) -> str:
         odd = {len(row) for row in self.heads or ()} - {heads}
         return f"heads has patterns for {odd.pop()} heads in a layer, this model has {heads}; {SEARCH}" if odd else ""
 
-    def reads(self, prompt: Prompt) -> Reads:
+    def reads(self, prompt: PrefillQK) -> SparseMask:
         names = [self.pattern] * prompt.heads if self.heads is None else self.heads[prompt.layer]
         groups, order, found = prompt.heads // len(prompt.k), list[int](), list[Lists]()
         for key in range(len(prompt.k)):
@@ -94,9 +94,9 @@ class MMInference(SparseAttention):
             none = torch.zeros(1, prompt.length, dtype=torch.bool, device=prompt.q.device)
             dense = torch.cat([none.expand(len(f[0]), -1) if f[2] is None else f[2] for f in found])[back]
         of = None if lists == 1 else prompt.once("lists", lambda: list_of_each(prompt))
-        return Reads(SIZE, blocks, single, tiles, dense, of=of)
+        return SparseMask(SIZE, blocks, single, tiles, dense, of=of)
 
-    def lists(self, name: str, prompt: Prompt) -> Lists:
+    def lists(self, name: str, prompt: PrefillQK) -> Lists:
         """What the heads of the prompt read by one pattern."""
         n, device = prompt.length, prompt.q.device
         tiles = -(-n // SIZE)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vtoken.compressors.attention._blocks import block_sum, cover, ranks
-from vtoken.stages.attention import Prompt, Reads, SparseAttention, causal, everything
+from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, causal, everything
 from vtoken.stages.query_attention import shared
 
 CHUNK = 1 << 26  # scores held at once
@@ -50,7 +50,7 @@ class ProxyAttn(SparseAttention):
     by_row: bool = Field(default=False, description="a head reads a share of the blocks up to a row, not a number")
     size: Literal[16, 32, 64, 128, 256] = Field(default=128, description="tokens of a block")
 
-    def misfit_heads(self, heads: int, key_heads: int, width: int) -> str:
+    def heads_incompatibility(self, heads: int, key_heads: int, width: int) -> str:
         if heads % self.proxies == 0 and (key_heads % self.proxies == 0 or self.proxies % key_heads == 0):
             return ""
         return (
@@ -58,12 +58,12 @@ class ProxyAttn(SparseAttention):
             f"1 and {key_heads} proxies can"
         )
 
-    def reads(self, prompt: Prompt) -> Reads:
+    def reads(self, prompt: PrefillQK) -> SparseMask:
         n, size = prompt.length, self.size
         least = -(-self.min_budget // size)
         if n <= least * size:
-            return Reads(size, everything(prompt.heads, n, n, size, prompt.q.device))
-        received = shared(prompt.probe, prompt.q, prompt.k, prompt.scale).received(size).flatten(0, 1)
+            return SparseMask(size, everything(prompt.heads, n, n, size, prompt.q.device))
+        received = shared(prompt.query_attention, prompt.q, prompt.k, prompt.scale).received(size).flatten(0, 1)
         counts = cover(block_sum(received, size), self.gamma).sum(-1, keepdim=True)
         score = self.scores(prompt.q, prompt.k, prompt.scale)
         below = causal(score)
@@ -72,7 +72,7 @@ class ProxyAttn(SparseAttention):
         most = -(-counts * (t + 1) // len(t)) if self.by_row else counts.expand(-1, len(t))
         # At least two: the first block and the diagonal, which rank first.
         most = most.clamp(min=max(2, least)).unflatten(0, (self.proxies, -1))
-        return Reads(size, ((order[:, None] < most[..., None]) & below).flatten(0, 1))
+        return SparseMask(size, ((order[:, None] < most[..., None]) & below).flatten(0, 1))
 
     def scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """[G, T, T] fp32 of queries [H, N, d] and keys [Hk, N, d]: largest share among the scored tokens of two blocks."""

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from vtoken.compressors._files import Weights
 from vtoken.compressors.attention._seer import Header, chosen, header, logits, matrices, pooled, read
-from vtoken.stages.attention import Prompt, Reads, SparseAttention
+from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask
 
 
 class SeerAttention(SparseAttention):
@@ -70,11 +70,11 @@ class SeerAttention(SparseAttention):
     def unload(self) -> None:
         self.held.unload()
 
-    def misfit(self, depth: int, width: int) -> str:
+    def incompatibility(self, depth: int, width: int) -> str:
         told, _ = self.told, self.held  # read when wrapping
         return "" if told.depth == depth else self._other(told, f"{depth} layers")
 
-    def misfit_heads(self, heads: int, key_heads: int, width: int) -> str:
+    def heads_incompatibility(self, heads: int, key_heads: int, width: int) -> str:
         told = self.told
         if (told.heads, told.key_heads or key_heads, told.width) != (heads, key_heads, width):
             return self._other(told, f"{heads} query heads on {key_heads} key heads of width {width}")
@@ -87,7 +87,7 @@ class SeerAttention(SparseAttention):
             f"has {here}; train gates for it: vtoken calibrate seerattention MODEL --data DATA -o FILE"
         )
 
-    def reads(self, prompt: Prompt) -> Reads:
+    def reads(self, prompt: PrefillQK) -> SparseMask:
         assert prompt.rope is not None
         size = self.told.size
         starts, (gates,) = prompt.rope.starts(size), self.held.on(prompt.layer, prompt.q.device)
@@ -96,4 +96,4 @@ class SeerAttention(SparseAttention):
         for q, k, matrix in zip(queries.split(groups), keys.split(1), gates.split(groups), strict=True):
             shares = logits(q, k, matrix, starts).softmax(-1)
             blocks.append(chosen(shares, self.threshold, self.share, self.last))
-        return Reads(size, torch.cat(blocks))
+        return SparseMask(size, torch.cat(blocks))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtoken.compressors.attention import _duo
 from vtoken.stages import uploaded
-from vtoken.stages.attention import Prompt, Reads, SparseAttention, causal, everything
+from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, causal, everything
 
 
 class StaticSparse(SparseAttention):
@@ -58,13 +58,13 @@ class StaticSparse(SparseAttention):
         """The gates, wherever they are written: what is done to the file later does not reach a wrapped model."""
         return _duo.read(self.gates) if isinstance(self.gates, str) else self.gates
 
-    def misfit(self, depth: int, width: int) -> str:
+    def incompatibility(self, depth: int, width: int) -> str:
         gates = self.table
         if gates is None or len(gates) == depth:
             return ""
         return self._other(f"{len(gates)} decoder layers", depth)
 
-    def misfit_heads(self, heads: int, key_heads: int, width: int) -> str:
+    def heads_incompatibility(self, heads: int, key_heads: int, width: int) -> str:
         gates = self.table
         if gates is None or len(gates[0]) == key_heads:
             return ""
@@ -83,7 +83,7 @@ class StaticSparse(SparseAttention):
         chosen = {(k, h) for _, k, h in order[: int(self.sparsity * len(order) + 0.5)]}
         return tuple((layer, h) in chosen for h in range(len(gates[layer])))
 
-    def reads(self, prompt: Prompt) -> Reads:
+    def reads(self, prompt: PrefillQK) -> SparseMask:
         n, device = prompt.length, prompt.q.device
         whole = everything(prompt.heads, n, n, self.size, device)
         blocks, streams = self._blocks(n, device).expand_as(whole), self.streams(prompt.layer)
@@ -91,7 +91,7 @@ class StaticSparse(SparseAttention):
             on = uploaded([s for s in streams for _ in range(prompt.heads // len(streams))], device, torch.bool)
             blocks = torch.where(on[:, None, None], blocks, whole)
         dense = (torch.arange(n, device=device) >= n - self.last).expand(prompt.heads, -1) if self.last else None
-        return Reads(self.size, blocks, dense=dense)
+        return SparseMask(self.size, blocks, dense=dense)
 
     def _blocks(self, n: int, device: torch.device) -> Tensor:
         """[1, T, M] what a streaming head reads."""
@@ -104,8 +104,8 @@ class StaticSparse(SparseAttention):
         cpu = torch.device("cpu")
         blocks, streams = self._blocks(length, cpu), self.streams(layer)
         dense = (torch.arange(length) >= length - self.last)[None] if self.last else None
-        thin = float(Reads(self.size, blocks, dense=dense).density())
+        thin = float(SparseMask(self.size, blocks, dense=dense).density())
         if streams is None:
             return thin
-        whole = float(Reads(self.size, everything(1, length, length, self.size, cpu), dense=dense).density())
+        whole = float(SparseMask(self.size, everything(1, length, length, self.size, cpu), dense=dense).density())
         return (thin * sum(streams) + whole * (len(streams) - sum(streams))) / len(streams)

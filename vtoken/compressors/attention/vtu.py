@@ -35,5 +35,5 @@ class VTU(Compressor):
         description="what the KV cache holds: keys and values of every place (as published), or one of each merged token",
     )
 
-    def unmerges(self) -> Unmerging:
+    def unmerge_mode(self) -> Unmerging:
         return self.cache

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vtoken.compressors.attention._blocks import cover, per_head
-from vtoken.stages.attention import Prompt, Reads, SparseAttention
+from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask
 
 CHUNK = 1 << 26  # scores held at once
 PARTS = 8  # chunks of queries that a long prompt comes in, each with the keys up to its end
@@ -43,10 +43,10 @@ class XAttention(SparseAttention):
             raise ValueError(f"size {self.size} must be a multiple of stride {self.stride}")
         return self
 
-    def reads(self, prompt: Prompt) -> Reads:
+    def reads(self, prompt: PrefillQK) -> SparseMask:
         groups = prompt.q.split(prompt.heads // len(prompt.k))
         blocks = [self._blocks(q, k[None], prompt.scale) for q, k in zip(groups, prompt.k, strict=True)]
-        return Reads(self.size, torch.cat(blocks))
+        return SparseMask(self.size, torch.cat(blocks))
 
     def _blocks(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """[H, T, T] of the query heads of one key head."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from vtoken.compressors._zipvl import Important
-from vtoken.stages.attention import Among, Prompt, SparseAttention
+from vtoken.stages.attention import DenseSubset, PrefillQK, SparseAttention
 from vtoken.stages.query_attention import shared
 
 
@@ -28,6 +28,6 @@ class ZipVL(Important, SparseAttention):
         "cache holds earlier turns, and below min_len, attention is dense."
     )
 
-    def reads(self, prompt: Prompt) -> Among:
-        probe = shared(prompt.probe, prompt.q, prompt.k, prompt.scale)
-        return Among(self.important(probe, prompt.image < 0), prompt.length)
+    def reads(self, prompt: PrefillQK) -> DenseSubset:
+        probe = shared(prompt.query_attention, prompt.q, prompt.k, prompt.scale)
+        return DenseSubset(self.important(probe, prompt.image < 0), prompt.length)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from vtoken.compressors.cache import _presses
-from vtoken.stages.cache import CachedLayer, CacheStage, Decision, Ready, hold_text
+from vtoken.stages.cache import CachedLayer, CacheStage, Decision, ReplacedKV, hold_text
 
 
 class KVPress(CacheStage):
@@ -49,7 +49,7 @@ class KVPress(CacheStage):
         def compress(layer: CachedLayer) -> Decision:
             try:
                 if self.text:
-                    return Ready(*_presses.compressed(press, layer))
+                    return ReplacedKV(*_presses.compressed(press, layer))
                 return hold_text(layer, _presses.scores(press, layer), _left(layer.lengths, press.compression_ratio))
             except AssertionError as error:
                 raise ValueError(

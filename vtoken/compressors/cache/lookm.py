@@ -13,7 +13,7 @@ from torch import Tensor
 from vtoken.kernels import gather_cache, nearest_tokens
 from vtoken.stages import offsets_of
 from vtoken.stages.budget import Budget
-from vtoken.stages.cache import CachedLayer, CacheStage, Hold, ascending, best, hold_text
+from vtoken.stages.cache import CachedLayer, CacheStage, KeepSlots, ascending, best, hold_text
 from vtoken.stages.query_attention import shared
 
 
@@ -57,19 +57,19 @@ class LookM(CacheStage):
             raise ValueError("text: true counts on the whole prompt by `important`; leave `keep` out")
         return self
 
-    def compress(self, layer: CachedLayer) -> Hold:
+    def compress(self, layer: CachedLayer) -> KeepSlots:
         n, heads = layer.keys.shape[1], len(layer.keys)
         recent, important = (b.counts((n,), (0,))[0] for b in (self.recent, self.important))
         counts = None if self.keep is None else self.keep.counts(layer.lengths, (0,) * len(layer.lengths))
         if counts == layer.lengths or (counts is None and n <= important + recent):
-            return Hold(torch.arange(n, device=layer.keys.device).expand(heads, n), layer.lengths)
-        scores = shared(layer.probe, layer.queries, layer.keys, layer.scale).received(n).mean(1)
+            return KeepSlots(torch.arange(n, device=layer.keys.device).expand(heads, n), layer.lengths)
+        scores = shared(layer.query_attention, layer.queries, layer.keys, layer.scale).received(n).mean(1)
         if counts is None:
             return self._fold(layer, self._older(layer, scores, n - recent, important))
         newest = torch.arange(n, device=scores.device) >= n - recent
         return self._fold(layer, hold_text(layer, scores.masked_fill(newest, torch.inf), counts))
 
-    def _older(self, layer: CachedLayer, scores: Tensor, end: int, room: int) -> Hold:
+    def _older(self, layer: CachedLayer, scores: Tensor, end: int, room: int) -> KeepSlots:
         """Everything from slot `end` on, and of what stands before it text first, then visual tokens, until `room` is taken."""
         before = [sum(slot < end for slot in slots) for slots in layer.slots]
         visual = torch.cat([slots[:n] for slots, n in zip(layer.images, before, strict=True)])
@@ -86,9 +86,9 @@ class LookM(CacheStage):
             counts = (layer.lengths[0] - len(visual) + left,) if len(before) == 1 else None
             stay = n - len(visual) + left
         alive.scatter_(1, rivals[best(scores[:, rivals], left)], True)
-        return Hold(ascending(alive, stay), counts)
+        return KeepSlots(ascending(alive, stay), counts)
 
-    def _fold(self, layer: CachedLayer, hold: Hold) -> Hold:
+    def _fold(self, layer: CachedLayer, hold: KeepSlots) -> KeepSlots:
         """Gives every evicted token the kept one it goes to, and what it weighs there."""
         (heads, stay), n = hold.index.shape, layer.keys.shape[1]
         if self.merge == "none" or stay == n:

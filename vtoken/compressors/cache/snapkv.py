@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vtoken.stages.budget import Budget
-from vtoken.stages.cache import CachedLayer, CacheStage, Hold, best, hold_text
+from vtoken.stages.cache import CachedLayer, CacheStage, KeepSlots, best, hold_text
 from vtoken.stages.query_attention import shared
 
 
@@ -48,17 +48,17 @@ class SnapKV(CacheStage):
             raise ValueError("must be odd, so that a score stays with its token")
         return kernel
 
-    def compress(self, layer: CachedLayer) -> Hold:
+    def compress(self, layer: CachedLayer) -> KeepSlots:
         n, heads = layer.keys.shape[1], len(layer.keys)
         held = self.slots(n, layer.lengths)
         if held == n:
-            return Hold(torch.arange(n, device=layer.keys.device).expand(heads, n), layer.lengths)
-        window = self.probe(n, layer.lengths, layer.behind)
+            return KeepSlots(torch.arange(n, device=layer.keys.device).expand(heads, n), layer.lengths)
+        window = self.query_window(n, layer.lengths, layer.behind)
         if self.text:
-            return Hold(best(self.score(layer, window), held))
+            return KeepSlots(best(self.score(layer, window), held))
         return hold_text(layer, self.score(layer, window), self._counts(layer.lengths))
 
-    def probe(self, prompt: int, lengths: Sequence[int], behind: int) -> int:
+    def query_window(self, prompt: int, lengths: Sequence[int], behind: int) -> int:
         held = self.slots(prompt, lengths)
         if held == prompt:
             return 0
@@ -66,7 +66,7 @@ class SnapKV(CacheStage):
 
     def score(self, layer: CachedLayer, window: int) -> Tensor:
         """[Hk, N] scores; the window's own tokens come first."""
-        probe = shared(layer.probe, layer.queries, layer.keys, layer.scale)
+        probe = shared(layer.query_attention, layer.queries, layer.keys, layer.scale)
         before = probe.received(window)[..., :-window] / window
         pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
         pooled = pool(before, self.kernel, 1, self.kernel // 2)

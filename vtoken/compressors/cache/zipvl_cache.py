@@ -13,8 +13,8 @@ from torch import Tensor
 from vtoken.compressors._zipvl import Important, quantised
 from vtoken.kernels import query_attention
 from vtoken.stages import offsets_of
-from vtoken.stages.cache import CachedLayer, CacheStage, Hold, Later, ascending
-from vtoken.stages.quantized import Packed
+from vtoken.stages.cache import CachedLayer, CacheStage, GeneratedBlock, KeepSlots, ascending
+from vtoken.stages.quantized import QuantizedKV
 from vtoken.stages.query_attention import shared
 
 
@@ -63,22 +63,22 @@ class ZipVLCache(Important, CacheStage):
             raise ValueError("each must be 1 to 8")
         return bits
 
-    def compress(self, layer: CachedLayer) -> Hold | Packed:
+    def compress(self, layer: CachedLayer) -> KeepSlots | QuantizedKV:
         n, device = layer.keys.shape[1], layer.keys.device
         text = torch.ones(n, dtype=torch.bool, device=device)
         text[torch.cat(layer.images)] = False
-        probe = shared(layer.probe, layer.queries, layer.keys, layer.scale)
+        probe = shared(layer.query_attention, layer.queries, layer.keys, layer.scale)
         index = self.important(probe, text)
         alive = torch.zeros_like(text).index_fill(0, index, True)
         if self.mode == "drop":
-            return Hold(index.expand(len(layer.keys), -1), self._counts(layer, alive))
+            return KeepSlots(index.expand(len(layer.keys), -1), self._counts(layer, alive))
         (rest,) = ascending(~alive[None], n - len(index))
         return quantised(layer.keys, layer.values, ((index, self.bits[0]), (rest, self.bits[1])))
 
-    def period(self) -> int | None:
+    def requantize_every(self) -> int | None:
         return self.every if self.mode == "quantise" else None
 
-    def later(self, layer: Later) -> Packed:
+    def requantize(self, layer: GeneratedBlock) -> QuantizedKV:
         """The query alone probes: it sees every token, so that what a token receives needs no evening out."""
         n, device = layer.keys.shape[1], layer.keys.device
         one, all_of = offsets_of((1,), device), offsets_of((n,), device)

@@ -45,7 +45,7 @@ class AttentionExit(Compressor):
         first = max(1, depth * 7 // 8) if self.first is None else self.first
         return tuple(range(first, depth))
 
-    def raters(self, tokens: VisualTokens) -> list[Tensor]:
+    def query_tokens(self, tokens: VisualTokens) -> list[Tensor]:
         return [index[-self.window :] for index in behind_all(tokens)]
 
     def heard(self, tokens: VisualTokens) -> Tensor:

@@ -56,15 +56,15 @@ class DPN(Compressor):
     def layers(self, depth: int) -> tuple[int, ...]:
         return tuple(max(1, depth * q // 4) for q in QUARTERS) if self.at is None else self.at
 
-    def bound(self, depth: int) -> Self:
-        """The stage for a decoder of so many layers; `select` and `plan` have to know which of the sizes is due."""
+    def for_depth(self, depth: int) -> Self:
+        """The stage for a decoder of so many layers; `select` and `expected_counts` have to know which of the sizes is due."""
         return self.model_copy(update={"at": self.layers(depth)})
 
     def select(self, tokens: VisualTokens) -> Keep:
         before, after = zip(*(self._sides(parts, tokens.layer) for parts in tokens.parts), strict=True)
         return keep_all(tokens) if before == after else pooled(tokens, after)
 
-    def plan(
+    def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
         sides = [self._sides(image, layer) for image in parts]

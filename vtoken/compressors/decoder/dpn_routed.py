@@ -76,7 +76,7 @@ class DPNRouted(Compressor):
     def layers(self, depth: int) -> tuple[int, ...]:
         return tuple(layer + 1 for layer in self.held.layers)
 
-    def misfit(self, depth: int, width: int) -> str:
+    def incompatibility(self, depth: int, width: int) -> str:
         found = {layer: Router(*router) for layer, router in self.held.layers.items()}
         wide, outputs = ({f(r) for r in found.values()} for f in (lambda r: r.first.shape[1], lambda r: len(r.second)))
         if wide == {width} and max(found) < depth - 1 and max(outputs) <= len(self.sizes):

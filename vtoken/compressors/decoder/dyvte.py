@@ -63,7 +63,7 @@ class DyVTE(Compressor):
     def layers(self, depth: int) -> tuple[int, ...]:
         return tuple(range(1, depth))
 
-    def misfit(self, depth: int, width: int) -> str:
+    def incompatibility(self, depth: int, width: int) -> str:
         told, _ = self.told, self.held  # read when wrapping
         if (told.depth, told.width) == (depth, width):
             return ""
@@ -85,7 +85,7 @@ class DyVTE(Compressor):
             gone = dict(zip(which, (out > stay).tolist(), strict=True))
         return leave(tokens, [gone.get(k, False) for k in last])
 
-    def plan(
+    def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
         """Expected tokens: those that arrive, times the share of samples that stay of those still there."""

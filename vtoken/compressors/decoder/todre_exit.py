@@ -44,7 +44,7 @@ class ToDREExit(Compressor):
     def layers(self, depth: int) -> tuple[int, ...]:
         return (max(1, depth * 7 // 8),) if self.at is None else self.at
 
-    def raters(self, tokens: VisualTokens) -> list[Tensor]:
+    def query_tokens(self, tokens: VisualTokens) -> list[Tensor]:
         return behind_all(tokens)
 
     def select(self, tokens: VisualTokens) -> Keep:

@@ -34,9 +34,9 @@ class VTW(Compressor):
         return (max(1, depth * 15 // 32) if self.layer is None else self.layer,)
 
     def select(self, tokens: VisualTokens) -> Keep:
-        return Keep(tokens.place.new_zeros(0), (0,) * len(tokens.lengths))
+        return Keep(tokens.raster_index.new_zeros(0), (0,) * len(tokens.lengths))
 
-    def plan(
+    def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
         return (0,) * len(lengths)

@@ -18,7 +18,7 @@ class DToMe(Merger, Thresholds):
 
     The first half of DyMU; without the second, which lets the decoder attend as if nothing had been merged, its authors measured less than
     with ToMe (58.2 against 59.2 at some 90 tokens of LLaVA-1.5-7B). The index map it needs is in the trace (`into`). Crops are pictures
-    of their own. `plan` expects the mean counts of the calibration, or that nothing merges if there was none. Asks the device for the
+    of their own. `expected_counts` expects the mean counts of the calibration, or that nothing merges if there was none. Asks the device for the
     counts once per layer. Not for Qwen (see dtome_post), nor where OneVision interpolates features.
 
     Paper: https://arxiv.org/abs/2504.17040
@@ -43,7 +43,7 @@ class DToMe(Merger, Thresholds):
     def taken(self, value: Tensor, held: Sequence[int], at: int) -> tuple[int, ...]:
         return self.above(value, held, at)
 
-    def plan(
+    def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
         return self.expected(lengths, [size_of(image) for image in parts], layer or 0)

@@ -52,7 +52,7 @@ class ToMe(Merger):
     def layers(self, depth: int) -> tuple[int, ...]:
         return tuple(layer for layer, r in enumerate(self.schedule(depth)) if r > 0)
 
-    def bound(self, depth: int) -> Self:
+    def for_depth(self, depth: int) -> Self:
         return self.model_copy(update={"r": self.schedule(depth), "inflection": 0})
 
     def _most(self, held: Sequence[int], layer: int) -> tuple[int, ...]:
@@ -62,7 +62,7 @@ class ToMe(Merger):
     def taken(self, value: Tensor, held: Sequence[int], at: int) -> tuple[int, ...]:
         return self._most(held, at)
 
-    def plan(
+    def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
         return tuple(n - r for n, r in zip(lengths, self._most(lengths, layer or 0), strict=True))

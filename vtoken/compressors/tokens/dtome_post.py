@@ -20,7 +20,7 @@ class DToMePost(Compressor, Thresholds):
     token; a merged token has the mean of its members, weighted as its embedding is, by how many tokens they stand for.
 
     Not DyMU: a stand-in for its first half where an encoder joins 2 x 2 patches. It saves nothing inside the encoder and needs thresholds
-    of its own, which `vtoken calibrate dtome` finds for Qwen models. No published numbers. `plan` expects the mean count of the
+    of its own, which `vtoken calibrate dtome` finds for Qwen models. No published numbers. `expected_counts` expects the mean count of the
     calibration, or that nothing merges if there was none. Asks the device for the counts once per round.
 
     Paper: https://arxiv.org/abs/2504.17040
@@ -58,7 +58,7 @@ class DToMePost(Compressor, Thresholds):
             return keep_all(tokens)
         return Keep(index, tuple(sum(held[i : i + each]) for i in range(0, len(held), each)), into, tokens.size)
 
-    def plan(
+    def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
         return self.expected(lengths, lengths, -1)

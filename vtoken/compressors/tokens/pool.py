@@ -27,7 +27,7 @@ class Pool(Compressor):
     def select(self, tokens: VisualTokens) -> Keep:
         return pooled(tokens, [self.size] * len(tokens.lengths))
 
-    def plan(
+    def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
         return tuple(min(n, cells_in(image, self.size)) for n, image in zip(lengths, parts, strict=True))

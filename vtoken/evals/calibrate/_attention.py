@@ -62,7 +62,7 @@ class Point:
     mean_layer: float
 
 
-class Probe(AttentionExit):
+class QueryAttention(AttentionExit):
     """Notes what the stage would hold against its threshold; nobody leaves."""
 
     noted: Any
@@ -79,7 +79,7 @@ def see(model: Any, processor: Any, samples: Sequence[Sample], stage: AttentionE
     heard, same, right = [], [], []
     for sample in samples:
         prompt, noted = prepare(model, processor, sample), list[float]()
-        with wrapped(model, [Probe(**stage.model_dump(), noted=noted)]), torch.no_grad():
+        with wrapped(model, [QueryAttention(**stage.model_dump(), noted=noted)]), torch.no_grad():
             said = model.generate(**prompt, do_sample=False, max_new_tokens=ANSWER)[0, prompt["input_ids"].shape[1] :]
         heard.append(noted)
         same.append([*keeps(model, prompt, said, layers), True])

@@ -186,7 +186,7 @@ def _padded(adapter: Any, stage: Any) -> Callable[[Any], None]:
 
     from vtoken.hooks.state.handle import Handle
     from vtoken.hooks.state.run import Run
-    from vtoken.hooks.vision.padded_tower import EncoderHooks
+    from vtoken.hooks.vision.padded_tower import PaddedTower
 
     def encode(inputs: Any) -> None:
         pixels, handle = inputs["pixel_values"], Handle()
@@ -194,7 +194,7 @@ def _padded(adapter: Any, stage: Any) -> Callable[[Any], None]:
             crops = adapter.crops({"image_sizes": inputs["image_sizes"]})
             pixels = torch.cat([image[:n] for image, n in zip(pixels, crops, strict=True)])
         try:
-            EncoderHooks(adapter, Run(), handle, set(), [stage])
+            PaddedTower(adapter, Run(), handle, set(), [stage])
             adapter.tower(pixels.to(adapter.model.device, adapter.model.dtype))
         finally:
             handle.release()
@@ -206,7 +206,7 @@ def _packed(adapter: Any, stage: Any) -> Callable[[Any], None]:
     """Runs the tower of a Qwen model; the stage merges the keys that it leaves."""
     from vtoken.hooks.state.handle import Handle
     from vtoken.hooks.state.run import Run, segments
-    from vtoken.hooks.vision.varlen_tower import PackedHooks
+    from vtoken.hooks.vision.varlen_tower import VarlenTower
     from vtoken.stages import Fact, VisualTokens
 
     def encode(inputs: Any) -> None:
@@ -214,7 +214,7 @@ def _packed(adapter: Any, stage: Any) -> Callable[[Any], None]:
         grid = inputs["image_grid_thw"].to(adapter.model.device)
         keys = Fact("mean_key", adapter.encoder.attention_layer)
         try:
-            PackedHooks(adapter, run, handle, {keys}, ())
+            VarlenTower(adapter, run, handle, {keys}, ())
             adapter.tower(inputs["pixel_values"].to(adapter.model.device, adapter.model.dtype), grid_thw=grid)
         finally:
             handle.release()
@@ -228,7 +228,7 @@ def _packed(adapter: Any, stage: Any) -> Callable[[Any], None]:
                 lengths,
                 parts,
                 range(len(parts)),
-                tower.lineage.place,
+                tower.history.raster_index,
                 segment=segment,
                 facts={Fact("mean_key"): value},
             )

@@ -17,7 +17,7 @@ from vtoken import registry
 from vtoken.errors import ConfigError
 from vtoken.evals.calibrate._report import add_json, add_out, check_out, tell_pipeline
 from vtoken.evals.options import add_pictures
-from vtoken.stages.attention import Prompt, Reads, SparseAttention, everything
+from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, everything
 
 SUMMARY = "search MMInference's pattern of every head on one prompt of random or given pictures"
 EXAMPLES = """examples:
@@ -39,20 +39,20 @@ class Search(SparseAttention):
     method: SparseAttention
     found: Any = None
 
-    def reads(self, prompt: Prompt) -> Reads:
+    def reads(self, prompt: PrefillQK) -> SparseMask:
         chosen, best = ["a_shape"] * prompt.heads, [-1.0] * prompt.heads
         for name in self.candidates:
             reads = self.method.model_copy(update={"pattern": name, "heads": None}).reads(prompt)
-            assert isinstance(reads, Reads)
+            assert isinstance(reads, SparseMask)
             for head, value in enumerate(recall(prompt, reads).tolist()):
                 if value > best[head] + GAIN:
                     chosen[head], best[head] = name, value
         self.found[prompt.layer] = (tuple(chosen), tuple(best))
         n = prompt.length
-        return Reads(128, everything(prompt.heads, n, n, 128, prompt.q.device))
+        return SparseMask(128, everything(prompt.heads, n, n, 128, prompt.q.device))
 
 
-def recall(prompt: Prompt, reads: Reads) -> Tensor:
+def recall(prompt: PrefillQK, reads: SparseMask) -> Tensor:
     """[H] share of the attention of visual queries, over all keys, that goes to visual keys and that a decision keeps; mean over queries."""
     seen = (prompt.image >= 0).nonzero()[:, 0]
     groups, total = prompt.heads // len(prompt.k), torch.zeros(prompt.heads)

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.attention.unmerged_attention import rotates_last, rotation_of
 from vtoken.hooks.decoder.attention_tap import tap
-from vtoken.hooks.state.forward_state import Prefill, eager, steps
+from vtoken.hooks.state.forward_state import PrefillState, eager, steps
 from vtoken.hooks.state.handle import Handle
-from vtoken.hooks.state.live_tokens import aside_of, trace_of
+from vtoken.hooks.state.live_tokens import skipped_entry, trace_of
 from vtoken.hooks.state.run import Clock, Run
 from vtoken.kernels import block_sparse_attention
 from vtoken.kernels._lists import check_singles
 from vtoken.stages import Stage, uploaded
-from vtoken.stages.attention import Among, Prompt, Reads, Rope, SparseAttention, everything
-from vtoken.stages.query_attention import Probe
+from vtoken.stages.attention import DenseSubset, PrefillQK, Rope, SparseAttention, SparseMask, everything
+from vtoken.stages.query_attention import QueryAttention
 
 SIZE = 128  # block of what is read whole
 WIDEST = 256  # head width that the kernel takes
@@ -37,7 +37,7 @@ class SparsePrefill:
     def __init__(self, lm: Any, run: Run, handle: Handle, stages: Sequence[Stage]) -> None:
         self.run = run
         # What a cache stage will ask of the last queries of a row, if there is one.
-        self.also: Callable[[Prefill, int], int] | None = None
+        self.also: Callable[[PrefillState, int], int] | None = None
         self.at: dict[int, SparseAttention] = {}
         for stage in stages:
             if isinstance(stage, SparseAttention):
@@ -53,7 +53,7 @@ class SparsePrefill:
 
     @eager
     def _keep_rope(self, cos_sin: tuple[Tensor, Tensor]) -> None:
-        if isinstance(self.run.flow, Prefill):
+        if isinstance(self.run.flow, PrefillState):
             self.run.flow.memo["rope"] = cos_sin
 
     def _attend(
@@ -66,23 +66,23 @@ class SparsePrefill:
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, original: Callable[..., Any], kwargs: dict[str, Any]
     ) -> Any:
         flow, stage = self.run.flow, self.at[module.layer_idx]
-        if not isinstance(flow, Prefill):
+        if not isinstance(flow, PrefillState):
             return original()
         memory = flow.memory.setdefault(id(stage), {})
-        reason = self._aside(flow, stage, module, kwargs)
+        reason = self._skip_reason(flow, stage, module, kwargs)
         if reason is not None:
             if "aside" not in memory:
                 memory["aside"] = reason
-                flow.trace.stages.append(aside_of(stage, flow.visual.lineage, reason))
+                flow.trace.stages.append(skipped_entry(stage, flow.live.history, reason))
             return original()
         scale = kwargs.get("scaling") or q.shape[-1] ** -0.5
-        rows, asides = [_row(x, flow) for x in (q, k, v)], _asides(flow, stage)
+        rows, asides = [_row(x, flow) for x in (q, k, v)], _skip_reasons(flow, stage)
         with torch.no_grad(), Clock(q.device) as clock:
             chosen = [
                 self._choose(stage, flow, row, q, k, scale, module) if asides[row] is None else _whole(q)
                 for row, (q, k) in enumerate(zip(*rows[:2], strict=True))
             ]
-        trace = trace_of(stage, flow.visual.lengths, flow.visual.lineage, clock, module.layer_idx)
+        trace = trace_of(stage, flow.live.lengths, flow.live.history, clock, module.layer_idx)
         # Counted now: left for the reader of the trace, maps of all layers would be held (28 heads, 128k tokens: 29 MB each).
         trace.densities, trace.rows_aside = [reads.density() for reads in chosen], asides
         trace.backend = ", ".join(sorted({reads.backend(*qkv) for reads, *qkv in zip(chosen, *rows, strict=True)}))
@@ -95,41 +95,45 @@ class SparsePrefill:
         return out, None
 
     def _choose(
-        self, stage: SparseAttention, flow: Prefill, row: int, q: Tensor, k: Tensor, scale: float, module: Any
-    ) -> Reads | Among:
+        self, stage: SparseAttention, flow: PrefillState, row: int, q: Tensor, k: Tensor, scale: float, module: Any
+    ) -> SparseMask | DenseSubset:
         """What the queries of one row read; drafts and answers behind its prompt have no say in it."""
         n, layer = q.shape[1] - flow.tails[row], module.layer_idx
-        image, place, known = self._layout(flow, q.device)
-        image, place = (x[row, -q.shape[1] :][:n] for x in (image, place))
-        probe = Probe(q[:, :n], k[:, :n], scale, 0 if self.also is None else self.also(flow, row))
+        image, raster_index, known = self._layout(flow, q.device)
+        image, raster_index = (x[row, -q.shape[1] :][:n] for x in (image, raster_index))
+        probe = QueryAttention(q[:, :n], k[:, :n], scale, 0 if self.also is None else self.also(flow, row))
         if self.also is not None:
             flow.memo.setdefault("probes", {})[layer, row] = probe
         rope = None
         if stage.rope:
             cos, sin = (t[row if len(t) > 1 else 0, -q.shape[1] :][:n].to(q.device) for t in flow.memo["rope"])
             rope = Rope(cos, sin, rotation_of(module))
-        prompt = Prompt(probe.q, probe.k, scale, layer, image, place, flow.visual.parts, probe, rope, known[row])
+        prompt = PrefillQK(
+            probe.q, probe.k, scale, layer, image, raster_index, flow.live.parts, probe, rope, known[row]
+        )
         reads = stage.reads(prompt)
         check(stage, reads, prompt)
         return reads
 
-    def _layout(self, flow: Prefill, device: torch.device) -> tuple[Tensor, Tensor, list[dict[Hashable, Any]]]:
+    def _layout(self, flow: PrefillState, device: torch.device) -> tuple[Tensor, Tensor, list[dict[Hashable, Any]]]:
         """[B, P] image and place of every slot of the current layout, -1 at text and padding, and what stages found out about its rows."""
         memory = flow.memory.setdefault(id(self), {})
         if memory.get("of") is not flow.index:
-            image, place = (torch.full_like(flow.index, -1) for _ in range(2))
+            image, raster_index = (torch.full_like(flow.index, -1) for _ in range(2))
             at = flow.slot()
-            image[at] = flow.visual.image.to(image.device)
-            place[at] = flow.visual.lineage.place.to(image.device)
+            image[at] = flow.live.image.to(image.device)
+            raster_index[at] = flow.live.history.raster_index.to(image.device)
             known: list[dict[Hashable, Any]] = [{} for _ in flow.counts]
-            memory.update(of=flow.index, layout=(image.to(device), place.to(device)), known=known)
-        image, place = (x.to(device) for x in memory["layout"])
-        return image, place, memory["known"]
+            memory.update(of=flow.index, layout=(image.to(device), raster_index.to(device)), known=known)
+        image, raster_index = (x.to(device) for x in memory["layout"])
+        return image, raster_index, memory["known"]
 
-    def _aside(self, flow: Prefill, stage: SparseAttention, module: Any, kwargs: dict[str, Any]) -> str | None:
+    def _skip_reason(
+        self, flow: PrefillState, stage: SparseAttention, module: Any, kwargs: dict[str, Any]
+    ) -> str | None:
         """Why this forward keeps the model's own attention."""
-        if flow.aside is not None:
-            return flow.aside
+        if flow.skip_reason is not None:
+            return flow.skip_reason
         if module.training or kwargs.get("dropout"):
             return "the model is in training mode"
         if flow.past:
@@ -139,15 +143,15 @@ class SparsePrefill:
         found = [name for name in UNUSUAL if kwargs.get(name) is not None]
         if found or not getattr(module, "is_causal", True):
             return f"this layer's attention is not plain causal attention ({', '.join(found) or 'is_causal is False'})"
-        shown = set(flow.visual.row)
-        longest = max(n for row, n in enumerate(prompts(flow)) if row in shown and row not in flow.spared)
+        shown = set(flow.live.row)
+        longest = max(n for row, n in enumerate(prompts(flow)) if row in shown and row not in flow.skipped)
         if longest < stage.min_len:
             return f"the prompt has {longest} tokens, fewer than min_len {stage.min_len}"
         if not self._left_padded(flow):
             return "the batch is padded on the right; pad it on the left"
         return None
 
-    def _left_padded(self, flow: Prefill) -> bool:
+    def _left_padded(self, flow: PrefillState) -> bool:
         """Whether the tokens of every row stand at its end."""
         memory = flow.memory.setdefault(id(self), {})
         if memory.get("padding of") is not flow.index:
@@ -156,41 +160,41 @@ class SparsePrefill:
         return left
 
 
-def suffixes(flow: Prefill) -> bool:
+def suffixes(flow: PrefillState) -> bool:
     """Whether what is real of every row is its end; asks the device."""
     width, counts = flow.valid.shape[1], uploaded(flow.counts, flow.valid.device)[:, None]
     return bool((flow.valid == (torch.arange(width, device=counts.device) >= width - counts)).all())
 
 
-def _row(x: Tensor, flow: Prefill) -> list[Tensor]:
+def _row(x: Tensor, flow: PrefillState) -> list[Tensor]:
     """[H, n, d] of every row: what stands in the slots of this prefill (a static cache has more), without padding."""
     width = flow.index.shape[1]
     return [each[:, width - n : width] for each, n in zip(x, flow.counts, strict=True)]
 
 
-def _asides(flow: Prefill, stage: SparseAttention) -> list[str | None]:
+def _skip_reasons(flow: PrefillState, stage: SparseAttention) -> list[str | None]:
     """Why rows read everything while others do not; None: they do not."""
-    least, shown, out = max(1, stage.min_len), set(flow.visual.row), list[str | None]()
+    min_tokens, shown, out = max(1, stage.min_len), set(flow.live.row), list[str | None]()
     for row, count in enumerate(prompts(flow)):
         why = None if row in shown else "the row has no image"
-        if why is None and count < least:
-            why = f"the row has {count} tokens, fewer than min_len {least}"
-        out.append(flow.spared.get(row, why))
+        if why is None and count < min_tokens:
+            why = f"the row has {count} tokens, fewer than min_len {min_tokens}"
+        out.append(flow.skipped.get(row, why))
     return out
 
 
-def prompts(flow: Prefill) -> list[int]:
+def prompts(flow: PrefillState) -> list[int]:
     """Tokens of every row's prompt, without drafts and answers behind it."""
     return [count - tail for count, tail in zip(flow.counts, flow.tails, strict=True)]
 
 
-def _whole(q: Tensor) -> Reads:
+def _whole(q: Tensor) -> SparseMask:
     """What a row reads that no stage thins."""
     n = q.shape[1]
-    return Reads(SIZE, everything(len(q), n, n, SIZE, q.device))
+    return SparseMask(SIZE, everything(len(q), n, n, SIZE, q.device))
 
 
-def _attention(reads: Reads | Among, qkv: Sequence[Tensor], scale: float, tail: int) -> Tensor:
+def _attention(reads: SparseMask | DenseSubset, qkv: Sequence[Tensor], scale: float, tail: int) -> Tensor:
     """[H, n, d]: the prompt as decided; the last `tail` queries, which decoding would have added, read everything."""
     q, k, v = qkv
     n = q.shape[1] - tail
@@ -201,13 +205,13 @@ def _attention(reads: Reads | Among, qkv: Sequence[Tensor], scale: float, tail: 
     return torch.cat([out, block_sparse_attention(q[:, n:], k, v, last, scale, SIZE)[0]], 1)
 
 
-def check(stage: SparseAttention, reads: Reads | Among, prompt: Prompt) -> None:
+def check(stage: SparseAttention, reads: SparseMask | DenseSubset, prompt: PrefillQK) -> None:
     """Refuses a decision that does not fit its prompt.
 
     Raises:
         ValueError: names the stage.
     """
-    if isinstance(reads, Among):
+    if isinstance(reads, DenseSubset):
         if reads.length != prompt.length or not 0 < len(reads.index) <= prompt.length:
             raise ValueError(
                 f"stage {stage.name} returned {len(reads.index)} of {reads.length} tokens for a prompt of {prompt.length}"
@@ -248,7 +252,7 @@ def check_attention(stages: Sequence[Stage], lm: Any) -> None:
             )
         if width > WIDEST:
             raise UnsupportedError(f"stage {stage.name}: attention heads of width {width}; at most {WIDEST} are served")
-        if why := stage.misfit_heads(lm.config.num_attention_heads, lm.config.num_key_value_heads, width):
+        if why := stage.heads_incompatibility(lm.config.num_attention_heads, lm.config.num_key_value_heads, width):
             raise UnsupportedError(f"stage {stage.name}: {why}")
         wrong = [k for k in stage.dense_layers if not -depth <= k < depth]
         if wrong or not stage.layers(depth):

@@ -1,7 +1,7 @@
 """Virtual unmerging: the decoder runs on merged tokens, and its attention sees each of them at every place of its members.
 
 Attention modules are called with a rotation by nothing, so that the q, k and v that reach their attention function carry no RoPE. There (see
-`spread.Spread`) they are copied to the places of the members, rotated as the positions there say and attended with; the outputs of a
+`spread.UnmergedAttention`) they are copied to the places of the members, rotated as the positions there say and attended with; the outputs of a
 group are averaged before o_proj. No attention forward is copied, and decode steps on an expanded cache run the stock code.
 """
 
@@ -17,12 +17,12 @@ from transformers import Cache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 
 from vtoken.errors import UnsupportedError
-from vtoken.hooks.attention.unmerged_attention import Rope, Spread, Table, attend, rotates_last
+from vtoken.hooks.attention.unmerged_attention import Rope, UnmergedAttention, UnmergeTable, attend, rotates_last
 from vtoken.hooks.decoder.attention_tap import HANDED, tap
 from vtoken.hooks.state.checkpointing import check_replay
-from vtoken.hooks.state.forward_state import Flow, Prefill, eager, steps
+from vtoken.hooks.state.forward_state import ForwardState, PrefillState, eager, steps
 from vtoken.hooks.state.handle import Handle
-from vtoken.hooks.state.left_padding import pack_left, take
+from vtoken.hooks.state.left_padding import left_pad, take
 from vtoken.hooks.state.live_tokens import trace_of
 from vtoken.hooks.state.pruned_cache import PrunedCache
 from vtoken.hooks.state.run import Clock, Run
@@ -35,7 +35,7 @@ class Unmerge:
     """Hooks on the decoder layers, and the tap of their attention.
 
     Args:
-        stage: the one that asks for it; its `unmerges()` says what the KV cache shall hold.
+        stage: the one that asks for it; its `unmerge_mode()` says what the KV cache shall hold.
         mrope: whether positions have several axes.
 
     Raises:
@@ -44,7 +44,7 @@ class Unmerge:
 
     def __init__(self, lm: Any, run: Run, handle: Handle, stage: Stage, *, mrope: bool) -> None:
         self.lm, self.run, self.stage, self.mrope = lm, run, stage, mrope
-        self.expanded = stage.unmerges() == "expanded"
+        self.expanded = stage.unmerge_mode() == "expanded"
         for layer in lm.layers:
             check_rotation(stage, layer.self_attn)
         for layer in lm.layers:
@@ -57,7 +57,7 @@ class Unmerge:
 
     @eager
     def _hand(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        spread = getattr(self.run.flow, "spread", None)
+        spread = getattr(self.run.flow, "unmerged", None)
         if spread is None:
             return None
         check_replay(module)
@@ -71,7 +71,7 @@ class Unmerge:
         new = {"position_embeddings": unrotated, "attention_mask": spread.mask, HANDED: (spread, cache)}
         return args, {**kwargs, **new}
 
-    def prefill(self, flow: Prefill, enter: Callable[[Flow, int], Tensor | None]) -> None:
+    def prefill(self, flow: PrefillState, enter: Callable[[ForwardState, int], Tensor | None]) -> None:
         """Spreads the tokens of a prefill whose layout is settled, and writes the stage's entry of the trace.
 
         Args:
@@ -80,41 +80,49 @@ class Unmerge:
         Raises:
             UnsupportedError: images whose merged tokens the model interpolated.
         """
-        v = flow.visual
-        if any(encode.untold for encode in flow.located.encodes):
+        v = flow.live
+        if any(encode.untold for encode in flow.spans.encodes):
             raise UnsupportedError(
                 f"stage {self.stage.name} cannot tell which places a merged token stands for: this model interpolates its features "
                 "(videos, large images) after the encoder, where they were merged; merge with a stage of site tokens"
             )
-        with Clock(v.line.device) as clock:
-            if v.lineage.home is not None or past_table(flow) is not None:
+        with Clock(v.batch_row.device) as clock:
+            if v.history.absorbed_by is not None or past_table(flow) is not None:
                 self._open(flow, enter)
-        entry = trace_of(self.stage, v.lengths, v.lineage, clock, None)
-        flow.trace.stages.append(replace(entry, stood_aside=NOTHING if v.lineage.home is None else None))
+        entry = trace_of(self.stage, v.lengths, v.history, clock, None)
+        flow.trace.stages.append(replace(entry, stood_aside=NOTHING if v.history.absorbed_by is None else None))
 
-    def go_on(self, flow: Flow) -> None:
+    def go_on(self, flow: ForwardState) -> None:
         """A decode step, a text turn or a draft on a cache of merged keys; on an expanded one there is nothing to do."""
         if past_table(flow) is None:
             return
         rope = self._rope(flow, flow.positions)
         slot = torch.arange(flow.new.shape[1], device=flow.new.device).expand(len(flow.new), -1)
-        flow.spread = self._merged(flow, slot, slot, flow.valid, flow.dense, rope, grouped=False)
+        flow.unmerged = self._merged(flow, slot, slot, flow.valid, flow.dense, rope, grouped=False)
 
-    def _open(self, flow: Prefill, enter: Callable[[Flow, int], Tensor | None]) -> None:
+    def _open(self, flow: PrefillState, enter: Callable[[ForwardState, int], Tensor | None]) -> None:
         columns, valid, slot, counts = places(flow)
         wide = replace(flow, index=columns, valid=valid, counts=counts)
         rope = self._rope(flow, take(flow.positions, columns, -1))
         if not self.expanded and flow.cache is not None:
-            flow.spread = self._merged(flow, columns, slot, valid, wide.dense, rope, grouped=True)
+            flow.unmerged = self._merged(flow, columns, slot, valid, wide.dense, rope, grouped=True)
             return
-        ok, new = enter(wide, 0), columns.shape[1]
-        mask = self._mask(flow, new, wide.slots - new, ok)
-        home = slot.masked_fill(~valid, flow.index.shape[1])
-        flow.spread = Spread(mask, flow.index.shape[1], rope, home)
+        key_mask, new = enter(wide, 0), columns.shape[1]
+        mask = self._mask(flow, new, wide.slots - new, key_mask)
+        absorbed_by = slot.masked_fill(~valid, flow.index.shape[1])
+        flow.unmerged = UnmergedAttention(mask, flow.index.shape[1], rope, absorbed_by)
 
     def _merged(
-        self, flow: Flow, columns: Tensor, slot: Tensor, valid: Tensor, dense: bool, rope: Rope, *, grouped: bool
-    ) -> Spread:
+        self,
+        flow: ForwardState,
+        columns: Tensor,
+        slot: Tensor,
+        valid: Tensor,
+        dense: bool,
+        rope: Rope,
+        *,
+        grouped: bool,
+    ) -> UnmergedAttention:
         """Extends the table of a cache that holds merged keys without RoPE, by places [B, U] that hold these columns and new slots.
 
         Raises:
@@ -128,26 +136,26 @@ class Unmerge:
             )
         old = past_table(flow)
         if old is None:
-            old = Table.rotated(flow.held(0)[0], cache.groups[0].dense, rope)
-        ok = torch.cat([flow.unmasked(old.logical), valid.to(old.logical.device)], 1)
+            old = UnmergeTable.rotated(flow.held(0)[0], cache.groups[0].dense, rope)
+        key_mask = torch.cat([flow.unmasked(old.logical), valid.to(old.logical.device)], 1)
         logical = torch.where(valid, columns + flow.past, -1)
         cache.table = table = old.extend(
             logical, past + slot.clamp(0, new - 1), rope, flow.past + flow.new.shape[1], dense
         )
         # The device is asked only when nothing but the user's mask can tell.
-        full = table.dense and (flow.mask is None or bool(ok.all()))
-        mask = self._mask(flow, columns.shape[1], old.logical.shape[1], None if full else ok.long())
-        home = slot.masked_fill(~valid, new) if grouped else None
-        return Spread(mask, new, rope, home, (table.slot, table.rope))
+        full = table.dense and (flow.mask is None or bool(key_mask.all()))
+        mask = self._mask(flow, columns.shape[1], old.logical.shape[1], None if full else key_mask.long())
+        absorbed_by = slot.masked_fill(~valid, new) if grouped else None
+        return UnmergedAttention(mask, new, rope, absorbed_by, (table.slot, table.rope))
 
-    def _rope(self, flow: Flow, positions: Tensor) -> Rope:
+    def _rope(self, flow: ForwardState, positions: Tensor) -> Rope:
         if self.mrope:
             # A fourth axis in front numbers the tokens for the mask.
             positions = positions.expand(3, *positions.shape) if positions.ndim == 2 else positions[-3:]
         cos, sin = self.lm.rotary_emb(flow.hidden, position_ids=positions.to(flow.hidden.device))
         return cos.expand(len(flow.new), -1, -1), sin.expand(len(flow.new), -1, -1)
 
-    def _mask(self, flow: Flow, new: int, past: int, ok: Tensor | None) -> Any:
+    def _mask(self, flow: ForwardState, new: int, past: int, key_mask: Tensor | None) -> Any:
         """The backend's mask for so many new places behind so many held ones."""
         like = flow.hidden[:, :1].expand(-1, new, -1)
         if flow.cache is None:
@@ -160,31 +168,31 @@ class Unmerge:
             held.is_initialized = True
             view = Cache(layers=[held])
         return create_causal_mask(
-            config=self.lm.config, inputs_embeds=like, attention_mask=ok, past_key_values=view, position_ids=None
+            config=self.lm.config, inputs_embeds=like, attention_mask=key_mask, past_key_values=view, position_ids=None
         )
 
 
-def places(flow: Prefill) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+def places(flow: PrefillState) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     """Where the live tokens of a prefill and the members of the merged ones stand.
 
     Returns:
         columns [B, U] of the prompt, rows packed to the left; valid [B, U], which of them are real; slot [B, U] of the token in the
         current layout that stands there (anything at padding); how many there are per row.
     """
-    start, home = flow.raster, flow.visual.lineage.home
+    start, absorbed_by = flow.raster, flow.live.history.absorbed_by
     rank, alive = flow.alive.cumsum(1), flow.alive.clone()
     slot = rank - rank[:, -1:] + flow.index.shape[1] - 1
-    if home is not None:
-        first = offsets_of(start.lengths, home.device)[:-1][start.image]
-        target = start.column[(first + home).clamp(min=0)]
-        alive[start.line, start.column] = home >= 0
-        slot[start.line, start.column] = slot[start.line, target]
+    if absorbed_by is not None:
+        first = offsets_of(start.lengths, absorbed_by.device)[:-1][start.image]
+        target = start.column[(first + absorbed_by).clamp(min=0)]
+        alive[start.batch_row, start.column] = absorbed_by >= 0
+        slot[start.batch_row, start.column] = slot[start.batch_row, target]
     counts = alive.sum(1).tolist()
-    columns, valid = pack_left(alive, max(counts))
+    columns, valid = left_pad(alive, max(counts))
     return columns, valid, slot.gather(1, columns), counts
 
 
-def past_table(flow: Flow) -> Table | None:
+def past_table(flow: ForwardState) -> UnmergeTable | None:
     """What the cache of this forward holds without RoPE; None if it holds stock keys, or nothing."""
     table = flow.cache.table if isinstance(flow.cache, PrunedCache) and flow.past else None
     # A forward that failed, or drafts that were rejected, may have left entries behind.

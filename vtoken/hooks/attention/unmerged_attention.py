@@ -19,7 +19,7 @@ Rope = tuple[Tensor, Tensor]  # cos and sin, [B, U, d] (or less than d, where Ro
 
 
 @dataclass(frozen=True)
-class Table:
+class UnmergeTable:
     """The places that the slots of a cache of merged keys without RoPE stand for, in reading order.
 
     Attributes:
@@ -37,29 +37,29 @@ class Table:
     dense: bool
 
     @classmethod
-    def rotated(cls, logical: Tensor, dense: bool, like: Rope) -> Table:
+    def rotated(cls, logical: Tensor, dense: bool, like: Rope) -> UnmergeTable:
         """Of slots [B, S] that stock code filled: their keys have been rotated already."""
         slot = torch.arange(logical.shape[1], device=logical.device).expand_as(logical)
         cos, sin = (x.new_ones(x.shape[0], logical.shape[1], x.shape[2]) for x in like)
         return cls(logical, slot, (cos, torch.zeros_like(sin)), 0, dense)
 
-    def rows(self, index: Tensor) -> Table:
+    def rows(self, index: Tensor) -> UnmergeTable:
         """After the batch rows of the cache were picked or reordered."""
         index = index.to(self.logical.device)
         cos, sin = (x[index.to(x.device)] for x in self.rope)
         return replace(self, logical=self.logical[index], slot=self.slot[index], rope=(cos, sin))
 
-    def cut(self, end: int) -> Table:
+    def cut(self, end: int) -> UnmergeTable:
         """Without what was written behind this logical length."""
         stay = self.logical.shape[1] - max(0, self.end - end)
         cos, sin = (x[:, :stay] for x in self.rope)
-        return Table(self.logical[:, :stay], self.slot[:, :stay], (cos, sin), min(self.end, end), self.dense)
+        return UnmergeTable(self.logical[:, :stay], self.slot[:, :stay], (cos, sin), min(self.end, end), self.dense)
 
-    def extend(self, logical: Tensor, slot: Tensor, rope: Rope, end: int, dense: bool) -> Table:
+    def extend(self, logical: Tensor, slot: Tensor, rope: Rope, end: int, dense: bool) -> UnmergeTable:
         """With new places [B, U] behind it."""
         device = self.logical.device
         cos, sin = (torch.cat([old, new.to(old.device)], 1) for old, new in zip(self.rope, rope, strict=True))
-        return Table(
+        return UnmergeTable(
             torch.cat([self.logical, logical.to(device)], 1),
             torch.cat([self.slot, slot.to(device)], 1),
             (cos, sin),
@@ -69,14 +69,14 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Spread:
+class UnmergedAttention:
     """How the attention of one forward sees its tokens; the same for all layers.
 
     Attributes:
         mask: the backend's mask over places.
         slots: P, hidden states per row.
         rope: cos and sin [B, U, d] of the places of this forward.
-        home: [B, U] hidden state that stands at each place, P at padding; None: every hidden state stands at one place, its own.
+        source: [B, U] hidden state that stands at each place, P at padding; None: every hidden state stands at one place, its own.
         held: of a cache of merged keys, slot [B, E] and rope of every place, those of this forward included; None where the keys are those
             of this forward only.
     """
@@ -84,7 +84,7 @@ class Spread:
     mask: Any
     slots: int
     rope: Rope
-    home: Tensor | None
+    source: Tensor | None
     held: tuple[Tensor, Rope] | None = None
 
     def attention(
@@ -100,9 +100,9 @@ class Spread:
         Returns:
             [B, P, H, d], means over the places of a token; and the backend's weights, which are those of the places.
         """
-        if self.home is not None:
-            q = spread(q, self.home.clamp(max=self.slots - 1))
-        key_slot, key_rope = (self.home, self.rope) if self.held is None else self.held
+        if self.source is not None:
+            q = spread(q, self.source.clamp(max=self.slots - 1))
+        key_slot, key_rope = (self.source, self.rope) if self.held is None else self.held
         if key_slot is not None:
             k, v = (spread(x, key_slot.clamp(max=x.shape[2] - 1)) for x in (k, v))
         # One call rotates queries and keys by the same positions; these may differ.
@@ -110,7 +110,7 @@ class Spread:
         if write is not None:
             k, v = write(k, v)
         out, weights = attend(q, k, v)
-        return out if self.home is None else group_mean(out, self.home, self.slots), weights
+        return out if self.source is None else group_mean(out, self.source, self.slots), weights
 
 
 def spread(x: Tensor, slot: Tensor) -> Tensor:
@@ -119,15 +119,15 @@ def spread(x: Tensor, slot: Tensor) -> Tensor:
     return x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
 
 
-def group_mean(x: Tensor, home: Tensor, slots: int) -> Tensor:
+def group_mean(x: Tensor, absorbed_by: Tensor, slots: int) -> Tensor:
     """Means [B, slots, H, d] over the places x [B, U, H, d] of each slot, in float32; 0 for slots that stand nowhere.
 
     Args:
-        home: [B, U] slot of each place; `slots` itself is for places that count for none.
+        absorbed_by: [B, U] slot of each place; `slots` itself is for places that count for none.
     """
     batch, device = len(x), x.device
     row = torch.arange(batch, device=device)[:, None] * (slots + 1)
-    flat = (home.to(device) + row).flatten()
+    flat = (absorbed_by.to(device) + row).flatten()
     values = x.flatten(2).flatten(0, 1)
     wide = torch.promote_types(values.dtype, torch.float32)
     total = values.new_zeros(batch * (slots + 1), values.shape[1], dtype=wide).index_add(0, flat, values.to(wide))
@@ -145,7 +145,9 @@ def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Ca
 
 
 @eager
-def _spread(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Any, found: Spread, cache: Any) -> Any:
+def _spread(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Any, found: UnmergedAttention, cache: Any
+) -> Any:
     write = None if cache is None else lambda k, v: cache.update(k, v, module.layer_idx)
     return found.attention(rotation_of(module), q, k, v, write, lambda q, k, v: original(q, k, v, mask))
 

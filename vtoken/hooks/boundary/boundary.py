@@ -18,14 +18,14 @@ from vtoken.errors import UnsupportedError
 from vtoken.hooks.attention.unmerge import Unmerge
 from vtoken.hooks.boundary.calls import check_labels, check_packed
 from vtoken.hooks.boundary.outputs import restore
-from vtoken.hooks.boundary.prefill_start import Entry
-from vtoken.hooks.cache.shrink import CacheHooks
+from vtoken.hooks.boundary.prefill_start import PrefillBuilder
+from vtoken.hooks.cache.shrink import CacheShrinker
 from vtoken.hooks.state.checkpointing import replays
 from vtoken.hooks.state.fact_tables import substituted
-from vtoken.hooks.state.forward_state import Flow, Prefill, StaticStep, eager, steps
+from vtoken.hooks.state.forward_state import ForwardState, PrefillState, StaticStep, eager, steps
 from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.left_padding import take
-from vtoken.hooks.state.pruned_cache import Owner, PrunedCache, Slots, adopt, cache_bytes
+from vtoken.hooks.state.pruned_cache import CacheOwner, PrunedCache, SlotMap, adopt, cache_bytes
 from vtoken.hooks.state.run import UNSEEN, Run
 from vtoken.hooks.state.trace import StageTrace, Trace
 from vtoken.stages import Fact, Stage
@@ -43,7 +43,7 @@ class Boundary:
         resolve: the fact as the encoder stored it (layers resolved, substituted).
         unmerge: lets attention see merged tokens at all their places, if a stage asks for that.
         kv: shrinks the cache.
-        least: as in Entry.
+        min_tokens: as in Entry.
     """
 
     def __init__(
@@ -57,16 +57,16 @@ class Boundary:
         every: Sequence[Stage],
         always: bool,
         newline: str,
-        owner: Owner,
+        owner: CacheOwner,
         resolve: Callable[[Fact], Fact],
         unmerge: Unmerge | None = None,
-        kv: CacheHooks | None = None,
-        least: int = 0,
+        kv: CacheShrinker | None = None,
+        min_tokens: int = 0,
     ) -> None:
         self.adapter, self.run, self.owner, self.unmerge = adapter, run, owner, unmerge
         self.stages = [(stage, substituted(stage, adapter.substitutes)) for stage in stages]
         self.compact, self.always, self.kv, self.every = compact, always, kv, every
-        self.entry = Entry(adapter, run, resolve, newline, acts=bool(every), least=least)
+        self.entry = PrefillBuilder(adapter, run, resolve, newline, acts=bool(every), min_tokens=min_tokens)
         self.switch = handle.switch
         self.last: Trace | None = None
         handle.before(adapter.lm, self._before)
@@ -85,7 +85,7 @@ class Boundary:
     def _several(self, args: tuple, kwargs: dict) -> Any:
         self.switch.off()
         x, cache, run = kwargs["inputs_embeds"], kwargs.get("past_key_values"), self.run
-        visual, run.visual = run.visual, None
+        visual, run.live = run.live, None
         if visual is not None and visual.shape == x.shape[:2]:
             return self._prefill(args, kwargs, visual.to(x.device))
         if isinstance(cache, PrunedCache):
@@ -96,7 +96,7 @@ class Boundary:
             )
         return None
 
-    def _flow(self, kwargs: dict) -> Flow:
+    def _flow(self, kwargs: dict) -> ForwardState:
         """The state of this forward before anything is decided."""
         x, mask, cache = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
         batch, length = x.shape[:2]
@@ -119,7 +119,7 @@ class Boundary:
         if positions is None:
             positions = torch.arange(past, past + length, device=x.device)[None]
         index = torch.arange(length, device=x.device).expand(batch, -1)
-        return Flow(new, [length] * batch, past, mask, positions, cache, x, new, index, new)
+        return ForwardState(new, [length] * batch, past, mask, positions, cache, x, new, index, new)
 
     def _prefill(self, args: tuple, kwargs: dict, visual: Tensor) -> Any:
         if self.every:
@@ -128,12 +128,12 @@ class Boundary:
         self.last = flow.trace
         x, cache, trace = flow.hidden, flow.cache, flow.trace
         for stage, given in self.stages:
-            facts = self.entry.facts(flow, stage) if flow.aside is None else {}
+            facts = self.entry.facts(flow, stage) if flow.skip_reason is None else {}
             values = flow.decide(stage, values, facts, substitutes=given)
-        trace.layers = [list(flow.visual.lengths)] * len(self.adapter.lm.layers)
+        trace.layers = [list(flow.live.lengths)] * len(self.adapter.lm.layers)
         trace.prompt_tokens = list(flow.counts)
         self._begin(flow, flow.cache)
-        acts = flow.changed or (self.always and flow.aside is None)
+        acts = flow.changed or (self.always and flow.skip_reason is None)
         if not acts and not isinstance(cache, PrunedCache):
             if self.unmerge is not None:
                 self.unmerge.prefill(flow, self.enter)
@@ -141,11 +141,11 @@ class Boundary:
         use_cache = kwargs.get("use_cache")
         if cache is None and (self.adapter.lm.config.use_cache if use_cache is None else use_cache):
             flow.cache = cache = DynamicCache(config=self.adapter.lm.config)
-        if self.kv is not None and flow.aside is None:
+        if self.kv is not None and flow.skip_reason is None:
             self.kv.check(cache)
-        if flow.visual.lineage.home is not None:
+        if flow.live.history.absorbed_by is not None:
             x = x.clone()
-            x[flow.visual.line, flow.visual.column] = values.to(x.dtype)
+            x[flow.live.batch_row, flow.live.column] = values.to(x.dtype)
         flow.relayout()
         flow.hidden = take(x, flow.index, 1)
         if not flow.dense:
@@ -170,7 +170,7 @@ class Boundary:
         deep = kwargs.get("visual_pos_masks")
         if deep is not None:
             new["visual_pos_masks"] = take(deep, flow.index, 1) & flow.valid.to(deep.device)
-            new["deepstack_visual_embeds"] = flow.riders
+            new["deepstack_visual_embeds"] = flow.deepstack
         return args, {**kwargs, **new}
 
     def _continue(self, args: tuple, kwargs: dict) -> Any:
@@ -221,7 +221,7 @@ class Boundary:
         return args, kwargs
 
     @eager
-    def _begin(self, flow: Flow | None, cache: Any, *, taps: bool = True) -> None:
+    def _begin(self, flow: ForwardState | None, cache: Any, *, taps: bool = True) -> None:
         """From here on hooks find the state of this forward, and taps are on."""
         self.run.flow = flow
         if isinstance(cache, PrunedCache):
@@ -229,35 +229,35 @@ class Boundary:
         if taps:
             self.switch.on()
 
-    def enter(self, flow: Flow, start: int) -> Tensor | None:
+    def enter(self, flow: ForwardState, start: int) -> Tensor | None:
         """Opens the layer group from `start` on and returns its 2D mask over physical slots, past and new; None when all are real."""
-        cache, ok = flow.cache, flow.valid
+        cache, key_mask = flow.cache, flow.valid
         if cache is not None:
-            batch, device = len(ok), ok.device
+            batch, device = len(key_mask), key_mask.device
             adopt(cache, batch, device, self.owner)
             before = cache.groups[cache.group(start)]
-            everything = flow.now() if isinstance(flow, Prefill) else None
+            everything = flow.now() if isinstance(flow, PrefillState) else None
             if flow.past:
                 old, held = flow.held(start)
-                ok = torch.cat([held, ok.to(held.device)], 1)
+                key_mask = torch.cat([held, key_mask.to(held.device)], 1)
                 everything = None if everything is None else torch.cat([old, everything.to(old.device)], 1)
-            if isinstance(flow, Prefill):
+            if isinstance(flow, PrefillState):
                 assert everything is not None
                 # Nothing lags where positions are not compact.
                 shift = flow.shift(start) if self.compact else before.shift
                 flow.logical = everything
                 lags = self.compact and (flow.changed or before.lags)
-                flow.records[start] = Slots(
+                flow.pending_slots[start] = SlotMap(
                     everything, flow.past + flow.new.shape[1], shift, flow.dense and before.dense, lags
                 )
-        elif isinstance(flow, Prefill):
+        elif isinstance(flow, PrefillState):
             flow.logical = flow.now()
-        flow.slots = ok.shape[1]
+        flow.slots = key_mask.shape[1]
         # The device is asked only when nothing but the user's mask can tell; the counts of a prefill are what its mask leaves.
         dense = flow.dense and (cache is None or before.dense)
-        told = flow.mask is None or (isinstance(flow, Prefill) and not flow.past)
-        flow.ok = None if dense and (told or bool(ok.all())) else ok.long()
-        return flow.ok
+        told = flow.mask is None or (isinstance(flow, PrefillState) and not flow.past)
+        flow.key_mask = None if dense and (told or bool(key_mask.all())) else key_mask.long()
+        return flow.key_mask
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
         cache = kwargs.get("past_key_values")
@@ -271,12 +271,12 @@ class Boundary:
             self.switch.off()
         if isinstance(cache, PrunedCache):
             cache.busy = False
-        if not isinstance(flow, Prefill):
+        if not isinstance(flow, PrefillState):
             return None
         self.run.forget()
         if self.kv is not None:
             self.kv.finish(flow)
-        for start, slots in sorted(flow.records.items()):
+        for start, slots in sorted(flow.pending_slots.items()):
             flow.cache.record(start, slots)
         flow.trace.cache_bytes = cache_bytes(getattr(out, "past_key_values", None))
         check_labels(flow)

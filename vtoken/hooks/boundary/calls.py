@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vtoken.errors import UnsupportedError
-from vtoken.hooks.state.forward_state import Prefill
+from vtoken.hooks.state.forward_state import PrefillState
 
 
 def check_packed(kwargs: dict, config: Any) -> None:
@@ -32,7 +32,7 @@ def check_packed(kwargs: dict, config: Any) -> None:
         )
 
 
-def check_labels(flow: Prefill) -> None:
+def check_labels(flow: PrefillState) -> None:
     """A dropped token predicts nothing, so nothing may be supervised on it.
 
     Raises:

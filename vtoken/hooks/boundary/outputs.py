@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from vtoken.hooks.state.forward_state import Prefill
-from vtoken.hooks.state.left_padding import Layout
+from vtoken.hooks.state.forward_state import PrefillState
+from vtoken.hooks.state.left_padding import SlotLayout
 
 
-def restore(out: Any, flow: Prefill, depth: int) -> None:
+def restore(out: Any, flow: PrefillState, depth: int) -> None:
     """Gives hidden states and attention weights of a pruned prefill their full length, in place.
 
     Args:
@@ -34,5 +34,5 @@ def restore(out: Any, flow: Prefill, depth: int) -> None:
         )
 
 
-def _of_layer(flow: Prefill, k: int) -> Layout:
+def _of_layer(flow: PrefillState, k: int) -> SlotLayout:
     return flow.layouts[max(start for start in flow.layouts if start <= k)]

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from vtoken.hooks.state.left_padding import left_padded, take
-from vtoken.hooks.state.pruned_cache import Slots
-from vtoken.hooks.state.quantized_layer import PackedLayer, Piece, Plain, adopt
-from vtoken.stages.quantized import Packed
+from vtoken.hooks.state.pruned_cache import SlotMap
+from vtoken.hooks.state.quantized_layer import Piece, Plain, QuantizedLayer, adopt
+from vtoken.stages.quantized import QuantizedKV
 
 
 @dataclass(frozen=True)
-class Row:
+class PromptRow:
     """One row of a prefill in the current layout, and what a layer holds of it.
 
     Attributes:
@@ -42,7 +42,7 @@ class Row:
         return [*kept, *range(self.prompt, self.prompt + self.tail)]
 
 
-def slots_of(before: Slots, rows: tuple[Row, ...], dense: bool) -> Slots:
+def slots_of(before: SlotMap, rows: tuple[PromptRow, ...], dense: bool) -> SlotMap:
     """The slots of a layer that holds these rows.
 
     Args:
@@ -65,7 +65,7 @@ def store(cached: Any, rows: Sequence[tuple[Piece, Plain]], keys: Tensor, values
     Args:
         rows: what is left of each row's prompt, and what follows the prompt.
     """
-    if not isinstance(cached, PackedLayer) and not any(isinstance(piece, Packed) for piece, _ in rows):
+    if not isinstance(cached, QuantizedLayer) and not any(isinstance(piece, QuantizedKV) for piece, _ in rows):
         cached.keys, cached.values = (
             torch.cat(
                 [t[:, :, :-width], left_padded([torch.cat([getattr(x, side) for x in row], 1) for row in rows])], 2
@@ -78,7 +78,7 @@ def store(cached: Any, rows: Sequence[tuple[Piece, Plain]], keys: Tensor, values
     held = []
     for piece, end in rows:
         more = end.length - tail
-        kept = piece if isinstance(piece, Packed) else Plain.of(piece.keys, piece.values)
+        kept = piece if isinstance(piece, QuantizedKV) else Plain.of(piece.keys, piece.values)
         held.append((kept, end.first(more)) if more else (kept,))
     cached = adopt(cached)
     cached.crop(-width)

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from vtoken.hooks.decoder.attention_tap import tap
-from vtoken.hooks.state.forward_state import Prefill, eager
+from vtoken.hooks.state.forward_state import PrefillState, eager
 from vtoken.hooks.state.handle import Handle
-from vtoken.hooks.state.quantized_layer import Block, PackedLayer, Piece, Plain
+from vtoken.hooks.state.quantized_layer import Block, Piece, Plain, QuantizedLayer
 from vtoken.hooks.state.run import Run
-from vtoken.stages.cache import CacheStage, Later
+from vtoken.stages.cache import CacheStage, GeneratedBlock
 
 
-class LaterHooks:
+class Requantizer:
     """A pre-hook on every decoder layer's attention, which sees the cache, and a tap, which sees queries and keys."""
 
     def __init__(self, lm: Any, run: Run, handle: Handle, stage: CacheStage) -> None:
-        self.run, self.stage, self.period = run, stage, stage.period() or 0
+        self.run, self.stage, self.requantize_every = run, stage, stage.requantize_every() or 0
         for layer in lm.layers:
             handle.before(layer.self_attn, self._remember)
         tap(handle, lm, range(len(lm.layers)), self._tap)
@@ -28,12 +28,12 @@ class LaterHooks:
     @eager
     def _remember(self, module: Any, args: tuple, kwargs: dict) -> None:
         self.run.due = None
-        if isinstance(self.run.flow, Prefill):
+        if isinstance(self.run.flow, PrefillState):
             return
         layers: Sequence[Any] = getattr(kwargs.get("past_key_values"), "layers", ())
         cached = layers[module.layer_idx] if len(layers) > module.layer_idx else None
         # The first query of this forward is sure to stay; what comes behind it may be drafts.
-        if isinstance(cached, PackedLayer) and cached.tail[0].shape[2] + 1 >= self.period:
+        if isinstance(cached, QuantizedLayer) and cached.tail[0].shape[2] + 1 >= self.requantize_every:
             self.run.due = cached
 
     def _tap(
@@ -50,26 +50,26 @@ class LaterHooks:
         if cached is not None:
             self._pack(cached, number, q, k, v, scale)
 
-    def _pack(self, cached: PackedLayer, number: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    def _pack(self, cached: QuantizedLayer, number: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
         packs = [any(row) for row in zip(*(block.packed() for block in cached.blocks), strict=True)]
         if not any(packs):
             return  # cropped away
         begin, end = k.shape[2] - cached.tail[0].shape[2], k.shape[2] - q.shape[2] + 1
-        flow, stop = self.run.flow, begin + self.period
-        ok = None if flow is None or flow.ok is None else flow.ok.bool().to(k.device)
-        if ok is not None and not bool(ok[:, end - 1].all()):
+        flow, stop = self.run.flow, begin + self.requantize_every
+        key_mask = None if flow is None or flow.key_mask is None else flow.key_mask.bool().to(k.device)
+        if key_mask is not None and not bool(key_mask[:, end - 1].all()):
             return  # a turn of text, padded: its first query is not every row's
         rows: list[tuple[Piece, ...]] = []
         for r, packed in enumerate(packs):
             values = v[r, :, begin:stop]
             # Padding has no place among tokens that are rounded together.
-            if not packed or (ok is not None and not bool(ok[r, begin:stop].all())):
+            if not packed or (key_mask is not None and not bool(key_mask[r, begin:stop].all())):
                 rows.append((Plain.of(k[r, :, begin:stop], values),))
                 continue
-            keys = k[r, :, :end] if ok is None else k[r, :, :end][:, ok[r, :end]]
-            first = keys.shape[1] - (end - begin) if ok is None else int(ok[r, :begin].sum())
-            at = range(first, first + self.period)
-            rows.append((self.stage.later(Later(keys, values, q[r, :, 0], at, scale, number)),))
+            keys = k[r, :, :end] if key_mask is None else k[r, :, :end][:, key_mask[r, :end]]
+            first = keys.shape[1] - (end - begin) if key_mask is None else int(key_mask[r, :begin].sum())
+            at = range(first, first + self.requantize_every)
+            rows.append((self.stage.requantize(GeneratedBlock(keys, values, q[r, :, 0], at, scale, number)),))
         cached.blocks = (*cached.blocks, Block(tuple(rows)))
         keys, values = cached.tail
-        cached.tail = keys[:, :, self.period :].clone(), values[:, :, self.period :].clone()
+        cached.tail = keys[:, :, self.requantize_every :].clone(), values[:, :, self.requantize_every :].clone()

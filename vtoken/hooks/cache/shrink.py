@@ -18,35 +18,35 @@ from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer
 
 from vtoken.errors import UnsupportedError
-from vtoken.hooks.cache.cached_rows import Row, slots_of, store
-from vtoken.hooks.cache.requantize import LaterHooks
+from vtoken.hooks.cache.cached_rows import PromptRow, slots_of, store
+from vtoken.hooks.cache.requantize import Requantizer
 from vtoken.hooks.decoder.attention_tap import tap
 from vtoken.hooks.state.checkpointing import replays
-from vtoken.hooks.state.forward_state import Prefill, eager, steps
+from vtoken.hooks.state.forward_state import PrefillState, eager, steps
 from vtoken.hooks.state.handle import Handle
-from vtoken.hooks.state.live_tokens import Visual, aside_of
-from vtoken.hooks.state.pruned_cache import Slots
-from vtoken.hooks.state.quantized_layer import PackedLayer, Piece, Plain
+from vtoken.hooks.state.live_tokens import LiveTokens, skipped_entry
+from vtoken.hooks.state.pruned_cache import SlotMap
+from vtoken.hooks.state.quantized_layer import Piece, Plain, QuantizedLayer
 from vtoken.hooks.state.run import Clock, Run
 from vtoken.hooks.state.trace import StageTrace
 from vtoken.stages import uploaded
-from vtoken.stages.cache import CachedLayer, CacheStage, Decision, Hold, Native, Ready
-from vtoken.stages.quantized import Packed
+from vtoken.stages.cache import CachedLayer, CacheStage, Decision, KeepSlots, Native, ReplacedKV
+from vtoken.stages.quantized import QuantizedKV
 
 
 @dataclass(frozen=True)
-class Shrunk:
-    """What a layer was left with: `held` [Hk, C] slots per row (None: all, or not told), of `visual` in the layer group `group`."""
+class ShrunkLayer:
+    """What a layer was left with: `held` [Hk, C] slots per row (None: all, or not told), of `live` in the layer group `group`."""
 
     group: int
-    rows: tuple[Row, ...]
+    rows: tuple[PromptRow, ...]
     held: tuple[Tensor | None, ...]
     told: bool
-    visual: Visual
+    live: LiveTokens
     clock: Clock
 
 
-class CacheHooks:
+class CacheShrinker:
     """A tap on every decoder layer.
 
     Args:
@@ -66,9 +66,9 @@ class CacheHooks:
         except (ImportError, ValueError) as error:
             raise UnsupportedError(str(error)) from error
         tap(handle, lm, range(len(lm.layers)), self._tap)
-        self.goes_on = bool(stage.period())
+        self.goes_on = bool(stage.requantize_every())
         if self.goes_on:
-            LaterHooks(lm, run, handle, stage)
+            Requantizer(lm, run, handle, stage)
         if stage.native:
             for layer in lm.layers:
                 handle.before(layer.self_attn, self._remember)
@@ -93,7 +93,7 @@ class CacheHooks:
             raise UnsupportedError(
                 f"stage {name} shrinks the KV cache, but a static cache keeps its size: leave cache_implementation out"
             )
-        odd = {type(layer).__name__ for layer in cache.layers if type(layer) not in (DynamicLayer, PackedLayer)}
+        odd = {type(layer).__name__ for layer in cache.layers if type(layer) not in (DynamicLayer, QuantizedLayer)}
         if odd:
             raise UnsupportedError(
                 f"stage {name} cannot shrink cache layers of kind {', '.join(sorted(odd))}; use a plain DynamicCache"
@@ -106,7 +106,7 @@ class CacheHooks:
     @eager
     def _note(self, args: tuple, kwargs: dict) -> None:
         flow = self.run.flow
-        if isinstance(flow, Prefill):
+        if isinstance(flow, PrefillState):
             flow.memo["native"] = args[0] if args else kwargs["hidden_states"], kwargs["position_embeddings"]
 
     def _tap(
@@ -118,20 +118,20 @@ class CacheHooks:
     @eager
     def _attended(self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Any) -> Any:
         flow = self.run.flow
-        if not isinstance(flow, Prefill):
+        if not isinstance(flow, PrefillState):
             return out
         return (
-            self._stand_aside(flow, out) if flow.aside is not None else self._shrink(flow, module, q, k, v, scale, out)
+            self._skip(flow, out) if flow.skip_reason is not None else self._shrink(flow, module, q, k, v, scale, out)
         )
 
-    def _stand_aside(self, flow: Prefill, out: Any) -> Any:
+    def _skip(self, flow: PrefillState, out: Any) -> Any:
         if not flow.memory.setdefault(id(self.stage), {}):
             flow.memory[id(self.stage)]["told"] = True
-            assert flow.aside is not None
-            flow.trace.stages.append(aside_of(self.stage, flow.visual.lineage, flow.aside))
+            assert flow.skip_reason is not None
+            flow.trace.stages.append(skipped_entry(self.stage, flow.live.history, flow.skip_reason))
         return out
 
-    def _shrink(self, flow: Prefill, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Any) -> Any:
+    def _shrink(self, flow: PrefillState, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Any) -> Any:
         number, width = module.layer_idx, flow.index.shape[1]
         past, probes = flow.slots - width, flow.memo.pop("probes", {})
         rows, held, parts, told, same = [], [], [], True, True
@@ -141,7 +141,7 @@ class CacheHooks:
                 here = slice(past + begin, past + begin + row.prompt)
                 x, y, end = k[r, :, here], v[r, :, here], (k[r, :, here.stop :], v[r, :, here.stop :])
                 decision: Decision | None = None
-                if any(row.slots) and r not in flow.spared:
+                if any(row.slots) and r not in flow.skipped:
                     native = self._native(flow, module, r, begin, row.prompt) if self.stage.native else None
                     layer = CachedLayer(
                         x,
@@ -157,48 +157,56 @@ class CacheHooks:
                     )
                     with torch.no_grad():
                         decision = self.compress(layer)
-                    same = same and isinstance(decision, Hold) and decision.index.shape[1] == row.prompt
-                    told = told and not isinstance(decision, Ready)
+                    same = same and isinstance(decision, KeepSlots) and decision.index.shape[1] == row.prompt
+                    told = told and not isinstance(decision, ReplacedKV)
                 piece = apply(self.stage, decision, x, y)
                 stay = piece.length
                 counts = row.counts if decision is None else getattr(decision, "counts", None)
                 rows.append(replace(row, stay=stay, counts=counts))
-                held.append(decision.index if isinstance(decision, Hold) else None)
+                held.append(decision.index if isinstance(decision, KeepSlots) else None)
                 parts.append((piece, Plain(*end)))
-        flow.shrunk[number] = Shrunk(flow.group, tuple(rows), tuple(held), told, flow.visual, clock)
+        flow.shrunk[number] = ShrunkLayer(flow.group, tuple(rows), tuple(held), told, flow.live, clock)
         if same:
             return out
         cached = store(flow.cache.layers[number], parts, k, v, width)
         return self._behind(flow, rows, past, q, cached.keys, cached.values, scale, out) if any(flow.tails) else out
 
-    def _rows(self, flow: Prefill) -> list[tuple[Row, tuple[Tensor, ...]]]:
+    def _rows(self, flow: PrefillState) -> list[tuple[PromptRow, tuple[Tensor, ...]]]:
         if "rows" not in flow.memo:
             flow.memo["rows"] = rows_of(flow)
-        rows: list[tuple[Row, tuple[Tensor, ...]]] = flow.memo["rows"]
+        rows: list[tuple[PromptRow, tuple[Tensor, ...]]] = flow.memo["rows"]
         return rows
 
-    def asks(self, flow: Prefill, r: int) -> int:
+    def asks(self, flow: PrefillState, r: int) -> int:
         """How many last queries' attention of a row the stage will ask for, in the current layout."""
         row, _ = self._rows(flow)[r]
-        if r in flow.spared or not any(row.slots):
+        if r in flow.skipped or not any(row.slots):
             return 0
         behind = row.prompt - 1 - max(slots[-1] for slots in row.slots if slots)
-        return self.stage.probe(row.prompt, tuple(map(len, row.slots)), behind)
+        return self.stage.query_window(row.prompt, tuple(map(len, row.slots)), behind)
 
-    def _native(self, flow: Prefill, module: Any, row: int, begin: int, length: int) -> Native:
+    def _native(self, flow: PrefillState, module: Any, row: int, begin: int, length: int) -> Native:
         hidden, rope = flow.memo["native"]
         end = begin + length
         cos, sin = (t[(row if len(t) > 1 else 0), begin:end][None] for t in rope)
         return Native(module, hidden[row : row + 1, begin:end], (cos, sin), None if self.mrope else self.lm.rotary_emb)
 
     def _behind(
-        self, flow: Prefill, rows: list[Row], past: int, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Any
+        self,
+        flow: PrefillState,
+        rows: list[PromptRow],
+        past: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        out: Any,
     ) -> Any:
         """What follows the prompt in this forward (drafts) reads what is left of it, as it would in a forward of its own."""
         slots, new = k.shape[2] - past, max(flow.tails)
         length = torch.tensor([row.stay + row.tail for row in rows], device=k.device)
         real = torch.arange(slots, device=k.device) >= slots - length[:, None]
-        before = real.new_ones(len(k), past) if flow.ok is None else flow.ok[:, :past].bool().to(k.device)
+        before = real.new_ones(len(k), past) if flow.key_mask is None else flow.key_mask[:, :past].bool().to(k.device)
         visible = torch.cat([before, real], 1)[:, None, None].repeat(1, 1, new, 1)
         visible[..., -new:] &= torch.ones(new, new, dtype=torch.bool, device=k.device).tril()
         read = F.scaled_dot_product_attention(q[:, :, -new:], k, v, visible, scale=scale, enable_gqa=True)
@@ -207,33 +215,33 @@ class CacheHooks:
         late = torch.where(behind[..., None, None], read.transpose(1, 2), out[0][:, -new:])
         return torch.cat([out[0][:, :-new], late], 1), *out[1:]
 
-    def finish(self, flow: Prefill) -> None:
+    def finish(self, flow: PrefillState) -> None:
         """Commits the slots of every layer to the flow's records, and the decisions to its trace."""
-        records: dict[int, Slots] = {}
+        pending_slots: dict[int, SlotMap] = {}
         last: Any = None
         for k, shrunk in sorted(flow.shrunk.items()):
             now = (shrunk.group, shrunk.rows)
-            if now != last or k in flow.records:
+            if now != last or k in flow.pending_slots:
                 dense = flow.cache.groups[flow.cache.group(k)].dense
-                records[k] = slots_of(flow.records[shrunk.group], shrunk.rows, dense)
+                pending_slots[k] = slots_of(flow.pending_slots[shrunk.group], shrunk.rows, dense)
             last = now
             flow.trace.stages.append(self._trace(k, shrunk))
             flow.trace.cached.append([row.stay for row in shrunk.rows])
-        flow.records.update(records)
+        flow.pending_slots.update(pending_slots)
 
-    def _trace(self, k: int, shrunk: Shrunk) -> StageTrace:
-        v, kept, left = shrunk.visual, [], []
-        images = iter(v.lineage.kept())
+    def _trace(self, k: int, shrunk: ShrunkLayer) -> StageTrace:
+        v, kept, left = shrunk.live, [], []
+        images = iter(v.history.kept())
         for row, held in zip(shrunk.rows, shrunk.held, strict=True):
             for slots in row.slots if shrunk.told else ():
-                place = next(images)
+                raster_index = next(images)
                 if held is None:
-                    kept.append(place)
-                    left.append(len(place))
+                    kept.append(raster_index)
+                    left.append(len(raster_index))
                     continue
                 alive = torch.zeros(len(held), row.prompt, dtype=torch.bool, device=held.device).scatter(1, held, True)
                 alive = alive[:, list(slots)]
-                kept.append(place[alive.any(0).to(place.device)])
+                kept.append(raster_index[alive.any(0).to(raster_index.device)])
                 left.append(round(float(alive.float().sum(1).mean())))
         before = list(v.lengths)
         return StageTrace(
@@ -247,9 +255,9 @@ class CacheHooks:
         )
 
 
-def rows_of(flow: Prefill) -> list[tuple[Row, tuple[Tensor, ...]]]:
+def rows_of(flow: PrefillState) -> list[tuple[PromptRow, tuple[Tensor, ...]]]:
     """The rows of a prefill in the current layout, each with the slots of its images on the device. Whole, as if everything stayed."""
-    v, (_, column) = flow.visual, flow.slot()
+    v, (_, column) = flow.live, flow.slot()
     ends = list(accumulate(v.lengths, initial=0))
     on_host = column.tolist()
     out = []
@@ -257,7 +265,7 @@ def rows_of(flow: Prefill) -> list[tuple[Row, tuple[Tensor, ...]]]:
         begin = flow.index.shape[1] - count
         spans = [span for span, owner in zip(pairwise(ends), v.row, strict=True) if owner == r]
         slots = tuple(tuple(c - begin for c in on_host[a:b]) for a, b in spans)
-        row = Row(count - tail, tail, slots, count - tail, tuple(map(len, slots)))
+        row = PromptRow(count - tail, tail, slots, count - tail, tuple(map(len, slots)))
         out.append((row, tuple(column[a:b] - begin for a, b in spans)))
     return out
 
@@ -270,9 +278,9 @@ def apply(stage: CacheStage, decision: Decision | None, keys: Tensor, values: Te
     """
     if decision is None:
         return Plain(keys, values)
-    if isinstance(decision, Packed) and decision.shape == keys.shape:
+    if isinstance(decision, QuantizedKV) and decision.shape == keys.shape:
         return decision
-    if isinstance(decision, Hold):
+    if isinstance(decision, KeepSlots):
         new = decision.apply(keys, values)
     else:
         new = decision.keys, decision.values

@@ -12,14 +12,14 @@ from warnings import warn
 from torch import Tensor, nn
 
 from vtoken.errors import UnsupportedError
-from vtoken.hooks.call.min_tokens import Guard, pictured
+from vtoken.hooks.call.min_tokens import MinTokensGuard, pictured
 from vtoken.hooks.state.forward_state import eager
 from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.image_spans import HIDDEN
 from vtoken.hooks.state.run import UNSEEN, Run
 
 
-class Outer:
+class CallInputs:
     """Hooks on the model and on `outer` (which sees ids); what they find goes to the run. Nothing on decode steps, which may be compiled.
 
     Args:
@@ -27,7 +27,7 @@ class Outer:
         acts: the pipeline has stages.
     """
 
-    def __init__(self, adapter: Any, run: Run, handle: Handle, guard: Guard | None, *, acts: bool) -> None:
+    def __init__(self, adapter: Any, run: Run, handle: Handle, guard: MinTokensGuard | None, *, acts: bool) -> None:
         self.acts, self.warned = acts, False
         self.adapter, self.run, self.handle, self.guard = adapter, run, handle, guard
         handle.set(adapter.model, "generate", self._shadow(adapter.model.generate))
@@ -109,6 +109,6 @@ class Outer:
                 stacklevel=2,
             )
         # A placeholder that somebody typed, without a picture of its kind, is a word.
-        self.run.visual = self.adapter.visual_kinds(ids, embeds, given) if given else None
+        self.run.live = self.adapter.visual_kinds(ids, embeds, given) if given else None
         if pixels and self.guard is not None:
-            self.guard.look(self.run.visual, kwargs)
+            self.guard.look(self.run.live, kwargs)

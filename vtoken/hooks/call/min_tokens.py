@@ -14,21 +14,21 @@ from torch import Tensor
 from vtoken.errors import NotWholeError
 from vtoken.hooks.state.forward_state import eager
 from vtoken.hooks.state.image_spans import Image, assign
-from vtoken.hooks.state.left_padding import few
-from vtoken.hooks.state.run import KINDS, Layout, Run, Sparing, newline_mask
+from vtoken.hooks.state.left_padding import too_few
+from vtoken.hooks.state.run import KINDS, ImageLayout, Run, SkipPlan, newline_mask
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
-class Guard:
-    """Leaves a `Sparing` per kind in `run.sparing` for the feature functions. `Outer` tells it of calls.
+class MinTokensGuard:
+    """Leaves a `SkipPlan` per kind in `run.skip_plans` for the feature functions. `CallInputs` tells it of calls.
 
     Args:
-        least: visual tokens below which a row runs dense.
+        min_tokens: visual tokens below which a row runs dense.
     """
 
-    def __init__(self, adapter: Any, run: Run, least: int) -> None:
-        self.adapter, self.run, self.least = adapter, run, least
+    def __init__(self, adapter: Any, run: Run, min_tokens: int) -> None:
+        self.adapter, self.run, self.min_tokens = adapter, run, min_tokens
 
     def ahead(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict) -> None:
         """Before `generate`, given its arguments."""
@@ -51,7 +51,7 @@ class Guard:
         try:
             images = {kind: assign(n, layouts[kind], self.adapter) for kind, n in zip(layouts, each, strict=True)}
         except NotWholeError:
-            self.run.sparing = {}  # Each picture counts for itself; what does not fit is said where the call stops.
+            self.run.skip_plans = {}  # Each picture counts for itself; what does not fit is said where the call stops.
             return
         held = [0] * len(kinds)
         for here, found in zip(of_kind, images.values(), strict=True):
@@ -59,7 +59,7 @@ class Guard:
                 held[image.row] += image.layout.tokens
             if any(unseen):
                 held = [n - m for n, m in zip(held, lost(here, hidden, found), strict=True)]
-        self.run.sparing = spared(layouts, images, held, self.least)
+        self.run.skip_plans = skipped(layouts, images, held, self.min_tokens)
 
 
 def pictured(kwargs: dict) -> list[str]:
@@ -88,32 +88,34 @@ def lost(here: Tensor, hidden: Tensor, images: list[Image]) -> list[int]:
     Args:
         here: [B, L] bool, placeholders of these images; hidden: [B, L] bool, what is hidden.
     """
-    line, column = here.nonzero(as_tuple=True)
+    batch_row, column = here.nonzero(as_tuple=True)
     newline = newline_mask([image.layout for image in images]).to(here.device)
-    gone: list[int] = line.new_zeros(len(here)).index_add_(0, line, (hidden[line, column] & ~newline).long()).tolist()
+    gone: list[int] = (
+        batch_row.new_zeros(len(here)).index_add_(0, batch_row, (hidden[batch_row, column] & ~newline).long()).tolist()
+    )
     return gone
 
 
-def spared(
-    layouts: dict[str, tuple[Layout, ...]], rows: dict[str, list[Image]], held: list[int], least: int
-) -> dict[str, Sparing]:
-    """Per kind, which of its images stand in rows with fewer than `least` visual tokens of all kinds.
+def skipped(
+    layouts: dict[str, tuple[ImageLayout, ...]], rows: dict[str, list[Image]], held: list[int], min_tokens: int
+) -> dict[str, SkipPlan]:
+    """Per kind, which of its images stand in rows with fewer than `min_tokens` visual tokens of all kinds.
 
     Args:
         rows: per kind, the images of the batch; held: visual tokens per row that the padding mask does not hide.
     """
-    dense = {row for row, n in enumerate(held) if n < least}
+    dense = {row for row, n in enumerate(held) if n < min_tokens}
     every = {image.row for images in rows.values() for image in images}
-    aside = few(max(held), least) if every <= dense else None
+    skip_reason = too_few(max(held), min_tokens) if every <= dense else None
     out = {}
     for kind, images in rows.items():
         flags = [False] * len(layouts[kind])
         for image in images:
             flags[image.index] = image.row in dense
-        out[kind] = Sparing(tuple(flags), aside)
+        out[kind] = SkipPlan(tuple(flags), skip_reason)
     return out
 
 
-def alone(layouts: tuple[Layout, ...], least: int) -> Sparing:
+def alone(layouts: tuple[ImageLayout, ...], min_tokens: int) -> SkipPlan:
     """Where features are asked for without a prompt, each image counts for itself."""
-    return Sparing(tuple(layout.tokens < least for layout in layouts), counted="images")
+    return SkipPlan(tuple(layout.tokens < min_tokens for layout in layouts), counted="images")

@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtoken.hooks.decoder.attention_facts import ROWS, causal
-from vtoken.hooks.state.forward_state import Observed, Prefill, eager
+from vtoken.hooks.state.forward_state import Observed, PrefillState, eager
 from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.prompt_text import text_slots
 from vtoken.hooks.state.run import Run
@@ -134,66 +134,74 @@ def _keep(
     """Stores the facts of a layer from its q, k and v [B, H, ., d]; without gradients, because a layer that checkpointing runs again does
     not store them again."""
     flow = run.flow
-    if not isinstance(flow, Prefill) or flow.aside is not None:
+    if not isinstance(flow, PrefillState) or flow.skip_reason is not None:
         return
     # A static cache hands out all its slots; only those filled so far count.
     k, v = (t[:, :, : flow.slots].detach() for t in (k, v))
-    whole = flow.ok is None and flow.answer is None
-    ok = torch.ones(len(k), flow.slots, dtype=torch.bool, device=k.device) if flow.ok is None else flow.ok.bool()
-    ok = ok.to(k.device)
+    whole = flow.key_mask is None and flow.answer is None
+    key_mask = (
+        torch.ones(len(k), flow.slots, dtype=torch.bool, device=k.device)
+        if flow.key_mask is None
+        else flow.key_mask.bool()
+    )
+    key_mask = key_mask.to(k.device)
     for stage, name in asked:
         fact = Fact(name, layer)
         if name == "text_attention":
-            values = _text_rows(flow, flow.memory[id(stage)]["raters"], q, k, ok, scale)
+            values = _text_rows(flow, flow.memory[id(stage)]["raters"], q, k, key_mask, scale)
             flow.memory[id(stage)][f"{name} {layer}"] = Observed(values, flow.index)
         elif fact not in flow.facts:
             if name in ROWS:
-                values = ROWS[name](flow, q.detach(), k, v, ok, scale)
+                values = ROWS[name](flow, q.detach(), k, v, key_mask, scale)
             elif name == "last_query_attention":
-                values = last_row(flow.of_last(q, 2), k, None if whole else ok, flow.tails, scale)
+                values = last_row(flow.of_last(q, 2), k, None if whole else key_mask, flow.tails, scale)
             else:
                 values = k.transpose(1, 2)
             flow.facts[fact] = Observed(values, flow.index)
 
 
-def last_row(q: Tensor, k: Tensor, ok: Tensor | None, tails: Sequence[int], scale: float) -> Tensor:
+def last_row(q: Tensor, k: Tensor, key_mask: Tensor | None, tails: Sequence[int], scale: float) -> Tensor:
     """[B, slots] attention of one query per row, head mean.
 
     Args:
         q: [B, H, d] of the last prompt token; k: [B, H, slots, d].
-        ok: [B, slots] slots that hold something; None: all do, and none comes after the query.
+        key_mask: [B, slots] slots that hold something; None: all do, and none comes after the query.
         tails: per row, how many slots at the end come after the query.
     """
-    if ok is None:
+    if key_mask is None:
         batch, slots = len(k), k.shape[2]
         each, all_of = (offsets_of([n] * batch, k.device) for n in (1, slots))
         return query_attention(q, k.transpose(1, 2).flatten(0, 1), each, all_of, scale).view(batch, slots)
     if any(tails):
-        ends = ok.shape[1] - uploaded(tails, ok.device)
-        ok = ok & (torch.arange(ok.shape[1], device=ok.device) < ends[:, None])
+        ends = key_mask.shape[1] - uploaded(tails, key_mask.device)
+        key_mask = key_mask & (torch.arange(key_mask.shape[1], device=key_mask.device) < ends[:, None])
     one_each = torch.arange(len(k) + 1, dtype=torch.int32, device=k.device)
-    packed = query_attention(q, k.transpose(1, 2)[ok], one_each, offsets_of(ok.sum(1).tolist(), k.device), scale)
-    return packed.new_zeros(ok.shape).masked_scatter(ok, packed)
+    packed = query_attention(
+        q, k.transpose(1, 2)[key_mask], one_each, offsets_of(key_mask.sum(1).tolist(), k.device), scale
+    )
+    return packed.new_zeros(key_mask.shape).masked_scatter(key_mask, packed)
 
 
-def _text_rows(flow: Prefill, raters: Sequence[Tensor], q: Tensor, k: Tensor, ok: Tensor, scale: float) -> Tensor:
+def _text_rows(
+    flow: PrefillState, raters: Sequence[Tensor], q: Tensor, k: Tensor, key_mask: Tensor, scale: float
+) -> Tensor:
     """[B, slots] attention that the slots of each image receive from its raters, mean over them and the heads; 0 elsewhere.
 
     Args:
         raters: per image, which text tokens of its row.
     """
-    v, past = flow.visual, flow.slots - flow.index.shape[1]
-    out, text = q.new_zeros(ok.shape, dtype=torch.float32), text_slots(flow).to(q.device)
+    v, past = flow.live, flow.slots - flow.index.shape[1]
+    out, text = q.new_zeros(key_mask.shape, dtype=torch.float32), text_slots(flow).to(q.device)
     lines, columns = (i.to(q.device).split(v.lengths) for i in flow.slot())
-    for row, line, column, chosen in zip(v.row, lines, columns, raters, strict=True):
+    for row, batch_row, column, chosen in zip(v.row, lines, columns, raters, strict=True):
         if len(chosen):
             at = text[row].nonzero()[:, 0][chosen.to(q.device)]
-            mean = _causal_mean(q[row, :, at], k[row], ok[row], at + past, scale)
-            out[line, column + past] = mean[column + past]
+            mean = _causal_mean(q[row, :, at], k[row], key_mask[row], at + past, scale)
+            out[batch_row, column + past] = mean[column + past]
     return out
 
 
-def _causal_mean(q: Tensor, k: Tensor, ok: Tensor, at: Tensor, scale: float) -> Tensor:
+def _causal_mean(q: Tensor, k: Tensor, key_mask: Tensor, at: Tensor, scale: float) -> Tensor:
     """[N] attention of the queries [H, R, d] that stand in the slots `at` [R] of the keys [Hk, N, d], mean over queries and heads."""
-    total = torch.stack([part.sum((0, 1, 2)) for part in causal(q, k, ok, at, scale)]).sum(0)
+    total = torch.stack([part.sum((0, 1, 2)) for part in causal(q, k, key_mask, at, scale)]).sum(0)
     return total / (q.shape[0] * q.shape[1])

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 
-from vtoken.hooks.decoder.next_layer import check_coming, next_row
+from vtoken.hooks.decoder.next_layer import check_next_layer, next_layer_attention
 from vtoken.hooks.state.checkpointing import check_replay
 from vtoken.hooks.state.fact_tables import INSIDE_DECODER
-from vtoken.hooks.state.forward_state import Flow, Observed, Prefill, StaticStep, eager, steps
+from vtoken.hooks.state.forward_state import ForwardState, Observed, PrefillState, StaticStep, eager, steps
 from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.left_padding import take
 from vtoken.hooks.state.prompt_text import dropped_slots, later_text, text_before, text_of
@@ -41,18 +41,18 @@ class LayerGroups:
         stages: Sequence[Stage],
         *,
         compact: bool,
-        enter: Callable[[Flow, int], Tensor | None],
-        encoded: Callable[[Prefill, Stage, Fact], Tensor],
+        enter: Callable[[ForwardState, int], Tensor | None],
+        encoded: Callable[[PrefillState, Stage, Fact], Tensor],
         cached: bool = False,
     ) -> None:
         self.lm, self.run, self.compact, self.enter, self.encoded = lm, run, compact, enter, encoded
         depth = len(lm.layers)
-        stages = [stage.bound(depth) for stage in stages]
+        stages = [stage.for_depth(depth) for stage in stages]
         self.at = {k: [s for s in stages if k in s.layers(depth)] for k in range(depth)}
         self.rating = [stage for stage in stages if asks(stage, "text_attention")]
         for k, at in self.at.items():
             if any(asks(stage, "next_query_attention") for stage in at):
-                check_coming(lm.layers[k])
+                check_next_layer(lm.layers[k])
         self.flash = "flash" in (lm.config._attn_implementation or "")
         if stages or self.flash or cached:
             for k, layer in enumerate(lm.layers):
@@ -75,11 +75,11 @@ class LayerGroups:
         if flow is None:
             return None
         check_replay(module)
-        kwargs = {**kwargs, **flow.over}
-        if k == 0 and isinstance(flow, Prefill):
+        kwargs = {**kwargs, **flow.layer_kwargs}
+        if k == 0 and isinstance(flow, PrefillState):
             self._rate(flow, hidden)
         short = self._open(k, flow, hidden, kwargs) if k else hidden
-        kwargs.update(flow.over)
+        kwargs.update(flow.layer_kwargs)
         if args:
             args = (short, *args[1:])
         else:
@@ -89,86 +89,91 @@ class LayerGroups:
             kwargs["position_ids"] = None
         if flow.group:
             if "mask" not in flow.memo:
-                flow.memo["mask"] = self._mask(flow.group, flow.cache, short, flow.ok)
+                flow.memo["mask"] = self._mask(flow.group, flow.cache, short, flow.key_mask)
             kwargs["attention_mask"] = flow.memo["mask"]
         return args, kwargs
 
-    def _open(self, k: int, flow: Flow, hidden: Tensor, kwargs: dict) -> Tensor:
+    def _open(self, k: int, flow: ForwardState, hidden: Tensor, kwargs: dict) -> Tensor:
         """Enters the group that starts at k, if one does; returns the hidden states it works on."""
         known = isinstance(flow.cache, PrunedCache) and k in flow.cache.groups
         dropped = False
-        if isinstance(flow, Prefill):
-            before = flow.visual
+        if isinstance(flow, PrefillState):
+            before = flow.live
             hidden = self._decide(k, flow, hidden, kwargs["position_embeddings"])
-            dropped = flow.visual is not before
+            dropped = flow.live is not before
         if not known and not dropped:
             return hidden
-        if isinstance(flow, Prefill) and dropped:
+        if isinstance(flow, PrefillState) and dropped:
             index, valid = flow.relayout()
             hidden = take(hidden, index, 1).masked_fill(~valid[..., None].to(hidden.device), 0)
             cos_sin, ids = kwargs["position_embeddings"], kwargs.get("position_ids")
-            flow.over = {
+            flow.layer_kwargs = {
                 "position_embeddings": tuple(take(t, index, -2) for t in cos_sin),
                 "position_ids": None if ids is None else take(ids, index, -1),
             }
         if self.compact:
             ids = flow.compact(k).to(hidden.device)
-            flow.over = {"position_embeddings": self.lm.rotary_emb(hidden, position_ids=ids), "position_ids": ids}
+            flow.layer_kwargs = {
+                "position_embeddings": self.lm.rotary_emb(hidden, position_ids=ids),
+                "position_ids": ids,
+            }
         flow.hidden, flow.group, flow.memo = hidden, k, {}
         self.enter(flow, k)
-        if isinstance(flow, Prefill):
+        if isinstance(flow, PrefillState):
             flow.note_layout(k)
         return hidden
 
     @torch.no_grad()
-    def _rate(self, flow: Prefill, hidden: Tensor) -> None:
+    def _rate(self, flow: PrefillState, hidden: Tensor) -> None:
         """Asks stages which text tokens shall rate the images, given the embeddings that enter the decoder."""
-        for stage in self.rating if flow.aside is None else ():
-            line, column = (i.to(hidden.device) for i in flow.slot())
-            v, x = flow.visual, hidden[line, column]
+        for stage in self.rating if flow.skip_reason is None else ():
+            batch_row, column = (i.to(hidden.device) for i in flow.slot())
+            v, x = flow.live, hidden[batch_row, column]
             tokens = VisualTokens.pack(
                 x,
                 v.lengths,
                 v.parts,
                 v.row,
-                v.lineage.place.to(x.device),
+                v.history.raster_index.to(x.device),
                 facts={Fact("later_text"): later_text(flow, hidden)},
                 layer=0,
             )
-            chosen = zip(stage.raters(tokens), text_before(flow), strict=True)
+            chosen = zip(stage.query_tokens(tokens), text_before(flow), strict=True)
             flow.memory.setdefault(id(stage), {})["raters"] = [index + n for index, n in chosen]
 
-    def _decide(self, k: int, flow: Prefill, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def _decide(self, k: int, flow: PrefillState, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         for stage in self.at[k]:
-            if flow.aside is not None:
+            if flow.skip_reason is not None:
                 flow.decide(stage, hidden, {}, layer=k)
                 continue
-            line, column = (i.to(hidden.device) for i in flow.slot())
-            x = hidden[line, column]
+            batch_row, column = (i.to(hidden.device) for i in flow.slot())
+            x = hidden[batch_row, column]
             facts = {need: self.fact(need, k, stage, flow, hidden, rope) for need in stage.needs()}
             kept = flow.decide(stage, x, facts, layer=k)
             if kept is not x:
-                line, column = (i.to(hidden.device) for i in flow.slot())
+                batch_row, column = (i.to(hidden.device) for i in flow.slot())
                 hidden = hidden.clone()
-                hidden[line, column] = kept
-        flow.trace.layers[k:] = [list(flow.visual.lengths)] * (len(self.at) - k)
+                hidden[batch_row, column] = kept
+        flow.trace.layers[k:] = [list(flow.live.lengths)] * (len(self.at) - k)
         return hidden
 
     @eager
     def _deepstack(self, original: Callable[..., Tensor], hidden: Tensor, where: Tensor, features: Tensor) -> Tensor:
         """DeepStack adds visual features after the first layers: behind a cut, to the tokens that are left."""
         flow = self.run.flow
-        if isinstance(flow, Prefill):
-            flow.injected += 1
+        if isinstance(flow, PrefillState):
+            flow.deepstack_done += 1
             if flow.group:
                 # The model still hands out what was alive when the decoder was entered.
-                line, column = flow.slot()
-                where = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=line.device)
-                where[line, column] = True
-                features = flow.riders[flow.injected - 1]
+                batch_row, column = flow.slot()
+                where = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=batch_row.device)
+                where[batch_row, column] = True
+                features = flow.deepstack[flow.deepstack_done - 1]
         return original(hidden, where.to(hidden.device), features)
 
-    def fact(self, fact: Fact, k: int, stage: Stage, flow: Prefill, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Any:
+    def fact(
+        self, fact: Fact, k: int, stage: Stage, flow: PrefillState, hidden: Tensor, rope: tuple[Tensor, Tensor]
+    ) -> Any:
         """A fact for a stage at layer k, see FACTS; of the text, per row."""
         if fact.name in ("text", "later_text"):
             return (text_of if fact.name == "text" else later_text)(flow, hidden)
@@ -180,7 +185,7 @@ class LayerGroups:
                 ids = flow.compact(k)
                 ids = ids - dropped_slots(flow).cumsum(1).to(ids.device)
                 rope = self.lm.rotary_emb(hidden, position_ids=ids.to(hidden.device))
-            found = Observed(next_row(self.lm.layers[k], k, flow, hidden, rope), flow.index)
+            found = Observed(next_layer_attention(self.lm.layers[k], k, flow, hidden, rope), flow.index)
         elif name == "normed":
             found = Observed(self.lm.norm(hidden), flow.index)
         elif name == "text_attention":
@@ -201,13 +206,17 @@ class LayerGroups:
             step.memo[group] = self._mask(group, step.cache, step.hidden, step.cache.valid[group])
         return {**kwargs, "attention_mask": step.memo[group]}
 
-    def _mask(self, k: int, cache: Any, hidden: Tensor, ok: Tensor | None) -> Any:
+    def _mask(self, k: int, cache: Any, hidden: Tensor, key_mask: Tensor | None) -> Any:
         """The backend's mask for the layers of the group that starts at k, sized by that layer alone."""
-        if cache is None and ok is None:
-            ok = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        if cache is None and key_mask is None:
+            key_mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         view = None if cache is None else Cache(layers=[cache.layers[k]])
         return create_causal_mask(
-            config=self.lm.config, inputs_embeds=hidden, attention_mask=ok, past_key_values=view, position_ids=None
+            config=self.lm.config,
+            inputs_embeds=hidden,
+            attention_mask=key_mask,
+            past_key_values=view,
+            position_ids=None,
         )
 
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.decoder.attention_tap import last_row
-from vtoken.hooks.state.forward_state import Prefill
+from vtoken.hooks.state.forward_state import PrefillState
 from vtoken.hooks.state.prompt_text import dropped_slots
 from vtoken.hooks.state.pruned_cache import PrunedCache
 
 
-def check_coming(layer: Any) -> None:
+def check_next_layer(layer: Any) -> None:
     """Refuses decoder layers whose queries and keys cannot be had before they run.
 
     Raises:
@@ -36,7 +36,7 @@ def check_coming(layer: Any) -> None:
 
 
 @torch.no_grad()
-def next_row(layer: Any, k: int, flow: Prefill, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def next_layer_attention(layer: Any, k: int, flow: PrefillState, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """[B, slots] attention of the last prompt token over the slots of layer k, head mean, from the hidden states [B, P, D] that enter it.
 
     Args:
@@ -50,15 +50,17 @@ def next_row(layer: Any, k: int, flow: Prefill, hidden: Tensor, rope: tuple[Tens
     # One call rotates queries and keys by the same positions; these have their own.
     q = rotate(q, q, *(flow.of_last(half, 1)[:, None] for half in rope))[0]
     keys = rotate(keys, keys, cos, sin)[0]
-    ok = flow.valid.to(keys.device) & ~dropped_slots(flow).to(keys.device)
+    key_mask = flow.valid.to(keys.device) & ~dropped_slots(flow).to(keys.device)
     past = _past(flow, k)
     if past is not None:
         old, held = past
-        keys, ok = torch.cat([old, keys], 2), torch.cat([held.to(ok.device), ok], 1)
-    return last_row(q[:, :, 0], keys, ok, flow.tails, getattr(attention, "scaling", None) or attention.head_dim**-0.5)
+        keys, key_mask = torch.cat([old, keys], 2), torch.cat([held.to(key_mask.device), key_mask], 1)
+    return last_row(
+        q[:, :, 0], keys, key_mask, flow.tails, getattr(attention, "scaling", None) or attention.head_dim**-0.5
+    )
 
 
-def _past(flow: Prefill, k: int) -> tuple[Tensor, Tensor] | None:
+def _past(flow: PrefillState, k: int) -> tuple[Tensor, Tensor] | None:
     """Keys [B, H, S, d] of earlier turns in layer k's cache, and which of them are real; None for a first turn."""
     if not isinstance(flow.cache, PrunedCache) or not flow.past:
         return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vtoken.hooks.state.live_tokens import check, trace_of
-from vtoken.hooks.state.run import Clock, Lineage
+from vtoken.hooks.state.run import Clock, TokenHistory
 from vtoken.hooks.state.trace import StageTrace
 from vtoken.stages import Keep, Stage, VisualTokens
 
@@ -18,7 +18,7 @@ class Decision:
     """What was decided, what then has become of every token, and the entry of the trace."""
 
     keep: Keep
-    lineage: Lineage
+    history: TokenHistory
     trace: StageTrace
     untouched: bool
 
@@ -26,18 +26,18 @@ class Decision:
 def decide(
     stage: Stage,
     tokens: VisualTokens,
-    lineage: Lineage,
+    history: TokenHistory,
     image: Tensor,
     *,
-    spared: Sequence[bool] = (),
+    skipped: Sequence[bool] = (),
     amend: Callable[[Keep], Keep] | None = None,
     substitutes: Mapping[str, str] | None = None,
 ) -> Decision:
     """Lets a stage choose among the live tokens.
 
     Args:
-        lineage: what became of all tokens so far; image: [ΣN] image of each live one.
-        spared: per image, whether it keeps all its tokens; empty when none does. It decides all the same, so that facts and budgets need
+        history: what became of all tokens so far; image: [ΣN] image of each live one.
+        skipped: per image, whether it keeps all its tokens; empty when none does. It decides all the same, so that facts and budgets need
             no cutting.
         amend: what has to hold of every decision here.
         substitutes: facts that stood in for others.
@@ -48,15 +48,15 @@ def decide(
     with Clock(tokens.x.device) as clock:
         keep = stage.select(tokens)
     check(stage, keep, tokens.lengths)
-    if any(spared):
-        keep = keep.sparing(tokens.lengths, spared)
+    if any(skipped):
+        keep = keep.skipping(tokens.lengths, skipped)
     if amend is not None:
         keep = amend(keep)
     untouched = keep.into is None and keep.lengths == tuple(tokens.lengths)
     if not untouched:
-        lineage = lineage.advance(keep, image)
-    entry = trace_of(stage, tokens.lengths, lineage, clock, tokens.layer, dict(substitutes or {}))
-    return Decision(keep, lineage, entry, untouched)
+        history = history.advance(keep, image)
+    entry = trace_of(stage, tokens.lengths, history, clock, tokens.layer, dict(substitutes or {}))
+    return Decision(keep, history, entry, untouched)
 
 
 def leaves_some(stage: Stage, keep: Keep) -> Keep:

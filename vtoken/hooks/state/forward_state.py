@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from vtoken.hooks.state.decide import decide
-from vtoken.hooks.state.image_spans import Located
-from vtoken.hooks.state.left_padding import Layout, few, pack_left, take
-from vtoken.hooks.state.live_tokens import Visual, aside_of
-from vtoken.hooks.state.pruned_cache import PrunedCache, Slots
+from vtoken.hooks.state.image_spans import ImageSpans
+from vtoken.hooks.state.left_padding import SlotLayout, left_pad, take, too_few
+from vtoken.hooks.state.live_tokens import LiveTokens, skipped_entry
+from vtoken.hooks.state.pruned_cache import PrunedCache, SlotMap
 from vtoken.hooks.state.trace import Trace
 from vtoken.stages import Fact, Keep, Stage, VisualTokens, uploaded
 
@@ -27,8 +27,8 @@ def steps(hidden: Tensor, cache: Any) -> bool:
 
 
 @dataclass
-class Flow:
-    """State of one forward on a cache that holds a pruned prompt, or (`Prefill`) of one that prunes.
+class ForwardState:
+    """State of one forward on a cache that holds a pruned prompt, or (`PrefillState`) of one that prunes.
 
     Attributes:
         new: [B, L] which of the newest logical tokens are real (not padding).
@@ -37,9 +37,9 @@ class Flow:
         positions: logical position ids [..., B or 1, L].
         alive: [B, L] which logical columns are still in the sequence.
         index, valid: [B, P] the physical layout: column of each slot, and whether it is real.
-        group: first layer of the current layer group; `ok` its 2D mask over `slots` past and new slots (None: all real).
-        over: arguments that later layers get instead of the model's own.
-        spread: how attention sees merged tokens at all their places, when it does.
+        group: first layer of the current layer group; `key_mask` its 2D mask over `slots` past and new slots (None: all real).
+        layer_kwargs: arguments that later layers get instead of the model's own.
+        unmerged: how attention sees merged tokens at all their places, when it does.
     """
 
     new: Tensor
@@ -53,11 +53,11 @@ class Flow:
     index: Tensor
     valid: Tensor
     group: int = 0
-    ok: Tensor | None = None
+    key_mask: Tensor | None = None
     slots: int = 0
-    over: dict[str, Any] = field(default_factory=dict)
+    layer_kwargs: dict[str, Any] = field(default_factory=dict)
     memo: dict[str, Any] = field(default_factory=dict)
-    spread: Any = None
+    unmerged: Any = None
 
     @property
     def dense(self) -> bool:
@@ -109,54 +109,54 @@ class Observed:
 
 
 @dataclass
-class Prefill(Flow):
+class PrefillState(ForwardState):
     """A forward with visual tokens in it.
 
     Attributes:
-        visual: the live visual tokens; `started` is what it was before anything was dropped, `raster` that with what the padding mask hides.
-        located: where the images came from.
+        live: the live visual tokens; `started` is what it was before anything was dropped, `raster` that with what the padding mask hides.
+        spans: where the images came from.
         policy: which newline tokens stay: keep_if_row_has_token, keep or drop.
-        riders: [ΣK, D] what else is added to the visual tokens inside the decoder (DeepStack), one tensor per layer; `injected` of them were
+        deepstack: [ΣK, D] what else is added to the visual tokens inside the decoder (DeepStack), one tensor per layer; `deepstack_done` of them were
             added so far.
         answer: [B, L] logical columns behind the prompt (drafts, or an answer that is scored), None without any; `tails` says how many
             they are per row; texts: text tokens of each row's prompt.
         changed: something was dropped or merged.
-        least: visual tokens below which a row runs dense; `spared` says why of those rows, `aside` why no stage acts at all, or None.
+        min_tokens: visual tokens below which a row runs dense; `skipped` says why of those rows, `skip_reason` why no stage acts at all, or None.
         layouts: first layer of a group -> its layout; logical: of the current one, see Layout.
-        records: slot maps to commit to the cache when the forward ends; shrunk: what a cache stage left of each layer.
+        pending_slots: slot maps to commit to the cache when the forward ends; shrunk: what a cache stage left of each layer.
         project: makes embeddings of features, where the family's projector takes tokens one by one.
     """
 
-    visual: Visual = field(kw_only=True)
-    started: Visual = field(kw_only=True)
-    raster: Visual = field(kw_only=True)
+    live: LiveTokens = field(kw_only=True)
+    started: LiveTokens = field(kw_only=True)
+    raster: LiveTokens = field(kw_only=True)
     trace: Trace = field(kw_only=True)
-    located: Located = field(kw_only=True)
+    spans: ImageSpans = field(kw_only=True)
     policy: str = "keep"
-    riders: list[Tensor] = field(default_factory=list)
-    injected: int = 0
+    deepstack: list[Tensor] = field(default_factory=list)
+    deepstack_done: int = 0
     answer: Tensor | None = None
     tails: list[int] = field(default_factory=list)
     texts: list[int] = field(default_factory=list)
     labels: Tensor | None = None
     changed: bool = False
-    least: int = 0
-    layouts: dict[int, Layout] = field(default_factory=dict)
+    min_tokens: int = 0
+    layouts: dict[int, SlotLayout] = field(default_factory=dict)
     logical: Tensor | None = None
-    records: dict[int, Slots] = field(default_factory=dict)
+    pending_slots: dict[int, SlotMap] = field(default_factory=dict)
     facts: dict[Fact, Observed] = field(default_factory=dict)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
     shrunk: dict[int, Any] = field(default_factory=dict)
     project: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        newlines = self.located.newlines
-        self.newlines = self.new[0, :0] if newlines is None else self.new[newlines.line, newlines.column]
+        newlines = self.spans.newlines
+        self.newlines = self.new[0, :0] if newlines is None else self.new[newlines.batch_row, newlines.column]
         held = self.started.per_row(len(self.counts))
-        self.spared = {row: few(n, self.least) for row, n in enumerate(held) if n < self.least}
-        self.aside: str | None = None
-        if self.spared and self.spared.keys() >= set(self.started.row):
-            self.aside = self.spared[held.index(max(held))]
+        self.skipped = {row: too_few(n, self.min_tokens) for row, n in enumerate(held) if n < self.min_tokens}
+        self.skip_reason: str | None = None
+        if self.skipped and self.skipped.keys() >= set(self.started.row):
+            self.skip_reason = self.skipped[held.index(max(held))]
 
     def decide(
         self,
@@ -167,41 +167,41 @@ class Prefill(Flow):
         substitutes: dict[str, str] | None = None,
     ) -> Tensor:
         """Lets a stage choose among the live visual tokens, given their [ΣK, D] values; returns the values that remain."""
-        v = self.visual
-        if self.aside is not None:
-            self.trace.stages.append(aside_of(stage, v.lineage, self.aside))
+        v = self.live
+        if self.skip_reason is not None:
+            self.trace.stages.append(skipped_entry(stage, v.history, self.skip_reason))
             return x
         tokens = VisualTokens.pack(
             x,
             v.lengths,
             v.parts,
             v.row,
-            v.lineage.place.to(x.device),
+            v.history.raster_index.to(x.device),
             segment=None if v.segment is None else v.segment.to(x.device),
             facts=facts,
             layer=layer,
             memory=self.memory.setdefault(id(stage), {}),
-            size=v.lineage.size(),
+            size=v.history.size(),
         )
         found = decide(
             stage,
             tokens,
-            v.lineage,
+            v.history,
             v.image,
-            spared=[row in self.spared for row in v.row] if self.spared else (),
+            skipped=[row in self.skipped for row in v.row] if self.skipped else (),
             amend=self._with_last,
             substitutes=substitutes,
         )
         self.trace.stages.append(found.trace)
         if found.untouched:
             return x
-        self.leave(v.after(found.keep, found.lineage))
-        self.riders = [found.keep.to(r.device).apply(r) for r in self.riders]
+        self.leave(v.after(found.keep, found.history))
+        self.deepstack = [found.keep.to(r.device).apply(r) for r in self.deepstack]
         return found.keep.apply(x, self.project if layer is None else None)
 
     def _with_last(self, keep: Keep) -> Keep:
         """Of a row without text the last token stays: something must be left to answer from."""
-        v, lengths = self.visual, list(keep.lengths)
+        v, lengths = self.live, list(keep.lengths)
         last: list[int] = []
         for row, texts in enumerate(self.texts):
             images = [i for i, r in enumerate(v.row) if r == row and v.lengths[i]]
@@ -214,30 +214,30 @@ class Prefill(Flow):
         own = torch.zeros(sum(v.lengths), dtype=torch.bool, device=device)
         return keep.retaining(own.index_fill_(0, uploaded(last, device), True), lengths)
 
-    def leave(self, visual: Visual) -> None:
+    def leave(self, visual: LiveTokens) -> None:
         """From now on only these visual tokens are alive, and the newlines that the policy leaves with them."""
         batch = len(self.counts)
-        before, now = (v.per_row(batch) for v in (self.visual, visual))
+        before, now = (v.per_row(batch) for v in (self.live, visual))
         self.counts = [n - b + k for n, b, k in zip(self.counts, before, now, strict=True)]
-        self.visual, self.changed = visual, True
-        newlines = self.located.newlines
+        self.live, self.changed = visual, True
+        newlines = self.spans.newlines
         if newlines is not None and self.policy != "keep":
             stay = torch.zeros_like(self.newlines)
             if self.policy == "keep_if_row_has_token":
                 had, has = (self._closed(v) for v in (self.started, visual))
                 stay = has | ~had
-            for row in self.spared:
-                stay |= newlines.line == row
+            for row in self.skipped:
+                stay |= newlines.batch_row == row
             lost = (self.newlines & ~stay).long()
-            gone = lost.new_zeros(batch).index_add_(0, newlines.line, lost).tolist()
+            gone = lost.new_zeros(batch).index_add_(0, newlines.batch_row, lost).tolist()
             self.counts = [n - g for n, g in zip(self.counts, gone, strict=True)]
             self.newlines &= stay
 
-    def _closed(self, visual: Visual) -> Tensor:
+    def _closed(self, visual: LiveTokens) -> Tensor:
         """[newlines] bool: which of them close a row of these tokens."""
-        assert visual.closes is not None
+        assert visual.closed_by is not None
         # The last slot takes the tokens whose row no newline closes.
-        return self.newlines.new_zeros(len(self.newlines) + 1).index_fill_(0, visual.closes, True)[:-1]
+        return self.newlines.new_zeros(len(self.newlines) + 1).index_fill_(0, visual.closed_by, True)[:-1]
 
     def of_last(self, x: Tensor, dim: int) -> Tensor:
         """What x [B or 1, ...] holds at the last prompt token of each row; slots of the current layout end along `dim`, which goes."""
@@ -256,31 +256,31 @@ class Prefill(Flow):
     def left(self) -> Tensor:
         """[B, L] which logical columns are real and not dropped so far, whatever the current layout still holds."""
         left = self.new.clone()
-        left[self.started.line, self.started.column] = False
-        left[self.visual.line, self.visual.column] = True
-        newlines = self.located.newlines
+        left[self.started.batch_row, self.started.column] = False
+        left[self.live.batch_row, self.live.column] = True
+        newlines = self.spans.newlines
         if newlines is not None:
-            left[newlines.line, newlines.column] = self.newlines
+            left[newlines.batch_row, newlines.column] = self.newlines
         return left
 
     def relayout(self) -> tuple[Tensor, Tensor]:
-        """Recomputes `alive` and the layout from `visual`; returns the gather from the old layout [B, P'] to the new one."""
+        """Recomputes `alive` and the layout from `live`; returns the gather from the old layout [B, P'] to the new one."""
         first, self.alive = self.alive is self.new, self.left()
         here = self.alive if first else self.alive.gather(1, self.index) & self.valid
-        index, self.valid = pack_left(here, max(self.counts))
+        index, self.valid = left_pad(here, max(self.counts))
         self.index = index if first else self.index.gather(1, index)
         return index, self.valid
 
     def note_layout(self, start: int) -> None:
         """Keeps the current layout as that of the group from layer `start` on."""
         assert self.logical is not None
-        self.layouts[start] = Layout(self.index, self.valid, self.logical, self.dense)
+        self.layouts[start] = SlotLayout(self.index, self.valid, self.logical, self.dense)
 
     def slot(self) -> tuple[Tensor, Tensor]:
         """(row, physical column) of every live visual token in the current layout."""
-        line, column = self.visual.line, self.visual.column
+        batch_row, column = self.live.batch_row, self.live.column
         rank = self.alive.cumsum(1)
-        return line, rank[line, column] - 1 + self.index.shape[1] - rank[line, -1]
+        return batch_row, rank[batch_row, column] - 1 + self.index.shape[1] - rank[batch_row, -1]
 
 
 @dataclass

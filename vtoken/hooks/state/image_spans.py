@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from vtoken.errors import NotWholeError, UnsupportedError
-from vtoken.hooks.state.live_tokens import Visual
-from vtoken.hooks.state.run import KINDS, Encode, Layout, newline_mask
+from vtoken.hooks.state.live_tokens import LiveTokens
+from vtoken.hooks.state.run import KINDS, Encoded, ImageLayout, newline_mask
 from vtoken.hooks.state.trace import StageTrace
 
 HIDDEN = (
@@ -24,15 +24,15 @@ HIDDEN = (
 
 @dataclass(frozen=True)
 class Newlines:
-    """The newline tokens of a prefill: where they stand, and `closes` [ΣN], the newline behind each token's row (-1: none)."""
+    """The newline tokens of a prefill: where they stand, and `closed_by` [ΣN], the newline behind each token's row (-1: none)."""
 
-    line: Tensor
+    batch_row: Tensor
     column: Tensor
-    closes: Tensor
+    closed_by: Tensor
 
 
 @dataclass(frozen=True)
-class Located:
+class ImageSpans:
     """The images of a prefill, in reading order.
 
     Attributes:
@@ -40,16 +40,16 @@ class Located:
         encodes: the encoder calls they came from; empty when features came precomputed.
         origin: (encode, image of that call) of each image.
         source: [ΣN] row of each token in the encodes' packed values, one encode after the other; None when they line up.
-        line, column: [ΣN] where each token stands in the batch.
+        batch_row, column: [ΣN] where each token stands in the batch.
         newlines: None where there are none.
     """
 
-    layouts: tuple[Layout, ...]
+    layouts: tuple[ImageLayout, ...]
     row: tuple[int, ...]
-    encodes: tuple[Encode, ...]
+    encodes: tuple[Encoded, ...]
     origin: tuple[tuple[int, int], ...]
     source: Tensor | None
-    line: Tensor
+    batch_row: Tensor
     column: Tensor
     newlines: Newlines | None
 
@@ -82,14 +82,14 @@ class Located:
 
 @dataclass(frozen=True)
 class Image:
-    layout: Layout
+    layout: ImageLayout
     row: int
     encode: int
     index: int  # among the images of that encode
     start: int  # of its tokens in the packed values of all encodes
 
 
-def locate(kinds: Tensor, counts: Sequence[Sequence[int]], encodes: dict[str, Encode], adapter: Any) -> Located:
+def locate(kinds: Tensor, counts: Sequence[Sequence[int]], encodes: dict[str, Encoded], adapter: Any) -> ImageSpans:
     """Finds the images behind the visual positions of `kinds` [B, L]: 0 none, 1 image, 2 video.
 
     Args:
@@ -101,7 +101,7 @@ def locate(kinds: Tensor, counts: Sequence[Sequence[int]], encodes: dict[str, En
     """
     # As nonzero(), whose size the device would be asked for; here it is known.
     at = torch.argsort(kinds.flatten() == 0, stable=True)[: sum(map(sum, counts))]
-    line, column = (at // kinds.shape[1], at % kinds.shape[1]) if len(kinds) > 1 else (torch.zeros_like(at), at)
+    batch_row, column = (at // kinds.shape[1], at % kinds.shape[1]) if len(kinds) > 1 else (torch.zeros_like(at), at)
     found = {k: per_row for k, per_row in enumerate(counts) if any(per_row)}
     given = [encodes.get(KINDS[k]) for k in found]
     known = tuple(e for e in given if e is not None)
@@ -111,8 +111,8 @@ def locate(kinds: Tensor, counts: Sequence[Sequence[int]], encodes: dict[str, En
     for number, ((k, per_row), encode) in enumerate(zip(found.items(), given, strict=True)):
         known_layouts = None if encode is None else encode.layouts
         queues[k] = deque(assign(per_row, known_layouts, adapter, number, offset))
-        offset += 0 if encode is None else len(encode.probe)
-    images = list(*queues.values()) if len(queues) == 1 else interleave(queues, kinds[line, column].tolist())
+        offset += 0 if encode is None else len(encode.fingerprint)
+    images = list(*queues.values()) if len(queues) == 1 else interleave(queues, kinds[batch_row, column].tolist())
     layouts = tuple(i.layout for i in images)
     lengths = [layout.tokens for layout in layouts]
     source = None
@@ -120,12 +120,12 @@ def locate(kinds: Tensor, counts: Sequence[Sequence[int]], encodes: dict[str, En
         source = torch.cat([torch.arange(i.start, i.start + n) for i, n in zip(images, lengths, strict=True)])
     newlines = None
     if any(layout.newline is not None for layout in layouts):
-        is_newline, device = newline_mask(layouts), line.device
+        is_newline, device = newline_mask(layouts), batch_row.device
         here, rest = (m.nonzero()[:, 0].to(device, non_blocking=True) for m in (is_newline, ~is_newline))
-        newlines = Newlines(line[here], column[here], closes(layouts).to(device, non_blocking=True))
-        line, column = line[rest], column[rest]
+        newlines = Newlines(batch_row[here], column[here], closed_by(layouts).to(device, non_blocking=True))
+        batch_row, column = batch_row[rest], column[rest]
     origin = tuple((i.encode, i.index) for i in images)
-    return Located(layouts, tuple(i.row for i in images), known, origin, source, line, column, newlines)
+    return ImageSpans(layouts, tuple(i.row for i in images), known, origin, source, batch_row, column, newlines)
 
 
 def interleave(queues: dict[int, deque[Image]], kinds: list[int]) -> list[Image]:
@@ -137,20 +137,20 @@ def interleave(queues: dict[int, deque[Image]], kinds: list[int]) -> list[Image]
     return images
 
 
-def closes(layouts: Sequence[Layout]) -> Tensor:
+def closed_by(layouts: Sequence[ImageLayout]) -> Tensor:
     """[ΣN] index, among all newlines of the batch, of the one that closes each token's row; -1 for none."""
     out, first = [], 0
     for layout in layouts:
-        if layout.newline is None or layout.line is None:
+        if layout.newline is None or layout.closed_by is None:
             out.append(torch.full((layout.tokens,), -1))
             continue
-        out.append(torch.where(layout.line < 0, -1, layout.line + first))
+        out.append(torch.where(layout.closed_by < 0, -1, layout.closed_by + first))
         first += layout.length - layout.tokens
     return torch.cat(out)
 
 
 def assign(
-    counts: Sequence[int], layouts: Sequence[Layout] | None, adapter: Any, number: int = 0, offset: int = 0
+    counts: Sequence[int], layouts: Sequence[ImageLayout] | None, adapter: Any, number: int = 0, offset: int = 0
 ) -> list[Image]:
     """Shares the encoded images of one kind out among the batch rows.
 
@@ -191,7 +191,7 @@ def assign(
     return images
 
 
-def check(values: Tensor, positions: Tensor | None, located: Located, seen: Visual) -> None:
+def check(values: Tensor, positions: Tensor | None, located: ImageSpans, seen: LiveTokens) -> None:
     """Refuses features that are not the ones that were scored, and images that a model with M-RoPE would read as a line of text. Asks the
     device once.
 
@@ -225,21 +225,21 @@ def check(values: Tensor, positions: Tensor | None, located: Located, seen: Visu
     )
 
 
-def is_scored(values: Tensor, located: Located) -> Tensor:
+def is_scored(values: Tensor, located: ImageSpans) -> Tensor:
     """[] bool: whether these [ΣN, D] are the features that the encoder gave last."""
-    probe = located.gather([encode.probe for encode in located.encodes])
-    seen = values[:, 0].detach().to(probe.device)
-    if len(probe) != len(seen):
+    fingerprint = located.gather([encode.fingerprint for encode in located.encodes])
+    seen = values[:, 0].detach().to(fingerprint.device)
+    if len(fingerprint) != len(seen):
         return torch.zeros((), dtype=torch.bool, device=seen.device)
-    return (torch.nan_to_num(probe.to(seen.dtype)) == torch.nan_to_num(seen)).all()
+    return (torch.nan_to_num(fingerprint.to(seen.dtype)) == torch.nan_to_num(seen)).all()
 
 
-def has_axes(positions: Tensor, seen: Visual) -> Tensor:
+def has_axes(positions: Tensor, seen: LiveTokens) -> Tensor:
     """[] bool: whether the positions [..., B or 1, L] tell rows and columns of the images apart, or no image has more than one."""
     if not any(n and r * c > 1 for n, parts in zip(seen.lengths, seen.parts, strict=True) for _, r, c in parts):
         return torch.ones((), dtype=torch.bool, device=positions.device)
     if positions.ndim != 3 or len(positions) == 1:
         return torch.zeros((), dtype=torch.bool, device=positions.device)
-    line = seen.line if positions.shape[1] > 1 else torch.zeros_like(seen.line)
-    rows, columns = positions[-2:, line.to(positions.device), seen.column.to(positions.device)]
+    batch_row = seen.batch_row if positions.shape[1] > 1 else torch.zeros_like(seen.batch_row)
+    rows, columns = positions[-2:, batch_row.to(positions.device), seen.column.to(positions.device)]
     return (rows != columns).any()

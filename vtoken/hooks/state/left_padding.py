@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
-class Layout:
+class SlotLayout:
     """Where the tokens of a forward stand while some layers work on them.
 
     Attributes:
@@ -41,7 +41,7 @@ class Layout:
         return rows.new_zeros(*rows.shape[:3], past + length + 1).scatter(3, at, rows)[..., :-1]
 
 
-def pack_left(keep: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
+def left_pad(keep: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
     """Left-padded compaction of the kept columns.
 
     Args:
@@ -74,6 +74,6 @@ def left_padded(rows: Sequence[Tensor]) -> Tensor:
     return torch.stack([F.pad(row, (0, 0, longest - row.shape[1], 0)) for row in rows])
 
 
-def few(tokens: int, least: int) -> str:
+def too_few(tokens: int, min_tokens: int) -> str:
     """Why a row runs dense."""
-    return f"{tokens} visual tokens are fewer than min_visual_tokens {least}"
+    return f"{tokens} visual tokens are fewer than min_visual_tokens {min_tokens}"

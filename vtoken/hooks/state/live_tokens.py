@@ -8,51 +8,51 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vtoken.hooks.state.run import Clock, Lineage
+from vtoken.hooks.state.run import Clock, TokenHistory
 from vtoken.hooks.state.trace import StageTrace
 from vtoken.stages import Keep, Parts, Stage
 
 
 @dataclass(frozen=True)
-class Visual:
+class LiveTokens:
     """The live visual tokens of a prefill.
 
     Attributes:
         lengths, parts, row: per image, as in VisualTokens.
-        line, column: [ΣK] batch row and logical column of each token.
+        batch_row, column: [ΣK] batch row and logical column of each token.
         image: [ΣK] image of each token.
-        lineage: what became of the unpruned tokens.
+        history: what became of the unpruned tokens.
         segment: [ΣK] as in VisualTokens.
-        closes: [ΣK] newline behind each token's row; None without newlines.
+        closed_by: [ΣK] newline behind each token's row; None without newlines.
     """
 
     lengths: tuple[int, ...]
     parts: tuple[Parts, ...]
     row: tuple[int, ...]
-    line: Tensor
+    batch_row: Tensor
     column: Tensor
     image: Tensor
-    lineage: Lineage
+    history: TokenHistory
     segment: Tensor | None = None
-    closes: Tensor | None = None
+    closed_by: Tensor | None = None
 
-    def after(self, keep: Keep, lineage: Lineage | None = None) -> Visual:
-        """What a decision leaves; `lineage` if it is known already."""
-        index = keep.index.to(self.line.device)
+    def after(self, keep: Keep, history: TokenHistory | None = None) -> LiveTokens:
+        """What a decision leaves; `history` if it is known already."""
+        index = keep.index.to(self.batch_row.device)
         return replace(
             self,
             lengths=keep.lengths,
-            line=self.line[index],
+            batch_row=self.batch_row[index],
             column=self.column[index],
             image=self.image[index],
-            lineage=self.lineage.advance(keep, self.image) if lineage is None else lineage,
+            history=self.history.advance(keep, self.image) if history is None else history,
             segment=None if self.segment is None else self.segment[index],
-            closes=None if self.closes is None else self.closes[index],
+            closed_by=None if self.closed_by is None else self.closed_by[index],
         )
 
-    def with_home(self, home: Tensor) -> Visual:
+    def with_home(self, absorbed_by: Tensor) -> LiveTokens:
         """The same tokens, after an encoder stage that merged."""
-        return replace(self, lineage=replace(self.lineage, home=home))
+        return replace(self, history=replace(self.history, absorbed_by=absorbed_by))
 
     def per_row(self, batch: int) -> list[int]:
         out = [0] * batch
@@ -64,28 +64,28 @@ class Visual:
 def trace_of(
     stage: Stage,
     before: Sequence[int],
-    lineage: Lineage,
+    history: TokenHistory,
     clock: Clock,
     layer: int | None,
     substitutes: dict[str, str] | None = None,
 ) -> StageTrace:
-    kept = lineage.kept()
+    kept = history.kept()
     return StageTrace(
         stage.name,
         stage.site,
         list(before),
         [len(k) for k in kept],
         kept,
-        lineage.into(),
+        history.into(),
         layer=layer,
         substitutes=substitutes or {},
         clock=clock.milliseconds,
     )
 
 
-def aside_of(stage: Stage, lineage: Lineage, reason: str, layer: int | None = None) -> StageTrace:
+def skipped_entry(stage: Stage, history: TokenHistory, reason: str, layer: int | None = None) -> StageTrace:
     """The entry of a stage that did nothing."""
-    entry = trace_of(stage, lineage.lengths or lineage.full, lineage, Clock(torch.device("cpu")), layer)
+    entry = trace_of(stage, history.lengths or history.full, history, Clock(torch.device("cpu")), layer)
     entry.stood_aside, entry.clock = reason, lambda: 0.0
     return entry
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtoken.hooks.state.forward_state import Prefill
+from vtoken.hooks.state.forward_state import PrefillState
 from vtoken.stages import offsets_of
 
 
@@ -26,40 +26,40 @@ def answered(kinds: Tensor, new: Tensor, tail: int, labels: Tensor | None) -> Te
     return new & (counts.cumsum(1) > 0)
 
 
-def text_columns(flow: Prefill) -> Tensor:
+def text_columns(flow: PrefillState) -> Tensor:
     """[B, L] which of the newest logical tokens are text of the prompt: no newlines of images, no drafts or answer behind it."""
     text = flow.alive.clone()
-    text[flow.started.line, flow.started.column] = False
-    newlines = flow.located.newlines
+    text[flow.started.batch_row, flow.started.column] = False
+    newlines = flow.spans.newlines
     if newlines is not None:
-        text[newlines.line, newlines.column] = False
+        text[newlines.batch_row, newlines.column] = False
     return text if flow.answer is None else text & ~flow.answer
 
 
-def text_slots(flow: Prefill) -> Tensor:
+def text_slots(flow: PrefillState) -> Tensor:
     """[B, P] the same in the current physical layout."""
     return text_columns(flow).gather(1, flow.index) & flow.valid
 
 
-def text_of(flow: Prefill, values: Tensor) -> list[Tensor]:
+def text_of(flow: PrefillState, values: Tensor) -> list[Tensor]:
     """Per row, the values [B, P, ...] of its text tokens."""
     at = text_slots(flow).to(values.device)
     return [row[here] for row, here in zip(values, at, strict=True)]
 
 
-def later_text(flow: Prefill, values: Tensor) -> list[Tensor]:
+def later_text(flow: PrefillState, values: Tensor) -> list[Tensor]:
     """Per image, the values [B, P, ...] of its row's text tokens that stand behind it."""
     rows, v = text_of(flow, values), flow.raster
     return [rows[row][n:] for row, n in zip(v.row, text_before(flow), strict=True)]
 
 
-def text_before(flow: Prefill) -> list[int]:
+def text_before(flow: PrefillState) -> list[int]:
     """Per image, how many of its row's text tokens stand before its last token."""
     v = flow.raster
-    last = offsets_of(v.lengths, v.line.device)[1:].long() - 1
-    return text_columns(flow).cumsum(1)[v.line[last], v.column[last]].tolist()
+    last = offsets_of(v.lengths, v.batch_row.device)[1:].long() - 1
+    return text_columns(flow).cumsum(1)[v.batch_row[last], v.column[last]].tolist()
 
 
-def dropped_slots(flow: Prefill) -> Tensor:
+def dropped_slots(flow: PrefillState) -> Tensor:
     """[B, P] slots of the current layout whose token was dropped since the layout was made."""
     return ~flow.left().gather(1, flow.index) & flow.valid

@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtoken.hooks.state.quantized_layer import PackedLayer
+from vtoken.hooks.state.quantized_layer import QuantizedLayer
 
 
-class Owner:
+class CacheOwner:
     """Who may continue a cache: dead after unwrap, shared by copies of the cache."""
 
     alive = True
 
-    def __deepcopy__(self, memo: dict) -> Owner:
+    def __deepcopy__(self, memo: dict) -> CacheOwner:
         return self
 
 
 @dataclass(frozen=True)
-class Slots:
+class SlotMap:
     """What the physical slots of one layer group hold.
 
     Attributes:
@@ -48,7 +48,7 @@ class Slots:
         """Logical minus physical length."""
         return self.end - self.logical.shape[1]
 
-    def rows(self, index: Tensor) -> Slots:
+    def rows(self, index: Tensor) -> SlotMap:
         index = index.to(self.logical.device)
         return replace(self, logical=self.logical[index], shift=self.shift[index])
 
@@ -57,12 +57,12 @@ class PrunedCache:
     """Mixed into the class of a live cache by `adopt`. `groups[k]` describes layers from k up to the next key. `table` tells what merged
     tokens, whose keys are held without RoPE, stand for (hooks/attention/unmerge.py). `busy`: a forward is at work on it of which `Run.flow` tells."""
 
-    groups: dict[int, Slots]
+    groups: dict[int, SlotMap]
     busy: bool = False
     table: Any = None
     valid: dict[int, Tensor]
     prompt_mask: Tensor | None
-    owner: Owner
+    owner: CacheOwner
     shifted: bool
 
     def group(self, layer: int) -> int:
@@ -94,7 +94,7 @@ class PrunedCache:
         tail = torch.arange(slots.end, total, device=slots.logical.device).expand(len(slots.logical), -1)
         return torch.cat([slots.logical, tail], 1)
 
-    def record(self, start: int, slots: Slots) -> None:
+    def record(self, start: int, slots: SlotMap) -> None:
         self.groups[start] = slots
         self.shifted = self.shifted or slots.lags
         if self.is_compileable:  # type: ignore[attr-defined]
@@ -158,7 +158,7 @@ class PrunedCache:
 _CLASSES: dict[type, type] = {}
 
 
-def adopt(cache: Any, batch: int, device: torch.device, owner: Owner) -> PrunedCache:
+def adopt(cache: Any, batch: int, device: torch.device, owner: CacheOwner) -> PrunedCache:
     """Gives a live cache the pruning interface (idempotent). What it already holds is taken as unpruned.
 
     Raises:
@@ -177,7 +177,7 @@ def adopt(cache: Any, batch: int, device: torch.device, owner: Owner) -> PrunedC
     cache.__class__ = _CLASSES[cls]
     cache.groups, cache.valid, cache.prompt_mask, cache.shifted, cache.owner = {}, {}, None, False, owner
     everything = torch.arange(held, device=device).expand(batch, -1)
-    cache.record(0, Slots(everything, held, torch.zeros(batch, dtype=torch.long, device=device), dense=True))
+    cache.record(0, SlotMap(everything, held, torch.zeros(batch, dtype=torch.long, device=device), dense=True))
     return cache
 
 
@@ -185,6 +185,6 @@ def cache_bytes(cache: Any) -> int:
     """Bytes of keys and values that a cache holds now (allocated bytes for static caches), in whatever form."""
     tensors: list[Any] = []
     for layer in getattr(cache, "layers", ()):
-        packed = isinstance(layer, PackedLayer)
+        packed = isinstance(layer, QuantizedLayer)
         tensors += layer.tensors() if packed else [getattr(layer, name, None) for name in ("keys", "values")]
     return sum(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t))

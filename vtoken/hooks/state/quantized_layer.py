@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from vtoken.hooks.state.left_padding import left_padded
-from vtoken.stages.quantized import Packed
+from vtoken.stages.quantized import QuantizedKV
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Plain:
         return Plain(function(self.keys), function(self.values))
 
 
-Piece = Plain | Packed
+Piece = Plain | QuantizedKV
 Side = Literal["keys", "values"]
 
 
@@ -92,14 +92,14 @@ class Block:
 
     def packed(self) -> list[bool]:
         """Of every row of the batch, whether any of it is in few bits. Waits for the device where rows were reordered."""
-        own = [any(isinstance(piece, Packed) for piece in row) for row in self.rows]
+        own = [any(isinstance(piece, QuantizedKV) for piece in row) for row in self.rows]
         return own if self.order is None else [own[row] for row in self.order.tolist()]
 
     def tensors(self) -> list[Tensor]:
         return [t for row in self.rows for piece in row for t in piece.tensors()]
 
 
-class PackedLayer(DynamicLayer):
+class QuantizedLayer(DynamicLayer):
     """See above. Made of a live DynamicLayer by `adopt`.
 
     Attributes:
@@ -190,13 +190,13 @@ class PackedLayer(DynamicLayer):
         return [*(t for block in self.blocks for t in block.tensors()), *self.tail]
 
 
-def adopt(cached: Any) -> PackedLayer:
+def adopt(cached: Any) -> QuantizedLayer:
     """Lets a live DynamicLayer hold rows in few bits (idempotent). What it holds is its tail."""
-    if isinstance(cached, PackedLayer):
+    if isinstance(cached, QuantizedLayer):
         return cached
     state = vars(cached)
     tail = state.pop("keys"), state.pop("values")
-    cached.__class__ = PackedLayer
+    cached.__class__ = QuantizedLayer
     cached.blocks, cached.tail = (), tail
-    packed: PackedLayer = cached
+    packed: QuantizedLayer = cached
     return packed

@@ -18,7 +18,7 @@ from torch import Tensor
 from vtoken.hooks.call.min_tokens import alone
 from vtoken.hooks.state.forward_state import eager
 from vtoken.hooks.state.handle import Handle
-from vtoken.hooks.state.run import Call, Encode, Run, tokens_of
+from vtoken.hooks.state.run import Encoded, FeatureCall, Run, tokens_of
 from vtoken.hooks.state.trace import StageTrace
 from vtoken.stages import Fact
 
@@ -26,15 +26,15 @@ Pack = Callable[[Tensor], Tensor]
 
 
 class FeatureHooks:
-    """Shadows the feature functions of `adapter.outer`; each call leaves an `Encode` in `run.encodes`.
+    """Shadows the feature functions of `adapter.outer`; each call leaves an `Encoded` in `run.encodes`.
 
     Args:
         wanted: facts of the tower (with layers resolved) that stages behind it read.
-        least: visual tokens below which stages of the encoder leave a prompt alone.
+        min_tokens: visual tokens below which stages of the encoder leave a prompt alone.
     """
 
-    def __init__(self, adapter: Any, run: Run, handle: Handle, wanted: Set[Fact], least: int = 0) -> None:
-        self.adapter, self.run, self.handle, self.wanted, self.least = adapter, run, handle, wanted, least
+    def __init__(self, adapter: Any, run: Run, handle: Handle, wanted: Set[Fact], min_tokens: int = 0) -> None:
+        self.adapter, self.run, self.handle, self.wanted, self.min_tokens = adapter, run, handle, wanted, min_tokens
         for kind, name in adapter.features.items():
             handle.set(adapter.outer, name, self._shadow(kind, getattr(adapter.outer, name)))
 
@@ -55,10 +55,10 @@ class FeatureHooks:
             run.encodes.pop(kind, None)
             arguments = dict(signature.bind(*args, **kwargs).arguments)
             arguments |= arguments.pop("kwargs", {})
-            layouts, sparing = self.adapter.layouts(kind, arguments), run.sparing.pop(kind, None)
-            if self.least and (sparing is None or len(sparing.images) != len(layouts)):
-                sparing = alone(layouts, self.least)
-            run.call = Call(kind, arguments, layouts, sparing)
+            layouts, skip_plan = self.adapter.layouts(kind, arguments), run.skip_plans.pop(kind, None)
+            if self.min_tokens and (skip_plan is None or len(skip_plan.images) != len(layouts)):
+                skip_plan = alone(layouts, self.min_tokens)
+            run.call = FeatureCall(kind, arguments, layouts, skip_plan)
             asked = kwargs.pop("return_dict", None)
             try:
                 out = original(*args, return_dict=True, **kwargs)
@@ -71,16 +71,16 @@ class FeatureHooks:
         return features
 
     @torch.no_grad()
-    def _encode(self, call: Call, out: Any) -> Encode:
+    def _encode(self, call: FeatureCall, out: Any) -> Encoded:
         given = out.pooler_output
         flat = [given] if torch.is_tensor(given) else list(given)
-        probe = torch.cat([f[..., 0].detach().flatten() for f in flat])
+        fingerprint = torch.cat([f[..., 0].detach().flatten() for f in flat])
         # Some versions append the newline of a video only when they fill the prompt.
-        if len(probe) != sum(layout.tokens for layout in call.layouts):
-            probe = probe[tokens_of(call.layouts, probe.device)]
-        tower, counted = self.run.tower, None if call.sparing is None else call.sparing.counted
+        if len(fingerprint) != sum(layout.tokens for layout in call.layouts):
+            fingerprint = fingerprint[tokens_of(call.layouts, fingerprint.device)]
+        tower, counted = self.run.tower, None if call.skip_plan is None else call.skip_plan.counted
         if tower is None:
-            return Encode(call.layouts, {}, probe, [], counted=counted)
+            return Encoded(call.layouts, {}, fingerprint, [], counted=counted)
 
         def pack(values: Tensor) -> Tensor:
             return self.adapter.pack(call, values)
@@ -88,14 +88,14 @@ class FeatureHooks:
         facts = {
             f: pack(v[..., None])[..., 0] if scalar(f) else pack(v) for f, v in tower.facts.items() if f in self.wanted
         }
-        traces, home = tower.traces, tower.lineage.home
-        if call.aside is not None:
-            traces = [replace(trace, stood_aside=call.aside) for trace in traces]
-        if traces and tower.lineage.full != tuple(layout.tokens for layout in call.layouts):
-            traces, home = repacked(pack, call, tower.lineage.full, traces)
-        untold = home is None and tower.lineage.home is not None
+        traces, absorbed_by = tower.traces, tower.history.absorbed_by
+        if call.skip_reason is not None:
+            traces = [replace(trace, stood_aside=call.skip_reason) for trace in traces]
+        if traces and tower.history.full != tuple(layout.tokens for layout in call.layouts):
+            traces, absorbed_by = repacked(pack, call, tower.history.full, traces)
+        untold = absorbed_by is None and tower.history.absorbed_by is not None
         alive, deep = packed_mask(pack, tower.alive()), tuple(getattr(tower, "deep", ()))
-        return Encode(call.layouts, facts, probe, traces, home, untold, alive, deep, counted)
+        return Encoded(call.layouts, facts, fingerprint, traces, absorbed_by, untold, alive, deep, counted)
 
 
 def packed_mask(pack: Pack, alive: Tensor | None) -> Tensor | None:
@@ -112,9 +112,9 @@ def scalar(fact: Fact) -> bool:
 
 
 def repacked(
-    pack: Pack, call: Call, full: tuple[int, ...], traces: list[StageTrace]
+    pack: Pack, call: FeatureCall, full: tuple[int, ...], traces: list[StageTrace]
 ) -> tuple[list[StageTrace], Tensor | None]:
-    """Traces of stages that saw crops and patches, brought to images and tokens, and the last `home`.
+    """Traces of stages that saw crops and patches, brought to images and tokens, and the last `absorbed_by`.
 
     Tokens that the model interpolated stay when all their sources stayed; which of them absorbed which cannot be told.
     """
@@ -133,21 +133,21 @@ def repacked(
             channels.append(ids_of.masked_fill(absorbed < 0, float("nan")))
     columns = iter(pack(torch.stack(channels, -1)).unbind(-1))
     tokens = [layout.tokens for layout in call.layouts]
-    place = torch.cat([torch.arange(n) for n in tokens])
+    raster_index = torch.cat([torch.arange(n) for n in tokens])
     place_of = torch.full((crops * patches,), -1)
     first = next(columns)
     if exact:
-        place_of[first.long()] = place
+        place_of[first.long()] = raster_index
     out: list[StageTrace] = []
-    home: Tensor | None = None
+    absorbed_by: Tensor | None = None
     before = tokens
     for trace in traces:
         kept = [(~image.isnan()).nonzero()[:, 0] for image in next(columns).split(tokens)]
         if trace.into is not None:
             rep = next(columns)
-            home = torch.where(rep.isnan(), -1, place_of[rep.nan_to_num().long()]) if exact else None
-        into = None if home is None else list(home.split(tokens))
+            absorbed_by = torch.where(rep.isnan(), -1, place_of[rep.nan_to_num().long()]) if exact else None
+        into = None if absorbed_by is None else list(absorbed_by.split(tokens))
         after = [len(k) for k in kept]
         out.append(replace(trace, tokens_in=list(before), tokens_out=after, kept=kept, into=into))
         before = after
-    return out, home
+    return out, absorbed_by

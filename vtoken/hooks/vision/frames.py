@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from vtoken.hooks.state.decide import decide
-from vtoken.hooks.state.run import Layout, Lineage
+from vtoken.hooks.state.run import ImageLayout, TokenHistory
 from vtoken.hooks.state.trace import StageTrace
 from vtoken.stages import Keep, Stage, VisualTokens, image_of, offsets_of
 
@@ -40,21 +40,21 @@ class Chosen:
     steps: list[StageTrace] = field(default_factory=list)
 
 
-def choose(stages: Sequence[Stage], x: Tensor, frames: Sequence[int], spared: Sequence[bool] = ()) -> Chosen:
-    """Lets the stages choose among the frames x [ΣF, D] of videos of so many frames. Those of spared videos all stay.
+def choose(stages: Sequence[Stage], x: Tensor, frames: Sequence[int], skipped: Sequence[bool] = ()) -> Chosen:
+    """Lets the stages choose among the frames x [ΣF, D] of videos of so many frames. Those of skipped videos all stay.
 
     Raises:
         ValueError: a stage left a video without frames, or merged some.
     """
-    lineage = Lineage(tuple(frames), torch.cat([torch.arange(n, device=x.device) for n in frames]), tuple(frames))
-    index, lengths = torch.arange(len(lineage.place), device=x.device), tuple(frames)
+    history = TokenHistory(tuple(frames), torch.cat([torch.arange(n, device=x.device) for n in frames]), tuple(frames))
+    index, lengths = torch.arange(len(history.raster_index), device=x.device), tuple(frames)
     parts, steps = [((n, 1, 1),) for n in frames], []
     for stage in stages:
-        tokens = VisualTokens.pack(x[index], lengths, parts, range(len(parts)), lineage.place)
+        tokens = VisualTokens.pack(x[index], lengths, parts, range(len(parts)), history.raster_index)
         found = decide(
-            stage, tokens, lineage, image_of(lengths, x.device), spared=spared, amend=partial(chooses, stage)
+            stage, tokens, history, image_of(lengths, x.device), skipped=skipped, amend=partial(chooses, stage)
         )
-        lineage, lengths = found.lineage, found.keep.lengths
+        history, lengths = found.history, found.keep.lengths
         index = index[found.keep.index.to(index.device)]
         steps.append(found.trace)
     return Chosen(tuple(frames), index, steps)
@@ -79,7 +79,7 @@ def thumbnails(frames: Tensor) -> Tensor:
     return adaptive_avg_pool2d(frames.detach().float(), SIDE).flatten(1)
 
 
-def packed_thumbnails(pixels: Tensor, layouts: Sequence[Layout], side: int, area: int) -> Tensor:
+def packed_thumbnails(pixels: Tensor, layouts: Sequence[ImageLayout], side: int, area: int) -> Tensor:
     """[ΣF, C*SIDE*SIDE] float32 from the patches [P, C*area] of a packed tower.
 
     Args:
@@ -103,15 +103,15 @@ def shorten(tower: Any, chosen: Chosen, unit: int) -> None:
     device = tower.image.device
     token = torch.arange(len(tower.image), device=device)
     start = offsets_of(chosen.frames, device)[:-1]
-    frame = tower.lineage.place // torch.tensor(each, device=device)[tower.image] + start[tower.image]
+    frame = tower.history.raster_index // torch.tensor(each, device=device)[tower.image] + start[tower.image]
     for step in chosen.steps:
-        before = tower.lineage.lengths
+        before = tower.history.lengths
         kept = torch.cat([p.to(device) + s for p, s in zip(step.kept, start, strict=True)])
         lengths = tuple(len(p) * n for p, n in zip(step.kept, each, strict=True))
         keep = Keep(torch.isin(frame[token], kept).nonzero()[:, 0], lengths)
-        tower.lineage = tower.lineage.advance(keep, tower.image[token])
+        tower.history = tower.history.advance(keep, tower.image[token])
         token = token[keep.index]
-        tower.traces.append(traced(step, before, tower.lineage.kept(), unit, lengths))
+        tower.traces.append(traced(step, before, tower.history.kept(), unit, lengths))
     tower.live = token[tower.slot[token].argsort()]
 
 
@@ -138,7 +138,7 @@ def untouched(stages: Sequence[Stage], crops: Sequence[int], full: int) -> list[
     return [traced(step, counts, kept, 1, [n * full for n in crops]) for step in steps]
 
 
-def lift(tower: Any, chosen: Chosen) -> None:
+def expand_to_all_frames(tower: Any, chosen: Chosen) -> None:
     """Brings the state of a padded tower, whose crops were the chosen frames, back to all frames of the call."""
     index, full, many = chosen.index.tolist(), tower.full, sum(chosen.frames)
 
@@ -163,7 +163,9 @@ def lift(tower: Any, chosen: Chosen) -> None:
     starts = offsets_of(chosen.frames, torch.device("cpu")).tolist()
     tower.traces, alive = [], set(range(many))
     for step in chosen.steps:
-        left = {start + p for start, place in zip(starts, step.kept, strict=False) for p in place.tolist()}
+        left = {
+            start + p for start, raster_index in zip(starts, step.kept, strict=False) for p in raster_index.tolist()
+        }
         before, after = ([full * (frame in some) for frame in range(many)] for some in (alive, left))
         kept = [torch.arange(n) for n in after]
         tower.traces.append(traced(step, before, kept, 1, [len(p) * full for p in step.kept]))
@@ -174,11 +176,11 @@ def lift(tower: Any, chosen: Chosen) -> None:
         wide = values.new_zeros(many, *values.shape[1:])
         wide[rows.to(values.device)] = values
         tower.facts[fact] = wide
-    home = tower.lineage.home
-    if home is not None:
-        wide = home.new_full((many, full), -1)
-        wide[rows] = home.view(-1, full)
-        home = wide.flatten()
+    absorbed_by = tower.history.absorbed_by
+    if absorbed_by is not None:
+        wide = absorbed_by.new_full((many, full), -1)
+        wide[rows] = absorbed_by.view(-1, full)
+        absorbed_by = wide.flatten()
     tower.lengths = tuple(spread(tower.lengths, 0))
-    tower.lineage = Lineage((full,) * many, tower.lineage.place, tower.lengths, home)
+    tower.history = TokenHistory((full,) * many, tower.history.raster_index, tower.lengths, absorbed_by)
     tower.rows = rows[tower.rows]

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.handle import Handle
-from vtoken.hooks.state.run import Call, Run
+from vtoken.hooks.state.run import FeatureCall, Run
 from vtoken.stages import Stage
 
 Decide = Callable[[Stage, int, Tensor], Tensor]
 
 
-class Between:
+class MergeInLayer:
     """Installs what lets stages merge inside layers.
 
     Args:
@@ -68,7 +68,7 @@ class Between:
 
 def log_size(tower: Any, width: int) -> Tensor | None:
     """[crops, width] float32: log of how many patches each column of the padded batch stands for; None while nothing was merged."""
-    size = tower.lineage.size()
+    size = tower.history.size()
     if size is None:
         return None
     out = size.new_zeros(len(tower.lengths), width)
@@ -76,7 +76,7 @@ def log_size(tower: Any, width: int) -> Tensor | None:
     return out
 
 
-def check_resized(call: Call | None) -> None:
+def check_resized(call: FeatureCall | None) -> None:
     """Refuses to merge where the model interpolates features afterwards.
 
     Raises:
@@ -89,33 +89,33 @@ def check_resized(call: Call | None) -> None:
         )
 
 
-def surface(tower: Any, call: Call, pack: Callable[[Call, Tensor], Tensor]) -> None:
+def move_to_visible_member(tower: Any, call: FeatureCall, pack: Callable[[FeatureCall, Tensor], Tensor]) -> None:
     """Moves merged tokens whose place the model will cut off (padding of crops) to their first member that it keeps; facts and traces
     go with them. `pack` brings patches [crops, full, 1] to the tokens [ΣN, 1] that the model makes of them."""
-    lineage = tower.lineage
-    if lineage.home is None or any(layout.resized for layout in call.layouts):
+    history = tower.history
+    if history.absorbed_by is None or any(layout.resized for layout in call.layouts):
         return
-    ids = torch.arange(sum(lineage.full), device=lineage.home.device)
-    packed = pack(call, ids.float().view(len(lineage.full), -1, 1))
-    visible = torch.isin(ids, packed.long()).view(len(lineage.full), -1)
+    ids = torch.arange(sum(history.full), device=history.absorbed_by.device)
+    packed = pack(call, ids.float().view(len(history.full), -1, 1))
+    visible = torch.isin(ids, packed.long()).view(len(history.full), -1)
 
     def moves(into: Tensor) -> Tensor:
         """[crops, full] new place of each place, from who absorbed whom [crops, full]."""
         full = into.shape[1]
-        place = torch.arange(full, device=into.device).expand_as(into)
-        member = torch.where(visible & (into >= 0), place, full)
+        raster_index = torch.arange(full, device=into.device).expand_as(into)
+        member = torch.where(visible & (into >= 0), raster_index, full)
         first = torch.full_like(into, full).scatter_reduce_(1, into.clamp(min=0), member, "amin")
-        return torch.where(visible | (first == full), place, first)
+        return torch.where(visible | (first == full), raster_index, first)
 
-    home = lineage.home.view_as(visible)
-    to = moves(home)
-    place = to[tower.rows, lineage.place]
+    absorbed_by = history.absorbed_by.view_as(visible)
+    to = moves(absorbed_by)
+    raster_index = to[tower.rows, history.raster_index]
     for fact, values in tower.facts.items():
-        rows, before, after = (index.to(values.device) for index in (tower.rows, lineage.place, place))
+        rows, before, after = (index.to(values.device) for index in (tower.rows, history.raster_index, raster_index))
         moved = values.clone()
         moved[rows, after] = values[rows, before]
         tower.facts[fact] = moved
-    tower.lineage = replace(lineage, place=place, home=followed(home, to).flatten())
+    tower.history = replace(history, raster_index=raster_index, absorbed_by=followed(absorbed_by, to).flatten())
     for number, trace in enumerate(tower.traces):
         if trace.into is not None:
             to = moves(torch.stack(trace.into))

@@ -21,49 +21,49 @@ from vtoken.hooks.state.checkpointing import check_replay
 from vtoken.hooks.state.decide import decide
 from vtoken.hooks.state.fact_tables import PROJECTIONS, substituted
 from vtoken.hooks.state.handle import Handle
-from vtoken.hooks.state.live_tokens import aside_of
-from vtoken.hooks.state.run import Lineage, Run
+from vtoken.hooks.state.live_tokens import skipped_entry
+from vtoken.hooks.state.run import Run, TokenHistory
 from vtoken.hooks.state.trace import StageTrace
 from vtoken.hooks.vision import encoder_facts as facts
 from vtoken.hooks.vision import frames
-from vtoken.hooks.vision.merging import Between, check_resized, log_size, surface
+from vtoken.hooks.vision.merging import MergeInLayer, check_resized, log_size, move_to_visible_member
 from vtoken.stages import Fact, Parts, Stage, VisualTokens, uploaded
 
 
 @dataclass
-class Tower:
+class PaddedState:
     """State of one tower call.
 
     Attributes:
         lengths: live patches per crop; full: patches per crop before anything was dropped.
         rows, columns: [Σlengths] where each live patch sits in the padded batch (columns count CLS).
-        lineage: what became of every patch.
+        history: what became of every patch.
         valid: [crops, P] which columns of the padded batch are real, or None when all are.
         bias: [crops, P] float32, what is added to the logits of its keys, or None.
         merged: between attention and MLP of a layer, the merged tokens [crops, P, D].
         chosen: which frames of a video the crops are, or None when they are all that came.
-        spared: per crop, whether it keeps all its patches; empty when none does. `aside` says why no stage acts at all, or None.
+        skipped: per crop, whether it keeps all its patches; empty when none does. `skip_reason` says why no stage acts at all, or None.
     """
 
     full: int
     lengths: tuple[int, ...]
     rows: Tensor
     columns: Tensor
-    lineage: Lineage
+    history: TokenHistory
     valid: Tensor | None = None
     bias: Tensor | None = None
     merged: Tensor | None = None
     chosen: frames.Chosen | None = None
-    spared: tuple[bool, ...] = ()
-    aside: str | None = None
+    skipped: tuple[bool, ...] = ()
+    skip_reason: str | None = None
     taps: dict[str, Tensor] = field(default_factory=dict)
     facts: dict[Fact, Tensor] = field(default_factory=dict)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
     traces: list[StageTrace] = field(default_factory=list)
 
     @property
-    def place(self) -> Tensor:
-        return self.lineage.place
+    def raster_index(self) -> Tensor:
+        return self.history.raster_index
 
     def packed(self, padded: Tensor) -> Tensor:
         """[crops, P, ...] -> [ΣP, ...] without padding."""
@@ -78,15 +78,15 @@ class Tower:
         if not self.short:
             return packed.unflatten(0, (-1, self.full))
         out = packed.new_zeros(len(self.lengths), self.full, *packed.shape[1:])
-        out[self.rows.to(out.device), self.place.to(out.device)] = packed
+        out[self.rows.to(out.device), self.raster_index.to(out.device)] = packed
         return out
 
     def alive(self) -> Tensor | None:
         """[crops, full] which patches are left; None where all are."""
-        return self.restore(torch.ones_like(self.place, dtype=torch.bool)) if self.short else None
+        return self.restore(torch.ones_like(self.raster_index, dtype=torch.bool)) if self.short else None
 
 
-class EncoderHooks:
+class PaddedTower:
     """Installs what the stages ask of the tower; nothing when they ask nothing.
 
     Args:
@@ -107,12 +107,14 @@ class EncoderHooks:
         self.choosers = choosers
         self.adapter, self.encoder, self.run = adapter, adapter.encoder, run
         depth = len(self.encoder.layers)
-        stages = [stage.bound(depth) for stage in stages]
+        stages = [stage.for_depth(depth) for stage in stages]
         last = min(self.encoder.feature_layers)
-        self.at = {i: [s for s in stages if s.inside() is None and i in s.layers(depth)] for i in range(depth)}
-        between = {i: [s for s in stages if s.inside() and i in s.layers(depth) and i <= last] for i in range(depth)}
+        self.at = {i: [s for s in stages if s.merge_point() is None and i in s.layers(depth)] for i in range(depth)}
+        between = {
+            i: [s for s in stages if s.merge_point() and i in s.layers(depth) and i <= last] for i in range(depth)
+        }
         self.merges = any(between.values())
-        self.proportional = any(s.inside() == "proportional" for s in stages)
+        self.proportional = any(s.merge_point() == "proportional" for s in stages)
         per_layer: dict[int, set[Fact]] = {layer: set() for layer in range(depth)}
         for fact in wanted:
             if fact.name in PROJECTIONS and fact.layer is not None:
@@ -134,7 +136,7 @@ class EncoderHooks:
                 handle.after(module.self_attn, partial(self._facts, layer, sorted(per_layer[layer])))
             if layer and stages:
                 handle.before(module, partial(self._layer, layer))
-        Between(run, handle, self.encoder.layers, between, self._decide)
+        MergeInLayer(run, handle, self.encoder.layers, between, self._decide)
         handle.after(adapter.projectors[0], self._projected)
 
     def _served(self, fact: Fact, layer: int) -> Fact:
@@ -150,25 +152,27 @@ class EncoderHooks:
         self.adapter.check_call(kwargs)
         given = pixels = args[0] if args else kwargs["pixel_values"]
         call, chosen = self.run.call, None
-        spared: tuple[bool, ...] = ()
-        aside = None if call is None else call.aside
-        if self.merges and aside is None:
+        skipped: tuple[bool, ...] = ()
+        skip_reason = None if call is None else call.skip_reason
+        if self.merges and skip_reason is None:
             check_resized(call)
-        if call is not None and (self.choosers or call.sparing is not None):
+        if call is not None and (self.choosers or call.skip_plan is not None):
             video = call.kind == "video"
             counts = [layout.parts[0][0] for layout in call.layouts] if video else self.adapter.crops(call.arguments)
-            spared = call.spared(counts)
+            skipped = call.skipped(counts)
             if self.choosers and video:
-                chosen = frames.choose(self.choosers, frames.thumbnails(pixels), counts, call.spared([1] * len(counts)))
+                chosen = frames.choose(
+                    self.choosers, frames.thumbnails(pixels), counts, call.skipped([1] * len(counts))
+                )
                 pixels = pixels[chosen.index]
-                spared = tuple(spared[i] for i in chosen.index.tolist()) if spared else ()
+                skipped = tuple(skipped[i] for i in chosen.index.tolist()) if skipped else ()
         crops, full, device = len(pixels), self.adapter.patches, pixels.device
         patch = torch.arange(full, device=device).repeat(crops)
         rows = torch.arange(crops, device=device).repeat_interleave(full)
-        self.run.tower = Tower(
-            full, (full,) * crops, rows, patch + int(self.encoder.cls), Lineage((full,) * crops, patch)
+        self.run.tower = PaddedState(
+            full, (full,) * crops, rows, patch + int(self.encoder.cls), TokenHistory((full,) * crops, patch)
         )
-        self.tower.chosen, self.tower.spared, self.tower.aside = chosen, spared, aside
+        self.tower.chosen, self.tower.skipped, self.tower.skip_reason = chosen, skipped, skip_reason
         if self.choosers and call is not None and chosen is None:
             self.tower.traces += frames.untouched(self.choosers, self.adapter.crops(call.arguments), full)
         if self.pixels:
@@ -186,7 +190,7 @@ class EncoderHooks:
     @torch.no_grad()
     def _facts(self, layer: int, wanted: list[Fact], module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
         tower, e = self.tower, self.encoder
-        if tower is None or tower.aside is not None:
+        if tower is None or tower.skip_reason is not None:
             return
         packed = {k: tower.packed(v) for k, v in tower.taps.items()}
         bias = None if tower.bias is None else tower.packed(tower.bias)
@@ -216,12 +220,12 @@ class EncoderHooks:
 
     def _decide(self, stage: Stage, layer: int, hidden: Tensor) -> Tensor:
         tower = self.tower
-        if tower.aside is not None:
-            tower.traces.append(aside_of(stage, tower.lineage, tower.aside, layer))
+        if tower.skip_reason is not None:
+            tower.traces.append(skipped_entry(stage, tower.history, tower.skip_reason, layer))
             return hidden
         device, crops, cls = hidden.device, len(tower.lengths), self.encoder.cls
-        rows, place = tower.rows, tower.place
-        known = {f: tower.facts[self._served(f, layer)][rows, place] for f in stage.needs()}
+        rows, raster_index = tower.rows, tower.raster_index
+        known = {f: tower.facts[self._served(f, layer)][rows, raster_index] for f in stage.needs()}
         memory = tower.memory.setdefault(id(stage), {})
         x = hidden[rows.to(device), tower.columns.to(device)]
         tokens = VisualTokens.pack(
@@ -229,16 +233,16 @@ class EncoderHooks:
             tower.lengths,
             self.parts(crops),
             tuple(range(crops)),
-            place.to(device),
+            raster_index.to(device),
             facts=known,
             layer=layer,
             memory=memory,
-            size=tower.lineage.size(),
+            size=tower.history.size(),
             lead=int(cls),
         )
         given = substituted(stage, self.adapter.substitutes)
-        found = decide(stage, tokens, tower.lineage, rows, spared=tower.spared, substitutes=given)
-        tower.lineage = found.lineage
+        found = decide(stage, tokens, tower.history, rows, skipped=tower.skipped, substitutes=given)
+        tower.history = found.history
         tower.traces.append(found.trace)
         if found.untouched:
             return hidden
@@ -279,10 +283,10 @@ class EncoderHooks:
             return None
         rows, columns = tower.rows, tower.columns - int(self.encoder.cls)
         call = self.run.call
-        if call is not None and tower.lineage.full != tuple(layout.tokens for layout in call.layouts):
-            surface(tower, call, self.adapter.pack)
+        if call is not None and tower.history.full != tuple(layout.tokens for layout in call.layouts):
+            move_to_visible_member(tower, call, self.adapter.pack)
         if tower.chosen is not None:
-            frames.lift(tower, tower.chosen)
+            frames.expand_to_all_frames(tower, tower.chosen)
         short = tower.short
 
         def full(x: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ from vtoken.hooks.state.checkpointing import check_replay
 from vtoken.hooks.state.decide import decide, leaves_some
 from vtoken.hooks.state.fact_tables import GLOBAL, PROJECTIONS, substituted
 from vtoken.hooks.state.handle import Handle
-from vtoken.hooks.state.live_tokens import aside_of
-from vtoken.hooks.state.run import Layout, Lineage, Run, segments
+from vtoken.hooks.state.live_tokens import skipped_entry
+from vtoken.hooks.state.run import ImageLayout, Run, TokenHistory, segments
 from vtoken.hooks.state.trace import StageTrace
 from vtoken.hooks.vision import encoder_facts as facts
 from vtoken.hooks.vision import frames
@@ -32,7 +32,7 @@ from vtoken.stages import Fact, Stage, VisualTokens, image_of, offsets_of
 
 
 @dataclass
-class PackedTower:
+class VarlenState:
     """State of one tower call. Tokens are counted over the whole batch.
 
     Attributes:
@@ -40,10 +40,10 @@ class PackedTower:
         image: [ΣN] image of each token.
         slot: [ΣN] place of each token's group in the tower's sequence before anything was dropped.
         live: [ΣK] token of each group that is left, in the tower's order.
-        lineage: what became of every token of each image.
+        history: what became of every token of each image.
         rotary: cos and sin of the live patches; bounds: whether attention is full -> cu_seqlens and longest segment of the live
             patches. Both are made again after every drop.
-        spared: per image, whether it keeps all its tokens; empty when none does. `aside` says why no stage acts at all, or None.
+        skipped: per image, whether it keeps all its tokens; empty when none does. `skip_reason` says why no stage acts at all, or None.
         qkv: output of the block at work.
         deep: per DeepStack merger, what was left when it ran, see `alive`.
         facts: [ΣN, ...] in token order, 0 where the token was dropped before the fact was read. `keys` and `values`
@@ -51,15 +51,15 @@ class PackedTower:
             `pixels` [ΣN, unit*P] its patches one after the other.
     """
 
-    layouts: tuple[Layout, ...]
+    layouts: tuple[ImageLayout, ...]
     image: Tensor
     slot: Tensor
     live: Tensor
-    lineage: Lineage
+    history: TokenHistory
     rotary: tuple[Tensor, Tensor] | None = None
     bounds: dict[bool, tuple[Tensor, int | None]] = field(default_factory=dict)
-    spared: tuple[bool, ...] = ()
-    aside: str | None = None
+    skipped: tuple[bool, ...] = ()
+    skip_reason: str | None = None
     qkv: Tensor | None = None
     deep: list[Tensor | None] = field(default_factory=list)
     facts: dict[Fact, Tensor] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class PackedTower:
         return self.restore(torch.ones_like(self.live, dtype=torch.bool), self.live) if self.short else None
 
 
-class PackedHooks:
+class VarlenTower:
     """Installs what the stages ask of the tower; nothing when they ask nothing. When the tower is done, `run.tower` holds what it found.
 
     Args:
@@ -105,7 +105,7 @@ class PackedHooks:
         self.choosers = choosers
         self.adapter, self.encoder, self.run = adapter, adapter.encoder, run
         depth = len(self.encoder.layers)
-        stages = [stage.bound(depth) for stage in stages]
+        stages = [stage.for_depth(depth) for stage in stages]
         self.at = {layer: [s for s in stages if layer in s.layers(depth)] for layer in range(depth)}
         per_layer: dict[int, set[Fact]] = {layer: set() for layer in range(depth)}
         asked: list[tuple[Fact, int | None, str]] = [(fact, None, "a later stage") for fact in wanted]
@@ -159,10 +159,10 @@ class PackedHooks:
         order = self.adapter.order(grid, kwargs)
         live = torch.arange(sum(full), device=device) if order is None else order.to(device, non_blocking=True)
         image = image_of(full, device)
-        place = torch.arange(len(image), device=device) - offsets_of(full, device)[:-1][image]
-        self.run.tower = PackedTower(layouts, image, live.argsort(), live, Lineage(full, place, full))
+        raster_index = torch.arange(len(image), device=device) - offsets_of(full, device)[:-1][image]
+        self.run.tower = VarlenState(layouts, image, live.argsort(), live, TokenHistory(full, raster_index, full))
         if call is not None:
-            self.tower.spared, self.tower.aside = call.spared([1] * len(layouts)), call.aside
+            self.tower.skipped, self.tower.skip_reason = call.skipped([1] * len(layouts)), call.skip_reason
         if self.pixels:
             self.tower.facts[Fact("pixels")] = self._groups(pixels.detach().float()).flatten(1)
         if self.choosers:
@@ -170,7 +170,7 @@ class PackedHooks:
             area = config.temporal_patch_size * config.patch_size**2
             seen = frames.packed_thumbnails(pixels, layouts, math.isqrt(self.encoder.unit), area)
             counts = [layout.parts[0][0] for layout in layouts]
-            chosen = frames.choose(self.choosers, seen, counts, self.tower.spared)
+            chosen = frames.choose(self.choosers, seen, counts, self.tower.skipped)
             frames.shorten(self.tower, chosen, self.encoder.unit)
 
     def _tap(self, out: Tensor) -> None:
@@ -180,11 +180,11 @@ class PackedHooks:
     @torch.no_grad()
     def _facts(self, layer: int, wanted: list[Fact], module: Any, args: tuple, kwargs: dict, out: Any) -> None:
         tower, unit = self.tower, self.encoder.unit
-        if tower is None or tower.aside is not None:
+        if tower is None or tower.skip_reason is not None:
             return
         q, k, v = tower.qkv.unflatten(1, (3, self.encoder.heads, -1)).unbind(1)
         tower.qkv = None
-        held = [n * unit for n in tower.lineage.lengths or tower.lineage.full]
+        held = [n * unit for n in tower.history.lengths or tower.history.full]
         for fact in wanted:
             name = fact.name
             if name in ("keys", "values"):
@@ -221,18 +221,18 @@ class PackedHooks:
 
     def _decide(self, stage: Stage, layer: int, hidden: Tensor) -> Tensor:
         tower, device = self.tower, hidden.device
-        if tower.aside is not None:
-            tower.traces.append(aside_of(stage, tower.lineage, tower.aside, layer))
+        if tower.skip_reason is not None:
+            tower.traces.append(skipped_entry(stage, tower.history, tower.skip_reason, layer))
             return hidden
         token, rank = tower.live.sort()
         groups = self._groups(hidden)[rank.to(device)]
-        before, segment = tower.lineage.lengths, segments(tower.layouts)
+        before, segment = tower.history.lengths, segments(tower.layouts)
         tokens = VisualTokens.pack(
             groups.mean(1),
             before,
             [layout.parts for layout in tower.layouts],
             range(len(before)),
-            tower.lineage.place.to(device),
+            tower.history.raster_index.to(device),
             segment=None if segment is None else segment.to(device)[token.to(device)],
             facts={need: self._fact(need, layer)[token].to(device) for need in stage.needs()},
             layer=layer,
@@ -242,13 +242,13 @@ class PackedHooks:
         found = decide(
             stage,
             tokens,
-            tower.lineage,
+            tower.history,
             tower.image[token],
-            spared=tower.spared,
+            skipped=tower.skipped,
             amend=partial(leaves_some, stage),
             substitutes=given,
         )
-        tower.lineage = found.lineage
+        tower.history = found.history
         tower.traces.append(found.trace)
         if found.untouched:
             return hidden

@@ -54,13 +54,13 @@ class FitPrune(Stage):
         return tuple(k + 1 for k, n in enumerate(self.table) if (n and k + 1 != depth) or k >= depth)
 
     def select(self, tokens: VisualTokens) -> Keep:
-        counts = self.plan(tokens.lengths, tokens.parts, tokens.row, tokens.layer)
+        counts = self.expected_counts(tokens.lengths, tokens.parts, tokens.row, tokens.layer)
         if counts == tokens.lengths:
             return keep_all(tokens)
         product: Tensor = tokens.fact("cross_attention").float() * tokens.fact("self_attention").float()
         return Keep(topk_tokens(product, tokens.offsets, list(counts)), counts)
 
-    def plan(
+    def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
         """Before a layer the table's count leaves; outside a model (None) the whole table."""

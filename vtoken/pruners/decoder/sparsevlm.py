@@ -46,7 +46,7 @@ class SparseVLM(Pruner):
     def layers(self, depth: int) -> tuple[int, ...]:
         return (self.layer,)
 
-    def raters(self, tokens: VisualTokens) -> list[Tensor]:
+    def query_tokens(self, tokens: VisualTokens) -> list[Tensor]:
         images = tokens.x.float().split(list(tokens.lengths))
         return [above_average(x, text.float()) for x, text in zip(images, tokens.fact("later_text"), strict=True)]
 

@@ -48,7 +48,7 @@ class VarFilter(Stage):
     def layers(self, depth: int) -> tuple[int, ...]:
         return (self.layer,)
 
-    def misfit(self, depth: int, width: int) -> str:
+    def incompatibility(self, depth: int, width: int) -> str:
         wrong = [d for d in self.dims or () if not 0 <= d < width]
         llm, *own = PUBLISHED.get(tuple(sorted(self.dims or ())), ("another LLM", depth, width))
         if not wrong and own == [depth, width]:

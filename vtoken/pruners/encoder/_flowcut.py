@@ -44,7 +44,7 @@ def cumulated(tokens: VisualTokens, order: Tensor, flow: Tensor, momentum: float
     """
     sizes = [size_of(parts) for parts in tokens.parts]
     starts = offsets_of(sizes, flow.device)[:-1].long()
-    at = (starts[image_of(tokens.lengths, flow.device)] + tokens.place)[order]
+    at = (starts[image_of(tokens.lengths, flow.device)] + tokens.raster_index)[order]
     past = tokens.memory.get("score")
     if past is None:
         tokens.memory["score"] = past = flow.new_zeros(sum(sizes))

@@ -25,7 +25,7 @@ class FlowCut(Pruner):
     Without CLS (SigLIP, Qwen) the mean query and the mean value of the image stand in for it; Qwen drops whole merge groups and
     keeps the positions of those that stay. `keep` counts per crop where pictures are cut into crops; a share is of the tokens before
     anything was dropped. Where features are interpolated behind the encoder (OneVision's videos and large pictures) a token lives only
-    if all its sources do: few may be left, or none. How many go early depends on the picture: `plan` counts on the last cut alone,
+    if all its sources do: few may be left, or none. How many go early depends on the picture: `expected_counts` counts on the last cut alone,
     so its FLOPs are an upper bound. The authors' second cut on LLaVA-NeXT, after decoder layer 1, is the stage `flowcut_late`.
 
     Paper: https://arxiv.org/abs/2505.19536.
@@ -63,8 +63,8 @@ class FlowCut(Pruner):
     def layers(self, depth: int) -> tuple[int, ...]:
         return tuple(range(depth - 2)) if self.at is None else self.at
 
-    def bound(self, depth: int) -> Self:
-        """The stage for an encoder of so many layers; `select` and `plan` have to know which layer is the last."""
+    def for_depth(self, depth: int) -> Self:
+        """The stage for an encoder of so many layers; `select` and `expected_counts` have to know which layer is the last."""
         return self.model_copy(update={"at": self.layers(depth)})
 
     def select(self, tokens: VisualTokens) -> Keep:
@@ -107,13 +107,13 @@ class FlowCut(Pruner):
             raise ValueError("flowcut does not know how deep the encoder is; use what its bound(depth) returns")
         return max(self.at) - layer
 
-    def plan(
+    def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
         """What the last cut leaves; before it everything, the most that can be left."""
         if self._ahead(layer):
             return tuple(lengths)
-        return super().plan(lengths, parts, row) if self.keep.per else targets(self.keep, lengths, parts)
+        return super().expected_counts(lengths, parts, row) if self.keep.per else targets(self.keep, lengths, parts)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
         """Head mean and norm of the values."""

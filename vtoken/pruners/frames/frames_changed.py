@@ -51,7 +51,7 @@ class FramesChanged(Stage):
             return keep_all(tokens)
         return Keep(torch.tensor(kept, device=tokens.x.device), tuple(counts))
 
-    def plan(
+    def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
         return tuple(min(n, max(1, round(n * self.left))) for n in lengths)

@@ -61,7 +61,7 @@ class DamroFilter(Stage):
         lengths = (~drop).long().split(tokens.lengths)
         return Keep((~drop).nonzero()[:, 0], tuple(torch.stack([n.sum() for n in lengths]).tolist()))
 
-    def plan(
+    def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
         if self.high_norm:

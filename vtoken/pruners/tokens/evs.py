@@ -39,7 +39,7 @@ class EVS(Pruner):
     def score(self, tokens: VisualTokens) -> Tensor:
         image, device = image_of(tokens.lengths, tokens.x.device), tokens.x.device
         cells = torch.tensor([_frame(parts) for parts in tokens.parts], device=device)
-        cell = image * int(max(_frame(parts) for parts in tokens.parts)) + tokens.place % cells[image]
+        cell = image * int(max(_frame(parts) for parts in tokens.parts)) + tokens.raster_index % cells[image]
         # The stable order keeps the tokens of one place together, frame after frame.
         order = cell.argsort(stable=True)
         again = cell[order[1:]] == cell[order[:-1]]
@@ -50,12 +50,12 @@ class EVS(Pruner):
         return score
 
     def select(self, tokens: VisualTokens) -> Keep:
-        counts = self.plan(tokens.lengths, tokens.parts, tokens.row)
+        counts = self.expected_counts(tokens.lengths, tokens.parts, tokens.row)
         if counts == tokens.lengths:
             return keep_all(tokens)
         return Keep(topk_tokens(self.score(tokens), tokens.offsets, list(counts)), counts)
 
-    def plan(
+    def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
         return counts_of_videos(self.keep, lengths, parts, row, lambda grid: grid[1] * grid[2])

@@ -45,7 +45,7 @@ class FoPru(Pruner):
         """[ΣN] number of each token's row, over the whole batch. A loop over images and their rasters."""
         rows, start, before = [], 0, 0
         for n, parts in zip(tokens.lengths, tokens.parts, strict=True):
-            place, first = tokens.place[start : start + n], 0
+            place, first = tokens.raster_index[start : start + n], 0
             row = torch.zeros_like(place)
             for t, h, w in parts:
                 row = torch.where(place >= first, before + (place - first) // w, row)

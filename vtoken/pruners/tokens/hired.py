@@ -77,7 +77,7 @@ class HiRED(Pruner):
         self, tokens: VisualTokens, here: slice, segment: Tensor, parts: Parts, k: int
     ) -> tuple[list[int], list[int]]:
         """Tokens held and to keep of the whole and of each crop of one image; `here` is where it lies on the packed axis."""
-        alpha, place = Fraction(str(self.alpha)), tokens.place[here]
+        alpha, place = Fraction(str(self.alpha)), tokens.raster_index[here]
         held = torch.bincount(segment).tolist()
         base, *crops = held
         whole = max(min(int(alpha * k), base), k - sum(crops))
@@ -93,7 +93,7 @@ class HiRED(Pruner):
 
 
 def region(content: Tensor, place: Tensor, segment: Tensor, parts: Parts, most: int) -> Tensor:
-    """[content] crop that shows the place of each of these tokens of the whole; `place` and `segment` [n] are those of the crops'
+    """[content] crop that shows the place of each of these tokens of the whole; `raster_index` and `segment` [n] are those of the crops'
     live tokens, `most` is the number of crops with the whole."""
     (_, height, width), (_, rows, columns) = parts
     stitched = place - height * width

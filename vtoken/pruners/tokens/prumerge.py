@@ -22,7 +22,7 @@ class PruMerge(Pruner):
     that have it among their `neighbours` nearest, weighted by its attention against 1 for the kept token; if there are none it
     is lost.
 
-    `plan` without `keep` expects the papers' averages, a 14th of the tokens, with `plus` a quarter. Loops over images; the number
+    `expected_counts` without `keep` expects the papers' averages, a 14th of the tokens, with `plus` a quarter. Loops over images; the number
     of outliers is fetched from the device. `nearest_tokens` finds one neighbour of a token, not the 32 that a kept one asks for, so all cosines
     of kept tokens and others are sorted.
 
@@ -92,15 +92,15 @@ class PruMerge(Pruner):
         best = cosine[:, others].masked_fill(~wanted, -torch.inf).argmax(0)
         return torch.where(wanted.any(0), rows[chosen[best]], -1)
 
-    def plan(
+    def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
         if self.keep is not None:
-            return super().plan(lengths, parts, row, layer)
+            return super().expected_counts(lengths, parts, row, layer)
         return tuple(min(n, max(1, n // (4 if self.plus else 14))) for n in lengths)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
         """Similarities at the model's width, and the merge."""
         row = (0,) * len(lengths)
-        counts = self.plan(lengths, (), row) if self.keep is None else self.keep.counts(lengths, row)
+        counts = self.expected_counts(lengths, (), row) if self.keep is None else self.keep.counts(lengths, row)
         return sum(2 * n * (k + 1) * width for n, k in zip(lengths, counts, strict=True) if k < n)

@@ -24,7 +24,7 @@ class VFlowOpt(Pruner):
     every cell of `cell` x `cell` tokens (any real number, each raster by itself, frames apart) the pool's members become one
     token, their mean weighted by importance, in the place of the most important. The pool is as large as leaves `keep` tokens; if
     there are more cells than that, only the best stay. With `exact: false` it holds round(N (1 - R)) +
-    int(N / cell²) tokens, as the authors' does: the count is then near the budget, and `plan` tells the budget.
+    int(N / cell²) tokens, as the authors' does: the count is then near the budget, and `expected_counts` tells the budget.
 
     Entropy is off in all released settings (alpha: 0). Otherwise it is taken of all pixels behind a token, made 0..255 with `mean` and
     `std` (as given: SigLIP of LLaVA-OneVision, Qwen3-VL; CLIP and Qwen2 have their own); `merge` is 4 for Qwen. Where OneVision
@@ -65,7 +65,7 @@ class VFlowOpt(Pruner):
     def needs(self) -> tuple[Fact, ...]:
         return (Fact("received_attention", above=self.threshold), *((Fact("pixels"),) if self.alpha else ()))
 
-    def misfit_tower(self, width: int, unit: int) -> str:
+    def tower_incompatibility(self, width: int, unit: int) -> str:
         if self.merge == unit or (self.merge == 1 and not self.alpha):
             return ""
         return f"merge: {self.merge} patches are not what this model makes into one token; write merge: {unit}"
@@ -101,7 +101,7 @@ class VFlowOpt(Pruner):
             here = slice(start, start + n)
             drop = n - k if self.keep.share is None else round(n * (1 - self.keep.share))
             pool = None if self.exact or k == n else drop + int(n / self.cell**2)
-            cell, cells = cells_of(tokens.place[here], parts, self.cell)
+            cell, cells = cells_of(tokens.raster_index[here], parts, self.cell)
             alive, target = recycle(importance[here], cell, cells, k, pool)
             left = k if pool is None else int(alive.sum())
             index.append((~alive).byte().argsort(stable=True)[:left] + start)

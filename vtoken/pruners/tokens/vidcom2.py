@@ -25,7 +25,7 @@ class VidCom2(Pruner):
 
     The budget is spent to the token: the next one goes to the frame that lacks most of its part. A video keeps one token per frame
     at least. With `exact: false` every frame rounds by itself, as the authors do; then the total wanders around the budget, and
-    `plan` tells the budget.
+    `expected_counts` tells the budget.
 
     Images, one-frame videos among them, pass untouched and use up nothing of `keep: {total: ...}`. A frame is what the model
     makes of one: OneVision pools it, Qwen merges two into one. Loops over videos and frames, and waits for the device once per
@@ -46,14 +46,14 @@ class VidCom2(Pruner):
     _whole_videos = model_validator(mode="after")(whole_videos)
 
     def select(self, tokens: VisualTokens) -> Keep:
-        counts = self.plan(tokens.lengths, tokens.parts, tokens.row)
+        counts = self.expected_counts(tokens.lengths, tokens.parts, tokens.row)
         if counts == tokens.lengths:
             return keep_all(tokens)
         index, lengths, start = [], [], 0
         for n, k, parts in zip(tokens.lengths, counts, tokens.parts, strict=True):
             here = torch.arange(start, start + n, device=tokens.x.device)
             if k < n:
-                frame = tokens.place[start : start + n] // (parts[0][1] * parts[0][2])
+                frame = tokens.raster_index[start : start + n] // (parts[0][1] * parts[0][2])
                 here = here[self._video(tokens.x[start : start + n].float(), frame, k)]
             index.append(here)
             lengths.append(len(here))
@@ -76,7 +76,7 @@ class VidCom2(Pruner):
             counts = [min(n, max(1, round(w))) for n, w in zip(held, wanted.tolist(), strict=True)]
         return topk_tokens(-(in_video + in_frame), offsets_of(held, x.device), counts)
 
-    def plan(
+    def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
         return counts_of_videos(self.keep, lengths, parts, row, lambda grid: grid[0])

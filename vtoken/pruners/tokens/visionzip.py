@@ -56,7 +56,7 @@ class VisionZip(Pruner):
     def needs(self) -> tuple[Fact, ...]:
         return (Fact("cls_attention"), Fact("keys"), *(() if self.halve else (Fact("features"),)))
 
-    def misfit_tower(self, width: int, unit: int) -> str:
+    def tower_incompatibility(self, width: int, unit: int) -> str:
         if self.heads is None or width % self.heads == 0:
             return ""
         return (

@@ -58,7 +58,7 @@ class VScan(Pruner):
 
     def _windows(self, tokens: VisualTokens) -> Tensor:
         """[ΣN] window of each token, numbered within its image."""
-        places = tokens.place.split(list(tokens.lengths))
+        places = tokens.raster_index.split(list(tokens.lengths))
         return torch.cat([self._of_image(place, parts) for place, parts in zip(places, tokens.parts, strict=True)])
 
     def _of_image(self, place: Tensor, parts: Parts) -> Tensor:
