@@ -28,10 +28,10 @@ class Mingled(Compressor):
     def select(self, tokens: VisualTokens) -> Keep:
         index, into, start, slots = [], [], 0, 0
         for n in tokens.lengths:
-            place = torch.arange(n)
-            kept = place[1::3] if n > 1 else place
-            home = (place * 7 + 1) % max(1, len(kept)) + slots
-            home[place % 5 == 4] = -1
+            raster_index = torch.arange(n)
+            kept = raster_index[1::3] if n > 1 else raster_index
+            home = (raster_index * 7 + 1) % max(1, len(kept)) + slots
+            home[raster_index % 5 == 4] = -1
             home[kept] = torch.arange(len(kept)) + slots
             index.append(kept + start)
             into.append(home)
