@@ -36,7 +36,7 @@ class Family:
         classes: how the names of its classes in transformers begin.
         words: that stand for an image and for a video; around: those that enclose either.
         image: spec of "img" in `tiny.build`; video: of "video", None where the family takes none.
-        other, odd: further images: with another number of tokens, and one that is padded or scaled where the family does so.
+        other, odd: further images: of another raster, and one that is padded or scaled where the family does so.
         other_video: a video of four frames and another size, where sizes may differ.
         pictures: (height, width, frames) of what the FLOPs account is held against.
         unpadded: (height, width) of a picture of which packing cuts nothing away.
