@@ -97,8 +97,8 @@ def main() -> None:
     import torch
 
     from vtoken.commands.bench import markdown
-    from vtoken.evals import models
-    from vtoken.evals.latency import bench
+    from vtoken.evals.shared import models
+    from vtoken.evals.speed.latency import bench
 
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -22,8 +22,8 @@ from torch import Tensor
 import vtoken
 from vtoken import registry
 from vtoken.config import load
-from vtoken.evals.inputs import random_prompt
-from vtoken.evals.latency import machine
+from vtoken.evals.speed.inputs import random_prompt
+from vtoken.evals.speed.latency import machine
 from vtoken.hooks.state.pruned_cache import cache_bytes
 from vtoken.hooks.state.quantized_layer import QuantizedLayer
 from vtoken.stages.quantized import QuantizedKV, QuantizedTensor

@@ -1,6 +1,6 @@
 """Models end to end: `python benchmarks/end_to_end.py CASE [--json FILE]`. A table to stdout.
 
-Dense, pipelines and oracles interleaved (vtoken/evals/latency.py says how), bf16, random weights of 7B models made on the GPU, nothing
+Dense, pipelines and oracles interleaved (vtoken/evals/speed/latency.py says how), bf16, random weights of 7B models made on the GPU, nothing
 downloaded. Without a GPU, or with --small, the shipped models take their place on the CPU.
 
 `density` is the share of the causal blocks that a sparse stage computed. Random weights attend everywhere, and a stage that goes by attention
@@ -19,9 +19,9 @@ import torch
 from measure import CUDA, Record
 
 from vtoken.config import load
-from vtoken.evals import models
-from vtoken.evals.latency import Bench, bench
-from vtoken.evals.latency import Row as Measured
+from vtoken.evals.shared import models
+from vtoken.evals.speed.latency import Bench, bench
+from vtoken.evals.speed.latency import Row as Measured
 
 OVERHEAD = 1.02  # of the oracle's time to the first token
 # The preset fastervlm-next-160, on pictures that the model cuts into 2 x 2 crops by itself.

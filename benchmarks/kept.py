@@ -30,10 +30,10 @@ def main() -> None:
     from PIL.Image import Resampling
 
     from vtoken.evals import reference
-    from vtoken.evals.demo import inputs_of
-    from vtoken.evals.lineup import lineup, prefill
-    from vtoken.evals.media import Media, still
-    from vtoken.evals.overlay import captioned, drawn, owners, sheet, views
+    from vtoken.evals.pictures.demo import inputs_of
+    from vtoken.evals.pictures.demo_pipelines import choose, prefill
+    from vtoken.evals.pictures.overlay import captioned, drawn, owners, sheet, views
+    from vtoken.evals.shared.media import Media, still
 
     model, processor = reference.load(given.model)
     question = reference.questions(1)[0]
@@ -41,7 +41,7 @@ def main() -> None:
     picture = still(question.image)
     tiles = []
     with torch.inference_mode():
-        for label, pipeline in lineup(model, prompt, (given.keep,), everything=True).pipelines.items():
+        for label, pipeline in choose(model, prompt, (given.keep,), everything=True).pipelines.items():
             if pipeline is None:
                 continue
             seen = prefill(model, pipeline, prompt)

@@ -53,7 +53,7 @@ class Made:
     """Files that stages read, made by vtoken's own commands when they are first asked for."""
 
     def __init__(self, model: str, folder: Path) -> None:
-        from vtoken.evals.reference.heldout import write
+        from reference_models.heldout import write
 
         self.model, self.folder, self.data = model, folder, folder / "pictures"
         if not (self.data / "questions.jsonl").exists():
@@ -90,7 +90,7 @@ class Lineup:
     """Labelled pipelines of a model, by group."""
 
     def __init__(self, model: Any, made: Made) -> None:
-        from vtoken.evals.flops import account
+        from vtoken.evals.cost.flops import account
 
         self.model, self.made = model, made
         dense = account(model.config, image_size=SIZE)
@@ -144,7 +144,7 @@ class Lineup:
     def halved(self, name: str, make: Callable[[int], Pipeline]) -> tuple[str, Pipeline]:
         """The pipeline with the smallest count that gives half of the tokens on average over layers."""
         from vtoken.config import load
-        from vtoken.evals.flops import account
+        from vtoken.evals.cost.flops import account
 
         def average(n: int) -> float:
             return account(self.model.config, load(make(n)), image_size=SIZE).visual_average
@@ -191,8 +191,8 @@ def flops(config: Any, pipeline: Any, seen: Sequence[tuple[int, list[int]]]) -> 
     Args:
         seen: per question, the prompt's tokens that entered the decoder, and the visual ones in each of its layers.
     """
-    from vtoken.evals.flops import account
-    from vtoken.evals.geometry.decoder import decoder
+    from vtoken.evals.cost.flops import account
+    from vtoken.evals.cost.geometry.decoder import decoder
 
     stack, dense = decoder(config.get_text_config()), account(config, image_size=SIZE, new_tokens=1)
     places = dense.visual_entry if any(stage.unmerge_mode() for stage in pipeline.stages) else None

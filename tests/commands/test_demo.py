@@ -18,7 +18,8 @@ from vtoken import registry
 from vtoken.commands import demo as demo_command
 from vtoken.commands import show as show_command
 from vtoken.errors import VtokenError
-from vtoken.evals import demo, lineup, reference
+from vtoken.evals import reference
+from vtoken.evals.pictures import demo, demo_pipelines
 
 PICTURE = str(reference.path().parent / "glyph-qa" / "000.jpg")
 
@@ -86,7 +87,7 @@ def test_all_compares_every_method_that_changes_a_picture(tmp_path, capsys, monk
     """A handful stands for all: the floors, one with a budget, a filter, one for videos, one that wants a deeper tower."""
     names = ("evs", "fastervlm", "pool", "random", "uniform", "vscan")
     found = {name: registry.stage(name) for name in names}, {"gone": "cannot be imported"}
-    monkeypatch.setattr(lineup, "catalogue", lambda: found)
+    monkeypatch.setattr(demo_pipelines, "catalogue", lambda: found)
     words = ("--all", "--limit", "6", "--budgets", "32,16", "--out", str(tmp_path), "--json")
     assert run(demo_command, *words) == 0
     out = json.loads(capsys.readouterr().out)
@@ -104,11 +105,11 @@ def test_all_compares_every_method_that_changes_a_picture(tmp_path, capsys, monk
 def test_a_method_the_model_cannot_run_is_left_out_with_the_reason(monkeypatch):
     model, processor = reference.load()
     prompt = demo.inputs_of(processor, reference.questions(1)[0])
-    monkeypatch.setattr(lineup, "catalogue", lambda: ({"vscan": registry.stage("vscan")}, {}))
-    fitted = lineup.lineup(model, prompt, (32, 16), everything=True)
+    monkeypatch.setattr(demo_pipelines, "catalogue", lambda: ({"vscan": registry.stage("vscan")}, {}))
+    fitted = demo_pipelines.choose(model, prompt, (32, 16), everything=True)
     assert fitted.options == {"vscan": {"local_layer": 1}} and "vscan:16" in fitted.pipelines
-    monkeypatch.setattr(lineup, "_fitted", lambda *_: {})
-    found = lineup.lineup(model, prompt, (32, 16), everything=True)
+    monkeypatch.setattr(demo_pipelines, "_fitted", lambda *_: {})
+    found = demo_pipelines.choose(model, prompt, (32, 16), everything=True)
     assert found.pipelines == {"dense": None} and "cls_attention of layer 5" in found.left_out["vscan"]
 
 

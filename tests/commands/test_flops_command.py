@@ -14,7 +14,7 @@ from vtoken.commands import flops as command
 from vtoken.config import load
 from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals import reference
-from vtoken.evals.flops import PARTS, account, resolve_config
+from vtoken.evals.cost.flops import PARTS, account, resolve_config
 
 
 def test_llava_7b_by_hand() -> None:

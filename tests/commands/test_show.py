@@ -16,8 +16,10 @@ from tiny_processors import processor, save
 
 from vtoken.commands import show
 from vtoken.errors import ConfigError, UnsupportedError, VtokenError
-from vtoken.evals import media, overlay, processors
-from vtoken.evals.overlay import drawn, views
+from vtoken.evals import processors
+from vtoken.evals.pictures import overlay
+from vtoken.evals.pictures.overlay import drawn, views
+from vtoken.evals.shared import media
 from vtoken.stages import size_of
 
 RED, BLUE = (Image.new("RGB", (60, 40), colour) for colour in ((200, 40, 40), (40, 40, 200)))

@@ -12,7 +12,7 @@ from modes import greedy
 import vtoken
 from vtoken import config
 from vtoken.errors import ConfigError, OtherModelError, UnsupportedError
-from vtoken.evals.flops import account
+from vtoken.evals.cost.flops import account
 
 GATES = ((0.9, 0.1), (0.2, 0.3), (0.8, 0.05), (1.0, -2e-5))
 TSV = "".join("\t".join(f"{x:.18e}" for x in row) + "\n" for row in GATES)

@@ -15,7 +15,7 @@ import vtoken
 from vtoken import config, registry
 from vtoken.errors import ConfigError, OtherModelError, UnsupportedError
 from vtoken.evals import reference
-from vtoken.evals.flops import account
+from vtoken.evals.cost.flops import account
 
 DEPTH = 4
 

@@ -61,7 +61,7 @@ def test_second_turn_equals_a_loop_on_the_stock_layers(family, merge, more):
         torch.testing.assert_close(torch.stack(b.logits)[:, row], torch.cat(want, 1)[0], atol=3e-4, rtol=1e-4)
 
 
-def of(p: oracle.PrefillQK, row: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+def of(p: oracle.Prompt, row: int) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Embeddings, positions and what DeepStack adds, without the padding of the row."""
     real = p.mask[row]
     return (

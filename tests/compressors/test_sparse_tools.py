@@ -51,7 +51,7 @@ def test_density_counts_one_by_one(n, share):
 def test_the_account_knows_fixed_patterns():
     """Two layers stream at 4 visited blocks a row, two are dense; what depends on the prompt is counted whole and named."""
     from vtoken.config import load
-    from vtoken.evals.flops import account
+    from vtoken.evals.cost.flops import account
 
     config = tiny.make("llava").config
     thin = {"static_sparse": {"sink": 16, "window": 33, "size": 16, "min_len": 0, "dense_layers": [0, 3]}}

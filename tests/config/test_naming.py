@@ -12,8 +12,8 @@ import vtoken
 from vtoken import config, registry
 from vtoken.cli import main
 from vtoken.errors import ConfigError, OtherModelError, UnsupportedError, VtokenError
-from vtoken.evals.flops import account
-from vtoken.evals.latency import bench
+from vtoken.evals.cost.flops import account
+from vtoken.evals.speed.latency import bench
 
 
 @pytest.fixture(scope="module")

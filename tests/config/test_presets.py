@@ -19,8 +19,8 @@ from vtoken import config, registry
 from vtoken.cli import main
 from vtoken.errors import UnsupportedError
 from vtoken.evals import reference
-from vtoken.evals.flops import account, resolve_config
-from vtoken.evals.lmms import paper
+from vtoken.evals.cost.flops import account, resolve_config
+from vtoken.evals.quality import paper
 from vtoken.evals.tune.space import Space
 from vtoken.session import session_of
 
@@ -124,7 +124,7 @@ def test_wrap_runs_what_is_written(written: list[str]) -> None:
 
 def test_bench_runs_what_is_written(written: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Any] = []
-    monkeypatch.setattr("vtoken.evals.latency.bench", catch(found, 1))
+    monkeypatch.setattr("vtoken.evals.speed.latency.bench", catch(found, 1))
     ends(["bench", "tiny-llava", *written])
     assert found == [[config.load(each) for each in written]]
 
@@ -145,10 +145,10 @@ def test_show_draws_what_is_written(written: list[str], monkeypatch: pytest.Monk
 
 
 def test_sweep_scores_what_is_written(written: list[str]) -> None:
-    from vtoken.evals.lmms.plan import Sweep
+    from vtoken.evals.quality.plan import Sweep
 
     asked = Sweep(model="tiny-llava", tasks=("a",), pipelines=tuple(written), methods=("uniform",), budgets=(64,))
-    assert asked.lineup() == [config.load(each) for each in (*written, "uniform:64")]
+    assert asked.all_pipelines() == [config.load(each) for each in (*written, "uniform:64")]
 
 
 def test_tune_searches_among_what_is_written() -> None:
@@ -160,10 +160,10 @@ def test_tune_searches_among_what_is_written() -> None:
 def without_lmms_eval(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
     """Parts of vtoken.evals.lmms that import lmms-eval, as modules of a few functions."""
     monkeypatch.setattr("vtoken.evals.lmms.prepare.prepare", lambda what: None)
-    for name in ("harness", "model", "report", "run"):
+    for name in ("lmms.harness", "lmms.model", "quality.report", "quality.run"):
         module = ModuleType(name)
         vars(module).update(Harness=Stub, VtokenModel=Stub, publish=Stub, **functions)
-        monkeypatch.setitem(sys.modules, f"vtoken.evals.lmms.{name}", module)
+        monkeypatch.setitem(sys.modules, f"vtoken.evals.{name}", module)
 
 
 class Stub:
@@ -185,4 +185,4 @@ def test_eval_scores_what_is_written(written: list[str], monkeypatch: pytest.Mon
 def test_lmms_evals_model_runs_what_is_written(written: list[str]) -> None:
     cls = lmms_model()
     for each in written:
-        assert cls("tiny-llava", each, device="cpu").asker.pipeline == config.load(each)
+        assert cls("tiny-llava", each, device="cpu").generator.pipeline == config.load(each)

@@ -17,8 +17,8 @@ from vtoken import config, registry
 from vtoken.cli import main
 from vtoken.config.pipeline import KEYS
 from vtoken.errors import ConfigError, UnsupportedError
-from vtoken.evals.lmms.plan import Sweep
-from vtoken.evals.strict import read
+from vtoken.evals.quality.plan import Sweep
+from vtoken.evals.shared.yaml_options import read
 from vtoken.session import session_of
 
 POLICIES = {"positions": "compact", "newline": "drop", "anyres": "2x2", "min_visual_tokens": 9}
@@ -88,7 +88,7 @@ def test_wrap_takes_it() -> None:
 def test_commands_take_lists_of_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Pipelines are parted by spaces, so that a comma is the pipeline's own."""
     found: list[Any] = []
-    monkeypatch.setattr("vtoken.evals.latency.bench", catch(found, 1))
+    monkeypatch.setattr("vtoken.evals.speed.latency.bench", catch(found, 1))
     ends(["bench", "tiny-llava", *TWO])
     assert found == [[config.load(each) for each in TWO]]
     assert main(["flops", "tiny-llava", *TWO, "--json"]) == 0
@@ -98,14 +98,14 @@ def test_commands_take_lists_of_it(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 def test_sweeps_take_it(tmp_path: Path) -> None:
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump({"model": "tiny-llava", "tasks": ["a"], "pipelines": list(TWO)}))
-    assert read(Sweep, file).lineup() == [config.load(each) for each in TWO]
+    assert read(Sweep, file).all_pipelines() == [config.load(each) for each in TWO]
 
 
 def test_lmms_eval_parts_policies_from_the_pipeline() -> None:
     """It splits `--model_args pipeline=uniform:64,positions=compact` at every comma."""
     cls = lmms_model()
     model = cls("tiny-llava", pipeline="uniform:64", positions="compact", min_visual_tokens=9, device="cpu")
-    assert model.asker.pipeline == config.load("uniform:64,positions=compact,min_visual_tokens=9")
+    assert model.generator.pipeline == config.load("uniform:64,positions=compact,min_visual_tokens=9")
     with pytest.raises(ConfigError, match="positions must be original or compact, not 'kompact'"):
         cls("tiny-llava", pipeline="uniform:64", positions="kompact", device="cpu")
     with pytest.raises(UnsupportedError, match=r'^pipeline "vtw-15,newline=drop": stage vtw'):

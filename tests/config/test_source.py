@@ -12,8 +12,8 @@ import pytest
 from vtoken import config
 from vtoken.config import yaml_source as source
 from vtoken.errors import ConfigError
-from vtoken.evals.lmms.plan import Sweep
-from vtoken.evals.strict import Strict, read
+from vtoken.evals.quality.plan import Sweep
+from vtoken.evals.shared.yaml_options import YamlOptions, read
 from vtoken.evals.tune.space import Space
 
 
@@ -39,7 +39,7 @@ def behind_a_preset(value: str, folder: Path) -> Any:
     return config.load(f"pool-2,min_visual_tokens={value}").min_visual_tokens
 
 
-def strict(cls: type[Strict], text: str, folder: Path) -> Any:
+def strict(cls: type[YamlOptions], text: str, folder: Path) -> Any:
     file = folder / "given.yaml"
     file.write_text(text, encoding="utf-8")
     return read(cls, file)
@@ -47,7 +47,7 @@ def strict(cls: type[Strict], text: str, folder: Path) -> Any:
 
 def sweep_file(value: str, folder: Path) -> Any:
     given = strict(Sweep, f"model: m\ntasks: [t]\nmethods: [random]\nbudgets:\n  - {value}\n", folder)
-    return given.lineup()[0].stages[0].keep.plain()
+    return given.all_pipelines()[0].stages[0].keep.plain()
 
 
 def sweep_limit(value: str, folder: Path) -> Any:

@@ -28,11 +28,11 @@ def batch_of(model: Any, case: str) -> dict[str, torch.Tensor]:
     return tiny.build(model, [[odd if item == "other" else item for item in row] for row in CASES[case]], seed=3)
 
 
-def everything(p: oracle.PrefillQK) -> list[torch.Tensor]:
+def everything(p: oracle.Prompt) -> list[torch.Tensor]:
     return [torch.arange(int(p.visual[i.row, i.columns].sum())) for i in p.images]
 
 
-def some(p: oracle.PrefillQK) -> list[torch.Tensor]:
+def some(p: oracle.Prompt) -> list[torch.Tensor]:
     return [index[(index * 7) % 5 < 2] for index in everything(p)]
 
 

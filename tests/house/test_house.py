@@ -21,6 +21,7 @@ from vtoken.cli import main
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "vtoken"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+TRAINING = sorted((ROOT / "reference_models").glob("*.py"))
 METHODS = [f for folder in registry.FOLDERS.values() for f in sorted((PACKAGE / folder).rglob("*.py"))]
 
 # Layer -> the layers of vtoken it may import. Nothing points upwards.
@@ -92,6 +93,7 @@ def test_imports_go_down(file: Path) -> None:
     layer = layer_of(file)
     for name in imports(file):
         top, _, rest = name.partition(".")
+        assert top != "reference_models", "the package does not need the repository"
         if top == "vtoken":
             target = rest.partition(".")[0]
             target = target if target in MAY_IMPORT else "__init__"
@@ -100,15 +102,21 @@ def test_imports_go_down(file: Path) -> None:
             assert top in MAY_IMPORT_FROM_OTHERS[layer], f"{layer} must not import {name}"
 
 
-@pytest.mark.parametrize("file", [*SOURCES, *sorted((ROOT / "benchmarks").glob("*.py"))], ids=relative)
+@pytest.mark.parametrize("file", TRAINING, ids=relative)
+def test_the_reference_models_use_evals_alone(file: Path) -> None:
+    found = [name for name in imports(file) if name.partition(".")[0] == "vtoken"]
+    assert all(name.startswith("vtoken.evals.") for name in found)
+
+
+@pytest.mark.parametrize("file", [*SOURCES, *TRAINING, *sorted((ROOT / "benchmarks").glob("*.py"))], ids=relative)
 def test_one_place_reads_yaml(file: Path) -> None:
     names = {name.partition(".")[0] for name in imports(file)}
     assert "yaml" not in names or file == PACKAGE / "config" / "yaml_source.py"
 
 
-@pytest.mark.parametrize("file", [*SOURCES, *sorted((ROOT / "benchmarks").glob("*.py"))], ids=relative)
+@pytest.mark.parametrize("file", [*SOURCES, *TRAINING, *sorted((ROOT / "benchmarks").glob("*.py"))], ids=relative)
 def test_one_place_opens_pictures(file: Path) -> None:
-    assert ("Image.open(" in file.read_text(encoding="utf-8")) == (file == PACKAGE / "evals" / "media.py")
+    assert ("Image.open(" in file.read_text(encoding="utf-8")) == (file == PACKAGE / "evals" / "shared" / "media.py")
 
 
 @pytest.mark.parametrize("file", sorted((PACKAGE / "hooks").glob("*/*.py")), ids=relative)
@@ -142,7 +150,7 @@ def writes(file: Path) -> Iterator[tuple[int, str]]:
                         yield node.lineno, ast.unparse(part)
 
 
-@pytest.mark.parametrize("file", SOURCES, ids=relative)
+@pytest.mark.parametrize("file", [*SOURCES, *TRAINING], ids=relative)
 def test_only_the_handle_writes_to_a_model(file: Path) -> None:
     found = list(writes(file))
     if file == PACKAGE / "hooks" / "state" / "handle.py":
@@ -204,7 +212,9 @@ def test_the_readme_table_is_the_generated_one(capsys: pytest.CaptureFixture[str
 
 
 def test_no_file_is_long() -> None:
-    files = [f for folder in ("vtoken", "tests", "benchmarks") for f in (ROOT / folder).rglob("*.py")]
+    files = [
+        f for folder in ("vtoken", "tests", "benchmarks", "reference_models") for f in (ROOT / folder).rglob("*.py")
+    ]
     assert len(files) > 20
     long = {relative(f): n for f in files if (n := len(f.read_text(encoding="utf-8").splitlines())) > 400}
     assert not long
@@ -239,11 +249,12 @@ def test_a_wheel_holds_vtoken_whole_and_nothing_else(tmp_path: Path) -> None:
     project.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, project)
-    for name in ("vtoken", "tests"):
+    for name in ("vtoken", "tests", "reference_models"):
         shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
     code = f"from setuptools.build_meta import build_wheel; build_wheel({str(tmp_path)!r})"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=project, capture_output=True)
     (wheel,) = tmp_path.glob("vtoken-*.whl")
+    assert wheel.stat().st_size <= 10e6
     held = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0] for name in held} == {"vtoken", f"vtoken-{vtoken.__version__}.dist-info"}
     expected = {str(f.relative_to(project)) for f in (project / "vtoken").rglob("*") if f.is_file()}

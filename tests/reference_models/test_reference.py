@@ -1,4 +1,4 @@
-"""The shipped reference VLMs: stock loading, the held-out set, the generator and the recipes."""
+"""The reference VLMs: stock loading, the held-out set, the generator and the recipes."""
 
 import json
 import subprocess
@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import vtoken
+from vtoken.cli import main
 from vtoken.evals import reference
 
 # Per model: its classes, visual placeholders of a shipped picture, and how many of them are newlines.
@@ -42,6 +43,18 @@ def test_names_and_paths():
     assert all((reference.path(name) / "model.safetensors").stat().st_size <= 8e6 for name in SHIPPED)
     with pytest.raises(ValueError, match="did you mean 'tiny-llava'"):
         reference.path("tiny-lava")
+
+
+def test_an_installed_wheel_says_where_the_other_models_are(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(reference, "_REPOSITORY", tmp_path / "site-packages" / "reference_models")
+    monkeypatch.chdir(tmp_path)
+    assert reference.path().is_dir()
+    picture = str(reference.questions(1)[0].image)
+    for words in ("flops {}", "bench {}", f"show {{}} none {picture}", "calibrate vtw {}", "demo --model {}"):
+        assert main(words.format("tiny-qwen2.5-vl").split()) == 2
+        assert "tiny-qwen2.5-vl lies in reference_models/ of vtoken's repository" in capsys.readouterr().err
+    (tmp_path / "reference_models" / "tiny-qwen2.5-vl").mkdir(parents=True)
+    assert reference.path("tiny-qwen2.5-vl").parent == tmp_path / "reference_models"
 
 
 def test_stock_model_and_processor(name, loaded):
@@ -109,7 +122,7 @@ def test_the_weights_do_what_their_figures_say(name, loaded):
 def pictures():
     for package in ("sklearn", "skimage", "matplotlib"):
         pytest.importorskip(package)
-    from vtoken.evals.reference import pictures
+    from reference_models import pictures
 
     return pictures
 
@@ -146,7 +159,7 @@ def test_reading_order_is_plain(pictures):
 
 
 def test_shipped_set_is_what_the_generator_makes(pictures):
-    from vtoken.evals.reference.heldout import generate
+    from reference_models.heldout import generate
 
     folder = reference.questions(1)[0].image.parent
     rows = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
@@ -159,7 +172,7 @@ def test_shipped_set_is_what_the_generator_makes(pictures):
 
 
 def test_development_set_is_another_one(pictures, tmp_path):
-    from vtoken.evals.reference import heldout
+    from reference_models import heldout
 
     heldout.write(tmp_path, 2, seed=heldout.DEVELOPMENT)
     asked = reference.questions(12, tmp_path)
@@ -183,7 +196,7 @@ def begun(pictures, request):
     """A family, its model as training begins, and its processor."""
     import torch
 
-    from vtoken.evals.reference.train import FAMILIES as known
+    from reference_models.train import FAMILIES as known
 
     assert tuple(known) == FAMILIES
     torch.manual_seed(0)
@@ -195,8 +208,8 @@ def test_training_sees_what_the_stock_model_sees(begun):
     """Pictures through the recipe's shortcut and through the stock processor and model give the same visual tokens and the same logits."""
     import torch
 
-    from vtoken.evals.reference.batches import draw
-    from vtoken.evals.reference.family import Heads
+    from reference_models.batches import draw
+    from reference_models.family import Heads
 
     family, model, processor = begun
     batch = draw(np.random.RandomState(3), 2, 192, (3, 5))
@@ -230,7 +243,7 @@ def test_a_thinned_prompt_keeps_its_positions(begun):
 
 
 def test_qwen_takes_pictures_of_any_size(pictures):
-    from vtoken.evals.reference.train import FAMILIES as known
+    from reference_models.train import FAMILIES as known
 
     family = known["tiny-qwen2.5-vl"]
     processor = family.processor()
@@ -247,7 +260,7 @@ def test_smoke_recipe(pictures, tmp_path, name):
     """A few steps of every stage, and what they write loads as a stock model does."""
     from transformers import AutoModelForImageTextToText
 
-    from vtoken.evals.reference import train
+    from reference_models import train
 
     family = train.FAMILIES[name]
     train.train(family, tmp_path, family.recipe.smoke(), limit=6)
@@ -263,7 +276,7 @@ def test_smoke_recipe(pictures, tmp_path, name):
 
 
 def test_a_finished_cycle_is_not_run_again(pictures, tmp_path, capsys):
-    from vtoken.evals.reference import train
+    from reference_models import train
 
     family = train.FAMILIES["tiny-qwen2.5-vl"]
     for _ in range(2):

@@ -8,7 +8,7 @@ import tiny
 import vtoken
 from vtoken.config import load
 from vtoken.errors import UnsupportedError
-from vtoken.evals.flops import account
+from vtoken.evals.cost.flops import account
 
 HEADS = [["a_shape"] * 4] * 3
 

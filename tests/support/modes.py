@@ -46,7 +46,7 @@ def greedy(model: Any, batch: dict[str, Tensor], n: int = 6, **options: Any) -> 
     return model.generate(**batch, max_new_tokens=n, do_sample=False, **options)
 
 
-def masks(p: oracle.PrefillQK, stages: Sequence[Any]) -> tuple[Tensor, dict[int, Tensor]]:
+def masks(p: oracle.Prompt, stages: Sequence[Any]) -> tuple[Tensor, dict[int, Tensor]]:
     """What the traced stages leave to the decoder, and to its layers."""
     entry = [s for s in stages if s.site != "decoder"]
     return oracle.keep_mask(p, entry[-1].kept), {
@@ -54,7 +54,7 @@ def masks(p: oracle.PrefillQK, stages: Sequence[Any]) -> tuple[Tensor, dict[int,
     }
 
 
-def forced(model: Any, p: oracle.PrefillQK, stages: Sequence[Any], tokens: Tensor, compact: bool = False) -> Tensor:
+def forced(model: Any, p: oracle.Prompt, stages: Sequence[Any], tokens: Tensor, compact: bool = False) -> Tensor:
     """[n, B, V] logits of the oracle while it is made to say `tokens` [B, n]."""
     keep, inner = masks(p, stages)
     return oracle.generate(model, p, keep, tokens.shape[1], compact, inner, start=tokens.tolist())[1]

@@ -71,7 +71,7 @@ def logits(
 @torch.no_grad()
 def forced(
     model: Any,
-    p: oracle.PrefillQK,
+    p: oracle.Prompt,
     row: int,
     tokens: Sequence[int],
     lost: Lost,

@@ -6,12 +6,12 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from vtoken.evals.options import add_pictures
+from vtoken.evals.shared.options import add_pictures
 
 if TYPE_CHECKING:
     from vtoken.config import Pipeline
-    from vtoken.evals.break_even import Measured, Step
-    from vtoken.evals.latency import Bench, Row, Spread
+    from vtoken.evals.speed.break_even import Measured, Step
+    from vtoken.evals.speed.latency import Bench, Row, Spread
 
 EPILOG = """\
 examples:
@@ -102,8 +102,8 @@ def run(args: argparse.Namespace) -> int:
 
     from vtoken.config import load
     from vtoken.errors import ConfigError
-    from vtoken.evals import models
-    from vtoken.evals.latency import bench
+    from vtoken.evals.shared import models
+    from vtoken.evals.speed.latency import bench
 
     # A typing error must not cost the loading of a model.
     for name in ("threads", "batch", "text_tokens", "new_tokens", "repeats", "images", "frames", "up_to"):
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
 def _break_even(args: argparse.Namespace, model: Any, pipelines: list[Pipeline]) -> int:
     from tqdm import tqdm
 
-    from vtoken.evals.break_even import lengths, measure
+    from vtoken.evals.speed.break_even import lengths, measure
 
     tried = lengths(model.config, args.up_to, args.image_size, args.frames)
     options = {

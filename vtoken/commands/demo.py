@@ -59,8 +59,9 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from vtoken.evals import demo, reference
-    from vtoken.evals.report import render
+    from vtoken.evals import reference
+    from vtoken.evals.pictures import demo
+    from vtoken.evals.pictures.report import render
 
     if args.model not in reference.names():
         raise VtokenError(unknown("reference model", args.model, reference.names()))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from vtoken.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vtoken.evals.lmms.run import Results
+    from vtoken.evals.quality.run import Results
 
 EPILOG = """\
 examples:
@@ -86,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         VtokenError: lmms-eval is missing, or an argument that cannot be used.
     """
-    from vtoken.evals.lmms import paper
     from vtoken.evals.lmms.suites import expand, has_judge
+    from vtoken.evals.quality import paper
 
     if args.paper is not None and args.model is None:
         print(paper.beside(args.paper))
@@ -110,8 +110,8 @@ def run(args: argparse.Namespace) -> int:
 
     from vtoken.evals.lmms.harness import Harness
     from vtoken.evals.lmms.model import VtokenModel
-    from vtoken.evals.lmms.report import publish
-    from vtoken.evals.lmms.run import evaluate
+    from vtoken.evals.quality.report import publish
+    from vtoken.evals.quality.run import evaluate
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
         publish(results.folder)
         print(json.dumps(results.to_dict()))
         return 0
-    from vtoken.evals.console import show
+    from vtoken.evals.shared.console import show
 
     show(args.model, cells(results))
     for sentence in notes(results):

@@ -6,12 +6,12 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from vtoken.evals.options import add_pictures
+from vtoken.evals.shared.options import add_pictures
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vtoken.evals.flops import Account
+    from vtoken.evals.cost.flops import Account
 
 EPILOG = """\
 examples:
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         UnsupportedError: a model family whose arithmetic is not known, or video for one that has none.
     """
     from vtoken.config import load
-    from vtoken.evals.flops import account, resolve_config
+    from vtoken.evals.cost.flops import account, resolve_config
 
     config = resolve_config(args.model)
     options = {

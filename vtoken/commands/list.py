@@ -77,9 +77,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _matrix(classes: list[type[Stage]], args: argparse.Namespace) -> int:
-    from vtoken.evals.matrix import matrix
+    from vtoken.evals.cost.support_matrix import support_matrix
 
-    found = matrix(classes)
+    found = support_matrix(classes)
     notes = found.notes()
     if args.json:
         print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
@@ -104,7 +104,7 @@ def _matrix(classes: list[type[Stage]], args: argparse.Namespace) -> int:
 def _costs(classes: list[type[Stage]], args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from vtoken.evals.table import costs
+    from vtoken.evals.cost.decision_costs import costs
 
     found = costs(classes)
     about = {

@@ -37,11 +37,11 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         VtokenError: a folder without results, a method without published tables.
     """
-    from vtoken.evals.lmms import paper, report
-    from vtoken.evals.lmms.findings import findings, read
+    from vtoken.evals.quality import paper, report
+    from vtoken.evals.quality.analysis import analyse, read
 
     evaluation = read(args.folder)
-    found = findings(evaluation)
+    found = analyse(evaluation)
     if args.json:
         print(json.dumps(found))
         return 0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vtoken.errors import VtokenError
 
 if TYPE_CHECKING:
-    from vtoken.evals.media import Media
+    from vtoken.evals.shared.media import Media
 
 EXAMPLES = """examples:
   vtoken show tiny-llava fastervlm:32 picture.jpg
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from vtoken.config import load
-    from vtoken.evals.media import read
+    from vtoken.evals.shared.media import read
     from vtoken.session import match_processor, trace, watched
 
     pipeline = load(args.pipeline)
@@ -126,7 +126,7 @@ def picture(processor: Any, pixel_values: Any, media: Media, seen: Any, caption:
     Raises:
         ValueError: the trace has other images than the prompt.
     """
-    from vtoken.evals.overlay import captioned, drawn, owners, sheet, views
+    from vtoken.evals.pictures.overlay import captioned, drawn, owners, sheet, views
 
     if len(seen.parts) != media.items:
         raise ValueError(f"the prompt shows {media.items} images but the trace has {len(seen.parts)}")
@@ -140,7 +140,8 @@ def picture(processor: Any, pixel_values: Any, media: Media, seen: Any, caption:
 
 
 def _load(name: str) -> tuple[Any, Any]:
-    from vtoken.evals import models, processors, reference
+    from vtoken.evals import processors, reference
+    from vtoken.evals.shared import models
 
     if name in reference.names():
         return reference.load(name)

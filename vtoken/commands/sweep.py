@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vtoken.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vtoken.evals.lmms.run import Results
+    from vtoken.evals.quality.run import Results
 
 EPILOG = """\
 a sweep file:
@@ -66,9 +66,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         VtokenError: lmms-eval is missing, or a file or argument that cannot be used.
     """
-    from vtoken.evals.lmms.plan import Sweep
     from vtoken.evals.lmms.prepare import prepare, prepare_ray
-    from vtoken.evals.strict import read
+    from vtoken.evals.quality.plan import Sweep
+    from vtoken.evals.shared.yaml_options import read
 
     sweep = read(Sweep, args.file)
     if args.threads is not None and args.threads < 1:
@@ -80,10 +80,10 @@ def run(args: argparse.Namespace) -> int:
     prepare("vtoken sweep")
     import torch
 
-    from vtoken.evals.console import show
-    from vtoken.evals.lmms import sweep as sweeping
     from vtoken.evals.lmms.harness import ranks
-    from vtoken.evals.lmms.report import publish
+    from vtoken.evals.quality import sweep as sweeping
+    from vtoken.evals.quality.report import publish
+    from vtoken.evals.shared.console import show
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vtoken.errors import ConfigError
-from vtoken.evals.options import number
+from vtoken.evals.shared.options import number
 
 EPILOG = """\
 examples:
@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from vtoken.compressors.decoder._gates import save
-    from vtoken.evals import exits, samples
+    from vtoken.evals.calibrate import _train_exit_gates as exits
+    from vtoken.evals.shared import samples
 
     for name in ("hidden", "epochs", "batch", "rate"):
         if getattr(args, name) <= 0:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vtoken.errors import ConfigError, VtokenError
-from vtoken.evals.options import number
+from vtoken.evals.shared.options import number
 
 EPILOG = """\
 a space file:
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         VtokenError: Optuna is missing, or a file or argument that cannot be used.
     """
-    from vtoken.evals.strict import read
+    from vtoken.evals.shared.yaml_options import read
     from vtoken.evals.tune.space import Space
 
     space = read(Space, args.space)
@@ -109,18 +109,18 @@ def run(args: argparse.Namespace) -> int:
     tasks = samples.tasks(args.data, args.limit, folders=[folder.resolve() for folder in args.include])
     asked = samples.load(args.data, args.limit) if tasks is None else tasks.samples
     quality: Measure = args.quality or ("agreement" if tasks is None else "accuracy")
-    asker = _asker(args)
-    judge = Judge(asker, asked, quality, args.batch_size, tasks, args.first)
+    generator = _generator(args)
+    judge = Judge(generator, asked, quality, args.batch_size, tasks, args.first)
     about = {
         "model": args.model,
         "revision": args.revision,
-        "dtype": str(asker.model.dtype),
+        "dtype": str(generator.model.dtype),
         "batch_size": args.batch_size,
         "samples": samples.fingerprint(asked),
     }
-    if judge.marks is not None:
-        about |= {"scorers": judge.marks.tasks.names, "lmms_eval": version("lmms-eval")}
-    like = shape(asker, asked[0])
+    if judge.relative is not None:
+        about |= {"scorers": judge.relative.tasks.names, "lmms_eval": version("lmms-eval")}
+    like = shape(generator, asked[0])
     search = Search(judge, space, args.out, like, args.objective, args.keep_accuracy, args.first, args.seed, about)
     from tqdm import tqdm
 
@@ -140,14 +140,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _asker(args: argparse.Namespace) -> Any:
-    from vtoken.evals import models, processors, reference
-    from vtoken.evals.lmms.asker import Asker
+def _generator(args: argparse.Namespace) -> Any:
+    from vtoken.evals import processors, reference
+    from vtoken.evals.lmms.generation import TextGenerator
+    from vtoken.evals.shared import models
 
     model = models.load(args.model, device=args.device, dtype=args.dtype, revision=args.revision)
     shipped = args.model in reference.names()
     source = reference.path(args.model) if shipped else args.model
-    return Asker(model, processors.load(source, pillow=shipped, revision=args.revision))
+    return TextGenerator(model, processors.load(source, pillow=shipped, revision=args.revision))
 
 
 def _print(search: Any, files: list[Path]) -> None:

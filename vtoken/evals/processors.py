@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vtoken.errors import ConfigError, UnsupportedError
-from vtoken.evals.names import locate
+from vtoken.evals.shared.names import locate
 
 
 def load(source: str | Path, *, pillow: bool = False, revision: str | None = None) -> Any:

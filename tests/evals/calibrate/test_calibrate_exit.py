@@ -16,9 +16,10 @@ from vtoken import config
 from vtoken.cli import main
 from vtoken.compressors.decoder.attention_exit import AttentionExit
 from vtoken.errors import VtokenError
-from vtoken.evals import calibrate, reference, samples
+from vtoken.evals import calibrate, reference
 from vtoken.evals.calibrate import _attention as search
 from vtoken.evals.calibrate._attention import Point, Seen
+from vtoken.evals.shared import samples
 from vtoken.session import watched
 
 

@@ -12,8 +12,8 @@ from vtoken import config
 from vtoken.cli import main
 from vtoken.errors import ConfigError
 from vtoken.evals.calibrate import _fitprune as search
-from vtoken.evals.flops import account
-from vtoken.evals.geometry.decoder import decoder
+from vtoken.evals.cost.flops import account
+from vtoken.evals.cost.geometry.decoder import decoder
 
 
 def test_what_can_be_removed():

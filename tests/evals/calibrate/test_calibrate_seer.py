@@ -12,7 +12,9 @@ from known_sparse import heads_of, prompt
 import vtoken
 from vtoken.cli import main
 from vtoken.compressors.attention._seer import header, logits, matrices, pooled
-from vtoken.evals import reference, samples, seer
+from vtoken.evals import reference
+from vtoken.evals.calibrate import _train_block_gates as seer
+from vtoken.evals.shared import samples
 
 
 def test_maps_are_those_of_the_attention():

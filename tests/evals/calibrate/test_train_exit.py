@@ -17,9 +17,11 @@ from vtoken import config
 from vtoken.cli import main
 from vtoken.compressors.decoder._gates import header, question
 from vtoken.errors import ConfigError, UnsupportedError
-from vtoken.evals import exits, reference, samples
+from vtoken.evals import reference
+from vtoken.evals.calibrate import _train_exit_gates as exits
 from vtoken.evals.calibrate import vtw
-from vtoken.evals.withdraw import Withdrawal
+from vtoken.evals.calibrate._exit_reference import ExitReference
+from vtoken.evals.shared import samples
 
 
 @families
@@ -28,7 +30,7 @@ def test_withdrawal_says_what_vtw_says(family, attn):
     model = tiny.make(family, attn)
     for row in (0, 1):
         one = alone(model, tiny.build(model, rows_for(family, "ragged"), seed=3), row)
-        run = Withdrawal(model, one)
+        run = ExitReference(model, one)
         with torch.no_grad():
             torch.testing.assert_close(run.full, model(**one).logits[0, run.columns], atol=1e-5, rtol=1e-5)
         placeholders = one["input_ids"][0] == tiny.IMG
@@ -45,7 +47,7 @@ def test_withdrawal_is_of_one_prompt_with_an_image():
     model = tiny.make("llava")
     for rows in ([[3]], [[3, "img", 2], [1, "img", 2]]):
         with pytest.raises(UnsupportedError, match="one prompt with an image"):
-            Withdrawal(model, tiny.build(model, rows, seed=3))
+            ExitReference(model, tiny.build(model, rows, seed=3))
 
 
 def test_labels_and_features_are_those_of_wrapped_runs():

@@ -15,7 +15,7 @@ from vtoken import trace, wrapped
 from vtoken.compressors.cache.snapkv import SnapKV
 from vtoken.config import load
 from vtoken.errors import UnsupportedError
-from vtoken.evals.flops import LEFT_OUT, account
+from vtoken.evals.cost.flops import LEFT_OUT, account
 from vtoken.hooks.state.pruned_cache import cache_bytes
 from vtoken.pruners.tokens.fastervlm import FasterVLM
 from vtoken.pruners.tokens.uniform import Uniform

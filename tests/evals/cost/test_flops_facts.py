@@ -11,7 +11,7 @@ from flop_counts import MODELS, Pipe, counted
 from watchers import First, Watcher
 
 import vtoken
-from vtoken.evals.flops import LEFT_OUT, account
+from vtoken.evals.cost.flops import LEFT_OUT, account
 from vtoken.hooks.decoder.attention_facts import ROWS
 from vtoken.stages import Fact
 

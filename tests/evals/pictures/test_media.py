@@ -16,9 +16,10 @@ from tiny_processors import processor
 from transformers.image_utils import load_image
 
 from vtoken.errors import ConfigError, UnsupportedError
-from vtoken.evals import media, processors, samples
+from vtoken.evals import processors
 from vtoken.evals.calibrate import dtome
 from vtoken.evals.lmms import prompts
+from vtoken.evals.shared import media, samples
 
 RED, BLUE = (Image.new("RGB", (60, 40), colour) for colour in ((200, 40, 40), (40, 40, 200)))
 

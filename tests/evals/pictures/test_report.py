@@ -11,8 +11,8 @@ import torch
 from html_page import Page
 from PIL import Image, ImageStat
 
-from vtoken.evals.overlay import as_seen, overlay, owners, sheet
-from vtoken.evals.report import Case, Panel, Report, Row, render, wilson
+from vtoken.evals.pictures.overlay import as_seen, overlay, owners, sheet
+from vtoken.evals.pictures.report import Case, Panel, Report, Row, render, wilson
 from vtoken.hooks.state.trace import StageTrace, Trace
 
 GRID = (1, 2, 3)

@@ -14,8 +14,9 @@ pytest.importorskip("lmms_eval")
 from vtoken import config
 from vtoken.cli import main
 from vtoken.errors import ConfigError, VtokenError
-from vtoken.evals.lmms import cluster, plan, prepare, sweep
-from vtoken.evals.lmms.plan import Point, Sweep
+from vtoken.evals.lmms import prepare
+from vtoken.evals.quality import cluster, plan, sweep
+from vtoken.evals.quality.plan import Point, Sweep
 
 SWEEP = Sweep(model="tiny-llava", tasks=("a", "b"))
 POINTS = [Point(k, config.load(f"random:{k + 1}"), task, f"{k}{task}") for k in range(3) for task in ("a", "b")]
@@ -127,7 +128,7 @@ def test_another_machine_must_hold_the_same(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.chdir(tmp_path)
     given = SWEEP.model_copy(update={"tasks": ("smoke",), "device": "cpu"})
-    runs = sweep.lineup([config.load("random:4")])
+    runs = sweep.with_dense([config.load("random:4")])
     keys = {point.key for point in plan.points(given, runs, "abc")}
     for others, code in (({"other"}, plan.code()), (keys, "other")):
         worker = cluster.Worker(given, runs, others, "abc", code, tmp_path, tmp_path, 1)

@@ -16,10 +16,10 @@ from html_page import Page
 
 from vtoken.cli import main
 from vtoken.errors import VtokenError
-from vtoken.evals.lmms import regressions, report
-from vtoken.evals.lmms.findings import findings, read
-from vtoken.evals.lmms.pareto import front
-from vtoken.evals.plots import fronts, looks
+from vtoken.evals.pictures.plots import fronts, looks
+from vtoken.evals.quality import regressions, report
+from vtoken.evals.quality.analysis import analyse, read
+from vtoken.evals.quality.pareto import front
 
 RIGHT = [1.0] * 8 + [0.0] * 2
 WORSE = [0.0, 0.0, *[1.0] * 6, 1.0, 0.0]  # lost 2, won 1
@@ -56,7 +56,7 @@ def test_the_front_is_what_nobody_dominates() -> None:
 
 
 def test_numbers_by_hand(folder: Path) -> None:
-    found = findings(read(folder))
+    found = analyse(read(folder))
     dense, good, bad = found["pipelines"]  # the last dense run is drift, not a row
     assert [row["name"] for row in found["pipelines"]] == ["dense", "good:8", "bad:8"] and bad["method"] == "bad"
     assert found["tasks"]["one"]["pictures"] == 5
@@ -78,7 +78,7 @@ def test_intervals_are_drawn_over_pictures(tmp_path: Path) -> None:
     scores = np.repeat(rng.integers(2, size=(2, 30)), 4, axis=1).astype(float).reshape(2, 30, 4).transpose(0, 2, 1)
     mine, theirs = scores.reshape(2, 120).tolist()
     wide, narrow = (
-        findings(
+        analyse(
             read(write(tmp_path / f"{n}", [run("dense", None, {"t": theirs}), run("p", "p", {"t": mine})], pictures=n))
         )["pipelines"][1]["tasks"]["t"]["difference"]
         for n in (30, 120)
@@ -88,7 +88,7 @@ def test_intervals_are_drawn_over_pictures(tmp_path: Path) -> None:
 
 def test_lower_is_better_and_missing_scores(tmp_path: Path) -> None:
     rows = [run("dense", None, {"t": [1.0, 3.0, None, 2.0]}), run("p", "p", {"t": [2.0, 3.0, 1.0, None]})]
-    task = findings(read(write(tmp_path / "out", rows, pictures=4, higher=False)))["pipelines"][1]["tasks"]["t"]
+    task = analyse(read(write(tmp_path / "out", rows, pictures=4, higher=False)))["pipelines"][1]["tasks"]["t"]
     assert task["scored"] == 2 and task["difference"][0] == -0.5  # worse
     assert task["of_dense"] is None and task["lost"] is None
 
@@ -97,7 +97,7 @@ def test_a_value_that_is_no_mean_is_marked(folder: Path) -> None:
     results = json.loads((folder / "results.json").read_text())
     results["runs"][2]["tasks"]["one"]["of_dense"] = 0.5
     (folder / "results.json").write_text(json.dumps(results))
-    found = findings(read(folder))
+    found = analyse(read(folder))
     assert [found["pipelines"][2]["tasks"][name]["own_mean"] for name in ("one", "two")] == [False, True]
     assert "(mean of documents)" in report.markdown(found)
 
@@ -138,7 +138,7 @@ def test_of_many_methods_those_on_a_front_are_coloured(tmp_path: Path) -> None:
     rows = [run("dense", None, {"t": RIGHT})]
     rows += [run(f"m{k}", f"m{k}", {"t": WORSE}, visual=90 - 9 * k, ttft=0.9 - k / 10, flops=900 - k) for k in range(6)]
     few, crowd = (read(write(tmp_path / f"{n}", rows[:n], pictures=10)) for n in (6, 7))
-    found = [findings(each) for each in (few, crowd)]
+    found = [analyse(each) for each in (few, crowd)]
     assert [looks(each["pipelines"])["m4"][0] for each in found] == ["series-4", "soft"]
     # Equally good, so the cheapest is alone on every front.
     assert [name for name, look in looks(found[1]["pipelines"]).items() if look[0] != "soft"] == ["m5"]
@@ -154,7 +154,7 @@ def test_budgets_of_a_method_are_one_line(tmp_path: Path) -> None:
     rows = [run("dense", None, {"t": RIGHT})]
     rows += [run(f"a:{n}", f"a: {{keep: {n}}}", {"t": WORSE}, visual=n) for n in (8, 32, 16)]
     rows.insert(2, run("b", "b", {"t": RIGHT}, visual=4))
-    found = findings(read(write(tmp_path / "out", rows, pictures=10)))["pipelines"]
+    found = analyse(read(write(tmp_path / "out", rows, pictures=10)))["pipelines"]
     paths = re.findall(r'<path d="([^"]*)"[^>]*stroke: var\(--series-0\)', fronts(found, "tokens", "x"))
     (line,) = [path for path in paths if path.count("L") == 2]  # whiskers have one, markers none
     x = [float(each) for each in re.findall(r"[ML] ([\d.]+)", line)]
@@ -167,14 +167,14 @@ def test_times_of_a_speed_pass_count(folder: Path) -> None:
         spread = None if ratio is None else {"ttft": {"median": ratio, "low": ratio - 0.01, "high": ratio + 0.02}}
         return {"name": name, "milliseconds": {"ttft": {"median": ms, "low": ms, "high": ms}}, "to_dense": spread}
 
-    assert not findings(read(folder))["benched"]
+    assert not analyse(read(folder))["benched"]
     results = json.loads((folder / "results.json").read_text())
     results["speed"] = {
         "rows": [timed("dense", 40, None), timed("good:8", 50, 1.3), timed("bad:8", 10, 0.3), timed("dense", 40, 1)]
     }
     (folder / "results.json").write_text(json.dumps(results))
     evaluation = read(folder)
-    found = findings(evaluation)
+    found = analyse(evaluation)
     dense, good, bad = found["pipelines"]
     assert [(row["ttft"], row["ttft_ratio"]) for row in (dense, good, bad)] == [(0.04, 1.0), (0.05, 1.3), (0.01, 0.3)]
     assert (bad["ttft_low"], bad["ttft_high"], dense["ttft_low"]) == (pytest.approx(0.29), pytest.approx(0.32), None)
@@ -189,7 +189,7 @@ def test_a_long_table_is_folded(tmp_path: Path) -> None:
     rows = [run("dense", None, {"t": RIGHT})]
     rows += [run(f"m:{k}", f"m: {{keep: {k}}}", {"t": WORSE}, visual=k) for k in range(1, 31)]
     texts = [
-        report.render(each, findings(each))
+        report.render(each, analyse(each))
         for each in (read(write(tmp_path / f"{n}", rows[:n], pictures=10)) for n in (3, 31))
     ]
     assert ["<details>" in text for text in texts] == [False, True]
@@ -210,7 +210,7 @@ def test_without_the_extra_there_are_tables_and_advice(
 
 def test_json_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(folder), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == findings(read(folder))
+    assert json.loads(capsys.readouterr().out) == analyse(read(folder))
     assert not (folder / "table.md").exists()
 
 
@@ -220,7 +220,7 @@ def test_an_unfinished_run_counts_for_what_finished(folder: Path) -> None:
     results |= {"complete": False, "drift": None, "cases": []}
     (folder / "results.json").write_text(json.dumps(results))
     evaluation = read(folder)
-    found = findings(evaluation)
+    found = analyse(evaluation)
     assert [row["name"] for row in found["pipelines"]] == ["dense", "good:8"]
     assert "The run was interrupted" in report.render(evaluation, found) and "Not complete" in report.markdown(found)
     (folder / "results.json").write_text(json.dumps({**results, "runs": []}))

@@ -29,11 +29,12 @@ from lmms_eval.models.registry_v2 import ModelRegistryV2
 import vtoken
 from vtoken import config
 from vtoken.errors import ConfigError, UnsupportedError, VtokenError
-from vtoken.evals.flops import account
-from vtoken.evals.lmms import manifest, regressions, run, suites
+from vtoken.evals.cost.flops import account
+from vtoken.evals.lmms import manifest, suites
 from vtoken.evals.lmms.harness import Harness, numbers
 from vtoken.evals.lmms.model import VtokenModel
 from vtoken.evals.lmms.prompts import Prompt
+from vtoken.evals.quality import regressions, run
 
 ROOT = Path(__file__).parents[3]
 TWO = ["random:5", "uniform:4"]
@@ -90,7 +91,7 @@ def test_arguments_as_lmms_eval_writes_them(folder: Path, tmp_path: Path) -> Non
     ]
     assert all(row["pipeline"] == "random:5" and row["task"] == "plain" for row in rows)
     bare = VtokenModel.create_from_arg_string(f"pretrained={folder},device=cpu,pipeline=none")
-    assert bare.asker.pipeline is None
+    assert bare.generator.pipeline is None
     Harness([task], [tmp_path / "tasks"]).run(bare, task, None, tmp_path / "scorers")
     # The text, and the words of the system prompt.
     assert rows[0]["prompt_tokens"] == bare.requests[0].reply.cost.prompt_tokens + 2
@@ -116,7 +117,7 @@ def test_pixels_as_lmms_eval_has_them(tmp_path: Path) -> None:
 
 
 def test_a_run_and_its_files(model: VtokenModel, tmp_path: Path) -> None:
-    weights = {name: value.clone() for name, value in model.asker.model.state_dict().items()}
+    weights = {name: value.clone() for name, value in model.generator.model.state_dict().items()}
     first, second = (lmms_tasks.write(tmp_path, name, rows) for name, rows in (("few", 2), ("many", 5)))
     results = evaluated(model, [first, second], tmp_path, limit=4, command="as called")
     written = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -142,7 +143,7 @@ def test_a_run_and_its_files(model: VtokenModel, tmp_path: Path) -> None:
             assert found["same_as_dense"] == sum(row["same_as_dense"] for row in own) / len(own)
             assert found["visual_tokens_entry"] == kept and found["ttft_s"] > 0
             plan = account(
-                model.asker.model.config,
+                model.generator.model.config,
                 config.load(each["name"]) if 0 < k < 3 else None,
                 text_tokens=text,
                 new_tokens=1,
@@ -157,8 +158,8 @@ def test_a_run_and_its_files(model: VtokenModel, tmp_path: Path) -> None:
     assert held["pixels"]["crop_size"] == {"height": 56, "width": 56} and held["commit"] == run.commit()
     assert written["tasks"]["few"]["leaves"]["few"]["generation_kwargs"]["max_new_tokens"] == 3
     # Nothing is left behind: hooks, weights (lmms-eval deletes those it finds after a run), empty folders.
-    assert model.asker.pipeline is None and not (tmp_path / "out" / "scorers").exists()
-    assert all(torch.equal(value, weights[name]) for name, value in model.asker.model.state_dict().items())
+    assert model.generator.pipeline is None and not (tmp_path / "out" / "scorers").exists()
+    assert all(torch.equal(value, weights[name]) for name, value in model.generator.model.state_dict().items())
     with pytest.raises(ConfigError, match="holds results already"):
         evaluated(model, [first], tmp_path)
 
@@ -245,7 +246,7 @@ def test_an_exception_ends_the_run(model: VtokenModel, tmp_path: Path) -> None:
     assert raised.value.__notes__ == ["while random+probes answered plain 0, plain 1, plain 2"]
     written = json.loads((tmp_path / "out" / "results.json").read_text())
     assert not written["complete"] and [each["name"] for each in written["runs"]] == ["dense"]
-    assert model.asker.pipeline is None
+    assert model.generator.pipeline is None
     with pytest.raises(UnsupportedError, match="anyres"):
         run.evaluate(
             model, [config.load({"anyres": "2x2", "stages": ["pool"]})], Harness([task], [tmp_path]), tmp_path / "new"
@@ -308,12 +309,12 @@ def test_groups_count_their_parts_alike(model: VtokenModel, tmp_path: Path) -> N
     assert sorted(results.tasks["both"]["leaves"]) == ["few", "many"] and len(lines(results, 1)) == 6
 
 
-def test_lineup() -> None:
+def test_dense_runs_first_and_last() -> None:
     loaded = [config.load(p) for p in ("none", "random:5", [], "random:5")]
-    assert [p.name for p in run.lineup(loaded)] == ["dense", "random:5", "dense"]
-    assert run.lineup([]) == run.lineup(loaded[:1]) == [run.DENSE]
+    assert [p.name for p in run.with_dense(loaded)] == ["dense", "random:5", "dense"]
+    assert run.with_dense([]) == run.with_dense(loaded[:1]) == [run.DENSE]
     with pytest.raises(ConfigError, match="two pipelines are called 'random'"):
-        run.lineup([config.load([{"random": {"keep": k}}]) for k in (4, 5)])
+        run.with_dense([config.load([{"random": {"keep": k}}]) for k in (4, 5)])
 
 
 def test_numbers_are_what_is_a_number() -> None:

@@ -22,10 +22,10 @@ from lmms_eval.utils import load_yaml_config
 from vtoken import config
 from vtoken.cli import main
 from vtoken.evals import reference
-from vtoken.evals.lmms import run
 from vtoken.evals.lmms.harness import TASKS, Harness
 from vtoken.evals.lmms.model import VtokenModel
 from vtoken.evals.lmms.suites import KNOWN, SUITES, document_score
+from vtoken.evals.quality import run
 
 OWN = ("vtoken_glyph_qa", "vtoken_glyph_pairs", "vtoken_glyph_video")
 BUILT_IN = Path(lmms_eval.tasks.__file__).parent

@@ -12,9 +12,10 @@ from PIL import Image
 
 from vtoken.cli import main
 from vtoken.errors import ConfigError
-from vtoken.evals import models, processors, reference, samples
-from vtoken.evals.configs import resolve_config
-from vtoken.evals.lmms.plan import weights
+from vtoken.evals import processors, reference
+from vtoken.evals.quality.plan import weights
+from vtoken.evals.shared import models, samples
+from vtoken.evals.shared.configs import resolve_config
 
 WAYS = {
     "model": models.load,

@@ -11,7 +11,8 @@ from eval_folder import run, write
 from vtoken import config, registry
 from vtoken.cli import main
 from vtoken.errors import ConfigError
-from vtoken.evals.lmms import paper, suites
+from vtoken.evals.lmms import suites
+from vtoken.evals.quality import paper
 
 TABLES = paper.tables()
 

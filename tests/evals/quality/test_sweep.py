@@ -25,11 +25,11 @@ from vtoken.cli import main
 from vtoken.commands.sweep import cells
 from vtoken.errors import ConfigError, VtokenError
 from vtoken.evals import reference
-from vtoken.evals.lmms import points, sweep
-from vtoken.evals.lmms.plan import Speed, Sweep
-from vtoken.evals.lmms.run import Results
 from vtoken.evals.lmms.suites import KNOWN
-from vtoken.evals.strict import read
+from vtoken.evals.quality import points, sweep
+from vtoken.evals.quality.plan import Speed, Sweep
+from vtoken.evals.quality.run import Results
+from vtoken.evals.shared.yaml_options import read
 from vtoken.session import wrapped
 
 ROOT = Path(__file__).parents[3]
@@ -186,7 +186,7 @@ def test_torn_and_foreign_files_are_made_anew(place: Path, given: Sweep, whole: 
 
 def test_what_decides_the_numbers_names_the_points(given: Sweep, whole: Results) -> None:
     def keys(sweep_: Sweep, commit: str | None = "abc") -> set[str]:
-        return {point.key for point in sweep.points(sweep_, sweep.lineup(sweep_.lineup()), commit)}
+        return {point.key for point in sweep.points(sweep_, sweep.with_dense(sweep_.all_pipelines()), commit)}
 
     own = keys(given)
     assert len(own) == RUNS * 2
@@ -256,7 +256,7 @@ def test_an_error_leaves_what_was_finished(place: Path, given: Sweep, monkeypatc
 
 
 def test_other_documents_are_told(place: Path, given: Sweep, whole: Results) -> None:
-    todo = sweep.points(given, sweep.lineup(given.lineup()), sweep.commit())
+    todo = sweep.points(given, sweep.with_dense(given.all_pipelines()), sweep.commit())
     victim = next(point for point in todo if point.run == 1)
     kept = points.load(whole.folder, victim.key, points.is_point)
     points.save(whole.folder, victim.key, {**kept, "about": {**kept["about"], "hash": "other"}})
@@ -280,7 +280,7 @@ def test_shipped_sweeps_run_on_their_model(file: Path) -> None:
     asked = read(Sweep, file)
     assert file.stem == f"sweep-{asked.model}" and set(asked.tasks) <= set(KNOWN)
     model, _ = reference.load(asked.model)
-    for pipeline in asked.lineup():
+    for pipeline in asked.all_pipelines():
         with wrapped(model, pipeline):
             pass
 

@@ -13,8 +13,8 @@ pytest.importorskip("lmms_eval")
 
 from vtoken.cli import main
 from vtoken.errors import VtokenError
-from vtoken.evals.lmms import points, report
-from vtoken.evals.lmms.findings import findings, read
+from vtoken.evals.quality import points, report
+from vtoken.evals.quality.analysis import analyse, read
 
 COST = {"prompt_tokens": 9, "input_tokens": 9, "visual_tokens": 4, "visual_tokens_entry": 4, "visual_tokens_mean": 4.0, "new_tokens": 1,
         "batch": 1, "preprocess_s": 0.1, "ttft_s": 0.1, "decode_s": 0.1, "stages": {"fastv@2": 0.1}}  # fmt: skip
@@ -155,4 +155,4 @@ def test_pictures_are_those_of_the_folder(folder):
     (folder / "cases" / "0-0.jpg").write_bytes(b"torn")
     with pytest.raises(VtokenError, match=r"0-0\.jpg"):
         report.cases(read(folder))
-    assert findings(evaluation)
+    assert analyse(evaluation)

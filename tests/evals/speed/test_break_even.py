@@ -15,10 +15,10 @@ from probes import Deep
 from vtoken import config
 from vtoken.cli import main
 from vtoken.errors import ConfigError
-from vtoken.evals import break_even
-from vtoken.evals.break_even import Length, Measured, Step, lengths, measure
-from vtoken.evals.configs import builtin, resolve_config
-from vtoken.evals.latency import Bench, Row, Spread, bench
+from vtoken.evals.shared.configs import builtin, resolve_config
+from vtoken.evals.speed import break_even
+from vtoken.evals.speed.break_even import Length, Measured, Step, lengths, measure
+from vtoken.evals.speed.latency import Bench, Row, Spread, bench
 
 FEW = {"repeats": 2, "warmup": 0, "new_tokens": 2, "text_tokens": 20}
 

@@ -20,10 +20,10 @@ from vtoken.cli import main
 from vtoken.commands.bench import cells, markdown, notes
 from vtoken.config import load
 from vtoken.errors import ConfigError, UnsupportedError
-from vtoken.evals import models
-from vtoken.evals.inputs import random_prompt
-from vtoken.evals.latency import COMPARED, PARTS, Bench, Spread, bench, break_even, ratios, row, spread
-from vtoken.evals.timing import Runner, Sample, Subject
+from vtoken.evals.shared import models
+from vtoken.evals.speed.inputs import random_prompt
+from vtoken.evals.speed.latency import COMPARED, PARTS, Bench, Spread, bench, break_even, ratios, row, spread
+from vtoken.evals.speed.timing import Runner, Sample, Subject
 from vtoken.hooks.state.trace import StageTrace, Trace
 
 SHARES = (("a", 0.25), ("b", 0.125), ("a", 0.5))  # of a stage, layer by layer

@@ -22,10 +22,11 @@ from vtoken import config, wrapped
 from vtoken.cli import main
 from vtoken.commands import tune as command
 from vtoken.errors import ConfigError, VtokenError
-from vtoken.evals import models, processors
-from vtoken.evals.flops import account
-from vtoken.evals.lmms.asker import Asker
+from vtoken.evals import processors
+from vtoken.evals.cost.flops import account
+from vtoken.evals.lmms.generation import TextGenerator
 from vtoken.evals.lmms.prompts import encode
+from vtoken.evals.shared import models
 from vtoken.evals.tune import samples
 from vtoken.evals.tune import search as searching
 from vtoken.evals.tune.cost import Shape, share
@@ -54,9 +55,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def askers(place: Path) -> dict[str, Asker]:
+def generators(place: Path) -> dict[str, TextGenerator]:
     return {
-        family: Asker(models.load(str(place / family), device="cpu"), processors.load(place / family))
+        family: TextGenerator(models.load(str(place / family), device="cpu"), processors.load(place / family))
         for family in FOLDERS
     }
 
@@ -81,8 +82,8 @@ def search(judge: Judge, folder: Path, given: Space = ONE, **changed: Any) -> Se
 class Scripted(Judge):
     """A judge whose scores are given: pipeline's budget -> scores."""
 
-    def __init__(self, asker: Asker, scores: dict[int, list[float]]) -> None:
-        self.asker, self.by_keep, self.measure, self.dense = asker, scores, "agreement", 1.0
+    def __init__(self, generator: TextGenerator, scores: dict[int, list[float]]) -> None:
+        self.generator, self.by_keep, self.measure, self.dense = generator, scores, "agreement", 1.0
         self.samples = [None] * len(next(iter(scores.values())))
         self.asked: list[tuple[int, int]] = []
 
@@ -172,60 +173,62 @@ def test_prompts_of_tasks_are_those_the_model_is_asked() -> None:
 @pytest.mark.parametrize("family", FOLDERS)
 @pytest.mark.parametrize("measure", ["agreement", "cosine"])
 def test_what_drops_nothing_keeps_everything(
-    family: str, measure: Any, askers: dict[str, Asker], asked: list[samples.Sample]
+    family: str, measure: Any, generators: dict[str, TextGenerator], asked: list[samples.Sample]
 ) -> None:
-    judge = Judge(askers[family], asked, measure, batch_size=4)
+    judge = Judge(generators[family], asked, measure, batch_size=4)
     found = [score for batch in judge.scores(config.load("random:100%")) for score in batch]
     assert judge.dense == 1 and found == pytest.approx([1.0] * 6, abs=1e-5)
-    assert askers[family].pipeline is None
+    assert generators[family].pipeline is None
 
 
 @pytest.mark.parametrize("family", FOLDERS)
-def test_cosine_is_of_the_last_hidden_state(family: str, askers: dict[str, Asker], asked: list[samples.Sample]) -> None:
-    asker, pipeline = askers[family], config.load("random:3")
+def test_cosine_is_of_the_last_hidden_state(
+    family: str, generators: dict[str, TextGenerator], asked: list[samples.Sample]
+) -> None:
+    generator, pipeline = generators[family], config.load("random:3")
 
     def last(batch: list[samples.Sample]) -> torch.Tensor:
-        inputs = encode(asker.processor, [s.prompt for s in batch], asker.model)
+        inputs = encode(generator.processor, [s.prompt for s in batch], generator.model)
         with torch.inference_mode():
-            return asker.model.model(**inputs).last_hidden_state[:, -1].double()
+            return generator.model.model(**inputs).last_hidden_state[:, -1].double()
 
     dense = torch.cat([last([sample]) for sample in asked])
-    with wrapped(asker.model, pipeline):
+    with wrapped(generator.model, pipeline):
         pruned = torch.cat([last([sample]) for sample in asked])
     want = (dense * pruned).sum(1) / (dense.norm(dim=1) * pruned.norm(dim=1))
     for size in (1, 4):
-        judge = Judge(asker, asked, "cosine", size)
+        judge = Judge(generator, asked, "cosine", size)
         found = [score for batch in judge.scores(pipeline) for score in batch]
         assert found == pytest.approx(want.tolist(), abs=1e-5)
     assert want.max() < 0.99999
 
 
-def test_accuracy_is_against_the_answers(askers: dict[str, Asker], asked: list[samples.Sample]) -> None:
-    said = Judge(askers["llava"], asked, "agreement")._said
+def test_accuracy_is_against_the_answers(generators: dict[str, TextGenerator], asked: list[samples.Sample]) -> None:
+    said = Judge(generators["llava"], asked, "agreement")._said
     known = [
         samples.Sample(s.prompt, f" {text.upper()}" if k else "no", s.options)
         for k, (s, text) in enumerate(zip(asked, said, strict=True))
     ]
-    judge = Judge(askers["llava"], known, "accuracy")
+    judge = Judge(generators["llava"], known, "accuracy")
     assert judge.dense == pytest.approx(5 / 6)
     assert [s for batch in judge.scores(config.load("random:100%")) for s in batch] == [0, 1, 1, 1, 1, 1]
     with pytest.raises(ConfigError, match="accuracy needs an answer"):
-        Judge(askers["llava"], [samples.Sample(asked[0].prompt, None, {})], "accuracy")
+        Judge(generators["llava"], [samples.Sample(asked[0].prompt, None, {})], "accuracy")
     with pytest.raises(ConfigError, match="answers nothing right"):
-        Judge(askers["llava"], [samples.Sample(asked[0].prompt, "none of this", {})], "accuracy")
+        Judge(generators["llava"], [samples.Sample(asked[0].prompt, "none of this", {})], "accuracy")
 
 
-def test_cost_is_a_share_of_dense(askers: dict[str, Asker]) -> None:
-    asker, pipeline = askers["llava"], config.load("random:2")
+def test_cost_is_a_share_of_dense(generators: dict[str, TextGenerator]) -> None:
+    generator, pipeline = generators["llava"], config.load("random:2")
     options = {"text_tokens": 8, "new_tokens": 1}
-    own, dense = (account(asker.model.config, p, **options).total for p in (pipeline, None))
-    assert share(asker, pipeline, "flops", LIKE) == pytest.approx(own / dense) and own < dense
-    assert share(asker, pipeline, "ttft", LIKE) > 0
+    own, dense = (account(generator.model.config, p, **options).total for p in (pipeline, None))
+    assert share(generator, pipeline, "flops", LIKE) == pytest.approx(own / dense) and own < dense
+    assert share(generator, pipeline, "ttft", LIKE) > 0
 
 
-def test_trials_are_stopped_by_what_they_show_first(askers: dict[str, Asker], tmp_path: Path) -> None:
+def test_trials_are_stopped_by_what_they_show_first(generators: dict[str, TextGenerator], tmp_path: Path) -> None:
     good, late, bad = [1.0] * 6, [1.0] * 4 + [0.0] * 2, [0.0] * 6
-    judge = Scripted(askers["llava"], {1: bad, 2: late, 4: good})
+    judge = Scripted(generators["llava"], {1: bad, 2: late, 4: good})
     values = space(random=[{"random": {"keep": {"values": [1, 2, 4]}}}])
     found = search(judge, tmp_path, values, keep=0.5)
     for text in ("4", "2", "1"):
@@ -244,8 +247,8 @@ def test_trials_are_stopped_by_what_they_show_first(askers: dict[str, Asker], tm
     assert "cannot reach the floor" in strict.study.trials[0].user_attrs["stopped"]
 
 
-def test_a_study_goes_on(askers: dict[str, Asker], asked: list[samples.Sample], tmp_path: Path) -> None:
-    judge = Judge(askers["llava"], asked, "cosine", 6)
+def test_a_study_goes_on(generators: dict[str, TextGenerator], asked: list[samples.Sample], tmp_path: Path) -> None:
+    judge = Judge(generators["llava"], asked, "cosine", 6)
     first = search(judge, tmp_path, keep=0.1)
     first.run(3)
     before = first.to_dict()["trials"]
@@ -263,8 +266,8 @@ def test_a_study_goes_on(askers: dict[str, Asker], asked: list[samples.Sample], 
             search(judge, tmp_path, **{"keep": 0.1, **change})
 
 
-def test_seeds_decide(askers: dict[str, Asker], asked: list[samples.Sample], tmp_path: Path) -> None:
-    judge = Judge(askers["llava"], asked[:2], "cosine", 2)
+def test_seeds_decide(generators: dict[str, TextGenerator], asked: list[samples.Sample], tmp_path: Path) -> None:
+    judge = Judge(generators["llava"], asked[:2], "cosine", 2)
     found = [search(judge, tmp_path / str(k), seed=seed, keep=0.1) for k, seed in enumerate((3, 3, 4))]
     for each in found:
         each.run(4)
@@ -272,8 +275,8 @@ def test_seeds_decide(askers: dict[str, Asker], asked: list[samples.Sample], tmp
     assert a == b != c
 
 
-def test_the_front_is_written(askers: dict[str, Asker], tmp_path: Path) -> None:
-    judge = Scripted(askers["llava"], {1: [0.0] * 3 + [1.0], 2: [1.0] * 4, 4: [1.0] * 4, 6: [0.0] + [1.0] * 3})
+def test_the_front_is_written(generators: dict[str, TextGenerator], tmp_path: Path) -> None:
+    judge = Scripted(generators["llava"], {1: [0.0] * 3 + [1.0], 2: [1.0] * 4, 4: [1.0] * 4, 6: [0.0] + [1.0] * 3})
     values = space(random=[{"random": {"keep": {"values": [1, 2, 4, 6]}}}])
     found = search(judge, tmp_path, values, keep=0.25, first=4)  # type: ignore[arg-type]
     for keep in (1, 2, 4, 6):
@@ -291,12 +294,12 @@ def test_the_front_is_written(askers: dict[str, Asker], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("objective", ["flops", "ttft"])
 def test_what_is_no_cheaper_than_dense_is_not_recommended(
-    objective: Any, askers: dict[str, Asker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    objective: Any, generators: dict[str, TextGenerator], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """However good it is; a tie is no gain either."""
     costs = {1: 0.5, 2: 1.0, 4: 1.2}
-    monkeypatch.setattr(searching, "share", lambda asker, pipeline, *_: costs[pipeline.stages[0].keep.plain()])
-    judge = Scripted(askers["llava"], {1: [1.0, 0.0], 2: [1.0, 1.0], 4: [1.0, 1.0]})
+    monkeypatch.setattr(searching, "share", lambda generator, pipeline, *_: costs[pipeline.stages[0].keep.plain()])
+    judge = Scripted(generators["llava"], {1: [1.0, 0.0], 2: [1.0, 1.0], 4: [1.0, 1.0]})
     values = space(random=[{"random": {"keep": {"values": [1, 2, 4]}}}])
     for tried, kept in (((1, 2, 4), [1]), ((2, 4), [])):
         found = search(judge, tmp_path / str(len(tried)), values, keep=0.3, objective=objective)  # type: ignore[arg-type]
@@ -314,13 +317,15 @@ def test_what_is_no_cheaper_than_dense_is_not_recommended(
         assert ("no time was taken" in told) == (objective == "flops" and bool(kept))
 
 
-def test_a_model_that_can_serve_nothing(askers: dict[str, Asker], asked: list[samples.Sample], tmp_path: Path) -> None:
-    judge = Judge(askers[FOLDERS[-1]], asked[:1], "agreement")
+def test_a_model_that_can_serve_nothing(
+    generators: dict[str, TextGenerator], asked: list[samples.Sample], tmp_path: Path
+) -> None:
+    judge = Judge(generators[FOLDERS[-1]], asked[:1], "agreement")
     refused = space(zip=[{"fastervlm": {"keep": 2}}], far=[{"fastv": {"layer": 99, "keep": 2}}])
     found = search(judge, tmp_path, Space(alternatives={"far": refused.alternatives["far"]}))
     with pytest.raises(VtokenError, match="serve none of the pipelines tried"):
         found.run(2)
-    assert judge.asker.pipeline is None
+    assert judge.generator.pipeline is None
 
 
 def test_the_command(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,14 +18,15 @@ import lmms_tasks
 from vtoken import config
 from vtoken.cli import main
 from vtoken.errors import ConfigError, VtokenError
-from vtoken.evals import models, processors
-from vtoken.evals.lmms.asker import Asker
+from vtoken.evals import processors
+from vtoken.evals.lmms.generation import TextGenerator
 from vtoken.evals.lmms.harness import Harness
 from vtoken.evals.lmms.model import VtokenModel
+from vtoken.evals.shared import models
 from vtoken.evals.tune import samples
 from vtoken.evals.tune.cost import Shape
-from vtoken.evals.tune.marks import Marks
 from vtoken.evals.tune.quality import Judge
+from vtoken.evals.tune.relative_score import RelativeScore
 from vtoken.evals.tune.search import Search
 from vtoken.evals.tune.space import Space
 from vtoken.evals.tune.tasks import Tasks
@@ -87,22 +88,24 @@ def test_documents_that_are_asked_twice(place: Path) -> None:
 
 
 def test_marks_are_shares_of_dense_task_by_task(both: Tasks) -> None:
-    marks = Marks(both, SAID)
-    assert marks.steady and marks.quality == pytest.approx(1)
+    relative = RelativeScore(both, SAID)
+    assert relative.steady and relative.quality == pytest.approx(1)
     other = SAID[::-1]
     want = [worth(text) for text in other]
     own, dense = ((fmean(v[:5]), fmean(v[5:])) for v in (want, [worth(text) for text in SAID]))
-    found = marks.of(other)
-    assert marks.quality == pytest.approx((own[0] / dense[0] + own[1] / dense[1]) / 2)
-    assert fmean(found) == pytest.approx(marks.quality) and marks.values == pytest.approx(dict(zip(both.names, own)))  # noqa: B905
-    assert marks.of(other[:6]) == pytest.approx(found[:6])
-    assert all(score <= most for score, most in zip(found, marks.most, strict=True))
-    assert fmean(marks.most) == pytest.approx((1 / dense[0] + 1 / dense[1]) / 2)
+    found = relative.of(other)
+    assert relative.quality == pytest.approx((own[0] / dense[0] + own[1] / dense[1]) / 2)
+    assert fmean(found) == pytest.approx(relative.quality) and relative.values == pytest.approx(
+        dict(zip(both.names, own, strict=True))
+    )
+    assert relative.of(other[:6]) == pytest.approx(found[:6])
+    assert all(score <= most for score, most in zip(found, relative.most, strict=True))
+    assert fmean(relative.most) == pytest.approx((1 / dense[0] + 1 / dense[1]) / 2)
 
 
 def test_a_metric_that_is_no_mean_is_told_at_the_end(place: Path) -> None:
     # The best of equal documents is their mean too: only others tell.
-    one = Marks(tasks(place, "best"), ["c", "c", "c", "c"])
+    one = RelativeScore(tasks(place, "best"), ["c", "c", "c", "c"])
     assert one.base == {"best": pytest.approx(0.9)} and not one.steady
     found = one.of(["e", "e", "g", ""])
     assert found == pytest.approx([3 / 9] * 4) and one.quality == pytest.approx(3 / 9)
@@ -110,33 +113,33 @@ def test_a_metric_that_is_no_mean_is_told_at_the_end(place: Path) -> None:
 
 def test_metrics_that_cannot_be_kept(place: Path, both: Tasks) -> None:
     with pytest.raises(ConfigError, match="hit of task errors is better when it is lower; take --quality agreement"):
-        Marks(tasks(place, "errors"), ["b", "b"])
+        RelativeScore(tasks(place, "errors"), ["b", "b"])
     with pytest.raises(ConfigError, match="score on task three is 0, of which no share can be kept"):
-        Marks(both, SAID[:5])
+        RelativeScore(both, SAID[:5])
     with pytest.raises(VtokenError, match="task broken cannot be scored: ZeroDivisionError"):
         tasks(place, "broken")
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_accuracy_is_what_vtoken_eval_reports(place: Path, both: Tasks, batch: int) -> None:
-    asker = Asker(models.load(str(place / "model"), device="cpu"), processors.load(place / "model"))
-    judge = Judge(asker, both.samples, "accuracy", batch, both, chunk=2)
+    generator = TextGenerator(models.load(str(place / "model"), device="cpu"), processors.load(place / "model"))
+    judge = Judge(generator, both.samples, "accuracy", batch, both, chunk=2)
     streamed = list(judge.scores(config.load("random:2")))
-    assert judge.marks is not None and asker.pipeline is None
+    assert judge.relative is not None and generator.pipeline is None
     assert [len(scores) for scores in streamed] == ([2, 2, 2, 2] if batch == 1 else [3, 3, 2])
     scores = [score for each in streamed for score in each]
     model, harness = VtokenModel(str(place / "model"), device="cpu"), Harness(both.names, [place / "tasks"])
-    for values, pipeline in ((judge.marks.base, "none"), (judge.marks.values, "random:2")):
+    for values, pipeline in ((judge.relative.base, "none"), (judge.relative.values, "random:2")):
         model.use(config.load(pipeline))
         assert values == {name: harness.run(model, name, None, place / "scorers").value for name in both.names}
-    assert judge.marks.values != judge.marks.base
+    assert judge.relative.values != judge.relative.base
     assert judge.quality(scores) == pytest.approx(fmean(scores)) and judge.dense == 1
-    assert judge.quality([0.0] * 8) == judge.marks.quality > 0  # the metric has the last word
+    assert judge.quality([0.0] * 8) == judge.relative.quality > 0  # the metric has the last word
 
 
 def test_trials_are_stopped_by_what_tasks_leave_possible(place: Path, both: Tasks, tmp_path: Path) -> None:
-    asker = Asker(models.load(str(place / "model"), device="cpu"), processors.load(place / "model"))
-    judge = Judge(asker, both.samples, "accuracy", 1, both, chunk=2)
+    generator = TextGenerator(models.load(str(place / "model"), device="cpu"), processors.load(place / "model"))
+    judge = Judge(generator, both.samples, "accuracy", 1, both, chunk=2)
     asked = 0
 
     def mute(batch: object) -> list[str]:
@@ -152,7 +155,7 @@ def test_trials_are_stopped_by_what_tasks_leave_possible(place: Path, both: Task
     left = next(k for k, bound in zip((2, 4, 6, 8), [*bounds, 0], strict=True) if bound < 0.98)
     assert asked == left
     (trial,) = search.to_dict()["trials"]
-    assert (trial["stopped"] is not None) == (left < 8) and search.to_dict()["dense"] == judge.marks.base  # type: ignore[union-attr]
+    assert (trial["stopped"] is not None) == (left < 8) and search.to_dict()["dense"] == judge.relative.base  # type: ignore[union-attr]
 
 
 def test_the_command(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,7 +140,7 @@ def test_the_key_is_read_written_and_described(tmp_path):
 
 
 def test_the_account_knows_it():
-    from vtoken.evals.flops import account
+    from vtoken.evals.cost.flops import account
 
     model = tiny.llava()
     stages = config.load([{"uniform": {"keep": 4}}]).stages

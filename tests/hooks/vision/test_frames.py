@@ -18,7 +18,7 @@ from usual import CACHE, SPARSE
 
 import vtoken
 from vtoken.errors import UnsupportedError
-from vtoken.evals.flops import account
+from vtoken.evals.cost.flops import account
 from vtoken.hooks.state.run import ImageLayout
 from vtoken.hooks.vision import frames
 from vtoken.pruners.frames.frames_changed import FramesChanged

@@ -14,7 +14,7 @@ from probes import Recorder
 import vtoken
 from vtoken import registry
 from vtoken.errors import UnsupportedError
-from vtoken.evals.flops import account
+from vtoken.evals.cost.flops import account
 from vtoken.hooks.state.run import FeatureCall
 from vtoken.stages import Fact
 

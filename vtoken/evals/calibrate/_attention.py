@@ -14,8 +14,8 @@ from torch import Tensor
 from vtoken.compressors.decoder._exits import asked
 from vtoken.compressors.decoder.attention_exit import AttentionExit
 from vtoken.errors import VtokenError
-from vtoken.evals.samples import Sample, answer_of, continued, prepare
-from vtoken.evals.withdraw import Withdrawal
+from vtoken.evals.calibrate._exit_reference import ExitReference
+from vtoken.evals.shared.samples import Sample, answer_of, continued, prepare
 from vtoken.session import wrapped
 from vtoken.stages import Keep, VisualTokens, keep_all
 
@@ -93,7 +93,7 @@ def see(model: Any, processor: Any, samples: Sequence[Sample], stage: AttentionE
 
 def keeps(model: Any, prompt: dict[str, Tensor], answer: Tensor, layers: Sequence[int]) -> list[bool]:
     """Whether greedy decoding gives this answer if images leave before each of the layers."""
-    run = Withdrawal(model, continued(prompt, answer))
+    run = ExitReference(model, continued(prompt, answer))
     return [bool((run.without(k)[-len(answer) - 1 : -1].argmax(1) == answer).all()) for k in layers]
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from vtoken.errors import ConfigError
-from vtoken.evals.geometry.decoder import decoder
-from vtoken.evals.geometry.shapes import Layers
+from vtoken.evals.cost.geometry.decoder import decoder
+from vtoken.evals.cost.geometry.shapes import Layers
 from vtoken.session import wrapped
 from vtoken.stages import Fact, Keep, Site, Stage, VisualTokens
 

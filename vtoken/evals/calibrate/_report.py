@@ -47,7 +47,7 @@ def tell(args: argparse.Namespace, found: Mapping[str, Any], rows: Rows, sentenc
     if args.json:
         print(json.dumps({"method": args.method, "model": args.model, "pipeline": pipeline, **found}))
         return
-    from vtoken.evals.console import show
+    from vtoken.evals.shared.console import show
 
     show(f"{args.method} for {args.model}", rows)
     print(sentence)
@@ -68,7 +68,7 @@ def tell_pipeline(
     if args.json:
         tell(args, {"file": args.out and str(args.out), **found}, rows, about, text)
         return
-    from vtoken.evals.console import show
+    from vtoken.evals.shared.console import show
 
     show(f"{args.method} for {args.model}", rows, stderr=args.out is None)
     print(f"wrote {args.out}: {about}" if args.out else about, file=sys.stdout if args.out else sys.stderr)

@@ -10,9 +10,9 @@ from vtoken.compressors.decoder.attention_exit import AttentionExit
 from vtoken.errors import ConfigError
 from vtoken.evals.calibrate._attention import Point, search, see
 from vtoken.evals.calibrate._report import add_json, add_out, check_out, tell_pipeline
-from vtoken.evals.options import number
-from vtoken.evals.report import wilson
-from vtoken.evals.samples import ABOUT, load, read
+from vtoken.evals.pictures.report import wilson
+from vtoken.evals.shared.options import number
+from vtoken.evals.shared.samples import ABOUT, load, read
 
 SUMMARY = "the share of attention below which images leave (attention_exit)"
 SHOWN = 8  # thresholds in the table

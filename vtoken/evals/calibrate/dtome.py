@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from vtoken import registry
-    from vtoken.evals import models, processors, reference
+    from vtoken.evals import processors, reference
+    from vtoken.evals.shared import models
 
     check_out(args.out)
     files = pictures(args.images, args.limit)
@@ -104,7 +105,7 @@ def pictures(folder: Path, limit: int | None = None) -> list[Path]:
     Raises:
         ConfigError: there are none, or a limit below 1.
     """
-    from vtoken.evals.media import suffixes
+    from vtoken.evals.shared.media import suffixes
 
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit must be at least 1, not {limit}")
@@ -238,7 +239,7 @@ def _packed(adapter: Any, stage: Any) -> Callable[[Any], None]:
 
 
 def _open(file: Path) -> Any:
-    from vtoken.evals.media import still
+    from vtoken.evals.shared.media import still
 
     try:
         return still(file)

@@ -8,8 +8,8 @@ from dataclasses import asdict
 
 from vtoken.errors import ConfigError
 from vtoken.evals.calibrate._report import add_json, add_out, check_out, tell_pipeline
-from vtoken.evals.options import number
-from vtoken.evals.samples import ABOUT
+from vtoken.evals.shared.options import number
+from vtoken.evals.shared.samples import ABOUT
 
 SUMMARY = "table of visual tokens that leave behind each decoder layer"
 EPILOG = """\
@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
     if args.limit < 1:
         raise ConfigError(f"--limit must be at least 1 question, not {args.limit}")
     check_out(args.out)
-    from vtoken.evals import samples
     from vtoken.evals.calibrate._fitprune import fit
+    from vtoken.evals.shared import samples
 
     # The first shipped questions stay fresh for a test.
     asked = samples.read(args.data, args.limit) if args.data else samples.read("reference")[-args.limit :]

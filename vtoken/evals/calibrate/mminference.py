@@ -16,7 +16,7 @@ from torch import Tensor
 from vtoken import registry
 from vtoken.errors import ConfigError
 from vtoken.evals.calibrate._report import add_json, add_out, check_out, tell_pipeline
-from vtoken.evals.options import add_pictures
+from vtoken.evals.shared.options import add_pictures
 from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, everything
 
 SUMMARY = "search MMInference's pattern of every head on one prompt of random or given pictures"
@@ -85,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: a prompt that is too long, or a model or option that cannot be used.
     """
-    from vtoken.evals import models
-    from vtoken.evals.inputs import random_prompt
+    from vtoken.evals.shared import models
+    from vtoken.evals.speed.inputs import random_prompt
 
     check_out(args.out)
     model: Any = models.load(

@@ -9,8 +9,8 @@ from typing import Any
 from vtoken.compressors.attention._seer import SIZES, save
 from vtoken.errors import ConfigError
 from vtoken.evals.calibrate._report import add_json, check_out, tell
-from vtoken.evals.options import number
-from vtoken.evals.samples import ABOUT, load, read
+from vtoken.evals.shared.options import number
+from vtoken.evals.shared.samples import ABOUT, load, read
 
 SUMMARY = "train SeerAttention's gates on the model's own attention"
 EXAMPLES = """\
@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from vtoken.compressors.attention.seerattention import SeerAttention
-    from vtoken.evals import exits, seer
+    from vtoken.evals.calibrate import _train_block_gates as seer
+    from vtoken.evals.calibrate import _train_exit_gates as exits
 
     for name in ("steps", "batch", "rate"):
         if getattr(args, name) <= 0:

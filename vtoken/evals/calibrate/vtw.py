@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from vtoken.errors import ConfigError
+from vtoken.evals.calibrate._exit_reference import ExitReference
 from vtoken.evals.calibrate._report import add_json, tell
-from vtoken.evals.options import number
-from vtoken.evals.samples import ABOUT, Sample, load, prepare, read
-from vtoken.evals.withdraw import Withdrawal
+from vtoken.evals.shared.options import number
+from vtoken.evals.shared.samples import ABOUT, Sample, load, prepare, read
 
 SUMMARY = "the decoder layer before which all visual tokens can leave (vtw)"
 EXAMPLES = """examples:
@@ -83,7 +83,7 @@ def divergences(model: Any, processor: Any, samples: Sequence[Sample]) -> list[f
     """Mean divergence for layers 1 to L - 1."""
     rows = []
     for sample in samples:
-        run = Withdrawal(model, prepare(model, processor, sample))
+        run = ExitReference(model, prepare(model, processor, sample))
         rows.append(torch.stack([divergence(run.without(k)[-1], run.full[-1]) for k in range(1, len(run.entering))]))
     means: list[float] = torch.stack(rows).mean(0).tolist()
     return means

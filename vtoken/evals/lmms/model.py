@@ -19,12 +19,13 @@ import vtoken
 from vtoken import config
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, UnsupportedError
-from vtoken.evals import models, processors, reference
-from vtoken.evals.lmms.asker import Asker
-from vtoken.evals.lmms.plan import code, named_files, weights
+from vtoken.evals import processors, reference
+from vtoken.evals.lmms.generation import TextGenerator
 from vtoken.evals.lmms.prompts import LMMS_EVAL_PIXELS, Prompt, from_chat, limit_pixels, pixels
 from vtoken.evals.lmms.records import Request
 from vtoken.evals.lmms.response_cache import identify
+from vtoken.evals.quality.plan import code, named_files, weights
+from vtoken.evals.shared import models
 
 
 class VtokenModel(lmms):
@@ -112,12 +113,12 @@ class VtokenModel(lmms):
         self.requests: list[Request] = []
         self._sources: dict[tuple[str, int], tuple[Any, str]] = {}
         # A torch module in an attribute of its own would be deleted after a run: see `clean`.
-        self.asker = Asker(model, processor, max_new_tokens)
+        self.generator = TextGenerator(model, processor, max_new_tokens)
         self.use(parsed)
 
     @property
     def device(self) -> Any:
-        return self.asker.model.device
+        return self.generator.model.device
 
     @property
     def batch_size(self) -> int:
@@ -130,22 +131,22 @@ class VtokenModel(lmms):
             UnsupportedError: a stage that the model cannot serve; the model is dense then.
         """
         stock = not pipeline.stages and pipeline.anyres == "model"
-        self.asker.use(None if stock else pipeline)
+        self.generator.use(None if stock else pipeline)
         self.requests = []
 
     def about(self) -> dict[str, Any]:
         """Everything that decides answers, weights aside."""
-        pipeline = self.asker.pipeline
+        pipeline = self.generator.pipeline
         return {
             "pretrained": self.pretrained,
             "revision": self.revision,
             "pipeline": None if pipeline is None else config.dump(pipeline),
-            "dtype": str(self.asker.model.dtype).removeprefix("torch."),
-            "attention": self.asker.model.config._attn_implementation,
-            "pixels": pixels(self.asker.processor),
+            "dtype": str(self.generator.model.dtype).removeprefix("torch."),
+            "attention": self.generator.model.config._attn_implementation,
+            "pixels": pixels(self.generator.processor),
             "frames": self.frames,
             "system_prompt": self.system_prompt,
-            "max_new_tokens": self.asker.max_new_tokens,
+            "max_new_tokens": self.generator.max_new_tokens,
             "batch_size": self.batch_size_per_gpu,
         }
 
@@ -153,7 +154,7 @@ class VtokenModel(lmms):
         # lmms-eval's response cache takes it for the model's identity.
         about = {
             **self.about(),
-            "files": [] if self.asker.pipeline is None else named_files(self.asker.pipeline),
+            "files": [] if self.generator.pipeline is None else named_files(self.generator.pipeline),
             "weights": self._weights,
             "vtoken": [vtoken.__version__, code()],
         }
@@ -161,7 +162,7 @@ class VtokenModel(lmms):
 
     @cached_property
     def _weights(self) -> str | None:
-        return getattr(self.asker.model.config, "_commit_hash", None) or weights(self.pretrained, self.revision)
+        return getattr(self.generator.model.config, "_commit_hash", None) or weights(self.pretrained, self.revision)
 
     def clean(self) -> None:
         """Keeps the weights: lmms-eval calls this after every run, to free what the next run of a sweep needs again."""
@@ -195,7 +196,7 @@ class VtokenModel(lmms):
                 self._prompt(request.args[1], task, split, doc)
                 for request, (task, doc, split) in zip(batch, about, strict=True)
             ]
-            replies = self.asker.ask(prompts, batch[0].args[2])
+            replies = self.generator.generate(prompts, batch[0].args[2])
         except Exception as error:
             where = ", ".join(f"{task} {doc}" for task, doc, _ in about)
             error.add_note(f"while {self._label()} answered {where}")
@@ -248,7 +249,7 @@ class VtokenModel(lmms):
         log_metrics(seconds, tokens, tokens / seconds, {"num_requests": len(costs), **means})
 
     def _label(self) -> str:
-        return "dense" if self.asker.pipeline is None else self.asker.pipeline.name
+        return "dense" if self.generator.pipeline is None else self.generator.pipeline.name
 
     def _result(self, request: Request) -> GenerationResult:
         cost = request.reply.cost

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from vtoken.errors import ConfigError, UnsupportedError, shown
-from vtoken.evals import media
 from vtoken.evals.processors import apply, check_video
+from vtoken.evals.shared import media
 
 # What lmms-eval's Qwen classes set; Hugging Face's own processors say 3,136 to 1,003,520.
 LMMS_EVAL_PIXELS = (256 * 28 * 28, 1605632)

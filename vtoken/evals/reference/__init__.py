@@ -1,6 +1,7 @@
-"""The shipped reference VLMs, which read coloured digits, their held-out questions, and what it takes to ask them.
+"""The reference VLMs, which read coloured digits, and their held-out questions.
 
-Importing this needs neither torch nor transformers. The models are stock: `load()` is two calls of `from_pretrained`.
+Importing this needs neither torch nor transformers. The models are stock: `load()` is two calls of `from_pretrained`. tiny-llava is part
+of the package; the others lie in the repository, which also holds how all of them are trained: see reference_models/.
 """
 
 import json
@@ -13,6 +14,7 @@ from vtoken.errors import ConfigError, unknown
 
 KINDS = ("digit", "color", "count", "read", "exists", "next")
 _HERE = Path(__file__).parent
+_REPOSITORY = _HERE.parents[2] / "reference_models"
 _NAMES = ("tiny-llava", "tiny-llava-next", "tiny-qwen2.5-vl")
 
 
@@ -28,19 +30,26 @@ class Question:
 
 
 def names() -> tuple[str, ...]:
-    """Names of the shipped models."""
+    """Names of the reference models."""
     return _NAMES
 
 
 def path(name: str = "tiny-llava") -> Path:
-    """Folder of a shipped model.
+    """Folder of a reference model: in the package, in the checkout it is installed from, or in one that is the working directory.
 
     Raises:
-        ConfigError: there is no such model; suggests the nearest name.
+        ConfigError: there is no such model (suggests the nearest name), or it is not in the installed package (says how to get it).
     """
     if name not in _NAMES:
         raise ConfigError(unknown("reference model", name, _NAMES))
-    return _HERE / name
+    places = [_HERE / name, _REPOSITORY / name, Path("reference_models", name).absolute()]
+    found = next((place for place in places if place.is_dir()), None)
+    if found is None:
+        raise ConfigError(
+            f"{name} lies in reference_models/ of vtoken's repository and is not part of the installed package; run the command in the "
+            "root of a checkout, or give the model's folder"
+        )
+    return found
 
 
 def load(
@@ -65,7 +74,7 @@ def processor(folder: Path) -> Any:
 def questions(limit: int | None = None, folder: Path | None = None) -> list[Question]:
     """The held-out set, or its first `limit` questions; questions about one picture follow each other, one of each kind.
 
-    `folder`: another set that `vtoken.evals.reference.heldout` wrote.
+    `folder`: another set that `reference_models.heldout` wrote.
     """
     folder = _HERE / "glyph-qa" if folder is None else folder
     rows = (folder / "questions.jsonl").read_text().splitlines()[:limit]
@@ -99,7 +108,7 @@ def answers(
     """Greedy answers in left-padded batches. Calls `model.generate` and nothing else; `progress(done, total)` is called after every batch."""
     import torch
 
-    from vtoken.evals.media import still
+    from vtoken.evals.shared.media import still
 
     said: list[str] = []
     for start in range(0, len(questions), batch_size):

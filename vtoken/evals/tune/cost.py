@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vtoken.config import Pipeline
-from vtoken.evals.flops import account
-from vtoken.evals.latency import bench
-from vtoken.evals.lmms.asker import Asker
+from vtoken.evals.cost.flops import account
+from vtoken.evals.lmms.generation import TextGenerator
+from vtoken.evals.speed.latency import bench
 from vtoken.evals.tune.samples import Sample
 
 Objective = Literal["flops", "ttft"]
@@ -28,18 +28,18 @@ class Shape:
         return dict(vars(self))
 
 
-def shape(asker: Asker, sample: Sample) -> Shape:
+def shape(generator: TextGenerator, sample: Sample) -> Shape:
     """Of a sample; its pictures are taken for equally large."""
     prompt = sample.prompt
     pictures = [*prompt.images, *(clip.frames[0] for clip in prompt.clips)]
     size = (pictures[0].height, pictures[0].width) if pictures else None
     frames = len(prompt.clips[0].frames) if prompt.clips else 1
-    cost = asker.ask([prompt], {**sample.options, "max_new_tokens": 1})[0].cost
+    cost = generator.generate([prompt], {**sample.options, "max_new_tokens": 1})[0].cost
     text = max(1, cost.prompt_tokens - cost.visual_tokens)
     return Shape(max(1, len(pictures)), frames, size, text)
 
 
-def share(asker: Asker, pipeline: Pipeline, objective: Objective, like: Shape) -> float:
+def share(generator: TextGenerator, pipeline: Pipeline, objective: Objective, like: Shape) -> float:
     """Cost of one prefill over dense's: all FLOPs, vision included, or the median of interleaved rounds.
 
     Raises:
@@ -47,8 +47,8 @@ def share(asker: Asker, pipeline: Pipeline, objective: Objective, like: Shape) -
     """
     options = {**like.to_dict(), "new_tokens": 1}
     if objective == "flops":
-        config = asker.model.config
+        config = generator.model.config
         return account(config, pipeline, **options).total / account(config, **options).total
-    found = bench(asker.model, [pipeline], repeats=ROUNDS, warmup=1, **options).rows[1].to_dense
+    found = bench(generator.model, [pipeline], repeats=ROUNDS, warmup=1, **options).rows[1].to_dense
     assert found is not None and found["ttft"] is not None  # every pipeline has both
     return found["ttft"].median

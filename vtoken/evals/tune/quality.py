@@ -10,9 +10,9 @@ from torch import Tensor
 
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError
-from vtoken.evals.lmms.asker import Asker
+from vtoken.evals.lmms.generation import TextGenerator
 from vtoken.evals.lmms.prompts import encode
-from vtoken.evals.tune.marks import Marks
+from vtoken.evals.tune.relative_score import RelativeScore
 from vtoken.evals.tune.samples import Sample
 
 if TYPE_CHECKING:  # It needs lmms-eval.
@@ -29,7 +29,7 @@ class Judge:
             aside; or "cosine", mean cosine of the last prompt token's final hidden state with the dense model's, which is what
             VFlowOpt is tuned with (its authors sum it over 30 samples).
         batch_size: prompts at a time.
-        tasks: that the samples come from; accuracy is then what `Marks` says, by their own scorers.
+        tasks: that the samples come from; accuracy is then what `RelativeScore` says, by their own scorers.
         chunk: samples after which those are asked again.
 
     Attributes:
@@ -39,11 +39,11 @@ class Judge:
         ConfigError: accuracy without an answer to every sample, or of a model that answers nothing right.
     """
 
-    marks: Marks | None = None
+    relative: RelativeScore | None = None
 
     def __init__(
         self,
-        asker: Asker,
+        generator: TextGenerator,
         samples: Sequence[Sample],
         measure: Measure,
         batch_size: int = 1,
@@ -52,14 +52,14 @@ class Judge:
     ) -> None:
         if measure == "accuracy" and tasks is None and any(sample.answer is None for sample in samples):
             raise ConfigError("accuracy needs an answer to every sample; add them, or take --quality agreement")
-        self.asker, self.samples, self.measure, self.batch_size = asker, list(samples), measure, batch_size
+        self.generator, self.samples, self.measure, self.batch_size = generator, list(samples), measure, batch_size
         self.chunk = chunk
-        asker.use(None)
+        generator.use(None)
         self._said = [] if measure == "cosine" else [text for batch in self._batches() for text in self._answers(batch)]
         self._states = [s for batch in self._batches() for s in self._hidden(batch)] if measure == "cosine" else []
         self.dense = 1.0
         if measure == "accuracy" and tasks is not None:
-            self.marks = Marks(tasks, self._said)
+            self.relative = RelativeScore(tasks, self._said)
         elif measure == "accuracy":
             right = [_same(said, s.answer or "") for said, s in zip(self._said, self.samples, strict=True)]
             self.dense = sum(right) / len(right)
@@ -71,11 +71,11 @@ class Judge:
     @property
     def most(self) -> list[float]:
         """Highest score of every sample."""
-        return [1.0] * len(self.samples) if self.marks is None else self.marks.most
+        return [1.0] * len(self.samples) if self.relative is None else self.relative.most
 
     def quality(self, scores: Sequence[float]) -> float:
         """Of a pipeline, from the scores of all samples, right after they were given."""
-        return sum(scores) / len(scores) if self.marks is None else self.marks.quality
+        return sum(scores) / len(scores) if self.relative is None else self.relative.quality
 
     def scores(self, pipeline: Pipeline) -> Generator[list[float], None, None]:
         """Scores of one batch after the other, of tasks of one chunk; the model is dense again when it ends or is closed.
@@ -83,16 +83,16 @@ class Judge:
         Raises:
             UnsupportedError: a stage that the model cannot serve.
         """
-        self.asker.use(pipeline)
+        self.generator.use(pipeline)
         try:
             done = 0
-            for batch in self._batches() if self.marks is None else ():
+            for batch in self._batches() if self.relative is None else ():
                 yield self._score(batch, done)
                 done += len(batch)
-            if self.marks is not None:
-                yield from self._marked(self.marks)
+            if self.relative is not None:
+                yield from self._scored_by_tasks(self.relative)
         finally:
-            self.asker.use(None)
+            self.generator.use(None)
 
     def _score(self, batch: Sequence[Sample], start: int) -> list[float]:
         if self.measure == "cosine":
@@ -101,13 +101,13 @@ class Judge:
         wanted = self._said[start:] if self.measure == "agreement" else [s.answer or "" for s in batch]
         return [float(_same(own, other)) for own, other in zip(self._answers(batch), wanted, strict=False)]
 
-    def _marked(self, marks: Marks) -> Iterator[list[float]]:
+    def _scored_by_tasks(self, relative: RelativeScore) -> Iterator[list[float]]:
         answers: list[str] = []
         told = 0
         for batch in self._batches():
             answers += self._answers(batch)
-            if len(answers) == len(self.samples) or (marks.steady and len(answers) - told >= self.chunk):
-                yield marks.of(answers)[told:]
+            if len(answers) == len(self.samples) or (relative.steady and len(answers) - told >= self.chunk):
+                yield relative.of(answers)[told:]
                 told = len(answers)
 
     def _batches(self) -> Iterator[list[Sample]]:
@@ -121,13 +121,13 @@ class Judge:
         yield batch
 
     def _answers(self, batch: Sequence[Sample]) -> list[str]:
-        return [reply.text for reply in self.asker.ask([s.prompt for s in batch], batch[0].options)]
+        return [reply.text for reply in self.generator.generate([s.prompt for s in batch], batch[0].options)]
 
     @torch.inference_mode()
     def _hidden(self, batch: Sequence[Sample]) -> list[Tensor]:
         """[D] of every sample, on the CPU."""
-        model: Any = self.asker.model
-        inputs = encode(self.asker.processor, [s.prompt for s in batch], model)
+        model: Any = self.generator.model
+        inputs = encode(self.generator.processor, [s.prompt for s in batch], model)
         out = model.generate(
             **inputs, do_sample=False, max_new_tokens=1, return_dict_in_generate=True, output_hidden_states=True
         )

@@ -92,7 +92,7 @@ class Search:
             trial.set_user_attr("pipeline", config.dump(pipeline))
             progress(done, pipeline.name)
             try:
-                cost = share(self.judge.asker, pipeline, self.objective, self.like)
+                cost = share(self.judge.generator, pipeline, self.objective, self.like)
                 quality = self._quality(trial, pipeline)
             except UnsupportedError as error:
                 trial.set_user_attr("refused", str(error))
@@ -129,8 +129,8 @@ class Search:
                     return None
         finally:
             stream.close()
-        if self.judge.marks is not None:
-            trial.set_user_attr("tasks", self.judge.marks.values)
+        if self.judge.relative is not None:
+            trial.set_user_attr("tasks", self.judge.relative.values)
         return self.judge.quality(scores)
 
     def to_dict(self) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class Search:
         ]
         best = [t.number for t in self.best()]
         about = self.study.user_attrs["about"]
-        dense = None if self.judge.marks is None else self.judge.marks.base
+        dense = None if self.judge.relative is None else self.judge.relative.base
         found = {"schema": "vtoken-tune/1", "about": about, "floor": self.floor, "dense": dense}
         return {**found, "best": best, "no_gain": [t.number for t in self.no_gain()], "trials": trials}
 

@@ -11,12 +11,12 @@ from vtoken import config
 from vtoken.config import Pipeline
 from vtoken.config import yaml_source as source
 from vtoken.errors import ConfigError
-from vtoken.evals.strict import Strict
+from vtoken.evals.shared.yaml_options import YamlOptions
 
 KEYS = {"values", "low", "high", "step", "log"}
 
 
-class Space(Strict):
+class Space(YamlOptions):
     """Alternatives by name, each a list of stages as in a pipeline file, with ranges in place of some options' values.
 
     A range is `{values: [a, b]}` or `{low: 1, high: 9}`, with `step: 2` or `log: true` if wanted; whole bounds give whole numbers.

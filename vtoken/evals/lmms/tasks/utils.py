@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from vtoken.evals import reference
-from vtoken.evals.media import still
+from vtoken.evals.shared.media import still
 
 FOLDER = Path(reference.__file__).parent / "glyph-qa"
 # Of the kinds of question, those that name a digit: it can be told which pictures it is not in.

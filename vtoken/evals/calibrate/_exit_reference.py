@@ -1,0 +1,66 @@
+"""What a model would say if all visual tokens left before a layer, for every layer, from one dense forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask
+
+from vtoken import registry
+from vtoken.errors import UnsupportedError
+from vtoken.hooks.state.handle import Handle
+
+
+class ExitReference:
+    """One dense forward of one prompt; what enters every layer is kept for its text tokens only.
+
+    `without(k)` runs layers k and deeper on that text: the same numbers as a forward wrapped with `vtw: {layer: k}`, for the price
+    of the text.
+
+    Attributes:
+        columns: [T] where the prompt's text tokens stand.
+        behind: how many of them stand in front of the end of the last image.
+        entering: per decoder layer, their hidden states [T, D] as it gets them.
+        full: [T, V] logits of the untouched model at these tokens.
+
+    Raises:
+        UnsupportedError: several rows, no image, or a decoder in which dropping tokens changes what a layer means.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, inputs: dict[str, Tensor]) -> None:
+        adapter = registry.adapter(model.config.model_type)(model)
+        self.model, self.lm = model, adapter.lm
+        kinds = adapter.visual_kinds(inputs["input_ids"], None)
+        if len(kinds) != 1 or not kinds.any():
+            raise UnsupportedError("withdrawal is computed for one prompt with an image at a time")
+        self.columns = (kinds[0] == 0).nonzero()[:, 0]
+        self.behind = int((self.columns < kinds[0].nonzero().max()).sum())
+        self.entering: list[Tensor] = []
+        self._rope: tuple[Tensor, ...] = ()
+        handle = Handle()
+        try:
+            for layer in self.lm.layers:
+                handle.before(layer, self._look)
+            self.full = model(**inputs, use_cache=False).logits[0, self.columns]
+        finally:
+            handle.release()
+
+    def _look(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.entering.append(hidden[0, self.columns])
+        self._rope = tuple(t[..., self.columns, :] for t in kwargs["position_embeddings"])
+
+    @torch.no_grad()
+    def without(self, layer: int) -> Tensor:
+        """[T, V] logits of the text tokens if the visual ones (and newlines) had left before this layer; positions as they were."""
+        x = self.entering[layer][None]
+        mask = create_causal_mask(
+            config=self.lm.config, inputs_embeds=x, attention_mask=None, past_key_values=None, position_ids=None
+        )
+        for each in self.lm.layers[layer:]:
+            x = each(x, attention_mask=mask, position_embeddings=self._rope, position_ids=None, past_key_values=None)
+        logits: Tensor = self.model.get_output_embeddings()(self.lm.norm(x))[0]
+        return logits

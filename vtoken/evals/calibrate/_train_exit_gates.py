@@ -1,0 +1,136 @@
+"""DyVTE's gates: which exits would have changed nothing, and gates that learn to tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import cos, pi
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from vtoken.compressors.decoder._gates import Gate, logits, question
+from vtoken.evals.calibrate._exit_reference import ExitReference
+from vtoken.evals.shared.samples import Sample, answer_of, continued, prepare
+
+AGREEMENT, LOSS = 0.99, 1.03  # the authors' bounds
+ANSWER = 64  # tokens of an answer that count
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How gates are trained; the defaults are the authors'.
+
+    Attributes:
+        hidden: rows of a gate's first matrix.
+        epochs, batch, rate: Adam on batches of so many samples, cosine schedule after a warm-up of 3%.
+    """
+
+    hidden: int = 2048
+    epochs: int = 1
+    batch: int = 128
+    rate: float = 6e-5
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Table:
+    """What was seen of S samples, for the gates before decoder layers 1 to L - 1.
+
+    Attributes:
+        shown: [S, L - 1, 2 D] what each gate gets to see.
+        leave: [S, L - 1] whether an exit before that layer changes nothing.
+    """
+
+    shown: Tensor
+    leave: Tensor
+
+    def rows(self, index: Tensor) -> Table:
+        return Table(self.shown[index], self.leave[index])
+
+
+def table(
+    model: Any, processor: Any, samples: Sequence[Sample], progress: Callable[[int], None] = lambda done: None
+) -> Table:
+    """Runs every sample once densely and once on text alone from every layer on.
+
+    An exit changes nothing, by the authors' rule, if more than 99% of the answer's tokens keep their most likely prediction and the
+    answer's loss stays below 1.03 times that of the full run; the answer is given, token by token.
+    """
+    shown, leave = [], []
+    for done, sample in enumerate(samples, 1):
+        prompt = prepare(model, processor, sample)
+        answer = answer_of(model, processor, sample, prompt, ANSWER)
+        run = ExitReference(model, continued(prompt, answer))
+        asked = len(run.columns) - len(answer)
+        full = run.full[asked - 1 : -1].float()
+        layers = range(1, len(run.entering))
+        shown.append(torch.stack([question(run.entering[k][run.behind : asked]) for k in layers]).cpu())
+        found = [unchanged(run.without(k)[asked - 1 : -1].float(), full, answer) for k in layers]
+        leave.append(torch.tensor(found))
+        progress(done)
+    return Table(torch.stack(shown), torch.stack(leave))
+
+
+def kept_back(samples: Sequence[Sample]) -> Tensor:
+    """[S] bool: the questions about every fifth picture."""
+    number = {image: k for k, image in enumerate(dict.fromkeys(sample.image for sample in samples))}
+    return torch.tensor([number[sample.image] % 5 == 4 for sample in samples])
+
+
+def unchanged(now: Tensor, full: Tensor, answer: Tensor) -> bool:
+    """Whether logits [A, V] say the same of an answer [A] as those of the full run."""
+    agreement = (now.argmax(1) == full.argmax(1)).double().mean()
+    return bool(agreement > AGREEMENT) and bool(cross_entropy(now, answer) < LOSS * cross_entropy(full, answer))
+
+
+def train(seen: Table, settings: Settings, progress: Callable[[int], None] = lambda done: None) -> dict[int, Gate]:
+    """Gates by the layer before which they are asked. Each has a loss of its own (cross-entropy of stay and leave), so they are trained one after the
+    other."""
+    return {k: _gate(seen.shown[:, k - 1], seen.leave[:, k - 1].long(), settings, k, progress) for k in layers_of(seen)}
+
+
+def layers_of(seen: Table) -> range:
+    """The layers before which there is a gate."""
+    return range(1, seen.shown.shape[1] + 1)
+
+
+def _gate(shown: Tensor, leave: Tensor, settings: Settings, layer: int, progress: Callable[[int], None]) -> Gate:
+    generator = torch.Generator().manual_seed(1000 * settings.seed + layer)
+    first, second = torch.empty(settings.hidden, shown.shape[1]), torch.empty(2, settings.hidden)
+    for matrix in (first, second):
+        torch.nn.init.xavier_uniform_(matrix, generator=generator).requires_grad_()
+    optimizer = torch.optim.Adam([first, second], lr=settings.rate)
+    steps = settings.epochs * -(-len(shown) // settings.batch)
+    warm, step = max(1, round(0.03 * steps)), 0
+    for _ in range(settings.epochs):
+        for index in torch.randperm(len(shown), generator=generator).split(settings.batch):
+            share = (step + 1) / warm if step < warm else (1 + cos(pi * (step - warm) / max(1, steps - warm))) / 2
+            optimizer.param_groups[0]["lr"] = settings.rate * share
+            optimizer.zero_grad()
+            cross_entropy(logits((first, second), shown[index]), leave[index]).backward()
+            optimizer.step()
+            step += 1
+    progress(layer)
+    return first.detach(), second.detach()
+
+
+@torch.no_grad()
+def judge(gates: dict[int, Gate], seen: Table) -> dict[str, list[float]]:
+    """How gates do on samples.
+
+    Returns:
+        stay [L]: share of samples whose images each layer still sees. Of the gates, before layers 1 to L - 1: `may_leave`, share of samples
+        that an exit does not change; `accuracy`; `harmful`, share of all samples that leave there though it changes something.
+    """
+    out = torch.stack([logits(gates[k], seen.shown[:, k - 1]).diff(dim=1)[:, 0] > 0 for k in layers_of(seen)], 1)
+    stay = (out.cumsum(1) == 0).double()
+    first = out & (out.cumsum(1) == 1)
+    return {
+        "stay": [1.0, *stay.mean(0).tolist()],
+        "may_leave": seen.leave.double().mean(0).tolist(),
+        "accuracy": (out == seen.leave).double().mean(0).tolist(),
+        "harmful": (first & ~seen.leave).double().mean(0).tolist(),
+    }

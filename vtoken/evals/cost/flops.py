@@ -1,0 +1,237 @@
+"""The account: FLOPs per part and KV bytes of a model and a pipeline, from the config alone.
+
+Counted as torch's FlopCounterMode counts: a multiply-add is 2 FLOPs, attention is queries x keys, masked or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from vtoken.errors import ConfigError, about
+from vtoken.evals.cost.geometry import Geometry, ImageSize, geometry
+from vtoken.evals.cost.token_flow import Counts, TokenFlow
+from vtoken.evals.shared.configs import resolve_config
+from vtoken.stages import Stage
+
+__all__ = ["PARTS", "Account", "Pipeline", "account", "resolve_config"]
+
+PARTS = ("tower", "projector", "stages", "prefill_linear", "prefill_attention", "decode")
+LEFT_OUT = (
+    "embeddings, biases, norms, activations, RoPE, softmax, sampling (FlopCounterMode does not count them either)",
+    "the gathers and comparisons that apply a decision",
+    "causality: prefill_attention is full queries x keys; prefill_attention_causal leaves the masked half out",
+    "padding: all rows of the batch are equally long",
+)
+
+
+class Pipeline(Protocol):
+    """What the account reads of a pipeline."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def stages(self) -> Sequence[Stage]: ...
+    @property
+    def newline(self) -> str: ...
+    @property
+    def anyres(self) -> str: ...
+    @property
+    def min_visual_tokens(self) -> int: ...
+    @property
+    def written(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Account:
+    """FLOPs of one `generate` call on a whole batch, and bytes of its KV cache.
+
+    Attributes:
+        pipeline: its name; "dense" for the untouched model.
+        images, text_tokens: per batch row; text_tokens are all prompt tokens but the visual ones and newlines.
+        new_tokens: tokens generated; prefill gives the first, so decode runs new_tokens - 1 steps.
+        dtype_bytes: bytes of one number in the KV cache.
+        tower, projector: FLOPs of all images, unused last tower layers included where the model runs them.
+        stages: FLOPs of facts and decisions. Where text rates images, all of the prompt's text does: an upper bound.
+        prefill_linear: matrices of all decoder layers, and the output embedding of the last prompt token.
+        prefill_attention: full queries x keys; with sparse prefill the share of it that is read.
+        prefill_attention_causal: the same without the masked half; not part of `total`.
+        decode: all decode steps: matrices, attention, output embedding.
+        visual_tokens: of one batch row, for every decoder layer; newline tokens are counted apart.
+        newline_tokens: the same of LLaVA-NeXT's and OneVision's newlines. Where tokens were dropped, how many rows still have one
+            is an expectation: that of tokens drawn at random.
+        kv_bytes_prefill, kv_bytes: of the whole batch, when prefill ends and when generation ends.
+        left_out: what is not counted, one sentence each.
+    """
+
+    pipeline: str
+    images: int
+    text_tokens: int
+    new_tokens: int
+    batch: int
+    dtype_bytes: int
+    tower: int
+    projector: int
+    stages: int
+    prefill_linear: int
+    prefill_attention: int
+    prefill_attention_causal: int
+    decode: int
+    visual_tokens: Counts
+    newline_tokens: Counts
+    kv_bytes_prefill: int
+    kv_bytes: int
+    left_out: tuple[str, ...]
+
+    @property
+    def total(self) -> int:
+        """FLOPs of all parts."""
+        return sum(getattr(self, part) for part in PARTS)
+
+    @property
+    def visual_entry(self) -> int:
+        """Visual tokens of one batch row that enter the first decoder layer."""
+        return self.visual_tokens[0]
+
+    @property
+    def visual_average(self) -> float:
+        """Visual tokens of one batch row, averaged over decoder layers."""
+        return sum(self.visual_tokens) / len(self.visual_tokens)
+
+    @property
+    def newline_entry(self) -> int:
+        """Newline tokens of one batch row that enter the first decoder layer."""
+        return self.newline_tokens[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `json.dumps` takes."""
+        return {
+            **asdict(self),
+            "total": self.total,
+            "visual_entry": self.visual_entry,
+            "visual_average": self.visual_average,
+            "newline_entry": self.newline_entry,
+        }
+
+
+def account(
+    config: Any,
+    pipeline: Pipeline | None = None,
+    *,
+    images: int = 1,
+    image_size: ImageSize | None = None,
+    frames: int = 1,
+    text_tokens: int = 64,
+    new_tokens: int = 64,
+    batch: int = 1,
+    dtype_bytes: int | None = None,
+) -> Account:
+    """Counts one `generate` call.
+
+    Args:
+        config: transformers config of a VLM, from `resolve_config` or `model.config`.
+        pipeline: what `vtoken.config.load` returns; None is the dense model.
+        images: per batch row, all alike.
+        image_size: pixels, one number or (height, width). None is the tower's own size, 448 x 448 for Qwen, which rounds sizes as
+            `Qwen2VLImageProcessor` does by default. LLaVA-1.5 ignores it, so does OneVision for videos and several images.
+        frames: per image; more than one is a video.
+        text_tokens: prompt tokens per row that are not visual.
+        new_tokens: tokens generated per row.
+        dtype_bytes: of the KV cache; None takes the config's dtype, or 2 where it names none.
+
+    Raises:
+        ConfigError: a count below 1 (text_tokens: below 0), or an image size that the model's processor refuses.
+        UnsupportedError: a model family whose arithmetic is not known, video for one that has none, or a stage at a layer where
+            it cannot act.
+    """
+    least = {
+        "images": images,
+        "frames": frames,
+        "new_tokens": new_tokens,
+        "batch": batch,
+        "text_tokens": text_tokens + 1,
+    }
+    for name, value in least.items():
+        if value < 1:
+            raise ConfigError(f"{name}: must be at least {0 if name == 'text_tokens' else 1}")
+    sides = () if image_size is None else (image_size,) if isinstance(image_size, int) else image_size
+    if any(side < 1 for side in sides):
+        raise ConfigError(f"image_size: {image_size} must be at least 1 pixel a side")
+    newline = "keep_if_row_has_token" if pipeline is None else pipeline.newline
+    stages, threshold = ((), 0) if pipeline is None else (pipeline.stages, pipeline.min_visual_tokens)
+    with about("" if pipeline is None else pipeline.written):
+        shape = geometry(config, image_size, images, frames, "model" if pipeline is None else pipeline.anyres)
+        flow = TokenFlow(shape, images, text_tokens, stages, newline, threshold)
+    shape = flow.shape
+    size = dtype_bytes or _dtype_bytes(config)
+    decoder = shape.decoder
+    in_decoder = [flow.length(layer) for layer in range(decoder.depth)]
+    read = list(zip(flow.attended, flow.density, strict=True))
+    head = 2 * decoder.width * shape.vocabulary
+    steps = new_tokens - 1
+    return Account(
+        pipeline="dense" if pipeline is None else pipeline.name,
+        images=images,
+        text_tokens=text_tokens,
+        new_tokens=new_tokens,
+        batch=batch,
+        dtype_bytes=size,
+        tower=batch * _tower(shape, flow),
+        # The model projects before tokens-site stages act: they save nothing here.
+        projector=batch * sum(2 * each.weights * sum(flow.mlps[each.layer]) for each in shape.projectors),
+        stages=batch * flow.cost,
+        prefill_linear=batch * (head + sum(map(decoder.linear, in_decoder))),
+        prefill_attention=batch * sum(round(2 * decoder.scores(n, n) * share) for n, share in read),
+        prefill_attention_causal=batch * sum(round(decoder.scores(n, n + 1) * share) for n, share in read),
+        decode=batch
+        * (steps * (head + decoder.depth * decoder.linear(1)) + _decode_attention(shape, flow.decoded, steps)),
+        visual_tokens=tuple(map(sum, flow.decoder)),
+        newline_tokens=tuple(flow.newlines),
+        kv_bytes_prefill=batch * _kv_bytes(flow, size),
+        kv_bytes=batch * _kv_bytes(flow, size, steps),
+        left_out=(*LEFT_OUT, *flow.left_out),
+    )
+
+
+def _tower(shape: Geometry, flow: TokenFlow) -> int:
+    """FLOPs of the tower on one batch row."""
+    tower = shape.tower
+    crops = len(flow.tower[0])
+    around = flow.embedded * tower.stem + crops * tower.head_image
+    around += sum(flow.tower[-1]) * tower.unit * tower.head_patch
+    layers = sum(
+        tower.linear(units, late) + 2 * tower.scores(layer, units)
+        for layer, rows in enumerate(zip(flow.tower, flow.mlps, strict=True))
+        for units, late in zip(*rows, strict=True)
+    )
+    return 2 * around + layers
+
+
+def _stored(tokens: int, window: int | None) -> int:
+    """Slots that DynamicCache keeps of so many tokens: with a sliding window, all but the newest token's own."""
+    return tokens if window is None else min(tokens, window - 1)
+
+
+def _decode_attention(shape: Geometry, prompt: Sequence[int], steps: int) -> int:
+    """FLOPs of attention over all decode steps; `prompt` is the length at every layer."""
+    return sum(
+        2 * shape.decoder.scores(1, _stored(n + step, window) + 1)
+        for n, window in zip(prompt, shape.decoder.windows, strict=True)
+        for step in range(steps)
+    )
+
+
+def _kv_bytes(flow: TokenFlow, size: int, steps: int = 0) -> int:
+    """Bytes of the KV cache of one row after so many decode steps; a number takes `size` of them at full width."""
+    decoder, total = flow.shape.decoder, 0
+    for layer, (n, window) in enumerate(zip(flow.held, decoder.windows, strict=True)):
+        packed = flow.packed[layer](size) if layer in flow.packed else None
+        slots = _stored(n + steps, window) if packed is None else steps
+        total += (packed or 0) + slots * 2 * decoder.kv_heads * decoder.head_dim * size
+    return total
+
+
+def _dtype_bytes(config: Any) -> int:
+    dtype = config.dtype or config.text_config.dtype
+    return 2 if dtype is None else dtype.itemsize

@@ -1,0 +1,128 @@
+"""Which stage runs on which family: every pair is really wrapped, on a model without weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from vtoken import config, registry
+from vtoken.errors import ConfigError, OtherModelError, UnsupportedError
+from vtoken.evals.shared.configs import builtin
+from vtoken.hooks.state.fact_tables import substituted
+from vtoken.session import wrapped
+from vtoken.stages import Stage
+from vtoken.stages.budget import Budget
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Answer = Literal["yes", "substitute", "no", "depends"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One stage on one family.
+
+    Attributes:
+        answer: "yes"; "substitute", another fact stands in for one the family lacks; "no"; or "depends", where the stage has
+            options without a default, or weights or tables of another model, so that there is nothing to try.
+        reason: why it is not "yes", one sentence; "" for "yes".
+    """
+
+    answer: Answer
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class SupportMatrix:
+    """Answers by stage and family.
+
+    Attributes:
+        models: family -> the checkpoint whose config was tried; its model_type where transformers' default config was.
+        cells: stage -> family -> cell.
+    """
+
+    models: dict[str, str]
+    cells: dict[str, dict[str, Cell]]
+
+    def notes(self) -> list[str]:
+        """Every reason once, in reading order."""
+        return list(dict.fromkeys(c.reason for row in self.cells.values() for c in row.values() if c.reason))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `json.dumps` takes."""
+        cells = {
+            stage: {family: {"answer": c.answer, "reason": c.reason or None} for family, c in row.items()}
+            for stage, row in self.cells.items()
+        }
+        return {"models": self.models, "cells": cells}
+
+
+def support_matrix(stages: list[type[Stage]], families: list[str] | None = None) -> SupportMatrix:
+    """Tries every stage with default options on every family's first built-in config, on torch's meta device.
+
+    Args:
+        families: `model_type`s; None is every adapter.
+
+    Raises:
+        ConfigError: a family of which transformers has no model.
+    """
+    known = {fields["model_type"]: name for name, fields in reversed(builtin().items())}
+    families = registry.adapters() if families is None else families
+    models = {family: known.get(family, family) for family in families}
+    built = {family: _build(family, models[family]) for family in families}
+    given = {family: registry.adapter(family)(model).substitutes for family, model in built.items()}
+    cells = {
+        c.name: {family: cell(model, example_stage(c), given[family]) for family, model in built.items()}
+        for c in stages
+    }
+    return SupportMatrix(models, cells)
+
+
+def cell(model: Any, stage: Stage | None, substitutes: dict[str, str]) -> Cell:
+    """What `wrap` says of a stage on a model.
+
+    Args:
+        stage: None is a stage that nobody gave its options.
+        substitutes: of the model's adapter.
+    """
+    if stage is None:
+        return Cell("depends", "It depends on options that have no default.")
+    try:
+        with wrapped(model, stage):
+            pass
+    except OtherModelError:
+        return Cell(
+            "depends", "It needs weights or tables made for the model; those of its preset are for another one."
+        )
+    except UnsupportedError as error:
+        reason = f"{str(error).rstrip('.')}."
+        return Cell("no", reason if stage.name in reason else f"{stage.name}: {reason}")
+    facts = substituted(stage, substitutes)
+    if facts:
+        pairs = ", ".join(f"{given} stands in for {asked}" for asked, given in facts.items())
+        return Cell("substitute", f"{pairs}, which the family does not have.")
+    return Cell("yes")
+
+
+def example_stage(cls: type[Stage]) -> Stage | None:
+    """The stage with default options and 64 tokens, or as a preset has it; None if some other option has no default."""
+    required = {name for name, field in cls.model_fields.items() if field.is_required()}
+    if required <= {"keep"}:
+        return cls(**{name: Budget(64) for name in required})
+    pipelines = (config.load(name) for name in registry.presets())
+    return next((stage for pipeline in pipelines for stage in pipeline.stages if type(stage) is cls), None)
+
+
+def _build(family: str, name: str) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    try:
+        fields = AutoConfig.for_model(**builtin().get(name, {"model_type": family}))
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForImageTextToText.from_config(fields)
+    except ValueError as error:
+        raise ConfigError(f"cannot build a {family} model to try stages on: {str(error).splitlines()[0]}") from error
+    return model

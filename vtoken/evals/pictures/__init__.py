@@ -1,0 +1,1 @@
+"""What is looked at: kept tokens over pictures, plots, pages, the demo."""

@@ -1,0 +1,113 @@
+"""Which pipelines the demo compares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from vtoken.config import Pipeline, load
+from vtoken.errors import UnsupportedError, VtokenError
+from vtoken.evals.cost.support_matrix import example_stage
+from vtoken.hooks.state.trace import Trace
+from vtoken.registry import adapter, catalogue
+from vtoken.session import trace, watched, wrapped
+from vtoken.stages import Stage
+
+FEW = ("fastervlm", "uniform", "random")
+FLOORS = ("uniform", "random")
+DEPTH = 24  # of CLIP-L, which authors' layer numbers are about
+
+
+@dataclass(frozen=True)
+class DemoPipelines:
+    """What is compared.
+
+    Attributes:
+        pipelines: by label, as "fastervlm:64" or "pool"; the first is "dense", None.
+        shown: labels whose kept tokens the page shows: the middle budget of every method.
+        left_out: method -> why it is not among them.
+        options: method -> options other than the defaults.
+    """
+
+    pipelines: dict[str, Pipeline | None]
+    shown: tuple[str, ...]
+    left_out: dict[str, str]
+    options: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+def choose(model: Any, prompt: Any, budgets: Sequence[int], everything: bool = False) -> DemoPipelines:
+    """Dense and every method at every budget: a few methods, or everything that runs on the model and changes this prompt.
+
+    Args:
+        prompt: model inputs of one question, batch 1.
+        budgets: tokens to keep, descending.
+        everything: all stages there are; those without a budget (filters, pooling) once, with their defaults.
+    """
+    pipelines: dict[str, Pipeline | None] = {"dense": None}
+    if not everything:
+        pipelines |= {f"{method}:{k}": load(f"{method}:{k}") for method in FEW for k in budgets}
+        return DemoPipelines(pipelines, _middle(pipelines, budgets), {})
+    stages, left_out = catalogue()
+    # The floors first, then what has a budget, then the rest.
+    order = sorted(stages, key=lambda name: (name not in FLOORS, "keep" not in stages[name].model_fields, name))
+    changed: dict[str, dict[str, int]] = {}
+    depth = len(adapter(model.config.model_type)(model).encoder.layers)
+    for name in order:
+        try:
+            found = _budgeted(name, budgets) if "keep" in stages[name].model_fields else {name: _default(stages[name])}
+            try:
+                seen = prefill(model, _last(found), prompt)
+            except UnsupportedError:
+                fitted = _fitted(stages[name], depth)
+                if not fitted:
+                    raise
+                found, changed[name] = _budgeted(name, budgets, **fitted), fitted
+                seen = prefill(model, _last(found), prompt)
+        except VtokenError as error:
+            left_out[name] = str(error)
+            continue
+        if "keep" in stages[name].model_fields and sum(seen.layers[-1]) == sum(seen.visual_tokens) > budgets[-1]:
+            left_out[name] = "leaves a single picture whole"
+            continue
+        pipelines |= found
+    return DemoPipelines(pipelines, _middle(pipelines, budgets), left_out, changed)
+
+
+def _budgeted(name: str, budgets: Sequence[int], **options: int) -> dict[str, Pipeline]:
+    return {f"{name}:{k}": load([{name: {"keep": k, **options}}]) for k in budgets}
+
+
+def _fitted(cls: type[Stage], depth: int) -> dict[str, int]:
+    """Encoder layers that the defaults name and this tower does not have, at the same share of its depth."""
+    named = {key: field.default for key, field in cls.model_fields.items() if key.endswith("_layer")}
+    return {key: round(k * depth / DEPTH) for key, k in named.items() if isinstance(k, int) and k >= depth}
+
+
+def _last(found: dict[str, Pipeline]) -> Pipeline:
+    return next(reversed(found.values()))
+
+
+def _default(cls: type[Stage]) -> Pipeline:
+    stage = example_stage(cls)
+    if stage is None:
+        raise VtokenError("has options without a default")
+    return load(stage)
+
+
+def _middle(pipelines: dict[str, Pipeline | None], budgets: Sequence[int]) -> tuple[str, ...]:
+    middle = str(budgets[len(budgets) // 2])
+    return tuple(label for label in pipelines if label.partition(":")[2] in ("", middle))
+
+
+def applied(model: Any, pipeline: Pipeline | None) -> AbstractContextManager[Any]:
+    """The model with the pipeline for the length of a `with`; None leaves it dense."""
+    return nullcontext(model) if pipeline is None else wrapped(model, pipeline)
+
+
+def prefill(model: Any, pipeline: Pipeline, prompt: Any) -> Trace:
+    """What the pipeline does to one prompt."""
+    with watched(model, pipeline):
+        model.generate(**prompt, do_sample=False, max_new_tokens=1)
+        return trace(model)

@@ -1,0 +1,213 @@
+"""Pictures of a decision: which cells of an image a pipeline kept. Pillow only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageEnhance, ImageFont
+
+from vtoken.evals.shared.media import Media
+from vtoken.hooks.state.trace import Trace
+from vtoken.stages import Grid, Parts, size_of
+
+LINE = (255, 255, 255)
+MOST = 4096  # pixels of the longer side, for grids that are one long row
+VEIL = (72, 72, 72)  # lighter than a dark photograph, darker than a bright one: kept cells stand out from both
+# Okabe and Ito's palette: neighbouring groups of merged tokens stay apart for colour-blind readers too.
+GROUPS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
+
+
+def overlay(
+    picture: Image.Image,
+    kept: Iterable[int],
+    grid: Grid,
+    into: Sequence[int] | None = None,
+    dim: float = 0.45,
+    side: int = 480,
+    caption: str | None = None,
+    first: int = 0,
+) -> Image.Image:
+    """Draws the kept cells in colour behind thin borders; dropped cells lie under a grey veil.
+
+    Args:
+        picture: the image as the model saw it, so that the grid covers all of it.
+        kept: indices of the image's kept tokens (a list or an int tensor); those of other rasters are left out.
+        grid: (frames, rows, columns); frames must be 1, `drawn` takes videos apart.
+        into: for every token of the image the kept token that absorbed it, -1 = dropped. Merged cells keep half their light
+            and share a tint with the kept cell, whose border has that tint.
+        dim: how far dropped cells show through the veil, 0 to 1.
+        side: least length of the shorter side, in pixels (grids of one long row stay lower). Cells get whole pixels,
+            so the result may be larger.
+        caption: a line under the picture.
+        first: index of the grid's first token in the image.
+
+    Returns:
+        RGB, rows x columns cells of equal whole size, plus the caption.
+
+    Raises:
+        ValueError: a grid with several frames.
+    """
+    frames, rows, columns = grid
+    if frames != 1:
+        raise ValueError(f"the grid has {frames} frames; draw one frame at a time")
+    here = range(first, first + rows * columns)
+    survivors = sorted(int(k) for k in kept)
+    absorbed = _merged(survivors, into)
+    # Tints are given out over the whole image: a token may end in one of another frame.
+    tints = {token: GROUPS[k % len(GROUPS)] for k, token in enumerate(sorted(set(absorbed.values())))}
+    alive = [token - first for token in survivors if token in here]
+    merged = {token - first: tints[owner] for token, owner in absorbed.items() if token in here}
+    tint = {token - first: colour for token, colour in tints.items()}
+
+    cell = min(math.ceil(side / min(rows, columns)), max(4, MOST // max(rows, columns)))
+    size = (columns * cell, rows * cell)
+    seen = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    out = Image.blend(Image.new("RGB", size, VEIL), seen.convert("L").convert("RGB"), dim)
+    if merged:
+        colours = Image.new("RGB", (columns, rows))
+        for token, colour in merged.items():
+            colours.putpixel((token % columns, token // columns), colour)
+        veil = Image.blend(ImageEnhance.Brightness(seen).enhance(0.5), _stretch(colours, size), 0.25)
+        out.paste(veil, mask=_stretch(_mask(merged, rows, columns), size))
+    out.paste(seen, mask=_stretch(_mask(alive, rows, columns), size))
+
+    draw = ImageDraw.Draw(out)
+    for token in alive:
+        left, top = token % columns * cell, token // columns * cell
+        right, bottom = min(left + cell, size[0] - 1), min(top + cell, size[1] - 1)  # neighbours share a line
+        draw.rectangle((left, top, right, bottom), outline=tint.get(token, LINE))
+    return captioned(out, caption) if caption else out
+
+
+def drawn(
+    views: Sequence[Image.Image],
+    parts: Parts,
+    kept: Iterable[int],
+    into: Sequence[int] | None = None,
+    side: int = 480,
+    columns: int = 0,
+) -> Image.Image:
+    """All rasters of one image or video, each over its view, as one picture; several get a label with their counts.
+
+    Args:
+        views: a picture per raster, as `views` below gives them; for a video its frames, one or more per raster.
+        parts: rasters of the image, as in the trace.
+        kept, into: over the tokens of all rasters.
+        side: as in `overlay`, of each tile.
+        columns: tiles per row, 0: all in one.
+
+    Raises:
+        ValueError: views that do not fit the rasters, or a kept token outside of them.
+    """
+    alive = [int(k) for k in kept]
+    if alive and not 0 <= min(alive) <= max(alive) < size_of(parts):
+        raise ValueError(f"kept token {max(alive)} lies outside rasters of {size_of(parts)} tokens")
+    grids = [(1, h, w) for t, h, w in parts for _ in range(t)]
+    video = len(parts) == 1 and len(grids) > 1
+    step = max(1, math.ceil(len(views) / len(grids))) if video else 1
+    if math.ceil(len(views) / step) != len(grids):
+        raise ValueError(f"{len(grids)} rasters but {len(views)} pictures to draw them on")
+    tiles, first = [], 0
+    for k, grid in enumerate(grids):
+        span = range(k * step, min((k + 1) * step, len(views)))
+        size = size_of((grid,))
+        count = sum(first <= token < first + size for token in alive)
+        name = _frame_name(span) if video else ("whole", "crops")[k]
+        label = f"{name}: {count} of {size}" if len(grids) > 1 else None
+        tiles.append(overlay(views[span[0]], alive, grid, into, side=side, caption=label, first=first))
+        first += size
+    return tiles[0] if len(tiles) == 1 else sheet(tiles, columns, background="white")
+
+
+def _frame_name(span: range) -> str:
+    return f"frame {span[0] + 1}" if len(span) == 1 else f"frames {span[0] + 1}-{span[-1] + 1}"
+
+
+def sheet(pictures: Sequence[Image.Image], columns: int = 0, gap: int = 12, background: str = "#808080") -> Image.Image:
+    """Pictures side by side, `columns` per row (0: all in one row), `gap` pixels between and around them."""
+    columns = min(columns or len(pictures), len(pictures))
+    lines = [pictures[k : k + columns] for k in range(0, len(pictures), columns)]
+    heights = [max(p.height for p in line) for line in lines]
+    widths = [max(p.width for p in pictures[k::columns]) for k in range(columns)]
+    lefts, tops = ([*accumulate(lengths, lambda a, b: a + b + gap, initial=gap)] for lengths in (widths, heights))
+    out = Image.new("RGB", (lefts[-1], tops[-1]), background)
+    for k, picture in enumerate(pictures):
+        out.paste(picture, (lefts[k % columns], tops[k // columns]))
+    return out
+
+
+def views(processor: Any, pixel_values: Any, media: Media, parts: Sequence[Parts]) -> list[list[Image.Image]]:
+    """For every image what its rasters cover: pictures as the tower saw them, or the originals where those are covered.
+
+    Args:
+        processor: a Hugging Face processor or image processor.
+        pixel_values: [images, 3, H, W] or [images, crops, 3, H, W], crop 0 being the whole. Flattened patches, or None, belong to
+            processors that resize without cropping, so that a raster covers the original.
+        media: the originals.
+        parts: rasters of each image, as in the trace.
+    """
+    if media.video:
+        return [list(media.pictures)]
+    found = []
+    for k, (picture, rasters) in enumerate(zip(media.pictures, parts, strict=True)):
+        pixels = None if pixel_values is None or pixel_values.dim() < 4 else pixel_values[k]
+        whole = picture if pixels is None else as_seen(processor, pixels.reshape(-1, *pixels.shape[-3:])[0])
+        found.append([whole, picture][: len(rasters)])
+    return found
+
+
+def as_seen(processor: Any, pixels: Any) -> Image.Image:
+    """Processed pixels [3, H, W] with the normalisation undone."""
+    images = getattr(processor, "image_processor", processor)
+    pixels = pixels.float().cpu()
+    if getattr(images, "do_normalize", True) and images.image_mean is not None:
+        mean, std = (pixels.new_tensor(v).view(-1, 1, 1) for v in (images.image_mean, images.image_std))
+        pixels = pixels * std + mean
+    levels = (pixels * 255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(levels)
+
+
+def owners(trace: Trace, image: int) -> list[int] | None:
+    """For every unpruned token of an image the kept token it ended in after all stages, -1 = dropped; None if none merged."""
+    last = next((stage for stage in reversed(trace.stages) if stage.kept and stage.site != "cache"), None)
+    return last.into[image].tolist() if last and last.into else None
+
+
+def _merged(alive: Sequence[int], into: Sequence[int] | None) -> dict[int, int]:
+    """Tokens that live on in another one, and that one."""
+    slots = set(alive)
+    pairs = enumerate(int(t) for t in into) if into is not None else ()
+    return {token: owner for token, owner in pairs if owner in slots and token != owner}
+
+
+def _mask(tokens: Iterable[int], rows: int, columns: int) -> Image.Image:
+    mask = Image.new("L", (columns, rows))
+    for token in tokens:
+        mask.putpixel((token % columns, token // columns), 255)
+    return mask
+
+
+def _stretch(cells: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return cells.resize(size, Image.Resampling.NEAREST)
+
+
+def captioned(picture: Image.Image, caption: str) -> Image.Image:
+    """The picture with a caption below, broken into lines."""
+    size = min(max(16, picture.width // 40), 24)
+    font = ImageFont.load_default(size)
+    words, lines = caption.split(), [""]
+    for word in words:
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > picture.width - 16:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    step = int(size * 1.4)
+    out = Image.new("RGB", (picture.width, picture.height + step * len(lines) + 10), "white")
+    out.paste(picture)
+    for k, line in enumerate(lines):
+        ImageDraw.Draw(out).text((8, picture.height + 5 + k * step), line, font=font, fill="black")
+    return out

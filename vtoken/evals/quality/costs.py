@@ -1,0 +1,89 @@
+"""FLOPs of pipelines on a task, counted on its document with the median of visual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vtoken.config import Pipeline
+from vtoken.errors import VtokenError
+from vtoken.evals.cost.flops import account
+from vtoken.evals.lmms.prompts import encode
+from vtoken.evals.lmms.records import Request
+from vtoken.evals.pictures.demo import image_size
+
+if TYPE_CHECKING:
+    from vtoken.evals.lmms.model import VtokenModel
+
+
+@dataclass(frozen=True)
+class Typical:
+    """A document as the account takes it.
+
+    Attributes:
+        doc: which it is.
+        images, frames, size, text_tokens: as `account` names them.
+        visual_tokens: that the dense model had.
+    """
+
+    doc: int
+    images: int
+    frames: int
+    size: tuple[int, int] | None
+    text_tokens: int
+    visual_tokens: int
+
+
+def typical(model: VtokenModel, requests: Sequence[Request]) -> Typical | str:
+    """The document with the median of visual tokens, or why the account cannot take it.
+
+    Args:
+        requests: the dense model's, of one task.
+    """
+    chosen = sorted(requests, key=lambda request: request.reply.cost.visual_tokens)[len(requests) // 2]
+    prompt = model.prompt(chosen.task, chosen.doc)
+    generator = model.generator
+    if bool(prompt.images) == bool(prompt.clips):
+        return "the prompt shows no picture" if not prompt.images else "the prompt shows pictures and videos"
+    inputs = encode(generator.processor, [prompt], generator.model)
+    if prompt.clips:
+        grids = {"image_grid_thw": inputs["video_grid_thw"]} if "video_grid_thw" in inputs else {}
+    else:
+        grids = {key: inputs[key] for key in ("image_grid_thw", "image_sizes") if key in inputs}
+    if any((grid != grid[0]).any() for grid in grids.values()):
+        return "the pictures of the prompt differ in size"
+    if len({len(clip.frames) for clip in prompt.clips}) > 1:
+        return "the videos of the prompt differ in length"
+    ids = inputs["input_ids"]
+    visual = sum(int((ids == each).sum()) for each in {*generator.adapter.placeholders.values()})
+    return Typical(
+        chosen.doc,
+        len(prompt.images) or len(prompt.clips),
+        len(prompt.clips[0].frames) if prompt.clips else 1,
+        image_size(generator.model.config, grids),
+        ids.shape[1] - visual,
+        chosen.reply.cost.visual_tokens,
+    )
+
+
+def flops(config: Any, pipeline: Pipeline, document: Typical | str) -> dict[str, Any]:
+    """FLOPs of the prefill: `doc`, `total`, `language` (the decoder's part), `stages` (facts and decisions); or `reason`, why not."""
+    if isinstance(document, str):
+        return {"reason": document}
+    about: dict[str, Any] = {
+        "images": document.images,
+        "frames": document.frames,
+        "image_size": document.size,
+        "text_tokens": document.text_tokens,
+    }
+    try:
+        dense = account(config, None, **about, new_tokens=1)
+        counted = account(config, pipeline, **about, new_tokens=1)
+    except VtokenError as error:
+        return {"doc": document.doc, "reason": str(error)}
+    if dense.visual_entry != document.visual_tokens:
+        told = f"the account expects {dense.visual_entry} visual tokens, the model had {document.visual_tokens}"
+        return {"doc": document.doc, "reason": told}
+    language = counted.prefill_linear + counted.prefill_attention
+    return {"doc": document.doc, "total": counted.total, "language": language, "stages": counted.stages}

@@ -1,0 +1,210 @@
+"""The report of a run of `vtoken eval`: report.html, one self-contained page, and table.md."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vtoken.evals.pictures.plots import SERIES, fronts, looks, plot
+from vtoken.evals.pictures.report import Case, Panel, milliseconds, page, percent, ratio
+from vtoken.evals.quality.analysis import COSTS, Evaluation, analyse, read
+from vtoken.evals.shared import whole
+from vtoken.evals.shared.media import still
+
+FEW = 20  # pictures; with fewer a bootstrap over them is too sure of itself
+MANY = 20  # rows of a table that are too many to show at once, of what few readers look for
+GLYPHS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼"}  # markers as text
+MISSING = 'report.html needs jinja2 and matplotlib: pip install "vtoken[plot]", then `vtoken report {folder}`'
+
+
+def write(evaluation: Evaluation, found: Mapping[str, Any], file: Path | None = None) -> list[Path]:
+    """Writes table.md into the folder of the results and the page, where jinja2 and matplotlib are installed.
+
+    Args:
+        found: what `analyse` returns.
+        file: the page; None is report.html in the folder.
+
+    Returns:
+        The files written: without the page if a package is missing.
+    """
+    table = evaluation.folder / "table.md"
+    table.write_text(markdown(found), encoding="utf-8")
+    if find_spec("jinja2") is None or find_spec("matplotlib") is None:
+        return [table]
+    file = evaluation.folder / "report.html" if file is None else file
+    file.write_text(render(evaluation, found), encoding="utf-8")
+    return [table, file]
+
+
+def publish(folder: Path) -> list[Path]:
+    """What `write` does for a folder of results; says on stderr how to have the page where a package is missing."""
+    evaluation = read(folder)
+    written = write(evaluation, analyse(evaluation))
+    if len(written) == 1:
+        print(MISSING.format(folder=folder), file=sys.stderr)
+    return written
+
+
+def render(evaluation: Evaluation, found: Mapping[str, Any]) -> str:
+    """The page.
+
+    Raises:
+        ImportError: jinja2 or matplotlib is missing.
+    """
+    rows = grouped(found["pipelines"])
+    drawn = {cost: [row for row in rows if cost in row["fronts"]] for cost in COSTS}
+    plots = [(name, fronts(rows, cost, name), drawn[cost]) for cost, name in COSTS.items() if drawn[cost]]
+    key = [(method, colour, GLYPHS[marker]) for method, (colour, _, marker) in looks(rows).items()]
+    coloured = [each for each in key if each[1] != "soft"]
+    known = [_as_plotted(row) for row in rows if None not in (row["quality"], row["tokens"])]
+    return page(
+        "eval.html",
+        conditions(found),
+        found=found,
+        rows=rows,
+        dense=rows[0],
+        plots=plots,
+        key=coloured if len(coloured) == len(key) else [*coloured, ("others", "soft", GLYPHS["o"])],
+        each=plot(known, "% of dense") if len(key) > len(SERIES) and rows[0]["quality"] is not None else None,
+        cases=cases(evaluation),
+        few=FEW,
+        many=len(rows) > MANY,
+        told={row["name"]: " ".join(row["pipeline"].split()) for row in rows if row["pipeline"]},
+        reasons=sorted({task["no_flops"] for row in rows for task in row["tasks"].values() if task["no_flops"]}),
+    )
+
+
+def grouped(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Dense, then method by method in the order they ran, each from many tokens to few."""
+    methods = list(dict.fromkeys(row["method"] for row in rows[1:]))
+    return [rows[0], *sorted(rows[1:], key=lambda row: (methods.index(row["method"]), -(row["entry"] or 0)))]
+
+
+def _as_plotted(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as `plot` takes it, with what is left of dense as accuracy."""
+    share = row["quality"]
+    low, high = (share if row[end] is None else row[end] for end in ("low", "high"))
+    about = {"method": row["method"], "tokens": round(row["tokens"])}
+    return {**about, "accuracy": {"share": share, "low": low, "high": high}}
+
+
+def conditions(found: Mapping[str, Any]) -> dict[str, str]:
+    """Provenance in words: what ran, where, on which data, and how the two dense runs differ."""
+    told = {key.replace("_", " "): str(value) for key, value in found["conditions"].items() if value is not None}
+    told["command"] = found["command"]
+    for name, about in found["tasks"].items():
+        told[name] = f"documents sha256 {about['hash'][:16]}, " + ", ".join(
+            f"{leaf}: {', '.join(f'{key} {value}' for key, value in options.items() if value is not None)}"
+            for leaf, options in about["leaves"].items()
+        )
+    if found["drift"]:
+        told["drift"] = (
+            f"last dense run / first: TTFT {ratio(found['drift']['ttft'])}, {found['drift']['answers_changed']} answers changed"
+        )
+    return {key: value for key, value in told.items() if value}
+
+
+def cases(evaluation: Evaluation) -> tuple[Case, ...]:
+    """The documents that were lost, with every panel that was drawn of them: dense, then those that lost them, then others."""
+    results = evaluation.results
+    names = [run["name"] for run in results["runs"]]
+    lines = {
+        (names[k], line["task"], line["doc"]): line
+        for k in reversed(range(len(names)))  # of the two dense runs the first stays
+        for line in evaluation.lines[k]
+    }
+    found = []
+    falls = {leaf: not about["higher_is_better"] for about in results["tasks"].values() for leaf in about["leaves"]}
+    for case in results["cases"]:
+        mine = {name: lines[name, case["task"], case["doc"]] for name in case["panels"] if name in names}
+        base = mine["dense"]
+        panels = [
+            Panel(
+                name,
+                line["answer"],
+                line["score"] <= base["score"] if falls[line["task"]] else line["score"] >= base["score"],
+                _picture(evaluation.folder, case["panels"][name]),
+            )
+            for name, line in mine.items()
+        ]
+        panels[1:] = sorted(panels[1:], key=lambda panel: panel.right)
+        found.append(Case(base["question"], str(base["target"]), tuple(panels)))
+    return tuple(found)
+
+
+def _picture(folder: Path, name: str | None) -> Image.Image | None:
+    if name is None:
+        return None
+    return still(whole.inside(folder, name, folder / "results.json"))
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """table.md: all pipelines, then every task."""
+    about = found["conditions"]
+    rows = found["pipelines"]
+    text = [
+        f"# {found['model']}",
+        f"{about['device']}, {about['dtype']}, batch {about['batch_size']}, {about['versions']}",
+    ]
+    if not found["complete"]:
+        text.append("**Not complete**: the run was interrupted.")
+    head = ("pipeline", "% of dense", "95 %", "answers as dense, %", "visual tokens", "at entry", "FLOPs / dense", "TTFT ms", "TTFT / dense", "fronts")  # fmt: skip
+    text.append(
+        _table(
+            head,
+            [
+                (
+                    row["name"],
+                    percent(row["quality"]),
+                    _range(row["low"], row["high"]),
+                    percent(row["same"]),
+                    f"{row['tokens']:.0f}",
+                    f"{row['entry']:.0f}",
+                    ratio(row["flops_ratio"]),
+                    milliseconds(row["ttft"]),
+                    ratio(row["ttft_ratio"]),
+                    ", ".join(COSTS[cost] for cost in row["fronts"]) or "-",
+                )
+                for row in rows
+            ],
+        )
+    )
+    columns = ("pipeline", "value", "% of dense", "95 %", "lost", "won", "McNemar p", "answers as dense, %", "questions for 1 point")  # fmt: skip
+    for name, task in found["tasks"].items():
+        text.append(f"## {name}")
+        text.append(
+            f"{task['metric']}, {task['docs']} documents, {task['pictures']} different pictures or sets of them"
+        )
+        text.append(_table(columns, [(row["name"], *_cells(row["tasks"][name])) for row in rows]))
+        if task["pictures"] < FEW:
+            text.append(
+                f"{task['pictures']} pictures are too few for an interval drawn over pictures; it is too narrow."
+            )
+    return "\n\n".join(text) + "\n"
+
+
+def _cells(task: Mapping[str, Any]) -> tuple[str, ...]:
+    interval = task["interval"]
+    return (
+        "n/a" if task["value"] is None else f"{task['value']:.4g}",
+        percent(task["of_dense"]),
+        "n/a" if interval is None else _range(*interval[1:]) + ("" if task["own_mean"] else " (mean of documents)"),
+        *("n/a" if task[key] is None else str(task[key]) for key in ("lost", "won")),
+        "n/a" if task["p"] is None else f"{task['p']:.3g}",
+        percent(task["same"]),
+        "n/a" if task["needed"] is None else f"{task['needed']:,}",
+    )
+
+
+def _range(low: float | None, high: float | None) -> str:
+    return "n/a" if low is None or high is None else f"{percent(low)}–{percent(high)}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,218 @@
+"""Points of a sweep, asked by one process, several, a Ray cluster or all processes of torchrun; then, apart, the speed of all pipelines."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vtoken.config import Pipeline
+from vtoken.errors import ConfigError, VtokenError
+from vtoken.evals.lmms.harness import Harness, ranks
+from vtoken.evals.lmms.model import VtokenModel
+from vtoken.evals.lmms.prepare import prepare_ray, quiet
+from vtoken.evals.lmms.suites import expand
+from vtoken.evals.quality import cluster, regressions
+from vtoken.evals.quality.analysis import read
+from vtoken.evals.quality.plan import Point, Sweep, digest, points
+from vtoken.evals.quality.points import Answered, ask, assemble, is_cases, is_point, is_speed, load, save
+from vtoken.evals.quality.run import DENSE, Results, commit, with_dense
+from vtoken.evals.speed.latency import bench
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass
+class Asking:
+    """A model and tasks, loaded when the first point needs them."""
+
+    sweep: Sweep
+    runs: Sequence[Pipeline]
+    folder: Path
+    device: str | None
+    model: Any = field(default=None, init=False)
+    harness: Any = field(default=None, init=False)
+
+    def ready(self) -> VtokenModel:
+        """The dense model.
+
+        Raises:
+            UnsupportedError: it cannot serve one of the pipelines; told before anything is asked.
+        """
+        if self.model is None:
+            self.harness = Harness(
+                expand(self.sweep.tasks), [f.resolve() for f in self.sweep.include], self.sweep.prompts
+            )
+            self.model = VtokenModel(device=self.device, **self.sweep.model_args())
+            for pipeline in self.runs:
+                self.model.use(pipeline)
+        return self.model
+
+    def ask(self, point: Point) -> Answered:
+        return ask(self.ready(), self.harness, point, self.sweep.limit, self.folder)
+
+
+def run(
+    sweep: Sweep,
+    folder: Path,
+    workers: int | None = None,
+    command: str = "",
+    progress: Progress = lambda done, total, what: None,
+    ray: str | None = None,
+) -> Results | None:
+    """Asks what is not in the folder yet and writes DIR/results.json, DIR/requests/, DIR/cases/ and DIR/points/.
+
+    Args:
+        workers: processes, each with a model of its own; they take the GPUs in turn. None is 1, or what `cluster` says.
+        progress: called with points done, points in all, and what comes next or was done.
+        ray: address of a Ray cluster, "" for the one that Ray finds or starts; None: no Ray.
+
+    Returns:
+        The results; None in every process of torchrun but the first.
+
+    Raises:
+        ConfigError: workers that cannot be had, pipelines that cannot be told apart.
+        VtokenError: Ray is missing or its cluster cannot be reached; workers that died.
+        UnsupportedError: a stage that the model cannot serve, before anything is asked.
+        Whatever model and scorers raise: points that were finished before stay in the folder, and are not asked again.
+    """
+    rank, world = ranks()
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers must be at least 1, not {workers}")
+    if world > 1 and (ray is not None or (workers or 1) > 1):
+        raise ConfigError(f"torchrun starts the processes already; leave --{'workers' if ray is None else 'ray'} out")
+    if ray is not None:
+        prepare_ray()
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    runs = with_dense(sweep.all_pipelines())
+    made_by = commit()
+    todo = points(sweep, runs, made_by)
+    folder = folder.resolve()
+    if rank == 0:
+        (folder / "points").mkdir(parents=True, exist_ok=True)
+    asking = Asking(sweep, runs, folder, sweep.device)
+    missing = _agreed([point for point in todo if rank == 0 and load(folder, point.key, is_point) is None])
+    done = len(todo) - len(missing)
+
+    def keep(point: Point, found: Answered) -> None:
+        nonlocal done
+        done += 1
+        if rank == 0:
+            save(folder, point.key, found)
+            progress(done, len(todo), f"{point.pipeline.name}: {point.task}")
+
+    progress(done, len(todo), "loading the model" if missing else "all points are there")
+    try:
+        if ray is not None and missing:
+            cluster.ask_all(sweep, runs, todo, missing, made_by, folder, keep, ray, workers)
+        elif workers is not None and workers > 1 and missing:
+            _in_parallel(asking, missing, workers, keep)
+        else:
+            for point in missing:
+                keep(point, asking.ask(point))
+    finally:
+        if rank == 0:
+            if not any(file.is_file() for file in folder.glob("scorers/**/*")):
+                shutil.rmtree(folder / "scorers", ignore_errors=True)
+            results = assemble(folder, sweep, runs, todo, command)
+    if rank > 0:
+        return None
+    assert results is not None  # the first dense point is there, or something was raised
+    if sweep.speed is not None:
+        results.speed = _speed(asking, folder, [point.key for point in todo], progress, (done, len(todo)))
+    progress(len(todo), len(todo), "pictures of what was lost")
+    results.cases = _cases(asking, folder, [point.key for point in todo])
+    results.save()
+    return results
+
+
+def _cases(asking: Asking, folder: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Pictures of what was lost, drawn once."""
+    key = "cases-" + digest(keys)
+    found: list[dict[str, Any]] | None = load(folder, key, is_cases)
+    if found is not None and all(
+        (folder / file).is_file() for case in found for file in case["panels"].values() if file
+    ):
+        return found
+    asked = read(folder)
+    pruned = {run["name"]: asked.lines[k] for k, run in enumerate(asked.results["runs"]) if run["pipeline"]}
+    chosen = regressions.worst(asked.lines[0], pruned, regressions.directions(asked.results["tasks"]))
+    found = []
+    if chosen:
+        model = asking.ready()
+        asking.harness.introduce(model, chosen)
+        found = regressions.draw(model, asking.runs[:-1], chosen, folder)
+        model.use(DENSE)
+    save(folder, key, found)
+    return found
+
+
+def _speed(asking: Asking, folder: Path, keys: Sequence[str], progress: Progress, at: tuple[int, int]) -> Any:
+    assert asking.sweep.speed is not None
+    options = asking.sweep.speed.model_dump()
+    # Threads do not change answers, but they do change times.
+    key = "speed-" + digest(keys, options, torch.get_num_threads())
+    found = load(folder, key, is_speed)
+    if found is None:
+        progress(*at, "speed")
+        model = asking.ready()
+        found = bench(model.generator.model, asking.runs[1:-1], batch=1, **options).to_dict()
+        save(folder, key, found)
+    return found
+
+
+def _agreed(missing: list[Point]) -> list[Point]:
+    """What the first process found missing: the others may not see its folder."""
+    box = [missing]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _in_parallel(
+    asking: Asking, missing: Sequence[Point], workers: int, keep: Callable[[Point, Answered], None]
+) -> None:
+    """Every process takes the next point as soon as it is free; the first one that fails ends them all."""
+    context = multiprocessing.get_context("spawn")
+    places = context.Queue()
+    for k in range(workers):
+        places.put(k)
+    threads = max(1, torch.get_num_threads() // workers)
+    pool = ProcessPoolExecutor(min(workers, len(missing)), context, _enter, (places, asking, threads))
+    waiting = {pool.submit(_work, point): point for point in missing}
+    try:
+        for future in as_completed(waiting):
+            keep(waiting[future], future.result())
+    except BrokenProcessPool as error:
+        raise VtokenError(
+            "a worker process died, perhaps for lack of memory; what was finished stays: run the same command again, with fewer workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_own: Asking | None = None  # of a worker process
+
+
+def _enter(places: Any, asking: Asking, threads: int) -> None:
+    global _own
+    quiet()
+    torch.set_num_threads(threads)
+    place, count = places.get(), torch.cuda.device_count()
+    if asking.device in (None, "cuda") and count:
+        asking.device = f"cuda:{place % count}"
+    _own = asking
+
+
+def _work(point: Point) -> Answered:
+    assert _own is not None
+    return _own.ask(point)

@@ -1,0 +1,30 @@
+"""What a model's name can mean, told before anything is loaded or asked of the hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from vtoken.errors import ConfigError, shown, unknown
+from vtoken.evals import reference
+
+
+def locate(model: str | Path) -> str:
+    """Folder or hub name that transformers loads the model of this name from.
+
+    Raises:
+        ConfigError: it is not a shipped model, no folder, and cannot be a name of the hub.
+    """
+    name = str(model)
+    if name in reference.names():
+        return str(reference.path(name))
+    if os.path.isdir(name) or re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+        return name
+    if "/" in name or name.startswith((".", "~")):
+        raise ConfigError(f"no model folder {shown(name)}; shipped models: {', '.join(reference.names())}")
+    from vtoken.evals.shared.configs import builtin
+
+    raise ConfigError(
+        f"{unknown('model', name, [*reference.names(), *builtin()])}; or give a folder, or a hub name with its owner before a slash"
+    )

@@ -1,0 +1,1 @@
+"""What pipelines cost and save, measured: latency, memory, break-even."""

@@ -1,0 +1,153 @@
+"""From how many visual tokens on a pipeline is faster than the dense model here: measured, length by length, by paired runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vtoken.config import Pipeline
+from vtoken.errors import ConfigError
+from vtoken.evals.cost.geometry import ImageSize, geometry
+from vtoken.evals.speed.latency import Row, Spread, bench
+from vtoken.stages import size_of
+
+SIDES = (112, 168, 224, 336, 448, 672, 896)  # pixels of one picture, where the family lets them decide
+COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)  # pictures of a prompt
+APART = 1.25  # lengths nearer than that tell the same
+
+
+@dataclass(frozen=True)
+class Length:
+    """What a prompt shows: `images` pictures of `image_size` (None: the family's own) have so many visual tokens."""
+
+    visual_tokens: int
+    images: int
+    image_size: ImageSize | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """A pipeline over dense at one length.
+
+    Attributes:
+        visual_tokens: of a prompt, before anything is dropped.
+        ttft, end_to_end: spread of the per-round ratios pipeline / dense.
+        aside: why no stage did anything, or None.
+    """
+
+    visual_tokens: int
+    ttft: Spread
+    end_to_end: Spread
+    aside: str | None = None
+
+    @property
+    def faster(self) -> bool:
+        """End to end, in three quarters of the rounds; what did nothing is not faster, whatever the clock says."""
+        return self.aside is None and self.end_to_end.high < 1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Per pipeline its steps, shortest prompt first; `stopped` says why longer prompts were not tried, `conditions` as of a bench."""
+
+    steps: dict[str, tuple[Step, ...]]
+    stopped: str
+    conditions: dict[str, Any]
+
+    def least(self, name: str) -> int | None:
+        """The shortest length measured from which on the pipeline was faster at all of them; None: not at the longest."""
+        found = None
+        for step in reversed(self.steps[name]):
+            if not step.faster:
+                break
+            found = step.visual_tokens
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [
+            {
+                "pipeline": name,
+                "min_visual_tokens": self.least(name),
+                "steps": [{**vars(s), "ttft": vars(s.ttft), "end_to_end": vars(s.end_to_end)} for s in steps],
+            }
+            for name, steps in self.steps.items()
+        ]
+        return {"break_even": rows, "stopped": self.stopped, "conditions": self.conditions}
+
+
+def lengths(config: Any, up_to: int, image_size: ImageSize | None = None, frames: int = 1) -> list[Length]:
+    """Prompts of up to so many visual tokens, shortest first: pictures of several sizes, then several pictures.
+
+    Args:
+        image_size: the only size, where one is given.
+
+    Raises:
+        ConfigError: not even one picture is as short as that, or the family's processor refuses the size.
+        UnsupportedError: a family whose arithmetic is not known, or video where there is none.
+    """
+    own = Length(size_of(geometry(config, image_size, 1, frames).parts), 1, image_size)
+    found = [own]
+    for side in SIDES if image_size is None else ():
+        try:
+            found.append(Length(size_of(geometry(config, side, 1, frames).parts), 1, side))
+        except ConfigError:
+            continue
+    for count in COUNTS[1:]:
+        one = size_of(geometry(config, image_size, count, frames).parts)
+        found.append(Length(count * one, count, image_size))
+    found = sorted((each for each in found if each.visual_tokens <= up_to), key=lambda each: each.visual_tokens)
+    if not found:
+        raise ConfigError(f"one picture has {own.visual_tokens} visual tokens, more than the {up_to} to be tried")
+    apart = [found[0]]
+    for each in found[1:]:
+        if each.visual_tokens >= APART * apart[-1].visual_tokens:
+            apart.append(each)
+    return apart
+
+
+def measure(
+    model: Any,
+    pipelines: Sequence[Pipeline],
+    tried: Sequence[Length],
+    *,
+    progress: Callable[[int], None] = lambda visual_tokens: None,
+    **options: Any,
+) -> Measured:
+    """Dense and all pipelines interleaved, one length after the other.
+
+    Args:
+        tried: from `lengths`. Where the memory of a GPU does not suffice, the rest is left out.
+        options: of `vtoken.evals.speed.latency.bench`, but for images and image_size.
+
+    Raises:
+        ConfigError, UnsupportedError: as `bench`.
+    """
+    steps: dict[str, list[Step]] = {pipeline.name: [] for pipeline in pipelines}
+    if len(steps) < len(pipelines):
+        raise ConfigError("two pipelines have one name; rename one file")
+    stopped, conditions = "", {}
+    for length in tried:
+        progress(length.visual_tokens)
+        try:
+            found = bench(
+                model, pipelines, images=length.images, image_size=length.image_size, oracles=False, **options
+            )
+        except torch.OutOfMemoryError:
+            stopped = f"prompts of {length.visual_tokens} visual tokens do not fit into the device's memory"
+            break
+        conditions = found.conditions
+        for row, pipeline in zip(found.rows[1:], pipelines, strict=True):
+            steps[pipeline.name].append(_step(row, pipeline, length))
+    kept = {name: conditions[name] for name in conditions if name not in ("images", "image_size", "prompt")}
+    return Measured({name: tuple(each) for name, each in steps.items()}, stopped, kept)
+
+
+def _step(row: Row, pipeline: Pipeline, length: Length) -> Step:
+    ratios = row.to_dense
+    assert ratios is not None and ratios["ttft"] is not None and ratios["end_to_end"] is not None  # of every pipeline
+    idle = len(row.stood_aside) == len({stage.name for stage in pipeline.stages})
+    aside = ("; ".join(dict.fromkeys(row.stood_aside.values())) or "it has no stages") if idle else None
+    return Step(length.visual_tokens, ratios["ttft"], ratios["end_to_end"], aside)

@@ -1,0 +1,122 @@
+"""Random inputs of every family, without a processor: ids, placeholders, pixels and what describes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtoken.adapters.base import Adapter
+from vtoken.errors import ConfigError
+from vtoken.evals.cost.geometry import ImageSize, geometry
+from vtoken.evals.cost.geometry.padded import pair
+from vtoken.evals.cost.geometry.qwen import patch_grid
+from vtoken.hooks.state.run import KINDS
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Random text around random pictures; every row alike, nothing padded.
+
+    Attributes:
+        inputs: arguments of `generate`, as the family's processor returns them.
+        kind: "image" or "video".
+        texts: text tokens before, between and after the runs of placeholders.
+        runs: how many runs an image has: one, or one per frame where timestamps part them.
+        run: visual tokens in each, newlines not counted.
+        newlines: newline tokens of an image.
+    """
+
+    inputs: dict[str, Tensor]
+    kind: str
+    texts: tuple[int, ...]
+    runs: int
+    run: int
+    newlines: int
+
+
+def random_prompt(
+    adapter: Adapter,
+    *,
+    batch: int = 1,
+    images: int = 1,
+    frames: int = 1,
+    image_size: ImageSize | None = None,
+    text_tokens: int = 32,
+    seed: int = 0,
+) -> Prompt:
+    """Prompts of text_tokens random ids and `images` random pictures, or videos where `frames` is above 1.
+
+    Args:
+        image_size: as `vtoken.evals.cost.geometry.geometry` takes it; pixels have the size that the family's processor would give them.
+
+    Raises:
+        ConfigError: too little text to part the pictures (Qwen), or a size that the family's processor refuses.
+        UnsupportedError: a family without random prompts, or video for one that has none.
+    """
+    model: Any = adapter.model
+    config, kind = model.config, "video" if frames > 1 else "image"
+    generator = torch.Generator().manual_seed(seed)
+    inputs = _pixels(config, batch, images, frames, image_size, generator)
+    layout = adapter.layouts(kind, inputs)[0]
+    runs = layout.parts[0][0] if config.model_type == "qwen3_vl" else 1
+    texts = _texts(text_tokens, images * runs, between=int(adapter.mrope))
+    placeholder = adapter.placeholders[kind]
+    every = torch.arange(config.get_text_config().vocab_size)
+    plain = every[~torch.isin(every, torch.tensor(list(adapter.placeholders.values())))]
+    text = plain[torch.randint(len(plain), (batch, text_tokens), generator=generator)].split(texts, 1)
+    pictures = torch.full((batch, layout.length // runs), placeholder)
+    ids = torch.cat([text[0], *(each for after in text[1:] for each in (pictures, after))], 1)
+    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if adapter.mrope:
+        found["mm_token_type_ids"] = (ids == placeholder) * (1 + KINDS.index(kind))
+    for name, value in inputs.items():
+        found[name] = value.to(model.dtype) if name.startswith("pixel_values") else value
+    moved = {name: value.to(model.device) for name, value in found.items()}
+    return Prompt(moved, kind, texts, runs, layout.tokens // runs, layout.length - layout.tokens)
+
+
+def _texts(tokens: int, runs: int, between: int) -> tuple[int, ...]:
+    """Text tokens before, between and after the runs; what is not needed between them stands half before, half after."""
+    inner = between * (runs - 1)
+    if tokens < inner + 1:
+        raise ConfigError(
+            f"text_tokens must be at least {inner + 1}, not {tokens}: a text token parts each two of the {runs} images or frames"
+        )
+    head = (tokens - inner) // 2
+    return (head, *[between] * (runs - 1), tokens - inner - head)
+
+
+def _pixels(
+    config: Any, batch: int, images: int, frames: int, image_size: ImageSize | None, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Arguments of the family's feature function, on the CPU."""
+    shape = geometry(config, image_size, images, frames)
+    vision, family, count = config.vision_config, config.model_type, batch * images
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    if family.startswith("qwen"):
+        grid = t, h, w = patch_grid(vision, image_size, frames)
+        numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        kind, suffix = ("video", "_videos") if frames > 1 else ("image", "")
+        found = {
+            f"pixel_values{suffix}": draw(count * t * h * w, numbers),
+            f"{kind}_grid_thw": torch.tensor([grid] * count),
+        }
+        if family == "qwen2_5_vl" and frames > 1:
+            found["second_per_grid_ts"] = torch.ones(count)
+        return found
+    crop = (vision.num_channels, *pair(vision.image_size))
+    if family == "llava":
+        return {"pixel_values": draw(count, *crop)}
+    pixels = draw(count, len(shape.tower.crops), *crop)
+    if frames > 1:
+        return {"pixel_values_videos": pixels}
+    found = {"pixel_values": pixels, "image_sizes": torch.tensor([pair(image_size or vision.image_size)] * count)}
+    if family == "llava_onevision":
+        found["batch_num_images"] = torch.full((batch,), images)
+    return found

@@ -1,0 +1,264 @@
+"""One timed `generate` of a pipeline or of its oracle, see `vtoken.evals.speed.latency`. All hooks are taken back after each."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from vtoken.adapters.base import Adapter
+from vtoken.config import Pipeline
+from vtoken.errors import UnsupportedError
+from vtoken.evals.speed.inputs import Prompt
+from vtoken.hooks.state.handle import Handle
+from vtoken.hooks.state.run import Clock
+from vtoken.hooks.state.trace import Trace
+from vtoken.session import trace, watched, wrapped
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Milliseconds of one `generate`, and the peak of GPU memory above what was allocated before it.
+
+    Attributes:
+        vision: tower and projector, with the facts and encoder-site stages that run inside.
+        stages: the decisions themselves (for encoder-site stages part of `vision`); None without a pipeline.
+        ttft: from the call to the first token, vision included.
+        decode: per token after the first; None if only one is generated.
+        peak_bytes: None on a CPU, where one process has no figure per call.
+    """
+
+    vision: float
+    stages: float | None
+    ttft: float
+    decode: float | None
+    end_to_end: float
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """A prompt that is short already.
+
+    Attributes:
+        ids, mask: [B, P], padded on the left.
+        positions: [..., B or 1, P].
+        values: [ΣK, D] what the feature function is made to return, newlines included.
+        deep: the same of every DeepStack layer.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    values: Tensor
+    deep: tuple[Tensor, ...]
+
+
+@dataclass
+class Subject:
+    """What is measured: a pipeline (None: dense), its oracle, and their samples; `layers` are the visual tokens of the whole batch in
+    every decoder layer, `aside` the stages that did nothing, and why, `density` as in Trace."""
+
+    pipeline: Pipeline | None
+    layers: tuple[int, ...]
+    kv_bytes: int
+    oracle: Oracle | None
+    no_oracle: str | None
+    aside: dict[str, str] = field(default_factory=dict)
+    density: dict[str, float] = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list)
+    ideal: list[Sample] = field(default_factory=list)
+
+
+class FirstToken(StoppingCriteria):
+    """Never stops; notes when the first token is there."""
+
+    def __init__(self, now: Callable[[], Any]) -> None:
+        self.now, self.at = now, None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if self.at is None:
+            self.at = self.now()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class Runner:
+    """Runs one model on one prompt."""
+
+    def __init__(self, adapter: Adapter, prompt: Prompt) -> None:
+        self.adapter, self.prompt = adapter, prompt
+        self.model: Any = adapter.model
+        self.clock, self.cuda = Clock(self.model.device), self.model.device.type == "cuda"
+        self.rope = list(inspect.signature(adapter.outer.get_rope_index).parameters) if adapter.mrope else []
+
+    @property
+    def shape(self) -> str:
+        shown = {name: value for name, value in self.prompt.inputs.items() if name.startswith("pixel_values")}
+        shown = {"ids": self.prompt.inputs["input_ids"], **shown}
+        return ", ".join(f"{name} {list(value.shape)}" for name, value in shown.items())
+
+    def prepare(self, pipeline: Pipeline | None) -> Subject:
+        """One prefill to learn what is kept, and what enters the language model.
+
+        Raises:
+            UnsupportedError: a pipeline that needs pictures cut otherwise than the others do.
+        """
+        if pipeline is not None and pipeline.anyres != "model":
+            raise UnsupportedError(
+                f"pipeline {pipeline.name!r} sets anyres: {pipeline.anyres}, but all pipelines are measured on the same prompt, cut as "
+                "the model chooses; leave the key out and give an image_size that is cut that way"
+            )
+        seen: dict[str, Any] = {}
+        handle = Handle()
+
+        def look(module: Any, args: tuple, kwargs: dict) -> None:
+            seen.update({} if seen else kwargs)
+
+        with watched(self.model, pipeline or Pipeline("dense", "original", ())):
+            handle.before(self.adapter.lm, look)  # Behind vtoken's own hook, so it sees the short sequence.
+            try:
+                self.model.generate(**self.prompt.inputs, max_new_tokens=1)
+            finally:
+                handle.release()
+            found = trace(self.model)
+        layers, stages = tuple(map(sum, found.layers)), pipeline.stages if pipeline else ()
+        inside = [f"{stage.name} acts at site {stage.site}" for stage in stages if stage.site != "tokens"]
+        reason = f"no short prompt is equivalent: {', '.join(inside)}" if inside else self._unshortened()
+        if pipeline is None:
+            return Subject(None, layers, found.cache_bytes, None, None)
+        oracle = None if reason else self._shorten(seen, found)
+        return Subject(pipeline, layers, found.cache_bytes, oracle, reason, found.aside, found.density)
+
+    def _unshortened(self) -> str | None:
+        """Why the model cannot be given fewer features, or None."""
+        prompt = self.prompt
+        if prompt.kind == "video" and prompt.newlines:
+            if "mm_encoder_outputs" not in inspect.signature(self.adapter.outer.forward).parameters:
+                return "before transformers 5.18 the model itself puts a newline behind every video"
+        return None
+
+    def _shorten(self, seen: dict[str, Any], found: Trace) -> Oracle:
+        """The prompt that would have given the language model what it saw."""
+        x, mask, full = seen["inputs_embeds"], seen.get("attention_mask"), self.prompt.inputs["input_ids"]
+        mask = torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if mask is None else mask.long()
+        visual = self._visual(found, mask)
+        placeholder = self.adapter.placeholders[self.prompt.kind]
+        # The last id is text: what pads the rows on the left must not be taken for a picture.
+        ids = full[:, -1:].repeat(1, x.shape[1])
+        ids[mask.bool() & ~visual] = full[full != placeholder]
+        ids[visual] = placeholder
+        deep = tuple(layer.clone() for layer in seen.get("deepstack_visual_embeds") or ())
+        return Oracle(ids, mask, seen["position_ids"].clone(), x[visual], deep)
+
+    def _visual(self, found: Trace, mask: Tensor) -> Tensor:
+        """[B, P] which of the positions that are left hold visual tokens or newlines."""
+        prompt, visual = self.prompt, torch.zeros_like(mask, dtype=torch.bool)
+        for line, real in enumerate(mask.sum(1).tolist()):
+            kept = [each for each, row in zip(found.kept, found.row, strict=True) if row == line]
+            counts = [n for each in kept for n in torch.bincount(each // prompt.run, minlength=prompt.runs).tolist()]
+            # Newlines come in families that have no text between their runs: it does not matter which run they are added to.
+            counts[-1] += real - sum(prompt.texts) - sum(counts)
+            at = len(mask[line]) - real
+            for text, run in zip(prompt.texts, counts, strict=False):
+                visual[line, at + text : at + text + run] = True
+                at += text + run
+        return visual
+
+    @contextmanager
+    def _short(self, oracle: Oracle | None) -> Iterator[None]:
+        """The feature function runs in full, and returns what the oracle keeps."""
+        if oracle is None:
+            yield
+            return
+        outer, name = self.adapter.outer, self.adapter.features[self.prompt.kind]
+        original: Callable[..., Any] = getattr(outer, name)
+        held: list[Any] = []
+
+        @wraps(original)
+        def features(*args: Any, **kwargs: Any) -> Any:
+            out = original(*args, **kwargs)
+            # `generate` holds them until it ends: memory that is in use is part of the price.
+            held[:] = [out.pooler_output]
+            per_video = isinstance(out.pooler_output, Tensor)
+            out.pooler_output = oracle.values[None] if per_video else (oracle.values,)
+            if oracle.deep:
+                held.append(out.deepstack_features)
+                per_image = not isinstance(out.deepstack_features[0], Tensor)
+                out.deepstack_features = [(layer,) if per_image else layer for layer in oracle.deep]
+            return out
+
+        handle = Handle()
+        handle.set(outer, name, features)
+        try:
+            yield
+        finally:
+            handle.release()
+
+    def round(self, subject: Subject, *, oracle_first: bool, count: bool) -> None:
+        """One sample of the subject and, next to it, one of its oracle."""
+        jobs: list[tuple[list[Sample], Pipeline | None, Oracle | None]] = [(subject.samples, subject.pipeline, None)]
+        if subject.oracle is not None:
+            jobs.insert(0 if oracle_first else 1, (subject.ideal, None, subject.oracle))
+        for samples, pipeline, oracle in jobs:
+            sample, _ = self.sample(pipeline, oracle)
+            if count:
+                samples.append(sample)
+
+    def sample(self, pipeline: Pipeline | None = None, oracle: Oracle | None = None) -> tuple[Sample, Tensor]:
+        """One timed `generate`, and all ids it returns. Timing hooks sit outside vtoken's."""
+        began: list[Any] = []
+        ended: list[Any] = []
+        handle, first = Handle(), FirstToken(self.clock.now)
+        handle.before(self.adapter.tower, lambda *_: began.append(self.clock.now()))
+        try:
+            with wrapped(self.model, pipeline) if pipeline else self._short(oracle):
+                # Wrapping scans packages and leaves caches cold, which no second call on a wrapped model finds.
+                self._call(oracle, max_new_tokens=1)
+                began.clear()
+                handle.after(self.adapter.projectors[0], lambda *_: ended.append(self.clock.now()))
+                resident = self._settle()
+                start = self.clock.now()
+                ids = self._call(oracle, stopping_criteria=StoppingCriteriaList([first]))
+                end = self.clock.now()
+                self._settle(reset=False)
+                peak = torch.cuda.max_memory_allocated(self.model.device) - resident if self.cuda else None
+                stages = trace(self.model).stages if pipeline and pipeline.stages else []
+                decisions = sum(stage.milliseconds for stage in stages) if pipeline else None
+        finally:
+            handle.release()
+        steps = self.model.generation_config.max_new_tokens - 1
+        timed = Sample(
+            vision=sum(self.clock.between(*pair) for pair in zip(began, ended, strict=True)),
+            stages=decisions,
+            ttft=self.clock.between(start, first.at),
+            decode=self.clock.between(first.at, end) / steps if steps else None,
+            end_to_end=self.clock.between(start, end),
+            peak_bytes=peak,
+        )
+        return timed, ids
+
+    def _call(self, oracle: Oracle | None, **options: Any) -> Tensor:
+        inputs = dict(self.prompt.inputs)
+        if oracle is not None:
+            if self.adapter.mrope:
+                # The oracle's positions are given; what `generate` spends on them is paid all the same.
+                self.adapter.outer.get_rope_index(**{name: inputs[name] for name in self.rope if name in inputs})
+                del inputs["mm_token_type_ids"]
+            inputs |= {"input_ids": oracle.ids, "attention_mask": oracle.mask, "position_ids": oracle.positions}
+        return self.model.generate(**inputs, **options)
+
+    def _settle(self, reset: bool = True) -> int:
+        """Waits for the device; returns the bytes allocated there."""
+        if not self.cuda:
+            return 0
+        self.clock.wait()
+        if reset:
+            torch.cuda.reset_peak_memory_stats(self.model.device)
+        return torch.cuda.memory_allocated(self.model.device)
