@@ -174,7 +174,7 @@ def check_layers(stage: Stage, adapter: Adapter) -> None:
     if stage.site == "frames" and "video" not in adapter.features:
         raise UnsupportedError(
             f"stage {stage.name} chooses frames of videos, and transformers' {adapter.model_type} takes none; leave it out, or use a family "
-            "that does (llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl)"
+            f"that does ({', '.join(name for name in registry.adapters() if 'video' in registry.adapter(name).features)})"
         )
     if stage.site == "frames" and adapter.encoder.unit == 1:
         return  # the tower is given fewer frames; nothing changes inside it

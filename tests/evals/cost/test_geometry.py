@@ -15,7 +15,7 @@ from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals.cost.flops import account
 from vtoken.evals.cost.geometry import geometry
-from vtoken.evals.cost.geometry.qwen import windows_of
+from vtoken.evals.cost.geometry._packed import windows_of
 from vtoken.pruners.tokens.fastervlm import FasterVLM
 from vtoken.pruners.tokens.uniform import Uniform
 from vtoken.stages import Fact, Pruner, Site, VisualTokens, size_of

@@ -12,7 +12,7 @@ from tiny_models import IMG, PATCH, VID, VISION_END, VISION_START
 from torch import Tensor
 from transformers import Qwen2VLImageProcessorPil
 
-from vtoken.evals.cost.geometry.qwen import patch_grid
+from vtoken.evals.cost.geometry._packed import patch_grid
 
 VISION = {
     "depth": 4,
