@@ -20,7 +20,7 @@ from vtoken.evals.cost import support_matrix as matrices
 from vtoken.stages import Fact, Pruner, Site
 from vtoken.stages.budget import Budget
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @cache
