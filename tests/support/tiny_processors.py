@@ -25,20 +25,20 @@ def processor(family: str) -> Any:
     """The stock processor without its video half."""
     one = tiny.family(family)
     kind = pictures_only(getattr(transformers, f"{one.classes}Processor"))
-    return one.processor(kind, _tokenizer(*one.words), chat_template=_template(*one.words, *one.around))
+    return one.processor(kind, tokenizer(*one.words), chat_template=_template(*one.words, *one.around))
 
 
-def _tokenizer(image: str, video: str) -> PreTrainedTokenizerFast:
+def tokenizer(image: str, video: str) -> PreTrainedTokenizerFast:
     words = {f"w{k}": k for k in range(VOCAB)}
     special = {0: "<pad>", 1: "<bos>", 2: "<unk>", IMG: image, VID: video}
     special |= {VISION_START: "<|vision_start|>", VISION_END: "<|vision_end|>"}
     for k, word in special.items():
         del words[f"w{k}"]
         words[word] = k
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words_only = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    words_only.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=words_only,
         pad_token="<pad>",
         bos_token="<bos>",
         unk_token="<unk>",
