@@ -184,7 +184,7 @@ def check_tower(stage: Stage, adapter: Adapter) -> None:
     if frames and "video" not in adapter.features:
         raise UnsupportedError(
             f"stage {stage.name} chooses frames of videos, and transformers' {adapter.model_type} takes none; leave it out, or use a family "
-            "that does (llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl)"
+            f"that does ({', '.join(name for name in registry.adapters() if 'video' in registry.adapter(name).features)})"
         )
     if frames and adapter.encoder.unit == 1:
         return  # the tower is given fewer frames; nothing changes inside it
