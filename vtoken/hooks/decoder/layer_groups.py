@@ -15,7 +15,7 @@ from vtoken.hooks.decoder.next_layer import check_next_layer, next_layer_attenti
 from vtoken.hooks.state.checkpointing import check_replay
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.encoder_fact import encoder_fact
-from vtoken.hooks.state.forward_state import ForwardState, StaticStep, eager, steps
+from vtoken.hooks.state.forward_state import UNMADE, ForwardState, StaticStep, eager, steps
 from vtoken.hooks.state.left_padding import take
 from vtoken.hooks.state.prefill_state import AskedText, Observed, PrefillState
 from vtoken.hooks.state.prompt_text import dropped_slots, later_text, text_before, text_of
@@ -70,7 +70,7 @@ class LayerGroups:
             # Gaps in position ids look like packed sequences to flash attention; RoPE is in position_embeddings already.
             kwargs["position_ids"] = None
         if flow.group:
-            if flow.attention_mask is None:
+            if flow.attention_mask is UNMADE:
                 flow.attention_mask = self._mask(flow.group, flow.cache, short, flow.key_mask)
             kwargs["attention_mask"] = flow.attention_mask
         return args, kwargs
@@ -99,7 +99,7 @@ class LayerGroups:
                 "position_embeddings": self.lm.rotary_emb(hidden, position_ids=ids),
                 "position_ids": ids,
             }
-        flow.hidden, flow.group, flow.attention_mask = hidden, k, None
+        flow.hidden, flow.group, flow.attention_mask = hidden, k, UNMADE
         flow.enter(k)
         if isinstance(flow, PrefillState):
             flow.note_layout(k)

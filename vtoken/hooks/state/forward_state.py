@@ -11,6 +11,7 @@ from torch import Tensor
 from vtoken.hooks.state.left_padding import take
 from vtoken.hooks.state.pruned_cache import CacheOwner, PrunedCache, SlotMap, adopt
 
+UNMADE = object()  # None is a mask, too
 # For all that happens at prefill: torch.compile reads thread-local state wrongly (it sees the class's default), and would see no images.
 eager = torch.compiler.disable
 
@@ -32,7 +33,7 @@ class ForwardState:
         alive: [B, L] which logical columns are still in the sequence.
         index, valid: [B, P] the physical layout: column of each slot, and whether it is real.
         group: first layer of the current layer group; `key_mask` its 2D mask over `slots` past and new slots (None: all real), `attention_mask`
-            what the backend makes of it.
+            what the backend makes of it (UNMADE until a layer asks).
         layer_kwargs: arguments that later layers get instead of the model's own.
         renumbers: positions are compact; owner: of the cache.
         unmerged: how attention sees merged tokens at all their places, when it does.
@@ -52,7 +53,7 @@ class ForwardState:
     key_mask: Tensor | None = None
     slots: int = 0
     layer_kwargs: dict[str, Any] = field(default_factory=dict)
-    attention_mask: Any = None
+    attention_mask: Any = UNMADE
     unmerged: Any = None
     renumbers: bool = field(default=False, kw_only=True)
     owner: CacheOwner = field(kw_only=True)
