@@ -23,6 +23,7 @@ from vtoken.hooks.call.inputs import CallInputs
 from vtoken.hooks.decoder.attention_tap import observe
 from vtoken.hooks.decoder.layer_groups import LayerGroups
 from vtoken.hooks.state.context import Context
+from vtoken.hooks.state.installed import described
 from vtoken.hooks.state.trace import Trace
 from vtoken.hooks.vision.features import FeatureHooks
 from vtoken.hooks.vision.padded_tower import PaddedTower
@@ -91,6 +92,11 @@ class Session:
         if found is None:
             raise UnsupportedError("the wrapped model has not run yet; call generate or forward first")
         return found
+
+    def __repr__(self) -> str:
+        """The pipeline, and what is installed where."""
+        head = f"vtoken session of {self.pipeline.name!r} on {self.adapter.model_type}"
+        return "\n  ".join([head, *described(self.adapter.model, self.context.handle.installed)])
 
     def release(self) -> None:
         self.context.owner.alive = False

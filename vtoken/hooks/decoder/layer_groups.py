@@ -13,7 +13,7 @@ from transformers.masking_utils import create_causal_mask
 
 from vtoken.hooks.decoder.next_layer import check_next_layer, next_layer_attention
 from vtoken.hooks.state.checkpointing import check_replay
-from vtoken.hooks.state.context import Context
+from vtoken.hooks.state.context import Context, by_layer
 from vtoken.hooks.state.encoder_fact import encoder_fact
 from vtoken.hooks.state.forward_state import UNMADE, ForwardState, StaticStep, eager, steps
 from vtoken.hooks.state.left_padding import take
@@ -30,7 +30,7 @@ class LayerGroups:
         self.context, self.lm, self.run, handle = context, context.lm, context.run, context.handle
         lm, depth = self.lm, context.depth
         stages = [stage.for_depth(depth) for stage in context.at("decoder")]
-        self.at = {k: [s for s in stages if k in s.layers(depth)] for k in range(depth)}
+        self.at = by_layer(stages, depth)
         self.rating = [stage for stage in stages if asks(stage, queries="chosen")]
         for k, at in self.at.items():
             if any(asks(stage, read="next layer") for stage in at):

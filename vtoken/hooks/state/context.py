@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -83,3 +84,8 @@ class Context:
             # What stands in for CLS needs all tokens of the image: the next layer that sees them.
             layer = min((k for k in encoder.full_attention if k >= layer), default=max(encoder.full_attention))
         return Fact(name, layer, fact.above)
+
+
+def by_layer(stages: Sequence[Stage], depth: int) -> dict[int, list[Stage]]:
+    """Layer -> the stages that act there, of `depth` layers."""
+    return {layer: [stage for stage in stages if layer in stage.layers(depth)] for layer in range(depth)}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.checkpointing import check_replay
-from vtoken.hooks.state.context import Context
+from vtoken.hooks.state.context import Context, by_layer
 from vtoken.hooks.state.decide import decide
 from vtoken.hooks.state.fact_tables import substituted
 from vtoken.hooks.state.live_tokens import skipped_entry
@@ -73,28 +73,25 @@ class Tower(ABC):
         self.encoder, self.choosers = self.adapter.encoder, context.at("frames")
         depth, wanted = len(self.encoder.layers), context.wanted
         self.stages = [stage.for_depth(depth) for stage in context.at("encoder")]
-        self.at = {
-            k: [s for s in self.stages if s.merge_point() is None and k in s.layers(depth)] for k in range(depth)
-        }
-        self.merging = self._merging(depth)
+        self.at = by_layer([stage for stage in self.stages if not stage.merge_point()], depth)
+        # What lies behind the last layer that features are read from is not asked.
+        inside, last = [stage for stage in self.stages if stage.merge_point()], min(self.encoder.feature_layers)
+        self.merging = {k: acting if k <= last else [] for k, acting in by_layer(inside, depth).items()}
         self.features, self.pixels = (any(fact.name == name for fact in wanted) for name in ("features", "pixels"))
         per_layer = self._facts_of_layers(wanted)
-        if not wanted and not self.stages and not self.choosers:
-            return
-        context.handle.before(self.adapter.tower, self._start)
+        if wanted or self.stages or self.choosers:
+            self._install(per_layer)
+
+    def _install(self, per_layer: dict[int, set[Fact]]) -> None:
+        handle = self.context.handle
+        handle.before(self.adapter.tower, self._start)
         for layer, module in enumerate(self.encoder.layers):
             if per_layer[layer]:
                 attention = self._tap(module, projections(per_layer[layer]))
-                context.handle.after(attention, partial(self._facts, layer, sorted(per_layer[layer])))
+                handle.after(attention, partial(self._facts, layer, sorted(per_layer[layer])))
             if (layer and self.stages) or (self.choosers and self.encoder.unit > 1):
-                context.handle.before(module, partial(self._layer, layer))
+                handle.before(module, partial(self._layer, layer))
         self._behind()
-
-    def _merging(self, depth: int) -> dict[int, list[Stage]]:
-        """Layer -> stages that merge inside it, up to the last layer that features are read from."""
-        last = min(self.encoder.feature_layers)
-        inside = [stage for stage in self.stages if stage.merge_point()]
-        return {k: [s for s in inside if k in s.layers(depth) and k <= last] for k in range(depth)}
 
     def _facts_of_layers(self, wanted: Iterable[Fact]) -> dict[int, set[Fact]]:
         """Layer -> facts that are read off it."""
