@@ -45,7 +45,8 @@ def test_masks_have_physical_length(model):
 
     from vtoken.hooks.state.left_padding import left_pad, take
 
-    index, valid = left_pad(keep)
+    index = left_pad(keep)
+    valid = keep.gather(1, index)
     lm = model.model.language_model
 
     def naive(module, args, kwargs):

@@ -142,7 +142,7 @@ class Adapter(ABC):
         is looked for, as upstream. Placeholders of kinds that are not `among` these are text."""
         given = embeds if ids is None else ids
         assert given is not None
-        kinds = torch.zeros(given.shape[:2], dtype=torch.uint8, device=given.device)
+        kinds: Tensor | None = None
         for kind, placeholder in self.placeholders.items():
             if kind not in among:
                 continue
@@ -151,8 +151,10 @@ class Adapter(ABC):
             else:
                 row = self.outer.get_input_embeddings()(torch.tensor(placeholder, device=given.device))
                 here = (given == row).all(-1)
-            kinds.masked_fill_(here, 1 + KINDS.index(kind))
-        return kinds
+            code = 1 + KINDS.index(kind)
+            marked = here.to(torch.uint8) if code == 1 else here * torch.tensor(code, dtype=torch.uint8)
+            kinds = marked if kinds is None else kinds + marked
+        return torch.zeros(given.shape[:2], dtype=torch.uint8, device=given.device) if kinds is None else kinds
 
 
 def check_decoder(lm: Any) -> None:

@@ -15,7 +15,7 @@ launches.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -46,7 +46,9 @@ def definition(scores: Tensor, offsets: Tensor, counts: Sequence[int] | Tensor) 
 def _of_one(scores: Tensor, k: int) -> Tensor:
     """Of one image. An ascending sort of what is negated puts NaN last; 0 - x makes both zeros one."""
     key = 0 - scores
-    return key.masked_fill(key.isnan(), torch.nan).sort(stable=True).indices[:k].sort().values
+    if key.device.type != "cpu":  # a radix sort would put NaN with a sign first
+        key = key.masked_fill(key.isnan(), torch.nan)
+    return key.sort(stable=True).indices[:k].sort().values
 
 
 if triton is not None:
@@ -105,9 +107,9 @@ def _on_host(counts: Sequence[int] | Tensor, offsets: Tensor) -> list[int]:
     if len(wanted) != len(offsets) - 1:
         raise ValueError(f"{len(wanted)} counts for {len(offsets) - 1} images")
     # Offsets on a device are not fetched for this; the negative half of the check costs nothing.
-    lengths = offsets.diff().tolist() if offsets.device.type == "cpu" else wanted
-    for image, (k, n) in enumerate(zip(wanted, lengths, strict=True)):
-        if not 0 <= k <= n:
+    ends = offsets.tolist() if offsets.device.type == "cpu" else list(accumulate(wanted, initial=0))
+    for image, (k, (begin, end)) in enumerate(zip(wanted, pairwise(ends), strict=True)):
+        if not 0 <= k <= (n := end - begin):
             raise ValueError(f"image {image}: cannot keep {k} of {n} tokens")
     return wanted
 

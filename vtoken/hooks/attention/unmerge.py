@@ -183,8 +183,8 @@ def places(flow: PrefillState) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         alive[start.batch_row, start.column] = absorbed_by >= 0
         slot[start.batch_row, start.column] = slot[start.batch_row, target]
     counts = alive.sum(1).tolist()
-    columns, valid = left_pad(alive, max(counts))
-    return columns, valid, slot.gather(1, columns), counts
+    columns = left_pad(alive, max(counts))
+    return columns, alive.gather(1, columns), slot.gather(1, columns), counts
 
 
 def past_table(flow: ForwardState) -> UnmergeTable | None:

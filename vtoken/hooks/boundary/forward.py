@@ -33,7 +33,9 @@ def forward_of(context: Context, kwargs: dict) -> ForwardState:
     positions = kwargs.get("position_ids")
     if positions is None:
         positions = torch.arange(past, past + length, device=x.device)[None]
-    index = torch.arange(length, device=x.device).expand(batch, -1)
+        index = positions.expand(batch, -1) if not past else torch.arange(length, device=x.device).expand(batch, -1)
+    else:
+        index = torch.arange(length, device=x.device).expand(batch, -1)
     return ForwardState(
         new,
         [length] * batch,

@@ -29,7 +29,7 @@ def build_prefill(
     answer = answered(visual, flow.new, context.run.tail, context.run.labels)
     held, tails, shown, counts = counted(visual, flow.new, answer, len(context.adapter.placeholders))
     located = locate(visual, held, context.run.encodes, context.adapter)
-    whole = unpruned(located)
+    whole = unpruned(located, flow.index[0])
     hidden = sum(shown) < sum(map(sum, held))
     seen = unmasked(whole, flow.new, context.adapter) if hidden else whole
     values = flow.hidden[whole.batch_row, whole.column]
@@ -55,6 +55,7 @@ def build_prefill(
         tails=tails,
         texts=[n - tail - v for n, tail, v in zip(counts, tails, shown, strict=True)],
         min_tokens=context.min_tokens,
+        unpadded=all(n == flow.new.shape[1] for n in counts),
         project=partial(project, context.adapter) if context.adapter.encoder.unit == 1 else None,
     )
     trace.dense_rows = sorted(prefill.skipped)
@@ -70,10 +71,12 @@ def counted(
 ) -> tuple[list[list[int]], list[int], list[int], list[int]]:
     """Asks the device once: per kind its placeholders in every row; per row, tokens behind the prompt, visual ones that the padding mask
     shows, and all that it shows."""
-    each = [(kinds == kind + 1).sum(1) for kind in range(number)]
-    behind = torch.zeros_like(each[0]) if answer is None else answer.sum(1)
-    *held, tails, shown, counts = torch.stack([*each, behind, ((kinds > 0) & new).sum(1), new.sum(1)]).tolist()
-    return held, tails, shown, counts
+    each = [kinds == kind + 1 for kind in range(number)]
+    visual = each[0] if number == 1 else kinds > 0
+    found = [*each, visual & new, new] if answer is None else [*each, visual & new, new, answer]
+    told = torch.stack([which.sum(1) for which in found]).tolist()
+    tails = told[number + 2] if answer is not None else [0] * len(kinds)
+    return told[:number], tails, told[number], told[number + 1]
 
 
 def project(adapter: Any, features: Tensor) -> Tensor:
@@ -85,13 +88,16 @@ def project(adapter: Any, features: Tensor) -> Tensor:
     return projector.forward(here).to(features.device)
 
 
-def unpruned(located: ImageSpans) -> LiveTokens:
-    """All visual tokens of the batch, newlines left out."""
+def unpruned(located: ImageSpans, arange: Tensor) -> LiveTokens:
+    """All visual tokens of the batch, newlines left out. `arange` [L]: 0, 1, 2, ..."""
     layouts, device = located.layouts, located.batch_row.device
     lengths = tuple(layout.tokens for layout in layouts)
-    image, raster_index = image_of(lengths, device), torch.arange(sum(lengths), device=device)
-    if len(lengths) > 1:
-        raster_index = raster_index - offsets_of(lengths, device)[:-1][image]
+    if lengths == (len(located.column),) and located.row == (0,):
+        # One picture in the first row: all that is zero, and all that counts up, is there already.
+        image, raster_index = located.batch_row, arange[: lengths[0]]
+    else:
+        image = image_of(lengths, device)
+        raster_index = torch.arange(sum(lengths), device=device) - offsets_of(lengths, device)[:-1][image]
     segment = segments(layouts)
     return LiveTokens(
         lengths,

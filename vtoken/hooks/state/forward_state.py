@@ -80,8 +80,9 @@ class ForwardState:
 
     def shift(self, start: int) -> Tensor:
         """[B] how far the group's positions lag behind the logical ones once this forward is cached (compact positions)."""
-        before = self.cache.groups[self.cache.group(start)].shift if isinstance(self.cache, PrunedCache) else 0
-        return (self.new & ~self.alive).sum(1) + before
+        now = (self.new & ~self.alive).sum(1)
+        before = self.cache.groups[self.cache.group(start)].shift if isinstance(self.cache, PrunedCache) else None
+        return now if before is None else now + before
 
     def enter(self, start: int) -> Tensor | None:
         """Opens the layer group from `start` on and returns its 2D mask over physical slots, past and new; None when all are real."""

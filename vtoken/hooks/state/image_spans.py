@@ -104,7 +104,9 @@ def locate(kinds: Tensor, counts: Sequence[Sequence[int]], encodes: dict[str, En
         ValueError: some features came precomputed and some did not.
     """
     # As nonzero(), whose size the device would be asked for; here it is known.
-    at = torch.argsort(kinds.flatten() == 0, stable=True)[: sum(map(sum, counts))]
+    several = sum(any(per_row) for per_row in counts) > 1
+    marks = kinds.flatten() > 0 if several else kinds.flatten()
+    at = torch.argsort(marks, descending=True, stable=True)[: sum(map(sum, counts))]
     batch_row, column = (at // kinds.shape[1], at % kinds.shape[1]) if len(kinds) > 1 else (torch.zeros_like(at), at)
     known, queues = queued(counts, encodes, adapter)
     images = list(*queues.values()) if len(queues) == 1 else interleave(queues, kinds[batch_row, column].tolist())
@@ -220,12 +222,14 @@ def check(values: Tensor, positions: Tensor | None, located: ImageSpans, seen: L
         UnsupportedError: all axes are equal on images that have more than one token to a frame, because an argument is missing or
             transformers too old.
     """
-    asked = [is_scored(values, located)] if located.encodes else []
-    asked += [] if positions is None else [has_axes(positions, seen)]
-    if not asked:
-        return
-    told = torch.stack([each.to(values.device) for each in asked]).tolist() if len(asked) > 1 else [bool(asked[0])]
-    same, apart = not located.encodes or told[0], positions is None or told[-1]
+    same, apart = True, True
+    if positions is None:
+        same = not located.encodes or are_scored(values, located)
+    elif not located.encodes:
+        apart = bool(has_axes(positions, seen))
+    else:
+        told = (is_scored(values, located), has_axes(positions, seen).to(values.device))
+        same, apart = torch.stack([each.to(values.device) for each in told]).tolist()
     if not same:
         raise ValueError(
             "the visual features of this call are not those the vision tower encoded last in this thread; "
@@ -240,8 +244,16 @@ def check(values: Tensor, positions: Tensor | None, located: ImageSpans, seen: L
     )
 
 
+def are_scored(values: Tensor, located: ImageSpans) -> bool:
+    """Whether these [ΣN, D] are the features that the encoder gave last."""
+    fingerprint = located.gather([encode.fingerprint for encode in located.encodes])
+    seen = values[:, 0].detach().to(fingerprint.device)
+    # Only of features that are not numbers is more to be asked.
+    return torch.equal(fingerprint.to(seen.dtype), seen) or bool(is_scored(values, located))
+
+
 def is_scored(values: Tensor, located: ImageSpans) -> Tensor:
-    """[] bool: whether these [ΣN, D] are the features that the encoder gave last."""
+    """[] bool: the same, where the device is asked later."""
     fingerprint = located.gather([encode.fingerprint for encode in located.encodes])
     seen = values[:, 0].detach().to(fingerprint.device)
     if len(fingerprint) != len(seen):

@@ -41,7 +41,7 @@ class SlotLayout:
         return rows.new_zeros(*rows.shape[:3], past + length + 1).scatter(3, at, rows)[..., :-1]
 
 
-def left_pad(keep: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
+def left_pad(keep: Tensor, width: int | None = None) -> Tensor:
     """Left-padded compaction of the kept columns.
 
     Args:
@@ -49,11 +49,10 @@ def left_pad(keep: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
         width: the largest number of kept columns of a row, if the host knows it.
 
     Returns:
-        index [B, P] into the columns, in order, and valid [B, P]: padding is at the left.
+        index [B, P] into the columns, in order; padding, columns that are not kept, is at the left.
     """
     width = int(keep.sum(1).max()) if width is None else width
-    index = torch.argsort(keep, dim=1, stable=True)[:, keep.shape[1] - width :]
-    return index, keep.gather(1, index)
+    return torch.argsort(keep, dim=1, stable=True)[:, keep.shape[1] - width :]
 
 
 def take(x: Tensor, index: Tensor, dim: int) -> Tensor:

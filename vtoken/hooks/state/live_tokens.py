@@ -39,12 +39,13 @@ class LiveTokens:
     def after(self, keep: Keep, history: TokenHistory | None = None) -> LiveTokens:
         """What a decision leaves; `history` if it is known already."""
         index = keep.index.to(self.batch_row.device)
+        one = slice(len(index)) if len(self.lengths) == 1 else index  # of one image all are alike
         return replace(
             self,
             lengths=keep.lengths,
-            batch_row=self.batch_row[index],
+            batch_row=self.batch_row[one],
             column=self.column[index],
-            image=self.image[index],
+            image=self.image[one],
             history=self.history.advance(keep, self.image) if history is None else history,
             segment=None if self.segment is None else self.segment[index],
             closed_by=None if self.closed_by is None else self.closed_by[index],

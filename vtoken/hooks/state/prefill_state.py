@@ -84,6 +84,7 @@ class PrefillState(ForwardState):
         layouts: first layer of a group -> its layout; logical: of the current one, see Layout.
         pending_slots: slot maps to commit to the cache when the forward ends; shrunk: what a cache stage left of each layer.
         notes: of the current layer group; asked: stage (by id) -> the text tokens it asks; told: stages whose skipping is in the trace.
+        unpadded: all of the prompt is real.
         project: makes embeddings of features, where the family's projector takes tokens one by one.
     """
 
@@ -110,6 +111,7 @@ class PrefillState(ForwardState):
     told: set[int] = field(default_factory=set)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
     shrunk: dict[int, Any] = field(default_factory=dict)
+    unpadded: bool = False
     project: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -249,7 +251,9 @@ class PrefillState(ForwardState):
         """Recomputes `alive` and the layout from `live`; returns the gather from the old layout [B, P'] to the new one."""
         first, self.alive = self.alive is self.new, self.left()
         here = self.alive if first else self.alive.gather(1, self.index) & self.valid
-        index, self.valid = left_pad(here, max(self.counts))
+        index = left_pad(here, max(self.counts))
+        equal = self.unpadded and len(set(self.counts)) == 1
+        self.valid = self.new[:, : index.shape[1]] if equal else here.gather(1, index)
         self.notes = GroupNotes()
         self.index = index if first else self.index.gather(1, index)
         return index, self.valid

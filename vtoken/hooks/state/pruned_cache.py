@@ -32,14 +32,14 @@ class SlotMap:
     Attributes:
         logical: [B, P] logical position of each slot, -1 for padding.
         end: logical length when this was recorded; later tokens are dense.
-        shift: [B] how far positions lag behind the logical numbering (all zero unless positions are compact).
+        shift: [B] how far positions lag behind the logical numbering; None: nowhere, as always unless positions are compact.
         dense: no padding in any row.
         lags: whether `shift` may hold anything but zeros.
     """
 
     logical: Tensor
     end: int
-    shift: Tensor
+    shift: Tensor | None
     dense: bool
     lags: bool = False
 
@@ -50,7 +50,8 @@ class SlotMap:
 
     def rows(self, index: Tensor) -> SlotMap:
         index = index.to(self.logical.device)
-        return replace(self, logical=self.logical[index], shift=self.shift[index])
+        shift = None if self.shift is None else self.shift[index]
+        return replace(self, logical=self.logical[index], shift=shift)
 
 
 class PrunedCache:
@@ -141,9 +142,7 @@ class PrunedCache:
         self.groups, self.valid = {}, {}
         self.record(
             0,
-            replace(
-                first, logical=first.logical[:, :0], end=0, shift=torch.zeros_like(first.shift), dense=True, lags=False
-            ),
+            replace(first, logical=first.logical[:, :0], end=0, shift=None, dense=True, lags=False),
         )
 
     def _rows(self, index: Tensor) -> None:
@@ -177,7 +176,7 @@ def adopt(cache: Any, batch: int, device: torch.device, owner: CacheOwner) -> Pr
     cache.__class__ = _CLASSES[cls]
     cache.groups, cache.valid, cache.prompt_mask, cache.shifted, cache.owner = {}, {}, None, False, owner
     everything = torch.arange(held, device=device).expand(batch, -1)
-    cache.record(0, SlotMap(everything, held, torch.zeros(batch, dtype=torch.long, device=device), dense=True))
+    cache.record(0, SlotMap(everything, held, None, dense=True))
     return cache
 
 

@@ -39,7 +39,9 @@ class TokenHistory:
 
     def advance(self, keep: Any, image: Tensor) -> TokenHistory:
         """After a Keep. `image` [ΣK] is the image of each live token."""
-        raster_index, absorbed_by = self.raster_index[keep.index.to(self.raster_index.device)], self.absorbed_by
+        raster_index, absorbed_by = keep.index.to(self.raster_index.device), self.absorbed_by
+        if len(self.full) > 1 or self.counts != self.full:  # of one whole image, a token's row is its place
+            raster_index = self.raster_index[raster_index]
         if keep.into is not None or absorbed_by is not None:
             device = self.raster_index.device
             start = uploaded([0, *accumulate(self.full)][:-1], device)

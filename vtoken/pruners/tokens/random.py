@@ -23,4 +23,5 @@ class Random(Pruner):
 
     def score(self, tokens: VisualTokens) -> Tensor:
         draws = {n: torch.rand(n, generator=torch.Generator().manual_seed(self.seed)) for n in set(tokens.lengths)}
-        return torch.cat([draws[n] for n in tokens.lengths]).to(tokens.x.device, non_blocking=True)
+        first, *rest = (draws[n] for n in tokens.lengths)
+        return (torch.cat([first, *rest]) if rest else first).to(tokens.x.device, non_blocking=True)
