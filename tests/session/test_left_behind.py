@@ -137,7 +137,7 @@ def test_every_undo_runs():
     vtoken.wrap(model, SITES["decoder"])
     session = session_of(model)
     for message in ("one", "two"):
-        session.handle._undo.insert(3, lambda message=message: (_ for _ in ()).throw(RuntimeError(message)))
+        session.context.handle._undo.insert(3, lambda message=message: (_ for _ in ()).throw(RuntimeError(message)))
     with pytest.raises(ExceptionGroup) as error:
         vtoken.unwrap(model)
     assert [str(e) for e in error.value.exceptions] == ["two", "one"] or len(error.value.exceptions) == 2
