@@ -51,24 +51,29 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
         )
     check_unmerging(pipeline)
     for stage in pipeline.stages:
-        if stage.site not in SITES:
-            raise UnsupportedError(
-                f"stage {stage.name} acts at site {stage.site!r}, which this version of vtoken does not serve yet"
-            )
-        try:
-            why = stage.incompatibility(len(adapter.lm.layers), adapter.lm.config.hidden_size)
-        except ValueError as error:  # of a file that has changed since the pipeline was read
-            raise ConfigError(f"stage {stage.name}: {error}") from error
-        if why:
-            raise OtherModelError(f"stage {stage.name}: {why}")
-        if why := stage.tower_incompatibility(adapter.encoder.width, adapter.encoder.unit):
-            raise UnsupportedError(f"stage {stage.name}: {why}")
-        for need in stage.needs():
-            check_fact(stage, need, adapter)
-        check_layers(stage, adapter)
-        check_order_of_layers(stage, adapter)
+        check_stage(stage, adapter)
     check_attention([s for s in pipeline.stages if s.site == "attention" and not s.unmerge_mode()], adapter.lm)
     check_cache([stage for stage in pipeline.stages if stage.site == "cache"])
+
+
+def check_stage(stage: Stage, adapter: Adapter) -> None:
+    """Holds one stage against what the family can do."""
+    if stage.site not in SITES:
+        raise UnsupportedError(
+            f"stage {stage.name} acts at site {stage.site!r}, which this version of vtoken does not serve yet"
+        )
+    try:
+        why = stage.incompatibility(len(adapter.lm.layers), adapter.lm.config.hidden_size)
+    except ValueError as error:  # of a file that has changed since the pipeline was read
+        raise ConfigError(f"stage {stage.name}: {error}") from error
+    if why:
+        raise OtherModelError(f"stage {stage.name}: {why}")
+    if why := stage.tower_incompatibility(adapter.encoder.width, adapter.encoder.unit):
+        raise UnsupportedError(f"stage {stage.name}: {why}")
+    for need in stage.needs():
+        check_fact(stage, need, adapter)
+    check_layers(stage, adapter)
+    check_order_of_layers(stage, adapter)
 
 
 def check_fact(stage: Stage, need: Fact, adapter: Adapter) -> None:
@@ -151,21 +156,9 @@ def check_cache(stages: list[Stage]) -> None:
 
 def check_layers(stage: Stage, adapter: Adapter) -> None:
     """Refuses layers that do not exist, or whose output nobody reads any more."""
-    if stage.site in ("tokens", "attention", "cache"):
-        return
-    if stage.site == "frames" and "video" not in adapter.features:
-        raise UnsupportedError(
-            f"stage {stage.name} chooses frames of videos, and transformers' {adapter.model_type} takes none; leave it out, or use a family "
-            "that does (llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl)"
-        )
-    if stage.site == "frames" and adapter.encoder.unit == 1:
-        return  # the tower is given fewer frames; nothing changes inside it
-    if stage.site in ("frames", "encoder") and adapter.tower.config._attn_implementation == "flex_attention":
-        raise UnsupportedError(
-            f"stage {stage.name} drops tokens inside the vision tower, which needs attention masks that flex_attention does not "
-            'take there; load the model with attn_implementation="sdpa"'
-        )
-    if stage.site == "frames":
+    if stage.site in ("frames", "encoder"):
+        check_tower(stage, adapter)
+    if stage.site not in ("encoder", "decoder"):
         return
     depth = len(adapter.encoder.layers if stage.site == "encoder" else adapter.lm.layers)
     check_inside(stage, adapter)
@@ -182,6 +175,23 @@ def check_layers(stage: Stage, adapter: Adapter) -> None:
         raise UnsupportedError(
             f"stage {stage.name} acts at {stage.site} layers {list(layers)}; this model allows {first} to {last}"
             + (" (features are read after that)" if stage.site == "encoder" else "")
+        )
+
+
+def check_tower(stage: Stage, adapter: Adapter) -> None:
+    """Refuses stages that the vision tower cannot serve."""
+    frames = stage.site == "frames"
+    if frames and "video" not in adapter.features:
+        raise UnsupportedError(
+            f"stage {stage.name} chooses frames of videos, and transformers' {adapter.model_type} takes none; leave it out, or use a family "
+            f"that does ({', '.join(name for name in registry.adapters() if 'video' in registry.adapter(name).features)})"
+        )
+    if frames and adapter.encoder.unit == 1:
+        return  # the tower is given fewer frames; nothing changes inside it
+    if adapter.tower.config._attn_implementation == "flex_attention":
+        raise UnsupportedError(
+            f"stage {stage.name} drops tokens inside the vision tower, which needs attention masks that flex_attention does not "
+            'take there; load the model with attn_implementation="sdpa"'
         )
 
 

@@ -20,21 +20,33 @@ from vtoken.hooks.attention.unmerge import Unmerge
 from vtoken.hooks.boundary.boundary import Boundary
 from vtoken.hooks.cache.shrink import CacheShrinker
 from vtoken.hooks.call.inputs import CallInputs
-from vtoken.hooks.call.min_tokens import MinTokensGuard
-from vtoken.hooks.decoder.attention_tap import observe, tap, tapped
+from vtoken.hooks.decoder.attention_tap import observe
 from vtoken.hooks.decoder.layer_groups import LayerGroups
-from vtoken.hooks.state.handle import Handle
-from vtoken.hooks.state.pruned_cache import CacheOwner
-from vtoken.hooks.state.run import Run
+from vtoken.hooks.state.context import Context
+from vtoken.hooks.state.installed import described
 from vtoken.hooks.state.trace import Trace
 from vtoken.hooks.vision.features import FeatureHooks
 from vtoken.hooks.vision.padded_tower import PaddedTower
+from vtoken.hooks.vision.tower import Tower
 from vtoken.hooks.vision.varlen_tower import VarlenTower
-from vtoken.stages import Fact, Site, Stage
-from vtoken.stages.cache import CacheStage
-from vtoken.stages.facts import encoded, read_of
 
 SESSION = "_vtoken_session"  # attribute of a wrapped model; whoever drops the model drops its session with it
+
+
+def install(context: Context) -> Boundary:
+    """Puts the hooks on that the stages need, in the order of a forward."""
+    CallInputs(context)
+    FeatureHooks(context)
+    tower: type[Tower] = PaddedTower if context.adapter.encoder.unit == 1 else VarlenTower
+    tower(context)
+    # Sparse attention lies within the taps that observe, which come later and see every layer.
+    SparsePrefill(context)
+    unmerge = None if context.unmerging is None else Unmerge(context, context.unmerging)
+    cache = None if context.cache_stage is None else CacheShrinker(context, context.cache_stage)
+    boundary = Boundary(context, unmerge=unmerge, cache=cache)
+    LayerGroups(context)
+    observe(context)
+    return boundary
 
 
 class Session:
@@ -45,83 +57,25 @@ class Session:
         self.boundary: Boundary | None = None
         self.adapter: Adapter = registry.adapter(model.config.model_type)(model)
         check(self.adapter, pipeline)
-        self.run, self.handle, self.owner = Run(), Handle(), CacheOwner()
-        encoder, tokens, decoder, cache = (self._at(site) for site in ("encoder", "tokens", "decoder", "cache"))
-        asked = [need for stage in (*tokens, *decoder) for need in stage.needs() if encoded(need, stage.site)]
-        wanted = {self._resolve(need) for need in asked}
-        compact = pipeline.positions == "compact"
+        self.context = context = Context(
+            self.adapter,
+            stages=pipeline.stages,
+            compact=pipeline.positions == "compact",
+            newline=pipeline.newline,
+            min_tokens=pipeline.min_visual_tokens,
+        )
         try:
-            self.handle.set(model, SESSION, self)
+            context.handle.set(model, SESSION, self)
             if pipeline.anyres == "2x2":
                 side, cut = 2 * model.config.vision_config.image_size, copy(model.config)
                 cut.image_grid_pinpoints = [[side, side]]
                 # The whole model's config is what gets saved; this one is read where pictures are cut.
-                self.handle.set(self.adapter.outer, "config", cut)
-            if not pipeline.stages and not watched:
-                return
-            early = encoder or self._at("frames") or wanted
-            least = pipeline.min_visual_tokens if early else 0
-            guard = MinTokensGuard(self.adapter, self.run, least) if least else None
-            CallInputs(self.adapter, self.run, self.handle, guard, acts=bool(pipeline.stages))
-            FeatureHooks(self.adapter, self.run, self.handle, wanted, least)
-            tower: Any = PaddedTower if self.adapter.encoder.unit == 1 else VarlenTower
-            tower(self.adapter, self.run, self.handle, wanted, encoder, self._at("frames"))
-            # Sparse attention lies within the taps that observe, which come later and see every layer.
-            sparse = SparsePrefill(self.adapter.lm, self.run, self.handle, self._at("attention"))
-            unmerge = [
-                Unmerge(self.adapter.lm, self.run, self.handle, stage, mrope=self.adapter.mrope)
-                for stage in self._at("attention")
-                if stage.unmerge_mode()
-            ]
-            kv = None
-            for stage in cache:
-                assert isinstance(stage, CacheStage)
-                kv = CacheShrinker(model, self.adapter.lm, self.run, self.handle, stage, mrope=self.adapter.mrope)
-                sparse.also = kv.asks
-            self.boundary = Boundary(
-                self.adapter,
-                self.run,
-                self.handle,
-                tokens,
-                compact=compact,
-                every=pipeline.stages,
-                always=bool(decoder or cache),
-                newline=pipeline.newline,
-                owner=self.owner,
-                resolve=self._resolve,
-                unmerge=unmerge[0] if unmerge else None,
-                kv=kv,
-                min_tokens=pipeline.min_visual_tokens,
-            )
-            LayerGroups(
-                self.adapter.lm,
-                self.run,
-                self.handle,
-                decoder,
-                compact=compact,
-                enter=self.boundary.enter,
-                encoded=self.boundary.entry.fact,
-                cached=bool(cache),
-            )
-            observed = tapped(decoder, len(self.adapter.lm.layers))
-            if observed:
-                tap(self.handle, self.adapter.lm, observed, observe(self.run, observed))
+                context.handle.set(self.adapter.outer, "config", cut)
+            if pipeline.stages or watched:
+                self.boundary = install(context)
         except BaseException:
-            self.handle.release()
+            context.handle.release()
             raise
-
-    def _at(self, site: Site) -> list[Stage]:
-        return [stage for stage in self.pipeline.stages if stage.site == site]
-
-    def _resolve(self, fact: Fact) -> Fact:
-        name, encoder = self.adapter.substitutes.get(fact.name, fact.name), self.adapter.encoder
-        if name not in read_of("encoder layer"):
-            return Fact(name)
-        layer = encoder.attention_layer if fact.layer is None else fact.layer % len(encoder.layers)
-        if name != fact.name and encoder.full_attention is not None:
-            # What stands in for CLS needs all tokens of the image: the next layer that sees them.
-            layer = min((k for k in encoder.full_attention if k >= layer), default=max(encoder.full_attention))
-        return Fact(name, layer, fact.above)
 
     @property
     def trace(self) -> Trace:
@@ -134,16 +88,21 @@ class Session:
             raise UnsupportedError(
                 f"pipeline {self.pipeline.name!r} has no stages, so nothing is installed and nothing is traced"
             )
-        found = self.run.trace or self.boundary.last
+        found = self.context.run.trace or self.boundary.last
         if found is None:
             raise UnsupportedError("the wrapped model has not run yet; call generate or forward first")
         return found
 
+    def __repr__(self) -> str:
+        """The pipeline, and what is installed where."""
+        head = f"vtoken session of {self.pipeline.name!r} on {self.adapter.model_type}"
+        return "\n  ".join([head, *described(self.adapter.model, self.context.handle.installed)])
+
     def release(self) -> None:
-        self.owner.alive = False
+        self.context.owner.alive = False
         for stage in self.pipeline.stages:
             stage.unload()
-        self.handle.release()
+        self.context.handle.release()
 
 
 def whole(model: Any) -> Any:

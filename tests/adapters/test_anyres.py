@@ -12,9 +12,8 @@ from vtoken import registry
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.run import FeatureCall
 
-ANYRES = ("llava_next", "llava_onevision")
 SIZES = [(100, 60), (50, 100), (112, 112), (30, 200), (57, 56), (300, 40)]
-families = pytest.mark.parametrize("family", ANYRES)
+families = pytest.mark.parametrize("family", tiny.families(anyres=True))
 
 
 def adapter_of(model):
@@ -106,7 +105,7 @@ def test_facts_are_those_of_the_crops(family):
     """Attention and keys of each token are those of its patch in its crop, encoded alone."""
     model = tiny.make(family)
     batch = tiny.build(model, [[1, ("img", (100, 60)), 2], [("img", (50, 100))]], seed=1)
-    name = "cls_attention" if family == "llava_next" else "received_attention"
+    name = tiny.adapter(model).substitutes.get("cls_attention", "cls_attention")
     recorder = Recorder(asks=((name, None), ("keys", None), ("features", None), ("pixels", None)), seen=[])
     with vtoken.wrapped(model, [recorder]), torch.no_grad():
         model(**batch)

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from PIL import Image
-from tiny_models import make
+from tiny import make
 from tiny_processors import processor
 
 from vtoken import registry
@@ -65,10 +66,8 @@ def test_demo_writes_the_report_and_prints_one_object(tmp_path, capsys):
     assert "--limit 12 --budgets 64,16,32" in out["conditions"]["command"]
 
 
-@pytest.mark.parametrize(
-    ("family", "tokens"), [("llava_next", 16 + 64), ("llava_onevision", 16 + 25), ("qwen2_5_vl", 9)]
-)
-def test_demo_takes_models_of_every_family(family, tokens, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("family", tiny.each("anyres", "crops_one_only", "varlen"))
+def test_demo_takes_models_of_every_family(family, tmp_path, capsys, monkeypatch):
     """Tiny random models stand for the shipped ones: their answers are wrong, the account must hold all the same."""
     monkeypatch.setattr(reference, "names", lambda: (family,))
     monkeypatch.setattr(reference, "load", lambda name: (make(name), padded_left(processor(name))))
@@ -76,9 +75,11 @@ def test_demo_takes_models_of_every_family(family, tokens, tmp_path, capsys, mon
         run(demo_command, "--model", family, "--limit", "3", "--budgets", "8,4", "--out", str(tmp_path), "--json") == 0
     )
     out = json.loads(capsys.readouterr().out)
-    assert [row["tokens"] for row in out["pipelines"]] == [tokens, *([8, 4] * 3)]
+    assert [row["tokens"] for row in out["pipelines"]] == [tiny.family(family).shipped_picture, *([8, 4] * 3)]
     said = out["conditions"].get("facts", "")
-    assert ("fastervlm: received_attention for cls_attention" in said) == (family != "llava_next")
+    assert ("fastervlm: received_attention for cls_attention" in said) == bool(
+        tiny.adapter(tiny.family(family).stock).substitutes
+    )
     assert (tmp_path / "report.html").read_text(encoding="utf-8").count("data:image/jpeg") == 4
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from PIL import Image, ImageDraw
-from tiny import build
-from tiny_models import FAMILIES, VIDEO, make
+from tiny import FAMILIES, VIDEO, build, make
 from tiny_processors import processor, save
 
 from vtoken.commands import show
@@ -62,15 +62,15 @@ def test_every_family_is_drawn(family: str, folder: Any, picture: Path, tmp_path
     with Image.open(out) as seen:
         assert seen.format == "PNG" and min(seen.size) >= 480
         # Two rasters stand side by side, each twice as wide as its own half.
-        assert (seen.width > 1.9 * 480) == (len(trace["parts"][0]) == 2 or family.startswith("qwen"))
+        assert (seen.width > 1.9 * 480) == (len(trace["parts"][0]) == 2 or tiny.family(family).varlen)
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "llava"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_several_pictures_of_one_prompt(family: str, folder: Any, picture: Path, tmp_path: Path, capsys: Any) -> None:
     assert run(folder(family), "none", picture, picture, "--out", tmp_path / "kept.png", "--json") == 0
     parts = json.loads(capsys.readouterr().out)["parts"]
     assert len(parts) == 2
-    if family == "llava_onevision":  # It cuts crops out of single pictures only.
+    if tiny.family(family).crops_one_only:
         assert parts == [[[1, 4, 4]]] * 2
 
 
@@ -96,8 +96,8 @@ def test_videos_are_drawn_frame_by_frame(
 
     def call(text: str, return_tensors: str, videos: Any, do_sample_frames: bool) -> Any:
         seen.append((text, [len(video) for video in videos], do_sample_frames))
-        spec = ("video", 4) if family == "llava_onevision" else ("video", 2, 4, 8)
-        return _Batch(build(model, [[3, spec, 4]]))
+        steps = 4 // getattr(model.config.vision_config, "temporal_patch_size", 1)
+        return _Batch(build(model, [[3, ("video", steps), 4]]))
 
     stock.video_processor = object()
     monkeypatch.setattr(type(stock), "__call__", lambda self, **given: call(**given))

@@ -6,7 +6,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from modes import families, greedy
+from modes import families, greedy, mrope
 from oracle_kv import Told
 from torch import Tensor
 from transformers import DynamicCache
@@ -26,7 +26,7 @@ def test_second_turn_equals_a_loop_on_the_stock_layers(family, merge, more):
     model = tiny.make(family)
     first, turn = tiny.build(model, FIRST, seed=3), tiny.build(model, more, seed=9)
     pictures = "pixel_values" in turn
-    if pictures and family.startswith("qwen"):
+    if pictures and mrope(model):
         pytest.importorskip("transformers", minversion="5.21", reason="older transformers numbers a new image as text")
     spy = Told(LookM, important=IMPORTANT, recent=RECENT, merge=merge)
     with vtoken.wrapped(model, [spy.stage]):
@@ -61,7 +61,7 @@ def test_second_turn_equals_a_loop_on_the_stock_layers(family, merge, more):
         torch.testing.assert_close(torch.stack(b.logits)[:, row], torch.cat(want, 1)[0], atol=3e-4, rtol=1e-4)
 
 
-def of(p: oracle.Prompt, row: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+def of(p: oracle.PrefillQK, row: int) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Embeddings, positions and what DeepStack adds, without the padding of the row."""
     real = p.mask[row]
     return (

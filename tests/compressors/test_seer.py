@@ -112,7 +112,7 @@ def test_at_threshold_0_the_model_is_itself(family):
     assert torch.equal(got.sequences, want.sequences)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", tiny.each("mrope"))
 def test_drafts_and_static_caches_have_no_say(family):
     model = tiny.make(family)
     batch = tiny.build(model, [[150, "img", 40]], seed=3)
@@ -126,7 +126,7 @@ def test_drafts_and_static_caches_have_no_say(family):
             assert [s.density for s in vtoken.trace(model).stages] == densities
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", tiny.each("mrope"))
 def test_compiled_prefill(family):
     model = tiny.make(family)
     batch = tiny.build(model, [[150, "img", 40]], seed=3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from modes import families, qwen
+from modes import families, mrope
 from padded_right import BATCH, NAMES, right, with_positions, wrapped_or_skip
 from usual import stage
 
@@ -34,7 +34,7 @@ def test_padding_packing_and_saving(family, name, tmp_path):
     del packed["attention_mask"]
     length = packed["input_ids"].shape[1]
     positions = torch.arange(length)[None] % (length // 2)
-    if qwen(model):
+    if mrope(model):
         axes = torch.stack([torch.arange(length), torch.arange(length) // 2, torch.arange(length) % 5])[:, None]
         positions = torch.cat([positions[None], axes])
     with pytest.raises(UnsupportedError, match="several samples in one row"), torch.no_grad():
@@ -42,7 +42,7 @@ def test_padding_packing_and_saving(family, name, tmp_path):
     assert saved(model, tmp_path / "wrapped") == stock
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+@pytest.mark.parametrize("family", tiny.each("deepstack"))
 @pytest.mark.parametrize("name", NAMES)
 def test_lora_before_or_after(family, name):
     from lora import lora, outcome, same

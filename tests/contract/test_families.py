@@ -7,7 +7,7 @@ import tiny
 import torch
 import usual
 from against_oracle import compare
-from batches import BATCHES, QWEN, inside, rows_for
+from batches import BATCHES, inside, rows_for
 from probes import Deep, Inside, InsideMerge, Ragged
 
 import vtoken
@@ -34,10 +34,10 @@ families = pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("stages", PIPELINES)
 def test_equals_recomputation(family, rows, stages):
     if rows_for(family, rows) is None:
-        pytest.skip("stock LLaVA-1.5 and NeXT take no video")
+        pytest.skip("takes no video")
     model = tiny.make(family)
     batch = tiny.build(model, rows_for(family, rows), seed=3)
-    pipeline = {"stages": inside(PIPELINES[stages]) if family == "qwen2_5_vl" else PIPELINES[stages]}
+    pipeline = {"stages": inside(family, PIPELINES[stages])}
     trace = compare(model, batch, pipeline)
     assert stages == "inside" or sum(trace.layers[-1]) < sum(trace.visual_tokens)
     for before, after in zip(trace.stages, trace.stages[1:], strict=False):
@@ -49,8 +49,8 @@ def test_equals_recomputation(family, rows, stages):
 def test_eager_and_compact(family, stages):
     model = tiny.make(family, "eager")
     batch = tiny.build(model, rows_for(family, "ragged"), seed=3)
-    stages = inside(PIPELINES[stages]) if family == "qwen2_5_vl" else PIPELINES[stages]
-    if family in QWEN:
+    stages = inside(family, PIPELINES[stages])
+    if tiny.family(family).mrope:
         with pytest.raises(UnsupportedError, match="M-RoPE"):
             vtoken.wrap(model, {"positions": "compact", "stages": stages})
         compare(model, batch, {"stages": stages})
@@ -58,12 +58,12 @@ def test_eager_and_compact(family, stages):
         compare(model, batch, {"positions": "compact", "stages": stages})
 
 
-@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+@pytest.mark.parametrize("family", tiny.families(anyres=True))
 @pytest.mark.parametrize("newline", ["keep", "drop"])
 @pytest.mark.parametrize("stages", ["fastervlm", "deep"])
 def test_newline_policies(family, newline, stages):
     model = tiny.make(family)
-    rows = rows_for(family, "ragged" if family == "llava_next" else "video and image")
+    rows = rows_for(family, "video and image" if family in tiny.VIDEO else "ragged")
     compare(model, tiny.build(model, rows, seed=3), {"newline": newline, "stages": PIPELINES[stages]})
 
 
@@ -74,7 +74,7 @@ def test_newline_policies(family, newline, stages):
 )
 def test_keeping_everything_is_the_identity(family, rows, stages):
     if rows_for(family, rows) is None:
-        pytest.skip("stock LLaVA-1.5 and NeXT take no video")
+        pytest.skip("takes no video")
     model = tiny.make(family)
     batch = tiny.build(model, rows_for(family, rows), seed=3)
     options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
@@ -100,7 +100,7 @@ def test_every_stage_runs(family, name):
         with pytest.raises(UnsupportedError, match=f"{family} takes none"):
             vtoken.wrap(model, stage)
         return
-    if stage.merge_point() and family in QWEN:
+    if stage.merge_point() and tiny.family(family).varlen:
         with pytest.raises(UnsupportedError, match="neighbouring patches"):
             vtoken.wrap(model, stage)
         return
@@ -130,9 +130,7 @@ def test_deepstack_features_of_merged_tokens_are_averaged():
     torch.testing.assert_close(seen["deepstack_visual_embeds"][1], after[after.any(-1)])
 
 
-@pytest.mark.parametrize(
-    "family", [f for f in tiny.FAMILIES if f not in QWEN]
-)  # Qwen closes a picture with a text token
+@pytest.mark.parametrize("family", tiny.families(varlen=False))  # Qwen closes a picture with a text token
 @pytest.mark.parametrize("rows", [[[3, "img"]], [[2, "img", 1, "img"], [9]]], ids=["one", "ragged"])
 def test_a_prompt_may_end_in_a_picture(family, rows):
     """Its last token may be dropped: the answer then follows the last one that is left."""

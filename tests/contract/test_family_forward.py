@@ -100,7 +100,7 @@ def test_scoring_an_answer_decides_as_generate_does(model):
         out = greedy(model, batch, 4, return_dict_in_generate=True, output_logits=True)
         kept = vtoken.trace(model).kept
         ids = out.sequences[:, :-1]
-        if modes.qwen(model):
+        if modes.mrope(model):
             batch["mm_token_type_ids"] = (ids == tiny.IMG).long()
         batch |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         scored = model(**batch, logits_to_keep=4).logits
@@ -116,7 +116,7 @@ def test_inputs_embeds(model, batch, pipeline):
     given["inputs_embeds"] = model.get_input_embeddings()(batch["input_ids"])
     with vtoken.wrapped(model, STAGES[pipeline]):
         want = model(**batch).logits
-        if modes.qwen(model):
+        if modes.mrope(model):
             model.model.rope_deltas = None
             with pytest.raises(UnsupportedError, match="position_ids"):
                 model(**given)
@@ -133,7 +133,7 @@ NEWLINE_ON_META = Version("5.18") <= modes.VERSION
 @families
 @pytest.mark.parametrize("before", [True, False], ids=["offload, wrap", "wrap, offload"])
 def test_offloaded_modules(family, model, batch, before):
-    if family in ("llava_next", "llava_onevision") and NEWLINE_ON_META:
+    if hasattr(model.model, "image_newline") and NEWLINE_ON_META:
         pytest.skip("transformers from 5.18 on: image_newline stays on meta under cpu_offload, wrapped or not")
     with vtoken.wrapped(model, STAGES["deep"]):
         want = greedy(model, batch)
@@ -149,7 +149,8 @@ def test_offloaded_modules(family, model, batch, before):
 def test_dispatched_to_cpu_and_disk(family, model, batch, tmp_path):
     with vtoken.wrapped(model, STAGES["deep"]):
         want = greedy(model, batch)
-    lm, tower = "model.language_model", "model.visual" if modes.qwen(model) else "model.vision_tower"
+    lm, part = "model.language_model", tiny.adapter(model).tower
+    tower = next(name for name, module in model.named_modules() if module is part)
     where = {"lm_head": "cpu"} | {n: "cpu" for n, _ in model.named_modules() if n.count(".") == 1 and n != lm}
     where |= {f"{lm}.{name}": "cpu" for name, _ in model.get_submodule(lm).named_children() if name != "layers"}
     where |= {f"{lm}.layers.{i}": "disk" if i % 2 else "cpu" for i in range(4)} | {tower: "disk"}
@@ -237,7 +238,7 @@ def test_padding_on_the_right(model, batch):
             labels[labels == tiny.IMG] = -100
             labels[:, 1:][given["input_ids"][:, :-1] == tiny.IMG] = -100
             labels[given["attention_mask"].cumsum(1) == 1] = -100
-            if not modes.qwen(model):
+            if not modes.mrope(model):
                 given["position_ids"] = (given["attention_mask"].cumsum(1) - 1).clamp(min=0)
             losses.append(model(**given, labels=labels).loss)
     torch.testing.assert_close(*losses)
@@ -251,7 +252,7 @@ def test_tuples(model, batch):
     assert isinstance(got, tuple) and torch.equal(got[0], want.logits)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+@pytest.mark.parametrize("family", tiny.each("deepstack"))
 def test_compiled_prefill(model, batch):
     """torch.compile over the whole forward prunes as the model does without it."""
     torch._dynamo.reset()

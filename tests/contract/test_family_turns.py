@@ -28,7 +28,7 @@ def test_second_turn(family, pipeline, rows):
         stages.append(vtoken.trace(model).stages)
         whole, order = conversation(model, first, turn, a.sequences)
         more = second(model, whole, turn)
-        if image and modes.qwen(model) and not IMAGE_TURNS:
+        if image and modes.mrope(model) and not IMAGE_TURNS:
             with pytest.raises(UnsupportedError, match="M-RoPE"):
                 greedy(model, more, NEW, past_key_values=a.past_key_values)
             return
@@ -48,7 +48,7 @@ def test_second_turn(family, pipeline, rows):
     torch.testing.assert_close(got, want, atol=3e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", [f for f in tiny.FAMILIES if f.startswith("qwen")])
+@pytest.mark.parametrize("family", tiny.families(mrope=True))
 def test_images_with_positions_of_text_are_refused(family):
     """Without mm_token_type_ids, transformers numbers Qwen's image tokens as a line of text and says nothing."""
     model = tiny.make(family)

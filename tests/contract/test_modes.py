@@ -267,7 +267,7 @@ def test_compiled_decoding_is_one_graph(model, batch, pipeline):
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.parametrize("family", modes.COMPACT)
 def test_compact_layer_groups_need_a_dynamic_cache(model, batch):
     with vtoken.wrapped(model, {"positions": "compact", "stages": [Ragged(), Deep()]}):
         want = greedy(model, batch)

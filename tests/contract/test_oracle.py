@@ -10,14 +10,6 @@ import tiny
 import torch
 
 NEW = 6
-OTHER = {
-    "llava": "img",
-    "llava_next": ("img", (30, 100)),
-    "llava_onevision": ("img", (100, 90)),
-    "qwen2_vl": ("img", (1, 6, 4)),
-    "qwen2_5_vl": ("img", (1, 6, 8)),
-    "qwen3_vl": ("img", (1, 6, 4)),
-}
 CASES: dict[str, list[list[tiny.Item]]] = {
     "image": [[3, "img", 5]],
     "other image": [[3, "other", 5]],
@@ -31,15 +23,16 @@ FAMILY_CASES = [(f, c) for f in tiny.FAMILIES for c in CASES if f in tiny.VIDEO 
 
 
 def batch_of(model: Any, case: str) -> dict[str, torch.Tensor]:
-    other = OTHER[model.config.model_type]
-    return tiny.build(model, [[other if item == "other" else item for item in row] for row in CASES[case]], seed=3)
+    one = tiny.family(model)
+    odd = "img" if one.odd == one.image else ("img", one.odd)
+    return tiny.build(model, [[odd if item == "other" else item for item in row] for row in CASES[case]], seed=3)
 
 
-def everything(p: oracle.Prompt) -> list[torch.Tensor]:
+def everything(p: oracle.PrefillQK) -> list[torch.Tensor]:
     return [torch.arange(int(p.visual[i.row, i.columns].sum())) for i in p.images]
 
 
-def some(p: oracle.Prompt) -> list[torch.Tensor]:
+def some(p: oracle.PrefillQK) -> list[torch.Tensor]:
     return [index[(index * 7) % 5 < 2] for index in everything(p)]
 
 
@@ -103,7 +96,7 @@ def stays(family: str, rows: list[list[tiny.Item]], kept: list[list[int]], newli
     return [keep[i.row, i.columns].nonzero()[:, 0].tolist() for i in p.images]
 
 
-@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+@pytest.mark.parametrize("family", tiny.families(anyres=True))
 @pytest.mark.parametrize(
     ("newlines", "second"),
     # 16 tokens of the base crop, then 8 rows of 4 with a newline each, at 20, 25, ...: token 21 is the second of row 1
@@ -143,17 +136,10 @@ def test_tokens_of_the_tiny_pictures():
     assert tokens("qwen3_vl", ("video", 3, 4, 8)) == 3 * 2 * 4
 
 
-@pytest.mark.parametrize(
-    ("family", "item"),
-    [
-        ("llava", ("img", (1, 4, 4))),
-        ("llava_next", "video"),
-        ("qwen2_vl", "picture"),
-        ("llava", "video"),
-        ("qwen3_vl", ("img", (100, 60))),
-        ("llava_onevision", ("video", 3, 4)),
-    ],
-)
-def test_items_that_a_family_cannot_take(family, item):
-    with pytest.raises(ValueError, match="in rows"):
-        tiny.build(tiny.make(family), [[1, item]])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_items_that_a_family_cannot_take(family):
+    one = tiny.family(family)
+    wrong = ["picture", ("img", (*one.image, 1)), ("img", one.image[:1]), ("video", *(1,) * (1 + len(one.video or ())))]
+    for item in wrong if one.takes_video else [*wrong, "video"]:
+        with pytest.raises(ValueError, match="in rows"):
+            tiny.build(one.stock, [[1, item]])

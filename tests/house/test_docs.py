@@ -10,7 +10,7 @@ import pytest
 import transformers
 import yaml
 from PIL import Image
-from tiny_models import make
+from tiny import make
 from tiny_processors import processor
 
 import vtoken

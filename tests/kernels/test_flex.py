@@ -80,7 +80,7 @@ def test_what_flex_cannot_serve():
 def test_the_trace_names_what_computed():
     """A wrapped model gives the same logits by flex; a method that lists keys is refused, and the model goes on."""
     model = tiny.make("llava")
-    batch = tiny.build(model, [*LONG["llava"], [2, "img", 5]], seed=3)
+    batch = tiny.build(model, [*LONG, [2, "img", 5]], seed=3)
     plain = torch.stack(greedy(model, batch, **LOGITS).logits)
     with vtoken.wrapped(model, [Everything()]):
         for choice in ("torch", "flex"):

@@ -6,7 +6,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from batches import IMAGES
+from batches import with_other
 
 import vtoken
 
@@ -39,10 +39,9 @@ def features(model, batch):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_contextual_tokens(family, halve):
     model = tiny.make(family)
-    rows = [[IMAGES[family] if item == "other" else item for item in row] for row in ROWS]
-    batch = tiny.build(model, rows)
-    p, dense, qwen = oracle.prompt(model, batch), entering(model, batch), family.startswith("qwen")
-    before = dense if halve or qwen else features(model, batch)
+    batch = tiny.build(model, with_other(family, ROWS))
+    p, dense, packed = oracle.prompt(model, batch), entering(model, batch), tiny.family(family).varlen
+    before = dense if halve or packed else features(model, batch)
     with vtoken.wrapped(model, [{"visionzip": {"keep": 5, "contextual": 2, "halve": halve}}]):
         pruned, trace = entering(model, batch), vtoken.trace(model)
     (stage,) = trace.stages
@@ -59,7 +58,7 @@ def test_contextual_tokens(family, halve):
             if members:
                 mean = torch.stack([before[row, columns[m]] for m in members]).double().mean(0).float()
                 want = (own + mean) / 2 if halve else own + mean
-                if not (halve or qwen):
+                if not (halve or packed):
                     want = model.model.multi_modal_projector(want)
                 summed += 1
             got = pruned[row, pruned.shape[1] - len(places) + places.index(int(columns[token]))]
@@ -68,7 +67,7 @@ def test_contextual_tokens(family, halve):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.parametrize("family", tiny.each("anyres", mrope=False))
 def test_alone_as_in_a_batch(family):
     model, pipeline = tiny.make(family), [{"visionzip": {"keep": 5}}]
     batch = tiny.build(model, [[3, "img", 5], [2, "img", 9]])

@@ -21,14 +21,17 @@ PIPELINES = {
 
 
 # Compiling takes seconds; families differ in nothing that is compiled here but DeepStack and axes of positions.
-@pytest.mark.parametrize(("family", "name"), [("qwen3_vl", "fastv"), *(("llava", name) for name in PIPELINES)])
+CASES = sorted({("llava", name) for name in PIPELINES} | {(family, "fastv") for family in tiny.each("deepstack")})
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
 def test_a_compiled_forward_on_a_growing_cache(family, name):
     """A decode step, rows of different lengths: the answer of the step that is not compiled."""
     model = tiny.make(family)
     batch = tiny.build(model, ROWS, seed=3)
     mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
     step = {"input_ids": torch.full((len(ROWS), 1), 7), "attention_mask": mask, "use_cache": True}
-    if modes.qwen(model):
+    if modes.mrope(model):
         step["position_ids"] = torch.full((3, len(ROWS), 1), 40)
     torch._dynamo.reset()
     with vtoken.wrapped(model, PIPELINES[name]), torch.no_grad():

@@ -71,7 +71,7 @@ def test_labels_mark_the_end_of_the_prompt(family, name):
     mask[1, -2:] = 0
     labels = torch.cat([torch.full_like(batch["input_ids"], -100), answer], 1).masked_fill(mask == 0, -100)
     given = {**batch, "input_ids": ids, "attention_mask": mask}
-    if modes.qwen(model):
+    if modes.mrope(model):
         given["mm_token_type_ids"] = (ids == tiny.IMG).long()
     order = torch.argsort(~mask.bool(), dim=1, stable=True)
     moved = with_positions(model, right(given))

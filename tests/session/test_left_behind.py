@@ -100,7 +100,7 @@ def test_what_is_saved_is_the_checkpoints_own(family, tmp_path):
     assert served >= 4
 
 
-@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+@pytest.mark.parametrize("family", tiny.families(anyres=True))
 def test_the_crop_grid_of_a_pipeline_acts_and_goes(family):
     model = tiny.make(family)
     grid = model.config.image_grid_pinpoints
@@ -182,7 +182,7 @@ def test_unwrap_frees_what_stages_brought_to_devices(name):
     assert not tested.held._there
 
 
-@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+@pytest.mark.parametrize("family", tiny.families(anyres=True))
 def test_layouts_of_picture_sizes_are_bounded(family):
     model = tiny.make(family)
     adapter = registry.adapter(family)(model)

@@ -10,11 +10,10 @@ from vtoken.config import load
 from vtoken.errors import UnsupportedError
 from vtoken.evals.cost.flops import account
 
-ALL = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 HEADS = [["a_shape"] * 4] * 3
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize(
     ("stage", "why"),
     [
@@ -39,10 +38,10 @@ def test_wrap_tells(family, stage, why):
         account(model.config, load([stage]))
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", tiny.each("mrope"))
 def test_what_fits_is_taken(family):
     model = tiny.make(family)
-    patches = 4 if family.startswith("qwen") else 1
+    patches = tiny.family(family).unit
     for merge in {1, patches}:
         with vtoken.wrapped(model, [{"vflowopt": {"keep": 4, "merge": merge}}]):
             pass

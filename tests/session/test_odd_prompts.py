@@ -19,7 +19,7 @@ import vtoken
 from vtoken import registry
 from vtoken.errors import UnsupportedError
 
-PADDED = [family for family in tiny.FAMILIES if not family.startswith("qwen")]
+PADDED = tiny.families(varlen=False)
 # Decoder and cache sites may drop on the way; what matters here is who is seen.
 SITES = {
     "encoder": [Inside(at=(1,))],
@@ -105,7 +105,7 @@ def test_a_typed_placeholder_is_text(family, name):
         torch.testing.assert_close(torch.stack(greedy(model, batch, 2, **LOGITS).logits), want)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+@pytest.mark.parametrize("family", tiny.each("deepstack"))
 @pytest.mark.parametrize("name", sorted(set(registry.stages()) - {"kvpress"}))
 @pytest.mark.parametrize(
     "rows", [[[3, "img", 5]], [[3, "img", 2, "img", 5], [2, "img", 4]]], ids=["only", "first of two"]
@@ -187,7 +187,7 @@ def test_packed_samples_are_refused(family, name):
     length = batch["input_ids"].shape[1]
     positions = torch.cat([torch.arange(length // 2), torch.arange(length - length // 2)])[None]
     batch.pop("attention_mask")
-    if modes.qwen(model):
+    if modes.mrope(model):
         # The axis in front is text's; transformers reads packed samples off it.
         axes = torch.stack([torch.arange(length), torch.arange(length) // 2, torch.arange(length) % 5])[:, None]
         positions = torch.cat([positions[None], axes])
@@ -195,8 +195,8 @@ def test_packed_samples_are_refused(family, name):
         with pytest.raises(UnsupportedError, match="several samples in one row"):
             model(**batch, position_ids=positions, use_cache=False)
         whole = positions.clone()
-        whole[..., :] = torch.arange(length) if not modes.qwen(model) else whole
-        if modes.qwen(model):
+        whole[..., :] = torch.arange(length) if not modes.mrope(model) else whole
+        if modes.mrope(model):
             whole[0] = torch.arange(length)
         model(**batch, position_ids=whole, use_cache=False)
 
@@ -226,7 +226,7 @@ def test_pictures_merged_into_embeddings_are_told_once(family):
     assert len(trace.stages) == 3 and all("without pixels" in s.stood_aside for s in trace.stages)
 
 
-@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+@pytest.mark.parametrize("family", tiny.families(anyres=True))
 @pytest.mark.parametrize("newline", ["keep_if_row_has_token", "keep", "drop"])
 @pytest.mark.parametrize(
     "stages",
@@ -265,7 +265,7 @@ def test_features_as_tuples(family, kind, by):
     batch = tiny.build(model, [[3, kind if kind == "video" else "img", 5]], seed=3)
     pixels = {k: v for k, v in batch.items() if k in modes.INPUTS[kind]}
     function = f"get_{kind}_features"
-    if modes.VERSION < Version("5.18") and family == "llava_onevision":
+    if modes.VERSION < Version("5.18") and tiny.family(family).pooled_videos:
         pixels = {"pixel_values" if k == "pixel_values_videos" else k: v for k, v in pixels.items()}
     options = {"return_dict": False} if by == "argument" else {}
     with torch.no_grad(), vtoken.wrapped(model, [Inside(at=(1,))]):

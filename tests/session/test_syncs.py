@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from syncs import OnDevice, Recorder, on_device
 from tiny import FAMILIES, build, make
@@ -12,17 +13,6 @@ from usual import stage
 import vtoken
 
 ENTRY, CHECK = ("asked", "prefill_start.py:start"), ("asked", "image_spans.py:check")
-# Image sizes and grids come with the call, and the model reads them on the host as well; newlines that stay depend on what was kept.
-ANYRES = [("asked", "_anyres.py:<genexpr>")] * 2
-QWEN = [("asked", "_packed.py:layouts")]
-WAITS = {
-    "llava": [],
-    "llava_next": [*ANYRES, ("asked", "forward_state.py:leave")],
-    "llava_onevision": [*ANYRES, ("asked", "forward_state.py:leave")],
-    "qwen2_vl": QWEN,
-    "qwen2_5_vl": QWEN,
-    "qwen3_vl": QWEN,
-}
 
 
 def waits(family: str, pipeline: object, rows: list[list[int | str]]) -> list[tuple[str, str]]:
@@ -40,7 +30,7 @@ def waits(family: str, pipeline: object, rows: list[list[int | str]]) -> list[tu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_fixed_budget_waits_so_often(family: str) -> None:
     """Once for the counts of the prompt, once for what is checked, and for what the call's own arguments say."""
-    assert waits(family, "fastervlm:4", [[3, "img", 5]]) == sorted([ENTRY, CHECK, *WAITS[family]])
+    assert waits(family, "fastervlm:4", [[3, "img", 5]]) == sorted([ENTRY, CHECK, *tiny.family(family).waits])
 
 
 def test_ragged_batches_wait_no_oftener() -> None:

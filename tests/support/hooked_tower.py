@@ -6,8 +6,7 @@ import tiny
 import torch
 
 from vtoken import registry
-from vtoken.hooks.state.handle import Handle
-from vtoken.hooks.state.run import Run
+from vtoken.hooks.state.context import Context
 from vtoken.hooks.vision.varlen_tower import VarlenTower
 from vtoken.stages import Fact
 
@@ -24,9 +23,11 @@ class Hooked:
     """A tiny model with the hooks on, and what they found in the last call."""
 
     def __init__(self, family, attn="sdpa", wanted=(), stages=()):
-        self.model, self.run, self.handle = tiny.make(family, attn), Run(), Handle()
+        self.model = tiny.make(family, attn)
         self.adapter = registry.adapter(family)(self.model)
-        VarlenTower(self.adapter, self.run, self.handle, {Fact(*w) for w in wanted}, list(stages))
+        context = Context(self.adapter, stages=tuple(stages), read=frozenset(Fact(*w) for w in wanted))
+        self.run, self.handle = context.run, context.handle
+        VarlenTower(context)
 
     @torch.no_grad()
     def __call__(self, pixels, grid, kind="image"):

@@ -26,7 +26,8 @@ STAGES: dict[str, dict[str, Any]] = {
     "compact": {"positions": "compact", "stages": [{"fastervlm": {"keep": 5}}, Ragged()]},
     "deep": {"stages": [Ragged(), Deep()]},
 }
-CASES = [(f, name) for f in tiny.FAMILIES for name in STAGES if name != "compact" or f in ("llava", "llava_next")]
+COMPACT = tiny.each("anyres", mrope=False)  # positions with several axes cannot be renumbered
+CASES = [(f, name) for f in tiny.FAMILIES for name in STAGES if name != "compact" or f in COMPACT]
 every = pytest.mark.parametrize("family, pipeline", CASES, ids=lambda case: case)
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 # The pictures of a batch: pixels, and what tells their size.
@@ -36,15 +37,16 @@ INPUTS = {
 }
 
 
-def qwen(model: Any) -> bool:
-    return model.config.model_type.startswith("qwen")
+def mrope(model: Any) -> bool:
+    """Whether positions have several axes."""
+    return tiny.family(model).mrope
 
 
 def greedy(model: Any, batch: dict[str, Tensor], n: int = 6, **options: Any) -> Any:
     return model.generate(**batch, max_new_tokens=n, do_sample=False, **options)
 
 
-def masks(p: oracle.Prompt, stages: Sequence[Any]) -> tuple[Tensor, dict[int, Tensor]]:
+def masks(p: oracle.PrefillQK, stages: Sequence[Any]) -> tuple[Tensor, dict[int, Tensor]]:
     """What the traced stages leave to the decoder, and to its layers."""
     entry = [s for s in stages if s.site != "decoder"]
     return oracle.keep_mask(p, entry[-1].kept), {
@@ -52,7 +54,7 @@ def masks(p: oracle.Prompt, stages: Sequence[Any]) -> tuple[Tensor, dict[int, Te
     }
 
 
-def forced(model: Any, p: oracle.Prompt, stages: Sequence[Any], tokens: Tensor, compact: bool = False) -> Tensor:
+def forced(model: Any, p: oracle.PrefillQK, stages: Sequence[Any], tokens: Tensor, compact: bool = False) -> Tensor:
     """[n, B, V] logits of the oracle while it is made to say `tokens` [B, n]."""
     keep, inner = masks(p, stages)
     return oracle.generate(model, p, keep, tokens.shape[1], compact, inner, start=tokens.tolist())[1]
@@ -65,7 +67,8 @@ def pictures(model: Any, batch: dict[str, Tensor]) -> list[tuple[int, str, dict[
         given = {name: batch[name] for name in names if name in batch}
         if not given:
             continue
-        sizes = batch[names[1 if kind == "video" else 2]].prod(-1).tolist() if qwen(model) else 1
+        grid = next((x for name, x in given.items() if name.endswith("grid_thw")), None)
+        sizes = 1 if grid is None else grid.prod(-1).tolist()
         each = {name: x.split(sizes if name == names[0] else 1) for name, x in given.items()}
         held[kind] = [dict(zip(each, values, strict=True)) for values in zip(*each.values(), strict=True)]
     single = [n > 1 for n in batch.get("batch_num_images", torch.tensor([])).tolist() for _ in range(n)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def owners(p: oracle.Prompt, trace, policy: oracle.Newlines = "keep_if_row_has_token") -> Tensor:
+def owners(p: oracle.PrefillQK, trace, policy: oracle.Newlines = "keep_if_row_has_token") -> Tensor:
     """[B, L] column of the token that stands for each column, -1 for those that are gone."""
     live = oracle.keep_mask(p, trace.kept, newlines=policy) & p.mask
     owner = torch.where(live, torch.arange(live.shape[1]).expand_as(live), -1)
@@ -60,7 +60,7 @@ def logits(lm, head, x: Tensor, member: Tensor, positions: Tensor, deep: list[Te
 
 
 @torch.no_grad()
-def generate(model, p: oracle.Prompt, owner: Tensor, new_tokens: int, start=None) -> tuple[Tensor, Tensor]:
+def generate(model, p: oracle.PrefillQK, owner: Tensor, new_tokens: int, start=None) -> tuple[Tensor, Tensor]:
     """Greedy decoding, everything anew for every token; `start`: per row, tokens it is made to say. [B, n] and [n, B, V]."""
     lm, head = (copy.deepcopy(m).double() for m in (model.model.language_model, model.lm_head))
     rows, scores = [], []

@@ -71,7 +71,7 @@ def logits(
 @torch.no_grad()
 def forced(
     model: Any,
-    p: oracle.Prompt,
+    p: oracle.PrefillQK,
     row: int,
     tokens: Sequence[int],
     lost: Lost,

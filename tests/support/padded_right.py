@@ -27,7 +27,7 @@ def right(batch):
 
 def with_positions(model, batch):
     """LLaVA numbers columns unless it is told; Qwen numbers tokens."""
-    if modes.qwen(model):
+    if modes.mrope(model):
         return batch
     return {**batch, "position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)}
 

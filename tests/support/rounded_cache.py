@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 
 import vtoken
@@ -28,7 +29,7 @@ def rounded(keys, values, groups):
 
 
 FEW = {"tau": 0.9, "recent": 2, "drawn": 4, "mode": "quantise"}
-some = pytest.mark.parametrize("family", ["llava", "llava_next", "qwen3_vl"])
+some = pytest.mark.parametrize("family", tiny.each("anyres", "deepstack"))
 
 
 class Wide(ZipVLCache):

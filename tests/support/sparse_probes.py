@@ -10,7 +10,7 @@ from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, ever
 
 
 class Everything(SparseAttention):
-    """Reads all blocks. No paper."""
+    """SparseMask all blocks. No paper."""
 
     min_len: int = 0
 

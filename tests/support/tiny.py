@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
-from functools import lru_cache
-from math import prod
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from tiny_models import (
-    FAMILIES,
-    GRID,
-    IMG,
-    PAD,
-    PATCH,
-    PINPOINTS,
-    SIZE,
-    TEXT,
-    TOKENS,
-    TOWERS,
-    VID,
-    VIDEO,
-    VISION_END,
-    VISION_START,
-    VOCAB,
-    llava,
-    make,
-)
+from families import FOUND
+from family import Family, Picture
+from tiny_models import GRID, IMG, PAD, SIZE, TEXT, TOKENS, TOWERS, VID, VOCAB
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from vtoken import registry
+from vtoken.adapters.base import Adapter
 
 __all__ = [
     "FAMILIES",
@@ -43,33 +27,17 @@ __all__ = [
     "VID",
     "VIDEO",
     "VOCAB",
+    "adapter",
     "build",
+    "each",
+    "families",
+    "family",
     "llava",
     "make",
     "segments",
 ]
 
-# What "img" and "video" stand for: (height, width) in pixels, frames, or a grid (frames, height, width) in patches.
-IMAGES: dict[str, tuple[int, ...]] = {
-    "llava": (SIZE, SIZE),
-    "llava_next": (100, 60),
-    "llava_onevision": (100, 60),
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), (1, 4, 8)),
-}
-VIDEOS: dict[str, tuple[int, ...]] = {
-    "llava_onevision": (3,),
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), (2, 4, 4)),
-}
-
 Item = int | str | tuple[Any, ...]
-
-
-class Picture(NamedTuple):
-    """An image or video of a batch. `single`: OneVision encodes it as one crop, as every image of a row that has several."""
-
-    kind: str
-    spec: tuple[int, ...]
-    single: bool = False
 
 
 class Segment(NamedTuple):
@@ -78,6 +46,53 @@ class Segment(NamedTuple):
     row: int
     columns: Tensor
     kind: str
+
+
+def families(**traits: Any) -> tuple[str, ...]:
+    """The families, as config.model_type names them, of which all this is true: `families(anyres=True)`; see `family.Family`."""
+    return tuple(name for name, found in FOUND.items() if all(getattr(found, t) == v for t, v in traits.items()))
+
+
+def each(*traits: str, **given: Any) -> tuple[str, ...]:
+    """One family for every combination of these traits, the first by name, among those of which all of `given` is true."""
+    found: dict[tuple[Any, ...], str] = {}
+    for name in families(**given):
+        found.setdefault(tuple(getattr(FOUND[name], trait) for trait in traits), name)
+    return tuple(found.values())
+
+
+FAMILIES = families()
+VIDEO = families(takes_video=True)
+
+
+def family(of: str | PreTrainedModel) -> Family:
+    """By name, or that of a model."""
+    name = of if isinstance(of, str) else of.config.model_type
+    if name not in FOUND:
+        raise ValueError(f"no tiny model of family {name!r}; there are {', '.join(FOUND)}")
+    return FOUND[name]
+
+
+def adapter(model: PreTrainedModel) -> Adapter:
+    """A new adapter around a model."""
+    return registry.adapter(model.config.model_type)(model)
+
+
+def make(name: str, attn: str = "sdpa", seed: int = 0, **text_overrides: Any) -> PreTrainedModel:
+    """A model of a family, in evaluation mode, float32 on the CPU: the same weights for the same arguments, whatever ran before.
+
+    Args:
+        name: one of `FAMILIES`.
+        attn: attention implementation of tower and decoder.
+        seed: of the weights; torch's global generator is left as it was.
+        text_overrides: fields of the decoder's config, over `TEXT`; for "llava" also `tower` (see `TOWERS`) and `text`, the
+            model_type of the decoder.
+    """
+    return family(name).make(attn, seed, **text_overrides)
+
+
+def llava(attn: str = "sdpa", seed: int = 0, **options: Any) -> PreTrainedModel:
+    return make("llava", attn, seed, **options)
 
 
 def build(model: PreTrainedModel, rows: Sequence[Sequence[Item]], seed: int = 0) -> dict[str, Tensor]:
@@ -101,8 +116,7 @@ def build(model: PreTrainedModel, rows: Sequence[Sequence[Item]], seed: int = 0)
     Raises:
         ValueError: an item that is none of these, or that the family cannot take.
     """
-    family = model.config.model_type
-    generator = torch.Generator().manual_seed(seed)
+    kind, generator = family(model), torch.Generator().manual_seed(seed)
 
     def words(n: int) -> list[int]:
         return torch.randint(10, 180, (n,), generator=generator).tolist()
@@ -116,131 +130,40 @@ def build(model: PreTrainedModel, rows: Sequence[Sequence[Item]], seed: int = 0)
             if isinstance(item, int):
                 ids[-1] += words(item)
                 continue
-            picture = _picture(family, item, single=family == "llava_onevision" and images > 1)
+            picture = _picture(kind, item, single=kind.crops_one_only and images > 1)
             pictures.append(picture)
-            ids[-1] += _placeholders(family, picture, words)
+            ids[-1] += kind.placeholders(picture, words)
     length = max(map(len, ids))
     batch = {
         "input_ids": torch.tensor([[PAD] * (length - len(row)) + row for row in ids]),
         "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids]),
     }
-    batch |= _encoder_inputs(family, pictures, lambda *shape: torch.randn(*shape, generator=generator))
-    if family == "llava_onevision" and max(images_of) > 1:
-        batch["batch_num_images"] = torch.tensor(images_of)
-    if family.startswith("qwen") and pictures:
-        batch["mm_token_type_ids"] = (batch["input_ids"] == IMG).long() + 2 * (batch["input_ids"] == VID)
+    batch |= kind.inputs(pictures, lambda *shape: torch.randn(*shape, generator=generator))
+    batch |= kind.beside(batch["input_ids"], images_of)
     return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
 def segments(model: PreTrainedModel, batch: dict[str, Tensor]) -> list[Segment]:
     """The images and videos of a batch from `build`, in reading order: rows from top to bottom, columns from left to right."""
-    family, ids = model.config.model_type, batch["input_ids"].cpu()
-    images, videos = _specs(family, batch)
+    ids, one = batch["input_ids"].cpu(), family(model)
+    images, videos = one.found(batch)
     found = []
-    for kind, placeholder, specs in (("image", IMG, images), ("video", VID, videos)):
+    for kind, placeholder, pictures in (("image", IMG, images), ("video", VID, videos)):
         line, column = (ids == placeholder).nonzero(as_tuple=True)
         start = 0
-        for picture in specs:
-            stop = start + _tokens(family, picture)
+        for picture in pictures:
+            stop = start + one.tokens(picture)
             (row,) = set(line[start:stop].tolist())
             found.append(Segment(row, column[start:stop], kind))
             start = stop
     return sorted(found, key=lambda s: (s.row, int(s.columns[0])))
 
 
-def _specs(family: str, batch: dict[str, Tensor]) -> tuple[list[Picture], list[Picture]]:
-    """The images and the videos of a batch."""
-    pixels, videos = (list(batch.get(name, ())) for name in ("pixel_values", "pixel_values_videos"))
-    if family == "llava":
-        return [Picture("image", IMAGES[family])] * len(pixels), []
-    if family == "llava_onevision":
-        clips = [Picture("video", (len(v),)) for v in videos]
-    else:
-        clips = [Picture("video", tuple(g)) for g in _rows(batch, "video_grid_thw")]
-    sizes = _rows(batch, "image_grid_thw") or _rows(batch, "image_sizes")
-    single = [n > 1 for n in _rows(batch, "batch_num_images") for _ in range(n)] or [False] * len(sizes)
-    return [Picture("image", tuple(s), one) for s, one in zip(sizes, single, strict=True)], clips
-
-
-def _rows(batch: dict[str, Tensor], name: str) -> list[Any]:
-    return batch[name].tolist() if name in batch else []
-
-
-def _picture(family: str, item: str | tuple[Any, ...], single: bool) -> Picture:
+def _picture(kind: Family, item: str | tuple[Any, ...], single: bool) -> Picture:
     name, *given = (item,) if isinstance(item, str) else item
-    if name == "img" and (not given or (family != "llava" and len(*given) == len(IMAGES[family]))):
-        return Picture("image", tuple(*given) or IMAGES[family], single)
-    if name == "video" and family in VIDEO and len(given) <= len(VIDEOS[family]):
-        return Picture("video", tuple(given) + VIDEOS[family][len(given) :])
-    takes = 'a number of text tokens, "img"' + (', "video"' if family in VIDEO else "")
-    raise ValueError(f"{item!r} in rows: {family} takes {takes}; see tiny.build for how their sizes are given")
-
-
-def _placeholders(family: str, picture: Picture, words: Callable[[int], list[int]]) -> list[int]:
-    """The ids that a processor writes for a picture."""
-    run = [IMG if picture.kind == "image" else VID] * _tokens(family, picture)
-    if not family.startswith("qwen"):
-        return run
-    if family != "qwen3_vl" or picture.kind == "image":
-        return [VISION_START, *run, VISION_END]
-    frames, ids = picture.spec[0], []
-    for _ in range(frames):
-        ids += [*words(2), VISION_START, *run[: len(run) // frames], VISION_END]  # two words stand for the timestamp
-    return ids
-
-
-def _encoder_inputs(family: str, pictures: Sequence[Picture], draw: Callable[..., Tensor]) -> dict[str, Tensor]:
-    images, videos = ([p for p in pictures if p.kind == kind] for kind in ("image", "video"))
-    inputs: dict[str, Tensor] = {}
-    if family.startswith("qwen"):
-        for some, pixels, grid in ((images, "pixel_values", "image"), (videos, "pixel_values_videos", "video")):
-            if some:
-                inputs[pixels] = draw(sum(prod(p.spec) for p in some), 3 * 2 * PATCH * PATCH)
-                inputs[f"{grid}_grid_thw"] = torch.tensor([p.spec for p in some])
-        if family == "qwen2_5_vl" and videos:
-            inputs["second_per_grid_ts"] = torch.ones(len(videos))
-        return inputs
-    if images and family == "llava":
-        inputs["pixel_values"] = draw(len(images), 3, SIZE, SIZE)
-    elif images:
-        crops = [1 if p.single else _crops(family, p.spec) for p in images]
-        inputs["pixel_values"] = torch.zeros(len(images), max(crops), 3, SIZE, SIZE)
-        for pixels, n in zip(inputs["pixel_values"], crops, strict=True):
-            pixels[:n] = draw(n, 3, SIZE, SIZE)
-        inputs["image_sizes"] = torch.tensor([p.spec for p in images])
-    if videos:
-        frames = {p.spec[0] for p in videos}
-        if len(frames) > 1:
-            raise ValueError(
-                f"videos of {sorted(frames)} frames in one batch: {family} takes videos of equal length only"
-            )
-        inputs["pixel_values_videos"] = draw(len(videos), *frames, 3, SIZE, SIZE)
-    return inputs
-
-
-def _crops(family: str, size: tuple[int, ...]) -> int:
-    upstream = sys.modules[f"transformers.models.{family}.modeling_{family}"]
-    return upstream.image_size_to_num_patches(list(size), PINPOINTS, SIZE)
-
-
-@lru_cache
-def _stock(family: str) -> Any:
-    return make(family).model
-
-
-@lru_cache
-@torch.no_grad()
-def _tokens(family: str, picture: Picture) -> int:
-    """Placeholders of a picture, as many as the rows that an unwrapped model makes of it."""
-    model = _stock(family)
-    inputs = _encoder_inputs(family, [picture], torch.zeros)
-    pixels = inputs.pop("pixel_values" if picture.kind == "image" else "pixel_values_videos")
-    inputs.pop("second_per_grid_ts", None)
-    if picture.single:
-        inputs["batch_num_images"] = torch.tensor([2])
-    features = getattr(model, f"get_{picture.kind}_features")(pixels, **inputs, return_dict=True).pooler_output[0]
-    # Before 5.18 the newline that ends a OneVision video was added outside of the feature function.
-    late = (
-        family == "llava_onevision" and picture.kind == "video" and not torch.equal(features[-1], model.image_newline)
-    )
-    return len(features) + late
+    spec = kind.sized(name, tuple(*given) if name == "img" else tuple(given))
+    if spec is None:
+        takes = 'a number of text tokens, "img"' + (', "video"' if kind.takes_video else "")
+        raise ValueError(f"{item!r} in rows: {kind.name} takes {takes}; see tiny.build for how their sizes are given")
+    # A video is never cut into crops.
+    return Picture("image", spec, single) if name == "img" else Picture("video", spec)

@@ -25,7 +25,7 @@ def conversation(model, first, turn, said):
         "input_ids": ids,
         "attention_mask": torch.cat([first["attention_mask"], torch.ones(n, extra, dtype=torch.long)], 1),
     }
-    if modes.qwen(model):
+    if modes.mrope(model):
         whole["mm_token_type_ids"] = (ids == tiny.IMG).long()
     found = [(row, number, picture) for number, b in enumerate((first, turn)) for row, picture in of_rows(model, b)]
     found.sort(key=lambda f: f[:2])
@@ -40,7 +40,7 @@ def second(model, whole, turn):
     """What the second turn passes to `generate`: the new pictures, and for Qwen the grids of the whole conversation."""
     given = {k: v for k, v in whole.items() if k in ("input_ids", "attention_mask")}
     pixels = {k: turn[k] for k in modes.INPUTS["image"] if k in turn}
-    if not modes.qwen(model):
+    if not modes.mrope(model):
         return given | pixels
     given["mm_token_type_ids"] = whole["mm_token_type_ids"]
     if not pixels:

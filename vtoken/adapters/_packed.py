@@ -7,7 +7,6 @@ from math import prod
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from vtoken.adapters.base import Adapter, Encoder, check_decoder
 from vtoken.errors import UnsupportedError
@@ -54,16 +53,7 @@ class Packed(Adapter):
         """As in Encoder."""
         return None
 
-    def order(self, grid: Tensor, arguments: dict[str, Any]) -> Tensor | None:
-        """[ΣN] which token each merge group of the tower's sequence becomes; None where it is the same order.
-
-        Args:
-            grid: [images, 3] frames, rows and columns in patches; arguments: of the tower call, by name.
-        """
-        return None
-
     def rasters(self, grid: Sequence[Sequence[int]]) -> tuple[ImageLayout, ...]:
-        """The layout of each row of `grid` [images, 3]: frames, rows and columns in patches."""
         layouts = []
         for frames, rows, columns in grid:
             rows, columns = rows // self.merge, columns // self.merge

@@ -62,10 +62,6 @@ class Padded(Adapter):
         self.patches = self.side**2
         self.missing = {}
 
-    def crops(self, arguments: dict[str, Any]) -> list[int]:
-        """Crops per image of a call of the feature function."""
-        return [1] * len(arguments["pixel_values"])
-
     def check_call(self, kwargs: dict[str, Any]) -> None:
         # The model is told the layer; from 5.18 on the tower is too, as the one hidden state to return.
         for asked in (kwargs.get("vision_feature_layer"), kwargs.get("output_hidden_states")):

@@ -107,6 +107,22 @@ class Adapter(ABC):
         """
         return values.flatten(0, -2)
 
+    def crops(self, arguments: dict[str, Any]) -> list[int]:
+        """Crops per image of a call of the feature function (padded towers)."""
+        return [1] * len(arguments["pixel_values"])
+
+    def rasters(self, grid: Sequence[Sequence[int]]) -> tuple[ImageLayout, ...]:
+        """The layout of each row of `grid` [images, 3]: frames, rows and columns in patches (towers of variable length)."""
+        raise NotImplementedError(f"{self.model_type}: define rasters()")
+
+    def order(self, grid: Tensor, arguments: dict[str, Any]) -> Tensor | None:
+        """[ΣN] which token each merge group of the tower's sequence becomes; None where it is the same order (towers of variable length).
+
+        Args:
+            grid: [images, 3] frames, rows and columns in patches; arguments: of the tower call, by name.
+        """
+        return None
+
     def split(self, tokens: int) -> tuple[ImageLayout, ...]:
         """Layouts of the images that fill `tokens` placeholders of one row, when no encoder call tells.
 

@@ -60,12 +60,31 @@ def pictures_only(kind: type[Any]) -> type[Any]:
 
     Its constructor takes what the class takes; what it saves has no settings for videos.
     """
-    attributes = [name for name in kind.get_attributes() if name != "video_processor"]
-    if attributes == kind.get_attributes():
+    from transformers import ProcessorMixin
+
+    parts = kind.get_attributes()
+    if "video_processor" not in parts:
         return kind
-    # The name is written into saved files, where the stock class must find itself.
-    fields = {"get_attributes": classmethod(lambda cls: list(attributes)), "__module__": kind.__module__}
-    return type(kind.__name__, (kind,), fields)
+    place = parts.index("video_processor")
+
+    class Still(ProcessorMixin):
+        """Comes behind the class, whose constructor hands over its parts in their order."""
+
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given[:place], *given[place + 1 :], **named)
+
+    def from_args_and_dict(cls: Any, args: Any, settings: dict[str, Any], **options: Any) -> Any:
+        # What is loaded are the other parts, by position.
+        return super(made, cls).from_args_and_dict([*args[:place], None, *args[place:]], settings, **options)
+
+    fields = {
+        "get_attributes": classmethod(lambda cls: [name for name in parts if name != "video_processor"]),
+        "from_args_and_dict": classmethod(from_args_and_dict),
+        # Written into saved files, where the stock class must find itself.
+        "__module__": kind.__module__,
+    }
+    made: Any = type(kind.__name__, (kind, Still), fields)
+    return made
 
 
 def apply(processor: Any, what: str, **given: Any) -> Any:

@@ -36,12 +36,12 @@ class Pixels:
     """An image processor that counts its calls."""
 
     def __init__(self, family="llava"):
-        self.calls, self.qwen = 0, family.startswith("qwen")
+        self.calls, self.varlen = 0, tiny.family(family).varlen
 
     def __call__(self, images, return_tensors):
         self.calls += 1
         pixels = torch.stack([torch.tensor(np.asarray(i)).permute(2, 0, 1) / 127.5 - 1 for i in images])
-        if not self.qwen:
+        if not self.varlen:
             return {"pixel_values": pixels}
         # Any order of patches will do; every other picture is half as high.
         grids = [(1, 4, 4) if k % 2 else (1, 2, 4) for k in range(len(images))]
@@ -171,7 +171,7 @@ def test_it_goes_on_where_it_was(folder, tmp_path):
         calibrate(model, third, files, tmp_path / "out", batch_size=4)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", tiny.families(varlen=True))
 def test_qwen_gets_rounds_behind_its_tower(family, folder, tmp_path):
     model, out, files = tiny.make(family), tmp_path / "out", pictures(folder)
     learned = calibrate(model, Pixels(family), files, out, budget="high", rounds=2)

@@ -113,13 +113,11 @@ def test_unmerged_attention(held: Any) -> None:
     assert alone.total == account(model.config, text_tokens=text).total, "nothing was merged"
 
 
-@pytest.mark.parametrize(
-    "family, merger",
-    [("llava", {"tome": {"r": 2}}), ("llava_next", {"pool": {"size": 2}}), ("qwen2_vl", {"pool": {"size": 2}})],
-)
-def test_unmerged_attention_of_other_mergers_and_families(family: str, merger: Any) -> None:
+@pytest.mark.parametrize("family", tiny.each("anyres", "mrope"))
+def test_unmerged_attention_of_other_mergers_and_families(family: str) -> None:
     """Merging inside the tower, newlines beside the places, and M-RoPE: with VTU and without."""
-    model = tiny.make(family)
+    model, one = tiny.make(family), tiny.family(family)
+    merger = {"pool": {"size": 2}} if one.anyres or one.mrope else {"tome": {"r": 2}}
     batch = tiny.build(model, [[4, "img", 5]], seed=3)
     size = tuple(batch["image_sizes"][0].tolist()) if "image_sizes" in batch else None
     if "image_grid_thw" in batch:
@@ -238,7 +236,7 @@ def test_overhead_of_facts_and_stages() -> None:
 
 
 @pytest.mark.parametrize("bits", [(4, 2), (3, 8)], ids=str)
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", tiny.each("mrope"))
 def test_bytes_of_a_packed_cache(family: str, bits: tuple[int, int]) -> None:
     """As many tokens as the account expects to be important: all, then those of the text."""
     model = tiny.make(family)

@@ -15,26 +15,16 @@ from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals.cost.flops import account
 from vtoken.evals.cost.geometry import geometry
-from vtoken.evals.cost.geometry.qwen import patch_grid, windows_of
+from vtoken.evals.cost.geometry._packed import windows_of
 from vtoken.pruners.tokens.fastervlm import FasterVLM
 from vtoken.pruners.tokens.uniform import Uniform
 from vtoken.stages import Fact, Pruner, Site, VisualTokens, size_of
 from vtoken.stages.budget import Budget
 
-QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-ANYRES = ("llava_next", "llava_onevision")
-# Height, width, frames. Anyres: one pinpoint or another, padding above or beside, more crops than OneVision leaves unscaled.
-# Qwen: windows of 2 x 2 tokens that are ragged at both edges, at one, at none.
-PICTURES = {
-    "llava": [(56, 56, 1)],
-    "llava_next": [(56, 56, 1), (300, 40, 1), (40, 300, 1), (101, 99, 1), (333, 77, 1)],
-    "llava_onevision": [(56, 56, 1), (300, 40, 1), (101, 99, 1), (77, 333, 1), (56, 56, 2), (56, 56, 5)],
-    **{each: [(56, 56, 1), (84, 140, 1), (196, 56, 1), (20, 300, 1), (56, 56, 2), (84, 140, 5)] for each in QWEN},
-}
 CASES = [
     pytest.param(family, (h, w), frames, images, id=f"{family}-{h}x{w}-{frames}f-{images}")
-    for family, pictures in PICTURES.items()
-    for h, w, frames in pictures
+    for family in tiny.FAMILIES
+    for h, w, frames in tiny.family(family).pictures
     for images in (1, 3)
 ]
 
@@ -44,23 +34,10 @@ def models() -> dict[str, Any]:
     return {family: tiny.make(family) for family in tiny.FAMILIES}
 
 
-def item(model: Any, size: tuple[int, int], frames: int) -> Any:
-    """What `tiny.build` calls such a picture."""
-    family = model.config.model_type
-    if family in QWEN:
-        return ("video" if frames > 1 else "img", *grid_of(model, size, frames))
-    return ("video", frames) if frames > 1 else "img" if family == "llava" else ("img", size)
-
-
-def grid_of(model: Any, size: tuple[int, int], frames: int) -> Any:
-    grid = patch_grid(model.config.vision_config, size, frames)
-    return grid if frames > 1 else (grid,)
-
-
 @pytest.mark.parametrize(("family", "size", "frames", "images"), CASES)
 def test_parts_of_generate(models: Any, family: str, size: tuple[int, int], frames: int, images: int) -> None:
     model = models[family]
-    row = [2, *[each for _ in range(images) for each in (item(model, size, frames), 1)]]
+    row = [2, *[tiny.family(family).item(*size, frames), 1] * images]
     batch = tiny.build(model, [row, row])
     length = batch["input_ids"].shape[1]
     visual = int(torch.isin(batch["input_ids"], torch.tensor([tiny.IMG, tiny.VID])).sum()) // 2
@@ -85,9 +62,9 @@ def test_geometry_is_the_adapters(models: Any, family: str) -> None:
     """Rasters, newlines and layers are what the adapter finds on the model."""
     model = models[family]
     adapter = registry.adapter(family)(model)
-    for h, w, frames in PICTURES[family]:
+    for h, w, frames in tiny.family(family).pictures:
         shape = geometry(model.config, (h, w), 1, frames)
-        batch = tiny.build(model, [[1, item(model, (h, w), frames), 1]])
+        batch = tiny.build(model, [[1, tiny.family(family).item(h, w, frames), 1]])
         (layout,) = adapter.layouts("video" if frames > 1 else "image", batch)
         assert shape.parts == layout.parts
         assert shape.closing(layout.tokens) == layout.length - layout.tokens
@@ -137,9 +114,9 @@ ALL_SITES = (Everywhere(keep=HALF), Norm(keep=HALF), Late(keep=HALF))
 @pytest.mark.parametrize("stages", [ALL_SITES, ALL_SITES[:1], ALL_SITES[1:2], ALL_SITES[2:]], ids=len)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_wrapped_models_do_what_the_account_says(models: Any, family: str, stages: Any, newline: Any) -> None:
-    """No padding is cut off a picture of 56 x 112, so shares of patches are shares of tokens; windows are a small part."""
-    model, size = models[family], (112, 140) if family in QWEN else (56, 112)
-    batch = tiny.build(model, [[3, item(model, size, 1), 4]])
+    """No padding is cut off the picture, so shares of patches are shares of tokens; windows are a small part."""
+    model, size = models[family], tiny.family(family).unpadded
+    batch = tiny.build(model, [[3, tiny.family(family).item(*size), 4]])
     text = int((~torch.isin(batch["input_ids"], torch.tensor([tiny.IMG, tiny.VID]))).sum())
     pipeline = Pipeline("p", "original", stages, newline)
     claimed = account(model.config, pipeline, image_size=size, text_tokens=text, new_tokens=1)
@@ -152,7 +129,7 @@ def test_wrapped_models_do_what_the_account_says(models: Any, family: str, stage
     assert claimed.total == pytest.approx(flops, rel=CLOSE)
 
 
-@pytest.mark.parametrize("family", QWEN)
+@pytest.mark.parametrize("family", tiny.families(varlen=True))
 def test_shortened_packed_tower(models: Any, family: str) -> None:
     """Half of the merge groups leave after block 0: the blocks, run by hand on what is left, and the mergers."""
     model: Any = models[family]
@@ -168,18 +145,21 @@ def test_shortened_packed_tower(models: Any, family: str) -> None:
         linear += per_block[layer] * (4 if layer == 0 else 1) * 32
     assert claimed.tower == linear
     merged = [(visual.merger, 6)]
-    if family == "qwen3_vl":
-        # DeepStack reads layer 0 before the cut after it, and layer 1.
+    if tiny.family(family).deepstack:
+        # It reads layer 0 before the cut after it, and layer 1.
         merged += zip(visual.deepstack_merger_list, (12, 6), strict=True)
     assert claimed.projector == sum(counted(lambda m=m, n=n: m(torch.randn(4 * n, 32))) for m, n in merged)
 
 
 def test_facts_without_cls(models: Any) -> None:
     """CLS attention is substituted by attention received: every patch asks, within its frame."""
-    for family in ("llava_onevision", *QWEN):
-        config = models[family].config
+    for family in tiny.VIDEO:
+        config, one = models[family].config, tiny.family(family)
+        if tiny.adapter(models[family]).encoder.cls:
+            continue
         claimed = account(config, Pipe((FasterVLM(keep=Budget(2)),)), image_size=(56, 84), frames=4)
-        frames, patches = (4, 16) if family == "llava_onevision" else (2, 24)
+        (video,) = one.found(tiny.build(models[family], [[1, one.item(56, 84, 4)]]))[1]
+        frames, patches = one.frames(video.spec)
         assert claimed.stages == frames * 2 * patches**2 * 32
     # Once, whatever it is called; free facts cost nothing.
     both = account(models["qwen2_vl"].config, Pipe((FasterVLM(keep=Budget(3)), Received(keep=Budget(2)))))
@@ -252,13 +232,13 @@ def test_anyres_policy(models: Any) -> None:
         account(models["qwen2_vl"].config, Pipe((), anyres="2x2"))
 
 
-@pytest.mark.parametrize("family", ANYRES)
+@pytest.mark.parametrize("family", tiny.families(anyres=True))
 def test_the_default_is_the_towers_size(models: Any, family: str) -> None:
     config = models[family].config
     assert account(config).total == account(config, image_size=56).total == account(config, image_size=(56, 56)).total
 
 
-@pytest.mark.parametrize("family", QWEN)
+@pytest.mark.parametrize("family", tiny.families(varlen=True))
 def test_qwen_sizes(models: Any, family: str) -> None:
     config = models[family].config
     assert account(config).visual_entry == account(config, image_size=(440, 455)).visual_entry == 16 * 16

@@ -110,7 +110,7 @@ def test_the_oracle_is_the_same_computation(positions: str, stage: Any, text_tok
     assert hooks(model) == before
 
 
-KINDS = [(family, 1) for family in tiny.FAMILIES if family != "llava"] + [(family, 5) for family in tiny.VIDEO]
+KINDS = [(family, 1) for family in tiny.FAMILIES] + [(family, 5) for family in tiny.VIDEO]
 
 
 @pytest.mark.parametrize("stage", [{"fastervlm": {"keep": 5}}, {"pool": {"size": 2}}, Ragged()], ids=str)
@@ -126,12 +126,12 @@ def test_the_oracle_of_every_family(family: str, frames: int, stage: Any) -> Non
     with torch.inference_mode():
         subject = runner.prepare(pipeline)
         if subject.oracle is None:
-            assert (family, frames) == ("llava_onevision", 5) and transformers.__version__ < "5.18"
+            assert tiny.family(family).pooled_videos and frames == 5 and transformers.__version__ < "5.18"
             assert "before transformers 5.18" in subject.no_oracle
             return
         assert subject.layers[-1] <= len(subject.oracle.values) < int(placeholders(prompt.inputs["input_ids"]).sum())
         assert int(placeholders(subject.oracle.ids).sum()) == len(subject.oracle.values)
-        assert len(subject.oracle.deep) == (2 if family == "qwen3_vl" else 0)
+        assert len(subject.oracle.deep) == tiny.family(family).deepstack
         ours = runner.sample(pipeline)[1][:, -8:]
         ideal = runner.sample(None, subject.oracle)[1][:, -8:]
         dense = runner.sample()[1][:, -8:]

@@ -23,12 +23,12 @@ from vtoken.session import watched
 @pytest.mark.parametrize("merger, cache", [*((m, "expanded") for m in MERGERS), ("mingled", "merged")])
 def test_equals_the_definition(family, rows, merger, cache):
     if rows_for(family, rows) is None:
-        pytest.skip("stock LLaVA-1.5 and NeXT take no video")
+        pytest.skip("takes no video")
     model = tiny.make(family)
     stages = unmerging(merger, cache)
-    stages = inside(stages) if family == "qwen2_5_vl" else stages
+    stages = inside(family, stages)
     batch = tiny.build(model, rows_for(family, rows), seed=3)
-    if merger == "merged inside" and family == "llava_onevision" and "video" in rows:
+    if merger == "merged inside" and tiny.family(family).pooled_videos and "video" in rows:
         with vtoken.wrapped(model, stages), pytest.raises(UnsupportedError, match="interpolates"):
             greedy(model, batch)
         return
@@ -58,7 +58,7 @@ def test_eager(family, cache):
     compare(model, tiny.build(model, rows_for(family, "ragged"), seed=3), unmerging("mingled", cache))
 
 
-@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+@pytest.mark.parametrize("family", tiny.families(anyres=True))
 @pytest.mark.parametrize("policy", ["keep", "drop"])
 def test_newline_policies(family, policy):
     model = tiny.make(family)
@@ -103,7 +103,7 @@ def test_one_layer_over_repeated_embeddings(family):
 @families
 def test_the_cache_holds_what_it_says(family):
     model = tiny.make(family)
-    batch = tiny.build(model, [[3, "img" if "qwen" not in family else ("img", (1, 8, 12)), 5]], seed=3)
+    batch = tiny.build(model, [[3, ("img", (1, 8, 12)) if tiny.family(family).varlen else "img", 5]], seed=3)
     held = {}
     for name, stages in (
         ("dense", []),

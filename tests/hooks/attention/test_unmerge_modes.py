@@ -93,7 +93,7 @@ def test_second_turn(family, rows, cache):
     model, n = tiny.make(family), 4
     first, turn = tiny.build(model, rows[0], seed=3), tiny.build(model, rows[1], seed=9)
     image = "pixel_values" in turn
-    if image and modes.qwen(model) and not IMAGE_TURNS:
+    if image and modes.mrope(model) and not IMAGE_TURNS:
         pytest.skip(
             "transformers gives a new image in a cached turn the positions of text; refused, see test_family_turns"
         )
@@ -138,7 +138,7 @@ def test_bfloat16(family, cache):
     assert (torch.stack(out.logits).float() - want).norm() / want.norm() < 0.05, "0.015 to 0.03 without any stage"
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+@pytest.mark.parametrize("family", tiny.each("deepstack"))
 def test_gradients_with_and_without_checkpointing(family):
     model = tiny.make(family)
     batch = tiny.build(model, modes.ROWS, seed=3)
@@ -179,7 +179,7 @@ def test_the_rows_of_a_cache_may_change_places(family, cache):
             held.batch_select_indices(torch.tensor(index))
             mask = torch.nn.functional.pad(batch["attention_mask"], (0, 2), value=1)[index]
             more = {"input_ids": out.sequences[index], "attention_mask": mask, "past_key_values": held}
-            if modes.qwen(model):
+            if modes.mrope(model):
                 more["mm_token_type_ids"] = torch.nn.functional.pad(batch["mm_token_type_ids"], (0, 2))[index]
                 model.model.rope_deltas = deltas[index]
             assert torch.equal(greedy(model, more, 2), want[index])
@@ -197,7 +197,7 @@ def test_a_failed_forward_leaves_no_trace_in_the_next(family, cache):
         out = greedy(model, batch, 2, return_dict_in_generate=True)
         mask = torch.nn.functional.pad(batch["attention_mask"], (0, 2), value=1)
         more = {"input_ids": out.sequences, "attention_mask": mask, "past_key_values": out.past_key_values}
-        if modes.qwen(model):
+        if modes.mrope(model):
             more["mm_token_type_ids"] = torch.nn.functional.pad(batch["mm_token_type_ids"], (0, 2))
         handle = model.model.language_model.layers[0].self_attn.register_forward_pre_hook(lambda m, a: 1 / 0)
         with pytest.raises(ZeroDivisionError):

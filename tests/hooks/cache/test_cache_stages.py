@@ -10,7 +10,7 @@ import tiny
 import torch
 from batches import rows_for
 from model_state import changed, state
-from modes import LOGITS, alone, families, greedy
+from modes import LOGITS, alone, families, greedy, mrope
 from oracle_kv import Told
 from probes import Deep, Inside, Ragged
 from turns import conversation, second
@@ -89,11 +89,11 @@ def test_equals_a_dense_model_that_masks(family, name, rows):
     assert trace.cache_bytes == sum(max(h) for h in trace.cached) * 2 * keys.element_size() * keys[:, :, 0].numel()
 
 
-@pytest.mark.parametrize("family, small, texts", [("qwen2_vl", (1, 4, 4), 4), ("qwen3_vl", (1, 4, 4), 4)])
-def test_rows_without_padding_may_be_left_with_different_numbers(family, small, texts):
+@pytest.mark.parametrize("family", tiny.families(varlen=True))
+def test_rows_without_padding_may_be_left_with_different_numbers(family):
     """Two prompts of one length, so that `generate` sees no padding and drops its mask; the shrunk rows are padded all the same."""
     model = tiny.make(family)
-    batch = tiny.build(model, [[3, "img", 5], [3, ("img", small), 5 + texts]], seed=3)
+    batch = tiny.build(model, [[3, "img", 5], [3, ("img", (1, 4, 4)), 5 + 4]], seed=3)
     assert bool(batch["attention_mask"].all())
     _, trace, _ = check(model, batch, "snapkv share")
     assert trace.cached[0][0] != trace.cached[0][1]
@@ -189,7 +189,7 @@ def test_second_turn(family, name, more):
     """A text turn reads the shrunk cache; a turn with an image shrinks what it adds, and nothing else."""
     model = tiny.make(family)
     first, turn = tiny.build(model, ROWS[:2], seed=3), tiny.build(model, more, seed=9)
-    if "pixel_values" in turn and family.startswith("qwen"):
+    if "pixel_values" in turn and mrope(model):
         pytest.importorskip("transformers", minversion="5.21", reason="older transformers numbers a new image as text")
     spy, n = told(name), 4
     with vtoken.wrapped(model, [spy.stage]):
@@ -236,7 +236,7 @@ def test_merged_caches_equal_a_loop_on_the_stock_model(family, merge):
             want = [out.logits[:, -1]]
             for step, token in enumerate(got.sequences[row, -n:-1].tolist()):
                 position = (start + step).reshape(1, 1)
-                if family.startswith("qwen"):
+                if mrope(model):
                     position = position.expand(3, 1, 1)
                 x = model.get_input_embeddings()(torch.tensor([[token]]))
                 hidden = last(inputs_embeds=x, position_ids=position, past_key_values=cache).last_hidden_state
@@ -270,7 +270,7 @@ def test_backends(family):
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.parametrize("family", tiny.each("anyres", mrope=False))
 def test_compact_positions(family):
     model = tiny.make(family)
     batch = tiny.build(model, ROWS, seed=3)

@@ -8,7 +8,7 @@ import inspect
 import pytest
 import tiny
 import torch
-from modes import EXPANDABLE, LOGITS, ROWS, alone, families, greedy
+from modes import EXPANDABLE, LOGITS, ROWS, alone, families, greedy, mrope
 from rounded_cache import FEW, Wide, both, recording, rounded, some
 from turns import conversation, second
 
@@ -103,7 +103,7 @@ def test_second_turn(family, more):
     """A text turn reads the packed cache, a turn with an image packs what it adds behind it, also after a copy."""
     model = tiny.make(family)
     first, turn = tiny.build(model, ROWS[:2], seed=3), tiny.build(model, more, seed=9)
-    if "pixel_values" in turn and family.startswith("qwen"):
+    if "pixel_values" in turn and mrope(model):
         pytest.importorskip("transformers", minversion="5.21", reason="older transformers numbers a new image as text")
 
     def run():
@@ -190,7 +190,7 @@ def test_what_is_generated_follows(family):
         queries = iter(calls)
         for step, token in enumerate(out.sequences[0, -n:-1].tolist()):
             fed = {"input_ids": torch.tensor([[token]]), "past_key_values": cache}
-            if family.startswith("qwen"):
+            if mrope(model):
                 at = model.model.rope_deltas.reshape(1, 1) + prompt + step
                 fed["position_ids"] = at.expand(3, 1, 1)
             want.append(model(**fed).logits[:, -1])

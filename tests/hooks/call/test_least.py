@@ -85,7 +85,7 @@ def test_a_ragged_batch_decides_row_by_row(family, name):
     assert not torch.allclose(logits[:, 1], torch.stack(dense.logits)[:, 1], atol=1e-3), "the stages do something"
 
 
-@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+@pytest.mark.parametrize("family", tiny.families(anyres=True))
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize("newline", ["keep", "drop"])
 def test_policies_do_not_touch_them_either(family, positions, newline):

@@ -47,7 +47,7 @@ def test_equals_recomputation(family, stages, batch):
         assert trace.layers[stage.layer] == stage.tokens_out and trace.layers[stage.layer - 1] == stage.tokens_in
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision"])
+@pytest.mark.parametrize("family", tiny.families(mrope=False))
 @pytest.mark.parametrize("stages", STAGES)
 def test_compact_and_eager(family, stages):
     model = tiny.make(family, "eager")

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 import pytest
 import tiny
 import torch
+from batches import uneven
 from modes import LOGITS, alone, families, greedy
 from usual import stage
 
@@ -62,9 +63,7 @@ def test_the_spared_image_gets_its_tokens_back():
 def test_a_row_beside_dense_rows_is_as_alone(family, name):
     """Row 0 holds one picture, row 1 two, row 2 text alone; only row 1 reaches the threshold."""
     model, tested = tiny.make(family), stage(name, seed=18)
-    picture = ("img", (56, 56)) if family == "llava_onevision" else "img"
-    rows = [[3, picture, 5], [1, "img", 7] if family == "llava_onevision" else [1, "img", 2, "img", 7], [4]]
-    batch = tiny.build(model, rows, seed=3)
+    batch = tiny.build(model, uneven(family), seed=3)
     try:
         with vtoken.wrapped(model, [tested]):
             want = greedy(model, alone(model, batch, 1), **LOGITS)

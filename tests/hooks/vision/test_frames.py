@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from against_oracle import compare
-from batches import QWEN, inside, rows_for
+from batches import inside, rows_for
 from contrast import Some, batch_of, rows
 from flop_counts import SDPA, Pipe, part
 from modes import alone, greedy
@@ -56,7 +56,7 @@ PIPELINES: dict[str, list[Any]] = {
 @pytest.mark.parametrize("stages", PIPELINES)
 def test_equals_recomputation(family: str, stages: str) -> None:
     model = tiny.make(family)
-    pipeline = inside(PIPELINES[stages]) if family == "qwen2_5_vl" else PIPELINES[stages]
+    pipeline = inside(family, PIPELINES[stages])
     trace = compare(model, batch_of(family, model), {"stages": pipeline})
     first = trace.stages[0]
     assert first.site == "frames" and first.tokens_in == trace.visual_tokens
@@ -104,7 +104,7 @@ def test_the_layers_of_the_tower_see_fewer_patches(family: str) -> None:
     model = tiny.make(family)
     batch = tiny.build(model, [rows(family)[0]], seed=3)
     found: list[int] = []
-    tower = model.model.visual.blocks if family in QWEN else model.model.vision_tower.encoder.layers
+    tower = tiny.adapter(model).encoder.layers
     with vtoken.wrapped(model, FramesFarthest(keep=2)), torch.no_grad():
         hooks = [
             layer.register_forward_hook(
@@ -182,7 +182,7 @@ def test_what_no_stage_may_do(family: str, stage: Any, says: str) -> None:
     assert torch.equal(greedy(model, batch), want)
 
 
-@pytest.mark.parametrize("family", [f for f in tiny.FAMILIES if f not in tiny.VIDEO])
+@pytest.mark.parametrize("family", tiny.families(takes_video=False))
 def test_families_without_videos_are_refused(family: str) -> None:
     with pytest.raises(
         UnsupportedError, match=f"frames_farthest chooses frames of videos, and transformers' {family} takes none"
@@ -205,9 +205,10 @@ def test_images_pass(family: str) -> None:
 def test_flops(family: str) -> None:
     """What the account says of the tower is what it runs; the prompt is as long as it says."""
     model = tiny.make(family)
-    frames_given = 4 if family == "llava_onevision" else 8
-    picture = ("video", 4) if family == "llava_onevision" else ("video", 4, 4, 4)
-    batch = tiny.build(model, [[2, picture, 3]], seed=3)
+    batch = tiny.build(model, [[2, ("video", 4), 3]], seed=3)
+    (video,) = tiny.family(model).found(batch)[1]
+    _, patches = tiny.family(model).frames(video.spec)
+    frames_given = 4 * getattr(model.config.vision_config, "temporal_patch_size", 1)
     stage = FramesFarthest(keep=1)
     text = int((batch["input_ids"] < tiny.IMG).sum() + (batch["input_ids"] > tiny.VID).sum())
     claimed = account(model.config, Pipe((stage,)), image_size=56, frames=frames_given, text_tokens=text, new_tokens=1)
@@ -220,7 +221,8 @@ def test_flops(family: str) -> None:
     behind = sum(sum(part(counter, module, name).values()) for module, name in others)
     # Similarities are products of a matrix and a vector, which the counter leaves out.
     assert claimed.tower + claimed.projector == counter.get_total_flops() - behind
-    embedding = 2 * 4 * 16 * 1176 * 32 if family in QWEN else 0  # of all frames
+    # Packed towers embed the patches of all frames before any is left out.
+    embedding = 2 * 4 * patches * 1176 * 32 if tiny.family(model).varlen else 0
     assert (claimed.tower - embedding) * 4 == dense.tower - embedding
     assert claimed.stages == 2 * 4 * 3 * 16**2
     assert trace.prompt_tokens == [text + claimed.visual_entry + claimed.newline_entry]

@@ -139,11 +139,11 @@ def test_later_layers_run_on_less():
     assert trace.layers == [[8] * 3] * 4
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision"])
+@pytest.mark.parametrize("family", tiny.families(varlen=False))
 @pytest.mark.parametrize("name", STAGES)
 def test_a_batch_equals_its_rows(family, name):
     model = tiny.make(family)
-    rows = ROWS if family == "llava" else [[3, "img", 5], [1, ("img", (50, 100)), 7], [4]]
+    rows = ROWS if not tiny.family(family).anyres else [[3, "img", 5], [1, ("img", (50, 100)), 7], [4]]
     batch = tiny.build(model, rows, seed=3)
     with vtoken.wrapped(model, [STAGES[name]]):
         out, trace = run(model, batch), vtoken.trace(model)
@@ -307,7 +307,7 @@ def test_index_map_covers_every_token(family):
     """For every unpruned token the trace names a live one, as whatever comes later needs it."""
     model = tiny.make(family)
     batch = tiny.build(model, [[3, "img", 5], [2, "img", 3]], seed=3)
-    name = "dtome_post" if family.startswith("qwen") else "dtome"
+    name = "dtome_post" if tiny.family(family).varlen else "dtome"
     with vtoken.wrapped(model, usual.stage(name)):
         run(model, batch)
         trace = vtoken.trace(model)

@@ -185,41 +185,41 @@ def _padded(adapter: Any, stage: Any) -> Callable[[Any], None]:
     """Runs the tower of a LLaVA on what the image processor returns; the stage merges inside it."""
     import torch
 
-    from vtoken.hooks.state.handle import Handle
-    from vtoken.hooks.state.run import Run
+    from vtoken.hooks.state.context import Context
     from vtoken.hooks.vision.padded_tower import PaddedTower
 
     def encode(inputs: Any) -> None:
-        pixels, handle = inputs["pixel_values"], Handle()
+        pixels, context = inputs["pixel_values"], Context(adapter, stages=(stage,))
         if pixels.ndim == 5:
             crops = adapter.crops({"image_sizes": inputs["image_sizes"]})
             pixels = torch.cat([image[:n] for image, n in zip(pixels, crops, strict=True)])
         try:
-            PaddedTower(adapter, Run(), handle, set(), [stage])
+            PaddedTower(context)
             adapter.tower(pixels.to(adapter.model.device, adapter.model.dtype))
         finally:
-            handle.release()
+            context.handle.release()
 
     return encode
 
 
 def _packed(adapter: Any, stage: Any) -> Callable[[Any], None]:
     """Runs the tower of a Qwen model; the stage merges the keys that it leaves."""
-    from vtoken.hooks.state.handle import Handle
-    from vtoken.hooks.state.run import Run, segments
+    from vtoken.hooks.state.context import Context
+    from vtoken.hooks.state.run import segments
     from vtoken.hooks.vision.varlen_tower import VarlenTower
     from vtoken.stages import Fact, VisualTokens
 
     def encode(inputs: Any) -> None:
-        run, handle = Run(), Handle()
         grid = inputs["image_grid_thw"].to(adapter.model.device)
         keys = Fact("mean_key", adapter.encoder.attention_layer)
+        context = Context(adapter, read=frozenset({keys}))
         try:
-            VarlenTower(adapter, run, handle, {keys}, ())
+            VarlenTower(context)
             adapter.tower(inputs["pixel_values"].to(adapter.model.device, adapter.model.dtype), grid_thw=grid)
         finally:
-            handle.release()
-        tower, value = run.tower, run.tower.facts[keys]
+            context.handle.release()
+        tower = context.run.tower
+        value = tower.facts[keys]
         parts = [layout.parts for layout in tower.layouts]
         lengths = [layout.tokens for layout in tower.layouts]
         segment = segments(tower.layouts)
@@ -229,7 +229,7 @@ def _packed(adapter: Any, stage: Any) -> Callable[[Any], None]:
                 lengths,
                 parts,
                 range(len(parts)),
-                tower.lineage.raster_index,
+                tower.history.raster_index,
                 segment=segment,
                 facts={Fact("mean_key"): value},
             )

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from vtoken.adapters.base import Adapter
 from vtoken.errors import ConfigError
-from vtoken.evals.cost.geometry import ImageSize, geometry
-from vtoken.evals.cost.geometry.padded import pair
-from vtoken.evals.cost.geometry.qwen import patch_grid
+from vtoken.evals.cost.geometry import ImageSize, geometry, random_inputs
 from vtoken.hooks.state.run import KINDS
 
 
@@ -59,9 +57,13 @@ def random_prompt(
     model: Any = adapter.model
     config, kind = model.config, "video" if frames > 1 else "image"
     generator = torch.Generator().manual_seed(seed)
-    inputs = _pixels(config, batch, images, frames, image_size, generator)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    inputs = random_inputs(config, batch, images, frames, image_size, draw)
     layout = adapter.layouts(kind, inputs)[0]
-    runs = layout.parts[0][0] if config.model_type == "qwen3_vl" else 1
+    runs = geometry(config, image_size, images, frames).runs
     texts = _texts(text_tokens, images * runs, between=int(adapter.mrope))
     placeholder = adapter.placeholders[kind]
     every = torch.arange(config.get_text_config().vocab_size)
@@ -87,36 +89,3 @@ def _texts(tokens: int, runs: int, between: int) -> tuple[int, ...]:
         )
     head = (tokens - inner) // 2
     return (head, *[between] * (runs - 1), tokens - inner - head)
-
-
-def _pixels(
-    config: Any, batch: int, images: int, frames: int, image_size: ImageSize | None, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Arguments of the family's feature function, on the CPU."""
-    shape = geometry(config, image_size, images, frames)
-    vision, family, count = config.vision_config, config.model_type, batch * images
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator)
-
-    if family.startswith("qwen"):
-        grid = t, h, w = patch_grid(vision, image_size, frames)
-        numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        kind, suffix = ("video", "_videos") if frames > 1 else ("image", "")
-        found = {
-            f"pixel_values{suffix}": draw(count * t * h * w, numbers),
-            f"{kind}_grid_thw": torch.tensor([grid] * count),
-        }
-        if family == "qwen2_5_vl" and frames > 1:
-            found["second_per_grid_ts"] = torch.ones(count)
-        return found
-    crop = (vision.num_channels, *pair(vision.image_size))
-    if family == "llava":
-        return {"pixel_values": draw(count, *crop)}
-    pixels = draw(count, len(shape.tower.crops), *crop)
-    if frames > 1:
-        return {"pixel_values_videos": pixels}
-    found = {"pixel_values": pixels, "image_sizes": torch.tensor([pair(image_size or vision.image_size)] * count)}
-    if family == "llava_onevision":
-        found["batch_num_images"] = torch.full((batch,), images)
-    return found

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.attention.unmerged_attention import rotates_last, rotation_of
 from vtoken.hooks.decoder.attention_tap import tap
-from vtoken.hooks.state.forward_state import PrefillState, eager, steps
-from vtoken.hooks.state.handle import Handle
-from vtoken.hooks.state.live_tokens import skipped_entry, trace_of
-from vtoken.hooks.state.run import Clock, Run
+from vtoken.hooks.state.context import Context
+from vtoken.hooks.state.forward_state import eager, steps
+from vtoken.hooks.state.live_tokens import trace_of
+from vtoken.hooks.state.prefill_state import PrefillState
+from vtoken.hooks.state.prompt_rows import query_window
+from vtoken.hooks.state.run import Clock
 from vtoken.kernels import block_sparse_attention
 from vtoken.kernels._lists import check_singles
 from vtoken.stages import Stage, uploaded
@@ -28,33 +30,27 @@ UNUSUAL = ("softcap", "s_aux", "position_bias", "sliding_window")
 
 
 class SparsePrefill:
-    """Taps the attention of the decoder layers in which a stage acts; installs nothing without one.
+    """Taps the attention of the decoder layers in which a stage acts; installs nothing without one."""
 
-    Args:
-        stages: attention-site stages that passed `check_attention`.
-    """
-
-    def __init__(self, lm: Any, run: Run, handle: Handle, stages: Sequence[Stage]) -> None:
-        self.run = run
-        # What a cache stage will ask of the last queries of a row, if there is one.
-        self.also: Callable[[PrefillState, int], int] | None = None
+    def __init__(self, context: Context) -> None:
+        self.run, self.cache_stage = context.run, context.cache_stage
         self.at: dict[int, SparseAttention] = {}
-        for stage in stages:
+        for stage in context.at("attention"):
             if isinstance(stage, SparseAttention):
-                self.at |= dict.fromkeys(stage.layers(len(lm.layers)), stage)
+                self.at |= dict.fromkeys(stage.layers(context.depth), stage)
         for layer, stage in self.at.items():
             if stage.rope:
-                handle.before(lm.layers[layer].self_attn, self._note_rope)
-        tap(handle, lm, self.at, self._attend)
+                context.handle.before(context.lm.layers[layer].self_attn, self._note_rope)
+        tap(context.handle, context.lm, self.at, self._attend)
 
     def _note_rope(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not steps(args[0] if args else kwargs["hidden_states"], kwargs.get("past_key_values")):
-            self._keep_rope(kwargs["position_embeddings"])
+            self._keep_rope(args[0] if args else kwargs["hidden_states"], kwargs["position_embeddings"])
 
     @eager
-    def _keep_rope(self, cos_sin: tuple[Tensor, Tensor]) -> None:
+    def _keep_rope(self, hidden: Tensor, cos_sin: tuple[Tensor, Tensor]) -> None:
         if isinstance(self.run.flow, PrefillState):
-            self.run.flow.memo["rope"] = cos_sin
+            self.run.flow.notes.layer_input = hidden, cos_sin
 
     def _attend(
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Callable[..., Any], **kwargs: Any
@@ -68,12 +64,9 @@ class SparsePrefill:
         flow, stage = self.run.flow, self.at[module.layer_idx]
         if not isinstance(flow, PrefillState):
             return original()
-        memory = flow.memory.setdefault(id(stage), {})
-        reason = self._skip_reason(flow, stage, module, kwargs)
+        reason = skip_reason(flow, stage, module, kwargs)
         if reason is not None:
-            if "aside" not in memory:
-                memory["aside"] = reason
-                flow.trace.stages.append(skipped_entry(stage, flow.live.history, reason))
+            flow.skip(stage, reason)
             return original()
         scale = kwargs.get("scaling") or q.shape[-1] ** -0.5
         rows, asides = [_row(x, flow) for x in (q, k, v)], _skip_reasons(flow, stage)
@@ -99,65 +92,61 @@ class SparsePrefill:
     ) -> SparseMask | DenseSubset:
         """What the queries of one row read; drafts and answers behind its prompt have no say in it."""
         n, layer = q.shape[1] - flow.tails[row], module.layer_idx
-        image, raster_index, known = self._layout(flow, q.device)
-        image, raster_index = (x[row, -q.shape[1] :][:n] for x in (image, raster_index))
-        probe = QueryAttention(q[:, :n], k[:, :n], scale, 0 if self.also is None else self.also(flow, row))
-        if self.also is not None:
-            flow.memo.setdefault("probes", {})[layer, row] = probe
+        image, raster_index, by_row = self._rasters(flow)
+        image, raster_index = (x[row, -q.shape[1] :][:n].to(q.device) for x in (image, raster_index))
+        found = QueryAttention(q[:, :n], k[:, :n], scale, query_window(flow, self.cache_stage, row))
+        if self.cache_stage is not None:
+            flow.notes.query_attention[layer, row] = found
         rope = None
         if stage.rope:
-            cos, sin = (t[row if len(t) > 1 else 0, -q.shape[1] :][:n].to(q.device) for t in flow.memo["rope"])
+            assert flow.notes.layer_input is not None
+            halves = flow.notes.layer_input[1]
+            cos, sin = (t[row if len(t) > 1 else 0, -q.shape[1] :][:n].to(q.device) for t in halves)
             rope = Rope(cos, sin, rotation_of(module))
         prompt = PrefillQK(
-            probe.q, probe.k, scale, layer, image, raster_index, flow.live.parts, probe, rope, known[row]
+            found.q, found.k, scale, layer, image, raster_index, flow.live.parts, found, rope, by_row[row]
         )
         reads = stage.reads(prompt)
         check(stage, reads, prompt)
         return reads
 
-    def _layout(self, flow: PrefillState, device: torch.device) -> tuple[Tensor, Tensor, list[dict[Hashable, Any]]]:
-        """[B, P] image and place of every slot of the current layout, -1 at text and padding, and what stages found out about its rows."""
-        memory = flow.memory.setdefault(id(self), {})
-        if memory.get("of") is not flow.index:
-            image, raster_index = (torch.full_like(flow.index, -1) for _ in range(2))
+    def _rasters(self, flow: PrefillState) -> tuple[Tensor, Tensor, list[dict[Hashable, Any]]]:
+        """[B, P] image and raster index of every slot, -1 at text and padding, and what stages found out about its rows."""
+        notes = flow.notes
+        if notes.image is None or notes.raster_index is None:
+            notes.image, notes.raster_index = (torch.full_like(flow.index, -1) for _ in range(2))
             at = flow.slot()
-            image[at] = flow.live.image.to(image.device)
-            raster_index[at] = flow.live.history.raster_index.to(image.device)
-            known: list[dict[Hashable, Any]] = [{} for _ in flow.counts]
-            memory.update(of=flow.index, layout=(image.to(device), raster_index.to(device)), known=known)
-        image, raster_index = (x.to(device) for x in memory["layout"])
-        return image, raster_index, memory["known"]
+            notes.image[at] = flow.live.image.to(at[0].device)
+            notes.raster_index[at] = flow.live.history.raster_index.to(at[0].device)
+            notes.by_row = [{} for _ in flow.counts]
+        return notes.image, notes.raster_index, notes.by_row
 
-    def _skip_reason(
-        self, flow: PrefillState, stage: SparseAttention, module: Any, kwargs: dict[str, Any]
-    ) -> str | None:
-        """Why this forward keeps the model's own attention."""
-        if flow.skip_reason is not None:
-            return flow.skip_reason
-        if module.training or kwargs.get("dropout"):
-            return "the model is in training mode"
-        if flow.past:
-            return f"the cache holds {flow.past} tokens already; only a prompt that comes in one piece is thinned"
-        if kwargs.get("output_attentions"):
-            return "attention weights were asked for"
-        found = [name for name in UNUSUAL if kwargs.get(name) is not None]
-        if found or not getattr(module, "is_causal", True):
-            return f"this layer's attention is not plain causal attention ({', '.join(found) or 'is_causal is False'})"
-        shown = set(flow.live.row)
-        longest = max(n for row, n in enumerate(prompts(flow)) if row in shown and row not in flow.skipped)
-        if longest < stage.min_len:
-            return f"the prompt has {longest} tokens, fewer than min_len {stage.min_len}"
-        if not self._left_padded(flow):
-            return "the batch is padded on the right; pad it on the left"
-        return None
 
-    def _left_padded(self, flow: PrefillState) -> bool:
-        """Whether the tokens of every row stand at its end."""
-        memory = flow.memory.setdefault(id(self), {})
-        if memory.get("padding of") is not flow.index:
-            memory["padding of"], memory["left"] = flow.index, flow.dense or suffixes(flow)
-        left: bool = memory["left"]
-        return left
+def skip_reason(flow: PrefillState, stage: SparseAttention, module: Any, kwargs: dict[str, Any]) -> str | None:
+    """Why this forward keeps the model's own attention."""
+    if flow.skip_reason is not None:
+        return flow.skip_reason
+    if module.training or kwargs.get("dropout"):
+        return "the model is in training mode"
+    if flow.past:
+        return f"the cache holds {flow.past} tokens already; only a prompt that comes in one piece is thinned"
+    if kwargs.get("output_attentions"):
+        return "attention weights were asked for"
+    if found := unusual(module, kwargs):
+        return f"this layer's attention is not plain causal attention ({found})"
+    acting = set(flow.live.row) - set(flow.skipped)
+    longest = max(n for row, n in enumerate(prompts(flow)) if row in acting)
+    if longest < stage.min_len:
+        return f"the prompt has {longest} tokens, fewer than min_len {stage.min_len}"
+    if flow.notes.left_padded is None:
+        flow.notes.left_padded = flow.dense or suffixes(flow)
+    return None if flow.notes.left_padded else "the batch is padded on the right; pad it on the left"
+
+
+def unusual(module: Any, kwargs: dict[str, Any]) -> str:
+    """What makes a layer's attention another than causal attention; "" if nothing does."""
+    found = [name for name in UNUSUAL if kwargs.get(name) is not None]
+    return ", ".join(found) or ("" if getattr(module, "is_causal", True) else "is_causal is False")
 
 
 def suffixes(flow: PrefillState) -> bool:

@@ -7,7 +7,6 @@ group are averaged before o_proj. No attention forward is copied, and decode ste
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,12 +19,13 @@ from vtoken.errors import UnsupportedError
 from vtoken.hooks.attention.unmerged_attention import Rope, UnmergedAttention, UnmergeTable, attend, rotates_last
 from vtoken.hooks.decoder.attention_tap import HANDED, tap
 from vtoken.hooks.state.checkpointing import check_replay
-from vtoken.hooks.state.forward_state import ForwardState, PrefillState, eager, steps
-from vtoken.hooks.state.handle import Handle
+from vtoken.hooks.state.context import Context
+from vtoken.hooks.state.forward_state import ForwardState, eager, steps
 from vtoken.hooks.state.left_padding import left_pad, take
 from vtoken.hooks.state.live_tokens import trace_of
+from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.hooks.state.pruned_cache import PrunedCache
-from vtoken.hooks.state.run import Clock, Run
+from vtoken.hooks.state.run import Clock
 from vtoken.stages import Stage, offsets_of
 
 NOTHING = "no stage before it merged anything"
@@ -36,20 +36,18 @@ class Unmerge:
 
     Args:
         stage: the one that asks for it; its `unmerge_mode()` says what the KV cache shall hold.
-        mrope: whether positions have several axes.
 
     Raises:
         UnsupportedError: an attention that is not built as Llama's and Qwen's are.
     """
 
-    def __init__(self, lm: Any, run: Run, handle: Handle, stage: Stage, *, mrope: bool) -> None:
-        self.lm, self.run, self.stage, self.mrope = lm, run, stage, mrope
+    def __init__(self, context: Context, stage: Stage) -> None:
+        self.lm, self.run, self.stage, self.mrope = context.lm, context.run, stage, context.adapter.mrope
         self.expanded = stage.unmerge_mode() == "expanded"
-        for layer in lm.layers:
+        for layer in self.lm.layers:
             check_rotation(stage, layer.self_attn)
-        for layer in lm.layers:
-            handle.before(layer, self._layer)
-        tap(handle, lm, range(len(lm.layers)), attend)
+            context.handle.before(layer, self._layer)
+        tap(context.handle, self.lm, range(context.depth), attend)
 
     def _layer(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -71,11 +69,8 @@ class Unmerge:
         new = {"position_embeddings": unrotated, "attention_mask": spread.mask, HANDED: (spread, cache)}
         return args, {**kwargs, **new}
 
-    def prefill(self, flow: PrefillState, enter: Callable[[ForwardState, int], Tensor | None]) -> None:
+    def prefill(self, flow: PrefillState) -> None:
         """Spreads the tokens of a prefill whose layout is settled, and writes the stage's entry of the trace.
-
-        Args:
-            enter: makes the record of slots and the 2D mask of a layout (Boundary.enter).
 
         Raises:
             UnsupportedError: images whose merged tokens the model interpolated.
@@ -88,7 +83,7 @@ class Unmerge:
             )
         with Clock(v.batch_row.device) as clock:
             if v.history.absorbed_by is not None or past_table(flow) is not None:
-                self._open(flow, enter)
+                self._open(flow)
         entry = trace_of(self.stage, v.lengths, v.history, clock, None)
         flow.trace.stages.append(replace(entry, stood_aside=NOTHING if v.history.absorbed_by is None else None))
 
@@ -100,14 +95,14 @@ class Unmerge:
         slot = torch.arange(flow.new.shape[1], device=flow.new.device).expand(len(flow.new), -1)
         flow.unmerged = self._merged(flow, slot, slot, flow.valid, flow.dense, rope, grouped=False)
 
-    def _open(self, flow: PrefillState, enter: Callable[[ForwardState, int], Tensor | None]) -> None:
+    def _open(self, flow: PrefillState) -> None:
         columns, valid, slot, counts = places(flow)
         wide = replace(flow, index=columns, valid=valid, counts=counts)
         rope = self._rope(flow, take(flow.positions, columns, -1))
         if not self.expanded and flow.cache is not None:
             flow.unmerged = self._merged(flow, columns, slot, valid, wide.dense, rope, grouped=True)
             return
-        key_mask, new = enter(wide, 0), columns.shape[1]
+        key_mask, new = wide.enter(0), columns.shape[1]
         mask = self._mask(flow, new, wide.slots - new, key_mask)
         absorbed_by = slot.masked_fill(~valid, flow.index.shape[1])
         flow.unmerged = UnmergedAttention(mask, flow.index.shape[1], rope, absorbed_by)
@@ -136,7 +131,7 @@ class Unmerge:
             )
         old = past_table(flow)
         if old is None:
-            old = UnmergeTable.rotated(flow.held(0)[0], cache.groups[0].dense, rope)
+            old = UnmergeTable.rotated(flow.cached_rows(0)[0], cache.groups[0].dense, rope)
         key_mask = torch.cat([flow.unmasked(old.logical), valid.to(old.logical.device)], 1)
         logical = torch.where(valid, columns + flow.past, -1)
         cache.table = table = old.extend(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vtoken.errors import UnsupportedError
-from vtoken.hooks.state.forward_state import PrefillState
+from vtoken.hooks.state.prefill_state import PrefillState
 
 
 def check_packed(kwargs: dict, config: Any) -> None:

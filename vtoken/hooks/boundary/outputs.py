@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from vtoken.hooks.state.forward_state import PrefillState
 from vtoken.hooks.state.left_padding import SlotLayout
+from vtoken.hooks.state.prefill_state import PrefillState
 
 
 def restore(out: Any, flow: PrefillState, depth: int) -> None:

@@ -2,118 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtoken.errors import UnsupportedError
-from vtoken.hooks.state.forward_state import ForwardState, PrefillState
+from vtoken.hooks.state.context import Context
+from vtoken.hooks.state.forward_state import ForwardState
 from vtoken.hooks.state.image_spans import HIDDEN, ImageSpans, check, locate
 from vtoken.hooks.state.live_tokens import LiveTokens
-from vtoken.hooks.state.prompt_text import answered, text_of
-from vtoken.hooks.state.run import Run, TokenHistory, segments
+from vtoken.hooks.state.prefill_state import PrefillState
+from vtoken.hooks.state.prompt_text import answered
+from vtoken.hooks.state.run import TokenHistory, segments
 from vtoken.hooks.state.trace import Trace
-from vtoken.stages import Fact, Keep, Stage, image_of, offsets_of
-from vtoken.stages.facts import encoded
+from vtoken.stages import Keep, image_of, offsets_of
 
 
-class PrefillBuilder:
-    """Turns a forward with visual positions into a `PrefillState`.
+def build_prefill(
+    context: Context, flow: ForwardState, visual: Tensor, deepstack: Sequence[Tensor] | None
+) -> tuple[PrefillState, Tensor]:
+    """Finds the images of the batch, and drops what the encoder dropped; returns the values [ΣK, D] of the live tokens too."""
+    answer = answered(visual, flow.new, context.run.tail, context.run.labels)
+    held, tails, shown, counts = counted(visual, flow.new, answer, len(context.adapter.placeholders))
+    located = locate(visual, held, context.run.encodes, context.adapter)
+    whole = unpruned(located)
+    hidden = sum(shown) < sum(map(sum, held))
+    seen = unmasked(whole, flow.new, context.adapter) if hidden else whole
+    values = flow.hidden[whole.batch_row, whole.column]
+    check(values, flow.positions if context.adapter.mrope else None, located, seen)
+    trace = context.run.trace = Trace(
+        visual_tokens=list(seen.lengths),
+        parts=list(whole.parts),
+        row=list(whole.row),
+        stages=located.stages(),
+        counted=located.counted,
+    )
+    prefill = PrefillState(
+        **{**vars(flow), "counts": counts},
+        live=seen,
+        started=seen,
+        raster=whole,
+        trace=trace,
+        spans=located,
+        policy=context.newline,
+        deepstack=list(deepstack or ()),
+        labels=context.run.labels,
+        answer=answer if any(tails) else None,
+        tails=tails,
+        texts=[n - tail - v for n, tail, v in zip(counts, tails, shown, strict=True)],
+        min_tokens=context.min_tokens,
+        project=partial(project, context.adapter) if context.adapter.encoder.unit == 1 else None,
+    )
+    trace.dense_rows = sorted(prefill.skipped)
+    if hidden or any(encode.alive is not None for encode in located.encodes):
+        values = entered(prefill, values)
+    if located.newlines is not None and context.newline == "drop" and context.stages and prefill.skip_reason is None:
+        prefill.leave(prefill.live)
+    return prefill, values
 
-    Args:
-        resolve: the fact as the encoder stored it (layers resolved, substituted).
-        newline: which newline tokens stay, see Prefill.
-        acts: whether the pipeline has any stage.
-        min_tokens: visual tokens below which a row runs dense.
-    """
 
-    def __init__(
-        self,
-        adapter: Any,
-        run: Run,
-        resolve: Callable[[Fact], Fact],
-        newline: str,
-        *,
-        acts: bool,
-        min_tokens: int = 0,
-    ) -> None:
-        self.adapter, self.run, self.resolve, self.newline, self.acts = adapter, run, resolve, newline, acts
-        self.min_tokens = min_tokens
+def counted(
+    kinds: Tensor, new: Tensor, answer: Tensor | None, number: int
+) -> tuple[list[list[int]], list[int], list[int], list[int]]:
+    """Asks the device once: per kind its placeholders in every row; per row, tokens behind the prompt, visual ones that the padding mask
+    shows, and all that it shows."""
+    each = [(kinds == kind + 1).sum(1) for kind in range(number)]
+    behind = torch.zeros_like(each[0]) if answer is None else answer.sum(1)
+    *held, tails, shown, counts = torch.stack([*each, behind, ((kinds > 0) & new).sum(1), new.sum(1)]).tolist()
+    return held, tails, shown, counts
 
-    def start(
-        self, flow: ForwardState, visual: Tensor, deepstack: Sequence[Tensor] | None
-    ) -> tuple[PrefillState, Tensor]:
-        """Finds the images of the batch, and drops what the encoder dropped; returns the values [ΣK, D] of the live tokens too."""
-        each = [(visual == kind + 1).sum(1) for kind in range(len(self.adapter.placeholders))]
-        answer = answered(visual, flow.new, self.run.tail, self.run.labels)
-        behind = [] if answer is None else [answer.sum(1)]
-        *told, shown, counts = torch.stack([*each, *behind, ((visual > 0) & flow.new).sum(1), flow.new.sum(1)]).tolist()
-        held, tails = told[: len(each)], told[-1] if behind else [0] * len(counts)
-        located = locate(visual, held, self.run.encodes, self.adapter)
-        whole = unpruned(located)
-        hidden = sum(shown) < sum(map(sum, held))
-        seen = unmasked(whole, flow.new, self.adapter) if hidden else whole
-        values = flow.hidden[whole.batch_row, whole.column]
-        check(values, flow.positions if self.adapter.mrope else None, located, seen)
-        trace = self.run.trace = Trace(
-            visual_tokens=list(seen.lengths),
-            parts=list(whole.parts),
-            row=list(whole.row),
-            stages=located.stages(),
-            counted=next((encode.counted for encode in located.encodes if encode.counted), None),
-        )
-        prefill = PrefillState(
-            **{**vars(flow), "counts": counts},
-            live=seen,
-            started=seen,
-            raster=whole,
-            trace=trace,
-            spans=located,
-            policy=self.newline,
-            deepstack=list(deepstack or ()),
-            labels=self.run.labels,
-            answer=answer if any(tails) else None,
-            tails=tails,
-            texts=[n - tail - v for n, tail, v in zip(counts, tails, shown, strict=True)],
-            min_tokens=self.min_tokens,
-            project=self.project if self.adapter.encoder.unit == 1 else None,
-        )
-        trace.dense_rows = sorted(prefill.skipped)
-        if hidden or any(encode.alive is not None for encode in located.encodes):
-            values = entered(prefill, values)
-        if located.newlines is not None and self.newline == "drop" and self.acts and prefill.skip_reason is None:
-            prefill.leave(prefill.live)
-        return prefill, values
 
-    def project(self, features: Tensor) -> Tensor:
-        """[M, D] of features [M, D_encoder]. By `forward`: the projector's hooks, vtoken's among them, are about whole pictures."""
-        projector = self.adapter.projectors[0]
-        device = next(projector.parameters()).device
-        # Where accelerate offloads the projector, what it put around `forward` brings both together.
-        here = features if device.type == "meta" else features.to(device)
-        return projector.forward(here).to(features.device)
-
-    def facts(self, flow: PrefillState, stage: Stage) -> dict[Fact, Any]:
-        """What the stage asked for, about the live tokens."""
-        return {
-            need: self.fact(flow, stage, need) if encoded(need, stage.site) else text_of(flow, flow.hidden)
-            for need in stage.needs()
-        }
-
-    def fact(self, flow: PrefillState, stage: Stage, need: Fact) -> Tensor:
-        """A fact of the encoder about the live tokens, at any time of the prefill."""
-        v, located, stored = flow.live, flow.spans, self.resolve(need)
-        if not located.encodes or not all(stored in encode.facts for encode in located.encodes):
-            raise UnsupportedError(
-                f"stage {stage.name} needs {need.name}, but the features of this call were not encoded by this model in this "
-                "thread; pass pixel_values instead of precomputed features"
-            )
-        full = located.gather([encode.facts[stored] for encode in located.encodes])
-        live = offsets_of(v.history.full, v.image.device)[:-1][v.image] + v.history.raster_index
-        return full[live.to(full.device)].to(flow.hidden.device)
+def project(adapter: Any, features: Tensor) -> Tensor:
+    """[M, D] of features [M, D_encoder]. By `forward`: the projector's hooks, vtoken's among them, are about whole pictures."""
+    projector = adapter.projectors[0]
+    device = next(projector.parameters()).device
+    # Where accelerate offloads the projector, what it put around `forward` brings both together.
+    here = features if device.type == "meta" else features.to(device)
+    return projector.forward(here).to(features.device)
 
 
 def unpruned(located: ImageSpans) -> LiveTokens:

@@ -3,43 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtoken.hooks.state.left_padding import left_padded, take
+from vtoken.hooks.state.prompt_rows import PromptRow
 from vtoken.hooks.state.pruned_cache import SlotMap
 from vtoken.hooks.state.quantized_layer import Piece, Plain, QuantizedLayer, adopt
 from vtoken.stages.quantized import QuantizedKV
-
-
-@dataclass(frozen=True)
-class PromptRow:
-    """One row of a prefill in the current layout, and what a layer holds of it.
-
-    Attributes:
-        prompt, tail: tokens of the prompt; of what follows it (drafts, an answer), which all stay.
-        slots: per image, where its visual tokens are among the row's tokens.
-        stay: prompt tokens that every head holds; counts: visual tokens of each image, None where that is not known.
-    """
-
-    prompt: int
-    tail: int
-    slots: tuple[tuple[int, ...], ...]
-    stay: int = 0
-    counts: tuple[int, ...] | None = None
-
-    def columns(self) -> list[int]:
-        """Slots that stand for those it holds. Heads may hold different visual tokens, so of each image it is the first ones: masks only
-        ask whether a slot is real, and crop() whether the newest tokens are all there and in order."""
-        if self.counts is None:
-            kept = list(range(self.stay))
-        else:
-            gone = {slot for slots, k in zip(self.slots, self.counts, strict=True) for slot in slots[k:]}
-            kept = [slot for slot in range(self.prompt) if slot not in gone]
-        return [*kept, *range(self.prompt, self.prompt + self.tail)]
 
 
 def slots_of(before: SlotMap, rows: tuple[PromptRow, ...], dense: bool) -> SlotMap:

@@ -9,21 +9,21 @@ import torch
 from torch import Tensor
 
 from vtoken.hooks.decoder.attention_tap import tap
-from vtoken.hooks.state.forward_state import PrefillState, eager
-from vtoken.hooks.state.handle import Handle
+from vtoken.hooks.state.context import Context
+from vtoken.hooks.state.forward_state import eager
+from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.hooks.state.quantized_layer import Block, Piece, Plain, QuantizedLayer
-from vtoken.hooks.state.run import Run
 from vtoken.stages.cache import CacheStage, GeneratedBlock
 
 
 class Requantizer:
     """A pre-hook on every decoder layer's attention, which sees the cache, and a tap, which sees queries and keys."""
 
-    def __init__(self, lm: Any, run: Run, handle: Handle, stage: CacheStage) -> None:
-        self.run, self.stage, self.requantize_every = run, stage, stage.requantize_every() or 0
-        for layer in lm.layers:
-            handle.before(layer.self_attn, self._remember)
-        tap(handle, lm, range(len(lm.layers)), self._tap)
+    def __init__(self, context: Context, stage: CacheStage) -> None:
+        self.run, self.stage, self.requantize_every = context.run, stage, stage.requantize_every() or 0
+        for layer in context.lm.layers:
+            context.handle.before(layer.self_attn, self._remember)
+        tap(context.handle, context.lm, range(context.depth), self._tap)
 
     @eager
     def _remember(self, module: Any, args: tuple, kwargs: dict) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -22,12 +21,14 @@ from vtoken.hooks.cache.cached_rows import PromptRow, slots_of, store
 from vtoken.hooks.cache.requantize import Requantizer
 from vtoken.hooks.decoder.attention_tap import tap
 from vtoken.hooks.state.checkpointing import replays
-from vtoken.hooks.state.forward_state import PrefillState, eager, steps
-from vtoken.hooks.state.handle import Handle
-from vtoken.hooks.state.live_tokens import LiveTokens, skipped_entry
+from vtoken.hooks.state.context import Context
+from vtoken.hooks.state.forward_state import eager, steps
+from vtoken.hooks.state.live_tokens import LiveTokens
+from vtoken.hooks.state.prefill_state import PrefillState
+from vtoken.hooks.state.prompt_rows import prompt_rows
 from vtoken.hooks.state.pruned_cache import SlotMap
 from vtoken.hooks.state.quantized_layer import Piece, Plain, QuantizedLayer
-from vtoken.hooks.state.run import Clock, Run
+from vtoken.hooks.state.run import Clock
 from vtoken.hooks.state.trace import StageTrace
 from vtoken.stages import uploaded
 from vtoken.stages.cache import CachedLayer, CacheStage, Decision, KeepSlots, Native, ReplacedKV
@@ -49,9 +50,6 @@ class ShrunkLayer:
 class CacheShrinker:
     """A tap on every decoder layer.
 
-    Args:
-        mrope: positions have several axes.
-
     Attributes:
         goes_on: tokens behind the prompt follow into few bits.
 
@@ -59,19 +57,19 @@ class CacheShrinker:
         UnsupportedError: the stage cannot run on this model.
     """
 
-    def __init__(self, model: Any, lm: Any, run: Run, handle: Handle, stage: CacheStage, *, mrope: bool) -> None:
-        self.lm, self.run, self.stage, self.mrope = lm, run, stage, mrope
+    def __init__(self, context: Context, stage: CacheStage) -> None:
+        self.lm, self.run, self.stage, self.mrope = context.lm, context.run, stage, context.adapter.mrope
         try:
-            self.compress = stage.compressor(model)
+            self.compress = stage.compressor(context.adapter.model)
         except (ImportError, ValueError) as error:
             raise UnsupportedError(str(error)) from error
-        tap(handle, lm, range(len(lm.layers)), self._tap)
+        tap(context.handle, self.lm, range(context.depth), self._tap)
         self.goes_on = bool(stage.requantize_every())
         if self.goes_on:
-            Requantizer(lm, run, handle, stage)
+            Requantizer(context, stage)
         if stage.native:
-            for layer in lm.layers:
-                handle.before(layer.self_attn, self._remember)
+            for layer in self.lm.layers:
+                context.handle.before(layer.self_attn, self._remember)
 
     def check(self, cache: Any) -> None:
         """Refuses a prefill with images whose cache cannot shrink.
@@ -107,7 +105,7 @@ class CacheShrinker:
     def _note(self, args: tuple, kwargs: dict) -> None:
         flow = self.run.flow
         if isinstance(flow, PrefillState):
-            flow.memo["native"] = args[0] if args else kwargs["hidden_states"], kwargs["position_embeddings"]
+            flow.notes.layer_input = args[0] if args else kwargs["hidden_states"], kwargs["position_embeddings"]
 
     def _tap(
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Callable[..., Any], **kwargs: Any
@@ -120,23 +118,17 @@ class CacheShrinker:
         flow = self.run.flow
         if not isinstance(flow, PrefillState):
             return out
-        return (
-            self._skip(flow, out) if flow.skip_reason is not None else self._shrink(flow, module, q, k, v, scale, out)
-        )
-
-    def _skip(self, flow: PrefillState, out: Any) -> Any:
-        if not flow.memory.setdefault(id(self.stage), {}):
-            flow.memory[id(self.stage)]["told"] = True
-            assert flow.skip_reason is not None
-            flow.trace.stages.append(skipped_entry(self.stage, flow.live.history, flow.skip_reason))
+        if flow.skip_reason is None:
+            return self._shrink(flow, module, q, k, v, scale, out)
+        flow.skip(self.stage, flow.skip_reason)
         return out
 
     def _shrink(self, flow: PrefillState, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Any) -> Any:
         number, width = module.layer_idx, flow.index.shape[1]
-        past, probes = flow.slots - width, flow.memo.pop("probes", {})
+        past, found = flow.slots - width, flow.notes.query_attention
         rows, held, parts, told, same = [], [], [], True, True
         with Clock(k.device) as clock:
-            for r, (row, images) in enumerate(self._rows(flow)):
+            for r, row in enumerate(prompt_rows(flow)):
                 begin = width - row.prompt - row.tail
                 here = slice(past + begin, past + begin + row.prompt)
                 x, y, end = k[r, :, here], v[r, :, here], (k[r, :, here.stop :], v[r, :, here.stop :])
@@ -147,13 +139,13 @@ class CacheShrinker:
                         x,
                         y,
                         q[r, :, begin : begin + row.prompt],
-                        images,
+                        row.images,
                         row.slots,
                         scale,
                         number,
                         len(self.lm.layers),
                         native,
-                        probes.get((number, r)),
+                        found.pop((number, r), None),
                     )
                     with torch.no_grad():
                         decision = self.compress(layer)
@@ -171,22 +163,9 @@ class CacheShrinker:
         cached = store(flow.cache.layers[number], parts, k, v, width)
         return self._behind(flow, rows, past, q, cached.keys, cached.values, scale, out) if any(flow.tails) else out
 
-    def _rows(self, flow: PrefillState) -> list[tuple[PromptRow, tuple[Tensor, ...]]]:
-        if "rows" not in flow.memo:
-            flow.memo["rows"] = rows_of(flow)
-        rows: list[tuple[PromptRow, tuple[Tensor, ...]]] = flow.memo["rows"]
-        return rows
-
-    def asks(self, flow: PrefillState, r: int) -> int:
-        """How many last queries' attention of a row the stage will ask for, in the current layout."""
-        row, _ = self._rows(flow)[r]
-        if r in flow.skipped or not any(row.slots):
-            return 0
-        behind = row.prompt - 1 - max(slots[-1] for slots in row.slots if slots)
-        return self.stage.query_window(row.prompt, tuple(map(len, row.slots)), behind)
-
     def _native(self, flow: PrefillState, module: Any, row: int, begin: int, length: int) -> Native:
-        hidden, rope = flow.memo["native"]
+        assert flow.notes.layer_input is not None
+        hidden, rope = flow.notes.layer_input
         end = begin + length
         cos, sin = (t[(row if len(t) > 1 else 0), begin:end][None] for t in rope)
         return Native(module, hidden[row : row + 1, begin:end], (cos, sin), None if self.mrope else self.lm.rotary_emb)
@@ -253,21 +232,6 @@ class CacheShrinker:
             layer=k,
             clock=shrunk.clock.milliseconds,
         )
-
-
-def rows_of(flow: PrefillState) -> list[tuple[PromptRow, tuple[Tensor, ...]]]:
-    """The rows of a prefill in the current layout, each with the slots of its images on the device. Whole, as if everything stayed."""
-    v, (_, column) = flow.live, flow.slot()
-    ends = list(accumulate(v.lengths, initial=0))
-    on_host = column.tolist()
-    out = []
-    for r, (count, tail) in enumerate(zip(flow.counts, flow.tails, strict=True)):
-        begin = flow.index.shape[1] - count
-        spans = [span for span, owner in zip(pairwise(ends), v.row, strict=True) if owner == r]
-        slots = tuple(tuple(c - begin for c in on_host[a:b]) for a, b in spans)
-        row = PromptRow(count - tail, tail, slots, count - tail, tuple(map(len, slots)))
-        out.append((row, tuple(column[a:b] - begin for a, b in spans)))
-    return out
 
 
 def apply(stage: CacheStage, decision: Decision | None, keys: Tensor, values: Tensor) -> Piece:

@@ -13,23 +13,20 @@ from torch import Tensor, nn
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.call.min_tokens import MinTokensGuard, pictured
+from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import eager
-from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.image_spans import HIDDEN
-from vtoken.hooks.state.run import UNSEEN, Run
+from vtoken.hooks.state.run import UNSEEN
 
 
 class CallInputs:
-    """Hooks on the model and on `outer` (which sees ids); what they find goes to the run. Nothing on decode steps, which may be compiled.
+    """Hooks on the model and on `outer` (which sees ids); what they find goes to the run. Nothing on decode steps, which may be compiled."""
 
-    Args:
-        guard: is told of every prompt with pixels before the vision tower runs.
-        acts: the pipeline has stages.
-    """
-
-    def __init__(self, adapter: Any, run: Run, handle: Handle, guard: MinTokensGuard | None, *, acts: bool) -> None:
-        self.acts, self.warned = acts, False
-        self.adapter, self.run, self.handle, self.guard = adapter, run, handle, guard
+    def __init__(self, context: Context) -> None:
+        adapter, handle = context.adapter, context.handle
+        self.acts, self.warned = bool(context.stages), False
+        self.adapter, self.run, self.handle = adapter, context.run, handle
+        self.guard = MinTokensGuard(context) if context.min_tokens_of_tower else None
         handle.set(adapter.model, "generate", self._shadow(adapter.model.generate))
         if hasattr(adapter.outer, "get_rope_index"):
             handle.set(adapter.outer, "get_rope_index", self._placed(adapter.outer.get_rope_index))
@@ -109,6 +106,6 @@ class CallInputs:
                 stacklevel=2,
             )
         # A placeholder that somebody typed, without a picture of its kind, is a word.
-        self.run.live = self.adapter.visual_kinds(ids, embeds, given) if given else None
+        self.run.kinds = self.adapter.visual_kinds(ids, embeds, given) if given else None
         if pixels and self.guard is not None:
-            self.guard.look(self.run.live, kwargs)
+            self.guard.look(self.run.kinds, kwargs)

@@ -6,29 +6,24 @@ Where every prompt is one, no facts are worked out either. Rows are known as soo
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from vtoken.errors import NotWholeError
+from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import eager
 from vtoken.hooks.state.image_spans import Image, assign
 from vtoken.hooks.state.left_padding import too_few
-from vtoken.hooks.state.run import KINDS, ImageLayout, Run, SkipPlan, newline_mask
+from vtoken.hooks.state.run import KINDS, ImageLayout, SkipPlan, newline_mask
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 class MinTokensGuard:
-    """Leaves a `SkipPlan` per kind in `run.skip_plans` for the feature functions. `CallInputs` tells it of calls.
+    """Leaves a `SkipPlan` per kind in `run.skip_plans` for the feature functions. `CallInputs` tells it of calls, before the tower runs."""
 
-    Args:
-        min_tokens: visual tokens below which a row runs dense.
-    """
-
-    def __init__(self, adapter: Any, run: Run, min_tokens: int) -> None:
-        self.adapter, self.run, self.min_tokens = adapter, run, min_tokens
+    def __init__(self, context: Context) -> None:
+        self.adapter, self.run, self.min_tokens = context.adapter, context.run, context.min_tokens
 
     def ahead(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict) -> None:
         """Before `generate`, given its arguments."""

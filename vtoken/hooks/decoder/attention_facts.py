@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from vtoken.hooks.state.forward_state import PrefillState
+from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.hooks.state.prompt_text import text_before, text_slots
 from vtoken.kernels import query_attention
 from vtoken.stages import offsets_of, uploaded

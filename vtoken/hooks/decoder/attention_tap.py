@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtoken.hooks.decoder.attention_facts import FUNCTIONS, text_rows
-from vtoken.hooks.state.forward_state import Observed, PrefillState, eager
+from vtoken.hooks.state.context import Context
+from vtoken.hooks.state.forward_state import eager
 from vtoken.hooks.state.handle import Handle
+from vtoken.hooks.state.prefill_state import Observed, PrefillState
 from vtoken.hooks.state.run import Run
 from vtoken.stages import Fact, Stage
 from vtoken.stages.facts import read_of
@@ -100,12 +102,13 @@ def tapped(stages: Sequence[Stage], depth: int) -> dict[int, list[tuple[Stage, s
     return asked
 
 
-def observe(run: Run, asked: Mapping[int, Sequence[tuple[Stage, str]]]) -> Tap:
-    """Keeps what stages ask for of the layers in `asked`, slot by slot: see `attention_facts`.
+def observe(context: Context) -> None:
+    """Keeps what stages ask to be told of decoder layers, slot by slot (see attention_facts.py).
 
-    With an answer or drafts behind the prompt (`prompt.answered`) the last prompt token stands before them, so the decision is the one
+    With an answer or drafts behind the prompt (`prompt_text.answered`) the last prompt token stands before them, so the decision is the one
     that `generate` makes.
     """
+    asked, run = tapped(context.at("decoder"), context.depth), context.run
 
     def function(
         module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Callable[..., Any], **kwargs: Any
@@ -114,7 +117,8 @@ def observe(run: Run, asked: Mapping[int, Sequence[tuple[Stage, str]]]) -> Tap:
         _keep(run, module.layer_idx, asked[module.layer_idx], q, k, v, scale)
         return original()
 
-    return function
+    if asked:
+        tap(context.handle, context.lm, asked, function)
 
 
 @eager
@@ -138,8 +142,8 @@ def _keep(
     for stage, name in asked:
         fact = Fact(name, layer)
         if OBSERVED[name].queries == "chosen":
-            memory = flow.memory[id(stage)]
-            memory[f"{name} {layer}"] = Observed(text_rows(flow, memory["raters"], q, k, key_mask, scale), flow.index)
+            asked_text = flow.asked[id(stage)]
+            asked_text.found[layer] = Observed(text_rows(flow, asked_text.tokens, q, k, key_mask, scale), flow.index)
         elif fact not in flow.facts:
             values = FUNCTIONS[name](flow, q.detach(), k, v, key_mask, scale)
             flow.facts[fact] = Observed(values, flow.index)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,47 +13,30 @@ from transformers.masking_utils import create_causal_mask
 
 from vtoken.hooks.decoder.next_layer import check_next_layer, next_layer_attention
 from vtoken.hooks.state.checkpointing import check_replay
-from vtoken.hooks.state.forward_state import ForwardState, Observed, PrefillState, StaticStep, eager, steps
-from vtoken.hooks.state.handle import Handle
+from vtoken.hooks.state.context import Context, by_layer
+from vtoken.hooks.state.encoder_fact import encoder_fact
+from vtoken.hooks.state.forward_state import UNMADE, ForwardState, StaticStep, eager, steps
 from vtoken.hooks.state.left_padding import take
+from vtoken.hooks.state.prefill_state import AskedText, Observed, PrefillState
 from vtoken.hooks.state.prompt_text import dropped_slots, later_text, text_before, text_of
 from vtoken.hooks.state.pruned_cache import PrunedCache
-from vtoken.hooks.state.run import Run
 from vtoken.stages import Fact, Stage, VisualTokens, spec_of
 
 
 class LayerGroups:
-    """Pre-hooks on the decoder layers; none when no stage acts there (but flash attention needs its position ids hidden).
+    """Pre-hooks on the decoder layers; none when no stage acts there (but flash attention needs its position ids hidden)."""
 
-    Args:
-        stages: decoder-site stages in pipeline order.
-        enter: opens a layer group and returns its 2D mask (Boundary.enter).
-        encoded: a fact of the encoder about the live tokens (Entry.fact).
-        cached: a cache stage makes layers hold different numbers of tokens.
-    """
-
-    def __init__(
-        self,
-        lm: Any,
-        run: Run,
-        handle: Handle,
-        stages: Sequence[Stage],
-        *,
-        compact: bool,
-        enter: Callable[[ForwardState, int], Tensor | None],
-        encoded: Callable[[PrefillState, Stage, Fact], Tensor],
-        cached: bool = False,
-    ) -> None:
-        self.lm, self.run, self.compact, self.enter, self.encoded = lm, run, compact, enter, encoded
-        depth = len(lm.layers)
-        stages = [stage.for_depth(depth) for stage in stages]
-        self.at = {k: [s for s in stages if k in s.layers(depth)] for k in range(depth)}
+    def __init__(self, context: Context) -> None:
+        self.context, self.lm, self.run, handle = context, context.lm, context.run, context.handle
+        lm, depth = self.lm, context.depth
+        stages = [stage.for_depth(depth) for stage in context.at("decoder")]
+        self.at = by_layer(stages, depth)
         self.rating = [stage for stage in stages if asks(stage, queries="chosen")]
         for k, at in self.at.items():
             if any(asks(stage, read="next layer") for stage in at):
                 check_next_layer(lm.layers[k])
         self.flash = "flash" in (lm.config._attn_implementation or "")
-        if stages or self.flash or cached:
+        if stages or self.flash or context.cache_stage is not None:
             for k, layer in enumerate(lm.layers):
                 handle.before(layer, partial(self._layer, k))
         if stages and hasattr(lm, "_deepstack_process"):
@@ -87,9 +70,9 @@ class LayerGroups:
             # Gaps in position ids look like packed sequences to flash attention; RoPE is in position_embeddings already.
             kwargs["position_ids"] = None
         if flow.group:
-            if "mask" not in flow.memo:
-                flow.memo["mask"] = self._mask(flow.group, flow.cache, short, flow.key_mask)
-            kwargs["attention_mask"] = flow.memo["mask"]
+            if flow.attention_mask is UNMADE:
+                flow.attention_mask = self._mask(flow.group, flow.cache, short, flow.key_mask)
+            kwargs["attention_mask"] = flow.attention_mask
         return args, kwargs
 
     def _open(self, k: int, flow: ForwardState, hidden: Tensor, kwargs: dict) -> Tensor:
@@ -110,14 +93,14 @@ class LayerGroups:
                 "position_embeddings": tuple(take(t, index, -2) for t in cos_sin),
                 "position_ids": None if ids is None else take(ids, index, -1),
             }
-        if self.compact:
+        if self.context.compact:
             ids = flow.compact(k).to(hidden.device)
             flow.layer_kwargs = {
                 "position_embeddings": self.lm.rotary_emb(hidden, position_ids=ids),
                 "position_ids": ids,
             }
-        flow.hidden, flow.group, flow.memo = hidden, k, {}
-        self.enter(flow, k)
+        flow.hidden, flow.group, flow.attention_mask = hidden, k, UNMADE
+        flow.enter(k)
         if isinstance(flow, PrefillState):
             flow.note_layout(k)
         return hidden
@@ -138,7 +121,7 @@ class LayerGroups:
                 layer=0,
             )
             chosen = zip(stage.query_tokens(tokens), text_before(flow), strict=True)
-            flow.memory.setdefault(id(stage), {})["raters"] = [index + n for index, n in chosen]
+            flow.asked[id(stage)] = AskedText([index + n for index, n in chosen])
 
     def _decide(self, k: int, flow: PrefillState, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         for stage in self.at[k]:
@@ -177,10 +160,10 @@ class LayerGroups:
         spec = spec_of(fact.name, "decoder")
         assert spec is not None
         if spec.of_encoder:
-            return self.encoded(flow, stage, fact).to(hidden.device)
+            return encoder_fact(self.context, flow, stage, fact).to(hidden.device)
         layer, name = k - 1 if fact.layer is None else fact.layer % len(self.at), spec.part_of or fact.name
         if spec.read == "next layer":
-            if self.compact:
+            if self.context.compact:
                 ids = flow.compact(k)
                 ids = ids - dropped_slots(flow).cumsum(1).to(ids.device)
                 rope = self.lm.rotary_emb(hidden, position_ids=ids.to(hidden.device))
@@ -188,7 +171,7 @@ class LayerGroups:
         elif spec.read == "hidden states":
             found = Observed(self.lm.norm(hidden) if name == "normed" else hidden, flow.index)
         elif spec.queries == "chosen":
-            found = flow.memory[id(stage)][f"{name} {layer}"]
+            found = flow.asked[id(stage)].found[layer]
         else:
             found = flow.facts[Fact(name, layer)]
         values = found.now(flow.index, flow.new.shape[1]).to(hidden.device)
@@ -203,9 +186,9 @@ class LayerGroups:
         group = step.cache.group(k)
         if not group:
             return kwargs
-        if group not in step.memo:
-            step.memo[group] = self._mask(group, step.cache, step.hidden, step.cache.valid[group])
-        return {**kwargs, "attention_mask": step.memo[group]}
+        if group not in step.masks:
+            step.masks[group] = self._mask(group, step.cache, step.hidden, step.cache.valid[group])
+        return {**kwargs, "attention_mask": step.masks[group]}
 
     def _mask(self, k: int, cache: Any, hidden: Tensor, key_mask: Tensor | None) -> Any:
         """The backend's mask for the layers of the group that starts at k, sized by that layer alone."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.decoder.attention_facts import last_row
-from vtoken.hooks.state.forward_state import PrefillState
+from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.hooks.state.prompt_text import dropped_slots
 from vtoken.hooks.state.pruned_cache import PrunedCache
 
@@ -64,7 +64,7 @@ def _past(flow: PrefillState, k: int) -> tuple[Tensor, Tensor] | None:
     """Keys [B, H, S, d] of earlier turns in layer k's cache, and which of them are real; None for a first turn."""
     if not isinstance(flow.cache, PrunedCache) or not flow.past:
         return None
-    logical, held = flow.held(k)
+    logical, held = flow.cached_rows(k)
     return flow.cache.layers[k].keys[:, :, : logical.shape[1]], held  # type: ignore[attr-defined]
 
 

@@ -57,16 +57,3 @@ def decide(
         history = history.advance(keep, image)
     entry = trace_of(stage, tokens.lengths, history, clock, tokens.layer, dict(substitutes or {}))
     return Decision(keep, history, entry, untouched)
-
-
-def leaves_some(stage: Stage, keep: Keep) -> Keep:
-    """The decision, if it leaves anything.
-
-    Raises:
-        ValueError: names the stage.
-    """
-    if not len(keep.index):
-        raise ValueError(
-            f"stage {stage.name} dropped every visual token inside the vision tower, which needs at least one"
-        )
-    return keep

@@ -1,22 +1,17 @@
-"""One forward of the language model: which tokens are alive, and the slots they will take."""
+"""One forward of the language model on a cache that holds a pruned prompt: the slots its tokens take, and which keys they see."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vtoken.hooks.state.decide import decide
-from vtoken.hooks.state.image_spans import ImageSpans
-from vtoken.hooks.state.left_padding import SlotLayout, left_pad, take, too_few
-from vtoken.hooks.state.live_tokens import LiveTokens, skipped_entry
-from vtoken.hooks.state.pruned_cache import PrunedCache, SlotMap
-from vtoken.hooks.state.trace import Trace
-from vtoken.stages import Fact, Keep, Stage, VisualTokens, uploaded
+from vtoken.hooks.state.left_padding import take
+from vtoken.hooks.state.pruned_cache import CacheOwner, PrunedCache, SlotMap, adopt
 
+UNMADE = object()  # None is a mask, too
 # For all that happens at prefill: torch.compile reads thread-local state wrongly (it sees the class's default), and would see no images.
 eager = torch.compiler.disable
 
@@ -37,8 +32,10 @@ class ForwardState:
         positions: logical position ids [..., B or 1, L].
         alive: [B, L] which logical columns are still in the sequence.
         index, valid: [B, P] the physical layout: column of each slot, and whether it is real.
-        group: first layer of the current layer group; `key_mask` its 2D mask over `slots` past and new slots (None: all real).
+        group: first layer of the current layer group; `key_mask` its 2D mask over `slots` past and new slots (None: all real), `attention_mask`
+            what the backend makes of it (UNMADE until a layer asks).
         layer_kwargs: arguments that later layers get instead of the model's own.
+        renumbers: positions are compact; owner: of the cache.
         unmerged: how attention sees merged tokens at all their places, when it does.
     """
 
@@ -56,15 +53,17 @@ class ForwardState:
     key_mask: Tensor | None = None
     slots: int = 0
     layer_kwargs: dict[str, Any] = field(default_factory=dict)
-    memo: dict[str, Any] = field(default_factory=dict)
+    attention_mask: Any = UNMADE
     unmerged: Any = None
+    renumbers: bool = field(default=False, kw_only=True)
+    owner: CacheOwner = field(kw_only=True)
 
     @property
     def dense(self) -> bool:
         """No padding in the current layout, as far as the host knows."""
         return len(set(self.counts)) == 1 and self.counts[0] == self.index.shape[1]
 
-    def held(self, start: int) -> tuple[Tensor, Tensor]:
+    def cached_rows(self, start: int) -> tuple[Tensor, Tensor]:
         """Of the layer group that `start` belongs to, what earlier forwards left in its slots: logical positions [B, S] (-1: padding), and
         which of them are real and not masked by the user."""
         old = self.cache.logical(self.cache.group(start), self.past)
@@ -84,203 +83,34 @@ class ForwardState:
         before = self.cache.groups[self.cache.group(start)].shift if isinstance(self.cache, PrunedCache) else 0
         return (self.new & ~self.alive).sum(1) + before
 
+    def enter(self, start: int) -> Tensor | None:
+        """Opens the layer group from `start` on and returns its 2D mask over physical slots, past and new; None when all are real."""
+        cache, mask, before, old = self.cache, self.valid, None, None
+        if cache is not None:
+            adopt(cache, len(mask), mask.device, self.owner)
+            before = cache.groups[cache.group(start)]
+            if self.past:
+                old, real = self.cached_rows(start)
+                mask = torch.cat([real, mask.to(real.device)], 1)
+        self._note_slots(start, before, old)
+        self.slots = mask.shape[1]
+        # The device is asked only when nothing but the user's mask can tell.
+        dense = self.dense and (before is None or before.dense)
+        self.key_mask = None if dense and (self._told() or bool(mask.all())) else mask.long()
+        return self.key_mask
+
+    def _note_slots(self, start: int, before: SlotMap | None, old: Tensor | None) -> None:
+        """What the slots of a group hold once this forward is over, given what they held and the logical positions of that."""
+
+    def _told(self) -> bool:
+        """Whether the counts tell all that the mask does."""
+        return self.mask is None
+
     def compact(self, start: int) -> Tensor:
         """[B, P] renumbered positions of the current layout."""
         dropped = self.new & ~self.alive
         before = self.shift(start)[:, None] - dropped.sum(1, keepdim=True) + dropped.cumsum(1)
         return take(self.positions, self.index, -1) - before.gather(1, self.index).to(self.positions.device)
-
-
-@dataclass(frozen=True)
-class Observed:
-    """What a decoder layer said of the slots [B, S, ...] it attended to, and the layout `index` [B, P] of the last P of them then."""
-
-    values: Tensor
-    index: Tensor
-
-    def now(self, index: Tensor, length: int) -> Tensor:
-        """[B, P', ...] of the tokens in a later layout of this prefill, which holds no others; of `length` logical columns."""
-        values = self.values[:, self.values.shape[1] - self.index.shape[1] :]
-        if index is self.index:
-            return values
-        slots = torch.arange(self.index.shape[1], device=index.device).expand_as(self.index)
-        slot_of = index.new_zeros(len(index), length).scatter(1, self.index, slots)
-        return take(values, slot_of.gather(1, index), 1)
-
-
-@dataclass
-class PrefillState(ForwardState):
-    """A forward with visual tokens in it.
-
-    Attributes:
-        live: the live visual tokens; `started` is what it was before anything was dropped, `raster` that with what the padding mask hides.
-        spans: where the images came from.
-        policy: which newline tokens stay: keep_if_row_has_token, keep or drop.
-        deepstack: [ΣK, D] what else is added to the visual tokens inside the decoder (DeepStack), one tensor per layer; `deepstack_done` of them were
-            added so far.
-        answer: [B, L] logical columns behind the prompt (drafts, or an answer that is scored), None without any; `tails` says how many
-            they are per row; texts: text tokens of each row's prompt.
-        changed: something was dropped or merged.
-        min_tokens: visual tokens below which a row runs dense; `skipped` says why of those rows, `skip_reason` why no stage acts at all, or None.
-        layouts: first layer of a group -> its layout; logical: of the current one, see Layout.
-        pending_slots: slot maps to commit to the cache when the forward ends; shrunk: what a cache stage left of each layer.
-        project: makes embeddings of features, where the family's projector takes tokens one by one.
-    """
-
-    live: LiveTokens = field(kw_only=True)
-    started: LiveTokens = field(kw_only=True)
-    raster: LiveTokens = field(kw_only=True)
-    trace: Trace = field(kw_only=True)
-    spans: ImageSpans = field(kw_only=True)
-    policy: str = "keep"
-    deepstack: list[Tensor] = field(default_factory=list)
-    deepstack_done: int = 0
-    answer: Tensor | None = None
-    tails: list[int] = field(default_factory=list)
-    texts: list[int] = field(default_factory=list)
-    labels: Tensor | None = None
-    changed: bool = False
-    min_tokens: int = 0
-    layouts: dict[int, SlotLayout] = field(default_factory=dict)
-    logical: Tensor | None = None
-    pending_slots: dict[int, SlotMap] = field(default_factory=dict)
-    facts: dict[Fact, Observed] = field(default_factory=dict)
-    memory: dict[int, dict[str, Any]] = field(default_factory=dict)
-    shrunk: dict[int, Any] = field(default_factory=dict)
-    project: Callable[[Tensor], Tensor] | None = None
-
-    def __post_init__(self) -> None:
-        newlines = self.spans.newlines
-        self.newlines = self.new[0, :0] if newlines is None else self.new[newlines.batch_row, newlines.column]
-        held = self.started.per_row(len(self.counts))
-        self.skipped = {row: too_few(n, self.min_tokens) for row, n in enumerate(held) if n < self.min_tokens}
-        self.skip_reason: str | None = None
-        if self.skipped and self.skipped.keys() >= set(self.started.row):
-            self.skip_reason = self.skipped[held.index(max(held))]
-
-    def decide(
-        self,
-        stage: Stage,
-        x: Tensor,
-        facts: dict[Fact, Any],
-        layer: int | None = None,
-        substitutes: dict[str, str] | None = None,
-    ) -> Tensor:
-        """Lets a stage choose among the live visual tokens, given their [ΣK, D] values; returns the values that remain."""
-        v = self.live
-        if self.skip_reason is not None:
-            self.trace.stages.append(skipped_entry(stage, v.history, self.skip_reason))
-            return x
-        tokens = VisualTokens.pack(
-            x,
-            v.lengths,
-            v.parts,
-            v.row,
-            v.history.raster_index.to(x.device),
-            segment=None if v.segment is None else v.segment.to(x.device),
-            facts=facts,
-            layer=layer,
-            memory=self.memory.setdefault(id(stage), {}),
-            size=v.history.size(),
-        )
-        found = decide(
-            stage,
-            tokens,
-            v.history,
-            v.image,
-            skipped=[row in self.skipped for row in v.row] if self.skipped else (),
-            amend=self._with_last,
-            substitutes=substitutes,
-        )
-        self.trace.stages.append(found.trace)
-        if found.untouched:
-            return x
-        self.leave(v.after(found.keep, found.history))
-        self.deepstack = [found.keep.to(r.device).apply(r) for r in self.deepstack]
-        return found.keep.apply(x, self.project if layer is None else None)
-
-    def _with_last(self, keep: Keep) -> Keep:
-        """Of a row without text the last token stays: something must be left to answer from."""
-        v, lengths = self.live, list(keep.lengths)
-        last: list[int] = []
-        for row, texts in enumerate(self.texts):
-            images = [i for i, r in enumerate(v.row) if r == row and v.lengths[i]]
-            if not texts and images and not any(lengths[i] for i in images):
-                lengths[images[-1]] = 1
-                last.append(sum(v.lengths[: images[-1] + 1]) - 1)
-        if not last:
-            return keep
-        device = keep.index.device
-        own = torch.zeros(sum(v.lengths), dtype=torch.bool, device=device)
-        return keep.retaining(own.index_fill_(0, uploaded(last, device), True), lengths)
-
-    def leave(self, visual: LiveTokens) -> None:
-        """From now on only these visual tokens are alive, and the newlines that the policy leaves with them."""
-        batch = len(self.counts)
-        before, now = (v.per_row(batch) for v in (self.live, visual))
-        self.counts = [n - b + k for n, b, k in zip(self.counts, before, now, strict=True)]
-        self.live, self.changed = visual, True
-        newlines = self.spans.newlines
-        if newlines is not None and self.policy != "keep":
-            stay = torch.zeros_like(self.newlines)
-            if self.policy == "keep_if_row_has_token":
-                had, has = (self._closed(v) for v in (self.started, visual))
-                stay = has | ~had
-            for row in self.skipped:
-                stay |= newlines.batch_row == row
-            lost = (self.newlines & ~stay).long()
-            gone = lost.new_zeros(batch).index_add_(0, newlines.batch_row, lost).tolist()
-            self.counts = [n - g for n, g in zip(self.counts, gone, strict=True)]
-            self.newlines &= stay
-
-    def _closed(self, visual: LiveTokens) -> Tensor:
-        """[newlines] bool: which of them close a row of these tokens."""
-        assert visual.closed_by is not None
-        # The last slot takes the tokens whose row no newline closes.
-        return self.newlines.new_zeros(len(self.newlines) + 1).index_fill_(0, visual.closed_by, True)[:-1]
-
-    def of_last(self, x: Tensor, dim: int) -> Tensor:
-        """What x [B or 1, ...] holds at the last prompt token of each row; slots of the current layout end along `dim`, which goes."""
-        if len(set(self.tails)) == 1:
-            return x.select(dim, x.shape[dim] - 1 - self.tails[0])
-        at = (x.shape[dim] - 1 - uploaded(self.tails, x.device)).clamp(min=0)
-        x = x.expand(len(at), *x.shape[1:])
-        index = at.view(-1, *[1] * (x.ndim - 1)).expand(*[1 if d == dim else n for d, n in enumerate(x.shape)])
-        return x.gather(dim, index).squeeze(dim)
-
-    def now(self) -> Tensor:
-        """[B, P] logical positions that the current layout fills, -1 for padding."""
-        positions = self.index + self.past if self.past else self.index
-        return positions if self.dense else torch.where(self.valid, positions, -1)
-
-    def left(self) -> Tensor:
-        """[B, L] which logical columns are real and not dropped so far, whatever the current layout still holds."""
-        left = self.new.clone()
-        left[self.started.batch_row, self.started.column] = False
-        left[self.live.batch_row, self.live.column] = True
-        newlines = self.spans.newlines
-        if newlines is not None:
-            left[newlines.batch_row, newlines.column] = self.newlines
-        return left
-
-    def relayout(self) -> tuple[Tensor, Tensor]:
-        """Recomputes `alive` and the layout from `live`; returns the gather from the old layout [B, P'] to the new one."""
-        first, self.alive = self.alive is self.new, self.left()
-        here = self.alive if first else self.alive.gather(1, self.index) & self.valid
-        index, self.valid = left_pad(here, max(self.counts))
-        self.index = index if first else self.index.gather(1, index)
-        return index, self.valid
-
-    def note_layout(self, start: int) -> None:
-        """Keeps the current layout as that of the group from layer `start` on."""
-        assert self.logical is not None
-        self.layouts[start] = SlotLayout(self.index, self.valid, self.logical, self.dense)
-
-    def slot(self) -> tuple[Tensor, Tensor]:
-        """(row, physical column) of every live visual token in the current layout."""
-        batch_row, column = self.live.batch_row, self.live.column
-        rank = self.alive.cumsum(1)
-        return batch_row, rank[batch_row, column] - 1 + self.index.shape[1] - rank[batch_row, -1]
 
 
 @dataclass
@@ -289,4 +119,4 @@ class StaticStep:
 
     cache: Any
     hidden: Tensor
-    memo: dict[int, Any] = field(default_factory=dict)
+    masks: dict[int, Any] = field(default_factory=dict)

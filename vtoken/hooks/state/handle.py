@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -18,21 +19,24 @@ class Handle:
 
     Attributes:
         switch: what is in place only while a forward needs it.
+        installed: (module or other object, what was put there), in order.
         released: functions that stand for the model's own are to do nothing more than those.
     """
 
     released = False
 
     def __init__(self) -> None:
-        self.switch = Switch()
+        self.switch, self.installed = Switch(), list[tuple[Any, str]]()
         self._undo: list[Callable[[], None]] = [self.switch.clear]
 
     def before(self, module: nn.Module, hook: Before) -> None:
         """A forward pre-hook `hook(module, args, kwargs) -> None | (args, kwargs)`."""
+        self.installed.append((module, _owner(hook)))
         self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
     def after(self, module: nn.Module, hook: After, *, first: bool = False) -> None:
         """A forward hook `hook(module, args, kwargs, output) -> None | output`; `first`: before those that are there already."""
+        self.installed.append((module, _owner(hook)))
         self._undo.append(module.register_forward_hook(hook, prepend=first, with_kwargs=True).remove)
 
     def after_child(self, parent: nn.Module, name: str, hook: Callable[[Any], None]) -> None:
@@ -41,6 +45,7 @@ class Handle:
         Adapters and quantisation put another module there, before or after this; it is looked up at every forward.
         """
         child = _Child(parent, name, hook)
+        self.installed.append((child.module, _owner(hook)))
         self.before(parent, child.follow)
         self._undo.append(child.leave)
 
@@ -49,6 +54,7 @@ class Handle:
         held = vars(target)
         old = held.get(name, _ABSENT)
         setattr(target, name, value)
+        self.installed.append((target, f"attribute {name}"))
 
         def undo() -> None:
             if held.get(name, _ABSENT) is not value:
@@ -74,6 +80,14 @@ class Handle:
                 failed.append(error)
         if failed:
             raise ExceptionGroup("some changes could not be taken back", failed)
+
+
+def _owner(hook: Any) -> str:
+    """The class that a hook belongs to, or a function's own name."""
+    while isinstance(hook, partial):
+        hook = hook.func
+    owner = getattr(hook, "__self__", None)
+    return getattr(hook, "__qualname__", repr(hook)) if owner is None else type(owner).__name__
 
 
 class Switch:

@@ -58,26 +58,30 @@ class ImageSpans:
         value = values[0] if len(values) == 1 else torch.cat([v.to(values[0].device) for v in values])
         return value if self.source is None else value[self.source.to(value.device)]
 
+    @property
+    def counted(self) -> str | None:
+        """As in Trace."""
+        return next((encode.counted for encode in self.encodes if encode.counted), None)
+
     def stages(self) -> list[StageTrace]:
         """What encoder stages did, told for the images of this batch."""
         if not any(encode.stages for encode in self.encodes):
             return []
-        out = []
-        for traces in zip(*(encode.stages for encode in self.encodes), strict=True):
-            each = [(traces[e], i) for e, i in self.origin]
-            into = [t.into[i] for t, i in each if t.into is not None]
-            out.append(
-                replace(
-                    traces[0],
-                    tokens_in=[t.tokens_in[i] for t, i in each],
-                    tokens_out=[t.tokens_out[i] for t, i in each],
-                    kept=[t.kept[i] for t, i in each],
-                    into=into if len(into) == len(each) else None,
-                    frames=[t.frames[i] for t, i in each if t.frames],
-                    patches=[t.patches[i] for t, i in each if t.patches],
-                )
-            )
-        return out
+        return [self._of_batch(traces) for traces in zip(*(encode.stages for encode in self.encodes), strict=True)]
+
+    def _of_batch(self, traces: Sequence[StageTrace]) -> StageTrace:
+        """One stage's entries, one per encode, as one entry."""
+
+        def pick(name: str) -> list[Any]:
+            values = [getattr(trace, name) for trace in traces]
+            return [values[e][i] for e, i in self.origin if values[e]]
+
+        told: dict[str, Any] = {
+            name: pick(name) for name in ("tokens_in", "tokens_out", "kept", "frames", "patches", "into")
+        }
+        if len(told["into"]) < len(self.origin):
+            told["into"] = None
+        return replace(traces[0], **told)
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,22 @@ def locate(kinds: Tensor, counts: Sequence[Sequence[int]], encodes: dict[str, En
     # As nonzero(), whose size the device would be asked for; here it is known.
     at = torch.argsort(kinds.flatten() == 0, stable=True)[: sum(map(sum, counts))]
     batch_row, column = (at // kinds.shape[1], at % kinds.shape[1]) if len(kinds) > 1 else (torch.zeros_like(at), at)
+    known, queues = queued(counts, encodes, adapter)
+    images = list(*queues.values()) if len(queues) == 1 else interleave(queues, kinds[batch_row, column].tolist())
+    layouts, newlines = tuple(i.layout for i in images), None
+    if any(layout.newline is not None for layout in layouts):
+        is_newline, device = newline_mask(layouts), batch_row.device
+        here, rest = (m.nonzero()[:, 0].to(device, non_blocking=True) for m in (is_newline, ~is_newline))
+        newlines = Newlines(batch_row[here], column[here], closed_by(layouts).to(device, non_blocking=True))
+        batch_row, column = batch_row[rest], column[rest]
+    rows, origin = tuple(i.row for i in images), tuple((i.encode, i.index) for i in images)
+    return ImageSpans(layouts, rows, known, origin, source_of(images) if known else None, batch_row, column, newlines)
+
+
+def queued(
+    counts: Sequence[Sequence[int]], encodes: dict[str, Encoded], adapter: Any
+) -> tuple[tuple[Encoded, ...], dict[int, deque[Image]]]:
+    """The encoder calls that the kinds in a prompt came from (none: precomputed), and by kind its images, row by row."""
     found = {k: per_row for k, per_row in enumerate(counts) if any(per_row)}
     given = [encodes.get(KINDS[k]) for k in found]
     known = tuple(e for e in given if e is not None)
@@ -112,20 +132,15 @@ def locate(kinds: Tensor, counts: Sequence[Sequence[int]], encodes: dict[str, En
         known_layouts = None if encode is None else encode.layouts
         queues[k] = deque(assign(per_row, known_layouts, adapter, number, offset))
         offset += 0 if encode is None else len(encode.fingerprint)
-    images = list(*queues.values()) if len(queues) == 1 else interleave(queues, kinds[batch_row, column].tolist())
-    layouts = tuple(i.layout for i in images)
-    lengths = [layout.tokens for layout in layouts]
-    source = None
-    if known and [i.start for i in images] != [0, *accumulate(lengths)][:-1]:
-        source = torch.cat([torch.arange(i.start, i.start + n) for i, n in zip(images, lengths, strict=True)])
-    newlines = None
-    if any(layout.newline is not None for layout in layouts):
-        is_newline, device = newline_mask(layouts), batch_row.device
-        here, rest = (m.nonzero()[:, 0].to(device, non_blocking=True) for m in (is_newline, ~is_newline))
-        newlines = Newlines(batch_row[here], column[here], closed_by(layouts).to(device, non_blocking=True))
-        batch_row, column = batch_row[rest], column[rest]
-    origin = tuple((i.encode, i.index) for i in images)
-    return ImageSpans(layouts, tuple(i.row for i in images), known, origin, source, batch_row, column, newlines)
+    return known, queues
+
+
+def source_of(images: Sequence[Image]) -> Tensor | None:
+    """[ΣN] row of each token in the encodes' packed values; None when they line up."""
+    lengths = [image.layout.tokens for image in images]
+    if [image.start for image in images] == [0, *accumulate(lengths)][:-1]:
+        return None
+    return torch.cat([torch.arange(i.start, i.start + n) for i, n in zip(images, lengths, strict=True)])
 
 
 def interleave(queues: dict[int, deque[Image]], kinds: list[int]) -> list[Image]:

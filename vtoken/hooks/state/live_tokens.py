@@ -85,7 +85,7 @@ def trace_of(
 
 def skipped_entry(stage: Stage, history: TokenHistory, reason: str, layer: int | None = None) -> StageTrace:
     """The entry of a stage that did nothing."""
-    entry = trace_of(stage, history.lengths or history.full, history, Clock(torch.device("cpu")), layer)
+    entry = trace_of(stage, history.counts, history, Clock(torch.device("cpu")), layer)
     entry.stood_aside, entry.clock = reason, lambda: 0.0
     return entry
 

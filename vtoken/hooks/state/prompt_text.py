@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtoken.hooks.state.forward_state import PrefillState
+from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.stages import offsets_of
 
 

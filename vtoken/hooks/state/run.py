@@ -15,7 +15,7 @@ from torch import Tensor
 from vtoken.hooks.state.trace import StageTrace, Trace
 from vtoken.stages import Parts, size_of, uploaded
 
-KINDS = ("image", "video")  # of visual tokens; Run.visual counts from 1
+KINDS = ("image", "video")  # of visual tokens; Run.kinds counts from 1
 
 UNSEEN = "inputs_embeds came without pixels, so pictures that are merged in them already cannot be found"
 
@@ -59,14 +59,19 @@ class TokenHistory:
                 absorbed_by = torch.where(absorbed_by >= 0, moved[(start[of] + absorbed_by).clamp(min=0)], -1)
         return TokenHistory(self.full, raster_index, keep.lengths, absorbed_by)
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Live tokens per image."""
+        return self.full if self.lengths is None else self.lengths
+
     def kept(self) -> list[Tensor]:
-        return list(self.raster_index.split(self.lengths or self.full))
+        return list(self.raster_index.split(self.counts))
 
     def size(self) -> Tensor | None:
         """[ΣK] float32, unpruned tokens that each live one stands for; None while nothing was merged."""
         if self.absorbed_by is None:
             return None
-        full, live = (uploaded(n, self.absorbed_by.device) for n in (self.full, self.lengths or self.full))
+        full, live = (uploaded(n, self.absorbed_by.device) for n in (self.full, self.counts))
         start = full.cumsum(0) - full
         slot = start.repeat_interleave(full, output_size=len(self.absorbed_by)) + self.absorbed_by
         counts = torch.zeros_like(slot, dtype=torch.float32).index_add_(
@@ -157,6 +162,11 @@ class FeatureCall:
         return tuple(s for s, n in zip(self.skip_plan.images, each, strict=True) for _ in range(n))
 
     @property
+    def counted(self) -> str | None:
+        """As in Trace."""
+        return None if self.skip_plan is None else self.skip_plan.counted
+
+    @property
     def skip_reason(self) -> str | None:
         """Why stages of the encoder do nothing, or None."""
         return None if self.skip_plan is None else self.skip_plan.skip_reason
@@ -193,7 +203,7 @@ class Run(threading.local):
     """State of one forward, one per thread: two threads may call one model.
 
     Attributes:
-        live: [B, L] which kind of visual token a position holds: 0 none, 1 image, 2 video.
+        kinds: [B, L] which kind of visual token a position holds: 0 none, 1 image, 2 video.
         unseen: it was given embeddings alone, which may hold pictures.
         labels, tail: of the outermost call, see Prefill.
         call, tower: the feature call and the tower call in progress.
@@ -203,7 +213,7 @@ class Run(threading.local):
         generating: `generate` is at work, which may encode long before it uses the features, and use them several times.
     """
 
-    live: Tensor | None = None
+    kinds: Tensor | None = None
     unseen: bool = False
     labels: Tensor | None = None
     tail: int = 0

@@ -7,7 +7,7 @@ They are methods, not modules, so there is nothing to hook: each is shadowed on 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
 from typing import Any
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from vtoken.hooks.call.min_tokens import alone
+from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import eager
-from vtoken.hooks.state.handle import Handle
-from vtoken.hooks.state.run import Encoded, FeatureCall, Run, tokens_of
+from vtoken.hooks.state.run import Encoded, FeatureCall, tokens_of
 from vtoken.hooks.state.trace import StageTrace
 from vtoken.stages import Fact, spec_of
 
@@ -26,17 +26,14 @@ Pack = Callable[[Tensor], Tensor]
 
 
 class FeatureHooks:
-    """Shadows the feature functions of `adapter.outer`; each call leaves an `Encoded` in `run.encodes`.
+    """Shadows the feature functions of `adapter.outer`; each call leaves an `Encoded` in `run.encodes`."""
 
-    Args:
-        wanted: facts of the tower (with layers resolved) that stages behind it read.
-        min_tokens: visual tokens below which stages of the encoder leave a prompt alone.
-    """
-
-    def __init__(self, adapter: Any, run: Run, handle: Handle, wanted: Set[Fact], min_tokens: int = 0) -> None:
-        self.adapter, self.run, self.handle, self.wanted, self.min_tokens = adapter, run, handle, wanted, min_tokens
+    def __init__(self, context: Context) -> None:
+        adapter = self.adapter = context.adapter
+        self.run, self.handle, self.wanted = context.run, context.handle, context.wanted
+        self.min_tokens = context.min_tokens_of_tower
         for kind, name in adapter.features.items():
-            handle.set(adapter.outer, name, self._shadow(kind, getattr(adapter.outer, name)))
+            self.handle.set(adapter.outer, name, self._shadow(kind, getattr(adapter.outer, name)))
 
     def _shadow(self, kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(original)
@@ -78,9 +75,9 @@ class FeatureHooks:
         # Some versions append the newline of a video only when they fill the prompt.
         if len(fingerprint) != sum(layout.tokens for layout in call.layouts):
             fingerprint = fingerprint[tokens_of(call.layouts, fingerprint.device)]
-        tower, counted = self.run.tower, None if call.skip_plan is None else call.skip_plan.counted
+        tower = self.run.tower
         if tower is None:
-            return Encoded(call.layouts, {}, fingerprint, [], counted=counted)
+            return Encoded(call.layouts, {}, fingerprint, [], counted=call.counted)
 
         def pack(values: Tensor) -> Tensor:
             return self.adapter.pack(call, values)
@@ -94,8 +91,8 @@ class FeatureHooks:
         if traces and tower.history.full != tuple(layout.tokens for layout in call.layouts):
             traces, absorbed_by = repacked(pack, call, tower.history.full, traces)
         untold = absorbed_by is None and tower.history.absorbed_by is not None
-        alive, deep = packed_mask(pack, tower.alive()), tuple(getattr(tower, "deep", ()))
-        return Encoded(call.layouts, facts, fingerprint, traces, absorbed_by, untold, alive, deep, counted)
+        alive, deep = packed_mask(pack, tower.alive()), tuple(tower.deep)
+        return Encoded(call.layouts, facts, fingerprint, traces, absorbed_by, untold, alive, deep, call.counted)
 
 
 def packed_mask(pack: Pack, alive: Tensor | None) -> Tensor | None:

@@ -140,7 +140,7 @@ def untouched(stages: Sequence[Stage], crops: Sequence[int], full: int) -> list[
 
 def expand_to_all_frames(tower: Any, chosen: Chosen) -> None:
     """Brings the state of a padded tower, whose crops were the chosen frames, back to all frames of the call."""
-    index, full, many = chosen.index.tolist(), tower.full, sum(chosen.frames)
+    index, full, many = chosen.index.tolist(), tower.history.full[0], sum(chosen.frames)
 
     def spread(values: Sequence[T], empty: T) -> list[T]:
         out = [empty] * many
@@ -181,6 +181,6 @@ def expand_to_all_frames(tower: Any, chosen: Chosen) -> None:
         wide = absorbed_by.new_full((many, full), -1)
         wide[rows] = absorbed_by.view(-1, full)
         absorbed_by = wide.flatten()
-    tower.lengths = tuple(spread(tower.lengths, 0))
-    tower.history = TokenHistory((full,) * many, tower.history.raster_index, tower.lengths, absorbed_by)
+    counts = tuple(spread(tower.history.counts, 0))
+    tower.history = TokenHistory((full,) * many, tower.history.raster_index, counts, absorbed_by)
     tower.rows = rows[tower.rows]

@@ -71,7 +71,7 @@ def log_size(tower: Any, width: int) -> Tensor | None:
     size = tower.history.size()
     if size is None:
         return None
-    out = size.new_zeros(len(tower.lengths), width)
+    out = size.new_zeros(len(tower.history.full), width)
     out[tower.rows, tower.columns] = size.log()
     return out
 

@@ -1,25 +1,27 @@
-"""What a config says about shapes: depths, widths and tokens that the account multiplies. One function per family."""
+"""What a config says about shapes: depths, widths and tokens that the account multiplies. One file per family, called like it.
+
+Such a file defines `geometry(config, pictures)` and `inputs(config, shape, pictures, draw)`: the shapes for one image or video, and
+random arguments of the feature function as the family's processor would shape them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from vtoken import registry
 from vtoken.errors import UnsupportedError
-from vtoken.evals.cost.geometry.padded import llava, llava_next, llava_onevision
-from vtoken.evals.cost.geometry.qwen import qwen
-from vtoken.evals.cost.geometry.shapes import Geometry, ImageSize
+from vtoken.evals.cost.geometry.shapes import Draw, Geometry, ImageSize, Pictures
 
-__all__ = ["FAMILIES", "Geometry", "ImageSize", "geometry"]
+__all__ = ["Geometry", "ImageSize", "families", "geometry", "random_inputs"]
 
-FAMILIES: dict[str, Callable[[Any, ImageSize | None, int, int], Geometry]] = {
-    "llava": llava,
-    "llava_next": llava_next,
-    "llava_onevision": llava_onevision,
-    "qwen2_vl": qwen,
-    "qwen2_5_vl": qwen,
-    "qwen3_vl": qwen,
-}
+
+def families() -> list[str]:
+    """Every `model_type` whose shapes are known."""
+    return [name for name in registry.adapters() if (Path(__file__).parent / f"{name}.py").exists()]
 
 
 def geometry(
@@ -38,11 +40,7 @@ def geometry(
         UnsupportedError: a model family, tower or decoder whose arithmetic is not known here, or video where there is none.
         ConfigError: a size that the family's processor refuses.
     """
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise UnsupportedError(
-            f"no FLOPs account for model_type {config.model_type!r}; supported: {', '.join(sorted(FAMILIES))}"
-        )
+    family = _of(config)
     if anyres == "2x2":
         if not hasattr(config, "image_grid_pinpoints"):
             raise UnsupportedError(
@@ -50,4 +48,24 @@ def geometry(
             )
         side = 2 * config.vision_config.image_size
         config = type(config).from_dict({**config.to_dict(), "image_grid_pinpoints": [[side, side]]})
-    return family(config, image_size, images, frames)
+    shape: Geometry = family.geometry(config, Pictures(1, images, frames, image_size))
+    return shape
+
+
+def random_inputs(
+    config: Any, rows: int, images: int, frames: int, size: ImageSize | None, draw: Draw
+) -> dict[str, Tensor]:
+    """Arguments of the family's feature function for `rows` prompts of `images` pictures (videos where `frames` is above 1), on the
+    CPU. Raises as `geometry`."""
+    shape = geometry(config, size, images, frames)
+    inputs: dict[str, Tensor] = _of(config).inputs(config, shape, Pictures(rows, images, frames, size), draw)
+    return inputs
+
+
+def _of(config: Any) -> Any:
+    """The file of a config's family."""
+    if config.model_type not in families():
+        raise UnsupportedError(
+            f"no FLOPs account for model_type {config.model_type!r}; supported: {', '.join(families())}"
+        )
+    return import_module(f"{__name__}.{config.model_type}")

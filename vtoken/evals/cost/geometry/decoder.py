@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vtoken import registry
 from vtoken.errors import UnsupportedError
 from vtoken.evals.cost.geometry.shapes import Layers
 
@@ -14,15 +15,12 @@ DECODERS = (
     "qwen2",
     "qwen3",
     "gemma",
-    "qwen2_vl_text",
-    "qwen2_5_vl_text",
-    "qwen3_vl_text",
 )
 
 
 def decoder(config: Any) -> Layers:
-    """A Llama-like decoder: grouped-query attention and a gated MLP."""
-    if config.model_type not in DECODERS:
+    """A Llama-like decoder: grouped-query attention and a gated MLP, as all supported families have that bring their own."""
+    if config.model_type not in DECODERS and config.model_type.removesuffix("_text") not in registry.adapters():
         raise UnsupportedError(
             f"no FLOPs account for a decoder of type {config.model_type!r}; supported: {', '.join(DECODERS)}"
         )

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import comb
+
+from torch import Tensor
 
 from vtoken.stages import Parts, size_of
 
 ImageSize = int | tuple[int, int]
+Draw = Callable[..., Tensor]  # random numbers of a shape, as torch.randn
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a batch holds: in every row so many images, or videos of so many frames where `frames` is above 1; `size` in pixels."""
+
+    rows: int
+    images: int
+    frames: int
+    size: ImageSize | None
+
+    @property
+    def count(self) -> int:
+        return self.rows * self.images
 
 
 @dataclass(frozen=True)
@@ -103,6 +120,7 @@ class Geometry:
         sources: of each part, the crops behind it, and how many patches are interpolated into each of its tokens.
         newlines: (how many, visual tokens that each of them closes).
         vocabulary: rows of the output embedding.
+        parted_frames: whether text (timestamps) stands between the frames of a video.
     """
 
     tower: Tower
@@ -112,11 +130,17 @@ class Geometry:
     newlines: tuple[int, int]
     decoder: Layers
     vocabulary: int
+    parted_frames: bool = False
 
     @property
     def frames(self) -> int:
         """Frames of a video (Qwen: pairs of frames); 1 of an image."""
         return self.parts[0][0]
+
+    @property
+    def runs(self) -> int:
+        """Into how many runs text parts the tokens of one image or video."""
+        return self.frames if self.parted_frames else 1
 
     def thinned(self, frames: int) -> Geometry:
         """The same video with fewer frames."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image, ImageFile, ImageSequence
 from tiny_processors import processor
 from transformers.image_utils import load_image
@@ -188,7 +189,7 @@ def test_a_long_animation_is_not_kept_whole(kind: str, tmp_path: Path, monkeypat
         assert len([1 for _ in ImageSequence.Iterator(same)]) == 40
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", tiny.families(varlen=True))
 def test_what_an_image_processor_refuses_is_one_line(family: str, tmp_path: Path) -> None:
     stock, file = processor(family), tmp_path / "thin.png"
     Image.new("RGB", (600, 2)).save(file)

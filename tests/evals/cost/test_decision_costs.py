@@ -22,9 +22,9 @@ NAMES = ("fastervlm", "visionzip", "random")
 
 def answers(**of_random: str) -> SupportMatrix:
     """A matrix made by hand: the real one takes seconds and has its own tests."""
-    cells = {name: {"llava": Cell("yes"), "qwen2_vl": Cell("substitute", "Because.")} for name in NAMES}
+    cells = {name: {"llava": Cell("yes"), "other": Cell("substitute", "Because.")} for name in NAMES}
     cells["random"] = {family: Cell(answer) for family, answer in of_random.items()}  # type: ignore[arg-type]
-    return SupportMatrix({"llava": "x/y", "qwen2_vl": "x/z"}, cells)
+    return SupportMatrix({"llava": "x/y", "other": "x/z"}, cells)
 
 
 def rows(**of_random: str) -> dict[str, decision_costs.Cost]:
@@ -34,18 +34,18 @@ def rows(**of_random: str) -> dict[str, decision_costs.Cost]:
 
 
 def test_what_deciding_costs_on_a_picture_of_576_tokens() -> None:
-    found = rows(llava="yes", qwen2_vl="yes")
+    found = rows(llava="yes", other="yes")
     # One CLS query over 577 keys of 16 heads of 64; one float32 per patch.
     assert found["fastervlm"].flops == 2 * 577 * 1024 and found["fastervlm"].fact_bytes == 576 * 4
     # Besides, the keys of a layer in fp16, and similarities and the mean of 10 tokens at the LLM's width.
     assert found["visionzip"].fact_bytes == 576 * (4 + 2 * 1024 * 2)
     assert found["visionzip"].flops == 2 * 577 * 1024 + 2 * 576 * 11 * 4096 + 10 * 4 * 4096**2
     assert (found["random"].flops, found["random"].fact_bytes) == (0, 0)
-    assert found["fastervlm"].families == {"yes": ["llava"], "substitute": ["qwen2_vl"]}
+    assert found["fastervlm"].families == {"yes": ["llava"], "substitute": ["other"]}
 
 
 def test_a_stage_that_does_not_run_there_has_no_cost() -> None:
-    found = rows(llava="no", qwen2_vl="yes")["random"]
+    found = rows(llava="no", other="yes")["random"]
     assert (found.flops, found.fact_bytes) == (None, None)
 
 
@@ -68,14 +68,14 @@ def test_numbers_are_short(value: int | None, unit: str, text: str) -> None:
 
 
 def test_the_command_shows_it_in_every_form(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    odd = decision_costs.Cost("random", {"yes": ["llava"], "no": ["qwen2_vl"]}, 1000, None, ("random: the fact odd",))
+    odd = decision_costs.Cost("random", {"yes": ["llava"], "no": ["other"]}, 1000, None, ("random: the fact odd",))
     monkeypatch.setattr(decision_costs, "costs", lambda stages: [odd])
     assert main(["list", "--costs", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
-    assert found["flops"] == 1000 and found["site"] == "tokens" and found["families"]["no"] == ["qwen2_vl"]
+    assert found["flops"] == 1000 and found["site"] == "tokens" and found["families"]["no"] == ["other"]
     assert main(["list", "--costs", "--markdown"]) == 0
     out = capsys.readouterr().out
-    assert "| random | tokens |  | ? | ≥ 1 k | yes: llava; no: qwen2_vl | no paper |" in out
+    assert "| random | tokens |  | ? | ≥ 1 k | yes: llava; no: other | no paper |" in out
     assert "Not counted: random: the fact odd." in out
     assert main(["list", "--costs"]) == 0
     assert "≥ 1 k" in capsys.readouterr().out

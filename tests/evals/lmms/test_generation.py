@@ -12,7 +12,7 @@ import tiny
 import torch
 from PIL import Image
 from probes import Deep, Failing, Ragged
-from tiny_models import FAMILIES, VIDEO, make
+from tiny import FAMILIES, VIDEO, make
 from tiny_processors import processor, save
 
 from vtoken import config, registry, trace, wrapped

@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from tiny import build
-from tiny_models import FAMILIES, make
+from tiny import FAMILIES, build, each, make
 
 import vtoken
 from vtoken import registry
@@ -21,7 +20,7 @@ from vtoken.evals.cost import support_matrix as matrices
 from vtoken.stages import Fact, Pruner, Site
 from vtoken.stages.budget import Budget
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @cache
@@ -93,9 +92,10 @@ class Open(Pruner):
 
 
 def test_a_refusal_is_told_with_its_reason_once() -> None:
-    found = matrices.support_matrix([Odd, Windowed], ["llava", "qwen2_5_vl"])
+    plain, windowed, *_ = each("full_attention")
+    found = matrices.support_matrix([Odd, Windowed], [plain, windowed])
     assert {c.answer for c in found.cells["odd"].values()} == {"no"}
-    assert found.cells["windowed"]["llava"].answer == "yes" and found.cells["windowed"]["qwen2_5_vl"].answer == "no"
+    assert found.cells["windowed"][plain].answer == "yes" and found.cells["windowed"][windowed].answer == "no"
     assert len(found.notes()) == 2
     assert "needs last_query_attention" in found.notes()[0] and "within windows only" in found.notes()[1]
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image, ImageStat
 from probes import Failing
-from tiny_models import TOKENS
+from tiny import TOKENS
 from tiny_processors import save
 
 pytest.importorskip("lmms_eval")

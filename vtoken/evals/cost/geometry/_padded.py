@@ -1,4 +1,4 @@
-"""LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision: equal crops through CLIP or SigLIP, a projector on every patch, then packing."""
+"""What the LLaVA families share: equal crops through CLIP or SigLIP, a projector on every patch, then packing."""
 
 from __future__ import annotations
 
@@ -7,39 +7,15 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vtoken.errors import UnsupportedError
 from vtoken.evals.cost.geometry.decoder import decoder
-from vtoken.evals.cost.geometry.shapes import Geometry, ImageSize, Layers, Projector, Tower
+from vtoken.evals.cost.geometry.shapes import Draw, Geometry, ImageSize, Layers, Pictures, Projector, Tower
 from vtoken.stages import Parts, size_of
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 BILINEAR = 4  # patches behind an interpolated token
-
-
-def llava(config: Any, image_size: ImageSize | None, images: int, frames: int) -> Geometry:
-    """LLaVA: every image is resized to the tower's own size, so `image_size` makes no difference."""
-    _still(config, frames)
-    return _geometry(config, (_crop(config),), ((1, 1),), (0, 0))
-
-
-def llava_next(config: Any, image_size: ImageSize | None, images: int, frames: int) -> Geometry:
-    """LLaVA-NeXT: the downscaled image, then the crops of the best pinpoint, stitched, unpadded, one newline per row. Images are of
-    the tower's own size unless `image_size` says otherwise."""
-    _still(config, frames)
-    return _anyres(config, image_size)
-
-
-def llava_onevision(config: Any, image_size: ImageSize | None, images: int, frames: int) -> Geometry:
-    """LLaVA-OneVision: one image per prompt as in LLaVA-NeXT, the stitched crops downscaled where they are too many; of several
-    images each is a single crop; a video is its frames, each at the tower's own size, pooled 2 x 2, with one newline."""
-    _, side, _ = _crop(config)
-    if frames > 1:
-        half = math.ceil(side / 2)
-        return _geometry(config, ((frames, half, half),), ((frames, BILINEAR),), (1, frames * half**2))
-    if images > 1:
-        return _geometry(config, ((1, side, side),), ((1, 1),), (1, side**2))
-    return _anyres(config, image_size)
 
 
 def pair(size: Any) -> tuple[int, int]:
@@ -47,26 +23,34 @@ def pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _anyres(config: Any, image_size: ImageSize | None) -> Geometry:
+def anyres(config: Any, image_size: ImageSize | None, most: int | None = None) -> Geometry:
+    """The downscaled image, then the crops of the best pinpoint, stitched, unpadded, one newline per row.
+
+    Args:
+        image_size: None is the tower's own size.
+        most: crops' worth of tokens above which the stitched crops are scaled down.
+    """
     size = pair(image_size or config.vision_config.image_size)
     module: Any = _module(config)
-    crop = _, side, _ = _crop(config)
+    whole = _, side, _ = crop(config)
     down, across = module.get_anyres_image_grid_shape(
         size, config.image_grid_pinpoints, config.vision_config.image_size
     )
     stitched = torch.empty(1, down * side, across * side, device="meta")
     _, rows, columns = module.unpad_image(stitched, size).shape
     mixed = 1
-    if config.model_type == "llava_onevision":
-        most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+    if most is not None:
         ratio = math.sqrt(rows * columns / (most * side**2))
         # The thresholds are the model's: see pack_image_features.
         if ratio > 1.1:
             rows, columns, mixed = int(rows // ratio), int(columns // ratio), BILINEAR
-    return _geometry(config, (crop, (1, rows, columns)), ((1, 1), (down * across, mixed)), (rows, columns))
+    return padded(config, (whole, (1, rows, columns)), ((1, 1), (down * across, mixed)), (rows, columns))
 
 
-def _geometry(config: Any, parts: Parts, sources: tuple[tuple[int, int], ...], newlines: tuple[int, int]) -> Geometry:
+def padded(
+    config: Any, parts: Parts, sources: tuple[tuple[int, int], ...] = ((1, 1),), newlines: tuple[int, int] = (0, 0)
+) -> Geometry:
+    """The whole model; `parts`, `sources` and `newlines` as in Geometry."""
     chosen = config.vision_feature_layer
     chosen = [chosen] if isinstance(chosen, int) else list(chosen)
     vision, text = config.vision_config, config.text_config
@@ -101,14 +85,14 @@ def _tower(config: Any, crops: int, features: tuple[int, ...]) -> Tower:
     patch_h, patch_w = pair(vision.patch_size)
     heads = vision.num_attention_heads
     head = not clip and vision.vision_use_head
-    crop = _crop(config)
+    raster = crop(config)
     return Tower(
         layers=Layers(
             depth, width, 4 * width**2 + 2 * width * mlp, heads, heads, width // heads, windows=(None,) * depth
         ),
-        crops=(crop,) * crops,
+        crops=(raster,) * crops,
         unit=1,
-        blocks=({size_of((crop,)): 1},) * depth,
+        blocks=({size_of((raster,)): 1},) * depth,
         extra=int(clip),
         stem=vision.num_channels * patch_h * patch_w * width,
         # SigLIP's head attends from one query: keys and values of every patch, then query, output and MLP once.
@@ -119,7 +103,8 @@ def _tower(config: Any, crops: int, features: tuple[int, ...]) -> Tower:
     )
 
 
-def _crop(config: Any) -> tuple[int, int, int]:
+def crop(config: Any) -> tuple[int, int, int]:
+    """The raster of one crop, in patches."""
     (image_h, image_w), (patch_h, patch_w) = (
         pair(config.vision_config.image_size),
         pair(config.vision_config.patch_size),
@@ -132,8 +117,21 @@ def _module(config: Any) -> Any:
     return import_module(f"transformers.models.{config.model_type}.modeling_{config.model_type}")
 
 
-def _still(config: Any, frames: int) -> None:
+def still(config: Any, frames: int) -> None:
+    """Refuses videos."""
     if frames != 1:
         raise UnsupportedError(
             f"frames={frames}: {config.model_type} takes no video; count every frame as one of `images`"
         )
+
+
+def crop_pixels(config: Any) -> tuple[int, int, int]:
+    """(channels, height, width) of one crop in pixels."""
+    return (config.vision_config.num_channels, *pair(config.vision_config.image_size))
+
+
+def anyres_inputs(config: Any, shape: Geometry, asked: Pictures, draw: Draw) -> dict[str, Tensor]:
+    """Pixels of all crops [images, crops, channels, height, width], and the images' sizes [images, 2]."""
+    size = pair(asked.size or config.vision_config.image_size)
+    pixels = draw(asked.count, len(shape.tower.crops), *crop_pixels(config))
+    return {"pixel_values": pixels, "image_sizes": torch.tensor([size] * asked.count)}

@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images at their own resolution, patches in one sequence, 2 x 2 merged at the end.
+"""What the Qwen families share: images at their own resolution, patches in one sequence, 2 x 2 merged at the end.
 
 Sizes are rounded as transformers' image processor does by default (`Qwen2VLImageProcessor`: 56 x 56 to 28 x 28 x 1280 pixels in
 all), frames of a video too; checkpoints may set other limits. Without a size an image is 448 x 448.
@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from vtoken.errors import ConfigError
+from vtoken.evals.cost.geometry._padded import pair
 from vtoken.evals.cost.geometry.decoder import decoder
-from vtoken.evals.cost.geometry.padded import pair
-from vtoken.evals.cost.geometry.shapes import Geometry, ImageSize, Layers, Projector, Tower
+from vtoken.evals.cost.geometry.shapes import Draw, Geometry, ImageSize, Layers, Pictures, Projector, Tower
 from vtoken.stages import Grid
 
 DEFAULT_SIZE = 448
@@ -42,17 +46,32 @@ def patch_grid(vision: Any, image_size: ImageSize | None, frames: int) -> Grid:
     return math.ceil(frames / vision.temporal_patch_size), height // vision.patch_size, width // vision.patch_size
 
 
-def qwen(config: Any, image_size: ImageSize | None, images: int, frames: int) -> Geometry:
-    """All three: they differ in the MLP, in windows (2.5) and in DeepStack mergers (3)."""
+def packed(
+    config: Any,
+    image_size: ImageSize | None,
+    frames: int,
+    *,
+    width: int,
+    out: int,
+    mlp: int,
+    deepstack: Sequence[int] = (),
+    full: Sequence[int] | None = None,
+    parted_frames: bool = False,
+) -> Geometry:
+    """The whole model.
+
+    Args:
+        width: channels inside the tower; out: behind its merger.
+        mlp: numbers in the weight matrices of one block's MLP.
+        deepstack: blocks whose outputs have mergers of their own.
+        full: blocks that attend to the whole image; None: all. The others attend in windows.
+        parted_frames: as in Geometry.
+    """
     vision, text = config.vision_config, config.text_config
     grid = t, h, w = patch_grid(vision, image_size, frames)
-    merge = vision.spatial_merge_size
+    merge, depth = vision.spatial_merge_size, vision.depth
     raster = (t, h // merge, w // merge)
-    depth = vision.depth
-    width = vision.embed_dim if config.model_type == "qwen2_vl" else vision.hidden_size
-    out = vision.hidden_size if config.model_type == "qwen2_vl" else vision.out_hidden_size
-    deepstack = tuple(getattr(vision, "deepstack_visual_indexes", ()))
-    full = sorted(getattr(vision, "fullatt_block_indexes", range(depth)))
+    full = range(depth) if full is None else sorted(full)
     windows = windows_of(vision, grid) if len(full) < depth else {}
     merger = merge**2 * width * (merge**2 * width + out)
     return Geometry(
@@ -60,7 +79,7 @@ def qwen(config: Any, image_size: ImageSize | None, images: int, frames: int) ->
             layers=Layers(
                 depth,
                 width,
-                weights=4 * width**2 + _mlp(config, width),
+                weights=4 * width**2 + mlp,
                 heads=vision.num_heads,
                 kv_heads=vision.num_heads,
                 head_dim=width // vision.num_heads,
@@ -82,6 +101,7 @@ def qwen(config: Any, image_size: ImageSize | None, images: int, frames: int) ->
         newlines=(0, 0),
         decoder=decoder(text),
         vocabulary=text.vocab_size,
+        parted_frames=parted_frames,
     )
 
 
@@ -93,9 +113,13 @@ def windows_of(vision: Any, grid: Grid) -> Counter[int]:
     return Counter(a * b for a in rows for b in columns for _ in range(t))
 
 
-def _mlp(config: Any, width: int) -> int:
+def packed_inputs(config: Any, asked: Pictures, draw: Draw) -> dict[str, Tensor]:
+    """Patches of all images or videos in one sequence, and their grids [images, 3]."""
     vision = config.vision_config
-    if config.model_type == "qwen2_vl":
-        return 2 * width * int(width * vision.mlp_ratio)
-    # Qwen2.5's is gated.
-    return (3 if config.model_type == "qwen2_5_vl" else 2) * width * vision.intermediate_size
+    grid = t, h, w = patch_grid(vision, asked.size, asked.frames)
+    numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    kind, suffix = ("video", "_videos") if asked.frames > 1 else ("image", "")
+    return {
+        f"pixel_values{suffix}": draw(asked.count * t * h * w, numbers),
+        f"{kind}_grid_thw": torch.tensor([grid] * asked.count),
+    }

@@ -1,0 +1,45 @@
+"""What tests are told of a family is what its adapter finds on a model, and what the model itself does."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+
+from vtoken import registry
+
+families = pytest.mark.parametrize("family", tiny.FAMILIES)
+
+
+def test_every_adapter_has_a_tiny_model() -> None:
+    assert list(tiny.FAMILIES) == registry.adapters()
+
+
+@families
+def test_traits_are_the_adapters(family: str) -> None:
+    one, adapter = tiny.family(family), tiny.adapter(tiny.make(family))
+    assert (one.unit, one.full_attention) == (adapter.encoder.unit, adapter.encoder.full_attention)
+    assert one.deepstack == len(adapter.projectors) - 1
+    assert one.takes_video == ("video" in adapter.features)
+    assert one.anyres == hasattr(adapter.model.config, "image_grid_pinpoints")
+
+
+@families
+def test_pictures_are_as_they_are_called(family: str) -> None:
+    """Images of other sizes, crops in company, and frames."""
+    one, model = tiny.family(family), tiny.make(family)
+
+    def layouts(*items: object) -> tuple:
+        batch = tiny.build(model, [[each for item in items for each in (item, 1)]])
+        kind = "video" if "pixel_values_videos" in batch else "image"
+        return tiny.adapter(model).layouts(kind, batch)
+
+    (alone,) = layouts("img")
+    assert one.anyres == (len(alone.parts) > 1)
+    if one.other != one.image:
+        (other,) = layouts(("img", one.other))
+        assert other.parts != alone.parts
+    if one.anyres:
+        assert one.crops_one_only == (layouts("img", "img")[0].parts != alone.parts)
+    if one.takes_video:
+        (video,) = layouts(("video", 4))
+        assert video.resized == one.pooled_videos and video.parts[0][0] == one.frames((4, *one.video[1:]))[0] == 4

@@ -1,0 +1,165 @@
+"""What tests know of a family beside its adapter: a tiny model, its pictures and prompts, and how it differs from others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import transformers
+from tiny_models import IMG, TEXT, TOKENS, VID, VISION_END, finish
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vtoken import registry
+
+Spec = tuple[int, ...]
+Draw = Callable[..., Tensor]
+
+
+class Picture(NamedTuple):
+    """An image or video of a batch. `single`: encoded as one crop, because its row holds several images."""
+
+    kind: str
+    spec: Spec
+    single: bool = False
+
+
+class Family:
+    """One family: its file in `families/` is called like the `model_type` and holds one subclass, `Tiny`.
+
+    A spec is (height, width) in pixels, or what else the family's inputs are measured in: a grid (frames, height, width) in
+    patches, a number of frames.
+
+    Attributes:
+        classes: how the names of its classes in transformers begin.
+        words: that stand for an image and for a video; around: those that enclose either.
+        image: spec of "img" in `tiny.build`; video: of "video", None where the family takes none.
+        other, odd: further images: of another raster, and one that is padded or scaled where the family does so.
+        other_video: a video of four frames and another size, where sizes may differ.
+        pictures: (height, width, frames) of what the FLOPs account is held against.
+        unpadded: (height, width) of a picture of which packing cuts nothing away.
+        unit: patches that become one visual token; above 1 the tower is packed: all patches in one sequence.
+        full_attention: tower layers whose tokens see the whole image; None: all.
+        deepstack: decoder layers that are given features of early tower layers.
+        anyres: images are cut into crops, with a newline token behind each row of them.
+        crops_one_only: they are cut only in a row that holds no other image.
+        equal_videos: videos of a batch must have equally many frames.
+        pooled_videos: frames are scaled down behind the tower by interpolation.
+        shipped_picture: visual tokens of a picture of the shipped questions, newlines not counted.
+        checkpoints: hub names of the built-in configs -> their parameters in millions.
+        waits: (kind, file:function) where a prefill of one picture waits for the device beside what every family does.
+    """
+
+    classes: ClassVar[str]
+    words: ClassVar[tuple[str, str]] = ("<image>", "<video>")
+    around: ClassVar[tuple[str, str]] = ("", "")
+    image: ClassVar[Spec]
+    other: ClassVar[Spec]
+    odd: ClassVar[Spec]
+    video: ClassVar[Spec | None] = None
+    other_video: ClassVar[Spec] = ()
+    pictures: ClassVar[Sequence[tuple[int, int, int]]]
+    unpadded: ClassVar[tuple[int, int]] = (56, 112)
+    unit: ClassVar[int] = 1
+    full_attention: ClassVar[tuple[int, ...] | None] = None
+    deepstack: ClassVar[int] = 0
+    anyres: ClassVar[bool] = False
+    crops_one_only: ClassVar[bool] = False
+    equal_videos: ClassVar[bool] = False
+    pooled_videos: ClassVar[bool] = False
+    shipped_picture: ClassVar[int]
+    checkpoints: ClassVar[dict[str, int]] = {}
+    waits: ClassVar[Sequence[tuple[str, str]]] = ()
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._counted: dict[Picture, int] = {}
+
+    @property
+    def takes_video(self) -> bool:
+        return self.video is not None
+
+    @property
+    def varlen(self) -> bool:
+        return self.unit > 1
+
+    @property
+    def mrope(self) -> bool:
+        """Whether positions have several axes."""
+        return registry.adapter(self.name).mrope
+
+    @cached_property
+    def stock(self) -> PreTrainedModel:
+        """A model that nothing is done to."""
+        return self.make()
+
+    # The model and its processor.
+
+    def fields(self, text: dict[str, Any]) -> dict[str, Any]:
+        """Of the config; `text` are those of the decoder's."""
+        raise NotImplementedError
+
+    def make(self, attn: str = "sdpa", seed: int = 0, **text: Any) -> PreTrainedModel:
+        config = getattr(transformers, f"{self.classes}Config")(
+            **self.fields({**TEXT, **text}), tie_word_embeddings=False, dtype="float32"
+        )
+        kind = getattr(transformers, f"{self.classes}ForConditionalGeneration")
+        return finish(kind, config, attn, seed, range(IMG, VISION_END + 1))
+
+    def processor(self, kind: Any, tokenizer: Any, **options: Any) -> Any:
+        """The stock processor; `kind` is its class without the video half, `options` its chat template."""
+        raise NotImplementedError
+
+    # Prompts.
+
+    def item(self, height: int, width: int, frames: int = 1) -> Any:
+        """What stands in the rows of `tiny.build` for a picture of so many pixels."""
+        raise NotImplementedError
+
+    def sized(self, kind: str, given: Spec) -> Spec | None:
+        """The spec that `(kind, *given)` in a row stands for; None where there is no such picture."""
+        default = self.image if kind == "img" else self.video if kind == "video" else None
+        if default is None or len(given) > len(default):
+            return None
+        if kind == "img":
+            return None if given and len(given) < len(default) else given or default
+        return given + default[len(given) :]
+
+    def placeholders(self, picture: Picture, words: Callable[[int], list[int]]) -> list[int]:
+        """The ids that a processor writes for a picture."""
+        return [IMG if picture.kind == "image" else VID] * self.tokens(picture)
+
+    def tokens(self, picture: Picture) -> int:
+        """Its placeholders: as many as the rows that an unwrapped model makes of it."""
+        if picture not in self._counted:
+            self._counted[picture] = len(self.features(picture))
+        return self._counted[picture]
+
+    @torch.no_grad()
+    def features(self, picture: Picture, **more: Tensor) -> Tensor:
+        inputs = self.inputs([picture], torch.zeros)
+        pixels = inputs.pop("pixel_values" if picture.kind == "image" else "pixel_values_videos")
+        encode = getattr(self.stock, f"get_{picture.kind}_features")
+        return encode(pixels, **inputs, **more, return_dict=True).pooler_output[0]
+
+    def inputs(self, pictures: Sequence[Picture], draw: Draw) -> dict[str, Tensor]:
+        """What the encoder is given for these pictures, in reading order."""
+        raise NotImplementedError
+
+    def beside(self, ids: Tensor, images: Sequence[int]) -> dict[str, Tensor]:
+        """What else a processor returns for ids [B, L] with so many images in each row."""
+        return {}
+
+    def found(self, batch: dict[str, Tensor]) -> tuple[list[Picture], list[Picture]]:
+        """The images and the videos of a batch from `tiny.build`."""
+        raise NotImplementedError
+
+    def frames(self, video: Spec) -> tuple[int, int]:
+        """How many frames (Qwen: pairs of frames) of how many patches the tower sees apart."""
+        return video[0], TOKENS
+
+
+def listed(batch: dict[str, Tensor], name: str) -> list[Any]:
+    return batch[name].tolist() if name in batch else []

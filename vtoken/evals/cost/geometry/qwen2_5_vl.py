@@ -1,0 +1,29 @@
+"""Qwen2.5-VL: gated MLPs, and most blocks attend in windows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtoken.evals.cost.geometry._packed import packed, packed_inputs
+from vtoken.evals.cost.geometry.shapes import Draw, Geometry, Pictures
+
+
+def geometry(config: Any, pictures: Pictures) -> Geometry:
+    vision = config.vision_config
+    return packed(
+        config,
+        pictures.size,
+        pictures.frames,
+        width=vision.hidden_size,
+        out=vision.out_hidden_size,
+        mlp=3 * vision.hidden_size * vision.intermediate_size,
+        full=vision.fullatt_block_indexes,
+    )
+
+
+def inputs(config: Any, shape: Geometry, pictures: Pictures, draw: Draw) -> dict[str, Tensor]:
+    found = packed_inputs(config, pictures, draw)
+    return found if pictures.frames == 1 else {**found, "second_per_grid_ts": torch.ones(pictures.count)}

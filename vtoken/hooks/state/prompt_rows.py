@@ -1,0 +1,74 @@
+"""The rows of a prompt as cache stages see them: what each holds in the current layout, and what a layer leaves of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vtoken.hooks.state.prefill_state import PrefillState
+    from vtoken.stages.cache import CacheStage
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One row of a prefill in the current layout, and what a layer holds of it.
+
+    Attributes:
+        prompt, tail: tokens of the prompt; of what follows it (drafts, an answer), which all stay.
+        slots: per image, where its visual tokens are among the row's tokens.
+        images: the same on the device.
+        stay: prompt tokens that every head holds; counts: visual tokens of each image, None where that is not known.
+    """
+
+    prompt: int
+    tail: int
+    slots: tuple[tuple[int, ...], ...]
+    images: tuple[Tensor, ...] = field(default=(), compare=False)
+    stay: int = 0
+    counts: tuple[int, ...] | None = None
+
+    def columns(self) -> list[int]:
+        """Slots that stand for those it holds. Heads may hold different visual tokens, so of each image it is the first ones: masks only
+        ask whether a slot is real, and crop() whether the newest tokens are all there and in order."""
+        if self.counts is None:
+            kept = list(range(self.stay))
+        else:
+            gone = {slot for slots, k in zip(self.slots, self.counts, strict=True) for slot in slots[k:]}
+            kept = [slot for slot in range(self.prompt) if slot not in gone]
+        return [*kept, *range(self.prompt, self.prompt + self.tail)]
+
+
+def prompt_rows(flow: PrefillState) -> list[PromptRow]:
+    """The rows in the current layout. Whole, as if everything stayed."""
+    if flow.notes.rows is None:
+        flow.notes.rows = _rows_of(flow)
+    return flow.notes.rows
+
+
+def _rows_of(flow: PrefillState) -> list[PromptRow]:
+    v, (_, column) = flow.live, flow.slot()
+    ends = list(accumulate(v.lengths, initial=0))
+    on_host = column.tolist()
+    out = []
+    for r, (count, tail) in enumerate(zip(flow.counts, flow.tails, strict=True)):
+        begin = flow.index.shape[1] - count
+        spans = [span for span, owner in zip(pairwise(ends), v.row, strict=True) if owner == r]
+        slots = tuple(tuple(c - begin for c in on_host[a:b]) for a, b in spans)
+        images = tuple(column[a:b] - begin for a, b in spans)
+        out.append(PromptRow(count - tail, tail, slots, images, count - tail, tuple(map(len, slots))))
+    return out
+
+
+def query_window(flow: PrefillState, stage: CacheStage | None, r: int) -> int:
+    """How many last queries' attention of a row a cache stage will ask for, in the current layout."""
+    if stage is None or r in flow.skipped:
+        return 0
+    row = prompt_rows(flow)[r]
+    if not any(row.slots):
+        return 0
+    behind = row.prompt - 1 - max(slots[-1] for slots in row.slots if slots)
+    return stage.query_window(row.prompt, tuple(map(len, row.slots)), behind)

@@ -1,0 +1,244 @@
+"""The skeleton of hooks inside a vision tower: facts are read off chosen layers, stages decide between layers.
+
+How values lie in the tower (padded crops, or one sequence of all images) is told by a subclass: it gathers the live tokens, puts back what a
+decision left, cuts the arguments of later layers to the survivors, and gives the features their length back behind the tower.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtoken.errors import UnsupportedError
+from vtoken.hooks.state.checkpointing import check_replay
+from vtoken.hooks.state.context import Context, by_layer
+from vtoken.hooks.state.decide import decide
+from vtoken.hooks.state.fact_tables import substituted
+from vtoken.hooks.state.live_tokens import skipped_entry
+from vtoken.hooks.state.run import TokenHistory
+from vtoken.hooks.state.trace import StageTrace
+from vtoken.hooks.vision.encoder_facts import OF_LAYER, EncoderLayer, compute, projections
+from vtoken.stages import Fact, Keep, Parts, Stage, VisualTokens
+
+
+@dataclass(kw_only=True)
+class TowerState(ABC):
+    """State of one tower call.
+
+    Attributes:
+        history: what became of every token (padded towers: patch) of each image (crop).
+        skipped: per image (crop), whether it keeps all its tokens; empty when none does. `skip_reason` says why no stage acts at all, or None.
+        taps: q, k, v or qkv -> what the layer at work projected.
+        deep: what DeepStack taps, tap by tap: what was left then, see `alive`.
+        facts: [ΣN, ...] (padded towers: [crops, patches, ...]), 0 where a token was dropped before the fact was read.
+    """
+
+    history: TokenHistory
+    skipped: tuple[bool, ...] = ()
+    skip_reason: str | None = None
+    taps: dict[str, Tensor] = field(default_factory=dict)
+    facts: dict[Fact, Tensor] = field(default_factory=dict)
+    memory: dict[int, dict[str, Any]] = field(default_factory=dict)
+    traces: list[StageTrace] = field(default_factory=list)
+    deep: list[Tensor | None] = field(default_factory=list)
+
+    @property
+    def short(self) -> bool:
+        return sum(self.history.counts) < sum(self.history.full)
+
+    def alive(self) -> Tensor | None:
+        """Which tokens are left, in the shape of a fact; None where all are."""
+        return self.restore(torch.ones_like(self.history.raster_index, dtype=torch.bool)) if self.short else None
+
+    @abstractmethod
+    def restore(self, values: Tensor) -> Tensor:
+        """Values [ΣK, ...] of the live tokens in the shape of a fact, 0 where a token was dropped."""
+
+
+class Tower(ABC):
+    """Installs what the stages ask of the tower; nothing when they ask nothing. When the tower is done, `run.tower` holds what it found.
+
+    Raises:
+        UnsupportedError: attention facts of a layer whose tokens attend within windows.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self.context, self.run, self.adapter = context, context.run, context.adapter
+        self.encoder, self.choosers = self.adapter.encoder, context.at("frames")
+        depth, wanted = len(self.encoder.layers), context.wanted
+        self.stages = [stage.for_depth(depth) for stage in context.at("encoder")]
+        self.at = by_layer([stage for stage in self.stages if not stage.merge_point()], depth)
+        # What lies behind the last layer that features are read from is not asked.
+        inside, last = [stage for stage in self.stages if stage.merge_point()], min(self.encoder.feature_layers)
+        self.merging = {k: acting if k <= last else [] for k, acting in by_layer(inside, depth).items()}
+        self.features, self.pixels = (any(fact.name == name for fact in wanted) for name in ("features", "pixels"))
+        per_layer = self._facts_of_layers(wanted)
+        if wanted or self.stages or self.choosers:
+            self._install(per_layer)
+
+    def _install(self, per_layer: dict[int, set[Fact]]) -> None:
+        handle = self.context.handle
+        handle.before(self.adapter.tower, self._start)
+        for layer, module in enumerate(self.encoder.layers):
+            if per_layer[layer]:
+                attention = self._tap(module, projections(per_layer[layer]))
+                handle.after(attention, partial(self._facts, layer, sorted(per_layer[layer])))
+            if (layer and self.stages) or (self.choosers and self.encoder.unit > 1):
+                handle.before(module, partial(self._layer, layer))
+        self._behind()
+
+    def _facts_of_layers(self, wanted: Iterable[Fact]) -> dict[int, set[Fact]]:
+        """Layer -> facts that are read off it."""
+        found: dict[int, set[Fact]] = {layer: set() for layer in range(len(self.encoder.layers))}
+        asked = [(fact, fact, "a later stage") for fact in wanted if fact.name in OF_LAYER]
+        for layer, acting in self.at.items():
+            for stage in acting + self.merging[layer]:
+                asked += [(self._stored(need, layer), need, f"stage {stage.name}") for need in stage.needs()]
+        for fact, need, who in asked:
+            assert fact.layer is not None, f"{need} came without a layer"
+            self._check(need.name, fact.layer, who)
+            found[fact.layer].add(fact)
+        return found
+
+    def _stored(self, need: Fact, layer: int) -> Fact:
+        """What a stage that acts after `layer` is given for a fact."""
+        name = self.adapter.substitutes.get(need.name, need.name)
+        return Fact(name, layer if need.layer is None else need.layer % len(self.encoder.layers), need.above)
+
+    def _check(self, name: str, layer: int, who: str) -> None:
+        full, spec = self.encoder.full_attention, OF_LAYER[name]
+        if spec.queries and not spec.whole and full is not None and layer not in full:
+            raise UnsupportedError(
+                f"{who} needs {name} of encoder layer {layer}, where tokens attend within windows only; the layers with full "
+                f"attention are {', '.join(map(str, full))}: name one of them"
+            )
+
+    @property
+    def state(self) -> Any:
+        return self.run.tower
+
+    def _keep(self, name: str, out: Tensor) -> None:
+        if self.state is not None:  # not when gradient checkpointing runs the layer again
+            self.state.taps[name] = out
+
+    @torch.no_grad()
+    def _facts(self, layer: int, wanted: list[Fact], module: Any, args: tuple, kwargs: dict, out: Any) -> None:
+        state = self.state
+        if state is None or state.skip_reason is not None:
+            return
+        found = self._projected(module, kwargs)
+        state.taps = {}
+        for fact in wanted:
+            state.facts[fact] = state.restore(self._per_token(compute(fact, found)))
+
+    def _layer(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """Before a layer: the stages that act after the one before it decide, and only what is left is handed on."""
+        check_replay(module)
+        given = args[0] if args else kwargs["hidden_states"]
+        hidden = self._entering(layer, given)
+        for stage in self.at.get(layer - 1, ()):
+            hidden = self._decide(stage, layer - 1, hidden)
+        more = self._survivors(layer, hidden, kwargs)
+        if hidden is given and not more:
+            return None
+        if not args:
+            return args, {**kwargs, "hidden_states": hidden, **more}
+        if len(args) > 1 and "attention_mask" in more:
+            return (hidden, more.pop("attention_mask"), *args[2:]), {**kwargs, **more}
+        return (hidden, *args[1:]), {**kwargs, **more}
+
+    def _decide(self, stage: Stage, layer: int, hidden: Tensor) -> Tensor:
+        """Lets a stage choose among what is left in the tower's hidden states; returns those that remain."""
+        state, device = self.state, hidden.device
+        history: TokenHistory = state.history
+        if state.skip_reason is not None:
+            state.traces.append(skipped_entry(stage, history, state.skip_reason, layer))
+            return hidden
+        values, image = self._gather(hidden)
+        parts, segment = self._rasters()
+        tokens = VisualTokens.pack(
+            self._seen(values),
+            history.counts,
+            parts,
+            range(len(parts)),
+            history.raster_index.to(device),
+            segment=None if segment is None else segment.to(device),
+            facts={need: self._live(state.facts[self._stored(need, layer)]).to(device) for need in stage.needs()},
+            layer=layer,
+            memory=state.memory.setdefault(id(stage), {}),
+            size=history.size(),
+            lead=int(self.encoder.cls),
+        )
+        given = substituted(stage, self.adapter.substitutes)
+        amend = partial(leaves_some, stage) if self.encoder.unit > 1 else None
+        found = decide(stage, tokens, history, image, skipped=state.skipped, amend=amend, substitutes=given)
+        state.history = found.history
+        state.traces.append(found.trace)
+        return hidden if found.untouched else self._put_back(found.keep, values, hidden)
+
+    @abstractmethod
+    def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """Before the tower: the state of this call."""
+
+    @abstractmethod
+    def _tap(self, module: Any, letters: list[str]) -> nn.Module:
+        """Has `_keep` called with these projections of a layer; returns its attention."""
+
+    @abstractmethod
+    def _behind(self) -> None:
+        """Installs what gives features their length back behind the tower."""
+
+    @abstractmethod
+    def _projected(self, module: Any, kwargs: dict) -> EncoderLayer:
+        """What facts are computed of, once the layer's attention has run."""
+
+    @abstractmethod
+    def _per_token(self, value: Tensor) -> Tensor:
+        """[ΣK, ...] of a fact as it was computed."""
+
+    def _entering(self, layer: int, hidden: Tensor) -> Tensor:
+        """Hidden states that stages and the layer are to see."""
+        return hidden
+
+    @abstractmethod
+    def _survivors(self, layer: int, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
+        """Arguments of the layer that fit what is left."""
+
+    @abstractmethod
+    def _gather(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The live tokens of hidden states [ΣK, ...], and [ΣK] the image of each."""
+
+    def _seen(self, values: Tensor) -> Tensor:
+        """[ΣK, D] what a stage sees of the live tokens."""
+        return values
+
+    @abstractmethod
+    def _live(self, fact: Tensor) -> Tensor:
+        """[ΣK, ...] of a fact."""
+
+    @abstractmethod
+    def _rasters(self) -> tuple[tuple[Parts, ...], Tensor | None]:
+        """Rasters of each image, and [ΣK] segment of each live token (None: one each)."""
+
+    @abstractmethod
+    def _put_back(self, keep: Keep, values: Tensor, hidden: Tensor) -> Tensor:
+        """Hidden states of what a decision leaves of `values`, as the next layer takes them."""
+
+
+def leaves_some(stage: Stage, keep: Keep) -> Keep:
+    """The decision, if it leaves anything.
+
+    Raises:
+        ValueError: names the stage.
+    """
+    if not len(keep.index):
+        raise ValueError(
+            f"stage {stage.name} dropped every visual token inside the vision tower, which needs at least one"
+        )
+    return keep
