@@ -17,6 +17,7 @@ from modes import LOGITS, alone, families, greedy
 
 import vtoken
 from vtoken import kernels, registry
+from vtoken.evals.calibrate.mminference import visible
 from vtoken.stages.attention import PrefillQK, SparseAttention
 
 # Options under which short prompts are thinned, and those under which everything is read; block size of MMInference is 64.
@@ -88,7 +89,7 @@ def test_first_and_own_key_are_read(name, options):
     n, size = clip.length, reads.size
     tiles = -(-n // size)
     rows = torch.arange(n)
-    seen = torch.nn.functional.pad(reads.visible(rows), (0, max(0, n - reads.blocks.shape[2] * size)))[..., :n]
+    seen = torch.nn.functional.pad(visible(reads, rows), (0, max(0, n - reads.blocks.shape[2] * size)))[..., :n]
     assert bool(seen[:, rows, rows].all()), "a query that does not read its own token"
     # Lists of single keys have the first one too; all others read the first block whole.
     first = (
@@ -127,7 +128,7 @@ def test_the_lists_say_what_is_computed(name, options):
     clip, reads = thinned(name, options)
     v = torch.randn(clip.k.shape, generator=torch.Generator().manual_seed(6))
     got = reads.apply(clip.q, clip.k, v, clip.scale)
-    seen = reads.visible(torch.arange(clip.length))[..., : clip.length]
+    seen = visible(reads, torch.arange(clip.length))[..., : clip.length]
     k, v = (x.double().repeat_interleave(2, 0) for x in (clip.k, v))
     scores = (clip.q.double() @ k.transpose(1, 2) * clip.scale).masked_fill(~seen, -torch.inf)
     torch.testing.assert_close(got.double(), scores.softmax(-1) @ v, atol=1e-5, rtol=1e-4)

@@ -140,8 +140,9 @@ def test_a_budget_that_no_preset_has_is_had_from_the_stage(name: str, rest: str)
     ],
 )
 def test_other_names_are_compared_with_the_presets(name: str, meant: str) -> None:
-    with pytest.raises(ConfigError, match=f"unknown preset '{name}', did you mean {meant}"):
+    with pytest.raises(ConfigError, match=f"unknown preset '{name}', did you mean {meant}") as caught:
         config.load(name)
+    assert "`vtoken list` shows all" in str(caught.value) and len(str(caught.value)) < 250
 
 
 def test_a_file_is_told_to_take_stages(tmp_path: Path) -> None:

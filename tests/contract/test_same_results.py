@@ -86,6 +86,9 @@ def contains(now: Any, then: Any, where: str = "") -> None:
         for key, each in then.items():
             assert key in now, f"{where}/{key} is gone"
             contains(now[key], each, f"{where}/{key}")
+    elif isinstance(then, list) and any(isinstance(each, dict) for each in then) and len(now) == len(then):
+        for i, (there, each) in enumerate(zip(now, then, strict=True)):
+            contains(there, each, f"{where}/{i}")
     elif isinstance(then, list) and all(isinstance(each, (str, dict)) for each in then):
         for each in then:
             assert each in now, f"{where}: {each} is gone"

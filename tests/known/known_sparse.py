@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vtoken import registry
 from vtoken.compressors.attention._singles import listed
+from vtoken.evals.calibrate.mminference import visible
 from vtoken.stages.attention import PrefillQK, Rope
 
 NO_IMAGES = torch.full((4096,), -1)
@@ -325,7 +326,7 @@ def composite_attention():
                 weight = (k[keys] @ q[i] * p.scale).softmax(0)
                 want = weight @ v[h // 2].double()[keys]
                 torch.testing.assert_close(got[h, i].double(), want, atol=1e-5, rtol=1e-4)
-                assert found.visible(torch.tensor([i]))[h, 0].nonzero().flatten().tolist() == keys
+                assert visible(found, torch.tensor([i]))[h, 0].nonzero().flatten().tolist() == keys
     layers = registry.stage("composite_attention")
     assert layers().layers(5) == (2, 3, 4) and layers(first=0, dense_layers=(1, -1)).layers(5) == (0, 2, 3)
     with pytest.raises(ValidationError):

@@ -33,15 +33,39 @@ def test_rows_name_rows() -> None:
         assert (spec.per != "token") <= (spec.holds != "one"), "text is told by more than a number"
 
 
-HEADS, WIDTH, LENGTHS = 3, 4, (5, 2)
+HEADS, WIDTH, LENGTHS, SCALE = 3, 4, (5, 2), 0.5
+
+
+def rows(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    """[queries, N] attention, head mean; q [queries, H, d], k [N, H, d]."""
+    return (torch.einsum("qhd,nhd->hqn", q, k) * scale).softmax(-1).mean(0)
+
+
+def one(x: torch.Tensor, cls: bool) -> torch.Tensor:
+    return x[:1] if cls else x.mean(0, keepdim=True)
+
+
+# Of one image: its q, k and v [N, H, d], the CLS token first if there is one.
+DEFINITIONS = {
+    "cls_attention": lambda q, k, v, cls: rows(one(q, cls), k, SCALE)[0],
+    "global_attention": lambda q, k, v, cls: rows(one(q, cls), k, SCALE)[0],
+    "value_attention": lambda q, k, v, cls: rows(one(v, cls), v, 1.0)[0],
+    "received_attention": lambda q, k, v, cls: rows(q, k, SCALE).mean(0),
+    "keys": lambda q, k, v, cls: k.flatten(1),
+    "values": lambda q, k, v, cls: v.flatten(1),
+    "mean_key": lambda q, k, v, cls: k.mean(1),
+    "mean_value": lambda q, k, v, cls: v.mean(1),
+}
 
 
 @pytest.mark.parametrize("cls", [False, True])
 @pytest.mark.parametrize("spec", read_of("encoder layer").values(), ids=lambda spec: spec.name)
-def test_facts_of_the_encoder_hold_and_read_what_the_row_says(spec: FactSpec, cls: bool) -> None:
+def test_facts_of_the_encoder(spec: FactSpec, cls: bool) -> None:
+    """Each is what its definition says image by image, reads no other projection and holds what its row says."""
     lengths = [n + cls for n in LENGTHS]
-    projected = {letter: torch.randn(sum(lengths), HEADS, WIDTH) for letter in spec.projections}
-    found = compute(Fact(spec.name), EncoderLayer(projected, lengths, 0.5, cls))
-    shape = {"one": (), "head": (WIDTH,), "heads": (HEADS * WIDTH,)}[spec.holds]
-    assert found.shape == (sum(lengths), *shape)
-    assert spec.queries is None or torch.allclose(torch.stack([f.sum() for f in found.split(lengths)]), torch.ones(2))
+    whole = {letter: torch.randn(sum(lengths), HEADS, WIDTH) for letter in "qkv"}
+    read = {letter: whole[letter] for letter in spec.projections}
+    found = compute(Fact(spec.name), EncoderLayer(read, lengths, SCALE, cls))
+    images = zip(*(whole[letter].split(lengths) for letter in "qkv"), strict=True)
+    torch.testing.assert_close(found, torch.cat([DEFINITIONS[spec.name](*image, cls) for image in images]))
+    assert found.shape[1:] == {"one": (), "head": (WIDTH,), "heads": (HEADS * WIDTH,)}[spec.holds]

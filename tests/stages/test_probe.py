@@ -8,6 +8,7 @@ import torch
 from modes import LOGITS, families, greedy
 
 import vtoken
+from vtoken.compressors._rows import last_rows, rows_at
 from vtoken.stages import query_attention as probe
 from vtoken.stages.query_attention import QueryAttention, shared
 
@@ -48,13 +49,13 @@ def passes(monkeypatch):
 
     monkeypatch.setattr(probe, "probe_sums", spied(probe.probe_sums))
     monkeypatch.setattr(probe, "received_attention", spied(probe.received_attention))
-    monkeypatch.setattr("vtoken.compressors._zipvl.rows_at", spied(probe.rows_at))
+    monkeypatch.setattr("vtoken.compressors._zipvl.rows_at", spied(rows_at))
     return seen
 
 
 def rows(q, k, count):
     """[Hk, H / Hk, count, N] attention of the last queries."""
-    return probe.last_rows(q, k.repeat_interleave(len(q) // len(k), 0), count, 0.3).unflatten(0, (len(k), -1))
+    return last_rows(q, k.repeat_interleave(len(q) // len(k), 0), count, 0.3).unflatten(0, (len(k), -1))
 
 
 @pytest.mark.parametrize(("announced", "left"), [(4, [4, 16]), (16, [16]), (17, [16]), (0, [16])])

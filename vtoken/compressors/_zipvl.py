@@ -6,8 +6,9 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from vtoken.compressors._rows import rows_at
 from vtoken.stages.quantized import QuantizedKV, QuantizedTensor, factor
-from vtoken.stages.query_attention import QueryAttention, rows_at
+from vtoken.stages.query_attention import QueryAttention
 
 
 class Important(BaseModel):

@@ -67,14 +67,15 @@ def parse(text: str, file: str = "") -> tuple[Any, Source]:
         node = loader.get_single_node()
         if node is None:
             return None, source
-        _check(node, {})
+        _check(node, {}, loader)
         data = loader.construct_document(node)
-    except _Refusal as error:
-        raise source.at(_line(error), str(error.problem)) from None
-    except yaml.MarkedYAMLError as error:
-        raise source.at(_line(error), f"not valid YAML: {error.problem}") from None
+    except RecursionError:
+        raise source.at(1, f"nested more than {DEPTH} deep") from None
     except yaml.YAMLError as error:
-        raise source.at(1, f"not valid YAML: {' '.join(str(error).split())}") from None
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        mark = getattr(error, "problem_mark", None)
+        problem = problem if isinstance(error, _Refusal) else f"not valid YAML: {problem}"
+        raise source.at(mark.line + 1 if mark else 1, problem) from None
     _note_lines(node, (), source.lines)
     return data, source
 
@@ -90,73 +91,45 @@ class _Refusal(yaml.MarkedYAMLError):
 
 
 class _Loader(yaml.SafeLoader):
-    depth = 0
+    """Dates and `=` are text."""
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent):
-            return super().compose_node(parent, index)
-        if self.depth == DEPTH:
-            raise _Refusal(event, f"nested more than {DEPTH} deep")
-        usual = {yaml.SequenceStartEvent: "seq", yaml.MappingStartEvent: "map"}.get(type(event))
-        if usual and event.tag not in (None, "!", _TAG + usual):
-            raise _foreign(event)
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def compose_scalar_node(self, anchor: Any) -> Any:
-        event: Any = self.peek_event()
-        node: Any = super().compose_scalar_node(anchor)
-        tag = event.tag if event.tag != "!" else None
-        if tag == _TAG + "str" or (tag is None and not event.implicit[0]):
-            return node
-        node.tag = _meaning(node, self.resolve(yaml.ScalarNode, node.value, (True, False)))
-        if tag not in (None, node.tag, {_TAG + "int": _TAG + "float"}.get(node.tag)):
-            raise _foreign(event)
-        node.tag = tag or node.tag
-        return node
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in forms if tag not in (_TAG + "timestamp", _TAG + "value")]
+        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 class _Dumper(yaml.SafeDumper):
     pass
 
 
-# YAML 1.1 takes 1e-3 for text, for want of a dot.
-_Dumper.add_implicit_resolver(_TAG + "float", re.compile(_FLOAT.pattern + r"\Z"), list("-+.0123456789"))
+for _each in (_Loader, _Dumper):  # YAML 1.1 takes 1e-3 for text, for want of a dot.
+    _each.add_implicit_resolver(_TAG + "float", re.compile(_FLOAT.pattern + r"\Z"), list("-+.0123456789"))
 
 
-def _meaning(node: Any, tag: str) -> str:
-    """The tag of a plain scalar, given YAML 1.1's; refuses numbers that a person reads otherwise."""
-    value, kind = node.value, tag.removeprefix(_TAG)
-    if kind in ("timestamp", "value"):
-        return _TAG + "str"
-    if kind not in ("int", "float") and not _FLOAT.fullmatch(value):
-        return tag
-    if _WHOLE.fullmatch(value):
+def _check_scalar(node: Any, loader: _Loader) -> None:
+    """Refuses tags that say what cannot be read off the text, and numbers that a person reads otherwise."""
+    value, tag = node.value, node.tag.removeprefix(_TAG)
+    if tag == "str":
+        return
+    means = loader.resolve(yaml.ScalarNode, value, (True, False)).removeprefix(_TAG)
+    if tag != means and (tag, means) != ("float", "int"):
+        raise _foreign(node)
+    if means == "int" and _WHOLE.fullmatch(value):
         if len(value) > 20 or not -(2**63) <= int(value) < 2**63:
             raise _Refusal(node, f"the whole number {shown(value)} ({len(value)} digits) does not fit in 64 bits")
-        return tag
-    if not _FLOAT.fullmatch(value):
-        problem = "is not a number as people write it"
-        if re.fullmatch(r"[-+]?\.[a-zA-Z]+", value):
-            problem = "is not a finite number"
-        raise _Refusal(node, f"{shown(value)} {problem}; write 64 or 0.5, or quote it if it is text")
-    if not isfinite(float(value)):
+    elif means in ("int", "float") and not _FLOAT.fullmatch(value):
+        problem = "a finite number" if re.fullmatch(r"[-+]?\.[a-zA-Z]+", value) else "a number as people write it"
+        raise _Refusal(node, f"{shown(value)} is not {problem}; write 64 or 0.5, or quote it if it is text")
+    elif means == "float" and not isfinite(float(value)):
         raise _Refusal(node, f"{shown(value)} is too large for a number; quote it if it is text")
-    return _TAG + "float"
 
 
-def _foreign(event: Any) -> _Refusal:
-    return _Refusal(event, f"the tag {shown(event.tag.replace(_TAG, '!!'))} is not read here; leave it out")
+def _foreign(node: Any) -> _Refusal:
+    return _Refusal(node, f"the tag {shown(node.tag.replace(_TAG, '!!'))} is not read here; leave it out")
 
 
-def _line(error: yaml.MarkedYAMLError) -> int:
-    return error.problem_mark.line + 1 if error.problem_mark else 1
-
-
-def _check(node: Any, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+def _check(node: Any, known: dict[int, tuple[int, int] | None], loader: _Loader) -> tuple[int, int]:
     """Characters and depth of a node with its aliases written out; refuses too many, and keys given twice."""
     if id(node) in known:
         found = known[id(node)]
@@ -164,13 +137,17 @@ def _check(node: Any, known: dict[int, tuple[int, int] | None]) -> tuple[int, in
             raise _Refusal(node, "an alias stands inside of what it names")
         return found
     known[id(node)] = None
-    if isinstance(node, yaml.MappingNode):
-        _check_keys(node)
-    parts = [node.value] if isinstance(node, yaml.ScalarNode) else node.value
     size, depth = 1, 0
-    for part in parts:
+    if isinstance(node, yaml.ScalarNode):
+        _check_scalar(node, loader)
+        size += len(node.value)
+    elif node.tag != _TAG + {"sequence": "seq", "mapping": "map"}[node.id]:
+        raise _foreign(node)
+    elif isinstance(node, yaml.MappingNode):
+        _check_keys(node)
+    for part in () if isinstance(node, yaml.ScalarNode) else node.value:
         for each in part if isinstance(part, tuple) else (part,):
-            own = (len(each), 0) if isinstance(each, str) else _check(each, known)
+            own = _check(each, known, loader)
             size, depth = size + own[0], max(depth, own[1])
     if size > CHARACTERS:
         raise _Refusal(node, f"more than {CHARACTERS:,} characters with its aliases written out")

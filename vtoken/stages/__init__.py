@@ -20,13 +20,10 @@ from vtoken.stages.cache import (
     KeepSlots,
     Native,
     ReplacedKV,
-    ascending,
-    best,
-    hold_text,
 )
 from vtoken.stages.facts import FACTS, SITES, Fact, FactSpec, Site, spec_of
 from vtoken.stages.quantized import QuantizedKV, QuantizedTensor
-from vtoken.stages.query_attention import QueryAttention, last_rows, rows_at, shared
+from vtoken.stages.query_attention import QueryAttention, shared
 from vtoken.stages.tokens import (
     Fused,
     Grid,

@@ -1,4 +1,4 @@
-"""The vocabulary of site attention: Prompt, Rope, Reads, SparseAttention. Letters as in `stages`; `T` and `M` count query and key blocks."""
+"""The vocabulary of site attention. Letters as in `tokens`; `T` and `M` count query and key blocks."""
 
 from __future__ import annotations
 
@@ -25,9 +25,8 @@ class Rope:
     """How a decoder layer rotated the queries and keys of one row.
 
     Attributes:
-        cos, sin: [N, r] of each token, as the layer was given them: the axes of M-RoPE are joined, a factor on attention (YaRN) is in
-            both, and r < d where RoPE turns a part of a head only.
-        rotate: the model's own, (q [1, H, N, d], k [1, Hk, N, d], cos [1, N, r], sin [1, N, r]) -> both of them rotated.
+        cos, sin: [N, r] as the layer was given them: axes of M-RoPE joined, times YaRN's factor; r < d where a part of a head turns.
+        rotate: the model's own, (q [1, H, N, d], k [1, Hk, N, d], cos [1, N, r], sin [1, N, r]) -> q and k rotated.
     """
 
     cos: Tensor
@@ -60,13 +59,12 @@ class PrefillQK:
     Attributes:
         q: [H, N, d] queries with RoPE; k: [Hk, N, d] keys, query head h reads key head h // (H / Hk).
         scale: factor on q . k before the softmax.
-        layer: decoder layer.
         image: [N] image of each token, as an index into `parts`; -1 for text (newlines and time stamps included).
-        place: [N] position among its image's unpruned tokens, -1 for text.
+        raster_index: [N] position among its image's unpruned tokens, -1 for text.
         parts: rasters of every image of the batch, as in VisualTokens.
-        probe: what its queries attend to, shared with a stage of site cache; use it through `vtoken.stages.query_attention.shared`.
+        query_attention: shared with a stage of site cache; use it through `query_attention.shared`.
         rope: what q and k were rotated by, where the stage asks for it.
-        known: what was worked out from image, place and parts alone, for all layers that see this layout; use `once`.
+        known: results of `once`, for all layers that see this layout.
     """
 
     q: Tensor
@@ -81,7 +79,7 @@ class PrefillQK:
     known: dict[Hashable, Any] = field(default_factory=dict)
 
     def once(self, key: Hashable, work: Callable[[], Any]) -> Any:
-        """What `work` returns, from the first time it was asked for under this key; it may read image, place and parts, not q and k."""
+        """`work()`, done the first time under this key; it may read image, raster_index and parts, not q and k."""
         if key not in self.known:
             self.known[key] = work()
         return self.known[key]
@@ -99,13 +97,13 @@ class PrefillQK:
 
 @dataclass(frozen=True)
 class SparseMask:
-    """What the queries of a prompt read: the decision, plain data. Causality holds besides, whatever it says.
+    """The decision: what the queries of a prompt read, within what is causal.
 
     Attributes:
         size: tokens of a block, a power of two from 16 on.
         blocks: [H, T, M] bool, the key blocks that each query block reads.
-        columns: [H, G, C] int32, single keys besides (-1 = none); query block t reads list t // share.
-        of: [T] int32, the list that each query block reads instead: for few lists that query blocks share in no order.
+        columns: [H, G, C] int32, single keys besides (-1 = none); query block t reads list of[t], or t // share.
+        of: [T] int32.
         dense: [H, N] bool, queries that read all keys before them.
         own: [N] bool, queries that read their own key besides, where no block or list has it.
     """
@@ -139,7 +137,7 @@ class SparseMask:
         return backend_of(q, k, v, self.columns, self.dense)
 
     def _dense(self) -> tuple[Tensor, Tensor]:
-        """The dense queries of every head as a list [H, N], -1 behind the last, and the blocks [H, T, M] that they read."""
+        """Dense queries of every head as a list [H, N], -1 behind the last, and the blocks [H, T, M] that they read."""
         assert self.dense is not None
         heads, n = self.dense.shape
         _, tiles, blocks = self.blocks.shape
@@ -150,26 +148,9 @@ class SparseMask:
         last = padded.view(heads, tiles, self.size).amax(-1, keepdim=True).div(self.size, rounding_mode="floor")
         return rows, torch.arange(blocks, device=rows.device) <= last
 
-    def visible(self, rows: Tensor) -> Tensor:
-        """[H, R, N] bool: which keys the queries `rows` [R] read, of a prompt of N = M * size tokens."""
-        n = self.blocks.shape[2] * self.size
-        seen = self.blocks[:, rows // self.size].repeat_interleave(self.size, 2)
-        if self.columns is not None:
-            heads, groups, _ = self.columns.shape
-            marks = seen.new_zeros(heads, groups, n + 1)
-            marks.scatter_(2, torch.where(self.columns < 0, n, self.columns).long(), True)
-            tiles = rows // self.size
-            seen |= marks[:, tiles // self.share if self.of is None else self.of[tiles], :n]
-        if self.own is not None:
-            seen |= (torch.arange(n, device=rows.device) == rows[:, None]) & self.own[rows, None]
-        if self.dense is not None:
-            seen |= self.dense[:, rows, None]
-        return seen & (torch.arange(n, device=rows.device) <= rows[:, None])
-
     def density(self) -> Tensor:
-        """What is computed, as a share of all causal blocks, head mean: a scalar on the device of `blocks`. A single key counts a
-        `size`-th of a block for every query block that reads it, dense queries count whole query blocks, own keys nothing; a head at most
-        1, though dense queries go through the lists, too. 1 for a prompt of no tokens."""
+        """[] what is computed, as a share of all causal blocks, head mean. A single key counts a `size`-th of a block for every query
+        block that reads it, dense queries count whole query blocks, own keys nothing; a head at most 1. 1 for a prompt of no tokens."""
         below = causal(self.blocks)
         if not below.numel():
             return torch.ones((), device=below.device)
@@ -189,7 +170,7 @@ class SparseMask:
         return (total / torch.count_nonzero(below)).clamp(max=1).mean()
 
     def _unread(self, below: Tensor) -> Tensor:
-        """[H, G, M] int32: how many of the query blocks that share a list read its keys in this block by the list alone."""
+        """[H, G, M] int32: how many query blocks of a list read its keys in this block by the list alone."""
         assert self.columns is not None
         alone = below & ~self.blocks
         groups = self.columns.shape[1]
@@ -202,35 +183,29 @@ class SparseMask:
 
 @dataclass(frozen=True)
 class DenseSubset:
-    """The other kind of decision: these tokens attend, causally, and only to each other; all others get zeros from attention.
-
-    Attributes:
-        index: [P] positions, ascending, the same for all heads.
-        length: N.
-    """
+    """The other kind of decision: the tokens `index` [P] (ascending, of N = `length`) attend, causally, to each other; others get zeros."""
 
     index: Tensor
     length: int
 
     def apply(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """As `Reads.apply`, by dense attention over what is gathered."""
+        """As SparseMask.apply, by dense attention over what is gathered."""
         q_, k_, v_ = (x[None, :, self.index] for x in (q, k, v))
         out = scaled_dot_product_attention(q_, k_, v_, is_causal=True, scale=scale, enable_gqa=True)[0]
         return q.new_zeros(*q.shape[:2], v.shape[2]).index_copy(1, self.index, out)
 
     def backend(self, q: Tensor, k: Tensor, v: Tensor) -> str:
-        """What computes `apply`: torch."""
+        """As SparseMask.backend."""
         return "torch"
 
     def density(self) -> Tensor:
-        """Scores that are computed, as a share of all causal ones."""
-        held = len(self.index)
-        share = held * (held + 1) / (self.length * (self.length + 1))
+        """[] scores that are computed, as a share of all causal ones."""
+        share = len(self.index) * (len(self.index) + 1) / (self.length * (self.length + 1))
         return torch.tensor(share, dtype=torch.float32, device=self.index.device)
 
 
 def with_own(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Attention [H, N, d] with every query's own key and value added to what `out` and `lse` (as `block_sparse_attention` gives them) hold."""
+    """Attention [H, N, d] with every query's own key added to `out` and `lse` of `block_sparse_attention`."""
     k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
     wide = torch.promote_types(q.dtype, torch.float32)
     own = (q.to(wide) * k.to(wide)).sum(-1) * (scale / log(2))
@@ -239,7 +214,7 @@ def with_own(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: f
 
 
 def causal(blocks: Tensor) -> Tensor:
-    """[T, M] bool: the key blocks that no query block is wholly in front of, for a map [..., T, M] of a whole prompt."""
+    """[T, M] bool: the key blocks that start in or before each query block, for a map [..., T, M] of a whole prompt."""
     t, m = (torch.arange(n, device=blocks.device) for n in blocks.shape[-2:])
     return m <= t[:, None]
 
@@ -258,10 +233,10 @@ class SparseAttention(Compressor):
     """
 
     site: ClassVar[Site] = "attention"
-    rope: ClassVar[bool] = False  # whether it asks for Prompt.rope
+    rope: ClassVar[bool] = False  # whether it asks for PrefillQK.rope
 
     min_len: int = Field(
-        default=8192, ge=0, description="prompts of fewer tokens (after pruning) keep the model's own attention"
+        8192, ge=0, description="prompts of fewer tokens (after pruning) keep the model's own attention"
     )
     dense_layers: tuple[int, ...] = Field(default=(), description="decoder layers that keep the model's own attention")
 
@@ -270,7 +245,7 @@ class SparseAttention(Compressor):
         return tuple(k for k in range(depth) if k not in dense)
 
     def heads_incompatibility(self, heads: int, key_heads: int, width: int) -> str:
-        """Why a decoder with so many query and key heads of this width cannot be served, and what to do; empty where it can. Asked when wrapping."""
+        """Why a decoder with so many query and key heads of this width cannot be served, and what to do; "" if it can."""
         return ""
 
     def reads(self, prompt: PrefillQK) -> SparseMask | DenseSubset:
@@ -278,5 +253,5 @@ class SparseAttention(Compressor):
         raise NotImplementedError(f"stage {self.name} defines no reads()")
 
     def density(self, length: int, layer: int) -> float | None:
-        """`Reads.density` of a prompt of so many tokens, head mean; None where it depends on what the prompt says."""
+        """Density of a prompt of so many tokens; None where it depends on what the prompt says."""
         return None

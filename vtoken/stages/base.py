@@ -1,7 +1,4 @@
-"""The vocabulary between models and methods: Stage, Pruner, Compressor, and from `tokens` what they decide about.
-
-A method imports this file and never sees a model; an adapter never sees a method. Letters as in `tokens`.
-"""
+"""What a method is: Stage, Pruner, Compressor. Letters as in `tokens`."""
 
 from __future__ import annotations
 
@@ -57,15 +54,15 @@ class Stage(BaseModel):
         return self
 
     def merge_point(self) -> Literal["plain", "proportional"] | None:
-        """Of encoder stages that act between attention and MLP: whether keys then count as often as they have members (log size)."""
+        """For encoder stages between attention and MLP: whether keys count once, or as often as they have members (log size)."""
         return None
 
     def incompatibility(self, depth: int, width: int) -> str:
-        """Why what the stage was given (weights, tables) does not fit an LLM of so many layers and channels; "" if it does."""
+        """Why its weights or tables do not fit an LLM of so many layers and channels; "" if they do."""
         return ""
 
     def tower_incompatibility(self, width: int, unit: int) -> str:
-        """As `incompatibility`, of a vision tower with keys of so many channels that makes so many patches into one token."""
+        """As `incompatibility`, for a vision tower with keys of so many channels and `unit` patches to a token."""
         return ""
 
     def unload(self) -> None:
@@ -76,26 +73,23 @@ class Stage(BaseModel):
         raise NotImplementedError(f"stage {self.name} defines no select()")
 
     def query_tokens(self, tokens: VisualTokens) -> list[Tensor]:
-        """Per image, the text tokens whose attention is the fact text_attention, as indices into the fact later_text, the only one of
-        `tokens`. Asked once, on what enters the decoder."""
-        raise NotImplementedError(f"stage {self.name} asks for text_attention and defines no raters()")
+        """Per image, the text tokens whose attention text_attention is, as indices into later_text, the only fact of `tokens`. Asked once,
+        on what enters the decoder."""
+        raise NotImplementedError(f"stage {self.name} asks for text_attention and defines no query_tokens()")
 
     def unmerge_mode(self) -> Unmerging | None:
-        """At site attention, whether a merged token attends, and is attended to, at every place of its members; if so, what the KV cache
-        holds: keys and values of every place (expanded) or one of each merged token (merged)."""
+        """At site attention: "expanded" or "merged" where a merged token attends, and is attended to, at the places of all its members;
+        the KV cache then holds keys and values of every place, or one of each merged token."""
         return None
 
     def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
-        """Tokens it leaves of each image, without running it: what the FLOPs account uses.
-
-        Stages whose count depends on the picture return what they expect and say so in their docstring.
-        """
+        """Tokens it leaves of each image, for the FLOPs account; an expectation where that depends on the picture."""
         return tuple(lengths)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        """FLOPs of the decision itself (facts are counted by the account); 0 where only comparisons are made."""
+        """FLOPs of the decision without its facts; 0 where only comparisons are made."""
         return 0
 
 

@@ -1,7 +1,7 @@
-"""The vocabulary of site `cache`: CachedLayer, Hold, Ready, Packed (quantized.py), CacheStage; Later for what is generated.
+"""The vocabulary of site cache. Letters as in `tokens`; query head h reads key head h // (H / Hk).
 
 When the prefill ends, what a decoder layer keeps of the prompt is decided row by row, so that a batch decides as its rows do alone.
-Every KV head holds the same number of tokens, but not necessarily the same ones. Keys carry RoPE already: what stays keeps its position.
+Every KV head holds the same number of tokens, but not necessarily the same ones. Keys carry RoPE: what stays keeps its position.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from pydantic import field_validator
 from torch import Tensor
 
@@ -24,18 +23,16 @@ from vtoken.stages.query_attention import QueryAttention
 
 @dataclass(frozen=True)
 class CachedLayer:
-    """One decoder layer's keys and values of one row's prompt: of the N tokens of this forward, without padding and without what follows
-    the prompt (drafts, an answer that is scored).
+    """One decoder layer of one row: of the N tokens of this forward, without padding and what follows the prompt (drafts, an answer).
 
     Attributes:
-        keys, values: [Hk, N, d].
-        queries: [H, N, d]; query head h reads key head h // (H / Hk).
-        images: per image, the slots [N_i] of its visual tokens, ascending. All other slots are text (newline tokens of images too).
+        keys, values: [Hk, N, d]; queries: [H, N, d].
+        images: per image, the slots [N_i] of its visual tokens, ascending; all others are text, or newline tokens.
         slots: the same on the host.
         scale: factor on q . k before the softmax.
         layer, depth: index of the layer, and how many there are.
-        native: what a foreign method may want to see, if the stage says so: the attention module, its input and its RoPE.
-        probe: what its queries attend to, as a stage of site attention left it; use it through `vtoken.stages.query_attention.shared`.
+        native: for stages that say they want it.
+        query_attention: as a stage of site attention left it; use it through `query_attention.shared`.
     """
 
     keys: Tensor
@@ -62,8 +59,7 @@ class CachedLayer:
 
 @dataclass(frozen=True)
 class Native:
-    """The attention module of a layer, the hidden states [1, N, D] it is given, cos and sin [1, N, d], and the model's RoPE (None: it
-    has several axes)."""
+    """An attention module, the hidden states [1, N, D] it is given, cos and sin [1, N, d], and the model's RoPE (None: of several axes)."""
 
     module: Any
     hidden: Tensor
@@ -73,13 +69,13 @@ class Native:
 
 @dataclass(frozen=True)
 class KeepSlots:
-    """The decision, plain data.
+    """The decision: which slots stay.
 
     Attributes:
         index: [Hk, C] slots that stay, ascending.
-        counts: visual tokens that stay of each image, if they are as many in every head; None: text goes too, or it depends on the head.
+        counts: visual tokens that stay of each image; None: text goes too, or heads differ.
         into: [Hk, N] which of the C absorbs each token, -1 for none; None where nothing is merged.
-        weight: [Hk, N] factor of each token in the sum that takes the place of what absorbs it; given with `into`.
+        weight: [Hk, N] factor of each token in the sum that replaces what absorbs it; given with `into`.
     """
 
     index: Tensor
@@ -103,7 +99,7 @@ class KeepSlots:
 
 @dataclass(frozen=True)
 class ReplacedKV:
-    """Keys and values [Hk, C, d] as they are to be cached, from a method that does not say which tokens they are of."""
+    """The decision: keys and values [Hk, C, d] to be cached, whatever tokens they are of."""
 
     keys: Tensor
     values: Tensor
@@ -117,11 +113,10 @@ class GeneratedBlock:
     """One decoder layer of one row while it generates.
 
     Attributes:
-        keys: [Hk, N, d] of all N tokens held that the query sees, itself the last.
+        keys: [Hk, N, d] of all cached tokens that the query sees, itself the last.
         at: which of them the stage is asked about; values: [Hk, len(at), d] of these.
-        query: [H, d] of the newest token; query head h reads key head h // (H / Hk).
+        query: [H, d] of the newest token.
         scale: factor on q . k before the softmax.
-        layer: index of the layer.
     """
 
     keys: Tensor
@@ -135,32 +130,31 @@ class GeneratedBlock:
 class CacheStage(Compressor):
     """Shrinks the KV cache when the prefill ends. One per pipeline.
 
-    Class attribute `native`: it wants CachedLayer.native.
+    `prompt` and `lengths` are the tokens of a row's prompt and, of these, the visual ones of each image.
     """
 
     site: ClassVar[Site] = "cache"
-    native: ClassVar[bool] = False
+    native: ClassVar[bool] = False  # whether it wants CachedLayer.native
 
     def compress(self, layer: CachedLayer) -> Decision:
         """The decision for one layer of one row that holds at least one visual token."""
         raise NotImplementedError(f"stage {self.name} defines no compress()")
 
     def query_window(self, prompt: int, lengths: Sequence[int], behind: int) -> int:
-        """How many last queries' `Probe.received` it will ask for, of a prompt of so many tokens, visual ones as `lengths` says and
-        `behind` of them behind the last visual one; 0: none. Only saves work: a probe that a stage of site attention makes leaves them."""
+        """Of how many last queries it will ask QueryAttention.received (0: none), with `behind` tokens behind the last visual one. Only
+        saves work: a stage of site attention may leave them."""
         return 0
 
     def requantize_every(self) -> int | None:
-        """Tokens behind the prompt after which `requantize` is asked about them, again and again; None: never. Only rows that `compress` put
-        into few bits are asked about."""
+        """After how many generated tokens `requantize` is asked about them, again and again, in quantized rows; None: never."""
         return None
 
     def requantize(self, layer: GeneratedBlock) -> QuantizedKV:
-        """What becomes of so many tokens behind the prompt, all of `layer.at`."""
-        raise NotImplementedError(f"stage {self.name} defines no later()")
+        """What becomes of the tokens `layer.at`."""
+        raise NotImplementedError(f"stage {self.name} defines no requantize()")
 
     def compressor(self, model: Any) -> Callable[[CachedLayer], Decision]:
-        """What decides on this model, for methods that have to be set up; asked once, by `wrap`.
+        """What decides on this model, where a method has to be set up; asked once, by `wrap`.
 
         Raises:
             ImportError, ValueError: it cannot run there.
@@ -168,17 +162,17 @@ class CacheStage(Compressor):
         return self.compress
 
     def slots(self, prompt: int, lengths: Sequence[int]) -> int:
-        """Tokens that every head holds of a prompt of so many tokens, visual ones as `lengths` says: what the FLOPs account uses."""
+        """Tokens that every head keeps: what the FLOPs account uses."""
         return prompt
 
     def packed_bytes(
         self, prompt: int, lengths: Sequence[int], kv_heads: int, head_dim: int, dtype_bytes: int
     ) -> int | None:
-        """Bytes of keys and values of the prompt in one layer of one row, if they are put into few bits; None: `slots` at full width."""
+        """Bytes of one layer's keys and values if they are quantized; None: `slots` at full width."""
         return None
 
     def cost(self, prompt: int, lengths: Sequence[int], heads: int, kv_heads: int, head_dim: int) -> int | None:
-        """FLOPs of the decision in one layer of one row; None if not known."""
+        """FLOPs of the decision in one layer; None if not known."""
         return 0
 
     @field_validator("*")
@@ -187,26 +181,3 @@ class CacheStage(Compressor):
         if isinstance(value, Budget) and value.per is not None:
             raise ValueError(f"{value.per} cannot be had in the KV cache; take a count, a share or {{total: 640}}")
         return value
-
-
-def best(scores: Tensor, k: int) -> Tensor:
-    """[Hk, k] indices of the k highest of [Hk, M] scores, ascending; ties go to the lower index."""
-    return scores.argsort(dim=-1, descending=True, stable=True)[:, :k].sort(-1).values
-
-
-def hold_text(layer: CachedLayer, scores: Tensor, counts: Sequence[int]) -> KeepSlots:
-    """Keeps all text and, head by head, the visual tokens of each image that score highest.
-
-    Args:
-        scores: [Hk, N]; counts: tokens to keep of each image.
-    """
-    alive = torch.ones_like(scores, dtype=torch.bool)
-    for slots, k in zip(layer.images, counts, strict=True):
-        alive[:, slots] = False
-        alive.scatter_(1, slots[best(scores[:, slots], k)], True)
-    return KeepSlots(ascending(alive, scores.shape[1] - sum(layer.lengths) + sum(counts)), tuple(counts))
-
-
-def ascending(alive: Tensor, count: int) -> Tensor:
-    """[Hk, count] positions of the True ones, `count` in every row of alive [Hk, N]."""
-    return alive.byte().argsort(dim=-1, descending=True, stable=True)[:, :count]

@@ -1,4 +1,4 @@
-"""Keys and values in few bits: codes without gaps between them, and what it takes to read them. Plain data."""
+"""Keys and values in few bits: codes without gaps between them, and what it takes to read them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class QuantizedTensor:
 
     Attributes:
         packed: uint8 [Hk, n, ceil(d * bits / 8)].
-        low, high: minimum and maximum, each axis that of the numbers or 1; in their dtype, where both are exact and a step would not be.
+        low, high: minimum and maximum, broadcast against the numbers; in their dtype, where both are exact and a step would not be.
     """
 
     packed: Tensor
@@ -70,10 +70,10 @@ def _step(low: Tensor, high: Tensor, bits: int) -> Tensor:
 
 @dataclass(frozen=True)
 class QuantizedKV:
-    """Keys and values [Hk, N, d] of some tokens of a row in few bits. `keys` and `values` work them out anew whenever they are read.
+    """Keys and values [Hk, N, d] of some tokens of a row in few bits; reading `keys` and `values` computes them anew.
 
     Attributes:
-        place: int32 [N] where each token stands among the tokens of all groups, one group after the other.
+        place: int32 [N] where each token stands among those of all groups, one group after the other.
         peak: [Hk, 1, d] by whose root every channel of the values was divided; zeros count as ones.
         key_groups, value_groups: tokens that were rounded together; in every group of both the same.
     """
@@ -114,7 +114,7 @@ class QuantizedKV:
         return replace(self, place=self.place[:count].clone())
 
     def map(self, function: Callable[[Tensor], Tensor]) -> QuantizedKV:
-        """The same of what the function makes of every tensor, as moved to another device."""
+        """With the function applied to every tensor, as to move them to another device."""
         keys, values = (tuple(c.map(function) for c in groups) for groups in (self.key_groups, self.value_groups))
         return QuantizedKV(function(self.place), function(self.peak), keys, values)
 

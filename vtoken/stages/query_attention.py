@@ -1,4 +1,4 @@
-"""What some queries of a prompt attend to in one decoder layer, worked out once for all stages that ask."""
+"""What some queries of a prompt attend to in one decoder layer, computed once for all stages that ask."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class QueryAttention:
 
     Attributes:
         q: [H, N, d] queries with RoPE; k: [Hk, N, d] keys, query head h reads key head h // (H / Hk); scale: factor on q . k.
-        announced: how many last queries' sums will be asked for later, 0 for none. A pass over as many or more leaves them behind.
+        announced: of how many last queries `received` will be asked for later, 0 for none. A pass over more keeps them.
     """
 
     def __init__(self, q: Tensor, k: Tensor, scale: float, announced: int = 0) -> None:
@@ -24,8 +24,7 @@ class QueryAttention:
         self._found: dict[Hashable, Any] = {}
 
     def lines(self, count: int) -> tuple[Tensor, Tensor]:
-        """[Hk, H / Hk, N] fp32 each: attention from the last `count` queries that every token receives, and that goes to every
-        distance, summed over them."""
+        """[Hk, H / Hk, N] fp32 each: attention of the last `count` queries, summed, to every token and over every distance."""
 
         def work() -> tuple[Tensor, Tensor]:
             recent = self.announced if self.announced < count else 0
@@ -40,7 +39,7 @@ class QueryAttention:
         return found
 
     def received(self, count: int) -> Tensor:
-        """[Hk, H / Hk, N] fp32: attention that every token receives from the last `count` queries, summed over them."""
+        """[Hk, H / Hk, N] fp32: attention of the last `count` queries, summed, to every token."""
 
         def work() -> Tensor:
             q, k = (x.transpose(0, 1) for x in (self.q[:, -count:], self.k))
@@ -56,31 +55,18 @@ class QueryAttention:
         return zip(self.q.split(len(self.q) // len(self.k)), self.k.split(1), strict=True)
 
     def once(self, key: Hashable, work: Callable[[], Any]) -> Any:
-        """What `work` returns, from the first time it was asked for under this key."""
+        """`work()`, done the first time under this key."""
         if key not in self._found:
             self._found[key] = work()
         return self._found[key]
 
 
 def shared(given: QueryAttention | None, q: Tensor, k: Tensor, scale: float) -> QueryAttention:
-    """The probe that was handed on, if it is of these very queries and keys; else one of its own."""
-    if given is not None and (same(given.q, q) and same(given.k, k)) and given.scale == scale:
-        return given
-    return QueryAttention(q, k, scale)
+    """The given one, if it is of these very queries and keys; else a new one."""
+    fits = given is not None and same(given.q, q) and same(given.k, k) and given.scale == scale
+    return given if given is not None and fits else QueryAttention(q, k, scale)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are one view of the same memory."""
     return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
-
-
-def last_rows(q: Tensor, k: Tensor, rows: int, scale: float) -> Tensor:
-    """[H, rows, N] fp32 attention of the last queries of [H, N, d] over keys [H or 1, N, d], causal."""
-    return rows_at(q, k, torch.arange(k.shape[1] - rows, k.shape[1], device=q.device), scale)
-
-
-def rows_at(q: Tensor, k: Tensor, at: Tensor, scale: float) -> Tensor:
-    """[H, R, N] fp32 attention of the queries at these positions [R] of [H, N, d] over keys [H or 1, N, d], causal."""
-    scores = (q[:, at].float() @ k.float().transpose(1, 2)) * scale
-    ahead = torch.arange(k.shape[1], device=q.device) > at[:, None]
-    return scores.masked_fill(ahead, -torch.inf).softmax(-1)

@@ -87,7 +87,7 @@ def size_of(parts: Parts) -> int:
 
 
 def uploaded(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """[len] on the device. The host does not wait for what the device is doing, as it would in `torch.tensor(values, device=device)`."""
+    """[len] on the device; other than in `torch.tensor(values, device=device)` the host does not wait for the device."""
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
@@ -104,8 +104,8 @@ def image_of(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def segments_of(parts: Parts, per: str) -> int:
-    """Frames of a video, or crops of an anyres image with the downscaled whole. Crops are counted from the size without padding, which is
-    what a plan knows: a long picture that is forced into 2 x 2 crops has more of them."""
+    """Frames of a video, or crops of an anyres image with the downscaled whole, counted from its size without padding: a long picture
+    that is forced into 2 x 2 crops has more of them."""
     if len(parts) == 1:
         return parts[0][0] if per == "per_frame" else 1
     (_, side, _), (_, height, width) = parts
@@ -159,20 +159,12 @@ class Keep:
         return Keep(self.index.to(device), self.lengths, into, weight, f)
 
     def skipping(self, lengths: Sequence[int], skipped: Sequence[bool]) -> Keep:
-        """The same decision, but these images keep all their tokens as they are.
-
-        Args:
-            lengths: N_i of every image; skipped: whether it keeps them.
-        """
+        """The same decision, but images (of N_i = `lengths` tokens) that are skipped keep all tokens as they are."""
         own = uploaded(skipped, self.index.device, torch.bool)[image_of(lengths, self.index.device)]
         return self.retaining(own, [n if s else k for n, k, s in zip(lengths, self.lengths, skipped, strict=True)])
 
     def retaining(self, own: Tensor, lengths: Sequence[int]) -> Keep:
-        """The same decision, but these tokens stay as they are.
-
-        Args:
-            own: [ΣN] bool which; lengths: kept per image then.
-        """
+        """The same decision, but the tokens `own` [ΣN] bool stay as they are; `lengths` are kept per image then."""
         alive = own.clone()
         alive[self.index] = True
         slot = alive.cumsum(0) - 1
@@ -189,7 +181,7 @@ class Keep:
         return Keep(index, tuple(lengths), into, weight, fused)
 
     def apply(self, x: Tensor, project: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Applies the decision to anything whose first axis is the packed token axis: [ΣN, ...] -> [ΣK, ...].
+        """Applies the decision to anything with a packed token axis: [ΣN, ...] -> [ΣK, ...].
 
         Args:
             project: makes embeddings [M, D] of features [M, D_encoder], where x are embeddings and the family can.

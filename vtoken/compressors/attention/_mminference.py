@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vtoken.compressors._rows import last_rows
 from vtoken.compressors.attention._blocks import best, per_head
 from vtoken.compressors.attention._singles import listed
 from vtoken.kernels import probe_sums
 from vtoken.stages import uploaded
 from vtoken.stages.attention import PrefillQK
-from vtoken.stages.query_attention import last_rows
 
 SIZE = 64  # tokens of a block, and queries of a probe
 FIRST, NEAR = 30, 100  # keys at the start and distances that every vertical-slash index holds

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from vtoken.compressors.cache import _presses
-from vtoken.stages.cache import CachedLayer, CacheStage, Decision, ReplacedKV, hold_text
+from vtoken.compressors.cache._slots import hold_text
+from vtoken.stages.cache import CachedLayer, CacheStage, Decision, ReplacedKV
 
 
 class KVPress(CacheStage):

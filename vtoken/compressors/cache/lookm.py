@@ -10,10 +10,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from vtoken.compressors.cache._slots import ascending, best, hold_text
 from vtoken.kernels import gather_cache, nearest_tokens
 from vtoken.stages import offsets_of
 from vtoken.stages.budget import Budget
-from vtoken.stages.cache import CachedLayer, CacheStage, KeepSlots, ascending, best, hold_text
+from vtoken.stages.cache import CachedLayer, CacheStage, KeepSlots
 from vtoken.stages.query_attention import shared
 
 

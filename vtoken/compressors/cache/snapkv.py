@@ -10,8 +10,9 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional as F
 
+from vtoken.compressors.cache._slots import best, hold_text
 from vtoken.stages.budget import Budget
-from vtoken.stages.cache import CachedLayer, CacheStage, KeepSlots, best, hold_text
+from vtoken.stages.cache import CachedLayer, CacheStage, KeepSlots
 from vtoken.stages.query_attention import shared
 
 

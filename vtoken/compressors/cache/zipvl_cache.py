@@ -11,9 +11,10 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from vtoken.compressors._zipvl import Important, quantised
+from vtoken.compressors.cache._slots import ascending
 from vtoken.kernels import query_attention
 from vtoken.stages import offsets_of
-from vtoken.stages.cache import CachedLayer, CacheStage, GeneratedBlock, KeepSlots, ascending
+from vtoken.stages.cache import CachedLayer, CacheStage, GeneratedBlock, KeepSlots
 from vtoken.stages.quantized import QuantizedKV
 from vtoken.stages.query_attention import shared
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vtoken.compressors._rows import rows_at
 from vtoken.compressors.attention._blocks import best
 from vtoken.compressors.attention._seer import chosen, logits, pooled
 from vtoken.errors import ConfigError
 from vtoken.evals.shared.samples import Sample, prepare
 from vtoken.session import wrapped
 from vtoken.stages.attention import PrefillQK, Rope, SparseAttention, SparseMask, everything
-from vtoken.stages.query_attention import rows_at
 
 LEAST = 4  # blocks of a prompt below which there is nothing to learn
 STD = 0.02  # of gates that nobody trained, the authors' for Llama and Qwen

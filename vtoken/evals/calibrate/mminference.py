@@ -61,8 +61,25 @@ def recall(prompt: PrefillQK, reads: SparseMask) -> Tensor:
     for rows in seen.split(QUERIES):
         scores = prompt.q[:, rows].float() @ keys.transpose(1, 2) * prompt.scale
         share = scores.masked_fill(place > rows[:, None], -torch.inf).softmax(-1)[..., seen]
-        total += torch.where(reads.visible(rows)[..., seen], share, 0).sum((1, 2)).cpu()
+        total += torch.where(visible(reads, rows)[..., seen], share, 0).sum((1, 2)).cpu()
     return total / len(seen)
+
+
+def visible(mask: SparseMask, rows: Tensor) -> Tensor:
+    """[H, R, N] bool: which keys the queries `rows` [R] read, of a prompt of N = M * size tokens."""
+    n = mask.blocks.shape[2] * mask.size
+    seen = mask.blocks[:, rows // mask.size].repeat_interleave(mask.size, 2)
+    if mask.columns is not None:
+        heads, groups, _ = mask.columns.shape
+        marks = seen.new_zeros(heads, groups, n + 1)
+        marks.scatter_(2, torch.where(mask.columns < 0, n, mask.columns).long(), True)
+        tiles = rows // mask.size
+        seen |= marks[:, tiles // mask.share if mask.of is None else mask.of[tiles], :n]
+    if mask.own is not None:
+        seen |= (torch.arange(n, device=rows.device) == rows[:, None]) & mask.own[rows, None]
+    if mask.dense is not None:
+        seen |= mask.dense[:, rows, None]
+    return seen & (torch.arange(n, device=rows.device) <= rows[:, None])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ import torch
 from vtoken import config, registry
 from vtoken.errors import ConfigError, OtherModelError, UnsupportedError
 from vtoken.evals.shared.configs import builtin
-from vtoken.hooks.state.fact_tables import substituted
+from vtoken.hooks.state.encoder_fact import substituted
 from vtoken.session import wrapped
 from vtoken.stages import Stage
 from vtoken.stages.budget import Budget

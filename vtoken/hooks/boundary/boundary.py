@@ -22,8 +22,7 @@ from vtoken.hooks.boundary.prefill_start import build_prefill
 from vtoken.hooks.cache.shrink import CacheShrinker
 from vtoken.hooks.state.checkpointing import replays
 from vtoken.hooks.state.context import Context
-from vtoken.hooks.state.encoder_fact import encoder_fact
-from vtoken.hooks.state.fact_tables import substituted
+from vtoken.hooks.state.encoder_fact import encoder_fact, substituted
 from vtoken.hooks.state.forward_state import ForwardState, StaticStep, eager, steps
 from vtoken.hooks.state.left_padding import take
 from vtoken.hooks.state.prefill_state import PrefillState

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from vtoken.errors import UnsupportedError
@@ -21,3 +23,8 @@ def encoder_fact(context: Context, flow: PrefillState, stage: Stage, need: Fact)
     full = located.gather([encode.facts[stored] for encode in located.encodes])
     live = offsets_of(v.history.full, v.image.device)[:-1][v.image] + v.history.raster_index
     return full[live.to(full.device)].to(flow.hidden.device)
+
+
+def substituted(stage: Stage, substitutes: Mapping[str, str]) -> dict[str, str]:
+    """Facts that the stage asks for and the family replaces -> what it gives."""
+    return {need.name: substitutes[need.name] for need in stage.needs() if need.name in substitutes}

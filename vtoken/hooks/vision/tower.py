@@ -19,7 +19,7 @@ from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.checkpointing import check_replay
 from vtoken.hooks.state.context import Context, by_layer
 from vtoken.hooks.state.decide import decide
-from vtoken.hooks.state.fact_tables import substituted
+from vtoken.hooks.state.encoder_fact import substituted
 from vtoken.hooks.state.live_tokens import skipped_entry
 from vtoken.hooks.state.run import TokenHistory
 from vtoken.hooks.state.trace import StageTrace
