@@ -9,8 +9,8 @@ import torch
 from flop_counts import CLOSE, counted
 from transformers import AutoModelForImageTextToText, DynamicCache
 
-from vtoken.evals.cost.flops import account, resolve_config
-from vtoken.evals.shared.configs import builtin
+from vtoken.evals.cost.flops import account
+from vtoken.evals.shared.configs import builtin, resolve_config
 
 # Parameters in millions: what a typing error in a config would change.
 PARAMETERS = {

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from vtoken.adapters.base import Adapter
 from vtoken.errors import ConfigError
-from vtoken.evals.cost.geometry import ImageSize, geometry
+from vtoken.evals.cost.geometry import geometry
 from vtoken.evals.cost.geometry.padded import pair
 from vtoken.evals.cost.geometry.qwen import patch_grid
+from vtoken.evals.shared.options import ImageSize
 from vtoken.hooks.state.run import KINDS
 
 
@@ -50,11 +51,7 @@ def random_prompt(
     """Prompts of text_tokens random ids and `images` random pictures, or videos where `frames` is above 1.
 
     Args:
-        image_size: as `vtoken.evals.cost.geometry.geometry` takes it; pixels have the size that the family's processor would give them.
-
-    Raises:
-        ConfigError: too little text to part the pictures (Qwen), or a size that the family's processor refuses.
-        UnsupportedError: a family without random prompts, or video for one that has none.
+        image_size: as `geometry` takes it; pixels have the size that the family's processor would give them.
     """
     model: Any = adapter.model
     config, kind = model.config, "video" if frames > 1 else "image"
@@ -95,6 +92,7 @@ def _pixels(
     """Arguments of the family's feature function, on the CPU."""
     shape = geometry(config, image_size, images, frames)
     vision, family, count = config.vision_config, config.model_type, batch * images
+    suffix = "_videos" if frames > 1 else ""
 
     def draw(*size: int) -> Tensor:
         return torch.randn(size, generator=generator)
@@ -102,10 +100,9 @@ def _pixels(
     if family.startswith("qwen"):
         grid = t, h, w = patch_grid(vision, image_size, frames)
         numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        kind, suffix = ("video", "_videos") if frames > 1 else ("image", "")
         found = {
             f"pixel_values{suffix}": draw(count * t * h * w, numbers),
-            f"{kind}_grid_thw": torch.tensor([grid] * count),
+            f"{'video' if frames > 1 else 'image'}_grid_thw": torch.tensor([grid] * count),
         }
         if family == "qwen2_5_vl" and frames > 1:
             found["second_per_grid_ts"] = torch.ones(count)
@@ -113,10 +110,9 @@ def _pixels(
     crop = (vision.num_channels, *pair(vision.image_size))
     if family == "llava":
         return {"pixel_values": draw(count, *crop)}
-    pixels = draw(count, len(shape.tower.crops), *crop)
-    if frames > 1:
-        return {"pixel_values_videos": pixels}
-    found = {"pixel_values": pixels, "image_sizes": torch.tensor([pair(image_size or vision.image_size)] * count)}
-    if family == "llava_onevision":
-        found["batch_num_images"] = torch.full((batch,), images)
+    found = {f"pixel_values{suffix}": draw(count, len(shape.tower.crops), *crop)}
+    if frames == 1:
+        found["image_sizes"] = torch.tensor([pair(image_size or vision.image_size)] * count)
+        if family == "llava_onevision":
+            found["batch_num_images"] = torch.full((batch,), images)
     return found

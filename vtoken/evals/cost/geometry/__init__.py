@@ -1,4 +1,4 @@
-"""What a config says about shapes: depths, widths and tokens that the account multiplies. One function per family."""
+"""What a config says about shapes: depths, widths and tokens. One function per family."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 from vtoken.errors import UnsupportedError
 from vtoken.evals.cost.geometry.padded import llava, llava_next, llava_onevision
 from vtoken.evals.cost.geometry.qwen import qwen
-from vtoken.evals.cost.geometry.shapes import Geometry, ImageSize
+from vtoken.evals.cost.geometry.shapes import Geometry
+from vtoken.evals.shared.options import ImageSize
 
-__all__ = ["FAMILIES", "Geometry", "ImageSize", "geometry"]
+__all__ = ["FAMILIES", "Geometry", "geometry"]
 
 FAMILIES: dict[str, Callable[[Any, ImageSize | None, int, int], Geometry]] = {
     "llava": llava,

@@ -10,8 +10,9 @@ import torch
 
 from vtoken.errors import UnsupportedError
 from vtoken.evals.cost.geometry.decoder import decoder
-from vtoken.evals.cost.geometry.shapes import Geometry, ImageSize, Layers, Projector, Tower
-from vtoken.stages import Parts, size_of
+from vtoken.evals.cost.geometry.shapes import Geometry, Layers, Projector, Tower
+from vtoken.evals.shared.options import ImageSize
+from vtoken.stages import Grid, Parts, size_of
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 BILINEAR = 4  # patches behind an interpolated token
@@ -19,14 +20,14 @@ BILINEAR = 4  # patches behind an interpolated token
 
 def llava(config: Any, image_size: ImageSize | None, images: int, frames: int) -> Geometry:
     """LLaVA: every image is resized to the tower's own size, so `image_size` makes no difference."""
-    _still(config, frames)
+    _refuse_video(config, frames)
     return _geometry(config, (_crop(config),), ((1, 1),), (0, 0))
 
 
 def llava_next(config: Any, image_size: ImageSize | None, images: int, frames: int) -> Geometry:
-    """LLaVA-NeXT: the downscaled image, then the crops of the best pinpoint, stitched, unpadded, one newline per row. Images are of
-    the tower's own size unless `image_size` says otherwise."""
-    _still(config, frames)
+    """LLaVA-NeXT: the downscaled image, then the crops of the best pinpoint, stitched, unpadded, one newline per row. Without
+    `image_size` images are as large as the tower's."""
+    _refuse_video(config, frames)
     return _anyres(config, image_size)
 
 
@@ -48,20 +49,18 @@ def pair(size: Any) -> tuple[int, int]:
 
 
 def _anyres(config: Any, image_size: ImageSize | None) -> Geometry:
-    size = pair(image_size or config.vision_config.image_size)
-    module: Any = _module(config)
+    own, size = config.vision_config.image_size, pair(image_size or config.vision_config.image_size)
+    # The family's modelling file defines its anyres arithmetic.
+    module: Any = import_module(f"transformers.models.{config.model_type}.modeling_{config.model_type}")
     crop = _, side, _ = _crop(config)
-    down, across = module.get_anyres_image_grid_shape(
-        size, config.image_grid_pinpoints, config.vision_config.image_size
-    )
+    down, across = module.get_anyres_image_grid_shape(size, config.image_grid_pinpoints, own)
     stitched = torch.empty(1, down * side, across * side, device="meta")
     _, rows, columns = module.unpad_image(stitched, size).shape
     mixed = 1
     if config.model_type == "llava_onevision":
         most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
         ratio = math.sqrt(rows * columns / (most * side**2))
-        # The thresholds are the model's: see pack_image_features.
-        if ratio > 1.1:
+        if ratio > 1.1:  # The threshold is the model's: see pack_image_features.
             rows, columns, mixed = int(rows // ratio), int(columns // ratio), BILINEAR
     return _geometry(config, (crop, (1, rows, columns)), ((1, 1), (down * across, mixed)), (rows, columns))
 
@@ -70,9 +69,8 @@ def _geometry(config: Any, parts: Parts, sources: tuple[tuple[int, int], ...], n
     chosen = config.vision_feature_layer
     chosen = [chosen] if isinstance(chosen, int) else list(chosen)
     vision, text = config.vision_config, config.text_config
-    depth = vision.num_hidden_layers
     # hidden_states[0] is the embedding, so entry h is the output of layer h - 1.
-    features = tuple(h - 1 if h >= 0 else depth + h for h in chosen)
+    features = tuple(h - 1 if h >= 0 else vision.num_hidden_layers + h for h in chosen)
     projector = (vision.hidden_size * len(features) + text.hidden_size) * text.hidden_size
     return Geometry(
         tower=_tower(config, sum(crops for crops, _ in sources), features),
@@ -99,13 +97,11 @@ def _tower(config: Any, crops: int, features: tuple[int, ...]) -> Tower:
         )
     width, mlp, depth = vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers
     patch_h, patch_w = pair(vision.patch_size)
-    heads = vision.num_attention_heads
+    heads, crop = vision.num_attention_heads, _crop(config)
     head = not clip and vision.vision_use_head
-    crop = _crop(config)
+    weights = 4 * width**2 + 2 * width * mlp
     return Tower(
-        layers=Layers(
-            depth, width, 4 * width**2 + 2 * width * mlp, heads, heads, width // heads, windows=(None,) * depth
-        ),
+        layers=Layers(depth, width, weights, heads, heads, width // heads, windows=(None,) * depth),
         crops=(crop,) * crops,
         unit=1,
         blocks=({size_of((crop,)): 1},) * depth,
@@ -119,20 +115,15 @@ def _tower(config: Any, crops: int, features: tuple[int, ...]) -> Tower:
     )
 
 
-def _crop(config: Any) -> tuple[int, int, int]:
-    (image_h, image_w), (patch_h, patch_w) = (
-        pair(config.vision_config.image_size),
-        pair(config.vision_config.patch_size),
+def _crop(config: Any) -> Grid:
+    vision = config.vision_config
+    rows, columns = (
+        side // patch for side, patch in zip(pair(vision.image_size), pair(vision.patch_size), strict=True)
     )
-    return 1, image_h // patch_h, image_w // patch_w
+    return 1, rows, columns
 
 
-def _module(config: Any) -> Any:
-    """The family's modelling file, which defines its anyres arithmetic."""
-    return import_module(f"transformers.models.{config.model_type}.modeling_{config.model_type}")
-
-
-def _still(config: Any, frames: int) -> None:
+def _refuse_video(config: Any, frames: int) -> None:
     if frames != 1:
         raise UnsupportedError(
             f"frames={frames}: {config.model_type} takes no video; count every frame as one of `images`"

@@ -13,30 +13,22 @@ from typing import Any
 from vtoken.errors import ConfigError
 from vtoken.evals.cost.geometry.decoder import decoder
 from vtoken.evals.cost.geometry.padded import pair
-from vtoken.evals.cost.geometry.shapes import Geometry, ImageSize, Layers, Projector, Tower
+from vtoken.evals.cost.geometry.shapes import Geometry, Layers, Projector, Tower
+from vtoken.evals.shared.options import ImageSize
 from vtoken.stages import Grid
 
 DEFAULT_SIZE = 448
 
 
 def patch_grid(vision: Any, image_size: ImageSize | None, frames: int) -> Grid:
-    """(frames, rows, columns) of one image or video in patches: `grid_thw`.
-
-    Raises:
-        ConfigError: a picture more than 200 times as long as wide.
-    """
+    """(frames, rows, columns) of one image or video in patches: `grid_thw`."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
     limits = Qwen2VLImageProcessorPil.size
     height, width = pair(image_size or DEFAULT_SIZE)
+    merged = vision.patch_size * vision.spatial_merge_size
     try:
-        height, width = smart_resize(
-            height,
-            width,
-            factor=vision.patch_size * vision.spatial_merge_size,
-            min_pixels=limits["shortest_edge"],
-            max_pixels=limits["longest_edge"],
-        )
+        height, width = smart_resize(height, width, merged, limits["shortest_edge"], limits["longest_edge"])
     except ValueError as error:
         raise ConfigError(f"image_size {height}x{width}: {error}") from None
     return math.ceil(frames / vision.temporal_patch_size), height // vision.patch_size, width // vision.patch_size
@@ -54,18 +46,11 @@ def qwen(config: Any, image_size: ImageSize | None, images: int, frames: int) ->
     deepstack = tuple(getattr(vision, "deepstack_visual_indexes", ()))
     full = sorted(getattr(vision, "fullatt_block_indexes", range(depth)))
     windows = windows_of(vision, grid) if len(full) < depth else {}
+    heads, weights = vision.num_heads, 4 * width**2 + _mlp(config, width)
     merger = merge**2 * width * (merge**2 * width + out)
     return Geometry(
         tower=Tower(
-            layers=Layers(
-                depth,
-                width,
-                weights=4 * width**2 + _mlp(config, width),
-                heads=vision.num_heads,
-                kv_heads=vision.num_heads,
-                head_dim=width // vision.num_heads,
-                windows=(None,) * depth,
-            ),
+            layers=Layers(depth, width, weights, heads, heads, width // heads, windows=(None,) * depth),
             crops=(raster,),
             unit=merge**2,
             blocks=tuple({h * w: t} if layer in full else windows for layer in range(depth)),

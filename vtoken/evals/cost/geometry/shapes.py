@@ -8,8 +8,6 @@ from math import comb
 
 from vtoken.stages import Parts, size_of
 
-ImageSize = int | tuple[int, int]
-
 
 @dataclass(frozen=True)
 class Layers:
