@@ -130,7 +130,7 @@ def test_a_demo_whose_account_is_wrong_stops(monkeypatch):
     model, stock = make("llava_next"), padded_left(processor("llava_next"))
     prompt = demo.inputs_of(stock, reference.questions(1)[0])
     assert demo.cost(model, demo.load("uniform:8"), prompt)["tokens"] == 8
-    monkeypatch.setattr(demo, "image_size", lambda config, prompt: (56, 112))
+    monkeypatch.setattr(demo, "picture_size", lambda config, prompt: (56, 112))
     with torch.no_grad(), pytest.raises(VtokenError, match=r"dense: planned .* visual tokens per layer"):
         demo.cost(model, None, prompt)
 

@@ -14,7 +14,8 @@ from vtoken.commands import flops as command
 from vtoken.config import load
 from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals import reference
-from vtoken.evals.cost.flops import PARTS, account, resolve_config
+from vtoken.evals.cost.flops import PARTS, account
+from vtoken.evals.shared.configs import resolve_config
 
 
 def test_llava_7b_by_hand() -> None:
@@ -58,9 +59,9 @@ def test_local_folder(tmp_path: Any) -> None:
 
 def test_bad_input(tmp_path: Any) -> None:
     config = tiny.llava().config
-    with pytest.raises(ConfigError, match="images: must be at least 1"):
+    with pytest.raises(ConfigError, match="images must be at least 1"):
         account(config, images=0)
-    with pytest.raises(ConfigError, match="text_tokens: must be at least 0"):
+    with pytest.raises(ConfigError, match="text_tokens must be at least 0"):
         account(config, text_tokens=-1)
     with pytest.raises(UnsupportedError, match="count every frame as one of `images`"):
         account(config, frames=8)
@@ -73,7 +74,7 @@ def test_bad_input(tmp_path: Any) -> None:
 
 
 def run(*argv: str) -> int:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_arguments(parser)
     return command.run(parser.parse_args(argv))
 

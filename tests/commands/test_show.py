@@ -19,7 +19,7 @@ from vtoken.errors import ConfigError, UnsupportedError, VtokenError
 from vtoken.evals import processors
 from vtoken.evals.pictures import overlay
 from vtoken.evals.pictures.overlay import drawn, views
-from vtoken.evals.shared import media
+from vtoken.evals.shared import media, models
 from vtoken.stages import size_of
 
 RED, BLUE = (Image.new("RGB", (60, 40), colour) for colour in ((200, 40, 40), (40, 40, 200)))
@@ -101,7 +101,7 @@ def test_videos_are_drawn_frame_by_frame(
 
     stock.video_processor = object()
     monkeypatch.setattr(type(stock), "__call__", lambda self, **given: call(**given))
-    monkeypatch.setattr(show, "_load", lambda name: (model, stock))
+    monkeypatch.setattr(models, "load_pair", lambda name: (model, stock))
     assert run("any", "uniform:{per_frame: 2}", frames, "--frames", "4", "--out", tmp_path / "kept.png", "--json") == 0
     ((text, lengths, sampled),) = seen
     assert lengths == [4] and sampled is False and stock.video_token in text

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from vtoken import cli, config, registry
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError
-from vtoken.evals.shared.yaml_options import YamlOptions
+from vtoken.evals.shared.options import Options
 from vtoken.pruners.tokens.random import Random
 from vtoken.stages.budget import Budget
 
@@ -62,7 +62,7 @@ def test_no_option_of_a_stage_is_nan_or_infinite(value: float) -> None:
 
 @pytest.mark.parametrize("value", HUGE)
 def test_no_key_of_a_file_is_nan_or_infinite(value: float) -> None:
-    class Mine(YamlOptions):
+    class Mine(Options):
         share: float = 0.5
         shares: tuple[float, ...] = ()
 

@@ -19,8 +19,9 @@ from vtoken import config, registry
 from vtoken.cli import main
 from vtoken.errors import UnsupportedError
 from vtoken.evals import reference
-from vtoken.evals.cost.flops import account, resolve_config
+from vtoken.evals.cost.flops import account
 from vtoken.evals.quality import paper
+from vtoken.evals.shared.configs import resolve_config
 from vtoken.evals.tune.space import Space
 from vtoken.session import session_of
 
@@ -145,7 +146,7 @@ def test_show_draws_what_is_written(written: list[str], monkeypatch: pytest.Monk
 
 
 def test_sweep_scores_what_is_written(written: list[str]) -> None:
-    from vtoken.evals.quality.plan import Sweep
+    from vtoken.evals.quality.options import Sweep
 
     asked = Sweep(model="tiny-llava", tasks=("a",), pipelines=tuple(written), methods=("uniform",), budgets=(64,))
     assert asked.all_pipelines() == [config.load(each) for each in (*written, "uniform:64")]

@@ -17,7 +17,7 @@ from vtoken import config, registry
 from vtoken.cli import main
 from vtoken.config.pipeline import KEYS
 from vtoken.errors import ConfigError, UnsupportedError
-from vtoken.evals.quality.plan import Sweep
+from vtoken.evals.quality.options import Sweep
 from vtoken.evals.shared.yaml_options import read
 from vtoken.session import session_of
 

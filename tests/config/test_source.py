@@ -12,8 +12,9 @@ import pytest
 from vtoken import config
 from vtoken.config import yaml_source as source
 from vtoken.errors import ConfigError
-from vtoken.evals.quality.plan import Sweep
-from vtoken.evals.shared.yaml_options import YamlOptions, read
+from vtoken.evals.quality.options import Sweep
+from vtoken.evals.shared.options import Options
+from vtoken.evals.shared.yaml_options import read
 from vtoken.evals.tune.space import Space
 
 
@@ -39,7 +40,7 @@ def behind_a_preset(value: str, folder: Path) -> Any:
     return config.load(f"pool-2,min_visual_tokens={value}").min_visual_tokens
 
 
-def strict(cls: type[YamlOptions], text: str, folder: Path) -> Any:
+def strict(cls: type[Options], text: str, folder: Path) -> Any:
     file = folder / "given.yaml"
     file.write_text(text, encoding="utf-8")
     return read(cls, file)

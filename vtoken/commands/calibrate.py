@@ -7,6 +7,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from vtoken.evals import calibrate
+from vtoken.evals.calibrate._report import declare
 
 EXAMPLES = """examples:
   vtoken calibrate vtw tiny-llava              # the layer before which all visual tokens can leave
@@ -27,14 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parsers = parser.add_subparsers(metavar="METHOD", dest="method", required=True)
     for found in iter_modules(calibrate.__path__):
-        if found.name.startswith("_"):
-            continue
-        module = import_module(f"{calibrate.__name__}.{found.name}")
-        method = parsers.add_parser(
-            found.name, help=module.SUMMARY, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        method.set_defaults(calibrate=module.run)
-        module.add_arguments(method)
+        if not found.name.startswith("_"):
+            module = import_module(f"{calibrate.__name__}.{found.name}")
+            form = argparse.RawDescriptionHelpFormatter
+            declare(parsers.add_parser(found.name, help=module.SUMMARY, formatter_class=form), module)
 
 
 def run(args: argparse.Namespace) -> int:

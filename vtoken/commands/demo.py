@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from vtoken.errors import VtokenError, unknown
+from vtoken.evals.shared.options import Options, option
 
 EXAMPLES = """examples:
   vtoken demo                                  # writes vtoken-demo/report.html
@@ -19,40 +20,32 @@ EXAMPLES = """examples:
 """
 
 
+class CommandOptions(Options):
+    """What is compared."""
+
+    model: str = option("tiny-llava", "shipped model")
+    out: Path = option(Path("vtoken-demo"), "folder", "DIR")
+    limit: int = option(240, "first N questions, 6 per picture", ge=1)
+    all: bool = option(
+        False, "every stage that runs on the model, those without a budget once (default: fastervlm, uniform, random)"
+    )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Runs dense, fastervlm, uniform and random at three budgets on the shipped pictures: accuracy, tokens, FLOPs,\n"
         "time to first token, cache bytes. Writes report.html with the table, a plot and pictures of the kept tokens."
     )
     parser.epilog = EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--model", default="tiny-llava", metavar="NAME", help="shipped model (default: %(default)s)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("vtoken-demo"), metavar="DIR", help="folder (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--limit", type=int, default=240, metavar="N", help="first N questions, 6 per picture (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--all",
-        action="store_true",
-        help="every stage that runs on the model, those without a budget once (default: fastervlm, uniform, random)",
-    )
-    parser.add_argument(
-        "--budgets",
-        type=_budgets,
-        metavar="N,N,N",
-        help="visual tokens to keep (default: about 1/9, 1/18 and 1/36 of the picture's)",
-    )
+    CommandOptions.add_to(parser)
+    budgets = "visual tokens to keep (default: about 1/9, 1/18 and 1/36 of the picture's)"
+    parser.add_argument("--budgets", type=_budgets, metavar="N,N,N", help=budgets)
     parser.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the demo and writes the page.
-
-    Raises:
-        VtokenError: the extra `plot` is not installed, or an argument does not fit the model.
-    """
+    """Runs the demo and writes the page."""
+    asked = CommandOptions.of(args)
     missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
     if missing:
         raise VtokenError(f'the report needs {" and ".join(missing)}: pip install "vtoken[plot]"')
@@ -65,24 +58,14 @@ def run(args: argparse.Namespace) -> int:
 
     if args.model not in reference.names():
         raise VtokenError(unknown("reference model", args.model, reference.names()))
-    bar = Progress(
-        TextColumn("{task.description:<20}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    with bar:
+    columns = TextColumn("{task.description:<20}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("loading", total=1.0)
-        report = demo.run(
-            args.model,
-            args.budgets,
-            args.limit,
-            args.all,
-            command=_command(args),
-            progress=lambda what, share: bar.update(task, description=what, completed=share),
-        )
+
+        def progress(what: str, share: float) -> None:
+            bar.update(task, description=what, completed=share)
+
+        report = demo.run(asked.model, args.budgets, asked.limit, asked.all, _command(args), progress)
     args.out.mkdir(parents=True, exist_ok=True)
     page = args.out / "report.html"
     page.write_text(render(report), encoding="utf-8")

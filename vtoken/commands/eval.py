@@ -6,13 +6,16 @@ import argparse
 import json
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtoken.errors import ConfigError
+from vtoken.evals.quality.options import EvalOptions
+from vtoken.evals.shared.options import option
 
 if TYPE_CHECKING:
-    from vtoken.evals.quality.run import Results
+    from vtoken.evals.quality.results import Results
 
 EPILOG = """\
 examples:
@@ -35,166 +38,104 @@ Needs lmms-eval: `make eval-venv` in a checkout, or pip install "vtoken[eval]".
 """
 
 
+class CommandOptions(EvalOptions):
+    """What is asked, and how."""
+
+    pipelines: tuple[str, ...] = option((), "presets, method:budget or YAML files", "PIPELINE")
+    tasks: str | None = option(None, "lmms-eval's tasks and groups, or suites", "TASK,TASK")
+    paper: str | None = option(
+        None,
+        "pipelines and tasks of the published tables of a method, measured beside published; without MODEL: what they say "
+        "and what would be run",
+        "METHOD",
+    )
+    out: Path = option(Path("vtoken-eval"), "new folder", "DIR")
+    lmms_eval_pixels: bool = option(False, "both as lmms-eval's own Qwen classes set them")
+    threads: int | None = option(None, "CPU threads of torch (default: torch's choice)", ge=1)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the command's options."""
     parser.description = "Scores pipelines with lmms-eval's tasks and scorers, and records what every answer cost."
     parser.epilog = EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="shipped model (tiny-llava), local folder or hub name"
     )
-    parser.add_argument(
-        "--pipelines", nargs="+", default=[], metavar="PIPELINE", help="presets, method:budget or YAML files"
-    )
-    parser.add_argument("--tasks", metavar="TASK,TASK", help="lmms-eval's tasks and groups, or suites")
-    parser.add_argument(
-        "--paper",
-        metavar="METHOD",
-        help="pipelines and tasks of the published tables of a method, measured beside published; without MODEL: what they say "
-        "and what would be run",
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="first N documents of every task (default: all)")
-    parser.add_argument(
-        "--batch-size", type=int, default=1, metavar="N", help="prompts at a time (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("vtoken-eval"), metavar="DIR", help="new folder (default: %(default)s)"
-    )
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
-    parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: the model's own)")
-    parser.add_argument("--attn", metavar="NAME", help="attention implementation (default: transformers' choice)")
-    parser.add_argument("--revision", metavar="NAME", help="of a hub model (default: main)")
-    parser.add_argument("--min-pixels", type=int, metavar="N", help="of a picture, Qwen (default: the processor's own)")
-    parser.add_argument("--max-pixels", type=int, metavar="N", help="of a picture, Qwen (default: the processor's own)")
-    parser.add_argument("--lmms-eval-pixels", action="store_true", help="both as lmms-eval's own Qwen classes set them")
-    parser.add_argument("--frames", type=int, default=8, metavar="N", help="most of a video (default: %(default)s)")
-    parser.add_argument(
-        "--system-prompt", metavar="TEXT", help="text, or a file that holds it (default: the template's)"
-    )
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="in place of what the tasks say")
-    parser.add_argument("--prompts", metavar="NAME", help="lmms-eval's model name whose prompts to use, as qwen_vl")
-    parser.add_argument(
-        "--include", type=Path, nargs="+", default=[], metavar="DIR", help="folders with tasks of yours"
-    )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch (default: torch's choice)")
+    CommandOptions.add_to(parser)
     parser.add_argument("--json", action="store_true", help="print what is in results.json and nothing else")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Scores, writes and prints.
-
-    Raises:
-        VtokenError: lmms-eval is missing, or an argument that cannot be used.
-    """
+    """Scores, writes and prints."""
     from vtoken.evals.lmms.suites import expand, has_judge
     from vtoken.evals.quality import paper
 
-    if args.paper is not None and args.model is None:
-        print(paper.beside(args.paper))
+    asked = CommandOptions.of(args)
+    named, given = asked.pipelines, asked.tasks
+    if asked.paper is not None and args.model is None:
+        print(paper.beside(asked.paper))
         return 0
-    if args.model is None or (args.tasks is None and args.paper is None):
+    if args.model is None or (given is None and asked.paper is None):
         raise ConfigError("vtoken eval needs a MODEL and --tasks, or --paper METHOD; see `vtoken eval --help`")
-    if args.paper is not None:
-        chosen = paper.of(args.paper, args.model)
-        args.pipelines = list(dict.fromkeys([*paper.pipelines(chosen), *args.pipelines]))
-        args.tasks = args.tasks or ",".join(paper.tasks(chosen, judge=has_judge()))
+    if asked.paper is not None:
+        chosen = paper.of(asked.paper, args.model)
+        named = tuple(dict.fromkeys([*paper.pipelines(chosen), *named]))
+        given = given or ",".join(paper.tasks(chosen, judge=has_judge()))
     from vtoken.config import load
     from vtoken.evals.lmms.prepare import prepare
 
     prepare("vtoken eval")
-    if args.threads is not None and args.threads < 1:
-        raise ConfigError(f"threads must be at least 1, not {args.threads}")
-    pipelines = [load(each) for each in args.pipelines]  # A typing error must not cost the loading of a model.
-    tasks = expand(args.tasks.split(","))
-    import torch
-
+    pipelines = [load(each) for each in named]  # A typing error must not cost the loading of a model.
+    tasks = expand((given or "").split(","))
     from vtoken.evals.lmms.harness import Harness
     from vtoken.evals.lmms.model import VtokenModel
     from vtoken.evals.quality.report import publish
     from vtoken.evals.quality.run import evaluate
+    from vtoken.evals.shared.models import set_threads
+    from vtoken.evals.shared.tables import show
 
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    harness = Harness(tasks, [folder.resolve() for folder in args.include], args.prompts)
-    model = VtokenModel(
-        args.model,
-        device=args.device,
-        dtype=args.dtype,
-        attn_implementation=args.attn,
-        revision=args.revision,
-        batch_size=args.batch_size,
-        min_pixels=args.min_pixels,
-        max_pixels=args.max_pixels,
-        lmms_eval_pixels=args.lmms_eval_pixels,
-        frames=args.frames,
-        system_prompt=args.system_prompt,
-        max_new_tokens=args.max_new_tokens,
-    )
-    command = shlex.join(["vtoken", *sys.argv[1:]])
-    results = evaluate(
-        model, pipelines, harness, args.out, args.limit, command, lambda what: print(what, file=sys.stderr)
-    )
+    set_threads(asked.threads)
+    harness = Harness(tasks, [folder.resolve() for folder in asked.include], asked.prompts)
+    options = {"device": asked.device, "lmms_eval_pixels": asked.lmms_eval_pixels, **asked.model_args()}
+    model, command = VtokenModel(args.model, **options), shlex.join(["vtoken", *sys.argv[1:]])
+    results = evaluate(model, pipelines, harness, asked.out, asked.limit, command, partial(print, file=sys.stderr))
+    written = publish(results.folder)
     if args.json:
-        publish(results.folder)
         print(json.dumps(results.to_dict()))
         return 0
-    from vtoken.evals.shared.console import show
-
     show(args.model, cells(results))
-    for sentence in notes(results):
-        print(sentence)
-    for file in publish(results.folder):
-        print(f"wrote {file}")
-    if args.paper is not None:
-        print(paper.beside(args.paper, results.to_dict()))
+    print(*notes(results), *(f"wrote {file}" for file in written), sep="\n")
+    if asked.paper is not None:
+        print(paper.beside(asked.paper, results.to_dict()))
     return 0
 
 
 def cells(results: Results) -> list[tuple[str, ...]]:
     """Head and rows as text: every task's value, with what share of dense it is."""
+    from vtoken.evals.quality.results import told
+
     names = [
         f"{name}\n{about['metric']}" + (f" of {about['scale']:g}" if about["scale"] else "")
         for name, about in results.tasks.items()
     ]
-    head = ("pipeline", *names, "answers as dense", "visual tokens", "over layers", "TTFT ms", "TTFT / dense")
-    rows = [head]
+    rows = [("pipeline", *names, "answers as dense", "visual tokens", "over layers", "TTFT ms", "TTFT / dense")]
+    keys = ("visual_tokens_entry", "visual_tokens", "visual_tokens_mean", "ttft_s", "ttft_to_dense")
     for run in results.runs:
-        tasks = run["tasks"]
-        docs = {name: results.tasks[name]["docs"] for name in tasks}
-
-        def mean(key: str, tasks: dict = tasks, docs: dict = docs) -> float:
-            return sum(tasks[name][key] * docs[name] for name in tasks) / sum(docs.values())
-
-        rows.append(
-            (
-                run["name"],
-                *(_value(tasks[name]) for name in tasks),
-                f"{100 * mean('same_as_dense'):.1f} %",
-                f"{mean('visual_tokens_entry'):.0f} of {mean('visual_tokens'):.0f}",
-                f"{mean('visual_tokens_mean'):.0f}",
-                f"{1e3 * mean('ttft_s'):.1f}",
-                f"{mean('ttft_to_dense'):.2f}",
-            )
-        )
+        same = f"{100 * results.mean(run, 'same_as_dense'):.1f} %"
+        entry, full, mean, ttft, ratio = (results.mean(run, key) for key in keys)
+        numbers = (same, f"{entry:.0f} of {full:.0f}", f"{mean:.0f}", f"{1e3 * ttft:.1f}", f"{ratio:.2f}")
+        rows.append((run["name"], *map(told, run["tasks"].values()), *numbers))
     return rows
 
 
 def notes(results: Results) -> list[str]:
     """Conditions in words."""
-    about = results.conditions
+    about, drift = results.conditions, results.drift
     found = [
         f"{about['device']}, {about['dtype']}, batch {about['batch_size']}, {about['versions']}, lmms-eval {about['lmms_eval']}",
         "TTFT: medians over documents, averaged over tasks; pipelines ran one after the other, so drift counts: see vtoken bench",
     ]
-    if results.drift:
+    if drift:
         found.append(
-            f"drift: last dense run / first, TTFT {results.drift['ttft']:.3f}; {results.drift['answers_changed']} answers changed"
+            f"drift: last dense run / first, TTFT {drift['ttft']:.3f}; {drift['answers_changed']} answers changed"
         )
     return [*found, f"wrote {results.folder / 'results.json'}"]
-
-
-def _value(task: dict) -> str:
-    if task["value"] is None:
-        return "n/a"
-    share = "" if task["of_dense"] is None else f" ({100 * task['of_dense']:.0f} %)"
-    return f"{task['value']:.3f}{share}"

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from vtoken.evals.shared.options import add_pictures
+from vtoken.evals.shared.options import Workload
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from vtoken.evals.cost.flops import Account
 
 EPILOG = """\
@@ -51,63 +49,35 @@ ROWS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the command's options."""
     parser.description = (
         "FLOPs per part and KV-cache bytes of pipelines on a model, from its config alone: no weights are loaded."
     )
     parser.epilog = EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "model", metavar="MODEL", help="built-in or hub name, shipped model (tiny-llava) or local folder"
     )
     parser.add_argument("pipelines", metavar="PIPELINE", nargs="*", help="preset, method:budget or YAML file")
-    add_pictures(parser)
-    parser.add_argument(
-        "--text-tokens",
-        type=int,
-        default=64,
-        metavar="N",
-        help="prompt tokens that are not visual (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--new-tokens",
-        type=int,
-        default=64,
-        metavar="N",
-        help="tokens generated, the first of them by prefill (default: %(default)s)",
-    )
+    Workload.add_to(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the accounts side by side.
-
-    Raises:
-        ConfigError: a model or pipeline that is not found, a count below 1, or a size that the model's processor refuses.
-        UnsupportedError: a model family whose arithmetic is not known, or video for one that has none.
-    """
+    """Prints the accounts side by side."""
     from vtoken.config import load
-    from vtoken.evals.cost.flops import account, resolve_config
+    from vtoken.evals.cost.flops import account
+    from vtoken.evals.shared.configs import resolve_config
 
-    config = resolve_config(args.model)
-    options = {
-        "images": args.images,
-        "image_size": args.image_size,
-        "frames": args.frames,
-        "text_tokens": args.text_tokens,
-        "new_tokens": args.new_tokens,
-    }
-    accounts = [account(config, pipeline, **options) for pipeline in (None, *map(load, args.pipelines))]
+    config, work = resolve_config(args.model), Workload.of(args)
+    accounts = [account(config, pipeline, **vars(work)) for pipeline in (None, *map(load, args.pipelines))]
     if args.json:
         print(json.dumps({"model": args.model, "accounts": [each.to_dict() for each in accounts]}))
         return 0
     from rich.console import Console
 
-    console = Console()
-    console.print(table(args.model, accounts))
-    pictures = f"{args.images} image(s)" if args.frames == 1 else f"{args.images} video(s) of {args.frames} frames"
+    Console().print(table(args.model, accounts))
+    pictures = f"{work.images} image(s)" if work.frames == 1 else f"{work.images} video(s) of {work.frames} frames"
     print(
-        f"{pictures} and {args.text_tokens} text tokens in, {args.new_tokens} tokens out, batch 1; "
+        f"{pictures} and {work.text_tokens} text tokens in, {work.new_tokens} tokens out, batch 1; "
         f"KV cache at {accounts[0].dtype_bytes} bytes a number. Percentages: share of dense."
     )
     print("Not counted:")
@@ -116,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def table(model: str, accounts: list[Account]) -> Table:
+def table(model: str, accounts: list[Account]) -> Any:
     """One column per account, the first of which is dense; one row per part."""
     from rich.table import Table
 
@@ -129,28 +99,16 @@ def table(model: str, accounts: list[Account]) -> Table:
         values = [getattr(each, field) for each in accounts]
         if field == "newline_entry" and not any(values):
             continue
-        out.add_row(
-            label,
-            *(_cell(field, value, values[0]) for value in values),
-            end_section=field in ("decode", "total", "kv_bytes"),
-        )
+        cells = [_cell(field, value, values[0]) for value in values]
+        out.add_row(label, *cells, end_section=field in ("decode", "total", "kv_bytes"))
     return out
 
 
 def _cell(field: str, value: float, dense: float) -> str:
+    from vtoken.evals.shared.tables import scaled
+
     if field.startswith(("visual", "newline")):
         text = f"{value:g}" if value == int(value) else f"{value:.1f}"
     else:
-        text = _scaled(value, "B" if field.startswith("kv") else "")
+        text = scaled(value, "B" if field.startswith("kv") else "", "#.4g") if value else "0"
     return f"{text} {100 * value / dense:5.1f}%" if dense else text
-
-
-def _scaled(value: float, unit: str) -> str:
-    """Four digits with a decimal prefix: 3.906 T, 335.5 MB."""
-    if not value:
-        return "0"
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if value < 1000 or prefix == "P":
-            return f"{value:#.4g} {prefix}{unit}".rstrip()
-        value /= 1000
-    raise AssertionError

@@ -33,22 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object")
-    form.add_argument(
-        "--markdown",
-        nargs="?",
-        const="full",
-        choices=("full", "short"),
-        help="print the tables that README and docs embed: full (default) or short",
-    )
+    tables = "print the tables that README and docs embed: full (default) or short"
+    form.add_argument("--markdown", nargs="?", const="full", choices=("full", "short"), help=tables)
     other = parser.add_mutually_exclusive_group()
-    other.add_argument(
-        "--matrix", action="store_true", help="stages x families instead (takes seconds, downloads nothing)"
-    )
-    other.add_argument(
-        "--costs",
-        action="store_true",
-        help="families, FLOPs and bytes of every decision, deviations from the authors' code instead (takes seconds)",
-    )
+    matrix = "stages x families instead (takes seconds, downloads nothing)"
+    other.add_argument("--matrix", action="store_true", help=matrix)
+    costs = "families, FLOPs and bytes of every decision, deviations from the authors' code instead (takes seconds)"
+    other.add_argument("--costs", action="store_true", help=costs)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,14 +53,14 @@ def run(args: argparse.Namespace) -> int:
         return _costs(classes, args)
     shown = [describe(cls) for cls in classes]
     if args.json:
-        print(json.dumps({"stages": shown, "presets": presets(), "broken": broken}, indent=2, ensure_ascii=False))
+        _print_json({"stages": shown, "presets": presets(), "broken": broken})
     elif args.markdown == "short":
         print(_markdown(SHORT_COLUMNS, shown))
     elif args.markdown:
         print(_markdown(STAGE_COLUMNS, shown), _markdown(PRESET_COLUMNS, presets()), sep="\n\n")
     else:
-        _print_table(("stage", "kind", "site"), shown)
-        _print_table(("preset",), presets())
+        _print_folded(("stage", "kind", "site"), shown)
+        _print_folded(("preset",), presets())
         print(*wrap(DIFFER, 80), sep="\n")
         for name, reason in broken.items():
             print(f"broken: {name}: {reason}", file=sys.stderr)
@@ -80,23 +71,19 @@ def _matrix(classes: list[type[Stage]], args: argparse.Namespace) -> int:
     from vtoken.evals.cost.support_matrix import support_matrix
 
     found = support_matrix(classes)
-    notes = found.notes()
-    if args.json:
-        print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
-        return 0
-    rows = [
-        {
-            "stage": stage,
-            **{f: c.answer + (f" [{notes.index(c.reason) + 1}]" if c.reason else "") for f, c in row.items()},
-        }
-        for stage, row in found.cells.items()
-    ]
+    notes, columns = found.notes(), ("stage", *found.models)
     numbered = [f"{k}. {note}" for k, note in enumerate(notes, start=1)]
     tried = f"Tried with the configs of {', '.join(found.models.values())}."
-    if args.markdown:
-        print(_markdown(("stage", *found.models), rows), "", *numbered, *([""] if notes else []), tried, sep="\n")
+    rows: list[dict[str, Any]] = []
+    for stage, row in found.cells.items():
+        answers = {f: c.answer + (f" [{notes.index(c.reason) + 1}]" if c.reason else "") for f, c in row.items()}
+        rows.append({"stage": stage, **answers})
+    if args.json:
+        _print_json(found.to_dict())
+    elif args.markdown:
+        print(_markdown(columns, rows), "", *numbered, *([""] if notes else []), tried, sep="\n")
     else:
-        _print_wide(("stage", *found.models), rows)
+        _print(columns, rows, ("stage",))
         print(*numbered, tried, sep="\n")
     return 0
 
@@ -107,39 +94,31 @@ def _costs(classes: list[type[Stage]], args: argparse.Namespace) -> int:
     from vtoken.evals.cost.decision_costs import costs
 
     found = costs(classes)
-    about = {
+    about: dict[str, dict[str, Any]] = {
         cls.name: {"site": cls.site, "facts": _needs(cls), "paper": cls.paper, "deviations": cls.deviations}
         for cls in classes
     }
-    if args.json:
-        print(json.dumps([{**asdict(c), **about[c.stage]} for c in found], indent=2, ensure_ascii=False))
-        return 0
-    rows = [
-        {
-            "stage": c.stage,
-            "bytes": _short(c.fact_bytes, "B"),
-            "FLOPs": ("≥ " if c.left_out else "") + _short(c.flops, ""),
-            "families": _families(c.families),
-            **about[c.stage],
-        }
-        for c in found
-    ]
+    rows = []
+    for c in found:
+        own = {"families": _families(c.families), "bytes": _short(c.fact_bytes, "B")}
+        flops = ("≥ " if c.left_out else "") + _short(c.flops, "")
+        rows.append({"stage": c.stage, "FLOPs": flops, **own, **about[c.stage]})
     missing = "; ".join(sentence for c in found for sentence in c.left_out)
     notes = [f"Not counted: {missing}."] if missing else []
-    if args.markdown:
+    if args.json:
+        _print_json([{**asdict(c), **about[c.stage]} for c in found])
+    elif args.markdown:
         differences = [f"- **{row['stage']}**: {row['deviations']}" for row in rows if row["deviations"]]
-        print(
-            _markdown(COST_COLUMNS, rows),
-            *notes,
-            "Deviations from the authors' code:",
-            "\n".join(differences),
-            sep="\n\n",
-        )
+        notes += ["Deviations from the authors' code:", "\n".join(differences)]
+        print(_markdown(COST_COLUMNS, rows), *notes, sep="\n\n")
     else:
-        _print_wide(COST_COLUMNS[:-1], rows)
-        for note in notes:
-            print(note)
+        _print(COST_COLUMNS[:-1], rows, ("stage",))
+        print(*notes, sep="\n", end="\n" if notes else "")
     return 0
+
+
+def _print_json(what: Any) -> None:
+    print(json.dumps(what, indent=2, ensure_ascii=False))
 
 
 def _families(answers: dict[Any, list[str]]) -> str:
@@ -151,10 +130,9 @@ def _families(answers: dict[Any, list[str]]) -> str:
 
 def _short(value: int | None, unit: str) -> str:
     """1181696 -> 1.18 M; "?" for what is not known."""
-    if value is None:
-        return "?"
-    power = max(p for p in range(5) if p == 0 or value >= 1000**p)
-    return f"{value / 1000**power:.3g} {' kMGT'[power]}{unit}".replace("  ", " ").rstrip()
+    from vtoken.evals.shared.tables import scaled
+
+    return "?" if value is None else scaled(value, unit)
 
 
 def describe(cls: type[Stage]) -> dict[str, Any]:
@@ -182,15 +160,9 @@ def presets() -> list[dict[str, Any]]:
     rows = []
     for name in registry.presets():
         pipeline = config.load(name)
+        policies = {key: getattr(pipeline, key) for key in config.POLICIES}
         stages = [{stage.name: stage.model_dump(mode="json")} for stage in pipeline.stages]
-        rows.append(
-            {
-                "preset": name,
-                **{key: getattr(pipeline, key) for key in config.POLICIES},
-                "stages": stages,
-                "summary": summary(name),
-            }
-        )
+        rows.append({"preset": name, **policies, "stages": stages, "summary": summary(name)})
     return rows
 
 
@@ -231,45 +203,37 @@ def _flow(value: Any) -> str:
 
 
 def _markdown(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> str:
-    lines = [columns, ["---"] * len(columns), *([_markdown_cell(_text(c, row[c])) for c in columns] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    from vtoken.evals.shared.tables import markdown
+
+    def cell(text: str) -> str:
+        return f"[{text.rpartition('/')[2]}]({text})" if text.startswith("https://") else text
+
+    return markdown([columns, *([cell(_text(column, row[column])) for column in columns] for row in rows)])
 
 
-def _markdown_cell(text: str) -> str:
-    if text.startswith("https://"):
-        return f"[{text.rpartition('/')[2]}]({text})"
-    return text.replace("|", "\\|")
-
-
-def _print_wide(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column == "stage")
-    for row in rows:
-        table.add_row(*(_text(column, row[column]) for column in columns))
-    Console().print(table)
-
-
-def _print_table(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
-    """Short values side by side, the rest below the summary, so that 80 columns suffice."""
+def _print(columns: tuple[str, ...], rows: list[dict[str, Any]], whole: tuple[str, ...], below: int = 0) -> None:
+    """The columns `whole` are never folded; `below` every row so many lines are empty."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, below, 0))
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=column in whole)
+    for row in rows:
+        table.add_row(*(Text(_text(column, row[column])) for column in columns))
+    Console().print(table)
+
+
+def _print_folded(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+    """Short values side by side, the rest below the summary, so that 80 columns suffice."""
     from vtoken.config import POLICIES
 
     usual = {key: values[0] for key, (values, _) in POLICIES.items()}
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 1, 0))
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    table.add_column("what it does", overflow="fold")
+    folded = []
     for row in rows:
         told = [key for key in row if key not in (*columns, "summary") and row[key] != usual.get(key)]
         rest = [f"{key}: {text}" for key in told if (text := _text(key, row[key]))]
-        table.add_row(*(row[column] for column in columns), Text("\n".join([row["summary"], *rest])))
-    Console().print(table)
+        folded.append({**row, "what it does": "\n".join([row["summary"], *rest])})
+    _print((*columns, "what it does"), folded, columns, below=1)

@@ -32,11 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Reads, computes, writes.
-
-    Raises:
-        VtokenError: a folder without results, a method without published tables.
-    """
+    """Reads, computes, writes."""
     from vtoken.evals.quality import paper, report
     from vtoken.evals.quality.analysis import analyse, read
 

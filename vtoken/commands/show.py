@@ -33,43 +33,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "dropped cells grey, merged cells tinted. One PNG per call."
     )
     parser.epilog = EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", metavar="MODEL", help="shipped model, folder or hub id")
     parser.add_argument("pipeline", metavar="PIPELINE", help="preset, method:budget or YAML file")
-    parser.add_argument(
-        "media",
-        type=Path,
-        nargs="+",
-        metavar="IMAGE",
-        help="picture files of one prompt, or one video: a folder of frames or an animated GIF or WebP (needs torchvision)",
+    media = (
+        "picture files of one prompt, or one video: a folder of frames or an animated GIF or WebP (needs torchvision)"
     )
-    parser.add_argument(
-        "--question", default="Describe the image.", help="for methods that read the prompt (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--frames", type=int, default=8, metavar="N", help="evenly spaced frames of a video (default: %(default)s)"
-    )
+    parser.add_argument("media", type=Path, nargs="+", metavar="IMAGE", help=media)
+    question = "for methods that read the prompt (default: %(default)s)"
+    parser.add_argument("--question", default="Describe the image.", help=question)
+    frames = "evenly spaced frames of a video (default: %(default)s)"
+    parser.add_argument("--frames", type=int, default=8, metavar="N", help=frames)
     parser.add_argument("--out", type=Path, metavar="FILE", help="PNG to write (default: IMAGE-PIPELINE.png here)")
     parser.add_argument("--json", action="store_true", help="print the trace as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the overlay.
-
-    Raises:
-        VtokenError: no such model, pipeline or picture, a video that cannot be prepared, or rasters that cannot be drawn.
-    """
+    """Writes the overlay."""
     import torch
 
     from vtoken.config import load
     from vtoken.evals.shared.media import read
+    from vtoken.evals.shared.models import load_pair
     from vtoken.session import match_processor, trace, watched
 
     pipeline = load(args.pipeline)
     if args.out and not args.out.absolute().parent.is_dir():
         raise VtokenError(f"no folder {str(args.out.parent)!r} to write {args.out.name} into")
     media = read(args.media, args.frames)
-    model, processor = _load(args.model)
+    model, processor = load_pair(args.model)
     with torch.inference_mode(), watched(model, pipeline):
         if pipeline.anyres != "model":
             match_processor(processor, model)
@@ -87,33 +78,34 @@ def run(args: argparse.Namespace) -> int:
         raise VtokenError(f"cannot draw {args.media[0]}: {error}") from error
     if args.json:
         print(json.dumps({"file": str(out), **seen.to_dict()}))
-    else:
-        print(f"wrote {out}: {kept} of {total} visual tokens kept")
-        for name, why in seen.aside.items():
-            print(f"{name} stood aside: {why}")
-        if any(stage.site == "cache" and stage.stood_aside is None for stage in seen.stages):
-            held = sorted({count for (count,) in seen.cached})
-            many = " to ".join(map(str, {held[0]: 0, held[-1]: 0}))
-            print(
-                f"the KV cache holds {many} of {seen.prompt_tokens[0]} prompt tokens per layer and head; that is not drawn"
-            )
+        return 0
+    print(f"wrote {out}: {kept} of {total} visual tokens kept")
+    for name, why in seen.aside.items():
+        print(f"{name} stood aside: {why}")
+    if any(stage.site == "cache" and stage.stood_aside is None for stage in seen.stages):
+        held = sorted({count for (count,) in seen.cached})
+        many = " to ".join(map(str, {held[0]: 0, held[-1]: 0}))
+        print(
+            f"the KV cache holds {many} of {seen.prompt_tokens[0]} prompt tokens per layer and head; that is not drawn"
+        )
     return 0
 
 
 def prepare(processor: Any, media: Media, question: str, model: Any) -> Any:
-    """Model inputs of one prompt, on the model's device and in its dtype.
-
-    Raises:
-        UnsupportedError: pictures or a video that this processor cannot take.
-    """
+    """Model inputs of one prompt, on the model's device and in its dtype."""
     from vtoken.evals.processors import apply, check_video
 
-    text = _prompt(processor, question, "video" if media.video else "image", media.items)
+    kind = "video" if media.video else "image"
     if media.video:
         check_video(processor)
         given = {"videos": [list(media.pictures)], "do_sample_frames": False}  # The frames were chosen already.
     else:
         given = {"images": [list(media.pictures)]}  # Nested: OneVision must know that one prompt holds them all.
+    if getattr(processor, "chat_template", None):
+        message = {"role": "user", "content": [{"type": kind}] * media.items + [{"type": "text", "text": question}]}
+        text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    else:
+        text = f"{getattr(processor, f'{kind}_token', f'<{kind}>') * media.items}\n{question}"
     inputs = apply(processor, "this", text=text, **given).to(model.device)
     for name in {"pixel_values", "pixel_values_videos"} & set(inputs):
         inputs[name] = inputs[name].to(model.dtype)
@@ -121,11 +113,7 @@ def prepare(processor: Any, media: Media, question: str, model: Any) -> Any:
 
 
 def picture(processor: Any, pixel_values: Any, media: Media, seen: Any, caption: str) -> Any:
-    """Everything that the trace tells of the prompt's images, as one picture.
-
-    Raises:
-        ValueError: the trace has other images than the prompt.
-    """
+    """Everything that the trace tells of the prompt's images, as one picture."""
     from vtoken.evals.pictures.overlay import captioned, drawn, owners, sheet, views
 
     if len(seen.parts) != media.items:
@@ -137,20 +125,3 @@ def picture(processor: Any, pixel_values: Any, media: Media, seen: Any, caption:
         for k, view in enumerate(views(processor, pixel_values, media, seen.parts))
     ]
     return captioned(pictures[0] if len(pictures) == 1 else sheet(pictures, columns=2, background="white"), caption)
-
-
-def _load(name: str) -> tuple[Any, Any]:
-    from vtoken.evals import processors, reference
-    from vtoken.evals.shared import models
-
-    if name in reference.names():
-        return reference.load(name)
-    return models.load(name), processors.load(name)
-
-
-def _prompt(processor: Any, question: str, kind: str, count: int) -> str:
-    """The question behind the placeholders; models without a chat template get it bare."""
-    if not getattr(processor, "chat_template", None):
-        return f"{getattr(processor, f'{kind}_token', f'<{kind}>') * count}\n{question}"
-    message = {"role": "user", "content": [{"type": kind}] * count + [{"type": "text", "text": question}]}
-    return processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtoken.errors import ConfigError
+from vtoken.evals.shared.options import Options, option
 
 if TYPE_CHECKING:
-    from vtoken.evals.quality.run import Results
+    from vtoken.evals.quality.results import Results
 
 EPILOG = """\
 a sweep file:
@@ -45,50 +45,46 @@ changed, the sweep says so.
 """
 
 
+class CommandOptions(Options):
+    """Where a sweep runs."""
+
+    out: Path = option(Path("vtoken-sweep"), "folder", "DIR")
+    workers: int | None = option(None, "processes (default: 1), or actors of --ray")
+    threads: int | None = option(None, "CPU threads of torch, of all workers together", ge=1)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the command's options."""
     parser.description = "Scores pipelines on tasks, point by point and resumably, then times them."
     parser.epilog = EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("file", type=Path, metavar="SWEEP.yaml", help="what to sweep")
-    parser.add_argument("--out", type=Path, default=Path("vtoken-sweep"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: 1), or actors of --ray")
+    CommandOptions.add_to(parser)
     parser.add_argument(
         "--ray", nargs="?", const="", metavar="ADDRESS", help="spread points over a Ray cluster (vtoken[ray])"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch, of all workers together")
     parser.add_argument("--json", action="store_true", help="print what is in results.json and nothing else")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Sweeps, writes and prints.
-
-    Raises:
-        VtokenError: lmms-eval is missing, or a file or argument that cannot be used.
-    """
+    """Sweeps, writes and prints."""
     from vtoken.evals.lmms.prepare import prepare, prepare_ray
-    from vtoken.evals.quality.plan import Sweep
+    from vtoken.evals.quality.options import Sweep
     from vtoken.evals.shared.yaml_options import read
 
-    sweep = read(Sweep, args.file)
-    if args.threads is not None and args.threads < 1:
-        raise ConfigError(f"threads must be at least 1, not {args.threads}")
+    sweep, asked = read(Sweep, args.file), CommandOptions.of(args)
     if args.ray is not None:
         prepare_ray()
-    if (args.workers or 1) > 1:
+    if (asked.workers or 1) > 1:
         os.environ.setdefault("TQDM_DISABLE", "1")  # Bars of several processes overwrite each other.
     prepare("vtoken sweep")
-    import torch
+    from tqdm import tqdm
 
     from vtoken.evals.lmms.harness import ranks
     from vtoken.evals.quality import sweep as sweeping
     from vtoken.evals.quality.report import publish
-    from vtoken.evals.shared.console import show
+    from vtoken.evals.shared.models import set_threads
+    from vtoken.evals.shared.tables import show
 
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    from tqdm import tqdm
-
+    set_threads(asked.threads)
     command = shlex.join(["vtoken", *sys.argv[1:]])
     with tqdm(desc="points", disable=ranks()[0] > 0) as bar:
 
@@ -96,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
             bar.total, bar.n = total, done
             bar.set_postfix_str(what)
 
-        results = sweeping.run(sweep, args.out, args.workers, command, progress, args.ray)
+        results = sweeping.run(sweep, asked.out, asked.workers, command, progress, args.ray)
     if results is None:
         return 0
     written = publish(results.folder)
@@ -117,20 +113,18 @@ def run(args: argparse.Namespace) -> int:
 
 def cells(results: Results) -> list[tuple[str, ...]]:
     """Head and rows as text: accuracy, and speed where there was a speed pass."""
+    from vtoken.evals.quality.results import told
+
     timed = {} if results.speed is None else {row["name"]: row for row in results.speed["rows"]}
-    head = ["pipeline", *(f"{name}\n{about['metric']}" for name, about in results.tasks.items())]
-    tokens = ("visual tokens", "over layers")
-    rows = [(*head, "answers as dense", *tokens, *(("TTFT ms", "TTFT / dense", "end / dense") if timed else ()))]
+    names = [f"{name}\n{about['metric']}" for name, about in results.tasks.items()]
+    times = ("TTFT ms", "TTFT / dense", "end / dense") if timed else ()
+    rows = [("pipeline", *names, "answers as dense", "visual tokens", "over layers", *times)]
     for run in results.runs:
-        each = run["tasks"]
-        docs = {name: results.tasks[name]["docs"] for name in each}
-        same, entry, mean = (
-            sum(each[name][key] * docs[name] for name in each) / sum(docs.values())
-            for key in ("same_as_dense", "visual_tokens_entry", "visual_tokens_mean")
-        )
-        scores = (_value(each.get(name)) for name in results.tasks)
-        times = _times(timed[run["name"]]) if timed else ()
-        rows.append((run["name"], *scores, f"{100 * same:.1f} %", f"{entry:.0f}", f"{mean:.0f}", *times))
+        keys = ("same_as_dense", "visual_tokens_entry", "visual_tokens_mean")
+        same, entry, mean = (results.mean(run, key) for key in keys)
+        scores = (told(run["tasks"].get(name)) for name in results.tasks)
+        speed = _times(timed[run["name"]]) if timed else ()
+        rows.append((run["name"], *scores, f"{100 * same:.1f} %", f"{entry:.0f}", f"{mean:.0f}", *speed))
     return rows
 
 
@@ -138,10 +132,3 @@ def _times(row: dict[str, Any]) -> tuple[str, ...]:
     ratios = [(row["to_dense"] or {}).get(part) for part in ("ttft", "end_to_end")]
     shown = ["" if ratio is None else f"{ratio['median']:.3f}" for ratio in ratios]
     return (f"{row['milliseconds']['ttft']['median']:.1f}", *shown)
-
-
-def _value(task: dict[str, Any] | None) -> str:
-    if task is None or task["value"] is None:
-        return "n/a"
-    share = "" if task["of_dense"] is None else f" ({100 * task['of_dense']:.0f} %)"
-    return f"{task['value']:.3f}{share}"

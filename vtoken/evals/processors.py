@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from vtoken.errors import ConfigError, UnsupportedError
+from vtoken.evals import reference
 from vtoken.evals.shared.names import locate
 
 
 def load(source: str | Path, *, pillow: bool = False, revision: str | None = None) -> Any:
-    """The processor of a folder or hub name, padding on the left.
+    """The processor of a reference model, a folder or a hub name, padding on the left.
 
     Args:
-        pillow: prepare pictures with Pillow also where torchvision is installed, so that the same picture gives the same pixels.
+        pillow: prepare pictures with Pillow also where torchvision is installed, so that the same picture gives the same pixels;
+            reference models always do.
         revision: of a hub name; None is its main branch.
 
     Raises:
@@ -26,7 +28,7 @@ def load(source: str | Path, *, pillow: bool = False, revision: str | None = Non
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
     from transformers.utils import is_torchvision_available
 
-    source = locate(source)
+    pillow, source = pillow or source in reference.names(), locate(source)
     asked = {} if revision is None else {"revision": revision}
     try:
         kind: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(source, **asked))]

@@ -1,6 +1,6 @@
-"""Is a pruned model worse, or was it luck? Paired statistics of per-question scores against the dense model's.
+"""Is a pruned model worse, or was it luck? Paired statistics of per-question scores against the dense model's; spreads and shares.
 
-Every function takes scores of the same questions in the same order. Questions on one picture stand or fall together, so intervals are
+Paired functions take scores of the same questions in the same order. Questions on one picture stand or fall together, so intervals are
 drawn over pictures where `clusters` tells them.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -20,6 +21,15 @@ class Interval(NamedTuple):
     """An estimate and its confidence interval, all in the unit of the scores."""
 
     value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles."""
+
+    median: float
     low: float
     high: float
 
@@ -118,6 +128,23 @@ def questions_needed(effect: float, discordant: float, power: float = 0.8, alpha
     side, strong = NormalDist().inv_cdf(1 - alpha / 2), NormalDist().inv_cdf(power)
     spread = side * math.sqrt(discordant) + strong * math.sqrt(discordant - effect**2)
     return math.ceil((spread / effect) ** 2)
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles, linear between values."""
+    return Spread(*np.quantile(np.asarray(values, dtype=np.float64), (0.5, 0.25, 0.75)).tolist())
+
+
+def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson interval of a share (95 % by default): (low, high), each in 0..1; (0, 1) without observations."""
+    if not total:
+        return 0.0, 1.0
+    share, width = right / total, z * z / total
+    centre = share + width / 2
+    half = z * math.sqrt(share * (1 - share) / total + width / (4 * total))
+    # At 0 and at 1 the interval ends there; rounding must not put the share outside.
+    low, high = (centre - half) / (1 + width), (centre + half) / (1 + width)
+    return max(0.0, min(low, share)), min(1.0, max(high, share))
 
 
 def _cluster_sums(mine: np.ndarray, theirs: np.ndarray, clusters: Sequence[object] | None) -> np.ndarray:

@@ -156,12 +156,13 @@ def test_the_command(tmp_path, capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--agreement", "99"], "--agreement is a share"),
+        (["--agreement", "99"], "--agreement must be at most 1"),
         (["--limit", "0"], "--limit must be at least 1"),
         (["--limit", "1", "--first", "4"], "between 1 and 3"),
         (["--limit", "1", "--patience", "3"], "--patience must lie between 1 and 2"),
         (["-o", "nowhere/exit.yaml"], "no folder 'nowhere'"),
         (["--limit", "1", "--first", "1", "--mean-layer", "0.5"], "at the earliest, not 0.5"),
+        (["--mean-layer", "2", "--agreement", "0.9"], "give one of --agreement, --accuracy and --mean-layer"),
     ],
 )
 def test_bad_arguments_are_named(words, message, capsys):

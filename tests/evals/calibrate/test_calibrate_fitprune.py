@@ -116,6 +116,6 @@ def test_the_command(tmp_path, capsys):
 
 def test_without_questions_nothing_is_loaded(capsys):
     assert main(["calibrate", "fitprune", "tiny-llava", "--reduction", "40", "--limit", "0"]) == 2
-    assert "at least 1 question" in capsys.readouterr().err
+    assert "--limit must be at least 1" in capsys.readouterr().err
     assert main(["calibrate", "fitprune", "tiny-llava", "--reduction", "40", "--data", "nowhere.jsonl"]) == 2
     assert "no data 'nowhere.jsonl'" in capsys.readouterr().err

@@ -70,7 +70,9 @@ def test_the_judge_counts():
 def test_training_is_repeatable_and_takes_its_settings():
     known = [[replace(seen_of(prompt(96, seed=s)))] for s in range(3)]
     device = torch.device("cpu")
-    first, again, other = (seer.train(known, seer.Settings(5, 2, rate, 0), device)[0] for rate in (1e-2, 1e-2, 1e-3))
+    first, again, other = (
+        seer.train(known, seer.Training(steps=5, batch=2, rate=rate), device)[0] for rate in (1e-2, 1e-2, 1e-3)
+    )
     assert torch.equal(first, again) and not torch.equal(first, other) and not first.requires_grad
     start = seer.untrained(known[0][0], 0, 0)
     assert 0 < float((other - start).abs().max()) <= 5 * 1e-3 * 1.01, "Adam moves at most a rate per step"

@@ -21,6 +21,7 @@ from vtoken.evals import reference
 from vtoken.evals.calibrate import _train_exit_gates as exits
 from vtoken.evals.calibrate import vtw
 from vtoken.evals.calibrate._exit_reference import ExitReference
+from vtoken.evals.calibrate._training import kept_back
 from vtoken.evals.shared import samples
 
 
@@ -107,11 +108,11 @@ def test_gates_learn_what_can_be_learnt():
     shown = torch.randn(300, 2, 6, generator=generator)
     leave = torch.stack([shown[:, 0, 0] > 0, torch.ones(300, dtype=torch.bool)], 1)
     seen = exits.Table(shown, leave)
-    gates = exits.train(seen.rows(torch.arange(200)), exits.Settings(hidden=8, epochs=30, batch=20, rate=0.02))
+    gates = exits.train(seen.rows(torch.arange(200)), exits.Training(hidden=8, epochs=30, batch=20, rate=0.02))
     assert {k: [tuple(m.shape) for m in pair] for k, pair in gates.items()} == {k: [(8, 6), (2, 8)] for k in (1, 2)}
     found = exits.judge(gates, seen.rows(torch.arange(200, 300)))
     assert min(found["accuracy"]) > 0.9 and found["stay"][2] == 0.0
-    again = exits.train(seen.rows(torch.arange(200)), exits.Settings(hidden=8, epochs=30, batch=20, rate=0.02))
+    again = exits.train(seen.rows(torch.arange(200)), exits.Training(hidden=8, epochs=30, batch=20, rate=0.02))
     assert torch.equal(gates[1][0], again[1][0]) and gates[1][0].is_leaf
 
 
@@ -129,7 +130,7 @@ def test_the_judge_counts():
 
 def test_every_fifth_picture_is_kept_back():
     asked = samples.read("reference", 66)
-    back = exits.kept_back(asked)
+    back = kept_back(asked, "reference")
     pictures = list(dict.fromkeys(s.image for s in asked))
     assert {s.image for s, b in zip(asked, back, strict=True) if b} == {pictures[4], pictures[9]}
     assert int(back.sum()) == 12

@@ -10,8 +10,8 @@ import torch
 from flop_counts import CLOSE, counted
 from transformers import AutoModelForImageTextToText, DynamicCache
 
-from vtoken.evals.cost.flops import account, resolve_config
-from vtoken.evals.shared.configs import builtin
+from vtoken.evals.cost.flops import account
+from vtoken.evals.shared.configs import builtin, resolve_config
 
 # In millions: what a typing error in a config would change.
 PARAMETERS = {name: n for family in tiny.FAMILIES for name, n in tiny.family(family).checkpoints.items()}

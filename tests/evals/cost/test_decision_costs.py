@@ -11,9 +11,9 @@ from vtoken import registry
 from vtoken.cli import main
 from vtoken.commands import list as list_command
 from vtoken.evals.cost import decision_costs
-from vtoken.evals.cost.flops import resolve_config
 from vtoken.evals.cost.geometry import geometry
 from vtoken.evals.cost.support_matrix import Cell, SupportMatrix
+from vtoken.evals.shared.configs import resolve_config
 from vtoken.stages import Fact, Pruner
 from vtoken.stages.budget import Budget
 

@@ -35,6 +35,8 @@ from vtoken.evals.lmms.harness import Harness, numbers
 from vtoken.evals.lmms.model import VtokenModel
 from vtoken.evals.lmms.prompts import Prompt
 from vtoken.evals.quality import regressions, run
+from vtoken.evals.shared import identity
+from vtoken.evals.shared.dense import DENSE
 
 ROOT = Path(__file__).parents[3]
 TWO = ["random:5", "uniform:4"]
@@ -155,7 +157,7 @@ def test_a_run_and_its_files(model: VtokenModel, tmp_path: Path) -> None:
     held = results.conditions
     # lmms-eval says "unknown" of itself.
     assert held["lmms_eval"] == version("lmms-eval") and held["limit"] == 4 and held["batch_size"] == 4
-    assert held["pixels"]["crop_size"] == {"height": 56, "width": 56} and held["commit"] == run.commit()
+    assert held["pixels"]["crop_size"] == {"height": 56, "width": 56} and held["commit"] == identity.commit()
     assert written["tasks"]["few"]["leaves"]["few"]["generation_kwargs"]["max_new_tokens"] == 3
     # Nothing is left behind: hooks, weights (lmms-eval deletes those it finds after a run), empty folders.
     assert model.generator.pipeline is None and not (tmp_path / "out" / "scorers").exists()
@@ -168,7 +170,7 @@ def test_lost_documents_are_drawn_as_the_pipeline_sees_them(model: VtokenModel, 
     task = lmms_tasks.write(tmp_path, "plain", 3)
     Harness([task], [tmp_path]).run(model, task, None, tmp_path / "scorers")
     chosen = [{"task": task, "doc": 2, "shown": ["random:5"]}, {"task": task, "doc": 0, "shown": []}]
-    cases = regressions.draw(model, [run.DENSE, *map(config.load, TWO)], chosen, tmp_path)
+    cases = regressions.draw(model, [DENSE, *map(config.load, TWO)], chosen, tmp_path)
     assert [(case["doc"], list(case["panels"])) for case in cases] == [(2, ["dense", "random:5"]), (0, ["dense"])]
     whole, kept = (Image.open(tmp_path / cases[0]["panels"][name]) for name in ("dense", "random:5"))
     # The third picture is plain (40, 99, 9); dropped cells are grey.
@@ -312,7 +314,7 @@ def test_groups_count_their_parts_alike(model: VtokenModel, tmp_path: Path) -> N
 def test_dense_runs_first_and_last() -> None:
     loaded = [config.load(p) for p in ("none", "random:5", [], "random:5")]
     assert [p.name for p in run.with_dense(loaded)] == ["dense", "random:5", "dense"]
-    assert run.with_dense([]) == run.with_dense(loaded[:1]) == [run.DENSE]
+    assert run.with_dense([]) == run.with_dense(loaded[:1]) == [DENSE]
     with pytest.raises(ConfigError, match="two pipelines are called 'random'"):
         run.with_dense([config.load([{"random": {"keep": k}}]) for k in (4, 5)])
 

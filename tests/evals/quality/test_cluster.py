@@ -15,8 +15,10 @@ from vtoken import config
 from vtoken.cli import main
 from vtoken.errors import ConfigError, VtokenError
 from vtoken.evals.lmms import prepare
-from vtoken.evals.quality import cluster, plan, sweep
-from vtoken.evals.quality.plan import Point, Sweep
+from vtoken.evals.quality import cluster, points, sweep
+from vtoken.evals.quality.options import Sweep
+from vtoken.evals.quality.points import Point
+from vtoken.evals.shared import identity
 
 SWEEP = Sweep(model="tiny-llava", tasks=("a", "b"))
 POINTS = [Point(k, config.load(f"random:{k + 1}"), task, f"{k}{task}") for k in range(3) for task in ("a", "b")]
@@ -129,14 +131,14 @@ def test_another_machine_must_hold_the_same(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     given = SWEEP.model_copy(update={"tasks": ("smoke",), "device": "cpu"})
     runs = sweep.with_dense([config.load("random:4")])
-    keys = {point.key for point in plan.points(given, runs, "abc")}
-    for others, code in (({"other"}, plan.code()), (keys, "other")):
+    keys = {point.key for point in points.points(given, runs, "abc")}
+    for others, code in (({"other"}, identity.code()), (keys, "other")):
         worker = cluster.Worker(given, runs, others, "abc", code, tmp_path, tmp_path, 1)
         with pytest.raises(VtokenError, match="has another vtoken, torch, transformers, model or task files"):
             worker.ready()
         assert worker.asking is None
     monkeypatch.setattr(sweep.Asking, "ready", lambda self: None)
-    worker = cluster.Worker(given, runs, keys, "abc", plan.code(), tmp_path, tmp_path, 1)
+    worker = cluster.Worker(given, runs, keys, "abc", identity.code(), tmp_path, tmp_path, 1)
     worker.ready()
     assert worker.asking.folder != tmp_path  # which holds no points: it is not the caller's
 

@@ -18,8 +18,7 @@ from vtoken.cli import main
 from vtoken.errors import VtokenError
 from vtoken.evals.pictures.plots import fronts, looks
 from vtoken.evals.quality import regressions, report
-from vtoken.evals.quality.analysis import analyse, read
-from vtoken.evals.quality.pareto import front
+from vtoken.evals.quality.analysis import analyse, front, read
 
 RIGHT = [1.0] * 8 + [0.0] * 2
 WORSE = [0.0, 0.0, *[1.0] * 6, 1.0, 0.0]  # lost 2, won 1

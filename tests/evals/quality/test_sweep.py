@@ -27,8 +27,9 @@ from vtoken.errors import ConfigError, VtokenError
 from vtoken.evals import reference
 from vtoken.evals.lmms.suites import KNOWN
 from vtoken.evals.quality import points, sweep
-from vtoken.evals.quality.plan import Speed, Sweep
-from vtoken.evals.quality.run import Results
+from vtoken.evals.quality.options import Sweep
+from vtoken.evals.quality.results import Results
+from vtoken.evals.shared.options import SpeedOptions
 from vtoken.evals.shared.yaml_options import read
 from vtoken.session import wrapped
 
@@ -305,4 +306,4 @@ def test_a_file_that_cannot_be_used(text: str, told: str, tmp_path: Path, capsys
 
 def test_defaults_of_the_speed_pass(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text("model: m\ntasks: [t]\nspeed: {image_size: [336, 672]}\n")
-    assert read(Sweep, tmp_path / "sweep.yaml").speed == Speed(image_size=(336, 672))
+    assert read(Sweep, tmp_path / "sweep.yaml").speed == SpeedOptions(image_size=(336, 672))

@@ -15,6 +15,8 @@ from vtoken.cli import main
 from vtoken.errors import VtokenError
 from vtoken.evals.quality import points, report
 from vtoken.evals.quality.analysis import analyse, read
+from vtoken.evals.quality.results import assemble
+from vtoken.evals.shared.dense import DENSE
 
 COST = {"prompt_tokens": 9, "input_tokens": 9, "visual_tokens": 4, "visual_tokens_entry": 4, "visual_tokens_mean": 4.0, "new_tokens": 1,
         "batch": 1, "preprocess_s": 0.1, "ttft_s": 0.1, "decode_s": 0.1, "stages": {"fastv@2": 0.1}}  # fmt: skip
@@ -64,13 +66,13 @@ def test_what_is_kept(kind, tmp_path):
         assert points.load(tmp_path, "x", fits) is None
 
 
-def test_a_point_that_passes_can_be_used():
+def test_a_point_that_passes_can_be_used(tmp_path):
     """Whatever key is missing, anywhere: it is refused, or nobody reads it."""
     found = [less for less in without(POINT) if not points.is_point(less)]
     assert len(found) > len(COST) + len(POINT)
     for less in without(POINT):
         if points.is_point(less):
-            points._requests(less)
+            assert assemble(tmp_path, "m", "", [DENSE], {points.Point(0, DENSE, "odd"): less}) is not None
             assert set(less) == set(POINT) and set(less["about"]) == set(POINT["about"])
 
 

@@ -13,9 +13,9 @@ from PIL import Image
 from vtoken.cli import main
 from vtoken.errors import ConfigError
 from vtoken.evals import processors, reference
-from vtoken.evals.quality.plan import weights
 from vtoken.evals.shared import models, samples
 from vtoken.evals.shared.configs import resolve_config
+from vtoken.evals.shared.identity import weights
 
 WAYS = {
     "model": models.load,

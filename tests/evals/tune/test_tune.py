@@ -27,15 +27,16 @@ from vtoken.evals.cost.flops import account
 from vtoken.evals.lmms.generation import TextGenerator
 from vtoken.evals.lmms.prompts import encode
 from vtoken.evals.shared import models
+from vtoken.evals.shared.options import Workload
 from vtoken.evals.tune import samples
 from vtoken.evals.tune import search as searching
-from vtoken.evals.tune.cost import Shape, share
+from vtoken.evals.tune.cost import share
 from vtoken.evals.tune.quality import Judge
 from vtoken.evals.tune.search import Search
 from vtoken.evals.tune.space import Space
 
 FOLDERS = tiny.each("varlen")
-LIKE = Shape(1, 1, None, 8)
+LIKE = Workload(text_tokens=8, new_tokens=1)
 
 
 @pytest.fixture(scope="module")
@@ -133,11 +134,11 @@ def test_a_space_that_cannot_be_used(text: str, told: str, tmp_path: Path, capsy
 
 
 LINES = [
-    ('{"image": "a.png"}', "own.jsonl:1: image and question are both needed"),
+    ('{"image": "a.png"}', "own.jsonl, line 1: write"),
     ('{"image": "a.png", "question": "q", "anwser": "a"}', "did you mean 'answer'"),
-    ('{"image": "a.png", "question": 3}', "own.jsonl:1: write"),
-    ("{", "own.jsonl:1: not valid JSON"),
-    ("", "holds no questions"),
+    ('{"image": "a.png", "question": 3}', "own.jsonl, line 1: write"),
+    ("{", "own.jsonl, line 1: not valid JSON"),
+    ("", "is empty"),
 ]
 
 

@@ -23,8 +23,8 @@ from vtoken.evals.lmms.generation import TextGenerator
 from vtoken.evals.lmms.harness import Harness
 from vtoken.evals.lmms.model import VtokenModel
 from vtoken.evals.shared import models
+from vtoken.evals.shared.options import Workload
 from vtoken.evals.tune import samples
-from vtoken.evals.tune.cost import Shape
 from vtoken.evals.tune.quality import Judge
 from vtoken.evals.tune.relative_score import RelativeScore
 from vtoken.evals.tune.search import Search
@@ -149,7 +149,7 @@ def test_trials_are_stopped_by_what_tasks_leave_possible(place: Path, both: Task
 
     judge._answers = mute  # type: ignore[method-assign, assignment]
     space = Space(alternatives={"random": [{"random": {"keep": {"values": [2]}}}]})
-    search = Search(judge, space, tmp_path, Shape(1, 1, None, 8), "flops", 0.98, 2, 0, {})
+    search = Search(judge, space, tmp_path, Workload(text_tokens=8, new_tokens=1), "flops", 0.98, 2, 0, {})
     search.run(1)
     bounds = [sum(judge.most[k:]) / 8 for k in (2, 4, 6)]
     left = next(k for k, bound in zip((2, 4, 6, 8), [*bounds, 0], strict=True) if bound < 0.98)

@@ -1,2 +1,4 @@
-"""Tables that stages read, computed from a model and pictures. A method is a module with `SUMMARY`, `add_arguments(parser)` and `run(args) -> int`;
-all take --json and say what they found through `_report`."""
+"""Tables, layers and gates that stages need, computed from a model and pictures.
+
+A method is a module with `SUMMARY`, `DESCRIPTION`, `EXAMPLES`, `Settings` (its options), `OUT` (the file it writes) and `run(args)`.
+"""

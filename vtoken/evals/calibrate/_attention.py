@@ -41,9 +41,8 @@ class Seen:
     def since(self, first: int) -> Seen:
         """The same for a stage that asks from a later layer on."""
         k = first - self.first
-        return Seen(
-            self.heard[:, k:], self.same[:, k:], None if self.right is None else self.right[:, k:], first, self.patience
-        )
+        right = None if self.right is None else self.right[:, k:]
+        return Seen(self.heard[:, k:], self.same[:, k:], right, first, self.patience)
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,8 @@ class Point:
     mean_layer: float
 
 
-class QueryAttention(AttentionExit):
-    """Notes what the stage would hold against its threshold; nobody leaves."""
+class Recorder(AttentionExit):
+    """Notes what the stage would hold against its threshold; no image leaves."""
 
     noted: Any
 
@@ -74,12 +73,11 @@ class QueryAttention(AttentionExit):
 
 def see(model: Any, processor: Any, samples: Sequence[Sample], stage: AttentionExit) -> Seen:
     """Runs every sample once densely, and on text alone from every layer on that the stage asks at."""
-    depth = model.config.get_text_config().num_hidden_layers
-    layers = stage.layers(depth)
+    layers = stage.layers(model.config.get_text_config().num_hidden_layers)
     heard, same, right = [], [], []
     for sample in samples:
         prompt, noted = prepare(model, processor, sample), list[float]()
-        with wrapped(model, [QueryAttention(**stage.model_dump(), noted=noted)]), torch.no_grad():
+        with wrapped(model, [Recorder(**stage.model_dump(), noted=noted)]), torch.no_grad():
             said = model.generate(**prompt, do_sample=False, max_new_tokens=ANSWER)[0, prompt["input_ids"].shape[1] :]
         heard.append(noted)
         same.append([*keeps(model, prompt, said, layers), True])
@@ -98,7 +96,7 @@ def keeps(model: Any, prompt: dict[str, Tensor], answer: Tensor, layers: Sequenc
 
 
 def curve(seen: Seen) -> list[Point]:
-    """What every threshold does that lies between two values that were heard, the smallest first: with it nobody leaves."""
+    """What every threshold does that lies between two values that were heard. With the smallest, the first, no image leaves."""
     values = [0.0, *seen.heard[seen.heard <= 1].unique().tolist()]
     return [_point(seen, between(a, b)) for a, b in pairwise([*values, 1.0]) if a < b] or [_point(seen, 1.0)]
 
@@ -128,11 +126,8 @@ def _point(seen: Seen, threshold: float) -> Point:
 
 
 def search(seen: Seen, tried: Sequence[int], kind: str, target: float, depth: int) -> tuple[int, Point, list[Point]]:
-    """First layer, threshold and curve: of those that meet a share, where images leave earliest; of those that meet a mean layer, where most
-    answers stay. Of equals the later layer.
-
-    Raises:
-        VtokenError: none meets the target.
+    """First layer, threshold and curve: of those that meet a share, where images leave earliest; of those that meet a mean layer, where
+    most answers stay. Of equals the later layer.
     """
     found, problems = [], []
     for first in [k for k in tried if depth - k >= seen.patience]:
@@ -148,19 +143,14 @@ def search(seen: Seen, tried: Sequence[int], kind: str, target: float, depth: in
 
 
 def choose(points: Sequence[Point], kind: str, target: float, depth: int) -> Point:
-    """The largest threshold such that it and all smaller ones keep the share; of a mean layer the smallest that reaches it.
-
-    Raises:
-        VtokenError: none does, or none that lets an image go.
-    """
+    """The largest threshold such that it and all smaller ones keep the share; of a mean layer the smallest that reaches it."""
     if kind == "mean_layer":
-        best = next((point for point in points if point.mean_layer <= target), None)
-        if best is None:
-            lowest = points[-1].mean_layer
-            raise VtokenError(
-                f"images leave before layer {lowest:.2f} at the earliest, not {target:g}; lower --first, or --patience"
-            )
-        return best
+        for point in points:
+            if point.mean_layer <= target:
+                return point
+        raise VtokenError(
+            f"images leave before layer {points[-1].mean_layer:.2f} at the earliest, not {target:g}; lower --first, or --patience"
+        )
     if points[0].accuracy is None and kind == "accuracy":
         raise VtokenError(
             "the dense model gives none of the answers word for word, so no accuracy can be kept; use --agreement"

@@ -16,7 +16,7 @@ from vtoken.hooks.state.handle import Handle
 class ExitReference:
     """One dense forward of one prompt; what enters every layer is kept for its text tokens only.
 
-    `without(k)` runs layers k and deeper on that text: the same numbers as a forward wrapped with `vtw: {layer: k}`, for the price
+    `without(k)` runs layers k and deeper on that text. It gives the numbers of a forward wrapped with `vtw: {layer: k}`, for the price
     of the text.
 
     Attributes:
@@ -24,9 +24,6 @@ class ExitReference:
         behind: how many of them stand in front of the end of the last image.
         entering: per decoder layer, their hidden states [T, D] as it gets them.
         full: [T, V] logits of the untouched model at these tokens.
-
-    Raises:
-        UnsupportedError: several rows, no image, or a decoder in which dropping tokens changes what a layer means.
     """
 
     @torch.no_grad()
@@ -35,7 +32,7 @@ class ExitReference:
         self.model, self.lm = model, adapter.lm
         kinds = adapter.visual_kinds(inputs["input_ids"], None)
         if len(kinds) != 1 or not kinds.any():
-            raise UnsupportedError("withdrawal is computed for one prompt with an image at a time")
+            raise UnsupportedError("an exit is computed for one prompt with an image at a time")
         self.columns = (kinds[0] == 0).nonzero()[:, 0]
         self.behind = int((self.columns < kinds[0].nonzero().max()).sum())
         self.entering: list[Tensor] = []

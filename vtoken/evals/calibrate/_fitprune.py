@@ -81,9 +81,6 @@ def fit(model: Any, prompts: Iterable[Any], reduction: float, progress: Callable
     Args:
         prompts: model inputs, one picture each, all of equally many tokens.
         progress: called before every pass over the samples.
-
-    Raises:
-        ConfigError: pictures of different sizes, several in a prompt, or a reduction that no alpha below 1 gives.
     """
     given = list(prompts)
     samples = [Sample() for _ in given]

@@ -1,41 +1,65 @@
-"""How every method of `vtoken calibrate` says what it found: one JSON object, or a table and a sentence."""
+"""How every method of `vtoken calibrate` tells how far it is and what it found: one JSON object, or a table and a sentence."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import Progress
+
 from vtoken.config import dump, load
 from vtoken.errors import ConfigError
+from vtoken.evals.shared.tables import Rows, show
 
-Rows = Sequence[Sequence[str]]
+Step = Callable[[str, int], Callable[[int], None]]
+PIPELINE = {"help": "pipeline file to write (default: print it)"}
+WEIGHTS = {"help": "safetensors file to write", "required": True}
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """Declares --json."""
+def declare(parser: argparse.ArgumentParser, module: Any) -> None:
+    """The options of one method, or of another command that is declared like one."""
+    parser.description, parser.epilog = module.DESCRIPTION, module.EXAMPLES
+    parser.add_argument("model", metavar="MODEL", help="shipped model (tiny-llava), local folder or hub name")
+    module.Settings.add_to(parser)
+    if module.OUT is not None:
+        parser.add_argument("-o", "--out", type=Path, metavar="FILE", **module.OUT)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-
-
-def add_out(parser: argparse.ArgumentParser) -> None:
-    """Declares --out, for methods that find a pipeline."""
-    parser.add_argument("-o", "--out", type=Path, metavar="FILE", help="pipeline file to write (default: print it)")
+    parser.set_defaults(calibrate=module.run)
 
 
 def check_out(out: Path | None) -> None:
-    """Refuses a file that could not be written, before anything is computed.
-
-    Raises:
-        ConfigError: its folder does not exist.
-    """
+    """Refuses a file that could not be written, before anything is computed."""
     if out is not None and not out.parent.is_dir():
         raise ConfigError(f"no folder {str(out.parent)!r} to write {out.name} into")
 
 
-def tell(args: argparse.Namespace, found: Mapping[str, Any], rows: Rows, sentence: str, pipeline: str) -> None:
+@contextmanager
+def steps() -> Iterator[Step]:
+    """Bars on stderr: `step(name, total)` begins one and returns what is called with how much of it is done."""
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+
+        def step(name: str, total: int) -> Callable[[int], None]:
+            task = bar.add_task(name, total=total)
+            return lambda done: bar.update(task, completed=done)
+
+        yield step
+
+
+def tell(
+    args: argparse.Namespace,
+    found: Mapping[str, Any],
+    rows: Rows,
+    sentence: str,
+    pipeline: str,
+    *,
+    stderr: bool = False,
+) -> None:
     """Prints what a method found.
 
     Args:
@@ -47,30 +71,19 @@ def tell(args: argparse.Namespace, found: Mapping[str, Any], rows: Rows, sentenc
     if args.json:
         print(json.dumps({"method": args.method, "model": args.model, "pipeline": pipeline, **found}))
         return
-    from vtoken.evals.shared.console import show
-
-    show(f"{args.method} for {args.model}", rows)
-    print(sentence)
+    show(f"{args.method} for {args.model}", rows, stderr=stderr)
+    print(sentence, file=sys.stderr if stderr else sys.stdout)
 
 
 def tell_pipeline(
     args: argparse.Namespace, found: Mapping[str, Any], rows: Rows, about: str, stage: Mapping[str, Any]
 ) -> None:
-    """The same for a pipeline of one stage, which goes into `args.out`, with a comment `about` it in front; without a file it goes to
-    stdout, and what is said of it to stderr.
-
-    Args:
-        stage: name -> options.
-    """
-    text = f"# {about}\n{dump(load([dict(stage)]))}"
-    if args.out is not None:
-        args.out.write_text(text, encoding="utf-8")
-    if args.json:
-        tell(args, {"file": args.out and str(args.out), **found}, rows, about, text)
-        return
-    from vtoken.evals.shared.console import show
-
-    show(f"{args.method} for {args.model}", rows, stderr=args.out is None)
-    print(f"wrote {args.out}: {about}" if args.out else about, file=sys.stdout if args.out else sys.stderr)
-    if args.out is None:
+    """The same for a pipeline of one `stage` (name -> options). It goes into `args.out`, with a comment `about` it in front; without a
+    file it goes to stdout, and what is said of it to stderr."""
+    text, out = f"# {about}\n{dump(load([dict(stage)]))}", args.out
+    if out is not None:
+        out.write_text(text, encoding="utf-8")
+    told = {"file": out and str(out), **found}
+    tell(args, told, rows, f"wrote {out}: {about}" if out else about, text, stderr=out is None)
+    if out is None and not args.json:
         print(text, end="")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from math import cos, pi
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,26 +14,24 @@ from vtoken.compressors._rows import rows_at
 from vtoken.compressors.attention._blocks import best
 from vtoken.compressors.attention._seer import chosen, logits, pooled
 from vtoken.errors import ConfigError
+from vtoken.evals.calibrate._training import batches, fit
+from vtoken.evals.shared.options import Options, option
 from vtoken.evals.shared.samples import Sample, prepare
 from vtoken.session import wrapped
 from vtoken.stages.attention import PrefillQK, Rope, SparseAttention, SparseMask, everything
 
 LEAST = 4  # blocks of a prompt below which there is nothing to learn
 STD = 0.02  # of gates that nobody trained, the authors' for Llama and Qwen
+WARM_UP = 0.04
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How gates are trained; the defaults are the authors', who take a document of 32k or 64k tokens for a prompt.
+class Training(Options):
+    """How gates are trained, by default as the authors do: Adam, a cosine schedule after a warm-up of 4%."""
 
-    Attributes:
-        steps, batch, rate: Adam on batches of so many prompts, cosine schedule after a warm-up of 4%.
-    """
-
-    steps: int = 500
-    batch: int = 16
-    rate: float = 1e-3
-    seed: int = 0
+    steps: int = option(500, "batches to learn from", gt=0)
+    batch: int = option(16, "prompts per step", gt=0)
+    rate: float = option(1e-3, "learning rate", "R", gt=0)
+    seed: int = option(0, "of weights and order")
 
 
 @dataclass(frozen=True)
@@ -54,16 +51,15 @@ class Seen:
     mass: Tensor
 
     def to(self, device: torch.device) -> Seen:
-        s = self.starts
-        starts = Rope(s.cos.to(device), s.sin.to(device), s.rotate)
-        queries, keys, target, mass = (x.to(device) for x in (self.queries, self.keys, self.target, self.mass))
-        return Seen(queries, keys, starts, target, mass)
+        starts = replace(self.starts, cos=self.starts.cos.to(device), sin=self.starts.sin.to(device))
+        moved = {name: getattr(self, name).to(device) for name in ("queries", "keys", "target", "mass")}
+        return Seen(starts=starts, **moved)
 
 
-class Watch(SparseAttention):
+class Recorder(SparseAttention):
     """Reads everything and keeps, layer by layer, what gates learn from. No paper: a tool."""
 
-    name: ClassVar[str] = "watch"
+    name: ClassVar[str] = "recorder"
     rope: ClassVar[bool] = True
     min_len: int = 0
     size: int
@@ -100,27 +96,21 @@ def watch(
     size: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[Seen]]:
-    """Runs every prompt once: per prompt, what was seen of each layer.
-
-    Raises:
-        ConfigError: a prompt too short for blocks of this size.
-    """
+    """Runs every prompt once: per prompt, what was seen of each layer."""
     out = []
     for done, sample in enumerate(samples, 1):
         found: list[Seen] = []
-        with wrapped(model, [Watch(size=size, found=found)]), torch.no_grad():
+        with wrapped(model, [Recorder(size=size, found=found)]), torch.no_grad():
             model(**prepare(model, processor, sample), logits_to_keep=1)
-        depth = model.config.get_text_config().num_hidden_layers
+        depth, where = model.config.get_text_config().num_hidden_layers, f"{sample.image.name}, {sample.question!r}"
         if len(found) != depth:
             raise ConfigError(
-                f"{sample.image.name}, {sample.question!r}: {len(found)} of {depth} decoder layers could be watched; a layer whose attention is "
-                "not plain and causal, a sliding window for one, cannot be given gates"
+                f"{where}: {len(found)} of {depth} decoder layers could be watched; a layer whose attention is not plain and causal, a "
+                "sliding window for one, cannot be given gates"
             )
-        blocks = found[0].target.shape[1]
-        if blocks < LEAST:
+        if (blocks := found[0].target.shape[1]) < LEAST:
             raise ConfigError(
-                f"{sample.image.name}, {sample.question!r}: a prompt of {blocks} blocks of {size} tokens, and gates learn from {LEAST} on; "
-                "give a smaller --size"
+                f"{where}: a prompt of {blocks} blocks of {size} tokens, and gates learn from {LEAST} on; give a smaller --size"
             )
         out.append(found)
         progress(done)
@@ -134,8 +124,8 @@ def untrained(seen: Seen, seed: int, layer: int) -> Tensor:
 
 
 def divergence(gate: Tensor, seen: Seen) -> Tensor:
-    """KL divergence of a gate's shares from the target, in nats, mean over heads and rows; the first quarter of rows, in which there is little to
-    choose, is left out."""
+    """KL divergence of a gate's shares from the target, in nats, mean over heads and rows; the first quarter of rows, in which there is
+    little to choose, is left out."""
     first = seen.target.shape[1] // 4
     said = logits(seen.queries, seen.keys, gate, seen.starts).log_softmax(-1)[:, first:]
     target = seen.target[:, first:]
@@ -144,39 +134,26 @@ def divergence(gate: Tensor, seen: Seen) -> Tensor:
 
 def train(
     known: Sequence[Sequence[Seen]],
-    settings: Settings,
+    asked: Training,
     device: torch.device,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Tensor]:
-    """A gate per layer; each has a loss of its own, so they are trained one after the other."""
-    return [_train(list(seen), settings, k, device, progress) for k, seen in enumerate(zip(*known, strict=True))]
+    """A gate per layer, trained one after the other: each has a loss of its own."""
+    return [_train(list(seen), asked, k, device, progress) for k, seen in enumerate(zip(*known, strict=True))]
 
 
 def _train(
-    known: list[Seen], settings: Settings, layer: int, device: torch.device, progress: Callable[[int], None]
+    known: list[Seen], asked: Training, layer: int, device: torch.device, progress: Callable[[int], None]
 ) -> Tensor:
-    gate = untrained(known[0], settings.seed, layer).to(device).requires_grad_()
-    optimizer = torch.optim.Adam([gate], lr=settings.rate)
-    order, warm = _batches(len(known), settings, layer), max(1, round(0.04 * settings.steps))
-    for step in range(settings.steps):
-        left = settings.steps - warm
-        share = (step + 1) / warm if step < warm else (1 + cos(pi * (step - warm) / left)) / 2
-        optimizer.param_groups[0]["lr"] = settings.rate * share
-        optimizer.zero_grad()
-        batch = next(order)
-        for index in batch:
-            (divergence(gate, known[index].to(device)) / len(batch)).backward()
-        optimizer.step()
-        progress(layer * settings.steps + step + 1)
+    gate = untrained(known[0], asked.seed, layer).to(device).requires_grad_()
+    order = batches(len(known), asked.batch, torch.Generator().manual_seed(1000 * asked.seed + layer))
+
+    def backward(index: Tensor) -> None:
+        for k in index.tolist():
+            (divergence(gate, known[k].to(device)) / len(index)).backward()
+
+    fit([gate], asked.rate, WARM_UP, asked.steps, order, backward, lambda step: progress(layer * asked.steps + step))
     return gate.detach().cpu()
-
-
-def _batches(count: int, settings: Settings, layer: int) -> Iterator[list[int]]:
-    """Numbers of prompts, pass after pass in another order."""
-    generator = torch.Generator().manual_seed(1000 * settings.seed + layer)
-    while True:
-        for batch in torch.randperm(count, generator=generator).split(settings.batch):
-            yield batch.tolist()
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import cos, pi
 from typing import Any
 
 import torch
@@ -13,26 +12,23 @@ from torch.nn.functional import cross_entropy
 
 from vtoken.compressors.decoder._gates import Gate, logits, question
 from vtoken.evals.calibrate._exit_reference import ExitReference
+from vtoken.evals.calibrate._training import batches, fit
+from vtoken.evals.shared.options import Options, option
 from vtoken.evals.shared.samples import Sample, answer_of, continued, prepare
 
 AGREEMENT, LOSS = 0.99, 1.03  # the authors' bounds
 ANSWER = 64  # tokens of an answer that count
+WARM_UP = 0.03
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How gates are trained; the defaults are the authors'.
+class Training(Options):
+    """How gates are trained, by default as the authors do: Adam, a cosine schedule after a warm-up of 3%."""
 
-    Attributes:
-        hidden: rows of a gate's first matrix.
-        epochs, batch, rate: Adam on batches of so many samples, cosine schedule after a warm-up of 3%.
-    """
-
-    hidden: int = 2048
-    epochs: int = 1
-    batch: int = 128
-    rate: float = 6e-5
-    seed: int = 0
+    hidden: int = option(2048, "width of a gate", gt=0)
+    epochs: int = option(1, "passes over the data", gt=0)
+    batch: int = option(128, "questions per step", gt=0)
+    rate: float = option(6e-5, "learning rate", "R", gt=0)
+    seed: int = option(0, "of weights and order")
 
 
 @dataclass(frozen=True)
@@ -74,22 +70,16 @@ def table(
     return Table(torch.stack(shown), torch.stack(leave))
 
 
-def kept_back(samples: Sequence[Sample]) -> Tensor:
-    """[S] bool: the questions about every fifth picture."""
-    number = {image: k for k, image in enumerate(dict.fromkeys(sample.image for sample in samples))}
-    return torch.tensor([number[sample.image] % 5 == 4 for sample in samples])
-
-
 def unchanged(now: Tensor, full: Tensor, answer: Tensor) -> bool:
     """Whether logits [A, V] say the same of an answer [A] as those of the full run."""
     agreement = (now.argmax(1) == full.argmax(1)).double().mean()
     return bool(agreement > AGREEMENT) and bool(cross_entropy(now, answer) < LOSS * cross_entropy(full, answer))
 
 
-def train(seen: Table, settings: Settings, progress: Callable[[int], None] = lambda done: None) -> dict[int, Gate]:
-    """Gates by the layer before which they are asked. Each has a loss of its own (cross-entropy of stay and leave), so they are trained one after the
-    other."""
-    return {k: _gate(seen.shown[:, k - 1], seen.leave[:, k - 1].long(), settings, k, progress) for k in layers_of(seen)}
+def train(seen: Table, asked: Training, progress: Callable[[int], None] = lambda done: None) -> dict[int, Gate]:
+    """Gates by the layer before which they are asked, trained one after the other: each has a loss of its own (cross-entropy of stay
+    and leave)."""
+    return {k: _gate(seen.shown[:, k - 1], seen.leave[:, k - 1].long(), asked, k, progress) for k in layers_of(seen)}
 
 
 def layers_of(seen: Table) -> range:
@@ -97,22 +87,18 @@ def layers_of(seen: Table) -> range:
     return range(1, seen.shown.shape[1] + 1)
 
 
-def _gate(shown: Tensor, leave: Tensor, settings: Settings, layer: int, progress: Callable[[int], None]) -> Gate:
-    generator = torch.Generator().manual_seed(1000 * settings.seed + layer)
-    first, second = torch.empty(settings.hidden, shown.shape[1]), torch.empty(2, settings.hidden)
+def _gate(shown: Tensor, leave: Tensor, asked: Training, layer: int, progress: Callable[[int], None]) -> Gate:
+    generator = torch.Generator().manual_seed(1000 * asked.seed + layer)
+    first, second = torch.empty(asked.hidden, shown.shape[1]), torch.empty(2, asked.hidden)
     for matrix in (first, second):
         torch.nn.init.xavier_uniform_(matrix, generator=generator).requires_grad_()
-    optimizer = torch.optim.Adam([first, second], lr=settings.rate)
-    steps = settings.epochs * -(-len(shown) // settings.batch)
-    warm, step = max(1, round(0.03 * steps)), 0
-    for _ in range(settings.epochs):
-        for index in torch.randperm(len(shown), generator=generator).split(settings.batch):
-            share = (step + 1) / warm if step < warm else (1 + cos(pi * (step - warm) / max(1, steps - warm))) / 2
-            optimizer.param_groups[0]["lr"] = settings.rate * share
-            optimizer.zero_grad()
-            cross_entropy(logits((first, second), shown[index]), leave[index]).backward()
-            optimizer.step()
-            step += 1
+    order = batches(len(shown), asked.batch, generator)
+    steps = asked.epochs * -(-len(shown) // asked.batch)
+
+    def backward(index: Tensor) -> None:
+        cross_entropy(logits((first, second), shown[index]), leave[index]).backward()
+
+    fit([first, second], asked.rate, WARM_UP, steps, order, backward)
     progress(layer)
     return first.detach(), second.detach()
 

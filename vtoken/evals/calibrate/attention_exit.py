@@ -6,88 +6,81 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from pydantic import model_validator
+
 from vtoken.compressors.decoder.attention_exit import AttentionExit
 from vtoken.errors import ConfigError
 from vtoken.evals.calibrate._attention import Point, search, see
-from vtoken.evals.calibrate._report import add_json, add_out, check_out, tell_pipeline
-from vtoken.evals.pictures.report import wilson
-from vtoken.evals.shared.options import number
-from vtoken.evals.shared.samples import ABOUT, load, read
+from vtoken.evals.calibrate._report import PIPELINE, check_out, tell_pipeline
+from vtoken.evals.shared.options import DeviceOptions, option
+from vtoken.evals.shared.samples import ABOUT, last, load, read
+from vtoken.evals.statistics import wilson
 
 SUMMARY = "the share of attention below which images leave (attention_exit)"
-SHOWN = 8  # thresholds in the table
+DESCRIPTION = """\
+Notes how much attention images get in every layer, and what the model would answer if they left there: one dense run per
+question and the deeper layers on text alone. Takes the largest threshold such that it and all smaller ones meet the target.
+Questions that images must answer late count as any other: give questions of every kind the model will get."""
 EXAMPLES = """examples:
   vtoken calibrate attention_exit tiny-llava -o exit.yaml                  # 99 % of the answers stay what they were
   vtoken calibrate attention_exit llava-hf/llava-1.5-7b-hf --data mine.jsonl --limit 500 --accuracy 0.98 -o exit.yaml
   vtoken calibrate attention_exit tiny-llava --mean-layer 3 --json | jq .threshold
   vtoken bench tiny-llava exit.yaml
 """
+OUT = PIPELINE
+SHOWN = 8  # thresholds in the table
+TARGETS = ("agreement", "accuracy", "mean_layer")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the method's options."""
-    parser.description = (
-        "Notes how much attention images get in every layer, and what the model would answer if they left there: one dense run per\n"
-        "question and the deeper layers on text alone. Takes the largest threshold such that it and all smaller ones meet the target.\n"
-        "Questions that images must answer late count as any other: give questions of every kind the model will get."
+class Settings(DeviceOptions):
+    data: str | None = option(None, f"{ABOUT} (default: the last of the shipped)", "DATA")
+    limit: int = option(100, "so many questions", ge=1)
+    agreement: float | None = option(None, "of answers that stay word for word (default: 0.99)", "SHARE", gt=0, le=1)
+    accuracy: float | None = option(
+        None, "of the dense model's right answers, in place of --agreement; DATA must hold answers", "SHARE", gt=0, le=1
     )
-    parser.epilog = EXAMPLES
-    parser.add_argument("model", metavar="MODEL", help="shipped model, folder or hub id")
-    parser.add_argument("--data", metavar="DATA", help=f"{ABOUT} (default: the last of the shipped)")
-    parser.add_argument("--limit", type=int, default=100, metavar="N", help="so many questions (default: %(default)s)")
-    target = parser.add_mutually_exclusive_group()
-    target.add_argument(
-        "--agreement", type=number, metavar="SHARE", help="of answers that stay word for word (default: 0.99)"
+    mean_layer: float | None = option(None, "images leave before this layer on average, in place of --agreement", "K")
+    first: int | None = option(
+        None, "first layer that may do without (default: the best from half of the depth on)", "K"
     )
-    target.add_argument(
-        "--accuracy", type=number, metavar="SHARE", help="of the dense model's right answers; DATA must hold answers"
-    )
-    target.add_argument("--mean-layer", type=number, metavar="K", help="images leave before this layer on average")
-    parser.add_argument(
-        "--first",
-        type=int,
-        metavar="K",
-        help="first layer that may do without (default: the best from half of the depth on)",
-    )
-    parser.add_argument(
-        "--window", type=int, default=1, metavar="N", help="text tokens that are asked (default: %(default)s)"
-    )
-    parser.add_argument("--patience", type=int, default=1, metavar="N", help="layers in a row (default: %(default)s)")
-    parser.add_argument("--sinks", type=int, default=0, metavar="P", help="percent left out (default: %(default)s)")
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 (default: the GPU if there is one)")
-    parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: that of the weights)")
-    add_out(parser)
-    add_json(parser)
+    window: int = option(1, "text tokens that are asked")
+    patience: int = option(1, "layers in a row")
+    sinks: int = option(0, "percent left out", "P")
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Settings:
+        if sum(getattr(self, name) is not None for name in TARGETS) > 1:
+            raise ValueError("give one of --agreement, --accuracy and --mean-layer")
+        return self
+
+    def target(self) -> tuple[str, float]:
+        """What the threshold must reach, and how much of it."""
+        return next(
+            ((name, value) for name in TARGETS if (value := getattr(self, name)) is not None), ("agreement", 0.99)
+        )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Finds the threshold and writes the pipeline.
-
-    Raises:
-        VtokenError: a target that no threshold meets, or a model, data or option that cannot be used.
-    """
-    targets = {name: getattr(args, name) for name in ("agreement", "accuracy", "mean_layer")}
-    (kind, target), *_ = [pair for pair in targets.items() if pair[1] is not None] or [("agreement", 0.99)]
-    if kind != "mean_layer" and not 0 < target <= 1:
-        raise ConfigError(f"--{kind} is a share, above 0 and at most 1, not {target:g}")
-    if args.limit < 1:
-        raise ConfigError(f"--limit must be at least 1 question, not {args.limit}")
+    """Finds the threshold and writes the pipeline."""
+    asked = Settings.of(args)
+    kind, target = asked.target()
     check_out(args.out)
-    samples = read(args.data, args.limit) if args.data else read("reference")[-args.limit :]
+    samples = read(asked.data, asked.limit) if asked.data else last(asked.limit)
     if kind == "accuracy" and any(sample.answer is None for sample in samples):
-        raise ConfigError(f"--accuracy needs an answer to every question; {args.data} lacks some, or use --agreement")
-    model, processor = load(args.model, args.device, args.dtype)
+        raise ConfigError(f"--accuracy needs an answer to every question; {asked.data} lacks some, or use --agreement")
+    model, processor = load(args.model, asked.device, asked.dtype)
     depth = model.config.get_text_config().num_hidden_layers
-    tried = range(max(1, depth // 2), depth) if args.first is None else range(args.first, args.first + 1)
+    tried = range(max(1, depth // 2), depth) if asked.first is None else range(asked.first, asked.first + 1)
+    behind = depth - tried[0]
     if not 1 <= tried[0] < depth:
         raise ConfigError(
-            f"--first must lie between 1 and {depth - 1}, the last layer of {args.model}; not {args.first}"
+            f"--first must lie between 1 and {depth - 1}, the last layer of {args.model}; not {asked.first}"
         )
-    if not 1 <= args.patience <= depth - tried[0]:
+    if not 1 <= asked.patience <= behind:
         raise ConfigError(
-            f"--patience must lie between 1 and {depth - tried[0]}, the layers from {tried[0]} on; not {args.patience}"
+            f"--patience must lie between 1 and {behind}, the layers from {tried[0]} on; not {asked.patience}"
         )
-    options = {"window": args.window, "patience": args.patience, "sinks": args.sinks}
+    options = {"window": asked.window, "patience": asked.patience, "sinks": asked.sinks}
     seen = see(model, processor, samples, AttentionExit(first=tried[0], **options))
     first, best, points = search(seen, tried, kind, target, depth)
     options = {"first": first, **options}
@@ -106,24 +99,12 @@ def run(args: argparse.Namespace) -> int:
 def table(points: Sequence[Point], best: Point, depth: int) -> list[tuple[str, ...]]:
     """Head and rows: some thresholds, the chosen one among them."""
     step = max(1, -(-len(points) // SHOWN))
-    shown = [point for k, point in enumerate(points) if k % step == 0 or point == best or k == len(points) - 1]
-    head = (
-        "threshold",
-        "answers as dense",
-        "right / dense",
-        "leave before layer",
-        "visual tokens, mean over layers",
-        "",
-    )
-    rows = [
-        (
-            f"{point.threshold:g}",
-            f"{point.agreement:.1%}",
-            "n/a" if point.accuracy is None else f"{point.accuracy:.1%}",
-            f"{point.mean_layer:.2f}",
-            f"{point.mean_layer / depth:.1%}",
-            "chosen" if point == best else "",
-        )
-        for point in shown
-    ]
-    return [head, *rows]
+    mean = "visual tokens, mean over layers"
+    rows: list[tuple[str, ...]] = [("threshold", "answers as dense", "right / dense", "leave before layer", mean, "")]
+    for k, point in enumerate(points):
+        if k % step and point != best and k < len(points) - 1:
+            continue
+        shares = f"{point.agreement:.1%}", "n/a" if point.accuracy is None else f"{point.accuracy:.1%}"
+        layers = f"{point.mean_layer:.2f}", f"{point.mean_layer / depth:.1%}"
+        rows.append((f"{point.threshold:g}", *shares, *layers, "chosen" if point == best else ""))
+    return rows

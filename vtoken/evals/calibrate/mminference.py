@@ -1,8 +1,4 @@
-"""`vtoken calibrate mminference`: which pattern each head reads along, searched on one prompt.
-
-Every head takes the pattern that recalls most of what visual tokens attend to among visual tokens, a later one only if it recalls 0.01
-more of all their attention: the order is from cheap to costly. Text keys take their part, as in the authors' search.
-"""
+"""`vtoken calibrate mminference`: which pattern each head reads along, searched on one prompt."""
 
 from __future__ import annotations
 
@@ -15,16 +11,23 @@ from torch import Tensor
 
 from vtoken import registry
 from vtoken.errors import ConfigError
-from vtoken.evals.calibrate._report import add_json, add_out, check_out, tell_pipeline
-from vtoken.evals.shared.options import add_pictures
+from vtoken.evals.calibrate._report import PIPELINE, check_out, tell_pipeline
+from vtoken.evals.shared import models
+from vtoken.evals.shared.options import DeviceOptions, PictureOptions, option
+from vtoken.evals.speed.inputs import random_prompt
+from vtoken.session import wrapped
 from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, everything
 
 SUMMARY = "search MMInference's pattern of every head on one prompt of random or given pictures"
+DESCRIPTION = """\
+Every head takes the pattern that recalls most of what visual tokens attend to among visual tokens, a later one only if it
+recalls 0.01 more of all their attention: the order is from cheap to costly. Text keys take their part, as in the authors' search."""
 EXAMPLES = """examples:
   vtoken calibrate mminference tiny-llava -o table.yaml            # the form of a table, on random pictures
   vtoken calibrate mminference Qwen/Qwen2.5-VL-7B-Instruct --inputs clip.pt --dtype bfloat16 -o table.yaml
   vtoken bench Qwen/Qwen2.5-VL-7B-Instruct table.yaml
 """
+OUT = PIPELINE
 LONGEST = 25_000  # tokens of the authors' sample; longer ones take too long
 GAIN = 0.01
 QUERIES = 256  # rows of an attention map held at once
@@ -53,7 +56,7 @@ class Search(SparseAttention):
 
 
 def recall(prompt: PrefillQK, reads: SparseMask) -> Tensor:
-    """[H] share of the attention of visual queries, over all keys, that goes to visual keys and that a decision keeps; mean over queries."""
+    """[H] share of the attention of visual queries, over all keys, that goes to visual keys and that a mask keeps; mean over queries."""
     seen = (prompt.image >= 0).nonzero()[:, 0]
     groups, total = prompt.heads // len(prompt.k), torch.zeros(prompt.heads)
     keys = prompt.k.float().repeat_interleave(groups, 0)
@@ -82,43 +85,29 @@ def visible(mask: SparseMask, rows: Tensor) -> Tensor:
     return seen & (torch.arange(n, device=rows.device) <= rows[:, None])
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = EXAMPLES
-    parser.add_argument("model", metavar="MODEL", help="shipped model, folder or hub name")
-    parser.add_argument("--text-tokens", type=int, default=64, metavar="N", help="text tokens (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of text and pictures (default: %(default)s)")
-    add_pictures(parser)
-    parser.add_argument("--inputs", type=Path, metavar="FILE", help="a torch.save'd dict of the processor's output, instead of random pictures")  # fmt: skip
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
-    parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: the model's own)")
-    parser.add_argument("--random-weights", action="store_true", help="build the model from its config")
-    add_out(parser)
-    add_json(parser)
+class Settings(PictureOptions, DeviceOptions):
+    text_tokens: int = option(64, "text tokens")
+    seed: int = option(0, "of text and pictures")
+    inputs: Path | None = option(None, "a torch.save'd dict of the processor's output, instead of random pictures")
+    random_weights: bool = option(False, "build the model from its config")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Searches, and writes a pipeline with the table.
-
-    Raises:
-        ConfigError: a prompt that is too long, or a model or option that cannot be used.
-    """
-    from vtoken.evals.shared import models
-    from vtoken.evals.speed.inputs import random_prompt
-
+    """Searches, and writes a pipeline with the table."""
+    asked = Settings.of(args)
     check_out(args.out)
     model: Any = models.load(
-        args.model, device=args.device, dtype=args.dtype, random_weights=args.random_weights, seed=args.seed
+        args.model, asked.device, asked.dtype, random_weights=asked.random_weights, seed=asked.seed
     )
-    if args.inputs is not None:
-        inputs = {k: v.to(model.device) for k, v in saved(args.inputs).items()}
+    if asked.inputs is not None:
+        inputs = {k: v.to(model.device) for k, v in saved(asked.inputs).items()}
     else:
-        adapter = registry.adapter(model.config.model_type)(model)
-        sizes = {"images": args.images, "frames": args.frames, "image_size": args.image_size}
-        inputs = random_prompt(adapter, text_tokens=args.text_tokens, seed=args.seed, **sizes).inputs
+        given = asked.model_dump(include={*PictureOptions.model_fields, "text_tokens", "seed"})
+        inputs = random_prompt(registry.adapter(model.config.model_type)(model), **given).inputs
     stage, recalls = search(model, inputs)
-    length, shown = inputs["input_ids"].shape[1], "random pictures" if args.inputs is None else str(args.inputs)
+    length, shown = inputs["input_ids"].shape[1], "random pictures" if asked.inputs is None else str(asked.inputs)
     about = f"MMInference (https://arxiv.org/abs/2504.16083) for {args.model}: searched on one prompt of {length} tokens ({shown})."
-    if args.inputs is None:
+    if asked.inputs is None:
         about += " This table shows the form, not what the model attends to; use --inputs for a real one."
     rows = [("layer", "patterns of its heads", "recall, mean")]
     for layer, (names, values) in enumerate(zip(stage.heads, recalls, strict=True)):
@@ -130,11 +119,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def saved(file: Path) -> dict[str, Tensor]:
-    """The inputs in a file.
-
-    Raises:
-        ConfigError: it holds something else.
-    """
+    """The inputs in a file."""
     try:
         found = torch.load(file, weights_only=True, map_location="cpu")
         if isinstance(found, dict) and "input_ids" in found and all(isinstance(x, Tensor) for x in found.values()):
@@ -146,13 +131,7 @@ def saved(file: Path) -> dict[str, Tensor]:
 
 
 def search(model: Any, inputs: dict[str, Tensor]) -> tuple[Any, list[tuple[float, ...]]]:
-    """The stage with the table found on one prompt, and per layer what the chosen pattern of every head recalls.
-
-    Raises:
-        ConfigError: more than one row, or too many tokens.
-    """
-    from vtoken.session import wrapped
-
+    """The stage with the table found on one prompt, and per layer what the chosen pattern of every head recalls."""
     rows, length = inputs["input_ids"].shape
     if rows != 1 or length > LONGEST:
         raise ConfigError(f"the search takes one prompt of at most {LONGEST} tokens, not {rows} of {length}")

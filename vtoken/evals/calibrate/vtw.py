@@ -11,70 +11,57 @@ from torch import Tensor
 
 from vtoken.errors import ConfigError
 from vtoken.evals.calibrate._exit_reference import ExitReference
-from vtoken.evals.calibrate._report import add_json, tell
-from vtoken.evals.shared.options import number
+from vtoken.evals.calibrate._report import tell
+from vtoken.evals.shared.options import DeviceOptions, option
 from vtoken.evals.shared.samples import ABOUT, Sample, load, prepare, read
 
 SUMMARY = "the decoder layer before which all visual tokens can leave (vtw)"
+DESCRIPTION = """\
+For every layer K: KL divergence of the next-token distribution with all visual tokens gone before K from that of
+the full model, mean over questions; the first K within the tolerance is VTW's. One dense forward per question and
+the deeper layers on text alone. Of multiple-choice questions it gives layers too early for OCR and captions."""
 EXAMPLES = """examples:
   vtoken calibrate vtw tiny-llava                       # on 20 shipped questions
   vtoken calibrate vtw llava-hf/llava-1.5-13b-hf --data mine.jsonl --tolerance 0.0005
   vtoken calibrate vtw tiny-llava --json | jq .pipeline
 """
+OUT = None
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "For every layer K: KL divergence of the next-token distribution with all visual tokens gone before K from that of\n"
-        "the full model, mean over questions; the first K within the tolerance is VTW's. One dense forward per question and\n"
-        "the deeper layers on text alone. Of multiple-choice questions it gives layers too early for OCR and captions."
+class Settings(DeviceOptions):
+    data: str = option("reference", ABOUT, "DATA")
+    limit: int = option(20, "first N questions", ge=1)
+    tolerance: float = option(
+        0.003,
+        "most divergence, in nats (default: %(default)s, the authors' for LLaVA-1.5-7B; 0.0005 for 13B, 0.0001 for 1.6-7B)",
+        "KL",
+        ge=0,
     )
-    parser.epilog = EXAMPLES
-    parser.add_argument("model", metavar="MODEL", help="shipped model, folder or hub id")
-    parser.add_argument("--data", default="reference", metavar="DATA", help=f"{ABOUT} (default: %(default)s)")
-    parser.add_argument("--limit", type=int, default=20, metavar="N", help="first N questions (default: %(default)s)")
-    parser.add_argument(
-        "--tolerance",
-        type=number,
-        default=0.003,
-        metavar="KL",
-        help="most divergence, in nats (default: %(default)s, the authors' for LLaVA-1.5-7B; 0.0005 for 13B, 0.0001 for 1.6-7B)",
-    )
-    parser.add_argument(
-        "--first", type=int, metavar="K", help="first layer that is tried (default: 5 of 32, as the authors)"
-    )
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 (default: the GPU if there is one)")
-    parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: that of the weights)")
-    add_json(parser)
+    first: int | None = option(None, "first layer that is tried (default: 5 of 32, as the authors)", "K")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the divergence of every layer and the first within the tolerance; that there is none is an answer, too: `none`.
-
-    Raises:
-        VtokenError: model or data are not to be had, or an option cannot be used.
-    """
-    if not args.tolerance >= 0:
-        raise ConfigError(f"--tolerance must be at least 0, not {args.tolerance}")
-    samples = read(args.data, args.limit)
-    model, processor = load(args.model, args.device, args.dtype)
+    """Prints the divergence of every layer and the first within the tolerance; that there is none is an answer, too: `none`."""
+    asked = Settings.of(args)
+    samples = read(asked.data, asked.limit)
+    model, processor = load(args.model, asked.device, asked.dtype)
     depth = model.config.get_text_config().num_hidden_layers
-    first = max(1, min(5, depth * 5 // 32)) if args.first is None else args.first
+    first = max(1, min(5, depth * 5 // 32)) if asked.first is None else asked.first
     if not 1 <= first < depth:
         raise ConfigError(f"--first must lie between 1 and {depth - 1}, the last layer of {args.model}; not {first}")
     found = divergences(model, processor, samples)
-    layer = choose(found, first, args.tolerance)
-    told = {"data": args.data, "questions": len(samples), "tolerance": args.tolerance, "layer": layer}
+    tolerance, layer = asked.tolerance, choose(found, first, asked.tolerance)
     rows = [("layer", "KL, nats", "")]
-    rows += [(str(k), f"{kl:.6f}", f"first within {args.tolerance}" * (k == layer)) for k, kl in enumerate(found, 1)]
+    rows += [(str(k), f"{kl:.6f}", f"first within {tolerance}" * (k == layer)) for k, kl in enumerate(found, 1)]
     pipeline = "none" if layer is None else f"vtw:layer={layer}"
-    about = f"{pipeline} on {len(samples)} questions of {args.data}"
+    about = f"{pipeline} on {len(samples)} questions of {asked.data}"
     if layer is None:
         lowest = min(found[first - 1 :])
         about += (
-            f": no layer from {first} on keeps the divergence within {args.tolerance}, the lowest is {lowest:.6f} at layer "
+            f": no layer from {first} on keeps the divergence within {tolerance}, the lowest is {lowest:.6f} at layer "
             f"{found.index(lowest, first - 1) + 1}; this model reads its images to the end, or raise --tolerance"
         )
+    told = {"data": asked.data, "questions": len(samples), "tolerance": tolerance, "layer": layer}
     tell(args, {**told, "divergence": dict(enumerate(found, 1))}, rows, about, pipeline)
     return 0
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vtoken.config import load
-from vtoken.evals.cost.flops import account, resolve_config
+from vtoken.evals.cost.flops import account
 from vtoken.evals.cost.geometry import Geometry, geometry
 from vtoken.evals.cost.support_matrix import Answer, SupportMatrix, example_stage, support_matrix
+from vtoken.evals.shared.configs import resolve_config
 from vtoken.stages import Stage, size_of, spec_of
 from vtoken.stages.budget import Budget
 
@@ -21,10 +22,9 @@ class Cost:
     """One stage, with default options and 64 tokens to keep, on one picture of LLaVA-1.5-7B (576 visual tokens, 64 text tokens).
 
     Attributes:
-        families: answer of the matrix -> the families it goes for.
-        flops: of the facts and the decision; None for a stage that has options without a default, or whose defaults do not run on the model.
-        fact_bytes: size of the facts that it is given, at its first layer if it acts at several; None likewise, or where a fact is
-            not one of vtoken's.
+        families: answer of the support matrix -> families.
+        flops: of facts and decision; None where options have no default, or the defaults do not run on the model.
+        fact_bytes: size of the facts, at the first layer where the stage acts; None likewise, or for a fact of unknown size.
         left_out: what `flops` does not count, one sentence each.
     """
 
@@ -36,42 +36,27 @@ class Cost:
 
 
 def costs(stages: list[type[Stage]], found: SupportMatrix | None = None) -> list[Cost]:
-    """One row per stage.
-
-    Args:
-        found: the matrix of these stages, if it is at hand; else it is made, which takes seconds.
-    """
+    """One row per stage; `found` is their support matrix, which takes seconds to make."""
     found = support_matrix(stages) if found is None else found
-    return [_cost(cls, _by_answer(found, cls.name)) for cls in stages]
+    return [_cost(cls, found) for cls in stages]
 
 
-def _by_answer(found: SupportMatrix, stage: str) -> dict[Answer, list[str]]:
-    out: dict[Answer, list[str]] = {}
-    for family, cell in found.cells[stage].items():
-        out.setdefault(cell.answer, []).append(family)
-    return out
-
-
-def _cost(cls: type[Stage], families: dict[Answer, list[str]]) -> Cost:
-    config = resolve_config(MODEL)
-    stage = example_stage(cls)
-    runs = [family for answer in ("yes", "substitute") for family in families.get(answer, [])]
-    if stage is None or config.model_type not in runs:
+def _cost(cls: type[Stage], found: SupportMatrix) -> Cost:
+    families: dict[Answer, list[str]] = {}
+    for family, cell in found.cells[cls.name].items():
+        families.setdefault(cell.answer, []).append(family)
+    config, stage = resolve_config(MODEL), example_stage(cls)
+    if stage is None or config.model_type not in families.get("yes", []) + families.get("substitute", []):
         return Cost(cls.name, families, None, None)
     if "keep" in cls.model_fields:
         stage = stage.model_copy(update={"keep": Budget(64)})
     dense, pruned = (account(config, p, text_tokens=TEXT_TOKENS, new_tokens=1) for p in (None, load(stage)))
     missing = tuple(sentence for sentence in pruned.left_out if sentence not in dense.left_out)
-    size = fact_bytes(stage, geometry(config, None, 1, 1, "model"), TEXT_TOKENS)
-    return Cost(cls.name, families, pruned.stages, size, missing)
+    return Cost(cls.name, families, pruned.stages, fact_bytes(stage, geometry(config), TEXT_TOKENS), missing)
 
 
 def fact_bytes(stage: Stage, shape: Geometry, text_tokens: int) -> int | None:
-    """Bytes of the facts a stage is given for one picture; None if there is one whose size is not known.
-
-    Args:
-        text_tokens: all of them taken to stand behind the picture.
-    """
+    """Bytes of the facts a stage is given for one picture with all the text behind it; None if there is one of unknown size."""
     encoder, decoder = shape.tower.layers, shape.decoder
     total = 0
     for fact in stage.needs():

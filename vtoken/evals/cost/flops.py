@@ -1,4 +1,4 @@
-"""The account: FLOPs per part and KV bytes of a model and a pipeline, from the config alone.
+"""FLOPs per part and KV-cache bytes of a model with a pipeline, from the config alone.
 
 Counted as torch's FlopCounterMode counts: a multiply-add is 2 FLOPs, attention is queries x keys, masked or not.
 """
@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from vtoken.errors import ConfigError, about
-from vtoken.evals.cost.geometry import Geometry, ImageSize, geometry
+from vtoken.config import Pipeline
+from vtoken.errors import about
+from vtoken.evals.cost.geometry import Geometry, geometry
 from vtoken.evals.cost.token_flow import Counts, TokenFlow
-from vtoken.evals.shared.configs import resolve_config
-from vtoken.stages import Stage
-
-__all__ = ["PARTS", "Account", "Pipeline", "account", "resolve_config"]
+from vtoken.evals.shared.dense import DENSE
+from vtoken.evals.shared.options import Workload
 
 PARTS = ("tower", "projector", "stages", "prefill_linear", "prefill_attention", "decode")
 LEFT_OUT = (
@@ -24,23 +23,6 @@ LEFT_OUT = (
     "causality: prefill_attention is full queries x keys; prefill_attention_causal leaves the masked half out",
     "padding: all rows of the batch are equally long",
 )
-
-
-class Pipeline(Protocol):
-    """What the account reads of a pipeline."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def stages(self) -> Sequence[Stage]: ...
-    @property
-    def newline(self) -> str: ...
-    @property
-    def anyres(self) -> str: ...
-    @property
-    def min_visual_tokens(self) -> int: ...
-    @property
-    def written(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -119,62 +101,42 @@ def account(
     config: Any,
     pipeline: Pipeline | None = None,
     *,
-    images: int = 1,
-    image_size: ImageSize | None = None,
-    frames: int = 1,
-    text_tokens: int = 64,
-    new_tokens: int = 64,
     batch: int = 1,
     dtype_bytes: int | None = None,
+    **options: Any,
 ) -> Account:
     """Counts one `generate` call.
 
     Args:
         config: transformers config of a VLM, from `resolve_config` or `model.config`.
-        pipeline: what `vtoken.config.load` returns; None is the dense model.
-        images: per batch row, all alike.
-        image_size: pixels, one number or (height, width). None is the tower's own size, 448 x 448 for Qwen, which rounds sizes as
-            `Qwen2VLImageProcessor` does by default. LLaVA-1.5 ignores it, so does OneVision for videos and several images.
-        frames: per image; more than one is a video.
-        text_tokens: prompt tokens per row that are not visual.
-        new_tokens: tokens generated per row.
-        dtype_bytes: of the KV cache; None takes the config's dtype, or 2 where it names none.
+        pipeline: None is the dense model.
+        dtype_bytes: bytes of a number in the KV cache; None takes the config's dtype, or 2 where it names none.
+        options: fields of `Workload`, per batch row. Sizes are rounded as the family's image processor does by default.
 
     Raises:
-        ConfigError: a count below 1 (text_tokens: below 0), or an image size that the model's processor refuses.
+        ConfigError: an option out of bounds, or an image size that the model's processor refuses.
         UnsupportedError: a model family whose arithmetic is not known, video for one that has none, or a stage at a layer where
             it cannot act.
     """
-    least = {
-        "images": images,
-        "frames": frames,
-        "new_tokens": new_tokens,
-        "batch": batch,
-        "text_tokens": text_tokens + 1,
-    }
-    for name, value in least.items():
-        if value < 1:
-            raise ConfigError(f"{name}: must be at least {0 if name == 'text_tokens' else 1}")
-    sides = () if image_size is None else (image_size,) if isinstance(image_size, int) else image_size
-    if any(side < 1 for side in sides):
-        raise ConfigError(f"image_size: {image_size} must be at least 1 pixel a side")
-    newline = "keep_if_row_has_token" if pipeline is None else pipeline.newline
-    stages, threshold = ((), 0) if pipeline is None else (pipeline.stages, pipeline.min_visual_tokens)
-    with about("" if pipeline is None else pipeline.written):
-        shape = geometry(config, image_size, images, frames, "model" if pipeline is None else pipeline.anyres)
-        flow = TokenFlow(shape, images, text_tokens, stages, newline, threshold)
+    work = Workload.given(**options)
+    applied = pipeline or DENSE
+    with about(applied.written):
+        shape = geometry(config, work.image_size, work.images, work.frames, applied.anyres)
+        flow = TokenFlow(
+            shape, work.images, work.text_tokens, applied.stages, applied.newline, applied.min_visual_tokens
+        )
     shape = flow.shape
     size = dtype_bytes or _dtype_bytes(config)
     decoder = shape.decoder
     in_decoder = [flow.length(layer) for layer in range(decoder.depth)]
     read = list(zip(flow.attended, flow.density, strict=True))
     head = 2 * decoder.width * shape.vocabulary
-    steps = new_tokens - 1
+    steps = work.new_tokens - 1
     return Account(
-        pipeline="dense" if pipeline is None else pipeline.name,
-        images=images,
-        text_tokens=text_tokens,
-        new_tokens=new_tokens,
+        pipeline=applied.name,
+        images=work.images,
+        text_tokens=work.text_tokens,
+        new_tokens=work.new_tokens,
         batch=batch,
         dtype_bytes=size,
         tower=batch * _tower(shape, flow),
@@ -192,6 +154,17 @@ def account(
         kv_bytes=batch * _kv_bytes(flow, size, steps),
         left_out=(*LEFT_OUT, *flow.left_out),
     )
+
+
+def picture_size(config: Any, prompt: Any) -> tuple[int, int] | None:
+    """(height, width) in pixels of a prompt's picture as the account takes it; None where the model resizes every picture."""
+    if "image_grid_thw" in prompt:
+        _, rows, columns = prompt["image_grid_thw"][0].tolist()
+        return rows * config.vision_config.patch_size, columns * config.vision_config.patch_size
+    if "image_sizes" in prompt:
+        height, width = prompt["image_sizes"][0].tolist()
+        return height, width
+    return None
 
 
 def _tower(shape: Geometry, flow: TokenFlow) -> int:

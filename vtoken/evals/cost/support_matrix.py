@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -14,9 +14,6 @@ from vtoken.hooks.state.encoder_fact import substituted
 from vtoken.session import wrapped
 from vtoken.stages import Stage
 from vtoken.stages.budget import Budget
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Answer = Literal["yes", "substitute", "no", "depends"]
 
@@ -65,9 +62,6 @@ def support_matrix(stages: list[type[Stage]], families: list[str] | None = None)
 
     Args:
         families: `model_type`s; None is every adapter.
-
-    Raises:
-        ConfigError: a family of which transformers has no model.
     """
     known = {fields["model_type"]: name for name, fields in reversed(builtin().items())}
     families = registry.adapters() if families is None else families
@@ -75,19 +69,14 @@ def support_matrix(stages: list[type[Stage]], families: list[str] | None = None)
     built = {family: _build(family, models[family]) for family in families}
     given = {family: registry.adapter(family)(model).substitutes for family, model in built.items()}
     cells = {
-        c.name: {family: cell(model, example_stage(c), given[family]) for family, model in built.items()}
-        for c in stages
+        cls.name: {family: cell(model, example_stage(cls), given[family]) for family, model in built.items()}
+        for cls in stages
     }
     return SupportMatrix(models, cells)
 
 
 def cell(model: Any, stage: Stage | None, substitutes: dict[str, str]) -> Cell:
-    """What `wrap` says of a stage on a model.
-
-    Args:
-        stage: None is a stage that nobody gave its options.
-        substitutes: of the model's adapter.
-    """
+    """What `wrap` says of a stage on a model whose adapter has these `substitutes`; None is a stage without an example."""
     if stage is None:
         return Cell("depends", "It depends on options that have no default.")
     try:
@@ -100,8 +89,7 @@ def cell(model: Any, stage: Stage | None, substitutes: dict[str, str]) -> Cell:
     except UnsupportedError as error:
         reason = f"{str(error).rstrip('.')}."
         return Cell("no", reason if stage.name in reason else f"{stage.name}: {reason}")
-    facts = substituted(stage, substitutes)
-    if facts:
+    if facts := substituted(stage, substitutes):
         pairs = ", ".join(f"{given} stands in for {asked}" for asked, given in facts.items())
         return Cell("substitute", f"{pairs}, which the family does not have.")
     return Cell("yes")
@@ -116,13 +104,12 @@ def example_stage(cls: type[Stage]) -> Stage | None:
     return next((stage for pipeline in pipelines for stage in pipeline.stages if type(stage) is cls), None)
 
 
-def _build(family: str, name: str) -> PreTrainedModel:
+def _build(family: str, name: str) -> Any:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     try:
-        fields = AutoConfig.for_model(**builtin().get(name, {"model_type": family}))
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForImageTextToText.from_config(fields)
+            fields = builtin().get(name, {"model_type": family})
+            return AutoModelForImageTextToText.from_config(AutoConfig.for_model(**fields))
     except ValueError as error:
         raise ConfigError(f"cannot build a {family} model to try stages on: {str(error).splitlines()[0]}") from error
-    return model

@@ -1,4 +1,4 @@
-"""One batch row on its way through the stages: how many tokens are alive where, and what deciding costs."""
+"""One batch row on its way through the stages: how many tokens are alive in every layer, and what deciding costs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 from vtoken.errors import OtherModelError, UnsupportedError
 from vtoken.evals.cost.geometry import Geometry
 from vtoken.hooks.vision.frames import SIDE
-from vtoken.stages import Fact, FactSpec, OtherModel, Site, Stage, size_of, spec_of
+from vtoken.stages import SITES, Fact, FactSpec, OtherModel, Site, Stage, size_of, spec_of
 from vtoken.stages.attention import SparseAttention
 from vtoken.stages.cache import CacheStage
 
@@ -33,10 +33,7 @@ class TokenFlow:
         left_out: what could not be counted.
 
     Args:
-        least: visual tokens below which nothing is done.
-
-    Raises:
-        UnsupportedError: a stage at a layer where it cannot act, or a fact that comes too late for it.
+        least: with fewer visual tokens no stage acts.
     """
 
     def __init__(
@@ -51,53 +48,23 @@ class TokenFlow:
         self.cost = 0
         self.left_out: list[str] = []
         self._paid: set[tuple[str, str, int]] = set()
-        depths = {"encoder": shape.tower.layers.depth, "decoder": shape.decoder.depth}
         if stages and (visual := images * size_of(shape.parts)) < least:
             self._leave_out(f"all stages stand aside: {visual} visual tokens are fewer than min_visual_tokens {least}")
             stages = ()
-        stages = [s.for_depth(depths[s.site]) if s.site in depths else s for s in stages]
+        self._depth = {"encoder": shape.tower.layers.depth, "decoder": shape.decoder.depth}
+        stages = [s.for_depth(self._depth[s.site]) if s.site in self._depth else s for s in stages]
         for stage in stages:
-            if stage.unmerge_mode():
-                self._leave_out(
-                    f"{stage.name}: tokens that were dropped, not merged; attention is counted as if none was"
-                )
-            elif stage.site not in ("frames", "encoder", "tokens", "decoder", "attention") and not isinstance(
-                stage, CacheStage
-            ):
-                self._leave_out(f"{stage.name}: what a stage at site {stage.site} saves and costs")
-            if why := stage.incompatibility(shape.decoder.depth, shape.decoder.width):
-                raise OtherModelError(f"stage {stage.name}: {why}")
-            if why := stage.tower_incompatibility(shape.tower.layers.width, shape.tower.unit):
-                raise UnsupportedError(f"stage {stage.name}: {why}")
-            if isinstance(stage, SparseAttention) and (
-                why := stage.heads_incompatibility(shape.decoder.heads, shape.decoder.kv_heads, shape.decoder.head_dim)
-            ):
-                raise UnsupportedError(f"stage {stage.name}: {why}")
-            self._check_layers(stage)
-        at: dict[Site, list[Stage]] = {
-            site: [s for s in stages if s.site == site] for site in ("encoder", "tokens", "decoder")
-        }
-        self._dropping = bool(at["tokens"] or at["decoder"])
+            self._check(stage)
+        self._at = {site: [stage for stage in stages if stage.site == site] for site in SITES}
+        self._dropping = bool(self._at["tokens"] or self._at["decoder"])
         self.embedded = shape.tower.patches * images
-        shape = self._choose([s for s in stages if s.site == "frames"])
-        self.crops = shape.tower.crops * images
-        counts: Counts = tuple(size_of((crop,)) for crop in self.crops)
-        for layer in range(shape.tower.layers.depth):
-            self.tower.append(counts)
-            acting = [s for s in at["encoder"] if layer in s.layers(shape.tower.layers.depth)]
-            for stage in acting if layer <= min(shape.tower.feature_layers) else ():
-                counts = self._act(stage, counts, layer) if stage.merge_point() else counts
-            self.mlps.append(counts)
-            for stage in acting:
-                counts = counts if stage.merge_point() else self._act(stage, counts, layer)
-        each = len(shape.tower.crops)
-        counts = tuple(shape.tokens(counts[i * each : (i + 1) * each]) for i in range(images))
-        for stage in at["tokens"]:
+        self._choose_frames()
+        counts = self._encode()
+        for stage in self._at["tokens"]:
             counts = self._act(stage, counts, None)
         for layer in range(shape.decoder.depth):
-            for stage in at["decoder"]:
-                if layer in stage.layers(shape.decoder.depth):
-                    counts = self._act(stage, counts, layer)
+            for stage in self._acting("decoder", layer):
+                counts = self._act(stage, counts, layer)
             self.decoder.append(counts)
             self.newlines.append(self._lines(counts))
         self.density = [1.0] * shape.decoder.depth
@@ -114,10 +81,51 @@ class TokenFlow:
                 self.decoded = self.attended
                 self.held = self.attended if kept == "expanded" else lengths
 
-    def _choose(self, stages: Sequence[Stage]) -> Geometry:
-        """The shapes of the frames that are left. A packed tower embeds all of them; its layers, as all of a padded one, see fewer."""
+    def length(self, layer: int) -> int:
+        """Tokens of the row in a decoder layer, text and newlines included."""
+        return self._length(self.decoder[layer])
+
+    def _check(self, stage: Stage) -> None:
+        """Refuses a stage that does not go with these shapes, as `wrap` does."""
+        decoder, tower = self.shape.decoder, self.shape.tower
+        if stage.unmerge_mode():
+            self._leave_out(f"{stage.name}: tokens that were dropped, not merged; attention is counted as if none was")
+        elif stage.site == "cache" and not isinstance(stage, CacheStage):
+            self._leave_out(f"{stage.name}: what a stage at site {stage.site} saves and costs")
+        if why := stage.incompatibility(decoder.depth, decoder.width):
+            raise OtherModelError(f"stage {stage.name}: {why}")
+        why = stage.tower_incompatibility(tower.layers.width, tower.unit)
+        if isinstance(stage, SparseAttention) and not why:
+            why = stage.heads_incompatibility(decoder.heads, decoder.kv_heads, decoder.head_dim)
+        if stage.site == "encoder" and stage.merge_point():
+            if any(mixed != 1 for _, mixed in self.shape.sources):
+                why = "merges where this model interpolates features behind its tower"
+            elif tower.unit != 1:
+                why = f"merges single patches, of which this encoder joins {tower.unit}"
+        if why:
+            raise UnsupportedError(f"stage {stage.name}: {why}")
+        if stage.site not in self._depth:
+            return
+        try:
+            layers = stage.layers(self._depth[stage.site])
+        except OtherModel as error:
+            raise OtherModelError(f"stage {stage.name}: {error}") from error
+        except ValueError as error:
+            raise UnsupportedError(f"stage {stage.name}: {error}") from error
+        first, last = (1, decoder.depth - 1) if stage.site == "decoder" else (0, min(tower.feature_layers) - 1)
+        last = tower.layers.depth - 1 if stage.merge_point() else last
+        if not layers or min(layers) < first or max(layers) > last:
+            raise UnsupportedError(
+                f"stage {stage.name} acts at {stage.site} layers {list(layers)}; this model allows {first} to {last}"
+            )
+
+    def _acting(self, site: Site, layer: int) -> list[Stage]:
+        return [stage for stage in self._at[site] if layer in stage.layers(self._depth[site])]
+
+    def _choose_frames(self) -> None:
+        """Goes on with the frames that are left. A packed tower embeds all of them; its layers, as all of a padded one, see fewer."""
         frames = self.shape.frames
-        for stage in stages:
+        for stage in self._at["frames"]:
             counts: Counts = (frames,) * self.images
             self.cost += stage.flops(counts, CHANNELS * SIDE**2)
             frames = max(
@@ -127,30 +135,37 @@ class TokenFlow:
         self.shape = self.shape.thinned(frames)
         if self.shape.tower.unit == 1:
             self.embedded = self.shape.tower.patches * self.images
-        return self.shape
 
-    def length(self, layer: int) -> int:
-        """Tokens of the row in a decoder layer."""
-        return self._length(self.decoder[layer])
+    def _encode(self) -> Counts:
+        """Visual tokens of every image behind the tower."""
+        tower = self.shape.tower
+        counts: Counts = tuple(size_of((crop,)) for crop in tower.crops * self.images)
+        for layer in range(tower.layers.depth):
+            self.tower.append(counts)
+            acting = self._acting("encoder", layer)
+            for stage in acting if layer <= min(tower.feature_layers) else ():
+                counts = self._act(stage, counts, layer) if stage.merge_point() else counts
+            self.mlps.append(counts)
+            for stage in acting:
+                counts = counts if stage.merge_point() else self._act(stage, counts, layer)
+        each = len(tower.crops)
+        return tuple(self.shape.tokens(counts[i * each : (i + 1) * each]) for i in range(self.images))
 
     def _thin(self, stage: SparseAttention) -> None:
         """Enters how much of the attention a stage leaves, where that does not depend on what the prompt says."""
         for layer in stage.layers(self.shape.decoder.depth):
-            if self.length(layer) < stage.min_len:
-                self._leave_out(
-                    f"{stage.name} stands aside: {self.length(layer)} tokens are fewer than min_len {stage.min_len}"
-                )
-                continue
-            density = stage.density(self.length(layer), layer)
-            if density is None:
+            length = self.length(layer)
+            if length < stage.min_len:
+                self._leave_out(f"{stage.name} stands aside: {length} tokens are fewer than min_len {stage.min_len}")
+            elif (density := stage.density(length, layer)) is not None:
+                self.density[layer] = density
+            else:
                 self._leave_out(
                     f"{stage.name}: which blocks it reads, and what choosing them costs (attention is counted whole)"
                 )
-            else:
-                self.density[layer] = density
 
     def _shrink(self, stage: CacheStage) -> None:
-        """What a cache stage leaves of every layer, and costs there."""
+        """Enters what a cache stage leaves of every layer, and costs there."""
         stack = self.shape.decoder
         self.held = self.decoded = list(self.held)
         for layer, (prompt, counts) in enumerate(zip(self.held, self.decoder, strict=True)):
@@ -173,34 +188,6 @@ class TokenFlow:
             return 0
         return sum(map(self.shape.closing, counts))
 
-    def _check_layers(self, stage: Stage) -> None:
-        """Refuses layers that do not exist or come too late to save anything, as `wrap` does."""
-        if stage.site not in ("encoder", "decoder"):
-            return
-        tower, depth = self.shape.tower, self.shape.decoder.depth
-        encoder = stage.site == "encoder"
-        first, last = (0, min(tower.feature_layers) - 1) if encoder else (1, depth - 1)
-        if stage.merge_point():
-            last = tower.layers.depth - 1
-            if any(mixed != 1 for _, mixed in self.shape.sources):
-                raise UnsupportedError(
-                    f"stage {stage.name} merges where this model interpolates features behind its tower"
-                )
-            if tower.unit != 1:
-                raise UnsupportedError(
-                    f"stage {stage.name} merges single patches, of which this encoder joins {tower.unit}"
-                )
-        try:
-            layers = stage.layers(tower.layers.depth if encoder else depth)
-        except OtherModel as error:
-            raise OtherModelError(f"stage {stage.name}: {error}") from error
-        except ValueError as error:
-            raise UnsupportedError(f"stage {stage.name}: {error}") from error
-        if not layers or min(layers) < first or max(layers) > last:
-            raise UnsupportedError(
-                f"stage {stage.name} acts at {stage.site} layers {list(layers)}; this model allows {first} to {last}"
-            )
-
     def _act(self, stage: Stage, counts: Counts, layer: int | None) -> Counts:
         for fact in stage.needs():
             self._pay(stage, fact, counts, layer)
@@ -208,7 +195,7 @@ class TokenFlow:
             # The tower does not know which crops belong to one prompt: there each is a row of its own.
             stack = self.shape.tower.layers
             self.cost += stage.flops(counts, stack.head_dim if stage.merge_point() else stack.width)
-            parts = tuple((crop,) for crop in self.crops)
+            parts = tuple((crop,) for crop in self.shape.tower.crops * self.images)
             return tuple(stage.expected_counts(counts, parts, range(len(parts)), layer))
         self.cost += stage.flops(counts, self.shape.decoder.width)
         return tuple(stage.expected_counts(counts, (self.shape.parts,) * self.images, (0,) * self.images, layer))
@@ -222,12 +209,11 @@ class TokenFlow:
         if not spec.queries:
             return  # a tensor that the model computes anyway
         if spec.read == "next layer" and layer is not None:
-            self.cost += self._coming(layer, counts)
+            self.cost += self._next_query(layer, counts)
             return
         decoder, tower = not spec.of_encoder, self.shape.tower
-        stack = self.shape.decoder if decoder else tower.layers
         if fact.layer is not None:
-            source = fact.layer % stack.depth
+            source = fact.layer % self._depth["decoder" if decoder else "encoder"]
         elif layer is None or (stage.site == "decoder" and not decoder):
             source = tower.attention_layer
         else:
@@ -261,14 +247,13 @@ class TokenFlow:
         rows = {"last": 1, "text": text, "chosen": text}
         return sum(stack.scores(rows.get(str(spec.queries), n), n if spec.own else length) + relayed for n in counts)
 
-    def _coming(self, layer: int, counts: Counts) -> int:
+    def _next_query(self, layer: int, counts: Counts) -> int:
         """FLOPs of the last token's row of a layer before it runs: its query, the keys of all that enters, the row over what is left."""
         stack, entering = self.shape.decoder, self._length(self.decoder[layer - 1])
         projected = stack.heads + stack.kv_heads * entering
         return 2 * stack.width * stack.head_dim * projected + stack.scores(1, self._length(counts))
 
     def _length(self, counts: Counts) -> int:
-        """Tokens of the row in a decoder layer, text and newlines included."""
         return self.text_tokens + sum(counts) + self._lines(counts)
 
     def _leave_out(self, sentence: str) -> None:

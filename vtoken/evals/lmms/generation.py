@@ -37,11 +37,7 @@ class TextGenerator:
         self._cold = True
 
     def use(self, pipeline: Pipeline | None) -> None:
-        """Takes off what is on the model, then puts this on.
-
-        Raises:
-            UnsupportedError: a stage that the model cannot serve; the model is dense then.
-        """
+        """Takes off what is on the model, then puts this on."""
         if self.pipeline is not None:
             unwrap(self.model)
             self.pipeline = None

@@ -43,6 +43,14 @@ class Leaf:
     config: dict[str, Any]
     higher_is_better: dict[str, bool]
 
+    def options(self) -> dict[str, Any]:
+        """What a reader needs to know of the task: version, data and generation."""
+        keys = ("dataset_path", "dataset_name", "test_split", "num_fewshot", "generation_kwargs")
+        found = {key: self.config.get(key) for key in keys if self.config.get(key) is not None}
+        metadata = self.config.get("metadata")
+        version = metadata.get("version") if isinstance(metadata, dict) else None
+        return json.loads(json.dumps({**found, "version": version}, default=str))
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -145,9 +153,6 @@ class Harness:
 
         Args:
             cases: `task` (a task without parts) and `doc` of each.
-
-        Raises:
-            VtokenError: a task that cannot be loaded.
         """
         for name in self.tasks:
             with _explained(name, "cannot be loaded"):
@@ -256,11 +261,3 @@ def _sentence(name: str, what: str, cause: BaseException | None) -> str:
     elif isinstance(cause, ModuleNotFoundError):
         told += f"; pip install {cause.name}"
     return told
-
-
-def options(leaf: Leaf) -> dict[str, Any]:
-    """What a reader needs to know of a task: version, data and generation."""
-    keys = ("dataset_path", "dataset_name", "test_split", "num_fewshot", "generation_kwargs")
-    found = {key: leaf.config.get(key) for key in keys if leaf.config.get(key) is not None}
-    version = (leaf.config.get("metadata") or {}) if isinstance(leaf.config.get("metadata"), dict) else {}
-    return json.loads(json.dumps({**found, "version": version.get("version")}, default=str))

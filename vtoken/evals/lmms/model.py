@@ -24,8 +24,8 @@ from vtoken.evals.lmms.generation import TextGenerator
 from vtoken.evals.lmms.prompts import LMMS_EVAL_PIXELS, Prompt, from_chat, limit_pixels, pixels
 from vtoken.evals.lmms.records import Request
 from vtoken.evals.lmms.response_cache import identify
-from vtoken.evals.quality.plan import code, named_files, weights
 from vtoken.evals.shared import models
+from vtoken.evals.shared.identity import code, named_files, weights
 
 
 class VtokenModel(lmms):
@@ -125,11 +125,7 @@ class VtokenModel(lmms):
         return self.batch_size_per_gpu
 
     def use(self, pipeline: Pipeline) -> None:
-        """Puts another pipeline on the same weights; one without stages leaves the stock model, with no hook on it.
-
-        Raises:
-            UnsupportedError: a stage that the model cannot serve; the model is dense then.
-        """
+        """Puts another pipeline on the same weights; one without stages leaves the stock model, with no hook on it."""
         stock = not pipeline.stages and pipeline.anyres == "model"
         self.generator.use(None if stock else pipeline)
         self.requests = []

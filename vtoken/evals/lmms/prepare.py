@@ -10,11 +10,7 @@ from vtoken.errors import VtokenError
 
 
 def prepare(command: str) -> None:
-    """Sets what lmms-eval reads when it is imported.
-
-    Raises:
-        VtokenError: it is not installed.
-    """
+    """Sets what lmms-eval reads when it is imported."""
     if find_spec("lmms_eval") is None:
         raise VtokenError(
             f'{command} needs lmms-eval: `make eval-venv` in a checkout, or pip install "vtoken[eval]" with the torchvision that '

@@ -54,13 +54,17 @@ class Prompt:
     clips: tuple[Clip, ...] = ()
 
     @property
+    def pictures(self) -> list[Image.Image]:
+        """All pictures, and frames of all videos."""
+        return [*self.images, *(frame for clip in self.clips for frame in clip.frames)]
+
+    @property
     def fingerprint(self) -> str | None:
         """sha256 over all pictures and frames in order, None without any: prompts that show the same have the same."""
-        shown = [*self.images, *(frame for clip in self.clips for frame in clip.frames)]
-        if not shown:
+        if not self.pictures:
             return None
         digest = hashlib.sha256()
-        for picture in shown:
+        for picture in self.pictures:
             digest.update(repr(picture.size).encode())
             digest.update(picture.tobytes())
         return digest.hexdigest()
@@ -72,10 +76,6 @@ def from_chat(messages: Sequence[Mapping[str, Any]], frames: int, system: str | 
     Args:
         frames: most frames of a video.
         system: system prompt, in place of one that the messages bring.
-
-    Raises:
-        UnsupportedError: audio, or a clip that is cut by start and end.
-        ConfigError: a file that cannot be read.
     """
     images: list[Image.Image] = []
     clips: list[Clip] = []
@@ -114,10 +114,6 @@ def clip(given: Any, frames: int) -> Clip:
     """At most `frames` evenly spaced frames of a video: a list of pictures, a folder, an animation, or a file that PyAV decodes.
 
     Pictures without a clock are taken as one frame per second.
-
-    Raises:
-        ConfigError: it cannot be read.
-        UnsupportedError: something else.
     """
     if isinstance(given, (list, tuple)) and given and all(isinstance(each, Image.Image) for each in given):
         places = _places(len(given), frames)
@@ -168,12 +164,7 @@ def _decoded(path: Path, frames: int) -> Clip:
 
 
 def limit_pixels(processor: Any, least: int | None, most: int | None) -> None:
-    """Sets the fewest and most pixels of a picture, of a processor that resizes by area (Qwen).
-
-    Raises:
-        UnsupportedError: a processor that has no such limits.
-        ConfigError: limits out of order.
-    """
+    """Sets the fewest and most pixels of a picture, of a processor that resizes by area (Qwen)."""
     if least is None and most is None:
         return
     size = dict(processor.image_processor.size)
@@ -200,12 +191,7 @@ def pixels(processor: Any) -> dict[str, Any]:
 
 
 def encode(processor: Any, prompts: Sequence[Prompt], model: Any) -> Any:
-    """Model inputs of a batch, padded on the left, on the model's device, pixels in its dtype.
-
-    Raises:
-        ConfigError: no chat template, or one that leaves the system prompt out.
-        UnsupportedError: a video for a processor that takes none, or pictures that it refuses.
-    """
+    """Model inputs of a batch, padded on the left, on the model's device, pixels in its dtype."""
     if not getattr(processor, "chat_template", None):
         raise ConfigError(
             "the processor has no chat template, so the model's prompt format is not known; use the checkpoint's chat or instruct version"

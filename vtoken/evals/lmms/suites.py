@@ -92,11 +92,7 @@ KNOWN = {task.name: task for tasks in (OWN, *SUITES.values()) for task in tasks}
 
 
 def expand(names: Sequence[str]) -> list[str]:
-    """Task names, suites replaced by their tasks, each once.
-
-    Raises:
-        ConfigError: no name at all, or a task that lacks a package or a judge.
-    """
+    """Task names, suites replaced by their tasks, each once."""
     given = [name.strip() for name in names if name.strip()]
     if not given:
         raise ConfigError(f"no task is given; write names of lmms-eval's tasks or one of {', '.join(SUITES)}")
@@ -126,11 +122,7 @@ def has_judge() -> bool:
 
 
 def known_to(every: Sequence[str], names: Sequence[str]) -> None:
-    """Refuses names that the task manager does not list.
-
-    Raises:
-        ConfigError: with the nearest names.
-    """
+    """Refuses names that the task manager does not list."""
     for name in names:
         if name not in every:
             close = get_close_matches(name, [*every, *SUITES], n=3)

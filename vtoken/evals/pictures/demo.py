@@ -1,27 +1,25 @@
-"""The demo: the reference VLM, dense and pruned, on the shipped questions."""
+"""The demo: a reference VLM, dense and pruned, on the shipped questions."""
 
 from __future__ import annotations
 
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from typing import Any
 
 import torch
-import transformers
-from PIL import Image
 
-import vtoken
 from vtoken.config import Pipeline, load
 from vtoken.errors import VtokenError
 from vtoken.evals import reference
-from vtoken.evals.cost.flops import account
-from vtoken.evals.pictures.demo_pipelines import applied, choose, prefill
-from vtoken.evals.pictures.overlay import drawn, owners, views
+from vtoken.evals.cost.flops import account, picture_size
+from vtoken.evals.pictures.demo_pipelines import DemoPipelines, applied, choose, prefill
+from vtoken.evals.pictures.overlay import drawn, owners, scaled, views
 from vtoken.evals.pictures.report import Case, Panel, Report, Row
 from vtoken.evals.processors import apply
+from vtoken.evals.shared.machine import processor_name, versions
 from vtoken.evals.shared.media import Media, still
 
 ROUNDS = 21
@@ -42,15 +40,12 @@ def run(
     """Scores and times dense and every method at every budget: a few methods, or all there are.
 
     Args:
-        name: a shipped reference model.
+        name: a reference model.
         budgets: visual tokens to keep; None takes about 1/9, 1/18 and 1/36 of those of the first picture.
         limit: the first so many questions only.
         everything: every stage that runs on the model; kept tokens are then shown on one picture only.
         command: how the report says it was made.
         progress: called with what is being done and the share of the work that is done.
-
-    Raises:
-        VtokenError: a budget that does not fit, or a trace that disagrees with the plan.
     """
     if limit is not None and limit < 1:
         raise VtokenError(f"the limit must be at least 1 question, not {limit}")
@@ -64,51 +59,39 @@ def run(
     compared = choose(model, prompts[0], budgets, everything)
     pipelines = compared.pipelines
 
-    work = len(pipelines) * (len(questions) + WARMUP + ROUNDS)
+    share = 1 / (len(pipelines) * (len(questions) + WARMUP + ROUNDS))
     done = 0
-
-    def advance(what: str, by: int) -> None:
-        nonlocal done
-        done += by
-        progress(what, done / work)
-
     answers: dict[str, list[str]] = {}
     for label, pipeline in pipelines.items():
-        before = done
 
-        def answered(count: int, _: int, label: str = label, before: int = before) -> None:
-            advance(label, before + count - done)
+        def answered(count: int, _: int, label: str = label, before: int = done) -> None:
+            progress(label, (before + count) * share)
 
         with applied(model, pipeline):
             answers[label] = reference.answers(model, processor, questions, batch_size=BATCH, progress=answered)
-
-    seconds = time_to_first_token(model, pipelines, prompts, lambda: advance("time to first token", 1))
+        done += len(questions)
+    seconds: dict[str, list[float]] = {label: [] for label in pipelines}
+    for turn, label, taken in time_to_first_token(model, pipelines, prompts):
+        seconds[label] += [taken] * (turn >= 0)
+        done += 1
+        progress("time to first token", done * share)
     rows = [
         Row(
             pipeline=label,
             method=label.partition(":")[0],
             scores=reference.score(questions, answers[label]),
-            ttft=tuple(seconds[label]),
+            ttft=seconds[label],
             **cost(model, pipeline, prompts[0]),
         )
         for label, pipeline in pipelines.items()
     ]
     shown = {label: pipelines[label] for label in compared.shown}
     cases = tuple(
-        case(model, processor, shown, question, {label: answers[label][k] for label in shown})
-        for k, question in examples(questions, 1 if everything else EXAMPLES)
+        case(model, processor, shown, questions[k], {label: answers[label][k] for label in shown})
+        for k in examples(questions, 1 if everything else EXAMPLES)
     )
     about = conditions(model, command, len(questions), len(prompts))
-    about |= stand_ins(model, pipelines, prompts[0])
-    if compared.options:
-        about["options"] = "; ".join(
-            f"{method}: {name}={value}"
-            for method, options in compared.options.items()
-            for name, value in options.items()
-        )
-    if compared.left_out:
-        about["left out"] = "; ".join(f"{method}: {reason}" for method, reason in compared.left_out.items())
-    return Report(name, tuple(rows), cases, about)
+    return Report(name, tuple(rows), cases, about | differences(model, compared, prompts[0]))
 
 
 def default_budgets(total: int) -> tuple[int, int, int]:
@@ -125,25 +108,21 @@ def inputs_of(processor: Any, question: reference.Question) -> Any:
 
 @torch.inference_mode()
 def time_to_first_token(
-    model: Any, pipelines: dict[str, Pipeline | None], prompts: Sequence[Any], step: Callable[[], None]
-) -> dict[str, list[float]]:
-    """Seconds of `generate` up to one new token, for every pipeline one number per round.
+    model: Any, pipelines: dict[str, Pipeline | None], prompts: Sequence[Any]
+) -> Iterator[tuple[int, str, float]]:
+    """Round (below 0: warm-up), pipeline, and the seconds of `generate` up to one new token.
 
     All pipelines run in every round on the same prompt and in rotating order, so that a drift of the machine hits all alike.
     Wrapping and preprocessing are not timed.
     """
-    seconds: dict[str, list[float]] = {label: [] for label in pipelines}
     order = list(pipelines)
     for turn in range(-WARMUP, ROUNDS):
-        prompt = prompts[turn % len(prompts)]
         for label in order:
             with applied(model, pipelines[label]):
                 start = time.perf_counter()
-                model.generate(**prompt, do_sample=False, max_new_tokens=1)
-                seconds[label].append(time.perf_counter() - start)
-            step()
+                model.generate(**prompts[turn % len(prompts)], do_sample=False, max_new_tokens=1)
+                yield turn, label, time.perf_counter() - start
         order.append(order.pop(0))
-    return {label: values[WARMUP:] for label, values in seconds.items()}
 
 
 @torch.inference_mode()
@@ -156,7 +135,8 @@ def cost(model: Any, pipeline: Pipeline | None, prompt: Any) -> dict[str, int]:
     """
     placeholders = int((prompt["input_ids"] == model.config.image_token_id).sum())
     text = prompt["input_ids"].shape[1] - placeholders
-    plan = account(model.config, pipeline, image_size=image_size(model.config, prompt), text_tokens=text, new_tokens=1)
+    size = picture_size(model.config, prompt)
+    plan = account(model.config, pipeline, image_size=size, text_tokens=text, new_tokens=1)
     if pipeline is None:
         layers = model(**prompt, use_cache=True).past_key_values.layers
         cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
@@ -180,24 +160,12 @@ def cost(model: Any, pipeline: Pipeline | None, prompt: Any) -> dict[str, int]:
     return {"tokens": mean, "flops": plan.total, "language_flops": language, "cache_bytes": cache_bytes}
 
 
-def image_size(config: Any, prompt: Any) -> tuple[int, int] | None:
-    """(height, width) in pixels of a prompt's picture as the account takes it; None where the model resizes every picture."""
-    if "image_grid_thw" in prompt:
-        _, rows, columns = prompt["image_grid_thw"][0].tolist()
-        return rows * config.vision_config.patch_size, columns * config.vision_config.patch_size
-    if "image_sizes" in prompt:
-        height, width = prompt["image_sizes"][0].tolist()
-        return height, width
-    return None
-
-
-def examples(questions: Sequence[reference.Question], count: int) -> list[tuple[int, reference.Question]]:
-    """Place and question of the shown examples: from every next picture the next kind, so nothing is picked by result."""
+def examples(questions: Sequence[reference.Question], count: int) -> list[int]:
+    """Which questions are shown: from every next picture the next kind, so nothing is picked by result."""
     by_picture: dict[Any, list[int]] = {}
     for k, question in enumerate(questions):
         by_picture.setdefault(question.image, []).append(k)
-    groups = list(by_picture.values())[:count]
-    return [(k, questions[k]) for k in (group[turn % len(group)] for turn, group in enumerate(groups))]
+    return [group[turn % len(group)] for turn, group in enumerate([*by_picture.values()][:count])]
 
 
 @torch.inference_mode()
@@ -209,12 +177,10 @@ def case(
     answers: dict[str, str],
 ) -> Case:
     """One question with what every pipeline kept of its picture and answered."""
-    prompt = inputs_of(processor, question)
-    picture = still(question.image)
-    panels = []
+    prompt, picture, panels = inputs_of(processor, question), still(question.image), []
     for label, pipeline in pipelines.items():
         if pipeline is None:
-            shown = picture.resize((480, round(480 * picture.height / picture.width)), Image.Resampling.BICUBIC)
+            shown = scaled(picture, 480)
         else:
             seen = prefill(model, pipeline, prompt)
             (rasters,) = views(processor, prompt.get("pixel_values"), Media((picture,)), seen.parts)
@@ -233,8 +199,7 @@ def conditions(model: Any, command: str, questions: int, prompts: int) -> dict[s
         "date": date.today().isoformat(),
         "command": command,
         "machine": f"{processor_name()}, {os.cpu_count()} CPUs, torch threads: {torch.get_num_threads()}, {platform.system()}",
-        "versions": f"vtoken {vtoken.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"Python {platform.python_version()}",
+        "versions": versions(),
         "model": f"{size:.1f} M parameters, {str(model.dtype).removeprefix('torch.')}, on {model.device}",
         "accuracy": f"first {questions} questions of the held-out set, exact match, greedy, batch {BATCH}",
         "timing": f"{ROUNDS} rounds over {prompts} questions after {WARMUP} for warm-up, pipelines interleaved, batch 1",
@@ -242,22 +207,19 @@ def conditions(model: Any, command: str, questions: int, prompts: int) -> dict[s
     }
 
 
-def stand_ins(model: Any, pipelines: dict[str, Pipeline | None], prompt: Any) -> dict[str, str]:
-    """Facts that this model replaced by others, for the conditions."""
-    traces = [prefill(model, pipeline, prompt) for pipeline in pipelines.values() if pipeline is not None]
-    found = {
+def differences(model: Any, compared: DemoPipelines, prompt: Any) -> dict[str, str]:
+    """Facts that this model replaced by others, options that are not the defaults, and methods that were left out."""
+    traces = [prefill(model, pipeline, prompt) for pipeline in compared.pipelines.values() if pipeline is not None]
+    facts = {
         f"{stage.name}: {given} for {asked}"
         for seen in traces
         for stage in seen.stages
         for asked, given in stage.substitutes.items()
     }
-    return {"facts": f"{', '.join(sorted(found))} (the model has no other)"} if found else {}
-
-
-def processor_name() -> str:
-    """The CPU's name as the system gives it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as info:
-            return next(line.partition(":")[2].strip() for line in info if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    options = (f"{m}: {name}={value}" for m, own in compared.options.items() for name, value in own.items())
+    found = {
+        "facts": f"{', '.join(sorted(facts))} (the model has no other)" if facts else "",
+        "options": "; ".join(options),
+        "left out": "; ".join(f"{method}: {reason}" for method, reason in compared.left_out.items()),
+    }
+    return {key: text for key, text in found.items() if text}

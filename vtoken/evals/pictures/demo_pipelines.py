@@ -46,36 +46,53 @@ def choose(model: Any, prompt: Any, budgets: Sequence[int], everything: bool = F
         everything: all stages there are; those without a budget (filters, pooling) once, with their defaults.
     """
     pipelines: dict[str, Pipeline | None] = {"dense": None}
-    if not everything:
-        pipelines |= {f"{method}:{k}": load(f"{method}:{k}") for method in FEW for k in budgets}
-        return DemoPipelines(pipelines, _middle(pipelines, budgets), {})
-    stages, left_out = catalogue()
-    # The floors first, then what has a budget, then the rest.
-    order = sorted(stages, key=lambda name: (name not in FLOORS, "keep" not in stages[name].model_fields, name))
+    left_out: dict[str, str] = {}
     changed: dict[str, dict[str, int]] = {}
-    depth = len(adapter(model.config.model_type)(model).encoder.layers)
-    for name in order:
-        try:
-            found = _budgeted(name, budgets) if "keep" in stages[name].model_fields else {name: _default(stages[name])}
+    if everything:
+        stages, broken = catalogue()
+        left_out |= broken
+        depth = len(adapter(model.config.model_type)(model).encoder.layers)
+        # The floors first, then what has a budget, then the rest.
+        order = sorted(stages, key=lambda name: (name not in FLOORS, "keep" not in stages[name].model_fields, name))
+        for name in order:
             try:
-                seen = prefill(model, _last(found), prompt)
-            except UnsupportedError:
-                fitted = _fitted(stages[name], depth)
-                if not fitted:
-                    raise
-                found, changed[name] = _budgeted(name, budgets, **fitted), fitted
-                seen = prefill(model, _last(found), prompt)
-        except VtokenError as error:
-            left_out[name] = str(error)
-            continue
-        if "keep" in stages[name].model_fields and sum(seen.layers[-1]) == sum(seen.visual_tokens) > budgets[-1]:
-            left_out[name] = "leaves a single picture whole"
-            continue
-        pipelines |= found
-    return DemoPipelines(pipelines, _middle(pipelines, budgets), left_out, changed)
+                found, changed[name] = _runnable(stages[name], model, prompt, budgets, depth)
+                pipelines |= found
+            except VtokenError as error:
+                left_out[name] = str(error)
+    else:
+        pipelines |= {f"{method}:{k}": load(f"{method}:{k}") for method in FEW for k in budgets}
+    middle = str(budgets[len(budgets) // 2])
+    shown = tuple(label for label in pipelines if label.partition(":")[2] in ("", middle))
+    return DemoPipelines(pipelines, shown, left_out, {name: own for name, own in changed.items() if own})
 
 
-def _budgeted(name: str, budgets: Sequence[int], **options: int) -> dict[str, Pipeline]:
+def _runnable(
+    cls: type[Stage], model: Any, prompt: Any, budgets: Sequence[int], depth: int
+) -> tuple[dict[str, Pipeline], dict[str, int]]:
+    """A stage at every budget, and the options that were fitted to the model."""
+    if "keep" not in cls.model_fields:
+        stage = example_stage(cls)
+        if stage is None:
+            raise VtokenError("has options without a default")
+        prefill(model, load(stage), prompt)
+        return {cls.name: load(stage)}, {}
+    options: dict[str, int] = {}
+    found = _budgeted(cls.name, budgets, options)
+    try:
+        seen = prefill(model, next(reversed(found.values())), prompt)
+    except UnsupportedError:
+        options = _fitted(cls, depth)
+        if not options:
+            raise
+        found = _budgeted(cls.name, budgets, options)
+        seen = prefill(model, next(reversed(found.values())), prompt)
+    if sum(seen.layers[-1]) == sum(seen.visual_tokens) > budgets[-1]:
+        raise VtokenError("leaves a single picture whole")
+    return found, options
+
+
+def _budgeted(name: str, budgets: Sequence[int], options: dict[str, int]) -> dict[str, Pipeline]:
     return {f"{name}:{k}": load([{name: {"keep": k, **options}}]) for k in budgets}
 
 
@@ -83,22 +100,6 @@ def _fitted(cls: type[Stage], depth: int) -> dict[str, int]:
     """Encoder layers that the defaults name and this tower does not have, at the same share of its depth."""
     named = {key: field.default for key, field in cls.model_fields.items() if key.endswith("_layer")}
     return {key: round(k * depth / DEPTH) for key, k in named.items() if isinstance(k, int) and k >= depth}
-
-
-def _last(found: dict[str, Pipeline]) -> Pipeline:
-    return next(reversed(found.values()))
-
-
-def _default(cls: type[Stage]) -> Pipeline:
-    stage = example_stage(cls)
-    if stage is None:
-        raise VtokenError("has options without a default")
-    return load(stage)
-
-
-def _middle(pipelines: dict[str, Pipeline | None], budgets: Sequence[int]) -> tuple[str, ...]:
-    middle = str(budgets[len(budgets) // 2])
-    return tuple(label for label in pipelines if label.partition(":")[2] in ("", middle))
 
 
 def applied(model: Any, pipeline: Pipeline | None) -> AbstractContextManager[Any]:

@@ -39,16 +39,9 @@ def overlay(
         into: for every token of the image the kept token that absorbed it, -1 = dropped. Merged cells keep half their light
             and share a tint with the kept cell, whose border has that tint.
         dim: how far dropped cells show through the veil, 0 to 1.
-        side: least length of the shorter side, in pixels (grids of one long row stay lower). Cells get whole pixels,
-            so the result may be larger.
+        side: least pixels of the shorter side (grids of one long row stay lower). Cells get whole pixels, so it may be longer.
         caption: a line under the picture.
         first: index of the grid's first token in the image.
-
-    Returns:
-        RGB, rows x columns cells of equal whole size, plus the caption.
-
-    Raises:
-        ValueError: a grid with several frames.
     """
     frames, rows, columns = grid
     if frames != 1:
@@ -60,25 +53,28 @@ def overlay(
     tints = {token: GROUPS[k % len(GROUPS)] for k, token in enumerate(sorted(set(absorbed.values())))}
     alive = [token - first for token in survivors if token in here]
     merged = {token - first: tints[owner] for token, owner in absorbed.items() if token in here}
-    tint = {token - first: colour for token, colour in tints.items()}
 
     cell = min(math.ceil(side / min(rows, columns)), max(4, MOST // max(rows, columns)))
     size = (columns * cell, rows * cell)
     seen = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     out = Image.blend(Image.new("RGB", size, VEIL), seen.convert("L").convert("RGB"), dim)
-    if merged:
-        colours = Image.new("RGB", (columns, rows))
-        for token, colour in merged.items():
-            colours.putpixel((token % columns, token // columns), colour)
-        veil = Image.blend(ImageEnhance.Brightness(seen).enhance(0.5), _stretch(colours, size), 0.25)
-        out.paste(veil, mask=_stretch(_mask(merged, rows, columns), size))
-    out.paste(seen, mask=_stretch(_mask(alive, rows, columns), size))
 
+    def cells(mode: str, values: dict[int, Any]) -> Image.Image:
+        """A picture of whole cells, black where there is no value."""
+        small = Image.new(mode, (columns, rows))
+        for token, value in values.items():
+            small.putpixel((token % columns, token // columns), value)
+        return small.resize(size, Image.Resampling.NEAREST)
+
+    if merged:
+        tinted = Image.blend(ImageEnhance.Brightness(seen).enhance(0.5), cells("RGB", merged), 0.25)
+        out.paste(tinted, mask=cells("L", dict.fromkeys(merged, 255)))
+    out.paste(seen, mask=cells("L", dict.fromkeys(alive, 255)))
     draw = ImageDraw.Draw(out)
     for token in alive:
         left, top = token % columns * cell, token // columns * cell
         right, bottom = min(left + cell, size[0] - 1), min(top + cell, size[1] - 1)  # neighbours share a line
-        draw.rectangle((left, top, right, bottom), outline=tint.get(token, LINE))
+        draw.rectangle((left, top, right, bottom), outline=tints.get(token + first, LINE))
     return captioned(out, caption) if caption else out
 
 
@@ -112,18 +108,14 @@ def drawn(
         raise ValueError(f"{len(grids)} rasters but {len(views)} pictures to draw them on")
     tiles, first = [], 0
     for k, grid in enumerate(grids):
-        span = range(k * step, min((k + 1) * step, len(views)))
+        frames = range(k * step + 1, min((k + 1) * step, len(views)) + 1)
         size = size_of((grid,))
         count = sum(first <= token < first + size for token in alive)
-        name = _frame_name(span) if video else ("whole", "crops")[k]
-        label = f"{name}: {count} of {size}" if len(grids) > 1 else None
-        tiles.append(overlay(views[span[0]], alive, grid, into, side=side, caption=label, first=first))
+        number = f"frame {frames[0]}" if len(frames) == 1 else f"frames {frames[0]}-{frames[-1]}"
+        label = f"{number if video else ('whole', 'crops')[k]}: {count} of {size}" if len(grids) > 1 else None
+        tiles.append(overlay(views[k * step], alive, grid, into, side=side, caption=label, first=first))
         first += size
     return tiles[0] if len(tiles) == 1 else sheet(tiles, columns, background="white")
-
-
-def _frame_name(span: range) -> str:
-    return f"frame {span[0] + 1}" if len(span) == 1 else f"frames {span[0] + 1}-{span[-1] + 1}"
 
 
 def sheet(pictures: Sequence[Image.Image], columns: int = 0, gap: int = 12, background: str = "#808080") -> Image.Image:
@@ -137,6 +129,10 @@ def sheet(pictures: Sequence[Image.Image], columns: int = 0, gap: int = 12, back
     for k, picture in enumerate(pictures):
         out.paste(picture, (lefts[k % columns], tops[k // columns]))
     return out
+
+
+def scaled(picture: Image.Image, width: int) -> Image.Image:
+    return picture.resize((width, round(width * picture.height / picture.width)), Image.Resampling.BICUBIC)
 
 
 def views(processor: Any, pixel_values: Any, media: Media, parts: Sequence[Parts]) -> list[list[Image.Image]]:
@@ -181,17 +177,6 @@ def _merged(alive: Sequence[int], into: Sequence[int] | None) -> dict[int, int]:
     slots = set(alive)
     pairs = enumerate(int(t) for t in into) if into is not None else ()
     return {token: owner for token, owner in pairs if owner in slots and token != owner}
-
-
-def _mask(tokens: Iterable[int], rows: int, columns: int) -> Image.Image:
-    mask = Image.new("L", (columns, rows))
-    for token in tokens:
-        mask.putpixel((token % columns, token // columns), 255)
-    return mask
-
-
-def _stretch(cells: Image.Image, size: tuple[int, int]) -> Image.Image:
-    return cells.resize(size, Image.Resampling.NEAREST)
 
 
 def captioned(picture: Image.Image, caption: str) -> Image.Image:

@@ -8,12 +8,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 from PIL import Image
 
 from vtoken.evals.pictures.plots import plot
+from vtoken.evals.statistics import spread, wilson
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -38,7 +38,29 @@ class Row:
     flops: int
     language_flops: int
     cache_bytes: int
-    ttft: tuple[float, ...]
+    ttft: Sequence[float]
+
+    def figures(self, dense: Row) -> dict[str, Any]:
+        """Every number of the table: shares in 0..1, seconds, bytes, FLOPs."""
+        right, total = (sum(pair[k] for pair in self.scores.values()) for k in (0, 1))
+        dense_right = sum(pair[0] for pair in dense.scores.values())
+        ratios = [mine / theirs for mine, theirs in zip(self.ttft, dense.ttft, strict=True)]
+        return {
+            "pipeline": self.pipeline,
+            "method": self.method,
+            "tokens": self.tokens,
+            "accuracy": _share(right, total),
+            "of_dense": right / dense_right if dense_right else None,
+            "kinds": {kind: _share(*pair) for kind, pair in self.scores.items()},
+            "flops": self.flops,
+            "flops_ratio": self.flops / dense.flops,
+            "language_flops": self.language_flops,
+            "language_flops_ratio": self.language_flops / dense.language_flops,
+            "ttft": vars(spread(self.ttft)),
+            "ttft_ratio": vars(spread(ratios)),
+            "cache_bytes": self.cache_bytes,
+            "cache_ratio": self.cache_bytes / dense.cache_bytes,
+        }
 
 
 @dataclass(frozen=True)
@@ -70,8 +92,7 @@ class Report:
     conditions: dict[str, str]
 
     def figures(self) -> list[dict[str, Any]]:
-        """One dict per row with every number of the table: shares in 0..1, seconds, bytes, FLOPs."""
-        return [_figures(row, self.rows[0]) for row in self.rows]
+        return [row.figures(self.rows[0]) for row in self.rows]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `json.dumps` takes; the pictures stay out."""
@@ -86,45 +107,19 @@ class Report:
         return {"model": self.model, "conditions": self.conditions, "pipelines": self.figures(), "examples": cases}
 
 
-def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson interval of a share (95 % by default): (low, high), each in 0..1; (0, 1) without observations."""
-    if not total:
-        return 0.0, 1.0
-    share, spread = right / total, z * z / total
-    centre = share + spread / 2
-    half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    # At 0 and at 1 the interval ends there; rounding must not put the share outside.
-    low, high = (centre - half) / (1 + spread), (centre + half) / (1 + spread)
-    return max(0.0, min(low, share)), min(1.0, max(high, share))
-
-
 def render(report: Report) -> str:
-    """The demo's page.
-
-    Raises:
-        ImportError: jinja2 or matplotlib is missing.
-    """
-    figures = report.figures()
-    return page(
-        "demo.html",
-        report.conditions,
-        report=report,
-        rows=figures,
-        dense=figures[0],
-        kinds=list(report.rows[0].scores),
-        plot=plot(figures),
-    )
+    """The demo's page; needs jinja2 and matplotlib."""
+    figures, kinds = report.figures(), list(report.rows[0].scores)
+    named = {"report": report, "rows": figures, "dense": figures[0], "kinds": kinds, "plot": plot(figures)}
+    return page("demo.html", report.conditions, **named)
 
 
 def page(template: str, conditions: Mapping[str, Any], **values: Any) -> str:
-    """A page of `templates/`: no link, no file beside it, and whole without its script if it has one.
+    """A page of `templates/`: no link, no file beside it, and whole without its script if it has one. Needs jinja2.
 
     Args:
         conditions: what its last part lists.
         values: what else the template names.
-
-    Raises:
-        ImportError: jinja2 is missing.
     """
     from jinja2 import Environment, FileSystemLoader
 
@@ -135,36 +130,9 @@ def page(template: str, conditions: Mapping[str, Any], **values: Any) -> str:
     return environment.get_template(template).render(conditions=conditions, **values)
 
 
-def _figures(row: Row, dense: Row) -> dict[str, Any]:
-    right, total = (sum(pair[k] for pair in row.scores.values()) for k in (0, 1))
-    dense_right = sum(pair[0] for pair in dense.scores.values())
-    return {
-        "pipeline": row.pipeline,
-        "method": row.method,
-        "tokens": row.tokens,
-        "accuracy": _share(right, total),
-        "of_dense": right / dense_right if dense_right else None,
-        "kinds": {kind: _share(*pair) for kind, pair in row.scores.items()},
-        "flops": row.flops,
-        "flops_ratio": row.flops / dense.flops,
-        "language_flops": row.language_flops,
-        "language_flops_ratio": row.language_flops / dense.language_flops,
-        "ttft": _spread(row.ttft),
-        "ttft_ratio": _spread([mine / theirs for mine, theirs in zip(row.ttft, dense.ttft, strict=True)]),
-        "cache_bytes": row.cache_bytes,
-        "cache_ratio": row.cache_bytes / dense.cache_bytes,
-    }
-
-
 def _share(right: int, total: int) -> dict[str, float]:
     low, high = wilson(right, total)
     return {"right": right, "total": total, "share": right / total if total else 0.0, "low": low, "high": high}
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-    return {"median": median(values), "low": low, "high": high}
 
 
 def percent(share: float | None, digits: int = 1) -> str:

@@ -14,8 +14,7 @@ from typing import Any
 
 from vtoken.config import yaml_source as source
 from vtoken.errors import ConfigError, VtokenError
-from vtoken.evals.lmms.records import SCHEMA
-from vtoken.evals.quality.pareto import front
+from vtoken.evals.quality.results import SCHEMA
 from vtoken.evals.shared import whole
 from vtoken.evals.statistics import agreement, paired, questions_needed
 
@@ -47,11 +46,7 @@ class Evaluation:
 
 
 def read(folder: Path) -> Evaluation:
-    """Reads what `vtoken eval --out DIR` wrote; runs that were not finished are left out.
-
-    Raises:
-        VtokenError: no such results, those of another schema, or not one finished run.
-    """
+    """Reads what `vtoken eval --out DIR` wrote; runs that were not finished are left out."""
     file = folder / "results.json"
     if not file.is_file():
         raise VtokenError(f"no results.json in {folder}; give the folder that `vtoken eval --out DIR` wrote")
@@ -73,11 +68,7 @@ def read(folder: Path) -> Evaluation:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    """The answers of a run.
-
-    Raises:
-        VtokenError: there is no such file, or it is torn.
-    """
+    """The answers of a run."""
     try:
         lines = [json.loads(row) for row in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, RecursionError) as error:
@@ -128,6 +119,19 @@ def _found(evaluation: Evaluation) -> dict[str, Any]:
         },
         "pipelines": rows,
     }
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points (cost, quality) that no other dominates, by cost. Of points that are equal all stay.
+
+    A point dominates another if it costs no more and is no worse, and one of both is strictly better.
+    """
+    order = sorted(range(len(points)), key=lambda k: (points[k][0], -points[k][1]))
+    found: list[int] = []
+    for k in order:
+        if not found or points[k][1] > points[found[-1]][1] or points[k] == points[found[-1]]:
+            found.append(k)
+    return found
 
 
 def _pipeline(evaluation: Evaluation, k: int) -> dict[str, Any]:

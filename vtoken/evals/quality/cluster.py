@@ -17,7 +17,9 @@ import torch
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, VtokenError
 from vtoken.evals.lmms.prepare import prepare, prepare_ray
-from vtoken.evals.quality.plan import Point, Sweep, code, points
+from vtoken.evals.quality.options import Sweep
+from vtoken.evals.quality.points import Point, points
+from vtoken.evals.shared.identity import code
 
 
 class Worker:
@@ -25,7 +27,7 @@ class Worker:
 
     Args:
         keys: of all points as the caller names them, with `commit` as its commit.
-        code: of the caller's vtoken, as `plan.code` says it.
+        code: of the caller's vtoken, as `identity.code` says it.
         folder: of the results, if this machine sees it; what scorers write stays in a temporary folder otherwise.
         place: the caller's working directory, which relative paths of the sweep start from.
     """
@@ -46,12 +48,7 @@ class Worker:
         self.asking: Any = None
 
     def ready(self) -> None:
-        """Loads everything.
-
-        Raises:
-            VtokenError: code, model or tasks are not the caller's, or lmms-eval is missing here.
-            UnsupportedError: a stage that the model cannot serve.
-        """
+        """Loads everything."""
         os.environ["TQDM_DISABLE"] = "1"
         torch.set_num_threads(self.threads)
         with suppress(OSError):
@@ -174,9 +171,6 @@ def _shares(machines: Sequence[dict[str, float]], device: str | None, workers: i
 
     Args:
         machines: "CPU" and "GPU" of each, as Ray counts them.
-
-    Raises:
-        ConfigError: there is no room for them.
     """
     gpus = sum(int(machine.get("GPU", 0)) for machine in machines)
     if device == "cuda" and not gpus:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from vtoken.config import Pipeline
 from vtoken.errors import VtokenError
-from vtoken.evals.cost.flops import account
+from vtoken.evals.cost.flops import account, picture_size
 from vtoken.evals.lmms.prompts import encode
 from vtoken.evals.lmms.records import Request
-from vtoken.evals.pictures.demo import image_size
+from vtoken.evals.shared.dense import DENSE
+from vtoken.evals.shared.options import Workload
 
 if TYPE_CHECKING:
     from vtoken.evals.lmms.model import VtokenModel
@@ -19,19 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Typical:
-    """A document as the account takes it.
-
-    Attributes:
-        doc: which it is.
-        images, frames, size, text_tokens: as `account` names them.
-        visual_tokens: that the dense model had.
-    """
+    """Document `doc` as the account takes it: its prefill, and the visual tokens that the model had."""
 
     doc: int
-    images: int
-    frames: int
-    size: tuple[int, int] | None
-    text_tokens: int
+    work: Workload
     visual_tokens: int
 
 
@@ -39,11 +31,10 @@ def typical(model: VtokenModel, requests: Sequence[Request]) -> Typical | str:
     """The document with the median of visual tokens, or why the account cannot take it.
 
     Args:
-        requests: the dense model's, of one task.
+        requests: of one task.
     """
     chosen = sorted(requests, key=lambda request: request.reply.cost.visual_tokens)[len(requests) // 2]
-    prompt = model.prompt(chosen.task, chosen.doc)
-    generator = model.generator
+    prompt, generator = model.prompt(chosen.task, chosen.doc), model.generator
     if bool(prompt.images) == bool(prompt.clips):
         return "the prompt shows no picture" if not prompt.images else "the prompt shows pictures and videos"
     inputs = encode(generator.processor, [prompt], generator.model)
@@ -57,29 +48,23 @@ def typical(model: VtokenModel, requests: Sequence[Request]) -> Typical | str:
         return "the videos of the prompt differ in length"
     ids = inputs["input_ids"]
     visual = sum(int((ids == each).sum()) for each in {*generator.adapter.placeholders.values()})
-    return Typical(
-        chosen.doc,
-        len(prompt.images) or len(prompt.clips),
-        len(prompt.clips[0].frames) if prompt.clips else 1,
-        image_size(generator.model.config, grids),
-        ids.shape[1] - visual,
-        chosen.reply.cost.visual_tokens,
+    work = Workload(
+        images=len(prompt.images) or len(prompt.clips),
+        frames=len(prompt.clips[0].frames) if prompt.clips else 1,
+        image_size=picture_size(generator.model.config, grids),
+        text_tokens=ids.shape[1] - visual,
+        new_tokens=1,
     )
+    return Typical(chosen.doc, work, chosen.reply.cost.visual_tokens)
 
 
 def flops(config: Any, pipeline: Pipeline, document: Typical | str) -> dict[str, Any]:
     """FLOPs of the prefill: `doc`, `total`, `language` (the decoder's part), `stages` (facts and decisions); or `reason`, why not."""
     if isinstance(document, str):
         return {"reason": document}
-    about: dict[str, Any] = {
-        "images": document.images,
-        "frames": document.frames,
-        "image_size": document.size,
-        "text_tokens": document.text_tokens,
-    }
     try:
-        dense = account(config, None, **about, new_tokens=1)
-        counted = account(config, pipeline, **about, new_tokens=1)
+        dense = account(config, DENSE, **vars(document.work))
+        counted = account(config, pipeline, **vars(document.work))
     except VtokenError as error:
         return {"doc": document.doc, "reason": str(error)}
     if dense.visual_entry != document.visual_tokens:

@@ -114,9 +114,6 @@ def of(method: str, model: str | None = None) -> list[Table]:
 
     Args:
         model: hub name, or a folder called like its last part; None is any.
-
-    Raises:
-        ConfigError: no such rows.
     """
     known = {row.method for table in tables() for row in table.rows}
     if method not in known:
@@ -164,9 +161,6 @@ def beside(method: str, results: Mapping[str, Any] | None = None, model: str | N
 
     Args:
         results: what results.json holds; None prints the published numbers and what would be run.
-
-    Raises:
-        ConfigError: no published rows of the method, or none on the model of the results.
     """
     chosen = of(method, results["model"] if results else model)
     return "\n\n".join(_section(method, table, results) for table in chosen)

@@ -13,8 +13,10 @@ from PIL import Image
 
 from vtoken.config import Pipeline
 from vtoken.evals.lmms.prompts import Prompt, encode
-from vtoken.evals.pictures.overlay import drawn, owners, sheet, views
+from vtoken.evals.pictures.overlay import drawn, owners, scaled, sheet, views
+from vtoken.evals.quality.analysis import read
 from vtoken.evals.shared import whole
+from vtoken.evals.shared.dense import DENSE
 from vtoken.evals.shared.media import Media
 from vtoken.session import trace
 
@@ -27,9 +29,13 @@ SIDE = 480  # pixels
 Line = Mapping[str, Any]
 
 
-def directions(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Leaf -> 1, or -1 where lower is better, from `tasks` of results.json."""
-    return {leaf: 1.0 if about["higher_is_better"] else -1.0 for about in tasks.values() for leaf in about["leaves"]}
+def lost(folder: Path) -> list[dict[str, Any]]:
+    """The documents of a folder of results to be drawn: what `worst` picks."""
+    found = read(folder)
+    tasks, runs = found.results["tasks"].values(), found.results["runs"]
+    pruned = {run["name"]: lines for run, lines in zip(runs, found.lines, strict=True) if run["pipeline"]}
+    falls = {leaf: 1.0 if about["higher_is_better"] else -1.0 for about in tasks for leaf in about["leaves"]}
+    return worst(found.lines[0], pruned, falls)
 
 
 def worst(dense: Sequence[Line], pruned: Mapping[str, Sequence[Line]], falls: Mapping[str, float]) -> list[dict]:
@@ -38,7 +44,7 @@ def worst(dense: Sequence[Line], pruned: Mapping[str, Sequence[Line]], falls: Ma
     Whoever had fewest turns is next, then who was shown least, so that of many pipelines none is shown again before the others.
 
     Args:
-        dense: lines of the first dense run, as `records` describes them.
+        dense: lines of the first dense run, as `results` describes them.
         pruned: name -> lines of a pipeline's run, same documents in the same order.
         falls: task -> 1, or -1 where a lower score is better.
 
@@ -111,6 +117,7 @@ def draw(
                 picture.save(file, "JPEG", quality=85)
                 whole.write(folder / name, file.getvalue())
                 case["panels"][pipeline.name] = name
+    model.use(DENSE)
     return cases
 
 
@@ -123,7 +130,7 @@ def kept(model: VtokenModel, prompt: Prompt) -> Image.Image | None:
     media = Media(prompt.images) if prompt.images else Media(prompt.clips[0].frames, video=True)
     generator = model.generator
     if generator.pipeline is None:
-        return sheet([_scaled(each) for each in media.pictures], 2, gap=0 if len(media.pictures) == 1 else 12)
+        return sheet([scaled(each, SIDE) for each in media.pictures], 2, gap=0 if len(media.pictures) == 1 else 12)
     inputs = encode(generator.processor, [prompt], generator.model)
     generator.model.generate(**inputs, do_sample=False, max_new_tokens=1)
     seen = trace(generator.model)
@@ -140,8 +147,3 @@ def kept(model: VtokenModel, prompt: Prompt) -> Image.Image | None:
         )
     ]
     return tiles[0] if len(tiles) == 1 else sheet(tiles, 2)
-
-
-def _scaled(picture: Image.Image) -> Image.Image:
-    size = SIDE, round(SIDE * picture.height / picture.width)
-    return picture.resize(size, Image.Resampling.BICUBIC)

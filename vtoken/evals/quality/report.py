@@ -51,11 +51,7 @@ def publish(folder: Path) -> list[Path]:
 
 
 def render(evaluation: Evaluation, found: Mapping[str, Any]) -> str:
-    """The page.
-
-    Raises:
-        ImportError: jinja2 or matplotlib is missing.
-    """
+    """The page."""
     rows = grouped(found["pipelines"])
     drawn = {cost: [row for row in rows if cost in row["fronts"]] for cost in COSTS}
     plots = [(name, fronts(rows, cost, name), drawn[cost]) for cost, name in COSTS.items() if drawn[cost]]

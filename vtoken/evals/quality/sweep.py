@@ -21,10 +21,11 @@ from vtoken.evals.lmms.model import VtokenModel
 from vtoken.evals.lmms.prepare import prepare_ray, quiet
 from vtoken.evals.lmms.suites import expand
 from vtoken.evals.quality import cluster, regressions
-from vtoken.evals.quality.analysis import read
-from vtoken.evals.quality.plan import Point, Sweep, digest, points
-from vtoken.evals.quality.points import Answered, ask, assemble, is_cases, is_point, is_speed, load, save
-from vtoken.evals.quality.run import DENSE, Results, commit, with_dense
+from vtoken.evals.quality.options import Sweep
+from vtoken.evals.quality.points import Answered, Point, ask, is_cases, is_point, is_speed, load, points, save
+from vtoken.evals.quality.results import Results, assemble
+from vtoken.evals.quality.run import with_dense
+from vtoken.evals.shared.identity import commit, digest
 from vtoken.evals.speed.latency import bench
 
 Progress = Callable[[int, int, str], None]
@@ -42,16 +43,12 @@ class Asking:
     harness: Any = field(default=None, init=False)
 
     def ready(self) -> VtokenModel:
-        """The dense model.
-
-        Raises:
-            UnsupportedError: it cannot serve one of the pipelines; told before anything is asked.
-        """
+        """The dense model."""
         if self.model is None:
             self.harness = Harness(
                 expand(self.sweep.tasks), [f.resolve() for f in self.sweep.include], self.sweep.prompts
             )
-            self.model = VtokenModel(device=self.device, **self.sweep.model_args())
+            self.model = VtokenModel(self.sweep.model, device=self.device, **self.sweep.model_args())
             for pipeline in self.runs:
                 self.model.use(pipeline)
         return self.model
@@ -123,7 +120,8 @@ def run(
         if rank == 0:
             if not any(file.is_file() for file in folder.glob("scorers/**/*")):
                 shutil.rmtree(folder / "scorers", ignore_errors=True)
-            results = assemble(folder, sweep, runs, todo, command)
+            kept = {point: load(folder, point.key, is_point) for point in todo}
+            results = assemble(folder, sweep.model, command, runs, kept)
     if rank > 0:
         return None
     assert results is not None  # the first dense point is there, or something was raised
@@ -143,15 +141,11 @@ def _cases(asking: Asking, folder: Path, keys: Sequence[str]) -> list[dict[str, 
         (folder / file).is_file() for case in found for file in case["panels"].values() if file
     ):
         return found
-    asked = read(folder)
-    pruned = {run["name"]: asked.lines[k] for k, run in enumerate(asked.results["runs"]) if run["pipeline"]}
-    chosen = regressions.worst(asked.lines[0], pruned, regressions.directions(asked.results["tasks"]))
-    found = []
+    found, chosen = [], regressions.lost(folder)
     if chosen:
         model = asking.ready()
         asking.harness.introduce(model, chosen)
         found = regressions.draw(model, asking.runs[:-1], chosen, folder)
-        model.use(DENSE)
     save(folder, key, found)
     return found
 

@@ -37,11 +37,7 @@ class Media:
 
 
 def read(paths: Sequence[Path], frames: int = 8) -> Media:
-    """Reads pictures, or one video, of which at most `frames` evenly spaced frames.
-
-    Raises:
-        ConfigError: a file that is no picture, a folder without pictures, `frames` below 1, or a video beside others.
-    """
+    """Reads pictures, or one video, of which at most `frames` evenly spaced frames."""
     if frames < 1:
         raise ConfigError(f"frames must be at least 1, not {frames}")
     videos = [path for path in paths if is_video(path)]
@@ -58,11 +54,7 @@ def read(paths: Sequence[Path], frames: int = 8) -> Media:
 
 
 def still(path: Path) -> Image.Image:
-    """A picture, RGB; of an animation the first frame.
-
-    Raises:
-        ConfigError: a file that is no picture.
-    """
+    """A picture, RGB; of an animation the first frame."""
     with _opened(path) as file:
         return rgb(file)
 
@@ -72,9 +64,6 @@ def film(path: Path, choose: Choose) -> tuple[Image.Image, ...]:
 
     Args:
         choose: number of frames -> which of them, in order; only those are kept.
-
-    Raises:
-        ConfigError: a file that is no picture, or a folder without pictures.
     """
     if os.path.isdir(path):
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes())
@@ -90,11 +79,7 @@ def film(path: Path, choose: Choose) -> tuple[Image.Image, ...]:
 
 
 def is_video(path: Path) -> bool:
-    """Whether it is a folder or an animation.
-
-    Raises:
-        ConfigError: a file that is no picture.
-    """
+    """Whether it is a folder or an animation."""
     if os.path.isdir(path):
         return True
     with _opened(path) as file:
@@ -102,11 +87,7 @@ def is_video(path: Path) -> bool:
 
 
 def rgb(picture: Image.Image) -> Image.Image:
-    """An opened picture upright, with three channels of 8 bits.
-
-    Raises:
-        ConfigError: pixels of which it is not known what is white.
-    """
+    """An opened picture upright, with three channels of 8 bits."""
     upright = ImageOps.exif_transpose(picture)
     if upright.mode[0] in "IF":  # Pillow cuts off what is above 255.
         levels = np.asarray(upright)

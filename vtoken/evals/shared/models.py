@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vtoken.errors import ConfigError, unknown
-from vtoken.evals import reference
+from vtoken.evals import processors, reference
 from vtoken.evals.shared.configs import resolve_config
 from vtoken.evals.shared.names import locate
 
@@ -19,9 +19,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def load(
     name: str,
-    *,
     device: str | None = None,
     dtype: str | None = None,
+    *,
     random_weights: bool = False,
     seed: int = 0,
     attn_implementation: str | None = None,
@@ -66,12 +66,21 @@ def load(
     return model.to(target).train(False)
 
 
-def to_device(name: str | None) -> torch.device:
-    """The device of this name, None for the GPU if there is one.
+def load_pair(
+    name: str, device: str | None = None, dtype: str | None = None, revision: str | None = None, **options: Any
+) -> tuple[Any, Any]:
+    """A model and its processor; `options` as `load` takes them."""
+    return load(name, device, dtype, revision=revision, **options), processors.load(name, revision=revision)
 
-    Raises:
-        ConfigError: not a device, or not one of this machine.
-    """
+
+def set_threads(count: int | None) -> None:
+    """CPU threads of torch; None leaves them to torch."""
+    if count is not None:
+        torch.set_num_threads(count)
+
+
+def to_device(name: str | None) -> torch.device:
+    """The device of this name, None for the GPU if there is one."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -86,11 +95,7 @@ def to_device(name: str | None) -> torch.device:
 
 
 def to_dtype(name: str | None) -> torch.dtype | None:
-    """The dtype of this name, None for None.
-
-    Raises:
-        ConfigError: a name that is not in `DTYPES`.
-    """
+    """The dtype of this name, None for None."""
     if name is not None and name not in DTYPES:
         raise ConfigError(unknown("dtype", name, DTYPES))
     return None if name is None else DTYPES[name]

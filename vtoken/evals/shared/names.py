@@ -11,11 +11,7 @@ from vtoken.evals import reference
 
 
 def locate(model: str | Path) -> str:
-    """Folder or hub name that transformers loads the model of this name from.
-
-    Raises:
-        ConfigError: it is not a shipped model, no folder, and cannot be a name of the hub.
-    """
+    """Folder or hub name that transformers loads the model of this name from."""
     name = str(model)
     if name in reference.names():
         return str(reference.path(name))

@@ -1,28 +1,110 @@
-"""What commands have in common: options that say what a prompt shows."""
+"""Options declared once, as fields of a class, and checked alike in YAML files, on the command line and in calls."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any, Self, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from vtoken.errors import ConfigError, shown
+
+ImageSize = int | tuple[int, int]
+BOUNDS = {
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("above", "gt"),
+    "less_than_equal": ("at most", "le"),
+    "less_than": ("below", "lt"),
+}
 
 
-def add_pictures(parser: argparse.ArgumentParser) -> None:
-    """Declares --image-size, --images and --frames."""
-    parser.add_argument(
-        "--image-size",
-        type=_image_size,
-        metavar="N|HxW",
-        help="pixels of an image or frame (default: the vision tower's own size, 448x448 for Qwen); LLaVA-1.5 ignores it, so does "
-        "OneVision for videos and several images",
-    )
-    parser.add_argument("--images", type=int, default=1, metavar="N", help="images per prompt (default: %(default)s)")
-    parser.add_argument(
-        "--frames",
-        type=int,
-        default=1,
-        metavar="N",
-        help="frames per image, which makes it a video (default: %(default)s, a still)",
-    )
+def option(
+    default: Any, description: str, metavar: str | None = None, choices: Sequence[Any] | None = None, **bounds: Any
+) -> Any:
+    """A field of `Options`: its meaning, what a command's help calls its value, and what it may be. `...` is no default."""
+    extra: Any = {"about": (metavar, choices)}
+    return Field(default, description=description, json_schema_extra=extra, **bounds)
+
+
+class Options(BaseModel):
+    """Options of a command, a YAML file or a function. Unknown names and values out of bounds are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def given(cls, **values: Any) -> Self:
+        """The checked options.
+
+        Raises:
+            ConfigError: names the first option that cannot be used, and what it accepts.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise ConfigError(problem(error.errors(include_url=False)[0])) from None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Self:
+        """The options of a parsed command line, checked alike."""
+        values = {name: value for name, value in vars(args).items() if name in cls.model_fields}
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise ConfigError(problem({**first, "loc": [flag(str(name)) for name in first["loc"][:1]]})) from None
+
+    @classmethod
+    def add_to(cls, parser: argparse.ArgumentParser) -> None:
+        """Declares every field as an option of a command."""
+        for name, field in cls.model_fields.items():
+            text = re.sub(r"%(?!\()", "%%", field.description or "")
+            if field.annotation is bool:
+                parser.add_argument(flag(name), action="store_true", help=text)
+                continue
+            many, kind = _kind(field.annotation)
+            extra: Any = field.json_schema_extra
+            metavar, choices = extra["about"]
+            required = field.is_required()
+            has_default = not required and field.default not in (None, ()) and "(default" not in text
+            parser.add_argument(
+                flag(name),
+                type=TYPES.get(kind, kind),
+                default=None if required else field.default,
+                required=required,
+                nargs="+" if many else None,
+                choices=choices,
+                metavar=metavar if choices else metavar or METAVARS.get(kind),
+                help=f"{text} (default: %(default)s)" if has_default else text,
+            )
+
+
+def flag(name: str) -> str:
+    """How an option is written on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def problem(first: Any) -> str:
+    """One of pydantic's errors in a sentence: which option, what it accepts, what was given."""
+    name, kind, given = ".".join(map(str, first["loc"])), first["type"], shown(first["input"])
+    if kind in BOUNDS:
+        words, limit = BOUNDS[kind]
+        return f"{name} must be {words} {first['ctx'][limit]}, not {given}"
+    message = first["msg"].removeprefix("Value error, ")
+    text = message if kind == "value_error" else f"{message}, not {given}"
+    return f"{name}: {text}" if name else text
+
+
+def _kind(annotation: Any) -> tuple[bool, Any]:
+    """Whether an option takes several values, and the type of one."""
+    if annotation == ImageSize | None:
+        return False, ImageSize
+    kinds = [kind for kind in get_args(annotation) if kind not in (NoneType, Ellipsis)]
+    return get_origin(annotation) is tuple, kinds[0] if kinds else annotation
 
 
 def number(text: str) -> float:
@@ -36,7 +118,8 @@ def number(text: str) -> float:
     return found
 
 
-def _image_size(text: str) -> int | tuple[int, int]:
+def image_size(text: str) -> ImageSize:
+    """One number of pixels, or height x width, as the type of an option."""
     try:
         sides = [int(side) for side in text.lower().split("x")]
     except ValueError:
@@ -44,3 +127,56 @@ def _image_size(text: str) -> int | tuple[int, int]:
     if len(sides) not in (1, 2) or min(sides) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no image size; write 336 or 480x640 (height x width)")
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+METAVARS = {int: "N", float: "X", str: "NAME", Path: "FILE", ImageSize: "N|HxW"}
+TYPES: dict[Any, Any] = {float: number, ImageSize: image_size}
+
+
+class PictureOptions(Options):
+    """What every prompt shows."""
+
+    images: int = option(1, "images per prompt", ge=1)
+    frames: int = option(1, "frames per image, which makes it a video (default: %(default)s, a still)", ge=1)
+    image_size: ImageSize | None = option(
+        None,
+        "pixels of an image or frame (default: the vision tower's own size, 448x448 for Qwen); LLaVA-1.5 ignores it, so does "
+        "OneVision for videos and several images",
+    )
+
+    @field_validator("image_size")
+    @classmethod
+    def _positive(cls, size: ImageSize | None) -> ImageSize | None:
+        if size is not None and min(size if isinstance(size, tuple) else (size,)) < 1:
+            raise ValueError(f"{size} must be at least 1 pixel a side")
+        return size
+
+
+class Workload(PictureOptions):
+    """One `generate` call on prompts that are all alike."""
+
+    text_tokens: int = option(64, "prompt tokens that are not visual", ge=0)
+    new_tokens: int = option(64, "tokens generated, the first of them by prefill", ge=1)
+
+
+class DeviceOptions(Options):
+    """Where a model runs, and in which dtype."""
+
+    device: str | None = option(None, "cpu, cuda, cuda:1 (default: the GPU if there is one)")
+    dtype: str | None = option(None, "float32, bfloat16 or float16 (default: the model's own)")
+
+
+class SpeedOptions(Workload):
+    """How `bench` measures at batch 1."""
+
+    text_tokens: int = option(32, "prompt tokens that are not visual", ge=1)
+    new_tokens: int = option(16, "tokens generated, the first of them by prefill, whatever the model would say", ge=1)
+    repeats: int = option(7, "rounds that count", ge=1)
+    warmup: int = option(2, "rounds before them that do not", ge=0)
+    seed: int = option(0, "of texts, pictures and random weights")
+
+
+class BenchOptions(SpeedOptions):
+    """How `bench` measures."""
+
+    batch: int = option(1, "prompts at a time", ge=1)

@@ -1,17 +1,18 @@
-"""Pictures with questions, to calibrate or train a stage on: the shipped set, a folder like it, or a file of JSON lines."""
+"""Pictures with questions, to calibrate, train or tune a stage on: the shipped set, a folder like it, or a file of JSON lines."""
 
 from __future__ import annotations
 
 import json
 import os
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vtoken.errors import ConfigError, shown
+from vtoken.errors import ConfigError, shown, unknown
 from vtoken.evals import processors, reference
 from vtoken.evals.shared import media, models
 
@@ -19,6 +20,7 @@ ABOUT = (
     "`reference` (the shipped pictures), a folder with questions.jsonl, or a .jsonl file; one JSON object per line: image (path from "
     "that file), question, and answer if there is one"
 )
+KEYS = ("image", "question", "answer")
 
 
 @dataclass(frozen=True)
@@ -56,40 +58,40 @@ def read(data: str, limit: int | None = None) -> list[Sample]:
     return [_sample(file, number, line) for number, line in lines[:limit]]
 
 
+def last(count: int) -> list[Sample]:
+    """The last of the shipped questions: the first ones stay fresh for a test."""
+    return read("reference")[-count:]
+
+
 def _sample(file: Path, number: int, line: str) -> Sample:
+    where = f"{file}, line {number}"
     try:
         row = json.loads(line)
-        image, question, answer = row["image"], row["question"], row.get("answer")
-        found = Sample(file.parent / image, str(question), None if answer is None else str(answer))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{file}, line {number}: not a JSON object with image and question") from None
-    if not os.path.isfile(found.image):
-        raise ConfigError(f"{file}, line {number}: no picture {shown(str(found.image))}")
-    return found
+    except ValueError as error:
+        raise ConfigError(f"{where}: not valid JSON: {error}") from None
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in KEYS[:2]):
+        raise ConfigError(f'{where}: write {{"image": FILE, "question": TEXT}}, with "answer": TEXT if it is known')
+    for key in row:
+        if "answer" not in row and key not in KEYS and get_close_matches(key, KEYS[2:]):
+            raise ConfigError(f"{where}: {unknown('key', key, KEYS)}")
+    image, answer = file.parent / row["image"], row.get("answer")
+    if not os.path.isfile(image):
+        raise ConfigError(f"{where}: no picture {shown(str(image))}")
+    return Sample(image, row["question"], None if answer is None else str(answer))
 
 
 def load(name: str, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
-    """A shipped model, one in a folder or on the hub, and its processor.
-
-    Raises:
-        ConfigError: it cannot be loaded, or has no chat template to put questions in.
-    """
-    shipped = name in reference.names()
-    processor = processors.load(reference.path(name) if shipped else name, pillow=shipped)
+    """A shipped model, one in a folder or on the hub, and its processor."""
+    model, processor = models.load_pair(name, device, dtype)
     if not getattr(processor, "chat_template", None):
         raise ConfigError(
             f"the processor of {name!r} has no chat template, so that it is not known how a question is put"
         )
-    return models.load(name, device=device, dtype=dtype), processor
+    return model, processor
 
 
 def prepare(model: Any, processor: Any, sample: Sample) -> dict[str, Tensor]:
-    """Model inputs of one sample, batch 1, on the model's device and in its dtype.
-
-    Raises:
-        ConfigError: its picture cannot be read.
-        UnsupportedError: the processor refuses it.
-    """
+    """Model inputs of one sample, batch 1, on the model's device and in its dtype."""
     text = reference.prompt(processor, sample.question)
     inputs = processors.apply(processor, str(sample.image), images=[[media.still(sample.image)]], text=text)
     return {k: v.to(model.device, model.dtype if v.is_floating_point() else None) for k, v in inputs.items()}

@@ -49,11 +49,7 @@ def kept(file: Path, fits: Callable[[Any], bool]) -> Any:
 
 
 def inside(folder: Path, name: Any, source: Path) -> Path:
-    """The file of this name below a folder; `source` names it.
-
-    Raises:
-        VtokenError: it lies elsewhere.
-    """
+    """The file of this name below a folder; `source` names it."""
     try:
         file = (folder / name).resolve()
         if file.is_relative_to(folder.resolve()):

@@ -1,27 +1,31 @@
-"""From how many visual tokens on a pipeline is faster than the dense model here: measured, length by length, by paired runs."""
+"""From how many visual tokens on a pipeline is faster than dense here: measured length by length, in interleaved runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
 
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError
-from vtoken.evals.cost.geometry import ImageSize, geometry
-from vtoken.evals.speed.latency import Row, Spread, bench
+from vtoken.evals.cost.geometry import geometry
+from vtoken.evals.shared.options import ImageSize
+from vtoken.evals.speed.latency import Row, bench
+from vtoken.evals.statistics import Spread
 from vtoken.stages import size_of
 
 SIDES = (112, 168, 224, 336, 448, 672, 896)  # pixels of one picture, where the family lets them decide
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)  # pictures of a prompt
-APART = 1.25  # lengths nearer than that tell the same
+APART = 1.25  # nearer lengths tell the same
 
 
 @dataclass(frozen=True)
 class Length:
-    """What a prompt shows: `images` pictures of `image_size` (None: the family's own) have so many visual tokens."""
+    """A prompt of `images` pictures of `image_size` (None: the family's own), which have so many visual tokens."""
 
     visual_tokens: int
     images: int
@@ -34,7 +38,7 @@ class Step:
 
     Attributes:
         visual_tokens: of a prompt, before anything is dropped.
-        ttft, end_to_end: spread of the per-round ratios pipeline / dense.
+        ttft, end_to_end: per-round ratios pipeline / dense.
         aside: why no stage did anything, or None.
     """
 
@@ -59,20 +63,12 @@ class Measured:
 
     def least(self, name: str) -> int | None:
         """The shortest length measured from which on the pipeline was faster at all of them; None: not at the longest."""
-        found = None
-        for step in reversed(self.steps[name]):
-            if not step.faster:
-                break
-            found = step.visual_tokens
-        return found
+        faster = [step.visual_tokens for step in takewhile(lambda step: step.faster, reversed(self.steps[name]))]
+        return faster[-1] if faster else None
 
     def to_dict(self) -> dict[str, Any]:
         rows = [
-            {
-                "pipeline": name,
-                "min_visual_tokens": self.least(name),
-                "steps": [{**vars(s), "ttft": vars(s.ttft), "end_to_end": vars(s.end_to_end)} for s in steps],
-            }
+            {"pipeline": name, "min_visual_tokens": self.least(name), "steps": [asdict(step) for step in steps]}
             for name, steps in self.steps.items()
         ]
         return {"break_even": rows, "stopped": self.stopped, "conditions": self.conditions}
@@ -83,28 +79,22 @@ def lengths(config: Any, up_to: int, image_size: ImageSize | None = None, frames
 
     Args:
         image_size: the only size, where one is given.
-
-    Raises:
-        ConfigError: not even one picture is as short as that, or the family's processor refuses the size.
-        UnsupportedError: a family whose arithmetic is not known, or video where there is none.
     """
-    own = Length(size_of(geometry(config, image_size, 1, frames).parts), 1, image_size)
-    found = [own]
+
+    def length(images: int, size: ImageSize | None) -> Length:
+        return Length(images * size_of(geometry(config, size, images, frames).parts), images, size)
+
+    found = [length(count, image_size) for count in COUNTS]
+    shortest = found[0].visual_tokens
     for side in SIDES if image_size is None else ():
-        try:
-            found.append(Length(size_of(geometry(config, side, 1, frames).parts), 1, side))
-        except ConfigError:
-            continue
-    for count in COUNTS[1:]:
-        one = size_of(geometry(config, image_size, count, frames).parts)
-        found.append(Length(count * one, count, image_size))
-    found = sorted((each for each in found if each.visual_tokens <= up_to), key=lambda each: each.visual_tokens)
-    if not found:
-        raise ConfigError(f"one picture has {own.visual_tokens} visual tokens, more than the {up_to} to be tried")
-    apart = [found[0]]
-    for each in found[1:]:
-        if each.visual_tokens >= APART * apart[-1].visual_tokens:
+        with suppress(ConfigError):
+            found.append(length(1, side))
+    apart: list[Length] = []
+    for each in sorted(found, key=lambda each: (each.visual_tokens, each.images)):
+        if each.visual_tokens <= up_to and (not apart or each.visual_tokens >= APART * apart[-1].visual_tokens):
             apart.append(each)
+    if not apart:
+        raise ConfigError(f"one picture has {shortest} visual tokens, more than the {up_to} to be tried")
     return apart
 
 
@@ -120,10 +110,7 @@ def measure(
 
     Args:
         tried: from `lengths`. Where the memory of a GPU does not suffice, the rest is left out.
-        options: of `vtoken.evals.speed.latency.bench`, but for images and image_size.
-
-    Raises:
-        ConfigError, UnsupportedError: as `bench`.
+        options: of `bench`, but for images and image_size.
     """
     steps: dict[str, list[Step]] = {pipeline.name: [] for pipeline in pipelines}
     if len(steps) < len(pipelines):
@@ -131,10 +118,9 @@ def measure(
     stopped, conditions = "", {}
     for length in tried:
         progress(length.visual_tokens)
+        shape = {"images": length.images, "image_size": length.image_size}
         try:
-            found = bench(
-                model, pipelines, images=length.images, image_size=length.image_size, oracles=False, **options
-            )
+            found = bench(model, pipelines, oracles=False, **shape, **options)
         except torch.OutOfMemoryError:
             stopped = f"prompts of {length.visual_tokens} visual tokens do not fit into the device's memory"
             break

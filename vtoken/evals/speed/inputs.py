@@ -48,11 +48,7 @@ def random_prompt(
     """Prompts of text_tokens random ids and `images` random pictures, or videos where `frames` is above 1.
 
     Args:
-        image_size: as `vtoken.evals.cost.geometry.geometry` takes it; pixels have the size that the family's processor would give them.
-
-    Raises:
-        ConfigError: too little text to part the pictures (Qwen), or a size that the family's processor refuses.
-        UnsupportedError: a family without random prompts, or video for one that has none.
+        image_size: as `geometry` takes it; pixels have the size that the family's processor would give them.
     """
     model: Any = adapter.model
     config, kind = model.config, "video" if frames > 1 else "image"

@@ -1,16 +1,15 @@
 """How fast: dense, pipelines and their oracles, interleaved in one process.
 
-One sample is one greedy `generate` of a batch of random prompts of one shape, with a fixed number of new tokens. Wrapping
-is not timed, nor a call for one token right before each sample, which warms the caches.
+A sample is one greedy `generate` of a batch of random prompts of one shape, with a fixed number of new tokens. Wrapping is not timed,
+nor a call for one token right before each sample, which warms the caches.
 
-The *oracle* of a pipeline is the same unwrapped model on a prompt that is short already: what pruning would cost if
-deciding and dropping were free. It is one stock `generate` on a prompt with only the kept placeholders, with the positions
-and padding that the pipeline produces; the vision tower and projector run in full, and instead of their features the model
-gets those that were kept (DeepStack's too), while the tower's output stays in memory; M-RoPE positions are computed for the
-full prompt, as the pipeline has them computed. So it pays what `generate` always
-costs, and pipeline / oracle is vtoken's own price: hooks, facts, scores, top-k, gather, masks. It runs the same decoder
-computation, hence gives the same tokens. It exists where all stages act at site `tokens`: elsewhere the sequence is
-shortened on the way and no short prompt is equivalent.
+The *oracle* of a pipeline is the same unwrapped model on a prompt that is short already: what pruning would cost if deciding and
+dropping were free. It is one stock `generate` with only the kept placeholders, and with the positions and padding that the pipeline
+produces. Vision tower and projector run in full; then the model gets the features that were kept (DeepStack's too) instead of theirs,
+which stay in memory. M-RoPE positions are computed for the full prompt, as in the pipeline. So the oracle pays what `generate` always
+costs, and pipeline / oracle is vtoken's own price: hooks, facts, scores, top-k, gather, masks. Both run the same decoder computation
+and give the same tokens. An oracle exists where all stages act at site `tokens`: elsewhere the sequence gets shorter on the way, and no
+short prompt is equivalent.
 
 *Break-even* is the number of visual tokens, over the whole batch, that a pipeline must drop to pay for itself:
 ceil(overhead / gain), overhead = TTFT(pipeline) - TTFT(oracle), gain = (TTFT(dense) - TTFT(oracle)) / tokens dropped,
@@ -20,38 +19,26 @@ all medians of per-round differences. A cost that grows with the tokens is taken
 from __future__ import annotations
 
 import math
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import date
 from typing import Any
 
 import torch
-import transformers
 from transformers import GenerationConfig
 
-import vtoken
 from vtoken import registry
 from vtoken.config import load
-from vtoken.errors import ConfigError
-from vtoken.evals.cost.geometry import ImageSize
-from vtoken.evals.pictures.demo import processor_name
+from vtoken.evals.shared.machine import machine
+from vtoken.evals.shared.options import BenchOptions
 from vtoken.evals.speed.inputs import random_prompt
 from vtoken.evals.speed.timing import Runner, Sample, Subject
+from vtoken.evals.statistics import Spread, spread
 from vtoken.hooks.state.handle import Handle
 
 PARTS = ("vision", "stages", "ttft", "decode", "end_to_end")
 COMPARED = ("ttft", "decode", "end_to_end")
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles over the rounds."""
-
-    median: float
-    low: float
-    high: float
+SHOWN = ("batch", "images", "frames", "image_size", "text_tokens", "seed")  # options that a prompt is drawn from
+Spreads = dict[str, Spread | None]  # by part, None where the part does not exist
 
 
 @dataclass(frozen=True)
@@ -61,9 +48,8 @@ class Row:
     Attributes:
         visual_tokens: of the whole batch, in the decoder's last layer; `visual_entry` in its first, `visual_average` over all of them.
         kv_bytes: keys and values of the whole batch after prefill.
-        milliseconds, oracle: part -> spread; a part is None where it does not exist.
         peak_bytes: largest of all rounds, None on a CPU.
-        to_dense, to_oracle: part -> spread of the per-round ratios pipeline / dense and pipeline / oracle.
+        to_dense, to_oracle: per-round ratios pipeline / dense and pipeline / oracle.
         overhead: milliseconds of TTFT above the oracle's.
         break_even: visual tokens to drop before the pipeline pays, None where it cannot be computed.
         no_oracle: why there is none, or None.
@@ -77,11 +63,11 @@ class Row:
     visual_entry: int
     visual_average: float
     kv_bytes: int
-    milliseconds: dict[str, Spread | None]
+    milliseconds: Spreads
     peak_bytes: int | None
-    to_dense: dict[str, Spread | None] | None = None
-    oracle: dict[str, Spread | None] | None = None
-    to_oracle: dict[str, Spread | None] | None = None
+    to_dense: Spreads | None = None
+    oracle: Spreads | None = None
+    to_oracle: Spreads | None = None
     overhead: Spread | None = None
     break_even: int | None = None
     no_oracle: str | None = None
@@ -108,72 +94,31 @@ class Bench:
 
 
 @torch.inference_mode()
-def bench(
-    model: Any,
-    pipelines: Sequence[Any],
-    *,
-    batch: int = 1,
-    images: int = 1,
-    image_size: ImageSize | None = None,
-    frames: int = 1,
-    text_tokens: int = 32,
-    new_tokens: int = 16,
-    repeats: int = 7,
-    warmup: int = 2,
-    seed: int = 0,
-    oracles: bool = True,
-) -> Bench:
+def bench(model: Any, pipelines: Sequence[Any], *, oracles: bool = True, **options: Any) -> Bench:
     """Measures dense, every pipeline and every oracle once per round, in an order that rotates from round to round.
 
     Args:
         model: a stock model that is not wrapped; it is left as it was.
         pipelines: anything that `vtoken.wrap` takes.
-        images, text_tokens: per prompt, of `batch` prompts.
-        image_size: pixels, one number or (height, width); None is the tower's own size, 448 x 448 for Qwen. Families that resize
-            every picture ignore it.
-        frames: per image; more than one is a video.
-        new_tokens: generated per prompt; end-of-sequence is disabled.
-        repeats: rounds that count, after `warmup` rounds that do not.
-        seed: of texts and pictures.
         oracles: whether they are measured.
+        options: fields of `BenchOptions`. End-of-sequence is disabled; families that resize every picture ignore its size.
 
     Raises:
-        ConfigError: a count out of range, a pipeline that does not read, or an image size that the family's processor refuses.
+        ConfigError: an option out of bounds, a pipeline that does not read, or an image size that the family's processor refuses.
         UnsupportedError: a family without random prompts, a wrapped model, or a stage the model cannot serve.
     """
-    counts = {
-        "batch": batch,
-        "images": images,
-        "frames": frames,
-        "text_tokens": text_tokens,
-        "new_tokens": new_tokens,
-        "repeats": repeats,
-    }
-    for name, count in counts.items():
-        if count < 1:
-            raise ConfigError(f"{name} must be at least 1, not {count}")
-    if warmup < 0:
-        raise ConfigError(f"warmup must be at least 0, not {warmup}")
+    asked = BenchOptions.given(**options)
     parsed = [load(pipeline) for pipeline in pipelines]
     adapter = registry.adapter(model.config.model_type)(model)
-    prompt = random_prompt(
-        adapter,
-        batch=batch,
-        images=images,
-        frames=frames,
-        image_size=image_size,
-        text_tokens=text_tokens,
-        seed=seed,
-    )
-    runner = Runner(adapter, prompt)
+    runner = Runner(adapter, random_prompt(adapter, **{name: getattr(asked, name) for name in SHOWN}))
     handle = Handle()
     # Whatever the checkpoint says about sampling and stopping must not decide what is measured.
-    handle.set(model, "generation_config", GenerationConfig(do_sample=False, max_new_tokens=new_tokens))
+    handle.set(model, "generation_config", GenerationConfig(do_sample=False, max_new_tokens=asked.new_tokens))
     try:
         subjects = [runner.prepare(pipeline) for pipeline in (None, *parsed)]
         if not oracles:
             subjects = [replace(subject, oracle=None, no_oracle=None) for subject in subjects]
-        for turn in range(-warmup, repeats):
+        for turn in range(-asked.warmup, asked.repeats):
             shift = turn % len(subjects)
             for subject in subjects[shift:] + subjects[:shift]:
                 runner.round(subject, oracle_first=turn % 2 == 1, count=turn >= 0)
@@ -181,18 +126,10 @@ def bench(
         handle.release()
     dense = subjects[0]
     total = [sample.end_to_end for sample in dense.samples]
-    half = repeats // 2
+    half = asked.repeats // 2
     drift = spread(total[-half:]).median / spread(total[:half]).median if half else None
-    conditions = {**machine(model), **counts, "warmup": warmup, "seed": seed, "prompt": runner.shape}
-    if image_size is not None:
-        conditions["image_size"] = image_size
+    conditions = {**machine(model), **asked.model_dump(exclude_none=True), "prompt": runner.shape}
     return Bench(tuple(row(subject, dense) for subject in subjects), drift, conditions)
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Median and quartiles, linear between values."""
-    found = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.5, 0.25, 0.75], dtype=torch.float64))
-    return Spread(*found.tolist())
 
 
 def row(subject: Subject, dense: Subject) -> Row:
@@ -228,15 +165,14 @@ def row(subject: Subject, dense: Subject) -> Row:
     )
 
 
-def parts(samples: Sequence[Sample]) -> dict[str, Spread | None]:
-    """Part -> spread, None for a part that the samples lack."""
+def parts(samples: Sequence[Sample]) -> Spreads:
     found = {part: [getattr(sample, part) for sample in samples] for part in PARTS}
     return {part: None if None in values else spread(values) for part, values in found.items()}
 
 
-def ratios(samples: Sequence[Sample], others: Sequence[Sample]) -> dict[str, Spread | None]:
-    """Part -> spread of samples[i] / others[i], for the parts that all variants have."""
-    found: dict[str, Spread | None] = {}
+def ratios(samples: Sequence[Sample], others: Sequence[Sample]) -> Spreads:
+    """Of samples[i] / others[i], for the parts that all variants have."""
+    found: Spreads = {}
     for part in COMPARED:
         pairs = [(getattr(a, part), getattr(b, part)) for a, b in zip(samples, others, strict=True)]
         found[part] = None if None in pairs[0] else spread([a / b for a, b in pairs])
@@ -249,18 +185,3 @@ def break_even(overhead: float, gain: float, dropped: int) -> int | None:
     None where nothing was dropped or nothing gained; at least 1.
     """
     return max(1, math.ceil(overhead * dropped / gain)) if dropped > 0 and gain > 0 else None
-
-
-def machine(model: Any) -> dict[str, Any]:
-    """Hardware, versions and what the model computes with."""
-    cuda = model.device.type == "cuda"
-    return {
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(model.device) if cuda else processor_name(),
-        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} CPUs",
-        "versions": f"vtoken {vtoken.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"Python {platform.python_version()}",
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": model.config._attn_implementation,
-    }

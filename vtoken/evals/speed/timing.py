@@ -1,4 +1,4 @@
-"""One timed `generate` of a pipeline or of its oracle, see `vtoken.evals.speed.latency`. All hooks are taken back after each."""
+"""One timed `generate` of a pipeline or of its oracle, see `latency`. All hooks are taken back after each."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from vtoken.adapters.base import Adapter
 from vtoken.config import Pipeline
 from vtoken.errors import UnsupportedError
+from vtoken.evals.shared.dense import DENSE
 from vtoken.evals.speed.inputs import Prompt
 from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.run import Clock
@@ -45,26 +46,22 @@ class Sample:
 
 @dataclass(frozen=True)
 class Oracle:
-    """A prompt that is short already.
+    """A prompt that is short already, padded on the left; `values` are what the feature function is made to return, newlines included,
+    `deep` the same of every DeepStack layer."""
 
-    Attributes:
-        ids, mask: [B, P], padded on the left.
-        positions: [..., B or 1, P].
-        values: [ΣK, D] what the feature function is made to return, newlines included.
-        deep: the same of every DeepStack layer.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    positions: Tensor
-    values: Tensor
+    ids: Tensor  # [B, P]
+    mask: Tensor  # [B, P]
+    positions: Tensor  # [..., B or 1, P]
+    values: Tensor  # [ΣK, D]
     deep: tuple[Tensor, ...]
 
 
 @dataclass
 class Subject:
-    """What is measured: a pipeline (None: dense), its oracle, and their samples; `layers` are the visual tokens of the whole batch in
-    every decoder layer, `aside` the stages that did nothing, and why, `density` as in Trace."""
+    """What is measured: a pipeline (None: dense), its oracle, and their samples.
+
+    `layers`: visual tokens of the whole batch in every decoder layer. `aside`: stages that did nothing -> why. `density`: as in Trace.
+    """
 
     pipeline: Pipeline | None
     layers: tuple[int, ...]
@@ -78,7 +75,7 @@ class Subject:
 
 
 class FirstToken(StoppingCriteria):
-    """Never stops; notes when the first token is there."""
+    """Never stops `generate`; notes the time of the first token."""
 
     def __init__(self, now: Callable[[], Any]) -> None:
         self.now, self.at = now, None
@@ -105,11 +102,7 @@ class Runner:
         return ", ".join(f"{name} {list(value.shape)}" for name, value in shown.items())
 
     def prepare(self, pipeline: Pipeline | None) -> Subject:
-        """One prefill to learn what is kept, and what enters the language model.
-
-        Raises:
-            UnsupportedError: a pipeline that needs pictures cut otherwise than the others do.
-        """
+        """One prefill to learn what is kept, and what enters the language model."""
         if pipeline is not None and pipeline.anyres != "model":
             raise UnsupportedError(
                 f"pipeline {pipeline.name!r} sets anyres: {pipeline.anyres}, but all pipelines are measured on the same prompt, cut as "
@@ -121,27 +114,28 @@ class Runner:
         def look(module: Any, args: tuple, kwargs: dict) -> None:
             seen.update({} if seen else kwargs)
 
-        with watched(self.model, pipeline or Pipeline("dense", "original", ())):
+        with watched(self.model, pipeline or DENSE):
             handle.before(self.adapter.lm, look)  # Behind vtoken's own hook, so it sees the short sequence.
             try:
                 self.model.generate(**self.prompt.inputs, max_new_tokens=1)
             finally:
                 handle.release()
             found = trace(self.model)
-        layers, stages = tuple(map(sum, found.layers)), pipeline.stages if pipeline else ()
-        inside = [f"{stage.name} acts at site {stage.site}" for stage in stages if stage.site != "tokens"]
-        reason = f"no short prompt is equivalent: {', '.join(inside)}" if inside else self._unshortened()
+        layers = tuple(map(sum, found.layers))
         if pipeline is None:
             return Subject(None, layers, found.cache_bytes, None, None)
+        reason = self._no_oracle(pipeline)
         oracle = None if reason else self._shorten(seen, found)
         return Subject(pipeline, layers, found.cache_bytes, oracle, reason, found.aside, found.density)
 
-    def _unshortened(self) -> str | None:
-        """Why the model cannot be given fewer features, or None."""
-        prompt = self.prompt
-        if prompt.kind == "video" and prompt.newlines:
-            if "mm_encoder_outputs" not in inspect.signature(self.adapter.outer.forward).parameters:
-                return "before transformers 5.18 the model itself puts a newline behind every video"
+    def _no_oracle(self, pipeline: Pipeline) -> str | None:
+        """Why no short prompt is equivalent, or None."""
+        inside = [f"{stage.name} acts at site {stage.site}" for stage in pipeline.stages if stage.site != "tokens"]
+        if inside:
+            return f"no short prompt is equivalent: {', '.join(inside)}"
+        new = "mm_encoder_outputs" in inspect.signature(self.adapter.outer.forward).parameters
+        if self.prompt.kind == "video" and self.prompt.newlines and not new:
+            return "before transformers 5.18 the model itself puts a newline behind every video"
         return None
 
     def _shorten(self, seen: dict[str, Any], found: Trace) -> Oracle:
@@ -160,14 +154,14 @@ class Runner:
     def _visual(self, found: Trace, mask: Tensor) -> Tensor:
         """[B, P] which of the positions that are left hold visual tokens or newlines."""
         prompt, visual = self.prompt, torch.zeros_like(mask, dtype=torch.bool)
-        for line, real in enumerate(mask.sum(1).tolist()):
-            kept = [each for each, row in zip(found.kept, found.row, strict=True) if row == line]
+        for row, real in enumerate(mask.sum(1).tolist()):
+            kept = [each for each, of in zip(found.kept, found.row, strict=True) if of == row]
             counts = [n for each in kept for n in torch.bincount(each // prompt.run, minlength=prompt.runs).tolist()]
             # Newlines come in families that have no text between their runs: it does not matter which run they are added to.
             counts[-1] += real - sum(prompt.texts) - sum(counts)
-            at = len(mask[line]) - real
+            at = len(mask[row]) - real
             for text, run in zip(prompt.texts, counts, strict=False):
-                visual[line, at + text : at + text + run] = True
+                visual[row, at + text : at + text + run] = True
                 at += text + run
         return visual
 
@@ -223,11 +217,11 @@ class Runner:
                 self._call(oracle, max_new_tokens=1)
                 began.clear()
                 handle.after(self.adapter.projectors[0], lambda *_: ended.append(self.clock.now()))
-                resident = self._settle()
+                resident = self._resident()
                 start = self.clock.now()
                 ids = self._call(oracle, stopping_criteria=StoppingCriteriaList([first]))
                 end = self.clock.now()
-                self._settle(reset=False)
+                self.clock.wait()
                 peak = torch.cuda.max_memory_allocated(self.model.device) - resident if self.cuda else None
                 stages = trace(self.model).stages if pipeline and pipeline.stages else []
                 decisions = sum(stage.milliseconds for stage in stages) if pipeline else None
@@ -254,11 +248,10 @@ class Runner:
             inputs |= {"input_ids": oracle.ids, "attention_mask": oracle.mask, "position_ids": oracle.positions}
         return self.model.generate(**inputs, **options)
 
-    def _settle(self, reset: bool = True) -> int:
-        """Waits for the device; returns the bytes allocated there."""
+    def _resident(self) -> int:
+        """Bytes allocated on the GPU when it has nothing left to do; the peak is counted from here on."""
         if not self.cuda:
             return 0
         self.clock.wait()
-        if reset:
-            torch.cuda.reset_peak_memory_stats(self.model.device)
+        torch.cuda.reset_peak_memory_stats(self.model.device)
         return torch.cuda.memory_allocated(self.model.device)

@@ -28,15 +28,11 @@ class Judge:
         measure: "agreement", share of answers that are the dense model's, or "accuracy", the right ones, both case and outer space
             aside; or "cosine", mean cosine of the last prompt token's final hidden state with the dense model's, which is what
             VFlowOpt is tuned with (its authors sum it over 30 samples).
-        batch_size: prompts at a time.
-        tasks: that the samples come from; accuracy is then what `RelativeScore` says, by their own scorers.
+        tasks: that the samples come from; accuracy is then a `RelativeScore`, by their own scorers.
         chunk: samples after which those are asked again.
 
     Attributes:
         dense: the dense model's own quality: 1 except for accuracy against given answers.
-
-    Raises:
-        ConfigError: accuracy without an answer to every sample, or of a model that answers nothing right.
     """
 
     relative: RelativeScore | None = None
@@ -78,19 +74,16 @@ class Judge:
         return sum(scores) / len(scores) if self.relative is None else self.relative.quality
 
     def scores(self, pipeline: Pipeline) -> Generator[list[float], None, None]:
-        """Scores of one batch after the other, of tasks of one chunk; the model is dense again when it ends or is closed.
-
-        Raises:
-            UnsupportedError: a stage that the model cannot serve.
-        """
+        """Scores of one batch after the other, of tasks of one chunk; the model is dense again when it ends or is closed."""
         self.generator.use(pipeline)
         try:
-            done = 0
-            for batch in self._batches() if self.relative is None else ():
-                yield self._score(batch, done)
-                done += len(batch)
             if self.relative is not None:
                 yield from self._scored_by_tasks(self.relative)
+                return
+            done = 0
+            for batch in self._batches():
+                yield self._score(batch, done)
+                done += len(batch)
         finally:
             self.generator.use(None)
 

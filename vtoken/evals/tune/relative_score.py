@@ -16,19 +16,16 @@ if TYPE_CHECKING:  # It needs lmms-eval.
 
 
 class RelativeScore:
-    """What answers are worth: the mean over tasks of (metric / the dense model's metric), so that dense has 1.
+    """The mean over tasks of (metric / the dense model's metric), so that dense has 1.
 
     Args:
         said: the dense model's answers.
 
     Attributes:
         base: task -> the dense model's metric.
-        values: task -> metric of the answers marked last, if they were all.
+        values: task -> metric of the answers scored last, if they were all.
         most: what each sample's answer can be worth at best, so that the mean over samples is on the scale above.
         steady: the metrics are means of their documents' own numbers, between 0 and 1: a part of the answers tells something.
-
-    Raises:
-        ConfigError: a metric that cannot be kept: none, lower is better, or dense has nothing of it.
     """
 
     def __init__(self, tasks: Tasks, said: Sequence[str]) -> None:
@@ -66,5 +63,5 @@ class RelativeScore:
 
     @property
     def quality(self) -> float:
-        """Of what was marked last."""
+        """Of what was scored last."""
         return fmean(self.values[name] / self.base[name] for name in self.base)

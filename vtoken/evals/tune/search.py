@@ -16,11 +16,10 @@ import vtoken
 from vtoken import config
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, UnsupportedError, VtokenError
-from vtoken.evals.tune.cost import Objective, Shape, share
+from vtoken.evals.shared.options import Workload
+from vtoken.evals.tune.cost import Objective, share
 from vtoken.evals.tune.quality import Judge
 from vtoken.evals.tune.space import Space
-
-STATES = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass
@@ -28,6 +27,7 @@ class Search:
     """One study.
 
     Attributes:
+        like: the prefill whose cost is taken.
         keep: share of the dense model's quality that the best pipeline must keep.
         first: samples after which a trial may be stopped, if its quality there is below the floor and below the median of all trials
             before it. Whatever the number, one that cannot reach the floor any more is stopped.
@@ -37,7 +37,7 @@ class Search:
     judge: Judge
     space: Space
     folder: Path
-    like: Shape
+    like: Workload
     objective: Objective
     keep: float
     first: int
@@ -56,7 +56,9 @@ class Search:
         self.study = optuna.create_study(
             storage=storage, study_name="vtoken", directions=["maximize", "minimize"], load_if_exists=True
         )
-        own = json.loads(json.dumps({**self.about, **self._settings()}, sort_keys=True, default=str))
+        settings = {"objective": self.objective, "quality": self.judge.measure, "keep": self.keep, "first": self.first}
+        given = {"shape": self.shape, "space": self.space.model_dump(mode="json"), "vtoken": vtoken.__version__}
+        own = json.loads(json.dumps({**self.about, **settings, **given}, sort_keys=True, default=str))
         known = self.study.user_attrs.setdefault("about", own)
         if known != own:
             other = ", ".join(key for key in own if known.get(key) != own[key])
@@ -67,10 +69,9 @@ class Search:
         # Not the draws of the trials that are there already.
         self.study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(self.study.trials))
 
-    def _settings(self) -> dict[str, Any]:
-        own = {"objective": self.objective, "quality": self.judge.measure, "keep": self.keep, "first": self.first}
-        shape = self.like.to_dict()
-        return {**own, "shape": shape, "space": self.space.model_dump(mode="json"), "vtoken": vtoken.__version__}
+    @property
+    def shape(self) -> dict[str, Any]:
+        return self.like.model_dump(exclude={"new_tokens"})
 
     @property
     def floor(self) -> float:
@@ -80,8 +81,7 @@ class Search:
         """Goes on until there are so many trials, those of earlier calls counted.
 
         Raises:
-            ConfigError: no trials.
-            VtokenError: a model that can serve none of the drawn pipelines.
+            VtokenError: no trials, or a model that can serve none of the drawn pipelines.
             Whatever the model raises: the trials before stay in the study.
         """
         if trials < 1:
@@ -105,8 +105,8 @@ class Search:
         if all(reasons):
             raise VtokenError(f"the model can serve none of the pipelines tried: {reasons[0]}")
 
-    def _tried(self) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False, states=STATES)
+    def _tried(self, *states: TrialState) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=states or (TrialState.COMPLETE, TrialState.PRUNED))
 
     def _quality(self, trial: optuna.Trial, pipeline: Pipeline) -> float | None:
         """Mean score, None where the trial was stopped; `stopped` then says why, `first` what was seen until then."""
@@ -118,14 +118,15 @@ class Search:
             for batch in stream:
                 early = len(scores) < self.first
                 scores += batch
-                mean = sum(scores) / len(scores)
+                mean, why = sum(scores) / len(scores), ""
                 if early and len(scores) >= self.first:
                     trial.set_user_attr("first", mean)
-                    if before and mean < min(self.floor, median(before)) and len(scores) < total:
-                        trial.set_user_attr("stopped", f"{mean:.3f} after {len(scores)} samples, below the median")
-                        return None
-                if len(scores) < total and (sum(scores) + sum(most[len(scores) :])) / total < self.floor:
-                    trial.set_user_attr("stopped", f"{mean:.3f} after {len(scores)} samples, cannot reach the floor")
+                    if before and mean < min(self.floor, median(before)):
+                        why = "below the median"
+                if (sum(scores) + sum(most[len(scores) :])) / total < self.floor:
+                    why = why or "cannot reach the floor"
+                if why and len(scores) < total:
+                    trial.set_user_attr("stopped", f"{mean:.3f} after {len(scores)} samples, {why}")
                     return None
         finally:
             stream.close()
@@ -134,9 +135,8 @@ class Search:
         return self.judge.quality(scores)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything that was tried, in order; `best` numbers trials, the cheapest at or above the floor first, `no_gain` those
-        that were no cheaper than dense. `dense`, and `tasks`
-        of a trial, are the tasks' own metrics where those are kept."""
+        """Everything that was tried, in order. `best` numbers trials, the cheapest at or above the floor first, `no_gain` those that
+        were no cheaper than dense. `dense`, and `tasks` of a trial, are the tasks' own metrics where those are kept."""
         trials = [
             {
                 "number": t.number,
@@ -146,16 +146,15 @@ class Search:
             }
             for t in self._tried()
         ]
-        best = [t.number for t in self.best()]
         about = self.study.user_attrs["about"]
         dense = None if self.judge.relative is None else self.judge.relative.base
         found = {"schema": "vtoken-tune/1", "about": about, "floor": self.floor, "dense": dense}
-        return {**found, "best": best, "no_gain": [t.number for t in self.no_gain()], "trials": trials}
+        best, no_gain = ([t.number for t in some] for some in (self.best(), self.no_gain()))
+        return {**found, "best": best, "no_gain": no_gain, "trials": trials}
 
     def no_gain(self) -> list[FrozenTrial]:
         """Trials that cost as much as the dense model or more, which are never recommended."""
-        done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return [t for t in done if t.values[1] >= 1]
+        return [t for t in self._tried(TrialState.COMPLETE) if t.values[1] >= 1]
 
     def best(self) -> list[FrozenTrial]:
         """The Pareto front below dense's cost: first those at or above the floor, cheapest first, then the others, best first."""

@@ -11,12 +11,12 @@ from vtoken import config
 from vtoken.config import Pipeline
 from vtoken.config import yaml_source as source
 from vtoken.errors import ConfigError
-from vtoken.evals.shared.yaml_options import YamlOptions
+from vtoken.evals.shared.options import Options
 
 KEYS = {"values", "low", "high", "step", "log"}
 
 
-class Space(YamlOptions):
+class Space(Options):
     """Alternatives by name, each a list of stages as in a pipeline file, with ranges in place of some options' values.
 
     A range is `{values: [a, b]}` or `{low: 1, high: 9}`, with `step: 2` or `log: true` if wanted; whole bounds give whole numbers.
@@ -38,11 +38,7 @@ class Space(YamlOptions):
         return given
 
     def check(self) -> list[Pipeline]:
-        """Both ends of every alternative, so that a wrong option is told before a model is loaded.
-
-        Raises:
-            ConfigError: a range or a pipeline that cannot be used, with the alternative's name.
-        """
+        """Both ends of every alternative, so that a wrong option is told before a model is loaded."""
 
         def first(key: str, given: dict[str, Any]) -> Any:
             return _ends(key, given)[0]

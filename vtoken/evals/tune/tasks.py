@@ -86,9 +86,6 @@ class Tasks:
     Attributes:
         samples: everything they ask, one task after the other.
         of: the task of every sample.
-
-    Raises:
-        VtokenError: a task that is not there, or cannot be loaded or scored.
     """
 
     def __init__(self, names: Sequence[str], limit: int | None, frames: int, folders: Sequence[Path] = ()) -> None:
@@ -99,12 +96,7 @@ class Tasks:
         self.of = [key[0] for key in self._speaker.heard]
 
     def grade(self, answers: Sequence[str]) -> Grades:
-        """Of answers to the first samples; the others count as answered with nothing.
-
-        Raises:
-            ConfigError: a task whose metric is no number, or better when it is lower.
-            VtokenError: a scorer that fails.
-        """
+        """Of answers to the first samples; the others count as answered with nothing."""
         self._speaker.says = dict(zip(self._speaker.heard, answers, strict=False))
         with redirect_stderr(StringIO()):  # Bars, and what scorers print, would come again with every trial.
             every = self._scored()

@@ -27,19 +27,9 @@ def decoder(config: Any) -> Layers:
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     width, depth = config.hidden_size, config.num_hidden_layers
-    return Layers(
-        depth,
-        width,
-        weights=2 * width * head_dim * (heads + kv_heads) + 3 * width * config.intermediate_size,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        windows=_windows(config),
-    )
-
-
-def _windows(config: Any) -> tuple[int | None, ...]:
-    """The window of every layer, as transformers' DynamicCache reads it from the config."""
+    weights = 2 * width * head_dim * (heads + kv_heads) + 3 * width * config.intermediate_size
+    # The window of every layer, as transformers' DynamicCache reads it from the config.
     window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * depth
+    windows = tuple(window if kind == "sliding_attention" else None for kind in types)
+    return Layers(depth, width, weights, heads, kv_heads, head_dim, windows)

@@ -8,9 +8,9 @@ from math import comb
 
 from torch import Tensor
 
+from vtoken.evals.shared.options import ImageSize
 from vtoken.stages import Parts, size_of
 
-ImageSize = int | tuple[int, int]
 Draw = Callable[..., Tensor]  # random numbers of a shape, as torch.randn
 
 

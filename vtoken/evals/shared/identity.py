@@ -1,0 +1,76 @@
+"""What tells weights, files and code from others of their names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import vtoken
+from vtoken.config import Pipeline
+from vtoken.errors import ConfigError
+from vtoken.evals.shared.names import locate
+
+LARGE = 64 * 2**20  # bytes from which on a file's time of change stands for its content
+
+
+def digest(*what: Any) -> str:
+    """Name of a file for plain data."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+def digest_files(files: Sequence[Path]) -> str:
+    """sha256 over names and contents; of large files size and time of change instead."""
+    found = hashlib.sha256()
+    for file in files:
+        about = file.stat()
+        large = about.st_size > LARGE
+        found.update(f"{file.name} {about.st_size} {about.st_mtime_ns if large else ''}".encode())
+        found.update(b"" if large else file.read_bytes())
+    return found.hexdigest()
+
+
+def weights(name: str, revision: str | None) -> str | None:
+    """Of a model: the files' hash for a folder, the commit for a hub model."""
+    folder = Path(locate(name))
+    if folder.is_dir():
+        kinds = (".json", ".safetensors", ".jinja")
+        return digest_files(sorted(file for file in folder.iterdir() if file.suffix in kinds))
+    from transformers import AutoConfig
+
+    try:
+        return getattr(AutoConfig.from_pretrained(name, revision=revision), "_commit_hash", None)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot find model {name!r}: {str(error).strip().splitlines()[0]}") from error
+
+
+def named_files(pipeline: Pipeline) -> list[str]:
+    """Of the files that options name (gates, routers), in order."""
+    options = [value for stage in pipeline.stages for value in stage.model_dump().values() if isinstance(value, str)]
+    return [digest_files([Path(value)]) for value in options if len(value) < 4096 and Path(value).is_file()]
+
+
+@cache
+def code() -> str:
+    """Of vtoken's own files."""
+    return digest_files(sorted(Path(vtoken.__file__).parent.rglob("*.py")))
+
+
+def commit() -> str | None:
+    """The commit of the checkout that vtoken runs from, with "+" if files differ from it; None where it is installed from a wheel."""
+    here = Path(vtoken.__file__)
+
+    def git(*words: str) -> str:
+        words = ("git", "-C", str(here.parent), *words)
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+    try:
+        if not git("ls-files", str(here)):
+            return None
+        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
