@@ -1,7 +1,7 @@
 """Whether a kernel gives what its definition does, on what is measured: the same tokens, dtype and tiles.
 
-Where the result is a choice among many, a last bit of a cosine decides between two that are as good, and everything after it differs. Such a
-choice is held against what it has to be: as good as the best there was, within a tolerance.
+Where the result is a choice among many, a last bit of a cosine decides between two that are as good, and everything
+after it differs. Such a choice is held against what it has to be: as good as the best there was, within a tolerance.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch.nn.functional import normalize
 from vtoken import kernels
 
 GREEDY = ("diverse_tokens", "farthest_tokens")
-# Of a cosine; of a gain, relative. At 2880 -> 320 tokens of 4096 numbers fp32 sums stay below 1e-6, cosines rounded to bf16 come to 2e-4 and 7e-5.
+# Of a cosine; of a gain, relative. At 2880 -> 320 tokens of 4096 numbers fp32 sums stay below 1e-6, cosines rounded to
+# bf16 come to 2e-4 and 7e-5.
 COSINE, GAIN = 1e-5, 1e-5
 
 
@@ -46,8 +47,8 @@ def exactly(op: Any) -> None:
 
 
 def farthest(index: Tensor, x: Tensor, first: Tensor, strategy: str, **_: Any) -> float:
-    """By how much the highest cosine of a chosen token was above the lowest there was, at most; one image. Infinite where a token is
-    chosen twice, or the first is not the given one."""
+    """By how much the highest cosine of a chosen token was above the lowest there was, at most; one image. Infinite
+    where a token is chosen twice, or the first is not the given one."""
     unit = normalize(x.double(), dim=-1)
     cosines, short = unit[index] @ unit.T, torch.zeros((), dtype=torch.float64, device=x.device)
     near = cosines[0].index_fill(0, index[:1], torch.inf)
@@ -59,7 +60,8 @@ def farthest(index: Tensor, x: Tensor, first: Tensor, strategy: str, **_: Any) -
 
 
 def diverse(index: Tensor, x: Tensor, relevance: Tensor, **_: Any) -> float:
-    """By which share the gain of a chosen token was below the highest there was, at most; one image. Infinite where a token is chosen twice."""
+    """By which share the gain of a chosen token was below the highest there was, at most; one image. Infinite where a
+    token is chosen twice."""
     unit, r = normalize(x.double(), dim=-1), relevance.double()
     gain, basis = r.square(), unit.new_zeros(len(index), len(unit))
     short = torch.zeros((), dtype=torch.float64, device=x.device)

@@ -1,8 +1,10 @@
 """Compiles the Triton kernels for a GPU that is not here: `python benchmarks/compile.py [--ops OP ...] [--json FILE]`.
 
-Every op is launched on its own examples, where it has heads also on heads of 64, 80, 128 and 256 (with the largest blocks there are), and on tokens 4096 wide; the launches are compiled with an
-explicit target and never run. Per compiled kernel: registers of a thread, bytes of its stack (what spilled, and what calls need), shared memory of a program, which limits how many run side by side. Exits with 1 where something does not compile or
-asks for more shared memory than the target has.
+Every op is launched on its own examples, where it has heads also on heads of 64, 80, 128 and 256 (with the largest
+blocks there are), and on tokens 4096 wide; the launches are compiled with an explicit target and never run. Per
+compiled kernel: registers of a thread, bytes of its stack (what spilled, and what calls need), shared memory of a
+program, which limits how many run side by side. Exits with 1 where something does not compile or asks for more shared
+memory than the target has.
 """
 
 from __future__ import annotations
@@ -204,7 +206,8 @@ def main() -> None:
     Console(width=None if sys.stdout.isatty() else 200).print(table(found))
     spilled = [c for c in found if c.stack]
     print(
-        f"sm_{args.arch}, triton {triton.__version__}: {len(found)} compiled, {len(spilled)} with a stack, {len(wrong)} failed"
+        f"sm_{args.arch}, triton {triton.__version__}: {len(found)} compiled, {len(spilled)} with a stack, "
+        f"{len(wrong)} failed"
     )
     if args.json:
         conditions = {"arch": args.arch, "triton": triton.__version__, "torch": torch.__version__}

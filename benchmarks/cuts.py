@@ -1,7 +1,9 @@
-"""Other tiles, warps and stages of `block_sparse_attention`, which only a device can tell apart: `python benchmarks/cuts.py [--json FILE]`.
+"""Other tiles, warps and stages of `block_sparse_attention`, which only a device can tell apart: `python
+benchmarks/cuts.py [--json FILE]`.
 
-Each against the tiles that the kernel takes by itself, in turns, on the same random blocks; ratios are medians over the rounds, quartiles
-beside them. Under the interpreter all run on a short prompt, and times mean nothing; where no kernel runs, nothing does.
+Each against the tiles that the kernel takes by itself, in turns, on the same random blocks; ratios are medians over the
+rounds, quartiles beside them. Under the interpreter all run on a short prompt, and times mean nothing; where no kernel
+runs, nothing does.
 """
 
 from __future__ import annotations

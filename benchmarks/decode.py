@@ -1,8 +1,10 @@
-"""What a small KV cache does to decoding, on a CPU: `python benchmarks/decode.py [PIPELINE ...]`. Markdown to stdout, minutes.
+"""What a small KV cache does to decoding, on a CPU: `python benchmarks/decode.py [PIPELINE ...]`. Markdown to stdout,
+minutes.
 
-The LLaVA of the 0.5B class with random weights that cpu.py measures. Dense and every pipeline have the same weights and generate in turns, a
-token of each and then the next one, so that what the machine does besides weighs on all alike; ratios are formed token by token. The bytes are
-what the cache holds, not what is worked out of it while a layer attends.
+The LLaVA of the 0.5B class with random weights that cpu.py measures. Dense and every pipeline have the same weights and
+generate in turns, a token of each and then the next one, so that what the machine does besides weighs on all alike;
+ratios are formed token by token. The bytes are what the cache holds, not what is worked out of it while a layer
+attends.
 """
 
 from __future__ import annotations

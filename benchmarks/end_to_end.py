@@ -1,11 +1,12 @@
 """Models end to end: `python benchmarks/end_to_end.py CASE [--json FILE]`. A table to stdout.
 
-Dense, pipelines and oracles interleaved (vtoken/evals/speed/latency.py says how), bf16, random weights of 7B models made on the GPU, nothing
-downloaded. Without a GPU, or with --small, the shipped models take their place on the CPU.
+Dense, pipelines and oracles interleaved (vtoken/evals/speed/latency.py says how), bf16, random weights of 7B models
+made on the GPU, nothing downloaded. Without a GPU, or with --small, the shipped models take their place on the CPU.
 
-`density` is the share of the causal blocks that a sparse stage computed. Random weights attend everywhere, and a stage that goes by attention
-(flexprefill) then computes nearly all: its ratio is that of this density and says nothing about a trained model, nor whether the method pays.
-A fixed pattern (static_sparse) comes to the same density with any weights.
+`density` is the share of the causal blocks that a sparse stage computed. Random weights attend everywhere, and a stage
+that goes by attention (flexprefill) then computes nearly all: its ratio is that of this density and says nothing about
+a trained model, nor whether the method pays. A fixed pattern (static_sparse) comes to the same density with any
+weights.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ class Case:
 
     Attributes:
         small: the shipped model that takes its place without a GPU.
-        frames: 896 x 896 pixels of Qwen give 1024 visual tokens per two of them. Eight prompts of 64k would be 512k tokens: left out.
-        repeats: rounds that count; half as many for several prompts, and one before them where there are three at least.
+        frames: 896 x 896 pixels of Qwen give 1024 visual tokens per two of them. Eight prompts of 64k would be 512k
+            tokens: left out.
+        repeats: rounds that count; half as many for several prompts, and one before them where there are three at
+            least.
     """
 
     model: str

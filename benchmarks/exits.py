@@ -1,6 +1,8 @@
-"""Exits on the shipped tiny-llava: accuracy against visual tokens, on shipped questions: `python benchmarks/exits.py`. Markdown to stdout, minutes on a CPU.
+"""Exits on the shipped tiny-llava: accuracy against visual tokens, on shipped questions: `python benchmarks/exits.py`.
+Markdown to stdout, minutes on a CPU.
 
-The gates of dyvte were trained on other pictures (`vtoken train-exit`). Tokens are measured: averaged over decoder layers and questions.
+The gates of dyvte were trained on other pictures (`vtoken train-exit`). Tokens are measured: averaged over decoder
+layers and questions.
 """
 
 from __future__ import annotations

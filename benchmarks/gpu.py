@@ -1,8 +1,10 @@
-"""Everything that wants a GPU, part by part: `python benchmarks/gpu.py [--only PART ...]`. Tables to stdout, JSON to --out.
+"""Everything that wants a GPU, part by part: `python benchmarks/gpu.py [--only PART ...]`. Tables to stdout, JSON to
+--out.
 
-Every part is a process of its own with a time cap, and writes its rows as they come, so a part that is slow or fails costs only itself. A
-part whose JSON is there is not run again, one that was cut short neither (--again runs it). The last table holds the goals against all that was found.
-With --small the parts run to their end on a CPU; set TRITON_INTERPRET=1 and the kernels run, too. Such times mean nothing.
+Every part is a process of its own with a time cap, and writes its rows as they come, so a part that is slow or fails
+costs only itself. A part whose JSON is there is not run again, one that was cut short neither (--again runs it). The
+last table holds the goals against all that was found. With --small the parts run to their end on a CPU; set
+TRITON_INTERPRET=1 and the kernels run, too. Such times mean nothing.
 """
 
 from __future__ import annotations

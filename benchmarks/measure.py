@@ -97,7 +97,8 @@ def shown(value: Any) -> str:
 
 
 def milliseconds(run: Callable[[], Any]) -> float:
-    """Median on a GPU, by triton's do_bench (L2 flushed); elsewhere of one run, by the host's clock, which says nothing about a GPU."""
+    """Median on a GPU, by triton's do_bench (L2 flushed); elsewhere of one run, by the host's clock, which says nothing
+    about a GPU."""
     if CUDA:
         from triton.testing import do_bench
 
@@ -108,8 +109,8 @@ def milliseconds(run: Callable[[], Any]) -> float:
 
 
 def interleaved(*runs: Callable[[], Any], rounds: int = ROUNDS) -> list[list[float]]:
-    """Milliseconds of each in every round. They take turns at going first, so that what drifts (clocks, heat, neighbours) weighs on all alike.
-    By the device's clock, L2 flushed; on a CPU by the host's."""
+    """Milliseconds of each in every round. They take turns at going first, so that what drifts (clocks, heat,
+    neighbours) weighs on all alike. By the device's clock, L2 flushed; on a CPU by the host's."""
     for run in runs:
         run()  # compiles
     times: list[list[Any]] = [[] for _ in runs]
@@ -169,8 +170,8 @@ def offsets(*lengths: int) -> torch.Tensor:
 
 
 def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> Callable[[], torch.Tensor]:
-    """torch's attention [1, H, N, d] of grouped heads; on a GPU by its flash kernel alone, keys repeated beforehand, outside of the time,
-    where that takes no groups."""
+    """torch's attention [1, H, N, d] of grouped heads; on a GPU by its flash kernel alone, keys repeated beforehand,
+    outside of the time, where that takes no groups."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention as attend
 

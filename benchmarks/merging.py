@@ -1,8 +1,9 @@
 """Merging with and without VTU, and what drops tokens inside the decoder: accuracy against FLOPs on a shipped model.
 
-`python benchmarks/merging.py tiny-llava --out DIR`; one core does a pipeline of tiny-llava-next in some 20 seconds, of the others in 10. Thresholds,
-gates, tables and exits are calibrated on pictures from the training halves (DIR/calibration); questions are the shipped, held-out ones. What
-is in DIR is not asked again. Writes DIR/MODEL.md and DIR/MODEL.png.
+`python benchmarks/merging.py tiny-llava --out DIR`; one core does a pipeline of tiny-llava-next in some 20 seconds, of
+the others in 10. Thresholds, gates, tables and exits are calibrated on pictures from the training halves
+(DIR/calibration); questions are the shipped, held-out ones. What is in DIR is not asked again. Writes DIR/MODEL.md and
+DIR/MODEL.png.
 """
 
 from __future__ import annotations
@@ -186,7 +187,8 @@ def point(model: Any, processor: Any, asked: Any, given: Any, group: str, label:
 
 
 def flops(config: Any, pipeline: Any, seen: Sequence[tuple[int, list[int]]]) -> dict[str, float]:
-    """FLOPs of a prefill, mean over questions: tower, projector and stages as planned, the decoder by the tokens that it was seen to have.
+    """FLOPs of a prefill, mean over questions: tower, projector and stages as planned, the decoder by the tokens that
+    it was seen to have.
 
     Args:
         seen: per question, the prompt's tokens that entered the decoder, and the visual ones in each of its layers.
@@ -218,7 +220,8 @@ def write(rows: list[dict[str, Any]], pictures: Sequence[Path], stem: Path) -> N
 
     dense = rows[0]
     lines = [
-        "| pipeline | tokens at entry | mean over layers | right | of dense (95 %, paired) | FLOPs | of which LLM | VTU won / lost |",
+        "| pipeline | tokens at entry | mean over layers | right | of dense (95 %, paired) | FLOPs | of which LLM | "
+        "VTU won / lost |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     plain = {row["label"]: row["right"] for row in rows}

@@ -1,7 +1,9 @@
-"""How many operations a stage adds to a prefill, the decision included: what a host has to launch. `python benchmarks/operations.py`
+"""How many operations a stage adds to a prefill, the decision included: what a host has to launch. `python
+benchmarks/operations.py`
 
-One picture of 576 tokens, a tower of 24 layers as in LLaVA-1.5 and a decoder of 4, narrow and with random weights: the numbers depend on
-neither width nor machine. Operations that compute are counted; views are not, which launch nothing. Against the unwrapped model.
+One picture of 576 tokens, a tower of 24 layers as in LLaVA-1.5 and a decoder of 4, narrow and with random weights: the
+numbers depend on neither width nor machine. Operations that compute are counted; views are not, which launch nothing.
+Against the unwrapped model.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 import vtoken
 
 IMAGE, TOKENS, TEXT = 3, 576, 40
-# Name -> pipeline, and how many operations it adds at most: what it added when this was last written (tests/benchmarks/test_operations.py).
+# Name -> pipeline, and how many operations it adds at most: what it added when this was last written
+# (tests/benchmarks/test_operations.py).
 PIPELINES: dict[str, tuple[Any, int]] = {
     "none": ("none", 0),
     "random:64": ("random:64", 26),

@@ -1,11 +1,12 @@
 """What the kernels reach: `python benchmarks/ops.py [--ops OP ...] [--json FILE]`. A table to stdout.
 
-On a CUDA device: time on the device from triton's do_bench (L2 flushed, median), bytes and FLOPs as each op's file counts
-them, as shares of a copy and a matmul measured in the same run, and of a copy of as many bytes, and against the definition eager and
-under torch.compile, and for attention ops against flash SDPA, which computes more (the values too) and gives no sums, and against
-the map of all attention; the most memory that kernel and definition hold. torch.compile takes minutes and comes last. Without a GPU the
-script runs to its end on small inputs, by the host's clock: with TRITON_INTERPRET=1 kernels are interpreted, else only
-definitions run. Such times say nothing about a GPU. No figure is given before kernel and definition agree.
+On a CUDA device: time on the device from triton's do_bench (L2 flushed, median), bytes and FLOPs as each op's file
+counts them, as shares of a copy and a matmul measured in the same run, and of a copy of as many bytes, and against the
+definition eager and under torch.compile, and for attention ops against flash SDPA, which computes more (the values too)
+and gives no sums, and against the map of all attention; the most memory that kernel and definition hold. torch.compile
+takes minutes and comes last. Without a GPU the script runs to its end on small inputs, by the host's clock: with
+TRITON_INTERPRET=1 kernels are interpreted, else only definitions run. Such times say nothing about a GPU. No figure is
+given before kernel and definition agree.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class Case:
 
 
 def cases(small: bool) -> Iterator[Case]:
-    """LLaVA-1.5 (576 tokens), LLaVA-NeXT (2880 -> 320), a 4k encoder and a 32k prompt; `small` is for the interpreter."""
+    """LLaVA-1.5 (576 tokens), LLaVA-NeXT (2880 -> 320), a 4k encoder and a 32k prompt; `small` is for the
+    interpreter."""
     e = DTYPE.itemsize
     images, n, width, k = (2, 40, 64, 8) if small else (8, 576, 4096, 64)
     x, index = draw(images * n, width), torch.arange(0, images * n, n // k, device=DEVICE)

@@ -1,10 +1,11 @@
 """Sparse prefill, one layer at a time: `python benchmarks/sparse.py [--json FILE]`. A table to stdout.
 
-First `block_sparse_attention` over random blocks of given density against dense causal flash SDPA. Then every method of site attention with
-its defaults: what choosing costs, what it chose, what it takes in all, as shares of dense attention, and the most memory that choosing
-holds. Dense attention is measured anew beside every row, in turns; ratios are medians over the rounds, quartiles beside them. Queries and
-keys are drawn with neighbours alike and a heavy start, as real ones are, gates of seerattention at random; which density a method comes to
-on them says nothing about a model. Without a GPU all runs on a short prompt, and times mean nothing.
+First `block_sparse_attention` over random blocks of given density against dense causal flash SDPA. Then every method of
+site attention with its defaults: what choosing costs, what it chose, what it takes in all, as shares of dense
+attention, and the most memory that choosing holds. Dense attention is measured anew beside every row, in turns; ratios
+are medians over the rounds, quartiles beside them. Queries and keys are drawn with neighbours alike and a heavy start,
+as real ones are, gates of seerattention at random; which density a method comes to on them says nothing about a model.
+Without a GPU all runs on a short prompt, and times mean nothing.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def random_blocks(n: int, density: float) -> Tensor:
 
 
 def agree(given: PrefillQK, v: Tensor, read: Tensor) -> None:
-    """AssertionError where the kernel, as it is measured, differs from its definition in some query blocks; all are more than that can take."""
+    """AssertionError where the kernel, as it is measured, differs from its definition in some query blocks; all are
+    more than that can take."""
     if not KERNELS:
         return
     op: Any = kernels.ops()["block_sparse_attention"]

@@ -1,4 +1,5 @@
-"""Training batches: pictures with labels for every patch, questions as token sequences, and which visual tokens stay."""
+"""Training batches: pictures with labels for every patch, questions as token sequences, and which visual tokens
+stay."""
 
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -17,8 +18,8 @@ PRESENCE = 10 + HUES + 10 * HUES
 
 @dataclass(frozen=True)
 class Labels:
-    """What every cell shows, all [B, N]: `glyph` and `colour` (0 = background), `column` of the cell's own centre and `offset` from there to the centre
-    of its glyph, both horizontal and in patches."""
+    """What every cell shows, all [B, N]: `glyph` and `colour` (0 = background), `column` of the cell's own centre and
+    `offset` from there to the centre of its glyph, both horizontal and in patches."""
 
     glyph: torch.Tensor
     colour: torch.Tensor
@@ -79,7 +80,8 @@ def labels(drawn: list[Picture], cell: int = 1) -> Labels:
 
 
 def draw(rng: np.random.RandomState, count: int, size: int, digits: tuple[int, int], shapes: str = "plain") -> Pictures:
-    """Draw a batch. Pictures smaller than the full size stand at a random place of the full position grid, so small crops train all positions."""
+    """Draw a batch. Pictures smaller than the full size stand at a random place of the full position grid, so small
+    crops train all positions."""
     drawn = [picture(rng, "train", size, digits, shapes) for _ in range(count)]
     grid = size // PATCH
     corner = torch.from_numpy(rng.randint(0, GRID - grid + 1, (count, 2)))
@@ -103,7 +105,8 @@ def _ids(text: str) -> tuple[int, ...]:
 def sequences(
     drawn: list[Picture], count: int, rng: np.random.RandomState, weights: tuple[float, ...] = dialogue.EVEN
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and labels [B, T] of what follows the image: `count` questions per picture, answers and their <eos> supervised."""
+    """Ids and labels [B, T] of what follows the image: `count` questions per picture, answers and their <eos>
+    supervised."""
     rows, targets = [], []
     for one in drawn:
         row, target = [], []
@@ -123,7 +126,8 @@ def sequences(
 
 
 def thinned(glyph: torch.Tensor, keep: int, share: float = 0.6) -> torch.Tensor:
-    """Indices [B, keep] of the tokens that stay: a random share of every glyph's patches, the rest background, in reading order."""
+    """Indices [B, keep] of the tokens that stay: a random share of every glyph's patches, the rest background, in
+    reading order."""
     noise = torch.rand(glyph.shape, device=glyph.device)
     chosen = (glyph > 0) & (torch.rand(glyph.shape, device=glyph.device) < share)
     return (noise + 2 * chosen).topk(keep, 1).indices.sort(1).values

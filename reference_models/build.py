@@ -34,7 +34,8 @@ def chat_template(image: str, video: str = "") -> str:
         + " ' }}"
         + other
         + "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ ' ' }}"
-        "{% else %}{{ 'ASSISTANT: ' }}{% if message['content'] is string %}{{ message['content'] }}{% else %}{{ message['content'][0]['text'] }}{% endif %}{{ eos_token }}"
+        "{% else %}{{ 'ASSISTANT: ' }}{% if message['content'] is string %}{{ message['content'] }}{% else %}{{ "
+        "message['content'][0]['text'] }}{% endif %}{{ eos_token }}"
         "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
     )
 

@@ -14,7 +14,8 @@ WEAK = (0.06, 0.3, 0.06, 0.2, 0.06, 0.32)  # mostly what is still wrong then
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>")
 WORDS = (
     *SPECIAL,
-    *"USER ASSISTANT : ? . what digit is color the how many digits are there read from left to right a next of yes no none".split(),
+    *"USER ASSISTANT : ? . what digit is color the how many digits are there read from left to right a next of yes no "
+    "none".split(),
     *COLOUR_NAMES,
     *map(str, range(10)),
 )

@@ -37,7 +37,8 @@ LLAVA = {
 
 
 class Family(ABC):
-    """One reference model. N is `tokens`, the visual tokens of a full picture in the order of the prompt; D the width of the decoder."""
+    """One reference model. N is `tokens`, the visual tokens of a full picture in the order of the prompt; D the width
+    of the decoder."""
 
     name: ClassVar[str]
     recipe: ClassVar[Recipe]
@@ -80,11 +81,13 @@ class Family(ABC):
         raise NotImplementedError
 
     def places(self, keep: torch.Tensor, start: int) -> tuple[torch.Tensor, int]:
-        """Positions of the kept visual tokens ([B, K], or [3, B, K] where they have three) when the picture begins at `start`, and the position behind it."""
+        """Positions of the kept visual tokens ([B, K], or [3, B, K] where they have three) when the picture begins at
+        `start`, and the position behind it."""
         return keep + start, start + self.tokens
 
     def inputs(self, model: Any, visual: torch.Tensor, keep: torch.Tensor, text: torch.Tensor) -> dict[str, Any]:
-        """Inputs of the decoder: prefix, the kept visual tokens, suffix, text; each at the position it has in the full prompt."""
+        """Inputs of the decoder: prefix, the kept visual tokens, suffix, text; each at the position it has in the full
+        prompt."""
         embed = model.get_input_embeddings()
         prefix, suffix = (
             torch.tensor([self.words[word] for word in part], dtype=torch.long, device=text.device).expand(
@@ -120,7 +123,8 @@ def clip_states(tower: Any, pixels: torch.Tensor, positions: torch.Tensor) -> li
 
 
 def presence_loss(heads: Heads, states: list[torch.Tensor], presence: torch.Tensor) -> torch.Tensor:
-    """What the picture holds, told from CLS where the features are taken and at the last layer. No attention map is supervised."""
+    """What the picture holds, told from CLS where the features are taken and at the last layer. No attention map is
+    supervised."""
     weight = torch.ones_like(presence[0]) / presence.shape[1] * 4
     selected, last = heads.presence(states[-2][:, 0]).float(), heads.presence_last(states[-1][:, 0]).float()
     bce = F.binary_cross_entropy_with_logits

@@ -1,7 +1,9 @@
-"""tiny-llava-next: a base crop of the whole picture and 2 x 2 crops of its quarters, each 96 pixels wide, by the tower of tiny-llava.
+"""tiny-llava-next: a base crop of the whole picture and 2 x 2 crops of its quarters, each 96 pixels wide, by the tower
+of tiny-llava.
 
-A picture of 192 x 192 pixels costs 744 visual tokens: 144 of the base crop, where a glyph is half as large, then 24 rows of 24 with a newline behind each. Only
-the base crop tells where in the picture a glyph stands; a first decoder layer of its own lets the other tokens find that out by colour.
+A picture of 192 x 192 pixels costs 744 visual tokens: 144 of the base crop, where a glyph is half as large, then 24
+rows of 24 with a newline behind each. Only the base crop tells where in the picture a glyph stands; a first decoder
+layer of its own lets the other tokens find that out by colour.
 """
 
 from typing import Any

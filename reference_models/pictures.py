@@ -1,8 +1,9 @@
 """Pictures of the reference task: coloured digits on dimmed photographs, drawn from a seed.
 
-The photographs and fonts lie inside the wheels of scikit-learn, scikit-image, matplotlib and Pillow; nothing is downloaded. Every photograph is cut by a vertical
-line: training crops lie left of it, test crops right of it. Two fonts appear in test pictures only. Placement depends on the seed alone, not on how a font
-renders, so other versions of FreeType give the same digits, colours and places.
+The photographs and fonts lie inside the wheels of scikit-learn, scikit-image, matplotlib and Pillow; nothing is
+downloaded. Every photograph is cut by a vertical line: training crops lie left of it, test crops right of it. Two fonts
+appear in test pictures only. Placement depends on the seed alone, not on how a font renders, so other versions of
+FreeType give the same digits, colours and places.
 """
 
 from dataclasses import dataclass
@@ -137,7 +138,8 @@ def _mask(digit: int, font: str, size: int, slant: float = 0.0) -> np.ndarray:
 
 
 def _varied(mask: np.ndarray, stroke: float, stretch: float, size: int) -> np.ndarray:
-    """A glyph made bolder or thinner by about `stroke` pixels on either side, and wider or narrower; never larger than its place."""
+    """A glyph made bolder or thinner by about `stroke` pixels on either side, and wider or narrower; never larger than
+    its place."""
     tile = Image.fromarray(mask)
     if stroke:
         tile = ImageOps.expand(tile, 1)
@@ -164,7 +166,8 @@ def _background(rng: np.random.RandomState, split: str, size: int) -> tuple[np.n
 
 
 def _places(rng: np.random.RandomState, sizes: np.ndarray, size: int) -> list[tuple[int, int]]:
-    """Left-top corners of squares that do not touch and whose centres lie in different columns, so left-to-right order is plain to see."""
+    """Left-top corners of squares that do not touch and whose centres lie in different columns, so left-to-right order
+    is plain to see."""
     places: list[tuple[int, int]] = []
     for side in sizes:
         for _ in range(500):

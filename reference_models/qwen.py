@@ -1,7 +1,8 @@
 """tiny-qwen2.5-vl: any picture size, patches of 8 pixels merged 2 x 2, window attention in two of four blocks, M-RoPE.
 
-The tower knows relative places only, so a visual token tells how far the centre of its glyph lies from its own. Two decoder layers of their own turn that and the
-position of the token into the place in the picture; the layers of tiny-llava follow.
+The tower knows relative places only, so a visual token tells how far the centre of its glyph lies from its own. Two
+decoder layers of their own turn that and the position of the token into the place in the picture; the layers of
+tiny-llava follow.
 """
 
 from typing import Any
@@ -124,7 +125,8 @@ class TinyQwen(Family):
 
 
 def patchified(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures [B, 3, S, S] as the image processor hands them to the tower: patches [sum of N, 3 * 2 * PATCH * PATCH], cells of 2 x 2 together, and grids [B, 3]."""
+    """Pictures [B, 3, S, S] as the image processor hands them to the tower: patches [sum of N, 3 * 2 * PATCH * PATCH],
+    cells of 2 x 2 together, and grids [B, 3]."""
     count, grid = len(pixels), pixels.shape[-1] // PATCH
     cells = pixels.unflatten(3, (grid // MERGE, MERGE, PATCH)).unflatten(2, (grid // MERGE, MERGE, PATCH))
     patches = cells.permute(0, 2, 5, 3, 6, 1, 4, 7)[..., None, :, :].expand(*[-1] * 6, 2, -1, -1)

@@ -7,8 +7,8 @@ from .dialogue import EVEN, LOOK_UP, REST
 
 
 class Joint(NamedTuple):
-    """One cycle of stage D: steps, shapes of the digits, weights of the question kinds, factor on the learning rates, questions per picture. Few
-    questions per picture leave less to be told from the answers before."""
+    """One cycle of stage D: steps, shapes of the digits, weights of the question kinds, factor on the learning rates,
+    questions per picture. Few questions per picture leave less to be told from the answers before."""
 
     steps: int
     shapes: str
@@ -25,8 +25,8 @@ class Recipe:
     crop_batch: int = 64
     full_steps: int = 250
     full_batch: int = 16
-    # steps, learning rate, weights of the question kinds, numbers of visual tokens: order is learnt in the first cycle, look-ups in the third,
-    # counting whatever the share of background in the fifth
+    # steps, learning rate, weights of the question kinds, numbers of visual tokens: order is learnt in the first cycle,
+    # look-ups in the third, counting whatever the share of background in the fifth
     language_cycles: tuple = (
         (1400, 1.5e-3, EVEN, (48,)),
         (550, 1e-3, LOOK_UP, (48,)),

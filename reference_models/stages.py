@@ -1,8 +1,8 @@
 """The four stages of the recipe. Each cycle of a stage seeds itself, so a finished one can be skipped.
 
-A  tower: which glyph, which colour and which column each patch belongs to; which digits, colours and pairs the picture holds, told from CLS. Mostly small crops.
-B  language model on oracle embeddings (glyph + colour + place) with the background thinned: here the look-ups form, in cheap steps.
-C  tower and projector regress onto the oracle embeddings.
+A  tower: which glyph, which colour and which column each patch belongs to; which digits, colours and pairs the picture
+holds, told from CLS. Mostly small crops. B  language model on oracle embeddings (glyph + colour + place) with the
+background thinned: here the look-ups form, in cheap steps. C  tower and projector regress onto the oracle embeddings.
 D  everything jointly on questions, full pictures, with all visual tokens or some of them.
 
 The plan of a model says which cycles it runs. B and C need nothing of each other and may run side by side.
@@ -27,7 +27,8 @@ from .recipe import Recipe
 
 
 def fit(groups: list, steps: int, loss_of: Callable, note: Callable, tag: str, every: int = 50) -> None:
-    """AdamW, linear warm-up, cosine decay, clipped gradients. `groups` are (parameters, learning rate); `loss_of(step)` returns the loss."""
+    """AdamW, linear warm-up, cosine decay, clipped gradients. `groups` are (parameters, learning rate); `loss_of(step)`
+    returns the loss."""
     groups = [{"params": list(parameters), "lr": rate} for parameters, rate in groups]
     every_one = [p for g in groups for p in g["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98))
@@ -107,7 +108,8 @@ def tower_stage(tower: Any, heads: Heads, recipe: Recipe) -> None:
 def answer_loss(
     model: Any, inputs: dict, target: torch.Tensor, layer: int | None = None
 ) -> tuple[torch.Tensor, float, torch.Tensor | None]:
-    """Cross-entropy over the answers, the share of answer tokens that are right, and the hidden states before decoder layer `layer`."""
+    """Cross-entropy over the answers, the share of answer tokens that are right, and the hidden states before decoder
+    layer `layer`."""
     out = model.model.language_model(**inputs, use_cache=False, output_hidden_states=layer is not None)
     logits = model.lm_head(out.last_hidden_state[:, -target.shape[1] - 1 : -1]).float()
     asked = target != -100

@@ -1,8 +1,9 @@
 """Train a reference VLM: `python -m reference_models.train --model tiny-llava --out DIR`.
 
-Writes DIR/stages (one checkpoint per cycle of a stage; a finished one is skipped when the command is run again) and DIR/NAME (model, processor, figures.json).
-tiny-llava-next and tiny-qwen2.5-vl start from the tiny-llava that is shipped. `torchrun --nproc-per-node 2 -m reference_models.train ...` shares
-every batch out among processes, which on a CPU is faster than as many threads.
+Writes DIR/stages (one checkpoint per cycle of a stage; a finished one is skipped when the command is run again) and
+DIR/NAME (model, processor, figures.json). tiny-llava-next and tiny-qwen2.5-vl start from the tiny-llava that is
+shipped. `torchrun --nproc-per-node 2 -m reference_models.train ...` shares every batch out among processes, which on a
+CPU is faster than as many threads.
 """
 
 import argparse
@@ -73,7 +74,8 @@ def train(
     heldout: Path | None = None,
     compiled: bool = False,
 ) -> None:
-    """Run the plan in order, or only the named cycles; what is finished is restored. At the end of the plan the model and its figures are written."""
+    """Run the plan in order, or only the named cycles; what is finished is restored. At the end of the plan the model
+    and its figures are written."""
     folder = out / "stages"
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)

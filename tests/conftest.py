@@ -1,4 +1,5 @@
-"""One thread per test process (they run side by side), no network, quiet transformers; GPU tests only where there is a GPU."""
+"""One thread per test process (they run side by side), no network, quiet transformers; GPU tests only where there is a
+GPU."""
 
 from __future__ import annotations
 

@@ -28,8 +28,10 @@ def check_whole(model: Any) -> None:
     kind, known = getattr(model.config, "model_type", None), registry.adapters()
     if kind not in (*known, *registry.REFUSED) and not hasattr(model.config, "vision_config"):
         raise UnsupportedError(
-            f"{type(model).__name__} (model_type {kind!r}) is no VLM of a supported family; if it is a part of one, wrap the whole VLM, "
-            f"model and not model.model.language_model. Known: {', '.join(known)}; see vtoken/adapters/base.py to add a family"
+            f"{type(model).__name__} (model_type {kind!r}) is no VLM of a supported family; if it is a part of one, "
+            "wrap the whole VLM, "
+            f"model and not model.model.language_model. Known: {', '.join(known)}; see vtoken/adapters/base.py to add "
+            "a family"
         )
 
 
@@ -41,12 +43,14 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
     """
     if pipeline.positions == "compact" and adapter.mrope:
         raise UnsupportedError(
-            f"positions: compact cannot be had on {adapter.model_type}: its positions have three axes (M-RoPE), which a renumbering "
+            f"positions: compact cannot be had on {adapter.model_type}: its positions have three axes (M-RoPE), which "
+            "a renumbering "
             "would tear apart; use positions: original"
         )
     if pipeline.anyres != "model" and not hasattr(adapter.model.config, "image_grid_pinpoints"):
         raise UnsupportedError(
-            f"anyres: {pipeline.anyres} chooses how LLaVA-NeXT and OneVision cut pictures; {adapter.model_type} does not cut them. "
+            f"anyres: {pipeline.anyres} chooses how LLaVA-NeXT and OneVision cut pictures; {adapter.model_type} does "
+            "not cut them. "
             "Leave the key out"
         )
     check_unmerging(pipeline)
@@ -92,7 +96,8 @@ def check_fact(stage: Stage, need: Fact, adapter: Adapter) -> None:
     depth = len(layers_of(stage, need, adapter))
     if need.layer is not None and not -depth <= need.layer < depth:
         raise UnsupportedError(
-            f"stage {stage.name} needs {need.name} of layer {need.layer}; there are {depth}, 0 to {depth - 1} (or -1 for the last)"
+            f"stage {stage.name} needs {need.name} of layer {need.layer}; there are {depth}, 0 to {depth - 1} (or -1 "
+            "for the last)"
         )
 
 
@@ -113,7 +118,8 @@ def check_order_of_layers(stage: Stage, adapter: Adapter) -> None:
         acts, last = ("after", first) if stage.site == "encoder" else ("before", first - 1)
         if layer > last:
             raise UnsupportedError(
-                f"stage {stage.name} acts {acts} {stage.site} layer {first} and needs {need.name} of layer {layer}, which runs later; "
+                f"stage {stage.name} acts {acts} {stage.site} layer {first} and needs {need.name} of layer {layer}, "
+                "which runs later; "
                 f"ask for layer {last} or an earlier one"
             )
 
@@ -129,13 +135,15 @@ def check_unmerging(pipeline: Pipeline) -> None:
             continue
         if pipeline.positions == "compact":
             raise UnsupportedError(
-                f"stage {stage.name} gives merged tokens the positions of all their members, which positions: compact would renumber; "
+                f"stage {stage.name} gives merged tokens the positions of all their members, which positions: compact "
+                "would renumber; "
                 "use positions: original"
             )
         others = [s for s in pipeline.stages if s is not stage and s.site in ("decoder", "attention", "cache")]
         if others:
             raise UnsupportedError(
-                f"stage {stage.name} makes decoder layers attend at places that {others[0].name} (site {others[0].site}) knows nothing "
+                f"stage {stage.name} makes decoder layers attend at places that {others[0].name} (site "
+                f"{others[0].site}) knows nothing "
                 f"of; leave one of the two out. Stages of site encoder and tokens go with {stage.name}"
             )
 
@@ -145,11 +153,13 @@ def check_cache(stages: list[Stage]) -> None:
     for stage in stages:
         if not isinstance(stage, CacheStage):
             raise UnsupportedError(
-                f"stage {stage.name} acts at site 'cache' and has no compress(); derive it from vtoken.cached.CacheStage"
+                f"stage {stage.name} acts at site 'cache' and has no compress(); derive it from "
+                "vtoken.cached.CacheStage"
             )
     if len(stages) > 1:
         raise UnsupportedError(
-            f"stages {' and '.join(s.name for s in stages)} both act at site 'cache': after the first, heads hold different tokens, and a "
+            f"stages {' and '.join(s.name for s in stages)} both act at site 'cache': after the first, heads hold "
+            "different tokens, and a "
             "second cannot tell text from image; keep one of them"
         )
 
@@ -183,14 +193,17 @@ def check_tower(stage: Stage, adapter: Adapter) -> None:
     frames = stage.site == "frames"
     if frames and "video" not in adapter.features:
         raise UnsupportedError(
-            f"stage {stage.name} chooses frames of videos, and transformers' {adapter.model_type} takes none; leave it out, or use a family "
-            f"that does ({', '.join(name for name in registry.adapters() if 'video' in registry.adapter(name).features)})"
+            f"stage {stage.name} chooses frames of videos, and transformers' {adapter.model_type} takes none; leave "
+            "it out, or use a family "
+            "that does "
+            f"({', '.join(name for name in registry.adapters() if 'video' in registry.adapter(name).features)})"
         )
     if frames and adapter.encoder.unit == 1:
         return  # the tower is given fewer frames; nothing changes inside it
     if adapter.tower.config._attn_implementation == "flex_attention":
         raise UnsupportedError(
-            f"stage {stage.name} drops tokens inside the vision tower, which needs attention masks that flex_attention does not "
+            f"stage {stage.name} drops tokens inside the vision tower, which needs attention masks that "
+            "flex_attention does not "
             'take there; load the model with attn_implementation="sdpa"'
         )
 
@@ -201,11 +214,14 @@ def check_inside(stage: Stage, adapter: Adapter) -> None:
         return
     if adapter.encoder.unit != 1:
         raise UnsupportedError(
-            f"stage {stage.name} merges single patches inside encoder layers; {adapter.model_type} joins {adapter.encoder.unit} "
-            "neighbouring patches to a token behind its encoder and needs them whole. Use a stage that merges behind it (dtome_post)"
+            f"stage {stage.name} merges single patches inside encoder layers; {adapter.model_type} joins "
+            f"{adapter.encoder.unit} "
+            "neighbouring patches to a token behind its encoder and needs them whole. Use a stage that merges behind "
+            "it (dtome_post)"
         )
     if stage.merge_point() == "proportional" and "flash" in (adapter.tower.config._attn_implementation or ""):
         raise UnsupportedError(
-            f"stage {stage.name} adds log(size) to the logits of attention in the vision tower, which flash attention cannot; load the "
+            f"stage {stage.name} adds log(size) to the logits of attention in the vision tower, which flash attention "
+            "cannot; load the "
             'model with attn_implementation={"vision_config": "sdpa"}, or set proportional: false (another method)'
         )

@@ -42,7 +42,8 @@ class OtherModelError(UnsupportedError):
 
 @contextmanager
 def about(what: str) -> Iterator[None]:
-    """Puts before what is raised inside what it is about, once: `preset "vtw-15": ...`; nothing if that is not known ("")."""
+    """Puts before what is raised inside what it is about, once: `preset "vtw-15": ...`; nothing if that is not known
+    ("")."""
     try:
         yield
     except VtokenError as error:

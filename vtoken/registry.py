@@ -1,8 +1,8 @@
 """Names of stages, presets and adapters, read off files; other packages add theirs by entry points.
 
-A stage's module is imported when the stage is asked for, so this file imports neither torch nor pydantic. Other packages
-declare `[project.entry-points."vtoken.stages"]` with `name = "package.module:Class"` (or a module that holds one stage);
-the group `vtoken.adapters` does the same for model families, by `model_type`.
+A stage's module is imported when the stage is asked for, so this file imports neither torch nor pydantic. Other
+packages declare `[project.entry-points."vtoken.stages"]` with `name = "package.module:Class"` (or a module that holds
+one stage); the group `vtoken.adapters` does the same for model families, by `model_type`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ LIST = "`vtoken list`"
 
 # Families that look alike but are not, and why.
 _HYBRID = (
-    "its decoder alternates attention with linear-attention layers, whose state would run over other tokens than the cache holds; "
+    "its decoder alternates attention with linear-attention layers, whose state would run over other tokens than the "
+    "cache holds; "
     "Qwen3-VL is the nearest supported family"
 )
 REFUSED = {"qwen3_5": _HYBRID, "qwen3_5_moe": _HYBRID}

@@ -127,8 +127,8 @@ def wrap(model: Any, pipeline: Any) -> Any:
     """Makes a stock Hugging Face VLM run a pipeline; returns the same object.
 
     Args:
-        model: e.g. a `LlavaForConditionalGeneration`, also inside a PeftModel or compiled by torch.compile. It is used as before:
-            `generate`, `forward`, batches, beams, caches.
+        model: e.g. a `LlavaForConditionalGeneration`, also inside a PeftModel or compiled by torch.compile. It is used
+            as before: `generate`, `forward`, batches, beams, caches.
         pipeline: preset name, `"method:keep"`, path to a YAML file, dict, list of stages, or stage objects.
 
     Raises:
@@ -193,7 +193,8 @@ _GRIDS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # image processor -> 
 
 
 def match_processor(processor: Any, model: Any) -> Any:
-    """Gives a LLaVA-NeXT or OneVision processor the crop grids of the model (of the wrapped model: `anyres: 2x2`); returns the processor.
+    """Gives a LLaVA-NeXT or OneVision processor the crop grids of the model (of the wrapped model: `anyres: 2x2`);
+    returns the processor.
 
     `unmatch_processor` takes it back.
 

@@ -166,7 +166,8 @@ def test_budget_per_frame():
 
 
 def test_forced_grid():
-    """anyres: 2x2 changes the crops the model expects, for the length of the wrap; a processor that does not know is found out."""
+    """anyres: 2x2 changes the crops the model expects, for the length of the wrap; a processor that does not know is
+    found out."""
     model = tiny.make("llava_next")
     pinpoints = model.config.image_grid_pinpoints
     stale = tiny.build(model, [[1, ("img", (50, 100)), 2]], seed=1)

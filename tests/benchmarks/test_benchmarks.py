@@ -50,7 +50,8 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(_dispatch.triton is None, reason="triton is not installed")
 def test_a_new_length_compiles_nothing_new() -> None:
-    """Sparse attention, what chooses for it, and cuts of the cache, on prompts of lengths that triton would tell apart: 1, multiples of 16, and others."""
+    """Sparse attention, what chooses for it, and cuts of the cache, on prompts of lengths that triton would tell apart:
+    1, multiples of 16, and others."""
     code = """
 import contextlib, compile, torch
 from triton.runtime import driver

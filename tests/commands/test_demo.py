@@ -84,7 +84,8 @@ def test_demo_takes_models_of_every_family(family, tmp_path, capsys, monkeypatch
 
 
 def test_all_compares_every_method_that_changes_a_picture(tmp_path, capsys, monkeypatch):
-    """A handful stands for all: the floors, one with a budget, a filter, one for videos, one that wants a deeper tower."""
+    """A handful stands for all: the floors, one with a budget, a filter, one for videos, one that wants a deeper
+    tower."""
     names = ("evs", "fastervlm", "pool", "random", "uniform", "vscan")
     found = {name: registry.stage(name) for name in names}, {"gone": "cannot be imported"}
     monkeypatch.setattr(demo_pipelines, "catalogue", lambda: found)

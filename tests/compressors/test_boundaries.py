@@ -32,7 +32,8 @@ def mixed(runs, seed=0):
 
 
 def index(q, k, scale, visual, vertical, slash):
-    """{(query kind, key kind): (keys, distances)}, kinds False for text and True for images; distances in keys of the kind."""
+    """{(query kind, key kind): (keys, distances)}, kinds False for text and True for images; distances in keys of the
+    kind."""
     found, n = {}, len(q)
     for mine in sorted({bool(x) for x in visual}):
         end = max(i for i in range(n) if visual[i] == mine) + 1
@@ -108,7 +109,8 @@ def test_distances_run_on_across_text():
 
 
 def test_text_keys_do_not_compete_with_image_keys():
-    """Text that all queries attend to more than to any picture: one index takes text alone, a pair's takes its share of each."""
+    """Text that all queries attend to more than to any picture: one index takes text alone, a pair's takes its share of
+    each."""
     p = loud_text(200)
     one, two = (
         stage("mminference", pattern=name, vertical=60, slash=100).reads(p).columns[:, 0]
@@ -119,7 +121,8 @@ def test_text_keys_do_not_compete_with_image_keys():
 
 
 def test_the_search_finds_the_boundary():
-    """Where text drowns the picture in one index, the search takes a pair's; by the share of the attention among image tokens."""
+    """Where text drowns the picture in one index, the search takes a pair's; by the share of the attention among image
+    tokens."""
     p, found = loud_text(600), {}
     s = registry.stage("mminference")(min_len=0, vertical=60, slash=100)
     assert "2d_boundary" in get_args(type(s).model_fields["pattern"].annotation)

@@ -73,7 +73,8 @@ def of(p: oracle.PrefillQK, row: int) -> tuple[Tensor, Tensor, list[Tensor]]:
 
 @torch.no_grad()
 def run(model, cache: DynamicCache, x: Tensor, positions: Tensor, deep=()) -> Tensor:
-    """[1, n, V] of the stock layers on more tokens, which see everything that the cache holds; it then holds them, too."""
+    """[1, n, V] of the stock layers on more tokens, which see everything that the cache holds; it then holds them,
+    too."""
     lm = model.model.language_model
     rope = lm.rotary_emb(x, positions)
     for k, layer in enumerate(lm.layers):
@@ -120,8 +121,8 @@ def look_m(keys: Tensor, values: Tensor, queries: Tensor, visual: list[bool], sc
 
 
 def folded(x: Tensor, t: int, nearest: dict[int, tuple[float, int]], mean: float, merge: str) -> Tensor:
-    """A kept token with what goes to it: their mean, each first averaged with it (pivotal) or multiplied by its similarity (weighted);
-    but for pivotal only what is at least as similar as the mean."""
+    """A kept token with what goes to it: their mean, each first averaged with it (pivotal) or multiplied by its
+    similarity (weighted); but for pivotal only what is at least as similar as the mean."""
     parts = [x[t]]
     for e, (alike, into) in nearest.items():
         if into == t and (merge == "pivotal" or alike >= mean):

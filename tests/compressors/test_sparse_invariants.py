@@ -20,7 +20,8 @@ from vtoken import kernels, registry
 from vtoken.evals.calibrate.mminference import visible
 from vtoken.stages.attention import PrefillQK, SparseAttention
 
-# Options under which short prompts are thinned, and those under which everything is read; block size of MMInference is 64.
+# Options under which short prompts are thinned, and those under which everything is read; block size of MMInference is
+# 64.
 THIN: dict[str, list[dict[str, Any]]] = {
     "anchorattention": [
         {"size": 16, "step": 2, "theta": 1.5, "released": released, "dense_tail": False} for released in (False, True)
@@ -185,7 +186,8 @@ def test_all_of_the_attention_is_in_all_blocks(name, options):
 
 @pytest.mark.parametrize("tau", [0.0, 9.0])
 def test_what_gamma_1_leaves_out_weighs_nothing(tau):
-    """Peaked attention: of that of the last block, which vertical-slash heads go by, and of the pooled map otherwise."""
+    """Peaked attention: of that of the last block, which vertical-slash heads go by, and of the pooled map
+    otherwise."""
     p = random_prompt(400, seed=10)
     p = replace(p, q=p.q * 4)
     blocks = covered("flexprefill", {"tau": tau}, p, 1.0).blocks

@@ -11,7 +11,8 @@ from vtoken.stages.attention import PrefillQK, SparseMask
 
 
 def test_density_of_reads():
-    """By hand: 3 blocks of 16, 6 causal pairs; head 0 reads its own 3, head 1 the first besides; keys and dense queries come on top."""
+    """By hand: 3 blocks of 16, 6 causal pairs; head 0 reads its own 3, head 1 the first besides; keys and dense queries
+    come on top."""
     blocks = torch.eye(3, dtype=torch.bool).repeat(2, 1, 1)
     blocks[1, :, 0] = True
     assert float(SparseMask(16, blocks).density()) == pytest.approx((3 + 5) / 12)
@@ -27,7 +28,8 @@ def test_density_of_reads():
 @pytest.mark.parametrize("share", [1, 3, 7, None])
 @pytest.mark.parametrize("n", [96, 101])
 def test_density_counts_one_by_one(n, share):
-    """9 heads, 6 or 7 blocks of 16; lists in no order with -1 in between; heads with no dense query and with nothing else."""
+    """9 heads, 6 or 7 blocks of 16; lists in no order with -1 in between; heads with no dense query and with nothing
+    else."""
     g, tiles = torch.Generator().manual_seed(n), -(-n // 16)
     of = torch.arange(tiles) // share if share else torch.randint(3, (tiles,), generator=g)
     blocks = torch.rand(9, tiles, tiles, generator=g) < 0.4
@@ -49,14 +51,16 @@ def test_density_counts_one_by_one(n, share):
 
 
 def test_the_account_knows_fixed_patterns():
-    """Two layers stream at 4 visited blocks a row, two are dense; what depends on the prompt is counted whole and named."""
+    """Two layers stream at 4 visited blocks a row, two are dense; what depends on the prompt is counted whole and
+    named."""
     from vtoken.config import load
     from vtoken.evals.cost.flops import account
 
     config = tiny.make("llava").config
     thin = {"static_sparse": {"sink": 16, "window": 33, "size": 16, "min_len": 0, "dense_layers": [0, 3]}}
     whole, less = (account(config, load(p), text_tokens=144) for p in ("none", [thin]))
-    # 160 tokens, 10 blocks: rows read 1, 2, 3 and then 4 blocks, the fourth row's first block being the oldest of its window.
+    # 160 tokens, 10 blocks: rows read 1, 2, 3 and then 4 blocks, the fourth row's first block being the oldest of its
+    # window.
     share = (2 + 2 * (1 + 2 + 3 + 7 * 4) / 55) / 4
     assert less.prefill_attention == pytest.approx(whole.prefill_attention * share)
     assert less.prefill_attention_causal == pytest.approx(whole.prefill_attention_causal * share)
@@ -72,7 +76,8 @@ def test_the_account_knows_fixed_patterns():
 
 
 def test_calibration_of_mminference(tmp_path, capsys):
-    """Recall against an independent sum; the table loads, has a name per head, and prefers the cheap pattern on a tie."""
+    """Recall against an independent sum; the table loads, has a name per head, and prefers the cheap pattern on a
+    tie."""
     from vtoken import config, registry
     from vtoken.cli import main
     from vtoken.evals.calibrate import mminference

@@ -32,7 +32,8 @@ def told():
 
 
 def restricted(model, batch, chosen):
-    """Logits of one unpadded row whose prefill attends only among the chosen tokens, by a mask; rows that read nothing give zeros."""
+    """Logits of one unpadded row whose prefill attends only among the chosen tokens, by a mask; rows that read nothing
+    give zeros."""
     from transformers import AttentionInterface
 
     lm, layers = model.model.language_model, []
@@ -109,7 +110,8 @@ def test_the_cache_holds_the_tokens_that_attended(family):
 @families
 @pytest.mark.parametrize("rows", ["one", "ragged"])
 def test_rounded_caches(family, rows):
-    """Layer 0 is that of the dense model, rounded row by row; what follows the prompt and rows without images are exact."""
+    """Layer 0 is that of the dense model, rounded row by row; what follows the prompt and rows without images are
+    exact."""
     model = tiny.make(family)
     batch = tiny.build(model, rows_for(family, rows), seed=3)
     dense = greedy(model, batch, **LOGITS)

@@ -1,4 +1,5 @@
-"""Pipelines in all their forms: what loads, what is refused and with which words, and that YAML, schema and loader agree."""
+"""Pipelines in all their forms: what loads, what is refused and with which words, and that YAML, schema and loader
+agree."""
 
 from __future__ import annotations
 
@@ -82,11 +83,14 @@ def test_a_file_loads_by_path_and_by_text_of_its_path(write: Any) -> None:
     [
         ("stages:\n  - pool\n  - fastervm: {keep: 64}\n", 3, "unknown stage 'fastervm', did you mean 'fastervlm'?"),
         ("stages:\n  - pool\n  - fastervm\n", 3, "unknown stage 'fastervm', did you mean 'fastervlm'?"),
-        ("stages:\n  - random:\n      seed: 1\n      kep: 64\n", 4, "'random': unknown option 'kep', did you mean 'keep'?"),
+        ("stages:\n  - random:\n      seed: 1\n      kep: 64\n", 4, "'random': unknown option 'kep', did you mean "
+                                                                    "'keep'?"),
         ("stages:\n  - random: {seed: 1}\n", 2, "option 'keep' is missing: write a count per image (64), a share (25%)"),
-        ("stages:\n  - random:\n      keep: 64\n      seed: yes\n", 4, "'seed': Input should be a valid integer, not True"),
+        ("stages:\n  - random:\n      keep: 64\n      seed: yes\n", 4, "'seed': Input should be a valid integer, not "
+                                                                       "True"),
         ("stages:\n  - random:\n      keep: 64\n      seed: 1.0\n", 4, "accepted: a whole number"),
-        ("stages:\n  - random:\n      seed: 1\n      keep: 0.5\n", 4, "'keep': 0.5 is not a budget; accepted: a count per"),
+        ("stages:\n  - random:\n      seed: 1\n      keep: 0.5\n", 4, "'keep': 0.5 is not a budget; accepted: a count "
+                                                                      "per"),
         ("stages:\n  - random:\n      seed: 1\n      keep: 0\n", 4, "keep at least 1 token"),
         ("stages:\n  - random:\n      keep: 200%\n", 3, "at most 100%"),
         ("stages:\n  - random:\n      keep: {totl: 3}\n", 3, "{total: 640}"),
@@ -146,7 +150,8 @@ def test_errors_in_a_file_name_the_line(write: Any, text: str, line: int, words:
         ([["pool"]], "a stage is a name"),
         ([{"random": {"keep": object()}}], "must be plain data"),
         ([{"random": {("a", 1): 2}}], "must be plain data"),
-        ([Late(keep=Budget(4)), FASTER], "'fastervlm' acts at site tokens but comes after 'test_config', which acts at decoder"),
+        ([Late(keep=Budget(4)), FASTER], "'fastervlm' acts at site tokens but comes after 'test_config', which acts "
+                                         "at decoder"),
     ],
 )  # fmt: skip
 def test_errors_without_a_file(given: Any, words: str) -> None:
@@ -309,11 +314,13 @@ def test_variants_share_what_stands_beside_them(preset: Any, more: str, newline:
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [
-        ("variants:\n  mine-2:\n    stages: []\n", 2, "mine-2 must be a mapping with a summary and stages, not {'stages': []}"),
+        ("variants:\n  mine-2:\n    stages: []\n", 2, "mine-2 must be a mapping with a summary and stages, not "
+                                                      "{'stages': []}"),
         ("variants:\n  mine-2:\n", 2, "mine-2 must be a mapping with a summary and stages, not None"),
         (SHARED.format(more="newlin: drop"), 5, "unknown key 'newlin', did you mean 'newline'?"),
         (SHARED.format(more="newline: dro"), 5, "newline must be keep_if_row_has_token, keep or drop, not 'dro'"),
-        (SHARED.format(more="").replace("compact", "kompact"), 1, "positions must be original or compact, not 'kompact'"),
+        (SHARED.format(more="").replace("compact", "kompact"), 1, "positions must be original or compact, not "
+                                                                  "'kompact'"),
         (SHARED.format(more="").replace("[pool]", "\n      - pool: {size: 0}"), 7, "stage 'pool': option 'size'"),
         (SHARED.format(more="") + "  your-2:\n", 7, "the name 'your-2' must begin with that of its file, mine"),
         ("  mine-2:\n  mine-2:\n", 2, "duplicate key 'mine-2'"),

@@ -1,4 +1,5 @@
-"""Values that Python lets in: NaN and infinities, numpy's scalars and arrays, paths that cannot be opened, policies set by hand."""
+"""Values that Python lets in: NaN and infinities, numpy's scalars and arrays, paths that cannot be opened, policies set
+by hand."""
 
 from __future__ import annotations
 

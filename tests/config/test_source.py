@@ -1,4 +1,5 @@
-"""YAML as a person reads it: numbers, tags, sizes and depths, in pipeline files, short forms, sweep files and search spaces alike."""
+"""YAML as a person reads it: numbers, tags, sizes and depths, in pipeline files, short forms, sweep files and search
+spaces alike."""
 
 from __future__ import annotations
 

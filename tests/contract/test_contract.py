@@ -39,8 +39,8 @@ def packed(stage, lengths=LENGTHS, parts=PARTS, seed=0):
     )
 
 
-# Stages of site cache decide layer by layer on keys and values: test_cache_stages.py and test_kvpress.py hold them. LLaVA has no frames:
-# test_frames.py.
+# Stages of site cache decide layer by layer on keys and values: test_cache_stages.py and test_kvpress.py hold them.
+# LLaVA has no frames: test_frames.py.
 every = pytest.mark.parametrize(
     "name", [name for name in registry.stages() if registry.stage(name).site not in ("cache", "frames")]
 )
@@ -170,7 +170,8 @@ def test_unwrap_is_exact(family, stages):
 @families
 @pytest.mark.parametrize("site", ["encoder", "tokens", "decoder"])
 def test_an_exception_leaves_the_model_usable(family, site):
-    """The first prefill fails inside the stage; the next one, and the unwrapped model, are as if nothing had happened."""
+    """The first prefill fails inside the stage; the next one, and the unwrapped model, are as if nothing had
+    happened."""
     model = tiny.make(family)
     batch = tiny.build(model, ROWS, seed=3)
     want = run(model, batch)

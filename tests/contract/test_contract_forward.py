@@ -1,4 +1,5 @@
-"""What every stage owes to those who call the model themselves, on every family: training and scoring lay rows out otherwise than `generate`."""
+"""What every stage owes to those who call the model themselves, on every family: training and scoring lay rows out
+otherwise than `generate`."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def saved(model, folder):
 @families
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_packing_and_saving(family, name, tmp_path):
-    """Padding on either side gives the same logits, samples packed into one row are refused, and the checkpoint stays the stock model's."""
+    """Padding on either side gives the same logits, samples packed into one row are refused, and the checkpoint stays
+    the stock model's."""
     model = tiny.make(family)
     stock = saved(model, tmp_path / "stock")
     wrapped_or_skip(model, [stage(name, seed=18)])

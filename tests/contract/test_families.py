@@ -1,4 +1,5 @@
-"""Every family: wrapped generate equals a full recomputation over the kept tokens, whatever the pictures, sites and policies."""
+"""Every family: wrapped generate equals a full recomputation over the kept tokens, whatever the pictures, sites and
+policies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Calling a wrapped model directly, on every family: losses, scores, embeddings, decoding by hand, offloaded and quantised weights."""
+"""Calling a wrapped model directly, on every family: losses, scores, embeddings, decoding by hand, offloaded and
+quantised weights."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def batch(model):
 
 @every
 def test_labels_logits_and_gradients(model, batch, pipeline):
-    """Logits keep the prompt's shape; labels on text give the loss of the kept positions; logits_to_keep works; gradients flow."""
+    """Logits keep the prompt's shape; labels on text give the loss of the kept positions; logits_to_keep works;
+    gradients flow."""
     ids, real = batch["input_ids"], batch["attention_mask"].bool()
     labels = ids.masked_fill((ids == tiny.IMG) | ~real, -100)
     labels[:, 1:][ids[:, :-1] == tiny.IMG] = -100
@@ -180,7 +182,8 @@ def test_quantised_linears(model, batch):
 @families
 @pytest.mark.parametrize("stages", [["fastervlm"], ["inside"], ["tokens", "deep"]], ids=" ".join)
 def test_gradient_checkpointing(model, batch, stages):
-    """The backward pass runs the layers again: the same gradients, or a refusal where transformers would run the hooks again too."""
+    """The backward pass runs the layers again: the same gradients, or a refusal where transformers would run the hooks
+    again too."""
     known = {"fastervlm": {"fastervlm": {"keep": 5}}, "inside": Inside(at=(1,)), "tokens": Ragged(), "deep": Deep()}
     labels = batch["input_ids"].clone()
     labels[:, :-2] = -100

@@ -107,7 +107,8 @@ def test_sampling_and_return_sequences(model, pipeline):
 
 @every
 def test_without_cache(model, batch, pipeline):
-    # A stage that looks at the last token decides anew at every step without a cache: then only the first step is the same.
+    # A stage that looks at the last token decides anew at every step without a cache: then only the first step is the
+    # same.
     n = 1 if pipeline == "deep" else 6
     with vtoken.wrapped(model, STAGES[pipeline]):
         assert torch.equal(greedy(model, batch, n, use_cache=False), greedy(model, batch, n))
@@ -181,7 +182,8 @@ def test_text_only_calls_are_untouched(model):
 
 @families
 def test_threads_share_nothing(family, model):
-    """Qwen keeps `rope_deltas` on the model, so its own threads disturb each other there; every thread has one picture size."""
+    """Qwen keeps `rope_deltas` on the model, so its own threads disturb each other there; every thread has one picture
+    size."""
     rows = [[3, "img", 4], [2, "img", 5]]
     batches = [tiny.build(model, rows, seed=n) for n in range(4)]
     other = tiny.make(family, seed=1)

@@ -1,4 +1,5 @@
-"""The oracle itself: with everything kept it is the stock model, and what it drops is what upstream computes without it."""
+"""The oracle itself: with everything kept it is the stock model, and what it drops is what upstream computes without
+it."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ def test_all_kept_is_the_stock_model(family, case, attn):
 @pytest.mark.parametrize("layer", [0, 1, 3])
 @pytest.mark.parametrize(("family", "case"), [(f, c) for f, c in FAMILY_CASES if c in ("ragged", "image and video")])
 def test_dropped_is_the_same_as_hidden(family, case, layer):
-    """Dropping tokens before a layer equals hiding their keys from that layer on in the stock decoder, positions unchanged."""
+    """Dropping tokens before a layer equals hiding their keys from that layer on in the stock decoder, positions
+    unchanged."""
     model = tiny.make(family)
     batch = batch_of(model, case)
     p = oracle.prompt(model, batch)

@@ -1,7 +1,9 @@
-"""What users call stays what it was: stages, options, presets, the schema, and what every preset does with a fixed batch.
+"""What users call stays what it was: stages, options, presets, the schema, and what every preset does with a fixed
+batch.
 
-`golden/results.json` was made before the rooms were rebuilt; `PYTHONPATH=tests/support python tests/contract/test_same_results.py` writes
-it anew, which a change of results needs and a change of places does not. What is added later need not be in it.
+`golden/results.json` was made before the rooms were rebuilt; `PYTHONPATH=tests/support python
+tests/contract/test_same_results.py` writes it anew, which a change of results needs and a change of places does not.
+What is added later need not be in it.
 """
 
 from __future__ import annotations

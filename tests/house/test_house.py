@@ -1,4 +1,5 @@
-"""The house rules a machine can check: who imports whom, who may write to a model, what a method must say, what a wheel holds."""
+"""The house rules a machine can check: who imports whom, who may write to a model, what a method must say, what a wheel
+holds."""
 
 from __future__ import annotations
 

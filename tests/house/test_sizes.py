@@ -15,6 +15,11 @@ PACKAGE = ROOT / "vtoken"
 LONG = {
     "lookm": "text first, then merging, head by head",
     "zipvl_cache": "the prompt and what is generated are decided and rounded in two ways",
+    "dpn_routed": "routers are read, checked and run",
+    "flowcut": "scores, momentum and schedule of the paper",
+    "hired": "two rasters, each with its share of the budget",
+    "mminference": "three patterns of heads, each with its options",
+    "vflowopt": "three scores, and options of the authors",
 }
 
 
@@ -28,7 +33,7 @@ def lines(paths: Iterable[Path]) -> int:
 ROOMS = {
     ("hooks", "adapters", "stages", "config", "session.py", "compatibility.py", "registry.py", "cli.py"): 9500,
     ("kernels",): 3000,
-    ("evals", "commands"): 11900,
+    ("evals", "commands"): 11300,
 }
 
 
@@ -40,7 +45,13 @@ def test_rooms_stay_small(rooms: tuple[str, ...]) -> None:
 def test_no_file_is_long() -> None:
     sizes = {file: lines([file]) for file in PACKAGE.rglob("*.py") if file.name != "__init__.py"}
     assert not {str(file): n for file, n in sizes.items() if n > 300}
-    assert median(sizes.values()) <= 105
+    assert median(sizes.values()) <= 103
+
+
+def test_lines_end_at_column_120() -> None:
+    """Beside printed examples, aligned tables and summaries of methods, which `vtoken list` shows whole."""
+    texts = [file.read_text(encoding="utf-8") for file in PACKAGE.rglob("*.py")]
+    assert sum(len(line) > 120 for text in texts for line in text.splitlines()) <= 100
 
 
 def methods() -> Iterator[Path]:
@@ -54,7 +65,8 @@ def test_a_method_is_read_at_one_sitting(file: Path) -> None:
 
 
 def complexity(function: ast.AST) -> int:
-    """Ways through a function: branches, loops, handlers, assertions, conditions of comprehensions, and operands of and/or."""
+    """Ways through a function: branches, loops, handlers, assertions, conditions of comprehensions, and operands of
+    and/or."""
     count = 1
     for node in ast.walk(function):
         if isinstance(node, (ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.Assert, ast.Lambda)):

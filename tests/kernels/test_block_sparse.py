@@ -1,4 +1,5 @@
-"""block_sparse_attention against an independent definition, one query at a time in float64, and against what must hold of any lists."""
+"""block_sparse_attention against an independent definition, one query at a time in float64, and against what must hold
+of any lists."""
 
 from __future__ import annotations
 

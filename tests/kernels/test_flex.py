@@ -1,4 +1,5 @@
-"""Sparse attention by torch's flex_attention: equal to the definition where it serves, and one error where it cannot."""
+"""Sparse attention by torch's flex_attention: equal to the definition where it serves, and one error where it
+cannot."""
 
 from __future__ import annotations
 

@@ -74,7 +74,8 @@ def test_triton_steps_aside_for_gradients(name: str, leaf: str, monkeypatch: pyt
 def test_triton_equals_definition_in_other_sizes(
     name: str, module: Any, constant: str, value: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Large tiles, one share of the columns, several splits of the keys, images in groups: what the examples alone do not reach."""
+    """Large tiles, one share of the columns, several splits of the keys, images in groups: what the examples alone do
+    not reach."""
     monkeypatch.setattr(module, constant, value)
     op = OPS[name]
     relative, absolute = op.tolerance(torch.float16)

@@ -48,7 +48,8 @@ def anchorattention():
 
 
 def more_than_are_listed():
-    """Blocks with most chosen keys are read whole, no more of them than it takes; nothing that was chosen is left out."""
+    """Blocks with most chosen keys are read whole, no more of them than it takes; nothing that was chosen is left
+    out."""
     n, overfull = 230, 0
     for most, released in ((1, False), (9, False), (30, True), (500, False)):
         options = {"size": 16, "step": 2, "theta": 2.0, "dense_tail": False, "released": released}

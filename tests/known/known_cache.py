@@ -97,7 +97,8 @@ def lookm():
     assert everything.index.tolist() == [list(range(20))] * 2 and everything.into is None
     for seed in range(4):
         the_merges(layer(20, [range(2, 8), range(9, 14)], seed=seed), stage)
-    # 40 visual tokens, 60 words behind them: 100 is 10 newest, 50 older words; 90 % leave room for 40 visual tokens at most.
+    # 40 visual tokens, 60 words behind them: 100 is 10 newest, 50 older words; 90 % leave room for 40 visual tokens at
+    # most.
     assert stage().slots(100, (40,)) == 60 and stage(important="60%").slots(100, (40,)) == 70
     assert stage(text=True).slots(100, (40,)) == 20 and stage(keep=5).slots(100, (40,)) == 65
     assert stage(merge="none").cost(100, (40,), 4, 2, 8) == 2 * 8 * 4 * 100 * 100

@@ -1,4 +1,5 @@
-"""Known answers of the stages that act inside the LLM, worked out by hand or by an independent definition in float64."""
+"""Known answers of the stages that act inside the LLM, worked out by hand or by an independent definition in
+float64."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ def sparsevlm():
 
 
 def the_raters():
-    """Image 0: the words have weights a half, a quarter and a quarter. Image 1: all alike, so all rate. Image 2: no word behind it."""
+    """Image 0: the words have weights a half, a quarter and a quarter. Image 1: all alike, so all rate. Image 2: no
+    word behind it."""
     log2 = torch.log(torch.tensor(2.0))
     x = torch.tensor([[1.0, 0], [1, 0], [0, 0], [1, 0]])
     text = [torch.tensor([[0.0, 5], [log2, 9], [0, 7]]), torch.ones(3, 2), torch.ones(0, 2)]

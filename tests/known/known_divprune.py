@@ -69,7 +69,8 @@ def cdpruner():
     x = torch.tensor([[0.0, 1], [3, 0], [1, 0], [1, 0.2]])
     text = [torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 0.5]])]
     four = tokens(x, (4,), ((1, 2, 2),), text=text)
-    # The text points to (1, .5): (1, .2) is nearest; what the others add is r^2 sin^2 of the angle to it, r of (0, 1) being 0.
+    # The text points to (1, .5): (1, .2) is nearest; what the others add is r^2 sin^2 of the angle to it, r of (0, 1)
+    # being 0.
     assert stage(keep=1).select(four).index.tolist() == [3]
     assert stage(keep=2).select(four).index.tolist() == [1, 3], "the same direction twice: the lower index"
     assert stage(keep=1, negate=True).select(four).index.tolist() == [0]

@@ -1,4 +1,5 @@
-"""Known answers of the stages at which all visual tokens leave, worked out by hand or by an independent definition in float64."""
+"""Known answers of the stages at which all visual tokens leave, worked out by hand or by an independent definition in
+float64."""
 
 from __future__ import annotations
 

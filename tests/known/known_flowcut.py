@@ -20,7 +20,8 @@ def flowcut():
 
 
 def by_hand(stage):
-    """attention / 0.8 + relevance / 0.4, times |value|_1: 0.25 * 4 + 0.5 * 4 = 3, 0.5 * 2 + 0, 0.25 * 6 + 0.5 * 6 = 4.5, 0 + 0."""
+    """attention / 0.8 + relevance / 0.4, times |value|_1: 0.25 * 4 + 0.5 * 4 = 3, 0.5 * 2 + 0, 0.25 * 6 + 0.5 * 6 =
+    4.5, 0 + 0."""
     facts = {
         "global_attention": torch.tensor([0.2, 0.4, 0.2, 0.0]),
         "value_attention": torch.tensor([0.2, 0.0, 0.2, 0.0]),

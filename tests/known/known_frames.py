@@ -43,7 +43,8 @@ def frames_uniform():
 
 def frames_farthest():
     stage = registry.stage("frames_farthest")
-    # From 0 degrees the farthest is 170, then 58 (of 58 and 130 the one whose nearer neighbour is farther off), then 130.
+    # From 0 degrees the farthest is 170, then 58 (of 58 and 130 the one whose nearer neighbour is farther off), then
+    # 130.
     for keep, want in ((1, [0]), (2, [0, 6]), (3, [0, 3, 6]), (4, [0, 3, 4, 6])):
         assert per_video(stage(keep=keep).select(videos()))[0] == want
     assert per_video(stage(keep=2).select(videos())) == [[0, 6], [0, 2], [0]]

@@ -16,7 +16,8 @@ from vtoken.stages import Fact
 
 
 def anyres(side, grid, cut=(0, 0), seed=0):
-    """A whole of side x side tokens and grid crops of that size, stitched; `cut` rows and columns of padding are gone at either edge."""
+    """A whole of side x side tokens and grid crops of that size, stitched; `cut` rows and columns of padding are gone
+    at either edge."""
     rows, columns = grid[0] * side - 2 * cut[0], grid[1] * side - 2 * cut[1]
     y, x = torch.meshgrid(torch.arange(rows) + cut[0], torch.arange(columns) + cut[1], indexing="ij")
     crop = 1 + y // side * grid[1] + x // side
@@ -56,7 +57,8 @@ def expected(v, side, grid, cut, k, alpha, region):
 
 
 def by_hand():
-    """4 x 4 whole, 2 x 2 crops. Content: four tokens at the upper left, two at the upper right, one in each of the others."""
+    """4 x 4 whole, 2 x 2 crops. Content: four tokens at the upper left, two at the upper right, one in each of the
+    others."""
     v = anyres(4, (2, 2))
     early = torch.zeros(len(v.x))
     early[[0, 1, 4, 5, 2, 3, 8, 15]] = 1

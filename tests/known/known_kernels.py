@@ -1,4 +1,5 @@
-"""What the ops of vtoken.kernels compute, written another way: float64, one image and one number after the other, slowly."""
+"""What the ops of vtoken.kernels compute, written another way: float64, one image and one number after the other,
+slowly."""
 
 from __future__ import annotations
 
@@ -106,7 +107,8 @@ def loneliest(tokens: Tensor) -> int:
 
 
 def diverse_tokens(x: Tensor, relevance: Tensor, lengths: list[int], counts: list[int]) -> list[int]:
-    """The token whose determinant with those taken is largest, by computing all determinants; for kernels of full rank."""
+    """The token whose determinant with those taken is largest, by computing all determinants; for kernels of full
+    rank."""
     index, start = [], 0
     for tokens, r, k in zip(pieces(x, lengths), pieces(relevance, lengths), counts, strict=True):
         size = len(tokens)

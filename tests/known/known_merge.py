@@ -1,5 +1,5 @@
-"""Known answers of ToMe, DToMe and DToMe-post: by hand, and against a definition on lists in float64 that compares everything with
-everything."""
+"""Known answers of ToMe, DToMe and DToMe-post: by hand, and against a definition on lists in float64 that compares
+everything with everything."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def step(groups, keys, limit, cls):
     """One match in one picture.
 
     Args:
-        groups: lists of members, in the order of the last match; the first member of each is the one that stands for it.
+        groups: lists of members, in the order of the last match; the first member of each is the one that stands for
+            it.
         keys: representative -> key.
         limit: similarity of the pairs, best first -> how many merge.
 
@@ -48,7 +49,8 @@ def step(groups, keys, limit, cls):
 
 
 def layers(stage, lengths, cls, depth, seed=0):
-    """Runs a stage layer by layer on random keys, as a tower does, and after every layer holds it against `step`, picture by picture."""
+    """Runs a stage layer by layer on random keys, as a tower does, and after every layer holds it against `step`,
+    picture by picture."""
     generator = torch.Generator().manual_seed(seed)
     lineage = TokenHistory(lengths, torch.cat([torch.arange(n) for n in lengths]), lengths)
     groups, memory = [[[k] for k in range(n)] for n in lengths], {}

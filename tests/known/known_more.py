@@ -1,4 +1,5 @@
-"""FoPru, ToDRE, VMTC, TextMonkey's filter and the two outlier filters: by hand, and against definitions written another way."""
+"""FoPru, ToDRE, VMTC, TextMonkey's filter and the two outlier filters: by hand, and against definitions written another
+way."""
 
 from __future__ import annotations
 

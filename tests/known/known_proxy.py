@@ -57,7 +57,8 @@ def proxyattn():
 
 
 def proxy(p, group, proxies, stride, size):
-    """Row by row, for every key block up to it, the largest share that a scored key gets from a scored query of the row."""
+    """Row by row, for every key block up to it, the largest share that a scored key gets from a scored query of the
+    row."""
     mine = range(group * p.heads // proxies, (group + 1) * p.heads // proxies)
     q = sum(p.q[h].double() for h in mine) / len(mine)
     k = sum(p.k[h // (p.heads // len(p.k))].double() for h in mine) / len(mine)
@@ -85,7 +86,8 @@ def budget(q, k, scale, size, gamma):
 
 
 def by_hand():
-    """80 tokens in blocks of 16. Both heads rank block 2 by their mean, which neither does alone; one needs a block, the other all."""
+    """80 tokens in blocks of 16. Both heads rank block 2 by their mean, which neither does alone; one needs a block,
+    the other all."""
     q, k = torch.zeros(2, 80, 16), torch.zeros(2, 80, 16)
     q[:, :, 0] = 1.0
     q[0, :, 1], q[1, :, 1] = 9.0, -9.0

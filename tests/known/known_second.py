@@ -1,4 +1,5 @@
-"""Known answers of second stages and other methods inside the LLM, by hand or by an independent definition in float64."""
+"""Known answers of second stages and other methods inside the LLM, by hand or by an independent definition in
+float64."""
 
 from __future__ import annotations
 
@@ -104,7 +105,8 @@ def fitprune():
     for bad in ({"table": (3, 3), "tokens": 5}, {"table": (-1, 2)}, {"table": ()}):
         with pytest.raises(ValidationError):
             stage("fitprune", **bad)
-    # The authors' tables, at the authors' forecast: output projection and MLP of a layer are spared of those that leave behind it.
+    # The authors' tables, at the authors' forecast: output projection and MLP of a layer are spared of those that leave
+    # behind it.
     for share in (40, 60, 80):
         (one,) = config.load(f"fitprune-{share}").stages
         assert len(one.table) == 32 and one.tokens == 576
@@ -171,7 +173,8 @@ def pooled(grid, k):
 
 
 def dpn_routed():
-    """Two rows with one and two images, two routers with three and two sizes; maxima and probabilities by hand, cell by cell."""
+    """Two rows with one and two images, two routers with three and two sizes; maxima and probabilities by hand, cell by
+    cell."""
     g = torch.Generator().manual_seed(4)
     file = gates.routers(seed=7, layers=(7, 15), width=8, sizes=3)
     pyramid = stage("dpn_routed", routers=file, read=2)

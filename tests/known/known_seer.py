@@ -45,7 +45,8 @@ def seerattention():
 
 
 def scattered(n, heads, factor):
-    """A prompt of layer 1 with the gaps of pruning, and every pair of channels at positions of its own, as M-RoPE has them."""
+    """A prompt of layer 1 with the gaps of pruning, and every pair of channels at positions of its own, as M-RoPE has
+    them."""
     p = prompt(n, heads, seed=n, layer=1)
     place = torch.randint(0, 4, (n, 8), generator=torch.Generator().manual_seed(n)).cumsum(0)
     angles = place * 100.0 ** (-torch.arange(8) / 8)

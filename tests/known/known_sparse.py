@@ -1,4 +1,5 @@
-"""Known answers of the stages that thin prefill attention: independent definitions, one head and one query at a time, in float64."""
+"""Known answers of the stages that thin prefill attention: independent definitions, one head and one query at a time,
+in float64."""
 
 from __future__ import annotations
 
@@ -72,7 +73,8 @@ def flexprefill():
 
 
 def flex_head(q, k, scale, size, gamma, tau, least, drop):
-    """({(query block, key block)}, whether block means were followed) as section by section of the paper's algorithm."""
+    """({(query block, key block)}, whether block means were followed) as section by section of the paper's
+    algorithm."""
     n, t = len(q), -(-len(q) // size)
     vertical, slash = [0.0] * n, [0.0] * n
     for i in range(n - size, n):
@@ -158,7 +160,8 @@ def xattention():
 
 
 def antidiagonals(q, k, scale, size, stride):
-    """[T, T]: for every group of queries the softmax over groups of keys of the mean product along the antidiagonal of the pair."""
+    """[T, T]: for every group of queries the softmax over groups of keys of the mean product along the antidiagonal of
+    the pair."""
     n, t = len(q), -(-len(q) // size)
     groups, out = -(-n // stride), torch.zeros(t, t, dtype=torch.float64)
     for a in range(groups):
@@ -290,7 +293,8 @@ def the_slashes():
 
 
 def the_modalities():
-    """200 text, 300 image, 150 text tokens: image queries read what the last 64 image tokens say, up to block borders."""
+    """200 text, 300 image, 150 text tokens: image queries read what the last 64 image tokens say, up to block
+    borders."""
     from vtoken.compressors.attention import _mminference as parts
 
     p = prompt(650, seed=6)

@@ -29,9 +29,10 @@ def rope(*quarters):
 
 
 def vtu():
-    """Places 0 and 2 are members of token 0, place 1 is token 1; neighbours stand a quarter circle apart. All queries and keys are (1, 0),
-    so logits are the cosines between places: 1, 0 and -1. Place 0 reads itself; place 1 reads 1 and 3 with weights 1 and e; place 2
-    reads 1, 3 and 1 with weights 1/e, 1 and e. A second row holds padding and two tokens of one place each."""
+    """Places 0 and 2 are members of token 0, place 1 is token 1; neighbours stand a quarter circle apart. All queries
+    and keys are (1, 0), so logits are the cosines between places: 1, 0 and -1. Place 0 reads itself; place 1 reads 1
+    and 3 with weights 1 and e; place 2 reads 1, 3 and 1 with weights 1/e, 1 and e. A second row holds padding and two
+    tokens of one place each."""
     x = torch.tensor([1.0, 0]).expand(2, 1, 3, 2)
     v = torch.tensor([[1.0, 3, 99], [99, 1, 3]])[:, None, :, None].expand(2, 1, 3, 2)
     home = torch.tensor([[0, 1, 0], [3, 1, 2]])
@@ -71,7 +72,8 @@ def the_written():
 
 
 def the_table():
-    """A merged cache: two stock slots of an earlier turn keep their rotation, token 2 stands at two places, then a draft is rejected."""
+    """A merged cache: two stock slots of an earlier turn keep their rotation, token 2 stands at two places, then a
+    draft is rejected."""
     old = UnmergeTable.rotated(torch.tensor([[0, 1]]), True, rope(0))
     table = old.extend(torch.tensor([[2, 3, 4]]), torch.tensor([[2, 3, 2]]), rope(1, 2, 3), 5, True)
     longer = table.extend(torch.tensor([[5, 6]]), torch.tensor([[4, 5]]), rope(0, 1), 7, True)

@@ -56,7 +56,8 @@ def recycled(importance, cells, k=None, size=None):
 
 
 def follows(keep, want, x, weight, first=0, before=0):
-    """Holds a decision about one image, whose packed rows begin at `first` and kept slots at `before`, against `recycled`."""
+    """Holds a decision about one image, whose packed rows begin at `first` and kept slots at `before`, against
+    `recycled`."""
     index = keep.index[before : before + len(want)] - first
     assert index.tolist() == list(want)
     merged = keep.apply(x)[before : before + len(want)].double()

@@ -46,7 +46,8 @@ def changes(v, grid):
 
 def evs():
     stage = registry.stage("evs")
-    # Two places, four frames: the left one turns by 90 degrees at frame 2, the right one by 180 at frame 1 and by 45 at frame 3.
+    # Two places, four frames: the left one turns by 90 degrees at frame 2, the right one by 180 at frame 1 and by 45 at
+    # frame 3.
     x = torch.tensor([[1, 0], [0, 1], [3, 0], [0, -1], [0, 2], [0, -2], [0, 1], [1, -1]], dtype=torch.float32)
     grid = (4, 1, 2)
     for keep, want in ((3, [0, 1, 3]), (4, [0, 1, 3, 4]), (5, [0, 1, 3, 4, 7]), (6, [0, 1, 2, 3, 4, 7]), (1, [0, 1])):
@@ -120,7 +121,8 @@ def handed_out(wanted, held, k):
 
 def vidcom2():
     stage = registry.stage("vidcom2")
-    # One steady channel (the second is the louder one): on it tokens are +1 or -1, and the third frame is alone with its -1.
+    # One steady channel (the second is the louder one): on it tokens are +1 or -1, and the third frame is alone with
+    # its -1.
     signs = [1, 1, 1, 1, 1, 1, -1, -1, 1, 1, 1, 1]
     x = torch.tensor([[s, 10.0 * (-1) ** i] for i, s in enumerate(signs)])
     keep = stage(keep="50%").select(tokens(x, (12,), ((6, 1, 2),)))

@@ -1,4 +1,5 @@
-"""Known answers of ZipVL's two stages: an independent definition in float64, one query at a time, and the quantiser by hand."""
+"""Known answers of ZipVL's two stages: an independent definition in float64, one query at a time, and the quantiser by
+hand."""
 
 from __future__ import annotations
 

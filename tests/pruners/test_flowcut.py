@@ -34,7 +34,8 @@ def deep(tower="clip", attn="sdpa", seed=0):
 
 
 def dense(q, k, v, cls):
-    """The three facts from q, k, v [n, H, d] of one picture, in float64 with whole maps; CLS in front if there is one."""
+    """The three facts from q, k, v [n, H, d] of one picture, in float64 with whole maps; CLS in front if there is
+    one."""
     q, k, v = q.double(), k.double(), v.double()
     query, value = (q[0], v[0]) if cls else (q.mean(0), v.mean(0))
     attention = (torch.einsum("hd,nhd->hn", query, k) * q.shape[-1] ** -0.5).softmax(-1).mean(0)

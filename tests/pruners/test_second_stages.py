@@ -52,7 +52,8 @@ class Noting(Watcher):
 
 @families
 def test_later_cuts_follow_the_importance_of_the_first(family):
-    """In every image what leaves is less important than what stays, by what stage 1 was told, merged tokens by their place."""
+    """In every image what leaves is less important than what stays, by what stage 1 was told, merged tokens by their
+    place."""
     model = tiny.make(family)
     batch = tiny.build(model, rows_for(family, "ragged"), seed=3)
     whole = Noting(at=(1,), seen={})
@@ -103,7 +104,8 @@ def test_layers_of_encoder_facts_are_the_encoders():
 
 @families
 def test_routers_scale_what_they_leave(family, monkeypatch):
-    """Routers of zeros give each of three sizes, all 1, a third: nothing is pooled, and behind both layers a token counts a third of what it did."""
+    """Routers of zeros give each of three sizes, all 1, a third: nothing is pooled, and behind both layers a token
+    counts a third of what it did."""
     file = gates.routers(sizes=3, loud=0.0)
     means = oracle.means
     monkeypatch.setattr(

@@ -34,7 +34,10 @@ def loaded(name):
 
 
 def test_import_needs_neither_torch_nor_transformers():
-    code = "import sys, vtoken.evals.reference as r; r.path(); r.questions(1); assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = (
+        "import sys, vtoken.evals.reference as r; r.path(); r.questions(1); assert not {'torch', 'transformers'} & "
+        "set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -205,7 +208,8 @@ def begun(pictures, request):
 
 
 def test_training_sees_what_the_stock_model_sees(begun):
-    """Pictures through the recipe's shortcut and through the stock processor and model give the same visual tokens and the same logits."""
+    """Pictures through the recipe's shortcut and through the stock processor and model give the same visual tokens and
+    the same logits."""
     import torch
 
     from reference_models.batches import draw

@@ -1,4 +1,5 @@
-"""`model.forward = torch.compile(model.forward)` with a cache that grows, and what stands in the model while a pipeline is on."""
+"""`model.forward = torch.compile(model.forward)` with a cache that grows, and what stands in the model while a pipeline
+is on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Calling forward as training and scoring do: rows padded on the right, answers behind their prompts told by labels, outputs in full shape."""
+"""Calling forward as training and scoring do: rows padded on the right, answers behind their prompts told by labels,
+outputs in full shape."""
 
 from __future__ import annotations
 
@@ -56,8 +57,8 @@ def test_rows_padded_on_the_right_keep_their_places(family, name):
 @families
 @pytest.mark.parametrize("name", NAMES)
 def test_labels_mark_the_end_of_the_prompt(family, name):
-    """An answer that is scored with labels is no part of the question: tokens kept and log-probabilities are those of `generate`, on
-    whatever side the padding stands."""
+    """An answer that is scored with labels is no part of the question: tokens kept and log-probabilities are those of
+    `generate`, on whatever side the padding stands."""
     model = tiny.make(family)
     wrapped_or_skip(model, [stage(name, seed=18)])
     batch, n = tiny.build(model, BATCH, seed=3), 3

@@ -66,7 +66,8 @@ def test_pictures_hidden_by_the_mask_as_the_stock_model_has_it(family, rows, wha
 @sites
 @pytest.mark.parametrize("what", ["whole", "half"])
 def test_what_the_mask_hides_is_not_in_the_prompt(family, name, what):
-    """The other picture of the row is pruned as ever; of the hidden one nothing enters the decoder that the mask hides."""
+    """The other picture of the row is pruned as ever; of the hidden one nothing enters the decoder that the mask
+    hides."""
     if what == "half" and family not in PADDED:
         pytest.skip("refused, see above")
     model = tiny.make(family)
@@ -125,7 +126,8 @@ STAGES = [n for n in registry.stages() if n != "kvpress" and registry.stage(n).s
 @pytest.mark.parametrize("family", PADDED)  # Qwen closes a picture with a text token
 @pytest.mark.parametrize("name", STAGES)
 def test_a_picture_alone_is_a_prompt(family, name):
-    """Without any text at least the last position stays, however much a stage takes; alone and beside others the answer is the same."""
+    """Without any text at least the last position stays, however much a stage takes; alone and beside others the answer
+    is the same."""
     model = tiny.make(family)
     own = {"layer": 1} if name == "vtw" else {}
     wrapped_or_skip(model, [stage(name, seed=18, **own)])
@@ -179,7 +181,8 @@ def test_a_text_prompt_of_one_token_has_a_trace_of_its_own(family):
 @families
 @sites
 def test_packed_samples_are_refused(family, name):
-    """Several samples in one row, told apart by restarting positions alone: the stock model keeps them apart, a pruned row could not."""
+    """Several samples in one row, told apart by restarting positions alone: the stock model keeps them apart, a pruned
+    row could not."""
     model = tiny.make(family)
     if name == "cache":
         pytest.skip("asks for a cache, with which the stock model does not keep samples apart either")

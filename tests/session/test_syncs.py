@@ -16,7 +16,8 @@ ENTRY, CHECK = ("asked", "prefill_start.py:start"), ("asked", "image_spans.py:ch
 
 
 def waits(family: str, pipeline: object, rows: list[list[int | str]]) -> list[tuple[str, str]]:
-    """Of the second prefill: layouts that were worked out once are known. The kernels have tests of their own on a GPU."""
+    """Of the second prefill: layouts that were worked out once are known. The kernels have tests of their own on a
+    GPU."""
     model = make(family)
     batch = on_device(build(model, rows))
     with torch.inference_mode(), vtoken.wrapped(model, pipeline):
@@ -84,7 +85,8 @@ def test_patterns_ask_where_images_lie_once_for_all_layers(pattern: str, times: 
 
 
 def test_the_recorder_sees_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values asked for, masks of bools and blocking copies, of what lies on the device; the host's own tensors do not count."""
+    """Values asked for, masks of bools and blocking copies, of what lies on the device; the host's own tensors do not
+    count."""
     import syncs
 
     monkeypatch.setattr(syncs, "PACKAGE", __file__)

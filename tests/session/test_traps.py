@@ -1,4 +1,5 @@
-"""The silent failures of simpler approaches. Each test shows that the trap is real on stock code and that the wrapped model avoids it."""
+"""The silent failures of simpler approaches. Each test shows that the trap is real on stock code and that the wrapped
+model avoids it."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ def model():
 
 
 def test_fewer_features_than_placeholders(model):
-    """Returning fewer features upstream raises; wrapped, the prompt keeps its placeholders and only the decoder sees fewer."""
+    """Returning fewer features upstream raises; wrapped, the prompt keeps its placeholders and only the decoder sees
+    fewer."""
     batch = tiny.build(model, BATCHES["one"], seed=3)
     few = model.get_image_features(batch["pixel_values"], return_dict=True).pooler_output[0][::2]
     with pytest.raises((ValueError, RuntimeError)):

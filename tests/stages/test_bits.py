@@ -1,4 +1,5 @@
-"""Codes of few bits: packed without gaps, as near as a step allows, the same numbers as rounding at full width, and the bytes that are held."""
+"""Codes of few bits: packed without gaps, as near as a step allows, the same numbers as rounding at full width, and the
+bytes that are held."""
 
 from __future__ import annotations
 

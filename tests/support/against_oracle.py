@@ -11,7 +11,8 @@ NEW = 6
 
 
 def encode(model, batch, p, stages):
-    """Puts the features that the wrapped model encodes, zeros where dropped, into the prompt; DeepStack's too, means where merged."""
+    """Puts the features that the wrapped model encodes, zeros where dropped, into the prompt; DeepStack's too, means
+    where merged."""
     seen = {}
 
     def look(module, args, kwargs):
@@ -50,8 +51,8 @@ def merge(p, trace):
 def compare(model, batch, pipeline, new=NEW, weighted=False):
     """Runs wrapped, then holds tokens and logits against the oracle; returns the trace.
 
-    With `weighted` what merged tokens became is taken from what enters the decoder (the methods' own tests hold it), else it is the
-    mean of the members.
+    With `weighted` what merged tokens became is taken from what enters the decoder (the methods' own tests hold it),
+    else it is the mean of the members.
     """
     p, entered = oracle.prompt(model, batch), {}
     with vtoken.wrapped(model, pipeline):

@@ -28,7 +28,8 @@ def rows(family: str) -> list[list[Any]]:
 
 
 def batch_of(family: str, model: Any) -> dict[str, Any]:
-    """Frames of growing contrast, so that those above the mean are the later ones, and not equally many of all videos."""
+    """Frames of growing contrast, so that those above the mean are the later ones, and not equally many of all
+    videos."""
     batch = tiny.build(model, rows(family), seed=3)
     pixels = batch["pixel_values_videos"]
     pixels *= torch.rand(len(pixels), *(1,) * (pixels.ndim - 1), generator=torch.Generator().manual_seed(1))

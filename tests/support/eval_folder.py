@@ -25,7 +25,8 @@ def write(
     cases: Sequence[Mapping[str, Any]] = (),
     scale: float = 1.0,
 ) -> Path:
-    """Files as `vtoken eval` writes them. A task's value is the mean of its scores; document k shows picture k % pictures."""
+    """Files as `vtoken eval` writes them. A task's value is the mean of its scores; document k shows picture k %
+    pictures."""
     (folder / "requests").mkdir(parents=True)
     (folder / "cases").mkdir()
     Image.new("RGB", (8, 8), (200, 40, 40)).save(folder / "cases" / "0-0.jpg")

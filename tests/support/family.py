@@ -1,4 +1,5 @@
-"""What tests know of a family beside its adapter: a tiny model, its pictures and prompts, and how it differs from others."""
+"""What tests know of a family beside its adapter: a tiny model, its pictures and prompts, and how it differs from
+others."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ class Picture(NamedTuple):
 class Family:
     """One family: its file in `families/` is called like the `model_type` and holds one subclass, `Tiny`.
 
-    A spec is (height, width) in pixels, or what else the family's inputs are measured in: a grid (frames, height, width) in
-    patches, a number of frames.
+    A spec is (height, width) in pixels, or what else the family's inputs are measured in: a grid (frames, height,
+    width) in patches, a number of frames.
 
     Attributes:
         classes: how the names of its classes in transformers begin.

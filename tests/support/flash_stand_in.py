@@ -1,7 +1,8 @@
-"""A CPU stand-in for flash attention: the same 2D masks, the same tail reading, and it refuses what flash attention would misread.
+"""A CPU stand-in for flash attention: the same 2D masks, the same tail reading, and it refuses what flash attention
+would misread.
 
-Real flash attention takes gaps in `position_ids` for packed sequences when a row is alone in its batch; the stand-in fails there.
-Arguments are ordered as a real one's: kvpress, once imported, hands dropout on by its place.
+Real flash attention takes gaps in `position_ids` for packed sequences when a row is alone in its batch; the stand-in
+fails there. Arguments are ordered as a real one's: kvpress, once imported, hands dropout on by its place.
 """
 
 from __future__ import annotations

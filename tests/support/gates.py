@@ -1,5 +1,5 @@
-"""Files of DyVTE gates for the tiny models (random ones, and ones that never let anything leave), of random DPN routers, and of random
-SeerAttention gates."""
+"""Files of DyVTE gates for the tiny models (random ones, and ones that never let anything leave), of random DPN
+routers, and of random SeerAttention gates."""
 
 from __future__ import annotations
 

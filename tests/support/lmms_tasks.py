@@ -52,7 +52,8 @@ def writing(values):
 
 
 def write(folder: Path, name: str, rows: int, **fields: Any) -> str:
-    """A task about plain pictures; `fields` go over its own. Functions are named as in YAML: `!function utils.score`."""
+    """A task about plain pictures; `fields` go over its own. Functions are named as in YAML: `!function
+    utils.score`."""
     folder.mkdir(parents=True, exist_ok=True)
     docs = [{"question": f"w{20 + k} w{40 + rows}", "answer": "w1", "colour": [20 * k, 99, 9]} for k in range(rows)]
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 def state(model):
-    """Everything a wrap could leave behind: attributes by identity, hooks by their functions. Weights are compared apart."""
+    """Everything a wrap could leave behind: attributes by identity, hooks by their functions. Weights are compared
+    apart."""
     return {
         name: {k: list(v.values()) if k.endswith(("_hooks", "_kwargs")) else id(v) for k, v in vars(m).items()}
         for name, m in model.named_modules()

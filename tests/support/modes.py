@@ -1,4 +1,5 @@
-"""What the tests of modes of use share: families with pipelines, and batches that are taken apart and put together picture by picture."""
+"""What the tests of modes of use share: families with pipelines, and batches that are taken apart and put together
+picture by picture."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from torch import Tensor
 LOGITS: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True}
 VERSION = Version(transformers.__version__)
 ROWS: list[list[Any]] = [[3, "img", 5], [1, "img", 2, "img", 7], [4]]
-# Up to 5.17 transformers itself mixes up the images of a row that holds several, once beams or return sequences expand the batch.
+# Up to 5.17 transformers itself mixes up the images of a row that holds several, once beams or return sequences expand
+# the batch.
 EXPANDABLE = ROWS if Version("5.18") <= VERSION else [[3, "img", 5], [1, "img", 7], [4]]
 VIDEOS: list[list[Any]] = [[2, "video", 3, "img", 1], [1, "img", 6], [3]]
 STAGES: dict[str, dict[str, Any]] = {
@@ -61,7 +63,8 @@ def forced(model: Any, p: oracle.PrefillQK, stages: Sequence[Any], tokens: Tenso
 
 
 def pictures(model: Any, batch: dict[str, Tensor]) -> list[tuple[int, str, dict[str, Tensor], bool]]:
-    """(row, kind, its encoder inputs, whether OneVision encodes it as one crop) of each picture of a batch, in reading order."""
+    """(row, kind, its encoder inputs, whether OneVision encodes it as one crop) of each picture of a batch, in reading
+    order."""
     held: dict[str, list[dict[str, Tensor]]] = {"image": [], "video": []}
     for kind, names in INPUTS.items():
         given = {name: batch[name] for name in names if name in batch}

@@ -1,5 +1,5 @@
-"""A naive Qwen vision tower: image by image, patches in token order, never permuted; attention is written out with a mask that tells
-which patches see each other. What packed towers are held against."""
+"""A naive Qwen vision tower: image by image, patches in token order, never permuted; attention is written out with a
+mask that tells which patches see each other. What packed towers are held against."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def rotate(x, cos, sin):
 
 @dataclass
 class Naive:
-    """What the naive tower found in one image: per block the attention map [P, P] (head mean), q, k and v, and its features."""
+    """What the naive tower found in one image: per block the attention map [P, P] (head mean), q, k and v, and its
+    features."""
 
     maps: list = field(default_factory=list)
     keys: list = field(default_factory=list)
@@ -30,7 +31,8 @@ class Naive:
 
 @torch.no_grad()
 def naive(model, pixels, grid, cuts=None):
-    """One image. `cuts[layer]` = (kept, into) changes the tokens after a block: into None drops, else means of equal weight."""
+    """One image. `cuts[layer]` = (kept, into) changes the tokens after a block: into None drops, else means of equal
+    weight."""
     tower, (frames, rows, columns), cuts = model.model.visual, grid.tolist(), cuts or {}
     at = [
         (f, 2 * r + i, 2 * c + j)

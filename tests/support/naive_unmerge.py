@@ -49,7 +49,8 @@ def attention(module, x: Tensor, member: Tensor, angle: Tensor) -> Tensor:
 
 @torch.no_grad()
 def logits(lm, head, x: Tensor, member: Tensor, positions: Tensor, deep: list[Tensor]) -> Tensor:
-    """[V] behind the last token. positions: [1, U] or [3, 1, U] of the places; deep[k] [P, D] is added after layer k."""
+    """[V] behind the last token. positions: [1, U] or [3, 1, U] of the places; deep[k] [P, D] is added after layer
+    k."""
     cos, sin = lm.rotary_emb(x, positions)
     angle = torch.atan2(sin, cos)[0].chunk(2, -1)[0]
     for number, layer in enumerate(lm.layers):
@@ -61,7 +62,8 @@ def logits(lm, head, x: Tensor, member: Tensor, positions: Tensor, deep: list[Te
 
 @torch.no_grad()
 def generate(model, p: oracle.PrefillQK, owner: Tensor, new_tokens: int, start=None) -> tuple[Tensor, Tensor]:
-    """Greedy decoding, everything anew for every token; `start`: per row, tokens it is made to say. [B, n] and [n, B, V]."""
+    """Greedy decoding, everything anew for every token; `start`: per row, tokens it is made to say. [B, n] and [n, B,
+    V]."""
     lm, head = (copy.deepcopy(m).double() for m in (model.model.language_model, model.lm_head))
     rows, scores = [], []
     for b, own in enumerate(owner):

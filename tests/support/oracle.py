@@ -1,4 +1,5 @@
-"""The definition that wrapped models are held against: per row, no cache, no hooks, everything recomputed over the kept tokens."""
+"""The definition that wrapped models are held against: per row, no cache, no hooks, everything recomputed over the kept
+tokens."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ class PrefillQK:
 
 @torch.no_grad()
 def prompt(model: Any, batch: dict[str, Tensor]) -> PrefillQK:
-    """Runs the prefill of the unwrapped model on a batch from `tiny.build` and records what enters the language model."""
+    """Runs the prefill of the unwrapped model on a batch from `tiny.build` and records what enters the language
+    model."""
     seen: dict[str, Any] = {}
 
     def look(module: Any, args: tuple, kwargs: dict) -> None:
@@ -82,8 +84,8 @@ def keep_mask(
     Args:
         kept: per image in reading order, indices of the kept ones among its visual tokens, newline tokens not counted.
         tokens: visual tokens that every image must have, if they are to be equal.
-        newlines: which newline tokens stay: those that close a row with a kept token, all, or none. The base crop of an anyres
-            image has no newline; the only newline of a single crop or of a video closes all of it.
+        newlines: which newline tokens stay: those that close a row with a kept token, all, or none. The base crop of an
+            anyres image has no newline; the only newline of a single crop or of a video closes all of it.
     """
     keep = p.mask.clone()
     for image, index in zip(p.images, kept, strict=True):
@@ -157,7 +159,8 @@ def generate(
         keep: [B, L] tokens that enter the decoder; layer_keep[k]: [B, L] tokens that enter layer k.
         compact: renumber positions; not with M-RoPE.
         start: per row, tokens appended as if they had been generated (teacher forcing).
-        layer_mix: layer_mix[k]: [B, L, L] what a layer's tokens are made of, before the cut of layer_keep[k]; see `means`.
+        layer_mix: layer_mix[k]: [B, L, L] what a layer's tokens are made of, before the cut of layer_keep[k]; see
+            `means`.
 
     Returns:
         tokens [B, n] and logits [n, B, V].

@@ -1,4 +1,5 @@
-"""What a shrunk KV cache must amount to: a dense model without a cache in which later tokens do not see the evicted ones."""
+"""What a shrunk KV cache must amount to: a dense model without a cache in which later tokens do not see the evicted
+ones."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ import oracle
 import torch
 from torch import Tensor
 
-# Per layer: (first slot of a prefill among the row's tokens, [H, N] which of its tokens each query head lost when it ended).
+# Per layer: (first slot of a prefill among the row's tokens, [H, N] which of its tokens each query head lost when it
+# ended).
 Lost = dict[int, list[tuple[int, Tensor]]]
 
 

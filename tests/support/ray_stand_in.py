@@ -1,4 +1,5 @@
-"""What `vtoken.evals.quality.cluster` uses of Ray, in one process: calls run when they are waited for, and actors can be made to die."""
+"""What `vtoken.evals.quality.cluster` uses of Ray, in one process: calls run when they are waited for, and actors can
+be made to die."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Where vtoken would make the host wait for a GPU, found on a CPU.
 
-Every tensor that would lie on the GPU is an `OnDevice`: what it is computed into is one, too, as is what is made with a device named.
-What is plain lies on the host. Under `Recorder`, calls from vtoken's files that need a value, or a size that depends on values, are
-noted. What runs inside one call of torch is not seen, so calls known to ask the device are listed here.
+Every tensor that would lie on the GPU is an `OnDevice`: what it is computed into is one, too, as is what is made with a
+device named. What is plain lies on the host. Under `Recorder`, calls from vtoken's files that need a value, or a size
+that depends on values, are noted. What runs inside one call of torch is not seen, so calls known to ask the device are
+listed here.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class OnDevice(Tensor):
 
 
 class Recorder(TorchFunctionMode):
-    """Counts, per (kind, file:function), what would wait: "asked", "masked" (an index of bools), "uploaded" (a blocking copy)."""
+    """Counts, per (kind, file:function), what would wait: "asked", "masked" (an index of bools), "uploaded" (a blocking
+    copy)."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -49,12 +49,14 @@ class Segment(NamedTuple):
 
 
 def families(**traits: Any) -> tuple[str, ...]:
-    """The families, as config.model_type names them, of which all this is true: `families(anyres=True)`; see `family.Family`."""
+    """The families, as config.model_type names them, of which all this is true: `families(anyres=True)`; see
+    `family.Family`."""
     return tuple(name for name, found in FOUND.items() if all(getattr(found, t) == v for t, v in traits.items()))
 
 
 def each(*traits: str, **given: Any) -> tuple[str, ...]:
-    """One family for every combination of these traits, the first by name, among those of which all of `given` is true."""
+    """One family for every combination of these traits, the first by name, among those of which all of `given` is
+    true."""
     found: dict[tuple[Any, ...], str] = {}
     for name in families(**given):
         found.setdefault(tuple(getattr(FOUND[name], trait) for trait in traits), name)
@@ -79,14 +81,15 @@ def adapter(model: PreTrainedModel) -> Adapter:
 
 
 def make(name: str, attn: str = "sdpa", seed: int = 0, **text_overrides: Any) -> PreTrainedModel:
-    """A model of a family, in evaluation mode, float32 on the CPU: the same weights for the same arguments, whatever ran before.
+    """A model of a family, in evaluation mode, float32 on the CPU: the same weights for the same arguments, whatever
+    ran before.
 
     Args:
         name: one of `FAMILIES`.
         attn: attention implementation of tower and decoder.
         seed: of the weights; torch's global generator is left as it was.
-        text_overrides: fields of the decoder's config, over `TEXT`; for "llava" also `tower` (see `TOWERS`) and `text`, the
-            model_type of the decoder.
+        text_overrides: fields of the decoder's config, over `TEXT`; for "llava" also `tower` (see `TOWERS`) and `text`,
+            the model_type of the decoder.
     """
     return family(name).make(attn, seed, **text_overrides)
 
@@ -100,18 +103,18 @@ def build(model: PreTrainedModel, rows: Sequence[Sequence[Item]], seed: int = 0)
 
     Args:
         model: from this file; gives family and device.
-        rows: one list per batch row: an int is that many random text tokens, "img" a random image, "video" a random video.
-            `("img", (100, 60))` gives an anyres image by its height and width in pixels, `("img", (1, 4, 8))` a Qwen image by
-            its grid in patches; `("video", 4)` has 4 frames, `("video", 4, 4, 8)` is a Qwen grid of 4 frames (pairs of frames
-            of the video) of 4 x 8 patches. For LLaVA `[[3, "img", 5], [2]]` is a row of 24 tokens and a text-only row of 2,
-            padded to 24.
+        rows: one list per batch row: an int is that many random text tokens, "img" a random image, "video" a random
+            video. `("img", (100, 60))` gives an anyres image by its height and width in pixels, `("img", (1, 4, 8))` a
+            Qwen image by its grid in patches; `("video", 4)` has 4 frames, `("video", 4, 4, 8)` is a Qwen grid of 4
+            frames (pairs of frames of the video) of 4 x 8 patches. For LLaVA `[[3, "img", 5], [2]]` is a row of 24
+            tokens and a text-only row of 2, padded to 24.
         seed: of text and pictures.
 
     Returns:
         `input_ids` and `attention_mask` [B, L] int64, and what the family's processor returns for these pictures:
-        `pixel_values` and `pixel_values_videos`, `image_sizes` [images, 2] and `batch_num_images` [B] (OneVision, when a row has
-        several images), or `image_grid_thw`, `video_grid_thw` [n, 3], `mm_token_type_ids` [B, L] and, for Qwen2.5-VL,
-        `second_per_grid_ts` [videos].
+        `pixel_values` and `pixel_values_videos`, `image_sizes` [images, 2] and `batch_num_images` [B] (OneVision, when
+        a row has several images), or `image_grid_thw`, `video_grid_thw` [n, 3], `mm_token_type_ids` [B, L] and, for
+        Qwen2.5-VL, `second_per_grid_ts` [videos].
 
     Raises:
         ValueError: an item that is none of these, or that the family cannot take.
@@ -144,7 +147,8 @@ def build(model: PreTrainedModel, rows: Sequence[Sequence[Item]], seed: int = 0)
 
 
 def segments(model: PreTrainedModel, batch: dict[str, Tensor]) -> list[Segment]:
-    """The images and videos of a batch from `build`, in reading order: rows from top to bottom, columns from left to right."""
+    """The images and videos of a batch from `build`, in reading order: rows from top to bottom, columns from left to
+    right."""
     ids, one = batch["input_ids"].cpu(), family(model)
     images, videos = one.found(batch)
     found = []

@@ -1,7 +1,7 @@
 """What the tiny random-weight VLMs are made of (`families/` has them): under a second each on one core.
 
-Towers and decoders have 4 layers of width 32 and 14 px patches. The LLaVA family cuts 56 px crops (16 visual tokens each, a
-4 x 4 raster); Qwen merges 2 x 2 patches into a token.
+Towers and decoders have 4 layers of width 32 and 14 px patches. The LLaVA family cuts 56 px crops (16 visual tokens
+each, a 4 x 4 raster); Qwen merges 2 x 2 patches into a token.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Processors for the tiny models, without downloads: `save` writes a checkpoint folder as the hub has them, pictures only."""
+"""Processors for the tiny models, without downloads: `save` writes a checkpoint folder as the hub has them, pictures
+only."""
 
 from __future__ import annotations
 

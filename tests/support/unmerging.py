@@ -20,8 +20,8 @@ caches = pytest.mark.parametrize("cache", ["expanded", "merged"])
 
 
 class Mingled(Compressor):
-    """Keeps every third token from the second on; the others are spread over the kept ones in turns, every fifth is dropped. Groups
-    lie across one another and seldom begin with the token that stays. No paper."""
+    """Keeps every third token from the second on; the others are spread over the kept ones in turns, every fifth is
+    dropped. Groups lie across one another and seldom begin with the token that stays. No paper."""
 
     site: ClassVar[Site] = "tokens"
 
@@ -53,8 +53,8 @@ def unmerging(merger, cache="expanded"):
 
 
 def compare(model, batch, stages, policy="keep_if_row_has_token", new=NEW, given=False):
-    """Holds wrapped generation against the definition; returns the trace. With `given` what merged tokens became is taken from what
-    enters the decoder (the methods' own tests hold it), else it is the mean of the members."""
+    """Holds wrapped generation against the definition; returns the trace. With `given` what merged tokens became is
+    taken from what enters the decoder (the methods' own tests hold it), else it is the mean of the members."""
     p, entered = oracle.prompt(model, batch), {}
     with vtoken.wrapped(model, {"stages": stages, "newline": policy}):
         hook = model.model.language_model.register_forward_pre_hook(

@@ -16,9 +16,11 @@ from vtoken.hooks.state.run import FeatureCall, ImageLayout, tokens_of
 
 
 class Anyres(Padded):
-    """Crop 0 is the whole picture scaled down; the others are stitched, lose their padding and get a newline token behind each row.
+    """Crop 0 is the whole picture scaled down; the others are stitched, lose their padding and get a newline token
+    behind each row.
 
-    What becomes of a token is found by packing channels that hold its row, column and crop, so no packing code is repeated here.
+    What becomes of a token is found by packing channels that hold its row, column and crop, so no packing code is
+    repeated here.
     """
 
     def __init__(self, model: Any) -> None:
@@ -67,7 +69,8 @@ class Anyres(Padded):
         return out
 
     def _places(self, crops: int, size: Any) -> Tensor:
-        """[crops, patches, 2]: row and column of every patch in the stitched crops; (-1, 0) in the scaled-down whole."""
+        """[crops, patches, 2]: row and column of every patch in the stitched crops; (-1, 0) in the scaled-down
+        whole."""
         place = torch.full((crops, self.patches, 2), -1.0)
         if crops > 1:
             shape = sys.modules[type(self.outer).__module__].get_anyres_image_grid_shape
@@ -112,6 +115,8 @@ def check_pixels(pixels: Any, crops: list[int]) -> None:
     short = pixels.shape[1] < max(crops) if pixels.ndim == 5 else len(pixels) != sum(crops)
     if short:
         raise ValueError(
-            f"pixel_values of shape {list(pixels.shape)} do not hold the {crops} crops that image_sizes and the model's "
-            "image_grid_pinpoints ask for; give the processor the same pinpoints (vtoken.match_processor(processor, model))"
+            f"pixel_values of shape {list(pixels.shape)} do not hold the {crops} crops that image_sizes and the "
+            "model's "
+            "image_grid_pinpoints ask for; give the processor the same pinpoints (vtoken.match_processor(processor, "
+            "model))"
         )

@@ -1,4 +1,5 @@
-"""What the Qwen-VL families share: one packed sequence of patches for all images, 2 x 2 patches merged into a token after the tower."""
+"""What the Qwen-VL families share: one packed sequence of patches for all images, 2 x 2 patches merged into a token
+after the tower."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ GRIDS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_vi
 
 
 class Packed(Adapter):
-    """Finds tower, mergers and decoder. A video is one layout with all its frames, also where the prompt parts them by timestamps."""
+    """Finds tower, mergers and decoder. A video is one layout with all its frames, also where the prompt parts them by
+    timestamps."""
 
     features: ClassVar[dict[str, str]] = {"image": "get_image_features", "video": "get_video_features"}
     mrope: ClassVar[bool] = True
@@ -25,7 +27,8 @@ class Packed(Adapter):
         outer: Any = getattr(model, "model", None)
         if not (hasattr(outer, "visual") and hasattr(outer, "language_model")):
             raise UnsupportedError(
-                f"expected a {self.model_type} model with its language-model head (…ForConditionalGeneration), got {type(model).__name__}; "
+                f"expected a {self.model_type} model with its language-model head (…ForConditionalGeneration), got "
+                f"{type(model).__name__}; "
                 "wrap the whole VLM, model and not model.model"
             )
         self.model, self.outer = model, outer
@@ -71,7 +74,8 @@ class Packed(Adapter):
         patches = sum(map(prod, sizes))
         if len(pixels) != patches:
             raise ValueError(
-                f"{GRIDS[kind][0]} holds {len(pixels)} patches, but {GRIDS[kind][1]} tells of {patches}; pass both as one call of "
+                f"{GRIDS[kind][0]} holds {len(pixels)} patches, but {GRIDS[kind][1]} tells of {patches}; pass both as "
+                "one call of "
                 "the processor returned them"
             )
         return self.rasters(sizes)

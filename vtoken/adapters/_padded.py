@@ -1,4 +1,5 @@
-"""What LLaVA-1.5, NeXT and OneVision share: a CLIP or SigLIP tower over equal crops, an MLP projector, a decoder of the Llama kind."""
+"""What LLaVA-1.5, NeXT and OneVision share: a CLIP or SigLIP tower over equal crops, an MLP projector, a decoder of the
+Llama kind."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ class Padded(Adapter):
         vision = config.vision_config
         if vision.model_type not in TOWERS:
             raise UnsupportedError(
-                f"{self.model_type} with a {vision.model_type!r} vision tower is not supported; supported towers: {', '.join(TOWERS)}"
+                f"{self.model_type} with a {vision.model_type!r} vision tower is not supported; supported towers: "
+                f"{', '.join(TOWERS)}"
             )
         self.model = model
         self.outer = model.model
@@ -36,7 +38,8 @@ class Padded(Adapter):
         if cls != (strategy == "default"):
             raise UnsupportedError(
                 f"vision_feature_select_strategy={strategy!r} with a {vision.model_type!r} tower "
-                f"{'keeps the CLS token among the patches' if cls else 'drops the first patch'}; use {'default' if cls else 'full'!r}"
+                f"{'keeps the CLS token among the patches' if cls else 'drops the first patch'}; use "
+                f"{'default' if cls else 'full'!r}"
             )
         depth = vision.num_hidden_layers
         self.config_layer = config.vision_feature_layer
@@ -67,6 +70,7 @@ class Padded(Adapter):
         for asked in (kwargs.get("vision_feature_layer"), kwargs.get("output_hidden_states")):
             if type(asked) in (int, list) and asked != self.config_layer:
                 raise UnsupportedError(
-                    f"vision_feature_layer={asked} at call time differs from the config's {self.config_layer}, which the stages "
+                    f"vision_feature_layer={asked} at call time differs from the config's {self.config_layer}, which "
+                    "the stages "
                     "were set up for; set it in the config before wrapping"
                 )

@@ -27,8 +27,8 @@ class Encoder:
         feature_layers: indices of the layers whose outputs become the visual features.
         attention_layer: the layer that attention facts and keys are read from unless a stage names one.
         full_attention: layers in which every token of an image (or frame) attends to all others; None: all of them.
-        unit: patches that become one visual token, 1 or 4; where it is 4 the tower is packed (Qwen): patches of all images in
-            one sequence, stored merge group by merge group.
+        unit: patches that become one visual token, 1 or 4; where it is 4 the tower is packed (Qwen): patches of all
+            images in one sequence, stored merge group by merge group.
     """
 
     layers: Sequence[Any]
@@ -96,8 +96,8 @@ class Adapter(ABC):
         """
 
     def pack(self, call: FeatureCall, values: Tensor) -> Tensor:
-        """Brings tower values to the order and number of the packed visual tokens, newlines left out, by the same operations that
-        the model applies to its features.
+        """Brings tower values to the order and number of the packed visual tokens, newlines left out, by the same
+        operations that the model applies to its features.
 
         Args:
             values: [crops, patches, C] (CLS dropped), or [ΣN, C] from a packed tower; NaN marks what was dropped.
@@ -112,11 +112,13 @@ class Adapter(ABC):
         return [1] * len(arguments["pixel_values"])
 
     def rasters(self, grid: Sequence[Sequence[int]]) -> tuple[ImageLayout, ...]:
-        """The layout of each row of `grid` [images, 3]: frames, rows and columns in patches (towers of variable length)."""
+        """The layout of each row of `grid` [images, 3]: frames, rows and columns in patches (towers of variable
+        length)."""
         raise NotImplementedError(f"{self.model_type}: define rasters()")
 
     def order(self, grid: Tensor, arguments: dict[str, Any]) -> Tensor | None:
-        """[ΣN] which token each merge group of the tower's sequence becomes; None where it is the same order (towers of variable length).
+        """[ΣN] which token each merge group of the tower's sequence becomes; None where it is the same order (towers of
+        variable length).
 
         Args:
             grid: [images, 3] frames, rows and columns in patches; arguments: of the tower call, by name.
@@ -130,7 +132,8 @@ class Adapter(ABC):
             UnsupportedError: the number of tokens does not tell how many images they are.
         """
         raise UnsupportedError(
-            f"{self.model_type} was given visual features that were not encoded while the model was wrapped, so their grids are not "
+            f"{self.model_type} was given visual features that were not encoded while the model was wrapped, so their "
+            "grids are not "
             "known; pass pixel_values, or call the model's feature function after vtoken.wrap"
         )
 
@@ -138,8 +141,8 @@ class Adapter(ABC):
         """Refuses arguments of a call of `outer` or the tower that change which layer the features come from."""
 
     def visual_kinds(self, ids: Tensor | None, embeds: Tensor | None, among: Collection[str] = KINDS) -> Tensor:
-        """[B, L] uint8: 1 where a position holds an image token, 2 for video, 0 for text. Without ids the placeholder's embedding
-        is looked for, as upstream. Placeholders of kinds that are not `among` these are text."""
+        """[B, L] uint8: 1 where a position holds an image token, 2 for video, 0 for text. Without ids the placeholder's
+        embedding is looked for, as upstream. Placeholders of kinds that are not `among` these are text."""
         given = embeds if ids is None else ids
         assert given is not None
         kinds: Tensor | None = None
@@ -167,12 +170,14 @@ def check_decoder(lm: Any) -> None:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
     if kinds:
         raise UnsupportedError(
-            f"decoder {config.model_type!r} has layers of kind {', '.join(sorted(kinds))}; vtoken handles full attention only: "
+            f"decoder {config.model_type!r} has layers of kind {', '.join(sorted(kinds))}; vtoken handles full "
+            "attention only: "
             "with tokens dropped, a window or state would span other tokens than it was trained on"
         )
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         raise UnsupportedError(
-            f"decoder {config.model_type!r} attends in a sliding window of {config.sliding_window} tokens; dropping tokens "
+            f"decoder {config.model_type!r} attends in a sliding window of {config.sliding_window} tokens; dropping "
+            "tokens "
             "changes what a window means. Load the model with sliding_window=None if its prompts fit the window"
         )
     layer = lm.layers[0] if len(getattr(lm, "layers", ())) else None

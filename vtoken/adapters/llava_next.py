@@ -1,4 +1,5 @@
-"""LLaVA-NeXT: the downscaled picture and its crops (anyres), stitched and unpadded, with a newline token behind each row."""
+"""LLaVA-NeXT: the downscaled picture and its crops (anyres), stitched and unpadded, with a newline token behind each
+row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""LLaVA-OneVision: anyres crops that are scaled down when there are more than nine, one crop each for several images, and video."""
+"""LLaVA-OneVision: anyres crops that are scaled down when there are more than nine, one crop each for several images,
+and video."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from vtoken.hooks.state.run import FeatureCall, ImageLayout
 
 
 class LlavaOnevision(Anyres):
-    """`LlavaOnevisionForConditionalGeneration`. Every video frame is pooled to half its side; one newline ends the video."""
+    """`LlavaOnevisionForConditionalGeneration`. Every video frame is pooled to half its side; one newline ends the
+    video."""
 
     model_type = "llava_onevision"
     expects = "LlavaOnevisionForConditionalGeneration"

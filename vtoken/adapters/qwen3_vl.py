@@ -1,4 +1,5 @@
-"""Qwen3-VL: as Qwen2-VL, and features of early blocks (DeepStack) reach the first decoder layers through mergers of their own."""
+"""Qwen3-VL: as Qwen2-VL, and features of early blocks (DeepStack) reach the first decoder layers through mergers of
+their own."""
 
 from __future__ import annotations
 

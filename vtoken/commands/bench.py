@@ -64,7 +64,8 @@ class CommandOptions(BenchOptions, DeviceOptions):
     random_weights: bool = option(False, "build the model from its config; nothing is downloaded")
     break_even: bool = option(
         False,
-        "longer and longer prompts instead: from how many visual tokens on each pipeline is faster than dense, end to end",
+        "longer and longer prompts instead: from how many visual tokens on each pipeline is faster than dense, end to "
+        "end",
     )
     up_to: int = option(4608, "visual tokens of the longest prompt of --break-even", ge=1)
 

@@ -77,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
     for row in rows:
         print(
             f"{row['pipeline']:<{wide}} {row['tokens']:>4} tokens  {100 * row['accuracy']['share']:5.1f} % right  "
-            f"FLOPs x{row['flops_ratio']:.2f}  TTFT {1000 * row['ttft']['median']:6.1f} ms x{row['ttft_ratio']['median']:.2f}  "
+            f"FLOPs x{row['flops_ratio']:.2f}  TTFT {1000 * row['ttft']['median']:6.1f} ms "
+            f"x{row['ttft_ratio']['median']:.2f}  "
             f"cache {row['cache_bytes'] / 1024:7.0f} KiB"
         )
     print(f"wrote {page}")

@@ -45,7 +45,8 @@ class CommandOptions(EvalOptions):
     tasks: str | None = option(None, "lmms-eval's tasks and groups, or suites", "TASK,TASK")
     paper: str | None = option(
         None,
-        "pipelines and tasks of the published tables of a method, measured beside published; without MODEL: what they say "
+        "pipelines and tasks of the published tables of a method, measured beside published; without MODEL: what they "
+        "say "
         "and what would be run",
         "METHOD",
     )
@@ -131,8 +132,10 @@ def notes(results: Results) -> list[str]:
     """Conditions in words."""
     about, drift = results.conditions, results.drift
     found = [
-        f"{about['device']}, {about['dtype']}, batch {about['batch_size']}, {about['versions']}, lmms-eval {about['lmms_eval']}",
-        "TTFT: medians over documents, averaged over tasks; pipelines ran one after the other, so drift counts: see vtoken bench",
+        f"{about['device']}, {about['dtype']}, batch {about['batch_size']}, {about['versions']}, lmms-eval "
+        f"{about['lmms_eval']}",
+        "TTFT: medians over documents, averaged over tasks; pipelines ran one after the other, so drift counts: see "
+        "vtoken bench",
     ]
     if drift:
         found.append(

@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{k:>5}  {row[0]:>9.1%}  {row[1]:>10.1%}  {row[2]:>13.1%}  {found['stay'][k]:>18.1%}")
     share = sum(found["stay"]) / len(found["stay"])
     print(
-        f"wrote {args.out}: {share:.1%} of visual tokens on average over layers, on {len(kept.leave)} questions kept back"
+        f"wrote {args.out}: {share:.1%} of visual tokens on average over layers, on {len(kept.leave)} questions kept "
+        "back"
     )
     return 0

@@ -11,7 +11,8 @@ from vtoken.stages import Keep, Parts, VisualTokens, size_of
 
 
 def pooled(tokens: VisualTokens, sides: Sequence[int]) -> Keep:
-    """Every cell's tokens become one, in the place of the first; `sides` of the cells, in tokens of the unpruned raster, per image."""
+    """Every cell's tokens become one, in the place of the first; `sides` of the cells, in tokens of the unpruned
+    raster, per image."""
     index, into, start = [], [], 0
     lengths: list[int] = []
     for n, parts, side in zip(tokens.lengths, tokens.parts, sides, strict=True):

@@ -88,7 +88,8 @@ def written(shape: Iterable[int | str]) -> str:
 
 
 class Weights:
-    """Tensors of a file, by decoder layer: read once, so that what is done to the file later does not reach a wrapped model.
+    """Tensors of a file, by decoder layer: read once, so that what is done to the file later does not reach a wrapped
+    model.
 
     Attributes:
         layers: on the CPU.

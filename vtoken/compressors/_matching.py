@@ -1,7 +1,7 @@
 """Bipartite soft matching, the step that ToMe and its successors share, for all sequences of a batch at once.
 
-Letters: `S` sequences (images, crops or frames), `W` and `V` most tokens that one of them has on side A and side B. Padding holds the row
-ΣN, one behind the last.
+Letters: `S` sequences (images, crops or frames), `W` and `V` most tokens that one of them has on side A and side B.
+Padding holds the row ΣN, one behind the last.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Pairs:
 
 
 class Merged(NamedTuple):
-    """`rows` that are left and who goes `into` whom, as in Keep; [ΣN] ranks order what is left of a sequence for its next match."""
+    """`rows` that are left and who goes `into` whom, as in Keep; [ΣN] ranks order what is left of a sequence for its
+    next match."""
 
     rows: Tensor
     into: Tensor
@@ -48,8 +49,8 @@ def match(metric: Tensor, order: Tensor, held: Sequence[int], lead: int = 0) -> 
     """Pairs of [ΣN, d] tokens by cosine; ties go to the first.
 
     Args:
-        order: [ΣN] packed rows, sequence by sequence, in the order in which the sides are dealt out: with a token in front
-            (`lead`, of side A, never merged) the first goes to side B.
+        order: [ΣN] packed rows, sequence by sequence, in the order in which the sides are dealt out: with a token in
+            front (`lead`, of side A, never merged) the first goes to side B.
         held: tokens per sequence.
     """
     device = order.device
@@ -68,7 +69,8 @@ def match(metric: Tensor, order: Tensor, held: Sequence[int], lead: int = 0) -> 
 
 
 def _taken(held: Sequence[int], first: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which of the [S x width] seats of one side, every second token from `first` on, are taken, and packed offsets of them, on the host."""
+    """Which of the [S x width] seats of one side, every second token from `first` on, are taken, and packed offsets of
+    them, on the host."""
     rows, columns = seats(held, torch.device("cpu"))
     mine = columns % 2 == first
     seat = rows[mine] * width + columns[mine] // 2
@@ -78,8 +80,8 @@ def _taken(held: Sequence[int], first: int, width: int, device: torch.device) ->
 def merge(pairs: Pairs, held: Sequence[int], taken: Sequence[int], anew: bool = False) -> Merged:
     """Lets the `taken` most similar of side A join their partners, in every sequence.
 
-    Ranks: first what is left of side A (by similarity; with a token in front in the old order), then side B. A sequence in which nothing
-    merged keeps its order. With `anew` side A stays in the old order, and no sequence keeps its own.
+    Ranks: first what is left of side A (by similarity; with a token in front in the old order), then side B. A sequence
+    in which nothing merged keeps its order. With `anew` side A stays in the old order, and no sequence keeps its own.
     """
     n, device = sum(held), pairs.a.device
     count = torch.tensor(taken, device=device)[:, None]
@@ -106,8 +108,8 @@ def seats(held: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 class Merger(Compressor):
-    """What ToMe and DToMe share: one match in every layer they act at, by the head mean of its keys; each picture (crop) is a sequence of
-    its own. Ranks are remembered by place, so that other stages may drop tokens in between."""
+    """What ToMe and DToMe share: one match in every layer they act at, by the head mean of its keys; each picture
+    (crop) is a sequence of its own. Ranks are remembered by place, so that other stages may drop tokens in between."""
 
     site: ClassVar[Site] = "encoder"
     anew: ClassVar[bool] = False  # as in `merge`

@@ -20,7 +20,8 @@ class Thresholds(BaseModel):
     """Options that a file of thresholds fills; the stage then holds the numbers."""
 
     thresholds: str | tuple[float, ...] = Field(
-        description="one per layer (dtome) or round (dtome_post), pairs above it merge; or the file of `vtoken calibrate dtome`"
+        description="one per layer (dtome) or round (dtome_post), pairs above it merge; or the file of `vtoken "
+        "calibrate dtome`"
     )
     left: tuple[float, ...] | None = Field(
         default=None, description="share of tokens left after each, as calibrated: what the FLOPs account counts on"

@@ -60,8 +60,9 @@ class Important(BaseModel):
 def quantised(keys: Tensor, values: Tensor, groups: tuple[tuple[Tensor, int], ...]) -> QuantizedKV:
     """Keys and values [Hk, N, d] in few bits.
 
-    Keys: minimum and maximum of every channel of every head over the tokens of a group. Values: divided by the root of the largest
-    magnitude of their channel over all tokens, then minimum and maximum of every token over heads and channels.
+    Keys: minimum and maximum of every channel of every head over the tokens of a group. Values: divided by the root of
+    the largest magnitude of their channel over all tokens, then minimum and maximum of every token over heads and
+    channels.
 
     Args:
         groups: (positions [n], bits) of tokens that are quantised together; every token is in one.

@@ -19,7 +19,10 @@ WORDS = {
     "array": "a list",
     "object": "a mapping",
 }
-BUDGETS = "a count per image (64), a share (25%), a count per sample ({total: 640}), per frame ({per_frame: 32}) or per crop ({per_crop: 64})"
+BUDGETS = (
+    "a count per image (64), a share (25%), a count per sample ({total: 640}), per frame ({per_frame: 32}) or "
+    "per crop ({per_crop: 64})"
+)
 
 
 def explain(cls: type[Stage], error: ValidationError) -> tuple[str, str]:

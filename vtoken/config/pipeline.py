@@ -76,9 +76,9 @@ def load(pipeline: PipelineLike) -> Pipeline:
     """Reads a pipeline in any of its forms.
 
     Args:
-        pipeline: a preset ("fastervlm-64") or one stage in short ("fastervlm:64", "random:25%,seed=3", "pool:size=2": a bare value is
-            `keep`), policies behind either ("flowcut-64,positions=original"); a path to a YAML file; a dict as in the file; a list of
-            names, one-key dicts and Stage objects; a Stage; a Pipeline.
+        pipeline: a preset ("fastervlm-64") or one stage in short ("fastervlm:64", "random:25%,seed=3", "pool:size=2": a
+            bare value is `keep`), policies behind either ("flowcut-64,positions=original"); a path to a YAML file; a
+            dict as in the file; a list of names, one-key dicts and Stage objects; a Stage; a Pipeline.
 
     Raises:
         ConfigError: with file and line where there is a file, the name that is wrong, and what is accepted.
@@ -117,7 +117,8 @@ def _from_text(text: str) -> Pipeline:
     if is_stage(text):
         return _short(lambda: _with_policies(*short_form(text)), text, "pipeline")
     raise ConfigError(
-        f"{_unknown_preset(name if rest else text, after=text[len(name) :])}; or write a path to a YAML file, or a stage "
+        f"{_unknown_preset(name if rest else text, after=text[len(name) :])}; or write a path to a YAML file, or a "
+        "stage "
         "and its budget, as in fastervlm:64"
     )
 

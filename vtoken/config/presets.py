@@ -1,7 +1,7 @@
 """Presets: a file per method in `vtoken/presets/`, a variant per name.
 
-Under `variants:` a name holds a `summary` and what a pipeline file says; what is written beside `variants:` holds for all of them, unless
-a variant says otherwise.
+Under `variants:` a name holds a `summary` and what a pipeline file says; what is written beside `variants:` holds for
+all of them, unless a variant says otherwise.
 """
 
 from __future__ import annotations

@@ -42,8 +42,10 @@ def schema() -> dict[str, Any]:
                 "enum": registry.presets(),
             },
             LEAST: {
-                "description": "batch rows with fewer visual tokens (counted before anything is dropped) run dense, the others as usual; "
-                "where features are asked for without a prompt, each image counts for itself in stages of the vision tower",
+                "description": "batch rows with fewer visual tokens (counted before anything is dropped) run dense, "
+                "the others as usual; "
+                "where features are asked for without a prompt, each image counts for itself in stages of the vision "
+                "tower",
                 "type": "integer",
                 "minimum": 0,
                 "default": 0,

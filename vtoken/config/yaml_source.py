@@ -1,7 +1,7 @@
 """YAML text -> plain data with the line of every key, so that errors point at it; and plain data -> YAML text.
 
-Stricter than YAML 1.1: a number is the decimal number that a person reads, a tag says no more than YAML itself reads without it, and
-a document is bounded with its aliases and merge keys written out.
+Stricter than YAML 1.1: a number is the decimal number that a person reads, a tag says no more than YAML itself reads
+without it, and a document is bounded with its aliases and merge keys written out.
 """
 
 from __future__ import annotations

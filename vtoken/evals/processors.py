@@ -17,8 +17,8 @@ def load(source: str | Path, *, pillow: bool = False, revision: str | None = Non
     """The processor of a reference model, a folder or a hub name, padding on the left.
 
     Args:
-        pillow: prepare pictures with Pillow also where torchvision is installed, so that the same picture gives the same pixels;
-            reference models always do.
+        pillow: prepare pictures with Pillow also where torchvision is installed, so that the same picture gives the
+            same pixels; reference models always do.
         revision: of a hub name; None is its main branch.
 
     Raises:

@@ -1,7 +1,8 @@
-"""Is a pruned model worse, or was it luck? Paired statistics of per-question scores against the dense model's; spreads and shares.
+"""Is a pruned model worse, or was it luck? Paired statistics of per-question scores against the dense model's; spreads
+and shares.
 
-Paired functions take scores of the same questions in the same order. Questions on one picture stand or fall together, so intervals are
-drawn over pictures where `clusters` tells them.
+Paired functions take scores of the same questions in the same order. Questions on one picture stand or fall together,
+so intervals are drawn over pictures where `clusters` tells them.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ def paired(
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """Two-sided p of McNemar's exact test: of lost + won questions on which two models differ, is either side too large for a fair coin?"""
+    """Two-sided p of McNemar's exact test: of lost + won questions on which two models differ, is either side too large
+    for a fair coin?"""
     lost, won = int(lost), int(won)  # numpy integers would overflow
     total = lost + won
     tail = sum(math.comb(total, k) for k in range(min(lost, won) + 1)) / 2**total
@@ -102,7 +104,8 @@ def mcnemar(lost: int, won: int) -> float:
 
 
 def agreement(answers: Sequence[str], dense: Sequence[str]) -> float:
-    """Share of questions answered as the dense model does, word for word apart from case and outer space: a fidelity that needs no labels.
+    """Share of questions answered as the dense model does, word for word apart from case and outer space: a fidelity
+    that needs no labels.
 
     Raises:
         VtokenError: no answers, or different numbers of them.
@@ -113,8 +116,8 @@ def agreement(answers: Sequence[str], dense: Sequence[str]) -> float:
 
 
 def questions_needed(effect: float, discordant: float, power: float = 0.8, alpha: float = 0.05) -> int:
-    """Questions with which McNemar's test sees a difference of `effect` with the given power, when the models differ on a share
-    `discordant` of all questions (Connor 1987).
+    """Questions with which McNemar's test sees a difference of `effect` with the given power, when the models differ on
+    a share `discordant` of all questions (Connor 1987).
 
     Args:
         effect: share in 0..1, 0.01 is one point.

@@ -35,7 +35,8 @@ _forced: str | None = _known(os.environ["VTOKEN_KERNELS"]) if os.environ.get("VT
 
 @contextmanager
 def use(choice: str) -> Iterator[None]:
-    """Force ``"torch"``, ``"triton"`` or ``"flex"`` inside a with block, for the whole process; ValueError for any other name."""
+    """Force ``"torch"``, ``"triton"`` or ``"flex"`` inside a with block, for the whole process; ValueError for any
+    other name."""
     global _forced
     before, _forced = _forced, _known(choice)
     try:

@@ -1,4 +1,5 @@
-"""block_sparse_attention by torch's flex_attention, from the same lists, and which of torch, triton and flex computes it."""
+"""block_sparse_attention by torch's flex_attention, from the same lists, and which of torch, triton and flex computes
+it."""
 
 from typing import Any
 
@@ -14,8 +15,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of the Triton kernel
 
 
 def backend_of(q: Tensor, k: Tensor, v: Tensor, columns: Tensor | None = None, rows: Tensor | None = None) -> str:
-    """``"torch"``, ``"triton"`` or ``"flex"``: what computes `block_sparse_attention` of these. Gradients, and dtypes and widths that the
-    kernel does not take, are torch's; flex has to be forced.
+    """``"torch"``, ``"triton"`` or ``"flex"``: what computes `block_sparse_attention` of these. Gradients, and dtypes
+    and widths that the kernel does not take, are torch's; flex has to be forced.
 
     Raises:
         RuntimeError: flex is forced and cannot serve single keys or chosen queries, or triton is forced and cannot run.
@@ -23,8 +24,10 @@ def backend_of(q: Tensor, k: Tensor, v: Tensor, columns: Tensor | None = None, r
     if flex_is_forced():
         if columns is not None or rows is not None:
             raise RuntimeError(
-                f"flex_attention is forced (VTOKEN_KERNELS=flex or use('flex')) but reads whole blocks only, and here single "
-                f"{'keys' if columns is not None else 'queries'} are listed besides: use torch or triton, or a method that lists blocks "
+                "flex_attention is forced (VTOKEN_KERNELS=flex or use('flex')) but reads whole blocks only, and here "
+                "single "
+                f"{'keys' if columns is not None else 'queries'} are listed besides: use torch or triton, or a method "
+                "that lists blocks "
                 "alone (flexprefill, xattention, static_sparse without `last`)"
             )
         return "torch" if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)) else "flex"
@@ -35,8 +38,8 @@ def backend_of(q: Tensor, k: Tensor, v: Tensor, columns: Tensor | None = None, r
 def attend(q: Tensor, k: Tensor, v: Tensor, read: Tensor, scale: float, size: int) -> tuple[Tensor, Tensor]:
     """(out, lse) as block_sparse_attention defines them, for lists of blocks alone.
 
-    Compiled on an accelerator, once for every shape. On a CPU it is torch's eager version, which reads every key: its compiled one
-    gives no lse. Both look up what is read; the block mask only lets the compiled one skip.
+    Compiled on an accelerator, once for every shape. On a CPU it is torch's eager version, which reads every key: its
+    compiled one gives no lse. Both look up what is read; the block mask only lets the compiled one skip.
     """
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
@@ -51,7 +54,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, read: Tensor, scale: float, size: in
 
 
 def block_mask(read: Tensor, queries: int, keys: int, size: int) -> Any:
-    """torch's BlockMask of a map [H, T, M] of blocks of `size`: tiles that are read whole need no mask, others look it up."""
+    """torch's BlockMask of a map [H, T, M] of blocks of `size`: tiles that are read whole need no mask, others look it
+    up."""
     from torch.nn.attention.flex_attention import BlockMask
 
     offset = keys - queries

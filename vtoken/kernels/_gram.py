@@ -21,7 +21,8 @@ if triton is not None:
         x, inverse, offsets, segments, stride, width, result, longest,
         TILE: tl.constexpr, WIDTH: tl.constexpr, SEGMENTS: tl.constexpr,
     ):  # fmt: skip
-        """Program (tile of rows, tile of columns of their segment). What lies below the diagonal is written by those above it."""
+        """Program (tile of rows, tile of columns of their segment). What lies below the diagonal is written by those
+        above it."""
         mine, first = segment_of(offsets, segments, tl.program_id(0), TILE, SEGMENTS)
         begin = tl.load(offsets + mine).to(tl.int64)
         end = tl.load(offsets + mine + 1).to(tl.int64)
@@ -66,7 +67,8 @@ def groups(lengths: Sequence[int]) -> Iterator[tuple[slice, slice]]:
 
 
 def cosines(x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """[ΣN, longest] fp32: row i holds the cosines of token i with the tokens of its segment, the rest is left unwritten."""
+    """[ΣN, longest] fp32: row i holds the cosines of token i with the tokens of its segment, the rest is left
+    unwritten."""
     x, longest = side_by_side(x), max(lengths)
     blocks = dot_tiles(len(x), x.element_size())
     tile = blocks["TILE"]

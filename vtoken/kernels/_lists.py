@@ -12,8 +12,8 @@ if triton is not None:
         read, columns, of, lists, counts, blocks, groups, length, offset,
         SIZE: tl.constexpr, LISTED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """Program (query block, head): the blocks it reads, ascending; how many; how many of them every query sees whole; how many
-        entries of its list of single keys hold all that its last query may see."""
+        """Program (query block, head): the blocks it reads, ascending; how many; how many of them every query sees
+        whole; how many entries of its list of single keys hold all that its last query may see."""
         tile = tl.program_id(0)
         head = tl.program_id(1).to(tl.int64)
         at = head * tl.num_programs(0) + tile
@@ -43,7 +43,8 @@ if triton is not None:
 def lists_of(
     read: Tensor, size: int, offset: int, listed: bool = False, columns: Tensor | None = None, of: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Of flags [H, T, M] uint8 the lists [H, T, M] and counts [H, T, 3] int32 that `_list` makes, on the current device."""
+    """Of flags [H, T, M] uint8 the lists [H, T, M] and counts [H, T, 3] int32 that `_list` makes, on the current
+    device."""
     heads, tiles, blocks = read.shape
     lists = torch.empty((heads, tiles, blocks), dtype=torch.int32, device=read.device)
     counts = torch.empty((heads, tiles, 3), dtype=torch.int32, device=read.device)
@@ -67,7 +68,8 @@ def check(
     """Raises ValueError where arguments of block_sparse_attention do not fit together."""
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[0] % k.shape[0]:
         raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: need [H, Q, d] and twice [Hk, N, d], H a multiple of Hk"
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: need [H, Q, d] and twice [Hk, N, d], H a "
+            "multiple of Hk"
         )
     if size < 16 or size & (size - 1) or share < 1:
         raise ValueError(f"size {size} must be a power of two from 16 on, share {share} at least 1")
@@ -80,7 +82,8 @@ def check(
 
 
 def check_singles(heads: int, tiles: int, columns: Tensor | None, share: int, of: Tensor | None) -> None:
-    """Raises ValueError where lists of single keys do not fit so many heads and query blocks; the numbers in them are not looked at."""
+    """Raises ValueError where lists of single keys do not fit so many heads and query blocks; the numbers in them are
+    not looked at."""
     if columns is not None and (columns.ndim != 3 or len(columns) != heads):
         raise ValueError(f"columns {tuple(columns.shape)}: need [H, lists, keys] of {heads} heads")
     if columns is not None and of is None and columns.shape[1] * share < tiles:

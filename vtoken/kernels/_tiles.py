@@ -1,4 +1,5 @@
-"""What several kernels share: which segment a tile lies in, tiles of queries and keys, softmax denominators, dot products."""
+"""What several kernels share: which segment a tile lies in, tiles of queries and keys, softmax denominators, dot
+products."""
 
 from vtoken.kernels._dispatch import tl, triton
 

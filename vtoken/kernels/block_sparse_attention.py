@@ -87,8 +87,8 @@ if triton is not None:
         queries, k, v, key, known, visible, k_strides, v_strides, d, scale, out, total, top,
         MASK: tl.constexpr, DIM: tl.constexpr, FULL: tl.constexpr,
     ):  # fmt: skip
-        """Goes on with a softmax over some more keys. If MASK, those `known` [keys] are fetched, and those `visible` [rows, keys] count;
-        else all are. FULL: d is DIM."""
+        """Goes on with a softmax over some more keys. If MASK, those `known` [keys] are fetched, and those `visible`
+        [rows, keys] count; else all are. FULL: d is DIM."""
         dim = tl.arange(0, DIM)
         inside = dim < d
         place = key.to(tl.int64)
@@ -122,7 +122,8 @@ if triton is not None:
         covered = tl.load(read + key // SIZE, mask=there, other=1)
         return tl.where(covered == 0, key, -1)
 
-    # What changes from prompt to prompt says nothing about addresses (strides do), so a new length does not compile anew.
+    # What changes from prompt to prompt says nothing about addresses (strides do), so a new length does not compile
+    # anew.
     @triton.jit(do_not_specialize=["queries", "keys", "blocks", "groups", "length", "listed"])
     def _attend(  # type: ignore[no-untyped-def]
         q, k, v, read, lists, counts, columns, of, rows, out, lse, queries, keys, d, scale, blocks, groups, length, listed,
@@ -153,7 +154,8 @@ if triton is not None:
         sums = tl.zeros([ROWS, DIM], tl.float32)
         count = tl.load(counts + at * 3)
         whole = tl.load(counts + at * 3 + 1)
-        # The next block's number is loaded ahead: addresses that hang on a load in the same round keep keys from being fetched early.
+        # The next block's number is loaded ahead: addresses that hang on a load in the same round keep keys from being
+        # fetched early.
         steps = count * (SIZE // KEYS)
         block = tl.load(lists + at * blocks, mask=count > 0, other=0)
         for i in range(0, whole * (SIZE // KEYS)):
@@ -189,8 +191,9 @@ if triton is not None:
 
 
 def tiles_of(dim: int, bytes_each: int, size: int) -> dict[str, int]:
-    """How `_attend` is cut: a tile of queries, its sums and some tiles of keys have to fit into registers and shared memory. With two stages
-    no key is fetched before it is waited for; three need 132 KiB at d 128 in half precision, so that wider heads have two."""
+    """How `_attend` is cut: a tile of queries, its sums and some tiles of keys have to fit into registers and shared
+    memory. With two stages no key is fetched before it is waited for; three need 132 KiB at d 128 in half precision, so
+    that wider heads have two."""
     large = dim * bytes_each > 256
     # fp32 has no tensor cores that round as it does, and unrolled products take many registers.
     rows = min(size, 128 if not large else 32 if bytes_each == 4 else 64)
@@ -202,7 +205,8 @@ def launch(
     q: Tensor, k: Tensor, v: Tensor, read: Tensor, scale: float, size: int = 128, columns: Tensor | None = None,
     share: int = 1, rows: Tensor | None = None, of: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The kernel's launcher: the definition's contract without gradients, for half precision or fp32 and d up to 256."""
+    """The kernel's launcher: the definition's contract without gradients, for half precision or fp32 and d up to
+    256."""
     dtype = q.dtype
     q, k, v = (interpretable(x.detach()) for x in (q, k, v))
     (heads, queries, d), keys, (_, tiles, blocks) = q.shape, k.shape[1], read.shape
@@ -237,9 +241,11 @@ def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, read: Tensor, scale: float, size: int = 128, columns: Tensor | None = None,
     share: int = 1, rows: Tensor | None = None, of: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention over the blocks that are read, see the top of the file. `out` is differentiable in q, k and v, `lse` is not.
+    """Attention over the blocks that are read, see the top of the file. `out` is differentiable in q, k and v, `lse` is
+    not.
 
-    Columns and rows beyond the sequence, and lists in `of` that there are not, give an undefined result. Raises ValueError for shapes that do not fit.
+    Columns and rows beyond the sequence, and lists in `of` that there are not, give an undefined result. Raises
+    ValueError for shapes that do not fit.
     """
     check(q, k, v, read, size, columns, share, rows, of)
     if (chosen := backend_of(q, k, v, columns, rows)) == "flex":

@@ -43,7 +43,8 @@ if triton is not None:
         sources, outputs, strides, widths, index, heads, kept,
         TILE: tl.constexpr, WIDTHS: tl.constexpr, ALIKE: tl.constexpr,
     ):  # fmt: skip
-        """Program (tile of positions, batch row and head, tensor). ALIKE: one list of positions for all heads of a row."""
+        """Program (tile of positions, batch row and head, tensor). ALIKE: one list of positions for all heads of a
+        row."""
         slot = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
         pair = tl.program_id(1).to(tl.int64)
         row = pair // heads
@@ -89,8 +90,8 @@ def gather_cache(caches: Tensors, index: Tensor) -> Tensors:
 
     Raises:
         ValueError: where batch and heads of the caches differ, or the index fits neither all heads nor one.
-        RuntimeError: for a position out of range on the CPU; on a device the result is then undefined, since looking would
-            synchronise.
+        RuntimeError: for a position out of range on the CPU; on a device the result is then undefined, since looking
+            would synchronise.
     """
     group: Sequence[Tensor] = [caches] if isinstance(caches, Tensor) else caches
     for cache in group:

@@ -144,12 +144,13 @@ def nearest_tokens(
     """(similarity, partner), see the top of the file. The similarity is differentiable.
 
     Raises:
-        ValueError: where x and y differ in width, x_offsets and y_offsets in segments, or, unless `among` is "all", x and
-            y in number of tokens.
+        ValueError: where x and y differ in width, x_offsets and y_offsets in segments, or, unless `among` is "all", x
+            and y in number of tokens.
     """
     if x.shape[1] != y.shape[1] or len(x_offsets) != len(y_offsets) or (among != "all" and len(x) != len(y)):
         raise ValueError(
-            f"x {tuple(x.shape)} in {len(x_offsets) - 1} segments, y {tuple(y.shape)} in {len(y_offsets) - 1}: widths and "
+            f"x {tuple(x.shape)} in {len(x_offsets) - 1} segments, y {tuple(y.shape)} in {len(y_offsets) - 1}: widths "
+            "and "
             f"segments have to agree, and for among={among!r} x is y"
         )
     fits = x.dtype == y.dtype and x.dtype in DTYPES and runs_triton(x, y)
@@ -176,7 +177,8 @@ def examples() -> Iterator[dict[str, Any]]:
     yield alone([1, 0, 129, 3], 40, "others")
     yield alone([1, 0, 129, 3], 40, "later")
     doubled = alone([70], 16, "others")
-    # Pairs of equal tokens, and one pair of length 0. (Of three equal ones, how a product is cut into blocks decides which two are closer.)
+    # Pairs of equal tokens, and one pair of length 0. (Of three equal ones, how a product is cut into blocks decides
+    # which two are closer.)
     twice = doubled["x"][:35].repeat(2, 1).index_fill(0, torch.tensor([3, 38]), 0)
     yield {**doubled, "x": twice, "y": twice}
     strided = case([6, 9], [9, 6], 24)

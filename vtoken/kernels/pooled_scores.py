@@ -150,7 +150,8 @@ def launch(q: Tensor, k: Tensor, block: int, scale: float, padding: Tensor | Non
 
 
 def pooled_scores(q: Tensor, k: Tensor, block: int, scale: float, padding: Tensor | None = None) -> Tensor:
-    """Block-to-block attention, see the top of the file. Differentiable. Raises ValueError for shapes that do not fit."""
+    """Block-to-block attention, see the top of the file. Differentiable. Raises ValueError for shapes that do not
+    fit."""
     fits = q.dtype == k.dtype and q.dtype in DTYPES and q.shape[-1] <= 256 and runs_triton(q, k)
     return (launch if fits else definition)(q, k, block, scale, padding)
 

@@ -66,7 +66,8 @@ def definition(q: Tensor, k: Tensor, scale: float, padding: Tensor | None = None
 def _diagonals(share: Tensor) -> Tensor:
     """[B, N] sums over equal distances of [B, R, N], whose last row belongs to the last key."""
     _, rows, n = share.shape
-    # One more column a row than it is read with: each row moves one to the right of the one before, so that equal distances meet.
+    # One more column a row than it is read with: each row moves one to the right of the one before, so that equal
+    # distances meet.
     sheared = pad(share.flip(1), (0, rows)).flatten(1)[:, : rows * (n + rows - 1)].unflatten(1, (rows, -1))
     return sheared.sum(1)[:, :n].flip(-1)
 
@@ -131,8 +132,8 @@ if triton is not None:
         q, k, padding, heads, groups, last, keys, d, scale, q_strides, k_strides, log_sums, vertical, late, diagonals, recent,
         PADDED: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, RECENT: tl.constexpr,
     ):  # fmt: skip
-        """Program (tile of keys, batch row and head): its columns, and the sums along the diagonals of every tile, [B * H,
-        tiles of queries, tiles of keys, 2 * TILE], diagonal TILE - 1 being the one through the corner."""
+        """Program (tile of keys, batch row and head): its columns, and the sums along the diagonals of every tile, [B *
+        H, tiles of queries, tiles of keys, 2 * TILE], diagonal TILE - 1 being the one through the corner."""
         tile = tl.program_id(0).to(tl.int64)
         pair = tl.program_id(1).to(tl.int64)
         start = 0
@@ -165,8 +166,8 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["last", "keys"])
     def _slashes(diagonals, last, keys, slash, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Program (tile of distances, batch row and head): adds up the tiles that each distance crosses, two per tile of
-        queries."""
+        """Program (tile of distances, batch row and head): adds up the tiles that each distance crosses, two per tile
+        of queries."""
         distance = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
         pair = tl.program_id(1).to(tl.int64)
         tiles = tl.cdiv(keys, TILE)

@@ -69,7 +69,8 @@ if triton is not None:
 
 
 def launch(q: Tensor, k: Tensor, read: Tensor, scale: float, size: int = 128) -> Tensor:
-    """The kernel's launcher: the definition's contract without gradients, for the dtypes of sparse attention and d up to 256."""
+    """The kernel's launcher: the definition's contract without gradients, for the dtypes of sparse attention and d up
+    to 256."""
     q, k = (interpretable(x.detach()) for x in (q, k))
     heads, n, d = q.shape
     out = torch.empty((heads, n), dtype=torch.float32, device=q.device)

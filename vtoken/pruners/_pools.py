@@ -11,8 +11,8 @@ from vtoken.stages import Keep, Pruner, VisualTokens, keep_all, offsets_of
 
 
 def choose(stage: Pruner, tokens: VisualTokens, pick: Callable[[Tensor, int], Tensor]) -> Keep:
-    """Lets `pick(rows, k)` choose k of a pool's packed rows [n] (ascending), in any order. 1 <= k < n: pools that stay whole are not
-    asked. A loop over pools."""
+    """Lets `pick(rows, k)` choose k of a pool's packed rows [n] (ascending), in any order. 1 <= k < n: pools that stay
+    whole are not asked. A loop over pools."""
     order, held, counts, lengths = pools_of(stage, tokens)
     if counts == held:
         return keep_all(tokens)
@@ -24,8 +24,9 @@ def choose(stage: Pruner, tokens: VisualTokens, pick: Callable[[Tensor, int], Te
 def choose_together(
     stage: Pruner, tokens: VisualTokens, pick: Callable[[Tensor, list[int], list[int]], Tensor]
 ) -> Keep:
-    """As choose, for what takes a ragged batch: `pick(rows, held, counts)` gets the packed rows [Σn] of all pools that lose something,
-    how many each holds and keeps, and returns positions [Σk] in `rows`, pool by pool, in any order within one."""
+    """As choose, for what takes a ragged batch: `pick(rows, held, counts)` gets the packed rows [Σn] of all pools that
+    lose something, how many each holds and keeps, and returns positions [Σk] in `rows`, pool by pool, in any order
+    within one."""
     order, held, counts, lengths = pools_of(stage, tokens)
     if counts == held:
         return keep_all(tokens)

@@ -25,7 +25,8 @@ class Rope:
     """How a decoder layer rotated the queries and keys of one row.
 
     Attributes:
-        cos, sin: [N, r] as the layer was given them: axes of M-RoPE joined, times YaRN's factor; r < d where a part of a head turns.
+        cos, sin: [N, r] as the layer was given them: axes of M-RoPE joined, times YaRN's factor; r < d where a part of
+            a head turns.
         rotate: the model's own, (q [1, H, N, d], k [1, Hk, N, d], cos [1, N, r], sin [1, N, r]) -> q and k rotated.
     """
 
@@ -149,14 +150,16 @@ class SparseMask:
         return rows, torch.arange(blocks, device=rows.device) <= last
 
     def density(self) -> Tensor:
-        """[] what is computed, as a share of all causal blocks, head mean. A single key counts a `size`-th of a block for every query
-        block that reads it, dense queries count whole query blocks, own keys nothing; a head at most 1. 1 for a prompt of no tokens."""
+        """[] what is computed, as a share of all causal blocks, head mean. A single key counts a `size`-th of a block
+        for every query block that reads it, dense queries count whole query blocks, own keys nothing; a head at most 1.
+        1 for a prompt of no tokens."""
         below = causal(self.blocks)
         if not below.numel():
             return torch.ones((), device=below.device)
         total = torch.count_nonzero(self.blocks & below, dim=(1, 2)).float()
         if self.columns is not None:
-            # Read off counts, one per list and key block; what is as long as the lists is held for some heads at a time.
+            # Read off counts, one per list and key block; what is as long as the lists is held for some heads at a
+            # time.
             parts = zip(total.split(8), self.columns.split(8), self._unread(below).split(8), strict=True)
             for mine, columns, unread in parts:
                 times = unread.gather(2, (columns.clamp(min=0) // self.size).long())
@@ -183,7 +186,8 @@ class SparseMask:
 
 @dataclass(frozen=True)
 class DenseSubset:
-    """The other kind of decision: the tokens `index` [P] (ascending, of N = `length`) attend, causally, to each other; others get zeros."""
+    """The other kind of decision: the tokens `index` [P] (ascending, of N = `length`) attend, causally, to each other;
+    others get zeros."""
 
     index: Tensor
     length: int
@@ -228,8 +232,8 @@ def everything(heads: int, queries: int, keys: int, size: int, device: torch.dev
 class SparseAttention(Compressor):
     """Decides which keys the queries of a prompt read, layer by layer; all tokens stay, and the cache stays whole.
 
-    It acts where a prompt with pictures enters the decoder in one piece. Text turns, decode steps and prompts of fewer than
-    `min_len` tokens keep the model's own attention; the trace tells why.
+    It acts where a prompt with pictures enters the decoder in one piece. Text turns, decode steps and prompts of fewer
+    than `min_len` tokens keep the model's own attention; the trace tells why.
     """
 
     site: ClassVar[Site] = "attention"
@@ -245,7 +249,8 @@ class SparseAttention(Compressor):
         return tuple(k for k in range(depth) if k not in dense)
 
     def heads_incompatibility(self, heads: int, key_heads: int, width: int) -> str:
-        """Why a decoder with so many query and key heads of this width cannot be served, and what to do; "" if it can."""
+        """Why a decoder with so many query and key heads of this width cannot be served, and what to do; "" if it
+        can."""
         return ""
 
     def reads(self, prompt: PrefillQK) -> SparseMask | DenseSubset:

@@ -24,8 +24,8 @@ class OtherModel(ValueError):
 class Stage(BaseModel):
     """A method and its options: fields are YAML options, the object with the options is the object with the code.
 
-    Class attributes: `site` says where it acts, `paper` is a link or "no paper", `deviations` names each deliberate difference
-    from the authors' code. The name is the file's name (entry points: the entry point's).
+    Class attributes: `site` says where it acts, `paper` is a link or "no paper", `deviations` names each deliberate
+    difference from the authors' code. The name is the file's name (entry points: the entry point's).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -46,15 +46,18 @@ class Stage(BaseModel):
         return ()
 
     def layers(self, depth: int) -> tuple[int, ...]:
-        """Layers after which (encoder) or before which (decoder) the stage acts, of `depth` layers; () at other sites."""
+        """Layers after which (encoder) or before which (decoder) the stage acts, of `depth` layers; () at other
+        sites."""
         return ()
 
     def for_depth(self, depth: int) -> Self:
-        """The stage for an encoder (at decoder sites: a decoder) of so many layers, where what it decides depends on that."""
+        """The stage for an encoder (at decoder sites: a decoder) of so many layers, where what it decides depends on
+        that."""
         return self
 
     def merge_point(self) -> Literal["plain", "proportional"] | None:
-        """For encoder stages between attention and MLP: whether keys count once, or as often as they have members (log size)."""
+        """For encoder stages between attention and MLP: whether keys count once, or as often as they have members (log
+        size)."""
         return None
 
     def incompatibility(self, depth: int, width: int) -> str:
@@ -73,13 +76,13 @@ class Stage(BaseModel):
         raise NotImplementedError(f"stage {self.name} defines no select()")
 
     def query_tokens(self, tokens: VisualTokens) -> list[Tensor]:
-        """Per image, the text tokens whose attention text_attention is, as indices into later_text, the only fact of `tokens`. Asked once,
-        on what enters the decoder."""
+        """Per image, the text tokens whose attention text_attention is, as indices into later_text, the only fact of
+        `tokens`. Asked once, on what enters the decoder."""
         raise NotImplementedError(f"stage {self.name} asks for text_attention and defines no query_tokens()")
 
     def unmerge_mode(self) -> Unmerging | None:
-        """At site attention: "expanded" or "merged" where a merged token attends, and is attended to, at the places of all its members;
-        the KV cache then holds keys and values of every place, or one of each merged token."""
+        """At site attention: "expanded" or "merged" where a merged token attends, and is attended to, at the places of
+        all its members; the KV cache then holds keys and values of every place, or one of each merged token."""
         return None
 
     def expected_counts(
@@ -125,8 +128,8 @@ class Pruner(Stage):
         """Segments as images of their own, for budgets per frame or crop.
 
         Returns:
-            order [ΣN] of the tokens, segment by segment (crops of an anyres image take turns in reading order); tokens held and to
-            keep per segment; tokens to keep per image.
+            order [ΣN] of the tokens, segment by segment (crops of an anyres image take turns in reading order); tokens
+            held and to keep per segment; tokens to keep per image.
         """
         image, segment = image_of(tokens.lengths, tokens.x.device), self._segments(tokens)
         count = int(segment.max()) + 1 if len(segment) else 1

@@ -1,4 +1,5 @@
-"""How many tokens to keep: `64`, `25%`, `{total: 640}`, `{per_frame: 32}` or `{per_crop: 64}`, turned into whole numbers: a share to the nearest."""
+"""How many tokens to keep: `64`, `25%`, `{total: 640}`, `{per_frame: 32}` or `{per_crop: 64}`, turned into whole
+numbers: a share to the nearest."""
 
 from __future__ import annotations
 
@@ -15,7 +16,10 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
-_HELP = "write a count per image (64), a share (25%), or a count per sample ({total: 640}), frame or crop ({per_frame: 32}, {per_crop: 64})"
+_HELP = (
+    "write a count per image (64), a share (25%), or a count per sample ({total: 640}), frame or crop "
+    "({per_frame: 32}, {per_crop: 64})"
+)
 PER_SEGMENT = ("per_frame", "per_crop")
 _KEYS = [[key] for key in ("total", *PER_SEGMENT)]
 
@@ -26,11 +30,12 @@ def _whole(value: Any) -> TypeGuard[int]:
 
 
 class Budget:
-    """A validated budget. Build it with `Budget(64)`, `Budget("25%")`, `Budget({"total": 640})` or `Budget({"per_frame": 32})`.
+    """A validated budget. Build it with `Budget(64)`, `Budget("25%")`, `Budget({"total": 640})` or
+    `Budget({"per_frame": 32})`.
 
-    Exactly one of `tokens` (per image), `share` (a Fraction in (0, 1]) and `total` (per batch row) is set; with `per` ("per_frame"
-    or "per_crop") `tokens` counts for every frame of a video, or every crop of an anyres image. An image that is one frame (or
-    one crop) is one segment.
+    Exactly one of `tokens` (per image), `share` (a Fraction in (0, 1]) and `total` (per batch row) is set; with `per`
+    ("per_frame" or "per_crop") `tokens` counts for every frame of a video, or every crop of an anyres image. An image
+    that is one frame (or one crop) is one segment.
 
     Raises:
         ValueError: anything else, floats too: `1` and `1.0` would mean different things.
@@ -69,8 +74,8 @@ class Budget:
                 lengths (largest remainder, ties to the earlier image).
 
         Returns:
-            One count per image: at least 1 (0 for an image without tokens), at most its length. A share is rounded to the nearest, halves
-            down.
+            One count per image: at least 1 (0 for an image without tokens), at most its length. A share is rounded to
+            the nearest, halves down.
         """
         if self.tokens is not None:
             wanted = [self.tokens] * len(lengths)

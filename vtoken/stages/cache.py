@@ -1,7 +1,8 @@
 """The vocabulary of site cache. Letters as in `tokens`; query head h reads key head h // (H / Hk).
 
-When the prefill ends, what a decoder layer keeps of the prompt is decided row by row, so that a batch decides as its rows do alone.
-Every KV head holds the same number of tokens, but not necessarily the same ones. Keys carry RoPE: what stays keeps its position.
+When the prefill ends, what a decoder layer keeps of the prompt is decided row by row, so that a batch decides as its
+rows do alone. Every KV head holds the same number of tokens, but not necessarily the same ones. Keys carry RoPE: what
+stays keeps its position.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from vtoken.stages.query_attention import QueryAttention
 
 @dataclass(frozen=True)
 class CachedLayer:
-    """One decoder layer of one row: of the N tokens of this forward, without padding and what follows the prompt (drafts, an answer).
+    """One decoder layer of one row: of the N tokens of this forward, without padding and what follows the prompt
+    (drafts, an answer).
 
     Attributes:
         keys, values: [Hk, N, d]; queries: [H, N, d].
@@ -59,7 +61,8 @@ class CachedLayer:
 
 @dataclass(frozen=True)
 class Native:
-    """An attention module, the hidden states [1, N, D] it is given, cos and sin [1, N, d], and the model's RoPE (None: of several axes)."""
+    """An attention module, the hidden states [1, N, D] it is given, cos and sin [1, N, d], and the model's RoPE (None:
+    of several axes)."""
 
     module: Any
     hidden: Tensor
@@ -141,12 +144,13 @@ class CacheStage(Compressor):
         raise NotImplementedError(f"stage {self.name} defines no compress()")
 
     def query_window(self, prompt: int, lengths: Sequence[int], behind: int) -> int:
-        """Of how many last queries it will ask QueryAttention.received (0: none), with `behind` tokens behind the last visual one. Only
-        saves work: a stage of site attention may leave them."""
+        """Of how many last queries it will ask QueryAttention.received (0: none), with `behind` tokens behind the last
+        visual one. Only saves work: a stage of site attention may leave them."""
         return 0
 
     def requantize_every(self) -> int | None:
-        """After how many generated tokens `requantize` is asked about them, again and again, in quantized rows; None: never."""
+        """After how many generated tokens `requantize` is asked about them, again and again, in quantized rows; None:
+        never."""
         return None
 
     def requantize(self, layer: GeneratedBlock) -> QuantizedKV:

@@ -1,7 +1,8 @@
-"""Facts: what a stage may ask to be told about the visual tokens, a row each. Nothing that is not asked for is computed.
+"""Facts: what a stage may ask to be told about the visual tokens, a row each. Nothing that is not asked for is
+computed.
 
-A new fact is a row here and a function of its name: in `hooks/vision/encoder_facts.py` what is made of an encoder layer, in
-`hooks/decoder/attention_facts.py` what is made of a decoder layer. Letters as in `tokens`.
+A new fact is a row here and a function of its name: in `hooks/vision/encoder_facts.py` what is made of an encoder
+layer, in `hooks/decoder/attention_facts.py` what is made of a decoder layer. Letters as in `tokens`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ class Fact(NamedTuple):
 
     `layer` is the encoder (or, at decoder sites, decoder) layer; None means the layer the model takes its features from
     (at encoder and decoder sites: the layer before the cut). Negative layers count from the end. `above` counts, for
-    received_attention, only the queries that themselves receive more than so many times the mean of their crop (frame), or if
-    there is none, the one that receives most.
+    received_attention, only the queries that themselves receive more than so many times the mean of their crop (frame),
+    or if there is none, the one that receives most.
     """
 
     name: str
@@ -35,14 +36,14 @@ class FactSpec:
     Attributes:
         name: what `Fact` asks for. A name may mean two facts, at different sites.
         sites: of the stages that may ask.
-        read: where in the model: what the encoder is given or returns, a layer's projections, the layer that runs next, or the hidden
-            states that a stage is given (at site tokens: embeddings).
+        read: where in the model: what the encoder is given or returns, a layer's projections, the layer that runs next,
+            or the hidden states that a stage is given (at site tokens: embeddings).
         means: shape and meaning.
         per: whether there is an entry per visual token, or a tensor over text tokens per image or batch row.
         holds: numbers of an entry: one or d (both fp32), H*d, D, D_encoder, or the pixel values of a token.
         projections: what is read of a layer.
-        queries: of an attention fact, the one CLS token (without: the mean patch), the last prompt token, each image's own tokens, the text
-            behind each image, or text tokens that the stage chooses (`query_tokens`).
+        queries: of an attention fact, the one CLS token (without: the mean patch), the last prompt token, each image's
+            own tokens, the text behind each image, or text tokens that the stage chooses (`query_tokens`).
         own: attention goes to the tokens of each image alone, not to all keys.
         whole: looks at the whole image also in an encoder layer that attends within windows.
         relayed: attention is weighted by what its queries receive of each other.
@@ -78,11 +79,13 @@ QK: tuple[Literal["q", "k", "v"], ...] = ("q", "k")
 # fmt: off
 FACTS = (
     FactSpec("pixels", ("tokens", "decoder"), "pixels", holds="pixels",
-             means="[ΣN, P] the normalised pixel values behind each token (all patches and frames that were merged into it)"),
+             means="[ΣN, P] the normalised pixel values behind each token (all patches and frames that were merged "
+                   "into it)"),
     FactSpec("cls_attention", ENCODER, "encoder layer", projections=QK, queries="cls", instead="received_attention",
              means="[ΣN] attention of the CLS query over all keys, head mean, CLS column dropped, not renormalised"),
     FactSpec("global_attention", ENCODER, "encoder layer", projections=QK, queries="cls", whole=True,
-             means="[ΣN] as cls_attention; without CLS the query is the mean over the image's patches, windows disregarded"),
+             means="[ΣN] as cls_attention; without CLS the query is the mean over the image's patches, windows "
+                   "disregarded"),
     FactSpec("value_attention", ENCODER, "encoder layer", projections=("v",), queries="cls", whole=True,
              means="[ΣN] as global_attention, with values for queries and keys and no scale: softmax of dot products"),
     FactSpec("received_attention", (*ENCODER, "decoder"), "encoder layer", projections=QK, queries="own",
@@ -116,9 +119,11 @@ FACTS = (
     FactSpec("next_query_attention", DECODER, "next layer", projections=QK, queries="last",
              means="[ΣN] the same in the decoder layer behind the cut, before it runs"),
     FactSpec("text_attention", DECODER, LAYER, projections=QK, queries="chosen",
-             means="[ΣN] decoder attention of the text tokens that the stage's `query_tokens` chose, mean over them and the heads"),
+             means="[ΣN] decoder attention of the text tokens that the stage's `query_tokens` chose, mean over them "
+                   "and the heads"),
     FactSpec("visual_attention", DECODER, LAYER, projections=QK, queries="last", own=True,
-             means="[ΣN] decoder attention of the last prompt token, softmax over the tokens of each image alone, head mean"),
+             means="[ΣN] decoder attention of the last prompt token, softmax over the tokens of each image alone, "
+                   "head mean"),
     FactSpec("visual_value_attention", DECODER, LAYER, projections=("v",), queries="last", own=True,
              means="[ΣN] the same with values for query and keys"),
     FactSpec("cross_attention", DECODER, LAYER, projections=QK, queries="text",
@@ -126,7 +131,8 @@ FACTS = (
     FactSpec("self_attention", DECODER, LAYER, projections=QK, queries="own",
              means="[ΣN] decoder attention of each image's own tokens, maximum over heads, mean over them"),
     FactSpec("relayed_attention", DECODER, LAYER, projections=QK, queries="text", relayed=True,
-             means="[ΣN] decoder attention of the text behind each image, head mean, weighted by what that text receives from itself"),
+             means="[ΣN] decoder attention of the text behind each image, head mean, weighted by what that text "
+                   "receives from itself"),
 )
 # fmt: on
 _AT = {(spec.name, site): spec for spec in FACTS for site in spec.sites}

@@ -38,7 +38,8 @@ class QuantizedTensor:
 
     Attributes:
         packed: uint8 [Hk, n, ceil(d * bits / 8)].
-        low, high: minimum and maximum, broadcast against the numbers; in their dtype, where both are exact and a step would not be.
+        low, high: minimum and maximum, broadcast against the numbers; in their dtype, where both are exact and a step
+            would not be.
     """
 
     packed: Tensor

@@ -12,10 +12,12 @@ from vtoken.kernels import probe_sums, received_attention
 
 
 class QueryAttention:
-    """One row of a prefill in one decoder layer. A stage of site attention comes first, one of site cache finds what it left.
+    """One row of a prefill in one decoder layer. A stage of site attention comes first, one of site cache finds what it
+    left.
 
     Attributes:
-        q: [H, N, d] queries with RoPE; k: [Hk, N, d] keys, query head h reads key head h // (H / Hk); scale: factor on q . k.
+        q: [H, N, d] queries with RoPE; k: [Hk, N, d] keys, query head h reads key head h // (H / Hk); scale: factor on
+            q . k.
         announced: of how many last queries `received` will be asked for later, 0 for none. A pass over more keeps them.
     """
 
@@ -24,7 +26,8 @@ class QueryAttention:
         self._found: dict[Hashable, Any] = {}
 
     def lines(self, count: int) -> tuple[Tensor, Tensor]:
-        """[Hk, H / Hk, N] fp32 each: attention of the last `count` queries, summed, to every token and over every distance."""
+        """[Hk, H / Hk, N] fp32 each: attention of the last `count` queries, summed, to every token and over every
+        distance."""
 
         def work() -> tuple[Tensor, Tensor]:
             recent = self.announced if self.announced < count else 0

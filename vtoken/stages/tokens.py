@@ -1,7 +1,7 @@
 """Visual tokens and what a stage decides about them: VisualTokens, Keep.
 
-Letters in every docstring: `B` batch rows, `N` visual tokens (`N_i` of image i), `K` kept, `T` text tokens, `L` sequence, `H` heads,
-`D` width, `d` head width.
+Letters in every docstring: `B` batch rows, `N` visual tokens (`N_i` of image i), `K` kept, `T` text tokens, `L`
+sequence, `H` heads, `D` width, `d` head width.
 """
 
 from __future__ import annotations
@@ -25,20 +25,22 @@ Parts = tuple[Grid, ...]
 class VisualTokens:
     """The visual tokens of one prefill, packed over images; ragged is the normal case.
 
-    At site frames a row is not a token but a frame of a video (Qwen: a pair of frames), before anything was encoded: `x` holds the
-    normalised pixels of its thumbnail, float32 [ΣF, channels * height * width], `parts` is ((frames, 1, 1),), and images have one.
+    At site frames a row is not a token but a frame of a video (Qwen: a pair of frames), before anything was encoded:
+    `x` holds the normalised pixels of its thumbnail, float32 [ΣF, channels * height * width], `parts` is ((frames, 1,
+    1),), and images have one.
 
     Attributes:
         x: [ΣN, D] embeddings (hidden states at encoder and decoder sites).
         offsets: [images + 1] int32 on the device of `x`: image i owns rows offsets[i]:offsets[i+1].
         lengths: N_i on the host, so that no stage has to ask the device for a size.
-        parts: rasters of each image before anything was dropped, as (frames, rows, columns), in token order. A plain image or a
-            video is one raster; an anyres image is two, the downscaled whole and the stitched crops without their padding.
-            Newline tokens are in no raster: they follow the pipeline's newline policy and no method sees them.
+        parts: rasters of each image before anything was dropped, as (frames, rows, columns), in token order. A plain
+            image or a video is one raster; an anyres image is two, the downscaled whole and the stitched crops without
+            their padding. Newline tokens are in no raster: they follow the pipeline's newline policy and no method sees
+            them.
         row: batch row of each image.
         raster_index: [ΣN] position of each token among its image's unpruned tokens (rasters one after the other).
-        segment: [ΣN] frame of a video, or crop of an anyres image (0 is the downscaled whole), each token belongs to; None when
-            every image is a single one.
+        segment: [ΣN] frame of a video, or crop of an anyres image (0 is the downscaled whole), each token belongs to;
+            None when every image is a single one.
         facts: what the stage declared in `needs`.
         layer: layer index at encoder and decoder sites, else None.
         memory: scratch of this stage for this prefill (stages themselves hold no state).
@@ -87,7 +89,8 @@ def size_of(parts: Parts) -> int:
 
 
 def uploaded(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """[len] on the device; other than in `torch.tensor(values, device=device)` the host does not wait for the device."""
+    """[len] on the device; other than in `torch.tensor(values, device=device)` the host does not wait for the
+    device."""
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
@@ -104,8 +107,8 @@ def image_of(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def segments_of(parts: Parts, per: str) -> int:
-    """Frames of a video, or crops of an anyres image with the downscaled whole, counted from its size without padding: a long picture
-    that is forced into 2 x 2 crops has more of them."""
+    """Frames of a video, or crops of an anyres image with the downscaled whole, counted from its size without padding:
+    a long picture that is forced into 2 x 2 crops has more of them."""
     if len(parts) == 1:
         return parts[0][0] if per == "per_frame" else 1
     (_, side, _), (_, height, width) = parts
@@ -119,8 +122,8 @@ class Fused:
     Attributes:
         slots: [M] int64 kept slots (0..ΣK-1).
         factor: [M] float32 that multiplies the mean.
-        features: [ΣN, D_encoder] the fact `features`: at site tokens the mean is taken of them, and the projector makes an
-            embedding of it. None, or where one visual token takes several patches' features (Qwen): of embeddings.
+        features: [ΣN, D_encoder] the fact `features`: at site tokens the mean is taken of them, and the projector makes
+            an embedding of it. None, or where one visual token takes several patches' features (Qwen): of embeddings.
         largest: the factor multiplies the largest of every number, not the mean; without `features`.
     """
 
@@ -137,8 +140,8 @@ class Keep:
     Attributes:
         index: [ΣK] int64 rows of the packed axis that stay, ascending (reading order).
         lengths: kept per image, on the host.
-        into: [ΣN] kept slot (0..ΣK-1) that absorbs each token, -1 = dropped; None when losers are simply dropped. A kept
-            token absorbs itself.
+        into: [ΣN] kept slot (0..ΣK-1) that absorbs each token, -1 = dropped; None when losers are simply dropped. A
+            kept token absorbs itself.
         weight: [ΣN] weight of each token in its slot's mean; None means equal weights.
         fused: slots that are not to be plain means; only with `into`.
     """
@@ -203,7 +206,8 @@ class Keep:
 
 
 def _largest(x: Tensor, into: Tensor, slots: int) -> Tensor:
-    """[slots, ...] the largest of every number over the rows of x [ΣN, ...] that go `into` each slot (-1: into none)."""
+    """[slots, ...] the largest of every number over the rows of x [ΣN, ...] that go `into` each slot (-1: into
+    none)."""
     room = x.new_full((slots + 1, *x.shape[1:]), -torch.inf)
     slot = torch.where(into < 0, slots, into).view(-1, *[1] * (x.ndim - 1)).expand_as(x)
     return room.scatter_reduce_(0, slot, x, "amax")[:slots]

@@ -77,7 +77,8 @@ def test_a_batch_shares_its_merges():
 
 @pytest.mark.parametrize("lead", [0, 1])
 def test_every_picture_is_dealt_out_anew(lead):
-    """Against the authors' calibration on lists: after a merge anywhere in the batch, side A and then side B, in every picture."""
+    """Against the authors' calibration on lists: after a merge anywhere in the batch, side A and then side B, in every
+    picture."""
     g, depth, n = torch.Generator().manual_seed(4), 4, 12
     learned = _batches.Learned((1, 2, 1, 1), n)
     stage, memory = _batches.learner(registry.stage("dtome"), learned), {}
@@ -122,7 +123,8 @@ def test_every_picture_is_dealt_out_anew(lead):
 
 @pytest.mark.parametrize("budget, per_layer", [("low", 4), ("mid", 3), ("high", 1)])
 def test_one_batch_gives_its_own_mean_count(folder, tmp_path, budget, per_layer):
-    """While learning a batch loses what the budget says; with its thresholds about as much, and not every picture the same."""
+    """While learning a batch loses what the budget says; with its thresholds about as much, and not every picture the
+    same."""
     model, out = tiny.llava(), tmp_path / "thresholds.safetensors"
     files = pictures(folder)
     calibrate(model, Pixels(), files, out, budget=budget)

@@ -1,4 +1,5 @@
-"""`vtoken calibrate attention_exit`: what it says of a threshold is what the stage does with it; and how every method says what it found."""
+"""`vtoken calibrate attention_exit`: what it says of a threshold is what the stage does with it; and how every method
+says what it found."""
 
 from __future__ import annotations
 
@@ -53,8 +54,8 @@ def test_a_threshold_has_few_digits_and_lies_between():
 
 
 def seen() -> Seen:
-    """Three questions, exits before layers 2 and 3 of 4: what is heard falls; the second answer changes if images leave before layer 3,
-    the third before layer 2. The dense model has the first and the third right."""
+    """Three questions, exits before layers 2 and 3 of 4: what is heard falls; the second answer changes if images leave
+    before layer 3, the third before layer 2. The dense model has the first and the third right."""
     heard = torch.tensor([[0.5, 0.1], [0.4, 0.3], [0.8, 0.2]], dtype=torch.float64)
     same = torch.tensor([[True, True, True], [False, False, True], [False, True, True]])
     right = torch.tensor([[True, True, True], [True, False, False], [False, True, True]])

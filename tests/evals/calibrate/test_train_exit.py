@@ -1,4 +1,5 @@
-"""What exits are calibrated and trained on: withdrawal from one forward, labels, gates, and the commands around them."""
+"""What exits are calibrated and trained on: withdrawal from one forward, labels, gates, and the commands around
+them."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ def test_withdrawal_is_of_one_prompt_with_an_image():
 
 
 def test_labels_and_features_are_those_of_wrapped_runs():
-    """The definition with a wrapped model, exit layer by exit layer; what gates are shown is what the stage sees at prefill."""
+    """The definition with a wrapped model, exit layer by exit layer; what gates are shown is what the stage sees at
+    prefill."""
     model, processor = reference.load()
     asked = samples.read("reference", 12)
     seen = exits.table(model, processor, asked)

@@ -95,7 +95,8 @@ def test_shortened_prefill_decode_and_cache(model: Any, keep: int) -> None:
 
 @pytest.mark.parametrize("held", ["expanded", "merged"])
 def test_unmerged_attention(held: Any) -> None:
-    """Merged tokens in the matrices, all places in attention, and the cache as the stage has it; of a wrapped model that merges all."""
+    """Merged tokens in the matrices, all places in attention, and the cache as the stage has it; of a wrapped model
+    that merges all."""
     model, text, new = tiny.llava(), 9, 4
     pipeline = load([{"pool": {"size": 2}}, {"vtu": {"cache": held}}])
     claimed = account(model.config, pipeline, text_tokens=text, new_tokens=1)

@@ -1,4 +1,5 @@
-"""What facts inside the decoder cost, against torch's FlopCounterMode on whole prefills with and without the stage that asks."""
+"""What facts inside the decoder cost, against torch's FlopCounterMode on whole prefills with and without the stage that
+asks."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ NAMES = [spec.name for spec in FACTS if "decoder" in spec.sites]
 @pytest.mark.parametrize("text", ["llama", "wide heads", "qwen3"])
 @pytest.mark.parametrize("images", [1, 2])
 def test_facts_inside_the_decoder(fact: str, text: str, images: int) -> None:
-    """All text stands behind the pictures, so that the account's upper bound is the truth. The cut in front leaves fewer tokens."""
+    """All text stands behind the pictures, so that the account's upper bound is the truth. The cut in front leaves
+    fewer tokens."""
     model = tiny.llava(**MODELS[text])
     batch = tiny.build(model, [[*["img"] * images, TEXT]], seed=3)
     # The cut at layer 2 comes first, so that a stage there asks about fewer tokens than enter the layer.

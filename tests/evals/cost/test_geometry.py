@@ -1,4 +1,5 @@
-"""The account of every family against FlopCounterMode: image sizes, several images, frames, newlines, windows, DeepStack."""
+"""The account of every family against FlopCounterMode: image sizes, several images, frames, newlines, windows,
+DeepStack."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What the bridge stands on, without lmms-eval: prompts of every family in batches, videos, pixels, and what is recorded."""
+"""What the bridge stands on, without lmms-eval: prompts of every family in batches, videos, pixels, and what is
+recorded."""
 
 from __future__ import annotations
 

@@ -195,7 +195,8 @@ def test_a_batch_mixes_tasks_and_equals_single_prompts(model: VtokenModel, tmp_p
 
 
 def test_the_response_cache_knows_the_pipeline(model: VtokenModel, tmp_path: Path) -> None:
-    """lmms-eval's own key is `str(model)` and model_args: another pipeline on the same object must not be given old answers."""
+    """lmms-eval's own key is `str(model)` and model_args: another pipeline on the same object must not be given old
+    answers."""
     task = lmms_tasks.write(tmp_path, "plain", 3)
     manager = Harness([task], [tmp_path]).manager
     asked = []
@@ -213,7 +214,8 @@ def test_the_response_cache_knows_the_pipeline(model: VtokenModel, tmp_path: Pat
 def test_the_response_cache_knows_what_was_edited(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on the command line, where the words stay: another pipeline in the file, other gates, another version are other answers."""
+    """As on the command line, where the words stay: another pipeline in the file, other gates, another version are
+    other answers."""
     task = lmms_tasks.write(tmp_path, "plain", 3)
     manager, asked = Harness([task], [tmp_path]).manager, list[int]()
     monkeypatch.setattr(VtokenModel, "_note", lambda self, answered: asked.append(len(answered)))

@@ -1,4 +1,5 @@
-"""Tasks and suites: the shipped ones are answered right by hand, lmms-eval's own score true answers as true, `vtoken eval` runs."""
+"""Tasks and suites: the shipped ones are answered right by hand, lmms-eval's own score true answers as true, `vtoken
+eval` runs."""
 
 from __future__ import annotations
 

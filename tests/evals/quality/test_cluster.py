@@ -1,4 +1,5 @@
-"""Points over a Ray cluster: who takes which, what happens when an actor dies, and what is refused. Real actors are in test_sweep."""
+"""Points over a Ray cluster: who takes which, what happens when an actor dies, and what is refused. Real actors are in
+test_sweep."""
 
 from __future__ import annotations
 

@@ -120,7 +120,8 @@ def test_the_table_says_what_the_file_does(whole: Results) -> None:
 def test_a_sweep_shows_what_was_lost(
     place: Path, given: Sweep, whole: Results, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a folder where everything was asked already: two documents are drawn, once, and again if a picture is missing."""
+    """Of a folder where everything was asked already: two documents are drawn, once, and again if a picture is
+    missing."""
     chosen = [
         {"task": "fatal", "doc": 2, "shown": ["random:5"]},
         {"task": "odd", "doc": 4, "shown": ["fastervlm:3", "random:5"]},

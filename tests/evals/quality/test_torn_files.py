@@ -1,4 +1,5 @@
-"""Torn, empty and foreign files in the folders of `vtoken eval` and `vtoken sweep`: told in one line, never a traceback."""
+"""Torn, empty and foreign files in the folders of `vtoken eval` and `vtoken sweep`: told in one line, never a
+traceback."""
 
 from __future__ import annotations
 

@@ -69,7 +69,8 @@ def test_names_of_the_hub_are_looked_for(way: str, name: str) -> None:
 
 COMMANDS = [
     "show tiny-lava none PICTURE", "bench tiny-lava fastv:4", "flops tiny-lava fastv:4", "calibrate vtw tiny-lava",
-    "train-exit tiny-lava --data reference -o OUT", "calibrate dtome tiny-lava --images FOLDER -o OUT", "demo --model tiny-lava",
+    "train-exit tiny-lava --data reference -o OUT", "calibrate dtome tiny-lava --images FOLDER -o OUT", "demo --model "
+                                                                                                        "tiny-lava",
 ]  # fmt: skip
 
 

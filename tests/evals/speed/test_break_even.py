@@ -113,10 +113,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("ratios", "told"),
     [
-        ({1: 1.2, 2: 0.9, 3: 0.8}, "faster than dense from 32 visual tokens on (not at 16); for its file:\nmin_visual_tokens: 32\n"),
-        ({1: 0.9, 2: 0.9, 3: 0.8}, "from 16 visual tokens on (the shortest measured); for its file:\nmin_visual_tokens: 16\n"),
-        ({1: 1.2, 2: 1.1, 3: 1.0}, "not faster than dense at any length measured, up to 48 visual tokens, the longest measured\n"),
-        ({1: 0.5, 2: 0.5, 3: 1.1}, "faster than dense at some lengths, but not at 48 visual tokens, the longest measured\n"),
+        ({1: 1.2, 2: 0.9, 3: 0.8}, "faster than dense from 32 visual tokens on (not at 16); for its "
+                                   "file:\nmin_visual_tokens: 32\n"),
+        ({1: 0.9, 2: 0.9, 3: 0.8}, "from 16 visual tokens on (the shortest measured); for its "
+                                   "file:\nmin_visual_tokens: 16\n"),
+        ({1: 1.2, 2: 1.1, 3: 1.0}, "not faster than dense at any length measured, up to 48 visual tokens, the longest "
+                                   "measured\n"),
+        ({1: 0.5, 2: 0.5, 3: 1.1}, "faster than dense at some lengths, but not at 48 visual tokens, the longest "
+                                   "measured\n"),
     ],
 )  # fmt: skip
 def test_the_command_says_what_to_write(

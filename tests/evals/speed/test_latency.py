@@ -93,7 +93,8 @@ def test_the_result_is_plain_data_and_prints(found: Bench) -> None:
 @pytest.mark.parametrize("stage", [{"fastervlm": {"keep": 5}}, {"pool": {"size": 2}}, Ragged()], ids=str)
 @pytest.mark.parametrize("text_tokens", [1, 9])
 def test_the_oracle_is_the_same_computation(positions: str, stage: Any, text_tokens: int) -> None:
-    """On the short prompt the unwrapped model says what the wrapped one says: text, merged features and positions agree."""
+    """On the short prompt the unwrapped model says what the wrapped one says: text, merged features and positions
+    agree."""
     model, pipeline = used(), load({"positions": positions, "stages": [stage]})
     model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=8)
     before, adapter = hooks(model), registry.adapter("llava")(model)

@@ -1,4 +1,5 @@
-"""The search on lmms-eval's tasks: accuracy is the tasks' own metric, as `vtoken eval` reports it, as a share of dense's."""
+"""The search on lmms-eval's tasks: accuracy is the tasks' own metric, as `vtoken eval` reports it, as a share of
+dense's."""
 
 from __future__ import annotations
 

@@ -35,7 +35,8 @@ def test_reading_everything_changes_no_bit(family, batch):
 
 
 def masked(model, batch, kept=None):
-    """Logits of one unpadded row whose prefill attention is masked as Ladder reads, by the model's eager-like backend."""
+    """Logits of one unpadded row whose prefill attention is masked as Ladder reads, by the model's eager-like
+    backend."""
     lm, calls = model.model.language_model, []
     from transformers import AttentionInterface
 
@@ -76,7 +77,8 @@ def test_equals_masked_attention(family, backend):
 
 @families
 def test_rows_of_a_batch_do_not_see_each_other(family):
-    """A ragged batch, pruned before and inside the decoder, row by row: logits and decisions are those of the rows alone."""
+    """A ragged batch, pruned before and inside the decoder, row by row: logits and decisions are those of the rows
+    alone."""
     model = tiny.make(family)
     batch = tiny.build(model, [[9, "img", 1, "img", 20], [1, "img", 30], [60]], seed=3)
     stages = [{"fastervlm": {"keep": "80%"}}, {"fastv": {"keep": 5, "layer": 2}}, Ladder()]

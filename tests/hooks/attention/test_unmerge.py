@@ -83,8 +83,8 @@ def test_without_merged_tokens_nothing_changes(family, merger, cache):
 
 @families
 def test_one_layer_over_repeated_embeddings(family):
-    """Where members are alike the text reads from one layer what it reads when the dense model is given each of them (behind a second
-    layer members are no longer alike: that is what VTU gives up)."""
+    """Where members are alike the text reads from one layer what it reads when the dense model is given each of them
+    (behind a second layer members are no longer alike: that is what VTU gives up)."""
     model = tiny.make(family)
     model.model.language_model.layers = model.model.language_model.layers[:1]
     model.config.text_config.num_hidden_layers = model.model.language_model.config.num_hidden_layers = 1

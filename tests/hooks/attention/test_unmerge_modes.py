@@ -1,4 +1,5 @@
-"""Virtual unmerging in every way of calling: both caches, single rows, beams, drafts, turns, checkpointing, failures."""
+"""Virtual unmerging in every way of calling: both caches, single rows, beams, drafts, turns, checkpointing,
+failures."""
 
 from __future__ import annotations
 
@@ -167,7 +168,8 @@ def test_gradients_with_and_without_checkpointing(family):
 @families
 @caches
 def test_the_rows_of_a_cache_may_change_places(family, cache):
-    """Rows with pictures of different size, swapped and doubled behind the prefill: every row goes on as it would have."""
+    """Rows with pictures of different size, swapped and doubled behind the prefill: every row goes on as it would
+    have."""
     model = tiny.make(family)
     batch = tiny.build(model, rows_for(family, "ragged")[:2], seed=3)
     with vtoken.wrapped(model, unmerging("mingled", cache)), torch.no_grad():

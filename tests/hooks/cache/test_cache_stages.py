@@ -1,4 +1,5 @@
-"""Stages that shrink the KV cache: every family, ragged batches, all ways of generating, against a dense model that masks what was evicted."""
+"""Stages that shrink the KV cache: every family, ragged batches, all ways of generating, against a dense model that
+masks what was evicted."""
 
 from __future__ import annotations
 
@@ -91,7 +92,8 @@ def test_equals_a_dense_model_that_masks(family, name, rows):
 
 @pytest.mark.parametrize("family", tiny.families(varlen=True))
 def test_rows_without_padding_may_be_left_with_different_numbers(family):
-    """Two prompts of one length, so that `generate` sees no padding and drops its mask; the shrunk rows are padded all the same."""
+    """Two prompts of one length, so that `generate` sees no padding and drops its mask; the shrunk rows are padded all
+    the same."""
     model = tiny.make(family)
     batch = tiny.build(model, [[3, "img", 5], [3, ("img", (1, 4, 4)), 5 + 4]], seed=3)
     assert bool(batch["attention_mask"].all())

@@ -1,4 +1,5 @@
-"""Caches in few bits in models: every way of generating gives the very logits of a cache that was rounded at full width."""
+"""Caches in few bits in models: every way of generating gives the very logits of a cache that was rounded at full
+width."""
 
 from __future__ import annotations
 
@@ -176,7 +177,8 @@ def test_half_precision_and_stages_before(family, dtype):
 
 @families
 def test_what_is_generated_follows(family):
-    """Against a loop on the stock model, whose cache is rounded by hand: every third token, what the newest query attends to in float64."""
+    """Against a loop on the stock model, whose cache is rounded by hand: every third token, what the newest query
+    attends to in float64."""
     model, n, every = tiny.make(family), 9, 3
     batch = tiny.build(model, ROWS[:1], seed=3)
     stage, calls = recording(every=every)
@@ -224,7 +226,8 @@ def test_what_is_generated_follows(family):
 
 @families
 def test_what_is_generated_in_batches_and_turns(family):
-    """Rows decide as they do alone; the row without an image stays as it is; copies of a prompt have answers of their own."""
+    """Rows decide as they do alone; the row without an image stays as it is; copies of a prompt have answers of their
+    own."""
     model = tiny.make(family)
     batch = tiny.build(model, ROWS, seed=3)
     stage, calls = recording(every=3)

@@ -1,4 +1,5 @@
-"""`min_visual_tokens` with stages of the vision tower: which rows run dense is known before it runs, however the model is called."""
+"""`min_visual_tokens` with stages of the vision tower: which rows run dense is known before it runs, however the model
+is called."""
 
 from __future__ import annotations
 
@@ -94,7 +95,8 @@ def test_images_and_videos_of_a_prompt_count_together(family):
 
 @videos
 def test_frames(family):
-    """A video of a short prompt keeps all its frames; where every prompt is short, the bits are those of the stock model."""
+    """A video of a short prompt keeps all its frames; where every prompt is short, the bits are those of the stock
+    model."""
     model = tiny.make(family)
     batch = batch_of(family, model)
     dense = torch.stack(greedy(model, batch, **LOGITS).logits)

@@ -65,7 +65,8 @@ OF_A_LAYER = sorted(spec.name for spec in read_of("decoder layer").values() if s
 
 @families
 def test_facts_of_an_earlier_layer_follow_the_token(family):
-    """Behind a cut, what layer 1 said of a token is what it says without the cut, whatever slot the token has moved to."""
+    """Behind a cut, what layer 1 said of a token is what it says without the cut, whatever slot the token has moved
+    to."""
     model = tiny.make(family)
     batch = tiny.build(model, rows_for(family, "ragged"), seed=3)
     told = {}
@@ -105,8 +106,8 @@ MODES = ["plain", "eager", "compact", "static", "turn"]
 @families
 @pytest.mark.parametrize("mode", MODES)
 def test_the_next_layer_is_foretold(family, mode):
-    """What a stage is told of the layer to come is what that layer then does, behind a cut at the same layer, and on a cache in which
-    an earlier turn was cut there."""
+    """What a stage is told of the layer to come is what that layer then does, behind a cut at the same layer, and on a
+    cache in which an earlier turn was cut there."""
     if mode == "compact" and tiny.family(family).mrope:
         pytest.skip("M-RoPE positions cannot be renumbered")
     if mode == "turn" and tiny.family(family).mrope and not IMAGE_TURNS:

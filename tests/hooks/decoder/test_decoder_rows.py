@@ -1,4 +1,5 @@
-"""The attention rows that stages inside the decoder are told beside the last prompt token's, against the stock models' own maps."""
+"""The attention rows that stages inside the decoder are told beside the last prompt token's, against the stock models'
+own maps."""
 
 from __future__ import annotations
 
@@ -58,8 +59,8 @@ def test_rows_equal_the_stock_models(family, attn, tail):
 @families
 @pytest.mark.parametrize("mode", ["static", "turn"])
 def test_rows_over_other_caches(family, mode):
-    """What a stage is told on a static cache, or of a second turn whose cache holds a pruned first one, is what the plain cache tells
-    of the same layout, or what one long prompt tells."""
+    """What a stage is told on a static cache, or of a second turn whose cache holds a pruned first one, is what the
+    plain cache tells of the same layout, or what one long prompt tells."""
     if mode == "turn" and tiny.family(family).mrope and not IMAGE_TURNS:
         pytest.skip("transformers gives a new image in a cached turn the positions of text")
     model = tiny.make(family)

@@ -1,4 +1,5 @@
-"""Stages inside the LLM on every family: equal to recomputation over the kept tokens, alone, in chains and in all modes."""
+"""Stages inside the LLM on every family: equal to recomputation over the kept tokens, alone, in chains and in all
+modes."""
 
 from __future__ import annotations
 
@@ -87,7 +88,8 @@ CHAIN = [
 @pytest.mark.parametrize("last", ["pyramiddrop", "vtw"])
 @pytest.mark.parametrize("batch", ["ragged", "video and image"])
 def test_a_chain_through_all_sites(family, batch, last):
-    """Encoder, tokens, and four or five stages inside the decoder, two at one layer: equal to recomputation, and the trace adds up."""
+    """Encoder, tokens, and four or five stages inside the decoder, two at one layer: equal to recomputation, and the
+    trace adds up."""
     if rows_for(family, batch) is None:
         pytest.skip("stock LLaVA-1.5 and NeXT take no video")
     model = tiny.make(family)

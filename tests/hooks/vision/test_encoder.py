@@ -1,4 +1,5 @@
-"""Encoder-site stages and facts: later layers run on fewer tokens, results do not depend on the batch, facts are exact."""
+"""Encoder-site stages and facts: later layers run on fewer tokens, results do not depend on the batch, facts are
+exact."""
 
 from __future__ import annotations
 

@@ -69,7 +69,8 @@ def test_equals_recomputation(family: str, stages: str) -> None:
 
 @families
 def test_what_stays_are_the_features_of_these_frames(family: str) -> None:
-    """Frames do not see each other in the tower: the stock model's features of the whole video, where the frame stayed."""
+    """Frames do not see each other in the tower: the stock model's features of the whole video, where the frame
+    stayed."""
     model = tiny.make(family)
     batch = batch_of(family, model)
     names = ("pixel_values_videos", "video_grid_thw")

@@ -41,8 +41,8 @@ def copies(groups, cls):
 
 @torch.no_grad()
 def by_hand(model, pixels, stage, tower):
-    """One crop [1, 3, H, W] in float64: its groups by their first member's place, what the projector makes of them, and the attention
-    that each receives from the first row in the last layer."""
+    """One crop [1, 3, H, W] in float64: its groups by their first member's place, what the projector makes of them, and
+    the attention that each receives from the first row in the last layer."""
     nested, cls = getattr(model.model.vision_tower, "vision_model", model.model.vision_tower), int(tower == "clip")
     h = nested.embeddings(pixels)
     h = nested.pre_layrnorm(h) if cls else h
@@ -82,7 +82,8 @@ def entering(model, batch):
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("ran", [False, True], ids=["fresh", "ran before"])
 def test_equals_a_naive_tower(tower, attn, name, ran):
-    """Groups and embeddings of every picture of a ragged batch; also where transformers installed its own hooks first."""
+    """Groups and embeddings of every picture of a ragged batch; also where transformers installed its own hooks
+    first."""
     model, exact = tiny.llava(attn, tower=tower), tiny.llava("eager", tower=tower).double()
     batch = tiny.build(model, ROWS, seed=3)
     if ran:
@@ -157,7 +158,8 @@ def test_a_batch_equals_its_rows(family, name):
 @pytest.mark.parametrize("size", [(100, 60), (30, 100)])
 @pytest.mark.parametrize("name", STAGES)
 def test_nothing_vanishes_with_the_padding_of_crops(size, name):
-    """Every visual token finds, where its home stands, what the naive tower makes of its group; groups of padding alone are gone."""
+    """Every visual token finds, where its home stands, what the naive tower makes of its group; groups of padding alone
+    are gone."""
     model, exact = tiny.make("llava_next"), tiny.make("llava_next").double()
     exact.set_attn_implementation("eager")
     batch = tiny.build(model, [[3, ("img", size), 5]], seed=3)
@@ -183,7 +185,8 @@ def test_nothing_vanishes_with_the_padding_of_crops(size, name):
 
 
 def seen_values(trace, embeds, kept):
-    """Embeddings of the kept tokens of one picture behind three tokens of text, newlines skipped: a newline is the model's, not a patch's."""
+    """Embeddings of the kept tokens of one picture behind three tokens of text, newlines skipped: a newline is the
+    model's, not a patch's."""
     (whole,), (_, _, columns) = trace.parts[0][:1], trace.parts[0][1]
     out, column = [], 3
     row = None

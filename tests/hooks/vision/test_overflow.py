@@ -25,7 +25,8 @@ STAGES = {
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_overflows_is_not_dropped(family, name, value):
-    """Some features are NaN from the projector on: the same tokens stay, and the decoder gets as many as the trace says."""
+    """Some features are NaN from the projector on: the same tokens stay, and the decoder gets as many as the trace
+    says."""
     if name == "frames" and family not in tiny.VIDEO:
         pytest.skip("takes no video")
     model = tiny.make(family)

@@ -24,7 +24,8 @@ def received(found, layer):
 
 
 class Cut(Compressor):
-    """Keeps a different number of tokens of each image after chosen blocks, or folds each into the kept one before it. No paper."""
+    """Keeps a different number of tokens of each image after chosen blocks, or folds each into the kept one before it.
+    No paper."""
 
     site: ClassVar[Site] = "encoder"
     at: tuple[int, ...] = (0,)
@@ -129,7 +130,8 @@ def test_an_image_alone_gives_what_it_gives_in_a_batch(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_stage_sees(family):
-    """Facts of its own block and of earlier ones, hidden states and places, all in token order, after an earlier drop."""
+    """Facts of its own block and of earlier ones, hidden states and places, all in token order, after an earlier
+    drop."""
     asks = (("cls_attention", None), ("received_attention", FULL), ("keys", 0))
     stage = Cut(at=(1,), asks=asks, seen=[])
     hooked, (pixels, grid) = Hooked(family, stages=[Cut(at=(0,)), stage]), pictures(VIDEOS)

@@ -17,7 +17,8 @@ ANYRES = {"image_grid_pinpoints": PINPOINTS, "image_token_index": IMG}
 class Anyres(Family):
     image = (100, 60)
     anyres = True
-    # Sizes come with the call, and the model reads them on the host as well; newlines that stay depend on what was kept.
+    # Sizes come with the call, and the model reads them on the host as well; newlines that stay depend on what was
+    # kept.
     waits = (("asked", "_anyres.py:<genexpr>"),) * 2 + (("asked", "forward_state.py:leave"),)
 
     def item(self, height: int, width: int, frames: int = 1) -> Any:

@@ -1,4 +1,5 @@
-"""What the Qwen families share: a packed tower over grids of patches, 2 x 2 of them to a token, and positions of three axes."""
+"""What the Qwen families share: a packed tower over grids of patches, 2 x 2 of them to a token, and positions of three
+axes."""
 
 from __future__ import annotations
 

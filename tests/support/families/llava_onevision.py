@@ -1,4 +1,5 @@
-"""LLaVA-OneVision: SigLIP, crops that are scaled down where they are many, several images of one crop each, and videos."""
+"""LLaVA-OneVision: SigLIP, crops that are scaled down where they are many, several images of one crop each, and
+videos."""
 
 from __future__ import annotations
 

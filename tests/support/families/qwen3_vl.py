@@ -1,4 +1,5 @@
-"""Qwen3-VL: features of the first two blocks reach the decoder through mergers of their own, and timestamps part the frames."""
+"""Qwen3-VL: features of the first two blocks reach the decoder through mergers of their own, and timestamps part the
+frames."""
 
 from __future__ import annotations
 

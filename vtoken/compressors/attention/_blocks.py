@@ -37,8 +37,8 @@ def ranks(x: Tensor) -> Tensor:
 
 
 def cover(x: Tensor, share: float, drop_crossing: bool = False, always: Tensor | None = None) -> Tensor:
-    """[..., M] bool: the largest of the last axis until they hold `share` of its sum. The one that crosses is in, or out; `always`
-    [..., M] is in, and counts first."""
+    """[..., M] bool: the largest of the last axis until they hold `share` of its sum. The one that crosses is in, or
+    out; `always` [..., M] is in, and counts first."""
     ranked = x if always is None else x.masked_fill(always, torch.inf)
     order = ranked.sort(dim=-1, descending=True, stable=True).indices
     values = x.gather(-1, order)

@@ -22,8 +22,8 @@ FIRST, NEAR = 30, 100  # keys at the start and distances that every vertical-sla
 
 
 def strides(prompt: PrefillQK, unit: str) -> int | None:
-    """Tokens from the start of one frame (single image) to the next, or from one row of a raster to the next: separators included.
-    None where they are not equally long: mixed sizes, or tokens that were dropped."""
+    """Tokens from the start of one frame (single image) to the next, or from one row of a raster to the next:
+    separators included. None where they are not equally long: mixed sizes, or tokens that were dropped."""
     found: int | None = prompt.once(("strides", unit), lambda: _strides(prompt, unit))
     return found
 
@@ -42,7 +42,8 @@ def _strides(prompt: PrefillQK, unit: str) -> int | None:
 
 
 def index(q: Tensor, k: Tensor, scale: float, vertical: int, slash: int, probe: int = SIZE) -> tuple[Tensor, Tensor]:
-    """Vertical-slash index of the last `query_attention` queries of [H, N, d]: columns [H, N] and distances [H, N], both bool."""
+    """Vertical-slash index of the last `query_attention` queries of [H, N, d]: columns [H, N] and distances [H, N],
+    both bool."""
     n = k.shape[1]
     columns, distances, _ = (x[0] for x in probe_sums(q[None, :, -min(probe, n) :], k[None], scale))
     columns[:, :FIRST] = torch.inf
@@ -84,9 +85,10 @@ def _positions(mask: Tensor) -> Tensor:
 
 
 def by_modality(prompt: PrefillQK, vertical: int, slash: int, keys_too: bool) -> tuple[Tensor, Tensor]:
-    """Blocks [h, T, T] and lists of keys [h, L, C] of heads that read by modality: a query block reads what the index of each modality
-    in it says, and one list of those that `list_of_each` tells apart. An index is built by the last queries of the modality's last run, for
-    all keys, or with `keys_too` for the keys of each modality apart, distances then counted in keys of that modality alone."""
+    """Blocks [h, T, T] and lists of keys [h, L, C] of heads that read by modality: a query block reads what the index
+    of each modality in it says, and one list of those that `list_of_each` tells apart. An index is built by the last
+    queries of the modality's last run, for all keys, or with `keys_too` for the keys of each modality apart, distances
+    then counted in keys of that modality alone."""
     n, q, k = prompt.length, prompt.q, per_head(prompt.k, prompt.heads)
     tiles = -(-n // SIZE)
     blocks = torch.zeros(len(q), tiles, tiles, dtype=torch.bool, device=q.device)
@@ -120,15 +122,17 @@ def held(prompt: PrefillQK) -> Tensor:
 
 
 def list_of_each(prompt: PrefillQK) -> Tensor:
-    """[T] int32, where there are both modalities: which list of `by_modality` each query block reads: that of its modality, or the last one, of both."""
+    """[T] int32, where there are both modalities: which list of `by_modality` each query block reads: that of its
+    modality, or the last one, of both."""
     text, images = held(prompt)
     return torch.where(text & images, 2, images).int()
 
 
 def pair(probe: Tensor, mine: Tensor, theirs: Tensor, at: Tensor, vertical: int, slash: int) -> tuple[Tensor, Tensor]:
     """What queries of one modality, `mine` [N], read of the keys of one, `theirs` [N] (`at`: where those
-    of the first n tokens stand): columns [h, N] and blocks [h, T, T], by the attention [h, R, n] of the last R of the first n tokens. The distance of a key is how many later keys of its modality the query
-    sees, so distances run on across what stands in between."""
+    of the first n tokens stand): columns [h, N] and blocks [h, T, T], by the attention [h, R, n] of the last R of the
+    first n tokens. The distance of a key is how many later keys of its modality the query sees, so distances run on
+    across what stands in between."""
     heads, rows, n = probe.shape
     tiles, rank = -(-len(mine) // SIZE), theirs.cumsum(0) - 1
     columns = torch.zeros(heads, len(mine), dtype=torch.bool, device=probe.device)
@@ -148,8 +152,9 @@ def pair(probe: Tensor, mine: Tensor, theirs: Tensor, at: Tensor, vertical: int,
 
 
 def reached(distances: Tensor, mine: Tensor, rank: Tensor, theirs: Tensor) -> Tensor:
-    """[h, T, T] blocks of `SIZE` with a key of `theirs` at one of the distances [h, n] from a query of `mine` in the block; between the
-    first and the last query of a block every distance counts as met. `rank` [N]: keys of `theirs` up to a token, less one."""
+    """[h, T, T] blocks of `SIZE` with a key of `theirs` at one of the distances [h, n] from a query of `mine` in the
+    block; between the first and the last query of a block every distance counts as met. `rank` [N]: keys of `theirs` up
+    to a token, less one."""
     (low, high), (least, most) = (spans(rank, of) for of in (mine, theirs))
     count = pad(distances.cumsum(-1, dtype=torch.int32), (1, 0))
     inside = count.shape[-1] - 1
@@ -160,7 +165,8 @@ def reached(distances: Tensor, mine: Tensor, rank: Tensor, theirs: Tensor) -> Te
 
 
 def spans(rank: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest `rank` [N] of the tokens `of` [N] in every block of `SIZE`; where there is none the smallest is past all."""
+    """Smallest and largest `rank` [N] of the tokens `of` [N] in every block of `SIZE`; where there is none the smallest
+    is past all."""
     tiles = -(-len(rank) // SIZE)
     width, beyond = tiles * SIZE - len(rank), 2 * len(rank)
     low = pad(torch.where(of, rank, beyond), (0, width), value=beyond).unflatten(0, (tiles, SIZE)).amin(-1)
@@ -174,9 +180,9 @@ Lists = tuple[
 
 
 def grid(prompt: PrefillQK, unit: str, rows: bool, local: int) -> Lists | None:
-    """A window, the tokens in front of the images, everything behind the grid's region, and the lines of the grid: keys that lie a
-    multiple of its stride behind its phase and, with `rows`, queries likewise. The phase is where the probe of each head looks.
-    None where frames (rows) are not equally far apart, or too few for it."""
+    """A window, the tokens in front of the images, everything behind the grid's region, and the lines of the grid: keys
+    that lie a multiple of its stride behind its phase and, with `rows`, queries likewise. The phase is where the probe
+    of each head looks. None where frames (rows) are not equally far apart, or too few for it."""
     n, device = prompt.length, prompt.q.device
     stride = strides(prompt, unit)
     if stride is None:

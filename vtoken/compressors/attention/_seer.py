@@ -72,7 +72,8 @@ def read(name: str) -> tuple[Header, list[Tensor]]:
     told, found = opened(path)
     if told.get("format") != FORMAT:
         raise ValueError(
-            f"{path} holds no gates of `vtoken calibrate seerattention` (format {reprlib.repr(told.get('format'))}, not {FORMAT!r})"
+            f"{path} holds no gates of `vtoken calibrate seerattention` (format {reprlib.repr(told.get('format'))}, "
+            f"not {FORMAT!r})"
         )
     about = Header(*(count(path, told, key) for key in Header._fields))
     if about.size not in SIZES:
@@ -96,12 +97,14 @@ def _theirs(path: Path) -> list[Tensor]:
         raise ValueError(f"{path} is no file of tensors that torch saved: {reprlib.repr(what)}") from None
     if len(found) != len(names) or sorted(names) != list(range(len(names))) or not shapes:
         raise ValueError(
-            f"{path} does not hold one matrix mask_linear_k for every layer and nothing else: of the authors' gates the default kind is read"
+            f"{path} does not hold one matrix mask_linear_k for every layer and nothing else: of the authors' gates "
+            "the default kind is read"
         )
     first = found[names[0]].shape
     if len(first) != 3 or not first[0] or first[1] != 3 * first[2]:
         raise ValueError(
-            f"{path}: tensor {names[0]!r} is of shape {written(first)}, expected [heads, 3 D, D]: keys pooled by max, min, avg"
+            f"{path}: tensor {names[0]!r} is of shape {written(first)}, expected [heads, 3 D, D]: keys pooled by max, "
+            "min, avg"
         )
     expect(path, found, ((names[k], tuple(first)) for k in sorted(names)))
     return [found[names[k]] for k in sorted(names)]
@@ -120,8 +123,8 @@ def save(path: Path, gates: Sequence[Tensor], key_heads: int, size: int, about: 
 
 
 def pooled(prompt: PrefillQK, size: int) -> tuple[Tensor, Tensor]:
-    """Of queries and keys before RoPE, over blocks of `size` tokens (the last one over what it has), fp32: means of queries [H, T, d];
-    maxima, minima and means of keys side by side [Hk, T, 3 d]."""
+    """Of queries and keys before RoPE, over blocks of `size` tokens (the last one over what it has), fp32: means of
+    queries [H, T, d]; maxima, minima and means of keys side by side [Hk, T, 3 d]."""
     rope = prompt.rope
     assert rope is not None
     # Key head by key head: all unrotated queries at once would double what the layer holds.
@@ -154,8 +157,8 @@ def chosen(shares: Tensor, threshold: float, share: float | None, last: int) -> 
     """[H, T, T] bool: the key blocks to read, of shares [H, T, T] that a gate gives them.
 
     Args:
-        threshold: shares above it are read; with `share` instead as many of the largest in every row as make it up of a whole
-            causal map, at least one.
+        threshold: shares above it are read; with `share` instead as many of the largest in every row as make it up of a
+            whole causal map, at least one.
         last: rows at the end that read all.
     """
     t = torch.arange(shares.shape[-1], device=shares.device)

@@ -16,7 +16,8 @@ def listed(taken: Tensor, width: int) -> Tensor:
 
 
 def fullest(held: Tensor, most: int) -> Tensor:
-    """[..., M] bool: of blocks that hold so many [..., M] the fullest, as few as leave at most `most` in all others; ties by index."""
+    """[..., M] bool: of blocks that hold so many [..., M] the fullest, as few as leave at most `most` in all others;
+    ties by index."""
     count, order = held.sort(dim=-1, descending=True, stable=True)
     left = held.sum(-1, keepdim=True) - count.cumsum(-1) + count
     return torch.zeros_like(held, dtype=torch.bool).scatter_(-1, order, left > most)

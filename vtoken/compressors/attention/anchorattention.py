@@ -16,22 +16,26 @@ from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, caus
 
 
 class AnchorAttention(SparseAttention):
-    """Queries stand in groups of `step` blocks. All read the first block of keys, and everything from one block in front of their
-    group on. The largest score of a query among these, averaged over its block, is the block's anchor. A key between the two
-    is read by the whole group if the score of one of its blocks' mean queries comes within `theta` (natural units) of that block's
-    anchor. The queries behind the last whole group read everything; so does a prompt of less than a group.
+    """Queries stand in groups of `step` blocks. All read the first block of keys, and everything from one block in
+    front of their group on. The largest score of a query among these, averaged over its block, is the block's anchor. A
+    key between the two is read by the whole group if the score of one of its blocks' mean queries comes within `theta`
+    (natural units) of that block's anchor. The queries behind the last whole group read everything; so does a prompt of
+    less than a group.
 
-    No share is fixed: a larger `theta` reads more. A group that chose more than `max_columns` keys reads the blocks with most of them
-    whole, as few as leave `max_columns` in the others: more than was chosen, never less.
+    No share is fixed: a larger `theta` reads more. A group that chose more than `max_columns` keys reads the blocks
+    with most of them whole, as few as leave `max_columns` in the others: more than was chosen, never less.
 
     Paper: https://aclanthology.org/2025.emnlp-main.430
     """
 
     paper: ClassVar[str] = "https://aclanthology.org/2025.emnlp-main.430"
     deviations: ClassVar[str] = (
-        "The authors' released kernel reads the whole first group, counts its chosen keys twice, and never reads the block in front "
-        "of a group; an earlier kernel in their repository has the ranges taken here. `released` takes the released ranges, each key "
-        "counted once. Scores and anchors are compared in fp32, theirs in half precision. The maxima are computed apart from "
+        "The authors' released kernel reads the whole first group, counts its chosen keys twice, and never reads the "
+        "block in front "
+        "of a group; an earlier kernel in their repository has the ranges taken here. `released` takes the released "
+        "ranges, each key "
+        "counted once. Scores and anchors are compared in fp32, theirs in half precision. The maxima are computed "
+        "apart from "
         "the attention, theirs in one pass, so what is read by all is scored twice. A group lists "
         "at most `max_columns` keys and reads blocks beyond, see above. Evaluated by its authors on text models alone."
     )
@@ -65,8 +69,9 @@ class AnchorAttention(SparseAttention):
         return SparseMask(size, full | exact | ~searched & causal(blocks), columns, self.step)
 
     def _stripes(self, prompt: PrefillQK, anchors: Tensor, whole: int, initial: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of the query heads of every key head the single keys of every group [h, G, C], -1 behind them, and the blocks [h, G, M] that it
-        reads whole instead; `anchors` [H, T], groups up to block `whole`; the first `initial` blocks are read anyway."""
+        """Of the query heads of every key head the single keys of every group [h, G, C], -1 behind them, and the blocks
+        [h, G, M] that it reads whole instead; `anchors` [H, T], groups up to block `whole`; the first `initial` blocks
+        are read anyway."""
         size, step, groups = self.size, self.step, prompt.heads // len(prompt.k)
         total = -(-anchors.shape[1] // step)
         for head, k in enumerate(prompt.k):

@@ -13,20 +13,24 @@ SIZE = 128
 
 
 class CompositeAttention(SparseAttention):
-    """In the chosen layers a visual token reads itself and the text in front of it; text reads everything before it, as ever.
+    """In the chosen layers a visual token reads itself and the text in front of it; text reads everything before it, as
+    ever.
 
-    Softmax runs over exactly these keys. All tokens keep their projections, MLP, positions and place in the cache; what is saved is attention
-    among visual tokens, quadratic in their number. `prefix: false` leaves a visual token itself alone, so that attention gives its own value.
-    With `prefix` one number per prefill and row comes from the device.
+    Softmax runs over exactly these keys. All tokens keep their projections, MLP, positions and place in the cache; what
+    is saved is attention among visual tokens, quadratic in their number. `prefix: false` leaves a visual token itself
+    alone, so that attention gives its own value. With `prefix` one number per prefill and row comes from the device.
 
     Paper: https://arxiv.org/abs/2408.11795
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2408.11795"
     deviations: ClassVar[str] = (
-        "Experimental: an ablation after EE-MLLM and NAAViT (https://arxiv.org/abs/2502.02458), not a reproduction. Both train their models for it, "
-        "and their full rules (which layers the training-free EE-MLLM-F takes, whether NAAViT's visual tokens read themselves) were not at hand. "
-        "The default, the second half of the layers, is this project's. Neither method's saving on projections and MLP is made."
+        "Experimental: an ablation after EE-MLLM and NAAViT (https://arxiv.org/abs/2502.02458), not a reproduction. "
+        "Both train their models for it, "
+        "and their full rules (which layers the training-free EE-MLLM-F takes, whether NAAViT's visual tokens read "
+        "themselves) were not at hand. "
+        "The default, the second half of the layers, is this project's. Neither method's saving on projections and "
+        "MLP is made."
     )
 
     min_len: int = Field(default=0, ge=0, description="prompts of fewer tokens keep the model's own attention")

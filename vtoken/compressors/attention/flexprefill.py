@@ -15,23 +15,28 @@ from vtoken.stages.query_attention import shared
 
 
 class FlexPrefill(SparseAttention):
-    """A probe of the last `size` queries gives the attention of every key (vertical) and of every distance (slash). As many blocks
-    of keys and of distances are taken, the heaviest first, as the keys or distances that hold `gamma` of the mass would fill,
-    at least `min_budget` tokens' worth, at most `max_budget`; the first block and the diagonal always.
+    """A probe of the last `size` queries gives the attention of every key (vertical) and of every distance (slash). As
+    many blocks of keys and of distances are taken, the heaviest first, as the keys or distances that hold `gamma` of
+    the mass would fill, at least `min_budget` tokens' worth, at most `max_budget`; the first block and the diagonal
+    always.
 
-    Where block means predict the probe well (root of the Jensen-Shannon divergence of the two below `tau`), the head takes the
-    minimum of both, and besides the entries that hold `gamma` of the whole matrix of softmaxed products of block means.
-    With tau 0 every head is vertical-slash. Prompts of at most two blocks, or of `min_budget`, are read whole.
+    Where block means predict the probe well (root of the Jensen-Shannon divergence of the two below `tau`), the head
+    takes the minimum of both, and besides the entries that hold `gamma` of the whole matrix of softmaxed products of
+    block means. With tau 0 every head is vertical-slash. Prompts of at most two blocks, or of `min_budget`, are read
+    whole.
 
-    The probe assumes that the last 128 tokens speak for the prompt: with a short question they are image tokens and template.
+    The probe assumes that the last 128 tokens speak for the prompt: with a short question they are image tokens and
+    template.
 
     Paper: https://arxiv.org/abs/2502.20766
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2502.20766"
     deviations: ClassVar[str] = (
-        "The entry that crosses gamma counts, as in the paper; the authors' code drops it in query-aware heads (drop_crossing). "
-        "Blocks of other sizes than 128 are counted in their own size, where the code divides by 128. Probabilities of 0 add "
+        "The entry that crosses gamma counts, as in the paper; the authors' code drops it in query-aware heads "
+        "(drop_crossing). "
+        "Blocks of other sizes than 128 are counted in their own size, where the code divides by 128. Probabilities "
+        "of 0 add "
         "nothing to the divergence, where the code gets NaN. The attention's own scale is used for scoring too."
     )
 
@@ -68,8 +73,8 @@ class FlexPrefill(SparseAttention):
         return SparseMask(size, torch.cat([self._blocks(q, k, v, s, prompt.scale) for (q, k), v, s in parts]))
 
     def _blocks(self, q: Tensor, k: Tensor, vertical: Tensor, slash: Tensor, scale: float) -> Tensor:
-        """[H, T, T] of the query heads [H, N, d] of one key head [1, N, d]; [H, N] each, what their last queries give on average to
-        every key and to every distance."""
+        """[H, T, T] of the query heads [H, N, d] of one key head [1, N, d]; [H, N] each, what their last queries give
+        on average to every key and to every distance."""
         size = self.size
         # Distances are pooled from the far end, so that those of an incomplete block are the longest ones.
         columns, bands = block_sum(vertical, size), block_sum(slash.flip(-1), size).flip(-1)

@@ -25,31 +25,36 @@ SEARCH = "search a table for it: vtoken calibrate mminference MODEL -o FILE"
 
 
 class MMInference(SparseAttention):
-    """`heads` gives every query head of every layer its pattern; `vtoken calibrate mminference` searches it. Without it all heads
-    take `pattern`.
+    """`heads` gives every query head of every layer its pattern; `vtoken calibrate mminference` searches it. Without it
+    all heads take `pattern`.
 
-    grid_frame, grid_row: a window, what stands in front of the images, and a grid whose stride is a frame (a picture), or a row of
-    patches, separators included: keys on it are read by all, queries on it (not with _columns) read all; its phase is where the
-    last 64 queries look. a_shape: the first and the latest tokens. Both read everything from the text behind the images.
-    vertical_slash: the keys and the distances that the last 64 queries attend to most, 1000 and 1024 (2048) of them.
-    query_boundary: the same (1000, 2048), once by the last text and once by the last image tokens, each for its own queries.
-    2d_boundary: the same for each pair of modalities, so that text keys, in the eyes of image queries, do not compete with image
-    keys. Distances are counted in keys of that modality alone: what stands in between does not part them.
-    Heads with a boundary along the keys alone (K-boundary) need no pattern of their own: one index serves all queries.
+    grid_frame, grid_row: a window, what stands in front of the images, and a grid whose stride is a frame (a picture),
+    or a row of patches, separators included: keys on it are read by all, queries on it (not with _columns) read all;
+    its phase is where the last 64 queries look. a_shape: the first and the latest tokens. Both read everything from the
+    text behind the images. vertical_slash: the keys and the distances that the last 64 queries attend to most, 1000 and
+    1024 (2048) of them. query_boundary: the same (1000, 2048), once by the last text and once by the last image tokens,
+    each for its own queries. 2d_boundary: the same for each pair of modalities, so that text keys, in the eyes of image
+    queries, do not compete with image keys. Distances are counted in keys of that modality alone: what stands in
+    between does not part them. Heads with a boundary along the keys alone (K-boundary) need no pattern of their own:
+    one index serves all queries.
 
-    Frames that are not equally far apart (pictures of different sizes, tokens dropped before) draw no grid, nor do fewer than 64:
-    such heads read everything. At 20-66k tokens the authors report 32-47 % of the FLOPs.
+    Frames that are not equally far apart (pictures of different sizes, tokens dropped before) draw no grid, nor do
+    fewer than 64: such heads read everything. At 20-66k tokens the authors report 32-47 % of the FLOPs.
 
     Paper: https://arxiv.org/abs/2504.16083
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2504.16083"
     deviations: ClassVar[str] = (
-        "2d_boundary is experimental: the paper leaves open how text and images index each other, its code has it commented out; here "
-        "both ways are vertical-slash, and the attention that ranks the keys is over all of them. Windows and slashes are read in "
-        "whole aligned blocks of 64, never less than the authors read. Lists of rows and columns take the place of the authors' permutation "
+        "2d_boundary is experimental: the paper leaves open how text and images index each other, its code has it "
+        "commented out; here "
+        "both ways are vertical-slash, and the attention that ranks the keys is over all of them. Windows and slashes "
+        "are read in "
+        "whole aligned blocks of 64, never less than the authors read. Lists of rows and columns take the place of "
+        "the authors' permutation "
         "of queries and keys; what is read is the same. The grid's phase is found at run time, as in the paper; "
-        "their code fixes it offline. Modalities are told apart by their tokens, not by the order of spans. No searched table is "
+        "their code fixes it offline. Modalities are told apart by their tokens, not by the order of spans. No "
+        "searched table is "
         "shipped: the authors' are of models that are not supported here."
     )
 

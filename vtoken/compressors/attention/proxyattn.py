@@ -17,25 +17,30 @@ CHUNK = 1 << 26  # scores held at once
 
 
 class ProxyAttn(SparseAttention):
-    """Neighbouring heads form `proxies` groups; the mean of a group's queries and the mean of its keys are its proxy. Of these only the
-    first of every `stride` tokens counts: causal softmax over them, and the largest entry between two blocks is the score of the
-    pair, for all heads of the group. How many blocks a head reads is its own: as many as hold `gamma` of the attention of its last
-    `size` queries, the heaviest first, at least `min_budget` tokens' worth. Every query block reads so many of the blocks up to
-    itself, by the score, the first block and its own always and counted in; with `by_row` the same share of them.
+    """Neighbouring heads form `proxies` groups; the mean of a group's queries and the mean of its keys are its proxy.
+    Of these only the first of every `stride` tokens counts: causal softmax over them, and the largest entry between two
+    blocks is the score of the pair, for all heads of the group. How many blocks a head reads is its own: as many as
+    hold `gamma` of the attention of its last `size` queries, the heaviest first, at least `min_budget` tokens' worth.
+    Every query block reads so many of the blocks up to itself, by the score, the first block and its own always and
+    counted in; with `by_row` the same share of them.
 
-    Scores cost proxies / (heads * stride^2) of the products of queries and keys. Prompts of at most `min_budget` tokens are read
-    whole. As FlexPrefill's, the counts come from queries at the prompt's end: with a short question these are image tokens and
-    template.
+    Scores cost proxies / (heads * stride^2) of the products of queries and keys. Prompts of at most `min_budget` tokens
+    are read whole. As FlexPrefill's, the counts come from queries at the prompt's end: with a short question these are
+    image tokens and template.
 
     Paper: https://arxiv.org/abs/2509.24745
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2509.24745"
     deviations: ClassVar[str] = (
-        "Written from descriptions of the paper; the authors' code was not to be had. Not established, and chosen here: blocks of 128; "
-        "softmax over the tokens that the stride leaves; the first block and the diagonal are always read; the count is asked "
-        "of the last 128 queries, which need not be an aligned block, and of the mass of blocks, not its mean over tokens (they differ "
-        "in an incomplete last block). One count holds for all rows, as the paper's formula has it, so that early rows read all; "
+        "Written from descriptions of the paper; the authors' code was not to be had. Not established, and chosen "
+        "here: blocks of 128; "
+        "softmax over the tokens that the stride leaves; the first block and the diagonal are always read; the count "
+        "is asked "
+        "of the last 128 queries, which need not be an aligned block, and of the mass of blocks, not its mean over "
+        "tokens (they differ "
+        "in an incomplete last block). One count holds for all rows, as the paper's formula has it, so that early "
+        "rows read all; "
         "the authors may scale it with the row (by_row). They evaluate text models alone."
     )
 
@@ -75,7 +80,8 @@ class ProxyAttn(SparseAttention):
         return SparseMask(size, ((order[:, None] < most[..., None]) & below).flatten(0, 1))
 
     def scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        """[G, T, T] fp32 of queries [H, N, d] and keys [Hk, N, d]: largest share among the scored tokens of two blocks."""
+        """[G, T, T] fp32 of queries [H, N, d] and keys [Hk, N, d]: largest share among the scored tokens of two
+        blocks."""
         per, key_groups = self.size // self.stride, min(len(k), self.proxies)
         q = q[:, :: self.stride].unflatten(0, (self.proxies, -1)).mean(1)
         k = k[:, :: self.stride].unflatten(0, (key_groups, -1)).mean(1)

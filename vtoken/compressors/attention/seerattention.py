@@ -14,31 +14,37 @@ from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask
 
 
 class SeerAttention(SparseAttention):
-    """Per layer, queries and keys before RoPE are pooled over blocks: of queries the mean, of keys maximum, minimum and mean side by side,
-    which a matrix per query head brings back to the width of a head. Both are rotated by the place where their block starts; the
-    softmax of their products over the key blocks up to a query's own says how much of its attention each would get. Blocks with
-    more than `threshold` are read, or as many of the largest as make up `share` of the causal map; the first block and the
-    diagonal always, and everything by the last `last` query blocks.
+    """Per layer, queries and keys before RoPE are pooled over blocks: of queries the mean, of keys maximum, minimum and
+    mean side by side, which a matrix per query head brings back to the width of a head. Both are rotated by the place
+    where their block starts; the softmax of their products over the key blocks up to a query's own says how much of its
+    attention each would get. Blocks with more than `threshold` are read, or as many of the largest as make up `share`
+    of the causal map; the first block and the diagonal always, and everything by the last `last` query blocks.
 
-    The gates are trained on the model's own attention, which stays as it is: `vtoken calibrate seerattention MODEL --data DATA
-    -o FILE`. The file says how large blocks are. The authors' attn_gate_weights.pth are read too; those that are published belong
-    to text models (Llama-3.1, Qwen2.5), not to VLMs built of them.
+    The gates are trained on the model's own attention, which stays as it is: `vtoken calibrate seerattention MODEL
+    --data DATA -o FILE`. The file says how large blocks are. The authors' attn_gate_weights.pth are read too; those
+    that are published belong to text models (Llama-3.1, Qwen2.5), not to VLMs built of them.
 
     Paper: https://arxiv.org/abs/2410.13276
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.13276"
     deviations: ClassVar[str] = (
-        "One matrix per query head, on pooled keys, as in the authors' default and published gates; their variants (a matrix for queries "
-        "too, one per key head, other poolings, a gate width other than the head's) are left out. The first block and the diagonal are always "
-        "read; the authors read them where their gate says so. Queries and keys are rotated back from what the model rotated, exact up "
-        "to rounding. With M-RoPE, and after pruning, a block starts at the positions of its first token, which the paper does not "
-        "speak of. Blocks are counted from a row's first token, without its padding. `share` breaks ties towards the first block."
+        "One matrix per query head, on pooled keys, as in the authors' default and published gates; their variants (a "
+        "matrix for queries "
+        "too, one per key head, other poolings, a gate width other than the head's) are left out. The first block and "
+        "the diagonal are always "
+        "read; the authors read them where their gate says so. Queries and keys are rotated back from what the model "
+        "rotated, exact up "
+        "to rounding. With M-RoPE, and after pruning, a block starts at the positions of its first token, which the "
+        "paper does not "
+        "speak of. Blocks are counted from a row's first token, without its padding. `share` breaks ties towards the "
+        "first block."
     )
     rope: ClassVar[bool] = True
 
     gates: str = Field(
-        description="file that `vtoken calibrate seerattention` wrote for the same model, or the authors' attn_gate_weights.pth"
+        description="file that `vtoken calibrate seerattention` wrote for the same model, or the authors' "
+        "attn_gate_weights.pth"
     )
     threshold: float = Field(
         default=2e-3,
@@ -83,7 +89,8 @@ class SeerAttention(SparseAttention):
     def _other(self, told: Header, here: str) -> str:
         on = f" on {told.key_heads} key heads" if told.key_heads else ""
         return (
-            f"the gates {self.gates!r} are for {told.depth} layers of {told.heads} query heads{on} of width {told.width}, this model "
+            f"the gates {self.gates!r} are for {told.depth} layers of {told.heads} query heads{on} of width "
+            f"{told.width}, this model "
             f"has {here}; train gates for it: vtoken calibrate seerattention MODEL --data DATA -o FILE"
         )
 

@@ -15,21 +15,23 @@ from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, caus
 
 
 class StaticSparse(SparseAttention):
-    """A streaming head reads the first `sink` tokens and the latest `window`, in whole blocks; the last `last` queries of the prompt
-    read everything (tri-shape). Without `gates` all heads stream (A-shape). With `gates`, one number per decoder layer and key
-    head as DuoAttention learns them, the share `sparsity` of all key heads with the lowest numbers stream, with their query heads.
-    They may stand in a file: JSON, or the authors' full_attention_heads.tsv, whose sink_size and recent_size (config.json beside it)
-    go into `sink` and `window`.
+    """A streaming head reads the first `sink` tokens and the latest `window`, in whole blocks; the last `last` queries
+    of the prompt read everything (tri-shape). Without `gates` all heads stream (A-shape). With `gates`, one number per
+    decoder layer and key head as DuoAttention learns them, the share `sparsity` of all key heads with the lowest
+    numbers stream, with their query heads. They may stand in a file: JSON, or the authors' full_attention_heads.tsv,
+    whose sink_size and recent_size (config.json beside it) go into `sink` and `window`.
 
-    Streaming throughout prefill loses what lies between: A-shape finds 44 of 100 needles in video where full attention finds 98
-    (MMInference's V-NIAH). The cache stays whole and decoding reads all of it, where DuoAttention keeps less for streaming heads.
+    Streaming throughout prefill loses what lies between: A-shape finds 44 of 100 needles in video where full attention
+    finds 98 (MMInference's V-NIAH). The cache stays whole and decoding reads all of it, where DuoAttention keeps less
+    for streaming heads.
 
     Paper: https://arxiv.org/abs/2410.10819
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.10819"
     deviations: ClassVar[str] = (
-        "Prefill only: the cache of streaming heads is not shortened. A query block reads every block that its window touches, "
+        "Prefill only: the cache of streaming heads is not shortened. A query block reads every block that its window "
+        "touches, "
         "up to one more than the window holds. Of equal gates those of the first layers stream; the authors draw. "
         "Published gates are those of text models; none is shipped."
     )

@@ -10,15 +10,17 @@ from vtoken.stages import Compressor, Site, Unmerging
 
 
 class VTU(Compressor):
-    """Virtual token unmerging, the second half of DyMU: a decoder that was trained on all visual tokens gets back the attention statistics of
-    all of them, while projections, norms and MLPs work on the merged ones only. In every decoder layer each merged token's query,
-    key and value stand at the places of all its members (of an earlier stage of site encoder or tokens that merges), rotated
-    by the members' positions, under the causal mask of the unmerged prompt; the outputs of the group are averaged before o_proj.
-    Tokens that were dropped, not merged, stay dropped. With groups of one nothing changes.
+    """Virtual token unmerging, the second half of DyMU: a decoder that was trained on all visual tokens gets back the
+    attention statistics of all of them, while projections, norms and MLPs work on the merged ones only. In every
+    decoder layer each merged token's query, key and value stand at the places of all its members (of an earlier stage
+    of site encoder or tokens that merges), rotated by the members' positions, under the causal mask of the unmerged
+    prompt; the outputs of the group are averaged before o_proj. Tokens that were dropped, not merged, stay dropped.
+    With groups of one nothing changes.
 
-    It saves nothing in attention. With `cache: expanded` the KV cache is that of the unmerged prompt and decoding runs the stock code; with
-    `cache: merged` it holds one key, without RoPE, and value per merged token, and a table of cosines and sines of all places (once, not per
-    layer); every step then copies and rotates them for each layer. Both give the same numbers.
+    It saves nothing in attention. With `cache: expanded` the KV cache is that of the unmerged prompt and decoding runs
+    the stock code; with `cache: merged` it holds one key, without RoPE, and value per merged token, and a table of
+    cosines and sines of all places (once, not per layer); every step then copies and rotates them for each layer. Both
+    give the same numbers.
 
     Paper: https://arxiv.org/abs/2504.17040
     """
@@ -32,7 +34,8 @@ class VTU(Compressor):
 
     cache: Unmerging = Field(
         default="expanded",
-        description="what the KV cache holds: keys and values of every place (as published), or one of each merged token",
+        description="what the KV cache holds: keys and values of every place (as published), or one of each merged "
+        "token",
     )
 
     def unmerge_mode(self) -> Unmerging:

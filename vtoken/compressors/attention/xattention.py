@@ -18,18 +18,20 @@ LEAST = 256  # rows that are worth a chunk
 
 
 class XAttention(SparseAttention):
-    """Every `stride` neighbouring queries, in reverse, and every `stride` neighbouring keys make one long vector each; the products of
-    these, divided by `stride` and softmaxed over the causal keys, are sums along antidiagonals of the attention map. Summed per
-    block pair they score the blocks: of each query block's the heaviest are read until they hold `threshold` of the sum, the
-    first block and the diagonal always and counted in.
+    """Every `stride` neighbouring queries, in reverse, and every `stride` neighbouring keys make one long vector each;
+    the products of these, divided by `stride` and softmaxed over the causal keys, are sums along antidiagonals of the
+    attention map. Summed per block pair they score the blocks: of each query block's the heaviest are read until they
+    hold `threshold` of the sum, the first block and the diagonal always and counted in.
 
     Paper: https://arxiv.org/abs/2503.16428
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.16428"
     deviations: ClassVar[str] = (
-        "One threshold for all heads; the authors also ship tuned tables for Llama. Without the defects of their code: the first "
-        "chunk of queries counts its first block like all others (one block more there), zero padding hides nothing but itself, "
+        "One threshold for all heads; the authors also ship tuned tables for Llama. Without the defects of their "
+        "code: the first "
+        "chunk of queries counts its first block like all others (one block more there), zero padding hides nothing "
+        "but itself, "
         "and tokens of padding ask nothing. The attention's own scale is used."
     )
 

@@ -18,7 +18,8 @@ MASKING = ("AdaKVPress", "CriticalAdaKVPress", "DMSPress", "DuoAttentionPress", 
 MASKS = "keeps different numbers of tokens in every head, which kvpress only masks: nothing would be saved"
 REASONS = dict.fromkeys(MASKING, MASKS) | {
     "KeyRerotationPress": "renumbers the kept tokens, while generation goes on from their original positions",
-    "ObservedAttentionPress": "reads attention maps, which are not computed here; SnapKVPress and TOVAPress compute what they need",
+    "ObservedAttentionPress": "reads attention maps, which are not computed here; SnapKVPress and TOVAPress compute "
+    "what they need",
 }
 
 
@@ -92,7 +93,8 @@ def _within(built: Any) -> Iterator[Any]:
 
 
 class _Attention:
-    """The attention module of a layer as kvpress wants to see it: with the RoPE of the model, and norms that every class applies."""
+    """The attention module of a layer as kvpress wants to see it: with the RoPE of the model, and norms that every
+    class applies."""
 
     def __init__(self, native: Native) -> None:
         vars(self).update(native=native)
@@ -118,7 +120,8 @@ class _Attention:
         ids = torch.arange(cos.shape[-2], device=cos.device)[None]
         if rotary is None or not torch.equal(rotary(self.native.hidden, ids)[0], cos):
             raise ValueError(
-                "this press numbers tokens from 0 on, but the positions of this prompt are others (M-RoPE, dropped tokens, or an earlier "
+                "this press numbers tokens from 0 on, but the positions of this prompt are others (M-RoPE, dropped "
+                "tokens, or an earlier "
                 "turn); take a press that reads positions off the keys, such as SnapKVPress or KnormPress"
             )
         return rotary

@@ -16,18 +16,19 @@ from vtoken.stages.cache import CachedLayer, CacheStage, Decision, ReplacedKV
 class KVPress(CacheStage):
     """Lets a press of the kvpress package shrink the cache, row by row and layer by layer, when the prefill ends.
 
-    By default text stays: the press scores the tokens, and each KV head keeps the best `1 - compression_ratio` of every image, at least
-    one. With `text: true` the press does what it does, to the whole prompt. On every family presses get the queries that the layer
-    computes: kvpress itself leaves out the norm that Qwen3-VL puts on them.
+    By default text stays: the press scores the tokens, and each KV head keeps the best `1 - compression_ratio` of every
+    image, at least one. With `text: true` the press does what it does, to the whole prompt. On every family presses get
+    the queries that the layer computes: kvpress itself leaves out the norm that Qwen3-VL puts on them.
 
-    Refused are presses that only mask keys (AdaKV, DuoAttention, DMS, ...: no memory is saved), act while decoding, need several passes
-    (KVzip, Finch, ...) or attention maps (ObservedAttention), or move positions (KeyRerotation).
+    Refused are presses that only mask keys (AdaKV, DuoAttention, DMS, ...: no memory is saved), act while decoding,
+    need several passes (KVzip, Finch, ...) or attention maps (ObservedAttention), or move positions (KeyRerotation).
 
     No paper: an interface to https://github.com/NVIDIA/kvpress, tried with 0.5.5.
     """
 
     deviations: ClassVar[str] = (
-        "Text is kept unless `text: true`; kvpress compresses all of the prompt, and rows of equal length only. A row without images is "
+        "Text is kept unless `text: true`; kvpress compresses all of the prompt, and rows of equal length only. A row "
+        "without images is "
         "left alone."
     )
     native: ClassVar[bool] = True
@@ -70,5 +71,6 @@ class KVPress(CacheStage):
 
 
 def _left(lengths: Sequence[int], ratio: float) -> tuple[int, ...]:
-    """Tokens that stay of each image: at least one, and no rounding error (kvpress leaves 9 of 100 at a ratio of 0.9)."""
+    """Tokens that stay of each image: at least one, and no rounding error (kvpress leaves 9 of 100 at a ratio of
+    0.9)."""
     return tuple(min(n, max(1, int(n * (1 - Fraction(str(ratio)))))) for n in lengths)

@@ -19,23 +19,29 @@ from vtoken.stages.query_attention import shared
 
 
 class LookM(CacheStage):
-    """When the prefill ends, every layer and KV head ranks the prompt's tokens by the attention they receive from all of it (summed over
-    the queries, so early tokens have an advantage; mean over the query heads of the KV head). It keeps the newest tokens (`recent`), all
-    text, and of the older visual tokens as many of the best as `important` leaves room for after the older text: none, if that is longer.
+    """When the prefill ends, every layer and KV head ranks the prompt's tokens by the attention they receive from all
+    of it (summed over the queries, so early tokens have an advantage; mean over the query heads of the KV head). It
+    keeps the newest tokens (`recent`), all text, and of the older visual tokens as many of the best as `important`
+    leaves room for after the older text: none, if that is longer.
 
-    An evicted token is folded into the kept one, text included, whose key has the most similar direction; values go the same way.
-    `averaged`: mean of the kept token and all it absorbs. `pivotal`: each of these is first averaged with the kept token. `weighted`: each
-    is first multiplied by its similarity. Averaged and weighted take only what is at least as similar as the mean of its head.
+    An evicted token is folded into the kept one, text included, whose key has the most similar direction; values go the
+    same way. `averaged`: mean of the kept token and all it absorbs. `pivotal`: each of these is first averaged with the
+    kept token. `weighted`: each is first multiplied by its similarity. Averaged and weighted take only what is at least
+    as similar as the mean of its head.
 
     Paper: https://arxiv.org/abs/2406.18139
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.18139"
     deviations: ClassVar[str] = (
-        "Text comes first by a mask: the authors' code subtracts 65516 from the scores of images, which loses their ranking in half "
-        "precision. Their averaging pairs the wrong rows and judges by similarities averaged over heads whose evicted tokens differ; here "
-        "each head pairs and judges its own. Images may have any number of tokens (there 576). `keep` counts visual tokens instead; with "
-        "`text: true` the budget is strict, as in the paper, and long text is evicted. A row without images is left alone. "
+        "Text comes first by a mask: the authors' code subtracts 65516 from the scores of images, which loses their "
+        "ranking in half "
+        "precision. Their averaging pairs the wrong rows and judges by similarities averaged over heads whose evicted "
+        "tokens differ; here "
+        "each head pairs and judges its own. Images may have any number of tokens (there 576). `keep` counts visual "
+        "tokens instead; with "
+        "`text: true` the budget is strict, as in the paper, and long text is evicted. A row without images is left "
+        "alone. "
         "Shares are rounded to the nearest, there down."
     )
 
@@ -71,7 +77,8 @@ class LookM(CacheStage):
         return self._fold(layer, hold_text(layer, scores.masked_fill(newest, torch.inf), counts))
 
     def _older(self, layer: CachedLayer, scores: Tensor, end: int, room: int) -> KeepSlots:
-        """Everything from slot `end` on, and of what stands before it text first, then visual tokens, until `room` is taken."""
+        """Everything from slot `end` on, and of what stands before it text first, then visual tokens, until `room` is
+        taken."""
         before = [sum(slot < end for slot in slots) for slots in layer.slots]
         visual = torch.cat([slots[:n] for slots, n in zip(layer.images, before, strict=True)])
         words, n = end - len(visual), scores.shape[1]

@@ -17,20 +17,22 @@ from vtoken.stages.query_attention import shared
 
 
 class SnapKV(CacheStage):
-    """When the prefill ends, every layer and KV head keeps the tokens that the last `window` prompt tokens attend to most: softmax over
-    all they see, mean over them, pooled over `kernel` neighbouring tokens, mean over the query heads of the KV head. Prefill costs what
-    it did; the cache is smaller, and decoding reads less.
+    """When the prefill ends, every layer and KV head keeps the tokens that the last `window` prompt tokens attend to
+    most: softmax over all they see, mean over them, pooled over `kernel` neighbouring tokens, mean over the query heads
+    of the KV head. Prefill costs what it did; the cache is smaller, and decoding reads less.
 
-    By default text stays and the visual tokens of each image compete; the window is the text behind the last image, if that is shorter.
-    With `text: true` the whole prompt competes for `keep` slots, and the window takes its own of them.
+    By default text stays and the visual tokens of each image compete; the window is the text behind the last image, if
+    that is shorter. With `text: true` the whole prompt competes for `keep` slots, and the window takes its own of them.
 
     Paper: https://arxiv.org/abs/2404.14469
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2404.14469"
     deviations: ClassVar[str] = (
-        "Text is kept unless `text: true`; the authors' budget (2048 in their code) covers the whole prompt. One cache per KV head, its "
-        "query heads averaged: the authors' code repeats K and V and caches every query head. Kept tokens stay in order. A row without "
+        "Text is kept unless `text: true`; the authors' budget (2048 in their code) covers the whole prompt. One "
+        "cache per KV head, its "
+        "query heads averaged: the authors' code repeats K and V and caches every query head. Kept tokens stay in "
+        "order. A row without "
         "images is left alone. The kernel is 5, as in the code."
     )
 

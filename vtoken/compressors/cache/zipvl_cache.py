@@ -20,25 +20,30 @@ from vtoken.stages.query_attention import shared
 
 
 class ZipVLCache(Important, CacheStage):
-    """When the prefill ends, every layer takes its important tokens, as `zipvl` has it: as few as hold `tau` of what the probe attends
-    to, the same for all heads, and as many as layer and prompt say.
+    """When the prefill ends, every layer takes its important tokens, as `zipvl` has it: as few as hold `tau` of what
+    the probe attends to, the same for all heads, and as many as layer and prompt say.
 
-    `mode: drop` (second version of the paper) caches these alone. `mode: quantise` (first version) holds all tokens, the important ones in
-    `bits[0]` and the others in `bits[1]` bits: keys by channel, values by token after their channels were evened out. Of what follows the
-    prompt, `every` tokens at a time are rounded, the important ones being those with which the newest query holds `tau` of its attention.
+    `mode: drop` (second version of the paper) caches these alone. `mode: quantise` (first version) holds all tokens,
+    the important ones in `bits[0]` and the others in `bits[1]` bits: keys by channel, values by token after their
+    channels were evened out. Of what follows the prompt, `every` tokens at a time are rounded, the important ones being
+    those with which the newest query holds `tau` of its attention.
 
-    Memory is saved, time is not: every decode step works out keys and values of every layer anew, at full width, one layer after the other,
-    in a few copies of that layer. `cache_bytes` of the trace is what the packed cache takes.
+    Memory is saved, time is not: every decode step works out keys and values of every layer anew, at full width, one
+    layer after the other, in a few copies of that layer. `cache_bytes` of the trace is what the packed cache takes.
 
     Paper: https://arxiv.org/abs/2410.08584
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.08584"
     deviations: ClassVar[str] = (
-        "As zipvl about the choice of tokens: no code of the authors was at hand, and text always counts as important, except what is "
-        "generated, of which the query's attention alone decides. The quantiser is that of the same authors' ZipCache. Tokens of a later "
-        "turn of text count as generated; a later turn with images leaves what lies between at full precision, and so is what is packed "
-        "together with padding. With drafts, a hundred tokens are rounded one forward later. A row without images is left alone."
+        "As zipvl about the choice of tokens: no code of the authors was at hand, and text always counts as "
+        "important, except what is "
+        "generated, of which the query's attention alone decides. The quantiser is that of the same authors' "
+        "ZipCache. Tokens of a later "
+        "turn of text count as generated; a later turn with images leaves what lies between at full precision, and so "
+        "is what is packed "
+        "together with padding. With drafts, a hundred tokens are rounded one forward later. A row without images is "
+        "left alone."
     )
 
     mode: Literal["drop", "quantise"] = Field(
@@ -51,7 +56,8 @@ class ZipVLCache(Important, CacheStage):
     every: int | None = Field(
         default=100,
         ge=1,
-        description="mode quantise: tokens behind the prompt that are rounded together once there are so many, text or not; null: never",
+        description="mode quantise: tokens behind the prompt that are rounded together once there are so many, text "
+        "or not; null: never",
     )
     left: float = Field(
         default=1.0, gt=0, le=1, description="share of the prompt expected to be important: for the FLOPs account only"

@@ -109,7 +109,8 @@ def save(path: Path, gates: Mapping[int, Gate], stay: Sequence[float], about: Ma
 
 
 def question(text: Tensor) -> Tensor:
-    """[2 D] what a gate is shown of the text [T, D] behind the images: the mean of all but the last token, and the last."""
+    """[2 D] what a gate is shown of the text [T, D] behind the images: the mean of all but the last token, and the
+    last."""
     text = text.float()
     return torch.cat([text[:-1].mean(0), text[-1]])
 

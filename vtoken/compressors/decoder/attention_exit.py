@@ -14,13 +14,14 @@ from vtoken.stages import Compressor, Fact, Keep, Site, VisualTokens
 
 
 class AttentionExit(Compressor):
-    """Before every decoder layer from `first` on: if in the `patience` layers before it the last `window` text tokens gave the images less
-    than `threshold` of their attention (softmax over everything a token sees, mean over tokens and heads), all visual tokens of the row
-    leave. Rows leave at different layers, or never; the plan (FLOPs) counts on none. A prompt that ends with an image keeps it.
+    """Before every decoder layer from `first` on: if in the `patience` layers before it the last `window` text tokens
+    gave the images less than `threshold` of their attention (softmax over everything a token sees, mean over tokens and
+    heads), all visual tokens of the row leave. Rows leave at different layers, or never; the plan (FLOPs) counts on
+    none. A prompt that ends with an image keeps it.
 
-    `sinks` leaves out the tokens attended to most: early tokens can draw attention without being read. Nothing tells that the question
-    has read the image by then: exits before half of the depth are destructive in ToDRE's table. `vtoken calibrate attention_exit` finds the
-    threshold of a model that changes so many answers and no more.
+    `sinks` leaves out the tokens attended to most: early tokens can draw attention without being read. Nothing tells
+    that the question has read the image by then: exits before half of the depth are destructive in ToDRE's table.
+    `vtoken calibrate attention_exit` finds the threshold of a model that changes so many answers and no more.
 
     No paper: a baseline, ToDRE's rule asked at every layer and of the last token.
     """

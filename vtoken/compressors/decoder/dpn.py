@@ -14,12 +14,13 @@ QUARTERS = (1, 2, 3)
 
 
 class DPN(Compressor):
-    """Before the decoder layers `at`, averages the visual tokens of every k x k cell of the current grid, k being the layer's `sizes`; the
-    mean takes the place (and position) of the cell's first token. Cells at the edge average what is there. An image that is down to
-    a grid of fewer than `least` tokens, or to a raster smaller than k x k, stays as it is.
+    """Before the decoder layers `at`, averages the visual tokens of every k x k cell of the current grid, k being the
+    layer's `sizes`; the mean takes the place (and position) of the cell's first token. Cells at the edge average what
+    is there. An image that is down to a grid of fewer than `least` tokens, or to a raster smaller than k x k, stays as
+    it is.
 
-    The schedule is fixed by hand. The authors train a router per layer that picks k in {1, 2, 4} (the last: {1, 2}) for each question, and
-    fine-tune the LLM with it.
+    The schedule is fixed by hand. The authors train a router per layer that picks k in {1, 2, 4} (the last: {1, 2}) for
+    each question, and fine-tune the LLM with it.
 
     Paper: https://arxiv.org/abs/2503.20322
     """
@@ -27,15 +28,18 @@ class DPN(Compressor):
     site: ClassVar[Site] = "decoder"
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.20322"
     deviations: ClassVar[str] = (
-        "A static schedule, not the authors' method: without routers nothing is chosen by the question, and pooled tokens are not multiplied "
-        "by the router's probability, which a stock LLM was not trained for. Means instead of maxima, original positions instead of "
+        "A static schedule, not the authors' method: without routers nothing is chosen by the question, and pooled "
+        "tokens are not multiplied "
+        "by the router's probability, which a stock LLM was not trained for. Means instead of maxima, original "
+        "positions instead of "
         "renumbered ones (positions: compact has these), edges are kept. With routers: dpn_routed."
     )
 
     at: tuple[int, ...] | None = Field(
         default=None,
         min_length=1,
-        description="decoder layers before which tokens are pooled; null: one, two and three quarters of the depth, the authors' 8, 16, 24 of 32",
+        description="decoder layers before which tokens are pooled; null: one, two and three quarters of the depth, "
+        "the authors' 8, 16, 24 of 32",
     )
     sizes: tuple[int, ...] = Field(
         default=(2, 1, 2),
@@ -57,7 +61,8 @@ class DPN(Compressor):
         return tuple(max(1, depth * q // 4) for q in QUARTERS) if self.at is None else self.at
 
     def for_depth(self, depth: int) -> Self:
-        """The stage for a decoder of so many layers; `select` and `expected_counts` have to know which of the sizes is due."""
+        """The stage for a decoder of so many layers; `select` and `expected_counts` have to know which of the sizes is
+        due."""
         return self.model_copy(update={"at": self.layers(depth)})
 
     def select(self, tokens: VisualTokens) -> Keep:
@@ -75,7 +80,8 @@ class DPN(Compressor):
         return tuple(min(n, c) for n, c in zip(lengths, cells, strict=True))
 
     def _sides(self, parts: Parts, layer: int | None) -> tuple[int, int]:
-        """Side of an image's cells, in tokens of its unpruned raster, before and after the layer (None: all of them)."""
+        """Side of an image's cells, in tokens of its unpruned raster, before and after the layer (None: all of
+        them)."""
         if layer is not None and self.at is None:
             raise ValueError("dpn does not know how deep the decoder is; use what its bound(depth) returns")
         sizes = self.sizes if layer is None else self.sizes[: (self.at or ()).index(layer) + 1]

@@ -18,13 +18,14 @@ from vtoken.stages import Compressor, Fact, Fused, Keep, Parts, Site, VisualToke
 
 
 class DPNRouted(Compressor):
-    """Behind the decoder layers that have a router, the mean of the row's last `read` prompt tokens goes through its norm and two matrices with
-    GELU between them; of the softmax of a tenth of what comes out the largest picks k in `sizes`. The maximum over every k x k cell of the
-    current grid, times that probability (also where k is 1), takes the place and position of the cell's first token. Rows whose images are
-    down to fewer than `least` tokens, or to a raster smaller than the largest k, stay as they are.
+    """Behind the decoder layers that have a router, the mean of the row's last `read` prompt tokens goes through its
+    norm and two matrices with GELU between them; of the softmax of a tenth of what comes out the largest picks k in
+    `sizes`. The maximum over every k x k cell of the current grid, times that probability (also where k is 1), takes
+    the place and position of the cell's first token. Rows whose images are down to fewer than `least` tokens, or to a
+    raster smaller than the largest k, stay as they are.
 
-    Only for an LLM that was fine-tuned with these routers: the probability scales what it reads. `dpn` is the schedule by hand for stock
-    models. How far is pooled depends on the prompt: the plan (FLOPs) counts that nothing is.
+    Only for an LLM that was fine-tuned with these routers: the probability scales what it reads. `dpn` is the schedule
+    by hand for stock models. How far is pooled depends on the prompt: the plan (FLOPs) counts that nothing is.
 
     Paper: https://arxiv.org/abs/2503.20322
     """
@@ -32,10 +33,14 @@ class DPNRouted(Compressor):
     site: ClassVar[Site] = "decoder"
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.20322"
     deviations: ClassVar[str] = (
-        "The authors' checkpoints are not in the format of transformers; their routers (norm and matrix of `mlp1`, matrix of `predictor`) have to be "
-        "written to a safetensors file as LAYER.norm.weight, .norm.bias, .in.weight and .out.weight, LAYER being 7, 15 and 23 in LLaVA-1.5-7B. Tried "
-        "with random routers only. They read <ROUTER> tokens that they append to the prompt: append them and say how many (`read`). "
-        "Original positions (positions: compact has theirs); edges of a grid are kept; the images of a row share one choice."
+        "The authors' checkpoints are not in the format of transformers; their routers (norm and matrix of `mlp1`, "
+        "matrix of `predictor`) have to be "
+        "written to a safetensors file as LAYER.norm.weight, .norm.bias, .in.weight and .out.weight, LAYER being 7, "
+        "15 and 23 in LLaVA-1.5-7B. Tried "
+        "with random routers only. They read <ROUTER> tokens that they append to the prompt: append them and say how "
+        "many (`read`). "
+        "Original positions (positions: compact has theirs); edges of a grid are kept; the images of a row share one "
+        "choice."
     )
 
     routers: str = Field(description="safetensors file with the routers that the LLM was fine-tuned with")
@@ -82,8 +87,10 @@ class DPNRouted(Compressor):
         if wide == {width} and max(found) < depth - 1 and max(outputs) <= len(self.sizes):
             return ""
         return (
-            f"the routers {self.routers!r} are for layers {sorted(found)} of a decoder of width {sorted(wide)} with up to {max(outputs)} sizes; "
-            f"this one has {depth} layers of width {width}, and {len(self.sizes)} sizes are given; take the routers it was fine-tuned with"
+            f"the routers {self.routers!r} are for layers {sorted(found)} of a decoder of width {sorted(wide)} with "
+            f"up to {max(outputs)} sizes; "
+            f"this one has {depth} layers of width {width}, and {len(self.sizes)} sizes are given; take the routers "
+            "it was fine-tuned with"
         )
 
     @torch.no_grad()

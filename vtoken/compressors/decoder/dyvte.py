@@ -16,13 +16,14 @@ from vtoken.stages import Compressor, Fact, Keep, Parts, Site, VisualTokens
 
 
 class DyVTE(Compressor):
-    """Before every decoder layer a gate of its own looks at what leaves the layer before: the mean of the question's tokens (the text behind the
-    row's last image, but for the last token) beside the last prompt token. Two matrices with GELU between them give two numbers, stay and
-    leave; at the first layer where leave is larger all visual tokens of the row leave. Decided at prefill, row by row.
+    """Before every decoder layer a gate of its own looks at what leaves the layer before: the mean of the question's
+    tokens (the text behind the row's last image, but for the last token) beside the last prompt token. Two matrices
+    with GELU between them give two numbers, stay and leave; at the first layer where leave is larger all visual tokens
+    of the row leave. Decided at prefill, row by row.
 
-    The authors publish no gates. `vtoken train-exit` trains them for a model; those of the reference model are shipped (`gates:
-    tiny-llava`). How many rows leave where depends on the prompt: the plan (FLOPs) takes the shares that were measured when the gates were
-    trained. Rows with fewer than two text tokens behind their last image keep it.
+    The authors publish no gates. `vtoken train-exit` trains them for a model; those of the reference model are shipped
+    (`gates: tiny-llava`). How many rows leave where depends on the prompt: the plan (FLOPs) takes the shares that were
+    measured when the gates were trained. Rows with fewer than two text tokens behind their last image keep it.
 
     Paper: https://arxiv.org/abs/2411.19628
     """
@@ -30,7 +31,8 @@ class DyVTE(Compressor):
     site: ClassVar[Site] = "decoder"
     paper: ClassVar[str] = "https://arxiv.org/abs/2411.19628"
     deviations: ClassVar[str] = (
-        "The authors' code counts on 35 tokens before one image of 576; here the question is found in any prompt, and the images of a row "
+        "The authors' code counts on 35 tokens before one image of 576; here the question is found in any prompt, and "
+        "the images of a row "
         "leave together. No gate for the last layer, behind which there is nothing to save. Means are taken in float32."
     )
 
@@ -68,7 +70,8 @@ class DyVTE(Compressor):
         if (told.depth, told.width) == (depth, width):
             return ""
         return (
-            f"the gates {self.gates!r} are for a decoder of {told.depth} layers of width {told.width}, this one has {depth} of width "
+            f"the gates {self.gates!r} are for a decoder of {told.depth} layers of width {told.width}, this one has "
+            f"{depth} of width "
             f"{width}; train gates for it: vtoken train-exit MODEL --data DATA -o FILE"
         )
 

@@ -11,11 +11,12 @@ from vtoken.stages import Compressor, Keep, Parts, Site, VisualTokens
 
 
 class VTW(Compressor):
-    """Before decoder layer `layer` every visual token leaves: deeper layers compute, and cache, text only. What the image says has to
-    have reached the text by then: too aggressive for reading text in images and for long captions.
+    """Before decoder layer `layer` every visual token leaves: deeper layers compute, and cache, text only. What the
+    image says has to have reached the text by then: too aggressive for reading text in images and for long captions.
 
-    The authors choose the layer offline, as `vtoken calibrate vtw` does for a model: the first from 5 on where the next-token distribution on some 20 samples stays close to the
-    unpruned one (KL(withdrawn || full) at most 0.003; 0.0005 for 13B): layer 15 of 32 for LLaVA-1.5-7B.
+    The authors choose the layer offline, as `vtoken calibrate vtw` does for a model: the first from 5 on where the
+    next-token distribution on some 20 samples stays close to the unpruned one (KL(withdrawn || full) at most 0.003;
+    0.0005 for 13B): layer 15 of 32 for LLaVA-1.5-7B.
 
     Paper: https://arxiv.org/abs/2405.05803
     """
@@ -23,7 +24,8 @@ class VTW(Compressor):
     site: ClassVar[Site] = "decoder"
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.05803"
     deviations: ClassVar[str] = (
-        "Without `layer` it is the authors' result for LLaVA-1.5-7B, in proportion to the depth; `vtoken calibrate vtw` searches it."
+        "Without `layer` it is the authors' result for LLaVA-1.5-7B, in proportion to the depth; `vtoken calibrate "
+        "vtw` searches it."
     )
 
     layer: int | None = Field(

@@ -14,14 +14,16 @@ from vtoken.stages import Compressor, Fact, Keep, Parts, Site, VisualTokens, ima
 
 
 class DToMePost(Compressor, Thresholds):
-    """One round after the other, the visual tokens of a picture (crop, frame) are dealt out alternately to two sides, and each of side A
-    whose most similar one of side B exceeds the round's threshold merges into it, at most half of the tokens. Similarity: cosine of
-    the keys of the encoder layer that attention is read from (the last with full attention), mean over heads and over the patches of a
-    token; a merged token has the mean of its members, weighted as its embedding is, by how many tokens they stand for.
+    """One round after the other, the visual tokens of a picture (crop, frame) are dealt out alternately to two sides,
+    and each of side A whose most similar one of side B exceeds the round's threshold merges into it, at most half of
+    the tokens. Similarity: cosine of the keys of the encoder layer that attention is read from (the last with full
+    attention), mean over heads and over the patches of a token; a merged token has the mean of its members, weighted as
+    its embedding is, by how many tokens they stand for.
 
-    Not DyMU: a stand-in for its first half where an encoder joins 2 x 2 patches. It saves nothing inside the encoder and needs thresholds
-    of its own, which `vtoken calibrate dtome` finds for Qwen models. No published numbers. `expected_counts` expects the mean count of the
-    calibration, or that nothing merges if there was none. Asks the device for the counts once per round.
+    Not DyMU: a stand-in for its first half where an encoder joins 2 x 2 patches. It saves nothing inside the encoder
+    and needs thresholds of its own, which `vtoken calibrate dtome` finds for Qwen models. No published numbers.
+    `expected_counts` expects the mean count of the calibration, or that nothing merges if there was none. Asks the
+    device for the counts once per round.
 
     Paper: https://arxiv.org/abs/2504.17040
     """
@@ -34,7 +36,8 @@ class DToMePost(Compressor, Thresholds):
         return (Fact("mean_key"),)
 
     def taken(self, value: Tensor, held: Sequence[int], at: int) -> tuple[int, ...]:
-        """Merges per sequence in round `at`: value [S, W] similarities, -inf where there is none; held tokens per sequence."""
+        """Merges per sequence in round `at`: value [S, W] similarities, -inf where there is none; held tokens per
+        sequence."""
         return self.above(value, held, at)
 
     def select(self, tokens: VisualTokens) -> Keep:
@@ -64,7 +67,8 @@ class DToMePost(Compressor, Thresholds):
         return self.expected(lengths, lengths, -1)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        """Similarities and means, counted at the decoder's width and as if nothing had merged before the last round: an upper bound."""
+        """Similarities and means, counted at the decoder's width and as if nothing had merged before the last round: an
+        upper bound."""
         return len(self.thresholds) * sum(n * n // 2 + 2 * n for n in lengths) * width
 
 

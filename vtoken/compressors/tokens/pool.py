@@ -12,9 +12,9 @@ from vtoken.stages import Compressor, Keep, Parts, Site, VisualTokens
 
 
 class Pool(Compressor):
-    """Averages every `size` x `size` cell of each frame (of each raster of an anyres image) into one token; cells at the edge average
-    what is there. The merged token takes the place (and position) of the cell's first token in reading order. Tokens that an
-    earlier stage dropped simply do not take part.
+    """Averages every `size` x `size` cell of each frame (of each raster of an anyres image) into one token; cells at
+    the edge average what is there. The merged token takes the place (and position) of the cell's first token in reading
+    order. Tokens that an earlier stage dropped simply do not take part.
 
     No paper: a baseline.
     """

@@ -96,7 +96,8 @@ def keeps(model: Any, prompt: dict[str, Tensor], answer: Tensor, layers: Sequenc
 
 
 def curve(seen: Seen) -> list[Point]:
-    """What every threshold does that lies between two values that were heard. With the smallest, the first, no image leaves."""
+    """What every threshold does that lies between two values that were heard. With the smallest, the first, no image
+    leaves."""
     values = [0.0, *seen.heard[seen.heard <= 1].unique().tolist()]
     return [_point(seen, between(a, b)) for a, b in pairwise([*values, 1.0]) if a < b] or [_point(seen, 1.0)]
 
@@ -126,8 +127,8 @@ def _point(seen: Seen, threshold: float) -> Point:
 
 
 def search(seen: Seen, tried: Sequence[int], kind: str, target: float, depth: int) -> tuple[int, Point, list[Point]]:
-    """First layer, threshold and curve: of those that meet a share, where images leave earliest; of those that meet a mean layer, where
-    most answers stay. Of equals the later layer.
+    """First layer, threshold and curve: of those that meet a share, where images leave earliest; of those that meet a
+    mean layer, where most answers stay. Of equals the later layer.
     """
     found, problems = [], []
     for first in [k for k in tried if depth - k >= seen.patience]:
@@ -143,13 +144,15 @@ def search(seen: Seen, tried: Sequence[int], kind: str, target: float, depth: in
 
 
 def choose(points: Sequence[Point], kind: str, target: float, depth: int) -> Point:
-    """The largest threshold such that it and all smaller ones keep the share; of a mean layer the smallest that reaches it."""
+    """The largest threshold such that it and all smaller ones keep the share; of a mean layer the smallest that reaches
+    it."""
     if kind == "mean_layer":
         for point in points:
             if point.mean_layer <= target:
                 return point
         raise VtokenError(
-            f"images leave before layer {points[-1].mean_layer:.2f} at the earliest, not {target:g}; lower --first, or --patience"
+            f"images leave before layer {points[-1].mean_layer:.2f} at the earliest, not {target:g}; lower --first, "
+            "or --patience"
         )
     if points[0].accuracy is None and kind == "accuracy":
         raise VtokenError(
@@ -160,6 +163,7 @@ def choose(points: Sequence[Point], kind: str, target: float, depth: int) -> Poi
         return points[worse - 1]
     told = f"the next one leaves {getattr(points[worse], kind):.1%}" if worse < len(points) else "nobody was asked"
     raise VtokenError(
-        f"no threshold that lets an image go keeps {kind} at {target:.1%}: {told}; this model reads its images to the end, or raise "
+        f"no threshold that lets an image go keeps {kind} at {target:.1%}: {told}; this model reads its images to the "
+        "end, or raise "
         "--first, or ask for less"
     )

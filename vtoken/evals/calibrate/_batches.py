@@ -1,4 +1,5 @@
-"""Batch-level matching: the most similar pairs of a whole batch merge, and the first that did not gives the batch's threshold."""
+"""Batch-level matching: the most similar pairs of a whole batch merge, and the first that did not gives the batch's
+threshold."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ SCHEDULES = ("constant", "linear", "reverse_linear")
 
 
 def schedule(kind: str, total: int, depth: int) -> tuple[int, ...]:
-    """Merges per layer. Linear schedules fall from 2 total / depth towards 0, in whole numbers that stop at `total`; where those do not add
-    up to it the rest is left out."""
+    """Merges per layer. Linear schedules fall from 2 total / depth towards 0, in whole numbers that stop at `total`;
+    where those do not add up to it the rest is left out."""
     if kind == "constant":
         return tuple(total // depth + (layer < total % depth) for layer in range(depth))
     first, left, out = 2 * total // depth, total, []
@@ -69,7 +70,8 @@ class Learned:
         means[at] = value if mean != mean else (mean * self.batches + value) / (self.batches + 1)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a stage reads: thresholds that nothing exceeds where nothing merges, and the share of tokens left after each layer."""
+        """What a stage reads: thresholds that nothing exceeds where nothing merges, and the share of tokens left after
+        each layer."""
         left, last = self.left.clone(), 1.0
         for at, share in enumerate(left.tolist()):
             last = left[at] = last if share != share else share
@@ -77,8 +79,9 @@ class Learned:
 
 
 def learner(cls: Any, learned: Learned) -> Stage:
-    """The stage `cls`, merging by batches instead of thresholds. Inside a tower each match of a batch deals the tokens of all pictures out
-    anew, also of those that lose none, as the authors' calibration does; alone, at inference, such a picture keeps its order."""
+    """The stage `cls`, merging by batches instead of thresholds. Inside a tower each match of a batch deals the tokens
+    of all pictures out anew, also of those that lose none, as the authors' calibration does; alone, at inference, such
+    a picture keeps its order."""
 
     class Learner(cls):
         anew: ClassVar[bool] = True

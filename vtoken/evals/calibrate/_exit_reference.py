@@ -16,8 +16,8 @@ from vtoken.hooks.state.handle import Handle
 class ExitReference:
     """One dense forward of one prompt; what enters every layer is kept for its text tokens only.
 
-    `without(k)` runs layers k and deeper on that text. It gives the numbers of a forward wrapped with `vtw: {layer: k}`, for the price
-    of the text.
+    `without(k)` runs layers k and deeper on that text. It gives the numbers of a forward wrapped with `vtw: {layer:
+    k}`, for the price of the text.
 
     Attributes:
         columns: [T] where the prompt's text tokens stand.
@@ -52,7 +52,8 @@ class ExitReference:
 
     @torch.no_grad()
     def without(self, layer: int) -> Tensor:
-        """[T, V] logits of the text tokens if the visual ones (and newlines) had left before this layer; positions as they were."""
+        """[T, V] logits of the text tokens if the visual ones (and newlines) had left before this layer; positions as
+        they were."""
         x = self.entering[layer][None]
         mask = create_causal_mask(
             config=self.lm.config, inputs_embeds=x, attention_mask=None, past_key_values=None, position_ids=None

@@ -1,4 +1,5 @@
-"""FitPrune's search: how much attention may be lost so that a budget of FLOPs is met, and what leaves behind each layer then."""
+"""FitPrune's search: how much attention may be lost so that a budget of FLOPs is met, and what leaves behind each layer
+then."""
 
 from __future__ import annotations
 
@@ -22,16 +23,17 @@ MASSES = (Fact("cross_attention"), Fact("self_attention"))
 
 @dataclass
 class Sample:
-    """One prompt: its attention masses (cross, self) behind every decoder layer but the last when nothing leaves, and the visual tokens
-    alive in every layer in the run at hand."""
+    """One prompt: its attention masses (cross, self) behind every decoder layer but the last when nothing leaves, and
+    the visual tokens alive in every layer in the run at hand."""
 
     mass: dict[int, tuple[float, float]] = field(default_factory=dict)
     alive: list[int] = field(default_factory=list)
 
 
 class Losing(Stage):
-    """Behind every layer lets those tokens go that can be spared by both attentions: the lowest, as long as what is left has `1 - alpha`
-    of the mass that the unpruned model has there. With alpha None nothing leaves and the masses are noted."""
+    """Behind every layer lets those tokens go that can be spared by both attentions: the lowest, as long as what is
+    left has `1 - alpha` of the mass that the unpruned model has there. With alpha None nothing leaves and the masses
+    are noted."""
 
     kind: ClassVar[Literal["pruner", "compressor"]] = "pruner"
     site: ClassVar[Site] = "decoder"
@@ -65,8 +67,9 @@ class Losing(Stage):
 
 @dataclass(frozen=True)
 class Fit:
-    """A table, the `tokens` it is for, the share of attention that may be lost at a layer (alpha), and the share of the visual tokens'
-    FLOPs that is spared by what left in the samples, `reached`, and by the table, whose counts are rounded down, `spared`."""
+    """A table, the `tokens` it is for, the share of attention that may be lost at a layer (alpha), and the share of the
+    visual tokens' FLOPs that is spared by what left in the samples, `reached`, and by the table, whose counts are
+    rounded down, `spared`."""
 
     table: tuple[int, ...]
     tokens: int
@@ -97,7 +100,8 @@ def fit(model: Any, prompts: Iterable[Any], reduction: float, progress: Callable
     sizes = {counts[0] for counts in runs(None)}
     if len(sizes) != 1:
         raise ConfigError(
-            f"the pictures have {min(sizes)} to {max(sizes)} visual tokens, but a table is for one number; give pictures of one size"
+            f"the pictures have {min(sizes)} to {max(sizes)} visual tokens, but a table is for one number; give "
+            "pictures of one size"
         )
     (tokens,) = sizes
     low, high, found = 0.0, 1.0, None
@@ -116,7 +120,8 @@ def fit(model: Any, prompts: Iterable[Any], reduction: float, progress: Callable
 
 
 def removable(values: Tensor, floor: float) -> Tensor:
-    """[N] bool: the lowest of values [N], as many as leave at least `floor` of their sum; ties go to the lower index."""
+    """[N] bool: the lowest of values [N], as many as leave at least `floor` of their sum; ties go to the lower
+    index."""
     order = values.argsort(stable=True)
     left = values[order].flip(0).cumsum(0).flip(0)
     # left[i] is what stays when the first i are gone: all i with left[i] >= floor are allowed, the last one stays.
@@ -126,7 +131,8 @@ def removable(values: Tensor, floor: float) -> Tensor:
 
 
 def stopped(stack: Layers, alive: list[list[int]], reduction: float) -> tuple[list[list[int]], float]:
-    """Tokens alive per sample and layer when nothing leaves any more once the mean forecast is met, and the share that is spared."""
+    """Tokens alive per sample and layer when nothing leaves any more once the mean forecast is met, and the share that
+    is spared."""
     spared = 0.0
     for last in range(stack.depth):
         counts = [row[: last + 1] + [row[last]] * (stack.depth - last - 1) for row in alive]

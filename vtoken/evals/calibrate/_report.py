@@ -1,4 +1,5 @@
-"""How every method of `vtoken calibrate` tells how far it is and what it found: one JSON object, or a table and a sentence."""
+"""How every method of `vtoken calibrate` tells how far it is and what it found: one JSON object, or a table and a
+sentence."""
 
 from __future__ import annotations
 
@@ -78,8 +79,8 @@ def tell(
 def tell_pipeline(
     args: argparse.Namespace, found: Mapping[str, Any], rows: Rows, about: str, stage: Mapping[str, Any]
 ) -> None:
-    """The same for a pipeline of one `stage` (name -> options). It goes into `args.out`, with a comment `about` it in front; without a
-    file it goes to stdout, and what is said of it to stderr."""
+    """The same for a pipeline of one `stage` (name -> options). It goes into `args.out`, with a comment `about` it in
+    front; without a file it goes to stdout, and what is said of it to stderr."""
     text, out = f"# {about}\n{dump(load([dict(stage)]))}", args.out
     if out is not None:
         out.write_text(text, encoding="utf-8")

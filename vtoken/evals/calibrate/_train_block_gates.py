@@ -105,12 +105,14 @@ def watch(
         depth, where = model.config.get_text_config().num_hidden_layers, f"{sample.image.name}, {sample.question!r}"
         if len(found) != depth:
             raise ConfigError(
-                f"{where}: {len(found)} of {depth} decoder layers could be watched; a layer whose attention is not plain and causal, a "
+                f"{where}: {len(found)} of {depth} decoder layers could be watched; a layer whose attention is not "
+                "plain and causal, a "
                 "sliding window for one, cannot be given gates"
             )
         if (blocks := found[0].target.shape[1]) < LEAST:
             raise ConfigError(
-                f"{where}: a prompt of {blocks} blocks of {size} tokens, and gates learn from {LEAST} on; give a smaller --size"
+                f"{where}: a prompt of {blocks} blocks of {size} tokens, and gates learn from {LEAST} on; give a "
+                "smaller --size"
             )
         out.append(found)
         progress(done)
@@ -124,8 +126,8 @@ def untrained(seen: Seen, seed: int, layer: int) -> Tensor:
 
 
 def divergence(gate: Tensor, seen: Seen) -> Tensor:
-    """KL divergence of a gate's shares from the target, in nats, mean over heads and rows; the first quarter of rows, in which there is
-    little to choose, is left out."""
+    """KL divergence of a gate's shares from the target, in nats, mean over heads and rows; the first quarter of rows,
+    in which there is little to choose, is left out."""
     first = seen.target.shape[1] // 4
     said = logits(seen.queries, seen.keys, gate, seen.starts).log_softmax(-1)[:, first:]
     target = seen.target[:, first:]
@@ -163,8 +165,9 @@ def judge(
     """How gates do on prompts.
 
     Returns:
-        Per layer: `before` and `after`, divergence of gates untrained and trained; `density`, share of the causal blocks that are read at a
-        threshold; `recall`, share of the attention that lies there, mean over query blocks; `best`, the most that as many blocks hold.
+        Per layer: `before` and `after`, divergence of gates untrained and trained; `density`, share of the causal
+        blocks that are read at a threshold; `recall`, share of the attention that lies there, mean over query blocks;
+        `best`, the most that as many blocks hold.
     """
     rows = []
     for layer, (gate, seen) in enumerate(zip(gates, zip(*kept, strict=True), strict=True)):

@@ -52,8 +52,8 @@ def table(
 ) -> Table:
     """Runs every sample once densely and once on text alone from every layer on.
 
-    An exit changes nothing, by the authors' rule, if more than 99% of the answer's tokens keep their most likely prediction and the
-    answer's loss stays below 1.03 times that of the full run; the answer is given, token by token.
+    An exit changes nothing, by the authors' rule, if more than 99% of the answer's tokens keep their most likely
+    prediction and the answer's loss stays below 1.03 times that of the full run; the answer is given, token by token.
     """
     shown, leave = [], []
     for done, sample in enumerate(samples, 1):
@@ -77,8 +77,8 @@ def unchanged(now: Tensor, full: Tensor, answer: Tensor) -> bool:
 
 
 def train(seen: Table, asked: Training, progress: Callable[[int], None] = lambda done: None) -> dict[int, Gate]:
-    """Gates by the layer before which they are asked, trained one after the other: each has a loss of its own (cross-entropy of stay
-    and leave)."""
+    """Gates by the layer before which they are asked, trained one after the other: each has a loss of its own
+    (cross-entropy of stay and leave)."""
     return {k: _gate(seen.shown[:, k - 1], seen.leave[:, k - 1].long(), asked, k, progress) for k in layers_of(seen)}
 
 
@@ -108,8 +108,10 @@ def judge(gates: dict[int, Gate], seen: Table) -> dict[str, list[float]]:
     """How gates do on samples.
 
     Returns:
-        stay [L]: share of samples whose images each layer still sees. Of the gates, before layers 1 to L - 1: `may_leave`, share of samples
-        that an exit does not change; `accuracy`; `harmful`, share of all samples that leave there though it changes something.
+        stay [L]: share of samples whose images each layer still sees. Of the gates, before layers 1 to L - 1:
+            `may_leave`, share of samples
+        that an exit does not change; `accuracy`; `harmful`, share of all samples that leave there though it changes
+        something.
     """
     out = torch.stack([logits(gates[k], seen.shown[:, k - 1]).diff(dim=1)[:, 0] > 0 for k in layers_of(seen)], 1)
     stay = (out.cumsum(1) == 0).double()

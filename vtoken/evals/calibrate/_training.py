@@ -1,4 +1,5 @@
-"""What the training of gates has in common: pictures kept back, batches, and Adam with a warm-up and a cosine schedule."""
+"""What the training of gates has in common: pictures kept back, batches, and Adam with a warm-up and a cosine
+schedule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`vtoken calibrate dtome`: similarity thresholds of dtome (LLaVA families) and dtome_post (Qwen), by forward passes of the tower alone."""
+"""`vtoken calibrate dtome`: similarity thresholds of dtome (LLaVA families) and dtome_post (Qwen), by forward passes of
+the tower alone."""
 
 from __future__ import annotations
 
@@ -96,7 +97,8 @@ def calibrate(
     name: str = "",
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Tensor]:
-    """Runs the tower over all pictures, writing `out` after every batch; goes on from `out` where that is the same calibration.
+    """Runs the tower over all pictures, writing `out` after every batch; goes on from `out` where that is the same
+    calibration.
 
     Returns:
         what the file holds: thresholds and left, [layers or rounds] float64.
@@ -204,7 +206,8 @@ def resume(out: Path, about: dict[str, str], learned: Learned, asked: int) -> No
     rounds = learned_before["left"].numel() if "left" in learned_before else len(learned.merges)
     if different or rounds != len(learned.merges):
         raise ConfigError(
-            f"{out} is of another calibration ({'; '.join(different) or 'other rounds'}); delete it or write to another file"
+            f"{out} is of another calibration ({'; '.join(different) or 'other rounds'}); delete it or write to "
+            "another file"
         )
     try:
         expect(out, learned_before, ((name, (rounds,)) for name in ("thresholds", "left")))

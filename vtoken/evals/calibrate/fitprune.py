@@ -13,7 +13,10 @@ from vtoken.evals.shared.options import DeviceOptions, option
 from vtoken.evals.shared.samples import ABOUT
 
 SUMMARY = "table of visual tokens that leave behind each decoder layer"
-DESCRIPTION = "Finds how little attention has to be lost to spare a share of the visual tokens' FLOPs in the decoder; writes a pipeline."
+DESCRIPTION = (
+    "Finds how little attention has to be lost to spare a share of the visual tokens' FLOPs in the decoder; "
+    "writes a pipeline."
+)
 EXAMPLES = """\
 examples:
   vtoken calibrate fitprune tiny-llava --reduction 60 -o table.yaml     # shipped questions
@@ -45,8 +48,10 @@ def run(args: argparse.Namespace) -> int:
     rows = [("behind layer", "tokens that leave", "left")]
     rows += [(str(k), str(n), str(found.tokens - sum(found.table[: k + 1]))) for k, n in enumerate(found.table)]
     about = (
-        f"FitPrune (https://arxiv.org/abs/2409.10197) for {args.model}: spares {found.spared:.1%} of the FLOPs that {found.tokens} visual "
-        f"tokens cost in the decoder; fitted to {len(given)} prompts, at each layer at most {found.alpha:.1%} of the attention is lost."
+        f"FitPrune (https://arxiv.org/abs/2409.10197) for {args.model}: spares {found.spared:.1%} of the FLOPs that "
+        f"{found.tokens} visual "
+        f"tokens cost in the decoder; fitted to {len(given)} prompts, at each layer at most {found.alpha:.1%} of the "
+        "attention is lost."
     )
     told = {"questions": len(given), "reduction": asked.reduction / 100, **asdict(found)}
     tell_pipeline(args, told, rows, about, {"fitprune": {"table": list(found.table), "tokens": found.tokens}})

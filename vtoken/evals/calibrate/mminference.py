@@ -56,7 +56,8 @@ class Search(SparseAttention):
 
 
 def recall(prompt: PrefillQK, reads: SparseMask) -> Tensor:
-    """[H] share of the attention of visual queries, over all keys, that goes to visual keys and that a mask keeps; mean over queries."""
+    """[H] share of the attention of visual queries, over all keys, that goes to visual keys and that a mask keeps; mean
+    over queries."""
     seen = (prompt.image >= 0).nonzero()[:, 0]
     groups, total = prompt.heads // len(prompt.k), torch.zeros(prompt.heads)
     keys = prompt.k.float().repeat_interleave(groups, 0)
@@ -106,7 +107,10 @@ def run(args: argparse.Namespace) -> int:
         inputs = random_prompt(registry.adapter(model.config.model_type)(model), **given).inputs
     stage, recalls = search(model, inputs)
     length, shown = inputs["input_ids"].shape[1], "random pictures" if asked.inputs is None else str(asked.inputs)
-    about = f"MMInference (https://arxiv.org/abs/2504.16083) for {args.model}: searched on one prompt of {length} tokens ({shown})."
+    about = (
+        f"MMInference (https://arxiv.org/abs/2504.16083) for {args.model}: searched on one prompt of {length} "
+        f"tokens ({shown})."
+    )
     if asked.inputs is None:
         about += " This table shows the form, not what the model attends to; use --inputs for a real one."
     rows = [("layer", "patterns of its heads", "recall, mean")]

@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
         rows.append((str(layer), f"{before:.3f}", f"{after:.3f}", *(f"{share:.1%}" for share in shares)))
     density, recall = (sum(found[key]) / len(found[key]) for key in ("density", "recall"))
     sentence = (
-        f"wrote {args.out}: {recall:.1%} of the attention in {density:.1%} of the blocks at threshold {threshold:g}, on "
+        f"wrote {args.out}: {recall:.1%} of the attention in {density:.1%} of the blocks at threshold {threshold:g}, "
+        "on "
         f"{len(kept)} prompts kept back"
     )
     told = {"file": str(args.out), "data": asked.data, **numbers}

@@ -33,7 +33,8 @@ class Settings(DeviceOptions):
     limit: int = option(20, "first N questions", ge=1)
     tolerance: float = option(
         0.003,
-        "most divergence, in nats (default: %(default)s, the authors' for LLaVA-1.5-7B; 0.0005 for 13B, 0.0001 for 1.6-7B)",
+        "most divergence, in nats (default: %(default)s, the authors' for LLaVA-1.5-7B; 0.0005 for 13B, 0.0001 for "
+        "1.6-7B)",
         "KL",
         ge=0,
     )
@@ -41,7 +42,8 @@ class Settings(DeviceOptions):
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the divergence of every layer and the first within the tolerance; that there is none is an answer, too: `none`."""
+    """Prints the divergence of every layer and the first within the tolerance; that there is none is an answer, too:
+    `none`."""
     asked = Settings.of(args)
     samples = read(asked.data, asked.limit)
     model, processor = load(args.model, asked.device, asked.dtype)

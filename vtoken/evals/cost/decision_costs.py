@@ -19,12 +19,14 @@ HALF, SINGLE = 2, 4  # bytes of a number: the model's tensors, and what is compu
 
 @dataclass(frozen=True)
 class Cost:
-    """One stage, with default options and 64 tokens to keep, on one picture of LLaVA-1.5-7B (576 visual tokens, 64 text tokens).
+    """One stage, with default options and 64 tokens to keep, on one picture of LLaVA-1.5-7B (576 visual tokens, 64 text
+    tokens).
 
     Attributes:
         families: answer of the support matrix -> families.
         flops: of facts and decision; None where options have no default, or the defaults do not run on the model.
-        fact_bytes: size of the facts, at the first layer where the stage acts; None likewise, or for a fact of unknown size.
+        fact_bytes: size of the facts, at the first layer where the stage acts; None likewise, or for a fact of unknown
+            size.
         left_out: what `flops` does not count, one sentence each.
     """
 
@@ -56,7 +58,8 @@ def _cost(cls: type[Stage], found: SupportMatrix) -> Cost:
 
 
 def fact_bytes(stage: Stage, shape: Geometry, text_tokens: int) -> int | None:
-    """Bytes of the facts a stage is given for one picture with all the text behind it; None if there is one of unknown size."""
+    """Bytes of the facts a stage is given for one picture with all the text behind it; None if there is one of unknown
+    size."""
     encoder, decoder = shape.tower.layers, shape.decoder
     total = 0
     for fact in stage.needs():

@@ -41,8 +41,8 @@ class Account:
         prefill_attention_causal: the same without the masked half; not part of `total`.
         decode: all decode steps: matrices, attention, output embedding.
         visual_tokens: of one batch row, for every decoder layer; newline tokens are counted apart.
-        newline_tokens: the same of LLaVA-NeXT's and OneVision's newlines. Where tokens were dropped, how many rows still have one
-            is an expectation: that of tokens drawn at random.
+        newline_tokens: the same of LLaVA-NeXT's and OneVision's newlines. Where tokens were dropped, how many rows
+            still have one is an expectation: that of tokens drawn at random.
         kv_bytes_prefill, kv_bytes: of the whole batch, when prefill ends and when generation ends.
         left_out: what is not counted, one sentence each.
     """
@@ -115,8 +115,8 @@ def account(
 
     Raises:
         ConfigError: an option out of bounds, or an image size that the model's processor refuses.
-        UnsupportedError: a model family whose arithmetic is not known, video for one that has none, or a stage at a layer where
-            it cannot act.
+        UnsupportedError: a model family whose arithmetic is not known, video for one that has none, or a stage at a
+            layer where it cannot act.
     """
     work = Workload.given(**options)
     applied = pipeline or DENSE
@@ -157,7 +157,8 @@ def account(
 
 
 def picture_size(config: Any, prompt: Any) -> tuple[int, int] | None:
-    """(height, width) in pixels of a prompt's picture as the account takes it; None where the model resizes every picture."""
+    """(height, width) in pixels of a prompt's picture as the account takes it; None where the model resizes every
+    picture."""
     if "image_grid_thw" in prompt:
         _, rows, columns = prompt["image_grid_thw"][0].tolist()
         return rows * config.vision_config.patch_size, columns * config.vision_config.patch_size

@@ -23,8 +23,8 @@ class Cell:
     """One stage on one family.
 
     Attributes:
-        answer: "yes"; "substitute", another fact stands in for one the family lacks; "no"; or "depends", where the stage has
-            options without a default, or weights or tables of another model, so that there is nothing to try.
+        answer: "yes"; "substitute", another fact stands in for one the family lacks; "no"; or "depends", where the
+            stage has options without a default, or weights or tables of another model, so that there is nothing to try.
         reason: why it is not "yes", one sentence; "" for "yes".
     """
 
@@ -76,7 +76,8 @@ def support_matrix(stages: list[type[Stage]], families: list[str] | None = None)
 
 
 def cell(model: Any, stage: Stage | None, substitutes: dict[str, str]) -> Cell:
-    """What `wrap` says of a stage on a model whose adapter has these `substitutes`; None is a stage without an example."""
+    """What `wrap` says of a stage on a model whose adapter has these `substitutes`; None is a stage without an
+    example."""
     if stage is None:
         return Cell("depends", "It depends on options that have no default.")
     try:

@@ -26,9 +26,12 @@ class TokenFlow:
         tower: units (see Tower) alive per crop in every tower layer; `mlps` those that its MLP sees.
         decoder: visual tokens alive per image in every decoder layer.
         newlines: newline tokens of the row in every decoder layer.
-        attended: prompt tokens that attention sees in every decoder layer at prefill; `density` is the share of it that is computed.
-        held: prompt tokens in every decoder layer's KV cache when the prefill ends; `decoded` those that a decode step attends to.
-        packed: of the layers whose cached prompt is in few bits, the bytes it takes, given those of a number at full width.
+        attended: prompt tokens that attention sees in every decoder layer at prefill; `density` is the share of it that
+            is computed.
+        held: prompt tokens in every decoder layer's KV cache when the prefill ends; `decoded` those that a decode step
+            attends to.
+        packed: of the layers whose cached prompt is in few bits, the bytes it takes, given those of a number at full
+            width.
         cost: FLOPs of the stages and of the facts they read.
         left_out: what could not be counted.
 
@@ -123,7 +126,8 @@ class TokenFlow:
         return [stage for stage in self._at[site] if layer in stage.layers(self._depth[site])]
 
     def _choose_frames(self) -> None:
-        """Goes on with the frames that are left. A packed tower embeds all of them; its layers, as all of a padded one, see fewer."""
+        """Goes on with the frames that are left. A packed tower embeds all of them; its layers, as all of a padded one,
+        see fewer."""
         frames = self.shape.frames
         for stage in self._at["frames"]:
             counts: Counts = (frames,) * self.images
@@ -236,7 +240,8 @@ class TokenFlow:
             self.cost += sum(tower.scores(source, units, one_query=one_query) for units in self.tower[source])
 
     def _decoder_fact(self, spec: FactSpec, source: int) -> int:
-        """FLOPs of rows of decoder layer `source`. All text of the prompt is taken to stand behind every image and to rate it."""
+        """FLOPs of rows of decoder layer `source`. All text of the prompt is taken to stand behind every image and to
+        rate it."""
         stack, counts = self.shape.decoder, self.decoder[source]
         length, text = self._length(counts), self.text_tokens
         if spec.queries == "last" and not spec.own:
@@ -248,7 +253,8 @@ class TokenFlow:
         return sum(stack.scores(rows.get(str(spec.queries), n), n if spec.own else length) + relayed for n in counts)
 
     def _next_query(self, layer: int, counts: Counts) -> int:
-        """FLOPs of the last token's row of a layer before it runs: its query, the keys of all that enters, the row over what is left."""
+        """FLOPs of the last token's row of a layer before it runs: its query, the keys of all that enters, the row over
+        what is left."""
         stack, entering = self.shape.decoder, self._length(self.decoder[layer - 1])
         projected = stack.heads + stack.kv_heads * entering
         return 2 * stack.width * stack.head_dim * projected + stack.scores(1, self._length(counts))

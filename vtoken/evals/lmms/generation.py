@@ -53,8 +53,8 @@ class TextGenerator:
         """Answers of one batch.
 
         Args:
-            options: of generation, as lmms-eval's tasks give them: max_new_tokens, temperature, top_p, num_beams, until (texts that
-                end an answer); others are not heeded.
+            options: of generation, as lmms-eval's tasks give them: max_new_tokens, temperature, top_p, num_beams, until
+                (texts that end an answer); others are not heeded.
 
         Raises:
             Whatever processor and model raise: an answer that could not be had is no empty answer.
@@ -128,8 +128,8 @@ class TextGenerator:
 
 
 def ended(text: str, until: Any) -> str:
-    """The text up to the first of the endings. An empty line ends nothing: lmms-eval gives it to every task, and its Qwen classes
-    drop it as well."""
+    """The text up to the first of the endings. An empty line ends nothing: lmms-eval gives it to every task, and its
+    Qwen classes drop it as well."""
     for ending in [until] if isinstance(until, str) else until or []:
         if ending and ending != "\n\n":
             text = text.split(ending)[0]

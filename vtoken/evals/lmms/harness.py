@@ -77,8 +77,8 @@ class Scored:
 class Harness:
     """Tasks by name.
 
-    Tasks are loaded anew for every run: some scorers count in variables of their module (OCRBench), and a task that is used twice
-    would add the second run to the first.
+    Tasks are loaded anew for every run: some scorers count in variables of their module (OCRBench), and a task that is
+    used twice would add the second run to the first.
 
     Args:
         tasks: names; lmms-eval's own are indexed only if one is not found elsewhere (10 s).
@@ -111,14 +111,15 @@ class Harness:
             kind = task.get_config("output_type")
             if kind != "generate_until":
                 raise UnsupportedError(
-                    f"task {leaf} is of type {kind}; only tasks that are answered by generating text once (generate_until) are served"
+                    f"task {leaf} is of type {kind}; only tasks that are answered by generating text once "
+                    "(generate_until) are served"
                 )
 
     def run(self, model: VtokenModel, name: str, limit: int | None, folder: Path) -> Scored:
         """Asks the model everything and scores it.
 
-        In a process group every process asks its share of the documents, and all of them have the whole score and all requests when it
-        is over.
+        In a process group every process asks its share of the documents, and all of them have the whole score and all
+        requests when it is over.
 
         Args:
             limit: first documents of every leaf only.
@@ -129,8 +130,8 @@ class Harness:
             Whatever the model raises.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        # Some scorers print, and write into the folder they run in. The response cache stays off: it does not see the pipeline of a
-        # model object, nor keeps what a request cost.
+        # Some scorers print, and write into the folder they run in. The response cache stays off: it does not see the
+        # pipeline of a model object, nor keeps what a request cost.
         with _explained(name, "cannot be scored"), contextlib.chdir(folder), contextlib.redirect_stdout(sys.stderr):
             found = simple_evaluate(
                 model=model,
@@ -187,7 +188,8 @@ def ranks() -> tuple[int, int]:
 
 
 def gathered(bridge: VtokenModel, scored: Scored | None) -> Scored:
-    """The score, which only the first process has, and in bridge.requests those of all processes, in the order of the documents."""
+    """The score, which only the first process has, and in bridge.requests those of all processes, in the order of the
+    documents."""
     if dist.is_initialized():
         box = [scored]
         shares: list[Any] = [None] * dist.get_world_size()
@@ -209,7 +211,8 @@ def whoever(found: Any) -> Any:
 
 
 def numbers(given: dict[str, Any]) -> dict[str, float]:
-    """Metric -> number; "N/A", empty lists, standard errors and other decorations are left out, and so is the filter "none"."""
+    """Metric -> number; "N/A", empty lists, standard errors and other decorations are left out, and so is the filter
+    "none"."""
     found = {}
     for key, value in given.items():
         metric, _, chosen = key.partition(",")
@@ -227,7 +230,8 @@ def _metric(name: str, leaves: dict[str, Leaf]) -> str | None:
 
 
 def _one_per_document(samples: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
-    """A task with several filters logs every document once per filter: the first stays. Several processes log one share each."""
+    """A task with several filters logs every document once per filter: the first stays. Several processes log one share
+    each."""
     first = {sample["doc_id"]: sample for sample in reversed(samples)}
     return tuple(first[key] for key in sorted(first))
 

@@ -1,4 +1,5 @@
-"""The model that lmms-eval sees: `lmms-eval --model vtoken --model_args pretrained=NAME,pipeline=flowcut-64 --tasks pope`."""
+"""The model that lmms-eval sees: `lmms-eval --model vtoken --model_args pretrained=NAME,pipeline=flowcut-64 --tasks
+pope`."""
 
 from __future__ import annotations
 
@@ -33,15 +34,16 @@ class VtokenModel(lmms):
 
     An exception in model, processor or stage ends the run: it is never scored as an empty answer.
 
-    `--use_cache` knows a model by its weights, by what its pipeline says, files named in it included, and by vtoken's version and code: what
-    was edited is asked anew.
+    `--use_cache` knows a model by its weights, by what its pipeline says, files named in it included, and by vtoken's
+    version and code: what was edited is asked anew.
 
     Args:
         pretrained: shipped model, folder or hub name.
-        pipeline: preset, `method:budget` or YAML file; "none" is the stock model, not wrapped. lmms-eval parts arguments at commas: stages
-            with further options must be a file here.
+        pipeline: preset, `method:budget` or YAML file; "none" is the stock model, not wrapped. lmms-eval parts
+            arguments at commas: stages with further options must be a file here.
         positions, newline, anyres, min_visual_tokens: policies in place of the pipeline's own.
-        device, dtype, attn_implementation, revision: of the model; None is its own. Under torchrun every process takes a GPU.
+        device, dtype, attn_implementation, revision: of the model; None is its own. Under torchrun every process takes
+            a GPU.
         batch_size: prompts at a time, left-padded.
         min_pixels, max_pixels: of a picture, Qwen families; None is the processor's own.
         lmms_eval_pixels: those that lmms-eval's Qwen classes set, in place of both.
@@ -54,7 +56,8 @@ class VtokenModel(lmms):
         requests: what was answered since the pipeline was put on.
 
     Raises:
-        ConfigError, UnsupportedError: an argument that cannot be used, before anything is loaded where that can be told.
+        ConfigError, UnsupportedError: an argument that cannot be used, before anything is loaded where that can be
+            told.
     """
 
     is_simple = False

@@ -13,7 +13,8 @@ def prepare(command: str) -> None:
     """Sets what lmms-eval reads when it is imported."""
     if find_spec("lmms_eval") is None:
         raise VtokenError(
-            f'{command} needs lmms-eval: `make eval-venv` in a checkout, or pip install "vtoken[eval]" with the torchvision that '
+            f'{command} needs lmms-eval: `make eval-venv` in a checkout, or pip install "vtoken[eval]" with the '
+            "torchvision that "
             "belongs to your torch"
         )
     # Some tasks of lmms-eval read it without asking whether it is there.

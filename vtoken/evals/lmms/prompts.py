@@ -71,7 +71,8 @@ class Prompt:
 
 
 def from_chat(messages: Sequence[Mapping[str, Any]], frames: int, system: str | None = None) -> Prompt:
-    """Reads lmms-eval's chat messages: `{"role", "content": [{"type": "text", "text"} | {"type": "image" | "video", "url"}]}`.
+    """Reads lmms-eval's chat messages: `{"role", "content": [{"type": "text", "text"} | {"type": "image" | "video",
+    "url"}]}`.
 
     Args:
         frames: most frames of a video.
@@ -93,7 +94,8 @@ def from_chat(messages: Sequence[Mapping[str, Any]], frames: int, system: str | 
                 raise UnsupportedError(f"this request has {kind}, which no supported family takes; leave its task out")
             if part.get("start_time") is not None or part.get("end_time") is not None:
                 raise UnsupportedError(
-                    "this request shows a part of a video, from start_time to end_time, which is not cut here; leave its task out"
+                    "this request shows a part of a video, from start_time to end_time, which is not cut here; leave "
+                    "its task out"
                 )
             parts.append({"type": kind})
             if kind == "image":
@@ -111,7 +113,8 @@ def _picture(given: Any) -> Image.Image:
 
 
 def clip(given: Any, frames: int) -> Clip:
-    """At most `frames` evenly spaced frames of a video: a list of pictures, a folder, an animation, or a file that PyAV decodes.
+    """At most `frames` evenly spaced frames of a video: a list of pictures, a folder, an animation, or a file that PyAV
+    decodes.
 
     Pictures without a clock are taken as one frame per second.
     """
@@ -170,7 +173,8 @@ def limit_pixels(processor: Any, least: int | None, most: int | None) -> None:
     size = dict(processor.image_processor.size)
     if "longest_edge" not in size or "merge_size" not in vars(processor.image_processor):
         raise UnsupportedError(
-            f"min_pixels and max_pixels: {type(processor).__name__} does not resize pictures by their area; leave them out"
+            f"min_pixels and max_pixels: {type(processor).__name__} does not resize pictures by their area; leave "
+            "them out"
         )
     least, most = least or size["shortest_edge"], most or size["longest_edge"]
     if not 0 < least <= most:
@@ -194,7 +198,8 @@ def encode(processor: Any, prompts: Sequence[Prompt], model: Any) -> Any:
     """Model inputs of a batch, padded on the left, on the model's device, pixels in its dtype."""
     if not getattr(processor, "chat_template", None):
         raise ConfigError(
-            "the processor has no chat template, so the model's prompt format is not known; use the checkpoint's chat or instruct version"
+            "the processor has no chat template, so the model's prompt format is not known; use the checkpoint's chat "
+            "or instruct version"
         )
     texts = [
         processor.apply_chat_template(list(p.messages), add_generation_prompt=True, tokenize=False) for p in prompts
@@ -204,7 +209,8 @@ def encode(processor: Any, prompts: Sequence[Prompt], model: Any) -> Any:
         if first["role"] == "system" and first["content"][0]["text"] not in text:
             raise ConfigError("the chat template leaves the system prompt out; leave the option out too")
     given: dict[str, Any] = {}
-    # One list per prompt, since OneVision must know which pictures share one; prompts without any have no placeholder either.
+    # One list per prompt, since OneVision must know which pictures share one; prompts without any have no placeholder
+    # either.
     if images := [list(p.images) for p in prompts if p.images]:
         given["images"] = images
     if clips := [clip for p in prompts for clip in p.clips]:

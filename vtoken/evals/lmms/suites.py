@@ -24,9 +24,11 @@ class Task:
     """One of lmms-eval's tasks.
 
     Attributes:
-        metric: the number that is reported, of those its scorer gives. OCRBench divides by 1,000, however many documents are asked.
+        metric: the number that is reported, of those its scorer gives. OCRBench divides by 1,000, however many
+            documents are asked.
         scale: what that number is when everything is right.
-        document: where a document's own number is, if its scorer gives a mapping: under one key, or two that are equal when it is right.
+        document: where a document's own number is, if its scorer gives a mapping: under one key, or two that are equal
+            when it is right.
         needs: packages that its scorer or its videos need beside lmms-eval's own.
         judge: whether a model behind an API scores it.
     """
@@ -111,7 +113,8 @@ def _check(task: Task | None) -> None:
         raise ConfigError(f"task {task.name} needs a package that is not installed: pip install {' '.join(missing)}")
     if task.judge and not has_judge():
         raise ConfigError(
-            f"task {task.name} is scored by a model behind an API: set OPENAI_API_KEY, or AZURE_API_KEY with API_TYPE=azure; without "
+            f"task {task.name} is scored by a model behind an API: set OPENAI_API_KEY, or AZURE_API_KEY with "
+            "API_TYPE=azure; without "
             "one lmms-eval gives every answer the score 0 or a random option"
         )
 

@@ -112,8 +112,8 @@ def time_to_first_token(
 ) -> Iterator[tuple[int, str, float]]:
     """Round (below 0: warm-up), pipeline, and the seconds of `generate` up to one new token.
 
-    All pipelines run in every round on the same prompt and in rotating order, so that a drift of the machine hits all alike.
-    Wrapping and preprocessing are not timed.
+    All pipelines run in every round on the same prompt and in rotating order, so that a drift of the machine hits all
+    alike. Wrapping and preprocessing are not timed.
     """
     order = list(pipelines)
     for turn in range(-WARMUP, ROUNDS):
@@ -127,11 +127,12 @@ def time_to_first_token(
 
 @torch.inference_mode()
 def cost(model: Any, pipeline: Pipeline | None, prompt: Any) -> dict[str, int]:
-    """`tokens`, `flops`, `language_flops` and `cache_bytes` of one prefill: tokens and bytes are measured, FLOPs counted.
+    """`tokens`, `flops`, `language_flops` and `cache_bytes` of one prefill: tokens and bytes are measured, FLOPs
+    counted.
 
     Raises:
-        VtokenError: what was measured differs from the account of the plan. A stage without a budget is spared: how many tokens a
-            filter drops may depend on the picture.
+        VtokenError: what was measured differs from the account of the plan. A stage without a budget is spared: how
+            many tokens a filter drops may depend on the picture.
     """
     placeholders = int((prompt["input_ids"] == model.config.image_token_id).sum())
     text = prompt["input_ids"].shape[1] - placeholders
@@ -198,11 +199,13 @@ def conditions(model: Any, command: str, questions: int, prompts: int) -> dict[s
     return {
         "date": date.today().isoformat(),
         "command": command,
-        "machine": f"{processor_name()}, {os.cpu_count()} CPUs, torch threads: {torch.get_num_threads()}, {platform.system()}",
+        "machine": f"{processor_name()}, {os.cpu_count()} CPUs, torch threads: {torch.get_num_threads()}, "
+        f"{platform.system()}",
         "versions": versions(),
         "model": f"{size:.1f} M parameters, {str(model.dtype).removeprefix('torch.')}, on {model.device}",
         "accuracy": f"first {questions} questions of the held-out set, exact match, greedy, batch {BATCH}",
-        "timing": f"{ROUNDS} rounds over {prompts} questions after {WARMUP} for warm-up, pipelines interleaved, batch 1",
+        "timing": f"{ROUNDS} rounds over {prompts} questions after {WARMUP} for warm-up, pipelines interleaved, batch "
+        "1",
         "seed": "random keeps the same cells in every picture (seed 0); nothing else is random",
     }
 

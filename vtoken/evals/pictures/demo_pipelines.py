@@ -38,7 +38,8 @@ class DemoPipelines:
 
 
 def choose(model: Any, prompt: Any, budgets: Sequence[int], everything: bool = False) -> DemoPipelines:
-    """Dense and every method at every budget: a few methods, or everything that runs on the model and changes this prompt.
+    """Dense and every method at every budget: a few methods, or everything that runs on the model and changes this
+    prompt.
 
     Args:
         prompt: model inputs of one question, batch 1.

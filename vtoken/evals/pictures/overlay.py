@@ -36,10 +36,11 @@ def overlay(
         picture: the image as the model saw it, so that the grid covers all of it.
         kept: indices of the image's kept tokens (a list or an int tensor); those of other rasters are left out.
         grid: (frames, rows, columns); frames must be 1, `drawn` takes videos apart.
-        into: for every token of the image the kept token that absorbed it, -1 = dropped. Merged cells keep half their light
-            and share a tint with the kept cell, whose border has that tint.
+        into: for every token of the image the kept token that absorbed it, -1 = dropped. Merged cells keep half their
+            light and share a tint with the kept cell, whose border has that tint.
         dim: how far dropped cells show through the veil, 0 to 1.
-        side: least pixels of the shorter side (grids of one long row stay lower). Cells get whole pixels, so it may be longer.
+        side: least pixels of the shorter side (grids of one long row stay lower). Cells get whole pixels, so it may be
+            longer.
         caption: a line under the picture.
         first: index of the grid's first token in the image.
     """
@@ -140,8 +141,8 @@ def views(processor: Any, pixel_values: Any, media: Media, parts: Sequence[Parts
 
     Args:
         processor: a Hugging Face processor or image processor.
-        pixel_values: [images, 3, H, W] or [images, crops, 3, H, W], crop 0 being the whole. Flattened patches, or None, belong to
-            processors that resize without cropping, so that a raster covers the original.
+        pixel_values: [images, 3, H, W] or [images, crops, 3, H, W], crop 0 being the whole. Flattened patches, or None,
+            belong to processors that resize without cropping, so that a raster covers the original.
         media: the originals.
         parts: rasters of each image, as in the trace.
     """
@@ -167,7 +168,8 @@ def as_seen(processor: Any, pixels: Any) -> Image.Image:
 
 
 def owners(trace: Trace, image: int) -> list[int] | None:
-    """For every unpruned token of an image the kept token it ended in after all stages, -1 = dropped; None if none merged."""
+    """For every unpruned token of an image the kept token it ended in after all stages, -1 = dropped; None if none
+    merged."""
     last = next((stage for stage in reversed(trace.stages) if stage.kept and stage.site != "cache"), None)
     return last.into[image].tolist() if last and last.into else None
 

@@ -87,7 +87,8 @@ def _apart(figures: Figures, methods: Sequence[str], label: str) -> str:
 def fronts(rows: Figures, cost: str, label: str) -> str:
     """Draws what is left of the dense score against a cost, whiskers where an interval is known.
 
-    A thin line joins the budgets of a method, steps join the front. Beyond five methods those on a front have a colour, and whiskers.
+    A thin line joins the budgets of a method, steps join the front. Beyond five methods those on a front have a colour,
+    and whiskers.
 
     Args:
         rows: `pipelines` of `quality.analysis`, dense first.

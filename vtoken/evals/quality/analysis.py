@@ -1,4 +1,5 @@
-"""What a run of `vtoken eval` says: paired statistics per task, costs per pipeline, fronts. Read from its folder, plain data."""
+"""What a run of `vtoken eval` says: paired statistics per task, costs per pipeline, fronts. Read from its folder, plain
+data."""
 
 from __future__ import annotations
 
@@ -85,12 +86,13 @@ def analyse(evaluation: Evaluation) -> dict[str, Any]:
     """Everything a report shows, plain data.
 
     Returns:
-        `model`, `complete`, `conditions`, `drift`; `benched`: whether times are those of a speed pass, else of the answers; `tasks`: name -> metric, scale, docs, pictures; `pipelines`: one dict per
-        pipeline, dense first (its last run is only drift): name, method, tokens (averaged over layers), entry, dense_tokens,
-        quality and low, high (mean over tasks of the share of dense that is left, its interval taking tasks for independent),
-        same (agreement), ttft, ttft_ratio, ttft_low and ttft_high (quartiles of the ratio, of a speed pass), ttft_asked (of the
-        answers), flops, flops_ratio, language_ratio, stages, fronts; per task the same and, against
-        dense, what `statistics.paired` says. Shares in 0..1, seconds, None where a number does not exist.
+        `model`, `complete`, `conditions`, `drift`; `benched`: whether times are those of a speed pass, else of the
+        answers; `tasks`: name -> metric, scale, docs, pictures; `pipelines`: one dict per pipeline, dense first (its
+        last run is only drift): name, method, tokens (averaged over layers), entry, dense_tokens, quality and low, high
+        (mean over tasks of the share of dense that is left, its interval taking tasks for independent), same
+        (agreement), ttft, ttft_ratio, ttft_low and ttft_high (quartiles of the ratio, of a speed pass), ttft_asked (of
+        the answers), flops, flops_ratio, language_ratio, stages, fronts; per task the same and, against dense, what
+        `statistics.paired` says. Shares in 0..1, seconds, None where a number does not exist.
     """
     try:
         return _found(evaluation)

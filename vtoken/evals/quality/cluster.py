@@ -23,7 +23,8 @@ from vtoken.evals.shared.identity import code
 
 
 class Worker:
-    """What an actor is. Nothing of lmms-eval or the model is touched before `ready`, whose errors travel, unlike those of a constructor.
+    """What an actor is. Nothing of lmms-eval or the model is touched before `ready`, whose errors travel, unlike those
+    of a constructor.
 
     Args:
         keys: of all points as the caller names them, with `commit` as its commit.
@@ -59,8 +60,10 @@ class Worker:
         same = {point.key for point in points(self.sweep, self.runs, self.commit)} == self.keys
         if not same or code() != self.code:
             raise VtokenError(
-                f"{socket.gethostname()} has another vtoken, torch, transformers, model or task files than the machine that started "
-                "the sweep, so its answers would not be the same; install the same and put the files on a shared disk (of files above "
+                f"{socket.gethostname()} has another vtoken, torch, transformers, model or task files than the "
+                "machine that started "
+                "the sweep, so its answers would not be the same; install the same and put the files on a shared disk "
+                "(of files above "
                 "64 MB the time of change counts: copy with rsync -a)"
             )
         folder = self.folder if (self.folder / "points").is_dir() else Path(tempfile.mkdtemp(prefix="vtoken-"))
@@ -87,7 +90,8 @@ def ask_all(
     Args:
         todo: all points of the sweep, named with `commit`.
         keep: called with every point and what was found, here, in any order.
-        address: of a running cluster; "" is the one that Ray finds (RAY_ADDRESS, this machine's), else one of this machine alone.
+        address: of a running cluster; "" is the one that Ray finds (RAY_ADDRESS, this machine's), else one of this
+            machine alone.
         workers: actors; None is one for every GPU of the cluster, without any one for every machine.
 
     Raises:
@@ -131,7 +135,8 @@ def ask_all(
                 what = "the model was loaded" if point is None else f"{point.pipeline.name} answered {point.task}"
                 if what in died:
                     raise VtokenError(
-                        f"two actors died while {what}, perhaps for lack of memory; what was finished stays: run the same command "
+                        f"two actors died while {what}, perhaps for lack of memory; what was finished stays: run the "
+                        "same command "
                         "again, with fewer workers"
                     ) from error
                 died.add(what)
@@ -161,7 +166,8 @@ def _connect(ray: Any, address: str) -> None:
         ray.init(address or None, log_to_driver=False, logging_level="warning")
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise VtokenError(
-            f"cannot reach a Ray cluster at {address or 'this machine'!r}: {error}; `ray start --head` starts one and prints its "
+            f"cannot reach a Ray cluster at {address or 'this machine'!r}: {error}; `ray start --head` starts one and "
+            "prints its "
             "address, --ray without an address uses this machine"
         ) from error
 

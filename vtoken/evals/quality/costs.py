@@ -59,7 +59,8 @@ def typical(model: VtokenModel, requests: Sequence[Request]) -> Typical | str:
 
 
 def flops(config: Any, pipeline: Pipeline, document: Typical | str) -> dict[str, Any]:
-    """FLOPs of the prefill: `doc`, `total`, `language` (the decoder's part), `stages` (facts and decisions); or `reason`, why not."""
+    """FLOPs of the prefill: `doc`, `total`, `language` (the decoder's part), `stages` (facts and decisions); or
+    `reason`, why not."""
     if isinstance(document, str):
         return {"reason": document}
     try:

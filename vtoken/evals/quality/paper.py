@@ -59,7 +59,8 @@ COLUMNS = {
 class Row(BaseModel):
     """One line of a table: null where the number is not at hand.
 
-    `percent` is the share of dense and `average` the mean as printed; `suspect` names columns, or "percent", that are not certain.
+    `percent` is the share of dense and `average` the mean as printed; `suspect` names columns, or "percent", that are
+    not certain.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -76,7 +77,8 @@ class Row(BaseModel):
 
 
 class Table(BaseModel):
-    """One published table. `preset` and `pipeline` are patterns of what stands for a row here; without either nothing does."""
+    """One published table. `preset` and `pipeline` are patterns of what stands for a row here; without either nothing
+    does."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -157,7 +159,8 @@ def command(table: Table, method: str) -> str | None:
 
 
 def beside(method: str, results: Mapping[str, Any] | None = None, model: str | None = None) -> str:
-    """Markdown: every published row of a method and below it what was measured, as percent of its own dense in brackets.
+    """Markdown: every published row of a method and below it what was measured, as percent of its own dense in
+    brackets.
 
     Args:
         results: what results.json holds; None prints the published numbers and what would be run.

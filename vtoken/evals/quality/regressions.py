@@ -41,7 +41,8 @@ def lost(folder: Path) -> list[dict[str, Any]]:
 def worst(dense: Sequence[Line], pruned: Mapping[str, Sequence[Line]], falls: Mapping[str, float]) -> list[dict]:
     """Picks documents, pipelines in turn, for each the largest loss first; no two show the same pictures.
 
-    Whoever had fewest turns is next, then who was shown least, so that of many pipelines none is shown again before the others.
+    Whoever had fewest turns is next, then who was shown least, so that of many pipelines none is shown again before the
+    others.
 
     Args:
         dense: lines of the first dense run, as `results` describes them.
@@ -123,8 +124,8 @@ def draw(
 
 @torch.inference_mode()
 def kept(model: VtokenModel, prompt: Prompt) -> Image.Image | None:
-    """The prompt's pictures, or frames of its video, with the tokens that the model's pipeline keeps; None without any, or with
-    several kinds."""
+    """The prompt's pictures, or frames of its video, with the tokens that the model's pipeline keeps; None without any,
+    or with several kinds."""
     if bool(prompt.images) == bool(prompt.clips) or len(prompt.clips) > 1:
         return None
     media = Media(prompt.images) if prompt.images else Media(prompt.clips[0].frames, video=True)

@@ -100,13 +100,15 @@ def conditions(found: Mapping[str, Any]) -> dict[str, str]:
         )
     if found["drift"]:
         told["drift"] = (
-            f"last dense run / first: TTFT {ratio(found['drift']['ttft'])}, {found['drift']['answers_changed']} answers changed"
+            f"last dense run / first: TTFT {ratio(found['drift']['ttft'])}, {found['drift']['answers_changed']} "
+            "answers changed"
         )
     return {key: value for key, value in told.items() if value}
 
 
 def cases(evaluation: Evaluation) -> tuple[Case, ...]:
-    """The documents that were lost, with every panel that was drawn of them: dense, then those that lost them, then others."""
+    """The documents that were lost, with every panel that was drawn of them: dense, then those that lost them, then
+    others."""
     results = evaluation.results
     names = [run["name"] for run in results["runs"]]
     lines = {

@@ -1,4 +1,5 @@
-"""Points of a sweep, asked by one process, several, a Ray cluster or all processes of torchrun; then, apart, the speed of all pipelines."""
+"""Points of a sweep, asked by one process, several, a Ray cluster or all processes of torchrun; then, apart, the speed
+of all pipelines."""
 
 from __future__ import annotations
 
@@ -188,7 +189,8 @@ def _in_parallel(
             keep(waiting[future], future.result())
     except BrokenProcessPool as error:
         raise VtokenError(
-            "a worker process died, perhaps for lack of memory; what was finished stays: run the same command again, with fewer workers"
+            "a worker process died, perhaps for lack of memory; what was finished stays: run the same command again, "
+            "with fewer workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

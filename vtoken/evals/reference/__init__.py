@@ -1,7 +1,8 @@
 """The reference VLMs, which read coloured digits, and their held-out questions.
 
-Importing this needs neither torch nor transformers. The models are stock: `load()` is two calls of `from_pretrained`. tiny-llava is part
-of the package; the others lie in the repository, which also holds how all of them are trained: see reference_models/.
+Importing this needs neither torch nor transformers. The models are stock: `load()` is two calls of `from_pretrained`.
+tiny-llava is part of the package; the others lie in the repository, which also holds how all of them are trained: see
+reference_models/.
 """
 
 import json
@@ -35,10 +36,12 @@ def names() -> tuple[str, ...]:
 
 
 def path(name: str = "tiny-llava") -> Path:
-    """Folder of a reference model: in the package, in the checkout it is installed from, or in one that is the working directory.
+    """Folder of a reference model: in the package, in the checkout it is installed from, or in one that is the working
+    directory.
 
     Raises:
-        ConfigError: there is no such model (suggests the nearest name), or it is not in the installed package (says how to get it).
+        ConfigError: there is no such model (suggests the nearest name), or it is not in the installed package (says how
+            to get it).
     """
     if name not in _NAMES:
         raise ConfigError(unknown("reference model", name, _NAMES))
@@ -46,7 +49,8 @@ def path(name: str = "tiny-llava") -> Path:
     found = next((place for place in places if place.is_dir()), None)
     if found is None:
         raise ConfigError(
-            f"{name} lies in reference_models/ of vtoken's repository and is not part of the installed package; run the command in the "
+            f"{name} lies in reference_models/ of vtoken's repository and is not part of the installed package; run "
+            "the command in the "
             "root of a checkout, or give the model's folder"
         )
     return found
@@ -55,7 +59,8 @@ def path(name: str = "tiny-llava") -> Path:
 def load(
     name: str = "tiny-llava", dtype: Any = None, device: Any = None, attn_implementation: str | None = None
 ) -> tuple[Any, Any]:
-    """The stock model in eval mode and its processor, which pads on the left and needs no torchvision (without it, Qwen's takes no videos)."""
+    """The stock model in eval mode and its processor, which pads on the left and needs no torchvision (without it,
+    Qwen's takes no videos)."""
     from transformers import AutoModelForImageTextToText
 
     folder = path(name)
@@ -72,7 +77,8 @@ def processor(folder: Path) -> Any:
 
 
 def questions(limit: int | None = None, folder: Path | None = None) -> list[Question]:
-    """The held-out set, or its first `limit` questions; questions about one picture follow each other, one of each kind.
+    """The held-out set, or its first `limit` questions; questions about one picture follow each other, one of each
+    kind.
 
     `folder`: another set that `reference_models.heldout` wrote.
     """
@@ -105,7 +111,8 @@ def answers(
     max_new_tokens: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """Greedy answers in left-padded batches. Calls `model.generate` and nothing else; `progress(done, total)` is called after every batch."""
+    """Greedy answers in left-padded batches. Calls `model.generate` and nothing else; `progress(done, total)` is called
+    after every batch."""
     import torch
 
     from vtoken.evals.shared.media import still

@@ -61,7 +61,8 @@ def code() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that vtoken runs from, with "+" if files differ from it; None where it is installed from a wheel."""
+    """The commit of the checkout that vtoken runs from, with "+" if files differ from it; None where it is installed
+    from a wheel."""
     here = Path(vtoken.__file__)
 
     def git(*words: str) -> str:

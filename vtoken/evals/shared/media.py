@@ -1,7 +1,7 @@
 """Pictures and videos from disk, the one place that opens them. A video is a folder of frames or an animation.
 
-Pictures look as in transformers' own loader (upright, RGB, the first of several in a file), but 16 bits are scaled down to 8 and not
-cut off. Only formats of pixels are opened: some others that Pillow knows start a program.
+Pictures look as in transformers' own loader (upright, RGB, the first of several in a file), but 16 bits are scaled down
+to 8 and not cut off. Only formats of pixels are opened: some others that Pillow knows start a program.
 """
 
 from __future__ import annotations

@@ -60,7 +60,8 @@ def load(
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=number or "auto", **options)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(
-            f"cannot load model {name!r}: {str(error).strip().splitlines()[0]} (shipped: {', '.join(reference.names())}; "
+            f"cannot load model {name!r}: {str(error).strip().splitlines()[0]} (shipped: "
+            f"{', '.join(reference.names())}; "
             "vtoken bench --random-weights builds a model from its config alone)"
         ) from error
     return model.to(target).train(False)

@@ -22,5 +22,6 @@ def locate(model: str | Path) -> str:
     from vtoken.evals.shared.configs import builtin
 
     raise ConfigError(
-        f"{unknown('model', name, [*reference.names(), *builtin()])}; or give a folder, or a hub name with its owner before a slash"
+        f"{unknown('model', name, [*reference.names(), *builtin()])}; or give a folder, or a hub name with its owner "
+        "before a slash"
     )

@@ -26,7 +26,8 @@ BOUNDS = {
 def option(
     default: Any, description: str, metavar: str | None = None, choices: Sequence[Any] | None = None, **bounds: Any
 ) -> Any:
-    """A field of `Options`: its meaning, what a command's help calls its value, and what it may be. `...` is no default."""
+    """A field of `Options`: its meaning, what a command's help calls its value, and what it may be. `...` is no
+    default."""
     extra: Any = {"about": (metavar, choices)}
     return Field(default, description=description, json_schema_extra=extra, **bounds)
 
@@ -140,7 +141,8 @@ class PictureOptions(Options):
     frames: int = option(1, "frames per image, which makes it a video (default: %(default)s, a still)", ge=1)
     image_size: ImageSize | None = option(
         None,
-        "pixels of an image or frame (default: the vision tower's own size, 448x448 for Qwen); LLaVA-1.5 ignores it, so does "
+        "pixels of an image or frame (default: the vision tower's own size, 448x448 for Qwen); LLaVA-1.5 ignores it, "
+        "so does "
         "OneVision for videos and several images",
     )
 

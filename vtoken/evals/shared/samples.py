@@ -1,4 +1,5 @@
-"""Pictures with questions, to calibrate, train or tune a stage on: the shipped set, a folder like it, or a file of JSON lines."""
+"""Pictures with questions, to calibrate, train or tune a stage on: the shipped set, a folder like it, or a file of JSON
+lines."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from vtoken.evals import processors, reference
 from vtoken.evals.shared import media, models
 
 ABOUT = (
-    "`reference` (the shipped pictures), a folder with questions.jsonl, or a .jsonl file; one JSON object per line: image (path from "
+    "`reference` (the shipped pictures), a folder with questions.jsonl, or a .jsonl file; one JSON object per line: "
+    "image (path from "
     "that file), question, and answer if there is one"
 )
 KEYS = ("image", "question", "answer")
@@ -99,7 +101,8 @@ def prepare(model: Any, processor: Any, sample: Sample) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def answer_of(model: Any, processor: Any, sample: Sample, inputs: dict[str, Tensor], most: int) -> Tensor:
-    """[A] ids of the sample's answer and the end token; without one, of what the model says (greedy, at most so many tokens)."""
+    """[A] ids of the sample's answer and the end token; without one, of what the model says (greedy, at most so many
+    tokens)."""
     if sample.answer is None:
         said: Tensor = model.generate(**inputs, do_sample=False, max_new_tokens=most)
         return said[0, inputs["input_ids"].shape[1] :]

@@ -1,4 +1,5 @@
-"""Files that are there whole or not at all, and those of others: read with one sentence about what is wrong, never a traceback."""
+"""Files that are there whole or not at all, and those of others: read with one sentence about what is wrong, never a
+traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""From how many visual tokens on a pipeline is faster than dense here: measured length by length, in interleaved runs."""
+"""From how many visual tokens on a pipeline is faster than dense here: measured length by length, in interleaved
+runs."""
 
 from __future__ import annotations
 
@@ -55,14 +56,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Measured:
-    """Per pipeline its steps, shortest prompt first; `stopped` says why longer prompts were not tried, `conditions` as of a bench."""
+    """Per pipeline its steps, shortest prompt first; `stopped` says why longer prompts were not tried, `conditions` as
+    of a bench."""
 
     steps: dict[str, tuple[Step, ...]]
     stopped: str
     conditions: dict[str, Any]
 
     def least(self, name: str) -> int | None:
-        """The shortest length measured from which on the pipeline was faster at all of them; None: not at the longest."""
+        """The shortest length measured from which on the pipeline was faster at all of them; None: not at the
+        longest."""
         faster = [step.visual_tokens for step in takewhile(lambda step: step.faster, reversed(self.steps[name]))]
         return faster[-1] if faster else None
 

@@ -77,11 +77,13 @@ def random_prompt(
 
 
 def _texts(tokens: int, runs: int, between: int) -> tuple[int, ...]:
-    """Text tokens before, between and after the runs; what is not needed between them stands half before, half after."""
+    """Text tokens before, between and after the runs; what is not needed between them stands half before, half
+    after."""
     inner = between * (runs - 1)
     if tokens < inner + 1:
         raise ConfigError(
-            f"text_tokens must be at least {inner + 1}, not {tokens}: a text token parts each two of the {runs} images or frames"
+            f"text_tokens must be at least {inner + 1}, not {tokens}: a text token parts each two of the {runs} "
+            "images or frames"
         )
     head = (tokens - inner) // 2
     return (head, *[between] * (runs - 1), tokens - inner - head)

@@ -1,15 +1,16 @@
 """How fast: dense, pipelines and their oracles, interleaved in one process.
 
-A sample is one greedy `generate` of a batch of random prompts of one shape, with a fixed number of new tokens. Wrapping is not timed,
-nor a call for one token right before each sample, which warms the caches.
+A sample is one greedy `generate` of a batch of random prompts of one shape, with a fixed number of new tokens. Wrapping
+is not timed, nor a call for one token right before each sample, which warms the caches.
 
-The *oracle* of a pipeline is the same unwrapped model on a prompt that is short already: what pruning would cost if deciding and
-dropping were free. It is one stock `generate` with only the kept placeholders, and with the positions and padding that the pipeline
-produces. Vision tower and projector run in full; then the model gets the features that were kept (DeepStack's too) instead of theirs,
-which stay in memory. M-RoPE positions are computed for the full prompt, as in the pipeline. So the oracle pays what `generate` always
-costs, and pipeline / oracle is vtoken's own price: hooks, facts, scores, top-k, gather, masks. Both run the same decoder computation
-and give the same tokens. An oracle exists where all stages act at site `tokens`: elsewhere the sequence gets shorter on the way, and no
-short prompt is equivalent.
+The *oracle* of a pipeline is the same unwrapped model on a prompt that is short already: what pruning would cost if
+deciding and dropping were free. It is one stock `generate` with only the kept placeholders, and with the positions and
+padding that the pipeline produces. Vision tower and projector run in full; then the model gets the features that were
+kept (DeepStack's too) instead of theirs, which stay in memory. M-RoPE positions are computed for the full prompt, as in
+the pipeline. So the oracle pays what `generate` always costs, and pipeline / oracle is vtoken's own price: hooks,
+facts, scores, top-k, gather, masks. Both run the same decoder computation and give the same tokens. An oracle exists
+where all stages act at site `tokens`: elsewhere the sequence gets shorter on the way, and no short prompt is
+equivalent.
 
 *Break-even* is the number of visual tokens, over the whole batch, that a pipeline must drop to pay for itself:
 ceil(overhead / gain), overhead = TTFT(pipeline) - TTFT(oracle), gain = (TTFT(dense) - TTFT(oracle)) / tokens dropped,
@@ -46,7 +47,8 @@ class Row:
     """One pipeline, or dense.
 
     Attributes:
-        visual_tokens: of the whole batch, in the decoder's last layer; `visual_entry` in its first, `visual_average` over all of them.
+        visual_tokens: of the whole batch, in the decoder's last layer; `visual_entry` in its first, `visual_average`
+            over all of them.
         kv_bytes: keys and values of the whole batch after prefill.
         peak_bytes: largest of all rounds, None on a CPU.
         to_dense, to_oracle: per-round ratios pipeline / dense and pipeline / oracle.
@@ -54,8 +56,8 @@ class Row:
         break_even: visual tokens to drop before the pipeline pays, None where it cannot be computed.
         no_oracle: why there is none, or None.
         stood_aside: stages that did nothing -> why; what is measured is the model without them.
-        density: stages of site attention that acted -> share of the causal blocks that they computed. Times of a method that chooses by
-            what it sees are those at this density, whatever the weights.
+        density: stages of site attention that acted -> share of the causal blocks that they computed. Times of a method
+            that chooses by what it sees are those at this density, whatever the weights.
     """
 
     name: str
@@ -101,10 +103,12 @@ def bench(model: Any, pipelines: Sequence[Any], *, oracles: bool = True, **optio
         model: a stock model that is not wrapped; it is left as it was.
         pipelines: anything that `vtoken.wrap` takes.
         oracles: whether they are measured.
-        options: fields of `BenchOptions`. End-of-sequence is disabled; families that resize every picture ignore its size.
+        options: fields of `BenchOptions`. End-of-sequence is disabled; families that resize every picture ignore its
+            size.
 
     Raises:
-        ConfigError: an option out of bounds, a pipeline that does not read, or an image size that the family's processor refuses.
+        ConfigError: an option out of bounds, a pipeline that does not read, or an image size that the family's
+            processor refuses.
         UnsupportedError: a family without random prompts, a wrapped model, or a stage the model cannot serve.
     """
     asked = BenchOptions.given(**options)

@@ -46,8 +46,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Oracle:
-    """A prompt that is short already, padded on the left; `values` are what the feature function is made to return, newlines included,
-    `deep` the same of every DeepStack layer."""
+    """A prompt that is short already, padded on the left; `values` are what the feature function is made to return,
+    newlines included, `deep` the same of every DeepStack layer."""
 
     ids: Tensor  # [B, P]
     mask: Tensor  # [B, P]
@@ -60,7 +60,8 @@ class Oracle:
 class Subject:
     """What is measured: a pipeline (None: dense), its oracle, and their samples.
 
-    `layers`: visual tokens of the whole batch in every decoder layer. `aside`: stages that did nothing -> why. `density`: as in Trace.
+    `layers`: visual tokens of the whole batch in every decoder layer. `aside`: stages that did nothing -> why.
+    `density`: as in Trace.
     """
 
     pipeline: Pipeline | None
@@ -105,7 +106,8 @@ class Runner:
         """One prefill to learn what is kept, and what enters the language model."""
         if pipeline is not None and pipeline.anyres != "model":
             raise UnsupportedError(
-                f"pipeline {pipeline.name!r} sets anyres: {pipeline.anyres}, but all pipelines are measured on the same prompt, cut as "
+                f"pipeline {pipeline.name!r} sets anyres: {pipeline.anyres}, but all pipelines are measured on the "
+                "same prompt, cut as "
                 "the model chooses; leave the key out and give an image_size that is cut that way"
             )
         seen: dict[str, Any] = {}
@@ -157,7 +159,8 @@ class Runner:
         for row, real in enumerate(mask.sum(1).tolist()):
             kept = [each for each, of in zip(found.kept, found.row, strict=True) if of == row]
             counts = [n for each in kept for n in torch.bincount(each // prompt.run, minlength=prompt.runs).tolist()]
-            # Newlines come in families that have no text between their runs: it does not matter which run they are added to.
+            # Newlines come in families that have no text between their runs: it does not matter which run they are
+            # added to.
             counts[-1] += real - sum(prompt.texts) - sum(counts)
             at = len(mask[row]) - real
             for text, run in zip(prompt.texts, counts, strict=False):

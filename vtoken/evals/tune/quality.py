@@ -25,9 +25,9 @@ class Judge:
     """Scores pipelines on samples, in chunks; what dense says is had once.
 
     Args:
-        measure: "agreement", share of answers that are the dense model's, or "accuracy", the right ones, both case and outer space
-            aside; or "cosine", mean cosine of the last prompt token's final hidden state with the dense model's, which is what
-            VFlowOpt is tuned with (its authors sum it over 30 samples).
+        measure: "agreement", share of answers that are the dense model's, or "accuracy", the right ones, both case and
+            outer space aside; or "cosine", mean cosine of the last prompt token's final hidden state with the dense
+            model's, which is what VFlowOpt is tuned with (its authors sum it over 30 samples).
         tasks: that the samples come from; accuracy is then a `RelativeScore`, by their own scorers.
         chunk: samples after which those are asked again.
 
@@ -74,7 +74,8 @@ class Judge:
         return sum(scores) / len(scores) if self.relative is None else self.relative.quality
 
     def scores(self, pipeline: Pipeline) -> Generator[list[float], None, None]:
-        """Scores of one batch after the other, of tasks of one chunk; the model is dense again when it ends or is closed."""
+        """Scores of one batch after the other, of tasks of one chunk; the model is dense again when it ends or is
+        closed."""
         self.generator.use(pipeline)
         try:
             if self.relative is not None:

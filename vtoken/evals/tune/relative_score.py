@@ -25,7 +25,8 @@ class RelativeScore:
         base: task -> the dense model's metric.
         values: task -> metric of the answers scored last, if they were all.
         most: what each sample's answer can be worth at best, so that the mean over samples is on the scale above.
-        steady: the metrics are means of their documents' own numbers, between 0 and 1: a part of the answers tells something.
+        steady: the metrics are means of their documents' own numbers, between 0 and 1: a part of the answers tells
+            something.
     """
 
     def __init__(self, tasks: Tasks, said: Sequence[str]) -> None:
@@ -35,7 +36,8 @@ class RelativeScore:
         for name, value in self.base.items():
             if value <= 0:
                 raise ConfigError(
-                    f"the dense model's score on task {name} is {value:g}, of which no share can be kept; take --quality agreement"
+                    f"the dense model's score on task {name} is {value:g}, of which no share can be kept; take "
+                    "--quality agreement"
                 )
         counts = Counter(tasks.of)
         self.most = [len(tasks.of) / (len(counts) * counts[name] * self.base[name]) for name in tasks.of]

@@ -27,7 +27,8 @@ class Sample:
 
 
 def load(data: str, limit: int | None, frames: int = 8) -> list[Sample]:
-    """Samples from "reference" (the shipped held-out questions), a JSONL file of {image, question, answer?}, or lmms-eval's tasks.
+    """Samples from "reference" (the shipped held-out questions), a JSONL file of {image, question, answer?}, or
+    lmms-eval's tasks.
 
     Args:
         limit: first so many; of tasks: of each.

@@ -29,8 +29,8 @@ class Search:
     Attributes:
         like: the prefill whose cost is taken.
         keep: share of the dense model's quality that the best pipeline must keep.
-        first: samples after which a trial may be stopped, if its quality there is below the floor and below the median of all trials
-            before it. Whatever the number, one that cannot reach the floor any more is stopped.
+        first: samples after which a trial may be stopped, if its quality there is below the floor and below the median
+            of all trials before it. Whatever the number, one that cannot reach the floor any more is stopped.
         about: what else decides the numbers; a study of another one is not gone on with.
     """
 
@@ -135,8 +135,9 @@ class Search:
         return self.judge.quality(scores)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything that was tried, in order. `best` numbers trials, the cheapest at or above the floor first, `no_gain` those that
-        were no cheaper than dense. `dense`, and `tasks` of a trial, are the tasks' own metrics where those are kept."""
+        """Everything that was tried, in order. `best` numbers trials, the cheapest at or above the floor first,
+        `no_gain` those that were no cheaper than dense. `dense`, and `tasks` of a trial, are the tasks' own metrics
+        where those are kept."""
         trials = [
             {
                 "number": t.number,
@@ -157,14 +158,16 @@ class Search:
         return [t for t in self._tried(TrialState.COMPLETE) if t.values[1] >= 1]
 
     def best(self) -> list[FrozenTrial]:
-        """The Pareto front below dense's cost: first those at or above the floor, cheapest first, then the others, best first."""
+        """The Pareto front below dense's cost: first those at or above the floor, cheapest first, then the others, best
+        first."""
         gains = (t for t in self.study.best_trials if t.values[1] < 1)
         front = {t.values[0]: t for t in sorted(gains, key=lambda t: -t.number)}.values()
         good = sorted((t for t in front if t.values[0] >= self.floor), key=lambda t: t.values[1])
         return good + sorted((t for t in front if t.values[0] < self.floor), key=lambda t: -t.values[0])
 
     def write(self) -> list[Path]:
-        """tune.json, and a pipeline file for every trial of the front: best-1.yaml is the one to take if it reaches the floor."""
+        """tune.json, and a pipeline file for every trial of the front: best-1.yaml is the one to take if it reaches the
+        floor."""
         (self.folder / "tune.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
         for old in self.folder.glob("best-*.yaml"):
             old.unlink()
@@ -174,8 +177,10 @@ class Search:
             kept = "at or above" if quality >= self.floor else "below"
             own = "".join(f"; {name} {value:.6g}" for name, value in (trial.user_attrs.get("tasks") or {}).items())
             head = (
-                f"# vtoken tune on {self.about.get('model')}: {self.judge.measure} {quality:.4f} on {len(self.judge.samples)} samples "
-                f"(dense {self.judge.dense:.4f}), {kept} the floor {self.floor:.4f}; {self.objective} {cost:.4f} of dense{own}\n"
+                f"# vtoken tune on {self.about.get('model')}: {self.judge.measure} {quality:.4f} on "
+                f"{len(self.judge.samples)} samples "
+                f"(dense {self.judge.dense:.4f}), {kept} the floor {self.floor:.4f}; {self.objective} {cost:.4f} of "
+                f"dense{own}\n"
             )
             files.append(self.folder / f"best-{k}.yaml")
             files[-1].write_text(head + trial.user_attrs["pipeline"], encoding="utf-8")

@@ -19,7 +19,8 @@ KEYS = {"values", "low", "high", "step", "log"}
 class Space(Options):
     """Alternatives by name, each a list of stages as in a pipeline file, with ranges in place of some options' values.
 
-    A range is `{values: [a, b]}` or `{low: 1, high: 9}`, with `step: 2` or `log: true` if wanted; whole bounds give whole numbers.
+    A range is `{values: [a, b]}` or `{low: 1, high: 9}`, with `step: 2` or `log: true` if wanted; whole bounds give
+    whole numbers.
     """
 
     alternatives: dict[str, list[Any]] = Field(
@@ -55,7 +56,8 @@ class Space(Options):
         return found
 
     def draw(self, name: str, choose: Callable[[str, dict[str, Any]], Any]) -> Pipeline:
-        """The alternative with every range replaced by what `choose(key, range)` gives; keys are as "zip/0.visionzip.keep"."""
+        """The alternative with every range replaced by what `choose(key, range)` gives; keys are as
+        "zip/0.visionzip.keep"."""
         policies = {key: getattr(self, key) for key in Space.model_fields if key != "alternatives"}
         places = {**policies, "stages": self.alternatives[name]}
         filled = _filled(places, name + "/", choose)
@@ -90,7 +92,8 @@ def _ends(key: str, given: dict[str, Any]) -> list[Any]:
         if low < high and step > 0 and not (given.get("log") and (low <= 0 or "step" in given)):
             return [low, high]
     raise ConfigError(
-        f"{key}: a range is {{values: [a, b]}} or {{low: 1, high: 9}} with step or log (then low above 0, no step), not {given}"
+        f"{key}: a range is {{values: [a, b]}} or {{low: 1, high: 9}} with step or log (then low above 0, no step), "
+        f"not {given}"
     )
 
 

@@ -76,7 +76,8 @@ class SparsePrefill:
                 for row, (q, k) in enumerate(zip(*rows[:2], strict=True))
             ]
         trace = trace_of(stage, flow.live.lengths, flow.live.history, clock, module.layer_idx)
-        # Counted now: left for the reader of the trace, maps of all layers would be held (28 heads, 128k tokens: 29 MB each).
+        # Counted now: left for the reader of the trace, maps of all layers would be held (28 heads, 128k tokens: 29 MB
+        # each).
         trace.densities, trace.rows_aside = [reads.density() for reads in chosen], asides
         trace.backend = ", ".join(sorted({reads.backend(*qkv) for reads, *qkv in zip(chosen, *rows, strict=True)}))
         flow.trace.stages.append(trace)
@@ -111,7 +112,8 @@ class SparsePrefill:
         return reads
 
     def _rasters(self, flow: PrefillState) -> tuple[Tensor, Tensor, list[dict[Hashable, Any]]]:
-        """[B, P] image and raster index of every slot, -1 at text and padding, and what stages found out about its rows."""
+        """[B, P] image and raster index of every slot, -1 at text and padding, and what stages found out about its
+        rows."""
         notes = flow.notes
         if notes.image is None or notes.raster_index is None:
             notes.image, notes.raster_index = (torch.full_like(flow.index, -1) for _ in range(2))
@@ -203,13 +205,15 @@ def check(stage: SparseAttention, reads: SparseMask | DenseSubset, prompt: Prefi
     if isinstance(reads, DenseSubset):
         if reads.length != prompt.length or not 0 < len(reads.index) <= prompt.length:
             raise ValueError(
-                f"stage {stage.name} returned {len(reads.index)} of {reads.length} tokens for a prompt of {prompt.length}"
+                f"stage {stage.name} returned {len(reads.index)} of {reads.length} tokens for a prompt of "
+                f"{prompt.length}"
             )
         return
     blocks = -(-prompt.length // reads.size)
     if tuple(reads.blocks.shape) != (prompt.heads, blocks, blocks) or reads.blocks.dtype != torch.bool:
         raise ValueError(
-            f"stage {stage.name} returned blocks {reads.blocks.dtype} {tuple(reads.blocks.shape)} for {prompt.heads} heads and "
+            f"stage {stage.name} returned blocks {reads.blocks.dtype} {tuple(reads.blocks.shape)} for {prompt.heads} "
+            "heads and "
             f"{prompt.length} tokens in blocks of {reads.size}; it must be bool {(prompt.heads, blocks, blocks)}"
         )
     try:
@@ -246,17 +250,20 @@ def check_attention(stages: Sequence[Stage], lm: Any) -> None:
         wrong = [k for k in stage.dense_layers if not -depth <= k < depth]
         if wrong or not stage.layers(depth):
             raise UnsupportedError(
-                f"stage {stage.name}: dense_layers {list(stage.dense_layers)}; this model has layers 0 to {depth - 1}, and one must be left"
+                f"stage {stage.name}: dense_layers {list(stage.dense_layers)}; this model has layers 0 to "
+                f"{depth - 1}, and one must be left"
             )
         for k in stage.layers(depth):
             attention = lm.layers[k].self_attn
             if stage.rope and not rotates_last(attention):
                 raise UnsupportedError(
-                    f"stage {stage.name} needs queries and keys from before RoPE, and {type(attention).__name__} is not q_proj, k_proj and "
+                    f"stage {stage.name} needs queries and keys from before RoPE, and {type(attention).__name__} is "
+                    "not q_proj, k_proj and "
                     "v_proj, norms of queries and keys, then apply_rotary_pos_emb; take another stage of site attention"
                 )
             if k in taken:
                 raise UnsupportedError(
-                    f"stages {taken[k]} and {stage.name} both thin the attention of decoder layer {k}; share the layers out with dense_layers"
+                    f"stages {taken[k]} and {stage.name} both thin the attention of decoder layer {k}; share the "
+                    "layers out with dense_layers"
                 )
             taken[k] = stage.name

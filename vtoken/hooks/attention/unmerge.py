@@ -1,8 +1,10 @@
-"""Virtual unmerging: the decoder runs on merged tokens, and its attention sees each of them at every place of its members.
+"""Virtual unmerging: the decoder runs on merged tokens, and its attention sees each of them at every place of its
+members.
 
-Attention modules are called with a rotation by nothing, so that the q, k and v that reach their attention function carry no RoPE. There (see
-`spread.UnmergedAttention`) they are copied to the places of the members, rotated as the positions there say and attended with; the outputs of a
-group are averaged before o_proj. No attention forward is copied, and decode steps on an expanded cache run the stock code.
+Attention modules are called with a rotation by nothing, so that the q, k and v that reach their attention function
+carry no RoPE. There (see `spread.UnmergedAttention`) they are copied to the places of the members, rotated as the
+positions there say and attended with; the outputs of a group are averaged before o_proj. No attention forward is
+copied, and decode steps on an expanded cache run the stock code.
 """
 
 from __future__ import annotations
@@ -78,7 +80,8 @@ class Unmerge:
         v = flow.live
         if any(encode.untold for encode in flow.spans.encodes):
             raise UnsupportedError(
-                f"stage {self.stage.name} cannot tell which places a merged token stands for: this model interpolates its features "
+                f"stage {self.stage.name} cannot tell which places a merged token stands for: this model interpolates "
+                "its features "
                 "(videos, large images) after the encoder, where they were merged; merge with a stage of site tokens"
             )
         with Clock(v.batch_row.device) as clock:
@@ -88,7 +91,8 @@ class Unmerge:
         flow.trace.stages.append(replace(entry, stood_aside=NOTHING if v.history.absorbed_by is None else None))
 
     def go_on(self, flow: ForwardState) -> None:
-        """A decode step, a text turn or a draft on a cache of merged keys; on an expanded one there is nothing to do."""
+        """A decode step, a text turn or a draft on a cache of merged keys; on an expanded one there is nothing to
+        do."""
         if past_table(flow) is None:
             return
         rope = self._rope(flow, flow.positions)
@@ -118,7 +122,8 @@ class Unmerge:
         *,
         grouped: bool,
     ) -> UnmergedAttention:
-        """Extends the table of a cache that holds merged keys without RoPE, by places [B, U] that hold these columns and new slots.
+        """Extends the table of a cache that holds merged keys without RoPE, by places [B, U] that hold these columns
+        and new slots.
 
         Raises:
             UnsupportedError: a static cache.
@@ -126,7 +131,8 @@ class Unmerge:
         cache, new, past = flow.cache, flow.index.shape[1], flow.slots - flow.index.shape[1]
         if cache.is_compileable:
             raise UnsupportedError(
-                f"stage {self.stage.name} with cache: merged keeps a table that grows with every token; use a dynamic cache "
+                f"stage {self.stage.name} with cache: merged keeps a table that grows with every token; use a dynamic "
+                "cache "
                 "(cache_implementation=None), or cache: expanded"
             )
         old = past_table(flow)
@@ -171,8 +177,8 @@ def places(flow: PrefillState) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     """Where the live tokens of a prefill and the members of the merged ones stand.
 
     Returns:
-        columns [B, U] of the prompt, rows packed to the left; valid [B, U], which of them are real; slot [B, U] of the token in the
-        current layout that stands there (anything at padding); how many there are per row.
+        columns [B, U] of the prompt, rows packed to the left; valid [B, U], which of them are real; slot [B, U] of the
+        token in the current layout that stands there (anything at padding); how many there are per row.
     """
     start, absorbed_by = flow.raster, flow.live.history.absorbed_by
     rank, alive = flow.alive.cumsum(1), flow.alive.clone()
@@ -202,6 +208,8 @@ def check_rotation(stage: Stage, attention: Any) -> None:
     """
     if not rotates_last(attention):
         raise UnsupportedError(
-            f"stage {stage.name} cannot unmerge tokens in {type(attention).__name__}: it is not q_proj, k_proj and v_proj, norms of "
-            "queries and keys, then apply_rotary_pos_emb; leave the stage out, merged tokens then attend at one place each"
+            f"stage {stage.name} cannot unmerge tokens in {type(attention).__name__}: it is not q_proj, k_proj and "
+            "v_proj, norms of "
+            "queries and keys, then apply_rotary_pos_emb; leave the stage out, merged tokens then attend at one place "
+            "each"
         )

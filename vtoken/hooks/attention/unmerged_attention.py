@@ -1,4 +1,5 @@
-"""Attention of merged tokens at all places of their members: the tensors, and what a KV cache of merged keys stands for."""
+"""Attention of merged tokens at all places of their members: the tensors, and what a KV cache of merged keys stands
+for."""
 
 from __future__ import annotations
 
@@ -76,9 +77,10 @@ class UnmergedAttention:
         mask: the backend's mask over places.
         slots: P, hidden states per row.
         rope: cos and sin [B, U, d] of the places of this forward.
-        source: [B, U] hidden state that stands at each place, P at padding; None: every hidden state stands at one place, its own.
-        held: of a cache of merged keys, slot [B, E] and rope of every place, those of this forward included; None where the keys are those
-            of this forward only.
+        source: [B, U] hidden state that stands at each place, P at padding; None: every hidden state stands at one
+            place, its own.
+        held: of a cache of merged keys, slot [B, E] and rope of every place, those of this forward included; None where
+            the keys are those of this forward only.
     """
 
     mask: Any
@@ -94,7 +96,8 @@ class UnmergedAttention:
 
         Args:
             rotate: the model's `apply_rotary_pos_emb`.
-            write: caches keys and values [B, H, U, d] with RoPE and returns all that are held; None without such a cache.
+            write: caches keys and values [B, H, U, d] with RoPE and returns all that are held; None without such a
+                cache.
             attend: attention of rotated queries, keys and values, [B, U, H, d].
 
         Returns:
@@ -137,7 +140,8 @@ def group_mean(x: Tensor, absorbed_by: Tensor, slots: int) -> Tensor:
 
 
 def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Callable[..., Any], **kwargs: Any) -> Any:
-    """The tap of a decoder attention that was handed a Spread and the cache to write into; without one it is the model's own."""
+    """The tap of a decoder attention that was handed a Spread and the cache to write into; without one it is the
+    model's own."""
     handed = kwargs.get(HANDED)
     if handed is None:
         return original()
@@ -153,12 +157,14 @@ def _spread(
 
 
 def rotation_of(attention: Any) -> Any:
-    """The function by which an attention rotates its queries and keys, as its file defines it; None if it defines none."""
+    """The function by which an attention rotates its queries and keys, as its file defines it; None if it defines
+    none."""
     return getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
 
 
 def rotates_last(attention: Any) -> bool:
-    """Whether an attention is q_proj, k_proj and v_proj, norms of queries and keys, then `apply_rotary_pos_emb` of its file."""
+    """Whether an attention is q_proj, k_proj and v_proj, norms of queries and keys, then `apply_rotary_pos_emb` of its
+    file."""
     parts = {name for name, _ in attention.named_children()}
     built = PARTS - {"q_norm", "k_norm"} <= parts <= PARTS
     return built and rotation_of(attention) is not None and bool(getattr(attention, "use_rope", True))

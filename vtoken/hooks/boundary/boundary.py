@@ -1,8 +1,9 @@
 """The language-model boundary: everything that enters the decoder is shortened here, coherently.
 
-Features were merged into the prompt by the model itself, so ids and placeholders no longer matter. Embeddings, positions and masks are
-cut to the live tokens and rows packed to the left-padded maximum of the batch; afterwards outputs get their length back (zeros where tokens
-were dropped, see outputs.py), so that logits and labels keep their shape.
+Features were merged into the prompt by the model itself, so ids and placeholders no longer matter. Embeddings,
+positions and masks are cut to the live tokens and rows packed to the left-padded maximum of the batch; afterwards
+outputs get their length back (zeros where tokens were dropped, see outputs.py), so that logits and labels keep their
+shape.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ class Boundary:
         }
 
     def _shortened(self, flow: PrefillState, values: Tensor, kwargs: dict) -> dict[str, Any]:
-        """What the language model gets instead: `values` [ΣK, D] of the live visual tokens among the rest of the prompt, packed to the left."""
+        """What the language model gets instead: `values` [ΣK, D] of the live visual tokens among the rest of the
+        prompt, packed to the left."""
         x, cache, use_cache = flow.hidden, flow.cache, kwargs.get("use_cache")
         if cache is None and (self.lm.config.use_cache if use_cache is None else use_cache):
             flow.cache = cache = DynamicCache(config=self.lm.config)
@@ -173,7 +175,8 @@ class Boundary:
         return kwargs if cache.dense and single else {**kwargs, "attention_mask": cache.valid[0]}
 
     def _stock_step(self, kwargs: dict) -> bool:
-        """Whether the model's own code is right for a decode step as it is: no padding, and layers that need no masks of their own."""
+        """Whether the model's own code is right for a decode step as it is: no padding, and layers that need no masks
+        of their own."""
         cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
         if cache.table is not None or not cache.dense or not (mask is None or mask.ndim == 4):
             return False
@@ -183,7 +186,8 @@ class Boundary:
 
     @eager
     def _go_on(self, args: tuple, kwargs: dict, shift: Tensor | None, taps: bool) -> Any:
-        """What cannot be told from shapes: rows of different lengths, several new tokens, layers that hold different ones."""
+        """What cannot be told from shapes: rows of different lengths, several new tokens, layers that hold different
+        ones."""
         flow = forward_of(self.context, kwargs)
         if shift is not None:
             flow.positions = flow.positions + shift

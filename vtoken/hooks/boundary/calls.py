@@ -27,7 +27,8 @@ def check_packed(kwargs: dict, config: Any) -> None:
         packed = packed or bool((text.diff(dim=-1) != 1).any())
     if packed:
         raise UnsupportedError(
-            "several samples in one row (position_ids that start again, or cu_seq_lens) cannot be kept apart once tokens are dropped: "
+            "several samples in one row (position_ids that start again, or cu_seq_lens) cannot be kept apart once "
+            "tokens are dropped: "
             "give each sample a row of its own, padded, with an attention_mask; or unwrap the model"
         )
 

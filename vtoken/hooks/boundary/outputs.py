@@ -1,4 +1,5 @@
-"""Outputs of the language model in the shape of the prompt: tokens at their own columns, zeros where one was dropped."""
+"""Outputs of the language model in the shape of the prompt: tokens at their own columns, zeros where one was
+dropped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What enters the language model: the images of a prefill, what the encoder dropped of them, and the facts about the rest."""
+"""What enters the language model: the images of a prefill, what the encoder dropped of them, and the facts about the
+rest."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from vtoken.stages import Keep, image_of, offsets_of
 def build_prefill(
     context: Context, flow: ForwardState, visual: Tensor, deepstack: Sequence[Tensor] | None
 ) -> tuple[PrefillState, Tensor]:
-    """Finds the images of the batch, and drops what the encoder dropped; returns the values [ΣK, D] of the live tokens too."""
+    """Finds the images of the batch, and drops what the encoder dropped; returns the values [ΣK, D] of the live tokens
+    too."""
     answer = answered(visual, flow.new, context.run.tail, context.run.labels)
     held, tails, shown, counts = counted(visual, flow.new, answer, len(context.adapter.placeholders))
     located = locate(visual, held, context.run.encodes, context.adapter)
@@ -69,8 +71,8 @@ def build_prefill(
 def counted(
     kinds: Tensor, new: Tensor, answer: Tensor | None, number: int
 ) -> tuple[list[list[int]], list[int], list[int], list[int]]:
-    """Asks the device once: per kind its placeholders in every row; per row, tokens behind the prompt, visual ones that the padding mask
-    shows, and all that it shows."""
+    """Asks the device once: per kind its placeholders in every row; per row, tokens behind the prompt, visual ones that
+    the padding mask shows, and all that it shows."""
     each = [kinds == kind + 1 for kind in range(number)]
     visual = each[0] if number == 1 else kinds > 0
     found = [*each, visual & new, new] if answer is None else [*each, visual & new, new, answer]
@@ -80,7 +82,8 @@ def counted(
 
 
 def project(adapter: Any, features: Tensor) -> Tensor:
-    """[M, D] of features [M, D_encoder]. By `forward`: the projector's hooks, vtoken's among them, are about whole pictures."""
+    """[M, D] of features [M, D_encoder]. By `forward`: the projector's hooks, vtoken's among them, are about whole
+    pictures."""
     projector = adapter.projectors[0]
     device = next(projector.parameters()).device
     # Where accelerate offloads the projector, what it put around `forward` brings both together.
@@ -126,10 +129,11 @@ def unmasked(whole: LiveTokens, new: Tensor, adapter: Any) -> LiveTokens:
 
 
 def entered(flow: PrefillState, values: Tensor) -> Tensor:
-    """Leaves out what the padding mask hides and what encoder stages dropped; returns the values that remain of [ΣN, D].
+    """Leaves out what the padding mask hides and what encoder stages dropped; returns the values that remain of [ΣN,
+    D].
 
-    Of merged tokens, DeepStack features from before the merge are averaged, equally weighted; later ones, of which only some tokens have any,
-    are those of the token that absorbed them.
+    Of merged tokens, DeepStack features from before the merge are averaged, equally weighted; later ones, of which only
+    some tokens have any, are those of the token that absorbed them.
     """
     v, encodes = flow.raster, flow.spans.encodes
     gone = ~(

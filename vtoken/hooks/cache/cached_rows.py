@@ -1,4 +1,5 @@
-"""What the slots of a layer hold after a cache stage: rows, padded on the left, and the logical positions behind them."""
+"""What the slots of a layer hold after a cache stage: rows, padded on the left, and the logical positions behind
+them."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def slots_of(before: SlotMap, rows: tuple[PromptRow, ...], dense: bool) -> SlotM
 
 
 def store(cached: Any, rows: Sequence[tuple[Piece, Plain]], keys: Tensor, values: Tensor, width: int) -> Any:
-    """Puts rows in the place of the newest `width` of the keys and values [B, Hk, S, d] that a cache layer holds; returns the layer.
+    """Puts rows in the place of the newest `width` of the keys and values [B, Hk, S, d] that a cache layer holds;
+    returns the layer.
 
     Args:
         rows: what is left of each row's prompt, and what follows the prompt.

@@ -1,4 +1,5 @@
-"""What a cache that holds rows in few bits does with the tokens behind the prompt: when there are enough of them, they follow."""
+"""What a cache that holds rows in few bits does with the tokens behind the prompt: when there are enough of them, they
+follow."""
 
 from __future__ import annotations
 

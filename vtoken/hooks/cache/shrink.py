@@ -1,8 +1,8 @@
 """The KV cache is shrunk as the prefill fills it, layer by layer.
 
-As soon as a layer has attended, nothing of this prefill reads its keys and values any more, so what the stage does not hold goes at once.
-Rows are padded on the left to the longest. Logical lengths stay as they were (see pruned_cache.py); layers that hold other numbers of tokens
-become layer groups of their own.
+As soon as a layer has attended, nothing of this prefill reads its keys and values any more, so what the stage does not
+hold goes at once. Rows are padded on the left to the longest. Logical lengths stay as they were (see pruned_cache.py);
+layers that hold other numbers of tokens become layer groups of their own.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from vtoken.stages.quantized import QuantizedKV
 
 @dataclass(frozen=True)
 class ShrunkLayer:
-    """What a layer was left with: `held` [Hk, C] slots per row (None: all, or not told), of `live` in the layer group `group`."""
+    """What a layer was left with: `held` [Hk, C] slots per row (None: all, or not told), of `live` in the layer group
+    `group`."""
 
     group: int
     rows: tuple[PromptRow, ...]
@@ -85,7 +86,8 @@ class CacheShrinker:
             )
         if cache is None:
             raise UnsupportedError(
-                f"stage {name} shrinks the KV cache, and this call has none (use_cache=False): pass use_cache=True, or take the stage out"
+                f"stage {name} shrinks the KV cache, and this call has none (use_cache=False): pass use_cache=True, "
+                "or take the stage out"
             )
         if cache.is_compileable:
             raise UnsupportedError(
@@ -181,7 +183,8 @@ class CacheShrinker:
         scale: float,
         out: Any,
     ) -> Any:
-        """What follows the prompt in this forward (drafts) reads what is left of it, as it would in a forward of its own."""
+        """What follows the prompt in this forward (drafts) reads what is left of it, as it would in a forward of its
+        own."""
         slots, new = k.shape[2] - past, max(flow.tails)
         length = torch.tensor([row.stay + row.tail for row in rows], device=k.device)
         real = torch.arange(slots, device=k.device) >= slots - length[:, None]
@@ -257,7 +260,8 @@ def apply(stage: CacheStage, decision: Decision | None, keys: Tensor, values: Te
             or t.shape[1] != new[0].shape[1]
         ):
             raise ValueError(
-                f"stage {stage.name} left keys and values of shapes {[tuple(t.shape) for t in new]} of {tuple(keys.shape)}; "
+                f"stage {stage.name} left keys and values of shapes {[tuple(t.shape) for t in new]} of "
+                f"{tuple(keys.shape)}; "
                 f"every head must hold the same 1 to {n} tokens"
             )
     return Plain(*new)

@@ -1,5 +1,5 @@
-"""What only the calls around the language model know: labels, drafts, which positions are visual, which prompts run dense, and when a call
-is over."""
+"""What only the calls around the language model know: labels, drafts, which positions are visual, which prompts run
+dense, and when a call is over."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from vtoken.hooks.state.run import UNSEEN
 
 
 class CallInputs:
-    """Hooks on the model and on `outer` (which sees ids); what they find goes to the run. Nothing on decode steps, which may be compiled."""
+    """Hooks on the model and on `outer` (which sees ids); what they find goes to the run. Nothing on decode steps,
+    which may be compiled."""
 
     def __init__(self, context: Context) -> None:
         adapter, handle = context.adapter, context.handle

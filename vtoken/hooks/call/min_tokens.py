@@ -1,7 +1,8 @@
-"""Which images stand in prompts of few visual tokens, told before the vision tower runs: stages in it leave those alone.
+"""Which images stand in prompts of few visual tokens, told before the vision tower runs: stages in it leave those
+alone.
 
-Where every prompt is one, no facts are worked out either. Rows are known as soon as the prompt is: to `generate`, which since transformers
-5.18 encodes before the first forward, or to the forward itself.
+Where every prompt is one, no facts are worked out either. Rows are known as soon as the prompt is: to `generate`, which
+since transformers 5.18 encodes before the first forward, or to the forward itself.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 class MinTokensGuard:
-    """Leaves a `SkipPlan` per kind in `run.skip_plans` for the feature functions. `CallInputs` tells it of calls, before the tower runs."""
+    """Leaves a `SkipPlan` per kind in `run.skip_plans` for the feature functions. `CallInputs` tells it of calls,
+    before the tower runs."""
 
     def __init__(self, context: Context) -> None:
         self.adapter, self.run, self.min_tokens = context.adapter, context.run, context.min_tokens
@@ -63,13 +65,15 @@ def pictured(kwargs: dict) -> list[str]:
 
 
 def _padding(kwargs: dict) -> Tensor | None:
-    """The padding mask [B, L]. None for the 4D masks that `generate` builds for a static cache, of some decoders one per layer type."""
+    """The padding mask [B, L]. None for the 4D masks that `generate` builds for a static cache, of some decoders one
+    per layer type."""
     mask = kwargs.get("attention_mask")
     return mask if torch.is_tensor(mask) and mask.ndim == 2 else None
 
 
 def _last(ids: Tensor | None, embeds: Tensor | None, kwargs: dict) -> int:
-    """How many columns are of the turn to come: `generate` is told the whole conversation, or by its mask how long that is. 0 means all."""
+    """How many columns are of the turn to come: `generate` is told the whole conversation, or by its mask how long that
+    is. 0 means all."""
     cache, mask = kwargs.get("past_key_values"), _padding(kwargs)
     past = 0 if cache is None else int(cache.get_seq_length())
     whole = mask if mask is not None else ids if ids is not None else embeds

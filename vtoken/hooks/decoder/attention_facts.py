@@ -1,7 +1,8 @@
 """Facts of a decoder layer, slot by slot: a function per fact, of the fact's name.
 
-Every one takes the queries q [B, H, P, d] of a layer, its keys and values k, v [B, Hk, slots, d] with the cache, and which slots
-hold something, key_mask [B, slots]. It returns [B, slots, ...], see `stages.facts`; attention is 0 where no image's token stands.
+Every one takes the queries q [B, H, P, d] of a layer, its keys and values k, v [B, Hk, slots, d] with the cache, and
+which slots hold something, key_mask [B, slots]. It returns [B, slots, ...], see `stages.facts`; attention is 0 where no
+image's token stands.
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ def last_row(q: Tensor, k: Tensor, key_mask: Tensor | None, tails: Sequence[int]
 def text_rows(
     flow: PrefillState, raters: Sequence[Tensor], q: Tensor, k: Tensor, key_mask: Tensor, scale: float
 ) -> Tensor:
-    """[B, slots] attention that the slots of each image receive from its raters, mean over them and the heads; 0 elsewhere.
+    """[B, slots] attention that the slots of each image receive from its raters, mean over them and the heads; 0
+    elsewhere.
 
     Args:
         raters: per image, which text tokens of its row.
@@ -120,13 +122,15 @@ def text_rows(
 
 
 def _causal_mean(q: Tensor, k: Tensor, key_mask: Tensor, at: Tensor, scale: float) -> Tensor:
-    """[N] attention of the queries [H, R, d] that stand in the slots `at` [R] of the keys [Hk, N, d], mean over queries and heads."""
+    """[N] attention of the queries [H, R, d] that stand in the slots `at` [R] of the keys [Hk, N, d], mean over queries
+    and heads."""
     total = torch.stack([part.sum((0, 1, 2)) for part in causal(q, k, key_mask, at, scale)]).sum(0)
     return total / (q.shape[0] * q.shape[1])
 
 
 def causal(q: Tensor, k: Tensor, key_mask: Tensor, at: Tensor, scale: float) -> Iterator[Tensor]:
-    """Attention [Hk, H / Hk, R, N] of the queries [H, ., d] that stand in the slots `at` of the keys [Hk, N, d], a chunk at a time.
+    """Attention [Hk, H / Hk, R, N] of the queries [H, ., d] that stand in the slots `at` of the keys [Hk, N, d], a
+    chunk at a time.
 
     `query_attention` lets every query see all keys; these each see a prefix.
     """

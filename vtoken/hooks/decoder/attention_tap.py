@@ -1,7 +1,7 @@
 """A tap on the decoder's attention, layer by layer, that leaves the model's own backend in charge.
 
-While a forward needs it, each tapped module has a shadow config that differs only in the name of its attention implementation. Masks are
-made from the real config, so they keep the backend's format, and nothing global changes.
+While a forward needs it, each tapped module has a shadow config that differs only in the name of its attention
+implementation. Masks are made from the real config, so they keep the backend's format, and nothing global changes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ Tap = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def tap(handle: Handle, lm: Any, layers: Iterable[int], function: Tap) -> None:
-    """Sends the attention of these decoder layers through `function`, which may call `original()`; an earlier tap is its original."""
+    """Sends the attention of these decoder layers through `function`, which may call `original()`; an earlier tap is
+    its original."""
     AttentionInterface.register(NAME, _dispatch)
     for layer in layers:
         module = lm.layers[layer].self_attn
@@ -82,7 +83,8 @@ def _dispatch(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: 
 
 
 class _WithConfig:
-    """A module as attention functions see it, with another config; the module itself is not written to (threads share it)."""
+    """A module as attention functions see it, with another config; the module itself is not written to (threads share
+    it)."""
 
     def __init__(self, module: Any, config: Any) -> None:
         self._module, self.config = module, config
@@ -105,8 +107,8 @@ def tapped(stages: Sequence[Stage], depth: int) -> dict[int, list[tuple[Stage, s
 def observe(context: Context) -> None:
     """Keeps what stages ask to be told of decoder layers, slot by slot (see attention_facts.py).
 
-    With an answer or drafts behind the prompt (`prompt_text.answered`) the last prompt token stands before them, so the decision is the one
-    that `generate` makes.
+    With an answer or drafts behind the prompt (`prompt_text.answered`) the last prompt token stands before them, so the
+    decision is the one that `generate` makes.
     """
     asked, run = tapped(context.at("decoder"), context.depth), context.run
 
@@ -126,8 +128,8 @@ def observe(context: Context) -> None:
 def _keep(
     run: Run, layer: int, asked: Sequence[tuple[Stage, str]], q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> None:
-    """Stores the facts of a layer from its q, k and v [B, H, ., d]; without gradients, because a layer that checkpointing runs again does
-    not store them again."""
+    """Stores the facts of a layer from its q, k and v [B, H, ., d]; without gradients, because a layer that
+    checkpointing runs again does not store them again."""
     flow = run.flow
     if not isinstance(flow, PrefillState) or flow.skip_reason is not None:
         return

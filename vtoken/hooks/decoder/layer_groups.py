@@ -24,7 +24,8 @@ from vtoken.stages import Fact, Stage, VisualTokens, spec_of
 
 
 class LayerGroups:
-    """Pre-hooks on the decoder layers; none when no stage acts there (but flash attention needs its position ids hidden)."""
+    """Pre-hooks on the decoder layers; none when no stage acts there (but flash attention needs its position ids
+    hidden)."""
 
     def __init__(self, context: Context) -> None:
         self.context, self.lm, self.run, handle = context, context.lm, context.run, context.handle
@@ -67,7 +68,8 @@ class LayerGroups:
         else:
             kwargs["hidden_states"] = short
         if self.flash:
-            # Gaps in position ids look like packed sequences to flash attention; RoPE is in position_embeddings already.
+            # Gaps in position ids look like packed sequences to flash attention; RoPE is in position_embeddings
+            # already.
             kwargs["position_ids"] = None
         if flow.group:
             if flow.attention_mask is UNMADE:

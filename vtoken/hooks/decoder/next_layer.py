@@ -30,14 +30,16 @@ def check_next_layer(layer: Any) -> None:
         or any(norm.weight.shape != (attention.head_dim,) for norm in norms)
     ):
         raise UnsupportedError(
-            f"next_query_attention cannot be computed for {type(attention).__name__}: it is not built of input_layernorm, q_proj, k_proj "
+            f"next_query_attention cannot be computed for {type(attention).__name__}: it is not built of "
+            "input_layernorm, q_proj, k_proj "
             "and apply_rotary_pos_emb; use a stage that reads last_query_attention, which any decoder has"
         )
 
 
 @torch.no_grad()
 def next_layer_attention(layer: Any, k: int, flow: PrefillState, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """[B, slots] attention of the last prompt token over the slots of layer k, head mean, from the hidden states [B, P, D] that enter it.
+    """[B, slots] attention of the last prompt token over the slots of layer k, head mean, from the hidden states [B, P,
+    D] that enter it.
 
     Args:
         rope: cos and sin of their positions, [B or 1, P, d].

@@ -75,7 +75,8 @@ class Context:
         return self.min_tokens if self.at("frames", "encoder") or self.wanted else 0
 
     def resolve(self, fact: Fact) -> Fact:
-        """The fact that the vision tower stores for one that is read behind it: its layer named, substituted where the family has none."""
+        """The fact that the vision tower stores for one that is read behind it: its layer named, substituted where the
+        family has none."""
         name, encoder = self.adapter.substitutes.get(fact.name, fact.name), self.adapter.encoder
         if name not in read_of("encoder layer"):
             return Fact(name)

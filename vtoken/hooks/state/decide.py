@@ -37,8 +37,8 @@ def decide(
 
     Args:
         history: what became of all tokens so far; image: [ΣN] image of each live one.
-        skipped: per image, whether it keeps all its tokens; empty when none does. It decides all the same, so that facts and budgets need
-            no cutting.
+        skipped: per image, whether it keeps all its tokens; empty when none does. It decides all the same, so that
+            facts and budgets need no cutting.
         amend: what has to hold of every decision here.
         substitutes: facts that stood in for others.
 

@@ -17,7 +17,8 @@ def encoder_fact(context: Context, flow: PrefillState, stage: Stage, need: Fact)
     v, located, stored = flow.live, flow.spans, context.resolve(need)
     if not located.encodes or not all(stored in encode.facts for encode in located.encodes):
         raise UnsupportedError(
-            f"stage {stage.name} needs {need.name}, but the features of this call were not encoded by this model in this "
+            f"stage {stage.name} needs {need.name}, but the features of this call were not encoded by this model in "
+            "this "
             "thread; pass pixel_values instead of precomputed features"
         )
     full = located.gather([encode.facts[stored] for encode in located.encodes])

@@ -1,4 +1,5 @@
-"""One forward of the language model on a cache that holds a pruned prompt: the slots its tokens take, and which keys they see."""
+"""One forward of the language model on a cache that holds a pruned prompt: the slots its tokens take, and which keys
+they see."""
 
 from __future__ import annotations
 
@@ -12,12 +13,14 @@ from vtoken.hooks.state.left_padding import take
 from vtoken.hooks.state.pruned_cache import CacheOwner, PrunedCache, SlotMap, adopt
 
 UNMADE = object()  # None is a mask, too
-# For all that happens at prefill: torch.compile reads thread-local state wrongly (it sees the class's default), and would see no images.
+# For all that happens at prefill: torch.compile reads thread-local state wrongly (it sees the class's default), and
+# would see no images.
 eager = torch.compiler.disable
 
 
 def steps(hidden: Tensor, cache: Any) -> bool:
-    """Whether a layer is in a decode step of which `Run.flow` tells nothing. Read off the cache, because a decode step may be compiled."""
+    """Whether a layer is in a decode step of which `Run.flow` tells nothing. Read off the cache, because a decode step
+    may be compiled."""
     return hidden.shape[1] == 1 and cache is not None and not getattr(cache, "busy", False)
 
 
@@ -32,8 +35,8 @@ class ForwardState:
         positions: logical position ids [..., B or 1, L].
         alive: [B, L] which logical columns are still in the sequence.
         index, valid: [B, P] the physical layout: column of each slot, and whether it is real.
-        group: first layer of the current layer group; `key_mask` its 2D mask over `slots` past and new slots (None: all real), `attention_mask`
-            what the backend makes of it (UNMADE until a layer asks).
+        group: first layer of the current layer group; `key_mask` its 2D mask over `slots` past and new slots (None: all
+            real), `attention_mask` what the backend makes of it (UNMADE until a layer asks).
         layer_kwargs: arguments that later layers get instead of the model's own.
         renumbers: positions are compact; owner: of the cache.
         unmerged: how attention sees merged tokens at all their places, when it does.
@@ -64,8 +67,8 @@ class ForwardState:
         return len(set(self.counts)) == 1 and self.counts[0] == self.index.shape[1]
 
     def cached_rows(self, start: int) -> tuple[Tensor, Tensor]:
-        """Of the layer group that `start` belongs to, what earlier forwards left in its slots: logical positions [B, S] (-1: padding), and
-        which of them are real and not masked by the user."""
+        """Of the layer group that `start` belongs to, what earlier forwards left in its slots: logical positions [B, S]
+        (-1: padding), and which of them are real and not masked by the user."""
         old = self.cache.logical(self.cache.group(start), self.past)
         return old, self.unmasked(old)
 
@@ -79,13 +82,15 @@ class ForwardState:
         return real
 
     def shift(self, start: int) -> Tensor:
-        """[B] how far the group's positions lag behind the logical ones once this forward is cached (compact positions)."""
+        """[B] how far the group's positions lag behind the logical ones once this forward is cached (compact
+        positions)."""
         now = (self.new & ~self.alive).sum(1)
         before = self.cache.groups[self.cache.group(start)].shift if isinstance(self.cache, PrunedCache) else None
         return now if before is None else now + before
 
     def enter(self, start: int) -> Tensor | None:
-        """Opens the layer group from `start` on and returns its 2D mask over physical slots, past and new; None when all are real."""
+        """Opens the layer group from `start` on and returns its 2D mask over physical slots, past and new; None when
+        all are real."""
         cache, mask, before, old = self.cache, self.valid, None, None
         if cache is not None:
             adopt(cache, len(mask), mask.device, self.owner)
@@ -101,7 +106,8 @@ class ForwardState:
         return self.key_mask
 
     def _note_slots(self, start: int, before: SlotMap | None, old: Tensor | None) -> None:
-        """What the slots of a group hold once this forward is over, given what they held and the logical positions of that."""
+        """What the slots of a group hold once this forward is over, given what they held and the logical positions of
+        that."""
 
     def _told(self) -> bool:
         """Whether the counts tell all that the mask does."""

@@ -35,7 +35,8 @@ class Handle:
         self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
     def after(self, module: nn.Module, hook: After, *, first: bool = False) -> None:
-        """A forward hook `hook(module, args, kwargs, output) -> None | output`; `first`: before those that are there already."""
+        """A forward hook `hook(module, args, kwargs, output) -> None | output`; `first`: before those that are there
+        already."""
         self.installed.append((module, _owner(hook)))
         self._undo.append(module.register_forward_hook(hook, prepend=first, with_kwargs=True).remove)
 
@@ -50,7 +51,8 @@ class Handle:
         self._undo.append(child.leave)
 
     def set(self, target: Any, name: str, value: Any) -> None:
-        """Sets an instance attribute; undone to the earlier instance attribute, or to none at all. What somebody else set since stays."""
+        """Sets an instance attribute; undone to the earlier instance attribute, or to none at all. What somebody else
+        set since stays."""
         held = vars(target)
         old = held.get(name, _ABSENT)
         setattr(target, name, value)

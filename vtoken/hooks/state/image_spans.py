@@ -17,14 +17,16 @@ from vtoken.hooks.state.run import KINDS, Encoded, ImageLayout, newline_mask
 from vtoken.hooks.state.trace import StageTrace
 
 HIDDEN = (
-    "the attention_mask hides a part of a picture, whose tokens this model numbers by rows and columns; show all of it, or hide all of it "
+    "the attention_mask hides a part of a picture, whose tokens this model numbers by rows and columns; show all of "
+    "it, or hide all of it "
     "with the tokens that mark its beginning and end"
 )
 
 
 @dataclass(frozen=True)
 class Newlines:
-    """The newline tokens of a prefill: where they stand, and `closed_by` [ΣN], the newline behind each token's row (-1: none)."""
+    """The newline tokens of a prefill: where they stand, and `closed_by` [ΣN], the newline behind each token's row (-1:
+    none)."""
 
     batch_row: Tensor
     column: Tensor
@@ -39,7 +41,8 @@ class ImageSpans:
         layouts: of each image; `row` is its batch row.
         encodes: the encoder calls they came from; empty when features came precomputed.
         origin: (encode, image of that call) of each image.
-        source: [ΣN] row of each token in the encodes' packed values, one encode after the other; None when they line up.
+        source: [ΣN] row of each token in the encodes' packed values, one encode after the other; None when they line
+            up.
         batch_row, column: [ΣN] where each token stands in the batch.
         newlines: None where there are none.
     """
@@ -123,7 +126,8 @@ def locate(kinds: Tensor, counts: Sequence[Sequence[int]], encodes: dict[str, En
 def queued(
     counts: Sequence[Sequence[int]], encodes: dict[str, Encoded], adapter: Any
 ) -> tuple[tuple[Encoded, ...], dict[int, deque[Image]]]:
-    """The encoder calls that the kinds in a prompt came from (none: precomputed), and by kind its images, row by row."""
+    """The encoder calls that the kinds in a prompt came from (none: precomputed), and by kind its images, row by
+    row."""
     found = {k: per_row for k, per_row in enumerate(counts) if any(per_row)}
     given = [encodes.get(KINDS[k]) for k in found]
     known = tuple(e for e in given if e is not None)
@@ -146,7 +150,8 @@ def source_of(images: Sequence[Image]) -> Tensor | None:
 
 
 def interleave(queues: dict[int, deque[Image]], kinds: list[int]) -> list[Image]:
-    """Images and videos in the order in which their tokens stand; `kinds` is the kind of every visual position, row by row."""
+    """Images and videos in the order in which their tokens stand; `kinds` is the kind of every visual position, row by
+    row."""
     images, at = [], 0
     while at < len(kinds):
         images.append(queues[kinds[at] - 1].popleft())
@@ -171,7 +176,8 @@ def assign(
 ) -> list[Image]:
     """Shares the encoded images of one kind out among the batch rows.
 
-    `generate` may expand the batch after encoding (beams, several return sequences): then E consecutive rows hold the same images.
+    `generate` may expand the batch after encoding (beams, several return sequences): then E consecutive rows hold the
+    same images.
 
     Args:
         counts: visual positions of this kind in each batch row.
@@ -188,7 +194,8 @@ def assign(
     copies, rest = divmod(sum(counts), sum(lengths))
     if rest or not copies:
         raise NotWholeError(
-            f"this call holds {sum(counts)} visual tokens but {sum(lengths)} were encoded; a prompt prefilled in chunks cannot be "
+            f"this call holds {sum(counts)} visual tokens but {sum(lengths)} were encoded; a prompt prefilled in "
+            "chunks cannot be "
             "pruned (set prefill_chunk_size=None), and images must be encoded in the call that uses them"
         )
     images: list[Image] = []
@@ -209,8 +216,8 @@ def assign(
 
 
 def check(values: Tensor, positions: Tensor | None, located: ImageSpans, seen: LiveTokens) -> None:
-    """Refuses features that are not the ones that were scored, and images that a model with M-RoPE would read as a line of text. Asks the
-    device once.
+    """Refuses features that are not the ones that were scored, and images that a model with M-RoPE would read as a line
+    of text. Asks the device once.
 
     Args:
         values: [ΣN, D] what stands at the visual positions.
@@ -219,8 +226,8 @@ def check(values: Tensor, positions: Tensor | None, located: ImageSpans, seen: L
 
     Raises:
         ValueError: e.g. features were encoded earlier, and another picture has been encoded since.
-        UnsupportedError: all axes are equal on images that have more than one token to a frame, because an argument is missing or
-            transformers too old.
+        UnsupportedError: all axes are equal on images that have more than one token to a frame, because an argument is
+            missing or transformers too old.
     """
     same, apart = True, True
     if positions is None:
@@ -238,8 +245,10 @@ def check(values: Tensor, positions: Tensor | None, located: ImageSpans, seen: L
     if apart:
         return
     raise UnsupportedError(
-        "the images of this call have the positions of text (all axes of M-RoPE are equal). Pass input_ids, mm_token_type_ids and "
-        "image grids of the whole conversation, or position_ids; where that does not help, transformers is older than 5.21 and does "
+        "the images of this call have the positions of text (all axes of M-RoPE are equal). Pass input_ids, "
+        "mm_token_type_ids and "
+        "image grids of the whole conversation, or position_ids; where that does not help, transformers is older than "
+        "5.21 and does "
         "so to every new image of a cached conversation: start again without past_key_values, or upgrade"
     )
 
@@ -262,7 +271,8 @@ def is_scored(values: Tensor, located: ImageSpans) -> Tensor:
 
 
 def has_axes(positions: Tensor, seen: LiveTokens) -> Tensor:
-    """[] bool: whether the positions [..., B or 1, L] tell rows and columns of the images apart, or no image has more than one."""
+    """[] bool: whether the positions [..., B or 1, L] tell rows and columns of the images apart, or no image has more
+    than one."""
     if not any(n and r * c > 1 for n, parts in zip(seen.lengths, seen.parts, strict=True) for _, r, c in parts):
         return torch.ones((), dtype=torch.bool, device=positions.device)
     if positions.ndim != 3 or len(positions) == 1:

@@ -16,7 +16,8 @@ class SlotLayout:
 
     Attributes:
         index, valid: [B, P] logical column of each slot, and whether it is real.
-        logical: [B, S + P] logical position behind each slot that is attended to, earlier turns in front; -1 for padding.
+        logical: [B, S + P] logical position behind each slot that is attended to, earlier turns in front; -1 for
+            padding.
         dense: all slots are real.
     """
 
@@ -56,8 +57,8 @@ def left_pad(keep: Tensor, width: int | None = None) -> Tensor:
 
 
 def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
-    """Gathers index [B, P] along sequence axis `dim` of x. The batch axis is the one before it: 0 for [B, L, ...], 1 for [3, B, L];
-    a batch axis of 1 is expanded."""
+    """Gathers index [B, P] along sequence axis `dim` of x. The batch axis is the one before it: 0 for [B, L, ...], 1
+    for [3, B, L]; a batch axis of 1 is expanded."""
     dim %= x.ndim
     batch = 0 if dim == 1 else dim - 1
     index = index.to(x.device)

@@ -1,4 +1,5 @@
-"""A forward with visual tokens in it: which are alive, what stages decide about them, and what is known of the decoder's layers."""
+"""A forward with visual tokens in it: which are alive, what stages decide about them, and what is known of the
+decoder's layers."""
 
 from __future__ import annotations
 
@@ -23,13 +24,15 @@ from vtoken.stages.query_attention import QueryAttention
 
 @dataclass(frozen=True)
 class Observed:
-    """What a decoder layer said of the slots [B, S, ...] it attended to, and the layout `index` [B, P] of the last P of them then."""
+    """What a decoder layer said of the slots [B, S, ...] it attended to, and the layout `index` [B, P] of the last P of
+    them then."""
 
     values: Tensor
     index: Tensor
 
     def now(self, index: Tensor, length: int) -> Tensor:
-        """[B, P', ...] of the tokens in a later layout of this prefill, which holds no others; of `length` logical columns."""
+        """[B, P', ...] of the tokens in a later layout of this prefill, which holds no others; of `length` logical
+        columns."""
         values = self.values[:, self.values.shape[1] - self.index.shape[1] :]
         if index is self.index:
             return values
@@ -40,7 +43,8 @@ class Observed:
 
 @dataclass
 class AskedText:
-    """Of a stage that chose text tokens to rate the images: which, per image, and by layer what it asked about their attention."""
+    """Of a stage that chose text tokens to rate the images: which, per image, and by layer what it asked about their
+    attention."""
 
     tokens: list[Tensor]
     found: dict[int, Observed] = field(default_factory=dict)
@@ -54,7 +58,8 @@ class GroupNotes:
         layer_input: hidden states that the attention at work was given, and cos and sin of their positions.
         query_attention: (layer, row) -> what a sparse prefill found out about a row's queries, for a cache stage.
         rows: the rows of the prompt in this layout.
-        image, raster_index: [B, P] of every slot, -1 at text and padding; by_row: what stages of site attention found out about rows.
+        image, raster_index: [B, P] of every slot, -1 at text and padding; by_row: what stages of site attention found
+            out about rows.
         left_padded: whether the tokens of every row stand at its end.
     """
 
@@ -72,18 +77,22 @@ class PrefillState(ForwardState):
     """A forward with visual tokens in it.
 
     Attributes:
-        live: the live visual tokens; `started` is what it was before anything was dropped, `raster` that with what the padding mask hides.
+        live: the live visual tokens; `started` is what it was before anything was dropped, `raster` that with what the
+            padding mask hides.
         spans: where the images came from.
         policy: which newline tokens stay: keep_if_row_has_token, keep or drop.
-        deepstack: [ΣK, D] what else is added to the visual tokens inside the decoder (DeepStack), one tensor per layer; `deepstack_done` of them were
-            added so far.
-        answer: [B, L] logical columns behind the prompt (drafts, or an answer that is scored), None without any; `tails` says how many
-            they are per row; texts: text tokens of each row's prompt.
+        deepstack: [ΣK, D] what else is added to the visual tokens inside the decoder (DeepStack), one tensor per layer;
+            `deepstack_done` of them were added so far.
+        answer: [B, L] logical columns behind the prompt (drafts, or an answer that is scored), None without any;
+            `tails` says how many they are per row; texts: text tokens of each row's prompt.
         changed: something was dropped or merged.
-        min_tokens: visual tokens below which a row runs dense; `skipped` says why of those rows, `skip_reason` why no stage acts at all, or None.
+        min_tokens: visual tokens below which a row runs dense; `skipped` says why of those rows, `skip_reason` why no
+            stage acts at all, or None.
         layouts: first layer of a group -> its layout; logical: of the current one, see Layout.
-        pending_slots: slot maps to commit to the cache when the forward ends; shrunk: what a cache stage left of each layer.
-        notes: of the current layer group; asked: stage (by id) -> the text tokens it asks; told: stages whose skipping is in the trace.
+        pending_slots: slot maps to commit to the cache when the forward ends; shrunk: what a cache stage left of each
+            layer.
+        notes: of the current layer group; asked: stage (by id) -> the text tokens it asks; told: stages whose skipping
+            is in the trace.
         unpadded: all of the prompt is real.
         project: makes embeddings of features, where the family's projector takes tokens one by one.
     """
@@ -131,7 +140,8 @@ class PrefillState(ForwardState):
         layer: int | None = None,
         substitutes: dict[str, str] | None = None,
     ) -> Tensor:
-        """Lets a stage choose among the live visual tokens, given their [ΣK, D] values; returns the values that remain."""
+        """Lets a stage choose among the live visual tokens, given their [ΣK, D] values; returns the values that
+        remain."""
         v = self.live
         if self.skip_reason is not None:
             self.trace.stages.append(skipped_entry(stage, v.history, self.skip_reason))
@@ -205,7 +215,8 @@ class PrefillState(ForwardState):
         return self.newlines.new_zeros(len(self.newlines) + 1).index_fill_(0, visual.closed_by, True)[:-1]
 
     def of_last(self, x: Tensor, dim: int) -> Tensor:
-        """What x [B or 1, ...] holds at the last prompt token of each row; slots of the current layout end along `dim`, which goes."""
+        """What x [B or 1, ...] holds at the last prompt token of each row; slots of the current layout end along `dim`,
+        which goes."""
         if len(set(self.tails)) == 1:
             return x.select(dim, x.shape[dim] - 1 - self.tails[0])
         at = (x.shape[dim] - 1 - uploaded(self.tails, x.device)).clamp(min=0)
@@ -248,7 +259,8 @@ class PrefillState(ForwardState):
         return left
 
     def relayout(self) -> tuple[Tensor, Tensor]:
-        """Recomputes `alive` and the layout from `live`; returns the gather from the old layout [B, P'] to the new one."""
+        """Recomputes `alive` and the layout from `live`; returns the gather from the old layout [B, P'] to the new
+        one."""
         first, self.alive = self.alive is self.new, self.left()
         here = self.alive if first else self.alive.gather(1, self.index) & self.valid
         index = left_pad(here, max(self.counts))

@@ -1,4 +1,5 @@
-"""The rows of a prompt as cache stages see them: what each holds in the current layout, and what a layer leaves of it."""
+"""The rows of a prompt as cache stages see them: what each holds in the current layout, and what a layer leaves of
+it."""
 
 from __future__ import annotations
 
@@ -32,8 +33,8 @@ class PromptRow:
     counts: tuple[int, ...] | None = None
 
     def columns(self) -> list[int]:
-        """Slots that stand for those it holds. Heads may hold different visual tokens, so of each image it is the first ones: masks only
-        ask whether a slot is real, and crop() whether the newest tokens are all there and in order."""
+        """Slots that stand for those it holds. Heads may hold different visual tokens, so of each image it is the first
+        ones: masks only ask whether a slot is real, and crop() whether the newest tokens are all there and in order."""
         if self.counts is None:
             kept = list(range(self.stay))
         else:

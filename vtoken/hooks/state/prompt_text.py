@@ -14,8 +14,8 @@ def answered(kinds: Tensor, new: Tensor, tail: int, labels: Tensor | None) -> Te
 
     Args:
         kinds: [B, L] kind of visual token, 0 for text; new: [B, L] what is real.
-        tail: columns at the end whose logits are asked for. If 0, labels tell: an answer begins with the first that counts (is not
-            -100) behind the last image of its row.
+        tail: columns at the end whose logits are asked for. If 0, labels tell: an answer begins with the first that
+            counts (is not -100) behind the last image of its row.
     """
     if tail:
         return new & (torch.arange(new.shape[1], device=new.device) >= new.shape[1] - tail)
@@ -27,7 +27,8 @@ def answered(kinds: Tensor, new: Tensor, tail: int, labels: Tensor | None) -> Te
 
 
 def text_columns(flow: PrefillState) -> Tensor:
-    """[B, L] which of the newest logical tokens are text of the prompt: no newlines of images, no drafts or answer behind it."""
+    """[B, L] which of the newest logical tokens are text of the prompt: no newlines of images, no drafts or answer
+    behind it."""
     text = flow.alive.clone()
     text[flow.started.batch_row, flow.started.column] = False
     newlines = flow.spans.newlines

@@ -1,8 +1,8 @@
 """A KV cache that is asked for logical lengths and answers with physical ones where masks are made.
 
-`generate` counts the original prompt: it slices ids, grows masks and numbers positions by `get_seq_length()`. Mask creation wants
-the slots that are really there. The live cache object therefore takes on a subclass of its own class; its keys and values are
-untouched.
+`generate` counts the original prompt: it slices ids, grows masks and numbers positions by `get_seq_length()`. Mask
+creation wants the slots that are really there. The live cache object therefore takes on a subclass of its own class;
+its keys and values are untouched.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class SlotMap:
     Attributes:
         logical: [B, P] logical position of each slot, -1 for padding.
         end: logical length when this was recorded; later tokens are dense.
-        shift: [B] how far positions lag behind the logical numbering; None: nowhere, as always unless positions are compact.
+        shift: [B] how far positions lag behind the logical numbering; None: nowhere, as always unless positions are
+            compact.
         dense: no padding in any row.
         lags: whether `shift` may hold anything but zeros.
     """
@@ -55,8 +56,9 @@ class SlotMap:
 
 
 class PrunedCache:
-    """Mixed into the class of a live cache by `adopt`. `groups[k]` describes layers from k up to the next key. `table` tells what merged
-    tokens, whose keys are held without RoPE, stand for (hooks/attention/unmerge.py). `busy`: a forward is at work on it of which `Run.flow` tells."""
+    """Mixed into the class of a live cache by `adopt`. `groups[k]` describes layers from k up to the next key. `table`
+    tells what merged tokens, whose keys are held without RoPE, stand for (hooks/attention/unmerge.py). `busy`: a
+    forward is at work on it of which `Run.flow` tells."""
 
     groups: dict[int, SlotMap]
     busy: bool = False

@@ -1,7 +1,8 @@
 """A cache layer that holds rows in few bits.
 
-It stands in for a DynamicLayer: `keys` and `values` are what that would hold, worked out anew whenever they are read, so at every step.
-Rows hold pieces one after another; what came last is a tail of full precision for all rows, and grows.
+It stands in for a DynamicLayer: `keys` and `values` are what that would hold, worked out anew whenever they are read,
+so at every step. Rows hold pieces one after another; what came last is a tail of full precision for all rows, and
+grows.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class Block:
 
     Attributes:
         rows: of every row its pieces, in order.
-        order: [B] which of the rows each row of the batch reads, None: its own. Beams share what they have in common, and no order waits
-            for the device.
+        order: [B] which of the rows each row of the batch reads, None: its own. Beams share what they have in common,
+            and no order waits for the device.
     """
 
     rows: tuple[tuple[Piece, ...], ...]
@@ -91,7 +92,8 @@ class Block:
         return Block(rows, None if self.order is None else function(self.order))
 
     def packed(self) -> list[bool]:
-        """Of every row of the batch, whether any of it is in few bits. Waits for the device where rows were reordered."""
+        """Of every row of the batch, whether any of it is in few bits. Waits for the device where rows were
+        reordered."""
         own = [any(isinstance(piece, QuantizedKV) for piece in row) for row in self.rows]
         return own if self.order is None else [own[row] for row in self.order.tolist()]
 
@@ -136,7 +138,8 @@ class QuantizedLayer(DynamicLayer):
         return sum(block.length for block in self.blocks) + self.tail[0].shape[2]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Without the newest -tokens_to_remove; what is positive is the length that stays, as older versions of transformers have it."""
+        """Without the newest -tokens_to_remove; what is positive is the length that stays, as older versions of
+        transformers have it."""
         count, (keys, values) = -tokens_to_remove, self.tail
         if tokens_to_remove > 0:
             count = max(0, self.get_seq_length() - tokens_to_remove)

@@ -28,8 +28,8 @@ class TokenHistory:
         full: unpruned tokens per image.
         raster_index: [ΣK] position of each live token in its image's unpruned raster.
         lengths: live tokens per image; None means `full`.
-        absorbed_by: [Σfull] position (in its image's raster) of the live token that stands for each unpruned one, -1 = dropped; None
-            while nothing was merged.
+        absorbed_by: [Σfull] position (in its image's raster) of the live token that stands for each unpruned one, -1 =
+            dropped; None while nothing was merged.
     """
 
     full: tuple[int, ...]
@@ -133,8 +133,8 @@ def segments(layouts: Sequence[ImageLayout]) -> Tensor | None:
 
 @dataclass(frozen=True)
 class SkipPlan:
-    """Which images of a call of the feature function stages of the encoder leave alone; `skip_reason` says why if they do nothing at all, `counted`
-    as in Trace."""
+    """Which images of a call of the feature function stages of the encoder leave alone; `skip_reason` says why if they
+    do nothing at all, `counted` as in Trace."""
 
     images: tuple[bool, ...]
     skip_reason: str | None = None
@@ -187,7 +187,8 @@ class Encoded:
         stages: trace entries of encoder-site stages.
         absorbed_by: [ΣN] as in TokenHistory, when an encoder stage merged.
         counted: as in Trace.
-        untold: an encoder stage merged, but the model interpolated its output, so that no token stands for certain others.
+        untold: an encoder stage merged, but the model interpolated its output, so that no token stands for certain
+            others.
     """
 
     layouts: tuple[ImageLayout, ...]
@@ -212,7 +213,8 @@ class Run(threading.local):
         skip_plan: kind -> which images of the prompt to come are left alone.
         due: a cache layer whose newest tokens a cache stage is asked about after the attention in progress.
         encodes: kind -> what was encoded last; earlier: the same before the call in progress.
-        generating: `generate` is at work, which may encode long before it uses the features, and use them several times.
+        generating: `generate` is at work, which may encode long before it uses the features, and use them several
+            times.
     """
 
     kinds: Tensor | None = None
@@ -237,15 +239,16 @@ class Run(threading.local):
             self.earlier = dict(self.encodes)
 
     def forget(self) -> None:
-        """What was encoded and found out for a `generate`, or a forward outside of one, that is over. Features that were encoded before it
-        may be used again."""
+        """What was encoded and found out for a `generate`, or a forward outside of one, that is over. Features that
+        were encoded before it may be used again."""
         if not self.generating:
             self.encodes = {kind: e for kind, e in self.encodes.items() if self.earlier.get(kind) is e}
             self.earlier, self.skip_plans = {}, {}
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
-            "a wrapped model cannot be copied or pickled; call vtoken.unwrap(model) first (save_pretrained works as it is)"
+            "a wrapped model cannot be copied or pickled; call vtoken.unwrap(model) first (save_pretrained works as "
+            "it is)"
         )
 
 

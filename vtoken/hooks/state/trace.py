@@ -19,9 +19,11 @@ class StageTrace:
     Attributes:
         name, site: of the stage.
         tokens_in, tokens_out: visual tokens per image before and after it.
-        kept: per image, ascending LongTensor of indices into the image's unpruned visual tokens. At site cache those that any KV head
-            of the layer holds, with tokens_out their number per head (a mean); both empty where a method does not tell.
-        into: per image, for every unpruned visual token the kept one that absorbed it (-1 dropped); None for pure pruning.
+        kept: per image, ascending LongTensor of indices into the image's unpruned visual tokens. At site cache those
+            that any KV head of the layer holds, with tokens_out their number per head (a mean); both empty where a
+            method does not tell.
+        into: per image, for every unpruned visual token the kept one that absorbed it (-1 dropped); None for pure
+            pruning.
         stood_aside: why the stage did nothing, or None (rows of a batch that ran dense: `Trace.dense_rows`).
         substitutes: fact asked for -> fact it was given, where the family has no such fact.
         layer: the layer it acted at, for encoder, decoder, attention and cache sites.
@@ -29,7 +31,8 @@ class StageTrace:
         frames: at site frames, per image, the frames that stayed (in Qwen models pairs of frames); an image is one.
         patches: at site frames, per image, the patches that the vision tower's layers see of it.
         rows_aside: at site attention, per batch row: why it read everything while others did not, or None.
-        densities: at site attention, per batch row: share of the causal blocks that was computed, head mean (scalars on the device).
+        densities: at site attention, per batch row: share of the causal blocks that was computed, head mean (scalars on
+            the device).
     """
 
     name: str
@@ -50,7 +53,8 @@ class StageTrace:
 
     @property
     def density(self) -> list[float]:
-        """`densities` as numbers (reading them waits for the device); empty at other sites and where the stage stood aside."""
+        """`densities` as numbers (reading them waits for the device); empty at other sites and where the stage stood
+        aside."""
         return [float(density) for density in self.densities]
 
     @property
@@ -88,11 +92,15 @@ class Trace:
         visual_tokens: per image, before anything was dropped.
         layers: for every decoder layer, visual tokens per image that it saw.
         prompt_tokens: per batch row, tokens that entered the first decoder layer (text and visual, no padding).
-        cached: for every decoder layer, per batch row, prompt tokens that each KV head holds after a cache stage; empty without one.
-        cache_bytes: bytes that keys and values take after prefill, packed ones with all that reads them (0 without a cache).
-        dense_rows: batch rows that ran dense because they hold fewer visual tokens than the pipeline's `min_visual_tokens`.
-        counted: what the vision tower's stages held against `min_visual_tokens`: "rows", or where the prompt was not known when its pictures
-            were encoded each of the "images" alone; None without a threshold, or without such stages.
+        cached: for every decoder layer, per batch row, prompt tokens that each KV head holds after a cache stage; empty
+            without one.
+        cache_bytes: bytes that keys and values take after prefill, packed ones with all that reads them (0 without a
+            cache).
+        dense_rows: batch rows that ran dense because they hold fewer visual tokens than the pipeline's
+            `min_visual_tokens`.
+        counted: what the vision tower's stages held against `min_visual_tokens`: "rows", or where the prompt was not
+            known when its pictures were encoded each of the "images" alone; None without a threshold, or without such
+            stages.
     """
 
     stages: list[StageTrace] = field(default_factory=list)
@@ -108,7 +116,8 @@ class Trace:
 
     @property
     def kept(self) -> list[Tensor]:
-        """Per image, unpruned indices of the tokens alive after the last stage that chose; what a cache stage evicts took part."""
+        """Per image, unpruned indices of the tokens alive after the last stage that chose; what a cache stage evicts
+        took part."""
         for stage in reversed(self.stages):
             if stage.kept and stage.site != "cache":
                 return stage.kept
@@ -126,8 +135,8 @@ class Trace:
 
     @property
     def density(self) -> dict[str, float]:
-        """Stages of site attention that acted, and the share of the causal blocks that each computed, mean over its layers and rows (reading
-        it waits for the device)."""
+        """Stages of site attention that acted, and the share of the causal blocks that each computed, mean over its
+        layers and rows (reading it waits for the device)."""
         found: dict[str, list[Tensor]] = {}
         for stage in self.stages:
             if stage.densities:

@@ -1,7 +1,7 @@
 """Facts of an encoder layer, recomputed for the few queries that are needed: a function per fact, of the fact's name.
 
-The layer's own projections are tapped, so nothing is projected twice, the tower keeps its attention backend, and quantised,
-offloaded or adapted Linears keep working. No N x N map is made.
+The layer's own projections are tapped, so nothing is projected twice, the tower keeps its attention backend, and
+quantised, offloaded or adapted Linears keep working. No N x N map is made.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def projections(facts: Iterable[Fact]) -> list[str]:
 
 
 def compute(fact: Fact, layer: EncoderLayer) -> Tensor:
-    """One fact of one layer for CLS and patches: [ΣM] float32 for attention, [ΣM, H*d] or, head means, [ΣM, d] float32 for the others."""
+    """One fact of one layer for CLS and patches: [ΣM] float32 for attention, [ΣM, H*d] or, head means, [ΣM, d] float32
+    for the others."""
     return FUNCTIONS[fact.name](layer, fact)
 
 

@@ -1,7 +1,8 @@
-"""Around the model's own feature functions: what an encoder call was asked for, and what it gave, in the order the LLM sees it.
+"""Around the model's own feature functions: what an encoder call was asked for, and what it gave, in the order the LLM
+sees it.
 
-They are methods, not modules, so there is nothing to hook: each is shadowed on the instance by a function with its signature
-(`generate` inspects it). Since transformers 5.18 `generate` calls them before the model's forward.
+They are methods, not modules, so there is nothing to hook: each is shadowed on the instance by a function with its
+signature (`generate` inspects it). Since transformers 5.18 `generate` calls them before the model's forward.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ class FeatureHooks:
 
 
 def packed_mask(pack: Pack, alive: Tensor | None) -> Tensor | None:
-    """[ΣN] bool of a mask over patches. A token that the model interpolates is alive where all its sources are, hence NaN for the others."""
+    """[ΣN] bool of a mask over patches. A token that the model interpolates is alive where all its sources are, hence
+    NaN for the others."""
     if alive is None:
         return None
     marks = torch.zeros(alive.shape, device=alive.device).masked_fill(~alive, torch.nan)

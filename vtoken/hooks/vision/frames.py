@@ -1,8 +1,8 @@
 """In front of the vision tower: which frames of a video its layers see at all.
 
-Stages see thumbnails, one row per frame (in packed towers per temporal patch, the two frames that are embedded together), so that videos of
-any resolution can be compared. What they drop never enters the tower's layers; towards the rest of the model the frames come back as rows of
-zeros, like all that is dropped in the encoder.
+Stages see thumbnails, one row per frame (in packed towers per temporal patch, the two frames that are embedded
+together), so that videos of any resolution can be compared. What they drop never enters the tower's layers; towards the
+rest of the model the frames come back as rows of zeros, like all that is dropped in the encoder.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def chooses(stage: Stage, keep: Keep) -> Keep:
     """
     if keep.into is not None or 0 in keep.lengths:
         raise ValueError(
-            f"stage {stage.name} {'merged frames' if 0 not in keep.lengths else 'dropped every frame of a video'}: a stage of site "
+            f"stage {stage.name} {'merged frames' if 0 not in keep.lengths else 'dropped every frame of a video'}: a "
+            "stage of site "
             "frames must choose at least one frame of every video, and can merge none"
         )
     return keep
@@ -118,8 +119,8 @@ def shorten(tower: Any, chosen: Chosen, unit: int) -> None:
 def traced(
     step: StageTrace, before: Sequence[int], kept: Sequence[Tensor], unit: int, tokens: Sequence[int]
 ) -> StageTrace:
-    """An entry counted in frames, told in tokens: how many there were, and which are left; with the patches (`unit` to each of `tokens`) that
-    the tower sees of every video."""
+    """An entry counted in frames, told in tokens: how many there were, and which are left; with the patches (`unit` to
+    each of `tokens`) that the tower sees of every video."""
     return replace(
         step,
         tokens_in=list(before),

@@ -1,7 +1,8 @@
 """Merging between attention and MLP of a padded tower's layers.
 
-The second norm is handed the merged tokens, so the MLP runs on fewer. Its output is taken aside, the layer adds zeros to a residual that is
-still long, and the sum of both takes the place of what the layer returns, before anybody else reads it.
+The second norm is handed the merged tokens, so the MLP runs on fewer. Its output is taken aside, the layer adds zeros
+to a residual that is still long, and the sum of both takes the place of what the layer returns, before anybody else
+reads it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class MergeInLayer:
     def _merge(self, layer: int, owner: nn.Module, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         if owner.training and getattr(owner, "gradient_checkpointing", False):
             raise UnsupportedError(
-                "gradient checkpointing runs vision layers again in the backward pass, when what was merged in them is forgotten; call "
+                "gradient checkpointing runs vision layers again in the backward pass, when what was merged in them "
+                "is forgotten; call "
                 "model.gradient_checkpointing_disable(), or freeze the vision tower in evaluation mode (tower.eval())"
             )
         long = merged = args[0]
@@ -67,7 +69,8 @@ class MergeInLayer:
 
 
 def log_size(tower: Any, width: int) -> Tensor | None:
-    """[crops, width] float32: log of how many patches each column of the padded batch stands for; None while nothing was merged."""
+    """[crops, width] float32: log of how many patches each column of the padded batch stands for; None while nothing
+    was merged."""
     size = tower.history.size()
     if size is None:
         return None
@@ -80,18 +83,21 @@ def check_resized(call: FeatureCall | None) -> None:
     """Refuses to merge where the model interpolates features afterwards.
 
     Raises:
-        UnsupportedError: an interpolated token needs several neighbours, most of which stand empty once patches were merged.
+        UnsupportedError: an interpolated token needs several neighbours, most of which stand empty once patches were
+            merged.
     """
     if call is not None and any(layout.resized for layout in call.layouts):
         raise UnsupportedError(
-            "this model shrinks the features of videos and of pictures with many crops by interpolation behind its vision tower, which "
+            "this model shrinks the features of videos and of pictures with many crops by interpolation behind its "
+            "vision tower, which "
             "merged patches do not survive; merge behind it, with a stage of site tokens, or give it smaller pictures"
         )
 
 
 def move_to_visible_member(tower: Any, call: FeatureCall, pack: Callable[[FeatureCall, Tensor], Tensor]) -> None:
-    """Moves merged tokens whose place the model will cut off (padding of crops) to their first member that it keeps; facts and traces
-    go with them. `pack` brings patches [crops, full, 1] to the tokens [ΣN, 1] that the model makes of them."""
+    """Moves merged tokens whose place the model will cut off (padding of crops) to their first member that it keeps;
+    facts and traces go with them. `pack` brings patches [crops, full, 1] to the tokens [ΣN, 1] that the model makes of
+    them."""
     history = tower.history
     if history.absorbed_by is None or any(layout.resized for layout in call.layouts):
         return

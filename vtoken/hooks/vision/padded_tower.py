@@ -1,8 +1,9 @@
 """Inside a padded vision tower (CLIP, SigLIP): every crop is a row of a batch.
 
-Later layers really run on fewer patches. Towards the rest of the model shapes are restored after the projector: rows of zeros stand for what
-was dropped and are removed at the language-model boundary, which is told which they are. Crops of a batch may keep different counts: they
-are padded on the right (CLS stays in column 0) and padded keys are masked, so a picture's result does not depend on its neighbours.
+Later layers really run on fewer patches. Towards the rest of the model shapes are restored after the projector: rows of
+zeros stand for what was dropped and are removed at the language-model boundary, which is told which they are. Crops of
+a batch may keep different counts: they are padded on the right (CLS stays in column 0) and padded keys are masked, so a
+picture's result does not depend on its neighbours.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The skeleton of hooks inside a vision tower: facts are read off chosen layers, stages decide between layers.
 
-How values lie in the tower (padded crops, or one sequence of all images) is told by a subclass: it gathers the live tokens, puts back what a
-decision left, cuts the arguments of later layers to the survivors, and gives the features their length back behind the tower.
+How values lie in the tower (padded crops, or one sequence of all images) is told by a subclass: it gathers the live
+tokens, puts back what a decision left, cuts the arguments of later layers to the survivors, and gives the features
+their length back behind the tower.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class TowerState(ABC):
 
     Attributes:
         history: what became of every token (padded towers: patch) of each image (crop).
-        skipped: per image (crop), whether it keeps all its tokens; empty when none does. `skip_reason` says why no stage acts at all, or None.
+        skipped: per image (crop), whether it keeps all its tokens; empty when none does. `skip_reason` says why no
+            stage acts at all, or None.
         taps: q, k, v or qkv -> what the layer at work projected.
         deep: what DeepStack taps, tap by tap: what was left then, see `alive`.
         facts: [ΣN, ...] (padded towers: [crops, patches, ...]), 0 where a token was dropped before the fact was read.
@@ -62,7 +64,8 @@ class TowerState(ABC):
 
 
 class Tower(ABC):
-    """Installs what the stages ask of the tower; nothing when they ask nothing. When the tower is done, `run.tower` holds what it found.
+    """Installs what the stages ask of the tower; nothing when they ask nothing. When the tower is done, `run.tower`
+    holds what it found.
 
     Raises:
         UnsupportedError: attention facts of a layer whose tokens attend within windows.
@@ -115,7 +118,8 @@ class Tower(ABC):
         full, spec = self.encoder.full_attention, OF_LAYER[name]
         if spec.queries and not spec.whole and full is not None and layer not in full:
             raise UnsupportedError(
-                f"{who} needs {name} of encoder layer {layer}, where tokens attend within windows only; the layers with full "
+                f"{who} needs {name} of encoder layer {layer}, where tokens attend within windows only; the layers "
+                "with full "
                 f"attention are {', '.join(map(str, full))}: name one of them"
             )
 

@@ -1,8 +1,9 @@
 """Inside a vision tower of variable length (Qwen): all images lie in one sequence of patches.
 
-`unit` consecutive patches (a merge group) become one visual token. Stages see groups in token order; the tower may store them in another one
-(windows). Whole groups are dropped and later blocks really run on fewer, in the tower's own order, with the segment bounds and rotary
-embeddings of the survivors. The mergers' outputs get their length back with rows of zeros, which are removed at the language-model boundary.
+`unit` consecutive patches (a merge group) become one visual token. Stages see groups in token order; the tower may
+store them in another one (windows). Whole groups are dropped and later blocks really run on fewer, in the tower's own
+order, with the segment bounds and rotary embeddings of the survivors. The mergers' outputs get their length back with
+rows of zeros, which are removed at the language-model boundary.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class VarlenState(TowerState):
         image: [ΣN] image of each token.
         slot: [ΣN] place of each token's group in the tower's sequence before anything was dropped.
         live: [ΣK] token of each group that is left, in the tower's order.
-        rotary: cos and sin of the live patches; bounds: whether attention is full -> cu_seqlens and longest segment of the live
-            patches. Both are made again after every drop.
+        rotary: cos and sin of the live patches; bounds: whether attention is full -> cu_seqlens and longest segment of
+            the live patches. Both are made again after every drop.
     """
 
     layouts: tuple[ImageLayout, ...]
@@ -162,7 +163,8 @@ class VarlenTower(Tower):
             self.context.handle.after(merger, partial(self._merged, index))
 
     def _merged(self, index: int, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor | None:
-        """After a merger (the first makes the visual tokens): full length again, in the tower's order, which the model undoes."""
+        """After a merger (the first makes the visual tokens): full length again, in the tower's order, which the model
+        undoes."""
         state = self.state
         if state is None:
             return None

@@ -17,10 +17,11 @@ from vtoken.stages.budget import Budget
 
 
 class DART(Pruner):
-    """Before decoder layer `layer`, of every image: pivots are the `image_pivots` visual tokens and the `text_pivots` text tokens behind the
-    image whose keys in the layer before have the largest L1 norm. Each pivot in turn, image pivots first, takes its share of the
-    tokens not yet taken: those whose hidden states, through the LLM's final norm, have the lowest cosine similarity to its own.
-    Kept are the image pivots and what was taken, `keep` in all; the first pivots take one more where shares are uneven.
+    """Before decoder layer `layer`, of every image: pivots are the `image_pivots` visual tokens and the `text_pivots`
+    text tokens behind the image whose keys in the layer before have the largest L1 norm. Each pivot in turn, image
+    pivots first, takes its share of the tokens not yet taken: those whose hidden states, through the LLM's final norm,
+    have the lowest cosine similarity to its own. Kept are the image pivots and what was taken, `keep` in all; the first
+    pivots take one more where shares are uneven.
 
     No attention is needed. Paper: https://arxiv.org/abs/2502.11494. Loops over images for the
     pivots, then over pivots.
@@ -29,7 +30,8 @@ class DART(Pruner):
     site: ClassVar[Site] = "decoder"
     paper: ClassVar[str] = "https://arxiv.org/abs/2502.11494"
     deviations: ClassVar[str] = (
-        "Written from two ports by others that agree, without the authors' repository. Counts are exact: the ports keep the pivots and a "
+        "Written from two ports by others that agree, without the authors' repository. Counts are exact: the ports "
+        "keep the pivots and a "
         "whole multiple of their number. Pivots take turns in order of their norms, where the ports go through a set."
     )
 
@@ -46,7 +48,8 @@ class DART(Pruner):
     def _of_images(cls, keep: Budget) -> Budget:
         if keep.per is not None:
             raise ValueError(
-                f"dart compares the tokens of a whole image, so it takes no {keep.per} budget; write a count per image (64), a share "
+                f"dart compares the tokens of a whole image, so it takes no {keep.per} budget; write a count per "
+                "image (64), a share "
                 "(25%) or {total: 640}"
             )
         return keep

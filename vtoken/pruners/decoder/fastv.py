@@ -12,11 +12,11 @@ from vtoken.stages.budget import Budget
 
 
 class FastV(Pruner):
-    """Before decoder layer K keeps, of every image, the tokens with the highest attention of the last prompt token in layer K - 1: softmax
-    over everything that token sees, mean over heads. Decided once, at prefill.
+    """Before decoder layer K keeps, of every image, the tokens with the highest attention of the last prompt token in
+    layer K - 1: softmax over everything that token sees, mean over heads. Decided once, at prefill.
 
-    Layers before K still see all tokens: for an average of A over all L layers keep (A L - K N) / (L - K) of N. The last token's
-    attention favours what stands close to it, the lower part of an image.
+    Layers before K still see all tokens: for an average of A over all L layers keep (A L - K N) / (L - K) of N. The
+    last token's attention favours what stands close to it, the lower part of an image.
 
     Paper: https://arxiv.org/abs/2403.06764
     """
@@ -24,7 +24,8 @@ class FastV(Pruner):
     site: ClassVar[Site] = "decoder"
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.06764"
     deviations: ClassVar[str] = (
-        "Chooses image by image; the authors' code knows one image per prompt. Its version without a KV cache chooses anew at every step, "
+        "Chooses image by image; the authors' code knows one image per prompt. Its version without a KV cache chooses "
+        "anew at every step, "
         "the one with a cache runs layer K - 1 twice; here the layer runs once and its keys are cached once."
     )
 

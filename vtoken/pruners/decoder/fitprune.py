@@ -14,27 +14,31 @@ from vtoken.stages import Fact, Keep, Parts, Site, Stage, VisualTokens, keep_all
 
 
 class FitPrune(Stage):
-    """Behind decoder layer l the table[l] visual tokens leave whose product of two attentions in that layer is lowest: of the text behind
-    the image, and of the image's own tokens, each the maximum over heads and the mean over its queries. The leaving tokens stay in the
-    cache of layer l. Without text behind the image the last tokens leave.
+    """Behind decoder layer l the table[l] visual tokens leave whose product of two attentions in that layer is lowest:
+    of the text behind the image, and of the image's own tokens, each the maximum over heads and the mean over its
+    queries. The leaving tokens stay in the cache of layer l. Without text behind the image the last tokens leave.
 
-    The table is for images of `tokens` tokens that arrive whole. Of an image of another size, or pruned before, each layer takes the
-    same share of what is there, rounded, but never its last token unless the table takes all. `vtoken calibrate fitprune MODEL` computes a table for a model and a budget.
+    The table is for images of `tokens` tokens that arrive whole. Of an image of another size, or pruned before, each
+    layer takes the same share of what is there, rounded, but never its last token unless the table takes all. `vtoken
+    calibrate fitprune MODEL` computes a table for a model and a budget.
 
-    Paper: https://arxiv.org/abs/2409.10197. Reads the attention of all visual tokens in every layer behind which tokens leave.
+    Paper: https://arxiv.org/abs/2409.10197. Reads the attention of all visual tokens in every layer behind which tokens
+    leave.
     """
 
     kind: ClassVar[Literal["pruner", "compressor"]] = "pruner"
     site: ClassVar[Site] = "decoder"
     paper: ClassVar[str] = "https://arxiv.org/abs/2409.10197"
     deviations: ClassVar[str] = (
-        "Leaving tokens still pass the output projection and the MLP of the layer, which nothing reads. Image by image, where the authors' "
+        "Leaving tokens still pass the output projection and the MLP of the layer, which nothing reads. Image by "
+        "image, where the authors' "
         "code takes all after the system prompt as one image of 576 tokens. Behind the last layer nothing leaves."
     )
 
     table: tuple[int, ...] = Field(
         min_length=1,
-        description="tokens that leave behind each decoder layer, from layer 0 on; none behind layers that are not given",
+        description="tokens that leave behind each decoder layer, from layer 0 on; none behind layers that are not "
+        "given",
     )
     tokens: int = Field(default=576, ge=1, description="visual tokens of the images that the table was made for")
 
@@ -42,7 +46,8 @@ class FitPrune(Stage):
     def _enough(self) -> Self:
         if min(self.table) < 0 or sum(self.table) > self.tokens:
             raise ValueError(
-                f"table must hold counts from 0 on that add up to at most `tokens`, {self.tokens}; these add up to {sum(self.table)}"
+                f"table must hold counts from 0 on that add up to at most `tokens`, {self.tokens}; these add up to "
+                f"{sum(self.table)}"
             )
         return self
 

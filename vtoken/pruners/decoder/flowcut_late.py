@@ -12,12 +12,12 @@ from vtoken.stages import Fact, Pruner, Site, VisualTokens
 
 
 class FlowCutLate(Pruner):
-    """Before decoder layer `layer` a token scores (attention + relevance) * density, all of the layer before. Attention: of the last
-    prompt token, softmax over the image's tokens alone, head mean. Relevance: the same with values for query and keys. Density: L1
-    norm of the head mean of the token's value. The best stay.
+    """Before decoder layer `layer` a token scores (attention + relevance) * density, all of the layer before.
+    Attention: of the last prompt token, softmax over the image's tokens alone, head mean. Relevance: the same with
+    values for query and keys. Density: L1 norm of the head mean of the token's value. The best stay.
 
-    Goes with `flowcut` on pictures cut into crops: the authors let half of the total budget per crop into the LLM, and cut to the total
-    (`keep: {total: 640}`) behind its second layer. Qwen's variant lets twice the budget in.
+    Goes with `flowcut` on pictures cut into crops: the authors let half of the total budget per crop into the LLM, and
+    cut to the total (`keep: {total: 640}`) behind its second layer. Qwen's variant lets twice the budget in.
 
     Paper: https://arxiv.org/abs/2505.19536
     """
@@ -25,7 +25,8 @@ class FlowCutLate(Pruner):
     site: ClassVar[Site] = "decoder"
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.19536"
     deviations: ClassVar[str] = (
-        "Of several images in a prompt each is scored among its own tokens, and a total budget is shared out by their sizes; the authors' "
+        "Of several images in a prompt each is scored among its own tokens, and a total budget is shared out by their "
+        "sizes; the authors' "
         "code takes all images of a prompt as one. Any padding; the authors' code pads on the right."
     )
 

@@ -14,13 +14,14 @@ from vtoken.stages import Fact, Keep, Pruner, Site, VisualTokens
 
 
 class SparseVLM(Pruner):
-    """Raters are the text tokens behind an image to which, by softmax over that text of the plain dot product of embeddings, its tokens give
-    more than the average weight. Before decoder layer `layer` keeps the tokens to which the raters attended most in the layer before,
-    mean over raters and heads. With `recycle` the best 30% of the dropped (and one more) are merged: one in ten of them becomes the
-    centre of a density-peak cluster of hidden states and the plain mean of its members. `keep` counts these too.
+    """Raters are the text tokens behind an image to which, by softmax over that text of the plain dot product of
+    embeddings, its tokens give more than the average weight. Before decoder layer `layer` keeps the tokens to which the
+    raters attended most in the layer before, mean over raters and heads. With `recycle` the best 30% of the dropped
+    (and one more) are merged: one in ten of them becomes the centre of a density-peak cluster of hidden states and the
+    plain mean of its members. `keep` counts these too.
 
-    One cut; the published schedules are three such stages, see the presets. If no text token is above average all of the text behind
-    the image rates; without any the first tokens stay.
+    One cut; the published schedules are three such stages, see the presets. If no text token is above average all of
+    the text behind the image rates; without any the first tokens stay.
 
     Paper: https://arxiv.org/abs/2410.04417. Loops over images (or frames, or crops).
     """
@@ -28,7 +29,8 @@ class SparseVLM(Pruner):
     site: ClassVar[Site] = "decoder"
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.04417"
     deviations: ClassVar[str] = (
-        "Nothing random: the authors add noise to the density; here ties go to the lower index. Counts are exact; recycled "
+        "Nothing random: the authors add noise to the density; here ties go to the lower index. Counts are exact; "
+        "recycled "
         "tokens stand at their centres' places, the authors put them behind the kept ones. "
         "Version 2's corrections of the attention (selected heads, division by RoPE's share) are not part of it."
     )
@@ -72,7 +74,8 @@ class SparseVLM(Pruner):
         return keep if keep.lengths == tokens.lengths else merged(keep, home)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        """Distances of the recycled; segments of an image are taken together. What raters cost depends on the prompt and is left out."""
+        """Distances of the recycled; segments of an image are taken together. What raters cost depends on the prompt
+        and is left out."""
         pairs = zip(lengths, self.keep.counts(lengths, (0,) * len(lengths)), strict=True)
         pools = [pooled(n - k + recycled(n, k)) for n, k in pairs if k < n and self.recycle]
         return sum(2 * p * p * width for p in pools)
@@ -93,14 +96,17 @@ def pooled(dropped: int) -> int:
 
 
 def recycled(n: int, k: int) -> int:
-    """Clusters among k tokens that are left of n: one for ten recycled tokens and one more, but at least half of k are kept as they are."""
+    """Clusters among k tokens that are left of n: one for ten recycled tokens and one more, but at least half of k are
+    kept as they are."""
     return next((c for c in range(1, k // 2 + 1) if pooled(n - k + c) // 10 < c), k // 2)
 
 
 def peaks(x: Tensor, c: int) -> tuple[Tensor, Tensor]:
-    """Density-peak clusters of x [N, D], 1 <= c <= N: centre [c] rows of x, and member [N], which of the c each row belongs to.
+    """Density-peak clusters of x [N, D], 1 <= c <= N: centre [c] rows of x, and member [N], which of the c each row
+    belongs to.
 
-    Density is exp of minus the mean squared distance to the c nearest rows, itself included; centres are far from all denser rows.
+    Density is exp of minus the mean squared distance to the c nearest rows, itself included; centres are far from all
+    denser rows.
     """
     distance = torch.cdist(x.float(), x.float(), compute_mode="donot_use_mm_for_euclid_dist") / x.shape[1] ** 0.5
     density = (-distance.topk(c, largest=False).values.square().mean(1)).exp()

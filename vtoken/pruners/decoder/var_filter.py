@@ -19,21 +19,23 @@ PUBLISHED: dict[tuple[int, ...], tuple[str, int, int]] = {
 
 
 class VarFilter(Stage):
-    """Before decoder layer `layer`, drops the visual tokens whose hidden state, divided by its root mean square, exceeds `tau` in one
-    of the channels `dims`; of an image that is all sinks the weakest stays. How many go (usually a handful) depends on the picture,
-    so the plan counts none. A filter to put in front of a decoder-site pruner at the same layer or later.
+    """Before decoder layer `layer`, drops the visual tokens whose hidden state, divided by its root mean square,
+    exceeds `tau` in one of the channels `dims`; of an image that is all sinks the weakest stays. How many go (usually a
+    handful) depends on the picture, so the plan counts none. A filter to put in front of a decoder-site pruner at the
+    same layer or later.
 
     Opt-in: others found that sinks which stem from the vision encoder carry what global questions need.
 
-    Paper: https://arxiv.org/abs/2503.03321, which moves attention from sinks to other tokens and reports that masking them does no
-    harm; as a filter, experimental.
+    Paper: https://arxiv.org/abs/2503.03321, which moves attention from sinks to other tokens and reports that masking
+    them does no harm; as a filter, experimental.
     """
 
     site: ClassVar[Site] = "decoder"
     kind: ClassVar[Literal["pruner", "compressor"]] = "pruner"
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.03321"
     deviations: ClassVar[str] = (
-        "Drops sinks at one layer; the authors find them anew at every layer and lower their attention. Without `dims` every channel counts."
+        "Drops sinks at one layer; the authors find them anew at every layer and lower their attention. Without "
+        "`dims` every channel counts."
     )
 
     layer: int = Field(
@@ -42,7 +44,8 @@ class VarFilter(Stage):
     tau: float = Field(default=20.0, gt=0, description="how many times the root mean square a channel must be")
     dims: tuple[int, ...] | None = Field(
         default=None,
-        description="channels of the LLM in which sinks show: [1415, 2533] for LLaMA-2-7B (LLaVA-1.5-7B), [2100, 4743] for 13B, refused by LLMs of other sizes; null: all",
+        description="channels of the LLM in which sinks show: [1415, 2533] for LLaMA-2-7B (LLaVA-1.5-7B), [2100, "
+        "4743] for 13B, refused by LLMs of other sizes; null: all",
     )
 
     def layers(self, depth: int) -> tuple[int, ...]:
@@ -54,7 +57,8 @@ class VarFilter(Stage):
         if not wrong and own == [depth, width]:
             return ""
         return (
-            f"sinks show in channels {list(self.dims or ())} of {llm}, not in those of this LLM ({depth} layers, {width} channels); "
+            f"sinks show in channels {list(self.dims or ())} of {llm}, not in those of this LLM ({depth} layers, "
+            f"{width} channels); "
             "leave dims out to look at all channels, or give those of this LLM"
         )
 

@@ -16,28 +16,35 @@ from vtoken.stages.budget import Budget
 
 
 class FlowCut(Pruner):
-    """After an encoder layer a patch scores (attention / its sum + relevance / its sum) * density. Attention: the CLS query's,
-    head mean. Relevance: softmax of the dot products of the CLS token's value and all values, head mean. Density: L1 norm of
-    the head mean of its value. Scores are cumulated over layers, half the past and half the new. After every second layer
-    round((n - keep) / sqrt(layers to come) * (1 - h^2)) of the n patches with the lowest score go, h being the entropy of the
-    attention over log n; after the last such layer all above `keep` go. Later layers run on what is left.
+    """After an encoder layer a patch scores (attention / its sum + relevance / its sum) * density. Attention: the CLS
+    query's, head mean. Relevance: softmax of the dot products of the CLS token's value and all values, head mean.
+    Density: L1 norm of the head mean of its value. Scores are cumulated over layers, half the past and half the new.
+    After every second layer round((n - keep) / sqrt(layers to come) * (1 - h^2)) of the n patches with the lowest score
+    go, h being the entropy of the attention over log n; after the last such layer all above `keep` go. Later layers run
+    on what is left.
 
-    Without CLS (SigLIP, Qwen) the mean query and the mean value of the image stand in for it; Qwen drops whole merge groups and
-    keeps the positions of those that stay. `keep` counts per crop where pictures are cut into crops; a share is of the tokens before
-    anything was dropped. Where features are interpolated behind the encoder (OneVision's videos and large pictures) a token lives only
-    if all its sources do: few may be left, or none. How many go early depends on the picture: `expected_counts` counts on the last cut alone,
-    so its FLOPs are an upper bound. The authors' second cut on LLaVA-NeXT, after decoder layer 1, is the stage `flowcut_late`.
+    Without CLS (SigLIP, Qwen) the mean query and the mean value of the image stand in for it; Qwen drops whole merge
+    groups and keeps the positions of those that stay. `keep` counts per crop where pictures are cut into crops; a share
+    is of the tokens before anything was dropped. Where features are interpolated behind the encoder (OneVision's videos
+    and large pictures) a token lives only if all its sources do: few may be left, or none. How many go early depends on
+    the picture: `expected_counts` counts on the last cut alone, so its FLOPs are an upper bound. The authors' second
+    cut on LLaVA-NeXT, after decoder layer 1, is the stage `flowcut_late`.
 
     Paper: https://arxiv.org/abs/2505.19536.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.19536"
     deviations: ClassVar[str] = (
-        "Every picture (crop) loses what its own attention allows; the authors apply the largest loss of a batch to all of it "
-        "(reference_quirks). Float32 and 0 log 0 = 0, where the authors' entropy can be NaN in fp16. Qwen: the authors score and "
-        "drop single patches, give the survivors the first positions of the picture, leave relevance out (relevance: false) "
-        "and cut last after the last block; here merge groups are dropped by the means of their patches' attention, relevance "
-        "and value, positions stay true, and the last cut comes two blocks earlier. The authors released no SigLIP variant."
+        "Every picture (crop) loses what its own attention allows; the authors apply the largest loss of a batch to "
+        "all of it "
+        "(reference_quirks). Float32 and 0 log 0 = 0, where the authors' entropy can be NaN in fp16. Qwen: the "
+        "authors score and "
+        "drop single patches, give the survivors the first positions of the picture, leave relevance out (relevance: "
+        "false) "
+        "and cut last after the last block; here merge groups are dropped by the means of their patches' attention, "
+        "relevance "
+        "and value, positions stay true, and the last cut comes two blocks earlier. The authors released no SigLIP "
+        "variant."
     )
     site: ClassVar[Site] = "encoder"
 
@@ -51,7 +58,8 @@ class FlowCut(Pruner):
     def _no_total(cls, keep: Budget) -> Budget:
         if keep.total is not None:
             raise ValueError(
-                "keep: {total: n} cannot be shared out inside the vision encoder, which does not know what belongs to one "
+                "keep: {total: n} cannot be shared out inside the vision encoder, which does not know what belongs to "
+                "one "
                 "prompt; write a count (64), a share (25%) or {per_crop: 64}"
             )
         return keep
@@ -64,7 +72,8 @@ class FlowCut(Pruner):
         return tuple(range(depth - 2)) if self.at is None else self.at
 
     def for_depth(self, depth: int) -> Self:
-        """The stage for an encoder of so many layers; `select` and `expected_counts` have to know which layer is the last."""
+        """The stage for an encoder of so many layers; `select` and `expected_counts` have to know which layer is the
+        last."""
         return self.model_copy(update={"at": self.layers(depth)})
 
     def select(self, tokens: VisualTokens) -> Keep:

@@ -14,7 +14,8 @@ from vtoken.stages.budget import Budget
 
 
 class FramePruner(Pruner):
-    """Chooses so many frames of every video before the vision tower runs. In Qwen models a frame is the pair that the tower embeds together."""
+    """Chooses so many frames of every video before the vision tower runs. In Qwen models a frame is the pair that the
+    tower embeds together."""
 
     site: ClassVar[Site] = "frames"
 
@@ -27,7 +28,8 @@ class FramePruner(Pruner):
     def _frames(cls, keep: Budget) -> Budget:
         if keep.total is not None or keep.per is not None:
             raise ValueError(
-                f"keep: {keep.plain()} cannot be had before the vision tower, which does not know what belongs to one prompt; write frames "
+                f"keep: {keep.plain()} cannot be had before the vision tower, which does not know what belongs to one "
+                "prompt; write frames "
                 "per video (8), or a share of them (25%)"
             )
         return keep

@@ -13,12 +13,13 @@ from vtoken.stages import Keep, Parts, Site, Stage, VisualTokens, keep_all
 
 
 class FramesChanged(Stage):
-    """Goes through a video from its first frame, which stays; each later one stays if its cosine with the last that stayed is below
-    `similarity`. Frames are compared by the pixels of their thumbnails, before the vision tower runs. A still video is left with one frame,
-    one that changes all the time keeps all: put frames_uniform or frames_farthest behind it for a bound.
+    """Goes through a video from its first frame, which stays; each later one stays if its cosine with the last that
+    stayed is below `similarity`. Frames are compared by the pixels of their thumbnails, before the vision tower runs. A
+    still video is left with one frame, one that changes all the time keeps all: put frames_uniform or frames_farthest
+    behind it for a bound.
 
-    How many stay depends on the video; the plan counts on the share `left`. Asks the device once per call. In Qwen models a frame is the pair
-    that the tower embeds together.
+    How many stay depends on the video; the plan counts on the share `left`. Asks the device once per call. In Qwen
+    models a frame is the pair that the tower embeds together.
 
     No paper: a baseline.
     """

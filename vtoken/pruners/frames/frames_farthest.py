@@ -13,9 +13,10 @@ from vtoken.stages import Keep, VisualTokens, keep_all, offsets_of
 
 
 class FramesFarthest(FramePruner):
-    """Starts with a video's first frame and adds, again and again, the frame whose cosine with the most similar chosen one is smallest (ties
-    to the earlier), until `keep` are chosen. Frames are compared by the pixels of their thumbnails, before the vision tower runs, so
-    the tower's cost falls too; what the pictures mean, or what is asked, plays no part.
+    """Starts with a video's first frame and adds, again and again, the frame whose cosine with the most similar chosen
+    one is smallest (ties to the earlier), until `keep` are chosen. Frames are compared by the pixels of their
+    thumbnails, before the vision tower runs, so the tower's cost falls too; what the pictures mean, or what is asked,
+    plays no part.
 
     No paper: a baseline.
     """

@@ -12,7 +12,8 @@ from vtoken.stages import Keep, VisualTokens, keep_all, offsets_of
 
 
 class FramesUniform(FramePruner):
-    """Keeps the frame at the centre of each of `keep` equal spans of the video, before the vision tower runs: the tower's cost falls too.
+    """Keeps the frame at the centre of each of `keep` equal spans of the video, before the vision tower runs: the
+    tower's cost falls too.
 
     No paper: a baseline.
     """

@@ -9,7 +9,8 @@ from vtoken.stages import Parts, size_of
 
 
 def recycle(importance: Tensor, cell: Tensor, cells: int, k: int, pool: int | None) -> tuple[Tensor, Tensor]:
-    """Of one image: [N] whether each token stays, and [N] the token that takes it in. `pool` None: as large as leaves k."""
+    """Of one image: [N] whether each token stays, and [N] the token that takes it in. `pool` None: as large as leaves
+    k."""
     n = len(importance)
     order, rank = importance.argsort(descending=True, stable=True).flip(0), torch.arange(n, device=cell.device)
     group = cell[order]

@@ -19,7 +19,8 @@ def whole_videos(stage: AnyPruner) -> AnyPruner:
     """
     if stage.keep.per is not None:
         raise ValueError(
-            f"{stage.name} spends one budget over all frames of a video, so {stage.keep.per} does not fit; give the video's "
+            f"{stage.name} spends one budget over all frames of a video, so {stage.keep.per} does not fit; give the "
+            "video's "
             "(keep: 64) or a share (keep: 25%)"
         )
     return stage
@@ -28,7 +29,8 @@ def whole_videos(stage: AnyPruner) -> AnyPruner:
 def counts_of_videos(
     keep: Budget, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], least: Callable[[Grid], int]
 ) -> tuple[int, ...]:
-    """Tokens to keep of each image: its budget for a video, but no fewer than `least` of its raster; all for a picture."""
+    """Tokens to keep of each image: its budget for a video, but no fewer than `least` of its raster; all for a
+    picture."""
     videos = [i for i, image in enumerate(parts) if len(image) == 1 and image[0][0] > 1]
     wanted = keep.counts([lengths[i] for i in videos], [row[i] for i in videos])
     counts = list(lengths)

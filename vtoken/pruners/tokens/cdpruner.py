@@ -18,17 +18,19 @@ EPSILON = 1e-6
 
 
 class CDPruner(Pruner):
-    """Relevance r of a token is its cosine with the mean text embedding of its row, scaled to 1e-6..1 over the image (all its crops).
-    Kernel K_ij = r_i cos(x_i, x_j) r_j on projected embeddings; keeps the greedy maximum of det K: each time the token with
-    the largest part of K_ii that the kept ones do not explain. What lies in their span counts as explained (1e-6) and goes by index.
+    """Relevance r of a token is its cosine with the mean text embedding of its row, scaled to 1e-6..1 over the image
+    (all its crops). Kernel K_ij = r_i cos(x_i, x_j) r_j on projected embeddings; keeps the greedy maximum of det K:
+    each time the token with the largest part of K_ii that the kept ones do not explain. What lies in their span counts
+    as explained (1e-6) and goes by index.
 
-    Paper: https://arxiv.org/abs/2506.10967. Each choice needs the one before: on a CPU a loop over images and kept tokens, on a GPU one
-    launch. Without text all tokens are equally relevant.
+    Paper: https://arxiv.org/abs/2506.10967. Each choice needs the one before: on a CPU a loop over images and kept
+    tokens, on a GPU one launch. Without text all tokens are equally relevant.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.10967"
     deviations: ClassVar[str] = (
-        "Relevance comes from LLM embeddings of all text of the prompt, as described for Qwen2.5-VL; on LLaVA the authors use CLIP's text "
+        "Relevance comes from LLM embeddings of all text of the prompt, as described for Qwen2.5-VL; on LLaVA the "
+        "authors use CLIP's text "
         "tower on the question alone, which the model does not hold, so published LLaVA figures are not reproduced. "
         "Relevance is not negated (the authors negate CLIP's; `negate` does). "
         "A kernel of low rank still gives `keep` tokens where the authors' turns NaN."
@@ -64,7 +66,8 @@ class CDPruner(Pruner):
         return torch.cat(out)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        """Relevance, and per kept token one row of the kernel and its projection; segments of an image are taken together."""
+        """Relevance, and per kept token one row of the kernel and its projection; segments of an image are taken
+        together."""
         counts = self.keep.counts(lengths, (0,) * len(lengths))
         pairs = zip(lengths, counts, strict=True)
         return sum(2 * n * width + n * k * (2 * width + k) for n, k in pairs if k < n)

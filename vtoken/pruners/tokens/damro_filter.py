@@ -15,21 +15,24 @@ from vtoken.stages.budget import PER_SEGMENT
 
 
 class DamroFilter(Stage):
-    """Drops the `outliers` tokens with the highest CLS attention in the layer of the features, at most all but one. With
-    `high_norm` only those of them whose encoder output is longer than Q3 + 1.5 (Q3 - Q1) of the image's; how many that are depends on
-    the picture, so the plan counts none. A filter to put in front of a pruner, as in [damro_filter: {}, divprune: {keep: 64}].
+    """Drops the `outliers` tokens with the highest CLS attention in the layer of the features, at most all but one.
+    With `high_norm` only those of them whose encoder output is longer than Q3 + 1.5 (Q3 - Q1) of the image's; how many
+    that are depends on the picture, so the plan counts none. A filter to put in front of a pruner, as in [damro_filter:
+    {}, divprune: {keep: 64}].
 
-    FasterVLM, VisionZip and HiRED keep the very tokens that this drops: choose one or the other. Towers without CLS rank by received
-    attention; use `high_norm` there.
+    FasterVLM, VisionZip and HiRED keep the very tokens that this drops: choose one or the other. Towers without CLS
+    rank by received attention; use `high_norm` there.
 
-    Paper: https://arxiv.org/abs/2410.04514, which does not drop these tokens but decodes against them; as a filter, experimental.
+    Paper: https://arxiv.org/abs/2410.04514, which does not drop these tokens but decodes against them; as a filter,
+    experimental.
     """
 
     site: ClassVar[Site] = "tokens"
     kind: ClassVar[Literal["pruner", "compressor"]] = "pruner"
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.04514"
     deviations: ClassVar[str] = (
-        "Ranks by the mean of the heads' attention; the authors take one softmax over all heads' channels at once. Drops the outliers; "
+        "Ranks by the mean of the heads' attention; the authors take one softmax over all heads' channels at once. "
+        "Drops the outliers; "
         "the authors contrast the answer with one that sees only them."
     )
 

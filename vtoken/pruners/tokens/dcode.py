@@ -17,27 +17,30 @@ FRAMES = 32  # compared at a time: what is held in memory
 
 
 class DCoDe(Pruner):
-    """In every frame (image) the `keep` embeddings with the largest L2 norm stay. Then, from the longest to the shortest, each that is still there
-    absorbs those after it whose cosine with it is at least `similarity`, and becomes their mean. How many are left depends on the
-    picture: the plan counts `keep`, an upper bound.
+    """In every frame (image) the `keep` embeddings with the largest L2 norm stay. Then, from the longest to the
+    shortest, each that is still there absorbs those after it whose cosine with it is at least `similarity`, and becomes
+    their mean. How many are left depends on the picture: the plan counts `keep`, an upper bound.
 
-    This is the token half of the method. Its choice of frames compares embeddings of CLIP ViT-L/14 with its projection, a second encoder that
-    no VLM carries, and its decomposition of the question asks another LLM: both are left out. Put frames_uniform in front, which is
-    what 75 to 85 % of the authors' frames are.
+    This is the token half of the method. Its choice of frames compares embeddings of CLIP ViT-L/14 with its projection,
+    a second encoder that no VLM carries, and its decomposition of the question asks another LLM: both are left out. Put
+    frames_uniform in front, which is what 75 to 85 % of the authors' frames are.
 
     Paper: https://arxiv.org/abs/2510.08818
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.08818"
     deviations: ClassVar[str] = (
-        "Only the token half (see above). The authors' loop lets a token absorb ones that others absorbed before, takes means of means, and "
-        "loses a group whose lowest-ranked index is gone already; here each token is absorbed once. Reading order; theirs is by norm. Their "
+        "Only the token half (see above). The authors' loop lets a token absorb ones that others absorbed before, "
+        "takes means of means, and "
+        "loses a group whose lowest-ranked index is gone already; here each token is absorbed once. Reading order; "
+        "theirs is by norm. Their "
         "maximum and norm-weighted mean are left out."
     )
 
     keep: Budget = Field(
         default=Budget({"per_frame": 288}),
-        description="tokens of each frame before merging: {per_frame: 288} as published for 576 a frame (360 on NExT-QA)",
+        description="tokens of each frame before merging: {per_frame: 288} as published for 576 a frame (360 on "
+        "NExT-QA)",
     )
     similarity: float = Field(
         default=0.8, gt=-1, le=1, description="cosine from which on tokens are merged (the authors: 0.9 on NExT-QA)"

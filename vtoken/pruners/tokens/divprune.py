@@ -13,11 +13,11 @@ from vtoken.stages import Keep, Pruner, VisualTokens
 
 
 class DivPrune(Pruner):
-    """Distance is 1 - cosine of the projected embeddings. Starts with the token whose nearest neighbour is farthest away, then adds the
-    token whose nearest kept one is farthest away until `keep` are found (greedy max-min).
+    """Distance is 1 - cosine of the projected embeddings. Starts with the token whose nearest neighbour is farthest
+    away, then adds the token whose nearest kept one is farthest away until `keep` are found (greedy max-min).
 
-    Paper: https://arxiv.org/abs/2503.02175. Each choice needs the one before: on a CPU a loop over images and kept tokens, without an N
-    x N matrix; on a GPU one launch, with one.
+    Paper: https://arxiv.org/abs/2503.02175. Each choice needs the one before: on a CPU a loop over images and kept
+    tokens, without an N x N matrix; on a GPU one launch, with one.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.02175"
@@ -34,6 +34,7 @@ class DivPrune(Pruner):
         return choose_together(self, tokens, pick)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        """The search for the first token, and one row of similarities per kept token; segments of an image are taken together."""
+        """The search for the first token, and one row of similarities per kept token; segments of an image are taken
+        together."""
         counts = self.keep.counts(lengths, (0,) * len(lengths))
         return sum(2 * n * (n + k) * width for n, k in zip(lengths, counts, strict=True) if k < n)

@@ -17,20 +17,22 @@ NEW = 255.0  # above any dissimilarity, which is at most 2
 
 
 class EVS(Pruner):
-    """Scores each token of a video by 1 - cosine similarity of its embedding with the one at the same row and column a frame
-    earlier; the first frame is new throughout. The `keep` highest of the whole video stay, so still scenes get fewer tokens
-    than moving ones, but never fewer than one frame holds: a smaller `keep` leaves the first frame. Of a video that was thinned
-    out before, a token is held against the latest earlier frame that still has its place.
+    """Scores each token of a video by 1 - cosine similarity of its embedding with the one at the same row and column a
+    frame earlier; the first frame is new throughout. The `keep` highest of the whole video stay, so still scenes get
+    fewer tokens than moving ones, but never fewer than one frame holds: a smaller `keep` leaves the first frame. Of a
+    video that was thinned out before, a token is held against the latest earlier frame that still has its place.
 
-    Images, one-frame videos among them, pass untouched and use up nothing of `keep: {total: ...}`. A frame is what the model
-    makes of one: Qwen merges two into one.
+    Images, one-frame videos among them, pass untouched and use up nothing of `keep: {total: ...}`. A frame is what the
+    model makes of one: Qwen merges two into one.
 
-    Paper: https://arxiv.org/abs/2510.14624. Deterministic, training-free. The published pruning rate q is `keep: 100% - q`.
+    Paper: https://arxiv.org/abs/2510.14624. Deterministic, training-free. The published pruning rate q is `keep: 100% -
+    q`.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.14624"
     deviations: ClassVar[str] = (
-        "A share is rounded to the nearest where vLLM rounds it down. Text after the video keeps its unpruned positions "
+        "A share is rounded to the nearest where vLLM rounds it down. Text after the video keeps its unpruned "
+        "positions "
         "(positions: original), as in vLLM."
     )
 

@@ -13,13 +13,13 @@ from vtoken.stages import Fact, Pruner, VisualTokens
 
 
 class FoPru(Pruner):
-    """Scores a token by the attention it receives, mean over heads and over all queries (CLS among them). `rank` keeps the
-    highest. `row` ranks rows of the picture by the mean score of their tokens, keeps whole rows while they fit the budget and
-    fills it up with the highest tokens of the next row. Frames and the two rasters of an anyres image have rows of their own; with
-    {per_crop: K} a row ends where its crop ends.
+    """Scores a token by the attention it receives, mean over heads and over all queries (CLS among them). `rank` keeps
+    the highest. `row` ranks rows of the picture by the mean score of their tokens, keeps whole rows while they fit the
+    budget and fills it up with the highest tokens of the next row. Frames and the two rasters of an anyres image have
+    rows of their own; with {per_crop: K} a row ends where its crop ends.
 
-    Paper: https://arxiv.org/abs/2411.14164. No code was published, and layer, CLS and rounding are not certain: the layer of the features,
-    CLS among the queries, and exact counts were chosen here.
+    Paper: https://arxiv.org/abs/2411.14164. No code was published, and layer, CLS and rounding are not certain: the
+    layer of the features, CLS among the queries, and exact counts were chosen here.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2411.14164"

@@ -16,29 +16,33 @@ from vtoken.stages import Fact, Keep, Parts, Pruner, VisualTokens, keep_all, off
 
 
 class HiRED(Pruner):
-    """Of the K tokens of an anyres picture, floor(alpha * K) go to the downscaled whole and the rest to the crops, in proportion to
-    their hits: the floor((1 - alpha) * n) of the whole's n tokens with the highest CLS attention in layer `initial_layer` are its
-    content, and each is a hit for the crop that shows the same place. Within the whole and within each crop the tokens with
-    the highest CLS attention in the layer of the features stay. A picture of one crop (LLaVA-1.5, Qwen) or a video has nothing
-    to share out: the highest CLS attention stays, as in FasterVLM.
+    """Of the K tokens of an anyres picture, floor(alpha * K) go to the downscaled whole and the rest to the crops, in
+    proportion to their hits: the floor((1 - alpha) * n) of the whole's n tokens with the highest CLS attention in layer
+    `initial_layer` are its content, and each is a hit for the crop that shows the same place. Within the whole and
+    within each crop the tokens with the highest CLS attention in the layer of the features stay. A picture of one crop
+    (LLaVA-1.5, Qwen) or a video has nothing to share out: the highest CLS attention stays, as in FasterVLM.
 
-    Shares are whole numbers (largest remainder, ties to the earlier crop); what a crop cannot hold goes to the others, so K is
-    exact. Towers without CLS rank by received attention in both layers (if the early one sees windows only, of the next that sees all).
+    Shares are whole numbers (largest remainder, ties to the earlier crop); what a crop cannot hold goes to the others,
+    so K is exact. Towers without CLS rank by received attention in both layers (if the early one sees windows only, of
+    the next that sees all).
 
     Paper: https://arxiv.org/abs/2408.10945.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2408.10945"
     deviations: ClassVar[str] = (
-        "The authors' code (August 2024) splits by float ratios, rounds down and drops the remainder; cuts the whole's raster into runs of equal "
-        "length instead of regions (region: reference); spends budget on padding tokens that unpadding then drops; and prunes "
+        "The authors' code (August 2024) splits by float ratios, rounds down and drops the remainder; cuts the "
+        "whole's raster into runs of equal "
+        "length instead of regions (region: reference); spends budget on padding tokens that unpadding then drops; "
+        "and prunes "
         "nothing when LLaVA-NeXT has one crop."
     )
 
     alpha: float = Field(default=0.5, ge=0, le=1, description="share of the budget that the downscaled whole gets")
     region: Literal["quadrant", "reference"] = Field(
         default="quadrant",
-        description="quadrant: a token of the whole belongs to the crop that shows its place; reference: the authors' runs of the raster",
+        description="quadrant: a token of the whole belongs to the crop that shows its place; reference: the authors' "
+        "runs of the raster",
     )
     initial_layer: int = Field(
         default=0, description="encoder layer whose attention tells where the content is; negative: from the end"
@@ -48,7 +52,8 @@ class HiRED(Pruner):
     def _one_budget(self) -> HiRED:
         if self.keep.per is not None:
             raise ValueError(
-                f"hired shares one budget out among the crops itself, so {self.keep.per} does not fit; give the budget of the "
+                f"hired shares one budget out among the crops itself, so {self.keep.per} does not fit; give the "
+                "budget of the "
                 "image (keep: 640 instead of {per_crop: 128} on five crops) or a share (keep: 20%)"
             )
         return self
@@ -76,7 +81,8 @@ class HiRED(Pruner):
     def _split(
         self, tokens: VisualTokens, here: slice, segment: Tensor, parts: Parts, k: int
     ) -> tuple[list[int], list[int]]:
-        """Tokens held and to keep of the whole and of each crop of one image; `here` is where it lies on the packed axis."""
+        """Tokens held and to keep of the whole and of each crop of one image; `here` is where it lies on the packed
+        axis."""
         alpha, place = Fraction(str(self.alpha)), tokens.raster_index[here]
         held = torch.bincount(segment).tolist()
         base, *crops = held
@@ -93,8 +99,8 @@ class HiRED(Pruner):
 
 
 def region(content: Tensor, place: Tensor, segment: Tensor, parts: Parts, most: int) -> Tensor:
-    """[content] crop that shows the place of each of these tokens of the whole; `raster_index` and `segment` [n] are those of the crops'
-    live tokens, `most` is the number of crops with the whole."""
+    """[content] crop that shows the place of each of these tokens of the whole; `raster_index` and `segment` [n] are
+    those of the crops' live tokens, `most` is the number of crops with the whole."""
     (_, height, width), (_, rows, columns) = parts
     stitched = place - height * width
     at = torch.stack([stitched // columns, stitched % columns], 1)
@@ -106,7 +112,8 @@ def region(content: Tensor, place: Tensor, segment: Tensor, parts: Parts, most: 
 
 
 def share(total: int, hits: Sequence[int], room: Sequence[int]) -> list[int]:
-    """`total` split in proportion to `hits`, none above its `room`, exact if there is room for all; without hits by room."""
+    """`total` split in proportion to `hits`, none above its `room`, exact if there is room for all; without hits by
+    room."""
     out = [0] * len(room)
     while left := total - sum(out):
         weight = [h if o < r else 0 for o, h, r in zip(out, hits, room, strict=True)]

@@ -17,15 +17,16 @@ EPSILON = 1e-6
 
 
 class HoloV(Pruner):
-    """Cuts the tokens, in reading order, into equal chunks (the first are one longer where that does not go up). Score of a token: CLS
-    attention plus `variance` times the variance of its cosines (projected embeddings) with the others of its chunk, scaled so
-    that its mean is that of the attention. Chunks get tokens in proportion to their mean scores, rounded down, and what remains one by
-    one by score; a chunk gives those with the highest CLS attention.
+    """Cuts the tokens, in reading order, into equal chunks (the first are one longer where that does not go up). Score
+    of a token: CLS attention plus `variance` times the variance of its cosines (projected embeddings) with the others
+    of its chunk, scaled so that its mean is that of the attention. Chunks get tokens in proportion to their mean
+    scores, rounded down, and what remains one by one by score; a chunk gives those with the highest CLS attention.
 
     The authors' code scales the variance chunk by chunk. There it cancels: the shares go by attention alone. With
     `scaling: image` it counts.
 
-    Paper: https://arxiv.org/abs/2510.02912. Loops over images (or frames, or crops) and chunks; shares are fetched from the device.
+    Paper: https://arxiv.org/abs/2510.02912. Loops over images (or frames, or crops) and chunks; shares are fetched from
+    the device.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.02912"
@@ -38,7 +39,8 @@ class HoloV(Pruner):
     variance: float = Field(default=0.09, ge=0, description="weight of the variance of similarities in a token's score")
     scaling: Literal["chunk", "image"] = Field(
         default="chunk",
-        description="what the variance is scaled to: the mean attention of its chunk, as in the authors' code, or of the image",
+        description="what the variance is scaled to: the mean attention of its chunk, as in the authors' code, or of "
+        "the image",
     )
     chunks: int | None = Field(
         default=None,
@@ -82,8 +84,8 @@ class HoloV(Pruner):
 
 
 def variance_of_cosines(x: Tensor) -> Tensor:
-    """[] mean over the tokens x [n, D] of the variance of their cosines with the others. As in the authors' code the cosine with
-    itself takes part as a zero."""
+    """[] mean over the tokens x [n, D] of the variance of their cosines with the others. As in the authors' code the
+    cosine with itself takes part as a zero."""
     others = max(1, len(x) - 1)
     x = normalize(x, dim=-1)
     cosine = (x @ x.T).fill_diagonal_(0)
@@ -91,7 +93,8 @@ def variance_of_cosines(x: Tensor) -> Tensor:
 
 
 def shares(scores: Sequence[float], sizes: Sequence[int], k: int) -> list[int]:
-    """Tokens of each chunk: k in proportion to the scores, at most its size; what remains goes round by falling score."""
+    """Tokens of each chunk: k in proportion to the scores, at most its size; what remains goes round by falling
+    score."""
     total = sum(scores) or 1.0
     out = [min(n, int(score / total * k)) for score, n in zip(scores, sizes, strict=True)]
     order = sorted(range(len(scores)), key=lambda c: -scores[c])

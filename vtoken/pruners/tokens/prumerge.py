@@ -16,26 +16,29 @@ from vtoken.stages.budget import Budget
 
 
 class PruMerge(Pruner):
-    """Without `keep` the picture decides: kept are the tokens whose CLS attention in the encoder's last layer lies above Q3 + 1.5 IQR of
-    the image's (at least one); `plus` adds every s-th token but the image's last, s a third of N / outliers. With `keep` the highest stay, with
-    `plus` the outliers and evenly spaced others. A dropped token joins the most similar (cosine of keys) of the kept ones
-    that have it among their `neighbours` nearest, weighted by its attention against 1 for the kept token; if there are none it
-    is lost.
+    """Without `keep` the picture decides: kept are the tokens whose CLS attention in the encoder's last layer lies
+    above Q3 + 1.5 IQR of the image's (at least one); `plus` adds every s-th token but the image's last, s a third of N
+    / outliers. With `keep` the highest stay, with `plus` the outliers and evenly spaced others. A dropped token joins
+    the most similar (cosine of keys) of the kept ones that have it among their `neighbours` nearest, weighted by its
+    attention against 1 for the kept token; if there are none it is lost.
 
-    `expected_counts` without `keep` expects the papers' averages, a 14th of the tokens, with `plus` a quarter. Loops over images; the number
-    of outliers is fetched from the device. `nearest_tokens` finds one neighbour of a token, not the 32 that a kept one asks for, so all cosines
-    of kept tokens and others are sorted.
+    `expected_counts` without `keep` expects the papers' averages, a 14th of the tokens, with `plus` a quarter. Loops
+    over images; the number of outliers is fetched from the device. `nearest_tokens` finds one neighbour of a token, not
+    the 32 that a kept one asks for, so all cosines of kept tokens and others are sorted.
 
     Paper: https://arxiv.org/abs/2403.15388.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.15388"
     deviations: ClassVar[str] = (
-        "Attention is the mean over heads; the authors' softmax over the full width without heads is not to be had, so adaptive counts "
+        "Attention is the mean over heads; the authors' softmax over the full width without heads is not to be had, "
+        "so adaptive counts "
         "differ from theirs. "
-        "A token joins one kept token and the sum is normalised, after the projector; the authors let kept tokens share neighbours, and "
+        "A token joins one kept token and the sum is normalised, after the projector; the authors let kept tokens "
+        "share neighbours, and "
         "one another, and add up before it. "
-        "The authors' extra token, the attention-weighted sum of all dropped ones, is left out: it has no place in the picture. "
+        "The authors' extra token, the attention-weighted sum of all dropped ones, is left out: it has no place in "
+        "the picture. "
         "Reading order instead of order by attention."
     )
 

@@ -11,8 +11,8 @@ from vtoken.stages import Pruner, VisualTokens
 
 
 class Random(Pruner):
-    """Keeps tokens drawn uniformly without replacement. The draw depends on `seed` and the image's number of tokens alone:
-    not on its place in the batch, not on the device, and not on torch's global generator.
+    """Keeps tokens drawn uniformly without replacement. The draw depends on `seed` and the image's number of tokens
+    alone: not on its place in the batch, not on the device, and not on torch's global generator.
 
     No paper: a baseline.
     """

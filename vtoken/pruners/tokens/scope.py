@@ -15,18 +15,20 @@ from vtoken.stages import Fact, Keep, Pruner, VisualTokens
 
 
 class SCOPE(Pruner):
-    """A token is covered as well as it resembles the nearest kept one (cosine of encoder features, none below 0). Each time the token comes
-    next for which gain x attention^alpha is largest: its gain is what all tokens together would be covered better with it, its
-    attention that of CLS. Ties go to the lower index.
+    """A token is covered as well as it resembles the nearest kept one (cosine of encoder features, none below 0). Each
+    time the token comes next for which gain x attention^alpha is largest: its gain is what all tokens together would be
+    covered better with it, its attention that of CLS. Ties go to the lower index.
 
-    Paper: https://arxiv.org/abs/2510.24214. A loop over images and kept tokens: each gain is a sum over all N x N cosines, which are kept
-    (4 N^2 bytes); the kernels for greedy choices read one row of them per choice and do not fit.
+    Paper: https://arxiv.org/abs/2510.24214. A loop over images and kept tokens: each gain is a sum over all N x N
+    cosines, which are kept (4 N^2 bytes); the kernels for greedy choices read one row of them per choice and do not
+    fit.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.24214"
     deviations: ClassVar[str] = (
         "Cosines and gains are float32, in the authors' code half precision as the model. "
-        "Newline tokens follow the newline policy; on LLaVA-NeXT the authors drop them, and their share of each crop is rounded down."
+        "Newline tokens follow the newline policy; on LLaVA-NeXT the authors drop them, and their share of each crop "
+        "is rounded down."
     )
 
     alpha: float = Field(
@@ -46,13 +48,15 @@ class SCOPE(Pruner):
         return choose(self, tokens, pick)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        """All similarities, at the model's width, and per kept token all gains; segments of an image are taken together."""
+        """All similarities, at the model's width, and per kept token all gains; segments of an image are taken
+        together."""
         counts = self.keep.counts(lengths, (0,) * len(lengths))
         return sum(n * n * (2 * width + 3 * k) for n, k in zip(lengths, counts, strict=True) if k < n)
 
 
 def covering(x: Tensor, saliency: Tensor, k: int) -> Tensor:
-    """[k] rows of x [n, D], in the order taken, by gain in coverage times saliency [n]; 1 <= k <= n. Nothing is fetched from the device."""
+    """[k] rows of x [n, D], in the order taken, by gain in coverage times saliency [n]; 1 <= k <= n. Nothing is fetched
+    from the device."""
     unit = normalize(x.float(), dim=-1)
     cosine, covered = unit @ unit.T, unit.new_zeros(len(unit), 1)
     taken = torch.zeros(len(unit), dtype=torch.bool, device=x.device)

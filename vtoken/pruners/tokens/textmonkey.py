@@ -13,12 +13,12 @@ from vtoken.stages import Pruner, VisualTokens
 
 
 class TextMonkey(Pruner):
-    """A token is as redundant as its highest cosine similarity to a token behind it in the image (crops and frames together);
-    the least redundant stay. So of two equal tokens the earlier one goes, and the last token always stays. `symmetric` compares
-    with the tokens in front too.
+    """A token is as redundant as its highest cosine similarity to a token behind it in the image (crops and frames
+    together); the least redundant stay. So of two equal tokens the earlier one goes, and the last token always stays.
+    `symmetric` compares with the tokens in front too.
 
-    Paper: https://arxiv.org/abs/2403.04473. The filter only: the trained resampler behind it, which lets the kept tokens attend to all,
-    needs its weights.
+    Paper: https://arxiv.org/abs/2403.04473. The filter only: the trained resampler behind it, which lets the kept
+    tokens attend to all, needs its weights.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.04473"

@@ -15,16 +15,17 @@ from vtoken.stages import Fact, Keep, Pruner, VisualTokens, image_of
 
 
 class ToDRE(Pruner):
-    """Starts from the pivot, the token with the highest CLS attention in encoder layer `layer` (of an anyres image: among the
-    downscaled whole), then takes token after token. `max_sum` takes the one whose cosine similarities to those already taken sum
-    up lowest; `k_center` the one whose highest similarity to them is lowest. Similarities are between visual tokens as the LLM gets
-    them. All crops or frames of an image are one pool; with per_crop or per_frame each is a pool with a pivot of its own.
+    """Starts from the pivot, the token with the highest CLS attention in encoder layer `layer` (of an anyres image:
+    among the downscaled whole), then takes token after token. `max_sum` takes the one whose cosine similarities to
+    those already taken sum up lowest; `k_center` the one whose highest similarity to them is lowest. Similarities are
+    between visual tokens as the LLM gets them. All crops or frames of an image are one pool; with per_crop or per_frame
+    each is a pool with a pivot of its own.
 
-    Stage 2 of the paper (all visual tokens leave at a decoder layer) is not in here. Without CLS the pivot is the token that
-    receives the most attention; the authors found that a random one does as well.
+    Stage 2 of the paper (all visual tokens leave at a decoder layer) is not in here. Without CLS the pivot is the token
+    that receives the most attention; the authors found that a random one does as well.
 
-    Paper: https://arxiv.org/abs/2505.18757 (v2: max_sum; v1: k_center). No code was published; the steps of k_center are farthest-first
-    as its name says.
+    Paper: https://arxiv.org/abs/2505.18757 (v2: max_sum; v1: k_center). No code was published; the steps of k_center
+    are farthest-first as its name says.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.18757"

@@ -14,9 +14,9 @@ from vtoken.stages.budget import Budget
 class Uniform(Pruner):
     """Keeps an even sub-grid of the image: rows x columns cells as square as the budget allows, one token at the centre
     of each. When the budget is no product of two numbers the widest rows get one more column, so the count is exact.
-    Frames of a video stand on top of each other (per_frame: each by itself); the two rasters of an anyres image share the budget
-    by their sizes. On tokens that an earlier stage already thinned out, and within crops, it keeps evenly spaced ones in
-    reading order.
+    Frames of a video stand on top of each other (per_frame: each by itself); the two rasters of an anyres image share
+    the budget by their sizes. On tokens that an earlier stage already thinned out, and within crops, it keeps evenly
+    spaced ones in reading order.
 
     No paper: a baseline.
     """

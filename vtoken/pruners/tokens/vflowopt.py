@@ -18,25 +18,30 @@ Rgb = Annotated[tuple[float, float, float], Field(strict=False)]
 
 
 class VFlowOpt(Pruner):
-    """Importance of a token: the attention it receives in the layer whose output the model uses as features, averaged over the
-    queries that themselves receive more than `threshold` times the mean of their crop (frame), plus `alpha` times the softmax over
-    its crop of its patch entropy, in bits, of the 256-bin grey histogram. The least important tokens of an image form a pool; in
-    every cell of `cell` x `cell` tokens (any real number, each raster by itself, frames apart) the pool's members become one
-    token, their mean weighted by importance, in the place of the most important. The pool is as large as leaves `keep` tokens; if
-    there are more cells than that, only the best stay. With `exact: false` it holds round(N (1 - R)) +
-    int(N / cell²) tokens, as the authors' does: the count is then near the budget, and `expected_counts` tells the budget.
+    """Importance of a token: the attention it receives in the layer whose output the model uses as features, averaged
+    over the queries that themselves receive more than `threshold` times the mean of their crop (frame), plus `alpha`
+    times the softmax over its crop of its patch entropy, in bits, of the 256-bin grey histogram. The least important
+    tokens of an image form a pool; in every cell of `cell` x `cell` tokens (any real number, each raster by itself,
+    frames apart) the pool's members become one token, their mean weighted by importance, in the place of the most
+    important. The pool is as large as leaves `keep` tokens; if there are more cells than that, only the best stay. With
+    `exact: false` it holds round(N (1 - R)) + int(N / cell²) tokens, as the authors' does: the count is then near the
+    budget, and `expected_counts` tells the budget.
 
-    Entropy is off in all released settings (alpha: 0). Otherwise it is taken of all pixels behind a token, made 0..255 with `mean` and
-    `std` (as given: SigLIP of LLaVA-OneVision, Qwen3-VL; CLIP and Qwen2 have their own); `merge` is 4 for Qwen. Where OneVision
-    scales its crops down, so are the pixels. Loops over images; waits for the device only with `exact: false`.
+    Entropy is off in all released settings (alpha: 0). Otherwise it is taken of all pixels behind a token, made 0..255
+    with `mean` and `std` (as given: SigLIP of LLaVA-OneVision, Qwen3-VL; CLIP and Qwen2 have their own); `merge` is 4
+    for Qwen. Where OneVision scales its crops down, so are the pixels. Loops over images; waits for the device only
+    with `exact: false`.
 
-    The first of the method's three stages; the cuts inside the decoder are `vflowopt_late`. Paper: https://arxiv.org/abs/2508.05211
+    The first of the method's three stages; the cuts inside the decoder are `vflowopt_late`. Paper:
+    https://arxiv.org/abs/2508.05211
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2508.05211"
     deviations: ClassVar[str] = (
-        "Where no query is above the threshold the one that receives most counts, where the authors' code gives NaN. The count is exact. "
-        "Single-raster images are recycled too, where the authors' code drops plainly (cell: null). Newlines are no part of the share (newline: keep keeps them all, as the authors do)."
+        "Where no query is above the threshold the one that receives most counts, where the authors' code gives NaN. "
+        "The count is exact. "
+        "Single-raster images are recycled too, where the authors' code drops plainly (cell: null). Newlines are no "
+        "part of the share (newline: keep keeps them all, as the authors do)."
     )
 
     threshold: float = Field(
@@ -57,7 +62,8 @@ class VFlowOpt(Pruner):
     def _one_pool(self) -> VFlowOpt:
         if self.keep.per is not None:
             raise ValueError(
-                f"vflowopt has one pool per image, so {self.keep.per} does not fit; give the image's budget (keep: 64) or a share "
+                f"vflowopt has one pool per image, so {self.keep.per} does not fit; give the image's budget (keep: "
+                "64) or a share "
                 "(keep: 25%)"
             )
         return self

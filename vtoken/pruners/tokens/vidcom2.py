@@ -17,26 +17,27 @@ ALPHAS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
 
 
 class VidCom2(Pruner):
-    """Looks at the half of the channels that vary least over the video, each token scaled to length 1 there. How common a token is
-    in the video is the sum of exp(-distance² / 2a) over a = 1/8, 1/4, 1/2, 1, 2, with the distance to the mean token of the video;
-    how common in its frame, likewise with the mean of the frame. A frame whose tokens are less common in the video (mean over
-    them, softmax over frames at `temperature`) gets a larger part of the budget R: n R (1 + softmax - its mean) of its n tokens,
-    at least 1. In each frame the tokens with the smallest sum of both stay.
+    """Looks at the half of the channels that vary least over the video, each token scaled to length 1 there. How common
+    a token is in the video is the sum of exp(-distance² / 2a) over a = 1/8, 1/4, 1/2, 1, 2, with the distance to the
+    mean token of the video; how common in its frame, likewise with the mean of the frame. A frame whose tokens are less
+    common in the video (mean over them, softmax over frames at `temperature`) gets a larger part of the budget R: n R
+    (1 + softmax - its mean) of its n tokens, at least 1. In each frame the tokens with the smallest sum of both stay.
 
-    The budget is spent to the token: the next one goes to the frame that lacks most of its part. A video keeps one token per frame
-    at least. With `exact: false` every frame rounds by itself, as the authors do; then the total wanders around the budget, and
-    `expected_counts` tells the budget.
+    The budget is spent to the token: the next one goes to the frame that lacks most of its part. A video keeps one
+    token per frame at least. With `exact: false` every frame rounds by itself, as the authors do; then the total
+    wanders around the budget, and `expected_counts` tells the budget.
 
-    Images, one-frame videos among them, pass untouched and use up nothing of `keep: {total: ...}`. A frame is what the model
-    makes of one: OneVision pools it, Qwen merges two into one. Loops over videos and frames, and waits for the device once per
-    video for the frames' budgets, and once for their sizes.
+    Images, one-frame videos among them, pass untouched and use up nothing of `keep: {total: ...}`. A frame is what the
+    model makes of one: OneVision pools it, Qwen merges two into one. Loops over videos and frames, and waits for the
+    device once per video for the frames' budgets, and once for their sizes.
 
     Paper: https://arxiv.org/abs/2505.14454. Deterministic, training-free.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.14454"
     deviations: ClassVar[str] = (
-        "The budget holds to the token (exact: false for the authors' rounding, whose total varies). Scores are float32 where the "
+        "The budget holds to the token (exact: false for the authors' rounding, whose total varies). Scores are "
+        "float32 where the "
         "authors compute in the model's dtype. Kept tokens stay in reading order, newlines included."
     )
 
@@ -93,7 +94,8 @@ def common(x: Tensor) -> Tensor:
 
 
 def apportion(wanted: Tensor, held: Sequence[int], k: int) -> list[int]:
-    """Whole numbers in 1..held that add up to k and lie as near `wanted` [frames] as that allows; ties to the earlier frame."""
+    """Whole numbers in 1..held that add up to k and lie as near `wanted` [frames] as that allows; ties to the earlier
+    frame."""
     frame = torch.arange(len(held)).repeat_interleave(torch.tensor(held) - 1)
     nth = torch.cat([torch.arange(1, n) for n in held])
     lacking = wanted[frame] - nth

@@ -16,10 +16,10 @@ from vtoken.stages import Fact, Fused, Keep, Pruner, VisualTokens
 
 
 class VisionZip(Pruner):
-    """Of k tokens to keep, c are contextual and k - c dominant. Dominant are the tokens with the highest CLS attention. Of the r others every
-    (r // c)-th, the first c of them, is a target; every token left joins the target whose key is most similar (cosine of keys
-    averaged over heads). A target's encoder features become the sum of themselves and the mean of those that joined it, and go through
-    the projector. With k = 1 nothing is merged.
+    """Of k tokens to keep, c are contextual and k - c dominant. Dominant are the tokens with the highest CLS attention.
+    Of the r others every (r // c)-th, the first c of them, is a target; every token left joins the target whose key is
+    most similar (cosine of keys averaged over heads). A target's encoder features become the sum of themselves and the
+    mean of those that joined it, and go through the projector. With k = 1 nothing is merged.
 
     On Qwen, whose merger makes one token of four patches, and behind a stage that merged, the sum is one of embeddings.
 
@@ -31,7 +31,8 @@ class VisionZip(Pruner):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.04467"
     deviations: ClassVar[str] = (
-        "The CLS token, which the authors count as one dominant token, is not to be had: one more patch takes its slot. "
+        "The CLS token, which the authors count as one dominant token, is not to be had: one more patch takes its "
+        "slot. "
         "Contextual tokens stand at their targets' places in reading order instead of at the end. "
         "Where OneVision scales tokens down behind the projector, sums are of scaled features. "
         "Keys are averaged over heads only if `heads` says how many there are (the presets do)."
@@ -40,17 +41,20 @@ class VisionZip(Pruner):
     contextual: int | None = Field(
         default=None,
         ge=0,
-        description="merged tokens among those kept of an image (or frame, or crop); null: 10 of every 64, as in all published budgets",
+        description="merged tokens among those kept of an image (or frame, or crop); null: 10 of every 64, as in all "
+        "published budgets",
     )
     heads: int | None = Field(
         default=None,
         ge=1,
-        description="attention heads of the vision encoder (16 in CLIP-L, SigLIP-so400m and Qwen), whose keys are averaged; null: "
+        description="attention heads of the vision encoder (16 in CLIP-L, SigLIP-so400m and Qwen), whose keys are "
+        "averaged; null: "
         "compare the keys of all heads side by side",
     )
     halve: bool = Field(
         default=False,
-        description="contextual tokens as half target, half mean, of embeddings, instead of the authors' sum before the projector",
+        description="contextual tokens as half target, half mean, of embeddings, instead of the authors' sum before "
+        "the projector",
     )
 
     def needs(self) -> tuple[Fact, ...]:
@@ -60,7 +64,8 @@ class VisionZip(Pruner):
         if self.heads is None or width % self.heads == 0:
             return ""
         return (
-            f"heads: {self.heads} does not divide the encoder's keys, {width} wide; write the encoder's number of attention heads, or leave "
+            f"heads: {self.heads} does not divide the encoder's keys, {width} wide; write the encoder's number of "
+            "attention heads, or leave "
             "it out"
         )
 

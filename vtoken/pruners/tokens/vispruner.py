@@ -17,18 +17,20 @@ STEP = 8
 
 
 class VisPruner(Pruner):
-    """`important` percent of the tokens to keep are those with the highest CLS attention. The others, in order of falling attention, are
-    thinned out, 8 at a time (fewer in the last round, or when fewer are left): each token at an even place (0, 2, ...) is
-    compared with all at odd places (cosine of encoder features), those with the highest maximum go, and the list becomes the
-    even ones left, most similar first, then the odd ones.
+    """`important` percent of the tokens to keep are those with the highest CLS attention. The others, in order of
+    falling attention, are thinned out, 8 at a time (fewer in the last round, or when fewer are left): each token at an
+    even place (0, 2, ...) is compared with all at odd places (cosine of encoder features), those with the highest
+    maximum go, and the list becomes the even ones left, most similar first, then the odd ones.
 
     Paper: https://arxiv.org/abs/2412.01818 (v2; v1 is FasterVLM). Loops over images and rounds. All cosines of an
-    image are computed once (4 N^2 bytes); `nearest_tokens` gives what a round asks for, but would compute its cosines afresh each time.
+    image are computed once (4 N^2 bytes); `nearest_tokens` gives what a round asks for, but would compute its cosines
+    afresh each time.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.01818"
     deviations: ClassVar[str] = (
-        "A list of odd length is halved with the longer half at even places, where the authors' code raises or drops one too many. "
+        "A list of odd length is halved with the longer half at even places, where the authors' code raises or drops "
+        "one too many. "
         "Similarities are float32."
     )
 
@@ -36,7 +38,8 @@ class VisPruner(Pruner):
         default=50,
         ge=0,
         le=100,
-        description="percent of the kept tokens that are chosen by attention; the authors take 50, but 75 for 64 tokens of LLaVA-1.5",
+        description="percent of the kept tokens that are chosen by attention; the authors take 50, but 75 for 64 "
+        "tokens of LLaVA-1.5",
     )
 
     def needs(self) -> tuple[Fact, ...]:

@@ -15,13 +15,14 @@ from vtoken.stages import Fact, Keep, Pruner, VisualTokens
 
 
 class VMTC(Pruner):
-    """Of the K tokens, one in `one_in` (at least one if K > 1) is a cluster, the others are the tokens with the highest CLS attention.
-    The rest is clustered by spherical k-means (cosine similarity of the visual tokens as the LLM gets them, seeded with tokens
-    evenly spaced in reading order), and each cluster becomes its mean weighted by CLS attention, at the place of its member with the
-    highest. If a cluster comes out empty, the best remaining token stays on its own, so K is exact.
+    """Of the K tokens, one in `one_in` (at least one if K > 1) is a cluster, the others are the tokens with the highest
+    CLS attention. The rest is clustered by spherical k-means (cosine similarity of the visual tokens as the LLM gets
+    them, seeded with tokens evenly spaced in reading order), and each cluster becomes its mean weighted by CLS
+    attention, at the place of its member with the highest. If a cluster comes out empty, the best remaining token stays
+    on its own, so K is exact.
 
-    Experimental: a reconstruction from the paper's abstract and reviews; no code was published, and the split, the seeds and the
-    iterations are chosen here. Do not quote it as the authors' result.
+    Experimental: a reconstruction from the paper's abstract and reviews; no code was published, and the split, the
+    seeds and the iterations are chosen here. Do not quote it as the authors' result.
 
     Paper: https://arxiv.org/abs/2411.15453.
     """
@@ -70,8 +71,8 @@ class VMTC(Pruner):
 
 
 def k_means(x: Tensor, clusters: int, iterations: int) -> Tensor:
-    """[N] cluster of each row of the normalised x [N, D], by cosine similarity to the cluster's mean direction; ties to the lower. An
-    empty cluster is at 0 and so draws what points away from all others."""
+    """[N] cluster of each row of the normalised x [N, D], by cosine similarity to the cluster's mean direction; ties to
+    the lower. An empty cluster is at 0 and so draws what points away from all others."""
     seeds = (2 * torch.arange(clusters, device=x.device) + 1) * len(x) // (2 * clusters)
     centre = x[seeds]
     cluster = (x @ centre.T).argmax(1)
@@ -83,8 +84,8 @@ def k_means(x: Tensor, clusters: int, iterations: int) -> Tensor:
 
 
 def condense(cluster: Tensor, score: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """kept [clusters]: the member with the highest score of each cluster (ties to the lower index), and for every empty cluster the
-    best token that is none of these; into [N]: the one of them that absorbs each token."""
+    """kept [clusters]: the member with the highest score of each cluster (ties to the lower index), and for every empty
+    cluster the best token that is none of these; into [N]: the one of them that absorbs each token."""
     order = score.sort(descending=True, stable=True).indices
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device)

@@ -15,25 +15,27 @@ from vtoken.stages import Fact, Keep, Parts, Pruner, VisualTokens, size_of
 
 
 class VScan(Pruner):
-    """Half of the tokens to keep (rounded down) come from a local scan: CLS attention of an early layer, in rounds: of every window
-    its best token, then its second best, and so on; the last round, which has not room for all windows, goes by attention.
-    The other half are those with the highest CLS attention of the feature layer among the rest. Every dropped token is merged
-    into the kept one with the most similar projected embedding (cosine): plain average. Windows at the lower and right edge
-    take in what is left over; rasters and frames have windows of their own.
+    """Half of the tokens to keep (rounded down) come from a local scan: CLS attention of an early layer, in rounds: of
+    every window its best token, then its second best, and so on; the last round, which has not room for all windows,
+    goes by attention. The other half are those with the highest CLS attention of the feature layer among the rest.
+    Every dropped token is merged into the kept one with the most similar projected embedding (cosine): plain average.
+    Windows at the lower and right edge take in what is left over; rasters and frames have windows of their own.
 
-    Paper: https://arxiv.org/abs/2505.22654. Loops over images (or frames, or crops). The second stage, a drop to a third in the middle
-    of the LLM, is `vscan_late`: with it, the authors' average over layers is two thirds of `keep`.
+    Paper: https://arxiv.org/abs/2505.22654. Loops over images (or frames, or crops). The second stage, a drop to a
+    third in the middle of the LLM, is `vscan_late`: with it, the authors' average over layers is two thirds of `keep`.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.22654"
     deviations: ClassVar[str] = (
-        "When windows do not divide the local half evenly the count is still exact; the authors' LLaVA code keeps fewer. "
+        "When windows do not divide the local half evenly the count is still exact; the authors' LLaVA code keeps "
+        "fewer. "
         "Reading order."
     )
 
     local_layer: int = Field(
         default=5,
-        description="encoder layer of the local scan; on Qwen2.5-VL the next with full attention is read, 7, as by the authors",
+        description="encoder layer of the local scan; on Qwen2.5-VL the next with full attention is read, 7, as by "
+        "the authors",
     )
     window: int = Field(default=6, ge=1, description="side of a window in tokens; on Qwen2.5-VL the authors take 4")
 
@@ -79,7 +81,8 @@ class VScan(Pruner):
 
 
 def in_rounds(score: Tensor, window: Tensor, k: int) -> Tensor:
-    """[k] positions: first the best of every window, then every window's second best, and so on; within a round by score."""
+    """[k] positions: first the best of every window, then every window's second best, and so on; within a round by
+    score."""
     by_score = top(score, len(score))
     order = by_score[window[by_score].sort(stable=True).indices]
     sorted_window = window[order]

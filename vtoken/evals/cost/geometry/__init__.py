@@ -1,7 +1,8 @@
-"""What a config says about shapes: depths, widths and tokens that the account multiplies. One file per family, called like it.
+"""What a config says about shapes: depths, widths and tokens that the account multiplies. One file per family, called
+like it.
 
-Such a file defines `geometry(config, pictures)` and `inputs(config, shape, pictures, draw)`: the shapes for one image or video, and
-random arguments of the feature function as the family's processor would shape them.
+Such a file defines `geometry(config, pictures)` and `inputs(config, shape, pictures, draw)`: the shapes for one image
+or video, and random arguments of the feature function as the family's processor would shape them.
 """
 
 from __future__ import annotations
@@ -30,14 +31,15 @@ def geometry(
     """The shapes of a model from its transformers config.
 
     Args:
-        image_size: pixels, one number or (height, width). None is the tower's own size; 448 x 448 in the Qwen families. LLaVA-1.5,
-            and OneVision for videos and several images, resize everything to the tower's size and ignore it.
+        image_size: pixels, one number or (height, width). None is the tower's own size; 448 x 448 in the Qwen families.
+            LLaVA-1.5, and OneVision for videos and several images, resize everything to the tower's size and ignore it.
         images: per prompt; OneVision cuts crops out of a single image only.
         frames: per image; more than one is a video.
         anyres: the pipeline's policy: crops as the model chooses, or always "2x2".
 
     Raises:
-        UnsupportedError: a model family, tower or decoder whose arithmetic is not known here, or video where there is none.
+        UnsupportedError: a model family, tower or decoder whose arithmetic is not known here, or video where there is
+            none.
         ConfigError: a size that the family's processor refuses.
     """
     family = _of(config)
@@ -55,8 +57,8 @@ def geometry(
 def random_inputs(
     config: Any, rows: int, images: int, frames: int, size: ImageSize | None, draw: Draw
 ) -> dict[str, Tensor]:
-    """Arguments of the family's feature function for `rows` prompts of `images` pictures (videos where `frames` is above 1), on the
-    CPU. Raises as `geometry`."""
+    """Arguments of the family's feature function for `rows` prompts of `images` pictures (videos where `frames` is
+    above 1), on the CPU. Raises as `geometry`."""
     shape = geometry(config, size, images, frames)
     inputs: dict[str, Tensor] = _of(config).inputs(config, shape, Pictures(rows, images, frames, size), draw)
     return inputs

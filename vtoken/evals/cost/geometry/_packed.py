@@ -1,7 +1,7 @@
 """What the Qwen families share: images at their own resolution, patches in one sequence, 2 x 2 merged at the end.
 
-Sizes are rounded as transformers' image processor does by default (`Qwen2VLImageProcessor`: 56 x 56 to 28 x 28 x 1280 pixels in
-all), frames of a video too; checkpoints may set other limits. Without a size an image is 448 x 448.
+Sizes are rounded as transformers' image processor does by default (`Qwen2VLImageProcessor`: 56 x 56 to 28 x 28 x 1280
+pixels in all), frames of a video too; checkpoints may set other limits. Without a size an image is 448 x 448.
 """
 
 from __future__ import annotations

@@ -78,8 +78,10 @@ def _tower(config: Any, crops: int, features: tuple[int, ...]) -> Tower:
     clip = vision.model_type == "clip_vision_model"
     if clip != (config.vision_feature_select_strategy == "default"):
         raise UnsupportedError(
-            f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} with a {vision.model_type!r} tower "
-            f"{'keeps CLS among the patches' if clip else 'drops the first patch'}; use {'default' if clip else 'full'!r}"
+            f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} with a {vision.model_type!r} "
+            "tower "
+            f"{'keeps CLS among the patches' if clip else 'drops the first patch'}; use "
+            f"{'default' if clip else 'full'!r}"
         )
     width, mlp, depth = vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers
     patch_h, patch_w = pair(vision.patch_size)

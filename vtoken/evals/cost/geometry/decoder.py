@@ -19,7 +19,8 @@ DECODERS = (
 
 
 def decoder(config: Any) -> Layers:
-    """A Llama-like decoder: grouped-query attention and a gated MLP, as all supported families have that bring their own."""
+    """A Llama-like decoder: grouped-query attention and a gated MLP, as all supported families have that bring their
+    own."""
     if config.model_type not in DECODERS and config.model_type.removesuffix("_text") not in registry.adapters():
         raise UnsupportedError(
             f"no FLOPs account for a decoder of type {config.model_type!r}; supported: {', '.join(DECODERS)}"

@@ -1,4 +1,5 @@
-"""LLaVA-NeXT: the downscaled image and its crops, a newline behind each row. Images are of the tower's own size unless told otherwise."""
+"""LLaVA-NeXT: the downscaled image and its crops, a newline behind each row. Images are of the tower's own size unless
+told otherwise."""
 
 from __future__ import annotations
 

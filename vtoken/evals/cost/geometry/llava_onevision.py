@@ -1,5 +1,6 @@
-"""LLaVA-OneVision: one image per prompt as in LLaVA-NeXT, the stitched crops downscaled where they are too many; of several images each
-is a single crop; a video is its frames, each at the tower's own size, pooled 2 x 2, with one newline."""
+"""LLaVA-OneVision: one image per prompt as in LLaVA-NeXT, the stitched crops downscaled where they are too many; of
+several images each is a single crop; a video is its frames, each at the tower's own size, pooled 2 x 2, with one
+newline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The numbers that the account multiplies: stacks of layers, what a tower sees of one image, what reaches the decoder."""
+"""The numbers that the account multiplies: stacks of layers, what a tower sees of one image, what reaches the
+decoder."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ Draw = Callable[..., Tensor]  # random numbers of a shape, as torch.randn
 
 @dataclass(frozen=True)
 class Pictures:
-    """What a batch holds: in every row so many images, or videos of so many frames where `frames` is above 1; `size` in pixels."""
+    """What a batch holds: in every row so many images, or videos of so many frames where `frames` is above 1; `size` in
+    pixels."""
 
     rows: int
     images: int
@@ -105,7 +107,8 @@ class Tower:
         return self.layers.linear(units * self.unit + self.extra) - 2 * merged * mlp
 
     def scores(self, layer: int, units: int, *, one_query: bool = False) -> int:
-        """FLOPs of q·k in one layer on a crop with so many units left. What is left is taken to be spread evenly over the blocks."""
+        """FLOPs of q·k in one layer on a crop with so many units left. What is left is taken to be spread evenly over
+        the blocks."""
         share = units / size_of(self.crops[:1])
         lengths = {patches * share + self.extra: many for patches, many in self.blocks[layer].items()}
         return sum(many * self.layers.scores(1 if one_query else n, n) for n, many in lengths.items())
@@ -162,8 +165,9 @@ class Geometry:
         )
 
     def tokens(self, units: Sequence[int]) -> int:
-        """Visual tokens that the units left of each crop become: the share of them that is left. A token that is interpolated from
-        several patches needs all of them; its share is what it would be if they were dropped at random."""
+        """Visual tokens that the units left of each crop become: the share of them that is left. A token that is
+        interpolated from several patches needs all of them; its share is what it would be if they were dropped at
+        random."""
         first, total = 0, 0
         crop = size_of(self.tower.crops[:1])
         for part, (crops, mixed) in zip(self.parts, self.sources, strict=True):
@@ -173,8 +177,8 @@ class Geometry:
         return total
 
     def closing(self, kept: int) -> int:
-        """Newline tokens beside `kept` visual tokens: those whose row has a token left. Exact where nothing or everything was
-        dropped; else the expected number, rounded, if the kept tokens were drawn at random."""
+        """Newline tokens beside `kept` visual tokens: those whose row has a token left. Exact where nothing or
+        everything was dropped; else the expected number, rounded, if the kept tokens were drawn at random."""
         count, row = self.newlines
         total = size_of(self.parts)
         if not count or not kept:
