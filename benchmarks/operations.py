@@ -24,7 +24,7 @@ PIPELINES: dict[str, tuple[Any, int]] = {
     "none": ("none", 0),
     "random:64": ("random:64", 26),
     "uniform:64": ("uniform:64", 80),
-    "fastervlm:64": ("fastervlm:64", 54),
+    "fastervlm:64": ("fastervlm:64", 53),
     "hired:64": ("hired:64", 78),
     "visionzip:64": ("visionzip:64", 159),
     "divprune:64": ("divprune:64", 419),
@@ -35,10 +35,10 @@ PIPELINES: dict[str, tuple[Any, int]] = {
     "fastv, two cuts": ([{"fastv": {"keep": 300, "layer": 1}}, {"fastv": {"keep": 64, "layer": 2}}], 129),
     "fitprune, one cut": ([{"fitprune": {"table": [100, 0, 0, 0]}}], 214),
     "fitprune, three cuts": ([{"fitprune": {"table": [100, 100, 100, 0]}}], 568),
-    "flowcut:64, 22 layers": ("flowcut:64", 1955),
-    "tome:r=16, 23 layers": ("tome:r=16", 4007),
-    "snapkv:64, 4 layers": ("snapkv:64", 228),
-    "lookm-20, 4 layers": ("lookm-20", 560),
+    "flowcut:64, 22 layers": ("flowcut:64", 1842),
+    "tome:r=16, 23 layers": ("tome:r=16", 3968),
+    "snapkv:64, 4 layers": ("snapkv:64", 216),
+    "lookm-20, 4 layers": ("lookm-20", 548),
 }
 
 

@@ -33,6 +33,7 @@ class PaddedState(TowerState):
         rows, columns: [ΣK] where each live patch sits in the padded batch (columns count CLS).
         valid: [crops, P] which columns of the padded batch are real, or None when all are.
         bias: [crops, P] float32, what is added to the logits of its keys, or None.
+        patches: [ΣK] row of each live patch among all that is not padding, CLS included; None until it is asked for.
         merged: between attention and MLP of a layer, the merged tokens [crops, P, D].
         chosen: which frames of a video the crops are, or None when they are all that came.
     """
@@ -41,6 +42,7 @@ class PaddedState(TowerState):
     columns: Tensor
     valid: Tensor | None = None
     bias: Tensor | None = None
+    patches: Tensor | None = None
     merged: Tensor | None = None
     chosen: frames.Chosen | None = None
 
@@ -120,10 +122,13 @@ class PaddedTower(Tower):
         return EncoderLayer(projected, [n + e.cls for n in state.history.counts], e.scale, e.cls, turn=turn)
 
     def _per_token(self, value: Tensor) -> Tensor:
-        rows = self.state.rows
-        # Packed row of each live patch: its rank, plus one CLS row for every crop up to its own.
-        patches = torch.arange(len(rows), device=rows.device) + (rows + 1 if self.encoder.cls else 0)
-        return value[patches.to(value.device)].to(rows.device)
+        state = self.state
+        if not self.encoder.cls:
+            return value.to(state.rows.device)
+        if state.patches is None:
+            # Packed row of each live patch: its rank, plus one CLS row for every crop up to its own.
+            state.patches = torch.arange(1, 1 + len(state.rows), device=state.rows.device) + state.rows
+        return value[state.patches.to(value.device)].to(state.rows.device)
 
     def _gather(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         rows, columns = self.state.rows, self.state.columns
@@ -146,7 +151,7 @@ class PaddedTower(Tower):
         if cls:
             short[:, 0] = hidden[:, 0]
         short[rows.to(hidden.device), columns.to(hidden.device)] = keep.apply(values)
-        state.rows, state.columns = rows, columns
+        state.rows, state.columns, state.patches = rows, columns, None
         ragged = min(lengths) < width
         state.valid = torch.arange(width + cls, device=home) < (counts + cls)[:, None] if ragged else None
         state.bias = log_size(state, width + cls) if self.proportional else None
