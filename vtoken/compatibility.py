@@ -29,9 +29,8 @@ def check_whole(model: Any) -> None:
     if kind not in (*known, *registry.REFUSED) and not hasattr(model.config, "vision_config"):
         raise UnsupportedError(
             f"{type(model).__name__} (model_type {kind!r}) is no VLM of a supported family; if it is a part of one, "
-            "wrap the whole VLM, "
-            f"model and not model.model.language_model. Known: {', '.join(known)}; see vtoken/adapters/base.py to add "
-            "a family"
+            f"wrap the whole VLM, model and not model.model.language_model. Known: {', '.join(known)}; see "
+            "vtoken/adapters/base.py to add a family"
         )
 
 
@@ -44,14 +43,12 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
     if pipeline.positions == "compact" and adapter.mrope:
         raise UnsupportedError(
             f"positions: compact cannot be had on {adapter.model_type}: its positions have three axes (M-RoPE), which "
-            "a renumbering "
-            "would tear apart; use positions: original"
+            "a renumbering would tear apart; use positions: original"
         )
     if pipeline.anyres != "model" and not hasattr(adapter.model.config, "image_grid_pinpoints"):
         raise UnsupportedError(
             f"anyres: {pipeline.anyres} chooses how LLaVA-NeXT and OneVision cut pictures; {adapter.model_type} does "
-            "not cut them. "
-            "Leave the key out"
+            "not cut them. Leave the key out"
         )
     check_unmerging(pipeline)
     for stage in pipeline.stages:
@@ -119,8 +116,7 @@ def check_order_of_layers(stage: Stage, adapter: Adapter) -> None:
         if layer > last:
             raise UnsupportedError(
                 f"stage {stage.name} acts {acts} {stage.site} layer {first} and needs {need.name} of layer {layer}, "
-                "which runs later; "
-                f"ask for layer {last} or an earlier one"
+                f"which runs later; ask for layer {last} or an earlier one"
             )
 
 
@@ -136,15 +132,14 @@ def check_unmerging(pipeline: Pipeline) -> None:
         if pipeline.positions == "compact":
             raise UnsupportedError(
                 f"stage {stage.name} gives merged tokens the positions of all their members, which positions: compact "
-                "would renumber; "
-                "use positions: original"
+                "would renumber; use positions: original"
             )
         others = [s for s in pipeline.stages if s is not stage and s.site in ("decoder", "attention", "cache")]
         if others:
             raise UnsupportedError(
                 f"stage {stage.name} makes decoder layers attend at places that {others[0].name} (site "
-                f"{others[0].site}) knows nothing "
-                f"of; leave one of the two out. Stages of site encoder and tokens go with {stage.name}"
+                f"{others[0].site}) knows nothing of; leave one of the two out. Stages of site encoder and tokens go "
+                f"with {stage.name}"
             )
 
 
@@ -159,8 +154,7 @@ def check_cache(stages: list[Stage]) -> None:
     if len(stages) > 1:
         raise UnsupportedError(
             f"stages {' and '.join(s.name for s in stages)} both act at site 'cache': after the first, heads hold "
-            "different tokens, and a "
-            "second cannot tell text from image; keep one of them"
+            "different tokens, and a second cannot tell text from image; keep one of them"
         )
 
 
@@ -193,9 +187,8 @@ def check_tower(stage: Stage, adapter: Adapter) -> None:
     frames = stage.site == "frames"
     if frames and "video" not in adapter.features:
         raise UnsupportedError(
-            f"stage {stage.name} chooses frames of videos, and transformers' {adapter.model_type} takes none; leave "
-            "it out, or use a family "
-            "that does "
+            f"stage {stage.name} chooses frames of videos, and transformers' {adapter.model_type} takes none; leave it "
+            "out, or use a family that does "
             f"({', '.join(name for name in registry.adapters() if 'video' in registry.adapter(name).features)})"
         )
     if frames and adapter.encoder.unit == 1:
@@ -215,9 +208,8 @@ def check_inside(stage: Stage, adapter: Adapter) -> None:
     if adapter.encoder.unit != 1:
         raise UnsupportedError(
             f"stage {stage.name} merges single patches inside encoder layers; {adapter.model_type} joins "
-            f"{adapter.encoder.unit} "
-            "neighbouring patches to a token behind its encoder and needs them whole. Use a stage that merges behind "
-            "it (dtome_post)"
+            f"{adapter.encoder.unit} neighbouring patches to a token behind its encoder and needs them whole. Use a "
+            "stage that merges behind it (dtome_post)"
         )
     if stage.merge_point() == "proportional" and "flash" in (adapter.tower.config._attn_implementation or ""):
         raise UnsupportedError(

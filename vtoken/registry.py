@@ -33,8 +33,7 @@ LIST = "`vtoken list`"
 # Families that look alike but are not, and why.
 _HYBRID = (
     "its decoder alternates attention with linear-attention layers, whose state would run over other tokens than the "
-    "cache holds; "
-    "Qwen3-VL is the nearest supported family"
+    "cache holds; Qwen3-VL is the nearest supported family"
 )
 REFUSED = {"qwen3_5": _HYBRID, "qwen3_5_moe": _HYBRID}
 

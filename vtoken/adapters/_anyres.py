@@ -116,7 +116,6 @@ def check_pixels(pixels: Any, crops: list[int]) -> None:
     if short:
         raise ValueError(
             f"pixel_values of shape {list(pixels.shape)} do not hold the {crops} crops that image_sizes and the "
-            "model's "
-            "image_grid_pinpoints ask for; give the processor the same pinpoints (vtoken.match_processor(processor, "
-            "model))"
+            "model's image_grid_pinpoints ask for; give the processor the same pinpoints "
+            "(vtoken.match_processor(processor, model))"
         )

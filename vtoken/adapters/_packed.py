@@ -28,8 +28,7 @@ class Packed(Adapter):
         if not (hasattr(outer, "visual") and hasattr(outer, "language_model")):
             raise UnsupportedError(
                 f"expected a {self.model_type} model with its language-model head (…ForConditionalGeneration), got "
-                f"{type(model).__name__}; "
-                "wrap the whole VLM, model and not model.model"
+                f"{type(model).__name__}; wrap the whole VLM, model and not model.model"
             )
         self.model, self.outer = model, outer
         self.lm, self.tower = outer.language_model, outer.visual
@@ -75,7 +74,6 @@ class Packed(Adapter):
         if len(pixels) != patches:
             raise ValueError(
                 f"{GRIDS[kind][0]} holds {len(pixels)} patches, but {GRIDS[kind][1]} tells of {patches}; pass both as "
-                "one call of "
-                "the processor returned them"
+                "one call of the processor returned them"
             )
         return self.rasters(sizes)

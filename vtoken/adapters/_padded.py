@@ -71,6 +71,5 @@ class Padded(Adapter):
             if type(asked) in (int, list) and asked != self.config_layer:
                 raise UnsupportedError(
                     f"vision_feature_layer={asked} at call time differs from the config's {self.config_layer}, which "
-                    "the stages "
-                    "were set up for; set it in the config before wrapping"
+                    "the stages were set up for; set it in the config before wrapping"
                 )

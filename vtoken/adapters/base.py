@@ -133,8 +133,7 @@ class Adapter(ABC):
         """
         raise UnsupportedError(
             f"{self.model_type} was given visual features that were not encoded while the model was wrapped, so their "
-            "grids are not "
-            "known; pass pixel_values, or call the model's feature function after vtoken.wrap"
+            "grids are not known; pass pixel_values, or call the model's feature function after vtoken.wrap"
         )
 
     def check_call(self, kwargs: dict[str, Any]) -> None:  # noqa: B027
@@ -171,14 +170,12 @@ def check_decoder(lm: Any) -> None:
     if kinds:
         raise UnsupportedError(
             f"decoder {config.model_type!r} has layers of kind {', '.join(sorted(kinds))}; vtoken handles full "
-            "attention only: "
-            "with tokens dropped, a window or state would span other tokens than it was trained on"
+            "attention only: with tokens dropped, a window or state would span other tokens than it was trained on"
         )
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         raise UnsupportedError(
             f"decoder {config.model_type!r} attends in a sliding window of {config.sliding_window} tokens; dropping "
-            "tokens "
-            "changes what a window means. Load the model with sliding_window=None if its prompts fit the window"
+            "tokens changes what a window means. Load the model with sliding_window=None if its prompts fit the window"
         )
     layer = lm.layers[0] if len(getattr(lm, "layers", ())) else None
     if layer is None or not hasattr(layer, "self_attn") or not hasattr(lm, "rotary_emb"):

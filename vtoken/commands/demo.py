@@ -78,8 +78,7 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"{row['pipeline']:<{wide}} {row['tokens']:>4} tokens  {100 * row['accuracy']['share']:5.1f} % right  "
             f"FLOPs x{row['flops_ratio']:.2f}  TTFT {1000 * row['ttft']['median']:6.1f} ms "
-            f"x{row['ttft_ratio']['median']:.2f}  "
-            f"cache {row['cache_bytes'] / 1024:7.0f} KiB"
+            f"x{row['ttft_ratio']['median']:.2f}  cache {row['cache_bytes'] / 1024:7.0f} KiB"
         )
     print(f"wrote {page}")
     return 0

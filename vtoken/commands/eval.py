@@ -46,8 +46,7 @@ class CommandOptions(EvalOptions):
     paper: str | None = option(
         None,
         "pipelines and tasks of the published tables of a method, measured beside published; without MODEL: what they "
-        "say "
-        "and what would be run",
+        "say and what would be run",
         "METHOD",
     )
     out: Path = option(Path("vtoken-eval"), "new folder", "DIR")

@@ -21,8 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's options."""
     parser.description = (
         "Percent of dense with paired bootstrap intervals and McNemar's test, Pareto fronts against tokens, FLOPs and "
-        "time to\n"
-        "first token, what deciding costs, and the worst regressions with the tokens that were kept."
+        "time to\nfirst token, what deciding costs, and the worst regressions with the tokens that were kept."
     )
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -131,8 +131,8 @@ def _print(search: Any, files: list[Path]) -> None:
     stopped, refused = (sum(bool(trial[why]) for trial in found["trials"]) for why in ("stopped", "refused"))
     print(
         f"{len(found['trials'])} trials, {stopped} stopped early, {refused} refused by the model; dense "
-        f"{search.judge.dense:.4f}, "
-        f"floor {search.floor:.4f}, {len(search.judge.samples)} samples, cost of a prompt of {search.shape}"
+        f"{search.judge.dense:.4f}, floor {search.floor:.4f}, {len(search.judge.samples)} samples, cost of a prompt of "
+        f"{search.shape}"
     )
     if found["dense"] is not None:
         print("dense: " + ", ".join(f"{name} {value:.6g}" for name, value in found["dense"].items()))

@@ -118,8 +118,7 @@ def _from_text(text: str) -> Pipeline:
         return _short(lambda: _with_policies(*short_form(text)), text, "pipeline")
     raise ConfigError(
         f"{_unknown_preset(name if rest else text, after=text[len(name) :])}; or write a path to a YAML file, or a "
-        "stage "
-        "and its budget, as in fastervlm:64"
+        "stage and its budget, as in fastervlm:64"
     )
 
 

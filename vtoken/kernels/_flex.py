@@ -25,10 +25,8 @@ def backend_of(q: Tensor, k: Tensor, v: Tensor, columns: Tensor | None = None, r
         if columns is not None or rows is not None:
             raise RuntimeError(
                 "flex_attention is forced (VTOKEN_KERNELS=flex or use('flex')) but reads whole blocks only, and here "
-                "single "
-                f"{'keys' if columns is not None else 'queries'} are listed besides: use torch or triton, or a method "
-                "that lists blocks "
-                "alone (flexprefill, xattention, static_sparse without `last`)"
+                f"single {'keys' if columns is not None else 'queries'} are listed besides: use torch or triton, or a "
+                "method that lists blocks alone (flexprefill, xattention, static_sparse without `last`)"
             )
         return "torch" if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)) else "flex"
     fits = q.dtype == k.dtype == v.dtype and q.dtype in DTYPES and q.shape[-1] <= 256 and runs_triton(q, k, v)

@@ -150,8 +150,7 @@ def nearest_tokens(
     if x.shape[1] != y.shape[1] or len(x_offsets) != len(y_offsets) or (among != "all" and len(x) != len(y)):
         raise ValueError(
             f"x {tuple(x.shape)} in {len(x_offsets) - 1} segments, y {tuple(y.shape)} in {len(y_offsets) - 1}: widths "
-            "and "
-            f"segments have to agree, and for among={among!r} x is y"
+            f"and segments have to agree, and for among={among!r} x is y"
         )
     fits = x.dtype == y.dtype and x.dtype in DTYPES and runs_triton(x, y)
     return (launch if fits else definition)(x, y, x_offsets, y_offsets, among)

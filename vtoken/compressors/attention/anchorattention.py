@@ -31,13 +31,11 @@ class AnchorAttention(SparseAttention):
     paper: ClassVar[str] = "https://aclanthology.org/2025.emnlp-main.430"
     deviations: ClassVar[str] = (
         "The authors' released kernel reads the whole first group, counts its chosen keys twice, and never reads the "
-        "block in front "
-        "of a group; an earlier kernel in their repository has the ranges taken here. `released` takes the released "
-        "ranges, each key "
-        "counted once. Scores and anchors are compared in fp32, theirs in half precision. The maxima are computed "
-        "apart from "
-        "the attention, theirs in one pass, so what is read by all is scored twice. A group lists "
-        "at most `max_columns` keys and reads blocks beyond, see above. Evaluated by its authors on text models alone."
+        "block in front of a group; an earlier kernel in their repository has the ranges taken here. `released` takes "
+        "the released ranges, each key counted once. Scores and anchors are compared in fp32, theirs in half "
+        "precision. The maxima are computed apart from the attention, theirs in one pass, so what is read by all is "
+        "scored twice. A group lists at most `max_columns` keys and reads blocks beyond, see above. Evaluated by its "
+        "authors on text models alone."
     )
 
     theta: float = Field(default=12.0, description="how far below the anchor a key may score, natural logarithm")

@@ -26,11 +26,9 @@ class CompositeAttention(SparseAttention):
     paper: ClassVar[str] = "https://arxiv.org/abs/2408.11795"
     deviations: ClassVar[str] = (
         "Experimental: an ablation after EE-MLLM and NAAViT (https://arxiv.org/abs/2502.02458), not a reproduction. "
-        "Both train their models for it, "
-        "and their full rules (which layers the training-free EE-MLLM-F takes, whether NAAViT's visual tokens read "
-        "themselves) were not at hand. "
-        "The default, the second half of the layers, is this project's. Neither method's saving on projections and "
-        "MLP is made."
+        "Both train their models for it, and their full rules (which layers the training-free EE-MLLM-F takes, whether "
+        "NAAViT's visual tokens read themselves) were not at hand. The default, the second half of the layers, is this "
+        "project's. Neither method's saving on projections and MLP is made."
     )
 
     min_len: int = Field(default=0, ge=0, description="prompts of fewer tokens keep the model's own attention")

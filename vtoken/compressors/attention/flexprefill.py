@@ -34,10 +34,9 @@ class FlexPrefill(SparseAttention):
     paper: ClassVar[str] = "https://arxiv.org/abs/2502.20766"
     deviations: ClassVar[str] = (
         "The entry that crosses gamma counts, as in the paper; the authors' code drops it in query-aware heads "
-        "(drop_crossing). "
-        "Blocks of other sizes than 128 are counted in their own size, where the code divides by 128. Probabilities "
-        "of 0 add "
-        "nothing to the divergence, where the code gets NaN. The attention's own scale is used for scoring too."
+        "(drop_crossing). Blocks of other sizes than 128 are counted in their own size, where the code divides by 128. "
+        "Probabilities of 0 add nothing to the divergence, where the code gets NaN. The attention's own scale is used "
+        "for scoring too."
     )
 
     gamma: float = Field(default=0.95, gt=0, le=1, description="share of the attention that has to be covered")

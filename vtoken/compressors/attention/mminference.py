@@ -47,15 +47,12 @@ class MMInference(SparseAttention):
     paper: ClassVar[str] = "https://arxiv.org/abs/2504.16083"
     deviations: ClassVar[str] = (
         "2d_boundary is experimental: the paper leaves open how text and images index each other, its code has it "
-        "commented out; here "
-        "both ways are vertical-slash, and the attention that ranks the keys is over all of them. Windows and slashes "
-        "are read in "
-        "whole aligned blocks of 64, never less than the authors read. Lists of rows and columns take the place of "
-        "the authors' permutation "
-        "of queries and keys; what is read is the same. The grid's phase is found at run time, as in the paper; "
-        "their code fixes it offline. Modalities are told apart by their tokens, not by the order of spans. No "
-        "searched table is "
-        "shipped: the authors' are of models that are not supported here."
+        "commented out; here both ways are vertical-slash, and the attention that ranks the keys is over all of them. "
+        "Windows and slashes are read in whole aligned blocks of 64, never less than the authors read. Lists of rows "
+        "and columns take the place of the authors' permutation of queries and keys; what is read is the same. The "
+        "grid's phase is found at run time, as in the paper; their code fixes it offline. Modalities are told apart by "
+        "their tokens, not by the order of spans. No searched table is shipped: the authors' are of models that are "
+        "not supported here."
     )
 
     pattern: Pattern = Field(default="query_boundary", description="of all heads, where `heads` is not given")

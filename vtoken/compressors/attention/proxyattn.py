@@ -34,14 +34,11 @@ class ProxyAttn(SparseAttention):
     paper: ClassVar[str] = "https://arxiv.org/abs/2509.24745"
     deviations: ClassVar[str] = (
         "Written from descriptions of the paper; the authors' code was not to be had. Not established, and chosen "
-        "here: blocks of 128; "
-        "softmax over the tokens that the stride leaves; the first block and the diagonal are always read; the count "
-        "is asked "
-        "of the last 128 queries, which need not be an aligned block, and of the mass of blocks, not its mean over "
-        "tokens (they differ "
-        "in an incomplete last block). One count holds for all rows, as the paper's formula has it, so that early "
-        "rows read all; "
-        "the authors may scale it with the row (by_row). They evaluate text models alone."
+        "here: blocks of 128; softmax over the tokens that the stride leaves; the first block and the diagonal are "
+        "always read; the count is asked of the last 128 queries, which need not be an aligned block, and of the mass "
+        "of blocks, not its mean over tokens (they differ in an incomplete last block). One count holds for all rows, "
+        "as the paper's formula has it, so that early rows read all; the authors may scale it with the row (by_row). "
+        "They evaluate text models alone."
     )
 
     gamma: float = Field(

@@ -30,15 +30,11 @@ class SeerAttention(SparseAttention):
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.13276"
     deviations: ClassVar[str] = (
         "One matrix per query head, on pooled keys, as in the authors' default and published gates; their variants (a "
-        "matrix for queries "
-        "too, one per key head, other poolings, a gate width other than the head's) are left out. The first block and "
-        "the diagonal are always "
-        "read; the authors read them where their gate says so. Queries and keys are rotated back from what the model "
-        "rotated, exact up "
-        "to rounding. With M-RoPE, and after pruning, a block starts at the positions of its first token, which the "
-        "paper does not "
-        "speak of. Blocks are counted from a row's first token, without its padding. `share` breaks ties towards the "
-        "first block."
+        "matrix for queries too, one per key head, other poolings, a gate width other than the head's) are left out. "
+        "The first block and the diagonal are always read; the authors read them where their gate says so. Queries and "
+        "keys are rotated back from what the model rotated, exact up to rounding. With M-RoPE, and after pruning, a "
+        "block starts at the positions of its first token, which the paper does not speak of. Blocks are counted from "
+        "a row's first token, without its padding. `share` breaks ties towards the first block."
     )
     rope: ClassVar[bool] = True
 
@@ -90,8 +86,8 @@ class SeerAttention(SparseAttention):
         on = f" on {told.key_heads} key heads" if told.key_heads else ""
         return (
             f"the gates {self.gates!r} are for {told.depth} layers of {told.heads} query heads{on} of width "
-            f"{told.width}, this model "
-            f"has {here}; train gates for it: vtoken calibrate seerattention MODEL --data DATA -o FILE"
+            f"{told.width}, this model has {here}; train gates for it: vtoken calibrate seerattention MODEL --data "
+            "DATA -o FILE"
         )
 
     def reads(self, prompt: PrefillQK) -> SparseMask:

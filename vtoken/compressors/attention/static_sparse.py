@@ -31,9 +31,8 @@ class StaticSparse(SparseAttention):
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.10819"
     deviations: ClassVar[str] = (
         "Prefill only: the cache of streaming heads is not shortened. A query block reads every block that its window "
-        "touches, "
-        "up to one more than the window holds. Of equal gates those of the first layers stream; the authors draw. "
-        "Published gates are those of text models; none is shipped."
+        "touches, up to one more than the window holds. Of equal gates those of the first layers stream; the authors "
+        "draw. Published gates are those of text models; none is shipped."
     )
 
     sink: int = Field(default=128, ge=0, description="first tokens that are always read")

@@ -28,11 +28,9 @@ class XAttention(SparseAttention):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.16428"
     deviations: ClassVar[str] = (
-        "One threshold for all heads; the authors also ship tuned tables for Llama. Without the defects of their "
-        "code: the first "
-        "chunk of queries counts its first block like all others (one block more there), zero padding hides nothing "
-        "but itself, "
-        "and tokens of padding ask nothing. The attention's own scale is used."
+        "One threshold for all heads; the authors also ship tuned tables for Llama. Without the defects of their code: "
+        "the first chunk of queries counts its first block like all others (one block more there), zero padding hides "
+        "nothing but itself, and tokens of padding ask nothing. The attention's own scale is used."
     )
 
     stride: Literal[4, 8, 16] = Field(default=16, description="tokens of an antidiagonal; authors: 8 or 16")

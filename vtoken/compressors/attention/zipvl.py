@@ -26,10 +26,8 @@ class ZipVL(Important, SparseAttention):
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.08584"
     deviations: ClassVar[str] = (
         "No code of the authors was at hand: heads are averaged, the random queries are drawn once per length from a "
-        "fixed seed, and the "
-        "newest tokens, the first and all text count as important (text: true lets text compete) by decision of this "
-        "project. Where the "
-        "cache holds earlier turns, and below min_len, attention is dense."
+        "fixed seed, and the newest tokens, the first and all text count as important (text: true lets text compete) "
+        "by decision of this project. Where the cache holds earlier turns, and below min_len, attention is dense."
     )
 
     def reads(self, prompt: PrefillQK) -> DenseSubset:

@@ -121,8 +121,8 @@ class _Attention:
         if rotary is None or not torch.equal(rotary(self.native.hidden, ids)[0], cos):
             raise ValueError(
                 "this press numbers tokens from 0 on, but the positions of this prompt are others (M-RoPE, dropped "
-                "tokens, or an earlier "
-                "turn); take a press that reads positions off the keys, such as SnapKVPress or KnormPress"
+                "tokens, or an earlier turn); take a press that reads positions off the keys, such as SnapKVPress or "
+                "KnormPress"
             )
         return rotary
 

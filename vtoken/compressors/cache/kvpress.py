@@ -28,8 +28,7 @@ class KVPress(CacheStage):
 
     deviations: ClassVar[str] = (
         "Text is kept unless `text: true`; kvpress compresses all of the prompt, and rows of equal length only. A row "
-        "without images is "
-        "left alone."
+        "without images is left alone."
     )
     native: ClassVar[bool] = True
 

@@ -35,14 +35,11 @@ class LookM(CacheStage):
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.18139"
     deviations: ClassVar[str] = (
         "Text comes first by a mask: the authors' code subtracts 65516 from the scores of images, which loses their "
-        "ranking in half "
-        "precision. Their averaging pairs the wrong rows and judges by similarities averaged over heads whose evicted "
-        "tokens differ; here "
-        "each head pairs and judges its own. Images may have any number of tokens (there 576). `keep` counts visual "
-        "tokens instead; with "
-        "`text: true` the budget is strict, as in the paper, and long text is evicted. A row without images is left "
-        "alone. "
-        "Shares are rounded to the nearest, there down."
+        "ranking in half precision. Their averaging pairs the wrong rows and judges by similarities averaged over "
+        "heads whose evicted tokens differ; here each head pairs and judges its own. Images may have any number of "
+        "tokens (there 576). `keep` counts visual tokens instead; with `text: true` the budget is strict, as in the "
+        "paper, and long text is evicted. A row without images is left alone. Shares are rounded to the nearest, there "
+        "down."
     )
 
     important: Budget = Field(

@@ -29,11 +29,9 @@ class SnapKV(CacheStage):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2404.14469"
     deviations: ClassVar[str] = (
-        "Text is kept unless `text: true`; the authors' budget (2048 in their code) covers the whole prompt. One "
-        "cache per KV head, its "
-        "query heads averaged: the authors' code repeats K and V and caches every query head. Kept tokens stay in "
-        "order. A row without "
-        "images is left alone. The kernel is 5, as in the code."
+        "Text is kept unless `text: true`; the authors' budget (2048 in their code) covers the whole prompt. One cache "
+        "per KV head, its query heads averaged: the authors' code repeats K and V and caches every query head. Kept "
+        "tokens stay in order. A row without images is left alone. The kernel is 5, as in the code."
     )
 
     keep: Budget = Field(

@@ -36,14 +36,11 @@ class ZipVLCache(Important, CacheStage):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.08584"
     deviations: ClassVar[str] = (
-        "As zipvl about the choice of tokens: no code of the authors was at hand, and text always counts as "
-        "important, except what is "
-        "generated, of which the query's attention alone decides. The quantiser is that of the same authors' "
-        "ZipCache. Tokens of a later "
-        "turn of text count as generated; a later turn with images leaves what lies between at full precision, and so "
-        "is what is packed "
-        "together with padding. With drafts, a hundred tokens are rounded one forward later. A row without images is "
-        "left alone."
+        "As zipvl about the choice of tokens: no code of the authors was at hand, and text always counts as important, "
+        "except what is generated, of which the query's attention alone decides. The quantiser is that of the same "
+        "authors' ZipCache. Tokens of a later turn of text count as generated; a later turn with images leaves what "
+        "lies between at full precision, and so is what is packed together with padding. With drafts, a hundred tokens "
+        "are rounded one forward later. A row without images is left alone."
     )
 
     mode: Literal["drop", "quantise"] = Field(

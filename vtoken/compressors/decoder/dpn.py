@@ -29,10 +29,9 @@ class DPN(Compressor):
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.20322"
     deviations: ClassVar[str] = (
         "A static schedule, not the authors' method: without routers nothing is chosen by the question, and pooled "
-        "tokens are not multiplied "
-        "by the router's probability, which a stock LLM was not trained for. Means instead of maxima, original "
-        "positions instead of "
-        "renumbered ones (positions: compact has these), edges are kept. With routers: dpn_routed."
+        "tokens are not multiplied by the router's probability, which a stock LLM was not trained for. Means instead "
+        "of maxima, original positions instead of renumbered ones (positions: compact has these), edges are kept. With "
+        "routers: dpn_routed."
     )
 
     at: tuple[int, ...] | None = Field(

@@ -34,13 +34,10 @@ class DPNRouted(Compressor):
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.20322"
     deviations: ClassVar[str] = (
         "The authors' checkpoints are not in the format of transformers; their routers (norm and matrix of `mlp1`, "
-        "matrix of `predictor`) have to be "
-        "written to a safetensors file as LAYER.norm.weight, .norm.bias, .in.weight and .out.weight, LAYER being 7, "
-        "15 and 23 in LLaVA-1.5-7B. Tried "
-        "with random routers only. They read <ROUTER> tokens that they append to the prompt: append them and say how "
-        "many (`read`). "
-        "Original positions (positions: compact has theirs); edges of a grid are kept; the images of a row share one "
-        "choice."
+        "matrix of `predictor`) have to be written to a safetensors file as LAYER.norm.weight, .norm.bias, .in.weight "
+        "and .out.weight, LAYER being 7, 15 and 23 in LLaVA-1.5-7B. Tried with random routers only. They read <ROUTER> "
+        "tokens that they append to the prompt: append them and say how many (`read`). Original positions (positions: "
+        "compact has theirs); edges of a grid are kept; the images of a row share one choice."
     )
 
     routers: str = Field(description="safetensors file with the routers that the LLM was fine-tuned with")
@@ -87,10 +84,9 @@ class DPNRouted(Compressor):
         if wide == {width} and max(found) < depth - 1 and max(outputs) <= len(self.sizes):
             return ""
         return (
-            f"the routers {self.routers!r} are for layers {sorted(found)} of a decoder of width {sorted(wide)} with "
-            f"up to {max(outputs)} sizes; "
-            f"this one has {depth} layers of width {width}, and {len(self.sizes)} sizes are given; take the routers "
-            "it was fine-tuned with"
+            f"the routers {self.routers!r} are for layers {sorted(found)} of a decoder of width {sorted(wide)} with up "
+            f"to {max(outputs)} sizes; this one has {depth} layers of width {width}, and {len(self.sizes)} sizes are "
+            "given; take the routers it was fine-tuned with"
         )
 
     @torch.no_grad()

@@ -32,8 +32,8 @@ class DyVTE(Compressor):
     paper: ClassVar[str] = "https://arxiv.org/abs/2411.19628"
     deviations: ClassVar[str] = (
         "The authors' code counts on 35 tokens before one image of 576; here the question is found in any prompt, and "
-        "the images of a row "
-        "leave together. No gate for the last layer, behind which there is nothing to save. Means are taken in float32."
+        "the images of a row leave together. No gate for the last layer, behind which there is nothing to save. Means "
+        "are taken in float32."
     )
 
     gates: str = Field(
@@ -71,8 +71,7 @@ class DyVTE(Compressor):
             return ""
         return (
             f"the gates {self.gates!r} are for a decoder of {told.depth} layers of width {told.width}, this one has "
-            f"{depth} of width "
-            f"{width}; train gates for it: vtoken train-exit MODEL --data DATA -o FILE"
+            f"{depth} of width {width}; train gates for it: vtoken train-exit MODEL --data DATA -o FILE"
         )
 
     @torch.no_grad()

@@ -28,9 +28,8 @@ class ToDREExit(Compressor):
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.18757"
     deviations: ClassVar[str] = (
         "No code to compare with. 'Layer 28 of 32' is read as the 28th, so that the first layer without visual tokens "
-        "has index 28. Text is "
-        "what stands behind the last image of its row; attention to newline tokens of LLaVA-NeXT and OneVision does "
-        "not count."
+        "has index 28. Text is what stands behind the last image of its row; attention to newline tokens of LLaVA-NeXT "
+        "and OneVision does not count."
     )
 
     threshold: float = Field(

@@ -29,10 +29,9 @@ class DToMe(Merger, Thresholds):
     paper: ClassVar[str] = "https://arxiv.org/abs/2504.17040"
     deviations: ClassVar[str] = (
         "Every picture is merged as the authors do it alone; in a batch theirs depends on its neighbours. Tokens stay "
-        "in reading order, at "
-        "the place of the member that absorbed the others. Their cap on merges per picture (off by default) is left "
-        "out. Their thresholds are "
-        "not shipped; ours are running means in float64, theirs in bfloat16, which stand still after some 256 batches."
+        "in reading order, at the place of the member that absorbed the others. Their cap on merges per picture (off "
+        "by default) is left out. Their thresholds are not shipped; ours are running means in float64, theirs in "
+        "bfloat16, which stand still after some 256 batches."
     )
 
     def layers(self, depth: int) -> tuple[int, ...]:
@@ -40,8 +39,7 @@ class DToMe(Merger, Thresholds):
             if len(values) != depth:
                 raise OtherModel(
                     f"{name} are for an encoder of {len(values)} layers, this one has {depth}; calibrate them on this "
-                    "checkpoint: "
-                    "vtoken calibrate dtome MODEL"
+                    "checkpoint: vtoken calibrate dtome MODEL"
                 )
         return tuple(range(depth))
 

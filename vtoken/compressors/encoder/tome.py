@@ -31,9 +31,8 @@ class ToMe(Merger):
     paper: ClassVar[str] = "https://arxiv.org/abs/2210.09461"
     deviations: ClassVar[str] = (
         "The order in which tokens are dealt out is the authors', but tokens stay in reading order, so the decoder "
-        "sees them where they "
-        "belong. Distillation tokens, tracing of sources as a matrix, and the paper's other ways to part the sides "
-        "are left out."
+        "sees them where they belong. Distillation tokens, tracing of sources as a matrix, and the paper's other ways "
+        "to part the sides are left out."
     )
 
     r: Merges | tuple[Merges, ...] = Field(description="merges per layer, or one number for each; missing ones are 0")

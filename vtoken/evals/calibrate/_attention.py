@@ -164,6 +164,5 @@ def choose(points: Sequence[Point], kind: str, target: float, depth: int) -> Poi
     told = f"the next one leaves {getattr(points[worse], kind):.1%}" if worse < len(points) else "nobody was asked"
     raise VtokenError(
         f"no threshold that lets an image go keeps {kind} at {target:.1%}: {told}; this model reads its images to the "
-        "end, or raise "
-        "--first, or ask for less"
+        "end, or raise --first, or ask for less"
     )

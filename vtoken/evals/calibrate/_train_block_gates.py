@@ -106,8 +106,7 @@ def watch(
         if len(found) != depth:
             raise ConfigError(
                 f"{where}: {len(found)} of {depth} decoder layers could be watched; a layer whose attention is not "
-                "plain and causal, a "
-                "sliding window for one, cannot be given gates"
+                "plain and causal, a sliding window for one, cannot be given gates"
             )
         if (blocks := found[0].target.shape[1]) < LEAST:
             raise ConfigError(

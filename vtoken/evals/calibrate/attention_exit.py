@@ -89,10 +89,9 @@ def run(args: argparse.Namespace) -> int:
     told = {"questions": len(samples), "target": {kind: target}, "depth": depth, **options, **asdict(best)}
     told |= {"agreement_interval": [low, high], "curve": [asdict(each) for each in points]}
     about = (
-        f"attention_exit for {args.model}: of {len(samples)} questions {best.agreement:.1%} are answered as before "
-        f"(95 % interval {low:.0%} to "
-        f"{high:.0%}, of other questions of their kind), with {best.mean_layer / depth:.1%} of the visual tokens on "
-        "average over layers."
+        f"attention_exit for {args.model}: of {len(samples)} questions {best.agreement:.1%} are answered as before (95 "
+        f"% interval {low:.0%} to {high:.0%}, of other questions of their kind), with {best.mean_layer / depth:.1%} of "
+        "the visual tokens on average over layers."
     )
     stage = {"attention_exit": {"threshold": best.threshold, **options}}
     tell_pipeline(args, told, table(points, best, depth), about, stage)

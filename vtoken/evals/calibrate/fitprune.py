@@ -49,9 +49,8 @@ def run(args: argparse.Namespace) -> int:
     rows += [(str(k), str(n), str(found.tokens - sum(found.table[: k + 1]))) for k, n in enumerate(found.table)]
     about = (
         f"FitPrune (https://arxiv.org/abs/2409.10197) for {args.model}: spares {found.spared:.1%} of the FLOPs that "
-        f"{found.tokens} visual "
-        f"tokens cost in the decoder; fitted to {len(given)} prompts, at each layer at most {found.alpha:.1%} of the "
-        "attention is lost."
+        f"{found.tokens} visual tokens cost in the decoder; fitted to {len(given)} prompts, at each layer at most "
+        f"{found.alpha:.1%} of the attention is lost."
     )
     told = {"questions": len(given), "reduction": asked.reduction / 100, **asdict(found)}
     tell_pipeline(args, told, rows, about, {"fitprune": {"table": list(found.table), "tokens": found.tokens}})

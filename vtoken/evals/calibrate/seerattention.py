@@ -66,8 +66,7 @@ def run(args: argparse.Namespace) -> int:
     density, recall = (sum(found[key]) / len(found[key]) for key in ("density", "recall"))
     sentence = (
         f"wrote {args.out}: {recall:.1%} of the attention in {density:.1%} of the blocks at threshold {threshold:g}, "
-        "on "
-        f"{len(kept)} prompts kept back"
+        f"on {len(kept)} prompts kept back"
     )
     told = {"file": str(args.out), "data": asked.data, **numbers}
     told |= {"blocks": max(len(layers[0].starts.cos) for layers in seen), "threshold": threshold, **found}

@@ -114,8 +114,7 @@ def _check(task: Task | None) -> None:
     if task.judge and not has_judge():
         raise ConfigError(
             f"task {task.name} is scored by a model behind an API: set OPENAI_API_KEY, or AZURE_API_KEY with "
-            "API_TYPE=azure; without "
-            "one lmms-eval gives every answer the score 0 or a random option"
+            "API_TYPE=azure; without one lmms-eval gives every answer the score 0 or a random option"
         )
 
 

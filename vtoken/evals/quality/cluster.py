@@ -60,11 +60,9 @@ class Worker:
         same = {point.key for point in points(self.sweep, self.runs, self.commit)} == self.keys
         if not same or code() != self.code:
             raise VtokenError(
-                f"{socket.gethostname()} has another vtoken, torch, transformers, model or task files than the "
-                "machine that started "
-                "the sweep, so its answers would not be the same; install the same and put the files on a shared disk "
-                "(of files above "
-                "64 MB the time of change counts: copy with rsync -a)"
+                f"{socket.gethostname()} has another vtoken, torch, transformers, model or task files than the machine "
+                "that started the sweep, so its answers would not be the same; install the same and put the files on "
+                "a shared disk (of files above 64 MB the time of change counts: copy with rsync -a)"
             )
         folder = self.folder if (self.folder / "points").is_dir() else Path(tempfile.mkdtemp(prefix="vtoken-"))
         self.asking = Asking(self.sweep, self.runs, folder, self.sweep.device)
@@ -136,8 +134,7 @@ def ask_all(
                 if what in died:
                     raise VtokenError(
                         f"two actors died while {what}, perhaps for lack of memory; what was finished stays: run the "
-                        "same command "
-                        "again, with fewer workers"
+                        "same command again, with fewer workers"
                     ) from error
                 died.add(what)
                 print(f"an actor died while {what}; another one takes over", file=sys.stderr)
@@ -167,8 +164,7 @@ def _connect(ray: Any, address: str) -> None:
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise VtokenError(
             f"cannot reach a Ray cluster at {address or 'this machine'!r}: {error}; `ray start --head` starts one and "
-            "prints its "
-            "address, --ray without an address uses this machine"
+            "prints its address, --ray without an address uses this machine"
         ) from error
 
 

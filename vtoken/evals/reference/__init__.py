@@ -50,8 +50,7 @@ def path(name: str = "tiny-llava") -> Path:
     if found is None:
         raise ConfigError(
             f"{name} lies in reference_models/ of vtoken's repository and is not part of the installed package; run "
-            "the command in the "
-            "root of a checkout, or give the model's folder"
+            "the command in the root of a checkout, or give the model's folder"
         )
     return found
 

@@ -61,8 +61,7 @@ def load(
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(
             f"cannot load model {name!r}: {str(error).strip().splitlines()[0]} (shipped: "
-            f"{', '.join(reference.names())}; "
-            "vtoken bench --random-weights builds a model from its config alone)"
+            f"{', '.join(reference.names())}; vtoken bench --random-weights builds a model from its config alone)"
         ) from error
     return model.to(target).train(False)
 

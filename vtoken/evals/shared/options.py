@@ -142,8 +142,7 @@ class PictureOptions(Options):
     image_size: ImageSize | None = option(
         None,
         "pixels of an image or frame (default: the vision tower's own size, 448x448 for Qwen); LLaVA-1.5 ignores it, "
-        "so does "
-        "OneVision for videos and several images",
+        "so does OneVision for videos and several images",
     )
 
     @field_validator("image_size")

@@ -19,8 +19,7 @@ from vtoken.evals.shared import media, models
 
 ABOUT = (
     "`reference` (the shipped pictures), a folder with questions.jsonl, or a .jsonl file; one JSON object per line: "
-    "image (path from "
-    "that file), question, and answer if there is one"
+    "image (path from that file), question, and answer if there is one"
 )
 KEYS = ("image", "question", "answer")
 

@@ -107,8 +107,7 @@ class Runner:
         if pipeline is not None and pipeline.anyres != "model":
             raise UnsupportedError(
                 f"pipeline {pipeline.name!r} sets anyres: {pipeline.anyres}, but all pipelines are measured on the "
-                "same prompt, cut as "
-                "the model chooses; leave the key out and give an image_size that is cut that way"
+                "same prompt, cut as the model chooses; leave the key out and give an image_size that is cut that way"
             )
         seen: dict[str, Any] = {}
         handle = Handle()

@@ -178,9 +178,8 @@ class Search:
             own = "".join(f"; {name} {value:.6g}" for name, value in (trial.user_attrs.get("tasks") or {}).items())
             head = (
                 f"# vtoken tune on {self.about.get('model')}: {self.judge.measure} {quality:.4f} on "
-                f"{len(self.judge.samples)} samples "
-                f"(dense {self.judge.dense:.4f}), {kept} the floor {self.floor:.4f}; {self.objective} {cost:.4f} of "
-                f"dense{own}\n"
+                f"{len(self.judge.samples)} samples (dense {self.judge.dense:.4f}), {kept} the floor {self.floor:.4f}; "
+                f"{self.objective} {cost:.4f} of dense{own}\n"
             )
             files.append(self.folder / f"best-{k}.yaml")
             files[-1].write_text(head + trial.user_attrs["pipeline"], encoding="utf-8")

@@ -213,8 +213,8 @@ def check(stage: SparseAttention, reads: SparseMask | DenseSubset, prompt: Prefi
     if tuple(reads.blocks.shape) != (prompt.heads, blocks, blocks) or reads.blocks.dtype != torch.bool:
         raise ValueError(
             f"stage {stage.name} returned blocks {reads.blocks.dtype} {tuple(reads.blocks.shape)} for {prompt.heads} "
-            "heads and "
-            f"{prompt.length} tokens in blocks of {reads.size}; it must be bool {(prompt.heads, blocks, blocks)}"
+            f"heads and {prompt.length} tokens in blocks of {reads.size}; it must be bool "
+            f"{(prompt.heads, blocks, blocks)}"
         )
     try:
         check_singles(prompt.heads, blocks, reads.columns, reads.share, reads.of)
@@ -258,8 +258,8 @@ def check_attention(stages: Sequence[Stage], lm: Any) -> None:
             if stage.rope and not rotates_last(attention):
                 raise UnsupportedError(
                     f"stage {stage.name} needs queries and keys from before RoPE, and {type(attention).__name__} is "
-                    "not q_proj, k_proj and "
-                    "v_proj, norms of queries and keys, then apply_rotary_pos_emb; take another stage of site attention"
+                    "not q_proj, k_proj and v_proj, norms of queries and keys, then apply_rotary_pos_emb; take "
+                    "another stage of site attention"
                 )
             if k in taken:
                 raise UnsupportedError(

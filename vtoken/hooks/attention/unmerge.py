@@ -81,8 +81,8 @@ class Unmerge:
         if any(encode.untold for encode in flow.spans.encodes):
             raise UnsupportedError(
                 f"stage {self.stage.name} cannot tell which places a merged token stands for: this model interpolates "
-                "its features "
-                "(videos, large images) after the encoder, where they were merged; merge with a stage of site tokens"
+                "its features (videos, large images) after the encoder, where they were merged; merge with a stage of "
+                "site tokens"
             )
         with Clock(v.batch_row.device) as clock:
             if v.history.absorbed_by is not None or past_table(flow) is not None:
@@ -132,8 +132,7 @@ class Unmerge:
         if cache.is_compileable:
             raise UnsupportedError(
                 f"stage {self.stage.name} with cache: merged keeps a table that grows with every token; use a dynamic "
-                "cache "
-                "(cache_implementation=None), or cache: expanded"
+                "cache (cache_implementation=None), or cache: expanded"
             )
         old = past_table(flow)
         if old is None:
@@ -209,7 +208,6 @@ def check_rotation(stage: Stage, attention: Any) -> None:
     if not rotates_last(attention):
         raise UnsupportedError(
             f"stage {stage.name} cannot unmerge tokens in {type(attention).__name__}: it is not q_proj, k_proj and "
-            "v_proj, norms of "
-            "queries and keys, then apply_rotary_pos_emb; leave the stage out, merged tokens then attend at one place "
-            "each"
+            "v_proj, norms of queries and keys, then apply_rotary_pos_emb; leave the stage out, merged tokens then "
+            "attend at one place each"
         )

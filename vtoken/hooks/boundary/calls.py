@@ -28,8 +28,7 @@ def check_packed(kwargs: dict, config: Any) -> None:
     if packed:
         raise UnsupportedError(
             "several samples in one row (position_ids that start again, or cu_seq_lens) cannot be kept apart once "
-            "tokens are dropped: "
-            "give each sample a row of its own, padded, with an attention_mask; or unwrap the model"
+            "tokens are dropped: give each sample a row of its own, padded, with an attention_mask; or unwrap the model"
         )
 
 

@@ -261,7 +261,6 @@ def apply(stage: CacheStage, decision: Decision | None, keys: Tensor, values: Te
         ):
             raise ValueError(
                 f"stage {stage.name} left keys and values of shapes {[tuple(t.shape) for t in new]} of "
-                f"{tuple(keys.shape)}; "
-                f"every head must hold the same 1 to {n} tokens"
+                f"{tuple(keys.shape)}; every head must hold the same 1 to {n} tokens"
             )
     return Plain(*new)

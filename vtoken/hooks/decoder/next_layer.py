@@ -31,8 +31,8 @@ def check_next_layer(layer: Any) -> None:
     ):
         raise UnsupportedError(
             f"next_query_attention cannot be computed for {type(attention).__name__}: it is not built of "
-            "input_layernorm, q_proj, k_proj "
-            "and apply_rotary_pos_emb; use a stage that reads last_query_attention, which any decoder has"
+            "input_layernorm, q_proj, k_proj and apply_rotary_pos_emb; use a stage that reads last_query_attention, "
+            "which any decoder has"
         )
 
 

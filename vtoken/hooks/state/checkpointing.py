@@ -22,8 +22,6 @@ def check_replay(layer: nn.Module) -> None:
     if "__call__" in vars(GradientCheckpointingLayer) and replays(layer):
         raise UnsupportedError(
             "gradient checkpointing of this transformers version (before 5.21) recomputes layers with their hooks, so "
-            "stages "
-            "between layers would be lost in the backward pass; call model.gradient_checkpointing_disable(), upgrade "
-            "transformers, "
-            "or use stages of site tokens only"
+            "stages between layers would be lost in the backward pass; call model.gradient_checkpointing_disable(), "
+            "upgrade transformers, or use stages of site tokens only"
         )

@@ -18,10 +18,11 @@ def encoder_fact(context: Context, flow: PrefillState, stage: Stage, need: Fact)
     if not located.encodes or not all(stored in encode.facts for encode in located.encodes):
         raise UnsupportedError(
             f"stage {stage.name} needs {need.name}, but the features of this call were not encoded by this model in "
-            "this "
-            "thread; pass pixel_values instead of precomputed features"
+            "this thread; pass pixel_values instead of precomputed features"
         )
     full = located.gather([encode.facts[stored] for encode in located.encodes])
+    if v.history.counts == v.history.full:
+        return full.to(flow.hidden.device)
     live = offsets_of(v.history.full, v.image.device)[:-1][v.image] + v.history.raster_index
     return full[live.to(full.device)].to(flow.hidden.device)
 

@@ -18,8 +18,7 @@ from vtoken.hooks.state.trace import StageTrace
 
 HIDDEN = (
     "the attention_mask hides a part of a picture, whose tokens this model numbers by rows and columns; show all of "
-    "it, or hide all of it "
-    "with the tokens that mark its beginning and end"
+    "it, or hide all of it with the tokens that mark its beginning and end"
 )
 
 
@@ -195,8 +194,8 @@ def assign(
     if rest or not copies:
         raise NotWholeError(
             f"this call holds {sum(counts)} visual tokens but {sum(lengths)} were encoded; a prompt prefilled in "
-            "chunks cannot be "
-            "pruned (set prefill_chunk_size=None), and images must be encoded in the call that uses them"
+            "chunks cannot be pruned (set prefill_chunk_size=None), and images must be encoded in the call that uses "
+            "them"
         )
     images: list[Image] = []
     following = first = 0
@@ -246,10 +245,9 @@ def check(values: Tensor, positions: Tensor | None, located: ImageSpans, seen: L
         return
     raise UnsupportedError(
         "the images of this call have the positions of text (all axes of M-RoPE are equal). Pass input_ids, "
-        "mm_token_type_ids and "
-        "image grids of the whole conversation, or position_ids; where that does not help, transformers is older than "
-        "5.21 and does "
-        "so to every new image of a cached conversation: start again without past_key_values, or upgrade"
+        "mm_token_type_ids and image grids of the whole conversation, or position_ids; where that does not help, "
+        "transformers is older than 5.21 and does so to every new image of a cached conversation: start again without "
+        "past_key_values, or upgrade"
     )
 
 

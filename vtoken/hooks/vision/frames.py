@@ -69,8 +69,7 @@ def chooses(stage: Stage, keep: Keep) -> Keep:
     if keep.into is not None or 0 in keep.lengths:
         raise ValueError(
             f"stage {stage.name} {'merged frames' if 0 not in keep.lengths else 'dropped every frame of a video'}: a "
-            "stage of site "
-            "frames must choose at least one frame of every video, and can merge none"
+            "stage of site frames must choose at least one frame of every video, and can merge none"
         )
     return keep
 

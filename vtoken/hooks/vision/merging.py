@@ -45,9 +45,9 @@ class MergeInLayer:
     def _merge(self, layer: int, owner: nn.Module, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         if owner.training and getattr(owner, "gradient_checkpointing", False):
             raise UnsupportedError(
-                "gradient checkpointing runs vision layers again in the backward pass, when what was merged in them "
-                "is forgotten; call "
-                "model.gradient_checkpointing_disable(), or freeze the vision tower in evaluation mode (tower.eval())"
+                "gradient checkpointing runs vision layers again in the backward pass, when what was merged in them is "
+                "forgotten; call model.gradient_checkpointing_disable(), or freeze the vision tower in evaluation mode "
+                "(tower.eval())"
             )
         long = merged = args[0]
         for stage in self.acting[layer]:
@@ -89,8 +89,8 @@ def check_resized(call: FeatureCall | None) -> None:
     if call is not None and any(layout.resized for layout in call.layouts):
         raise UnsupportedError(
             "this model shrinks the features of videos and of pictures with many crops by interpolation behind its "
-            "vision tower, which "
-            "merged patches do not survive; merge behind it, with a stage of site tokens, or give it smaller pictures"
+            "vision tower, which merged patches do not survive; merge behind it, with a stage of site tokens, or give "
+            "it smaller pictures"
         )
 
 

@@ -119,8 +119,7 @@ class Tower(ABC):
         if spec.queries and not spec.whole and full is not None and layer not in full:
             raise UnsupportedError(
                 f"{who} needs {name} of encoder layer {layer}, where tokens attend within windows only; the layers "
-                "with full "
-                f"attention are {', '.join(map(str, full))}: name one of them"
+                f"with full attention are {', '.join(map(str, full))}: name one of them"
             )
 
     @property

@@ -27,8 +27,7 @@ class CMAI(Pruner):
     paper: ClassVar[str] = "https://arxiv.org/abs/2411.15453"
     deviations: ClassVar[str] = (
         "A reconstruction, not the authors' method: theirs masks attention of pairs with low focus in layers that the "
-        "abstract does not "
-        "name."
+        "abstract does not name."
     )
 
     layer: int = Field(default=2, ge=1, description="first decoder layer that sees fewer tokens; a guess")

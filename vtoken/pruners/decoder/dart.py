@@ -31,8 +31,8 @@ class DART(Pruner):
     paper: ClassVar[str] = "https://arxiv.org/abs/2502.11494"
     deviations: ClassVar[str] = (
         "Written from two ports by others that agree, without the authors' repository. Counts are exact: the ports "
-        "keep the pivots and a "
-        "whole multiple of their number. Pivots take turns in order of their norms, where the ports go through a set."
+        "keep the pivots and a whole multiple of their number. Pivots take turns in order of their norms, where the "
+        "ports go through a set."
     )
 
     layer: int = Field(default=2, ge=1, description="first decoder layer that sees fewer tokens")

@@ -25,8 +25,8 @@ class FastV(Pruner):
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.06764"
     deviations: ClassVar[str] = (
         "Chooses image by image; the authors' code knows one image per prompt. Its version without a KV cache chooses "
-        "anew at every step, "
-        "the one with a cache runs layer K - 1 twice; here the layer runs once and its keys are cached once."
+        "anew at every step, the one with a cache runs layer K - 1 twice; here the layer runs once and its keys are "
+        "cached once."
     )
 
     keep: Budget = Field(default=Budget("50%"), description="tokens left behind the cut; the authors drop half")

@@ -31,8 +31,8 @@ class FitPrune(Stage):
     paper: ClassVar[str] = "https://arxiv.org/abs/2409.10197"
     deviations: ClassVar[str] = (
         "Leaving tokens still pass the output projection and the MLP of the layer, which nothing reads. Image by "
-        "image, where the authors' "
-        "code takes all after the system prompt as one image of 576 tokens. Behind the last layer nothing leaves."
+        "image, where the authors' code takes all after the system prompt as one image of 576 tokens. Behind the last "
+        "layer nothing leaves."
     )
 
     table: tuple[int, ...] = Field(

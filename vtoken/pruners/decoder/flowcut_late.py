@@ -26,8 +26,8 @@ class FlowCutLate(Pruner):
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.19536"
     deviations: ClassVar[str] = (
         "Of several images in a prompt each is scored among its own tokens, and a total budget is shared out by their "
-        "sizes; the authors' "
-        "code takes all images of a prompt as one. Any padding; the authors' code pads on the right."
+        "sizes; the authors' code takes all images of a prompt as one. Any padding; the authors' code pads on the "
+        "right."
     )
 
     layer: int = Field(

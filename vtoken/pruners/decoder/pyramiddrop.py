@@ -27,10 +27,8 @@ class PyramidDrop(Pruner):
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.17247"
     deviations: ClassVar[str] = (
         "Each cut takes its share of what arrives, to the nearest, the authors of the unpruned count, rounded down: "
-        "the counts "
-        "may differ by a token. Works with several images, image by image, with left padding and with grouped key "
-        "heads, where the "
-        "authors' code does not."
+        "the counts may differ by a token. Works with several images, image by image, with left padding and with "
+        "grouped key heads, where the authors' code does not."
     )
 
     keep: Budget = Field(default=Budget("50%"), description="tokens left behind each cut, of those that arrive at it")

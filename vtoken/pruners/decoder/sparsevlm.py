@@ -30,9 +30,8 @@ class SparseVLM(Pruner):
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.04417"
     deviations: ClassVar[str] = (
         "Nothing random: the authors add noise to the density; here ties go to the lower index. Counts are exact; "
-        "recycled "
-        "tokens stand at their centres' places, the authors put them behind the kept ones. "
-        "Version 2's corrections of the attention (selected heads, division by RoPE's share) are not part of it."
+        "recycled tokens stand at their centres' places, the authors put them behind the kept ones. Version 2's "
+        "corrections of the attention (selected heads, division by RoPE's share) are not part of it."
     )
 
     layer: int = Field(

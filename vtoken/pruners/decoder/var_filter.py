@@ -58,8 +58,7 @@ class VarFilter(Stage):
             return ""
         return (
             f"sinks show in channels {list(self.dims or ())} of {llm}, not in those of this LLM ({depth} layers, "
-            f"{width} channels); "
-            "leave dims out to look at all channels, or give those of this LLM"
+            f"{width} channels); leave dims out to look at all channels, or give those of this LLM"
         )
 
     def select(self, tokens: VisualTokens) -> Keep:

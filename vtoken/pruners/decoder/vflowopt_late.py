@@ -26,9 +26,8 @@ class VFlowOptLate(Pruner):
     site: ClassVar[Site] = "decoder"
     paper: ClassVar[str] = "https://arxiv.org/abs/2508.05211"
     deviations: ClassVar[str] = (
-        "The patch entropy, off in all released settings, is no part of the importance here. Shares are of the "
-        "image's tokens; the authors "
-        "count newlines too, which they never drop (newline: keep)."
+        "The patch entropy, off in all released settings, is no part of the importance here. Shares are of the image's "
+        "tokens; the authors count newlines too, which they never drop (newline: keep)."
     )
 
     keep: Budget = Field(description="tokens left behind the cut, of those that arrive at it")

@@ -26,8 +26,7 @@ class VScanLate(Pruner):
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.22654"
     deviations: ClassVar[str] = (
         "Chooses image by image; the authors' code knows one image per prompt. Works with padding on either kind of "
-        "batch and with "
-        "grouped key heads."
+        "batch and with grouped key heads."
     )
 
     keep: Budget = Field(default=Budget("33.34%"), description="tokens left behind the cut; the authors keep a third")

@@ -36,15 +36,11 @@ class FlowCut(Pruner):
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.19536"
     deviations: ClassVar[str] = (
         "Every picture (crop) loses what its own attention allows; the authors apply the largest loss of a batch to "
-        "all of it "
-        "(reference_quirks). Float32 and 0 log 0 = 0, where the authors' entropy can be NaN in fp16. Qwen: the "
-        "authors score and "
-        "drop single patches, give the survivors the first positions of the picture, leave relevance out (relevance: "
-        "false) "
-        "and cut last after the last block; here merge groups are dropped by the means of their patches' attention, "
-        "relevance "
-        "and value, positions stay true, and the last cut comes two blocks earlier. The authors released no SigLIP "
-        "variant."
+        "all of it (reference_quirks). Float32 and 0 log 0 = 0, where the authors' entropy can be NaN in fp16. Qwen: "
+        "the authors score and drop single patches, give the survivors the first positions of the picture, leave "
+        "relevance out (relevance: false) and cut last after the last block; here merge groups are dropped by the "
+        "means of their patches' attention, relevance and value, positions stay true, and the last cut comes two "
+        "blocks earlier. The authors released no SigLIP variant."
     )
     site: ClassVar[Site] = "encoder"
 
@@ -59,8 +55,7 @@ class FlowCut(Pruner):
         if keep.total is not None:
             raise ValueError(
                 "keep: {total: n} cannot be shared out inside the vision encoder, which does not know what belongs to "
-                "one "
-                "prompt; write a count (64), a share (25%) or {per_crop: 64}"
+                "one prompt; write a count (64), a share (25%) or {per_crop: 64}"
             )
         return keep
 

@@ -29,8 +29,7 @@ class FramePruner(Pruner):
         if keep.total is not None or keep.per is not None:
             raise ValueError(
                 f"keep: {keep.plain()} cannot be had before the vision tower, which does not know what belongs to one "
-                "prompt; write frames "
-                "per video (8), or a share of them (25%)"
+                "prompt; write frames per video (8), or a share of them (25%)"
             )
         return keep
 

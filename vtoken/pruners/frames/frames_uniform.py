@@ -8,7 +8,7 @@ import torch
 
 from vtoken.pruners.frames._frames import FramePruner
 from vtoken.pruners.tokens.uniform import centres
-from vtoken.stages import Keep, VisualTokens, keep_all, offsets_of
+from vtoken.stages import Keep, VisualTokens, keep_all, offsets_of, uploaded
 
 
 class FramesUniform(FramePruner):
@@ -25,5 +25,6 @@ class FramesUniform(FramePruner):
         if counts == tokens.lengths:
             return keep_all(tokens)
         starts = offsets_of(tokens.lengths, torch.device("cpu")).tolist()
-        kept = [start + centres(n, k) for start, n, k in zip(starts, tokens.lengths, counts, strict=False)]
-        return Keep(torch.cat(kept).to(tokens.x.device), counts)
+        spans = zip(starts, tokens.lengths, counts, strict=False)
+        kept = [start + at for start, n, k in spans for at in centres(n, k)]
+        return Keep(uploaded(kept, tokens.x.device), counts)

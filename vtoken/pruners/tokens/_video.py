@@ -20,8 +20,7 @@ def whole_videos(stage: AnyPruner) -> AnyPruner:
     if stage.keep.per is not None:
         raise ValueError(
             f"{stage.name} spends one budget over all frames of a video, so {stage.keep.per} does not fit; give the "
-            "video's "
-            "(keep: 64) or a share (keep: 25%)"
+            "video's (keep: 64) or a share (keep: 25%)"
         )
     return stage
 

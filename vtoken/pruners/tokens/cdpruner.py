@@ -30,10 +30,9 @@ class CDPruner(Pruner):
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.10967"
     deviations: ClassVar[str] = (
         "Relevance comes from LLM embeddings of all text of the prompt, as described for Qwen2.5-VL; on LLaVA the "
-        "authors use CLIP's text "
-        "tower on the question alone, which the model does not hold, so published LLaVA figures are not reproduced. "
-        "Relevance is not negated (the authors negate CLIP's; `negate` does). "
-        "A kernel of low rank still gives `keep` tokens where the authors' turns NaN."
+        "authors use CLIP's text tower on the question alone, which the model does not hold, so published LLaVA "
+        "figures are not reproduced. Relevance is not negated (the authors negate CLIP's; `negate` does). A kernel of "
+        "low rank still gives `keep` tokens where the authors' turns NaN."
     )
 
     negate: bool = Field(

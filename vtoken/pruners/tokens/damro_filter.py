@@ -32,8 +32,7 @@ class DamroFilter(Stage):
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.04514"
     deviations: ClassVar[str] = (
         "Ranks by the mean of the heads' attention; the authors take one softmax over all heads' channels at once. "
-        "Drops the outliers; "
-        "the authors contrast the answer with one that sees only them."
+        "Drops the outliers; the authors contrast the answer with one that sees only them."
     )
 
     outliers: int = Field(default=10, ge=1, description="tokens to drop; 10 in LLaVA, 4 in InstructBLIP")

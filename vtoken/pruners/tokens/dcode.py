@@ -31,10 +31,8 @@ class DCoDe(Pruner):
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.08818"
     deviations: ClassVar[str] = (
         "Only the token half (see above). The authors' loop lets a token absorb ones that others absorbed before, "
-        "takes means of means, and "
-        "loses a group whose lowest-ranked index is gone already; here each token is absorbed once. Reading order; "
-        "theirs is by norm. Their "
-        "maximum and norm-weighted mean are left out."
+        "takes means of means, and loses a group whose lowest-ranked index is gone already; here each token is "
+        "absorbed once. Reading order; theirs is by norm. Their maximum and norm-weighted mean are left out."
     )
 
     keep: Budget = Field(

@@ -32,8 +32,7 @@ class EVS(Pruner):
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.14624"
     deviations: ClassVar[str] = (
         "A share is rounded to the nearest where vLLM rounds it down. Text after the video keeps its unpruned "
-        "positions "
-        "(positions: original), as in vLLM."
+        "positions (positions: original), as in vLLM."
     )
 
     _whole_videos = model_validator(mode="after")(whole_videos)

@@ -31,11 +31,9 @@ class HiRED(Pruner):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2408.10945"
     deviations: ClassVar[str] = (
-        "The authors' code (August 2024) splits by float ratios, rounds down and drops the remainder; cuts the "
-        "whole's raster into runs of equal "
-        "length instead of regions (region: reference); spends budget on padding tokens that unpadding then drops; "
-        "and prunes "
-        "nothing when LLaVA-NeXT has one crop."
+        "The authors' code (August 2024) splits by float ratios, rounds down and drops the remainder; cuts the whole's "
+        "raster into runs of equal length instead of regions (region: reference); spends budget on padding tokens that "
+        "unpadding then drops; and prunes nothing when LLaVA-NeXT has one crop."
     )
 
     alpha: float = Field(default=0.5, ge=0, le=1, description="share of the budget that the downscaled whole gets")

@@ -31,9 +31,9 @@ class HoloV(Pruner):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.02912"
     deviations: ClassVar[str] = (
-        "What a full chunk cannot take goes to the others; the authors fill up with zero tokens. "
-        "Reading order instead of attention order within a chunk. "
-        "A chunk of one token is scored as the others (the authors leave it without their factor of 1000)."
+        "What a full chunk cannot take goes to the others; the authors fill up with zero tokens. Reading order instead "
+        "of attention order within a chunk. A chunk of one token is scored as the others (the authors leave it without "
+        "their factor of 1000)."
     )
 
     variance: float = Field(default=0.09, ge=0, description="weight of the variance of similarities in a token's score")

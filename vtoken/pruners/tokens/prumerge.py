@@ -31,14 +31,10 @@ class PruMerge(Pruner):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.15388"
     deviations: ClassVar[str] = (
-        "Attention is the mean over heads; the authors' softmax over the full width without heads is not to be had, "
-        "so adaptive counts "
-        "differ from theirs. "
-        "A token joins one kept token and the sum is normalised, after the projector; the authors let kept tokens "
-        "share neighbours, and "
-        "one another, and add up before it. "
-        "The authors' extra token, the attention-weighted sum of all dropped ones, is left out: it has no place in "
-        "the picture. "
+        "Attention is the mean over heads; the authors' softmax over the full width without heads is not to be had, so "
+        "adaptive counts differ from theirs. A token joins one kept token and the sum is normalised, after the "
+        "projector; the authors let kept tokens share neighbours, and one another, and add up before it. The authors' "
+        "extra token, the attention-weighted sum of all dropped ones, is left out: it has no place in the picture. "
         "Reading order instead of order by attention."
     )
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from vtoken.stages import Keep, Parts, Pruner, VisualTokens, keep_all, size_of
+from vtoken.stages import Keep, Parts, Pruner, VisualTokens, keep_all, size_of, uploaded
 from vtoken.stages.budget import Budget
 
 
@@ -29,47 +26,47 @@ class Uniform(Pruner):
         counts = self.keep.counts(tokens.lengths, tokens.row)
         if counts == tokens.lengths:
             return keep_all(tokens)
-        kept, start = [], 0
+        kept, start = list[int](), 0
         for i, (n, k) in enumerate(zip(tokens.lengths, counts, strict=True)):
-            kept.append(start + (even(tokens.parts[i], k) if tokens.whole(i) else centres(n, k)))
+            kept += [start + at for at in (even(tokens.parts[i], k) if tokens.whole(i) else centres(n, k))]
             start += n
-        return Keep(torch.cat(kept).to(tokens.x.device, non_blocking=True), counts)
+        return Keep(uploaded(kept, tokens.x.device), counts)
 
     def _each_segment(self, tokens: VisualTokens) -> Keep:
         order, held, keep, lengths = self.per_segment(tokens)
         if keep == held:
             return keep_all(tokens)
-        kept, start, segments = [], 0, len(held) // len(tokens.lengths)
+        kept, start, segments = list[int](), 0, len(held) // len(tokens.lengths)
         for s, (n, k) in enumerate(zip(held, keep, strict=True)):
             (_, h, w), *more = tokens.parts[s // segments]
-            kept.append(start + (even_grid(h, w, k) if not more and n == h * w else centres(n, k)))
+            kept += [start + at for at in (even_grid(h, w, k) if not more and n == h * w else centres(n, k))]
             start += n
-        return Keep(order[torch.cat(kept).to(order.device, non_blocking=True)].sort().values, lengths)
+        return Keep(order[uploaded(kept, order.device)].sort().values, lengths)
 
 
-def even(parts: Parts, k: int) -> Tensor:
+def even(parts: Parts, k: int) -> list[int]:
     """k indices spread evenly over the rasters of an image, which share them by their sizes."""
     sizes = [size_of((part,)) for part in parts]
     shares = (
         Budget({"total": k}).counts(sizes, (0,) * len(sizes)) if k >= len(sizes) else (0,) * (len(sizes) - 1) + (k,)
     )
-    kept, start = [], 0
+    kept, start = list[int](), 0
     for (t, h, w), n, share in zip(parts, sizes, shares, strict=True):
         if share:
-            kept.append(start + even_grid(t * h, w, share))
+            kept += [start + at for at in even_grid(t * h, w, share)]
         start += n
-    return torch.cat(kept)
+    return kept
 
 
-def centres(n: int, k: int) -> Tensor:
+def centres(n: int, k: int) -> list[int]:
     """k whole numbers in 0..n-1, at the centres of k equal parts, all different (k <= n)."""
-    return (torch.arange(k) * 2 + 1) * n // (2 * k) if k else torch.arange(0)
+    return [(2 * i + 1) * n // (2 * k) for i in range(k)]
 
 
-def even_grid(height: int, width: int, k: int) -> Tensor:
+def even_grid(height: int, width: int, k: int) -> list[int]:
     """k raster indices spread evenly over a height x width grid, ascending."""
     rows = min(height, max(-(-k // width), round((k * height / width) ** 0.5), 1))
     base, extra = divmod(k, rows)
-    wide = set(centres(rows, extra).tolist()) if extra else set()
+    wide = set(centres(rows, extra))
     columns = [centres(width, base + (r in wide)) for r in range(rows)]
-    return torch.cat([y * width + x for y, x in zip(centres(height, rows).tolist(), columns, strict=True)])
+    return [y * width + x for y, row in zip(centres(height, rows), columns, strict=True) for x in row]

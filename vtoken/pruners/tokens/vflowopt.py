@@ -39,9 +39,8 @@ class VFlowOpt(Pruner):
     paper: ClassVar[str] = "https://arxiv.org/abs/2508.05211"
     deviations: ClassVar[str] = (
         "Where no query is above the threshold the one that receives most counts, where the authors' code gives NaN. "
-        "The count is exact. "
-        "Single-raster images are recycled too, where the authors' code drops plainly (cell: null). Newlines are no "
-        "part of the share (newline: keep keeps them all, as the authors do)."
+        "The count is exact. Single-raster images are recycled too, where the authors' code drops plainly (cell: "
+        "null). Newlines are no part of the share (newline: keep keeps them all, as the authors do)."
     )
 
     threshold: float = Field(
@@ -62,9 +61,8 @@ class VFlowOpt(Pruner):
     def _one_pool(self) -> VFlowOpt:
         if self.keep.per is not None:
             raise ValueError(
-                f"vflowopt has one pool per image, so {self.keep.per} does not fit; give the image's budget (keep: "
-                "64) or a share "
-                "(keep: 25%)"
+                f"vflowopt has one pool per image, so {self.keep.per} does not fit; give the image's budget (keep: 64) "
+                "or a share (keep: 25%)"
             )
         return self
 

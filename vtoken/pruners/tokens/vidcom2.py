@@ -37,8 +37,7 @@ class VidCom2(Pruner):
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.14454"
     deviations: ClassVar[str] = (
         "The budget holds to the token (exact: false for the authors' rounding, whose total varies). Scores are "
-        "float32 where the "
-        "authors compute in the model's dtype. Kept tokens stay in reading order, newlines included."
+        "float32 where the authors compute in the model's dtype. Kept tokens stay in reading order, newlines included."
     )
 
     temperature: float = Field(default=0.01, gt=0, description="of the softmax that shares the budget out among frames")

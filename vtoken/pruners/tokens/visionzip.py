@@ -32,10 +32,9 @@ class VisionZip(Pruner):
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.04467"
     deviations: ClassVar[str] = (
         "The CLS token, which the authors count as one dominant token, is not to be had: one more patch takes its "
-        "slot. "
-        "Contextual tokens stand at their targets' places in reading order instead of at the end. "
-        "Where OneVision scales tokens down behind the projector, sums are of scaled features. "
-        "Keys are averaged over heads only if `heads` says how many there are (the presets do)."
+        "slot. Contextual tokens stand at their targets' places in reading order instead of at the end. Where "
+        "OneVision scales tokens down behind the projector, sums are of scaled features. Keys are averaged over heads "
+        "only if `heads` says how many there are (the presets do)."
     )
 
     contextual: int | None = Field(
@@ -65,8 +64,7 @@ class VisionZip(Pruner):
             return ""
         return (
             f"heads: {self.heads} does not divide the encoder's keys, {width} wide; write the encoder's number of "
-            "attention heads, or leave "
-            "it out"
+            "attention heads, or leave it out"
         )
 
     def select(self, tokens: VisualTokens) -> Keep:

@@ -30,8 +30,7 @@ class VisPruner(Pruner):
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.01818"
     deviations: ClassVar[str] = (
         "A list of odd length is halved with the longer half at even places, where the authors' code raises or drops "
-        "one too many. "
-        "Similarities are float32."
+        "one too many. Similarities are float32."
     )
 
     important: int = Field(

@@ -28,8 +28,7 @@ class VScan(Pruner):
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.22654"
     deviations: ClassVar[str] = (
         "When windows do not divide the local half evenly the count is still exact; the authors' LLaVA code keeps "
-        "fewer. "
-        "Reading order."
+        "fewer. Reading order."
     )
 
     local_layer: int = Field(

@@ -79,8 +79,7 @@ def _tower(config: Any, crops: int, features: tuple[int, ...]) -> Tower:
     if clip != (config.vision_feature_select_strategy == "default"):
         raise UnsupportedError(
             f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} with a {vision.model_type!r} "
-            "tower "
-            f"{'keeps CLS among the patches' if clip else 'drops the first patch'}; use "
+            f"tower {'keeps CLS among the patches' if clip else 'drops the first patch'}; use "
             f"{'default' if clip else 'full'!r}"
         )
     width, mlp, depth = vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers
