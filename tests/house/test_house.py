@@ -76,7 +76,15 @@ def layer_of(file: Path) -> str:
 def imports(file: Path) -> Iterator[str]:
     """Dotted names of everything a file imports, wherever in the file, relative ones made absolute."""
     package = list(file.relative_to(ROOT).parts[:-1])
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    # What is imported for a type checker alone ties nothing together.
+    checked = [
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    unseen = {id(each) for node in checked for each in ast.walk(node)}
+    for node in ast.walk(tree):
+        if id(node) in unseen:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -12,7 +12,7 @@ from usual import stage
 
 import vtoken
 
-ENTRY, CHECK = ("asked", "prefill_start.py:start"), ("asked", "image_spans.py:check")
+ENTRY, CHECK = ("asked", "prefill_start.py:counted"), ("asked", "image_spans.py:check")
 
 
 def waits(family: str, pipeline: object, rows: list[list[int | str]]) -> list[tuple[str, str]]:

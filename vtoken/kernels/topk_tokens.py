@@ -108,8 +108,9 @@ def _on_host(counts: Sequence[int] | Tensor, offsets: Tensor) -> list[int]:
         raise ValueError(f"{len(wanted)} counts for {len(offsets) - 1} images")
     # Offsets on a device are not fetched for this; the negative half of the check costs nothing.
     ends = offsets.tolist() if offsets.device.type == "cpu" else list(accumulate(wanted, initial=0))
-    for image, (k, (begin, end)) in enumerate(zip(wanted, pairwise(ends), strict=True)):
-        if not 0 <= k <= (n := end - begin):
+    lengths = [end - begin for begin, end in pairwise(ends)]
+    for image, (k, n) in enumerate(zip(wanted, lengths, strict=True)):
+        if not 0 <= k <= n:
             raise ValueError(f"image {image}: cannot keep {k} of {n} tokens")
     return wanted
 

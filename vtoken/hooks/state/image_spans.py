@@ -230,7 +230,8 @@ def check(values: Tensor, positions: Tensor | None, located: ImageSpans, seen: L
     """
     same, apart = True, True
     if positions is None:
-        same = not located.encodes or are_scored(values, located)
+        # Only of features that are not numbers is more to be asked.
+        same = not located.encodes or torch.equal(*compared(values, located)) or bool(is_scored(values, located))
     elif not located.encodes:
         apart = bool(has_axes(positions, seen))
     else:
@@ -251,21 +252,18 @@ def check(values: Tensor, positions: Tensor | None, located: ImageSpans, seen: L
     )
 
 
-def are_scored(values: Tensor, located: ImageSpans) -> bool:
-    """Whether these [ΣN, D] are the features that the encoder gave last."""
+def compared(values: Tensor, located: ImageSpans) -> tuple[Tensor, Tensor]:
+    """What the encoder gave last, and what is given here: the first channel of every token."""
     fingerprint = located.gather([encode.fingerprint for encode in located.encodes])
-    seen = values[:, 0].detach().to(fingerprint.device)
-    # Only of features that are not numbers is more to be asked.
-    return torch.equal(fingerprint.to(seen.dtype), seen) or bool(is_scored(values, located))
+    return fingerprint.to(values.dtype), values[:, 0].detach().to(fingerprint.device)
 
 
 def is_scored(values: Tensor, located: ImageSpans) -> Tensor:
-    """[] bool: the same, where the device is asked later."""
-    fingerprint = located.gather([encode.fingerprint for encode in located.encodes])
-    seen = values[:, 0].detach().to(fingerprint.device)
+    """[] bool: whether these [ΣN, D] are the features that the encoder gave last."""
+    fingerprint, seen = compared(values, located)
     if len(fingerprint) != len(seen):
         return torch.zeros((), dtype=torch.bool, device=seen.device)
-    return (torch.nan_to_num(fingerprint.to(seen.dtype)) == torch.nan_to_num(seen)).all()
+    return (torch.nan_to_num(fingerprint) == torch.nan_to_num(seen)).all()
 
 
 def has_axes(positions: Tensor, seen: LiveTokens) -> Tensor:

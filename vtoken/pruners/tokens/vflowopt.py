@@ -32,8 +32,8 @@ class VFlowOpt(Pruner):
     for Qwen. Where OneVision scales its crops down, so are the pixels. Loops over images; waits for the device only
     with `exact: false`.
 
-    The first of the method's three stages; the cuts inside the decoder are `vflowopt_late`. Paper:
-    https://arxiv.org/abs/2508.05211
+    The first of the method's three stages; the cuts inside the decoder are `vflowopt_late`.
+    Paper: https://arxiv.org/abs/2508.05211
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2508.05211"
