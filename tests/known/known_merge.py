@@ -9,7 +9,7 @@ import torch
 from packing import tokens
 
 from vtoken import registry
-from vtoken.hooks.state.run import TokenHistory
+from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.stages import Fact, Keep, VisualTokens, image_of
 
 ANGLES = (0, 10, 90, 95, 200, 230)  # of six keys: neighbours are 10, 80, 5, 105 and 30 degrees apart
@@ -69,11 +69,11 @@ def layers(stage, lengths, cls, depth, seed=0):
             facts={Fact("mean_key"): every[start[image] + lineage.raster_index]},
             layer=layer,
             memory=memory,
-            size=lineage.size(),
+            size=lineage.size,
             lead=int(cls),
         )
         keep = stage.select(found)
-        x, lineage = keep.apply(x), lineage.advance(keep, image)
+        x, lineage = keep.apply(x), lineage.advance(keep)
         homes = lineage.into() or [torch.arange(n) for n in lengths]
         for i, keys in enumerate(every.split(list(lengths))):
             groups[i] = step(groups[i], keys, lambda s, at=layer: rule(stage, s, at), cls)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from vtoken.kernels import nearest_tokens
 from vtoken.stages import Compressor, Fact, Keep, Site, VisualTokens, image_of, keep_all, offsets_of, size_of
@@ -27,6 +28,7 @@ class Pairs:
         partner: [S, W] packed row, of side B, of each token of side A.
         value: [S, W] their cosine, -inf where there is none.
         lead: as in VisualTokens.
+        padded: sequences differ in length.
     """
 
     a: Tensor
@@ -34,15 +36,16 @@ class Pairs:
     partner: Tensor
     value: Tensor
     lead: int
+    padded: bool
 
 
 class Merged(NamedTuple):
-    """`rows` that are left and who goes `into` whom, as in Keep; [ΣN] ranks order what is left of a sequence for its
-    next match."""
+    """`rows` [ΣK] that are left and who goes `into` whom, as in Keep; `order` [ΣK] of what is left for its next match,
+    sequence by sequence."""
 
     rows: Tensor
     into: Tensor
-    rank: Tensor
+    order: Tensor
 
 
 def match(metric: Tensor, order: Tensor, held: Sequence[int], lead: int = 0) -> Pairs:
@@ -53,19 +56,27 @@ def match(metric: Tensor, order: Tensor, held: Sequence[int], lead: int = 0) -> 
             front (`lead`, of side A, never merged) the first goes to side B.
         held: tokens per sequence.
     """
+    unit, first = normalize(metric.float(), dim=-1), lead % 2
+    if len(set(held)) == 1 and held[0] > 1:
+        rows, tokens = (x.unflatten(0, (len(held), -1)) for x in (order, unit[order]))
+        a, b = rows[:, first::2], rows[:, 1 - first :: 2]
+        a_ends, b_ends = (offsets_of([side.shape[1]] * len(held), torch.device("cpu")) for side in (a, b))
+        mine, theirs = tokens[:, first::2].flatten(0, 1), tokens[:, 1 - first :: 2].flatten(0, 1)
+        value, best = nearest_tokens(mine, theirs, a_ends, b_ends, unit=True)
+        return Pairs(a, b, b.flatten()[best].view_as(a), value.view_as(a), lead, padded=False)
     device = order.device
-    rows, columns = seats(held, device)
+    sequence, place = seats(held, device)
     grid = torch.full((len(held), max(2, *held)), len(order), device=device)
-    grid[rows, columns] = order
-    a, b = grid[:, lead % 2 :: 2], grid[:, (lead + 1) % 2 :: 2]
+    grid[sequence, place] = order
+    a, b = grid[:, first::2], grid[:, 1 - first :: 2]
     (at, a_ends), (to, b_ends) = (_taken(held, (lead + k) % 2, side.shape[1], device) for k, side in ((0, a), (1, b)))
     mine, theirs = a.flatten()[at], b.flatten()[to]
-    cosine, best = nearest_tokens(metric[mine], metric[theirs], a_ends, b_ends)
+    cosine, best = nearest_tokens(unit[mine], unit[theirs], a_ends, b_ends, unit=True)
     value, partner = cosine.new_full((a.numel(),), -torch.inf), a.flatten().clone()
     # Nobody to join: the value says so.
     partner[at] = theirs[best] if len(theirs) else mine
     value[at] = cosine
-    return Pairs(a, b, partner.view_as(a), value.view_as(a), lead)
+    return Pairs(a, b, partner.view_as(a), value.view_as(a), lead, padded=True)
 
 
 def _taken(held: Sequence[int], first: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -77,28 +88,41 @@ def _taken(held: Sequence[int], first: int, width: int, device: torch.device) ->
     return seat.to(device, non_blocking=True), offsets_of([(n + 1 - first) // 2 for n in held], rows.device)
 
 
-def merge(pairs: Pairs, held: Sequence[int], taken: Sequence[int], anew: bool = False) -> Merged:
-    """Lets the `taken` most similar of side A join their partners, in every sequence.
+def merge(pairs: Pairs, held: Sequence[int], taken: Sequence[int], places: Tensor) -> Merged:
+    """Lets the `taken` most similar of side A join their partners, in every sequence. `places` [ΣN or more]: 0, 1, ...
 
-    Ranks: first what is left of side A (by similarity; with a token in front in the old order), then side B. A sequence
-    in which nothing merged keeps its order. With `anew` side A stays in the old order, and no sequence keeps its own.
+    Next come first what is left of side A (by similarity; with a token in front in the old order), then side B. A
+    sequence in which nothing merged keeps its order.
     """
-    n, device = sum(held), pairs.a.device
+    ranked = pairs.value.sort(dim=1, descending=True, stable=True).indices
+    most = max(taken)
+    places = places[: sum(held)]
+    if not pairs.padded and min(taken) == most:
+        joining = ranked[:, :most]
+        home = places.scatter(0, pairs.a.gather(1, joining).flatten(), pairs.partner.gather(1, joining).flatten())
+        rows, into = survivors(home, places, most * len(taken))
+        rest = ranked[:, most:].sort(1).values if pairs.lead else ranked[:, most:]
+        return Merged(rows, into, into[torch.cat([pairs.a.gather(1, rest), pairs.b], 1).flatten()])
+    device, sides = ranked.device, (pairs.a, pairs.b)
     count = torch.tensor(taken, device=device)[:, None]
-    best = pairs.value.sort(dim=1, descending=True, stable=True).indices
-    across_a, across_b = (torch.arange(side.shape[1], device=device).expand_as(side) for side in (pairs.a, pairs.b))
-    nth = torch.empty_like(best).scatter_(1, best, across_a)
-    home = torch.arange(n + 1, device=device)
+    across_a, across_b = (torch.arange(side.shape[1], device=device).expand_as(side) for side in sides)
+    nth = torch.empty_like(ranked).scatter_(1, ranked, across_a)
+    home = torch.arange(sum(held) + 1, device=device)
     home[pairs.a] = torch.where(nth < count, pairs.partner, pairs.a)
-    left = across_a if pairs.lead or anew else nth
-    dealt = count >= 0 if anew else count > 0
-    rank = torch.zeros_like(home)
-    rank[pairs.a] = torch.where(dealt, left, 2 * across_a + pairs.lead % 2)
-    rank[pairs.b] = torch.where(dealt, left.shape[1] + across_b, 2 * across_b + (pairs.lead + 1) % 2)
-    home = home[:n]
-    stays = home == torch.arange(n, device=device)
-    index = stays.byte().sort(descending=True, stable=True).indices[: n - sum(taken)]
-    return Merged(index, (stays.cumsum(0) - 1)[home], rank[:n])
+    left = across_a if pairs.lead else nth
+    rank, owner = torch.zeros_like(home), torch.zeros_like(home)
+    rank[pairs.a] = torch.where(count > 0, left, 2 * across_a + pairs.lead % 2)
+    rank[pairs.b] = torch.where(count > 0, left.shape[1] + across_b, 2 * across_b + (pairs.lead + 1) % 2)
+    for side in sides:
+        owner[side] = torch.arange(len(side), device=device)[:, None].expand_as(side)
+    rows, into = survivors(home[:-1], places, sum(taken))
+    return Merged(rows, into, torch.argsort(owner[rows] * len(home) + rank[rows]))
+
+
+def survivors(home: Tensor, places: Tensor, gone: int) -> tuple[Tensor, Tensor]:
+    """[ΣK] rows that are their own `home` [ΣN], and [ΣN] which of them each row goes into; `places` [ΣN]: 0, 1, ..."""
+    into = ((home == places).cumsum(0) - 1)[home]
+    return torch.empty_like(home[gone:]).scatter_(0, into, home), into
 
 
 def seats(held: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -107,12 +131,34 @@ def seats(held: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
     return rows, torch.arange(len(rows), device=device) - offsets_of(held, device)[:-1].long()[rows]
 
 
+@dataclass
+class Order:
+    """In what order (`rows`) the tokens that a decision left, so many per sequence, are dealt out next. `kept` are their
+    rows among those that had this raster index; `places` counts 0, 1, ..."""
+
+    rows: Tensor
+    lengths: tuple[int, ...]
+    kept: Tensor
+    raster_index: Tensor
+    places: Tensor
+
+    def now(self, tokens: VisualTokens) -> Tensor:
+        """[ΣK] of the tokens that are live now; other stages may have dropped some in between."""
+        if self.lengths == tokens.lengths:
+            return self.rows
+        device, sizes = self.rows.device, [size_of(parts) for parts in tokens.parts]
+        start, live = offsets_of(sizes, device)[:-1], image_of(tokens.lengths, device)
+        rank = torch.empty_like(self.rows).scatter_(0, self.rows, self.places[: len(self.rows)])
+        by_place = rank.new_zeros(sum(sizes))
+        by_place[start[image_of(self.lengths, device)] + self.raster_index[self.kept]] = rank
+        return torch.argsort(live * len(rank) + by_place[start[live] + tokens.raster_index])
+
+
 class Merger(Compressor):
     """What ToMe and DToMe share: one match in every layer they act at, by the head mean of its keys; each picture
-    (crop) is a sequence of its own. Ranks are remembered by place, so that other stages may drop tokens in between."""
+    (crop) is a sequence of its own."""
 
     site: ClassVar[Site] = "encoder"
-    anew: ClassVar[bool] = False  # as in `merge`
 
     proportional: bool = Field(default=True, description="keys of later layers count as often as they have members")
 
@@ -133,20 +179,17 @@ class Merger(Compressor):
         raise NotImplementedError
 
     def select(self, tokens: VisualTokens) -> Keep:
-        device = tokens.x.device
-        image = image_of(tokens.lengths, device)
-        at = offsets_of([size_of(parts) for parts in tokens.parts], device)[:-1].long()[image] + tokens.raster_index
-        order = torch.arange(len(image), device=device)
-        known: dict[str, Any] = tokens.memory
-        if "rank" in known:
-            order = torch.argsort(image * len(known["rank"]) + known["rank"][at])
+        known: Order | None = tokens.memory.get("order")
+        places = torch.arange(len(tokens.x), device=tokens.x.device) if known is None else known.places
+        order = places if known is None else known.now(tokens)
         pairs = match(tokens.fact("mean_key"), order, tokens.lengths, tokens.lead)
         taken = self.taken(pairs.value, tokens.lengths, tokens.layer or 0)
         if not any(taken):
             return keep_all(tokens)
-        index, into, rank = merge(pairs, tokens.lengths, taken, self.anew)
-        known.setdefault("rank", at.new_zeros(sum(map(size_of, tokens.parts))))[at] = rank
-        return Keep(index, tuple(n - r for n, r in zip(tokens.lengths, taken, strict=True)), into, tokens.size)
+        rows, into, order = merge(pairs, tokens.lengths, taken, places)
+        lengths = tuple(n - r for n, r in zip(tokens.lengths, taken, strict=True))
+        tokens.memory["order"] = Order(order, lengths, rows, tokens.raster_index, places)
+        return Keep(rows, lengths, into, tokens.size, complete=True)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
         """Similarities and means; `width` is that of one head."""

@@ -7,8 +7,9 @@ The environment variable ``VTOKEN_KERNELS=torch|triton|flex`` forces one; it is 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 
@@ -84,3 +85,9 @@ def runs_triton(*tensors: torch.Tensor) -> bool:
     if backend(tensors[0].device) == "torch" or len({t.device for t in tensors}) > 1:
         return False
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def equal_steps(offsets: Sequence[int]) -> bool:
+    """Whether these offsets are of segments of one length, at least 1."""
+    step = offsets[1] - offsets[0] if len(offsets) > 1 else 0
+    return step > 0 and all(end - begin == step for begin, end in pairwise(offsets))

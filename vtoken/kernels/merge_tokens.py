@@ -4,6 +4,8 @@
     into    [ΣN] int64 slot of each token, 0 <= slot < slots, or -1: dropped
     slots   ΣK, on the host
     weight  [ΣN] weight of each token, or None: all the same
+    complete  no token is dropped, which saves looking
+    total   [ΣK] fp32 `totals` of the same, where they are known
     result  [ΣK, ...] dtype of x: sum of weight * token over the slot's members, over the sum of their weights; NaN for a
             slot without members or without weight
 
@@ -27,17 +29,27 @@ from vtoken.kernels._dispatch import interpretable, runs_triton, tl, triton
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def definition(x: Tensor, into: Tensor, slots: int, weight: Tensor | None = None) -> Tensor:
-    """index_add into one slot more than there are, which takes what is dropped; on the CPU that is left out first."""
-    member = into >= 0
-    if x.device.type == "cpu":
-        x, into, weight, more = x[member], into[member], None if weight is None else weight[member], 0
-    else:
-        into, more = torch.where(member, into, slots), 1
+def totals(into: Tensor, slots: int, weight: Tensor | None = None, complete: bool = False) -> Tensor:
+    """[ΣK] fp32 sum of the weights of each slot's members."""
+    slot = into if complete else into.remainder(slots + 1)
+    each = torch.ones(len(into), device=into.device) if weight is None else weight.float()
+    return each.new_zeros(slots + 1).index_add_(0, slot, each)[:slots]
+
+
+def definition(
+    x: Tensor,
+    into: Tensor,
+    slots: int,
+    weight: Tensor | None = None,
+    complete: bool = False,
+    total: Tensor | None = None,
+) -> Tensor:
+    """index_add into one slot more than there are, which takes what is dropped."""
+    slot = into if complete else into.remainder(slots + 1)
+    total = totals(into, slots, weight, complete) if total is None else total
     flat = x.reshape(len(x), math.prod(x.shape[1:])).float()
-    each = flat.new_ones(len(into)) if weight is None else weight.float()
-    total = flat.new_zeros(slots + more).index_add_(0, into, each)[:slots]
-    mean = flat.new_zeros(slots + more, flat.shape[1]).index_add_(0, into, flat * each[:, None])[:slots]
+    weighted = flat if weight is None else flat * weight.float()[:, None]
+    mean = flat.new_zeros(slots + 1, flat.shape[1]).index_add_(0, slot, weighted)[:slots]
     return (mean / total[:, None]).to(x.dtype).view(slots, *x.shape[1:])
 
 
@@ -62,7 +74,14 @@ if triton is not None:
         tl.store(result + slot * width + at, mean / total, mask=at < width)
 
 
-def launch(x: Tensor, into: Tensor, slots: int, weight: Tensor | None = None) -> Tensor:
+def launch(
+    x: Tensor,
+    into: Tensor,
+    slots: int,
+    weight: Tensor | None = None,
+    complete: bool = False,
+    total: Tensor | None = None,
+) -> Tensor:
     """The kernel's launcher: the definition's contract without gradients, for the dtypes in DTYPES."""
     dtype, x = x.dtype, interpretable(x.detach())
     width = math.prod(x.shape[1:])
@@ -82,14 +101,21 @@ def launch(x: Tensor, into: Tensor, slots: int, weight: Tensor | None = None) ->
     return result.to(dtype)
 
 
-def merge_tokens(x: Tensor, into: Tensor, slots: int, weight: Tensor | None = None) -> Tensor:
+def merge_tokens(
+    x: Tensor,
+    into: Tensor,
+    slots: int,
+    weight: Tensor | None = None,
+    complete: bool = False,
+    total: Tensor | None = None,
+) -> Tensor:
     """[ΣK, ...] means, see the top of the file. Differentiable. No host synchronisation.
 
     A slot that is out of range gives an undefined result, on the CPU an IndexError.
     """
     given = (x, into) if weight is None else (x, into, weight)
     fits = x.dtype in DTYPES and runs_triton(*given)
-    return (launch if fits else definition)(x, into, slots, weight)
+    return (launch if fits else definition)(x, into, slots, weight, complete, total)
 
 
 def examples() -> Iterator[dict[str, Any]]:
@@ -106,6 +132,8 @@ def examples() -> Iterator[dict[str, Any]]:
     yield case(3, 9, 2, 5, weighted=False)
     yield case(2, 6)
     yield case(4, 11, 1100)
+    whole = case(6, 40, 5)
+    yield {**whole, "into": whole["into"].clamp(min=0), "complete": True}
     strided = case(5, 40, 8)
     yield {**strided, "x": strided["x"].T.contiguous().T, "weight": strided["weight"].repeat_interleave(2)[::2]}
     # Nobody joins slot 1, and what is dropped is never read as a number.

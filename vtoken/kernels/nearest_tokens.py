@@ -5,6 +5,7 @@
     x_offsets  [S + 1] int32 or int64, 0 = first, ascending, last = ΣN; y_offsets likewise for ΣM. A token looks only in its
                own segment; segments of either may be empty
     among      "all" of y; "others": all but itself, "later": only what stands behind it. For these two x is y
+    unit       all tokens have length 1, so that none is normalised
     similarity [ΣN] fp32, highest cosine, -inf where there is nothing to choose from
     partner    [ΣN] int64, its position in y, ties to the lower one, -1 where there is none
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vtoken.kernels._dispatch import interpretable, runs_triton, tl, triton
+from vtoken.kernels._dispatch import equal_steps, interpretable, runs_triton, tl, triton
 from vtoken.kernels._tiles import dot_tiles
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -34,13 +35,25 @@ Among = Literal["all", "others", "later"]
 
 
 def definition(
-    x: Tensor, y: Tensor, x_offsets: Tensor, y_offsets: Tensor, among: Among = "all"
+    x: Tensor, y: Tensor, x_offsets: Tensor, y_offsets: Tensor, among: Among = "all", unit: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Segment by segment, ROWS tokens at a time. Reads the offsets, so it waits for a device that holds them."""
+    """Segments of equal length in one go, others one by one, ROWS tokens at a time. Reads the offsets, so it waits for
+    a device that holds them."""
+
+    def normed(tokens: Tensor) -> Tensor:
+        return tokens.float() if unit else normalize(tokens.float(), dim=-1)
+
+    x_bounds, y_bounds, segments = x_offsets.tolist(), y_offsets.tolist(), len(x_offsets) - 1
+    if among == "all" and equal_steps(x_bounds) and equal_steps(y_bounds) and len(x) <= ROWS * segments:
+        rows, choices = (normed(tokens).unflatten(0, (segments, -1)) for tokens in (x, y))
+        best = torch.bmm(rows, choices.transpose(1, 2)).max(-1)
+        if segments > 1:
+            return best.values.flatten(), (best.indices + y_offsets[:-1, None].to(y.device)).flatten()
+        return best.values[0], best.indices[0]
     similarity, partner = [x.new_zeros(0, dtype=torch.float32)], [x.new_zeros(0, dtype=torch.int64)]
-    for (x0, x1), (y0, y1) in zip(pairwise(x_offsets.tolist()), pairwise(y_offsets.tolist()), strict=True):
-        choice = normalize(y[y0:y1].float(), dim=-1)
-        tokens = choice if x is y else normalize(x[x0:x1].float(), dim=-1)
+    for (x0, x1), (y0, y1) in zip(pairwise(x_bounds), pairwise(y_bounds), strict=True):
+        choice = normed(y[y0:y1])
+        tokens = choice if x is y else normed(x[x0:x1])
         column = torch.arange(y1 - y0, device=y.device)
         for start in range(0, x1 - x0, ROWS):
             cosine = tokens[start : start + ROWS] @ choice.T
@@ -65,7 +78,7 @@ if triton is not None:
     @triton.jit
     def _nearest(  # type: ignore[no-untyped-def]
         x, y, x_inverse, y_inverse, x_offsets, y_offsets, segments, x_stride, y_stride, width, similarity, partner, tokens,
-        AMONG: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, SEGMENTS: tl.constexpr,
+        AMONG: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, SEGMENTS: tl.constexpr,
     ):  # fmt: skip
         """Program (tile of x, share of the columns): the best of its columns, into [shares, ΣN]."""
         mine, first = segment_of(x_offsets, segments, tl.program_id(0), TILE, SEGMENTS)
@@ -74,7 +87,8 @@ if triton is not None:
         y_end = tl.load(y_offsets + mine + 1).to(tl.int64)
         if first < x_end:
             row = first + tl.arange(0, TILE)
-            x_norm = tl.load(x_inverse + row, mask=row < x_end, other=0.0)
+            if not UNIT:
+                x_norm = tl.load(x_inverse + row, mask=row < x_end, other=0.0)
             share = tl.cdiv(tl.cdiv(y_end - y_begin, TILE), tl.num_programs(1)) * TILE
             begin = y_begin + tl.program_id(1) * share
             end = tl.minimum(begin + share, y_end)
@@ -87,7 +101,8 @@ if triton is not None:
                 cosine = dots(
                     x, row, row < x_end, x_stride, y, column, column < end, y_stride, width, TILE, TILE, WIDTH
                 )
-                cosine *= x_norm[:, None] * tl.load(y_inverse + column, mask=column < end, other=0.0)[None, :]
+                if not UNIT:
+                    cosine *= x_norm[:, None] * tl.load(y_inverse + column, mask=column < end, other=0.0)[None, :]
                 open = (column < end)[None, :]
                 if AMONG == "others":
                     open = open & (row[:, None] != column[None, :])
@@ -112,12 +127,14 @@ def side_by_side(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def launch(x: Tensor, y: Tensor, x_offsets: Tensor, y_offsets: Tensor, among: Among = "all") -> tuple[Tensor, Tensor]:
+def launch(
+    x: Tensor, y: Tensor, x_offsets: Tensor, y_offsets: Tensor, among: Among = "all", unit: bool = False
+) -> tuple[Tensor, Tensor]:
     """The kernel's launcher: the definition's contract without gradients, for the dtypes in DTYPES."""
     same = x is y
     x = side_by_side(x)
     y = x if same else side_by_side(y)
-    norms = inverse_norms(x)
+    norms, others = (x, y) if unit else (inverse_norms(x), None if same else inverse_norms(y))
     tokens, segments, blocks = len(x), len(x_offsets) - 1, dot_tiles(len(x), x.element_size())
     tile = blocks["TILE"]
     tiles = tokens // tile + segments
@@ -128,9 +145,9 @@ def launch(x: Tensor, y: Tensor, x_offsets: Tensor, y_offsets: Tensor, among: Am
     if tokens:
         with torch.cuda.device_of(x):  # triton launches on the current device
             _nearest[(tiles, shares)](
-                x, y, norms, norms if same else inverse_norms(y), *bounds, segments, x.stride(0), y.stride(0), x.shape[1],
+                x, y, norms, norms if others is None else others, *bounds, segments, x.stride(0), y.stride(0), x.shape[1],
                 similarity, partner, tokens,
-                AMONG=among, **blocks, SEGMENTS=triton.next_power_of_2(segments),
+                AMONG=among, UNIT=unit, **blocks, SEGMENTS=triton.next_power_of_2(segments),
             )  # fmt: skip
     if shares == 1:
         return similarity[0], partner[0]
@@ -139,7 +156,7 @@ def launch(x: Tensor, y: Tensor, x_offsets: Tensor, y_offsets: Tensor, among: Am
 
 
 def nearest_tokens(
-    x: Tensor, y: Tensor, x_offsets: Tensor, y_offsets: Tensor, among: Among = "all"
+    x: Tensor, y: Tensor, x_offsets: Tensor, y_offsets: Tensor, among: Among = "all", unit: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(similarity, partner), see the top of the file. The similarity is differentiable.
 
@@ -153,7 +170,7 @@ def nearest_tokens(
             f"and segments have to agree, and for among={among!r} x is y"
         )
     fits = x.dtype == y.dtype and x.dtype in DTYPES and runs_triton(x, y)
-    return (launch if fits else definition)(x, y, x_offsets, y_offsets, among)
+    return (launch if fits else definition)(x, y, x_offsets, y_offsets, among, unit)
 
 
 def examples() -> Iterator[dict[str, Any]]:
@@ -173,6 +190,9 @@ def examples() -> Iterator[dict[str, Any]]:
     thin = case([65, 1], [64, 1], 1)
     yield {**thin, "x": thin["x"].sign(), "y": thin["y"].sign()}
     yield case([3], [200], 130)
+    level = case([40, 40, 40], [33, 33, 33], 20)
+    yield level
+    yield {**level, "x": normalize(level["x"], dim=-1), "y": normalize(level["y"], dim=-1), "unit": True}
     yield alone([1, 0, 129, 3], 40, "others")
     yield alone([1, 0, 129, 3], 40, "later")
     doubled = alone([70], 16, "others")

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtoken.kernels._dispatch import interpretable, runs_triton, tl, triton
+from vtoken.kernels._dispatch import equal_steps, interpretable, runs_triton, tl, triton
 from vtoken.kernels._tiles import LOG2_E, attention_tiles
 
 CHUNK = 1 << 24  # scores that the definition holds at once: 64 MiB of fp32
@@ -31,11 +31,16 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def definition(q: Tensor, k: Tensor, q_offsets: Tensor, k_offsets: Tensor, scale: float) -> Tensor:
-    """Segment by segment, a chunk of queries at a time. Reads the offsets, so it waits for a device that holds them."""
+    """Segments of equal length in one go, others one by one, a chunk of queries at a time. Reads the offsets, so it
+    waits for a device that holds them."""
     groups = groups_of(q, k, q_offsets, k_offsets)
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    bounds, segments = (q_offsets.tolist(), k_offsets.tolist()), len(k_offsets) - 1
+    if equal_steps(bounds[0]) and equal_steps(bounds[1]) and len(q) * q.shape[1] * len(k) <= CHUNK * segments:
+        queries = q.to(dtype).unflatten(1, (k.shape[1], groups)).unflatten(0, (segments, -1))
+        scores = torch.einsum("sqhgd,snhd->shqgn", queries, k.to(dtype).unflatten(0, (segments, -1)))
+        return (scores if scale == 1 else scores * scale).softmax(-1).mean((1, 2, 3)).flatten().float()
     parts = []
-    bounds = torch.stack([q_offsets.long(), k_offsets.long().to(q_offsets.device)]).tolist()
     for (q0, q1), (k0, k1) in zip(pairwise(bounds[0]), pairwise(bounds[1]), strict=True):
         keys = k[k0:k1].to(dtype)
         received = keys.new_zeros(k1 - k0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vtoken.kernels import gather_tokens, merge_tokens
+from vtoken.kernels.merge_tokens import totals
 from vtoken.stages.facts import Fact
 
 Grid = tuple[int, int, int]
@@ -142,6 +144,7 @@ class Keep:
         lengths: kept per image, on the host.
         into: [ΣN] kept slot (0..ΣK-1) that absorbs each token, -1 = dropped; None when losers are simply dropped. A
             kept token absorbs itself.
+        complete: no token is dropped, `into` holds no -1; saves looking for them.
         weight: [ΣN] weight of each token in its slot's mean; None means equal weights.
         fused: slots that are not to be plain means; only with `into`.
     """
@@ -151,6 +154,12 @@ class Keep:
     into: Tensor | None = None
     weight: Tensor | None = None
     fused: Fused | None = None
+    complete: bool = False
+
+    @cached_property
+    def total(self) -> Tensor | None:
+        """[ΣK] float32, weights of each slot's members; None where nothing is merged."""
+        return None if self.into is None else totals(self.into, len(self.index), self.weight, self.complete)
 
     def to(self, device: torch.device) -> Keep:
         """The same decision on another device."""
@@ -159,7 +168,7 @@ class Keep:
         if f is not None:
             features = None if f.features is None else f.features.to(device)
             f = replace(f, slots=f.slots.to(device), factor=f.factor.to(device), features=features)
-        return Keep(self.index.to(device), self.lengths, into, weight, f)
+        return Keep(self.index.to(device), self.lengths, into, weight, f, self.complete)
 
     def skipping(self, lengths: Sequence[int], skipped: Sequence[bool]) -> Keep:
         """The same decision, but images (of N_i = `lengths` tokens) that are skipped keep all tokens as they are."""
@@ -191,7 +200,8 @@ class Keep:
         """
         if self.into is None:
             return gather_tokens(x, self.index)
-        mean = merge_tokens(x, self.into, len(self.index), self.weight)
+        total = self.total if self.complete else None  # which the history of the tokens asks for too
+        mean = merge_tokens(x, self.into, len(self.index), self.weight, self.complete, total)
         if self.fused is None:
             return mean
         if self.fused.largest:

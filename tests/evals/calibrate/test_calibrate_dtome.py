@@ -16,7 +16,7 @@ from vtoken.cli import main
 from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals.calibrate import _batches
 from vtoken.evals.calibrate.dtome import calibrate, pictures
-from vtoken.hooks.state.run import TokenHistory
+from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.stages import Fact, VisualTokens
 
 
@@ -100,7 +100,7 @@ def test_every_picture_is_dealt_out_anew(lead):
             lead=lead,
         )
         keep = stage.select(seen)
-        x, lineage = keep.apply(x), lineage.advance(keep, image)
+        x, lineage = keep.apply(x), lineage.advance(keep)
         edges = []
         for i, groups in enumerate(sequences):
             a, b = groups[lead::2], groups[1 - lead :: 2]

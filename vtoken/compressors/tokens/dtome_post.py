@@ -45,21 +45,21 @@ class DToMePost(Compressor, Thresholds):
         metric, size, device = tokens.fact("mean_key").float(), tokens.size, owner.device
         size = torch.ones(len(owner), device=device) if size is None else size
         order = torch.argsort(owner, stable=True)
-        index = into = torch.arange(len(owner), device=device)
+        index = into = places = torch.arange(len(owner), device=device)
         for at in range(len(self.thresholds)):
             pairs = match(metric, order, held)
             taken = self.taken(pairs.value, held, at)
             if not any(taken):
                 continue
-            left, to, rank = merge(pairs, held, taken)
+            left, to, order = merge(pairs, held, taken, places)
             metric = Keep(left, (len(left),), to, size).apply(metric)
             size = torch.zeros(len(left), device=device).index_add_(0, to, size)
             held = [n - r for n, r in zip(held, taken, strict=True)]
-            index, into, owner = index[left], to[into], owner[left]
-            order = torch.argsort(owner * (len(tokens.x) + 1) + rank[left])
+            index, into = index[left], to[into]
         if len(index) == len(into):
             return keep_all(tokens)
-        return Keep(index, tuple(sum(held[i : i + each]) for i in range(0, len(held), each)), into, tokens.size)
+        lengths = tuple(sum(held[i : i + each]) for i in range(0, len(held), each))
+        return Keep(index, lengths, into, tokens.size, complete=True)
 
     def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None

@@ -85,10 +85,10 @@ class Unmerge:
                 "site tokens"
             )
         with Clock(v.batch_row.device) as clock:
-            if v.history.absorbed_by is not None or past_table(flow) is not None:
+            if v.history.slot is not None or past_table(flow) is not None:
                 self._open(flow)
         entry = trace_of(self.stage, v.lengths, v.history, clock, None)
-        flow.trace.stages.append(replace(entry, stood_aside=NOTHING if v.history.absorbed_by is None else None))
+        flow.trace.stages.append(replace(entry, stood_aside=NOTHING if v.history.slot is None else None))
 
     def go_on(self, flow: ForwardState) -> None:
         """A decode step, a text turn or a draft on a cache of merged keys; on an expanded one there is nothing to

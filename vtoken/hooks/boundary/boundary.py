@@ -117,7 +117,7 @@ class Boundary:
             flow.cache = cache = DynamicCache(config=self.lm.config)
         if self.shrinker is not None and flow.skip_reason is None:
             self.shrinker.check(cache)
-        if flow.live.history.absorbed_by is not None:
+        if flow.live.history.slot is not None:
             x = x.clone()
             x[flow.live.batch_row, flow.live.column] = values.to(x.dtype)
         flow.relayout()

@@ -18,7 +18,8 @@ from vtoken.hooks.state.image_spans import HIDDEN, ImageSpans, check, locate
 from vtoken.hooks.state.live_tokens import LiveTokens
 from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.hooks.state.prompt_text import answered
-from vtoken.hooks.state.run import TokenHistory, segments
+from vtoken.hooks.state.run import segments
+from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.hooks.state.trace import Trace
 from vtoken.stages import Keep, image_of, offsets_of
 
@@ -61,8 +62,8 @@ def build_prefill(
         project=partial(project, context.adapter) if context.adapter.encoder.unit == 1 else None,
     )
     trace.dense_rows = sorted(prefill.skipped)
-    if hidden or any(encode.alive is not None for encode in located.encodes):
-        values = entered(prefill, values)
+    if hidden or any(encode.shortened for encode in located.encodes):
+        values = entered(prefill, values, hidden)
     if located.newlines is not None and context.newline == "drop" and context.stages and prefill.skip_reason is None:
         prefill.leave(prefill.live)
     return prefill, values
@@ -128,40 +129,52 @@ def unmasked(whole: LiveTokens, new: Tensor, adapter: Any) -> LiveTokens:
     return whole.after(Keep(shown.nonzero()[:, 0], tuple(counts)))
 
 
-def entered(flow: PrefillState, values: Tensor) -> Tensor:
-    """Leaves out what the padding mask hides and what encoder stages dropped; returns the values that remain of [ΣN,
-    D].
+def entered(flow: PrefillState, values: Tensor, hidden: bool) -> Tensor:
+    """Leaves out what the padding mask hides (if it does) and what encoder stages dropped; returns the values that
+    remain of [ΣN, D].
 
     Of merged tokens, DeepStack features from before the merge are averaged, equally weighted; later ones, of which only
     some tokens have any, are those of the token that absorbed them.
     """
     v, encodes = flow.raster, flow.spans.encodes
-    gone = ~(
-        mask_of(flow.spans, [encode.alive for encode in encodes]).to(v.image.device) & flow.new[v.batch_row, v.column]
-    )
-    counts = v.image.new_zeros(len(v.lengths)).index_add_(0, v.image, (~gone).to(v.image)).tolist()
-    # As nonzero(), whose size the device would be asked for.
-    alive = torch.argsort(gone, stable=True)[: sum(counts)]
-    keep = Keep(alive, tuple(counts))
-    left = v.after(keep)
-    if any(encode.absorbed_by is not None for encode in encodes):
-        flat = [torch.full((len(e.fingerprint),), -2) if e.absorbed_by is None else e.absorbed_by for e in encodes]
-        absorbed_by = flow.spans.gather(flat).to(v.batch_row.device)
-        alone = torch.where(gone, -1, v.history.raster_index)
-        absorbed_by = torch.where(absorbed_by == -2, alone.to(absorbed_by.device), absorbed_by)
-        slot = torch.full_like(absorbed_by, -1)
-        slot[alive] = torch.arange(len(alive), device=alive.device)
-        target = absorbed_by + offsets_of(v.lengths, absorbed_by.device)[:-1][v.image]
-        into = slot[target.clamp(min=0)].masked_fill(absorbed_by < 0, -1)
-        left = left.with_home(absorbed_by.masked_fill(into < 0, -1))
-        keep = replace(keep, into=into)
+    keep = None if hidden else known(flow.spans)
+    if keep is None:
+        keep = found(flow)
+    left = v.after(keep.to(v.batch_row.device))
     if left.lengths == v.lengths:
         return values
     flow.leave(left)
     for tap, features in enumerate(flow.deepstack):
         there = mask_of(flow.spans, [encode.deep[tap] if encode.deep else None for encode in encodes])
         flow.deepstack[tap] = without(keep, ~there).to(features.device).apply(features)
-    return values[alive.to(values.device)]
+    return values[keep.index.to(values.device)]
+
+
+def known(spans: ImageSpans) -> Keep | None:
+    """What the vision tower left, where the host knows: one call's images, in their order, as the tower saw them."""
+    history = spans.encodes[0].history if len(spans.encodes) == 1 and spans.source is None else None
+    if history is None or len(history.full) != len(spans.layouts):
+        return None
+    return Keep(history.places, history.counts, history.slot, complete=history.complete)
+
+
+def found(flow: PrefillState) -> Keep:
+    """What is live of the unpruned tokens [ΣN]. Asks the device how many."""
+    v, encodes = flow.raster, flow.spans.encodes
+    gone = ~(mask_of(flow.spans, [e.left() for e in encodes]).to(v.image.device) & flow.new[v.batch_row, v.column])
+    counts = v.image.new_zeros(len(v.lengths)).index_add_(0, v.image, (~gone).to(v.image)).tolist()
+    # As nonzero(), whose size the device would be asked for.
+    keep = Keep(torch.argsort(gone, stable=True)[: sum(counts)], tuple(counts))
+    absorbed = [encode.absorbed() for encode in encodes]
+    if all(each is None for each in absorbed):
+        return keep
+    flat = [torch.full((len(e.fingerprint),), -2) if a is None else a for e, a in zip(encodes, absorbed, strict=True)]
+    absorbed_by = flow.spans.gather(flat).to(v.batch_row.device)
+    absorbed_by = torch.where(absorbed_by == -2, torch.where(gone, -1, v.history.raster_index), absorbed_by)
+    slot = torch.full_like(absorbed_by, -1)
+    slot[keep.index] = torch.arange(len(keep.index), device=slot.device)
+    target = absorbed_by + offsets_of(v.lengths, slot.device)[:-1][v.image]
+    return replace(keep, into=slot[target.clamp(min=0)].masked_fill(absorbed_by < 0, -1))
 
 
 def mask_of(located: ImageSpans, masks: Sequence[Tensor | None]) -> Tensor:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from vtoken.hooks.state.live_tokens import check, trace_of
-from vtoken.hooks.state.run import Clock, TokenHistory
+from vtoken.hooks.state.run import Clock
+from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.hooks.state.trace import StageTrace
 from vtoken.stages import Keep, Stage, VisualTokens
 
@@ -27,7 +26,6 @@ def decide(
     stage: Stage,
     tokens: VisualTokens,
     history: TokenHistory,
-    image: Tensor,
     *,
     skipped: Sequence[bool] = (),
     amend: Callable[[Keep], Keep] | None = None,
@@ -36,7 +34,7 @@ def decide(
     """Lets a stage choose among the live tokens.
 
     Args:
-        history: what became of all tokens so far; image: [ΣN] image of each live one.
+        history: what became of all tokens so far.
         skipped: per image, whether it keeps all its tokens; empty when none does. It decides all the same, so that
             facts and budgets need no cutting.
         amend: what has to hold of every decision here.
@@ -54,6 +52,6 @@ def decide(
         keep = amend(keep)
     untouched = keep.into is None and keep.lengths == tuple(tokens.lengths)
     if not untouched:
-        history = history.advance(keep, image)
+        history = history.advance(keep)
     entry = trace_of(stage, tokens.lengths, history, clock, tokens.layer, dict(substitutes or {}))
     return Decision(keep, history, entry, untouched)

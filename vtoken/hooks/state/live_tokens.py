@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vtoken.hooks.state.run import Clock, TokenHistory
+from vtoken.hooks.state.run import Clock
+from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.hooks.state.trace import StageTrace
 from vtoken.stages import Keep, Parts, Stage
 
@@ -46,14 +47,10 @@ class LiveTokens:
             batch_row=self.batch_row[one],
             column=self.column[index],
             image=self.image[one],
-            history=self.history.advance(keep, self.image) if history is None else history,
+            history=self.history.advance(keep) if history is None else history,
             segment=None if self.segment is None else self.segment[index],
             closed_by=None if self.closed_by is None else self.closed_by[index],
         )
-
-    def with_home(self, absorbed_by: Tensor) -> LiveTokens:
-        """The same tokens, after an encoder stage that merged."""
-        return replace(self, history=replace(self.history, absorbed_by=absorbed_by))
 
     def per_row(self, batch: int) -> list[int]:
         out = [0] * batch

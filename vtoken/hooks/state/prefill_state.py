@@ -156,13 +156,12 @@ class PrefillState(ForwardState):
             facts=facts,
             layer=layer,
             memory=self.memory.setdefault(id(stage), {}),
-            size=v.history.size(),
+            size=v.history.size,
         )
         found = decide(
             stage,
             tokens,
             v.history,
-            v.image,
             skipped=[row in self.skipped for row in v.row] if self.skipped else (),
             amend=self._with_last,
             substitutes=substitutes,

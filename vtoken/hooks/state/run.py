@@ -6,83 +6,18 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.hooks.state.trace import StageTrace, Trace
-from vtoken.stages import Parts, size_of, uploaded
+from vtoken.stages import Parts, size_of
 
 KINDS = ("image", "video")  # of visual tokens; Run.kinds counts from 1
 
 UNSEEN = "inputs_embeds came without pixels, so pictures that are merged in them already cannot be found"
-
-
-@dataclass(frozen=True)
-class TokenHistory:
-    """What became of every unpruned visual token of a batch of images.
-
-    Attributes:
-        full: unpruned tokens per image.
-        raster_index: [ΣK] position of each live token in its image's unpruned raster.
-        lengths: live tokens per image; None means `full`.
-        absorbed_by: [Σfull] position (in its image's raster) of the live token that stands for each unpruned one, -1 =
-            dropped; None while nothing was merged.
-    """
-
-    full: tuple[int, ...]
-    raster_index: Tensor
-    lengths: tuple[int, ...] | None = None
-    absorbed_by: Tensor | None = None
-
-    def advance(self, keep: Any, image: Tensor) -> TokenHistory:
-        """After a Keep. `image` [ΣK] is the image of each live token."""
-        raster_index, absorbed_by = keep.index.to(self.raster_index.device), self.absorbed_by
-        if len(self.full) > 1 or self.counts != self.full:  # of one whole image, a token's row is its place
-            raster_index = self.raster_index[raster_index]
-        if keep.into is not None or absorbed_by is not None:
-            device = self.raster_index.device
-            start = uploaded([0, *accumulate(self.full)][:-1], device)
-            arange = torch.arange(len(self.raster_index), device=device)
-            if keep.into is None:
-                target = torch.full_like(arange, -1)
-                target[keep.index.to(device)] = raster_index
-            else:
-                into = keep.into.to(device)
-                target = torch.where(into >= 0, raster_index[into.clamp(min=0)], -1)
-            moved = torch.full((sum(self.full),), -1, device=device)
-            moved[start[image.to(device)] + self.raster_index] = target
-            if absorbed_by is None:
-                absorbed_by = moved
-            else:
-                of = torch.repeat_interleave(uploaded(self.full, device), output_size=sum(self.full))
-                absorbed_by = torch.where(absorbed_by >= 0, moved[(start[of] + absorbed_by).clamp(min=0)], -1)
-        return TokenHistory(self.full, raster_index, keep.lengths, absorbed_by)
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """Live tokens per image."""
-        return self.full if self.lengths is None else self.lengths
-
-    def kept(self) -> list[Tensor]:
-        return list(self.raster_index.split(self.counts))
-
-    def size(self) -> Tensor | None:
-        """[ΣK] float32, unpruned tokens that each live one stands for; None while nothing was merged."""
-        if self.absorbed_by is None:
-            return None
-        full, live = (uploaded(n, self.absorbed_by.device) for n in (self.full, self.counts))
-        start = full.cumsum(0) - full
-        slot = start.repeat_interleave(full, output_size=len(self.absorbed_by)) + self.absorbed_by
-        counts = torch.zeros_like(slot, dtype=torch.float32).index_add_(
-            0, slot.clamp(min=0), (self.absorbed_by >= 0).float()
-        )
-        return counts[start.repeat_interleave(live, output_size=len(self.raster_index)) + self.raster_index]
-
-    def into(self) -> list[Tensor] | None:
-        return None if self.absorbed_by is None else list(self.absorbed_by.split(self.full))
 
 
 @dataclass(frozen=True)
@@ -181,10 +116,12 @@ class Encoded:
     Attributes:
         layouts: of each image, in the order the model packs them.
         facts: Fact -> [ΣN, ...] aligned with the packed, unpruned visual tokens (0 where dropped).
-        alive: [ΣN] which of them the vision tower left; None where all are. Values tell nothing: a model may overflow.
         deep: the same for what DeepStack taps from the tower, tap by tap.
         fingerprint: [ΣN] first channel of the projected features: proof that what reaches the LLM is what was scored.
         stages: trace entries of encoder-site stages.
+        history: what the vision tower left of the images, where its images are the model's; the next two are for towers
+            that see other ones (crops).
+        alive: [ΣN] which tokens it left; None where all are. Values tell nothing: a model may overflow.
         absorbed_by: [ΣN] as in TokenHistory, when an encoder stage merged.
         counted: as in Trace.
         untold: an encoder stage merged, but the model interpolated its output, so that no token stands for certain
@@ -195,11 +132,25 @@ class Encoded:
     facts: dict[Any, Tensor]
     fingerprint: Tensor
     stages: list[StageTrace]
+    history: TokenHistory | None = None
+    alive: Tensor | None = None
     absorbed_by: Tensor | None = None
     untold: bool = False
-    alive: Tensor | None = None
     deep: tuple[Tensor | None, ...] = ()
     counted: str | None = None
+
+    @property
+    def shortened(self) -> bool:
+        """Whether the vision tower left out any token."""
+        return self.alive is not None if self.history is None else self.history.short
+
+    def left(self) -> Tensor | None:
+        """[ΣN] bool: which tokens the vision tower left; None where all."""
+        return self.alive if self.history is None else self.history.mask()
+
+    def absorbed(self) -> Tensor | None:
+        """[ΣN] as in TokenHistory; None where nothing was merged."""
+        return self.absorbed_by if self.history is None else self.history.absorbed_by
 
 
 class Run(threading.local):

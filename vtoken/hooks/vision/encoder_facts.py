@@ -146,10 +146,12 @@ def one_query(q: Tensor, k: Tensor, held: Sequence[int], scale: float, cls: bool
         held: M_i, tokens of each image.
     """
     offsets = offsets_of(held, k.device)
-    if cls:
-        query = q[offsets[:-1].long()]
+    if min(held) == max(held):
+        rows = q.unflatten(0, (len(held), -1))
+        query = rows[:, 0] if cls else rows.float().mean(1).to(q.dtype)
+    elif cls:
+        query = q[offsets[:-1]]
     else:
-        counts = torch.tensor(held, device=q.device)
-        query = torch.segment_reduce(q.float(), "mean", lengths=counts, unsafe=True).to(q.dtype)
-    one_each = torch.arange(len(held) + 1, dtype=torch.int32, device=k.device)
-    return query_attention(query, k, one_each, offsets, scale)
+        lengths = torch.tensor(held, device=q.device)
+        query = torch.segment_reduce(q.float(), "mean", lengths=lengths, unsafe=True).to(q.dtype)
+    return query_attention(query, k, offsets_of([1] * len(held), k.device), offsets, scale)

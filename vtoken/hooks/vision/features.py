@@ -83,17 +83,19 @@ class FeatureHooks:
         def pack(values: Tensor) -> Tensor:
             return self.adapter.pack(call, values)
 
-        facts = {
-            f: pack(v[..., None])[..., 0] if scalar(f) else pack(v) for f, v in tower.facts.items() if f in self.wanted
-        }
-        traces, absorbed_by = tower.traces, tower.history.absorbed_by
+        facts = {f: pack(v[..., None])[..., 0] if scalar(f) else pack(v) for f, v in tower.facts.items()}
+        encoded = Encoded(
+            call.layouts, facts, fingerprint, tower.traces, tower.history, deep=tuple(tower.deep), counted=call.counted
+        )
         if call.skip_reason is not None:
-            traces = [replace(trace, stood_aside=call.skip_reason) for trace in traces]
-        if traces and tower.history.full != tuple(layout.tokens for layout in call.layouts):
-            traces, absorbed_by = repacked(pack, call, tower.history.full, traces)
-        untold = absorbed_by is None and tower.history.absorbed_by is not None
-        alive, deep = packed_mask(pack, tower.alive()), tuple(tower.deep)
-        return Encoded(call.layouts, facts, fingerprint, traces, absorbed_by, untold, alive, deep, call.counted)
+            encoded.stages = [replace(trace, stood_aside=call.skip_reason) for trace in tower.traces]
+        if tower.history.full != tuple(layout.tokens for layout in call.layouts):
+            encoded.history = None
+            if encoded.stages:
+                encoded.stages, encoded.absorbed_by = repacked(pack, call, tower.history.full, encoded.stages)
+            encoded.untold = encoded.absorbed_by is None and tower.history.slot is not None
+            encoded.alive = packed_mask(pack, tower.alive())
+        return encoded
 
 
 def packed_mask(pack: Pack, alive: Tensor | None) -> Tensor | None:

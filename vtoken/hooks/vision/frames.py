@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from vtoken.hooks.state.decide import decide
-from vtoken.hooks.state.run import ImageLayout, TokenHistory
+from vtoken.hooks.state.run import ImageLayout
+from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.hooks.state.trace import StageTrace
-from vtoken.stages import Keep, Stage, VisualTokens, image_of, offsets_of
+from vtoken.stages import Keep, Stage, VisualTokens, offsets_of
 
 SIDE = 16  # of a thumbnail
 T = TypeVar("T")
@@ -51,9 +52,7 @@ def choose(stages: Sequence[Stage], x: Tensor, frames: Sequence[int], skipped: S
     parts, steps = [((n, 1, 1),) for n in frames], []
     for stage in stages:
         tokens = VisualTokens.pack(x[index], lengths, parts, range(len(parts)), history.raster_index)
-        found = decide(
-            stage, tokens, history, image_of(lengths, x.device), skipped=skipped, amend=partial(chooses, stage)
-        )
+        found = decide(stage, tokens, history, skipped=skipped, amend=partial(chooses, stage))
         history, lengths = found.history, found.keep.lengths
         index = index[found.keep.index.to(index.device)]
         steps.append(found.trace)
@@ -109,7 +108,7 @@ def shorten(tower: Any, chosen: Chosen, unit: int) -> None:
         kept = torch.cat([p.to(device) + s for p, s in zip(step.kept, start, strict=True)])
         lengths = tuple(len(p) * n for p, n in zip(step.kept, each, strict=True))
         keep = Keep(torch.isin(frame[token], kept).nonzero()[:, 0], lengths)
-        tower.history = tower.history.advance(keep, tower.image[token])
+        tower.history = tower.history.advance(keep)
         token = token[keep.index]
         tower.traces.append(traced(step, before, tower.history.kept(), unit, lengths))
     tower.live = token[tower.slot[token].argsort()]
@@ -148,8 +147,8 @@ def expand_to_all_frames(tower: Any, chosen: Chosen) -> None:
             out[i] = value
         return out
 
-    nothing = torch.arange(0, device=tower.rows.device)
-    gone = torch.full((full,), -1, device=tower.rows.device)
+    device = tower.history.raster_index.device
+    nothing, gone = torch.arange(0, device=device), torch.full((full,), -1, device=device)
     later = [
         replace(
             t,
@@ -171,16 +170,15 @@ def expand_to_all_frames(tower: Any, chosen: Chosen) -> None:
         tower.traces.append(traced(step, before, kept, 1, [len(p) * full for p in step.kept]))
         alive = left
     tower.traces += later
-    rows = chosen.index.to(tower.rows.device)
+    rows = chosen.index.to(device)
     for fact, values in tower.facts.items():
         wide = values.new_zeros(many, *values.shape[1:])
         wide[rows.to(values.device)] = values
         tower.facts[fact] = wide
-    absorbed_by = tower.history.absorbed_by
-    if absorbed_by is not None:
-        wide = absorbed_by.new_full((many, full), -1)
-        wide[rows] = absorbed_by.view(-1, full)
-        absorbed_by = wide.flatten()
+    slot = tower.history.slot
+    if slot is not None:
+        wide = slot.new_full((many, full), -1)
+        wide[rows] = slot.view(-1, full)
+        slot = wide.flatten()
     counts = tuple(spread(tower.history.counts, 0))
-    tower.history = TokenHistory((full,) * many, tower.history.raster_index, counts, absorbed_by)
-    tower.rows = rows[tower.rows]
+    tower.history = TokenHistory((full,) * many, tower.history.raster_index, counts, slot, complete=False)

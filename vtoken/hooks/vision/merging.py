@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.run import FeatureCall, Run
-from vtoken.stages import Stage
+from vtoken.stages import Stage, image_of
 
 Decide = Callable[[Stage, int, Tensor], Tensor]
 
@@ -60,23 +60,14 @@ class MergeInLayer:
         if tower.merged is None:
             return None
         tower.merged = tower.merged + out
-        return out.new_zeros(1, 1, 1)
+        if tower.nothing is None:
+            tower.nothing = out.new_zeros(1, 1, 1)
+        return tower.nothing
 
     def _add(self, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor | None:
         tower = self.run.tower
         merged, tower.merged = tower.merged, None
         return None if merged is None else merged
-
-
-def log_size(tower: Any, width: int) -> Tensor | None:
-    """[crops, width] float32: log of how many patches each column of the padded batch stands for; None while nothing
-    was merged."""
-    size = tower.history.size()
-    if size is None:
-        return None
-    out = size.new_zeros(len(tower.history.full), width)
-    out[tower.rows, tower.columns] = size.log()
-    return out
 
 
 def check_resized(call: FeatureCall | None) -> None:
@@ -115,13 +106,14 @@ def move_to_visible_member(tower: Any, call: FeatureCall, pack: Callable[[Featur
 
     absorbed_by = history.absorbed_by.view_as(visible)
     to = moves(absorbed_by)
-    raster_index = to[tower.rows, history.raster_index]
+    crop = image_of(history.counts, to.device)
+    raster_index = to[crop, history.raster_index]
     for fact, values in tower.facts.items():
-        rows, before, after = (index.to(values.device) for index in (tower.rows, history.raster_index, raster_index))
+        rows, before, after = (index.to(values.device) for index in (crop, history.raster_index, raster_index))
         moved = values.clone()
         moved[rows, after] = values[rows, before]
         tower.facts[fact] = moved
-    tower.history = replace(history, raster_index=raster_index, absorbed_by=followed(absorbed_by, to).flatten())
+    tower.history = replace(history, raster_index=raster_index)
     for number, trace in enumerate(tower.traces):
         if trace.into is not None:
             to = moves(torch.stack(trace.into))

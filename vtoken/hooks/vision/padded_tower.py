@@ -10,19 +10,78 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vtoken.hooks.state.run import FeatureCall, TokenHistory
+from vtoken.hooks.state.run import FeatureCall
+from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.hooks.vision import frames
 from vtoken.hooks.vision.encoder_facts import EncoderLayer, biased
-from vtoken.hooks.vision.merging import MergeInLayer, check_resized, log_size, move_to_visible_member
+from vtoken.hooks.vision.merging import MergeInLayer, check_resized, move_to_visible_member
 from vtoken.hooks.vision.tower import Tower, TowerState
-from vtoken.stages import Fact, Keep, Parts, uploaded
+from vtoken.stages import Fact, Keep, Parts, image_of, offsets_of, uploaded
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How the live patches of crops lie in a padded batch.
+
+    Attributes:
+        counts: of each crop.
+        cls: tokens in front of every crop.
+    """
+
+    counts: tuple[int, ...]
+    cls: int
+    device: torch.device
+
+    @property
+    def ragged(self) -> bool:
+        return min(self.counts) < max(self.counts)
+
+    @cached_property
+    def valid(self) -> Tensor | None:
+        """[crops, P] which columns are real, CLS included; None when all are."""
+        if not self.ragged:
+            return None
+        counts = uploaded([n + self.cls for n in self.counts], self.device)
+        return torch.arange(max(self.counts) + self.cls, device=self.device) < counts[:, None]
+
+    @cached_property
+    def at(self) -> tuple[Tensor, Tensor]:
+        """Row and column of each live patch [ΣK]; columns count CLS."""
+        rows = image_of(self.counts, self.device)
+        columns = torch.arange(len(rows), device=self.device) - offsets_of(self.counts, self.device)[:-1][rows]
+        return rows, columns + self.cls
+
+    def packed(self, padded: Tensor) -> Tensor:
+        """[crops, P, ...] -> [ΣP, ...] without padding."""
+        return padded.flatten(0, 1) if self.valid is None else padded[self.valid.to(padded.device)]
+
+    def patches(self, padded: Tensor) -> Tensor:
+        """[crops, P, ...] -> [ΣK, ...] without padding and CLS."""
+        if not self.ragged:
+            return padded[:, self.cls :].flatten(0, 1)
+        rows, columns = self.at
+        return padded[rows.to(padded.device), columns.to(padded.device)]
+
+    def pad(self, values: Tensor, lead: Tensor | None = None) -> Tensor:
+        """[ΣK, ...] -> [crops, P, ...], CLS `lead` [crops, 1, ...] (None: zeros) in front of every crop."""
+        if not self.ragged:
+            short = values.unflatten(0, (len(self.counts), -1))
+            if not self.cls or lead is not None:
+                return short if lead is None else torch.cat([lead, short], 1)
+            return torch.nn.functional.pad(short, [0, 0] * (short.ndim - 2) + [self.cls, 0])
+        rows, columns = (index.to(values.device) for index in self.at)
+        out = values.new_zeros(len(self.counts), max(self.counts) + self.cls, *values.shape[1:])
+        if lead is not None:
+            out[:, :1] = lead
+        out[rows, columns] = values
+        return out
 
 
 @dataclass(kw_only=True)
@@ -30,34 +89,31 @@ class PaddedState(TowerState):
     """State of one tower call.
 
     Attributes:
-        rows, columns: [ΣK] where each live patch sits in the padded batch (columns count CLS).
-        valid: [crops, P] which columns of the padded batch are real, or None when all are.
+        batch: where the live patches lie.
         bias: [crops, P] float32, what is added to the logits of its keys, or None.
-        patches: [ΣK] row of each live patch among all that is not padding, CLS included; None until it is asked for.
         merged: between attention and MLP of a layer, the merged tokens [crops, P, D].
+        nothing: [1, 1, 1] zero, in place of what was merged.
         chosen: which frames of a video the crops are, or None when they are all that came.
     """
 
-    rows: Tensor
-    columns: Tensor
-    valid: Tensor | None = None
+    batch: Batch
     bias: Tensor | None = None
-    patches: Tensor | None = None
     merged: Tensor | None = None
+    nothing: Tensor | None = None
     chosen: frames.Chosen | None = None
 
-    def packed(self, padded: Tensor) -> Tensor:
-        """[crops, P, ...] -> [ΣP, ...] without padding."""
-        return padded.flatten(0, 1) if self.valid is None else padded[self.valid.to(padded.device)]
+    @property
+    def arrangement(self) -> TokenHistory:
+        return self.history
 
-    def restore(self, values: Tensor) -> Tensor:
+    def restore(self, values: Tensor, arrangement: TokenHistory | None = None) -> Tensor:
         """[ΣK, ...] of live patches -> [crops, full, ...] with zeros where patches were dropped."""
-        crops, full = len(self.history.full), self.history.full[0]
-        if not self.short:
-            return values.unflatten(0, (-1, full))
-        out = values.new_zeros(crops, full, *values.shape[1:])
-        out[self.rows.to(out.device), self.history.raster_index.to(out.device)] = values
-        return out
+        history = self.history if arrangement is None else arrangement
+        full = history.full[0]
+        if history.short:
+            out = values.new_zeros(len(history.full) * full, *values.shape[1:])
+            values = out.index_copy_(0, history.places.to(out.device), values)
+        return values.unflatten(0, (-1, full))
 
 
 class PaddedTower(Tower):
@@ -82,8 +138,7 @@ class PaddedTower(Tower):
         patch = torch.arange(full, device=device).repeat(crops)
         self.run.tower = state = PaddedState(
             history=TokenHistory((full,) * crops, patch),
-            rows=torch.arange(crops, device=device).repeat_interleave(full),
-            columns=patch + int(self.encoder.cls),
+            batch=Batch((full,) * crops, int(self.encoder.cls), device),
             chosen=chosen,
             skipped=skipped,
             skip_reason=None if call is None else call.skip_reason,
@@ -117,49 +172,43 @@ class PaddedTower(Tower):
 
     def _projected(self, module: Any, kwargs: dict) -> EncoderLayer:
         state, e = self.state, self.encoder
-        projected = {name: state.packed(value).unflatten(-1, (e.heads, -1)) for name, value in state.taps.items()}
-        turn = None if state.bias is None else partial(biased, bias=state.packed(state.bias), scale=e.scale)
+        packed = state.batch.packed
+        projected = {name: packed(value).unflatten(-1, (e.heads, -1)) for name, value in state.taps.items()}
+        turn = None if state.bias is None else partial(biased, bias=packed(state.bias), scale=e.scale)
         return EncoderLayer(projected, [n + e.cls for n in state.history.counts], e.scale, e.cls, turn=turn)
 
     def _per_token(self, value: Tensor) -> Tensor:
-        state = self.state
-        if not self.encoder.cls:
-            return value.to(state.rows.device)
-        if state.patches is None:
-            # Packed row of each live patch: its rank, plus one CLS row for every crop up to its own.
-            state.patches = torch.arange(1, 1 + len(state.rows), device=state.rows.device) + state.rows
-        return value[state.patches.to(value.device)].to(state.rows.device)
+        """Without CLS tokens."""
+        batch: Batch = self.state.batch
+        if not batch.cls:
+            return value
+        if not batch.ragged:
+            return value.unflatten(0, (len(batch.counts), -1))[:, 1:].flatten(0, 1)
+        # Packed row of each live patch: its rank, plus one CLS row for every crop up to its own.
+        rows = batch.at[0]
+        return value[(torch.arange(1, 1 + len(rows), device=rows.device) + rows).to(value.device)]
 
-    def _gather(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        rows, columns = self.state.rows, self.state.columns
-        return hidden[rows.to(hidden.device), columns.to(hidden.device)], rows
+    def _gather(self, hidden: Tensor) -> Tensor:
+        return self.state.batch.patches(hidden)
 
     def _live(self, fact: Tensor) -> Tensor:
-        return fact[self.state.rows, self.state.history.raster_index]
+        return fact.flatten(0, 1)[self.state.history.places.to(fact.device)]
 
     def _rasters(self) -> tuple[tuple[Parts, ...], Tensor | None]:
         side = math.isqrt(self.adapter.patches)
         return (((1, side, side),),) * len(self.state.history.full), None
 
     def _put_back(self, keep: Keep, values: Tensor, hidden: Tensor) -> Tensor:
-        state, lengths, cls = self.state, keep.lengths, int(self.encoder.cls)
-        crops, width, home = len(lengths), max(lengths), state.rows.device
-        counts = uploaded(lengths, home)
-        rows = torch.arange(crops, device=home).repeat_interleave(counts, output_size=sum(lengths))
-        columns = torch.cat([torch.arange(n, device=home) for n in lengths]) + cls
-        short = hidden.new_zeros(crops, width + cls, hidden.shape[2])
-        if cls:
-            short[:, 0] = hidden[:, 0]
-        short[rows.to(hidden.device), columns.to(hidden.device)] = keep.apply(values)
-        state.rows, state.columns, state.patches = rows, columns, None
-        ragged = min(lengths) < width
-        state.valid = torch.arange(width + cls, device=home) < (counts + cls)[:, None] if ragged else None
-        state.bias = log_size(state, width + cls) if self.proportional else None
-        return short
+        state, cls = self.state, int(self.encoder.cls)
+        state.batch = batch = Batch(keep.lengths, cls, state.batch.device)
+        size = state.history.size if self.proportional else None
+        if size is not None:
+            state.bias = batch.pad(size.log())
+        return batch.pad(keep.apply(values), hidden[:, :1] if cls else None)
 
     def _survivors(self, layer: int, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
         """Padded keys are masked."""
-        valid, bias = self.state.valid, self.state.bias
+        valid, bias = self.state.batch.valid, self.state.bias
         if valid is None and bias is None:
             return {}
         if valid is not None and "flash" in (self.adapter.tower.config._attn_implementation or ""):
@@ -174,7 +223,8 @@ class PaddedTower(Tower):
         state, call = self.state, self.run.call
         if state is None:
             return None
-        rows, columns = state.rows, state.columns - int(self.encoder.cls)
+        # The projector is given patches without CLS.
+        patches = replace(state.batch, cls=0).patches
         if call is not None and state.history.full != tuple(layout.tokens for layout in call.layouts):
             move_to_visible_member(state, call, self.adapter.pack)
         if state.chosen is not None:
@@ -182,7 +232,7 @@ class PaddedTower(Tower):
         short = state.short
 
         def full(x: Tensor) -> Tensor:
-            return state.restore(x[rows.to(x.device), columns.to(x.device)]) if short else x
+            return state.restore(patches(x)) if short else x
 
         if self.features:
             state.facts[Fact("features")] = full(args[0]).detach()

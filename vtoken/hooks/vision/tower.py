@@ -22,7 +22,7 @@ from vtoken.hooks.state.context import Context, by_layer
 from vtoken.hooks.state.decide import decide
 from vtoken.hooks.state.encoder_fact import substituted
 from vtoken.hooks.state.live_tokens import skipped_entry
-from vtoken.hooks.state.run import TokenHistory
+from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.hooks.state.trace import StageTrace
 from vtoken.hooks.vision.encoder_facts import OF_LAYER, EncoderLayer, compute, projections
 from vtoken.stages import Fact, Keep, Parts, Stage, VisualTokens
@@ -38,7 +38,9 @@ class TowerState(ABC):
             stage acts at all, or None.
         taps: q, k, v or qkv -> what the layer at work projected.
         deep: what DeepStack taps, tap by tap: what was left then, see `alive`.
-        facts: [ΣN, ...] (padded towers: [crops, patches, ...]), 0 where a token was dropped before the fact was read.
+        facts: for later stages, [ΣN, ...] (padded towers: [crops, patches, ...]), 0 where a token was dropped before the
+            fact was read.
+        read: [ΣK, ...] what was read for stages in the tower, and the `arrangement` of the live tokens then.
     """
 
     history: TokenHistory
@@ -46,21 +48,28 @@ class TowerState(ABC):
     skip_reason: str | None = None
     taps: dict[str, Tensor] = field(default_factory=dict)
     facts: dict[Fact, Tensor] = field(default_factory=dict)
+    read: dict[Fact, tuple[Tensor, Any]] = field(default_factory=dict)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
     traces: list[StageTrace] = field(default_factory=list)
     deep: list[Tensor | None] = field(default_factory=list)
 
     @property
     def short(self) -> bool:
-        return sum(self.history.counts) < sum(self.history.full)
+        return self.history.short
 
     def alive(self) -> Tensor | None:
         """Which tokens are left, in the shape of a fact; None where all are."""
         return self.restore(torch.ones_like(self.history.raster_index, dtype=torch.bool)) if self.short else None
 
+    @property
     @abstractmethod
-    def restore(self, values: Tensor) -> Tensor:
-        """Values [ΣK, ...] of the live tokens in the shape of a fact, 0 where a token was dropped."""
+    def arrangement(self) -> Any:
+        """How the live tokens lie in the tower: another object after every drop."""
+
+    @abstractmethod
+    def restore(self, values: Tensor, arrangement: Any = None) -> Tensor:
+        """Values [ΣK, ...] of the tokens that are live, or were in an earlier arrangement, in the shape of a fact, 0
+        where a token was dropped."""
 
 
 class Tower(ABC):
@@ -138,7 +147,10 @@ class Tower(ABC):
         found = self._projected(module, kwargs)
         state.taps = {}
         for fact in wanted:
-            state.facts[fact] = state.restore(self._per_token(compute(fact, found)))
+            value = self._per_token(compute(fact, found))
+            state.read[fact] = value, state.arrangement
+            if fact in self.context.wanted:
+                state.facts[fact] = state.restore(value)
 
     def _layer(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """Before a layer: the stages that act after the one before it decide, and only what is left is handed on."""
@@ -163,7 +175,7 @@ class Tower(ABC):
         if state.skip_reason is not None:
             state.traces.append(skipped_entry(stage, history, state.skip_reason, layer))
             return hidden
-        values, image = self._gather(hidden)
+        values = self._gather(hidden)
         parts, segment = self._rasters()
         tokens = VisualTokens.pack(
             self._seen(values),
@@ -172,15 +184,15 @@ class Tower(ABC):
             range(len(parts)),
             history.raster_index.to(device),
             segment=None if segment is None else segment.to(device),
-            facts={need: self._live(state.facts[self._stored(need, layer)]).to(device) for need in stage.needs()},
+            facts={need: self._read(self._stored(need, layer)).to(device) for need in stage.needs()},
             layer=layer,
             memory=state.memory.setdefault(id(stage), {}),
-            size=history.size(),
+            size=history.size,
             lead=int(self.encoder.cls),
         )
         given = substituted(stage, self.adapter.substitutes)
         amend = partial(leaves_some, stage) if self.encoder.unit > 1 else None
-        found = decide(stage, tokens, history, image, skipped=state.skipped, amend=amend, substitutes=given)
+        found = decide(stage, tokens, history, skipped=state.skipped, amend=amend, substitutes=given)
         state.history = found.history
         state.traces.append(found.trace)
         return hidden if found.untouched else self._put_back(found.keep, values, hidden)
@@ -213,9 +225,20 @@ class Tower(ABC):
     def _survivors(self, layer: int, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
         """Arguments of the layer that fit what is left."""
 
+    def _read(self, fact: Fact) -> Tensor:
+        """[ΣK, ...] what a layer said of the live tokens."""
+        values, arrangement = self.state.read[fact]
+        if arrangement is self.state.arrangement:
+            return self._in_order(values)
+        return self._live(self.state.restore(values, arrangement))
+
+    def _in_order(self, values: Tensor) -> Tensor:
+        """[ΣK, ...] of the live tokens as the tower holds them, in reading order."""
+        return values
+
     @abstractmethod
-    def _gather(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The live tokens of hidden states [ΣK, ...], and [ΣK] the image of each."""
+    def _gather(self, hidden: Tensor) -> Tensor:
+        """[ΣK, ...] the live tokens of hidden states."""
 
     def _seen(self, values: Tensor) -> Tensor:
         """[ΣK, D] what a stage sees of the live tokens."""

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtoken.hooks.state.run import ImageLayout, TokenHistory, segments
+from vtoken.hooks.state.run import ImageLayout, segments
+from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.hooks.vision import frames
 from vtoken.hooks.vision.encoder_facts import EncoderLayer
 from vtoken.hooks.vision.tower import Tower, TowerState
@@ -44,8 +45,12 @@ class VarlenState(TowerState):
     rotary: tuple[Tensor, Tensor] | None = None
     bounds: dict[bool, tuple[Tensor, int | None]] = field(default_factory=dict)
 
-    def restore(self, values: Tensor) -> Tensor:
-        return self.scatter(values, self.live)
+    @property
+    def arrangement(self) -> Tensor:
+        return self.live
+
+    def restore(self, values: Tensor, arrangement: Tensor | None = None) -> Tensor:
+        return self.scatter(values, self.live if arrangement is None else arrangement)
 
     def in_tower_order(self, values: Tensor) -> Tensor:
         """As `restore`, where the model still has to undo the tower's order."""
@@ -117,9 +122,11 @@ class VarlenTower(Tower):
         slots = self.state.slot[self.state.live].to(hidden.device)
         return self._groups(hidden)[slots].flatten(0, 1)
 
-    def _gather(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        token, rank = self.state.live.sort()
-        return self._groups(hidden)[rank.to(hidden.device)], self.state.image[token]
+    def _in_order(self, values: Tensor) -> Tensor:
+        return values[self.state.live.argsort().to(values.device)]
+
+    def _gather(self, hidden: Tensor) -> Tensor:
+        return self._in_order(self._groups(hidden))
 
     def _seen(self, values: Tensor) -> Tensor:
         return values.mean(1)

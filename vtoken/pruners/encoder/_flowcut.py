@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log
 
 import torch
 from torch import Tensor
 
-from vtoken.stages import Parts, VisualTokens, image_of, offsets_of, size_of
+from vtoken.stages import Keep, Parts, VisualTokens, image_of, offsets_of, size_of
 from vtoken.stages.budget import Budget
 
 
@@ -17,39 +19,53 @@ def targets(keep: Budget, lengths: Sequence[int], parts: Sequence[Parts]) -> tup
     return tuple(min(n, k) for n, k in zip(lengths, wanted, strict=True))
 
 
-def share(x: Tensor, held: Sequence[int]) -> Tensor:
-    """x [ΣN], none negative, over the sum of its unit; zeros where that is 0. `held`: tokens per unit."""
-    counts = torch.tensor(held, device=x.device)
-    total = torch.segment_reduce(x, "sum", lengths=counts, unsafe=True).clamp(min=torch.finfo(x.dtype).tiny)
-    return x / total.repeat_interleave(counts, output_size=len(x))
-
-
-def losses(p: Tensor, held: Sequence[int], target: Sequence[int], ahead: int) -> Tensor:
-    """[units] int64: how many tokens the entropy of each unit lets go of.
+def losses(attention: Tensor, held: Sequence[int], target: Sequence[int], ahead: int) -> list[int]:
+    """How many tokens the entropy of each unit lets go of. Asks the device once.
 
     Args:
-        p: [ΣN] shares of the attention.
+        attention: [ΣN] float32, none negative.
         target: tokens that stay in the end, per unit.
         ahead: layers from here to the last cut, at least 1.
     """
-    n, k = (torch.tensor(counts, device=p.device) for counts in (held, target))
-    entropy = torch.segment_reduce(torch.special.entr(p), "sum", lengths=n, unsafe=True) / n.clamp(min=2).log()
-    return ((n - k) / ahead**0.5 * (1 - entropy**2)).round().clamp(min=0).long()
+    both = torch.stack([attention, torch.special.entr(attention)], 1)
+    lengths = torch.tensor(held, device=both.device)
+    sums = torch.segment_reduce(both, "sum", lengths=lengths, unsafe=True).tolist()
+    return [loss(total, entropies, n, k, ahead) for (total, entropies), n, k in zip(sums, held, target, strict=True)]
 
 
-def cumulated(tokens: VisualTokens, order: Tensor, flow: Tensor, momentum: float) -> Tensor:
-    """`flow` [ΣN] (in `order`) mixed with what earlier layers left in `tokens.memory`, and left there for the next one.
+def loss(total: float, entropies: float, n: int, k: int, ahead: int) -> int:
+    """Of one unit of n tokens, whose attention has this sum, and this sum of -a log a. Shares p = a / total have the
+    entropy log(total) + entropies / total."""
+    entropy = (log(total) + entropies / total) / log(max(n, 2)) if total > 0 else 0.0
+    return max(0, round((n - k) / ahead**0.5 * (1 - entropy**2)))
 
-    Kept by place, so that other stages may drop tokens in between.
-    """
-    sizes = [size_of(parts) for parts in tokens.parts]
-    starts = offsets_of(sizes, flow.device)[:-1].long()
-    at = (starts[image_of(tokens.lengths, flow.device)] + tokens.raster_index)[order]
-    past = tokens.memory.get("score")
-    if past is None:
-        tokens.memory["score"] = past = flow.new_zeros(sum(sizes))
-        score = flow
-    else:
-        score = momentum * past[at] + (1 - momentum) * flow
-    past[at] = score
-    return score
+
+@dataclass
+class Scores:
+    """Scores [ΣN] cumulated over the layers so far, of the tokens with this raster index, so many per image; `keep` is
+    what was then left of them."""
+
+    values: Tensor
+    raster_index: Tensor
+    lengths: tuple[int, ...]
+    keep: Keep | None = None
+
+    def now(self, tokens: VisualTokens) -> Tensor:
+        """[ΣK] of the tokens that are live now; other stages may have dropped some in between."""
+        if self.keep is None and self.lengths == tokens.lengths:
+            return self.values
+        if self.keep is not None and self.keep.lengths == tokens.lengths:
+            return self.values[self.keep.index]
+        sizes = [size_of(parts) for parts in tokens.parts]
+        starts = offsets_of(sizes, self.values.device)[:-1]
+        by_place = self.values.new_zeros(sum(sizes))
+        by_place[starts[image_of(self.lengths, starts.device)] + self.raster_index] = self.values
+        return by_place[starts[image_of(tokens.lengths, starts.device)] + tokens.raster_index]
+
+
+def cumulated(tokens: VisualTokens, flow: Tensor, momentum: float) -> Scores:
+    """`flow` [ΣN] mixed with what earlier layers left in `tokens.memory`, and left there for the next one."""
+    past: Scores | None = tokens.memory.get("score")
+    mixed = flow if past is None else torch.add(momentum * past.now(tokens), flow, alpha=1 - momentum)
+    tokens.memory["score"] = scores = Scores(mixed, tokens.raster_index, tokens.lengths)
+    return scores

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Self
 
-import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
 from vtoken.kernels import flow_scores, topk_tokens
-from vtoken.pruners.encoder._flowcut import cumulated, losses, share, targets
+from vtoken.pruners.encoder._flowcut import cumulated, losses, targets
 from vtoken.stages import Fact, Keep, Parts, Pruner, Site, VisualTokens, keep_all, offsets_of
 from vtoken.stages.budget import Budget
 
@@ -72,36 +71,41 @@ class FlowCut(Pruner):
         return self.model_copy(update={"at": self.layers(depth)})
 
     def select(self, tokens: VisualTokens) -> Keep:
-        """No loop over images; the counts of a cut are fetched from the device once."""
+        """No loop over images; the device is asked once for the counts of a cut."""
         order, held, target = self._units(tokens)
         if held == target:
             return keep_all(tokens)
 
-        def fact(name: str) -> Tensor:
-            return tokens.fact(name)[order].float()
+        def in_units(values: Tensor) -> Tensor:
+            return values if order is None else values[order]
 
-        attention, relevance = fact("global_attention"), fact("value_attention") if self.relevance else None
-        flow = flow_scores(attention, relevance, fact("mean_value"), offsets_of(held, order.device))
-        score = cumulated(tokens, order, flow, self.momentum)
+        attention, value = (in_units(tokens.fact(name)).float() for name in ("global_attention", "mean_value"))
+        relevance = in_units(tokens.fact("value_attention")).float() if self.relevance else None
+        flow = flow_scores(attention, relevance, value, offsets_of(held, value.device))
+        scores = cumulated(tokens, flow if order is None else flow[order.argsort()], self.momentum)
         ahead = self._ahead(tokens.layer)
         if ahead % 2:
             return keep_all(tokens)
         counts = target
         if ahead:
-            loss = losses(share(attention, held), held, target, ahead)
-            most = loss.max() if self.reference_quirks else loss
-            counts = tuple(max(n - r, k) for n, r, k in zip(held, most.expand_as(loss).tolist(), target, strict=True))
-        index = topk_tokens(score, offsets_of(held, score.device), counts)
+            loss = losses(attention, held, target, ahead)
+            if self.reference_quirks:
+                loss = [max(loss)] * len(loss)
+            counts = tuple(max(n - r, k) for n, r, k in zip(held, loss, target, strict=True))
+            if counts == held:
+                return keep_all(tokens)
+        index = topk_tokens(in_units(scores.values), offsets_of(held, value.device), counts)
         each = len(held) // len(tokens.lengths)
         lengths = tuple(sum(counts[i : i + each]) for i in range(0, len(counts), each))
-        return Keep(order[index].sort().values, lengths)
+        scores.keep = Keep(index if order is None else order[index].sort().values, lengths)
+        return scores.keep
 
-    def _units(self, tokens: VisualTokens) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
-        """Order [ΣN] of the tokens, unit by unit (image, crop or frame); tokens held and to keep per unit."""
+    def _units(self, tokens: VisualTokens) -> tuple[Tensor | None, tuple[int, ...], tuple[int, ...]]:
+        """Order [ΣN] of the tokens, unit by unit (image, crop or frame), None where they lie so; tokens held and to
+        keep per unit."""
         if self.keep.per is not None and tokens.segment is not None:
             return self.per_segment(tokens)[:3]
-        order = torch.arange(len(tokens.x), device=tokens.x.device)
-        return order, tokens.lengths, targets(self.keep, tokens.lengths, tokens.parts)
+        return None, tokens.lengths, targets(self.keep, tokens.lengths, tokens.parts)
 
     def _ahead(self, layer: int | None) -> int:
         """Layers from this one to the last cut; 0 outside a model."""
