@@ -89,7 +89,9 @@ class LayerGroups:
             return hidden
         if isinstance(flow, PrefillState) and dropped:
             index, valid = flow.relayout()
-            hidden = take(hidden, index, 1).masked_fill(~valid[..., None].to(hidden.device), 0)
+            hidden = take(hidden, index, 1)
+            if not flow.dense:
+                hidden = hidden.masked_fill(~valid[..., None].to(hidden.device), 0)
             cos_sin, ids = kwargs["position_embeddings"], kwargs.get("position_ids")
             flow.layer_kwargs = {
                 "position_embeddings": tuple(take(t, index, -2) for t in cos_sin),
@@ -134,7 +136,7 @@ class LayerGroups:
             x = hidden[batch_row, column]
             facts = {need: self.fact(need, k, stage, flow, hidden, rope) for need in stage.needs()}
             kept = flow.decide(stage, x, facts, layer=k)
-            if kept is not x:
+            if kept is not x and flow.live.history.slot is not None:  # choosing alone changes no value
                 batch_row, column = (i.to(hidden.device) for i in flow.slot())
                 hidden = hidden.clone()
                 hidden[batch_row, column] = kept

@@ -61,6 +61,7 @@ class GroupNotes:
         image, raster_index: [B, P] of every slot, -1 at text and padding; by_row: what stages of site attention found
             out about rows.
         left_padded: whether the tokens of every row stand at its end.
+        physical: [B, L] slot of every logical column that is in this layout.
     """
 
     layer_input: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
@@ -70,6 +71,7 @@ class GroupNotes:
     raster_index: Tensor | None = None
     by_row: list[dict[Hashable, Any]] = field(default_factory=list)
     left_padded: bool | None = None
+    physical: Tensor | None = None
 
 
 @dataclass
@@ -276,6 +278,10 @@ class PrefillState(ForwardState):
 
     def slot(self) -> tuple[Tensor, Tensor]:
         """(row, physical column) of every live visual token in the current layout."""
-        batch_row, column = self.live.batch_row, self.live.column
-        rank = self.alive.cumsum(1)
-        return batch_row, rank[batch_row, column] - 1 + self.index.shape[1] - rank[batch_row, -1]
+        batch_row, column, notes = self.live.batch_row, self.live.column, self.notes
+        if self.alive is self.new and self.unpadded:
+            return batch_row, column
+        if notes.physical is None:
+            rank = self.alive.cumsum(1)
+            notes.physical = rank + (self.index.shape[1] - 1 - rank[:, -1:])
+        return batch_row, notes.physical[batch_row, column]
