@@ -11,17 +11,17 @@ not explain comes next, ties to the lower position; what is left of at most EPSI
 throughout; NaN in x gives an undefined result.
 
 Bytes moved: all cosines first, as `farthest_tokens`; choice i then reads i rows of the orthogonal basis that the taken tokens
-span, so 2 * N * K² in all, by one program per image, and writes one. 576 -> 64 tokens: 4.7 MB. The definition computes one
-row of cosines per choice and takes over ten launches for it. Limits are those of `farthest_tokens`.
+span, so 2 * N * K² in all, by one program per image, and writes one. 576 -> 64 tokens: 4.7 MB. The definition reads and
+writes the whole matrix per choice, in six launches. Limits are those of `farthest_tokens`.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch.nn.utils.rnn import pad_sequence
 
 from vtoken.kernels import _gram
 from vtoken.kernels._dispatch import runs_triton, tl, triton
@@ -32,24 +32,37 @@ EPSILON = 1e-6
 
 
 def definition(x: Tensor, relevance: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """Incremental Cholesky, a loop over images and over taken tokens: each choice needs the one before."""
-    index, starts = [torch.zeros(0, dtype=torch.int64, device=x.device)], [0, *accumulate(lengths)]
-    for tokens, r, k, start in zip(
-        x.split(list(lengths)), relevance.split(list(lengths)), counts, starts, strict=False
-    ):
-        unit, gain = normalize(tokens.float(), dim=-1), r.square()
-        explained, taken = EPSILON * gain, torch.zeros_like(gain, dtype=torch.bool)
-        basis = unit.new_zeros(k, len(unit))
-        for i in range(k):
-            best = gain.masked_fill(taken, -1).argmax(keepdim=True)
-            index.append(best + start)
-            taken.index_fill_(0, best, True)
-            left = gain[best]
-            row = r * r[best] * (unit @ unit[best][0]) - basis[:i].T @ basis[:i, best][:, 0]
-            basis[i] = torch.where(left > 0, row * left.rsqrt(), 0)
-            gain = gain - basis[i].square()
-            gain = gain.where(gain > explained, 0)
-    return torch.cat(index)
+    """All images at once: a choice takes what it explains off their kernel matrices [images, longest, longest]."""
+    if not sum(counts):
+        return torch.zeros(0, dtype=torch.int64, device=x.device)
+    unit = pad_sequence(normalize(x.float(), dim=-1).split(list(lengths)), batch_first=True)
+    r = pad_sequence(relevance.split(list(lengths)), batch_first=True)
+    matrix = torch.bmm(unit, unit.transpose(1, 2)) * (r[:, :, None] * r[:, None])
+    gain, none = matrix.diagonal(dim1=1, dim2=2), torch.zeros_like(r)
+    gain.copy_(r.square())
+    left, explained = gain, EPSILON * gain
+    steps = []
+    for _ in range(max(counts)):
+        steps.append(best := left.max(1, keepdim=True))
+        row = matrix.gather(1, best.indices[..., None].expand(-1, 1, r.shape[1]))
+        matrix.baddbmm_(row.transpose(1, 2), row / best.values[..., None], alpha=-1)
+        left = torch.where(gain > explained, gain, none)
+    chosen, worth = (torch.cat([step[part] for step in steps], 1) for part in (1, 0))
+    return packed(chosen, worth > 0, lengths, counts)
+
+
+def packed(chosen: Tensor, worth: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """[ΣK] packed positions of the first K_i `chosen` [images, most] of every image; where nothing was left to gain
+    (`worth` is False, and stays so) the first that were not taken stand in their place."""
+    images, most = chosen.shape
+    ends = torch.tensor([lengths, counts], device=chosen.device)[:, :, None]
+    worth = worth & (torch.arange(most, device=chosen.device) < ends[1])
+    longest = max(lengths)
+    taken = (torch.arange(longest + 1, device=chosen.device) >= ends[0]).scatter(1, chosen.where(worth, longest), True)
+    free = taken.byte().sort(dim=1, stable=True).indices
+    nth = (~worth).cumsum(1) - 1
+    index = torch.where(worth, chosen, free.gather(1, nth.clamp(min=0))) + (ends[0].cumsum(0) - ends[0])
+    return index[0] if images == 1 else torch.cat([row[:k] for row, k in zip(index, counts, strict=True)])
 
 
 if triton is not None:

@@ -33,23 +33,22 @@ def definition(
 ) -> Tensor:
     """Segment by segment, a chunk of queries at a time. Reads the offsets, so it waits for a device that holds them."""
     groups = groups_of(q, k, q_offsets, k_offsets)
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    parts = []
-    bounds = torch.stack([q_offsets.long(), k_offsets.long().to(q_offsets.device)]).tolist()
-    for (q0, q1), (k0, k1) in zip(pairwise(bounds[0]), pairwise(bounds[1]), strict=True):
-        keys = k[k0:k1].to(dtype)
-        received = keys.new_zeros(k.shape[1], groups, k1 - k0)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    parts: list[Tensor] = []
+    for (q0, q1), (k0, k1) in zip(pairwise(q_offsets.tolist()), pairwise(k_offsets.tolist()), strict=True):
+        keys, received = k[k0:k1].to(dtype), []
         chunk = max(1, CHUNK // max(1, q.shape[1] * (k1 - k0)))
-        position = torch.arange(k1 - k0, device=k.device)
         for start in range(q0, q1, chunk) if k1 > k0 else ():
             queries = q[start : min(start + chunk, q1)].to(dtype).unflatten(1, (k.shape[1], groups))
             scores = torch.einsum("qhgd,nhd->hgqn", queries, keys) * scale
             if causal:
-                sees = torch.arange(start - q1, start - q1 + len(queries), device=k.device) + (k1 - k0)
-                scores = scores.masked_fill(position > sees[:, None], -torch.inf)
-            received = received + scores.softmax(-1).sum(2)
-        parts.append(received.flatten(0, 1).T)
-    return torch.cat([k.new_zeros(0, q.shape[1], dtype=dtype), *parts]).float()
+                # Query i of the segment's last ones sees all but the later of them.
+                hidden = torch.ones(scores.shape[2:], dtype=torch.bool, device=k.device)
+                scores = scores.masked_fill(hidden.triu(k1 - k0 - q1 + start + 1), -torch.inf)
+            received.append(scores.softmax(-1).sum(2).flatten(0, 1))
+        none = keys.new_zeros(q.shape[1], k1 - k0) if not received else received[0]
+        parts.append((none if len(received) < 2 else torch.stack(received).sum(0)).T)
+    return parts[0].float() if len(parts) == 1 else torch.cat([k.new_zeros(0, q.shape[1]), *parts]).float()
 
 
 if triton is not None:

@@ -17,11 +17,17 @@ def best(scores: Tensor, k: int) -> Tensor:
 
 def hold_text(layer: CachedLayer, scores: Tensor, counts: Sequence[int]) -> KeepSlots:
     """Keeps all text and, head by head, the `counts` visual tokens of each image that score [Hk, N] highest."""
+    held = scores.shape[1] - sum(layer.lengths) + sum(counts)
+    if len(counts) == 1:
+        (slots,) = layer.images
+        first = torch.full_like(scores, torch.inf)
+        first[:, slots] = scores[:, slots]
+        return KeepSlots(best(first, held), tuple(counts))
     alive = torch.ones_like(scores, dtype=torch.bool)
     for slots, k in zip(layer.images, counts, strict=True):
         alive[:, slots] = False
         alive.scatter_(1, slots[best(scores[:, slots], k)], True)
-    return KeepSlots(ascending(alive, scores.shape[1] - sum(layer.lengths) + sum(counts)), tuple(counts))
+    return KeepSlots(ascending(alive, held), tuple(counts))
 
 
 def ascending(alive: Tensor, count: int) -> Tensor:

@@ -34,6 +34,12 @@ def slots_of(before: SlotMap, rows: tuple[PromptRow, ...], dense: bool) -> SlotM
     return replace(before, logical=logical, dense=dense and len(set(map(len, columns))) == 1)
 
 
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Them one after the other; nothing is copied where only one holds anything."""
+    full = [part for part in parts if part.shape[dim]]
+    return full[0] if len(full) == 1 else torch.cat(full or list(parts), dim)
+
+
 def store(cached: Any, rows: Sequence[tuple[Piece, Plain]], keys: Tensor, values: Tensor, width: int) -> Any:
     """Puts rows in the place of the newest `width` of the keys and values [B, Hk, S, d] that a cache layer holds;
     returns the layer.
@@ -42,12 +48,9 @@ def store(cached: Any, rows: Sequence[tuple[Piece, Plain]], keys: Tensor, values
         rows: what is left of each row's prompt, and what follows the prompt.
     """
     if not isinstance(cached, QuantizedLayer) and not any(isinstance(piece, QuantizedKV) for piece, _ in rows):
-        cached.keys, cached.values = (
-            torch.cat(
-                [t[:, :, :-width], left_padded([torch.cat([getattr(x, side) for x in row], 1) for row in rows])], 2
-            )
-            for side, t in (("keys", keys), ("values", values))
-        )
+        for side, t in (("keys", keys), ("values", values)):
+            new = left_padded([joined([getattr(x, side) for x in row], 1) for row in rows])
+            setattr(cached, side, joined([t[:, :, :-width], new], 2))
         return cached
     # Rows may be followed by different numbers of tokens; what all have is a tail.
     tail = min(end.length for _, end in rows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from vtoken.hooks.state.pruned_cache import SlotMap
 from vtoken.hooks.state.quantized_layer import Piece, Plain, QuantizedLayer
 from vtoken.hooks.state.run import Clock
 from vtoken.hooks.state.trace import StageTrace
-from vtoken.stages import uploaded
+from vtoken.stages import Stage, uploaded
 from vtoken.stages.cache import CachedLayer, CacheStage, Decision, KeepSlots, Native, ReplacedKV
 from vtoken.stages.quantized import QuantizedKV
 
@@ -46,6 +47,33 @@ class ShrunkLayer:
     told: bool
     live: LiveTokens
     clock: Clock
+
+    @cached_property
+    def alive(self) -> list[tuple[Tensor, Tensor]]:
+        """Per image, raster indices [N] of its tokens in front of this layer, and [Hk, N] which of them each KV head
+        holds; empty where a method does not tell."""
+        found, images = [], iter(self.live.history.kept())
+        for row, held in zip(self.rows, self.held, strict=True):
+            for slots in row.slots if self.told else ():
+                index = next(images)
+                alive = torch.ones(1, len(index), dtype=torch.bool, device=index.device)
+                if held is not None:
+                    every = torch.zeros(len(held), row.prompt, dtype=torch.bool, device=held.device)
+                    alive = every.scatter(1, held, True)[:, list(slots)]
+                found.append((index, alive))
+        return found
+
+    def trace(self, stage: Stage, layer: int) -> StageTrace:
+        """What the stage did at the layer; which tokens are left is worked out when it is read."""
+
+        def kept() -> list[Tensor]:
+            return [index[alive.any(0).to(index.device)] for index, alive in self.alive]
+
+        def left() -> list[int]:
+            return [round(float(alive.float().sum(1).mean())) for _, alive in self.alive]
+
+        told: dict[str, Any] = {"tokens_in": list(self.live.lengths), "tokens_out": left, "kept": kept}
+        return StageTrace(stage.name, "cache", **told, layer=layer, clock=self.clock.milliseconds)
 
 
 class CacheShrinker:
@@ -207,34 +235,9 @@ class CacheShrinker:
                 dense = flow.cache.groups[flow.cache.group(k)].dense
                 pending_slots[k] = slots_of(flow.pending_slots[shrunk.group], shrunk.rows, dense)
             last = now
-            flow.trace.stages.append(self._trace(k, shrunk))
+            flow.trace.stages.append(shrunk.trace(self.stage, k))
             flow.trace.cached.append([row.stay for row in shrunk.rows])
         flow.pending_slots.update(pending_slots)
-
-    def _trace(self, k: int, shrunk: ShrunkLayer) -> StageTrace:
-        v, kept, left = shrunk.live, [], []
-        images = iter(v.history.kept())
-        for row, held in zip(shrunk.rows, shrunk.held, strict=True):
-            for slots in row.slots if shrunk.told else ():
-                raster_index = next(images)
-                if held is None:
-                    kept.append(raster_index)
-                    left.append(len(raster_index))
-                    continue
-                alive = torch.zeros(len(held), row.prompt, dtype=torch.bool, device=held.device).scatter(1, held, True)
-                alive = alive[:, list(slots)]
-                kept.append(raster_index[alive.any(0).to(raster_index.device)])
-                left.append(round(float(alive.float().sum(1).mean())))
-        before = list(v.lengths)
-        return StageTrace(
-            self.stage.name,
-            "cache",
-            before,
-            left,
-            kept,
-            layer=k,
-            clock=shrunk.clock.milliseconds,
-        )
 
 
 def apply(stage: CacheStage, decision: Decision | None, keys: Tensor, values: Tensor) -> Piece:

@@ -69,6 +69,9 @@ class ImageSpans:
         """What encoder stages did, told for the images of this batch."""
         if not any(encode.stages for encode in self.encodes):
             return []
+        first = self.encodes[0]
+        if len(self.encodes) == 1 and self.origin == tuple((0, i) for i in range(len(first.layouts))):
+            return list(first.stages)
         return [self._of_batch(traces) for traces in zip(*(encode.stages for encode in self.encodes), strict=True)]
 
     def _of_batch(self, traces: Sequence[StageTrace]) -> StageTrace:

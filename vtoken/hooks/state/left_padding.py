@@ -71,6 +71,8 @@ def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
 def left_padded(rows: Sequence[Tensor]) -> Tensor:
     """[B, Hk, longest, d] of rows [Hk, length, d]."""
     longest = max(row.shape[1] for row in rows)
+    if len(rows) == 1:
+        return rows[0][None]
     return torch.stack([F.pad(row, (0, 0, longest - row.shape[1], 0)) for row in rows])
 
 

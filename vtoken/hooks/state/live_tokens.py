@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,14 +68,14 @@ def trace_of(
     layer: int | None,
     substitutes: dict[str, str] | None = None,
 ) -> StageTrace:
-    kept = history.kept()
+    into: Any = None if history.slot is None else history.into
     return StageTrace(
         stage.name,
         stage.site,
         list(before),
-        [len(k) for k in kept],
-        kept,
-        history.into(),
+        list(history.counts),
+        history.kept(),
+        into,
         layer=layer,
         substitutes=substitutes or {},
         clock=clock.milliseconds,

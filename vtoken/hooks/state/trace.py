@@ -12,6 +12,39 @@ from torch import Tensor
 from vtoken.stages import Parts
 
 
+class Deferred:
+    """A field that may be given as a function, which is called when the field is first read: what it tells is on the
+    device, and a prefill does not wait for it.
+
+    Args:
+        default: of the field, if it has one.
+    """
+
+    def __init__(self, *default: Any) -> None:
+        self.default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, entry: Any, owner: type) -> Any:
+        if entry is None:
+            if not self.default:
+                raise AttributeError(self.name)
+            return self.default[0]
+        value = entry.__dict__[self.name]
+        if callable(value):
+            value = entry.__dict__[self.name] = value()
+        return value
+
+    def __set__(self, entry: Any, value: Any) -> None:
+        entry.__dict__[self.name] = value
+
+
+def deferred(*default: Any) -> Any:
+    """`Deferred` as the default of a typed field."""
+    return Deferred(*default)
+
+
 @dataclass
 class StageTrace:
     """One stage of one prefill.
@@ -38,9 +71,9 @@ class StageTrace:
     name: str
     site: str
     tokens_in: list[int]
-    tokens_out: list[int]
-    kept: list[Tensor]
-    into: list[Tensor] | None = None
+    tokens_out: list[int] = deferred()  # noqa: RUF009
+    kept: list[Tensor] = deferred()  # noqa: RUF009
+    into: list[Tensor] | None = deferred(None)  # noqa: RUF009
     stood_aside: str | None = None
     layer: int | None = None
     substitutes: dict[str, str] = field(default_factory=dict)
