@@ -49,10 +49,13 @@ def offsets_on_host(held: Sequence[int]) -> Tensor:
     return offsets_of(held, torch.device("cpu"))
 
 
-def merged(keep: Keep, home: Tensor, weight: Tensor | None = None) -> Keep:
-    """The decision with `home` [ΣN], the packed row that absorbs each dropped token (-1: none does), as `Keep.into`."""
+def merged(keep: Keep, home: Tensor, weight: Tensor | None = None, complete: bool = False) -> Keep:
+    """The decision with `home` [ΣN], the packed row that absorbs each dropped token (-1: none does), as `Keep.into`.
+    Where that is `complete`, no -1 among them, kept tokens have to be their own home."""
     slot = torch.full_like(home, -1)
     slot[keep.index] = torch.arange(len(keep.index), device=home.device)
+    if complete:
+        return Keep(keep.index, keep.lengths, slot[home], weight, complete=True)
     into = torch.where(slot >= 0, slot, torch.where(home >= 0, slot[home.clamp(min=0)], -1))
     return Keep(keep.index, keep.lengths, into, weight)
 

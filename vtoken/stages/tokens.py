@@ -200,14 +200,17 @@ class Keep:
         """
         if self.into is None:
             return gather_tokens(x, self.index)
-        total = self.total if self.complete else None  # which the history of the tokens asks for too
+        # The history of the tokens, or what is fused, asks for it too.
+        total = self.total if self.complete or self.fused is not None else None
         mean = merge_tokens(x, self.into, len(self.index), self.weight, self.complete, total)
         if self.fused is None:
             return mean
         if self.fused.largest:
             mean = _largest(x, self.into, len(self.index))
         slots, features = self.fused.slots, None if project is None else self.fused.features
-        of = mean if features is None else merge_tokens(features, self.into, len(self.index), self.weight)
+        of = mean
+        if features is not None:
+            of = merge_tokens(features, self.into, len(self.index), self.weight, self.complete, total)
         each = of[slots]
         each = each * self.fused.factor.to(each.dtype).view(-1, *[1] * (each.ndim - 1))
         if project is not None and features is not None:

@@ -77,7 +77,7 @@ def counted(
     each = [kinds == kind + 1 for kind in range(number)]
     visual = each[0] if number == 1 else kinds > 0
     found = [*each, visual & new, new] if answer is None else [*each, visual & new, new, answer]
-    told = torch.stack([which.sum(1) for which in found]).tolist()
+    told = torch.stack(found).sum(-1).tolist()
     tails = told[number + 2] if answer is not None else [0] * len(kinds)
     return told[:number], tails, told[number], told[number + 1]
 

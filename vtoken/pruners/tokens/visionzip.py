@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from vtoken.kernels import nearest_tokens
-from vtoken.pruners._pools import choose, merged, offsets_on_host, rest_of, top
+from vtoken.pruners._pools import choose, merged, offsets_on_host, top
 from vtoken.stages import Fact, Fused, Keep, Pruner, VisualTokens
 
 
@@ -68,32 +69,35 @@ class VisionZip(Pruner):
         )
 
     def select(self, tokens: VisualTokens) -> Keep:
-        attention, keys = tokens.fact("cls_attention"), self._metric(tokens.fact("keys"))
-        home = torch.full((len(tokens.x),), -1, device=tokens.x.device)
-        weight = torch.ones(len(tokens.x), device=tokens.x.device)
-        summed, factors = [], []
+        attention, keys = tokens.fact("cls_attention"), normalize(self._metric(tokens.fact("keys")), dim=-1)
+        home = torch.arange(len(keys), device=keys.device)
+        weight = torch.ones(len(keys), device=keys.device)
+        one, summed, factors, dropped = weight[:1].clone(), [], [], []
 
         def pick(rows: Tensor, k: int) -> Tensor:
             c = self._merged(k)
-            dominant = top(attention[rows], k - c)
-            rest = rest_of(len(rows), dominant)
+            order = rows[top(attention[rows], len(rows))]
+            dominant, rest = order[: k - c], order[k - c :].sort().values
             if not c:
-                return rows[dominant]
-            targets = torch.arange(c, device=rows.device) * (len(rest) // c)
-            target, other = rows[rest[targets]], rows[rest[rest_of(len(rest), targets)]]
+                home[rest] = -1
+                dropped.append(rest)
+                return dominant
+            step = len(rest) // c
+            target, between = rest[: c * step : step], rest[: c * step].unflatten(0, (c, step))[:, 1:]
+            other = torch.cat([between.flatten(), rest[c * step :]])
             ends = offsets_on_host([len(other)]), offsets_on_host([c])
-            _, nearest = nearest_tokens(keys[other], keys[target], *ends)
+            _, nearest = nearest_tokens(keys[other], keys[target], *ends, unit=True)
             home[other] = target[nearest]
-            members = torch.zeros_like(weight[:c]).index_add_(0, nearest, weight[other])
-            weight[other] = 1 / members[nearest]
+            members = torch.zeros(c, device=rows.device).index_add_(0, nearest, one.expand(len(other)))
+            weight[other] = members.reciprocal()[nearest]
             summed.append(target)
             factors.append(1 + members.clamp(max=1))
-            return torch.cat([rows[dominant], target])
+            return torch.cat([dominant, target])
 
         keep = choose(self, tokens, pick)
         if keep.lengths == tokens.lengths:
             return keep
-        keep = merged(keep, home, weight)
+        keep = merged(keep, home, weight, complete=not dropped)
         if self.halve or not summed:
             return keep
         features = tokens.fact("features") if tokens.size is None else None
@@ -106,7 +110,7 @@ class VisionZip(Pruner):
 
     def _metric(self, keys: Tensor) -> Tensor:
         """[ΣN, d] what similarity is taken of."""
-        return keys if self.heads is None else keys.unflatten(1, (self.heads, -1)).float().mean(1)
+        return keys.float() if self.heads is None else keys.unflatten(1, (self.heads, -1)).float().mean(1)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
         """Similarities at the model's width, the merge, and two layers of a projector for what was merged."""
