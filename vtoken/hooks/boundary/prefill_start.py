@@ -4,7 +4,7 @@ rest."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,15 @@ from torch import Tensor
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import ForwardState
-from vtoken.hooks.state.image_spans import HIDDEN, ImageSpans, check, locate
+from vtoken.hooks.state.image_spans import (
+    HIDDEN,
+    ImageSpans,
+    apart,
+    check,
+    locate,
+    same_features,
+    visual_positions,
+)
 from vtoken.hooks.state.live_tokens import LiveTokens
 from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.hooks.state.prompt_text import answered
@@ -30,13 +38,19 @@ def build_prefill(
     """Finds the images of the batch, and drops what the encoder dropped; returns the values [ΣK, D] of the live tokens
     too."""
     answer = answered(visual, flow.new, context.run.tail, context.run.labels)
-    held, tails, shown, counts = counted(visual, flow.new, answer, len(context.adapter.placeholders))
-    located = locate(visual, held, context.run.encodes, context.adapter)
+    positions = flow.positions if context.adapter.mrope else None
+    look = first_look(context, flow, visual, positions)
+    fine = None if look is None else look.fine
+    held, tails, shown, counts, checked = counted(visual, flow.new, answer, len(context.adapter.placeholders), fine)
+    if look is not None and len(look.values) != sum(map(sum, held)):
+        look = None
+    located = locate(visual, held, context.run.encodes, context.adapter, None if look is None else look.at)
     whole = unpruned(located, flow.index[0])
     hidden = sum(shown) < sum(map(sum, held))
     seen = unmasked(whole, flow.new, context.adapter) if hidden else whole
-    values = flow.hidden[whole.batch_row, whole.column]
-    check(values, flow.positions if context.adapter.mrope else None, located, seen)
+    values = flow.hidden[whole.batch_row, whole.column] if look is None else look.values
+    if look is None or hidden or not checked:
+        check(values, positions, located, seen)
     trace = context.run.trace = Trace(
         visual_tokens=list(seen.lengths),
         parts=list(whole.parts),
@@ -69,17 +83,48 @@ def build_prefill(
     return prefill, values
 
 
+@dataclass(frozen=True)
+class FirstLook:
+    """What the device can work out before the host knows the counts, if the visual tokens are those that were encoded
+    last, all of one kind, each once.
+
+    Attributes:
+        at: batch row and column [ΣN] of each.
+        values: [ΣN, D] what stands there.
+        fine: [] bool, False where `check` has to look again.
+    """
+
+    at: tuple[Tensor, Tensor]
+    values: Tensor
+    fine: Tensor
+
+
+def first_look(context: Context, flow: ForwardState, kinds: Tensor, positions: Tensor | None) -> FirstLook | None:
+    """None where more than one kind was encoded, or newlines stand in between."""
+    encodes = list(context.run.encodes.values())
+    if len(encodes) != 1 or any(layout.newline is not None for layout in encodes[0].layouts):
+        return None
+    at = visual_positions(kinds, len(encodes[0].fingerprint), several=False)
+    values = flow.hidden[at]
+    fine = same_features(encodes[0].fingerprint, values)
+    if positions is not None and any(r * c > 1 for layout in encodes[0].layouts for _, r, c in layout.parts):
+        fine = fine.to(values.device) & apart(positions, *at).to(values.device)
+    return FirstLook(at, values, fine)
+
+
 def counted(
-    kinds: Tensor, new: Tensor, answer: Tensor | None, number: int
-) -> tuple[list[list[int]], list[int], list[int], list[int]]:
+    kinds: Tensor, new: Tensor, answer: Tensor | None, number: int, fine: Tensor | None
+) -> tuple[list[list[int]], list[int], list[int], list[int], bool]:
     """Asks the device once: per kind its placeholders in every row; per row, tokens behind the prompt, visual ones that
-    the padding mask shows, and all that it shows."""
+    the padding mask shows, and all that it shows; and whether it is `fine` [] bool."""
     each = [kinds == kind + 1 for kind in range(number)]
     visual = each[0] if number == 1 else kinds > 0
-    found = [*each, visual & new, new] if answer is None else [*each, visual & new, new, answer]
+    found = [*each, visual & new, new]
+    found += [] if answer is None else [answer]
+    found += [] if fine is None else [fine.to(new.device).expand_as(new)]
     told = torch.stack(found).sum(-1).tolist()
     tails = told[number + 2] if answer is not None else [0] * len(kinds)
-    return told[:number], tails, told[number], told[number + 1]
+    return told[:number], tails, told[number], told[number + 1], fine is not None and bool(told[-1][0])
 
 
 def project(adapter: Any, features: Tensor) -> Tensor:

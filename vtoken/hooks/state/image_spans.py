@@ -98,21 +98,34 @@ class Image:
     start: int  # of its tokens in the packed values of all encodes
 
 
-def locate(kinds: Tensor, counts: Sequence[Sequence[int]], encodes: dict[str, Encoded], adapter: Any) -> ImageSpans:
+def visual_positions(kinds: Tensor, number: int, several: bool) -> tuple[Tensor, Tensor]:
+    """Batch row and column [number] of the visual tokens in `kinds` [B, L], of which there are `several` kinds or one.
+    As nonzero(), whose size the device would be asked for."""
+    marks = kinds.flatten() > 0 if several else kinds.flatten()
+    at = torch.argsort(marks, descending=True, stable=True)[:number]
+    return (at // kinds.shape[1], at % kinds.shape[1]) if len(kinds) > 1 else (torch.zeros_like(at), at)
+
+
+def locate(
+    kinds: Tensor,
+    counts: Sequence[Sequence[int]],
+    encodes: dict[str, Encoded],
+    adapter: Any,
+    at: tuple[Tensor, Tensor] | None = None,
+) -> ImageSpans:
     """Finds the images behind the visual positions of `kinds` [B, L]: 0 none, 1 image, 2 video.
 
     Args:
         counts: of each kind, its positions in each row.
+        at: `visual_positions`, where they are known.
 
     Raises:
         NotWholeError: the rows cannot be filled with whole images.
         ValueError: some features came precomputed and some did not.
     """
-    # As nonzero(), whose size the device would be asked for; here it is known.
-    several = sum(any(per_row) for per_row in counts) > 1
-    marks = kinds.flatten() > 0 if several else kinds.flatten()
-    at = torch.argsort(marks, descending=True, stable=True)[: sum(map(sum, counts))]
-    batch_row, column = (at // kinds.shape[1], at % kinds.shape[1]) if len(kinds) > 1 else (torch.zeros_like(at), at)
+    if at is None:
+        at = visual_positions(kinds, sum(map(sum, counts)), sum(any(per_row) for per_row in counts) > 1)
+    batch_row, column = at
     known, queues = queued(counts, encodes, adapter)
     images = list(*queues.values()) if len(queues) == 1 else interleave(queues, kinds[batch_row, column].tolist())
     layouts, newlines = tuple(i.layout for i in images), None
@@ -219,7 +232,7 @@ def assign(
 
 def check(values: Tensor, positions: Tensor | None, located: ImageSpans, seen: LiveTokens) -> None:
     """Refuses features that are not the ones that were scored, and images that a model with M-RoPE would read as a line
-    of text. Asks the device once.
+    of text. Asks the device.
 
     Args:
         values: [ΣN, D] what stands at the visual positions.
@@ -231,21 +244,23 @@ def check(values: Tensor, positions: Tensor | None, located: ImageSpans, seen: L
         UnsupportedError: all axes are equal on images that have more than one token to a frame, because an argument is
             missing or transformers too old.
     """
-    same, apart = True, True
-    if positions is None:
-        # Only of features that are not numbers is more to be asked.
-        same = not located.encodes or torch.equal(*compared(values, located)) or bool(is_scored(values, located))
-    elif not located.encodes:
-        apart = bool(has_axes(positions, seen))
-    else:
-        told = (is_scored(values, located), has_axes(positions, seen).to(values.device))
-        same, apart = torch.stack([each.to(values.device) for each in told]).tolist()
+    same, told_apart = True, True
+    if located.encodes:
+        fingerprint = located.gather([encode.fingerprint for encode in located.encodes])
+        same = len(fingerprint) == len(values) and (
+            bool(same_features(fingerprint, values))
+            or bool(same_features(fingerprint.nan_to_num(), values.nan_to_num()))
+        )
+    if positions is not None and any(
+        n and r * c > 1 for n, parts in zip(seen.lengths, seen.parts, strict=True) for _, r, c in parts
+    ):
+        told_apart = bool(apart(positions, seen.batch_row, seen.column))
     if not same:
         raise ValueError(
             "the visual features of this call are not those the vision tower encoded last in this thread; "
             "pass pixel_values, or encode right before the call that uses the features"
         )
-    if apart:
+    if told_apart:
         return
     raise UnsupportedError(
         "the images of this call have the positions of text (all axes of M-RoPE are equal). Pass input_ids, "
@@ -255,27 +270,16 @@ def check(values: Tensor, positions: Tensor | None, located: ImageSpans, seen: L
     )
 
 
-def compared(values: Tensor, located: ImageSpans) -> tuple[Tensor, Tensor]:
-    """What the encoder gave last, and what is given here: the first channel of every token."""
-    fingerprint = located.gather([encode.fingerprint for encode in located.encodes])
-    return fingerprint.to(values.dtype), values[:, 0].detach().to(fingerprint.device)
+def same_features(fingerprint: Tensor, values: Tensor) -> Tensor:
+    """[] bool: whether [ΣN, D] are the features of this first channel [ΣN]."""
+    given = values[:, 0].detach().to(fingerprint.device)
+    return (fingerprint.to(given.dtype) == given).all()
 
 
-def is_scored(values: Tensor, located: ImageSpans) -> Tensor:
-    """[] bool: whether these [ΣN, D] are the features that the encoder gave last."""
-    fingerprint, seen = compared(values, located)
-    if len(fingerprint) != len(seen):
-        return torch.zeros((), dtype=torch.bool, device=seen.device)
-    return (torch.nan_to_num(fingerprint) == torch.nan_to_num(seen)).all()
-
-
-def has_axes(positions: Tensor, seen: LiveTokens) -> Tensor:
-    """[] bool: whether the positions [..., B or 1, L] tell rows and columns of the images apart, or no image has more
-    than one."""
-    if not any(n and r * c > 1 for n, parts in zip(seen.lengths, seen.parts, strict=True) for _, r, c in parts):
-        return torch.ones((), dtype=torch.bool, device=positions.device)
+def apart(positions: Tensor, batch_row: Tensor, column: Tensor) -> Tensor:
+    """[] bool: whether the positions [..., B or 1, L] tell rows and columns of visual tokens apart."""
     if positions.ndim != 3 or len(positions) == 1:
         return torch.zeros((), dtype=torch.bool, device=positions.device)
-    batch_row = seen.batch_row if positions.shape[1] > 1 else torch.zeros_like(seen.batch_row)
-    rows, columns = positions[-2:, batch_row.to(positions.device), seen.column.to(positions.device)]
+    batch_row = batch_row if positions.shape[1] > 1 else torch.zeros_like(batch_row)
+    rows, columns = positions[-2:, batch_row.to(positions.device), column.to(positions.device)]
     return (rows != columns).any()
