@@ -24,7 +24,7 @@ from vtoken.hooks.cache.shrink import CacheShrinker
 from vtoken.hooks.state.checkpointing import replays
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.encoder_fact import encoder_fact, substituted
-from vtoken.hooks.state.forward_state import ForwardState, StaticStep, eager, steps
+from vtoken.hooks.state.forward_state import ForwardState, StaticStep, eager
 from vtoken.hooks.state.left_padding import take
 from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.hooks.state.prompt_text import text_of
@@ -49,6 +49,9 @@ class Boundary:
         # Later stages shorten inside the decoder, so every prefill with images takes over its cache.
         self.always = bool(context.at("decoder", "cache"))
         self.unmerge, self.shrinker, self.switch = unmerge, cache, context.handle.switch
+        self.requantizes = cache is not None and cache.goes_on
+        backend = self.lm.config._attn_implementation or ""
+        self.maskless = backend == "sdpa" or "flash" in backend
         self.last: Trace | None = None
         context.handle.before(self.lm, self._before)
         context.handle.after(self.lm, self._after)
@@ -56,7 +59,10 @@ class Boundary:
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         # An exception in an earlier forward may have left its state behind.
         self.run.flow = None
-        cache = kwargs.get("past_key_values")
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if isinstance(cache, PrunedCache) and mask is None and self._stock(cache, kwargs["inputs_embeds"]):
+            cache.busy = False  # left behind by a forward that failed
+            return None
         first = cache is None or (not cache.is_compileable and not cache.get_seq_length())
         if first or kwargs["inputs_embeds"].shape[1] > 1:
             return self._several(args, kwargs)
@@ -160,12 +166,16 @@ class Boundary:
             kwargs = {**kwargs, "position_ids": lagging(kwargs, shift)}
         if x.shape[1] == 1 and cache.is_compileable:
             return args, self._static_step(kwargs)
-        requantizes = self.shrinker is not None and self.shrinker.goes_on
-        if x.shape[1] == 1 and self._stock_step(kwargs):
-            if requantizes:
+        one_group = cache.table is None and cache.dense and len(cache.groups) == 1
+        if (
+            x.shape[1] == 1
+            and one_group
+            and (kwargs.get("attention_mask") is None or kwargs["attention_mask"].ndim == 4)
+        ):
+            if self.requantizes:
                 self._begin(None, cache)
             return args, kwargs
-        return self._go_on(args, kwargs, shift, requantizes or cache.table is not None)
+        return self._go_on(args, kwargs, shift, self.requantizes or cache.table is not None)
 
     def _static_step(self, kwargs: dict) -> dict:
         """Arguments of a decode step on a static cache, which may be compiled."""
@@ -174,15 +184,20 @@ class Boundary:
             self.run.flow = StaticStep(cache, kwargs["inputs_embeds"])
         return kwargs if cache.dense and single else {**kwargs, "attention_mask": cache.valid[0]}
 
-    def _stock_step(self, kwargs: dict) -> bool:
-        """Whether the model's own code is right for a decode step as it is: no padding, and layers that need no masks
-        of their own."""
-        cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
-        if cache.table is not None or not cache.dense or not (mask is None or mask.ndim == 4):
-            return False
-        backend = self.lm.config._attn_implementation or ""
-        maskless = backend == "sdpa" or "flash" in backend
-        return len(cache.groups) == 1 or (mask is None and maskless and not cache.shifted)
+    def _stock(self, cache: PrunedCache, x: Tensor) -> bool:
+        """Whether the model's own code is right for a decode step without a mask: no padding, positions as they were,
+        and layers that need no masks of their own."""
+        return (
+            x.shape[1] == 1
+            and cache.dense
+            and not cache.shifted
+            and cache.table is None
+            and (self.maskless or len(cache.groups) == 1)
+            and cache.owner is self.context.owner
+            and not self.requantizes
+            and not cache.is_compileable  # type: ignore[attr-defined]
+            and cache.groups[0].end > 0
+        )
 
     @eager
     def _go_on(self, args: tuple, kwargs: dict, shift: Tensor | None, taps: bool) -> Any:
@@ -208,7 +223,8 @@ class Boundary:
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
         cache = kwargs.get("past_key_values")
-        return None if steps(out.last_hidden_state, cache) else self._finish(out, cache)
+        one = out.last_hidden_state.shape[1] == 1  # as `steps`, without a call
+        return None if one and cache is not None and not getattr(cache, "busy", False) else self._finish(out, cache)
 
     @eager
     def _finish(self, out: Any, cache: Any) -> Any:

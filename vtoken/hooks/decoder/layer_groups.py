@@ -15,7 +15,7 @@ from vtoken.hooks.decoder.next_layer import check_next_layer, next_layer_attenti
 from vtoken.hooks.state.checkpointing import check_replay
 from vtoken.hooks.state.context import Context, by_layer
 from vtoken.hooks.state.encoder_fact import encoder_fact
-from vtoken.hooks.state.forward_state import UNMADE, ForwardState, StaticStep, eager, steps
+from vtoken.hooks.state.forward_state import UNMADE, ForwardState, StaticStep, eager
 from vtoken.hooks.state.left_padding import take
 from vtoken.hooks.state.prefill_state import AskedText, Observed, PrefillState
 from vtoken.hooks.state.prompt_text import dropped_slots, later_text, text_before, text_of
@@ -46,7 +46,7 @@ class LayerGroups:
     def _layer(self, k: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         cache: Any = kwargs.get("past_key_values")
-        if not steps(hidden, cache):
+        if hidden.shape[1] > 1 or cache is None or getattr(cache, "busy", False):  # not `steps`, without a call
             return self._shorten(k, module, args, kwargs)
         if cache.is_compileable and isinstance(cache, PrunedCache) and len(cache.groups) > 1:
             return args, self._static(k, self.run.flow, kwargs)

@@ -16,6 +16,12 @@ from torch import Tensor
 from vtoken.hooks.state.quantized_layer import QuantizedLayer
 
 
+UNWRAPPED = (
+    "this KV cache holds a pruned prompt and its model was unwrapped since; start a new conversation, or keep the model "
+    "wrapped while the cache is in use"
+)
+
+
 class CacheOwner:
     """Who may continue a cache: dead after unwrap, shared by copies of the cache."""
 
@@ -44,11 +50,6 @@ class SlotMap:
     dense: bool
     lags: bool = False
 
-    @property
-    def saved(self) -> int:
-        """Logical minus physical length."""
-        return self.end - self.logical.shape[1]
-
     def rows(self, index: Tensor) -> SlotMap:
         index = index.to(self.logical.device)
         shift = None if self.shift is None else self.shift[index]
@@ -58,7 +59,8 @@ class SlotMap:
 class PrunedCache:
     """Mixed into the class of a live cache by `adopt`. `groups[k]` describes layers from k up to the next key. `table`
     tells what merged tokens, whose keys are held without RoPE, stand for (hooks/attention/unmerge.py). `busy`: a
-    forward is at work on it of which `Run.flow` tells."""
+    forward is at work on it of which `Run.flow` tells. `dense`: no group has padding. A decode step asks for few of
+    these, and works nothing out."""
 
     groups: dict[int, SlotMap]
     busy: bool = False
@@ -67,27 +69,22 @@ class PrunedCache:
     prompt_mask: Tensor | None
     owner: CacheOwner
     shifted: bool
+    dense: bool = True
 
     def group(self, layer: int) -> int:
-        return max(start for start in self.groups if start <= layer)
-
-    @property
-    def dense(self) -> bool:
-        return all(slots.dense for slots in self.groups.values())
+        return max(start for start in self.groups if start <= layer) if layer else 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return super().get_seq_length(layer_idx) + self.groups[self.group(layer_idx)].saved  # type: ignore[misc]
+        if not self.owner.alive:
+            raise RuntimeError(UNWRAPPED)
+        slots = self.groups[self.group(layer_idx) if layer_idx else 0]
+        saved: int = slots.end - slots.logical.shape[1]
+        return super().get_seq_length(layer_idx) + saved  # type: ignore[misc]
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        return super().get_seq_length(layer_idx)  # type: ignore[misc]
-
-    def update(self, *args: Any, **kwargs: Any) -> Any:
         if not self.owner.alive:
-            raise RuntimeError(
-                "this KV cache holds a pruned prompt and its model was unwrapped since; "
-                "start a new conversation, or keep the model wrapped while the cache is in use"
-            )
-        return super().update(*args, **kwargs)  # type: ignore[misc]
+            raise RuntimeError(UNWRAPPED)
+        return super().get_seq_length(layer_idx)  # type: ignore[misc]
 
     def logical(self, start: int, total: int) -> Tensor:
         """[B, P] logical positions held by the group's slots when `total` logical tokens are cached."""
@@ -99,6 +96,7 @@ class PrunedCache:
 
     def record(self, start: int, slots: SlotMap) -> None:
         self.groups[start] = slots
+        self.dense = all(each.dense for each in self.groups.values())
         self.shifted = self.shifted or slots.lags
         if self.is_compileable:  # type: ignore[attr-defined]
             # Compiled decoding needs a mask of fixed size; causality hides the slots that are not filled yet.
