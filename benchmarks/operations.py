@@ -1,7 +1,7 @@
 """How many operations a stage adds to a prefill, the decision included: what a host has to launch. `python
 benchmarks/operations.py`
 
-One picture of 576 tokens, a tower of 24 layers as in LLaVA-1.5 and a decoder of 4, narrow and with random weights: the
+Pictures of 576 tokens, a tower of 24 layers as in LLaVA-1.5 and a decoder of 4, narrow and with random weights: the
 numbers depend on neither width nor machine. Operations that compute are counted; views are not, which launch nothing.
 Against the unwrapped model.
 """
@@ -22,23 +22,23 @@ IMAGE, TOKENS, TEXT = 3, 576, 40
 # (tests/benchmarks/test_operations.py).
 PIPELINES: dict[str, tuple[Any, int]] = {
     "none": ("none", 0),
-    "random:64": ("random:64", 26),
-    "uniform:64": ("uniform:64", 22),
-    "fastervlm:64": ("fastervlm:64", 50),
-    "hired:64": ("hired:64", 68),
-    "visionzip:64": ("visionzip:64", 146),
-    "divprune:64": ("divprune:64", 419),
-    "vispruner:64": ("vispruner:64", 381),
-    "scope:64": ("scope:64", 637),
-    "cdpruner:64": ("cdpruner:64", 1598),
-    "fastv, one cut": ([{"fastv": {"keep": 300, "layer": 1}}], 74),
-    "fastv, two cuts": ([{"fastv": {"keep": 300, "layer": 1}}, {"fastv": {"keep": 64, "layer": 2}}], 129),
-    "fitprune, one cut": ([{"fitprune": {"table": [100, 0, 0, 0]}}], 214),
-    "fitprune, three cuts": ([{"fitprune": {"table": [100, 100, 100, 0]}}], 568),
-    "flowcut:64, 22 layers": ("flowcut:64", 1842),
-    "tome:r=16, 23 layers": ("tome:r=16", 3968),
-    "snapkv:64, 4 layers": ("snapkv:64", 216),
-    "lookm-20, 4 layers": ("lookm-20", 548),
+    "random:64": ("random:64", 25),
+    "uniform:64": ("uniform:64", 21),
+    "fastervlm:64": ("fastervlm:64", 29),
+    "hired:64": ("hired:64", 34),
+    "visionzip:64": ("visionzip:64", 80),
+    "divprune:64": ("divprune:64", 418),
+    "vispruner:64": ("vispruner:64", 360),
+    "scope:64": ("scope:64", 616),
+    "cdpruner:64": ("cdpruner:64", 472),
+    "fastv, one cut": ([{"fastv": {"keep": 300, "layer": 1}}], 47),
+    "fastv, two cuts": ([{"fastv": {"keep": 300, "layer": 1}}, {"fastv": {"keep": 64, "layer": 2}}], 76),
+    "fitprune, one cut": ([{"fitprune": {"table": [100, 0, 0, 0]}}], 176),
+    "fitprune, three cuts": ([{"fitprune": {"table": [100, 100, 100, 0]}}], 456),
+    "flowcut:64, 22 layers": ("flowcut:64", 512),
+    "tome:r=16, 23 layers": ("tome:r=16", 811),
+    "snapkv:64, 4 layers": ("snapkv:64", 97),
+    "lookm-20, 4 layers": ("lookm-20", 305),
 }
 
 
@@ -57,15 +57,26 @@ def model() -> Any:
     vision = {"model_type": "clip_vision_model", "num_hidden_layers": 24, "image_size": 336, "patch_size": 14, **small}
     text = {"model_type": "llama", "num_hidden_layers": 4, "vocab_size": 8, "max_position_embeddings": 1024, **small}
     torch.manual_seed(0)
-    return LlavaForConditionalGeneration(
+    made = LlavaForConditionalGeneration(
         LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
     ).eval()
+    # Attention that is not the same everywhere: flowcut then drops patches at every second layer.
+    for layer in made.model.vision_tower.encoder.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            projection.weight.data *= 20
+    return made
 
 
-def operations(model: Any, pipeline: Any = None) -> int:
+def inputs(pictures: int = 1) -> dict[str, Any]:
+    """A batch of so many prompts, a picture each."""
+    ids = torch.tensor([[1] * (TEXT // 2) + [IMAGE] * TOKENS + [2] * (TEXT // 2)] * pictures)
+    pixels = torch.zeros(pictures, 3, 336, 336)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def operations(model: Any, pipeline: Any = None, pictures: int = 1) -> int:
     """Of a second prefill; without a pipeline, of the unwrapped model."""
-    ids = torch.tensor([[1] * (TEXT // 2) + [IMAGE] * TOKENS + [2] * (TEXT // 2)])
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.zeros(1, 3, 336, 336)}
+    batch = inputs(pictures)
     with nullcontext() if pipeline is None else vtoken.wrapped(model, pipeline), torch.no_grad():
         model(**batch, use_cache=True)
         with Count() as count:
@@ -73,12 +84,25 @@ def operations(model: Any, pipeline: Any = None) -> int:
     return count.calls
 
 
+def step(model: Any, pipeline: Any = None) -> float:
+    """Of a generated token after the first."""
+
+    def of(tokens: int) -> int:
+        with nullcontext() if pipeline is None else vtoken.wrapped(model, pipeline), torch.no_grad(), Count() as count:
+            model.generate(**inputs(), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        return count.calls
+
+    return (of(6) - of(2)) / 4
+
+
 def main() -> None:
     stock = model()
-    dense = operations(stock)
-    print(f"| pipeline | operations besides the {dense} of the stock model |\n| --- | ---: |")
+    dense, four, token = operations(stock), operations(stock, pictures=4), step(stock)
+    print(f"| pipeline | operations besides the stock model's {dense} | four pictures | a token |")
+    print("| --- | ---: | ---: | ---: |")
     for name, (pipeline, _) in PIPELINES.items():
-        print(f"| {name} | {operations(stock, pipeline) - dense} |")
+        each = operations(stock, pipeline) - dense, operations(stock, pipeline, pictures=4) - four
+        print(f"| {name} | {each[0]} | {each[1]} | {step(stock, pipeline) - token:g} |")
 
 
 if __name__ == "__main__":

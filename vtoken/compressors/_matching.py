@@ -16,7 +16,18 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vtoken.kernels import nearest_tokens
-from vtoken.stages import Compressor, Fact, Keep, Site, VisualTokens, image_of, keep_all, offsets_of, size_of
+from vtoken.stages import (
+    Compressor,
+    Fact,
+    Keep,
+    Site,
+    VisualTokens,
+    image_of,
+    keep_all,
+    offsets_of,
+    place_in_image,
+    size_of,
+)
 
 
 @dataclass(frozen=True)
@@ -127,8 +138,7 @@ def survivors(home: Tensor, places: Tensor, gone: int) -> tuple[Tensor, Tensor]:
 
 def seats(held: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """[ΣN] sequence of each token, and its place there."""
-    rows = image_of(held, device)
-    return rows, torch.arange(len(rows), device=device) - offsets_of(held, device)[:-1].long()[rows]
+    return image_of(held, device), place_in_image(held, device)
 
 
 @dataclass

@@ -33,6 +33,7 @@ from vtoken.stages.tokens import (
     VisualTokens,
     image_of,
     offsets_of,
+    place_in_image,
     segments_of,
     size_of,
     uploaded,

@@ -12,6 +12,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -105,7 +106,16 @@ def image_of(lengths: Sequence[int], device: torch.device) -> Tensor:
     """[ΣN] image of each packed token."""
     if len(lengths) == 1:
         return torch.zeros(lengths[0], dtype=torch.int64, device=device)
-    return torch.repeat_interleave(uploaded(lengths, device), output_size=sum(lengths))
+    return torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(device, non_blocking=True)
+
+
+def place_in_image(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """[ΣN] place of each packed token in its image."""
+    if len(lengths) == 1:
+        return torch.arange(lengths[0], device=device)
+    starts = np.cumsum(lengths) - lengths
+    places = np.arange(sum(lengths)) - np.repeat(starts, lengths)
+    return torch.from_numpy(places).to(device, non_blocking=True)
 
 
 def segments_of(parts: Parts, per: str) -> int:

@@ -29,7 +29,7 @@ from vtoken.hooks.state.prompt_text import answered
 from vtoken.hooks.state.run import segments
 from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.hooks.state.trace import Trace
-from vtoken.stages import Keep, image_of, offsets_of
+from vtoken.stages import Keep, image_of, offsets_of, place_in_image
 
 
 def build_prefill(
@@ -146,7 +146,7 @@ def unpruned(located: ImageSpans, arange: Tensor) -> LiveTokens:
         image, raster_index = located.batch_row, arange[: lengths[0]]
     else:
         image = image_of(lengths, device)
-        raster_index = torch.arange(sum(lengths), device=device) - offsets_of(lengths, device)[:-1][image]
+        raster_index = place_in_image(lengths, device)
     segment = segments(layouts)
     return LiveTokens(
         lengths,

@@ -23,7 +23,7 @@ from vtoken.hooks.vision import frames
 from vtoken.hooks.vision.encoder_facts import EncoderLayer, biased
 from vtoken.hooks.vision.merging import MergeInLayer, check_resized, move_to_visible_member
 from vtoken.hooks.vision.tower import Tower, TowerState
-from vtoken.stages import Fact, Keep, Parts, image_of, offsets_of, uploaded
+from vtoken.stages import Fact, Keep, Parts, image_of, place_in_image, uploaded
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,7 @@ class Batch:
     @cached_property
     def at(self) -> tuple[Tensor, Tensor]:
         """Row and column of each live patch [ΣK]; columns count CLS."""
-        rows = image_of(self.counts, self.device)
-        columns = torch.arange(len(rows), device=self.device) - offsets_of(self.counts, self.device)[:-1][rows]
-        return rows, columns + self.cls
+        return image_of(self.counts, self.device), place_in_image(self.counts, self.device) + self.cls
 
     def packed(self, padded: Tensor) -> Tensor:
         """[crops, P, ...] -> [ΣP, ...] without padding."""

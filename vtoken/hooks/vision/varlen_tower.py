@@ -22,7 +22,7 @@ from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.hooks.vision import frames
 from vtoken.hooks.vision.encoder_facts import EncoderLayer
 from vtoken.hooks.vision.tower import Tower, TowerState
-from vtoken.stages import Fact, Keep, Parts, image_of, offsets_of
+from vtoken.stages import Fact, Keep, Parts, image_of, place_in_image
 
 
 @dataclass(kw_only=True)
@@ -79,8 +79,7 @@ class VarlenTower(Tower):
         order = self.adapter.order(grid, kwargs)
         live = torch.arange(sum(full), device=device) if order is None else order.to(device, non_blocking=True)
         image = image_of(full, device)
-        raster_index = torch.arange(len(image), device=device) - offsets_of(full, device)[:-1][image]
-        history = TokenHistory(full, raster_index, full)
+        history = TokenHistory(full, place_in_image(full, device), full)
         state = VarlenState(history=history, layouts=layouts, image=image, slot=live.argsort(), live=live)
         self.run.tower = state
         if call is not None:

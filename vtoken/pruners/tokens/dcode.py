@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vtoken.kernels import topk_tokens
-from vtoken.stages import Keep, Pruner, VisualTokens, image_of, offsets_of
+from vtoken.stages import Keep, Pruner, VisualTokens, image_of, offsets_of, place_in_image
 from vtoken.stages.budget import Budget
 
 FRAMES = 32  # compared at a time: what is held in memory
@@ -57,7 +57,7 @@ class DCoDe(Pruner):
         frame = image_of(counts, device)
         ranked = norm[chosen].argsort(descending=True, stable=True)
         chosen = chosen[ranked[frame[ranked].argsort(stable=True)]]
-        at = torch.arange(len(chosen), device=device) - offsets_of(counts, device)[:-1].long()[frame]
+        at = place_in_image(counts, device)
         token = chosen.new_full((len(counts), max(counts)), -1)
         token[frame, at] = chosen
         owner = torch.cat([self._owners(tokens.x, some) for some in token.split(FRAMES)])
