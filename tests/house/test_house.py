@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "compatibility": LOWER,
     "session": LOWER | {"compatibility"},
     "evals": LOWER | {"session", "evals", "compressors", "__init__"},
-    "commands": LOWER | {"session", "evals", "compressors", "__init__"},
+    "commands": LOWER | {"session", "evals", "compressors", "commands", "__init__"},
     "cli": LOWER | {"session", "commands", "evals", "__init__"},
     "__main__": {"cli"},
 }

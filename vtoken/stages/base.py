@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from vtoken.kernels import topk_tokens
@@ -102,7 +102,7 @@ class Pruner(Stage):
     kind: ClassVar[Literal["pruner", "compressor"]] = "pruner"
     site: ClassVar[Site] = "tokens"
 
-    keep: Budget
+    keep: Budget = Field(description="tokens that stay")
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """[ΣN] scores, higher is kept."""
