@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vtoken.registry import available
-    from vtoken.session import trace, unwrap, wrap, wrapped
+    from vtoken.session import pipeline, trace, unwrap, wrap, wrapped
 
 __version__ = "0.1.0"
-__all__ = ["available", "match_processor", "trace", "unmatch_processor", "unwrap", "wrap", "wrapped"]
+__all__ = ["available", "match_processor", "pipeline", "trace", "unmatch_processor", "unwrap", "wrap", "wrapped"]
 
 _HOME = {
     "available": "vtoken.registry",
     "match_processor": "vtoken.session",
+    "pipeline": "vtoken.session",
     "trace": "vtoken.session",
     "unmatch_processor": "vtoken.session",
     "unwrap": "vtoken.session",

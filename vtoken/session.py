@@ -224,6 +224,12 @@ def unmatch_processor(processor: Any) -> Any:
     return processor
 
 
+def pipeline(model: Any) -> Pipeline | None:
+    """What the model is wrapped with, None if it is not; its repr is YAML that loads back."""
+    session = session_of(model)
+    return None if session is None else session.pipeline
+
+
 def trace(model: Any) -> Trace:
     """What happened in the last prefill: of the calling thread, or of any thread if this one ran none.
 

@@ -17,7 +17,7 @@ from tiny_processors import processor, save
 from vtoken.commands import show
 from vtoken.errors import ConfigError, UnsupportedError, VtokenError
 from vtoken.evals import processors
-from vtoken.evals.pictures import overlay
+from vtoken.evals.pictures import overlay, traced
 from vtoken.evals.pictures.overlay import drawn, views
 from vtoken.evals.shared import media, models
 from vtoken.stages import size_of
@@ -243,5 +243,5 @@ def test_views_are_what_the_rasters_cover(picture: Path) -> None:
 def test_another_number_of_images_is_an_error() -> None:
     trace = argparse.Namespace(parts=[])
     with pytest.raises(ValueError, match="the prompt shows 1 images but the trace has 0"):
-        show.picture(None, None, media.Media((RED,)), trace, "")
+        traced.picture(None, None, media.Media((RED,)), trace, "")
     assert issubclass(ConfigError, VtokenError)

@@ -50,9 +50,10 @@ POLICY_KEYS = (*POLICIES, LEAST)
 KEYS = (PRESET, *POLICY_KEYS, "stages")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pipeline:
-    """Stages in the order the data flows, and the policies that go with them (see `vtoken schema`).
+    """Stages in the order the data flows, and the policies that go with them (see `vtoken schema`). Its repr is what
+    `dump` writes.
 
     `written` is how errors call it, as it was written down; "" where it was not.
     """
@@ -67,6 +68,9 @@ class Pipeline:
 
     def __post_init__(self) -> None:
         _check(vars(self), Source())
+
+    def __repr__(self) -> str:
+        return dump(self)
 
 
 PipelineLike = str | os.PathLike[str] | dict[str, Any] | Sequence[Any] | Stage | Pipeline
