@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vtoken.registry import available
-    from vtoken.session import pipeline, trace, unwrap, wrap, wrapped
+    from vtoken.session import match_processor, pipeline, trace, unmatch_processor, unwrap, wrap, wrapped
 
 __version__ = "0.1.0"
 __all__ = ["available", "match_processor", "pipeline", "trace", "unmatch_processor", "unwrap", "wrap", "wrapped"]
@@ -27,12 +27,14 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'vtoken' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOME[name]), name)
-    return value
+if not TYPE_CHECKING:  # A type checker would take any name for one of vtoken's.
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'vtoken' has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(_HOME[name]), name)
+        return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

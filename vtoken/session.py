@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
-from typing import Any, cast
+from typing import Any, Protocol, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -13,7 +13,7 @@ from torch import nn
 from vtoken import config, registry
 from vtoken.adapters.base import Adapter
 from vtoken.compatibility import check, check_whole
-from vtoken.config import Pipeline
+from vtoken.config import Pipeline, PipelineLike
 from vtoken.errors import UnsupportedError, about
 from vtoken.hooks.attention.sparse_prefill import SparsePrefill
 from vtoken.hooks.attention.unmerge import Unmerge
@@ -30,6 +30,14 @@ from vtoken.hooks.vision.padded_tower import PaddedTower
 from vtoken.hooks.vision.tower import Tower
 from vtoken.hooks.vision.varlen_tower import VarlenTower
 
+
+class ModelLike(Protocol):
+    """A Hugging Face model, as it is, in a PeftModel, or what torch.compile makes of it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+M = TypeVar("M", bound=ModelLike)
 SESSION = "_vtoken_session"  # attribute of a wrapped model; whoever drops the model drops its session with it
 
 
@@ -123,7 +131,7 @@ def session_of(model: Any) -> Session | None:
     return found
 
 
-def wrap(model: Any, pipeline: Any) -> Any:
+def wrap(model: M, pipeline: PipelineLike) -> M:
     """Makes a stock Hugging Face VLM run a pipeline; returns the same object.
 
     Args:
@@ -139,7 +147,7 @@ def wrap(model: Any, pipeline: Any) -> Any:
     return model
 
 
-def _install(model: Any, pipeline: Any, *, watched: bool = False) -> None:
+def _install(model: Any, pipeline: PipelineLike, *, watched: bool = False) -> None:
     session = session_of(model)
     if session is not None:
         raise UnsupportedError(
@@ -152,7 +160,7 @@ def _install(model: Any, pipeline: Any, *, watched: bool = False) -> None:
         Session(inner, parsed, watched=watched)
 
 
-def unwrap(model: Any) -> Any:
+def unwrap(model: M) -> M:
     """Takes everything back that `wrap` put on the model; returns the model, bit-exact as before.
 
     KV caches that hold a pruned prompt cannot be continued afterwards (they say so).
@@ -169,7 +177,7 @@ def unwrap(model: Any) -> Any:
 
 
 @contextmanager
-def wrapped(model: Any, pipeline: Any) -> Iterator[Any]:
+def wrapped(model: M, pipeline: PipelineLike) -> Iterator[M]:
     """`wrap` for the length of a with-block."""
     _install(model, pipeline)
     try:
@@ -180,7 +188,7 @@ def wrapped(model: Any, pipeline: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def watched(model: Any, pipeline: Any) -> Iterator[Any]:
+def watched(model: M, pipeline: PipelineLike) -> Iterator[M]:
     """As `wrapped`, but a pipeline without stages is traced, too."""
     _install(model, pipeline, watched=True)
     try:

@@ -244,7 +244,7 @@ def test_importing_vtoken_imports_nothing_else() -> None:
 
 
 def test_the_public_names() -> None:
-    assert set(vtoken.__all__) <= set(dir(vtoken))
+    assert dir(vtoken) == sorted(vtoken.__all__)
     assert all(callable(getattr(vtoken, name)) for name in vtoken.__all__)
     with pytest.raises(AttributeError, match="'vtoken' has no attribute 'warp'"):
         vtoken.warp  # noqa: B018
