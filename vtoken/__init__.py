@@ -10,15 +10,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vtoken.registry import available
+    from vtoken.saved import push_to_hub, save
     from vtoken.session import match_processor, pipeline, trace, unmatch_processor, unwrap, wrap, wrapped
 
 __version__ = "0.1.0"
-__all__ = ["available", "match_processor", "pipeline", "trace", "unmatch_processor", "unwrap", "wrap", "wrapped"]
+__all__ = [
+    "available",
+    "match_processor",
+    "pipeline",
+    "push_to_hub",
+    "save",
+    "trace",
+    "unmatch_processor",
+    "unwrap",
+    "wrap",
+    "wrapped",
+]
 
 _HOME = {
     "available": "vtoken.registry",
     "match_processor": "vtoken.session",
     "pipeline": "vtoken.session",
+    "push_to_hub": "vtoken.saved",
+    "save": "vtoken.saved",
     "trace": "vtoken.session",
     "unmatch_processor": "vtoken.session",
     "unwrap": "vtoken.session",

@@ -14,6 +14,7 @@ from vtoken import config, registry
 from vtoken.adapters.base import Adapter
 from vtoken.compatibility import check, check_whole
 from vtoken.config import Pipeline, PipelineLike
+from vtoken.config.beside import of_model
 from vtoken.errors import UnsupportedError, about
 from vtoken.hooks.attention.sparse_prefill import SparsePrefill
 from vtoken.hooks.attention.unmerge import Unmerge
@@ -131,30 +132,37 @@ def session_of(model: Any) -> Session | None:
     return found
 
 
-def wrap(model: M, pipeline: PipelineLike) -> M:
+def wrap(model: M, pipeline: PipelineLike | None = None) -> M:
     """Makes a stock Hugging Face VLM run a pipeline; returns the same object.
 
     Args:
         model: e.g. a `LlavaForConditionalGeneration`, also inside a PeftModel or compiled by torch.compile. It is used
             as before: `generate`, `forward`, batches, beams, caches.
-        pipeline: preset name, `"method:keep"`, path to a YAML file, dict, list of stages, or stage objects.
+        pipeline: preset name, `"method:keep"`, path to a YAML file, dict, list of stages, or stage objects; a folder
+            or repository of the Hub that holds a `vtoken.yaml`. None: what travels with the model, in `vtoken` of its
+            config or in a `vtoken.yaml` beside its weights (see `save`).
 
     Raises:
         UnsupportedError: the model or a stage cannot be served; the message says why and what can.
-        ConfigError: the pipeline does not read.
+        ConfigError: the pipeline does not read, or none was given and none travels with the model.
     """
     _install(model, pipeline)
     return model
 
 
-def _install(model: Any, pipeline: PipelineLike, *, watched: bool = False) -> None:
+def _install(model: Any, pipeline: PipelineLike | None, *, watched: bool = False) -> None:
     session = session_of(model)
     if session is not None:
         raise UnsupportedError(
             f"this model is wrapped already (pipeline {session.pipeline.name!r}); call vtoken.unwrap(model) first"
         )
-    parsed = config.load(pipeline)
     inner = whole(model)
+    told = ""
+    if pipeline is None:
+        check_whole(inner)
+        pipeline, told = of_model(inner.config)
+    with about(told):
+        parsed = config.load(pipeline)
     check_whole(inner)
     with about(parsed.written):
         Session(inner, parsed, watched=watched)
@@ -177,7 +185,7 @@ def unwrap(model: M) -> M:
 
 
 @contextmanager
-def wrapped(model: M, pipeline: PipelineLike) -> Iterator[M]:
+def wrapped(model: M, pipeline: PipelineLike | None = None) -> Iterator[M]:
     """`wrap` for the length of a with-block."""
     _install(model, pipeline)
     try:

@@ -28,7 +28,7 @@ METHODS = [f for folder in registry.FOLDERS.values() for f in sorted((PACKAGE / 
 # Layer -> the layers of vtoken it may import. Nothing points upwards.
 LOWER = {"stages", "kernels", "hooks", "adapters", "config", "errors", "registry"}
 MAY_IMPORT = {
-    "__init__": {"registry", "session"},
+    "__init__": {"registry", "saved", "session"},
     "errors": set(),
     "kernels": {"kernels"},
     "stages": {"stages", "kernels"},
@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "config": {"stages", "config", "errors", "registry"},
     "compatibility": LOWER,
     "session": LOWER | {"compatibility"},
+    "saved": LOWER | {"session"},
     "evals": LOWER | {"session", "evals", "compressors", "__init__"},
     "commands": LOWER | {"session", "evals", "compressors", "commands", "__init__"},
     "cli": LOWER | {"session", "commands", "evals", "__init__"},
@@ -69,7 +70,7 @@ MAY_IMPORT_FROM_OTHERS = {
     "stages": {"torch", "pydantic", "pydantic_core"},
     "pruners": {"torch", "pydantic"},
     "compressors": {"torch", "pydantic", "safetensors"},
-    "config": {"pydantic", "yaml"},
+    "config": {"huggingface_hub", "pydantic", "yaml"},
 }
 
 
