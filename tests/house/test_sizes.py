@@ -41,7 +41,7 @@ ROOMS = {
         "cli.py",
     ): 9850,
     ("kernels",): 3000,
-    ("evals", "commands"): 11450,
+    ("evals", "commands"): 11500,
 }
 
 

@@ -18,7 +18,7 @@ EXAMPLES = """examples:
   vtoken show llava-hf/llava-1.5-7b-hf fastervlm:64 cat.jpg --question "What is on the table?"
   vtoken show llava-hf/llava-v1.6-vicuna-7b-hf fastervlm:640 cat.jpg     # two rasters: the whole, and the crops
   vtoken show Qwen/Qwen2.5-VL-3B-Instruct my-pipeline.yaml cat.jpg dog.jpg --out both.png
-  vtoken show Qwen/Qwen2.5-VL-3B-Instruct 'uniform:{per_frame: 16}' clip.gif --frames 8
+  vtoken show Qwen/Qwen2.5-VL-3B-Instruct 'uniform:{per_frame: 16}' clip.mp4 --frames 8   # pip install "vtoken[video]"
   vtoken show tiny-llava uniform:64 picture.jpg --json | jq '.stages[0].tokens_out'
 """
 
@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="shipped model, folder or hub id")
     parser.add_argument("pipeline", metavar="PIPELINE", help="preset, method:budget or YAML file")
     media = (
-        "picture files of one prompt, or one video: a folder of frames or an animated GIF or WebP (needs torchvision)"
+        "picture files of one prompt, or one video: a folder of frames, an animated GIF or WebP, MP4 or WebM (needs "
+        "torchvision)"
     )
     parser.add_argument("media", type=Path, nargs="+", metavar="IMAGE", help=media)
     question = "for methods that read the prompt (default: %(default)s)"
