@@ -59,6 +59,11 @@ def test_list_filters(capsys: pytest.CaptureFixture[str]) -> None:
     assert every - listed("--family", "llava")[0] == {"frames_changed", "frames_farthest", "frames_uniform"}
 
 
+def test_list_says_when_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--site", "frames", "--fact", "keys"]) == 0
+    assert capsys.readouterr().out.startswith("no stage fits\n\npresets: none\n")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.markdown:
         print(_markdown(STAGE_COLUMNS, shown), _markdown(PRESET_COLUMNS, among), sep="\n\n")
     else:
-        _print_lines(shown)
+        _print_lines(shown) if shown else print("no stage fits")
         names_of = " ".join(row["preset"] for row in among)
         print("", fill(f"presets: {names_of or 'none'}", 80, break_on_hyphens=False), "", fill(DIFFER, 80), sep="\n")
         print("", "`vtoken list NAME` has what there is to know about one of them", sep="\n")
