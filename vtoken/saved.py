@@ -19,7 +19,8 @@ from vtoken.stages import Stage
 
 def save(model: Any, folder: str | os.PathLike[str], **options: Any) -> Path:
     """Writes a wrapped model: what its own `save_pretrained` writes, `vtoken.yaml`, and in `vtoken/` copies of the
-    files that stages name (gates, routers), as they are on disk now. Returns the folder.
+    files that stages name (gates, routers), as they are on disk now. Returns the folder. Of a PeftModel that is the
+    adapter, beside which nobody looks: name the folder, `vtoken.wrap(model, folder)`.
 
     Args:
         options: as the model's `save_pretrained` takes them.

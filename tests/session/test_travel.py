@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -99,24 +100,31 @@ def test_files_beside_any_pipeline_file(tmp_path: Path, monkeypatch: Any) -> Non
     assert stage.gates == "here.safetensors"
 
 
+API, DOWNLOAD = huggingface_hub.HfApi, huggingface_hub.snapshot_download
+
+
 class Hub:
-    """A stand-in for the client: repositories are folders."""
+    """A stand-in for the client, that takes what the client takes: repositories are folders."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.asked = root, []
 
     def snapshot_download(self, repository: str, revision: Any = None, allow_patterns: Any = None) -> str:
+        signature(DOWNLOAD).bind(repository, revision=revision, allow_patterns=allow_patterns)
         self.asked.append((repository, revision, allow_patterns))
         if not (self.root / repository).is_dir():
             raise LocalEntryNotFoundError("no such repository, or no network\nmore words")
         return str(self.root / repository)
 
     def create_repo(self, repository: str, private: Any, exist_ok: bool) -> Any:
+        signature(API.create_repo).bind(self, repository, private=private, exist_ok=exist_ok)
         assert exist_ok
         (self.root / repository).mkdir(parents=True)
         return huggingface_hub.RepoUrl(f"https://huggingface.co/{repository}")
 
     def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> None:
+        given = {"repo_id": repo_id, "folder_path": folder_path, "commit_message": commit_message}
+        signature(API.upload_folder).bind(self, **given)
         shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
 
 
