@@ -32,6 +32,10 @@ def save(model: Any, folder: str | os.PathLike[str], **options: Any) -> Path:
     session = session_of(model)
     if session is None:
         raise UnsupportedError("this model is not wrapped, so it has no pipeline to save; wrap it first")
+    if options.get("push_to_hub"):
+        raise ConfigError(
+            "push_to_hub=True would leave the pipeline behind; write vtoken.push_to_hub(model, repository)"
+        )
     folder, copies = Path(folder), dict[str, str]()
     if os.path.isfile(folder):
         raise ConfigError(f"{str(folder)!r} is a file; write a folder")

@@ -189,6 +189,8 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     assert "not wrapped, so it has no pipeline to save" in refusal(vtoken.save, model, tmp_path / "x")
     with vtoken.wrapped(model, [Mine(keep=3)]):
         assert "stage 'test_travel' has no entry point" in refusal(vtoken.save, model, tmp_path / "x")
+        with pytest.raises(ConfigError, match="would leave the pipeline behind"):
+            vtoken.save(model, tmp_path / "x", push_to_hub=True)
     own = Path(shutil.copy(gates.file(3), tmp_path / "own.safetensors"))
     with vtoken.wrapped(model, [{"dyvte": {"gates": str(own)}}]):
         assert "is a file; write a folder" in refusal(vtoken.save, model, own)
