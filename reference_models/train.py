@@ -23,6 +23,7 @@ from vtoken.evals.reference import KINDS, answers, questions, score
 
 from . import distributed
 from .family import Family, Heads
+from .hub_form import rewrite
 from .llava import TinyLlava
 from .llava_next import TinyLlavaNext
 from .oracle import Oracle
@@ -108,6 +109,7 @@ def train(
         return
     final, processor = out / family.name, family.processor()
     model.save_pretrained(final)
+    rewrite(final)
     processor.save_pretrained(final)
     if family.video is not None:
         (final / "video_preprocessor_config.json").write_text(json.dumps(family.video, indent=1) + "\n")

@@ -10,14 +10,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vtoken.registry import available
-    from vtoken.session import trace, unwrap, wrap, wrapped
+    from vtoken.saved import push_to_hub, save
+    from vtoken.session import match_processor, pipeline, trace, unmatch_processor, unwrap, wrap, wrapped
 
 __version__ = "0.1.0"
-__all__ = ["available", "match_processor", "trace", "unmatch_processor", "unwrap", "wrap", "wrapped"]
+__all__ = [
+    "available",
+    "match_processor",
+    "pipeline",
+    "push_to_hub",
+    "save",
+    "trace",
+    "unmatch_processor",
+    "unwrap",
+    "wrap",
+    "wrapped",
+]
 
 _HOME = {
     "available": "vtoken.registry",
     "match_processor": "vtoken.session",
+    "pipeline": "vtoken.session",
+    "push_to_hub": "vtoken.saved",
+    "save": "vtoken.saved",
     "trace": "vtoken.session",
     "unmatch_processor": "vtoken.session",
     "unwrap": "vtoken.session",
@@ -26,12 +41,14 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'vtoken' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOME[name]), name)
-    return value
+if not TYPE_CHECKING:  # A type checker would take any name for one of vtoken's.
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'vtoken' has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(_HOME[name]), name)
+        return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -79,6 +79,17 @@ def _parser(command: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _run(args: argparse.Namespace) -> int:
+    try:
+        code: int = args.run(args)
+        return code
+    except (ImportError, RuntimeError):
+        from vtoken.evals.shared import torchvision
+
+        torchvision.check()  # If it is broken, that is why, and transformers' reason has forty lines.
+        raise
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 2 for bad input (one line on stderr), 130 for Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -87,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not first.startswith("-") and first not in COMMANDS:
             raise VtokenError(unknown("command", first, COMMANDS))
         args = _parser(first).parse_args(argv or ["--help"])
-        code: int = args.run(args)
+        code = _run(args)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # `vtoken list | head`: nobody reads on, and Python must not complain at exit either.

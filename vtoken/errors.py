@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import reprlib
+import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -18,6 +20,18 @@ def shown(value: object) -> str:
         return text if len(text) < 200 else f"{text[:190]}..."
     except ValueError:  # Python does not write whole numbers of more than 4,300 digits.
         return f"a {type(value).__name__} too long to write"
+
+
+# Whose code stands between a call of the user's and a warning.
+_BETWEEN = {"vtoken", "torch", "transformers", "peft", "accelerate", "contextlib", "functools"}
+
+
+def warn(message: str) -> None:
+    """Warns at the user's line: the innermost that is neither vtoken's nor of a library that calls it."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 class VtokenError(Exception):

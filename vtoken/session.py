@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
-from typing import Any, cast
+from typing import Any, Protocol, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -13,7 +13,8 @@ from torch import nn
 from vtoken import config, registry
 from vtoken.adapters.base import Adapter
 from vtoken.compatibility import check, check_whole
-from vtoken.config import Pipeline
+from vtoken.config import Pipeline, PipelineLike
+from vtoken.config.beside import of_model
 from vtoken.errors import UnsupportedError, about
 from vtoken.hooks.attention.sparse_prefill import SparsePrefill
 from vtoken.hooks.attention.unmerge import Unmerge
@@ -30,6 +31,14 @@ from vtoken.hooks.vision.padded_tower import PaddedTower
 from vtoken.hooks.vision.tower import Tower
 from vtoken.hooks.vision.varlen_tower import VarlenTower
 
+
+class ModelLike(Protocol):
+    """A Hugging Face model, as it is, in a PeftModel, or what torch.compile makes of it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+M = TypeVar("M", bound=ModelLike)
 SESSION = "_vtoken_session"  # attribute of a wrapped model; whoever drops the model drops its session with it
 
 
@@ -123,36 +132,43 @@ def session_of(model: Any) -> Session | None:
     return found
 
 
-def wrap(model: Any, pipeline: Any) -> Any:
+def wrap(model: M, pipeline: PipelineLike | None = None) -> M:
     """Makes a stock Hugging Face VLM run a pipeline; returns the same object.
 
     Args:
         model: e.g. a `LlavaForConditionalGeneration`, also inside a PeftModel or compiled by torch.compile. It is used
             as before: `generate`, `forward`, batches, beams, caches.
-        pipeline: preset name, `"method:keep"`, path to a YAML file, dict, list of stages, or stage objects.
+        pipeline: preset name, `"method:keep"`, path to a YAML file, dict, list of stages, or stage objects; a folder
+            or repository of the Hub that holds a `vtoken.yaml`. None: what travels with the model, in `vtoken` of its
+            config or in a `vtoken.yaml` beside its weights (see `save`).
 
     Raises:
         UnsupportedError: the model or a stage cannot be served; the message says why and what can.
-        ConfigError: the pipeline does not read.
+        ConfigError: the pipeline does not read, or none was given and none travels with the model.
     """
     _install(model, pipeline)
     return model
 
 
-def _install(model: Any, pipeline: Any, *, watched: bool = False) -> None:
+def _install(model: Any, pipeline: PipelineLike | None, *, watched: bool = False) -> None:
     session = session_of(model)
     if session is not None:
         raise UnsupportedError(
             f"this model is wrapped already (pipeline {session.pipeline.name!r}); call vtoken.unwrap(model) first"
         )
-    parsed = config.load(pipeline)
     inner = whole(model)
+    told = ""
+    if pipeline is None:
+        check_whole(inner)
+        pipeline, told = of_model(inner.config)
+    with about(told):
+        parsed = config.load(pipeline)
     check_whole(inner)
     with about(parsed.written):
         Session(inner, parsed, watched=watched)
 
 
-def unwrap(model: Any) -> Any:
+def unwrap(model: M) -> M:
     """Takes everything back that `wrap` put on the model; returns the model, bit-exact as before.
 
     KV caches that hold a pruned prompt cannot be continued afterwards (they say so).
@@ -169,7 +185,7 @@ def unwrap(model: Any) -> Any:
 
 
 @contextmanager
-def wrapped(model: Any, pipeline: Any) -> Iterator[Any]:
+def wrapped(model: M, pipeline: PipelineLike | None = None) -> Iterator[M]:
     """`wrap` for the length of a with-block."""
     _install(model, pipeline)
     try:
@@ -180,7 +196,7 @@ def wrapped(model: Any, pipeline: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def watched(model: Any, pipeline: Any) -> Iterator[Any]:
+def watched(model: M, pipeline: PipelineLike) -> Iterator[M]:
     """As `wrapped`, but a pipeline without stages is traced, too."""
     _install(model, pipeline, watched=True)
     try:
@@ -222,6 +238,12 @@ def unmatch_processor(processor: Any) -> Any:
         raise UnsupportedError(f"this {type(processor).__name__} was not matched to a model; nothing to take back")
     processor.image_processor.image_grid_pinpoints = _GRIDS.pop(processor.image_processor)
     return processor
+
+
+def pipeline(model: Any) -> Pipeline | None:
+    """What the model is wrapped with, None if it is not; its repr is YAML that loads back."""
+    session = session_of(model)
+    return None if session is None else session.pipeline
 
 
 def trace(model: Any) -> Trace:

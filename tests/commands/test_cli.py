@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vtoken import __version__, registry
+from vtoken import __version__
 from vtoken.cli import COMMANDS, main
 from vtoken.commands import list as list_command
 from vtoken.errors import VtokenError
@@ -109,56 +109,6 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     process.stdout.close()
     assert process.wait(60) == 141 and process.stderr.read() == b""
     process.stderr.close()
-
-
-def test_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["list", "--json"]) == 0
-    out, err = capsys.readouterr()
-    found = json.loads(out)
-    assert err == "" and found["broken"] == {}
-    assert [s["stage"] for s in found["stages"]] == registry.stages()
-    assert [p["preset"] for p in found["presets"]] == registry.presets()
-    by_name = {s["stage"]: s for s in found["stages"]}
-    assert by_name["fastervlm"]["needs"] == ["cls_attention"]
-    assert by_name["random"]["options"] == {
-        "keep": {"required": True, "default": None},
-        "seed": {"required": False, "default": 0},
-    }
-    assert by_name["pool"]["kind"] == "compressor" and by_name["pool"]["site"] == "tokens"
-    assert {p["preset"]: p["stages"] for p in found["presets"]}["fastervlm-64"] == [{"fastervlm": {"keep": 64}}]
-
-
-def test_list_as_tables(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["list"]) == 0
-    out = capsys.readouterr().out
-    assert all(f" {name} " in out for name in (*registry.stages(), *registry.presets()))
-    assert "options: keep, seed=0" in out and "needs: cls_attention" in out
-    assert "anyres: 2x2" in out and "anyres: model" not in out
-    assert "NAME:64 is the bare stage with its defaults" in " ".join(out.split())
-    assert max(map(len, out.splitlines())) <= 80
-
-
-def test_list_as_markdown(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["list", "--markdown"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    row = next(line for line in lines if line.startswith("| fastervlm |"))
-    assert "| cls_attention | keep | [2412.01818](https://arxiv.org/abs/2412.01818) |" in row
-    assert next(line for line in lines if line.startswith("| pool-2 |")).startswith(
-        "| pool-2 | original | pool (size=2) |"
-    )
-
-
-def test_budgets_are_shown_as_they_are_written() -> None:
-    stages = [{"uniform": {"keep": {"per_crop": 64}, "seed": 3}}]
-    assert list_command._text("stages", stages) == "uniform (keep={per_crop: 64}, seed=3)"
-
-
-def test_list_tells_what_is_broken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(registry, "catalogue", lambda: ({}, {"middle": "its import fails"}))
-    assert main(["list"]) == 0
-    assert capsys.readouterr().err == "broken: middle: its import fails\n"
-    assert main(["list", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["broken"] == {"middle": "its import fails"}
 
 
 def test_schema_is_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,8 @@ PAGES = [[], *([name] for name in COMMANDS), *(["calibrate", method] for method 
 CHEAP = {
     "vtoken list": [],
     "vtoken list --json": [],
+    "vtoken list fastervlm-64": [],
+    "vtoken list --site tokens --fact keys": [],
     "vtoken list --markdown": [],
     "vtoken list --markdown short": [],
     "vtoken schema": [],

@@ -17,7 +17,7 @@ from tiny_processors import processor, save
 from vtoken.commands import show
 from vtoken.errors import ConfigError, UnsupportedError, VtokenError
 from vtoken.evals import processors
-from vtoken.evals.pictures import overlay
+from vtoken.evals.pictures import overlay, traced
 from vtoken.evals.pictures.overlay import drawn, views
 from vtoken.evals.shared import media, models
 from vtoken.stages import size_of
@@ -120,7 +120,7 @@ class _Batch(dict):
 def test_videos_say_what_they_need(folder: Any, tmp_path: Path) -> None:
     clip = tmp_path / "clip.gif"
     RED.save(clip, save_all=True, append_images=[BLUE])
-    with pytest.raises(UnsupportedError, match="pip install torchvision"):
+    with pytest.raises(UnsupportedError, match=r"need torchvision.*: pip install .torchvision==0\.\d+\.\*"):
         processors.check_video(processor("qwen3_vl"))
     with pytest.raises(UnsupportedError, match="LlavaNextProcessor takes pictures only"):
         run(folder("llava_next"), "none", clip, "--out", tmp_path / "kept.png")
@@ -243,5 +243,5 @@ def test_views_are_what_the_rasters_cover(picture: Path) -> None:
 def test_another_number_of_images_is_an_error() -> None:
     trace = argparse.Namespace(parts=[])
     with pytest.raises(ValueError, match="the prompt shows 1 images but the trace has 0"):
-        show.picture(None, None, media.Media((RED,)), trace, "")
+        traced.picture(None, None, media.Media((RED,)), trace, "")
     assert issubclass(ConfigError, VtokenError)

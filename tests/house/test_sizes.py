@@ -29,9 +29,19 @@ def lines(paths: Iterable[Path]) -> int:
 
 # Rooms -> the most lines they may have: what they have, rounded up. The goals are 7,000 and, with commands, 10,000.
 ROOMS = {
-    ("hooks", "adapters", "stages", "config", "session.py", "compatibility.py", "registry.py", "cli.py"): 9500,
+    (
+        "hooks",
+        "adapters",
+        "stages",
+        "config",
+        "session.py",
+        "saved.py",
+        "compatibility.py",
+        "registry.py",
+        "cli.py",
+    ): 9850,
     ("kernels",): 3000,
-    ("evals", "commands"): 11300,
+    ("evals", "commands"): 11500,
 }
 
 

@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from hashlib import sha256
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
 
 import vtoken
 from vtoken.cli import main
@@ -18,6 +20,17 @@ SHIPPED = {
     "tiny-llava-next": ("LlavaNext", 744, 24),
     "tiny-qwen2.5-vl": ("Qwen2_5_VL", 144, 0),
 }
+
+
+# sha256 of names and tensors as they were trained, in the model that `from_pretrained` makes.
+TENSORS = {
+    "tiny-llava": "bd6238b51522f045",
+    "tiny-llava-next": "64f3ce88c425244d",
+    "tiny-qwen2.5-vl": "e0f337f66ff46a57",
+}
+# How tensors begin in the checkpoints of llava-hf/llava-1.5-7b-hf, llava-v1.6-vicuna-7b-hf and Qwen2.5-VL on the Hub.
+LLAVA = ("language_model.model.", "language_model.lm_head.", "multi_modal_projector.", "vision_tower.vision_model.")
+HUB = {"Llava": LLAVA, "LlavaNext": (*LLAVA, "image_newline"), "Qwen2_5_VL": ("model.", "lm_head.", "visual.")}
 
 
 @pytest.fixture(scope="module", params=SHIPPED)
@@ -46,6 +59,30 @@ def test_names_and_paths():
     assert all((reference.path(name) / "model.safetensors").stat().st_size <= 8e6 for name in SHIPPED)
     with pytest.raises(ValueError, match="did you mean 'tiny-llava'"):
         reference.path("tiny-lava")
+
+
+def begins(folder, kind):
+    """Whether every tensor in a saved model begins as one on the Hub does, and every such beginning occurs."""
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        found = {next((start for start in HUB[kind] if key.startswith(start)), key) for key in file.keys()}
+    return found == {*HUB[kind]}
+
+
+def test_weights_are_those_that_were_trained(name, loaded):
+    tensors, found = loaded[0].state_dict(), sha256()
+    for key in sorted(tensors):
+        found.update(key.encode() + tensors[key].numpy().tobytes())
+    assert found.hexdigest()[:16] == TENSORS[name]
+
+
+def test_others_than_transformers_5_read_the_files(name):
+    folder = reference.path(name)
+    assert begins(folder, SHIPPED[name][0])
+    assert [file.name for file in folder.glob("*.safetensors")] == ["model.safetensors"], "loaders take every one"
+    text = json.loads((folder / "config.json").read_text(encoding="utf-8"))["text_config"]
+    assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 1e6
+    section = text["rope_parameters"].get("mrope_section")
+    assert text.get("rope_scaling") == (section and {"mrope_section": section, "type": "mrope"})
 
 
 def test_an_installed_wheel_says_where_the_other_models_are(monkeypatch, tmp_path, capsys):
@@ -272,6 +309,7 @@ def test_smoke_recipe(pictures, tmp_path, name):
     assert (folder / "model.safetensors").stat().st_size <= 8e6
     figures = json.loads((folder / "figures.json").read_text())
     assert figures["overall"]["n"] == 6
+    assert begins(folder, SHIPPED[name][0]), "as the shipped ones are written"
     assert {file.stem for file in (tmp_path / "stages").glob("*.pt")} == set(family.plan)
     model, processor = AutoModelForImageTextToText.from_pretrained(folder), reference.processor(folder)
     asked = reference.questions(2)

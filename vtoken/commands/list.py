@@ -5,14 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from textwrap import wrap
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
+
+from vtoken.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
     from vtoken.stages import Stage
 
 EXAMPLES = """examples:
-  vtoken list                                  # tables
+  vtoken list                                  # a line per stage, and the names of presets
+  vtoken list fastervlm                        # a stage: options, presets, families
+  vtoken list fastervlm-64                     # a preset: what it says
+  vtoken list --site tokens --fact keys        # stages that act there and ask for that
+  vtoken list --family qwen3_vl                # stages that run on this family (takes seconds)
   vtoken list --json | jq '.stages[].stage'    # one JSON object
   vtoken list --matrix                         # which stage runs on which family, and why not
   vtoken list --costs                          # what deciding costs on one picture of LLaVA-1.5-7B
@@ -27,10 +33,12 @@ COST_COLUMNS = ("stage", "site", "facts", "bytes", "FLOPs", "families", "paper")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Lists every stage (kind, site, facts it needs, options with defaults, paper) and every preset."
-    )
+    parser.description = "Lists stages and presets; of one of them everything: what it does, options, families, paper."
     parser.epilog = EXAMPLES
+    parser.add_argument("name", metavar="NAME", nargs="?", help="a stage or a preset; takes seconds")
+    parser.add_argument("--site", help="stages that act there alone")
+    parser.add_argument("--fact", help="stages that ask for this fact alone (with default options)")
+    parser.add_argument("--family", help="stages that run on this model_type alone (takes seconds)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object")
     tables = "print the tables that README and docs embed: full (default) or short"
@@ -45,26 +53,74 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from vtoken.registry import catalogue, is_built_in
 
+    if args.name is not None:
+        return _one(args)
     usable, broken = catalogue()
     classes = [cls for name, cls in usable.items() if is_built_in(name) or not args.markdown]
+    classes = _filtered(classes, args)
     if args.matrix:
         return _matrix(classes, args)
     if args.costs:
         return _costs(classes, args)
-    shown = [describe(cls) for cls in classes]
+    shown, among = [describe(cls) for cls in classes], presets()
+    if args.site or args.fact or args.family:
+        names = {cls.name for cls in classes}
+        among = [row for row in among if names & {name for stage in row["stages"] for name in stage}]
     if args.json:
-        _print_json({"stages": shown, "presets": presets(), "broken": broken})
+        _print_json({"stages": shown, "presets": among, "broken": broken})
     elif args.markdown == "short":
         print(_markdown(SHORT_COLUMNS, shown))
     elif args.markdown:
-        print(_markdown(STAGE_COLUMNS, shown), _markdown(PRESET_COLUMNS, presets()), sep="\n\n")
+        print(_markdown(STAGE_COLUMNS, shown), _markdown(PRESET_COLUMNS, among), sep="\n\n")
     else:
-        _print_folded(("stage", "kind", "site"), shown)
-        _print_folded(("preset",), presets())
-        print(*wrap(DIFFER, 80), sep="\n")
+        _print_lines(shown) if shown else print("no stage fits")
+        names_of = " ".join(row["preset"] for row in among)
+        print("", fill(f"presets: {names_of or 'none'}", 80, break_on_hyphens=False), "", fill(DIFFER, 80), sep="\n")
+        print("", "`vtoken list NAME` has what there is to know about one of them", sep="\n")
         for name, reason in broken.items():
             print(f"broken: {name}: {reason}", file=sys.stderr)
     return 0
+
+
+def _one(args: argparse.Namespace) -> int:
+    from vtoken import registry
+    from vtoken.commands._one import details, show, show_preset
+
+    if args.markdown or args.matrix or args.costs or args.site or args.fact or args.family:
+        raise ConfigError(f"`vtoken list {args.name}` takes --json alone; leave the name out, or the other options")
+    if args.name in registry.presets():
+        if args.json:
+            _print_json(next(row for row in presets() if row["preset"] == args.name))
+        else:
+            show_preset(args.name)
+        return 0
+    if args.name not in registry.stages():
+        known = [*registry.stages(), *registry.presets()]
+        raise ConfigError(unknown("stage or preset", args.name, known, listed=registry.LIST, close=3))
+    told = details(registry.stage(args.name))
+    _print_json(told) if args.json else show(told)
+    return 0
+
+
+def _filtered(classes: list[type[Stage]], args: argparse.Namespace) -> list[type[Stage]]:
+    """Those that --site, --fact and --family leave."""
+    from vtoken import registry
+    from vtoken.stages import FACTS, SITES
+
+    known = {"site": SITES, "fact": sorted({fact.name for fact in FACTS}), "family": registry.adapters()}
+    for key, names in known.items():
+        if (value := getattr(args, key)) is not None and value not in names:
+            raise ConfigError(unknown(key, value, names))
+    if args.site:
+        classes = [cls for cls in classes if cls.site == args.site]
+    if args.fact:
+        classes = [cls for cls in classes if args.fact in {need.partition("@")[0] for need in _needs(cls)}]
+    if args.family:
+        from vtoken.evals.cost.support_matrix import support_matrix
+
+        cells = support_matrix(classes, [args.family]).cells
+        classes = [cls for cls in classes if cells[cls.name][args.family].answer != "no"]
+    return classes
 
 
 def _matrix(classes: list[type[Stage]], args: argparse.Namespace) -> int:
@@ -211,14 +267,14 @@ def _markdown(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> str:
     return markdown([columns, *([cell(_text(column, row[column])) for column in columns] for row in rows)])
 
 
-def _print(columns: tuple[str, ...], rows: list[dict[str, Any]], whole: tuple[str, ...], below: int = 0) -> None:
-    """The columns `whole` are never folded; `below` every row so many lines are empty."""
+def _print(columns: tuple[str, ...], rows: list[dict[str, Any]], whole: tuple[str, ...]) -> None:
+    """The columns `whole` are never folded."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, below, 0))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, overflow="fold", no_wrap=column in whole)
     for row in rows:
@@ -226,14 +282,13 @@ def _print(columns: tuple[str, ...], rows: list[dict[str, Any]], whole: tuple[st
     Console().print(table)
 
 
-def _print_folded(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
-    """Short values side by side, the rest below the summary, so that 80 columns suffice."""
-    from vtoken.config import POLICIES
+def _print_lines(rows: list[dict[str, Any]]) -> None:
+    """A line per stage: name, site and what it does; a terminal cuts it off, a file or pipe does not."""
+    from rich.console import Console
 
-    usual = {key: values[0] for key, (values, _) in POLICIES.items()}
-    folded = []
+    name, site = (max((len(row[key]) for row in rows), default=0) for key in ("stage", "site"))
+    width = Console().width if sys.stdout.isatty() else None
     for row in rows:
-        told = [key for key in row if key not in (*columns, "summary") and row[key] != usual.get(key)]
-        rest = [f"{key}: {text}" for key in told if (text := _text(key, row[key]))]
-        folded.append({**row, "what it does": "\n".join([row["summary"], *rest])})
-    _print((*columns, "what it does"), folded, columns, below=1)
+        what = row["summary"].partition(": ")
+        line = f"{row['stage']:{name}}  {row['site']:{site}}  {what[2] or what[0]}"
+        print(line if width is None or len(line) <= width else f"{line[: width - 1]}…")

@@ -18,13 +18,9 @@ EXAMPLES = """examples:
   vtoken show llava-hf/llava-1.5-7b-hf fastervlm:64 cat.jpg --question "What is on the table?"
   vtoken show llava-hf/llava-v1.6-vicuna-7b-hf fastervlm:640 cat.jpg     # two rasters: the whole, and the crops
   vtoken show Qwen/Qwen2.5-VL-3B-Instruct my-pipeline.yaml cat.jpg dog.jpg --out both.png
-  vtoken show Qwen/Qwen2.5-VL-3B-Instruct 'uniform:{per_frame: 16}' clip.gif --frames 8
+  vtoken show Qwen/Qwen2.5-VL-3B-Instruct 'uniform:{per_frame: 16}' clip.mp4 --frames 8   # pip install "vtoken[video]"
   vtoken show tiny-llava uniform:64 picture.jpg --json | jq '.stages[0].tokens_out'
 """
-# Least side of a tile in pixels, by how many there are.
-SIDES = {1: 720, 2: 480}
-MANY = 280
-COLUMNS = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="shipped model, folder or hub id")
     parser.add_argument("pipeline", metavar="PIPELINE", help="preset, method:budget or YAML file")
     media = (
-        "picture files of one prompt, or one video: a folder of frames or an animated GIF or WebP (needs torchvision)"
+        "picture files of one prompt, or one video: a folder of frames, an animated GIF or WebP, MP4 or WebM (needs "
+        "torchvision)"
     )
     parser.add_argument("media", type=Path, nargs="+", metavar="IMAGE", help=media)
     question = "for methods that read the prompt (default: %(default)s)"
@@ -52,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from vtoken.config import load
+    from vtoken.evals.pictures.traced import picture
     from vtoken.evals.shared.media import read
     from vtoken.evals.shared.models import load_pair
     from vtoken.session import match_processor, trace, watched
@@ -110,18 +108,3 @@ def prepare(processor: Any, media: Media, question: str, model: Any) -> Any:
     for name in {"pixel_values", "pixel_values_videos"} & set(inputs):
         inputs[name] = inputs[name].to(model.dtype)
     return inputs
-
-
-def picture(processor: Any, pixel_values: Any, media: Media, seen: Any, caption: str) -> Any:
-    """Everything that the trace tells of the prompt's images, as one picture."""
-    from vtoken.evals.pictures.overlay import captioned, drawn, owners, sheet, views
-
-    if len(seen.parts) != media.items:
-        raise ValueError(f"the prompt shows {media.items} images but the trace has {len(seen.parts)}")
-    tiles = sum(t for parts in seen.parts for t, _, _ in parts)
-    side = SIDES.get(tiles, MANY)
-    pictures = [
-        drawn(view, seen.parts[k], seen.kept[k], owners(seen, k), side=side, columns=COLUMNS)
-        for k, view in enumerate(views(processor, pixel_values, media, seen.parts))
-    ]
-    return captioned(pictures[0] if len(pictures) == 1 else sheet(pictures, columns=2, background="white"), caption)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from vtoken.compressors._files import Shape, existing, expect, opened
+from vtoken.stages import NAMES_FILE
 
 MEND = "make them with vtoken calibrate dtome"
 
@@ -21,7 +22,8 @@ class Thresholds(BaseModel):
 
     thresholds: str | tuple[float, ...] = Field(
         description="one per layer (dtome) or round (dtome_post), pairs above it merge; or the file of `vtoken "
-        "calibrate dtome`"
+        "calibrate dtome`",
+        json_schema_extra=NAMES_FILE,
     )
     left: tuple[float, ...] | None = Field(
         default=None, description="share of tokens left after each, as calibrated: what the FLOPs account counts on"

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 from pydantic import ValidationError
 
 from vtoken import registry
+from vtoken.config.beside import in_folder, is_repository, on_hub
 from vtoken.config.messages import explain
 from vtoken.config.presets import recipe
 from vtoken.config.short_form import bare, is_stage, options_of, short_form
@@ -50,9 +51,10 @@ POLICY_KEYS = (*POLICIES, LEAST)
 KEYS = (PRESET, *POLICY_KEYS, "stages")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pipeline:
-    """Stages in the order the data flows, and the policies that go with them (see `vtoken schema`).
+    """Stages in the order the data flows, and the policies that go with them (see `vtoken schema`). Its repr is what
+    `dump` writes.
 
     `written` is how errors call it, as it was written down; "" where it was not.
     """
@@ -68,6 +70,9 @@ class Pipeline:
     def __post_init__(self) -> None:
         _check(vars(self), Source())
 
+    def __repr__(self) -> str:
+        return dump(self)
+
 
 PipelineLike = str | os.PathLike[str] | dict[str, Any] | Sequence[Any] | Stage | Pipeline
 
@@ -77,7 +82,8 @@ def load(pipeline: PipelineLike) -> Pipeline:
 
     Args:
         pipeline: a preset ("fastervlm-64") or one stage in short ("fastervlm:64", "random:25%,seed=3", "pool:size=2": a
-            bare value is `keep`), policies behind either ("flowcut-64,positions=original"); a path to a YAML file; a
+            bare value is `keep`), policies behind either ("flowcut-64,positions=original"); a path to a YAML file, or
+            to a folder with a vtoken.yaml; a repository of the Hub with one ("owner/name", "owner/name@revision"); a
             dict as in the file; a list of names, one-key dicts and Stage objects; a Stage; a Pipeline.
 
     Raises:
@@ -116,6 +122,10 @@ def _from_text(text: str) -> Pipeline:
         return _short(lambda: {**options_of(rest), PRESET: name}, text, "preset")
     if is_stage(text):
         return _short(lambda: _with_policies(*short_form(text)), text, "pipeline")
+    if os.path.isdir(text):
+        return _from_file(Path(text))
+    if is_repository(text):
+        return _from_file(on_hub(text), text.partition("@")[0])
     raise ConfigError(
         f"{_unknown_preset(name if rest else text, after=text[len(name) :])}; or write a path to a YAML file, or a "
         "stage and its budget, as in fastervlm:64"
@@ -135,15 +145,15 @@ def _with_policies(name: str, options: dict[str, Any]) -> dict[str, Any]:
     return {**policies, "stages": [{name: options}]}
 
 
-def _from_file(path: Path) -> Pipeline:
+def _from_file(path: Path, name: str = "") -> Pipeline:
     if os.path.isdir(path):
-        raise ConfigError(f"{shown(str(path))} is a folder; write a path to a YAML file")
+        path, name = in_folder(path), path.name
     if not os.path.isfile(path):
         close = get_close_matches(path.stem, registry.presets(), n=1)
         hint = f"; did you mean the preset {close[0]!r}?" if close else ""
         raise ConfigError(f"pipeline file {shown(str(path))} does not exist{hint}")
     data, source = read(path)
-    found = _from_data(data, path.stem, source)
+    found = _from_data(data, name or path.stem, source)
     return replace(found, written=f"{path} ({found.written})" if found.written else str(path))
 
 
@@ -210,9 +220,10 @@ def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
         raise source.error(
             path, f"options of stage {name!r} must be a mapping, as in {{keep: 64}}, not {shown(options)}"
         )
+    options = _beside(cls, options or {}, source)
     try:
         # JSON mode is strict about numbers, texts and truth values, yet takes lists for tuples, as YAML writes them.
-        return cls.model_validate_json(json.dumps(options or {}, default=_plain), strict=True)
+        return cls.model_validate_json(json.dumps(options, default=_plain), strict=True)
     except ValidationError as error:
         option, message = explain(cls, error)
         policy = (
@@ -221,6 +232,19 @@ def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
         raise source.error((*path, option), f"stage {name!r}: {message}{policy}") from None
     except (TypeError, ValueError, RecursionError) as error:
         raise source.error(path, f"options of stage {name!r} must be plain data: {error}") from None
+
+
+def _beside(cls: type[Stage], options: dict[str, Any], source: Source) -> dict[str, Any]:
+    """Files that lie beside the one that names them by their whole paths; others are looked for where Python runs."""
+    folder = os.path.dirname(source.file)
+    found = {
+        option: os.path.abspath(os.path.join(folder, options[option]))
+        for option in cls.file_options()
+        if source.file
+        and isinstance(options.get(option), str)
+        and os.path.isfile(os.path.join(folder, options[option]))
+    }
+    return {**options, **found}
 
 
 def _native(value: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals import reference
+from vtoken.evals.shared import torchvision
 from vtoken.evals.shared.names import locate
 
 
@@ -39,6 +40,7 @@ def load(source: str | Path, *, pillow: bool = False, revision: str | None = Non
             if pillow:  # not asked of the whole processor: its video half has torchvision only
                 processor.image_processor = AutoImageProcessor.from_pretrained(source, backend="pil", **asked)
     except (OSError, ValueError, KeyError, ImportError) as error:
+        torchvision.check()
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"cannot load the processor of {source!r}: {reason}") from error
     processor.tokenizer.padding_side = "left"
@@ -116,4 +118,4 @@ def check_video(processor: Any) -> None:
         return
     if not hasattr(processor, "video_token"):
         raise UnsupportedError(f"{type(processor).__name__} takes pictures only: this family has no videos")
-    raise UnsupportedError("videos need torchvision, which transformers prepares them with: pip install torchvision")
+    raise UnsupportedError(f"videos need torchvision, which transformers prepares them with: {torchvision.mend()}")

@@ -11,7 +11,7 @@ from vtoken.stages.attention import (
     everything,
     with_own,
 )
-from vtoken.stages.base import Compressor, OtherModel, Pruner, Stage, Unmerging, keep_all
+from vtoken.stages.base import NAMES_FILE, Compressor, OtherModel, Pruner, Stage, Unmerging, keep_all
 from vtoken.stages.budget import Budget
 from vtoken.stages.cache import (
     CachedLayer,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from vtoken.kernels import topk_tokens
@@ -15,6 +15,7 @@ from vtoken.stages.facts import Fact, Site
 from vtoken.stages.tokens import Keep, Parts, VisualTokens, image_of, offsets_of, segments_of
 
 Unmerging = Literal["expanded", "merged"]
+NAMES_FILE: dict[str, Any] = {"format": "path"}  # json_schema_extra of an option whose text names a file
 
 
 class OtherModel(ValueError):
@@ -40,6 +41,11 @@ class Stage(BaseModel):
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:
             cls.name = cls.__module__.rpartition(".")[2]
+
+    @classmethod
+    def file_options(cls) -> tuple[str, ...]:
+        """Options whose text names a file, which is looked for beside the pipeline file, and saved with a model."""
+        return tuple(name for name, field in cls.model_fields.items() if field.json_schema_extra == NAMES_FILE)
 
     def needs(self) -> tuple[Fact, ...]:
         """The facts this stage reads."""
@@ -102,7 +108,7 @@ class Pruner(Stage):
     kind: ClassVar[Literal["pruner", "compressor"]] = "pruner"
     site: ClassVar[Site] = "tokens"
 
-    keep: Budget
+    keep: Budget = Field(description="tokens that stay")
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """[ΣN] scores, higher is kept."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +202,30 @@ def test_what_an_image_processor_refuses_is_one_line(family: str, tmp_path: Path
     ):
         with pytest.raises(UnsupportedError, match=r"does not take .*: absolute aspect ratio must be smaller than 200"):
             ask()
+
+
+@pytest.mark.parametrize(("kind", "codec", "pixels"), [("mp4", "mpeg4", "yuv420p"), ("webm", "libvpx", "yuv420p")])
+def test_video_files(kind: str, codec: str, pixels: str, tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    file = tmp_path / f"clip.{kind.upper()}"
+    with av.open(str(file), "w", format=kind) as out:
+        stream = out.add_stream(codec, rate=5)
+        stream.width = stream.height = 64
+        stream.pix_fmt = pixels
+        for k in range(8):
+            grey = Image.new("RGB", (64, 64), (30 * k,) * 3)
+            out.mux(stream.encode(av.VideoFrame.from_image(grey).reformat(format=pixels)))
+        out.mux(stream.encode())
+    found = media.read([file], frames=4)
+    assert found.video and found.items == 1
+    levels = [picture.getpixel((32, 32))[0] for picture in found.pictures]
+    assert levels == pytest.approx([30, 90, 150, 210], abs=12)
+    file.write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match=r"cannot read video .*clip"):
+        media.read([file])
+
+
+def test_video_files_say_what_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ConfigError, match=r'a\.mp4: video files are decoded by PyAV: pip install "vtoken\[video\]"'):
+        media.read([tmp_path / "a.mp4"])

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 
 from vtoken.compressors._files import Weights
 from vtoken.compressors.attention._seer import Header, chosen, header, logits, matrices, pooled, read
+from vtoken.stages import NAMES_FILE
 from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask
 
 
@@ -40,7 +41,8 @@ class SeerAttention(SparseAttention):
 
     gates: str = Field(
         description="file that `vtoken calibrate seerattention` wrote for the same model, or the authors' "
-        "attn_gate_weights.pth"
+        "attn_gate_weights.pth",
+        json_schema_extra=NAMES_FILE,
     )
     threshold: float = Field(
         default=2e-3,

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from vtoken.compressors.attention import _duo
-from vtoken.stages import uploaded
+from vtoken.stages import NAMES_FILE, uploaded
 from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, causal, everything
 
 
@@ -41,6 +41,7 @@ class StaticSparse(SparseAttention):
     gates: _duo.Gates | str | None = Field(
         default=None,
         description="per decoder layer, one number per key head: low ones stream; or a file of them, .json or .tsv",
+        json_schema_extra=NAMES_FILE,
     )
     sparsity: float = Field(default=0.5, ge=0, le=1, description="share of key heads that stream, given gates")
     size: Literal[16, 32, 64, 128, 256] = Field(default=128, description="tokens of a block")

@@ -38,7 +38,7 @@ class Header(NamedTuple):
 
 def find(name: str) -> Path:
     """The file of this path, or the shipped one of a reference model's name."""
-    shipped = SHIPPED / name / "dyvte.safetensors"
+    shipped = SHIPPED / name / "vtoken" / "dyvte.safetensors"
     return shipped if "." not in name and os.path.isfile(shipped) else Path(name)
 
 

@@ -14,7 +14,7 @@ from vtoken.compressors._cells import cells_in, pooled
 from vtoken.compressors._files import Weights
 from vtoken.compressors.decoder._exits import asked, last_of
 from vtoken.compressors.decoder._routers import Router, chances, routers
-from vtoken.stages import Compressor, Fact, Fused, Keep, Parts, Site, VisualTokens, image_of, keep_all
+from vtoken.stages import NAMES_FILE, Compressor, Fact, Fused, Keep, Parts, Site, VisualTokens, image_of, keep_all
 
 
 class DPNRouted(Compressor):
@@ -40,7 +40,9 @@ class DPNRouted(Compressor):
         "compact has theirs); edges of a grid are kept; the images of a row share one choice."
     )
 
-    routers: str = Field(description="safetensors file with the routers that the LLM was fine-tuned with")
+    routers: str = Field(
+        description="safetensors file with the routers that the LLM was fine-tuned with", json_schema_extra=NAMES_FILE
+    )
     sizes: tuple[int, ...] = Field(
         default=(1, 2, 4),
         min_length=1,

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from vtoken.compressors._files import Weights
 from vtoken.compressors.decoder._exits import asked, last_of, leave
 from vtoken.compressors.decoder._gates import Header, header, logits, matrices, question, read
-from vtoken.stages import Compressor, Fact, Keep, Parts, Site, VisualTokens
+from vtoken.stages import NAMES_FILE, Compressor, Fact, Keep, Parts, Site, VisualTokens
 
 
 class DyVTE(Compressor):
@@ -37,7 +37,8 @@ class DyVTE(Compressor):
     )
 
     gates: str = Field(
-        description="file that `vtoken train-exit` wrote for the same model, or tiny-llava for the shipped ones"
+        description="file that `vtoken train-exit` wrote for the same model, or tiny-llava for the shipped ones",
+        json_schema_extra=NAMES_FILE,
     )
 
     @field_validator("gates")

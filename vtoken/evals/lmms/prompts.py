@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vtoken.errors import ConfigError, UnsupportedError, shown
+from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals.processors import apply, check_video
 from vtoken.evals.shared import media
 
@@ -127,7 +127,8 @@ def clip(given: Any, frames: int) -> Clip:
         raise UnsupportedError(f"a video is a file, a folder or a list of pictures, not {type(given).__name__}")
     path = Path(given)
     if not os.path.isdir(path) and path.suffix.lower() not in (".gif", ".webp"):
-        return _decoded(path, frames)
+        pictures, rate, total = media.decoded(path, lambda total: _places(total, frames))
+        return Clip(pictures, tuple(_places(total, frames)[: len(pictures)]), rate, total)
     totals = []
 
     def choose(total: int) -> list[int]:
@@ -141,29 +142,6 @@ def clip(given: Any, frames: int) -> Clip:
 def _places(total: int, frames: int) -> list[int]:
     places: list[int] = np.linspace(0, total - 1, min(frames, total)).round().astype(int).tolist()
     return places
-
-
-def _decoded(path: Path, frames: int) -> Clip:
-    try:
-        import av
-    except ImportError:
-        raise ConfigError(f'{path.name}: video files are decoded by PyAV: pip install "av<16"') from None
-    try:
-        with av.open(str(path)) as file:
-            stream = file.streams.video[0]
-            rate = float(stream.average_rate or 1)
-            total = stream.frames or sum(1 for _ in file.decode(video=0))
-            file.seek(0)
-            wanted = _places(total, frames)
-            found = [
-                frame.to_image()
-                for k, frame in zip(range(wanted[-1] + 1), file.decode(video=0), strict=False)
-                if k in set(wanted)
-            ]
-    except (OSError, ValueError, IndexError, av.FFmpegError) as error:
-        raise ConfigError(f"cannot read video {shown(str(path))[1:-1]}: {str(error)[:200]}") from error
-    # Some containers promise more frames than they hold.
-    return Clip(tuple(found), tuple(wanted[: len(found)]), rate, total)
 
 
 def limit_pixels(processor: Any, least: int | None, most: int | None) -> None:

@@ -60,6 +60,9 @@ def load(
 ) -> tuple[Any, Any]:
     """The stock model in eval mode and its processor, which pads on the left and needs no torchvision (without it,
     Qwen's takes no videos)."""
+    from vtoken.evals.shared import torchvision
+
+    torchvision.check()
     from transformers import AutoModelForImageTextToText
 
     folder = path(name)

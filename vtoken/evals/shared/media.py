@@ -1,4 +1,5 @@
-"""Pictures and videos from disk, the one place that opens them. A video is a folder of frames or an animation.
+"""Pictures and videos from disk, the one place that opens them. A video is a folder of frames, an animation, or a file
+that PyAV decodes.
 
 Pictures look as in transformers' own loader (upright, RGB, the first of several in a file), but 16 bits are scaled down
 to 8 and not cut off. Only formats of pixels are opened: some others that Pillow knows start a program.
@@ -20,6 +21,7 @@ from vtoken.errors import ConfigError, shown
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 ANIMATED = ("AVIF", "GIF", "PNG", "WEBP")
+CONTAINERS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 Choose = Callable[[int], Sequence[int]]
 
 
@@ -60,7 +62,7 @@ def still(path: Path) -> Image.Image:
 
 
 def film(path: Path, choose: Choose) -> tuple[Image.Image, ...]:
-    """Frames of a folder or an animation, RGB.
+    """Frames of a folder, an animation or a video file, RGB.
 
     Args:
         choose: number of frames -> which of them, in order; only those are kept.
@@ -70,6 +72,8 @@ def film(path: Path, choose: Choose) -> tuple[Image.Image, ...]:
         if not files:
             raise ConfigError(f"folder {path} holds no pictures; frames of a video are files such as 000.png, 001.png")
         return tuple(still(files[k]) for k in choose(len(files)))
+    if path.suffix.lower() in CONTAINERS:
+        return decoded(path, choose)[0]
     found = []
     with _opened(path) as file:
         for k in choose(getattr(file, "n_frames", 1)):
@@ -78,9 +82,34 @@ def film(path: Path, choose: Choose) -> tuple[Image.Image, ...]:
     return tuple(found)
 
 
+def decoded(path: Path, choose: Choose) -> tuple[tuple[Image.Image, ...], float, int]:
+    """Frames of a video file, RGB, frames per second, and how many frames it says it has.
+
+    Raises:
+        ConfigError: it cannot be read, or PyAV is missing.
+    """
+    try:
+        import av
+    except ImportError:
+        raise ConfigError(f'{path.name}: video files are decoded by PyAV: pip install "vtoken[video]"') from None
+    try:
+        with av.open(str(path)) as file:
+            stream = file.streams.video[0]
+            rate = float(stream.average_rate or 1)
+            total = stream.frames or sum(1 for _ in file.decode(video=0))  # WebM does not say
+            file.seek(0)
+            wanted = choose(total)
+            frames = zip(range(wanted[-1] + 1), file.decode(video=0), strict=False)
+            found = {k: frame.to_image() for k, frame in frames if k in wanted}
+    except (OSError, ValueError, IndexError, av.FFmpegError) as error:
+        raise ConfigError(f"cannot read video {shown(str(path))[1:-1]}: {str(error)[:200]}") from error
+    # Some containers promise more frames than they hold.
+    return tuple(found[k] for k in wanted if k in found), rate, total
+
+
 def is_video(path: Path) -> bool:
-    """Whether it is a folder or an animation."""
-    if os.path.isdir(path):
+    """Whether it is a folder, an animation or a video file."""
+    if os.path.isdir(path) or path.suffix.lower() in CONTAINERS:
         return True
     with _opened(path) as file:
         return file.format in ANIMATED and getattr(file, "n_frames", 1) > 1

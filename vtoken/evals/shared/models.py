@@ -8,6 +8,7 @@ import torch
 
 from vtoken.errors import ConfigError, unknown
 from vtoken.evals import processors, reference
+from vtoken.evals.shared import torchvision
 from vtoken.evals.shared.configs import resolve_config
 from vtoken.evals.shared.names import locate
 
@@ -59,6 +60,7 @@ def load(
     try:
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=number or "auto", **options)
     except (OSError, ValueError, ImportError) as error:
+        torchvision.check()
         raise ConfigError(
             f"cannot load model {name!r}: {str(error).strip().splitlines()[0]} (shipped: "
             f"{', '.join(reference.names())}; vtoken bench --random-weights builds a model from its config alone)"

@@ -4,12 +4,11 @@ traceback."""
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vtoken.errors import VtokenError
+from vtoken.errors import VtokenError, warn
 
 
 def write(file: Path, what: str | bytes) -> None:
@@ -45,7 +44,7 @@ def kept(file: Path, fits: Callable[[Any], bool]) -> Any:
         return None
     except VtokenError as error:
         problem = str(error)
-    warnings.warn(f"{problem}; taken as missing, so it is made anew", stacklevel=2)
+    warn(f"{problem}; taken as missing, so it is made anew")
     return None
 
 

@@ -8,6 +8,7 @@ shape.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from vtoken.hooks.state.left_padding import take
 from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.hooks.state.prompt_text import text_of
 from vtoken.hooks.state.pruned_cache import PrunedCache, adopt, cache_bytes
-from vtoken.hooks.state.run import UNSEEN
+from vtoken.hooks.state.run import UNSEEN, Clock
 from vtoken.hooks.state.trace import StageTrace, Trace
 from vtoken.stages import Fact, Stage
 from vtoken.stages.facts import encoded
@@ -90,10 +91,12 @@ class Boundary:
     def _prefill(self, args: tuple, kwargs: dict, kinds: Tensor) -> Any:
         if self.context.stages:
             check_packed(kwargs, self.lm.config)
+        clock = Clock(kinds.device)
+        began = clock.now()
         flow, values = build_prefill(
             self.context, forward_of(self.context, kwargs), kinds, kwargs.get("deepstack_visual_embeds")
         )
-        self.last = flow.trace
+        self.last, flow.began = flow.trace, (clock, began)
         for stage, given in self.stages:
             facts = self._facts(flow, stage) if flow.skip_reason is None else {}
             values = flow.decide(stage, values, facts, substitutes=given)
@@ -242,6 +245,8 @@ class Boundary:
         for start, slots in sorted(flow.pending_slots.items()):
             flow.cache.record(start, slots)
         flow.trace.cache_bytes = cache_bytes(getattr(out, "past_key_values", None))
+        clock, began = flow.began
+        flow.trace.clock = partial(clock.between, began, clock.now())
         check_labels(flow)
         if not flow.layouts or (flow.dense and not flow.changed):
             return None

@@ -7,11 +7,10 @@ import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
-from warnings import warn
 
 from torch import Tensor, nn
 
-from vtoken.errors import UnsupportedError
+from vtoken.errors import UnsupportedError, warn
 from vtoken.hooks.call.min_tokens import MinTokensGuard, pictured
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import eager
@@ -102,10 +101,7 @@ class CallInputs:
         self.run.unseen = ids is None and not given
         if self.run.unseen and self.acts and not self.warned:
             self.warned = True
-            warn(
-                f"{UNSEEN}: they keep all their tokens. Pass input_ids and pixel_values. This is said once per wrap",
-                stacklevel=2,
-            )
+            warn(f"{UNSEEN}: they keep all their tokens. Pass input_ids and pixel_values. This is said once per wrap")
         # A placeholder that somebody typed, without a picture of its kind, is a word.
         self.run.kinds = self.adapter.visual_kinds(ids, embeds, given) if given else None
         if pixels and self.guard is not None:

@@ -96,6 +96,7 @@ class PrefillState(ForwardState):
         notes: of the current layer group; asked: stage (by id) -> the text tokens it asks; told: stages whose skipping
             is in the trace.
         unpadded: all of the prompt is real.
+        began: a clock of its device, and the moment when it began.
         project: makes embeddings of features, where the family's projector takes tokens one by one.
     """
 
@@ -131,6 +132,7 @@ class PrefillState(ForwardState):
         held = self.started.per_row(len(self.counts))
         self.skipped = {row: too_few(n, self.min_tokens) for row, n in enumerate(held) if n < self.min_tokens}
         self.skip_reason: str | None = None
+        self.began: Any = None
         if self.skipped and self.skipped.keys() >= set(self.started.row):
             self.skip_reason = self.skipped[held.index(max(held))]
 

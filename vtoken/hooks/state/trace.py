@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from vtoken.errors import ConfigError
 from vtoken.stages import Parts
 
 
@@ -115,9 +116,10 @@ class StageTrace:
         }
 
 
-@dataclass
+@dataclass(repr=False)
 class Trace:
-    """What happened in one prefill.
+    """What happened in one prefill. `repr` is a line, `table()` has a row per stage; a notebook shows the table, and
+    above it what stayed of the pictures that `with_pictures` was given.
 
     Attributes:
         stages: one entry per stage and layer it acted at, in the order the data flowed.
@@ -146,6 +148,50 @@ class Trace:
     cache_bytes: int = 0
     dense_rows: list[int] = field(default_factory=list)
     counted: str | None = None
+    clock: Callable[[], float] = field(default=lambda: 0.0, compare=False)
+    pictures: tuple[Sequence[Any], Any] | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        """One line: tokens of all images before and behind each stage, milliseconds, bytes of the cache."""
+        from vtoken.hooks.state.trace_text import line
+
+        return line(self)
+
+    def table(self) -> str:
+        """The line, and a table with a row per stage, to print (reading times waits for the device)."""
+        from vtoken.hooks.state.trace_text import table
+
+        return table(self)
+
+    def with_pictures(self, *pictures: Any, processor: Any = None) -> Self:
+        """Makes the pictures known that the prompt showed, so that a notebook draws what stayed of them; returns the
+        trace.
+
+        Args:
+            pictures: PIL images, one per image of the trace, or the frames of its only video.
+            processor: of the model, needed where it crops pictures (CLIP's does, if they are not square).
+
+        Raises:
+            ConfigError: another number of pictures than the trace has images.
+        """
+        video = len(self.parts) == 1 and self.parts[0][0][0] > 1
+        if len(pictures) != len(self.parts) and not video:
+            raise ConfigError(f"the trace has {len(self.parts)} images, {len(pictures)} were given; give one for each")
+        self.pictures = pictures, processor
+        return self
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from vtoken.evals.pictures.traced import uri
+        from vtoken.hooks.state.trace_text import page
+
+        return page(self, uri(self, *self.pictures) if self.pictures else "")
+
+    @property
+    def milliseconds(self) -> float:
+        """Time of the prefill, the language model's call with all decisions in and before it, without the vision tower
+        (device time on a GPU; reading it waits for the device)."""
+        return self.clock()
 
     @property
     def kept(self) -> list[Tensor]:
@@ -193,6 +239,7 @@ class Trace:
             "prompt_tokens": self.prompt_tokens,
             "cached": self.cached,
             "cache_bytes": self.cache_bytes,
+            "milliseconds": self.milliseconds,
             "dense_rows": self.dense_rows,
             "counted": self.counted,
         }

@@ -1,0 +1,93 @@
+"""`vtoken list NAME`: all there is to know about one stage or preset."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vtoken.stages import Stage
+
+
+def details(cls: type[Stage]) -> dict[str, Any]:
+    """A stage as plain data: what `vtoken list --json` has of it, and more of its options, presets and families."""
+    from vtoken.commands.list import describe, presets
+    from vtoken.config.messages import accepts
+    from vtoken.evals.cost.support_matrix import support_matrix
+
+    told = describe(cls)
+    for option, field in cls.model_fields.items():
+        told["options"][option] |= {"accepts": accepts(cls, option), "description": field.description}
+    answers = support_matrix([cls]).cells[cls.name]
+    return {
+        **told,
+        "does": " ".join((cls.__doc__ or "").partition("Paper:")[0].split()),
+        "deviations": cls.deviations,
+        "presets": [row for row in presets() if any(cls.name in stage for stage in row["stages"])],
+        "families": {family: {"answer": c.answer, "reason": c.reason or None} for family, c in answers.items()},
+        "example": example(cls),
+    }
+
+
+def example(cls: type[Stage]) -> str:
+    """The stage in short with what has no default: 64 tokens, a word in capitals; or a preset that has it."""
+    from vtoken import config, registry
+
+    required = [name for name, field in cls.model_fields.items() if field.is_required()]
+    if required in ([], ["keep"]):
+        return f"{cls.name}:64" if required else cls.name
+    for name in registry.presets():
+        if any(type(stage) is cls for stage in config.load(name).stages):
+            return name
+    return f"{cls.name}:" + ",".join("64" if name == "keep" else f"{name}={name.upper()}" for name in required)
+
+
+def show(told: dict[str, Any]) -> None:
+    """Prints `details` in 80 columns, or as many as the terminal has."""
+    from rich.console import Console
+    from rich.text import Text
+
+    answers: dict[str, list[str]] = {}
+    for family, cell in told["families"].items():
+        key = f"{cell['answer']}: {cell['reason']}" if cell["reason"] else cell["answer"]
+        answers.setdefault(key, []).append(family)
+    own = {
+        "paper": told["paper"],
+        "facts": ", ".join(told["needs"]),
+        "families": "\n".join(f"{', '.join(families)}: {answer}" for answer, families in answers.items()),
+        "deviations": told["deviations"],
+        "example": f'vtoken.wrap(model, "{told["example"]}")',
+    }
+    options = sorted(told["options"].items(), key=lambda item: not item[1]["required"])
+    given = {n if o["required"] else f"{n}={json.dumps(o['default'])}": _option(o) for n, o in options}
+    console = Console(highlight=False)
+    console.print(Text(f"{told['stage']}: a {told['kind']} at site {told['site']}"), Text(told["summary"]), sep="\n")
+    console.print(Text(f"\n{told['does']}\n"), _grid(own))
+    for title, rows in {"options": given, "presets": {p["preset"]: p["summary"] for p in told["presets"]}}.items():
+        if rows:
+            console.print(Text(f"\n{title}"), _grid({f"  {name}": text for name, text in rows.items()}))
+
+
+def show_preset(name: str) -> None:
+    """Prints what a preset is and says."""
+    from vtoken import config
+    from vtoken.config.presets import summary
+
+    print(summary(name), config.dump(config.load(name)).rstrip(), f'example: vtoken.wrap(model, "{name}")', sep="\n\n")
+
+
+def _option(option: dict[str, Any]) -> str:
+    head = "has no default; " if option["required"] else ""
+    return f"{head}{option['description'] or 'not described'} ({option['accepts']})"
+
+
+def _grid(rows: dict[str, str]) -> Any:
+    """Labels, and what is said of them beside; nothing where there is nothing to say."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for label, text in rows.items():
+        if text:
+            table.add_row(Text(label), Text(text))
+    return table
