@@ -104,6 +104,8 @@ def first_look(context: Context, flow: ForwardState, kinds: Tensor, positions: T
     encodes = list(context.run.encodes.values())
     if len(encodes) != 1 or any(layout.newline is not None for layout in encodes[0].layouts):
         return None
+    if len(encodes[0].fingerprint) > kinds.numel():
+        return None
     at = visual_positions(kinds, len(encodes[0].fingerprint), several=False)
     values = flow.hidden[at]
     fine = same_features(encodes[0].fingerprint, values)
