@@ -12,7 +12,7 @@ from usual import stage
 
 import vtoken
 
-ENTRY = ("asked", "prefill_start.py:counted")
+ENTRY = ("asked", "prompt_images.py:counted")
 
 
 def waits(family: str, pipeline: object, rows: list[list[int | str]]) -> list[tuple[str, str]]:

@@ -143,8 +143,11 @@ def seats(held: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Order:
-    """In what order (`rows`) the tokens that a decision left, so many per sequence, are dealt out next. `kept` are their
-    rows among those that had this raster index; `places` counts 0, 1, ..."""
+    """In what order (`rows`) the tokens that a decision left, so many per sequence, are dealt out next.
+
+    Attributes:
+        kept: their rows among the tokens that had this raster index; places: 0, 1, ...
+    """
 
     rows: Tensor
     lengths: tuple[int, ...]

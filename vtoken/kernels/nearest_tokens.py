@@ -145,8 +145,8 @@ def launch(
     if tokens:
         with torch.cuda.device_of(x):  # triton launches on the current device
             _nearest[(tiles, shares)](
-                x, y, norms, norms if others is None else others, *bounds, segments, x.stride(0), y.stride(0), x.shape[1],
-                similarity, partner, tokens,
+                x, y, norms, norms if others is None else others, *bounds, segments, x.stride(0), y.stride(0),
+                x.shape[1], similarity, partner, tokens,
                 AMONG=among, UNIT=unit, **blocks, SEGMENTS=triton.next_power_of_2(segments),
             )  # fmt: skip
     if shares == 1:

@@ -19,7 +19,10 @@ class Anyres(Family):
     anyres = True
     # Sizes come with the call, and the model reads them on the host as well; newlines that stay depend on what was
     # kept.
-    waits = (("asked", "_anyres.py:<genexpr>"),) * 2 + (("asked", "image_spans.py:check"), ("asked", "prefill_state.py:leave"))
+    waits = (("asked", "_anyres.py:<genexpr>"),) * 2 + (
+        ("asked", "image_spans.py:check"),
+        ("asked", "prefill_state.py:leave"),
+    )
 
     def item(self, height: int, width: int, frames: int = 1) -> Any:
         return ("img", (height, width)) if frames == 1 else ("video", frames)

@@ -169,12 +169,7 @@ class Boundary:
             kwargs = {**kwargs, "position_ids": lagging(kwargs, shift)}
         if x.shape[1] == 1 and cache.is_compileable:
             return args, self._static_step(kwargs)
-        one_group = cache.table is None and cache.dense and len(cache.groups) == 1
-        if (
-            x.shape[1] == 1
-            and one_group
-            and (kwargs.get("attention_mask") is None or kwargs["attention_mask"].ndim == 4)
-        ):
+        if x.shape[1] == 1 and self._level(cache, kwargs.get("attention_mask")):
             if self.requantizes:
                 self._begin(None, cache)
             return args, kwargs
@@ -188,19 +183,23 @@ class Boundary:
         return kwargs if cache.dense and single else {**kwargs, "attention_mask": cache.valid[0]}
 
     def _stock(self, cache: PrunedCache, x: Tensor) -> bool:
-        """Whether the model's own code is right for a decode step without a mask: no padding, positions as they were,
-        and layers that need no masks of their own."""
+        """Whether a decode step without a mask is one of the model's own, with nothing to be done."""
         return (
             x.shape[1] == 1
-            and cache.dense
+            and self._level(cache, None)
             and not cache.shifted
-            and cache.table is None
-            and (self.maskless or len(cache.groups) == 1)
             and cache.owner is self.context.owner
             and not self.requantizes
             and not cache.is_compileable  # type: ignore[attr-defined]
             and cache.groups[0].end > 0
         )
+
+    def _level(self, cache: PrunedCache, mask: Tensor | None) -> bool:
+        """Whether the model's own code is right for a decode step: no padding, and layers that need no masks of their
+        own."""
+        if cache.table is not None or not cache.dense or not (mask is None or mask.ndim == 4):
+            return False
+        return len(cache.groups) == 1 or (mask is None and self.maskless and not cache.shifted)
 
     @eager
     def _go_on(self, args: tuple, kwargs: dict, shift: Tensor | None, taps: bool) -> Any:

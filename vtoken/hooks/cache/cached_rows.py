@@ -48,9 +48,10 @@ def store(cached: Any, rows: Sequence[tuple[Piece, Plain]], keys: Tensor, values
         rows: what is left of each row's prompt, and what follows the prompt.
     """
     if not isinstance(cached, QuantizedLayer) and not any(isinstance(piece, QuantizedKV) for piece, _ in rows):
-        for side, t in (("keys", keys), ("values", values)):
-            new = left_padded([joined([getattr(x, side) for x in row], 1) for row in rows])
-            setattr(cached, side, joined([t[:, :, :-width], new], 2))
+        cached.keys, cached.values = (
+            joined([t[:, :, :-width], left_padded([joined([getattr(x, side) for x in row], 1) for row in rows])], 2)
+            for side, t in (("keys", keys), ("values", values))
+        )
         return cached
     # Rows may be followed by different numbers of tokens; what all have is a tail.
     tail = min(end.length for _, end in rows)

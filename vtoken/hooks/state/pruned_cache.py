@@ -16,8 +16,8 @@ from torch import Tensor
 from vtoken.hooks.state.quantized_layer import QuantizedLayer
 
 UNWRAPPED = (
-    "this KV cache holds a pruned prompt and its model was unwrapped since; start a new conversation, or keep the model "
-    "wrapped while the cache is in use"
+    "this KV cache holds a pruned prompt and its model was unwrapped since; start a new conversation, or keep the "
+    "model wrapped while the cache is in use"
 )
 
 

@@ -133,11 +133,10 @@ class PaddedTower(Tower):
         if call is not None and (self.choosers or call.skip_plan is not None):
             pixels, chosen, skipped = self._choose(call, given)
         crops, full, device = len(pixels), self.adapter.patches, pixels.device
-        patch = torch.arange(full, device=device)
-        patch = patch if crops == 1 else patch.repeat(crops)
+        each = (full,) * crops
         self.run.tower = state = PaddedState(
-            history=TokenHistory((full,) * crops, patch),
-            batch=Batch((full,) * crops, int(self.encoder.cls), device),
+            history=TokenHistory(each, place_in_image(each, device)),
+            batch=Batch(each, int(self.encoder.cls), device),
             chosen=chosen,
             skipped=skipped,
             skip_reason=None if call is None else call.skip_reason,

@@ -38,8 +38,8 @@ class TowerState(ABC):
             stage acts at all, or None.
         taps: q, k, v or qkv -> what the layer at work projected.
         deep: what DeepStack taps, tap by tap: what was left then, see `alive`.
-        facts: for later stages, [ΣN, ...] (padded towers: [crops, patches, ...]), 0 where a token was dropped before the
-            fact was read.
+        facts: for later stages, [ΣN, ...] (padded towers: [crops, patches, ...]), 0 where a token was dropped before
+            the fact was read.
         read: [ΣK, ...] what was read for stages in the tower, and the `arrangement` of the live tokens then.
     """
 
