@@ -17,7 +17,6 @@ import pytest
 
 import vtoken
 from vtoken import kernels, registry
-from vtoken.cli import main
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "vtoken"
@@ -210,14 +209,6 @@ def test_every_op_is_used() -> None:
 def test_no_two_stages_share_a_file_name() -> None:
     names = [f.stem for f in METHODS if not f.stem.startswith("_")]
     assert len(names) == len(set(names)) == len(registry.stages())
-
-
-def test_the_readme_table_is_the_generated_one(capsys: pytest.CaptureFixture[str]) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    match = re.search(r"<!-- methods -->\n(.*?)<!-- /methods -->", readme, re.DOTALL)
-    assert match, "README.md needs the markers <!-- methods --> and <!-- /methods -->"
-    assert main(["list", "--markdown", "short"]) == 0
-    assert match[1].strip() == capsys.readouterr().out.strip(), "paste the output of `vtoken list --markdown short`"
 
 
 def test_no_file_is_long() -> None:

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     asked = CommandOptions.of(args)
     missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
     if missing:
-        raise VtokenError(f'the report needs {" and ".join(missing)}: pip install "vtoken[plot]"')
+        raise VtokenError(f"the report needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

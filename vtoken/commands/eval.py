@@ -34,7 +34,7 @@ examples:
 
 The model is loaded once; the stock model runs first and last. DIR holds results.json, one line per answer in requests/,
 table.md and report.html (vtoken report DIR writes them anew).
-Needs lmms-eval: `make eval-venv` in a checkout, or pip install "vtoken[eval]".
+Needs lmms-eval: `make eval-venv` in a checkout, or pip install "lmms-eval>=0.7.3,<0.8".
 """
 
 

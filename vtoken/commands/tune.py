@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     space, given = read(Space, args.space), CommandOptions.of(args)
     space.check()
     if find_spec("optuna") is None:
-        raise VtokenError('vtoken tune needs Optuna: pip install "vtoken[tune]"')
+        raise VtokenError("vtoken tune needs Optuna: pip install optuna")
     from tqdm import tqdm
 
     from vtoken.evals.lmms.generation import TextGenerator

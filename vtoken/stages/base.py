@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from vtoken.kernels import topk_tokens
@@ -15,6 +15,7 @@ from vtoken.stages.facts import Fact, Site
 from vtoken.stages.tokens import Keep, Parts, VisualTokens, image_of, offsets_of, segments_of
 
 Unmerging = Literal["expanded", "merged"]
+KEEP = "tokens that stay: 64 or 25% of every image, {total: 640} of a sample, {per_frame: 32}, {per_crop: 64}"
 
 
 class OtherModel(ValueError):
@@ -102,7 +103,7 @@ class Pruner(Stage):
     kind: ClassVar[Literal["pruner", "compressor"]] = "pruner"
     site: ClassVar[Site] = "tokens"
 
-    keep: Budget
+    keep: Budget = Field(description=KEEP)
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """[ΣN] scores, higher is kept."""

@@ -8,6 +8,7 @@ import torch
 
 from vtoken.errors import ConfigError, unknown
 from vtoken.evals import processors, reference
+from vtoken.evals.shared.bars import terminal_only
 from vtoken.evals.shared.configs import resolve_config
 from vtoken.evals.shared.names import locate
 
@@ -57,7 +58,8 @@ def load(
     asked = {"attn_implementation": attn_implementation, "revision": revision}
     options = {key: value for key, value in asked.items() if value is not None}
     try:
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=number or "auto", **options)
+        with terminal_only():
+            model = AutoModelForImageTextToText.from_pretrained(source, dtype=number or "auto", **options)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(
             f"cannot load model {name!r}: {str(error).strip().splitlines()[0]} (shipped: "

@@ -38,7 +38,9 @@ class PruMerge(Pruner):
         "Reading order instead of order by attention."
     )
 
-    keep: Budget | None = None  # type: ignore[assignment]
+    keep: Budget | None = Field(  # type: ignore[assignment]
+        default=None, description="tokens that stay; null: as many as stand out, which depends on the picture"
+    )
     plus: bool = Field(default=False, description="PruMerge+: add evenly spaced tokens")
     neighbours: int = Field(default=32, ge=0, description="tokens most similar to a kept one that it may absorb")
 

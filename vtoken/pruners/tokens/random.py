@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from vtoken.stages import Pruner, VisualTokens
@@ -19,7 +20,7 @@ class Random(Pruner):
 
     paper: ClassVar[str] = "no paper"
 
-    seed: int = 0
+    seed: int = Field(default=0, description="of the draw")
 
     def score(self, tokens: VisualTokens) -> Tensor:
         draws = {n: torch.rand(n, generator=torch.Generator().manual_seed(self.seed)) for n in set(tokens.lengths)}
