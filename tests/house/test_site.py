@@ -105,7 +105,9 @@ def test_links_are_changed_for_the_site(hooks: Any, place: str, text: str, expec
 
 def test_tables_link_to_the_pages_of_methods(hooks: Any) -> None:
     table = "| stage |\n| fastv | x |\n| fastv_late | x |"
-    assert hooks.links.to_methods(table, ["fastv"]) == "| stage |\n| [fastv](methods/fastv.md) | x |\n| fastv_late | x |"
+    assert (
+        hooks.links.to_methods(table, ["fastv"]) == "| stage |\n| [fastv](methods/fastv.md) | x |\n| fastv_late | x |"
+    )
 
 
 def test_a_docstring_is_no_html_and_no_emphasis(hooks: Any) -> None:

@@ -6,12 +6,8 @@ import argparse
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from vtoken.errors import VtokenError
-
-if TYPE_CHECKING:
-    from vtoken.evals.shared.media import Media
 
 EXAMPLES = """examples:
   vtoken show tiny-llava fastervlm:32 picture.jpg
@@ -21,10 +17,6 @@ EXAMPLES = """examples:
   vtoken show Qwen/Qwen2.5-VL-3B-Instruct 'uniform:{per_frame: 16}' clip.gif --frames 8
   vtoken show tiny-llava uniform:64 picture.jpg --json | jq '.stages[0].tokens_out'
 """
-# Least side of a tile in pixels, by how many there are.
-SIDES = {1: 720, 2: 480}
-MANY = 280
-COLUMNS = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from vtoken.config import load
+    from vtoken.evals.pictures.asked import picture, prepare
     from vtoken.evals.shared.media import read
     from vtoken.evals.shared.models import load_pair
     from vtoken.session import match_processor, trace, watched
@@ -89,39 +82,3 @@ def run(args: argparse.Namespace) -> int:
             f"the KV cache holds {many} of {seen.prompt_tokens[0]} prompt tokens per layer and head; that is not drawn"
         )
     return 0
-
-
-def prepare(processor: Any, media: Media, question: str, model: Any) -> Any:
-    """Model inputs of one prompt, on the model's device and in its dtype."""
-    from vtoken.evals.processors import apply, check_video
-
-    kind = "video" if media.video else "image"
-    if media.video:
-        check_video(processor)
-        given = {"videos": [list(media.pictures)], "do_sample_frames": False}  # The frames were chosen already.
-    else:
-        given = {"images": [list(media.pictures)]}  # Nested: OneVision must know that one prompt holds them all.
-    if getattr(processor, "chat_template", None):
-        message = {"role": "user", "content": [{"type": kind}] * media.items + [{"type": "text", "text": question}]}
-        text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-    else:
-        text = f"{getattr(processor, f'{kind}_token', f'<{kind}>') * media.items}\n{question}"
-    inputs = apply(processor, "this", text=text, **given).to(model.device)
-    for name in {"pixel_values", "pixel_values_videos"} & set(inputs):
-        inputs[name] = inputs[name].to(model.dtype)
-    return inputs
-
-
-def picture(processor: Any, pixel_values: Any, media: Media, seen: Any, caption: str) -> Any:
-    """Everything that the trace tells of the prompt's images, as one picture."""
-    from vtoken.evals.pictures.overlay import captioned, drawn, owners, sheet, views
-
-    if len(seen.parts) != media.items:
-        raise ValueError(f"the prompt shows {media.items} images but the trace has {len(seen.parts)}")
-    tiles = sum(t for parts in seen.parts for t, _, _ in parts)
-    side = SIDES.get(tiles, MANY)
-    pictures = [
-        drawn(view, seen.parts[k], seen.kept[k], owners(seen, k), side=side, columns=COLUMNS)
-        for k, view in enumerate(views(processor, pixel_values, media, seen.parts))
-    ]
-    return captioned(pictures[0] if len(pictures) == 1 else sheet(pictures, columns=2, background="white"), caption)
