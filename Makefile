@@ -1,9 +1,9 @@
-# make demo | test | lint | docs | notebooks | eval-venv | test-oldest | test-gpu | bench | bench-gpu. The first call makes a virtual environment, later ones reuse it.
+# make demo | test | lint | docs | notebooks | wheel | eval-venv | test-oldest | test-gpu | bench | bench-gpu. The first call makes a virtual environment, later ones reuse it.
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 
-.PHONY: demo test lint docs notebooks eval-venv test-oldest test-gpu bench bench-gpu
+.PHONY: demo test lint docs notebooks wheel eval-venv test-oldest test-gpu bench bench-gpu
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/vtoken demo
@@ -23,6 +23,15 @@ docs: $(VENV)/.docs
 # Runs the notebooks and writes what they print and draw into them.
 notebooks: $(VENV)/.docs
 	$(VENV)/bin/python docs/notebooks/run.py
+
+# The wheel, into dist/, and the commands it brings, away from the checkout.
+wheel:
+	rm -rf dist .venv-wheel
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip wheel --no-deps -w dist .
+	.venv-wheel/bin/python -m pip install torch==2.13.0 'dist/'*.whl -c constraints.txt
+	cd dist && ../.venv-wheel/bin/vtoken flops tiny-llava fastervlm:64
+	cd dist && ../.venv-wheel/bin/vtoken bench tiny-llava fastervlm:64 --repeats 3 --warmup 0
 
 # What `vtoken eval`, `sweep` and `tune` and their tests need, without the packages of lmms-eval that they do not.
 eval-venv: $(VENV)/.eval
