@@ -109,6 +109,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def kept(args: argparse.Namespace) -> str:
+    if not (args.out / "results.json").exists():
+        return ""
+    return (
+        f"finished tasks are kept in {args.out / 'results.json'} and {args.out / 'requests'}; vtoken eval does not go "
+        "on from them (run it with another --out), vtoken sweep does"
+    )
+
+
 def cells(results: Results) -> list[tuple[str, ...]]:
     """Head and rows as text: every task's value, with what share of dense it is."""
     from vtoken.evals.quality.results import told

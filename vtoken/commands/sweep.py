@@ -111,6 +111,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def kept(args: argparse.Namespace) -> str:
+    points = len([*(args.out / "points").glob("*.json")])
+    return f"{points} finished points are kept in {args.out / 'points'}; the same command goes on from them" * (
+        points > 0
+    )
+
+
 def cells(results: Results) -> list[tuple[str, ...]]:
     """Head and rows as text: accuracy, and speed where there was a speed pass."""
     from vtoken.evals.quality.results import told

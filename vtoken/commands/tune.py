@@ -119,6 +119,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def kept(args: argparse.Namespace) -> str:
+    study = args.out / "study.db"
+    return f"finished trials are kept in {study}; the same command goes on from them" if study.exists() else ""
+
+
 def _print(search: Any, files: list[Path]) -> None:
     from vtoken.evals.shared.tables import show
 
