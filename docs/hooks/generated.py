@@ -145,14 +145,12 @@ def _use(name: str) -> str:
     preset = next((p["preset"] for p in _presets_of(name)), None)
     cls = classes()[name]
     required = [key for key, field in cls.model_fields.items() if field.is_required()]
-    if required == ["keep"]:
-        written = f"{name}:64"
-    elif not required:
-        written = name
+    if set(required) <= {"keep"}:
+        budget = ":64" if required else ""
+        lines = [f'vtoken.wrap(model, "{name}{budget}")  # the bare stage, with its defaults']
     else:
         options = ", ".join(f'"{key}": ...' for key in required)
-        return f'```python\nvtoken.wrap(model, [{{"{name}": {{{options}}}}}])\n```'
-    lines = [f'vtoken.wrap(model, "{written}")  # the bare stage, with its defaults']
+        lines = [f'vtoken.wrap(model, [{{"{name}": {{{options}}}}}])']
     lines += [f'vtoken.wrap(model, "{preset}")  # a preset'] if preset else []
     return "```python\n" + "\n".join(lines) + "\n```"
 
