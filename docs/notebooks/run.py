@@ -20,6 +20,7 @@ def executed(file: Path) -> Any:
     from nbconvert.preprocessors import ExecutePreprocessor
 
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # So small a model gains nothing from more, and loses on busy cores.
     root = str(HERE.parents[1])  # Runs from a checkout that is not installed, too.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
     book = nbformat.read(file, as_version=4)
