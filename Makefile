@@ -18,7 +18,7 @@ lint: $(VENV)/.installed
 
 # The site, into site/. A broken link fails.
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 # Runs the notebooks and writes what they print and draw into them.
 notebooks: $(VENV)/.docs
