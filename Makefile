@@ -1,9 +1,9 @@
-# make demo | test | lint | eval-venv | test-oldest | test-gpu | bench | bench-gpu. The first call makes a virtual environment, later ones reuse it.
+# make demo | test | lint | docs | notebooks | wheel | eval-venv | test-oldest | test-gpu | bench | bench-gpu. The first call makes a virtual environment, later ones reuse it.
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 
-.PHONY: demo test lint eval-venv test-oldest test-gpu bench bench-gpu
+.PHONY: demo test lint docs notebooks wheel eval-venv test-oldest test-gpu bench bench-gpu
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/vtoken demo
@@ -15,6 +15,23 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# The site, into site/. A broken link fails.
+docs: $(VENV)/.docs
+	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+
+# Runs the notebooks and writes what they print and draw into them.
+notebooks: $(VENV)/.docs
+	$(VENV)/bin/python docs/notebooks/run.py
+
+# The wheel, into dist/, and the commands it brings, away from the checkout.
+wheel:
+	rm -rf dist .venv-wheel
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip wheel --no-deps -w dist .
+	.venv-wheel/bin/python -m pip install torch==2.13.0 'dist/'*.whl -c constraints.txt
+	cd dist && ../.venv-wheel/bin/vtoken flops tiny-llava fastervlm:64
+	cd dist && ../.venv-wheel/bin/vtoken bench tiny-llava fastervlm:64 --repeats 3 --warmup 0
 
 # What `vtoken eval`, `sweep` and `tune` and their tests need, without the packages of lmms-eval that they do not.
 eval-venv: $(VENV)/.eval
@@ -40,6 +57,10 @@ $(VENV)/.installed: CONSTRAINTS = constraints.txt
 $(VENV)/.installed: constraints.txt
 $(OLDEST)/.installed: CONSTRAINTS = constraints-oldest.txt
 $(OLDEST)/.installed: constraints-oldest.txt
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -e '.[docs]' -c constraints.txt
+	touch $@
 
 $(VENV)/.eval: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install -e '.[eval-lean,tune]' -c constraints.txt

@@ -1,12 +1,14 @@
 """The command line. A command is a module of `vtoken.commands` with `add_arguments(parser)` and `run(args) -> int`.
 
 `add_arguments` also sets the parser's description and, as epilog, worked examples. Only the module of the command that
-is called gets imported.
+is called gets imported. One that works for minutes has `kept(args) -> str`: what is left of a run that was cut short
+and how to go on, "" for nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ from vtoken.errors import VtokenError, unknown
 COMMANDS = {
     "list": "stages and presets, with their options and papers",
     "show": "draw which patches of a picture a pipeline keeps",
+    "app": "a page in the browser: a picture, a question, dense and pruned",
     "flops": "account for the FLOPs that a pipeline saves",
     "bench": "measure latency and memory with and without a pipeline",
     "eval": "score pipelines with lmms-eval's tasks",
@@ -75,7 +78,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         if name == command:
             module = import_module(f"vtoken.commands.{name.replace('-', '_')}")
             module.add_arguments(sub)
-            sub.set_defaults(run=module.run)
+            sub.set_defaults(run=module.run, kept=getattr(module, "kept", None))
     return parser
 
 
@@ -93,6 +96,7 @@ def _run(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 2 for bad input (one line on stderr), 130 for Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    args = argparse.Namespace(kept=None)
     first = argv[0] if argv else "--help"
     try:
         if not first.startswith("-") and first not in COMMANDS:
@@ -105,7 +109,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (VtokenError, OSError) as error:
-        print("vtoken: error:", " ".join(str(error).split()), file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        told = ["vtoken: error:", *str(error).split(), *([f"({_kept(args)})"] if full else [])]
+        print(*told, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        if args.kept is not None:
+            print(f"vtoken: interrupted; {_kept(args)}", file=sys.stderr)
         return 130
+
+
+def _kept(args: argparse.Namespace) -> str:
+    """What is left of a run that was cut short."""
+    return (args.kept(args) if args.kept is not None else "") or "nothing was kept"

@@ -17,7 +17,7 @@ from tiny_processors import processor, save
 from vtoken.commands import show
 from vtoken.errors import ConfigError, UnsupportedError, VtokenError
 from vtoken.evals import processors
-from vtoken.evals.pictures import overlay, traced
+from vtoken.evals.pictures import asked, overlay, traced
 from vtoken.evals.pictures.overlay import drawn, views
 from vtoken.evals.shared import media, models
 from vtoken.stages import size_of
@@ -161,7 +161,7 @@ def test_processors_load_with_pillow_alone(family: str, folder: Any, picture: Pa
     loaded = processors.load(folder(family))
     assert type(loaded).__name__ == type(processor(family)).__name__ and loaded.tokenizer.padding_side == "left"
     model = make(family)
-    inputs = show.prepare(loaded, media.read([picture]), "w1 w2", model)
+    inputs = asked.prepare(loaded, media.read([picture]), "w1 w2", model)
     with torch.no_grad():
         assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
 

@@ -1,4 +1,4 @@
-"""The pages of docs: one per adapter, with pipelines that read and an example that runs; and that of the methods."""
+"""The pages of docs: one per adapter, with pipelines that read and an example that runs; their tables and links."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from vtoken.cli import main
 ROOT = Path(__file__).parents[2]
 METHODS = ROOT / "docs" / "methods.md"
 PAGES = sorted((ROOT / "docs" / "families").glob("*.md"))
+TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -60,22 +61,20 @@ def test_the_example_of_the_page_runs(page: Path, monkeypatch: Any, capsys: Any)
     vtoken.unwrap(model)
 
 
-@pytest.mark.parametrize(("mark", "words"), [("list", ()), ("costs", ("--costs",))])
-def test_the_tables_of_the_methods_are_the_generated_ones(mark: str, words: tuple[str, ...], capsys: Any) -> None:
-    match = re.search(rf"<!-- {mark} -->\n(.*?)<!-- /{mark} -->", METHODS.read_text(encoding="utf-8"), re.DOTALL)
-    assert match, f"docs/methods.md needs the markers <!-- {mark} --> and <!-- /{mark} -->"
-    assert main(["list", *words, "--markdown"]) == 0
-    command = " ".join(["vtoken list", *words, "--markdown"])
-    assert match[1].strip() == capsys.readouterr().out.strip(), f"paste the output of `{command}`"
+def test_the_table_of_the_methods_is_the_generated_one(capsys: Any) -> None:
+    match = re.search(r"<!-- methods -->\n(.*?)<!-- /methods -->", METHODS.read_text(encoding="utf-8"), re.DOTALL)
+    assert match, "docs/methods.md needs the markers <!-- methods --> and <!-- /methods -->"
+    assert main(["list", "--markdown", "short"]) == 0
+    assert match[1].strip() == capsys.readouterr().out.strip(), "paste the output of `vtoken list --markdown short`"
 
 
 def test_published_figures_are_of_stages_there_are() -> None:
-    (section,) = re.findall(r"## Published accuracy\n(.*?)\n## ", METHODS.read_text(encoding="utf-8"), re.DOTALL)
+    section = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8").partition("\n## Published\n")[2]
     named = re.findall(r"^\| (\w+)", section, re.MULTILINE)
     assert {*named} - {"stage"} <= {*registry.stages()} and "visionzip" in named
 
 
-@pytest.mark.parametrize("page", [*PAGES, METHODS], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\((?!http)(\S+?)\)", page.read_text(encoding="utf-8")):
-        assert (page.parent / target.partition("#")[0]).is_file()
+    for target in re.findall(r"(?:\]\(|src=\")(?!http|#)([^\s)\"]+)[)\"]", page.read_text(encoding="utf-8")):
+        assert (page.parent / target.partition("#")[0]).is_file(), target

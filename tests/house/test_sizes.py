@@ -41,7 +41,7 @@ ROOMS = {
         "cli.py",
     ): 10200,
     ("kernels",): 3000,
-    ("evals", "commands"): 11500,
+    ("evals", "commands"): 11800,
 }
 
 

@@ -57,6 +57,9 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 }
 
 
+ENOUGH = 4  # rounds, so that each quarter holds one
+
+
 class CommandOptions(BenchOptions, DeviceOptions):
     """What is measured, on what."""
 
@@ -197,7 +200,10 @@ def notes(measured: Bench) -> list[str]:
 
 
 def _told(conditions: dict[str, Any]) -> list[str]:
-    return [f"{name.replace('_', ' ')}: {value}" for name, value in conditions.items()]
+    found = [f"{name.replace('_', ' ')}: {value}" for name, value in conditions.items()]
+    if conditions.get("repeats", ENOUGH) < ENOUGH:
+        found.append(f"quartiles of fewer than {ENOUGH} rounds are drawn between single ones; take more --repeats")
+    return found
 
 
 def _spread(value: Spread | None, digits: int) -> str:

@@ -34,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             declare(parsers.add_parser(found.name, help=module.SUMMARY, formatter_class=form), module)
 
 
+def kept(args: argparse.Namespace) -> str:
+    """Only dtome writes after every batch."""
+    if args.method != "dtome" or not args.out.exists():
+        return ""
+    return f"what was learned so far is kept in {args.out}; the same command goes on from it"
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs the method's own `run`."""
     code: int = args.calibrate(args)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,12 +16,13 @@ from vtoken.evals.shared.options import Options, option
 
 EXAMPLES = """examples:
   vtoken demo                                  # writes vtoken-demo/report.html
-  vtoken demo --limit 48                       # a quick look
+  vtoken demo --limit 480                      # four times the questions: intervals half as wide
   vtoken demo --all --limit 96                 # every method there is, at three budgets
   vtoken demo --budgets 128,64,8 --out wide    # other budgets, other folder
   vtoken demo --model tiny-qwen2.5-vl          # another family
   vtoken demo --json | jq '.pipelines[] | [.pipeline, .accuracy.share]'
 """
+EVERY = 5  # seconds between lines of progress
 
 
 class CommandOptions(Options):
@@ -25,7 +30,7 @@ class CommandOptions(Options):
 
     model: str = option("tiny-llava", "shipped model")
     out: Path = option(Path("vtoken-demo"), "folder", "DIR")
-    limit: int = option(240, "first N questions, 6 per picture", ge=1)
+    limit: int = option(120, "first N questions, 6 per picture", ge=1)
     all: bool = option(
         False, "every stage that runs on the model, those without a budget once (default: fastervlm, uniform, random)"
     )
@@ -48,23 +53,18 @@ def run(args: argparse.Namespace) -> int:
     asked = CommandOptions.of(args)
     missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
     if missing:
-        raise VtokenError(f'the report needs {" and ".join(missing)}: pip install "vtoken[plot]"')
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
+        raise VtokenError(f"the report needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     from vtoken.evals import reference
     from vtoken.evals.pictures import demo
     from vtoken.evals.pictures.report import render
+    from vtoken.evals.shared.models import set_threads
 
     if args.model not in reference.names():
         raise VtokenError(unknown("reference model", args.model, reference.names()))
-    columns = TextColumn("{task.description:<20}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("loading", total=1.0)
-
-        def progress(what: str, share: float) -> None:
-            bar.update(task, description=what, completed=share)
-
+    if _command(args) == _command(argparse.Namespace(**vars(CommandOptions()), budgets=None)):
+        print("takes about a minute of one core, no GPU", file=sys.stderr)
+    set_threads(1)  # So small a model gains nothing from more, and loses where cores are busy.
+    with _progress() as progress:
         report = demo.run(asked.model, args.budgets, asked.limit, asked.all, _command(args), progress)
     args.out.mkdir(parents=True, exist_ok=True)
     page = args.out / "report.html"
@@ -82,6 +82,34 @@ def run(args: argparse.Namespace) -> int:
         )
     print(f"wrote {page}")
     return 0
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """A bar on a terminal, elsewhere a line every few seconds."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines()
+        return
+    columns = TextColumn("{task.description:<20}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("loading", total=1.0)
+        yield lambda what, share: bar.update(task, description=what, completed=share)
+
+
+def _lines() -> Callable[[str, float], None]:
+    start, said = time.monotonic(), [0.0]
+
+    def progress(what: str, share: float) -> None:
+        passed = time.monotonic() - start
+        if passed - said[0] >= EVERY:
+            said[0] = passed
+            print(f"{passed:4.0f} s  {share:4.0%}  {what}", file=sys.stderr, flush=True)
+
+    return progress
 
 
 def _budgets(text: str) -> list[int]:

@@ -34,7 +34,7 @@ examples:
 
 The model is loaded once; the stock model runs first and last. DIR holds results.json, one line per answer in requests/,
 table.md and report.html (vtoken report DIR writes them anew).
-Needs lmms-eval: `make eval-venv` in a checkout, or pip install "vtoken[eval]".
+Needs lmms-eval: `make eval-venv` in a checkout, or pip install "lmms-eval>=0.7.3,<0.8".
 """
 
 
@@ -107,6 +107,15 @@ def run(args: argparse.Namespace) -> int:
     if asked.paper is not None:
         print(paper.beside(asked.paper, results.to_dict()))
     return 0
+
+
+def kept(args: argparse.Namespace) -> str:
+    if not (args.out / "results.json").exists():
+        return ""
+    return (
+        f"finished tasks are kept in {args.out / 'results.json'} and {args.out / 'requests'}; vtoken eval does not go "
+        "on from them (run it with another --out), vtoken sweep does"
+    )
 
 
 def cells(results: Results) -> list[tuple[str, ...]]:

@@ -22,8 +22,8 @@ EXAMPLES = """examples:
   vtoken list --json | jq '.stages[].stage'    # one JSON object
   vtoken list --matrix                         # which stage runs on which family, and why not
   vtoken list --costs                          # what deciding costs on one picture of LLaVA-1.5-7B
-  vtoken list --markdown                       # vtoken's own stages and presets, as in docs/methods.md
-  vtoken list --markdown short                 # the table of the README
+  vtoken list --markdown                       # vtoken's own stages and presets
+  vtoken list --markdown short                 # the table of docs/methods.md
 """
 DIFFER = "NAME-64, a preset, is a paper's whole recipe, policies included; NAME:64 is the bare stage with its defaults."
 SHORT_COLUMNS = ("stage", "site", "summary", "paper")
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", help="stages that run on this model_type alone (takes seconds)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object")
-    tables = "print the tables that README and docs embed: full (default) or short"
+    tables = "print Markdown tables: full (default) or short, as the docs embed it"
     form.add_argument("--markdown", nargs="?", const="full", choices=("full", "short"), help=tables)
     other = parser.add_mutually_exclusive_group()
     matrix = "stages x families instead (takes seconds, downloads nothing)"

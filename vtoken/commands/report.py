@@ -13,7 +13,7 @@ examples:
   vtoken report vtoken-eval --json               every number, with intervals and tests, to stdout; writes nothing
   vtoken report vtoken-eval --paper flowcut      published numbers of FlowCut beside those measured
 
-Needs neither lmms-eval nor the model. The page is one file and fetches nothing; it needs pip install "vtoken[plot]".
+Needs neither lmms-eval nor the model. The page is one file and fetches nothing; it needs pip install jinja2 matplotlib.
 """
 
 

@@ -6,12 +6,8 @@ import argparse
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from vtoken.errors import VtokenError
-
-if TYPE_CHECKING:
-    from vtoken.evals.shared.media import Media
 
 EXAMPLES = """examples:
   vtoken show tiny-llava fastervlm:32 picture.jpg
@@ -49,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from vtoken.config import load
+    from vtoken.evals.pictures.asked import prepare
     from vtoken.evals.pictures.traced import picture
     from vtoken.evals.shared.media import read
     from vtoken.evals.shared.models import load_pair
@@ -87,24 +84,3 @@ def run(args: argparse.Namespace) -> int:
             f"the KV cache holds {many} of {seen.prompt_tokens[0]} prompt tokens per layer and head; that is not drawn"
         )
     return 0
-
-
-def prepare(processor: Any, media: Media, question: str, model: Any) -> Any:
-    """Model inputs of one prompt, on the model's device and in its dtype."""
-    from vtoken.evals.processors import apply, check_video
-
-    kind = "video" if media.video else "image"
-    if media.video:
-        check_video(processor)
-        given = {"videos": [list(media.pictures)], "do_sample_frames": False}  # The frames were chosen already.
-    else:
-        given = {"images": [list(media.pictures)]}  # Nested: OneVision must know that one prompt holds them all.
-    if getattr(processor, "chat_template", None):
-        message = {"role": "user", "content": [{"type": kind}] * media.items + [{"type": "text", "text": question}]}
-        text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-    else:
-        text = f"{getattr(processor, f'{kind}_token', f'<{kind}>') * media.items}\n{question}"
-    inputs = apply(processor, "this", text=text, **given).to(model.device)
-    for name in {"pixel_values", "pixel_values_videos"} & set(inputs):
-        inputs[name] = inputs[name].to(model.dtype)
-    return inputs

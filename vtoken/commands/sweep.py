@@ -35,7 +35,7 @@ examples:
   vtoken sweep sweep.yaml --out out --ray auto --workers 8
       eight actors of a Ray cluster, one GPU each; --ray alone takes the cluster of this machine or starts one, and without
       --workers every GPU has an actor. A point whose actor dies is asked once more. vtoken, model and tasks must be the same on
-      all machines; results are written here (pip install "vtoken[ray]")
+      all machines; results are written here (pip install ray)
   torchrun --nproc-per-node 4 -m vtoken sweep sweep.yaml --out out
       every task's documents shared out over the processes; accelerate launch does as well
 
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="SWEEP.yaml", help="what to sweep")
     CommandOptions.add_to(parser)
     parser.add_argument(
-        "--ray", nargs="?", const="", metavar="ADDRESS", help="spread points over a Ray cluster (vtoken[ray])"
+        "--ray", nargs="?", const="", metavar="ADDRESS", help="spread points over a Ray cluster (needs Ray)"
     )
     parser.add_argument("--json", action="store_true", help="print what is in results.json and nothing else")
 
@@ -109,6 +109,13 @@ def run(args: argparse.Namespace) -> int:
     for file in (results.folder / "results.json", *written):
         print(f"wrote {file}")
     return 0
+
+
+def kept(args: argparse.Namespace) -> str:
+    points = len([*(args.out / "points").glob("*.json")])
+    return f"{points} finished points are kept in {args.out / 'points'}; the same command goes on from them" * (
+        points > 0
+    )
 
 
 def cells(results: Results) -> list[tuple[str, ...]]:

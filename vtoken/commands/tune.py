@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     space, given = read(Space, args.space), CommandOptions.of(args)
     space.check()
     if find_spec("optuna") is None:
-        raise VtokenError('vtoken tune needs Optuna: pip install "vtoken[tune]"')
+        raise VtokenError("vtoken tune needs Optuna: pip install optuna")
     from tqdm import tqdm
 
     from vtoken.evals.lmms.generation import TextGenerator
@@ -117,6 +117,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(search, files)
     return 0
+
+
+def kept(args: argparse.Namespace) -> str:
+    study = args.out / "study.db"
+    return f"finished trials are kept in {study}; the same command goes on from them" if study.exists() else ""
 
 
 def _print(search: Any, files: list[Path]) -> None:

@@ -219,7 +219,7 @@ def launch(q: Tensor, k: Tensor, scale: float, padding: Tensor | None = None, re
         _log_sums[(q_tiles, splits, pairs)](*common, log_sums, **blocks, SPLIT=SPLIT, num_stages=2)
         whole = log_sums[0] if splits == 1 else torch.logsumexp(log_sums / LOG2_E, 0) * LOG2_E
         _sums[(k_tiles, pairs)](
-            *common, whole, vertical, late, diagonals, recent, **blocks, RECENT=recent > 0, num_stages=1
+            *common, whole, vertical, late, diagonals, recent, **blocks, RECENT=recent > 0, num_stages=1, num_warps=8
         )
         _slashes[(k_tiles, pairs)](diagonals, last, keys, slash, TILE=tile)
     return vertical, slash, late

@@ -15,6 +15,7 @@ from vtoken.stages.facts import Fact, Site
 from vtoken.stages.tokens import Keep, Parts, VisualTokens, image_of, offsets_of, segments_of
 
 Unmerging = Literal["expanded", "merged"]
+KEEP = "tokens that stay: 64 or 25% of every image, {total: 640} of a sample, {per_frame: 32}, {per_crop: 64}"
 NAMES_FILE: dict[str, Any] = {"format": "path"}  # json_schema_extra of an option whose text names a file
 
 
@@ -108,7 +109,7 @@ class Pruner(Stage):
     kind: ClassVar[Literal["pruner", "compressor"]] = "pruner"
     site: ClassVar[Site] = "tokens"
 
-    keep: Budget = Field(description="tokens that stay")
+    keep: Budget = Field(description=KEEP)
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """[ΣN] scores, higher is kept."""

@@ -223,7 +223,7 @@ def test_workers_come_to_the_same(place: Path, whole: Results) -> None:
         assert "uniform:5" in (out / "report.html").read_text()
 
 
-@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'vtoken[ray]'")
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install ray")
 def test_ray_comes_to_the_same_though_an_actor_is_killed(place: Path, whole: Results) -> None:
     out = place / "ray"
     words = ("vtoken", "sweep", place / "sweep.yaml", "--out", out, "--ray", "--workers", 2)

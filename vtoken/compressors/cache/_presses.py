@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vtoken.stages.cache import CachedLayer, Native
 
-HELP = "pip install 'vtoken[kvpress]', then pip install --no-deps kvpress==0.5.5"
+HELP = "pip install 'cachetools<6' datasets 'fire<0.7' requests, then pip install --no-deps kvpress==0.5.5"
 MASKING = ("AdaKVPress", "CriticalAdaKVPress", "DMSPress", "DuoAttentionPress", "LUKVPress")
 MASKS = "keeps different numbers of tokens in every head, which kvpress only masks: nothing would be saved"
 REASONS = dict.fromkeys(MASKING, MASKS) | {

@@ -13,9 +13,8 @@ def prepare(command: str) -> None:
     """Sets what lmms-eval reads when it is imported."""
     if find_spec("lmms_eval") is None:
         raise VtokenError(
-            f'{command} needs lmms-eval: `make eval-venv` in a checkout, or pip install "vtoken[eval]" with the '
-            "torchvision that "
-            "belongs to your torch"
+            f'{command} needs lmms-eval: `make eval-venv` in a checkout, or pip install "lmms-eval>=0.7.3,<0.8" with '
+            "the torchvision that belongs to your torch"
         )
     # Some tasks of lmms-eval read it without asking whether it is there.
     os.environ.setdefault("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
@@ -25,7 +24,7 @@ def prepare(command: str) -> None:
 def prepare_ray() -> None:
     """Raises VtokenError: Ray is not installed."""
     if find_spec("ray") is None:
-        raise VtokenError('vtoken sweep --ray needs Ray: pip install "vtoken[ray]"')
+        raise VtokenError("vtoken sweep --ray needs Ray: pip install ray")
 
 
 def quiet() -> None:

@@ -19,7 +19,7 @@ from vtoken.evals.shared.media import still
 FEW = 20  # pictures; with fewer a bootstrap over them is too sure of itself
 MANY = 20  # rows of a table that are too many to show at once, of what few readers look for
 GLYPHS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼"}  # markers as text
-MISSING = 'report.html needs jinja2 and matplotlib: pip install "vtoken[plot]", then `vtoken report {folder}`'
+MISSING = "report.html needs jinja2 and matplotlib: pip install jinja2 matplotlib, then `vtoken report {folder}`"
 
 
 def write(evaluation: Evaluation, found: Mapping[str, Any], file: Path | None = None) -> list[Path]:

@@ -65,9 +65,12 @@ def load(
     torchvision.check()
     from transformers import AutoModelForImageTextToText
 
+    from vtoken.evals.shared.bars import terminal_only
+
     folder = path(name)
     asked = {"dtype": dtype, "attn_implementation": attn_implementation}
-    model = AutoModelForImageTextToText.from_pretrained(folder, **{k: v for k, v in asked.items() if v is not None})
+    with terminal_only(shown=False):  # They load in a moment.
+        model = AutoModelForImageTextToText.from_pretrained(folder, **{k: v for k, v in asked.items() if v is not None})
     return (model.to(device) if device is not None else model).eval(), processor(folder)
 
 

@@ -9,6 +9,7 @@ import torch
 from vtoken.errors import ConfigError, unknown
 from vtoken.evals import processors, reference
 from vtoken.evals.shared import torchvision
+from vtoken.evals.shared.bars import terminal_only
 from vtoken.evals.shared.configs import resolve_config
 from vtoken.evals.shared.names import locate
 
@@ -58,7 +59,8 @@ def load(
     asked = {"attn_implementation": attn_implementation, "revision": revision}
     options = {key: value for key, value in asked.items() if value is not None}
     try:
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=number or "auto", **options)
+        with terminal_only():
+            model = AutoModelForImageTextToText.from_pretrained(source, dtype=number or "auto", **options)
     except (OSError, ValueError, ImportError) as error:
         torchvision.check()
         raise ConfigError(

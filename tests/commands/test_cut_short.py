@@ -1,0 +1,121 @@
+"""Ctrl-C and a full disk: what is left is named, and how to go on. Progress where nobody watches a bar."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vtoken.cli import main
+from vtoken.commands import bench, calibrate, demo, sweep, tune
+from vtoken.commands import eval as eval_command
+from vtoken.evals import reference
+from vtoken.evals.shared.bars import terminal_only
+
+
+def cut(monkeypatch: Any, module: Any, error: BaseException) -> None:
+    def run(args: Any) -> int:
+        raise error
+
+    monkeypatch.setattr(module, "run", run)
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+CASES = [
+    (
+        sweep,
+        "sweep",
+        "out",
+        ["sweep.yaml"],
+        ["points/a.json", "points/b.json"],
+        "2 finished points are kept in {}/points",
+    ),
+    (eval_command, "eval", "vtoken-eval", ["tiny-llava"], ["results.json"], "vtoken eval does not go on"),
+    (
+        tune,
+        "tune",
+        "vtoken-tune",
+        ["tiny-llava", "--space", "s.yaml"],
+        ["study.db"],
+        "finished trials are kept in {}/study.db",
+    ),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "folder", "words", "files", "told"), CASES, ids=[case[1] for case in CASES])
+def test_what_is_kept_is_named(
+    module: Any, name: str, folder: str, words: list[str], files: list[str], told: str,
+    tmp_path: Path, monkeypatch: Any, capsys: Any,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    words = [name, *words, "--out", folder]
+    cut(monkeypatch, module, KeyboardInterrupt())
+    assert main(words) == 130
+    assert capsys.readouterr().err == "vtoken: interrupted; nothing was kept\n"
+    for file in files:
+        (tmp_path / folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / file).write_text("{}")
+    assert main(words) == 130
+    out, err = capsys.readouterr()
+    assert out == "" and told.format(folder) in err
+    cut(monkeypatch, module, FULL)
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("vtoken: error: [Errno 28] No space left on device (") and told.format(folder) in err
+    cut(monkeypatch, module, FileNotFoundError(errno.ENOENT, "No such file", "x"))
+    assert main(words) == 2 and told.format(folder) not in capsys.readouterr().err
+
+
+def test_thresholds_go_on_and_other_calibrations_do_not(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    cut(monkeypatch, calibrate, KeyboardInterrupt())
+    Path("t.safetensors").write_bytes(b"")
+    words = ["tiny-llava", "--images", ".", "--budget", "low", "-o", "t.safetensors"]
+    assert main(["calibrate", "dtome", *words]) == 130
+    assert "kept in t.safetensors; the same command goes on from it" in capsys.readouterr().err
+    assert main(["calibrate", "vtw", "tiny-llava"]) == 130
+    assert "nothing was kept" in capsys.readouterr().err
+
+
+def test_commands_of_a_moment_say_nothing(monkeypatch: Any, capsys: Any) -> None:
+    cut(monkeypatch, demo, KeyboardInterrupt())
+    assert main(["demo"]) == 130 and capsys.readouterr().err == ""
+
+
+def test_progress_off_a_terminal_is_a_line_every_few_seconds(monkeypatch: Any, capsys: Any) -> None:
+    now = iter([100.0, 101.0, 105.5, 107.0, 111.0])
+    monkeypatch.setattr(demo.time, "monotonic", lambda: next(now))
+    with demo._progress() as progress:
+        for what, share in (("dense", 0.1), ("dense", 0.2), ("random:64", 0.3), ("random:64", 0.4)):
+            progress(what, share)
+    out, err = capsys.readouterr()
+    assert out == "" and err == "   6 s   20%  dense\n  11 s   40%  random:64\n"
+
+
+def test_few_rounds_say_what_their_quartiles_are_worth() -> None:
+    assert bench._told({"repeats": 4}) == ["repeats: 4"]
+    assert bench._told({"repeats": 3}) == [
+        "repeats: 3",
+        "quartiles of fewer than 4 rounds are drawn between single ones; take more --repeats",
+    ]
+
+
+def test_transformers_bars_do_not_leak(capfd: Any) -> None:
+    from transformers.utils import logging
+
+    logging.enable_progress_bar()
+    capfd.readouterr()
+    reference.load("tiny-llava")
+    assert "Loading weights" not in capfd.readouterr().err and logging.is_progress_bar_enabled()
+    with terminal_only():  # pytest is no terminal
+        assert not sys.stderr.isatty() and not logging.is_progress_bar_enabled()
+    with terminal_only(shown=True):
+        assert logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    with terminal_only():
+        pass
+    assert not logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
