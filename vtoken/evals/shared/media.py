@@ -91,7 +91,7 @@ def decoded(path: Path, choose: Choose) -> tuple[tuple[Image.Image, ...], float,
     try:
         import av
     except ImportError:
-        raise ConfigError(f'{path.name}: video files are decoded by PyAV: pip install "vtoken[video]"') from None
+        raise ConfigError(f"{path.name}: video files are decoded by PyAV: pip install 'av>=12,<16'") from None
     try:
         with av.open(str(path)) as file:
             stream = file.streams.video[0]
