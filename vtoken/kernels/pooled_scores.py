@@ -144,7 +144,7 @@ def launch(q: Tensor, k: Tensor, block: int, scale: float, padding: Tensor | Non
             _pool[grid](x, start, means.shape[1], count, keys - count, d, block, x.stride(), means, **blocks, TILE=16)
         _scores[(-(-query_blocks // 16), batch * heads)](
             q_means, k_means, start, heads, groups, query_blocks, key_blocks, queries, keys, d, block, scale * LOG2_E,
-            result, **blocks, ROWS=16, COLUMNS=32 if d <= 128 else 16, num_warps=4 if d <= 128 else 8,
+            result, **blocks, ROWS=16, COLUMNS=32, num_warps=4 if d <= 128 else 8, num_stages=3 if d <= 128 else 2,
         )  # fmt: skip
     return result
 
