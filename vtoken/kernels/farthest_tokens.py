@@ -27,7 +27,6 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -36,7 +35,6 @@ from torch.nn.utils.rnn import pad_sequence
 from vtoken.kernels import _gram
 from vtoken.kernels._dispatch import runs_triton, tl, triton
 from vtoken.kernels.nearest_tokens import ROWS
-from vtoken.kernels.topk_tokens import uploaded
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 Strategy = Literal["max_min", "max_sum"]
@@ -56,8 +54,9 @@ def definition(
         return torch.zeros(0, dtype=torch.int64, device=x.device)
     unit = padded(normalize(x.float(), dim=-1), lengths)
     longest = unit.shape[1]
-    ends, starts = uploaded(np.array([lengths, _starts(lengths)]), x.device)[..., None]
-    beyond = torch.where(torch.arange(longest, device=x.device) < ends, 0.0, torch.inf)
+    bounds = _gram.bounds(lengths, x.device)[:, None]
+    starts = bounds[:-1]
+    beyond = torch.where(torch.arange(longest, device=x.device) < bounds[1:] - starts, 0.0, torch.inf)
     best = _loneliest(unit, beyond) if first is None else (first[:, None] - starts).clamp(0, longest - 1)
     taken, near = [best], beyond + _cosines(unit, best)
     while len(taken) < max(counts):
