@@ -86,7 +86,7 @@ class VisionZip(Pruner):
             targets, between = rest[:, : c * step : step], rest[:, : c * step].unflatten(1, (c, step))[:, :, 1:]
             other = torch.cat([between.flatten(1), rest[:, c * step :]], 1).flatten()
             target = targets.flatten()
-            ends = (offsets_on_host([n] * pools) for n in (len(other) // pools, c))
+            ends = offsets_on_host([len(other) // pools] * pools), offsets_on_host([c] * pools)
             _, nearest = nearest_tokens(keys[other], keys[target], *ends, unit=True)
             home[other] = target[nearest]
             members = torch.zeros(len(target), device=rows.device).index_add_(0, nearest, one.expand(len(other)))
