@@ -194,7 +194,7 @@ def _cost(name: str) -> str:
     told = f"{'≥ ' if row.left_out else ''}{flops} FLOPs, {size} of facts, on one picture of LLaVA-1.5-7B ([conditions](../costs.md))."
     told += "".join(f" Not counted: {sentence}." for sentence in row.left_out)
     counted = [
-        [label, str(most)] for label, (pipeline, most) in operations.PIPELINES.items() if name in _names(pipeline)
+        [label, str(most)] for label, (pipeline, most, _) in operations.PIPELINES.items() if name in _names(pipeline)
     ]
     if not counted:
         return told
@@ -229,7 +229,7 @@ def cost_table() -> str:
         rows.append([f"[{name}](methods/{name}.md)", classes()[name].site, _scaled(row.fact_bytes, "B"), flops])
     missing = "; ".join(sentence for row in cost().values() for sentence in row.left_out)
     counted = markdown(
-        [["pipeline", "operations"], *([label, str(most)] for label, (_, most) in operations.PIPELINES.items())]
+        [["pipeline", "operations"], *([label, str(most)] for label, (_, most, _) in operations.PIPELINES.items())]
     )
     return f"# Cost of deciding\n\n{ABOUT_COSTS}\n\n{markdown(rows)}\n\nNot counted: {missing}.\n\n## Operations\n\n{ABOUT_OPERATIONS}\n\n{counted}\n"
 

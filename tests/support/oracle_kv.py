@@ -4,6 +4,7 @@ ones."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import oracle
@@ -16,18 +17,26 @@ Lost = dict[int, list[tuple[int, Tensor]]]
 
 
 class Told:
-    """Wraps a stage's decisions: `calls[layer]` are its (CachedLayer, Hold), in the order of the rows."""
+    """Wraps a stage's decisions: `calls[layer]` are its (CachedLayer, KeepSlots), in the order of the rows; of rows that
+    were decided together, one each."""
 
     def __init__(self, cls: Any, **options: Any) -> None:
         self.calls: dict[int, list[tuple[Any, Any]]] = {}
-        calls = self.calls
+        calls, heads = self.calls, [0]
+
+        def compressor(self: Any, model: Any) -> Any:
+            heads[0] = model.config.get_text_config().num_key_value_heads
+            return cls.compressor(self, model)
 
         def compress(self: Any, layer: Any) -> Any:
             found = cls.compress(self, layer)
-            calls.setdefault(layer.layer, []).append((layer, found))
+            rows = len(layer.keys) // heads[0]
+            told = [(layer, found)] if rows == 1 else zip(each(layer, rows), each(found, rows), strict=True)
+            calls.setdefault(layer.layer, []).extend(told)
             return found
 
-        self.stage = type(cls.__name__, (cls,), {"compress": compress, "name": cls.name})(**options)
+        own = {"compress": compress, "compressor": compressor, "name": cls.name}
+        self.stage = type(cls.__name__, (cls,), own)(**options)
 
     def lost(self, row: int, begin: int = 0) -> Lost:
         """What the row (counted among those with images) lost in the last prefill, which began at slot `begin`."""
@@ -38,6 +47,13 @@ class Told:
             gone = torch.ones(heads, n, dtype=torch.bool).scatter(1, found.index, False)
             out[k] = [(begin, gone.repeat_interleave(len(layer.queries) // heads, 0))]
         return out
+
+
+def each(together: Any, rows: int) -> list[Any]:
+    """A CachedLayer or KeepSlots of several rows, whose heads stand one after the other, as one of each."""
+    names = [n for n in ("keys", "values", "queries", "index", "into", "weight") if hasattr(together, n)]
+    heads = {n: [None] * rows if getattr(together, n) is None else getattr(together, n).chunk(rows) for n in names}
+    return [replace(together, **{n: heads[n][row] for n in names}) for row in range(rows)]
 
 
 @torch.no_grad()

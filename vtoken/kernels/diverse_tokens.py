@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from torch.nn.utils.rnn import pad_sequence
 
 from vtoken.kernels import _gram
 from vtoken.kernels._dispatch import runs_triton, tl, triton
-from vtoken.kernels.farthest_tokens import checked
+from vtoken.kernels.farthest_tokens import checked, padded
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 EPSILON = 1e-6
@@ -35,8 +34,7 @@ def definition(x: Tensor, relevance: Tensor, lengths: Sequence[int], counts: Seq
     """All images at once: a choice takes what it explains off their kernel matrices [images, longest, longest]."""
     if not sum(counts):
         return torch.zeros(0, dtype=torch.int64, device=x.device)
-    unit = pad_sequence(normalize(x.float(), dim=-1).split(list(lengths)), batch_first=True)
-    r = pad_sequence(relevance.split(list(lengths)), batch_first=True)
+    unit, r = padded(normalize(x.float(), dim=-1), lengths), padded(relevance, lengths)
     matrix = torch.bmm(unit, unit.transpose(1, 2)) * (r[:, :, None] * r[:, None])
     gain, none = matrix.diagonal(dim1=1, dim2=2), torch.zeros_like(r)
     gain.copy_(r.square())

@@ -14,7 +14,7 @@ fp32 accumulation; a token of length 0 has cosine 0 with everything. NaN in x gi
 Bytes moved, e bytes per number: the kernels compute all cosines first, each pair once (N² * D FLOPs), and write 4 * N² of them,
 which is read once without `first`; each choice then reads one row, 4 * N, by one program per image that keeps its N distances in
 registers. 2880 -> 320 tokens, 4096 wide: 34 GFLOP, 33 MB of cosines, 3.7 MB of rows. The definition does 2 * N * K * D
-FLOPs instead, reads x K times (15 GB in fp32) and takes five launches per choice.
+FLOPs instead, reads x K times (15 GB in fp32) and takes five launches per choice, whatever the number of images.
 
 Why not without the cosines, in O(N * D) memory: every choice would read x whole, e * N * D * K (7.5 GB in bf16, over a millisecond
 from L2 at some 6 TB/s, on all multiprocessors), with a wait of the whole grid for each choice, or a launch; the cosines take
@@ -30,6 +30,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch.nn.utils.rnn import pad_sequence
 
 from vtoken.kernels import _gram
 from vtoken.kernels._dispatch import runs_triton, tl, triton
@@ -47,31 +48,47 @@ def definition(
     first: Tensor | None = None,
     strategy: Strategy = "max_min",
 ) -> Tensor:
-    """A loop over images and over taken tokens: each choice needs the one before. One row of cosines at a time."""
-    index = [torch.zeros(0, dtype=torch.int64, device=x.device)]
-    for image, (tokens, k, start) in enumerate(zip(x.split(list(lengths)), counts, _starts(lengths), strict=True)):
-        if not k:
-            continue
-        unit = normalize(tokens.float(), dim=-1)
-        taken = [_loneliest(unit) if first is None else first[image : image + 1] - start]
-        near = unit @ unit.index_select(0, taken[0])[0]
-        for _ in range(k - 1):
-            near.index_fill_(0, taken[-1], torch.inf)
-            taken.append(near.argmin()[None])
-            more = unit @ unit.index_select(0, taken[-1])[0]
-            near = near + more if strategy == "max_sum" else near.maximum(more)
-        index += [position + start for position in taken]
-    return torch.cat(index)
+    """All images at once, padded to the longest, and a loop over choices: each needs the one before. One row of cosines
+    per image at a time. What images choose beyond their count is cut off."""
+    if not sum(counts):
+        return torch.zeros(0, dtype=torch.int64, device=x.device)
+    unit = padded(normalize(x.float(), dim=-1), lengths)
+    longest = unit.shape[1]
+    bounds = _gram.bounds(lengths, x.device)[:, None]
+    starts = bounds[:-1]
+    beyond = torch.where(torch.arange(longest, device=x.device) < bounds[1:] - starts, 0.0, torch.inf)
+    best = _loneliest(unit, beyond) if first is None else (first[:, None] - starts).clamp(0, longest - 1)
+    taken, near = [best], beyond + _cosines(unit, best)
+    while len(taken) < max(counts):
+        near.scatter_(1, best, torch.inf)
+        taken.append(best := near.argmin(1, keepdim=True))
+        more = _cosines(unit, best)
+        near = near + more if strategy == "max_sum" else near.maximum(more)
+    index = torch.cat(taken, 1) + starts
+    return torch.cat([row[:k] for row, k in zip(index, counts, strict=True)])
 
 
-def _loneliest(unit: Tensor) -> Tensor:
-    """[1] the row whose nearest other is farthest away, ROWS rows at a time."""
+def padded(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Packed [ΣN, ...] as [images, longest, ...], with zeros behind what is shorter."""
+    if len(set(lengths)) == 1:
+        return x.unflatten(0, (len(lengths), -1))
+    return pad_sequence(x.split(list(lengths)), batch_first=True)
+
+
+def _cosines(unit: Tensor, best: Tensor) -> Tensor:
+    """[images, longest] of all tokens with the one at `best` [images, 1]."""
+    row = unit.gather(1, best[..., None].expand(-1, 1, unit.shape[2]))
+    return torch.bmm(row, unit.transpose(1, 2))[:, 0]
+
+
+def _loneliest(unit: Tensor, beyond: Tensor) -> Tensor:
+    """[images, 1] the token whose nearest other is farthest away, ROWS at a time; `beyond` is inf at padding."""
     closest = []
-    for start in range(0, len(unit), ROWS):
-        cosine = unit[start : start + ROWS] @ unit.T
-        cosine.diagonal(start).fill_(-torch.inf)
-        closest.append(cosine.amax(1))
-    return torch.cat(closest).argmin(keepdim=True)
+    for start in range(0, unit.shape[1], ROWS):
+        cosine = torch.bmm(unit[:, start : start + ROWS], unit.transpose(1, 2)) - beyond[:, None]
+        cosine.diagonal(start, 1, 2).fill_(-torch.inf)
+        closest.append(cosine.amax(2))
+    return (torch.cat(closest, 1) + beyond).argmin(1, keepdim=True)
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:
@@ -99,17 +116,9 @@ if triton is not None:
 
     @triton.jit
     def _take(  # type: ignore[no-untyped-def]
-        cosines,
-        longest,
-        offsets,
-        slots,
-        first,
-        closest,
-        index,
-        GIVEN: tl.constexpr,
-        SUM: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
+        cosines, longest, offsets, slots, first, closest, index,
+        GIVEN: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
         """Program (image): takes token after token. The last token's row is never needed."""
         image = tl.program_id(0)
         begin = tl.load(offsets + image)

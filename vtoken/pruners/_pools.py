@@ -13,11 +13,21 @@ from vtoken.stages import Keep, Pruner, VisualTokens, keep_all, offsets_of
 def choose(stage: Pruner, tokens: VisualTokens, pick: Callable[[Tensor, int], Tensor]) -> Keep:
     """Lets `pick(rows, k)` choose k of a pool's packed rows [n] (ascending), in any order. 1 <= k < n: pools that stay
     whole are not asked. A loop over pools."""
+    return choose_alike(stage, tokens, lambda rows, k: torch.stack([pick(pool, k) for pool in rows]))
+
+
+def choose_alike(stage: Pruner, tokens: VisualTokens, pick: Callable[[Tensor, int], Tensor]) -> Keep:
+    """As choose, for what takes several pools of one size and budget: `pick(rows [pools, n], k)` gives [pools, k]. A
+    loop over sizes and budgets."""
     order, held, counts, lengths = pools_of(stage, tokens)
     if counts == held:
         return keep_all(tokens)
-    pools = zip(order.split(list(held)), counts, strict=True)
-    kept = [rows if k == len(rows) else pick(rows, k) for rows, k in pools]
+    alike: dict[tuple[int, int], list[Tensor]] = {}
+    for rows, *size in zip(order.split(list(held)), held, counts, strict=True):
+        alike.setdefault((size[0], size[1]), []).append(rows)
+    if len(alike) == 1:
+        return Keep(pick(order.unflatten(0, (len(held), -1)), counts[0]).flatten().sort().values, lengths)
+    kept = [(torch.stack(rows) if k == n else pick(torch.stack(rows), k)).flatten() for (n, k), rows in alike.items()]
     return Keep(torch.cat(kept).sort().values, lengths)
 
 
@@ -61,8 +71,8 @@ def merged(keep: Keep, home: Tensor, weight: Tensor | None = None, complete: boo
 
 
 def top(scores: Tensor, k: int) -> Tensor:
-    """[k] positions of the highest scores, best first, ties to the lower index."""
-    return scores.sort(descending=True, stable=True).indices[:k]
+    """[..., k] positions of the highest scores [..., n], best first, ties to the lower index."""
+    return scores.sort(descending=True, stable=True).indices[..., :k]
 
 
 def rest_of(n: int, taken: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from vtoken.stages.query_attention import QueryAttention
 @dataclass(frozen=True)
 class CachedLayer:
     """One decoder layer of one row: of the N tokens of this forward, without padding and what follows the prompt
-    (drafts, an answer).
+    (drafts, an answer). Where the stage is `by_head`, of several rows that are alike: their heads one after the other.
 
     Attributes:
         keys, values: [Hk, N, d]; queries: [H, N, d].
@@ -138,6 +138,8 @@ class CacheStage(Compressor):
 
     site: ClassVar[Site] = "cache"
     native: ClassVar[bool] = False  # whether it wants CachedLayer.native
+    # Whether every KV head is decided by itself, with KeepSlots: rows that are alike then come as more heads of one.
+    by_head: ClassVar[bool] = False
 
     def compress(self, layer: CachedLayer) -> Decision:
         """The decision for one layer of one row that holds at least one visual token."""

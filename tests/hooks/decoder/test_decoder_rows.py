@@ -12,6 +12,7 @@ from turns import IMAGE_TURNS, TURNS, conversation, second
 from watchers import ATTENTION, OTHER, First, Watcher, dense, held_against, where
 
 import vtoken
+from vtoken.hooks.decoder import attention_facts
 from vtoken.hooks.decoder.attention_facts import FUNCTIONS, causal
 
 LAYERS = (1, 3)
@@ -89,13 +90,16 @@ def test_rows_over_other_caches(family, mode):
         torch.testing.assert_close(torch.cat(a), torch.cat(b), atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_chunks_of_queries_are_one():
+def test_chunks_of_queries_are_one(monkeypatch):
     """More queries than are held at once, over keys with padding."""
+    monkeypatch.setattr(attention_facts, "CHUNK", 4 * 160 * 64)
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(4, 150, 8, generator=g), torch.randn(2, 160, 8, generator=g)
     ok = torch.arange(160) >= 7
     at = torch.arange(10, 160)
-    got = torch.cat(list(causal(q, k, ok, at, 0.3)), 2)
+    parts = list(causal(q, k, ok, at, 0.3))
+    assert [part.shape[2] for part in parts] == [64, 64, 22]
+    got = torch.cat(parts, 2)
     scores = torch.einsum("hrd,hnd->hrn", q.double(), k.double().repeat_interleave(2, 0)) * 0.3
     mask = ok & (torch.arange(160) <= at[:, None])
     want = scores.masked_fill(~mask, -torch.inf).softmax(-1)

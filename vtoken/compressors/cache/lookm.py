@@ -32,6 +32,7 @@ class LookM(CacheStage):
     Paper: https://arxiv.org/abs/2406.18139
     """
 
+    by_head: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.18139"
     deviations: ClassVar[str] = (
         "Text comes first by a mask: the authors' code subtracts 65516 from the scores of images, which loses their "

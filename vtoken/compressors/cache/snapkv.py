@@ -27,6 +27,7 @@ class SnapKV(CacheStage):
     Paper: https://arxiv.org/abs/2404.14469
     """
 
+    by_head: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2404.14469"
     deviations: ClassVar[str] = (
         "Text is kept unless `text: true`; the authors' budget (2048 in their code) covers the whole prompt. One cache "

@@ -158,40 +158,51 @@ class CacheShrinker:
         past, found = flow.slots - width, flow.notes.query_attention
         rows, held, parts, told, same = [], [], [], True, True
         with Clock(k.device) as clock:
-            for r, row in enumerate(prompt_rows(flow)):
+            for turn in self._turns(flow, number):
+                row = prompt_rows(flow)[turn.start]
                 begin = width - row.prompt - row.tail
                 here = slice(past + begin, past + begin + row.prompt)
-                x, y, end = k[r, :, here], v[r, :, here], (k[r, :, here.stop :], v[r, :, here.stop :])
+                x, y = k[turn, :, here].flatten(0, 1), v[turn, :, here].flatten(0, 1)
                 decision: Decision | None = None
-                if any(row.slots) and r not in flow.skipped:
-                    native = self._native(flow, module, r, begin, row.prompt) if self.stage.native else None
+                if any(row.slots) and turn.start not in flow.skipped:
+                    native = self._native(flow, module, turn.start, begin, row.prompt) if self.stage.native else None
                     layer = CachedLayer(
                         x,
                         y,
-                        q[r, :, begin : begin + row.prompt],
+                        q[turn, :, begin : begin + row.prompt].flatten(0, 1),
                         row.images,
                         row.slots,
                         scale,
                         number,
                         len(self.lm.layers),
                         native,
-                        found.pop((number, r), None),
+                        found.pop((number, turn.start), None),
                     )
                     with torch.no_grad():
                         decision = self.compress(layer)
                     same = same and isinstance(decision, KeepSlots) and decision.index.shape[1] == row.prompt
                     told = told and not isinstance(decision, ReplacedKV)
                 piece = apply(self.stage, decision, x, y)
-                stay = piece.length
                 counts = row.counts if decision is None else getattr(decision, "counts", None)
-                rows.append(replace(row, stay=stay, counts=counts))
-                held.append(decision.index if isinstance(decision, KeepSlots) else None)
-                parts.append((piece, Plain(*end)))
+                index = decision.index if isinstance(decision, KeepSlots) else None
+                for r, own in zip(range(turn.start, turn.stop), heads_of(x, k.shape[1]), strict=True):
+                    rows.append(replace(prompt_rows(flow)[r], stay=piece.length, counts=counts))
+                    held.append(None if index is None else index[own])
+                    mine = Plain(piece.keys[own], piece.values[own]) if isinstance(piece, Plain) else piece
+                    parts.append((mine, Plain(k[r, :, here.stop :], v[r, :, here.stop :])))
         flow.shrunk[number] = ShrunkLayer(flow.group, tuple(rows), tuple(held), told, flow.live, clock)
         if same:
             return out
         cached = store(flow.cache.layers[number], parts, k, v, width)
         return self._behind(flow, rows, past, q, cached.keys, cached.values, scale, out) if any(flow.tails) else out
+
+    def _turns(self, flow: PrefillState, layer: int) -> list[slice]:
+        """The rows that are decided together: one, or all, as more heads of one, where nothing tells them apart."""
+        rows, found = prompt_rows(flow), flow.notes.query_attention
+        alike = all((row.prompt, row.tail, row.slots) == (rows[0].prompt, rows[0].tail, rows[0].slots) for row in rows)
+        if self.stage.by_head and alike and not flow.skipped and not any((layer, r) in found for r in range(len(rows))):
+            return [slice(0, len(rows))]
+        return [slice(r, r + 1) for r in range(len(rows))]
 
     def _native(self, flow: PrefillState, module: Any, row: int, begin: int, length: int) -> Native:
         assert flow.notes.layer_input is not None
@@ -238,6 +249,11 @@ class CacheShrinker:
             flow.trace.stages.append(shrunk.trace(self.stage, k))
             flow.trace.cached.append([row.stay for row in shrunk.rows])
         flow.pending_slots.update(pending_slots)
+
+
+def heads_of(x: Tensor, heads: int) -> list[slice]:
+    """Where each row's heads are among those of x [rows * heads, ...]."""
+    return [slice(start, start + heads) for start in range(0, len(x), heads)]
 
 
 def apply(stage: CacheStage, decision: Decision | None, keys: Tensor, values: Tensor) -> Piece:

@@ -15,9 +15,9 @@ from torch import Tensor
 from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.hooks.state.prompt_text import text_before, text_slots
 from vtoken.kernels import query_attention
-from vtoken.stages import offsets_of, uploaded
+from vtoken.stages import image_of, offsets_of, uploaded
 
-CHUNK = 64  # queries whose scores over all slots are held at once
+CHUNK = 1 << 24  # scores of queries over all slots that are held at once: 64 MiB
 Function = Callable[[PrefillState, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
@@ -129,25 +129,28 @@ def _causal_mean(q: Tensor, k: Tensor, key_mask: Tensor, at: Tensor, scale: floa
 
 
 def causal(q: Tensor, k: Tensor, key_mask: Tensor, at: Tensor, scale: float) -> Iterator[Tensor]:
-    """Attention [Hk, H / Hk, R, N] of the queries [H, ., d] that stand in the slots `at` of the keys [Hk, N, d], a
-    chunk at a time.
+    """Attention [..., Hk, H / Hk, R, N] of the queries [..., H, R, d] that stand in the slots `at` [..., R] of the keys
+    [..., Hk, N, d], of which key_mask [..., N] holds something, a chunk at a time.
 
     `query_attention` lets every query see all keys; these each see a prefix.
     """
-    grouped, keys = q.float().unflatten(0, (len(k), -1)), k.float()
-    slots = torch.arange(len(key_mask), device=key_mask.device)
-    for part, end in zip(grouped.split(CHUNK, 2), at.split(CHUNK), strict=True):
-        scores = torch.einsum("hgrd,hnd->hgrn", part, keys) * scale
-        yield scores.masked_fill(~key_mask | (slots > end[:, None]), -torch.inf).softmax(-1)
+    grouped, keys = q.float().unflatten(-3, (k.shape[-3], -1)), k.float()
+    slots = torch.arange(k.shape[-2], device=key_mask.device)
+    chunk = max(1, CHUNK // max(1, q[..., 0, 0].numel() * len(slots)))
+    for part, end in zip(grouped.split(chunk, -2), at.split(chunk, -1), strict=True):
+        scores = torch.einsum("...hgrd,...hnd->...hgrn", part, keys) * scale
+        hidden = ~key_mask[..., None, :] | (slots > end[..., None])
+        yield scores.masked_fill(hidden[..., None, None, :, :], -torch.inf).softmax(-1)
 
 
 def _head_maximum(rows: Iterator[Tensor], at: Tensor) -> Tensor:
-    return torch.stack([part.amax((0, 1)).sum(0) for part in rows]).sum(0) / len(at)
+    return torch.stack([part.amax((-4, -3)).sum(-2) for part in rows]).sum(0) / at.shape[-1]
 
 
 def _relay(rows: Iterator[Tensor], at: Tensor) -> Tensor:
-    mean = torch.cat([part.mean((0, 1)) for part in rows])
-    return mean[:, at].sum(0) @ mean / len(at)
+    mean = torch.cat([part.mean((-4, -3)) for part in rows], -2)
+    received = mean.gather(-1, at[:, None].expand(-1, at.shape[-1], -1)).sum(-2)
+    return (received[:, None] @ mean)[:, 0] / at.shape[-1]
 
 
 def _among(flow: PrefillState, query: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -172,20 +175,26 @@ def _per_image(
     queries: list[Tensor],
     reduce: Callable[[Iterator[Tensor], Tensor], Tensor],
 ) -> Tensor:
-    """`reduce` of each image's query rows, at the image's own slots.
+    """`reduce` of each image's query rows, at the image's own slots. Images with as many queries together.
 
     Args:
         queries: per image, slots of the current layout; an image without any gets zeros.
-        reduce: takes the rows and the queries' slots among those of k; returns [slots].
+        reduce: takes the rows of several images and the queries' slots [images, R] among those of k; returns
+            [images, slots].
     """
     visual, past = flow.live, k.shape[2] - flow.index.shape[1]
-    out = k.new_zeros(key_mask.shape, dtype=torch.float32)
-    lines, columns = (i.split(visual.lengths) for i in _places(flow, k))
-    for row, batch_row, column, at in zip(visual.row, lines, columns, queries, strict=True):
-        at = at.to(k.device)
-        if len(at) and len(column):
-            found = reduce(causal(q[row, :, at], k[row], key_mask[row], at + past, scale), at + past)
-            out[batch_row, column] = found[column]
+    alike: dict[int, list[int]] = {}
+    for image, at in enumerate(queries):
+        if len(at) and visual.lengths[image]:
+            alike.setdefault(len(at), []).append(image)
+    found = k.new_zeros(len(queries), k.shape[2], dtype=torch.float32)
+    for images in alike.values():
+        at = torch.stack([queries[image] for image in images]).to(k.device)
+        rows = uploaded([visual.row[image] for image in images], k.device)
+        attention = causal(q[rows[:, None], :, at].transpose(1, 2), k[rows], key_mask[rows], at + past, scale)
+        found[uploaded(images, k.device)] = reduce(attention, at + past)
+    out, places = k.new_zeros(key_mask.shape, dtype=torch.float32), _places(flow, k)
+    out[places] = found[image_of(visual.lengths, k.device), places[1]]
     return out
 
 

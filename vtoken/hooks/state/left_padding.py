@@ -73,6 +73,8 @@ def left_padded(rows: Sequence[Tensor]) -> Tensor:
     longest = max(row.shape[1] for row in rows)
     if len(rows) == 1:
         return rows[0][None]
+    if all(row.shape[1] == longest for row in rows):
+        return torch.stack(list(rows))
     return torch.stack([F.pad(row, (0, 0, longest - row.shape[1], 0)) for row in rows])
 
 

@@ -23,8 +23,8 @@ class CDPruner(Pruner):
     each time the token with the largest part of K_ii that the kept ones do not explain. What lies in their span counts
     as explained (1e-6) and goes by index.
 
-    Paper: https://arxiv.org/abs/2506.10967. Each choice needs the one before: on a CPU a loop over images and kept
-    tokens, on a GPU one launch. Without text all tokens are equally relevant.
+    Paper: https://arxiv.org/abs/2506.10967. Each choice needs the one before: on a CPU a loop over kept tokens,
+    on a GPU one launch. Without text all tokens are equally relevant.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.10967"

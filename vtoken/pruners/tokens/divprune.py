@@ -16,8 +16,8 @@ class DivPrune(Pruner):
     """Distance is 1 - cosine of the projected embeddings. Starts with the token whose nearest neighbour is farthest
     away, then adds the token whose nearest kept one is farthest away until `keep` are found (greedy max-min).
 
-    Paper: https://arxiv.org/abs/2503.02175. Each choice needs the one before: on a CPU a loop over images and kept
-    tokens, without an N x N matrix; on a GPU one launch, with one.
+    Paper: https://arxiv.org/abs/2503.02175. Each choice needs the one before: on a CPU a loop over kept tokens,
+    without an N x N matrix; on a GPU one launch, with one.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.02175"

@@ -11,8 +11,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from vtoken.kernels import topk_tokens
-from vtoken.pruners._pools import top
-from vtoken.stages import Fact, Keep, Parts, Pruner, VisualTokens, keep_all, offsets_of, size_of
+from vtoken.pruners._pools import offsets_on_host, top
+from vtoken.stages import Fact, Keep, Parts, Pruner, VisualTokens, keep_all, size_of
 
 
 class HiRED(Pruner):
@@ -60,21 +60,27 @@ class HiRED(Pruner):
         return Fact("cls_attention", self.initial_layer), Fact("cls_attention")
 
     def select(self, tokens: VisualTokens) -> Keep:
-        """A loop over images; for each anyres picture the device is asked for tokens and hits per crop."""
+        """For each anyres picture the device is asked for tokens and hits per crop."""
         counts = self.keep.counts(tokens.lengths, tokens.row)
         if counts == tokens.lengths:
             return keep_all(tokens)
-        score, kept, start = tokens.fact("cls_attention"), [], 0
-        for n, k, parts in zip(tokens.lengths, counts, tokens.parts, strict=True):
+        score, order, held, keep, start = tokens.fact("cls_attention"), [], [], [], 0
+        anyres = [len(parts) == 2 and tokens.segment is not None for parts in tokens.parts]
+        if not any(anyres):
+            return Keep(topk_tokens(score, offsets_on_host(tokens.lengths), counts), counts)
+        for n, k, parts, several in zip(tokens.lengths, counts, tokens.parts, anyres, strict=True):
             here = slice(start, start + n)
-            if len(parts) == 2 and tokens.segment is not None:
-                order = tokens.segment[here].argsort(stable=True)
-                held, keep = self._split(tokens, here, tokens.segment[here], parts, k)
-                kept.append(start + order[topk_tokens(score[here][order], offsets_of(held, order.device), keep)])
+            if several and tokens.segment is not None:
+                order.append(start + tokens.segment[here].argsort(stable=True))
+                tokens_of, keep_of = self._split(tokens, here, tokens.segment[here], parts, k)
             else:
-                kept.append(start + top(score[here], k))
+                order.append(torch.arange(start, start + n, device=score.device))
+                tokens_of, keep_of = [n], [k]
+            held += tokens_of
+            keep += keep_of
             start += n
-        return Keep(torch.cat(kept).sort().values, counts)
+        rows = torch.cat(order)
+        return Keep(rows[topk_tokens(score[rows], offsets_on_host(held), keep)].sort().values, counts)
 
     def _split(
         self, tokens: VisualTokens, here: slice, segment: Tensor, parts: Parts, k: int

@@ -10,8 +10,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vtoken.pruners._pools import choose
-from vtoken.stages import Fact, Keep, Pruner, VisualTokens
+from vtoken.kernels.farthest_tokens import padded
+from vtoken.pruners._pools import choose_together
+from vtoken.stages import Fact, Keep, Pruner, VisualTokens, offsets_of
 
 
 class SCOPE(Pruner):
@@ -19,9 +20,9 @@ class SCOPE(Pruner):
     time the token comes next for which gain x attention^alpha is largest: its gain is what all tokens together would be
     covered better with it, its attention that of CLS. Ties go to the lower index.
 
-    Paper: https://arxiv.org/abs/2510.24214. A loop over images and kept tokens: each gain is a sum over all N x N
-    cosines, which are kept (4 N^2 bytes); the kernels for greedy choices read one row of them per choice and do not
-    fit.
+    Paper: https://arxiv.org/abs/2510.24214. A loop over kept tokens: each gain is a sum over all N x N cosines, which
+    are kept (4 N^2 bytes per image, padded to the longest); the kernels for greedy choices read one row of them per
+    choice and do not fit.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.24214"
@@ -42,10 +43,10 @@ class SCOPE(Pruner):
         saliency = tokens.fact("cls_attention").float() ** self.alpha
         features = tokens.fact("features")
 
-        def pick(rows: Tensor, k: int) -> Tensor:
-            return rows[covering(features[rows], saliency[rows], k)]
+        def pick(rows: Tensor, held: list[int], counts: list[int]) -> Tensor:
+            return covering(features[rows], saliency[rows], held, counts)
 
-        return choose(self, tokens, pick)
+        return choose_together(self, tokens, pick)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
         """All similarities, at the model's width, and per kept token all gains; segments of an image are taken
@@ -54,16 +55,21 @@ class SCOPE(Pruner):
         return sum(n * n * (2 * width + 3 * k) for n, k in zip(lengths, counts, strict=True) if k < n)
 
 
-def covering(x: Tensor, saliency: Tensor, k: int) -> Tensor:
-    """[k] rows of x [n, D], in the order taken, by gain in coverage times saliency [n]; 1 <= k <= n. Nothing is fetched
-    from the device."""
-    unit = normalize(x.float(), dim=-1)
-    cosine, covered = unit @ unit.T, unit.new_zeros(len(unit), 1)
-    taken = torch.zeros(len(unit), dtype=torch.bool, device=x.device)
-    order = []
-    for _ in range(k):
-        gain = (cosine - covered).clamp_(min=0).sum(0) * saliency
-        order.append(gain.masked_fill_(taken, -1).argmax(keepdim=True))
-        taken.index_fill_(0, order[-1], True)
-        covered = covered.maximum(cosine.index_select(1, order[-1]))
-    return torch.cat(order)
+def covering(x: Tensor, saliency: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """[ΣK] rows of the packed x [ΣN, D], image by image in the order taken, by gain in coverage times saliency [ΣN];
+    1 <= counts[i] <= lengths[i]. All images at once, padded to the longest; what they choose beyond their count is cut
+    off. Nothing is fetched from the device."""
+    unit, saliency = padded(normalize(x.float(), dim=-1), lengths), padded(saliency, lengths)
+    bounds = offsets_of(lengths, x.device)[:, None]
+    starts = bounds[:-1]
+    # Of a token that is taken, and of padding, the gain is 0.
+    penalty = -(torch.arange(unit.shape[1], device=x.device) >= bounds[1:] - starts).float()
+    cosine = torch.bmm(unit, unit.transpose(1, 2))
+    covered, taken = torch.zeros_like(cosine[..., :1]), []
+    for _ in range(max(counts)):
+        gain = (cosine - covered).clamp_(min=0).sum(1)
+        taken.append(best := torch.addcmul(penalty, gain, saliency).argmax(1, keepdim=True))
+        penalty.scatter_(1, best, -1)
+        covered = covered.maximum(cosine.gather(2, best[:, None].expand(-1, len(cosine[0]), 1)))
+    index = torch.cat(taken, 1) + starts
+    return torch.cat([row[:k] for row, k in zip(index, counts, strict=True)])

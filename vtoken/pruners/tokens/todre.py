@@ -46,7 +46,7 @@ class ToDRE(Pruner):
         return (Fact("cls_attention", self.layer),)
 
     def select(self, tokens: VisualTokens) -> Keep:
-        """Each choice needs the one before: on a CPU a loop over pools and kept tokens, on a GPU one launch."""
+        """Each choice needs the one before: on a CPU a loop over kept tokens, on a GPU one launch."""
         pivot = tokens.fact("cls_attention", self.layer)
         if self.keep.per != "per_crop":
             pivot = pivot.masked_fill(in_a_crop(tokens), -torch.inf)

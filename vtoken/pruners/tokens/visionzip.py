@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vtoken.kernels import nearest_tokens
-from vtoken.pruners._pools import choose, merged, offsets_on_host, top
+from vtoken.pruners._pools import choose_alike, merged, offsets_on_host, top
 from vtoken.stages import Fact, Fused, Keep, Pruner, VisualTokens
 
 
@@ -24,7 +24,7 @@ class VisionZip(Pruner):
 
     On Qwen, whose merger makes one token of four patches, and behind a stage that merged, the sum is one of embeddings.
 
-    Paper: https://arxiv.org/abs/2412.04467. Loops over images (or frames, or crops).
+    Paper: https://arxiv.org/abs/2412.04467. Images (or frames, or crops) of equal size and budget together.
 
     Raises:
         ValueError: at run time, when the encoder's keys cannot be cut into `heads`.
@@ -76,25 +76,26 @@ class VisionZip(Pruner):
 
         def pick(rows: Tensor, k: int) -> Tensor:
             c = self._merged(k)
-            order = rows[top(attention[rows], len(rows))]
-            dominant, rest = order[: k - c], order[k - c :].sort().values
+            order = rows.gather(1, top(attention[rows], rows.shape[1]))
+            dominant, rest = order[:, : k - c], order[:, k - c :].sort().values
             if not c:
                 home[rest] = -1
                 dropped.append(rest)
                 return dominant
-            step = len(rest) // c
-            target, between = rest[: c * step : step], rest[: c * step].unflatten(0, (c, step))[:, 1:]
-            other = torch.cat([between.flatten(), rest[c * step :]])
-            ends = offsets_on_host([len(other)]), offsets_on_host([c])
+            pools, step = len(rest), rest.shape[1] // c
+            targets, between = rest[:, : c * step : step], rest[:, : c * step].unflatten(1, (c, step))[:, :, 1:]
+            other = torch.cat([between.flatten(1), rest[:, c * step :]], 1).flatten()
+            target = targets.flatten()
+            ends = offsets_on_host([len(other) // pools] * pools), offsets_on_host([c] * pools)
             _, nearest = nearest_tokens(keys[other], keys[target], *ends, unit=True)
             home[other] = target[nearest]
-            members = torch.zeros(c, device=rows.device).index_add_(0, nearest, one.expand(len(other)))
+            members = torch.zeros(len(target), device=rows.device).index_add_(0, nearest, one.expand(len(other)))
             weight[other] = members.reciprocal()[nearest]
             summed.append(target)
             factors.append(1 + members.clamp(max=1))
-            return torch.cat([dominant, target])
+            return torch.cat([dominant, targets], 1)
 
-        keep = choose(self, tokens, pick)
+        keep = choose_alike(self, tokens, pick)
         if keep.lengths == tokens.lengths:
             return keep
         keep = merged(keep, home, weight, complete=not dropped)

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vtoken.pruners._pools import choose, top
+from vtoken.pruners._pools import choose_alike, top
 from vtoken.stages import Fact, Keep, Pruner, VisualTokens
 
 STEP = 8
@@ -22,9 +22,9 @@ class VisPruner(Pruner):
     even place (0, 2, ...) is compared with all at odd places (cosine of encoder features), those with the highest
     maximum go, and the list becomes the even ones left, most similar first, then the odd ones.
 
-    Paper: https://arxiv.org/abs/2412.01818 (v2; v1 is FasterVLM). Loops over images and rounds. All cosines of an
-    image are computed once (4 N^2 bytes); `nearest_tokens` gives what a round asks for, but would compute its cosines
-    afresh each time.
+    Paper: https://arxiv.org/abs/2412.01818 (v2; v1 is FasterVLM). A loop over rounds; images of equal size
+    and budget together. All cosines are computed once (4 N^2 bytes per image); `nearest_tokens` gives what a round asks
+    for, but would compute its cosines afresh each time.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.01818"
@@ -49,11 +49,12 @@ class VisPruner(Pruner):
 
         def pick(rows: Tensor, k: int) -> Tensor:
             count = k * self.important // 100
-            ranked = rows[top(attention[rows], len(rows))]
-            rest = ranked[count:]
-            return torch.cat([ranked[:count], rest[thinned(normalize(features[rest].float(), dim=-1), k - count)]])
+            ranked = rows.gather(1, top(attention[rows], rows.shape[1]))
+            rest = ranked[:, count:]
+            others = rest.gather(1, thinned(normalize(features[rest].float(), dim=-1), k - count))
+            return torch.cat([ranked[:, :count], others], 1)
 
-        return choose(self, tokens, pick)
+        return choose_alike(self, tokens, pick)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
         """All similarities, at the model's width; segments of an image are taken together."""
@@ -63,13 +64,15 @@ class VisPruner(Pruner):
 
 
 def thinned(x: Tensor, k: int) -> Tensor:
-    """[k] of the rows x [n, D] (unit length) that are left; k <= n."""
+    """[pools, k] of the rows x [pools, n, D] (unit length) that are left; k <= n."""
+    pools, n, _ = x.shape
+    left = torch.arange(n, device=x.device).expand(pools, -1)
     if not k:
-        return torch.arange(0, device=x.device)
-    cosine, left = x @ x.T, torch.arange(len(x), device=x.device)
-    while len(left) > k:
-        even, odd = left[::2], left[1::2]
-        drop = min(STEP, len(left) - k, len(even))
-        similar = cosine[even[:, None], odd].amax(1)
-        left = torch.cat([even[top(similar, len(even))[drop:]], odd])
+        return left[:, :0]
+    cosine, pool = torch.bmm(x, x.transpose(1, 2)), torch.arange(pools, device=x.device)[:, None, None]
+    while (n := left.shape[1]) > k:
+        even, odd = left[:, ::2], left[:, 1::2]
+        drop = min(STEP, n - k, even.shape[1])
+        similar = cosine[pool, even[:, :, None], odd[:, None]].amax(2)
+        left = torch.cat([even.gather(1, top(similar, n)[:, drop:]), odd], 1)
     return left
