@@ -99,11 +99,12 @@ def _taken(held: Sequence[int], first: int, width: int, device: torch.device) ->
     return seat.to(device, non_blocking=True), offsets_of([(n + 1 - first) // 2 for n in held], rows.device)
 
 
-def merge(pairs: Pairs, held: Sequence[int], taken: Sequence[int], places: Tensor) -> Merged:
+def merge(pairs: Pairs, held: Sequence[int], taken: Sequence[int], places: Tensor, anew: bool = False) -> Merged:
     """Lets the `taken` most similar of side A join their partners, in every sequence. `places` [ΣN or more]: 0, 1, ...
 
     Next come first what is left of side A (by similarity; with a token in front in the old order), then side B. A
-    sequence in which nothing merged keeps its order.
+    sequence in which nothing merged keeps its order. With `anew` side A stays in the old order, and no sequence keeps
+    its own.
     """
     ranked = pairs.value.sort(dim=1, descending=True, stable=True).indices
     most = max(taken)
@@ -112,7 +113,7 @@ def merge(pairs: Pairs, held: Sequence[int], taken: Sequence[int], places: Tenso
         joining = ranked[:, :most]
         home = places.scatter(0, pairs.a.gather(1, joining).flatten(), pairs.partner.gather(1, joining).flatten())
         rows, into = survivors(home, places, most * len(taken))
-        rest = ranked[:, most:].sort(1).values if pairs.lead else ranked[:, most:]
+        rest = ranked[:, most:].sort(1).values if pairs.lead or anew else ranked[:, most:]
         return Merged(rows, into, into[torch.cat([pairs.a.gather(1, rest), pairs.b], 1).flatten()])
     device, sides = ranked.device, (pairs.a, pairs.b)
     count = torch.tensor(taken, device=device)[:, None]
@@ -120,10 +121,11 @@ def merge(pairs: Pairs, held: Sequence[int], taken: Sequence[int], places: Tenso
     nth = torch.empty_like(ranked).scatter_(1, ranked, across_a)
     home = torch.arange(sum(held) + 1, device=device)
     home[pairs.a] = torch.where(nth < count, pairs.partner, pairs.a)
-    left = across_a if pairs.lead else nth
+    left = across_a if pairs.lead or anew else nth
+    dealt = count >= 0 if anew else count > 0
     rank, owner = torch.zeros_like(home), torch.zeros_like(home)
-    rank[pairs.a] = torch.where(count > 0, left, 2 * across_a + pairs.lead % 2)
-    rank[pairs.b] = torch.where(count > 0, left.shape[1] + across_b, 2 * across_b + (pairs.lead + 1) % 2)
+    rank[pairs.a] = torch.where(dealt, left, 2 * across_a + pairs.lead % 2)
+    rank[pairs.b] = torch.where(dealt, left.shape[1] + across_b, 2 * across_b + (pairs.lead + 1) % 2)
     for side in sides:
         owner[side] = torch.arange(len(side), device=device)[:, None].expand_as(side)
     rows, into = survivors(home[:-1], places, sum(taken))
@@ -172,6 +174,7 @@ class Merger(Compressor):
     (crop) is a sequence of its own."""
 
     site: ClassVar[Site] = "encoder"
+    anew: ClassVar[bool] = False  # as in `merge`
 
     proportional: bool = Field(default=True, description="keys of later layers count as often as they have members")
 
@@ -199,7 +202,7 @@ class Merger(Compressor):
         taken = self.taken(pairs.value, tokens.lengths, tokens.layer or 0)
         if not any(taken):
             return keep_all(tokens)
-        rows, into, order = merge(pairs, tokens.lengths, taken, places)
+        rows, into, order = merge(pairs, tokens.lengths, taken, places, self.anew)
         lengths = tuple(n - r for n, r in zip(tokens.lengths, taken, strict=True))
         tokens.memory["order"] = Order(order, lengths, rows, tokens.raster_index, places)
         return Keep(rows, lengths, into, tokens.size, complete=True)

@@ -74,8 +74,6 @@ class PrunedCache:
         return max(start for start in self.groups if start <= layer) if layer else 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        if not self.owner.alive:
-            raise RuntimeError(UNWRAPPED)
         slots = self.groups[self.group(layer_idx) if layer_idx else 0]
         saved: int = slots.end - slots.logical.shape[1]
         return super().get_seq_length(layer_idx) + saved  # type: ignore[misc]
