@@ -4,8 +4,7 @@
     into    [ΣN] int64 slot of each token, 0 <= slot < slots, or -1: dropped
     slots   ΣK, on the host
     weight  [ΣN] weight of each token, or None: all the same
-    complete  no token is dropped, which saves looking
-    total   [ΣK] fp32 `totals` of the same, where they are known
+    total   [ΣK] fp32 `totals` of the same, where they are known and no token is dropped
     result  [ΣK, ...] dtype of x: sum of weight * token over the slot's members, over the sum of their weights; NaN for a
             slot without members or without weight
 
@@ -29,24 +28,18 @@ from vtoken.kernels._dispatch import interpretable, runs_triton, tl, triton
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def totals(into: Tensor, slots: int, weight: Tensor | None = None, complete: bool = False) -> Tensor:
-    """[ΣK] fp32 sum of the weights of each slot's members."""
-    slot = into if complete else into.remainder(slots + 1)
+def totals(into: Tensor, slots: int, weight: Tensor | None = None) -> Tensor:
+    """[ΣK] fp32 sum of the weights of each slot's members; `into` is `slots` for tokens that are in none."""
     each = torch.ones(len(into), device=into.device) if weight is None else weight.float()
-    return each.new_zeros(slots + 1).index_add_(0, slot, each)[:slots]
+    return each.new_zeros(slots + 1).index_add_(0, into, each)[:slots]
 
 
 def definition(
-    x: Tensor,
-    into: Tensor,
-    slots: int,
-    weight: Tensor | None = None,
-    complete: bool = False,
-    total: Tensor | None = None,
+    x: Tensor, into: Tensor, slots: int, weight: Tensor | None = None, total: Tensor | None = None
 ) -> Tensor:
     """index_add into one slot more than there are, which takes what is dropped."""
-    slot = into if complete else into.remainder(slots + 1)
-    total = totals(into, slots, weight, complete) if total is None else total
+    slot = into.remainder(slots + 1) if total is None else into
+    total = totals(slot, slots, weight) if total is None else total
     flat = x.reshape(len(x), math.prod(x.shape[1:])).float()
     weighted = flat if weight is None else flat * weight.float()[:, None]
     mean = flat.new_zeros(slots + 1, flat.shape[1]).index_add_(0, slot, weighted)[:slots]
@@ -74,14 +67,7 @@ if triton is not None:
         tl.store(result + slot * width + at, mean / total, mask=at < width)
 
 
-def launch(
-    x: Tensor,
-    into: Tensor,
-    slots: int,
-    weight: Tensor | None = None,
-    complete: bool = False,
-    total: Tensor | None = None,
-) -> Tensor:
+def launch(x: Tensor, into: Tensor, slots: int, weight: Tensor | None = None, total: Tensor | None = None) -> Tensor:
     """The kernel's launcher: the definition's contract without gradients, for the dtypes in DTYPES."""
     dtype, x = x.dtype, interpretable(x.detach())
     width = math.prod(x.shape[1:])
@@ -102,12 +88,7 @@ def launch(
 
 
 def merge_tokens(
-    x: Tensor,
-    into: Tensor,
-    slots: int,
-    weight: Tensor | None = None,
-    complete: bool = False,
-    total: Tensor | None = None,
+    x: Tensor, into: Tensor, slots: int, weight: Tensor | None = None, total: Tensor | None = None
 ) -> Tensor:
     """[ΣK, ...] means, see the top of the file. Differentiable. No host synchronisation.
 
@@ -115,7 +96,7 @@ def merge_tokens(
     """
     given = (x, into) if weight is None else (x, into, weight)
     fits = x.dtype in DTYPES and runs_triton(*given)
-    return (launch if fits else definition)(x, into, slots, weight, complete, total)
+    return (launch if fits else definition)(x, into, slots, weight, total)
 
 
 def examples() -> Iterator[dict[str, Any]]:
@@ -133,7 +114,8 @@ def examples() -> Iterator[dict[str, Any]]:
     yield case(2, 6)
     yield case(4, 11, 1100)
     whole = case(6, 40, 5)
-    yield {**whole, "into": whole["into"].clamp(min=0), "complete": True}
+    into = whole["into"].clamp(min=0)
+    yield {**whole, "into": into, "total": totals(into, 6, whole["weight"])}
     strided = case(5, 40, 8)
     yield {**strided, "x": strided["x"].T.contiguous().T, "weight": strided["weight"].repeat_interleave(2)[::2]}
     # Nobody joins slot 1, and what is dropped is never read as a number.

@@ -5,6 +5,7 @@
     block    tokens per block, of queries and of keys; the last block may hold fewer, and its mean is over those
     scale    factor on mean q . mean k before the softmax
     padding  [B] int64 keys at the front of each row that are padding, or None: they are in no mean
+    means    [B, Hk, blocks, d] means of the key blocks, or None: worked out here
     result   [B, H, ceil(Nq / block), ceil(Nk / block)] fp32: softmax over the key blocks of which the query block sees at least
              the first token; zeros for what it does not see, and for blocks of padding alone
 
@@ -25,12 +26,14 @@ from vtoken.kernels.probe_sums import groups_of
 from vtoken.kernels.query_attention import DTYPES
 
 
-def definition(q: Tensor, k: Tensor, block: int, scale: float, padding: Tensor | None = None) -> Tensor:
+def definition(
+    q: Tensor, k: Tensor, block: int, scale: float, padding: Tensor | None = None, means: Tensor | None = None
+) -> Tensor:
     """Means, scores, mask, softmax."""
     groups = groups_of(q, k)
     queries, keys = q.shape[2], k.shape[2]
     start = torch.zeros(len(q), dtype=torch.int64, device=q.device) if padding is None else padding.to(q.device)
-    (q_means, q_real), (k_means, k_real) = _means(q, block, start - (keys - queries)), _means(k, block, start)
+    (q_means, q_real), (k_means, k_real) = _means(q, block, start - (keys - queries)), _means(k, block, start, means)
     scores = torch.einsum("bhgqd,bhkd->bhgqk", q_means.unflatten(1, (-1, groups)), k_means).flatten(1, 2) * scale
     row = torch.arange(1, scores.shape[2] + 1, device=q.device).mul(block).clamp(max=queries) + keys - queries
     seen = row[:, None] > torch.arange(scores.shape[3], device=q.device) * block
@@ -38,9 +41,12 @@ def definition(q: Tensor, k: Tensor, block: int, scale: float, padding: Tensor |
     return scores.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen, 0)
 
 
-def _means(x: Tensor, block: int, start: Tensor) -> tuple[Tensor, Tensor]:
+def _means(x: Tensor, block: int, start: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """[B, H, blocks, d] means of the tokens from `start` [B] on, and [B, blocks] whether a block has any."""
     tokens, blocks = x.shape[2], -(-x.shape[2] // block)
+    if known is not None:
+        ends = torch.arange(1, blocks + 1, device=x.device).mul(block).clamp(max=tokens)
+        return known.float(), ends > start[:, None]
     real = torch.arange(tokens, device=x.device) >= start[:, None]
     owner = torch.arange(tokens, device=x.device) // block
     x = x.float().masked_fill(~real[:, None, :, None], 0)
@@ -125,7 +131,9 @@ if triton is not None:
             tl.store(result + (pair * query_blocks + row)[:, None] * key_blocks + column[None, :], share, mask=written)
 
 
-def launch(q: Tensor, k: Tensor, block: int, scale: float, padding: Tensor | None = None) -> Tensor:
+def launch(
+    q: Tensor, k: Tensor, block: int, scale: float, padding: Tensor | None = None, means: Tensor | None = None
+) -> Tensor:
     """The kernels' launcher: the definition's contract without gradients, for the dtypes in DTYPES and d up to 256."""
     groups = groups_of(q, k)
     q, k = interpretable(q.detach()), interpretable(k.detach())
@@ -137,23 +145,28 @@ def launch(q: Tensor, k: Tensor, block: int, scale: float, padding: Tensor | Non
     start = q if padding is None else padding.to(q.device, non_blocking=True).contiguous()
     blocks = {"PADDED": padding is not None, "DIM": max(16, triton.next_power_of_2(d))}
     q_means = torch.empty((batch, heads, query_blocks, d), dtype=torch.float32, device=q.device)
-    k_means = torch.empty((batch, key_heads, key_blocks, d), dtype=torch.float32, device=q.device)
+    k_means, pools = means, [(q, q_means, queries)]
+    if k_means is None:
+        k_means = torch.empty((batch, key_heads, key_blocks, d), dtype=torch.float32, device=q.device)
+        pools.append((k, k_means, keys))
     with torch.cuda.device_of(q):  # triton launches on the current device
-        for x, means, count in ((q, q_means, queries), (k, k_means, keys)):
-            grid = (means.shape[2], batch * means.shape[1])
-            _pool[grid](x, start, means.shape[1], count, keys - count, d, block, x.stride(), means, **blocks, TILE=16)
+        for x, made, count in pools:
+            grid = (made.shape[2], batch * made.shape[1])
+            _pool[grid](x, start, made.shape[1], count, keys - count, d, block, x.stride(), made, **blocks, TILE=16)
         _scores[(-(-query_blocks // 16), batch * heads)](
-            q_means, k_means, start, heads, groups, query_blocks, key_blocks, queries, keys, d, block, scale * LOG2_E,
-            result, **blocks, ROWS=16, COLUMNS=32, num_warps=4 if d <= 128 else 8, num_stages=3 if d <= 128 else 2,
+            q_means, k_means.float().contiguous(), start, heads, groups, query_blocks, key_blocks, queries, keys, d, block,
+            scale * LOG2_E, result, **blocks, ROWS=16, COLUMNS=32, num_warps=4 if d <= 128 else 8, num_stages=3 if d <= 128 else 2,
         )  # fmt: skip
     return result
 
 
-def pooled_scores(q: Tensor, k: Tensor, block: int, scale: float, padding: Tensor | None = None) -> Tensor:
+def pooled_scores(
+    q: Tensor, k: Tensor, block: int, scale: float, padding: Tensor | None = None, means: Tensor | None = None
+) -> Tensor:
     """Block-to-block attention, see the top of the file. Differentiable. Raises ValueError for shapes that do not
     fit."""
     fits = q.dtype == k.dtype and q.dtype in DTYPES and q.shape[-1] <= 256 and runs_triton(q, k)
-    return (launch if fits else definition)(q, k, block, scale, padding)
+    return (launch if fits else definition)(q, k, block, scale, padding, means)
 
 
 def examples() -> Iterator[dict[str, Any]]:
@@ -173,6 +186,8 @@ def examples() -> Iterator[dict[str, Any]]:
     yield case((2, 1), (130, 130), 80, 7)
     yield case((3, 1), (33, 70), 64, 16, 0, 69, 40)
     yield case((2, 2), (70, 70), 96, 32, 33)
+    known = case((2, 1), (40, 40), 64, 16)
+    yield {**known, "means": _means(known["k"], 16, torch.zeros(1, dtype=torch.int64))[0]}
     strided = case((2, 1), (40, 41), 128, 3)
     yield {
         **strided,

@@ -168,8 +168,8 @@ class Keep:
 
     @cached_property
     def total(self) -> Tensor | None:
-        """[ΣK] float32, weights of each slot's members; None where nothing is merged."""
-        return None if self.into is None else totals(self.into, len(self.index), self.weight, self.complete)
+        """[ΣK] float32, weights of each slot's members, where no token is dropped; else None."""
+        return totals(self.into, len(self.index), self.weight) if self.into is not None and self.complete else None
 
     def to(self, device: torch.device) -> Keep:
         """The same decision on another device."""
@@ -200,7 +200,7 @@ class Keep:
             fused = replace(fused, slots=slot[tokens[stay]], factor=fused.factor[stay])
         # As nonzero(), whose size the device would be asked for.
         index = torch.argsort(~alive, stable=True)[: sum(lengths)]
-        return Keep(index, tuple(lengths), into, weight, fused)
+        return Keep(index, tuple(lengths), into, weight, fused, self.complete)
 
     def apply(self, x: Tensor, project: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Applies the decision to anything with a packed token axis: [ΣN, ...] -> [ΣK, ...].
@@ -210,9 +210,7 @@ class Keep:
         """
         if self.into is None:
             return gather_tokens(x, self.index)
-        # The history of the tokens, or what is fused, asks for it too.
-        total = self.total if self.complete or self.fused is not None else None
-        mean = merge_tokens(x, self.into, len(self.index), self.weight, self.complete, total)
+        mean = merge_tokens(x, self.into, len(self.index), self.weight, self.total)
         if self.fused is None:
             return mean
         if self.fused.largest:
@@ -220,7 +218,7 @@ class Keep:
         slots, features = self.fused.slots, None if project is None else self.fused.features
         of = mean
         if features is not None:
-            of = merge_tokens(features, self.into, len(self.index), self.weight, self.complete, total)
+            of = merge_tokens(features, self.into, len(self.index), self.weight, self.total)
         each = of[slots]
         each = each * self.fused.factor.to(each.dtype).view(-1, *[1] * (each.ndim - 1))
         if project is not None and features is not None:

@@ -11,8 +11,10 @@ import torch
 from batches import long, rows_for
 from modes import LOGITS, alone, families, greedy
 from sparse_probes import Everything, Ladder
+from transformers import LlamaConfig
 
 import vtoken
+from vtoken import registry
 from vtoken.errors import UnsupportedError
 from vtoken.stages.attention import SparseAttention, SparseMask, everything
 
@@ -316,3 +318,17 @@ def test_unwrap_takes_the_taps_away():
     with vtoken.wrapped(model, [{"fastv": {"keep": 5, "layer": 2}}, Ladder()]):
         assert all("vtoken_tap" in vars(m) for m in modules)
     assert [dict(vars(m)) for m in modules] == before
+
+
+def test_blocks_that_are_too_small_for_the_longest_prompt_are_refused() -> None:
+    """Maps of 28 heads at 128k tokens: 9.4 GB in blocks of 16, 2.3 GB in blocks of 32."""
+    from vtoken.hooks.attention.sparse_prefill import check_maps
+
+    decoder = LlamaConfig(hidden_size=3584, num_attention_heads=28, max_position_embeddings=131072)
+    with pytest.raises(UnsupportedError, match=r"flexprefill: .*size to 32 or more, or max_position_embeddings"):
+        check_maps(registry.stage("flexprefill")(size=16), decoder)
+    check_maps(registry.stage("flexprefill")(size=32), decoder)
+    check_maps(
+        registry.stage("flexprefill")(size=16),
+        LlamaConfig(hidden_size=3584, num_attention_heads=28, max_position_embeddings=32768),
+    )

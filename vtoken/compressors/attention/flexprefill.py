@@ -80,7 +80,8 @@ class FlexPrefill(SparseAttention):
         t = columns.shape[-1]
         least = min(-(-self.min_budget // size), t)
         most = t if self.max_budget is None else min(-(-self.max_budget // size), t)
-        pooled = q[:, -size:].float().mean(1) @ block_mean(k, size)[0].T * scale
+        means = block_mean(k, size)
+        pooled = q[:, -size:].float().mean(1) @ means[0].T * scale
         aware = divergence(pooled.softmax(-1), columns) < self.tau
 
         def count(x: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ class FlexPrefill(SparseAttention):
         distance = row[:, None] - row
         blocks = (taken[:, None] | near[:, distance.clamp(min=0)]) & (distance >= 0)
         if self.tau > 0:
-            entries = pooled_scores(q[None], k[None], size, scale)[0].flatten(1)
+            entries = pooled_scores(q[None], k[None], size, scale, means=means[None])[0].flatten(1)
             covered = cover(entries, self.gamma, self.drop_crossing).view_as(blocks) & (distance >= 0)
             blocks |= covered & aware[:, None, None]
         return blocks

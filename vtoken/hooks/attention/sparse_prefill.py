@@ -24,6 +24,7 @@ from vtoken.stages.attention import DenseSubset, PrefillQK, Rope, SparseAttentio
 from vtoken.stages.query_attention import QueryAttention
 
 SIZE = 128  # block of what is read whole
+MAPS = 4 << 30  # bytes that maps of blocks may take
 WIDEST = 256  # head width that the kernel takes
 # Arguments of attention functions that change what attention means.
 UNUSUAL = ("softcap", "s_aux", "position_bias", "sliding_window")
@@ -229,6 +230,27 @@ def check(stage: SparseAttention, reads: SparseMask | DenseSubset, prompt: Prefi
             )
 
 
+def check_maps(stage: SparseAttention, config: Any) -> None:
+    """Refuses blocks so small that their maps do not fit for the longest prompt of a decoder: a bool and an int32 for
+    every head, block of queries and block of keys.
+
+    Raises:
+        UnsupportedError: names the stage, and the least size that fits.
+    """
+    tokens, size = config.max_position_embeddings, getattr(stage, "size", None)
+
+    def taken(size: int) -> int:
+        return 5 * config.num_attention_heads * (-(-tokens // size)) ** 2
+
+    if size is not None and taken(size) > MAPS:
+        least = next(2**i for i in range(4, 31) if taken(2**i) <= MAPS)
+        raise UnsupportedError(
+            f"stage {stage.name}: maps of blocks of {size} tokens take {taken(size) / 1e9:.1f} GB a layer for the "
+            f"{tokens} tokens that this decoder can be given; set size to {least} or more, or max_position_embeddings "
+            "in the model's config to the longest prompt you have"
+        )
+
+
 def check_attention(stages: Sequence[Stage], lm: Any) -> None:
     """Refuses stages that no layer can serve, or two for one layer.
 
@@ -241,12 +263,14 @@ def check_attention(stages: Sequence[Stage], lm: Any) -> None:
     for stage in stages:
         if not isinstance(stage, SparseAttention):
             raise UnsupportedError(
-                f"stage {stage.name} acts at site 'attention' and must derive from vtoken.reading.SparseAttention"
+                f"stage {stage.name} acts at site 'attention' and must derive from "
+                "vtoken.stages.attention.SparseAttention"
             )
         if width > WIDEST:
             raise UnsupportedError(f"stage {stage.name}: attention heads of width {width}; at most {WIDEST} are served")
         if why := stage.heads_incompatibility(lm.config.num_attention_heads, lm.config.num_key_value_heads, width):
             raise UnsupportedError(f"stage {stage.name}: {why}")
+        check_maps(stage, lm.config)
         wrong = [k for k in stage.dense_layers if not -depth <= k < depth]
         if wrong or not stage.layers(depth):
             raise UnsupportedError(
