@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/vtoken demo
 
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
@@ -37,7 +37,7 @@ wheel:
 eval-venv: $(VENV)/.eval
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/python benchmarks/cpu.py
