@@ -6,13 +6,13 @@
     counts     K_i, on the host, 0 <= K_i <= N_i
     index      [ΣK] int64, packed positions, image by image, in the order in which they were taken
 
-The kernel matrix is K_ij = r_i cos(x_i, x_j) r_j. Each time the token with the largest part of K_ii that the taken ones do
-not explain comes next, ties to the lower position; what is left of at most EPSILON * K_ii counts as nothing. fp32
-throughout; NaN in x gives an undefined result.
+The kernel matrix is K_ij = r_i cos(x_i, x_j) r_j. Each time the token with the largest part of K_ii that the taken
+ones do not explain comes next, ties to the lower position; what is left of at most EPSILON * K_ii counts as nothing.
+fp32 throughout; NaN in x gives an undefined result.
 
-Bytes moved: all cosines first, as `farthest_tokens`; choice i then reads i rows of the orthogonal basis that the taken tokens
-span, so 2 * N * K² in all, by one program per image, and writes one. 576 -> 64 tokens: 4.7 MB. The definition reads and
-writes the whole matrix per choice, in six launches. Limits are those of `farthest_tokens`.
+Bytes moved: all cosines first, as `farthest_tokens`; choice i then reads i rows of the orthogonal basis that the
+taken tokens span, so 2 * N * K² in all, by one program per image, and writes one. 576 -> 64 tokens: 4.7 MB. The
+definition reads and writes the whole matrix per choice, in six launches. Limits are those of `farthest_tokens`.
 """
 
 from collections.abc import Iterator, Sequence

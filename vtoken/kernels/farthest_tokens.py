@@ -11,16 +11,17 @@
 
 fp32 accumulation; a token of length 0 has cosine 0 with everything. NaN in x gives an undefined result.
 
-Bytes moved, e bytes per number: the kernels compute all cosines first, each pair once (N² * D FLOPs), and write 4 * N² of them,
-which is read once without `first`; each choice then reads one row, 4 * N, by one program per image that keeps its N distances in
-registers. 2880 -> 320 tokens, 4096 wide: 34 GFLOP, 33 MB of cosines, 3.7 MB of rows. The definition does 2 * N * K * D
-FLOPs instead, reads x K times (15 GB in fp32) and takes five launches per choice, whatever the number of images.
+Bytes moved, e bytes per number: the kernels compute all cosines first, each pair once (N² * D FLOPs), and write 4 *
+N² of them, which is read once without `first`; each choice then reads one row, 4 * N, by one program per image that
+keeps its N distances in registers. 2880 -> 320 tokens, 4096 wide: 34 GFLOP, 33 MB of cosines, 3.7 MB of rows. The
+definition does 2 * N * K * D FLOPs instead, reads x K times (15 GB in fp32) and takes five launches per choice,
+whatever the number of images.
 
-Why not without the cosines, in O(N * D) memory: every choice would read x whole, e * N * D * K (7.5 GB in bf16, over a millisecond
-from L2 at some 6 TB/s, on all multiprocessors), with a wait of the whole grid for each choice, or a launch; the cosines take
-a tenth of a millisecond at 400 TFLOP/s. They are cheaper while N / K < e * R / B, some 130 at these rates R and B, which few budgets in
-use exceed. What it costs is memory: images are taken in groups whose cosines fit in 512 MiB, and one that would not fit alone, or has
-more than 16384 tokens, takes the definition.
+Why not without the cosines, in O(N * D) memory: every choice would read x whole, e * N * D * K (7.5 GB in bf16, over
+a millisecond from L2 at some 6 TB/s, on all multiprocessors), with a wait of the whole grid for each choice, or a
+launch; the cosines take a tenth of a millisecond at 400 TFLOP/s. They are cheaper while N / K < e * R / B, some 130
+at these rates R and B, which few budgets in use exceed. What it costs is memory: images are taken in groups whose
+cosines fit in 512 MiB, and one that would not fit alone, or has more than 16384 tokens, takes the definition.
 """
 
 from collections.abc import Iterator, Sequence

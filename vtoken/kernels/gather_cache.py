@@ -5,9 +5,9 @@
     index   [B, Hk, K] int32 or int64, 0 <= index < S, any order; [B, 1, K] where all heads keep the same
     result  the same structure, each [B, Hk, K, d], contiguous, same dtype
 
-Bytes moved, with R the bytes of one position of one head: B * Hk * K * R read and written per tensor, and 8 * B * Hk * K
-of index read once per tensor; nothing that is dropped is read. The definition moves the same bytes, but its gather reads
-an index for every number. One launch for all tensors.
+Bytes moved, with R the bytes of one position of one head: B * Hk * K * R read and written per tensor, and 8 * B * Hk
+* K of index read once per tensor; nothing that is dropped is read. The definition moves the same bytes, but its
+gather reads an index for every number. One launch for all tensors.
 """
 
 from collections.abc import Iterator, Sequence

@@ -10,10 +10,10 @@
 
 fp32 accumulation. Packed slots make ragged images the normal case: nothing here knows where one ends.
 
-Bytes moved, R the bytes of a token: R per member read, R per slot written, and some 50 bytes per token of sorting, which
-puts the members of a slot side by side. Every slot is summed by one program, in the order of its tokens, so the result
-is the same in every run. The definition writes and reads fp32 products of all members and adds them up, on a GPU with
-atomics, in any order.
+Bytes moved, R the bytes of a token: R per member read, R per slot written, and some 50 bytes per token of sorting,
+which puts the members of a slot side by side. Every slot is summed by one program, in the order of its tokens, so the
+result is the same in every run. The definition writes and reads fp32 products of all members and adds them up, on a
+GPU with atomics, in any order.
 """
 
 import math

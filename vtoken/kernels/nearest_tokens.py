@@ -11,10 +11,10 @@
 
 NaN in x or y gives an undefined result. fp32 accumulation; a token of length 0 has cosine 0 with everything.
 
-Bytes moved, e bytes per number: y is read once per 64 or 128 tokens of x of its segment and x once per as many of y, mostly
-from L2; 12 bytes per token written, times the shares into which the columns are cut so that the device is busy. The
-definition writes and reads 4 * N * M of scores. 2 * N * M * D FLOPs per segment. One image of 2880 tokens, 4096 wide:
-68 GFLOP.
+Bytes moved, e bytes per number: y is read once per 64 or 128 tokens of x of its segment and x once per as many of y,
+mostly from L2; 12 bytes per token written, times the shares into which the columns are cut so that the device is
+busy. The definition writes and reads 4 * N * M of scores. 2 * N * M * D FLOPs per segment. One image of 2880 tokens,
+4096 wide: 68 GFLOP.
 """
 
 from collections.abc import Iterator

@@ -9,9 +9,10 @@
     result   [B, H, ceil(Nq / block), ceil(Nk / block)] fp32: softmax over the key blocks of which the query block sees at least
              the first token; zeros for what it does not see, and for blocks of padding alone
 
-fp32 accumulation; products of means as three TF32 products each, as exact as fp32. Bytes moved, e bytes per element: q and k read once, e * (H * Nq + Hk * Nk) * d per batch row; the means
-written in fp32, 1 / block of that, and read once per 16 blocks; the result written twice and read once. The definition
-writes and reads the result about four times.
+fp32 accumulation; products of means as three TF32 products each, as exact as fp32. Bytes moved, e bytes per element:
+q and k read once, e * (H * Nq + Hk * Nk) * d per batch row; the means written in fp32, 1 / block of that, and read
+once per 16 blocks; the result written twice and read once. The definition writes and reads the result about four
+times.
 """
 
 from collections.abc import Iterator

@@ -10,13 +10,13 @@
     late      [B, H, N] fp32: as vertical, of the last `recent` queries; [B, H, 0] where recent is 0
 
 Query i stands at position N - L + i. vertical and slash of a head both sum to the number of queries; divide by it for
-means. L = N gives the sums over a whole prompt. fp32 accumulation. The map [H, L, N] is not held, but its diagonals are,
-tile by tile: a 32nd of its numbers, in fp32, where tiles are 64 wide (d up to 128 in half precision).
+means. L = N gives the sums over a whole prompt. fp32 accumulation. The map [H, L, N] is not held, but its diagonals
+are, tile by tile: a 32nd of its numbers, in fp32, where tiles are 64 wide (d up to 128 in half precision).
 
 Bytes moved, e bytes per element: K is read 2 * ceil(L / 64) times per query head, mostly from L2, and per tile of 64
-queries and keys of a head 128 partial sums of 4 bytes are written and read (2 * L * N / 8 bytes per head); 8 * N written. 4 * L * N *
-d FLOPs per head. The diagonals of a tile are turned into columns in registers, so there are no atomics and every run
-gives the same result. The definition holds CHUNK scores at a time.
+queries and keys of a head 128 partial sums of 4 bytes are written and read (2 * L * N / 8 bytes per head); 8 * N
+written. 4 * L * N * d FLOPs per head. The diagonals of a tile are turned into columns in registers, so there are no
+atomics and every run gives the same result. The definition holds CHUNK scores at a time.
 """
 
 from collections.abc import Iterator

@@ -71,7 +71,7 @@ class PrunedCache:
     dense: bool = True
 
     def group(self, layer: int) -> int:
-        return max(start for start in self.groups if start <= layer) if layer else 0
+        return max(start for start in self.groups if start <= layer)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         slots = self.groups[self.group(layer_idx) if layer_idx else 0]

@@ -21,7 +21,7 @@ class TokenHistory:
         lengths: live tokens per image; None means `full`.
         slot: [Σfull] packed live token that stands for each unpruned one, -1 = dropped; None while nothing was merged.
         complete: `slot` holds no -1.
-        sizes: `size`, where it is known.
+        known_size: `size`, where the decision told it.
     """
 
     full: tuple[int, ...]
@@ -29,7 +29,7 @@ class TokenHistory:
     lengths: tuple[int, ...] | None = None
     slot: Tensor | None = None
     complete: bool = True
-    sizes: Tensor | None = None
+    known_size: Tensor | None = None
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -64,8 +64,8 @@ class TokenHistory:
         if keep.into is None and self.slot is None:
             return TokenHistory(self.full, raster_index, keep.lengths)
         complete = self.complete and keep.complete and (self.slot is not None or not self.short)
-        sizes = keep.total if complete and keep.weight is self.size else None
-        return TokenHistory(self.full, raster_index, keep.lengths, self._moved(keep, index, complete), complete, sizes)
+        size = keep.total if complete and keep.weight is self.size else None
+        return TokenHistory(self.full, raster_index, keep.lengths, self._moved(keep, index, complete), complete, size)
 
     def _moved(self, keep: Keep, index: Tensor, complete: bool) -> Tensor:
         """`slot` after a decision."""
@@ -101,8 +101,8 @@ class TokenHistory:
     @cached_property
     def size(self) -> Tensor | None:
         """[ΣK] float32, unpruned tokens that each live one stands for; None while nothing was merged."""
-        if self.slot is None or self.sizes is not None:
-            return self.sizes
+        if self.slot is None or self.known_size is not None:
+            return self.known_size
         live = len(self.raster_index)
         slot = self.slot if self.complete else self.slot.remainder(live + 1)
         ones = torch.ones(len(slot), device=slot.device)
