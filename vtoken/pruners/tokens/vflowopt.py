@@ -60,7 +60,7 @@ class VFlowOpt(Pruner):
     @model_validator(mode="after")
     def _one_pool(self) -> VFlowOpt:
         if self.keep.per is not None:
-            raise ValueError(f"vflowopt has one pool per image, not one {self.keep.per}; write keep: 64 or keep: 25%")
+            raise ValueError(f"vflowopt has one pool per image, so {self.keep.per} does not fit; write keep: 64 or 25%")
         return self
 
     def needs(self) -> tuple[Fact, ...]:
