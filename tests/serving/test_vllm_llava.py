@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("vllm")
-from vllm_engine import Engine, Transformers, questions, several
+from vllm_engine import Engine, Transformers, questions
 
 pytestmark = pytest.mark.vllm
 NAME = "tiny-llava"

@@ -10,16 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 # Read when vLLM is imported.
-SETTINGS = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "OMP_NUM_THREADS": "1",
-}
-for name, value in SETTINGS.items():
-    os.environ.setdefault(name, value)
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
 import torch
 from PIL import Image
