@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # Read when vLLM is imported.
@@ -19,6 +20,7 @@ os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
 import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
 import vtoken
 from vtoken.evals import reference
@@ -65,10 +67,11 @@ def several(name: str, limit: int) -> list[Prompt]:
 
 
 class Transformers:
-    """Answers of the stock model, wrapped."""
+    """Answers of the stock model in a folder, wrapped."""
 
-    def __init__(self, name: str) -> None:
-        self.model, self.processor = reference.load(name, dtype=torch.float32)
+    def __init__(self, folder: str | Path) -> None:
+        loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+        self.model, self.processor = loaded.eval(), reference.processor(Path(folder))
 
     def __call__(self, pipeline: Any, prompts: Sequence[Prompt]) -> Said:
         if pipeline is not None:
@@ -92,7 +95,7 @@ class Transformers:
 class Engine:
     """vLLM. The pipeline that it starts with is of no matter: `swap` takes another, which a user would not do."""
 
-    def __init__(self, name: str, pipeline: Any, **options: Any) -> None:
+    def __init__(self, folder: str | Path, pipeline: Any, **options: Any) -> None:
         from vllm import LLM
 
         given = {
@@ -103,16 +106,17 @@ class Engine:
             "limit_mm_per_prompt": {"image": 3},
             "hf_overrides": {"vtoken": pipeline},
         }
-        self.llm = LLM(str(reference.path(name)), **{**given, **options})
+        self.llm = LLM(str(folder), **{**given, **options})
         self.config = self.llm.llm_engine.model_config.hf_config
         (self.model,) = self.llm.apply_model(lambda model: model)
 
-    def swap(self, pipeline: Any) -> None:
+    def swap(self, pipeline: Any, *, forget: bool = True) -> None:
         from vtoken.serving import plan
 
         self.config.vtoken = pipeline
         self.model.install(plan.pipeline_of(self.config))
-        self.forget()
+        if forget:
+            self.forget()
 
     def forget(self) -> None:
         """Everything cached."""
