@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 import vtoken
+from vtoken import config
 from vtoken.evals import reference
 
 TOKENS = 8
@@ -74,22 +75,29 @@ class Transformers:
         self.model, self.processor = loaded.eval(), reference.processor(Path(folder))
 
     def __call__(self, pipeline: Any, prompts: Sequence[Prompt]) -> Said:
-        if pipeline is not None:
-            vtoken.wrap(self.model, pipeline)
-        ids, kept, lengths = [], [], []
-        for prompt in prompts:
-            inputs = self.processor(images=list(prompt.pictures), text=[prompt.text], return_tensors="pt")
-            with torch.inference_mode():
-                out = self.model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)
-            ids.append(out[0, inputs["input_ids"].shape[1] :].tolist())
-            lengths.append(inputs["input_ids"].shape[1])
-            if pipeline is not None:
-                trace = vtoken.trace(self.model)
-                lengths[-1] = trace.prompt_tokens[0]
-                kept += [places.tolist() for places in trace.stages[-1].kept]
-        if pipeline is not None:
-            vtoken.unwrap(self.model)
-        return Said(ids, kept, lengths)
+        said = Said([], [], [])
+        with nullcontext() if pipeline is None else vtoken.wrapped(self.model, pipeline):
+            cuts = pipeline is not None and config.load(pipeline).anyres != "model"
+            if cuts:
+                vtoken.match_processor(self.processor, self.model)
+            for prompt in prompts:
+                self._answer(prompt, said, pipeline is not None)
+            if cuts:
+                vtoken.unmatch_processor(self.processor)
+        return said
+
+    def _answer(self, prompt: Prompt, said: Said, traced: bool) -> None:
+        inputs = self.processor(images=list(prompt.pictures), text=[prompt.text], return_tensors="pt")
+        length = inputs["input_ids"].shape[1]
+        with torch.inference_mode():
+            out = self.model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)
+        said.ids.append(out[0, length:].tolist())
+        if not traced:
+            said.prompt_tokens.append(length)
+            return
+        trace = vtoken.trace(self.model)
+        said.prompt_tokens.append(trace.prompt_tokens[0])
+        said.kept.extend(places.tolist() for places in trace.stages[-1].kept)
 
 
 class Engine:

@@ -1,8 +1,9 @@
 """vLLM's entry point (group `vllm.general_plugins`). Every process of vLLM calls it, of everybody who has vtoken
 installed, so it imports nothing of its own: models are named as text, and the engine imports the one that it wants.
 
-What is used of vLLM's inside, all of it in this room: get_num_image_tokens, _process_image_input, _get_mm_hashes,
-_get_mm_fields_config, _postprocess_hf_mm_data, _cached_apply_hf_processor, qkv_proj, MMEncoderAttention.
+What is used of vLLM's inside, all of it in this room: get_num_image_tokens, _process_image_input,
+_process_image_pixels, _merge_image_patch_embeddings, _get_mm_hashes, _get_mm_fields_config, _call_hf_processor,
+_postprocess_hf_mm_data, _cached_apply_hf_processor, qkv_proj, MMEncoderAttention.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 SUPPORTED = ((0, 32), (0, 33))  # from, and the first that is not tried
 MODELS = {
     "LlavaForConditionalGeneration": "vtoken.serving._llava:Llava",
+    "LlavaNextForConditionalGeneration": "vtoken.serving._next:LlavaNext",
 }
 LOGGER = logging.getLogger("vllm.plugins.vtoken")  # below vLLM's own, which decides where it is written
 
