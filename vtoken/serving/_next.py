@@ -99,11 +99,11 @@ class Processor(KeyedLlava, stock.LlavaNextMultiModalProcessor):
 
     def _call_hf_processor(self, hf_data: Any, hf_kwargs: Any) -> Any:
         pipeline = self.pipeline
-        if pipeline is not None and pipeline.anyres != "model":
-            grids = self.info.get_hf_config().image_grid_pinpoints
-            # Tuples: vLLM remembers processors by their arguments.
-            hf_kwargs = {**hf_kwargs, "image_grid_pinpoints": tuple(map(tuple, grids))}
-        return super()._call_hf_processor(hf_data, hf_kwargs)
+        if pipeline is None or pipeline.anyres == "model":
+            return super()._call_hf_processor(hf_data, hf_kwargs)
+        # vLLM remembers processors by their arguments, which a list cannot be one of; told to the call it can.
+        told = {**hf_kwargs, "image_grid_pinpoints": self.info.get_hf_config().image_grid_pinpoints}
+        return self.info.ctx.call_hf_processor(self.info.get_hf_processor(**hf_kwargs), hf_data, told)
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=LlavaDummyInputsBuilder)
