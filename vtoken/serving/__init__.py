@@ -1,0 +1,1 @@
+"""The pipelines of vtoken in a serving engine; nothing else in the package imports this."""
