@@ -1,1 +1,1 @@
-"""The pipelines of vtoken in a serving engine; nothing else in the package imports this."""
+"""The same pipeline in a serving engine; nothing imports this room."""
