@@ -12,6 +12,8 @@ import logging
 SUPPORTED = ((0, 32), (0, 33))  # from, and the first that is not tried
 MODELS = {
     "LlavaForConditionalGeneration": "vtoken.serving._llava:Llava",
+    "Qwen2VLForConditionalGeneration": "vtoken.serving._qwen:Qwen2VL",
+    "Qwen2_5_VLForConditionalGeneration": "vtoken.serving._qwen:Qwen25VL",
 }
 LOGGER = logging.getLogger("vllm.plugins.vtoken")  # below vLLM's own, which decides where it is written
 
