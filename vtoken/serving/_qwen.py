@@ -4,6 +4,7 @@ positions. Pictures and videos alike; see `_mrope` for how their positions trave
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,41 +30,45 @@ from vtoken.config import Pipeline
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.run import ImageLayout
 from vtoken.serving import plan
+from vtoken.serving._keyed import Keyed
+from vtoken.serving._llava import check_engine
 from vtoken.serving._mrope import Span, coordinates, placed, prompt_positions, with_places, without_places
 from vtoken.serving._qwen_parts import QwenParts
 from vtoken.serving._qwen_tower import ServedTower
+from vtoken.serving._tower import agreed
 from vtoken.serving.decide import decide
-
-
-def agreed(k):
-    return k
-
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 # Both of vLLM's GPU runners ask for recomputed positions where this rate is above 0; nothing is pruned by it.
 SWITCH = 1e-6
 
 
-class Planned:
-    """Of processors: placeholders as the pipeline leaves them; keys of cached pictures name it."""
+class Planned(Keyed):
+    """Of processors: placeholders as the pipeline leaves them."""
 
-    info: Any
+    def check(self, pipeline: Pipeline) -> None:
+        super().check(pipeline)
+        QwenParts(self.info.get_hf_config()).check(pipeline)
+        check_options(self.info.ctx.get_mm_config())
 
-    def __init__(self, info: Any, dummy_inputs: Any) -> None:
-        super().__init__(info, dummy_inputs)  # type: ignore[call-arg]
-        # In the caller's process, before any worker starts: there an error is read.
-        pipeline, config = plan.pipeline_of(info.get_hf_config()), info.get_hf_config()
-        if pipeline is not None:
-            plan.check(pipeline, config.model_type)
-            QwenParts(config).check(pipeline)
-            check_options(info.ctx.get_mm_config())
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        config = self.info.get_hf_config()
+        if self.pipeline is not None and inputs.prompt[-1:] in ([config.image_token_id], [config.video_token_id]):
+            raise ValueError(
+                "the prompt ends with a picture or video; with a pipeline of vtoken in it, this model takes prompts that "
+                "end with text, as its chat template makes them"
+            )
+        return super().apply(inputs, timing_ctx)
+
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        made = super().get_dummy_inputs(*args, **kwargs)
+        return replace(made, prompt=[*made.prompt, 0])  # any text
 
     def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
-        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
-        config = self.info.get_hf_config()
-        pipeline, parts = plan.pipeline_of(config), QwenParts(config)
+        updates, pipeline = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs), self.pipeline
         if pipeline is None:
             return updates
+        parts = QwenParts(self.info.get_hf_config())
 
         def fewer(kind: str, placeholder: Sequence[int]) -> Any:
             def replacement(item: int) -> list[int]:
@@ -74,13 +79,6 @@ class Planned:
             return replacement
 
         return [PromptReplacement(u.modality, u.target, fewer(u.modality, u.target)) for u in updates]
-
-    def _get_mm_hashes(self, inputs: Any) -> Any:
-        hashes, pipeline = super()._get_mm_hashes(inputs), plan.pipeline_of(self.info.get_hf_config())  # type: ignore[misc]
-        if pipeline is None:
-            return hashes
-        mark = plan.fingerprint(pipeline, inputs.prompt)
-        return {kind: [f"{key}-{mark}" for key in keys] for kind, keys in hashes.items()}
 
 
 def check_options(options: Any) -> None:
@@ -94,38 +92,28 @@ def check_options(options: Any) -> None:
     """
     if options.video_pruning_rate not in (None, 0.0, SWITCH):
         raise UnsupportedError(
-            f"--video-pruning-rate {options.video_pruning_rate} is vLLM's own pruning of videos, which a pipeline of "
-            "vtoken takes the place of; leave one of the two out (stages evs and vidcom2 do what vLLM's do)"
-        )
-    if options.mm_encoder_tp_mode == "data":
-        raise UnsupportedError(
-            "--mm-encoder-tp-mode data gives every rank other pictures, whose tokens a pipeline would have to choose "
-            "together; use weights, the default"
+            f"--video-pruning-rate {options.video_pruning_rate} is vLLM's own pruning of videos, in whose place a "
+            "pipeline of vtoken stands; leave one of the two out (stages evs and vidcom2 do what vLLM's do)"
         )
     if options.enable_mm_embeds:
         raise UnsupportedError(
             "--enable-mm-embeds lets requests bring embeddings, of which a pipeline cannot know what the vision tower "
-            "saw; leave it out, or prune before the request and serve a model without a pipeline"
+            "saw; leave it out, or prune in the client and serve the model without a pipeline"
         )
 
 
-def check_engine(config: VllmConfig) -> None:
-    """Refuses what else of an engine does not go with a pipeline.
+def check_parallel(engine: VllmConfig) -> None:
+    """Refuses modes of the engine in which kept tokens would lose their positions.
 
     Raises:
         UnsupportedError: names the option.
     """
-    for name in ("compile_mm_encoder", "cudagraph_mm_encoder"):
-        if getattr(config.compilation_config, name):
-            raise UnsupportedError(f"{name} runs the vision tower past what a pipeline reads in it; leave it out")
-    if config.parallel_config.pipeline_parallel_size > 1:
+    if engine.parallel_config.pipeline_parallel_size > 1:
         raise UnsupportedError(
             "--pipeline-parallel-size: only the first stage learns where kept tokens stand; use tensor parallelism"
         )
-    if config.speculative_config is not None:
-        raise UnsupportedError("speculative decoding: drafters are not told where kept tokens stand; leave it out")
-    if config.lora_config is not None and getattr(config.lora_config, "enable_tower_connector_lora", False):
-        raise UnsupportedError("--enable-tower-connector-lora counts placeholders, which are fewer than the tower's")
+    if engine.speculative_config is not None:
+        raise UnsupportedError("--speculative-config: a drafter does not learn where kept tokens stand; leave it out")
 
 
 class Pruned:
@@ -142,7 +130,8 @@ class Pruned:
         self.most = vllm_config.scheduler_config.max_num_encoder_input_tokens
         pipeline = plan.pipeline_of(self.config)
         if pipeline is not None:
-            check_engine(vllm_config)
+            check_engine(vllm_config, pipeline)
+            check_parallel(vllm_config)
             self.multimodal_config.video_pruning_rate = SWITCH
             self.is_multimodal_pruning_enabled = True
         self.install(pipeline)
@@ -260,11 +249,11 @@ class Pruned:
 
 
 class Qwen25Processor(Planned, Qwen2_5_VLMultiModalProcessor):
-    """Qwen2.5-VL's."""
+    family = "qwen2_5_vl"
 
 
 class Qwen2Processor(Planned, Qwen2VLMultiModalProcessor):
-    """Qwen2-VL's."""
+    family = "qwen2_vl"
 
 
 @MULTIMODAL_REGISTRY.register_processor(
