@@ -11,7 +11,7 @@ from PIL import Image
 
 pytest.importorskip("vllm")
 
-from served_qwen import FRAMES, Asked, Served, Wrapped
+from served_qwen import FRAMES, Asked, Served, Wrapped, assert_same, kept_columns
 
 from vtoken.errors import UnsupportedError
 from vtoken.evals import reference
@@ -19,8 +19,9 @@ from vtoken.evals import reference
 pytestmark = pytest.mark.vllm
 FOLDER = reference.path("tiny-qwen2.5-vl")
 PER_FRAME = {"stages": [{"fastervlm": {"keep": {"per_frame": 9}}}]}
+PIXELS = {"stages": [{"vflowopt": {"keep": "25%", "alpha": 0.5, "merge": 4}}]}
 LAYERS = {"stages": [{"vscan": {"keep": "25%", "local_layer": 0}}]}  # of windows: the next one is read
-PICTURES = [None, "uniform:36", "fastervlm:36", "divprune:36", "visionzip:36", "vflowopt:25%", LAYERS]
+PICTURES = [None, "uniform:36", "fastervlm:36", "divprune:36", "visionzip:36", PIXELS, LAYERS]
 VIDEOS = [None, "uniform:25%", "evs:40%", "vidcom2:25%", "fastervlm:25%", PER_FRAME, "divprune:30"]
 ASKS = pytest.mark.parametrize("asks", [True, False], ids=["asks for positions", "does not"])
 
@@ -42,14 +43,8 @@ def picture(file):
     return Image.open(file).convert("RGB")
 
 
-def prompt(wrapped, *content):
-    parts = [{"type": part} if part in ("image", "video") else {"type": "text", "text": part} for part in content]
-    message = [{"role": "user", "content": parts}]
-    return wrapped.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-
-
 def questions(wrapped, limit):
-    return [Asked(prompt(wrapped, "image", q.question), [picture(q.image)]) for q in reference.questions(limit)]
+    return [Asked(wrapped.prompt("image", q.question), [picture(q.image)]) for q in reference.questions(limit)]
 
 
 def several(wrapped):
@@ -59,7 +54,7 @@ def several(wrapped):
     for i in range(6):
         chosen = [asked[(7 * i + 13 * k) % 96] for k in range(2 + i % 2)]
         between = [part for q in chosen for part in ("image", q.question)]
-        out.append(Asked(prompt(wrapped, *between), [picture(q.image) for q in chosen]))
+        out.append(Asked(wrapped.prompt(*between), [picture(q.image) for q in chosen]))
     return out
 
 
@@ -71,35 +66,15 @@ def videos(wrapped, side):
         frames = np.stack([whole[4 * f : 4 * f + side, 10 * f : 10 * f + side] for f in range(FRAMES)])
         pictures = [picture(q.image)] if i % 3 == 2 else []
         content = ["image"] * len(pictures) + ["video", q.question]
-        out.append(Asked(prompt(wrapped, *content), pictures, frames))
+        out.append(Asked(wrapped.prompt(*content), pictures, frames))
     return out
-
-
-def kept_columns(media, kept):
-    """[K] columns of the whole prompt that are left. media [L] bool; `kept` of every picture, in reading order."""
-    columns = media.nonzero()[:, 0]
-    runs = np.split(np.arange(len(columns)), np.flatnonzero(np.diff(columns.numpy()) > 1) + 1)
-    stays = ~media
-    for run, index in zip(runs, kept, strict=True):
-        stays[columns[run[0]] + torch.tensor(index)] = True
-    return stays.nonzero()[:, 0]
-
-
-def same(served, wrapped, prompts, pipeline):
-    """All at once and one by one; prompt lengths and kept tokens as in transformers."""
-    wanted = [wrapped.told(asked, pipeline) for asked in prompts]
-    done = served.generate(prompts)
-    assert [list(d.outputs[0].token_ids) for d in done] == [told.ids for told in wanted]
-    assert [len(d.prompt_token_ids) for d in done] == [told.prompt for told in wanted]
-    for asked, told in zip(prompts[::5], wanted[::5], strict=True):
-        assert served.told(asked) == told
 
 
 @ASKS
 @pytest.mark.parametrize("pipeline", PICTURES, ids=str)
 def test_questions(served, wrapped, pipeline, asks):
     served.swap(pipeline, asks)
-    same(served, wrapped, questions(wrapped, 24), pipeline)
+    assert_same(served, wrapped, questions(wrapped, 24), pipeline)
 
 
 @ASKS
@@ -107,7 +82,7 @@ def test_questions(served, wrapped, pipeline, asks):
 def test_videos(served, wrapped, pipeline, asks):
     """Of frames wide enough that their last does not stand beyond their last column: see test_positions_behind_videos."""
     served.swap(pipeline, asks)
-    same(served, wrapped, videos(wrapped, 112), pipeline)
+    assert_same(served, wrapped, videos(wrapped, 112), pipeline)
 
 
 @ASKS
@@ -122,7 +97,8 @@ def test_several_pictures_and_the_prefix_cache(served, wrapped, pipeline, asks):
     # Whole blocks of 32, and of pruned prompts, whose pictures end within a block.
     assert all(d.num_cached_tokens >= 32 for d in cached)
     longer = [
-        Asked(a.text + wrapped.processor.tokenizer.decode(ids[:1]), a.pictures) for a, ids in zip(prompts, wanted)
+        Asked(a.text + wrapped.processor.tokenizer.decode(ids[:1]), a.pictures)
+        for a, ids in zip(prompts, wanted, strict=True)
     ]
     again = [wrapped.told(asked, pipeline).ids for asked in longer]
     assert served.ids(longer) == again
@@ -169,7 +145,7 @@ def test_the_tower_gets_no_more_at_once_than_the_dense_model(served, wrapped, mo
     monkeypatch.setattr(model, "_process_image_input", watched)
     monkeypatch.setattr(model, "most", tokens[0] + tokens[1])
     parts = model.embed_multimodal(**inputs)
-    assert len(seen) == 3 and [4 * n for n in tokens] == sum(seen, [])
+    assert len(seen) == 3 and [4 * n for n in tokens] == [n for call in seen for n in call]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(whole, parts, strict=True))
     seen.clear()
     monkeypatch.setattr(model, "most", 1)

@@ -157,6 +157,13 @@ class Wrapped:
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         self.processor = AutoProcessor.from_pretrained(folder)
 
+    def prompt(self, *content: str) -> str:
+        """A message of "image", "video" and texts, ready for an answer."""
+        parts = [{"type": part} if part in ("image", "video") else {"type": "text", "text": part} for part in content]
+        message = [{"role": "user", "content": parts}]
+        text: str = self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        return text
+
     def inputs(self, asked: Asked) -> Any:
         from transformers.video_utils import VideoMetadata
 
@@ -189,3 +196,28 @@ class Wrapped:
         with torch.inference_mode():
             out = self.model.generate(**inputs, do_sample=False, max_new_tokens=NEW)
         return out[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def assert_same(served: Served, wrapped: Wrapped, prompts: Sequence[Asked], pipeline: Any) -> None:
+    """Answers of all at once, and of some alone, with prompt lengths and kept tokens, as in transformers."""
+    wanted = [wrapped.told(asked, pipeline) for asked in prompts]
+    done = served.generate(prompts)
+    assert [list(d.outputs[0].token_ids) for d in done] == [told.ids for told in wanted]
+    assert [len(d.prompt_token_ids) for d in done] == [told.prompt for told in wanted]
+    for asked, told in zip(prompts[::5], wanted[::5], strict=True):
+        assert served.told(asked) == told
+
+
+def kept_columns(media: torch.Tensor, kept: Sequence[list[int]]) -> torch.Tensor:
+    """[K] columns of the whole prompt that are left.
+
+    Args:
+        media: [L] bool, its placeholders; text stands between pictures.
+        kept: tokens of every picture and video, in reading order.
+    """
+    columns = media.nonzero()[:, 0]
+    runs = np.split(np.arange(len(columns)), np.flatnonzero(np.diff(columns.numpy()) > 1) + 1)
+    stays = ~media
+    for run, index in zip(runs, kept, strict=True):
+        stays[columns[run[0]] + torch.tensor(index)] = True
+    return stays.nonzero()[:, 0]
