@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import PixtralVisionConfig
@@ -34,6 +34,8 @@ NAMES = WeightsMapper(
 
 
 class KeyedLlava(Keyed):
+    """Of LLaVAs."""
+
     def check(self, pipeline: Pipeline) -> None:
         super().check(pipeline)
         ClipLike(self.info.get_hf_config()).check(pipeline)
@@ -73,6 +75,7 @@ def processor_of(info: Any, dummy_inputs: Any) -> Any:
 class Pruned:
     """Of models, in front of vLLM's own: stock where the config names no pipeline."""
 
+    family: ClassVar[str]
     pipeline: Pipeline | None = None
     served: ServedTower | None = None
     config: Any
@@ -92,6 +95,8 @@ class Pruned:
         self.pipeline, self.served = pipeline, None
         if pipeline is None:
             return
+        plan.check(pipeline, self.family)
+        ClipLike(self.config).check(pipeline)
         check_engine(self.engine, pipeline)
         self.served = ServedTower(self, pipeline)
         LOGGER.info("vtoken: pipeline %s prunes every picture", pipeline.name)
@@ -165,6 +170,7 @@ def check_engine(engine: VllmConfig, pipeline: Pipeline) -> None:
 class Llava(Pruned, stock.LlavaForConditionalGeneration):
     """`LlavaForConditionalGeneration`."""
 
+    family = "llava"
     hf_to_vllm_mapper = stock.LlavaForConditionalGeneration.hf_to_vllm_mapper | NAMES
 
     def _process_image_input(self, image_input: Any) -> Any:
