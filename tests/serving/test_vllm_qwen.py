@@ -11,7 +11,7 @@ from PIL import Image
 
 pytest.importorskip("vllm")
 
-from served_qwen import FRAMES, Asked, Served, Wrapped, assert_same, kept_columns
+from served_qwen import FRAMES, Asked, Served, Wrapped, assert_positions, assert_same
 
 from vtoken.errors import UnsupportedError
 from vtoken.evals import reference
@@ -110,9 +110,7 @@ def test_positions(served, wrapped, pipeline, asks):
     """Of text and kept tokens, as the decoder is given them."""
     served.swap(pipeline, asks)
     for asked in [*questions(wrapped, 13)[::6], *several(wrapped)[:2], *videos(wrapped, 112)[1:3]]:
-        kept = wrapped.told(asked, pipeline).kept
-        columns = kept_columns(wrapped.media(asked), kept)
-        assert torch.equal(served.positions(asked), wrapped.positions(asked)[:, columns])
+        assert_positions(served, wrapped, asked, pipeline)
 
 
 @ASKS
@@ -121,10 +119,9 @@ def test_positions_behind_videos(served, wrapped, asks):
     here one place earlier: frames of 6 x 6 tokens, 4 of them, 2 apart."""
     served.swap("uniform:25%", asks)
     asked = videos(wrapped, 96)[0]
-    media = wrapped.media(asked)
-    columns = kept_columns(media, wrapped.told(asked, "uniform:25%").kept)
+    columns = wrapped.columns(asked, wrapped.told(asked, "uniform:25%").kept)
     wanted = wrapped.positions(asked)
-    wanted[:, media.nonzero()[-1, 0] + 1 :] += 1
+    wanted[:, wrapped.media(asked)[-1] + 1 :] += 1
     assert torch.equal(served.positions(asked), wanted[:, columns])
     served.swap(None)
     assert torch.equal(served.positions(asked), wanted)

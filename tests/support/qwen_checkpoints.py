@@ -29,7 +29,8 @@ def save(family: str, folder: Path) -> Path:
     config = getattr(transformers, f"{one.classes}Config")(**fields, tie_word_embeddings=False, dtype="float32")
     model = finish(getattr(transformers, f"{one.classes}ForConditionalGeneration"), config, "sdpa", 0, range(190, 194))
     model.save_pretrained(folder)
-    sizes = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2}
+    half = [0.5, 0.5, 0.5]  # of both: vLLM normalises on the device, by one of the two
+    sizes = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2, "image_mean": half, "image_std": half}
     videos = getattr(transformers, "Qwen3VLVideoProcessor" if family == "qwen3_vl" else "Qwen2VLVideoProcessor")
     processor = getattr(transformers, f"{one.classes}Processor")(
         transformers.Qwen2VLImageProcessor(**sizes, size=LIMITS),

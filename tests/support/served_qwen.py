@@ -180,9 +180,20 @@ class Wrapped:
         return self.model.model.get_rope_index(**given)[0][:, 0]
 
     def media(self, asked: Asked) -> torch.Tensor:
-        """[L] bool, the placeholders of the whole prompt."""
+        """[N] columns of the placeholders in the whole prompt."""
         config, ids = self.model.config, self.inputs(asked)["input_ids"][0]
-        return (ids == config.image_token_id) | (ids == config.video_token_id)
+        return ((ids == config.image_token_id) | (ids == config.video_token_id)).nonzero()[:, 0]
+
+    def columns(self, asked: Asked, kept: Sequence[list[int]]) -> torch.Tensor:
+        """[K] columns of the whole prompt that are left, where these tokens are kept of every picture, and of a video
+        behind them."""
+        inputs, media = self.inputs(asked), self.media(asked)
+        grids = [grid for name in ("image_grid_thw", "video_grid_thw") for grid in inputs.get(name, [])]
+        stays = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool)
+        stays[media] = False
+        for own, index in zip(media.split([int(grid.prod()) // 4 for grid in grids]), kept, strict=True):
+            stays[own[index]] = True
+        return stays.nonzero()[:, 0]
 
     def told(self, asked: Asked, pipeline: Any) -> Told:
         inputs = self.inputs(asked)
@@ -208,16 +219,7 @@ def assert_same(served: Served, wrapped: Wrapped, prompts: Sequence[Asked], pipe
         assert served.told(asked) == told
 
 
-def kept_columns(media: torch.Tensor, kept: Sequence[list[int]]) -> torch.Tensor:
-    """[K] columns of the whole prompt that are left.
-
-    Args:
-        media: [L] bool, its placeholders; text stands between pictures.
-        kept: tokens of every picture and video, in reading order.
-    """
-    columns = media.nonzero()[:, 0]
-    runs = np.split(np.arange(len(columns)), np.flatnonzero(np.diff(columns.numpy()) > 1) + 1)
-    stays = ~media
-    for run, index in zip(runs, kept, strict=True):
-        stays[columns[run[0]] + torch.tensor(index)] = True
-    return stays.nonzero()[:, 0]
+def assert_positions(served: Served, wrapped: Wrapped, asked: Asked, pipeline: Any) -> None:
+    """Text and kept tokens stand where they do in the whole prompt of transformers."""
+    columns = wrapped.columns(asked, wrapped.told(asked, pipeline).kept)
+    assert torch.equal(served.positions(asked), wrapped.positions(asked)[:, columns])

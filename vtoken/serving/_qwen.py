@@ -70,15 +70,26 @@ class Planned(Keyed):
             return updates
         parts = QwenParts(self.info.get_hf_config())
 
-        def fewer(kind: str, placeholder: Sequence[int]) -> Any:
-            def replacement(item: int) -> list[int]:
-                grid = out_mm_kwargs[kind][item][f"{kind}_grid_thw"].data
-                (layout,) = parts.rasters([grid.tolist()])
-                return [*placeholder] * plan.kept(pipeline, layout)
+        def fewer(update: Any) -> Any:
+            kind = update.modality
 
-            return replacement
+            def replacement(item: int) -> Any:
+                given = out_mm_kwargs[kind][item]
+                (layout,) = parts.rasters([given[f"{kind}_grid_thw"].data.tolist()])
+                return self.placeholders(kind, given, layout, plan.kept(pipeline, layout))
 
-        return [PromptReplacement(u.modality, u.target, fewer(u.modality, u.target)) for u in updates]
+            return PromptReplacement(kind, update.target, replacement)
+
+        return [fewer(update) for update in updates]
+
+    def placeholders(self, kind: str, given: Any, layout: ImageLayout, kept: int) -> Any:
+        """What stands in the prompt for a picture or video.
+
+        Args:
+            given: what the processor made of it.
+            kept: tokens that are left.
+        """
+        return [QwenParts(self.info.get_hf_config()).placeholders[kind]] * kept
 
 
 def check_options(options: Any) -> None:
@@ -122,18 +133,18 @@ class Pruned:
     config: Any
     visual: Any
     multimodal_config: Any
+    width: int | None = None  # channels of an embedding, where the tower gives more
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        pipeline = plan.pipeline_of(vllm_config.model_config.hf_config)
+        if pipeline is not None:
+            check_engine(vllm_config, pipeline)
+            check_parallel(vllm_config)
+            vllm_config.model_config.get_multimodal_config().video_pruning_rate = SWITCH
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.tower: ServedTower | None = None
         self.unplaced: tuple[Tensor, Tensor] | None = None
         self.most = vllm_config.scheduler_config.max_num_encoder_input_tokens
-        pipeline = plan.pipeline_of(self.config)
-        if pipeline is not None:
-            check_engine(vllm_config, pipeline)
-            check_parallel(vllm_config)
-            self.multimodal_config.video_pruning_rate = SWITCH
-            self.is_multimodal_pruning_enabled = True
         self.install(pipeline)
 
     def install(self, pipeline: Pipeline | None) -> None:
@@ -183,17 +194,16 @@ class Pruned:
         process: Any = getattr(self, f"_process_{kind}_input")
         self.tower.start(kind, layouts)
         try:
-            embeddings = process({"type": PIXELS[kind], PIXELS[kind]: pixels, f"{kind}_grid_thw": grids})
-            left, history = self._decide(torch.cat(list(embeddings)), layouts)
+            x = torch.cat(list(process({"type": PIXELS[kind], PIXELS[kind]: pixels, f"{kind}_grid_thw": grids})))
+            left, history = decide(self.pipeline, x, layouts, self.tower.read, agree=agreed, width=self.width)
         finally:
             self.tower.forget()
-        spans = [Span(0, 0, layout.parts[0], step) for layout, step in zip(layouts, steps, strict=True)]
-        kept = zip(left.split(history.counts), history.kept(), spans, strict=True)
-        return [with_places(x, coordinates(index, span)) for x, index, span in kept]
+        kept = zip(left.split(history.counts), history.kept(), layouts, steps, strict=True)
+        return [with_places(x, self._places(index, layout, step)) for x, index, layout, step in kept]
 
-    def _decide(self, x: Tensor, layouts: Sequence[ImageLayout]) -> Any:
-        assert self.tower is not None and self.pipeline is not None
-        return decide(self.pipeline, x, layouts, self.tower.read, agree=agreed)
+    def _places(self, index: Tensor, layout: ImageLayout, step: float) -> Tensor:
+        """[K, 3] of kept tokens of a picture or video, from where its first one would stand."""
+        return coordinates(index, Span(0, 0, layout.parts[0], step))
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:
         if self.pipeline is None:

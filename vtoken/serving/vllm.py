@@ -14,6 +14,7 @@ MODELS = {
     "LlavaForConditionalGeneration": "vtoken.serving._llava:Llava",
     "Qwen2VLForConditionalGeneration": "vtoken.serving._qwen:Qwen2VL",
     "Qwen2_5_VLForConditionalGeneration": "vtoken.serving._qwen:Qwen25VL",
+    "Qwen3VLForConditionalGeneration": "vtoken.serving._qwen3:Qwen3VL",
 }
 LOGGER = logging.getLogger("vllm.plugins.vtoken")  # below vLLM's own, which decides where it is written
 
