@@ -54,6 +54,7 @@ FAMILIES = {
     "llava_next": Family("LlavaNextForConditionalGeneration", "compact", no_cuts=CROPS, newlines=True, crops=True),
     "qwen2_vl": Family("Qwen2VLForConditionalGeneration", "original", text=False, no_cuts=BLOCKS),
     "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", "original", text=False, no_cuts=BLOCKS),
+    "qwen3_vl": Family("Qwen3VLForConditionalGeneration", "original", text=False, no_cuts=BLOCKS),
 }
 SITES = {
     "frames": "frames are chosen before vLLM's model is called; N frames at equal distances are what "
