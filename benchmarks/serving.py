@@ -37,10 +37,10 @@ class Engine:
     """vLLM on a folder, and prompts about the shipped pictures."""
 
     def __init__(self, folder: Path, **options: Any) -> None:
-        from PIL import Image
         from vllm import LLM
 
         from vtoken.evals import reference
+        from vtoken.evals.shared.media import still
 
         limits = {"max_model_len": 1024, "limit_mm_per_prompt": {"image": 3}, "enforce_eager": True}
         self.llm = LLM(str(folder), dtype="float32", hf_overrides={"vtoken": None}, **limits, **options)
@@ -50,7 +50,7 @@ class Engine:
         self.requests = [
             {
                 "prompt": reference.prompt(processor, q),
-                "multi_modal_data": {"image": Image.open(q.image).convert("RGB")},
+                "multi_modal_data": {"image": still(q.image)},
             }
             for q in reference.questions(96)[::3]
         ]
