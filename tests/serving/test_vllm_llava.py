@@ -24,9 +24,10 @@ def compact(*stages):
 
 @pytest.fixture(scope="module")
 def engine():
-    """A step takes so few tokens that every prompt is prefilled in chunks."""
-    folder = reference.path(NAME)
-    return Engine(folder, None, max_num_batched_tokens=CHUNK, enable_chunked_prefill=True, enable_mm_embeds=True)
+    """A step takes so few tokens that every prompt is prefilled in chunks. The pipeline that it starts with leaves all
+    tokens, and reads the last layer of the tower, which vLLM would not build for the features alone."""
+    options = {"max_num_batched_tokens": CHUNK, "enable_chunked_prefill": True, "enable_mm_embeds": True}
+    return Engine(reference.path(NAME), compact("prumerge:576"), **options)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,8 @@ PIPELINES = {
     "features through the projector": compact({"visionzip": {"keep": 64, "heads": 4}}),
     "keys": compact("vflowopt:64"),
     "an early layer": compact("hired:64"),
+    "the last layer": compact("todre:64"),
+    "the last layer, merging": compact("prumerge:64"),
     "all tokens stand for something": compact({"pool": {"size": 2}}),
     "two stages": compact("uniform:256", "fastervlm:64"),
     "a cut in the tower": compact("flowcut:64"),

@@ -126,7 +126,7 @@ def refusal(stage: Stage, family: str, before: Sequence[Stage] = ()) -> str:
     if not _known_beforehand(stage, before, whole=not held.crops):
         mend = "give it a budget (keep: 64), or " if budget is None and "keep" in type(stage).model_fields else ""
         return (
-            "how many tokens it leaves is not known before a picture is encoded, and vLLM counts placeholders before; "
+            "its token count is not known before a picture is encoded, and vLLM counts placeholders first; "
             f"{mend}{ELSEWHERE}"
         )
     if _reads_text(stage) and not held.text:
