@@ -15,7 +15,6 @@ import platform
 import resource
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -36,14 +35,14 @@ Seconds = tuple[float, float]  # on the clock, and on the CPU
 class Engine:
     """vLLM on a folder, and prompts about the shipped pictures."""
 
-    def __init__(self, folder: Path, **options: Any) -> None:
+    def __init__(self, folder: Path) -> None:
         from vllm import LLM
 
         from vtoken.evals import reference
         from vtoken.evals.shared.media import still
 
         limits = {"max_model_len": 1024, "limit_mm_per_prompt": {"image": 3}, "enforce_eager": True}
-        self.llm = LLM(str(folder), dtype="float32", hf_overrides={"vtoken": None}, **limits, **options)
+        self.llm = LLM(str(folder), dtype="float32", hf_overrides={"vtoken": None}, **limits)
         self.config = self.llm.llm_engine.model_config.hf_config
         (self.model,) = self.llm.apply_model(lambda model: model)
         processor = reference.processor(reference.path())
@@ -160,47 +159,23 @@ def mixed(engine: Engine, k: int) -> dict[str, Any]:
     return {"prompt": request["prompt"].replace("<image>", "<image>" * pictures), "multi_modal_data": {"image": given}}
 
 
-def half_billion(folder: Path) -> Path:
-    """Config and processor of a LLaVA of the 0.5B class, 441 visual tokens; vLLM makes up the weights."""
-    from cpu import HALF_BILLION
-    from transformers import AutoConfig
-
-    from vtoken.evals import reference
-
-    processor = reference.processor(reference.path())
-    image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    config = AutoConfig.for_model(**{**HALF_BILLION, "image_token_index": image})
-    config.architectures = ["LlavaForConditionalGeneration"]
-    config.save_pretrained(folder)
-    side = HALF_BILLION["vision_config"]["image_size"]  # type: ignore[index]
-    processor.image_processor.size, processor.image_processor.crop_size = (
-        {"shortest_edge": side},
-        {"height": side, "width": side},
-    )
-    processor.patch_size = HALF_BILLION["vision_config"]["patch_size"]  # type: ignore[index]
-    processor.save_pretrained(folder)
-    return folder
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--requests", type=int, default=200, help="of the load; 0: no load")
-    parser.add_argument("--half", action="store_true", help="a model of the 0.5B class with made-up weights")
     args = parser.parse_args()
     import torch
     import vllm
 
     from vtoken.evals import reference
 
-    with tempfile.TemporaryDirectory() as folder:
-        engine = Engine(half_billion(Path(folder)), load_format="dummy") if args.half else Engine(reference.path())
-        turns(engine, args.rounds)
-        if args.requests:
-            print()
-            load(engine, args.requests)
+    engine = Engine(reference.path())
+    turns(engine, args.rounds)
+    if args.requests:
+        print()
+        load(engine, args.requests)
     conditions = {
-        "model": "0.5B class, made-up weights" if args.half else "tiny-llava",
+        "model": "tiny-llava",
         "rounds": args.rounds,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}",
         "torch threads": torch.get_num_threads(),
