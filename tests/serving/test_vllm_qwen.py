@@ -15,6 +15,8 @@ from served_qwen import FRAMES, Asked, Served, Wrapped, assert_positions, assert
 
 from vtoken.errors import UnsupportedError
 from vtoken.evals import reference
+from vtoken.serving import _qwen
+from vtoken.stages import Fact
 
 pytestmark = pytest.mark.vllm
 FOLDER = reference.path("tiny-qwen2.5-vl")
@@ -102,6 +104,29 @@ def test_several_pictures_and_the_prefix_cache(served, wrapped, pipeline, asks):
     ]
     again = [wrapped.told(asked, pipeline).ids for asked in longer]
     assert served.ids(longer) == again
+
+
+def test_a_stage_reads_the_prompt(served, wrapped, monkeypatch):
+    """Its choice is too sensitive to rounding to be compared: what it is told, and the answers."""
+    served.swap("cdpruner:25%")
+    prompts = [*questions(wrapped, 12), *several(wrapped)[:2], videos(wrapped, 112)[2]]
+    told, original = [], _qwen.decide
+
+    def decide(pipeline, x, layouts, read, **more):
+        told.extend(read(Fact("text")))
+        return original(pipeline, x, layouts, read, **more)
+
+    monkeypatch.setattr(_qwen, "decide", decide)
+    for asked in prompts:
+        told.clear()
+        assert served.ids([asked]) == [wrapped.told(asked, "cdpruner:25%").ids]
+        ids = wrapped.inputs(asked)["input_ids"][0]
+        stays = torch.ones(len(ids), dtype=torch.bool)
+        stays[wrapped.media(asked)] = False
+        text = wrapped.model.get_input_embeddings()(ids[stays])
+        assert len(told) == len(asked.pictures) + (asked.video is not None)
+        assert all(torch.equal(each, text) for each in told)
+    assert served.ids(prompts) == [wrapped.told(asked, "cdpruner:25%").ids for asked in prompts]
 
 
 @ASKS

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,13 +30,14 @@ from vtoken.config import Pipeline
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.run import ImageLayout
 from vtoken.serving import plan
-from vtoken.serving._keyed import Keyed
+from vtoken.serving._keyed import Keyed, text_key
 from vtoken.serving._llava import check_engine
 from vtoken.serving._mrope import Span, coordinates, placed, prompt_positions, with_places, without_places
 from vtoken.serving._qwen_parts import QwenParts
 from vtoken.serving._qwen_tower import ServedTower
 from vtoken.serving._tower import agreed
 from vtoken.serving.decide import decide
+from vtoken.stages import Fact
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 # Both of vLLM's GPU runners ask for recomputed positions where this rate is above 0; nothing is pruned by it.
@@ -45,6 +46,9 @@ SWITCH = 1e-6
 
 class Planned(Keyed):
     """Of processors: placeholders as the pipeline leaves them."""
+
+    placeholders_in_config = ("image_token_id", "video_token_id")
+    rows_of: ClassVar[dict[str, str]] = {"image": "image_grid_thw", "video": "video_grid_thw"}
 
     def check(self, pipeline: Pipeline) -> None:
         super().check(pipeline)
@@ -132,7 +136,7 @@ class Pruned:
 
     config: Any
     visual: Any
-    multimodal_config: Any
+    language_model: Any
     width: int | None = None  # channels of an embedding, where the tower gives more
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -161,22 +165,22 @@ class Pruned:
         out: list[Tensor] = []
         for kind, pixels in PIXELS.items():
             if pixels in kwargs:
-                for part, grids, steps in self._slices(kind, kwargs):
-                    out += self._encode(kind, part, grids, steps)
+                grids, texts = kwargs[f"{kind}_grid_thw"], kwargs.get(text_key(kind), ())
+                steps = self._steps(kind, kwargs, len(grids))
+                for patches, items in self._slices(grids):
+                    out += self._encode(kind, kwargs[pixels][patches], grids[items], steps[items], texts[items])
         return tuple(out)
 
-    def _slices(self, kind: str, given: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor, list[float]]]:
-        """Pixels, grids and steps of as many pictures at a time as the dense model's placeholders would let in: the
+    def _slices(self, grids: Tensor) -> Iterator[tuple[slice, slice]]:
+        """Patches and pictures of as many pictures at a time as the dense model's placeholders would let in: the
         scheduler counts those that are left."""
-        grids, pixels = given[f"{kind}_grid_thw"], given[PIXELS[kind]]
-        patches, steps = grids.prod(-1).tolist(), self._steps(kind, given, len(grids))
-        most = self.most * self.parts.encoder.unit
+        sizes, most = grids.prod(-1).tolist(), self.most * self.parts.encoder.unit
         first = start = 0
-        while first < len(patches):
-            last, stop = first + 1, start + patches[first]
-            while last < len(patches) and stop + patches[last] - start <= most:
-                stop, last = stop + patches[last], last + 1
-            yield pixels[start:stop], grids[first:last], steps[first:last]
+        while first < len(sizes):
+            last, stop = first + 1, start + sizes[first]
+            while last < len(sizes) and stop + sizes[last] - start <= most:
+                stop, last = stop + sizes[last], last + 1
+            yield slice(start, stop), slice(first, last)
             first, start = last, stop
 
     def _steps(self, kind: str, given: dict[str, Any], count: int) -> list[float]:
@@ -187,17 +191,24 @@ class Pruned:
         rate = getattr(self.config.vision_config, "tokens_per_second", 1.0)
         return [each * rate for each in ([1.0] * count if seconds is None else seconds.flatten().tolist())]
 
-    def _encode(self, kind: str, pixels: Tensor, grids: Tensor, steps: list[float]) -> list[Tensor]:
-        """[K, D + 6] of each picture or video: kept tokens and their places in it."""
+    def _encode(self, kind: str, pixels: Tensor, grids: Tensor, steps: list[float], texts: Any) -> list[Tensor]:
+        """[K, D + 6] of each picture or video: kept tokens and their places in it. `texts` are the ids around each,
+        where a stage reads them."""
         assert self.tower is not None and self.pipeline is not None
-        layouts = self.parts.rasters(grids.tolist())
+        tower, layouts = self.tower, self.parts.rasters(grids.tolist())
         process: Any = getattr(self, f"_process_{kind}_input")
-        self.tower.start(kind, layouts)
+
+        def read(need: Fact) -> Any:
+            if need.name != "text":
+                return tower.read(need)
+            return [self.language_model.embed_input_ids(ids.long()) for ids in texts]
+
+        tower.start(kind, layouts)
         try:
             x = torch.cat(list(process({"type": PIXELS[kind], PIXELS[kind]: pixels, f"{kind}_grid_thw": grids})))
-            left, history = decide(self.pipeline, x, layouts, self.tower.read, agree=agreed, width=self.width)
+            left, history = decide(self.pipeline, x, layouts, read, agree=agreed, width=self.width)
         finally:
-            self.tower.forget()
+            tower.forget()
         kept = zip(left.split(history.counts), history.kept(), layouts, steps, strict=True)
         return [with_places(x, self._places(index, layout, step)) for x, index, layout, step in kept]
 
