@@ -174,6 +174,20 @@ def test_the_tower_gets_no_more_at_once_than_the_dense_model(served, wrapped, mo
     assert len(model.embed_multimodal(**inputs)) == len(pictures) == len(seen)
 
 
+def test_pruning_of_vllm_is_its_own_where_no_pipeline_is_named(served):
+    served.swap(None)
+    config, stock = served.config, type(served.model).__mro__[2]
+    ids = [5, config.vision_start_token_id, *[config.video_token_id] * 3, config.vision_end_token_id, 6]
+    embeddings = torch.cat([torch.rand(3, 128), torch.tensor([[0, 0, 1, 4], [1, 2, 0, 4], [1, 3, 3, 4]])], 1)
+    given = ids, [embeddings], torch.arange(7).expand(3, -1).clone(), 0
+    found, wanted = (
+        served.model.recompute_mrope_positions(*given),
+        stock.recompute_mrope_positions(served.model, *given),
+    )
+    assert torch.equal(found[0][0], wanted[0][0]) and torch.equal(found[1], wanted[1]) and found[2] == wanted[2]
+    assert found[0][0].shape == (3, 128)
+
+
 def test_a_prompt_ends_with_text(served):
     served.swap("uniform:36")
     text = "<|vision_start|><|image_pad|>"

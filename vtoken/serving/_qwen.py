@@ -66,7 +66,7 @@ class Planned(Keyed):
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         made = super().get_dummy_inputs(*args, **kwargs)
-        return replace(made, prompt=[*made.prompt, 0])  # any text
+        return made if self.pipeline is None else replace(made, prompt=[*made.prompt, 0])  # any text
 
     def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
         updates, pipeline = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs), self.pipeline
@@ -238,6 +238,10 @@ class Pruned:
     ) -> tuple[Sequence[Tensor], Tensor, int]:
         """Embeddings of a chunk without their places, positions of the prompt with them, and what to add to the index
         of a generated token. A prompt ends with text."""
+        if self.pipeline is None:  # vLLM's own pruning of videos
+            return super().recompute_mrope_positions(  # type: ignore[misc,no-any-return]
+                input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens
+            )
         total = mrope_positions.shape[1]
         delta = int(mrope_positions[0, -1]) + 1 - total
         if not len(multimodal_embeddings):
@@ -275,6 +279,12 @@ class Qwen25Processor(Planned, Qwen2_5_VLMultiModalProcessor):
 
 class Qwen2Processor(Planned, Qwen2VLMultiModalProcessor):
     family = "qwen2_vl"
+
+    def __init__(self, info: Any, dummy_inputs: Any) -> None:
+        super().__init__(info, dummy_inputs)
+        if self.pipeline is None and info.ctx.get_mm_config().is_multimodal_pruning_enabled():
+            # Which vLLM would say, if the class that stands for its own had not positions to recompute.
+            raise UnsupportedError("--video-pruning-rate: vLLM does not prune videos of Qwen2-VL; name a pipeline")
 
 
 @MULTIMODAL_REGISTRY.register_processor(

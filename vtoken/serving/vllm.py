@@ -13,14 +13,9 @@ from __future__ import annotations
 
 import logging
 
+from vtoken.serving.family import families
+
 SUPPORTED = ((0, 32), (0, 33))  # from, and the first that is not tried
-MODELS = {
-    "LlavaForConditionalGeneration": "vtoken.serving._llava:Llava",
-    "LlavaNextForConditionalGeneration": "vtoken.serving._next:LlavaNext",
-    "Qwen2VLForConditionalGeneration": "vtoken.serving._qwen:Qwen2VL",
-    "Qwen2_5_VLForConditionalGeneration": "vtoken.serving._qwen:Qwen25VL",
-    "Qwen3VLForConditionalGeneration": "vtoken.serving._qwen3:Qwen3VL",
-}
 LOGGER = logging.getLogger("vllm.plugins.vtoken")  # below vLLM's own, which decides where it is written
 
 
@@ -39,8 +34,8 @@ def register() -> None:
             vllm.__version__,
         )
         return
-    for architecture, path in MODELS.items():
-        vllm.ModelRegistry.register_model(architecture, path)
+    for family in families().values():
+        vllm.ModelRegistry.register_model(family.architecture, family.model)
 
 
 def _release(version: str) -> tuple[int, ...]:
