@@ -19,12 +19,19 @@ LOGGER = init_logger("vllm.plugins.vtoken")
 TEXT = "vtoken_text"  # ids of the prompt around a picture, which travel with it
 
 
+def text_key(kind: str) -> str:
+    """Under which the ids travel with pictures, or videos."""
+    return TEXT if kind == "image" else f"{TEXT}_{kind}"
+
+
 class Keyed(BaseMultiModalProcessor):
     """Of processors, in front of vLLM's own. Caches may outlive an engine or be shared by several, so their keys name
     the pipeline; where a stage reads the prompt, they name the prompt, too."""
 
     family: ClassVar[str]
-    placeholder: ClassVar[str] = "image_token_index"
+    placeholders_in_config: ClassVar[tuple[str, ...]] = ("image_token_index",)
+    # What the processor returns, one row per picture or video.
+    rows_of: ClassVar[dict[str, str]] = {"image": "pixel_values"}
 
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)
@@ -53,19 +60,20 @@ class Keyed(BaseMultiModalProcessor):
 
     def _cached_apply_hf_processor(self, inputs: Any, timing_ctx: Any) -> Any:
         if plan.reads_text(self.pipeline):
-            placeholder = getattr(self.info.get_hf_config(), self.placeholder)
-            self._asking.text = [token for token in inputs.prompt if token != placeholder]
+            placeholders = {getattr(self.info.get_hf_config(), name) for name in self.placeholders_in_config}
+            self._asking.text = [token for token in inputs.prompt if token not in placeholders]
         return super()._cached_apply_hf_processor(inputs, timing_ctx)
 
     def _postprocess_hf_mm_data(self, mm_inputs: Any, hf_processor_mm_kwargs: Any, processed_data: Any) -> Any:
-        if plan.reads_text(self.pipeline) and "pixel_values" in processed_data:
-            text = torch.tensor(self._asking.text)
-            processed_data[TEXT] = text.expand(len(processed_data["pixel_values"]), -1).contiguous()
+        for kind, rows in self.rows_of.items() if plan.reads_text(self.pipeline) else ():
+            if rows in processed_data:
+                text = torch.tensor(self._asking.text)
+                processed_data[text_key(kind)] = text.expand(len(processed_data[rows]), -1).contiguous()
         return super()._postprocess_hf_mm_data(mm_inputs, hf_processor_mm_kwargs, processed_data)
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Any:
         fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
-        return {**fields, TEXT: MultiModalFieldConfig.batched("image")}
+        return {**fields, **{text_key(kind): MultiModalFieldConfig.batched(kind) for kind in self.rows_of}}
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
         hashes, pipeline = super()._get_mm_hashes(inputs), self.pipeline
