@@ -122,7 +122,7 @@ def test_a_video_is_asked_about(family: str, kind: str, tmp_path: Path, monkeypa
 
 
 @needs_gradio
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_videos_have_a_place_where_the_model_takes_them(family: str) -> None:
     blocks = app.page("any", asked.Answerer(tiny.make(family), processor(family), new_tokens=2)).get_config_file()
     (place,) = (part["props"] for part in blocks["components"] if part["type"] == "file")
