@@ -95,8 +95,8 @@ def page(name: str, answerer: Answerer) -> Any:
         with gr.Row():
             with gr.Column():
                 picture = gr.Image(type="pil", label="picture", sources=["upload", "clipboard"], height=320)
-                hint = f"or a video: {', '.join(kinds)}"
-                video = gr.File(label=hint, file_types=kinds, height=90, visible=videos)
+                hint = "or a video (MP4, WebM, GIF, ...)"
+                video = gr.File(label=hint, file_types=kinds, height=160, visible=videos)
                 question = gr.Textbox("Describe the image.", label="question")
                 first = "fastervlm" if "fastervlm" in methods else methods[0]
                 method = gr.Dropdown(methods, value=first, label="method")
