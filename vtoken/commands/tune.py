@@ -94,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
     asked = samples.load(given.data, given.limit) if tasks is None else tasks.samples
     quality: Any = given.quality or ("agreement" if tasks is None else "accuracy")
     generator = TextGenerator(*load_pair(args.model, given.device, given.dtype, given.revision))
-    judge = Judge(generator, asked, quality, given.batch_size, tasks, given.first)
+    with progress():
+        judge = Judge(generator, asked, quality, given.batch_size, tasks, given.first)
     about = {"model": args.model, "revision": given.revision, "dtype": str(generator.model.dtype)}
     about |= {"batch_size": given.batch_size, "samples": samples.fingerprint(asked)}
     if judge.relative is not None:

@@ -338,5 +338,7 @@ def test_the_command(
     assert main([*words, "--trials", "2", "--keep-accuracy", "10%", "--out", str(tmp_path / "o"), "--json"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
-    assert err.splitlines()[-1].endswith("s   50%  1 of 2 trials, random") and "it/s" not in err and "\r" not in err
+    told = {line.split("s ", 1)[1] for line in err.splitlines()}
+    assert {"   0%  dense: 5 of 6", "  50%  1 of 2 trials, random", "  50%  random: 5 of 6"} <= told
+    assert "it/s" not in err and "\r" not in err
     assert found["schema"] == "vtoken-tune/1" and len(found["trials"]) == 2 and found["floor"] == pytest.approx(0.1)

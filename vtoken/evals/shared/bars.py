@@ -41,6 +41,12 @@ def progress(shown: bool = True) -> Iterator[Tell]:
             _telling.pop()
 
 
+def say(what: str) -> None:
+    """Tells what is being done inside of the command that runs, if one does."""
+    if _telling:
+        _telling[-1](what, None)
+
+
 def mute() -> None:
     """Nothing is told by this process any more."""
     from tqdm import tqdm
