@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
-import transformers
 from torch import nn
 
 from vtoken import registry
@@ -51,11 +49,6 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
         raise UnsupportedError(
             f"anyres: {pipeline.anyres} chooses how LLaVA-NeXT and OneVision cut pictures; {adapter.model_type} does "
             "not cut them. Leave the key out"
-        )
-    if "cache" in inspect.signature(adapter.lm.forward).parameters:
-        raise UnsupportedError(
-            f"transformers {transformers.__version__} hands the KV cache on under another name (cache, no longer "
-            "past_key_values), so that nothing would be pruned: pip install 'transformers<5.24'"
         )
     check_unmerging(pipeline)
     for stage in pipeline.stages:
