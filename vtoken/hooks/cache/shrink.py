@@ -1,7 +1,7 @@
 """The KV cache is shrunk as the prefill fills it, layer by layer.
 
 As soon as a layer has attended, nothing of this prefill reads its keys and values any more, so what the stage does not
-keep is freed at once. Rows are padded on the left to the longest. Logical lengths stay as they were (see pruned_cache.py);
+keep is freed at once. Rows are padded on the left to the longest. Logical lengths stay as they were (pruned_cache.py);
 layers that hold different numbers of tokens become layer groups of their own.
 """
 

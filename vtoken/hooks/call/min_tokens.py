@@ -1,8 +1,8 @@
 """Finds the images of prompts with fewer visual tokens than `min_visual_tokens` before the vision tower runs, so that
 its stages leave them alone.
 
-If all prompts of a call are such, no facts are computed either. Rows are known as soon as the prompt is: to `generate`, which
-since transformers 5.18 encodes before the first forward, or to the forward itself.
+If all prompts of a call are such, no facts are computed either. Rows are known as soon as the prompt is: to `generate`,
+which since transformers 5.18 encodes before the first forward, or to the forward itself.
 """
 
 from __future__ import annotations
