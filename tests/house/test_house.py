@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "saved": LOWER | {"session"},
     "evals": LOWER | {"session", "evals", "compressors", "__init__"},
     "commands": LOWER | {"session", "evals", "compressors", "commands", "__init__"},
+    "serving": LOWER | {"serving", "__init__"},
     "cli": LOWER | {"session", "commands", "evals", "__init__"},
     "__main__": {"cli"},
 }

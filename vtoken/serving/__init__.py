@@ -1,0 +1,1 @@
+"""The same pipeline in a serving engine; nothing imports this room."""
