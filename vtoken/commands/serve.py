@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import socket
 from importlib.util import find_spec
@@ -124,7 +125,8 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        reason = error.strerror or error
+        # Python tells the address a second time behind the system's own words; a name that has none has its own numbers.
+        reason = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror
         raise VtokenError(
             f"cannot listen on {_written(host, port)}: {reason}; choose another --port, or 0, or another --host"
         ) from error

@@ -15,7 +15,7 @@ from inspect import Parameter, signature
 from typing import Any
 
 import transformers
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from openai.types import CompletionUsage
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -61,7 +61,8 @@ def app_of(
         if key in known:
             given[key] = getattr(import_module(f"transformers.cli.serving.{module}"), handler)(manager, state)
     app = build_server(**given)
-    app.add_exception_handler(VtokenError, _refused)
+    for kind in (VtokenError, HTTPException):
+        app.add_exception_handler(kind, _refused)
     return app, manager
 
 
@@ -180,5 +181,6 @@ def detailed(usage: CompletionUsage | None) -> CompletionUsage | None:
 
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:
-    """What a stage or the model cannot do with this request, in the words that OpenAI's clients read."""
-    return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)
+    """What transformers, a stage or the model cannot do with this request, where OpenAI's clients look for it."""
+    message, status = (error.detail, error.status_code) if isinstance(error, HTTPException) else (str(error), 400)
+    return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=status)
