@@ -170,10 +170,15 @@ def _presets(name: str) -> str:
         return "There is none."
     return markdown(
         [
-            ["preset", "positions", "what it is"],
-            *([f"`{p['preset']}`", p["positions"], _cell(prose(p["summary"]))] for p in found),
+            ["preset", "positions", "token counts", "what it is"],
+            *([f"`{p['preset']}`", p["positions"], _counts(p["preset"]), _cell(prose(p["summary"]))] for p in found),
         ]
     )
+
+
+def _counts(preset: str) -> str:
+    """Whether a picture's size tells how many of its tokens stay."""
+    return "exact" if all(s.counts_are_exact() for s in config.load(preset).stages) else "expected"
 
 
 def _families(name: str) -> str:

@@ -80,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
         f"{pictures} and {work.text_tokens} text tokens in, {work.new_tokens} tokens out, batch 1; "
         f"KV cache at {accounts[0].dtype_bytes} bytes a number. Percentages: share of dense."
     )
+    if inexact := dict.fromkeys(name for each in accounts for name in each.inexact):
+        print(f"How many tokens {', '.join(inexact)} leaves depends on the picture: figures are expected ones.")
     print("Not counted:")
     for sentence in dict.fromkeys(sentence for each in accounts for sentence in each.left_out):
         print(f"  - {sentence}")

@@ -4,6 +4,8 @@ is encoded. Importing this imports no torch."""
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -99,14 +101,14 @@ def check(pipeline: Pipeline, family: str) -> None:
     if family not in FAMILIES:
         raise UnsupportedError(f"{unknown('family', family, FAMILIES)}; {ELSEWHERE}")
     with about(pipeline.written):
-        for stage in pipeline.stages:
-            if why := refusal(stage, family):
+        for stage, before in zip(pipeline.stages, _before(pipeline), strict=True):
+            if why := refusal(stage, family, before):
                 raise UnsupportedError(f"stage {stage.name} cannot be served in vLLM: {why}")
         _check_policies(pipeline, family)
 
 
-def refusal(stage: Stage, family: str) -> str:
-    """Why vLLM cannot serve a stage on a family, and what can be done; "" if it can."""
+def refusal(stage: Stage, family: str, before: Sequence[Stage] = ()) -> str:
+    """Why vLLM cannot serve a stage on a family behind those `before` it, and what can be done; "" if it can."""
     held, budget = FAMILIES[family], getattr(stage, "keep", None)
     if stage.site in SITES:
         return f"it acts at site {stage.site}; {SITES[stage.site]}"
@@ -120,10 +122,10 @@ def refusal(stage: Stage, family: str) -> str:
             f"keep: {{total: {budget.total}}} is shared out among the pictures of a prompt, and vLLM encodes each for "
             "itself; write a count (keep: 64) or a share (25%)"
         )
-    if not _known_beforehand(stage):
+    if not _known_beforehand(stage, before, whole=not held.crops):
         mend = "give it a budget (keep: 64), or " if budget is None and "keep" in type(stage).model_fields else ""
         return (
-            "how many tokens it leaves depends on the picture, and vLLM counts placeholders before it encodes; "
+            "how many tokens it leaves is not known before a picture is encoded, and vLLM counts placeholders before; "
             f"{mend}{ELSEWHERE}"
         )
     if _reads_text(stage) and not held.text:
@@ -131,23 +133,32 @@ def refusal(stage: Stage, family: str) -> str:
     return ""
 
 
-def _known_beforehand(stage: Stage) -> bool:
-    """Whether the number of tokens that it leaves follows from the picture's size. Of stages inside the tower the last
-    cut counts."""
-    budget = getattr(stage, "keep", None)
-    if budget is not None and (budget.per is not None or stage.site == "encoder"):
+def _before(pipeline: Pipeline) -> list[tuple[Stage, ...]]:
+    return [pipeline.stages[:k] for k in range(len(pipeline.stages))]
+
+
+def _known_beforehand(stage: Stage, before: Sequence[Stage], whole: bool) -> bool:
+    """Whether the number of tokens that it leaves follows from the picture's size, as `counts` works it out. Of stages
+    inside the tower the last cut counts.
+
+    Args:
+        whole: no padding was cut off crops.
+    """
+    if stage.counts_are_exact(whole=whole and not before):
         return True
-    return stage.exact
+    # How many tokens a crop or frame holds is known until a budget of another kind was spent.
+    per = _per(stage)
+    return per is not None and all(_per(each) == per for each in before) and stage.counts_are_exact()
+
+
+def _per(stage: Stage) -> str | None:
+    """Of what its budget is: "per_frame", "per_crop" or None."""
+    budget = getattr(stage, "keep", None)
+    return None if budget is None else budget.per
 
 
 def _check_policies(pipeline: Pipeline, family: str) -> None:
     held = FAMILIES[family]
-    if pipeline.positions != held.positions:
-        why = "numbers tokens without gaps" if held.positions == "compact" else "keeps the positions of M-RoPE"
-        raise UnsupportedError(
-            f"positions: {pipeline.positions} cannot be had in vLLM, which on {family} {why}; write "
-            f"--hf-overrides '{{\"{KEY}\": {_rewritten(pipeline, held.positions)}}}'"
-        )
     if held.newlines and pipeline.newline == "keep_if_row_has_token":
         raise UnsupportedError(
             "newline: keep_if_row_has_token leaves a number of newline tokens that depends on the picture, and vLLM "
@@ -157,14 +168,25 @@ def _check_policies(pipeline: Pipeline, family: str) -> None:
         raise UnsupportedError(
             f"anyres: {pipeline.anyres} chooses how pictures are cut, and {family} does not cut them; leave it out"
         )
+    if pipeline.stages and pipeline.positions != held.positions:
+        why = "numbers tokens without gaps" if held.positions == "compact" else "keeps the positions of M-RoPE"
+        raise UnsupportedError(
+            f"positions: {pipeline.positions} cannot be had in vLLM, which on {family} {why}; write "
+            f"--hf-overrides '{{\"{KEY}\": {_rewritten(pipeline, held.positions)}}}'"
+        )
 
 
 def _rewritten(pipeline: Pipeline, positions: str) -> str:
     """The pipeline with these positions, as JSON."""
-    if pipeline.written.startswith("preset"):
-        return json.dumps(f"{pipeline.name},positions={positions}")
+    from vtoken.config.pipeline import POLICY_KEYS
+
+    line = re.fullmatch(r'(?:preset|pipeline) "([^"]+)"', pipeline.written)
+    if line is not None and "positions=" not in line[1] and "..." not in line[1]:
+        return json.dumps(f"{line[1]},positions={positions}")
+    usual = type(pipeline)("", "original", ())
+    policies = {key: getattr(pipeline, key) for key in POLICY_KEYS if getattr(pipeline, key) != getattr(usual, key)}
     stages = [{stage.name: stage.model_dump(mode="json", exclude_defaults=True)} for stage in pipeline.stages]
-    return json.dumps({"positions": positions, "stages": stages})
+    return json.dumps({**policies, "positions": positions, "stages": stages})
 
 
 def _reads_text(stage: Stage) -> bool:
@@ -182,23 +204,20 @@ def counts(pipeline: Pipeline, layout: ImageLayout) -> tuple[int, ...]:
     Args:
         layout: its rasters, and, where it is cut into crops or frames, the segment of each token.
     """
-    full = length = layout.tokens
+    length = layout.tokens
     if length < pipeline.min_visual_tokens:
         return (length,) * len(pipeline.stages)
     segments: list[int] | None = None if layout.segment is None else layout.segment.bincount().tolist()
     left = []
     for stage in pipeline.stages:
-        budget = getattr(stage, "keep", None)
-        if budget is not None and budget.per is not None and segments is not None:
+        if segments is not None and _per(stage):
+            budget = stage.keep  # type: ignore[attr-defined]
             # A per_crop budget takes a video as one segment, a per_frame budget a picture.
             alike = (len(layout.parts) == 1) == (budget.per == "per_frame")
-            segments = [min(n, budget.tokens) for n in (segments if alike else [length])]
-            length = sum(segments)
-            segments = segments if alike else None
+            segments = [min(n, budget.tokens) for n in segments] if alike else segments
+            length = sum(segments) if alike else min(length, budget.tokens)
         else:
-            before = length
             (length,) = stage.expected_counts((length,), (layout.parts,), (0,))
-            segments = segments if length == before == full else None
         left.append(length)
     return tuple(left)
 

@@ -2,7 +2,7 @@
 installed, so it imports nothing of its own: models are named as text, and the engine imports the one that it wants.
 
 What is used of vLLM's inside, all of it in this room: get_num_image_tokens, _process_image_input, _get_mm_hashes,
-_get_prompt_updates, _get_mm_fields_config, _postprocess_hf_mm_data, _cached_apply_hf_processor, qkv_proj, MMEncoderAttention.
+_get_mm_fields_config, _postprocess_hf_mm_data, _cached_apply_hf_processor, qkv_proj, MMEncoderAttention.
 """
 
 from __future__ import annotations

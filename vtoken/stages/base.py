@@ -98,6 +98,15 @@ class Stage(BaseModel):
         """Tokens it leaves of each image, for the FLOPs account; an expectation where that depends on the picture."""
         return tuple(lengths)
 
+    def counts_are_exact(self, layer: int | None = None, whole: bool = True) -> bool:
+        """Whether `select` leaves `expected_counts` at that layer, whatever the picture shows.
+
+        Args:
+            layer: as `select` has it; None stands for the last at which the stage acts.
+            whole: every frame and crop has all its tokens: no other stage took any, and no padding was cut off.
+        """
+        return type(self).select is Stage.select
+
     def flops(self, lengths: Sequence[int], width: int) -> int:
         """FLOPs of the decision without its facts; 0 where only comparisons are made."""
         return 0
@@ -162,6 +171,9 @@ class Pruner(Stage):
         assert self.keep.tokens is not None
         each = [self.keep.tokens * segments_of(p, self.keep.per) for p in parts]
         return tuple(min(n, k) for n, k in zip(lengths, each, strict=True))
+
+    def counts_are_exact(self, layer: int | None = None, whole: bool = True) -> bool:
+        return whole or self.keep.per is None
 
 
 class Compressor(Stage):

@@ -16,6 +16,7 @@ from vtoken.compressors.cache.snapkv import SnapKV
 from vtoken.config import load
 from vtoken.errors import UnsupportedError
 from vtoken.evals.cost.flops import LEFT_OUT, account
+from vtoken.evals.shared.configs import resolve_config
 from vtoken.hooks.state.pruned_cache import cache_bytes
 from vtoken.pruners.tokens.fastervlm import FasterVLM
 from vtoken.pruners.tokens.uniform import Uniform
@@ -273,3 +274,38 @@ def test_a_cache_stage_saves_bytes_and_decoding_only() -> None:
     )
     assert held.stages == layers * 2 * 8 * 56 * wide
     assert held.prefill_attention == dense.prefill_attention and held.visual_tokens == dense.visual_tokens
+
+
+@pytest.mark.parametrize(
+    ("config", "pipeline", "inexact"),
+    [
+        ("llava-hf/llava-1.5-7b-hf", "fastervlm:64", ()),
+        ("llava-hf/llava-1.5-7b-hf", "flowcut-64", ()),
+        ("llava-hf/llava-1.5-7b-hf", [{"tome": {"r": 16}}, {"fastervlm": {"keep": 64}}], ()),
+        ("llava-hf/llava-1.5-7b-hf", "prumerge-adaptive", ("prumerge",)),
+        ("llava-hf/llava-1.5-7b-hf", [{"pool": {}}], ()),
+        ("llava-hf/llava-1.5-7b-hf", [{"uniform": {"keep": 64}}, {"pool": {}}], ("pool",)),
+        (
+            "llava-hf/llava-1.5-7b-hf",
+            [{"damro_filter": {"high_norm": True}}, {"uniform": {"keep": 64}}],
+            ("damro_filter",),
+        ),
+        ("llava-hf/llava-v1.6-vicuna-7b-hf", [{"fastervlm": {"keep": {"per_crop": 64}}}], ()),
+        ("llava-hf/llava-v1.6-vicuna-7b-hf", [{"flowcut": {"keep": 64}}], ()),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", "fastervlm:25%", ()),
+    ],
+    ids=str,
+)
+def test_the_account_names_stages_that_leave_what_the_picture_allows(config, pipeline, inexact):
+    found = account(resolve_config(config), load(pipeline), image_size=(672, 672), text_tokens=30, new_tokens=1)
+    assert found.inexact == found.to_dict()["inexact"] == inexact
+
+
+def test_padding_of_crops_makes_counts_uncertain():
+    config = resolve_config("llava-hf/llava-v1.6-vicuna-7b-hf")
+    for pipeline, name in (
+        ([{"fastervlm": {"keep": {"per_crop": 64}}}], "fastervlm"),
+        ([{"flowcut": {"keep": 64}}], "flowcut"),
+    ):
+        found = account(config, load(pipeline), image_size=(600, 400), text_tokens=30, new_tokens=1)
+        assert found.inexact == (name,)

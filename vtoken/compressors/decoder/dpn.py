@@ -78,6 +78,9 @@ class DPN(Compressor):
         ]
         return tuple(min(n, c) for n, c in zip(lengths, cells, strict=True))
 
+    def counts_are_exact(self, layer: int | None = None, whole: bool = True) -> bool:
+        return whole
+
     def _sides(self, parts: Parts, layer: int | None) -> tuple[int, int]:
         """Side of an image's cells, in tokens of its unpruned raster, before and after the layer (None: all of
         them)."""

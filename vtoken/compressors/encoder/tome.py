@@ -68,3 +68,6 @@ class ToMe(Merger):
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
         return tuple(n - r for n, r in zip(lengths, self._most(lengths, layer or 0), strict=True))
+
+    def counts_are_exact(self, layer: int | None = None, whole: bool = True) -> bool:
+        return True

@@ -32,5 +32,8 @@ class Pool(Compressor):
     ) -> tuple[int, ...]:
         return tuple(min(n, cells_in(image, self.size)) for n, image in zip(lengths, parts, strict=True))
 
+    def counts_are_exact(self, layer: int | None = None, whole: bool = True) -> bool:
+        return whole
+
     def flops(self, lengths: Sequence[int], width: int) -> int:
         return 2 * sum(lengths) * width

@@ -45,6 +45,7 @@ class Account:
             still have one is an expectation: that of tokens drawn at random.
         kv_bytes_prefill, kv_bytes: of the whole batch, when prefill ends and when generation ends.
         left_out: what is not counted, one sentence each.
+        inexact: stages that leave as many tokens as the picture allows; without any, visual_tokens are exact.
     """
 
     pipeline: str
@@ -65,6 +66,7 @@ class Account:
     kv_bytes_prefill: int
     kv_bytes: int
     left_out: tuple[str, ...]
+    inexact: tuple[str, ...]
 
     @property
     def total(self) -> int:
@@ -153,6 +155,7 @@ def account(
         kv_bytes_prefill=batch * _kv_bytes(flow, size),
         kv_bytes=batch * _kv_bytes(flow, size, steps),
         left_out=(*LEFT_OUT, *flow.left_out),
+        inexact=tuple(flow.inexact),
     )
 
 

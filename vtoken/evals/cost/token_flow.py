@@ -8,7 +8,7 @@ from functools import partial
 from vtoken.errors import OtherModelError, UnsupportedError
 from vtoken.evals.cost.geometry import Geometry
 from vtoken.hooks.vision.frames import SIDE
-from vtoken.stages import SITES, Fact, FactSpec, OtherModel, Site, Stage, size_of, spec_of
+from vtoken.stages import SITES, Fact, FactSpec, OtherModel, Parts, Site, Stage, size_of, spec_of
 from vtoken.stages.attention import SparseAttention
 from vtoken.stages.cache import CacheStage
 
@@ -34,6 +34,7 @@ class TokenFlow:
             width.
         cost: FLOPs of the stages and of the facts they read.
         left_out: what could not be counted.
+        inexact: stages that leave as many tokens as the picture allows: counts behind them are expected ones.
 
     Args:
         least: with fewer visual tokens no stage acts.
@@ -50,6 +51,8 @@ class TokenFlow:
         self.packed: dict[int, Callable[[int], int | None]] = {}
         self.cost = 0
         self.left_out: list[str] = []
+        self.inexact: list[str] = []
+        self._thinned_by: set[str] = set()
         self._paid: set[tuple[str, str, int]] = set()
         if stages and (visual := images * size_of(shape.parts)) < least:
             self._leave_out(f"all stages stand aside: {visual} visual tokens are fewer than min_visual_tokens {least}")
@@ -132,9 +135,7 @@ class TokenFlow:
         for stage in self._at["frames"]:
             counts: Counts = (frames,) * self.images
             self.cost += stage.flops(counts, CHANNELS * SIDE**2)
-            frames = max(
-                stage.expected_counts(counts, (((self.shape.frames, 1, 1),),) * self.images, range(self.images))
-            )
+            frames = max(self._left(stage, counts, (((self.shape.frames, 1, 1),),) * self.images, range(self.images)))
         self._dropping |= frames < self.shape.frames
         self.shape = self.shape.thinned(frames)
         if self.shape.tower.unit == 1:
@@ -153,6 +154,8 @@ class TokenFlow:
             for stage in acting:
                 counts = counts if stage.merge_point() else self._act(stage, counts, layer)
         each = len(tower.crops)
+        if self._thinned_by & {stage.name for stage in self._at["encoder"]} and not self.shape.whole_crops:
+            self.inexact += [stage.name for stage in self._at["encoder"] if stage.name not in self.inexact]
         return tuple(self.shape.tokens(counts[i * each : (i + 1) * each]) for i in range(self.images))
 
     def _thin(self, stage: SparseAttention) -> None:
@@ -200,9 +203,23 @@ class TokenFlow:
             stack = self.shape.tower.layers
             self.cost += stage.flops(counts, stack.head_dim if stage.merge_point() else stack.width)
             parts = tuple((crop,) for crop in self.shape.tower.crops * self.images)
-            return tuple(stage.expected_counts(counts, parts, range(len(parts)), layer))
+            return self._left(stage, counts, parts, range(len(parts)), layer)
         self.cost += stage.flops(counts, self.shape.decoder.width)
-        return tuple(stage.expected_counts(counts, (self.shape.parts,) * self.images, (0,) * self.images, layer))
+        return self._left(stage, counts, (self.shape.parts,) * self.images, (0,) * self.images, layer)
+
+    def _left(
+        self, stage: Stage, counts: Counts, parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
+    ) -> Counts:
+        """What the stage leaves, and whether that is sure."""
+        left = tuple(stage.expected_counts(counts, parts, row, layer))
+        whole = self._thinned_by <= {stage.name} and self.shape.whole_crops
+        # Inside the tower only what the last cut leaves goes on.
+        passing = stage.site == "encoder" and layer != max(stage.layers(self._depth["encoder"]))
+        if not passing and not stage.counts_are_exact(layer, whole) and stage.name not in self.inexact:
+            self.inexact.append(stage.name)
+        if left != counts:
+            self._thinned_by.add(stage.name)
+        return left
 
     def _pay(self, stage: Stage, fact: Fact, counts: Counts, layer: int | None) -> None:
         """Adds what a fact costs, once per layer it is read from. `counts` are alive where it is asked for."""

@@ -131,8 +131,7 @@ def cost(model: Any, pipeline: Pipeline | None, prompt: Any) -> dict[str, int]:
     counted.
 
     Raises:
-        VtokenError: what was measured differs from the account of the plan. A stage without a budget is spared: how
-            many tokens a filter drops may depend on the picture.
+        VtokenError: what was measured differs from the account of a plan that is exact.
     """
     placeholders = int((prompt["input_ids"] == model.config.image_token_id).sum())
     text = prompt["input_ids"].shape[1] - placeholders
@@ -150,8 +149,7 @@ def cost(model: Any, pipeline: Pipeline | None, prompt: Any) -> dict[str, int]:
     # The plan knows all figures but one: of the newline tokens it has an expectation only.
     slots = sum(text + n + line for n, line in zip(plan.visual_tokens, plan.newline_tokens, strict=True))
     planned = plan.kv_bytes_prefill * sum(text + n + newlines for n in plan.visual_tokens) // slots
-    promised = pipeline is None or all("keep" in type(stage).model_fields for stage in pipeline.stages)
-    if promised and (tokens, cache_bytes) != (list(plan.visual_tokens), planned):
+    if not plan.inexact and (tokens, cache_bytes) != (list(plan.visual_tokens), planned):
         raise VtokenError(
             f"{plan.pipeline}: planned {list(plan.visual_tokens)} visual tokens per layer and {planned} cache bytes, "
             f"measured {tokens} and {cache_bytes}"

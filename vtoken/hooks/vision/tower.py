@@ -147,7 +147,7 @@ class Tower(ABC):
         found = self._projected(module, kwargs)
         state.taps = {}
         for fact in wanted:
-            value = self._per_token(compute(fact, found))
+            value = self._per_token(self._compute(fact, found))
             state.read[fact] = value, state.arrangement
             if fact in self.context.wanted:
                 state.facts[fact] = state.restore(value)
@@ -191,11 +191,20 @@ class Tower(ABC):
             lead=int(self.encoder.cls),
         )
         given = substituted(stage, self.adapter.substitutes)
-        amend = partial(leaves_some, stage) if self.encoder.unit > 1 else None
-        found = decide(stage, tokens, history, skipped=state.skipped, amend=amend, substitutes=given)
+        found = decide(
+            stage, tokens, history, skipped=state.skipped, amend=partial(self._amend, stage), substitutes=given
+        )
         state.history = found.history
         state.traces.append(found.trace)
         return hidden if found.untouched else self._put_back(found.keep, values, hidden)
+
+    def _compute(self, fact: Fact, layer: EncoderLayer) -> Tensor:
+        """One fact of the layer's live tokens, CLS included."""
+        return compute(fact, layer)
+
+    def _amend(self, stage: Stage, keep: Keep) -> Keep:
+        """What has to hold of every decision."""
+        return leaves_some(stage, keep) if self.encoder.unit > 1 else keep
 
     @abstractmethod
     def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:

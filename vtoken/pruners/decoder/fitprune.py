@@ -77,5 +77,8 @@ class FitPrune(Stage):
         # Rounded half up: a smaller image would lose a token too many at every layer otherwise.
         return tuple(min(n, max(1, (2 * n * left + held) // (2 * held))) for n in lengths)
 
+    def counts_are_exact(self, layer: int | None = None, whole: bool = True) -> bool:
+        return True
+
     def flops(self, lengths: Sequence[int], width: int) -> int:
         return sum(lengths)

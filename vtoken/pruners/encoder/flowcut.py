@@ -123,6 +123,9 @@ class FlowCut(Pruner):
             return tuple(lengths)
         return super().expected_counts(lengths, parts, row) if self.keep.per else targets(self.keep, lengths, parts)
 
+    def counts_are_exact(self, layer: int | None = None, whole: bool = True) -> bool:
+        return not self._ahead(layer) and super().counts_are_exact(layer, whole)
+
     def flops(self, lengths: Sequence[int], width: int) -> int:
         """Head mean and norm of the values."""
         return sum(lengths) * width

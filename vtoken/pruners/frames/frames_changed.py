@@ -57,5 +57,8 @@ class FramesChanged(Stage):
     ) -> tuple[int, ...]:
         return tuple(min(n, max(1, round(n * self.left))) for n in lengths)
 
+    def counts_are_exact(self, layer: int | None = None, whole: bool = True) -> bool:
+        return False
+
     def flops(self, lengths: Sequence[int], width: int) -> int:
         return products(lengths, lengths, width)

@@ -73,6 +73,9 @@ class DamroFilter(Stage):
             each = [max(segments_of(p, per) for per in PER_SEGMENT) for p in parts]
         return tuple(n - max(0, min(self.outliers * s, n - s)) for n, s in zip(lengths, each, strict=True))
 
+    def counts_are_exact(self, layer: int | None = None, whole: bool = True) -> bool:
+        return not self.high_norm and (whole or not self.each_segment)
+
     def _long(self, tokens: VisualTokens) -> Tensor:
         """[ΣN] whether a token's encoder output is an outlier in length within its image."""
         out = []

@@ -100,6 +100,9 @@ class PruMerge(Pruner):
             return super().expected_counts(lengths, parts, row, layer)
         return tuple(min(n, max(1, n // (4 if self.plus else 14))) for n in lengths)
 
+    def counts_are_exact(self, layer: int | None = None, whole: bool = True) -> bool:
+        return self.keep is not None and super().counts_are_exact(layer, whole)
+
     def flops(self, lengths: Sequence[int], width: int) -> int:
         """Similarities at the model's width, and the merge."""
         row = (0,) * len(lengths)

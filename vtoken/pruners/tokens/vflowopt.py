@@ -60,10 +60,7 @@ class VFlowOpt(Pruner):
     @model_validator(mode="after")
     def _one_pool(self) -> VFlowOpt:
         if self.keep.per is not None:
-            raise ValueError(
-                f"vflowopt has one pool per image, so {self.keep.per} does not fit; give the image's budget (keep: 64) "
-                "or a share (keep: 25%)"
-            )
+            raise ValueError(f"vflowopt has one pool per image, so {self.keep.per} does not fit; write keep: 64 or 25%")
         return self
 
     def needs(self) -> tuple[Fact, ...]:
@@ -114,6 +111,9 @@ class VFlowOpt(Pruner):
             start += n
         # A recycled token is a mean even where a negative alpha made importance negative.
         return Keep(torch.cat(index), tuple(lengths), torch.cat(into), importance.clamp(min=1e-12))
+
+    def counts_are_exact(self, layer: int | None = None, whole: bool = True) -> bool:
+        return self.exact or self.cell is None
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
         return 2 * sum(lengths) * width if self.cell else 0

@@ -81,6 +81,9 @@ class VidCom2(Pruner):
     ) -> tuple[int, ...]:
         return counts_of_videos(self.keep, lengths, parts, row, lambda grid: grid[0])
 
+    def counts_are_exact(self, layer: int | None = None, whole: bool = True) -> bool:
+        return self.exact
+
     def flops(self, lengths: Sequence[int], width: int) -> int:
         """As if every image were a video: lengths do not tell."""
         return 10 * sum(lengths) * width

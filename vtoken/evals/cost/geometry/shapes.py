@@ -145,6 +145,14 @@ class Geometry:
         """Into how many runs text parts the tokens of one image or video."""
         return self.frames if self.parted_frames else 1
 
+    @property
+    def whole_crops(self) -> bool:
+        """Whether each token is one of a crop's, and none of a crop's lies in padding."""
+        crop = size_of(self.tower.crops[:1])
+        return all(
+            mixed == 1 and size_of((p,)) == n * crop for p, (n, mixed) in zip(self.parts, self.sources, strict=True)
+        )
+
     def thinned(self, frames: int) -> Geometry:
         """The same video with fewer frames."""
         (before, height, width), tower = self.parts[0], self.tower
