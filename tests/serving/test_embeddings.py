@@ -38,6 +38,10 @@ def opened(*questions: reference.Question) -> list[Image.Image]:
     return [Image.open(question.image).convert("RGB") for question in questions]
 
 
+def inputs_of(processor: Any, question: reference.Question, picture: Image.Image) -> Any:
+    return processor(images=[picture], text=[reference.prompt(processor, question)], return_tensors="pt")
+
+
 def fed(model: Any, inputs: Any) -> Tensor:
     """[K, D] of what enters the decoder where `generate` runs, from the first to the last picture of one prompt."""
     seen: list[Tensor] = []
@@ -51,7 +55,7 @@ def fed(model: Any, inputs: Any) -> Tensor:
 
 
 def alone(model: Any, processor: Any, question: reference.Question, picture: Image.Image) -> tuple[Any, Tensor]:
-    inputs = processor(images=[picture], text=[reference.prompt(processor, question)], return_tensors="pt")
+    inputs = inputs_of(processor, question, picture)
     return inputs, fed(model, inputs)
 
 
@@ -75,18 +79,14 @@ def test_a_text_reading_stage_reads_the_prompt(pair: Any) -> None:
     model, processor = pair
     (picture,) = opened(QUESTIONS[0])
     with wrapped(model, compact("cdpruner:64")):
-        first, second = (
-            embeddings(
-                model, processor(images=[picture], text=[reference.prompt(processor, q)], return_tensors="pt")
-            )[0]
-            for q in QUESTIONS[:2]
-        )
+        first, second = (embeddings(model, inputs_of(processor, q, picture))[0] for q in QUESTIONS[:2])
     assert first.shape == second.shape and not torch.equal(first, second)
 
 
 def test_pictures_of_one_prompt_come_apart_where_they_meet(pair: Any) -> None:
     model, processor = pair
-    inputs = processor(images=opened(*QUESTIONS[:2]), text=["USER: <image><image>\nWhat? ASSISTANT:"], return_tensors="pt")
+    text = "USER: <image><image>\nWhat? ASSISTANT:"
+    inputs = processor(images=opened(*QUESTIONS[:2]), text=[text], return_tensors="pt")
     with wrapped(model, compact("prumerge")):
         entered = fed(model, inputs)
         counts = vtoken.trace(model).tokens_out
@@ -113,7 +113,7 @@ def test_a_batch_of_pictures_of_several_sizes(crops: Any, stage: str, newline: s
 
 def test_the_model_goes_on_as_before(pair: Any) -> None:
     model, processor = pair
-    inputs = processor(images=opened(QUESTIONS[0]), text=[reference.prompt(processor, QUESTIONS[0])], return_tensors="pt")
+    inputs = inputs_of(processor, QUESTIONS[0], *opened(QUESTIONS[0]))
     hooks = len(model.model.language_model._forward_pre_hooks)
     with wrapped(model, compact("fastervlm:64")):
         before = model.generate(**inputs, do_sample=False, max_new_tokens=4)
@@ -135,7 +135,7 @@ def test_the_model_goes_on_as_before(pair: Any) -> None:
 )
 def test_what_vllm_could_not_do_alike_is_refused(pair: Any, given: Any, told: str) -> None:
     model, processor = pair
-    inputs = processor(images=opened(QUESTIONS[0]), text=[reference.prompt(processor, QUESTIONS[0])], return_tensors="pt")
+    inputs = inputs_of(processor, QUESTIONS[0], *opened(QUESTIONS[0]))
     try:
         if given is not None:
             vtoken.wrap(model, given)

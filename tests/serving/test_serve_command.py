@@ -68,7 +68,8 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(monkeypatch: pytest.Mo
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert main(["serve", "tiny-llava", "fastervlm:64", "--port", port]) == 2
-    assert f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another --port" in capsys.readouterr().err
+    told = f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another --port"
+    assert told in capsys.readouterr().err
 
 
 def test_the_command_for_vllm_or_why_there_is_none() -> None:

@@ -15,11 +15,11 @@ from vtoken.errors import UnsupportedError, VtokenError
 from vtoken.evals.shared.options import DeviceOptions, option
 
 EXAMPLES = """examples:
-  vtoken serve tiny-llava fastervlm:64                                        # the shipped model, http://127.0.0.1:8000/v1
-  vtoken serve llava-hf/llava-1.5-7b-hf fastervlm-64 --dtype bfloat16         # a model of yours
-  vtoken serve Qwen/Qwen2.5-VL-3B-Instruct my-pipeline.yaml --host 0.0.0.0    # for other machines of the network too
-  vtoken serve tiny-llava none                                                # dense, to compare
-  vtoken serve tiny-llava fastervlm:64 --port 0 --json | jq -r .address       # a free port, for scripts
+  vtoken serve tiny-llava fastervlm:64                                       # the shipped model, on port 8000
+  vtoken serve llava-hf/llava-1.5-7b-hf fastervlm-64 --dtype bfloat16        # a model of yours
+  vtoken serve Qwen/Qwen2.5-VL-3B-Instruct my-pipeline.yaml --host 0.0.0.0   # for other machines of the network too
+  vtoken serve tiny-llava none                                               # dense, to compare
+  vtoken serve tiny-llava fastervlm:64 --port 0 --json                       # a free port, for scripts
 
 One request at a time, with every stage there is: for trying and testing. For many requests at once use vLLM; the
 command for it is printed, or why vLLM cannot run the pipeline. Needs pip install fastapi uvicorn openai.
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
             print(json.dumps({"address": address, "vllm": command, "vllm_refused": refused}), flush=True)
         else:
             print(f"serving {args.model} with {pipeline.name} on {address}, one request at a time; Ctrl-C ends it")
-            print(f"the same in vLLM, for many at once: {command}" if command else f"not in vLLM: {refused}", flush=True)
+            print(f"in vLLM, for many at once: {command}" if command else f"not in vLLM: {refused}", flush=True)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LAST)
         try:
             uvicorn.Server(config).run(sockets=[listening])
@@ -125,7 +125,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        # Python tells the address a second time behind the system's own words; a name that has none has its own numbers.
+        # Behind the system's words Python tells the address again; host names have errors with numbers of their own.
         reason = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror
         raise VtokenError(
             f"cannot listen on {_written(host, port)}: {reason}; choose another --port, or 0, or another --host"

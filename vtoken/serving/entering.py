@@ -8,13 +8,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from vtoken.errors import UnsupportedError
+from vtoken.errors import UnsupportedError, either
 from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.left_padding import SlotLayout
 from vtoken.hooks.state.prefill_state import PrefillState
+from vtoken.serving import plan
 from vtoken.session import Session, session_of, whole
 
-FAMILIES = ("llava", "llava_next")  # vLLM counts their placeholders by the embeddings that it is given
 BEFORE = ("frames", "encoder", "tokens")  # sites in front of the language model
 
 
@@ -73,16 +73,17 @@ def _checked(model: Any) -> Session:
     if session is None or session.boundary is None:
         raise UnsupportedError("the model is not wrapped with a pipeline that has stages: vtoken.wrap(model, ...)")
     family = session.adapter.model_type
-    if family not in FAMILIES:
+    # Where tokens are numbered by rows and columns, vLLM counts placeholders by the size of the picture.
+    taken = [name for name, held in plan.FAMILIES.items() if held.positions == "compact"]
+    if family not in taken:
         raise UnsupportedError(
-            f"vLLM takes kept embeddings of {' and '.join(FAMILIES)} alone, not of {family}, whose placeholders it "
-            "counts by the size of the picture; serve the pipeline with vLLM's plugin or with `vtoken serve`"
+            f"vLLM takes kept embeddings of {either(taken)}, not of {family}; serve the pipeline with vLLM's plugin or "
+            "with `vtoken serve`"
         )
     for stage in session.pipeline.stages:
         if stage.site not in BEFORE:
             raise UnsupportedError(
-                f"stage {stage.name} acts at site {stage.site}, behind the embeddings; serve it with `vtoken serve`, or "
-                "leave it out"
+                f"stage {stage.name} acts at site {stage.site}, behind the embeddings; {plan.ELSEWHERE}"
             )
     if session.pipeline.positions != "compact":
         raise UnsupportedError(

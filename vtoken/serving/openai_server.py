@@ -95,8 +95,8 @@ class OneModel(ModelManager):
             match_processor(processor, model)
         return model, processor
 
-    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:  # type: ignore[override, unused-ignore]
-        """What `/v1/models` lists: the name to write into requests. (transformers lists all that was ever downloaded.)"""
+    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
+        """What `/v1/models` lists: the name to write into requests (transformers lists all that was downloaded)."""
         return [{"id": self.name, "object": "model", "owned_by": "vtoken", "created": self.since}]
 
     @staticmethod

@@ -25,9 +25,9 @@ def refuse_batching(*args: Any, **kwargs: Any) -> NoReturn:
         UnsupportedError: always.
     """
     raise UnsupportedError(
-        "continuous batching of transformers takes token ids without pictures and packs requests into one row on a paged "
-        "cache, so this model's pipeline would do nothing; call generate with a batch, or vtoken.unwrap(model) first "
-        "for prompts without pictures"
+        "continuous batching of transformers takes token ids without pictures and packs requests into one row on a "
+        "paged cache, so this model's pipeline would do nothing; call generate with a batch, or vtoken.unwrap(model) "
+        "first for prompts without pictures"
     )
 
 
