@@ -134,6 +134,13 @@ def test_after_an_error_in_a_stage_the_model_answers_as_before(
     assert answer(client, QUESTIONS[0]) == before
 
 
+def test_a_picture_that_cannot_be_read_is_told(server: Any) -> None:
+    body = asked(QUESTIONS[0])
+    body["messages"][0]["content"][0]["image_url"]["url"] = "data:image/jpeg;base64,AAAA"
+    found = server[0].post(CHAT, json=body)
+    assert found.status_code == 400 and "cannot identify image file" in found.json()["error"]["message"]
+
+
 def test_a_prompt_without_a_picture_has_no_details(server: Any) -> None:
     body = {"model": NAME, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
     assert "prompt_tokens_details" not in server[0].post(CHAT, json=body).json()["usage"]

@@ -126,7 +126,7 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family)
     except OSError as error:
         # Behind the system's words Python tells the address again; host names have errors with numbers of their own.
-        reason = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         raise VtokenError(
             f"cannot listen on {_written(host, port)}: {reason}; choose another --port, or 0, or another --host"
         ) from error

@@ -51,7 +51,7 @@ def app_of(
     manager, state = OneModel(name, pipeline, load_model, load_processor), GenerationState()
     known = signature(build_server).parameters
     asked = {key for key, parameter in known.items() if parameter.default is Parameter.empty}
-    given = {"model_manager": manager, "chat_handler": Chat(manager, state), "generation_state": state}
+    given: dict[str, Any] = {"model_manager": manager, "chat_handler": Chat(manager, state), "generation_state": state}
     if not {*given} <= known.keys() or not asked <= {*given, *OTHERS}:
         raise UnsupportedError(
             f"vtoken serve does not know the server parts of transformers {transformers.__version__} (it knows those "
@@ -61,7 +61,7 @@ def app_of(
         if key in known:
             given[key] = getattr(import_module(f"transformers.cli.serving.{module}"), handler)(manager, state)
     app = build_server(**given)
-    for kind in (VtokenError, HTTPException):
+    for kind in (VtokenError, HTTPException, ValueError):  # ValueError: a picture that cannot be read
         app.add_exception_handler(kind, _refused)
     return app, manager
 
@@ -95,7 +95,7 @@ class OneModel(ModelManager):
             match_processor(processor, model)
         return model, processor
 
-    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
+    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:  # type: ignore[override]
         """What `/v1/models` lists: the name to write into requests (transformers lists all that was downloaded)."""
         return [{"id": self.name, "object": "model", "owned_by": "vtoken", "created": self.since}]
 
@@ -159,25 +159,28 @@ _ASKED: ContextVar[Asked] = ContextVar("_ASKED")
 class Chat(ChatCompletionHandler):
     """Answers chat completions; `usage.prompt_tokens_details` tells what pruning left."""
 
+    model_manager: OneModel
+
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Any, Any]:
         name, model, processor = super()._resolve_model(body)
         asked = Asked(model, bool(self.model_manager.pipeline.stages))
         _ASKED.set(asked)
         return name, asked, processor
 
-    def _build_completion(self, *args: Any, usage: Any = None, **kwargs: Any) -> Any:
-        return super()._build_completion(*args, usage=detailed(usage), **kwargs)
+    def _build_completion(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._build_completion(*args, **detailed(kwargs))
 
-    def _build_chunk_sse(self, *args: Any, usage: Any = None, **kwargs: Any) -> Any:
-        return super()._build_chunk_sse(*args, usage=detailed(usage), **kwargs)
+    def _build_chunk_sse(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._build_chunk_sse(*args, **detailed(kwargs))
 
 
-def detailed(usage: CompletionUsage | None) -> CompletionUsage | None:
-    """The usage of the request that is being answered, with what is known of its prefill."""
-    counts = _ASKED.get().counts
+def detailed(answer: dict[str, Any]) -> dict[str, Any]:
+    """What an answer is built of; its `usage`, if it has one, with what is known of the prefill of this request."""
+    usage, counts = answer.get("usage"), _ASKED.get().counts
     if usage is None or not counts:
-        return usage
-    return CompletionUsage.model_validate({**usage.model_dump(), "prompt_tokens_details": counts})
+        return answer
+    told = {**usage.model_dump(), "prompt_tokens_details": counts}
+    return {**answer, "usage": CompletionUsage.model_validate(told)}
 
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:
