@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # Read when vLLM is imported.
@@ -19,8 +20,10 @@ os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
 import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
 import vtoken
+from vtoken import config
 from vtoken.evals import reference
 
 TOKENS = 8
@@ -65,34 +68,42 @@ def several(name: str, limit: int) -> list[Prompt]:
 
 
 class Transformers:
-    """Answers of the stock model, wrapped."""
+    """Answers of the stock model in a folder, wrapped."""
 
-    def __init__(self, name: str) -> None:
-        self.model, self.processor = reference.load(name, dtype=torch.float32)
+    def __init__(self, folder: str | Path) -> None:
+        loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+        self.model, self.processor = loaded.eval(), reference.processor(Path(folder))
 
     def __call__(self, pipeline: Any, prompts: Sequence[Prompt]) -> Said:
-        if pipeline is not None:
-            vtoken.wrap(self.model, pipeline)
-        ids, kept, lengths = [], [], []
-        for prompt in prompts:
-            inputs = self.processor(images=list(prompt.pictures), text=[prompt.text], return_tensors="pt")
-            with torch.inference_mode():
-                out = self.model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)
-            ids.append(out[0, inputs["input_ids"].shape[1] :].tolist())
-            lengths.append(inputs["input_ids"].shape[1])
-            if pipeline is not None:
-                trace = vtoken.trace(self.model)
-                lengths[-1] = trace.prompt_tokens[0]
-                kept += [places.tolist() for places in trace.stages[-1].kept]
-        if pipeline is not None:
-            vtoken.unwrap(self.model)
-        return Said(ids, kept, lengths)
+        said = Said([], [], [])
+        with nullcontext() if pipeline is None else vtoken.wrapped(self.model, pipeline):
+            cuts = pipeline is not None and config.load(pipeline).anyres != "model"
+            if cuts:
+                vtoken.match_processor(self.processor, self.model)
+            for prompt in prompts:
+                self._answer(prompt, said, pipeline is not None)
+            if cuts:
+                vtoken.unmatch_processor(self.processor)
+        return said
+
+    def _answer(self, prompt: Prompt, said: Said, traced: bool) -> None:
+        inputs = self.processor(images=list(prompt.pictures), text=[prompt.text], return_tensors="pt")
+        length = inputs["input_ids"].shape[1]
+        with torch.inference_mode():
+            out = self.model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)
+        said.ids.append(out[0, length:].tolist())
+        if not traced:
+            said.prompt_tokens.append(length)
+            return
+        trace = vtoken.trace(self.model)
+        said.prompt_tokens.append(trace.prompt_tokens[0])
+        said.kept.extend(places.tolist() for places in trace.stages[-1].kept)
 
 
 class Engine:
     """vLLM. The pipeline that it starts with is of no matter: `swap` takes another, which a user would not do."""
 
-    def __init__(self, name: str, pipeline: Any, **options: Any) -> None:
+    def __init__(self, folder: str | Path, pipeline: Any, **options: Any) -> None:
         from vllm import LLM
 
         given = {
@@ -103,16 +114,17 @@ class Engine:
             "limit_mm_per_prompt": {"image": 3},
             "hf_overrides": {"vtoken": pipeline},
         }
-        self.llm = LLM(str(reference.path(name)), **{**given, **options})
+        self.llm = LLM(str(folder), **{**given, **options})
         self.config = self.llm.llm_engine.model_config.hf_config
         (self.model,) = self.llm.apply_model(lambda model: model)
 
-    def swap(self, pipeline: Any) -> None:
+    def swap(self, pipeline: Any, *, forget: bool = True) -> None:
         from vtoken.serving import plan
 
         self.config.vtoken = pipeline
         self.model.install(plan.pipeline_of(self.config))
-        self.forget()
+        if forget:
+            self.forget()
 
     def forget(self) -> None:
         """Everything cached."""

@@ -3,12 +3,12 @@ process that asks, before a model is built."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from vtoken.adapters._padded import TOWERS
 from vtoken.config import Pipeline
 from vtoken.errors import UnsupportedError, about, either
-from vtoken.stages import Stage
+from vtoken.stages import Fact, Stage
 from vtoken.stages.facts import read_of
 
 
@@ -56,19 +56,20 @@ class ClipLike:
         """Why a stage does not go with it; "" if it does."""
         if why := stage.tower_incompatibility(self.heads * round(self.scale**-2), 1):
             return f"does not fit the vision tower: {why}"
-        built = max(self.feature_layers)
-        for need in stage.needs():
-            if need.name not in read_of("encoder layer") or need.layer is None:
-                continue
-            if not -self.depth <= need.layer < self.depth:
+        for need in self._layered(stage):
+            if not -self.depth <= cast(int, need.layer) < self.depth:
                 return f"needs {need.name} of layer {need.layer}; there are {self.depth}"
-            if need.layer % self.depth > built:
-                return (
-                    f"needs {need.name} of layer {need.layer}, and vLLM builds the vision tower only up to layer "
-                    f"{built}, the last that features are read from; name that one or an earlier"
-                )
         last = min(self.feature_layers) - 1
         cuts = stage.layers(self.depth) if stage.site == "encoder" else ()
         if stage.site == "encoder" and (not cuts or min(cuts) < 0 or max(cuts) > last):
             return f"acts at encoder layers {list(cuts)}; this model allows 0 to {last} (features are read after that)"
         return ""
+
+    def deepest(self, pipeline: Pipeline) -> int:
+        """The last layer that has to run: that of the features, or a later one that a stage reads."""
+        needs = [need for stage in pipeline.stages for need in self._layered(stage)]
+        return max(*self.feature_layers, 0, *(cast(int, need.layer) % self.depth for need in needs))
+
+    def _layered(self, stage: Stage) -> list[Fact]:
+        """What a stage reads of layers that it names."""
+        return [need for need in stage.needs() if need.name in read_of("encoder layer") and need.layer is not None]

@@ -15,6 +15,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vtoken.config import Pipeline
 from vtoken.errors import UnsupportedError
+from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.run import ImageLayout
 from vtoken.serving import plan
 from vtoken.serving._clip import ClipLike
@@ -78,15 +79,28 @@ class Pruned:
     family: ClassVar[str]
     pipeline: Pipeline | None = None
     served: ServedTower | None = None
+    select_layers: list[int] | None = None
+    texts: Any
     config: Any
     multi_modal_projector: Any
     language_model: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        self.engine = vllm_config
-        self.texts: Any = None
-        self.install(plan.pipeline_of(self.config))
+        config, handle = vllm_config.model_config.hf_config, Handle()
+        pipeline, layer, deeper = plan.pipeline_of(config), config.vision_feature_layer, False
+        if pipeline is not None:
+            tower = ClipLike(config)
+            deeper = tower.deepest(pipeline) > max(tower.feature_layers)
+            if deeper:  # a stage reads behind the layer of the features, up to which vLLM builds
+                handle.set(config, "vision_feature_layer", tower.deepest(pipeline) + 1)
+        try:
+            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        finally:
+            handle.release()
+        if deeper and self.select_layers is None:
+            self.select_layers = [layer] if isinstance(layer, int) else list(layer)
+        self.engine, self.texts = vllm_config, None
+        self.install(pipeline)
 
     def install(self, pipeline: Pipeline | None) -> None:
         """Puts hooks on for what the stages read and do in the tower; a second call replaces the first."""
@@ -172,6 +186,12 @@ class Llava(Pruned, stock.LlavaForConditionalGeneration):
 
     family = "llava"
     hf_to_vllm_mapper = stock.LlavaForConditionalGeneration.hf_to_vllm_mapper | NAMES
+
+    def _image_pixels_to_features(self, vision_tower: Any, pixel_values: Any) -> Any:
+        if self.select_layers is None:
+            return super()._image_pixels_to_features(vision_tower, pixel_values)
+        strategy = self.config.vision_feature_select_strategy
+        return vision_tower(pixel_values, select_layers=self.select_layers, feature_select_strategy=strategy)
 
     def _process_image_input(self, image_input: Any) -> Any:
         if self.served is None or image_input["type"] != "pixel_values":

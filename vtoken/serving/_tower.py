@@ -79,6 +79,7 @@ class ServedTower(PaddedTower):
             self.context.handle.after(module.self_attn.attn, self._unpack)
 
     def _tap(self, module: Any, letters: Sequence[str]) -> nn.Module:
+        assert not isinstance(module, nn.Identity), "the tower was built for another pipeline"
         self.context.handle.after(module.self_attn.qkv_proj, self._projections)
         return cast(nn.Module, module.self_attn)
 

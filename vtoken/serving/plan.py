@@ -54,6 +54,7 @@ FAMILIES = {
     "llava_next": Family("LlavaNextForConditionalGeneration", "compact", no_cuts=CROPS, newlines=True, crops=True),
     "qwen2_vl": Family("Qwen2VLForConditionalGeneration", "original", text=False, no_cuts=BLOCKS),
     "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", "original", text=False, no_cuts=BLOCKS),
+    "qwen3_vl": Family("Qwen3VLForConditionalGeneration", "original", text=False, no_cuts=BLOCKS),
 }
 SITES = {
     "frames": "frames are chosen before vLLM's model is called; N frames at equal distances are what "
@@ -125,7 +126,7 @@ def refusal(stage: Stage, family: str, before: Sequence[Stage] = ()) -> str:
     if not _known_beforehand(stage, before, whole=not held.crops):
         mend = "give it a budget (keep: 64), or " if budget is None and "keep" in type(stage).model_fields else ""
         return (
-            "how many tokens it leaves is not known before a picture is encoded, and vLLM counts placeholders before; "
+            "its token count is not known before a picture is encoded, and vLLM counts placeholders first; "
             f"{mend}{ELSEWHERE}"
         )
     if _reads_text(stage) and not held.text:
@@ -225,6 +226,19 @@ def counts(pipeline: Pipeline, layout: ImageLayout) -> tuple[int, ...]:
 def kept(pipeline: Pipeline | None, layout: ImageLayout) -> int:
     """Tokens left of one picture or video, newlines not counted."""
     return layout.tokens if pipeline is None else counts(pipeline, layout)[-1]
+
+
+def newlines(pipeline: Pipeline | None, layout: ImageLayout, left: int) -> int:
+    """Newline tokens of a picture of which so many tokens are left: of one that nothing was taken from all of them
+    stay."""
+    there = layout.length - layout.tokens
+    return 0 if pipeline is not None and pipeline.newline == "drop" and left < layout.tokens else there
+
+
+def placeholders(pipeline: Pipeline | None, layout: ImageLayout) -> int:
+    """What a picture or video takes in the prompt: tokens and newlines."""
+    left = kept(pipeline, layout)
+    return left + newlines(pipeline, layout, left)
 
 
 def fingerprint(pipeline: Pipeline, prompt: list[int]) -> str:
