@@ -27,7 +27,9 @@ from vtoken.config import Pipeline
 from vtoken.errors import UnsupportedError, VtokenError
 from vtoken.session import match_processor, trace, wrap
 
-# Argument of `build_server` -> who answers there, as transformers made it. Some releases lack the last.
+# Arguments of `build_server` that are made here, and others -> who answers there, as transformers made it. Some releases
+# lack the last.
+OURS = ("model_manager", "chat_handler", "generation_state")
 OTHERS = {
     "completion_handler": ("completion", "CompletionHandler"),
     "response_handler": ("response", "ResponseHandler"),
@@ -48,15 +50,15 @@ def app_of(
     Raises:
         UnsupportedError: the stages do not go with the model, or this transformers has other server parts.
     """
-    manager, state = OneModel(name, pipeline, load_model, load_processor), GenerationState()
     known = signature(build_server).parameters
-    asked = {key for key, parameter in known.items() if parameter.default is Parameter.empty}
-    given: dict[str, Any] = {"model_manager": manager, "chat_handler": Chat(manager, state), "generation_state": state}
-    if not {*given} <= known.keys() or not asked <= {*given, *OTHERS}:
+    needed = {key for key, parameter in known.items() if parameter.default is Parameter.empty}
+    if not {*OURS} <= known.keys() or not needed <= {*OURS, *OTHERS}:
         raise UnsupportedError(
             f"vtoken serve does not know the server parts of transformers {transformers.__version__} (it knows those "
             "of 5.14 to 5.23): build_server takes " + ", ".join(known)
         )
+    manager, state = OneModel(name, pipeline, load_model, load_processor), GenerationState()
+    given: dict[str, Any] = dict(zip(OURS, (manager, Chat(manager, state), state), strict=True))
     for key, (module, handler) in OTHERS.items():
         if key in known:
             given[key] = getattr(import_module(f"transformers.cli.serving.{module}"), handler)(manager, state)
