@@ -21,6 +21,7 @@ from vtoken.errors import UnsupportedError
 from vtoken.hooks.cache.cached_rows import PromptRow, slots_of, store
 from vtoken.hooks.cache.requantize import Requantizer
 from vtoken.hooks.decoder.attention_tap import tap
+from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.hooks.state.checkpointing import replays
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import eager, steps
@@ -128,7 +129,7 @@ class CacheShrinker:
             )
 
     def _remember(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not steps(args[0] if args else kwargs["hidden_states"], kwargs.get("past_key_values")):
+        if not steps(args[0] if args else kwargs["hidden_states"], kwargs.get(CACHE)):
             self._note(args, kwargs)
 
     @eager
