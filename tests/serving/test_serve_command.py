@@ -40,7 +40,7 @@ def test_a_transformers_without_a_part_is_one_clear_error(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "transformers.cli.serving.server", None)
     assert main(["serve", "tiny-llava", "fastervlm:64"]) == 2
     error = capsys.readouterr().err
-    assert "server parts of transformers 5.14 to 5.23" in error and "transformers.cli.serving.server" in error
+    assert "server parts of transformers 5.14 to 5.24" in error and "transformers.cli.serving.server" in error
 
 
 @needs_parts

@@ -113,7 +113,7 @@ def _parts() -> tuple[Any, Any]:
         from vtoken.serving import openai_server
     except (ImportError, NameError) as error:
         raise UnsupportedError(
-            f"vtoken serve uses the server parts of transformers 5.14 to 5.23; in {transformers.__version__} one is "
+            f"vtoken serve uses the server parts of transformers 5.14 to 5.24; in {transformers.__version__} one is "
             f"missing: {error}"
         ) from error
     return openai_server, uvicorn

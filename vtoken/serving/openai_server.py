@@ -55,7 +55,7 @@ def app_of(
     if not {*OURS} <= known.keys() or not needed <= {*OURS, *OTHERS}:
         raise UnsupportedError(
             f"vtoken serve does not know the server parts of transformers {transformers.__version__} (it knows those "
-            "of 5.14 to 5.23): build_server takes " + ", ".join(known)
+            "of 5.14 to 5.24): build_server takes " + ", ".join(known)
         )
     manager, state = OneModel(name, pipeline, load_model, load_processor), GenerationState()
     given: dict[str, Any] = dict(zip(OURS, (manager, Chat(manager, state), state), strict=True))
