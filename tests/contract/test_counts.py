@@ -79,6 +79,8 @@ def packed(each, shape, seed, layer, alive):
         one = torch.rand(total, generator=g) ** 8 if spec.holds == "one" else torch.randn(total, WIDTH, generator=g)
         facts[fact] = one[alive] if spec.per == "token" else [torch.randn(6, WIDTH, generator=g) for _ in lengths]
     x = torch.randn(total, WIDTH, generator=g)
+    if seed:  # a picture that shows little: few kinds of tokens
+        x = x[torch.randint(0, 3, (total,), generator=g)] + 0.01 * x
     left = tuple(int(part.sum()) for part in alive.split(lengths))
     raster_index = torch.cat([torch.arange(n) for n in lengths])[alive]
     segment = None if segment is None else segment[alive]

@@ -85,6 +85,9 @@ class DCoDe(Pruner):
             free = free & ~joins
         return owner
 
+    def counts_are_exact(self, layer: int | None = None, whole: bool = True) -> bool:
+        return False
+
     def flops(self, lengths: Sequence[int], width: int) -> int:
         """Norms, and an upper bound of the similarities: every token with those kept of its frame."""
         counts = self.keep.counts(lengths, (0,) * len(lengths))

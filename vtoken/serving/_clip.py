@@ -1,0 +1,75 @@
+"""What a LLaVA's config says of its CLIP or SigLIP tower, and what of a pipeline does not go with it: known in the
+process that asks, before a model is built."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from vtoken.adapters._padded import TOWERS
+from vtoken.config import Pipeline
+from vtoken.errors import UnsupportedError, about, either
+from vtoken.stages import Fact, Stage
+from vtoken.stages.facts import read_of
+
+
+class ClipLike:
+    """The tower of a LLaVA.
+
+    Attributes:
+        depth, heads, scale, cls, feature_layers: as in Encoder; of the whole tower.
+        side: patches along a crop's edge.
+    """
+
+    def __init__(self, config: Any) -> None:
+        vision = config.vision_config
+        if vision.model_type not in TOWERS:
+            raise UnsupportedError(
+                f"a {vision.model_type!r} vision tower cannot be pruned in vLLM, only {either(sorted(TOWERS))}; leave "
+                "`vtoken` out of the model's config"
+            )
+        self.cls, strategy = TOWERS[vision.model_type], config.vision_feature_select_strategy
+        if self.cls != (strategy == "default"):
+            raise UnsupportedError(
+                f"vision_feature_select_strategy={strategy!r} with a {vision.model_type!r} tower makes tokens that are "
+                f"no patches, or fewer; use {'default' if self.cls else 'full'!r}"
+            )
+        self.depth, self.heads = vision.num_hidden_layers, vision.num_attention_heads
+        self.scale = (vision.hidden_size // self.heads) ** -0.5
+        self.side = vision.image_size // vision.patch_size
+        chosen = config.vision_feature_layer
+        chosen = [chosen] if isinstance(chosen, int) else list(chosen)
+        # hidden_states[0] is the embedding, so entry h is the output of layer h - 1.
+        self.feature_layers = tuple(h - 1 if h >= 0 else self.depth + h for h in chosen)
+
+    def check(self, pipeline: Pipeline) -> None:
+        """Holds the stages against the tower.
+
+        Raises:
+            UnsupportedError: names the stage.
+        """
+        with about(pipeline.written):
+            for stage in pipeline.stages:
+                if why := self.refusal(stage):
+                    raise UnsupportedError(f"stage {stage.name} {why}")
+
+    def refusal(self, stage: Stage) -> str:
+        """Why a stage does not go with it; "" if it does."""
+        if why := stage.tower_incompatibility(self.heads * round(self.scale**-2), 1):
+            return f"does not fit the vision tower: {why}"
+        for need in self._layered(stage):
+            if not -self.depth <= cast(int, need.layer) < self.depth:
+                return f"needs {need.name} of layer {need.layer}; there are {self.depth}"
+        last = min(self.feature_layers) - 1
+        cuts = stage.layers(self.depth) if stage.site == "encoder" else ()
+        if stage.site == "encoder" and (not cuts or min(cuts) < 0 or max(cuts) > last):
+            return f"acts at encoder layers {list(cuts)}; this model allows 0 to {last} (features are read after that)"
+        return ""
+
+    def deepest(self, pipeline: Pipeline) -> int:
+        """The last layer that has to run: that of the features, or a later one that a stage reads."""
+        needs = [need for stage in pipeline.stages for need in self._layered(stage)]
+        return max(*self.feature_layers, 0, *(cast(int, need.layer) % self.depth for need in needs))
+
+    def _layered(self, stage: Stage) -> list[Fact]:
+        """What a stage reads of layers that it names."""
+        return [need for need in stage.needs() if need.name in read_of("encoder layer") and need.layer is not None]

@@ -1,0 +1,75 @@
+"""What every processor does here: it refuses pipelines in the process of the caller, and names the pipeline in the keys
+of cached pictures."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, ClassVar
+
+import torch
+from vllm.logger import init_logger
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.processing import BaseMultiModalProcessor
+
+from vtoken.config import Pipeline
+from vtoken.errors import UnsupportedError
+from vtoken.serving import plan
+
+LOGGER = init_logger("vllm.plugins.vtoken")
+TEXT = "vtoken_text"  # ids of the prompt around a picture, which travel with it
+
+
+class Keyed(BaseMultiModalProcessor):
+    """Of processors, in front of vLLM's own. Caches may outlive an engine or be shared by several, so their keys name
+    the pipeline; where a stage reads the prompt, they name the prompt, too."""
+
+    family: ClassVar[str]
+    placeholder: ClassVar[str] = "image_token_index"
+
+    def __init__(self, info: Any, dummy_inputs: Any) -> None:
+        super().__init__(info, dummy_inputs)
+        self._asking = threading.local()
+        if (pipeline := self.pipeline) is not None:
+            self.check(pipeline)
+
+    @property
+    def pipeline(self) -> Pipeline | None:
+        return plan.pipeline_of(self.info.get_hf_config())
+
+    def check(self, pipeline: Pipeline) -> None:
+        """Refuses what cannot be served. The engine is not there yet, so the error is read."""
+        plan.check(pipeline, self.family)
+        if self.info.ctx.get_mm_config().mm_encoder_tp_mode == "data":
+            raise UnsupportedError(
+                "mm_encoder_tp_mode=data gives every rank other pictures, and vtoken's decisions are those of rank 0; "
+                "leave the option out"
+            )
+        if plan.reads_text(pipeline):
+            LOGGER.warning_once(
+                "vtoken: pipeline %s reads the prompt, so a picture is encoded again for every prompt around it, and "
+                "prompts share no prefix behind a picture",
+                pipeline.name,
+            )
+
+    def _cached_apply_hf_processor(self, inputs: Any, timing_ctx: Any) -> Any:
+        if plan.reads_text(self.pipeline):
+            placeholder = getattr(self.info.get_hf_config(), self.placeholder)
+            self._asking.text = [token for token in inputs.prompt if token != placeholder]
+        return super()._cached_apply_hf_processor(inputs, timing_ctx)
+
+    def _postprocess_hf_mm_data(self, mm_inputs: Any, hf_processor_mm_kwargs: Any, processed_data: Any) -> Any:
+        if plan.reads_text(self.pipeline) and "pixel_values" in processed_data:
+            text = torch.tensor(self._asking.text)
+            processed_data[TEXT] = text.expand(len(processed_data["pixel_values"]), -1).contiguous()
+        return super()._postprocess_hf_mm_data(mm_inputs, hf_processor_mm_kwargs, processed_data)
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Any:
+        fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
+        return {**fields, TEXT: MultiModalFieldConfig.batched("image")}
+
+    def _get_mm_hashes(self, inputs: Any) -> Any:
+        hashes, pipeline = super()._get_mm_hashes(inputs), self.pipeline
+        if pipeline is None:
+            return hashes
+        mark = plan.fingerprint(pipeline, inputs.prompt)
+        return {modality: [f"{key}-{mark}" for key in keys] for modality, keys in hashes.items()}

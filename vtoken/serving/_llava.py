@@ -1,0 +1,207 @@
+"""LLaVA-1.5 as vLLM serves it, with a pipeline in its tower and behind its projector."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+from transformers import PixtralVisionConfig
+from vllm.config import VllmConfig
+from vllm.model_executor.models import llava as stock
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from vtoken.config import Pipeline
+from vtoken.errors import UnsupportedError
+from vtoken.hooks.state.handle import Handle
+from vtoken.hooks.state.run import ImageLayout
+from vtoken.serving import plan
+from vtoken.serving._clip import ClipLike
+from vtoken.serving._keyed import LOGGER, TEXT, Keyed
+from vtoken.serving._tower import ServedTower, agreed
+from vtoken.serving.decide import decide
+from vtoken.stages import Fact
+
+# transformers from 5.20 on saves the tower without its inner module's name.
+NAMES = WeightsMapper(
+    orig_to_new_regex={
+        re.compile(r"^(model\.)?vision_tower\.(?=embeddings\.|encoder\.|pre_layrnorm\.|post_layernorm\.|head\.)"): (
+            "vision_tower.vision_model."
+        )
+    }
+)
+
+
+class KeyedLlava(Keyed):
+    """Of LLaVAs."""
+
+    def check(self, pipeline: Pipeline) -> None:
+        super().check(pipeline)
+        ClipLike(self.info.get_hf_config()).check(pipeline)
+
+
+class Info(stock.LlavaProcessingInfo):
+    """As many placeholders as the pipeline leaves tokens."""
+
+    def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
+        pipeline = plan.pipeline_of(self.get_hf_config())
+        if pipeline is None:
+            full: int = super().get_num_image_tokens(image_width=image_width, image_height=image_height)
+            return full
+        side = ClipLike(self.get_hf_config()).side
+        return plan.kept(pipeline, ImageLayout(((1, side, side),)))
+
+
+class Processor(KeyedLlava, stock.LlavaMultiModalProcessor):
+    family = "llava"
+
+
+def info_of(ctx: Any) -> Any:
+    """vLLM serves Pixtral in this class, too."""
+    config = ctx.get_hf_config()
+    if not isinstance(config.vision_config, PixtralVisionConfig):
+        return Info(ctx)
+    if plan.pipeline_of(config) is not None:
+        ClipLike(config)
+    return stock.PixtralHFProcessingInfo(ctx)
+
+
+def processor_of(info: Any, dummy_inputs: Any) -> Any:
+    made = Processor if isinstance(info, Info) else stock.PixtralHFMultiModalProcessor
+    return made(info, dummy_inputs)
+
+
+class Pruned:
+    """Of models, in front of vLLM's own: stock where the config names no pipeline."""
+
+    family: ClassVar[str]
+    pipeline: Pipeline | None = None
+    served: ServedTower | None = None
+    select_layers: list[int] | None = None
+    texts: Any
+    config: Any
+    multi_modal_projector: Any
+    language_model: Any
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        config, handle = vllm_config.model_config.hf_config, Handle()
+        pipeline, layer, deeper = plan.pipeline_of(config), config.vision_feature_layer, False
+        if pipeline is not None:
+            tower = ClipLike(config)
+            deeper = tower.deepest(pipeline) > max(tower.feature_layers)
+            if deeper:  # a stage reads behind the layer of the features, up to which vLLM builds
+                handle.set(config, "vision_feature_layer", tower.deepest(pipeline) + 1)
+        try:
+            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        finally:
+            handle.release()
+        if deeper and self.select_layers is None:
+            self.select_layers = [layer] if isinstance(layer, int) else list(layer)
+        self.engine, self.texts = vllm_config, None
+        self.install(pipeline)
+
+    def install(self, pipeline: Pipeline | None) -> None:
+        """Puts hooks on for what the stages read and do in the tower; a second call replaces the first."""
+        if self.served is not None:
+            self.served.context.handle.release()
+        self.pipeline, self.served = pipeline, None
+        if pipeline is None:
+            return
+        plan.check(pipeline, self.family)
+        ClipLike(self.config).check(pipeline)
+        check_engine(self.engine, pipeline)
+        self.served = ServedTower(self, pipeline)
+        LOGGER.info("vtoken: pipeline %s prunes every picture", pipeline.name)
+
+    @property
+    def most(self) -> int:
+        """Visual tokens that the dense model would have been given in one call, at most."""
+        return int(self.engine.scheduler_config.max_num_encoder_input_tokens)
+
+    def embed_multimodal(self, **kwargs: object) -> Any:
+        self.texts = kwargs.pop(TEXT, None)
+        embeds = kwargs.get("image_embeds")
+        if isinstance(embeds, list):  # of different lengths, for which vLLM's schema has no place
+            return tuple(embeds)
+        return super().embed_multimodal(**kwargs)  # type: ignore[misc]
+
+    def choose(self, x: Tensor, layouts: Sequence[ImageLayout], first: int, pack: Any) -> Any:
+        """Lets the stages choose among what the tower gave.
+
+        Args:
+            x: [crops, patches, D] projected; with tokens that were dropped in the tower as rows of zeros.
+            first: which picture of the call is the first of these.
+            pack: [crops, patches, C] -> [ΣN, C] of the pictures' tokens.
+
+        Returns:
+            [ΣK, D] and the history.
+        """
+        assert self.pipeline is not None and self.served is not None
+        tower = self.served
+        history = None if tower.state is None else tower.state.history
+        places = history.places if history is not None and history.short else None
+        if history is not None and places is None:
+            history = None
+
+        def live(values: Tensor) -> Tensor:
+            packed: Tensor = pack(values)
+            return packed if places is None else packed[places]
+
+        def read(need: Fact) -> Any:
+            if need.name != "text":
+                return live(tower.fact(need))
+            ids = self.texts[first : first + len(layouts)]
+            return [self.language_model.embed_input_ids(row.long()) for row in ids]
+
+        # Without the hooks, which are about whole pictures.
+        project = self.multi_modal_projector.forward
+        found = decide(self.pipeline, live(x), layouts, read, project=project, agree=agreed, history=history)
+        tower.forget()
+        return found
+
+
+def check_engine(engine: VllmConfig, pipeline: Pipeline) -> None:
+    """Refuses modes of the engine that go past hooks or count tokens otherwise.
+
+    Raises:
+        UnsupportedError: names the option.
+    """
+    compilation, lora = engine.compilation_config, engine.lora_config
+    told = ""
+    if getattr(compilation, "compile_mm_encoder", False):
+        told = "compile_mm_encoder compiles hooks in the vision tower away"
+    elif getattr(compilation, "cudagraph_mm_encoder", False):
+        told = "cudagraph_mm_encoder goes past the function that prunes"
+    elif lora is not None and getattr(lora, "enable_tower_connector_lora", False):
+        told = "LoRA on tower or projector is told the kept tokens, where it needs all"
+    if told:
+        raise UnsupportedError(f"pipeline {pipeline.name}: {told}; leave the option out")
+
+
+@MULTIMODAL_REGISTRY.register_processor(processor_of, info=info_of, dummy_inputs=stock.LlavaDummyInputsBuilder)
+class Llava(Pruned, stock.LlavaForConditionalGeneration):
+    """`LlavaForConditionalGeneration`."""
+
+    family = "llava"
+    hf_to_vllm_mapper = stock.LlavaForConditionalGeneration.hf_to_vllm_mapper | NAMES
+
+    def _image_pixels_to_features(self, vision_tower: Any, pixel_values: Any) -> Any:
+        if self.select_layers is None:
+            return super()._image_pixels_to_features(vision_tower, pixel_values)
+        strategy = self.config.vision_feature_select_strategy
+        return vision_tower(pixel_values, select_layers=self.select_layers, feature_select_strategy=strategy)
+
+    def _process_image_input(self, image_input: Any) -> Any:
+        if self.served is None or image_input["type"] != "pixel_values":
+            return super()._process_image_input(image_input)
+        side = self.served.side
+        layout = ImageLayout(((1, side, side),))
+        out: list[Tensor] = []
+        # As many at once as the dense model would have been given: the engine counts what is kept.
+        for pixels in image_input["pixel_values"].split(max(1, self.most // layout.tokens)):
+            x = super()._process_image_input({"type": "pixel_values", "pixel_values": pixels})
+            left, history = self.choose(x, [layout] * len(pixels), len(out), lambda values: values.flatten(0, 1))
+            out += left.split(history.counts)
+        return tuple(out)

@@ -1,0 +1,163 @@
+"""LLaVA-NeXT as vLLM serves it, with a pipeline behind its packing (crops, unpadding, newlines)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from copy import copy
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+# `Anyres` looks them up in the module of its model.
+from transformers.models.llava_next.modeling_llava_next import (  # noqa: F401
+    get_anyres_image_grid_shape,
+    image_size_to_num_patches,
+)
+from vllm.model_executor.models import llava_next as stock
+from vllm.model_executor.models.llava import LlavaDummyInputsBuilder
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from vtoken.adapters._anyres import Anyres
+from vtoken.config import Pipeline
+from vtoken.hooks.state.run import FeatureCall, ImageLayout
+from vtoken.serving import plan
+from vtoken.serving._clip import ClipLike
+from vtoken.serving._llava import NAMES, KeyedLlava, Pruned
+
+Sizes = Sequence[tuple[int, int]]
+
+
+def cut(config: Any, pipeline: Pipeline | None) -> Any:
+    """The config, with the crop grid of the pipeline's `anyres`."""
+    if pipeline is None or pipeline.anyres == "model":
+        return config
+    side, changed = 2 * config.vision_config.image_size, copy(config)
+    changed.image_grid_pinpoints = [[side, side]]
+    return changed
+
+
+class Model(SimpleNamespace):
+    """In place of a model: it has a config."""
+
+
+class Packing(Anyres):
+    """How pictures are cut and packed, which the config tells."""
+
+    model_type = "llava_next"
+
+    def __init__(self, config: Any) -> None:
+        self.outer, self.side = Model(config=config), ClipLike(config).side
+        self.patches = self.side**2
+        self._layout = lru_cache(maxsize=256)(self._laid_out)
+
+    def pack_options(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def layouts_of(self, sizes: Sizes) -> list[ImageLayout]:
+        """Of pictures of these (height, width)."""
+        crops = self.crops({"image_sizes": sizes})
+        return [self._layout(n, size, ()) for n, size in zip(crops, sizes, strict=True)]
+
+    def _pack(self, images: Sequence[Tensor], sizes: Any, options: dict[str, Any]) -> list[Tensor]:
+        """By vLLM's own packing, which reads nothing of its model but config and newline."""
+        newline = torch.full((images[0].shape[-1],), float("nan"), device=images[0].device)
+        model = Model(config=self.outer.config, image_newline=newline)
+        merge = stock.LlavaNextForConditionalGeneration._merge_image_patch_embeddings
+        return [
+            merge(model, torch.as_tensor(size), image, strategy="spatial_unpad")
+            for image, size in zip(images, sizes, strict=True)
+        ]
+
+
+class Info(stock.LlavaNextProcessingInfo):
+    """As many placeholders as the pipeline leaves tokens and newlines."""
+
+    _packing: Packing | None = None
+
+    def get_hf_config(self) -> Any:
+        config = super().get_hf_config()
+        return cut(config, plan.pipeline_of(config))
+
+    def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
+        config = self.get_hf_config()
+        pipeline = plan.pipeline_of(config)
+        if pipeline is None:
+            full: int = super().get_num_image_tokens(image_width=image_width, image_height=image_height)
+            return full
+        grids = config.image_grid_pinpoints
+        if self._packing is None or self._packing.outer.config.image_grid_pinpoints != grids:
+            self._packing = Packing(config)
+        (layout,) = self._packing.layouts_of([(image_height, image_width)])
+        return plan.placeholders(pipeline, layout)
+
+
+class Processor(KeyedLlava, stock.LlavaNextMultiModalProcessor):
+    family = "llava_next"
+
+    def _call_hf_processor(self, hf_data: Any, hf_kwargs: Any) -> Any:
+        pipeline = self.pipeline
+        if pipeline is None or pipeline.anyres == "model":
+            return super()._call_hf_processor(hf_data, hf_kwargs)
+        # vLLM remembers processors by their arguments, which a list cannot be one of; told to the call it can.
+        told = {**hf_kwargs, "image_grid_pinpoints": self.info.get_hf_config().image_grid_pinpoints}
+        return self.info.ctx.call_hf_processor(self.info.get_hf_processor(**hf_kwargs), hf_data, told)
+
+
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=LlavaDummyInputsBuilder)
+class LlavaNext(Pruned, stock.LlavaNextForConditionalGeneration):
+    """`LlavaNextForConditionalGeneration`."""
+
+    family = "llava_next"
+    hf_to_vllm_mapper = stock.LlavaNextForConditionalGeneration.hf_to_vllm_mapper | NAMES
+    packing: Packing | None = None
+
+    def install(self, pipeline: Pipeline | None) -> None:
+        self.config = cut(self.engine.model_config.hf_config, pipeline)
+        super().install(pipeline)
+        self.packing = None if pipeline is None else Packing(self.config)
+
+    def _process_image_input(self, image_input: Any) -> Any:
+        if self.packing is None or image_input["type"] != "pixel_values":
+            return super()._process_image_input(image_input)
+        pixels = image_input["pixel_values"]
+        sizes = [(int(height), int(width)) for height, width in image_input["image_sizes"].tolist()]
+        layouts, out = self.packing.layouts_of(sizes), list[Tensor]()
+        # As many at once as the dense model would have been given: the engine counts what is kept.
+        for some in groups([layout.length for layout in layouts], self.most):
+            crops = self._process_image_pixels({"pixel_values": list(pixels[some])})
+            out += self._left(torch.cat(list(crops)), sizes[some], layouts[some], some.start)
+        return out
+
+    def _left(self, x: Tensor, sizes: Sizes, layouts: Sequence[ImageLayout], first: int) -> Iterator[Tensor]:
+        """What is left of pictures, with the newlines that the pipeline leaves them."""
+        call, packing = FeatureCall("image", {"image_sizes": sizes}, tuple(layouts)), cast(Packing, self.packing)
+
+        def pack(values: Tensor) -> Tensor:
+            packed = packing.pack(call, values if values.ndim == 3 else values[..., None])
+            return packed if values.ndim == 3 else packed[:, 0]
+
+        left, history = self.choose(x, layouts, first, pack)
+        for tokens, places, layout in zip(left.split(history.counts), history.kept(), layouts, strict=True):
+            newlines = plan.newlines(self.pipeline, layout, len(tokens))
+            yield self._closed(tokens, places, layout, newlines) if newlines else tokens
+
+    def _closed(self, tokens: Tensor, places: Tensor, layout: ImageLayout, newlines: int) -> Tensor:
+        """Tokens [K, D] that stand at these places of their picture, with its newlines among them."""
+        assert layout.newline is not None
+        newline = layout.newline.to(places.device)
+        column = torch.cat([(~newline).nonzero()[:, 0][places], newline.nonzero()[:, 0]])
+        return torch.cat([tokens, self.image_newline.expand(newlines, -1).to(tokens)])[column.argsort()]
+
+
+def groups(lengths: Sequence[int], most: int) -> Iterator[slice]:
+    """Neighbours of so many tokens together at most, or one alone."""
+    start = total = 0
+    for k, length in enumerate(lengths):
+        if k > start and total + length > most:
+            yield slice(start, k)
+            start, total = k, 0
+        total += length
+    yield slice(start, len(lengths))

@@ -1,0 +1,265 @@
+"""The pipeline in a model's config, what of it vLLM can serve, and how many tokens it leaves: all known before anything
+is encoded. Importing this imports no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+import vtoken
+from vtoken.errors import ConfigError, UnsupportedError, about, shown, unknown
+
+if TYPE_CHECKING:
+    from vtoken.config import Pipeline
+    from vtoken.hooks.state.run import ImageLayout
+    from vtoken.stages import Stage
+
+KEY = "vtoken"  # of the model's config: --hf-overrides '{"vtoken": "fastervlm-64"}'
+ELSEWHERE = "serve the pipeline with transformers (`vtoken serve`), or leave the stage out"
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the plugin serves a family.
+
+    Attributes:
+        architecture: name of vLLM's model class.
+        positions: the one policy that its placeholders allow.
+        text: pictures are keyed by their prompts where a stage reads those.
+        cuts: stages may drop tokens between layers of the vision tower; if not, `no_cuts` says why.
+        newlines: pictures have newline tokens; crops: they are cut into crops.
+    """
+
+    architecture: str
+    positions: str
+    text: bool = True
+    no_cuts: str = ""
+    newlines: bool = False
+    crops: bool = False
+
+    @property
+    def cuts(self) -> bool:
+        return not self.no_cuts
+
+
+CROPS = "unpadding takes away another number of the kept tokens from every picture"
+BLOCKS = "the blocks of its vision tower run no hooks in vLLM"
+FAMILIES = {
+    "llava": Family("LlavaForConditionalGeneration", "compact"),
+    "llava_next": Family("LlavaNextForConditionalGeneration", "compact", no_cuts=CROPS, newlines=True, crops=True),
+    "qwen2_vl": Family("Qwen2VLForConditionalGeneration", "original", text=False, no_cuts=BLOCKS),
+    "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", "original", text=False, no_cuts=BLOCKS),
+    "qwen3_vl": Family("Qwen3VLForConditionalGeneration", "original", text=False, no_cuts=BLOCKS),
+}
+SITES = {
+    "frames": "frames are chosen before vLLM's model is called; N frames at equal distances are what "
+    '--media-io-kwargs \'{"video": {"num_frames": N}}\' takes',
+    "decoder": f"vLLM runs all decoder layers of a step on one number of tokens, with one block table; {ELSEWHERE}",
+    "attention": f"vLLM's attention kernels read paged caches and are not told which tokens are visual; {ELSEWHERE}",
+    "cache": f"blocks of vLLM's KV cache belong to all heads and layers alike; {ELSEWHERE}",
+}
+
+
+def pipeline_of(hf_config: Any) -> Pipeline | None:
+    """The pipeline in a model's config, or written over it; None where there is none, or one without stages.
+
+    Raises:
+        ConfigError: it does not read.
+    """
+    given = getattr(hf_config, KEY, None)
+    if given is None:
+        return None
+    with about("`vtoken` of the model's config"):
+        try:
+            written = json.dumps(given)
+        except TypeError:
+            raise ConfigError(f"write a preset, a short form, a path or plain data, not {shown(given)}") from None
+        found = _load(written)
+    return found if found.stages else None
+
+
+@lru_cache(maxsize=32)
+def _load(written: str) -> Pipeline:
+    from vtoken import config
+
+    return config.load(json.loads(written))
+
+
+def check(pipeline: Pipeline, family: str) -> None:
+    """Holds a pipeline against what vLLM can do.
+
+    Args:
+        family: `model_type` of the model's config.
+
+    Raises:
+        UnsupportedError: names the stage or the policy, the reason and what to write instead.
+    """
+    if family not in FAMILIES:
+        raise UnsupportedError(f"{unknown('family', family, FAMILIES)}; {ELSEWHERE}")
+    with about(pipeline.written):
+        for stage, before in zip(pipeline.stages, _before(pipeline), strict=True):
+            if why := refusal(stage, family, before):
+                raise UnsupportedError(f"stage {stage.name} cannot be served in vLLM: {why}")
+        _check_policies(pipeline, family)
+
+
+def refusal(stage: Stage, family: str, before: Sequence[Stage] = ()) -> str:
+    """Why vLLM cannot serve a stage on a family behind those `before` it, and what can be done; "" if it can."""
+    held, budget = FAMILIES[family], getattr(stage, "keep", None)
+    if stage.site in SITES:
+        return f"it acts at site {stage.site}; {SITES[stage.site]}"
+    if stage.site == "encoder":
+        if held.no_cuts:
+            return f"it acts inside the vision tower, and on {family} {held.no_cuts}; {ELSEWHERE}"
+        if stage.merge_point() is not None:
+            return f"it merges inside layers of the vision tower, which vLLM's layers do not let; {ELSEWHERE}"
+    if budget is not None and budget.total is not None:
+        return (
+            f"keep: {{total: {budget.total}}} is shared out among the pictures of a prompt, and vLLM encodes each for "
+            "itself; write a count (keep: 64) or a share (25%)"
+        )
+    if not _known_beforehand(stage, before, whole=not held.crops):
+        mend = "give it a budget (keep: 64), or " if budget is None and "keep" in type(stage).model_fields else ""
+        return (
+            "its token count is not known before a picture is encoded, and vLLM counts placeholders first; "
+            f"{mend}{ELSEWHERE}"
+        )
+    if _reads_text(stage) and not held.text:
+        return f"it reads the prompt, by which pictures of {family} are not told apart in vLLM's caches; {ELSEWHERE}"
+    return ""
+
+
+def _before(pipeline: Pipeline) -> list[tuple[Stage, ...]]:
+    return [pipeline.stages[:k] for k in range(len(pipeline.stages))]
+
+
+def _known_beforehand(stage: Stage, before: Sequence[Stage], whole: bool) -> bool:
+    """Whether the number of tokens that it leaves follows from the picture's size, as `counts` works it out. Of stages
+    inside the tower the last cut counts.
+
+    Args:
+        whole: no padding was cut off crops.
+    """
+    if stage.counts_are_exact(whole=whole and not before):
+        return True
+    # How many tokens a crop or frame holds is known until a budget of another kind was spent.
+    per = _per(stage)
+    return per is not None and all(_per(each) == per for each in before) and stage.counts_are_exact()
+
+
+def _per(stage: Stage) -> str | None:
+    """Of what its budget is: "per_frame", "per_crop" or None."""
+    budget = getattr(stage, "keep", None)
+    return None if budget is None else budget.per
+
+
+def _check_policies(pipeline: Pipeline, family: str) -> None:
+    held = FAMILIES[family]
+    if held.newlines and pipeline.newline == "keep_if_row_has_token":
+        raise UnsupportedError(
+            "newline: keep_if_row_has_token leaves a number of newline tokens that depends on the picture, and vLLM "
+            "counts placeholders before it encodes; write newline: keep or newline: drop"
+        )
+    if pipeline.anyres != "model" and not held.crops:
+        raise UnsupportedError(
+            f"anyres: {pipeline.anyres} chooses how pictures are cut, and {family} does not cut them; leave it out"
+        )
+    if pipeline.stages and pipeline.positions != held.positions:
+        why = "numbers tokens without gaps" if held.positions == "compact" else "keeps the positions of M-RoPE"
+        raise UnsupportedError(
+            f"positions: {pipeline.positions} cannot be had in vLLM, which on {family} {why}; write "
+            f"--hf-overrides '{{\"{KEY}\": {_rewritten(pipeline, held.positions)}}}'"
+        )
+
+
+def _rewritten(pipeline: Pipeline, positions: str) -> str:
+    """The pipeline with these positions, as JSON."""
+    from vtoken.config.pipeline import POLICY_KEYS
+
+    line = re.fullmatch(r'(?:preset|pipeline) "([^"]+)"', pipeline.written)
+    if line is not None and "positions=" not in line[1] and "..." not in line[1]:
+        return json.dumps(f"{line[1]},positions={positions}")
+    usual = type(pipeline)("", "original", ())
+    policies = {key: getattr(pipeline, key) for key in POLICY_KEYS if getattr(pipeline, key) != getattr(usual, key)}
+    stages = [{stage.name: stage.model_dump(mode="json", exclude_defaults=True)} for stage in pipeline.stages]
+    return json.dumps({**policies, "positions": positions, "stages": stages})
+
+
+def _reads_text(stage: Stage) -> bool:
+    return any(need.name == "text" for need in stage.needs())
+
+
+def reads_text(pipeline: Pipeline | None) -> bool:
+    """Whether what is kept of a picture depends on the prompt around it."""
+    return pipeline is not None and any(_reads_text(stage) for stage in pipeline.stages)
+
+
+def counts(pipeline: Pipeline, layout: ImageLayout) -> tuple[int, ...]:
+    """Tokens left of one picture or video after every stage, newlines not counted.
+
+    Args:
+        layout: its rasters, and, where it is cut into crops or frames, the segment of each token.
+    """
+    length = layout.tokens
+    if length < pipeline.min_visual_tokens:
+        return (length,) * len(pipeline.stages)
+    segments: list[int] | None = None if layout.segment is None else layout.segment.bincount().tolist()
+    left = []
+    for stage in pipeline.stages:
+        if segments is not None and _per(stage):
+            budget = stage.keep  # type: ignore[attr-defined]
+            # A per_crop budget takes a video as one segment, a per_frame budget a picture.
+            alike = (len(layout.parts) == 1) == (budget.per == "per_frame")
+            segments = [min(n, budget.tokens) for n in segments] if alike else segments
+            length = sum(segments) if alike else min(length, budget.tokens)
+        else:
+            (length,) = stage.expected_counts((length,), (layout.parts,), (0,))
+        left.append(length)
+    return tuple(left)
+
+
+def kept(pipeline: Pipeline | None, layout: ImageLayout) -> int:
+    """Tokens left of one picture or video, newlines not counted."""
+    return layout.tokens if pipeline is None else counts(pipeline, layout)[-1]
+
+
+def newlines(pipeline: Pipeline | None, layout: ImageLayout, left: int) -> int:
+    """Newline tokens of a picture of which so many tokens are left: of one that nothing was taken from all of them
+    stay."""
+    there = layout.length - layout.tokens
+    return 0 if pipeline is not None and pipeline.newline == "drop" and left < layout.tokens else there
+
+
+def placeholders(pipeline: Pipeline | None, layout: ImageLayout) -> int:
+    """What a picture or video takes in the prompt: tokens and newlines."""
+    left = kept(pipeline, layout)
+    return left + newlines(pipeline, layout, left)
+
+
+def fingerprint(pipeline: Pipeline, prompt: list[int]) -> str:
+    """What the key of every cached picture says of the pipeline, and of the prompt (token ids) where a stage reads
+    it."""
+    key = _written(pipeline) + (repr(prompt) if reads_text(pipeline) else "")
+    return blake2b(key.encode(), digest_size=16).hexdigest()
+
+
+@lru_cache(maxsize=32)
+def _written(pipeline: Pipeline) -> str:
+    """The pipeline, this version, and what is in the files that stages name."""
+    from vtoken import config
+
+    files = [getattr(stage, option) for stage in pipeline.stages for option in stage.file_options()]
+    return "\n".join([vtoken.__version__, config.dump(pipeline), *(_digest(file) for file in files if file)])
+
+
+def _digest(file: str) -> str:
+    try:
+        with open(file, "rb") as opened:
+            return blake2b(opened.read()).hexdigest()
+    except OSError:
+        return ""

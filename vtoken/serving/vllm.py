@@ -1,0 +1,49 @@
+"""vLLM's entry point (group `vllm.general_plugins`). Every process of vLLM calls it, of everybody who has vtoken
+installed, so it imports nothing of its own: models are named as text, and the engine imports the one that it wants.
+
+What is used of vLLM's inside, all of it in this room: get_num_image_tokens, _process_image_input,
+_process_image_pixels, _merge_image_patch_embeddings, _get_mm_hashes, _get_mm_fields_config, _call_hf_processor,
+_postprocess_hf_mm_data, _cached_apply_hf_processor, qkv_proj, MMEncoderAttention. Of Qwen-VL beside these:
+_get_prompt_updates, get_video_repl, _process_video_input, visual.blocks[k].attn (qkv, split_qkv, apply_rotary_emb),
+visual.merger's norm, get_rope_by_thw, input_norm, out_hidden_size, iter_mm_grid_thw, get_mrope_input_positions,
+recompute_mrope_positions, video_pruning_rate.
+"""
+
+from __future__ import annotations
+
+import logging
+
+SUPPORTED = ((0, 32), (0, 33))  # from, and the first that is not tried
+MODELS = {
+    "LlavaForConditionalGeneration": "vtoken.serving._llava:Llava",
+    "LlavaNextForConditionalGeneration": "vtoken.serving._next:LlavaNext",
+    "Qwen2VLForConditionalGeneration": "vtoken.serving._qwen:Qwen2VL",
+    "Qwen2_5_VLForConditionalGeneration": "vtoken.serving._qwen:Qwen25VL",
+    "Qwen3VLForConditionalGeneration": "vtoken.serving._qwen3:Qwen3VL",
+}
+LOGGER = logging.getLogger("vllm.plugins.vtoken")  # below vLLM's own, which decides where it is written
+
+
+def register() -> None:
+    """Puts vtoken's models in place of the stock ones, which they are where the config names no pipeline. A version of
+    vLLM that was not tried gets one line in the log and keeps its own."""
+    import vllm
+
+    low, high = SUPPORTED
+    if not low <= _release(vllm.__version__) < high:
+        LOGGER.warning(
+            "vtoken serves vLLM %d.%d up to %d.%d, this is %s: its models stay as they are, and a pipeline in their "
+            "config does nothing",
+            *low,
+            *high,
+            vllm.__version__,
+        )
+        return
+    for architecture, path in MODELS.items():
+        vllm.ModelRegistry.register_model(architecture, path)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(0, 32) of 0.32.1+cpu; () of what is no number, which no range holds."""
+    parts = version.split(".")[:2]
+    return tuple(int(part) for part in parts) if all(part.isdigit() for part in parts) else ()
