@@ -22,6 +22,7 @@ COMMANDS = {
     "list": "stages and presets, with their options and papers",
     "show": "draw which patches of a picture a pipeline keeps",
     "app": "a page in the browser: a picture, a question, dense and pruned",
+    "serve": "a model with a pipeline behind an OpenAI-compatible API",
     "flops": "account for the FLOPs that a pipeline saves",
     "bench": "measure latency and memory with and without a pipeline",
     "eval": "score pipelines with lmms-eval's tasks",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import transformers
 from torch import nn
 
 from vtoken import registry
@@ -12,6 +14,7 @@ from vtoken.adapters.base import Adapter
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, OtherModelError, UnsupportedError
 from vtoken.hooks.attention.sparse_prefill import check_attention
+from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.stages import FACTS, SITES, Fact, OtherModel, Stage, spec_of
 from vtoken.stages.cache import CacheStage
 from vtoken.stages.facts import encoded
@@ -49,6 +52,11 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
         raise UnsupportedError(
             f"anyres: {pipeline.anyres} chooses how LLaVA-NeXT and OneVision cut pictures; {adapter.model_type} does "
             "not cut them. Leave the key out"
+        )
+    if CACHE not in inspect.signature(adapter.lm.forward).parameters:
+        raise UnsupportedError(
+            f"{type(adapter.lm).__name__} takes no {CACHE}, by which transformers {transformers.__version__} hands the "
+            "KV cache on, so nothing would be pruned; use a version from 5.14 to 5.24"
         )
     check_unmerging(pipeline)
     for stage in pipeline.stages:

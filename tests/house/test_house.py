@@ -41,8 +41,8 @@ MAY_IMPORT = {
     "session": LOWER | {"compatibility"},
     "saved": LOWER | {"session"},
     "evals": LOWER | {"session", "evals", "compressors", "__init__"},
-    "commands": LOWER | {"session", "evals", "compressors", "commands", "__init__"},
-    "serving": LOWER | {"serving", "__init__"},
+    "commands": LOWER | {"session", "evals", "compressors", "commands", "serving", "__init__"},
+    "serving": LOWER | {"session", "serving", "__init__"},
     "cli": LOWER | {"session", "commands", "evals", "__init__"},
     "__main__": {"cli"},
 }

@@ -41,7 +41,7 @@ ROOMS = {
         "cli.py",
     ): 10290,
     ("kernels",): 3000,
-    ("evals", "commands"): 11824,
+    ("evals", "commands"): 11960,
 }
 
 

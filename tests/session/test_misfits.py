@@ -47,3 +47,12 @@ def test_what_fits_is_taken(family):
             pass
     with vtoken.wrapped(model, [{"vflowopt": {"keep": 4, "merge": patches, "alpha": 0.1}}]):
         pass
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_cache_of_another_name_is_refused(family, monkeypatch):
+    """Hooks would not find it, do nothing and say nothing."""
+    model = tiny.make(family)
+    monkeypatch.setattr(tiny.adapter(model).lm, "forward", lambda inputs_embeds=None, kv=None: None)
+    with pytest.raises(UnsupportedError, match="so nothing would be pruned"):
+        vtoken.wrap(model, "random:4")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -16,6 +16,19 @@ from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import eager
 from vtoken.hooks.state.image_spans import HIDDEN
 from vtoken.hooks.state.run import UNSEEN
+
+
+def refuse_batching(*args: Any, **kwargs: Any) -> NoReturn:
+    """In place of the model's `init_continuous_batching`, by which `generate_batch` goes too.
+
+    Raises:
+        UnsupportedError: always.
+    """
+    raise UnsupportedError(
+        "continuous batching of transformers takes token ids without pictures and packs requests into one row on a "
+        "paged cache, so this model's pipeline would do nothing; call generate with a batch, or vtoken.unwrap(model) "
+        "first for prompts without pictures"
+    )
 
 
 class CallInputs:
@@ -28,6 +41,8 @@ class CallInputs:
         self.adapter, self.run, self.handle = adapter, context.run, handle
         self.guard = MinTokensGuard(context) if context.min_tokens_of_tower else None
         handle.set(adapter.model, "generate", self._shadow(adapter.model.generate))
+        if self.acts and hasattr(adapter.model, "init_continuous_batching"):
+            handle.set(adapter.model, "init_continuous_batching", refuse_batching)
         if hasattr(adapter.outer, "get_rope_index"):
             handle.set(adapter.outer, "get_rope_index", self._placed(adapter.outer.get_rope_index))
         handle.before(adapter.model, self._call)

@@ -1,0 +1,136 @@
+"""`vtoken serve`: a model with a pipeline behind an OpenAI-compatible API."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import socket
+from importlib.util import find_spec
+from typing import Any
+
+from vtoken.config import Pipeline
+from vtoken.errors import UnsupportedError, VtokenError
+from vtoken.evals.shared.options import DeviceOptions, option
+
+EXAMPLES = """examples:
+  vtoken serve tiny-llava fastervlm:64                                       # the shipped model, on port 8000
+  vtoken serve llava-hf/llava-1.5-7b-hf fastervlm-64 --dtype bfloat16        # a model of yours
+  vtoken serve Qwen/Qwen2.5-VL-3B-Instruct my-pipeline.yaml --host 0.0.0.0   # for other machines of the network too
+  vtoken serve tiny-llava none                                               # dense, to compare
+  vtoken serve tiny-llava fastervlm:64 --port 0 --json                       # a free port, for scripts
+
+One request at a time, with every stage there is: for trying and testing. For many requests at once use vLLM; the
+command for it is printed, or why vLLM cannot run the pipeline. Needs pip install fastapi uvicorn openai.
+"""
+NEEDED = ("fastapi", "uvicorn", "openai")
+LAST = 5  # seconds that answers in progress have when the server ends
+
+
+class CommandOptions(DeviceOptions):
+    """Where is served."""
+
+    host: str = option("127.0.0.1", "address to listen on", "ADDRESS")
+    port: int = option(8000, "port, 0: a free one", ge=0, le=65535)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Serves a model with a pipeline through transformers' own server: /v1/chat/completions, plain and streamed,\n"
+        "/v1/responses, /v1/models. `usage` tells what pruning left of a prompt. Ctrl-C ends it."
+    )
+    parser.epilog = EXAMPLES
+    parser.add_argument("model", metavar="MODEL", help="shipped model, folder or hub id; also its name in requests")
+    parser.add_argument("pipeline", metavar="PIPELINE", help="preset, method:budget or YAML file")
+    CommandOptions.add_to(parser)
+    parser.add_argument("--json", action="store_true", help="print address and vLLM command as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Loads the model and serves until Ctrl-C."""
+    asked = CommandOptions.of(args)
+    from vtoken.config import load
+
+    pipeline = load(args.pipeline)
+    server, uvicorn = _parts()
+    from vtoken.evals import processors
+    from vtoken.evals.shared import models
+
+    with _listen(asked.host, asked.port) as listening:
+        app, manager = server.app_of(
+            args.model,
+            pipeline,
+            lambda: models.load(args.model, asked.device, asked.dtype),
+            lambda: processors.load(args.model),
+        )
+        (held,) = manager.loaded_models.values()
+        address = f"http://{_written(*listening.getsockname()[:2])}/v1"
+        command, refused = in_vllm(args.model, args.pipeline, pipeline, held.model.config.model_type)
+        del held  # or a reset could not free it
+        if args.json:
+            print(json.dumps({"address": address, "vllm": command, "vllm_refused": refused}), flush=True)
+        else:
+            print(f"serving {args.model} with {pipeline.name} on {address}, one request at a time; Ctrl-C ends it")
+            print(f"in vLLM, for many at once: {command}" if command else f"not in vLLM: {refused}", flush=True)
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LAST)
+        try:
+            uvicorn.Server(config).run(sockets=[listening])
+        except KeyboardInterrupt:  # raised again when everything is closed
+            pass
+    return 0
+
+
+def in_vllm(model: str, given: str, pipeline: Pipeline, family: str) -> tuple[str | None, str | None]:
+    """The command line by which vLLM serves the same, or else why there is none.
+
+    Args:
+        given: the pipeline as it was written.
+        family: `model_type` of the model's config.
+    """
+    from vtoken.evals.shared.names import locate
+    from vtoken.serving import plan
+
+    words = ["vllm", "serve", locate(model)]
+    if pipeline.stages:
+        try:
+            plan.check(pipeline, family)
+        except UnsupportedError as error:
+            return None, str(error)
+        words += ["--hf-overrides", json.dumps({plan.KEY: given})]
+    return shlex.join(words), None
+
+
+def _parts() -> tuple[Any, Any]:
+    """`vtoken.serving.openai_server` and uvicorn."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise VtokenError(f"vtoken serve needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    import transformers
+    import uvicorn
+
+    try:
+        from vtoken.serving import openai_server
+    except (ImportError, NameError) as error:
+        raise UnsupportedError(
+            f"vtoken serve uses the server parts of transformers 5.14 to 5.24; in {transformers.__version__} one is "
+            f"missing: {error}"
+        ) from error
+    return openai_server, uvicorn
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there, before anything is loaded."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        # Behind the system's words Python tells the address again; host names have errors with numbers of their own.
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        raise VtokenError(
+            f"cannot listen on {_written(host, port)}: {reason}; choose another --port, or 0, or another --host"
+        ) from error
+
+
+def _written(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

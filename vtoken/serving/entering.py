@@ -1,0 +1,108 @@
+"""What is left of pictures as it enters the language model, for an engine that takes embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from vtoken.errors import UnsupportedError, either
+from vtoken.hooks.state.handle import Handle
+from vtoken.hooks.state.left_padding import SlotLayout
+from vtoken.hooks.state.prefill_state import PrefillState
+from vtoken.serving import plan
+from vtoken.session import Session, session_of, whole
+
+BEFORE = ("frames", "encoder", "tokens")  # sites in front of the language model
+
+
+def embeddings(model: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
+    """Kept embeddings of every picture, for a stock vLLM that was started with `--enable-mm-embeds`.
+
+    The vision tower and the pipeline run, the decoder does not. Adaptive stages and those that read the prompt work:
+    what they read is `inputs`, so send the embeddings with the same prompt.
+
+    Args:
+        model: wrapped LLaVA-1.5 or LLaVA-NeXT, with stages in front of the decoder and `positions: compact`, as vLLM
+            numbers tokens.
+        inputs: of the processor, [B, L] `input_ids` and pixels; a batch may hold several prompts and pictures.
+
+    Returns:
+        For each picture, in the order of the prompts, [K, D] in the model's dtype and on its device: merged and
+        projected, newline tokens that stay included. vLLM takes `{"image": e[None]}` as `multi_modal_data`. Version
+        0.32 stops working when the pictures of one step have different K.
+
+    Raises:
+        UnsupportedError: the model is not wrapped, of another family, or has stages that act in the decoder or its
+            cache; the inputs hold no picture.
+    """
+    session = _checked(model)
+    inner, entrance = whole(model), Handle()
+    device = inner.get_input_embeddings().weight.device
+    given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    entrance.before(session.context.lm, _stop)
+    try:
+        with torch.no_grad():
+            inner(**given, use_cache=False)
+    except _Entered as entered:
+        return _pictures(session.context.run.flow, entered.embeds)
+    finally:
+        entrance.release()
+        session.context.handle.switch.off()
+        session.context.run.flow = None
+        session.context.run.forget()
+    raise AssertionError("the language model was not called")
+
+
+class _Entered(Exception):
+    """Ends a forward where the decoder would begin."""
+
+    def __init__(self, embeds: Tensor) -> None:
+        self.embeds = embeds
+
+
+def _stop(module: nn.Module, args: tuple, kwargs: dict) -> NoReturn:
+    """Comes behind vtoken's own hook on the language model."""
+    raise _Entered(kwargs["inputs_embeds"])
+
+
+def _checked(model: Any) -> Session:
+    session = session_of(model)
+    if session is None or session.boundary is None:
+        raise UnsupportedError("the model is not wrapped with a pipeline that has stages: vtoken.wrap(model, ...)")
+    family = session.adapter.model_type
+    # Where tokens are numbered by rows and columns, vLLM counts placeholders by the size of the picture.
+    taken = [name for name, held in plan.FAMILIES.items() if held.positions == "compact"]
+    if family not in taken:
+        raise UnsupportedError(
+            f"vLLM takes kept embeddings of {either(taken)}, not of {family}; serve the pipeline with vLLM's plugin or "
+            "with `vtoken serve`"
+        )
+    for stage in session.pipeline.stages:
+        if stage.site not in BEFORE:
+            raise UnsupportedError(
+                f"stage {stage.name} acts at site {stage.site}, behind the embeddings; {plan.ELSEWHERE}"
+            )
+    if session.pipeline.positions != "compact":
+        raise UnsupportedError(
+            "vLLM numbers the embeddings without gaps; wrap the model with positions: compact, as in "
+            f'"{session.pipeline.name},positions=compact"'
+        )
+    return session
+
+
+def _pictures(flow: Any, embeds: Tensor) -> list[Tensor]:
+    """[K, D] per picture of embeddings [B, P, D] in the layout of the prefill."""
+    if not isinstance(flow, PrefillState):
+        raise UnsupportedError("the inputs hold no picture; give what the processor makes of text and images")
+    spans, left = flow.spans, flow.left()
+    visual = torch.zeros_like(left)
+    visual[spans.batch_row, spans.column] = True
+    if spans.newlines is not None:
+        visual[spans.newlines.batch_row, spans.newlines.column] = True
+    at_home = SlotLayout(flow.index, flow.valid, flow.index).restore(embeds, left.shape[1])
+    lengths = [layout.length for layout in spans.layouts]
+    by_picture = zip(at_home[visual].split(lengths), left[visual].split(lengths), strict=True)
+    return [there[kept] for there, kept in by_picture]
