@@ -27,8 +27,8 @@ from vtoken.config import Pipeline
 from vtoken.errors import UnsupportedError, VtokenError
 from vtoken.session import match_processor, trace, wrap
 
-# Arguments of `build_server` that are made here, and others -> who answers there, as transformers made it. Some releases
-# lack the last.
+# Arguments of `build_server` that are made here, and others -> who answers there, as transformers made it. Some
+# releases lack the last.
 OURS = ("model_manager", "chat_handler", "generation_state")
 OTHERS = {
     "completion_handler": ("completion", "CompletionHandler"),
