@@ -127,6 +127,12 @@ class Pruned:
             return tuple(embeds)
         return super().embed_multimodal(**kwargs)  # type: ignore[misc]
 
+    def _image_pixels_to_features(self, vision_tower: Any, pixel_values: Any) -> Any:
+        if self.select_layers is None:
+            return super()._image_pixels_to_features(vision_tower, pixel_values)  # type: ignore[misc]
+        strategy = self.config.vision_feature_select_strategy
+        return vision_tower(pixel_values, select_layers=self.select_layers, feature_select_strategy=strategy)
+
     def choose(self, x: Tensor, layouts: Sequence[ImageLayout], first: int, pack: Any) -> Any:
         """Lets the stages choose among what the tower gave.
 
@@ -186,12 +192,6 @@ class Llava(Pruned, stock.LlavaForConditionalGeneration):
 
     family = "llava"
     hf_to_vllm_mapper = stock.LlavaForConditionalGeneration.hf_to_vllm_mapper | NAMES
-
-    def _image_pixels_to_features(self, vision_tower: Any, pixel_values: Any) -> Any:
-        if self.select_layers is None:
-            return super()._image_pixels_to_features(vision_tower, pixel_values)
-        strategy = self.config.vision_feature_select_strategy
-        return vision_tower(pixel_values, select_layers=self.select_layers, feature_select_strategy=strategy)
 
     def _process_image_input(self, image_input: Any) -> Any:
         if self.served is None or image_input["type"] != "pixel_values":

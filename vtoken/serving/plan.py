@@ -52,6 +52,9 @@ BLOCKS = "the blocks of its vision tower run no hooks in vLLM"
 FAMILIES = {
     "llava": Family("LlavaForConditionalGeneration", "compact"),
     "llava_next": Family("LlavaNextForConditionalGeneration", "compact", no_cuts=CROPS, newlines=True, crops=True),
+    "llava_onevision": Family(
+        "LlavaOnevisionForConditionalGeneration", "compact", text=False, no_cuts=CROPS, newlines=True, crops=True
+    ),
     "qwen2_vl": Family("Qwen2VLForConditionalGeneration", "original", text=False, no_cuts=BLOCKS),
     "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", "original", text=False, no_cuts=BLOCKS),
 }

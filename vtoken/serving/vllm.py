@@ -14,6 +14,7 @@ SUPPORTED = ((0, 32), (0, 33))  # from, and the first that is not tried
 MODELS = {
     "LlavaForConditionalGeneration": "vtoken.serving._llava:Llava",
     "LlavaNextForConditionalGeneration": "vtoken.serving._next:LlavaNext",
+    "LlavaOnevisionForConditionalGeneration": "vtoken.serving._onevision:LlavaOnevision",
 }
 LOGGER = logging.getLogger("vllm.plugins.vtoken")  # below vLLM's own, which decides where it is written
 
