@@ -144,7 +144,7 @@ class Cropped(Pruned):
         features = self._image_pixels_to_features(self.vision_tower, torch.cat(list(pixels)))
         left, history = self.choose(self.multi_modal_projector(features), layouts, first, packed)
         for tokens, places, layout in zip(left.split(history.counts), history.kept(), layouts, strict=True):
-            newlines = plan.newlines(self.pipeline, layout, len(tokens))
+            newlines = plan.newlines(self.pipeline, layout)
             yield self._closed(tokens, places, layout, newlines) if newlines else tokens
 
     def _closed(self, tokens: Tensor, places: Tensor, layout: ImageLayout, newlines: int) -> Tensor:
