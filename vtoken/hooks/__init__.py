@@ -1,1 +1,1 @@
-"""How a stock model obeys: mechanics shared by all families. Nothing here knows a family or a method."""
+"""Hooks that shorten what a stock model works on, the same for all families. Nothing here knows a family or a method."""

@@ -24,6 +24,7 @@ def decide(
     project: Callable[[Tensor], Tensor] | None = None,
     agree: Callable[[Keep], Keep] | None = None,
     history: TokenHistory | None = None,
+    width: int | None = None,
 ) -> tuple[Tensor, TokenHistory]:
     """Lets the stages choose among the visual tokens of all pictures of a call; each picture is a batch row of its own.
 
@@ -34,6 +35,7 @@ def decide(
         project: as Keep.apply takes it.
         agree: what has to hold of every decision (tensor parallel ranks take the first one's).
         history: what stages inside the tower left, which then is what `x` holds; None: everything.
+        width: channels that are the embedding; what else `x` brings along (DeepStack) shares its fate. None: all.
 
     Returns:
         [ΣK, D] what is left, and what became of all tokens.
@@ -53,7 +55,7 @@ def decide(
         if stage.site == "tokens":
             facts = {need: _live(read(need), need, live) for need in stage.needs()}
             tokens = VisualTokens.pack(
-                x,
+                x[:, :width],
                 history.counts,
                 [layout.parts for layout in layouts],
                 range(len(full)),

@@ -6,13 +6,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import vtoken
 from vtoken.errors import ConfigError, UnsupportedError, about, shown, unknown
+from vtoken.serving.family import families
 
 if TYPE_CHECKING:
     from vtoken.config import Pipeline
@@ -23,41 +23,7 @@ KEY = "vtoken"  # of the model's config: --hf-overrides '{"vtoken": "fastervlm-6
 ELSEWHERE = "serve the pipeline with transformers (`vtoken serve`), or leave the stage out"
 
 
-@dataclass(frozen=True)
-class Family:
-    """How the plugin serves a family.
-
-    Attributes:
-        architecture: name of vLLM's model class.
-        positions: the one policy that its placeholders allow.
-        text: pictures are keyed by their prompts where a stage reads those.
-        cuts: stages may drop tokens between layers of the vision tower; if not, `no_cuts` says why.
-        newlines: pictures have newline tokens; crops: they are cut into crops.
-    """
-
-    architecture: str
-    positions: str
-    text: bool = True
-    no_cuts: str = ""
-    newlines: bool = False
-    crops: bool = False
-
-    @property
-    def cuts(self) -> bool:
-        return not self.no_cuts
-
-
-CROPS = "unpadding takes away another number of the kept tokens from every picture"
-BLOCKS = "the blocks of its vision tower run no hooks in vLLM"
-FAMILIES = {
-    "llava": Family("LlavaForConditionalGeneration", "compact"),
-    "llava_next": Family("LlavaNextForConditionalGeneration", "compact", no_cuts=CROPS, newlines=True, crops=True),
-    "llava_onevision": Family(
-        "LlavaOnevisionForConditionalGeneration", "compact", text=False, no_cuts=CROPS, newlines=True, crops=True
-    ),
-    "qwen2_vl": Family("Qwen2VLForConditionalGeneration", "original", text=False, no_cuts=BLOCKS),
-    "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", "original", text=False, no_cuts=BLOCKS),
-}
+FAMILIES = families()
 SITES = {
     "frames": "frames are chosen before vLLM's model is called; N frames at equal distances are what "
     '--media-io-kwargs \'{"video": {"num_frames": N}}\' takes',
@@ -128,7 +94,7 @@ def refusal(stage: Stage, family: str, before: Sequence[Stage] = ()) -> str:
     if not _known_beforehand(stage, before, whole=not held.crops):
         mend = "give it a budget (keep: 64), or " if budget is None and "keep" in type(stage).model_fields else ""
         return (
-            "how many tokens it leaves is not known before a picture is encoded, and vLLM counts placeholders before; "
+            "its token count is not known before a picture is encoded, and vLLM counts placeholders first; "
             f"{mend}{ELSEWHERE}"
         )
     if _reads_text(stage) and not held.text:

@@ -3,19 +3,19 @@ installed, so it imports nothing of its own: models are named as text, and the e
 
 What is used of vLLM's inside, all of it in this room: get_num_image_tokens, _process_image_input,
 _process_image_pixels, _merge_image_patch_embeddings, _get_mm_hashes, _get_mm_fields_config, _call_hf_processor,
-_postprocess_hf_mm_data, _cached_apply_hf_processor, qkv_proj, MMEncoderAttention.
+_postprocess_hf_mm_data, _cached_apply_hf_processor, qkv_proj, MMEncoderAttention. Of Qwen-VL beside these:
+_get_prompt_updates, get_video_repl, _process_video_input, visual.blocks[k].attn (qkv, split_qkv, apply_rotary_emb),
+visual.merger's norm, get_rope_by_thw, input_norm, out_hidden_size, iter_mm_grid_thw, get_mrope_input_positions,
+recompute_mrope_positions, video_pruning_rate.
 """
 
 from __future__ import annotations
 
 import logging
 
+from vtoken.serving.family import families
+
 SUPPORTED = ((0, 32), (0, 33))  # from, and the first that is not tried
-MODELS = {
-    "LlavaForConditionalGeneration": "vtoken.serving._llava:Llava",
-    "LlavaNextForConditionalGeneration": "vtoken.serving._next:LlavaNext",
-    "LlavaOnevisionForConditionalGeneration": "vtoken.serving._onevision:LlavaOnevision",
-}
 LOGGER = logging.getLogger("vllm.plugins.vtoken")  # below vLLM's own, which decides where it is written
 
 
@@ -34,8 +34,8 @@ def register() -> None:
             vllm.__version__,
         )
         return
-    for architecture, path in MODELS.items():
-        vllm.ModelRegistry.register_model(architecture, path)
+    for family in families().values():
+        vllm.ModelRegistry.register_model(family.architecture, family.model)
 
 
 def _release(version: str) -> tuple[int, ...]:

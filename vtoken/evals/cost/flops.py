@@ -45,7 +45,7 @@ class Account:
             still have one is an expectation: that of tokens drawn at random.
         kv_bytes_prefill, kv_bytes: of the whole batch, when prefill ends and when generation ends.
         left_out: what is not counted, one sentence each.
-        inexact: stages that leave as many tokens as the picture allows; without any, visual_tokens are exact.
+        inexact: stages whose counts depend on what the picture shows; without any, visual_tokens are exact.
     """
 
     pipeline: str

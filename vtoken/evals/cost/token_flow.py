@@ -34,7 +34,7 @@ class TokenFlow:
             width.
         cost: FLOPs of the stages and of the facts they read.
         left_out: what could not be counted.
-        inexact: stages that leave as many tokens as the picture allows: counts behind them are expected ones.
+        inexact: stages whose counts depend on what the picture shows: from them on counts are expected ones.
 
     Args:
         least: with fewer visual tokens no stage acts.

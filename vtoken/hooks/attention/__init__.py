@@ -1,1 +1,1 @@
-"""Instead of a layer's own attention."""
+"""What takes the place of a decoder layer's own attention."""

@@ -1,5 +1,4 @@
-"""What the slots of a layer hold after a cache stage: rows, padded on the left, and the logical positions behind
-them."""
+"""What a layer's slots hold after a cache stage: rows, padded on the left, and the logical position of each."""
 
 from __future__ import annotations
 

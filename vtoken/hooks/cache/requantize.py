@@ -1,5 +1,4 @@
-"""What a cache that holds rows in few bits does with the tokens behind the prompt: when there are enough of them, they
-follow."""
+"""Quantised caches: tokens behind the prompt are quantised too, as soon as there are enough of them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The KV cache is shrunk as the prefill fills it, layer by layer.
 
 As soon as a layer has attended, nothing of this prefill reads its keys and values any more, so what the stage does not
-hold goes at once. Rows are padded on the left to the longest. Logical lengths stay as they were (see pruned_cache.py);
-layers that hold other numbers of tokens become layer groups of their own.
+keep is freed at once. Rows are padded on the left to the longest. Logical lengths stay as they were (see pruned_cache.py);
+layers that hold different numbers of tokens become layer groups of their own.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from vtoken.stages.quantized import QuantizedKV
 
 @dataclass(frozen=True)
 class ShrunkLayer:
-    """What a layer was left with: `held` [Hk, C] slots per row (None: all, or not told), of `live` in the layer group
-    `group`."""
+    """What a stage left in a layer: `held` [Hk, C] slots per row (None: all of them, or the stage does not tell), out
+    of `live`, in the layer group `group`."""
 
     group: int
     rows: tuple[PromptRow, ...]

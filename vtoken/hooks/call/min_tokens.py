@@ -1,7 +1,7 @@
-"""Which images stand in prompts of few visual tokens, told before the vision tower runs: stages in it leave those
-alone.
+"""Finds the images of prompts with fewer visual tokens than `min_visual_tokens` before the vision tower runs, so that
+its stages leave them alone.
 
-Where every prompt is one, no facts are worked out either. Rows are known as soon as the prompt is: to `generate`, which
+If all prompts of a call are such, no facts are computed either. Rows are known as soon as the prompt is: to `generate`, which
 since transformers 5.18 encodes before the first forward, or to the forward itself.
 """
 

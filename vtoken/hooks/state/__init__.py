@@ -1,1 +1,1 @@
-"""What everything else is written in terms of: the state of a forward, and the one writer to a model."""
+"""The state of a forward, and the one writer to a model: all other rooms build on them."""

@@ -28,7 +28,7 @@ class Context:
         newline: which newline tokens stay: keep_if_row_has_token, keep or drop.
         min_tokens: visual tokens below which a batch row runs dense.
         owner: who may continue the caches that are pruned here.
-        read: facts of the vision tower (with layers resolved) that somebody reads who is no stage.
+        read: facts of the vision tower (with layers resolved) that something else than a stage reads.
     """
 
     adapter: Adapter

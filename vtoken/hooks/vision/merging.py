@@ -1,6 +1,6 @@
 """Merging between attention and MLP of a padded tower's layers.
 
-The second norm is handed the merged tokens, so the MLP runs on fewer. Its output is taken aside, the layer adds zeros
+The second norm is handed the merged tokens, so the MLP runs on fewer. Its output is set aside, the layer adds zeros
 to a residual that is still long, and the sum of both takes the place of what the layer returns, before anybody else
 reads it.
 """

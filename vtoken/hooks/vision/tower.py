@@ -8,7 +8,7 @@ their length back behind the tower.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -114,7 +114,7 @@ class Tower(ABC):
                 asked += [(self._stored(need, layer), need, f"stage {stage.name}") for need in stage.needs()]
         for fact, need, who in asked:
             assert fact.layer is not None, f"{need} came without a layer"
-            self._check(need.name, fact.layer, who)
+            check_windows(self.encoder.full_attention, need.name, fact.layer, who)
             found[fact.layer].add(fact)
         return found
 
@@ -122,14 +122,6 @@ class Tower(ABC):
         """What a stage that acts after `layer` is given for a fact."""
         name = self.adapter.substitutes.get(need.name, need.name)
         return Fact(name, layer if need.layer is None else need.layer % len(self.encoder.layers), need.above)
-
-    def _check(self, name: str, layer: int, who: str) -> None:
-        full, spec = self.encoder.full_attention, OF_LAYER[name]
-        if spec.queries and not spec.whole and full is not None and layer not in full:
-            raise UnsupportedError(
-                f"{who} needs {name} of encoder layer {layer}, where tokens attend within windows only; the layers "
-                f"with full attention are {', '.join(map(str, full))}: name one of them"
-            )
 
     @property
     def state(self) -> Any:
@@ -264,6 +256,23 @@ class Tower(ABC):
     @abstractmethod
     def _put_back(self, keep: Keep, values: Tensor, hidden: Tensor) -> Tensor:
         """Hidden states of what a decision leaves of `values`, as the next layer takes them."""
+
+
+def check_windows(full: Sequence[int] | None, name: str, layer: int, who: str) -> None:
+    """Refuses attention facts of a layer whose tokens attend within windows.
+
+    Args:
+        full: as in Encoder.full_attention.
+
+    Raises:
+        UnsupportedError: names the layers that can be asked.
+    """
+    spec = OF_LAYER[name]
+    if spec.queries and not spec.whole and full is not None and layer not in full:
+        raise UnsupportedError(
+            f"{who} needs {name} of encoder layer {layer}, where tokens attend within windows only; the layers "
+            f"with full attention are {', '.join(map(str, full))}: name one of them"
+        )
 
 
 def leaves_some(stage: Stage, keep: Keep) -> Keep:

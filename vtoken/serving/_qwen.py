@@ -1,0 +1,280 @@
+"""Qwen2-VL and Qwen2.5-VL as vLLM serves them, with a pipeline behind the merger; kept tokens keep their M-RoPE
+positions. Pictures and videos alike; see `_mrope` for how their positions travel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.model_executor.models.interfaces import SupportsMultiModalPruning
+from vllm.model_executor.models.qwen2_5_vl import (
+    Qwen2_5_VLDummyInputsBuilder,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLMultiModalProcessor,
+    Qwen2_5_VLProcessingInfo,
+)
+from vllm.model_executor.models.qwen2_vl import (
+    Qwen2VLDummyInputsBuilder,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLMultiModalProcessor,
+    Qwen2VLProcessingInfo,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.processing import PromptReplacement
+
+from vtoken.config import Pipeline
+from vtoken.errors import UnsupportedError
+from vtoken.hooks.state.run import ImageLayout
+from vtoken.serving import plan
+from vtoken.serving._keyed import Keyed
+from vtoken.serving._llava import check_engine
+from vtoken.serving._mrope import Span, coordinates, placed, prompt_positions, with_places, without_places
+from vtoken.serving._qwen_parts import QwenParts
+from vtoken.serving._qwen_tower import ServedTower
+from vtoken.serving._tower import agreed
+from vtoken.serving.decide import decide
+
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+# Both of vLLM's GPU runners ask for recomputed positions where this rate is above 0; nothing is pruned by it.
+SWITCH = 1e-6
+
+
+class Planned(Keyed):
+    """Of processors: placeholders as the pipeline leaves them."""
+
+    def check(self, pipeline: Pipeline) -> None:
+        super().check(pipeline)
+        QwenParts(self.info.get_hf_config()).check(pipeline)
+        check_options(self.info.ctx.get_mm_config())
+
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        config = self.info.get_hf_config()
+        if self.pipeline is not None and inputs.prompt[-1:] in ([config.image_token_id], [config.video_token_id]):
+            raise ValueError(
+                "the prompt ends with a picture or video; with a pipeline of vtoken in it, this model takes prompts that "
+                "end with text, as its chat template makes them"
+            )
+        return super().apply(inputs, timing_ctx)
+
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        made = super().get_dummy_inputs(*args, **kwargs)
+        return replace(made, prompt=[*made.prompt, 0])  # any text
+
+    def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
+        updates, pipeline = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs), self.pipeline
+        if pipeline is None:
+            return updates
+        parts = QwenParts(self.info.get_hf_config())
+
+        def fewer(update: Any) -> Any:
+            kind = update.modality
+
+            def replacement(item: int) -> Any:
+                given = out_mm_kwargs[kind][item]
+                (layout,) = parts.rasters([given[f"{kind}_grid_thw"].data.tolist()])
+                return self.placeholders(kind, given, layout, plan.kept(pipeline, layout))
+
+            return PromptReplacement(kind, update.target, replacement)
+
+        return [fewer(update) for update in updates]
+
+    def placeholders(self, kind: str, given: Any, layout: ImageLayout, kept: int) -> Any:
+        """What stands in the prompt for a picture or video.
+
+        Args:
+            given: what the processor made of it.
+            kept: tokens that are left.
+        """
+        return [QwenParts(self.info.get_hf_config()).placeholders[kind]] * kept
+
+
+def check_options(options: Any) -> None:
+    """Refuses options of the engine that do not go with a pipeline.
+
+    Args:
+        options: vLLM's MultiModalConfig.
+
+    Raises:
+        UnsupportedError: names the option.
+    """
+    if options.video_pruning_rate not in (None, 0.0, SWITCH):
+        raise UnsupportedError(
+            f"--video-pruning-rate {options.video_pruning_rate} is vLLM's own pruning of videos, in whose place a "
+            "pipeline of vtoken stands; leave one of the two out (stages evs and vidcom2 do what vLLM's do)"
+        )
+    if options.enable_mm_embeds:
+        raise UnsupportedError(
+            "--enable-mm-embeds lets requests bring embeddings, of which a pipeline cannot know what the vision tower "
+            "saw; leave it out, or prune in the client and serve the model without a pipeline"
+        )
+
+
+def check_parallel(engine: VllmConfig) -> None:
+    """Refuses modes of the engine in which kept tokens would lose their positions.
+
+    Raises:
+        UnsupportedError: names the option.
+    """
+    if engine.parallel_config.pipeline_parallel_size > 1:
+        raise UnsupportedError(
+            "--pipeline-parallel-size: only the first stage learns where kept tokens stand; use tensor parallelism"
+        )
+    if engine.speculative_config is not None:
+        raise UnsupportedError("--speculative-config: a drafter does not learn where kept tokens stand; leave it out")
+
+
+class Pruned:
+    """Of models: prunes what the tower gives, and tells where the kept tokens stand. Stock without a pipeline."""
+
+    config: Any
+    visual: Any
+    multimodal_config: Any
+    width: int | None = None  # channels of an embedding, where the tower gives more
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        pipeline = plan.pipeline_of(vllm_config.model_config.hf_config)
+        if pipeline is not None:
+            check_engine(vllm_config, pipeline)
+            check_parallel(vllm_config)
+            vllm_config.model_config.get_multimodal_config().video_pruning_rate = SWITCH
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self.tower: ServedTower | None = None
+        self.unplaced: tuple[Tensor, Tensor] | None = None
+        self.most = vllm_config.scheduler_config.max_num_encoder_input_tokens
+        self.install(pipeline)
+
+    def install(self, pipeline: Pipeline | None) -> None:
+        """Reads in the tower what the stages need; a second call replaces the first."""
+        if self.tower is not None:
+            self.tower.context.handle.release()
+        self.pipeline = pipeline
+        self.parts = QwenParts(self.config, self.visual)
+        self.tower = None if pipeline is None else ServedTower(self.parts, pipeline)
+
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        if self.pipeline is None:
+            return super().embed_multimodal(**kwargs)  # type: ignore[misc]
+        out: list[Tensor] = []
+        for kind, pixels in PIXELS.items():
+            if pixels in kwargs:
+                for part, grids, steps in self._slices(kind, kwargs):
+                    out += self._encode(kind, part, grids, steps)
+        return tuple(out)
+
+    def _slices(self, kind: str, given: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor, list[float]]]:
+        """Pixels, grids and steps of as many pictures at a time as the dense model's placeholders would let in: the
+        scheduler counts those that are left."""
+        grids, pixels = given[f"{kind}_grid_thw"], given[PIXELS[kind]]
+        patches, steps = grids.prod(-1).tolist(), self._steps(kind, given, len(grids))
+        most = self.most * self.parts.encoder.unit
+        first = start = 0
+        while first < len(patches):
+            last, stop = first + 1, start + patches[first]
+            while last < len(patches) and stop + patches[last] - start <= most:
+                stop, last = stop + patches[last], last + 1
+            yield pixels[start:stop], grids[first:last], steps[first:last]
+            first, start = last, stop
+
+    def _steps(self, kind: str, given: dict[str, Any], count: int) -> list[float]:
+        """Positions from one frame to the next."""
+        if kind == "image":
+            return [1.0] * count
+        seconds = given.get("second_per_grid_ts")
+        rate = getattr(self.config.vision_config, "tokens_per_second", 1.0)
+        return [each * rate for each in ([1.0] * count if seconds is None else seconds.flatten().tolist())]
+
+    def _encode(self, kind: str, pixels: Tensor, grids: Tensor, steps: list[float]) -> list[Tensor]:
+        """[K, D + 6] of each picture or video: kept tokens and their places in it."""
+        assert self.tower is not None and self.pipeline is not None
+        layouts = self.parts.rasters(grids.tolist())
+        process: Any = getattr(self, f"_process_{kind}_input")
+        self.tower.start(kind, layouts)
+        try:
+            x = torch.cat(list(process({"type": PIXELS[kind], PIXELS[kind]: pixels, f"{kind}_grid_thw": grids})))
+            left, history = decide(self.pipeline, x, layouts, self.tower.read, agree=agreed, width=self.width)
+        finally:
+            self.tower.forget()
+        kept = zip(left.split(history.counts), history.kept(), layouts, steps, strict=True)
+        return [with_places(x, self._places(index, layout, step)) for x, index, layout, step in kept]
+
+    def _places(self, index: Tensor, layout: ImageLayout, step: float) -> Tensor:
+        """[K, 3] of kept tokens of a picture or video, from where its first one would stand."""
+        return coordinates(index, Span(0, 0, layout.parts[0], step))
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:
+        if self.pipeline is None:
+            return super().get_mrope_input_positions(input_tokens, mm_features)  # type: ignore[misc]
+        return prompt_positions(len(input_tokens), self._spans(mm_features))
+
+    def _spans(self, features: Any) -> list[Span]:
+        """What the placeholders in a prompt stand for."""
+        lengths = {f.mm_position.offset: f.mm_position.length for f in features}
+        return [
+            Span(offset, lengths[offset], (frames, rows, columns), step)
+            for offset, frames, rows, columns, step in self.iter_mm_grid_thw(features)  # type: ignore[attr-defined]
+        ]
+
+    def recompute_mrope_positions(
+        self,
+        input_ids: list[int] | Tensor,
+        multimodal_embeddings: Sequence[Tensor],
+        mrope_positions: Tensor,
+        num_computed_tokens: int,
+    ) -> tuple[Sequence[Tensor], Tensor, int]:
+        """Embeddings of a chunk without their places, positions of the prompt with them, and what to add to the index
+        of a generated token. A prompt ends with text."""
+        total = mrope_positions.shape[1]
+        delta = int(mrope_positions[0, -1]) + 1 - total
+        if not len(multimodal_embeddings):
+            return multimodal_embeddings, mrope_positions, delta
+        ids = torch.as_tensor(input_ids, device=mrope_positions.device)[:total]
+        media = (ids == self.config.image_token_id) | (ids == self.config.video_token_id)
+        embeddings, places = zip(*map(without_places, multimodal_embeddings), strict=True)
+        return embeddings, placed(mrope_positions, media, torch.cat(places), num_computed_tokens), delta
+
+    def embed_input_ids(
+        self, input_ids: Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Tensor | None = None
+    ) -> Tensor:
+        self.unplaced = None
+        if self.pipeline is not None and multimodal_embeddings is not None and len(multimodal_embeddings):
+            if multimodal_embeddings[0].shape[-1] != self.visual.out_hidden_size:
+                # A runner that does not ask for recomputed positions, as vLLM's for CPUs: they are mended in forward.
+                multimodal_embeddings, places = zip(*map(without_places, multimodal_embeddings), strict=True)
+                assert is_multimodal is not None
+                self.unplaced = is_multimodal, torch.cat(places)
+        embedded: Tensor = super().embed_input_ids(  # type: ignore[misc]
+            input_ids, multimodal_embeddings, is_multimodal=is_multimodal
+        )
+        return embedded
+
+    def forward(self, input_ids: Any, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.unplaced is not None:
+            (media, places), self.unplaced = self.unplaced, None
+            positions = placed(positions, media.to(positions.device), places, 0)
+        return super().forward(input_ids, positions, *args, **kwargs)  # type: ignore[misc]
+
+
+class Qwen25Processor(Planned, Qwen2_5_VLMultiModalProcessor):
+    family = "qwen2_5_vl"
+
+
+class Qwen2Processor(Planned, Qwen2VLMultiModalProcessor):
+    family = "qwen2_vl"
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Qwen25Processor, info=Qwen2_5_VLProcessingInfo, dummy_inputs=Qwen2_5_VLDummyInputsBuilder
+)
+class Qwen25VL(Pruned, Qwen2_5_VLForConditionalGeneration):
+    """Qwen2.5-VL."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Qwen2Processor, info=Qwen2VLProcessingInfo, dummy_inputs=Qwen2VLDummyInputsBuilder
+)
+class Qwen2VL(Pruned, Qwen2VLForConditionalGeneration, SupportsMultiModalPruning):
+    """Qwen2-VL."""

@@ -1,0 +1,47 @@
+"""What the plugin says of a family, and the families there are, found by their files. Read as vLLM starts, so nothing
+heavy is imported here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the plugin serves a family.
+
+    Attributes:
+        architecture: name of vLLM's model class.
+        model: module and class in its place.
+        positions: the one policy that its placeholders allow.
+        text: pictures are keyed by their prompts where a stage reads those.
+        no_cuts: why stages may not drop tokens between layers of the vision tower; "" if they may.
+        newlines: pictures have newline tokens; crops: they are cut into crops.
+    """
+
+    architecture: str
+    model: str
+    positions: str
+    text: bool = True
+    no_cuts: str = ""
+    newlines: bool = False
+    crops: bool = False
+
+
+MROPE: dict[str, Any] = {  # of the Qwens
+    "positions": "original",
+    "text": False,
+    "no_cuts": "the blocks of its vision tower run no hooks in vLLM",
+}
+
+
+@lru_cache(maxsize=1)
+def families() -> dict[str, Family]:
+    """`model_type` -> the family."""
+    names = sorted(module.name for module in iter_modules([str(Path(__file__).parent / "families")]))
+    return {name: import_module(f"vtoken.serving.families.{name}").FAMILY for name in names}
