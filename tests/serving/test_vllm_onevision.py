@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("vllm")
 import served_onevision as tiny
+import torch
 from vllm_engine import Engine, Transformers
+
+from vtoken import registry
+from vtoken.errors import UnsupportedError
+from vtoken.serving._onevision import Packing
 
 pytestmark = pytest.mark.vllm
 
@@ -45,7 +52,6 @@ PIPELINES = {
     "merging, per crop": compact({"visionzip": {"keep": {"per_crop": 5}, "heads": 4}}),
     "two stages": compact({"uniform": {"keep": {"per_crop": 9}}}, {"fastervlm": {"keep": {"per_crop": 2}}}),
     "a budget per frame": compact(PER_FRAME, newline="drop"),
-    "small ones stay whole": compact("fastervlm:10", newline="drop", min_visual_tokens=30),
     "2 x 2 crops": compact("fastervlm:10", anyres="2x2", newline="drop"),
 }
 
@@ -60,4 +66,65 @@ def test_answers_and_kept_tokens_are_those_of_transformers(engine, transformers,
     assert said.ids == wanted.ids
     assert sorted(said.kept) == sorted(wanted.kept)
     engine.forget()
+    if pipeline is None and prompts is VIDEOS:  # vLLM's own class takes videos of one length at a time
+        prompts, wanted = prompts[-1:], replace(wanted, ids=wanted.ids[-1:])
     assert engine(prompts).ids == wanted.ids, "all at once"
+
+
+def test_small_pictures_and_videos_stay_whole(engine, transformers):
+    """Of prompts with one, which transformers counts by the prompt."""
+    pipeline, prompts = compact("fastervlm:10", newline="drop", min_visual_tokens=30), PICTURES + VIDEOS[:3]
+    engine.swap(pipeline)
+    wanted, said = transformers(pipeline, prompts), engine(prompts)
+    assert said.prompt_tokens == wanted.prompt_tokens and said.ids == wanted.ids
+    assert {10, 16, 32} <= {len(kept) for kept in wanted.kept}
+
+
+@pytest.mark.parametrize("name", ["none", "newlines stay"])
+def test_chunks_and_cached_prefixes(engine, transformers, name):
+    """Prompts of several blocks of 32 tokens; the second time they are read from the cache, but for the last block."""
+    pipeline = PIPELINES[name] and compact("fastervlm:50%")
+    engine.swap(pipeline)
+    wanted = transformers(pipeline, SEVERAL)
+    assert engine(SEVERAL).ids == wanted.ids
+    again = engine(SEVERAL)
+    assert again.ids == wanted.ids
+    assert again.cached >= sum(32 * ((n - 1) // 32) for n in again.prompt_tokens) > 64 * len(SEVERAL)
+
+
+def test_layouts_are_those_of_transformers(transformers):
+    """Of pictures of many shapes: as vLLM packs them, and as the adapter finds them in transformers."""
+    adapter = registry.adapter("llava_onevision")(transformers.model)
+    sizes = [(height, width) for height in range(1, 400, 23) for width in range(1, 400, 19)]
+    given = {"image_sizes": sizes, "pixel_values": torch.zeros(len(sizes), 17, 1, 1, 1)}
+    found = Packing(transformers.model.config).layouts_of(sizes)
+    for layout, other in zip(found, adapter.layouts("image", given), strict=True):
+        assert (layout.parts, layout.resized) == (other.parts, other.resized)
+        for name in ("segment", "newline", "closed_by"):
+            one, two = getattr(layout, name), getattr(other, name)
+            assert torch.equal(one, two) if torch.is_tensor(one) else one is two
+    assert {layout.resized for layout in found} == {False, True}
+    assert {len(layout.parts) for layout in found} == {1, 2}
+
+
+REFUSED = {
+    "no pipeline for other packing": (compact("fastervlm:10"), {"vision_aspect_ratio": "anyres_max_2"}, "anyres_max_9"),
+    "newlines that depend on the picture": (
+        compact("fastervlm:10", newline="keep_if_row_has_token"),
+        {},
+        "write newline",
+    ),
+    "positions": ({"newline": "keep", "stages": ["fastervlm:10"]}, {}, '"positions": "compact"'),
+    "cuts in the tower": (compact("flowcut:10"), {}, "unpadding takes away"),
+    "the prompt": (compact("cdpruner:10"), {}, "reads the prompt"),
+    "a prompt's pictures together": (compact({"fastervlm": {"keep": {"total": 10}}}), {}, "shared out"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_come_in_the_process_that_asks(folder, name):
+    from vllm import LLM
+
+    pipeline, more, words = REFUSED[name]
+    with pytest.raises(UnsupportedError, match=words):
+        LLM(str(folder), dtype="float32", enforce_eager=True, hf_overrides={"vtoken": pipeline, **more})

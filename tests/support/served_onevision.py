@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import tiny
 import tiny_processors
-import torch
 from PIL import Image
-from tiny_models import IMG, PINPOINTS, SIZE, TEXT, TOKENS, VID, VISION_END, finish
+from tiny_models import IMG, PINPOINTS, SIZE, TEXT, TOKENS, VISION_END, finish
 from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,

@@ -134,7 +134,9 @@ class Cropped(Pruned):
             out += self._left(pixels[some], layouts[some], some.start, partial(packing.pack, call))
         return out
 
-    def _left(self, pixels: Sequence[Tensor], layouts: Sequence[ImageLayout], first: int, pack: Any) -> Iterator[Tensor]:
+    def _left(
+        self, pixels: Sequence[Tensor], layouts: Sequence[ImageLayout], first: int, pack: Any
+    ) -> Iterator[Tensor]:
         """What is left of pictures, with the newlines that the pipeline leaves them. See `choose`."""
 
         def packed(values: Tensor) -> Tensor:
