@@ -13,6 +13,7 @@ from vllm_engine import Engine, Transformers
 
 from vtoken import registry
 from vtoken.errors import UnsupportedError
+from vtoken.pruners.tokens.cdpruner import CDPruner
 from vtoken.serving._onevision import Packing
 
 pytestmark = pytest.mark.vllm
@@ -71,9 +72,30 @@ def test_answers_and_kept_tokens_are_those_of_transformers(engine, transformers,
     assert engine(prompts).ids == wanted.ids, "all at once"
 
 
+def test_a_text_reader_is_told_the_prompt_of_every_picture_and_video(engine, transformers, monkeypatch):
+    """Not its kept tokens are compared: among so many alike, rounding decides which CDPruner takes."""
+    told, original = [], CDPruner.select
+
+    def select(self, tokens):
+        told.extend(text.clone() for text in tokens.fact("text"))
+        return original(self, tokens)
+
+    monkeypatch.setattr(CDPruner, "select", select)
+    pipeline, prompts = compact("cdpruner:10", newline="drop"), [*SEVERAL, *VIDEOS]
+    engine.swap(pipeline)
+    wanted = transformers(pipeline, prompts)
+    assert len(told) == len(prompts)
+    expected = [text for p, text in zip(prompts, told, strict=True) for _ in (*p.pictures, *p.videos)]
+    told.clear()
+    said = engine(prompts, alone=True)
+    assert said.prompt_tokens == wanted.prompt_tokens
+    for text, other in zip(told, expected, strict=True):
+        torch.testing.assert_close(text, other)
+
+
 def test_small_pictures_and_videos_stay_whole(engine, transformers):
     """Of prompts with one, which transformers counts by the prompt."""
-    pipeline, prompts = compact("fastervlm:10", newline="drop", min_visual_tokens=30), PICTURES + VIDEOS[:3]
+    pipeline, prompts = compact("fastervlm:10", newline="drop", min_visual_tokens=33), PICTURES + VIDEOS[:3]
     engine.swap(pipeline)
     wanted, said = transformers(pipeline, prompts), engine(prompts)
     assert said.prompt_tokens == wanted.prompt_tokens and said.ids == wanted.ids
@@ -90,6 +112,21 @@ def test_chunks_and_cached_prefixes(engine, transformers, name):
     again = engine(SEVERAL)
     assert again.ids == wanted.ids
     assert again.cached >= sum(32 * ((n - 1) // 32) for n in again.prompt_tokens) > 64 * len(SEVERAL)
+
+
+def test_the_tower_is_given_as_many_frames_as_the_dense_model_would_be(engine, monkeypatch):
+    engine.swap(compact("fastervlm:4", newline="drop"))
+    videos, sizes = torch.randn(5, 3, 3, 56, 56), []
+    hook = engine.model.vision_tower.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    scheduler = engine.llm.llm_engine.vllm_config.scheduler_config
+    monkeypatch.setattr(scheduler, "max_num_encoder_input_tokens", 30)  # two videos of 3 x 4 tokens and a newline
+    with torch.inference_mode():
+        together = engine.model.embed_multimodal(pixel_values_videos=videos)
+        apart = [engine.model.embed_multimodal(pixel_values_videos=[one])[0] for one in videos]
+    hook.remove()
+    assert sizes == [6, 6, 3, 3, 3, 3, 3, 3]
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 def test_layouts_are_those_of_transformers(transformers):
@@ -116,7 +153,6 @@ REFUSED = {
     ),
     "positions": ({"newline": "keep", "stages": ["fastervlm:10"]}, {}, '"positions": "compact"'),
     "cuts in the tower": (compact("flowcut:10"), {}, "unpadding takes away"),
-    "the prompt": (compact("cdpruner:10"), {}, "reads the prompt"),
     "a prompt's pictures together": (compact({"fastervlm": {"keep": {"total": 10}}}), {}, "shared out"),
 }
 

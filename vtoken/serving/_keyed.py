@@ -16,7 +16,9 @@ from vtoken.errors import UnsupportedError
 from vtoken.serving import plan
 
 LOGGER = init_logger("vllm.plugins.vtoken")
-TEXT = "vtoken_text"  # ids of the prompt around a picture, which travel with it
+# Ids of the prompt around a picture or a video, which travel with it.
+TEXTS = {"image": "vtoken_text", "video": "vtoken_text_of_video"}
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 class Keyed(BaseMultiModalProcessor):
@@ -24,7 +26,7 @@ class Keyed(BaseMultiModalProcessor):
     the pipeline; where a stage reads the prompt, they name the prompt, too."""
 
     family: ClassVar[str]
-    placeholder: ClassVar[str] = "image_token_index"
+    placeholders: ClassVar[tuple[str, ...]] = ("image_token_index",)
 
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)
@@ -53,19 +55,20 @@ class Keyed(BaseMultiModalProcessor):
 
     def _cached_apply_hf_processor(self, inputs: Any, timing_ctx: Any) -> Any:
         if plan.reads_text(self.pipeline):
-            placeholder = getattr(self.info.get_hf_config(), self.placeholder)
-            self._asking.text = [token for token in inputs.prompt if token != placeholder]
+            media = [getattr(self.info.get_hf_config(), name) for name in self.placeholders]
+            self._asking.text = [token for token in inputs.prompt if token not in media]
         return super()._cached_apply_hf_processor(inputs, timing_ctx)
 
     def _postprocess_hf_mm_data(self, mm_inputs: Any, hf_processor_mm_kwargs: Any, processed_data: Any) -> Any:
-        if plan.reads_text(self.pipeline) and "pixel_values" in processed_data:
-            text = torch.tensor(self._asking.text)
-            processed_data[TEXT] = text.expand(len(processed_data["pixel_values"]), -1).contiguous()
+        for kind, pixels in PIXELS.items() if plan.reads_text(self.pipeline) else ():
+            if pixels in processed_data:
+                text = torch.tensor(self._asking.text)
+                processed_data[TEXTS[kind]] = text.expand(len(processed_data[pixels]), -1).contiguous()
         return super()._postprocess_hf_mm_data(mm_inputs, hf_processor_mm_kwargs, processed_data)
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Any:
         fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
-        return {**fields, TEXT: MultiModalFieldConfig.batched("image")}
+        return {**fields, **{name: MultiModalFieldConfig.batched(kind) for kind, name in TEXTS.items()}}
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
         hashes, pipeline = super()._get_mm_hashes(inputs), self.pipeline

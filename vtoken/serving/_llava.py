@@ -19,7 +19,7 @@ from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.run import ImageLayout
 from vtoken.serving import plan
 from vtoken.serving._clip import ClipLike
-from vtoken.serving._keyed import LOGGER, TEXT, Keyed
+from vtoken.serving._keyed import LOGGER, TEXTS, Keyed
 from vtoken.serving._tower import ServedTower, agreed
 from vtoken.serving.decide import decide
 from vtoken.stages import Fact
@@ -121,7 +121,7 @@ class Pruned:
         return int(self.engine.scheduler_config.max_num_encoder_input_tokens)
 
     def embed_multimodal(self, **kwargs: object) -> Any:
-        self.texts = kwargs.pop(TEXT, None)
+        self.texts = {kind: kwargs.pop(name, None) for kind, name in TEXTS.items()}
         embeds = kwargs.get("image_embeds")
         if isinstance(embeds, list):  # of different lengths, for which vLLM's schema has no place
             return tuple(embeds)
@@ -133,13 +133,14 @@ class Pruned:
         strategy = self.config.vision_feature_select_strategy
         return vision_tower(pixel_values, select_layers=self.select_layers, feature_select_strategy=strategy)
 
-    def choose(self, x: Tensor, layouts: Sequence[ImageLayout], first: int, pack: Any) -> Any:
+    def choose(self, x: Tensor, layouts: Sequence[ImageLayout], first: int, pack: Any, kind: str = "image") -> Any:
         """Lets the stages choose among what the tower gave.
 
         Args:
             x: [crops, patches, D] projected; with tokens that were dropped in the tower as rows of zeros.
             first: which picture of the call is the first of these.
             pack: [crops, patches, C] -> [ΣN, C] of the pictures' tokens.
+            kind: "image" or "video".
 
         Returns:
             [ΣK, D] and the history.
@@ -158,7 +159,7 @@ class Pruned:
         def read(need: Fact) -> Any:
             if need.name != "text":
                 return live(tower.fact(need))
-            ids = self.texts[first : first + len(layouts)]
+            ids = self.texts[kind][first : first + len(layouts)]
             return [self.language_model.embed_input_ids(row.long()) for row in ids]
 
         # Without the hooks, which are about whole pictures.

@@ -135,7 +135,7 @@ class Cropped(Pruned):
         return out
 
     def _left(
-        self, pixels: Sequence[Tensor], layouts: Sequence[ImageLayout], first: int, pack: Any
+        self, pixels: Sequence[Tensor], layouts: Sequence[ImageLayout], first: int, pack: Any, kind: str = "image"
     ) -> Iterator[Tensor]:
         """What is left of pictures, with the newlines that the pipeline leaves them. See `choose`."""
 
@@ -144,7 +144,7 @@ class Cropped(Pruned):
             return whole if values.ndim == 3 else whole[:, 0]
 
         features = self._image_pixels_to_features(self.vision_tower, torch.cat(list(pixels)))
-        left, history = self.choose(self.multi_modal_projector(features), layouts, first, packed)
+        left, history = self.choose(self.multi_modal_projector(features), layouts, first, packed, kind)
         for tokens, places, layout in zip(left.split(history.counts), history.kept(), layouts, strict=True):
             newlines = plan.newlines(self.pipeline, layout)
             yield self._closed(tokens, places, layout, newlines) if newlines else tokens

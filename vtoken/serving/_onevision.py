@@ -83,6 +83,7 @@ class Info(_next.Info, stock.LlavaOnevisionProcessingInfo):
 
 class Processor(KeyedLlava, stock.LlavaOnevisionMultiModalProcessor):
     family = "llava_onevision"
+    placeholders = ("image_token_index", "video_token_index")
 
     def check(self, pipeline: Pipeline) -> None:
         super().check(pipeline)
@@ -109,7 +110,7 @@ class LlavaOnevision(_next.Cropped, stock.LlavaOnevisionForConditionalGeneration
         videos, out = list(inputs["pixel_values_videos"]), list[Tensor]()
         layouts = [video_layout(len(frames), self.served.side) for frames in videos]
         for some in _next.groups([layout.length for layout in layouts], self.most):
-            out += self._left(videos[some], layouts[some], some.start, self._pooled)
+            out += self._left(videos[some], layouts[some], some.start, self._pooled, "video")
         return out
 
     def _pooled(self, values: Tensor) -> Tensor:

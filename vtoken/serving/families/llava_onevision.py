@@ -6,7 +6,6 @@ FAMILY = Family(
     "LlavaOnevisionForConditionalGeneration",
     "vtoken.serving._onevision:LlavaOnevision",
     positions="compact",
-    text=False,
     no_cuts="unpadding takes away another number of the kept tokens from every picture",
     newlines=True,
     crops=True,
