@@ -26,7 +26,7 @@ class Keyed(BaseMultiModalProcessor):
     the pipeline; where a stage reads the prompt, they name the prompt, too."""
 
     family: ClassVar[str]
-    placeholders: ClassVar[tuple[str, ...]] = ("image_token_index",)
+    placeholder_names: ClassVar[tuple[str, ...]] = ("image_token_index",)
 
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)
@@ -55,7 +55,7 @@ class Keyed(BaseMultiModalProcessor):
 
     def _cached_apply_hf_processor(self, inputs: Any, timing_ctx: Any) -> Any:
         if plan.reads_text(self.pipeline):
-            media = [getattr(self.info.get_hf_config(), name) for name in self.placeholders]
+            media = [getattr(self.info.get_hf_config(), name) for name in self.placeholder_names]
             self._asking.text = [token for token in inputs.prompt if token not in media]
         return super()._cached_apply_hf_processor(inputs, timing_ctx)
 

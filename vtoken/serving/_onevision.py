@@ -72,18 +72,20 @@ class Info(_next.Info, stock.LlavaOnevisionProcessingInfo):
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int] | None:
         """As dense: which picture is left with most tokens depends on the pipeline."""
-        if plan.pipeline_of(self.get_hf_config()) is None:
+        config = self.get_hf_config()
+        if plan.pipeline_of(config) is None:
             return None
-        size = self.get_image_size_with_most_features()
-        count = stock.LlavaOnevisionProcessingInfo.get_num_image_tokens
-        image = count(self, image_width=size.width, image_height=size.height)
+        most, count = self.get_image_size_with_most_features(), stock.LlavaOnevisionProcessingInfo.get_num_image_tokens
+        # vLLM's size has most tokens in the usual grids, not in every other.
+        sizes = [(most.height, most.width), *config.image_grid_pinpoints]
+        image = max(count(self, image_width=width, image_height=height) for height, width in sizes)
         frames = self.get_num_frames_with_most_features(seq_len, mm_counts)
         return {"image": image, "video": self._dense_video(frames)}
 
 
 class Processor(KeyedLlava, stock.LlavaOnevisionMultiModalProcessor):
     family = "llava_onevision"
-    placeholders = ("image_token_index", "video_token_index")
+    placeholder_names = ("image_token_index", "video_token_index")
 
     def check(self, pipeline: Pipeline) -> None:
         super().check(pipeline)
