@@ -23,9 +23,12 @@ PROMPTS = {
     "long video": [2, ("video", 6, 4, 2), 3, "img", 2],
     "videos and pictures": [1, "img", 2, ("video", 4, 4, 8), 1, ("img", (1, 8, 8)), 3, ("video", 3, 8, 4), 2],
 }
-SECONDS = {"qwen2_5_vl": (1.0, 0.5, 2.5), "qwen2_vl": (None,)}
 made = cache(tiny.make)
-CASES = [(family, seconds) for family, given in SECONDS.items() for seconds in given]
+CASES = [
+    (family, seconds)
+    for family in tiny.families(mrope=True, deepstack=0)
+    for seconds in ((1.0, 0.5, 2.5) if "tokens_per_second" in tiny.family(family).tower() else (None,))
+]
 
 
 def stock(family, prompt, seconds):

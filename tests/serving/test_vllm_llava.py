@@ -53,6 +53,7 @@ PIPELINES = {
     "a deep cut in the tower": compact("flowcut:16"),
     "a cut in the tower and one behind it": compact("flowcut:128", "fastervlm:32"),
     "guarded": {**compact("fastervlm:64"), "min_visual_tokens": 600},
+    "a guarded cut in the tower": {**compact("flowcut:64"), "min_visual_tokens": 600},
 }
 
 

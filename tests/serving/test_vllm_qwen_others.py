@@ -9,6 +9,7 @@ from PIL import Image
 pytest.importorskip("vllm")
 
 import qwen_checkpoints
+import tiny
 from served_qwen import FRAMES, Asked, Served, Wrapped, assert_positions, assert_same
 
 from vtoken.errors import UnsupportedError
@@ -17,12 +18,15 @@ pytestmark = pytest.mark.vllm
 PER_FRAME = {"stages": [{"fastervlm": {"keep": {"per_frame": 3}}}]}
 MERGED_PER_FRAME = {"stages": [{"visionzip": {"keep": {"per_frame": 4}}}]}
 BY_FRAMES = (None, PER_FRAME, MERGED_PER_FRAME)
-PIPELINES = ["uniform:5", "fastervlm:4", "visionzip:40%", "divprune:3", "evs:50%", *BY_FRAMES]
+OTHERS = ("uniform:5", "fastervlm:4", "visionzip:40%", "divprune:3", "evs:50%")
+FAMILIES = tiny.families(mrope=True, full_attention=None)
+TIMESTAMPS = [family for family in FAMILIES if tiny.family(family).deepstack]  # between the frames of a video
+PLAIN = [family for family in FAMILIES if family not in TIMESTAMPS]
 SIZES = [(56, 56), (112, 112), (84, 140), (56, 168)]
 ASKS = pytest.mark.parametrize("asks", [True, False], ids=["asks for positions", "does not"])
 
 
-@pytest.fixture(scope="module", params=["qwen2_vl", "qwen3_vl"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
     return request.param
 
@@ -39,7 +43,7 @@ def wrapped(folder):
 
 @pytest.fixture(scope="module")
 def served(family, folder):
-    engine = Served(folder, PER_FRAME, metadata=family == "qwen3_vl")
+    engine = Served(folder, PER_FRAME, metadata=family in TIMESTAMPS)
     yield engine
     engine.close()
 
@@ -63,17 +67,23 @@ def prompts(wrapped, videos):
 
 
 @ASKS
-@pytest.mark.parametrize("pipeline", PIPELINES, ids=str)
+@pytest.mark.parametrize("pipeline", [*OTHERS, *BY_FRAMES], ids=str)
 def test_pictures(served, wrapped, pipeline, asks):
     served.swap(pipeline, asks)
     assert_same(served, wrapped, prompts(wrapped, False), pipeline)
 
 
 @ASKS
-@pytest.mark.parametrize("pipeline", PIPELINES, ids=str)
-def test_videos(served, wrapped, family, pipeline, asks):
-    if family == "qwen3_vl" and pipeline not in BY_FRAMES:
-        pytest.skip("refused: see test_frames_that_keep_other_numbers_are_refused")
+@pytest.mark.parametrize("pipeline", BY_FRAMES, ids=str)
+def test_videos(served, wrapped, pipeline, asks):
+    served.swap(pipeline, asks)
+    assert_same(served, wrapped, prompts(wrapped, True), pipeline)
+
+
+@ASKS
+@pytest.mark.parametrize("pipeline", OTHERS)
+@pytest.mark.parametrize("family", PLAIN, indirect=True)
+def test_videos_whose_frames_stand_together(served, wrapped, pipeline, asks):
     served.swap(pipeline, asks)
     assert_same(served, wrapped, prompts(wrapped, True), pipeline)
 
@@ -85,7 +95,7 @@ def test_positions(served, wrapped, asks):
         assert_positions(served, wrapped, asked, PER_FRAME)
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl"], indirect=True)
+@pytest.mark.parametrize("family", TIMESTAMPS, indirect=True)
 def test_frames_that_keep_other_numbers_are_refused(folder, monkeypatch):
     from vllm import LLM
 

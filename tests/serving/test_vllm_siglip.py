@@ -35,7 +35,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    return Engine(folder, None)
+    """It starts, and is measured by vLLM, with a pipeline that reads the prompt; this one leaves all tokens."""
+    return Engine(folder, {"positions": "compact", "stages": ["cdpruner:576"]})
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +53,13 @@ def test_answers_and_kept_tokens_are_those_of_transformers(engine, transformers,
     wanted, said = transformers(pipeline, QUESTIONS), engine(QUESTIONS)
     assert said.ids == wanted.ids and said.prompt_tokens == wanted.prompt_tokens
     assert said.kept == wanted.kept[::6]
+
+
+def test_names_of_weights():
+    """As stock vLLM wants them, as transformers saves them, and of a tower that is another's."""
+    from vtoken.serving._llava import Llava
+
+    names = Llava.hf_to_vllm_mapper
+    for name in ("vision_tower.encoder.layers.0.x", "model.vision_tower.vision_model.encoder.layers.0.x"):
+        assert names.map_name(name) == "vision_tower.vision_model.encoder.layers.0.x"
+    assert names.map_name("vision_tower.transformer.layers.0.x") == "vision_tower.transformer.layers.0.x"

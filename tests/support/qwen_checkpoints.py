@@ -12,17 +12,14 @@ from tiny_processors import _template, tokenizer
 
 WIDTH = 128
 SHAPE = {"hidden_size": WIDTH, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-SECTIONS = {
-    "qwen2_vl": {"mrope_section": [4, 6, 6]},
-    "qwen3_vl": {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
-}
 LIMITS = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
 
 
 def save(family: str, folder: Path) -> Path:
-    """Model and processor of "qwen2_vl" or "qwen3_vl" in a folder."""
+    """Model and processor of a family without windows in a folder."""
     one = tiny.family(family)
-    rope = {"rope_type": "default", "rope_theta": 10000.0, **SECTIONS[family]}
+    axes = {"mrope_section": [6, 5, 5], "mrope_interleaved": True} if one.deepstack else {"mrope_section": [4, 6, 6]}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, **axes}
     fields = one.fields({**TEXT, **SHAPE, "head_dim": 32, "rope_parameters": rope})
     vision: dict[str, Any] = fields["vision_config"]
     vision["hidden_size" if "embed_dim" in vision else "out_hidden_size"] = WIDTH
@@ -31,11 +28,12 @@ def save(family: str, folder: Path) -> Path:
     model.save_pretrained(folder)
     half = [0.5, 0.5, 0.5]  # of both: vLLM normalises on the device, by one of the two
     sizes = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2, "image_mean": half, "image_std": half}
-    videos = getattr(transformers, "Qwen3VLVideoProcessor" if family == "qwen3_vl" else "Qwen2VLVideoProcessor")
     processor = getattr(transformers, f"{one.classes}Processor")(
         transformers.Qwen2VLImageProcessor(**sizes, size=LIMITS),
         tokenizer(*one.words),
-        videos(**sizes, size={"shortest_edge": 56 * 56, "longest_edge": 8 * 112 * 112}),
+        getattr(transformers, f"{one.classes}VideoProcessor")(
+            **sizes, size={"shortest_edge": 56 * 56, "longest_edge": 8 * 112 * 112}
+        ),
         chat_template=_template(*one.words, *one.around),
     )
     processor.save_pretrained(folder)

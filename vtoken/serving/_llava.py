@@ -113,7 +113,10 @@ class Pruned:
         ClipLike(self.config).check(pipeline)
         check_engine(self.engine, pipeline)
         self.served = ServedTower(self, pipeline)
-        LOGGER.info("vtoken: pipeline %s prunes every picture", pipeline.name)
+        crop = ImageLayout(((1, self.served.side, self.served.side),))
+        LOGGER.info(
+            "vtoken: %s, a picture of one crop: %d -> %d tokens", pipeline.name, crop.tokens, plan.kept(pipeline, crop)
+        )
 
     @property
     def most(self) -> int:
@@ -147,14 +150,11 @@ class Pruned:
         """
         assert self.pipeline is not None and self.served is not None
         tower = self.served
-        history = None if tower.state is None else tower.state.history
-        places = history.places if history is not None and history.short else None
-        if history is not None and places is None:
-            history = None
+        history = tower.state.history if tower.state is not None and tower.state.short else None
 
         def live(values: Tensor) -> Tensor:
             packed: Tensor = pack(values)
-            return packed if places is None else packed[places]
+            return packed if history is None else packed[history.places]
 
         def read(need: Fact) -> Any:
             if need.name != "text":

@@ -152,8 +152,8 @@ class Cropped(Pruned):
     def _closed(self, tokens: Tensor, places: Tensor, layout: ImageLayout, newlines: int) -> Tensor:
         """Tokens [K, D] that stand at these places of their picture, with its newlines among them."""
         assert layout.newline is not None
-        newline = layout.newline.to(places.device)
-        column = torch.cat([(~newline).nonzero()[:, 0][places], newline.nonzero()[:, 0]])
+        content, closing = (mask.nonzero()[:, 0].to(places.device) for mask in (~layout.newline, layout.newline))
+        column = torch.cat([content[places], closing])
         return torch.cat([tokens, self.image_newline.expand(newlines, -1).to(tokens)])[column.argsort()]
 
 

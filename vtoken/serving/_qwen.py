@@ -55,8 +55,8 @@ class Planned(Keyed):
         config = self.info.get_hf_config()
         if self.pipeline is not None and inputs.prompt[-1:] in ([config.image_token_id], [config.video_token_id]):
             raise ValueError(
-                "the prompt ends with a picture or video; with a pipeline of vtoken in it, this model takes prompts that "
-                "end with text, as its chat template makes them"
+                "the prompt ends with a picture or video; with a pipeline of vtoken this model takes prompts that end "
+                "with text, as its chat template makes them"
             )
         return super().apply(inputs, timing_ctx)
 

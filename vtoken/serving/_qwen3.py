@@ -24,9 +24,9 @@ class Processor(Planned, stock.Qwen3VLMultiModalProcessor):
         super().check(pipeline)
         if self.info.ctx.get_mm_config().get_limit_per_prompt("video") and not by_frames(pipeline):
             raise UnsupportedError(
-                f"pipeline {pipeline.name}: between the frames of a Qwen3-VL video stands text, so vLLM has to know what "
-                "is kept of every frame before it encodes; give every stage a budget per frame (keep: {per_frame: 32}), "
-                "or serve pictures only (--limit-mm-per-prompt '{\"video\": 0}')"
+                f"pipeline {pipeline.name}: text stands between the frames of a Qwen3-VL video, so vLLM has to know "
+                "what is kept of each before it encodes; give every stage a budget per frame (keep: {per_frame: "
+                "32}), or serve pictures only (--limit-mm-per-prompt '{\"video\": 0}')"
             )
 
     def placeholders(self, kind: str, given: Any, layout: ImageLayout, kept: int) -> Any:

@@ -62,8 +62,11 @@ class ServedTower(PaddedTower):
     """
 
     def __init__(self, model: Any, pipeline: Pipeline) -> None:
-        stages = tuple(stage for stage in pipeline.stages if stage.site in ("encoder", "tokens"))
-        super().__init__(Context(Parts(model), stages=stages))
+        parts = Parts(model)
+        # Where stages act inside, all pictures have one size, which is guarded or not.
+        guarded = parts.patches < pipeline.min_visual_tokens
+        stages = tuple(stage for stage in pipeline.stages if stage.site == "tokens" or not guarded)
+        super().__init__(Context(parts, stages=stages))
 
     @property
     def side(self) -> int:
