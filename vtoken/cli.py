@@ -83,8 +83,11 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from vtoken.evals.shared.bars import terminal_only
+
     try:
-        code: int = args.run(args)
+        with terminal_only():
+            code: int = args.run(args)
         return code
     except (ImportError, RuntimeError):
         from vtoken.evals.shared import torchvision

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import errno
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm import tqdm
+from tqdm.auto import tqdm as auto
 
 from vtoken.cli import main
 from vtoken.commands import bench, calibrate, demo, sweep, tune
 from vtoken.commands import eval as eval_command
 from vtoken.evals import reference
-from vtoken.evals.shared.bars import terminal_only
+from vtoken.evals.shared import bars
+from vtoken.evals.shared.bars import progress, terminal_only
 
 
 def cut(monkeypatch: Any, module: Any, error: BaseException) -> None:
@@ -87,12 +89,54 @@ def test_commands_of_a_moment_say_nothing(monkeypatch: Any, capsys: Any) -> None
 
 def test_progress_off_a_terminal_is_a_line_every_few_seconds(monkeypatch: Any, capsys: Any) -> None:
     now = iter([100.0, 101.0, 105.5, 107.0, 111.0])
-    monkeypatch.setattr(demo.time, "monotonic", lambda: next(now))
-    with demo._progress() as progress:
+    monkeypatch.setattr(bars.time, "monotonic", lambda: next(now))
+    with progress() as tell:
         for what, share in (("dense", 0.1), ("dense", 0.2), ("random:64", 0.3), ("random:64", 0.4)):
-            progress(what, share)
+            tell(what, share)
     out, err = capsys.readouterr()
     assert out == "" and err == "   6 s   20%  dense\n  11 s   40%  random:64\n"
+
+
+def test_what_is_done_inside_has_the_share_of_the_whole(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(bars, "EVERY", 0)
+    with progress() as tell:
+        tell("0 of 4 points", 0.25)
+        with progress() as inner:
+            inner("dense: 3 of 4", 0.75)
+    with progress(shown=False) as tell, progress() as inner:
+        tell("nothing", 0.5)
+        inner("nothing", 0.5)
+    err = capsys.readouterr().err
+    assert [line.split("s ", 1)[1] for line in err.splitlines()] == ["  25%  0 of 4 points", "  25%  dense: 3 of 4"]
+    assert bars._telling == []
+
+
+def test_bars_of_other_packages_are_off(capsys: Any) -> None:
+    """Also where they are asked for, as lmms-eval does; and afterwards all is as it was."""
+    stock = tqdm.__init__
+
+    def loops() -> str:
+        list(tqdm(range(3), disable=False))
+        list(auto(range(3), desc="of transformers and datasets"))
+        return str(capsys.readouterr().err)
+
+    assert "3/3" in loops()
+    with terminal_only():  # pytest is no terminal
+        assert loops() == ""
+    with progress():
+        assert loops() == ""
+    with pytest.raises(KeyboardInterrupt), progress():
+        raise KeyboardInterrupt
+    assert tqdm.__init__ is stock and "3/3" in loops()
+
+
+def test_bars_on_a_terminal_are_one(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    with progress() as tell:
+        tell("dense", 0.5)
+        list(tqdm(range(3)))
+    err = capsys.readouterr().err
+    assert "dense" in err and "3/3" not in err
 
 
 def test_few_rounds_say_what_their_quartiles_are_worth() -> None:
@@ -104,18 +148,9 @@ def test_few_rounds_say_what_their_quartiles_are_worth() -> None:
 
 
 def test_transformers_bars_do_not_leak(capfd: Any) -> None:
-    from transformers.utils import logging
-
-    logging.enable_progress_bar()
     capfd.readouterr()
     reference.load("tiny-llava")
-    assert "Loading weights" not in capfd.readouterr().err and logging.is_progress_bar_enabled()
-    with terminal_only():  # pytest is no terminal
-        assert not sys.stderr.isatty() and not logging.is_progress_bar_enabled()
+    assert "Loading weights" not in capfd.readouterr().err
+    stock = tqdm.__init__
     with terminal_only(shown=True):
-        assert logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    with terminal_only():
-        pass
-    assert not logging.is_progress_bar_enabled()
-    logging.enable_progress_bar()
+        assert tqdm.__init__ is stock

@@ -39,9 +39,9 @@ ROOMS = {
         "compatibility.py",
         "registry.py",
         "cli.py",
-    ): 10280,
+    ): 10290,
     ("kernels",): 3000,
-    ("evals", "commands"): 11800,
+    ("evals", "commands"): 11824,
 }
 
 

@@ -15,6 +15,8 @@ from served_qwen import FRAMES, Asked, Served, Wrapped, assert_positions, assert
 
 from vtoken.errors import UnsupportedError
 from vtoken.evals import reference
+from vtoken.serving import _qwen
+from vtoken.stages import Fact
 
 pytestmark = pytest.mark.vllm
 FOLDER = reference.path("tiny-qwen2.5-vl")
@@ -104,6 +106,29 @@ def test_several_pictures_and_the_prefix_cache(served, wrapped, pipeline, asks):
     assert served.ids(longer) == again
 
 
+def test_a_stage_reads_the_prompt(served, wrapped, monkeypatch):
+    """Its choice is too sensitive to rounding to be compared: what it is told, and the answers."""
+    served.swap("cdpruner:25%")
+    prompts = [*questions(wrapped, 12), *several(wrapped)[:2], videos(wrapped, 112)[2]]
+    told, original = [], _qwen.decide
+
+    def decide(pipeline, x, layouts, read, **more):
+        told.extend(read(Fact("text")))
+        return original(pipeline, x, layouts, read, **more)
+
+    monkeypatch.setattr(_qwen, "decide", decide)
+    for asked in prompts:
+        told.clear()
+        assert served.ids([asked]) == [wrapped.told(asked, "cdpruner:25%").ids]
+        ids = wrapped.inputs(asked)["input_ids"][0]
+        stays = torch.ones(len(ids), dtype=torch.bool)
+        stays[wrapped.media(asked)] = False
+        text = wrapped.model.get_input_embeddings()(ids[stays])
+        assert len(told) == len(asked.pictures) + (asked.video is not None)
+        assert all(torch.equal(each, text) for each in told)
+    assert served.ids(prompts) == [wrapped.told(asked, "cdpruner:25%").ids for asked in prompts]
+
+
 @ASKS
 @pytest.mark.parametrize("pipeline", ["fastervlm:25%", "divprune:30"])
 def test_positions(served, wrapped, pipeline, asks):
@@ -147,6 +172,20 @@ def test_the_tower_gets_no_more_at_once_than_the_dense_model(served, wrapped, mo
     seen.clear()
     monkeypatch.setattr(model, "most", 1)
     assert len(model.embed_multimodal(**inputs)) == len(pictures) == len(seen)
+
+
+def test_pruning_of_vllm_is_its_own_where_no_pipeline_is_named(served):
+    served.swap(None)
+    config, stock = served.config, type(served.model).__mro__[2]
+    ids = [5, config.vision_start_token_id, *[config.video_token_id] * 3, config.vision_end_token_id, 6]
+    embeddings = torch.cat([torch.rand(3, 128), torch.tensor([[0, 0, 1, 4], [1, 2, 0, 4], [1, 3, 3, 4]])], 1)
+    given = ids, [embeddings], torch.arange(7).expand(3, -1).clone(), 0
+    found, wanted = (
+        served.model.recompute_mrope_positions(*given),
+        stock.recompute_mrope_positions(served.model, *given),
+    )
+    assert torch.equal(found[0][0], wanted[0][0]) and torch.equal(found[1], wanted[1]) and found[2] == wanted[2]
+    assert found[0][0].shape == (3, 128)
 
 
 def test_a_prompt_ends_with_text(served):

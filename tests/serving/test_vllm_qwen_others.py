@@ -102,3 +102,12 @@ def test_frames_that_keep_other_numbers_are_refused(folder, monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     with pytest.raises(UnsupportedError, match=r"per_frame: 32.*\"video\": 0"):
         LLM(str(folder), dtype="float32", enforce_eager=True, max_model_len=1024, hf_overrides={"vtoken": "uniform:5"})
+
+
+@pytest.mark.parametrize("family", PLAIN, indirect=True)
+def test_pruning_that_vllm_has_not_is_refused_still(folder, monkeypatch):
+    from vllm import LLM
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    with pytest.raises(UnsupportedError, match="does not prune videos"):
+        LLM(str(folder), dtype="float32", enforce_eager=True, max_model_len=1024, video_pruning_rate=0.5)

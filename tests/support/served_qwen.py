@@ -18,6 +18,7 @@ from vllm import LLM, SamplingParams
 
 import vtoken
 from vtoken.serving import _qwen, plan
+from vtoken.serving._qwen_prompt import SWITCH
 
 NEW = 8
 CHUNK = 24  # tokens of a step: pictures are cut
@@ -72,7 +73,7 @@ class Served:
         self.model.install(plan.pipeline_of(self.config))
         self.runner.is_multimodal_pruning_enabled = on and asks
         # In one process the model's switch is the front end's, too.
-        self.model.multimodal_config.video_pruning_rate = _qwen.SWITCH if on else None
+        self.model.multimodal_config.video_pruning_rate = SWITCH if on else None
         self.model.is_multimodal_pruning_enabled = on
         self.forget()
 

@@ -1,4 +1,4 @@
-"""`vtoken app`: a page in the browser that asks a model about a picture, dense and pruned."""
+"""`vtoken app`: a page in the browser that asks a model about a picture or a video, dense and pruned."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from vtoken.errors import VtokenError
-from vtoken.evals.shared.options import DeviceOptions, option
+from vtoken.evals.shared.options import FRAMES, DeviceOptions, option
 
 if TYPE_CHECKING:
     from vtoken.evals.pictures.asked import Answerer
@@ -29,12 +29,13 @@ class CommandOptions(DeviceOptions):
     host: str = option("127.0.0.1", "address to listen on", "ADDRESS")
     port: int = option(7860, "port, 0: a free one", ge=0, le=65535)
     new_tokens: int = option(64, "tokens of an answer at most", ge=1)
+    frames: int = option(FRAMES, "evenly spaced frames of a video", ge=1)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Serves a page: picture, question, method and budget go in; the kept tokens, the answers dense and pruned,\n"
-        "tokens and seconds come out. Ctrl-C ends it."
+        "Serves a page: picture or video, question, method and budget go in; the kept tokens, the answers dense and\n"
+        "pruned, tokens and seconds come out. Ctrl-C ends it."
     )
     parser.epilog = EXAMPLES
     parser.add_argument(
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from vtoken.evals.shared.models import load_pair
 
     model, processor = load_pair(args.model, asked.device, asked.dtype)
-    served = page(args.model, Answerer(model, processor, asked.new_tokens))
+    served = page(args.model, Answerer(model, processor, asked.new_tokens, asked.frames))
     try:
         _, address, _ = served.launch(
             server_name=asked.host,
@@ -76,13 +77,15 @@ def page(name: str, answerer: Answerer) -> Any:
     import gradio as gr
 
     from vtoken.evals import reference
+    from vtoken.evals.shared.media import CONTAINERS
 
     methods = answerer.methods()
+    videos, kinds = hasattr(answerer.processor, "video_token"), [*CONTAINERS, ".gif", ".webp"]
     shipped = reference.questions(18)[::6] if name in reference.names() else []
 
-    def answered(picture: Any, question: str, method: str, budget: str) -> tuple[Any, ...]:
+    def answered(*given: Any) -> tuple[Any, ...]:
         try:
-            found = answerer(picture, question, method, budget)
+            found = answerer(*given)
         except VtokenError as error:
             raise gr.Error(str(error), duration=None, print_exception=False) from error
         return found.picture, found.dense, found.pruned, found.rows, found.aside
@@ -92,10 +95,12 @@ def page(name: str, answerer: Answerer) -> Any:
         with gr.Row():
             with gr.Column():
                 picture = gr.Image(type="pil", label="picture", sources=["upload", "clipboard"], height=320)
+                hint = "or a video (MP4, WebM, GIF, ...)"
+                video = gr.File(label=hint, file_types=kinds, height=160, visible=videos)
                 question = gr.Textbox("Describe the image.", label="question")
                 first = "fastervlm" if "fastervlm" in methods else methods[0]
                 method = gr.Dropdown(methods, value=first, label="method")
-                about = "tokens of the picture (64), a share (25%), {per_crop: 64}"
+                about = "tokens of the picture (64), a share (25%), {per_crop: 64}" + ", {per_frame: 16}" * videos
                 budget = gr.Textbox("64", label="budget", info=about)
                 go = gr.Button("Ask", variant="primary")
             with gr.Column():
@@ -104,7 +109,7 @@ def page(name: str, answerer: Answerer) -> Any:
                 head = ["", "dense", "pruned"]
                 table = gr.Dataframe(headers=head, label="one run each: vtoken bench measures", type="array")
                 aside = gr.Markdown()
-        given, shown = [picture, question, method, budget], [kept, dense, pruned, table, aside]
+        given, shown = [picture, video, question, method, budget], [kept, dense, pruned, table, aside]
         go.click(answered, given, shown, api_name="answer", concurrency_limit=1)
         if shipped:
             gr.Examples([[str(q.image), q.question] for q in shipped], [picture, question], label="shipped questions")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtoken.errors import ConfigError
-from vtoken.evals.shared.options import BenchOptions, DeviceOptions, option
+from vtoken.evals.shared.options import FRAMES, VIDEO, BenchOptions, DeviceOptions, option
 
 if TYPE_CHECKING:
     from vtoken.config import Pipeline
+    from vtoken.evals.shared.media import Media
     from vtoken.evals.speed.break_even import Measured, Step
     from vtoken.evals.speed.latency import Bench, Row
     from vtoken.evals.statistics import Spread
@@ -25,7 +28,9 @@ examples:
   vtoken bench llava-hf/llava-1.5-7b-hf fastervlm:64 --random-weights --device cuda --dtype bfloat16
       7B shapes without a download: latency does not depend on what the weights say
   vtoken bench Qwen/Qwen2.5-VL-3B-Instruct fastervlm:128 --random-weights --image-size 448x672 --frames 8
-      a video
+      a video of random pixels
+  vtoken bench tiny-qwen2.5-vl vidcom2:25% --media clip.mp4 --frames 8
+      a video of yours, which matters to methods whose counts depend on what they see (needs PyAV and torchvision)
   vtoken bench tiny-llava my_pipeline.yaml --repeats 21 --json | jq '.rows[1].to_oracle.ttft'
       the overhead alone
   vtoken bench llava-hf/llava-1.5-7b-hf flowcut-64 fastv-64 --break-even --random-weights --device cuda --dtype bfloat16
@@ -64,6 +69,7 @@ class CommandOptions(BenchOptions, DeviceOptions):
     """What is measured, on what."""
 
     threads: int | None = option(None, "CPU threads of torch (default: torch's choice)", ge=1)
+    media: Path | None = option(None, f"in place of random pixels: a picture file, or a video: {VIDEO}", "IMAGE")
     random_weights: bool = option(False, "build the model from its config; nothing is downloaded")
     break_even: bool = option(
         False,
@@ -86,16 +92,23 @@ def run(args: argparse.Namespace) -> int:
     """Measures and prints."""
     from vtoken.config import load
     from vtoken.evals.shared import models
+    from vtoken.evals.shared.media import read
 
     asked = CommandOptions.of(args)  # A typing error must not cost the loading of a model.
-    if asked.break_even and (asked.images > 1 or not args.pipelines):
+    if asked.break_even and (asked.images > 1 or asked.media or not args.pipelines):
         raise ConfigError(
-            "--break-even compares pipelines over more and more images: name some, and leave --images out"
+            "--break-even compares pipelines over more and more images: name some, and leave --images and --media out"
         )
+    if asked.media and asked.image_size:
+        raise ConfigError("--media has a size of its own: leave --image-size out")
     pipelines = [load(each) for each in args.pipelines]
     models.set_threads(asked.threads)
+    media = read([asked.media], asked.frames if asked.frames > 1 else FRAMES) if asked.media else None
     model = models.load(args.model, asked.device, asked.dtype, random_weights=asked.random_weights, seed=asked.seed)
-    found = (_break_even if asked.break_even else _bench)(model, pipelines, asked)
+    if asked.break_even:
+        found: Bench | Measured = _break_even(model, pipelines, asked)
+    else:
+        found = _bench(args.model, model, pipelines, asked, media)
     weights = "random" if asked.random_weights else "as loaded"
     if args.json:
         print(json.dumps({"model": args.model, "weights": weights, **found.to_dict()}))
@@ -104,26 +117,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _bench(model: Any, pipelines: list[Pipeline], asked: CommandOptions) -> Bench:
+def _bench(name: str, model: Any, pipelines: list[Pipeline], asked: CommandOptions, media: Media | None) -> Bench:
+    from vtoken.evals import processors
+    from vtoken.evals.speed.inputs import prepared
     from vtoken.evals.speed.latency import bench
 
-    return bench(model, pipelines, **asked.model_dump(include=set(BenchOptions.model_fields)))
+    options = asked.model_dump(include=set(BenchOptions.model_fields))
+    if media is None:
+        return bench(model, pipelines, **options)
+    pictures = prepared(media, processors.load(name), asked.batch, asked.images)
+    found = bench(model, pipelines, pictures=pictures, **options | {"frames": len(media.pictures)})
+    return replace(found, conditions=found.conditions | {"media": str(asked.media)})
 
 
 def _break_even(model: Any, pipelines: list[Pipeline], asked: CommandOptions) -> Measured:
-    from tqdm import tqdm
-
     from vtoken.evals.speed.break_even import lengths, measure
 
     tried = lengths(model.config, asked.up_to, asked.image_size, asked.frames)
-    with tqdm(total=len(tried), desc="lengths", disable=None) as bar:
-
-        def progress(visual_tokens: int) -> None:
-            bar.set_postfix_str(f"{visual_tokens} visual tokens")
-            bar.update()
-
-        options = asked.model_dump(include=set(BenchOptions.model_fields) - {"images", "image_size"})
-        return measure(model, pipelines, tried, progress=progress, **options)
+    options = asked.model_dump(include=set(BenchOptions.model_fields) - {"images", "image_size"})
+    return measure(model, pipelines, tried, **options)
 
 
 def _print(name: str, weights: str, found: Bench | Measured) -> None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,7 +19,6 @@ EXAMPLES = """examples:
   vtoken demo --model tiny-qwen2.5-vl          # another family
   vtoken demo --json | jq '.pipelines[] | [.pipeline, .accuracy.share]'
 """
-EVERY = 5  # seconds between lines of progress
 
 
 class CommandOptions(Options):
@@ -57,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from vtoken.evals import reference
     from vtoken.evals.pictures import demo
     from vtoken.evals.pictures.report import render
+    from vtoken.evals.shared.bars import progress
     from vtoken.evals.shared.models import set_threads
 
     if args.model not in reference.names():
@@ -64,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
     if _command(args) == _command(argparse.Namespace(**vars(CommandOptions()), budgets=None)):
         print("takes about a minute of one core, no GPU", file=sys.stderr)
     set_threads(1)  # So small a model gains nothing from more, and loses where cores are busy.
-    with _progress() as progress:
-        report = demo.run(asked.model, args.budgets, asked.limit, asked.all, _command(args), progress)
+    with progress() as tell:
+        report = demo.run(asked.model, args.budgets, asked.limit, asked.all, _command(args), tell)
     args.out.mkdir(parents=True, exist_ok=True)
     page = args.out / "report.html"
     page.write_text(render(report), encoding="utf-8")
@@ -82,34 +79,6 @@ def run(args: argparse.Namespace) -> int:
         )
     print(f"wrote {page}")
     return 0
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, float], None]]:
-    """A bar on a terminal, elsewhere a line every few seconds."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _lines()
-        return
-    columns = TextColumn("{task.description:<20}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("loading", total=1.0)
-        yield lambda what, share: bar.update(task, description=what, completed=share)
-
-
-def _lines() -> Callable[[str, float], None]:
-    start, said = time.monotonic(), [0.0]
-
-    def progress(what: str, share: float) -> None:
-        passed = time.monotonic() - start
-        if passed - said[0] >= EVERY:
-            said[0] = passed
-            print(f"{passed:4.0f} s  {share:4.0%}  {what}", file=sys.stderr, flush=True)
-
-    return progress
 
 
 def _budgets(text: str) -> list[int]:

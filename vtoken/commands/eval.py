@@ -6,7 +6,6 @@ import argparse
 import json
 import shlex
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     from vtoken.evals.lmms.model import VtokenModel
     from vtoken.evals.quality.report import publish
     from vtoken.evals.quality.run import evaluate
+    from vtoken.evals.shared.bars import progress
     from vtoken.evals.shared.models import set_threads
     from vtoken.evals.shared.tables import show
 
@@ -97,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
     harness = Harness(tasks, [folder.resolve() for folder in asked.include], asked.prompts)
     options = {"device": asked.device, "lmms_eval_pixels": asked.lmms_eval_pixels, **asked.model_args()}
     model, command = VtokenModel(args.model, **options), shlex.join(["vtoken", *sys.argv[1:]])
-    results = evaluate(model, pipelines, harness, asked.out, asked.limit, command, partial(print, file=sys.stderr))
+    with progress() as tell:
+        results = evaluate(model, pipelines, harness, asked.out, asked.limit, command, tell)
     written = publish(results.folder)
     if args.json:
         print(json.dumps(results.to_dict()))

@@ -18,13 +18,11 @@ Needs neither lmms-eval nor the model. The page is one file and fetches nothing;
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the command's options."""
     parser.description = (
         "Percent of dense with paired bootstrap intervals and McNemar's test, Pareto fronts against tokens, FLOPs and "
         "time to\nfirst token, what deciding costs, and the worst regressions with the tokens that were kept."
     )
     parser.epilog = EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", type=Path, metavar="DIR", help="that `vtoken eval --out DIR` wrote")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: DIR/report.html)")
     parser.add_argument("--paper", metavar="METHOD", help="print published numbers beside those measured")

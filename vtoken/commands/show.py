@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from vtoken.errors import VtokenError
+from vtoken.evals.shared.options import FRAMES, VIDEO
 
 EXAMPLES = """examples:
   vtoken show tiny-llava fastervlm:32 picture.jpg
@@ -27,15 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.add_argument("model", metavar="MODEL", help="shipped model, folder or hub id")
     parser.add_argument("pipeline", metavar="PIPELINE", help="preset, method:budget or YAML file")
-    media = (
-        "picture files of one prompt, or one video: a folder of frames, an animated GIF or WebP, MP4 or WebM (needs "
-        "torchvision)"
-    )
+    media = f"picture files of one prompt, or one video: {VIDEO}"
     parser.add_argument("media", type=Path, nargs="+", metavar="IMAGE", help=media)
     question = "for methods that read the prompt (default: %(default)s)"
     parser.add_argument("--question", default="Describe the image.", help=question)
     frames = "evenly spaced frames of a video (default: %(default)s)"
-    parser.add_argument("--frames", type=int, default=8, metavar="N", help=frames)
+    parser.add_argument("--frames", type=int, default=FRAMES, metavar="N", help=frames)
     parser.add_argument("--out", type=Path, metavar="FILE", help="PNG to write (default: IMAGE-PIPELINE.png here)")
     parser.add_argument("--json", action="store_true", help="print the trace as one JSON object")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -73,26 +72,22 @@ def run(args: argparse.Namespace) -> int:
     sweep, asked = read(Sweep, args.file), CommandOptions.of(args)
     if args.ray is not None:
         prepare_ray()
-    if (asked.workers or 1) > 1:
-        os.environ.setdefault("TQDM_DISABLE", "1")  # Bars of several processes overwrite each other.
     prepare("vtoken sweep")
-    from tqdm import tqdm
-
     from vtoken.evals.lmms.harness import ranks
     from vtoken.evals.quality import sweep as sweeping
     from vtoken.evals.quality.report import publish
+    from vtoken.evals.shared.bars import progress
     from vtoken.evals.shared.models import set_threads
     from vtoken.evals.shared.tables import show
 
     set_threads(asked.threads)
     command = shlex.join(["vtoken", *sys.argv[1:]])
-    with tqdm(desc="points", disable=ranks()[0] > 0) as bar:
+    with progress(shown=ranks()[0] == 0) as tell:
 
-        def progress(done: int, total: int, what: str) -> None:
-            bar.total, bar.n = total, done
-            bar.set_postfix_str(what)
+        def told(done: int, total: int, what: str) -> None:
+            tell(f"{done} of {total} points, {what}", done / total)
 
-        results = sweeping.run(sweep, asked.out, asked.workers, command, progress, args.ray)
+        results = sweeping.run(sweep, asked.out, asked.workers, command, told, args.ray)
     if results is None:
         return 0
     written = publish(results.folder)

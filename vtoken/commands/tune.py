@@ -82,9 +82,8 @@ def run(args: argparse.Namespace) -> int:
     space.check()
     if find_spec("optuna") is None:
         raise VtokenError("vtoken tune needs Optuna: pip install optuna")
-    from tqdm import tqdm
-
     from vtoken.evals.lmms.generation import TextGenerator
+    from vtoken.evals.shared.bars import progress
     from vtoken.evals.shared.models import load_pair
     from vtoken.evals.tune import samples
     from vtoken.evals.tune.cost import shape
@@ -95,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
     asked = samples.load(given.data, given.limit) if tasks is None else tasks.samples
     quality: Any = given.quality or ("agreement" if tasks is None else "accuracy")
     generator = TextGenerator(*load_pair(args.model, given.device, given.dtype, given.revision))
-    judge = Judge(generator, asked, quality, given.batch_size, tasks, given.first)
+    with progress():
+        judge = Judge(generator, asked, quality, given.batch_size, tasks, given.first)
     about = {"model": args.model, "revision": given.revision, "dtype": str(generator.model.dtype)}
     about |= {"batch_size": given.batch_size, "samples": samples.fingerprint(asked)}
     if judge.relative is not None:
@@ -103,14 +103,10 @@ def run(args: argparse.Namespace) -> int:
     objective: Any = given.objective
     like, keep = shape(generator, asked[0]), args.keep_accuracy
     search = Search(judge, space, given.out, like, objective, keep, given.first, given.seed, about)
-    with tqdm(desc="trials", total=given.trials) as bar:
-
-        def progress(done: int, what: str) -> None:
-            bar.n = done
-            bar.set_postfix_str(what)
-
-        search.run(given.trials, progress)
-        bar.update(given.trials - bar.n)
+    with progress() as tell:
+        search.run(
+            given.trials, lambda done, what: tell(f"{done} of {given.trials} trials, {what}", done / given.trials)
+        )
     files = search.write()
     if args.json:
         print(json.dumps(search.to_dict()))
@@ -137,7 +133,7 @@ def _print(search: Any, files: list[Path]) -> None:
     print(
         f"{len(found['trials'])} trials, {stopped} stopped early, {refused} refused by the model; dense "
         f"{search.judge.dense:.4f}, floor {search.floor:.4f}, {len(search.judge.samples)} samples, cost of a prompt of "
-        f"{search.shape}"
+        + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in search.shape.items())
     )
     if found["dense"] is not None:
         print("dense: " + ", ".join(f"{name} {value:.6g}" for name, value in found["dense"].items()))

@@ -16,9 +16,12 @@ from vtoken.errors import UnsupportedError
 from vtoken.serving import plan
 
 LOGGER = init_logger("vllm.plugins.vtoken")
-# Ids of the prompt around a picture or a video, which travel with it.
-TEXTS = {"image": "vtoken_text", "video": "vtoken_text_of_video"}
-PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+TEXT = "vtoken_text"  # ids of the prompt around a picture, which travel with it
+
+
+def text_key(kind: str) -> str:
+    """Under which the ids travel with pictures, or videos."""
+    return TEXT if kind == "image" else f"{TEXT}_{kind}"
 
 
 class Keyed(BaseMultiModalProcessor):
@@ -26,7 +29,9 @@ class Keyed(BaseMultiModalProcessor):
     the pipeline; where a stage reads the prompt, they name the prompt, too."""
 
     family: ClassVar[str]
-    placeholder_names: ClassVar[tuple[str, ...]] = ("image_token_index",)
+    placeholders_in_config: ClassVar[tuple[str, ...]] = ("image_token_index",)
+    # What the processor returns, one row per picture or video.
+    rows_of: ClassVar[dict[str, str]] = {"image": "pixel_values"}
 
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)
@@ -55,20 +60,20 @@ class Keyed(BaseMultiModalProcessor):
 
     def _cached_apply_hf_processor(self, inputs: Any, timing_ctx: Any) -> Any:
         if plan.reads_text(self.pipeline):
-            media = [getattr(self.info.get_hf_config(), name) for name in self.placeholder_names]
-            self._asking.text = [token for token in inputs.prompt if token not in media]
+            placeholders = {getattr(self.info.get_hf_config(), name) for name in self.placeholders_in_config}
+            self._asking.text = [token for token in inputs.prompt if token not in placeholders]
         return super()._cached_apply_hf_processor(inputs, timing_ctx)
 
     def _postprocess_hf_mm_data(self, mm_inputs: Any, hf_processor_mm_kwargs: Any, processed_data: Any) -> Any:
-        for kind, pixels in PIXELS.items() if plan.reads_text(self.pipeline) else ():
-            if pixels in processed_data:
+        for kind, rows in self.rows_of.items() if plan.reads_text(self.pipeline) else ():
+            if rows in processed_data:
                 text = torch.tensor(self._asking.text)
-                processed_data[TEXTS[kind]] = text.expand(len(processed_data[pixels]), -1).contiguous()
+                processed_data[text_key(kind)] = text.expand(len(processed_data[rows]), -1).contiguous()
         return super()._postprocess_hf_mm_data(mm_inputs, hf_processor_mm_kwargs, processed_data)
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Any:
         fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
-        return {**fields, **{name: MultiModalFieldConfig.batched(kind) for kind, name in TEXTS.items()}}
+        return {**fields, **{text_key(kind): MultiModalFieldConfig.batched(kind) for kind in self.rows_of}}
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
         hashes, pipeline = super()._get_mm_hashes(inputs), self.pipeline

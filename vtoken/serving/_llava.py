@@ -19,7 +19,7 @@ from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.run import ImageLayout
 from vtoken.serving import plan
 from vtoken.serving._clip import ClipLike
-from vtoken.serving._keyed import LOGGER, TEXTS, Keyed
+from vtoken.serving._keyed import LOGGER, Keyed, text_key
 from vtoken.serving._tower import ServedTower, agreed
 from vtoken.serving.decide import decide
 from vtoken.stages import Fact
@@ -124,7 +124,7 @@ class Pruned:
         return int(self.engine.scheduler_config.max_num_encoder_input_tokens)
 
     def embed_multimodal(self, **kwargs: object) -> Any:
-        self.texts = {kind: kwargs.pop(name, None) for kind, name in TEXTS.items()}
+        self.texts = {kind: kwargs.pop(text_key(kind), None) for kind in ("image", "video")}
         embeds = kwargs.get("image_embeds")
         if isinstance(embeds, list):  # of different lengths, for which vLLM's schema has no place
             return tuple(embeds)

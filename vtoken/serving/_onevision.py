@@ -85,7 +85,8 @@ class Info(_next.Info, stock.LlavaOnevisionProcessingInfo):
 
 class Processor(KeyedLlava, stock.LlavaOnevisionMultiModalProcessor):
     family = "llava_onevision"
-    placeholder_names = ("image_token_index", "video_token_index")
+    placeholders_in_config = ("image_token_index", "video_token_index")
+    rows_of = {"image": "pixel_values", "video": "pixel_values_videos"}
 
     def check(self, pipeline: Pipeline) -> None:
         super().check(pipeline)

@@ -4,7 +4,6 @@ positions. Pictures and videos alike; see `_mrope` for how their positions trave
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,93 +23,22 @@ from vllm.model_executor.models.qwen2_vl import (
     Qwen2VLProcessingInfo,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.processing import PromptReplacement
 
 from vtoken.config import Pipeline
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.run import ImageLayout
 from vtoken.serving import plan
-from vtoken.serving._keyed import Keyed
+from vtoken.serving._keyed import text_key
 from vtoken.serving._llava import check_engine
 from vtoken.serving._mrope import Span, coordinates, placed, prompt_positions, with_places, without_places
 from vtoken.serving._qwen_parts import QwenParts
+from vtoken.serving._qwen_prompt import SWITCH, Planned
 from vtoken.serving._qwen_tower import ServedTower
 from vtoken.serving._tower import agreed
 from vtoken.serving.decide import decide
+from vtoken.stages import Fact
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
-# Both of vLLM's GPU runners ask for recomputed positions where this rate is above 0; nothing is pruned by it.
-SWITCH = 1e-6
-
-
-class Planned(Keyed):
-    """Of processors: placeholders as the pipeline leaves them."""
-
-    def check(self, pipeline: Pipeline) -> None:
-        super().check(pipeline)
-        QwenParts(self.info.get_hf_config()).check(pipeline)
-        check_options(self.info.ctx.get_mm_config())
-
-    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
-        config = self.info.get_hf_config()
-        if self.pipeline is not None and inputs.prompt[-1:] in ([config.image_token_id], [config.video_token_id]):
-            raise ValueError(
-                "the prompt ends with a picture or video; with a pipeline of vtoken this model takes prompts that end "
-                "with text, as its chat template makes them"
-            )
-        return super().apply(inputs, timing_ctx)
-
-    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
-        made = super().get_dummy_inputs(*args, **kwargs)
-        return replace(made, prompt=[*made.prompt, 0])  # any text
-
-    def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
-        updates, pipeline = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs), self.pipeline
-        if pipeline is None:
-            return updates
-        parts = QwenParts(self.info.get_hf_config())
-
-        def fewer(update: Any) -> Any:
-            kind = update.modality
-
-            def replacement(item: int) -> Any:
-                given = out_mm_kwargs[kind][item]
-                (layout,) = parts.rasters([given[f"{kind}_grid_thw"].data.tolist()])
-                return self.placeholders(kind, given, layout, plan.kept(pipeline, layout))
-
-            return PromptReplacement(kind, update.target, replacement)
-
-        return [fewer(update) for update in updates]
-
-    def placeholders(self, kind: str, given: Any, layout: ImageLayout, kept: int) -> Any:
-        """What stands in the prompt for a picture or video.
-
-        Args:
-            given: what the processor made of it.
-            kept: tokens that are left.
-        """
-        return [QwenParts(self.info.get_hf_config()).placeholders[kind]] * kept
-
-
-def check_options(options: Any) -> None:
-    """Refuses options of the engine that do not go with a pipeline.
-
-    Args:
-        options: vLLM's MultiModalConfig.
-
-    Raises:
-        UnsupportedError: names the option.
-    """
-    if options.video_pruning_rate not in (None, 0.0, SWITCH):
-        raise UnsupportedError(
-            f"--video-pruning-rate {options.video_pruning_rate} is vLLM's own pruning of videos, in whose place a "
-            "pipeline of vtoken stands; leave one of the two out (stages evs and vidcom2 do what vLLM's do)"
-        )
-    if options.enable_mm_embeds:
-        raise UnsupportedError(
-            "--enable-mm-embeds lets requests bring embeddings, of which a pipeline cannot know what the vision tower "
-            "saw; leave it out, or prune in the client and serve the model without a pipeline"
-        )
 
 
 def check_parallel(engine: VllmConfig) -> None:
@@ -132,7 +60,7 @@ class Pruned:
 
     config: Any
     visual: Any
-    multimodal_config: Any
+    language_model: Any
     width: int | None = None  # channels of an embedding, where the tower gives more
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -161,22 +89,22 @@ class Pruned:
         out: list[Tensor] = []
         for kind, pixels in PIXELS.items():
             if pixels in kwargs:
-                for part, grids, steps in self._slices(kind, kwargs):
-                    out += self._encode(kind, part, grids, steps)
+                grids, texts = kwargs[f"{kind}_grid_thw"], kwargs.get(text_key(kind), ())
+                steps = self._steps(kind, kwargs, len(grids))
+                for patches, items in self._slices(grids):
+                    out += self._encode(kind, kwargs[pixels][patches], grids[items], steps[items], texts[items])
         return tuple(out)
 
-    def _slices(self, kind: str, given: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor, list[float]]]:
-        """Pixels, grids and steps of as many pictures at a time as the dense model's placeholders would let in: the
+    def _slices(self, grids: Tensor) -> Iterator[tuple[slice, slice]]:
+        """Patches and pictures of as many pictures at a time as the dense model's placeholders would let in: the
         scheduler counts those that are left."""
-        grids, pixels = given[f"{kind}_grid_thw"], given[PIXELS[kind]]
-        patches, steps = grids.prod(-1).tolist(), self._steps(kind, given, len(grids))
-        most = self.most * self.parts.encoder.unit
+        sizes, most = grids.prod(-1).tolist(), self.most * self.parts.encoder.unit
         first = start = 0
-        while first < len(patches):
-            last, stop = first + 1, start + patches[first]
-            while last < len(patches) and stop + patches[last] - start <= most:
-                stop, last = stop + patches[last], last + 1
-            yield pixels[start:stop], grids[first:last], steps[first:last]
+        while first < len(sizes):
+            last, stop = first + 1, start + sizes[first]
+            while last < len(sizes) and stop + sizes[last] - start <= most:
+                stop, last = stop + sizes[last], last + 1
+            yield slice(start, stop), slice(first, last)
             first, start = last, stop
 
     def _steps(self, kind: str, given: dict[str, Any], count: int) -> list[float]:
@@ -187,17 +115,24 @@ class Pruned:
         rate = getattr(self.config.vision_config, "tokens_per_second", 1.0)
         return [each * rate for each in ([1.0] * count if seconds is None else seconds.flatten().tolist())]
 
-    def _encode(self, kind: str, pixels: Tensor, grids: Tensor, steps: list[float]) -> list[Tensor]:
-        """[K, D + 6] of each picture or video: kept tokens and their places in it."""
+    def _encode(self, kind: str, pixels: Tensor, grids: Tensor, steps: list[float], texts: Any) -> list[Tensor]:
+        """[K, D + 6] of each picture or video: kept tokens and their places in it. `texts` are the ids around each,
+        where a stage reads them."""
         assert self.tower is not None and self.pipeline is not None
-        layouts = self.parts.rasters(grids.tolist())
+        tower, layouts = self.tower, self.parts.rasters(grids.tolist())
         process: Any = getattr(self, f"_process_{kind}_input")
-        self.tower.start(kind, layouts)
+
+        def read(need: Fact) -> Any:
+            if need.name != "text":
+                return tower.read(need)
+            return [self.language_model.embed_input_ids(ids.long()) for ids in texts]
+
+        tower.start(kind, layouts)
         try:
             x = torch.cat(list(process({"type": PIXELS[kind], PIXELS[kind]: pixels, f"{kind}_grid_thw": grids})))
-            left, history = decide(self.pipeline, x, layouts, self.tower.read, agree=agreed, width=self.width)
+            left, history = decide(self.pipeline, x, layouts, read, agree=agreed, width=self.width)
         finally:
-            self.tower.forget()
+            tower.forget()
         kept = zip(left.split(history.counts), history.kept(), layouts, steps, strict=True)
         return [with_places(x, self._places(index, layout, step)) for x, index, layout, step in kept]
 
@@ -227,6 +162,10 @@ class Pruned:
     ) -> tuple[Sequence[Tensor], Tensor, int]:
         """Embeddings of a chunk without their places, positions of the prompt with them, and what to add to the index
         of a generated token. A prompt ends with text."""
+        if self.pipeline is None:  # vLLM's own pruning of videos
+            return super().recompute_mrope_positions(  # type: ignore[misc]
+                input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens
+            )
         total = mrope_positions.shape[1]
         delta = int(mrope_positions[0, -1]) + 1 - total
         if not len(multimodal_embeddings):
@@ -264,6 +203,12 @@ class Qwen25Processor(Planned, Qwen2_5_VLMultiModalProcessor):
 
 class Qwen2Processor(Planned, Qwen2VLMultiModalProcessor):
     family = "qwen2_vl"
+
+    def __init__(self, info: Any, dummy_inputs: Any) -> None:
+        super().__init__(info, dummy_inputs)
+        if self.pipeline is None and info.ctx.get_mm_config().is_multimodal_pruning_enabled():
+            # Which vLLM would say, if the class that stands for its own had not positions to recompute.
+            raise UnsupportedError("--video-pruning-rate: vLLM does not prune videos of Qwen2-VL; name a pipeline")
 
 
 @MULTIMODAL_REGISTRY.register_processor(

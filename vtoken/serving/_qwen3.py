@@ -14,7 +14,8 @@ from vtoken.config import Pipeline
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.run import ImageLayout
 from vtoken.serving._mrope import Span
-from vtoken.serving._qwen import Planned, Pruned
+from vtoken.serving._qwen import Pruned
+from vtoken.serving._qwen_prompt import Planned
 
 
 class Processor(Planned, stock.Qwen3VLMultiModalProcessor):

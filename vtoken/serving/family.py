@@ -35,7 +35,6 @@ class Family:
 
 MROPE: dict[str, Any] = {  # of the Qwens
     "positions": "original",
-    "text": False,
     "no_cuts": "the blocks of its vision tower run no hooks in vLLM",
 }
 

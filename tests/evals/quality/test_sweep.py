@@ -29,6 +29,7 @@ from vtoken.evals.lmms.suites import KNOWN
 from vtoken.evals.quality import points, sweep
 from vtoken.evals.quality.options import Sweep
 from vtoken.evals.quality.results import Results
+from vtoken.evals.shared import bars
 from vtoken.evals.shared.options import SpeedOptions
 from vtoken.evals.shared.yaml_options import read
 from vtoken.session import wrapped
@@ -153,6 +154,16 @@ def test_a_sweep_shows_what_was_lost(
     next(iter(before)).unlink()
     sweep.run(given, out)
     assert all(file.exists() for file in before) and len(lines) == 2
+
+
+def test_bars_stay_on_terminals(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """Neither lmms-eval's, nor those of loading: a line now and then says which point and question it is at."""
+    monkeypatch.setattr(bars, "EVERY", 0)
+    assert main(["sweep", str(place / "sweep.yaml"), "--out", str(tmp_path / "out")]) == 0
+    err = capfd.readouterr().err
+    assert "it/s" not in err and "\r" not in err
+    told = [line.split("%  ")[1] for line in err.splitlines() if "%  " in line]
+    assert {"0 of 10 points, loading the model", "fastervlm:3: 0 of 3", "10 of 10 points, speed"} <= {*told}
 
 
 def test_nothing_is_asked_twice(place: Path, given: Sweep, whole: Results, monkeypatch: pytest.MonkeyPatch) -> None:

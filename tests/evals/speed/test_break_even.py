@@ -153,8 +153,8 @@ def test_a_full_memory_ends_it(folder: Path, monkeypatch: pytest.MonkeyPatch, ca
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "name some, and leave --images out"),
-        (["uniform:4", "--images", "2"], "name some, and leave --images out"),
+        ([], "name some, and leave --images and --media out"),
+        (["uniform:4", "--images", "2"], "name some, and leave --images and --media out"),
         (["uniform:4", "--up-to", "0"], "--up-to must be at least 1"),
         (["uniform:4", "--up-to", "9"], "one picture has 16 visual tokens, more than the 9 to be tried"),
         (["uniform:4", "uniform:4"], "two pipelines have one name"),

@@ -26,7 +26,7 @@ from vtoken.evals import processors
 from vtoken.evals.cost.flops import account
 from vtoken.evals.lmms.generation import TextGenerator
 from vtoken.evals.lmms.prompts import encode
-from vtoken.evals.shared import models
+from vtoken.evals.shared import bars, models
 from vtoken.evals.shared.options import Workload
 from vtoken.evals.tune import samples
 from vtoken.evals.tune import search as searching
@@ -329,9 +329,16 @@ def test_a_model_that_can_serve_nothing(
     assert judge.generator.pipeline is None
 
 
-def test_the_command(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bars, "EVERY", 0)
     (tmp_path / "space.yaml").write_text("alternatives: {a: [random: {keep: {low: 1, high: 8}}]}\n")
     words = ["tune", str(place / "llava"), "--data", str(place / "own.jsonl"), "--space", str(tmp_path / "space.yaml")]
     assert main([*words, "--trials", "2", "--keep-accuracy", "10%", "--out", str(tmp_path / "o"), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    told = {line.split("s ", 1)[1] for line in err.splitlines()}
+    assert {"   0%  dense: 5 of 6", "  50%  1 of 2 trials, random", "  50%  random: 5 of 6"} <= told
+    assert "it/s" not in err and "\r" not in err
     assert found["schema"] == "vtoken-tune/1" and len(found["trials"]) == 2 and found["floor"] == pytest.approx(0.1)

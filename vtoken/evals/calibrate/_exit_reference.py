@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import create_causal_mask
 
 from vtoken import registry
 from vtoken.errors import UnsupportedError
+from vtoken.hooks.state.cache_argument import causal_mask
 from vtoken.hooks.state.handle import Handle
 
 
@@ -55,10 +55,8 @@ class ExitReference:
         """[T, V] logits of the text tokens if the visual ones (and newlines) had left before this layer; positions as
         they were."""
         x = self.entering[layer][None]
-        mask = create_causal_mask(
-            config=self.lm.config, inputs_embeds=x, attention_mask=None, past_key_values=None, position_ids=None
-        )
+        mask = causal_mask(self.lm.config, x, None, None)
         for each in self.lm.layers[layer:]:
-            x = each(x, attention_mask=mask, position_embeddings=self._rope, position_ids=None, past_key_values=None)
+            x = each(x, attention_mask=mask, position_embeddings=self._rope, position_ids=None)
         logits: Tensor = self.model.get_output_embeddings()(self.lm.norm(x))[0]
         return logits

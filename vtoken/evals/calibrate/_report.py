@@ -11,11 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
-
 from vtoken.config import dump, load
 from vtoken.errors import ConfigError
+from vtoken.evals.shared.bars import progress
 from vtoken.evals.shared.tables import Rows, show
 
 Step = Callable[[str, int], Callable[[int], None]]
@@ -42,14 +40,9 @@ def check_out(out: Path | None) -> None:
 
 @contextmanager
 def steps() -> Iterator[Step]:
-    """Bars on stderr: `step(name, total)` begins one and returns what is called with how much of it is done."""
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-
-        def step(name: str, total: int) -> Callable[[int], None]:
-            task = bar.add_task(name, total=total)
-            return lambda done: bar.update(task, completed=done)
-
-        yield step
+    """`step(name, total)` begins one and returns what is called with how much of it is done."""
+    with progress() as tell:
+        yield lambda name, total: lambda done: tell(name, done / total)
 
 
 def tell(

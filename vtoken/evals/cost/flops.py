@@ -100,12 +100,7 @@ class Account:
 
 
 def account(
-    config: Any,
-    pipeline: Pipeline | None = None,
-    *,
-    batch: int = 1,
-    dtype_bytes: int | None = None,
-    **options: Any,
+    config: Any, pipeline: Pipeline | None = None, *, batch: int = 1, dtype_bytes: int | None = None, **options: Any
 ) -> Account:
     """Counts one `generate` call.
 

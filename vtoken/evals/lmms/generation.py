@@ -72,11 +72,8 @@ class TextGenerator:
         out = self.model.generate(**inputs, **arguments, stopping_criteria=StoppingCriteriaList([first]))
         end = self.clock.now()
         ttft, decode = (self.clock.between(*pair) / 1e3 for pair in ((start, first.at), (first.at, end)))
-        if (
-            self.pipeline is None
-            or not self.pipeline.stages
-            or not any(name.startswith("pixel_values") for name in inputs)
-        ):
+        acted = self.pipeline is not None and self.pipeline.stages
+        if not acted or not any(name.startswith("pixel_values") for name in inputs):
             tokens, stages = dense_tokens(self.adapter, inputs), {}
         else:
             beams = arguments["num_beams"]
@@ -85,25 +82,12 @@ class TextGenerator:
             stages = stage_times(seen)
         new = out[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return [
-            Reply(
-                ended(text, options.get("until")),
-                Cost(
-                    t.prompt,
-                    t.entered,
-                    t.visual,
-                    t.entry,
-                    t.mean,
-                    self._length(row),
-                    len(prompts),
-                    preprocess,
-                    ttft,
-                    decode,
-                    stages,
-                ),
-            )
-            for text, row, t in zip(texts, new.tolist(), tokens, strict=True)
+        shared = (len(prompts), preprocess, ttft, decode, stages)
+        costs = [
+            Cost(t.prompt, t.entered, t.visual, t.entry, t.mean, self._length(row), *shared)
+            for row, t in zip(new.tolist(), tokens, strict=True)
         ]
+        return [Reply(ended(text, options.get("until")), cost) for text, cost in zip(texts, costs, strict=True)]
 
     def _arguments(self, options: Mapping[str, Any]) -> dict[str, Any]:
         heat = float(options.get("temperature") or 0)

@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 from lmms_eval.api.instance import GenerationResult, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
-from tqdm import tqdm
 
 import vtoken
 from vtoken import config
@@ -26,6 +25,7 @@ from vtoken.evals.lmms.prompts import LMMS_EVAL_PIXELS, Prompt, from_chat, limit
 from vtoken.evals.lmms.records import Request
 from vtoken.evals.lmms.response_cache import identify
 from vtoken.evals.shared import models
+from vtoken.evals.shared.bars import progress
 from vtoken.evals.shared.identity import code, named_files, weights
 
 
@@ -179,8 +179,10 @@ class VtokenModel(lmms):
         batches = [group[k : k + size] for group in groups.values() for k in range(0, len(group), size)]
         found: dict[int, Request] = {}
         seen: dict[tuple[str, int], int] = {}
-        for batch in tqdm(batches, desc=self._label(), disable=self.rank != 0):
-            found |= self._batch(batch, [requests[k] for k in batch], seen)
+        with progress(shown=self.rank == 0) as tell:
+            for done, batch in enumerate(batches):
+                tell(f"{self._label()}: {done} of {len(batches)}", done / len(batches))
+                found |= self._batch(batch, [requests[k] for k in batch], seen)
         real = [k for k in range(len(requests)) if not requests[k].metadata.get("__padding_only__")]
         self._note([found[k] for k in real])
         return [self._result(found[k]) for k in range(len(requests))]

@@ -12,11 +12,7 @@ from typing import Any
 from vtoken.errors import ConfigError
 
 # What imports an optional package -> how it is called where it is installed from.
-PACKAGES = {
-    "cv2": "opencv-python-headless",
-    "av": '"av<16"',
-    "decord": "decord",
-}
+PACKAGES = {"cv2": "opencv-python-headless", "av": '"av<16"', "decord": "decord"}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -12,7 +13,8 @@ from vtoken.config import load
 from vtoken.errors import ConfigError, VtokenError
 from vtoken.evals.pictures.traced import picture
 from vtoken.evals.processors import apply, check_video
-from vtoken.evals.shared.media import Media, rgb
+from vtoken.evals.shared.media import Media, read, rgb
+from vtoken.evals.shared.options import FRAMES
 from vtoken.registry import catalogue
 from vtoken.session import trace, watched, wrapped
 
@@ -52,8 +54,8 @@ class Answer(NamedTuple):
 class Answerer:
     """A model, dense and pruned by a pipeline, one question at a time: the pipeline changes between calls."""
 
-    def __init__(self, model: Any, processor: Any, new_tokens: int) -> None:
-        self.model, self.processor, self.new_tokens = model, processor, new_tokens
+    def __init__(self, model: Any, processor: Any, new_tokens: int, frames: int = FRAMES) -> None:
+        self.model, self.processor, self.new_tokens, self.frames = model, processor, new_tokens, frames
         self._turn = Lock()
 
     def methods(self) -> list[str]:
@@ -70,16 +72,16 @@ class Answerer:
                 continue
         return found
 
-    def __call__(self, photo: Any, question: str, method: str, budget: str) -> Answer:
-        """Asks twice.
+    def __call__(self, photo: Any, video: Any, question: str, method: str, budget: str) -> Answer:
+        """Asks twice, about an opened picture or the file of a video.
 
         Raises:
-            VtokenError: a budget that does not read, no picture, or what the model or the stage refuses.
+            VtokenError: a budget that does not read, not one picture or video, or what the model or the stage refuses.
         """
-        if photo is None:
-            raise ConfigError("choose a picture first")
+        if (photo is None) == (video is None):
+            raise ConfigError("choose a picture first" if video is None else "choose a picture or a video, not both")
         pipeline = load(f"{method}:{budget.strip()}")
-        media = Media((rgb(photo),))
+        media = Media((rgb(photo),)) if video is None else read([Path(video)], self.frames)
         with self._turn, torch.inference_mode():
             inputs = prepare(self.processor, media, question, self.model)
             dense, plain, first = self._ask(load("none"), inputs)

@@ -21,6 +21,7 @@ from vtoken.evals.pictures.report import Case, Panel, Report, Row
 from vtoken.evals.processors import apply
 from vtoken.evals.shared.machine import processor_name, versions
 from vtoken.evals.shared.media import Media, still
+from vtoken.hooks.state.cache_argument import CACHE
 
 ROUNDS = 21
 WARMUP = 2
@@ -138,7 +139,7 @@ def cost(model: Any, pipeline: Pipeline | None, prompt: Any) -> dict[str, int]:
     size = picture_size(model.config, prompt)
     plan = account(model.config, pipeline, image_size=size, text_tokens=text, new_tokens=1)
     if pipeline is None:
-        layers = model(**prompt, use_cache=True).past_key_values.layers
+        layers = getattr(model(**prompt, use_cache=True), CACHE).layers
         cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
         newlines = plan.newline_entry
         tokens = [placeholders - newlines] * len(layers)

@@ -31,16 +31,7 @@ class EvalOptions(DeviceOptions):
 
     def model_args(self) -> dict[str, Any]:
         """Arguments of `VtokenModel`, model and device aside."""
-        names = {
-            "dtype",
-            "revision",
-            "batch_size",
-            "min_pixels",
-            "max_pixels",
-            "frames",
-            "system_prompt",
-            "max_new_tokens",
-        }
+        names = {*EvalOptions.model_fields} - {"device", "limit", "attn", "prompts", "include"}
         return {"attn_implementation": self.attn, **self.model_dump(include=names)}
 
 

@@ -36,13 +36,13 @@ def evaluate(
     folder: Path,
     limit: int | None = None,
     command: str = "",
-    progress: Callable[[str], None] = lambda what: None,
+    progress: Callable[[str, float], None] = lambda what, share: None,
 ) -> Results:
     """Asks every task under every pipeline and writes DIR/results.json and DIR/requests/.
 
     Args:
         limit: first documents of every task (of a group: of every part) only; None is all.
-        progress: called with what comes next.
+        progress: called with what comes next and the share that is done.
 
     Raises:
         ConfigError: several processes, a folder that holds results already, pipelines that cannot be told apart.
@@ -63,11 +63,11 @@ def evaluate(
     documents: dict[str, costs.Typical | str] = {}
     run = 0
     try:
-        for point in kept:
+        for k, point in enumerate(kept):
             if point.run > run:  # A process that is killed leaves whole runs.
                 run = point.run
                 assemble(folder, model.pretrained, command, runs, kept)
-            progress(f"{point.pipeline.name}: {point.task}")
+            progress(f"{point.pipeline.name}: {point.task}", k / len(kept))
             kept[point] = ask(model, harness, point, limit, folder, documents)
     finally:
         results = assemble(folder, model.pretrained, command, runs, kept)
@@ -75,7 +75,7 @@ def evaluate(
             with suppress(OSError):
                 empty.rmdir()
     assert results is not None  # the first dense point is there, or something was raised
-    progress("pictures of what was lost")
+    progress("pictures of what was lost", 1)
     results.cases = regressions.draw(model, runs[:-1] or runs, regressions.lost(folder), folder)
     results.save()
     return results

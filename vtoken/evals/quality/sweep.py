@@ -26,6 +26,7 @@ from vtoken.evals.quality.options import Sweep
 from vtoken.evals.quality.points import Answered, Point, ask, is_cases, is_point, is_speed, load, points, save
 from vtoken.evals.quality.results import Results, assemble
 from vtoken.evals.quality.run import with_dense
+from vtoken.evals.shared.bars import mute
 from vtoken.evals.shared.identity import commit, digest
 from vtoken.evals.speed.latency import bench
 
@@ -202,6 +203,7 @@ _own: Asking | None = None  # of a worker process
 def _enter(places: Any, asking: Asking, threads: int) -> None:
     global _own
     quiet()
+    mute()
     torch.set_num_threads(threads)
     place, count = places.get(), torch.cuda.device_count()
     if asking.device in (None, "cuda") and count:

@@ -1,24 +1,90 @@
-"""transformers' progress bars: on a terminal, where a large model takes minutes, and nowhere else."""
+"""How far a command is: a bar on a terminal, elsewhere a line every few seconds."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+Tell = Callable[[str, float | None], None]
+EVERY = 5  # seconds between lines
+_telling: list[Tell] = []  # of the command that runs in this process
+
+
+@contextmanager
+def progress(shown: bool = True) -> Iterator[Tell]:
+    """Gives what is called with what is being done and which share of the whole is done. Other packages' bars are off.
+
+    Inside another one it says what is being done there; the share stays that of the outer one.
+
+    Args:
+        shown: false in a process that others tell for.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    if _telling:
+        yield lambda what, share: _telling[-1](what, None)
+        return
+    console = Console(stderr=True)
+    watched = shown and console.is_terminal
+    columns = TextColumn("{task.description:<20}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    with terminal_only(False), Progress(*columns, console=console, transient=True, disable=not watched) as bar:
+        task = bar.add_task("loading", total=1.0)
+        lines = _lines() if shown and not watched else None
+        _telling.append(lines or (lambda what, share: bar.update(task, description=what, completed=share)))
+        try:
+            yield _telling[-1]
+        finally:
+            _telling.pop()
+
+
+def say(what: str) -> None:
+    """Tells what is being done inside of the command that runs, if one does."""
+    if _telling:
+        _telling[-1](what, None)
+
+
+def mute() -> None:
+    """Nothing is told by this process any more."""
+    from tqdm import tqdm
+
+    _telling[:] = [lambda what, share: None]
+    _silence(tqdm)
+
+
+def _lines() -> Tell:
+    start = time.monotonic()
+    said, reached = start, 0.0
+
+    def tell(what: str, share: float | None) -> None:
+        nonlocal said, reached
+        now, reached = time.monotonic(), reached if share is None else share
+        if now - said >= EVERY:
+            said = now
+            print(f"{now - start:4.0f} s  {reached:4.0%}  {what}", file=sys.stderr, flush=True)
+
+    return tell
 
 
 @contextmanager
 def terminal_only(shown: bool | None = None) -> Iterator[None]:
-    """Bars of loading and downloading for the length of a `with`: where stderr is a terminal, or as `shown` says."""
-    from transformers.utils import logging
+    """Bars of transformers, datasets and lmms-eval, which are all tqdm's, for the length of a `with`: where stderr is a
+    terminal, and a large model takes minutes to load, or as `shown` says."""
+    from tqdm import tqdm
 
-    before = logging.is_progress_bar_enabled()
-    if shown if shown is not None else sys.stderr.isatty():
-        yield
-        return
-    logging.disable_progress_bar()
+    stock = tqdm.__init__
+    if not (sys.stderr.isatty() if shown is None else shown):
+        _silence(tqdm)
     try:
         yield
     finally:
-        if before:
-            logging.enable_progress_bar()
+        tqdm.__init__ = stock
+
+
+def _silence(tqdm: Any) -> None:
+    """No bars, also where a package asks for one: environment variables change the default only."""
+    stock = tqdm.__init__
+    tqdm.__init__ = lambda self, *given, **named: stock(self, *given, **{**named, "disable": True})

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vtoken.errors import ConfigError, shown
 
 ImageSize = int | tuple[int, int]
+FRAMES = 8  # of a video, where no other number is asked for
+VIDEO = "a folder of frames, an animated GIF or WebP, MP4 or WebM (needs torchvision)"
 BOUNDS = {
     "greater_than_equal": ("at least", "ge"),
     "greater_than": ("above", "gt"),

@@ -3,7 +3,7 @@ runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import takewhile
@@ -14,6 +14,7 @@ import torch
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError
 from vtoken.evals.cost.geometry import geometry
+from vtoken.evals.shared.bars import progress
 from vtoken.evals.shared.options import ImageSize
 from vtoken.evals.speed.latency import Row, bench
 from vtoken.evals.statistics import Spread
@@ -105,8 +106,6 @@ def measure(
     model: Any,
     pipelines: Sequence[Pipeline],
     tried: Sequence[Length],
-    *,
-    progress: Callable[[int], None] = lambda visual_tokens: None,
     **options: Any,
 ) -> Measured:
     """Dense and all pipelines interleaved, one length after the other.
@@ -119,17 +118,18 @@ def measure(
     if len(steps) < len(pipelines):
         raise ConfigError("two pipelines have one name; rename one file")
     stopped, conditions = "", {}
-    for length in tried:
-        progress(length.visual_tokens)
-        shape = {"images": length.images, "image_size": length.image_size}
-        try:
-            found = bench(model, pipelines, oracles=False, **shape, **options)
-        except torch.OutOfMemoryError:
-            stopped = f"prompts of {length.visual_tokens} visual tokens do not fit into the device's memory"
-            break
-        conditions = found.conditions
-        for row, pipeline in zip(found.rows[1:], pipelines, strict=True):
-            steps[pipeline.name].append(_step(row, pipeline, length))
+    with progress() as tell:
+        for done, length in enumerate(tried):
+            tell(f"{length.visual_tokens} visual tokens", done / len(tried))
+            shape = {"images": length.images, "image_size": length.image_size}
+            try:
+                found = bench(model, pipelines, oracles=False, **shape, **options)
+            except torch.OutOfMemoryError:
+                stopped = f"prompts of {length.visual_tokens} visual tokens do not fit into the device's memory"
+                break
+            conditions = found.conditions
+            for row, pipeline in zip(found.rows[1:], pipelines, strict=True):
+                steps[pipeline.name].append(_step(row, pipeline, length))
     kept = {name: conditions[name] for name in conditions if name not in ("images", "image_size", "prompt")}
     return Measured({name: tuple(each) for name, each in steps.items()}, stopped, kept)
 

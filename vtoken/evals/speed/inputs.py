@@ -11,12 +11,14 @@ from torch import Tensor
 from vtoken.adapters.base import Adapter
 from vtoken.errors import ConfigError
 from vtoken.evals.cost.geometry import ImageSize, geometry, random_inputs
+from vtoken.evals.processors import apply, check_video
+from vtoken.evals.shared.media import Media
 from vtoken.hooks.state.run import KINDS
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Random text around random pictures; every row alike, nothing padded.
+    """Random text around pictures; every row alike, nothing padded.
 
     Attributes:
         inputs: arguments of `generate`, as the family's processor returns them.
@@ -44,20 +46,23 @@ def random_prompt(
     image_size: ImageSize | None = None,
     text_tokens: int = 32,
     seed: int = 0,
+    pictures: dict[str, Tensor] | None = None,
 ) -> Prompt:
     """Prompts of text_tokens random ids and `images` random pictures, or videos where `frames` is above 1.
 
     Args:
         image_size: as `geometry` takes it; pixels have the size that the family's processor would give them.
+        pictures: those of all prompts, from `prepared`, in place of random ones.
     """
     model: Any = adapter.model
-    config, kind = model.config, "video" if frames > 1 else "image"
+    config = model.config
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*size: int) -> Tensor:
         return torch.randn(size, generator=generator)
 
-    inputs = random_inputs(config, batch, images, frames, image_size, draw)
+    inputs = pictures or random_inputs(config, batch, images, frames, image_size, draw)
+    kind = "video" if "pixel_values_videos" in inputs else "image"
     layout = adapter.layouts(kind, inputs)[0]
     runs = geometry(config, image_size, images, frames).runs
     texts = _texts(text_tokens, images * runs, between=int(adapter.mrope))
@@ -65,8 +70,8 @@ def random_prompt(
     every = torch.arange(config.get_text_config().vocab_size)
     plain = every[~torch.isin(every, torch.tensor(list(adapter.placeholders.values())))]
     text = plain[torch.randint(len(plain), (batch, text_tokens), generator=generator)].split(texts, 1)
-    pictures = torch.full((batch, layout.length // runs), placeholder)
-    ids = torch.cat([text[0], *(each for after in text[1:] for each in (pictures, after))], 1)
+    shown = torch.full((batch, layout.length // runs), placeholder)
+    ids = torch.cat([text[0], *(each for after in text[1:] for each in (shown, after))], 1)
     found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if adapter.mrope:
         found["mm_token_type_ids"] = (ids == placeholder) * (1 + KINDS.index(kind))
@@ -74,6 +79,20 @@ def random_prompt(
         found[name] = value.to(model.dtype) if name.startswith("pixel_values") else value
     moved = {name: value.to(model.device) for name, value in found.items()}
     return Prompt(moved, kind, texts, runs, layout.tokens // runs, layout.length - layout.tokens)
+
+
+def prepared(media: Media, processor: Any, batch: int, images: int) -> dict[str, Tensor]:
+    """Pixels of `batch` prompts that show the same picture or video so many times.
+
+    Raises:
+        UnsupportedError: model or processor do not take it.
+    """
+    shown = list(media.pictures)
+    if not media.video:
+        return dict(apply(processor.image_processor, "this picture", images=[shown * images] * batch))
+    check_video(processor)
+    videos = [shown] * (batch * images)
+    return dict(apply(processor.video_processor, "this video", videos=videos, do_sample_frames=False))
 
 
 def _texts(tokens: int, runs: int, between: int) -> tuple[int, ...]:

@@ -96,13 +96,14 @@ class Bench:
 
 
 @torch.inference_mode()
-def bench(model: Any, pipelines: Sequence[Any], *, oracles: bool = True, **options: Any) -> Bench:
+def bench(model: Any, pipelines: Sequence[Any], *, oracles: bool = True, pictures: Any = None, **options: Any) -> Bench:
     """Measures dense, every pipeline and every oracle once per round, in an order that rotates from round to round.
 
     Args:
         model: a stock model that is not wrapped; it is left as it was.
         pipelines: anything that `vtoken.wrap` takes.
         oracles: whether they are measured.
+        pictures: as `random_prompt` takes them.
         options: fields of `BenchOptions`. End-of-sequence is disabled; families that resize every picture ignore its
             size.
 
@@ -114,7 +115,8 @@ def bench(model: Any, pipelines: Sequence[Any], *, oracles: bool = True, **optio
     asked = BenchOptions.given(**options)
     parsed = [load(pipeline) for pipeline in pipelines]
     adapter = registry.adapter(model.config.model_type)(model)
-    runner = Runner(adapter, random_prompt(adapter, **{name: getattr(asked, name) for name in SHOWN}))
+    shape = {name: getattr(asked, name) for name in SHOWN}
+    runner = Runner(adapter, random_prompt(adapter, pictures=pictures, **shape))
     handle = Handle()
     # Whatever the checkpoint says about sampling and stopping must not decide what is measured.
     handle.set(model, "generation_config", GenerationConfig(do_sample=False, max_new_tokens=asked.new_tokens))

@@ -12,6 +12,7 @@ from vtoken.config import Pipeline
 from vtoken.errors import ConfigError
 from vtoken.evals.lmms.generation import TextGenerator
 from vtoken.evals.lmms.prompts import encode
+from vtoken.evals.shared.bars import say
 from vtoken.evals.tune.relative_score import RelativeScore
 from vtoken.evals.tune.samples import Sample
 
@@ -107,7 +108,9 @@ class Judge:
     def _batches(self) -> Iterator[list[Sample]]:
         """Of equal generation options, in order."""
         batch: list[Sample] = []
-        for sample in self.samples:
+        name = "dense" if self.generator.pipeline is None else self.generator.pipeline.name
+        for done, sample in enumerate(self.samples):
+            say(f"{name}: {done} of {len(self.samples)}")
             if batch and (len(batch) == self.batch_size or sample.options != batch[0].options):
                 yield batch
                 batch = []

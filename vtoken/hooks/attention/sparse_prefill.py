@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.attention.unmerged_attention import rotates_last, rotation_of
 from vtoken.hooks.decoder.attention_tap import tap
+from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import eager, steps
 from vtoken.hooks.state.live_tokens import trace_of
@@ -45,7 +46,7 @@ class SparsePrefill:
         tap(context.handle, context.lm, self.at, self._attend)
 
     def _note_rope(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not steps(args[0] if args else kwargs["hidden_states"], kwargs.get("past_key_values")):
+        if not steps(args[0] if args else kwargs["hidden_states"], kwargs.get(CACHE)):
             self._keep_rope(args[0] if args else kwargs["hidden_states"], kwargs["position_embeddings"])
 
     @eager

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicLayer
-from transformers.masking_utils import create_causal_mask
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.attention.unmerged_attention import Rope, UnmergedAttention, UnmergeTable, attend, rotates_last
 from vtoken.hooks.decoder.attention_tap import HANDED, tap
+from vtoken.hooks.state.cache_argument import CACHE, causal_mask
 from vtoken.hooks.state.checkpointing import check_replay
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import ForwardState, eager, steps
@@ -53,7 +53,7 @@ class Unmerge:
 
     def _layer(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        return None if steps(hidden, kwargs.get("past_key_values")) else self._hand(module, args, kwargs)
+        return None if steps(hidden, kwargs.get(CACHE)) else self._hand(module, args, kwargs)
 
     @eager
     def _hand(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -62,9 +62,9 @@ class Unmerge:
             return None
         check_replay(module)
         cos, sin = kwargs["position_embeddings"]
-        cache = kwargs.get("past_key_values") if self.expanded else None
+        cache = kwargs.get(CACHE) if self.expanded else None
         if cache is not None:
-            kwargs = {**kwargs, "past_key_values": None}
+            kwargs = {**kwargs, CACHE: None}
             # A checkpointed layer runs twice and would write twice; upstream drops the cache then, too.
             cache = None if module.training and getattr(module, "gradient_checkpointing", False) else cache
         unrotated = (torch.ones_like(cos), torch.zeros_like(sin))
@@ -167,9 +167,7 @@ class Unmerge:
             held.keys = held.values = like[:, None, :1, :1].expand(-1, -1, past, -1)
             held.is_initialized = True
             view = Cache(layers=[held])
-        return create_causal_mask(
-            config=self.lm.config, inputs_embeds=like, attention_mask=key_mask, past_key_values=view, position_ids=None
-        )
+        return causal_mask(self.lm.config, like, key_mask, view)
 
 
 def places(flow: PrefillState) -> tuple[Tensor, Tensor, Tensor, list[int]]:

@@ -22,6 +22,7 @@ from vtoken.hooks.boundary.forward import forward_of, lagging
 from vtoken.hooks.boundary.outputs import restore
 from vtoken.hooks.boundary.prefill_start import build_prefill
 from vtoken.hooks.cache.shrink import CacheShrinker
+from vtoken.hooks.state.cache_argument import CACHE, FORMER
 from vtoken.hooks.state.checkpointing import replays
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.encoder_fact import encoder_fact, substituted
@@ -60,7 +61,9 @@ class Boundary:
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         # An exception in an earlier forward may have left its state behind.
         self.run.flow = None
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if CACHE not in kwargs and FORMER in kwargs:
+            kwargs = {CACHE: kwargs[FORMER], **{k: v for k, v in kwargs.items() if k != FORMER}}
+        cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
         if isinstance(cache, PrunedCache) and mask is None and self._stock(cache, kwargs["inputs_embeds"]):
             cache.busy = False  # left behind by a forward that failed
             return None
@@ -72,7 +75,7 @@ class Boundary:
     @eager
     def _several(self, args: tuple, kwargs: dict) -> Any:
         self.switch.off()
-        x, cache, run = kwargs["inputs_embeds"], kwargs.get("past_key_values"), self.run
+        x, cache, run = kwargs["inputs_embeds"], kwargs.get(CACHE), self.run
         visual, run.kinds = run.kinds, None
         if visual is not None and visual.shape == x.shape[:2]:
             return self._prefill(args, kwargs, visual.to(x.device))
@@ -145,7 +148,7 @@ class Boundary:
             "inputs_embeds": flow.hidden,
             "position_ids": flow.compact(0) if self.context.compact else take(flow.positions, flow.index, -1),
             "attention_mask": mask,
-            "past_key_values": cache,
+            CACHE: cache,
         }
         deep = kwargs.get("visual_pos_masks")
         if deep is None:
@@ -155,7 +158,7 @@ class Boundary:
 
     def _continue(self, args: tuple, kwargs: dict) -> Any:
         """A decode step, a text turn or a draft on a cache that holds a pruned prompt."""
-        x, cache = kwargs["inputs_embeds"], kwargs["past_key_values"]
+        x, cache = kwargs["inputs_embeds"], kwargs[CACHE]
         if cache.owner is not self.context.owner:
             adopt(cache, len(x), x.device, self.context.owner)
         if cache.busy:
@@ -177,7 +180,7 @@ class Boundary:
 
     def _static_step(self, kwargs: dict) -> dict:
         """Arguments of a decode step on a static cache, which may be compiled."""
-        cache, single = kwargs["past_key_values"], len(kwargs["past_key_values"].groups) == 1
+        cache, single = kwargs[CACHE], len(kwargs[CACHE].groups) == 1
         if not single:
             self.run.flow = StaticStep(cache, kwargs["inputs_embeds"])
         return kwargs if cache.dense and single else {**kwargs, "attention_mask": cache.valid[0]}
@@ -224,7 +227,7 @@ class Boundary:
             self.switch.on()
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE, kwargs.get(FORMER))
         one = out.last_hidden_state.shape[1] == 1  # as `steps`, without a call
         return None if one and cache is not None and not getattr(cache, "busy", False) else self._finish(out, cache)
 
@@ -243,7 +246,7 @@ class Boundary:
             self.shrinker.finish(flow)
         for start, slots in sorted(flow.pending_slots.items()):
             flow.cache.record(start, slots)
-        flow.trace.cache_bytes = cache_bytes(getattr(out, "past_key_values", None))
+        flow.trace.cache_bytes = cache_bytes(getattr(out, CACHE, None))
         clock, began = flow.began
         flow.trace.clock = partial(clock.between, began, clock.now())
         check_labels(flow)

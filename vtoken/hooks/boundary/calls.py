@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vtoken.errors import UnsupportedError
+from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.hooks.state.prefill_state import PrefillState
 
 
@@ -19,7 +20,7 @@ def check_packed(kwargs: dict, config: Any) -> None:
     if (
         positions is not None
         and kwargs.get("attention_mask") is None
-        and kwargs.get("past_key_values") is None
+        and kwargs.get(CACHE) is None
         and not (config.use_cache if use_cache is None else use_cache)
     ):
         # Of four axes, the one in front is the text's; three tell nothing of samples.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vtoken.errors import UnsupportedError
+from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import ForwardState
 from vtoken.hooks.state.pruned_cache import PrunedCache
@@ -13,7 +14,7 @@ from vtoken.hooks.state.pruned_cache import PrunedCache
 
 def forward_of(context: Context, kwargs: dict) -> ForwardState:
     """The state of this forward before anything is decided."""
-    x, mask, cache = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    x, mask, cache = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get(CACHE)
     batch, length = x.shape[:2]
     if isinstance(mask, dict):
         mask = mask["full_attention"]
@@ -56,7 +57,7 @@ def lagging(kwargs: dict, shift: Tensor) -> Tensor:
     """Position ids that lag behind the logical ones by `shift` [B, 1] (compact positions)."""
     x, positions = kwargs["inputs_embeds"], kwargs.get("position_ids")
     if positions is None:
-        positions = torch.arange(x.shape[1], device=x.device)[None] + kwargs["past_key_values"].get_seq_length()
+        positions = torch.arange(x.shape[1], device=x.device)[None] + kwargs[CACHE].get_seq_length()
     return positions - shift
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vtoken.hooks.decoder.attention_tap import tap
+from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import eager
 from vtoken.hooks.state.prefill_state import PrefillState
@@ -30,7 +31,7 @@ class Requantizer:
         self.run.due = None
         if isinstance(self.run.flow, PrefillState):
             return
-        layers: Sequence[Any] = getattr(kwargs.get("past_key_values"), "layers", ())
+        layers: Sequence[Any] = getattr(kwargs.get(CACHE), "layers", ())
         cached = layers[module.layer_idx] if len(layers) > module.layer_idx else None
         # The first query of this forward is sure to stay; what comes behind it may be drafts.
         if isinstance(cached, QuantizedLayer) and cached.tail[0].shape[2] + 1 >= self.requantize_every:

@@ -1,7 +1,7 @@
 """The KV cache is shrunk as the prefill fills it, layer by layer.
 
 As soon as a layer has attended, nothing of this prefill reads its keys and values any more, so what the stage does not
-keep is freed at once. Rows are padded on the left to the longest. Logical lengths stay as they were (see pruned_cache.py);
+keep is freed at once. Rows are padded on the left to the longest. Logical lengths stay as they were (pruned_cache.py);
 layers that hold different numbers of tokens become layer groups of their own.
 """
 
@@ -21,6 +21,7 @@ from vtoken.errors import UnsupportedError
 from vtoken.hooks.cache.cached_rows import PromptRow, slots_of, store
 from vtoken.hooks.cache.requantize import Requantizer
 from vtoken.hooks.decoder.attention_tap import tap
+from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.hooks.state.checkpointing import replays
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import eager, steps
@@ -128,7 +129,7 @@ class CacheShrinker:
             )
 
     def _remember(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not steps(args[0] if args else kwargs["hidden_states"], kwargs.get("past_key_values")):
+        if not steps(args[0] if args else kwargs["hidden_states"], kwargs.get(CACHE)):
             self._note(args, kwargs)
 
     @eager

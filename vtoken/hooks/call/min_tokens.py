@@ -1,8 +1,8 @@
 """Finds the images of prompts with fewer visual tokens than `min_visual_tokens` before the vision tower runs, so that
 its stages leave them alone.
 
-If all prompts of a call are such, no facts are computed either. Rows are known as soon as the prompt is: to `generate`, which
-since transformers 5.18 encodes before the first forward, or to the forward itself.
+If all prompts of a call are such, no facts are computed either. Rows are known as soon as the prompt is: to `generate`,
+which since transformers 5.18 encodes before the first forward, or to the forward itself.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vtoken.errors import NotWholeError
+from vtoken.hooks.state.cache_argument import cache_of
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import eager
 from vtoken.hooks.state.image_spans import Image, assign
@@ -74,7 +75,7 @@ def _padding(kwargs: dict) -> Tensor | None:
 def _last(ids: Tensor | None, embeds: Tensor | None, kwargs: dict) -> int:
     """How many columns are of the turn to come: `generate` is told the whole conversation, or by its mask how long that
     is. 0 means all."""
-    cache, mask = kwargs.get("past_key_values"), _padding(kwargs)
+    cache, mask = cache_of(kwargs), _padding(kwargs)
     past = 0 if cache is None else int(cache.get_seq_length())
     whole = mask if mask is not None else ids if ids is not None else embeds
     assert whole is not None

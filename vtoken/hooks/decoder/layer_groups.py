@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.masking_utils import create_causal_mask
 
 from vtoken.hooks.decoder.next_layer import check_next_layer, next_layer_attention
+from vtoken.hooks.state.cache_argument import CACHE, causal_mask
 from vtoken.hooks.state.checkpointing import check_replay
 from vtoken.hooks.state.context import Context, by_layer
 from vtoken.hooks.state.encoder_fact import encoder_fact
@@ -45,7 +45,7 @@ class LayerGroups:
 
     def _layer(self, k: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        cache: Any = kwargs.get("past_key_values")
+        cache: Any = kwargs.get(CACHE)
         if hidden.shape[1] > 1 or cache is None or getattr(cache, "busy", False):  # not `steps`, without a call
             return self._shorten(k, module, args, kwargs)
         if cache.is_compileable and isinstance(cache, PrunedCache) and len(cache.groups) > 1:
@@ -199,13 +199,7 @@ class LayerGroups:
         if cache is None and key_mask is None:
             key_mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         view = None if cache is None else Cache(layers=[cache.layers[k]])
-        return create_causal_mask(
-            config=self.lm.config,
-            inputs_embeds=hidden,
-            attention_mask=key_mask,
-            past_key_values=view,
-            position_ids=None,
-        )
+        return causal_mask(self.lm.config, hidden, key_mask, view)
 
 
 def asks(stage: Stage, **told: str) -> bool:

@@ -259,14 +259,7 @@ class Tower(ABC):
 
 
 def check_windows(full: Sequence[int] | None, name: str, layer: int, who: str) -> None:
-    """Refuses attention facts of a layer whose tokens attend within windows.
-
-    Args:
-        full: as in Encoder.full_attention.
-
-    Raises:
-        UnsupportedError: names the layers that can be asked.
-    """
+    """Raises UnsupportedError at attention facts of a layer that attends within windows; `full` as in Encoder."""
     spec = OF_LAYER[name]
     if spec.queries and not spec.whole and full is not None and layer not in full:
         raise UnsupportedError(

@@ -9,13 +9,7 @@ from vtoken.errors import UnsupportedError
 from vtoken.evals.cost.geometry.shapes import Layers
 
 # A layer is four attention matrices and a gated MLP of three; norms on q and k cost nothing here.
-DECODERS = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-)
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 
 
 def decoder(config: Any) -> Layers:
