@@ -38,5 +38,5 @@ def test_the_tables_are_the_generated_ones(served):
     ],
 )
 def test_answers(served, preset, crops, said):
-    (family,) = [name for name, held in plan.FAMILIES.items() if held.positions == "compact" and held.crops == crops]
-    assert served.answer(preset, family) == said
+    families = [name for name, held in plan.FAMILIES.items() if held.positions == "compact" and held.crops == crops]
+    assert families and {served.answer(preset, family) for family in families} == {said}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("vllm")
-from vllm_engine import Engine, Transformers, questions
+from vllm_engine import Engine, Transformers, questions, several
 
 from vtoken.evals import reference
 
@@ -60,6 +62,20 @@ def test_answers_and_kept_tokens_are_those_of_transformers(engine, transformers,
 def test_pictures_with_padding(engine, transformers, name):
     """All at once, so that pictures of several sizes are encoded together."""
     pipeline, prompts = PIPELINES[name], questions(NAME, 24, PADDED)
+    engine.swap(pipeline)
+    wanted, said = transformers(pipeline, prompts), engine(prompts)
+    assert said.prompt_tokens == wanted.prompt_tokens
+    assert said.ids == wanted.ids
+
+
+@pytest.mark.parametrize("name", ["newlines stay", "a budget per crop"])
+def test_pictures_of_several_sizes_in_a_prompt(engine, transformers, name):
+    """They are processed together, and have as many crops as the largest then."""
+    pipeline, prompts = PIPELINES[name], several(NAME, 9)
+    for i, p in enumerate(prompts):
+        sizes = [SIZES[(i + k) % len(SIZES)] for k in range(len(p.pictures))]
+        pictures = [picture.resize(size) for picture, size in zip(p.pictures, sizes, strict=True)]
+        prompts[i] = replace(p, pictures=pictures)
     engine.swap(pipeline)
     wanted, said = transformers(pipeline, prompts), engine(prompts)
     assert said.prompt_tokens == wanted.prompt_tokens

@@ -31,10 +31,17 @@ TOKENS = 8
 
 @dataclass(frozen=True)
 class Prompt:
-    """Text with a placeholder for every picture."""
+    """Text with a placeholder for every picture and video; videos are [frames, height, width, 3]."""
 
     text: str
-    pictures: Sequence[Image.Image]
+    pictures: Sequence[Image.Image] = ()
+    videos: Sequence[Any] = ()
+
+    @property
+    def media(self) -> dict[str, list[Any]]:
+        """As vLLM takes it."""
+        given = {"image": list(self.pictures), "video": list(self.videos)}
+        return {kind: media for kind, media in given.items() if media}
 
 
 @dataclass(frozen=True)
@@ -68,11 +75,15 @@ def several(name: str, limit: int) -> list[Prompt]:
 
 
 class Transformers:
-    """Answers of the stock model in a folder, wrapped."""
+    """Answers of the stock model in a folder, wrapped.
 
-    def __init__(self, folder: str | Path) -> None:
+    Args:
+        processor: None: the one that resizes with Pillow.
+    """
+
+    def __init__(self, folder: str | Path, processor: Any = None) -> None:
         loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-        self.model, self.processor = loaded.eval(), reference.processor(Path(folder))
+        self.model, self.processor = loaded.eval(), processor or reference.processor(Path(folder))
 
     def __call__(self, pipeline: Any, prompts: Sequence[Prompt]) -> Said:
         said = Said([], [], [])
@@ -87,7 +98,8 @@ class Transformers:
         return said
 
     def _answer(self, prompt: Prompt, said: Said, traced: bool) -> None:
-        inputs = self.processor(images=list(prompt.pictures), text=[prompt.text], return_tensors="pt")
+        media = {f"{kind}s": given for kind, given in prompt.media.items()}
+        inputs = self.processor(text=[prompt.text], return_tensors="pt", **media)
         length = inputs["input_ids"].shape[1]
         with torch.inference_mode():
             out = self.model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)
@@ -137,7 +149,7 @@ class Engine:
         from vllm import SamplingParams
 
         greedy = SamplingParams(temperature=0, max_tokens=TOKENS)
-        requests = [{"prompt": p.text, "multi_modal_data": {"image": list(p.pictures)}} for p in prompts]
+        requests = [{"prompt": p.text, "multi_modal_data": p.media} for p in prompts]
         with recorded() as kept:
             batches = [[request] for request in requests] if alone else [requests]
             done = [out for batch in batches for out in self.llm.generate(batch, greedy, use_tqdm=False)]

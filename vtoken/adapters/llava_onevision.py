@@ -30,12 +30,7 @@ class LlavaOnevision(Anyres):
         # Up to 5.17 the argument is called pixel_values.
         pixels: Any = arguments.get("pixel_values_videos", arguments.get("pixel_values"))
         videos, frames = pixels.shape[:2]
-        side = -(-self.side // 2)
-        tokens = frames * side**2
-        newline = torch.arange(tokens + 1) == tokens
-        segment = torch.arange(frames).repeat_interleave(side**2) if frames > 1 else None
-        line = torch.zeros(tokens, dtype=torch.long)
-        return (ImageLayout(((frames, side, side),), segment, newline, line, resized=True),) * videos
+        return (video_layout(frames, self.side),) * videos
 
     def pack(self, call: FeatureCall, values: Tensor) -> Tensor:
         if call.kind == "image":
@@ -50,3 +45,13 @@ class LlavaOnevision(Anyres):
 
     def pack_options(self, arguments: dict[str, Any]) -> dict[str, Any]:
         return {"vision_aspect_ratio": arguments.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio}
+
+
+def video_layout(frames: int, side: int) -> ImageLayout:
+    """Of a video whose frames have so many patches along an edge."""
+    side = -(-side // 2)
+    tokens = frames * side**2
+    newline = torch.arange(tokens + 1) == tokens
+    segment = torch.arange(frames).repeat_interleave(side**2) if frames > 1 else None
+    line = torch.zeros(tokens, dtype=torch.long)
+    return ImageLayout(((frames, side, side),), segment, newline, line, resized=True)

@@ -19,7 +19,7 @@ from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.run import ImageLayout
 from vtoken.serving import plan
 from vtoken.serving._clip import ClipLike
-from vtoken.serving._keyed import LOGGER, TEXT, Keyed
+from vtoken.serving._keyed import LOGGER, Keyed, text_key
 from vtoken.serving._tower import ServedTower, agreed
 from vtoken.serving.decide import decide
 from vtoken.stages import Fact
@@ -124,19 +124,26 @@ class Pruned:
         return int(self.engine.scheduler_config.max_num_encoder_input_tokens)
 
     def embed_multimodal(self, **kwargs: object) -> Any:
-        self.texts = kwargs.pop(TEXT, None)
+        self.texts = {kind: kwargs.pop(text_key(kind), None) for kind in ("image", "video")}
         embeds = kwargs.get("image_embeds")
         if isinstance(embeds, list):  # of different lengths, for which vLLM's schema has no place
             return tuple(embeds)
         return super().embed_multimodal(**kwargs)  # type: ignore[misc]
 
-    def choose(self, x: Tensor, layouts: Sequence[ImageLayout], first: int, pack: Any) -> Any:
+    def _image_pixels_to_features(self, vision_tower: Any, pixel_values: Any) -> Any:
+        if self.select_layers is None:
+            return super()._image_pixels_to_features(vision_tower, pixel_values)  # type: ignore[misc]
+        strategy = self.config.vision_feature_select_strategy
+        return vision_tower(pixel_values, select_layers=self.select_layers, feature_select_strategy=strategy)
+
+    def choose(self, x: Tensor, layouts: Sequence[ImageLayout], first: int, pack: Any, kind: str = "image") -> Any:
         """Lets the stages choose among what the tower gave.
 
         Args:
             x: [crops, patches, D] projected; with tokens that were dropped in the tower as rows of zeros.
             first: which picture of the call is the first of these.
             pack: [crops, patches, C] -> [ΣN, C] of the pictures' tokens.
+            kind: "image" or "video".
 
         Returns:
             [ΣK, D] and the history.
@@ -152,7 +159,7 @@ class Pruned:
         def read(need: Fact) -> Any:
             if need.name != "text":
                 return live(tower.fact(need))
-            ids = self.texts[first : first + len(layouts)]
+            ids = self.texts[kind][first : first + len(layouts)]
             return [self.language_model.embed_input_ids(row.long()) for row in ids]
 
         # Without the hooks, which are about whole pictures.
@@ -186,12 +193,6 @@ class Llava(Pruned, stock.LlavaForConditionalGeneration):
 
     family = "llava"
     hf_to_vllm_mapper = stock.LlavaForConditionalGeneration.hf_to_vllm_mapper | NAMES
-
-    def _image_pixels_to_features(self, vision_tower: Any, pixel_values: Any) -> Any:
-        if self.select_layers is None:
-            return super()._image_pixels_to_features(vision_tower, pixel_values)
-        strategy = self.config.vision_feature_select_strategy
-        return vision_tower(pixel_values, select_layers=self.select_layers, feature_select_strategy=strategy)
 
     def _process_image_input(self, image_input: Any) -> Any:
         if self.served is None or image_input["type"] != "pixel_values":

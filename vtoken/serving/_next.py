@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from copy import copy
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -75,6 +75,7 @@ class Packing(Anyres):
 class Info(stock.LlavaNextProcessingInfo):
     """As many placeholders as the pipeline leaves tokens and newlines."""
 
+    packs: ClassVar[type[Packing]] = Packing
     _packing: Packing | None = None
 
     def get_hf_config(self) -> Any:
@@ -89,7 +90,7 @@ class Info(stock.LlavaNextProcessingInfo):
             return full
         grids = config.image_grid_pinpoints
         if self._packing is None or self._packing.outer.config.image_grid_pinpoints != grids:
-            self._packing = Packing(config)
+            self._packing = self.packs(config)
         (layout,) = self._packing.layouts_of([(image_height, image_width)])
         return plan.placeholders(pipeline, layout)
 
@@ -106,42 +107,46 @@ class Processor(KeyedLlava, stock.LlavaNextMultiModalProcessor):
         return self.info.ctx.call_hf_processor(self.info.get_hf_processor(**hf_kwargs), hf_data, told)
 
 
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=LlavaDummyInputsBuilder)
-class LlavaNext(Pruned, stock.LlavaNextForConditionalGeneration):
-    """`LlavaNextForConditionalGeneration`."""
+class Cropped(Pruned):
+    """Of models that cut pictures into crops."""
 
-    family = "llava_next"
-    hf_to_vllm_mapper = stock.LlavaNextForConditionalGeneration.hf_to_vllm_mapper | NAMES
+    packs: ClassVar[type[Packing]] = Packing
     packing: Packing | None = None
+    vision_tower: Any
+    image_newline: Any
 
     def install(self, pipeline: Pipeline | None) -> None:
         self.config = cut(self.engine.model_config.hf_config, pipeline)
         super().install(pipeline)
-        self.packing = None if pipeline is None else Packing(self.config)
+        self.packing = None if pipeline is None else self.packs(self.config)
 
     def _process_image_input(self, image_input: Any) -> Any:
         if self.packing is None or image_input["type"] != "pixel_values":
-            return super()._process_image_input(image_input)
-        pixels = image_input["pixel_values"]
+            return super()._process_image_input(image_input)  # type: ignore[misc]
         sizes = [(int(height), int(width)) for height, width in image_input["image_sizes"].tolist()]
-        layouts, out = self.packing.layouts_of(sizes), list[Tensor]()
+        packing, layouts, out = self.packing, self.packing.layouts_of(sizes), list[Tensor]()
+        # Pictures that were processed together have as many crops as the largest, the last of them empty.
+        crops = packing.crops({"image_sizes": sizes})
+        pixels = [each[:n] for each, n in zip(image_input["pixel_values"], crops, strict=True)]
         # As many at once as the dense model would have been given: the engine counts what is kept.
         for some in groups([layout.length for layout in layouts], self.most):
-            crops = self._process_image_pixels({"pixel_values": list(pixels[some])})
-            out += self._left(torch.cat(list(crops)), sizes[some], layouts[some], some.start)
+            call = FeatureCall("image", {"image_sizes": sizes[some]}, tuple(layouts[some]))
+            out += self._left(pixels[some], layouts[some], some.start, partial(packing.pack, call))
         return out
 
-    def _left(self, x: Tensor, sizes: Sizes, layouts: Sequence[ImageLayout], first: int) -> Iterator[Tensor]:
-        """What is left of pictures, with the newlines that the pipeline leaves them."""
-        call, packing = FeatureCall("image", {"image_sizes": sizes}, tuple(layouts)), cast(Packing, self.packing)
+    def _left(
+        self, pixels: Sequence[Tensor], layouts: Sequence[ImageLayout], first: int, pack: Any, kind: str = "image"
+    ) -> Iterator[Tensor]:
+        """What is left of pictures, with the newlines that the pipeline leaves them. See `choose`."""
 
-        def pack(values: Tensor) -> Tensor:
-            packed = packing.pack(call, values if values.ndim == 3 else values[..., None])
-            return packed if values.ndim == 3 else packed[:, 0]
+        def packed(values: Tensor) -> Tensor:
+            whole: Tensor = pack(values if values.ndim == 3 else values[..., None])
+            return whole if values.ndim == 3 else whole[:, 0]
 
-        left, history = self.choose(x, layouts, first, pack)
+        features = self._image_pixels_to_features(self.vision_tower, torch.cat(list(pixels)))
+        left, history = self.choose(self.multi_modal_projector(features), layouts, first, packed, kind)
         for tokens, places, layout in zip(left.split(history.counts), history.kept(), layouts, strict=True):
-            newlines = plan.newlines(self.pipeline, layout, len(tokens))
+            newlines = plan.newlines(self.pipeline, layout)
             yield self._closed(tokens, places, layout, newlines) if newlines else tokens
 
     def _closed(self, tokens: Tensor, places: Tensor, layout: ImageLayout, newlines: int) -> Tensor:
@@ -150,6 +155,14 @@ class LlavaNext(Pruned, stock.LlavaNextForConditionalGeneration):
         content, closing = (mask.nonzero()[:, 0].to(places.device) for mask in (~layout.newline, layout.newline))
         column = torch.cat([content[places], closing])
         return torch.cat([tokens, self.image_newline.expand(newlines, -1).to(tokens)])[column.argsort()]
+
+
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=LlavaDummyInputsBuilder)
+class LlavaNext(Cropped, stock.LlavaNextForConditionalGeneration):
+    """`LlavaNextForConditionalGeneration`."""
+
+    family = "llava_next"
+    hf_to_vllm_mapper = stock.LlavaNextForConditionalGeneration.hf_to_vllm_mapper | NAMES
 
 
 def groups(lengths: Sequence[int], most: int) -> Iterator[slice]:

@@ -196,17 +196,16 @@ def kept(pipeline: Pipeline | None, layout: ImageLayout) -> int:
     return layout.tokens if pipeline is None else counts(pipeline, layout)[-1]
 
 
-def newlines(pipeline: Pipeline | None, layout: ImageLayout, left: int) -> int:
-    """Newline tokens of a picture of which so many tokens are left: of one that nothing was taken from all of them
-    stay."""
-    there = layout.length - layout.tokens
-    return 0 if pipeline is not None and pipeline.newline == "drop" and left < layout.tokens else there
+def newlines(pipeline: Pipeline | None, layout: ImageLayout) -> int:
+    """Newline tokens that stay of a picture: all of one that is too small for the stages, whatever the policy."""
+    if pipeline is not None and pipeline.newline == "drop" and layout.tokens >= pipeline.min_visual_tokens:
+        return 0
+    return layout.length - layout.tokens
 
 
 def placeholders(pipeline: Pipeline | None, layout: ImageLayout) -> int:
     """What a picture or video takes in the prompt: tokens and newlines."""
-    left = kept(pipeline, layout)
-    return left + newlines(pipeline, layout, left)
+    return kept(pipeline, layout) + newlines(pipeline, layout)
 
 
 def fingerprint(pipeline: Pipeline, prompt: list[int]) -> str:

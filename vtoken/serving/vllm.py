@@ -2,11 +2,12 @@
 installed, so it imports nothing of its own: models are named as text, and the engine imports the one that it wants.
 
 What is used of vLLM's inside, all of it in this room: get_num_image_tokens, _process_image_input,
-_process_image_pixels, _merge_image_patch_embeddings, _get_mm_hashes, _get_mm_fields_config, _call_hf_processor,
-_postprocess_hf_mm_data, _cached_apply_hf_processor, qkv_proj, MMEncoderAttention. Of Qwen-VL beside these:
-_get_prompt_updates, get_video_repl, _process_video_input, visual.blocks[k].attn (qkv, split_qkv, apply_rotary_emb),
-visual.merger's norm, get_rope_by_thw, input_norm, out_hidden_size, iter_mm_grid_thw, get_mrope_input_positions,
-recompute_mrope_positions, video_pruning_rate.
+_image_pixels_to_features, _merge_image_patch_embeddings, _get_mm_hashes, _get_mm_fields_config, _call_hf_processor,
+_postprocess_hf_mm_data, _cached_apply_hf_processor, qkv_proj, MMEncoderAttention. Of OneVision beside these:
+_process_video_pixels, apply_pooling, get_num_video_tokens, _get_max_video_frames, get_mm_max_tokens_per_item. Of
+Qwen-VL: _get_prompt_updates, get_video_repl, _process_video_input, visual.blocks[k].attn (qkv, split_qkv,
+apply_rotary_emb), visual.merger's norm, get_rope_by_thw, input_norm, out_hidden_size, iter_mm_grid_thw,
+get_mrope_input_positions, recompute_mrope_positions, video_pruning_rate.
 """
 
 from __future__ import annotations

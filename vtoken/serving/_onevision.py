@@ -1,0 +1,122 @@
+"""LLaVA-OneVision as vLLM serves it: pictures as in LLaVA-NeXT, of which large ones are scaled down behind the tower,
+and videos, whose frames are pooled to half their side and closed by one newline together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.models import llava_onevision as stock
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from vtoken.adapters.llava_onevision import video_layout
+from vtoken.config import Pipeline
+from vtoken.errors import UnsupportedError
+from vtoken.serving import _next, plan
+from vtoken.serving._clip import ClipLike
+from vtoken.serving._llava import NAMES, KeyedLlava
+
+ASPECT = "anyres_max_9"  # what vLLM packs by, whatever the config says
+
+
+class Packing(_next.Packing):
+    """See NeXT's."""
+
+    model_type = "llava_onevision"
+
+    def _pack(self, images: Sequence[Tensor], sizes: Any, options: dict[str, Any]) -> list[Tensor]:
+        newline = torch.full((images[0].shape[-1],), float("nan"), device=images[0].device)
+        model = _next.Model(config=self.outer.config, image_newline=newline)
+        merge = stock.LlavaOnevisionForConditionalGeneration._merge_image_patch_embeddings
+        return [
+            merge(model, torch.as_tensor(size), image, image_newline=newline, strategy="spatial_unpad")
+            for image, size in zip(images, sizes, strict=True)
+        ]
+
+
+class Info(_next.Info, stock.LlavaOnevisionProcessingInfo):
+    """As many placeholders as the pipeline leaves tokens and newlines."""
+
+    packs = Packing
+
+    def get_hf_processor(self, **kwargs: object) -> Any:
+        processor, config = super().get_hf_processor(**kwargs), self.get_hf_config()
+        pipeline = plan.pipeline_of(config)
+        if pipeline is None or pipeline.anyres == "model":
+            return processor
+        processor = copy(processor)
+        processor.image_processor = copy(processor.image_processor)
+        processor.image_processor.image_grid_pinpoints = config.image_grid_pinpoints
+        return processor
+
+    def get_num_video_tokens(self, *, image_width: int, image_height: int, num_frames: int) -> int:
+        config = self.get_hf_config()
+        pipeline = plan.pipeline_of(config)
+        if pipeline is None:
+            return self._dense_video(num_frames)
+        return plan.placeholders(pipeline, video_layout(num_frames, ClipLike(config).side))
+
+    def _dense_video(self, frames: int) -> int:
+        """Placeholders of a video of which nothing is taken, whatever the size of its pictures."""
+        count = stock.LlavaOnevisionProcessingInfo.get_num_video_tokens
+        full: int = count(self, image_width=1, image_height=1, num_frames=frames)
+        return full
+
+    def _get_max_video_frames(self, max_tokens: int) -> int:
+        """Of a dense video: there is no end to the frames that a pruned one may have."""
+        newline = self._dense_video(0)
+        return max(0, max_tokens - newline) // (self._dense_video(1) - newline)
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int] | None:
+        """As dense: which picture is left with most tokens depends on the pipeline."""
+        config = self.get_hf_config()
+        if plan.pipeline_of(config) is None:
+            return None
+        most, count = self.get_image_size_with_most_features(), stock.LlavaOnevisionProcessingInfo.get_num_image_tokens
+        # vLLM's size has most tokens in the usual grids, not in every other.
+        sizes = [(most.height, most.width), *config.image_grid_pinpoints]
+        image = max(count(self, image_width=width, image_height=height) for height, width in sizes)
+        frames = self.get_num_frames_with_most_features(seq_len, mm_counts)
+        return {"image": image, "video": self._dense_video(frames)}
+
+
+class Processor(KeyedLlava, stock.LlavaOnevisionMultiModalProcessor):
+    family = "llava_onevision"
+    placeholders_in_config = ("image_token_index", "video_token_index")
+    rows_of = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+    def check(self, pipeline: Pipeline) -> None:
+        super().check(pipeline)
+        aspect = self.info.get_hf_config().vision_aspect_ratio
+        if aspect != ASPECT:
+            raise UnsupportedError(
+                f"the model's config has vision_aspect_ratio={aspect!r}, and vLLM scales large pictures down as "
+                f"{ASPECT!r} whatever it says; serve the model with transformers (`vtoken serve`), or write "
+                f'"vision_aspect_ratio": "{ASPECT}" beside the pipeline in --hf-overrides'
+            )
+
+
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=stock.LlavaOnevisionDummyInputsBuilder)
+class LlavaOnevision(_next.Cropped, stock.LlavaOnevisionForConditionalGeneration):
+    """`LlavaOnevisionForConditionalGeneration`."""
+
+    family = "llava_onevision"
+    packs = Packing
+    hf_to_vllm_mapper = stock.LlavaOnevisionForConditionalGeneration.hf_to_vllm_mapper | NAMES
+
+    def _process_video_pixels(self, inputs: Any) -> Any:
+        if self.served is None:
+            return super()._process_video_pixels(inputs)
+        videos, out = list(inputs["pixel_values_videos"]), list[Tensor]()
+        layouts = [video_layout(len(frames), self.served.side) for frames in videos]
+        for some in _next.groups([layout.length for layout in layouts], self.most):
+            out += self._left(videos[some], layouts[some], some.start, self._pooled, "video")
+        return out
+
+    def _pooled(self, values: Tensor) -> Tensor:
+        """[frames, patches, C] -> [ΣN, C]."""
+        pooled: Tensor = self.apply_pooling(values)
+        return pooled.flatten(0, 1)

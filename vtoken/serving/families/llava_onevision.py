@@ -1,0 +1,12 @@
+"""LLaVA-OneVision."""
+
+from vtoken.serving.family import Family
+
+FAMILY = Family(
+    "LlavaOnevisionForConditionalGeneration",
+    "vtoken.serving._onevision:LlavaOnevision",
+    positions="compact",
+    no_cuts="unpadding takes away another number of the kept tokens from every picture",
+    newlines=True,
+    crops=True,
+)
