@@ -37,6 +37,7 @@ PIPELINES: dict[str, tuple[Any, int, int]] = {
     "fitprune, three cuts": ([{"fitprune": {"table": [100, 100, 100, 0]}}], 312, 347),
     "flowcut:64, 22 layers": ("flowcut:64", 512, 914),
     "tome:r=16, 23 layers": ("tome:r=16", 811, 932),
+    "dtome, 23 layers": ([{"dtome": {"thresholds": [0.7] * 24, "left": [1 - 0.04 * k for k in range(24)]}}], 857, 1020),
     "snapkv:64, 4 layers": ("snapkv:64", 97, 117),
     "lookm-20, 4 layers": ("lookm-20", 305, 325),
 }

@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -159,23 +160,44 @@ def mixed(engine: Engine, k: int) -> dict[str, Any]:
     return {"prompt": request["prompt"].replace("<image>", "<image>" * pictures), "multi_modal_data": {"image": given}}
 
 
+def half_billion(folder: Path) -> Path:
+    """The LLaVA of the 0.5B class with random weights that cpu.py measures, with tiny-llava's tokenizer."""
+    from cpu import HALF_BILLION
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from vtoken.evals import reference
+
+    processor = reference.processor(reference.path())
+    side = HALF_BILLION["vision_config"]["image_size"]
+    processor.patch_size = HALF_BILLION["vision_config"]["patch_size"]
+    processor.image_processor.size = {"shortest_edge": side}
+    processor.image_processor.crop_size = {"height": side, "width": side}
+    config = AutoConfig.for_model(**HALF_BILLION, eos_token_id=processor.tokenizer.eos_token_id)
+    config.image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--requests", type=int, default=200, help="of the load; 0: no load")
+    parser.add_argument("--big", action="store_true", help="a LLaVA of the 0.5B class with random weights")
     args = parser.parse_args()
     import torch
     import vllm
 
     from vtoken.evals import reference
 
-    engine = Engine(reference.path())
+    with TemporaryDirectory() as folder:
+        engine = Engine(half_billion(Path(folder)) if args.big else reference.path())
     turns(engine, args.rounds)
     if args.requests:
         print()
         load(engine, args.requests)
     conditions = {
-        "model": "tiny-llava",
+        "model": "LLaVA of the 0.5B class, random weights" if args.big else "tiny-llava",
         "rounds": args.rounds,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}",
         "torch threads": torch.get_num_threads(),
