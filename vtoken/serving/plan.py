@@ -34,7 +34,7 @@ SITES = {
 
 
 def pipeline_of(hf_config: Any) -> Pipeline | None:
-    """The pipeline in a model's config, or written over it; None where there is none, or one without stages.
+    """The pipeline in a model's config, or written over it; None where there is none, or one that does nothing.
 
     Raises:
         ConfigError: it does not read.
@@ -48,7 +48,7 @@ def pipeline_of(hf_config: Any) -> Pipeline | None:
         except TypeError:
             raise ConfigError(f"write a preset, a short form, a path or plain data, not {shown(given)}") from None
         found = _load(written)
-    return found if found.stages else None
+    return found if found.stages or found.anyres != "model" else None
 
 
 @lru_cache(maxsize=32)
@@ -128,14 +128,19 @@ def _per(stage: Stage) -> str | None:
 
 def _check_policies(pipeline: Pipeline, family: str) -> None:
     held = FAMILIES[family]
+    if pipeline.anyres != "model" and not held.crops:
+        raise UnsupportedError(
+            f"anyres: {pipeline.anyres} chooses how pictures are cut, and {family} does not cut them; leave it out"
+        )
+    if pipeline.anyres != "model" and not pipeline.stages:
+        raise UnsupportedError(
+            f"anyres: {pipeline.anyres} is served with stages only; write a stage that keeps everything "
+            '("uniform:100%"), with newline: keep and positions: compact'
+        )
     if held.newlines and pipeline.newline == "keep_if_row_has_token":
         raise UnsupportedError(
             "newline: keep_if_row_has_token leaves a number of newline tokens that depends on the picture, and vLLM "
             "counts placeholders before it encodes; write newline: keep or newline: drop"
-        )
-    if pipeline.anyres != "model" and not held.crops:
-        raise UnsupportedError(
-            f"anyres: {pipeline.anyres} chooses how pictures are cut, and {family} does not cut them; leave it out"
         )
     if pipeline.stages and pipeline.positions != held.positions:
         why = "numbers tokens without gaps" if held.positions == "compact" else "keeps the positions of M-RoPE"
