@@ -45,7 +45,7 @@ class Keyed(BaseMultiModalProcessor):
 
     def check(self, pipeline: Pipeline) -> None:
         """Refuses what cannot be served. The engine is not there yet, so the error is read."""
-        plan.check(pipeline, self.family)
+        plan.check_model(pipeline, self.family, self.info.get_hf_config())
         if self.info.ctx.get_mm_config().mm_encoder_tp_mode == "data":
             raise UnsupportedError(
                 "mm_encoder_tp_mode=data gives every rank other pictures, and vtoken's decisions are those of rank 0; "

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import vtoken
@@ -74,6 +75,24 @@ def check(pipeline: Pipeline, family: str) -> None:
             if why := refusal(stage, family, before):
                 raise UnsupportedError(f"stage {stage.name} cannot be served in vLLM: {why}")
         _check_policies(pipeline, family)
+
+
+def check_model(pipeline: Pipeline, family: str, model_config: Any) -> None:
+    """Holds a pipeline against what vLLM can do with a checkpoint of the family.
+
+    Raises:
+        UnsupportedError: as `check` does; or the pipeline does not go with the checkpoint.
+    """
+    check(pipeline, family)
+    module, _, name = FAMILIES[family].tower.partition(":")
+    getattr(import_module(module), name)(model_config).check(pipeline)
+
+
+def pictures_only(pipeline: Pipeline, family: str) -> bool:
+    """Whether no video can be served: text stands between frames, of which not every one is known to leave as much."""
+    budgets = [getattr(stage, "keep", None) for stage in pipeline.stages]
+    by_frames = all(budget is not None and budget.per == "per_frame" for budget in budgets)
+    return FAMILIES[family].frames_apart and not by_frames
 
 
 def refusal(stage: Stage, family: str, before: Sequence[Stage] = ()) -> str:
