@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vtoken.errors import UnsupportedError, either
+from vtoken.hooks.call.min_tokens import pictured
 from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.left_padding import SlotLayout
 from vtoken.hooks.state.prefill_state import PrefillState
@@ -25,8 +26,8 @@ def embeddings(model: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
     what they read is `inputs`, so send the embeddings with the same prompt.
 
     Args:
-        model: wrapped LLaVA-1.5 or LLaVA-NeXT, with stages in front of the decoder and `positions: compact`, as vLLM
-            numbers tokens.
+        model: wrapped LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision, with stages in front of the decoder and `positions:
+            compact`, as vLLM numbers tokens.
         inputs: of the processor, [B, L] `input_ids` and pixels; a batch may hold several prompts and pictures.
 
     Returns:
@@ -36,9 +37,11 @@ def embeddings(model: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
 
     Raises:
         UnsupportedError: the model is not wrapped, of another family, or has stages that act in the decoder or its
-            cache; the inputs hold no picture.
+            cache; the inputs hold no picture, or a video.
     """
     session = _checked(model)
+    if "video" in pictured(dict(inputs)):
+        raise UnsupportedError("vLLM takes no embeddings of videos; give pictures alone")
     inner, entrance = whole(model), Handle()
     device = inner.get_input_embeddings().weight.device
     given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
