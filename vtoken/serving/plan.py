@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from importlib import import_module
@@ -38,10 +38,13 @@ def pipeline_of(hf_config: Any) -> Pipeline | None:
     """The pipeline in a model's config, or written over it; None where there is none, or one that does nothing.
 
     Raises:
-        ConfigError: it does not read.
+        ConfigError: it does not read, or stands where vLLM's models do not look.
     """
     given = getattr(hf_config, KEY, None)
     if given is None:
+        for inner in ("text_config", "vision_config"):
+            if getattr(getattr(hf_config, inner, None), KEY, None) is not None:
+                raise ConfigError(f"`{KEY}` stands in {inner} of the model's config; write it beside, not inside")
         return None
     with about("`vtoken` of the model's config"):
         try:
@@ -50,6 +53,19 @@ def pipeline_of(hf_config: Any) -> Pipeline | None:
             raise ConfigError(f"write a preset, a short form, a path or plain data, not {shown(given)}") from None
         found = _load(written)
     return found if found.stages or found.anyres != "model" else None
+
+
+def check_processor_options(options: Mapping[str, Any] | None) -> None:
+    """Refuses a pipeline, or a budget, among the options of the processor, where it would do nothing.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if options and KEY in options:
+        raise ConfigError(
+            f"`{KEY}` in mm_processor_kwargs would do nothing: an engine has one pipeline, named when it starts by "
+            f"--hf-overrides '{{\"{KEY}\": ...}}'"
+        )
 
 
 @lru_cache(maxsize=32)
