@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -109,6 +110,29 @@ def test_a_batch_of_pictures_of_several_sizes(crops: Any, stage: str, newline: s
     assert newline != "keep" or len({len(each) for each in found}) > 1
     for each, one in zip(found, expected, strict=True):
         torch.testing.assert_close(each, one, atol=1e-5, rtol=1e-4)
+
+
+def test_another_thread_may_generate_meanwhile(pair: Any) -> None:
+    model, processor = pair
+    inputs, answers = inputs_of(processor, QUESTIONS[0], *opened(QUESTIONS[0])), list[Tensor]()
+
+    def generated() -> Tensor:
+        found: Tensor = model.generate(**inputs, do_sample=False, max_new_tokens=4)
+        return found
+
+    with wrapped(model, compact("fastervlm:64")):
+        alone = generated()
+        (expected,) = embeddings(model, inputs)
+        watch = Handle()
+        with ThreadPoolExecutor(1) as pool:
+
+            def meanwhile(*args: Any) -> None:
+                watch.release()  # it is a hook, and once is enough
+                answers.append(pool.submit(generated).result())
+
+            watch.after(model.model.vision_tower, meanwhile)
+            (found,) = embeddings(model, inputs)
+    assert torch.equal(answers[0], alone) and torch.equal(found, expected)
 
 
 def test_pictures_of_onevision() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtoken.errors import UnsupportedError, either
 from vtoken.hooks.call.min_tokens import pictured
@@ -45,7 +46,14 @@ def embeddings(model: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
     inner, entrance = whole(model), Handle()
     device = inner.get_input_embeddings().weight.device
     given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    entrance.before(session.context.lm, _stop)
+    mine = threading.get_ident()
+
+    def stop(module: Any, args: tuple, kwargs: dict) -> None:
+        """Comes behind vtoken's own hook on the language model, which other threads may run meanwhile."""
+        if threading.get_ident() == mine:
+            raise _Entered(kwargs["inputs_embeds"])
+
+    entrance.before(session.context.lm, stop)
     try:
         with torch.no_grad():
             inner(**given, use_cache=False)
@@ -64,11 +72,6 @@ class _Entered(Exception):
 
     def __init__(self, embeds: Tensor) -> None:
         self.embeds = embeds
-
-
-def _stop(module: nn.Module, args: tuple, kwargs: dict) -> NoReturn:
-    """Comes behind vtoken's own hook on the language model."""
-    raise _Entered(kwargs["inputs_embeds"])
 
 
 def _checked(model: Any) -> Session:
