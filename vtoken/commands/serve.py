@@ -91,17 +91,10 @@ def in_vllm(model: str, given: str, pipeline: Pipeline, model_config: Any) -> tu
     from vtoken.evals.shared.names import locate
     from vtoken.serving import plan
 
-    words = ["vllm", "serve", locate(model)]
-    if pipeline.stages or pipeline.anyres != "model":
-        family = model_config.model_type
-        try:
-            plan.check_model(pipeline, family, model_config)
-        except UnsupportedError as error:
-            return None, str(error)
-        words += ["--hf-overrides", json.dumps({plan.KEY: given})]
-        if plan.pictures_only(pipeline, family):
-            words += ["--limit-mm-per-prompt", json.dumps({"video": 0})]
-    return shlex.join(words), None
+    try:
+        return shlex.join(["vllm", "serve", locate(model), *plan.options(pipeline, given, model_config)]), None
+    except UnsupportedError as error:
+        return None, str(error)
 
 
 def _parts() -> tuple[Any, Any]:

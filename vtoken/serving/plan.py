@@ -52,7 +52,25 @@ def pipeline_of(hf_config: Any) -> Pipeline | None:
         except TypeError:
             raise ConfigError(f"write a preset, a short form, a path or plain data, not {shown(given)}") from None
         found = _load(written)
-    return found if found.stages or found.anyres != "model" else None
+    return found if _acts(found) else None
+
+
+def _acts(pipeline: Pipeline) -> bool:
+    return bool(pipeline.stages) or pipeline.anyres != "model"
+
+
+def options(pipeline: Pipeline, given: Any, model_config: Any) -> list[str]:
+    """What stands behind `vllm serve MODEL` for a pipeline that was written like `given`.
+
+    Raises:
+        UnsupportedError: vLLM cannot serve it.
+    """
+    family: str = model_config.model_type
+    if not _acts(pipeline):
+        return []
+    check_model(pipeline, family, model_config)
+    pictures = ["--limit-mm-per-prompt", json.dumps({"video": 0})] if pictures_only(pipeline, family) else []
+    return ["--hf-overrides", json.dumps({KEY: given}), *pictures]
 
 
 def check_processor_options(options: Mapping[str, Any] | None) -> None:
