@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from tiny import make
+from tiny import build, make
 from torch import Tensor
 
 import vtoken
@@ -111,6 +112,41 @@ def test_a_batch_of_pictures_of_several_sizes(crops: Any, stage: str, newline: s
         torch.testing.assert_close(each, one, atol=1e-5, rtol=1e-4)
 
 
+def test_another_thread_may_generate_meanwhile(pair: Any) -> None:
+    model, processor = pair
+    inputs, answers = inputs_of(processor, QUESTIONS[0], *opened(QUESTIONS[0])), list[Tensor]()
+
+    def generated() -> Tensor:
+        found: Tensor = model.generate(**inputs, do_sample=False, max_new_tokens=4)
+        return found
+
+    with wrapped(model, compact("fastervlm:64")):
+        alone = generated()
+        (expected,) = embeddings(model, inputs)
+        watch = Handle()
+        with ThreadPoolExecutor(1) as pool:
+
+            def meanwhile(*args: Any) -> None:
+                watch.release()  # it is a hook, and once is enough
+                answers.append(pool.submit(generated).result())
+
+            watch.after(model.model.vision_tower, meanwhile)
+            (found,) = embeddings(model, inputs)
+    assert torch.equal(answers[0], alone) and torch.equal(found, expected)
+
+
+def test_pictures_of_onevision() -> None:
+    """Those of one prompt are the visual columns of what enters the decoder."""
+    model = make("llava_onevision")
+    batch = build(model, [[2, ("img", (56, 112)), 3, ("img", (112, 112)), 4]])
+    with wrapped(model, compact("fastervlm:5", newline="keep")):
+        found = embeddings(model, batch)
+        with torch.no_grad():
+            model(**batch)
+        trace = vtoken.trace(model)
+    assert [len(each) for each in found] != trace.tokens_out and sum(map(len, found)) == trace.prompt_tokens[0] - 9
+
+
 def test_the_model_goes_on_as_before(pair: Any) -> None:
     model, processor = pair
     inputs = inputs_of(processor, QUESTIONS[0], *opened(QUESTIONS[0]))
@@ -150,5 +186,8 @@ def test_inputs_without_a_picture_and_other_families_are_refused(pair: Any) -> N
     model, processor = pair
     with wrapped(model, compact("fastervlm:64")), pytest.raises(UnsupportedError, match="hold no picture"):
         embeddings(model, processor(text=["USER: hello ASSISTANT:"], return_tensors="pt"))
+    onevision = make("llava_onevision")
+    with wrapped(onevision, compact("uniform:4")), pytest.raises(UnsupportedError, match="no embeddings of videos"):
+        embeddings(onevision, build(onevision, [[2, ("img", (56, 112)), 3, ("video", 2), 4]]))
     with wrapped(make("qwen2_5_vl"), "uniform:4") as qwen, pytest.raises(UnsupportedError, match="not of qwen2_5_vl"):
         embeddings(qwen, {})

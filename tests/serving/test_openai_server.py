@@ -141,6 +141,20 @@ def test_a_picture_that_cannot_be_read_is_told(server: Any) -> None:
     assert found.status_code == 400 and "cannot identify image file" in found.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/x.jpg", "http://[::1"])
+def test_a_picture_that_cannot_be_fetched_is_told(server: Any, url: str) -> None:
+    body = asked(QUESTIONS[0])
+    body["messages"][0]["content"][0]["image_url"]["url"] = url
+    found = server[0].post(CHAT, json=body)
+    assert found.status_code == 400 and found.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("messages", [None, [], "hello", ["hello"]], ids=repr)
+def test_a_request_without_messages_is_told(server: Any, messages: Any) -> None:
+    found = server[0].post(CHAT, json={"model": NAME, "messages": messages})
+    assert found.status_code == 400 and "messages" in found.json()["error"]["message"]
+
+
 def test_a_prompt_without_a_picture_has_no_details(server: Any) -> None:
     body = {"model": NAME, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
     assert "prompt_tokens_details" not in server[0].post(CHAT, json=body).json()["usage"]

@@ -147,6 +147,7 @@ def some(**traits):
         ({"positions": "original"}, "fastervlm-64", "fastervlm-64,positions=original"),
         ({"positions": "original"}, "flowcut:64", "inside the vision tower"),
         ({"text": False}, "cdpruner:64", "reads the prompt"),
+        ({"crops": True}, {"anyres": "2x2", "stages": []}, 'a stage that keeps everything ("uniform:100%")'),
     ],
     ids=repr,
 )
@@ -189,10 +190,33 @@ def test_a_pipeline_is_read_from_the_config(given):
 
 
 @pytest.mark.parametrize(
-    "config", [SimpleNamespace(), config_with(None), config_with("none"), config_with([])], ids=repr
+    "config",
+    [SimpleNamespace(), config_with(None), config_with("none"), config_with([]), config_with("none,positions=compact")],
+    ids=repr,
 )
 def test_no_pipeline(config):
     assert plan.pipeline_of(config) is None
+
+
+@pytest.mark.parametrize("inner", ["text_config", "vision_config"])
+def test_a_pipeline_in_an_inner_config_is_not_forgotten(inner):
+    with pytest.raises(ConfigError, match=f"`vtoken` stands in {inner}.* write it beside"):
+        plan.pipeline_of(SimpleNamespace(**{inner: config_with("fastervlm-64")}))
+    both = SimpleNamespace(vtoken="none", **{inner: config_with("fastervlm-64")})
+    assert plan.pipeline_of(both) is None
+
+
+def test_a_pipeline_among_the_processors_options_is_not_forgotten():
+    for options in (None, {}, {"min_pixels": 4}):
+        plan.check_processor_options(options)
+    with pytest.raises(ConfigError, match=r"an engine has one pipeline.*--hf-overrides '\{\"vtoken\": "):
+        plan.check_processor_options({"vtoken": {"keep": 32}})
+
+
+def test_a_crop_grid_without_stages_is_not_forgotten():
+    assert plan.pipeline_of(config_with({"anyres": "2x2", "stages": []})) is not None
+    everything = {"anyres": "2x2", "newline": "keep", "positions": "compact", "stages": ["uniform:100%"]}
+    plan.check(config.load(everything), some(crops=True))
 
 
 @pytest.mark.parametrize(

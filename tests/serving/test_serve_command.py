@@ -10,9 +10,11 @@ import socket
 import subprocess
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 
 import vtoken.serving
 from vtoken import config
@@ -72,17 +74,51 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(monkeypatch: pytest.Mo
     assert told in capsys.readouterr().err
 
 
+def in_vllm(family: str, given: str, **fields: Any) -> tuple[str | None, str | None]:
+    """For a tiny model of the family whose config has these fields."""
+    checkpoint = tiny.make(family).config
+    for key, value in fields.items():
+        setattr(checkpoint, key, value)
+    return serve.in_vllm("me/some-model", given, config.load(given), checkpoint)
+
+
 def test_the_command_for_vllm_or_why_there_is_none() -> None:
     folder = str(reference.path("tiny-llava"))
     given = "fastervlm:64,positions=compact"
-    command, refused = serve.in_vllm("tiny-llava", given, config.load(given), "llava")
+    command, refused = serve.in_vllm("tiny-llava", given, config.load(given), tiny.make("llava").config)
     assert refused is None and command is not None
     words = shlex.split(command)
     assert words[:4] == ["vllm", "serve", folder, "--hf-overrides"] and json.loads(words[4]) == {plan.KEY: given}
-    command, refused = serve.in_vllm("tiny-llava", "fastv:64", config.load("fastv:64"), "llava")
+    command, refused = in_vllm("llava", "fastv:64")
     assert command is None and refused is not None and "stage fastv cannot be served in vLLM" in refused
-    dense = serve.in_vllm("me/some-qwen3-vl", "none", config.load("none"), "qwen3_vl")
+    dense = serve.in_vllm("me/some-qwen3-vl", "none", config.load("none"), SimpleNamespace(model_type="qwen3_vl"))
     assert dense == ("vllm serve me/some-qwen3-vl", None)
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "fields", "told"),
+    [
+        ("llava", "todre:4,layer=99,positions=compact", {}, "layer 99"),
+        ("qwen2_5_vl", "todre:4,layer=99", {}, "layer 99"),
+        ("llava", "fastervlm:4,positions=compact", {"vision_feature_select_strategy": "full"}, "no patches, or fewer"),
+        (
+            "llava_onevision",
+            "fastervlm:4,positions=compact,newline=keep",
+            {"vision_aspect_ratio": "anyres_max_2"},
+            '"vision_aspect_ratio": "anyres_max_9"',
+        ),
+        ("llava_next", "none,anyres=2x2", {}, "uniform:100%"),
+    ],
+)
+def test_no_command_that_vllm_would_refuse(family: str, given: str, fields: dict[str, Any], told: str) -> None:
+    command, refused = in_vllm(family, given, **fields)
+    assert command is None and refused is not None and told in refused
+
+
+def test_the_command_leaves_out_videos_where_text_stands_between_their_frames() -> None:
+    for given, more in (("uniform:4", ["--limit-mm-per-prompt", '{"video": 0}']), ("uniform:{per_frame: 2}", [])):
+        command, _ = in_vllm("qwen3_vl", given)
+        assert command is not None and shlex.split(command)[5:] == more
 
 
 @needs_parts

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         )
         (held,) = manager.loaded_models.values()
         address = f"http://{_written(*listening.getsockname()[:2])}/v1"
-        command, refused = in_vllm(args.model, args.pipeline, pipeline, held.model.config.model_type)
+        command, refused = in_vllm(args.model, args.pipeline, pipeline, held.model.config)
         del held  # or a reset could not free it
         if args.json:
             print(json.dumps({"address": address, "vllm": command, "vllm_refused": refused}), flush=True)
@@ -81,24 +81,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def in_vllm(model: str, given: str, pipeline: Pipeline, family: str) -> tuple[str | None, str | None]:
+def in_vllm(model: str, given: str, pipeline: Pipeline, model_config: Any) -> tuple[str | None, str | None]:
     """The command line by which vLLM serves the same, or else why there is none.
 
     Args:
         given: the pipeline as it was written.
-        family: `model_type` of the model's config.
+        model_config: of the checkpoint.
     """
     from vtoken.evals.shared.names import locate
     from vtoken.serving import plan
 
-    words = ["vllm", "serve", locate(model)]
-    if pipeline.stages:
-        try:
-            plan.check(pipeline, family)
-        except UnsupportedError as error:
-            return None, str(error)
-        words += ["--hf-overrides", json.dumps({plan.KEY: given})]
-    return shlex.join(words), None
+    try:
+        return shlex.join(["vllm", "serve", locate(model), *plan.options(pipeline, given, model_config)]), None
+    except UnsupportedError as error:
+        return None, str(error)
 
 
 def _parts() -> tuple[Any, Any]:

@@ -11,6 +11,8 @@ from vtoken.errors import UnsupportedError, about, either
 from vtoken.stages import Fact, Stage
 from vtoken.stages.facts import read_of
 
+ASPECT = "anyres_max_9"  # of LLaVA-OneVision in vLLM
+
 
 class ClipLike:
     """The tower of a LLaVA.
@@ -35,6 +37,7 @@ class ClipLike:
             )
         self.depth, self.heads = vision.num_hidden_layers, vision.num_attention_heads
         self.scale = (vision.hidden_size // self.heads) ** -0.5
+        self.aspect = getattr(config, "vision_aspect_ratio", None)
         self.side = vision.image_size // vision.patch_size
         chosen = config.vision_feature_layer
         chosen = [chosen] if isinstance(chosen, int) else list(chosen)
@@ -73,3 +76,16 @@ class ClipLike:
     def _layered(self, stage: Stage) -> list[Fact]:
         """What a stage reads of layers that it names."""
         return [need for need in stage.needs() if need.name in read_of("encoder layer") and need.layer is not None]
+
+
+class PackedAsMax9(ClipLike):
+    """The tower of a LLaVA-OneVision, whose large pictures vLLM scales down in one way, whatever the config says."""
+
+    def check(self, pipeline: Pipeline) -> None:
+        super().check(pipeline)
+        if self.aspect != ASPECT:
+            raise UnsupportedError(
+                f"the model's config has vision_aspect_ratio={self.aspect!r}, and vLLM scales large pictures down as "
+                f"{ASPECT!r} whatever it says; serve the model with transformers (`vtoken serve`), or write "
+                f'"vision_aspect_ratio": "{ASPECT}" beside the pipeline in --hf-overrides'
+            )

@@ -36,6 +36,7 @@ class Keyed(BaseMultiModalProcessor):
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)
         self._asking = threading.local()
+        plan.check_processor_options(info.ctx.get_mm_config().mm_processor_kwargs)
         if (pipeline := self.pipeline) is not None:
             self.check(pipeline)
 
@@ -45,7 +46,7 @@ class Keyed(BaseMultiModalProcessor):
 
     def check(self, pipeline: Pipeline) -> None:
         """Refuses what cannot be served. The engine is not there yet, so the error is read."""
-        plan.check(pipeline, self.family)
+        plan.check_model(pipeline, self.family, self.info.get_hf_config())
         if self.info.ctx.get_mm_config().mm_encoder_tp_mode == "data":
             raise UnsupportedError(
                 "mm_encoder_tp_mode=data gives every rank other pictures, and vtoken's decisions are those of rank 0; "
@@ -59,6 +60,7 @@ class Keyed(BaseMultiModalProcessor):
             )
 
     def _cached_apply_hf_processor(self, inputs: Any, timing_ctx: Any) -> Any:
+        plan.check_processor_options(inputs.hf_processor_mm_kwargs)
         if plan.reads_text(self.pipeline):
             placeholders = {getattr(self.info.get_hf_config(), name) for name in self.placeholders_in_config}
             self._asking.text = [token for token in inputs.prompt if token not in placeholders]

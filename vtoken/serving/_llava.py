@@ -34,14 +34,6 @@ NAMES = WeightsMapper(
 )
 
 
-class KeyedLlava(Keyed):
-    """Of LLaVAs."""
-
-    def check(self, pipeline: Pipeline) -> None:
-        super().check(pipeline)
-        ClipLike(self.info.get_hf_config()).check(pipeline)
-
-
 class Info(stock.LlavaProcessingInfo):
     """As many placeholders as the pipeline leaves tokens."""
 
@@ -54,7 +46,7 @@ class Info(stock.LlavaProcessingInfo):
         return plan.kept(pipeline, ImageLayout(((1, side, side),)))
 
 
-class Processor(KeyedLlava, stock.LlavaMultiModalProcessor):
+class Processor(Keyed, stock.LlavaMultiModalProcessor):
     family = "llava"
 
 
@@ -109,8 +101,7 @@ class Pruned:
         self.pipeline, self.served = pipeline, None
         if pipeline is None:
             return
-        plan.check(pipeline, self.family)
-        ClipLike(self.config).check(pipeline)
+        plan.check_model(pipeline, self.family, self.config)
         check_engine(self.engine, pipeline)
         self.served = ServedTower(self, pipeline)
         crop = ImageLayout(((1, self.served.side, self.served.side),))

@@ -25,7 +25,8 @@ from vtoken.config import Pipeline
 from vtoken.hooks.state.run import FeatureCall, ImageLayout
 from vtoken.serving import plan
 from vtoken.serving._clip import ClipLike
-from vtoken.serving._llava import NAMES, KeyedLlava, Pruned
+from vtoken.serving._keyed import Keyed
+from vtoken.serving._llava import NAMES, Pruned
 
 Sizes = Sequence[tuple[int, int]]
 
@@ -95,7 +96,7 @@ class Info(stock.LlavaNextProcessingInfo):
         return plan.placeholders(pipeline, layout)
 
 
-class Processor(KeyedLlava, stock.LlavaNextMultiModalProcessor):
+class Processor(Keyed, stock.LlavaNextMultiModalProcessor):
     family = "llava_next"
 
     def _call_hf_processor(self, hf_data: Any, hf_kwargs: Any) -> Any:

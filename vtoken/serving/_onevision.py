@@ -13,13 +13,10 @@ from vllm.model_executor.models import llava_onevision as stock
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vtoken.adapters.llava_onevision import video_layout
-from vtoken.config import Pipeline
-from vtoken.errors import UnsupportedError
 from vtoken.serving import _next, plan
 from vtoken.serving._clip import ClipLike
-from vtoken.serving._llava import NAMES, KeyedLlava
-
-ASPECT = "anyres_max_9"  # what vLLM packs by, whatever the config says
+from vtoken.serving._keyed import Keyed
+from vtoken.serving._llava import NAMES
 
 
 class Packing(_next.Packing):
@@ -83,20 +80,10 @@ class Info(_next.Info, stock.LlavaOnevisionProcessingInfo):
         return {"image": image, "video": self._dense_video(frames)}
 
 
-class Processor(KeyedLlava, stock.LlavaOnevisionMultiModalProcessor):
+class Processor(Keyed, stock.LlavaOnevisionMultiModalProcessor):
     family = "llava_onevision"
     placeholders_in_config = ("image_token_index", "video_token_index")
     rows_of = {"image": "pixel_values", "video": "pixel_values_videos"}
-
-    def check(self, pipeline: Pipeline) -> None:
-        super().check(pipeline)
-        aspect = self.info.get_hf_config().vision_aspect_ratio
-        if aspect != ASPECT:
-            raise UnsupportedError(
-                f"the model's config has vision_aspect_ratio={aspect!r}, and vLLM scales large pictures down as "
-                f"{ASPECT!r} whatever it says; serve the model with transformers (`vtoken serve`), or write "
-                f'"vision_aspect_ratio": "{ASPECT}" beside the pipeline in --hf-overrides'
-            )
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=stock.LlavaOnevisionDummyInputsBuilder)

@@ -28,7 +28,7 @@ from vtoken.config import Pipeline
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.run import ImageLayout
 from vtoken.serving import plan
-from vtoken.serving._keyed import text_key
+from vtoken.serving._keyed import LOGGER, text_key
 from vtoken.serving._llava import check_engine
 from vtoken.serving._mrope import Span, coordinates, placed, prompt_positions, with_places, without_places
 from vtoken.serving._qwen_parts import QwenParts
@@ -81,7 +81,10 @@ class Pruned:
             self.tower.context.handle.release()
         self.pipeline = pipeline
         self.parts = QwenParts(self.config, self.visual)
-        self.tower = None if pipeline is None else ServedTower(self.parts, pipeline)
+        self.tower = None
+        if pipeline is not None:
+            self.tower = ServedTower(self.parts, pipeline)
+            LOGGER.info("vtoken: %s", pipeline.name)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         if self.pipeline is None:

@@ -13,6 +13,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vtoken.config import Pipeline
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.run import ImageLayout
+from vtoken.serving import plan
 from vtoken.serving._mrope import Span
 from vtoken.serving._qwen import Pruned
 from vtoken.serving._qwen_prompt import Planned
@@ -23,7 +24,8 @@ class Processor(Planned, stock.Qwen3VLMultiModalProcessor):
 
     def check(self, pipeline: Pipeline) -> None:
         super().check(pipeline)
-        if self.info.ctx.get_mm_config().get_limit_per_prompt("video") and not by_frames(pipeline):
+        videos = self.info.ctx.get_mm_config().get_limit_per_prompt("video")
+        if videos and plan.pictures_only(pipeline, self.family):
             raise UnsupportedError(
                 f"pipeline {pipeline.name}: text stands between the frames of a Qwen3-VL video, so vLLM has to know "
                 "what is kept of each before it encodes; give every stage a budget per frame (keep: {per_frame: "
@@ -43,12 +45,6 @@ class Processor(Planned, stock.Qwen3VLMultiModalProcessor):
             video_token_id=config.video_token_id,
             select_token_id=True,
         )
-
-
-def by_frames(pipeline: Pipeline) -> bool:
-    """Whether it leaves equally many tokens of all frames of a video."""
-    budgets = [getattr(stage, "keep", None) for stage in pipeline.stages]
-    return all(budget is not None and budget.per == "per_frame" for budget in budgets)
 
 
 @MULTIMODAL_REGISTRY.register_processor(

@@ -26,7 +26,6 @@ class Planned(Keyed):
 
     def check(self, pipeline: Pipeline) -> None:
         super().check(pipeline)
-        QwenParts(self.info.get_hf_config()).check(pipeline)
         check_options(self.info.ctx.get_mm_config())
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtoken.errors import UnsupportedError, either
+from vtoken.hooks.call.min_tokens import pictured
 from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.left_padding import SlotLayout
 from vtoken.hooks.state.prefill_state import PrefillState
@@ -25,8 +27,8 @@ def embeddings(model: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
     what they read is `inputs`, so send the embeddings with the same prompt.
 
     Args:
-        model: wrapped LLaVA-1.5 or LLaVA-NeXT, with stages in front of the decoder and `positions: compact`, as vLLM
-            numbers tokens.
+        model: wrapped LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision, with stages in front of the decoder and `positions:
+            compact`, as vLLM numbers tokens.
         inputs: of the processor, [B, L] `input_ids` and pixels; a batch may hold several prompts and pictures.
 
     Returns:
@@ -36,13 +38,22 @@ def embeddings(model: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
 
     Raises:
         UnsupportedError: the model is not wrapped, of another family, or has stages that act in the decoder or its
-            cache; the inputs hold no picture.
+            cache; the inputs hold no picture, or a video.
     """
     session = _checked(model)
+    if "video" in pictured(dict(inputs)):
+        raise UnsupportedError("vLLM takes no embeddings of videos; give pictures alone")
     inner, entrance = whole(model), Handle()
     device = inner.get_input_embeddings().weight.device
     given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    entrance.before(session.context.lm, _stop)
+    mine = threading.get_ident()
+
+    def stop(module: Any, args: tuple, kwargs: dict) -> None:
+        """Comes behind vtoken's own hook on the language model, which other threads may run meanwhile."""
+        if threading.get_ident() == mine:
+            raise _Entered(kwargs["inputs_embeds"])
+
+    entrance.before(session.context.lm, stop)
     try:
         with torch.no_grad():
             inner(**given, use_cache=False)
@@ -61,11 +72,6 @@ class _Entered(Exception):
 
     def __init__(self, embeds: Tensor) -> None:
         self.embeds = embeds
-
-
-def _stop(module: nn.Module, args: tuple, kwargs: dict) -> NoReturn:
-    """Comes behind vtoken's own hook on the language model."""
-    raise _Entered(kwargs["inputs_embeds"])
 
 
 def _checked(model: Any) -> Session:

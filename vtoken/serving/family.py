@@ -18,22 +18,27 @@ class Family:
     Attributes:
         architecture: name of vLLM's model class.
         model: module and class in its place.
+        tower: module and class that hold a pipeline against a checkpoint's config; they import no vLLM.
         positions: the one policy that its placeholders allow.
         text: pictures are keyed by their prompts where a stage reads those.
         no_cuts: why stages may not drop tokens between layers of the vision tower; "" if they may.
         newlines: pictures have newline tokens; crops: they are cut into crops.
+        frames_apart: text stands between the frames of a video.
     """
 
     architecture: str
     model: str
+    tower: str
     positions: str
     text: bool = True
     no_cuts: str = ""
     newlines: bool = False
     crops: bool = False
+    frames_apart: bool = False
 
 
 MROPE: dict[str, Any] = {  # of the Qwens
+    "tower": "vtoken.serving._qwen_parts:QwenParts",
     "positions": "original",
     "no_cuts": "the blocks of its vision tower run no hooks in vLLM",
 }

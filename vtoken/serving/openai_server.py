@@ -18,6 +18,7 @@ import transformers
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from openai.types import CompletionUsage
+from transformers import image_utils
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
@@ -36,6 +37,10 @@ OTHERS = {
     "transcription_handler": ("transcription", "TranscriptionHandler"),
     "systemone_handler": ("systemone", "SystemOneHandler"),
 }
+
+# What fetches pictures goes by one name in transformers, whichever package it is.
+_FETCHES: Any = getattr(image_utils, "httpx", None)
+NOT_FETCHED = () if _FETCHES is None else (_FETCHES.HTTPError, _FETCHES.InvalidURL)
 
 
 def app_of(
@@ -63,7 +68,7 @@ def app_of(
         if key in known:
             given[key] = getattr(import_module(f"transformers.cli.serving.{module}"), handler)(manager, state)
     app = build_server(**given)
-    for kind in (VtokenError, HTTPException, ValueError):  # ValueError: a picture that cannot be read
+    for kind in (VtokenError, HTTPException, ValueError, *NOT_FETCHED):  # ValueError: a picture that cannot be read
         app.add_exception_handler(kind, _refused)
     return app, manager
 
@@ -164,6 +169,9 @@ class Chat(ChatCompletionHandler):
     model_manager: OneModel
 
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Any, Any]:
+        messages = body.get("messages")
+        if not messages or not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
+            raise HTTPException(400, 'messages must be a list of at least one, as in {"role": "user", "content": "hi"}')
         name, model, processor = super()._resolve_model(body)
         asked = Asked(model, bool(self.model_manager.pipeline.stages))
         _ASKED.set(asked)

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from hashlib import blake2b
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import vtoken
@@ -34,13 +35,16 @@ SITES = {
 
 
 def pipeline_of(hf_config: Any) -> Pipeline | None:
-    """The pipeline in a model's config, or written over it; None where there is none, or one without stages.
+    """The pipeline in a model's config, or written over it; None where there is none, or one that does nothing.
 
     Raises:
-        ConfigError: it does not read.
+        ConfigError: it does not read, or stands where vLLM's models do not look.
     """
     given = getattr(hf_config, KEY, None)
     if given is None:
+        for inner in ("text_config", "vision_config"):
+            if getattr(getattr(hf_config, inner, None), KEY, None) is not None:
+                raise ConfigError(f"`{KEY}` stands in {inner} of the model's config; write it beside, not inside")
         return None
     with about("`vtoken` of the model's config"):
         try:
@@ -48,7 +52,38 @@ def pipeline_of(hf_config: Any) -> Pipeline | None:
         except TypeError:
             raise ConfigError(f"write a preset, a short form, a path or plain data, not {shown(given)}") from None
         found = _load(written)
-    return found if found.stages else None
+    return found if _acts(found) else None
+
+
+def _acts(pipeline: Pipeline) -> bool:
+    return bool(pipeline.stages) or pipeline.anyres != "model"
+
+
+def options(pipeline: Pipeline, given: Any, model_config: Any) -> list[str]:
+    """What stands behind `vllm serve MODEL` for a pipeline that was written like `given`.
+
+    Raises:
+        UnsupportedError: vLLM cannot serve it.
+    """
+    family: str = model_config.model_type
+    if not _acts(pipeline):
+        return []
+    check_model(pipeline, family, model_config)
+    pictures = ["--limit-mm-per-prompt", json.dumps({"video": 0})] if pictures_only(pipeline, family) else []
+    return ["--hf-overrides", json.dumps({KEY: given}), *pictures]
+
+
+def check_processor_options(options: Mapping[str, Any] | None) -> None:
+    """Refuses a pipeline, or a budget, among the options of the processor, where it would do nothing.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if options and KEY in options:
+        raise ConfigError(
+            f"`{KEY}` in mm_processor_kwargs would do nothing: an engine has one pipeline, named when it starts by "
+            f"--hf-overrides '{{\"{KEY}\": ...}}'"
+        )
 
 
 @lru_cache(maxsize=32)
@@ -74,6 +109,24 @@ def check(pipeline: Pipeline, family: str) -> None:
             if why := refusal(stage, family, before):
                 raise UnsupportedError(f"stage {stage.name} cannot be served in vLLM: {why}")
         _check_policies(pipeline, family)
+
+
+def check_model(pipeline: Pipeline, family: str, model_config: Any) -> None:
+    """Holds a pipeline against what vLLM can do with a checkpoint of the family.
+
+    Raises:
+        UnsupportedError: as `check` does; or the pipeline does not go with the checkpoint.
+    """
+    check(pipeline, family)
+    module, _, name = FAMILIES[family].tower.partition(":")
+    getattr(import_module(module), name)(model_config).check(pipeline)
+
+
+def pictures_only(pipeline: Pipeline, family: str) -> bool:
+    """Whether no video can be served: text stands between frames, of which not every one is known to leave as much."""
+    budgets = [getattr(stage, "keep", None) for stage in pipeline.stages]
+    by_frames = all(budget is not None and budget.per == "per_frame" for budget in budgets)
+    return FAMILIES[family].frames_apart and not by_frames
 
 
 def refusal(stage: Stage, family: str, before: Sequence[Stage] = ()) -> str:
@@ -128,14 +181,19 @@ def _per(stage: Stage) -> str | None:
 
 def _check_policies(pipeline: Pipeline, family: str) -> None:
     held = FAMILIES[family]
+    if pipeline.anyres != "model" and not held.crops:
+        raise UnsupportedError(
+            f"anyres: {pipeline.anyres} chooses how pictures are cut, and {family} does not cut them; leave it out"
+        )
+    if pipeline.anyres != "model" and not pipeline.stages:
+        raise UnsupportedError(
+            f"anyres: {pipeline.anyres} is served with stages only; write a stage that keeps everything "
+            '("uniform:100%"), with newline: keep and positions: compact'
+        )
     if held.newlines and pipeline.newline == "keep_if_row_has_token":
         raise UnsupportedError(
             "newline: keep_if_row_has_token leaves a number of newline tokens that depends on the picture, and vLLM "
             "counts placeholders before it encodes; write newline: keep or newline: drop"
-        )
-    if pipeline.anyres != "model" and not held.crops:
-        raise UnsupportedError(
-            f"anyres: {pipeline.anyres} chooses how pictures are cut, and {family} does not cut them; leave it out"
         )
     if pipeline.stages and pipeline.positions != held.positions:
         why = "numbers tokens without gaps" if held.positions == "compact" else "keeps the positions of M-RoPE"

@@ -2,4 +2,9 @@
 
 from vtoken.serving.family import Family
 
-FAMILY = Family("LlavaForConditionalGeneration", "vtoken.serving._llava:Llava", positions="compact")
+FAMILY = Family(
+    "LlavaForConditionalGeneration",
+    "vtoken.serving._llava:Llava",
+    tower="vtoken.serving._clip:ClipLike",
+    positions="compact",
+)
