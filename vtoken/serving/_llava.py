@@ -155,9 +155,10 @@ class Pruned:
 
         # Without the hooks, which are about whole pictures.
         project = self.multi_modal_projector.forward
-        found = decide(self.pipeline, live(x), layouts, read, project=project, agree=agreed, history=history)
-        tower.forget()
-        return found
+        try:
+            return decide(self.pipeline, live(x), layouts, read, project=project, agree=agreed, history=history)
+        finally:
+            tower.forget()
 
 
 def check_engine(engine: VllmConfig, pipeline: Pipeline) -> None:
