@@ -52,6 +52,13 @@ def stock(family, prompt, seconds):
     return ids[0], positions[:, 0], found
 
 
+@cache
+def rounds_seconds_down(family):
+    """As transformers 5.17 does: frames half a second apart stand at one time."""
+    _, positions, ((columns, *_),) = stock(family, PROMPTS["video"], 0.5)
+    return bool(positions[0, columns[0]] == positions[0, columns[-1]])
+
+
 def behind_all_axes(positions, found):
     """The same, but text behind a video stands beyond its last frame as well, as vLLM has it."""
     out = positions.clone()
@@ -88,6 +95,8 @@ def run(positions, media, embeddings, chunks):
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize(("family", "seconds"), CASES)
 def test_equals_transformers_wherever_the_prompt_is_cut(family, seconds, prompt, share, dtype):
+    if seconds in (0.5, 2.5) and "video" in prompt and rounds_seconds_down(family):
+        pytest.skip("this transformers rounds seconds between frames down; vLLM and later ones do not")
     ids, positions, found = stock(family, PROMPTS[prompt], seconds)
     wanted = behind_all_axes(positions, found)
     generator = torch.Generator().manual_seed(1)
