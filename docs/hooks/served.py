@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 
@@ -36,14 +37,30 @@ def stages() -> str:
 
 
 def presets() -> str:
-    """A row per method and answer."""
+    """A row per method and answer, of presets that some family serves."""
+    return markdown([["presets", *TITLES.values()], *([name, *cells] for name, cells in _answers() if _served(cells))])
+
+
+def refused() -> str:
+    """A row per method, of presets that no family serves."""
+    rows = [[name, "; ".join(dict.fromkeys(cells))] for name, cells in _answers() if not _served(cells)]
+    return markdown([["presets", "why"], *rows])
+
+
+@cache
+def _answers() -> list[tuple[str, tuple[str, ...]]]:
+    """Presets of one method and one answer per family, and that."""
     names = [name for name in registry.presets() if config.load(name).stages]
     found = [(name.partition("-")[0], tuple(answer(name, family) for family in plan.FAMILIES), name) for name in names]
-    rows = [["presets", *TITLES.values()]]
+    rows = []
     for (method, cells), some in groupby(sorted(found), key=lambda row: row[:2]):
         ends = [name.removeprefix(method) for *_, name in some]
-        rows.append([", ".join([f"`{method}{ends[0]}`", *(f"`{end}`" for end in ends[1:])]), *cells])
-    return markdown(rows)
+        rows.append((", ".join([f"`{method}{ends[0]}`", *(f"`{end}`" for end in ends[1:])]), cells))
+    return rows
+
+
+def _served(cells: tuple[str, ...]) -> bool:
+    return any(cell == "yes" or cell.startswith("`,") for cell in cells)
 
 
 def answer(preset: str, family: str) -> str:
@@ -76,7 +93,7 @@ def _why(stage: Stage, family: str, before: tuple[Stage, ...] = ()) -> str:
     return re.split(r"[;,]", why)[0].removeprefix("it ") if why else "yes"
 
 
-TABLES = {"stages": stages, "presets": presets}
+TABLES = {"stages": stages, "presets": presets, "refused": refused}
 
 
 def written(page: str) -> str:
