@@ -74,6 +74,14 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(monkeypatch: pytest.Mo
     assert told in capsys.readouterr().err
 
 
+def one(**traits: Any) -> str:
+    """A family that vLLM serves, of which all this is true."""
+    return next(name for name, held in plan.FAMILIES.items() if all(getattr(held, t) == v for t, v in traits.items()))
+
+
+PLAIN = one(crops=False, positions="compact")
+
+
 def in_vllm(family: str, given: str, **fields: Any) -> tuple[str | None, str | None]:
     """For a tiny model of the family whose config has these fields."""
     checkpoint = tiny.make(family).config
@@ -91,23 +99,23 @@ def test_the_command_for_vllm_or_why_there_is_none() -> None:
     assert words[:4] == ["vllm", "serve", folder, "--hf-overrides"] and json.loads(words[4]) == {plan.KEY: given}
     command, refused = in_vllm("llava", "fastv:64")
     assert command is None and refused is not None and "stage fastv cannot be served in vLLM" in refused
-    dense = serve.in_vllm("me/some-qwen3-vl", "none", config.load("none"), SimpleNamespace(model_type="qwen3_vl"))
-    assert dense == ("vllm serve me/some-qwen3-vl", None)
+    apart = SimpleNamespace(model_type=one(frames_apart=True))
+    assert serve.in_vllm("me/some-vl", "none", config.load("none"), apart) == ("vllm serve me/some-vl", None)
 
 
 @pytest.mark.parametrize(
     ("family", "given", "fields", "told"),
     [
-        ("llava", "todre:4,layer=99,positions=compact", {}, "layer 99"),
-        ("qwen2_5_vl", "todre:4,layer=99", {}, "layer 99"),
-        ("llava", "fastervlm:4,positions=compact", {"vision_feature_select_strategy": "full"}, "no patches, or fewer"),
+        (PLAIN, "todre:4,layer=99,positions=compact", {}, "layer 99"),
+        (one(positions="original"), "todre:4,layer=99", {}, "layer 99"),
+        (PLAIN, "fastervlm:4,positions=compact", {"vision_feature_select_strategy": "full"}, "no patches, or fewer"),
         (
-            "llava_onevision",
+            one(tower="vtoken.serving._clip:PackedAsMax9"),
             "fastervlm:4,positions=compact,newline=keep",
             {"vision_aspect_ratio": "anyres_max_2"},
             '"vision_aspect_ratio": "anyres_max_9"',
         ),
-        ("llava_next", "none,anyres=2x2", {}, "uniform:100%"),
+        (one(crops=True), "none,anyres=2x2", {}, "uniform:100%"),
     ],
 )
 def test_no_command_that_vllm_would_refuse(family: str, given: str, fields: dict[str, Any], told: str) -> None:
@@ -117,7 +125,7 @@ def test_no_command_that_vllm_would_refuse(family: str, given: str, fields: dict
 
 def test_the_command_leaves_out_videos_where_text_stands_between_their_frames() -> None:
     for given, more in (("uniform:4", ["--limit-mm-per-prompt", '{"video": 0}']), ("uniform:{per_frame: 2}", [])):
-        command, _ = in_vllm("qwen3_vl", given)
+        command, _ = in_vllm(one(frames_apart=True), given)
         assert command is not None and shlex.split(command)[5:] == more
 
 
