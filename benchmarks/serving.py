@@ -16,6 +16,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -80,11 +81,11 @@ class Engine:
         return taken, len(done[0].prompt_token_ids)
 
 
-def turns(engine: Engine, rounds: int) -> None:
+def turns(engine: Engine, rounds: int, pipelines: Sequence[str], at_once: Sequence[int]) -> None:
     """The table of times."""
-    order: list[str | None] = [None, *PIPELINES]
+    order: list[str | None] = [None, *pipelines]
     first: dict[Any, list[Seconds]] = {case: [] for case in order}
-    whole: dict[Any, list[Seconds]] = {(case, n): [] for case in order for n in AT_ONCE}
+    whole: dict[Any, list[Seconds]] = {(case, n): [] for case in order for n in at_once}
     prompt = {}
     for turn in range(-1, rounds):  # the first round warms up
         for case in order:
@@ -92,21 +93,21 @@ def turns(engine: Engine, rounds: int) -> None:
             k = turn % len(engine.requests)
             alone, prompt[case] = engine.seconds(engine.requests[k : k + 1], 1)
             many = {}
-            for n in AT_ONCE:
+            for n in at_once:
                 engine.forget()
                 many[n], _ = engine.seconds((engine.requests * 2)[k : k + n], TOKENS)
             if turn >= 0:
                 first[case].append(alone)
-                for n in AT_ONCE:
+                for n in at_once:
                     whole[case, n].append(many[n])
         order.append(order.pop(0))
-    print(f"| pipeline | prompt tokens | TTFT | {' | '.join(f'{n} at once' for n in AT_ONCE)} |")
-    print(f"| --- | ---: | ---: | {' | '.join('---:' for _ in AT_ONCE)} |")
-    for case in (None, *PIPELINES):
+    print(f"| pipeline | prompt tokens | TTFT | {' | '.join(f'{n} at once' for n in at_once)} |")
+    print(f"| --- | ---: | ---: | {' | '.join('---:' for _ in at_once)} |")
+    for case in (None, *pipelines):
         cells = [
             f"{1e3 * statistics.median(wall for wall, _ in first[case]):.0f} ms, {against(first[case], first[None])}"
         ]
-        for n in AT_ONCE:
+        for n in at_once:
             rate = n / statistics.median(wall for wall, _ in whole[case, n])
             cells.append(f"{rate:.1f}/s, {against(whole[case, n], whole[None, n])}")
         print(f"| {case or 'dense'} | {prompt[case]} | {' | '.join(cells)} |")
@@ -183,6 +184,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--requests", type=int, default=200, help="of the load; 0: no load")
+    parser.add_argument("--pipelines", nargs="+", default=PIPELINES, metavar="STAGE", help="in short, as fastervlm:64")
+    parser.add_argument("--at-once", nargs="+", type=int, default=AT_ONCE, metavar="N", help="requests")
     parser.add_argument("--big", action="store_true", help="a LLaVA of the 0.5B class with random weights")
     args = parser.parse_args()
     import torch
@@ -192,7 +195,7 @@ def main() -> None:
 
     with TemporaryDirectory() as folder:
         engine = Engine(half_billion(Path(folder)) if args.big else reference.path())
-    turns(engine, args.rounds)
+    turns(engine, args.rounds, args.pipelines, args.at_once)
     if args.requests:
         print()
         load(engine, args.requests)
