@@ -14,11 +14,11 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vtoken.config import Pipeline
-from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.run import ImageLayout
 from vtoken.serving import plan
 from vtoken.serving._clip import ClipLike
+from vtoken.serving._engine import check_engine
 from vtoken.serving._keyed import LOGGER, Keyed, text_key
 from vtoken.serving._tower import ServedTower, agreed
 from vtoken.serving.decide import decide
@@ -159,24 +159,6 @@ class Pruned:
             return decide(self.pipeline, live(x), layouts, read, project=project, agree=agreed, history=history)
         finally:
             tower.forget()
-
-
-def check_engine(engine: VllmConfig, pipeline: Pipeline) -> None:
-    """Refuses modes of the engine that go past hooks or count tokens otherwise.
-
-    Raises:
-        UnsupportedError: names the option.
-    """
-    compilation, lora = engine.compilation_config, engine.lora_config
-    told = ""
-    if getattr(compilation, "compile_mm_encoder", False):
-        told = "compile_mm_encoder compiles hooks in the vision tower away"
-    elif getattr(compilation, "cudagraph_mm_encoder", False):
-        told = "cudagraph_mm_encoder goes past the function that prunes"
-    elif lora is not None and getattr(lora, "enable_tower_connector_lora", False):
-        told = "LoRA on tower or projector is told the kept tokens, where it needs all"
-    if told:
-        raise UnsupportedError(f"pipeline {pipeline.name}: {told}; leave the option out")
 
 
 @MULTIMODAL_REGISTRY.register_processor(processor_of, info=info_of, dummy_inputs=stock.LlavaDummyInputsBuilder)

@@ -25,6 +25,7 @@ from vtoken.config import Pipeline
 from vtoken.hooks.state.run import FeatureCall, ImageLayout
 from vtoken.serving import plan
 from vtoken.serving._clip import ClipLike
+from vtoken.serving._engine import groups
 from vtoken.serving._keyed import Keyed
 from vtoken.serving._llava import NAMES, Pruned
 
@@ -66,11 +67,14 @@ class Packing(Anyres):
         """By vLLM's own packing, which reads nothing of its model but config and newline."""
         newline = torch.full((images[0].shape[-1],), float("nan"), device=images[0].device)
         model = Model(config=self.outer.config, image_newline=newline)
-        merge = stock.LlavaNextForConditionalGeneration._merge_image_patch_embeddings
         return [
-            merge(model, torch.as_tensor(size), image, strategy="spatial_unpad")
+            self._merge(model, torch.as_tensor(size), image, strategy="spatial_unpad")
             for image, size in zip(images, sizes, strict=True)
         ]
+
+    def _merge(self, model: Any, size: Tensor, image: Tensor, **options: Any) -> Any:
+        merge = stock.LlavaNextForConditionalGeneration._merge_image_patch_embeddings
+        return merge(model, size, image, **options)
 
 
 class Info(stock.LlavaNextProcessingInfo):
@@ -164,14 +168,3 @@ class LlavaNext(Cropped, stock.LlavaNextForConditionalGeneration):
 
     family = "llava_next"
     hf_to_vllm_mapper = stock.LlavaNextForConditionalGeneration.hf_to_vllm_mapper | NAMES
-
-
-def groups(lengths: Sequence[int], most: int) -> Iterator[slice]:
-    """Neighbours of so many tokens together at most, or one alone."""
-    start = total = 0
-    for k, length in enumerate(lengths):
-        if k > start and total + length > most:
-            yield slice(start, k)
-            start, total = k, 0
-        total += length
-    yield slice(start, len(lengths))

@@ -3,11 +3,10 @@ and videos, whose frames are pooled to half their side and closed by one newline
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import copy
 from typing import Any
 
-import torch
 from torch import Tensor
 from vllm.model_executor.models import llava_onevision as stock
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -15,6 +14,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vtoken.adapters.llava_onevision import video_layout
 from vtoken.serving import _next, plan
 from vtoken.serving._clip import ClipLike
+from vtoken.serving._engine import groups
 from vtoken.serving._keyed import Keyed
 from vtoken.serving._llava import NAMES
 
@@ -24,14 +24,9 @@ class Packing(_next.Packing):
 
     model_type = "llava_onevision"
 
-    def _pack(self, images: Sequence[Tensor], sizes: Any, options: dict[str, Any]) -> list[Tensor]:
-        newline = torch.full((images[0].shape[-1],), float("nan"), device=images[0].device)
-        model = _next.Model(config=self.outer.config, image_newline=newline)
+    def _merge(self, model: Any, size: Tensor, image: Tensor, **options: Any) -> Any:
         merge = stock.LlavaOnevisionForConditionalGeneration._merge_image_patch_embeddings
-        return [
-            merge(model, torch.as_tensor(size), image, image_newline=newline, strategy="spatial_unpad")
-            for image, size in zip(images, sizes, strict=True)
-        ]
+        return merge(model, size, image, image_newline=model.image_newline, **options)
 
 
 class Info(_next.Info, stock.LlavaOnevisionProcessingInfo):
@@ -99,7 +94,7 @@ class LlavaOnevision(_next.Cropped, stock.LlavaOnevisionForConditionalGeneration
             return super()._process_video_pixels(inputs)
         videos, out = list(inputs["pixel_values_videos"]), list[Tensor]()
         layouts = [video_layout(len(frames), self.served.side) for frames in videos]
-        for some in _next.groups([layout.length for layout in layouts], self.most):
+        for some in groups([layout.length for layout in layouts], self.most):
             out += self._left(videos[some], layouts[some], some.start, self._pooled, "video")
         return out
 

@@ -4,6 +4,7 @@ positions. Pictures and videos alike; see `_mrope` for how their positions trave
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ from vtoken.config import Pipeline
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.run import ImageLayout
 from vtoken.serving import plan
+from vtoken.serving._engine import check_engine, check_parallel, groups
 from vtoken.serving._keyed import LOGGER, text_key
-from vtoken.serving._llava import check_engine
 from vtoken.serving._mrope import Span, coordinates, placed, prompt_positions, with_places, without_places
 from vtoken.serving._qwen_parts import QwenParts
 from vtoken.serving._qwen_prompt import SWITCH, Planned
@@ -39,20 +40,6 @@ from vtoken.serving.decide import decide
 from vtoken.stages import Fact
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
-
-
-def check_parallel(engine: VllmConfig) -> None:
-    """Refuses modes of the engine in which kept tokens would lose their positions.
-
-    Raises:
-        UnsupportedError: names the option.
-    """
-    if engine.parallel_config.pipeline_parallel_size > 1:
-        raise UnsupportedError(
-            "--pipeline-parallel-size: only the first stage learns where kept tokens stand; use tensor parallelism"
-        )
-    if engine.speculative_config is not None:
-        raise UnsupportedError("--speculative-config: a drafter does not learn where kept tokens stand; leave it out")
 
 
 class Pruned:
@@ -101,14 +88,10 @@ class Pruned:
     def _slices(self, grids: Tensor) -> Iterator[tuple[slice, slice]]:
         """Patches and pictures of as many pictures at a time as the dense model's placeholders would let in: the
         scheduler counts those that are left."""
-        sizes, most = grids.prod(-1).tolist(), self.most * self.parts.encoder.unit
-        first = start = 0
-        while first < len(sizes):
-            last, stop = first + 1, start + sizes[first]
-            while last < len(sizes) and stop + sizes[last] - start <= most:
-                stop, last = stop + sizes[last], last + 1
-            yield slice(start, stop), slice(first, last)
-            first, start = last, stop
+        sizes = grids.prod(-1).tolist()
+        ends = [0, *accumulate(sizes)]
+        for items in groups(sizes, self.most * self.parts.encoder.unit):
+            yield slice(ends[items.start], ends[items.stop]), items
 
     def _steps(self, kind: str, given: dict[str, Any], count: int) -> list[float]:
         """Positions from one frame to the next."""

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 KEY = "vtoken"  # of the model's config: --hf-overrides '{"vtoken": "fastervlm-64"}'
 ELSEWHERE = "serve the pipeline with transformers (`vtoken serve`), or leave the stage out"
 
-
 FAMILIES = families()
 SITES = {
     "frames": "frames are chosen before vLLM's model is called; N frames at equal distances are what "
