@@ -199,7 +199,7 @@ def check_tower(stage: Stage, adapter: Adapter) -> None:
             "out, or use a family that does "
             f"({', '.join(name for name in registry.adapters() if 'video' in registry.adapter(name).features)})"
         )
-    if frames and adapter.encoder.unit == 1:
+    if frames and not adapter.encoder.packed:
         return  # the tower is given fewer frames; nothing changes inside it
     if adapter.tower.config._attn_implementation == "flex_attention":
         raise UnsupportedError(

@@ -46,7 +46,7 @@ def install(context: Context) -> Boundary:
     """Puts the hooks on that the stages need, in the order of a forward."""
     CallInputs(context)
     FeatureHooks(context)
-    tower: type[Tower] = PaddedTower if context.adapter.encoder.unit == 1 else VarlenTower
+    tower: type[Tower] = VarlenTower if context.adapter.encoder.packed else PaddedTower
     tower(context)
     # Sparse attention lies within the taps that observe, which come later and see every layer.
     SparsePrefill(context)

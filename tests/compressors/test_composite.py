@@ -57,7 +57,7 @@ def test_equals_a_stock_model_under_the_mask(family, prefix):
         entries = [s for s in vtoken.trace(model).stages if s.stood_aside is None]
         assert [s.layer for s in entries] == [1, 3]
     SEEN.update(visual=batch["input_ids"] == model.config.image_token_id, layers=(1, 3), prefix=prefix)
-    model.model.language_model.config._attn_implementation = NAME
+    model.get_decoder().config._attn_implementation = NAME
     want = greedy(model, batch, n=3, **options)
     assert torch.equal(got.sequences, want.sequences)
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-4, rtol=1e-4)

@@ -42,7 +42,7 @@ def test_presses_run_and_rows_decide_alone(family, press, text):
     with vtoken.wrapped(model, [{"random": {"keep": "80%"}}, {"kvpress": stage}]):
         plain, trace = greedy(model, batch), vtoken.trace(model)
         # Normed keys are all of one length here (the norm has no weights yet), so KnormPress has nothing to go by.
-        normed = hasattr(model.model.language_model.layers[0].self_attn, "k_norm")
+        normed = hasattr(model.get_decoder().layers[0].self_attn, "k_norm")
         for row in () if normed and press == "KnormPress" else range(3):
             assert torch.equal(greedy(model, alone(model, batch, row))[0, -6:], plain[row, -6:])
     assert all(sum(held) < sum(trace.prompt_tokens) for held in trace.cached)

@@ -75,7 +75,7 @@ def of(p: oracle.PrefillQK, row: int) -> tuple[Tensor, Tensor, list[Tensor]]:
 def run(model, cache: DynamicCache, x: Tensor, positions: Tensor, deep=()) -> Tensor:
     """[1, n, V] of the stock layers on more tokens, which see everything that the cache holds; it then holds them,
     too."""
-    lm = model.model.language_model
+    lm = model.get_decoder()
     rope = lm.rotary_emb(x, positions)
     for k, layer in enumerate(lm.layers):
         past, n = cache.get_seq_length(k), x.shape[1]

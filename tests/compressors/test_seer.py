@@ -50,7 +50,7 @@ def unrotated(attention, seen, undo):
 def compare(model, batch, stages):
     """Every row with pictures and every layer of a prefill: what the stage undid against what the model had."""
     seen, true, undo = [], [], []
-    for layer in model.model.language_model.layers:
+    for layer in model.get_decoder().layers:
         unrotated(layer.self_attn, true, undo)
     with vtoken.wrapped(model, [*stages, Undone(seen=seen)]), torch.no_grad():
         model(**batch, logits_to_keep=1)
@@ -81,7 +81,7 @@ def test_what_is_undone_is_what_the_model_had(family):
 def test_other_rotations(text):
     """Half of each head turns, neighbouring channels in pairs; and norms before RoPE."""
     model = tiny.make("llava", text=text, **({"partial_rotary_factor": 0.5} if text == "glm" else {}), head_dim=8)
-    cos, _ = model.model.language_model.rotary_emb(torch.zeros(1, 3, 32), torch.arange(3)[None])
+    cos, _ = model.get_decoder().rotary_emb(torch.zeros(1, 3, 32), torch.arange(3)[None])
     assert cos.shape[-1] == (4 if text == "glm" else 8)
     compare(model, tiny.build(model, long("llava"), seed=3), [])
 
@@ -89,7 +89,7 @@ def test_other_rotations(text):
 def test_a_factor_on_attention_is_divided_out():
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 1024}
     model = tiny.make("llava", rope_parameters=yarn)
-    cos, sin = model.model.language_model.rotary_emb(torch.zeros(1, 3, 32), torch.arange(3)[None])
+    cos, sin = model.get_decoder().rotary_emb(torch.zeros(1, 3, 32), torch.arange(3)[None])
     assert float((cos**2 + sin**2).min()) > 1.2
     compare(model, tiny.build(model, long("llava"), seed=3), [])
 

@@ -36,7 +36,7 @@ def restricted(model, batch, chosen):
     give zeros."""
     from transformers import AttentionInterface
 
-    lm, layers = model.model.language_model, []
+    lm, layers = model.get_decoder(), []
 
     def attend(module, q, k, v, mask, scaling=None, **kwargs):
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))

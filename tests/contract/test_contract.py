@@ -207,7 +207,7 @@ def test_an_exception_does_not_reach_into_other_conversations(family, stages):
     want = model.generate(**text, max_new_tokens=4, do_sample=False)
     with vtoken.wrapped(model, stages), torch.no_grad():
         out = model(**text)
-        handle = model.model.language_model.layers[3].register_forward_pre_hook(lambda m, a: 1 / 0)
+        handle = model.get_decoder().layers[3].register_forward_pre_hook(lambda m, a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model(**tiny.build(model, ROWS[:1], seed=3))
         handle.remove()
@@ -251,7 +251,7 @@ def test_wrap_says_what_is_wrong(tmp_path):
 def test_parts_of_a_vlm_are_told_from_the_whole(family):
     model = tiny.make(family)
     outer = model.model
-    for part in (outer, outer.language_model, registry.adapter(family)(model).tower, model.lm_head):
+    for part in (outer, model.get_decoder(), registry.adapter(family)(model).tower, model.lm_head):
         with pytest.raises(UnsupportedError, match="whole VLM") as error:
             vtoken.wrap(part, "none")
         assert type(part).__name__ in str(error.value)

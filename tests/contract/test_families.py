@@ -115,7 +115,7 @@ def test_deepstack_features_of_merged_tokens_are_averaged():
     images = {k: batch[k] for k in ("pixel_values", "image_grid_thw")}
     seen = {}
     with vtoken.wrapped(model, [InsideMerge(at=(0,))]), torch.no_grad():
-        hook = model.model.language_model.register_forward_pre_hook(lambda m, a, k: seen.update(k), with_kwargs=True)
+        hook = model.get_decoder().register_forward_pre_hook(lambda m, a, k: seen.update(k), with_kwargs=True)
         model(**batch)
         hook.remove()
         kept, into = vtoken.trace(model).kept, vtoken.trace(model).stages[0].into

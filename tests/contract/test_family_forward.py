@@ -151,8 +151,8 @@ def test_offloaded_modules(family, model, batch, before):
 def test_dispatched_to_cpu_and_disk(family, model, batch, tmp_path):
     with vtoken.wrapped(model, STAGES["deep"]):
         want = greedy(model, batch)
-    lm, part = "model.language_model", tiny.adapter(model).tower
-    tower = next(name for name, module in model.named_modules() if module is part)
+    names = {module: name for name, module in model.named_modules()}
+    lm, tower = names[model.get_decoder()], names[tiny.adapter(model).tower]
     where = {"lm_head": "cpu"} | {n: "cpu" for n, _ in model.named_modules() if n.count(".") == 1 and n != lm}
     where |= {f"{lm}.{name}": "cpu" for name, _ in model.get_submodule(lm).named_children() if name != "layers"}
     where |= {f"{lm}.layers.{i}": "disk" if i % 2 else "cpu" for i in range(4)} | {tower: "disk"}

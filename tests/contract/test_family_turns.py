@@ -32,8 +32,12 @@ def test_second_turn(family, pipeline, rows):
             with pytest.raises(UnsupportedError, match="M-RoPE"):
                 greedy(model, more, NEW, past_key_values=a.past_key_values)
             return
-        hook = model.model.language_model.layers[0].register_forward_pre_hook(
-            lambda m, a, k: fed.append((a[0] if a else k["hidden_states"]).shape[1]), with_kwargs=True
+        hook = (
+            model.get_decoder()
+            .layers[0]
+            .register_forward_pre_hook(
+                lambda m, a, k: fed.append((a[0] if a else k["hidden_states"]).shape[1]), with_kwargs=True
+            )
         )
         options = {"return_dict_in_generate": True, "output_logits": True}
         b = greedy(model, more, NEW, past_key_values=a.past_key_values, **options)

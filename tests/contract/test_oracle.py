@@ -70,7 +70,7 @@ def test_dropped_is_the_same_as_hidden(family, case, layer):
         visible = causal & keep[:, None, None]
         return args, {**kwargs, "attention_mask": visible | torch.eye(len(causal), dtype=torch.bool)}
 
-    hooks = [b.register_forward_pre_hook(hide, with_kwargs=True) for b in model.model.language_model.layers[layer:]]
+    hooks = [b.register_forward_pre_hook(hide, with_kwargs=True) for b in model.get_decoder().layers[layer:]]
     # generate gives left-padded rows the positions that the oracle recorded; a bare forward does not.
     hidden = model.generate(
         **batch, max_new_tokens=1, do_sample=False, use_cache=False, return_dict_in_generate=True, output_logits=True

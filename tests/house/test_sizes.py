@@ -39,7 +39,7 @@ ROOMS = {
         "compatibility.py",
         "registry.py",
         "cli.py",
-    ): 10310,
+    ): 11200,
     ("kernels",): 3000,
     ("evals", "commands"): 11960,
 }

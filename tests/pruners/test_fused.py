@@ -16,7 +16,7 @@ ROWS = [[3, "img", 5], [1, "img", 2, "other", 7], [4]]
 def entering(model, batch):
     """What the language model is given at prefill."""
     seen = {}
-    hook = model.model.language_model.register_forward_pre_hook(
+    hook = model.get_decoder().register_forward_pre_hook(
         lambda m, a, k: seen.update(k if not seen else {}), with_kwargs=True
     )
     model.generate(**batch, max_new_tokens=1, do_sample=False)

@@ -95,7 +95,7 @@ def test_layers_of_encoder_facts_are_the_encoders():
             return (Fact("received_attention", self.ask),)
 
     model = tiny.llava()
-    model.model.language_model.layers = model.model.language_model.layers[:2]
+    model.get_decoder().layers = model.get_decoder().layers[:2]
     with vtoken.wrapped(model, [Late(at=(1,), ask=3, seen={})]):
         pass
     with pytest.raises(UnsupportedError, match="layer 4; there are 4"):

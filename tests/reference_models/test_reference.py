@@ -265,7 +265,7 @@ def test_training_sees_what_the_stock_model_sees(begun):
         around = len(family.prefix) + family.tokens + len(family.suffix)
         keep = torch.arange(family.tokens).expand(2, -1)
         ours = family.inputs(model, stock, keep, inputs["input_ids"][:, around:])
-        logits = model.lm_head(model.model.language_model(**ours, use_cache=False).last_hidden_state)
+        logits = model.lm_head(model.get_decoder()(**ours, use_cache=False).last_hidden_state)
         assert torch.allclose(logits, model(**inputs).logits, atol=1e-4)
 
 

@@ -209,7 +209,7 @@ def test_pictures_merged_into_embeddings_are_told_once(family):
     model = tiny.make(family)
     batch = tiny.build(model, [[3, "img", 5]], seed=3)
     seen = {}
-    hook = model.model.language_model.register_forward_pre_hook(
+    hook = model.get_decoder().register_forward_pre_hook(
         lambda m, a, k: seen.update(k if not seen else {}), with_kwargs=True
     )
     with torch.no_grad():

@@ -49,7 +49,7 @@ def test_masks_have_physical_length(model):
 
     index = left_pad(keep)
     valid = keep.gather(1, index)
-    lm = model.model.language_model
+    lm = model.get_decoder()
 
     def naive(module, args, kwargs):
         if kwargs["inputs_embeds"].shape[1] > 1:
@@ -80,7 +80,7 @@ def test_second_turn_is_not_fed_twice(model):
 
 def test_gaps_in_positions_are_not_packed_sequences(model):
     """Without cache and mask, gaps in position_ids are taken for several packed sequences."""
-    lm = model.model.language_model
+    lm = model.get_decoder()
     x, gaps = torch.randn(1, 6, 32), torch.tensor([[0, 1, 5, 6, 9, 10]])
     with torch.no_grad():
         packed = lm(inputs_embeds=x, position_ids=gaps, use_cache=False).last_hidden_state
@@ -104,7 +104,7 @@ def test_two_dimensional_masks(family, rows, stages):
     if rows is VIDEOS and family not in tiny.VIDEO:
         pytest.skip("stock LLaVA-1.5 and NeXT take no video")
     model = tiny.make(family)
-    lm = model.model.language_model
+    lm = model.get_decoder()
     batch = tiny.build(model, rows, seed=3)
     with vtoken.wrapped(model, stages):
         want = run(model, batch)

@@ -18,7 +18,7 @@ def encode(model, batch, p, stages):
     def look(module, args, kwargs):
         seen.update(kwargs if not seen else {})
 
-    hook = model.model.language_model.register_forward_pre_hook(look, with_kwargs=True, prepend=True)
+    hook = model.get_decoder().register_forward_pre_hook(look, with_kwargs=True, prepend=True)
     model.generate(**batch, max_new_tokens=1, do_sample=False)
     hook.remove()
     p.embeds = seen["inputs_embeds"]
@@ -56,7 +56,7 @@ def compare(model, batch, pipeline, new=NEW, weighted=False):
     """
     p, entered = oracle.prompt(model, batch), {}
     with vtoken.wrapped(model, pipeline):
-        hook = model.model.language_model.register_forward_pre_hook(
+        hook = model.get_decoder().register_forward_pre_hook(
             lambda m, a, k: entered.update(k if not entered else {}), with_kwargs=True
         )
         out = model.generate(

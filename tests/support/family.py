@@ -41,7 +41,8 @@ class Family:
         other_video: a video of four frames and another size, where sizes may differ.
         pictures: (height, width, frames) of what the FLOPs account is held against.
         unpadded: (height, width) of a picture of which packing cuts nothing away.
-        unit: patches that become one visual token; above 1 the tower is packed: all patches in one sequence.
+        varlen: the tower takes the patches of all images in one sequence.
+        unit: patches that become one visual token.
         full_attention: tower layers whose tokens see the whole image; None: all.
         deepstack: decoder layers that are given features of early tower layers.
         anyres: images are cut into crops, with a newline token behind each row of them.
@@ -63,6 +64,7 @@ class Family:
     other_video: ClassVar[Spec] = ()
     pictures: ClassVar[Sequence[tuple[int, int, int]]]
     unpadded: ClassVar[tuple[int, int]] = (56, 112)
+    varlen: ClassVar[bool] = False
     unit: ClassVar[int] = 1
     full_attention: ClassVar[tuple[int, ...] | None] = None
     deepstack: ClassVar[int] = 0
@@ -81,10 +83,6 @@ class Family:
     @property
     def takes_video(self) -> bool:
         return self.video is not None
-
-    @property
-    def varlen(self) -> bool:
-        return self.unit > 1
 
     @property
     def mrope(self) -> bool:

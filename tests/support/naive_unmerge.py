@@ -64,7 +64,7 @@ def logits(lm, head, x: Tensor, member: Tensor, positions: Tensor, deep: list[Te
 def generate(model, p: oracle.PrefillQK, owner: Tensor, new_tokens: int, start=None) -> tuple[Tensor, Tensor]:
     """Greedy decoding, everything anew for every token; `start`: per row, tokens it is made to say. [B, n] and [n, B,
     V]."""
-    lm, head = (copy.deepcopy(m).double() for m in (model.model.language_model, model.lm_head))
+    lm, head = (copy.deepcopy(m).double() for m in (model.get_decoder(), model.lm_head))
     rows, scores = [], []
     for b, own in enumerate(owner):
         places = (own >= 0).nonzero()[:, 0]

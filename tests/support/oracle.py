@@ -48,7 +48,7 @@ def prompt(model: Any, batch: dict[str, Tensor]) -> PrefillQK:
     def look(module: Any, args: tuple, kwargs: dict) -> None:
         seen.update(kwargs if not seen else {})
 
-    hook = model.model.language_model.register_forward_pre_hook(look, with_kwargs=True)
+    hook = model.get_decoder().register_forward_pre_hook(look, with_kwargs=True)
     model.generate(**{k: v.clone() for k, v in batch.items()}, max_new_tokens=1, do_sample=False)
     hook.remove()
     ids, embeds, positions = batch["input_ids"], seen["inputs_embeds"], seen["position_ids"]
@@ -121,7 +121,7 @@ def logits(
         deep: deep[k] [1, N, D] is added after layer k, less the tokens that were dropped.
         mix: mix[k] [N, N] is multiplied to what enters layer k, before the cut, and to what is to be added later.
     """
-    lm = model.model.language_model
+    lm = model.get_decoder()
     rope = lm.rotary_emb(x, positions)
     for k, layer in enumerate(lm.layers):
         if mix and k in mix:

@@ -66,7 +66,7 @@ def logits(
     deep: Sequence[Tensor] = (),
 ) -> Tensor:
     """[N, V] of one row [1, N, D]; cuts[k] [N_k] drops tokens before layer k."""
-    lm = model.model.language_model
+    lm = model.get_decoder()
     for k, layer in enumerate(lm.layers):
         if cuts and k in cuts:
             x, positions = x[:, cuts[k]], positions[..., cuts[k]]

@@ -57,7 +57,7 @@ def compare(model, batch, stages, policy="keep_if_row_has_token", new=NEW, given
     taken from what enters the decoder (the methods' own tests hold it), else it is the mean of the members."""
     p, entered = oracle.prompt(model, batch), {}
     with vtoken.wrapped(model, {"stages": stages, "newline": policy}):
-        hook = model.model.language_model.register_forward_pre_hook(
+        hook = model.get_decoder().register_forward_pre_hook(
             lambda m, a, k: entered.update(k if not entered else {}), with_kwargs=True
         )
         out, trace = greedy(model, batch, new, **LOGITS), vtoken.trace(model)

@@ -63,7 +63,7 @@ def dense(model, batch):
     entering: list[torch.Tensor] = []
     hooks = [
         layer.register_forward_pre_hook(lambda m, args: entering.append(args[0]))
-        for layer in model.model.language_model.layers
+        for layer in model.get_decoder().layers
     ]
     model.set_attn_implementation("eager")
     with torch.no_grad():
@@ -94,7 +94,7 @@ def where(model, batch):
 def expected(model, batch, out, k, tail=0):
     """Fact -> per image (text: as the fact) what a stage before layer k must be told."""
     want = {name: [] for name in ATTENTION + OTHER}
-    normed = model.model.language_model.norm(out.hidden[k])
+    normed = model.get_decoder().norm(out.hidden[k])
     keys = out.past_key_values.layers[k - 1].keys.transpose(1, 2).flatten(2)
     for row, columns, words, later in where(model, batch):
         last = batch["input_ids"].shape[1] - 1 - tail

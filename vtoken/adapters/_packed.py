@@ -45,6 +45,7 @@ class Packed(Adapter):
             feature_layers=(last,),
             attention_layer=last if full is None else max(full),
             full_attention=full,
+            packed=True,
             unit=self.merge**2,
         )
         config = model.config

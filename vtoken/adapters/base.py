@@ -27,8 +27,9 @@ class Encoder:
         feature_layers: indices of the layers whose outputs become the visual features.
         attention_layer: the layer that attention facts and keys are read from unless a stage names one.
         full_attention: layers in which every token of an image (or frame) attends to all others; None: all of them.
-        unit: patches that become one visual token, 1 or 4; where it is 4 the tower is packed (Qwen): patches of all
-            images in one sequence, stored merge group by merge group.
+        packed: whether the patches of all images lie in one sequence, merge group by merge group (Qwen); else every
+            crop is a row of a batch.
+        unit: patches that become one visual token.
     """
 
     layers: Sequence[Any]
@@ -38,6 +39,7 @@ class Encoder:
     feature_layers: tuple[int, ...]
     attention_layer: int
     full_attention: tuple[int, ...] | None = None
+    packed: bool = False
     unit: int = 1
 
     @property

@@ -42,7 +42,7 @@ def test_withdrawal_says_what_vtw_says(family, attn):
             with vtoken.wrapped(model, [{"vtw": {"layer": k}}]), torch.no_grad():
                 want = model(**one).logits[0, run.columns]
             torch.testing.assert_close(run.without(k), want, atol=2e-5, rtol=1e-4)
-    assert not any(layer._forward_pre_hooks for layer in model.model.language_model.layers)
+    assert not any(layer._forward_pre_hooks for layer in model.get_decoder().layers)
 
 
 def test_withdrawal_is_of_one_prompt_with_an_image():

@@ -73,7 +73,7 @@ def test_parts_of_generate(model: Any) -> None:
 def test_shortened_prefill_decode_and_cache(model: Any, keep: int) -> None:
     text, new = 9, 4
     claimed = account(model.config, Pipe((Uniform(keep=Budget(keep)),)), text_tokens=text, new_tokens=new)
-    language, head = model.model.language_model, model.lm_head
+    language, head = model.get_decoder(), model.lm_head
     cache: Any = DynamicCache(config=model.config.get_text_config())
     states = torch.randn(1, text + keep, 32)
 

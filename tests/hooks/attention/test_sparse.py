@@ -39,7 +39,7 @@ def test_reading_everything_changes_no_bit(family, batch):
 def masked(model, batch, kept=None):
     """Logits of one unpadded row whose prefill attention is masked as Ladder reads, by the model's eager-like
     backend."""
-    lm, calls = model.model.language_model, []
+    lm, calls = model.get_decoder(), []
     from transformers import AttentionInterface
 
     def attend(module, q, k, v, mask, scaling=None, **kwargs):
@@ -67,7 +67,7 @@ def test_equals_masked_attention(family, backend):
     model = tiny.make(family)
     batch = tiny.build(model, long(family), seed=3)
     want = masked(model, batch)
-    model.model.language_model.config._attn_implementation_internal = backend
+    model.get_decoder().config._attn_implementation_internal = backend
     with vtoken.wrapped(model, [Ladder()]):
         got = greedy(model, batch, **LOGITS)
         density = vtoken.trace(model).stages[0].density[0]
@@ -247,7 +247,7 @@ def test_other_reasons():
         assert reason() == "the model is in training mode"
         model.train(False)
         model(**first).logits.sum().backward()
-        assert model.model.language_model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
+        assert model.get_decoder().layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
 
 
 def test_layers_are_shared_out():
@@ -313,7 +313,7 @@ def test_layers_are_shared_out():
 
 def test_unwrap_takes_the_taps_away():
     model = tiny.make("llava")
-    modules = [layer.self_attn for layer in model.model.language_model.layers]
+    modules = [layer.self_attn for layer in model.get_decoder().layers]
     before = [dict(vars(m)) for m in modules]
     with vtoken.wrapped(model, [{"fastv": {"keep": 5, "layer": 2}}, Ladder()]):
         assert all("vtoken_tap" in vars(m) for m in modules)

@@ -86,8 +86,8 @@ def test_one_layer_over_repeated_embeddings(family):
     """Where members are alike the text reads from one layer what it reads when the dense model is given each of them
     (behind a second layer members are no longer alike: that is what VTU gives up)."""
     model = tiny.make(family)
-    model.model.language_model.layers = model.model.language_model.layers[:1]
-    model.config.text_config.num_hidden_layers = model.model.language_model.config.num_hidden_layers = 1
+    model.get_decoder().layers = model.get_decoder().layers[:1]
+    model.config.text_config.num_hidden_layers = model.get_decoder().config.num_hidden_layers = 1
     batch = tiny.build(model, rows_for(family, "ragged"), seed=3)
     p = oracle.prompt(model, batch)
     with vtoken.wrapped(model, [{"pool": {"size": 2}}, {"vtu": {}}]):

@@ -56,7 +56,7 @@ def test_eager_static_and_flash_kind(family, cache):
     with vtoken.wrapped(model, stages):
         want = greedy(model, batch, **LOGITS)
     for name in ("eager", flash_stand_in.NAME):
-        model.model.language_model.config._attn_implementation_internal = name
+        model.get_decoder().config._attn_implementation_internal = name
         with vtoken.wrapped(model, stages):
             got = greedy(model, batch, **LOGITS)
             if name == "eager" and cache == "expanded":
@@ -159,7 +159,7 @@ def test_gradients_with_and_without_checkpointing(family):
                 gradients()
             return
         again = gradients()
-    assert all(layer.self_attn.k_proj.weight.grad.abs().sum() > 0 for layer in model.model.language_model.layers)
+    assert all(layer.self_attn.k_proj.weight.grad.abs().sum() > 0 for layer in model.get_decoder().layers)
     assert plain.keys() == again.keys()
     for name, want in plain.items():
         torch.testing.assert_close(again[name], want)
@@ -201,7 +201,7 @@ def test_a_failed_forward_leaves_no_trace_in_the_next(family, cache):
         more = {"input_ids": out.sequences, "attention_mask": mask, "past_key_values": out.past_key_values}
         if modes.mrope(model):
             more["mm_token_type_ids"] = torch.nn.functional.pad(batch["mm_token_type_ids"], (0, 2))
-        handle = model.model.language_model.layers[0].self_attn.register_forward_pre_hook(lambda m, a: 1 / 0)
+        handle = model.get_decoder().layers[0].self_attn.register_forward_pre_hook(lambda m, a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             greedy(model, more, 1)
         handle.remove()

@@ -227,7 +227,7 @@ def test_merged_caches_equal_a_loop_on_the_stock_model(family, merge):
         one = alone(model, batch, row)
         with torch.no_grad():
             out = model(**one)
-            last = model.model.language_model
+            last = model.get_decoder()
             cache, length = out.past_key_values, one["input_ids"].shape[1]
             for k, calls in spy.calls.items():
                 layer, hold = calls[row]
@@ -266,7 +266,7 @@ def test_backends(family):
     batch = tiny.build(model, rows, seed=3)
     with vtoken.wrapped(model, [Ragged(), Deep(), told("snapkv").stage]):
         want = greedy(model, batch, **LOGITS)
-    model.model.language_model.config._attn_implementation_internal = flash_stand_in.NAME
+    model.get_decoder().config._attn_implementation_internal = flash_stand_in.NAME
     with vtoken.wrapped(model, [Ragged(), Deep(), told("snapkv").stage]):
         got = greedy(model, batch, **LOGITS)
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=2e-4, rtol=1e-4)

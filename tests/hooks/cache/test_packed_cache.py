@@ -272,7 +272,7 @@ def test_beams_and_drafts_with_what_is_generated(family):
 def test_never_costs_nothing():
     """Without a period no layer gets a second hook."""
     model = tiny.make("llava")
-    attention = model.model.language_model.layers[0].self_attn
+    attention = model.get_decoder().layers[0].self_attn
     for every, hooks in ((None, 0), (100, 1)):
         with vtoken.wrapped(model, [ZipVLCache(**FEW, every=every)]):
             assert len(attention._forward_pre_hooks) == hooks

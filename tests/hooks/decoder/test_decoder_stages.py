@@ -130,7 +130,7 @@ def test_recycled_tokens_equal_recomputation(family):
         return merged
 
     assert any(int((into >= 0).sum()) > len(kept) for into, kept in zip(stage.into, stage.kept, strict=True))
-    hook = model.model.language_model.layers[2].register_forward_hook(merge)
+    hook = model.get_decoder().layers[2].register_forward_hook(merge)
     tokens, logits = oracle.generate(model, p, p.mask, new, layer_keep={3: oracle.keep_mask(p, stage.kept)})
     hook.remove()
     torch.testing.assert_close(torch.stack(out.logits), logits, atol=3e-4, rtol=1e-4)
@@ -158,7 +158,7 @@ def test_gradients_flow_through_what_is_kept():
         model, [STAGES["sparsevlm"][0], {"pyramiddrop": {"at": (2,)}}, {"dart": {"keep": 2, "layer": 3}}]
     ):
         model(**batch, labels=labels).loss.backward()
-    assert all(layer.self_attn.k_proj.weight.grad.abs().sum() > 0 for layer in model.model.language_model.layers)
+    assert all(layer.self_attn.k_proj.weight.grad.abs().sum() > 0 for layer in model.get_decoder().layers)
 
 
 def test_what_cannot_be_foretold_is_refused():
@@ -193,7 +193,7 @@ def test_backends_of_the_flash_kind(family, stages):
     options = {"return_dict_in_generate": True, "output_logits": True}
     with vtoken.wrapped(model, STAGES[stages]):
         want = greedy(model, batch, **options)
-    model.model.language_model.config._attn_implementation_internal = flash_stand_in.NAME
+    model.get_decoder().config._attn_implementation_internal = flash_stand_in.NAME
     with vtoken.wrapped(model, STAGES[stages]):
         got = greedy(model, batch, **options)
     assert torch.equal(got.sequences, want.sequences)

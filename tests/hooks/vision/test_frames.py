@@ -82,9 +82,7 @@ def test_what_stays_are_the_features_of_these_frames(family: str) -> None:
             torch.cat(list(stock)) if not torch.is_tensor(stock) else stock[:, : stock.shape[1] - stock.shape[1] % 4]
         )
         with vtoken.wrapped(model, [Some()]):
-            hook = model.model.language_model.register_forward_pre_hook(
-                lambda m, a, k: seen.update(k), with_kwargs=True
-            )
+            hook = model.get_decoder().register_forward_pre_hook(lambda m, a, k: seen.update(k), with_kwargs=True)
             model(**batch)
             hook.remove()
             trace = vtoken.trace(model)
@@ -218,7 +216,7 @@ def test_flops(family: str) -> None:
         with FlopCounterMode(display=False, custom_mapping=SDPA) as counter:
             greedy(model, batch, n=1)
         trace = vtoken.trace(model)
-    others = (model.model.language_model, "language_model"), (model.lm_head, "lm_head")
+    others = (model.get_decoder(), "language_model"), (model.lm_head, "lm_head")
     behind = sum(sum(part(counter, module, name).values()) for module, name in others)
     # Similarities are products of a matrix and a vector, which the counter leaves out.
     assert claimed.tower + claimed.projector == counter.get_total_flops() - behind

@@ -70,7 +70,7 @@ def by_hand(model, pixels, stage, tower):
 def entering(model, batch):
     """What the wrapped model hands its decoder, and the trace."""
     seen = {}
-    hook = model.model.language_model.register_forward_pre_hook(lambda m, a, k: seen.update(k), with_kwargs=True)
+    hook = model.get_decoder().register_forward_pre_hook(lambda m, a, k: seen.update(k), with_kwargs=True)
     with torch.no_grad():
         model(**batch)
     hook.remove()

@@ -32,7 +32,7 @@ def test_what_overflows_is_not_dropped(family, name, value):
     model = tiny.make(family)
     batch = tiny.build(model, rows_for(family, "video and image" if name == "frames" else "ragged"), seed=3)
     entered = []
-    model.model.language_model.layers[0].register_forward_pre_hook(
+    model.get_decoder().layers[0].register_forward_pre_hook(
         lambda m, args: entered.append(args[0].shape[1]),
     )
     projector, found = registry.adapter(family)(model).projectors[0], []

@@ -101,7 +101,7 @@ class Tower(ABC):
             if per_layer[layer]:
                 attention = self._tap(module, projections(per_layer[layer]))
                 handle.after(attention, partial(self._facts, layer, sorted(per_layer[layer])))
-            if (layer and self.stages) or (self.choosers and self.encoder.unit > 1):
+            if (layer and self.stages) or (self.choosers and self.encoder.packed):
                 handle.before(module, partial(self._layer, layer))
         self._behind()
 
@@ -196,7 +196,7 @@ class Tower(ABC):
 
     def _amend(self, stage: Stage, keep: Keep) -> Keep:
         """What has to hold of every decision."""
-        return leaves_some(stage, keep) if self.encoder.unit > 1 else keep
+        return leaves_some(stage, keep) if self.encoder.packed else keep
 
     @abstractmethod
     def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
