@@ -1,8 +1,8 @@
 """The command line. A command is a module of `vtoken.commands` with `add_arguments(parser)` and `run(args) -> int`.
 
 `add_arguments` also sets the parser's description and, as epilog, worked examples. Only the module of the command that
-is called gets imported. One that works for minutes has `kept(args) -> str`: what is left of a run that was cut short
-and how to go on, "" for nothing.
+is called is imported. A command that runs for minutes also has `kept(args) -> str`, which says what an interrupted run
+has left on disk and how to continue it; "" if nothing.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _Parser(argparse.ArgumentParser):
     _mixing = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Options of a command may stand between its arguments: `vtoken flops MODEL --images 2 PIPELINE`."""
+        """Lets options of a command stand between its arguments: `vtoken flops MODEL --images 2 PIPELINE`."""
         if self._subparsers is not None or self._mixing:
             return super().parse_known_args(args, namespace)
         self._mixing = True
@@ -65,7 +65,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    """The parser, with the arguments of one command filled in."""
+    """The parser, with the arguments of one command added."""
     parser = _Parser(
         prog="vtoken",
         description="Visual-token pruning for stock Hugging Face VLMs.",
@@ -93,7 +93,7 @@ def _run(args: argparse.Namespace) -> int:
     except (ImportError, RuntimeError):
         from vtoken.evals.shared import torchvision
 
-        torchvision.check()  # If it is broken, that is why, and transformers' reason has forty lines.
+        torchvision.check()  # A broken torchvision is the likely cause, and transformers' own message has forty lines.
         raise
 
 
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(args)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # `vtoken list | head`: nobody reads on, and Python must not complain at exit either.
+    except BrokenPipeError:  # `vtoken list | head`: the reader has gone, and Python must not complain at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (VtokenError, OSError) as error:
@@ -124,5 +124,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _kept(args: argparse.Namespace) -> str:
-    """What is left of a run that was cut short."""
+    """What an interrupted run has left on disk."""
     return (args.kept(args) if args.kept is not None else "") or "nothing was kept"

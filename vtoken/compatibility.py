@@ -1,4 +1,5 @@
-"""A pipeline held against a model before anything is installed: sites, facts, layers, and what does not go together."""
+"""Checks a pipeline against a model before anything is installed: sites, facts, layers, and conflicts between
+stages."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from vtoken.stages.facts import encoded
 
 
 def check_whole(model: Any) -> None:
-    """Refuses what is no model, or only a part of one.
+    """Refuses what is not a model, or only a part of one.
 
     Raises:
         UnsupportedError: says what to wrap instead.
@@ -38,10 +39,10 @@ def check_whole(model: Any) -> None:
 
 
 def check(adapter: Adapter, pipeline: Pipeline) -> None:
-    """Holds every stage against what the family and this version can do.
+    """Checks every stage against what the family and this version support.
 
     Raises:
-        UnsupportedError: names the stage, the reason and the nearest thing that works.
+        UnsupportedError: names the stage, the reason and the nearest alternative that works.
     """
     if pipeline.positions == "compact" and adapter.mrope:
         raise UnsupportedError(
@@ -66,14 +67,14 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
 
 
 def check_stage(stage: Stage, adapter: Adapter) -> None:
-    """Holds one stage against what the family can do."""
+    """Checks one stage against what the family supports."""
     if stage.site not in SITES:
         raise UnsupportedError(
             f"stage {stage.name} acts at site {stage.site!r}, which this version of vtoken does not serve yet"
         )
     try:
         why = stage.incompatibility(len(adapter.lm.layers), adapter.lm.config.hidden_size)
-    except ValueError as error:  # of a file that has changed since the pipeline was read
+    except ValueError as error:  # a file has changed since the pipeline was read
         raise ConfigError(f"stage {stage.name}: {error}") from error
     if why:
         raise OtherModelError(f"stage {stage.name}: {why}")
@@ -86,7 +87,7 @@ def check_stage(stage: Stage, adapter: Adapter) -> None:
 
 
 def check_fact(stage: Stage, need: Fact, adapter: Adapter) -> None:
-    """Refuses facts that do not exist, at all or where the stage acts."""
+    """Refuses facts that do not exist, or not at the site of the stage."""
     known = dict.fromkeys(spec.name for spec in FACTS)
     if need.name not in known:
         raise UnsupportedError(f"stage {stage.name} needs the unknown fact {need.name!r}; known: {', '.join(known)}")
@@ -107,7 +108,7 @@ def check_fact(stage: Stage, need: Fact, adapter: Adapter) -> None:
 
 
 def layers_of(stage: Stage, need: Fact, adapter: Adapter) -> Sequence[Any]:
-    """The layers that a fact's number counts."""
+    """The layers that the layer number of a fact counts."""
     decoder = stage.site == "decoder" and not encoded(need, stage.site)
     found: Sequence[Any] = adapter.lm.layers if decoder else adapter.encoder.layers
     return found
@@ -129,7 +130,7 @@ def check_order_of_layers(stage: Stage, adapter: Adapter) -> None:
 
 
 def check_unmerging(pipeline: Pipeline) -> None:
-    """Refuses what does not go together with virtual unmerging.
+    """Refuses what cannot be combined with virtual unmerging.
 
     Raises:
         UnsupportedError: names the other stage or policy.
@@ -152,12 +153,12 @@ def check_unmerging(pipeline: Pipeline) -> None:
 
 
 def check_cache(stages: list[Stage]) -> None:
-    """Refuses what cannot shrink a KV cache, and a second stage that would."""
+    """Refuses stages that cannot shrink a KV cache, and more than one stage that does."""
     for stage in stages:
         if not isinstance(stage, CacheStage):
             raise UnsupportedError(
                 f"stage {stage.name} acts at site 'cache' and has no compress(); derive it from "
-                "vtoken.cached.CacheStage"
+                "vtoken.stages.CacheStage"
             )
     if len(stages) > 1:
         raise UnsupportedError(
@@ -167,7 +168,7 @@ def check_cache(stages: list[Stage]) -> None:
 
 
 def check_layers(stage: Stage, adapter: Adapter) -> None:
-    """Refuses layers that do not exist, or whose output nobody reads any more."""
+    """Refuses layers that do not exist, or whose output is no longer read."""
     if stage.site in ("frames", "encoder"):
         check_tower(stage, adapter)
     if stage.site not in ("encoder", "decoder"):
@@ -182,7 +183,7 @@ def check_layers(stage: Stage, adapter: Adapter) -> None:
         raise UnsupportedError(f"stage {stage.name}: {error}") from error
     first, last = (0, min(adapter.encoder.feature_layers) - 1) if stage.site == "encoder" else (1, depth - 1)
     if stage.merge_point():
-        last = depth - 1  # what lies behind the feature layer is not asked
+        last = depth - 1  # layers after the feature layer are skipped, not refused
     if not layers or min(layers) < first or max(layers) > last:
         raise UnsupportedError(
             f"stage {stage.name} acts at {stage.site} layers {list(layers)}; this model allows {first} to {last}"
@@ -191,7 +192,7 @@ def check_layers(stage: Stage, adapter: Adapter) -> None:
 
 
 def check_tower(stage: Stage, adapter: Adapter) -> None:
-    """Refuses stages that the vision tower cannot serve."""
+    """Refuses stages that cannot run in the vision tower."""
     frames = stage.site == "frames"
     if frames and "video" not in adapter.features:
         raise UnsupportedError(
@@ -210,7 +211,7 @@ def check_tower(stage: Stage, adapter: Adapter) -> None:
 
 
 def check_inside(stage: Stage, adapter: Adapter) -> None:
-    """Refuses to merge inside layers that cannot be made to."""
+    """Refuses to merge inside encoder layers of families where that is impossible."""
     if stage.merge_point() is None:
         return
     if adapter.encoder.unit != 1:

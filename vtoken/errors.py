@@ -1,4 +1,4 @@
-"""What vtoken raises on bad input: one sentence that names the cause and the mend."""
+"""The errors vtoken raises on bad input. Each message is one sentence that names the cause and the fix."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 160, 160
 
 
 def shown(value: object) -> str:
-    """`repr` for messages, of at most a line."""
+    """`repr` for error messages, shortened to one line."""
     try:
         text = _SHORT.repr(value)
         return text if len(text) < 200 else f"{text[:190]}..."
-    except ValueError:  # Python does not write whole numbers of more than 4,300 digits.
+    except ValueError:  # Python refuses to print integers of more than 4,300 digits.
         return f"a {type(value).__name__} too long to write"
 
 
-# Whose code stands between a call of the user's and a warning.
+# Packages whose frames lie between the user's call and the warning.
 _BETWEEN = {"vtoken", "torch", "transformers", "peft", "accelerate", "contextlib", "functools"}
 
 
 def warn(message: str) -> None:
-    """Warns at the user's line: the innermost that is neither vtoken's nor of a library that calls it."""
+    """Warns at the user's line: the innermost frame outside vtoken and the libraries that call it."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
         frame, level = frame.f_back, level + 1
@@ -35,7 +35,7 @@ def warn(message: str) -> None:
 
 
 class VtokenError(Exception):
-    """Any error that is not a bug of vtoken."""
+    """Any error that is not a bug in vtoken."""
 
 
 class ConfigError(VtokenError, ValueError):
@@ -47,17 +47,17 @@ class UnsupportedError(VtokenError, TypeError):
 
 
 class NotWholeError(VtokenError, ValueError):
-    """Placeholders of a prompt that are no whole number of the pictures that were encoded."""
+    """The placeholders of a prompt do not match a whole number of encoded pictures."""
 
 
 class OtherModelError(UnsupportedError):
-    """Weights or tables of a stage that belong to another model; names what makes those of this one."""
+    """Weights or tables of a stage that belong to another model; the message says how to make them for this one."""
 
 
 @contextmanager
 def about(what: str) -> Iterator[None]:
-    """Puts before what is raised inside what it is about, once: `preset "vtw-15": ...`; nothing if that is not known
-    ("")."""
+    """Prefixes errors raised inside with what they are about, once: `preset "vtw-15": ...`; no prefix if that is
+    unknown ("")."""
     try:
         yield
     except VtokenError as error:
@@ -72,11 +72,12 @@ def either(words: Sequence[str]) -> str:
 
 
 def unknown(what: str, name: object, known: Iterable[str], meant: str = "", listed: str = "", close: int = 1) -> str:
-    """`unknown stage 'fastervm', did you mean 'fastervlm'? Known: ...`, for messages.
+    """`unknown stage 'fastervm', did you mean 'fastervlm'? Known: ...`, for error messages.
 
     Args:
-        meant: what stands in place of the closest names, of which there are `close` at most.
-        listed: the command that lists what is known, in place of a long list.
+        meant: replaces the closest names as the suggestion.
+        listed: the command that lists all known names, printed in place of a long list.
+        close: how many of the closest names to suggest, at most.
     """
     names, text = sorted(known), shown(name)
     meant = meant or either(

@@ -1,6 +1,6 @@
-"""Names of stages, presets and adapters, read off files; other packages add theirs by entry points.
+"""Names of stages, presets and adapters, read from file names; other packages add theirs through entry points.
 
-A stage's module is imported when the stage is asked for, so this file imports neither torch nor pydantic. Other
+A stage's module is imported only when that stage is requested, so this file imports neither torch nor pydantic. Other
 packages declare `[project.entry-points."vtoken.stages"]` with `name = "package.module:Class"` (or a module that holds
 one stage); the group `vtoken.adapters` does the same for model families, by `model_type`.
 """
@@ -30,7 +30,7 @@ FOLDERS = {"pruner": "pruners", "compressor": "compressors"}
 KINDS = ("pruner", "compressor", "preset", "adapter")
 LIST = "`vtoken list`"
 
-# Families that look alike but are not, and why.
+# Families that resemble a supported one but are not supported, and why.
 _HYBRID = (
     "its decoder alternates attention with linear-attention layers, whose state would run over other tokens than the "
     "cache holds; Qwen3-VL is the nearest supported family"
@@ -42,7 +42,7 @@ Dated = tuple[str, int]
 
 
 def _dated(path: str | Path) -> Dated:
-    """A folder and when it last changed: what is read there is kept until it changes again."""
+    """A folder and when it last changed: the key under which results of reading it are cached."""
     try:
         return str(path), os.stat(path or ".").st_mtime_ns
     except OSError:
@@ -56,7 +56,7 @@ def _modules(folder: Dated) -> tuple[str, ...]:
 
 @lru_cache(maxsize=4)
 def _variants(folder: Dated) -> tuple[str, ...]:
-    """Names in all preset files: keys behind two spaces. No YAML is parsed for them."""
+    """Names in all preset files: keys indented by two spaces, so that no YAML has to be parsed."""
     texts = [file.read_text(encoding="utf-8") for file in Path(folder[0]).glob("*.yaml")]
     return tuple(sorted(name for text in texts for name in _VARIANT.findall(text)))
 
@@ -70,12 +70,13 @@ def _entry_points(group: str, path: tuple[Dated, ...]) -> dict[str, list[EntryPo
 
 
 def _foreign(group: str) -> dict[str, list[EntryPoint]]:
-    """Entry points of other packages by name; more than one under a name is an error when that name is asked for."""
+    """Entry points of other packages by name. Two under one name are an error only when that name is requested."""
     return _entry_points(group, tuple(map(_dated, sys.path)))
 
 
 def _methods(kind: str) -> dict[str, str]:
-    """Name of vtoken's own stages of a kind -> package of their module; a kind is a folder, with a folder per site."""
+    """Names of vtoken's own stages of a kind -> the package of their module. A kind is a folder, with a subfolder per
+    site."""
     root = ROOT / FOLDERS[kind]
     sites = [site for site in _modules(_dated(root)) if (root / site).is_dir()]
     return {name: f"vtoken.{FOLDERS[kind]}.{site}" for site in sites for name in _modules(_dated(root / site))}
@@ -86,7 +87,8 @@ def _built_in() -> dict[str, str]:
 
 
 def _load(what: str, name: str, built_in: dict[str, str], base: type[Any], names: str) -> tuple[type[Any], str]:
-    """The class called `name`, and whose it is; its attribute `names` has to say the same name."""
+    """The class called `name`, and a description of who defines it; the class attribute `names` has to hold the same
+    name."""
     points = _foreign(f"vtoken.{what}s").get(name, [])
     claims = [f"vtoken itself ({built_in[name]}.{name})"] if name in built_in else []
     for point in points:
@@ -99,7 +101,7 @@ def _load(what: str, name: str, built_in: dict[str, str], base: type[Any], names
     whose = f"{what} {name!r} of {claims[0]}"
     try:
         loaded: Any = points[0].load() if points else import_module(f"{built_in[name]}.{name}")
-    except Exception as error:  # Whatever another package's import raises, the user needs to know whose it is.
+    except Exception as error:  # The import of another package may raise anything; the user needs to know whose it is.
         if not points:
             raise
         raise ConfigError(
@@ -129,7 +131,7 @@ def _only_class(module: ModuleType, base: type[Any]) -> type[Any]:
 
 
 def stages() -> list[str]:
-    """Names of all stages, of vtoken and of installed packages; nothing is imported."""
+    """Names of all stages, of vtoken and of installed packages; imports nothing."""
     return sorted(_built_in() | _foreign("vtoken.stages"))
 
 
@@ -142,7 +144,7 @@ def stage(name: str) -> type[Stage]:
     """The stage class of this name.
 
     Raises:
-        ConfigError: unknown name, a second claim to it, a package that does not import, or a class that is no stage.
+        ConfigError: the name is unknown or claimed twice, its package cannot be imported, or the class is not a stage.
     """
     if name not in stages():
         raise ConfigError(unknown("stage", name, stages(), listed=LIST))
@@ -158,7 +160,7 @@ def stage(name: str) -> type[Stage]:
 
 
 def catalogue() -> tuple[dict[str, type[Stage]], dict[str, str]]:
-    """Every stage that can be used, and why each of the others cannot."""
+    """Every usable stage, and for each of the others the reason why it cannot be used."""
     usable: dict[str, type[Stage]] = {}
     broken: dict[str, str] = {}
     for name in stages():
@@ -180,7 +182,7 @@ def preset_file(name: str) -> Path:
 
 
 def adapters() -> list[str]:
-    """Every `model_type` that has an adapter; nothing is imported."""
+    """Every `model_type` that has an adapter; imports nothing."""
     return sorted({*_modules(_dated(ROOT / "adapters")), *_foreign("vtoken.adapters")} - {"base"})
 
 

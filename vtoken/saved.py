@@ -1,4 +1,5 @@
-"""A wrapped model with its pipeline, in a folder or on the Hub: `vtoken.wrap(model)` finds it there."""
+"""Saves a wrapped model together with its pipeline, in a folder or on the Hub, where `vtoken.wrap(model)` finds
+both."""
 
 from __future__ import annotations
 
@@ -18,16 +19,17 @@ from vtoken.stages import Stage
 
 
 def save(model: Any, folder: str | os.PathLike[str], **options: Any) -> Path:
-    """Writes a wrapped model: what its own `save_pretrained` writes, `vtoken.yaml`, and in `vtoken/` copies of the
-    files that stages name (gates, routers), as they are on disk now. Returns the folder. Of a PeftModel that is the
-    adapter, beside which nobody looks: name the folder, `vtoken.wrap(model, folder)`.
+    """Saves a wrapped model. Writes what its own `save_pretrained` writes, `vtoken.yaml`, and in `vtoken/` copies of
+    the files that stages name (gates, routers), as they are on disk now. Returns the folder. A PeftModel saves its
+    adapter only, and `wrap` does not look for a pipeline beside an adapter: pass the folder, `vtoken.wrap(model,
+    folder)`.
 
     Args:
-        options: as the model's `save_pretrained` takes them.
+        options: passed to the model's `save_pretrained`.
 
     Raises:
         UnsupportedError: the model is not wrapped.
-        ConfigError: a stage that no file can name, or one whose file is gone.
+        ConfigError: a stage cannot be named in a file, or a file that a stage names is gone.
     """
     session = session_of(model)
     if session is None:
@@ -51,11 +53,11 @@ def save(model: Any, folder: str | os.PathLike[str], **options: Any) -> Path:
 
 
 def push_to_hub(model: Any, repository: str, *, private: bool | None = None, token: str | None = None) -> str:
-    """Writes a wrapped model, as `save` does, to a repository of the Hub, which is made if there is none; returns its
-    address.
+    """Saves a wrapped model, as `save` does, to a repository on the Hub, which is created if it does not exist; returns
+    its address.
 
     Raises:
-        UnsupportedError, ConfigError: as `save`.
+        UnsupportedError, ConfigError: as in `save`.
     """
     from huggingface_hub import HfApi
 
@@ -68,14 +70,14 @@ def push_to_hub(model: Any, repository: str, *, private: bool | None = None, tok
 
 
 def _moved(stage: Stage, number: int, copies: dict[str, str]) -> Stage:
-    """The stage with its files named where their copies will lie; notes them in `copies`, new name -> file."""
+    """The stage with its file options changed to where the copies will be; adds new name -> file to `copies`."""
     if stage.name not in registry.stages():
         raise ConfigError(f"stage {stage.name!r} has no entry point, so {FILE} cannot name it; see CONTRIBUTING.md")
     moved = {}
     for option in stage.file_options():
         value = getattr(stage, option)
         if not isinstance(value, str) or (not os.path.isfile(value) and "." not in value):
-            continue  # numbers, or the name of what is shipped
+            continue  # numbers, or the name of a shipped file
         if not os.path.isfile(value):
             raise ConfigError(f"stage {stage.name!r}: the file {value!r} of option {option!r} is gone; put it back")
         moved[option] = f"{FOLDER}/{number}-{stage.name}-{option}{Path(value).suffix}"
@@ -84,7 +86,7 @@ def _moved(stage: Stage, number: int, copies: dict[str, str]) -> Stage:
 
 
 def _forget(file: Path) -> None:
-    """The pipeline that the config was loaded with, which would come before the file."""
+    """Removes the pipeline that the config was loaded with, which would take precedence over vtoken.yaml."""
     said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if said.pop("vtoken", None) is not None:
         file.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")

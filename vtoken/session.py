@@ -1,4 +1,4 @@
-"""The one call: a pipeline is checked against the model, and only what it needs is installed."""
+"""The entry points `wrap` and `unwrap`: checks a pipeline against the model and installs only the hooks it needs."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ from vtoken.hooks.vision.varlen_tower import VarlenTower
 
 
 class ModelLike(Protocol):
-    """A Hugging Face model, as it is, in a PeftModel, or what torch.compile makes of it."""
+    """A Hugging Face model: plain, inside a PeftModel, or compiled by torch.compile."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 M = TypeVar("M", bound=ModelLike)
-SESSION = "_vtoken_session"  # attribute of a wrapped model; whoever drops the model drops its session with it
+SESSION = "_vtoken_session"  # attribute of a wrapped model, so that the session is freed together with the model
 
 
 def install(context: Context) -> Boundary:
-    """Puts the hooks on that the stages need, in the order of a forward."""
+    """Installs the hooks that the stages need, in the order of a forward."""
     CallInputs(context)
     FeatureHooks(context)
     tower: type[Tower] = VarlenTower if context.adapter.encoder.packed else PaddedTower
     tower(context)
-    # Sparse attention lies within the taps that observe, which come later and see every layer.
+    # Sparse attention is installed before the taps that observe: those wrap it and see every layer.
     SparsePrefill(context)
     unmerge = None if context.unmerging is None else Unmerge(context, context.unmerging)
     cache = None if context.cache_stage is None else CacheShrinker(context, context.cache_stage)
@@ -59,7 +59,8 @@ def install(context: Context) -> Boundary:
 
 
 class Session:
-    """Everything one wrap put on one model: nothing for a pipeline without stages, unless it is `watched`."""
+    """Everything one `wrap` installed on one model. A pipeline without stages installs no hooks, unless it is
+    `watched`."""
 
     def __init__(self, model: Any, pipeline: Pipeline, *, watched: bool = False) -> None:
         self.pipeline = pipeline
@@ -78,7 +79,7 @@ class Session:
             if pipeline.anyres == "2x2":
                 side, cut = 2 * model.config.vision_config.image_size, copy(model.config)
                 cut.image_grid_pinpoints = [[side, side]]
-                # The whole model's config is what gets saved; this one is read where pictures are cut.
+                # The config of the whole model is saved with it; the code that cuts pictures reads this one.
                 context.handle.set(self.adapter.outer, "config", cut)
             if pipeline.stages or watched:
                 self.boundary = install(context)
@@ -88,10 +89,10 @@ class Session:
 
     @property
     def trace(self) -> Trace:
-        """Of the last prefill.
+        """The trace of the last prefill.
 
         Raises:
-            UnsupportedError: there is none.
+            UnsupportedError: nothing has been traced.
         """
         if self.boundary is None:
             raise UnsupportedError(
@@ -103,7 +104,7 @@ class Session:
         return found
 
     def __repr__(self) -> str:
-        """The pipeline, and what is installed where."""
+        """The pipeline, and which hooks are installed where."""
         head = f"vtoken session of {self.pipeline.name!r} on {self.adapter.model_type}"
         return "\n  ".join([head, *described(self.adapter.model, self.context.handle.installed)])
 
@@ -115,7 +116,7 @@ class Session:
 
 
 def whole(model: Any) -> Any:
-    """The model itself, where it is given inside a PeftModel or what torch.compile makes of it."""
+    """The model itself, without the PeftModel or torch.compile wrapper around it."""
     while isinstance(model, nn.Module):
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
@@ -127,7 +128,7 @@ def whole(model: Any) -> Any:
 
 
 def session_of(model: Any) -> Session | None:
-    """What wraps the model, if anything does."""
+    """The session of a wrapped model; None if it is not wrapped."""
     found: Session | None = vars(whole(model)).get(SESSION) if isinstance(model, nn.Module) else None
     return found
 
@@ -169,13 +170,13 @@ def _install(model: Any, pipeline: PipelineLike | None, *, watched: bool = False
 
 
 def unwrap(model: M) -> M:
-    """Takes everything back that `wrap` put on the model; returns the model, bit-exact as before.
+    """Undoes everything that `wrap` did to the model; returns the model, bit-exact as before.
 
-    KV caches that hold a pruned prompt cannot be continued afterwards (they say so).
+    KV caches that hold a pruned prompt cannot be continued afterwards; using one raises an error.
 
     Raises:
         UnsupportedError: the model is not wrapped.
-        ExceptionGroup: some changes could not be taken back; all others are.
+        ExceptionGroup: some changes could not be undone; all others were.
     """
     session = session_of(model)
     if session is None:
@@ -186,7 +187,7 @@ def unwrap(model: M) -> M:
 
 @contextmanager
 def wrapped(model: M, pipeline: PipelineLike | None = None) -> Iterator[M]:
-    """`wrap` for the length of a with-block."""
+    """`wrap` for the duration of a with-block."""
     _install(model, pipeline)
     try:
         yield model
@@ -197,7 +198,7 @@ def wrapped(model: M, pipeline: PipelineLike | None = None) -> Iterator[M]:
 
 @contextmanager
 def watched(model: M, pipeline: PipelineLike) -> Iterator[M]:
-    """As `wrapped`, but a pipeline without stages is traced, too."""
+    """As `wrapped`, but also traces a pipeline without stages."""
     _install(model, pipeline, watched=True)
     try:
         yield model
@@ -205,17 +206,17 @@ def watched(model: M, pipeline: PipelineLike) -> Iterator[M]:
         unwrap(model)
 
 
-_GRIDS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # image processor -> the crop grids that it had
+_GRIDS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # image processor -> its original crop grids
 
 
 def match_processor(processor: Any, model: Any) -> Any:
-    """Gives a LLaVA-NeXT or OneVision processor the crop grids of the model (of the wrapped model: `anyres: 2x2`);
-    returns the processor.
+    """Gives a LLaVA-NeXT or OneVision processor the crop grids of the model, which differ from its own if the model is
+    wrapped with `anyres: 2x2`; returns the processor.
 
-    `unmatch_processor` takes it back.
+    `unmatch_processor` undoes this.
 
     Raises:
-        UnsupportedError: model or processor do not cut pictures into crops.
+        UnsupportedError: the model or the processor does not cut pictures into crops.
     """
     outer = getattr(whole(model), "model", None)
     pinpoints, images = getattr(getattr(outer, "config", None), "image_grid_pinpoints", None), processor.image_processor
@@ -229,10 +230,10 @@ def match_processor(processor: Any, model: Any) -> Any:
 
 
 def unmatch_processor(processor: Any) -> Any:
-    """Gives a processor the crop grids back that it had before `match_processor`; returns the processor.
+    """Restores the crop grids that a processor had before `match_processor`; returns the processor.
 
     Raises:
-        UnsupportedError: it was not matched.
+        UnsupportedError: the processor was not matched.
     """
     if processor.image_processor not in _GRIDS:
         raise UnsupportedError(f"this {type(processor).__name__} was not matched to a model; nothing to take back")
@@ -241,15 +242,15 @@ def unmatch_processor(processor: Any) -> Any:
 
 
 def pipeline(model: Any) -> Pipeline | None:
-    """What the model is wrapped with, None if it is not; its repr is YAML that loads back."""
+    """The pipeline of a wrapped model, None if it is not wrapped. Its repr is YAML that loads back."""
     session = session_of(model)
     return None if session is None else session.pipeline
 
 
 def trace(model: Any) -> Trace:
-    """What happened in the last prefill: of the calling thread, or of any thread if this one ran none.
+    """What happened in the last prefill of the calling thread, or of any thread if this one has run none.
 
-    Under beam search or several return sequences, images are those of the expanded batch.
+    Under beam search or with several return sequences, images are those of the expanded batch.
 
     Raises:
         UnsupportedError: the model is not wrapped, has not run since, or its pipeline has no stages.

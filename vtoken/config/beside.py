@@ -1,4 +1,4 @@
-"""Pipelines that travel with a model: in its config, in a file beside its weights, in a repository of the Hub."""
+"""Pipelines that travel with a model: in its config, in a file beside its weights, or in a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 from vtoken.errors import ConfigError, shown
 
 FILE = "vtoken.yaml"
-FOLDER = "vtoken"  # beside it: files that options name
+FOLDER = "vtoken"  # beside FILE; holds the files that options name
 SAVE = "vtoken.save(model, folder) writes one"
 
 
 def is_repository(text: str) -> bool:
-    """Whether it may be the name of one: owner/name, or owner/name@revision."""
+    """Whether the text looks like the name of a repository: owner/name, or owner/name@revision."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", text) is not None
 
 
 def in_folder(folder: Path) -> Path:
-    """The file in a model's folder.
+    """The pipeline file in a model's folder.
 
     Raises:
         ConfigError: there is none.
@@ -31,10 +31,10 @@ def in_folder(folder: Path) -> Path:
 
 
 def on_hub(text: str) -> Path:
-    """The file in a repository of the Hub, downloaded once, with the files that it names.
+    """The pipeline file in a repository on the Hub, downloaded once together with the files that it names.
 
     Raises:
-        ConfigError: there is no such repository, none can be reached, or it holds no such file.
+        ConfigError: there is no such repository, the Hub cannot be reached, or the repository holds no pipeline file.
     """
     from huggingface_hub import snapshot_download
 
@@ -53,8 +53,8 @@ def on_hub(text: str) -> Path:
 
 
 def of_model(config: Any) -> tuple[Any, str]:
-    """What a model's config says under `vtoken`, or where the file beside its weights is, as `load` takes it; and how
-    errors begin that are about it.
+    """The pipeline that a model's config holds under `vtoken`, or the file beside its weights, in a form that `load`
+    takes; and the prefix for errors about it.
 
     Raises:
         ConfigError: there is neither.

@@ -1,4 +1,4 @@
-"""What is wrong with the options of a stage, in words, and what may be written instead."""
+"""Error messages about the options of a stage: what is wrong, and what may be written instead."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ BUDGETS = (
 
 
 def explain(cls: type[Stage], error: ValidationError) -> tuple[str, str]:
-    """The option at fault and what to write instead; misspelled options come first, they explain missing ones."""
+    """The option at fault and what to write instead. Misspelled options come first, because they explain missing
+    ones."""
     problems = error.errors(include_url=False)
     first = min(problems, key=lambda p: p["type"] != "extra_forbidden")
     option = str(first["loc"][0]) if first["loc"] else ""
@@ -36,9 +37,9 @@ def explain(cls: type[Stage], error: ValidationError) -> tuple[str, str]:
         return option, first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         return option, f"option {option!r} is missing: write {accepts(cls, option)}"
-    # Where several types are accepted, pydantic puts the one it tried into the place.
+    # Where several types are accepted, pydantic adds the type it tried to the location.
     place = f"option {'.'.join(str(part) for part in first['loc'] if '[' not in str(part))!r}"
-    if first["type"] == "value_error":  # A validator's own words; a budget's end in what is accepted.
+    if first["type"] == "value_error":  # A validator's own message; that of a budget already lists what is accepted.
         message = first["msg"].removeprefix("Value error, ").removeprefix("keep: ").partition("; write a count")[0]
     else:
         message = f"{first['msg']}, not {shown(first['input'])}"

@@ -1,4 +1,5 @@
-"""YAML, dict, list, name or stage -> Pipeline; strict, and every error says where and what instead."""
+"""YAML, dict, list, name or stage -> Pipeline. Parsing is strict; every error says where it is and what to write
+instead."""
 
 from __future__ import annotations
 
@@ -53,10 +54,10 @@ KEYS = (PRESET, *POLICY_KEYS, "stages")
 
 @dataclass(frozen=True, repr=False)
 class Pipeline:
-    """Stages in the order the data flows, and the policies that go with them (see `vtoken schema`). Its repr is what
-    `dump` writes.
+    """Stages in the order in which data flows through them, and the policies that apply to all of them (see `vtoken
+    schema`). Its repr is what `dump` writes.
 
-    `written` is how errors call it, as it was written down; "" where it was not.
+    `written` is what the user wrote, which errors quote; "" if the pipeline was not read from text.
     """
 
     name: str
@@ -81,13 +82,14 @@ def load(pipeline: PipelineLike) -> Pipeline:
     """Reads a pipeline in any of its forms.
 
     Args:
-        pipeline: a preset ("fastervlm-64") or one stage in short ("fastervlm:64", "random:25%,seed=3", "pool:size=2": a
-            bare value is `keep`), policies behind either ("flowcut-64,positions=original"); a path to a YAML file, or
-            to a folder with a vtoken.yaml; a repository of the Hub with one ("owner/name", "owner/name@revision"); a
-            dict as in the file; a list of names, one-key dicts and Stage objects; a Stage; a Pipeline.
+        pipeline: a preset ("fastervlm-64") or one stage in short form ("fastervlm:64", "random:25%,seed=3",
+            "pool:size=2"; a bare value is `keep`), either followed by policies ("flowcut-64,positions=original"); a
+            path to a YAML file, or to a folder with a vtoken.yaml; a repository on the Hub that holds one
+            ("owner/name", "owner/name@revision"); a dict as in the file; a list of names, one-key dicts and Stage
+            objects; a Stage; a Pipeline.
 
     Raises:
-        ConfigError: with file and line where there is a file, the name that is wrong, and what is accepted.
+        ConfigError: gives file and line if there is a file, the name that is wrong, and what is accepted.
     """
     if isinstance(pipeline, Pipeline):
         return pipeline
@@ -105,7 +107,7 @@ def load(pipeline: PipelineLike) -> Pipeline:
 
 
 def dump(pipeline: Pipeline) -> str:
-    """YAML text that loads to the same policies and stages, every option written out."""
+    """YAML text that loads to the same policies and stages, with every option written out."""
     stages = [{s.name: options} if (options := s.model_dump(mode="json")) else s.name for s in pipeline.stages]
     return write_yaml({**{key: getattr(pipeline, key) for key in POLICY_KEYS}, "stages": stages})
 
@@ -133,14 +135,14 @@ def _from_text(text: str) -> Pipeline:
 
 
 def _short(data: Callable[[], dict[str, Any]], text: str, what: str) -> Pipeline:
-    """What a line of text says."""
+    """The pipeline written as one line of text."""
     written = f'{what} "{shown(text)[1:-1]}"'
     with about(written):
         return replace(_from_data(data(), text, Source()), written=written)
 
 
 def _with_policies(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """A pipeline of one stage; what is a policy among its options is the pipeline's."""
+    """A pipeline of one stage; policies among its options become those of the pipeline."""
     policies = {key: options.pop(key) for key in POLICY_KEYS if key in options}
     return {**policies, "stages": [{name: options}]}
 
@@ -182,7 +184,7 @@ def _from_data(data: Any, name: str, source: Source) -> Pipeline:
 
 
 def _on_preset(data: dict[str, Any], source: Source) -> tuple[str, dict[str, Any]]:
-    """Its name, and what it says under what is said here."""
+    """The name of the preset, and its contents overridden by the keys given here."""
     preset = _native(data[PRESET])
     if not isinstance(preset, str) or preset not in registry.presets():
         raise source.error((PRESET,), _unknown_preset(preset, "stages: [", "]"))
@@ -222,7 +224,7 @@ def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
         )
     options = _beside(cls, options or {}, source)
     try:
-        # JSON mode is strict about numbers, texts and truth values, yet takes lists for tuples, as YAML writes them.
+        # JSON mode is strict about numbers, strings and booleans, yet takes lists for tuples, as YAML writes them.
         return cls.model_validate_json(json.dumps(options, default=_plain), strict=True)
     except ValidationError as error:
         option, message = explain(cls, error)
@@ -235,7 +237,8 @@ def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
 
 
 def _beside(cls: type[Stage], options: dict[str, Any], source: Source) -> dict[str, Any]:
-    """Files that lie beside the one that names them by their whole paths; others are looked for where Python runs."""
+    """Options that name a file beside the pipeline file, as absolute paths; other paths are relative to the working
+    directory."""
     folder = os.path.dirname(source.file)
     found = {
         option: os.path.abspath(os.path.join(folder, options[option]))
@@ -248,7 +251,7 @@ def _beside(cls: type[Stage], options: dict[str, Any], source: Source) -> dict[s
 
 
 def _native(value: Any) -> Any:
-    """Python's own for numpy's whole numbers and texts."""
+    """Python integers and strings in place of numpy's."""
     if isinstance(value, Integral) and not isinstance(value, int):
         return int(value)
     return str(value) if isinstance(value, str) else value
@@ -263,7 +266,7 @@ def _plain(value: Any) -> Any:
 
 
 def _check(given: Mapping[str, Any], source: Source) -> None:
-    """Policies and stages, one by one and in their order."""
+    """Checks policies and stages one by one, and the order of the stages."""
     for key, (values, _) in POLICIES.items():
         if type(given[key]) is not str or given[key] not in values:
             raise source.error((key,), f"{key} must be {either(values)}, not {shown(given[key])}")

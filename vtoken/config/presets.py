@@ -1,7 +1,7 @@
-"""Presets: a file per method in `vtoken/presets/`, a variant per name.
+"""Presets: one file per method in `vtoken/presets/`, with named variants.
 
-Under `variants:` a name holds a `summary` and what a pipeline file says; what is written beside `variants:` holds for
-all of them, unless a variant says otherwise.
+Under `variants:` each name holds a `summary` and the keys of a pipeline file. Keys beside `variants:` apply to all
+variants that do not override them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def summary(name: str) -> str:
 
 
 def recipe(name: str) -> tuple[dict[str, Any], Source]:
-    """What a preset says, as a pipeline file would, and the lines where it says so.
+    """The contents of a preset, as in a pipeline file, and the line of each key.
 
     Raises:
-        ConfigError: its file is not of the form above; with file and line.
+        ConfigError: its file does not have the form above; gives file and line.
     """
     data, source = _variants(registry.preset_file(name))
     recipe = {key: value for key, value in {**data, **data[VARIANTS][name]}.items() if key not in (VARIANTS, SUMMARY)}
@@ -37,7 +37,7 @@ def recipe(name: str) -> tuple[dict[str, Any], Source]:
 
 @lru_cache(maxsize=64)
 def _variants(file: Path) -> tuple[dict[str, Any], Source]:
-    """A method's file, checked but for the pipelines in it."""
+    """The preset file of a method, checked except for the pipelines in it."""
     data, source = read(file)
     if not isinstance(data, dict) or not isinstance(data.get(VARIANTS), dict):
         raise source.error((VARIANTS,), f"{VARIANTS} must be a mapping of names, as in {file.stem}-64, to pipelines")

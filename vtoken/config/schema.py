@@ -12,7 +12,7 @@ from vtoken.stages import SITES
 
 
 def schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of a pipeline file, composed from every stage that can be imported; for editors."""
+    """JSON Schema (draft 2020-12) of a pipeline file for editors, composed from every stage that can be imported."""
     stages, _ = registry.catalogue()
     refs, defs = models_json_schema([(cls, "validation") for cls in stages.values()], ref_template="#/$defs/{model}")
     bare = [name for name, cls in stages.items() if not any(f.is_required() for f in cls.model_fields.values())]

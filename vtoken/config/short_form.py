@@ -43,7 +43,8 @@ def options_of(rest: str) -> dict[str, Any]:
 
 
 def bare(name: str, before: str, after: str) -> str:
-    """Of a preset's name at a budget that no preset has, `fastervlm-96`: the stage at that budget."""
+    """The suggestion for a preset name at a budget that has no preset, such as `fastervlm-96`: the stage at that
+    budget."""
     stage, _, keep = name.rpartition("-")
     takes = stage in registry.stages() and "keep" in registry.stage(stage).model_fields
     if not takes or not re.fullmatch(r"[1-9]\d*%?", keep) or name in registry.presets():

@@ -1,7 +1,7 @@
-"""YAML text -> plain data with the line of every key, so that errors point at it; and plain data -> YAML text.
+"""YAML text -> plain data with the line of every key, for error messages; and plain data -> YAML text.
 
-Stricter than YAML 1.1: a number is the decimal number that a person reads, a tag says no more than YAML itself reads
-without it, and a document is bounded with its aliases and merge keys written out.
+Stricter than YAML 1.1: numbers are decimal, as people read them; a tag must agree with what YAML reads without it; and
+the size of a document is limited with its aliases and merge keys expanded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import yaml
 
 from vtoken.errors import ConfigError, shown
 
-CHARACTERS = 1_000_000  # patterns of every head of an 80-layer model take a quarter
+CHARACTERS = 1_000_000  # the patterns of all heads of an 80-layer model take a quarter of this
 DEPTH = 50
 
 _TAG = "tag:yaml.org,2002:"
@@ -26,7 +26,7 @@ _FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-
 
 @dataclass(frozen=True)
 class Source:
-    """Where values were read, so that errors point at a line; without a file they point at nothing."""
+    """Where values were read, so that errors can give a line; without a file, errors give none."""
 
     file: str = ""
     lines: dict[tuple[Any, ...], int] = field(default_factory=dict)
@@ -41,10 +41,10 @@ class Source:
 
 
 def read(path: Path) -> tuple[Any, Source]:
-    """As `parse`, of a file.
+    """As `parse`, for a file.
 
     Raises:
-        ConfigError: also where the file cannot be read.
+        ConfigError: as in `parse`, or the file cannot be read.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -59,7 +59,7 @@ def parse(text: str, file: str = "") -> tuple[Any, Source]:
     """YAML text -> plain data, and the line of every key and item.
 
     Raises:
-        ConfigError: no YAML, or more than is read here (see above); with file and line.
+        ConfigError: the text is not YAML, or breaks the rules above; gives file and line.
     """
     source = Source(file)
     try:
@@ -81,7 +81,8 @@ def parse(text: str, file: str = "") -> tuple[Any, Source]:
 
 
 def dump(data: Any, flow: bool | None = None) -> str:
-    """YAML text that `parse` reads back. flow: on one line, or None for what is innermost on one line."""
+    """YAML text that `parse` reads back. flow=True writes one line; None writes only the innermost collections on one
+    line."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=flow)
 
 
@@ -91,7 +92,7 @@ class _Refusal(yaml.MarkedYAMLError):
 
 
 class _Loader(yaml.SafeLoader):
-    """Dates and `=` are text."""
+    """Reads dates and `=` as text."""
 
     yaml_implicit_resolvers = {
         first: [(tag, form) for tag, form in forms if tag not in (_TAG + "timestamp", _TAG + "value")]
@@ -103,12 +104,12 @@ class _Dumper(yaml.SafeDumper):
     pass
 
 
-for _each in (_Loader, _Dumper):  # YAML 1.1 takes 1e-3 for text, for want of a dot.
+for _each in (_Loader, _Dumper):  # YAML 1.1 reads 1e-3 as text, because it has no dot.
     _each.add_implicit_resolver(_TAG + "float", re.compile(_FLOAT.pattern + r"\Z"), list("-+.0123456789"))
 
 
 def _check_scalar(node: Any, loader: _Loader) -> None:
-    """Refuses tags that say what cannot be read off the text, and numbers that a person reads otherwise."""
+    """Refuses tags that disagree with the text, and numbers that YAML reads differently from people."""
     value, tag = node.value, node.tag.removeprefix(_TAG)
     if tag == "str":
         return
@@ -130,7 +131,8 @@ def _foreign(node: Any) -> _Refusal:
 
 
 def _check(node: Any, known: dict[int, tuple[int, int] | None], loader: _Loader) -> tuple[int, int]:
-    """Characters and depth of a node with its aliases written out; refuses too many, and keys given twice."""
+    """Characters and depth of a node with its aliases expanded; refuses documents that exceed the limits, and duplicate
+    keys."""
     if id(node) in known:
         found = known[id(node)]
         if found is None:
@@ -168,7 +170,7 @@ def _check_keys(node: Any) -> None:
 
 
 def _note_lines(node: Any, path: tuple[Any, ...], lines: dict[tuple[Any, ...], int]) -> None:
-    """After the data was made, so that mappings hold what was merged into them, their own keys last."""
+    """Runs after the data was constructed, when mappings hold the keys merged into them, followed by their own keys."""
     lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.SequenceNode):
         for i, item in enumerate(node.value):

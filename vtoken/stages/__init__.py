@@ -1,5 +1,5 @@
-"""The vocabulary between models and methods: all that a method imports. A method never sees a model, an adapter never
-sees a method."""
+"""The vocabulary between models and methods: everything that a method imports. A method never sees a model, an adapter
+never sees a method."""
 
 from vtoken.stages.attention import (
     DenseSubset,

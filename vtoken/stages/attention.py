@@ -1,4 +1,4 @@
-"""The vocabulary of site attention. Letters as in `tokens`; `T` and `M` count query and key blocks."""
+"""The vocabulary of site attention. Letters as in `tokens`; `T` and `M` count query blocks and key blocks."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ class Rope:
     """How a decoder layer rotated the queries and keys of one row.
 
     Attributes:
-        cos, sin: [N, r] as the layer was given them: axes of M-RoPE joined, times YaRN's factor; r < d where a part of
-            a head turns.
-        rotate: the model's own, (q [1, H, N, d], k [1, Hk, N, d], cos [1, N, r], sin [1, N, r]) -> q and k rotated.
+        cos, sin: [N, r] as passed to the layer: axes of M-RoPE joined, times YaRN's factor; r < d where only part of a
+            head is rotated.
+        rotate: the model's own function, (q [1, H, N, d], k [1, Hk, N, d], cos [1, N, r], sin [1, N, r]) -> q and k
+            rotated.
     """
 
     cos: Tensor
@@ -35,7 +36,7 @@ class Rope:
     rotate: Callable[..., tuple[Tensor, Tensor]]
 
     def starts(self, size: int) -> Rope:
-        """That of the first token of every block."""
+        """The RoPE of the first token of every block."""
         return Rope(self.cos[::size], self.sin[::size], self.rotate)
 
     def turn(self, x: Tensor) -> Tensor:
@@ -43,9 +44,9 @@ class Rope:
         return self._turned(x, self.cos.float(), self.sin.float())
 
     def undo(self, x: Tensor) -> Tensor:
-        """x [H, N, d] as it was before it was rotated, up to rounding; fp32."""
+        """Undoes the rotation of x [H, N, d], up to rounding; fp32."""
         cos, sin = self.cos.float(), self.sin.float()
-        square = cos * cos + sin * sin  # 1, but for a factor on attention and rounding
+        square = cos * cos + sin * sin  # 1 up to rounding, times the square of YaRN's factor
         return self._turned(x, cos / square, -sin / square)
 
     def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -55,17 +56,17 @@ class Rope:
 
 @dataclass(frozen=True)
 class PrefillQK:
-    """One batch row of a prefill, as one decoder layer attends to it; no padding.
+    """Queries and keys of one batch row of a prefill in one decoder layer, without padding.
 
     Attributes:
-        q: [H, N, d] queries with RoPE; k: [Hk, N, d] keys, query head h reads key head h // (H / Hk).
+        q: [H, N, d] queries with RoPE; k: [Hk, N, d] keys. Query head h reads key head h // (H / Hk).
         scale: factor on q . k before the softmax.
         image: [N] image of each token, as an index into `parts`; -1 for text (newlines and time stamps included).
         raster_index: [N] position among its image's unpruned tokens, -1 for text.
         parts: rasters of every image of the batch, as in VisualTokens.
         query_attention: shared with a stage of site cache; use it through `query_attention.shared`.
-        rope: what q and k were rotated by, where the stage asks for it.
-        known: results of `once`, for all layers that see this layout.
+        rope: the rotation of q and k, if the stage asks for it.
+        known: results of `once`, shared by all layers with this layout.
     """
 
     q: Tensor
@@ -80,7 +81,7 @@ class PrefillQK:
     known: dict[Hashable, Any] = field(default_factory=dict)
 
     def once(self, key: Hashable, work: Callable[[], Any]) -> Any:
-        """`work()`, done the first time under this key; it may read image, raster_index and parts, not q and k."""
+        """`work()`, computed once per key. It may read image, raster_index and parts, but not q and k."""
         if key not in self.known:
             self.known[key] = work()
         return self.known[key]
@@ -98,15 +99,16 @@ class PrefillQK:
 
 @dataclass(frozen=True)
 class SparseMask:
-    """The decision: what the queries of a prompt read, within what is causal.
+    """A decision: which keys the queries of a prompt read, within the causal mask.
 
     Attributes:
-        size: tokens of a block, a power of two from 16 on.
+        size: tokens of a block, a power of two, at least 16.
         blocks: [H, T, M] bool, the key blocks that each query block reads.
-        columns: [H, G, C] int32, single keys besides (-1 = none); query block t reads list of[t], or t // share.
-        of: [T] int32.
+        columns: [H, G, C] int32, lists of single keys to read in addition (-1 = none). Query block t reads list
+            `of[t]`, or `t // share` without `of`.
+        of: [T] int32, the list of each query block.
         dense: [H, N] bool, queries that read all keys before them.
-        own: [N] bool, queries that read their own key besides, where no block or list has it.
+        own: [N] bool, queries that also read their own key, where no block or list holds it.
     """
 
     size: int
@@ -130,15 +132,16 @@ class SparseMask:
         return torch.where(self.dense[..., None], whole, out)
 
     def backend(self, q: Tensor, k: Tensor, v: Tensor) -> str:
-        """What computes `apply`: torch, triton or flex.
+        """Which implementation computes `apply`: torch, triton or flex.
 
         Raises:
-            RuntimeError: flex is forced and cannot serve what is listed here, or triton is forced and cannot run.
+            RuntimeError: flex is forced and does not support single keys or dense queries, or triton is forced and
+                cannot run.
         """
         return backend_of(q, k, v, self.columns, self.dense)
 
     def _dense(self) -> tuple[Tensor, Tensor]:
-        """Dense queries of every head as a list [H, N], -1 behind the last, and the blocks [H, T, M] that they read."""
+        """Lists [H, N] of the dense queries of every head, padded with -1, and the blocks [H, T, M] that they read."""
         assert self.dense is not None
         heads, n = self.dense.shape
         _, tiles, blocks = self.blocks.shape
@@ -150,22 +153,23 @@ class SparseMask:
         return rows, torch.arange(blocks, device=rows.device) <= last
 
     def density(self) -> Tensor:
-        """[] what is computed, as a share of all causal blocks, head mean. A single key counts a `size`-th of a block
-        for every query block that reads it, dense queries count whole query blocks, own keys nothing; a head at most 1.
-        1 for a prompt of no tokens."""
+        """[] computed share of all causal blocks, mean over heads. A single key counts 1 / size of a block for every
+        query block that reads it, dense queries count as whole query blocks, own keys count nothing; a head counts at
+        most 1. The density of an empty prompt is 1."""
         below = causal(self.blocks)
         if not below.numel():
             return torch.ones((), device=below.device)
         total = torch.count_nonzero(self.blocks & below, dim=(1, 2)).float()
         if self.columns is not None:
-            # Read off counts, one per list and key block; what is as long as the lists is held for some heads at a
+            # Looked up in counts per list and key block. Tensors as long as the lists are held for a few heads at a
             # time.
             parts = zip(total.split(8), self.columns.split(8), self._unread(below).split(8), strict=True)
             for mine, columns, unread in parts:
                 times = unread.gather(2, (columns.clamp(min=0) // self.size).long())
                 mine += torch.where(columns < 0, 0, times).sum((1, 2)) / self.size
         if self.dense is not None:
-            # Of the query blocks that dense queries are packed into, the last query decides how far all of them read.
+            # Dense queries are packed into query blocks; the last query of a block decides how far the whole block
+            # reads.
             rank = self.dense.cumsum(1, dtype=torch.int32)
             last = self.dense & ((rank % self.size == 0) | (rank == rank[:, -1:]))
             ends = torch.arange(self.dense.shape[1], device=last.device, dtype=torch.int32) // self.size + 1
@@ -173,7 +177,7 @@ class SparseMask:
         return (total / torch.count_nonzero(below)).clamp(max=1).mean()
 
     def _unread(self, below: Tensor) -> Tensor:
-        """[H, G, M] int32: how many query blocks of a list read its keys in this block by the list alone."""
+        """[H, G, M] int32: how many query blocks of a list read this key block through the list only."""
         assert self.columns is not None
         alone = below & ~self.blocks
         groups = self.columns.shape[1]
@@ -186,14 +190,14 @@ class SparseMask:
 
 @dataclass(frozen=True)
 class DenseSubset:
-    """The other kind of decision: the tokens `index` [P] (ascending, of N = `length`) attend, causally, to each other;
-    others get zeros."""
+    """The other kind of decision: the tokens `index` [P] (ascending, of N = `length`) attend causally to each other;
+    the attention output of all other tokens is zero."""
 
     index: Tensor
     length: int
 
     def apply(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """As SparseMask.apply, by dense attention over what is gathered."""
+        """As SparseMask.apply, by dense attention over the gathered tokens."""
         q_, k_, v_ = (x[None, :, self.index] for x in (q, k, v))
         out = scaled_dot_product_attention(q_, k_, v_, is_causal=True, scale=scale, enable_gqa=True)[0]
         return q.new_zeros(*q.shape[:2], v.shape[2]).index_copy(1, self.index, out)
@@ -203,13 +207,13 @@ class DenseSubset:
         return "torch"
 
     def density(self) -> Tensor:
-        """[] scores that are computed, as a share of all causal ones."""
+        """[] computed share of all causal scores."""
         share = len(self.index) * (len(self.index) + 1) / (self.length * (self.length + 1))
         return torch.tensor(share, dtype=torch.float32, device=self.index.device)
 
 
 def with_own(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Attention [H, N, d] with every query's own key added to `out` and `lse` of `block_sparse_attention`."""
+    """Attention [H, N, d] with every query's own key added to `out` and `lse` from `block_sparse_attention`."""
     k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
     wide = torch.promote_types(q.dtype, torch.float32)
     own = (q.to(wide) * k.to(wide)).sum(-1) * (scale / log(2))
@@ -218,7 +222,8 @@ def with_own(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: f
 
 
 def causal(blocks: Tensor) -> Tensor:
-    """[T, M] bool: the key blocks that start in or before each query block, for a map [..., T, M] of a whole prompt."""
+    """[T, M] bool: the key blocks that start no later than each query block, for a map [..., T, M] of a whole
+    prompt."""
     t, m = (torch.arange(n, device=blocks.device) for n in blocks.shape[-2:])
     return m <= t[:, None]
 
@@ -230,14 +235,14 @@ def everything(heads: int, queries: int, keys: int, size: int, device: torch.dev
 
 
 class SparseAttention(Compressor):
-    """Decides which keys the queries of a prompt read, layer by layer; all tokens stay, and the cache stays whole.
+    """Decides which keys the queries of a prompt read, layer by layer; no token is dropped, and the cache stays whole.
 
-    It acts where a prompt with pictures enters the decoder in one piece. Text turns, decode steps and prompts of fewer
-    than `min_len` tokens keep the model's own attention; the trace tells why.
+    Acts where a prompt with pictures enters the decoder in one piece. Text turns, decode steps and prompts of fewer
+    than `min_len` tokens use the model's own attention; the trace says why.
     """
 
     site: ClassVar[Site] = "attention"
-    rope: ClassVar[bool] = False  # whether it asks for PrefillQK.rope
+    rope: ClassVar[bool] = False  # whether the stage needs PrefillQK.rope
 
     min_len: int = Field(
         8192, ge=0, description="prompts of fewer tokens (after pruning) keep the model's own attention"
@@ -249,8 +254,8 @@ class SparseAttention(Compressor):
         return tuple(k for k in range(depth) if k not in dense)
 
     def heads_incompatibility(self, heads: int, key_heads: int, width: int) -> str:
-        """Why a decoder with so many query and key heads of this width cannot be served, and what to do; "" if it
-        can."""
+        """Why the stage cannot serve a decoder with this many query and key heads of this width, and what to do; "" if
+        it can."""
         return ""
 
     def reads(self, prompt: PrefillQK) -> SparseMask | DenseSubset:
@@ -258,5 +263,5 @@ class SparseAttention(Compressor):
         raise NotImplementedError(f"stage {self.name} defines no reads()")
 
     def density(self, length: int, layer: int) -> float | None:
-        """Density of a prompt of so many tokens; None where it depends on what the prompt says."""
+        """Density for a prompt of `length` tokens; None where it depends on the contents of the prompt."""
         return None

@@ -1,4 +1,4 @@
-"""What a method is: Stage, Pruner, Compressor. Letters as in `tokens`."""
+"""The base classes of methods: Stage, Pruner, Compressor. Letters as in `tokens`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ NAMES_FILE: dict[str, Any] = {"format": "path"}  # json_schema_extra of an optio
 
 
 class OtherModel(ValueError):
-    """Options (weights, tables, thresholds) that were made for another model; says how to make those of this one."""
+    """Options (weights, tables, thresholds) that were made for another model; the message says how to make them for
+    this one."""
 
 
 class Stage(BaseModel):
-    """A method and its options: fields are YAML options, the object with the options is the object with the code.
+    """A method and its options: the fields are the YAML options, and the object that holds them also holds the code.
 
-    Class attributes: `site` says where it acts, `paper` is a link or "no paper", `deviations` names each deliberate
-    difference from the authors' code. The name is the file's name (entry points: the entry point's).
+    Class attributes: `site` says where the stage acts, `paper` is a link or "no paper", `deviations` names each
+    deliberate difference from the authors' code. The name of a stage is its file name (with entry points: the name of
+    the entry point).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -45,7 +47,7 @@ class Stage(BaseModel):
 
     @classmethod
     def file_options(cls) -> tuple[str, ...]:
-        """Options whose text names a file, which is looked for beside the pipeline file, and saved with a model."""
+        """Options whose value names a file. The file is looked for beside the pipeline file, and saved with a model."""
         return tuple(name for name, field in cls.model_fields.items() if field.json_schema_extra == NAMES_FILE)
 
     def needs(self) -> tuple[Fact, ...]:
@@ -53,67 +55,70 @@ class Stage(BaseModel):
         return ()
 
     def layers(self, depth: int) -> tuple[int, ...]:
-        """Layers after which (encoder) or before which (decoder) the stage acts, of `depth` layers; () at other
-        sites."""
+        """The layers, of `depth`, after which (encoder) or before which (decoder) the stage acts; () at other sites."""
         return ()
 
     def for_depth(self, depth: int) -> Self:
-        """The stage for an encoder (at decoder sites: a decoder) of so many layers, where what it decides depends on
-        that."""
+        """The stage adapted to an encoder (at decoder sites: a decoder) of `depth` layers, if its decisions depend on
+        the depth."""
         return self
 
     def merge_point(self) -> Literal["plain", "proportional"] | None:
-        """For encoder stages between attention and MLP: whether keys count once, or as often as they have members (log
-        size)."""
+        """For encoder stages that merge between attention and MLP: "proportional" if later layers count a key once per
+        member (log size is added to the logits), "plain" if once. None for all others."""
         return None
 
     def incompatibility(self, depth: int, width: int) -> str:
-        """Why its weights or tables do not fit an LLM of so many layers and channels; "" if they do."""
+        """Why its weights or tables do not fit an LLM with `depth` layers and `width` channels; "" if they do."""
         return ""
 
     def tower_incompatibility(self, width: int, unit: int) -> str:
-        """As `incompatibility`, for a vision tower with keys of so many channels and `unit` patches to a token."""
+        """As `incompatibility`, for a vision tower whose keys have `width` channels and that makes one token of `unit`
+        patches."""
         return ""
 
     def unload(self) -> None:
-        """Frees what it brought to devices; called by `unwrap`."""
+        """Frees what the stage copied to devices; called by `unwrap`."""
 
     def select(self, tokens: VisualTokens) -> Keep:
-        """The decision, at sites encoder, tokens and decoder."""
+        """The decision, for sites encoder, tokens and decoder."""
         raise NotImplementedError(f"stage {self.name} defines no select()")
 
     def query_tokens(self, tokens: VisualTokens) -> list[Tensor]:
-        """Per image, the text tokens whose attention text_attention is, as indices into later_text, the only fact of
-        `tokens`. Asked once, on what enters the decoder."""
+        """For stages that need text_attention: per image, the text tokens whose attention is read, as indices into
+        later_text, the only fact in `tokens`. Called once, on the tokens that enter the decoder."""
         raise NotImplementedError(f"stage {self.name} asks for text_attention and defines no query_tokens()")
 
     def unmerge_mode(self) -> Unmerging | None:
-        """At site attention: "expanded" or "merged" where a merged token attends, and is attended to, at the places of
-        all its members; the KV cache then holds keys and values of every place, or one of each merged token."""
+        """At site attention: not None if a merged token attends, and is attended to, at the positions of all its
+        members. The KV cache then holds keys and values of every position ("expanded"), or one key and value per merged
+        token ("merged")."""
         return None
 
     def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
-        """Tokens it leaves of each image, for the FLOPs account; an expectation where that depends on the picture."""
+        """Tokens that the stage leaves of each image, for the FLOPs account; an estimate where that depends on the
+        picture."""
         return tuple(lengths)
 
     def counts_are_exact(self, layer: int | None = None, whole: bool = True) -> bool:
-        """Whether `select` leaves `expected_counts` at that layer, whatever the picture shows.
+        """Whether `select` leaves exactly `expected_counts` at that layer, whatever the picture shows.
 
         Args:
-            layer: as `select` has it; None stands for the last at which the stage acts.
-            whole: every frame and crop has all its tokens: no other stage took any, and no padding was cut off.
+            layer: as in VisualTokens; None stands for the last layer at which the stage acts.
+            whole: every frame and crop still has all its tokens: no earlier stage dropped any, and no padding was
+                removed.
         """
         return type(self).select is Stage.select
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        """FLOPs of the decision without its facts; 0 where only comparisons are made."""
+        """FLOPs of the decision, without those of its facts; 0 if it only compares."""
         return 0
 
 
 class Pruner(Stage):
-    """Chooses tokens. Most methods override `score`; the few that need more than a ranking override `select`."""
+    """Chooses tokens. Most methods override `score`; those that need more than a ranking override `select`."""
 
     kind: ClassVar[Literal["pruner", "compressor"]] = "pruner"
     site: ClassVar[Site] = "tokens"
@@ -121,11 +126,11 @@ class Pruner(Stage):
     keep: Budget = Field(description=KEEP)
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        """[ΣN] scores, higher is kept."""
+        """[ΣN] scores; tokens with higher scores are kept."""
         raise NotImplementedError(f"{self.name}: define score() or select()")
 
     def select(self, tokens: VisualTokens) -> Keep:
-        """Exact top-k of `score` per image (or frame, or crop), reading order, ties to the lower index."""
+        """Exact top-k of `score` per image (or frame, or crop), in reading order, ties to the lower index."""
         if self.keep.per is not None and tokens.segment is not None:
             return self._per_segment(tokens)
         counts = self.keep.counts(tokens.lengths, tokens.row)
@@ -141,11 +146,11 @@ class Pruner(Stage):
         return Keep(order[chosen].sort().values, lengths)
 
     def per_segment(self, tokens: VisualTokens) -> tuple[Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Segments as images of their own, for budgets per frame or crop.
+        """Treats segments as images of their own, for budgets per frame or crop.
 
         Returns:
-            order [ΣN] of the tokens, segment by segment (crops of an anyres image take turns in reading order); tokens
-            held and to keep per segment; tokens to keep per image.
+            order [ΣN] of the tokens, segment by segment (the tokens of different crops alternate in reading order);
+                tokens per segment; tokens to keep per segment; tokens to keep per image.
         """
         image, segment = image_of(tokens.lengths, tokens.x.device), self._segments(tokens)
         count = int(segment.max()) + 1 if len(segment) else 1
@@ -156,7 +161,7 @@ class Pruner(Stage):
         return torch.argsort(owner, stable=True), held, keep, lengths
 
     def _segments(self, tokens: VisualTokens) -> Tensor:
-        """[ΣN] frame (per_frame) or crop (per_crop) of each token; the other kind of image is one segment."""
+        """[ΣN] frame (per_frame) or crop (per_crop) of each token; an image of the other kind counts as one segment."""
         assert tokens.segment is not None
         video = [len(parts) == 1 for parts in tokens.parts]
         wanted = torch.tensor([v == (self.keep.per == "per_frame") for v in video], device=tokens.x.device)
@@ -165,7 +170,7 @@ class Pruner(Stage):
     def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
-        """With `per` a segment is taken to hold at least its budget."""
+        """With `per`, assumes that every segment holds at least its budget."""
         if self.keep.per is None:
             return self.keep.counts(lengths, row)
         assert self.keep.tokens is not None
@@ -177,7 +182,8 @@ class Pruner(Stage):
 
 
 class Compressor(Stage):
-    """Does more than choose: merges, retires, sparsifies, shrinks."""
+    """Does more than choose: merges tokens, drops all of them at some layer, sparsifies attention, or shrinks the
+    cache."""
 
     kind: ClassVar[Literal["pruner", "compressor"]] = "compressor"
 

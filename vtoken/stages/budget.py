@@ -1,5 +1,5 @@
-"""How many tokens to keep: `64`, `25%`, `{total: 640}`, `{per_frame: 32}` or `{per_crop: 64}`, turned into whole
-numbers: a share to the nearest."""
+"""How many tokens to keep: `64`, `25%`, `{total: 640}`, `{per_frame: 32}` or `{per_crop: 64}`, turned into counts. A
+share is rounded to the nearest count."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _KEYS = [[key] for key in ("total", *PER_SEGMENT)]
 
 
 def _whole(value: Any) -> TypeGuard[int]:
-    """Whether it is a whole number, of Python or numpy."""
+    """Whether the value is an integer, of Python or numpy."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -33,12 +33,12 @@ class Budget:
     """A validated budget. Build it with `Budget(64)`, `Budget("25%")`, `Budget({"total": 640})` or
     `Budget({"per_frame": 32})`.
 
-    Exactly one of `tokens` (per image), `share` (a Fraction in (0, 1]) and `total` (per batch row) is set; with `per`
-    ("per_frame" or "per_crop") `tokens` counts for every frame of a video, or every crop of an anyres image. An image
-    that is one frame (or one crop) is one segment.
+    Exactly one of `tokens` (per image), `share` (a Fraction in (0, 1]) and `total` (per batch row) is set. With `per`
+    ("per_frame" or "per_crop"), `tokens` counts for every frame of a video, or every crop of an anyres image. An image
+    with a single frame (or crop) is one segment.
 
     Raises:
-        ValueError: anything else, floats too: `1` and `1.0` would mean different things.
+        ValueError: for anything else, floats included: `1` and `1.0` would mean different things.
     """
 
     tokens: int | None = None
@@ -70,12 +70,12 @@ class Budget:
 
         Args:
             lengths: tokens per image (with `per`: per segment) that arrive at the stage.
-            row: batch row of each image; `total` is shared out among the images of one row in proportion to their
-                lengths (largest remainder, ties to the earlier image).
+            row: batch row of each image. `total` is divided among the images of a row in proportion to their lengths
+                (largest remainder, ties to the earlier image).
 
         Returns:
             One count per image: at least 1 (0 for an image without tokens), at most its length. A share is rounded to
-            the nearest, halves down.
+                the nearest, halves down.
         """
         if self.tokens is not None:
             wanted = [self.tokens] * len(lengths)
@@ -97,7 +97,7 @@ class Budget:
             left = total - sum(out[i] for i in images)
             for i in sorted(images, key=lambda i: (-(total * lengths[i] % available), i))[:left]:
                 out[i] += 1
-            # Every image keeps at least one token; the largest shares pay for it, so the total still holds.
+            # Every image keeps at least one token, taken from the largest counts, so the total stays the same.
             for i in images:
                 largest = max(images, key=lambda j: out[j])
                 if not out[i] and out[largest] > 1:

@@ -1,8 +1,8 @@
 """The vocabulary of site cache. Letters as in `tokens`; query head h reads key head h // (H / Hk).
 
-When the prefill ends, what a decoder layer keeps of the prompt is decided row by row, so that a batch decides as its
-rows do alone. Every KV head holds the same number of tokens, but not necessarily the same ones. Keys carry RoPE: what
-stays keeps its position.
+When the prefill ends, a stage decides row by row what a decoder layer keeps of the prompt, so that a row gets the same
+decision alone and in a batch. All KV heads keep the same number of tokens, but not necessarily the same tokens. Keys
+carry RoPE: kept tokens keep their positions.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from vtoken.stages.query_attention import QueryAttention
 
 @dataclass(frozen=True)
 class CachedLayer:
-    """One decoder layer of one row: of the N tokens of this forward, without padding and what follows the prompt
-    (drafts, an answer). Where the stage is `by_head`, of several rows that are alike: their heads one after the other.
+    """One decoder layer of one row: the N tokens of this forward, without padding and without what follows the prompt
+    (drafts, an answer). For stages that are `by_head`, several rows of equal shape at once, with their heads
+    concatenated.
 
     Attributes:
         keys, values: [Hk, N, d]; queries: [H, N, d].
-        images: per image, the slots [N_i] of its visual tokens, ascending; all others are text, or newline tokens.
+        images: per image, the slots [N_i] of its visual tokens, ascending; all other slots hold text or newline tokens.
         slots: the same on the host.
         scale: factor on q . k before the softmax.
-        layer, depth: index of the layer, and how many there are.
-        native: for stages that say they want it.
+        layer, depth: index of the layer, and the number of layers.
+        native: set for stages that ask for it.
         query_attention: as a stage of site attention left it; use it through `query_attention.shared`.
     """
 
@@ -55,14 +56,14 @@ class CachedLayer:
 
     @property
     def behind(self) -> int:
-        """Tokens behind the last visual one."""
+        """Number of tokens after the last visual one."""
         return self.keys.shape[1] - 1 - max(slots[-1] for slots in self.slots if slots)
 
 
 @dataclass(frozen=True)
 class Native:
-    """An attention module, the hidden states [1, N, D] it is given, cos and sin [1, N, d], and the model's RoPE (None:
-    of several axes)."""
+    """An attention module, its input hidden states [1, N, D], cos and sin [1, N, d], and the model's RoPE module (None
+    if it has several axes)."""
 
     module: Any
     hidden: Tensor
@@ -72,13 +73,13 @@ class Native:
 
 @dataclass(frozen=True)
 class KeepSlots:
-    """The decision: which slots stay.
+    """A decision: which slots stay.
 
     Attributes:
         index: [Hk, C] slots that stay, ascending.
-        counts: visual tokens that stay of each image; None: text goes too, or heads differ.
-        into: [Hk, N] which of the C absorbs each token, -1 for none; None where nothing is merged.
-        weight: [Hk, N] factor of each token in the sum that replaces what absorbs it; given with `into`.
+        counts: visual tokens that stay of each image; None if text is dropped too, or if heads differ in their counts.
+        into: [Hk, N] which of the C kept tokens absorbs each token, -1 for none; None if nothing is merged.
+        weight: [Hk, N] weight of each token in the sum that replaces the token it goes into; given with `into`.
     """
 
     index: Tensor
@@ -102,7 +103,7 @@ class KeepSlots:
 
 @dataclass(frozen=True)
 class ReplacedKV:
-    """The decision: keys and values [Hk, C, d] to be cached, whatever tokens they are of."""
+    """A decision: keys and values [Hk, C, d] to cache in place of the layer's own, whichever tokens they come from."""
 
     keys: Tensor
     values: Tensor
@@ -113,11 +114,11 @@ Decision = KeepSlots | ReplacedKV | QuantizedKV
 
 @dataclass(frozen=True)
 class GeneratedBlock:
-    """One decoder layer of one row while it generates.
+    """One decoder layer of one row during generation.
 
     Attributes:
-        keys: [Hk, N, d] of all cached tokens that the query sees, itself the last.
-        at: which of them the stage is asked about; values: [Hk, len(at), d] of these.
+        keys: [Hk, N, d] of all cached tokens that the query sees, its own key last.
+        at: the tokens to decide about; values: [Hk, len(at), d] of these.
         query: [H, d] of the newest token.
         scale: factor on q . k before the softmax.
     """
@@ -131,14 +132,16 @@ class GeneratedBlock:
 
 
 class CacheStage(Compressor):
-    """Shrinks the KV cache when the prefill ends. One per pipeline.
+    """Shrinks the KV cache when the prefill ends. A pipeline has at most one.
 
-    `prompt` and `lengths` are the tokens of a row's prompt and, of these, the visual ones of each image.
+    In all methods, `prompt` is the number of tokens in a row's prompt, and `lengths` the visual tokens of each image
+    among them.
     """
 
     site: ClassVar[Site] = "cache"
-    native: ClassVar[bool] = False  # whether it wants CachedLayer.native
-    # Whether every KV head is decided by itself, with KeepSlots: rows that are alike then come as more heads of one.
+    native: ClassVar[bool] = False  # whether the stage needs CachedLayer.native
+    # Whether it decides each KV head independently, with KeepSlots; rows of equal shape are then passed as further
+    # heads.
     by_head: ClassVar[bool] = False
 
     def compress(self, layer: CachedLayer) -> Decision:
@@ -146,35 +149,35 @@ class CacheStage(Compressor):
         raise NotImplementedError(f"stage {self.name} defines no compress()")
 
     def query_window(self, prompt: int, lengths: Sequence[int], behind: int) -> int:
-        """Of how many last queries it will ask QueryAttention.received (0: none), with `behind` tokens behind the last
-        visual one. Only saves work: a stage of site attention may leave them."""
+        """For how many last queries the stage will ask QueryAttention.received (0: none); `behind` is the number of
+        tokens after the last visual one. Only saves work: a stage of site attention may compute them in passing."""
         return 0
 
     def requantize_every(self) -> int | None:
-        """After how many generated tokens `requantize` is asked about them, again and again, in quantized rows; None:
+        """In quantized rows, the number of generated tokens after which `requantize` is called, again and again; None:
         never."""
         return None
 
     def requantize(self, layer: GeneratedBlock) -> QuantizedKV:
-        """What becomes of the tokens `layer.at`."""
+        """The quantized form of the tokens `layer.at`."""
         raise NotImplementedError(f"stage {self.name} defines no requantize()")
 
     def compressor(self, model: Any) -> Callable[[CachedLayer], Decision]:
-        """What decides on this model, where a method has to be set up; asked once, by `wrap`.
+        """The function that decides on this model, for methods that need setup; called once, by `wrap`.
 
         Raises:
-            ImportError, ValueError: it cannot run there.
+            ImportError, ValueError: the method cannot run on this model.
         """
         return self.compress
 
     def slots(self, prompt: int, lengths: Sequence[int]) -> int:
-        """Tokens that every head keeps: what the FLOPs account uses."""
+        """Tokens that every head keeps, for the FLOPs account."""
         return prompt
 
     def packed_bytes(
         self, prompt: int, lengths: Sequence[int], kv_heads: int, head_dim: int, dtype_bytes: int
     ) -> int | None:
-        """Bytes of one layer's keys and values if they are quantized; None: `slots` at full width."""
+        """Bytes of one layer's keys and values if they are quantized; None if it holds `slots` tokens at full width."""
         return None
 
     def cost(self, prompt: int, lengths: Sequence[int], heads: int, kv_heads: int, head_dim: int) -> int | None:

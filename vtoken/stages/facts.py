@@ -1,8 +1,7 @@
-"""Facts: what a stage may ask to be told about the visual tokens, a row each. Nothing that is not asked for is
-computed.
+"""Facts: what a stage may ask about the visual tokens, one row each. Only facts that a stage asks for are computed.
 
-A new fact is a row here and a function of its name: in `hooks/vision/encoder_facts.py` what is made of an encoder
-layer, in `hooks/decoder/attention_facts.py` what is made of a decoder layer. Letters as in `tokens`.
+A new fact is a row here and a function of the same name: in `hooks/vision/encoder_facts.py` if it is computed from an
+encoder layer, in `hooks/decoder/attention_facts.py` if from a decoder layer. Letters as in `tokens`.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ Read = Literal["pixels", "encoder layer", "encoder output", "hidden states", "de
 
 
 class Fact(NamedTuple):
-    """What a stage asks for in `needs`.
+    """A fact that a stage asks for in `needs`.
 
-    `layer` is the encoder (or, at decoder sites, decoder) layer; None means the layer the model takes its features from
-    (at encoder and decoder sites: the layer before the cut). Negative layers count from the end. `above` counts, for
-    received_attention, only the queries that themselves receive more than so many times the mean of their crop (frame),
-    or if there is none, the one that receives most.
+    `layer` is the encoder layer (at decoder sites: decoder layer); None means the layer the model takes its features
+    from (at encoder and decoder sites: the layer before the cut). Negative layers count from the end. `above` restricts
+    received_attention to queries that themselves receive more than `above` times the mean of their crop (frame), or, if
+    there is none, to the query that receives most.
     """
 
     name: str
@@ -31,24 +30,24 @@ class Fact(NamedTuple):
 
 @dataclass(frozen=True)
 class FactSpec:
-    """All that the package knows of a fact beside how to compute it.
+    """Everything the package knows about a fact, except how to compute it.
 
     Attributes:
-        name: what `Fact` asks for. A name may mean two facts, at different sites.
-        sites: of the stages that may ask.
-        read: where in the model: what the encoder is given or returns, a layer's projections, the layer that runs next,
-            or the hidden states that a stage is given (at site tokens: embeddings).
+        name: what `Fact` asks for. A name may stand for two facts, at different sites.
+        sites: of the stages that may ask for it.
+        read: where in the model it is read: the encoder's input or output, a layer's projections, the layer that runs
+            next, or the hidden states that a stage is given (at site tokens: embeddings).
         means: shape and meaning.
-        per: whether there is an entry per visual token, or a tensor over text tokens per image or batch row.
-        holds: numbers of an entry: one or d (both fp32), H*d, D, D_encoder, or the pixel values of a token.
-        projections: what is read of a layer.
-        queries: of an attention fact, the one CLS token (without: the mean patch), the last prompt token, each image's
-            own tokens, the text behind each image, or text tokens that the stage chooses (`query_tokens`).
-        own: attention goes to the tokens of each image alone, not to all keys.
-        whole: looks at the whole image also in an encoder layer that attends within windows.
-        relayed: attention is weighted by what its queries receive of each other.
-        part_of: the fact, of all tokens, whose text tokens this one is about.
-        instead: what encoders without CLS token give in its place.
+        per: whether there is one entry per visual token, or a tensor over text tokens per image or per batch row.
+        holds: size of an entry: one number or d (both fp32), H*d, D, D_encoder, or the pixel values of a token.
+        projections: which of q, k and v are read in the layer.
+        queries: of an attention fact: the CLS token (without one: the mean patch), the last prompt token, each image's
+            own tokens, the text after each image, or text tokens that the stage chooses (`query_tokens`).
+        own: the softmax runs over the tokens of each image only, not over all keys.
+        whole: covers the whole image even in an encoder layer that attends within windows.
+        relayed: attention is weighted by the attention its queries receive from each other.
+        part_of: the fact about all tokens of which this is the part about text tokens.
+        instead: the fact that replaces it in encoders without a CLS token.
     """
 
     name: str
@@ -67,7 +66,7 @@ class FactSpec:
 
     @property
     def of_encoder(self) -> bool:
-        """Whether it is known before the LLM runs, and about the encoder's layers."""
+        """Whether it is about the encoder, and so known before the LLM runs."""
         return self.read in ("pixels", "encoder layer", "encoder output")
 
 
@@ -139,12 +138,12 @@ _AT = {(spec.name, site): spec for spec in FACTS for site in spec.sites}
 
 
 def spec_of(name: str, site: Site) -> FactSpec | None:
-    """The fact that a stage at this site means by a name; None where there is none."""
+    """The fact that a stage at this site means by a name; None if there is none."""
     return _AT.get((name, site))
 
 
 def encoded(fact: Fact, site: Site) -> bool:
-    """Whether what a stage at this site asks for is the encoder's: known before the LLM runs."""
+    """Whether this fact, asked for at this site, is about the encoder and so known before the LLM runs."""
     spec = spec_of(fact.name, site)
     return spec is not None and spec.of_encoder
 

@@ -1,4 +1,4 @@
-"""Keys and values in few bits: codes without gaps between them, and what it takes to read them."""
+"""Keys and values quantized to a few bits per number: bit-packed codes, and what is needed to dequantize them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [..., ceil(d * bits / 8)] of uint8 codes [..., d], all below 2^bits."""
+    """uint8 [..., ceil(d * bits / 8)] from uint8 codes [..., d], all below 2^bits."""
     if 8 % bits:
         codes, bits = ((codes[..., None] >> _places(bits, 1, codes)) & 1).flatten(-2), 1
     each = 8 // bits
@@ -20,7 +20,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, d: int) -> Tensor:
-    """The codes [..., d] that were packed."""
+    """The codes [..., d] that `pack` packed."""
     if 8 % bits:
         codes = unpack(packed, 1, d * bits).unflatten(-1, (d, bits))
         return (codes << _places(bits, 1, codes)).sum(-1, dtype=torch.uint8)
@@ -28,18 +28,18 @@ def unpack(packed: Tensor, bits: int, d: int) -> Tensor:
 
 
 def _places(count: int, bits: int, like: Tensor) -> Tensor:
-    """[count] how far each code is shifted in what holds several."""
+    """[count] shift of each code within a byte (or of each bit within a code)."""
     return torch.arange(0, count * bits, bits, dtype=torch.uint8, device=like.device)
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """Numbers [Hk, n, d], each the nearest of 2^bits equal steps from a minimum to a maximum.
+    """Numbers [Hk, n, d], each rounded to one of 2^bits evenly spaced levels from a minimum to a maximum.
 
     Attributes:
         packed: uint8 [Hk, n, ceil(d * bits / 8)].
-        low, high: minimum and maximum, broadcast against the numbers; in their dtype, where both are exact and a step
-            would not be.
+        low, high: minimum and maximum, broadcast against the numbers. Stored in their dtype, in which both are exact
+            and a step size would not be.
     """
 
     packed: Tensor
@@ -50,7 +50,7 @@ class QuantizedTensor:
 
     @classmethod
     def of(cls, x: Tensor, axes: tuple[int, ...], bits: int) -> QuantizedTensor:
-        """Minimum and maximum are taken over these axes of x [Hk, n, d], n > 0."""
+        """Quantizes x [Hk, n, d], n > 0. Minimum and maximum are taken over these axes."""
         low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
         step = _step(low, high, bits)
         codes = torch.where(step > 0, ((x.float() - low.float()) / step).round(), 0).clamp(max=2**bits - 1)
@@ -71,12 +71,14 @@ def _step(low: Tensor, high: Tensor, bits: int) -> Tensor:
 
 @dataclass(frozen=True)
 class QuantizedKV:
-    """Keys and values [Hk, N, d] of some tokens of a row in few bits; reading `keys` and `values` computes them anew.
+    """Keys and values [Hk, N, d] of some tokens of a row, quantized; each access to `keys` or `values` dequantizes
+    them.
 
     Attributes:
-        place: int32 [N] where each token stands among those of all groups, one group after the other.
-        peak: [Hk, 1, d] by whose root every channel of the values was divided; zeros count as ones.
-        key_groups, value_groups: tokens that were rounded together; in every group of both the same.
+        place: int32 [N] index of each token in the concatenation of all groups.
+        peak: [Hk, 1, d] largest magnitude per channel of the values, which were divided by its root; zeros count as
+            ones.
+        key_groups, value_groups: tokens that were quantized together; both have the same tokens in the same groups.
     """
 
     place: Tensor
@@ -106,21 +108,21 @@ class QuantizedKV:
         return torch.cat([codes.read() for codes in groups], 1).index_select(1, self.place)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that is held."""
+        """All tensors that it holds."""
         groups = (*self.key_groups, *self.value_groups)
         return self.place, self.peak, *(t for codes in groups for t in (codes.packed, codes.low, codes.high))
 
     def first(self, count: int) -> QuantizedKV:
-        """Its first tokens; the codes of the others stay, unread."""
+        """The first `count` tokens; the codes of the others are kept but not read."""
         return replace(self, place=self.place[:count].clone())
 
     def map(self, function: Callable[[Tensor], Tensor]) -> QuantizedKV:
-        """With the function applied to every tensor, as to move them to another device."""
+        """A copy with the function applied to every tensor, for example to move it to another device."""
         keys, values = (tuple(c.map(function) for c in groups) for groups in (self.key_groups, self.value_groups))
         return QuantizedKV(function(self.place), function(self.peak), keys, values)
 
 
 def factor(peak: Tensor) -> Tensor:
-    """What the channels of values are divided by: the root, or 1."""
+    """What the channels of the values are divided by: the root of their largest magnitude, or 1 where that is 0."""
     root = peak.float().sqrt()
     return torch.where(root > 0, root, 1)

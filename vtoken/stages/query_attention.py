@@ -1,4 +1,4 @@
-"""What some queries of a prompt attend to in one decoder layer, computed once for all stages that ask."""
+"""The attention of some queries of a prompt in one decoder layer, computed once for all stages that ask for it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from vtoken.kernels import probe_sums, received_attention
 
 
 class QueryAttention:
-    """One row of a prefill in one decoder layer. A stage of site attention comes first, one of site cache finds what it
-    left.
+    """The attention of one row of a prefill in one decoder layer. A stage of site attention runs first; a stage of site
+    cache reuses its results.
 
     Attributes:
-        q: [H, N, d] queries with RoPE; k: [Hk, N, d] keys, query head h reads key head h // (H / Hk); scale: factor on
-            q . k.
-        announced: of how many last queries `received` will be asked for later, 0 for none. A pass over more keeps them.
+        q: [H, N, d] queries with RoPE; k: [Hk, N, d] keys; scale: factor on q . k. Query head h reads key head h // (H
+            / Hk).
+        announced: for how many last queries a later stage will ask `received`, 0 for none. A pass over more queries
+            stores that result too.
     """
 
     def __init__(self, q: Tensor, k: Tensor, scale: float, announced: int = 0) -> None:
@@ -26,8 +27,7 @@ class QueryAttention:
         self._found: dict[Hashable, Any] = {}
 
     def lines(self, count: int) -> tuple[Tensor, Tensor]:
-        """[Hk, H / Hk, N] fp32 each: attention of the last `count` queries, summed, to every token and over every
-        distance."""
+        """[Hk, H / Hk, N] fp32 each: attention of the last `count` queries, summed per key and per distance."""
 
         def work() -> tuple[Tensor, Tensor]:
             recent = self.announced if self.announced < count else 0
@@ -42,7 +42,7 @@ class QueryAttention:
         return found
 
     def received(self, count: int) -> Tensor:
-        """[Hk, H / Hk, N] fp32: attention of the last `count` queries, summed, to every token."""
+        """[Hk, H / Hk, N] fp32: attention of the last `count` queries to every key, summed."""
 
         def work() -> Tensor:
             q, k = (x.transpose(0, 1) for x in (self.q[:, -count:], self.k))
@@ -54,22 +54,22 @@ class QueryAttention:
         return found
 
     def heads(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Queries [H / Hk, N, d] and keys [1, N, d] of every key head."""
+        """For every key head, its queries [H / Hk, N, d] and keys [1, N, d]."""
         return zip(self.q.split(len(self.q) // len(self.k)), self.k.split(1), strict=True)
 
     def once(self, key: Hashable, work: Callable[[], Any]) -> Any:
-        """`work()`, done the first time under this key."""
+        """`work()`, computed once per key."""
         if key not in self._found:
             self._found[key] = work()
         return self._found[key]
 
 
 def shared(given: QueryAttention | None, q: Tensor, k: Tensor, scale: float) -> QueryAttention:
-    """The given one, if it is of these very queries and keys; else a new one."""
+    """The given object if it belongs to these very queries and keys; else a new one."""
     fits = given is not None and same(given.q, q) and same(given.k, k) and given.scale == scale
     return given if given is not None and fits else QueryAttention(q, k, scale)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are one view of the same memory."""
+    """Whether two tensors are the same view of the same memory."""
     return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)

@@ -1,7 +1,7 @@
 """Visual tokens and what a stage decides about them: VisualTokens, Keep.
 
-Letters in every docstring: `B` batch rows, `N` visual tokens (`N_i` of image i), `K` kept, `T` text tokens, `L`
-sequence, `H` heads, `D` width, `d` head width.
+Letters in every docstring: `B` batch rows, `N` visual tokens (`N_i` of image i), `K` kept tokens, `T` text tokens, `L`
+sequence length, `H` heads, `D` width, `d` head width. `Σ` is the sum over images.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ Parts = tuple[Grid, ...]
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """The visual tokens of one prefill, packed over images; ragged is the normal case.
+    """The visual tokens of one prefill, packed over images of any length.
 
-    At site frames a row is not a token but a frame of a video (Qwen: a pair of frames), before anything was encoded:
-    `x` holds the normalised pixels of its thumbnail, float32 [ΣF, channels * height * width], `parts` is ((frames, 1,
-    1),), and images have one.
+    At site frames an entry is not a token but a frame of a video (Qwen: a pair of frames), before encoding: `x` holds
+    the normalised pixels of its thumbnail, float32 [ΣF, channels * height * width], and `parts` is ((frames, 1, 1),);
+    an image has one frame.
 
     Attributes:
         x: [ΣN, D] embeddings (hidden states at encoder and decoder sites).
-        offsets: [images + 1] int32 on the device of `x`: image i owns rows offsets[i]:offsets[i+1].
-        lengths: N_i on the host, so that no stage has to ask the device for a size.
+        offsets: [images + 1] int32 on the device of `x`: image i owns entries offsets[i]:offsets[i+1].
+        lengths: N_i on the host, so that no stage has to fetch a size from the device.
         parts: rasters of each image before anything was dropped, as (frames, rows, columns), in token order. A plain
-            image or a video is one raster; an anyres image is two, the downscaled whole and the stitched crops without
-            their padding. Newline tokens are in no raster: they follow the pipeline's newline policy and no method sees
-            them.
+            image or a video has one raster; an anyres image has two, the downscaled whole picture and the stitched
+            crops without their padding. Newline tokens belong to no raster: they follow the pipeline's newline policy
+            and no method sees them.
         row: batch row of each image.
         raster_index: [ΣN] position of each token among its image's unpruned tokens (rasters one after the other).
-        segment: [ΣN] frame of a video, or crop of an anyres image (0 is the downscaled whole), each token belongs to;
-            None when every image is a single one.
+        segment: [ΣN] frame of a video, or crop of an anyres image (0 is the downscaled whole), that each token belongs
+            to; None if every image is a single segment.
         facts: what the stage declared in `needs`.
         layer: layer index at encoder and decoder sites, else None.
-        memory: scratch of this stage for this prefill (stages themselves hold no state).
-        size: [ΣN] float32, unpruned tokens that each one stands for; None while nothing was merged.
-        lead: tokens in front of every image that no stage may touch: 1 at encoder sites with CLS.
+        memory: scratch space of this stage for this prefill (stages themselves hold no state).
+        size: [ΣN] float32, number of unpruned tokens that each one stands for; None while nothing was merged.
+        lead: tokens before every image that no stage may touch: 1 at encoder sites with CLS.
     """
 
     x: Tensor
@@ -78,7 +78,7 @@ class VisualTokens:
         return cls(x, offsets_of(lengths, x.device), tuple(lengths), tuple(parts), tuple(row), raster_index, **more)
 
     def whole(self, image: int) -> bool:
-        """Whether nothing was dropped from the image so far."""
+        """Whether nothing has been dropped from the image so far."""
         return self.lengths[image] == size_of(self.parts[image])
 
     def fact(self, name: str, layer: int | None = None, above: float = 0.0) -> Any:
@@ -92,7 +92,7 @@ def size_of(parts: Parts) -> int:
 
 
 def uploaded(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """[len] on the device; other than in `torch.tensor(values, device=device)` the host does not wait for the
+    """[len] on the device. Unlike `torch.tensor(values, device=device)`, it does not make the host wait for the
     device."""
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
@@ -110,7 +110,7 @@ def image_of(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def place_in_image(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """[ΣN] place of each packed token in its image."""
+    """[ΣN] index of each packed token within its image."""
     if len(lengths) == 1:
         return torch.arange(lengths[0], device=device)
     starts = np.cumsum(lengths) - lengths
@@ -119,8 +119,8 @@ def place_in_image(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def segments_of(parts: Parts, per: str) -> int:
-    """Frames of a video, or crops of an anyres image with the downscaled whole, counted from its size without padding:
-    a long picture that is forced into 2 x 2 crops has more of them."""
+    """Frames of a video; or crops of an anyres image, the downscaled whole included, estimated from its size without
+    padding: a long picture that is forced into 2 x 2 crops has more of them."""
     if len(parts) == 1:
         return parts[0][0] if per == "per_frame" else 1
     (_, side, _), (_, height, width) = parts
@@ -129,14 +129,15 @@ def segments_of(parts: Parts, per: str) -> int:
 
 @dataclass(frozen=True)
 class Fused:
-    """Slots that become something else than the mean of their members' embeddings.
+    """Slots that do not become the mean of their members' embeddings, but this.
 
     Attributes:
         slots: [M] int64 kept slots (0..ΣK-1).
         factor: [M] float32 that multiplies the mean.
-        features: [ΣN, D_encoder] the fact `features`: at site tokens the mean is taken of them, and the projector makes
-            an embedding of it. None, or where one visual token takes several patches' features (Qwen): of embeddings.
-        largest: the factor multiplies the largest of every number, not the mean; without `features`.
+        features: [ΣN, D_encoder] the fact `features`. If given, at site tokens, their mean is taken and the projector
+            makes the embedding of it. If None, or where one visual token is made from the features of several patches
+            (Qwen), the mean is over embeddings.
+        largest: the factor multiplies the elementwise maximum instead of the mean; only without `features`.
     """
 
     slots: Tensor
@@ -147,16 +148,16 @@ class Fused:
 
 @dataclass(frozen=True)
 class Keep:
-    """The decision of a stage, plain data.
+    """The decision of a stage, as plain data.
 
     Attributes:
-        index: [ΣK] int64 rows of the packed axis that stay, ascending (reading order).
-        lengths: kept per image, on the host.
-        into: [ΣN] kept slot (0..ΣK-1) that absorbs each token, -1 = dropped; None when losers are simply dropped. A
+        index: [ΣK] int64 entries of the packed axis that stay, ascending (reading order).
+        lengths: tokens kept per image, on the host.
+        into: [ΣN] kept slot (0..ΣK-1) that absorbs each token, -1 = dropped; None if all other tokens are dropped. A
             kept token absorbs itself.
-        complete: no token is dropped, `into` holds no -1; saves looking for them.
+        complete: no token is dropped, so `into` holds no -1; saves a search for them.
         weight: [ΣN] weight of each token in its slot's mean; None means equal weights.
-        fused: slots that are not to be plain means; only with `into`.
+        fused: slots that are not plain means; only with `into`.
     """
 
     index: Tensor
@@ -168,7 +169,7 @@ class Keep:
 
     @cached_property
     def total(self) -> Tensor | None:
-        """[ΣK] float32, weights of each slot's members, where no token is dropped; else None."""
+        """[ΣK] float32, sum of the weights of each slot's members, if no token is dropped; else None."""
         return totals(self.into, len(self.index), self.weight) if self.into is not None and self.complete else None
 
     def to(self, device: torch.device) -> Keep:
@@ -181,12 +182,13 @@ class Keep:
         return Keep(self.index.to(device), self.lengths, into, weight, f, self.complete)
 
     def skipping(self, lengths: Sequence[int], skipped: Sequence[bool]) -> Keep:
-        """The same decision, but images (of N_i = `lengths` tokens) that are skipped keep all tokens as they are."""
+        """The same decision, except that skipped images (of N_i = `lengths` tokens) keep all their tokens unchanged."""
         own = uploaded(skipped, self.index.device, torch.bool)[image_of(lengths, self.index.device)]
         return self.retaining(own, [n if s else k for n, k, s in zip(lengths, self.lengths, skipped, strict=True)])
 
     def retaining(self, own: Tensor, lengths: Sequence[int]) -> Keep:
-        """The same decision, but the tokens `own` [ΣN] bool stay as they are; `lengths` are kept per image then."""
+        """The same decision, except that the tokens `own` [ΣN] bool stay unchanged; `lengths` are the resulting counts
+        per image."""
         alive = own.clone()
         alive[self.index] = True
         slot = alive.cumsum(0) - 1
@@ -198,15 +200,16 @@ class Keep:
             tokens = self.index[fused.slots]
             stay = ~own[tokens]
             fused = replace(fused, slots=slot[tokens[stay]], factor=fused.factor[stay])
-        # As nonzero(), whose size the device would be asked for.
+        # As nonzero(), but without fetching its size from the device.
         index = torch.argsort(~alive, stable=True)[: sum(lengths)]
         return Keep(index, tuple(lengths), into, weight, fused, self.complete)
 
     def apply(self, x: Tensor, project: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Applies the decision to anything with a packed token axis: [ΣN, ...] -> [ΣK, ...].
+        """Applies the decision to any tensor with a packed token axis: [ΣN, ...] -> [ΣK, ...].
 
         Args:
-            project: makes embeddings [M, D] of features [M, D_encoder], where x are embeddings and the family can.
+            project: turns features [M, D_encoder] into embeddings [M, D]; given if x holds embeddings and the family
+                supports it.
         """
         if self.into is None:
             return gather_tokens(x, self.index)
@@ -227,8 +230,7 @@ class Keep:
 
 
 def _largest(x: Tensor, into: Tensor, slots: int) -> Tensor:
-    """[slots, ...] the largest of every number over the rows of x [ΣN, ...] that go `into` each slot (-1: into
-    none)."""
+    """[slots, ...] elementwise maximum over the entries of x [ΣN, ...] that go `into` each slot (-1: into none)."""
     room = x.new_full((slots + 1, *x.shape[1:]), -torch.inf)
     slot = torch.where(into < 0, slots, into).view(-1, *[1] * (x.ndim - 1)).expand_as(x)
     return room.scatter_reduce_(0, slot, x, "amax")[:slots]
