@@ -1,1 +1,1 @@
-"""More than choosing: merge, retire, sparsify, shrink. One method per file."""
+"""Methods that do more than choose: they merge tokens, drop all of them, sparsify attention or shrink the cache."""

@@ -11,8 +11,8 @@ from vtoken.stages import Keep, Parts, VisualTokens, size_of
 
 
 def pooled(tokens: VisualTokens, sides: Sequence[int]) -> Keep:
-    """Every cell's tokens become one, in the place of the first; `sides` of the cells, in tokens of the unpruned
-    raster, per image."""
+    """Every cell's tokens become one, at the place of the first; `sides` is the side of each image's cells, in tokens
+    of the unpruned raster."""
     index, into, start = [], [], 0
     lengths: list[int] = []
     for n, parts, side in zip(tokens.lengths, tokens.parts, sides, strict=True):
@@ -28,12 +28,12 @@ def pooled(tokens: VisualTokens, sides: Sequence[int]) -> Keep:
 
 
 def cells_in(parts: Parts, side: int) -> int:
-    """Cells of an image with these rasters."""
+    """Number of cells of an image with these rasters."""
     return sum(t * -(-h // side) * -(-w // side) for t, h, w in parts)
 
 
 def _cells(place: Tensor, parts: Parts, side: int) -> Tensor:
-    """[n] number of the cell of each token."""
+    """[n] cell of each token."""
     out, before, cells_before = torch.zeros_like(place), 0, 0
     for part in parts:
         _, h, w = part

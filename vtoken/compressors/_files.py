@@ -1,4 +1,4 @@
-"""Files of trained weights that an option names: what is in them is checked before anything uses it."""
+"""Files of trained weights that options name; their contents are checked before they are used."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-Shape = tuple[int | str, ...]  # words where the file itself leaves open how many
+Shape = tuple[int | str, ...]  # words for sizes that the file itself leaves open
 
 
 def existing(path: Path, name: str, mend: str) -> Path:
     """The path, if there is a file.
 
     Raises:
-        ValueError: there is none, or one that may not be read; says what to do.
+        ValueError: there is no file, or it may not be read; says what to do.
     """
-    if not os.path.isfile(path):  # Path.is_file raises where a name is too long.
+    if not os.path.isfile(path):  # Path.is_file raises if a name is too long.
         raise ValueError(f"no file {name[:200]!r}; {mend}")
     if not os.access(path, os.R_OK):
         raise ValueError(f"{name!r} may not be read; give yourself the right, or {mend}")
@@ -30,10 +30,10 @@ def existing(path: Path, name: str, mend: str) -> Path:
 
 
 def opened(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Header and tensors, on the CPU, of a safetensors file.
+    """Header and tensors (on the CPU) of a safetensors file.
 
     Raises:
-        ValueError: it is none, or cannot be read.
+        ValueError: the file is not safetensors, or cannot be read.
     """
     try:
         with torch.inference_mode(False), safe_open(path, "pt") as file:
@@ -43,10 +43,10 @@ def opened(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def count(path: Path, told: Mapping[str, str], key: str) -> int:
-    """A whole number from 1 on in a file's header.
+    """A positive integer from the header of a file.
 
     Raises:
-        ValueError: there is no such key, or something else.
+        ValueError: there is no such key, or its value is something else.
     """
     if not re.fullmatch("[1-9][0-9]{0,8}", told.get(key, "")):
         found = reprlib.repr(told[key]) if key in told else "nothing"
@@ -55,7 +55,7 @@ def count(path: Path, told: Mapping[str, str], key: str) -> int:
 
 
 def expect(path: Path, found: Mapping[str, Tensor], wanted: Iterable[tuple[str, Shape]]) -> None:
-    """Refuses anything but tensors of these names and shapes, of one float dtype, all finite.
+    """Refuses tensors with other names, shapes or values than expected: all of one float dtype, all finite.
 
     Raises:
         ValueError: names the file, the tensor and what was expected.
@@ -83,12 +83,12 @@ def expect(path: Path, found: Mapping[str, Tensor], wanted: Iterable[tuple[str, 
 
 
 def written(shape: Iterable[int | str]) -> str:
-    """[4, D]."""
+    """A shape as text: [4, D]."""
     return f"[{', '.join(map(str, shape))}]"
 
 
 class Weights:
-    """Tensors of a file, by decoder layer: read once, so that what is done to the file later does not reach a wrapped
+    """Tensors of a file, by decoder layer. The file is read once, so that later changes to it do not reach a wrapped
     model.
 
     Attributes:
@@ -100,7 +100,7 @@ class Weights:
         self._there: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
 
     def on(self, layer: int, device: torch.device) -> tuple[Tensor, ...]:
-        """Those of one layer on the device that asks, brought there once."""
+        """The tensors of one layer on a device, copied there once."""
         if (layer, device) not in self._there:
             with torch.inference_mode(False):
                 self._there[layer, device] = tuple(t.to(device) for t in self.layers[layer])

@@ -1,7 +1,7 @@
 """Bipartite soft matching, the step that ToMe and its successors share, for all sequences of a batch at once.
 
-Letters: `S` sequences (images, crops or frames), `W` and `V` most tokens that one of them has on side A and side B.
-Padding holds the row ΣN, one behind the last.
+Letters: `S` sequences (images, crops or frames); `W` and `V` largest number of tokens of a sequence on side A and on
+side B. Padding holds the row ΣN, one past the last.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from vtoken.stages import (
 
 @dataclass(frozen=True)
 class Pairs:
-    """Every second token of a sequence, and its most similar one among the others.
+    """Every second token of a sequence, with the most similar of its other tokens.
 
     Attributes:
         a, b: [S, W] and [S, V] packed rows of the two sides, in the order of the sequence.
-        partner: [S, W] packed row, of side B, of each token of side A.
-        value: [S, W] their cosine, -inf where there is none.
+        partner: [S, W] packed row, on side B, of the partner of each token on side A.
+        value: [S, W] their cosine similarity, -inf if there is no partner.
         lead: as in VisualTokens.
         padded: sequences differ in length.
     """
@@ -51,7 +51,7 @@ class Pairs:
 
 
 class Merged(NamedTuple):
-    """`rows` [ΣK] that are left and who goes `into` whom, as in Keep; `order` [ΣK] of what is left for its next match,
+    """The `rows` [ΣK] that are left; `into`, as in Keep; and the `order` [ΣK] of what is left for the next match,
     sequence by sequence."""
 
     rows: Tensor
@@ -60,11 +60,11 @@ class Merged(NamedTuple):
 
 
 def match(metric: Tensor, order: Tensor, held: Sequence[int], lead: int = 0) -> Pairs:
-    """Pairs of [ΣN, d] tokens by cosine; ties go to the first.
+    """Pairs of [ΣN, d] tokens by cosine similarity; ties go to the first.
 
     Args:
-        order: [ΣN] packed rows, sequence by sequence, in the order in which the sides are dealt out: with a token in
-            front (`lead`, of side A, never merged) the first goes to side B.
+        order: [ΣN] packed rows, sequence by sequence, in the order in which tokens are dealt to the two sides. If there
+            is a token in front (`lead`, on side A, never merged), the first goes to side B.
         held: tokens per sequence.
     """
     unit, first = normalize(metric.float(), dim=-1), lead % 2
@@ -84,15 +84,15 @@ def match(metric: Tensor, order: Tensor, held: Sequence[int], lead: int = 0) -> 
     mine, theirs = a.flatten()[at], b.flatten()[to]
     cosine, best = nearest_tokens(unit[mine], unit[theirs], a_ends, b_ends, unit=True)
     value, partner = cosine.new_full((a.numel(),), -torch.inf), a.flatten().clone()
-    # Nobody to join: the value says so.
+    # Tokens without a partner are marked by their value, -inf.
     partner[at] = theirs[best] if len(theirs) else mine
     value[at] = cosine
     return Pairs(a, b, partner.view_as(a), value.view_as(a), lead, padded=True)
 
 
 def _taken(held: Sequence[int], first: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which of the [S x width] seats of one side, every second token from `first` on, are taken, and packed offsets of
-    them, on the host."""
+    """Which of the [S x width] seats of one side (every second token from `first` on) are taken, and their packed
+    offsets, on the host."""
     rows, columns = seats(held, torch.device("cpu"))
     mine = columns % 2 == first
     seat = rows[mine] * width + columns[mine] // 2
@@ -100,11 +100,12 @@ def _taken(held: Sequence[int], first: int, width: int, device: torch.device) ->
 
 
 def merge(pairs: Pairs, held: Sequence[int], taken: Sequence[int], places: Tensor, anew: bool = False) -> Merged:
-    """Lets the `taken` most similar of side A join their partners, in every sequence. `places` [ΣN or more]: 0, 1, ...
+    """Merges the `taken` most similar tokens of side A into their partners, in every sequence. `places` [ΣN or more]:
+    0, 1, ...
 
-    Next come first what is left of side A (by similarity; with a token in front in the old order), then side B. A
-    sequence in which nothing merged keeps its order. With `anew` side A stays in the old order, and no sequence keeps
-    its own.
+    In the next order, the rest of side A comes first (by similarity; with a token in front, in the old order), then
+    side B. A sequence in which nothing merged keeps its order. With `anew`, side A stays in the old order, and every
+    sequence is reordered.
     """
     ranked = pairs.value.sort(dim=1, descending=True, stable=True).indices
     most = max(taken)
@@ -133,19 +134,20 @@ def merge(pairs: Pairs, held: Sequence[int], taken: Sequence[int], places: Tenso
 
 
 def survivors(home: Tensor, places: Tensor, gone: int) -> tuple[Tensor, Tensor]:
-    """[ΣK] rows that are their own `home` [ΣN], and [ΣN] which of them each row goes into; `places` [ΣN]: 0, 1, ..."""
+    """[ΣK] rows that are their own `home` [ΣN], and [ΣN] which of these each row goes into; `places` [ΣN]: 0, 1, ..."""
     into = ((home == places).cumsum(0) - 1)[home]
     return torch.empty_like(home[gone:]).scatter_(0, into, home), into
 
 
 def seats(held: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """[ΣN] sequence of each token, and its place there."""
+    """[ΣN] sequence of each token, and its index in that sequence."""
     return image_of(held, device), place_in_image(held, device)
 
 
 @dataclass
 class Order:
-    """In what order (`rows`) the tokens that a decision left, so many per sequence, are dealt out next.
+    """The order (`rows`) in which the tokens left by a decision, `lengths` per sequence, are dealt to the sides next
+    time.
 
     Attributes:
         kept: their rows among the tokens that had this raster index; places: 0, 1, ...
@@ -158,7 +160,7 @@ class Order:
     places: Tensor
 
     def now(self, tokens: VisualTokens) -> Tensor:
-        """[ΣK] of the tokens that are live now; other stages may have dropped some in between."""
+        """[ΣK] order of the tokens that are live now; other stages may have dropped some in between."""
         if self.lengths == tokens.lengths:
             return self.rows
         device, sizes = self.rows.device, [size_of(parts) for parts in tokens.parts]
@@ -170,13 +172,13 @@ class Order:
 
 
 class Merger(Compressor):
-    """What ToMe and DToMe share: one match in every layer they act at, by the head mean of its keys; each picture
+    """Shared by ToMe and DToMe: one match in every layer at which they act, by keys averaged over heads; each picture
     (crop) is a sequence of its own."""
 
     site: ClassVar[Site] = "encoder"
     anew: ClassVar[bool] = False  # as in `merge`
 
-    proportional: bool = Field(default=True, description="keys of later layers count as often as they have members")
+    proportional: bool = Field(default=True, description="later layers count the key of a merged token once per member")
 
     def needs(self) -> tuple[Fact, ...]:
         return (Fact("mean_key"),)
@@ -185,10 +187,10 @@ class Merger(Compressor):
         return "proportional" if self.proportional else "plain"
 
     def taken(self, value: Tensor, held: Sequence[int], at: int) -> tuple[int, ...]:
-        """Merges per sequence.
+        """Number of merges per sequence.
 
         Args:
-            value: [S, W] similarity of each pair, -inf where there is none.
+            value: [S, W] similarity of each pair, -inf if there is none.
             held: tokens per sequence; at most half of them merge.
             at: layer (0 outside a model) or round.
         """

@@ -1,4 +1,4 @@
-"""Similarity thresholds, found with `vtoken calibrate dtome`, for stages that merge whatever is more similar."""
+"""Similarity thresholds from `vtoken calibrate dtome`, for stages that merge all pairs above them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ MEND = "make them with vtoken calibrate dtome"
 
 
 class Thresholds(BaseModel):
-    """Options that a file of thresholds fills; the stage then holds the numbers."""
+    """Options that a file of thresholds can fill; after that, the stage holds the numbers themselves."""
 
     thresholds: str | tuple[float, ...] = Field(
-        description="one per layer (dtome) or round (dtome_post), pairs above it merge; or the file of `vtoken "
+        description="one per layer (dtome) or round (dtome_post); pairs above it merge; or the file of `vtoken "
         "calibrate dtome`",
         json_schema_extra=NAMES_FILE,
     )
     left: tuple[float, ...] | None = Field(
-        default=None, description="share of tokens left after each, as calibrated: what the FLOPs account counts on"
+        default=None, description="share of tokens left after each, as calibrated, for the FLOPs account"
     )
 
     @model_validator(mode="before")
@@ -39,18 +39,18 @@ class Thresholds(BaseModel):
         return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
 
     def threshold(self, at: int) -> float:
-        """Of a layer or round."""
+        """The threshold of a layer or round."""
         value = self.thresholds[at]
         assert isinstance(value, float)
         return value
 
     def above(self, value: Tensor, held: Sequence[int], at: int) -> tuple[int, ...]:
-        """Merges per sequence, at most half its tokens; fetched from the device once."""
+        """Number of merges per sequence, at most half its tokens; fetched from the device once."""
         counts: list[int] = (value > self.threshold(at)).sum(1).tolist()
         return tuple(min(count, n // 2) for count, n in zip(counts, held, strict=True))
 
     def expected(self, lengths: Sequence[int], full: Sequence[int], at: int) -> tuple[int, ...]:
-        """Tokens expected of each image; all where nobody calibrated."""
+        """Expected tokens of each image; all of them if there was no calibration."""
         if self.left is None:
             return tuple(lengths)
         share = self.left[at]
@@ -58,10 +58,10 @@ class Thresholds(BaseModel):
 
 
 def read(path: str, method: str) -> dict[str, Any]:
-    """The options in a file.
+    """The options held in a file.
 
     Raises:
-        ValueError: no such file, or not one of thresholds for this method.
+        ValueError: there is no such file, or it holds no thresholds for this method.
     """
     file = existing(Path(path), path, MEND)
     about, found = opened(file)

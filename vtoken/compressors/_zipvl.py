@@ -1,4 +1,4 @@
-"""What the two stages of ZipVL share: which tokens of a prompt are important in a layer; and its quantiser."""
+"""Shared by the two stages of ZipVL: which tokens of a prompt are important in a layer, and the quantiser."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from vtoken.stages.query_attention import QueryAttention
 
 
 class Important(BaseModel):
-    """Options of the choice; with the same ones in both stages the second finds what the first worked out."""
+    """Options of the choice. If both stages have the same ones, the second reuses the choice of the first."""
 
     tau: float = Field(
         default=0.975,
         gt=0,
         le=1,
-        description="share of the probe's attention that decides how many tokens are important",
+        description="share of the probing queries' attention that decides how many tokens are important",
     )
-    recent: int = Field(default=64, ge=1, description="newest tokens: they probe, and are always important")
-    drawn: int = Field(default=64, ge=0, description="older tokens, drawn at random, that probe too")
+    recent: int = Field(
+        default=64, ge=1, description="newest tokens: their queries probe, and they are always important"
+    )
+    drawn: int = Field(default=64, ge=0, description="older tokens, drawn at random, whose queries probe too")
     seed: int = Field(
-        default=0, description="of the draw, which depends on nothing else but the number of older tokens"
+        default=0, description="seed of the draw, which otherwise depends only on the number of older tokens"
     )
-    text: bool = Field(default=False, description="text competes with visual tokens; else all of it is important")
+    text: bool = Field(default=False, description="text competes with visual tokens; otherwise all text is important")
 
     def important(self, probe: QueryAttention, text: Tensor) -> Tensor:
         """[P] ascending positions of the important tokens of a row, the same for all heads. Waits for the device once.
 
         Args:
-            text: [N] bool, what is no visual token.
+            text: [N] bool, tokens that are not visual.
         """
         key = ("zipvl", self.tau, self.recent, self.drawn, self.seed, self.text)
         found: Tensor = probe.once(key, lambda: self._important(probe, text))
@@ -45,27 +47,26 @@ class Important(BaseModel):
         enough = (received.sort(descending=True).values.cumsum(0) < self.tau * len(at)).sum() + 1
         always = (slots >= n - self.recent) | (slots == 0)
         always = always if self.text else always | text
-        # A late token is seen by fewer queries than an early one.
+        # Fewer queries see a late token than an early one.
         mean = received / (at[:, None] >= slots).sum(0)
         count = int(torch.maximum(enough, always.sum()).clamp(max=n))
         return mean.masked_fill(always, torch.inf).argsort(descending=True, stable=True)[:count].sort().values
 
     def queries(self, n: int) -> Tensor:
-        """[R] ascending positions of the tokens of a prompt of n that probe."""
+        """[R] ascending positions of the probing queries in a prompt of n tokens."""
         older = max(0, n - self.recent)
         lots = torch.randperm(older, generator=torch.Generator().manual_seed(self.seed))
         return torch.cat([lots[: self.drawn].sort().values, torch.arange(older, n)])
 
 
 def quantised(keys: Tensor, values: Tensor, groups: tuple[tuple[Tensor, int], ...]) -> QuantizedKV:
-    """Keys and values [Hk, N, d] in few bits.
+    """Quantises keys and values [Hk, N, d].
 
-    Keys: minimum and maximum of every channel of every head over the tokens of a group. Values: divided by the root of
-    the largest magnitude of their channel over all tokens, then minimum and maximum of every token over heads and
-    channels.
+    Keys: minimum and maximum per channel and head, over the tokens of a group. Values: divided by the root of the
+    largest magnitude of their channel over all tokens, then minimum and maximum per token, over heads and channels.
 
     Args:
-        groups: (positions [n], bits) of tokens that are quantised together; every token is in one.
+        groups: (positions [n], bits) of tokens that are quantised together; every token belongs to one group.
     """
     peak = values.abs().amax(1, keepdim=True)
     v = values.float() / factor(peak)

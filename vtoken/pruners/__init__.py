@@ -1,1 +1,1 @@
-"""Which tokens live: one method per file, no model in sight."""
+"""Methods that choose which tokens stay: one per file, none knows a model."""

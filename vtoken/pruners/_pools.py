@@ -1,4 +1,4 @@
-"""What methods that decide pool by pool share. A pool is an image, or with a budget per frame or crop one of its segments."""
+"""Shared by methods that decide pool by pool: image by image or, with a budget per frame or crop, by segment."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from vtoken.stages import Keep, Pruner, VisualTokens, keep_all, offsets_of
 
 
 def choose(stage: Pruner, tokens: VisualTokens, pick: Callable[[Tensor, int], Tensor]) -> Keep:
-    """Lets `pick(rows, k)` choose k of a pool's packed rows [n] (ascending), in any order. 1 <= k < n: pools that stay
-    whole are not asked. A loop over pools."""
+    """Keeps what `pick(rows, k)` returns for each pool: k of its packed rows [n] (ascending), in any order, 1 <= k < n.
+    Pools that keep all their tokens are skipped. Loops over pools."""
     return choose_alike(stage, tokens, lambda rows, k: torch.stack([pick(pool, k) for pool in rows]))
 
 
 def choose_alike(stage: Pruner, tokens: VisualTokens, pick: Callable[[Tensor, int], Tensor]) -> Keep:
-    """As choose, for what takes several pools of one size and budget: `pick(rows [pools, n], k)` gives [pools, k]. A
-    loop over sizes and budgets."""
+    """As choose, for functions that take several pools of equal size and budget: `pick(rows [pools, n], k)` returns
+    [pools, k]. Loops over pairs of size and budget."""
     order, held, counts, lengths = pools_of(stage, tokens)
     if counts == held:
         return keep_all(tokens)
@@ -34,9 +34,9 @@ def choose_alike(stage: Pruner, tokens: VisualTokens, pick: Callable[[Tensor, in
 def choose_together(
     stage: Pruner, tokens: VisualTokens, pick: Callable[[Tensor, list[int], list[int]], Tensor]
 ) -> Keep:
-    """As choose, for what takes a ragged batch: `pick(rows, held, counts)` gets the packed rows [Σn] of all pools that
-    lose something, how many each holds and keeps, and returns positions [Σk] in `rows`, pool by pool, in any order
-    within one."""
+    """As choose, for functions that take a ragged batch: `pick(rows, held, counts)` gets the packed rows [Σn] of all
+    pools that lose tokens, and their sizes and budgets. It returns positions [Σk] in `rows`, pool by pool, in any order
+    within a pool."""
     order, held, counts, lengths = pools_of(stage, tokens)
     if counts == held:
         return keep_all(tokens)
@@ -47,7 +47,7 @@ def choose_together(
 
 
 def pools_of(stage: Pruner, tokens: VisualTokens) -> tuple[Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Order [ΣN] of the tokens, pool by pool; tokens held and to keep per pool; tokens to keep per image."""
+    """Order [ΣN] of the tokens, pool by pool; tokens per pool; tokens to keep per pool; tokens to keep per image."""
     if stage.keep.per is not None and tokens.segment is not None:
         return stage.per_segment(tokens)
     counts = stage.keep.counts(tokens.lengths, tokens.row)
@@ -55,13 +55,13 @@ def pools_of(stage: Pruner, tokens: VisualTokens) -> tuple[Tensor, tuple[int, ..
 
 
 def offsets_on_host(held: Sequence[int]) -> Tensor:
-    """[len + 1] packed offsets; ops copy them to a device without waiting for it."""
+    """[len + 1] packed offsets on the host; ops copy them to a device without waiting for it."""
     return offsets_of(held, torch.device("cpu"))
 
 
 def merged(keep: Keep, home: Tensor, weight: Tensor | None = None, complete: bool = False) -> Keep:
-    """The decision with `home` [ΣN], the packed row that absorbs each dropped token (-1: none does), as `Keep.into`.
-    Where that is `complete`, no -1 among them, kept tokens have to be their own home."""
+    """The decision with `Keep.into` made from `home` [ΣN], the packed row that absorbs each dropped token (-1: none).
+    With `complete`, `home` holds no -1, and every kept token must be its own home."""
     slot = torch.full_like(home, -1)
     slot[keep.index] = torch.arange(len(keep.index), device=home.device)
     if complete:
@@ -76,6 +76,6 @@ def top(scores: Tensor, k: int) -> Tensor:
 
 
 def rest_of(n: int, taken: Tensor) -> Tensor:
-    """[n - len(taken)] positions that are not taken, ascending; without asking the device."""
+    """[n - len(taken)] positions that are not taken, ascending; does not wait for the device."""
     free = torch.ones(n, dtype=torch.int8, device=taken.device).index_fill_(0, taken, 0)
     return top(free, n - len(taken))

@@ -1,4 +1,4 @@
-"""What block-sparse methods have in common: sums and means of blocks, and what is taken of a ranking."""
+"""Shared by block-sparse methods: sums and means over blocks, and selections from a ranking."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ def block_sum(x: Tensor, size: int) -> Tensor:
 
 
 def block_mean(x: Tensor, size: int) -> Tensor:
-    """[H, N, d] -> [H, ceil(N / size), d] fp32, means over blocks; the last one over the tokens that it has."""
+    """[H, N, d] -> [H, ceil(N / size), d] fp32, means over blocks; an incomplete last block averages the tokens it
+    has."""
     n = x.shape[1]
     sums = pad(x.float(), (0, 0, 0, -n % size)).unflatten(1, (-1, size)).sum(2)
     held = (n - torch.arange(0, n, size, device=x.device)).clamp(max=size)
@@ -31,14 +32,14 @@ def best(x: Tensor, count: Tensor) -> Tensor:
 
 
 def ranks(x: Tensor) -> Tensor:
-    """[..., M] int64: how many of the last axis come before each, the largest first, ties by index."""
+    """[..., M] int64: rank of each entry along the last axis, the largest first, ties by index."""
     order = x.argsort(dim=-1, descending=True, stable=True)
     return torch.empty_like(order).scatter_(-1, order, torch.arange(x.shape[-1], device=x.device).expand_as(order))
 
 
 def cover(x: Tensor, share: float, drop_crossing: bool = False, always: Tensor | None = None) -> Tensor:
-    """[..., M] bool: the largest of the last axis until they hold `share` of its sum. The one that crosses is in, or
-    out; `always` [..., M] is in, and counts first."""
+    """[..., M] bool: the largest entries of the last axis until they hold `share` of its sum. The entry that crosses
+    the share is included, or excluded with `drop_crossing`; `always` [..., M] is included, and counts first."""
     ranked = x if always is None else x.masked_fill(always, torch.inf)
     order = ranked.sort(dim=-1, descending=True, stable=True).indices
     values = x.gather(-1, order)

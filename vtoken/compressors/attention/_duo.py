@@ -1,4 +1,4 @@
-"""DuoAttention's gates: one number per decoder layer and key head, written out or in a file."""
+"""DuoAttention's gates: one number per decoder layer and key head, given in the pipeline or in a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Gates = tuple[tuple[float, ...], ...]
 
 
 def read(name: str) -> Gates:
-    """The numbers of a file.
+    """The gates in a file.
 
     Raises:
         ValueError: there is no such file, or it holds something else.
@@ -34,7 +34,7 @@ def read(name: str) -> Gates:
 
 
 def check(rows: Any, what: str) -> None:
-    """Refuses what is not a number for every key head of every layer.
+    """Refuses anything but one number for every key head of every layer.
 
     Raises:
         ValueError: names `what`.

@@ -1,4 +1,4 @@
-"""Patterns of MMInference: where images and frames lie, vertical-slash indices, and the grid that frames draw."""
+"""Patterns of MMInference: where images and frames are, vertical-slash indices, and the grid that frames form."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from vtoken.stages import uploaded
 from vtoken.stages.attention import PrefillQK
 
 SIZE = 64  # tokens of a block, and queries of a probe
-FIRST, NEAR = 30, 100  # keys at the start and distances that every vertical-slash index holds
+FIRST, NEAR = 30, 100  # first keys, and shortest distances, that every vertical-slash index includes
 
 
 def strides(prompt: PrefillQK, unit: str) -> int | None:
-    """Tokens from the start of one frame (single image) to the next, or from one row of a raster to the next:
-    separators included. None where they are not equally long: mixed sizes, or tokens that were dropped."""
+    """Tokens from the start of one frame (single image) to the next, or from one raster row to the next, separators
+    included. None if they are not equally long: mixed sizes, or dropped tokens."""
     found: int | None = prompt.once(("strides", unit), lambda: _strides(prompt, unit))
     return found
 
@@ -42,8 +42,8 @@ def _strides(prompt: PrefillQK, unit: str) -> int | None:
 
 
 def index(q: Tensor, k: Tensor, scale: float, vertical: int, slash: int, probe: int = SIZE) -> tuple[Tensor, Tensor]:
-    """Vertical-slash index of the last `query_attention` queries of [H, N, d]: columns [H, N] and distances [H, N],
-    both bool."""
+    """Vertical-slash index from the last `probe` queries of [H, N, d]: columns [H, N] and distances [H, N], both
+    bool."""
     n = k.shape[1]
     columns, distances, _ = (x[0] for x in probe_sums(q[None, :, -min(probe, n) :], k[None], scale))
     columns[:, :FIRST] = torch.inf
@@ -55,7 +55,7 @@ def index(q: Tensor, k: Tensor, scale: float, vertical: int, slash: int, probe: 
 
 
 def bands(distances: Tensor, tiles: int) -> Tensor:
-    """[H, T, T] blocks of `SIZE` that hold a key at one of the distances [H, N] from one of their queries."""
+    """[H, T, T] blocks of `SIZE` in which some query has a key at one of the distances [H, N]."""
     heads, n = distances.shape
     padded = pad(distances, (0, tiles * SIZE - n)).unflatten(1, (tiles, SIZE))
     near = torch.zeros(heads, tiles + 1, dtype=torch.bool, device=distances.device)
@@ -66,7 +66,7 @@ def bands(distances: Tensor, tiles: int) -> Tensor:
 
 
 def modalities(prompt: PrefillQK) -> tuple[tuple[Tensor, int, int], ...]:
-    """Of text and of images: which tokens [N] they are, and where the last run of them starts and ends."""
+    """For text and for images: which tokens [N] they are, and where the last run of them starts and ends."""
     found: tuple[tuple[Tensor, int, int], ...] = prompt.once("modalities", lambda: tuple(_modalities(prompt)))
     return found
 
@@ -85,10 +85,10 @@ def _positions(mask: Tensor) -> Tensor:
 
 
 def by_modality(prompt: PrefillQK, vertical: int, slash: int, keys_too: bool) -> tuple[Tensor, Tensor]:
-    """Blocks [h, T, T] and lists of keys [h, L, C] of heads that read by modality: a query block reads what the index
-    of each modality in it says, and one list of those that `list_of_each` tells apart. An index is built by the last
-    queries of the modality's last run, for all keys, or with `keys_too` for the keys of each modality apart, distances
-    then counted in keys of that modality alone."""
+    """Blocks [h, T, T] and lists of keys [h, L, C] of heads that read by modality. A query block reads the index of
+    each modality that it contains, through one of the lists; `list_of_each` says which. An index is built from the last
+    queries of the modality's last run, over all keys, or, with `keys_too`, over the keys of each modality separately;
+    distances are then counted in keys of that modality only."""
     n, q, k = prompt.length, prompt.q, per_head(prompt.k, prompt.heads)
     tiles = -(-n // SIZE)
     blocks = torch.zeros(len(q), tiles, tiles, dtype=torch.bool, device=q.device)
@@ -116,23 +116,23 @@ def by_modality(prompt: PrefillQK, vertical: int, slash: int, keys_too: bool) ->
 
 
 def held(prompt: PrefillQK) -> Tensor:
-    """[K, T] bool: which query blocks hold tokens of each of the `modalities`."""
+    """[K, T] bool: which query blocks contain tokens of each of the `modalities`."""
     tokens = torch.stack([mine for mine, _, _ in modalities(prompt)])
     return pad(tokens, (0, -prompt.length % SIZE)).unflatten(1, (-1, SIZE)).any(-1)
 
 
 def list_of_each(prompt: PrefillQK) -> Tensor:
-    """[T] int32, where there are both modalities: which list of `by_modality` each query block reads: that of its
-    modality, or the last one, of both."""
+    """[T] int32, if there are both modalities: the list of `by_modality` that each query block reads: that of its
+    modality, or the last one, for both."""
     text, images = held(prompt)
     return torch.where(text & images, 2, images).int()
 
 
 def pair(probe: Tensor, mine: Tensor, theirs: Tensor, at: Tensor, vertical: int, slash: int) -> tuple[Tensor, Tensor]:
-    """What queries of one modality, `mine` [N], read of the keys of one, `theirs` [N] (`at`: where those
-    of the first n tokens stand): columns [h, N] and blocks [h, T, T], by the attention [h, R, n] of the last R of the
-    first n tokens. The distance of a key is how many later keys of its modality the query sees, so distances run on
-    across what stands in between."""
+    """What queries of one modality, `mine` [N], read of the keys of one modality, `theirs` [N] (`at`: positions of
+    those among the first n tokens): columns [h, N] and blocks [h, T, T]. They follow from `probe` [h, R, n], the
+    attention of the last R of the first n tokens. The distance of a key is the number of later keys of its modality
+    that the query sees, so tokens in between do not count."""
     heads, rows, n = probe.shape
     tiles, rank = -(-len(mine) // SIZE), theirs.cumsum(0) - 1
     columns = torch.zeros(heads, len(mine), dtype=torch.bool, device=probe.device)
@@ -153,8 +153,8 @@ def pair(probe: Tensor, mine: Tensor, theirs: Tensor, at: Tensor, vertical: int,
 
 def reached(distances: Tensor, mine: Tensor, rank: Tensor, theirs: Tensor) -> Tensor:
     """[h, T, T] blocks of `SIZE` with a key of `theirs` at one of the distances [h, n] from a query of `mine` in the
-    block; between the first and the last query of a block every distance counts as met. `rank` [N]: keys of `theirs` up
-    to a token, less one."""
+    block. Every distance between those of the first and the last query of a block counts as reached. `rank` [N]: number
+    of keys of `theirs` up to each token, minus one."""
     (low, high), (least, most) = (spans(rank, of) for of in (mine, theirs))
     count = pad(distances.cumsum(-1, dtype=torch.int32), (1, 0))
     inside = count.shape[-1] - 1
@@ -165,8 +165,8 @@ def reached(distances: Tensor, mine: Tensor, rank: Tensor, theirs: Tensor) -> Te
 
 
 def spans(rank: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest `rank` [N] of the tokens `of` [N] in every block of `SIZE`; where there is none the smallest
-    is past all."""
+    """Smallest and largest `rank` [N] among the tokens `of` [N] in every block of `SIZE`; for a block without such
+    tokens, the smallest is larger than any rank and the largest smaller."""
     tiles = -(-len(rank) // SIZE)
     width, beyond = tiles * SIZE - len(rank), 2 * len(rank)
     low = pad(torch.where(of, rank, beyond), (0, width), value=beyond).unflatten(0, (tiles, SIZE)).amin(-1)
@@ -180,9 +180,10 @@ Lists = tuple[
 
 
 def grid(prompt: PrefillQK, unit: str, rows: bool, local: int) -> Lists | None:
-    """A window, the tokens in front of the images, everything behind the grid's region, and the lines of the grid: keys
-    that lie a multiple of its stride behind its phase and, with `rows`, queries likewise. The phase is where the probe
-    of each head looks. None where frames (rows) are not equally far apart, or too few for it."""
+    """What the heads of a grid pattern read: a window, the tokens before the images, everything after the grid's
+    region, and the lines of the grid: keys whose distance from the phase is a multiple of the stride and, with `rows`,
+    such queries. The phase is where the probe of each head looks. None if frames (rows) are not equally far apart, or
+    too few for a grid."""
     n, device = prompt.length, prompt.q.device
     stride = strides(prompt, unit)
     if stride is None:
@@ -206,6 +207,6 @@ def grid(prompt: PrefillQK, unit: str, rows: bool, local: int) -> Lists | None:
 
 
 def window(tiles: int, sink: int, local: int, device: torch.device) -> Tensor:
-    """[T, T] blocks with the first `sink` and the latest `local` tokens."""
+    """[T, T] blocks that contain the first `sink` and the latest `local` tokens."""
     t = torch.arange(tiles, device=device)
     return ((t[:, None] - t <= -(-local // SIZE)) | (t * SIZE < sink)) & (t[:, None] >= t)

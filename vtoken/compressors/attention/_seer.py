@@ -1,4 +1,4 @@
-"""SeerAttention's gates: one matrix per decoder layer and query head, their file, and what they make of pooled queries and keys."""
+"""SeerAttention's gates: one matrix per decoder layer and query head, their file, and their scores of pooled blocks."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ FORMAT = "vtoken seerattention 1"
 SIZES = (16, 32, 64, 128, 256)
 THEIRS = re.compile(r"layers\.(\d+)\.self_attn\.attn_gate\.(\w+)\.weight$")
 THEIR_SIZE = 64
-AHEAD = -1e30  # finite, so that nothing times it is nothing
+AHEAD = -1e30  # finite, so that 0 times it is 0
 
 
 class Header(NamedTuple):
-    """What a file of gates is for.
+    """Which model a file of gates is for.
 
     Attributes:
-        depth: decoder layers; heads: of queries; key_heads: 0 where the file does not tell; width: of a head.
+        depth: number of decoder layers; heads: query heads; key_heads: 0 if the file does not say; width: of a head.
         size: tokens of a block.
     """
 
@@ -40,19 +40,19 @@ class Header(NamedTuple):
 
 
 def header(name: str) -> Header:
-    """What a file says of itself.
+    """The header of a file of gates.
 
     Raises:
-        ValueError: as `read`.
+        ValueError: as in `read`.
     """
     return read(name)[0]
 
 
 def matrices(name: str) -> list[Tensor]:
-    """[H, 3 d, d] of every layer, on the CPU.
+    """[H, 3 d, d] gates of every layer, on the CPU.
 
     Raises:
-        ValueError: as `read`.
+        ValueError: as in `read`.
     """
     return read(name)[1]
 
@@ -86,13 +86,13 @@ def read(name: str) -> tuple[Header, list[Tensor]]:
 
 
 def _theirs(path: Path) -> list[Tensor]:
-    """The gates of the authors' attn_gate_weights.pth, layer by layer."""
+    """The gates in the authors' attn_gate_weights.pth, layer by layer."""
     try:
         with torch.inference_mode(False):
             found = torch.load(path, weights_only=True, map_location="cpu")
         names = {int(at[1]): name for name in found if (at := THEIRS.search(name)) and at[2] == "mask_linear_k"}
         shapes = {tuple(found[name].shape) for name in names.values()}
-    except Exception as error:  # bytes that no pickle wrote can raise anything
+    except Exception as error:  # unpickling arbitrary bytes can raise anything
         what = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is no file of tensors that torch saved: {reprlib.repr(what)}") from None
     if len(found) != len(names) or sorted(names) != list(range(len(names))) or not shapes:
@@ -114,7 +114,7 @@ def save(path: Path, gates: Sequence[Tensor], key_heads: int, size: int, about: 
     """Writes gates [H, 3 d, d], one per layer.
 
     Args:
-        about: more to say of them: model, data, settings.
+        about: further header entries: model, data, settings.
     """
     heads, _, width = gates[0].shape
     told = Header(len(gates), heads, key_heads, width, size)._asdict()
@@ -123,11 +123,11 @@ def save(path: Path, gates: Sequence[Tensor], key_heads: int, size: int, about: 
 
 
 def pooled(prompt: PrefillQK, size: int) -> tuple[Tensor, Tensor]:
-    """Of queries and keys before RoPE, over blocks of `size` tokens (the last one over what it has), fp32: means of
-    queries [H, T, d]; maxima, minima and means of keys side by side [Hk, T, 3 d]."""
+    """Queries and keys before RoPE, pooled over blocks of `size` tokens (an incomplete last block uses the tokens it
+    has), fp32: means of queries [H, T, d]; maxima, minima and means of keys side by side [Hk, T, 3 d]."""
     rope = prompt.rope
     assert rope is not None
-    # Key head by key head: all unrotated queries at once would double what the layer holds.
+    # Key head by key head: all unrotated queries at once would double the memory of the layer.
     queries = torch.cat([block_mean(rope.undo(q), size) for q in prompt.q.split(prompt.heads // len(prompt.k))])
     keys = []
     for k in prompt.k.split(1):
@@ -142,11 +142,11 @@ def block_max(x: Tensor, size: int) -> Tensor:
 
 
 def logits(queries: Tensor, keys: Tensor, gate: Tensor, starts: Rope) -> Tensor:
-    """[H, T, T] fp32, before the softmax over key blocks, of what `pooled` returns.
+    """[H, T, T] fp32 logits of the gates, before the softmax over key blocks, from what `pooled` returns.
 
     Args:
         gate: [H, 3 d, d].
-        starts: of the blocks' first tokens.
+        starts: RoPE of the first token of every block.
     """
     keys = per_head(keys, len(queries)) @ gate.float()
     products = starts.turn(queries) @ starts.turn(keys).transpose(1, 2) * queries.shape[-1] ** -0.5
@@ -154,12 +154,12 @@ def logits(queries: Tensor, keys: Tensor, gate: Tensor, starts: Rope) -> Tensor:
 
 
 def chosen(shares: Tensor, threshold: float, share: float | None, last: int) -> Tensor:
-    """[H, T, T] bool: the key blocks to read, of shares [H, T, T] that a gate gives them.
+    """[H, T, T] bool: the key blocks to read, from the shares [H, T, T] that a gate predicts.
 
     Args:
-        threshold: shares above it are read; with `share` instead as many of the largest in every row as make it up of a
-            whole causal map, at least one.
-        last: rows at the end that read all.
+        threshold: blocks with a larger share are read. With `share`, every row instead reads the same number of its
+            largest blocks, at least one, chosen so that this is that share of a whole causal map.
+        last: number of rows at the end that read everything.
     """
     t = torch.arange(shares.shape[-1], device=shares.device)
     if share is None:

@@ -1,4 +1,4 @@
-"""Lists of single keys, of a size that is known before what they hold: the host waits for nothing."""
+"""Lists of single keys with a size that is known in advance, so the host does not wait for the device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def listed(taken: Tensor, width: int) -> Tensor:
-    """[..., C] int32: the ascending positions of the first True of [..., N], -1 behind them; C = min(width, N)."""
+    """[..., C] int32: the ascending positions of the first True entries of [..., N], padded with -1; C = min(width,
+    N)."""
     n = taken.shape[-1]
     places = torch.arange(1, min(width, n) + 1, device=taken.device, dtype=torch.int32)
     places = places.expand(*taken.shape[:-1], -1).contiguous()
@@ -16,8 +17,8 @@ def listed(taken: Tensor, width: int) -> Tensor:
 
 
 def fullest(held: Tensor, most: int) -> Tensor:
-    """[..., M] bool: of blocks that hold so many [..., M] the fullest, as few as leave at most `most` in all others;
-    ties by index."""
+    """[..., M] bool: given the number of keys held [..., M] by each block, the fullest blocks, as few as leave at most
+    `most` keys in all others; ties by index."""
     count, order = held.sort(dim=-1, descending=True, stable=True)
     left = held.sum(-1, keepdim=True) - count.cumsum(-1) + count
     return torch.zeros_like(held, dtype=torch.bool).scatter_(-1, order, left > most)

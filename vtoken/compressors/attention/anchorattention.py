@@ -1,4 +1,4 @@
-"""AnchorAttention: single keys whose scores come near the maximum of what is read anyway, for groups of queries."""
+"""AnchorAttention: reads single keys whose scores come close to the maximum of what is read anyway, per query group."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, caus
 
 
 class AnchorAttention(SparseAttention):
-    """Queries stand in groups of `step` blocks. All read the first block of keys, and everything from one block in
-    front of their group on. The largest score of a query among these, averaged over its block, is the block's anchor. A
-    key between the two is read by the whole group if the score of one of its blocks' mean queries comes within `theta`
-    (natural units) of that block's anchor. The queries behind the last whole group read everything; so does a prompt of
-    less than a group.
+    """Queries form groups of `step` blocks. All queries read the first block of keys, and everything from one block
+    before their group on. The largest score of a query among these, averaged over its block, is the block's anchor. A
+    key in between is read by the whole group if its score with the mean query of one of the group's blocks is at most
+    `theta` (natural units) below that block's anchor. The queries after the last whole group read everything; so does a
+    prompt shorter than one group.
 
-    No share is fixed: a larger `theta` reads more. A group that chose more than `max_columns` keys reads the blocks
-    with most of them whole, as few as leave `max_columns` in the others: more than was chosen, never less.
+    No share is fixed: a larger `theta` reads more. If a group chose more than `max_columns` keys, it reads the blocks
+    with most of them whole, as few as leave `max_columns` in the others: never less than was chosen.
 
     Paper: https://aclanthology.org/2025.emnlp-main.430
     """
@@ -31,18 +31,18 @@ class AnchorAttention(SparseAttention):
     paper: ClassVar[str] = "https://aclanthology.org/2025.emnlp-main.430"
     deviations: ClassVar[str] = (
         "The authors' released kernel reads the whole first group, counts its chosen keys twice, and never reads the "
-        "block in front of a group; an earlier kernel in their repository has the ranges taken here. `released` takes "
-        "the released ranges, each key counted once. Scores and anchors are compared in fp32, theirs in half "
-        "precision. The maxima are computed apart from the attention, theirs in one pass, so what is read by all is "
-        "scored twice. A group lists at most `max_columns` keys and reads blocks beyond, see above. Evaluated by its "
-        "authors on text models alone."
+        "block before a group; an earlier kernel in their repository has the ranges taken here. `released` takes the "
+        "released ranges, each key counted once. Scores and anchors are compared in fp32, theirs in half precision. "
+        "The maxima are computed separately from the attention, theirs in one pass, so the keys that all read are "
+        "scored twice. A group lists at most `max_columns` keys and reads whole blocks beyond that, see above. Its "
+        "authors evaluated it on text models only."
     )
 
     theta: float = Field(default=12.0, description="how far below the anchor a key may score, natural logarithm")
     step: int = Field(default=16, ge=1, description="blocks of queries that share their single keys; authors: 16 or 32")
     size: Literal[16, 32, 64, 128, 256] = Field(default=128, description="tokens of a block")
     dense_tail: bool = Field(
-        default=True, description="queries behind the last whole group read everything, as in the authors' code"
+        default=True, description="queries after the last whole group read everything, as in the authors' code"
     )
     max_columns: int = Field(
         default=8192, ge=1, description="single keys that a group lists; further ones are read with their block"
@@ -67,9 +67,9 @@ class AnchorAttention(SparseAttention):
         return SparseMask(size, full | exact | ~searched & causal(blocks), columns, self.step)
 
     def _stripes(self, prompt: PrefillQK, anchors: Tensor, whole: int, initial: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of the query heads of every key head the single keys of every group [h, G, C], -1 behind them, and the blocks
-        [h, G, M] that it reads whole instead; `anchors` [H, T], groups up to block `whole`; the first `initial` blocks
-        are read anyway."""
+        """For the query heads of every key head: the single keys of every group [h, G, C], padded with -1, and the
+        blocks [h, G, M] that the group reads whole instead. `anchors` is [H, T]; groups reach up to block `whole`; the
+        first `initial` blocks are read anyway."""
         size, step, groups = self.size, self.step, prompt.heads // len(prompt.k)
         total = -(-anchors.shape[1] // step)
         for head, k in enumerate(prompt.k):

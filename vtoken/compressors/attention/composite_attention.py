@@ -13,12 +13,13 @@ SIZE = 128
 
 
 class CompositeAttention(SparseAttention):
-    """In the chosen layers a visual token reads itself and the text in front of it; text reads everything before it, as
-    ever.
+    """In the chosen layers, a visual token reads only itself and the text before it; text reads everything before it,
+    as usual.
 
-    Softmax runs over exactly these keys. All tokens keep their projections, MLP, positions and place in the cache; what
-    is saved is attention among visual tokens, quadratic in their number. `prefix: false` leaves a visual token itself
-    alone, so that attention gives its own value. With `prefix` one number per prefill and row comes from the device.
+    The softmax runs over exactly these keys. All tokens keep their projections, MLP, positions and place in the cache;
+    what is saved is the attention among visual tokens, which is quadratic in their number. With `prefix: false`, a
+    visual token reads only itself, so its attention output is its own value. With `prefix`, one number per prefill and
+    row is fetched from the device.
 
     Paper: https://arxiv.org/abs/2408.11795
     """
@@ -27,15 +28,13 @@ class CompositeAttention(SparseAttention):
     deviations: ClassVar[str] = (
         "Experimental: an ablation after EE-MLLM and NAAViT (https://arxiv.org/abs/2502.02458), not a reproduction. "
         "Both train their models for it, and their full rules (which layers the training-free EE-MLLM-F takes, whether "
-        "NAAViT's visual tokens read themselves) were not at hand. The default, the second half of the layers, is this "
-        "project's. Neither method's saving on projections and MLP is made."
+        "NAAViT's visual tokens read themselves) were not available. The default, the second half of the layers, is "
+        "this project's. Neither method's saving on projections and MLP is implemented."
     )
 
     min_len: int = Field(default=0, ge=0, description="prompts of fewer tokens keep the model's own attention")
-    first: int | None = Field(
-        default=None, ge=0, description="first decoder layer it acts in; none given: half of the depth"
-    )
-    prefix: bool = Field(default=True, description="visual tokens read the text in front of them too")
+    first: int | None = Field(default=None, ge=0, description="first decoder layer it acts in; null: half of the depth")
+    prefix: bool = Field(default=True, description="visual tokens read the text before them too")
 
     def layers(self, depth: int) -> tuple[int, ...]:
         first = depth // 2 if self.first is None else self.first

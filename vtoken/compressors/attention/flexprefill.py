@@ -1,4 +1,4 @@
-"""FlexPrefill: every head chooses, from its last queries, which key blocks prefill reads."""
+"""FlexPrefill: every head chooses, from its last queries, which key blocks the prefill reads."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from vtoken.stages.query_attention import shared
 
 
 class FlexPrefill(SparseAttention):
-    """A probe of the last `size` queries gives the attention of every key (vertical) and of every distance (slash). As
-    many blocks of keys and of distances are taken, the heaviest first, as the keys or distances that hold `gamma` of
-    the mass would fill, at least `min_budget` tokens' worth, at most `max_budget`; the first block and the diagonal
-    always.
+    """The last `size` queries probe: they give the attention of every key (vertical) and of every distance (slash). The
+    number of key blocks to read is the number that the heaviest keys with `gamma` of the mass would fill; likewise for
+    distances. The heaviest blocks are read: at least `min_budget` tokens' worth, at most `max_budget`, and always the
+    first block and the diagonal.
 
-    Where block means predict the probe well (root of the Jensen-Shannon divergence of the two below `tau`), the head
-    takes the minimum of both, and besides the entries that hold `gamma` of the whole matrix of softmaxed products of
-    block means. With tau 0 every head is vertical-slash. Prompts of at most two blocks, or of `min_budget`, are read
+    If block means predict the probe well (root of the Jensen-Shannon divergence of the two below `tau`), the head reads
+    only the minimum of both, plus the entries that hold `gamma` of the whole matrix of softmaxed products of block
+    means. With tau 0 every head is vertical-slash. Prompts of at most two blocks, or of `min_budget` tokens, are read
     whole.
 
-    The probe assumes that the last 128 tokens speak for the prompt: with a short question they are image tokens and
-    template.
+    The probe assumes that the last 128 tokens represent the prompt: with a short question, they are image tokens and
+    the chat template.
 
     Paper: https://arxiv.org/abs/2502.20766
     """
@@ -41,13 +41,13 @@ class FlexPrefill(SparseAttention):
 
     gamma: float = Field(default=0.95, gt=0, le=1, description="share of the attention that has to be covered")
     tau: float = Field(
-        default=0.1, ge=0, description="heads whose divergence is below it also follow pooled queries and keys"
+        default=0.1, ge=0, description="heads with a smaller divergence also follow pooled queries and keys"
     )
     min_budget: int = Field(
-        default=1024, ge=1, description="tokens that verticals, and slashes, are worth at least (authors' function: 1)"
+        default=1024, ge=1, description="verticals, and slashes, cover at least this many tokens (authors' function: 1)"
     )
     max_budget: int | None = Field(
-        default=None, ge=1, description="tokens that verticals, and slashes, are worth at most"
+        default=None, ge=1, description="verticals, and slashes, cover at most this many tokens"
     )
     size: Literal[16, 32, 64, 128, 256] = Field(default=128, description="tokens of a block")
     drop_crossing: bool = Field(
@@ -72,10 +72,10 @@ class FlexPrefill(SparseAttention):
         return SparseMask(size, torch.cat([self._blocks(q, k, v, s, prompt.scale) for (q, k), v, s in parts]))
 
     def _blocks(self, q: Tensor, k: Tensor, vertical: Tensor, slash: Tensor, scale: float) -> Tensor:
-        """[H, T, T] of the query heads [H, N, d] of one key head [1, N, d]; [H, N] each, what their last queries give
-        on average to every key and to every distance."""
+        """[H, T, T] blocks for the query heads [H, N, d] of one key head [1, N, d]. `vertical` and `slash` are [H, N]
+        each: the mean attention of the last queries to every key and to every distance."""
         size = self.size
-        # Distances are pooled from the far end, so that those of an incomplete block are the longest ones.
+        # Distances are pooled from the far end, so that an incomplete block holds the longest ones.
         columns, bands = block_sum(vertical, size), block_sum(slash.flip(-1), size).flip(-1)
         t = columns.shape[-1]
         least = min(-(-self.min_budget // size), t)

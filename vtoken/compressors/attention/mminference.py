@@ -1,4 +1,4 @@
-"""MMInference: every head reads along a pattern of its own, chosen offline: grid, A-shape or vertical-slash, per modality or not."""
+"""MMInference: a sparse pattern per head, chosen offline: grid, A-shape or vertical-slash, per modality or not."""
 
 from __future__ import annotations
 
@@ -25,21 +25,23 @@ SEARCH = "search a table for it: vtoken calibrate mminference MODEL -o FILE"
 
 
 class MMInference(SparseAttention):
-    """`heads` gives every query head of every layer its pattern; `vtoken calibrate mminference` searches it. Without it
-    all heads take `pattern`.
+    """`heads` gives every query head of every layer its pattern; `vtoken calibrate mminference` searches for it.
+    Without it, all heads use `pattern`.
 
-    grid_frame, grid_row: a window, what stands in front of the images, and a grid whose stride is a frame (a picture),
-    or a row of patches, separators included: keys on it are read by all, queries on it (not with _columns) read all;
-    its phase is where the last 64 queries look. a_shape: the first and the latest tokens. Both read everything from the
-    text behind the images. vertical_slash: the keys and the distances that the last 64 queries attend to most, 1000 and
-    1024 (2048) of them. query_boundary: the same (1000, 2048), once by the last text and once by the last image tokens,
-    each for its own queries. 2d_boundary: the same for each pair of modalities, so that text keys, in the eyes of image
-    queries, do not compete with image keys. Distances are counted in keys of that modality alone: what stands in
-    between does not part them. Heads with a boundary along the keys alone (K-boundary) need no pattern of their own:
-    one index serves all queries.
+    grid_frame, grid_row: a window, what comes before the images, and a grid whose stride is a frame (a picture) or a
+    row of patches, separators included. All queries read the keys on the grid; queries on the grid read everything (not
+    with _columns). The phase of the grid is where the last 64 queries look.
+    a_shape: the first and the latest tokens. As with grids, the text after the images reads everything.
+    vertical_slash: the keys and distances that the last 64 queries attend to most, 1000 keys and 1024 (2048) distances.
+    query_boundary: the same (1000, 2048), computed once from the last text tokens and once from the last image tokens,
+    each for the queries of its own kind.
+    2d_boundary: the same for each pair of modalities, so that for image queries, text keys do not compete with image
+    keys. Distances are counted in keys of that modality only, so tokens in between do not separate them.
 
-    Frames that are not equally far apart (pictures of different sizes, tokens dropped before) draw no grid, nor do
-    fewer than 64: such heads read everything. At 20-66k tokens the authors report 32-47 % of the FLOPs.
+    Heads with a boundary along the keys only (K-boundary) need no pattern: one index serves all queries.
+
+    If frames are not equally far apart (pictures of different sizes, tokens dropped before), or fewer than 64, there is
+    no grid: such heads read everything. At 20-66k tokens the authors report 32-47 % of the FLOPs.
 
     Paper: https://arxiv.org/abs/2504.16083
     """
@@ -50,12 +52,12 @@ class MMInference(SparseAttention):
         "commented out; here both ways are vertical-slash, and the attention that ranks the keys is over all of them. "
         "Windows and slashes are read in whole aligned blocks of 64, never less than the authors read. Lists of rows "
         "and columns take the place of the authors' permutation of queries and keys; what is read is the same. The "
-        "grid's phase is found at run time, as in the paper; their code fixes it offline. Modalities are told apart by "
-        "their tokens, not by the order of spans. No searched table is shipped: the authors' are of models that are "
-        "not supported here."
+        "grid's phase is found at run time, as in the paper; their code fixes it offline. Modalities are distinguished "
+        "by their tokens, not by the order of spans. No searched table is shipped: the authors' tables are for models "
+        "that are not supported here."
     )
 
-    pattern: Pattern = Field(default="query_boundary", description="of all heads, where `heads` is not given")
+    pattern: Pattern = Field(default="query_boundary", description="pattern of all heads, if `heads` is not given")
     heads: tuple[tuple[Pattern, ...], ...] | None = Field(
         default=None, description="per decoder layer, the pattern of every query head"
     )
@@ -99,7 +101,7 @@ class MMInference(SparseAttention):
         return SparseMask(SIZE, blocks, single, tiles, dense, of=of)
 
     def lists(self, name: str, prompt: PrefillQK) -> Lists:
-        """What the heads of the prompt read by one pattern."""
+        """What all heads of the prompt read under one pattern."""
         n, device = prompt.length, prompt.q.device
         tiles = -(-n // SIZE)
         nothing = torch.full((prompt.heads, 1, 1), -1, dtype=torch.int32, device=device)

@@ -1,4 +1,4 @@
-"""ProxyAttn: a few mean heads rank the key blocks for all heads, and each head's last queries say how many of them it reads."""
+"""ProxyAttn: a few mean heads rank the key blocks for all heads; each head's last queries decide how many it reads."""
 
 from __future__ import annotations
 
@@ -13,43 +13,45 @@ from vtoken.compressors.attention._blocks import block_sum, cover, ranks
 from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, causal, everything
 from vtoken.stages.query_attention import shared
 
-CHUNK = 1 << 26  # scores held at once
+CHUNK = 1 << 26  # scores in memory at once
 
 
 class ProxyAttn(SparseAttention):
     """Neighbouring heads form `proxies` groups; the mean of a group's queries and the mean of its keys are its proxy.
-    Of these only the first of every `stride` tokens counts: causal softmax over them, and the largest entry between two
-    blocks is the score of the pair, for all heads of the group. How many blocks a head reads is its own: as many as
+    Only the first of every `stride` tokens is used: after a causal softmax over these, the largest entry between two
+    blocks is the score of the pair, for all heads of the group. How many blocks to read is decided per head: as many as
     hold `gamma` of the attention of its last `size` queries, the heaviest first, at least `min_budget` tokens' worth.
-    Every query block reads so many of the blocks up to itself, by the score, the first block and its own always and
-    counted in; with `by_row` the same share of them.
+    Every query block reads that number of its causal blocks with the highest scores, always including the first block
+    and its own; with `by_row`, the same share of them.
 
-    Scores cost proxies / (heads * stride^2) of the products of queries and keys. Prompts of at most `min_budget` tokens
-    are read whole. As FlexPrefill's, the counts come from queries at the prompt's end: with a short question these are
-    image tokens and template.
+    The scores cost proxies / (heads * stride^2) of the products of queries and keys. Prompts of at most `min_budget`
+    tokens are read whole. As in FlexPrefill, the counts come from queries at the end of the prompt: with a short
+    question, these are image tokens and the chat template.
 
     Paper: https://arxiv.org/abs/2509.24745
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2509.24745"
     deviations: ClassVar[str] = (
-        "Written from descriptions of the paper; the authors' code was not to be had. Not established, and chosen "
+        "Written from descriptions of the paper; the authors' code was not available. Not established, and chosen "
         "here: blocks of 128; softmax over the tokens that the stride leaves; the first block and the diagonal are "
         "always read; the count is asked of the last 128 queries, which need not be an aligned block, and of the mass "
         "of blocks, not its mean over tokens (they differ in an incomplete last block). One count holds for all rows, "
         "as the paper's formula has it, so that early rows read all; the authors may scale it with the row (by_row). "
-        "They evaluate text models alone."
+        "They evaluate text models only."
     )
 
     gamma: float = Field(
         default=0.95, gt=0, le=1, description="share of the last queries' attention; authors: 0.95 or 0.9"
     )
     proxies: int = Field(default=1, ge=1, description="groups of heads; authors: 1 for Llama-3.1-8B, 4 for Qwen2.5-7B")
-    stride: Literal[1, 2, 4, 8, 16] = Field(default=4, description="of so many tokens one is scored")
+    stride: Literal[1, 2, 4, 8, 16] = Field(default=4, description="one of this many tokens is scored")
     min_budget: int = Field(
-        default=2048, ge=1, description="tokens that every query reads at least, where there are so many"
+        default=2048, ge=1, description="every query reads at least this many tokens, if there are as many"
     )
-    by_row: bool = Field(default=False, description="a head reads a share of the blocks up to a row, not a number")
+    by_row: bool = Field(
+        default=False, description="a head reads the same share of the blocks in every row, instead of the same number"
+    )
     size: Literal[16, 32, 64, 128, 256] = Field(default=128, description="tokens of a block")
 
     def heads_incompatibility(self, heads: int, key_heads: int, width: int) -> str:
@@ -77,8 +79,8 @@ class ProxyAttn(SparseAttention):
         return SparseMask(size, ((order[:, None] < most[..., None]) & below).flatten(0, 1))
 
     def scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        """[G, T, T] fp32 of queries [H, N, d] and keys [Hk, N, d]: largest share among the scored tokens of two
-        blocks."""
+        """[G, T, T] fp32 scores from queries [H, N, d] and keys [Hk, N, d]: the largest attention between scored tokens
+        of two blocks."""
         per, key_groups = self.size // self.stride, min(len(k), self.proxies)
         q = q[:, :: self.stride].unflatten(0, (self.proxies, -1)).mean(1)
         k = k[:, :: self.stride].unflatten(0, (key_groups, -1)).mean(1)

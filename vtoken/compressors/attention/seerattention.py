@@ -1,4 +1,4 @@
-"""SeerAttention: trained gates tell from pooled queries and keys which key blocks each head reads."""
+"""SeerAttention: trained gates predict, from pooled queries and keys, which key blocks each head reads."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask
 
 
 class SeerAttention(SparseAttention):
-    """Per layer, queries and keys before RoPE are pooled over blocks: of queries the mean, of keys maximum, minimum and
-    mean side by side, which a matrix per query head brings back to the width of a head. Both are rotated by the place
-    where their block starts; the softmax of their products over the key blocks up to a query's own says how much of its
-    attention each would get. Blocks with more than `threshold` are read, or as many of the largest as make up `share`
-    of the causal map; the first block and the diagonal always, and everything by the last `last` query blocks.
+    """In every layer, queries and keys before RoPE are pooled over blocks: queries by their mean, keys by maximum,
+    minimum and mean side by side, which a matrix per query head projects back to the width of a head. Both are rotated
+    by the position at which their block starts. The softmax of their products over the causal key blocks predicts how
+    much of a query block's attention each key block gets. Blocks with more than `threshold` are read, or with `share`
+    as many of the largest as make up that share of the causal map. The first block and the diagonal are always read,
+    and the last `last` query blocks read everything.
 
-    The gates are trained on the model's own attention, which stays as it is: `vtoken calibrate seerattention MODEL
-    --data DATA -o FILE`. The file says how large blocks are. The authors' attn_gate_weights.pth are read too; those
-    that are published belong to text models (Llama-3.1, Qwen2.5), not to VLMs built of them.
+    The gates are trained on the model's own attention, which stays unchanged: `vtoken calibrate seerattention MODEL
+    --data DATA -o FILE`. The file says how large blocks are. The authors' attn_gate_weights.pth can be read too; the
+    published ones are for text models (Llama-3.1, Qwen2.5), not for VLMs built on them.
 
     Paper: https://arxiv.org/abs/2410.13276
     """
@@ -34,8 +35,8 @@ class SeerAttention(SparseAttention):
         "matrix for queries too, one per key head, other poolings, a gate width other than the head's) are left out. "
         "The first block and the diagonal are always read; the authors read them where their gate says so. Queries and "
         "keys are rotated back from what the model rotated, exact up to rounding. With M-RoPE, and after pruning, a "
-        "block starts at the positions of its first token, which the paper does not speak of. Blocks are counted from "
-        "a row's first token, without its padding. `share` breaks ties towards the first block."
+        "block starts at the positions of its first token, a case that the paper does not cover. Blocks are counted "
+        "from a row's first token, without its padding. `share` breaks ties towards the first block."
     )
     rope: ClassVar[bool] = True
 
@@ -51,7 +52,7 @@ class SeerAttention(SparseAttention):
         description="share of a query block's attention above which a key block is read; useful: 5e-4 to 5e-3",
     )
     share: float | None = Field(
-        default=None, gt=0, le=1, description="share of the causal blocks that is read, in place of a threshold"
+        default=None, gt=0, le=1, description="share of the causal blocks that is read, instead of a threshold"
     )
     last: int = Field(default=2, ge=0, description="query blocks at the end that read everything")
 
@@ -63,7 +64,7 @@ class SeerAttention(SparseAttention):
 
     @cached_property
     def told(self) -> Header:
-        """What the file says of itself, from the first time it was asked."""
+        """The header of the file, as it was when first read."""
         return header(self.gates)
 
     @cached_property

@@ -15,15 +15,15 @@ from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, caus
 
 
 class StaticSparse(SparseAttention):
-    """A streaming head reads the first `sink` tokens and the latest `window`, in whole blocks; the last `last` queries
-    of the prompt read everything (tri-shape). Without `gates` all heads stream (A-shape). With `gates`, one number per
+    """A streaming head reads the first `sink` and the latest `window` tokens, in whole blocks; the last `last` queries
+    of the prompt read everything (tri-shape). Without `gates`, all heads stream (A-shape). With `gates`, one number per
     decoder layer and key head as DuoAttention learns them, the share `sparsity` of all key heads with the lowest
-    numbers stream, with their query heads. They may stand in a file: JSON, or the authors' full_attention_heads.tsv,
-    whose sink_size and recent_size (config.json beside it) go into `sink` and `window`.
+    numbers stream, together with their query heads. Gates may be in a file: JSON, or the authors'
+    full_attention_heads.tsv; copy the sink_size and recent_size of the config.json beside it into `sink` and `window`.
 
-    Streaming throughout prefill loses what lies between: A-shape finds 44 of 100 needles in video where full attention
-    finds 98 (MMInference's V-NIAH). The cache stays whole and decoding reads all of it, where DuoAttention keeps less
-    for streaming heads.
+    Streaming throughout the prefill loses what is in between: A-shape finds 44 of 100 needles in video where full
+    attention finds 98 (MMInference's V-NIAH). The cache stays whole and decoding reads all of it; DuoAttention keeps
+    less for streaming heads.
 
     Paper: https://arxiv.org/abs/2410.10819
     """
@@ -31,8 +31,8 @@ class StaticSparse(SparseAttention):
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.10819"
     deviations: ClassVar[str] = (
         "Prefill only: the cache of streaming heads is not shortened. A query block reads every block that its window "
-        "touches, up to one more than the window holds. Of equal gates those of the first layers stream; the authors "
-        "draw. Published gates are those of text models; none is shipped."
+        "touches, up to one more than the window holds. Among equal gates, those of the first layers stream; the "
+        "authors draw at random. Published gates are for text models; none is shipped."
     )
 
     sink: int = Field(default=128, ge=0, description="first tokens that are always read")
@@ -57,7 +57,8 @@ class StaticSparse(SparseAttention):
 
     @cached_property
     def table(self) -> _duo.Gates | None:
-        """The gates, wherever they are written: what is done to the file later does not reach a wrapped model."""
+        """The gates, from the options or the file, read once: later changes to the file do not reach a wrapped
+        model."""
         return _duo.read(self.gates) if isinstance(self.gates, str) else self.gates
 
     def incompatibility(self, depth: int, width: int) -> str:
@@ -77,7 +78,7 @@ class StaticSparse(SparseAttention):
         return f"{of} are for {told}, this model has {here}; learn them on it, or leave them out"
 
     def streams(self, layer: int) -> tuple[bool, ...] | None:
-        """Which key heads of a layer stream; None: all of them."""
+        """Which key heads of a layer stream; None means all of them."""
         gates = self.table
         if gates is None:
             return None
@@ -96,7 +97,7 @@ class StaticSparse(SparseAttention):
         return SparseMask(self.size, blocks, dense=dense)
 
     def _blocks(self, n: int, device: torch.device) -> Tensor:
-        """[1, T, M] what a streaming head reads."""
+        """[1, T, M] blocks that a streaming head reads."""
         t = torch.arange(-(-n // self.size), device=device)
         oldest = (t[:, None] * self.size - self.window + 1).div(self.size, rounding_mode="floor")
         blocks = (t >= oldest) | (t * self.size < self.sink)

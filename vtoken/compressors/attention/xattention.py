@@ -1,4 +1,4 @@
-"""XAttention: sums along antidiagonals tell which key blocks prefill reads."""
+"""XAttention: sums along antidiagonals of the attention map decide which key blocks the prefill reads."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from torch.nn.functional import pad
 from vtoken.compressors.attention._blocks import cover, per_head
 from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask
 
-CHUNK = 1 << 26  # scores held at once
-PARTS = 8  # chunks of queries that a long prompt comes in, each with the keys up to its end
-LEAST = 256  # rows that are worth a chunk
+CHUNK = 1 << 26  # scores in memory at once
+PARTS = 8  # chunks of queries into which a long prompt is cut, each with the keys up to its end
+LEAST = 256  # rows of a chunk, at least
 
 
 class XAttention(SparseAttention):
-    """Every `stride` neighbouring queries, in reverse, and every `stride` neighbouring keys make one long vector each;
-    the products of these, divided by `stride` and softmaxed over the causal keys, are sums along antidiagonals of the
-    attention map. Summed per block pair they score the blocks: of each query block's the heaviest are read until they
-    hold `threshold` of the sum, the first block and the diagonal always and counted in.
+    """Every `stride` neighbouring queries, in reverse order, and every `stride` neighbouring keys are concatenated into
+    one long vector each. The products of these vectors, divided by `stride` and softmaxed over the causal keys, are
+    sums along antidiagonals of the attention map. Summed per pair of blocks, they are the scores of the blocks: every
+    query block reads the heaviest until they hold `threshold` of the sum, always including, and counting, the first
+    block and the diagonal.
 
     Paper: https://arxiv.org/abs/2503.16428
     """
@@ -30,7 +31,7 @@ class XAttention(SparseAttention):
     deviations: ClassVar[str] = (
         "One threshold for all heads; the authors also ship tuned tables for Llama. Without the defects of their code: "
         "the first chunk of queries counts its first block like all others (one block more there), zero padding hides "
-        "nothing but itself, and tokens of padding ask nothing. The attention's own scale is used."
+        "only itself, and padding tokens ask nothing. The attention's own scale is used."
     )
 
     stride: Literal[4, 8, 16] = Field(default=16, description="tokens of an antidiagonal; authors: 8 or 16")
@@ -49,14 +50,14 @@ class XAttention(SparseAttention):
         return SparseMask(self.size, torch.cat(blocks))
 
     def _blocks(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        """[H, T, T] of the query heads of one key head."""
+        """[H, T, T] blocks for the query heads of one key head."""
         score = self.scores(q, per_head(k, len(q)), scale)
         t = torch.arange(score.shape[-1], device=q.device)
         always = (t == 0) | (t[:, None] == t)
         return cover(score, self.threshold, always=always & (t <= t[:, None])) & (t <= t[:, None])
 
     def scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        """[H, T, T] sums over block pairs of the softmaxed antidiagonal sums of [H, N, d]."""
+        """[H, T, T] sums over pairs of blocks of the softmaxed antidiagonal sums of [H, N, d]."""
         n, stride, size = q.shape[1], self.stride, self.size
         per = size // stride
         asked, keys = (pad(x, (0, 0, 0, -n % size)).unflatten(1, (-1, stride)) for x in (q, k))
@@ -69,7 +70,7 @@ class XAttention(SparseAttention):
         for first in range(0, count, each):
             place = at[first : first + each]
             last = first + len(place)
-            # Scaled first: in half precision a sum of so many products may be out of range.
+            # Scaled first: in half precision, a sum of this many products may overflow.
             products = (asked[:, first:last] * (scale / stride) @ keys[:, :last].transpose(1, 2)).float()
             products[..., first:].masked_fill_(place > place[:, None], -torch.inf)
             shares = products.softmax(-1).mul_((place * stride < n)[:, None])

@@ -1,4 +1,4 @@
-"""What kvpress needs to run on one layer of one row: its presses by name, and an attention module as they like to see it."""
+"""Runs kvpress on one layer of one row: its presses by name, and an attention module in the form that they expect."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def package() -> Any:
     """The kvpress package.
 
     Raises:
-        ImportError: it is not installed, or does not import; says what to do.
+        ImportError: it is not installed, or cannot be imported; says what to do.
     """
     try:
         return import_module("kvpress")
@@ -36,10 +36,11 @@ def package() -> Any:
 
 
 def press(name: str, options: Mapping[str, Any]) -> Any:
-    """A press by the name of its class. Options that read {SomePress: {...}} are presses, alone or in lists.
+    """A press by the name of its class. Options of the form {SomePress: {...}} are presses themselves, also inside
+    lists.
 
     Raises:
-        ValueError: no such press, or options that it does not take.
+        ValueError: there is no such press, or it does not take these options.
     """
     cls = getattr(package(), name, None)
     if not (isinstance(cls, type) and issubclass(cls, package().BasePress)):
@@ -60,7 +61,7 @@ def _nested(value: Any) -> Any:
 
 
 def check(built: Any, text: bool) -> None:
-    """Refuses presses that cannot run when a prefill ends, or not on visual tokens alone.
+    """Refuses presses that cannot run at the end of a prefill, or cannot be restricted to visual tokens.
 
     Raises:
         ValueError: says which and why.
@@ -83,7 +84,7 @@ def check(built: Any, text: bool) -> None:
 
 
 def _within(built: Any) -> Iterator[Any]:
-    """The press and all presses in it."""
+    """The press and all presses nested in it."""
     yield built
     for field in fields(built) if is_dataclass(built) else ():
         value = getattr(built, field.name)
@@ -93,8 +94,8 @@ def _within(built: Any) -> Iterator[Any]:
 
 
 class _Attention:
-    """The attention module of a layer as kvpress wants to see it: with the RoPE of the model, and norms that every
-    class applies."""
+    """The attention module of a layer as kvpress expects it: with the model's RoPE, and with q and k norms applied
+    inside the projections."""
 
     def __init__(self, native: Native) -> None:
         vars(self).update(native=native)
@@ -128,7 +129,7 @@ class _Attention:
 
 
 def seen(layer: CachedLayer) -> tuple[Any, dict[str, Any]]:
-    """Module and keyword arguments as in a forward of this layer on this row alone; its cache holds this row only."""
+    """Module and keyword arguments as in a forward of this layer on this row only; its cache holds only this row."""
     native = layer.native
     assert native is not None
     held = SimpleNamespace(keys=layer.keys[None], values=layer.values[None])

@@ -1,4 +1,4 @@
-"""Which slots of a layer stay, from scores of its tokens."""
+"""Chooses which slots of a layer stay, from scores of its tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def best(scores: Tensor, k: int) -> Tensor:
 
 
 def hold_text(layer: CachedLayer, scores: Tensor, counts: Sequence[int]) -> KeepSlots:
-    """Keeps all text and, head by head, the `counts` visual tokens of each image that score [Hk, N] highest."""
+    """Keeps all text and, per head, the `counts` visual tokens of each image with the highest scores [Hk, N]."""
     held = scores.shape[1] - sum(layer.lengths) + sum(counts)
     if len(counts) == 1:
         (slots,) = layer.images
@@ -31,5 +31,5 @@ def hold_text(layer: CachedLayer, scores: Tensor, counts: Sequence[int]) -> Keep
 
 
 def ascending(alive: Tensor, count: int) -> Tensor:
-    """[Hk, count] positions of the True ones, `count` in every row of alive [Hk, N]."""
+    """[Hk, count] ascending positions of the True entries of alive [Hk, N], which has `count` in every row."""
     return alive.byte().argsort(dim=-1, descending=True, stable=True)[:, :count]

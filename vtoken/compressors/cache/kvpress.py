@@ -14,27 +14,28 @@ from vtoken.stages.cache import CachedLayer, CacheStage, Decision, ReplacedKV
 
 
 class KVPress(CacheStage):
-    """Lets a press of the kvpress package shrink the cache, row by row and layer by layer, when the prefill ends.
+    """Lets a press of the kvpress package shrink the cache, row by row and layer by layer, at the end of the prefill.
 
     By default text stays: the press scores the tokens, and each KV head keeps the best `1 - compression_ratio` of every
-    image, at least one. With `text: true` the press does what it does, to the whole prompt. On every family presses get
-    the queries that the layer computes: kvpress itself leaves out the norm that Qwen3-VL puts on them.
+    image, at least one token. With `text: true` the press compresses the whole prompt, as in kvpress itself. On every
+    family, presses get the queries that the layer computes; kvpress itself leaves out the norm that Qwen3-VL applies to
+    them.
 
-    Refused are presses that only mask keys (AdaKV, DuoAttention, DMS, ...: no memory is saved), act while decoding,
+    Refused are presses that only mask keys (AdaKV, DuoAttention, DMS, ...: they save no memory), act while decoding,
     need several passes (KVzip, Finch, ...) or attention maps (ObservedAttention), or move positions (KeyRerotation).
 
     No paper: an interface to https://github.com/NVIDIA/kvpress, tried with 0.5.5.
     """
 
     deviations: ClassVar[str] = (
-        "Text is kept unless `text: true`; kvpress compresses all of the prompt, and rows of equal length only. A row "
-        "without images is left alone."
+        "Text is kept unless `text: true`; kvpress compresses the whole prompt, and only rows of equal length. A row "
+        "without images is left unchanged."
     )
     native: ClassVar[bool] = True
 
-    press: str = Field(description="a class of kvpress, such as SnapKVPress")
+    press: str = Field(description="a press class of kvpress, such as SnapKVPress")
     compression_ratio: float | None = Field(
-        default=None, ge=0, lt=1, description="share of tokens that is removed; null: as the press has it"
+        default=None, ge=0, lt=1, description="share of tokens that is removed; null: the press's own default"
     )
     options: dict[str, Any] = Field(
         default={}, description="the press's other options; {SnapKVPress: {window_size: 16}} is a press among them"
@@ -60,7 +61,8 @@ class KVPress(CacheStage):
         return compress
 
     def slots(self, prompt: int, lengths: Sequence[int]) -> int:
-        """With `compression_ratio` only, which wrappers and layer-wise budgets may bend."""
+        """Only `compression_ratio` is taken into account; wrappers and layer-wise budgets of a press may keep other
+        numbers."""
         if self.text:
             return _left((prompt,), self.compression_ratio or 0)[0]
         return prompt - sum(lengths) + sum(_left(lengths, self.compression_ratio or 0))

@@ -1,4 +1,4 @@
-"""LOOK-M: the KV cache puts text before images, and folds what it evicts into what is most like it."""
+"""LOOK-M: the KV cache keeps text before images, and merges evicted tokens into the kept ones most similar to them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from vtoken.stages.query_attention import shared
 
 
 class LookM(CacheStage):
-    """When the prefill ends, every layer and KV head ranks the prompt's tokens by the attention they receive from all
-    of it (summed over the queries, so early tokens have an advantage; mean over the query heads of the KV head). It
-    keeps the newest tokens (`recent`), all text, and of the older visual tokens as many of the best as `important`
-    leaves room for after the older text: none, if that is longer.
+    """At the end of the prefill, every layer and KV head ranks the tokens of the prompt by the attention they receive
+    from the whole prompt (summed over queries, so early tokens have an advantage; averaged over the query heads of the
+    KV head). It keeps the newest tokens (`recent`), all text, and the best older visual tokens, as many as `important`
+    leaves room for after the older text: none, if the older text takes all of it.
 
-    An evicted token is folded into the kept one, text included, whose key has the most similar direction; values go the
-    same way. `averaged`: mean of the kept token and all it absorbs. `pivotal`: each of these is first averaged with the
-    kept token. `weighted`: each is first multiplied by its similarity. Averaged and weighted take only what is at least
-    as similar as the mean of its head.
+    An evicted token is merged into the kept token, text included, with the most similar key direction; values are
+    merged the same way. `averaged`: the mean of the kept token and all it absorbs. `pivotal`: each absorbed token is
+    first averaged with the kept one. `weighted`: each is first multiplied by its similarity. Averaged and weighted
+    absorb only tokens at least as similar as the mean of their head.
 
     Paper: https://arxiv.org/abs/2406.18139
     """
@@ -37,10 +37,10 @@ class LookM(CacheStage):
     deviations: ClassVar[str] = (
         "Text comes first by a mask: the authors' code subtracts 65516 from the scores of images, which loses their "
         "ranking in half precision. Their averaging pairs the wrong rows and judges by similarities averaged over "
-        "heads whose evicted tokens differ; here each head pairs and judges its own. Images may have any number of "
-        "tokens (there 576). `keep` counts visual tokens instead; with `text: true` the budget is strict, as in the "
-        "paper, and long text is evicted. A row without images is left alone. Shares are rounded to the nearest, there "
-        "down."
+        "heads whose evicted tokens differ; here each head pairs and judges its own tokens. Images may have any number "
+        "of tokens (there 576). `keep` counts visual tokens instead; with `text: true` the budget is strict, as in the "
+        "paper, and long text is evicted. A row without images is left unchanged. Shares are rounded to the nearest, "
+        "there down."
     )
 
     important: Budget = Field(
@@ -49,10 +49,10 @@ class LookM(CacheStage):
     recent: Budget = Field(default=Budget("10%"), description="newest tokens, which always stay: a share of the prompt")
     keep: Budget | None = Field(
         default=None,
-        description="visual tokens that stay of each image, recent ones first, instead of what `important` leaves",
+        description="visual tokens that stay of each image, recent ones first; replaces the share `important`",
     )
     merge: Literal["none", "averaged", "pivotal", "weighted"] = Field(
-        default="pivotal", description="how evicted tokens are folded in; pivotal is the paper's best"
+        default="pivotal", description="how evicted tokens are merged; pivotal is the paper's best"
     )
     text: bool = Field(default=False, description="text beyond `important` is evicted too; not with `keep`")
 
@@ -75,8 +75,8 @@ class LookM(CacheStage):
         return self._fold(layer, hold_text(layer, scores.masked_fill(newest, torch.inf), counts))
 
     def _older(self, layer: CachedLayer, scores: Tensor, end: int, room: int) -> KeepSlots:
-        """Everything from slot `end` on, and of what stands before it text first, then visual tokens, until `room` is
-        taken."""
+        """Keeps everything from slot `end` on, and of the earlier slots text first, then visual tokens, until `room` is
+        used up."""
         before = [sum(slot < end for slot in slots) for slots in layer.slots]
         visual = torch.cat([slots[:n] for slots, n in zip(layer.images, before, strict=True)])
         words, n = end - len(visual), scores.shape[1]
@@ -95,7 +95,7 @@ class LookM(CacheStage):
         return KeepSlots(ascending(alive, stay), counts)
 
     def _fold(self, layer: CachedLayer, hold: KeepSlots) -> KeepSlots:
-        """Gives every evicted token the kept one it goes to, and what it weighs there."""
+        """Sets, for every evicted token, the kept token that absorbs it and its weight there."""
         (heads, stay), n = hold.index.shape, layer.keys.shape[1]
         if self.merge == "none" or stay == n:
             return hold
@@ -120,7 +120,7 @@ class LookM(CacheStage):
         return replace(hold, into=into.scatter(1, evicted, slot.masked_fill(~taken, -1)), weight=weight)
 
     def slots(self, prompt: int, lengths: Sequence[int]) -> int:
-        """The text is taken to stand behind the images."""
+        """Assumes that the text comes after the images."""
         recent, important = (b.counts((prompt,), (0,))[0] for b in (self.recent, self.important))
         visual = sum(lengths)
         if self.keep is not None:

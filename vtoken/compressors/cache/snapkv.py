@@ -17,12 +17,12 @@ from vtoken.stages.query_attention import shared
 
 
 class SnapKV(CacheStage):
-    """When the prefill ends, every layer and KV head keeps the tokens that the last `window` prompt tokens attend to
-    most: softmax over all they see, mean over them, pooled over `kernel` neighbouring tokens, mean over the query heads
-    of the KV head. Prefill costs what it did; the cache is smaller, and decoding reads less.
+    """At the end of the prefill, every layer and KV head keeps the tokens that the last `window` prompt tokens attend
+    to most: softmax over everything they see, mean over them, pooled over `kernel` neighbouring tokens, mean over the
+    query heads of the KV head. The prefill costs the same; the cache is smaller, and decoding reads less.
 
-    By default text stays and the visual tokens of each image compete; the window is the text behind the last image, if
-    that is shorter. With `text: true` the whole prompt competes for `keep` slots, and the window takes its own of them.
+    By default text stays and the visual tokens of each image compete; the window is at most the text after the last
+    image. With `text: true`, the whole prompt competes for `keep` slots, and the window's own tokens take theirs first.
 
     Paper: https://arxiv.org/abs/2404.14469
     """
@@ -32,7 +32,7 @@ class SnapKV(CacheStage):
     deviations: ClassVar[str] = (
         "Text is kept unless `text: true`; the authors' budget (2048 in their code) covers the whole prompt. One cache "
         "per KV head, its query heads averaged: the authors' code repeats K and V and caches every query head. Kept "
-        "tokens stay in order. A row without images is left alone. The kernel is 5, as in the code."
+        "tokens stay in order. A row without images is left unchanged. The kernel is 5, as in the code."
     )
 
     keep: Budget = Field(
@@ -40,7 +40,7 @@ class SnapKV(CacheStage):
     )
     window: int = Field(default=32, ge=1, description="prompt tokens whose attention decides")
     kernel: int = Field(default=5, ge=1, description="tokens that scores are pooled over, an odd number")
-    pooling: Literal["avg", "max"] = Field(default="avg", description="avg counts what is beyond the ends as zero")
+    pooling: Literal["avg", "max"] = Field(default="avg", description="avg counts positions beyond the ends as zero")
     text: bool = Field(default=False, description="text may be evicted too, as in the authors' code")
 
     @field_validator("kernel")
@@ -67,7 +67,7 @@ class SnapKV(CacheStage):
         return min(self.window, held) if self.text else max(1, min(self.window, behind))
 
     def score(self, layer: CachedLayer, window: int) -> Tensor:
-        """[Hk, N] scores; the window's own tokens come first."""
+        """[Hk, N] scores; the window's own tokens score highest."""
         probe = shared(layer.query_attention, layer.queries, layer.keys, layer.scale)
         before = probe.received(window)[..., :-window] / window
         pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d

@@ -1,4 +1,4 @@
-"""ZipVL, KV cache: every layer drops its unimportant tokens (v2), or keeps all in few bits (v1)."""
+"""ZipVL, KV cache: every layer drops its unimportant tokens (v2), or keeps all tokens quantised to a few bits (v1)."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from vtoken.stages.query_attention import shared
 
 
 class ZipVLCache(Important, CacheStage):
-    """When the prefill ends, every layer takes its important tokens, as `zipvl` has it: as few as hold `tau` of what
-    the probe attends to, the same for all heads, and as many as layer and prompt say.
+    """At the end of the prefill, every layer finds its important tokens as `zipvl` does: as few as hold `tau` of the
+    probing queries' attention, the same for all heads; their number depends on layer and prompt.
 
-    `mode: drop` (second version of the paper) caches these alone. `mode: quantise` (first version) holds all tokens,
-    the important ones in `bits[0]` and the others in `bits[1]` bits: keys by channel, values by token after their
-    channels were evened out. Of what follows the prompt, `every` tokens at a time are rounded, the important ones being
+    `mode: drop` (second version of the paper) caches only these. `mode: quantise` (first version) keeps all tokens, the
+    important ones in `bits[0]` and the others in `bits[1]` bits: keys per channel, values per token after equalising
+    their channels. Tokens after the prompt are quantised in blocks of `every`; the important ones of a block are among
     those with which the newest query holds `tau` of its attention.
 
-    Memory is saved, time is not: every decode step works out keys and values of every layer anew, at full width, one
-    layer after the other, in a few copies of that layer. `cache_bytes` of the trace is what the packed cache takes.
+    This saves memory, not time: every decode step dequantises the keys and values of every layer at full width, one
+    layer after the other, in a few copies of that layer. `cache_bytes` of the trace is the size of the quantised cache.
 
     Paper: https://arxiv.org/abs/2410.08584
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.08584"
     deviations: ClassVar[str] = (
-        "As zipvl about the choice of tokens: no code of the authors was at hand, and text always counts as important, "
-        "except what is generated, of which the query's attention alone decides. The quantiser is that of the same "
-        "authors' ZipCache. Tokens of a later turn of text count as generated; a later turn with images leaves what "
-        "lies between at full precision, and so is what is packed together with padding. With drafts, a hundred tokens "
-        "are rounded one forward later. A row without images is left alone."
+        "As in zipvl for the choice of tokens: the authors' code was not available, and text always counts as "
+        "important, except generated text, where only the query's attention decides. The quantiser is that of the same "
+        "authors' ZipCache. Tokens of a later text turn count as generated; a later turn with images leaves the tokens "
+        "in between at full precision, as are tokens packed together with padding. With drafts, a hundred tokens are "
+        "rounded one forward later. A row without images is left unchanged."
     )
 
     mode: Literal["drop", "quantise"] = Field(
         default="drop",
-        description="drop unimportant tokens, or hold all in few bits (saves memory, not time)",
+        description="drop unimportant tokens, or keep all in a few bits (saves memory, not time)",
     )
     bits: tuple[int, int] = Field(
         default=(4, 2), description="mode quantise: bits of important and of other tokens, 1 to 8"
@@ -53,7 +53,7 @@ class ZipVLCache(Important, CacheStage):
     every: int | None = Field(
         default=100,
         ge=1,
-        description="mode quantise: tokens behind the prompt that are rounded together once there are so many, text "
+        description="mode quantise: tokens after the prompt are quantised together whenever there are this many, text "
         "or not; null: never",
     )
     left: float = Field(
@@ -83,7 +83,7 @@ class ZipVLCache(Important, CacheStage):
         return self.every if self.mode == "quantise" else None
 
     def requantize(self, layer: GeneratedBlock) -> QuantizedKV:
-        """The query alone probes: it sees every token, so that what a token receives needs no evening out."""
+        """Only the newest query probes. It sees every token, so the attention a token receives needs no correction."""
         n, device = layer.keys.shape[1], layer.keys.device
         one, all_of = offsets_of((1,), device), offsets_of((n,), device)
         received = query_attention(layer.query[None], layer.keys.transpose(0, 1), one, all_of, layer.scale).double()
@@ -95,17 +95,18 @@ class ZipVLCache(Important, CacheStage):
         return quantised(layer.keys[:, layer.at.start : layer.at.stop], layer.values, groups)
 
     def _counts(self, layer: CachedLayer, alive: Tensor) -> tuple[int, ...] | None:
-        """Visual tokens that stay of each image; None where text may go, too."""
+        """Visual tokens that stay of each image; None if text may be dropped too."""
         if self.text:
             return None
         return tuple(torch.stack([alive[slots].sum() for slots in layer.images]).tolist())
 
     def slots(self, prompt: int, lengths: Sequence[int]) -> int:
-        """What `left` expects: how many stay depends on the prompt, and with the default all are counted."""
+        """With `mode: drop`, what `left` expects: how many tokens stay depends on the prompt. With the default, all are
+        counted."""
         return prompt if self.mode == "quantise" else self._expected(prompt, lengths)
 
     def _expected(self, prompt: int, lengths: Sequence[int]) -> int:
-        """Important tokens."""
+        """Expected number of important tokens."""
         least = 1 if self.text else prompt - sum(lengths)
         return min(prompt, max(least, ceil(self.left * prompt)))
 
@@ -115,11 +116,11 @@ class ZipVLCache(Important, CacheStage):
         if self.mode == "drop":
             return None
         important = self._expected(prompt, lengths)
-        total = 4 * prompt + dtype_bytes * kv_heads * head_dim  # places, and the channels' factors
+        total = 4 * prompt + dtype_bytes * kv_heads * head_dim  # place of each token, and the factor of each channel
         for n, bits in zip((important, prompt - important), self.bits, strict=True):
             minima = (
                 2 * dtype_bytes * kv_heads * head_dim + 2 * 4 * n
-            )  # and maxima: of keys by channel, of values by token
+            )  # and maxima: of keys per channel, of values per token
             total += 2 * n * kv_heads * -(-head_dim * bits // 8) + (minima if n else 0)
         return total
 

@@ -22,12 +22,12 @@ Gate = tuple[Tensor, Tensor]
 
 
 class Header(NamedTuple):
-    """What a file of gates says of itself.
+    """The header of a file of gates.
 
     Attributes:
-        depth, width: layers and hidden size of the decoder they were trained on.
+        depth, width: layers and hidden size of the decoder the gates were trained on.
         hidden: rows of a gate's first matrix.
-        stay: share of samples, measured when they were trained, whose images every decoder layer still sees.
+        stay: [depth] share of samples whose images are still present at each decoder layer, measured in training.
     """
 
     depth: int
@@ -37,25 +37,26 @@ class Header(NamedTuple):
 
 
 def find(name: str) -> Path:
-    """The file of this path, or the shipped one of a reference model's name."""
+    """The file at this path, or the one shipped with the reference model of this name."""
     shipped = SHIPPED / name / "vtoken" / "dyvte.safetensors"
     return shipped if "." not in name and os.path.isfile(shipped) else Path(name)
 
 
 def header(name: str) -> Header:
-    """What a file says of itself.
+    """The header of a file of gates.
 
     Raises:
-        ValueError: as `read`.
+        ValueError: as in `read`.
     """
     return read(name)[0]
 
 
 def matrices(name: str) -> dict[int, Gate]:
-    """By the decoder layer before which a gate is asked its matrices [hidden, 2 D] and [2, hidden], on the CPU.
+    """Matrices [hidden, 2 D] and [2, hidden] of the gates on the CPU, by the decoder layer before which a gate is
+    asked.
 
     Raises:
-        ValueError: as `read`.
+        ValueError: as in `read`.
     """
     return read(name)[1]
 
@@ -94,11 +95,11 @@ def _shares(path: Path, told: Mapping[str, str], depth: int) -> tuple[float, ...
 
 
 def save(path: Path, gates: Mapping[int, Gate], stay: Sequence[float], about: Mapping[str, str]) -> None:
-    """Writes gates by the decoder layer before which they are asked (1 to depth - 1).
+    """Writes gates, keyed by the decoder layer before which they are asked (1 to depth - 1).
 
     Args:
         stay: [depth] as in Header.
-        about: more to say of them: model, data, settings.
+        about: further header entries: model, data, settings.
     """
     hidden, shown = next(iter(gates.values()))[0].shape
     told = {"format": FORMAT, "depth": len(stay), "width": shown // 2, "hidden": hidden, "stay": json.dumps(list(stay))}
@@ -109,13 +110,13 @@ def save(path: Path, gates: Mapping[int, Gate], stay: Sequence[float], about: Ma
 
 
 def question(text: Tensor) -> Tensor:
-    """[2 D] what a gate is shown of the text [T, D] behind the images: the mean of all but the last token, and the
+    """[2 D] input of a gate, from the text [T, D] after the images: the mean of all tokens but the last, and the
     last."""
     text = text.float()
     return torch.cat([text[:-1].mean(0), text[-1]])
 
 
 def logits(pair: Gate, shown: Tensor) -> Tensor:
-    """[R, 2] (stay, leave) of questions [R, 2 D]: two matrices without bias, GELU between them."""
+    """[R, 2] (stay, leave) for gate inputs [R, 2 D]: two matrices without bias, with GELU between them."""
     first, second = pair
     return linear(gelu(linear(shown.to(first.dtype), first)), second).float()

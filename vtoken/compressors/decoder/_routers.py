@@ -27,7 +27,7 @@ class Router(NamedTuple):
 
 
 def routers(name: str) -> dict[int, Router]:
-    """The routers of a file, by the decoder layer behind which they are asked, on the CPU.
+    """The routers of a file on the CPU, by the decoder layer after which they are asked.
 
     Raises:
         ValueError: there is no such file, or it holds something else.
@@ -47,7 +47,7 @@ def routers(name: str) -> dict[int, Router]:
 
 
 def _shapes(found: Mapping[str, Tensor], layer: str) -> Iterator[tuple[str, Shape]]:
-    """What fits the layer's first matrix; nothing does if that is none."""
+    """Shapes that fit the layer's first matrix; no shape fits if that one is missing."""
     first, second = (found.get(f"{layer}.{part}") for part in PARTS[2:])
     hidden, width = first.shape if first is not None and first.ndim == 2 else ("D / 4", "D")
     sizes = max(1, len(second)) if second is not None and second.ndim else "sizes"
@@ -55,6 +55,6 @@ def _shapes(found: Mapping[str, Tensor], layer: str) -> Iterator[tuple[str, Shap
 
 
 def chances(router: Router, shown: Tensor) -> Tensor:
-    """[R, sizes] float32 probabilities for what routers are shown [R, D]."""
+    """[R, sizes] float32 probabilities for router inputs [R, D]."""
     x = layer_norm(shown.to(router.first.dtype), router.scale.shape, router.scale, router.shift)
     return (linear(gelu(linear(x, router.first)), router.second).float() / TEMPERATURE).softmax(-1)

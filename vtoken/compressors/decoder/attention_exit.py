@@ -1,4 +1,4 @@
-"""Attention exit: all visual tokens leave once the end of the prompt hardly attends to them."""
+"""Attention exit: all visual tokens are dropped once the end of the prompt barely attends to them."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from vtoken.stages import Compressor, Fact, Keep, Site, VisualTokens
 
 
 class AttentionExit(Compressor):
-    """Before every decoder layer from `first` on: if in the `patience` layers before it the last `window` text tokens
-    gave the images less than `threshold` of their attention (softmax over everything a token sees, mean over tokens and
-    heads), all visual tokens of the row leave. Rows leave at different layers, or never; the plan (FLOPs) counts on
-    none. A prompt that ends with an image keeps it.
+    """Acts before every decoder layer from `first` on. If in each of the `patience` layers before it, the last `window`
+    text tokens gave the images less than `threshold` of their attention (softmax over everything a token sees, mean
+    over tokens and heads), all visual tokens of the row are dropped. Rows exit at different layers, or never; the plan
+    (FLOPs) counts on none. A prompt that ends with an image keeps it.
 
-    `sinks` leaves out the tokens attended to most: early tokens can draw attention without being read. Nothing tells
-    that the question has read the image by then: exits before half of the depth are destructive in ToDRE's table.
-    `vtoken calibrate attention_exit` finds the threshold of a model that changes so many answers and no more.
+    `sinks` leaves out the tokens attended to most: early tokens can draw attention without carrying information.
+    Nothing guarantees that the question has read the image by then: exits before half of the depth are destructive in
+    ToDRE's table. `vtoken calibrate attention_exit` finds the threshold at which a given number of a model's answers
+    change.
 
-    No paper: a baseline, ToDRE's rule asked at every layer and of the last token.
+    No paper: a baseline; ToDRE's rule applied at every layer, to the last token.
     """
 
     site: ClassVar[Site] = "decoder"
     paper: ClassVar[str] = "no paper"
 
-    threshold: float = Field(default=0.1, gt=0, le=1, description="share of attention below which images leave")
+    threshold: float = Field(default=0.1, gt=0, le=1, description="share of attention below which images are dropped")
     first: int | None = Field(
-        default=None, ge=1, description="first decoder layer that may do without; null: 7/8 of the depth"
+        default=None, ge=1, description="first decoder layer that may run without images; null: 7/8 of the depth"
     )
-    window: int = Field(default=1, ge=1, description="text tokens at the end of the prompt that are asked")
-    patience: int = Field(default=1, ge=1, description="layers in a row that must find less")
+    window: int = Field(default=1, ge=1, description="text tokens at the end of the prompt whose attention counts")
+    patience: int = Field(default=1, ge=1, description="consecutive layers that must stay below the threshold")
     sinks: int = Field(
         default=0, ge=0, le=50, description="percent of each image's tokens, those attended to most, that do not count"
     )
@@ -50,7 +51,7 @@ class AttentionExit(Compressor):
         return [index[-self.window :] for index in behind_all(tokens)]
 
     def heard(self, tokens: VisualTokens) -> Tensor:
-        """[images] the share of attention that is held against the threshold; of all images of a row together."""
+        """[images] share of attention that is compared with the threshold, summed over all images of a row."""
         attention = tokens.fact("text_attention")
         if self.sinks:
             counts = [-(-n * self.sinks // 100) for n in tokens.lengths]

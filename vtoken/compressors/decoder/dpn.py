@@ -1,4 +1,4 @@
-"""DPN's pyramid without its routers: visual tokens are pooled again and again inside the LLM."""
+"""DPN's pyramid without its routers: visual tokens are pooled repeatedly inside the LLM."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ QUARTERS = (1, 2, 3)
 
 
 class DPN(Compressor):
-    """Before the decoder layers `at`, averages the visual tokens of every k x k cell of the current grid, k being the
-    layer's `sizes`; the mean takes the place (and position) of the cell's first token. Cells at the edge average what
-    is there. An image that is down to a grid of fewer than `least` tokens, or to a raster smaller than k x k, stays as
-    it is.
+    """Before each of the decoder layers `at`, averages the visual tokens of every k x k cell of the current grid, where
+    k is the layer's entry in `sizes`. The mean takes the place (and position) of the cell's first token. Cells at the
+    edge average the tokens they have. An image whose grid has fewer than `least` tokens, or a raster smaller than k x
+    k, stays unchanged.
 
     The schedule is fixed by hand. The authors train a router per layer that picks k in {1, 2, 4} (the last: {1, 2}) for
     each question, and fine-tune the LLM with it.
@@ -45,7 +45,7 @@ class DPN(Compressor):
         min_length=1,
         description="side of the cells at each of these layers, in tokens of the current grid; a guess",
     )
-    least: int = Field(default=16, ge=1, description="images with fewer tokens are left alone, as the authors do")
+    least: int = Field(default=16, ge=1, description="images with fewer tokens stay unchanged, as in the authors' code")
 
     @model_validator(mode="after")
     def _one_each(self) -> Self:
@@ -60,8 +60,8 @@ class DPN(Compressor):
         return tuple(max(1, depth * q // 4) for q in QUARTERS) if self.at is None else self.at
 
     def for_depth(self, depth: int) -> Self:
-        """The stage for a decoder of so many layers; `select` and `expected_counts` have to know which of the sizes is
-        due."""
+        """The stage adapted to a decoder of `depth` layers; `select` and `expected_counts` need to know which of the
+        sizes applies."""
         return self.model_copy(update={"at": self.layers(depth)})
 
     def select(self, tokens: VisualTokens) -> Keep:
@@ -82,10 +82,10 @@ class DPN(Compressor):
         return whole
 
     def _sides(self, parts: Parts, layer: int | None) -> tuple[int, int]:
-        """Side of an image's cells, in tokens of its unpruned raster, before and after the layer (None: all of
-        them)."""
+        """Side of an image's cells, in tokens of its unpruned raster, before and after the layer (None: before and
+        after all of them)."""
         if layer is not None and self.at is None:
-            raise ValueError("dpn does not know how deep the decoder is; use what its bound(depth) returns")
+            raise ValueError("dpn does not know how deep the decoder is; use what its for_depth(depth) returns")
         sizes = self.sizes if layer is None else self.sizes[: (self.at or ()).index(layer) + 1]
         sides = [1]
         for k in sizes:

@@ -1,4 +1,4 @@
-"""DPN with its trained routers: the question says how far visual tokens are pooled."""
+"""DPN with its trained routers: the question decides how far visual tokens are pooled."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from vtoken.stages import NAMES_FILE, Compressor, Fact, Fused, Keep, Parts, Site
 
 
 class DPNRouted(Compressor):
-    """Behind the decoder layers that have a router, the mean of the row's last `read` prompt tokens goes through its
-    norm and two matrices with GELU between them; of the softmax of a tenth of what comes out the largest picks k in
-    `sizes`. The maximum over every k x k cell of the current grid, times that probability (also where k is 1), takes
-    the place and position of the cell's first token. Rows whose images are down to fewer than `least` tokens, or to a
-    raster smaller than the largest k, stay as they are.
+    """After each decoder layer that has a router, the mean of the row's last `read` prompt tokens goes through the
+    router: a norm and two matrices with GELU between them. The largest entry of the softmax of a tenth of its outputs
+    picks k from `sizes`. The maximum over every k x k cell of the current grid, times that probability (even if k is
+    1), takes the place and position of the cell's first token. Rows with fewer than `least` visual tokens left, or with
+    a raster smaller than the largest k, stay unchanged.
 
-    Only for an LLM that was fine-tuned with these routers: the probability scales what it reads. `dpn` is the schedule
-    by hand for stock models. How far is pooled depends on the prompt: the plan (FLOPs) counts that nothing is.
+    Only for an LLM that was fine-tuned with these routers, because the probability scales what it reads. `dpn` is a
+    hand-made schedule for stock models. How far tokens are pooled depends on the prompt: the plan (FLOPs) assumes no
+    pooling.
 
     Paper: https://arxiv.org/abs/2503.20322
     """
@@ -36,8 +37,8 @@ class DPNRouted(Compressor):
         "The authors' checkpoints are not in the format of transformers; their routers (norm and matrix of `mlp1`, "
         "matrix of `predictor`) have to be written to a safetensors file as LAYER.norm.weight, .norm.bias, .in.weight "
         "and .out.weight, LAYER being 7, 15 and 23 in LLaVA-1.5-7B. Tried with random routers only. They read <ROUTER> "
-        "tokens that they append to the prompt: append them and say how many (`read`). Original positions (positions: "
-        "compact has theirs); edges of a grid are kept; the images of a row share one choice."
+        "tokens that they append to the prompt: append them and set `read` to their number. Original positions "
+        "(positions: compact has theirs); edges of a grid are kept; the images of a row share one choice."
     )
 
     routers: str = Field(
@@ -46,11 +47,11 @@ class DPNRouted(Compressor):
     sizes: tuple[int, ...] = Field(
         default=(1, 2, 4),
         min_length=1,
-        description="sides of the cells; a router with fewer outputs has the first of them",
+        description="sides of the cells; a router with fewer outputs uses the first of them",
     )
-    read: int = Field(default=1, ge=1, description="how many of the last prompt tokens the routers read the mean of")
+    read: int = Field(default=1, ge=1, description="number of last prompt tokens whose mean the routers read")
     least: int = Field(
-        default=16, ge=1, description="rows with fewer visual tokens left are left alone, as the authors do"
+        default=16, ge=1, description="rows with fewer visual tokens left stay unchanged, as in the authors' code"
     )
 
     @field_validator("routers")
@@ -68,7 +69,7 @@ class DPNRouted(Compressor):
 
     @cached_property
     def held(self) -> Weights:
-        """The routers, by the layer behind which they are asked."""
+        """The routers, by the layer after which they are asked."""
         return Weights(routers(self.routers))
 
     def unload(self) -> None:
@@ -121,5 +122,5 @@ class DPNRouted(Compressor):
         return Fused(torch.arange(len(image), device=device), each, largest=True)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        """Maxima, and both matrices of one row."""
+        """Maxima, and both matrices for one row."""
         return sum(lengths) * width + width * width // 2

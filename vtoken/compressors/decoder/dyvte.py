@@ -1,4 +1,4 @@
-"""DyVTE: a small trained gate per decoder layer says when all visual tokens of a sample leave."""
+"""DyVTE: a small trained gate per decoder layer decides when all visual tokens of a sample are dropped."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from vtoken.stages import NAMES_FILE, Compressor, Fact, Keep, Parts, Site, Visua
 
 
 class DyVTE(Compressor):
-    """Before every decoder layer a gate of its own looks at what leaves the layer before: the mean of the question's
-    tokens (the text behind the row's last image, but for the last token) beside the last prompt token. Two matrices
-    with GELU between them give two numbers, stay and leave; at the first layer where leave is larger all visual tokens
-    of the row leave. Decided at prefill, row by row.
+    """Before every decoder layer, a gate reads the output of the layer before: the mean of the question's tokens (the
+    text after the row's last image, without the last token) beside the last prompt token. Two matrices with GELU
+    between them give two numbers, stay and leave; at the first layer where leave is larger, all visual tokens of the
+    row are dropped. Decided at prefill, row by row.
 
     The authors publish no gates. `vtoken train-exit` trains them for a model; those of the reference model are shipped
-    (`gates: tiny-llava`). How many rows leave where depends on the prompt: the plan (FLOPs) takes the shares that were
-    measured when the gates were trained. Rows with fewer than two text tokens behind their last image keep it.
+    (`gates: tiny-llava`). How many rows exit at which layer depends on the prompt: the plan (FLOPs) uses the shares
+    that were measured when the gates were trained. Rows with fewer than two text tokens after their last image keep it.
 
     Paper: https://arxiv.org/abs/2411.19628
     """
@@ -31,9 +31,9 @@ class DyVTE(Compressor):
     site: ClassVar[Site] = "decoder"
     paper: ClassVar[str] = "https://arxiv.org/abs/2411.19628"
     deviations: ClassVar[str] = (
-        "The authors' code counts on 35 tokens before one image of 576; here the question is found in any prompt, and "
-        "the images of a row leave together. No gate for the last layer, behind which there is nothing to save. Means "
-        "are taken in float32."
+        "The authors' code assumes 35 tokens before one image of 576; here the question is found in any prompt, and "
+        "the images of a row are dropped together. No gate for the last layer, after which there is nothing to save. "
+        "Means are taken in float32."
     )
 
     gates: str = Field(
@@ -49,7 +49,7 @@ class DyVTE(Compressor):
 
     @cached_property
     def told(self) -> Header:
-        """What the file says of itself, from the first time it was asked."""
+        """The header of the file, as it was when first read."""
         return header(self.gates)
 
     @cached_property
@@ -91,13 +91,14 @@ class DyVTE(Compressor):
     def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
-        """Expected tokens: those that arrive, times the share of samples that stay of those still there."""
+        """Expected tokens: those that arrive, times the share of samples that keep their images at this layer among
+        those that still have them."""
         stay = self.told.stay
         if not layer or not stay[layer - 1]:
             return tuple(lengths)
         return tuple(round(n * stay[layer] / stay[layer - 1]) for n in lengths)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        """Both matrices, of one row, while it has images."""
+        """Both matrices, for one row, while it has images."""
         told = self.told
         return 2 * told.hidden * (2 * told.width + 2) if any(lengths) else 0

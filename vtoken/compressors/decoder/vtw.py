@@ -1,4 +1,4 @@
-"""VTW: all visual tokens leave at one decoder layer."""
+"""VTW: all visual tokens are dropped at one decoder layer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from vtoken.stages import Compressor, Keep, Parts, Site, VisualTokens
 
 
 class VTW(Compressor):
-    """Before decoder layer `layer` every visual token leaves: deeper layers compute, and cache, text only. What the
-    image says has to have reached the text by then: too aggressive for reading text in images and for long captions.
+    """Before decoder layer `layer`, drops every visual token: deeper layers compute, and cache, text only. The
+    information of the image must have reached the text by then: too aggressive for reading text in images and for long
+    captions.
 
-    The authors choose the layer offline, as `vtoken calibrate vtw` does for a model: the first from 5 on where the
+    The authors choose the layer offline, as `vtoken calibrate vtw` does for a model: the first from 5 on at which the
     next-token distribution on some 20 samples stays close to the unpruned one (KL(withdrawn || full) at most 0.003;
     0.0005 for 13B): layer 15 of 32 for LLaVA-1.5-7B.
 
@@ -24,8 +25,8 @@ class VTW(Compressor):
     site: ClassVar[Site] = "decoder"
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.05803"
     deviations: ClassVar[str] = (
-        "Without `layer` it is the authors' result for LLaVA-1.5-7B, in proportion to the depth; `vtoken calibrate "
-        "vtw` searches it."
+        "Without `layer`, the authors' result for LLaVA-1.5-7B is used, in proportion to the depth; `vtoken calibrate "
+        "vtw` searches for it."
     )
 
     layer: int | None = Field(

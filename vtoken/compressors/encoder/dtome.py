@@ -1,4 +1,4 @@
-"""DToMe: merge in the vision encoder whatever is similar enough, so that plain pictures lose more than complex ones."""
+"""DToMe: merge all sufficiently similar tokens in the vision encoder, so that plain pictures lose more of them."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from vtoken.stages import OtherModel, Parts, size_of
 
 class DToMe(Merger, Thresholds):
     """As tome, but in each layer every pair merges whose similarity exceeds the layer's threshold (at most half of the
-    tokens). The thresholds belong to a checkpoint and a budget: `vtoken calibrate dtome MODEL --images FOLDER --budget
-    low|mid|high`.
+    tokens). The thresholds are specific to a checkpoint and a budget: `vtoken calibrate dtome MODEL --images FOLDER
+    --budget low|mid|high`.
 
-    The first half of DyMU; without the second, which lets the decoder attend as if nothing had been merged, its authors
-    measured less than with ToMe (58.2 against 59.2 at some 90 tokens of LLaVA-1.5-7B). The index map it needs is in the
-    trace (`into`). Crops are pictures of their own. `expected_counts` expects the mean counts of the calibration, or
-    that nothing merges if there was none. Asks the device for the counts once per layer. Not for Qwen (see dtome_post),
-    nor where OneVision interpolates features.
+    This is the first half of DyMU. Without the second half (`vtu`), which lets the decoder attend as if nothing had
+    been merged, its authors measured less than with ToMe (58.2 against 59.2 at some 90 tokens of LLaVA-1.5-7B). The
+    index map that it needs is in the trace (`into`). Crops count as pictures of their own. `expected_counts` uses the
+    mean counts of the calibration, or assumes that nothing merges if there was none. Waits for the device once per
+    layer, for the counts. Not for Qwen (see dtome_post), nor where OneVision interpolates features.
 
     Paper: https://arxiv.org/abs/2504.17040
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2504.17040"
     deviations: ClassVar[str] = (
-        "Every picture is merged as the authors do it alone; in a batch theirs depends on its neighbours. Tokens stay "
-        "in reading order, at the place of the member that absorbed the others. Their cap on merges per picture (off "
-        "by default) is left out. Their thresholds are not shipped; ours are running means in float64, theirs in "
-        "bfloat16, which stand still after some 256 batches."
+        "Every picture is merged as the authors' code merges a single one; in a batch, theirs depends on its "
+        "neighbours. Tokens stay in reading order, at the place of the member that absorbed the others. Their cap on "
+        "merges per picture (off by default) is left out. Their thresholds are not shipped; ours are running means in "
+        "float64, theirs in bfloat16, which stand still after some 256 batches."
     )
 
     def layers(self, depth: int) -> tuple[int, ...]:

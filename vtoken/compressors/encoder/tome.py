@@ -15,15 +15,16 @@ Merges = Annotated[int, Field(ge=0)]
 
 
 class ToMe(Merger):
-    """Between attention and MLP of each layer the tokens of a picture are dealt out alternately to two sides. Each of
-    side A finds its most similar one of side B (cosine of this layer's keys, head mean); the r most similar pairs
-    become their mean, weighted by how many patches each stands for. CLS never merges. Later layers run on r fewer
-    tokens, and attend to a merged token as often as it has members (log of their number on the logits).
+    """Between attention and MLP of each layer, the tokens of a picture are dealt alternately to two sides. Each token
+    of side A finds its most similar token of side B (cosine of this layer's keys, averaged over heads); the r most
+    similar pairs become their mean, weighted by the number of patches that each represents. CLS never merges. Later
+    layers run on r fewer tokens, and count a merged token once per member in attention (log of their number is added to
+    the logits).
 
-    The decoder gets a merged token at the place of the member of side B. Layers behind the one that features are read
-    from are left alone: LLaVA-1.5 reads the last but one, so r = 21 leaves 576 - 23 * 21 = 93. Pictures of one batch
-    all lose the same. Not for Qwen, whose encoder joins 2 x 2 patches (see dtome_post), nor where OneVision
-    interpolates features.
+    The decoder gets a merged token at the place of the member of side B. Layers after the feature layer are left
+    unchanged: LLaVA-1.5 reads the last but one, so r = 21 leaves 576 - 23 * 21 = 93. All pictures of a batch lose the
+    same number. Not for Qwen, whose encoder joins 2 x 2 patches (see dtome_post), nor where OneVision interpolates
+    features.
 
     Paper: https://arxiv.org/abs/2210.09461
     """
@@ -32,10 +33,12 @@ class ToMe(Merger):
     deviations: ClassVar[str] = (
         "The order in which tokens are dealt out is the authors', but tokens stay in reading order, so the decoder "
         "sees them where they belong. Distillation tokens, tracing of sources as a matrix, and the paper's other ways "
-        "to part the sides are left out."
+        "to split tokens between the sides are left out."
     )
 
-    r: Merges | tuple[Merges, ...] = Field(description="merges per layer, or one number for each; missing ones are 0")
+    r: Merges | tuple[Merges, ...] = Field(
+        description="merges in every layer, or a list with one number per layer; missing ones are 0"
+    )
     inflection: float = Field(
         default=0,
         ge=-1,
@@ -44,7 +47,7 @@ class ToMe(Merger):
     )
 
     def schedule(self, depth: int) -> tuple[int, ...]:
-        """Merges in every layer of an encoder."""
+        """Number of merges in every layer of an encoder."""
         if isinstance(self.r, tuple):
             return (*self.r[:depth], *[0] * (depth - len(self.r)))
         least = int(self.r * (1 - self.inflection))

@@ -1,4 +1,4 @@
-"""DToMe-post: rounds of threshold merging behind the vision encoder, where merging inside it is impossible (Qwen)."""
+"""DToMe-post: rounds of threshold merging after the vision encoder, where merging inside it is impossible (Qwen)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from vtoken.stages import Compressor, Fact, Keep, Parts, Site, VisualTokens, ima
 
 
 class DToMePost(Compressor, Thresholds):
-    """One round after the other, the visual tokens of a picture (crop, frame) are dealt out alternately to two sides,
-    and each of side A whose most similar one of side B exceeds the round's threshold merges into it, at most half of
-    the tokens. Similarity: cosine of the keys of the encoder layer that attention is read from (the last with full
-    attention), mean over heads and over the patches of a token; a merged token has the mean of its members, weighted as
-    its embedding is, by how many tokens they stand for.
+    """In each round, the visual tokens of a picture (crop, frame) are dealt alternately to two sides, and each token of
+    side A merges into its most similar token of side B if their similarity exceeds the round's threshold; at most half
+    of the tokens merge. Similarity is the cosine of the keys in the encoder layer that attention is read from (the last
+    with full attention), averaged over heads and over the patches of a token. The key of a merged token is the mean of
+    its members' keys, weighted, like its embedding, by the number of tokens they represent.
 
-    Not DyMU: a stand-in for its first half where an encoder joins 2 x 2 patches. It saves nothing inside the encoder
+    Not DyMU: a substitute for its first half where an encoder joins 2 x 2 patches. It saves nothing inside the encoder
     and needs thresholds of its own, which `vtoken calibrate dtome` finds for Qwen models. No published numbers.
-    `expected_counts` expects the mean count of the calibration, or that nothing merges if there was none. Asks the
-    device for the counts once per round.
+    `expected_counts` uses the mean count of the calibration, or assumes that nothing merges if there was none. Waits
+    for the device once per round, for the counts.
 
     Paper: https://arxiv.org/abs/2504.17040
     """
@@ -36,8 +36,8 @@ class DToMePost(Compressor, Thresholds):
         return (Fact("mean_key"),)
 
     def taken(self, value: Tensor, held: Sequence[int], at: int) -> tuple[int, ...]:
-        """Merges per sequence in round `at`: value [S, W] similarities, -inf where there is none; held tokens per
-        sequence."""
+        """Number of merges per sequence in round `at`: value [S, W] similarities, -inf if there is no pair; held tokens
+        per sequence."""
         return self.above(value, held, at)
 
     def select(self, tokens: VisualTokens) -> Keep:

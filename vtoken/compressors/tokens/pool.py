@@ -1,4 +1,4 @@
-"""Pool: k x k average pooling, the merging baseline."""
+"""Pool: k x k average pooling, the baseline for merging."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from vtoken.stages import Compressor, Keep, Parts, Site, VisualTokens
 
 class Pool(Compressor):
     """Averages every `size` x `size` cell of each frame (of each raster of an anyres image) into one token; cells at
-    the edge average what is there. The merged token takes the place (and position) of the cell's first token in reading
-    order. Tokens that an earlier stage dropped simply do not take part.
+    the edge average the tokens they have. The merged token takes the place (and position) of the cell's first token in
+    reading order. Tokens that an earlier stage dropped are left out of the mean.
 
     No paper: a baseline.
     """

@@ -1,4 +1,4 @@
-"""CMAI's focus score (experimental): text that matters to other text says which visual tokens matter."""
+"""CMAI's focus score (experimental): keep visual tokens that matter to text which matters to other text."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from vtoken.stages import Fact, Pruner, Site, VisualTokens
 
 
 class CMAI(Pruner):
-    """Before decoder layer `layer` keeps the tokens with the highest focus: with A_tt the attention of the text behind
-    the image to itself and A_ti its attention to the image in the layer before, head means, the column sums of A_tt
-    A_ti. Text that other text attends to weighs more than in a plain sum over rows. Without text behind the image the
-    first tokens stay.
+    """Before decoder layer `layer`, keeps the tokens with the highest focus. The focus is the column sums of A_tt A_ti:
+    A_tt is the attention of the text after the image to itself, A_ti its attention to the image, both in the layer
+    before, averaged over heads. Text that other text attends to thus weighs more than in a plain sum over rows. Without
+    text after the image, the first tokens stay.
 
-    Experimental. Of the method only its abstract could be read: the two factors are its own; the product, the sum over
-    the text, the layer and the use for dropping tokens are this project's. The authors inhibit attention between text
-    and image instead, and drop nothing.
+    Experimental: only the abstract of the paper could be read. The two factors are the authors'. The product, the sum
+    over the text, the choice of layer and the use for dropping tokens are this project's. The authors inhibit attention
+    between text and image instead, and drop nothing.
 
     Paper: https://arxiv.org/abs/2411.15453. Loops over images.
     """
@@ -26,7 +26,7 @@ class CMAI(Pruner):
     site: ClassVar[Site] = "decoder"
     paper: ClassVar[str] = "https://arxiv.org/abs/2411.15453"
     deviations: ClassVar[str] = (
-        "A reconstruction, not the authors' method: theirs masks attention of pairs with low focus in layers that the "
+        "A reconstruction, not the authors' method: theirs masks attention of pairs with low focus, in layers that the "
         "abstract does not name."
     )
 

@@ -1,4 +1,4 @@
-"""DART: keep a few pivots, and the tokens that are least like them."""
+"""DART: keep a few pivots, and the tokens that are least similar to them."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ from vtoken.stages.budget import Budget
 
 
 class DART(Pruner):
-    """Before decoder layer `layer`, of every image: pivots are the `image_pivots` visual tokens and the `text_pivots`
-    text tokens behind the image whose keys in the layer before have the largest L1 norm. Each pivot in turn, image
-    pivots first, takes its share of the tokens not yet taken: those whose hidden states, through the LLM's final norm,
-    have the lowest cosine similarity to its own. Kept are the image pivots and what was taken, `keep` in all; the first
-    pivots take one more where shares are uneven.
+    """Before decoder layer `layer`, in every image: the pivots are the `image_pivots` visual tokens, and the
+    `text_pivots` text tokens after the image, whose keys in the layer before have the largest L1 norm. Each pivot in
+    turn, image pivots first, takes its share of the tokens not yet taken: those with the lowest cosine similarity to
+    the pivot, between hidden states after the LLM's final norm. The image pivots and all tokens taken stay, `keep` in
+    all; if shares are uneven, the first pivots take one more.
 
-    No attention is needed. Paper: https://arxiv.org/abs/2502.11494. Loops over images for the
-    pivots, then over pivots.
+    Needs no attention. Paper: https://arxiv.org/abs/2502.11494. Loops over images to find pivots, then over pivots.
     """
 
     site: ClassVar[Site] = "decoder"
     paper: ClassVar[str] = "https://arxiv.org/abs/2502.11494"
     deviations: ClassVar[str] = (
-        "Written from two ports by others that agree, without the authors' repository. Counts are exact: the ports "
+        "Written from two ports by others, which agree, without the authors' repository. Counts are exact: the ports "
         "keep the pivots and a whole multiple of their number. Pivots take turns in order of their norms, where the "
         "ports go through a set."
     )
@@ -40,7 +39,7 @@ class DART(Pruner):
     text_pivots: int = Field(
         default=4,
         ge=0,
-        description="text tokens behind the image that others are compared with, if so many stand there",
+        description="text tokens after the image that others are compared with; fewer if there are not so many",
     )
 
     @field_validator("keep")
@@ -85,16 +84,17 @@ class DART(Pruner):
 
 
 def strongest(keys: Tensor, n: int) -> Tensor:
-    """[n] rows of keys [N, H*d] with the largest L1 norm, largest first; fewer if there are no more."""
+    """[n] rows of keys [N, H*d] with the largest L1 norm, largest first; fewer if N < n."""
     return top(keys.float().abs().sum(1), n)
 
 
 def unlike(likeness: list[Tensor], taken: list[Tensor], offsets: Tensor, counts: Sequence[int]) -> Tensor:
-    """[ΣK] packed rows, ascending: those taken already and what each pivot takes, one pivot of every image at a time.
+    """[ΣK] packed rows, ascending: those taken already, and those that each pivot takes, one pivot of every image at a
+    time.
 
     Args:
-        likeness: per image [P_i, N_i] similarity of its pivots to its tokens; taken: per image packed rows.
-        offsets: as in VisualTokens; counts: K_i, no less than was taken.
+        likeness: per image, similarity [P_i, N_i] of its pivots to its tokens; taken: per image, packed rows.
+        offsets: as in VisualTokens; counts: K_i, at least the number already taken.
     """
     most = max(map(len, likeness))
     table = torch.cat([pad(like, (0, 0, 0, most - len(like))) for like in likeness], 1)

@@ -1,4 +1,4 @@
-"""FitPrune: a calibrated table says how many visual tokens leave behind each layer of the LLM."""
+"""FitPrune: a calibrated table says how many visual tokens are dropped after each layer of the LLM."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from vtoken.stages import Fact, Keep, Parts, Site, Stage, VisualTokens, keep_all
 
 
 class FitPrune(Stage):
-    """Behind decoder layer l the table[l] visual tokens leave whose product of two attentions in that layer is lowest:
-    of the text behind the image, and of the image's own tokens, each the maximum over heads and the mean over its
-    queries. The leaving tokens stay in the cache of layer l. Without text behind the image the last tokens leave.
+    """After decoder layer l, drops the table[l] visual tokens with the lowest product of two attentions received in
+    that layer: from the text after the image, and from the image's own tokens; each is the maximum over heads, averaged
+    over its queries. Dropped tokens stay in the cache of layer l. Without text after the image, the last tokens are
+    dropped.
 
-    The table is for images of `tokens` tokens that arrive whole. Of an image of another size, or pruned before, each
-    layer takes the same share of what is there, rounded, but never its last token unless the table takes all. `vtoken
-    calibrate fitprune MODEL` computes a table for a model and a budget.
+    The table is made for images of `tokens` tokens that arrive unpruned. In an image of another size, or pruned before,
+    each layer drops the same share of the tokens present, rounded, but never the last remaining token unless the table
+    drops all. `vtoken calibrate fitprune MODEL` computes a table for a model and a budget.
 
-    Paper: https://arxiv.org/abs/2409.10197. Reads the attention of all visual tokens in every layer behind which tokens
-    leave.
+    Paper: https://arxiv.org/abs/2409.10197. Reads the attention of all visual tokens in every layer after which tokens
+    are dropped.
     """
 
     kind: ClassVar[Literal["pruner", "compressor"]] = "pruner"
     site: ClassVar[Site] = "decoder"
     paper: ClassVar[str] = "https://arxiv.org/abs/2409.10197"
     deviations: ClassVar[str] = (
-        "Leaving tokens still pass the output projection and the MLP of the layer, which nothing reads. Image by "
-        "image, where the authors' code takes all after the system prompt as one image of 576 tokens. Behind the last "
-        "layer nothing leaves."
+        "Dropped tokens still pass the output projection and the MLP of the layer, though nothing reads the result. "
+        "Image by image, where the authors' code takes all after the system prompt as one image of 576 tokens. After "
+        "the last layer nothing is dropped."
     )
 
     table: tuple[int, ...] = Field(
         min_length=1,
-        description="tokens that leave behind each decoder layer, from layer 0 on; none behind layers that are not "
-        "given",
+        description="tokens dropped after each decoder layer, from layer 0 on; none after layers that are not given",
     )
     tokens: int = Field(default=576, ge=1, description="visual tokens of the images that the table was made for")
 
@@ -68,13 +68,13 @@ class FitPrune(Stage):
     def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
-        """Before a layer the table's count leaves; outside a model (None) the whole table."""
+        """What is left before this layer; outside a model (None), what the whole table leaves."""
         alive = [self.tokens, *(self.tokens - gone for gone in accumulate(self.table))]
         before, after = (0, -1) if layer is None else (layer - 1, layer)
         held, left = alive[before], alive[after]
         if not left:
             return (0,) * len(lengths)
-        # Rounded half up: a smaller image would lose a token too many at every layer otherwise.
+        # Rounded half up; otherwise a smaller image would lose one token too many at every layer.
         return tuple(min(n, max(1, (2 * n * left + held) // (2 * held))) for n in lengths)
 
     def counts_are_exact(self, layer: int | None = None, whole: bool = True) -> bool:

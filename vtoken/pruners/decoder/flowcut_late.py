@@ -1,4 +1,4 @@
-"""FlowCut, second stage: one cut behind the LLM's second layer, by how much information flows from each token to the question."""
+"""FlowCut, second stage: one cut after the LLM's second layer, by how much information flows from each token."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from vtoken.stages import Fact, Pruner, Site, VisualTokens
 
 
 class FlowCutLate(Pruner):
-    """Before decoder layer `layer` a token scores (attention + relevance) * density, all of the layer before.
-    Attention: of the last prompt token, softmax over the image's tokens alone, head mean. Relevance: the same with
-    values for query and keys. Density: L1 norm of the head mean of the token's value. The best stay.
+    """Before decoder layer `layer`, scores tokens by (attention + relevance) * density, all in the layer before.
+    Attention is that of the last prompt token, softmax over the image's tokens only, averaged over heads. Relevance is
+    the same with values for query and keys. Density is the L1 norm of the token's value, averaged over heads. The
+    tokens with the highest scores stay.
 
-    Goes with `flowcut` on pictures cut into crops: the authors let half of the total budget per crop into the LLM, and
-    cut to the total (`keep: {total: 640}`) behind its second layer. Qwen's variant lets twice the budget in.
+    Used together with `flowcut` on pictures cut into crops: the authors let half of the total budget per crop into the
+    LLM, and cut to the total (`keep: {total: 640}`) after its second layer. Their Qwen variant lets twice the budget
+    in.
 
     Paper: https://arxiv.org/abs/2505.19536
     """
@@ -25,15 +27,15 @@ class FlowCutLate(Pruner):
     site: ClassVar[Site] = "decoder"
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.19536"
     deviations: ClassVar[str] = (
-        "Of several images in a prompt each is scored among its own tokens, and a total budget is shared out by their "
-        "sizes; the authors' code takes all images of a prompt as one. Any padding; the authors' code pads on the "
-        "right."
+        "Each image of a prompt is scored among its own tokens, and a total budget is divided in proportion to their "
+        "sizes; the authors' code takes all images of a prompt as one. Any padding works; the authors' code pads on "
+        "the right."
     )
 
     layer: int = Field(
         default=2,
         ge=1,
-        description="first decoder layer that sees fewer tokens; the authors read layer 1 and cut behind it",
+        description="first decoder layer that sees fewer tokens; the authors read layer 1 and cut after it",
     )
 
     def needs(self) -> tuple[Fact, ...]:
@@ -47,5 +49,5 @@ class FlowCutLate(Pruner):
         return flow * tokens.fact("mean_value").float().abs().sum(-1)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        """Head mean and norm of the values; at most the width of the LLM each."""
+        """Head mean and norm of the values, each at most as wide as the LLM."""
         return sum(lengths) * width

@@ -1,4 +1,4 @@
-"""PyramidDrop: several cuts in the LLM, each leaving half of the visual tokens that are still there."""
+"""PyramidDrop: several cuts in the LLM, each keeping half of the visual tokens that are left."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from vtoken.stages.budget import Budget
 
 class PyramidDrop(Pruner):
     """Before each of the decoder layers `at`, keeps the tokens with the highest attention of the last prompt token in
-    the layer to come: its norm and projections are applied to what enters it, softmax over everything the token sees,
-    mean over heads.
+    the layer about to run: that layer's norm and projections are applied to its input; softmax over everything the
+    token sees, mean over heads.
 
-    `keep` is what one cut leaves of those that arrive at it: 50% gives the authors' 1/2, 1/4, 1/8 of the image's
-    tokens, an average of 47% over all layers. Other ratios than powers of one are several such stages, each with its
-    own `at`.
+    `keep` is what one cut keeps of the tokens that arrive at it: 50% gives the authors' 1/2, 1/4, 1/8 of the image's
+    tokens, an average of 47% over all layers. Use several such stages, each with its own `at`, for ratios that differ
+    between cuts.
 
     Paper: https://arxiv.org/abs/2410.17247
     """
@@ -26,18 +26,17 @@ class PyramidDrop(Pruner):
     site: ClassVar[Site] = "decoder"
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.17247"
     deviations: ClassVar[str] = (
-        "Each cut takes its share of what arrives, to the nearest, the authors of the unpruned count, rounded down: "
-        "the counts may differ by a token. Works with several images, image by image, with left padding and with "
-        "grouped key heads, where the authors' code does not."
+        "Each cut takes its share of the tokens that arrive, rounded to the nearest; the authors take it of the "
+        "unpruned count, rounded down: the counts may differ by a token. Works with several images, image by image, "
+        "with left padding and with grouped key heads, where the authors' code does not."
     )
 
-    keep: Budget = Field(default=Budget("50%"), description="tokens left behind each cut, of those that arrive at it")
+    keep: Budget = Field(default=Budget("50%"), description="tokens left after each cut, of those that arrive at it")
     at: tuple[int, ...] | None = Field(
         default=None,
         min_length=1,
-        description="decoder layers before which tokens leave; null: at one, two and three quarters of the depth, the "
-        "authors' 8, 16 and "
-        "24 of 32",
+        description="decoder layers before which tokens are dropped; null: at one, two and three quarters of the "
+        "depth, the authors' 8, 16 and 24 of 32",
     )
 
     def needs(self) -> tuple[Fact, ...]:

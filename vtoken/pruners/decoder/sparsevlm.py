@@ -1,4 +1,4 @@
-"""SparseVLM: keep what the words of the question that concern the image attend to, and recycle part of the rest."""
+"""SparseVLM: keep the tokens that the image-related words of the question attend to, and recycle part of the rest."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from vtoken.stages import Fact, Keep, Pruner, Site, VisualTokens
 
 
 class SparseVLM(Pruner):
-    """Raters are the text tokens behind an image to which, by softmax over that text of the plain dot product of
-    embeddings, its tokens give more than the average weight. Before decoder layer `layer` keeps the tokens to which the
-    raters attended most in the layer before, mean over raters and heads. With `recycle` the best 30% of the dropped
-    (and one more) are merged: one in ten of them becomes the centre of a density-peak cluster of hidden states and the
-    plain mean of its members. `keep` counts these too.
+    """The raters are the text tokens after an image that receive more than the average weight from the image's tokens:
+    a softmax over that text of the plain dot product of embeddings, averaged over the image's tokens. Before decoder
+    layer `layer`, keeps the tokens that the raters attended to most in the layer before, mean over raters and heads.
+    With `recycle`, the best 30% of the dropped tokens (and one more) are merged into density-peak clusters of hidden
+    states, one per ten tokens; each cluster becomes the plain mean of its members. `keep` includes these.
 
-    One cut; the published schedules are three such stages, see the presets. If no text token is above average all of
-    the text behind the image rates; without any the first tokens stay.
+    This is one cut; the published schedules are three such stages, see the presets. If no text token is above average,
+    all of the text after the image rates; if there is none, the first tokens stay.
 
     Paper: https://arxiv.org/abs/2410.04417. Loops over images (or frames, or crops).
     """
@@ -30,8 +30,8 @@ class SparseVLM(Pruner):
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.04417"
     deviations: ClassVar[str] = (
         "Nothing random: the authors add noise to the density; here ties go to the lower index. Counts are exact; "
-        "recycled tokens stand at their centres' places, the authors put them behind the kept ones. Version 2's "
-        "corrections of the attention (selected heads, division by RoPE's share) are not part of it."
+        "recycled tokens take the places of their centres, the authors put them after the kept ones. Version 2's "
+        "corrections of the attention (selected heads, division by RoPE's share) are left out."
     )
 
     layer: int = Field(
@@ -73,15 +73,15 @@ class SparseVLM(Pruner):
         return keep if keep.lengths == tokens.lengths else merged(keep, home)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        """Distances of the recycled; segments of an image are taken together. What raters cost depends on the prompt
-        and is left out."""
+        """Distances between recycled tokens; the segments of an image are counted as one. The cost of finding raters
+        depends on the prompt and is left out."""
         pairs = zip(lengths, self.keep.counts(lengths, (0,) * len(lengths)), strict=True)
         pools = [pooled(n - k + recycled(n, k)) for n, k in pairs if k < n and self.recycle]
         return sum(2 * p * p * width for p in pools)
 
 
 def above_average(x: Tensor, text: Tensor) -> Tensor:
-    """Rows of text [T, D] to which x [N, D] gives more than the average weight; all if none does."""
+    """Rows of text [T, D] to which x [N, D] gives more than the average weight; all rows if none is above average."""
     if not len(x) or not len(text):
         return torch.arange(len(text), device=x.device)
     weight = (x @ text.T).softmax(1).mean(0)
@@ -95,17 +95,17 @@ def pooled(dropped: int) -> int:
 
 
 def recycled(n: int, k: int) -> int:
-    """Clusters among k tokens that are left of n: one for ten recycled tokens and one more, but at least half of k are
-    kept as they are."""
+    """Number of clusters among k tokens that are left of n: one per ten recycled tokens and one more, but at least half
+    of k tokens are kept unmerged."""
     return next((c for c in range(1, k // 2 + 1) if pooled(n - k + c) // 10 < c), k // 2)
 
 
 def peaks(x: Tensor, c: int) -> tuple[Tensor, Tensor]:
-    """Density-peak clusters of x [N, D], 1 <= c <= N: centre [c] rows of x, and member [N], which of the c each row
-    belongs to.
+    """Density-peak clusters of x [N, D], 1 <= c <= N: the rows of x [c] that are centres, and member [N], the cluster
+    of each row.
 
-    Density is exp of minus the mean squared distance to the c nearest rows, itself included; centres are far from all
-    denser rows.
+    The density of a row is exp of minus its mean squared distance to the c nearest rows, itself included; centres are
+    dense rows that are far from all denser ones.
     """
     distance = torch.cdist(x.float(), x.float(), compute_mode="donot_use_mm_for_euclid_dist") / x.shape[1] ** 0.5
     density = (-distance.topk(c, largest=False).values.square().mean(1)).exp()

@@ -1,4 +1,4 @@
-"""VAR's visual attention sinks: drop tokens whose hidden state has a massive channel, before another decoder stage chooses."""
+"""VAR's attention sinks: drop tokens whose hidden state has a massive channel, before another decoder stage chooses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtoken.stages import Keep, Site, Stage, VisualTokens, keep_all
 
-# Channels in which sinks show -> the LLM, its layers and channels.
+# Channels in which sinks appear -> the LLM, its number of layers and of channels.
 PUBLISHED: dict[tuple[int, ...], tuple[str, int, int]] = {
     (1415, 2533): ("LLaMA-2-7B", 32, 4096),
     (2100, 4743): ("LLaMA-2-13B", 40, 5120),
@@ -20,32 +20,32 @@ PUBLISHED: dict[tuple[int, ...], tuple[str, int, int]] = {
 
 class VarFilter(Stage):
     """Before decoder layer `layer`, drops the visual tokens whose hidden state, divided by its root mean square,
-    exceeds `tau` in one of the channels `dims`; of an image that is all sinks the weakest stays. How many go (usually a
-    handful) depends on the picture, so the plan counts none. A filter to put in front of a decoder-site pruner at the
-    same layer or later.
+    exceeds `tau` in one of the channels `dims`. If all tokens of an image are sinks, the weakest stays. How many are
+    dropped (usually a handful) depends on the picture, so the plan counts none. Use it as a filter before a
+    decoder-site pruner at the same or a later layer.
 
     Opt-in: others found that sinks which stem from the vision encoder carry what global questions need.
 
     Paper: https://arxiv.org/abs/2503.03321, which moves attention from sinks to other tokens and reports that masking
-    them does no harm; as a filter, experimental.
+    them does no harm. The use as a filter is experimental.
     """
 
     site: ClassVar[Site] = "decoder"
     kind: ClassVar[Literal["pruner", "compressor"]] = "pruner"
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.03321"
     deviations: ClassVar[str] = (
-        "Drops sinks at one layer; the authors find them anew at every layer and lower their attention. Without "
+        "Drops sinks at one layer; the authors find them again at every layer and lower their attention. Without "
         "`dims` every channel counts."
     )
 
     layer: int = Field(
-        default=2, ge=1, description="decoder layer before which sinks leave; the authors see none before 2"
+        default=2, ge=1, description="decoder layer before which sinks are dropped; the authors see none before 2"
     )
     tau: float = Field(default=20.0, gt=0, description="how many times the root mean square a channel must be")
     dims: tuple[int, ...] | None = Field(
         default=None,
-        description="channels of the LLM in which sinks show: [1415, 2533] for LLaMA-2-7B (LLaVA-1.5-7B), [2100, "
-        "4743] for 13B, refused by LLMs of other sizes; null: all",
+        description="channels of the LLM in which sinks appear: [1415, 2533] for LLaMA-2-7B (LLaVA-1.5-7B), [2100, "
+        "4743] for 13B, refused on LLMs of other sizes; null: all",
     )
 
     def layers(self, depth: int) -> tuple[int, ...]:
@@ -62,7 +62,7 @@ class VarFilter(Stage):
         )
 
     def select(self, tokens: VisualTokens) -> Keep:
-        """A loop over images for the token that stays in any case."""
+        """Loops over images to find the token that stays even if all are sinks."""
         strength = massive(tokens.x, self.dims)
         stay = strength <= self.tau
         start = 0
@@ -78,7 +78,7 @@ class VarFilter(Stage):
 
 
 def massive(x: Tensor, dims: tuple[int, ...] | None) -> Tensor:
-    """[N] largest |channel| among `dims` (None: all) of x [N, D] over its root mean square."""
+    """[N] largest |channel| among `dims` (None: all) of x [N, D], divided by the row's root mean square."""
     x = x.float()
     chosen = x if dims is None else x[:, list(dims)]
     return chosen.abs().amax(1) * (x.square().mean(1) + 1e-6).rsqrt()

@@ -12,13 +12,13 @@ from vtoken.stages.budget import Budget
 
 
 class VFlowOptLate(Pruner):
-    """Before decoder layer `layer` keeps the tokens with the highest importance, the one that `vflowopt` ranks by (give
-    both the same `threshold`): attention received in the vision encoder's feature layer, averaged over the queries that
-    themselves receive more than `threshold` times the mean of their crop. Nothing of the LLM is read. A recycled token
-    has the importance of the one whose place it took. Nothing is recycled here.
+    """Before decoder layer `layer`, keeps the tokens with the highest importance, the same that `vflowopt` ranks by
+    (give both the same `threshold`): attention received in the vision encoder's feature layer, averaged over the
+    queries that themselves receive more than `threshold` times the mean of their crop. Nothing is read from the LLM. A
+    recycled token has the importance of the token whose place it took. This stage recycles nothing.
 
-    One cut; the authors make two, each taking its share of what arrives: before layers 9 and 18 of 28 (LLaVA-OneVision)
-    or 10 and 20 of 32.
+    One cut; the authors make two, each taking its share of the tokens that arrive: before layers 9 and 18 of 28
+    (LLaVA-OneVision) or 10 and 20 of 32.
 
     Paper: https://arxiv.org/abs/2508.05211
     """
@@ -26,11 +26,11 @@ class VFlowOptLate(Pruner):
     site: ClassVar[Site] = "decoder"
     paper: ClassVar[str] = "https://arxiv.org/abs/2508.05211"
     deviations: ClassVar[str] = (
-        "The patch entropy, off in all released settings, is no part of the importance here. Shares are of the image's "
-        "tokens; the authors count newlines too, which they never drop (newline: keep)."
+        "The importance does not include the patch entropy, which is off in all released settings. Shares are of the "
+        "image's tokens; the authors count newlines too, which they never drop (newline: keep)."
     )
 
-    keep: Budget = Field(description="tokens left behind the cut, of those that arrive at it")
+    keep: Budget = Field(description="tokens left after the cut, of those that arrive at it")
     layer: int | None = Field(
         default=None, ge=1, description="first decoder layer that sees fewer tokens; null: 9 of every 28 layers"
     )

@@ -12,12 +12,12 @@ from vtoken.stages.budget import Budget
 
 
 class VScanLate(Pruner):
-    """Before decoder layer `layer` keeps, of every image, the tokens with the highest attention of the last prompt
-    token in that layer: its norm and projections are applied to what enters it, softmax over everything the token sees,
-    mean over heads.
+    """Before decoder layer `layer`, keeps in every image the tokens with the highest attention of the last prompt token
+    in that layer: its norm and projections are applied to its input; softmax over everything the token sees, mean over
+    heads.
 
-    Goes with `vscan`: 3 tokens that enter the LLM and 1 that is left in its second half make the published average of
-    2.
+    Used together with `vscan`: with 3 tokens that enter the LLM and 1 left in its second half, the average is the
+    published 2.
 
     Paper: https://arxiv.org/abs/2505.22654
     """
@@ -25,11 +25,11 @@ class VScanLate(Pruner):
     site: ClassVar[Site] = "decoder"
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.22654"
     deviations: ClassVar[str] = (
-        "Chooses image by image; the authors' code knows one image per prompt. Works with padding on either kind of "
-        "batch and with grouped key heads."
+        "Chooses image by image; the authors' code supports one image per prompt. Works with padding on either side "
+        "and with grouped key heads."
     )
 
-    keep: Budget = Field(default=Budget("33.34%"), description="tokens left behind the cut; the authors keep a third")
+    keep: Budget = Field(default=Budget("33.34%"), description="tokens left after the cut; the authors keep a third")
     layer: int | None = Field(
         default=None,
         ge=1,

@@ -1,4 +1,4 @@
-"""FlowCut's arithmetic on packed scores. Units are the segments that are cut by themselves: images, crops or frames."""
+"""FlowCut's arithmetic on packed scores. A unit is what is cut independently: an image, a crop or a frame."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from vtoken.stages.budget import Budget
 
 
 def targets(keep: Budget, lengths: Sequence[int], parts: Sequence[Parts]) -> tuple[int, ...]:
-    """Tokens that stay of each image in the end; shares are of the unpruned tokens, whatever earlier layers dropped."""
+    """Tokens of each image that stay in the end; shares are of the unpruned tokens, whatever earlier layers dropped."""
     wanted = keep.counts([size_of(image) for image in parts], range(len(parts)))
     return tuple(min(n, k) for n, k in zip(lengths, wanted, strict=True))
 
 
 def losses(attention: Tensor, held: Sequence[int], target: Sequence[int], ahead: int) -> list[int]:
-    """How many tokens the entropy of each unit lets go of. Asks the device once.
+    """How many tokens each unit may lose, given the entropy of its attention. Waits for the device once.
 
     Args:
-        attention: [ΣN] float32, none negative.
+        attention: [ΣN] float32, non-negative.
         target: tokens that stay in the end, per unit.
         ahead: layers from here to the last cut, at least 1.
     """
@@ -34,16 +34,16 @@ def losses(attention: Tensor, held: Sequence[int], target: Sequence[int], ahead:
 
 
 def loss(total: float, entropies: float, n: int, k: int, ahead: int) -> int:
-    """Of one unit of n tokens, whose attention has this sum, and this sum of -a log a. Shares p = a / total have the
-    entropy log(total) + entropies / total."""
+    """How many tokens a unit of n tokens may lose, given the sum of its attention a and the sum of -a log a. The shares
+    p = a / total have the entropy log(total) + entropies / total."""
     entropy = (log(total) + entropies / total) / log(max(n, 2)) if total > 0 else 0.0
     return max(0, round((n - k) / ahead**0.5 * (1 - entropy**2)))
 
 
 @dataclass
 class Scores:
-    """Scores [ΣN] cumulated over the layers so far, of the tokens with this raster index, so many per image; `keep` is
-    what was then left of them."""
+    """Scores [ΣN] accumulated over the layers so far, of the tokens with these raster indices, `lengths` per image;
+    `keep` is the cut that was then made."""
 
     values: Tensor
     raster_index: Tensor
@@ -51,7 +51,7 @@ class Scores:
     keep: Keep | None = None
 
     def now(self, tokens: VisualTokens) -> Tensor:
-        """[ΣK] of the tokens that are live now; other stages may have dropped some in between."""
+        """[ΣK] scores of the tokens that are live now; other stages may have dropped some in between."""
         if self.keep is None and self.lengths == tokens.lengths:
             return self.values
         if self.keep is not None and self.keep.lengths == tokens.lengths:
@@ -64,7 +64,8 @@ class Scores:
 
 
 def cumulated(tokens: VisualTokens, flow: Tensor, momentum: float) -> Scores:
-    """`flow` [ΣN] mixed with what earlier layers left in `tokens.memory`, and left there for the next one."""
+    """`flow` [ΣN] mixed with the score that earlier layers left in `tokens.memory`; stores the result there for the
+    next layer."""
     past: Scores | None = tokens.memory.get("score")
     mixed = flow if past is None else torch.add(momentum * past.now(tokens), flow, alpha=1 - momentum)
     tokens.memory["score"] = scores = Scores(mixed, tokens.raster_index, tokens.lengths)

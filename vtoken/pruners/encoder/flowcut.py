@@ -15,19 +15,20 @@ from vtoken.stages.budget import Budget
 
 
 class FlowCut(Pruner):
-    """After an encoder layer a patch scores (attention / its sum + relevance / its sum) * density. Attention: the CLS
-    query's, head mean. Relevance: softmax of the dot products of the CLS token's value and all values, head mean.
-    Density: L1 norm of the head mean of its value. Scores are cumulated over layers, half the past and half the new.
-    After every second layer round((n - keep) / sqrt(layers to come) * (1 - h^2)) of the n patches with the lowest score
-    go, h being the entropy of the attention over log n; after the last such layer all above `keep` go. Later layers run
-    on what is left.
+    """After an encoder layer, scores each patch by (attention / its sum + relevance / its sum) * density. Attention is
+    that of the CLS query, averaged over heads. Relevance is the softmax of the dot products of the CLS token's value
+    with all values, averaged over heads. Density is the L1 norm of the patch's value, averaged over heads. Scores are
+    accumulated over layers, half from the past and half from the new layer. After every second layer, round((n - keep)
+    / sqrt(layers to come) * (1 - h^2)) of the n patches with the lowest score are dropped, where h is the entropy of
+    the attention divided by log n; after the last such layer, all but `keep`. Later layers run on the patches that are
+    left.
 
-    Without CLS (SigLIP, Qwen) the mean query and the mean value of the image stand in for it; Qwen drops whole merge
-    groups and keeps the positions of those that stay. `keep` counts per crop where pictures are cut into crops; a share
-    is of the tokens before anything was dropped. Where features are interpolated behind the encoder (OneVision's videos
-    and large pictures) a token lives only if all its sources do: few may be left, or none. How many go early depends on
-    the picture: `expected_counts` counts on the last cut alone, so its FLOPs are an upper bound. The authors' second
-    cut on LLaVA-NeXT, after decoder layer 1, is the stage `flowcut_late`.
+    Without CLS (SigLIP, Qwen), the mean query and the mean value of the image replace it; on Qwen, whole merge groups
+    are dropped, and those that stay keep their positions. If pictures are cut into crops, `keep` counts per crop; a
+    share is of the unpruned tokens. Where features are interpolated after the encoder (OneVision's videos and large
+    pictures), a token stays only if all its sources do: few may be left, or none. How many patches are dropped early
+    depends on the picture: `expected_counts` counts only the last cut, so its FLOPs are an upper bound. The authors'
+    second cut on LLaVA-NeXT, after decoder layer 1, is the stage `flowcut_late`.
 
     Paper: https://arxiv.org/abs/2505.19536.
     """
@@ -37,8 +38,8 @@ class FlowCut(Pruner):
         "Every picture (crop) loses what its own attention allows; the authors apply the largest loss of a batch to "
         "all of it (reference_quirks). Float32 and 0 log 0 = 0, where the authors' entropy can be NaN in fp16. Qwen: "
         "the authors score and drop single patches, give the survivors the first positions of the picture, leave "
-        "relevance out (relevance: false) and cut last after the last block; here merge groups are dropped by the "
-        "means of their patches' attention, relevance and value, positions stay true, and the last cut comes two "
+        "relevance out (relevance: false) and make the last cut after the last block; here merge groups are dropped by "
+        "the means of their patches' attention, relevance and value, positions stay true, and the last cut comes two "
         "blocks earlier. The authors released no SigLIP variant."
     )
     site: ClassVar[Site] = "encoder"
@@ -66,12 +67,12 @@ class FlowCut(Pruner):
         return tuple(range(depth - 2)) if self.at is None else self.at
 
     def for_depth(self, depth: int) -> Self:
-        """The stage for an encoder of so many layers; `select` and `expected_counts` have to know which layer is the
-        last."""
+        """The stage adapted to an encoder of `depth` layers; `select` and `expected_counts` need to know which layer is
+        the last."""
         return self.model_copy(update={"at": self.layers(depth)})
 
     def select(self, tokens: VisualTokens) -> Keep:
-        """No loop over images; the device is asked once for the counts of a cut."""
+        """No loop over images; waits for the device once, for the counts of a cut."""
         order, held, target = self._units(tokens)
         if held == target:
             return keep_all(tokens)
@@ -101,8 +102,8 @@ class FlowCut(Pruner):
         return scores.keep
 
     def _units(self, tokens: VisualTokens) -> tuple[Tensor | None, tuple[int, ...], tuple[int, ...]]:
-        """Order [ΣN] of the tokens, unit by unit (image, crop or frame), None where they lie so; tokens held and to
-        keep per unit."""
+        """Order [ΣN] of the tokens, unit by unit (image, crop or frame), None if they are in that order already; tokens
+        per unit; tokens to keep per unit."""
         if self.keep.per is not None and tokens.segment is not None:
             return self.per_segment(tokens)[:3]
         return None, tokens.lengths, targets(self.keep, tokens.lengths, tokens.parts)
@@ -112,13 +113,13 @@ class FlowCut(Pruner):
         if layer is None:
             return 0
         if self.at is None:
-            raise ValueError("flowcut does not know how deep the encoder is; use what its bound(depth) returns")
+            raise ValueError("flowcut does not know how deep the encoder is; use what its for_depth(depth) returns")
         return max(self.at) - layer
 
     def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
-        """What the last cut leaves; before it everything, the most that can be left."""
+        """What the last cut leaves; before it, all tokens, the most that can be left."""
         if self._ahead(layer):
             return tuple(lengths)
         return super().expected_counts(lengths, parts, row) if self.keep.per else targets(self.keep, lengths, parts)

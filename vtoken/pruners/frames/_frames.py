@@ -1,4 +1,4 @@
-"""What stages of site frames share: a budget of frames, and how alike two frames are."""
+"""Shared by stages of site frames: a budget of frames, and the similarity of frames."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from vtoken.stages.budget import Budget
 
 
 class FramePruner(Pruner):
-    """Chooses so many frames of every video before the vision tower runs. In Qwen models a frame is the pair that the
-    tower embeds together."""
+    """Keeps a given number of frames of every video, before the vision tower runs. In Qwen models, a frame is the pair
+    of frames that the tower embeds together."""
 
     site: ClassVar[Site] = "frames"
 
@@ -35,10 +35,10 @@ class FramePruner(Pruner):
 
 
 def unit(x: Tensor) -> Tensor:
-    """[F, D] rows of length 1 in float32."""
+    """[F, D] rows scaled to length 1, in float32."""
     return torch.nn.functional.normalize(x.float(), dim=-1)
 
 
 def products(lengths: Sequence[int], kept: Sequence[int], width: int) -> int:
-    """FLOPs of holding every frame of a video against each that is kept."""
+    """FLOPs of comparing every frame of a video with each kept frame."""
     return sum(2 * n * k * width for n, k in zip(lengths, kept, strict=True))

@@ -13,13 +13,13 @@ from vtoken.stages import Keep, Parts, Site, Stage, VisualTokens, keep_all
 
 
 class FramesChanged(Stage):
-    """Goes through a video from its first frame, which stays; each later one stays if its cosine with the last that
-    stayed is below `similarity`. Frames are compared by the pixels of their thumbnails, before the vision tower runs. A
-    still video is left with one frame, one that changes all the time keeps all: put frames_uniform or frames_farthest
-    behind it for a bound.
+    """Goes through a video from its first frame, which stays. Each later frame stays if its cosine similarity to the
+    last kept frame is below `similarity`. Frames are compared by the pixels of their thumbnails, before the vision
+    tower runs. Only one frame of a still video stays, and all frames of one that changes all the time: add
+    frames_uniform or frames_farthest after it for an upper bound.
 
-    How many stay depends on the video; the plan counts on the share `left`. Asks the device once per call. In Qwen
-    models a frame is the pair that the tower embeds together.
+    How many stay depends on the video; the plan assumes the share `left`. Waits for the device once per call. In Qwen
+    models, a frame is the pair of frames that the tower embeds together.
 
     No paper: a baseline.
     """
@@ -29,7 +29,10 @@ class FramesChanged(Stage):
     paper: ClassVar[str] = "no paper"
 
     similarity: float = Field(
-        default=0.95, ge=-1, le=1, description="cosine of two frames from which on the later one is dropped; a guess"
+        default=0.95,
+        ge=-1,
+        le=1,
+        description="cosine similarity of two frames at or above which the later one is dropped; a guess",
     )
     left: float = Field(
         default=1.0, gt=0, le=1, description="share of the frames expected to stay, for the FLOPs account"

@@ -13,10 +13,10 @@ from vtoken.stages import Keep, VisualTokens, keep_all, offsets_of
 
 
 class FramesFarthest(FramePruner):
-    """Starts with a video's first frame and adds, again and again, the frame whose cosine with the most similar chosen
-    one is smallest (ties to the earlier), until `keep` are chosen. Frames are compared by the pixels of their
-    thumbnails, before the vision tower runs, so the tower's cost falls too; what the pictures mean, or what is asked,
-    plays no part.
+    """Starts with a video's first frame and repeatedly adds the frame whose highest cosine similarity to the chosen
+    frames is lowest (ties to the earlier frame), until `keep` are chosen. Frames are compared by the pixels of their
+    thumbnails, before the vision tower runs, so the tower's cost falls too. Neither the contents of the pictures nor
+    the question play a part.
 
     No paper: a baseline.
     """
@@ -37,7 +37,7 @@ class FramesFarthest(FramePruner):
 
 
 def farthest(x: Tensor, k: int) -> Tensor:
-    """[k] ascending rows of x [F, D] (of length 1), the first among them."""
+    """[k] rows of x [F, D] (length 1), ascending; the first row is always among them."""
     chosen = [torch.zeros((), dtype=torch.long, device=x.device)]
     nearest = x @ x[0]
     for _ in range(k - 1):

@@ -12,7 +12,7 @@ from vtoken.stages import Keep, VisualTokens, keep_all, offsets_of, uploaded
 
 
 class FramesUniform(FramePruner):
-    """Keeps the frame at the centre of each of `keep` equal spans of the video, before the vision tower runs: the
+    """Keeps the frame at the centre of each of `keep` equal spans of the video, before the vision tower runs, so the
     tower's cost falls too.
 
     No paper: a baseline.

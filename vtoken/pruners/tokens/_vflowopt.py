@@ -1,4 +1,4 @@
-"""VFlowOpt's recycling: which tokens are pooled, and which pooled token stands for its cell."""
+"""VFlowOpt's recycling: which tokens go into the pool, and which pooled token represents its cell."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from vtoken.stages import Parts, size_of
 
 
 def recycle(importance: Tensor, cell: Tensor, cells: int, k: int, pool: int | None) -> tuple[Tensor, Tensor]:
-    """Of one image: [N] whether each token stays, and [N] the token that takes it in. `pool` None: as large as leaves
-    k."""
+    """For one image: [N] whether each token stays, and [N] the token that absorbs it. `pool` is the size of the pool;
+    None makes it as large as needed to leave k tokens."""
     n = len(importance)
     order, rank = importance.argsort(descending=True, stable=True).flip(0), torch.arange(n, device=cell.device)
     group = cell[order]
     first = rank.new_full((cells,), n).scatter_reduce(0, group, rank, "amin")
-    # Tokens left when the pool takes in everything below a rank: one less each, but for the first of a cell.
+    # Tokens left if the pool takes everything below a rank: one fewer per token, except for the first of a cell.
     opens = (first[group] == rank).long()
     left = n - rank + opens.cumsum(0) - opens
     pooled = left > k if pool is None else rank < pool
@@ -28,7 +28,7 @@ def recycle(importance: Tensor, cell: Tensor, cells: int, k: int, pool: int | No
 
 
 def cells_of(place: Tensor, parts: Parts, side: float) -> tuple[Tensor, int]:
-    """[N] recycling cell of each token, and how many cells the image has."""
+    """[N] recycling cell of each token, and the number of cells of the image."""
     out, before, cells = torch.zeros_like(place), 0, 0
     for part in parts:
         t, h, w = part

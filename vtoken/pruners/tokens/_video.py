@@ -1,4 +1,4 @@
-"""What methods for videos share: images, one-frame videos among them, pass untouched and use up nothing of a total."""
+"""Shared by methods for videos. Pictures and one-frame videos keep all tokens and do not count towards a total."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ def whole_videos(stage: AnyPruner) -> AnyPruner:
 def counts_of_videos(
     keep: Budget, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], least: Callable[[Grid], int]
 ) -> tuple[int, ...]:
-    """Tokens to keep of each image: its budget for a video, but no fewer than `least` of its raster; all for a
-    picture."""
+    """Tokens to keep of each image: for a video its budget, but at least `least` of its raster; for a picture all."""
     videos = [i for i, image in enumerate(parts) if len(image) == 1 and image[0][0] > 1]
     wanted = keep.counts([lengths[i] for i in videos], [row[i] for i in videos])
     counts = list(lengths)

@@ -18,13 +18,13 @@ EPSILON = 1e-6
 
 
 class CDPruner(Pruner):
-    """Relevance r of a token is its cosine with the mean text embedding of its row, scaled to 1e-6..1 over the image
-    (all its crops). Kernel K_ij = r_i cos(x_i, x_j) r_j on projected embeddings; keeps the greedy maximum of det K:
-    each time the token with the largest part of K_ii that the kept ones do not explain. What lies in their span counts
-    as explained (1e-6) and goes by index.
+    """The relevance r of a token is its cosine similarity to the mean text embedding of its row, scaled to 1e-6..1 over
+    the image (all its crops). The kernel is K_ij = r_i cos(x_i, x_j) r_j on projected embeddings. Keeps the greedy
+    maximum of det K: repeatedly the token with the largest part of K_ii that the kept tokens do not explain. Tokens in
+    the span of the kept ones (up to 1e-6) are taken last, by index.
 
-    Paper: https://arxiv.org/abs/2506.10967. Each choice needs the one before: on a CPU a loop over kept tokens,
-    on a GPU one launch. Without text all tokens are equally relevant.
+    Paper: https://arxiv.org/abs/2506.10967. Each choice needs the one before: on a CPU a loop over kept tokens, on a
+    GPU one launch. Without text, all tokens are equally relevant.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.10967"
@@ -37,7 +37,7 @@ class CDPruner(Pruner):
 
     negate: bool = Field(
         default=False,
-        description="take the least similar to the text as the most relevant, as the authors do with CLIP",
+        description="tokens least similar to the text are the most relevant, as in the authors' code for CLIP",
     )
 
     def needs(self) -> tuple[Fact, ...]:
@@ -52,7 +52,7 @@ class CDPruner(Pruner):
         return choose_together(self, tokens, pick)
 
     def _relevance(self, tokens: VisualTokens) -> Tensor:
-        """[ΣN] in 0..1."""
+        """[ΣN] relevance in 0..1."""
         text, out = tokens.fact("text"), []
         for x, row in zip(tokens.x.float().split(list(tokens.lengths)), tokens.row, strict=True):
             words = text[row].float()
@@ -65,8 +65,8 @@ class CDPruner(Pruner):
         return torch.cat(out)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        """Relevance, and per kept token one row of the kernel and its projection; segments of an image are taken
-        together."""
+        """Relevance, and per kept token one row of the kernel and its projection; the segments of an image are counted
+        as one."""
         counts = self.keep.counts(lengths, (0,) * len(lengths))
         pairs = zip(lengths, counts, strict=True)
         return sum(2 * n * width + n * k * (2 * width + k) for n, k in pairs if k < n)

@@ -15,32 +15,32 @@ from vtoken.stages.budget import PER_SEGMENT
 
 
 class DamroFilter(Stage):
-    """Drops the `outliers` tokens with the highest CLS attention in the layer of the features, at most all but one.
-    With `high_norm` only those of them whose encoder output is longer than Q3 + 1.5 (Q3 - Q1) of the image's; how many
-    that are depends on the picture, so the plan counts none. A filter to put in front of a pruner, as in [damro_filter:
-    {}, divprune: {keep: 64}].
+    """Drops the `outliers` tokens with the highest CLS attention in the feature layer, but never all tokens. With
+    `high_norm`, drops only those of them whose encoder output has a norm above Q3 + 1.5 (Q3 - Q1) of the image's norms;
+    how many that are depends on the picture, so the plan counts none. Use it as a filter before a pruner, as in
+    [damro_filter: {}, divprune: {keep: 64}].
 
-    FasterVLM, VisionZip and HiRED keep the very tokens that this drops: choose one or the other. Towers without CLS
-    rank by received attention; use `high_norm` there.
+    FasterVLM, VisionZip and HiRED keep the very tokens that this stage drops: choose one or the other. Towers without
+    CLS rank by received attention; use `high_norm` there.
 
-    Paper: https://arxiv.org/abs/2410.04514, which does not drop these tokens but decodes against them; as a filter,
-    experimental.
+    Paper: https://arxiv.org/abs/2410.04514, which does not drop these tokens but uses them in contrastive decoding. The
+    use as a filter is experimental.
     """
 
     site: ClassVar[Site] = "tokens"
     kind: ClassVar[Literal["pruner", "compressor"]] = "pruner"
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.04514"
     deviations: ClassVar[str] = (
-        "Ranks by the mean of the heads' attention; the authors take one softmax over all heads' channels at once. "
+        "Ranks by attention averaged over heads; the authors take one softmax over the channels of all heads at once. "
         "Drops the outliers; the authors contrast the answer with one that sees only them."
     )
 
     outliers: int = Field(default=10, ge=1, description="tokens to drop; 10 in LLaVA, 4 in InstructBLIP")
     each_segment: bool = Field(
         default=False,
-        description="of every crop of an anyres image (as the authors) and every frame of a video, not of the image",
+        description="drop that many in every crop of an anyres image (as the authors do) and every frame of a video",
     )
-    high_norm: bool = Field(default=False, description="drop only those that are outliers in length too")
+    high_norm: bool = Field(default=False, description="drop only those whose norm is an outlier too")
 
     def needs(self) -> tuple[Fact, ...]:
         return (Fact("cls_attention"), *([Fact("features")] if self.high_norm else []))
@@ -77,7 +77,7 @@ class DamroFilter(Stage):
         return not self.high_norm and (whole or not self.each_segment)
 
     def _long(self, tokens: VisualTokens) -> Tensor:
-        """[ΣN] whether a token's encoder output is an outlier in length within its image."""
+        """[ΣN] whether the norm of a token's encoder output is an outlier within its image."""
         out = []
         for norm in tokens.fact("features").float().norm(dim=-1).split(tokens.lengths):
             q1, q3 = norm.quantile(norm.new_tensor([0.25, 0.75])) if len(norm) else (norm.sum(), norm.sum())

@@ -1,4 +1,4 @@
-"""D-CoDe's tokens: in each frame the longest embeddings stay, and those that say the same become one."""
+"""D-CoDe's tokens: keep the embeddings with the largest norm in each frame, and merge those that are similar."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from vtoken.kernels import topk_tokens
 from vtoken.stages import Keep, Pruner, VisualTokens, image_of, offsets_of, place_in_image
 from vtoken.stages.budget import Budget
 
-FRAMES = 32  # compared at a time: what is held in memory
+FRAMES = 32  # frames compared at a time; bounds the memory
 
 
 class DCoDe(Pruner):
-    """In every frame (image) the `keep` embeddings with the largest L2 norm stay. Then, from the longest to the
-    shortest, each that is still there absorbs those after it whose cosine with it is at least `similarity`, and becomes
+    """In every frame (image), the `keep` embeddings with the largest L2 norm stay. Then, in order of falling norm, each
+    one that is still there absorbs the later ones whose cosine similarity to it is at least `similarity`, and becomes
     their mean. How many are left depends on the picture: the plan counts `keep`, an upper bound.
 
-    This is the token half of the method. Its choice of frames compares embeddings of CLIP ViT-L/14 with its projection,
-    a second encoder that no VLM carries, and its decomposition of the question asks another LLM: both are left out. Put
-    frames_uniform in front, which is what 75 to 85 % of the authors' frames are.
+    This is the token half of the method. The other two parts are left out: its choice of frames compares embeddings of
+    CLIP ViT-L/14 with its projection, a second encoder that no VLM contains, and its decomposition of the question asks
+    another LLM. Use frames_uniform before it, which chooses 75 to 85 % of the authors' frames.
 
     Paper: https://arxiv.org/abs/2510.08818
     """
@@ -31,7 +31,7 @@ class DCoDe(Pruner):
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.08818"
     deviations: ClassVar[str] = (
         "Only the token half (see above). The authors' loop lets a token absorb ones that others absorbed before, "
-        "takes means of means, and loses a group whose lowest-ranked index is gone already; here each token is "
+        "takes means of means, and loses a group whose lowest-ranked index was absorbed already; here each token is "
         "absorbed once. Reading order; theirs is by norm. Their maximum and norm-weighted mean are left out."
     )
 
@@ -41,11 +41,14 @@ class DCoDe(Pruner):
         "NExT-QA)",
     )
     similarity: float = Field(
-        default=0.8, gt=-1, le=1, description="cosine from which on tokens are merged (the authors: 0.9 on NExT-QA)"
+        default=0.8,
+        gt=-1,
+        le=1,
+        description="cosine similarity at or above which tokens are merged (the authors: 0.9 on NExT-QA)",
     )
 
     def select(self, tokens: VisualTokens) -> Keep:
-        """A step per kept token of a frame, for all frames at once. Asks the device for the counts once."""
+        """One step per kept token of a frame, for all frames at once. Waits for the device once, for the counts."""
         device = tokens.x.device
         norm = tokens.x.float().norm(dim=-1)
         if self.keep.per is not None and tokens.segment is not None:
@@ -73,7 +76,8 @@ class DCoDe(Pruner):
         return Keep(index, tuple(lengths), into)
 
     def _owners(self, x: Tensor, token: Tensor) -> Tensor:
-        """[F, K] rank of the token that absorbs each of `token` [F, K], rows of x, strongest first; -1 is padding."""
+        """[F, K] rank of the token that absorbs each of `token` [F, K], which are rows of x in order of falling norm;
+        -1 is padding."""
         free = token >= 0
         unit = torch.nn.functional.normalize(x[token.clamp(min=0)].float(), dim=-1)
         alike = unit @ unit.transpose(1, 2) >= self.similarity
@@ -89,6 +93,6 @@ class DCoDe(Pruner):
         return False
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        """Norms, and an upper bound of the similarities: every token with those kept of its frame."""
+        """Norms, and an upper bound for the similarities: every token with all kept tokens of its frame."""
         counts = self.keep.counts(lengths, (0,) * len(lengths))
         return sum(2 * n * (k + 1) * width for n, k in zip(lengths, counts, strict=True))

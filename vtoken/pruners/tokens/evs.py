@@ -1,4 +1,4 @@
-"""EVS: keep the tokens of a video that changed since the frame before."""
+"""EVS: keep the tokens of a video that changed since the previous frame."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ NEW = 255.0  # above any dissimilarity, which is at most 2
 
 
 class EVS(Pruner):
-    """Scores each token of a video by 1 - cosine similarity of its embedding with the one at the same row and column a
-    frame earlier; the first frame is new throughout. The `keep` highest of the whole video stay, so still scenes get
-    fewer tokens than moving ones, but never fewer than one frame holds: a smaller `keep` leaves the first frame. Of a
-    video that was thinned out before, a token is held against the latest earlier frame that still has its place.
+    """Scores each token of a video by 1 - cosine similarity of its embedding to that of the token at the same row and
+    column one frame earlier; all tokens of the first frame count as new. The `keep` highest scores of the whole video
+    stay, so still scenes get fewer tokens than moving ones. At least as many tokens stay as one frame holds: with a
+    smaller `keep`, that is the first frame. If an earlier stage dropped tokens of the video, a token is compared with
+    the latest earlier frame that still has a token at its place.
 
-    Images, one-frame videos among them, pass untouched and use up nothing of `keep: {total: ...}`. A frame is what the
-    model makes of one: Qwen merges two into one.
+    Pictures and one-frame videos are left unpruned and do not count towards `keep: {total: ...}`. A frame is what the
+    model treats as one: Qwen merges two into one.
 
     Paper: https://arxiv.org/abs/2510.14624. Deterministic, training-free. The published pruning rate q is `keep: 100% -
     q`.
@@ -41,7 +42,7 @@ class EVS(Pruner):
         image, device = image_of(tokens.lengths, tokens.x.device), tokens.x.device
         cells = torch.tensor([_frame(parts) for parts in tokens.parts], device=device)
         cell = image * int(max(_frame(parts) for parts in tokens.parts)) + tokens.raster_index % cells[image]
-        # The stable order keeps the tokens of one place together, frame after frame.
+        # The stable sort groups the tokens at one place, in the order of their frames.
         order = cell.argsort(stable=True)
         again = cell[order[1:]] == cell[order[:-1]]
         x = tokens.x[order].float()
@@ -62,7 +63,7 @@ class EVS(Pruner):
         return counts_of_videos(self.keep, lengths, parts, row, lambda grid: grid[1] * grid[2])
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        """As if every image were a video: lengths do not tell."""
+        """Counts every image as a video, because lengths do not tell them apart."""
         return 6 * sum(lengths) * width
 
 

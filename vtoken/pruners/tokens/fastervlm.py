@@ -10,8 +10,8 @@ from vtoken.stages import Fact, Pruner, VisualTokens
 
 
 class FasterVLM(Pruner):
-    """Scores each visual token by the CLS query's attention to it (softmax over all keys including CLS, head mean,
-    not renormalised) in the encoder layer whose output the model uses as features; keeps the `keep` highest.
+    """Scores each visual token by the CLS query's attention to it (softmax over all keys including CLS, averaged over
+    heads, not renormalised) in the encoder layer whose output the model uses as features; keeps the `keep` highest.
 
     Paper: https://arxiv.org/abs/2412.01818. Deterministic, training-free, no other option.
     """

@@ -13,18 +13,18 @@ from vtoken.stages import Fact, Pruner, VisualTokens
 
 
 class FoPru(Pruner):
-    """Scores a token by the attention it receives, mean over heads and over all queries (CLS among them). `rank` keeps
-    the highest. `row` ranks rows of the picture by the mean score of their tokens, keeps whole rows while they fit the
-    budget and fills it up with the highest tokens of the next row. Frames and the two rasters of an anyres image have
-    rows of their own; with {per_crop: K} a row ends where its crop ends.
+    """Scores a token by the attention it receives, averaged over heads and over all queries (CLS among them). `rank`
+    keeps the highest scores. `row` ranks the rows of the picture by the mean score of their tokens, keeps whole rows
+    while they fit the budget, and fills the budget up with the highest tokens of the next row. Frames and the two
+    rasters of an anyres image have rows of their own; with {per_crop: K}, a row ends where its crop ends.
 
-    Paper: https://arxiv.org/abs/2411.14164. No code was published, and layer, CLS and rounding are not certain: the
-    layer of the features, CLS among the queries, and exact counts were chosen here.
+    Paper: https://arxiv.org/abs/2411.14164. No code was published, and the paper leaves layer, CLS and rounding open.
+    Chosen here: the feature layer, CLS among the queries, and exact counts.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2411.14164"
     deviations: ClassVar[str] = (
-        "No code to compare with. A budget that is no multiple of the row's width is filled from the next row."
+        "No code to compare with. A budget that is not a multiple of the row's width is filled from the next row."
     )
 
     strategy: Literal["rank", "row"] = Field(
@@ -42,7 +42,7 @@ class FoPru(Pruner):
         return score if self.strategy == "rank" else by_row(score, self._rows(tokens))
 
     def _rows(self, tokens: VisualTokens) -> Tensor:
-        """[ΣN] number of each token's row, over the whole batch. A loop over images and their rasters."""
+        """[ΣN] number of each token's row, counted over the whole batch. Loops over images and their rasters."""
         rows, start, before = [], 0, 0
         for n, parts in zip(tokens.lengths, tokens.parts, strict=True):
             place, first = tokens.raster_index[start : start + n], 0
@@ -59,12 +59,12 @@ class FoPru(Pruner):
         return segment * before + packed
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        """Row means."""
+        """The means of the rows."""
         return sum(lengths) if self.strategy == "row" else 0
 
 
 def by_row(score: Tensor, row: Tensor) -> Tensor:
-    """[ΣN] minus the place of each token when rows are sorted by mean score, and tokens within a row by score."""
+    """[ΣN] minus the rank of each token, with rows sorted by mean score, and tokens within a row by score."""
     total = score.new_zeros(2, int(row.max()) + 1, dtype=torch.float64)
     total.index_add_(1, row, torch.stack([score.double(), torch.ones_like(score, dtype=torch.float64)]))
     mean = (total[0] / total[1])[row]

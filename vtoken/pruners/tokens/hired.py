@@ -1,4 +1,4 @@
-"""HiRED: share the budget out among the crops of a high-resolution picture by what the whole picture shows there."""
+"""HiRED: divide the budget among the crops of a high-resolution picture by what the downscaled whole shows there."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from vtoken.stages import Fact, Keep, Parts, Pruner, VisualTokens, keep_all, siz
 
 class HiRED(Pruner):
     """Of the K tokens of an anyres picture, floor(alpha * K) go to the downscaled whole and the rest to the crops, in
-    proportion to their hits: the floor((1 - alpha) * n) of the whole's n tokens with the highest CLS attention in layer
-    `initial_layer` are its content, and each is a hit for the crop that shows the same place. Within the whole and
-    within each crop the tokens with the highest CLS attention in the layer of the features stay. A picture of one crop
-    (LLaVA-1.5, Qwen) or a video has nothing to share out: the highest CLS attention stays, as in FasterVLM.
+    proportion to their hits. The content of the picture is the floor((1 - alpha) * n) of the whole's n tokens with the
+    highest CLS attention in layer `initial_layer`; each of these is a hit for the crop that shows the same place.
+    Within the whole and within each crop, the tokens with the highest CLS attention in the feature layer stay. A
+    picture of one crop (LLaVA-1.5, Qwen) and a video have nothing to divide: the highest CLS attention stays, as in
+    FasterVLM.
 
-    Shares are whole numbers (largest remainder, ties to the earlier crop); what a crop cannot hold goes to the others,
-    so K is exact. Towers without CLS rank by received attention in both layers (if the early one sees windows only, of
-    the next that sees all).
+    Shares are whole numbers (largest remainder, ties to the earlier crop). What a crop cannot hold goes to the others,
+    so K is exact. Towers without CLS rank by received attention in both layers (if the early layer attends within
+    windows, by that of the next layer with full attention).
 
     Paper: https://arxiv.org/abs/2408.10945.
     """
@@ -36,14 +37,14 @@ class HiRED(Pruner):
         "unpadding then drops; and prunes nothing when LLaVA-NeXT has one crop."
     )
 
-    alpha: float = Field(default=0.5, ge=0, le=1, description="share of the budget that the downscaled whole gets")
+    alpha: float = Field(default=0.5, ge=0, le=1, description="share of the budget for the downscaled whole")
     region: Literal["quadrant", "reference"] = Field(
         default="quadrant",
         description="quadrant: a token of the whole belongs to the crop that shows its place; reference: the authors' "
         "runs of the raster",
     )
     initial_layer: int = Field(
-        default=0, description="encoder layer whose attention tells where the content is; negative: from the end"
+        default=0, description="encoder layer whose attention locates the content; negative: from the end"
     )
 
     @model_validator(mode="after")
@@ -60,7 +61,7 @@ class HiRED(Pruner):
         return Fact("cls_attention", self.initial_layer), Fact("cls_attention")
 
     def select(self, tokens: VisualTokens) -> Keep:
-        """For each anyres picture the device is asked for tokens and hits per crop."""
+        """Waits for the device once per anyres picture, for its tokens and hits per crop."""
         counts = self.keep.counts(tokens.lengths, tokens.row)
         if counts == tokens.lengths:
             return keep_all(tokens)
@@ -85,8 +86,8 @@ class HiRED(Pruner):
     def _split(
         self, tokens: VisualTokens, here: slice, segment: Tensor, parts: Parts, k: int
     ) -> tuple[list[int], list[int]]:
-        """Tokens held and to keep of the whole and of each crop of one image; `here` is where it lies on the packed
-        axis."""
+        """Tokens of the whole and of each crop of one image, and tokens to keep of each; `here` is the image's slice of
+        the packed axis."""
         alpha, place = Fraction(str(self.alpha)), tokens.raster_index[here]
         held = torch.bincount(segment).tolist()
         base, *crops = held
@@ -103,12 +104,12 @@ class HiRED(Pruner):
 
 
 def region(content: Tensor, place: Tensor, segment: Tensor, parts: Parts, most: int) -> Tensor:
-    """[content] crop that shows the place of each of these tokens of the whole; `raster_index` and `segment` [n] are
-    those of the crops' live tokens, `most` is the number of crops with the whole."""
+    """[content] crop that shows the place of each of these tokens of the whole. `place` and `segment` [n] are the
+    raster index and crop of the crops' live tokens; `most` is the number of crops, the whole included."""
     (_, height, width), (_, rows, columns) = parts
     stitched = place - height * width
     at = torch.stack([stitched // columns, stitched % columns], 1)
-    # Crops are numbered in reading order, so it is the first one that reaches as far down and to the right.
+    # Crops are numbered in reading order, so the place lies in the first one that reaches as far down and to the right.
     last = at.new_full((most, 2), -rows - columns).scatter_reduce_(0, segment[:, None].expand_as(at), at, "amax")
     y, x = content // width, content % width
     centre = torch.stack([(2 * y + 1) * rows // (2 * height), (2 * x + 1) * columns // (2 * width)], 1)
@@ -116,8 +117,8 @@ def region(content: Tensor, place: Tensor, segment: Tensor, parts: Parts, most: 
 
 
 def share(total: int, hits: Sequence[int], room: Sequence[int]) -> list[int]:
-    """`total` split in proportion to `hits`, none above its `room`, exact if there is room for all; without hits by
-    room."""
+    """`total` divided in proportion to `hits`, none above its `room`, exact if there is room for all; without hits, in
+    proportion to `room`."""
     out = [0] * len(room)
     while left := total - sum(out):
         weight = [h if o < r else 0 for o, h, r in zip(out, hits, room, strict=True)]

@@ -1,4 +1,4 @@
-"""HoloV: share the budget out over chunks of the picture, so that no part of it is left without tokens."""
+"""HoloV: divide the budget over chunks of the picture, so that every part of it keeps tokens."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ EPSILON = 1e-6
 
 
 class HoloV(Pruner):
-    """Cuts the tokens, in reading order, into equal chunks (the first are one longer where that does not go up). Score
-    of a token: CLS attention plus `variance` times the variance of its cosines (projected embeddings) with the others
-    of its chunk, scaled so that its mean is that of the attention. Chunks get tokens in proportion to their mean
-    scores, rounded down, and what remains one by one by score; a chunk gives those with the highest CLS attention.
+    """Cuts the tokens, in reading order, into equal chunks (if they do not divide evenly, the first chunks have one
+    more). The score of a token is its CLS attention plus `variance` times the variance of its cosine similarities
+    (projected embeddings) to the other tokens of its chunk, scaled so that its mean is that of the attention. Chunks
+    get tokens in proportion to their mean scores, rounded down; the remaining tokens go one by one to the chunks with
+    the highest scores. Each chunk keeps its tokens with the highest CLS attention.
 
-    The authors' code scales the variance chunk by chunk. There it cancels: the shares go by attention alone. With
-    `scaling: image` it counts.
+    The authors' code scales the variance chunk by chunk. There it cancels, and shares depend on attention only. With
+    `scaling: image` it has an effect.
 
-    Paper: https://arxiv.org/abs/2510.02912. Loops over images (or frames, or crops) and chunks; shares are fetched from
-    the device.
+    Paper: https://arxiv.org/abs/2510.02912. Loops over images (or frames, or crops) and chunks; the shares are fetched
+    from the device.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.02912"
     deviations: ClassVar[str] = (
-        "What a full chunk cannot take goes to the others; the authors fill up with zero tokens. Reading order instead "
-        "of attention order within a chunk. A chunk of one token is scored as the others (the authors leave it without "
-        "their factor of 1000)."
+        "Tokens that do not fit in a full chunk go to the others; the authors fill up with zero tokens. Reading order "
+        "instead of attention order within a chunk. A chunk of one token is scored like the others (the authors leave "
+        "out their factor of 1000)."
     )
 
     variance: float = Field(default=0.09, ge=0, description="weight of the variance of similarities in a token's score")
@@ -68,7 +69,7 @@ class HoloV(Pruner):
         return [n // chunks + (i < n % chunks) for i in range(chunks)]
 
     def _scores(self, x: Tensor, attention: Tensor, sizes: list[int]) -> Tensor:
-        """[chunks] mean score of a chunk's tokens."""
+        """[chunks] mean score of the tokens of each chunk."""
         spread = torch.stack([variance_of_cosines(chunk) for chunk in x.split(sizes)])
         mean = torch.stack([chunk.mean() for chunk in attention.split(sizes)])
         if self.scaling == "chunk":
@@ -77,15 +78,15 @@ class HoloV(Pruner):
         return mean + self.variance * spread * attention.mean() / ((spread * size).sum() / size.sum() + EPSILON)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        """Similarities within chunks; segments of an image are taken together."""
+        """Similarities within chunks; the segments of an image are counted as one."""
         counts = self.keep.counts(lengths, (0,) * len(lengths))
         pairs = [(n, k) for n, k in zip(lengths, counts, strict=True) if k < n]
         return sum(2 * size * size * width for n, k in pairs for size in self._sizes(n, k))
 
 
 def variance_of_cosines(x: Tensor) -> Tensor:
-    """[] mean over the tokens x [n, D] of the variance of their cosines with the others. As in the authors' code the
-    cosine with itself takes part as a zero."""
+    """[] variance of the cosine similarities of each token of x [n, D] to the others, averaged over tokens. As in the
+    authors' code, the similarity to itself takes part as a zero."""
     others = max(1, len(x) - 1)
     x = normalize(x, dim=-1)
     cosine = (x @ x.T).fill_diagonal_(0)
@@ -93,8 +94,8 @@ def variance_of_cosines(x: Tensor) -> Tensor:
 
 
 def shares(scores: Sequence[float], sizes: Sequence[int], k: int) -> list[int]:
-    """Tokens of each chunk: k in proportion to the scores, at most its size; what remains goes round by falling
-    score."""
+    """Tokens to keep of each chunk: k divided in proportion to the scores, at most the size of the chunk; the rest is
+    dealt out one by one in order of falling score."""
     total = sum(scores) or 1.0
     out = [min(n, int(score / total * k)) for score, n in zip(scores, sizes, strict=True)]
     order = sorted(range(len(scores)), key=lambda c: -scores[c])

@@ -16,23 +16,24 @@ from vtoken.stages.budget import Budget
 
 
 class PruMerge(Pruner):
-    """Without `keep` the picture decides: kept are the tokens whose CLS attention in the encoder's last layer lies
-    above Q3 + 1.5 IQR of the image's (at least one); `plus` adds every s-th token but the image's last, s a third of N
-    / outliers. With `keep` the highest stay, with `plus` the outliers and evenly spaced others. A dropped token joins
-    the most similar (cosine of keys) of the kept ones that have it among their `neighbours` nearest, weighted by its
-    attention against 1 for the kept token; if there are none it is lost.
+    """Without `keep`, the picture decides: the tokens whose CLS attention in the encoder's last layer lies above Q3 +
+    1.5 IQR of the image's stay (at least one); `plus` adds every s-th token except the image's last, where s is a third
+    of N / outliers. With `keep`, the tokens with the highest attention stay; with `plus`, the outliers and evenly
+    spaced others. A dropped token is merged into the most similar kept token (cosine similarity of keys) among those
+    that have it among their `neighbours` nearest; its weight is its attention, that of the kept token is 1. If there is
+    no such token, it is lost.
 
-    `expected_counts` without `keep` expects the papers' averages, a 14th of the tokens, with `plus` a quarter. Loops
-    over images; the number of outliers is fetched from the device. `nearest_tokens` finds one neighbour of a token, not
-    the 32 that a kept one asks for, so all cosines of kept tokens and others are sorted.
+    Without `keep`, `expected_counts` uses the papers' averages: a 14th of the tokens, a quarter with `plus`. Loops over
+    images; the number of outliers is fetched from the device. All similarities between kept and other tokens are
+    sorted, because `nearest_tokens` finds one neighbour of a token, and a kept token asks for 32.
 
     Paper: https://arxiv.org/abs/2403.15388.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.15388"
     deviations: ClassVar[str] = (
-        "Attention is the mean over heads; the authors' softmax over the full width without heads is not to be had, so "
-        "adaptive counts differ from theirs. A token joins one kept token and the sum is normalised, after the "
+        "Attention is the mean over heads; the authors' softmax over the full width, without heads, is not available, "
+        "so adaptive counts differ from theirs. A token joins one kept token and the sum is normalised, after the "
         "projector; the authors let kept tokens share neighbours, and one another, and add up before it. The authors' "
         "extra token, the attention-weighted sum of all dropped ones, is left out: it has no place in the picture. "
         "Reading order instead of order by attention."
@@ -67,7 +68,7 @@ class PruMerge(Pruner):
         return merged(Keep(torch.cat(kept), tuple(map(len, kept))), home, weight)
 
     def _chosen(self, attention: Tensor, k: int | None) -> Tensor:
-        """Positions [k] in a pool, any order."""
+        """Positions [k] in a pool, in any order."""
         if k is not None and not self.plus:
             return top(attention, k)
         n, (low, high) = len(attention), attention.quantile(attention.new_tensor([0.25, 0.75]))
@@ -85,7 +86,7 @@ class PruMerge(Pruner):
         return torch.cat([chosen, rest_of(n, chosen)[evenly]])
 
     def _homes(self, keys: Tensor, chosen: Tensor, others: Tensor, rows: Tensor) -> Tensor:
-        """[others] packed row of the token that absorbs each, -1 for none."""
+        """[others] packed row of the kept token that absorbs each, -1 for none."""
         cosine = keys[chosen] @ keys.T
         cosine.scatter_(1, chosen[:, None], -torch.inf)
         near = cosine.sort(dim=1, descending=True, stable=True).indices[:, : self.neighbours]
@@ -104,7 +105,7 @@ class PruMerge(Pruner):
         return self.keep is not None and super().counts_are_exact(layer, whole)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        """Similarities at the model's width, and the merge."""
+        """Similarities, counted at the model's width, and the merge."""
         row = (0,) * len(lengths)
         counts = self.expected_counts(lengths, (), row) if self.keep is None else self.keep.counts(lengths, row)
         return sum(2 * n * (k + 1) * width for n, k in zip(lengths, counts, strict=True) if k < n)

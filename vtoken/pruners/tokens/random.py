@@ -1,4 +1,4 @@
-"""Random: the floor every method has to beat."""
+"""Random: the lower bound that every method has to beat."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from vtoken.stages import Pruner, VisualTokens
 
 
 class Random(Pruner):
-    """Keeps tokens drawn uniformly without replacement. The draw depends on `seed` and the image's number of tokens
-    alone: not on its place in the batch, not on the device, and not on torch's global generator.
+    """Keeps tokens drawn uniformly without replacement. The draw depends only on `seed` and the image's number of
+    tokens: not on its place in the batch, the device, or torch's global generator.
 
     No paper: a baseline.
     """
 
     paper: ClassVar[str] = "no paper"
 
-    seed: int = Field(default=0, description="another number is another draw")
+    seed: int = Field(default=0, description="seed of the draw")
 
     def score(self, tokens: VisualTokens) -> Tensor:
         draws = {n: torch.rand(n, generator=torch.Generator().manual_seed(self.seed)) for n in set(tokens.lengths)}

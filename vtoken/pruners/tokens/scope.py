@@ -1,4 +1,4 @@
-"""SCOPE: keep the tokens that cover the others and that CLS attends to."""
+"""SCOPE: keep tokens that cover the others and receive CLS attention."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from vtoken.stages import Fact, Keep, Pruner, VisualTokens, offsets_of
 
 
 class SCOPE(Pruner):
-    """A token is covered as well as it resembles the nearest kept one (cosine of encoder features, none below 0). Each
-    time the token comes next for which gain x attention^alpha is largest: its gain is what all tokens together would be
-    covered better with it, its attention that of CLS. Ties go to the lower index.
+    """The coverage of a token is its cosine similarity (of encoder features, at least 0) to the most similar kept
+    token. Repeatedly adds the token with the largest gain x attention^alpha: its gain is by how much it raises the
+    coverage of all tokens together, its attention is that of CLS. Ties go to the lower index.
 
-    Paper: https://arxiv.org/abs/2510.24214. A loop over kept tokens: each gain is a sum over all N x N cosines, which
-    are kept (4 N^2 bytes per image, padded to the longest); the kernels for greedy choices read one row of them per
-    choice and do not fit.
+    Paper: https://arxiv.org/abs/2510.24214. A loop over kept tokens. Each gain is a sum over a column of all N x N
+    similarities, which are held in memory (4 N^2 bytes per image, padded to the longest); the kernels for greedy
+    choices read one row per choice and do not fit.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.24214"
     deviations: ClassVar[str] = (
-        "Cosines and gains are float32, in the authors' code half precision as the model. "
+        "Cosines and gains are float32; in the authors' code they have the model's half precision. "
         "Newline tokens follow the newline policy; on LLaVA-NeXT the authors drop them, and their share of each crop "
         "is rounded down."
     )
 
     alpha: float = Field(
-        default=1.0, ge=0, description="exponent of the attention; 0 is coverage alone, the authors take 1 throughout"
+        default=1.0, ge=0, description="exponent of the attention; 0 is coverage only, the authors always take 1"
     )
 
     def needs(self) -> tuple[Fact, ...]:
@@ -49,20 +49,20 @@ class SCOPE(Pruner):
         return choose_together(self, tokens, pick)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        """All similarities, at the model's width, and per kept token all gains; segments of an image are taken
-        together."""
+        """All similarities, counted at the model's width, and all gains per kept token; the segments of an image are
+        counted as one."""
         counts = self.keep.counts(lengths, (0,) * len(lengths))
         return sum(n * n * (2 * width + 3 * k) for n, k in zip(lengths, counts, strict=True) if k < n)
 
 
 def covering(x: Tensor, saliency: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """[ΣK] rows of the packed x [ΣN, D], image by image in the order taken, by gain in coverage times saliency [ΣN];
-    1 <= counts[i] <= lengths[i]. All images at once, padded to the longest; what they choose beyond their count is cut
-    off. Nothing is fetched from the device."""
+    """[ΣK] rows of the packed x [ΣN, D], image by image in the order chosen, by gain in coverage times saliency [ΣN]; 1
+    <= counts[i] <= lengths[i]. Runs all images at once, padded to the longest, and cuts off what an image chooses
+    beyond its count. Does not wait for the device."""
     unit, saliency = padded(normalize(x.float(), dim=-1), lengths), padded(saliency, lengths)
     bounds = offsets_of(lengths, x.device)[:, None]
     starts = bounds[:-1]
-    # Of a token that is taken, and of padding, the gain is 0.
+    # Keeps tokens already taken, and padding, from being chosen.
     penalty = -(torch.arange(unit.shape[1], device=x.device) >= bounds[1:] - starts).float()
     cosine = torch.bmm(unit, unit.transpose(1, 2))
     covered, taken = torch.zeros_like(cosine[..., :1]), []

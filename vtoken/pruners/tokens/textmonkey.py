@@ -13,17 +13,17 @@ from vtoken.stages import Pruner, VisualTokens
 
 
 class TextMonkey(Pruner):
-    """A token is as redundant as its highest cosine similarity to a token behind it in the image (crops and frames
-    together); the least redundant stay. So of two equal tokens the earlier one goes, and the last token always stays.
-    `symmetric` compares with the tokens in front too.
+    """The redundancy of a token is its highest cosine similarity to a later token of the image (crops and frames
+    together); the least redundant stay. So of two equal tokens the earlier one is dropped, and the last token always
+    stays. `symmetric` compares with earlier tokens too.
 
-    Paper: https://arxiv.org/abs/2403.04473. The filter only: the trained resampler behind it, which lets the kept
-    tokens attend to all, needs its weights.
+    Paper: https://arxiv.org/abs/2403.04473. Only the filter: the trained resampler after it, which lets the kept tokens
+    attend to all, needs its weights.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.04473"
     deviations: ClassVar[str] = (
-        "Filters the tokens of any model right before the LLM, in place of TextMonkey's own in front of its resampler."
+        "Filters the tokens of any model right before the LLM, not TextMonkey's own before its resampler."
     )
 
     symmetric: bool = Field(default=False, description="compare with earlier tokens too")

@@ -1,4 +1,4 @@
-"""ToDRE, stage 1: keep tokens that are unlike each other, starting from the one the vision encoder looks at."""
+"""ToDRE, stage 1: keep tokens that are dissimilar, starting from the one the vision encoder attends to most."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from vtoken.stages import Fact, Keep, Pruner, VisualTokens, image_of
 
 
 class ToDRE(Pruner):
-    """Starts from the pivot, the token with the highest CLS attention in encoder layer `layer` (of an anyres image:
-    among the downscaled whole), then takes token after token. `max_sum` takes the one whose cosine similarities to
-    those already taken sum up lowest; `k_center` the one whose highest similarity to them is lowest. Similarities are
-    between visual tokens as the LLM gets them. All crops or frames of an image are one pool; with per_crop or per_frame
-    each is a pool with a pivot of its own.
+    """Starts from the pivot, the token with the highest CLS attention in encoder layer `layer` (in an anyres image:
+    among the downscaled whole), then adds one token at a time. `max_sum` adds the one with the lowest sum of cosine
+    similarities to those already chosen; `k_center` the one whose highest similarity to them is lowest. Similarities
+    are between visual tokens as they enter the LLM. All crops or frames of an image form one pool; with per_crop or
+    per_frame, each is a pool with its own pivot.
 
-    Stage 2 of the paper (all visual tokens leave at a decoder layer) is not in here. Without CLS the pivot is the token
-    that receives the most attention; the authors found that a random one does as well.
+    Stage 2 of the paper (all visual tokens are dropped at a decoder layer) is the stage `todre_exit`. Without CLS, the
+    pivot is the token that receives the most attention; the authors found that a random one does as well.
 
     Paper: https://arxiv.org/abs/2505.18757 (v2: max_sum; v1: k_center). No code was published; the steps of k_center
-    are farthest-first as its name says.
+    are farthest-first, as its name says.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.18757"
@@ -35,7 +35,7 @@ class ToDRE(Pruner):
 
     strategy: Literal["max_sum", "k_center"] = Field(
         default="max_sum",
-        description="max_sum: lowest sum of similarities to those taken (v2); k_center: lowest maximum (v1)",
+        description="max_sum: lowest sum of similarities to those chosen (v2); k_center: lowest maximum (v1)",
     )
     layer: int | None = Field(
         default=-1,
@@ -59,13 +59,13 @@ class ToDRE(Pruner):
         return choose_together(self, tokens, pick)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        """One row of similarities per kept token; segments of an image are taken together."""
+        """One row of similarities per kept token; the segments of an image are counted as one."""
         counts = self.keep.counts(lengths, (0,) * len(lengths))
         return sum(2 * n * k * width for n, k in zip(lengths, counts, strict=True) if k < n)
 
 
 def in_a_crop(tokens: VisualTokens) -> Tensor:
-    """[ΣN] whether a token belongs to a crop of an anyres image, the downscaled whole not being one."""
+    """[ΣN] whether a token belongs to a crop of an anyres image; the downscaled whole does not count as a crop."""
     several = torch.tensor([len(parts) == 2 for parts in tokens.parts], device=tokens.x.device)
     inside = several[image_of(tokens.lengths, tokens.x.device)]
     return inside & (tokens.segment > 0) if tokens.segment is not None else torch.zeros_like(inside)

@@ -9,11 +9,11 @@ from vtoken.stages.budget import Budget
 
 
 class Uniform(Pruner):
-    """Keeps an even sub-grid of the image: rows x columns cells as square as the budget allows, one token at the centre
-    of each. When the budget is no product of two numbers the widest rows get one more column, so the count is exact.
-    Frames of a video stand on top of each other (per_frame: each by itself); the two rasters of an anyres image share
-    the budget by their sizes. On tokens that an earlier stage already thinned out, and within crops, it keeps evenly
-    spaced ones in reading order.
+    """Keeps an even sub-grid of the image: rows x columns of cells as square as the budget allows, one token at the
+    centre of each. If the budget is not a product of two numbers, some rows get one more column, so the count is exact.
+    The frames of a video are stacked vertically (with per_frame, each is treated by itself); the two rasters of an
+    anyres image share the budget in proportion to their sizes. On tokens that an earlier stage thinned out, and within
+    crops, it keeps evenly spaced tokens in reading order.
 
     No paper: a baseline.
     """
@@ -45,7 +45,7 @@ class Uniform(Pruner):
 
 
 def even(parts: Parts, k: int) -> list[int]:
-    """k indices spread evenly over the rasters of an image, which share them by their sizes."""
+    """k indices spread evenly over the rasters of an image, which share k in proportion to their sizes."""
     sizes = [size_of((part,)) for part in parts]
     shares = (
         Budget({"total": k}).counts(sizes, (0,) * len(sizes)) if k >= len(sizes) else (0,) * (len(sizes) - 1) + (k,)
@@ -59,7 +59,7 @@ def even(parts: Parts, k: int) -> list[int]:
 
 
 def centres(n: int, k: int) -> list[int]:
-    """k whole numbers in 0..n-1, at the centres of k equal parts, all different (k <= n)."""
+    """k different whole numbers in 0..n-1, at the centres of k equal parts (k <= n)."""
     return [(2 * i + 1) * n // (2 * k) for i in range(k)]
 
 

@@ -1,4 +1,4 @@
-"""VFlowOpt: drop what vision attends to least, and recycle it as one weighted mean per spatial cell."""
+"""VFlowOpt: drop the tokens that receive least attention, and recycle them as one weighted mean per spatial cell."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ Rgb = Annotated[tuple[float, float, float], Field(strict=False)]
 
 
 class VFlowOpt(Pruner):
-    """Importance of a token: the attention it receives in the layer whose output the model uses as features, averaged
-    over the queries that themselves receive more than `threshold` times the mean of their crop (frame), plus `alpha`
-    times the softmax over its crop of its patch entropy, in bits, of the 256-bin grey histogram. The least important
-    tokens of an image form a pool; in every cell of `cell` x `cell` tokens (any real number, each raster by itself,
-    frames apart) the pool's members become one token, their mean weighted by importance, in the place of the most
-    important. The pool is as large as leaves `keep` tokens; if there are more cells than that, only the best stay. With
-    `exact: false` it holds round(N (1 - R)) + int(N / cell²) tokens, as the authors' does: the count is then near the
-    budget, and `expected_counts` tells the budget.
+    """The importance of a token is the attention it receives in the layer whose output the model uses as features,
+    averaged over the queries that themselves receive more than `threshold` times the mean of their crop (frame), plus
+    `alpha` times the softmax over its crop of its patch entropy (in bits, of the 256-bin grey histogram). The least
+    important tokens of an image form a pool. In every cell of `cell` x `cell` tokens (any real number, each raster and
+    each frame by itself), the pool's members become one token: their mean weighted by importance, at the place of the
+    most important. The pool is as large as needed to leave `keep` tokens; if there are more cells than that, only the
+    best tokens stay. With `exact: false` it holds round(N (1 - R)) + int(N / cell²) tokens, as in the authors' code:
+    the count is then close to the budget, and `expected_counts` returns the budget.
 
-    Entropy is off in all released settings (alpha: 0). Otherwise it is taken of all pixels behind a token, made 0..255
-    with `mean` and `std` (as given: SigLIP of LLaVA-OneVision, Qwen3-VL; CLIP and Qwen2 have their own); `merge` is 4
-    for Qwen. Where OneVision scales its crops down, so are the pixels. Loops over images; waits for the device only
-    with `exact: false`.
+    The entropy is off in all released settings (alpha: 0). Otherwise it is taken over all pixels of a token, mapped to
+    0..255 with `mean` and `std` (the defaults are those of LLaVA-OneVision's SigLIP and of Qwen3-VL; CLIP and Qwen2
+    have their own); `merge` is 4 for Qwen. Where OneVision scales its crops down, the pixels are scaled too. Loops over
+    images; waits for the device only with `exact: false`.
 
-    The first of the method's three stages; the cuts inside the decoder are `vflowopt_late`.
+    This is the first of the method's three stages; the cuts inside the decoder are `vflowopt_late`.
     Paper: https://arxiv.org/abs/2508.05211
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2508.05211"
     deviations: ClassVar[str] = (
-        "Where no query is above the threshold the one that receives most counts, where the authors' code gives NaN. "
-        "The count is exact. Single-raster images are recycled too, where the authors' code drops plainly (cell: "
-        "null). Newlines are no part of the share (newline: keep keeps them all, as the authors do)."
+        "If no query is above the threshold, the one that receives most counts; the authors' code gives NaN there. "
+        "The count is exact. Single-raster images are recycled too; the authors' code drops without recycling (cell: "
+        "null). Newlines do not count towards the share (newline: keep keeps them all, as the authors do)."
     )
 
     threshold: float = Field(
@@ -49,7 +49,7 @@ class VFlowOpt(Pruner):
         description="received attention, in means of the crop, above which a query counts; 0: all count",
     )
     cell: float | None = Field(
-        default=15.581, ge=1, description="side of a recycling cell, in tokens; null drops plainly"
+        default=15.581, ge=1, description="side of a recycling cell, in tokens; null: drop without recycling"
     )
     alpha: float = Field(default=0.0, description="weight of the patch entropy")
     exact: bool = Field(default=True, description="leave exactly `keep` tokens; false: the authors' pool size")
@@ -82,7 +82,7 @@ class VFlowOpt(Pruner):
         return received + self.alpha * (weight / total[crop]).float()
 
     def entropy(self, pixels: Tensor) -> Tensor:
-        """[ΣN] bits of the grey histogram of the pixels [ΣN, P] behind each token."""
+        """[ΣN] entropy in bits of the grey histogram of each token's pixels [ΣN, P]."""
         colours = pixels.float().unflatten(1, (self.merge, 3, -1))
         mean, std = (torch.tensor(v, device=pixels.device)[:, None] for v in (self.mean, self.std))
         grey = ((colours * std + mean).mean(2) * 255).round().clamp(0, 255).long().flatten(1)

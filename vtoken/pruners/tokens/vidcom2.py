@@ -17,31 +17,34 @@ ALPHAS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
 
 
 class VidCom2(Pruner):
-    """Looks at the half of the channels that vary least over the video, each token scaled to length 1 there. How common
-    a token is in the video is the sum of exp(-distance² / 2a) over a = 1/8, 1/4, 1/2, 1, 2, with the distance to the
-    mean token of the video; how common in its frame, likewise with the mean of the frame. A frame whose tokens are less
-    common in the video (mean over them, softmax over frames at `temperature`) gets a larger part of the budget R: n R
-    (1 + softmax - its mean) of its n tokens, at least 1. In each frame the tokens with the smallest sum of both stay.
+    """Uses the half of the channels that vary least over the video, with each token scaled to length 1 there. How
+    common a token is in the video is the sum of exp(-distance² / 2a) over a = 1/8, 1/4, 1/2, 1, 2, where distance is
+    that to the mean token of the video; how common it is in its frame is the same with the mean of the frame. A frame
+    whose tokens are less common in the video (mean over them, softmax over frames at `temperature`) gets a larger part
+    of the budget R: n R (1 + softmax - its mean) of its n tokens, at least 1. In each frame, the tokens with the
+    smallest sum of both stay.
 
-    The budget is spent to the token: the next one goes to the frame that lacks most of its part. A video keeps one
-    token per frame at least. With `exact: false` every frame rounds by itself, as the authors do; then the total
-    wanders around the budget, and `expected_counts` tells the budget.
+    The budget is spent exactly: each remaining token goes to the frame that lacks most of its part. A video keeps at
+    least one token per frame. With `exact: false`, every frame rounds by itself, as the authors do; the total then
+    varies around the budget, and `expected_counts` returns the budget.
 
-    Images, one-frame videos among them, pass untouched and use up nothing of `keep: {total: ...}`. A frame is what the
-    model makes of one: OneVision pools it, Qwen merges two into one. Loops over videos and frames, and waits for the
-    device once per video for the frames' budgets, and once for their sizes.
+    Pictures and one-frame videos are left unpruned and do not count towards `keep: {total: ...}`. A frame is what the
+    model treats as one: OneVision pools it, Qwen merges two into one. Loops over videos and frames, and waits for the
+    device twice per video, for the budgets of the frames and for their sizes.
 
     Paper: https://arxiv.org/abs/2505.14454. Deterministic, training-free.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.14454"
     deviations: ClassVar[str] = (
-        "The budget holds to the token (exact: false for the authors' rounding, whose total varies). Scores are "
+        "The budget is exact (exact: false for the authors' rounding, whose total varies). Scores are "
         "float32 where the authors compute in the model's dtype. Kept tokens stay in reading order, newlines included."
     )
 
-    temperature: float = Field(default=0.01, gt=0, description="of the softmax that shares the budget out among frames")
-    exact: bool = Field(default=True, description="spend the budget to the token; false: round each frame by itself")
+    temperature: float = Field(
+        default=0.01, gt=0, description="temperature of the softmax that divides the budget among frames"
+    )
+    exact: bool = Field(default=True, description="spend the budget exactly; false: round each frame by itself")
 
     _whole_videos = model_validator(mode="after")(whole_videos)
 
@@ -61,7 +64,7 @@ class VidCom2(Pruner):
         return Keep(torch.cat(index), tuple(lengths))
 
     def _video(self, x: Tensor, frame: Tensor, k: int) -> Tensor:
-        """Indices of the tokens that stay of a video x [N, D]; `frame` [N] ascends."""
+        """Indices of the tokens of a video x [N, D] that stay; `frame` [N] is ascending."""
         held = frame.unique_consecutive(return_counts=True)[1].tolist()
         steady = x.var(0, correction=0).argsort(stable=True)[: max(1, x.shape[1] // 2)]
         x = torch.nn.functional.normalize(x[:, steady], dim=-1)
@@ -85,19 +88,19 @@ class VidCom2(Pruner):
         return self.exact
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        """As if every image were a video: lengths do not tell."""
+        """Counts every image as a video, because lengths do not tell them apart."""
         return 10 * sum(lengths) * width
 
 
 def common(x: Tensor) -> Tensor:
-    """[N] sum of Gaussians of the lengths of x [N, D]."""
+    """[N] sum of Gaussians of the lengths of the rows of x [N, D]."""
     square = x.square().sum(-1)
     return torch.stack([torch.exp(square / (-2 * a)) for a in ALPHAS]).sum(0)
 
 
 def apportion(wanted: Tensor, held: Sequence[int], k: int) -> list[int]:
-    """Whole numbers in 1..held that add up to k and lie as near `wanted` [frames] as that allows; ties to the earlier
-    frame."""
+    """Whole numbers in 1..held that add up to k and are as close to `wanted` [frames] as that allows; ties to the
+    earlier frame."""
     frame = torch.arange(len(held)).repeat_interleave(torch.tensor(held) - 1)
     nth = torch.cat([torch.arange(1, n) for n in held])
     lacking = wanted[frame] - nth

@@ -17,24 +17,24 @@ from vtoken.stages import Fact, Fused, Keep, Pruner, VisualTokens
 
 
 class VisionZip(Pruner):
-    """Of k tokens to keep, c are contextual and k - c dominant. Dominant are the tokens with the highest CLS attention.
-    Of the r others every (r // c)-th, the first c of them, is a target; every token left joins the target whose key is
-    most similar (cosine of keys averaged over heads). A target's encoder features become the sum of themselves and the
-    mean of those that joined it, and go through the projector. With k = 1 nothing is merged.
+    """Of the k tokens to keep, c are contextual and k - c dominant. The dominant tokens are those with the highest CLS
+    attention. Of the other r tokens, every (r // c)-th is a target, c in all; each remaining token joins the target
+    with the most similar key (cosine of keys averaged over heads). The encoder features of a target become their sum
+    with the mean of the tokens that joined it, and go through the projector. With k = 1 nothing is merged.
 
-    On Qwen, whose merger makes one token of four patches, and behind a stage that merged, the sum is one of embeddings.
+    On Qwen, whose merger makes one token of four patches, and after a stage that merged, the sum is one of embeddings.
 
-    Paper: https://arxiv.org/abs/2412.04467. Images (or frames, or crops) of equal size and budget together.
+    Paper: https://arxiv.org/abs/2412.04467. Images (or frames, or crops) of equal size and budget run together.
 
     Raises:
-        ValueError: at run time, when the encoder's keys cannot be cut into `heads`.
+        ValueError: at run time, if the encoder's keys cannot be split into `heads`.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.04467"
     deviations: ClassVar[str] = (
-        "The CLS token, which the authors count as one dominant token, is not to be had: one more patch takes its "
-        "slot. Contextual tokens stand at their targets' places in reading order instead of at the end. Where "
-        "OneVision scales tokens down behind the projector, sums are of scaled features. Keys are averaged over heads "
+        "The CLS token, which the authors count as one dominant token, is not available: one more patch takes its "
+        "slot. Contextual tokens take their targets' places in reading order instead of coming last. Where "
+        "OneVision scales tokens down after the projector, sums are of scaled features. Keys are averaged over heads "
         "only if `heads` says how many there are (the presets do)."
     )
 
@@ -48,13 +48,12 @@ class VisionZip(Pruner):
         default=None,
         ge=1,
         description="attention heads of the vision encoder (16 in CLIP-L, SigLIP-so400m and Qwen), whose keys are "
-        "averaged; null: "
-        "compare the keys of all heads side by side",
+        "averaged; null: compare the keys of all heads side by side",
     )
     halve: bool = Field(
         default=False,
-        description="contextual tokens as half target, half mean, of embeddings, instead of the authors' sum before "
-        "the projector",
+        description="contextual tokens are half target, half mean of the embeddings, instead of the authors' sum "
+        "before the projector",
     )
 
     def needs(self) -> tuple[Fact, ...]:
@@ -106,15 +105,15 @@ class VisionZip(Pruner):
         return replace(keep, fused=Fused(slots, torch.cat(factors), features))
 
     def _merged(self, k: int) -> int:
-        """Contextual tokens among k."""
+        """Number of contextual tokens among k."""
         return min(max(1, k * 10 // 64) if self.contextual is None else self.contextual, k - 1)
 
     def _metric(self, keys: Tensor) -> Tensor:
-        """[ΣN, d] what similarity is taken of."""
+        """[ΣN, d] vectors whose similarity is compared."""
         return keys.float() if self.heads is None else keys.unflatten(1, (self.heads, -1)).float().mean(1)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        """Similarities at the model's width, the merge, and two layers of a projector for what was merged."""
+        """Similarities counted at the model's width, the merge, and two layers of a projector for the merged tokens."""
         pairs = zip(lengths, self.keep.counts(lengths, (0,) * len(lengths)), strict=True)
         project = 0 if self.halve else 4 * width * width
         return sum(2 * n * (c + 1) * width + c * project for n, k in pairs if k < n for c in [self._merged(k)])

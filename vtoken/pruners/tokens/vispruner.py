@@ -18,19 +18,20 @@ STEP = 8
 
 class VisPruner(Pruner):
     """`important` percent of the tokens to keep are those with the highest CLS attention. The others, in order of
-    falling attention, are thinned out, 8 at a time (fewer in the last round, or when fewer are left): each token at an
-    even place (0, 2, ...) is compared with all at odd places (cosine of encoder features), those with the highest
-    maximum go, and the list becomes the even ones left, most similar first, then the odd ones.
+    falling attention, are thinned out in rounds of 8 (fewer in the last round, or when fewer are left). In each round,
+    every token at an even place (0, 2, ...) is compared with all at odd places (cosine of encoder features), and those
+    with the highest maximum are dropped; the list becomes the remaining even ones, most similar first, then the odd
+    ones.
 
-    Paper: https://arxiv.org/abs/2412.01818 (v2; v1 is FasterVLM). A loop over rounds; images of equal size
-    and budget together. All cosines are computed once (4 N^2 bytes per image); `nearest_tokens` gives what a round asks
-    for, but would compute its cosines afresh each time.
+    Paper: https://arxiv.org/abs/2412.01818 (v2; v1 is FasterVLM). A loop over rounds; images of equal size and budget
+    run together. All similarities are computed once (4 N^2 bytes per image); `nearest_tokens` would recompute them in
+    every round.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.01818"
     deviations: ClassVar[str] = (
-        "A list of odd length is halved with the longer half at even places, where the authors' code raises or drops "
-        "one too many. Similarities are float32."
+        "A list of odd length is split with the longer half at even places; the authors' code raises an error or "
+        "drops one too many. Similarities are float32."
     )
 
     important: int = Field(
@@ -57,14 +58,14 @@ class VisPruner(Pruner):
         return choose_alike(self, tokens, pick)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        """All similarities, at the model's width; segments of an image are taken together."""
+        """All similarities, counted at the model's width; the segments of an image are counted as one."""
         counts = self.keep.counts(lengths, (0,) * len(lengths))
         left = [n - k * self.important // 100 for n, k in zip(lengths, counts, strict=True) if k < n]
         return sum(2 * n * n * width for n in left)
 
 
 def thinned(x: Tensor, k: int) -> Tensor:
-    """[pools, k] of the rows x [pools, n, D] (unit length) that are left; k <= n."""
+    """[pools, k] rows that are left of x [pools, n, D] (unit length); k <= n."""
     pools, n, _ = x.shape
     left = torch.arange(n, device=x.device).expand(pools, -1)
     if not k:

@@ -1,4 +1,4 @@
-"""VMTC: keep the tokens the vision encoder looks at, and one mean token per cluster of the others. Experimental."""
+"""VMTC: keep the tokens the vision encoder attends to, and one mean token per cluster of the others. Experimental."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from vtoken.stages import Fact, Keep, Pruner, VisualTokens
 
 
 class VMTC(Pruner):
-    """Of the K tokens, one in `one_in` (at least one if K > 1) is a cluster, the others are the tokens with the highest
-    CLS attention. The rest is clustered by spherical k-means (cosine similarity of the visual tokens as the LLM gets
-    them, seeded with tokens evenly spaced in reading order), and each cluster becomes its mean weighted by CLS
-    attention, at the place of its member with the highest. If a cluster comes out empty, the best remaining token stays
-    on its own, so K is exact.
+    """Of the K tokens, one in `one_in` (at least one if K > 1) is a cluster; the others are the tokens with the highest
+    CLS attention. The remaining tokens are clustered by spherical k-means (cosine similarity of the visual tokens as
+    they enter the LLM, seeded with tokens evenly spaced in reading order). Each cluster becomes its mean weighted by
+    CLS attention, at the place of its member with the highest attention. If a cluster is empty, the best remaining
+    token stays in its place, so K is exact.
 
-    Experimental: a reconstruction from the paper's abstract and reviews; no code was published, and the split, the
-    seeds and the iterations are chosen here. Do not quote it as the authors' result.
+    Experimental: a reconstruction from the paper's abstract and reviews. No code was published; the split, the seeds
+    and the iterations are chosen here. Do not quote it as the authors' result.
 
     Paper: https://arxiv.org/abs/2411.15453.
     """
@@ -37,7 +37,7 @@ class VMTC(Pruner):
         return (Fact("cls_attention"),)
 
     def select(self, tokens: VisualTokens) -> Keep:
-        """A loop over images (frames, crops)."""
+        """Loops over images (frames, crops)."""
         # Clusters without any attention are plain means, not 0 / 0.
         attention = tokens.fact("cls_attention").clamp(min=1e-12)
         home = torch.full_like(attention, -1, dtype=torch.long)
@@ -58,11 +58,11 @@ class VMTC(Pruner):
         return keep if keep.lengths == tokens.lengths else merged(keep, home, weight)
 
     def _clusters(self, k: int) -> int:
-        """Of k kept tokens."""
+        """Number of clusters among k kept tokens."""
         return max(k // self.one_in, 1) if k > 1 else 0
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        """Similarities of k-means, and the merge; segments of an image are taken together."""
+        """Similarities of k-means, and the merge; the segments of an image are counted as one."""
         counts = self.keep.counts(lengths, (0,) * len(lengths))
         rounds = self.iterations + 1
         return sum(
@@ -72,7 +72,7 @@ class VMTC(Pruner):
 
 def k_means(x: Tensor, clusters: int, iterations: int) -> Tensor:
     """[N] cluster of each row of the normalised x [N, D], by cosine similarity to the cluster's mean direction; ties to
-    the lower. An empty cluster is at 0 and so draws what points away from all others."""
+    the lower index. The centre of an empty cluster is 0, so it attracts rows that point away from all other centres."""
     seeds = (2 * torch.arange(clusters, device=x.device) + 1) * len(x) // (2 * clusters)
     centre = x[seeds]
     cluster = (x @ centre.T).argmax(1)
@@ -84,8 +84,8 @@ def k_means(x: Tensor, clusters: int, iterations: int) -> Tensor:
 
 
 def condense(cluster: Tensor, score: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """kept [clusters]: the member with the highest score of each cluster (ties to the lower index), and for every empty
-    cluster the best token that is none of these; into [N]: the one of them that absorbs each token."""
+    """kept [clusters]: the highest-scoring member of each cluster (ties to the lower index), and for every empty
+    cluster the best token that is not among these; into [N]: the kept token that absorbs each token."""
     order = score.sort(descending=True, stable=True).indices
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device)

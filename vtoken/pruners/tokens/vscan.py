@@ -1,4 +1,4 @@
-"""VScan, stage 1: the best of every window in an early layer, the best overall in the last, and the rest merged into them."""
+"""VScan, stage 1: the best of every window in an early layer, the best overall in the last, and merging of the rest."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from vtoken.stages import Fact, Keep, Parts, Pruner, VisualTokens, size_of
 
 
 class VScan(Pruner):
-    """Half of the tokens to keep (rounded down) come from a local scan: CLS attention of an early layer, in rounds: of
-    every window its best token, then its second best, and so on; the last round, which has not room for all windows,
-    goes by attention. The other half are those with the highest CLS attention of the feature layer among the rest.
-    Every dropped token is merged into the kept one with the most similar projected embedding (cosine): plain average.
-    Windows at the lower and right edge take in what is left over; rasters and frames have windows of their own.
+    """Half of the tokens to keep (rounded down) come from a local scan in rounds by the CLS attention of an early
+    layer: the best token of every window, then the second best of every window, and so on; the last round, which cannot
+    include all windows, goes by attention. The other half are the remaining tokens with the highest CLS attention in
+    the feature layer. Every dropped token is merged into the kept token with the most similar projected embedding
+    (cosine), as a plain mean. Windows at the lower and right edge include what is left over; rasters and frames have
+    windows of their own.
 
-    Paper: https://arxiv.org/abs/2505.22654. Loops over images (or frames, or crops). The second stage, a drop to a
-    third in the middle of the LLM, is `vscan_late`: with it, the authors' average over layers is two thirds of `keep`.
+    Paper: https://arxiv.org/abs/2505.22654. Loops over images (or frames, or crops). The second stage, a cut to a third
+    in the middle of the LLM, is `vscan_late`: with it, the authors' average over layers is two thirds of `keep`.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.22654"
     deviations: ClassVar[str] = (
-        "When windows do not divide the local half evenly the count is still exact; the authors' LLaVA code keeps "
-        "fewer. Reading order."
+        "When windows do not divide the local half evenly, the count is still exact; the authors' LLaVA code keeps "
+        "fewer. Kept tokens stay in reading order."
     )
 
     local_layer: int = Field(
         default=5,
-        description="encoder layer of the local scan; on Qwen2.5-VL the next with full attention is read, 7, as by "
-        "the authors",
+        description="encoder layer of the local scan; on Qwen2.5-VL the next one with full attention is read, 7, as in "
+        "the authors' code",
     )
     window: int = Field(default=6, ge=1, description="side of a window in tokens; on Qwen2.5-VL the authors take 4")
 
@@ -74,13 +75,13 @@ class VScan(Pruner):
         return out
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        """Similarities and the merge; segments of an image are taken together."""
+        """Similarities and the merge; the segments of an image are counted as one."""
         counts = self.keep.counts(lengths, (0,) * len(lengths))
         return sum(2 * n * (k + 1) * width for n, k in zip(lengths, counts, strict=True) if k < n)
 
 
 def in_rounds(score: Tensor, window: Tensor, k: int) -> Tensor:
-    """[k] positions: first the best of every window, then every window's second best, and so on; within a round by
+    """[k] positions: first the best of every window, then the second best of every window, and so on; within a round by
     score."""
     by_score = top(score, len(score))
     order = by_score[window[by_score].sort(stable=True).indices]
