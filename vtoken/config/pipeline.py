@@ -1,5 +1,4 @@
-"""YAML, dict, list, name or stage -> Pipeline. Parsing is strict; every error says where it is and what to write
-instead."""
+"""YAML, dict, list, name or stage -> Pipeline. Parsing is strict; every error says where it is and how to fix it."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ POLICIES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "newline": (
         get_args(Newline),
-        "the newline token behind each row of a LLaVA-NeXT or OneVision image: it stays if a token of its row stays, "
+        "the newline token after each row of a LLaVA-NeXT or OneVision image: it stays if a token of its row stays, "
         "always, or never",
     ),
     "anyres": (

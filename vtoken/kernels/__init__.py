@@ -1,8 +1,8 @@
 """Ops on packed visual tokens, one per file.
 
-A file holds, in this order: shapes and bytes, definition in torch, Triton kernel, choice, examples, tolerance. A new
-op is a new file here with ``definition``, ``launch``, ``examples``, ``tolerance`` and a function of the file's own
-name; the tests find it.
+A file holds, in this order: shapes and bytes, definition in torch, Triton kernel, choice between them, examples,
+tolerance. A new op is a new file here with ``definition``, ``launch``, ``examples``, ``tolerance`` and a function with
+the name of the file; the tests find it.
 """
 
 from importlib import import_module
@@ -47,6 +47,6 @@ __all__ = [
 
 
 def ops() -> dict[str, ModuleType]:
-    """Name -> module of every op, read off the file names; names with a leading underscore are not ops."""
+    """Name -> module of every op, read from the file names; names with a leading underscore are not ops."""
     names = sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_"))
     return {name: import_module(f"{__name__}.{name}") for name in names}

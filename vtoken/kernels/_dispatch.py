@@ -2,8 +2,8 @@
 
 The default is Triton for tensors on a CUDA (or ROCm) device where triton can be imported, and torch everywhere else.
 The environment variable ``VTOKEN_KERNELS=torch|triton|flex`` forces one; it is read once, when this module is imported.
-``flex`` is for sparse attention alone, by torch's flex_attention; all other ops then run as by default.
-``use`` overrides it for a while, which is for tests.
+``flex`` affects sparse attention only, which then runs on torch's flex_attention; all other ops run as by default.
+``use`` overrides it inside a with block, for tests.
 """
 
 import os
@@ -21,7 +21,7 @@ except ImportError:
 
 BACKENDS = ("torch", "triton", "flex")
 
-# triton.jit chooses between compiler and interpreter when it decorates, so the answer is taken before the first kernel.
+# triton.jit chooses between compiler and interpreter when it decorates, so this is read before the first kernel.
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 
 
@@ -36,8 +36,8 @@ _forced: str | None = _known(os.environ["VTOKEN_KERNELS"]) if os.environ.get("VT
 
 @contextmanager
 def use(choice: str) -> Iterator[None]:
-    """Force ``"torch"``, ``"triton"`` or ``"flex"`` inside a with block, for the whole process; ValueError for any
-    other name."""
+    """Force ``"torch"``, ``"triton"`` or ``"flex"`` inside a with block, for the whole process; ValueError for other
+    names."""
     global _forced
     before, _forced = _forced, _known(choice)
     try:
@@ -49,7 +49,8 @@ def use(choice: str) -> Iterator[None]:
 def backend(device: torch.device | str) -> str:
     """``"torch"`` or ``"triton"`` for tensors on ``device``.
 
-    Raises RuntimeError where triton is forced but cannot run: not importable, or not on CUDA and not interpreted.
+    Raises RuntimeError if triton is forced but cannot run: it cannot be imported, or runs neither on CUDA nor
+    interpreted.
     """
     on_cuda = torch.device(device).type == "cuda"
     if _forced == "triton" and triton is None:
@@ -68,17 +69,17 @@ def backend(device: torch.device | str) -> str:
 
 
 def flex_is_forced() -> bool:
-    """Whether sparse attention runs by torch's flex_attention."""
+    """Whether sparse attention runs on torch's flex_attention."""
     return _forced == "flex"
 
 
 def interpretable(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, but bf16 as fp32 under the interpreter, which computes on its bits (triton-lang/triton#4972)."""
+    """The tensor, but bf16 as fp32 under the interpreter, which gets bf16 wrong (triton-lang/triton#4972)."""
     return tensor.float() if INTERPRETED and tensor.dtype == torch.bfloat16 else tensor
 
 
 def runs_triton(*tensors: torch.Tensor) -> bool:
-    """Whether a kernel may take these tensors: the backend is Triton, they share one device, and no gradient is wanted.
+    """Whether a kernel may take these tensors: the backend is Triton, they share one device, and no gradient is needed.
 
     Kernels have no backward. Raises what ``backend`` raises.
     """
@@ -88,6 +89,6 @@ def runs_triton(*tensors: torch.Tensor) -> bool:
 
 
 def equal_steps(offsets: Sequence[int]) -> bool:
-    """Whether these offsets are of segments of one length, at least 1."""
+    """Whether all segments with these offsets have one length, at least 1."""
     step = offsets[1] - offsets[0] if len(offsets) > 1 else 0
     return step > 0 and all(end - begin == step for begin, end in pairwise(offsets))

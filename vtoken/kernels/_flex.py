@@ -1,5 +1,4 @@
-"""block_sparse_attention by torch's flex_attention, from the same lists, and which of torch, triton and flex computes
-it."""
+"""block_sparse_attention on torch's flex_attention, from the same lists; the choice of torch, triton or flex."""
 
 from typing import Any
 
@@ -10,16 +9,17 @@ from torch.nn.functional import pad
 from vtoken.kernels._dispatch import flex_is_forced, runs_triton
 from vtoken.kernels._tiles import LOG2_E
 
-BLOCK = 128  # flex skips in tiles of this size, whatever the size of a block
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of the Triton kernel
+BLOCK = 128  # flex skips tiles of this size, whatever the block size
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # that the Triton kernel takes
 
 
 def backend_of(q: Tensor, k: Tensor, v: Tensor, columns: Tensor | None = None, rows: Tensor | None = None) -> str:
-    """``"torch"``, ``"triton"`` or ``"flex"``: what computes `block_sparse_attention` of these. Gradients, and dtypes
-    and widths that the kernel does not take, are torch's; flex has to be forced.
+    """``"torch"``, ``"triton"`` or ``"flex"``: the implementation of `block_sparse_attention` for these tensors. torch
+    serves gradients, and dtypes and widths that the kernel does not take; flex runs only if forced.
 
     Raises:
-        RuntimeError: flex is forced and cannot serve single keys or chosen queries, or triton is forced and cannot run.
+        RuntimeError: flex is forced and does not support single keys or chosen queries, or triton is forced and cannot
+            run.
     """
     if flex_is_forced():
         if columns is not None or rows is not None:
@@ -34,10 +34,10 @@ def backend_of(q: Tensor, k: Tensor, v: Tensor, columns: Tensor | None = None, r
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, read: Tensor, scale: float, size: int) -> tuple[Tensor, Tensor]:
-    """(out, lse) as block_sparse_attention defines them, for lists of blocks alone.
+    """(out, lse) as defined by block_sparse_attention, for lists of blocks only.
 
-    Compiled on an accelerator, once for every shape. On a CPU it is torch's eager version, which reads every key: its
-    compiled one gives no lse. Both look up what is read; the block mask only lets the compiled one skip.
+    Compiled on an accelerator, once per shape. On a CPU it runs torch's eager version, which reads every key, because
+    the compiled one gives no lse. Both look up what is read; the block mask only lets the compiled version skip tiles.
     """
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
@@ -52,8 +52,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, read: Tensor, scale: float, size: in
 
 
 def block_mask(read: Tensor, queries: int, keys: int, size: int) -> Any:
-    """torch's BlockMask of a map [H, T, M] of blocks of `size`: tiles that are read whole need no mask, others look it
-    up."""
+    """torch's BlockMask for a map [H, T, M] of blocks of `size`. Only tiles that are read in part look up the map."""
     from torch.nn.attention.flex_attention import BlockMask
 
     offset = keys - queries
@@ -72,7 +71,7 @@ def block_mask(read: Tensor, queries: int, keys: int, size: int) -> Any:
 
 
 def tiled(read: Tensor, size: int, tiles: int, blocks: int) -> tuple[Tensor, Tensor]:
-    """Of tiles [H, tiles, blocks] of 128: which hold a block that is read, and which hold no other."""
+    """For tiles [H, tiles, blocks] of 128: which contain a block that is read, and which contain only such blocks."""
     if size > BLOCK:
         wide = read.repeat_interleave(size // BLOCK, 1).repeat_interleave(size // BLOCK, 2)[:, :tiles, :blocks]
         return wide, wide
@@ -86,7 +85,7 @@ def tiled(read: Tensor, size: int, tiles: int, blocks: int) -> tuple[Tensor, Ten
 
 
 def _lists(read: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts [1, H, T] and indices [1, H, T, M], the chosen first, both ascending."""
+    """Counts [1, H, T] and indices [1, H, T, M]: the chosen tiles first, then the others, each in ascending order."""
     order = read.int().argsort(dim=-1, descending=True, stable=True)
     return read.sum(-1, dtype=torch.int32)[None], order.int()[None]
 
@@ -95,7 +94,7 @@ _held: list[Any] = []
 
 
 def _compiled(function: Any) -> Any:
-    """`function` compiled, and compiled once; past torch's limit of shapes it raises instead of running uncompiled."""
+    """`function`, compiled once. Past torch's limit of shapes it raises an error instead of running uncompiled."""
     if not _held:
         _held.append(torch.compile(function, dynamic=False, fullgraph=True))
     return _held[0]

@@ -1,4 +1,4 @@
-"""Cosines between all tokens of a segment, for kernels that walk through them token by token."""
+"""Cosine similarities between all tokens of a segment, for kernels that go through them token by token."""
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -10,8 +10,8 @@ from vtoken.kernels._dispatch import tl, triton
 from vtoken.kernels._tiles import dot_tiles
 from vtoken.kernels.nearest_tokens import inverse_norms, side_by_side
 
-CELLS = 1 << 27  # cosines held at a time at most: 512 MiB
-LONGEST = 16384  # tokens of a segment, whose state one program keeps in registers
+CELLS = 1 << 27  # most cosines in memory at once: 512 MiB
+LONGEST = 16384  # most tokens of a segment, whose state one program keeps in registers
 
 if triton is not None:
     from vtoken.kernels._tiles import dots, segment_of
@@ -21,8 +21,8 @@ if triton is not None:
         x, inverse, offsets, segments, stride, width, result, longest,
         TILE: tl.constexpr, WIDTH: tl.constexpr, SEGMENTS: tl.constexpr,
     ):  # fmt: skip
-        """Program (tile of rows, tile of columns of their segment). What lies below the diagonal is written by those
-        above it."""
+        """Program (tile of rows, tile of columns of their segment). Programs above the diagonal also write what is
+        below it."""
         mine, first = segment_of(offsets, segments, tl.program_id(0), TILE, SEGMENTS)
         begin = tl.load(offsets + mine).to(tl.int64)
         end = tl.load(offsets + mine + 1).to(tl.int64)
@@ -34,7 +34,7 @@ if triton is not None:
             cosine *= tl.load(inverse + row, mask=row < end, other=0.0)[:, None]
             cosine *= tl.load(inverse + column, mask=column < end, other=0.0)[None, :]
             inside = (row < end)[:, None] & (column < end)[None, :]
-            # CELLS keeps places within a segment in 32 bits; 64 cost registers that the tile needs.
+            # CELLS keeps offsets within a segment in 32 bits; 64 bits cost registers that the tile needs.
             result += begin * longest
             i = (row - begin).to(tl.int32)
             j = (column - begin).to(tl.int32)
@@ -44,18 +44,18 @@ if triton is not None:
 
 
 def bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """[len + 1] int64 packed offsets; the copy does not wait for the device."""
+    """[len + 1] int64 packed offsets; the copy does not make the host wait for the device."""
     return torch.tensor([0, *accumulate(lengths)]).to(device, non_blocking=True)
 
 
 def fits(lengths: Sequence[int]) -> bool:
-    """Whether every one of these segments is within CELLS and LONGEST."""
+    """Whether each of these segments is within CELLS and LONGEST."""
     longest = max(lengths, default=0)
     return longest <= LONGEST and longest * longest <= CELLS
 
 
 def groups(lengths: Sequence[int]) -> Iterator[tuple[slice, slice]]:
-    """Segments, and their tokens, one group after the other, each of which is within CELLS; segments that fit alone."""
+    """Slices of segments, and of their tokens, in groups that stay within CELLS; every segment must fit by itself."""
     first = begin = end = longest = 0
     for segment, n in enumerate(lengths):
         longest = max(longest, n)
@@ -67,8 +67,7 @@ def groups(lengths: Sequence[int]) -> Iterator[tuple[slice, slice]]:
 
 
 def cosines(x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """[ΣN, longest] fp32: row i holds the cosines of token i with the tokens of its segment, the rest is left
-    unwritten."""
+    """[ΣN, longest] fp32: row i holds the cosines of token i with its segment; the rest of the row is not written."""
     x, longest = side_by_side(x), max(lengths)
     blocks = dot_tiles(len(x), x.element_size())
     tile = blocks["TILE"]
@@ -83,5 +82,6 @@ def cosines(x: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def warps(block: int) -> int:
-    """Warps of a program that keeps `block` numbers of every kind in registers: up to 32 a thread."""
+    """Warps of a program that keeps several vectors of `block` numbers in registers: up to 32 numbers of each per
+    thread."""
     return max(4, min(16, block // 1024))

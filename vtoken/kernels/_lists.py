@@ -1,4 +1,4 @@
-"""What sparse ops have in common: arguments that fit, and per query block the key blocks that it reads as a list."""
+"""Shared by sparse ops: checks of arguments, and lists of the key blocks that each query block reads."""
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ if triton is not None:
         read, columns, of, lists, counts, blocks, groups, length, offset,
         SIZE: tl.constexpr, LISTED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """Program (query block, head): the blocks it reads, ascending; how many; how many of them every query sees
-        whole; how many entries of its list of single keys hold all that its last query may see."""
+        """Program (query block, head): the blocks it reads, ascending; their number; how many of them all its queries
+        see whole; how many entries of its list of single keys its last query may see."""
         tile = tl.program_id(0)
         head = tl.program_id(1).to(tl.int64)
         at = head * tl.num_programs(0) + tile
@@ -43,7 +43,7 @@ if triton is not None:
 def lists_of(
     read: Tensor, size: int, offset: int, listed: bool = False, columns: Tensor | None = None, of: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Of flags [H, T, M] uint8 the lists [H, T, M] and counts [H, T, 3] int32 that `_list` makes, on the current
+    """From flags [H, T, M] uint8: the lists [H, T, M] and counts [H, T, 3] int32 that `_list` makes, on the current
     device."""
     heads, tiles, blocks = read.shape
     lists = torch.empty((heads, tiles, blocks), dtype=torch.int32, device=read.device)
@@ -57,7 +57,7 @@ def lists_of(
 
 
 def assigned(read: Tensor, share: int, of: Tensor | None) -> Tensor:
-    """[T] int32: which list of single keys each query block reads."""
+    """[T] int32: the list of single keys that each query block reads."""
     return torch.arange(read.shape[1], dtype=torch.int32, device=read.device) // share if of is None else of.int()
 
 
@@ -65,7 +65,7 @@ def check(
     q: Tensor, k: Tensor, v: Tensor, read: Tensor, size: int, columns: Tensor | None = None, share: int = 1,
     rows: Tensor | None = None, of: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Raises ValueError where arguments of block_sparse_attention do not fit together."""
+    """Raises ValueError if the arguments of block_sparse_attention do not fit together."""
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[0] % k.shape[0]:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: need [H, Q, d] and twice [Hk, N, d], H a "
@@ -82,8 +82,8 @@ def check(
 
 
 def check_singles(heads: int, tiles: int, columns: Tensor | None, share: int, of: Tensor | None) -> None:
-    """Raises ValueError where lists of single keys do not fit so many heads and query blocks; the numbers in them are
-    not looked at."""
+    """Raises ValueError if lists of single keys do not fit the number of heads and query blocks; their contents are not
+    checked."""
     if columns is not None and (columns.ndim != 3 or len(columns) != heads):
         raise ValueError(f"columns {tuple(columns.shape)}: need [H, lists, keys] of {heads} heads")
     if columns is not None and of is None and columns.shape[1] * share < tiles:

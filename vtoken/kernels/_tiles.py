@@ -1,17 +1,16 @@
-"""What several kernels share: which segment a tile lies in, tiles of queries and keys, softmax denominators, dot
-products."""
+"""Shared by several kernels: the segment of a tile, tiles of queries and keys, softmax denominators, dot products."""
 
 from vtoken.kernels._dispatch import tl, triton
 
 LOG2_E = 1.4426950408889634
-MANY = 1024  # tokens from which on tiles of 128 keep a device busy
+MANY = 1024  # number of tokens above which tiles of 128 keep a device busy
 
 if triton is not None:
 
     @triton.jit
     def segment_of(offsets, segments, tile, TILE: tl.constexpr, SEGMENTS: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Which segment a tile belongs to, and the tile's first position. Segment s owns the tiles from
-        offsets[s] // TILE + s on: always enough, at most one too many, and no length is needed on the host."""
+        """The segment of a tile, and the tile's first position. Segment s owns the tiles from offsets[s] // TILE + s
+        on: always enough, at most one too many, and the host needs no lengths."""
         s = tl.arange(0, SEGMENTS)
         owned = tl.load(offsets + s, mask=s < segments, other=0) // TILE + s
         mine = tl.sum(((owned <= tile) & (s < segments)).to(tl.int32), 0) - 1
@@ -22,7 +21,8 @@ if triton is not None:
     def query_rows(  # type: ignore[no-untyped-def]
         q, query, end, head, strides, d, GROUPS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr
     ):
-        """Tile [ROWS, DIM] of q, queries times the query heads of one key head; each row's token, head, and if real."""
+        """Tile [ROWS, DIM] of q, queries times the query heads of one key head; token and head of each row; whether it
+        is real."""
         row = tl.arange(0, ROWS)
         token = query + row // GROUPS
         query_head = head * GROUPS + row % GROUPS
@@ -44,8 +44,8 @@ if triton is not None:
         GROUPS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, SEGMENTS: tl.constexpr,
         CAUSAL: tl.constexpr,
     ):  # fmt: skip
-        """Program (tile of queries, key head): log2 of the softmax denominators, [ΣQ, H], online over the keys. Where
-        attention is causal, the queries are the last tokens of their segment."""
+        """Program (tile of queries, key head): log2 of the softmax denominators, [ΣQ, H], online over the keys. With
+        causal attention, the queries are the last tokens of their segment."""
         mine, query = segment_of(q_offsets, segments, tl.program_id(0), ROWS // GROUPS, SEGMENTS)
         head = tl.program_id(1).to(tl.int64)
         q_end = tl.load(q_offsets + mine + 1).to(tl.int64)
@@ -53,7 +53,7 @@ if triton is not None:
         k_end = tl.load(k_offsets + mine + 1).to(tl.int64)
         if (query < q_end) & (k_begin < k_end):
             rows, token, query_head, real = query_rows(q, query, q_end, head, q_strides, d, GROUPS, ROWS, DIM)
-            sees = k_end - q_end + token  # the key that is the query itself
+            sees = k_end - q_end + token  # the position of the query among the keys
             stop = k_end
             if CAUSAL:
                 stop = tl.minimum(k_end, k_end - q_end + query + ROWS // GROUPS)
@@ -77,7 +77,7 @@ if triton is not None:
         x, row, row_inside, x_stride, y, column, column_inside, y_stride, width,
         ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
-        """[ROWS, COLUMNS] dot products of tokens of x and tokens of y, whose numbers lie side by side."""
+        """[ROWS, COLUMNS] dot products of tokens of x and tokens of y, each contiguous in memory."""
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
         for start in range(0, width, WIDTH):
             at = start + tl.arange(0, WIDTH)
@@ -93,11 +93,11 @@ if triton is not None:
 
 
 def dot_tiles(tokens: int, bytes_each: int) -> dict[str, int]:
-    """How `dots` is cut: small tiles where there are few tokens, so that the device is busy, or wide numbers."""
+    """Tile sizes of `dots`: small if there are few tokens, so that the device is busy, or if numbers are wide."""
     large = tokens >= MANY and bytes_each == 2
     return {"TILE": 128 if large else 64, "WIDTH": 128 // bytes_each, "num_warps": 8 if large else 4}
 
 
 def attention_tiles(dim: int, bytes_each: int) -> int:
-    """Keys per tile, so that tiles fit in 64 KB of shared memory."""
+    """Keys per tile, so that the tiles fit in 64 KB of shared memory."""
     return max(16, min(64, 16384 // (dim * bytes_each)))

@@ -1,25 +1,26 @@
-"""Causal attention of one sequence where every block of queries reads only some blocks of keys, and perhaps single keys.
+"""Causal attention of one sequence in which every query block reads only some key blocks, and optionally single keys.
 
-    q        [H, Q, d]   queries, any strides; query i stands at position i + N - Q
+    q        [H, Q, d]   queries, any strides; query i is at position i + N - Q
     k, v     [Hk, N, d]  same dtype; H is a multiple of Hk, and query head h reads key head h // (H / Hk)
     read     [H, T, M] bool: which of the M = ceil(N / size) key blocks each of the T query blocks reads
-    columns  [H, G, C] int32 or None: single keys besides, each at most once in a list, -1 = none; query block t reads list
-             t // share. A key whose block is read anyway counts once. Ascending lists are cheapest: a query block goes through
-             its list up to the last key that it may see
-    of       [T] int32 or None: which list each query block reads, instead of t // share
-    rows     [H, R] int32 or None: the queries that make up the query blocks, T = ceil(R / size), each at most once, -1 = none.
-             None: all in order, R = Q
-    result   out [H, Q, d]: softmax(scale * q . k) @ v over what is read and not behind the query; 0 where that is nothing, and
-             where a query is not in `rows`. lse [H, Q] fp32: log2 of the softmax's denominator, -inf there. Parts that read
-             different keys merge: l = logaddexp2(l1, l2), out = out1 * 2^(l1 - l) + out2 * 2^(l2 - l)
+    columns  [H, G, C] int32 or None: lists of single keys to read in addition, each key at most once in a list,
+             -1 = none. Query block t reads list t // share. A key whose block is read anyway counts once. Ascending
+             lists are cheapest: a query block goes through its list up to the last key that it may see
+    of       [T] int32 or None: the list that each query block reads, instead of t // share
+    rows     [H, R] int32 or None: the queries that make up the query blocks, T = ceil(R / size), each at most once,
+             -1 = none. None: all queries in order, R = Q
+    result   out [H, Q, d]: softmax(scale * q . k) @ v over the keys that are read and not after the query; 0 for
+             queries without such keys, or not in `rows`. lse [H, Q] fp32: log2 of the softmax's denominator, -inf for
+             these queries. Results over disjoint sets of keys can be merged: l = logaddexp2(l1, l2),
+             out = out1 * 2^(l1 - l) + out2 * 2^(l2 - l)
 
 fp32 accumulation (fp64 for fp64 inputs).
 
-Bytes moved, e bytes per element: q and out once, 2 e H Q d; of K and V a block for every True of `read`, 2 e d size sum(read)
-(mostly from L2: the query heads of a key head follow each other), a key for every query block that reads a column; `read` and
-4 C bytes of columns per query block twice, a list of 4 H T M bytes written and read once. FLOPs: 4 d size^2 sum(read), the masked half of diagonal blocks included. At
-128k tokens, 28 / 4 heads x 128, a tenth of the causal blocks: 0.5 TFLOP of 6.2. The definition computes everything that it
-masks, and the scores a second time for `lse`.
+Bytes moved, e bytes per element: q and out once, 2 e H Q d; one block of K and V for every True of `read`, 2 e d size
+sum(read) (mostly from L2: the query heads of a key head follow each other); one key for every query block that reads a
+column; `read` and 4 C bytes of columns per query block twice; a list of 4 H T M bytes written and read once. FLOPs:
+4 d size^2 sum(read), including the masked half of diagonal blocks. At 128k tokens, 28 / 4 heads x 128, a tenth of the
+causal blocks: 0.5 TFLOP of 6.2. The definition computes everything that it masks, and the scores again for `lse`.
 """
 
 from collections.abc import Iterator
@@ -34,14 +35,14 @@ from vtoken.kernels._flex import attend, backend_of
 from vtoken.kernels._lists import assigned, check, lists_of
 from vtoken.kernels._tiles import LOG2_E
 
-CHUNK = 1 << 26  # scores that the definition holds at once: 256 MiB of fp32
+CHUNK = 1 << 26  # scores that the definition computes at once: 256 MiB of fp32
 
 
 def definition(
     q: Tensor, k: Tensor, v: Tensor, read: Tensor, scale: float, size: int = 128, columns: Tensor | None = None,
     share: int = 1, rows: Tensor | None = None, of: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """torch's own attention under a mask, some query blocks at a time."""
+    """torch's own attention under a mask, a few query blocks at a time."""
     (heads, queries, _), keys, device = q.shape, k.shape[1], q.device
     out, lse = q.new_zeros(heads, queries, v.shape[2]), q.new_full((heads, queries), -torch.inf, dtype=torch.float32)
     listed = queries if rows is None else rows.shape[1]
@@ -64,13 +65,13 @@ def definition(
 
 
 def _marked(columns: Tensor, keys: int) -> Tensor:
-    """[H, G, N] bool of lists of keys."""
+    """[H, G, N] bool from lists of keys."""
     marks = columns.new_zeros(*columns.shape[:2], keys + 1, dtype=torch.bool)
     return marks.scatter_(2, torch.where(columns < 0, keys, columns).long(), True)[..., :keys]
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(out, lse) of queries [H, R, d] that each see some keys [H, R, N]."""
+    """(out, lse) for queries [H, R, d] with a mask of visible keys [H, R, N]."""
     groups = len(q) // len(k)
     k, v = (x.repeat_interleave(groups, 0) for x in (k, v))
     out = scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=visible[None], scale=scale)[0]
@@ -87,8 +88,8 @@ if triton is not None:
         queries, k, v, key, known, visible, k_strides, v_strides, d, scale, out, total, top,
         MASK: tl.constexpr, DIM: tl.constexpr, FULL: tl.constexpr,
     ):  # fmt: skip
-        """Goes on with a softmax over some more keys. If MASK, those `known` [keys] are fetched, and those `visible`
-        [rows, keys] count; else all are. FULL: d is DIM."""
+        """Continues an online softmax over some more keys. With MASK, only `known` [keys] are loaded and only `visible`
+        [rows, keys] count; otherwise all. FULL: d is DIM."""
         dim = tl.arange(0, DIM)
         inside = dim < d
         place = key.to(tl.int64)
@@ -115,15 +116,14 @@ if triton is not None:
 
     @triton.jit
     def _single(columns, read, start, end, keys, SIZE: tl.constexpr, KEYS: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Some single keys, -1 for one whose block is read."""
+        """A few single keys, -1 for those whose block is read anyway."""
         entry = start + tl.arange(0, KEYS)
         key = tl.load(columns + entry, mask=entry < end, other=-1)
         there = (key >= 0) & (key < keys)
         covered = tl.load(read + key // SIZE, mask=there, other=1)
         return tl.where(covered == 0, key, -1)
 
-    # What changes from prompt to prompt says nothing about addresses (strides do), so a new length does not compile
-    # anew.
+    # These change with the prompt and say nothing about alignment (strides do): a new length does not recompile.
     @triton.jit(do_not_specialize=["queries", "keys", "blocks", "groups", "length", "listed"])
     def _attend(  # type: ignore[no-untyped-def]
         q, k, v, read, lists, counts, columns, of, rows, out, lse, queries, keys, d, scale, blocks, groups, length, listed,
@@ -154,8 +154,7 @@ if triton is not None:
         sums = tl.zeros([ROWS, DIM], tl.float32)
         count = tl.load(counts + at * 3)
         whole = tl.load(counts + at * 3 + 1)
-        # The next block's number is loaded ahead: addresses that hang on a load in the same round keep keys from being
-        # fetched early.
+        # Loaded one round ahead: keys whose address depends on a load in the same round cannot be prefetched.
         steps = count * (SIZE // KEYS)
         block = tl.load(lists + at * blocks, mask=count > 0, other=0)
         for i in range(0, whole * (SIZE // KEYS)):
@@ -191,11 +190,11 @@ if triton is not None:
 
 
 def tiles_of(dim: int, bytes_each: int, size: int) -> dict[str, int]:
-    """How `_attend` is cut: a tile of queries, its sums and some tiles of keys have to fit into registers and shared
-    memory. With two stages no key is fetched before it is waited for; three need 132 KiB at d 128 in half precision, so
-    that wider heads have two."""
+    """Tile sizes of `_attend`: a tile of queries, its sums and some tiles of keys have to fit into registers and shared
+    memory. With two stages, keys are not prefetched; three need 132 KiB at d 128 in half precision, so wider heads have
+    two."""
     large = dim * bytes_each > 256
-    # fp32 has no tensor cores that round as it does, and unrolled products take many registers.
+    # No tensor cores compute fp32 exactly, and unrolled products take many registers.
     rows = min(size, 128 if not large else 32 if bytes_each == 4 else 64)
     keys = min(size, 32 if large else 64)
     return {"ROWS": rows, "KEYS": keys, "num_warps": 8 if rows == 128 else 4, "num_stages": 2 if large else 3}
@@ -205,7 +204,7 @@ def launch(
     q: Tensor, k: Tensor, v: Tensor, read: Tensor, scale: float, size: int = 128, columns: Tensor | None = None,
     share: int = 1, rows: Tensor | None = None, of: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The kernel's launcher: the definition's contract without gradients, for half precision or fp32 and d up to
+    """Launches the kernel: the contract of the definition without gradients, for half precision or fp32 and d up to
     256."""
     dtype = q.dtype
     q, k, v = (interpretable(x.detach()) for x in (q, k, v))
@@ -244,7 +243,7 @@ def block_sparse_attention(
     """Attention over the blocks that are read, see the top of the file. `out` is differentiable in q, k and v, `lse` is
     not.
 
-    Columns and rows beyond the sequence, and lists in `of` that there are not, give an undefined result. Raises
+    Columns and rows beyond the sequence, and list numbers in `of` that do not exist, give an undefined result. Raises
     ValueError for shapes that do not fit.
     """
     check(q, k, v, read, size, columns, share, rows, of)
@@ -277,14 +276,14 @@ def examples() -> Iterator[dict[str, Any]]:
     yield {**case((6, 2), 100, 100, 20, 16, p=0.2), "columns": some(21, 100, 6, 4), "share": 2}  # blocks and columns
     yield {**case((2, 1), 70, 70, 16, 32, p=0.0), "columns": some(9, 70, 2, 1), "share": 3}  # columns alone
     of = torch.tensor([2, 0, 1, 1, 0, 2, 2], dtype=torch.int32)
-    yield {**case((4, 2), 100, 100, 16, 16, p=0.2), "columns": some(21, 100, 4, 3), "of": of}  # few lists in no order
+    yield {**case((4, 2), 100, 100, 16, 16, p=0.2), "columns": some(21, 100, 4, 3), "of": of}  # lists in any order
     yield {**case((3, 3), 90, 90, 96, 32, listed=40), "rows": some(40, 90, 3)}  # rows
     both = {"rows": some(20, 60, 2), "columns": some(7, 60, 2, 2)}
     yield {**case((2, 1), 60, 60, 32, 16, listed=20), **both}  # all three
     gaps = torch.full((2, 1, 1100), -1, dtype=torch.int32)
     gaps[..., torch.arange(20) * 57] = some(20, 70, 2, 1)
     yield {**case((2, 1), 70, 70, 16, 16, p=0.2), "columns": gaps, "share": 5}  # a long list with gaps
-    yield case((2, 2), 45, 130, 8, 64)  # behind a prefix
+    yield case((2, 2), 45, 130, 8, 64)  # after a prefix
     yield case((4, 2), 45, 130, 16, 16, p=0.7)  # the same with whole tiles, at a width that fills them
     yield case((2, 1), 33, 33, 256, 16)
     yield case((2, 2), 130, 130, 128, 128, p=1.0)

@@ -1,14 +1,14 @@
-"""Greedy maximum of a determinant (a determinantal point process): tokens that matter and differ, in one launch for all images.
+"""Greedy maximum of a determinant (determinantal point process): relevant tokens that differ, all images at once.
 
     x          [ΣN, D]  tokens, packed over images, any length, any strides; fp16, bf16 or fp32 for the kernel
-    relevance  [ΣN]     fp32, none negative
+    relevance  [ΣN]     fp32, non-negative
     lengths    N_i, on the host
     counts     K_i, on the host, 0 <= K_i <= N_i
     index      [ΣK] int64, packed positions, image by image, in the order in which they were taken
 
-The kernel matrix is K_ij = r_i cos(x_i, x_j) r_j. Each time the token with the largest part of K_ii that the taken
-ones do not explain comes next, ties to the lower position; what is left of at most EPSILON * K_ii counts as nothing.
-fp32 throughout; NaN in x gives an undefined result.
+The kernel matrix is K_ij = r_i cos(x_i, x_j) r_j. Each step takes the token with the largest part of K_ii that the
+tokens taken so far do not explain, ties to the lower position; a remainder of at most EPSILON * K_ii counts as 0. fp32
+throughout; NaN in x gives an undefined result.
 
 Bytes moved: all cosines first, as `farthest_tokens`; choice i then reads i rows of the orthogonal basis that the
 taken tokens span, so 2 * N * K² in all, by one program per image, and writes one. 576 -> 64 tokens: 4.7 MB. The
@@ -31,7 +31,8 @@ EPSILON = 1e-6
 
 
 def definition(x: Tensor, relevance: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """All images at once: a choice takes what it explains off their kernel matrices [images, longest, longest]."""
+    """All images at once: each choice subtracts what it explains from the kernel matrices [images, longest,
+    longest]."""
     if not sum(counts):
         return torch.zeros(0, dtype=torch.int64, device=x.device)
     unit, r = padded(normalize(x.float(), dim=-1), lengths), padded(relevance, lengths)
@@ -50,8 +51,8 @@ def definition(x: Tensor, relevance: Tensor, lengths: Sequence[int], counts: Seq
 
 
 def packed(chosen: Tensor, worth: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """[ΣK] packed positions of the first K_i `chosen` [images, most] of every image; where nothing was left to gain
-    (`worth` is False, and stays so) the first that were not taken stand in their place."""
+    """[ΣK] packed positions of the first K_i `chosen` [images, most] of every image. Where nothing was left to gain
+    (`worth` is False from then on), the first tokens not yet taken are used instead."""
     images, most = chosen.shape
     ends = torch.tensor([lengths, counts], device=chosen.device)[:, :, None]
     worth = worth & (torch.arange(most, device=chosen.device) < ends[1])
@@ -69,7 +70,7 @@ if triton is not None:
     def _take(  # type: ignore[no-untyped-def]
         cosines, longest, relevance, offsets, slots, basis, index, epsilon, BLOCK: tl.constexpr
     ):
-        """Program (image): takes token after token; its rows of the basis [ΣK, longest] are scratch."""
+        """Program (image): takes one token after the other; its rows of the basis [ΣK, longest] are scratch space."""
         image = tl.program_id(0)
         begin = tl.load(offsets + image)
         n = tl.load(offsets + image + 1) - begin
@@ -93,13 +94,13 @@ if triton is not None:
                 row -= earlier * tl.load(basis + i * longest + best)
             row = tl.where(left > 0, row / tl.sqrt(left), 0.0)
             tl.store(basis + at * longest + lane, row, mask=real)
-            tl.debug_barrier()  # what one thread wrote, all read in the next round
+            tl.debug_barrier()  # all threads read in the next round what one thread wrote
             gain -= row * row
             gain = tl.where(gain > explained, gain, 0.0)
 
 
 def launch(x: Tensor, relevance: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """The kernels' launcher: the definition's contract, for the dtypes in DTYPES and what `_gram.fits`."""
+    """Launches the kernels: the contract of the definition, for dtypes in DTYPES and sizes that pass `_gram.fits`."""
     parts = [
         _launch(x[tokens], relevance[tokens], lengths[images], counts[images]) + tokens.start
         for images, tokens in _gram.groups(lengths)
@@ -108,7 +109,7 @@ def launch(x: Tensor, relevance: Tensor, lengths: Sequence[int], counts: Sequenc
 
 
 def _launch(x: Tensor, relevance: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """Images whose cosines are held together."""
+    """As launch, for images whose cosines fit in memory together."""
     index = torch.empty(sum(counts), dtype=torch.int64, device=x.device)
     if len(index):
         longest = max(lengths)
@@ -126,7 +127,7 @@ def _launch(x: Tensor, relevance: Tensor, lengths: Sequence[int], counts: Sequen
 def diverse_tokens(x: Tensor, relevance: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> Tensor:
     """[ΣK] packed positions in the order taken, see the top of the file. No host synchronisation.
 
-    Raises ValueError where counts and lengths differ in number, and for a count below 0 or above N_i.
+    Raises ValueError if counts and lengths differ in number, or if a count is below 0 or above N_i.
     """
     checked(lengths, counts, len(lengths))
     x, relevance = x.detach(), relevance.detach()
@@ -145,7 +146,7 @@ def examples() -> Iterator[dict[str, Any]]:
     yield case([], [], 4)
     yield case([0, 3], [0, 0], 4)
     yield case([1, 70, 0, 5, 33], [1, 21, 0, 5, 2], 80)
-    # Copies of the first token are explained by it at once, and then go by position.
+    # The first token explains its copies at once; they are then taken by position.
     copies = case([9], [7], 16)
     yield {**copies, "x": copies["x"][[0, 1, 0, 2, 0, 0, 3, 0, 0]], "relevance": torch.ones(9)}
     strided = case([40], [9], 33)
@@ -153,5 +154,5 @@ def examples() -> Iterator[dict[str, Any]]:
 
 
 def tolerance(dtype: torch.dtype) -> tuple[float, float]:
-    """(relative, absolute): positions are exact, where no two candidates are within rounding of each other."""
+    """(relative, absolute): positions are exact if no two candidates are within rounding of each other."""
     return 0.0, 0.0

@@ -1,12 +1,12 @@
-"""Greedy choice of tokens that are unlike each other, one after the other, for all images in one launch.
+"""Greedy choice of tokens that are dissimilar, one after the other, for all images in one launch.
 
     x         [ΣN, D]   tokens, packed over images, any length, any strides; fp16, bf16 or fp32 for the kernel
     lengths   N_i, on the host
     counts    K_i, on the host, 0 <= K_i <= N_i
-    first     [images] int64, packed position of the token that each image starts with; where K_i is 0, anything. None: the
-              one whose highest cosine to any other is lowest
-    strategy  "max_min": next comes the token whose highest cosine to those taken is lowest; "max_sum": the one whose
-              cosines to them sum up lowest. Ties to the lower position; no token is taken twice
+    first     [images] int64, packed position of the token that each image starts with; any value if K_i is 0. None:
+              the token whose highest cosine to any other is lowest
+    strategy  "max_min": the next token is the one whose highest cosine to those taken is lowest; "max_sum": the one
+              with the lowest sum of cosines to them. Ties to the lower position; no token is taken twice
     index     [ΣK] int64, packed positions, image by image, in the order in which they were taken
 
 fp32 accumulation; a token of length 0 has cosine 0 with everything. NaN in x gives an undefined result.
@@ -17,11 +17,11 @@ keeps its N distances in registers. 2880 -> 320 tokens, 4096 wide: 34 GFLOP, 33 
 definition does 2 * N * K * D FLOPs instead, reads x K times (15 GB in fp32) and takes five launches per choice,
 whatever the number of images.
 
-Why not without the cosines, in O(N * D) memory: every choice would read x whole, e * N * D * K (7.5 GB in bf16, over
-a millisecond from L2 at some 6 TB/s, on all multiprocessors), with a wait of the whole grid for each choice, or a
-launch; the cosines take a tenth of a millisecond at 400 TFLOP/s. They are cheaper while N / K < e * R / B, some 130
-at these rates R and B, which few budgets in use exceed. What it costs is memory: images are taken in groups whose
-cosines fit in 512 MiB, and one that would not fit alone, or has more than 16384 tokens, takes the definition.
+Why not without the cosines, in O(N * D) memory: every choice would read x whole, e * N * D * K (7.5 GB in bf16, over a
+millisecond from L2 at some 6 TB/s, on all multiprocessors), with a wait of the whole grid for each choice, or a launch;
+the cosines take a tenth of a millisecond at 400 TFLOP/s. They are cheaper while N / K < e * R / B, some 130 at these
+rates R and B, which few budgets in use exceed. The price is memory: images are processed in groups whose cosines fit in
+512 MiB. An image that does not fit alone, or has more than 16384 tokens, takes the definition.
 """
 
 from collections.abc import Iterator, Sequence
@@ -49,8 +49,8 @@ def definition(
     first: Tensor | None = None,
     strategy: Strategy = "max_min",
 ) -> Tensor:
-    """All images at once, padded to the longest, and a loop over choices: each needs the one before. One row of cosines
-    per image at a time. What images choose beyond their count is cut off."""
+    """All images at once, padded to the longest, in a loop over choices, because each needs the one before. Computes
+    one row of cosines per image at a time, and cuts off what an image chooses beyond its count."""
     if not sum(counts):
         return torch.zeros(0, dtype=torch.int64, device=x.device)
     unit = padded(normalize(x.float(), dim=-1), lengths)
@@ -70,20 +70,21 @@ def definition(
 
 
 def padded(x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Packed [ΣN, ...] as [images, longest, ...], with zeros behind what is shorter."""
+    """Packed [ΣN, ...] as [images, longest, ...], padded with zeros."""
     if len(set(lengths)) == 1:
         return x.unflatten(0, (len(lengths), -1))
     return pad_sequence(x.split(list(lengths)), batch_first=True)
 
 
 def _cosines(unit: Tensor, best: Tensor) -> Tensor:
-    """[images, longest] of all tokens with the one at `best` [images, 1]."""
+    """[images, longest] cosines of all tokens with the one at `best` [images, 1]."""
     row = unit.gather(1, best[..., None].expand(-1, 1, unit.shape[2]))
     return torch.bmm(row, unit.transpose(1, 2))[:, 0]
 
 
 def _loneliest(unit: Tensor, beyond: Tensor) -> Tensor:
-    """[images, 1] the token whose nearest other is farthest away, ROWS at a time; `beyond` is inf at padding."""
+    """[images, 1] the token whose nearest neighbour is farthest away, ROWS tokens at a time; `beyond` is inf at
+    padding."""
     closest = []
     for start in range(0, unit.shape[1], ROWS):
         cosine = torch.bmm(unit[:, start : start + ROWS], unit.transpose(1, 2)) - beyond[:, None]
@@ -120,7 +121,7 @@ if triton is not None:
         cosines, longest, offsets, slots, first, closest, index,
         GIVEN: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """Program (image): takes token after token. The last token's row is never needed."""
+        """Program (image): takes one token after the other. The row of the last token is never needed."""
         image = tl.program_id(0)
         begin = tl.load(offsets + image)
         n = tl.load(offsets + image + 1) - begin
@@ -152,7 +153,7 @@ def launch(
     first: Tensor | None = None,
     strategy: Strategy = "max_min",
 ) -> Tensor:
-    """The kernels' launcher: the definition's contract, for the dtypes in DTYPES and what `_gram.fits`."""
+    """Launches the kernels: the contract of the definition, for dtypes in DTYPES and sizes that pass `_gram.fits`."""
     index = []
     for images, tokens in _gram.groups(lengths):
         start = None if first is None else first[images] - tokens.start
@@ -163,7 +164,7 @@ def launch(
 def _launch(
     x: Tensor, lengths: Sequence[int], counts: Sequence[int], first: Tensor | None, strategy: Strategy
 ) -> Tensor:
-    """Images whose cosines are held together."""
+    """As launch, for images whose cosines fit in memory together."""
     index = torch.empty(sum(counts), dtype=torch.int64, device=x.device)
     if len(index):
         cosines = _gram.cosines(x, lengths)
@@ -192,7 +193,7 @@ def farthest_tokens(
 ) -> Tensor:
     """[ΣK] packed positions in the order taken, see the top of the file. No host synchronisation.
 
-    Raises ValueError where counts, lengths and first differ in number, and for a count below 0 or above N_i.
+    Raises ValueError if counts, lengths and first differ in number, or if a count is below 0 or above N_i.
     """
     checked(lengths, counts, len(lengths) if first is None else len(first))
     given = (x.detach(),) if first is None else (x.detach(), first)
@@ -201,7 +202,7 @@ def farthest_tokens(
 
 
 def checked(lengths: Sequence[int], counts: Sequence[int], given: int) -> None:
-    """ValueError where these cannot belong together; `given` things came with the images."""
+    """Raises ValueError if these do not fit together; `given` is the number of first tokens."""
     if not len(lengths) == len(counts) == given:
         raise ValueError(f"{len(lengths)} images, {len(counts)} counts, {given} first tokens: need as many of each")
     for image, (n, k) in enumerate(zip(lengths, counts, strict=True)):
@@ -223,7 +224,7 @@ def examples() -> Iterator[dict[str, Any]]:
     yield {**case([0, 1, 68, 40, 9], [0, 1, 10, 1, 0], 20, "max_min", 0), "first": None}
     for strategy in ("max_min", "max_sum"):
         yield case([1, 70, 0, 5, 33], [1, 21, 0, 5, 2], 80, strategy, first=7)
-    # Cosines of 0 and 1 only, so ties everywhere; one token has no length.
+    # Cosines of 0 and 1 only, so ties everywhere; one token has length 0.
     corners = torch.eye(6)[[0, 1, 2, 0, 3, 1, 4, 5, 0]] * torch.tensor([1, 2, 4, 2, 0, 1, 1, 4, 1])[:, None]
     for strategy in ("max_min", "max_sum"):
         yield {**case([9], [9], 6, strategy, first=5), "x": corners}  # type: ignore[arg-type]
@@ -232,5 +233,5 @@ def examples() -> Iterator[dict[str, Any]]:
 
 
 def tolerance(dtype: torch.dtype) -> tuple[float, float]:
-    """(relative, absolute): positions are exact, where no two candidates are within rounding of each other."""
+    """(relative, absolute): positions are exact if no two candidates are within rounding of each other."""
     return 0.0, 0.0

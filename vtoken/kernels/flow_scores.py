@@ -1,10 +1,10 @@
 """FlowCut's three criteria in one score: (attention / its sum + relevance / its sum) * L1 norm of the value.
 
-    attention  [ΣN]     none negative; real dtype, fp16, bf16 or fp32 for the kernel
-    relevance  [ΣN]     likewise, or None: left out
+    attention  [ΣN]     non-negative; real dtype, fp16, bf16 or fp32 for the kernel
+    relevance  [ΣN]     likewise, or None to leave it out
     value      [ΣN, d]  values averaged over heads, any strides
-    offsets    [S + 1] int32 or int64, 0 = first, ascending, last = ΣN: what is scored by itself; empty segments allowed
-    result     [ΣN] fp32; sums are over the segment, and a share of a sum that is 0 is 0
+    offsets    [S + 1] int32 or int64, 0 = first, ascending, last = ΣN: segments, scored independently; may be empty
+    result     [ΣN] fp32; sums are over the segment; a share of a sum of 0 is 0
 
 Bytes moved, e bytes per element: e * ΣN * d of values read once, e * ΣN of attention and relevance read by every tile
 of 64 tokens of the segment (L2: a few KB), 4 * ΣN written. One launch, where the definition takes about twelve and
@@ -24,7 +24,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def definition(attention: Tensor, relevance: Tensor | None, value: Tensor, offsets: Tensor) -> Tensor:
-    """Segment sums, spread over the tokens again; segments of equal length, where the host knows them, as rows."""
+    """Sums over segments, expanded to the tokens again; segments of equal length, if the host knows them, as rows."""
     if offsets.device.type == "cpu" and equal_steps(offsets.tolist()):
         shares = torch.stack([attention] if relevance is None else [attention, relevance]).float()
         rows = shares.unflatten(1, (len(offsets) - 1, -1))
@@ -49,7 +49,7 @@ if triton is not None:
         attention, relevance, value, offsets, segments, strides, d, tiny, result,
         BOTH: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr,
     ):  # fmt: skip
-        """Program (tile of tokens): the sums of its segment, then the scores of its tokens."""
+        """Program (tile of tokens): the sums over its segment, then the scores of its tokens."""
         mine, first = segment_of(offsets, segments, tl.program_id(0), TILE, SEGMENTS)
         begin = tl.load(offsets + mine).to(tl.int64)
         end = tl.load(offsets + mine + 1).to(tl.int64)
@@ -77,7 +77,7 @@ if triton is not None:
 
 
 def launch(attention: Tensor, relevance: Tensor | None, value: Tensor, offsets: Tensor) -> Tensor:
-    """The kernel's launcher: the definition's contract without gradients, for the dtypes in DTYPES."""
+    """Launches the kernel: the contract of the definition without gradients, for the dtypes in DTYPES."""
     both = relevance is not None
     given = [interpretable(t.detach()) for t in (attention, attention if relevance is None else relevance, value)]
     tokens, segments = len(value), len(offsets) - 1

@@ -1,13 +1,13 @@
-"""Take the kept positions out of a key-value cache, every head its own.
+"""Gathers the kept positions of a key-value cache, per head.
 
-    caches  a tensor, or a tuple or list of them (K and V of one or more layers that keep the same), each [B, Hk, S, d], any
-            strides, d may differ
-    index   [B, Hk, K] int32 or int64, 0 <= index < S, any order; [B, 1, K] where all heads keep the same
+    caches  a tensor, or a tuple or list of them (K and V of one or more layers that keep the same positions), each
+            [B, Hk, S, d], any strides, d may differ
+    index   [B, Hk, K] int32 or int64, 0 <= index < S, any order; [B, 1, K] if all heads keep the same
     result  the same structure, each [B, Hk, K, d], contiguous, same dtype
 
-Bytes moved, with R the bytes of one position of one head: B * Hk * K * R read and written per tensor, and 8 * B * Hk
-* K of index read once per tensor; nothing that is dropped is read. The definition moves the same bytes, but its
-gather reads an index for every number. One launch for all tensors.
+Bytes moved, with R the bytes of one position of one head: B * Hk * K * R read and written per tensor, and 8 * B * Hk *
+K of index read once per tensor; dropped positions are not read. The definition moves the same bytes, but its gather
+reads an index for every number. One launch for all tensors.
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,8 +43,8 @@ if triton is not None:
         sources, outputs, strides, widths, index, heads, kept,
         TILE: tl.constexpr, WIDTHS: tl.constexpr, ALIKE: tl.constexpr,
     ):  # fmt: skip
-        """Program (tile of positions, batch row and head, tensor). ALIKE: one list of positions for all heads of a
-        row."""
+        """Program (tile of positions, batch row and head, tensor). ALIKE: all heads of a row share one list of
+        positions."""
         slot = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
         pair = tl.program_id(1).to(tl.int64)
         row = pair // heads
@@ -78,7 +78,7 @@ def _launch(group: Sequence[Tensor], index: Tensor) -> list[Tensor]:
 
 
 def launch(caches: Tensors, index: Tensor) -> Tensors:
-    """The kernel's launcher: the definition's contract without gradients, for tensors with the same B and Hk."""
+    """Launches the kernel: the contract of the definition without gradients, for tensors with the same B and Hk."""
     if isinstance(caches, Tensor):
         return _launch([caches], index)[0]
     taken = _launch(caches, index) if caches else []
@@ -89,8 +89,8 @@ def gather_cache(caches: Tensors, index: Tensor) -> Tensors:
     """Positions `index` of every cache, see the top of the file. Differentiable.
 
     Raises:
-        ValueError: where batch and heads of the caches differ, or the index fits neither all heads nor one.
-        RuntimeError: for a position out of range on the CPU; on a device the result is then undefined, since looking
+        ValueError: batch or heads differ between the caches, or the index fits neither all heads nor one.
+        RuntimeError: a position is out of range, on the CPU; on a device the result is then undefined, because checking
             would synchronise.
     """
     group: Sequence[Tensor] = [caches] if isinstance(caches, Tensor) else caches

@@ -1,12 +1,12 @@
-"""Take the kept tokens out of one or several packed tensors.
+"""Gathers the kept tokens of one or several packed tensors.
 
     tensors  a tensor, or a tuple or list of them, each [ΣN, ...]: token axis first, any trailing shape, dtype, strides
     index    [ΣK] int64, positions on the packed axis, 0 <= index < ΣN
     result   the same structure, each [ΣK, ...], contiguous, same dtype
 
 Bytes moved, with R the bytes of one token summed over the tensors: ΣK * R read, ΣK * R written, and 8 * ΣK of index
-read once per tensor; nothing that is dropped is read. LLaVA-1.5, 64 of 576 tokens, 4096 wide in bf16: 0.5 MB in, 0.5
-MB out. The definition moves the same bytes. The kernel saves launches, one for all tensors instead of one each:
+read once per tensor; dropped tokens are not read. LLaVA-1.5, 64 of 576 tokens, 4096 wide in bf16: 0.5 MB in, 0.5 MB
+out. The definition moves the same bytes. The kernel saves launches, one for all tensors instead of one each:
 embeddings, positions and every DeepStack level share one index.
 """
 
@@ -21,7 +21,7 @@ from vtoken.kernels._dispatch import runs_triton, tl, triton
 
 Tensors = TypeVar("Tensors", Tensor, tuple[Tensor, ...], list[Tensor])
 
-# A copy does not care what bits mean: whole numbers of the same width keep NaN payloads and spare compilations.
+# A copy is the same for all dtypes of one width: integers keep NaN payloads and save compilations.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -50,14 +50,15 @@ if triton is not None:
 
 
 def _rows(tensor: Tensor) -> Tensor | None:
-    """View [ΣN, width] in whole numbers with every token in one piece, None where that would need a copy."""
+    """View [ΣN, width] as integers with every token contiguous; None if that would need a copy."""
     if tensor.is_complex() or tensor.element_size() not in BITS or not tensor[0].is_contiguous():
         return None
     return tensor.detach().view(tensor.shape[0], math.prod(tensor.shape[1:])).view(BITS[tensor.element_size()])
 
 
 def _launch(group: Sequence[Tensor], index: Tensor) -> list[Tensor]:
-    """One launch for all tensors that have a view; index_select for the rest, which moves less than a copy first."""
+    """One launch for all tensors that have such a view; index_select for the others, which moves less than a copy
+    first."""
     taken = [torch.empty([len(index), *t.shape[1:]], dtype=t.dtype, device=t.device) for t in group]
     copies: list[tuple[Tensor, Tensor]] = []
     for tensor, output in zip(group, taken, strict=True):
@@ -78,7 +79,7 @@ def _launch(group: Sequence[Tensor], index: Tensor) -> list[Tensor]:
 
 
 def launch(tensors: Tensors, index: Tensor) -> Tensors:
-    """The kernel's launcher: the definition's contract without gradients."""
+    """Launches the kernel: the contract of the definition without gradients."""
     if isinstance(tensors, Tensor):
         return _launch([tensors], index)[0]
     taken = _launch(tensors, index)
@@ -88,8 +89,8 @@ def launch(tensors: Tensors, index: Tensor) -> Tensors:
 def gather_tokens(tensors: Tensors, index: Tensor) -> Tensors:
     """Rows ``index`` of every tensor, see the top of the file. Differentiable.
 
-    Raises IndexError for a position out of range on the CPU; on a device the result is then undefined, since looking
-    would synchronise.
+    Raises IndexError if a position is out of range, on the CPU; on a device, checking would synchronise, so the result
+    is undefined.
     """
     group: Sequence[Tensor] = [tensors] if isinstance(tensors, Tensor) else tensors
     return launch(tensors, index) if runs_triton(index, *group) else definition(tensors, index)

@@ -1,14 +1,14 @@
-"""Weighted mean of the tokens that share a slot: what ToMe calls merging by size.
+"""Weighted mean of the tokens that share a slot; ToMe calls it merging by size.
 
     x       [ΣN, ...]  packed tokens, any trailing shape, dtype and strides
     into    [ΣN] int64 slot of each token, 0 <= slot < slots, or -1: dropped
     slots   ΣK, on the host
-    weight  [ΣN] weight of each token, or None: all the same
-    total   [ΣK] fp32 `totals` of the same, where they are known and no token is dropped
-    result  [ΣK, ...] dtype of x: sum of weight * token over the slot's members, over the sum of their weights; NaN for a
-            slot without members or without weight
+    weight  [ΣN] weight of each token, or None for equal weights
+    total   [ΣK] fp32 `totals` of these, if known already and no token is dropped
+    result  [ΣK, ...] dtype of x: sum of weight * token over the slot's members, divided by the sum of their weights;
+            NaN for a slot without members or without weight
 
-fp32 accumulation. Packed slots make ragged images the normal case: nothing here knows where one ends.
+fp32 accumulation. Slots are packed, so images may be ragged: nothing here depends on where one ends.
 
 Bytes moved, R the bytes of a token: R per member read, R per slot written, and some 50 bytes per token of sorting,
 which puts the members of a slot side by side. Every slot is summed by one program, in the order of its tokens, so the
@@ -29,7 +29,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def totals(into: Tensor, slots: int, weight: Tensor | None = None) -> Tensor:
-    """[ΣK] fp32 sum of the weights of each slot's members; `into` is `slots` for tokens that are in none."""
+    """[ΣK] fp32 sum of the weights of each slot's members; `into` is `slots` for tokens that belong to none."""
     each = torch.ones(len(into), device=into.device) if weight is None else weight.float()
     return each.new_zeros(slots + 1).index_add_(0, into, each)[:slots]
 
@@ -37,7 +37,7 @@ def totals(into: Tensor, slots: int, weight: Tensor | None = None) -> Tensor:
 def definition(
     x: Tensor, into: Tensor, slots: int, weight: Tensor | None = None, total: Tensor | None = None
 ) -> Tensor:
-    """index_add into one slot more than there are, which takes what is dropped."""
+    """index_add with one extra slot, which takes the dropped tokens."""
     slot = into.remainder(slots + 1) if total is None else into
     total = totals(slot, slots, weight) if total is None else total
     flat = x.reshape(len(x), math.prod(x.shape[1:])).float()
@@ -68,7 +68,7 @@ if triton is not None:
 
 
 def launch(x: Tensor, into: Tensor, slots: int, weight: Tensor | None = None, total: Tensor | None = None) -> Tensor:
-    """The kernel's launcher: the definition's contract without gradients, for the dtypes in DTYPES."""
+    """Launches the kernel: the contract of the definition without gradients, for the dtypes in DTYPES."""
     dtype, x = x.dtype, interpretable(x.detach())
     width = math.prod(x.shape[1:])
     rows = x.reshape(len(x), width)
@@ -92,7 +92,7 @@ def merge_tokens(
 ) -> Tensor:
     """[ΣK, ...] means, see the top of the file. Differentiable. No host synchronisation.
 
-    A slot that is out of range gives an undefined result, on the CPU an IndexError.
+    A slot that is out of range gives an undefined result; on the CPU it raises IndexError.
     """
     given = (x, into) if weight is None else (x, into, weight)
     fits = x.dtype in DTYPES and runs_triton(*given)
@@ -118,7 +118,7 @@ def examples() -> Iterator[dict[str, Any]]:
     yield {**whole, "into": into, "total": totals(into, 6, whole["weight"])}
     strided = case(5, 40, 8)
     yield {**strided, "x": strided["x"].T.contiguous().T, "weight": strided["weight"].repeat_interleave(2)[::2]}
-    # Nobody joins slot 1, and what is dropped is never read as a number.
+    # Slot 1 has no members, and a dropped NaN must not reach any mean.
     lonely = torch.tensor([0, 2, -1, 2])
     yield {"x": torch.tensor([[1.0], [2.0], [float("nan")], [4.0]]), "into": lonely, "slots": 3, "weight": None}
 

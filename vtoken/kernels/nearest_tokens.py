@@ -2,12 +2,12 @@
 
     x          [ΣN, D]  tokens that look for a partner, any length, any strides
     y          [ΣM, D]  tokens to choose from, same dtype
-    x_offsets  [S + 1] int32 or int64, 0 = first, ascending, last = ΣN; y_offsets likewise for ΣM. A token looks only in its
-               own segment; segments of either may be empty
-    among      "all" of y; "others": all but itself, "later": only what stands behind it. For these two x is y
-    unit       all tokens have length 1, so that none is normalised
-    similarity [ΣN] fp32, highest cosine, -inf where there is nothing to choose from
-    partner    [ΣN] int64, its position in y, ties to the lower one, -1 where there is none
+    x_offsets  [S + 1] int32 or int64, 0 = first, ascending, last = ΣN; y_offsets likewise for ΣM. A token
+               looks only in its own segment; segments may be empty
+    among      "all": all tokens of y; "others": all but itself; "later": only tokens after it. For the last two, x is y
+    unit       all tokens have length 1, so none has to be normalised
+    similarity [ΣN] fp32, highest cosine, -inf if there is no candidate
+    partner    [ΣN] int64, its position in y, ties to the lower one, -1 if there is none
 
 NaN in x or y gives an undefined result. fp32 accumulation; a token of length 0 has cosine 0 with everything.
 
@@ -29,16 +29,16 @@ from vtoken.kernels._dispatch import equal_steps, interpretable, runs_triton, tl
 from vtoken.kernels._tiles import dot_tiles
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-ROWS = 1024  # tokens whose similarities the definition holds at once
-PROGRAMS = 264  # to keep busy: two per multiprocessor of an H100 or H200
+ROWS = 1024  # tokens whose similarities the definition computes at once
+PROGRAMS = 264  # programs to keep a device busy: two per multiprocessor of an H100 or H200
 Among = Literal["all", "others", "later"]
 
 
 def definition(
     x: Tensor, y: Tensor, x_offsets: Tensor, y_offsets: Tensor, among: Among = "all", unit: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Segments of equal length in one go, others one by one, ROWS tokens at a time. Reads the offsets, so it waits for
-    a device that holds them."""
+    """Segments of equal length at once, others one by one, ROWS tokens at a time. Reads the offsets, so it waits for
+    the device if they are there."""
 
     def normed(tokens: Tensor) -> Tensor:
         return tokens.float() if unit else normalize(tokens.float(), dim=-1)
@@ -80,7 +80,7 @@ if triton is not None:
         x, y, x_inverse, y_inverse, x_offsets, y_offsets, segments, x_stride, y_stride, width, similarity, partner, tokens,
         AMONG: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, SEGMENTS: tl.constexpr,
     ):  # fmt: skip
-        """Program (tile of x, share of the columns): the best of its columns, into [shares, ΣN]."""
+        """Program (tile of x, share of the columns): the best of its columns, written to [shares, ΣN]."""
         mine, first = segment_of(x_offsets, segments, tl.program_id(0), TILE, SEGMENTS)
         x_end = tl.load(x_offsets + mine + 1).to(tl.int64)
         y_begin = tl.load(y_offsets + mine).to(tl.int64)
@@ -117,12 +117,12 @@ if triton is not None:
 
 
 def inverse_norms(x: Tensor) -> Tensor:
-    """[ΣN] fp32, 1 / length of each token, as torch's normalize bounds it."""
+    """[ΣN] fp32, 1 / length of each token, clamped as in torch's normalize."""
     return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).clamp(min=1e-12).reciprocal()
 
 
 def side_by_side(x: Tensor) -> Tensor:
-    """x without its gradient, and with the numbers of a token next to each other, as `dots` reads them."""
+    """x without its gradient, with every token contiguous, as `dots` reads it."""
     x = interpretable(x.detach())
     return x if x.stride(1) == 1 else x.contiguous()
 
@@ -130,7 +130,7 @@ def side_by_side(x: Tensor) -> Tensor:
 def launch(
     x: Tensor, y: Tensor, x_offsets: Tensor, y_offsets: Tensor, among: Among = "all", unit: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The kernel's launcher: the definition's contract without gradients, for the dtypes in DTYPES."""
+    """Launches the kernel: the contract of the definition without gradients, for the dtypes in DTYPES."""
     same = x is y
     x = side_by_side(x)
     y = x if same else side_by_side(y)
@@ -161,8 +161,8 @@ def nearest_tokens(
     """(similarity, partner), see the top of the file. The similarity is differentiable.
 
     Raises:
-        ValueError: where x and y differ in width, x_offsets and y_offsets in segments, or, unless `among` is "all", x
-            and y in number of tokens.
+        ValueError: x and y differ in width, x_offsets and y_offsets in number of segments, or, unless `among` is "all",
+            x and y in number of tokens.
     """
     if x.shape[1] != y.shape[1] or len(x_offsets) != len(y_offsets) or (among != "all" and len(x) != len(y)):
         raise ValueError(
@@ -196,8 +196,7 @@ def examples() -> Iterator[dict[str, Any]]:
     yield alone([1, 0, 129, 3], 40, "others")
     yield alone([1, 0, 129, 3], 40, "later")
     doubled = alone([70], 16, "others")
-    # Pairs of equal tokens, and one pair of length 0. (Of three equal ones, how a product is cut into blocks decides
-    # which two are closer.)
+    # Pairs of equal tokens, and one pair of length 0. (Among three equal tokens, tiling decides which two are closer.)
     twice = doubled["x"][:35].repeat(2, 1).index_fill(0, torch.tensor([3, 38]), 0)
     yield {**doubled, "x": twice, "y": twice}
     strided = case([6, 9], [9, 6], 24)
@@ -209,5 +208,6 @@ def examples() -> Iterator[dict[str, Any]]:
 
 
 def tolerance(dtype: torch.dtype) -> tuple[float, float]:
-    """(relative, absolute): the order of fp32 sums differs; partners are exact where cosines are not that close."""
+    """(relative, absolute): the order of fp32 sums differs; partners are exact where cosines differ by more than
+    that."""
     return 1e-5, 1e-6

@@ -1,13 +1,13 @@
-"""How much each block of queries looks at each block of keys, estimated from block means.
+"""How much each block of queries attends to each block of keys, estimated from block means.
 
     q        [B, H, Nq, d]   queries after RoPE, any strides; they are the last Nq of Nk tokens
     k        [B, Hk, Nk, d]  keys, same dtype; H is a multiple of Hk, and query head h reads key head h // (H / Hk)
     block    tokens per block, of queries and of keys; the last block may hold fewer, and its mean is over those
     scale    factor on mean q . mean k before the softmax
-    padding  [B] int64 keys at the front of each row that are padding, or None: they are in no mean
-    means    [B, Hk, blocks, d] means of the key blocks, or None: worked out here
-    result   [B, H, ceil(Nq / block), ceil(Nk / block)] fp32: softmax over the key blocks of which the query block sees at least
-             the first token; zeros for what it does not see, and for blocks of padding alone
+    padding  [B] int64 keys at the front of each row that are padding, or None; they are left out of all means
+    means    [B, Hk, blocks, d] means of the key blocks, or None to compute them
+    result   [B, H, ceil(Nq / block), ceil(Nk / block)] fp32: softmax over the key blocks of which the query block sees
+             at least the first token; zero for blocks that it does not see, and for blocks that hold only padding
 
 fp32 accumulation; products of means as three TF32 products each, as exact as fp32. Bytes moved, e bytes per element:
 q and k read once, e * (H * Nq + Hk * Nk) * d per batch row; the means written in fp32, 1 / block of that, and read
@@ -43,7 +43,7 @@ def definition(
 
 
 def _means(x: Tensor, block: int, start: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """[B, H, blocks, d] means of the tokens from `start` [B] on, and [B, blocks] whether a block has any."""
+    """[B, H, blocks, d] means of the tokens from `start` [B] on, and [B, blocks] whether a block has such tokens."""
     tokens, blocks = x.shape[2], -(-x.shape[2] // block)
     if known is not None:
         ends = torch.arange(1, blocks + 1, device=x.device).mul(block).clamp(max=tokens)
@@ -63,7 +63,7 @@ if triton is not None:
         x, padding, heads, tokens, shift, d, block, strides, means,
         PADDED: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr,
     ):  # fmt: skip
-        """Program (block, batch row and head): one mean. `shift`: keys in front of the first token of x."""
+        """Program (block, batch row and head): one mean. `shift`: number of keys before the first token of x."""
         at = tl.program_id(0).to(tl.int64)
         pair = tl.program_id(1).to(tl.int64)
         start = 0
@@ -86,7 +86,7 @@ if triton is not None:
     def _block_tile(  # type: ignore[no-untyped-def]
         rows, k_means, pair, row, column, groups, key_blocks, queries, keys, start, d, block, scale, DIM: tl.constexpr
     ):
-        """[rows, columns] scores in powers of two; -inf what is not seen."""
+        """[rows, columns] base-2 logits; -inf where not visible."""
         dim = tl.arange(0, DIM)
         at = (pair // groups * key_blocks + column)[None, :] * d + dim[:, None]
         columns = tl.load(k_means + at, mask=(column < key_blocks)[None, :] & (dim < d)[:, None], other=0.0)
@@ -100,7 +100,8 @@ if triton is not None:
         q_means, k_means, padding, heads, groups, query_blocks, key_blocks, queries, keys, d, block, scale, result,
         PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr,
     ):  # fmt: skip
-        """Program (tile of query blocks, batch row and head): scores and their softmax's parts, then the quotient."""
+        """Program (tile of query blocks, batch row and head): scores and the parts of their softmax, then the
+        quotient."""
         pair = tl.program_id(1).to(tl.int64)
         start = 0
         if PADDED:
@@ -135,7 +136,7 @@ if triton is not None:
 def launch(
     q: Tensor, k: Tensor, block: int, scale: float, padding: Tensor | None = None, means: Tensor | None = None
 ) -> Tensor:
-    """The kernels' launcher: the definition's contract without gradients, for the dtypes in DTYPES and d up to 256."""
+    """Launches the kernels: the contract of the definition without gradients, for dtypes in DTYPES and d up to 256."""
     groups = groups_of(q, k)
     q, k = interpretable(q.detach()), interpretable(k.detach())
     (batch, heads, queries, d), (_, key_heads, keys, _) = q.shape, k.shape
@@ -198,5 +199,5 @@ def examples() -> Iterator[dict[str, Any]]:
 
 
 def tolerance(dtype: torch.dtype) -> tuple[float, float]:
-    """(relative, absolute): means, scores and sums in fp32 on both sides, in another order."""
+    """(relative, absolute): both sides compute means, scores and sums in fp32, in different orders."""
     return 1e-4, 1e-6

@@ -1,22 +1,22 @@
-"""What the last queries of a prompt look at: attention summed per key (vertical) and per distance (slash).
+"""What the last queries of a prompt attend to: attention summed per key (vertical) and per distance (slash).
 
     q         [B, H, L, d]   the last L queries, after RoPE, any strides
     k         [B, Hk, N, d]  keys, same dtype, L <= N; H is a multiple of Hk, and query head h reads key head h // (H / Hk)
     scale     factor on q . k before the softmax
-    padding   [B] int64 keys at the front of each row that are padding, or None; queries there count for nothing
-    recent    of the L queries the last so many, whose column sums are wanted besides: a second stage saves a pass of its own
+    padding   [B] int64 keys at the front of each row that are padding, or None; queries there do not count
+    recent    number of last queries whose column sums are also returned, which saves a second stage its own pass
     vertical  [B, H, N] fp32: key j's column sum of the causal softmax over the L queries
-    slash     [B, H, N] fp32: the sum over all queries of what each gives the key `distance` tokens before it
-    late      [B, H, N] fp32: as vertical, of the last `recent` queries; [B, H, 0] where recent is 0
+    slash     [B, H, N] fp32: the attention of each query to the key `distance` tokens before it, summed over queries
+    late      [B, H, N] fp32: as vertical, for the last `recent` queries; [B, H, 0] if recent is 0
 
 Query i stands at position N - L + i. vertical and slash of a head both sum to the number of queries; divide by it for
-means. L = N gives the sums over a whole prompt. fp32 accumulation. The map [H, L, N] is not held, but its diagonals
-are, tile by tile: a 32nd of its numbers, in fp32, where tiles are 64 wide (d up to 128 in half precision).
+means. L = N gives the sums over a whole prompt. fp32 accumulation. The map [H, L, N] is not stored, but its diagonals
+are, tile by tile: a 32nd of its numbers, in fp32, if tiles are 64 wide (d up to 128 in half precision).
 
 Bytes moved, e bytes per element: K is read 2 * ceil(L / 64) times per query head, mostly from L2, and per tile of 64
 queries and keys of a head 128 partial sums of 4 bytes are written and read (2 * L * N / 8 bytes per head); 8 * N
 written. 4 * L * N * d FLOPs per head. The diagonals of a tile are turned into columns in registers, so there are no
-atomics and every run gives the same result. The definition holds CHUNK scores at a time.
+atomics and every run gives the same result. The definition computes CHUNK scores at a time.
 """
 
 from collections.abc import Iterator
@@ -30,14 +30,14 @@ from vtoken.kernels._dispatch import interpretable, runs_triton, tl, triton
 from vtoken.kernels._tiles import LOG2_E, attention_tiles
 from vtoken.kernels.query_attention import CHUNK, DTYPES
 
-SPLIT = 4096  # keys that one program takes for the denominators
+SPLIT = 4096  # keys per program in the pass for the denominators
 
 
 Sums = tuple[Tensor, Tensor, Tensor]
 
 
 def definition(q: Tensor, k: Tensor, scale: float, padding: Tensor | None = None, recent: int = 0) -> Sums:
-    """Heads and a chunk of queries at a time."""
+    """One head and one chunk of queries at a time."""
     groups = groups_of(q, k, recent)
     (batch, heads, last, _), keys = q.shape, k.shape[2]
     vertical, slash, late = _empty(q, k, recent)
@@ -51,7 +51,7 @@ def definition(q: Tensor, k: Tensor, scale: float, padding: Tensor | None = None
         for first in range(0, last, chunk):
             queries = q[:, head, first : first + chunk].float()
             rows = queries.shape[1]
-            end = keys - last + first + rows  # behind what the last of them sees
+            end = keys - last + first + rows  # one past the last key that they see
             position = torch.arange(end - rows, end, device=q.device)
             seen = (column[:end] <= position[:, None]) & (column[:end] >= start[:, None, None])
             scores = (queries @ their_keys[:, :end].mT * scale).masked_fill(~seen, -torch.inf)
@@ -64,10 +64,10 @@ def definition(q: Tensor, k: Tensor, scale: float, padding: Tensor | None = None
 
 
 def _diagonals(share: Tensor) -> Tensor:
-    """[B, N] sums over equal distances of [B, R, N], whose last row belongs to the last key."""
+    """[B, N] sums over equal distances of [B, R, N]; its last row belongs to the last key."""
     _, rows, n = share.shape
-    # One more column a row than it is read with: each row moves one to the right of the one before, so that equal
-    # distances meet.
+    # Each row is padded by one column more than is read, so it shifts by one against the row before and equal distances
+    # align.
     sheared = pad(share.flip(1), (0, rows)).flatten(1)[:, : rows * (n + rows - 1)].unflatten(1, (rows, -1))
     return sheared.sum(1)[:, :n].flip(-1)
 
@@ -85,7 +85,7 @@ if triton is not None:
         q, k, pair, heads, groups, first, key, last, keys, start, d, scale, q_strides, k_strides,
         TILE: tl.constexpr, DIM: tl.constexpr,
     ):  # fmt: skip
-        """[TILE, TILE] scores in powers of two of the queries from `first` on and these keys; -inf what is not seen."""
+        """[TILE, TILE] base-2 logits of the queries from `first` on and these keys; -inf where not visible."""
         row = first + tl.arange(0, TILE)
         dim = tl.arange(0, DIM)
         far = row.to(tl.int64)
@@ -133,7 +133,7 @@ if triton is not None:
         PADDED: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, RECENT: tl.constexpr,
     ):  # fmt: skip
         """Program (tile of keys, batch row and head): its columns, and the sums along the diagonals of every tile, [B *
-        H, tiles of queries, tiles of keys, 2 * TILE], diagonal TILE - 1 being the one through the corner."""
+        H, tiles of queries, tiles of keys, 2 * TILE]; diagonal TILE - 1 goes through the corner."""
         tile = tl.program_id(0).to(tl.int64)
         pair = tl.program_id(1).to(tl.int64)
         start = 0
@@ -166,18 +166,18 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["last", "keys"])
     def _slashes(diagonals, last, keys, slash, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Program (tile of distances, batch row and head): adds up the tiles that each distance crosses, two per tile
+        """Program (tile of distances, batch row and head): sums over the tiles that each distance crosses, two per tile
         of queries."""
         distance = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
         pair = tl.program_id(1).to(tl.int64)
         tiles = tl.cdiv(keys, TILE)
         total = tl.zeros([TILE], tl.float32)
         for first in range(0, last, TILE):
-            # Distance of the corner of the first tile of keys; that of tile t is TILE * t less.
+            # Distance at the corner of the first tile of keys; at that of tile t it is smaller by TILE * t.
             corner = keys - last + first
             highest = (
                 corner + TILE - 1 - distance
-            )  # of the tiles crossed, TILE * tile is at most this, at least 2 * TILE - 2 less
+            )  # the tiles crossed have TILE * tile in [highest - (2 * TILE - 2), highest]
             for back in tl.static_range(2):
                 tile = tl.where(highest >= 0, highest // TILE, -1) - back
                 c = distance - corner + tile * TILE + TILE - 1
@@ -188,7 +188,7 @@ if triton is not None:
 
 
 def groups_of(q: Tensor, k: Tensor, recent: int = 0) -> int:
-    """Query heads per key head; ValueError where the arguments do not fit together."""
+    """Query heads per key head; raises ValueError if the arguments do not fit together."""
     if not 0 <= recent <= q.shape[-2]:
         raise ValueError(f"recent {recent}: there are {q.shape[-2]} queries")
     alike = q.ndim == k.ndim == 4 and len(q) == len(k) and q.shape[3] == k.shape[3] and q.shape[1] % k.shape[1] == 0
@@ -200,7 +200,7 @@ def groups_of(q: Tensor, k: Tensor, recent: int = 0) -> int:
 
 
 def launch(q: Tensor, k: Tensor, scale: float, padding: Tensor | None = None, recent: int = 0) -> Sums:
-    """The kernels' launcher: the definition's contract without gradients, for the dtypes in DTYPES and d up to 256."""
+    """Launches the kernels: the contract of the definition without gradients, for dtypes in DTYPES and d up to 256."""
     groups = groups_of(q, k, recent)
     q, k = interpretable(q.detach()), interpretable(k.detach())
     (batch, heads, last, d), keys = q.shape, k.shape[2]

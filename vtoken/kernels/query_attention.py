@@ -26,13 +26,13 @@ from torch import Tensor
 from vtoken.kernels._dispatch import equal_steps, interpretable, runs_triton, tl, triton
 from vtoken.kernels._tiles import LOG2_E, attention_tiles
 
-CHUNK = 1 << 24  # scores that the definition holds at once: 64 MiB of fp32
+CHUNK = 1 << 24  # scores that the definition computes at once: 64 MiB of fp32
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def definition(q: Tensor, k: Tensor, q_offsets: Tensor, k_offsets: Tensor, scale: float) -> Tensor:
-    """Segments of equal length in one go, others one by one, a chunk of queries at a time. Reads the offsets, so it
-    waits for a device that holds them."""
+    """Segments of equal length at once, others one by one, a chunk of queries at a time. Reads the offsets, so it waits
+    for the device if they are there."""
     groups = groups_of(q, k, q_offsets, k_offsets)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     bounds, segments = (q_offsets.tolist(), k_offsets.tolist()), len(k_offsets) - 1
@@ -61,8 +61,8 @@ if triton is not None:
         q, k, q_offsets, k_offsets, segments, d, scale, q_strides, k_strides, log_sums, sums, keys,
         GROUPS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, SEGMENTS: tl.constexpr,
     ):  # fmt: skip
-        """Program (tile of keys, key head): its share of the result, [Hk, ΣN], over all queries of the segment.
-        The heads are summed afterwards, which is deterministic where atomics are not."""
+        """Program (tile of keys, key head): its part of the result, [Hk, ΣN], over all queries of the segment. Heads
+        are summed afterwards, which, unlike atomics, is deterministic."""
         mine, first = segment_of(k_offsets, segments, tl.program_id(0), KEYS, SEGMENTS)
         head = tl.program_id(1).to(tl.int64)
         k_end = tl.load(k_offsets + mine + 1).to(tl.int64)
@@ -83,7 +83,7 @@ if triton is not None:
 
 
 def groups_of(q: Tensor, k: Tensor, q_offsets: Tensor, k_offsets: Tensor) -> int:
-    """Query heads per key head; ValueError where the arguments do not fit together."""
+    """Query heads per key head; raises ValueError if the arguments do not fit together."""
     if q.ndim != 3 or k.ndim != 3 or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}: need [ΣQ, H, d] and [ΣN, Hk, d], H a multiple of Hk")
     if len(q_offsets) != len(k_offsets):
@@ -92,15 +92,14 @@ def groups_of(q: Tensor, k: Tensor, q_offsets: Tensor, k_offsets: Tensor) -> int
 
 
 def launch(q: Tensor, k: Tensor, q_offsets: Tensor, k_offsets: Tensor, scale: float) -> Tensor:
-    """The kernels' launcher: the definition's contract without gradients, for the dtypes in DTYPES and d up to 256."""
+    """Launches the kernels: the contract of the definition without gradients, for dtypes in DTYPES and d up to 256."""
     groups = groups_of(q, k, q_offsets, k_offsets)
     q, k = interpretable(q.detach()), interpretable(k.detach())
     (queries, heads, d), (keys, key_heads, _), segments = q.shape, k.shape, len(q_offsets) - 1
     log_sums = torch.empty((queries, heads), dtype=torch.float32, device=q.device)
     sums = torch.empty((key_heads, keys), dtype=torch.float32, device=q.device)
     dim = max(16, triton.next_power_of_2(d))
-    # A dot product takes sixteen rows at least: enough for one query per segment, too few to reuse the keys where there
-    # are many.
+    # A dot product takes at least 16 rows: enough for one query per segment, too few to reuse keys for many.
     tile = attention_tiles(dim, q.element_size())
     rows = triton.next_power_of_2(max(groups, 16 if queries * groups <= 16 * segments else min(64, 2 * tile)))
     blocks = {"GROUPS": groups, "ROWS": rows, "KEYS": tile, "DIM": dim, "SEGMENTS": triton.next_power_of_2(segments)}
@@ -116,7 +115,8 @@ def launch(q: Tensor, k: Tensor, q_offsets: Tensor, k_offsets: Tensor, scale: fl
 
 
 def query_attention(q: Tensor, k: Tensor, q_offsets: Tensor, k_offsets: Tensor, scale: float) -> Tensor:
-    """Attention that every key receives, see the top of the file. Differentiable; a gradient keeps all scores alive.
+    """Attention that every key receives, see the top of the file. Differentiable; a gradient keeps all scores in
+    memory.
 
     Offsets that do not cover all of q and k give an undefined result. Raises ValueError for shapes that do not fit.
     """

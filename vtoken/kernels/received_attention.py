@@ -4,16 +4,16 @@
     k          [ΣN, Hk, d]  keys, same dtype; H is a multiple of Hk, and query head h reads key head h // (H / Hk)
     q_offsets  [S + 1] int32 or int64, 0 = first, ascending, last = ΣQ; k_offsets likewise for ΣN
     scale      factor on q . k before the softmax
-    causal     the queries are the last tokens of their segment, not more than its keys, and see no later key
+    causal     queries are the last tokens of their segment, no more than its keys, and see no later key
     result     [ΣN, H] fp32: softmax over the keys that a query sees, summed over the queries of the segment
 
 A column of a segment with Q queries sums to Q; divide by Q for a mean. `query_attention` averages over heads and suits
-few queries; this suits many, and whoever chooses keys per head. fp32 accumulation (fp64 for fp64 inputs).
+few queries; this op suits many queries, and choices of keys per head. fp32 accumulation (fp64 for fp64 inputs).
 
 Bytes moved, e bytes per element, with M tiles of queries and P tiles of keys per segment: K is read H / Hk times M + 1
 times and q P + 1 times, e * d per token and head (re-reads mostly from L2); 4 * ΣQ * H of log-sums are written and read
 P times, 4 * ΣN * H of sums written. O(N) memory. 4 * d FLOPs per head and pair of query and key: scores are computed
-twice, once for the denominators. The definition holds at most CHUNK scores at a time and moves about 16 bytes for each.
+twice, once for the denominators. The definition computes at most CHUNK scores at once and moves about 16 bytes for each.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ from vtoken.kernels.query_attention import CHUNK, DTYPES, groups_of
 def definition(
     q: Tensor, k: Tensor, q_offsets: Tensor, k_offsets: Tensor, scale: float, causal: bool = False
 ) -> Tensor:
-    """Segment by segment, a chunk of queries at a time. Reads the offsets, so it waits for a device that holds them."""
+    """Segment by segment, a chunk of queries at a time. Reads the offsets, so it waits if they are on a device."""
     groups = groups_of(q, k, q_offsets, k_offsets)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     parts: list[Tensor] = []
@@ -42,7 +42,7 @@ def definition(
             queries = q[start : min(start + chunk, q1)].to(dtype).unflatten(1, (k.shape[1], groups))
             scores = torch.einsum("qhgd,nhd->hgqn", queries, keys) * scale
             if causal:
-                # Query i of the segment's last ones sees all but the later of them.
+                # The queries are the last tokens; each sees all keys except those of later queries.
                 hidden = torch.ones(scores.shape[2:], dtype=torch.bool, device=k.device)
                 scores = scores.masked_fill(hidden.triu(k1 - k0 - q1 + start + 1), -torch.inf)
             received.append(scores.softmax(-1).sum(2).flatten(0, 1))
@@ -70,7 +70,7 @@ if triton is not None:
             key = first + tl.arange(0, KEYS)
             columns = key_columns(k, key, k_end, head // GROUPS, k_strides, d, DIM)
             share = tl.zeros([KEYS], tl.float32)
-            if CAUSAL:  # from the query on that is the first key of the tile
+            if CAUSAL:  # starts at the query at the first key of the tile
                 q_begin = tl.maximum(q_begin, q_end - (k_end - first))
             for query in range(q_begin, q_end, ROWS):
                 rows, token, _, real = query_rows(q, query, q_end, head, q_strides, d, 1, ROWS, DIM)
@@ -84,7 +84,7 @@ if triton is not None:
 
 
 def launch(q: Tensor, k: Tensor, q_offsets: Tensor, k_offsets: Tensor, scale: float, causal: bool = False) -> Tensor:
-    """The kernels' launcher: the definition's contract without gradients, for the dtypes in DTYPES and d up to 256."""
+    """Launches the kernels: the contract of the definition without gradients, for dtypes in DTYPES and d up to 256."""
     groups = groups_of(q, k, q_offsets, k_offsets)
     q, k = interpretable(q.detach()), interpretable(k.detach())
     (queries, heads, d), (keys, key_heads, _), segments = q.shape, k.shape, len(q_offsets) - 1

@@ -1,15 +1,16 @@
 """The largest score of every query over the key blocks that it reads: softmax's running maximum, without the values.
 
-    q        [H, N, d]   queries, any strides, of the whole sequence
+    q        [H, N, d]   queries of the whole sequence, any strides
     k        [Hk, N, d]  same dtype; H is a multiple of Hk, and query head h reads key head h // (H / Hk)
     read     [H, T, T] bool: which of the T = ceil(N / size) key blocks each query block reads
-    result   [H, N] fp32: the maximum of scale * q . k over the keys that are read and not behind the query; -inf where there is none
+    result   [H, N] fp32: the maximum of scale * q . k over the keys that are read and not after the query; -inf if
+             there are none
 
 fp32 accumulation.
 
-Bytes moved, e bytes per element: q once, e H N d; of K a block for every True of `read`, e d size sum(read) (mostly from L2);
-`read` twice, a list of 4 H T T bytes written and read once, the result once. FLOPs: 2 d size^2 sum(read). The definition
-computes everything that it masks.
+Bytes moved, e bytes per element: q once, e H N d; one block of K for every True of `read`, e d size sum(read) (mostly
+from L2); `read` twice, a list of 4 H T T bytes written and read once, the result once. FLOPs: 2 d size^2 sum(read). The
+definition computes everything that it masks.
 """
 
 from collections.abc import Iterator
@@ -22,11 +23,11 @@ from vtoken.kernels._dispatch import interpretable, runs_triton, tl, triton
 from vtoken.kernels._flex import DTYPES
 from vtoken.kernels._lists import check, lists_of
 
-CHUNK = 1 << 26  # scores that the definition holds at once: 256 MiB of fp32
+CHUNK = 1 << 26  # scores that the definition computes at once: 256 MiB of fp32
 
 
 def definition(q: Tensor, k: Tensor, read: Tensor, scale: float, size: int = 128) -> Tensor:
-    """Scores under a mask, some query blocks at a time."""
+    """Scores under a mask, a few query blocks at a time."""
     (heads, n, _), out = q.shape, []
     keys = k.float().repeat_interleave(heads // len(k), 0).transpose(1, 2)
     at = torch.arange(n, device=q.device)
@@ -69,8 +70,8 @@ if triton is not None:
 
 
 def launch(q: Tensor, k: Tensor, read: Tensor, scale: float, size: int = 128) -> Tensor:
-    """The kernel's launcher: the definition's contract without gradients, for the dtypes of sparse attention and d up
-    to 256."""
+    """Launches the kernel: the contract of the definition without gradients, for the dtypes in DTYPES and d up to
+    256."""
     q, k = (interpretable(x.detach()) for x in (q, k))
     heads, n, d = q.shape
     out = torch.empty((heads, n), dtype=torch.float32, device=q.device)

@@ -5,13 +5,12 @@
     counts   [images] int, list or tensor, 0 <= counts[i] <= N_i
     index    [ΣK] int64, positions on the packed axis, ascending within each image and so overall
 
-Ties go to the lower position; -0.0 equals 0.0. NaN ranks below everything, -inf included, and NaNs tie among
-themselves: one is taken only where an image has fewer than k other scores, and then the first ones.
+Ties go to the lower position; -0.0 equals 0.0. NaN ranks below everything, -inf included, and all NaNs are equal: they
+are taken only if an image has fewer than k other scores, the first ones first.
 
 Bytes moved, e bytes per score: e * ΣN read from device memory, 8 * ΣK of index written, 24 bytes per image of bounds.
-The kernel goes over its image's scores 34 times (32 bits of bisection, a count, a compaction); all but the first come
-from cache, 16384 fp32 scores being 64 KB. One launch. The definition sorts twice, in some
-ten launches.
+The kernel goes over its image's scores 34 times (32 bits of bisection, a count, a compaction); all passes but the first
+read from cache (16384 fp32 scores are 64 KB). One launch. The definition sorts twice, in some ten launches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,11 +27,11 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def definition(scores: Tensor, offsets: Tensor, counts: Sequence[int] | Tensor) -> Tensor:
-    """A stable sort by score, then by image. Synchronises only for counts on a device."""
+    """A stable sort by score, then by image. Synchronises only if counts are on a device."""
     wanted, device = _on_host(counts, offsets), scores.device
-    # An ascending sort of what is negated puts NaN last; 0 - x makes both zeros one.
+    # An ascending sort of negated scores puts NaN last; 0 - x makes -0.0 and 0.0 equal.
     key = 0 - (scores if scores.is_floating_point() else scores.double())
-    if device.type != "cpu":  # a radix sort would put NaN with a sign first
+    if device.type != "cpu":  # a radix sort would put negative NaN first
         key = key.masked_fill(key.isnan(), torch.nan)
     ranked = key.sort(stable=True).indices
     if len(wanted) == 1:
@@ -50,7 +49,7 @@ def definition(scores: Tensor, offsets: Tensor, counts: Sequence[int] | Tensor) 
 
 
 def uploaded(values: Any, device: torch.device) -> Tensor:
-    """An array of the host's on the device, which is not waited for."""
+    """A numpy array on the device; the host does not wait for the copy."""
     return torch.from_numpy(values.astype(np.int64)).to(device, non_blocking=True)
 
 
@@ -58,7 +57,7 @@ if triton is not None:
 
     @triton.jit
     def _keys(scores, position, inside, stride):  # type: ignore[no-untyped-def]
-        """uint32 that order as the scores do; 0 is NaN and the padding, and nothing else (-inf is 0x7fffff)."""
+        """uint32 keys in the order of the scores; 0 stands for NaN and padding only (-inf is 0x7fffff)."""
         value = tl.load(scores + position * stride, mask=inside, other=float("nan")).to(tl.float32)
         bits = value.to(tl.uint32, bitcast=True)
         bits = tl.where(bits == 0x80000000, 0, bits).to(tl.uint32)
@@ -67,7 +66,8 @@ if triton is not None:
 
     @triton.jit
     def _select(scores, offsets, starts, index, stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Program (image): find the k-th largest key bit by bit, then write what lies above it and the first ties."""
+        """Program (image): finds the k-th largest key bit by bit, then writes the positions above it and of the first
+        ties."""
         image = tl.program_id(0)
         begin = tl.load(offsets + image).to(tl.int64)
         n = (tl.load(offsets + image + 1).to(tl.int64) - begin).to(tl.int32)
@@ -105,11 +105,11 @@ if triton is not None:
 
 
 def _on_host(counts: Sequence[int] | Tensor, offsets: Tensor) -> list[int]:
-    """counts as a list; a tensor on a device is fetched, which is the only synchronisation in this file."""
+    """counts as a list; counts on a device are fetched, which is the only synchronisation in this file."""
     wanted: list[int] = counts.tolist() if isinstance(counts, Tensor) else list(counts)
     if len(wanted) != len(offsets) - 1:
         raise ValueError(f"{len(wanted)} counts for {len(offsets) - 1} images")
-    # Offsets on a device are not fetched for this; the negative half of the check costs nothing.
+    # Offsets on a device are not fetched for this check; then only negative counts are found.
     ends = offsets.tolist() if offsets.device.type == "cpu" else list(accumulate(wanted, initial=0))
     lengths = [end - begin for begin, end in pairwise(ends)]
     for image, (k, n) in enumerate(zip(wanted, lengths, strict=True)):
@@ -119,11 +119,11 @@ def _on_host(counts: Sequence[int] | Tensor, offsets: Tensor) -> list[int]:
 
 
 def launch(scores: Tensor, offsets: Tensor, counts: Sequence[int] | Tensor) -> Tensor:
-    """The kernel's launcher, same contract as the definition, for the dtypes in DTYPES."""
+    """Launches the kernel: the contract of the definition, for the dtypes in DTYPES."""
     ends = list(accumulate(_on_host(counts, offsets), initial=0))
     index = torch.empty(ends[-1], dtype=torch.int64, device=scores.device)
     if ends[-1]:
-        # A plain copy of a list to a device waits for the stream; a non_blocking one does not.
+        # A plain copy of a list to a device waits for the stream; a non_blocking copy does not.
         starts = torch.tensor(ends, dtype=torch.int64).to(scores.device, non_blocking=True)
         bounds = offsets.to(scores.device, non_blocking=True).contiguous()
         values = interpretable(scores.detach())
@@ -136,8 +136,9 @@ def launch(scores: Tensor, offsets: Tensor, counts: Sequence[int] | Tensor) -> T
 def topk_tokens(scores: Tensor, offsets: Tensor, counts: Sequence[int] | Tensor) -> Tensor:
     """Positions of the ``counts[i]`` highest scores of image i, see the top of the file.
 
-    No host synchronisation unless counts is on a device. Raises ValueError where counts and images differ in number,
-    for a negative count and, if offsets are on the CPU, for one above N_i; if they are on a device that is undefined.
+    No host synchronisation unless counts is on a device. Raises ValueError if counts and images differ in number, if a
+    count is negative or, with offsets on the CPU, above N_i; with offsets on a device, the latter gives an undefined
+    result.
     """
     fits = scores.dtype in DTYPES and runs_triton(scores.detach())
     return launch(scores, offsets, counts) if fits else definition(scores, offsets, counts)

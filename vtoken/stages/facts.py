@@ -78,7 +78,7 @@ QK: tuple[Literal["q", "k", "v"], ...] = ("q", "k")
 # fmt: off
 FACTS = (
     FactSpec("pixels", ("tokens", "decoder"), "pixels", holds="pixels",
-             means="[ΣN, P] the normalised pixel values behind each token (all patches and frames that were merged "
+             means="[ΣN, P] the normalised pixel values of each token (all patches and frames that were merged "
                    "into it)"),
     FactSpec("cls_attention", ENCODER, "encoder layer", projections=QK, queries="cls", instead="received_attention",
              means="[ΣN] attention of the CLS query over all keys, head mean, CLS column dropped, not renormalised"),
@@ -102,21 +102,21 @@ FACTS = (
     FactSpec("text", ("tokens", "decoder"), "hidden states", per="row", holds="hidden",
              means="one [T_r, D] tensor per batch row: embeddings of its text tokens (hidden states at decoder sites)"),
     FactSpec("later_text", DECODER, "hidden states", per="image", holds="hidden", part_of="text",
-             means="one [T_i, D] tensor per image: hidden states of its row's text tokens behind it"),
+             means="one [T_i, D] tensor per image: hidden states of its row's text tokens after it"),
     FactSpec("normed", DECODER, "hidden states", holds="hidden",
              means="[ΣN, D] decoder hidden states through the LLM's final norm"),
     FactSpec("later_normed", DECODER, "hidden states", per="image", holds="hidden", part_of="normed",
-             means="one [T_i, D] tensor per image: the same of its row's text tokens behind it"),
+             means="one [T_i, D] tensor per image: the same of its row's text tokens after it"),
     FactSpec("keys", DECODER, LAYER, holds="heads", projections=("k",),
              means="[ΣN, Hk*d] decoder keys of the layer, with RoPE"),
     FactSpec("later_keys", DECODER, LAYER, per="image", holds="heads", projections=("k",), part_of="keys",
-             means="one [T_i, Hk*d] tensor per image: decoder keys, with RoPE, of its row's text tokens behind it"),
+             means="one [T_i, Hk*d] tensor per image: decoder keys, with RoPE, of its row's text tokens after it"),
     FactSpec("mean_value", DECODER, LAYER, holds="head", projections=("v",),
              means="[ΣN, d] decoder values of the layer, head mean"),
     FactSpec("last_query_attention", DECODER, LAYER, projections=QK, queries="last",
              means="[ΣN] decoder attention of the last prompt token, head mean"),
     FactSpec("next_query_attention", DECODER, "next layer", projections=QK, queries="last",
-             means="[ΣN] the same in the decoder layer behind the cut, before it runs"),
+             means="[ΣN] the same in the decoder layer after the cut, before it runs"),
     FactSpec("text_attention", DECODER, LAYER, projections=QK, queries="chosen",
              means="[ΣN] decoder attention of the text tokens that the stage's `query_tokens` chose, mean over them "
                    "and the heads"),
@@ -126,11 +126,11 @@ FACTS = (
     FactSpec("visual_value_attention", DECODER, LAYER, projections=("v",), queries="last", own=True,
              means="[ΣN] the same with values for query and keys"),
     FactSpec("cross_attention", DECODER, LAYER, projections=QK, queries="text",
-             means="[ΣN] decoder attention of the text behind each image, maximum over heads, mean over that text"),
+             means="[ΣN] decoder attention of the text after each image, maximum over heads, mean over that text"),
     FactSpec("self_attention", DECODER, LAYER, projections=QK, queries="own",
              means="[ΣN] decoder attention of each image's own tokens, maximum over heads, mean over them"),
     FactSpec("relayed_attention", DECODER, LAYER, projections=QK, queries="text", relayed=True,
-             means="[ΣN] decoder attention of the text behind each image, head mean, weighted by what that text "
+             means="[ΣN] decoder attention of the text after each image, head mean, weighted by what that text "
                    "receives from itself"),
 )
 # fmt: on

@@ -21,8 +21,8 @@ class AttentionExit(Compressor):
 
     `sinks` leaves out the tokens attended to most: early tokens can draw attention without carrying information.
     Nothing guarantees that the question has read the image by then: exits before half of the depth are destructive in
-    ToDRE's table. `vtoken calibrate attention_exit` finds the threshold at which a given number of a model's answers
-    change.
+    ToDRE's table. `vtoken calibrate attention_exit` finds the threshold of a model at which a given share of its
+    answers stays unchanged.
 
     No paper: a baseline; ToDRE's rule applied at every layer, to the last token.
     """
