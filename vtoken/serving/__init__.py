@@ -1,4 +1,4 @@
-"""The same pipeline in a serving engine; only `vtoken serve` imports this room."""
+"""The same pipeline in a serving engine; only `vtoken serve` imports this package."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 __all__ = ["embeddings"]
 
-if not TYPE_CHECKING:  # A type checker would take any name for one of these.
+if not TYPE_CHECKING:  # A type checker would accept any name here.
 
     def __getattr__(name: str) -> Any:
-        """vLLM imports this package in every process: what needs torch is fetched when it is asked for."""
+        """vLLM imports this package in every process, so names that need torch are imported when first used."""
         if name not in __all__:
             raise AttributeError(f"module 'vtoken.serving' has no attribute {name!r}")
         from vtoken.serving.entering import embeddings

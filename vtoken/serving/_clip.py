@@ -1,5 +1,5 @@
-"""What a LLaVA's config says of its CLIP or SigLIP tower, and what of a pipeline does not go with it: known in the
-process that asks, before a model is built."""
+"""What a LLaVA's config says about its CLIP or SigLIP tower, and which stages do not fit it: known in the calling
+process, before a model is built."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from vtoken.errors import UnsupportedError, about, either
 from vtoken.stages import Fact, Stage
 from vtoken.stages.facts import read_of
 
-ASPECT = "anyres_max_9"  # of LLaVA-OneVision in vLLM
+ASPECT = "anyres_max_9"  # how vLLM scales pictures for LLaVA-OneVision
 
 
 class ClipLike:
-    """The tower of a LLaVA.
+    """The vision tower of a LLaVA.
 
     Attributes:
-        depth, heads, scale, cls, feature_layers: as in Encoder; of the whole tower.
-        side: patches along a crop's edge.
+        depth, heads, scale, cls, feature_layers: as in Encoder, for the whole tower.
+        side: patches along the edge of a crop.
     """
 
     def __init__(self, config: Any) -> None:
@@ -45,7 +45,7 @@ class ClipLike:
         self.feature_layers = tuple(h - 1 if h >= 0 else self.depth + h for h in chosen)
 
     def check(self, pipeline: Pipeline) -> None:
-        """Holds the stages against the tower.
+        """Checks the stages against the tower.
 
         Raises:
             UnsupportedError: names the stage.
@@ -56,7 +56,7 @@ class ClipLike:
                     raise UnsupportedError(f"stage {stage.name} {why}")
 
     def refusal(self, stage: Stage) -> str:
-        """Why a stage does not go with it; "" if it does."""
+        """Why a stage does not fit the tower; "" if it does."""
         if why := stage.tower_incompatibility(self.heads * round(self.scale**-2), 1):
             return f"does not fit the vision tower: {why}"
         for need in self._layered(stage):
@@ -69,17 +69,17 @@ class ClipLike:
         return ""
 
     def deepest(self, pipeline: Pipeline) -> int:
-        """The last layer that has to run: that of the features, or a later one that a stage reads."""
+        """The last layer that has to run: the last feature layer, or a later one that a stage reads."""
         needs = [need for stage in pipeline.stages for need in self._layered(stage)]
         return max(*self.feature_layers, 0, *(cast(int, need.layer) % self.depth for need in needs))
 
     def _layered(self, stage: Stage) -> list[Fact]:
-        """What a stage reads of layers that it names."""
+        """The facts that a stage reads from layers that it names."""
         return [need for need in stage.needs() if need.name in read_of("encoder layer") and need.layer is not None]
 
 
 class PackedAsMax9(ClipLike):
-    """The tower of a LLaVA-OneVision, whose large pictures vLLM scales down in one way, whatever the config says."""
+    """The tower of a LLaVA-OneVision. vLLM scales large pictures down in one way, whatever the config says."""
 
     def check(self, pipeline: Pipeline) -> None:
         super().check(pipeline)

@@ -1,4 +1,5 @@
-"""What models ask of the engine: modes that do not go with a pipeline, and how much enters the tower at once."""
+"""What the models here ask of the engine: which of its modes conflict with a pipeline, and how much enters the tower at
+once."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from vtoken.errors import UnsupportedError
 
 
 def check_engine(engine: VllmConfig, pipeline: Pipeline) -> None:
-    """Refuses modes of the engine that go past hooks or count tokens otherwise.
+    """Refuses modes of the engine that bypass hooks or count tokens differently.
 
     Raises:
         UnsupportedError: names the option.
@@ -43,7 +44,7 @@ def check_parallel(engine: VllmConfig) -> None:
 
 
 def groups(lengths: Sequence[int], most: int) -> Iterator[slice]:
-    """Neighbours of so many tokens together at most, or one alone."""
+    """Slices of neighbours with at most `most` tokens together, or of a single item that has more."""
     start = total = 0
     for k, length in enumerate(lengths):
         if k > start and total + length > most:

@@ -1,5 +1,5 @@
-"""What every processor does here: it refuses pipelines in the process of the caller, and names the pipeline in the keys
-of cached pictures."""
+"""Shared by all processors here: they refuse pipelines in the calling process, and put the pipeline into the keys of
+cached pictures."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from vtoken.errors import UnsupportedError
 from vtoken.serving import plan
 
 LOGGER = init_logger("vllm.plugins.vtoken")
-TEXT = "vtoken_text"  # ids of the prompt around a picture, which travel with it
+TEXT = "vtoken_text"  # token ids of the prompt around a picture, which are passed along with it
 
 
 def text_key(kind: str) -> str:
-    """Under which the ids travel with pictures, or videos."""
+    """The key under which these ids are passed along with pictures, or videos."""
     return TEXT if kind == "image" else f"{TEXT}_{kind}"
 
 
 class Keyed(BaseMultiModalProcessor):
-    """Of processors, in front of vLLM's own. Caches may outlive an engine or be shared by several, so their keys name
-    the pipeline; where a stage reads the prompt, they name the prompt, too."""
+    """A mixin that goes before vLLM's own processor class. Caches may outlive an engine or be shared by several, so
+    their keys name the pipeline and, if a stage reads the prompt, the prompt."""
 
     family: ClassVar[str]
     placeholders_in_config: ClassVar[tuple[str, ...]] = ("image_token_index",)
-    # What the processor returns, one row per picture or video.
+    # For each kind, an output of the processor with one row per picture or video.
     rows_of: ClassVar[dict[str, str]] = {"image": "pixel_values"}
 
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
@@ -45,7 +45,7 @@ class Keyed(BaseMultiModalProcessor):
         return plan.pipeline_of(self.info.get_hf_config())
 
     def check(self, pipeline: Pipeline) -> None:
-        """Refuses what cannot be served. The engine is not there yet, so the error is read."""
+        """Refuses pipelines that cannot be served. The engine does not exist yet, so the user sees the error."""
         plan.check_model(pipeline, self.family, self.info.get_hf_config())
         if self.info.ctx.get_mm_config().mm_encoder_tp_mode == "data":
             raise UnsupportedError(

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 as vLLM serves it, with a pipeline in its tower and behind its projector."""
+"""LLaVA-1.5 as vLLM serves it, with a pipeline in its tower and after its projector."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vtoken.serving._tower import ServedTower, agreed
 from vtoken.serving.decide import decide
 from vtoken.stages import Fact
 
-# transformers from 5.20 on saves the tower without its inner module's name.
+# From 5.20 on, transformers saves the tower without the name of its inner module.
 NAMES = WeightsMapper(
     orig_to_new_regex={
         re.compile(r"^(model\.)?vision_tower\.(?=embeddings\.|encoder\.|pre_layrnorm\.|post_layernorm\.|head\.)"): (
@@ -35,7 +35,7 @@ NAMES = WeightsMapper(
 
 
 class Info(stock.LlavaProcessingInfo):
-    """As many placeholders as the pipeline leaves tokens."""
+    """Counts as many placeholders as the pipeline keeps tokens."""
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
         pipeline = plan.pipeline_of(self.get_hf_config())
@@ -51,7 +51,7 @@ class Processor(Keyed, stock.LlavaMultiModalProcessor):
 
 
 def info_of(ctx: Any) -> Any:
-    """vLLM serves Pixtral in this class, too."""
+    """vLLM uses this class for Pixtral too."""
     config = ctx.get_hf_config()
     if not isinstance(config.vision_config, PixtralVisionConfig):
         return Info(ctx)
@@ -66,7 +66,7 @@ def processor_of(info: Any, dummy_inputs: Any) -> Any:
 
 
 class Pruned:
-    """Of models, in front of vLLM's own: stock where the config names no pipeline."""
+    """A mixin that goes before vLLM's own model class. Without a pipeline in the config, the model is the stock one."""
 
     family: ClassVar[str]
     pipeline: Pipeline | None = None
@@ -83,7 +83,7 @@ class Pruned:
         if pipeline is not None:
             tower = ClipLike(config)
             deeper = tower.deepest(pipeline) > max(tower.feature_layers)
-            if deeper:  # a stage reads behind the layer of the features, up to which vLLM builds
+            if deeper:  # a stage reads a layer after the feature layer, where vLLM stops building the tower
                 handle.set(config, "vision_feature_layer", tower.deepest(pipeline) + 1)
         try:
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
@@ -95,7 +95,7 @@ class Pruned:
         self.install(pipeline)
 
     def install(self, pipeline: Pipeline | None) -> None:
-        """Puts hooks on for what the stages read and do in the tower; a second call replaces the first."""
+        """Installs hooks for what the stages read and do in the tower; a second call replaces the first."""
         if self.served is not None:
             self.served.context.handle.release()
         self.pipeline, self.served = pipeline, None
@@ -111,13 +111,13 @@ class Pruned:
 
     @property
     def most(self) -> int:
-        """Visual tokens that the dense model would have been given in one call, at most."""
+        """Largest number of visual tokens that the dense model is given in one call."""
         return int(self.engine.scheduler_config.max_num_encoder_input_tokens)
 
     def embed_multimodal(self, **kwargs: object) -> Any:
         self.texts = {kind: kwargs.pop(text_key(kind), None) for kind in ("image", "video")}
         embeds = kwargs.get("image_embeds")
-        if isinstance(embeds, list):  # of different lengths, for which vLLM's schema has no place
+        if isinstance(embeds, list):  # of different lengths, which vLLM's schema does not allow
             return tuple(embeds)
         return super().embed_multimodal(**kwargs)  # type: ignore[misc]
 
@@ -128,12 +128,12 @@ class Pruned:
         return vision_tower(pixel_values, select_layers=self.select_layers, feature_select_strategy=strategy)
 
     def choose(self, x: Tensor, layouts: Sequence[ImageLayout], first: int, pack: Any, kind: str = "image") -> Any:
-        """Lets the stages choose among what the tower gave.
+        """Lets the stages choose among the outputs of the tower.
 
         Args:
-            x: [crops, patches, D] projected; with tokens that were dropped in the tower as rows of zeros.
-            first: which picture of the call is the first of these.
-            pack: [crops, patches, C] -> [ΣN, C] of the pictures' tokens.
+            x: [crops, patches, D] projected; rows of tokens dropped in the tower are zero.
+            first: index, in this call, of the first of these pictures.
+            pack: [crops, patches, C] -> [ΣN, C], tokens of the pictures.
             kind: "image" or "video".
 
         Returns:
@@ -153,7 +153,7 @@ class Pruned:
             ids = self.texts[kind][first : first + len(layouts)]
             return [self.language_model.embed_input_ids(row.long()) for row in ids]
 
-        # Without the hooks, which are about whole pictures.
+        # Calls forward directly: the hooks on the projector expect whole pictures.
         project = self.multi_modal_projector.forward
         try:
             return decide(self.pipeline, live(x), layouts, read, project=project, agree=agreed, history=history)
@@ -174,7 +174,7 @@ class Llava(Pruned, stock.LlavaForConditionalGeneration):
         side = self.served.side
         layout = ImageLayout(((1, side, side),))
         out: list[Tensor] = []
-        # As many at once as the dense model would have been given: the engine counts what is kept.
+        # The dense model would be given this many at once; the engine counts only kept tokens.
         for pixels in image_input["pixel_values"].split(max(1, self.most // layout.tokens)):
             x = super()._process_image_input({"type": "pixel_values", "pixel_values": pixels})
             left, history = self.choose(x, [layout] * len(pixels), len(out), lambda values: values.flatten(0, 1))

@@ -1,8 +1,8 @@
-"""Positions (M-RoPE) of a prompt whose pictures are pruned: three axes, frame, row and column.
+"""M-RoPE positions of a prompt with pruned pictures, on three axes: frame, row and column.
 
-Where text and pictures stand is known before anything is encoded; which tokens of a picture stay, only afterwards. So
-a picture's placeholders first hold its origin, marked as such; every kept token then brings its own place in the
-picture along, as further columns of its embedding, and is placed when its chunk of the prompt comes.
+The positions of text and pictures are known before anything is encoded; which tokens of a picture stay, only
+afterwards. So the placeholders of a picture first hold its origin, marked as such. Every kept token carries its place
+in the picture as additional columns of its embedding, and gets its position when its chunk of the prompt is processed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 AXES = 3
-# bfloat16, which embeddings may be in, holds whole numbers up to 256: a coordinate travels as two digits.
+# Embeddings may be bfloat16, which holds integers up to 256 exactly: a coordinate is stored as two digits.
 BASE = 256
 COLUMNS = 2 * AXES
 
@@ -23,9 +23,9 @@ class Span(NamedTuple):
     """The placeholders of a picture or video in a pruned prompt.
 
     Attributes:
-        offset, length: where they begin, and how many are left.
+        offset, length: index of the first placeholder, and their number.
         grid: frames, rows and columns of tokens before pruning.
-        step: positions from one frame to the next, a fraction too; a token's is rounded down.
+        step: positions from one frame to the next, may be fractional; the position of a token is rounded down.
     """
 
     offset: int
@@ -35,15 +35,16 @@ class Span(NamedTuple):
 
     @property
     def extent(self) -> int:
-        """Positions that it takes up: text behind it stands beyond its farthest token, on whichever axis."""
+        """Number of positions it occupies: text after it starts beyond its farthest token on any axis."""
         frames, rows, columns = self.grid
         return max(int((frames - 1) * self.step) + 1, rows, columns)
 
 
 def prompt_positions(tokens: int, spans: Iterable[Span]) -> tuple[Tensor, int]:
-    """Positions [3, L] of a prompt of so many tokens, and what to add to the index of a generated token for its own.
+    """Positions [3, L] of a prompt of `tokens` tokens, and the offset from the index of a generated token to its
+    position.
 
-    Text stands where it would in the unpruned prompt. Placeholders hold -1 - origin until they are placed.
+    Text has the positions of the unpruned prompt. Placeholders hold -1 - origin until they are placed.
     """
     positions, column, position = torch.empty(tokens, dtype=torch.long), 0, 0
     for span in sorted(spans):
@@ -58,30 +59,30 @@ def prompt_positions(tokens: int, spans: Iterable[Span]) -> tuple[Tensor, int]:
 
 
 def coordinates(index: Tensor, span: Span) -> Tensor:
-    """[K, 3] frame (in positions), row and column of tokens [K] of a picture, counted in reading order."""
+    """[K, 3] frame (in positions), row and column of the tokens [K] of a picture, given by their raster index."""
     _, rows, columns = span.grid
     frame = (index // (rows * columns)).double() * span.step
     return torch.stack([frame.long(), index // columns % rows, index % columns], 1)
 
 
 def with_places(x: Tensor, places: Tensor) -> Tensor:
-    """Embeddings [K, D] and their places [K, 3] in one tensor [K, D + 6] of the dtype of x."""
+    """Embeddings [K, D] and their places [K, 3] in one tensor [K, D + 6] with the dtype of x."""
     return torch.cat([x, (places // BASE).to(x), (places % BASE).to(x)], 1)
 
 
 def without_places(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Embeddings [K, D] and places [K, 3] of what `with_places` made."""
+    """Embeddings [K, D] and places [K, 3] from the output of `with_places`."""
     digits = x[:, -COLUMNS:].long()
     return x[:, :-COLUMNS], digits[:, :AXES] * BASE + digits[:, AXES:]
 
 
 def placed(positions: Tensor, media: Tensor, places: Tensor, start: int) -> Tensor:
-    """Positions [3, L] once the tokens of a chunk are placed; those that were before, stay.
+    """Positions [3, L] after the tokens of a chunk are placed; tokens that were placed before keep theirs.
 
     Args:
-        positions: as `prompt_positions` made them, or as an earlier call left them.
+        positions: from `prompt_positions`, or from an earlier call.
         media: [L] bool, which tokens of the prompt are placeholders.
-        places: [n, 3] of the first n placeholders at or behind `start`, the first token of the chunk.
+        places: [n, 3] of the first n placeholders from `start` on, the first token of the chunk.
     """
     here = media[start:].nonzero()[: len(places), 0] + start
     before, out = positions[:, here], positions.clone()

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT as vLLM serves it, with a pipeline behind its packing (crops, unpadding, newlines)."""
+"""LLaVA-NeXT as vLLM serves it, with a pipeline after its packing (crops, unpadding, newlines)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-# `Anyres` looks them up in the module of its model.
+# `Anyres` looks these up in the module of its model.
 from transformers.models.llava_next.modeling_llava_next import (  # noqa: F401
     get_anyres_image_grid_shape,
     image_size_to_num_patches,
@@ -33,7 +33,7 @@ Sizes = Sequence[tuple[int, int]]
 
 
 def cut(config: Any, pipeline: Pipeline | None) -> Any:
-    """The config, with the crop grid of the pipeline's `anyres`."""
+    """The config, with the crop grid of the pipeline's `anyres` policy."""
     if pipeline is None or pipeline.anyres == "model":
         return config
     side, changed = 2 * config.vision_config.image_size, copy(config)
@@ -42,11 +42,11 @@ def cut(config: Any, pipeline: Pipeline | None) -> Any:
 
 
 class Model(SimpleNamespace):
-    """In place of a model: it has a config."""
+    """A stand-in for a model: it only has a config."""
 
 
 class Packing(Anyres):
-    """How pictures are cut and packed, which the config tells."""
+    """How pictures are cut and packed, according to the config."""
 
     model_type = "llava_next"
 
@@ -59,12 +59,12 @@ class Packing(Anyres):
         return {}
 
     def layouts_of(self, sizes: Sizes) -> list[ImageLayout]:
-        """Of pictures of these (height, width)."""
+        """Layouts of pictures with these (height, width)."""
         crops = self.crops({"image_sizes": sizes})
         return [self._layout(n, size, ()) for n, size in zip(crops, sizes, strict=True)]
 
     def _pack(self, images: Sequence[Tensor], sizes: Any, options: dict[str, Any]) -> list[Tensor]:
-        """By vLLM's own packing, which reads nothing of its model but config and newline."""
+        """Uses vLLM's own packing, which reads only config and newline from its model."""
         newline = torch.full((images[0].shape[-1],), float("nan"), device=images[0].device)
         model = Model(config=self.outer.config, image_newline=newline)
         return [
@@ -78,7 +78,7 @@ class Packing(Anyres):
 
 
 class Info(stock.LlavaNextProcessingInfo):
-    """As many placeholders as the pipeline leaves tokens and newlines."""
+    """Counts as many placeholders as the pipeline keeps tokens and newlines."""
 
     packs: ClassVar[type[Packing]] = Packing
     _packing: Packing | None = None
@@ -107,13 +107,13 @@ class Processor(Keyed, stock.LlavaNextMultiModalProcessor):
         pipeline = self.pipeline
         if pipeline is None or pipeline.anyres == "model":
             return super()._call_hf_processor(hf_data, hf_kwargs)
-        # vLLM remembers processors by their arguments, which a list cannot be one of; told to the call it can.
+        # vLLM caches processors by their arguments, which cannot be lists; arguments of the call can.
         told = {**hf_kwargs, "image_grid_pinpoints": self.info.get_hf_config().image_grid_pinpoints}
         return self.info.ctx.call_hf_processor(self.info.get_hf_processor(**hf_kwargs), hf_data, told)
 
 
 class Cropped(Pruned):
-    """Of models that cut pictures into crops."""
+    """A mixin for models that cut pictures into crops."""
 
     packs: ClassVar[type[Packing]] = Packing
     packing: Packing | None = None
@@ -130,10 +130,10 @@ class Cropped(Pruned):
             return super()._process_image_input(image_input)  # type: ignore[misc]
         sizes = [(int(height), int(width)) for height, width in image_input["image_sizes"].tolist()]
         packing, layouts, out = self.packing, self.packing.layouts_of(sizes), list[Tensor]()
-        # Pictures that were processed together have as many crops as the largest, the last of them empty.
+        # Pictures processed together are padded with empty crops to the number of the largest.
         crops = packing.crops({"image_sizes": sizes})
         pixels = [each[:n] for each, n in zip(image_input["pixel_values"], crops, strict=True)]
-        # As many at once as the dense model would have been given: the engine counts what is kept.
+        # The dense model would be given this many at once; the engine counts only kept tokens.
         for some in groups([layout.length for layout in layouts], self.most):
             call = FeatureCall("image", {"image_sizes": sizes[some]}, tuple(layouts[some]))
             out += self._left(pixels[some], layouts[some], some.start, partial(packing.pack, call))
@@ -142,7 +142,7 @@ class Cropped(Pruned):
     def _left(
         self, pixels: Sequence[Tensor], layouts: Sequence[ImageLayout], first: int, pack: Any, kind: str = "image"
     ) -> Iterator[Tensor]:
-        """What is left of pictures, with the newlines that the pipeline leaves them. See `choose`."""
+        """The kept tokens of pictures, with the newlines that the pipeline keeps. Arguments as in `choose`."""
 
         def packed(values: Tensor) -> Tensor:
             whole: Tensor = pack(values if values.ndim == 3 else values[..., None])
@@ -155,7 +155,7 @@ class Cropped(Pruned):
             yield self._closed(tokens, places, layout, newlines) if newlines else tokens
 
     def _closed(self, tokens: Tensor, places: Tensor, layout: ImageLayout, newlines: int) -> Tensor:
-        """Tokens [K, D] that stand at these places of their picture, with its newlines among them."""
+        """Tokens [K, D] at these places of their picture, with its newlines inserted."""
         assert layout.newline is not None
         content, closing = (mask.nonzero()[:, 0].to(places.device) for mask in (~layout.newline, layout.newline))
         column = torch.cat([content[places], closing])

@@ -1,5 +1,5 @@
-"""LLaVA-OneVision as vLLM serves it: pictures as in LLaVA-NeXT, of which large ones are scaled down behind the tower,
-and videos, whose frames are pooled to half their side and closed by one newline together."""
+"""LLaVA-OneVision as vLLM serves it. Pictures as in LLaVA-NeXT, but large ones are scaled down after the tower; the
+frames of a video are pooled to half their side, and one newline follows the whole video."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vtoken.serving._llava import NAMES
 
 
 class Packing(_next.Packing):
-    """See NeXT's."""
+    """See `_next.Packing`."""
 
     model_type = "llava_onevision"
 
@@ -30,7 +30,7 @@ class Packing(_next.Packing):
 
 
 class Info(_next.Info, stock.LlavaOnevisionProcessingInfo):
-    """As many placeholders as the pipeline leaves tokens and newlines."""
+    """Counts as many placeholders as the pipeline keeps tokens and newlines."""
 
     packs = Packing
 
@@ -52,23 +52,23 @@ class Info(_next.Info, stock.LlavaOnevisionProcessingInfo):
         return plan.placeholders(pipeline, video_layout(num_frames, ClipLike(config).side))
 
     def _dense_video(self, frames: int) -> int:
-        """Placeholders of a video of which nothing is taken, whatever the size of its pictures."""
+        """Placeholders of an unpruned video, whatever the size of its pictures."""
         count = stock.LlavaOnevisionProcessingInfo.get_num_video_tokens
         full: int = count(self, image_width=1, image_height=1, num_frames=frames)
         return full
 
     def _get_max_video_frames(self, max_tokens: int) -> int:
-        """Of a dense video: there is no end to the frames that a pruned one may have."""
+        """Counts those of a dense video, because the frames of a pruned one are not limited."""
         newline = self._dense_video(0)
         return max(0, max_tokens - newline) // (self._dense_video(1) - newline)
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int] | None:
-        """As dense: which picture is left with most tokens depends on the pipeline."""
+        """As for the dense model: which picture keeps most tokens depends on the pipeline."""
         config = self.get_hf_config()
         if plan.pipeline_of(config) is None:
             return None
         most, count = self.get_image_size_with_most_features(), stock.LlavaOnevisionProcessingInfo.get_num_image_tokens
-        # vLLM's size has most tokens in the usual grids, not in every other.
+        # The size that vLLM names has most tokens in the usual grids, but not in all.
         sizes = [(most.height, most.width), *config.image_grid_pinpoints]
         image = max(count(self, image_width=width, image_height=height) for height, width in sizes)
         frames = self.get_num_frames_with_most_features(seq_len, mm_counts)

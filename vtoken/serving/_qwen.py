@@ -1,5 +1,5 @@
-"""Qwen2-VL and Qwen2.5-VL as vLLM serves them, with a pipeline behind the merger; kept tokens keep their M-RoPE
-positions. Pictures and videos alike; see `_mrope` for how their positions travel."""
+"""Qwen2-VL and Qwen2.5-VL as vLLM serves them, with a pipeline after the merger; kept tokens keep their M-RoPE
+positions. Pictures and videos are treated alike; `_mrope` explains how their positions are passed along."""
 
 from __future__ import annotations
 
@@ -43,12 +43,13 @@ PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 class Pruned:
-    """Of models: prunes what the tower gives, and tells where the kept tokens stand. Stock without a pipeline."""
+    """A mixin for models: prunes the output of the tower, and reports the positions of kept tokens. Stock without a
+    pipeline."""
 
     config: Any
     visual: Any
     language_model: Any
-    width: int | None = None  # channels of an embedding, where the tower gives more
+    width: int | None = None  # channels of an embedding, if the tower returns more
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         pipeline = plan.pipeline_of(vllm_config.model_config.hf_config)
@@ -63,7 +64,7 @@ class Pruned:
         self.install(pipeline)
 
     def install(self, pipeline: Pipeline | None) -> None:
-        """Reads in the tower what the stages need; a second call replaces the first."""
+        """Installs hooks in the tower for the facts that the stages need; a second call replaces the first."""
         if self.tower is not None:
             self.tower.context.handle.release()
         self.pipeline = pipeline
@@ -86,15 +87,15 @@ class Pruned:
         return tuple(out)
 
     def _slices(self, grids: Tensor) -> Iterator[tuple[slice, slice]]:
-        """Patches and pictures of as many pictures at a time as the dense model's placeholders would let in: the
-        scheduler counts those that are left."""
+        """Slices of patches and of pictures, with as many pictures at a time as the dense model would be given; the
+        scheduler counts only kept tokens."""
         sizes = grids.prod(-1).tolist()
         ends = [0, *accumulate(sizes)]
         for items in groups(sizes, self.most * self.parts.encoder.unit):
             yield slice(ends[items.start], ends[items.stop]), items
 
     def _steps(self, kind: str, given: dict[str, Any], count: int) -> list[float]:
-        """Positions from one frame to the next."""
+        """Positions from one frame to the next, per picture or video."""
         if kind == "image":
             return [1.0] * count
         seconds = given.get("second_per_grid_ts")
@@ -102,8 +103,8 @@ class Pruned:
         return [each * rate for each in ([1.0] * count if seconds is None else seconds.flatten().tolist())]
 
     def _encode(self, kind: str, pixels: Tensor, grids: Tensor, steps: list[float], texts: Any) -> list[Tensor]:
-        """[K, D + 6] of each picture or video: kept tokens and their places in it. `texts` are the ids around each,
-        where a stage reads them."""
+        """[K, D + 6] for each picture or video: its kept tokens and their places in it. `texts` are the token ids
+        around each, if a stage reads them."""
         assert self.tower is not None and self.pipeline is not None
         tower, layouts = self.tower, self.parts.rasters(grids.tolist())
         process: Any = getattr(self, f"_process_{kind}_input")
@@ -123,7 +124,7 @@ class Pruned:
         return [with_places(x, self._places(index, layout, step)) for x, index, layout, step in kept]
 
     def _places(self, index: Tensor, layout: ImageLayout, step: float) -> Tensor:
-        """[K, 3] of kept tokens of a picture or video, from where its first one would stand."""
+        """[K, 3] places of kept tokens in a picture or video, relative to its first token."""
         return coordinates(index, Span(0, 0, layout.parts[0], step))
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:
@@ -132,7 +133,7 @@ class Pruned:
         return prompt_positions(len(input_tokens), self._spans(mm_features))
 
     def _spans(self, features: Any) -> list[Span]:
-        """What the placeholders in a prompt stand for."""
+        """The pictures and videos that the placeholders of a prompt represent."""
         lengths = {f.mm_position.offset: f.mm_position.length for f in features}
         return [
             Span(offset, lengths[offset], (frames, rows, columns), step)
@@ -146,8 +147,8 @@ class Pruned:
         mrope_positions: Tensor,
         num_computed_tokens: int,
     ) -> tuple[Sequence[Tensor], Tensor, int]:
-        """Embeddings of a chunk without their places, positions of the prompt with them, and what to add to the index
-        of a generated token. A prompt ends with text."""
+        """Embeddings of a chunk without their places, positions of the prompt with these places, and the offset from
+        the index of a generated token to its position. A prompt ends with text."""
         if self.pipeline is None:  # vLLM's own pruning of videos
             return super().recompute_mrope_positions(  # type: ignore[misc]
                 input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens
@@ -167,7 +168,7 @@ class Pruned:
         self.unplaced = None
         if self.pipeline is not None and multimodal_embeddings is not None and len(multimodal_embeddings):
             if multimodal_embeddings[0].shape[-1] != self.visual.out_hidden_size:
-                # A runner that does not ask for recomputed positions, as vLLM's for CPUs: they are mended in forward.
+                # Some runners, such as vLLM's for CPUs, do not ask for recomputed positions: forward corrects them.
                 multimodal_embeddings, places = zip(*map(without_places, multimodal_embeddings), strict=True)
                 assert is_multimodal is not None
                 self.unplaced = is_multimodal, torch.cat(places)
@@ -193,7 +194,7 @@ class Qwen2Processor(Planned, Qwen2VLMultiModalProcessor):
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)
         if self.pipeline is None and info.ctx.get_mm_config().is_multimodal_pruning_enabled():
-            # Which vLLM would say, if the class that stands for its own had not positions to recompute.
+            # vLLM itself would refuse this, if this class did not have to recompute positions.
             raise UnsupportedError("--video-pruning-rate: vLLM does not prune videos of Qwen2-VL; name a pipeline")
 
 

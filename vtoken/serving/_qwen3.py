@@ -1,5 +1,5 @@
-"""Qwen3-VL as vLLM serves it. Beside Qwen2.5-VL: what DeepStack adds in early decoder layers comes as further channels
-of the embeddings, and the frames of a video stand apart in the prompt, with a timestamp each."""
+"""Qwen3-VL as vLLM serves it. Differs from Qwen2.5-VL: what DeepStack adds in early decoder layers comes as additional
+channels of the embeddings, and the frames of a video are separate in the prompt, each with a timestamp."""
 
 from __future__ import annotations
 

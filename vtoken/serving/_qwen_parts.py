@@ -1,5 +1,5 @@
-"""What a Qwen-VL's config says of its tower, and what of a pipeline does not go with it: known in the process that
-asks, before a model is built."""
+"""What the config of a Qwen-VL says about its tower, and which stages do not fit it: known in the calling process,
+before a model is built."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from vtoken.stages import Stage
 
 
 class QwenParts(Packed):
-    """Where vLLM's Qwen-VL keeps what the hooks ask for.
+    """Where vLLM's Qwen-VL keeps the parts that the hooks need.
 
     Args:
         config: of the checkpoint.
-        visual: the tower, where it is built.
+        visual: the tower, if it is built already.
     """
 
     model_type = "vllm"
@@ -31,7 +31,7 @@ class QwenParts(Packed):
     def __init__(self, config: Any, visual: Any = None) -> None:
         vision = config.vision_config
         depth, self.merge = vision.depth, vision.spatial_merge_size
-        width = getattr(vision, "embed_dim", None) or vision.hidden_size  # Qwen2-VL calls the LLM's hidden_size
+        width = getattr(vision, "embed_dim", None) or vision.hidden_size  # in Qwen2-VL, hidden_size is that of the LLM
         full: Sequence[int] | None = getattr(vision, "fullatt_block_indexes", None)
         self.encoder = Encoder(
             layers=range(depth) if visual is None else visual.blocks,
@@ -56,7 +56,7 @@ class QwenParts(Packed):
         return torch.cat(orders)
 
     def check(self, pipeline: Pipeline) -> None:
-        """Holds the stages against the tower.
+        """Checks the stages against the tower.
 
         Raises:
             UnsupportedError: names the stage.

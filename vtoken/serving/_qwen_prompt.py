@@ -1,4 +1,5 @@
-"""Prompts of the Qwen-VLs in vLLM: as many placeholders as a pipeline leaves tokens, and what does not go with one."""
+"""Prompts of the Qwen-VLs in vLLM: as many placeholders as a pipeline keeps tokens, and the options that conflict with
+one."""
 
 from __future__ import annotations
 
@@ -14,12 +15,12 @@ from vtoken.serving import plan
 from vtoken.serving._keyed import Keyed
 from vtoken.serving._qwen_parts import QwenParts
 
-# Both of vLLM's GPU runners ask for recomputed positions where this rate is above 0; nothing is pruned by it.
+# Both of vLLM's GPU runners ask for recomputed positions if this rate is above 0; it prunes nothing.
 SWITCH = 1e-6
 
 
 class Planned(Keyed):
-    """Of processors: placeholders as the pipeline leaves them."""
+    """A mixin for processors: one placeholder per kept token."""
 
     placeholders_in_config = ("image_token_id", "video_token_id")
     rows_of: ClassVar[dict[str, str]] = {"image": "image_grid_thw", "video": "video_grid_thw"}
@@ -60,17 +61,17 @@ class Planned(Keyed):
         return [fewer(update) for update in updates]
 
     def placeholders(self, kind: str, given: Any, layout: ImageLayout, kept: int) -> Any:
-        """What stands in the prompt for a picture or video.
+        """The placeholders of a picture or video in the prompt.
 
         Args:
-            given: what the processor made of it.
-            kept: tokens that are left.
+            given: output of the processor for it.
+            kept: number of kept tokens.
         """
         return [QwenParts(self.info.get_hf_config()).placeholders[kind]] * kept
 
 
 def check_options(options: Any) -> None:
-    """Refuses options of the engine that do not go with a pipeline.
+    """Refuses options of the engine that conflict with a pipeline.
 
     Args:
         options: vLLM's MultiModalConfig.

@@ -1,6 +1,6 @@
-"""Inside a Qwen tower as vLLM runs it: what `hooks.vision` reads in transformers' tower, of vLLM's parts.
+"""Hooks inside a Qwen tower as vLLM runs it: reads what `hooks.vision` reads in transformers' tower, from vLLM's parts.
 
-Classes that vLLM decorates for torch.compile (blocks, some mergers) run no hooks; the plain modules in them do.
+Classes that vLLM decorates for torch.compile (blocks, some mergers) run no hooks; the plain modules inside them do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vtoken.stages import Fact, offsets_of
 
 
 class ServedTower(VarlenTower):
-    """See `VarlenTower`. Nothing is dropped inside.
+    """See `VarlenTower`. Drops nothing inside the tower.
 
     Args:
         parts: of the model, with its tower.
@@ -32,21 +32,21 @@ class ServedTower(VarlenTower):
         super().__init__(Context(parts, stages=pipeline.stages))
 
     def start(self, kind: str, layouts: tuple[ImageLayout, ...]) -> None:
-        """Before the tower runs on these pictures, or videos."""
+        """Called before the tower runs on these pictures, or videos."""
         self.run.call = FeatureCall(kind, {}, layouts)
 
     def read(self, need: Fact) -> Tensor:
-        """[ΣN, ...] a fact of the pictures of this call."""
+        """[ΣN, ...] a fact about the pictures of this call."""
         found: Tensor = self.state.facts[self.context.resolve(need)]
         return found
 
     def forget(self) -> None:
-        """What was found out in a call that is over."""
+        """Drops what was computed in a finished call."""
         self.run.call = self.run.tower = None
 
     def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         pixels = args[0]
-        if self.pixels and not pixels.is_floating_point():  # the processor leaves it to the device to normalise them
+        if self.pixels and not pixels.is_floating_point():  # the processor leaves normalisation to the device
             pixels = cast(Any, module).input_norm(pixels, torch.float32)
         super()._start(module, (pixels, *args[1:]), kwargs)
 
@@ -72,7 +72,7 @@ class ServedTower(VarlenTower):
             [layout.tokens * unit for layout in layouts],
             self.encoder.scale,
             cls=False,
-            # Not those that attention is given, which some of vLLM's backends count in other units.
+            # Not the bounds passed to attention, which some of vLLM's backends count in other units.
             bounds=offsets_of(frames, parts[0].device),
             turn=turn,
         )
@@ -88,15 +88,15 @@ class ServedTower(VarlenTower):
 
 
 def _split(attention: Any, qkv: Tensor) -> list[Tensor]:
-    """q, k and v [ΣM, H, d] of this rank's heads."""
-    if hasattr(attention, "split_qkv"):  # Qwen2-VL: ranks hold columns, whose heads are dealt out in there
+    """q, k and v [ΣM, H, d] for this rank's heads."""
+    if hasattr(attention, "split_qkv"):  # Qwen2-VL: ranks hold columns, which split_qkv assigns to heads
         return [part.squeeze(1) for part in attention.split_qkv(qkv)]
     heads = attention.num_attention_heads_per_partition
     return list(qkv.squeeze(1).unflatten(1, (3, heads, -1)).unbind(1))
 
 
 def _of_all_ranks(part: Tensor) -> Tensor:
-    """[ΣM, H, d] of all heads, of which every tensor parallel rank holds some."""
+    """[ΣM, H, d] for all heads; every tensor parallel rank holds some of them."""
     if get_tensor_model_parallel_world_size() == 1:
         return part
     whole: Tensor = tensor_model_parallel_all_gather(part.contiguous(), dim=1)

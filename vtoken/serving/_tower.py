@@ -1,8 +1,8 @@
-"""Inside a CLIP or SigLIP tower as vLLM runs it: what `hooks.vision` does in transformers' tower, with vLLM's parts.
+"""Hooks inside a CLIP or SigLIP tower as vLLM runs it: does what `hooks.vision` does in transformers' tower, with
+vLLM's parts.
 
-What differs: q, k and v come out of one projection, which under tensor parallelism holds some of the heads; the tower
-is built only up to the layer that features are read from; attention takes no mask, but bounds of sequences that lie one
-behind the other.
+The differences: q, k and v come from one projection, which under tensor parallelism holds some of the heads; the tower
+is built only up to the feature layer; attention takes no mask, but the bounds of concatenated sequences.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from vtoken.stages.tokens import Fused
 
 
 class Parts(Adapter):
-    """Where vLLM's LLaVAs keep what the hooks ask for."""
+    """Where vLLM's LLaVAs keep the parts that the hooks need."""
 
     model_type = "vllm"
 
@@ -42,7 +42,7 @@ class Parts(Adapter):
         self.model = self.outer = model
         self.tower, self.projectors = model.vision_tower.vision_model, (model.multi_modal_projector,)
         built = list(self.tower.encoder.layers)
-        # Layers are counted from the end of the whole tower, of which only the first are built.
+        # Layers are counted from the end of the whole tower, but only the first ones are built.
         layers = [*built, *(nn.Identity() for _ in range(tower.depth - len(built)))]
         self.encoder = Encoder(
             layers, tower.heads, tower.scale, tower.cls, tower.feature_layers, max(tower.feature_layers)
@@ -63,14 +63,14 @@ class ServedTower(PaddedTower):
 
     def __init__(self, model: Any, pipeline: Pipeline) -> None:
         parts = Parts(model)
-        # Where stages act inside, all pictures have one size, which is guarded or not.
+        # If stages act inside the tower, all pictures have one size, either below min_visual_tokens or not.
         guarded = parts.patches < pipeline.min_visual_tokens
         stages = tuple(stage for stage in pipeline.stages if stage.site == "tokens" or not guarded)
         super().__init__(Context(parts, stages=stages))
 
     @property
     def side(self) -> int:
-        """Patches along a crop's edge."""
+        """Patches along the edge of a crop."""
         return cast(Parts, self.adapter).side
 
     def _install(self, per_layer: dict[int, set[Fact]]) -> None:
@@ -96,11 +96,11 @@ class ServedTower(PaddedTower):
         return EncoderLayer(projected, [n + e.cls for n in state.history.counts], e.scale, e.cls)
 
     def _compute(self, fact: Fact, layer: EncoderLayer) -> Tensor:
-        """Of all heads, of which every rank holds some."""
+        """Computes a fact over all heads; every rank holds some of them."""
         ranks = get_tensor_model_parallel_world_size()
         if ranks == 1:
             return super()._compute(fact, layer)
-        if fact.above:  # which queries count is told by all heads together
+        if fact.above:  # all heads together decide which queries count
             whole = {name: _gathered(value, 1) for name, value in layer.projected.items()}
             return super()._compute(fact, replace(layer, projected=whole))
         value = super()._compute(fact, layer).contiguous()
@@ -115,7 +115,7 @@ class ServedTower(PaddedTower):
         return {}
 
     def _pack(self, module: Any, args: tuple, kwargs: dict) -> Any:
-        """Before attention: [crops, P, C] -> [1, ΣP, C], and where each crop begins."""
+        """Before attention: [crops, P, C] -> [1, ΣP, C], and the start of each crop."""
         if not self.state.batch.ragged:
             return None
         batch, cls = self.state.batch, int(self.encoder.cls)
@@ -125,7 +125,7 @@ class ServedTower(PaddedTower):
         longest = torch.tensor(module.compute_max_seqlen(kind, bounds), dtype=torch.int32)
         packed = tuple(batch.packed(value)[None] for value in args)
         whole = width * ranks
-        # What is padded to fp8 elsewhere lies as these copies do, one number behind the other.
+        # These copies are contiguous, so no hidden size padded for fp8 applies.
         bounds_there = module.maybe_recompute_cu_seqlens(
             kind, bounds, whole, ranks, device, fp8_padded_hidden_size=whole
         )
@@ -145,12 +145,12 @@ class ServedTower(PaddedTower):
         return padded
 
     def fact(self, need: Fact) -> Tensor:
-        """[ΣN, ...] of all patches in the tower's order, 0 where one was dropped before it was read."""
+        """[ΣN, ...] for all patches in the tower's order; 0 for patches dropped before the fact was read."""
         found: Tensor = self.state.facts[self.context.resolve(need)]
         return found
 
     def forget(self) -> None:
-        """What was found out in a call that is over."""
+        """Drops what was computed in a finished call."""
         self.run.tower = None
 
 
@@ -160,8 +160,8 @@ def _gathered(value: Tensor, dim: int) -> Tensor:
 
 
 def agreed(keep: Keep) -> Keep:
-    """The decision of the first tensor parallel rank: what rounds differently on another would keep other tokens
-    there."""
+    """The decision of the first tensor parallel rank; otherwise ranks that round differently could keep different
+    tokens."""
     if get_tensor_model_parallel_world_size() == 1:
         return keep
     told: dict[str, Any] = {"index": keep.index, "into": keep.into, "weight": keep.weight}

@@ -1,4 +1,4 @@
-"""The stages of site tokens on the packed tokens of one encoder call."""
+"""Runs the stages of site tokens on the packed tokens of one encoder call."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def decide(
     """Lets the stages choose among the visual tokens of all pictures of a call; each picture is a batch row of its own.
 
     Args:
-        x: [ΣN, D] tokens of all pictures, newlines left out.
+        x: [ΣN, D] tokens of all pictures, without newlines.
         layouts: of every picture.
-        read: a fact as a stage asks for it: [ΣN, ...] about the rows of `x`; of `text` one [T, D] per picture.
-        project: as Keep.apply takes it.
-        agree: what has to hold of every decision (tensor parallel ranks take the first one's).
-        history: what stages inside the tower left, which then is what `x` holds; None: everything.
-        width: channels that are the embedding; what else `x` brings along (DeepStack) shares its fate. None: all.
+        read: returns a fact that a stage asks for: [ΣN, ...] for the rows of `x`; for `text`, one [T, D] per picture.
+        project: as in Keep.apply.
+        agree: applied to every decision (tensor parallel ranks take that of the first).
+        history: what stages inside the tower kept, if `x` holds only that; None if `x` holds all tokens.
+        width: channels of the embedding; further channels of `x` (DeepStack) are kept or merged with it. None: all.
 
     Returns:
-        [ΣK, D] what is left, and what became of all tokens.
+        [ΣK, D] kept tokens, and what became of all tokens.
 
     Raises:
-        RuntimeError: names a stage that left another number of tokens than was planned.
+        RuntimeError: names a stage that kept another number of tokens than planned.
     """
     full, device = tuple(layout.tokens for layout in layouts), x.device
     if history is None:
@@ -69,7 +69,7 @@ def decide(
                 index, history = found.keep.index, found.history
                 x, live = found.keep.apply(x, project), index if live is None else live[index]
         elif k + 1 < len(pipeline.stages) and pipeline.stages[k + 1].site == "encoder":
-            continue  # The tower is behind all its cuts.
+            continue  # The tower is finished, with all its cuts.
         check_counts(stage, history.counts, [left[k] for left in planned])
     return x, history
 
@@ -79,7 +79,7 @@ def _live(fact: Any, need: Fact, live: Tensor | None) -> Any:
 
 
 def check_counts(stage: Stage, left: Sequence[int], planned: Sequence[int]) -> None:
-    """Refuses what does not fill the placeholders that the prompts hold already.
+    """Refuses counts that do not fill the placeholders already in the prompts.
 
     Raises:
         RuntimeError: names the stage.

@@ -1,4 +1,4 @@
-"""What is left of pictures as it enters the language model, for an engine that takes embeddings."""
+"""Kept embeddings of pictures as they enter the language model, for an engine that takes embeddings."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.serving import plan
 from vtoken.session import Session, session_of, whole
 
-BEFORE = ("frames", "encoder", "tokens")  # sites in front of the language model
+BEFORE = ("frames", "encoder", "tokens")  # sites before the language model
 
 
 def embeddings(model: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
     """Kept embeddings of every picture, for a stock vLLM that was started with `--enable-mm-embeds`.
 
-    The vision tower and the pipeline run, the decoder does not. Adaptive stages and those that read the prompt work:
-    what they read is `inputs`, so send the embeddings with the same prompt.
+    Runs the vision tower and the pipeline, but not the decoder. Adaptive stages and those that read the prompt work:
+    they read `inputs`, so send the embeddings with the same prompt.
 
     Args:
-        model: wrapped LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision, with stages in front of the decoder and `positions:
-            compact`, as vLLM numbers tokens.
-        inputs: of the processor, [B, L] `input_ids` and pixels; a batch may hold several prompts and pictures.
+        model: wrapped LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision, with stages before the decoder and `positions:
+            compact`, which is how vLLM numbers tokens.
+        inputs: from the processor, [B, L] `input_ids` and pixels; a batch may hold several prompts and pictures.
 
     Returns:
         For each picture, in the order of the prompts, [K, D] in the model's dtype and on its device: merged and
-        projected, newline tokens that stay included. vLLM takes `{"image": e[None]}` as `multi_modal_data`. Version
-        0.32 stops working when the pictures of one step have different K.
+            projected, including newline tokens that stay. vLLM takes `{"image": e[None]}` as `multi_modal_data`.
+            Version 0.32 stops working if the pictures of one step have different K.
 
     Raises:
-        UnsupportedError: the model is not wrapped, of another family, or has stages that act in the decoder or its
-            cache; the inputs hold no picture, or a video.
+        UnsupportedError: the model is not wrapped, belongs to another family, or has stages that act in the decoder or
+            its cache; the inputs hold no picture, or a video.
     """
     session = _checked(model)
     if "video" in pictured(dict(inputs)):
@@ -49,7 +49,7 @@ def embeddings(model: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
     mine = threading.get_ident()
 
     def stop(module: Any, args: tuple, kwargs: dict) -> None:
-        """Comes behind vtoken's own hook on the language model, which other threads may run meanwhile."""
+        """Runs after vtoken's own hook on the language model. Other threads may run the model meanwhile."""
         if threading.get_ident() == mine:
             raise _Entered(kwargs["inputs_embeds"])
 
@@ -68,7 +68,7 @@ def embeddings(model: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
 
 
 class _Entered(Exception):
-    """Ends a forward where the decoder would begin."""
+    """Ends a forward when it reaches the decoder."""
 
     def __init__(self, embeds: Tensor) -> None:
         self.embeds = embeds
@@ -79,7 +79,7 @@ def _checked(model: Any) -> Session:
     if session is None or session.boundary is None:
         raise UnsupportedError("the model is not wrapped with a pipeline that has stages: vtoken.wrap(model, ...)")
     family = session.adapter.model_type
-    # Where tokens are numbered by rows and columns, vLLM counts placeholders by the size of the picture.
+    # If tokens are numbered by rows and columns, vLLM derives the number of placeholders from the size of the picture.
     taken = [name for name, held in plan.FAMILIES.items() if held.positions == "compact"]
     if family not in taken:
         raise UnsupportedError(
@@ -100,7 +100,7 @@ def _checked(model: Any) -> Session:
 
 
 def _pictures(flow: Any, embeds: Tensor) -> list[Tensor]:
-    """[K, D] per picture of embeddings [B, P, D] in the layout of the prefill."""
+    """[K, D] per picture, from embeddings [B, P, D] in the layout of the prefill."""
     if not isinstance(flow, PrefillState):
         raise UnsupportedError("the inputs hold no picture; give what the processor makes of text and images")
     spans, left = flow.spans, flow.left()

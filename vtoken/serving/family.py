@@ -1,5 +1,5 @@
-"""What the plugin says of a family, and the families there are, found by their files. Read as vLLM starts, so nothing
-heavy is imported here."""
+"""How the plugin serves a family, and the families, found by their files. Read when vLLM starts, so it imports nothing
+heavy."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Family:
 
     Attributes:
         architecture: name of vLLM's model class.
-        model: module and class in its place.
-        tower: module and class that hold a pipeline against a checkpoint's config; they import no vLLM.
-        positions: the one policy that its placeholders allow.
-        text: pictures are keyed by their prompts where a stage reads those.
+        model: module and class that replace it.
+        tower: module and class that check a pipeline against a checkpoint's config; they import no vLLM.
+        positions: the only policy that its placeholders allow.
+        text: pictures are keyed by their prompts if a stage reads those.
         no_cuts: why stages may not drop tokens between layers of the vision tower; "" if they may.
         newlines: pictures have newline tokens; crops: they are cut into crops.
         frames_apart: text stands between the frames of a video.
@@ -37,7 +37,7 @@ class Family:
     frames_apart: bool = False
 
 
-MROPE: dict[str, Any] = {  # of the Qwens
+MROPE: dict[str, Any] = {  # for the Qwens
     "tower": "vtoken.serving._qwen_parts:QwenParts",
     "positions": "original",
     "no_cuts": "the blocks of its vision tower run no hooks in vLLM",

@@ -1,7 +1,7 @@
-"""An OpenAI-compatible server around a wrapped model, made of transformers' own parts.
+"""An OpenAI-compatible server around a wrapped model, built from transformers' own parts.
 
-The parts lie in `transformers.cli.serving`, which promises no stability: all that vtoken knows of them is in this file.
-Requests run one after the other, each as a call of `model.generate`, so every stage works that works there.
+The parts are in `transformers.cli.serving`, which promises no stability: only this file depends on them. Requests run
+one after the other, each as a call of `model.generate`, so every stage that works there works here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vtoken.config import Pipeline
 from vtoken.errors import UnsupportedError, VtokenError
 from vtoken.session import match_processor, trace, wrap
 
-# Arguments of `build_server` that are made here, and others -> who answers there, as transformers made it. Some
+# Arguments of `build_server` that are built here, and others -> module and class of transformers' own handler. Some
 # releases lack the last.
 OURS = ("model_manager", "chat_handler", "generation_state")
 OTHERS = {
@@ -38,7 +38,7 @@ OTHERS = {
     "systemone_handler": ("systemone", "SystemOneHandler"),
 }
 
-# What fetches pictures goes by one name in transformers, whichever package it is.
+# transformers uses this name for the package that fetches pictures, whichever it is.
 _FETCHES: Any = getattr(image_utils, "httpx", None)
 NOT_FETCHED = () if _FETCHES is None else (_FETCHES.HTTPError, _FETCHES.InvalidURL)
 
@@ -46,14 +46,14 @@ NOT_FETCHED = () if _FETCHES is None else (_FETCHES.HTTPError, _FETCHES.InvalidU
 def app_of(
     name: str, pipeline: Pipeline, load_model: Callable[[], Any], load_processor: Callable[[], Any]
 ) -> tuple[FastAPI, OneModel]:
-    """The server, with the model loaded and wrapped, and who holds the model.
+    """The server, with the model loaded and wrapped, and the manager that holds the model.
 
     Args:
-        name: what clients call the model.
+        name: name of the model for clients.
         load_model, load_processor: called now, and again at the first request after a `/reset`.
 
     Raises:
-        UnsupportedError: the stages do not go with the model, or this transformers has other server parts.
+        UnsupportedError: the stages do not fit the model, or this version of transformers has other server parts.
     """
     known = signature(build_server).parameters
     needed = {key for key, parameter in known.items() if parameter.default is Parameter.empty}
@@ -68,7 +68,7 @@ def app_of(
         if key in known:
             given[key] = getattr(import_module(f"transformers.cli.serving.{module}"), handler)(manager, state)
     app = build_server(**given)
-    for kind in (VtokenError, HTTPException, ValueError, *NOT_FETCHED):  # ValueError: a picture that cannot be read
+    for kind in (VtokenError, HTTPException, ValueError, *NOT_FETCHED):  # ValueError: an unreadable picture
         app.add_exception_handler(kind, _refused)
     return app, manager
 
@@ -90,10 +90,10 @@ class OneModel(ModelManager):
         return self.loaders[1]()
 
     def load_model_and_processor(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """As transformers does; `/load_model` could name another model.
+        """As in transformers, but `/load_model` may not name another model.
 
         Raises:
-            UnsupportedError: it does.
+            UnsupportedError: it names another model.
         """
         if model_id_and_revision != self.process_model_name(self.name):
             raise UnsupportedError(f"this server answers with {self.name!r} alone, not with {model_id_and_revision!r}")
@@ -103,7 +103,7 @@ class OneModel(ModelManager):
         return model, processor
 
     def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:  # type: ignore[override]
-        """What `/v1/models` lists: the name to write into requests (transformers lists all that was downloaded)."""
+        """What `/v1/models` lists: the name to use in requests (transformers lists everything in its cache)."""
         return [{"id": self.name, "object": "model", "owned_by": "vtoken", "created": self.since}]
 
     @staticmethod
@@ -112,9 +112,10 @@ class OneModel(ModelManager):
 
 
 class Asked:
-    """The model as one request sees it; keeps what its prefill left of the prompt.
+    """The model as seen by one request; stores what its prefill kept of the prompt.
 
-    Another request may run before the answer's `usage` is written, so this is read in the thread that generates.
+    Another request may run before the `usage` of the answer is written, so the trace is read in the thread that
+    generates.
     """
 
     def __init__(self, model: Any, traced: bool) -> None:
@@ -132,7 +133,7 @@ class Asked:
         try:
             return self.wrapped.generate(streamer=Stream(self, streamer), **inputs)
         except VtokenError as error:
-            # The handler puts the message between quotation marks as it is.
+            # The handler puts the message between quotation marks without escaping it.
             raise VtokenError(json.dumps(str(error))[1:-1]) from error
 
     def count(self) -> None:
@@ -150,7 +151,7 @@ class Asked:
 
 
 class Stream:
-    """A streamer that counts before it ends: the handler writes `usage` then."""
+    """A streamer that counts tokens before it ends, because the handler then writes `usage`."""
 
     def __init__(self, asked: Asked, streamer: Any) -> None:
         self.asked, self.put, self.finish = asked, streamer.put, streamer.end
@@ -164,7 +165,7 @@ _ASKED: ContextVar[Asked] = ContextVar("_ASKED")
 
 
 class Chat(ChatCompletionHandler):
-    """Answers chat completions; `usage.prompt_tokens_details` tells what pruning left."""
+    """Answers chat completions; `usage.prompt_tokens_details` reports what pruning kept."""
 
     model_manager: OneModel
 
@@ -185,7 +186,7 @@ class Chat(ChatCompletionHandler):
 
 
 def detailed(answer: dict[str, Any]) -> dict[str, Any]:
-    """What an answer is built of; its `usage`, if it has one, with what is known of the prefill of this request."""
+    """The arguments of an answer; its `usage`, if any, is extended by the token counts of this request's prefill."""
     usage, counts = answer.get("usage"), _ASKED.get().counts
     if usage is None or not counts:
         return answer
@@ -194,6 +195,6 @@ def detailed(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:
-    """What transformers, a stage or the model cannot do with this request, where OpenAI's clients look for it."""
+    """The reason why transformers, a stage or the model refused this request, where OpenAI's clients look for it."""
     message, status = (error.detail, error.status_code) if isinstance(error, HTTPException) else (str(error), 400)
     return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=status)

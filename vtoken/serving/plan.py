@@ -1,5 +1,5 @@
-"""The pipeline in a model's config, what of it vLLM can serve, and how many tokens it leaves: all known before anything
-is encoded. Importing this imports no torch."""
+"""The pipeline in a model's config, which part of it vLLM can serve, and how many tokens it keeps: all known before
+anything is encoded. Importing this file does not import torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vtoken.hooks.state.run import ImageLayout
     from vtoken.stages import Stage
 
-KEY = "vtoken"  # of the model's config: --hf-overrides '{"vtoken": "fastervlm-64"}'
+KEY = "vtoken"  # key in the model's config: --hf-overrides '{"vtoken": "fastervlm-64"}'
 ELSEWHERE = "serve the pipeline with transformers (`vtoken serve`), or leave the stage out"
 
 FAMILIES = families()
@@ -34,10 +34,10 @@ SITES = {
 
 
 def pipeline_of(hf_config: Any) -> Pipeline | None:
-    """The pipeline in a model's config, or written over it; None where there is none, or one that does nothing.
+    """The pipeline in a model's config or its overrides; None if there is none, or if it does nothing.
 
     Raises:
-        ConfigError: it does not read, or stands where vLLM's models do not look.
+        ConfigError: it cannot be read, or is in a part of the config that vLLM's models do not read.
     """
     given = getattr(hf_config, KEY, None)
     if given is None:
@@ -59,7 +59,7 @@ def _acts(pipeline: Pipeline) -> bool:
 
 
 def options(pipeline: Pipeline, given: Any, model_config: Any) -> list[str]:
-    """What stands behind `vllm serve MODEL` for a pipeline that was written like `given`.
+    """The options to append to `vllm serve MODEL` for a pipeline that was written as `given`.
 
     Raises:
         UnsupportedError: vLLM cannot serve it.
@@ -73,7 +73,7 @@ def options(pipeline: Pipeline, given: Any, model_config: Any) -> list[str]:
 
 
 def check_processor_options(options: Mapping[str, Any] | None) -> None:
-    """Refuses a pipeline, or a budget, among the options of the processor, where it would do nothing.
+    """Refuses a pipeline among the options of the processor, where it would have no effect.
 
     Raises:
         ConfigError: there is one.
@@ -93,7 +93,7 @@ def _load(written: str) -> Pipeline:
 
 
 def check(pipeline: Pipeline, family: str) -> None:
-    """Holds a pipeline against what vLLM can do.
+    """Checks a pipeline against what vLLM supports.
 
     Args:
         family: `model_type` of the model's config.
@@ -111,10 +111,10 @@ def check(pipeline: Pipeline, family: str) -> None:
 
 
 def check_model(pipeline: Pipeline, family: str, model_config: Any) -> None:
-    """Holds a pipeline against what vLLM can do with a checkpoint of the family.
+    """Checks a pipeline against what vLLM supports for a checkpoint of the family.
 
     Raises:
-        UnsupportedError: as `check` does; or the pipeline does not go with the checkpoint.
+        UnsupportedError: as in `check`; or the pipeline does not fit the checkpoint.
     """
     check(pipeline, family)
     module, _, name = FAMILIES[family].tower.partition(":")
@@ -122,14 +122,15 @@ def check_model(pipeline: Pipeline, family: str, model_config: Any) -> None:
 
 
 def pictures_only(pipeline: Pipeline, family: str) -> bool:
-    """Whether no video can be served: text stands between frames, of which not every one is known to leave as much."""
+    """Whether videos cannot be served: text stands between frames, and some stage may not keep the same number of
+    tokens of each."""
     budgets = [getattr(stage, "keep", None) for stage in pipeline.stages]
     by_frames = all(budget is not None and budget.per == "per_frame" for budget in budgets)
     return FAMILIES[family].frames_apart and not by_frames
 
 
 def refusal(stage: Stage, family: str, before: Sequence[Stage] = ()) -> str:
-    """Why vLLM cannot serve a stage on a family behind those `before` it, and what can be done; "" if it can."""
+    """Why vLLM cannot serve a stage on a family after the stages `before` it, and what to do; "" if it can."""
     held, budget = FAMILIES[family], getattr(stage, "keep", None)
     if stage.site in SITES:
         return f"it acts at site {stage.site}; {SITES[stage.site]}"
@@ -159,21 +160,21 @@ def _before(pipeline: Pipeline) -> list[tuple[Stage, ...]]:
 
 
 def _known_beforehand(stage: Stage, before: Sequence[Stage], whole: bool) -> bool:
-    """Whether the number of tokens that it leaves follows from the picture's size, as `counts` works it out. Of stages
-    inside the tower the last cut counts.
+    """Whether the number of kept tokens follows from the picture's size, as `counts` computes it. For stages inside the
+    tower, the last cut counts.
 
     Args:
-        whole: no padding was cut off crops.
+        whole: no padding was removed from crops.
     """
     if stage.counts_are_exact(whole=whole and not before):
         return True
-    # How many tokens a crop or frame holds is known until a budget of another kind was spent.
+    # The number of tokens per crop or frame is known until a stage with another kind of budget has run.
     per = _per(stage)
     return per is not None and all(_per(each) == per for each in before) and stage.counts_are_exact()
 
 
 def _per(stage: Stage) -> str | None:
-    """Of what its budget is: "per_frame", "per_crop" or None."""
+    """The unit of its budget: "per_frame", "per_crop" or None."""
     budget = getattr(stage, "keep", None)
     return None if budget is None else budget.per
 
@@ -220,15 +221,15 @@ def _reads_text(stage: Stage) -> bool:
 
 
 def reads_text(pipeline: Pipeline | None) -> bool:
-    """Whether what is kept of a picture depends on the prompt around it."""
+    """Whether the kept tokens of a picture depend on the prompt around it."""
     return pipeline is not None and any(_reads_text(stage) for stage in pipeline.stages)
 
 
 def counts(pipeline: Pipeline, layout: ImageLayout) -> tuple[int, ...]:
-    """Tokens left of one picture or video after every stage, newlines not counted.
+    """Tokens kept of one picture or video after every stage, without newlines.
 
     Args:
-        layout: its rasters, and, where it is cut into crops or frames, the segment of each token.
+        layout: its rasters and, if it is cut into crops or frames, the segment of each token.
     """
     length = layout.tokens
     if length < pipeline.min_visual_tokens:
@@ -238,7 +239,7 @@ def counts(pipeline: Pipeline, layout: ImageLayout) -> tuple[int, ...]:
     for stage in pipeline.stages:
         if segments is not None and _per(stage):
             budget = stage.keep  # type: ignore[attr-defined]
-            # A per_crop budget takes a video as one segment, a per_frame budget a picture.
+            # A per_crop budget treats a video as one segment, a per_frame budget a picture.
             alike = (len(layout.parts) == 1) == (budget.per == "per_frame")
             segments = [min(n, budget.tokens) for n in segments] if alike else segments
             length = sum(segments) if alike else min(length, budget.tokens)
@@ -249,32 +250,32 @@ def counts(pipeline: Pipeline, layout: ImageLayout) -> tuple[int, ...]:
 
 
 def kept(pipeline: Pipeline | None, layout: ImageLayout) -> int:
-    """Tokens left of one picture or video, newlines not counted."""
+    """Tokens kept of one picture or video, without newlines."""
     return layout.tokens if pipeline is None else counts(pipeline, layout)[-1]
 
 
 def newlines(pipeline: Pipeline | None, layout: ImageLayout) -> int:
-    """Newline tokens that stay of a picture: all of one that is too small for the stages, whatever the policy."""
+    """Newline tokens kept of a picture. A picture that is too small for the stages keeps all, whatever the policy."""
     if pipeline is not None and pipeline.newline == "drop" and layout.tokens >= pipeline.min_visual_tokens:
         return 0
     return layout.length - layout.tokens
 
 
 def placeholders(pipeline: Pipeline | None, layout: ImageLayout) -> int:
-    """What a picture or video takes in the prompt: tokens and newlines."""
+    """Number of placeholders of a picture or video in the prompt: tokens and newlines."""
     return kept(pipeline, layout) + newlines(pipeline, layout)
 
 
 def fingerprint(pipeline: Pipeline, prompt: list[int]) -> str:
-    """What the key of every cached picture says of the pipeline, and of the prompt (token ids) where a stage reads
-    it."""
+    """A digest of the pipeline and, if a stage reads it, of the prompt (token ids), for the key of every cached
+    picture."""
     key = _written(pipeline) + (repr(prompt) if reads_text(pipeline) else "")
     return blake2b(key.encode(), digest_size=16).hexdigest()
 
 
 @lru_cache(maxsize=32)
 def _written(pipeline: Pipeline) -> str:
-    """The pipeline, this version, and what is in the files that stages name."""
+    """The pipeline, this version, and the contents of the files that stages name."""
     from vtoken import config
 
     files = [getattr(stage, option) for stage in pipeline.stages for option in stage.file_options()]

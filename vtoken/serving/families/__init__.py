@@ -1,1 +1,1 @@
-"""Families that vLLM serves, a file each, called like its `model_type`."""
+"""Families that vLLM serves, one file each, named after its `model_type`."""
