@@ -1,4 +1,4 @@
-"""DToMe: merge all sufficiently similar tokens in the vision encoder, so that plain pictures lose more of them."""
+"""DToMe: merge all sufficiently similar tokens in the vision encoder, so plain pictures lose more."""
 
 from __future__ import annotations
 

@@ -44,9 +44,7 @@ class FlowCut(Pruner):
     )
     site: ClassVar[Site] = "encoder"
 
-    at: tuple[int, ...] | None = Field(
-        None, min_length=1, description="layers after which it scores: all but the last two"
-    )
+    at: tuple[int, ...] | None = Field(None, min_length=1, description="layers it reads: all but the last two")
     relevance: bool = Field(default=True, description="count the relevance to the CLS value (authors on Qwen: no)")
     momentum: float = Field(default=0.5, ge=0, lt=1, description="share of the past in the cumulated score")
     reference_quirks: bool = Field(default=False, description="all pictures of a batch lose as many as any of them")
