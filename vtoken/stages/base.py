@@ -90,9 +90,9 @@ class Stage(BaseModel):
         raise NotImplementedError(f"stage {self.name} asks for text_attention and defines no query_tokens()")
 
     def unmerge_mode(self) -> Unmerging | None:
-        """At site attention: not None if a merged token attends, and is attended to, at the positions of all its
-        members. The KV cache then holds keys and values of every position ("expanded"), or one key and value per merged
-        token ("merged")."""
+        """At site attention, how a stage with virtual unmerging caches, else None. A merged token then attends, and is
+        attended to, at the positions of all its members; the KV cache holds keys and values of every position
+        ("expanded"), or one key and value per merged token ("merged")."""
         return None
 
     def expected_counts(
@@ -149,7 +149,7 @@ class Pruner(Stage):
         """Treats segments as images of their own, for budgets per frame or crop.
 
         Returns:
-            order [ΣN] of the tokens, segment by segment (the tokens of different crops alternate in reading order);
+            order [ΣN] of the tokens, segment by segment (in reading order, the tokens of different crops alternate);
                 tokens per segment; tokens to keep per segment; tokens to keep per image.
         """
         image, segment = image_of(tokens.lengths, tokens.x.device), self._segments(tokens)

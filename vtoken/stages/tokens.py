@@ -29,8 +29,8 @@ class VisualTokens:
     """The visual tokens of one prefill, packed over images of any length.
 
     At site frames an entry is not a token but a frame of a video (Qwen: a pair of frames), before encoding: `x` holds
-    the normalised pixels of its thumbnail, float32 [ΣF, channels * height * width], and `parts` is ((frames, 1, 1),);
-    an image has one frame.
+    the normalised pixels of its thumbnail, float32 [ΣF, channels * height * width], and `parts` is ((frames, 1, 1),); a
+    picture has one frame.
 
     Attributes:
         x: [ΣN, D] embeddings (hidden states at encoder and decoder sites).
@@ -129,7 +129,7 @@ def segments_of(parts: Parts, per: str) -> int:
 
 @dataclass(frozen=True)
 class Fused:
-    """Slots that do not become the mean of their members' embeddings, but this.
+    """Slots that become the mean of their members times a factor, instead of the plain mean of their embeddings.
 
     Attributes:
         slots: [M] int64 kept slots (0..ΣK-1).
