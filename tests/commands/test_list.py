@@ -86,7 +86,7 @@ def test_list_of_one_stage(capsys: pytest.CaptureFixture[str]) -> None:
     said = " ".join(out.split())
     assert said.startswith("fastv: a pruner at site decoder FastV: drop the visual tokens")
     assert "layer=2 K, the first decoder layer that sees fewer tokens (a whole number >= 1)" in said
-    assert 'keep="50%" tokens left behind the cut; the authors drop half (a count per image (64)' in said
+    assert 'keep="50%" tokens left after the cut; the authors drop half (a count per image (64)' in said
     assert "llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl: yes" in said
     assert "fastv-50 FastV (https" in said and 'example vtoken.wrap(model, "fastv")' in said
 
