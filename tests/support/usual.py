@@ -32,7 +32,7 @@ def stage(name: str, seed: int | None = None, **options: Any) -> Stage:
     """The stage by name; what it has of the usual options is set (the tiny towers and decoders have 4 layers). `seed`
     draws gates of dyvte that let images go."""
     cls = registry.stage(name)
-    usual = {"keep": 5, "local_layer": 1, "r": 2, "table": (200, 100, 50), "min_len": 0}
+    usual = {"keep": 5, "local_layer": 1, "object_layer": 1, "r": 2, "table": (200, 100, 50), "min_len": 0}
     own = {key: value for key, value in {**usual, **options}.items() if key in cls.model_fields}
     if name == "dyvte":
         own["gates"] = gates.file(seed)
