@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
     if _command(args) == _command(argparse.Namespace(**vars(CommandOptions()), budgets=None)):
         print("takes about a minute of one core, no GPU", file=sys.stderr)
     set_threads(1)  # So small a model gains nothing from more, and loses where cores are busy.
-    with progress() as tell:
-        report = demo.run(asked.model, args.budgets, asked.limit, asked.all, _command(args), tell)
+    with progress():
+        report = demo.run(asked.model, args.budgets, asked.limit, asked.all, _command(args))
     args.out.mkdir(parents=True, exist_ok=True)
     page = args.out / "report.html"
     page.write_text(render(report), encoding="utf-8")

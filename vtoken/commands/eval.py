@@ -97,8 +97,8 @@ def run(args: argparse.Namespace) -> int:
     harness = Harness(tasks, [folder.resolve() for folder in asked.include], asked.prompts)
     options = {"device": asked.device, "lmms_eval_pixels": asked.lmms_eval_pixels, **asked.model_args()}
     model, command = VtokenModel(args.model, **options), shlex.join(["vtoken", *sys.argv[1:]])
-    with progress() as tell:
-        results = evaluate(model, pipelines, harness, asked.out, asked.limit, command, tell)
+    with progress():
+        results = evaluate(model, pipelines, harness, asked.out, asked.limit, command)
     written = publish(results.folder)
     if args.json:
         print(json.dumps(results.to_dict()))

@@ -82,12 +82,8 @@ def run(args: argparse.Namespace) -> int:
 
     set_threads(asked.threads)
     command = shlex.join(["vtoken", *sys.argv[1:]])
-    with progress(shown=ranks()[0] == 0) as tell:
-
-        def told(done: int, total: int, what: str) -> None:
-            tell(f"{done} of {total} points, {what}", done / total)
-
-        results = sweeping.run(sweep, asked.out, asked.workers, command, told, args.ray)
+    with progress(shown=ranks()[0] == 0):
+        results = sweeping.run(sweep, asked.out, asked.workers, command, args.ray)
     if results is None:
         return 0
     written = publish(results.folder)

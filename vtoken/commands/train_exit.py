@@ -6,9 +6,10 @@ import argparse
 import json
 import sys
 
-from vtoken.evals.calibrate._report import WEIGHTS, check_out, declare, steps
+from vtoken.evals.calibrate._report import WEIGHTS, check_out, declare
 from vtoken.evals.calibrate._train_exit_gates import Training, judge, layers_of, table, train
 from vtoken.evals.calibrate._training import kept_back
+from vtoken.evals.shared.bars import progress
 from vtoken.evals.shared.options import DeviceOptions, option
 
 DESCRIPTION = """\
@@ -55,12 +56,11 @@ def run(args: argparse.Namespace) -> int:
     check_out(args.out)
     given = samples.read(asked.data, asked.limit)
     back = kept_back(given, asked.data)
-    with steps() as step:
-        step("loading", 1)
+    with progress():
         model, processor = samples.load(args.model, asked.device, asked.dtype)
-        seen = table(model, processor, given, step("questions", len(given)))
+        seen = table(model, processor, given)
         known, kept = seen.rows(~back), seen.rows(back)
-        gates = train(known, asked, step("gates", len(layers_of(seen))))
+        gates = train(known, asked)
     found = judge(gates, kept)
     numbers = {"questions": len(known.leave), "kept_back": len(kept.leave)}
     numbers |= asked.model_dump(include=set(Training.model_fields))

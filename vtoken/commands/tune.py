@@ -103,10 +103,8 @@ def run(args: argparse.Namespace) -> int:
     objective: Any = given.objective
     like, keep = shape(generator, asked[0]), args.keep_accuracy
     search = Search(judge, space, given.out, like, objective, keep, given.first, given.seed, about)
-    with progress() as tell:
-        search.run(
-            given.trials, lambda done, what: tell(f"{done} of {given.trials} trials, {what}", done / given.trials)
-        )
+    with progress():
+        search.run(given.trials)
     files = search.write()
     if args.json:
         print(json.dumps(search.to_dict()))

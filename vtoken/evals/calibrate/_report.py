@@ -1,22 +1,18 @@
-"""How every method of `vtoken calibrate` tells how far it is and what it found: one JSON object, or a table and a
-sentence."""
+"""How every method of `vtoken calibrate` tells what it found: one JSON object, or a table and a sentence."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vtoken.config import dump, load
 from vtoken.errors import ConfigError
-from vtoken.evals.shared.bars import progress
 from vtoken.evals.shared.tables import Rows, show
 
-Step = Callable[[str, int], Callable[[int], None]]
 PIPELINE = {"help": "pipeline file to write (default: print it)"}
 WEIGHTS = {"help": "safetensors file to write", "required": True}
 
@@ -36,13 +32,6 @@ def check_out(out: Path | None) -> None:
     """Refuses a file that could not be written, before anything is computed."""
     if out is not None and not out.parent.is_dir():
         raise ConfigError(f"no folder {str(out.parent)!r} to write {out.name} into")
-
-
-@contextmanager
-def steps() -> Iterator[Step]:
-    """`step(name, total)` begins one and returns what is called with how much of it is done."""
-    with progress() as tell:
-        yield lambda name, total: lambda done: tell(name, done / total)
 
 
 def tell(

@@ -16,11 +16,11 @@ from torch import Tensor
 from vtoken import registry
 from vtoken.compressors._files import count, expect, opened
 from vtoken.errors import ConfigError
-from vtoken.evals.calibrate._batches import NEVER, SCHEDULES, SHARES, Learned, learner
-from vtoken.evals.calibrate._batches import schedule as merges_of
-from vtoken.evals.calibrate._report import WEIGHTS, check_out, steps, tell
+from vtoken.evals.calibrate._batches import NEVER, SCHEDULES, SHARES, Learned, learner, schedule
+from vtoken.evals.calibrate._report import WEIGHTS, check_out, tell
 from vtoken.evals.processors import apply
 from vtoken.evals.shared import models, whole
+from vtoken.evals.shared.bars import progress, say
 from vtoken.evals.shared.media import still, suffixes
 from vtoken.evals.shared.options import DeviceOptions, option
 from vtoken.hooks.state.context import Context
@@ -58,10 +58,8 @@ def run(args: argparse.Namespace) -> int:
     check_out(args.out)
     files = pictures(asked.images, asked.limit)
     model, processor = models.load_pair(args.model, asked.device, asked.dtype)
-    options = asked.model_dump(include={"budget", "schedule", "batch_size", "rounds"})
-    with steps() as step:
-        done = step("calibrating", len(files))
-        found = calibrate(model, processor.image_processor, files, args.out, **options, name=args.model, progress=done)
+    with progress():
+        found = calibrate(model, processor.image_processor, files, args.out, asked, args.model)
     thresholds, left = (found[name].tolist() for name in ("thresholds", "left"))
     rows = [("layer or round", "threshold", "tokens left")]
     rows += [
@@ -85,17 +83,7 @@ def pictures(folder: Path, limit: int | None = None) -> list[Path]:
 
 
 def calibrate(
-    model: Any,
-    image_processor: Any,
-    files: list[Path],
-    out: Path,
-    *,
-    budget: str = "mid",
-    schedule: str = "constant",
-    batch_size: int = 64,
-    rounds: int = 8,
-    name: str = "",
-    progress: Callable[[int], None] = lambda done: None,
+    model: Any, image_processor: Any, files: list[Path], out: Path, asked: Settings, name: str = ""
 ) -> dict[str, Tensor]:
     """Runs the tower over all pictures, writing `out` after every batch; goes on from `out` where that is the same
     calibration.
@@ -105,16 +93,16 @@ def calibrate(
     """
     adapter = registry.adapter(model.config.model_type)(model)
     behind = packed(adapter)
-    depth = rounds if behind else len(adapter.encoder.layers)
+    depth = asked.rounds if behind else len(adapter.encoder.layers)
     nominal = 1000 if behind else adapter.patches
-    each = round(SHARES[budget] * nominal / depth)
-    learned = Learned(merges_of(schedule, each * depth, depth), nominal)
+    each = round(SHARES[asked.budget] * nominal / depth)
+    learned = Learned(schedule(asked.schedule, each * depth, depth), nominal)
     about = {
         "method": "dtome_post" if behind else "dtome",
         "model": name,
-        "budget": budget,
-        "schedule": schedule,
-        "batch_size": str(batch_size),
+        "budget": asked.budget,
+        "schedule": asked.schedule,
+        "batch_size": str(asked.batch_size),
         "pictures": digest(files),
         "dtype": str(model.dtype),
         **({} if behind else {"order": "anew"}),  # not so in files of before
@@ -123,13 +111,12 @@ def calibrate(
     stage = learner(registry.stage(about["method"]), learned)
     with torch.inference_mode():
         encode = _packed(adapter, stage) if behind else _padded(adapter, stage)
-        for start in range(learned.batches * batch_size, len(files), batch_size):
-            progress(start)
-            batch = files[start : start + batch_size]
+        for start in range(learned.batches * asked.batch_size, len(files), asked.batch_size):
+            say("calibrating", start / len(files))
+            batch = files[start : start + asked.batch_size]
             encode(apply(image_processor, f"{batch[0]} to {batch[-1]}", images=[_open(f) for f in batch]))
             learned.batches += 1
             whole.write(out, save(learned.tensors(), {**about, "batches": str(learned.batches)}))
-    progress(len(files))
     return learned.tensors()
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from vtoken.compressors.attention._seer import SIZES, save
 from vtoken.compressors.attention.seerattention import SeerAttention
-from vtoken.evals.calibrate._report import WEIGHTS, check_out, steps, tell
+from vtoken.evals.calibrate._report import WEIGHTS, check_out, tell
 from vtoken.evals.calibrate._train_block_gates import Training, judge, train, watch
 from vtoken.evals.calibrate._training import kept_back
+from vtoken.evals.shared.bars import progress
 from vtoken.evals.shared.options import DeviceOptions, option
 from vtoken.evals.shared.samples import ABOUT, load, read
 
@@ -45,12 +46,11 @@ def run(args: argparse.Namespace) -> int:
     check_out(args.out)
     given = read(asked.data, asked.limit)
     back = kept_back(given, asked.data).tolist()
-    with steps() as step:
-        step("loading", 1)
+    with progress():
         model, processor = load(args.model, asked.device, asked.dtype)
-        seen = watch(model, processor, given, asked.size, step("prompts", len(given)))
+        seen = watch(model, processor, given, asked.size)
         known, kept = ([s for s, b in zip(seen, back, strict=True) if b == which] for which in (False, True))
-        gates = train(known, asked, model.device, step("gates", asked.steps * len(known[0])))
+        gates = train(known, asked, model.device)
     defaults: Any = {name: field.default for name, field in SeerAttention.model_fields.items()}
     threshold = defaults["threshold"] if asked.threshold is None else asked.threshold
     found = judge(gates, kept, asked.seed, asked.size, threshold, defaults["last"])
