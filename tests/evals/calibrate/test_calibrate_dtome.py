@@ -51,7 +51,8 @@ class Pixels:
 
 
 def calibrate(model, pixels, files, out, **options):
-    return dtome.calibrate(model, pixels, files, out, dtome.Settings(images=files[0].parent, **options))
+    asked = dtome.Settings(model="", images=files[0].parent, out=out, **options)
+    return dtome.calibrate(model, pixels, files, asked)
 
 
 def test_schedules():

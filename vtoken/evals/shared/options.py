@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, Self, get_args, get_origin
@@ -26,12 +26,39 @@ BOUNDS = {
 
 
 def option(
-    default: Any, description: str, metavar: str | None = None, choices: Sequence[Any] | None = None, **bounds: Any
+    default: Any,
+    description: str,
+    metavar: str | None = None,
+    choices: Sequence[Any] | None = None,
+    *,
+    flags: tuple[str, ...] = (),
+    group: str | None = None,
+    read: Callable[[str], Any] | None = None,
+    bare: str | None = None,
+    **bounds: Any,
 ) -> Any:
-    """A field of `Options`: its meaning, what a command's help calls its value, and what it may be. `...` is no
-    default."""
-    extra: Any = {"about": (metavar, choices)}
+    """A field of `Options`: its meaning, and what it may be. `...` is no default. The rest is for the command line.
+
+    Args:
+        metavar: what the help calls its value.
+        flags: how it is written, in place of --ITS-NAME.
+        group: options of one group exclude each other.
+        read: makes a value of the text.
+        bare: what the flag without a value stands for.
+        bounds: as pydantic's `Field` takes them.
+    """
+    extra: Any = {"metavar": metavar, "choices": choices, "flags": flags, "group": group, "read": read, "bare": bare}
     return Field(default, description=description, json_schema_extra=extra, **bounds)
+
+
+def argument(metavar: str, description: str, default: Any = ...) -> Any:
+    """A field of `Options` that commands take without a flag."""
+    return option(default, description, metavar, group="positional")
+
+
+def as_json(description: str = "print one JSON object and nothing else", group: str | None = None) -> Any:
+    """The option --json, which help shows last."""
+    return option(False, description, flags=("--json",), group=group)
 
 
 class Options(BaseModel):
@@ -63,27 +90,48 @@ class Options(BaseModel):
 
     @classmethod
     def add_to(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares every field as an option of a command."""
-        for name, field in cls.model_fields.items():
-            text = re.sub(r"%(?!\()", "%%", field.description or "")
-            if field.annotation is bool:
-                parser.add_argument(flag(name), action="store_true", help=text)
-                continue
-            many, kind = _kind(field.annotation)
+        """Declares every field as an option or argument of a command."""
+        groups: dict[str, Any] = {}
+        for name, field in sorted(cls.model_fields.items(), key=lambda item: item[0] == "in_json"):
             extra: Any = field.json_schema_extra
-            metavar, choices = extra["about"]
-            required = field.is_required()
+            text, required, group = (
+                re.sub(r"%(?!\()", "%%", field.description or ""),
+                field.is_required(),
+                extra["group"],
+            )
+            many, kind = _kind(field.annotation)
+            if group == "positional":
+                count = ("+" if required else "*") if many else None if required else "?"
+                own = None if required else field.default
+                parser.add_argument(name, type=kind, nargs=count, default=own, metavar=extra["metavar"], help=text)
+                continue
+            where: Any = parser
+            if group is not None:
+                where = groups[group] = groups.get(group) or parser.add_mutually_exclusive_group()
+            flags = extra["flags"] or (flag(name),)
+            if field.annotation is bool:
+                where.add_argument(*flags, dest=name, action="store_true", help=text)
+                continue
             has_default = not required and field.default not in (None, ()) and "(default" not in text
-            parser.add_argument(
-                flag(name),
-                type=TYPES.get(kind, kind),
+            where.add_argument(
+                *flags,
+                dest=name,
+                type=extra["read"] or TYPES.get(kind, kind),
                 default=None if required else field.default,
                 required=required,
-                nargs="+" if many else None,
-                choices=choices,
-                metavar=metavar if choices else metavar or METAVARS.get(kind),
+                nargs="+" if many else None if extra["bare"] is None else "?",
+                const=extra["bare"],
+                choices=extra["choices"],
+                metavar=extra["metavar"] if extra["choices"] else extra["metavar"] or METAVARS.get(kind),
                 help=f"{text} (default: %(default)s)" if has_default else text,
             )
+
+
+def declare(parser: argparse.ArgumentParser, command: Any) -> None:
+    """Fills in the parser of a command, a module with DESCRIPTION, EXAMPLES, Settings, and run(settings)."""
+    parser.description, parser.epilog = command.DESCRIPTION, command.EXAMPLES
+    command.Settings.add_to(parser)
+    parser.set_defaults(settings=command.Settings)
 
 
 def flag(name: str) -> str:
@@ -167,6 +215,13 @@ class DeviceOptions(Options):
 
     device: str | None = option(None, "cpu, cuda, cuda:1 (default: the GPU if there is one)")
     dtype: str | None = option(None, "float32, bfloat16 or float16 (default: the model's own)")
+
+
+class ModelCommand(DeviceOptions):
+    """A command about one model."""
+
+    model: str = argument("MODEL", "shipped model (tiny-llava), local folder or hub name")
+    in_json: bool = as_json()
 
 
 class SpeedOptions(Workload):
