@@ -95,7 +95,7 @@ def run(given: Settings) -> None:
     generator = TextGenerator(*load_pair(given.model, given.device, given.dtype, given.revision))
     with progress():
         judge = Judge(generator, asked, quality, given.batch_size, tasks, given.first)
-    about = {"model": given.model, "revision": given.revision, "dtype": str(generator.model.dtype)}
+    about: dict[str, Any] = {"model": given.model, "revision": given.revision, "dtype": str(generator.model.dtype)}
     about |= {"batch_size": given.batch_size, "samples": samples.fingerprint(asked)}
     if judge.relative is not None:
         about |= {"scorers": judge.relative.tasks.names, "lmms_eval": version("lmms-eval")}
