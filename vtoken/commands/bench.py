@@ -172,7 +172,9 @@ def _advice(name: str, found: Measured) -> str:
 
 def cells(measured: Bench) -> list[tuple[str, ...]]:
     """Head and rows as text; columns that are empty throughout are left out."""
-    rows = [tuple(COLUMNS), *(tuple(cell(row) for cell in COLUMNS.values()) for row in measured.rows)]
+    from vtoken.evals.shared.tables import table
+
+    rows = table(COLUMNS, measured.rows)
     used = [any(row[column] for row in rows[1:]) for column in range(len(COLUMNS))]
     return [tuple(cell for cell, use in zip(row, used, strict=True) if use) for row in rows]
 

@@ -13,6 +13,7 @@ from vtoken import registry
 from vtoken.config.yaml_source import read
 from vtoken.errors import ConfigError, unknown
 from vtoken.evals.lmms.suites import KNOWN
+from vtoken.evals.shared.tables import markdown
 
 FOLDER = Path(__file__).parent / "papers"
 
@@ -191,7 +192,7 @@ def _section(method: str, table: Table, results: Mapping[str, Any] | None) -> st
                 (f"{method} {row.tokens}", "not run", *["-"] * len(table.columns), "", "no preset stands for this row")
             )
     head = ("row", "", *table.columns, "% of dense as printed", "source")
-    text.append("\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)))
+    text.append(markdown([head, *lines]))
     differs = [
         f"{name}: {COLUMNS[name].differs}" for name in table.columns if name in COLUMNS and COLUMNS[name].differs
     ]
