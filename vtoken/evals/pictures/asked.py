@@ -35,10 +35,7 @@ def prepare(processor: Any, media: Media, question: str, model: Any) -> Any:
         text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
     else:
         text = f"{getattr(processor, f'{kind}_token', f'<{kind}>') * media.items}\n{question}"
-    inputs = apply(processor, "this", text=text, **given).to(model.device)
-    for name in {"pixel_values", "pixel_values_videos"} & set(inputs):
-        inputs[name] = inputs[name].to(model.dtype)
-    return inputs
+    return apply(processor, "this", model, text=text, **given)
 
 
 class Answer(NamedTuple):

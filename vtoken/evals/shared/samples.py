@@ -94,8 +94,7 @@ def load(name: str, device: str | None = None, dtype: str | None = None) -> tupl
 def prepare(model: Any, processor: Any, sample: Sample) -> dict[str, Tensor]:
     """Model inputs of one sample, batch 1, on the model's device and in its dtype."""
     text = reference.prompt(processor, sample.question)
-    inputs = processors.apply(processor, str(sample.image), images=[[media.still(sample.image)]], text=text)
-    return {k: v.to(model.device, model.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+    return dict(processors.apply(processor, str(sample.image), model, images=[[media.still(sample.image)]], text=text))
 
 
 @torch.no_grad()
