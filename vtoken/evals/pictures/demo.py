@@ -16,8 +16,9 @@ from vtoken.errors import VtokenError
 from vtoken.evals import reference
 from vtoken.evals.cost.flops import account, picture_size
 from vtoken.evals.pictures.demo_pipelines import DemoPipelines, applied, choose, prefill
-from vtoken.evals.pictures.overlay import drawn, owners, scaled, views
+from vtoken.evals.pictures.overlay import scaled
 from vtoken.evals.pictures.report import Case, Panel, Report, Row
+from vtoken.evals.pictures.traced import for_page
 from vtoken.evals.processors import apply
 from vtoken.evals.shared.bars import say
 from vtoken.evals.shared.machine import processor_name, versions
@@ -181,10 +182,7 @@ def case(
             shown = scaled(picture, 480)
         else:
             seen = prefill(model, pipeline, prompt)
-            (rasters,) = views(processor, prompt.get("pixel_values"), Media((picture,)), seen.parts)
-            # The page scales pictures to about 260 pixels; labels of several rasters must stay legible there.
-            side = 480 if len(rasters) == 1 else 240
-            shown = drawn(rasters, seen.parts[0], seen.kept[0], owners(seen, 0), side=side, columns=1)
+            (shown,) = for_page(processor, prompt, Media((picture,)), seen, columns=1)
         right = bool(reference.score([question], [answers[label]])[question.kind][0])
         panels.append(Panel(label, answers[label], right, shown))
     return Case(question.question, question.answer, tuple(panels))
