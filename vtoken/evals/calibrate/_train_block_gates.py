@@ -1,4 +1,4 @@
-"""SeerAttention's gates: what a model attends to, block by block, and gates that learn to tell."""
+"""SeerAttention's gates: which blocks a model attends to, and how gates learn to predict it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Seen:
 
 
 class Recorder(SparseAttention):
-    """Reads everything and keeps, layer by layer, what gates learn from. No paper: a tool."""
+    """Keeps the attention dense and records, layer by layer, what gates learn from. No paper: a tool."""
 
     name: ClassVar[str] = "recorder"
     rope: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""DyVTE's gates: which exits would have changed nothing, and gates that learn to tell."""
+"""DyVTE's gates: which exits would have changed nothing, and how gates learn to predict it."""
 
 from __future__ import annotations
 
@@ -107,10 +107,9 @@ def judge(gates: dict[int, Gate], seen: Table) -> dict[str, list[float]]:
     """How gates do on samples.
 
     Returns:
-        stay [L]: share of samples whose images each layer still sees. Of the gates, before layers 1 to L - 1:
-            `may_leave`, share of samples
-        that an exit does not change; `accuracy`; `harmful`, share of all samples that leave there though it changes
-        something.
+        `stay` [L]: share of samples whose images each layer still sees. Of the gates before layers 1 to L - 1:
+        `may_leave`, share of samples that an exit there does not change; `accuracy`; `harmful`, share of all samples
+        that leave there although it changes something.
     """
     out = torch.stack([logits(gates[k], seen.shown[:, k - 1]).diff(dim=1)[:, 0] > 0 for k in layers_of(seen)], 1)
     stay = (out.cumsum(1) == 0).double()

@@ -33,7 +33,7 @@ QUERIES = 256  # rows of an attention map held at once
 
 
 class Search(SparseAttention):
-    """Reads everything and keeps, per layer and head, the pattern that recalls most. No paper: a tool."""
+    """Keeps the attention dense and records, per layer and head, the pattern that recalls most. No paper: a tool."""
 
     name: ClassVar[str] = "search"
     min_len: int = 0

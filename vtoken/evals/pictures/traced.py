@@ -1,4 +1,4 @@
-"""Pictures of a trace: everything that it tells of the prompt's images, as one picture."""
+"""A trace as pictures: which cells of the prompt's images were kept, dropped and merged."""
 
 from __future__ import annotations
 

@@ -144,19 +144,13 @@ def tasks(chosen: Sequence[Table], judge: bool = False) -> list[str]:
     return [name for name in dict.fromkeys(names) if judge or name not in KNOWN or not KNOWN[name].judge]
 
 
-def command(table: Table, method: str) -> str | None:
+def command(table: Table) -> str | None:
     """The command that measures a table's rows here; None where none of them can be."""
     names = pipelines([table])
     if not names:
         return None
-    words = (
-        "vtoken eval",
-        table.model,
-        f"--pipelines {' '.join(names)}",
-        f"--tasks {','.join(tasks([table]))}",
-        table.options,
-    )
-    return " ".join(word for word in words if word)
+    asked = f"--pipelines {' '.join(names)} --tasks {','.join(tasks([table]))}"
+    return f"vtoken eval {table.model} {asked} {table.options}".rstrip()
 
 
 def beside(method: str, results: Mapping[str, Any] | None = None, model: str | None = None) -> str:
@@ -199,7 +193,7 @@ def _section(method: str, table: Table, results: Mapping[str, Any] | None) -> st
     missing = [name for name in table.columns if name not in COLUMNS]
     differs += [f"{', '.join(missing)}: no task of vtoken's suites"] if missing else []
     text.append("In brackets: % of the dense row beside it; compare these. ?: suspect. " + ". ".join(differs) + ".")
-    run = command(table, method)
+    run = command(table)
     text.append(
         f"What is run: `{run}`"
         if run

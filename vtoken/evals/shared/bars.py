@@ -1,4 +1,4 @@
-"""How far a command is: a bar on a terminal, elsewhere a line every few seconds."""
+"""Progress of a command: a bar on a terminal, elsewhere a line every few seconds."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def say(what: str, share: float | None = None) -> None:
 
 
 def mute() -> None:
-    """Nothing is told by this process any more."""
+    """Silences this process."""
     from tqdm import tqdm
 
     _telling[:] = [lambda what, share: None]

@@ -99,8 +99,8 @@ def prepare(model: Any, processor: Any, sample: Sample) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def answer_of(model: Any, processor: Any, sample: Sample, inputs: dict[str, Tensor], most: int) -> Tensor:
-    """[A] ids of the sample's answer and the end token; without one, of what the model says (greedy, at most so many
-    tokens)."""
+    """[A] token ids of the sample's answer, the end token included, or of the model's own greedy answer if it has none;
+    at most `most`."""
     if sample.answer is None:
         said: Tensor = model.generate(**inputs, do_sample=False, max_new_tokens=most)
         return said[0, inputs["input_ids"].shape[1] :]

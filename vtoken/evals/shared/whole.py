@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and those of others: read with one sentence about what is wrong, never a
+"""Files that are written whole or not at all; what others wrote is read with one sentence about what is wrong, never a
 traceback."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Trials: quality up, cost down, stopped early where the first samples tell that they lead nowhere; resumable."""
+"""Optuna trials that raise quality and lower cost. A trial whose first samples are poor stops early; a study can be
+resumed."""
 
 from __future__ import annotations
 

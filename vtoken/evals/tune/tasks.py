@@ -24,7 +24,7 @@ Key = tuple[str, str, int, int]  # task as it was asked for, its leaf, document,
 
 
 class Speaker(lmms):
-    """Looks like a model to lmms-eval: keeps what it is asked, and says what it was told to, else nothing."""
+    """Stands in for a model: records what lmms-eval asks, and replies with the answers it was given, else with none."""
 
     is_simple = False
     batch_size = 1
