@@ -17,6 +17,7 @@ from vtoken.errors import ConfigError, shown
 ImageSize = int | tuple[int, int]
 FRAMES = 8  # of a video, where no other number is asked for
 VIDEO = "a folder of frames, an animated GIF or WebP, MP4 or WebM (needs torchvision)"
+POSITIONAL = "positional"  # the group of what is written without a flag
 BOUNDS = {
     "greater_than_equal": ("at least", "ge"),
     "greater_than": ("above", "gt"),
@@ -53,7 +54,7 @@ def option(
 
 def argument(metavar: str, description: str, default: Any = ...) -> Any:
     """A field of `Options` that commands take without a flag."""
-    return option(default, description, metavar, group="positional")
+    return option(default, description, metavar, group=POSITIONAL)
 
 
 def as_json(description: str = "print one JSON object and nothing else", group: str | None = None) -> Any:
@@ -91,40 +92,36 @@ class Options(BaseModel):
     @classmethod
     def add_to(cls, parser: argparse.ArgumentParser) -> None:
         """Declares every field as an option or argument of a command."""
-        groups: dict[str, Any] = {}
+        groups: dict[str | None, Any] = {None: parser, POSITIONAL: parser}
         for name, field in sorted(cls.model_fields.items(), key=lambda item: item[0] == "in_json"):
             extra: Any = field.json_schema_extra
-            text, required, group = (
-                re.sub(r"%(?!\()", "%%", field.description or ""),
-                field.is_required(),
-                extra["group"],
-            )
-            many, kind = _kind(field.annotation)
-            if group == "positional":
-                count = ("+" if required else "*") if many else None if required else "?"
-                own = None if required else field.default
-                parser.add_argument(name, type=kind, nargs=count, default=own, metavar=extra["metavar"], help=text)
-                continue
-            where: Any = parser
-            if group is not None:
-                where = groups[group] = groups.get(group) or parser.add_mutually_exclusive_group()
-            flags = extra["flags"] or (flag(name),)
-            if field.annotation is bool:
-                where.add_argument(*flags, dest=name, action="store_true", help=text)
-                continue
-            has_default = not required and field.default not in (None, ()) and "(default" not in text
-            where.add_argument(
-                *flags,
-                dest=name,
-                type=extra["read"] or TYPES.get(kind, kind),
-                default=None if required else field.default,
-                required=required,
-                nargs="+" if many else None if extra["bare"] is None else "?",
-                const=extra["bare"],
-                choices=extra["choices"],
-                metavar=extra["metavar"] if extra["choices"] else extra["metavar"] or METAVARS.get(kind),
-                help=f"{text} (default: %(default)s)" if has_default else text,
-            )
+            if extra["group"] not in groups:
+                groups[extra["group"]] = parser.add_mutually_exclusive_group()
+            written, about = _argument(name, field)
+            groups[extra["group"]].add_argument(*written, **about)
+
+
+def _argument(name: str, field: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """How a field is written on the command line, and what else `add_argument` takes for it."""
+    extra, text = field.json_schema_extra, re.sub(r"%(?!\()", "%%", field.description)
+    written, required = extra["flags"] or (flag(name),), field.is_required()
+    if field.annotation is bool:
+        return written, {"dest": name, "action": "store_true", "help": text}
+    many, kind = _kind(field.annotation)
+    default, metavar = None if required else field.default, extra["metavar"]
+    about = {"type": extra["read"] or TYPES.get(kind, kind), "default": default, "choices": extra["choices"]}
+    if extra["group"] == POSITIONAL:
+        count = ("+" if required else "*") if many else None if required else "?"
+        return (name,), {**about, "nargs": count, "metavar": metavar, "help": text}
+    return written, {
+        **about,
+        "dest": name,
+        "required": required,
+        "nargs": "+" if many else None if extra["bare"] is None else "?",
+        "const": extra["bare"],
+        "metavar": metavar if extra["choices"] else metavar or METAVARS.get(kind),
+        "help": text if default in (None, ()) or "(default" in text else f"{text} (default: %(default)s)",
+    }
 
 
 def declare(parser: argparse.ArgumentParser, command: Any) -> None:
