@@ -13,6 +13,7 @@ SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 MARKERS = ("o", "s", "^", "D", "v")
 FLOORS = {"uniform": "-", "random": ":"}  # method -> dashes of its line behind every small picture
 COLUMNS = 6
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "vtoken", "font.size": 10}
 Figures = Sequence[dict[str, Any]]
 
 
@@ -27,7 +28,7 @@ def plot(figures: Figures, label: str = "questions right, %") -> str:
     import matplotlib
 
     methods = list(dict.fromkeys(row["method"] for row in figures[1:]))
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vtoken", "font.size": 10}):
+    with matplotlib.rc_context(STYLE):
         return (_together if len(methods) <= len(SERIES) else _apart)(figures, methods, label)
 
 
@@ -102,7 +103,7 @@ def fronts(rows: Figures, cost: str, label: str) -> str:
     plain = {method for method, (name, _, _) in look.items() if name == "soft"}
     aside = cost == "tokens" and not plain  # Points of one budget stand side by side.
     shift = {method: 1.06 ** (k - (len(look) - 1) / 2) for k, method in enumerate(look)} if aside else {}
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vtoken", "font.size": 10}):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.7, 3.0), layout="constrained")
         axes = figure.subplots()
         _frame(axes, 100.0)

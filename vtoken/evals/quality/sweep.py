@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, VtokenError
-from vtoken.evals.lmms.harness import Harness, ranks
+from vtoken.evals.lmms.harness import Harness, everyone, ranks
 from vtoken.evals.lmms.model import VtokenModel
 from vtoken.evals.lmms.prepare import prepare_ray, quiet
 from vtoken.evals.lmms.suites import expand
@@ -95,7 +95,8 @@ def run(
     if rank == 0:
         (folder / "points").mkdir(parents=True, exist_ok=True)
     asking = Asking(sweep, runs, folder, sweep.device)
-    missing = _agreed([point for point in todo if rank == 0 and load(folder, point.key, is_point) is None])
+    # The first process says what is missing: the others may not see its folder.
+    missing = everyone([point for point in todo if rank == 0 and load(folder, point.key, is_point) is None])[0]
     done = len(todo) - len(missing)
 
     def tell(what: str) -> None:
@@ -164,14 +165,6 @@ def _speed(asking: Asking, folder: Path, keys: Sequence[str]) -> Any:
         found = bench(model.generator.model, asking.runs[1:-1], batch=1, **options).to_dict()
         save(folder, key, found)
     return found
-
-
-def _agreed(missing: list[Point]) -> list[Point]:
-    """What the first process found missing: the others may not see its folder."""
-    box = [missing]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def _in_parallel(

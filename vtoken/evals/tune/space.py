@@ -40,17 +40,10 @@ class Space(Options):
 
     def check(self) -> list[Pipeline]:
         """Both ends of every alternative, so that a wrong option is told before a model is loaded."""
-
-        def first(key: str, given: dict[str, Any]) -> Any:
-            return _ends(key, given)[0]
-
-        def last(key: str, given: dict[str, Any]) -> Any:
-            return _ends(key, given)[-1]
-
         found = []
         for name in self.alternatives:
             try:
-                found += [self.draw(name, first), self.draw(name, last)]
+                found += [self.draw(name, lambda key, given, k=k: _ends(key, given)[k]) for k in (0, -1)]
             except ConfigError as error:
                 raise ConfigError(f"alternative {name!r}: {error}") from error
         return found
