@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -82,7 +81,6 @@ def run(asked: Settings) -> None:
     from vtoken.evals.quality.run import evaluate
     from vtoken.evals.shared.bars import progress
     from vtoken.evals.shared.models import set_threads
-    from vtoken.evals.shared.tables import show
 
     set_threads(asked.threads)
     harness = Harness(tasks, [folder.resolve() for folder in asked.include], asked.prompts)
@@ -90,13 +88,8 @@ def run(asked: Settings) -> None:
     model, command = VtokenModel(asked.model, **options), shlex.join(["vtoken", *sys.argv[1:]])
     with progress():
         results = evaluate(model, pipelines, harness, asked.out, asked.limit, command)
-    written = publish(results.folder)
-    if asked.in_json:
-        print(json.dumps(results.to_dict()))
-        return
-    show(asked.model, cells(results))
-    print(*notes(results), *(f"wrote {file}" for file in written), sep="\n")
-    if asked.paper is not None:
+    publish(results, cells(results), notes(results), asked.in_json)
+    if asked.paper is not None and not asked.in_json:
         print(paper.beside(asked.paper, results.to_dict()))
 
 
@@ -140,4 +133,4 @@ def notes(results: Results) -> list[str]:
         found.append(
             f"drift: last dense run / first, TTFT {drift['ttft']:.3f}; {drift['answers_changed']} answers changed"
         )
-    return [*found, f"wrote {results.folder / 'results.json'}"]
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -70,27 +69,13 @@ def run(asked: Settings) -> None:
     from vtoken.evals.quality.report import publish
     from vtoken.evals.shared.bars import progress
     from vtoken.evals.shared.models import set_threads
-    from vtoken.evals.shared.tables import show
 
     set_threads(asked.threads)
     command = shlex.join(["vtoken", *sys.argv[1:]])
     with progress(shown=ranks()[0] == 0):
         results = sweeping.run(sweep, asked.out, asked.workers, command, asked.ray)
-    if results is None:
-        return
-    written = publish(results.folder)
-    if asked.in_json:
-        print(json.dumps(results.to_dict()))
-        return
-    show(results.model, cells(results))
-    about = results.conditions
-    print(f"{about['device']}, {about['dtype']}, {about['versions']}, lmms-eval {about['lmms_eval']}")
-    if results.speed is not None:
-        print("times: medians at batch 1 on random prompts, dense and pipelines interleaved; ratios within a round")
-    if results.drift is not None:
-        print(f"drift: {results.drift['answers_changed']} answers of the last dense run differ from the first one's")
-    for file in (results.folder / "results.json", *written):
-        print(f"wrote {file}")
+    if results is not None:
+        publish(results, cells(results), notes(results), asked.in_json)
 
 
 def kept(asked: Settings) -> str:
@@ -114,6 +99,20 @@ def cells(results: Results) -> list[tuple[str, ...]]:
         speed = _times(timed[run["name"]]) if timed else ()
         rows.append((run["name"], *scores, f"{100 * same:.1f} %", f"{entry:.0f}", f"{mean:.0f}", *speed))
     return rows
+
+
+def notes(results: Results) -> list[str]:
+    """Conditions in words."""
+    about = results.conditions
+    found = [f"{about['device']}, {about['dtype']}, {about['versions']}, lmms-eval {about['lmms_eval']}"]
+    if results.speed is not None:
+        found.append(
+            "times: medians at batch 1 on random prompts, dense and pipelines interleaved; ratios within a round"
+        )
+    if results.drift is not None:
+        changed = results.drift["answers_changed"]
+        found.append(f"drift: {changed} answers of the last dense run differ from the first one's")
+    return found
 
 
 def _times(row: dict[str, Any]) -> tuple[str, ...]:

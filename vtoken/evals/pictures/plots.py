@@ -13,7 +13,7 @@ SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 MARKERS = ("o", "s", "^", "D", "v")
 FLOORS = {"uniform": "-", "random": ":"}  # method -> dashes of its line behind every small picture
 COLUMNS = 6
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "vtoken", "font.size": 10}
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "vtoken", "font.size": 10}
 Figures = Sequence[dict[str, Any]]
 
 
@@ -112,7 +112,9 @@ def fronts(rows: Figures, cost: str, label: str) -> str:
         for method, (_, colour, _) in look.items():
             own = [row for row in known if row["method"] == method]
             line = sorted((row[cost] * shift.get(method, 1.0), 100 * row["quality"]) for row in own)
-            style = {"color": FAINT, "zorder": 0.5} if method in plain else {"color": colour, "zorder": 1.5}
+            style: dict[str, Any] = (
+                {"color": FAINT, "zorder": 0.5} if method in plain else {"color": colour, "zorder": 1.5}
+            )
             axes.plot([x for x, _ in line], [y for _, y in line], linewidth=1, **style)
         for row in sorted(known, key=lambda row: row["method"] not in plain):
             y = 100 * row["quality"]

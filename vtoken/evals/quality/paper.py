@@ -153,14 +153,14 @@ def command(table: Table) -> str | None:
     return f"vtoken eval {table.model} {asked} {table.options}".rstrip()
 
 
-def beside(method: str, results: Mapping[str, Any] | None = None, model: str | None = None) -> str:
+def beside(method: str, results: Mapping[str, Any] | None = None) -> str:
     """Markdown: every published row of a method and below it what was measured, as percent of its own dense in
     brackets.
 
     Args:
         results: what results.json holds; None prints the published numbers and what would be run.
     """
-    chosen = of(method, results["model"] if results else model)
+    chosen = of(method, results["model"] if results else None)
     return "\n\n".join(_section(method, table, results) for table in chosen)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from PIL import Image
 from vtoken.evals.pictures.plots import SERIES, fronts, looks, plot
 from vtoken.evals.pictures.report import Case, Panel, milliseconds, page, percent, ratio
 from vtoken.evals.quality.analysis import COSTS, Evaluation, analyse, read
+from vtoken.evals.quality.results import Results
 from vtoken.evals.shared import tables, whole
 from vtoken.evals.shared.media import still
 from vtoken.evals.shared.tables import or_na
@@ -66,13 +68,18 @@ def write(evaluation: Evaluation, found: Mapping[str, Any], file: Path | None = 
     return [table, file]
 
 
-def publish(folder: Path) -> list[Path]:
-    """What `write` does for a folder of results; says on stderr how to have the page where a package is missing."""
-    evaluation = read(folder)
+def publish(results: Results, rows: tables.Rows, notes: Sequence[str], in_json: bool) -> None:
+    """Writes the report of results, and prints them as one JSON object, or as a table with notes. On stderr it says how
+    to have the page where a package is missing."""
+    evaluation = read(results.folder)
     written = write(evaluation, analyse(evaluation))
     if len(written) == 1:
-        print(MISSING.format(folder=folder), file=sys.stderr)
-    return written
+        print(MISSING.format(folder=results.folder), file=sys.stderr)
+    if in_json:
+        print(json.dumps(results.to_dict()))
+        return
+    tables.show(results.model, rows)
+    print(*notes, *(f"wrote {file}" for file in (results.folder / "results.json", *written)), sep="\n")
 
 
 def render(evaluation: Evaluation, found: Mapping[str, Any]) -> str:
