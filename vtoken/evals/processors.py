@@ -1,4 +1,4 @@
-"""A model's processor; without torchvision one that takes pictures, through Pillow, and no videos.
+"""A model's processor. Without torchvision it takes pictures, through Pillow, and no videos.
 
 transformers builds the video half of a processor whether or not it is used, and that half needs torchvision.
 """

@@ -23,8 +23,12 @@ MASSES = (Fact("cross_attention"), Fact("self_attention"))
 
 @dataclass
 class Sample:
-    """One prompt: its attention masses (cross, self) behind every decoder layer but the last when nothing leaves, and
-    the visual tokens alive in every layer in the run at hand."""
+    """One prompt.
+
+    Attributes:
+        mass: decoder layer -> attention masses (cross, self) behind it in the dense model; the last layer is left out.
+        alive: visual tokens in every layer of the current run.
+    """
 
     mass: dict[int, tuple[float, float]] = field(default_factory=dict)
     alive: list[int] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Which stage runs on which family: every pair is really wrapped, on a model without weights."""
+"""Which stage runs on which family: every pair is wrapped, on a model without weights."""
 
 from __future__ import annotations
 

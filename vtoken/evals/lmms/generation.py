@@ -1,4 +1,4 @@
-"""A model that is asked: prompts in, answers and what they cost out. Knows nothing of lmms-eval."""
+"""Prompts in, answers and their costs out. Knows nothing of lmms-eval."""
 
 from __future__ import annotations
 

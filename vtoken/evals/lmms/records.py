@@ -1,4 +1,4 @@
-"""What is known about one answered request."""
+"""Answered requests and what they cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vtoken.hooks.state.trace import Trace
 
 @dataclass(frozen=True)
 class Tokens:
-    """Of one row of a batch.
+    """Token counts of one row of a batch.
 
     Attributes:
         prompt_tokens: as tokenised, padding left out.

@@ -1,4 +1,4 @@
-"""A model asked about pictures: its inputs, what a pipeline kept as one picture, and answers dense and pruned."""
+"""Questions about pictures: the inputs of a model, and its answers dense and pruned with what was kept."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What a run of `vtoken eval` says: paired statistics per task, costs per pipeline, fronts. Read from its folder, plain
-data."""
+"""A run of `vtoken eval` read back from its folder: paired statistics per task, costs per pipeline and Pareto fronts, as
+plain data."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from vtoken.evals.shared.identity import code
 
 @dataclass
 class Worker:
-    """What an actor is. Nothing of lmms-eval or the model is touched before `ready`: unlike a constructor's, its errors
+    """A Ray actor. Nothing of lmms-eval or the model is touched before `ready`: unlike a constructor's, its errors
     travel.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""What a search may vary, and what a trial makes of it."""
+"""The space of a search, and the pipelines that trials draw from it."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class Speaker(lmms):
 
 @dataclass(frozen=True)
 class Grades:
-    """What scorers say.
+    """Scores of answers.
 
     Attributes:
         values: task -> its own metric over all its documents.
