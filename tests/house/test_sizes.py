@@ -41,7 +41,7 @@ ROOMS = {
         "cli.py",
     ): 11200,
     ("kernels",): 3000,
-    ("evals", "commands"): 11810,
+    ("evals", "commands"): 11820,
 }
 
 
