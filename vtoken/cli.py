@@ -1,8 +1,8 @@
-"""The command line. A command is a module of `vtoken.commands` with `add_arguments(parser)` and `run(args) -> int`.
+"""The command line. A command is a module of `vtoken.commands` with `DESCRIPTION`, `EXAMPLES`, `Settings` (its options,
+declared once) and `run(settings)`; only that of the command called is imported.
 
-`add_arguments` also sets the parser's description and, as epilog, worked examples. Only the module of the command that
-is called is imported. A command that runs for minutes also has `kept(args) -> str`, which says what an interrupted run
-has left on disk and how to continue it; "" if nothing.
+One that works for minutes has `kept(settings) -> str`: what is left of a run that was cut short and how to go on, ""
+for nothing. One with sub-commands has `add_arguments(parser)` in place of the first three.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    """The parser, with the arguments of one command added."""
+    """The parser, with the options of one command filled in."""
     parser = _Parser(
         prog="vtoken",
         description="Visual-token pruning for stock Hugging Face VLMs.",
@@ -78,18 +78,19 @@ def _parser(command: str) -> argparse.ArgumentParser:
         sub = parsers.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
         if name == command:
             module = import_module(f"vtoken.commands.{name.replace('-', '_')}")
-            module.add_arguments(sub)
-            sub.set_defaults(run=module.run, kept=getattr(module, "kept", None))
+            from vtoken.evals.shared.options import declare
+
+            sub.set_defaults(module=module)
+            module.add_arguments(sub) if hasattr(module, "add_arguments") else declare(sub, module)
     return parser
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(module: Any, settings: Any) -> None:
     from vtoken.evals.shared.bars import terminal_only
 
     try:
         with terminal_only():
-            code: int = args.run(args)
-        return code
+            module.run(settings)
     except (ImportError, RuntimeError):
         from vtoken.evals.shared import torchvision
 
@@ -100,29 +101,31 @@ def _run(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 2 for bad input (one line on stderr), 130 for Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = argparse.Namespace(kept=None)
+    module: Any = None
+    settings: Any = None
     first = argv[0] if argv else "--help"
     try:
         if not first.startswith("-") and first not in COMMANDS:
             raise VtokenError(unknown("command", first, COMMANDS))
         args = _parser(first).parse_args(argv or ["--help"])
-        code = _run(args)
+        module, settings = args.module, args.settings.of(args)
+        _run(module, settings)
         sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # `vtoken list | head`: the reader has gone, and Python must not complain at exit either.
+        return 0
+    except BrokenPipeError:  # `vtoken list | head`: nobody reads on, and Python must not complain at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (VtokenError, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        told = ["vtoken: error:", *str(error).split(), *([f"({_kept(args)})"] if full else [])]
+        told = ["vtoken: error:", *str(error).split(), *([f"({_kept(module, settings)})"] if full else [])]
         print(*told, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        if args.kept is not None:
-            print(f"vtoken: interrupted; {_kept(args)}", file=sys.stderr)
+        if hasattr(module, "kept"):
+            print(f"vtoken: interrupted; {_kept(module, settings)}", file=sys.stderr)
         return 130
 
 
-def _kept(args: argparse.Namespace) -> str:
-    """What an interrupted run has left on disk."""
-    return (args.kept(args) if args.kept is not None else "") or "nothing was kept"
+def _kept(module: Any, settings: Any) -> str:
+    """What is left of a run that was cut short."""
+    return (module.kept(settings) if hasattr(module, "kept") else "") or "nothing was kept"

@@ -74,7 +74,7 @@ def test_bad_arguments_are_one_line(argv: list[str], words: str, capsys: pytest.
 
 @pytest.mark.parametrize("error", [VtokenError("a\n  b"), FileNotFoundError(2, "gone", "a b")])
 def test_errors_are_one_line(error: Exception, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    def fail(args: Any) -> int:
+    def fail(settings: Any) -> None:
         raise error
 
     monkeypatch.setattr(list_command, "run", fail)
@@ -84,23 +84,18 @@ def test_errors_are_one_line(error: Exception, monkeypatch: Any, capsys: pytest.
 
 
 def test_ctrl_c_and_bugs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(args: Any) -> int:
+    def interrupt(settings: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(list_command, "run", interrupt)
     assert main(["list"]) == 130
 
-    def bug(args: Any) -> int:
+    def bug(settings: Any) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(list_command, "run", bug)
     with pytest.raises(ZeroDivisionError):
         main(["list"])
-
-
-def test_the_exit_code_is_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(list_command, "run", lambda args: 7)
-    assert main(["list"]) == 7
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:

@@ -19,7 +19,7 @@ from vtoken.evals.shared.bars import progress, terminal_only
 
 
 def cut(monkeypatch: Any, module: Any, error: BaseException) -> None:
-    def run(args: Any) -> int:
+    def run(settings: Any) -> None:
         raise error
 
     monkeypatch.setattr(module, "run", run)

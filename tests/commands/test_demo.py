@@ -20,14 +20,15 @@ from vtoken.commands import show as show_command
 from vtoken.errors import VtokenError
 from vtoken.evals import reference
 from vtoken.evals.pictures import demo, demo_pipelines
+from vtoken.evals.shared.options import declare
 
 PICTURE = str(reference.path().parent / "glyph-qa" / "000.jpg")
 
 
-def run(command, *words: str) -> int:
+def run(command, *words: str) -> None:
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_args(words))
+    declare(parser, command)
+    command.run(command.Settings.of(parser.parse_args(words)))
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +48,7 @@ def test_default_budgets_fit_the_model():
 
 
 def test_demo_writes_the_report_and_prints_one_object(tmp_path, capsys):
-    assert run(demo_command, "--limit", "12", "--budgets", "64,16,32", "--out", str(tmp_path / "out"), "--json") == 0
+    run(demo_command, "--limit", "12", "--budgets", "64,16,32", "--out", str(tmp_path / "out"), "--json")
     out = json.loads(capsys.readouterr().out)
     page = Path(out["report"])
     assert page == tmp_path / "out" / "report.html"
@@ -71,9 +72,7 @@ def test_demo_takes_models_of_every_family(family, tmp_path, capsys, monkeypatch
     """Tiny random models stand for the shipped ones: their answers are wrong, the account must hold all the same."""
     monkeypatch.setattr(reference, "names", lambda: (family,))
     monkeypatch.setattr(reference, "load", lambda name: (make(name), padded_left(processor(name))))
-    assert (
-        run(demo_command, "--model", family, "--limit", "3", "--budgets", "8,4", "--out", str(tmp_path), "--json") == 0
-    )
+    run(demo_command, "--model", family, "--limit", "3", "--budgets", "8,4", "--out", str(tmp_path), "--json")
     out = json.loads(capsys.readouterr().out)
     assert [row["tokens"] for row in out["pipelines"]] == [tiny.family(family).shipped_picture, *([8, 4] * 3)]
     said = out["conditions"].get("facts", "")
@@ -90,7 +89,7 @@ def test_all_compares_every_method_that_changes_a_picture(tmp_path, capsys, monk
     found = {name: registry.stage(name) for name in names}, {"gone": "cannot be imported"}
     monkeypatch.setattr(demo_pipelines, "catalogue", lambda: found)
     words = ("--all", "--limit", "6", "--budgets", "32,16", "--out", str(tmp_path), "--json")
-    assert run(demo_command, *words) == 0
+    run(demo_command, *words)
     out = json.loads(capsys.readouterr().out)
     budgeted = [f"{method}:{k}" for method in ("random", "uniform", "fastervlm", "vscan") for k in (32, 16)]
     assert [row["pipeline"] for row in out["pipelines"]] == ["dense", *budgeted, "pool"]
@@ -168,7 +167,7 @@ def test_demo_without_the_extra_says_how_to_get_it(monkeypatch):
 def test_show_writes_an_overlay_without_the_extra(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     out = tmp_path / "kept.png"
-    assert run(show_command, "tiny-llava", "fastervlm:32", PICTURE, "--out", str(out), "--json") == 0
+    run(show_command, "tiny-llava", "fastervlm:32", PICTURE, "--out", str(out), "--json")
     trace = json.loads(capsys.readouterr().out)
     assert trace["file"] == str(out) and trace["stages"][-1]["tokens_out"] == [32]
     with Image.open(out) as picture:
@@ -186,7 +185,7 @@ def test_show_loads_a_folder_as_any_hub_model(tmp_path, capsys):
         "--out",
         str(out),
     )
-    assert run(show_command, *words) == 0
+    run(show_command, *words)
     assert capsys.readouterr().out == f"wrote {out}: 64 of 576 visual tokens kept\n"
 
 

@@ -34,11 +34,9 @@ CHEAP = {
 def examples(page):
     """Command lines of a page, without what is said about them, pipes and redirections."""
     if page[:1] == ["calibrate"] and len(page) == 2:
-        module = import_module(f"vtoken.evals.calibrate.{page[1]}")
-        text = next(getattr(module, name) for name in ("EXAMPLES", "EPILOG") if hasattr(module, name))
+        text = import_module(f"vtoken.evals.calibrate.{page[1]}").EXAMPLES
     elif page:
-        module = import_module(f"vtoken.commands.{page[0].replace('-', '_')}")
-        text = next(getattr(module, name) for name in ("EXAMPLES", "EPILOG") if hasattr(module, name))
+        text = import_module(f"vtoken.commands.{page[0].replace('-', '_')}").EXAMPLES
     else:
         from vtoken.cli import EXAMPLES as text
     lines = [line.strip() for line in text.partition("examples:")[2].splitlines() if line.startswith("  vtoken ")]

@@ -16,6 +16,7 @@ from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals import reference
 from vtoken.evals.cost.flops import PARTS, account
 from vtoken.evals.shared.configs import resolve_config
+from vtoken.evals.shared.options import declare
 
 
 def test_llava_7b_by_hand() -> None:
@@ -73,21 +74,21 @@ def test_bad_input(tmp_path: Any) -> None:
         resolve_config(tmp_path / "nothing")
 
 
-def run(*argv: str) -> int:
+def run(*argv: str) -> None:
     parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
-    command.add_arguments(parser)
-    return command.run(parser.parse_args(argv))
+    declare(parser, command)
+    command.run(command.Settings.of(parser.parse_args(argv)))
 
 
 def test_command_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("llava-hf/llava-1.5-7b-hf", "uniform:64", "--images", "2", "--json") == 0
+    run("llava-hf/llava-1.5-7b-hf", "uniform:64", "--images", "2", "--json")
     plain = json.loads(capsys.readouterr().out)
     assert [each["pipeline"] for each in plain["accounts"]] == ["dense", "uniform:64"]
     assert [each["visual_entry"] for each in plain["accounts"]] == [1152, 128]
 
 
 def test_command_table(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("llava-hf/llava-1.5-7b-hf", "uniform:64", "--image-size", "480x640") == 0
+    run("llava-hf/llava-1.5-7b-hf", "uniform:64", "--image-size", "480x640")
     out = capsys.readouterr().out
     assert "uniform:64" in out
     assert "11.1%" in out
@@ -95,10 +96,10 @@ def test_command_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_command_pictures(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("llava-hf/llava-v1.6-vicuna-7b-hf", "uniform:64", "--image-size", "672x1008") == 0
+    run("llava-hf/llava-v1.6-vicuna-7b-hf", "uniform:64", "--image-size", "672x1008")
     out = capsys.readouterr().out
     assert "2112 100.0%" in out and "newline tokens at entry │       32 100.0%" in out
-    assert run("Qwen/Qwen3-VL-2B-Instruct", "--image-size", "320x640", "--frames", "7", "--images", "2") == 0
+    run("Qwen/Qwen3-VL-2B-Instruct", "--image-size", "320x640", "--frames", "7", "--images", "2")
     out = capsys.readouterr().out
     assert "newline tokens" not in out and "2 video(s) of 7 frames" in out
     assert f"{2 * 4 * 10 * 20} 100.0%" in out

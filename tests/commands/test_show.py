@@ -20,6 +20,7 @@ from vtoken.evals import processors
 from vtoken.evals.pictures import asked, overlay, traced
 from vtoken.evals.pictures.overlay import drawn, views
 from vtoken.evals.shared import media, models
+from vtoken.evals.shared.options import declare
 from vtoken.stages import size_of
 
 RED, BLUE = (Image.new("RGB", (60, 40), colour) for colour in ((200, 40, 40), (40, 40, 200)))
@@ -47,16 +48,16 @@ def picture(tmp_path_factory: Any) -> Path:
     return path
 
 
-def run(*words: Any) -> int:
+def run(*words: Any) -> None:
     parser = argparse.ArgumentParser()
-    show.add_arguments(parser)
-    return show.run(parser.parse_args([str(word) for word in words]))
+    declare(parser, show)
+    show.run(show.Settings.of(parser.parse_args([str(word) for word in words])))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_drawn(family: str, folder: Any, picture: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "kept.png"
-    assert run(folder(family), "uniform:4", picture, "--out", out, "--json") == 0
+    run(folder(family), "uniform:4", picture, "--out", out, "--json")
     trace = json.loads(capsys.readouterr().out)
     assert trace["file"] == str(out) and trace["stages"][-1]["tokens_out"] == [4]
     with Image.open(out) as seen:
@@ -67,7 +68,7 @@ def test_every_family_is_drawn(family: str, folder: Any, picture: Path, tmp_path
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_several_pictures_of_one_prompt(family: str, folder: Any, picture: Path, tmp_path: Path, capsys: Any) -> None:
-    assert run(folder(family), "none", picture, picture, "--out", tmp_path / "kept.png", "--json") == 0
+    run(folder(family), "none", picture, picture, "--out", tmp_path / "kept.png", "--json")
     parts = json.loads(capsys.readouterr().out)["parts"]
     assert len(parts) == 2
     if tiny.family(family).crops_one_only:
@@ -78,7 +79,7 @@ def test_crops_follow_the_pipeline(folder: Any, picture: Path, tmp_path: Path, c
     """anyres: 2x2 must reach the processor as well."""
     mine = tmp_path / "mine.yaml"
     mine.write_text("anyres: 2x2\nstages: [uniform: {keep: 4}]\n")
-    assert run(folder("llava_next"), mine, picture, "--out", tmp_path / "kept.png", "--json") == 0
+    run(folder("llava_next"), mine, picture, "--out", tmp_path / "kept.png", "--json")
     assert json.loads(capsys.readouterr().out)["parts"] == [[[1, 4, 4], [1, 4, 8]]]
 
 
@@ -102,7 +103,7 @@ def test_videos_are_drawn_frame_by_frame(
     stock.video_processor = object()
     monkeypatch.setattr(type(stock), "__call__", lambda self, **given: call(**given))
     monkeypatch.setattr(models, "load_pair", lambda name: (model, stock))
-    assert run("any", "uniform:{per_frame: 2}", frames, "--frames", "4", "--out", tmp_path / "kept.png", "--json") == 0
+    run("any", "uniform:{per_frame: 2}", frames, "--frames", "4", "--out", tmp_path / "kept.png", "--json")
     ((text, lengths, sampled),) = seen
     assert lengths == [4] and sampled is False and stock.video_token in text
     trace = json.loads(capsys.readouterr().out)
@@ -169,13 +170,13 @@ def test_processors_load_with_pillow_alone(family: str, folder: Any, picture: Pa
 def test_what_stands_aside_and_what_is_not_drawn_is_said(
     folder: Any, picture: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    assert run(folder("llava"), "flexprefill", picture, "--out", tmp_path / "kept.png") == 0
+    run(folder("llava"), "flexprefill", picture, "--out", tmp_path / "kept.png")
     assert "flexprefill stood aside: the prompt has" in capsys.readouterr().out
-    assert run(folder("llava"), "flowcut-64,min_visual_tokens=600", picture, "--out", tmp_path / "kept.png") == 0
+    run(folder("llava"), "flowcut-64,min_visual_tokens=600", picture, "--out", tmp_path / "kept.png")
     told = capsys.readouterr().out
     assert "kept.png: 16 of 16 visual tokens kept" in told
     assert "fewer than min_visual_tokens 600" in told
-    assert run(folder("llava"), "snapkv:2", picture, "--out", tmp_path / "kept.png") == 0
+    run(folder("llava"), "snapkv:2", picture, "--out", tmp_path / "kept.png")
     assert "prompt tokens per layer and head; that is not drawn" in capsys.readouterr().out
     with pytest.raises(VtokenError, match="no folder"):
         run("./nowhere", "pool", picture, "--out", tmp_path / "no" / "kept.png")

@@ -41,7 +41,7 @@ ROOMS = {
         "cli.py",
     ): 11200,
     ("kernels",): 3000,
-    ("evals", "commands"): 11960,
+    ("evals", "commands"): 11820,
 }
 
 
@@ -53,7 +53,7 @@ def test_rooms_stay_small(rooms: tuple[str, ...]) -> None:
 def test_no_file_is_long() -> None:
     sizes = {file: lines([file]) for file in PACKAGE.rglob("*.py") if file.name != "__init__.py"}
     assert not {str(file): n for file, n in sizes.items() if n > 300}
-    assert median(sizes.values()) <= 103
+    assert median(sizes.values()) <= 96
 
 
 def test_lines_end_at_column_120() -> None:

@@ -24,7 +24,7 @@ def details(cls: type[Stage]) -> dict[str, Any]:
         "does": " ".join((cls.__doc__ or "").partition("Paper:")[0].split()),
         "deviations": cls.deviations,
         "presets": [row for row in presets() if any(cls.name in stage for stage in row["stages"])],
-        "families": {family: {"answer": c.answer, "reason": c.reason or None} for family, c in answers.items()},
+        "families": {family: cell.to_dict() for family, cell in answers.items()},
         "example": example(cls),
     }
 

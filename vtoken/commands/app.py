@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from vtoken.errors import VtokenError
-from vtoken.evals.shared.options import FRAMES, DeviceOptions, option
+from vtoken.evals.shared.options import FRAMES, DeviceOptions, argument, as_json, option
 
 if TYPE_CHECKING:
     from vtoken.evals.pictures.asked import Answerer
 
+DESCRIPTION = """\
+Serves a page: picture or video, question, method and budget go in; the kept tokens, the answers dense and
+pruned, tokens and seconds come out. Ctrl-C ends it."""
 EXAMPLES = """examples:
   vtoken app                                              # the shipped model, http://127.0.0.1:7860
   vtoken app llava-hf/llava-1.5-7b-hf --dtype bfloat16    # a model of yours
@@ -23,31 +25,19 @@ Asks dense, then pruned, one run each: the seconds are a hint, vtoken bench meas
 QUIET = ("ui-sans-serif", "system-ui", "sans-serif")  # Fonts of the reader's machine: nothing is fetched.
 
 
-class CommandOptions(DeviceOptions):
+class Settings(DeviceOptions):
     """What is served, and where."""
 
+    model: str = argument("MODEL", "shipped model, folder or hub id", "tiny-llava")
     host: str = option("127.0.0.1", "address to listen on", "ADDRESS")
     port: int = option(7860, "port, 0: a free one", ge=0, le=65535)
     new_tokens: int = option(64, "tokens of an answer at most", ge=1)
     frames: int = option(FRAMES, "evenly spaced frames of a video", ge=1)
+    in_json: bool = as_json("print the address as one JSON object")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Serves a page: picture or video, question, method and budget go in; the kept tokens, the answers dense and\n"
-        "pruned, tokens and seconds come out. Ctrl-C ends it."
-    )
-    parser.epilog = EXAMPLES
-    parser.add_argument(
-        "model", metavar="MODEL", nargs="?", default="tiny-llava", help="shipped model, folder or hub id"
-    )
-    CommandOptions.add_to(parser)
-    parser.add_argument("--json", action="store_true", help="print the address as one JSON object")
-
-
-def run(args: argparse.Namespace) -> int:
+def run(asked: Settings) -> None:
     """Loads the model and serves until Ctrl-C."""
-    asked = CommandOptions.of(args)
     if find_spec("gradio") is None:
         raise VtokenError('vtoken app needs gradio: pip install "gradio>=6,<7"')
     import gradio
@@ -55,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
     from vtoken.evals.pictures.asked import Answerer
     from vtoken.evals.shared.models import load_pair
 
-    model, processor = load_pair(args.model, asked.device, asked.dtype)
-    served = page(args.model, Answerer(model, processor, asked.new_tokens, asked.frames))
+    model, processor = load_pair(asked.model, asked.device, asked.dtype)
+    served = page(asked.model, Answerer(model, processor, asked.new_tokens, asked.frames))
     try:
         _, address, _ = served.launch(
             server_name=asked.host,
@@ -65,11 +55,10 @@ def run(args: argparse.Namespace) -> int:
             quiet=True,
             theme=gradio.themes.Default(font=QUIET, font_mono=("ui-monospace", "monospace")),
         )
-        print(json.dumps({"address": address}) if args.json else f"serving {args.model} on {address}", flush=True)
+        print(json.dumps({"address": address}) if asked.in_json else f"serving {asked.model} on {address}", flush=True)
         served.block_thread()
     finally:
         served.close(verbose=False)
-    return 0
 
 
 def page(name: str, answerer: Answerer) -> Any:

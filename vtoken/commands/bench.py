@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtoken.errors import ConfigError
-from vtoken.evals.shared.options import FRAMES, VIDEO, BenchOptions, DeviceOptions, option
+from vtoken.evals.shared.options import FRAMES, VIDEO, BenchOptions, ModelCommand, argument, option
 
 if TYPE_CHECKING:
     from vtoken.config import Pipeline
@@ -19,7 +18,8 @@ if TYPE_CHECKING:
     from vtoken.evals.speed.latency import Bench, Row
     from vtoken.evals.statistics import Spread
 
-EPILOG = """\
+DESCRIPTION = "Latency and memory of dense, pipelines and their oracles, interleaved in one process."
+EXAMPLES = """\
 examples:
   vtoken bench tiny-llava fastervlm:64
       the shipped model on this machine, dense and pruned
@@ -65,9 +65,10 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 ENOUGH = 4  # rounds, so that each quarter holds one
 
 
-class CommandOptions(BenchOptions, DeviceOptions):
+class Settings(BenchOptions, ModelCommand):
     """What is measured, on what."""
 
+    pipelines: tuple[str, ...] = argument("PIPELINE", "preset, method:budget or YAML file", ())
     threads: int | None = option(None, "CPU threads of torch (default: torch's choice)", ge=1)
     media: Path | None = option(None, f"in place of random pixels: a picture file, or a video: {VIDEO}", "IMAGE")
     random_weights: bool = option(False, "build the model from its config; nothing is downloaded")
@@ -79,45 +80,34 @@ class CommandOptions(BenchOptions, DeviceOptions):
     up_to: int = option(4608, "visual tokens of the longest prompt of --break-even", ge=1)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Latency and memory of dense, pipelines and their oracles, interleaved in one process."
-    parser.epilog = EPILOG
-    parser.add_argument("model", metavar="MODEL", help="shipped model (tiny-llava), local folder or hub name")
-    parser.add_argument("pipelines", metavar="PIPELINE", nargs="*", help="preset, method:budget or YAML file")
-    CommandOptions.add_to(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-
-
-def run(args: argparse.Namespace) -> int:
+def run(asked: Settings) -> None:
     """Measures and prints."""
     from vtoken.config import load
     from vtoken.evals.shared import models
     from vtoken.evals.shared.media import read
 
-    asked = CommandOptions.of(args)  # A typing error must not cost the loading of a model.
-    if asked.break_even and (asked.images > 1 or asked.media or not args.pipelines):
+    if asked.break_even and (asked.images > 1 or asked.media or not asked.pipelines):
         raise ConfigError(
             "--break-even compares pipelines over more and more images: name some, and leave --images and --media out"
         )
     if asked.media and asked.image_size:
         raise ConfigError("--media has a size of its own: leave --image-size out")
-    pipelines = [load(each) for each in args.pipelines]
+    pipelines = [load(each) for each in asked.pipelines]  # A typing error must not cost the loading of a model.
     models.set_threads(asked.threads)
     media = read([asked.media], asked.frames if asked.frames > 1 else FRAMES) if asked.media else None
-    model = models.load(args.model, asked.device, asked.dtype, random_weights=asked.random_weights, seed=asked.seed)
+    model = models.load(asked.model, asked.device, asked.dtype, random_weights=asked.random_weights, seed=asked.seed)
     if asked.break_even:
         found: Bench | Measured = _break_even(model, pipelines, asked)
     else:
-        found = _bench(args.model, model, pipelines, asked, media)
+        found = _bench(model, pipelines, asked, media)
     weights = "random" if asked.random_weights else "as loaded"
-    if args.json:
-        print(json.dumps({"model": args.model, "weights": weights, **found.to_dict()}))
+    if asked.in_json:
+        print(json.dumps({"model": asked.model, "weights": weights, **found.to_dict()}))
     else:
-        _print(args.model, weights, found)
-    return 0
+        _print(asked.model, weights, found)
 
 
-def _bench(name: str, model: Any, pipelines: list[Pipeline], asked: CommandOptions, media: Media | None) -> Bench:
+def _bench(model: Any, pipelines: list[Pipeline], asked: Settings, media: Media | None) -> Bench:
     from vtoken.evals import processors
     from vtoken.evals.speed.inputs import prepared
     from vtoken.evals.speed.latency import bench
@@ -125,12 +115,12 @@ def _bench(name: str, model: Any, pipelines: list[Pipeline], asked: CommandOptio
     options = asked.model_dump(include=set(BenchOptions.model_fields))
     if media is None:
         return bench(model, pipelines, **options)
-    pictures = prepared(media, processors.load(name), asked.batch, asked.images)
+    pictures = prepared(media, processors.load(asked.model), asked.batch, asked.images)
     found = bench(model, pipelines, pictures=pictures, **options | {"frames": len(media.pictures)})
     return replace(found, conditions=found.conditions | {"media": str(asked.media)})
 
 
-def _break_even(model: Any, pipelines: list[Pipeline], asked: CommandOptions) -> Measured:
+def _break_even(model: Any, pipelines: list[Pipeline], asked: Settings) -> Measured:
     from vtoken.evals.speed.break_even import lengths, measure
 
     tried = lengths(model.config, asked.up_to, asked.image_size, asked.frames)
@@ -182,7 +172,9 @@ def _advice(name: str, found: Measured) -> str:
 
 def cells(measured: Bench) -> list[tuple[str, ...]]:
     """Head and rows as text; columns that are empty throughout are left out."""
-    rows = [tuple(COLUMNS), *(tuple(cell(row) for cell in COLUMNS.values()) for row in measured.rows)]
+    from vtoken.evals.shared.tables import table
+
+    rows = table(COLUMNS, measured.rows)
     used = [any(row[column] for row in rows[1:]) for column in range(len(COLUMNS))]
     return [tuple(cell for cell, use in zip(row, used, strict=True) if use) for row in rows]
 

@@ -7,7 +7,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from vtoken.evals import calibrate
-from vtoken.evals.calibrate._report import declare
+from vtoken.evals.shared.options import Options, declare
 
 EXAMPLES = """examples:
   vtoken calibrate vtw tiny-llava              # the layer before which all visual tokens can leave
@@ -34,14 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             declare(parsers.add_parser(found.name, help=module.SUMMARY, formatter_class=form), module)
 
 
-def kept(args: argparse.Namespace) -> str:
+def kept(asked: Options) -> str:
     """Only dtome writes after every batch."""
-    if args.method != "dtome" or not args.out.exists():
+    from vtoken.evals.calibrate.dtome import Settings
+
+    if not isinstance(asked, Settings) or not asked.out.exists():
         return ""
-    return f"what was learned so far is kept in {args.out}; the same command goes on from it"
+    return f"what was learned so far is kept in {asked.out}; the same command goes on from it"
 
 
-def run(args: argparse.Namespace) -> int:
-    """Runs the method's own `run`."""
-    code: int = args.calibrate(args)
-    return code
+def run(asked: Options) -> None:
+    """Runs the method whose settings these are."""
+    import_module(type(asked).__module__).run(asked)

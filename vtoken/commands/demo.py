@@ -9,8 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from vtoken.errors import VtokenError, unknown
-from vtoken.evals.shared.options import Options, option
+from vtoken.evals.shared.options import Options, as_json, option
 
+DESCRIPTION = """\
+Runs dense, fastervlm, uniform and random at three budgets on the shipped pictures: accuracy, tokens, FLOPs,
+time to first token, cache bytes. Writes report.html with the table, a plot and pictures of the kept tokens."""
 EXAMPLES = """examples:
   vtoken demo                                  # writes vtoken-demo/report.html
   vtoken demo --limit 480                      # four times the questions: intervals half as wide
@@ -21,7 +24,14 @@ EXAMPLES = """examples:
 """
 
 
-class CommandOptions(Options):
+def _budgets(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 64,32,16") from None
+
+
+class Settings(Options):
     """What is compared."""
 
     model: str = option("tiny-llava", "shipped model")
@@ -30,23 +40,21 @@ class CommandOptions(Options):
     all: bool = option(
         False, "every stage that runs on the model, those without a budget once (default: fastervlm, uniform, random)"
     )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Runs dense, fastervlm, uniform and random at three budgets on the shipped pictures: accuracy, tokens, FLOPs,\n"
-        "time to first token, cache bytes. Writes report.html with the table, a plot and pictures of the kept tokens."
+    budgets: tuple[int, ...] | None = option(
+        None, "visual tokens to keep (default: about 1/9, 1/18 and 1/36 of the picture's)", "N,N,N", read=_budgets
     )
-    parser.epilog = EXAMPLES
-    CommandOptions.add_to(parser)
-    budgets = "visual tokens to keep (default: about 1/9, 1/18 and 1/36 of the picture's)"
-    parser.add_argument("--budgets", type=_budgets, metavar="N,N,N", help=budgets)
-    parser.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
+    in_json: bool = as_json("print the numbers as one JSON object")
+
+    def command(self) -> str:
+        """The command line that makes the report, without where it is written."""
+        parts = ["vtoken demo", f"--model {self.model}", f"--limit {self.limit}"]
+        parts += ["--all"] if self.all else []
+        parts += [f"--budgets {','.join(map(str, self.budgets))}"] if self.budgets else []
+        return " ".join(parts)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(asked: Settings) -> None:
     """Runs the demo and writes the page."""
-    asked = CommandOptions.of(args)
     missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
     if missing:
         raise VtokenError(f"the report needs {' and '.join(missing)}: pip install {' '.join(missing)}")
@@ -56,19 +64,19 @@ def run(args: argparse.Namespace) -> int:
     from vtoken.evals.shared.bars import progress
     from vtoken.evals.shared.models import set_threads
 
-    if args.model not in reference.names():
-        raise VtokenError(unknown("reference model", args.model, reference.names()))
-    if _command(args) == _command(argparse.Namespace(**vars(CommandOptions()), budgets=None)):
+    if asked.model not in reference.names():
+        raise VtokenError(unknown("reference model", asked.model, reference.names()))
+    if asked.command() == Settings().command():
         print("takes about a minute of one core, no GPU", file=sys.stderr)
     set_threads(1)  # So small a model gains nothing from more, and loses where cores are busy.
-    with progress() as tell:
-        report = demo.run(asked.model, args.budgets, asked.limit, asked.all, _command(args), tell)
-    args.out.mkdir(parents=True, exist_ok=True)
-    page = args.out / "report.html"
+    with progress():
+        report = demo.run(asked.model, asked.budgets, asked.limit, asked.all, asked.command())
+    asked.out.mkdir(parents=True, exist_ok=True)
+    page = asked.out / "report.html"
     page.write_text(render(report), encoding="utf-8")
-    if args.json:
+    if asked.in_json:
         print(json.dumps({"report": str(page), **report.to_dict()}))
-        return 0
+        return
     rows = report.figures()
     wide = max(len(row["pipeline"]) for row in rows)
     for row in rows:
@@ -78,19 +86,3 @@ def run(args: argparse.Namespace) -> int:
             f"x{row['ttft_ratio']['median']:.2f}  cache {row['cache_bytes'] / 1024:7.0f} KiB"
         )
     print(f"wrote {page}")
-    return 0
-
-
-def _budgets(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 64,32,16") from None
-
-
-def _command(args: argparse.Namespace) -> str:
-    """The command line that made the report, without where it was written."""
-    parts = ["vtoken demo", f"--model {args.model}", f"--limit {args.limit}"]
-    parts += ["--all"] if args.all else []
-    parts += [f"--budgets {','.join(map(str, args.budgets))}"] if args.budgets else []
-    return " ".join(parts)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -11,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from vtoken.errors import ConfigError
 from vtoken.evals.quality.options import EvalOptions
-from vtoken.evals.shared.options import option
+from vtoken.evals.shared.options import argument, as_json, option
 
 if TYPE_CHECKING:
     from vtoken.evals.quality.results import Results
 
-EPILOG = """\
+DESCRIPTION = "Scores pipelines with lmms-eval's tasks and scorers, and records what every answer cost."
+EXAMPLES = """\
 examples:
   vtoken eval tiny-llava --pipelines fastervlm:64 random:64 --tasks vtoken_glyph_qa --limit 60
       the shipped model on its own held-out questions, offline
@@ -37,9 +36,10 @@ Needs lmms-eval: `make eval-venv` in a checkout, or pip install "lmms-eval>=0.7.
 """
 
 
-class CommandOptions(EvalOptions):
+class Settings(EvalOptions):
     """What is asked, and how."""
 
+    model: str | None = argument("MODEL", "shipped model (tiny-llava), local folder or hub name", None)
     pipelines: tuple[str, ...] = option((), "presets, method:budget or YAML files", "PIPELINE")
     tasks: str | None = option(None, "lmms-eval's tasks and groups, or suites", "TASK,TASK")
     paper: str | None = option(
@@ -51,32 +51,22 @@ class CommandOptions(EvalOptions):
     out: Path = option(Path("vtoken-eval"), "new folder", "DIR")
     lmms_eval_pixels: bool = option(False, "both as lmms-eval's own Qwen classes set them")
     threads: int | None = option(None, "CPU threads of torch (default: torch's choice)", ge=1)
+    in_json: bool = as_json("print what is in results.json and nothing else")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Scores pipelines with lmms-eval's tasks and scorers, and records what every answer cost."
-    parser.epilog = EPILOG
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="shipped model (tiny-llava), local folder or hub name"
-    )
-    CommandOptions.add_to(parser)
-    parser.add_argument("--json", action="store_true", help="print what is in results.json and nothing else")
-
-
-def run(args: argparse.Namespace) -> int:
+def run(asked: Settings) -> None:
     """Scores, writes and prints."""
     from vtoken.evals.lmms.suites import expand, has_judge
     from vtoken.evals.quality import paper
 
-    asked = CommandOptions.of(args)
     named, given = asked.pipelines, asked.tasks
-    if asked.paper is not None and args.model is None:
+    if asked.paper is not None and asked.model is None:
         print(paper.beside(asked.paper))
-        return 0
-    if args.model is None or (given is None and asked.paper is None):
+        return
+    if asked.model is None or (given is None and asked.paper is None):
         raise ConfigError("vtoken eval needs a MODEL and --tasks, or --paper METHOD; see `vtoken eval --help`")
     if asked.paper is not None:
-        chosen = paper.of(asked.paper, args.model)
+        chosen = paper.of(asked.paper, asked.model)
         named = tuple(dict.fromkeys([*paper.pipelines(chosen), *named]))
         given = given or ",".join(paper.tasks(chosen, judge=has_judge()))
     from vtoken.config import load
@@ -91,31 +81,24 @@ def run(args: argparse.Namespace) -> int:
     from vtoken.evals.quality.run import evaluate
     from vtoken.evals.shared.bars import progress
     from vtoken.evals.shared.models import set_threads
-    from vtoken.evals.shared.tables import show
 
     set_threads(asked.threads)
     harness = Harness(tasks, [folder.resolve() for folder in asked.include], asked.prompts)
     options = {"device": asked.device, "lmms_eval_pixels": asked.lmms_eval_pixels, **asked.model_args()}
-    model, command = VtokenModel(args.model, **options), shlex.join(["vtoken", *sys.argv[1:]])
-    with progress() as tell:
-        results = evaluate(model, pipelines, harness, asked.out, asked.limit, command, tell)
-    written = publish(results.folder)
-    if args.json:
-        print(json.dumps(results.to_dict()))
-        return 0
-    show(args.model, cells(results))
-    print(*notes(results), *(f"wrote {file}" for file in written), sep="\n")
-    if asked.paper is not None:
+    model, command = VtokenModel(asked.model, **options), shlex.join(["vtoken", *sys.argv[1:]])
+    with progress():
+        results = evaluate(model, pipelines, harness, asked.out, asked.limit, command)
+    publish(results, cells(results), notes(results), asked.in_json)
+    if asked.paper is not None and not asked.in_json:
         print(paper.beside(asked.paper, results.to_dict()))
-    return 0
 
 
-def kept(args: argparse.Namespace) -> str:
-    if not (args.out / "results.json").exists():
+def kept(asked: Settings) -> str:
+    if not (asked.out / "results.json").exists():
         return ""
     return (
-        f"finished tasks are kept in {args.out / 'results.json'} and {args.out / 'requests'}; vtoken eval does not go "
-        "on from them (run it with another --out), vtoken sweep does"
+        f"finished tasks are kept in {asked.out / 'results.json'} and {asked.out / 'requests'}; vtoken eval does not "
+        "go on from them (run it with another --out), vtoken sweep does"
     )
 
 
@@ -150,4 +133,4 @@ def notes(results: Results) -> list[str]:
         found.append(
             f"drift: last dense run / first, TTFT {drift['ttft']:.3f}; {drift['answers_changed']} answers changed"
         )
-    return [*found, f"wrote {results.folder / 'results.json'}"]
+    return found

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from vtoken.evals.shared.options import Workload
+from vtoken.evals.shared.options import Workload, argument, as_json
 
 if TYPE_CHECKING:
     from vtoken.evals.cost.flops import Account
 
-EPILOG = """\
+DESCRIPTION = "FLOPs per part and KV-cache bytes of pipelines on a model, from its config alone: no weights are loaded."
+EXAMPLES = """\
 examples:
   vtoken flops llava-hf/llava-1.5-7b-hf fastervlm:64
       one stage beside the dense model; nothing is downloaded, common configs are built in
@@ -48,36 +48,31 @@ ROWS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "FLOPs per part and KV-cache bytes of pipelines on a model, from its config alone: no weights are loaded."
-    )
-    parser.epilog = EPILOG
-    parser.add_argument(
-        "model", metavar="MODEL", help="built-in or hub name, shipped model (tiny-llava) or local folder"
-    )
-    parser.add_argument("pipelines", metavar="PIPELINE", nargs="*", help="preset, method:budget or YAML file")
-    Workload.add_to(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+class Settings(Workload):
+    """What is counted, on which shapes."""
+
+    model: str = argument("MODEL", "built-in or hub name, shipped model (tiny-llava) or local folder")
+    pipelines: tuple[str, ...] = argument("PIPELINE", "preset, method:budget or YAML file", ())
+    in_json: bool = as_json()
 
 
-def run(args: argparse.Namespace) -> int:
+def run(asked: Settings) -> None:
     """Prints the accounts side by side."""
     from vtoken.config import load
     from vtoken.evals.cost.flops import account
     from vtoken.evals.shared.configs import resolve_config
 
-    config, work = resolve_config(args.model), Workload.of(args)
-    accounts = [account(config, pipeline, **vars(work)) for pipeline in (None, *map(load, args.pipelines))]
-    if args.json:
-        print(json.dumps({"model": args.model, "accounts": [each.to_dict() for each in accounts]}))
-        return 0
+    config, work = resolve_config(asked.model), asked.model_dump(include={*Workload.model_fields})
+    accounts = [account(config, pipeline, **work) for pipeline in (None, *map(load, asked.pipelines))]
+    if asked.in_json:
+        print(json.dumps({"model": asked.model, "accounts": [each.to_dict() for each in accounts]}))
+        return
     from rich.console import Console
 
-    Console().print(table(args.model, accounts))
-    pictures = f"{work.images} image(s)" if work.frames == 1 else f"{work.images} video(s) of {work.frames} frames"
+    Console().print(table(asked.model, accounts))
+    pictures = f"{asked.images} image(s)" if asked.frames == 1 else f"{asked.images} video(s) of {asked.frames} frames"
     print(
-        f"{pictures} and {work.text_tokens} text tokens in, {work.new_tokens} tokens out, batch 1; "
+        f"{pictures} and {asked.text_tokens} text tokens in, {asked.new_tokens} tokens out, batch 1; "
         f"KV cache at {accounts[0].dtype_bytes} bytes a number. Percentages: share of dense."
     )
     if inexact := dict.fromkeys(name for each in accounts for name in each.inexact):
@@ -85,7 +80,6 @@ def run(args: argparse.Namespace) -> int:
     print("Not counted:")
     for sentence in dict.fromkeys(sentence for each in accounts for sentence in each.left_out):
         print(f"  - {sentence}")
-    return 0
 
 
 def table(model: str, accounts: list[Account]) -> Any:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from vtoken.errors import ConfigError, unknown
+from vtoken.evals.shared.options import Options, argument, as_json, option
 
 if TYPE_CHECKING:
     from vtoken.stages import Stage
 
+DESCRIPTION = "Lists stages and presets; of one of them everything: what it does, options, families, paper."
 EXAMPLES = """examples:
   vtoken list                                  # a line per stage, and the names of presets
   vtoken list fastervlm                        # a stage: options, presets, families
@@ -32,45 +33,51 @@ PRESET_COLUMNS = ("preset", "positions", "stages", "summary")
 COST_COLUMNS = ("stage", "site", "facts", "bytes", "FLOPs", "families", "paper")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Lists stages and presets; of one of them everything: what it does, options, families, paper."
-    parser.epilog = EXAMPLES
-    parser.add_argument("name", metavar="NAME", nargs="?", help="a stage or a preset; takes seconds")
-    parser.add_argument("--site", help="stages that act there alone")
-    parser.add_argument("--fact", help="stages that ask for this fact alone (with default options)")
-    parser.add_argument("--family", help="stages that run on this model_type alone (takes seconds)")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print one JSON object")
-    tables = "print Markdown tables: full (default) or short, as the docs embed it"
-    form.add_argument("--markdown", nargs="?", const="full", choices=("full", "short"), help=tables)
-    other = parser.add_mutually_exclusive_group()
-    matrix = "stages x families instead (takes seconds, downloads nothing)"
-    other.add_argument("--matrix", action="store_true", help=matrix)
-    costs = "families, FLOPs and bytes of every decision, deviations from the authors' code instead (takes seconds)"
-    other.add_argument("--costs", action="store_true", help=costs)
+class Settings(Options):
+    """What is listed, and how."""
+
+    name: str | None = argument("NAME", "a stage or a preset; takes seconds", None)
+    site: str | None = option(None, "stages that act there alone", "SITE")
+    fact: str | None = option(None, "stages that ask for this fact alone (with default options)", "FACT")
+    family: str | None = option(None, "stages that run on this model_type alone (takes seconds)", "FAMILY")
+    markdown: str | None = option(
+        None,
+        "print Markdown tables: full (default) or short, as the docs embed it",
+        choices=("full", "short"),
+        bare="full",
+        group="form",
+    )
+    matrix: bool = option(False, "stages x families instead (takes seconds, downloads nothing)", group="what")
+    costs: bool = option(
+        False,
+        "families, FLOPs and bytes of every decision, deviations from the authors' code instead (takes seconds)",
+        group="what",
+    )
+    in_json: bool = as_json("print one JSON object", group="form")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(asked: Settings) -> None:
+    """Prints a list, or all about one stage or preset."""
     from vtoken.registry import catalogue, is_built_in
 
-    if args.name is not None:
-        return _one(args)
+    if asked.name is not None:
+        return _one(asked.name, asked)
     usable, broken = catalogue()
-    classes = [cls for name, cls in usable.items() if is_built_in(name) or not args.markdown]
-    classes = _filtered(classes, args)
-    if args.matrix:
-        return _matrix(classes, args)
-    if args.costs:
-        return _costs(classes, args)
+    classes = [cls for name, cls in usable.items() if is_built_in(name) or not asked.markdown]
+    classes = _filtered(classes, asked)
+    if asked.matrix:
+        return _matrix(classes, asked)
+    if asked.costs:
+        return _costs(classes, asked)
     shown, among = [describe(cls) for cls in classes], presets()
-    if args.site or args.fact or args.family:
+    if asked.site or asked.fact or asked.family:
         names = {cls.name for cls in classes}
         among = [row for row in among if names & {name for stage in row["stages"] for name in stage}]
-    if args.json:
+    if asked.in_json:
         _print_json({"stages": shown, "presets": among, "broken": broken})
-    elif args.markdown == "short":
+    elif asked.markdown == "short":
         print(_markdown(SHORT_COLUMNS, shown))
-    elif args.markdown:
+    elif asked.markdown:
         print(_markdown(STAGE_COLUMNS, shown), _markdown(PRESET_COLUMNS, among), sep="\n\n")
     else:
         _print_lines(shown) if shown else print("no stage fits")
@@ -79,51 +86,49 @@ def run(args: argparse.Namespace) -> int:
         print("", "`vtoken list NAME` has what there is to know about one of them", sep="\n")
         for name, reason in broken.items():
             print(f"broken: {name}: {reason}", file=sys.stderr)
-    return 0
 
 
-def _one(args: argparse.Namespace) -> int:
+def _one(name: str, asked: Settings) -> None:
     from vtoken import registry
     from vtoken.commands._one import details, show, show_preset
 
-    if args.markdown or args.matrix or args.costs or args.site or args.fact or args.family:
-        raise ConfigError(f"`vtoken list {args.name}` takes --json alone; leave the name out, or the other options")
-    if args.name in registry.presets():
-        if args.json:
-            _print_json(next(row for row in presets() if row["preset"] == args.name))
+    if asked.model_copy(update={"name": None, "in_json": False}) != Settings():
+        raise ConfigError(f"`vtoken list {name}` takes --json alone; leave the name out, or the other options")
+    if name in registry.presets():
+        if asked.in_json:
+            _print_json(next(row for row in presets() if row["preset"] == name))
         else:
-            show_preset(args.name)
-        return 0
-    if args.name not in registry.stages():
+            show_preset(name)
+        return
+    if name not in registry.stages():
         known = [*registry.stages(), *registry.presets()]
-        raise ConfigError(unknown("stage or preset", args.name, known, listed=registry.LIST, close=3))
-    told = details(registry.stage(args.name))
-    _print_json(told) if args.json else show(told)
-    return 0
+        raise ConfigError(unknown("stage or preset", name, known, listed=registry.LIST, close=3))
+    told = details(registry.stage(name))
+    _print_json(told) if asked.in_json else show(told)
 
 
-def _filtered(classes: list[type[Stage]], args: argparse.Namespace) -> list[type[Stage]]:
+def _filtered(classes: list[type[Stage]], asked: Settings) -> list[type[Stage]]:
     """Those that --site, --fact and --family leave."""
     from vtoken import registry
     from vtoken.stages import FACTS, SITES
 
     known = {"site": SITES, "fact": sorted({fact.name for fact in FACTS}), "family": registry.adapters()}
     for key, names in known.items():
-        if (value := getattr(args, key)) is not None and value not in names:
+        if (value := getattr(asked, key)) is not None and value not in names:
             raise ConfigError(unknown(key, value, names))
-    if args.site:
-        classes = [cls for cls in classes if cls.site == args.site]
-    if args.fact:
-        classes = [cls for cls in classes if args.fact in {need.partition("@")[0] for need in _needs(cls)}]
-    if args.family:
+    if asked.site:
+        classes = [cls for cls in classes if cls.site == asked.site]
+    if asked.fact:
+        classes = [cls for cls in classes if asked.fact in {need.partition("@")[0] for need in _needs(cls)}]
+    if asked.family:
         from vtoken.evals.cost.support_matrix import support_matrix
 
-        cells = support_matrix(classes, [args.family]).cells
-        classes = [cls for cls in classes if cells[cls.name][args.family].answer != "no"]
+        cells = support_matrix(classes, [asked.family]).cells
+        classes = [cls for cls in classes if cells[cls.name][asked.family].answer != "no"]
     return classes
 
 
-def _matrix(classes: list[type[Stage]], args: argparse.Namespace) -> int:
+def _matrix(classes: list[type[Stage]], asked: Settings) -> None:
     from vtoken.evals.cost.support_matrix import support_matrix
 
     found = support_matrix(classes)
@@ -134,17 +139,16 @@ def _matrix(classes: list[type[Stage]], args: argparse.Namespace) -> int:
     for stage, row in found.cells.items():
         answers = {f: c.answer + (f" [{notes.index(c.reason) + 1}]" if c.reason else "") for f, c in row.items()}
         rows.append({"stage": stage, **answers})
-    if args.json:
+    if asked.in_json:
         _print_json(found.to_dict())
-    elif args.markdown:
+    elif asked.markdown:
         print(_markdown(columns, rows), "", *numbered, *([""] if notes else []), tried, sep="\n")
     else:
-        _print(columns, rows, ("stage",))
+        _print(columns, rows)
         print(*numbered, tried, sep="\n")
-    return 0
 
 
-def _costs(classes: list[type[Stage]], args: argparse.Namespace) -> int:
+def _costs(classes: list[type[Stage]], asked: Settings) -> None:
     from dataclasses import asdict
 
     from vtoken.evals.cost.decision_costs import costs
@@ -161,16 +165,15 @@ def _costs(classes: list[type[Stage]], args: argparse.Namespace) -> int:
         rows.append({"stage": c.stage, "FLOPs": flops, **own, **about[c.stage]})
     missing = "; ".join(sentence for c in found for sentence in c.left_out)
     notes = [f"Not counted: {missing}."] if missing else []
-    if args.json:
+    if asked.in_json:
         _print_json([{**asdict(c), **about[c.stage]} for c in found])
-    elif args.markdown:
+    elif asked.markdown:
         differences = [f"- **{row['stage']}**: {row['deviations']}" for row in rows if row["deviations"]]
         notes += ["Deviations from the authors' code:", "\n".join(differences)]
         print(_markdown(COST_COLUMNS, rows), *notes, sep="\n\n")
     else:
-        _print(COST_COLUMNS[:-1], rows, ("stage",))
+        _print(COST_COLUMNS[:-1], rows)
         print(*notes, sep="\n", end="\n" if notes else "")
-    return 0
 
 
 def _print_json(what: Any) -> None:
@@ -267,8 +270,8 @@ def _markdown(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> str:
     return markdown([columns, *([cell(_text(column, row[column])) for column in columns] for row in rows)])
 
 
-def _print(columns: tuple[str, ...], rows: list[dict[str, Any]], whole: tuple[str, ...]) -> None:
-    """The columns `whole` are never folded."""
+def _print(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+    """The names of stages are never folded."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -276,7 +279,7 @@ def _print(columns: tuple[str, ...], rows: list[dict[str, Any]], whole: tuple[st
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column in whole)
+        table.add_column(column, overflow="fold", no_wrap=column == "stage")
     for row in rows:
         table.add_row(*(Text(_text(column, row[column])) for column in columns))
     Console().print(table)

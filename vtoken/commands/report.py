@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
-EPILOG = """\
+from vtoken.evals.shared.options import Options, argument, as_json, option
+
+DESCRIPTION = """\
+Percent of dense with paired bootstrap intervals and McNemar's test, Pareto fronts against tokens, FLOPs and time to
+first token, what deciding costs, and the worst regressions with the tokens that were kept."""
+EXAMPLES = """\
 examples:
   vtoken report vtoken-eval                      DIR/report.html and DIR/table.md, anew
   vtoken report vtoken-eval --out pruning.html   the page elsewhere
@@ -17,34 +21,30 @@ Needs neither lmms-eval nor the model. The page is one file and fetches nothing;
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Percent of dense with paired bootstrap intervals and McNemar's test, Pareto fronts against tokens, FLOPs and "
-        "time to\nfirst token, what deciding costs, and the worst regressions with the tokens that were kept."
-    )
-    parser.epilog = EPILOG
-    parser.add_argument("folder", type=Path, metavar="DIR", help="that `vtoken eval --out DIR` wrote")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: DIR/report.html)")
-    parser.add_argument("--paper", metavar="METHOD", help="print published numbers beside those measured")
-    parser.add_argument("--json", action="store_true", help="print every number as one JSON object and write nothing")
+class Settings(Options):
+    """Which run, and what of it."""
+
+    folder: Path = argument("DIR", "that `vtoken eval --out DIR` wrote")
+    out: Path | None = option(None, "the page (default: DIR/report.html)")
+    paper: str | None = option(None, "print published numbers beside those measured", "METHOD")
+    in_json: bool = as_json("print every number as one JSON object and write nothing")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(asked: Settings) -> None:
     """Reads, computes, writes."""
     from vtoken.evals.quality import paper, report
     from vtoken.evals.quality.analysis import analyse, read
 
-    evaluation = read(args.folder)
+    evaluation = read(asked.folder)
     found = analyse(evaluation)
-    if args.json:
+    if asked.in_json:
         print(json.dumps(found))
-        return 0
-    if args.paper is not None:
-        print(paper.beside(args.paper, evaluation.results))
-        return 0
-    written = report.write(evaluation, found, args.out)
+        return
+    if asked.paper is not None:
+        print(paper.beside(asked.paper, evaluation.results))
+        return
+    written = report.write(evaluation, found, asked.out)
     for file in written:
         print(f"wrote {file}")
     if len(written) == 1:
-        print(report.MISSING.format(folder=args.folder))
-    return 0
+        print(report.MISSING.format(folder=asked.folder))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 
+from vtoken.evals.shared.options import Options, as_json
+
+DESCRIPTION = "Prints the JSON Schema of pipeline files, with every option of every installed stage."
 EXAMPLES = """examples:
   vtoken schema > vtoken.schema.json
 
@@ -13,14 +15,13 @@ Editors that speak yaml-language-server then complete and check a pipeline file 
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Prints the JSON Schema of pipeline files, with every option of every installed stage."
-    parser.epilog = EXAMPLES
-    parser.add_argument("--json", action="store_true", help="as everywhere else; the output is JSON in any case")
+class Settings(Options):
+    """Nothing to choose."""
+
+    in_json: bool = as_json("as everywhere else; the output is JSON in any case")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(asked: Settings) -> None:
     from vtoken.config.schema import schema
 
     print(json.dumps(schema(), indent=2, ensure_ascii=False))
-    return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -12,8 +11,11 @@ from typing import Any
 
 from vtoken.config import Pipeline
 from vtoken.errors import UnsupportedError, VtokenError
-from vtoken.evals.shared.options import DeviceOptions, option
+from vtoken.evals.shared.options import DeviceOptions, argument, as_json, option
 
+DESCRIPTION = """\
+Serves a model with a pipeline through transformers' own server: /v1/chat/completions, plain and streamed,
+/v1/responses, /v1/models. `usage` tells what pruning left of a prompt. Ctrl-C ends it."""
 EXAMPLES = """examples:
   vtoken serve tiny-llava fastervlm:64                                       # the shipped model, on port 8000
   vtoken serve llava-hf/llava-1.5-7b-hf fastervlm-64 --dtype bfloat16        # a model of yours
@@ -28,57 +30,46 @@ NEEDED = ("fastapi", "uvicorn", "openai")
 LAST = 5  # seconds that answers in progress have when the server ends
 
 
-class CommandOptions(DeviceOptions):
-    """Where is served."""
+class Settings(DeviceOptions):
+    """What is served, and where."""
 
+    model: str = argument("MODEL", "shipped model, folder or hub id; also its name in requests")
+    pipeline: str = argument("PIPELINE", "preset, method:budget or YAML file")
     host: str = option("127.0.0.1", "address to listen on", "ADDRESS")
     port: int = option(8000, "port, 0: a free one", ge=0, le=65535)
+    in_json: bool = as_json("print address and vLLM command as one JSON object")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Serves a model with a pipeline through transformers' own server: /v1/chat/completions, plain and streamed,\n"
-        "/v1/responses, /v1/models. `usage` tells what pruning left of a prompt. Ctrl-C ends it."
-    )
-    parser.epilog = EXAMPLES
-    parser.add_argument("model", metavar="MODEL", help="shipped model, folder or hub id; also its name in requests")
-    parser.add_argument("pipeline", metavar="PIPELINE", help="preset, method:budget or YAML file")
-    CommandOptions.add_to(parser)
-    parser.add_argument("--json", action="store_true", help="print address and vLLM command as one JSON object")
-
-
-def run(args: argparse.Namespace) -> int:
+def run(asked: Settings) -> None:
     """Loads the model and serves until Ctrl-C."""
-    asked = CommandOptions.of(args)
     from vtoken.config import load
 
-    pipeline = load(args.pipeline)
+    pipeline = load(asked.pipeline)
     server, uvicorn = _parts()
     from vtoken.evals import processors
     from vtoken.evals.shared import models
 
     with _listen(asked.host, asked.port) as listening:
         app, manager = server.app_of(
-            args.model,
+            asked.model,
             pipeline,
-            lambda: models.load(args.model, asked.device, asked.dtype),
-            lambda: processors.load(args.model),
+            lambda: models.load(asked.model, asked.device, asked.dtype),
+            lambda: processors.load(asked.model),
         )
         (held,) = manager.loaded_models.values()
         address = f"http://{_written(*listening.getsockname()[:2])}/v1"
-        command, refused = in_vllm(args.model, args.pipeline, pipeline, held.model.config)
+        command, refused = in_vllm(asked.model, asked.pipeline, pipeline, held.model.config)
         del held  # or a reset could not free it
-        if args.json:
+        if asked.in_json:
             print(json.dumps({"address": address, "vllm": command, "vllm_refused": refused}), flush=True)
         else:
-            print(f"serving {args.model} with {pipeline.name} on {address}, one request at a time; Ctrl-C ends it")
+            print(f"serving {asked.model} with {pipeline.name} on {address}, one request at a time; Ctrl-C ends it")
             print(f"in vLLM, for many at once: {command}" if command else f"not in vLLM: {refused}", flush=True)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LAST)
         try:
             uvicorn.Server(config).run(sockets=[listening])
         except KeyboardInterrupt:  # raised again when everything is closed
             pass
-    return 0
 
 
 def in_vllm(model: str, given: str, pipeline: Pipeline, model_config: Any) -> tuple[str | None, str | None]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from pathlib import Path
 
 from vtoken.errors import VtokenError
-from vtoken.evals.shared.options import FRAMES, VIDEO
+from vtoken.evals.shared.options import FRAMES, VIDEO, Options, argument, as_json, option
 
+DESCRIPTION = """\
+Runs one prefill and draws pictures, or the frames of a video, as the model saw them: kept cells bordered,
+dropped cells grey, merged cells tinted. One PNG per call."""
 EXAMPLES = """examples:
   vtoken show tiny-llava fastervlm:32 picture.jpg
   vtoken show llava-hf/llava-1.5-7b-hf fastervlm:64 cat.jpg --question "What is on the table?"
@@ -20,25 +22,19 @@ EXAMPLES = """examples:
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Runs one prefill and draws pictures, or the frames of a video, as the model saw them: kept cells bordered,\n"
-        "dropped cells grey, merged cells tinted. One PNG per call."
-    )
-    parser.epilog = EXAMPLES
-    parser.add_argument("model", metavar="MODEL", help="shipped model, folder or hub id")
-    parser.add_argument("pipeline", metavar="PIPELINE", help="preset, method:budget or YAML file")
-    media = f"picture files of one prompt, or one video: {VIDEO}"
-    parser.add_argument("media", type=Path, nargs="+", metavar="IMAGE", help=media)
-    question = "for methods that read the prompt (default: %(default)s)"
-    parser.add_argument("--question", default="Describe the image.", help=question)
-    frames = "evenly spaced frames of a video (default: %(default)s)"
-    parser.add_argument("--frames", type=int, default=FRAMES, metavar="N", help=frames)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="PNG to write (default: IMAGE-PIPELINE.png here)")
-    parser.add_argument("--json", action="store_true", help="print the trace as one JSON object")
+class Settings(Options):
+    """What is drawn, and where to."""
+
+    model: str = argument("MODEL", "shipped model, folder or hub id")
+    pipeline: str = argument("PIPELINE", "preset, method:budget or YAML file")
+    media: tuple[Path, ...] = argument("IMAGE", f"picture files of one prompt, or one video: {VIDEO}")
+    question: str = option("Describe the image.", "for methods that read the prompt", "QUESTION")
+    frames: int = option(FRAMES, "evenly spaced frames of a video")
+    out: Path | None = option(None, "PNG to write (default: IMAGE-PIPELINE.png here)")
+    in_json: bool = as_json("print the trace as one JSON object")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(asked: Settings) -> None:
     """Writes the overlay."""
     import torch
 
@@ -47,31 +43,31 @@ def run(args: argparse.Namespace) -> int:
     from vtoken.evals.pictures.traced import picture
     from vtoken.evals.shared.media import read
     from vtoken.evals.shared.models import load_pair
+    from vtoken.evals.shared.whole import check_folder
     from vtoken.session import match_processor, trace, watched
 
-    pipeline = load(args.pipeline)
-    if args.out and not args.out.absolute().parent.is_dir():
-        raise VtokenError(f"no folder {str(args.out.parent)!r} to write {args.out.name} into")
-    media = read(args.media, args.frames)
-    model, processor = load_pair(args.model)
+    pipeline = load(asked.pipeline)
+    check_folder(asked.out)
+    media = read(asked.media, asked.frames)
+    model, processor = load_pair(asked.model)
     with torch.inference_mode(), watched(model, pipeline):
         if pipeline.anyres != "model":
             match_processor(processor, model)
-        inputs = prepare(processor, media, args.question, model)
+        inputs = prepare(processor, media, asked.question, model)
         model.generate(**inputs, do_sample=False, max_new_tokens=1)
         seen = trace(model)
 
     kept, total = sum(seen.tokens_out), sum(seen.visual_tokens)
-    caption = f"{pipeline.name}: {kept} of {total} visual tokens. {args.question}"
+    caption = f"{pipeline.name}: {kept} of {total} visual tokens. {asked.question}"
     name = re.sub(r"[^A-Za-z0-9._+]+", "-", pipeline.name).strip("-")
-    out = args.out or Path(f"{args.media[0].stem}-{name}.png")
+    out = asked.out or Path(f"{asked.media[0].stem}-{name}.png")
     try:
         picture(processor, inputs.get("pixel_values"), media, seen, caption).save(out, "PNG")
     except ValueError as error:
-        raise VtokenError(f"cannot draw {args.media[0]}: {error}") from error
-    if args.json:
+        raise VtokenError(f"cannot draw {asked.media[0]}: {error}") from error
+    if asked.in_json:
         print(json.dumps({"file": str(out), **seen.to_dict()}))
-        return 0
+        return
     print(f"wrote {out}: {kept} of {total} visual tokens kept")
     for name, why in seen.aside.items():
         print(f"{name} stood aside: {why}")
@@ -81,4 +77,3 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"the KV cache holds {many} of {seen.prompt_tokens[0]} prompt tokens per layer and head; that is not drawn"
         )
-    return 0

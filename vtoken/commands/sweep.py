@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtoken.evals.shared.options import Options, option
+from vtoken.evals.shared.options import Options, argument, as_json, option
 
 if TYPE_CHECKING:
     from vtoken.evals.quality.results import Results
 
-EPILOG = """\
+DESCRIPTION = "Scores pipelines on tasks, point by point and resumably, then times them."
+EXAMPLES = """\
 a sweep file:
   model: tiny-llava
   methods: [fastervlm, visionzip, random]     # each at every budget
@@ -44,33 +43,25 @@ changed, the sweep says so.
 """
 
 
-class CommandOptions(Options):
+class Settings(Options):
     """Where a sweep runs."""
 
+    file: Path = argument("SWEEP.yaml", "what to sweep")
     out: Path = option(Path("vtoken-sweep"), "folder", "DIR")
     workers: int | None = option(None, "processes (default: 1), or actors of --ray")
     threads: int | None = option(None, "CPU threads of torch, of all workers together", ge=1)
+    ray: str | None = option(None, "spread points over a Ray cluster (needs Ray)", "ADDRESS", bare="")
+    in_json: bool = as_json("print what is in results.json and nothing else")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Scores pipelines on tasks, point by point and resumably, then times them."
-    parser.epilog = EPILOG
-    parser.add_argument("file", type=Path, metavar="SWEEP.yaml", help="what to sweep")
-    CommandOptions.add_to(parser)
-    parser.add_argument(
-        "--ray", nargs="?", const="", metavar="ADDRESS", help="spread points over a Ray cluster (needs Ray)"
-    )
-    parser.add_argument("--json", action="store_true", help="print what is in results.json and nothing else")
-
-
-def run(args: argparse.Namespace) -> int:
+def run(asked: Settings) -> None:
     """Sweeps, writes and prints."""
     from vtoken.evals.lmms.prepare import prepare, prepare_ray
     from vtoken.evals.quality.options import Sweep
     from vtoken.evals.shared.yaml_options import read
 
-    sweep, asked = read(Sweep, args.file), CommandOptions.of(args)
-    if args.ray is not None:
+    sweep = read(Sweep, asked.file)
+    if asked.ray is not None:
         prepare_ray()
     prepare("vtoken sweep")
     from vtoken.evals.lmms.harness import ranks
@@ -78,39 +69,19 @@ def run(args: argparse.Namespace) -> int:
     from vtoken.evals.quality.report import publish
     from vtoken.evals.shared.bars import progress
     from vtoken.evals.shared.models import set_threads
-    from vtoken.evals.shared.tables import show
 
     set_threads(asked.threads)
     command = shlex.join(["vtoken", *sys.argv[1:]])
-    with progress(shown=ranks()[0] == 0) as tell:
-
-        def told(done: int, total: int, what: str) -> None:
-            tell(f"{done} of {total} points, {what}", done / total)
-
-        results = sweeping.run(sweep, asked.out, asked.workers, command, told, args.ray)
-    if results is None:
-        return 0
-    written = publish(results.folder)
-    if args.json:
-        print(json.dumps(results.to_dict()))
-        return 0
-    show(results.model, cells(results))
-    about = results.conditions
-    print(f"{about['device']}, {about['dtype']}, {about['versions']}, lmms-eval {about['lmms_eval']}")
-    if results.speed is not None:
-        print("times: medians at batch 1 on random prompts, dense and pipelines interleaved; ratios within a round")
-    if results.drift is not None:
-        print(f"drift: {results.drift['answers_changed']} answers of the last dense run differ from the first one's")
-    for file in (results.folder / "results.json", *written):
-        print(f"wrote {file}")
-    return 0
+    with progress(shown=ranks()[0] == 0):
+        results = sweeping.run(sweep, asked.out, asked.workers, command, asked.ray)
+    if results is not None:
+        publish(results, cells(results), notes(results), asked.in_json)
 
 
-def kept(args: argparse.Namespace) -> str:
-    points = len([*(args.out / "points").glob("*.json")])
-    return f"{points} finished points are kept in {args.out / 'points'}; the same command goes on from them" * (
-        points > 0
-    )
+def kept(asked: Settings) -> str:
+    folder = asked.out / "points"
+    points = len([*folder.glob("*.json")])
+    return f"{points} finished points are kept in {folder}; the same command goes on from them" if points else ""
 
 
 def cells(results: Results) -> list[tuple[str, ...]]:
@@ -128,6 +99,20 @@ def cells(results: Results) -> list[tuple[str, ...]]:
         speed = _times(timed[run["name"]]) if timed else ()
         rows.append((run["name"], *scores, f"{100 * same:.1f} %", f"{entry:.0f}", f"{mean:.0f}", *speed))
     return rows
+
+
+def notes(results: Results) -> list[str]:
+    """Conditions in words."""
+    about = results.conditions
+    found = [f"{about['device']}, {about['dtype']}, {about['versions']}, lmms-eval {about['lmms_eval']}"]
+    if results.speed is not None:
+        found.append(
+            "times: medians at batch 1 on random prompts, dense and pipelines interleaved; ratios within a round"
+        )
+    if results.drift is not None:
+        changed = results.drift["answers_changed"]
+        found.append(f"drift: {changed} answers of the last dense run differ from the first one's")
+    return found
 
 
 def _times(row: dict[str, Any]) -> tuple[str, ...]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
+from pathlib import Path
 
-from vtoken.evals.calibrate._report import WEIGHTS, check_out, declare, steps
+from vtoken.evals.calibrate._report import weights_file
 from vtoken.evals.calibrate._train_exit_gates import Training, judge, layers_of, table, train
 from vtoken.evals.calibrate._training import kept_back
-from vtoken.evals.shared.options import DeviceOptions, option
+from vtoken.evals.shared.bars import progress
+from vtoken.evals.shared.options import ModelCommand, option
+from vtoken.evals.shared.whole import check_folder
 
 DESCRIPTION = """\
 Trains one gate per decoder layer that tells from the question's hidden states whether all visual tokens may leave.
@@ -32,50 +33,43 @@ text alone from every layer on 20.2, output embeddings 0.8), 6,650 of them 202 P
 a time, in 496 short layer calls each; a GPU may spend more time on starting those than on computing them. What gates see of them takes
 6.8 GB of memory. A gate has 16.8 million weights: one pass over the data takes 0.02 PFLOPs for all 31, the file 1.0 GB in bfloat16.
 """
-OUT = WEIGHTS
 
 
-class Settings(Training, DeviceOptions):
+class Settings(Training, ModelCommand):
     data: str = option(
         ..., "`reference`, a folder with questions.jsonl, or a .jsonl file: image, question, answer", "DATA"
     )
     limit: int | None = option(None, "first N questions (default: all)", ge=1)
+    out: Path = weights_file()
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    declare(parser, sys.modules[__name__])
-
-
-def run(args: argparse.Namespace) -> int:
+def run(asked: Settings) -> None:
     """Trains, writes the file and says how the gates do on pictures that were kept back."""
     from vtoken.compressors.decoder._gates import save
     from vtoken.evals.shared import samples
 
-    asked = Settings.of(args)
-    check_out(args.out)
+    check_folder(asked.out)
     given = samples.read(asked.data, asked.limit)
     back = kept_back(given, asked.data)
-    with steps() as step:
-        step("loading", 1)
-        model, processor = samples.load(args.model, asked.device, asked.dtype)
-        seen = table(model, processor, given, step("questions", len(given)))
+    with progress():
+        model, processor = samples.load(asked.model, asked.device, asked.dtype)
+        seen = table(model, processor, given)
         known, kept = seen.rows(~back), seen.rows(back)
-        gates = train(known, asked, step("gates", len(layers_of(seen))))
+        gates = train(known, asked)
     found = judge(gates, kept)
     numbers = {"questions": len(known.leave), "kept_back": len(kept.leave)}
     numbers |= asked.model_dump(include=set(Training.model_fields))
-    about = {"model": args.model, "data": asked.data, **{key: str(value) for key, value in numbers.items()}}
-    save(args.out, {k: (a.to(model.dtype), b.to(model.dtype)) for k, (a, b) in gates.items()}, found["stay"], about)
-    if args.json:
-        print(json.dumps({"file": str(args.out), "model": args.model, "data": asked.data, **numbers, **found}))
-        return 0
+    about = {"model": asked.model, "data": asked.data, **{key: str(value) for key, value in numbers.items()}}
+    save(asked.out, {k: (a.to(model.dtype), b.to(model.dtype)) for k, (a, b) in gates.items()}, found["stay"], about)
+    if asked.in_json:
+        print(json.dumps({"file": str(asked.out), "model": asked.model, "data": asked.data, **numbers, **found}))
+        return
     print("layer  may leave  gate right  harmful exits  images still there")
     for k in layers_of(seen):
         row = [found[key][k - 1] for key in ("may_leave", "accuracy", "harmful")]
         print(f"{k:>5}  {row[0]:>9.1%}  {row[1]:>10.1%}  {row[2]:>13.1%}  {found['stay'][k]:>18.1%}")
     share = sum(found["stay"]) / len(found["stay"])
     print(
-        f"wrote {args.out}: {share:.1%} of visual tokens on average over layers, on {len(kept.leave)} questions kept "
+        f"wrote {asked.out}: {share:.1%} of visual tokens on average over layers, on {len(kept.leave)} questions kept "
         "back"
     )
-    return 0

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from vtoken.errors import VtokenError
-from vtoken.evals.shared.options import DeviceOptions, number, option
+from vtoken.evals.shared.options import ModelCommand, as_json, number, option
 
-EPILOG = """\
+DESCRIPTION = "Searches stages, budgets and options: quality against cost."
+EXAMPLES = """\
 a space file:
   alternatives:                                # each a list of stages, as in a pipeline file
     before: [fastervlm: {keep: {low: 16, high: 192, log: true}}]
@@ -41,9 +42,18 @@ on others.
 """
 
 
-class CommandOptions(DeviceOptions):
+def _share(text: str) -> float:
+    try:
+        return number(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; write 98% or 0.98") from None
+
+
+class Settings(ModelCommand):
     """What is searched, on what."""
 
+    space: Path = option(..., "what may vary")
+    keep_accuracy: float = option(0.98, "of dense's quality (default: 98%)", "SHARE", read=_share)
     data: str = option("reference", "reference, FILE.jsonl or lmms-eval's tasks", "DATA")
     limit: int | None = option(None, "first N samples (of each task)")
     include: tuple[Path, ...] = option((), "folders with tasks of yours (lmms-eval's YAML)", "DIR")
@@ -59,26 +69,15 @@ class CommandOptions(DeviceOptions):
     out: Path = option(Path("vtoken-tune"), "folder", "DIR")
     seed: int = option(0, "of the search")
     revision: str | None = option(None, "of a hub model (default: main)")
+    in_json: bool = as_json("print what is in tune.json and nothing else")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Searches stages, budgets and options: quality against cost."
-    parser.epilog = EPILOG
-    parser.add_argument("model", metavar="MODEL", help="shipped model (tiny-llava), local folder or hub name")
-    parser.add_argument("--space", type=Path, required=True, metavar="FILE", help="what may vary")
-    parser.add_argument(
-        "--keep-accuracy", type=_share, default=0.98, metavar="SHARE", help="of dense's quality (default: 98%%)"
-    )
-    CommandOptions.add_to(parser)
-    parser.add_argument("--json", action="store_true", help="print what is in tune.json and nothing else")
-
-
-def run(args: argparse.Namespace) -> int:
+def run(given: Settings) -> None:
     """Searches, writes and prints."""
     from vtoken.evals.shared.yaml_options import read
     from vtoken.evals.tune.space import Space
 
-    space, given = read(Space, args.space), CommandOptions.of(args)
+    space = read(Space, given.space)
     space.check()
     if find_spec("optuna") is None:
         raise VtokenError("vtoken tune needs Optuna: pip install optuna")
@@ -93,30 +92,27 @@ def run(args: argparse.Namespace) -> int:
     tasks = samples.tasks(given.data, given.limit, folders=[folder.resolve() for folder in given.include])
     asked = samples.load(given.data, given.limit) if tasks is None else tasks.samples
     quality: Any = given.quality or ("agreement" if tasks is None else "accuracy")
-    generator = TextGenerator(*load_pair(args.model, given.device, given.dtype, given.revision))
+    generator = TextGenerator(*load_pair(given.model, given.device, given.dtype, given.revision))
     with progress():
         judge = Judge(generator, asked, quality, given.batch_size, tasks, given.first)
-    about = {"model": args.model, "revision": given.revision, "dtype": str(generator.model.dtype)}
+    about: dict[str, Any] = {"model": given.model, "revision": given.revision, "dtype": str(generator.model.dtype)}
     about |= {"batch_size": given.batch_size, "samples": samples.fingerprint(asked)}
     if judge.relative is not None:
         about |= {"scorers": judge.relative.tasks.names, "lmms_eval": version("lmms-eval")}
     objective: Any = given.objective
-    like, keep = shape(generator, asked[0]), args.keep_accuracy
+    like, keep = shape(generator, asked[0]), given.keep_accuracy
     search = Search(judge, space, given.out, like, objective, keep, given.first, given.seed, about)
-    with progress() as tell:
-        search.run(
-            given.trials, lambda done, what: tell(f"{done} of {given.trials} trials, {what}", done / given.trials)
-        )
+    with progress():
+        search.run(given.trials)
     files = search.write()
-    if args.json:
+    if given.in_json:
         print(json.dumps(search.to_dict()))
     else:
         _print(search, files)
-    return 0
 
 
-def kept(args: argparse.Namespace) -> str:
-    study = args.out / "study.db"
+def kept(asked: Settings) -> str:
+    study = asked.out / "study.db"
     return f"finished trials are kept in {study}; the same command goes on from them" if study.exists() else ""
 
 
@@ -147,10 +143,3 @@ def _print(search: Any, files: list[Path]) -> None:
     if files and search.objective == "flops":
         print(f"FLOPs are counted, no time was taken: vtoken bench {search.about.get('model')} {files[0]} tells")
     print(f"wrote {search.folder / 'tune.json'} and {len(files)} pipelines")
-
-
-def _share(text: str) -> float:
-    try:
-        return number(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share; write 98% or 0.98") from None

@@ -1,4 +1,4 @@
-"""A model's processor; without torchvision one that takes pictures, through Pillow, and no videos.
+"""A model's processor. Without torchvision it takes pictures, through Pillow, and no videos.
 
 transformers builds the video half of a processor whether or not it is used, and that half needs torchvision.
 """
@@ -91,21 +91,28 @@ def pictures_only(kind: type[Any]) -> type[Any]:
     return made
 
 
-def apply(processor: Any, what: str, **given: Any) -> Any:
+def apply(processor: Any, what: str, model: Any = None, **given: Any) -> Any:
     """What the processor makes of pictures and texts.
 
     Args:
         what: names the pictures in errors.
+        model: on whose device, and pixels in whose dtype; None leaves all as it is.
         given: as the processor takes it.
 
     Raises:
         UnsupportedError: it refuses them.
     """
     try:
-        return processor(return_tensors="pt", **given)
+        inputs = processor(return_tensors="pt", **given)
     except ValueError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UnsupportedError(f"the model's processor does not take {what}: {reason}") from error
+    if model is None:
+        return inputs
+    inputs = inputs.to(model.device)
+    for name in {"pixel_values", "pixel_values_videos"} & set(inputs):
+        inputs[name] = inputs[name].to(model.dtype)
+    return inputs
 
 
 def check_video(processor: Any) -> None:

@@ -14,8 +14,8 @@ import vtoken
 from vtoken import config, registry
 from vtoken.cli import main
 from vtoken.errors import ConfigError, UnsupportedError
-from vtoken.evals.calibrate import _batches
-from vtoken.evals.calibrate.dtome import calibrate, pictures
+from vtoken.evals.calibrate import _batches, dtome
+from vtoken.evals.calibrate.dtome import pictures
 from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.stages import Fact, VisualTokens
 
@@ -48,6 +48,11 @@ class Pixels:
         patches = pixels.unfold(2, 14, 14).unfold(3, 14, 14).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
         found = [p[: h * w].repeat(1, 2) for p, (_, h, w) in zip(patches, grids, strict=True)]
         return {"pixel_values": torch.cat(found), "image_grid_thw": torch.tensor(grids)}
+
+
+def calibrate(model, pixels, files, out, **options):
+    asked = dtome.Settings(model="", images=files[0].parent, out=out, **options)
+    return dtome.calibrate(model, pixels, files, asked)
 
 
 def test_schedules():
@@ -148,17 +153,18 @@ def test_one_batch_gives_its_own_mean_count(folder, tmp_path, budget, per_layer)
     assert again.stages[0] == stage, "a pipeline written out holds the numbers"
 
 
-def test_it_goes_on_where_it_was(folder, tmp_path):
+def test_it_goes_on_where_it_was(folder, tmp_path, monkeypatch):
     model, files = tiny.llava(), pictures(folder)
     whole = calibrate(model, Pixels(), files, tmp_path / "whole", batch_size=4)
 
-    def stop(done):
-        if done == 8:
+    def stop(what, share):
+        if share == 8 / len(files):
             raise KeyboardInterrupt
 
     first, second, third = Pixels(), Pixels(), Pixels()
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(model, first, files, tmp_path / "out", batch_size=4, progress=stop)
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr(dtome, "say", stop)
+        calibrate(model, first, files, tmp_path / "out", batch_size=4)
     found = calibrate(model, second, files, tmp_path / "out", batch_size=4)
     assert (first.calls, second.calls) == (2, 1)
     assert all(torch.equal(found[k], whole[k]) for k in ("thresholds", "left"))

@@ -124,13 +124,18 @@ def test_tokens_are_counted_without_a_trace_as_with_one(family: str, kinds: str)
         seen = trace(model)
         pruned = pruned_tokens(batch, seen, range(len(rows)))
     dense = dense_tokens(adapter, batch)
-    assert [t.visual for t in dense] == [t.visual for t in pruned]
-    assert sum(t.visual for t in dense) == sum(seen.visual_tokens) > 0
+    assert [t.visual_tokens for t in dense] == [t.visual_tokens for t in pruned]
+    assert sum(t.visual_tokens for t in dense) == sum(seen.visual_tokens) > 0
     for row, tokens in enumerate(pruned):
         own = [k for k, of in enumerate(seen.row) if of == row]
-        assert tokens.entry == tokens.mean == sum(seen.tokens_out[k] for k in own)
-        assert tokens.prompt == dense[row].prompt == dense[row].entered == int(batch["attention_mask"][row].sum())
-        assert tokens.entered == seen.prompt_tokens[row]
+        assert tokens.visual_tokens_entry == tokens.visual_tokens_mean == sum(seen.tokens_out[k] for k in own)
+        assert (
+            tokens.prompt_tokens
+            == dense[row].prompt_tokens
+            == dense[row].input_tokens
+            == int(batch["attention_mask"][row].sum())
+        )
+        assert tokens.input_tokens == seen.prompt_tokens[row]
 
 
 def test_beams_count_every_prompt_once(generator: Any) -> None:

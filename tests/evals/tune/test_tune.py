@@ -159,7 +159,7 @@ def test_samples(place: Path, asked: list[samples.Sample]) -> None:
 
 def test_prompts_of_tasks_are_those_the_model_is_asked() -> None:
     pytest.importorskip("lmms_eval")
-    heard = samples.load("vtoken_glyph_qa", 3)
+    heard = samples.tasks("vtoken_glyph_qa", 3).samples
     known = samples.load("reference", 3)
     for ours, theirs in zip(heard, known, strict=True):
         assert ours.answer is None and ours.options["max_new_tokens"] == 8

@@ -1,5 +1,4 @@
 """Tables, layers and gates that stages need, computed from a model and pictures.
 
-A method is a module with `SUMMARY`, `DESCRIPTION`, `EXAMPLES`, `Settings` (its options), `OUT` (the file it writes) and
-`run(args)`.
+A method is a module like a command's (see `vtoken.cli`), with a `SUMMARY` besides.
 """

@@ -1,4 +1,5 @@
-"""What images got of the attention, what answers become if they leave there, and the threshold that follows."""
+"""The threshold of attention_exit: how much attention images get in every layer, and what the model answers if they
+leave there."""
 
 from __future__ import annotations
 
@@ -24,12 +25,14 @@ ANSWER = 64  # tokens of an answer that count
 
 @dataclass(frozen=True)
 class Seen:
-    """What was seen of S samples, for exits before the decoder layers that the stage asks at, E of them up to the last.
+    """S samples at the E decoder layers before which the stage may let images leave, the last layer among them.
 
     Attributes:
-        heard: [S, E] what the stage would hold against its threshold; infinite where it asks nobody.
-        same: [S, E + 1] whether the answer is the dense model's if images leave there; the last column: they stay.
-        right: [S, E + 1] whether it is the sample's answer, token by token; None where a sample has none.
+        heard: [S, E] the attention that the stage compares with its threshold; infinite where no token is asked.
+        same: [S, E + 1] whether the answer is the dense model's if images leave there; in the last column they stay.
+        right: [S, E + 1] whether it is the sample's answer, token by token; None if a sample has none.
+        first: the first of the layers.
+        patience: of the stage, layers in a row below the threshold.
     """
 
     heard: Tensor
@@ -62,7 +65,7 @@ class Point:
 
 
 class Recorder(AttentionExit):
-    """Notes what the stage would hold against its threshold; no image leaves."""
+    """Records the attention that the stage compares with its threshold; no image leaves."""
 
     noted: Any
 
@@ -96,8 +99,7 @@ def keeps(model: Any, prompt: dict[str, Tensor], answer: Tensor, layers: Sequenc
 
 
 def curve(seen: Seen) -> list[Point]:
-    """What every threshold does that lies between two values that were heard. With the smallest, the first, no image
-    leaves."""
+    """One threshold between every two values of attention, and what it does, ascending. At the first no image leaves."""
     values = [0.0, *seen.heard[seen.heard <= 1].unique().tolist()]
     return [_point(seen, between(a, b)) for a, b in pairwise([*values, 1.0]) if a < b] or [_point(seen, 1.0)]
 
@@ -127,8 +129,9 @@ def _point(seen: Seen, threshold: float) -> Point:
 
 
 def search(seen: Seen, tried: Sequence[int], kind: str, target: float, depth: int) -> tuple[int, Point, list[Point]]:
-    """First layer, threshold and curve: of those that meet a share, where images leave earliest; of those that meet a
-    mean layer, where most answers stay. Of equals the later layer.
+    """The best of the first layers `tried`, its threshold, and its curve. Of those that meet a share of answers, the
+    one where images leave earliest; of those that meet a mean layer, the one where most answers stay; of equals the
+    later layer.
     """
     found, problems = [], []
     for first in [k for k in tried if depth - k >= seen.patience]:

@@ -1,5 +1,5 @@
-"""Batch-level matching: the most similar pairs of a whole batch merge, and the first that did not gives the batch's
-threshold."""
+"""DToMe's calibration: the most similar pairs of a whole batch merge, and the similarity of the first pair that does
+not is the batch's threshold."""
 
 from __future__ import annotations
 
@@ -79,9 +79,8 @@ class Learned:
 
 
 def learner(cls: Any, learned: Learned) -> Stage:
-    """The stage `cls`, merging by batches instead of thresholds. Inside a tower each match of a batch deals the tokens
-    of all pictures out anew, also of those that lose none, as the authors' calibration does; alone, at inference, such
-    a picture keeps its order."""
+    """The stage `cls`, merging by batches instead of thresholds. As in the authors' calibration, every match inside a
+    tower reorders the tokens of all pictures of the batch; at inference a picture that loses none keeps its order."""
 
     class Learner(cls):
         anew: ClassVar[bool] = True

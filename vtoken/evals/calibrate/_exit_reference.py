@@ -1,4 +1,4 @@
-"""What a model would say if all visual tokens left before a layer, for every layer, from one dense forward."""
+"""The logits of a model whose visual tokens all leave before a layer, for every layer, from one dense forward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FitPrune's search: how much attention may be lost so that a budget of FLOPs is met, and what leaves behind each layer
+"""FitPrune's search: the least loss of attention that meets a budget of FLOPs, and how many tokens each layer drops
 then."""
 
 from __future__ import annotations
@@ -23,17 +23,21 @@ MASSES = (Fact("cross_attention"), Fact("self_attention"))
 
 @dataclass
 class Sample:
-    """One prompt: its attention masses (cross, self) behind every decoder layer but the last when nothing leaves, and
-    the visual tokens alive in every layer in the run at hand."""
+    """One prompt.
+
+    Attributes:
+        mass: decoder layer -> attention masses (cross, self) behind it in the dense model; the last layer is left out.
+        alive: visual tokens in every layer of the current run.
+    """
 
     mass: dict[int, tuple[float, float]] = field(default_factory=dict)
     alive: list[int] = field(default_factory=list)
 
 
 class Losing(Stage):
-    """Behind every layer lets those tokens go that can be spared by both attentions: the lowest, as long as what is
-    left has `1 - alpha` of the mass that the unpruned model has there. With alpha None nothing leaves and the masses
-    are noted."""
+    """Drops, behind every layer, the tokens that are among the lowest of both attentions: as many of each as leave
+    `1 - alpha` of the mass that the unpruned model has there. With alpha None nothing is dropped and the masses are
+    recorded."""
 
     kind: ClassVar[Literal["pruner", "compressor"]] = "pruner"
     site: ClassVar[Site] = "decoder"
@@ -67,9 +71,14 @@ class Losing(Stage):
 
 @dataclass(frozen=True)
 class Fit:
-    """A table, the `tokens` it is for, the share of attention that may be lost at a layer (alpha), and the share of the
-    visual tokens' FLOPs that is spared by what left in the samples, `reached`, and by the table, whose counts are
-    rounded down, `spared`."""
+    """A table of tokens to drop behind each layer.
+
+    Attributes:
+        tokens: visual tokens of the picture that it is for.
+        alpha: share of the attention that may be lost at a layer.
+        reached: share of the visual tokens' FLOPs that the samples spared.
+        spared: the same of the table, whose counts are means rounded down.
+    """
 
     table: tuple[int, ...]
     tokens: int

@@ -1,8 +1,8 @@
-"""SeerAttention's gates: what a model attends to, block by block, and gates that learn to tell."""
+"""SeerAttention's gates: which blocks a model attends to, and how gates learn to predict it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from vtoken.compressors.attention._blocks import best
 from vtoken.compressors.attention._seer import chosen, logits, pooled
 from vtoken.errors import ConfigError
 from vtoken.evals.calibrate._training import batches, fit
+from vtoken.evals.shared.bars import say
 from vtoken.evals.shared.options import Options, option
 from vtoken.evals.shared.samples import Sample, prepare
 from vtoken.session import wrapped
@@ -57,7 +58,7 @@ class Seen:
 
 
 class Recorder(SparseAttention):
-    """Reads everything and keeps, layer by layer, what gates learn from. No paper: a tool."""
+    """Keeps the attention dense and records, layer by layer, what gates learn from. No paper: a tool."""
 
     name: ClassVar[str] = "recorder"
     rope: ClassVar[bool] = True
@@ -89,13 +90,7 @@ def maps(prompt: PrefillQK, size: int) -> tuple[Tensor, Tensor]:
     return target / target.sum(-1, keepdim=True), mass
 
 
-def watch(
-    model: Any,
-    processor: Any,
-    samples: Sequence[Sample],
-    size: int,
-    progress: Callable[[int], None] = lambda done: None,
-) -> list[list[Seen]]:
+def watch(model: Any, processor: Any, samples: Sequence[Sample], size: int) -> list[list[Seen]]:
     """Runs every prompt once: per prompt, what was seen of each layer."""
     out = []
     for done, sample in enumerate(samples, 1):
@@ -114,7 +109,7 @@ def watch(
                 "smaller --size"
             )
         out.append(found)
-        progress(done)
+        say("prompts", done / len(samples))
     return out
 
 
@@ -133,19 +128,14 @@ def divergence(gate: Tensor, seen: Seen) -> Tensor:
     return (target.xlogy(target) - target * said).sum(-1).mean()
 
 
-def train(
-    known: Sequence[Sequence[Seen]],
-    asked: Training,
-    device: torch.device,
-    progress: Callable[[int], None] = lambda done: None,
-) -> list[Tensor]:
+def train(known: Sequence[Sequence[Seen]], asked: Training, device: torch.device) -> list[Tensor]:
     """A gate per layer, trained one after the other: each has a loss of its own."""
-    return [_train(list(seen), asked, k, device, progress) for k, seen in enumerate(zip(*known, strict=True))]
+    depth = len(known[0])
+    return [_train(seen, asked, (k, depth), device) for k, seen in enumerate(zip(*known, strict=True))]
 
 
-def _train(
-    known: list[Seen], asked: Training, layer: int, device: torch.device, progress: Callable[[int], None]
-) -> Tensor:
+def _train(known: Sequence[Seen], asked: Training, gate_of: tuple[int, int], device: torch.device) -> Tensor:
+    layer = gate_of[0]
     gate = untrained(known[0], asked.seed, layer).to(device).requires_grad_()
     order = batches(len(known), asked.batch, torch.Generator().manual_seed(1000 * asked.seed + layer))
 
@@ -153,7 +143,7 @@ def _train(
         for k in index.tolist():
             (divergence(gate, known[k].to(device)) / len(index)).backward()
 
-    fit([gate], asked.rate, WARM_UP, asked.steps, order, backward, lambda step: progress(layer * asked.steps + step))
+    fit([gate], asked.rate, WARM_UP, asked.steps, order, backward, gate_of)
     return gate.detach().cpu()
 
 

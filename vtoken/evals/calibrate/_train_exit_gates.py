@@ -1,8 +1,8 @@
-"""DyVTE's gates: which exits would have changed nothing, and gates that learn to tell."""
+"""DyVTE's gates: which exits would have changed nothing, and how gates learn to predict it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from vtoken.compressors.decoder._gates import Gate, logits, question
 from vtoken.evals.calibrate._exit_reference import ExitReference
 from vtoken.evals.calibrate._training import batches, fit
+from vtoken.evals.shared.bars import say
 from vtoken.evals.shared.options import Options, option
 from vtoken.evals.shared.samples import Sample, answer_of, continued, prepare
 
@@ -47,9 +48,7 @@ class Table:
         return Table(self.shown[index], self.leave[index])
 
 
-def table(
-    model: Any, processor: Any, samples: Sequence[Sample], progress: Callable[[int], None] = lambda done: None
-) -> Table:
+def table(model: Any, processor: Any, samples: Sequence[Sample]) -> Table:
     """Runs every sample once densely and once on text alone from every layer on.
 
     An exit changes nothing, by the authors' rule, if more than 99% of the answer's tokens keep their most likely
@@ -66,7 +65,7 @@ def table(
         shown.append(torch.stack([question(run.entering[k][run.behind : asked]) for k in layers]).cpu())
         found = [unchanged(run.without(k)[asked - 1 : -1].float(), full, answer) for k in layers]
         leave.append(torch.tensor(found))
-        progress(done)
+        say("questions", done / len(samples))
     return Table(torch.stack(shown), torch.stack(leave))
 
 
@@ -76,10 +75,10 @@ def unchanged(now: Tensor, full: Tensor, answer: Tensor) -> bool:
     return bool(agreement > AGREEMENT) and bool(cross_entropy(now, answer) < LOSS * cross_entropy(full, answer))
 
 
-def train(seen: Table, asked: Training, progress: Callable[[int], None] = lambda done: None) -> dict[int, Gate]:
+def train(seen: Table, asked: Training) -> dict[int, Gate]:
     """Gates by the layer before which they are asked, trained one after the other: each has a loss of its own
     (cross-entropy of stay and leave)."""
-    return {k: _gate(seen.shown[:, k - 1], seen.leave[:, k - 1].long(), asked, k, progress) for k in layers_of(seen)}
+    return {k: _gate(seen, asked, k) for k in layers_of(seen)}
 
 
 def layers_of(seen: Table) -> range:
@@ -87,7 +86,8 @@ def layers_of(seen: Table) -> range:
     return range(1, seen.shown.shape[1] + 1)
 
 
-def _gate(shown: Tensor, leave: Tensor, asked: Training, layer: int, progress: Callable[[int], None]) -> Gate:
+def _gate(seen: Table, asked: Training, layer: int) -> Gate:
+    shown, leave = seen.shown[:, layer - 1], seen.leave[:, layer - 1].long()
     generator = torch.Generator().manual_seed(1000 * asked.seed + layer)
     first, second = torch.empty(asked.hidden, shown.shape[1]), torch.empty(2, asked.hidden)
     for matrix in (first, second):
@@ -98,8 +98,7 @@ def _gate(shown: Tensor, leave: Tensor, asked: Training, layer: int, progress: C
     def backward(index: Tensor) -> None:
         cross_entropy(logits((first, second), shown[index]), leave[index]).backward()
 
-    fit([first, second], asked.rate, WARM_UP, steps, order, backward)
-    progress(layer)
+    fit([first, second], asked.rate, WARM_UP, steps, order, backward, (layer - 1, len(layers_of(seen))))
     return first.detach(), second.detach()
 
 
@@ -108,10 +107,9 @@ def judge(gates: dict[int, Gate], seen: Table) -> dict[str, list[float]]:
     """How gates do on samples.
 
     Returns:
-        stay [L]: share of samples whose images each layer still sees. Of the gates, before layers 1 to L - 1:
-            `may_leave`, share of samples
-        that an exit does not change; `accuracy`; `harmful`, share of all samples that leave there though it changes
-        something.
+        `stay` [L]: share of samples whose images each layer still sees. Of the gates before layers 1 to L - 1:
+        `may_leave`, share of samples that an exit there does not change; `accuracy`; `harmful`, share of all samples
+        that leave there although it changes something.
     """
     out = torch.stack([logits(gates[k], seen.shown[:, k - 1]).diff(dim=1)[:, 0] > 0 for k in layers_of(seen)], 1)
     stay = (out.cumsum(1) == 0).double()

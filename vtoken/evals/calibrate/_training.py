@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vtoken.errors import ConfigError
+from vtoken.evals.shared.bars import say
 from vtoken.evals.shared.samples import Sample
 
 
@@ -34,13 +35,14 @@ def fit(
     steps: int,
     order: Iterable[Tensor],
     backward: Callable[[Tensor], None],
-    progress: Callable[[int], None] = lambda step: None,
+    gate: tuple[int, int],
 ) -> None:
     """Adam on `parameters`; the rate rises linearly over the share `warm_up` of the steps and falls by a cosine.
 
     Args:
         order: indices of every batch.
         backward: adds up the gradients of a batch.
+        gate: number of the gate, and how many there are; says how far the training is.
     """
     optimizer = torch.optim.Adam(parameters, lr=rate)
     warm = max(1, round(warm_up * steps))
@@ -50,4 +52,4 @@ def fit(
         optimizer.zero_grad()
         backward(index)
         optimizer.step()
-        progress(step + 1)
+        say("gates", (gate[0] + (step + 1) / steps) / gate[1])

@@ -3,18 +3,19 @@ mean layer."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from pydantic import model_validator
 
 from vtoken.compressors.decoder.attention_exit import AttentionExit
 from vtoken.errors import ConfigError
 from vtoken.evals.calibrate._attention import Point, search, see
-from vtoken.evals.calibrate._report import PIPELINE, check_out, tell_pipeline
-from vtoken.evals.shared.options import DeviceOptions, option
+from vtoken.evals.calibrate._report import pipeline_file, tell_pipeline
+from vtoken.evals.shared.options import ModelCommand, option
 from vtoken.evals.shared.samples import ABOUT, last, load, read
+from vtoken.evals.shared.whole import check_folder
 from vtoken.evals.statistics import wilson
 
 SUMMARY = "the share of attention below which images leave (attention_exit)"
@@ -28,12 +29,11 @@ EXAMPLES = """examples:
   vtoken calibrate attention_exit tiny-llava --mean-layer 3 --json | jq .threshold
   vtoken bench tiny-llava exit.yaml
 """
-OUT = PIPELINE
 SHOWN = 8  # thresholds in the table
 TARGETS = ("agreement", "accuracy", "mean_layer")
 
 
-class Settings(DeviceOptions):
+class Settings(ModelCommand):
     data: str | None = option(None, f"{ABOUT} (default: the last of the shipped)", "DATA")
     limit: int = option(100, "so many questions", ge=1)
     agreement: float | None = option(None, "of answers that stay word for word (default: 0.99)", "SHARE", gt=0, le=1)
@@ -47,6 +47,7 @@ class Settings(DeviceOptions):
     window: int = option(1, "text tokens that are asked")
     patience: int = option(1, "layers in a row")
     sinks: int = option(0, "percent left out", "P")
+    out: Path | None = pipeline_file()
 
     @model_validator(mode="after")
     def _one_target(self) -> Settings:
@@ -61,21 +62,20 @@ class Settings(DeviceOptions):
         )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(asked: Settings) -> None:
     """Finds the threshold and writes the pipeline."""
-    asked = Settings.of(args)
     kind, target = asked.target()
-    check_out(args.out)
+    check_folder(asked.out)
     samples = read(asked.data, asked.limit) if asked.data else last(asked.limit)
     if kind == "accuracy" and any(sample.answer is None for sample in samples):
         raise ConfigError(f"--accuracy needs an answer to every question; {asked.data} lacks some, or use --agreement")
-    model, processor = load(args.model, asked.device, asked.dtype)
+    model, processor = load(asked.model, asked.device, asked.dtype)
     depth = model.config.get_text_config().num_hidden_layers
     tried = range(max(1, depth // 2), depth) if asked.first is None else range(asked.first, asked.first + 1)
     behind = depth - tried[0]
     if not 1 <= tried[0] < depth:
         raise ConfigError(
-            f"--first must lie between 1 and {depth - 1}, the last layer of {args.model}; not {asked.first}"
+            f"--first must lie between 1 and {depth - 1}, the last layer of {asked.model}; not {asked.first}"
         )
     if not 1 <= asked.patience <= behind:
         raise ConfigError(
@@ -89,13 +89,12 @@ def run(args: argparse.Namespace) -> int:
     told = {"questions": len(samples), "target": {kind: target}, "depth": depth, **options, **asdict(best)}
     told |= {"agreement_interval": [low, high], "curve": [asdict(each) for each in points]}
     about = (
-        f"attention_exit for {args.model}: of {len(samples)} questions {best.agreement:.1%} are answered as before (95 "
+        f"attention_exit for {asked.model}: of {len(samples)} questions {best.agreement:.1%} are answered as before (95 "
         f"% interval {low:.0%} to {high:.0%}, of other questions of their kind), with {best.mean_layer / depth:.1%} of "
         "the visual tokens on average over layers."
     )
     stage = {"attention_exit": {"threshold": best.threshold, **options}}
-    tell_pipeline(args, told, table(points, best, depth), about, stage)
-    return 0
+    tell_pipeline(asked, told, table(points, best, depth), about, stage)
 
 
 def table(points: Sequence[Point], best: Point, depth: int) -> list[tuple[str, ...]]:

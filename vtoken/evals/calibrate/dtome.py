@@ -3,7 +3,6 @@ the tower alone."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +15,14 @@ from torch import Tensor
 from vtoken import registry
 from vtoken.compressors._files import count, expect, opened
 from vtoken.errors import ConfigError
-from vtoken.evals.calibrate._batches import NEVER, SCHEDULES, SHARES, Learned, learner
-from vtoken.evals.calibrate._batches import schedule as merges_of
-from vtoken.evals.calibrate._report import WEIGHTS, check_out, steps, tell
+from vtoken.evals.calibrate._batches import NEVER, SCHEDULES, SHARES, Learned, learner, schedule
+from vtoken.evals.calibrate._report import tell, weights_file
 from vtoken.evals.processors import apply
 from vtoken.evals.shared import models, whole
+from vtoken.evals.shared.bars import progress, say
 from vtoken.evals.shared.media import still, suffixes
-from vtoken.evals.shared.options import DeviceOptions, option
+from vtoken.evals.shared.options import ModelCommand, option
+from vtoken.evals.shared.whole import check_folder
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.run import segments
 from vtoken.hooks.vision.padded_tower import PaddedTower
@@ -38,10 +38,9 @@ EXAMPLES = """examples:
   vtoken calibrate dtome llava-hf/llava-1.5-7b-hf --images coco/ --budget mid -o mid.safetensors
   vtoken show llava-hf/llava-1.5-7b-hf dtome:thresholds=mid.safetensors picture.jpg
 """
-OUT = WEIGHTS
 
 
-class Settings(DeviceOptions):
+class Settings(ModelCommand):
     images: Path = option(..., "pictures, also in sub-folders", "FOLDER")
     budget: str = option(
         "mid", "share of tokens that merges over all layers: low 7/8, mid 2/3, high 1/3", None, [*SHARES]
@@ -50,29 +49,26 @@ class Settings(DeviceOptions):
     batch_size: int = option(64, "pictures per batch", ge=1)
     limit: int | None = option(None, "first N pictures only", ge=1)
     rounds: int = option(8, "rounds of dtome_post", ge=1)
+    out: Path = weights_file()
 
 
-def run(args: argparse.Namespace) -> int:
+def run(asked: Settings) -> None:
     """Calibrates, with a progress bar."""
-    asked = Settings.of(args)
-    check_out(args.out)
+    check_folder(asked.out)
     files = pictures(asked.images, asked.limit)
-    model, processor = models.load_pair(args.model, asked.device, asked.dtype)
-    options = asked.model_dump(include={"budget", "schedule", "batch_size", "rounds"})
-    with steps() as step:
-        done = step("calibrating", len(files))
-        found = calibrate(model, processor.image_processor, files, args.out, **options, name=args.model, progress=done)
+    model, processor = models.load_pair(asked.model, asked.device, asked.dtype)
+    with progress():
+        found = calibrate(model, processor.image_processor, files, asked)
     thresholds, left = (found[name].tolist() for name in ("thresholds", "left"))
     rows = [("layer or round", "threshold", "tokens left")]
     rows += [
         (str(k), "nothing merges" if t > 1 else f"{t:.4f}", f"{share:.1%}")
         for k, (t, share) in enumerate(zip(thresholds, left, strict=True))
     ]
-    about = f"wrote {args.out}: {len(files)} pictures, {left[-1]:.1%} of the tokens left on average"
+    about = f"wrote {asked.out}: {len(files)} pictures, {left[-1]:.1%} of the tokens left on average"
     stage = "dtome_post" if packed(registry.adapter(model.config.model_type)(model)) else "dtome"
-    told = {"file": str(args.out), "pictures": len(files), "budget": asked.budget, "schedule": asked.schedule}
-    tell(args, {**told, "thresholds": thresholds, "left": left}, rows, about, f"{stage}:thresholds={args.out}")
-    return 0
+    told = {"file": str(asked.out), "pictures": len(files), "budget": asked.budget, "schedule": asked.schedule}
+    tell(asked, {**told, "thresholds": thresholds, "left": left}, rows, about, f"{stage}:thresholds={asked.out}")
 
 
 def pictures(folder: Path, limit: int | None = None) -> list[Path]:
@@ -84,20 +80,8 @@ def pictures(folder: Path, limit: int | None = None) -> list[Path]:
     return files
 
 
-def calibrate(
-    model: Any,
-    image_processor: Any,
-    files: list[Path],
-    out: Path,
-    *,
-    budget: str = "mid",
-    schedule: str = "constant",
-    batch_size: int = 64,
-    rounds: int = 8,
-    name: str = "",
-    progress: Callable[[int], None] = lambda done: None,
-) -> dict[str, Tensor]:
-    """Runs the tower over all pictures, writing `out` after every batch; goes on from `out` where that is the same
+def calibrate(model: Any, image_processor: Any, files: list[Path], asked: Settings) -> dict[str, Tensor]:
+    """Runs the tower over all pictures, writing `asked.out` after every batch; goes on from it where it is of the same
     calibration.
 
     Returns:
@@ -105,31 +89,30 @@ def calibrate(
     """
     adapter = registry.adapter(model.config.model_type)(model)
     behind = packed(adapter)
-    depth = rounds if behind else len(adapter.encoder.layers)
+    depth = asked.rounds if behind else len(adapter.encoder.layers)
     nominal = 1000 if behind else adapter.patches
-    each = round(SHARES[budget] * nominal / depth)
-    learned = Learned(merges_of(schedule, each * depth, depth), nominal)
+    each = round(SHARES[asked.budget] * nominal / depth)
+    learned = Learned(schedule(asked.schedule, each * depth, depth), nominal)
     about = {
         "method": "dtome_post" if behind else "dtome",
-        "model": name,
-        "budget": budget,
-        "schedule": schedule,
-        "batch_size": str(batch_size),
+        "model": asked.model,
+        "budget": asked.budget,
+        "schedule": asked.schedule,
+        "batch_size": str(asked.batch_size),
         "pictures": digest(files),
         "dtype": str(model.dtype),
         **({} if behind else {"order": "anew"}),  # not so in files of before
     }
-    resume(out, about, learned, depth if behind else 1 + min(adapter.encoder.feature_layers))
+    resume(asked.out, about, learned, depth if behind else 1 + min(adapter.encoder.feature_layers))
     stage = learner(registry.stage(about["method"]), learned)
     with torch.inference_mode():
         encode = _packed(adapter, stage) if behind else _padded(adapter, stage)
-        for start in range(learned.batches * batch_size, len(files), batch_size):
-            progress(start)
-            batch = files[start : start + batch_size]
+        for start in range(learned.batches * asked.batch_size, len(files), asked.batch_size):
+            say("calibrating", start / len(files))
+            batch = files[start : start + asked.batch_size]
             encode(apply(image_processor, f"{batch[0]} to {batch[-1]}", images=[_open(f) for f in batch]))
             learned.batches += 1
-            whole.write(out, save(learned.tensors(), {**about, "batches": str(learned.batches)}))
-    progress(len(files))
+            whole.write(asked.out, save(learned.tensors(), {**about, "batches": str(learned.batches)}))
     return learned.tensors()
 
 

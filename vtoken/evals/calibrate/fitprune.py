@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 from vtoken.evals.calibrate._fitprune import fit
-from vtoken.evals.calibrate._report import PIPELINE, check_out, tell_pipeline
+from vtoken.evals.calibrate._report import pipeline_file, tell_pipeline
 from vtoken.evals.shared import samples
-from vtoken.evals.shared.options import DeviceOptions, option
+from vtoken.evals.shared.options import ModelCommand, option
 from vtoken.evals.shared.samples import ABOUT
+from vtoken.evals.shared.whole import check_folder
 
 SUMMARY = "table of visual tokens that leave behind each decoder layer"
 DESCRIPTION = (
@@ -26,21 +27,20 @@ examples:
 Runs every prompt once dense and some seven times pruned, one at a time. The pictures must have equally many visual tokens.
 Lines of --data: {"image": "cat.jpg", "question": "What is it?"}. The table depends on the model, the size and the questions.
 """
-OUT = PIPELINE
 
 
-class Settings(DeviceOptions):
+class Settings(ModelCommand):
     reduction: float = option(..., "FLOPs of visual tokens to spare, in percent", "PERCENT", gt=0, lt=100)
     data: str | None = option(None, f"{ABOUT} (default: the last of the shipped)", "DATA")
     limit: int = option(64, "so many questions", ge=1)
+    out: Path | None = pipeline_file()
 
 
-def run(args: argparse.Namespace) -> int:
+def run(asked: Settings) -> None:
     """Fits the table and writes the pipeline."""
-    asked = Settings.of(args)
-    check_out(args.out)
+    check_folder(asked.out)
     given = samples.read(asked.data, asked.limit) if asked.data else samples.last(asked.limit)
-    model, processor = samples.load(args.model, asked.device, asked.dtype)
+    model, processor = samples.load(asked.model, asked.device, asked.dtype)
     prompts = (samples.prepare(model, processor, sample) for sample in given)
     found = fit(
         model, prompts, asked.reduction / 100, lambda: print(f"a pass over {len(given)} prompts", file=sys.stderr)
@@ -48,10 +48,9 @@ def run(args: argparse.Namespace) -> int:
     rows = [("behind layer", "tokens that leave", "left")]
     rows += [(str(k), str(n), str(found.tokens - sum(found.table[: k + 1]))) for k, n in enumerate(found.table)]
     about = (
-        f"FitPrune (https://arxiv.org/abs/2409.10197) for {args.model}: spares {found.spared:.1%} of the FLOPs that "
+        f"FitPrune (https://arxiv.org/abs/2409.10197) for {asked.model}: spares {found.spared:.1%} of the FLOPs that "
         f"{found.tokens} visual tokens cost in the decoder; fitted to {len(given)} prompts, at each layer at most "
         f"{found.alpha:.1%} of the attention is lost."
     )
     told = {"questions": len(given), "reduction": asked.reduction / 100, **asdict(found)}
-    tell_pipeline(args, told, rows, about, {"fitprune": {"table": list(found.table), "tokens": found.tokens}})
-    return 0
+    tell_pipeline(asked, told, rows, about, {"fitprune": {"table": list(found.table), "tokens": found.tokens}})

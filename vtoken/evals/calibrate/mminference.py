@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -11,9 +10,10 @@ from torch import Tensor
 
 from vtoken import registry
 from vtoken.errors import ConfigError
-from vtoken.evals.calibrate._report import PIPELINE, check_out, tell_pipeline
+from vtoken.evals.calibrate._report import pipeline_file, tell_pipeline
 from vtoken.evals.shared import models
-from vtoken.evals.shared.options import DeviceOptions, PictureOptions, option
+from vtoken.evals.shared.options import ModelCommand, PictureOptions, option
+from vtoken.evals.shared.whole import check_folder
 from vtoken.evals.speed.inputs import random_prompt
 from vtoken.session import wrapped
 from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, everything
@@ -27,14 +27,13 @@ EXAMPLES = """examples:
   vtoken calibrate mminference Qwen/Qwen2.5-VL-7B-Instruct --inputs clip.pt --dtype bfloat16 -o table.yaml
   vtoken bench Qwen/Qwen2.5-VL-7B-Instruct table.yaml
 """
-OUT = PIPELINE
 LONGEST = 25_000  # tokens of the authors' sample; longer ones take too long
 GAIN = 0.01
 QUERIES = 256  # rows of an attention map held at once
 
 
 class Search(SparseAttention):
-    """Reads everything and keeps, per layer and head, the pattern that recalls most. No paper: a tool."""
+    """Keeps the attention dense and records, per layer and head, the pattern that recalls most. No paper: a tool."""
 
     name: ClassVar[str] = "search"
     min_len: int = 0
@@ -86,19 +85,19 @@ def visible(mask: SparseMask, rows: Tensor) -> Tensor:
     return seen & (torch.arange(n, device=rows.device) <= rows[:, None])
 
 
-class Settings(PictureOptions, DeviceOptions):
+class Settings(PictureOptions, ModelCommand):
     text_tokens: int = option(64, "text tokens")
     seed: int = option(0, "of text and pictures")
     inputs: Path | None = option(None, "a torch.save'd dict of the processor's output, instead of random pictures")
     random_weights: bool = option(False, "build the model from its config")
+    out: Path | None = pipeline_file()
 
 
-def run(args: argparse.Namespace) -> int:
+def run(asked: Settings) -> None:
     """Searches, and writes a pipeline with the table."""
-    asked = Settings.of(args)
-    check_out(args.out)
+    check_folder(asked.out)
     model: Any = models.load(
-        args.model, asked.device, asked.dtype, random_weights=asked.random_weights, seed=asked.seed
+        asked.model, asked.device, asked.dtype, random_weights=asked.random_weights, seed=asked.seed
     )
     if asked.inputs is not None:
         inputs = {k: v.to(model.device) for k, v in saved(asked.inputs).items()}
@@ -108,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     stage, recalls = search(model, inputs)
     length, shown = inputs["input_ids"].shape[1], "random pictures" if asked.inputs is None else str(asked.inputs)
     about = (
-        f"MMInference (https://arxiv.org/abs/2504.16083) for {args.model}: searched on one prompt of {length} "
+        f"MMInference (https://arxiv.org/abs/2504.16083) for {asked.model}: searched on one prompt of {length} "
         f"tokens ({shown})."
     )
     if asked.inputs is None:
@@ -118,8 +117,7 @@ def run(args: argparse.Namespace) -> int:
         many = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
         rows.append((str(layer), many, f"{sum(values) / len(values):.1%}"))
     told = {"tokens": length, "inputs": shown, "heads": stage.heads, "recall": recalls}
-    tell_pipeline(args, told, rows, about, {"mminference": {"heads": stage.heads}})
-    return 0
+    tell_pipeline(asked, told, rows, about, {"mminference": {"heads": stage.heads}})
 
 
 def saved(file: Path) -> dict[str, Tensor]:

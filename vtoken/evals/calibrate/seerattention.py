@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
+from pathlib import Path
 from typing import Any
 
 from vtoken.compressors.attention._seer import SIZES, save
 from vtoken.compressors.attention.seerattention import SeerAttention
-from vtoken.evals.calibrate._report import WEIGHTS, check_out, steps, tell
+from vtoken.evals.calibrate._report import tell, weights_file
 from vtoken.evals.calibrate._train_block_gates import Training, judge, train, watch
 from vtoken.evals.calibrate._training import kept_back
-from vtoken.evals.shared.options import DeviceOptions, option
+from vtoken.evals.shared.bars import progress
+from vtoken.evals.shared.options import ModelCommand, option
 from vtoken.evals.shared.samples import ABOUT, load, read
+from vtoken.evals.shared.whole import check_folder
 
 SUMMARY = "train SeerAttention's gates on the model's own attention"
 DESCRIPTION = """\
@@ -29,35 +31,33 @@ Gates learn on prompts like those that they will be used on: with pictures as la
 documents of 64k tokens. Every prompt runs once; what is kept of it takes, per layer, 8 H T^2 + 4 (H + 3 Hk) T d bytes for T blocks, H and Hk heads
 of width d: 62 MB for 28 layers of a Qwen2.5-VL-7B and 4,096 tokens in blocks of 64. One picture in five is kept back to measure on.
 """
-OUT = WEIGHTS
 
 
-class Settings(Training, DeviceOptions):
+class Settings(Training, ModelCommand):
     data: str = option(..., ABOUT, "DATA")
     limit: int | None = option(None, "first N questions (default: all)", ge=1)
     size: int = option(64, "tokens of a block (default: %(default)s, the authors')", choices=SIZES)
     threshold: float | None = option(None, "to measure density and recall at (default: the stage's)")
+    out: Path = weights_file()
 
 
-def run(args: argparse.Namespace) -> int:
+def run(asked: Settings) -> None:
     """Trains, writes the file and says how the gates do on pictures that were kept back."""
-    asked = Settings.of(args)
-    check_out(args.out)
+    check_folder(asked.out)
     given = read(asked.data, asked.limit)
     back = kept_back(given, asked.data).tolist()
-    with steps() as step:
-        step("loading", 1)
-        model, processor = load(args.model, asked.device, asked.dtype)
-        seen = watch(model, processor, given, asked.size, step("prompts", len(given)))
+    with progress():
+        model, processor = load(asked.model, asked.device, asked.dtype)
+        seen = watch(model, processor, given, asked.size)
         known, kept = ([s for s, b in zip(seen, back, strict=True) if b == which] for which in (False, True))
-        gates = train(known, asked, model.device, step("gates", asked.steps * len(known[0])))
+        gates = train(known, asked, model.device)
     defaults: Any = {name: field.default for name, field in SeerAttention.model_fields.items()}
     threshold = defaults["threshold"] if asked.threshold is None else asked.threshold
     found = judge(gates, kept, asked.seed, asked.size, threshold, defaults["last"])
     numbers = {"prompts": len(known), "kept_back": len(kept), "size": asked.size}
     numbers |= asked.model_dump(include=set(Training.model_fields))
-    about = {"model": args.model, "data": asked.data, **{key: str(value) for key, value in numbers.items()}}
-    save(args.out, [gate.to(model.dtype) for gate in gates], len(seen[0][0].keys), asked.size, about)
+    about = {"model": asked.model, "data": asked.data, **{key: str(value) for key, value in numbers.items()}}
+    save(asked.out, [gate.to(model.dtype) for gate in gates], len(seen[0][0].keys), asked.size, about)
     rows: list[tuple[str, ...]] = [
         ("layer", "KL untrained, nats", "KL, nats", "blocks read", "attention there", "at best")
     ]
@@ -65,10 +65,9 @@ def run(args: argparse.Namespace) -> int:
         rows.append((str(layer), f"{before:.3f}", f"{after:.3f}", *(f"{share:.1%}" for share in shares)))
     density, recall = (sum(found[key]) / len(found[key]) for key in ("density", "recall"))
     sentence = (
-        f"wrote {args.out}: {recall:.1%} of the attention in {density:.1%} of the blocks at threshold {threshold:g}, "
+        f"wrote {asked.out}: {recall:.1%} of the attention in {density:.1%} of the blocks at threshold {threshold:g}, "
         f"on {len(kept)} prompts kept back"
     )
-    told = {"file": str(args.out), "data": asked.data, **numbers}
+    told = {"file": str(asked.out), "data": asked.data, **numbers}
     told |= {"blocks": max(len(layers[0].starts.cos) for layers in seen), "threshold": threshold, **found}
-    tell(args, told, rows, sentence, f"seerattention:gates={args.out}")
-    return 0
+    tell(asked, told, rows, sentence, f"seerattention:gates={asked.out}")

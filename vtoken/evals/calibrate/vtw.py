@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from vtoken.errors import ConfigError
 from vtoken.evals.calibrate._exit_reference import ExitReference
 from vtoken.evals.calibrate._report import tell
-from vtoken.evals.shared.options import DeviceOptions, option
+from vtoken.evals.shared.options import ModelCommand, option
 from vtoken.evals.shared.samples import ABOUT, Sample, load, prepare, read
 
 SUMMARY = "the decoder layer before which all visual tokens can leave (vtw)"
@@ -25,10 +24,9 @@ EXAMPLES = """examples:
   vtoken calibrate vtw llava-hf/llava-1.5-13b-hf --data mine.jsonl --tolerance 0.0005
   vtoken calibrate vtw tiny-llava --json | jq .pipeline
 """
-OUT = None
 
 
-class Settings(DeviceOptions):
+class Settings(ModelCommand):
     data: str = option("reference", ABOUT, "DATA")
     limit: int = option(20, "first N questions", ge=1)
     tolerance: float = option(
@@ -41,16 +39,15 @@ class Settings(DeviceOptions):
     first: int | None = option(None, "first layer that is tried (default: 5 of 32, as the authors)", "K")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(asked: Settings) -> None:
     """Prints the divergence of every layer and the first within the tolerance; that there is none is an answer, too:
     `none`."""
-    asked = Settings.of(args)
     samples = read(asked.data, asked.limit)
-    model, processor = load(args.model, asked.device, asked.dtype)
+    model, processor = load(asked.model, asked.device, asked.dtype)
     depth = model.config.get_text_config().num_hidden_layers
     first = max(1, min(5, depth * 5 // 32)) if asked.first is None else asked.first
     if not 1 <= first < depth:
-        raise ConfigError(f"--first must lie between 1 and {depth - 1}, the last layer of {args.model}; not {first}")
+        raise ConfigError(f"--first must lie between 1 and {depth - 1}, the last layer of {asked.model}; not {first}")
     found = divergences(model, processor, samples)
     tolerance, layer = asked.tolerance, choose(found, first, asked.tolerance)
     rows = [("layer", "KL, nats", "")]
@@ -64,8 +61,7 @@ def run(args: argparse.Namespace) -> int:
             f"{found.index(lowest, first - 1) + 1}; this model reads its images to the end, or raise --tolerance"
         )
     told = {"data": asked.data, "questions": len(samples), "tolerance": tolerance, "layer": layer}
-    tell(args, {**told, "divergence": dict(enumerate(found, 1))}, rows, about, pipeline)
-    return 0
+    tell(asked, {**told, "divergence": dict(enumerate(found, 1))}, rows, about, pipeline)
 
 
 def divergences(model: Any, processor: Any, samples: Sequence[Sample]) -> list[float]:

@@ -90,13 +90,8 @@ class Account:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `json.dumps` takes."""
-        return {
-            **asdict(self),
-            "total": self.total,
-            "visual_entry": self.visual_entry,
-            "visual_average": self.visual_average,
-            "newline_entry": self.newline_entry,
-        }
+        derived = ("total", "visual_entry", "visual_average", "newline_entry")
+        return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
 
 def account(

@@ -1,4 +1,4 @@
-"""Which stage runs on which family: every pair is really wrapped, on a model without weights."""
+"""Which stage runs on which family: every pair is wrapped, on a model without weights."""
 
 from __future__ import annotations
 
@@ -31,6 +31,10 @@ class Cell:
     answer: Answer
     reason: str = ""
 
+    def to_dict(self) -> dict[str, str | None]:
+        """Plain data that `json.dumps` takes."""
+        return {"answer": self.answer, "reason": self.reason or None}
+
 
 @dataclass(frozen=True)
 class SupportMatrix:
@@ -50,10 +54,7 @@ class SupportMatrix:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `json.dumps` takes."""
-        cells = {
-            stage: {family: {"answer": c.answer, "reason": c.reason or None} for family, c in row.items()}
-            for stage, row in self.cells.items()
-        }
+        cells = {stage: {f: cell.to_dict() for f, cell in row.items()} for stage, row in self.cells.items()}
         return {"models": self.models, "cells": cells}
 
 

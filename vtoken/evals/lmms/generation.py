@@ -1,4 +1,4 @@
-"""A model that is asked: prompts in, answers and what they cost out. Knows nothing of lmms-eval."""
+"""Prompts in, answers and their costs out. Knows nothing of lmms-eval."""
 
 from __future__ import annotations
 
@@ -82,10 +82,11 @@ class TextGenerator:
             stages = stage_times(seen)
         new = out[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        shared = (len(prompts), preprocess, ttft, decode, stages)
+        shared: Any = {"batch": len(prompts), "preprocess_s": preprocess, "ttft_s": ttft, "decode_s": decode}
+        shared["stages"] = stages
         costs = [
-            Cost(t.prompt, t.entered, t.visual, t.entry, t.mean, self._length(row), *shared)
-            for row, t in zip(new.tolist(), tokens, strict=True)
+            Cost(**vars(own), new_tokens=self._length(row), **shared)
+            for row, own in zip(new.tolist(), tokens, strict=True)
         ]
         return [Reply(ended(text, options.get("until")), cost) for text, cost in zip(texts, costs, strict=True)]
 

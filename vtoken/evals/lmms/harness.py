@@ -104,10 +104,13 @@ class Harness:
         for name in tasks:
             self._check(name)
 
-    def _check(self, name: str) -> None:
+    def _leaves(self, name: str) -> list[tuple[str, Any]]:
+        """Tasks of the group by name, else the task itself."""
         with _explained(name, "cannot be loaded"):
-            loaded = get_task_dict([name], self.manager, "chat")
-        for leaf, task in _leaves(loaded):
+            return list(_leaves(get_task_dict([name], self.manager, "chat")))
+
+    def _check(self, name: str) -> None:
+        for leaf, task in self._leaves(name):
             kind = task.get_config("output_type")
             if kind != "generate_until":
                 raise UnsupportedError(
@@ -147,7 +150,11 @@ class Harness:
             )
         with contextlib.suppress(OSError):  # Something was left in it, or another process was faster.
             folder.rmdir()
-        return gathered(model, None if found is None else self._scored(name, found))
+        shares = everyone(model.requests)
+        if len(shares) > 1:
+            model.requests = sorted((r for share in shares for r in share), key=lambda r: (r.task, r.doc, r.repeat))
+        # lmms-eval scores in the first process, and alone in the only one.
+        return whoever(None if found is None else self._scored(name, found))
 
     def introduce(self, model: VtokenModel, cases: Sequence[Mapping[str, Any]]) -> None:
         """Makes documents known to a model that was not asked about them.
@@ -156,9 +163,7 @@ class Harness:
             cases: `task` (a task without parts) and `doc` of each.
         """
         for name in self.tasks:
-            with _explained(name, "cannot be loaded"):
-                loaded = get_task_dict([name], self.manager, "chat")
-            for leaf, task in _leaves(loaded):
+            for leaf, task in self._leaves(name):
                 split = task.config.test_split if task.has_test_docs() else task.config.validation_split
                 docs = [case["doc"] for case in cases if case["task"] == leaf]
                 model.introduce(leaf, task.dataset, task.doc_to_messages, split, docs)
@@ -187,27 +192,18 @@ def ranks() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def gathered(bridge: VtokenModel, scored: Scored | None) -> Scored:
-    """The score, which only the first process has, and in bridge.requests those of all processes, in the order of the
-    documents."""
-    if dist.is_initialized():
-        box = [scored]
-        shares: list[Any] = [None] * dist.get_world_size()
-        dist.broadcast_object_list(box, src=0)
-        dist.all_gather_object(shares, bridge.requests)
-        scored = box[0]
-        bridge.requests = sorted((r for share in shares for r in share), key=lambda r: (r.task, r.doc, r.repeat))
-    assert scored is not None  # lmms-eval scores in the first process, and alone in the only one
-    return scored
+def everyone(found: Any) -> list[Any]:
+    """What every process of the process group found, the first one first; alone, what this one did."""
+    if not dist.is_initialized():
+        return [found]
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, found)
+    return shares
 
 
 def whoever(found: Any) -> Any:
     """What one of the processes found; the others give None."""
-    shares = [found]
-    if dist.is_initialized():
-        shares = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, found)
-    return next(share for share in shares if share is not None)
+    return next(share for share in everyone(found) if share is not None)
 
 
 def numbers(given: dict[str, Any]) -> dict[str, float]:

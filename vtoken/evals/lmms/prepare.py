@@ -1,4 +1,4 @@
-"""What has to be there and be set before lmms-eval is used."""
+"""What must be installed and set before lmms-eval is imported."""
 
 from __future__ import annotations
 

@@ -199,7 +199,4 @@ def encode(processor: Any, prompts: Sequence[Prompt], model: Any) -> Any:
     start = processor.tokenizer.bos_token
     if start and texts[0].startswith(start):
         given["add_special_tokens"] = False  # The template wrote it.
-    inputs = apply(processor, "these pictures", text=texts, padding=True, **given).to(model.device)
-    for name in {"pixel_values", "pixel_values_videos"} & set(inputs):
-        inputs[name] = inputs[name].to(model.dtype)
-    return inputs
+    return apply(processor, "these pictures", model, text=texts, padding=True, **given)

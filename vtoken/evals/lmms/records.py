@@ -1,4 +1,4 @@
-"""What is known about one answered request."""
+"""Answered requests and what they cost."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from vtoken.hooks.state.trace import Trace
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What one row of a batch cost.
+class Tokens:
+    """Token counts of one row of a batch.
 
     Attributes:
         prompt_tokens: as tokenised, padding left out.
@@ -22,6 +22,20 @@ class Cost:
         visual_tokens: in the prompt, newline tokens not counted.
         visual_tokens_entry: that entered the language model.
         visual_tokens_mean: averaged over its layers.
+    """
+
+    prompt_tokens: int
+    input_tokens: int
+    visual_tokens: int
+    visual_tokens_entry: int
+    visual_tokens_mean: float
+
+
+@dataclass(frozen=True)
+class Cost(Tokens):
+    """What one row of a batch cost.
+
+    Attributes:
         new_tokens: generated, the closing one included.
         batch: rows of the batch.
         preprocess_s: chat template, pictures and their way to the device, of the batch.
@@ -30,11 +44,6 @@ class Cost:
         stages: stage, with its layer where it has one -> milliseconds of its decision, of the batch.
     """
 
-    prompt_tokens: int
-    input_tokens: int
-    visual_tokens: int
-    visual_tokens_entry: int
-    visual_tokens_mean: float
     new_tokens: int
     batch: int
     preprocess_s: float
@@ -65,17 +74,6 @@ class Request:
         """Plain data, flat."""
         about = {"task": self.task, "doc": self.doc, "repeat": self.repeat, "answer": self.reply.text}
         return {**about, **vars(self.reply.cost), "media": self.media}
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Of one row: as in Cost."""
-
-    prompt: int
-    entered: int
-    visual: int
-    entry: int
-    mean: float
 
 
 def dense_tokens(adapter: Adapter, inputs: Any) -> list[Tokens]:

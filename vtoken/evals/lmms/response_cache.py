@@ -1,5 +1,5 @@
-"""lmms-eval's response cache (`--use_cache`) knows a model by the words of the command line, which name files that can
-be edited. For models of a class the key holds what they say of themselves besides."""
+"""lmms-eval's response cache (`--use_cache`) identifies a model by the words of the command line; the files that they
+name can be edited. For models of a class, `identify` adds their `repr` to the key."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What is looked at: kept tokens over pictures, plots, pages, the demo."""
+"""Pictures for readers: kept tokens drawn over images, plots, pages, the demo."""

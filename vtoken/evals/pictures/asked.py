@@ -1,4 +1,4 @@
-"""A model asked about pictures: its inputs, what a pipeline kept as one picture, and answers dense and pruned."""
+"""Questions about pictures: the inputs of a model, and its answers dense and pruned with what was kept."""
 
 from __future__ import annotations
 
@@ -35,10 +35,7 @@ def prepare(processor: Any, media: Media, question: str, model: Any) -> Any:
         text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
     else:
         text = f"{getattr(processor, f'{kind}_token', f'<{kind}>') * media.items}\n{question}"
-    inputs = apply(processor, "this", text=text, **given).to(model.device)
-    for name in {"pixel_values", "pixel_values_videos"} & set(inputs):
-        inputs[name] = inputs[name].to(model.dtype)
-    return inputs
+    return apply(processor, "this", model, text=text, **given)
 
 
 class Answer(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date
 from typing import Any
 
@@ -16,9 +16,11 @@ from vtoken.errors import VtokenError
 from vtoken.evals import reference
 from vtoken.evals.cost.flops import account, picture_size
 from vtoken.evals.pictures.demo_pipelines import DemoPipelines, applied, choose, prefill
-from vtoken.evals.pictures.overlay import drawn, owners, scaled, views
+from vtoken.evals.pictures.overlay import scaled
 from vtoken.evals.pictures.report import Case, Panel, Report, Row
+from vtoken.evals.pictures.traced import for_page
 from vtoken.evals.processors import apply
+from vtoken.evals.shared.bars import say
 from vtoken.evals.shared.machine import processor_name, versions
 from vtoken.evals.shared.media import Media, still
 from vtoken.hooks.state.cache_argument import CACHE
@@ -27,7 +29,6 @@ ROUNDS = 21
 WARMUP = 2
 BATCH = 16
 EXAMPLES = 4
-Progress = Callable[[str, float], None]
 
 
 def run(
@@ -36,7 +37,6 @@ def run(
     limit: int | None = None,
     everything: bool = False,
     command: str = "vtoken demo",
-    progress: Progress = lambda what, share: None,
 ) -> Report:
     """Scores and times dense and every method at every budget: a few methods, or all there are.
 
@@ -46,7 +46,6 @@ def run(
         limit: the first so many questions only.
         everything: every stage that runs on the model; kept tokens are then shown on one picture only.
         command: how the report says it was made.
-        progress: called with what is being done and the share of the work that is done.
     """
     if limit is not None and limit < 1:
         raise VtokenError(f"the limit must be at least 1 question, not {limit}")
@@ -66,7 +65,7 @@ def run(
     for label, pipeline in pipelines.items():
 
         def answered(count: int, _: int, label: str = label, before: int = done) -> None:
-            progress(label, (before + count) * share)
+            say(label, (before + count) * share)
 
         with applied(model, pipeline):
             answers[label] = reference.answers(model, processor, questions, batch_size=BATCH, progress=answered)
@@ -75,7 +74,7 @@ def run(
     for turn, label, taken in time_to_first_token(model, pipelines, prompts):
         seconds[label] += [taken] * (turn >= 0)
         done += 1
-        progress("time to first token", done * share)
+        say("time to first token", done * share)
     rows = [
         Row(
             pipeline=label,
@@ -183,10 +182,7 @@ def case(
             shown = scaled(picture, 480)
         else:
             seen = prefill(model, pipeline, prompt)
-            (rasters,) = views(processor, prompt.get("pixel_values"), Media((picture,)), seen.parts)
-            # The page scales pictures to about 260 pixels; labels of several rasters must stay legible there.
-            side = 480 if len(rasters) == 1 else 240
-            shown = drawn(rasters, seen.parts[0], seen.kept[0], owners(seen, 0), side=side, columns=1)
+            (shown,) = for_page(processor, prompt, Media((picture,)), seen, columns=1)
         right = bool(reference.score([question], [answers[label]])[question.kind][0])
         panels.append(Panel(label, answers[label], right, shown))
     return Case(question.question, question.answer, tuple(panels))

@@ -1,4 +1,4 @@
-"""Pictures of a decision: which cells of an image a pipeline kept. Pillow only."""
+"""Draws which cells of an image a pipeline kept. Pillow only."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 MARKERS = ("o", "s", "^", "D", "v")
 FLOORS = {"uniform": "-", "random": ":"}  # method -> dashes of its line behind every small picture
 COLUMNS = 6
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "vtoken", "font.size": 10}
 Figures = Sequence[dict[str, Any]]
 
 
@@ -27,7 +28,7 @@ def plot(figures: Figures, label: str = "questions right, %") -> str:
     import matplotlib
 
     methods = list(dict.fromkeys(row["method"] for row in figures[1:]))
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vtoken", "font.size": 10}):
+    with matplotlib.rc_context(STYLE):
         return (_together if len(methods) <= len(SERIES) else _apart)(figures, methods, label)
 
 
@@ -73,7 +74,7 @@ def _apart(figures: Figures, methods: Sequence[str], label: str) -> str:
         _frame(axes, 100 * figures[0]["accuracy"]["share"])
         axes.set_ylim(0, top)
         for floor, dashes in FLOORS.items():
-            x, y = _points(figures, floor)
+            x, y, _ = _of(figures, floor)
             axes.plot(x, y, dashes, color=SOFT, linewidth=1.2)
         _line(axes, figures, own[k], color=SERIES[0], marker="o", markersize=4, linewidth=1.8)
         axes.set_title(own[k], color=SERIES[0], weight="bold", fontsize=10, loc="left", pad=3)
@@ -102,18 +103,19 @@ def fronts(rows: Figures, cost: str, label: str) -> str:
     plain = {method for method, (name, _, _) in look.items() if name == "soft"}
     aside = cost == "tokens" and not plain  # Points of one budget stand side by side.
     shift = {method: 1.06 ** (k - (len(look) - 1) / 2) for k, method in enumerate(look)} if aside else {}
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vtoken", "font.size": 10}):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.7, 3.0), layout="constrained")
         axes = figure.subplots()
         _frame(axes, 100.0)
         best = sorted((row[cost], 100 * row["quality"]) for row in known if cost in row["fronts"])
         axes.plot(*zip(*best, strict=True), color=INK, linewidth=0.9, drawstyle="steps-post", zorder=1)
         for method, (_, colour, _) in look.items():
-            own = sorted(
-                (row[cost] * shift.get(method, 1.0), 100 * row["quality"]) for row in known if row["method"] == method
+            own = [row for row in known if row["method"] == method]
+            line = sorted((row[cost] * shift.get(method, 1.0), 100 * row["quality"]) for row in own)
+            style: dict[str, Any] = (
+                {"color": FAINT, "zorder": 0.5} if method in plain else {"color": colour, "zorder": 1.5}
             )
-            x, y = [each[0] for each in own], [each[1] for each in own]
-            axes.plot(x, y, color=FAINT if method in plain else colour, linewidth=1, zorder=0.5 + (method not in plain))
+            axes.plot([x for x, _ in line], [y for _, y in line], linewidth=1, **style)
         for row in sorted(known, key=lambda row: row["method"] not in plain):
             y = 100 * row["quality"]
             _, colour, marker = look.get(row["method"], ("dense", INK, "*"))
@@ -150,9 +152,7 @@ def looks(rows: Figures) -> dict[str, tuple[str, str, str]]:
     chosen = methods
     if len(methods) > len(SERIES):
         often = {method: sum(len(row["fronts"]) for row in rows if row["method"] == method) for method in methods}
-        chosen = sorted((method for method in methods if often[method]), key=lambda method: -often[method])[
-            : len(SERIES)
-        ]
+        chosen = sorted(filter(often.get, methods), key=lambda method: -often[method])[: len(SERIES)]
     coloured = {method: (f"series-{k}", SERIES[k], MARKERS[k]) for k, method in enumerate(chosen)}
     return {method: coloured.get(method, ("soft", SOFT, MARKERS[0])) for method in methods}
 
@@ -172,18 +172,17 @@ def _frame(axes: Any, level: float) -> None:
     axes.set_axisbelow(True)
 
 
-def _points(figures: Figures, method: str) -> tuple[list[float], list[float]]:
-    """Tokens and percent right of a method, by tokens."""
+def _of(figures: Figures, method: str) -> tuple[list[float], list[float], Figures]:
+    """Tokens and percent right of a method, by tokens, and its rows."""
     rows = sorted((row for row in figures if row["method"] == method), key=lambda row: row["tokens"])
-    return [row["tokens"] for row in rows], [100 * row["accuracy"]["share"] for row in rows]
+    return [row["tokens"] for row in rows], [100 * row["accuracy"]["share"] for row in rows], rows
 
 
 def _line(
     axes: Any, figures: Figures, method: str, shift: float = 1.0, **style: Any
 ) -> tuple[list[float], list[float]]:
     """Draws a method with its whiskers, tokens multiplied by `shift`; returns its points."""
-    rows = sorted((row for row in figures if row["method"] == method), key=lambda row: row["tokens"])
-    tokens, y = _points(figures, method)
+    tokens, y, rows = _of(figures, method)
     x = [n * shift for n in tokens]
     low = [value - 100 * row["accuracy"]["low"] for value, row in zip(y, rows, strict=True)]
     high = [100 * row["accuracy"]["high"] - value for value, row in zip(y, rows, strict=True)]

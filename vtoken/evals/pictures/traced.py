@@ -1,4 +1,4 @@
-"""Pictures of a trace: everything that it tells of the prompt's images, as one picture."""
+"""A trace as pictures: which cells of the prompt's images were kept, dropped and merged."""
 
 from __future__ import annotations
 
@@ -35,6 +35,15 @@ def picture(processor: Any, pixel_values: Any, media: Media, seen: Trace, captio
     ]
     whole = pictures[0] if len(pictures) == 1 else sheet(pictures, columns=2, background="white")
     return captioned(whole, caption) if caption else whole
+
+
+def for_page(processor: Any, inputs: Any, media: Media, seen: Trace, columns: int) -> list[Image.Image]:
+    """Every image with what was kept of it, for a page that shows it some 260 pixels wide: labels of several rasters
+    stay legible there."""
+    return [
+        drawn(view, seen.parts[k], seen.kept[k], owners(seen, k), 480 if len(view) == 1 else 240, columns)
+        for k, view in enumerate(views(processor, inputs.get("pixel_values"), media, seen.parts))
+    ]
 
 
 def uri(seen: Trace, pictures: Sequence[Image.Image], processor: Any) -> str:

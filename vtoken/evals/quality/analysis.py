@@ -1,5 +1,5 @@
-"""What a run of `vtoken eval` says: paired statistics per task, costs per pipeline, fronts. Read from its folder, plain
-data."""
+"""A run of `vtoken eval` read back from its folder: paired statistics per task, costs per pipeline and Pareto fronts, as
+plain data."""
 
 from __future__ import annotations
 
@@ -141,26 +141,24 @@ def _pipeline(evaluation: Evaluation, k: int) -> dict[str, Any]:
     tasks = {name: _task(evaluation, k, name) for name in run["tasks"]}
     quality = [task["of_dense"] for task in tasks.values() if task["of_dense"] is not None]
     spread = [task["interval"] for task in tasks.values() if task["interval"] is not None]
-    whole = len(quality) == len(tasks)
-    value = fmean(quality) if whole else None
-    half = [math.hypot(*(s[0] - s[end] for s in spread)) / len(spread) for end in (1, 2)] if spread else None
-    certain = value is None or half is None or len(spread) < len(tasks)
+    value = fmean(quality) if len(quality) == len(tasks) else None
+    low = high = None
+    if value is not None and len(spread) == len(tasks):
+        below, above = (math.hypot(*(s[0] - s[end] for s in spread)) / len(spread) for end in (1, 2))
+        low, high = value - below, value + above
     return {
         "name": run["name"],
         "method": _method(run),
         "pipeline": run["pipeline"],
         "quality": value,
-        "low": None if certain or value is None or half is None else value - half[0],
-        "high": None if certain or value is None or half is None else value + half[1],
+        "low": low,
+        "high": high,
         "tokens": _mean(tasks, "visual_tokens_mean"),
         "entry": _mean(tasks, "visual_tokens_entry"),
         "dense_tokens": _mean(tasks, "visual_tokens"),
         "same": _mean(tasks, "same"),
         **_times(evaluation, run["name"], tasks),
-        "flops": _mean(tasks, "flops"),
-        "flops_ratio": _mean(tasks, "flops_ratio"),
-        "language_ratio": _mean(tasks, "language_ratio"),
-        "stage_flops": _mean(tasks, "stage_flops"),
+        **{key: _mean(tasks, key) for key in ("flops", "flops_ratio", "language_ratio", "stage_flops")},
         "stages": _stages(run["tasks"]),
         "fronts": [],
         "tasks": tasks,

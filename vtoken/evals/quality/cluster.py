@@ -9,6 +9,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +23,27 @@ from vtoken.evals.quality.points import Point, points
 from vtoken.evals.shared.identity import code
 
 
+@dataclass
 class Worker:
-    """What an actor is. Nothing of lmms-eval or the model is touched before `ready`, whose errors travel, unlike those
-    of a constructor.
+    """A Ray actor. Nothing of lmms-eval or the model is touched before `ready`: unlike a constructor's, its errors
+    travel.
 
-    Args:
+    Attributes:
         keys: of all points as the caller names them, with `commit` as its commit.
         code: of the caller's vtoken, as `identity.code` says it.
         folder: of the results, if this machine sees it; what scorers write stays in a temporary folder otherwise.
         place: the caller's working directory, which relative paths of the sweep start from.
     """
 
-    def __init__(
-        self,
-        sweep: Sweep,
-        runs: Sequence[Pipeline],
-        keys: set[str],
-        commit: str | None,
-        code: str,
-        folder: Path,
-        place: Path,
-        threads: int,
-    ) -> None:
-        self.sweep, self.runs, self.folder, self.place, self.threads = sweep, runs, folder, place, threads
-        self.keys, self.commit, self.code = keys, commit, code
-        self.asking: Any = None
+    sweep: Sweep
+    runs: Sequence[Pipeline]
+    keys: set[str]
+    commit: str | None
+    code: str
+    folder: Path
+    place: Path
+    threads: int
+    asking: Any = None
 
     def ready(self) -> None:
         """Loads everything."""

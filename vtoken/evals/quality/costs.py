@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Typical:
-    """Document `doc` as the account takes it: its prefill, and the visual tokens that the model had."""
+    """The document that FLOPs are counted on: its prefill as `account` takes it, and the visual tokens of the model."""
 
     doc: int
     work: Workload

@@ -13,6 +13,7 @@ from vtoken import registry
 from vtoken.config.yaml_source import read
 from vtoken.errors import ConfigError, unknown
 from vtoken.evals.lmms.suites import KNOWN
+from vtoken.evals.shared.tables import markdown
 
 FOLDER = Path(__file__).parent / "papers"
 
@@ -143,29 +144,23 @@ def tasks(chosen: Sequence[Table], judge: bool = False) -> list[str]:
     return [name for name in dict.fromkeys(names) if judge or name not in KNOWN or not KNOWN[name].judge]
 
 
-def command(table: Table, method: str) -> str | None:
+def command(table: Table) -> str | None:
     """The command that measures a table's rows here; None where none of them can be."""
     names = pipelines([table])
     if not names:
         return None
-    words = (
-        "vtoken eval",
-        table.model,
-        f"--pipelines {' '.join(names)}",
-        f"--tasks {','.join(tasks([table]))}",
-        table.options,
-    )
-    return " ".join(word for word in words if word)
+    asked = f"--pipelines {' '.join(names)} --tasks {','.join(tasks([table]))}"
+    return f"vtoken eval {table.model} {asked} {table.options}".rstrip()
 
 
-def beside(method: str, results: Mapping[str, Any] | None = None, model: str | None = None) -> str:
+def beside(method: str, results: Mapping[str, Any] | None = None) -> str:
     """Markdown: every published row of a method and below it what was measured, as percent of its own dense in
     brackets.
 
     Args:
         results: what results.json holds; None prints the published numbers and what would be run.
     """
-    chosen = of(method, results["model"] if results else model)
+    chosen = of(method, results["model"] if results else None)
     return "\n\n".join(_section(method, table, results) for table in chosen)
 
 
@@ -191,14 +186,14 @@ def _section(method: str, table: Table, results: Mapping[str, Any] | None) -> st
                 (f"{method} {row.tokens}", "not run", *["-"] * len(table.columns), "", "no preset stands for this row")
             )
     head = ("row", "", *table.columns, "% of dense as printed", "source")
-    text.append("\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)))
+    text.append(markdown([head, *lines]))
     differs = [
         f"{name}: {COLUMNS[name].differs}" for name in table.columns if name in COLUMNS and COLUMNS[name].differs
     ]
     missing = [name for name in table.columns if name not in COLUMNS]
     differs += [f"{', '.join(missing)}: no task of vtoken's suites"] if missing else []
     text.append("In brackets: % of the dense row beside it; compare these. ?: suspect. " + ". ".join(differs) + ".")
-    run = command(table, method)
+    run = command(table)
     text.append(
         f"What is run: `{run}`"
         if run

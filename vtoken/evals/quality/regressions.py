@@ -13,7 +13,8 @@ from PIL import Image
 
 from vtoken.config import Pipeline
 from vtoken.evals.lmms.prompts import Prompt, encode
-from vtoken.evals.pictures.overlay import drawn, owners, scaled, sheet, views
+from vtoken.evals.pictures.overlay import scaled, sheet
+from vtoken.evals.pictures.traced import for_page
 from vtoken.evals.quality.analysis import read
 from vtoken.evals.shared import whole
 from vtoken.evals.shared.dense import DENSE
@@ -135,16 +136,5 @@ def kept(model: VtokenModel, prompt: Prompt) -> Image.Image | None:
     inputs = encode(generator.processor, [prompt], generator.model)
     generator.model.generate(**inputs, do_sample=False, max_new_tokens=1)
     seen = trace(generator.model)
-    tiles = [
-        # A page shows them some 260 pixels wide; labels of several rasters must stay legible there.
-        drawn(rasters, parts, alive, owners(seen, k), side=SIDE if len(rasters) == 1 else SIDE // 2, columns=2)
-        for k, (rasters, parts, alive) in enumerate(
-            zip(
-                views(generator.processor, inputs.get("pixel_values"), media, seen.parts),
-                seen.parts,
-                seen.kept,
-                strict=True,
-            )
-        )
-    ]
+    tiles = for_page(generator.processor, inputs, media, seen, columns=2)
     return tiles[0] if len(tiles) == 1 else sheet(tiles, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -13,13 +14,39 @@ from PIL import Image
 from vtoken.evals.pictures.plots import SERIES, fronts, looks, plot
 from vtoken.evals.pictures.report import Case, Panel, milliseconds, page, percent, ratio
 from vtoken.evals.quality.analysis import COSTS, Evaluation, analyse, read
-from vtoken.evals.shared import whole
+from vtoken.evals.quality.results import Results
+from vtoken.evals.shared import tables, whole
 from vtoken.evals.shared.media import still
+from vtoken.evals.shared.tables import or_na
 
 FEW = 20  # pictures; with fewer a bootstrap over them is too sure of itself
 MANY = 20  # rows of a table that are too many to show at once, of what few readers look for
 GLYPHS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼"}  # markers as text
 MISSING = "report.html needs jinja2 and matplotlib: pip install jinja2 matplotlib, then `vtoken report {folder}`"
+# Of table.md: all pipelines, and every task.
+COLUMNS: tables.Columns = {
+    "pipeline": lambda row: row["name"],
+    "% of dense": lambda row: percent(row["quality"]),
+    "95 %": lambda row: _range(row["low"], row["high"]),
+    "answers as dense, %": lambda row: percent(row["same"]),
+    "visual tokens": lambda row: f"{row['tokens']:.0f}",
+    "at entry": lambda row: f"{row['entry']:.0f}",
+    "FLOPs / dense": lambda row: ratio(row["flops_ratio"]),
+    "TTFT ms": lambda row: milliseconds(row["ttft"]),
+    "TTFT / dense": lambda row: ratio(row["ttft_ratio"]),
+    "fronts": lambda row: ", ".join(COSTS[cost] for cost in row["fronts"]) or "-",
+}
+TASK_COLUMNS: tables.Columns = {
+    "pipeline": lambda task: task["name"],
+    "value": lambda task: or_na(task["value"], ".4g"),
+    "% of dense": lambda task: percent(task["of_dense"]),
+    "95 %": lambda task: _interval(task),
+    "lost": lambda task: or_na(task["lost"]),
+    "won": lambda task: or_na(task["won"]),
+    "McNemar p": lambda task: or_na(task["p"], ".3g"),
+    "answers as dense, %": lambda task: percent(task["same"]),
+    "questions for 1 point": lambda task: or_na(task["needed"], ","),
+}
 
 
 def write(evaluation: Evaluation, found: Mapping[str, Any], file: Path | None = None) -> list[Path]:
@@ -41,13 +68,18 @@ def write(evaluation: Evaluation, found: Mapping[str, Any], file: Path | None = 
     return [table, file]
 
 
-def publish(folder: Path) -> list[Path]:
-    """What `write` does for a folder of results; says on stderr how to have the page where a package is missing."""
-    evaluation = read(folder)
+def publish(results: Results, rows: tables.Rows, notes: Sequence[str], in_json: bool) -> None:
+    """Writes the report of results, and prints them as one JSON object, or as a table with notes. On stderr it says how
+    to have the page where a package is missing."""
+    evaluation = read(results.folder)
     written = write(evaluation, analyse(evaluation))
     if len(written) == 1:
-        print(MISSING.format(folder=folder), file=sys.stderr)
-    return written
+        print(MISSING.format(folder=results.folder), file=sys.stderr)
+    if in_json:
+        print(json.dumps(results.to_dict()))
+        return
+    tables.show(results.model, rows)
+    print(*notes, *(f"wrote {file}" for file in (results.folder / "results.json", *written)), sep="\n")
 
 
 def render(evaluation: Evaluation, found: Mapping[str, Any]) -> str:
@@ -151,34 +183,14 @@ def markdown(found: Mapping[str, Any]) -> str:
     ]
     if not found["complete"]:
         text.append("**Not complete**: the run was interrupted.")
-    head = ("pipeline", "% of dense", "95 %", "answers as dense, %", "visual tokens", "at entry", "FLOPs / dense", "TTFT ms", "TTFT / dense", "fronts")  # fmt: skip
-    text.append(
-        _table(
-            head,
-            [
-                (
-                    row["name"],
-                    percent(row["quality"]),
-                    _range(row["low"], row["high"]),
-                    percent(row["same"]),
-                    f"{row['tokens']:.0f}",
-                    f"{row['entry']:.0f}",
-                    ratio(row["flops_ratio"]),
-                    milliseconds(row["ttft"]),
-                    ratio(row["ttft_ratio"]),
-                    ", ".join(COSTS[cost] for cost in row["fronts"]) or "-",
-                )
-                for row in rows
-            ],
-        )
-    )
-    columns = ("pipeline", "value", "% of dense", "95 %", "lost", "won", "McNemar p", "answers as dense, %", "questions for 1 point")  # fmt: skip
+    text.append(tables.markdown(tables.table(COLUMNS, rows), numbers=True))
     for name, task in found["tasks"].items():
         text.append(f"## {name}")
         text.append(
             f"{task['metric']}, {task['docs']} documents, {task['pictures']} different pictures or sets of them"
         )
-        text.append(_table(columns, [(row["name"], *_cells(row["tasks"][name])) for row in rows]))
+        own = [{**row["tasks"][name], "name": row["name"]} for row in rows]
+        text.append(tables.markdown(tables.table(TASK_COLUMNS, own), numbers=True))
         if task["pictures"] < FEW:
             text.append(
                 f"{task['pictures']} pictures are too few for an interval drawn over pictures; it is too narrow."
@@ -186,23 +198,11 @@ def markdown(found: Mapping[str, Any]) -> str:
     return "\n\n".join(text) + "\n"
 
 
-def _cells(task: Mapping[str, Any]) -> tuple[str, ...]:
-    interval = task["interval"]
-    return (
-        "n/a" if task["value"] is None else f"{task['value']:.4g}",
-        percent(task["of_dense"]),
-        "n/a" if interval is None else _range(*interval[1:]) + ("" if task["own_mean"] else " (mean of documents)"),
-        *("n/a" if task[key] is None else str(task[key]) for key in ("lost", "won")),
-        "n/a" if task["p"] is None else f"{task['p']:.3g}",
-        percent(task["same"]),
-        "n/a" if task["needed"] is None else f"{task['needed']:,}",
-    )
+def _interval(task: Mapping[str, Any]) -> str:
+    if task["interval"] is None:
+        return "n/a"
+    return _range(*task["interval"][1:]) + ("" if task["own_mean"] else " (mean of documents)")
 
 
 def _range(low: float | None, high: float | None) -> str:
     return "n/a" if low is None or high is None else f"{percent(low)}–{percent(high)}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

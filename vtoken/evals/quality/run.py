@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from vtoken.evals.lmms.model import VtokenModel
 from vtoken.evals.quality import costs, regressions
 from vtoken.evals.quality.points import Answered, Point, ask
 from vtoken.evals.quality.results import Results, assemble
+from vtoken.evals.shared.bars import say
 from vtoken.evals.shared.dense import DENSE
 
 
@@ -36,13 +37,11 @@ def evaluate(
     folder: Path,
     limit: int | None = None,
     command: str = "",
-    progress: Callable[[str, float], None] = lambda what, share: None,
 ) -> Results:
     """Asks every task under every pipeline and writes DIR/results.json and DIR/requests/.
 
     Args:
         limit: first documents of every task (of a group: of every part) only; None is all.
-        progress: called with what comes next and the share that is done.
 
     Raises:
         ConfigError: several processes, a folder that holds results already, pipelines that cannot be told apart.
@@ -67,7 +66,7 @@ def evaluate(
             if point.run > run:  # A process that is killed leaves whole runs.
                 run = point.run
                 assemble(folder, model.pretrained, command, runs, kept)
-            progress(f"{point.pipeline.name}: {point.task}", k / len(kept))
+            say(f"{point.pipeline.name}: {point.task}", k / len(kept))
             kept[point] = ask(model, harness, point, limit, folder, documents)
     finally:
         results = assemble(folder, model.pretrained, command, runs, kept)
@@ -75,7 +74,7 @@ def evaluate(
             with suppress(OSError):
                 empty.rmdir()
     assert results is not None  # the first dense point is there, or something was raised
-    progress("pictures of what was lost", 1)
+    say("pictures of what was lost", 1)
     results.cases = regressions.draw(model, runs[:-1] or runs, regressions.lost(folder), folder)
     results.save()
     return results

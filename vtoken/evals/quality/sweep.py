@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, VtokenError
-from vtoken.evals.lmms.harness import Harness, ranks
+from vtoken.evals.lmms.harness import Harness, everyone, ranks
 from vtoken.evals.lmms.model import VtokenModel
 from vtoken.evals.lmms.prepare import prepare_ray, quiet
 from vtoken.evals.lmms.suites import expand
@@ -26,11 +26,9 @@ from vtoken.evals.quality.options import Sweep
 from vtoken.evals.quality.points import Answered, Point, ask, is_cases, is_point, is_speed, load, points, save
 from vtoken.evals.quality.results import Results, assemble
 from vtoken.evals.quality.run import with_dense
-from vtoken.evals.shared.bars import mute
+from vtoken.evals.shared.bars import mute, say
 from vtoken.evals.shared.identity import commit, digest
 from vtoken.evals.speed.latency import bench
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass
@@ -64,14 +62,12 @@ def run(
     folder: Path,
     workers: int | None = None,
     command: str = "",
-    progress: Progress = lambda done, total, what: None,
     ray: str | None = None,
 ) -> Results | None:
     """Asks what is not in the folder yet and writes DIR/results.json, DIR/requests/, DIR/cases/ and DIR/points/.
 
     Args:
         workers: processes, each with a model of its own; they take the GPUs in turn. None is 1, or what `cluster` says.
-        progress: called with points done, points in all, and what comes next or was done.
         ray: address of a Ray cluster, "" for the one that Ray finds or starts; None: no Ray.
 
     Returns:
@@ -99,17 +95,21 @@ def run(
     if rank == 0:
         (folder / "points").mkdir(parents=True, exist_ok=True)
     asking = Asking(sweep, runs, folder, sweep.device)
-    missing = _agreed([point for point in todo if rank == 0 and load(folder, point.key, is_point) is None])
+    # The first process says what is missing: the others may not see its folder.
+    missing = everyone([point for point in todo if rank == 0 and load(folder, point.key, is_point) is None])[0]
     done = len(todo) - len(missing)
+
+    def tell(what: str) -> None:
+        say(f"{done} of {len(todo)} points, {what}", done / len(todo))
 
     def keep(point: Point, found: Answered) -> None:
         nonlocal done
         done += 1
         if rank == 0:
             save(folder, point.key, found)
-            progress(done, len(todo), f"{point.pipeline.name}: {point.task}")
+            tell(f"{point.pipeline.name}: {point.task}")
 
-    progress(done, len(todo), "loading the model" if missing else "all points are there")
+    tell("loading the model" if missing else "all points are there")
     try:
         if ray is not None and missing:
             cluster.ask_all(sweep, runs, todo, missing, made_by, folder, keep, ray, workers)
@@ -127,10 +127,12 @@ def run(
     if rank > 0:
         return None
     assert results is not None  # the first dense point is there, or something was raised
+    keys = [point.key for point in todo]
     if sweep.speed is not None:
-        results.speed = _speed(asking, folder, [point.key for point in todo], progress, (done, len(todo)))
-    progress(len(todo), len(todo), "pictures of what was lost")
-    results.cases = _cases(asking, folder, [point.key for point in todo])
+        tell("speed")
+        results.speed = _speed(asking, folder, keys)
+    tell("pictures of what was lost")
+    results.cases = _cases(asking, folder, keys)
     results.save()
     return results
 
@@ -152,26 +154,17 @@ def _cases(asking: Asking, folder: Path, keys: Sequence[str]) -> list[dict[str, 
     return found
 
 
-def _speed(asking: Asking, folder: Path, keys: Sequence[str], progress: Progress, at: tuple[int, int]) -> Any:
+def _speed(asking: Asking, folder: Path, keys: Sequence[str]) -> Any:
     assert asking.sweep.speed is not None
     options = asking.sweep.speed.model_dump()
     # Threads do not change answers, but they do change times.
     key = "speed-" + digest(keys, options, torch.get_num_threads())
     found = load(folder, key, is_speed)
     if found is None:
-        progress(*at, "speed")
         model = asking.ready()
         found = bench(model.generator.model, asking.runs[1:-1], batch=1, **options).to_dict()
         save(folder, key, found)
     return found
-
-
-def _agreed(missing: list[Point]) -> list[Point]:
-    """What the first process found missing: the others may not see its folder."""
-    box = [missing]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def _in_parallel(

@@ -1,4 +1,4 @@
-"""How far a command is: a bar on a terminal, elsewhere a line every few seconds."""
+"""Progress of a command: a bar on a terminal, elsewhere a line every few seconds."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ _telling: list[Tell] = []  # of the command that runs in this process
 
 @contextmanager
 def progress(shown: bool = True) -> Iterator[Tell]:
-    """Gives what is called with what is being done and which share of the whole is done. Other packages' bars are off.
-
-    Inside another one it says what is being done there; the share stays that of the outer one.
+    """Shows what `say` is told, and gives the same for a part that may run inside another: there the share stays that
+    of the outer one. Other packages' bars are off.
 
     Args:
         shown: false in a process that others tell for.
@@ -41,14 +40,14 @@ def progress(shown: bool = True) -> Iterator[Tell]:
             _telling.pop()
 
 
-def say(what: str) -> None:
-    """Tells what is being done inside of the command that runs, if one does."""
+def say(what: str, share: float | None = None) -> None:
+    """Tells what is being done by the command that runs, if one does, and which share of the whole is done."""
     if _telling:
-        _telling[-1](what, None)
+        _telling[-1](what, share)
 
 
 def mute() -> None:
-    """Nothing is told by this process any more."""
+    """Silences this process."""
     from tqdm import tqdm
 
     _telling[:] = [lambda what, share: None]

@@ -1,4 +1,4 @@
-"""What tells weights, files and code from others of their names."""
+"""Fingerprints of weights, files and code: their names stay the same when they are edited."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LARGE = 64 * 2**20  # bytes from which on a file's time of change stands for its
 
 
 def digest(*what: Any) -> str:
-    """Name of a file for plain data."""
+    """Fingerprint of plain data, short enough to name a file."""
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
@@ -35,7 +35,7 @@ def digest_files(files: Sequence[Path]) -> str:
 
 
 def weights(name: str, revision: str | None) -> str | None:
-    """Of a model: the files' hash for a folder, the commit for a hub model."""
+    """Fingerprint of a model: a hash of its files if it is a folder, its commit on the hub."""
     folder = Path(locate(name))
     if folder.is_dir():
         kinds = (".json", ".safetensors", ".jinja")
@@ -49,14 +49,14 @@ def weights(name: str, revision: str | None) -> str | None:
 
 
 def named_files(pipeline: Pipeline) -> list[str]:
-    """Of the files that options name (gates, routers), in order."""
+    """Fingerprints of the files that options name (gates, routers), in order."""
     options = [value for stage in pipeline.stages for value in stage.model_dump().values() if isinstance(value, str)]
     return [digest_files([Path(value)]) for value in options if len(value) < 4096 and Path(value).is_file()]
 
 
 @cache
 def code() -> str:
-    """Of vtoken's own files."""
+    """Fingerprint of vtoken's own source."""
     return digest_files(sorted(Path(vtoken.__file__).parent.rglob("*.py")))
 
 

@@ -1,4 +1,4 @@
-"""What a reader needs to know of the machine behind a number."""
+"""The machine, the versions and the dtype behind a number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a model's name can mean, told before anything is loaded or asked of the hub."""
+"""Where the model of a name is: shipped, in a folder or on the hub. Wrong names are refused before anything is
+loaded."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, Self, get_args, get_origin
@@ -17,6 +17,7 @@ from vtoken.errors import ConfigError, shown
 ImageSize = int | tuple[int, int]
 FRAMES = 8  # of a video, where no other number is asked for
 VIDEO = "a folder of frames, an animated GIF or WebP, MP4 or WebM (needs torchvision)"
+POSITIONAL = "positional"  # the group of what is written without a flag
 BOUNDS = {
     "greater_than_equal": ("at least", "ge"),
     "greater_than": ("above", "gt"),
@@ -26,12 +27,39 @@ BOUNDS = {
 
 
 def option(
-    default: Any, description: str, metavar: str | None = None, choices: Sequence[Any] | None = None, **bounds: Any
+    default: Any,
+    description: str,
+    metavar: str | None = None,
+    choices: Sequence[Any] | None = None,
+    *,
+    flags: tuple[str, ...] = (),
+    group: str | None = None,
+    read: Callable[[str], Any] | None = None,
+    bare: str | None = None,
+    **bounds: Any,
 ) -> Any:
-    """A field of `Options`: its meaning, what a command's help calls its value, and what it may be. `...` is no
-    default."""
-    extra: Any = {"about": (metavar, choices)}
+    """A field of `Options`: its meaning, and what it may be. `...` is no default. The rest is for the command line.
+
+    Args:
+        metavar: what the help calls its value.
+        flags: how it is written, in place of --ITS-NAME.
+        group: options of one group exclude each other.
+        read: makes a value of the text.
+        bare: what the flag without a value stands for.
+        bounds: as pydantic's `Field` takes them.
+    """
+    extra: Any = {"metavar": metavar, "choices": choices, "flags": flags, "group": group, "read": read, "bare": bare}
     return Field(default, description=description, json_schema_extra=extra, **bounds)
+
+
+def argument(metavar: str, description: str, default: Any = ...) -> Any:
+    """A field of `Options` that commands take without a flag."""
+    return option(default, description, metavar, group=POSITIONAL)
+
+
+def as_json(description: str = "print one JSON object and nothing else", group: str | None = None) -> Any:
+    """The option --json, which help shows last."""
+    return option(False, description, flags=("--json",), group=group)
 
 
 class Options(BaseModel):
@@ -63,27 +91,44 @@ class Options(BaseModel):
 
     @classmethod
     def add_to(cls, parser: argparse.ArgumentParser) -> None:
-        """Declares every field as an option of a command."""
-        for name, field in cls.model_fields.items():
-            text = re.sub(r"%(?!\()", "%%", field.description or "")
-            if field.annotation is bool:
-                parser.add_argument(flag(name), action="store_true", help=text)
-                continue
-            many, kind = _kind(field.annotation)
+        """Declares every field as an option or argument of a command."""
+        groups: dict[str | None, Any] = {None: parser, POSITIONAL: parser}
+        for name, field in sorted(cls.model_fields.items(), key=lambda item: item[0] == "in_json"):
             extra: Any = field.json_schema_extra
-            metavar, choices = extra["about"]
-            required = field.is_required()
-            has_default = not required and field.default not in (None, ()) and "(default" not in text
-            parser.add_argument(
-                flag(name),
-                type=TYPES.get(kind, kind),
-                default=None if required else field.default,
-                required=required,
-                nargs="+" if many else None,
-                choices=choices,
-                metavar=metavar if choices else metavar or METAVARS.get(kind),
-                help=f"{text} (default: %(default)s)" if has_default else text,
-            )
+            if extra["group"] not in groups:
+                groups[extra["group"]] = parser.add_mutually_exclusive_group()
+            written, about = _argument(name, field)
+            groups[extra["group"]].add_argument(*written, **about)
+
+
+def _argument(name: str, field: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """How a field is written on the command line, and what else `add_argument` takes for it."""
+    extra, text = field.json_schema_extra, re.sub(r"%(?!\()", "%%", field.description)
+    written, required = extra["flags"] or (flag(name),), field.is_required()
+    if field.annotation is bool:
+        return written, {"dest": name, "action": "store_true", "help": text}
+    many, kind = _kind(field.annotation)
+    default, metavar = None if required else field.default, extra["metavar"]
+    about = {"type": extra["read"] or TYPES.get(kind, kind), "default": default, "choices": extra["choices"]}
+    if extra["group"] == POSITIONAL:
+        count = ("+" if required else "*") if many else None if required else "?"
+        return (name,), {**about, "nargs": count, "metavar": metavar, "help": text}
+    return written, {
+        **about,
+        "dest": name,
+        "required": required,
+        "nargs": "+" if many else None if extra["bare"] is None else "?",
+        "const": extra["bare"],
+        "metavar": metavar if extra["choices"] else metavar or METAVARS.get(kind),
+        "help": text if default in (None, ()) or "(default" in text else f"{text} (default: %(default)s)",
+    }
+
+
+def declare(parser: argparse.ArgumentParser, command: Any) -> None:
+    """Fills in the parser of a command, a module with DESCRIPTION, EXAMPLES, Settings, and run(settings)."""
+    parser.description, parser.epilog = command.DESCRIPTION, command.EXAMPLES
+    command.Settings.add_to(parser)
+    parser.set_defaults(settings=command.Settings)
 
 
 def flag(name: str) -> str:
@@ -167,6 +212,13 @@ class DeviceOptions(Options):
 
     device: str | None = option(None, "cpu, cuda, cuda:1 (default: the GPU if there is one)")
     dtype: str | None = option(None, "float32, bfloat16 or float16 (default: the model's own)")
+
+
+class ModelCommand(DeviceOptions):
+    """A command about one model."""
+
+    model: str = argument("MODEL", "shipped model (tiny-llava), local folder or hub name")
+    in_json: bool = as_json()
 
 
 class SpeedOptions(Workload):

@@ -94,14 +94,13 @@ def load(name: str, device: str | None = None, dtype: str | None = None) -> tupl
 def prepare(model: Any, processor: Any, sample: Sample) -> dict[str, Tensor]:
     """Model inputs of one sample, batch 1, on the model's device and in its dtype."""
     text = reference.prompt(processor, sample.question)
-    inputs = processors.apply(processor, str(sample.image), images=[[media.still(sample.image)]], text=text)
-    return {k: v.to(model.device, model.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+    return dict(processors.apply(processor, str(sample.image), model, images=[[media.still(sample.image)]], text=text))
 
 
 @torch.no_grad()
 def answer_of(model: Any, processor: Any, sample: Sample, inputs: dict[str, Tensor], most: int) -> Tensor:
-    """[A] ids of the sample's answer and the end token; without one, of what the model says (greedy, at most so many
-    tokens)."""
+    """[A] token ids of the sample's answer, the end token included, or of the model's own greedy answer if it has none;
+    at most `most`."""
     if sample.answer is None:
         said: Tensor = model.generate(**inputs, do_sample=False, max_new_tokens=most)
         return said[0, inputs["input_ids"].shape[1] :]

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 Rows = Sequence[Sequence[str]]
+Columns = Mapping[str, Callable[[Any], str]]  # head -> cell of an item
+
+
+def table(columns: Columns, items: Iterable[Any]) -> list[tuple[str, ...]]:
+    """Head and rows as text, a row per item."""
+    return [tuple(columns), *(tuple(cell(item) for cell in columns.values()) for item in items)]
+
+
+def or_na(value: Any, form: str = "") -> str:
+    """The value as text, "n/a" for None."""
+    return "n/a" if value is None else format(value, form)
 
 
 def show(title: str, rows: Rows, *, stderr: bool = False, width: int = 200, lines: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""The torchvision that belongs to the installed torch, in one line."""
+"""Whether torchvision fits the installed torch, and which one does."""
 
 from __future__ import annotations
 

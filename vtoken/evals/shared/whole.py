@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and those of others: read with one sentence about what is wrong, never a
+"""Files that are written whole or not at all; what others wrote is read with one sentence about what is wrong, never a
 traceback."""
 
 from __future__ import annotations
@@ -8,7 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vtoken.errors import VtokenError, warn
+from vtoken.errors import ConfigError, VtokenError, warn
+
+
+def check_folder(file: Path | None) -> None:
+    """Refuses a file that could not be written, before anything is computed."""
+    if file is not None and not file.absolute().parent.is_dir():
+        raise ConfigError(f"no folder {str(file.parent)!r} to write {file.name} into")
 
 
 def write(file: Path, what: str | bytes) -> None:

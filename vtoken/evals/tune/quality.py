@@ -23,7 +23,7 @@ Measure = Literal["agreement", "accuracy", "cosine"]
 
 
 class Judge:
-    """Scores pipelines on samples, in chunks; what dense says is had once.
+    """Scores pipelines on samples; the dense model answers once.
 
     Args:
         measure: "agreement", share of answers that are the dense model's, or "accuracy", the right ones, both case and

@@ -26,22 +26,16 @@ class Sample:
     options: dict[str, Any]
 
 
-def load(data: str, limit: int | None, frames: int = 8) -> list[Sample]:
-    """Samples from "reference" (the shipped held-out questions), a JSONL file of {image, question, answer?}, or
-    lmms-eval's tasks.
-
-    Args:
-        limit: first so many; of tasks: of each.
-        frames: most of a video.
-    """
-    if (found := tasks(data, limit, frames)) is not None:
-        return found.samples
+def load(data: str, limit: int | None) -> list[Sample]:
+    """The first samples of "reference" (the shipped held-out questions) or of a JSONL file of {image, question,
+    answer?}."""
     options = {"max_new_tokens": 8 if data == "reference" else 32}
     return [_sample(str(each.image), each.question, each.answer, options) for each in read(data, limit)]
 
 
-def tasks(data: str, limit: int | None, frames: int = 8, folders: Sequence[Path] = ()) -> Tasks | None:
-    """lmms-eval's tasks, also those of `folders`, which ask and score; None of other data. Raises as `load`."""
+def tasks(data: str, limit: int | None, folders: Sequence[Path] = ()) -> Tasks | None:
+    """lmms-eval's tasks of these names, those in `folders` included, each with its first documents; None where `data`
+    is what `load` reads."""
     if data == "reference" or data.endswith(".jsonl"):
         return None
     if limit is not None and limit < 1:
@@ -51,7 +45,7 @@ def tasks(data: str, limit: int | None, frames: int = 8, folders: Sequence[Path]
     prepare("vtoken tune on tasks")
     from vtoken.evals.tune.tasks import Tasks
 
-    return Tasks(data.split(","), limit, frames, folders)
+    return Tasks(data.split(","), limit, folders)
 
 
 def fingerprint(samples: list[Sample]) -> str:

@@ -1,9 +1,9 @@
-"""Trials: quality up, cost down, stopped early where the first samples tell that they lead nowhere; resumable."""
+"""Optuna trials that raise quality and lower cost. A trial whose first samples are poor stops early; a study can be
+resumed."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -16,6 +16,7 @@ import vtoken
 from vtoken import config
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, UnsupportedError, VtokenError
+from vtoken.evals.shared.bars import say
 from vtoken.evals.shared.options import Workload
 from vtoken.evals.tune.cost import Objective, share
 from vtoken.evals.tune.quality import Judge
@@ -77,7 +78,7 @@ class Search:
     def floor(self) -> float:
         return self.keep * self.judge.dense
 
-    def run(self, trials: int, progress: Callable[[int, str], None] = lambda done, what: None) -> None:
+    def run(self, trials: int) -> None:
         """Goes on until there are so many trials, those of earlier calls counted.
 
         Raises:
@@ -90,7 +91,7 @@ class Search:
             trial = self.study.ask()
             pipeline = self.space.suggest(trial)
             trial.set_user_attr("pipeline", config.dump(pipeline))
-            progress(done, pipeline.name)
+            say(f"{done} of {trials} trials, {pipeline.name}", done / trials)
             try:
                 cost = share(self.judge.generator, pipeline, self.objective, self.like)
                 quality = self._quality(trial, pipeline)

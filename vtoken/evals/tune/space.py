@@ -1,8 +1,9 @@
-"""What a search may vary, and what a trial makes of it."""
+"""The space of a search, and the pipelines that trials draw from it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from pydantic import Field, field_validator
@@ -40,17 +41,10 @@ class Space(Options):
 
     def check(self) -> list[Pipeline]:
         """Both ends of every alternative, so that a wrong option is told before a model is loaded."""
-
-        def first(key: str, given: dict[str, Any]) -> Any:
-            return _ends(key, given)[0]
-
-        def last(key: str, given: dict[str, Any]) -> Any:
-            return _ends(key, given)[-1]
-
         found = []
         for name in self.alternatives:
             try:
-                found += [self.draw(name, first), self.draw(name, last)]
+                found += [self.draw(name, partial(_end, k)) for k in (0, -1)]
             except ConfigError as error:
                 raise ConfigError(f"alternative {name!r}: {error}") from error
         return found
@@ -79,6 +73,10 @@ def _filled(value: Any, at: str, choose: Callable[[str, dict[str, Any]], Any]) -
     if isinstance(value, list):
         return [_filled(each, f"{at}{k}.", choose) for k, each in enumerate(value)]
     return value
+
+
+def _end(k: int, key: str, given: dict[str, Any]) -> Any:
+    return _ends(key, given)[k]
 
 
 def _ends(key: str, given: dict[str, Any]) -> list[Any]:

@@ -18,21 +18,22 @@ from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals.lmms.harness import Harness, Scored
 from vtoken.evals.lmms.prompts import Prompt, from_chat
 from vtoken.evals.lmms.suites import document_score, expand
+from vtoken.evals.shared.options import FRAMES
 from vtoken.evals.tune.samples import Sample
 
 Key = tuple[str, str, int, int]  # task as it was asked for, its leaf, document, and which answer to it
 
 
 class Speaker(lmms):
-    """Looks like a model to lmms-eval: keeps what it is asked, and says what it was told to, else nothing."""
+    """Stands in for a model: records what lmms-eval asks, and replies with the answers it was given, else with none."""
 
     is_simple = False
     batch_size = 1
     device = "cpu"
 
-    def __init__(self, frames: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.frames, self.name = frames, ""
+        self.name = ""
         self.heard: dict[Key, tuple[Prompt, dict[str, Any]]] = {}
         self.says: dict[Key, str] = {}
         self.requests: list[Any] = []
@@ -50,7 +51,7 @@ class Speaker(lmms):
             key = self.name, task, int(doc), seen[task, doc]
             seen[task, doc] += 1
             if key not in self.heard:
-                prompt = from_chat(messages(self.task_dict[task][split][doc]), self.frames)
+                prompt = from_chat(messages(self.task_dict[task][split][doc]), FRAMES)
                 self.heard[key] = prompt, dict(options)
             answers.append(GenerationResult(self.says.get(key, ""), TokenCounts(0, 0)))
         return answers
@@ -63,7 +64,7 @@ class Speaker(lmms):
 
 @dataclass(frozen=True)
 class Grades:
-    """What scorers say.
+    """Scores of answers.
 
     Attributes:
         values: task -> its own metric over all its documents.
@@ -80,7 +81,6 @@ class Tasks:
     Args:
         names: of tasks, groups and suites.
         limit: first documents of each.
-        frames: most of a video.
         folders: with tasks of the caller's.
 
     Attributes:
@@ -88,9 +88,9 @@ class Tasks:
         of: the task of every sample.
     """
 
-    def __init__(self, names: Sequence[str], limit: int | None, frames: int, folders: Sequence[Path] = ()) -> None:
+    def __init__(self, names: Sequence[str], limit: int | None, folders: Sequence[Path] = ()) -> None:
         self.names, self.limit = expand(names), limit
-        self._speaker, self._harness = Speaker(frames), Harness(self.names, folders)
+        self._speaker, self._harness = Speaker(), Harness(self.names, folders)
         self._scored()
         self.samples = [Sample(prompt, None, options) for prompt, options in self._speaker.heard.values()]
         self.of = [key[0] for key in self._speaker.heard]
