@@ -196,7 +196,7 @@ def check_tower(stage: Stage, adapter: Adapter) -> None:
     frames = stage.site == "frames"
     if frames and "video" not in adapter.features:
         raise UnsupportedError(
-            f"stage {stage.name} chooses frames of videos, and transformers' {adapter.model_type} takes none; leave it "
+            f"stage {stage.name} chooses frames of videos, and {adapter.model_type} takes none in transformers; leave it "
             "out, or use a family that does "
             f"({', '.join(name for name in registry.adapters() if 'video' in registry.adapter(name).features)})"
         )

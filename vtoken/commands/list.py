@@ -137,7 +137,8 @@ def _matrix(classes: list[type[Stage]], asked: Settings) -> None:
     tried = f"Tried with the configs of {', '.join(found.models.values())}."
     rows: list[dict[str, Any]] = []
     for stage, row in found.cells.items():
-        answers = {f: c.answer + (f" [{notes.index(c.reason) + 1}]" if c.reason else "") for f, c in row.items()}
+        told = {family: found.note(stage, family) for family in row}
+        answers = {f: c.answer + (f" [{notes.index(told[f]) + 1}]" if told[f] else "") for f, c in row.items()}
         rows.append({"stage": stage, **answers})
     if asked.in_json:
         _print_json(found.to_dict())

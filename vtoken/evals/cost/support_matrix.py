@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,9 +49,16 @@ class SupportMatrix:
     models: dict[str, str]
     cells: dict[str, dict[str, Cell]]
 
+    def note(self, stage: str, family: str) -> str:
+        """The reason of a cell in words that fit other cells too; "" for "yes"."""
+        reason = re.sub(rf"\b{re.escape(family)}\b", "the family", self.cells[stage][family].reason)
+        reason = re.sub(rf"\b(stage )?{re.escape(stage)}\b", "the stage", reason)
+        return reason[:1].upper() + reason[1:]
+
     def notes(self) -> list[str]:
-        """Every reason once, in reading order."""
-        return list(dict.fromkeys(c.reason for row in self.cells.values() for c in row.values() if c.reason))
+        """Every note once, in reading order."""
+        found = (self.note(stage, family) for stage, row in self.cells.items() for family in row)
+        return list(dict.fromkeys(filter(None, found)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `json.dumps` takes."""
