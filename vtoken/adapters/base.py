@@ -68,11 +68,14 @@ class Adapter(ABC):
         features: kind -> name of the method of `outer` that encodes it.
         missing: fact name -> why the family cannot supply it and what comes nearest.
         mrope: whether positions have several axes, which cannot be renumbered.
+        prompted: whether `layouts` and `crops` are given `input_ids` or `inputs_embeds` of the prompt too, where there
+            is one.
     """
 
     model_type: ClassVar[str]
     features: ClassVar[dict[str, str]] = {"image": "get_image_features"}
     mrope: ClassVar[bool] = False
+    prompted: ClassVar[bool] = False
     model: Any
     outer: Any
     lm: Any
