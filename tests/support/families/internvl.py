@@ -1,0 +1,72 @@
+"""InternVL: InternViT with CLS over crops of 8 x 8 patches, 2 x 2 of them to a token; the prompt tells which crops are
+of one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from family import Draw, Family, Picture
+from tiny_models import IMG, SIZE, TOKENS, VISION_END, VISION_START
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vtoken.evals.cost.geometry.internvl import crops
+
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": [SIZE, SIZE],
+    "patch_size": [7, 7],
+    "use_qk_norm": True,
+    "layer_scale_init_value": 0.5,
+}
+
+
+class Tiny(Family):
+    """A spec is the number of crops, the thumbnail among them."""
+
+    classes = "InternVL"
+    image, other, odd = (1,), (3,), (4,)
+    pictures = ((56, 56, 1), (56, 112, 1), (300, 40, 1))
+    unit = 4
+    around = ("<|vision_start|>", "<|vision_end|>")
+    shipped_picture = 16
+
+    def fields(self, text: dict[str, Any]) -> dict[str, Any]:
+        ids = {"image_token_id": IMG, "image_seq_length": TOKENS}
+        return {"text_config": {"model_type": "qwen2", **text}, "vision_config": VISION, **ids}
+
+    def make(self, attn: str = "sdpa", seed: int = 0, **text: Any) -> PreTrainedModel:
+        model = super().make(attn, seed, **text)
+        with torch.no_grad():
+            for layer in model.model.vision_tower.encoder.layer:
+                layer.attention.q_norm.weight.fill_(4.0)  # or every patch sees all others alike
+        return model
+
+    def item(self, height: int, width: int, frames: int = 1) -> Any:
+        return ("img", (crops((height, width), SIZE),))
+
+    def placeholders(self, picture: Picture, words: Callable[[int], list[int]]) -> list[int]:
+        return [VISION_START, *super().placeholders(picture, words), VISION_END]
+
+    def tokens(self, picture: Picture) -> int:
+        return picture.spec[0] * TOKENS
+
+    def features(self, picture: Picture, **more: Tensor) -> Tensor:
+        pixels = self.inputs([picture], torch.zeros)["pixel_values"]
+        return self.stock.get_image_features(pixels, **more, return_dict=True).pooler_output.flatten(0, 1)
+
+    def inputs(self, pictures: Sequence[Picture], draw: Draw) -> dict[str, Tensor]:
+        return {"pixel_values": draw(sum(p.spec[0] for p in pictures), 3, SIZE, SIZE)} if pictures else {}
+
+    def rows(self, picture: Picture) -> int:
+        return picture.spec[0]
+
+    def found(self, batch: dict[str, Tensor]) -> tuple[list[Picture], list[Picture]]:
+        here = torch.nn.functional.pad(batch["input_ids"] == IMG, (1, 1)).int().diff(dim=1)
+        lengths = (here < 0).nonzero()[:, 1] - (here > 0).nonzero()[:, 1]
+        return [Picture("image", (n // TOKENS,)) for n in lengths.tolist()], []
