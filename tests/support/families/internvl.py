@@ -4,10 +4,11 @@ of one picture."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
-from family import Draw, Family, Picture
+from family import Draw, Family, Picture, Spec
 from tiny_models import IMG, SIZE, TOKENS, VISION_END, VISION_START
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -27,10 +28,10 @@ VISION = {
 
 
 class Tiny(Family):
-    """A spec is the number of crops, the thumbnail among them."""
+    """A spec is (rows, columns) of crops; a thumbnail follows where they are several."""
 
     classes = "InternVL"
-    image, other, odd = (1,), (3,), (4,)
+    image, other, odd = (1, 1), (1, 2), (1, 3)
     pictures = ((56, 56, 1), (56, 112, 1), (300, 40, 1))
     unit = 4
     around = ("<|vision_start|>", "<|vision_end|>")
@@ -48,25 +49,31 @@ class Tiny(Family):
         return model
 
     def item(self, height: int, width: int, frames: int = 1) -> Any:
-        return ("img", (crops((height, width), SIZE),))
+        return ("img", spec(crops((height, width), SIZE)))
 
     def placeholders(self, picture: Picture, words: Callable[[int], list[int]]) -> list[int]:
         return [VISION_START, *super().placeholders(picture, words), VISION_END]
 
     def tokens(self, picture: Picture) -> int:
-        return picture.spec[0] * TOKENS
+        return self.rows(picture) * TOKENS
 
     def features(self, picture: Picture, **more: Tensor) -> Tensor:
         pixels = self.inputs([picture], torch.zeros)["pixel_values"]
         return self.stock.get_image_features(pixels, **more, return_dict=True).pooler_output.flatten(0, 1)
 
     def inputs(self, pictures: Sequence[Picture], draw: Draw) -> dict[str, Tensor]:
-        return {"pixel_values": draw(sum(p.spec[0] for p in pictures), 3, SIZE, SIZE)} if pictures else {}
+        return {"pixel_values": draw(sum(map(self.rows, pictures)), 3, SIZE, SIZE)} if pictures else {}
 
     def rows(self, picture: Picture) -> int:
-        return picture.spec[0]
+        many = prod(picture.spec)
+        return many + (many > 1)
 
     def found(self, batch: dict[str, Tensor]) -> tuple[list[Picture], list[Picture]]:
         here = torch.nn.functional.pad(batch["input_ids"] == IMG, (1, 1)).int().diff(dim=1)
         lengths = (here < 0).nonzero()[:, 1] - (here > 0).nonzero()[:, 1]
-        return [Picture("image", (n // TOKENS,)) for n in lengths.tolist()], []
+        return [Picture("image", spec(n // TOKENS)) for n in lengths.tolist()], []
+
+
+def spec(crops: int) -> Spec:
+    """One that so many crops, the thumbnail among them, can be."""
+    return (1, max(1, crops - 1))
