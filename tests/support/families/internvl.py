@@ -11,7 +11,7 @@ import torch
 from family import Draw, Family, Picture, Spec
 from tiny_models import IMG, SIZE, TOKENS, VISION_END, VISION_START
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GotOcr2ImageProcessorPil, PreTrainedModel
 
 from vtoken.evals.cost.geometry.internvl import crops
 
@@ -26,6 +26,10 @@ VISION = {
     "layer_scale_init_value": 0.5,
 }
 
+# What the processor asks its tokenizer for.
+WORDS = ("context_image_token", "start_image_token", "end_image_token", "video_token")
+AROUND = ("<|vision_start|>", "<|vision_end|>")
+
 
 class Tiny(Family):
     """A spec is (rows, columns) of crops; a thumbnail follows where they are several."""
@@ -34,8 +38,13 @@ class Tiny(Family):
     image, other, odd = (1, 1), (1, 2), (1, 3)
     pictures = ((56, 56, 1), (56, 112, 1), (300, 40, 1))
     unit = 4
-    around = ("<|vision_start|>", "<|vision_end|>")
     shipped_picture = 16
+    checkpoints = {
+        "OpenGVLab/InternVL3-1B-hf": 938,
+        "OpenGVLab/InternVL3-2B-hf": 2089,
+        "OpenGVLab/InternVL3-8B-hf": 7944,
+        "OpenGVLab/InternVL3-14B-hf": 15117,
+    }
 
     def fields(self, text: dict[str, Any]) -> dict[str, Any]:
         ids = {"image_token_id": IMG, "image_seq_length": TOKENS}
@@ -47,6 +56,16 @@ class Tiny(Family):
             for layer in model.model.vision_tower.encoder.layer:
                 layer.attention.q_norm.weight.fill_(4.0)  # or every patch sees all others alike
         return model
+
+    def processor(self, kind: Any, tokenizer: Any, **options: Any) -> Any:
+        words = dict(zip(WORDS, (self.words[0], *AROUND, self.words[1]), strict=True))
+        named = type(tokenizer)(
+            tokenizer_object=tokenizer.backend_tokenizer,
+            extra_special_tokens=words,
+            **{name: getattr(tokenizer, name) for name in ("pad_token", "bos_token", "unk_token")},
+        )
+        images = GotOcr2ImageProcessorPil(size={"height": SIZE, "width": SIZE})
+        return kind(images, named, image_seq_length=TOKENS, **options)
 
     def item(self, height: int, width: int, frames: int = 1) -> Any:
         return ("img", spec(crops((height, width), SIZE)))
