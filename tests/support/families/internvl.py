@@ -38,8 +38,8 @@ class Tiny(Family):
     image, other, odd = (1, 1), (1, 2), (1, 3)
     pictures = ((56, 56, 1), (56, 112, 1), (300, 40, 1))
     unit = 4
-    shipped_picture = 16
-    # The prompt tells which crops are a picture's, and what the tower left is told crop by crop.
+    shipped_picture = 10 * 16
+    # The prompt tells which crops are a picture's.
     waits = (("asked", "run.py:runs"),)
     checkpoints = {
         "OpenGVLab/InternVL3-1B-hf": 938,

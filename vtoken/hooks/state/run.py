@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NoReturn
 
 import torch
@@ -68,9 +69,7 @@ def segments(layouts: Sequence[ImageLayout]) -> Tensor | None:
 
 def runs(kinds: Tensor) -> list[int]:
     """Lengths of the runs of visual tokens in `kinds` [B, L], row by row. Asks the device."""
-    edge = torch.nn.functional.pad((kinds > 0).cpu().to(torch.int8), (1, 1)).diff(dim=1).flatten()
-    lengths: list[int] = ((edge < 0).nonzero()[:, 0] - (edge > 0).nonzero()[:, 0]).tolist()
-    return lengths
+    return [len(list(run)) for row in (kinds > 0).tolist() for shown, run in groupby(row) if shown]
 
 
 @dataclass(frozen=True)
