@@ -20,7 +20,7 @@ class MaskedLayer:
     the layer again, in whatever thread."""
 
     def __init__(self, handle: Handle, layer: Any, attention: str) -> None:
-        self.local = threading.local()
+        self.handle, self.local = handle, threading.local()
         handle.set(layer, "forward", self._shadow(layer, layer.forward))
         handle.before(getattr(layer, attention), self._give)
 
@@ -33,13 +33,12 @@ class MaskedLayer:
                 return self._masked(original, attention_mask)(*args, **kwargs)
             # The forward checkpoints what it does within itself, and that is what has to know the mask.
             checkpoint = layer._gradient_checkpointing_func
-            layer._gradient_checkpointing_func = lambda run, *inputs: checkpoint(
-                self._masked(run, attention_mask), *inputs
-            )
-            try:
+
+            def masked(run: Run, *inputs: Any) -> Any:
+                return checkpoint(self._masked(run, attention_mask), *inputs)
+
+            with self.handle.during(layer, "_gradient_checkpointing_func", masked):
                 return original(*args, **kwargs)
-            finally:
-                layer._gradient_checkpointing_func = checkpoint
 
         return forward
 
