@@ -40,7 +40,7 @@ def features(model, batch):
 def test_contextual_tokens(family, halve):
     model = tiny.make(family)
     batch = tiny.build(model, with_other(family, ROWS))
-    p, dense, packed = oracle.prompt(model, batch), entering(model, batch), tiny.family(family).varlen
+    p, dense, packed = oracle.prompt(model, batch), entering(model, batch), tiny.family(family).unit > 1
     before = dense if halve or packed else features(model, batch)
     with vtoken.wrapped(model, [{"visionzip": {"keep": 5, "contextual": 2, "halve": halve}}]):
         pruned, trace = entering(model, batch), vtoken.trace(model)

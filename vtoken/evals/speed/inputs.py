@@ -63,14 +63,16 @@ def random_prompt(
 
     inputs = pictures or random_inputs(config, batch, images, frames, image_size, draw)
     kind = "video" if "pixel_values_videos" in inputs else "image"
-    layout = adapter.layouts(kind, inputs)[0]
+    # All pictures are alike; a family that reads of the prompt which crops are one picture's does not know yet.
+    pictured = adapter.layouts(kind, inputs)
+    length, tokens = (sum(getattr(i, name) for i in pictured) // (batch * images) for name in ("length", "tokens"))
     runs = geometry(config, image_size, images, frames).runs
-    texts = _texts(text_tokens, images * runs, between=int(adapter.mrope))
+    texts = _texts(text_tokens, images * runs, between=int(adapter.mrope or adapter.prompted))
     placeholder = adapter.placeholders[kind]
     every = torch.arange(config.get_text_config().vocab_size)
     plain = every[~torch.isin(every, torch.tensor(list(adapter.placeholders.values())))]
     text = plain[torch.randint(len(plain), (batch, text_tokens), generator=generator)].split(texts, 1)
-    shown = torch.full((batch, layout.length // runs), placeholder)
+    shown = torch.full((batch, length // runs), placeholder)
     ids = torch.cat([text[0], *(each for after in text[1:] for each in (shown, after))], 1)
     found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if adapter.mrope:
@@ -78,7 +80,7 @@ def random_prompt(
     for name, value in inputs.items():
         found[name] = value.to(model.dtype) if name.startswith("pixel_values") else value
     moved = {name: value.to(model.device) for name, value in found.items()}
-    return Prompt(moved, kind, texts, runs, layout.tokens // runs, layout.length - layout.tokens)
+    return Prompt(moved, kind, texts, runs, tokens // runs, length - tokens)
 
 
 def prepared(media: Media, processor: Any, batch: int, images: int) -> dict[str, Tensor]:
@@ -89,7 +91,10 @@ def prepared(media: Media, processor: Any, batch: int, images: int) -> dict[str,
     """
     shown = list(media.pictures)
     if not media.video:
-        return dict(apply(processor.image_processor, "this picture", images=[shown * images] * batch))
+        more = getattr(processor, "images_kwargs", {})  # what it tells its image processor
+        found = dict(apply(processor.image_processor, "this picture", images=[shown * images] * batch, **more))
+        found.pop("num_patches", None)  # the processor's own account, which models do not take
+        return found
     check_video(processor)
     videos = [shown] * (batch * images)
     return dict(apply(processor.video_processor, "this video", videos=videos, do_sample_frames=False))

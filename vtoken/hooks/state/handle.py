@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -67,6 +68,16 @@ class Handle:
                 setattr(target, name, old)
 
         self._undo.append(undo)
+
+    @contextmanager
+    def during(self, target: Any, name: str, value: Any) -> Iterator[None]:
+        """An instance attribute that holds another value while a block runs."""
+        old = vars(target)[name]
+        setattr(target, name, value)
+        try:
+            yield
+        finally:
+            setattr(target, name, old)
 
     def release(self) -> None:
         """Undoes everything, newest first; safe to call twice.
