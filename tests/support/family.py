@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vtoken import registry
+from vtoken.serving import family as serving
 
 # A mixture of experts is not continuous: rounding to bfloat16 sends a token now and then to another expert, and its
 # answer jumps (0.11 seen in the tiny models; 0.016 with every expert active). In float32 it is held like any other.
@@ -38,6 +39,7 @@ class Family:
 
     Attributes:
         classes: how the names of its classes in transformers begin.
+        processes: how the name of its processor's class begins, where it has none of its own.
         words: that stand for an image and for a video; around: those that enclose either.
         image: spec of "img" in `tiny.build`; video: of "video", None where the family takes none.
         other, odd: further images: of another raster, and one that is padded or scaled where the family does so.
@@ -59,6 +61,7 @@ class Family:
     """
 
     classes: ClassVar[str]
+    processes: ClassVar[str] = ""
     words: ClassVar[tuple[str, str]] = ("<image>", "<video>")
     around: ClassVar[tuple[str, str]] = ("", "")
     image: ClassVar[Spec]
@@ -88,6 +91,11 @@ class Family:
     @property
     def takes_video(self) -> bool:
         return self.video is not None
+
+    @property
+    def served(self) -> bool:
+        """Whether the vLLM plugin serves it."""
+        return self.name in serving.families()
 
     @property
     def mrope(self) -> bool:

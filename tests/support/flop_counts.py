@@ -93,7 +93,10 @@ def _cpu_sdpa(q: Any, k: Any, v: Any, *rest: Any, out_val: Any = None, **more: A
 
 def _grouped(x: Any, experts: Any, *rest: Any, out_val: Any = None, **more: Any) -> int:
     """Nor for the matrices of experts: every row of x [rows, in] meets one of `experts` [experts, in, out]."""
-    (rows, width), out = (x.shape if torch.is_tensor(x) else x), (experts.shape if torch.is_tensor(experts) else experts)
+    (rows, width), out = (
+        (x.shape if torch.is_tensor(x) else x),
+        (experts.shape if torch.is_tensor(experts) else experts),
+    )
     return int(2 * rows * width * out[-1])
 
 
