@@ -54,6 +54,11 @@ class Family:
         crops_one_only: they are cut only in a row that holds no other image.
         equal_videos: videos of a batch must have equally many frames.
         pooled_videos: frames are scaled down behind the tower by interpolation.
+        one_placeholder: images and videos have one placeholder, and a call holds either.
+        video_beams: transformers can repeat the rows of a prompt with a video (beams, several return sequences).
+        rotates_neighbours: RoPE of the decoder turns channels 0 and 1, 2 and 3, ..., not halves of a head.
+        expands_several: transformers from 5.18 on can repeat the rows of a prompt with several images.
+        offloads: the stock model runs with its weights offloaded by accelerate.
         shipped_picture: visual tokens of a picture of the shipped questions, newlines not counted.
         bfloat16_error: how far bfloat16 logits may be from the oracle's, as a share of the largest.
         checkpoints: hub names of the built-in configs -> their parameters in millions.
@@ -79,6 +84,11 @@ class Family:
     crops_one_only: ClassVar[bool] = False
     equal_videos: ClassVar[bool] = False
     pooled_videos: ClassVar[bool] = False
+    one_placeholder: ClassVar[bool] = False
+    video_beams: ClassVar[bool] = True
+    rotates_neighbours: ClassVar[bool] = False
+    expands_several: ClassVar[bool] = True
+    offloads: ClassVar[bool] = True
     shipped_picture: ClassVar[int]
     bfloat16_error: ClassVar[float] = 0.05
     checkpoints: ClassVar[dict[str, int]] = {}
@@ -139,9 +149,13 @@ class Family:
             return None if given and len(given) < len(default) else given or default
         return given + default[len(given) :]
 
+    def marker(self, kind: str) -> int:
+        """The placeholder of an image or a video."""
+        return IMG if kind == "image" else VID
+
     def placeholders(self, picture: Picture, words: Callable[[int], list[int]]) -> list[int]:
         """The ids that a processor writes for a picture."""
-        return [IMG if picture.kind == "image" else VID] * self.tokens(picture)
+        return [self.marker(picture.kind)] * self.tokens(picture)
 
     def tokens(self, picture: Picture) -> int:
         """Its placeholders: as many as the rows that an unwrapped model makes of it."""

@@ -70,7 +70,7 @@ def test_eager_static_and_flash_kind(family, cache):
 def test_beams(family, cache):
     """The score of every returned beam is what the definition gives it."""
     model, n = tiny.make(family), 4
-    batch = tiny.build(model, modes.EXPANDABLE, seed=3)
+    batch = tiny.build(model, modes.expandable(family), seed=3)
     p = oracle.prompt(model, batch)
     with vtoken.wrapped(model, unmerging("mingled", cache)):
         greedy(model, batch, 1)
