@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Glm4vImageProcessorPil
 
 from families._qwen import MROPE, Qwen
-from vtoken.evals.cost.geometry._glm import patch_grid
+from vtoken.evals.cost.geometry.glm4v import patch_grid
 
 VIDEO_START, VIDEO_END = VISION_END + 1, VISION_END + 2
 IDS = {

@@ -1,4 +1,5 @@
-"""What families with a packed tower share (Qwen and its like): images at their own resolution, patches in one sequence, 2 x 2 merged at the end.
+"""What the Qwens and their like share: images at their own resolution, patches in one sequence, 2 x 2 merged at the
+end.
 
 Sizes are rounded as transformers' image processor does by default (`Qwen2VLImageProcessor`: 56 x 56 to 28 x 28 x 1280
 pixels in all), frames of a video too; checkpoints may set other limits. Without a size an image is 448 x 448.
