@@ -11,6 +11,7 @@ from families.qwen3_vl import Tiny as Dense
 
 class Tiny(Dense):
     classes, processes = "Qwen3VLMoe", "Qwen3VL"
+    leading = False
     bfloat16_error = MIXTURE
     checkpoints = {"Qwen/Qwen3-VL-30B-A3B-Instruct": 31071}
 
