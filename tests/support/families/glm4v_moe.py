@@ -11,6 +11,7 @@ from families._glm import Glm
 
 class Tiny(Glm):
     classes, processes = "Glm4vMoe", "Glm4v"
+    gaps_for_flash = True
     bfloat16_error = MIXTURE
     checkpoints = {"zai-org/GLM-4.5V": 107711}
 
