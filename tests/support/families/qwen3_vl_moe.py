@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from family import MIXTURE
-
 from families.qwen3_vl import Tiny as Dense
 
 
 class Tiny(Dense):
     classes, processes = "Qwen3VLMoe", "Qwen3VL"
     leading = False
-    bfloat16_error = MIXTURE
+    steady = {"num_experts_per_tok": 8}
     checkpoints = {"Qwen/Qwen3-VL-30B-A3B-Instruct": 31071}
 
     def fields(self, text: dict[str, Any]) -> dict[str, Any]:
