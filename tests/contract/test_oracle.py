@@ -9,6 +9,7 @@ import oracle
 import pytest
 import tiny
 import torch
+from batches import suited
 
 NEW = 6
 CASES: dict[str, list[list[tiny.Item]]] = {
@@ -26,7 +27,8 @@ FAMILY_CASES = [(f, c) for f in tiny.FAMILIES for c in CASES if f in tiny.VIDEO 
 def batch_of(model: Any, case: str) -> dict[str, torch.Tensor]:
     one = tiny.family(model)
     odd = "img" if one.odd == one.image else ("img", one.odd)
-    return tiny.build(model, [[odd if item == "other" else item for item in row] for row in CASES[case]], seed=3)
+    rows = [[odd if item == "other" else item for item in row] for row in CASES[case]]
+    return tiny.build(model, suited(one.name, rows), seed=3)
 
 
 def everything(p: oracle.PrefillQK) -> list[torch.Tensor]:

@@ -176,3 +176,9 @@ def test_base_classes_are_no_stages() -> None:
 def test_hybrid_decoders_are_refused_with_the_reason() -> None:
     with pytest.raises(UnsupportedError, match="linear-attention layers"):
         registry.adapter("qwen3_5")
+
+
+@pytest.mark.parametrize("name", ["paddleocr_vl", "video_llama_3"])
+def test_towers_that_join_patches_by_the_whole_picture_are_refused_with_the_reason(name: str) -> None:
+    with pytest.raises(UnsupportedError, match="size of the whole picture"):
+        registry.adapter(name)

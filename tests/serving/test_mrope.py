@@ -26,7 +26,7 @@ PROMPTS = {
 made = cache(tiny.make)
 CASES = [
     (family, seconds)
-    for family in tiny.families(mrope=True, deepstack=0)
+    for family in tiny.families(mrope=True, deepstack=0, served=True)
     for seconds in ((1.0, 0.5, 2.5) if "tokens_per_second" in tiny.family(family).tower() else (None,))
 ]
 

@@ -19,7 +19,7 @@ PER_FRAME = {"stages": [{"fastervlm": {"keep": {"per_frame": 3}}}]}
 MERGED_PER_FRAME = {"stages": [{"visionzip": {"keep": {"per_frame": 4}}}]}
 BY_FRAMES = (None, PER_FRAME, MERGED_PER_FRAME)
 OTHERS = ("uniform:5", "fastervlm:4", "visionzip:40%", "divprune:3", "evs:50%")
-FAMILIES = tiny.families(mrope=True, full_attention=None)
+FAMILIES = tiny.families(mrope=True, full_attention=None, served=True)
 TIMESTAMPS = [family for family in FAMILIES if tiny.family(family).deepstack]  # between the frames of a video
 PLAIN = [family for family in FAMILIES if family not in TIMESTAMPS]
 SIZES = [(56, 56), (112, 112), (84, 140), (56, 168)]

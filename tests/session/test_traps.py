@@ -8,6 +8,7 @@ import oracle
 import pytest
 import tiny
 import torch
+from batches import suited
 from modes import ROWS, VIDEOS, families
 from plain_runs import BATCHES, compare, run
 from probes import Deep, Ragged
@@ -105,7 +106,7 @@ def test_two_dimensional_masks(family, rows, stages):
         pytest.skip("stock LLaVA-1.5 and NeXT take no video")
     model = tiny.make(family)
     lm = model.get_decoder()
-    batch = tiny.build(model, rows, seed=3)
+    batch = tiny.build(model, suited(family, rows), seed=3)
     with vtoken.wrapped(model, stages):
         want = run(model, batch)
     lm.config._attn_implementation_internal = flash_stand_in.NAME

@@ -20,6 +20,17 @@ def with_other(family, rows):
     return [[other if item == "other" else item for item in row] for row in rows]
 
 
+def suited(family, rows):
+    """The rows with videos in place of images where a call of this family holds either."""
+    if not tiny.family(family).one_placeholder or not any(video(item) for row in rows for item in row):
+        return rows
+    return [[item if isinstance(item, int) or video(item) else "video" for item in row] for row in rows]
+
+
+def video(item):
+    return item == "video" or (isinstance(item, tuple) and item[0] == "video")
+
+
 def rows_for(family, name):
     """The rows of BATCHES for this family; None where it cannot have them."""
     if "video" in name and family not in tiny.VIDEO:
@@ -27,7 +38,7 @@ def rows_for(family, name):
     rows = with_other(family, BATCHES[name])
     if tiny.family(family).equal_videos and name == "video":
         rows = [[("video", 3) if isinstance(i, tuple) else i for i in row] for row in rows]
-    return rows
+    return suited(family, rows)
 
 
 def inside(family, stages):
@@ -43,7 +54,7 @@ LONG = [[3, "img", 1, "img", 9]]
 
 def long(family):
     """One row of more than two blocks of 16."""
-    return [[2, "video", 3, "img", 1]] if family in tiny.VIDEO else LONG
+    return suited(family, [[2, "video", 3, "img", 1]]) if family in tiny.VIDEO else LONG
 
 
 def uneven(family):

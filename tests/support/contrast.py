@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import tiny
 import torch
+from batches import suited
 from probes import above_mean
 
 from vtoken.stages import Compressor, Keep, Site, VisualTokens
@@ -24,7 +25,7 @@ def rows(family: str) -> list[list[Any]]:
     """Four frames, or pairs of frames, of different sizes where the family allows it."""
     one = tiny.family(family)
     more = [] if one.equal_videos else [("video", 3), 2]
-    return [[2, ("video", 4), 3], [1, ("video", *one.other_video), 2, "img", 1, *more], [3]]
+    return suited(family, [[2, ("video", 4), 3], [1, ("video", *one.other_video), 2, "img", 1, *more], [3]])
 
 
 def batch_of(family: str, model: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vtoken import registry
+from vtoken.serving import family as serving
 
 Spec = tuple[int, ...]
 Draw = Callable[..., Tensor]
@@ -35,6 +36,7 @@ class Family:
 
     Attributes:
         classes: how the names of its classes in transformers begin.
+        processes: how the name of its processor's class begins, where it has none of its own.
         words: that stand for an image and for a video; around: those that enclose either.
         image: spec of "img" in `tiny.build`; video: of "video", None where the family takes none.
         other, odd: further images: of another raster, and one that is padded or scaled where the family does so.
@@ -50,12 +52,23 @@ class Family:
         crops_one_only: they are cut only in a row that holds no other image.
         equal_videos: videos of a batch must have equally many frames.
         pooled_videos: frames are scaled down behind the tower by interpolation.
+        one_placeholder: images and videos have one placeholder, and a call holds either.
+        video_beams: transformers can repeat the rows of a prompt with a video (beams, several return sequences).
+        gaps_for_flash: the stock decoder hands its attention positions of three axes, which flash attention would take
+            for packed sequences.
+        rotates_neighbours: RoPE of the decoder turns channels 0 and 1, 2 and 3, ..., not halves of a head.
+        expands_several: transformers from 5.18 on can repeat the rows of a prompt with several images.
+        offloads: the stock model runs with its weights offloaded by accelerate.
         shipped_picture: visual tokens of a picture of the shipped questions, newlines not counted.
+        steady: fields of the decoder under which bfloat16 is held to the bounds of all families. Mixtures of experts are
+            not continuous: rounding sends a token now and then to another expert, and its logits jump (by 0.33 of the
+            largest seen, where the bound is 0.05); so there every expert is active. In float32 they are held as they are.
         checkpoints: hub names of the built-in configs -> their parameters in millions.
         waits: (kind, file:function) where a prefill of one picture waits for the device beside what every family does.
     """
 
     classes: ClassVar[str]
+    processes: ClassVar[str] = ""
     words: ClassVar[tuple[str, str]] = ("<image>", "<video>")
     around: ClassVar[tuple[str, str]] = ("", "")
     image: ClassVar[Spec]
@@ -74,7 +87,14 @@ class Family:
     crops_one_only: ClassVar[bool] = False
     equal_videos: ClassVar[bool] = False
     pooled_videos: ClassVar[bool] = False
+    one_placeholder: ClassVar[bool] = False
+    video_beams: ClassVar[bool] = True
+    gaps_for_flash: ClassVar[bool] = False
+    rotates_neighbours: ClassVar[bool] = False
+    expands_several: ClassVar[bool] = True
+    offloads: ClassVar[bool] = True
     shipped_picture: ClassVar[int]
+    steady: ClassVar[dict[str, Any]] = {}
     checkpoints: ClassVar[dict[str, int]] = {}
     waits: ClassVar[Sequence[tuple[str, str]]] = ()
 
@@ -85,6 +105,11 @@ class Family:
     @property
     def takes_video(self) -> bool:
         return self.video is not None
+
+    @property
+    def served(self) -> bool:
+        """Whether the vLLM plugin serves it."""
+        return self.name in serving.families()
 
     @property
     def mrope(self) -> bool:
@@ -128,9 +153,13 @@ class Family:
             return None if given and len(given) < len(default) else given or default
         return given + default[len(given) :]
 
+    def marker(self, kind: str) -> int:
+        """The placeholder of an image or a video."""
+        return IMG if kind == "image" else VID
+
     def placeholders(self, picture: Picture, words: Callable[[int], list[int]]) -> list[int]:
         """The ids that a processor writes for a picture."""
-        return [IMG if picture.kind == "image" else VID] * self.tokens(picture)
+        return [self.marker(picture.kind)] * self.tokens(picture)
 
     def tokens(self, picture: Picture) -> int:
         """Its placeholders: as many as the rows that an unwrapped model makes of it."""

@@ -91,7 +91,19 @@ def _cpu_sdpa(q: Any, k: Any, v: Any, *rest: Any, out_val: Any = None, **more: A
     return sdpa_flop_count(q, (k[0], q[1], *k[2:]), (v[0], q[1], *v[2:]))
 
 
-SDPA = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_sdpa}
+def _grouped(x: Any, experts: Any, *rest: Any, out_val: Any = None, **more: Any) -> int:
+    """Nor for the matrices of experts: every row of x [rows, in] meets one of `experts` [experts, in, out]."""
+    (rows, width), out = (
+        (x.shape if torch.is_tensor(x) else x),
+        (experts.shape if torch.is_tensor(experts) else experts),
+    )
+    return int(2 * rows * width * out[-1])
+
+
+SDPA = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_sdpa,
+    torch.ops.aten._grouped_mm: _grouped,
+}
 
 
 def counted(call: Callable[[], object]) -> int:

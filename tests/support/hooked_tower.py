@@ -7,6 +7,7 @@ import torch
 
 from vtoken import registry
 from vtoken.hooks.state.context import Context
+from vtoken.hooks.state.run import FeatureCall
 from vtoken.hooks.vision.varlen_tower import VarlenTower
 from vtoken.stages import Fact
 
@@ -30,8 +31,14 @@ class Hooked:
         VarlenTower(context)
 
     @torch.no_grad()
-    def __call__(self, pixels, grid, kind="image"):
-        out = getattr(self.model.model, f"get_{kind}_features")(pixels, grid, return_dict=True)
+    def __call__(self, pixels, grid, kind=None):
+        kind = kind or ("video" if (grid[:, 0] > 1).any() else "image")
+        # Some families hand the tower every frame as a picture of its own.
+        self.run.call = FeatureCall(kind, {}, self.adapter.rasters(grid.tolist()))
+        try:
+            out = getattr(self.model.model, f"get_{kind}_features")(pixels, grid, return_dict=True)
+        finally:
+            self.run.call = None
         self.taps = [
             t if isinstance(t, torch.Tensor) else torch.cat(list(t)) for t in getattr(out, "deepstack_features", ())
         ]

@@ -19,9 +19,6 @@ from torch import Tensor
 LOGITS: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True}
 VERSION = Version(transformers.__version__)
 ROWS: list[list[Any]] = [[3, "img", 5], [1, "img", 2, "img", 7], [4]]
-# Up to 5.17 transformers itself mixes up the images of a row that holds several, once beams or return sequences expand
-# the batch.
-EXPANDABLE = ROWS if Version("5.18") <= VERSION else [[3, "img", 5], [1, "img", 7], [4]]
 VIDEOS: list[list[Any]] = [[2, "video", 3, "img", 1], [1, "img", 6], [3]]
 STAGES: dict[str, dict[str, Any]] = {
     "tokens": {"stages": [{"fastervlm": {"keep": 5}}, Ragged()]},
@@ -37,6 +34,16 @@ INPUTS = {
     "image": ("pixel_values", "image_sizes", "image_grid_thw"),
     "video": ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts"),
 }
+
+
+def expands_several(family: str) -> bool:
+    """Whether transformers itself keeps the images of a row that holds several, once beams or return sequences expand
+    the batch; up to 5.17 it does for no family."""
+    return Version("5.18") <= VERSION and tiny.family(family).expands_several
+
+
+def expandable(family: str) -> list[list[Any]]:
+    return ROWS if expands_several(family) else [[3, "img", 5], [1, "img", 7], [4]]
 
 
 def mrope(model: Any) -> bool:

@@ -44,10 +44,10 @@ def naive(model, pixels, grid, cuts=None):
     ]
     at = torch.tensor(at)
     h = tower.patch_embed(pixels)
-    if hasattr(tower, "pos_embed"):
+    if hasattr(tower, "pos_embed") or hasattr(tower, "embeddings"):
         seen = []
         hook = tower.blocks[0].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-        tower(pixels, grid_thw=grid[None])
+        tower(pixels, grid_thw=torch.tensor([[1, rows, columns]] * frames))
         hook.remove()
         (h,) = seen
     cos, sin = tower.rotary_pos_emb(h, at[:, 1:])
@@ -80,8 +80,15 @@ def naive(model, pixels, grid, cuts=None):
             rows_left = torch.isin(token, kept).repeat_interleave(4)
             at, window, cos, sin = at[rows_left], window[rows_left], cos[rows_left], sin[rows_left]
             token = kept
-    out.last, out.features = spread(group(h), token, len(pixels) // 4), spread(tower.merger(h), token, len(pixels) // 4)
+    out.last, out.features = (spread(rows, token, len(pixels) // 4) for rows in (group(h), merged(tower, h)))
     return out
+
+
+def merged(tower, h):
+    """Patches [4K, C] -> tokens [K, D]."""
+    if hasattr(tower, "downsample"):
+        h = tower.downsample(tower.post_layernorm(h).view(-1, 2, 2, h.shape[1]).permute(0, 3, 1, 2)).flatten(1)
+    return tower.merger(h)
 
 
 def group(patches):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import oracle
+import tiny
 import torch
 from torch import Tensor
 
@@ -22,12 +23,13 @@ def owners(p: oracle.PrefillQK, trace, policy: oracle.Newlines = "keep_if_row_ha
 
 
 @torch.no_grad()
-def attention(module, x: Tensor, member: Tensor, angle: Tensor) -> Tensor:
+def attention(module, x: Tensor, member: Tensor, angle: Tensor, neighbours: bool) -> Tensor:
     """[P, D] of x [P, D]: every place i attends to the places j <= i; logits from the angle between them.
 
     Args:
         member: [U] row of x that stands at each place.
-        angle: [U, d/2] of its rotation.
+        angle: [U, r] of its rotation, of 2r channels; those behind them are not rotated.
+        neighbours: whether two channels that are rotated together lie side by side, else r apart.
     """
     q, k, v = (getattr(module, f"{n}_proj")(x).unflatten(-1, (-1, module.head_dim)) for n in "qkv")
     q, k = (getattr(module, f"{n}_norm", torch.nn.Identity())(y) for n, y in (("q", q), ("k", k)))
@@ -38,26 +40,43 @@ def attention(module, x: Tensor, member: Tensor, angle: Tensor) -> Tensor:
     out = torch.zeros_like(q)
     for head in range(q.shape[1]):
         shared = head * k.shape[1] // q.shape[1]
-        (qa, qb), (ka, kb) = (y.chunk(2, -1) for y in (q[member, head], k[member, shared]))
+        (qa, qb, qc), (ka, kb, kc) = (
+            pairs(y, 2 * angle.shape[1], neighbours) for y in (q[member, head], k[member, shared])
+        )
         even = qa[:, None] * ka + qb[:, None] * kb
         odd = qa[:, None] * kb - qb[:, None] * ka
-        logits = (even * between.cos() + odd * between.sin()).sum(-1) * module.head_dim**-0.5
+        logits = ((even * between.cos() + odd * between.sin()).sum(-1) + qc @ kc.T) * module.head_dim**-0.5
         places = logits.masked_fill(later, -torch.inf).softmax(-1) @ v[member, shared]
         out[:, head] = average @ places
     return module.o_proj(out.flatten(1))
 
 
+def pairs(y: Tensor, rotated: int, neighbours: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The first and the second of all channels that are rotated together, and the channels that are not."""
+    first, second = (y[:, :rotated:2], y[:, 1:rotated:2]) if neighbours else y[:, :rotated].chunk(2, -1)
+    return first, second, y[:, rotated:]
+
+
 @torch.no_grad()
-def logits(lm, head, x: Tensor, member: Tensor, positions: Tensor, deep: list[Tensor]) -> Tensor:
+def logits(
+    lm, head, x: Tensor, member: Tensor, positions: Tensor, deep: list[Tensor], neighbours: bool = False
+) -> Tensor:
     """[V] behind the last token. positions: [1, U] or [3, 1, U] of the places; deep[k] [P, D] is added after layer
     k."""
     cos, sin = lm.rotary_emb(x, positions)
-    angle = torch.atan2(sin, cos)[0].chunk(2, -1)[0]
+    angle = torch.atan2(sin, cos)[0]
+    angle = angle[:, ::2] if neighbours else angle.chunk(2, -1)[0]
     for number, layer in enumerate(lm.layers):
-        x = x + attention(layer.self_attn, layer.input_layernorm(x), member, angle)
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
+        attended = attention(layer.self_attn, layer.input_layernorm(x), member, angle, neighbours)
+        x = x + normed(layer, "post_self_attn_layernorm", attended)
+        x = x + normed(layer, "post_mlp_layernorm", layer.mlp(layer.post_attention_layernorm(x)[None])[0])
         x = x + deep[number] if number < len(deep) else x
     return head(lm.norm(x))[-1]
+
+
+def normed(layer, name: str, x: Tensor) -> Tensor:
+    """Behind the norm that some decoders have at the end of a branch."""
+    return getattr(layer, name, torch.nn.Identity())(x)
 
 
 @torch.no_grad()
@@ -65,6 +84,8 @@ def generate(model, p: oracle.PrefillQK, owner: Tensor, new_tokens: int, start=N
     """Greedy decoding, everything anew for every token; `start`: per row, tokens it is made to say. [B, n] and [n, B,
     V]."""
     lm, head = (copy.deepcopy(m).double() for m in (model.get_decoder(), model.lm_head))
+    lm.config._experts_implementation = "eager"  # torch groups the matrices of experts in float32 at most
+    neighbours = tiny.family(model).rotates_neighbours
     rows, scores = [], []
     for b, own in enumerate(owner):
         places = (own >= 0).nonzero()[:, 0]
@@ -74,7 +95,7 @@ def generate(model, p: oracle.PrefillQK, owner: Tensor, new_tokens: int, start=N
         deep, last = [d[b, slots].double() for d in p.deep], p.positions[..., b, -1].max()
         tokens, out = [], []
         for step in range(new_tokens):
-            out.append(logits(lm, head, x, member, positions, deep))
+            out.append(logits(lm, head, x, member, positions, deep, neighbours))
             tokens.append(int(out[-1].argmax()) if start is None else int(start[b][step]))
             x = torch.cat([x, lm.embed_tokens(torch.tensor([tokens[-1]]))])
             member = torch.cat([member, torch.tensor([len(x) - 1])])

@@ -152,8 +152,8 @@ def segments(model: PreTrainedModel, batch: dict[str, Tensor]) -> list[Segment]:
     ids, one = batch["input_ids"].cpu(), family(model)
     images, videos = one.found(batch)
     found = []
-    for kind, placeholder, pictures in (("image", IMG, images), ("video", VID, videos)):
-        line, column = (ids == placeholder).nonzero(as_tuple=True)
+    for kind, pictures in (("image", images), ("video", videos)):
+        line, column = (ids == one.marker(kind)).nonzero(as_tuple=True)
         start = 0
         for picture in pictures:
             stop = start + one.tokens(picture)

@@ -25,7 +25,7 @@ def save(family: str, folder: Path) -> Path:
 def processor(family: str) -> Any:
     """The stock processor without its video half."""
     one = tiny.family(family)
-    kind = pictures_only(getattr(transformers, f"{one.classes}Processor"))
+    kind = pictures_only(getattr(transformers, f"{one.processes or one.classes}Processor"))
     return one.processor(kind, tokenizer(*one.words), chat_template=_template(*one.words, *one.around))
 
 

@@ -34,6 +34,7 @@ class Packed(Adapter):
         self.lm, self.tower = outer.language_model, outer.visual
         check_decoder(self.lm)
         self.projectors = (self.tower.merger, *getattr(self.tower, "deepstack_merger_list", ()))
+        self.behind = self.projectors[0]
         self.merge = self.tower.spatial_merge_size
         blocks, full = self.tower.blocks, self.full_attention()
         attention, last = blocks[0].attn, len(blocks) - 1

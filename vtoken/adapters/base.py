@@ -64,7 +64,10 @@ class Adapter(ABC):
         projectors: the modules that bring its features to the LLM's width; the first makes the visual tokens.
         encoder: the tower's parts.
         patches: patches per crop, CLS not counted (padded towers).
-        placeholders: kind ("image", "video") -> id that stands for its tokens in a prompt.
+        behind: the module that is given the patches [P, C] which leave the layers (packed towers).
+        placeholders: kind ("image", "video") -> id that stands for its tokens in a prompt. Where two kinds have one id,
+            what was encoded tells them apart.
+        embedded: the same, of the embedding that is looked for in a prompt without ids.
         features: kind -> name of the method of `outer` that encodes it.
         missing: fact name -> why the family cannot supply it and what comes nearest.
         mrope: whether positions have several axes, which cannot be renumbered.
@@ -81,6 +84,7 @@ class Adapter(ABC):
     lm: Any
     tower: Any
     projectors: tuple[Any, ...]
+    behind: Any
     encoder: Encoder
     patches: int
     placeholders: dict[str, int]
@@ -88,6 +92,10 @@ class Adapter(ABC):
 
     @abstractmethod
     def __init__(self, model: Any) -> None: ...
+
+    @cached_property
+    def embedded(self) -> dict[str, int]:
+        return self.placeholders
 
     @cached_property
     def substitutes(self) -> dict[str, str]:
@@ -156,9 +164,11 @@ class Adapter(ABC):
         given = embeds if ids is None else ids
         assert given is not None
         kinds: Tensor | None = None
-        for kind, placeholder in self.placeholders.items():
-            if kind not in among:
+        looked_for = set()
+        for kind, placeholder in (self.embedded if ids is None else self.placeholders).items():
+            if kind not in among or placeholder in looked_for:
                 continue
+            looked_for.add(placeholder)
             if ids is not None:
                 here = ids == placeholder
             else:

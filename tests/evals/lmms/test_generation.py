@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from batches import suited
 from PIL import Image
 from probes import Deep, Failing, Ragged
 from tiny import FAMILIES, VIDEO, make
@@ -117,6 +118,7 @@ def test_tokens_are_counted_without_a_trace_as_with_one(family: str, kinds: str)
         "both": [[2, "video", 1, "img", 3], [1, "img", 6], [3]],
     }[kinds]
     model = make(family)
+    rows = suited(family, rows)
     batch = tiny.build(model, rows)
     adapter = registry.adapter(family)(model)
     with torch.no_grad(), wrapped(model, [Ragged()]):

@@ -73,6 +73,8 @@ def test_equals_masked_attention(family, backend):
         density = vtoken.trace(model).stages[0].density[0]
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=2e-4, rtol=1e-4)
     assert torch.equal(got.sequences, want.sequences) and 0.3 < density
+    if tiny.family(family).gaps_for_flash:
+        model.get_decoder().config._attn_implementation_internal = "sdpa"
     dense = greedy(model, batch, **LOGITS)
     assert not torch.allclose(torch.stack(dense.logits)[0], torch.stack(want.logits)[0], atol=1e-2)
 

@@ -9,7 +9,7 @@ import inspect
 import pytest
 import tiny
 import torch
-from modes import EXPANDABLE, LOGITS, ROWS, alone, families, greedy, mrope
+from modes import LOGITS, ROWS, alone, expandable, families, greedy, mrope
 from rounded_cache import FEW, Wide, both, recording, rounded, some
 from turns import conversation, second
 
@@ -80,7 +80,7 @@ def test_bytes_are_really_saved(family):
 @some
 def test_beams(family):
     model = tiny.make(family)
-    batch = tiny.build(model, EXPANDABLE, seed=3)
+    batch = tiny.build(model, expandable(family), seed=3)
     options = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True, "return_dict_in_generate": True}
     got, want = both(model, lambda: greedy(model, batch, 5, **options))
     assert torch.equal(got.sequences, want.sequences) and torch.equal(got.sequences_scores, want.sequences_scores)
@@ -89,7 +89,7 @@ def test_beams(family):
 @some
 def test_sampling_and_return_sequences(family):
     model = tiny.make(family)
-    batch = tiny.build(model, EXPANDABLE, seed=3)
+    batch = tiny.build(model, expandable(family), seed=3)
 
     def run():
         torch.manual_seed(1)

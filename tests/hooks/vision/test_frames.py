@@ -145,7 +145,7 @@ def test_a_row_of_a_batch_is_what_it_is_alone(family: str, stages: list[Any]) ->
             assert mine == (found[0].frames if found else [])
 
 
-@families
+@pytest.mark.parametrize("family", tiny.families(takes_video=True, video_beams=True))
 def test_beams_and_return_sequences(family: str) -> None:
     """`generate` repeats the rows of a batch after the frames were chosen."""
     model = tiny.make(family)

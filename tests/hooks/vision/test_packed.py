@@ -216,7 +216,7 @@ def test_adapter(family):
     first, second = adapter.layouts("video", {"pixel_values_videos": pixels, "video_grid_thw": grid})
     assert first.parts == ((3, 2, 3),) and first.segment.tolist() == [f for f in range(3) for _ in range(6)]
     assert second.parts == ((1, 3, 2),) and second.segment is None and second.length == 6
-    assert adapter.placeholders == {"image": tiny.IMG, "video": tiny.VID}
+    assert adapter.placeholders == {kind: tiny.family(family).marker(kind) for kind in ("image", "video")}
     full = tiny.family(family).full_attention
     assert (adapter.encoder.full_attention, adapter.encoder.attention_layer, adapter.encoder.unit) == (full, 3, 4)
     assert len(adapter.projectors) == 1 + tiny.family(family).deepstack

@@ -33,6 +33,8 @@ MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 
 
 
 class Qwen(Family):
+    """`sizes` rounds as the default processor does, which gives every picture between `least` and `most` tokens."""
+
     image, video, other_video = (1, 4, 8), (2, 4, 4), (4, 8, 4)
     # Windows of 2 x 2 tokens that are ragged at both edges, at one, at none.
     pictures = ((56, 56, 1), (84, 140, 1), (196, 56, 1), (20, 300, 1), (56, 56, 2), (84, 140, 5))
@@ -42,6 +44,8 @@ class Qwen(Family):
     words, around = ("<|image_pad|>", "<|video_pad|>"), ("<|vision_start|>", "<|vision_end|>")
     # Grids come with the call, and the model reads them on the host as well.
     waits = (("asked", "_packed.py:layouts"),)
+    sizes = staticmethod(patch_grid)
+    least, most = 4, 35 * 35
 
     def tower(self) -> dict[str, Any]:
         """Fields of the vision config beside `VISION`."""
@@ -57,7 +61,7 @@ class Qwen(Family):
         return kind(images, tokenizer, **options)
 
     def item(self, height: int, width: int, frames: int = 1) -> Any:
-        grid = patch_grid(self.stock.config.vision_config, (height, width), frames)
+        grid = self.sizes(self.stock.config.vision_config, (height, width), frames)
         return ("img", grid) if frames == 1 else ("video", *grid)
 
     def placeholders(self, picture: Picture, words: Callable[[int], list[int]]) -> list[int]:

@@ -120,7 +120,8 @@ def account(
     shape = flow.shape
     size = dtype_bytes or _dtype_bytes(config)
     decoder = shape.decoder
-    in_decoder = [flow.length(layer) for layer in range(decoder.depth)]
+    layers = range(decoder.depth)
+    in_decoder = [flow.length(layer) for layer in layers]
     read = list(zip(flow.attended, flow.density, strict=True))
     head = 2 * decoder.width * shape.vocabulary
     steps = work.new_tokens - 1
@@ -135,11 +136,14 @@ def account(
         # The model projects before tokens-site stages act: they save nothing here.
         projector=batch * sum(2 * each.weights * sum(flow.mlps[each.layer]) for each in shape.projectors),
         stages=batch * flow.cost,
-        prefill_linear=batch * (head + sum(map(decoder.linear, in_decoder))),
+        prefill_linear=batch * (head + sum(map(decoder.linear, in_decoder, layers))),
         prefill_attention=batch * sum(round(2 * decoder.scores(n, n) * share) for n, share in read),
         prefill_attention_causal=batch * sum(round(decoder.scores(n, n + 1) * share) for n, share in read),
         decode=batch
-        * (steps * (head + decoder.depth * decoder.linear(1)) + _decode_attention(shape, flow.decoded, steps)),
+        * (
+            steps * (head + sum(decoder.linear(1, layer) for layer in layers))
+            + _decode_attention(shape, flow.decoded, steps)
+        ),
         visual_tokens=tuple(map(sum, flow.decoder)),
         newline_tokens=tuple(flow.newlines),
         kv_bytes_prefill=batch * _kv_bytes(flow, size),

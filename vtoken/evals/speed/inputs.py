@@ -70,7 +70,8 @@ def random_prompt(
     texts = _texts(text_tokens, images * runs, between=int(adapter.mrope or adapter.prompted))
     placeholder = adapter.placeholders[kind]
     every = torch.arange(config.get_text_config().vocab_size)
-    plain = every[~torch.isin(every, torch.tensor(list(adapter.placeholders.values())))]
+    marks = [*adapter.placeholders.values(), *adapter.embedded.values()]
+    plain = every[~torch.isin(every, torch.tensor(marks))]
     text = plain[torch.randint(len(plain), (batch, text_tokens), generator=generator)].split(texts, 1)
     shown = torch.full((batch, length // runs), placeholder)
     ids = torch.cat([text[0], *(each for after in text[1:] for each in (shown, after))], 1)

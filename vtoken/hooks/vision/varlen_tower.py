@@ -167,6 +167,14 @@ class VarlenTower(Tower):
     def _behind(self) -> None:
         for index, merger in enumerate(self.adapter.projectors):
             self.context.handle.after(merger, partial(self._merged, index))
+        if self.features:
+            self.context.handle.before(self.adapter.behind, self._left)
+
+    @torch.no_grad()
+    def _left(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Behind the last layer: what its patches hold."""
+        if self.state is not None:
+            self.state.facts[Fact("features")] = self.state.restore(self._per_token(args[0]))
 
     def _merged(self, index: int, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor | None:
         """After a merger (the first makes the visual tokens): full length again, in the tower's order, which the model
@@ -176,6 +184,4 @@ class VarlenTower(Tower):
             return None
         if index:
             state.deep.append(state.alive())
-        elif self.features:
-            state.facts[Fact("features")] = state.restore(self._per_token(args[0].detach()))
         return state.in_tower_order(out) if state.short else None

@@ -1,4 +1,5 @@
-"""What the Qwen families share: images at their own resolution, patches in one sequence, 2 x 2 merged at the end.
+"""What the Qwens and their like share: images at their own resolution, patches in one sequence, 2 x 2 merged at the
+end.
 
 Sizes are rounded as transformers' image processor does by default (`Qwen2VLImageProcessor`: 56 x 56 to 28 x 28 x 1280
 pixels in all), frames of a video too; checkpoints may set other limits. Without a size an image is 448 x 448.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from vtoken.evals.cost.geometry.shapes import Draw, Geometry, ImageSize, Layers,
 from vtoken.stages import Grid
 
 DEFAULT_SIZE = 448
+Sized = Callable[[Any, ImageSize | None, int], Grid]
 
 
 def patch_grid(vision: Any, image_size: ImageSize | None, frames: int) -> Grid:
@@ -57,6 +59,8 @@ def packed(
     deepstack: Sequence[int] = (),
     full: Sequence[int] | None = None,
     parted_frames: bool = False,
+    merger: int | None = None,
+    sized: Sized = patch_grid,
 ) -> Geometry:
     """The whole model.
 
@@ -66,14 +70,17 @@ def packed(
         deepstack: blocks whose outputs have mergers of their own.
         full: blocks that attend to the whole image; None: all. The others attend in windows.
         parted_frames: as in Geometry.
+        merger: numbers in the matrices that make a token of its patches; None: an MLP of two, as wide as the patches.
+        sized: as `patch_grid`, where the processor of a family rounds sizes in its own way.
     """
     vision, text = config.vision_config, config.text_config
-    grid = t, h, w = patch_grid(vision, image_size, frames)
+    grid = t, h, w = sized(vision, image_size, frames)
     merge, depth = vision.spatial_merge_size, vision.depth
     raster = (t, h // merge, w // merge)
     full = range(depth) if full is None else sorted(full)
     windows = windows_of(vision, grid) if len(full) < depth else {}
-    merger = merge**2 * width * (merge**2 * width + out)
+    if merger is None:
+        merger = merge**2 * width * (merge**2 * width + out)
     return Geometry(
         tower=Tower(
             layers=Layers(
@@ -113,10 +120,10 @@ def windows_of(vision: Any, grid: Grid) -> Counter[int]:
     return Counter(a * b for a in rows for b in columns for _ in range(t))
 
 
-def packed_inputs(config: Any, asked: Pictures, draw: Draw) -> dict[str, Tensor]:
+def packed_inputs(config: Any, asked: Pictures, draw: Draw, sized: Sized = patch_grid) -> dict[str, Tensor]:
     """Patches of all images or videos in one sequence, and their grids [images, 3]."""
     vision = config.vision_config
-    grid = t, h, w = patch_grid(vision, asked.size, asked.frames)
+    grid = t, h, w = sized(vision, asked.size, asked.frames)
     numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     kind, suffix = ("video", "_videos") if asked.frames > 1 else ("image", "")
     return {

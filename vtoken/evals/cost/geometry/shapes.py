@@ -4,7 +4,7 @@ decoder."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import comb
 
 from torch import Tensor
@@ -35,8 +35,9 @@ class Layers:
     """A stack of equal transformer layers.
 
     Attributes:
-        weights: numbers in the weight matrices of one layer; each costs 2 FLOPs per token.
+        weights: numbers in the weight matrices of one layer that a token meets; each costs 2 FLOPs.
         windows: sliding window of every layer in tokens, None where attention is full.
+        unlike: layer -> its weights, where it has not as many as the others.
     """
 
     depth: int
@@ -46,10 +47,11 @@ class Layers:
     kv_heads: int
     head_dim: int
     windows: tuple[int | None, ...]
+    unlike: Mapping[int, int] = field(default_factory=dict)
 
-    def linear(self, tokens: int) -> int:
+    def linear(self, tokens: int, layer: int | None = None) -> int:
         """FLOPs of one layer's matrices."""
-        return 2 * tokens * self.weights
+        return 2 * tokens * (self.weights if layer is None else self.unlike.get(layer, self.weights))
 
     def scores(self, queries: float, keys: float) -> int:
         """FLOPs of one layer's q·k; the weighted sum of the values costs as much again."""
