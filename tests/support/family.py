@@ -34,7 +34,8 @@ class Family:
     width) in patches, a number of frames.
 
     Attributes:
-        classes: how the names of its classes in transformers begin.
+        classes: how the names of its classes in transformers begin; processes: that of its processor, where it is
+            another family's.
         words: that stand for an image and for a video; around: those that enclose either.
         image: spec of "img" in `tiny.build`; video: of "video", None where the family takes none.
         other, odd: further images: of another raster, and one that is padded or scaled where the family does so.
@@ -55,6 +56,7 @@ class Family:
     """
 
     classes: ClassVar[str]
+    processes: ClassVar[str] = ""
     words: ClassVar[tuple[str, str]] = ("<image>", "<video>")
     around: ClassVar[tuple[str, str]] = ("", "")
     image: ClassVar[Spec]
