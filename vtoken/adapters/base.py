@@ -57,6 +57,7 @@ class Adapter(ABC):
         lm: the language model: what it is called with is shortened.
         tower: the vision encoder.
         projectors: the modules that bring its features to the LLM's width; the first makes the visual tokens.
+        resampler: the module that pools patches by their place before the projector, if there is one (padded towers).
         encoder: the tower's parts.
         patches: patches per crop, CLS not counted (padded towers).
         placeholders: kind ("image", "video") -> id that stands for its tokens in a prompt.
@@ -73,6 +74,7 @@ class Adapter(ABC):
     lm: Any
     tower: Any
     projectors: tuple[Any, ...]
+    resampler: Any = None
     encoder: Encoder
     patches: int
     placeholders: dict[str, int]

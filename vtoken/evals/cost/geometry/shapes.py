@@ -63,10 +63,12 @@ class Projector:
     Attributes:
         weights: numbers in its matrices, met by every unit (see Tower) that leaves the tower.
         layer: tower layer whose output it reads.
+        pooled: tokens of an image that it meets whatever was dropped, where patches are pooled ahead of it; else None.
     """
 
     weights: int
     layer: int
+    pooled: int | None = None
 
 
 @dataclass(frozen=True)
