@@ -25,13 +25,21 @@ def entering(model, batch):
 
 
 def features(model, batch):
-    """The same with what goes into the projector, in place of what comes out."""
-    projector = model.model.multi_modal_projector
-    projector.forward = lambda x: x
+    """The same with what goes into the projector, in place of what comes out: as wide as the decoder at a time."""
+    projector, width = model.model.multi_modal_projector, model.config.text_config.hidden_size
+    found, wide = [], [width]
+
+    def forward(x):
+        wide[0] = x.shape[-1]
+        return x[..., len(found) * width :][..., :width]
+
+    projector.forward = forward
     try:
-        return entering(model, batch)
+        while len(found) * width < wide[0]:
+            found.append(entering(model, batch))
     finally:
         del projector.forward
+    return torch.cat(found, -1)
 
 
 @torch.no_grad()

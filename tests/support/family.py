@@ -35,8 +35,8 @@ class Family:
     width) in patches, a number of frames.
 
     Attributes:
-        classes: how the names of its classes in transformers begin.
-        processes: how the name of its processor's class begins, where it has none of its own.
+        classes: how the names of its classes in transformers begin; processes: that of its processor, where it is
+            another family's.
         words: that stand for an image and for a video; around: those that enclose either.
         image: spec of "img" in `tiny.build`; video: of "video", None where the family takes none.
         other, odd: further images: of another raster, and one that is padded or scaled where the family does so.
@@ -45,9 +45,11 @@ class Family:
         unpadded: (height, width) of a picture of which packing cuts nothing away.
         leading: every test of `make test` that knows families runs on it; of the others a share, see tests/conftest.py.
         varlen: the tower takes the patches of all images in one sequence.
+        by_rows: it does so row by row, and a mask keeps images apart.
         unit: patches that become one visual token.
         full_attention: tower layers whose tokens see the whole image; None: all.
         deepstack: decoder layers that are given features of early tower layers.
+        rows_parted: a token of its own stands between the rows of an image.
         anyres: images are cut into crops, with a newline token behind each row of them.
         crops_one_only: they are cut only in a row that holds no other image.
         equal_videos: videos of a batch must have equally many frames.
@@ -80,9 +82,11 @@ class Family:
     unpadded: ClassVar[tuple[int, int]] = (56, 112)
     leading: ClassVar[bool] = False
     varlen: ClassVar[bool] = False
+    by_rows: ClassVar[bool] = False
     unit: ClassVar[int] = 1
     full_attention: ClassVar[tuple[int, ...] | None] = None
     deepstack: ClassVar[int] = 0
+    rows_parted: ClassVar[bool] = False
     anyres: ClassVar[bool] = False
     crops_one_only: ClassVar[bool] = False
     equal_videos: ClassVar[bool] = False
@@ -181,6 +185,10 @@ class Family:
     def rows(self, picture: Picture) -> int:
         """Rows of the pixels of a batch that are this picture's."""
         return 1
+
+    def breaks(self, ids: Tensor) -> Tensor:
+        """[B, L] bool: which of a batch's ids stand between rows of an image, and are none of its features."""
+        return torch.zeros_like(ids, dtype=torch.bool)
 
     def beside(self, ids: Tensor, images: Sequence[int]) -> dict[str, Tensor]:
         """What else a processor returns for ids [B, L] with so many images in each row."""

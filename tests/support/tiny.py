@@ -153,7 +153,8 @@ def segments(model: PreTrainedModel, batch: dict[str, Tensor]) -> list[Segment]:
     images, videos = one.found(batch)
     found = []
     for kind, pictures in (("image", images), ("video", videos)):
-        line, column = (ids == one.marker(kind)).nonzero(as_tuple=True)
+        own = ids == one.marker(kind)
+        line, column = (own | one.breaks(ids) if kind == "image" else own).nonzero(as_tuple=True)
         start = 0
         for picture in pictures:
             stop = start + one.tokens(picture)

@@ -12,7 +12,7 @@ from tiny_models import IMG, VID, VISION_END, VISION_START, VOCAB
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from vtoken.evals.processors import pictures_only
+from vtoken.evals.processors import pictures_only, present
 
 
 def save(family: str, folder: Path) -> Path:
@@ -25,7 +25,7 @@ def save(family: str, folder: Path) -> Path:
 def processor(family: str) -> Any:
     """The stock processor without its video half."""
     one = tiny.family(family)
-    kind = pictures_only(getattr(transformers, f"{one.processes or one.classes}Processor"))
+    kind = pictures_only(present(getattr(transformers, f"{one.processes or one.classes}Processor")))
     return one.processor(kind, tokenizer(*one.words), chat_template=_template(*one.words, *one.around))
 
 

@@ -12,9 +12,13 @@ TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}
 
 
 class Padded(Adapter):
-    """Finds tower, projector and decoder; `side` is the number of patches along a crop's edge."""
+    """Finds tower, projector and decoder; `side` is the number of patches along a crop's edge.
+
+    `towers`: types of tower that the family can have -> whether they have a CLS token.
+    """
 
     expects: ClassVar[str]
+    towers: ClassVar[dict[str, bool]] = TOWERS
 
     def __init__(self, model: Any) -> None:
         config = model.config
@@ -23,33 +27,25 @@ class Padded(Adapter):
                 f"expected a {self.expects}, got {type(model).__name__}; wrap the whole VLM, model and not model.model"
             )
         vision = config.vision_config
-        if vision.model_type not in TOWERS:
+        if vision.model_type not in self.towers:
             raise UnsupportedError(
                 f"{self.model_type} with a {vision.model_type!r} vision tower is not supported; supported towers: "
-                f"{', '.join(TOWERS)}"
+                f"{', '.join(self.towers)}"
             )
         self.model = model
         self.outer = model.model
         self.lm, self.tower = self.outer.language_model, self.outer.vision_tower
         self.projectors = (self.outer.multi_modal_projector,)
         check_decoder(self.lm)
-        cls = TOWERS[vision.model_type]
-        strategy = config.vision_feature_select_strategy
+        cls = self.towers[vision.model_type]
+        self.config_layer, strategy = self.selected(config)
         if cls != (strategy == "default"):
             raise UnsupportedError(
                 f"vision_feature_select_strategy={strategy!r} with a {vision.model_type!r} tower "
                 f"{'keeps the CLS token among the patches' if cls else 'drops the first patch'}; use "
                 f"{'default' if cls else 'full'!r}"
             )
-        depth = vision.num_hidden_layers
-        self.config_layer = config.vision_feature_layer
-        chosen = [self.config_layer] if isinstance(self.config_layer, int) else list(self.config_layer)
-        # hidden_states[0] is the embedding, so entry h is the output of layer h - 1.
-        features = tuple(h - 1 if h >= 0 else depth + h for h in chosen)
-        if min(features) < 0 or max(features) >= depth:
-            raise UnsupportedError(
-                f"vision_feature_layer={self.config_layer} is not the output of one of the tower's {depth} layers"
-            )
+        features = feature_layers(self.config_layer, vision.num_hidden_layers)
         nested = getattr(self.tower, "vision_model", self.tower)
         attention = nested.encoder.layers[0].self_attn
         self.encoder = Encoder(
@@ -65,11 +61,35 @@ class Padded(Adapter):
         self.patches = self.side**2
         self.missing = {}
 
+    def selected(self, config: Any) -> tuple[int | list[int], str]:
+        """Which of the tower's hidden states become features, and `vision_feature_select_strategy`."""
+        layer = config.vision_feature_layer
+        return layer if isinstance(layer, int) else list(layer), config.vision_feature_select_strategy
+
     def check_call(self, kwargs: dict[str, Any]) -> None:
-        # The model is told the layer; from 5.18 on the tower is too, as the one hidden state to return.
-        for asked in (kwargs.get("vision_feature_layer"), kwargs.get("output_hidden_states")):
-            if type(asked) in (int, list) and asked != self.config_layer:
-                raise UnsupportedError(
-                    f"vision_feature_layer={asked} at call time differs from the config's {self.config_layer}, which "
-                    "the stages were set up for; set it in the config before wrapping"
-                )
+        check_feature_layer(kwargs, self.config_layer)
+
+
+def feature_layers(chosen: int | list[int], depth: int) -> tuple[int, ...]:
+    """Layers whose outputs are the hidden states `chosen` of a tower of so many layers.
+
+    Raises:
+        UnsupportedError: a hidden state that is no layer's output.
+    """
+    each = [chosen] if isinstance(chosen, int) else chosen
+    # hidden_states[0] is the embedding, so entry h is the output of layer h - 1.
+    features = tuple(h - 1 if h >= 0 else depth + h for h in each)
+    if min(features) < 0 or max(features) >= depth:
+        raise UnsupportedError(f"vision_feature_layer={chosen} is not the output of one of the tower's {depth} layers")
+    return features
+
+
+def check_feature_layer(kwargs: dict[str, Any], chosen: int | list[int]) -> None:
+    """Refuses arguments of a call of the model or its tower that name other hidden states than the config's."""
+    # The model is told the layer; from 5.18 on the tower is too, as the one hidden state to return.
+    for asked in map(kwargs.get, ("vision_feature_layer", "vision_feature_layers", "output_hidden_states")):
+        if type(asked) in (int, list) and asked != chosen:
+            raise UnsupportedError(
+                f"vision_feature_layer={asked} at call time differs from the config's {chosen}, which the stages were "
+                "set up for; set it in the config before wrapping"
+            )

@@ -5,6 +5,8 @@ transformers builds the video half of a processor whether or not it is used, and
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ def load(source: str | Path, *, pillow: bool = False, revision: str | None = Non
     pillow, source = pillow or source in reference.names(), locate(source)
     asked = {} if revision is None else {"revision": revision}
     try:
-        kind: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(source, **asked))]
+        kind: Any = present(PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(source, **asked))])
         if not is_torchvision_available():
             processor = pictures_only(kind).from_pretrained(source, backend="pil", **asked)
         else:
@@ -57,6 +59,24 @@ def _with_videos(kind: Any, source: str | Path, asked: dict[str, str]) -> Any:
         if "video processor" not in str(error):
             raise
         return pictures_only(kind).from_pretrained(source, **asked)
+
+
+def present(kind: Any) -> Any:
+    """The class behind what transformers shows of it without torchvision.
+
+    Pixtral's processor is hidden for one function of plain arithmetic, which the one for Pillow has as well.
+    """
+    from transformers.utils import is_torchvision_available
+
+    home = kind.__module__.replace(".processing_", ".image_processing_")
+    if is_torchvision_available() or kind.__qualname__.rpartition(".")[2] != "Placeholder":
+        return kind
+    sys.modules[home] = import_module(home.replace(".image_processing_", ".image_processing_pil_"))
+    try:
+        found = [v for v in vars(import_module(kind.__module__)).values() if isinstance(v, type)]
+    finally:
+        del sys.modules[home]
+    return next(cls for cls in found if cls.__module__ == kind.__module__ and cls.__name__.endswith("Processor"))
 
 
 def pictures_only(kind: type[Any]) -> type[Any]:

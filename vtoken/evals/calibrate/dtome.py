@@ -118,8 +118,8 @@ def calibrate(model: Any, image_processor: Any, files: list[Path], asked: Settin
 
 def packed(adapter: Any) -> bool:
     """Whether the model's encoder cannot merge inside, so that dtome_post merges what leaves it."""
-    joined: bool = adapter.encoder.unit > 1
-    return joined
+    found: bool = adapter.encoder.packed
+    return found
 
 
 def _padded(adapter: Any, stage: Any) -> Callable[[Any], None]:
@@ -141,10 +141,11 @@ def _padded(adapter: Any, stage: Any) -> Callable[[Any], None]:
 
 def _behind(adapter: Any, stage: Any) -> Callable[[Any], None]:
     """Runs a tower behind which patches are joined; the stage merges the keys that it leaves."""
+    told, given = ("image_sizes",) * 2 if adapter.encoder.by_rows else ("grid_thw", "image_grid_thw")
 
     def encode(inputs: Any) -> None:
-        grid, keys = inputs.get("image_grid_thw"), Fact("mean_key", adapter.encoder.attention_layer)
-        sizes = {} if grid is None else {"grid_thw": grid.to(adapter.model.device)}
+        sizes = {told: inputs[given].to(adapter.model.device)} if given in inputs else {}
+        keys = Fact("mean_key", adapter.encoder.attention_layer)
         context = Context(adapter, read=frozenset({keys}))
         try:
             tower_of(adapter.encoder)(context)

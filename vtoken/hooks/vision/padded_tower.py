@@ -1,15 +1,15 @@
 """Inside a padded vision tower (CLIP, SigLIP): every crop is a row of a batch.
 
-Later layers really run on fewer patches. Towards the rest of the model shapes are restored after the projector: rows of
-zeros stand for what was dropped and are removed at the language-model boundary, which is told which they are. Crops of
-a batch may keep different counts: they are padded on the right (CLS stays in column 0) and padded keys are masked, so a
-picture's result does not depend on its neighbours.
+Later layers really run on fewer patches. Towards the rest of the model shapes are restored after the projector, or
+before the model pools patches ahead of it: rows of zeros stand for what was dropped and are removed at the
+language-model boundary, which is told which they are. Crops of a batch may keep different counts: they are padded on
+the right (CLS stays in column 0) and padded keys are masked, so a picture's result does not depend on its neighbours.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -94,6 +94,7 @@ class PaddedState(TowerState):
         nothing: [1, 1, 1] zero, in place of what was merged.
         chosen: which frames of a video the crops are, or None when they are all that came.
         by_unit: whether live patches lie unit by unit (`UnitTower`), not row by row.
+        pooled: the model pools patches ahead of its projector, and was given all of them.
     """
 
     batch: Batch
@@ -102,6 +103,7 @@ class PaddedState(TowerState):
     nothing: Tensor | None = None
     chosen: frames.Chosen | None = None
     by_unit: bool = False
+    pooled: bool = False
 
     @property
     def arrangement(self) -> TokenHistory:
@@ -129,6 +131,8 @@ class PaddedTower(Tower):
     def _behind(self) -> None:
         self.proportional = any(stage.merge_point() == "proportional" for stage in self.stages)
         MergeInLayer(self.run, self.context.handle, self.encoder.layers, self.merging, self._decide)
+        if self.adapter.resampler is not None:
+            self.context.handle.before(self.adapter.resampler, self._resampler)
         self.context.handle.after(self.adapter.projectors[0], self._projector)
 
     def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -230,12 +234,28 @@ class PaddedTower(Tower):
             mask = mask.masked_fill(~valid.to(hidden.device), torch.finfo(hidden.dtype).min)
         return {"attention_mask": mask[:, None, None]}
 
-    def _projector(self, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor | None:
-        """After the projector: full shape again."""
-        state, call = self.state, self.run.call
+    def _resampler(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """Before the model pools patches by their place, ahead of the projector: full shape again."""
+        state = self.state
         if state is None:
             return None
-        # The projector is given patches without CLS.
+        full = self._restore(args[0])
+        state.pooled = True
+        return None if full is None else ((full(args[0]), *args[1:]), kwargs)
+
+    def _projector(self, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor | None:
+        """After the projector: full shape again."""
+        state = self.state
+        if state is None or state.pooled:
+            return None
+        full = self._restore(args[0])
+        return None if full is None else full(out)
+
+    def _restore(self, features: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """What gives values of the live patches [crops, P, C] their full shape, or None where they have it; notes the
+        features."""
+        state, call = self.state, self.run.call
+        # They are given without CLS.
         patches = replace(state.batch, cls=0).patches
         if call is not None and state.history.full != tuple(layout.tokens for layout in call.layouts):
             move_to_visible_member(state, call, self.adapter.pack)
@@ -247,5 +267,5 @@ class PaddedTower(Tower):
             return state.restore(patches(x)) if short else x
 
         if self.features:
-            state.facts[Fact("features")] = full(args[0]).detach()
-        return full(out) if short else None
+            state.facts[Fact("features")] = full(features).detach()
+        return full if short else None

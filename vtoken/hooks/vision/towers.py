@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vtoken.hooks.vision.padded_tower import PaddedTower
+from vtoken.hooks.vision.rows_tower import RowsTower
 from vtoken.hooks.vision.tower import Tower
 from vtoken.hooks.vision.unit_tower import UnitTower
 from vtoken.hooks.vision.varlen_tower import VarlenTower
@@ -13,5 +14,5 @@ from vtoken.hooks.vision.varlen_tower import VarlenTower
 def tower_of(encoder: Any) -> type[Tower]:
     """For an adapter's `Encoder`."""
     if encoder.packed:
-        return VarlenTower
+        return RowsTower if encoder.by_rows else VarlenTower
     return PaddedTower if encoder.unit == 1 else UnitTower

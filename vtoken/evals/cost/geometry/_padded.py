@@ -51,12 +51,8 @@ def padded(
     config: Any, parts: Parts, sources: tuple[tuple[int, int], ...] = ((1, 1),), newlines: tuple[int, int] = (0, 0)
 ) -> Geometry:
     """The whole model; `parts`, `sources` and `newlines` as in Geometry."""
-    chosen = config.vision_feature_layer
-    chosen = [chosen] if isinstance(chosen, int) else list(chosen)
     vision, text = config.vision_config, config.text_config
-    depth = vision.num_hidden_layers
-    # hidden_states[0] is the embedding, so entry h is the output of layer h - 1.
-    features = tuple(h - 1 if h >= 0 else depth + h for h in chosen)
+    features = chosen_layers(config)
     projector = (vision.hidden_size * len(features) + text.hidden_size) * text.hidden_size
     return Geometry(
         tower=_tower(config, sum(crops for crops, _ in sources), features),
@@ -69,6 +65,15 @@ def padded(
     )
 
 
+def chosen_layers(config: Any) -> tuple[int, ...]:
+    """Tower layers whose outputs become the features."""
+    # Up to 5.17 VipLlava's config has the other name only.
+    chosen = config.vision_feature_layer if hasattr(config, "vision_feature_layer") else config.vision_feature_layers
+    depth = config.vision_config.num_hidden_layers
+    # hidden_states[0] is the embedding, so entry h is the output of layer h - 1.
+    return tuple(h - 1 if h >= 0 else depth + h for h in ([chosen] if isinstance(chosen, int) else chosen))
+
+
 def _tower(config: Any, crops: int, features: tuple[int, ...]) -> Tower:
     vision = config.vision_config
     if vision.model_type not in TOWERS:
@@ -76,9 +81,10 @@ def _tower(config: Any, crops: int, features: tuple[int, ...]) -> Tower:
             f"no FLOPs account for a vision tower of type {vision.model_type!r}; supported: {', '.join(TOWERS)}"
         )
     clip = vision.model_type == "clip_vision_model"
-    if clip != (config.vision_feature_select_strategy == "default"):
+    strategy = getattr(config, "vision_feature_select_strategy", "default")
+    if clip != (strategy == "default"):
         raise UnsupportedError(
-            f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} with a {vision.model_type!r} "
+            f"vision_feature_select_strategy={strategy!r} with a {vision.model_type!r} "
             f"tower {'keeps CLS among the patches' if clip else 'drops the first patch'}; use "
             f"{'default' if clip else 'full'!r}"
         )

@@ -65,10 +65,12 @@ class Projector:
     Attributes:
         weights: numbers in its matrices, met by every unit (see Tower) that leaves the tower.
         layer: tower layer whose output it reads.
+        pooled: tokens of an image that it meets whatever was dropped, where patches are pooled ahead of it; else None.
     """
 
     weights: int
     layer: int
+    pooled: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Tower:
         head_patch, head_image: numbers in the pooling head that every patch left, and every crop, meets once.
         feature_layers: layers whose outputs projectors read.
         attention_layer: where attention facts are read unless a stage names a layer.
+        packed: the patches of all images lie in one sequence, though each becomes a token (Pixtral-12B).
     """
 
     layers: Layers
@@ -96,6 +99,7 @@ class Tower:
     head_image: int
     feature_layers: tuple[int, ...]
     attention_layer: int
+    packed: bool = False
 
     @property
     def patches(self) -> int:
