@@ -21,7 +21,7 @@ from vtoken.evals.shared import models
 from vtoken.evals.shared.media import Media
 from vtoken.evals.speed.inputs import prepared, random_prompt
 
-FEW = ["--repeats", "1", "--warmup", "0", "--new-tokens", "2", "--text-tokens", "9"]
+FEW = ["--repeats", "1", "--warmup", "0", "--new-tokens", "2", "--text-tokens", "16"]
 
 
 def told(capsys: Any, *words: Any) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def test_a_picture_of_every_family(family: str, tmp_path: Path, capsys: Any) -> 
     found = told(capsys, folder, "uniform:4", "--media", picture, "--batch", 2)
     shown = processor(family).image_processor(images=[[Image.open(picture)]], return_tensors="pt")
     adapter = tiny.adapter(tiny.make(family))
-    tokens = adapter.layouts("image", dict(shown))[0].tokens
+    tokens = sum(layout.tokens for layout in adapter.layouts("image", dict(shown)))
     assert [row["visual_entry"] for row in found["rows"]] == [2 * tokens, 2 * 4]
     assert found["rows"][1]["to_oracle"] and found["conditions"]["media"] == str(picture)
     twice = told(capsys, folder, "uniform:4", "--media", picture, "--images", 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ class Prompt:
         inputs: arguments of `generate`, as the family's processor returns them.
         kind: "image" or "video".
         texts: text tokens before, between and after the runs of placeholders.
-        runs: how many runs an image has: one, or one per frame where timestamps part them.
+        runs: how many runs an image has: one, or one per frame or crop where text parts them.
         run: visual tokens in each, newlines not counted.
         newlines: newline tokens of an image.
     """
@@ -63,15 +64,22 @@ def random_prompt(
 
     inputs = pictures or random_inputs(config, batch, images, frames, image_size, draw)
     kind = "video" if "pixel_values_videos" in inputs else "image"
-    layout = adapter.layouts(kind, inputs)[0]
-    runs = geometry(config, image_size, images, frames).runs
-    texts = _texts(text_tokens, images * runs, between=int(adapter.mrope))
+    shape = geometry(config, image_size, images, frames)
+    marked, crops = shape.parted_crops, adapter.layouts(kind, inputs)
+    # Without their prompt crops are told one by one.
+    runs = shape.runs * (len(crops) // (batch * images))
+    texts = _texts(text_tokens, _between(images, runs, marked or adapter.mrope, marked), ends=int(marked))
     placeholder = adapter.placeholders[kind]
     every = torch.arange(config.get_text_config().vocab_size)
-    plain = every[~torch.isin(every, torch.tensor(list(adapter.placeholders.values())))]
-    text = plain[torch.randint(len(plain), (batch, text_tokens), generator=generator)].split(texts, 1)
-    shown = torch.full((batch, layout.length // runs), placeholder)
+    mark, *plain = every[~torch.isin(every, torch.tensor(list(adapter.placeholders.values())))].tolist()
+    words = torch.tensor(plain)[torch.randint(len(plain), (batch, text_tokens), generator=generator)]
+    text = words.split(texts, 1)
+    if marked:
+        _mark(text, runs, mark)
+    length = sum(layout.length for layout in crops) // (batch * images * runs)
+    shown = torch.full((batch, length), placeholder)
     ids = torch.cat([text[0], *(each for after in text[1:] for each in (shown, after))], 1)
+    layout = adapter.layouts(kind, {**inputs, "input_ids": ids})[0]
     found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if adapter.mrope:
         found["mm_token_type_ids"] = (ids == placeholder) * (1 + KINDS.index(kind))
@@ -95,14 +103,28 @@ def prepared(media: Media, processor: Any, batch: int, images: int) -> dict[str,
     return dict(apply(processor.video_processor, "this video", videos=videos, do_sample_frames=False))
 
 
-def _texts(tokens: int, runs: int, between: int) -> tuple[int, ...]:
+def _between(images: int, runs: int, parted: bool, marked: bool) -> list[int]:
+    """Text tokens that have to stand between each two runs of placeholders, of which an image has so many."""
+    return [int(parted) + int(marked and place % runs == 0) for place in range(1, images * runs)]
+
+
+def _texts(tokens: int, between: list[int], ends: int) -> tuple[int, ...]:
     """Text tokens before, between and after the runs; what is not needed between them stands half before, half
-    after."""
-    inner = between * (runs - 1)
-    if tokens < inner + 1:
+    after, at least `ends` each."""
+    inner = sum(between)
+    least = inner + max(1, 2 * ends)
+    if tokens < least:
         raise ConfigError(
-            f"text_tokens must be at least {inner + 1}, not {tokens}: a text token parts each two of the {runs} "
-            "images or frames"
+            f"text_tokens must be at least {least}, not {tokens}: a text token parts each two of the "
+            f"{len(between) + 1} images, crops or frames"
         )
     head = (tokens - inner) // 2
-    return (head, *[between] * (runs - 1), tokens - inner - head)
+    return (head, *between, tokens - inner - head)
+
+
+def _mark(text: Sequence[Tensor], runs: int, mark: int) -> None:
+    """Puts a mark in front of every run of placeholders, and one behind each image, which has so many of them."""
+    for before in text[:-1]:
+        before[:, -1] = mark
+    for behind in text[runs::runs]:
+        behind[:, 0] = mark
