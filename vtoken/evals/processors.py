@@ -5,6 +5,9 @@ transformers builds the video half of a processor whether or not it is used, and
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +84,12 @@ def pictures_only(kind: type[Any]) -> type[Any]:
         # What is loaded are the other parts, by position.
         return super(made, cls).from_args_and_dict([*args[:place], None, *args[place:]], settings, **options)
 
+    def __init__(self: Any, *given: Any, **named: Any) -> None:
+        with _wordless(kind):
+            super(made, self).__init__(*given, **named)
+
     fields = {
+        "__init__": __init__,
         "get_attributes": classmethod(lambda cls: [name for name in parts if name != "video_processor"]),
         "from_args_and_dict": classmethod(from_args_and_dict),
         # Written into saved files, where the stock class must find itself.
@@ -89,6 +97,20 @@ def pictures_only(kind: type[Any]) -> type[Any]:
     }
     made: Any = type(kind.__name__, (kind, Still), fields)
     return made
+
+
+@contextmanager
+def _wordless(kind: type[Any]) -> Iterator[None]:
+    """Without num2words, which a class may ask for to tell how many frames a video has."""
+    module: Any = sys.modules[kind.__module__]
+    missing = getattr(module, "num2words", kind) is None
+    if missing:
+        module.num2words = str
+    try:
+        yield
+    finally:
+        if missing:
+            module.num2words = None
 
 
 def apply(processor: Any, what: str, **given: Any) -> Any:
