@@ -27,9 +27,7 @@ from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.installed import described
 from vtoken.hooks.state.trace import Trace
 from vtoken.hooks.vision.features import FeatureHooks
-from vtoken.hooks.vision.padded_tower import PaddedTower
-from vtoken.hooks.vision.tower import Tower
-from vtoken.hooks.vision.varlen_tower import VarlenTower
+from vtoken.hooks.vision.towers import tower_of
 
 
 class ModelLike(Protocol):
@@ -46,8 +44,7 @@ def install(context: Context) -> Boundary:
     """Puts the hooks on that the stages need, in the order of a forward."""
     CallInputs(context)
     FeatureHooks(context)
-    tower: type[Tower] = VarlenTower if context.adapter.encoder.packed else PaddedTower
-    tower(context)
+    tower_of(context.adapter.encoder)(context)
     # Sparse attention lies within the taps that observe, which come later and see every layer.
     SparsePrefill(context)
     unmerge = None if context.unmerging is None else Unmerge(context, context.unmerging)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -29,7 +29,9 @@ class Encoder:
         full_attention: layers in which every token of an image (or frame) attends to all others; None: all of them.
         packed: whether the patches of all images lie in one sequence, merge group by merge group (Qwen); else every
             crop is a row of a batch.
-        unit: patches that become one visual token.
+        unit: patches that become one visual token; in padded towers a square of neighbours.
+        attention: name of a layer's attention; taps: of what gives its q, k and v (padded towers).
+        takes_mask: whether a layer is given the mask of its attention; else the attention is (padded towers).
     """
 
     layers: Sequence[Any]
@@ -41,6 +43,9 @@ class Encoder:
     full_attention: tuple[int, ...] | None = None
     packed: bool = False
     unit: int = 1
+    attention: str = "self_attn"
+    taps: Mapping[str, str] = field(default_factory=lambda: {"q": "q_proj", "k": "k_proj", "v": "v_proj"})
+    takes_mask: bool = True
 
     @property
     def width(self) -> int:
@@ -63,11 +68,14 @@ class Adapter(ABC):
         features: kind -> name of the method of `outer` that encodes it.
         missing: fact name -> why the family cannot supply it and what comes nearest.
         mrope: whether positions have several axes, which cannot be renumbered.
+        prompted: whether `layouts` and `crops` are given `input_ids` or `inputs_embeds` of the prompt too, where there
+            is one.
     """
 
     model_type: ClassVar[str]
     features: ClassVar[dict[str, str]] = {"image": "get_image_features"}
     mrope: ClassVar[bool] = False
+    prompted: ClassVar[bool] = False
     model: Any
     outer: Any
     lm: Any
@@ -102,7 +110,8 @@ class Adapter(ABC):
         operations that the model applies to its features.
 
         Args:
-            values: [crops, patches, C] (CLS dropped), or [ΣN, C] from a packed tower; NaN marks what was dropped.
+            values: [crops, patches / unit, C] (CLS dropped), or [ΣN, C] from a packed tower; NaN marks what was
+                dropped.
 
         Returns:
             [ΣN, C].

@@ -140,7 +140,7 @@ def test_later_layers_run_on_less():
     assert trace.layers == [[8] * 3] * 4
 
 
-@pytest.mark.parametrize("family", tiny.families(varlen=False))
+@pytest.mark.parametrize("family", tiny.families(unit=1))
 @pytest.mark.parametrize("name", STAGES)
 def test_a_batch_equals_its_rows(family, name):
     model = tiny.make(family)
@@ -310,7 +310,7 @@ def test_index_map_covers_every_token(family):
     """For every unpruned token the trace names a live one, as whatever comes later needs it."""
     model = tiny.make(family)
     batch = tiny.build(model, [[3, "img", 5], [2, "img", 3]], seed=3)
-    name = "dtome_post" if tiny.family(family).varlen else "dtome"
+    name = "dtome" if tiny.family(family).unit == 1 else "dtome_post"
     with vtoken.wrapped(model, usual.stage(name)):
         run(model, batch)
         trace = vtoken.trace(model)

@@ -131,14 +131,14 @@ class TokenFlow:
     def _choose_frames(self) -> None:
         """Goes on with the frames that are left. A packed tower embeds all of them; its layers, as all of a padded one,
         see fewer."""
-        frames = self.shape.frames
+        frames, apart = self.shape.frames, self.shape.tower.crops[0][0] == 1
         for stage in self._at["frames"]:
             counts: Counts = (frames,) * self.images
             self.cost += stage.flops(counts, CHANNELS * SIDE**2)
             frames = max(self._left(stage, counts, (((self.shape.frames, 1, 1),),) * self.images, range(self.images)))
         self._dropping |= frames < self.shape.frames
         self.shape = self.shape.thinned(frames)
-        if self.shape.tower.unit == 1:
+        if apart:
             self.embedded = self.shape.tower.patches * self.images
 
     def _encode(self) -> Counts:

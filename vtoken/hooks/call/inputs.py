@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from vtoken.errors import UnsupportedError, warn
-from vtoken.hooks.call.min_tokens import MinTokensGuard, pictured
+from vtoken.hooks.call.min_tokens import MinTokensGuard, newest, pictured
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import eager
 from vtoken.hooks.state.image_spans import HIDDEN
@@ -54,9 +54,10 @@ class CallInputs:
             if self.handle.released:
                 return original(inputs, *args, **kwargs)
             ids, embeds = kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds")
+            self.run.begin()
+            self._read(ids, embeds, kwargs, ahead=True)
             if self.guard is not None and pictured(kwargs) and (ids is not None or embeds is not None):
                 self.guard.ahead(ids, embeds, kwargs)
-            self.run.begin()
             outermost, self.run.generating = not self.run.generating, True
             try:
                 return original(inputs, *args, **kwargs)
@@ -88,6 +89,13 @@ class CallInputs:
 
         return get_rope_index
 
+    def _read(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict, *, ahead: bool = False) -> None:
+        """Leaves the prompt for the feature functions of families that need it. `ahead`: it holds what a cache holds."""
+        given = embeds if ids is None else ids
+        if self.adapter.prompted and pictured(kwargs) and given is not None:
+            last = newest(ids, embeds, kwargs) if ahead else 0
+            self.run.prompt = {"inputs_embeds" if ids is None else "input_ids": given[:, -last:]}
+
     def _call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         ids = kwargs.get("input_ids")
         if ids is None or ids.shape[1] > 1:
@@ -111,6 +119,7 @@ class CallInputs:
     def _see(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict) -> None:
         self.run.begin()
         self.adapter.check_call(kwargs)
+        self._read(ids, embeds, kwargs)
         pixels = pictured(kwargs)
         given = {*pixels, *(kind for kind, v in (kwargs.get("mm_encoder_outputs") or {}).items() if v is not None)}
         self.run.unseen = ids is None and not given

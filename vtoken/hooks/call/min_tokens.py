@@ -30,7 +30,7 @@ class MinTokensGuard:
 
     def ahead(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict) -> None:
         """Before `generate`, given its arguments."""
-        self.look(self.adapter.visual_kinds(ids, embeds, pictured(kwargs))[:, -_last(ids, embeds, kwargs) :], kwargs)
+        self.look(self.adapter.visual_kinds(ids, embeds, pictured(kwargs))[:, -newest(ids, embeds, kwargs) :], kwargs)
 
     @eager
     def look(self, kinds: Tensor, kwargs: dict) -> None:
@@ -43,7 +43,7 @@ class MinTokensGuard:
         hidden = torch.zeros_like(kinds, dtype=torch.bool)
         if mask is not None and mask.shape[1] >= kinds.shape[1]:
             hidden = (kinds > 0) & ~mask[:, -kinds.shape[1] :].to(kinds.device).bool()
-        layouts = {kind: self.adapter.layouts(kind, kwargs) for kind in pictured(kwargs)}
+        layouts = {kind: self.adapter.layouts(kind, {**kwargs, **self.run.prompt}) for kind in pictured(kwargs)}
         of_kind = [kinds == 1 + KINDS.index(kind) for kind in layouts]
         *each, unseen = torch.stack([here.sum(1) for here in (*of_kind, hidden)]).tolist()
         try:
@@ -72,7 +72,7 @@ def _padding(kwargs: dict) -> Tensor | None:
     return mask if torch.is_tensor(mask) and mask.ndim == 2 else None
 
 
-def _last(ids: Tensor | None, embeds: Tensor | None, kwargs: dict) -> int:
+def newest(ids: Tensor | None, embeds: Tensor | None, kwargs: dict) -> int:
     """How many columns are of the turn to come: `generate` is told the whole conversation, or by its mask how long that
     is. 0 means all."""
     cache, mask = cache_of(kwargs), _padding(kwargs)

@@ -66,6 +66,12 @@ def segments(layouts: Sequence[ImageLayout]) -> Tensor | None:
     return torch.cat([torch.zeros(i.tokens, dtype=torch.long) if i.segment is None else i.segment for i in layouts])
 
 
+def runs(kinds: Tensor) -> list[int]:
+    """Lengths of the runs of visual tokens in `kinds` [B, L], row by row. Asks the device."""
+    edge = torch.nn.functional.pad((kinds > 0).to(torch.int8), (1, 1)).diff(dim=1).flatten()
+    return ((edge < 0).nonzero()[:, 0] - (edge > 0).nonzero()[:, 0]).tolist()
+
+
 @dataclass(frozen=True)
 class SkipPlan:
     """Which images of a call of the feature function stages of the encoder leave alone; `skip_reason` says why if they
@@ -162,6 +168,7 @@ class Run(threading.local):
         labels, tail: of the outermost call, see Prefill.
         call, tower: the feature call and the tower call in progress.
         skip_plan: kind -> which images of the prompt to come are left alone.
+        prompt: `input_ids` or `inputs_embeds` [B, L] of the prompt to come, of families whose layouts need it.
         due: a cache layer whose newest tokens a cache stage is asked about after the attention in progress.
         encodes: kind -> what was encoded last; earlier: the same before the call in progress.
         generating: `generate` is at work, which may encode long before it uses the features, and use them several
@@ -183,18 +190,19 @@ class Run(threading.local):
         self.encodes: dict[str, Encoded] = {}
         self.earlier: dict[str, Encoded] = {}
         self.skip_plans: dict[str, SkipPlan] = {}
+        self.prompt: dict[str, Tensor] = {}
 
     def begin(self) -> None:
         """A `generate`, or a forward outside of one, begins."""
         if not self.generating:
-            self.earlier = dict(self.encodes)
+            self.earlier, self.prompt = dict(self.encodes), {}
 
     def forget(self) -> None:
         """What was encoded and found out for a `generate`, or a forward outside of one, that is over. Features that
         were encoded before it may be used again."""
         if not self.generating:
             self.encodes = {kind: e for kind, e in self.encodes.items() if self.earlier.get(kind) is e}
-            self.earlier, self.skip_plans = {}, {}
+            self.earlier, self.skip_plans, self.prompt = {}, {}, {}
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(

@@ -52,7 +52,7 @@ class FeatureHooks:
             run.tower = None
             run.encodes.pop(kind, None)
             arguments = dict(signature.bind(*args, **kwargs).arguments)
-            arguments |= arguments.pop("kwargs", {})
+            arguments |= arguments.pop("kwargs", {}) | run.prompt
             layouts, skip_plan = self.adapter.layouts(kind, arguments), run.skip_plans.pop(kind, None)
             if self.min_tokens and (skip_plan is None or len(skip_plan.images) != len(layouts)):
                 skip_plan = alone(layouts, self.min_tokens)

@@ -129,16 +129,18 @@ def traced(
     )
 
 
-def untouched(stages: Sequence[Stage], crops: Sequence[int], full: int) -> list[StageTrace]:
-    """Traces where there is nothing to choose: images, whose crops (so many each, of `full` patches) are no frames."""
+def untouched(stages: Sequence[Stage], crops: Sequence[int], full: int, unit: int) -> list[StageTrace]:
+    """Traces where there is nothing to choose: images, whose crops (so many each, of `full` tokens of `unit` patches)
+    are no frames."""
     counts, kept = [full] * sum(crops), [torch.arange(full)] * sum(crops)
     whole = [torch.arange(1)] * len(crops)
     steps = [StageTrace(s.name, s.site, [], [], whole) for s in stages]
-    return [traced(step, counts, kept, 1, [n * full for n in crops]) for step in steps]
+    return [traced(step, counts, kept, unit, [n * full for n in crops]) for step in steps]
 
 
-def expand_to_all_frames(tower: Any, chosen: Chosen) -> None:
-    """Brings the state of a padded tower, whose crops were the chosen frames, back to all frames of the call."""
+def expand_to_all_frames(tower: Any, chosen: Chosen, unit: int) -> None:
+    """Brings the state of a padded tower, whose crops were the chosen frames, back to all frames of the call. `unit`:
+    patches of a token."""
     index, full, many = chosen.index.tolist(), tower.history.full[0], sum(chosen.frames)
 
     def spread(values: Sequence[T], empty: T) -> list[T]:
@@ -167,7 +169,7 @@ def expand_to_all_frames(tower: Any, chosen: Chosen) -> None:
         }
         before, after = ([full * (frame in some) for frame in range(many)] for some in (alive, left))
         kept = [torch.arange(n) for n in after]
-        tower.traces.append(traced(step, before, kept, 1, [len(p) * full for p in step.kept]))
+        tower.traces.append(traced(step, before, kept, unit, [len(p) * full for p in step.kept]))
         alive = left
     tower.traces += later
     rows = chosen.index.to(device)

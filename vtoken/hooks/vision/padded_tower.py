@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtoken.errors import UnsupportedError
+from vtoken.hooks.state.checkpointing import replays
 from vtoken.hooks.state.run import FeatureCall
 from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.hooks.vision import frames
@@ -92,6 +94,7 @@ class PaddedState(TowerState):
         merged: between attention and MLP of a layer, the merged tokens [crops, P, D].
         nothing: [1, 1, 1] zero, in place of what was merged.
         chosen: which frames of a video the crops are, or None when they are all that came.
+        by_unit: whether live patches lie unit by unit (`UnitTower`), not row by row.
     """
 
     batch: Batch
@@ -99,6 +102,7 @@ class PaddedState(TowerState):
     merged: Tensor | None = None
     nothing: Tensor | None = None
     chosen: frames.Chosen | None = None
+    by_unit: bool = False
 
     @property
     def arrangement(self) -> TokenHistory:
@@ -117,6 +121,12 @@ class PaddedState(TowerState):
 class PaddedTower(Tower):
     """See `Tower`. Frames of a video that are not chosen never enter the tower."""
 
+    def _install(self, per_layer: dict[int, set[Fact]]) -> None:
+        super()._install(per_layer)
+        if self.stages and not self.encoder.takes_mask:
+            for module in self.encoder.layers[1:]:
+                self.context.handle.before(getattr(module, self.encoder.attention), partial(self._masked, module))
+
     def _behind(self) -> None:
         self.proportional = any(stage.merge_point() == "proportional" for stage in self.stages)
         MergeInLayer(self.run, self.context.handle, self.encoder.layers, self.merging, self._decide)
@@ -132,24 +142,29 @@ class PaddedTower(Tower):
         skipped: tuple[bool, ...] = ()
         if call is not None and (self.choosers or call.skip_plan is not None):
             pixels, chosen, skipped = self._choose(call, given)
-        crops, full, device = len(pixels), self.adapter.patches, pixels.device
+        crops, unit, device = len(pixels), self.encoder.unit, pixels.device
+        full = self.adapter.patches // unit
         each = (full,) * crops
         self.run.tower = state = PaddedState(
             history=TokenHistory(each, place_in_image(each, device)),
-            batch=Batch(each, int(self.encoder.cls), device),
+            batch=Batch((full * unit,) * crops, int(self.encoder.cls), device),
             chosen=chosen,
             skipped=skipped,
             skip_reason=None if call is None else call.skip_reason,
         )
         if self.choosers and call is not None and chosen is None:
-            state.traces += frames.untouched(self.choosers, self.adapter.crops(call.arguments), full)
+            state.traces += frames.untouched(self.choosers, self.adapter.crops(call.arguments), full, unit)
         if self.pixels:
             size: Any = self.adapter.tower.config.patch_size
             behind = torch.nn.functional.unfold(pixels.float(), size, stride=size).transpose(1, 2)
-            state.facts[Fact("pixels")] = behind
+            state.facts[Fact("pixels")] = self._of_tokens(behind)
         if pixels is given:
             return None
         return ((pixels, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": pixels})
+
+    def _of_tokens(self, patches: Tensor) -> Tensor:
+        """[crops, patches, C] row by row -> what belongs to each visual token, [crops, tokens, ...]."""
+        return patches
 
     def _choose(self, call: FeatureCall, pixels: Tensor) -> tuple[Tensor, frames.Chosen | None, tuple[bool, ...]]:
         """The crops that enter the tower, which frames they are, and which of them keep all their patches."""
@@ -163,9 +178,9 @@ class PaddedTower(Tower):
         return pixels[chosen.index], chosen, left
 
     def _tap(self, module: Any, letters: Sequence[str]) -> nn.Module:
+        attention: nn.Module = getattr(module, self.encoder.attention)
         for letter in letters:
-            self.context.handle.after_child(module.self_attn, f"{letter}_proj", partial(self._keep, letter))
-        attention: nn.Module = module.self_attn
+            self.context.handle.after_child(attention, self.encoder.taps[letter], partial(self._keep, letter))
         return attention
 
     def _projected(self, module: Any, kwargs: dict) -> EncoderLayer:
@@ -173,7 +188,7 @@ class PaddedTower(Tower):
         packed = state.batch.packed
         projected = {name: packed(value).unflatten(-1, (e.heads, -1)) for name, value in state.taps.items()}
         turn = None if state.bias is None else partial(biased, bias=packed(state.bias), scale=e.scale)
-        return EncoderLayer(projected, [n + e.cls for n in state.history.counts], e.scale, e.cls, turn=turn)
+        return EncoderLayer(projected, [n + e.cls for n in state.batch.counts], e.scale, e.cls, turn=turn)
 
     def _per_token(self, value: Tensor) -> Tensor:
         """Without CLS tokens."""
@@ -205,6 +220,22 @@ class PaddedTower(Tower):
         return batch.pad(keep.apply(values), hidden[:, :1] if cls else None)
 
     def _survivors(self, layer: int, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
+        return self._mask(hidden) if self.encoder.takes_mask else {}
+
+    def _masked(self, layer: nn.Module, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """Before the attention of a layer that takes no mask itself."""
+        more = {} if self.state is None else self._mask(args[0] if args else kwargs["hidden_states"])
+        if not more:
+            return None
+        if replays(layer):
+            raise UnsupportedError(
+                "gradient checkpointing runs vision layers again in the backward pass, when which patches a stage left "
+                "of each crop is forgotten; call model.gradient_checkpointing_disable(), or freeze the vision tower in "
+                "evaluation mode (tower.eval())"
+            )
+        return args, {**kwargs, **more}
+
+    def _mask(self, hidden: Tensor) -> dict[str, Any]:
         """Padded keys are masked."""
         valid, bias = self.state.batch.valid, self.state.bias
         if valid is None and bias is None:
@@ -226,7 +257,7 @@ class PaddedTower(Tower):
         if call is not None and state.history.full != tuple(layout.tokens for layout in call.layouts):
             move_to_visible_member(state, call, self.adapter.pack)
         if state.chosen is not None:
-            frames.expand_to_all_frames(state, state.chosen)
+            frames.expand_to_all_frames(state, state.chosen, 1)
         short = state.short
 
         def full(x: Tensor) -> Tensor:
