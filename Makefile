@@ -1,16 +1,20 @@
-# make demo | test | lint | docs | notebooks | wheel | eval-venv | test-oldest | test-gpu | test-vllm | bench | bench-gpu. The first call makes a virtual environment, later ones reuse it.
+# make demo | test | test-families | lint | docs | notebooks | wheel | eval-venv | test-oldest | test-gpu | test-vllm | bench | bench-gpu. The first call makes a virtual environment, later ones reuse it.
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 VLLM ?= .venv-vllm
 
-.PHONY: demo test lint docs notebooks wheel eval-venv test-oldest test-gpu test-vllm bench bench-gpu
+.PHONY: demo test test-families lint docs notebooks wheel eval-venv test-oldest test-gpu test-vllm bench bench-gpu
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/vtoken demo
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
+
+# With all tests of all families, of which `make test` runs a share.
+test-families: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --families
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -1,10 +1,13 @@
 """One thread per test process (they run side by side), no network, quiet transformers; GPU tests only where there is a
-GPU."""
+GPU; of families that do not lead a share of the tests."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from zlib import crc32
 
 # Before anything imports transformers, which reads them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,14 +17,56 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).parent
 # Helpers assert as well: a failure there shows its values.
-HELPERS = [file.stem for room in ("support", "known") for file in (Path(__file__).parent / room).glob("*.py")]
+HELPERS = [file.stem for room in ("support", "known") for file in (ROOT / room).glob("*.py")]
 pytest.register_assert_rewrite(*HELPERS)
 
+# What runs on every family: its adapter, what upstream computes of it, its costs. Of the rest, one test in SHARE, spread
+# by name, so that every stage and every mode meets some of them.
+WHOLE = (
+    "adapters/test_declared.py",
+    "contract/test_oracle.py",
+    "evals/cost/test_builtin_configs.py",
+    "evals/cost/test_geometry.py",
+)
+SHARE = 8
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--families", action="store_true", help="all tests of all families, as with -k FAMILY")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    named = config.getoption("keyword") or any("::" in argument for argument in config.args)
+    if config.getoption("families") or named:
         return
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    left_out = [item for item in items if not drawn(item)]
+    config.hook.pytest_deselected(items=left_out)
+    gone = set(left_out)
+    items[:] = [item for item in items if item not in gone]
+
+
+def drawn(item: pytest.Item) -> bool:
+    """Whether `make test` runs it."""
+    import tiny
+
+    given = set(strings(vars(item).get("callspec", None)))
+    if not given & set(tiny.families(leading=False)):
+        return True
+    return item.path.relative_to(ROOT).as_posix() in WHOLE or not crc32(item.nodeid.encode()) % SHARE
+
+
+def strings(given: Any) -> Iterator[str]:
+    """All that stand in the parameters of a test."""
+    if isinstance(given, str):
+        yield given
+    elif isinstance(given, (list, tuple)):
+        for each in given:
+            yield from strings(each)
+    elif params := getattr(given, "params", None):
+        yield from strings(list(params.values()))

@@ -41,6 +41,7 @@ class Family:
         other_video: a video of four frames and another size, where sizes may differ.
         pictures: (height, width, frames) of what the FLOPs account is held against.
         unpadded: (height, width) of a picture of which packing cuts nothing away.
+        leading: every test of `make test` that knows families runs on it; of the others a share, see tests/conftest.py.
         varlen: the tower takes the patches of all images in one sequence.
         unit: patches that become one visual token.
         full_attention: tower layers whose tokens see the whole image; None: all.
@@ -64,6 +65,7 @@ class Family:
     other_video: ClassVar[Spec] = ()
     pictures: ClassVar[Sequence[tuple[int, int, int]]]
     unpadded: ClassVar[tuple[int, int]] = (56, 112)
+    leading: ClassVar[bool] = False
     varlen: ClassVar[bool] = False
     unit: ClassVar[int] = 1
     full_attention: ClassVar[tuple[int, ...] | None] = None

@@ -55,10 +55,10 @@ def families(**traits: Any) -> tuple[str, ...]:
 
 
 def each(*traits: str, **given: Any) -> tuple[str, ...]:
-    """One family for every combination of these traits, the first by name, among those of which all of `given` is
-    true."""
+    """One family for every combination of these traits, the first by name, leading ones before others, among those of
+    which all of `given` is true."""
     found: dict[tuple[Any, ...], str] = {}
-    for name in families(**given):
+    for name in (*families(**given, leading=True), *families(**given, leading=False)):
         found.setdefault(tuple(getattr(FOUND[name], trait) for trait in traits), name)
     return tuple(found.values())
 

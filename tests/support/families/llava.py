@@ -13,6 +13,7 @@ from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaForConditional
 
 class Tiny(Family):
     classes = "Llava"
+    leading = True
     image = other = odd = (SIZE, SIZE)
     pictures = ((56, 56, 1),)
     shipped_picture = 16

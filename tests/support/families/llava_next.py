@@ -12,6 +12,7 @@ from families._anyres import ANYRES, Anyres
 
 class Tiny(Anyres):
     classes = "LlavaNext"
+    leading = True
     other, odd = (50, 100), (30, 100)
     # One pinpoint or another, padding above or beside.
     pictures = ((56, 56, 1), (300, 40, 1), (40, 300, 1), (101, 99, 1), (333, 77, 1))

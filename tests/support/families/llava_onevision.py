@@ -20,6 +20,7 @@ ASPECT = {"vision_aspect_ratio": "anyres_max_2"}
 
 class Tiny(Anyres):
     classes = "LlavaOnevision"
+    leading = True
     other, odd = (112, 112), (100, 90)
     video, other_video = (3,), (4,)
     # More crops than stay unscaled, and videos.

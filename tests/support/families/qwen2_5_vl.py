@@ -14,6 +14,7 @@ from families._qwen import Qwen
 
 class Tiny(Qwen):
     classes = "Qwen2_5_VL"
+    leading = True
     other, odd = (1, 8, 12), (1, 6, 8)
     full_attention = (1, 3)
     checkpoints = {

@@ -9,6 +9,7 @@ from families._qwen import Qwen
 
 class Tiny(Qwen):
     classes = "Qwen2VL"
+    leading = True
     other, odd = (1, 8, 4), (1, 6, 4)
     checkpoints = {
         "Qwen/Qwen2-VL-2B-Instruct": 2209,

@@ -14,6 +14,7 @@ from families._qwen import MROPE, Qwen
 
 class Tiny(Qwen):
     classes = "Qwen3VL"
+    leading = True
     other, odd = (1, 4, 4), (1, 6, 4)
     deepstack = 2
     checkpoints = {
