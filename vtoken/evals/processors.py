@@ -90,6 +90,8 @@ def pictures_only(kind: type[Any]) -> type[Any]:
 
     fields = {
         "__init__": __init__,
+        # One that prepares videos too asks that half for its settings.
+        "apply_chat_template": ProcessorMixin.apply_chat_template,
         "get_attributes": classmethod(lambda cls: [name for name in parts if name != "video_processor"]),
         "from_args_and_dict": classmethod(from_args_and_dict),
         # Written into saved files, where the stock class must find itself.

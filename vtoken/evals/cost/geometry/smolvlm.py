@@ -1,0 +1,5 @@
+"""SmolVLM: as Idefics3; a frame of a video counts as a picture."""
+
+from vtoken.evals.cost.geometry._split import geometry, inputs
+
+__all__ = ["geometry", "inputs"]
