@@ -154,6 +154,10 @@ class Family:
         """What the encoder is given for these pictures, in reading order."""
         raise NotImplementedError
 
+    def rows(self, picture: Picture) -> int:
+        """Rows of the pixels of a batch that are this picture's."""
+        return 1
+
     def beside(self, ids: Tensor, images: Sequence[int]) -> dict[str, Tensor]:
         """What else a processor returns for ids [B, L] with so many images in each row."""
         return {}

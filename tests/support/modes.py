@@ -66,12 +66,12 @@ def pictures(model: Any, batch: dict[str, Tensor]) -> list[tuple[int, str, dict[
     """(row, kind, its encoder inputs, whether OneVision encodes it as one crop) of each picture of a batch, in reading
     order."""
     held: dict[str, list[dict[str, Tensor]]] = {"image": [], "video": []}
-    for kind, names in INPUTS.items():
+    one, found = tiny.family(model), tiny.family(model).found(batch)
+    for (kind, names), shown in zip(INPUTS.items(), found, strict=True):
         given = {name: batch[name] for name in names if name in batch}
         if not given:
             continue
-        grid = next((x for name, x in given.items() if name.endswith("grid_thw")), None)
-        sizes = 1 if grid is None else grid.prod(-1).tolist()
+        sizes = list(map(one.rows, shown))
         each = {name: x.split(sizes if name == names[0] else 1) for name, x in given.items()}
         held[kind] = [dict(zip(each, values, strict=True)) for values in zip(*each.values(), strict=True)]
     single = [n > 1 for n in batch.get("batch_num_images", torch.tensor([])).tolist() for _ in range(n)]

@@ -191,6 +191,20 @@ def test_qwen_gets_rounds_behind_its_tower(family, folder, tmp_path):
         config.load([{"dtome": {"thresholds": str(out)}}])
 
 
+@pytest.mark.parametrize("family", tiny.families(varlen=False, unit=4))
+def test_rounds_behind_a_padded_tower(family, folder, tmp_path):
+    model, out, files = tiny.make(family), tmp_path / "out", pictures(folder)
+    learned = calibrate(model, Pixels(family), files, out, budget="high", rounds=2)
+    stage = config.load([{"dtome_post": {"thresholds": str(out)}}]).stages[0]
+    batch = tiny.build(model, [[1, "img", 1]] * 12)
+    batch["pixel_values"] = Pixels(family)([Image.open(f) for f in files], "pt")["pixel_values"]
+    with vtoken.wrapped(model, stage), torch.no_grad():
+        model(**batch)
+        seen = vtoken.trace(model)
+    assert sum(seen.visual_tokens) == 192
+    assert sum(seen.tokens_out) == round(192 * learned["left"][-1].item()) < 192
+
+
 def test_what_files_are_refused(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"no file 'nowhere\.safetensors'"):
         config.load("dtome:thresholds=nowhere.safetensors")

@@ -72,6 +72,9 @@ class Qwen(Family):
                 inputs[f"{kind}_grid_thw"] = torch.tensor(grids)
         return inputs
 
+    def rows(self, picture: Picture) -> int:
+        return prod(picture.spec)
+
     def beside(self, ids: Tensor, images: Sequence[int]) -> dict[str, Tensor]:
         types = (ids == IMG).long() + 2 * (ids == VID)
         return {"mm_token_type_ids": types} if types.any() else {}

@@ -1,5 +1,5 @@
-"""`vtoken calibrate dtome`: similarity thresholds of dtome (LLaVA families) and dtome_post (Qwen), by forward passes of
-the tower alone."""
+"""`vtoken calibrate dtome`: similarity thresholds of dtome (towers whose patches are tokens) and dtome_post (the others),
+by forward passes of the tower alone."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from vtoken.evals.shared.options import DeviceOptions, option
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.run import segments
 from vtoken.hooks.vision.padded_tower import PaddedTower
-from vtoken.hooks.vision.varlen_tower import VarlenTower
+from vtoken.hooks.vision.towers import tower_of
 from vtoken.stages import Fact, VisualTokens
 
-SUMMARY = "thresholds of dtome, or of dtome_post on Qwen models, from a folder of pictures"
+SUMMARY = "thresholds of dtome, or of dtome_post on Qwen models and InternVL, from a folder of pictures"
 DESCRIPTION = """\
 Merges the most similar pairs of a whole batch, layer by layer, and takes the mean over batches of the similarity at which it
 stopped. Run again after an interruption it goes on where it was. The authors used 250 000 pictures of LLaVA's tuning data in
@@ -122,7 +122,7 @@ def calibrate(
     resume(out, about, learned, depth if behind else 1 + min(adapter.encoder.feature_layers))
     stage = learner(registry.stage(about["method"]), learned)
     with torch.inference_mode():
-        encode = _packed(adapter, stage) if behind else _padded(adapter, stage)
+        encode = _behind(adapter, stage) if behind else _padded(adapter, stage)
         for start in range(learned.batches * batch_size, len(files), batch_size):
             progress(start)
             batch = files[start : start + batch_size]
@@ -156,27 +156,25 @@ def _padded(adapter: Any, stage: Any) -> Callable[[Any], None]:
     return encode
 
 
-def _packed(adapter: Any, stage: Any) -> Callable[[Any], None]:
-    """Runs the tower of a Qwen model; the stage merges the keys that it leaves."""
+def _behind(adapter: Any, stage: Any) -> Callable[[Any], None]:
+    """Runs a tower behind which patches are joined; the stage merges the keys that it leaves."""
 
     def encode(inputs: Any) -> None:
-        grid = inputs["image_grid_thw"].to(adapter.model.device)
-        keys = Fact("mean_key", adapter.encoder.attention_layer)
+        grid, keys = inputs.get("image_grid_thw"), Fact("mean_key", adapter.encoder.attention_layer)
+        sizes = {} if grid is None else {"grid_thw": grid.to(adapter.model.device)}
         context = Context(adapter, read=frozenset({keys}))
         try:
-            VarlenTower(context)
-            adapter.tower(inputs["pixel_values"].to(adapter.model.device, adapter.model.dtype), grid_thw=grid)
+            tower_of(adapter.encoder)(context)
+            adapter.tower(inputs["pixel_values"].to(adapter.model.device, adapter.model.dtype), **sizes)
         finally:
             context.handle.release()
-        tower = context.run.tower
+        tower, layouts = context.run.tower, adapter.layouts("image", inputs)
         value = tower.facts[keys]
-        parts = [layout.parts for layout in tower.layouts]
-        lengths = [layout.tokens for layout in tower.layouts]
-        segment, facts = segments(tower.layouts), {Fact("mean_key"): value}
-        rows = range(len(parts))
-        stage.select(
-            VisualTokens.pack(value, lengths, parts, rows, tower.history.raster_index, segment=segment, facts=facts)
-        )
+        value = value if adapter.encoder.packed else value.flatten(0, 1)
+        parts, lengths = [layout.parts for layout in layouts], [layout.tokens for layout in layouts]
+        segment, facts = segments(layouts), {Fact("mean_key"): value}
+        rows, index = range(len(parts)), tower.history.raster_index
+        stage.select(VisualTokens.pack(value, lengths, parts, rows, index, segment=segment, facts=facts))
 
     return encode
 

@@ -103,7 +103,7 @@ def drawn(
     if alive and not 0 <= min(alive) <= max(alive) < size_of(parts):
         raise ValueError(f"kept token {max(alive)} lies outside rasters of {size_of(parts)} tokens")
     grids = [(1, h, w) for t, h, w in parts for _ in range(t)]
-    video = len(parts) == 1 and len(grids) > 1
+    video, whole = len(parts) == 1 and len(grids) > 1, len(set(parts)) > 1
     step = max(1, math.ceil(len(views) / len(grids))) if video else 1
     if math.ceil(len(views) / step) != len(grids):
         raise ValueError(f"{len(grids)} rasters but {len(views)} pictures to draw them on")
@@ -113,7 +113,8 @@ def drawn(
         size = size_of((grid,))
         count = sum(first <= token < first + size for token in alive)
         number = f"frame {frames[0]}" if len(frames) == 1 else f"frames {frames[0]}-{frames[-1]}"
-        label = f"{number if video else ('whole', 'crops')[k]}: {count} of {size}" if len(grids) > 1 else None
+        name = number if video else ("whole", "crops")[k] if whole else f"crop {k + 1}"
+        label = f"{name}: {count} of {size}" if len(grids) > 1 else None
         tiles.append(overlay(views[k * step], alive, grid, into, side=side, caption=label, first=first))
         first += size
     return tiles[0] if len(tiles) == 1 else sheet(tiles, columns, background="white")
@@ -141,14 +142,18 @@ def views(processor: Any, pixel_values: Any, media: Media, parts: Sequence[Parts
 
     Args:
         processor: a Hugging Face processor or image processor.
-        pixel_values: [images, 3, H, W] or [images, crops, 3, H, W], crop 0 being the whole. Flattened patches, or None,
-            belong to processors that resize without cropping, so that a raster covers the original.
+        pixel_values: [images, 3, H, W] or [images, crops, 3, H, W], crop 0 being the whole; [crops, 3, H, W] where
+            every raster is a crop. Flattened patches, or None, belong to processors that resize without cropping, so
+            that a raster covers the original.
         media: the originals.
         parts: rasters of each image, as in the trace.
     """
     if media.video:
         return [list(media.pictures)]
     found = []
+    if pixel_values is not None and pixel_values.dim() == 4 and len(pixel_values) == sum(map(len, parts)):
+        crops = iter(pixel_values)
+        return [[as_seen(processor, next(crops)) for _ in rasters] for rasters in parts]
     for k, (picture, rasters) in enumerate(zip(media.pictures, parts, strict=True)):
         pixels = None if pixel_values is None or pixel_values.dim() < 4 else pixel_values[k]
         whole = picture if pixels is None else as_seen(processor, pixels.reshape(-1, *pixels.shape[-3:])[0])

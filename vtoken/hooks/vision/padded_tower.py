@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtoken.errors import UnsupportedError
-from vtoken.hooks.state.checkpointing import replays
 from vtoken.hooks.state.run import FeatureCall
 from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.hooks.vision import frames
 from vtoken.hooks.vision.encoder_facts import EncoderLayer, biased
+from vtoken.hooks.vision.masked_layer import MaskedLayer
 from vtoken.hooks.vision.merging import MergeInLayer, check_resized, move_to_visible_member
 from vtoken.hooks.vision.tower import Tower, TowerState
 from vtoken.stages import Fact, Keep, Parts, image_of, place_in_image, uploaded
@@ -125,7 +124,7 @@ class PaddedTower(Tower):
         super()._install(per_layer)
         if self.stages and not self.encoder.takes_mask:
             for module in self.encoder.layers[1:]:
-                self.context.handle.before(getattr(module, self.encoder.attention), partial(self._masked, module))
+                MaskedLayer(self.context.handle, module, self.encoder.attention)
 
     def _behind(self) -> None:
         self.proportional = any(stage.merge_point() == "proportional" for stage in self.stages)
@@ -220,22 +219,6 @@ class PaddedTower(Tower):
         return batch.pad(keep.apply(values), hidden[:, :1] if cls else None)
 
     def _survivors(self, layer: int, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
-        return self._mask(hidden) if self.encoder.takes_mask else {}
-
-    def _masked(self, layer: nn.Module, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        """Before the attention of a layer that takes no mask itself."""
-        more = {} if self.state is None else self._mask(args[0] if args else kwargs["hidden_states"])
-        if not more:
-            return None
-        if replays(layer):
-            raise UnsupportedError(
-                "gradient checkpointing runs vision layers again in the backward pass, when which patches a stage left "
-                "of each crop is forgotten; call model.gradient_checkpointing_disable(), or freeze the vision tower in "
-                "evaluation mode (tower.eval())"
-            )
-        return args, {**kwargs, **more}
-
-    def _mask(self, hidden: Tensor) -> dict[str, Any]:
         """Padded keys are masked."""
         valid, bias = self.state.batch.valid, self.state.bias
         if valid is None and bias is None:

@@ -1,0 +1,102 @@
+"""InternVL: crops and a thumbnail of every picture through InternViT, 2 x 2 patches shuffled into a token, and any
+decoder of the Llama kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vtoken.adapters.base import Adapter, Encoder, check_decoder
+from vtoken.errors import UnsupportedError
+from vtoken.hooks.state.run import ImageLayout, runs
+
+
+class InternVL(Adapter):
+    """`InternVLForConditionalGeneration`. The thumbnail is the last crop of a picture; frames of a video are pictures.
+
+    Pixels do not tell which crops are of one picture, but the prompt does: their tokens stand side by side.
+    """
+
+    model_type = "internvl"
+    prompted = True
+
+    def __init__(self, model: Any) -> None:
+        config = model.config
+        outer: Any = getattr(model, "model", None)
+        if not (hasattr(outer, "multi_modal_projector") and hasattr(outer, "vision_tower")):
+            raise UnsupportedError(
+                f"expected an InternVLForConditionalGeneration, got {type(model).__name__}; wrap the whole VLM, model "
+                "and not model.model"
+            )
+        vision, self.feature_layer = config.vision_config, config.vision_feature_layer
+        depth = getattr(vision, "num_hidden_layers", 0)
+        if vision.model_type != "internvl_vision" or config.vision_feature_select_strategy != "default":
+            raise UnsupportedError(
+                f"internvl with a {vision.model_type!r} vision tower and vision_feature_select_strategy="
+                f"{config.vision_feature_select_strategy!r} is not supported; the tower must be 'internvl_vision' and "
+                "the strategy 'default', which drops the CLS token"
+            )
+        # hidden_states[0] is the embedding, so entry h is the output of layer h - 1.
+        layer = self.feature_layer
+        layer = -1 if not isinstance(layer, int) else layer - 1 if layer >= 0 else depth + layer
+        (height, width), (down, across) = vision.image_size, vision.patch_size
+        self.side, join = height // down, round(1 / config.downsample_ratio)
+        if not 0 <= layer < depth or self.side != width // across or self.side % join:
+            raise UnsupportedError(
+                f"internvl with vision_feature_layer={self.feature_layer}, crops of {self.side} x {width // across} "
+                f"patches and downsample_ratio={config.downsample_ratio} is not supported; one layer of the tower, "
+                "square crops and whole units are"
+            )
+        self.model, self.outer = model, outer
+        self.lm, self.tower = outer.language_model, outer.vision_tower
+        check_decoder(self.lm)
+        self.projectors = (outer.multi_modal_projector,)
+        layers = self.tower.encoder.layer
+        self.encoder = Encoder(
+            layers=layers,
+            heads=layers[0].attention.num_heads,
+            scale=layers[0].attention.scale,
+            cls=True,
+            feature_layers=(layer,),
+            attention_layer=layer,
+            unit=join**2,
+            attention="attention",
+            taps={"q": "q_norm", "k": "k_norm", "v": "v_proj"},
+            takes_mask=False,
+        )
+        self.patches, self.side = self.side**2, self.side // join
+        self.placeholders, self.missing = {"image": config.image_token_id}, {}
+
+    def crops(self, arguments: dict[str, Any]) -> list[int]:
+        many, each = len(arguments["pixel_values"]), self.side**2
+        ids, embeds = (arguments.get(name) for name in ("input_ids", "inputs_embeds"))
+        found = [] if ids is None and embeds is None else runs(self.visual_kinds(ids, embeds))
+        fits = sum(found) == many * each and not any(n % each for n in found)
+        return [n // each for n in found] if fits else [1] * many
+
+    def layouts(self, kind: str, arguments: dict[str, Any]) -> tuple[ImageLayout, ...]:
+        return tuple(map(self._cut, self.crops(arguments)))
+
+    def split(self, tokens: int) -> tuple[ImageLayout, ...]:
+        crops, rest = divmod(tokens, self.side**2)
+        if rest:
+            raise ValueError(
+                f"{tokens} image placeholders are not a whole number of crops of {self.side**2} tokens; is the prompt "
+                "prefilled in chunks? Set prefill_chunk_size=None"
+            )
+        return (self._cut(1),) * crops
+
+    def check_call(self, kwargs: dict[str, Any]) -> None:
+        # The model is told the layer; from 5.18 on the tower is too, as the one hidden state to return.
+        for asked in (kwargs.get("vision_feature_layer"), kwargs.get("output_hidden_states")):
+            if type(asked) in (int, list) and asked != self.feature_layer:
+                raise UnsupportedError(
+                    f"vision_feature_layer={asked} at call time differs from the config's {self.feature_layer}, which "
+                    "the stages were set up for; set it in the config before wrapping"
+                )
+
+    def _cut(self, crops: int) -> ImageLayout:
+        """Of a picture of so many crops."""
+        segment = torch.arange(crops).repeat_interleave(self.side**2) if crops > 1 else None
+        return ImageLayout(((1, self.side, self.side),) * crops, segment)
