@@ -6,8 +6,6 @@ transformers builds the video half of a processor whether or not it is used, and
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +82,10 @@ def pictures_only(kind: type[Any]) -> type[Any]:
         # What is loaded are the other parts, by position.
         return super(made, cls).from_args_and_dict([*args[:place], None, *args[place:]], settings, **options)
 
-    def __init__(self: Any, *given: Any, **named: Any) -> None:
-        with _wordless(kind):
-            super(made, self).__init__(*given, **named)
-
+    module: Any = sys.modules[kind.__module__]
+    if getattr(module, "num2words", kind) is None:
+        module.num2words = _in_words
     fields = {
-        "__init__": __init__,
         # One that prepares videos too asks that half for its settings.
         "apply_chat_template": ProcessorMixin.apply_chat_template,
         "get_attributes": classmethod(lambda cls: [name for name in parts if name != "video_processor"]),
@@ -101,18 +97,9 @@ def pictures_only(kind: type[Any]) -> type[Any]:
     return made
 
 
-@contextmanager
-def _wordless(kind: type[Any]) -> Iterator[None]:
-    """Without num2words, which a class may ask for to tell how many frames a video has."""
-    module: Any = sys.modules[kind.__module__]
-    missing = getattr(module, "num2words", kind) is None
-    if missing:
-        module.num2words = str
-    try:
-        yield
-    finally:
-        if missing:
-            module.num2words = None
+def _in_words(number: int) -> str:
+    """In place of num2words where it is missing: a processor asks for it when it is made, and needs it for videos."""
+    raise ImportError(f"num2words is needed to write a video of {number} frames into a prompt: pip install num2words")
 
 
 def apply(processor: Any, what: str, **given: Any) -> Any:
