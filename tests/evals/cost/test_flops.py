@@ -115,11 +115,11 @@ def test_unmerged_attention(held: Any) -> None:
     assert alone.total == account(model.config, text_tokens=text).total, "nothing was merged"
 
 
-@pytest.mark.parametrize("family", tiny.each("anyres", "mrope"))
+@pytest.mark.parametrize("family", tiny.each("anyres", "mrope", "unit"))
 def test_unmerged_attention_of_other_mergers_and_families(family: str) -> None:
     """Merging inside the tower, newlines beside the places, and M-RoPE: with VTU and without."""
     model, one = tiny.make(family), tiny.family(family)
-    merger = {"pool": {"size": 2}} if one.anyres or one.mrope else {"tome": {"r": 2}}
+    merger = {"pool": {"size": 2}} if one.anyres or one.unit > 1 else {"tome": {"r": 2}}
     batch = tiny.build(model, [[4, "img", 5]], seed=3)
     size = tuple(batch["image_sizes"][0].tolist()) if "image_sizes" in batch else None
     if "image_grid_thw" in batch:

@@ -37,9 +37,9 @@ def test_a_picture_of_every_family(family: str, tmp_path: Path, capsys: Any) -> 
     Image.new("RGB", (112, 56), (200, 40, 40)).save(picture)
     folder = save(family, tmp_path / "model")
     found = told(capsys, folder, "uniform:4", "--media", picture, "--batch", 2)
-    shown = processor(family).image_processor(images=[[Image.open(picture)]], return_tensors="pt")
+    shown = prepared(Media((Image.open(picture),)), processor(family), 1, 1)
     adapter = tiny.adapter(tiny.make(family))
-    tokens = sum(layout.tokens for layout in adapter.layouts("image", dict(shown)))
+    tokens = sum(layout.tokens for layout in adapter.layouts("image", shown))
     assert [row["visual_entry"] for row in found["rows"]] == [2 * tokens, 2 * 4]
     assert found["rows"][1]["to_oracle"] and found["conditions"]["media"] == str(picture)
     twice = told(capsys, folder, "uniform:4", "--media", picture, "--images", 2)

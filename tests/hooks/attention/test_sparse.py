@@ -123,7 +123,7 @@ def test_what_a_stage_is_told(family):
         assert int(prompt.image[-1]) == -1, "text at the end"
         if number < 2:
             assert prompt.length == trace.prompt_tokens[row]
-        if not (tiny.family(family).anyres or tiny.family(family).varlen):
+        if not (tiny.family(family).anyres or tiny.family(family).unit > 1):
             assert prompt.image[:3].tolist() == ([-1, -1, 0] if row == 0 else [-1, 1, 1])
 
 

@@ -11,7 +11,7 @@ from family import Draw, Family, Picture
 from tiny_models import IMG, PATCH, VISION_START
 from torch import Tensor
 
-from vtoken.evals.cost.geometry._split import cuts
+from vtoken.evals.cost.geometry._split import LONGEST, cuts
 
 # (rows, columns) of crops; one crop is not cut.
 SPECS = {1: (0, 0), 3: (1, 2), 5: (2, 2), 7: (2, 3), 9: (2, 4), 13: (3, 4), 17: (4, 4)}
@@ -51,7 +51,7 @@ class Split(Family):
         }
 
     def processor(self, kind: Any, tokenizer: Any, **options: Any) -> Any:
-        limits = {"size": {"longest_edge": 2 * self.size}, "max_image_size": {"longest_edge": self.size}}
+        limits = {"size": {"longest_edge": LONGEST * self.size}, "max_image_size": {"longest_edge": self.size}}
         return kind(self.images(**limits), tokenizer, *self.halves, image_seq_len=self.across**2, **options)
 
     def item(self, height: int, width: int, frames: int = 1) -> Any:

@@ -12,7 +12,7 @@ class Tiny(Split):
     scale, across, unit = 3, 2, 9
     image, other, odd = (1, 2), (0, 0), (2, 3)
     images = Idefics3ImageProcessorPil
-    shipped_picture = 4 * 5
+    shipped_picture = 4 * 17
     checkpoints = {
         "HuggingFaceM4/Idefics3-8B-Llama3": 8462,
         "HuggingFaceTB/SmolVLM-256M-Instruct": 256,

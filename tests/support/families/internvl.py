@@ -39,6 +39,8 @@ class Tiny(Family):
     pictures = ((56, 56, 1), (56, 112, 1), (300, 40, 1))
     unit = 4
     shipped_picture = 16
+    # The prompt tells which crops are a picture's, and what the tower left is told crop by crop.
+    waits = (("asked", "run.py:runs"),)
     checkpoints = {
         "OpenGVLab/InternVL3-1B-hf": 938,
         "OpenGVLab/InternVL3-2B-hf": 2089,

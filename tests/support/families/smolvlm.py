@@ -12,7 +12,7 @@ class Tiny(Split):
     scale, across, unit = 2, 4, 4
     image, other, odd = (0, 0), (1, 2), (2, 2)
     images, halves = SmolVLMImageProcessorPil, (None,)
-    shipped_picture = 16 * 5
+    shipped_picture = 16 * 17
     checkpoints = {
         "HuggingFaceTB/SmolVLM2-256M-Video-Instruct": 256,
         "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": 507,

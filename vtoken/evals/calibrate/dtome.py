@@ -1,5 +1,5 @@
-"""`vtoken calibrate dtome`: similarity thresholds of dtome (towers whose patches are tokens) and dtome_post (the others),
-by forward passes of the tower alone."""
+"""`vtoken calibrate dtome`: similarity thresholds of dtome and, where patches are joined behind the tower, dtome_post, by
+forward passes of the tower alone."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from vtoken.config import Pipeline
 from vtoken.errors import about
-from vtoken.evals.cost.geometry import Geometry, geometry
+from vtoken.evals.cost.geometry import Geometry, cut_alike, geometry
 from vtoken.evals.cost.token_flow import Counts, TokenFlow
 from vtoken.evals.shared.dense import DENSE
 from vtoken.evals.shared.options import Workload
@@ -155,15 +155,15 @@ def account(
 
 
 def picture_size(config: Any, prompt: Any) -> tuple[int, int] | None:
-    """(height, width) in pixels of a prompt's picture as the account takes it; None where the model resizes every
-    picture."""
+    """(height, width) in pixels of a prompt's picture as the account takes it, or another that is cut alike; None where
+    the model resizes every picture."""
     if "image_grid_thw" in prompt:
         _, rows, columns = prompt["image_grid_thw"][0].tolist()
         return rows * config.vision_config.patch_size, columns * config.vision_config.patch_size
     if "image_sizes" in prompt:
         height, width = prompt["image_sizes"][0].tolist()
         return height, width
-    return None
+    return cut_alike(config, prompt)
 
 
 def _tower(shape: Geometry, flow: TokenFlow) -> int:

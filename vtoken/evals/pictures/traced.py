@@ -14,7 +14,7 @@ from vtoken.evals.shared.media import Media, rgb
 from vtoken.hooks.state.trace import Trace
 
 # Least side of a tile in pixels, by how many there are.
-SIDES = {1: 720, 2: 480}
+SIDES = {1: 720, 2: 480, 3: 480}
 MANY = 280
 COLUMNS = 4
 

@@ -42,7 +42,8 @@ def typical(model: VtokenModel, requests: Sequence[Request]) -> Typical | str:
         grids = {"image_grid_thw": inputs["video_grid_thw"]} if "video_grid_thw" in inputs else {}
     else:
         grids = {key: inputs[key] for key in ("image_grid_thw", "image_sizes") if key in inputs}
-    if any((grid != grid[0]).any() for grid in grids.values()):
+    alike = len({i.parts for i in generator.adapter.layouts("image", inputs)}) == 1 if prompt.images else True
+    if not alike or any((grid != grid[0]).any() for grid in grids.values()):
         return "the pictures of the prompt differ in size"
     if len({len(clip.frames) for clip in prompt.clips}) > 1:
         return "the videos of the prompt differ in length"
@@ -51,7 +52,7 @@ def typical(model: VtokenModel, requests: Sequence[Request]) -> Typical | str:
     work = Workload(
         images=len(prompt.images) or len(prompt.clips),
         frames=len(prompt.clips[0].frames) if prompt.clips else 1,
-        image_size=picture_size(generator.model.config, grids),
+        image_size=picture_size(generator.model.config, {**grids, "input_ids": inputs["input_ids"]}),
         text_tokens=ids.shape[1] - visual,
         new_tokens=1,
     )

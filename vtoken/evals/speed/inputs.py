@@ -65,10 +65,12 @@ def random_prompt(
     inputs = pictures or random_inputs(config, batch, images, frames, image_size, draw)
     kind = "video" if "pixel_values_videos" in inputs else "image"
     shape = geometry(config, image_size, images, frames)
-    marked, crops = shape.parted_crops, adapter.layouts(kind, inputs)
-    # Without their prompt crops are told one by one.
-    runs = shape.runs * (len(crops) // (batch * images))
-    texts = _texts(text_tokens, _between(images, runs, marked or adapter.mrope, marked), ends=int(marked))
+    # All pictures are alike; a family that reads of the prompt which crops are one picture's does not know yet.
+    marked, pictured = shape.parted_crops, adapter.layouts(kind, inputs)
+    length, tokens = (sum(getattr(i, name) for i in pictured) // (batch * images) for name in ("length", "tokens"))
+    runs = len(pictured) // (batch * images) if marked else shape.runs
+    parted = adapter.mrope or adapter.prompted
+    texts = _texts(text_tokens, _between(images, runs, parted, marked), ends=int(marked))
     placeholder = adapter.placeholders[kind]
     every = torch.arange(config.get_text_config().vocab_size)
     mark, *plain = every[~torch.isin(every, torch.tensor(list(adapter.placeholders.values())))].tolist()
@@ -76,17 +78,15 @@ def random_prompt(
     text = words.split(texts, 1)
     if marked:
         _mark(text, runs, mark)
-    length = sum(layout.length for layout in crops) // (batch * images * runs)
-    shown = torch.full((batch, length), placeholder)
+    shown = torch.full((batch, length // runs), placeholder)
     ids = torch.cat([text[0], *(each for after in text[1:] for each in (shown, after))], 1)
-    layout = adapter.layouts(kind, {**inputs, "input_ids": ids})[0]
     found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if adapter.mrope:
         found["mm_token_type_ids"] = (ids == placeholder) * (1 + KINDS.index(kind))
     for name, value in inputs.items():
         found[name] = value.to(model.dtype) if name.startswith("pixel_values") else value
     moved = {name: value.to(model.device) for name, value in found.items()}
-    return Prompt(moved, kind, texts, runs, layout.tokens // runs, layout.length - layout.tokens)
+    return Prompt(moved, kind, texts, runs, tokens // runs, length - tokens)
 
 
 def prepared(media: Media, processor: Any, batch: int, images: int) -> dict[str, Tensor]:
@@ -97,7 +97,10 @@ def prepared(media: Media, processor: Any, batch: int, images: int) -> dict[str,
     """
     shown = list(media.pictures)
     if not media.video:
-        return dict(apply(processor.image_processor, "this picture", images=[shown * images] * batch))
+        more = getattr(processor, "images_kwargs", {})  # what it tells its image processor
+        found = dict(apply(processor.image_processor, "this picture", images=[shown * images] * batch, **more))
+        # Models do not take the processor's own account.
+        return {name: value for name, value in found.items() if name not in ("num_patches", "rows", "cols")}
     check_video(processor)
     videos = [shown] * (batch * images)
     return dict(apply(processor.video_processor, "this video", videos=videos, do_sample_frames=False))

@@ -90,7 +90,7 @@ class CallInputs:
         return get_rope_index
 
     def _read(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict, *, ahead: bool = False) -> None:
-        """Leaves the prompt for the feature functions of families that need it. `ahead`: it holds what a cache holds."""
+        """Leaves the prompt for the feature functions of families that need it. `ahead`: it holds what is cached."""
         given = embeds if ids is None else ids
         if self.adapter.prompted and pictured(kwargs) and given is not None:
             last = newest(ids, embeds, kwargs) if ahead else 0

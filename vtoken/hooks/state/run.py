@@ -68,8 +68,9 @@ def segments(layouts: Sequence[ImageLayout]) -> Tensor | None:
 
 def runs(kinds: Tensor) -> list[int]:
     """Lengths of the runs of visual tokens in `kinds` [B, L], row by row. Asks the device."""
-    edge = torch.nn.functional.pad((kinds > 0).to(torch.int8), (1, 1)).diff(dim=1).flatten()
-    return ((edge < 0).nonzero()[:, 0] - (edge > 0).nonzero()[:, 0]).tolist()
+    edge = torch.nn.functional.pad((kinds > 0).cpu().to(torch.int8), (1, 1)).diff(dim=1).flatten()
+    lengths: list[int] = ((edge < 0).nonzero()[:, 0] - (edge > 0).nonzero()[:, 0]).tolist()
+    return lengths
 
 
 @dataclass(frozen=True)

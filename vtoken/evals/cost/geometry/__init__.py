@@ -17,7 +17,7 @@ from vtoken import registry
 from vtoken.errors import UnsupportedError
 from vtoken.evals.cost.geometry.shapes import Draw, Geometry, ImageSize, Pictures
 
-__all__ = ["Geometry", "ImageSize", "families", "geometry", "random_inputs"]
+__all__ = ["Geometry", "ImageSize", "cut_alike", "families", "geometry", "random_inputs"]
 
 
 def families() -> list[str]:
@@ -62,6 +62,14 @@ def random_inputs(
     shape = geometry(config, size, images, frames)
     inputs: dict[str, Tensor] = _of(config).inputs(config, shape, Pictures(rows, images, frames, size), draw)
     return inputs
+
+
+def cut_alike(config: Any, prompt: Any) -> tuple[int, int] | None:
+    """(height, width) of a picture that has as many crops as those of a prompt, where the family's file says how that
+    is seen (`size_of`); else None."""
+    told = getattr(_of(config), "size_of", None)
+    size: tuple[int, int] | None = None if told is None else told(config, prompt)
+    return size
 
 
 def _of(config: Any) -> Any:

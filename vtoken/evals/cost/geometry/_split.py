@@ -13,6 +13,7 @@ from torch import Tensor
 from vtoken.evals.cost.geometry._padded import pair, still
 from vtoken.evals.cost.geometry.decoder import decoder
 from vtoken.evals.cost.geometry.shapes import Draw, Geometry, ImageSize, Layers, Pictures, Projector, Tower
+from vtoken.hooks.state.parted import crops_of
 
 LONGEST = 4  # crops along the longer side
 
@@ -56,6 +57,19 @@ def geometry(config: Any, pictures: Pictures) -> Geometry:
         vocabulary=text.vocab_size,
         parted_crops=True,
     )
+
+
+def size_of(config: Any, prompt: Any) -> tuple[int, int] | None:
+    """(height, width) of a picture with as many crops as the first of a prompt has; None without pictures, or where its
+    processor cut otherwise than described above."""
+    vision, ids = config.vision_config, prompt.get("input_ids")
+    each = (vision.image_size // vision.patch_size // config.scale_factor) ** 2
+    shown = None if ids is None else ids == config.image_token_id
+    many = 0 if shown is None else int(shown.sum()) // each
+    if shown is None or not many:
+        return None
+    lines, odd = divmod(crops_of(ids, shown, many, each)[0] - 1, LONGEST)
+    return (lines * vision.image_size, LONGEST * vision.image_size) if lines and not odd else None
 
 
 def inputs(config: Any, shape: Geometry, pictures: Pictures, draw: Draw) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from vtoken.errors import UnsupportedError
 from vtoken.evals.cost.geometry._padded import crop, crop_pixels, pair, still
 from vtoken.evals.cost.geometry.decoder import decoder
 from vtoken.evals.cost.geometry.shapes import Draw, Geometry, ImageSize, Layers, Pictures, Projector, Tower
+from vtoken.hooks.state.run import runs
 
 MOST = 12  # crops beside the thumbnail, as InternVL's processor is set
 
@@ -65,6 +66,14 @@ def crops(size: ImageSize, side: int) -> int:
 
     columns, rows = get_optimal_tiled_canvas(pair(size), (side, side), 1, MOST)
     return columns * rows + (columns * rows > 1)
+
+
+def size_of(config: Any, prompt: Any) -> tuple[int, int] | None:
+    """(height, width) of a picture with as many crops as the first of a prompt has; None without pictures."""
+    found = runs(prompt["input_ids"] == config.image_token_id) if "input_ids" in prompt else []
+    (_, rows, columns), side = crop(config), pair(config.vision_config.image_size)[0]
+    many = found[0] * round(1 / config.downsample_ratio) ** 2 // (rows * columns) if found else 0
+    return (side, side * max(1, many - 1)) if many else None
 
 
 def inputs(config: Any, shape: Geometry, pictures: Pictures, draw: Draw) -> dict[str, Tensor]:
