@@ -185,8 +185,8 @@ def test_the_projector_sees_what_is_left(family: str) -> None:
         model(**batch)
         hook.remove()
         left = sum(vtoken.trace(model).tokens_out)
-    ((many, rows, _),) = entering
-    assert many * rows == left or rows == adapter.patches
+    ((many, each, _),) = entering
+    assert many * each == left or each == adapter.patches
 
 
 @families

@@ -9,10 +9,10 @@ from families._split import Split
 
 class Tiny(Split):
     classes = "Idefics3"
-    scale, across, unit = 3, 2, 9
+    scale, across, unit = 3, 3, 9
     image, other, odd = (1, 2), (0, 0), (2, 3)
     images = Idefics3ImageProcessorPil
-    shipped_picture = 4 * 17
+    shipped_picture = 9 * 17
     checkpoints = {
         "HuggingFaceM4/Idefics3-8B-Llama3": 8462,
         "HuggingFaceTB/SmolVLM-256M-Instruct": 256,
