@@ -37,7 +37,8 @@ class Family:
     Attributes:
         classes: how the names of its classes in transformers begin; processes: that of its processor, where it is
             another family's.
-        words: that stand for an image and for a video; around: those that enclose either.
+        words: that stand for an image and for a video; around: those that enclose either; marks: further
+            special tokens.
         image: spec of "img" in `tiny.build`; video: of "video", None where the family takes none.
         other, odd: further images: of another raster, and one that is padded or scaled where the family does so.
         other_video: a video of four frames and another size, where sizes may differ.
@@ -51,6 +52,8 @@ class Family:
         deepstack: decoder layers that are given features of early tower layers.
         rows_parted: a token of its own stands between the rows of an image.
         anyres: images are cut into crops, with a newline token behind each row of them.
+        split: images are cut into crops that text parts in the prompt, the whole behind them; a spec is (rows, columns)
+            of crops, (0, 0) where it is not cut.
         crops_one_only: they are cut only in a row that holds no other image.
         equal_videos: videos of a batch must have equally many frames.
         pooled_videos: frames are scaled down behind the tower by interpolation.
@@ -73,6 +76,7 @@ class Family:
     processes: ClassVar[str] = ""
     words: ClassVar[tuple[str, str]] = ("<image>", "<video>")
     around: ClassVar[tuple[str, str]] = ("", "")
+    marks: ClassVar[tuple[str, str]] = ("<|vision_start|>", "<|vision_end|>")
     image: ClassVar[Spec]
     other: ClassVar[Spec]
     odd: ClassVar[Spec]
@@ -88,6 +92,7 @@ class Family:
     deepstack: ClassVar[int] = 0
     rows_parted: ClassVar[bool] = False
     anyres: ClassVar[bool] = False
+    split: ClassVar[bool] = False
     crops_one_only: ClassVar[bool] = False
     equal_videos: ClassVar[bool] = False
     pooled_videos: ClassVar[bool] = False

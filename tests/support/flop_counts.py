@@ -113,8 +113,9 @@ def counted(call: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
-def part(counter: FlopCounterMode, module: torch.nn.Module, name: str) -> Any:
-    """Counts of a module; generate calls the tower and the projector as roots, which are named by their class."""
+def part(counter: FlopCounterMode, module: torch.nn.Module, name: str | tuple[str, ...]) -> Any:
+    """Counts of a module, whose name ends like this, or like one of these; generate calls the tower and the projector as
+    roots, which are named by their class."""
     counts = counter.get_flop_counts()
     root = type(module).__name__
     return counts[root if root in counts else next(key for key in counts if key.endswith(name))]

@@ -26,13 +26,15 @@ def processor(family: str) -> Any:
     """The stock processor without its video half."""
     one = tiny.family(family)
     kind = pictures_only(present(getattr(transformers, f"{one.processes or one.classes}Processor")))
-    return one.processor(kind, tokenizer(*one.words), chat_template=_template(*one.words, *one.around))
+    return one.processor(kind, tokenizer(*one.words, *one.marks), chat_template=_template(*one.words, *one.around))
 
 
-def tokenizer(image: str, video: str) -> PreTrainedTokenizerFast:
+def tokenizer(
+    image: str, video: str, start: str = "<|vision_start|>", end: str = "<|vision_end|>"
+) -> PreTrainedTokenizerFast:
     words = {f"w{k}": k for k in range(VOCAB)}
     special = {0: "<pad>", 1: "<bos>", 2: "<unk>", IMG: image, VID: video}
-    special |= {VISION_START: "<|vision_start|>", VISION_END: "<|vision_end|>"}
+    special |= {VISION_START: start, VISION_END: end}
     for k, word in special.items():
         del words[f"w{k}"]
         words[word] = k

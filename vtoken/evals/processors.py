@@ -101,7 +101,12 @@ def pictures_only(kind: type[Any]) -> type[Any]:
         # What is loaded are the other parts, by position.
         return super(made, cls).from_args_and_dict([*args[:place], None, *args[place:]], settings, **options)
 
+    module: Any = sys.modules[kind.__module__]
+    if getattr(module, "num2words", kind) is None:
+        module.num2words = _in_words
     fields = {
+        # One that prepares videos too asks that half for its settings.
+        "apply_chat_template": ProcessorMixin.apply_chat_template,
         "get_attributes": classmethod(lambda cls: [name for name in parts if name != "video_processor"]),
         "from_args_and_dict": classmethod(from_args_and_dict),
         # Written into saved files, where the stock class must find itself.
@@ -109,6 +114,11 @@ def pictures_only(kind: type[Any]) -> type[Any]:
     }
     made: Any = type(kind.__name__, (kind, Still), fields)
     return made
+
+
+def _in_words(number: int) -> str:
+    """In place of num2words where it is missing: a processor asks for it when it is made, and needs it for videos."""
+    raise ImportError(f"num2words is needed to write a video of {number} frames into a prompt: pip install num2words")
 
 
 def apply(processor: Any, what: str, model: Any = None, **given: Any) -> Any:

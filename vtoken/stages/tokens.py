@@ -38,12 +38,12 @@ class VisualTokens:
         lengths: N_i on the host, so that no stage has to fetch a size from the device.
         parts: rasters of each image before anything was dropped, as (frames, rows, columns), in token order. A plain
             image or a video has one raster; an anyres image has two, the downscaled whole picture and the stitched
-            crops without their padding. Newline tokens belong to no raster: they follow the pipeline's newline policy
-            and no method sees them.
+            crops without their padding; where crops are not stitched each has its own, and the whole is the last.
+            Newline tokens belong to no raster: they follow the pipeline's newline policy and no method sees them.
         row: batch row of each image.
         raster_index: [ΣN] position of each token among its image's unpruned tokens (rasters one after the other).
-        segment: [ΣN] frame of a video, or crop of an anyres image (0 is the downscaled whole), that each token belongs
-            to; None if every image is a single segment.
+        segment: [ΣN] frame of a video, or crop of an image (of an anyres one 0 is the downscaled whole), that each
+            token belongs to; None if every image is a single segment.
         facts: what the stage declared in `needs`.
         layer: layer index at encoder and decoder sites, else None.
         memory: scratch space of this stage for this prefill (stages themselves hold no state).
@@ -123,8 +123,8 @@ def segments_of(parts: Parts, per: str) -> int:
     padding: a long picture that is forced into 2 x 2 crops has more of them."""
     if len(parts) == 1:
         return parts[0][0] if per == "per_frame" else 1
-    (_, side, _), (_, height, width) = parts
-    return 1 + -(-height // side) * -(-width // side) if per == "per_crop" else 1
+    (_, side, _), *others = parts
+    return 1 + sum(-(-h // side) * -(-w // side) for _, h, w in others) if per == "per_crop" else 1
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def test_every_config_is_here() -> None:
 def test_builtin_config(name: str) -> None:
     config: Any = resolve_config(name)
     dense = account(config)
-    assert dense.dtype_bytes == 2
+    assert dense.dtype_bytes == config.dtype.itemsize
     with torch.device("meta"):
         model: Any = AutoModelForImageTextToText.from_config(config)
     assert round(sum(p.numel() for p in set(model.parameters())) / 1e6) == PARAMETERS[name]

@@ -48,7 +48,7 @@ def test_parts_of_generate(models: Any, family: str, size: tuple[int, int], fram
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=SDPA) as counter:
         model.generate(**batch, max_new_tokens=1, do_sample=False)
     everything = counter.get_total_flops()
-    language = part(counter, model.get_decoder(), "language_model")
+    language = part(counter, model.get_decoder(), ("language_model", "text_model"))
     attention = sum(n for op, n in language.items() if "attention" in str(op))
     head = sum(part(counter, model.lm_head, "lm_head").values())
     assert claimed.prefill_attention == pytest.approx(attention, rel=CLOSE)

@@ -21,7 +21,7 @@ from vtoken.evals.shared import models
 from vtoken.evals.shared.media import Media
 from vtoken.evals.speed.inputs import prepared, random_prompt
 
-FEW = ["--repeats", "1", "--warmup", "0", "--new-tokens", "2", "--text-tokens", "9"]
+FEW = ["--repeats", "1", "--warmup", "0", "--new-tokens", "2", "--text-tokens", "16"]
 
 
 def told(capsys: Any, *words: Any) -> dict[str, Any]:

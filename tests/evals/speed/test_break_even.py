@@ -20,7 +20,7 @@ from vtoken.evals.speed import break_even
 from vtoken.evals.speed.break_even import Length, Measured, Step, lengths, measure
 from vtoken.evals.speed.latency import Bench, Row, Spread, bench
 
-FEW = {"repeats": 2, "warmup": 0, "new_tokens": 2, "text_tokens": 20}
+FEW = {"repeats": 2, "warmup": 0, "new_tokens": 2, "text_tokens": 40}
 
 
 def steps(*highs: float, aside: str | None = None) -> tuple[Step, ...]:
@@ -71,7 +71,7 @@ def test_a_given_size_is_the_only_one() -> None:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_lengths_are_what_the_model_sees(family: str) -> None:
     model = tiny.make(family)
-    tried = lengths(model.config, 100)[:2]
+    tried = lengths(model.config, 300)[:2]
     with torch.no_grad():
         found = measure(model, [config.load("uniform:2"), config.load(Deep(at=(1,)))], tried, batch=2, **FEW)
     assert [[s.visual_tokens for s in each] for each in found.steps.values()] == [[t.visual_tokens for t in tried]] * 2

@@ -122,7 +122,7 @@ def test_the_oracle_of_every_family(family: str, frames: int, stage: Any) -> Non
     model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=8)
     model.generate(**tiny.build(model, [["img", 1]]))
     before, adapter = hooks(model), registry.adapter(family)(model)
-    prompt = random_prompt(adapter, batch=3, images=2, frames=frames, image_size=(84, 140), text_tokens=9, seed=3)
+    prompt = random_prompt(adapter, batch=3, images=2, frames=frames, image_size=(84, 140), text_tokens=32, seed=3)
     runner = Runner(adapter, prompt)
     with torch.inference_mode():
         subject = runner.prepare(pipeline)

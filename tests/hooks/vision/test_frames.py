@@ -183,9 +183,7 @@ def test_what_no_stage_may_do(family: str, stage: Any, says: str) -> None:
 
 @pytest.mark.parametrize("family", tiny.families(takes_video=False))
 def test_families_without_videos_are_refused(family: str) -> None:
-    with pytest.raises(
-        UnsupportedError, match=f"frames_farthest chooses frames of videos, and {family} takes none"
-    ):
+    with pytest.raises(UnsupportedError, match=f"frames_farthest chooses frames of videos, and {family} takes none"):
         vtoken.wrap(tiny.make(family), "frames_farthest:2")
 
 

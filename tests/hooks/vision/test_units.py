@@ -16,7 +16,12 @@ from vtoken.hooks.vision.unit_tower import members
 
 UNITS = [name for name in tiny.families(varlen=False) if tiny.family(name).unit > 1]
 families = pytest.mark.parametrize("family", UNITS)
-ROWS = [["img", 3], [1, "img", 2, "img", 7], [4]]
+
+
+def rows(family):
+    """Pictures of one crop."""
+    one = ("img", (0, 0)) if tiny.family(family).split else "img"
+    return [[one, 3], [1, one, 2, one, 7], [4]]
 
 
 def test_members_are_squares() -> None:
@@ -38,7 +43,7 @@ class Plain:
 
     @torch.no_grad()
     def __call__(self, pixels, cuts):
-        """Features [units, D] of a crop [1, 3, H, W]; cuts: layer -> (kept, into) units, `into` None drops, else means
+        """Features [units, D] of the pixels of a crop; cuts: layer -> (kept, into) units, `into` None drops, else means
         of equal weight."""
         e, place, cls = self.adapter.encoder, members(self.adapter.patches, self.adapter.encoder.unit, "cpu"), self.cls
         left = torch.arange(len(place))
@@ -77,7 +82,7 @@ class Plain:
         out = self.model.get_image_features(pixels, return_dict=True).pooler_output
         for handle in handles:
             handle.remove()
-        return out.flatten(0, -2)
+        return (out if torch.is_tensor(out) else torch.cat(list(out))).flatten(0, -2)
 
 
 STAGES = {
@@ -95,7 +100,7 @@ STAGES = {
 def test_equals_a_tower_by_hand(family: str, name: str, attn: str) -> None:
     """Units leave; the later layers run on fewer patches, and crops that keep different counts do not see padding."""
     model, stock = tiny.make(family, attn), Plain(tiny.make(family, attn))
-    batch = tiny.build(model, ROWS, seed=3)
+    batch = tiny.build(model, rows(family), seed=3)
     widths, seen = [], []
     with vtoken.wrapped(model, [*STAGES[name], Recorder(asks=(), seen=seen)]):
         hook = tiny.adapter(model).encoder.layers[3].register_forward_hook(lambda m, a, o: widths.append(o.shape[1]))
@@ -106,10 +111,10 @@ def test_equals_a_tower_by_hand(family: str, name: str, attn: str) -> None:
     inside = [stage for stage in trace.stages if stage.site == "encoder"]
     cls, unit = stock.cls, tiny.family(family).unit
     assert widths == [cls + unit * max(inside[-1].tokens_out)] and sum(trace.tokens_out) < sum(trace.visual_tokens)
-    rows = seen[0].x.split(trace.tokens_out)
-    for crop, (pixels, got) in enumerate(zip(batch["pixel_values"].flatten(0, -4), rows, strict=True)):
+    left = seen[0].x.split(trace.tokens_out)
+    for crop, (pixels, got) in enumerate(zip(batch["pixel_values"].flatten(0, -4), left, strict=True)):
         cuts = {s.layer: (s.kept[crop], None if s.into is None else s.into[crop]) for s in inside}
-        want = stock(pixels[None], cuts)[inside[-1].kept[crop]]
+        want = stock(pixels[(None,) * (batch["pixel_values"].ndim - 3)], cuts)[inside[-1].kept[crop]]
         torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
         assert len(want) == inside[-1].tokens_out[crop]
 
@@ -117,7 +122,7 @@ def test_equals_a_tower_by_hand(family: str, name: str, attn: str) -> None:
 @families
 def test_facts_are_means_over_units(family: str) -> None:
     model, eager = tiny.make(family), tiny.make(family, "eager")
-    batch = tiny.build(model, ROWS, seed=3)
+    batch = tiny.build(model, rows(family), seed=3)
     adapter, pixels = tiny.adapter(eager), batch["pixel_values"].flatten(0, -4)
     place, cls, e = members(adapter.patches, adapter.encoder.unit, "cpu"), int(adapter.encoder.cls), adapter.encoder
     maps, taps = [], []
@@ -173,21 +178,21 @@ def test_a_row_of_a_batch_is_what_it_is_alone(family: str, name: str) -> None:
 def test_the_projector_sees_what_is_left(family: str) -> None:
     """Where it is given units: those that were dropped are not computed."""
     model = tiny.make(family)
-    batch, adapter = tiny.build(model, ROWS, seed=3), tiny.adapter(model)
+    batch, adapter = tiny.build(model, rows(family), seed=3), tiny.adapter(model)
     entering: list = []
     with vtoken.wrapped(model, [Inside(at=(0,))]):
         hook = adapter.projectors[0].register_forward_pre_hook(lambda m, args: entering.append(args[0].shape))
         model(**batch)
         hook.remove()
         left = sum(vtoken.trace(model).tokens_out)
-    ((many, rows, _),) = entering
-    assert many * rows == left or rows == adapter.patches
+    ((many, each, _),) = entering
+    assert many * each == left or each == adapter.patches
 
 
 @families
 def test_facts_are_zero_where_units_left_before(family: str) -> None:
     model, seen = tiny.make(family), []
-    batch = tiny.build(model, ROWS, seed=3)
+    batch = tiny.build(model, rows(family), seed=3)
     with vtoken.wrapped(model, [Inside(at=(0,)), Recorder(asks=(("keys", 3), ("features", None)), seen=seen)]):
         model(**batch)
         (stage, _) = vtoken.trace(model).stages

@@ -142,18 +142,21 @@ def views(processor: Any, pixel_values: Any, media: Media, parts: Sequence[Parts
 
     Args:
         processor: a Hugging Face processor or image processor.
-        pixel_values: [images, 3, H, W] or [images, crops, 3, H, W], crop 0 being the whole; [crops, 3, H, W] where
-            every raster is a crop. Flattened patches, or None, belong to processors that resize without cropping, so
+        pixel_values: [images, 3, H, W] or [images, crops, 3, H, W], crop 0 being the whole; [crops, 3, H, W] or
+            [rows, crops, 3, H, W], padded with zeros, where every raster is a crop. Flattened patches, or None, belong to processors that resize without cropping, so
             that a raster covers the original.
         media: the originals.
         parts: rasters of each image, as in the trace.
     """
     if media.video:
         return [list(media.pictures)]
-    found = []
-    if pixel_values is not None and pixel_values.dim() == 4 and len(pixel_values) == sum(map(len, parts)):
-        crops = iter(pixel_values)
-        return [[as_seen(processor, next(crops)) for _ in rasters] for rasters in parts]
+    found: list[list[Image.Image]] = []
+    if pixel_values is not None and pixel_values.dim() >= 4 and all(len(set(rasters)) == 1 for rasters in parts):
+        shown = pixel_values.reshape(-1, *pixel_values.shape[-3:])
+        real = (shown != 0).flatten(1).any(1)
+        if int(real.sum()) == sum(map(len, parts)):
+            crops = iter(shown[real])
+            return [[as_seen(processor, next(crops)) for _ in rasters] for rasters in parts]
     for k, (picture, rasters) in enumerate(zip(media.pictures, parts, strict=True)):
         pixels = None if pixel_values is None or pixel_values.dim() < 4 else pixel_values[k]
         whole = picture if pixels is None else as_seen(processor, pixels.reshape(-1, *pixels.shape[-3:])[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ class Prompt:
         inputs: arguments of `generate`, as the family's processor returns them.
         kind: "image" or "video".
         texts: text tokens before, between and after the runs of placeholders.
-        runs: how many runs an image has: one, or one per frame where timestamps part them.
+        runs: how many runs an image has: one, or one per frame or crop where text parts them.
         run: visual tokens in each, newlines not counted.
         newlines: newline tokens of an image.
     """
@@ -63,16 +64,21 @@ def random_prompt(
 
     inputs = pictures or random_inputs(config, batch, images, frames, image_size, draw)
     kind = "video" if "pixel_values_videos" in inputs else "image"
+    shape = geometry(config, image_size, images, frames)
     # All pictures are alike; a family that reads of the prompt which crops are one picture's does not know yet.
-    pictured = adapter.layouts(kind, inputs)
+    marked, pictured = shape.parted_crops, adapter.layouts(kind, inputs)
     length, tokens = (sum(getattr(i, name) for i in pictured) // (batch * images) for name in ("length", "tokens"))
-    runs = geometry(config, image_size, images, frames).runs
-    texts = _texts(text_tokens, images * runs, between=int(adapter.mrope or adapter.prompted))
+    runs = len(pictured) // (batch * images) if marked else shape.runs
+    parted = adapter.mrope or adapter.prompted
+    texts = _texts(text_tokens, _between(images, runs, parted, marked), ends=int(marked))
     placeholder = adapter.placeholders[kind]
     every = torch.arange(config.get_text_config().vocab_size)
     marks = [*adapter.placeholders.values(), *adapter.embedded.values()]
-    plain = every[~torch.isin(every, torch.tensor(marks))]
-    text = plain[torch.randint(len(plain), (batch, text_tokens), generator=generator)].split(texts, 1)
+    mark, *plain = every[~torch.isin(every, torch.tensor(marks))].tolist()
+    words = torch.tensor(plain)[torch.randint(len(plain), (batch, text_tokens), generator=generator)]
+    text = words.split(texts, 1)
+    if marked:
+        _mark(text, runs, mark)
     shown = torch.full((batch, length // runs), placeholder)
     ids = torch.cat([text[0], *(each for after in text[1:] for each in (shown, after))], 1)
     found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -94,21 +100,35 @@ def prepared(media: Media, processor: Any, batch: int, images: int) -> dict[str,
     if not media.video:
         more = getattr(processor, "images_kwargs", {})  # what it tells its image processor
         found = dict(apply(processor.image_processor, "this picture", images=[shown * images] * batch, **more))
-        found.pop("num_patches", None)  # the processor's own account, which models do not take
-        return found
+        # Models do not take the processor's own account.
+        return {name: value for name, value in found.items() if name not in ("num_patches", "rows", "cols")}
     check_video(processor)
     videos = [shown] * (batch * images)
     return dict(apply(processor.video_processor, "this video", videos=videos, do_sample_frames=False))
 
 
-def _texts(tokens: int, runs: int, between: int) -> tuple[int, ...]:
+def _between(images: int, runs: int, parted: bool, marked: bool) -> list[int]:
+    """Text tokens that have to stand between each two runs of placeholders, of which an image has so many."""
+    return [int(parted) + int(marked and place % runs == 0) for place in range(1, images * runs)]
+
+
+def _texts(tokens: int, between: list[int], ends: int) -> tuple[int, ...]:
     """Text tokens before, between and after the runs; what is not needed between them stands half before, half
-    after."""
-    inner = between * (runs - 1)
-    if tokens < inner + 1:
+    after, at least `ends` each."""
+    inner = sum(between)
+    least = inner + max(1, 2 * ends)
+    if tokens < least:
         raise ConfigError(
-            f"text_tokens must be at least {inner + 1}, not {tokens}: a text token parts each two of the {runs} "
-            "images or frames"
+            f"text_tokens must be at least {least}, not {tokens}: a text token parts each two of the "
+            f"{len(between) + 1} images, crops or frames"
         )
     head = (tokens - inner) // 2
-    return (head, *[between] * (runs - 1), tokens - inner - head)
+    return (head, *between, tokens - inner - head)
+
+
+def _mark(text: Sequence[Tensor], runs: int, mark: int) -> None:
+    """Puts a mark in front of every run of placeholders, and one behind each image, which has so many of them."""
+    for before in text[:-1]:
+        before[:, -1] = mark
+    for behind in text[runs::runs]:
+        behind[:, 0] = mark

@@ -1,0 +1,81 @@
+"""What Idefics3 and SmolVLM share: a picture is cut into crops that text parts in the prompt, the whole behind them;
+k x k patches become a token in the connector."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from vtoken.adapters.base import Adapter, Encoder, check_decoder
+from vtoken.errors import UnsupportedError
+from vtoken.hooks.state.parted import crops_of, real
+from vtoken.hooks.state.run import ImageLayout
+
+
+class Split(Adapter):
+    """Finds tower, connector and decoder; `side` is the number of tokens along a crop's edge."""
+
+    prompted: ClassVar[bool] = True
+
+    def __init__(self, model: Any) -> None:
+        outer: Any = getattr(model, "model", None)
+        if not (hasattr(outer, "vision_model") and hasattr(outer, "text_model")):
+            raise UnsupportedError(
+                f"expected a {self.model_type} model with its language-model head (…ForConditionalGeneration), got "
+                f"{type(model).__name__}; wrap the whole VLM, model and not model.model"
+            )
+        self.model, self.outer = model, outer
+        self.lm, self.tower, self.projectors = (
+            outer.text_model,
+            outer.vision_model,
+            (outer.connector.modality_projection,),
+        )
+        check_decoder(self.lm)
+        config, layers = model.config, self.tower.encoder.layers
+        vision, last = config.vision_config, len(layers) - 1
+        self.encoder = Encoder(
+            layers=layers,
+            heads=layers[0].self_attn.num_heads,
+            scale=layers[0].self_attn.scale,
+            cls=False,
+            feature_layers=(last,),
+            attention_layer=last,
+            unit=config.scale_factor**2,
+        )
+        self.placeholders, self.missing = {"image": config.image_token_id}, {}
+        self.size, self.patch = vision.image_size, vision.patch_size
+        self.side = self.size // self.patch // config.scale_factor
+        self.patches = (self.size // self.patch) ** 2
+
+    def check_call(self, kwargs: dict[str, Any]) -> None:
+        given = kwargs.get("mm_encoder_outputs")
+        if kwargs.get("image_hidden_states") is not None or torch.is_tensor(given):
+            raise UnsupportedError(
+                f"{self.model_type} was given image features as a tensor, which does not tell whose they are; pass "
+                "pixel_values"
+            )
+
+    def layouts(self, kind: str, arguments: dict[str, Any]) -> tuple[ImageLayout, ...]:
+        pixels, each = arguments.get("pixel_values"), self.side**2
+        if pixels is None or pixels.ndim != 5 or pixels.shape[-2:] != (self.size, self.size):
+            raise ValueError(
+                f"{self.model_type} needs pixel_values [rows, crops, 3, {self.size}, {self.size}] to encode, got "
+                f"{None if pixels is None else list(pixels.shape)}; pass what its processor returns"
+            )
+        number = real(pixels, arguments.get("pixel_attention_mask"), self.patch)
+        ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
+        given = embeds if ids is None else ids
+        counts = [1] * number if given is None else crops_of(given, self.visual_kinds(ids, embeds), number, each)
+        return tuple(self.picture(n) for n in counts)
+
+    def picture(self, crops: int) -> ImageLayout:
+        """The layout of so many crops, the whole being the last."""
+        segment = torch.arange(crops).repeat_interleave(self.side**2) if crops > 1 else None
+        return ImageLayout(((1, self.side, self.side),) * crops, segment)
+
+    def crops(self, arguments: dict[str, Any]) -> list[int]:
+        return [len(layout.parts) for layout in self.layouts("image", arguments)]
+
+    def split(self, tokens: int) -> tuple[ImageLayout, ...]:
+        return (self.picture(1),) * (tokens // self.side**2)

@@ -1,0 +1,63 @@
+"""Which crops stand in a prompt as one picture, where text parts them and nothing else tells."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vtoken.errors import UnsupportedError
+
+
+def crops_of(given: Tensor, kinds: Tensor, crops: int, tokens: int) -> list[int]:
+    """Crops of each picture, in reading order. Asks the device.
+
+    A mark stands in front of every crop and one behind each picture, so that between two crops of a picture there is
+    one, and between two pictures there are two. Which token that is, the last picture of a row tells, which it follows.
+    Where the prompt does not hold so many crops, or not like this, each crop is a picture.
+
+    Args:
+        given: [B, L] ids, or [B, L, D] embeddings.
+        kinds: [B, L], not 0 at placeholders.
+        crops: that were given as pixels, of so many `tokens` each.
+    """
+    row, column = (kinds > 0).nonzero(as_tuple=True)
+    if len(column) != crops * tokens:
+        return [1] * crops
+    row, first, last = row[::tokens], column[::tokens], column[tokens - 1 :: tokens]
+    length = given.shape[1]
+    behind = row.new_zeros(len(given)).scatter_reduce_(0, row, last + 1, "amax")
+    # Behind a prompt that ends on a picture stands none.
+    closing = given[torch.arange(len(given), device=given.device), behind.clamp(max=length - 1)][:, None]
+    mark = (given == closing if given.ndim == 2 else (given == closing).all(-1)) & (kinds == 0)
+    seen = mark.cumsum(1)
+    between = seen[row[1:], first[1:]] - seen[row[:-1], last[:-1]]
+    follows = (row[1:] == row[:-1]) & (between == 1)
+    whole = bool((last - first == tokens - 1).all())
+    out = [1]
+    for same in follows.tolist() if whole else [False] * (crops - 1):
+        out[-1:] = [out[-1] + 1] if same else [out[-1], 1]
+    return out
+
+
+def real(pixels: Tensor, mask: Tensor | None, patch: int) -> int:
+    """How many crops of pixels [rows, crops, 3, H, W] are no padding: those that are not all zero, and one where all
+    are. Asks the device.
+
+    Args:
+        mask: [rows, crops, H, W], 0 at padding; patch: pixels along an edge of one.
+
+    Raises:
+        UnsupportedError: the mask hides a part of a crop.
+    """
+    shown = (pixels != 0).flatten(2).any(-1)
+    found = [shown.sum()]
+    if mask is not None:
+        patches = mask.unfold(2, patch, patch).unfold(3, patch, patch).flatten(4).any(-1)
+        found.append((shown & ~patches.flatten(2).all(-1)).sum())
+    number, *partial = torch.stack(found).tolist()
+    if any(partial):
+        raise UnsupportedError(
+            "pixel_attention_mask hides a part of a picture, of which the model makes tokens all the same; resize "
+            "pictures to whole crops, as the model's processor does, or call vtoken.unwrap(model) first"
+        )
+    return max(int(number), 1)
