@@ -49,6 +49,7 @@ class Family:
         varlen: the tower takes the patches of all images in one sequence.
         unit: patches that become one visual token.
         full_attention: tower layers whose tokens see the whole image; None: all.
+        states: decoder layers that keep a state instead of attending.
         deepstack: decoder layers that are given features of early tower layers.
         anyres: images are cut into crops, with a newline token behind each row of them.
         crops_one_only: they are cut only in a row that holds no other image.
@@ -75,6 +76,7 @@ class Family:
     unit: ClassVar[int] = 1
     full_attention: ClassVar[tuple[int, ...] | None] = None
     deepstack: ClassVar[int] = 0
+    states: ClassVar[tuple[int, ...]] = ()
     anyres: ClassVar[bool] = False
     crops_one_only: ClassVar[bool] = False
     equal_videos: ClassVar[bool] = False
@@ -91,6 +93,11 @@ class Family:
     @property
     def takes_video(self) -> bool:
         return self.video is not None
+
+    @property
+    def attending(self) -> tuple[int, ...]:
+        """Decoder layers, of the four, that attend."""
+        return tuple(k for k in range(4) if k not in self.states)
 
     @property
     def served(self) -> bool:

@@ -31,6 +31,8 @@ class CompositeAttention(SparseAttention):
         "project's. Neither method's saving on projections and MLP is made."
     )
 
+    keeps_apart: ClassVar[bool] = True
+
     min_len: int = Field(default=0, ge=0, description="prompts of fewer tokens keep the model's own attention")
     first: int | None = Field(
         default=None, ge=0, description="first decoder layer it acts in; none given: half of the depth"
