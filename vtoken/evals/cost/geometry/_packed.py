@@ -57,6 +57,7 @@ def packed(
     deepstack: Sequence[int] = (),
     full: Sequence[int] | None = None,
     parted_frames: bool = False,
+    stack: Layers | None = None,
 ) -> Geometry:
     """The whole model.
 
@@ -66,6 +67,7 @@ def packed(
         deepstack: blocks whose outputs have mergers of their own.
         full: blocks that attend to the whole image; None: all. The others attend in windows.
         parted_frames: as in Geometry.
+        stack: the decoder, where it is not of the Llama kind.
     """
     vision, text = config.vision_config, config.text_config
     grid = t, h, w = patch_grid(vision, image_size, frames)
@@ -99,7 +101,7 @@ def packed(
         parts=(raster,),
         sources=((1, 1),),
         newlines=(0, 0),
-        decoder=decoder(text),
+        decoder=decoder(text) if stack is None else stack,
         vocabulary=text.vocab_size,
         parted_frames=parted_frames,
     )
