@@ -31,11 +31,10 @@ KINDS = ("pruner", "compressor", "preset", "adapter")
 LIST = "`vtoken list`"
 
 # Families that look alike but are not, and why.
-_HYBRID = (
-    "its decoder alternates attention with linear-attention layers, whose state would run over other tokens than the "
-    "cache holds; Qwen3-VL is the nearest supported family"
-)
-REFUSED = {"qwen3_5": _HYBRID, "qwen3_5_moe": _HYBRID}
+REFUSED = {
+    "llama4": "most layers of its decoder attend within chunks of the prompt, whose borders would move as tokens are "
+    "dropped"
+}
 
 _VARIANT = re.compile(r"^  ([\w-]+):$", re.MULTILINE)
 Dated = tuple[str, int]
