@@ -56,6 +56,7 @@ class Family:
         equal_videos: videos of a batch must have equally many frames.
         pooled_videos: frames are scaled down behind the tower by interpolation.
         shipped_picture: visual tokens of a picture of the shipped questions, newlines not counted.
+        float32_error: how far float32 logits may be from the oracle's.
         bfloat16_error: how far bfloat16 logits may be from the oracle's, as a share of the largest.
         checkpoints: hub names of the built-in configs -> their parameters in millions.
         waits: (kind, file:function) where a prefill of one picture waits for the device beside what every family does.
@@ -82,6 +83,7 @@ class Family:
     equal_videos: ClassVar[bool] = False
     pooled_videos: ClassVar[bool] = False
     shipped_picture: ClassVar[int]
+    float32_error: ClassVar[float] = 2e-4
     bfloat16_error: ClassVar[float] = 0.05
     checkpoints: ClassVar[dict[str, int]] = {}
     waits: ClassVar[Sequence[tuple[str, str]]] = ()
