@@ -17,6 +17,7 @@ from vtoken.errors import ConfigError, OtherModelError, UnsupportedError
 from vtoken.hooks.attention.sparse_prefill import check_attention
 from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.stages import FACTS, SITES, Fact, OtherModel, Stage, spec_of
+from vtoken.stages.attention import SparseAttention
 from vtoken.stages.cache import CacheStage
 from vtoken.stages.facts import encoded
 
@@ -59,10 +60,12 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
             f"{type(adapter.lm).__name__} takes no {CACHE}, by which transformers {transformers.__version__} hands the "
             "KV cache on, so nothing would be pruned; use a version from 5.14 to 5.24"
         )
-    check_unmerging(pipeline)
+    check_unmerging(pipeline, adapter)
     for stage in pipeline.stages:
         check_stage(stage, adapter)
-    check_attention([s for s in pipeline.stages if s.site == "attention" and not s.unmerge_mode()], adapter.lm)
+    check_attention(
+        [s for s in pipeline.stages if s.site == "attention" and not s.unmerge_mode()], adapter.lm, adapter.attending
+    )
     check_cache([stage for stage in pipeline.stages if stage.site == "cache"])
 
 
@@ -84,6 +87,7 @@ def check_stage(stage: Stage, adapter: Adapter) -> None:
         check_fact(stage, need, adapter)
     check_layers(stage, adapter)
     check_order_of_layers(stage, adapter)
+    check_attending(stage, adapter)
 
 
 def check_fact(stage: Stage, need: Fact, adapter: Adapter) -> None:
@@ -129,15 +133,43 @@ def check_order_of_layers(stage: Stage, adapter: Adapter) -> None:
             )
 
 
-def check_unmerging(pipeline: Pipeline) -> None:
+def check_attending(stage: Stage, adapter: Adapter) -> None:
+    """Refuses facts about the attention of decoder layers that have none, and what only attention can do."""
+    depth, attending = len(adapter.lm.layers), adapter.attending
+    if isinstance(stage, SparseAttention) and stage.keeps_apart and len(attending) < depth:
+        raise UnsupportedError(
+            f"stage {stage.name} keeps visual tokens from reading each other, and {depth - len(attending)} of this "
+            f"decoder's {depth} layers keep a state that mixes all of them; leave the stage out"
+        )
+    for need in stage.needs() if stage.site == "decoder" else ():
+        spec = spec_of(need.name, stage.site)
+        if spec is None or spec.read not in ("decoder layer", "next layer"):
+            continue
+        before = spec.read == "decoder layer"  # the layer in front of the cut, not the one behind it
+        read = [k - before for k in stage.layers(depth)] if need.layer is None else [need.layer % depth]
+        if lacking := sorted(set(read) - set(attending)):
+            raise UnsupportedError(
+                f"stage {stage.name} needs {need.name} of decoder layers {lacking}, which keep a state instead of "
+                f"attention; of this decoder's {depth} layers {list(attending)} have attention"
+                + ("" if need.layer is not None else f", so let it act at {[k + before for k in attending][:-1]}")
+            )
+
+
+def check_unmerging(pipeline: Pipeline, adapter: Adapter) -> None:
     """Refuses what cannot be combined with virtual unmerging.
 
     Raises:
-        UnsupportedError: names the other stage or policy.
+        UnsupportedError: names the other stage or policy, or the layers that keep a state.
     """
     for stage in pipeline.stages:
         if not stage.unmerge_mode():
             continue
+        depth = len(adapter.lm.layers)
+        if states := depth - len(adapter.attending):
+            raise UnsupportedError(
+                f"stage {stage.name} lets merged tokens be attended to at all their places, and {states} of the "
+                f"{depth} layers of this decoder keep a state, which takes a token in once; leave {stage.name} out"
+            )
         if pipeline.positions == "compact":
             raise UnsupportedError(
                 f"stage {stage.name} gives merged tokens the positions of all their members, which positions: compact "

@@ -31,17 +31,14 @@ KINDS = ("pruner", "compressor", "preset", "adapter")
 LIST = "`vtoken list`"
 
 # Families that resemble a supported one but are not supported, and why.
-_HYBRID = (
-    "its decoder alternates attention with linear-attention layers, whose state would run over other tokens than the "
-    "cache holds; Qwen3-VL is the nearest supported family"
-)
 _JOINED_LATE = (
     "behind the last layer of its tower patches are joined by the size of the whole picture, while vtoken takes them "
     "group by group, as towers of Qwen's kind hold them; Qwen2-VL is the nearest supported family"
 )
 REFUSED = {
-    "qwen3_5": _HYBRID,
-    "qwen3_5_moe": _HYBRID,
+    "llama4": (
+        "most layers of its decoder attend within chunks of the prompt, whose borders would move as tokens are dropped"
+    ),
     "paddleocr_vl": _JOINED_LATE,
     "video_llama_3": _JOINED_LATE,
     "video_llava": (

@@ -23,6 +23,7 @@ from vtoken.hooks.cache.shrink import CacheShrinker
 from vtoken.hooks.call.inputs import CallInputs
 from vtoken.hooks.decoder.attention_tap import observe
 from vtoken.hooks.decoder.layer_groups import LayerGroups
+from vtoken.hooks.decoder.state_rows import StateRows
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.installed import described
 from vtoken.hooks.state.trace import Trace
@@ -51,6 +52,7 @@ def install(context: Context) -> Boundary:
     cache = None if context.cache_stage is None else CacheShrinker(context, context.cache_stage)
     boundary = Boundary(context, unmerge=unmerge, cache=cache)
     LayerGroups(context)
+    StateRows(context)
     observe(context)
     return boundary
 

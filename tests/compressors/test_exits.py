@@ -8,7 +8,7 @@ import tiny
 import torch
 from batches import rows_for
 from known_exits import leaves, load
-from modes import families, greedy
+from modes import attending, families, greedy
 from watchers import dense, where
 
 import vtoken
@@ -56,7 +56,7 @@ def test_gates_decide_on_what_the_stock_model_computes(family):
     assert len(set(exits.values())) > 1, "rows leave at different layers"
 
 
-@families
+@attending
 @pytest.mark.parametrize("name, window", [("todre_exit", None), ("attention_exit", 1), ("attention_exit", 3)])
 def test_attention_decides_as_the_stock_models_maps_say(family, name, window):
     """Thresholds between the two rows' masses, so that one row leaves at that layer."""

@@ -43,17 +43,17 @@ def test_second_turn_equals_a_loop_on_the_stock_layers(family, merge, more):
     p = oracle.prompt(model, whole)
     for row in range(2):
         x, positions, deep = of(p, row)
-        visual, cache = p.visual[row, p.mask[row]], DynamicCache()
+        visual, cache = p.visual[row, p.mask[row]], DynamicCache(config=model.config)
         prompt = int(first["attention_mask"][row].sum())
         begin = prompt + NEW - 1
         run(model, cache, x[:, :prompt], positions[..., :prompt], [d[:, :prompt] for d in deep])
         shrink(cache, 0, calls[0], row, visual[:prompt], merge)
-        merged = cache.layers[0].keys.shape[2]
+        merged = cache.layers[-1].keys.shape[2]
         run(model, cache, x[:, prompt:begin], positions[..., prompt:begin])
         want = [run(model, cache, x[:, begin:], positions[..., begin:], [d[:, begin:] for d in deep])[:, -1:]]
         if pictures:
             shrink(cache, merged + NEW - 1, calls[1], row, visual[begin:], merge)
-        assert merged < prompt and cache.layers[0].keys.shape[2] < x.shape[1]
+        assert merged < prompt and cache.layers[-1].keys.shape[2] < x.shape[1]
         said = b.sequences[row : row + 1, -NEW:-1]
         after = positions.max() + 1 + torch.arange(NEW - 1)
         after = after.expand(*positions.shape[:-1], -1)
@@ -78,8 +78,10 @@ def run(model, cache: DynamicCache, x: Tensor, positions: Tensor, deep=()) -> Te
     lm = model.get_decoder()
     rope = lm.rotary_emb(x, positions)
     for k, layer in enumerate(lm.layers):
-        past, n = cache.get_seq_length(k), x.shape[1]
-        mask = torch.ones(n, past + n, dtype=torch.bool).tril(past)[None, None]
+        mask = None
+        if hasattr(layer, "self_attn"):
+            past, n = cache.get_seq_length(k), x.shape[1]
+            mask = torch.ones(n, past + n, dtype=torch.bool).tril(past)[None, None]
         x = layer(x, attention_mask=mask, position_embeddings=rope, position_ids=None, past_key_values=cache)
         if k < len(deep):
             x = x + deep[k]
@@ -88,8 +90,8 @@ def run(model, cache: DynamicCache, x: Tensor, positions: Tensor, deep=()) -> Te
 
 def shrink(cache: DynamicCache, begin: int, calls, row: int, visual: Tensor, merge: str) -> None:
     """What every layer holds from slot `begin` on, by hand; of the stage only the queries are taken."""
-    for k, held in enumerate(cache.layers):
-        layer, _ = calls[k][row]
+    for k, (layer, _) in ((k, told[row]) for k, told in calls.items()):
+        held = cache.layers[k]
         new = [t[0, :, begin:] for t in (held.keys, held.values)]
         torch.testing.assert_close(new[0], layer.keys, atol=1e-4, rtol=1e-4)
         new = look_m(*new, layer.queries, visual.tolist(), layer.scale, merge)

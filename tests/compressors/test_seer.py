@@ -50,14 +50,15 @@ def unrotated(attention, seen, undo):
 def compare(model, batch, stages):
     """Every row with pictures and every layer of a prefill: what the stage undid against what the model had."""
     seen, true, undo = [], [], []
-    for layer in model.get_decoder().layers:
-        unrotated(layer.self_attn, true, undo)
+    attending = tiny.family(model).attending
+    for k in attending:
+        unrotated(model.get_decoder().layers[k].self_attn, true, undo)
     with vtoken.wrapped(model, [*stages, Undone(seen=seen)]), torch.no_grad():
         model(**batch, logits_to_keep=1)
     rows = [r for r, row in enumerate(batch["input_ids"].tolist()) if model.config.image_token_id in row]
     for hook in undo:
         hook.remove()
-    assert [layer for layer, *_ in seen] == [k for k in range(4) for _ in rows]
+    assert [layer for layer, *_ in seen] == [k for k in attending for _ in rows]
     lengths = []
     for number, (layer, q, k) in enumerate(seen):
         for name, got in (("q", q), ("k", k)):

@@ -55,7 +55,7 @@ def restricted(model, batch, chosen):
         return greedy(model, batch, **LOGITS)
     finally:
         lm.config._attn_implementation_internal = before
-        assert layers == [0, 1, 2, 3]
+        assert tuple(layers) == tiny.family(model).attending
 
 
 @families
@@ -86,7 +86,9 @@ def test_everything_is_important_at_tau_1(family):
     with vtoken.wrapped(model, [{"zipvl": {**options, "min_len": 0}}, {"zipvl_cache": options}]):
         got, trace = greedy(model, batch, **LOGITS), vtoken.trace(model)
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=2e-4, rtol=1e-4)
-    assert trace.stages[0].density == [1.0] * 3 and trace.cached == [trace.prompt_tokens] * 4
+    assert trace.stages[0].density == [1.0] * 3 and trace.cached == [trace.prompt_tokens] * len(
+        tiny.family(family).attending
+    )
 
 
 @families
@@ -102,15 +104,15 @@ def test_the_cache_holds_the_tokens_that_attended(family):
                 torch.stack(one.logits)[:, 0], torch.stack(got.logits)[:, row], atol=2e-4, rtol=1e-4
             )
             assert vtoken.trace(model).cached == [[held[row]] for held in trace.cached]
-    for k in range(4):
-        assert trace.cached[k][:2] == [len(index) for index in chosen[k][:2]] and trace.cached[k][2] == 4
+    for held, k in zip(trace.cached, tiny.family(family).attending, strict=True):
+        assert held[:2] == [len(index) for index in chosen[k][:2]] and held[2] == 4
     assert len({tuple(held) for held in trace.cached}) > 1, "layers hold different numbers"
 
 
 @families
 @pytest.mark.parametrize("rows", ["one", "ragged"])
 def test_rounded_caches(family, rows):
-    """Layer 0 is that of the dense model, rounded row by row; what follows the prompt and rows without images are
+    """The first layer is that of the dense model, rounded row by row; what follows the prompt and rows without images are
     exact."""
     model = tiny.make(family)
     batch = tiny.build(model, rows_for(family, rows), seed=3)
@@ -123,10 +125,11 @@ def test_rounded_caches(family, rows):
     torch.testing.assert_close(torch.stack(again.logits)[:, 0], torch.stack(got.logits)[:, 0], atol=2e-4, rtol=1e-4)
     if rows == "ragged":
         torch.testing.assert_close(torch.stack(got.logits)[:, 2], torch.stack(dense.logits)[:, 2], atol=2e-4, rtol=1e-4)
-    new, old = (out.past_key_values.layers[0].keys for out in (got, dense))
-    assert new.shape == old.shape and trace.cached == [trace.prompt_tokens] * 4
+    first = tiny.family(family).attending[0]
+    new, old = (out.past_key_values.layers[first].keys for out in (got, dense))
+    assert new.shape == old.shape and trace.cached == [trace.prompt_tokens] * len(tiny.family(family).attending)
     entry = [s for s in trace.stages if s.site == "cache"]
-    assert [s.layer for s in entry] == [0, 1, 2, 3]
+    assert tuple(s.layer for s in entry) == tiny.family(family).attending
     assert all(s.tokens_out == s.tokens_in == [len(kept) for kept in s.kept] for s in entry), "all stay"
     length = trace.prompt_tokens[0]
     column = new[0, 0, -5 - length : -5, 0]

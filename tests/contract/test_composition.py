@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from against_oracle import compare
-from batches import rows_for
+from batches import inside, rows_for
 from modes import alone, families, greedy
 from usual import CACHE, SPARSE
 
@@ -46,7 +46,7 @@ def adds_up(trace: Trace, layers: int) -> None:
 def test_pairs_equal_a_recomputation(family: str, stages: tuple[Any, ...]) -> None:
     model = tiny.make(family)
     batch = tiny.build(model, rows_for(family, "ragged"), seed=3)
-    trace = compare(model, batch, {"stages": list(stages)}, new=3, weighted=True)
+    trace = compare(model, batch, {"stages": inside(family, stages)}, new=3, weighted=True)
     adds_up(trace, 4)
     assert {s.name for s in trace.stages} == {name for stage in stages for name in stage}
 
@@ -55,7 +55,7 @@ def test_pairs_equal_a_recomputation(family: str, stages: tuple[Any, ...]) -> No
 def test_the_deep_chain_equals_a_recomputation(family: str) -> None:
     model = tiny.make(family)
     batch = tiny.build(model, rows_for(family, "ragged"), seed=3)
-    trace = compare(model, batch, {"stages": CHAIN}, new=4, weighted=True)
+    trace = compare(model, batch, {"stages": inside(family, CHAIN)}, new=4, weighted=True)
     adds_up(trace, 4)
     assert [sum(layer) for layer in trace.layers] == sorted([sum(layer) for layer in trace.layers], reverse=True)
     assert not sum(trace.layers[3])
@@ -68,7 +68,7 @@ def test_sparse_attention_and_a_small_cache_close_the_chain(family: str) -> None
     rows = [[3, "img", 25], [1, "img", 2, "img", 7], [4]]
     batch = tiny.build(model, rows, seed=3)
     options: dict[str, Any] = {"n": 4, "return_dict_in_generate": True, "output_logits": True}
-    with vtoken.wrapped(model, {"stages": [ENCODER, TOKENS, DECODER, SPARSE, CACHE]}):
+    with vtoken.wrapped(model, {"stages": inside(family, [ENCODER, TOKENS, DECODER, SPARSE, CACHE])}):
         together = torch.stack(greedy(model, batch, **options).logits, 1)
         trace = vtoken.trace(model)
         adds_up(trace, 4)

@@ -105,6 +105,10 @@ def test_every_stage_runs(family, name):
         with pytest.raises(UnsupportedError, match="neighbouring patches"):
             vtoken.wrap(model, stage)
         return
+    if usual.needs_attention(stage) & set(tiny.family(family).states):
+        with pytest.raises(UnsupportedError, match="keep a state"):
+            vtoken.wrap(model, stage)
+        return
     compare(model, batch, {"stages": [stage]}, new=3, weighted=True)
 
 

@@ -173,9 +173,9 @@ def test_base_classes_are_no_stages() -> None:
     assert not {"pruner", "compressor", Pruner.name, Compressor.name} & set(registry.stages())
 
 
-def test_hybrid_decoders_are_refused_with_the_reason() -> None:
-    with pytest.raises(UnsupportedError, match="linear-attention layers"):
-        registry.adapter("qwen3_5")
+def test_chunked_decoders_are_refused_with_the_reason() -> None:
+    with pytest.raises(UnsupportedError, match="within chunks"):
+        registry.adapter("llama4")
 
 
 @pytest.mark.parametrize("name", ["paddleocr_vl", "video_llama_3"])

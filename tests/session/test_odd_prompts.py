@@ -8,7 +8,8 @@ import modes
 import pytest
 import tiny
 import torch
-from modes import LOGITS, alone, families, greedy
+from batches import inside
+from modes import LOGITS, alone, attending, families, greedy
 from packaging.version import Version
 from padded_right import wrapped_or_skip
 from probes import Deep, Inside, Ragged
@@ -31,6 +32,11 @@ SITES = {
 sites = pytest.mark.parametrize("name", SITES)
 
 
+def at(family, name):
+    """The pipeline, where the family can have its stages."""
+    return SITES[name] if isinstance(SITES[name], dict) else inside(family, SITES[name])
+
+
 def masked(model, batch, what):
     """The batch with a picture of row 0 hidden by the padding mask: all of it, or the first half."""
     first = tiny.segments(model, batch)[0]
@@ -40,7 +46,7 @@ def masked(model, batch, what):
     return {**batch, "attention_mask": mask}
 
 
-@families
+@attending  # a state of the stock model decays over what the mask hides
 @pytest.mark.parametrize(
     "rows", [[[3, "img", 5]], [[3, "img", 2, "img", 5], [1, "img", 4]]], ids=["only", "first of two"]
 )
@@ -72,7 +78,7 @@ def test_what_the_mask_hides_is_not_in_the_prompt(family, name, what):
         pytest.skip("refused, see above")
     model = tiny.make(family)
     batch = masked(model, tiny.build(model, [[3, "img", 2, "img", 5]], seed=3), what)
-    with vtoken.wrapped(model, SITES[name]):
+    with vtoken.wrapped(model, at(family, name)):
         plain = tiny.build(model, [[3, "img", 2, "img", 5]], seed=3)
         greedy(model, plain, 1)
         before = vtoken.trace(model)
@@ -98,7 +104,7 @@ def test_a_typed_placeholder_is_text(family, name):
     ids = batch["input_ids"].clone()
     ids[0, -3] = tiny.VID
     batch["input_ids"] = ids
-    with vtoken.wrapped(model, SITES[name]):
+    with vtoken.wrapped(model, at(family, name)):
         greedy(model, batch, 2)
         assert len(vtoken.trace(model).visual_tokens) == 1
     want = torch.stack(greedy(model, batch, 2, **LOGITS).logits)
@@ -194,7 +200,7 @@ def test_packed_samples_are_refused(family, name):
         # The axis in front is text's; transformers reads packed samples off it.
         axes = torch.stack([torch.arange(length), torch.arange(length) // 2, torch.arange(length) % 5])[:, None]
         positions = torch.cat([positions[None], axes])
-    with vtoken.wrapped(model, SITES[name]), torch.no_grad():
+    with vtoken.wrapped(model, at(family, name)), torch.no_grad():
         with pytest.raises(UnsupportedError, match="several samples in one row"):
             model(**batch, position_ids=positions, use_cache=False)
         whole = positions.clone()

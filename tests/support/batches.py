@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tiny
-from probes import Inside
+from probes import Deep, Inside
 
 BATCHES = {
     "one": [[3, "img", 5]],
@@ -42,11 +42,28 @@ def rows_for(family, name):
 
 
 def inside(family, stages):
-    """The pipeline with its encoder stages where the family's tower attends fully."""
+    """The pipeline with its encoder stages where the family's tower attends fully, and those that read a decoder
+    layer's attention behind a layer that has one."""
     full = tiny.family(family).full_attention
-    if full is None:
-        return stages
-    return [s.model_copy(update={"at": full[:1]}) if isinstance(s, Inside) else s for s in stages]
+    if full is not None:
+        stages = [s.model_copy(update={"at": full[:1]}) if isinstance(s, Inside) else s for s in stages]
+    return [_behind(family, s) for s in stages]
+
+
+def behind(family, *layers):
+    """These decoder layers, or the next (the last) one where the layer in front keeps a state."""
+    states = tiny.family(family).states
+    there = [k for k in range(1, tiny.TEXT["num_hidden_layers"]) if k - 1 not in states]
+    return tuple(sorted({min((k for k in there if k >= layer), default=there[-1]) for layer in layers}))
+
+
+def _behind(family, stage):
+    if isinstance(stage, Deep):
+        return stage.model_copy(update={"at": behind(family, *stage.at)})
+    if isinstance(stage, dict) and "fastv" in stage:
+        (layer,) = behind(family, stage["fastv"].get("layer", 2))
+        return {"fastv": {**stage["fastv"], "layer": layer}}
+    return stage
 
 
 LONG = [[3, "img", 1, "img", 9]]

@@ -49,6 +49,7 @@ class Family:
         by_rows: it does so row by row, and a mask keeps images apart.
         unit: patches that become one visual token.
         full_attention: tower layers whose tokens see the whole image; None: all.
+        states: decoder layers that keep a state instead of attending.
         deepstack: decoder layers that are given features of early tower layers.
         rows_parted: a token of its own stands between the rows of an image.
         anyres: images are cut into crops, with a newline token behind each row of them.
@@ -68,6 +69,7 @@ class Family:
         steady: fields of the decoder under which bfloat16 is held to the bounds of all families. Mixtures of experts are
             not continuous: rounding sends a token now and then to another expert, and its logits jump (by 0.33 of the
             largest seen, where the bound is 0.05); so there every expert is active. In float32 they are held as they are.
+        float32_error: how far float32 logits may be from the oracle's.
         checkpoints: hub names of the built-in configs -> their parameters in millions.
         waits: (kind, file:function) where a prefill of one picture waits for the device beside what every family does.
     """
@@ -91,6 +93,7 @@ class Family:
     full_attention: ClassVar[tuple[int, ...] | None] = None
     deepstack: ClassVar[int] = 0
     rows_parted: ClassVar[bool] = False
+    states: ClassVar[tuple[int, ...]] = ()
     anyres: ClassVar[bool] = False
     split: ClassVar[bool] = False
     crops_one_only: ClassVar[bool] = False
@@ -104,6 +107,7 @@ class Family:
     offloads: ClassVar[bool] = True
     shipped_picture: ClassVar[int]
     steady: ClassVar[dict[str, Any]] = {}
+    float32_error: ClassVar[float] = 2e-4
     checkpoints: ClassVar[dict[str, int]] = {}
     waits: ClassVar[Sequence[tuple[str, str]]] = ()
 
@@ -114,6 +118,11 @@ class Family:
     @property
     def takes_video(self) -> bool:
         return self.video is not None
+
+    @property
+    def attending(self) -> tuple[int, ...]:
+        """Decoder layers, of the four, that attend."""
+        return tuple(k for k in range(4) if k not in self.states)
 
     @property
     def served(self) -> bool:

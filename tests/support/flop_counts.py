@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -100,7 +101,15 @@ def _grouped(x: Any, experts: Any, *rest: Any, out_val: Any = None, **more: Any)
     return int(2 * rows * width * out[-1])
 
 
+def _solved(a: Any, b: Any, *rest: Any, out_val: Any = None, **more: Any) -> int:
+    """Nor for triangular systems a x = b of a [..., n, n] and b [..., n, d]: as multiplying by the inverse of a, which
+    older versions of the gated delta rule do."""
+    a, b = (t.shape if torch.is_tensor(t) else t for t in (a, b))
+    return int(2 * prod(b) * a[-1])
+
+
 SDPA = {
+    torch.ops.aten.linalg_solve_triangular: _solved,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_sdpa,
     torch.ops.aten._grouped_mm: _grouped,
 }

@@ -29,6 +29,7 @@ COMPACT = tiny.each("anyres", mrope=False)  # positions with several axes cannot
 CASES = [(f, name) for f in tiny.FAMILIES for name in STAGES if name != "compact" or f in COMPACT]
 every = pytest.mark.parametrize("family, pipeline", CASES, ids=lambda case: case)
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
+attending = pytest.mark.parametrize("family", tiny.families(states=()))  # in all layers of the decoder
 # The pictures of a batch: pixels, and what tells their size.
 INPUTS = {
     "image": ("pixel_values", "image_sizes", "image_grid_thw"),

@@ -123,6 +123,7 @@ def logits(
         mix: mix[k] [N, N] is multiplied to what enters layer k, before the cut, and to what is to be added later.
     """
     lm = model.get_decoder()
+    of_layer: Tensor | None
     rope = lm.rotary_emb(x, positions)
     for k, layer in enumerate(lm.layers):
         if mix and k in mix:
@@ -137,7 +138,9 @@ def logits(
         mask = torch.ones(n, n, dtype=torch.bool).tril()[None, None]
         if lm.config._attn_implementation == "eager":
             mask = torch.where(mask, 0.0, torch.finfo(x.dtype).min).to(x.dtype)
-        x = layer(x, attention_mask=mask, position_embeddings=rope, position_ids=None, past_key_values=None)
+        # A layer that keeps a state sees what comes in, one token after the other: of one row nothing is masked.
+        of_layer = mask if hasattr(layer, "self_attn") else None
+        x = layer(x, attention_mask=of_layer, position_embeddings=rope, position_ids=None, past_key_values=None)
         if k < len(deep):
             x = x + deep[k]
     return model.lm_head(lm.norm(x))

@@ -49,6 +49,11 @@ class Told:
         return out
 
 
+def attending(cache: Any) -> list[Any]:
+    """The layers of a cache that hold keys."""
+    return [layer for layer in cache.layers if hasattr(layer, "keys")]
+
+
 def each(together: Any, rows: int) -> list[Any]:
     """A CachedLayer or KeepSlots of several rows, whose heads stand one after the other, as one of each."""
     names = [n for n in ("keys", "values", "queries", "index", "into", "weight") if hasattr(together, n)]
@@ -77,7 +82,9 @@ def logits(
             end = begin + gone.shape[1]
             mask[:, end:, begin:end] &= ~gone[:, None]
         mask = mask[None]
-        if lm.config._attn_implementation == "eager":
+        if not hasattr(layer, "self_attn"):
+            mask = None  # it keeps a state, out of which nothing is lost
+        elif lm.config._attn_implementation == "eager":
             mask = torch.where(mask, 0.0, torch.finfo(x.dtype).min).to(x.dtype)
         rope = lm.rotary_emb(x, positions)
         x = layer(x, attention_mask=mask, position_embeddings=rope, position_ids=None, past_key_values=None)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gates
+import tiny
 
-from vtoken import registry
-from vtoken.stages import Stage
+from vtoken import config, registry
+from vtoken.stages import Stage, spec_of
 
 OWN: dict[str, dict[str, Any]] = {
     # thresholds that everything exceeds: half of the tokens merge, half of the rest, ...
@@ -37,6 +39,26 @@ def stage(name: str, seed: int | None = None, **options: Any) -> Stage:
     if name == "dyvte":
         own["gates"] = gates.file(seed)
     return cls(**{**own, **OWN.get(name, {})})
+
+
+def needs_attention(stage: Stage) -> set[int]:
+    """Decoder layers (of four) that must have attention if the stage is to act on a model."""
+    depth = 4
+    if stage.unmerge_mode() or getattr(stage, "keeps_apart", False):
+        return set(range(depth))
+    layers: set[int] = set()
+    for need in stage.needs() if stage.site == "decoder" else ():
+        spec = spec_of(need.name, "decoder")
+        if spec is not None and spec.read in ("decoder layer", "next layer"):
+            own = {k - (spec.read == "decoder layer") for k in stage.layers(depth)}
+            layers |= own if need.layer is None else {need.layer % depth}
+    return layers
+
+
+def runs(family: str, stages: Sequence[Any]) -> bool:
+    """Whether the decoder layers that these stages need attend."""
+    states = set(tiny.family(family).states)
+    return not any(needs_attention(stage) & states for stage in config.load(list(stages)).stages)
 
 
 SPARSE = {"static_sparse": {"sink": 16, "window": 16, "size": 16, "min_len": 0}}

@@ -15,6 +15,9 @@ from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.run import KINDS, FeatureCall, ImageLayout
 from vtoken.stages import FACTS
 
+# Full attention, and layers that on a shortened prompt are what they are on a short one: they know no positions.
+KINDS_OF_LAYERS = {"full_attention", "linear_attention", "conv"}
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -76,12 +79,14 @@ class Adapter(ABC):
         mrope: whether positions have several axes, which cannot be renumbered.
         prompted: whether `layouts` and `crops` are given `input_ids` or `inputs_embeds` of the prompt too, where there
             is one.
+        gated_queries: whether the decoder's q_proj gives each head's query and, behind it, a gate of the same width.
     """
 
     model_type: ClassVar[str]
     features: ClassVar[dict[str, str]] = {"image": "get_image_features"}
     mrope: ClassVar[bool] = False
     prompted: ClassVar[bool] = False
+    gated_queries: ClassVar[bool] = False
     model: Any
     outer: Any
     lm: Any
@@ -105,6 +110,12 @@ class Adapter(ABC):
     def substitutes(self) -> dict[str, str]:
         """Fact name -> the fact that is given in its place."""
         return {} if self.encoder.cls else {spec.name: spec.instead for spec in FACTS if spec.instead}
+
+    @cached_property
+    def attending(self) -> tuple[int, ...]:
+        """Decoder layers with attention and a KV cache. The others (linear attention, short convolutions) fold what
+        they see into a state of fixed size."""
+        return tuple(k for k, layer in enumerate(self.lm.layers) if hasattr(layer, "self_attn"))
 
     @abstractmethod
     def layouts(self, kind: str, arguments: dict[str, Any]) -> tuple[ImageLayout, ...]:
@@ -188,14 +199,15 @@ def check_decoder(lm: Any) -> None:
     """Refuses decoders on which dropping tokens would change what a layer means.
 
     Raises:
-        UnsupportedError: sliding-window, chunked, linear or otherwise unusual layers, queries scaled by position.
+        UnsupportedError: sliding-window, chunked or otherwise unusual layers, queries scaled by position.
     """
     config = lm.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - KINDS_OF_LAYERS
     if kinds:
         raise UnsupportedError(
             f"decoder {config.model_type!r} has layers of kind {', '.join(sorted(kinds))}; vtoken handles full "
-            "attention only: with tokens dropped, a window or state would span other tokens than it was trained on"
+            "attention and layers that keep a state: with tokens dropped, a window would span other tokens than it was "
+            "trained on"
         )
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         raise UnsupportedError(
@@ -208,8 +220,7 @@ def check_decoder(lm: Any) -> None:
             f"decoder {config.model_type!r} scales its queries by their position, which stages inside the decoder do "
             "not: not supported"
         )
-    layer = lm.layers[0] if len(getattr(lm, "layers", ())) else None
-    if layer is None or not hasattr(layer, "self_attn") or not hasattr(lm, "rotary_emb"):
+    if not any(hasattr(layer, "self_attn") for layer in getattr(lm, "layers", ())) or not hasattr(lm, "rotary_emb"):
         raise UnsupportedError(
             f"decoder {config.model_type!r} is not of the Llama kind (layers[i].self_attn, rotary_emb): not supported"
         )

@@ -243,6 +243,8 @@ class SparseAttention(Compressor):
 
     site: ClassVar[Site] = "attention"
     rope: ClassVar[bool] = False  # whether the stage needs PrefillQK.rope
+    # Whether tokens shall not read each other at all, which only a decoder can promise whose layers are all attention.
+    keeps_apart: ClassVar[bool] = False
 
     min_len: int = Field(
         8192, ge=0, description="prompts of fewer tokens (after pruning) keep the model's own attention"

@@ -30,7 +30,7 @@ def test_builtin_config(name: str) -> None:
         model: Any = AutoModelForImageTextToText.from_config(config)
     assert round(sum(p.numel() for p in set(model.parameters())) / 1e6) == PARAMETERS[name]
     ids = torch.full((1, 64 + dense.visual_entry + dense.newline_entry), 5, device="meta")
-    layers = counted(lambda: model.get_decoder()(input_ids=ids, past_key_values=DynamicCache()))
+    layers = counted(lambda: model.get_decoder()(input_ids=ids, past_key_values=DynamicCache(config=config)))
     head = 2 * model.lm_head.weight.numel()
     assert dense.prefill_linear + dense.prefill_attention == pytest.approx(layers + head, rel=CLOSE)
     if config.model_type == "llava" and config.vision_config.model_type == "clip_vision_model":

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from batches import suited
+from batches import inside, suited
 from PIL import Image
 from probes import Deep, Failing, Ragged
 from tiny import FAMILIES, VIDEO, make
@@ -72,7 +72,8 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_batch_is_its_rows(family: str, pipeline: Any, generator: Any) -> None:
     """Pictures of several sizes, two of them, none at all: answers and counts are those of each prompt alone."""
     asked = generator(family)
-    asked.use(None if pipeline is None else config.load(pipeline))
+    stages = inside(family, pipeline) if isinstance(pipeline, list) else pipeline
+    asked.use(None if stages is None else config.load(stages))
     together = asked.generate(PROMPTS, OPTIONS)
     alone = [asked.generate([prompt], OPTIONS)[0] for prompt in PROMPTS]
     assert [reply.text for reply in together] == [reply.text for reply in alone]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from batches import behind
 from probes import Deep
 
 from vtoken import config
@@ -73,7 +74,9 @@ def test_lengths_are_what_the_model_sees(family: str) -> None:
     model = tiny.make(family)
     tried = lengths(model.config, 300)[:2]
     with torch.no_grad():
-        found = measure(model, [config.load("uniform:2"), config.load(Deep(at=(1,)))], tried, batch=2, **FEW)
+        found = measure(
+            model, [config.load("uniform:2"), config.load(Deep(at=behind(family, 1)))], tried, batch=2, **FEW
+        )
     assert [[s.visual_tokens for s in each] for each in found.steps.values()] == [[t.visual_tokens for t in tried]] * 2
     assert not found.stopped and found.conditions["repeats"] == 2 and "prompt" not in found.conditions
     guarded = {"min_visual_tokens": tried[-1].visual_tokens, "stages": [{"uniform": {"keep": 2}}]}

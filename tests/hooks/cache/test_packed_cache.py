@@ -6,10 +6,12 @@ from __future__ import annotations
 import copy
 import inspect
 
+import modes
 import pytest
 import tiny
 import torch
 from modes import LOGITS, ROWS, alone, expandable, families, greedy, mrope
+from oracle_kv import attending
 from rounded_cache import FEW, Wide, both, recording, rounded, some
 from turns import conversation, second
 
@@ -51,8 +53,8 @@ def test_greedy(family, rows):
 
     (got, trace), (want, wide) = both(model, run)
     equal(got, want)
-    assert trace.cached == wide.cached == [trace.prompt_tokens] * 4
-    for held, plain in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):
+    assert trace.cached == wide.cached == [trace.prompt_tokens] * len(tiny.family(family).attending)
+    for held, plain in zip(attending(got.past_key_values), attending(want.past_key_values), strict=True):
         assert isinstance(held, QuantizedLayer) and held.get_seq_length() == plain.get_seq_length()
         assert torch.equal(held.keys, plain.keys) and torch.equal(held.values, plain.values)
 
@@ -66,8 +68,8 @@ def test_bytes_are_really_saved(family):
         out, trace = model(**batch), vtoken.trace(model)
     dense = model(**batch).past_key_values
     cache = out.past_key_values
-    assert trace.cache_bytes == sum(map(stored, cache.layers)), "and nothing else is kept alive"
-    for held, full in zip(cache.layers, dense.layers, strict=True):
+    assert trace.cache_bytes == sum(map(stored, attending(cache))), "and nothing else is kept alive"
+    for held, full in zip(attending(cache), attending(dense), strict=True):
         (block,), d = held.blocks, full.keys.shape[-1]
         assert [type(row[0]).__name__ for row in block.rows] == ["QuantizedKV", "QuantizedKV", "Plain"]
         for (piece,), n in zip(block.rows[:2], trace.prompt_tokens, strict=False):
@@ -119,12 +121,12 @@ def test_second_turn(family, more):
     got, want = both(model, run)
     equal(got, want)
     kinds = [
-        {type(piece).__name__ for row in block.rows for piece in row} for block in got.past_key_values.layers[2].blocks
+        {type(piece).__name__ for row in block.rows for piece in row} for block in got.past_key_values.layers[3].blocks
     ]
     assert kinds == ([{"QuantizedKV"}, {"Plain"}, {"QuantizedKV"}] if "pixel_values" in turn else [{"QuantizedKV"}])
 
 
-@families
+@modes.attending
 def test_drafts(family):
     """Assisted generation crops the tail; drafts that are verified in the prefill read rounded numbers, too."""
     model = tiny.make(family)
@@ -170,9 +172,9 @@ def test_half_precision_and_stages_before(family, dtype):
         ):
             found.append(greedy(model, batch, **LOGITS))
     equal(*found)
-    layers = found[0].past_key_values.layers
-    assert layers[0].keys.dtype == layers[3].values.dtype == dtype
-    assert layers[0].get_seq_length() > layers[3].get_seq_length(), "fastv opens a layer group of its own"
+    layers = attending(found[0].past_key_values)
+    assert layers[0].keys.dtype == layers[-1].values.dtype == dtype
+    assert layers[0].get_seq_length() > layers[-1].get_seq_length(), "fastv opens a layer group of its own"
 
 
 @families
@@ -184,7 +186,9 @@ def test_what_is_generated_follows(family):
     stage, calls = recording(every=every)
     with vtoken.wrapped(model, [stage]):
         out = greedy(model, batch, n, **LOGITS)
-    assert [layer.layer for layer, _ in calls] == [0, 1, 2, 3] * 2, "after the third and the sixth token that is fed"
+    assert [layer.layer for layer, _ in calls] == [*tiny.family(family).attending] * 2, (
+        "after the third and the sixth token that is fed"
+    )
     wide = Wide(**FEW, every=None)
     with vtoken.wrapped(model, [wide]), torch.no_grad():
         got = model(**batch)
@@ -198,7 +202,7 @@ def test_what_is_generated_follows(family):
             want.append(model(**fed).logits[:, -1])
             if (step + 1) % every:
                 continue
-            for held in cache.layers:
+            for held in attending(cache):
                 asked, _ = next(queries)
                 k, v, q = held.keys[0], held.values[0], asked.query
                 torch.testing.assert_close(asked.keys, k, atol=1e-4, rtol=1e-4)
@@ -219,7 +223,7 @@ def test_what_is_generated_follows(family):
                     torch.cat([x[:, :, :begin], y[None]], 2) for x, y in zip((held.keys, held.values), new, strict=True)
                 )
     torch.testing.assert_close(torch.stack(out.logits), torch.stack(want), atol=2e-4, rtol=1e-4)
-    for held, plain in zip(out.past_key_values.layers, cache.layers, strict=True):
+    for held, plain in zip(attending(out.past_key_values), attending(cache), strict=True):
         assert len(held.blocks) == 3 and held.tail[0].shape[2] == n - 1 - 2 * every
         torch.testing.assert_close(held.values, plain.values, atol=2e-4, rtol=1e-4)
 

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from batches import rows_for
-from modes import families, greedy
+from modes import attending, families, greedy
 from turns import IMAGE_TURNS, TURNS, conversation, second
 from watchers import LAYERS, First, Watcher, dense, every_other, expected, held_against
 
@@ -16,7 +16,7 @@ from vtoken.stages import Fact, Keep, VisualTokens
 from vtoken.stages.facts import read_of
 
 
-@families
+@attending
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_facts_equal_the_stock_models(family, attn):
     model = tiny.make(family)
@@ -30,7 +30,7 @@ def test_facts_equal_the_stock_models(family, attn):
         held_against(tokens, expected(model, batch, out, k))
 
 
-@families
+@attending
 def test_facts_are_those_of_the_last_prompt_token(family):
     """With an answer behind the prompt whose logits are asked for, stages are told what generate tells them."""
     model = tiny.make(family)
@@ -103,7 +103,7 @@ def test_facts_of_a_later_layer_are_refused(family, name, layer):
 MODES = ["plain", "eager", "compact", "static", "turn"]
 
 
-@families
+@attending
 @pytest.mark.parametrize("mode", MODES)
 def test_the_next_layer_is_foretold(family, mode):
     """What a stage is told of the layer to come is what that layer then does, behind a cut at the same layer, and on a

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from batches import rows_for
-from modes import families, greedy
+from modes import attending, greedy
 from turns import IMAGE_TURNS, TURNS, conversation, second
 from watchers import ATTENTION, OTHER, First, Watcher, dense, held_against, where
 
@@ -41,7 +41,7 @@ def expected(model, batch, out, k, tail=0):
     return {name: [v.float() for v in values] for name, values in want.items()}
 
 
-@families
+@attending
 @pytest.mark.parametrize("tail", [0, 3])
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_rows_equal_the_stock_models(family, attn, tail):
@@ -57,7 +57,7 @@ def test_rows_equal_the_stock_models(family, attn, tail):
         held_against(watcher.seen[k], want)
 
 
-@families
+@attending
 @pytest.mark.parametrize("mode", ["static", "turn"])
 def test_rows_over_other_caches(family, mode):
     """What a stage is told on a static cache, or of a second turn whose cache holds a pruned first one, is what the

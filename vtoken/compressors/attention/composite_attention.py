@@ -32,6 +32,8 @@ class CompositeAttention(SparseAttention):
         "this project's. Neither method's saving on projections and MLP is implemented."
     )
 
+    keeps_apart: ClassVar[bool] = True
+
     min_len: int = Field(default=0, ge=0, description="prompts of fewer tokens keep the model's own attention")
     first: int | None = Field(default=None, ge=0, description="first decoder layer it acts in; null: half of the depth")
     prefix: bool = Field(default=True, description="visual tokens read the text before them too")

@@ -105,6 +105,11 @@ class _Attention:
         if name == "rotary_emb":
             return self._rotary()
         projection = getattr(module, name)
+        if name == "q_proj" and projection.out_features != module.config.num_attention_heads * module.head_dim:
+            raise ValueError(
+                f"this press computes queries itself, and q_proj of {type(module).__name__} gives a gate with them; "
+                "take a press that reads keys alone, such as KnormPress or KeyDiffPress"
+            )
         norm = getattr(module, {"q_proj": "q_norm", "k_proj": "k_norm"}.get(name, ""), None)
         if norm is None:
             return projection

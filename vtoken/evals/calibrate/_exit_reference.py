@@ -29,7 +29,7 @@ class ExitReference:
     @torch.no_grad()
     def __init__(self, model: Any, inputs: dict[str, Tensor]) -> None:
         adapter = registry.adapter(model.config.model_type)(model)
-        self.model, self.lm = model, adapter.lm
+        self.model, self.lm, self.attending = model, adapter.lm, adapter.attending
         kinds = adapter.visual_kinds(inputs["input_ids"], None)
         if len(kinds) != 1 or not kinds.any():
             raise UnsupportedError("an exit is computed for one prompt with an image at a time")
@@ -56,7 +56,9 @@ class ExitReference:
         they were."""
         x = self.entering[layer][None]
         mask = causal_mask(self.lm.config, x, None, None)
-        for each in self.lm.layers[layer:]:
-            x = each(x, attention_mask=mask, position_embeddings=self._rope, position_ids=None)
+        for k, each in enumerate(self.lm.layers[layer:], layer):
+            # A layer that keeps a state takes what it is given: of one prompt nothing is padding.
+            own = mask if k in self.attending else None
+            x = each(x, attention_mask=own, position_embeddings=self._rope, position_ids=None)
         logits: Tensor = self.model.get_output_embeddings()(self.lm.norm(x))[0]
         return logits

@@ -24,6 +24,8 @@ LEFT_OUT = (
     "padding: all rows of the batch are equally long",
 )
 
+STATES = "what a decode step adds to the states of layers that keep one, number by number; those are of fixed size"
+
 
 @dataclass(frozen=True)
 class Account:
@@ -36,14 +38,16 @@ class Account:
         dtype_bytes: bytes of one number in the KV cache.
         tower, projector: FLOPs of all images, unused last tower layers included where the model runs them.
         stages: FLOPs of facts and decisions. Where text rates images, all of the prompt's text does: an upper bound.
-        prefill_linear: matrices of all decoder layers, and the output embedding of the last prompt token.
+        prefill_linear: matrices of all decoder layers, states of those that keep one, and the output embedding of the
+            last prompt token.
         prefill_attention: full queries x keys; with sparse prefill the share of it that is read.
         prefill_attention_causal: the same without the masked half; not part of `total`.
         decode: all decode steps: matrices, attention, output embedding.
         visual_tokens: of one batch row, for every decoder layer; newline tokens are counted apart.
         newline_tokens: the same of LLaVA-NeXT's and OneVision's newlines. Where tokens were dropped, how many rows
             still have one is an expectation: that of tokens drawn at random.
-        kv_bytes_prefill, kv_bytes: of the whole batch, when prefill ends and when generation ends.
+        kv_bytes_prefill, kv_bytes: of the whole batch, when prefill ends and when generation ends; keys and values
+            alone, of the layers that attend.
         left_out: what is not counted, one sentence each.
         inexact: stages whose counts depend on what the picture shows; without any, visual_tokens are exact.
     """
@@ -152,7 +156,7 @@ def account(
         newline_tokens=tuple(flow.newlines),
         kv_bytes_prefill=batch * _kv_bytes(flow, size),
         kv_bytes=batch * _kv_bytes(flow, size, steps),
-        left_out=(*LEFT_OUT, *flow.left_out),
+        left_out=(*LEFT_OUT, *((STATES,) if decoder.states else ()), *flow.left_out),
         inexact=tuple(flow.inexact),
     )
 
@@ -192,7 +196,8 @@ def _decode_attention(shape: Geometry, prompt: Sequence[int], steps: int) -> int
     """FLOPs of attention over all decode steps; `prompt` is the length at every layer."""
     return sum(
         2 * shape.decoder.scores(1, _stored(n + step, window) + 1)
-        for n, window in zip(prompt, shape.decoder.windows, strict=True)
+        for layer, (n, window) in enumerate(zip(prompt, shape.decoder.windows, strict=True))
+        if layer not in shape.decoder.states
         for step in range(steps)
     )
 
@@ -201,6 +206,8 @@ def _kv_bytes(flow: TokenFlow, size: int, steps: int = 0) -> int:
     """Bytes of the KV cache of one row after so many decode steps; a number takes `size` of them at full width."""
     decoder, total = flow.shape.decoder, 0
     for layer, (n, window) in enumerate(zip(flow.held, decoder.windows, strict=True)):
+        if layer in decoder.states:
+            continue
         packed = flow.packed[layer](size) if layer in flow.packed else None
         slots = _stored(n + steps, window) if packed is None else steps
         total += (packed or 0) + slots * 2 * decoder.kv_heads * decoder.head_dim * size

@@ -73,7 +73,7 @@ class TokenFlow:
                 counts = self._act(stage, counts, layer)
             self.decoder.append(counts)
             self.newlines.append(self._lines(counts))
-        self.density = [1.0] * shape.decoder.depth
+        self.density = [float(layer not in shape.decoder.states) for layer in range(shape.decoder.depth)]
         lengths = [self.length(layer) for layer in range(shape.decoder.depth)]
         self.attended = self.held = self.decoded = lengths
         for stage in stages:
@@ -98,6 +98,8 @@ class TokenFlow:
             self._leave_out(f"{stage.name}: tokens that were dropped, not merged; attention is counted as if none was")
         elif stage.site == "cache" and not isinstance(stage, CacheStage):
             self._leave_out(f"{stage.name}: what a stage at site {stage.site} saves and costs")
+        if decoder.states and (stage.unmerge_mode() or (isinstance(stage, SparseAttention) and stage.keeps_apart)):
+            raise UnsupportedError(f"stage {stage.name}: layers of this decoder keep a state instead of attention")
         if why := stage.incompatibility(decoder.depth, decoder.width):
             raise OtherModelError(f"stage {stage.name}: {why}")
         why = stage.tower_incompatibility(tower.layers.width, tower.unit)
@@ -163,6 +165,8 @@ class TokenFlow:
     def _thin(self, stage: SparseAttention) -> None:
         """Enters how much of the attention a stage leaves, where that does not depend on what the prompt says."""
         for layer in stage.layers(self.shape.decoder.depth):
+            if layer in self.shape.decoder.states:
+                continue
             length = self.length(layer)
             if length < stage.min_len:
                 self._leave_out(f"{stage.name} stands aside: {length} tokens are fewer than min_len {stage.min_len}")
@@ -178,7 +182,7 @@ class TokenFlow:
         stack = self.shape.decoder
         self.held = self.decoded = list(self.held)
         for layer, (prompt, counts) in enumerate(zip(self.held, self.decoder, strict=True)):
-            if not sum(counts):
+            if not sum(counts) or layer in stack.states:
                 continue
             cost = stage.cost(prompt, counts, stack.heads, stack.kv_heads, stack.head_dim)
             if cost is None:
@@ -232,6 +236,7 @@ class TokenFlow:
         if not spec.queries:
             return  # a tensor that the model computes anyway
         if spec.read == "next layer" and layer is not None:
+            self._attends(stage, fact, layer)
             self.cost += self._next_query(layer, counts)
             return
         decoder, tower = not spec.of_encoder, self.shape.tower
@@ -248,6 +253,8 @@ class TokenFlow:
         if spec.instead and not tower.extra:
             spec = spec_of(spec.instead, stage.site)
             assert spec is not None
+        if decoder:
+            self._attends(stage, fact, source)
         key = (spec.read, spec.name, source)
         if key in self._paid:
             return
@@ -257,6 +264,13 @@ class TokenFlow:
         else:
             one_query = spec.queries == "cls"
             self.cost += sum(tower.scores(source, units, one_query=one_query) for units in self.tower[source])
+
+    def _attends(self, stage: Stage, fact: Fact, layer: int) -> None:
+        """Refuses a fact about the attention of a layer that has none, as `wrap` does."""
+        if layer in self.shape.decoder.states:
+            raise UnsupportedError(
+                f"stage {stage.name} needs {fact.name} of layer {layer}, which keeps a state instead of attention"
+            )
 
     def _decoder_fact(self, spec: FactSpec, source: int) -> int:
         """FLOPs of rows of decoder layer `source`. All text of the prompt is taken to stand behind every image and to

@@ -39,7 +39,7 @@ class SparsePrefill:
         self.at: dict[int, SparseAttention] = {}
         for stage in context.at("attention"):
             if isinstance(stage, SparseAttention):
-                self.at |= dict.fromkeys(stage.layers(context.depth), stage)
+                self.at |= {k: stage for k in stage.layers(context.depth) if k in context.attending}
         for layer, stage in self.at.items():
             if stage.rope:
                 context.handle.before(context.lm.layers[layer].self_attn, self._note_rope)
@@ -252,7 +252,7 @@ def check_maps(stage: SparseAttention, config: Any) -> None:
         )
 
 
-def check_attention(stages: Sequence[Stage], lm: Any) -> None:
+def check_attention(stages: Sequence[Stage], lm: Any, attending: Sequence[int]) -> None:
     """Refuses stages that no layer can serve, or two for one layer.
 
     Raises:
@@ -272,13 +272,7 @@ def check_attention(stages: Sequence[Stage], lm: Any) -> None:
         if why := stage.heads_incompatibility(lm.config.num_attention_heads, lm.config.num_key_value_heads, width):
             raise UnsupportedError(f"stage {stage.name}: {why}")
         check_maps(stage, lm.config)
-        wrong = [k for k in stage.dense_layers if not -depth <= k < depth]
-        if wrong or not stage.layers(depth):
-            raise UnsupportedError(
-                f"stage {stage.name}: dense_layers {list(stage.dense_layers)}; this model has layers 0 to "
-                f"{depth - 1}, and one must be left"
-            )
-        for k in stage.layers(depth):
+        for k in layers_left(stage, depth, attending):
             attention = lm.layers[k].self_attn
             if stage.rope and not rotates_last(attention):
                 raise UnsupportedError(
@@ -292,3 +286,15 @@ def check_attention(stages: Sequence[Stage], lm: Any) -> None:
                     "layers out with dense_layers"
                 )
             taken[k] = stage.name
+
+
+def layers_left(stage: SparseAttention, depth: int, attending: Sequence[int]) -> list[int]:
+    """Where the stage acts, of a decoder of which these layers attend."""
+    wrong = [k for k in stage.dense_layers if not -depth <= k < depth]
+    layers = [k for k in stage.layers(depth) if k in attending]
+    if wrong or not layers:
+        raise UnsupportedError(
+            f"stage {stage.name}: dense_layers {list(stage.dense_layers)}; this model has layers 0 to {depth - 1}, and "
+            "one with attention must be left"
+        )
+    return layers

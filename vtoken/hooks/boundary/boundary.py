@@ -252,5 +252,5 @@ class Boundary:
         check_labels(flow)
         if not flow.layouts or (flow.dense and not flow.changed):
             return None
-        restore(out, flow, len(self.lm.layers))
+        restore(out, flow, self.context.depth, self.context.attending)
         return out

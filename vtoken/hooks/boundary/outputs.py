@@ -3,6 +3,7 @@ dropped."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,11 +12,11 @@ from vtoken.hooks.state.left_padding import SlotLayout
 from vtoken.hooks.state.prefill_state import PrefillState
 
 
-def restore(out: Any, flow: PrefillState, depth: int) -> None:
+def restore(out: Any, flow: PrefillState, depth: int, attending: Sequence[int]) -> None:
     """Gives hidden states and attention weights of a pruned prefill their full length, in place.
 
     Args:
-        out: what the language model of `depth` layers returns.
+        out: what the language model of `depth` layers returns, of which those `attending` have attention weights.
     """
     length, hidden = flow.new.shape[1], out.last_hidden_state
     full = flow.layouts[flow.group].restore(hidden, length)
@@ -31,7 +32,8 @@ def restore(out: Any, flow: PrefillState, depth: int) -> None:
         out.hidden_states = (*inner, *last)
     if maps is not None:
         out.attentions = tuple(
-            None if x is None else _of_layer(flow, k).restore_map(x, length, flow.past) for k, x in enumerate(maps)
+            None if x is None else _of_layer(flow, k).restore_map(x, length, flow.past)
+            for k, x in zip(attending, maps, strict=True)
         )
 
 

@@ -18,13 +18,14 @@ from vtoken.stages.cache import CacheStage, GeneratedBlock
 
 
 class Requantizer:
-    """A pre-hook on every decoder layer's attention, which sees the cache, and a tap, which sees queries and keys."""
+    """A pre-hook on the attention of every decoder layer, which sees the cache, and a tap, which sees queries and
+    keys."""
 
     def __init__(self, context: Context, stage: CacheStage) -> None:
         self.run, self.stage, self.requantize_every = context.run, stage, stage.requantize_every() or 0
-        for layer in context.lm.layers:
-            context.handle.before(layer.self_attn, self._remember)
-        tap(context.handle, context.lm, range(context.depth), self._tap)
+        for k in context.attending:
+            context.handle.before(context.lm.layers[k].self_attn, self._remember)
+        tap(context.handle, context.lm, context.attending, self._tap)
 
     @eager
     def _remember(self, module: Any, args: tuple, kwargs: dict) -> None:

@@ -78,7 +78,7 @@ class ShrunkLayer:
 
 
 class CacheShrinker:
-    """A tap on every decoder layer.
+    """A tap on every decoder layer with attention; what others keep is a state of fixed size.
 
     Attributes:
         goes_on: tokens behind the prompt follow into few bits.
@@ -93,13 +93,14 @@ class CacheShrinker:
             self.compress = stage.compressor(context.adapter.model)
         except (ImportError, ValueError) as error:
             raise UnsupportedError(str(error)) from error
-        tap(context.handle, self.lm, range(context.depth), self._tap)
+        self.attending = context.attending
+        tap(context.handle, self.lm, self.attending, self._tap)
         self.goes_on = bool(stage.requantize_every())
         if self.goes_on:
             Requantizer(context, stage)
         if stage.native:
-            for layer in self.lm.layers:
-                context.handle.before(layer.self_attn, self._remember)
+            for k in self.attending:
+                context.handle.before(self.lm.layers[k].self_attn, self._remember)
 
     def check(self, cache: Any) -> None:
         """Refuses a prefill with images whose cache cannot shrink.
@@ -122,7 +123,8 @@ class CacheShrinker:
             raise UnsupportedError(
                 f"stage {name} shrinks the KV cache, but a static cache keeps its size: leave cache_implementation out"
             )
-        odd = {type(layer).__name__ for layer in cache.layers if type(layer) not in (DynamicLayer, QuantizedLayer)}
+        layers = [layer for k, layer in enumerate(cache.layers) if k in self.attending]
+        odd = {type(layer).__name__ for layer in layers if type(layer) not in (DynamicLayer, QuantizedLayer)}
         if odd:
             raise UnsupportedError(
                 f"stage {name} cannot shrink cache layers of kind {', '.join(sorted(odd))}; use a plain DynamicCache"

@@ -29,7 +29,7 @@ class LayerGroups:
 
     def __init__(self, context: Context) -> None:
         self.context, self.lm, self.run, handle = context, context.lm, context.run, context.handle
-        lm, depth = self.lm, context.depth
+        lm, depth, self.attending = self.lm, context.depth, frozenset(context.attending)
         stages = [stage.for_depth(depth) for stage in context.at("decoder")]
         self.at = by_layer(stages, depth)
         self.rating = [stage for stage in stages if asks(stage, queries="chosen")]
@@ -72,10 +72,17 @@ class LayerGroups:
             # already.
             kwargs["position_ids"] = None
         if flow.group:
-            if flow.attention_mask is UNMADE:
-                flow.attention_mask = self._mask(flow.group, flow.cache, short, flow.key_mask)
-            kwargs["attention_mask"] = flow.attention_mask
+            kwargs["attention_mask"] = self._mask_of(k, flow, short)
         return args, kwargs
+
+    def _mask_of(self, k: int, flow: ForwardState, hidden: Tensor) -> Any:
+        """What layer k is given: the backend's mask, or of a layer that keeps a state which of the new slots are
+        real."""
+        if k not in self.attending:
+            return None if flow.key_mask is None else flow.valid.to(hidden.device)
+        if flow.attention_mask is UNMADE:
+            flow.attention_mask = self._mask(k, flow.cache, hidden, flow.key_mask)
+        return flow.attention_mask
 
     def _open(self, k: int, flow: ForwardState, hidden: Tensor, kwargs: dict) -> Tensor:
         """Enters the group that starts at k, if one does; returns the hidden states it works on."""
@@ -171,7 +178,7 @@ class LayerGroups:
                 ids = flow.compact(k)
                 ids = ids - dropped_slots(flow).cumsum(1).to(ids.device)
                 rope = self.lm.rotary_emb(hidden, position_ids=ids.to(hidden.device))
-            found = Observed(next_layer_attention(self.lm.layers[k], k, flow, hidden, rope), flow.index)
+            found = Observed(next_layer_attention(self.context.adapter, k, flow, hidden, rope), flow.index)
         elif spec.read == "hidden states":
             found = Observed(self.lm.norm(hidden) if name == "normed" else hidden, flow.index)
         elif spec.queries == "chosen":
@@ -188,14 +195,14 @@ class LayerGroups:
 
     def _static(self, k: int, step: StaticStep, kwargs: dict) -> dict:
         group = step.cache.group(k)
-        if not group:
+        if not group or k not in self.attending:
             return kwargs
         if group not in step.masks:
-            step.masks[group] = self._mask(group, step.cache, step.hidden, step.cache.valid[group])
+            step.masks[group] = self._mask(k, step.cache, step.hidden, step.cache.valid[group])
         return {**kwargs, "attention_mask": step.masks[group]}
 
     def _mask(self, k: int, cache: Any, hidden: Tensor, key_mask: Tensor | None) -> Any:
-        """The backend's mask for the layers of the group that starts at k, sized by that layer alone."""
+        """The backend's mask for the layers of a group, sized by layer k of it alone."""
         if cache is None and key_mask is None:
             key_mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         view = None if cache is None else Cache(layers=[cache.layers[k]])

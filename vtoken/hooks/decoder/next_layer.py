@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from vtoken.hooks.decoder.attention_facts import last_row
 from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.hooks.state.prompt_text import dropped_slots
 from vtoken.hooks.state.pruned_cache import PrunedCache
+
+if TYPE_CHECKING:
+    from vtoken.adapters.base import Adapter
 
 
 def check_next_layer(layer: Any) -> None:
@@ -37,17 +40,21 @@ def check_next_layer(layer: Any) -> None:
 
 
 @torch.no_grad()
-def next_layer_attention(layer: Any, k: int, flow: PrefillState, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def next_layer_attention(
+    adapter: Adapter, k: int, flow: PrefillState, hidden: Tensor, rope: tuple[Tensor, Tensor]
+) -> Tensor:
     """[B, slots] attention of the last prompt token over the slots of layer k, head mean, from the hidden states [B, P,
     D] that enter it.
 
     Args:
         rope: cos and sin of their positions, [B or 1, P, d].
     """
+    layer = adapter.lm.layers[k]
     attention = layer.self_attn
     rotate = _file(attention).apply_rotary_pos_emb
     x = layer.input_layernorm(hidden.detach())
-    q, keys = (_heads(attention, name, y) for name, y in (("q", flow.of_last(x, 1)[:, None]), ("k", x)))
+    q = _heads(attention, "q", flow.of_last(x, 1)[:, None], gated=adapter.gated_queries)
+    keys = _heads(attention, "k", x)
     cos, sin = rope
     # One call rotates queries and keys by the same positions; these have their own.
     q = rotate(q, q, *(flow.of_last(half, 1)[:, None] for half in rope))[0]
@@ -70,9 +77,10 @@ def _past(flow: PrefillState, k: int) -> tuple[Tensor, Tensor] | None:
     return flow.cache.layers[k].keys[:, :, : logical.shape[1]], held  # type: ignore[attr-defined]
 
 
-def _heads(attention: Any, name: str, x: Tensor) -> Tensor:
-    """[B, H, P, d] projection q or k of x [B, P, D]."""
-    out = getattr(attention, f"{name}_proj")(x).unflatten(-1, (-1, attention.head_dim))
+def _heads(attention: Any, name: str, x: Tensor, *, gated: bool = False) -> Tensor:
+    """[B, H, P, d] projection q or k of x [B, P, D]; of a gated one each head's second half is the gate."""
+    out = getattr(attention, f"{name}_proj")(x).unflatten(-1, (-1, attention.head_dim * (1 + gated)))
+    out = out[..., : attention.head_dim]
     norm = getattr(attention, f"{name}_norm", None)
     return (out if norm is None else norm(out)).transpose(1, 2)
 

@@ -50,6 +50,11 @@ class Context:
         """Layers of the decoder."""
         return len(self.adapter.lm.layers)
 
+    @property
+    def attending(self) -> tuple[int, ...]:
+        """Layers of the decoder with attention; the others keep a state."""
+        return self.adapter.attending
+
     def at(self, *sites: Site) -> list[Stage]:
         return [stage for stage in self.stages if stage.site in sites]
 

@@ -40,6 +40,7 @@ class ForwardState:
         layer_kwargs: arguments that later layers get instead of the model's own.
         renumbers: positions are compact; owner: of the cache.
         unmerged: how attention sees merged tokens at all their places, when it does.
+        slots_of_rows: `valid`, and per row the slots [n] where it is True: see `real_slots`.
     """
 
     new: Tensor
@@ -58,6 +59,7 @@ class ForwardState:
     layer_kwargs: dict[str, Any] = field(default_factory=dict)
     attention_mask: Any = UNMADE
     unmerged: Any = None
+    slots_of_rows: tuple[Tensor, list[Tensor]] | None = None
     renumbers: bool = field(default=False, kw_only=True)
     owner: CacheOwner = field(kw_only=True)
 
@@ -80,6 +82,12 @@ class ForwardState:
             mask = torch.nn.functional.pad(mask, (0, max(0, self.past - mask.shape[1])), value=True)
             real = real & mask.gather(1, old.clamp(min=0))
         return real
+
+    def real_slots(self) -> list[Tensor]:
+        """Per row, which slots [n] of the current layout are no padding. Asks the device once per layout."""
+        if self.slots_of_rows is None or self.slots_of_rows[0] is not self.valid:
+            self.slots_of_rows = self.valid, [row.nonzero()[:, 0] for row in self.valid.cpu()]
+        return self.slots_of_rows[1]
 
     def shift(self, start: int) -> Tensor:
         """[B] how far the group's positions lag behind the logical ones once this forward is cached (compact

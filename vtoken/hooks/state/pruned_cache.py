@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
 
 from vtoken.hooks.state.quantized_layer import QuantizedLayer
 
@@ -59,7 +60,7 @@ class PrunedCache:
     """Mixed into the class of a live cache by `adopt`. `groups[k]` describes layers from k up to the next key. `table`
     tells what merged tokens, whose keys are held without RoPE, stand for (hooks/attention/unmerge.py). `busy`: a
     forward is at work on it of which `Run.flow` tells. `dense`: no group has padding. A decode step asks for few of
-    these, and works nothing out."""
+    these, and works nothing out. `first`: the first layer that holds keys; layers before it keep a state."""
 
     groups: dict[int, SlotMap]
     busy: bool = False
@@ -69,12 +70,14 @@ class PrunedCache:
     owner: CacheOwner
     shifted: bool
     dense: bool = True
+    first: int = 0
 
     def group(self, layer: int) -> int:
         return max(start for start in self.groups if start <= layer)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        slots = self.groups[self.group(layer_idx) if layer_idx else 0]
+        at = layer_idx or self.first
+        slots = self.groups[self.group(at) if at else 0]
         saved: int = slots.end - slots.logical.shape[1]
         return super().get_seq_length(layer_idx) + saved  # type: ignore[misc]
 
@@ -172,6 +175,7 @@ def adopt(cache: Any, batch: int, device: torch.device, owner: CacheOwner) -> Pr
         _CLASSES[cls] = type("Pruned" + cls.__name__, (PrunedCache, cls), {})
     cache.__class__ = _CLASSES[cls]
     cache.groups, cache.valid, cache.prompt_mask, cache.shifted, cache.owner = {}, {}, None, False, owner
+    cache.first = next((k for k, layer in enumerate(cache.layers) if isinstance(layer, CacheLayerMixin)), 0)
     everything = torch.arange(held, device=device).expand(batch, -1)
     cache.record(0, SlotMap(everything, held, None, dense=True))
     return cache

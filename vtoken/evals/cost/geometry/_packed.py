@@ -61,6 +61,7 @@ def packed(
     parted_frames: bool = False,
     merger: int | None = None,
     sized: Sized = patch_grid,
+    stack: Layers | None = None,
 ) -> Geometry:
     """The whole model.
 
@@ -72,6 +73,7 @@ def packed(
         parted_frames: as in Geometry.
         merger: numbers in the matrices that make a token of its patches; None: an MLP of two, as wide as the patches.
         sized: as `patch_grid`, where the processor of a family rounds sizes in its own way.
+        stack: the decoder, where it is not of the Llama kind.
     """
     vision, text = config.vision_config, config.text_config
     grid = t, h, w = sized(vision, image_size, frames)
@@ -106,7 +108,7 @@ def packed(
         parts=(raster,),
         sources=((1, 1),),
         newlines=(0, 0),
-        decoder=decoder(text),
+        decoder=decoder(text) if stack is None else stack,
         vocabulary=text.vocab_size,
         parted_frames=parted_frames,
     )

@@ -31,6 +31,34 @@ class Pictures:
 
 
 @dataclass(frozen=True)
+class State:
+    """What a decoder layer computes that keeps a state instead of attending (gated delta rule), beside its matrices.
+
+    Attributes:
+        conv: numbers of the convolution over time, channels x `width`.
+        heads: each with a state of `key` x `value` numbers; 0 where the convolution is all.
+        chunk: tokens that are taken in together.
+    """
+
+    conv: int
+    width: int
+    heads: int = 0
+    key: int = 0
+    value: int = 0
+    chunk: int = 64
+
+    def flops(self, tokens: int) -> int:
+        """Of so many tokens at once, as the model's own code computes it: whole chunks, and a window that sticks out of
+        the prompt, or of which a step needs only the last place. Inside a chunk a triangular system is solved for keys
+        and values; that counts as multiplying by its inverse."""
+        if tokens <= 1:
+            return 4 * self.conv * tokens
+        square, chunks = self.chunk**2, -(-tokens // self.chunk)
+        inside = square * (3 * self.key + 2 * self.value) + 3 * self.chunk * self.key * self.value
+        return 2 * (self.conv * (tokens + self.width - 1) + chunks * self.heads * inside)
+
+
+@dataclass(frozen=True)
 class Layers:
     """A stack of equal transformer layers.
 
@@ -38,6 +66,7 @@ class Layers:
         weights: numbers in the weight matrices of one layer that a token meets; each costs 2 FLOPs.
         windows: sliding window of every layer in tokens, None where attention is full.
         unlike: layer -> its weights, where it has not as many as the others.
+        states: layer -> what it computes instead of attention.
     """
 
     depth: int
@@ -48,10 +77,14 @@ class Layers:
     head_dim: int
     windows: tuple[int | None, ...]
     unlike: Mapping[int, int] = field(default_factory=dict)
+    states: Mapping[int, State] = field(default_factory=dict)
 
     def linear(self, tokens: int, layer: int | None = None) -> int:
-        """FLOPs of one layer's matrices."""
-        return 2 * tokens * (self.weights if layer is None else self.unlike.get(layer, self.weights))
+        """FLOPs of one layer's matrices, and of its state if it keeps one."""
+        if layer is None:
+            return 2 * tokens * self.weights
+        state = self.states[layer].flops(tokens) if layer in self.states else 0
+        return 2 * tokens * self.unlike.get(layer, self.weights) + state
 
     def scores(self, queries: float, keys: float) -> int:
         """FLOPs of one layer's q·k; the weighted sum of the values costs as much again."""
