@@ -14,5 +14,5 @@ class Tiny(Dense):
     checkpoints = {"Qwen/Qwen3-VL-30B-A3B-Instruct": 31071}
 
     def fields(self, text: dict[str, Any]) -> dict[str, Any]:
-        experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [0]}
+        experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [0]}
         return super().fields({**experts, **text})
