@@ -94,9 +94,11 @@ def components(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
 def free_first(of: Sequence[int], close: Tensor) -> tuple[list[int], int]:
     """The places `of` a group, best first, those before the others that no better one of them suppresses; and how many
     these are. close [n, n]: whether two places resemble each other."""
-    near, free, rest = close[list(of)][:, list(of)].numpy(), [], []
+    near: list[list[bool]] = close[list(of)][:, list(of)].tolist()
+    free: list[int] = []
+    rest: list[int] = []
     for place in range(len(of)):
-        (rest if near[place, free].any() else free).append(place)
+        (rest if any(near[place][other] for other in free) else free).append(place)
     return [of[place] for place in free + rest], len(free)
 
 

@@ -23,7 +23,7 @@ def cuts(vision: Any, image_size: ImageSize | None) -> tuple[int, int]:
     from transformers import Idefics3ImageProcessorPil
 
     side = vision.image_size
-    limits = {"size": {"longest_edge": LONGEST * side}, "max_image_size": {"longest_edge": side}}
+    limits: dict[str, Any] = {"size": {"longest_edge": LONGEST * side}, "max_image_size": {"longest_edge": side}}
     _, rows, columns = Idefics3ImageProcessorPil(**limits).get_number_of_image_patches(*pair(image_size or side))
     return rows, columns
 
