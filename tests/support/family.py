@@ -38,7 +38,8 @@ class Family:
         classes: how the names of its classes in transformers begin; processes: that of its processor, where it is
             another family's.
         words: that stand for an image and for a video; around: those that enclose either; marks: further
-            special tokens.
+            special tokens; written:
+            what a prompt says for an image, if not the word that its tokens have.
         image: spec of "img" in `tiny.build`; video: of "video", None where the family takes none.
         other, odd: further images: of another raster, and one that is padded or scaled where the family does so.
         other_video: a video of four frames and another size, where sizes may differ.
@@ -50,6 +51,9 @@ class Family:
         unit: patches that become one visual token.
         full_attention: tower layers whose tokens see the whole image; None: all.
         states: decoder layers that keep a state instead of attending.
+        types: name of the input that says of every token whether it is text or part of a picture; "": there is none.
+        window: tokens that some decoder layers see, the newest ones; None: all layers see all.
+        both_ways: the tokens of an image see each other both ways in the decoder.
         deepstack: decoder layers that are given features of early tower layers.
         rows_parted: a token of its own stands between the rows of an image.
         anyres: images are cut into crops, with a newline token behind each row of them.
@@ -79,6 +83,7 @@ class Family:
     words: ClassVar[tuple[str, str]] = ("<image>", "<video>")
     around: ClassVar[tuple[str, str]] = ("", "")
     marks: ClassVar[tuple[str, str]] = ("<|vision_start|>", "<|vision_end|>")
+    written: ClassVar[str] = ""
     image: ClassVar[Spec]
     other: ClassVar[Spec]
     odd: ClassVar[Spec]
@@ -91,6 +96,9 @@ class Family:
     by_rows: ClassVar[bool] = False
     unit: ClassVar[int] = 1
     full_attention: ClassVar[tuple[int, ...] | None] = None
+    types: ClassVar[str] = ""
+    window: ClassVar[int | None] = None
+    both_ways: ClassVar[bool] = False
     deepstack: ClassVar[int] = 0
     rows_parted: ClassVar[bool] = False
     states: ClassVar[tuple[int, ...]] = ()

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from vtoken.errors import UnsupportedError
+from vtoken.hooks.state.layer_kinds import FULL, SLIDING, kinds_of
 from vtoken.hooks.state.run import KINDS, FeatureCall, ImageLayout
 from vtoken.stages import FACTS
 
-# Full attention, and layers that on a shortened prompt are what they are on a short one: they know no positions.
-KINDS_OF_LAYERS = {"full_attention", "linear_attention", "conv"}
+# Attention, to all or in sliding windows, and layers that on a shortened prompt are what they are on a short one: they know no positions.
+KINDS_OF_LAYERS = {FULL, SLIDING, "linear_attention", "conv"}
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class Adapter(ABC):
         features: kind -> name of the method of `outer` that encodes it.
         missing: fact name -> why the family cannot supply it and what comes nearest.
         mrope: whether positions have several axes, which cannot be renumbered.
+        masks_outside: whether `outer` makes the masks that `lm` is called with.
+        both_ways: whether the tokens of an image may see each other both ways, see `blocks`.
         prompted: whether `layouts` and `crops` are given `input_ids` or `inputs_embeds` of the prompt too, where there
             is one.
         gated_queries: whether the decoder's q_proj gives each head's query and, behind it, a gate of the same width.
@@ -85,6 +88,8 @@ class Adapter(ABC):
     model_type: ClassVar[str]
     features: ClassVar[dict[str, str]] = {"image": "get_image_features"}
     mrope: ClassVar[bool] = False
+    masks_outside: ClassVar[bool] = False
+    both_ways: ClassVar[bool] = False
     prompted: ClassVar[bool] = False
     gated_queries: ClassVar[bool] = False
     model: Any
@@ -173,6 +178,11 @@ class Adapter(ABC):
     def check_call(self, kwargs: dict[str, Any]) -> None:  # noqa: B027
         """Refuses arguments of a call of `outer` or the tower that change which layer the features come from."""
 
+    def blocks(self, kwargs: dict[str, Any]) -> Tensor | None:
+        """[B, L] of a call of `outer`: tokens of the same number see each other both ways, -1 at others; None: none
+        do."""
+        return None
+
     def visual_kinds(self, ids: Tensor | None, embeds: Tensor | None, among: Collection[str] = KINDS) -> Tensor:
         """[B, L] uint8: 1 where a position holds an image token, 2 for video, 0 for text. Without ids the placeholder's
         embedding is looked for, as upstream. Placeholders of kinds that are not `among` these are text."""
@@ -199,20 +209,21 @@ def check_decoder(lm: Any) -> None:
     """Refuses decoders on which dropping tokens would change what a layer means.
 
     Raises:
-        UnsupportedError: sliding-window, chunked or otherwise unusual layers, queries scaled by position.
+        UnsupportedError: chunked or otherwise unusual layers, queries scaled by position.
     """
     config = lm.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - KINDS_OF_LAYERS
+    kinds = set(kinds_of(config)) - KINDS_OF_LAYERS
     if kinds:
         raise UnsupportedError(
             f"decoder {config.model_type!r} has layers of kind {', '.join(sorted(kinds))}; vtoken handles full "
-            "attention and layers that keep a state: with tokens dropped, a window would span other tokens than it was "
+            "attention, sliding windows and layers that keep a state: with tokens dropped, a chunk would span other "
+            "tokens than it was "
             "trained on"
         )
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+    if getattr(config, "attn_logit_softcapping", None):
         raise UnsupportedError(
-            f"decoder {config.model_type!r} attends in a sliding window of {config.sliding_window} tokens; dropping "
-            "tokens changes what a window means. Load the model with sliding_window=None if its prompts fit the window"
+            f"decoder {config.model_type!r} caps the logits of its attention, which facts about attention do not "
+            "reckon with; not supported"
         )
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, dict) and rope.get("llama_4_scaling_beta"):
