@@ -42,8 +42,8 @@ class VisualTokens:
             raster: they follow the pipeline's newline policy and no method sees them.
         row: batch row of each image.
         raster_index: [ΣN] position of each token among its image's unpruned tokens (rasters one after the other).
-        segment: [ΣN] frame of a video, or crop of an image (of an anyres one 0 is the downscaled whole), each token belongs
-            to; None when every image is a single one.
+        segment: [ΣN] frame of a video, or crop of an image (of an anyres one 0 is the downscaled whole), each token
+            belongs to; None when every image is a single one.
         facts: what the stage declared in `needs`.
         layer: layer index at encoder and decoder sites, else None.
         memory: scratch of this stage for this prefill (stages themselves hold no state).
