@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import tiny
+import tiny_processors
 import torch
 
 import vtoken
 from vtoken.errors import UnsupportedError
+from vtoken.evals.cost.geometry._split import cuts
 from vtoken.hooks.state.parted import crops_of
 
 families = pytest.mark.parametrize("family", tiny.families(split=True))
@@ -122,3 +124,12 @@ def test_text_between_crops_stays(family):
     with vtoken.wrapped(model, "uniform:1"):
         model(**batch)
         assert vtoken.trace(model).prompt_tokens == [text + 1]
+
+
+@families
+def test_the_account_cuts_as_the_processor_does(family):
+    one = tiny.family(family)
+    images = tiny_processors.processor(family).image_processor
+    for size in [(1, 1), (56, 112), (300, 40), (40, 300), (333, 177), (480, 640), (101, 99), (27, 2000), (1000, 999)]:
+        found = images.get_number_of_image_patches(*size)
+        assert found[1:] == cuts(one.stock.config.vision_config, size), size

@@ -103,7 +103,7 @@ def pictures_only(kind: type[Any]) -> type[Any]:
 
     module: Any = sys.modules[kind.__module__]
     if getattr(module, "num2words", kind) is None:
-        module.num2words = _in_words
+        vars(module)["num2words"] = _in_words
     fields = {
         # One that prepares videos too asks that half for its settings.
         "apply_chat_template": ProcessorMixin.apply_chat_template,

@@ -6,10 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from family import Draw, Family, Picture
 from tiny_models import IMG, PATCH, VISION_START
 from torch import Tensor
+from transformers.utils import is_torchvision_available
 
 from vtoken.evals.cost.geometry._split import LONGEST, cuts
 
@@ -52,6 +55,8 @@ class Split(Family):
 
     def processor(self, kind: Any, tokenizer: Any, **options: Any) -> Any:
         limits = {"size": {"longest_edge": LONGEST * self.size}, "max_image_size": {"longest_edge": self.size}}
+        if not is_torchvision_available() and "torchvision" in getattr(self.images, "_backends", ()):
+            pytest.skip(f"in transformers {transformers.__version__} {self.classes}ImageProcessorPil needs torchvision")
         return kind(self.images(**limits), tokenizer, *self.halves, image_seq_len=self.across**2, **options)
 
     def item(self, height: int, width: int, frames: int = 1) -> Any:

@@ -143,7 +143,8 @@ def views(processor: Any, pixel_values: Any, media: Media, parts: Sequence[Parts
     Args:
         processor: a Hugging Face processor or image processor.
         pixel_values: [images, 3, H, W] or [images, crops, 3, H, W], crop 0 being the whole; [crops, 3, H, W] or
-            [rows, crops, 3, H, W], padded with zeros, where every raster is a crop. Flattened patches, or None, belong to processors that resize without cropping, so
+            [rows, crops, 3, H, W], padded with zeros, where every raster is a crop.
+            Flattened patches, or None, belong to processors that resize without cropping, so
             that a raster covers the original.
         media: the originals.
         parts: rasters of each image, as in the trace.

@@ -1,11 +1,12 @@
-"""What Idefics3 and SmolVLM share: a picture is scaled until its longer side is four crops, cut, and seen once more as a
-whole; k x k patches become a token in the connector.
+"""What Idefics3 and SmolVLM share: a picture is scaled until its longer side is four crops, cut, and seen once more as
+a whole; k x k patches become a token in the connector.
 
 Four crops are what the processors of the checkpoints say; one that is told another size, or not to cut, gives others.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -20,12 +21,12 @@ LONGEST = 4  # crops along the longer side
 
 def cuts(vision: Any, image_size: ImageSize | None) -> tuple[int, int]:
     """(rows, columns) of crops of a picture of this size; None is that of one crop."""
-    from transformers import Idefics3ImageProcessorPil
-
     side = vision.image_size
-    limits: dict[str, Any] = {"size": {"longest_edge": LONGEST * side}, "max_image_size": {"longest_edge": side}}
-    _, rows, columns = Idefics3ImageProcessorPil(**limits).get_number_of_image_patches(*pair(image_size or side))
-    return rows, columns
+    height, width = pair(image_size or side)
+    # As the processor rounds: the shorter side to even pixels, then up to whole crops.
+    shorter = int(LONGEST * side / (max(height, width) / min(height, width)))
+    lines = max(1, math.ceil((shorter + shorter % 2) / side))
+    return (LONGEST, lines) if height > width else (lines, LONGEST)
 
 
 def geometry(config: Any, pictures: Pictures) -> Geometry:

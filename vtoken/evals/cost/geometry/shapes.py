@@ -163,8 +163,8 @@ class Geometry:
         newlines: (how many, visual tokens that each of them closes).
         vocabulary: rows of the output embedding.
         parted_frames: whether text (timestamps) stands between the frames of a video.
-        parted_crops: whether it stands between the crops of an image; a mark in front of each, and one behind the image,
-            tell which belong together.
+        parted_crops: whether it stands between the crops of an image; a mark in front of each, and one behind the
+            image, tell which belong together.
     """
 
     tower: Tower
