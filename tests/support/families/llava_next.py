@@ -27,4 +27,4 @@ class Tiny(Anyres):
     def processor(self, kind: Any, tokenizer: Any, **options: Any) -> Any:
         size = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
         images = LlavaNextImageProcessorPil(**size, image_grid_pinpoints=PINPOINTS)
-        return kind(images, tokenizer, **CLIP, **options)
+        return kind(image_processor=images, tokenizer=tokenizer, **CLIP, **options)
