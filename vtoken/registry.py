@@ -35,7 +35,14 @@ _HYBRID = (
     "its decoder alternates attention with linear-attention layers, whose state would run over other tokens than the "
     "cache holds; Qwen3-VL is the nearest supported family"
 )
-REFUSED = {"qwen3_5": _HYBRID, "qwen3_5_moe": _HYBRID}
+REFUSED = {
+    "qwen3_5": _HYBRID,
+    "qwen3_5_moe": _HYBRID,
+    "video_llava": (
+        "it has one tower for pictures and another for videos, and every frame's CLS token stands among the tokens of "
+        "its video; LLaVA-NeXT-Video is the nearest supported family"
+    ),
+}
 
 _VARIANT = re.compile(r"^  ([\w-]+):$", re.MULTILINE)
 Dated = tuple[str, int]
