@@ -213,6 +213,11 @@ def check_inside(stage: Stage, adapter: Adapter) -> None:
     """Refuses to merge inside layers that cannot be made to."""
     if stage.merge_point() is None:
         return
+    if adapter.encoder.packed and adapter.encoder.unit == 1:
+        raise UnsupportedError(
+            f"stage {stage.name} merges single patches inside encoder layers, which needs crops in a batch; "
+            f"this {adapter.model_type} has all patches in one sequence. Use a stage that merges behind it (dtome_post)"
+        )
     if adapter.encoder.unit != 1:
         raise UnsupportedError(
             f"stage {stage.name} merges single patches inside encoder layers; {adapter.model_type} joins "

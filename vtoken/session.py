@@ -28,6 +28,7 @@ from vtoken.hooks.state.installed import described
 from vtoken.hooks.state.trace import Trace
 from vtoken.hooks.vision.features import FeatureHooks
 from vtoken.hooks.vision.padded_tower import PaddedTower
+from vtoken.hooks.vision.rows_tower import RowsTower
 from vtoken.hooks.vision.tower import Tower
 from vtoken.hooks.vision.varlen_tower import VarlenTower
 
@@ -46,7 +47,8 @@ def install(context: Context) -> Boundary:
     """Puts the hooks on that the stages need, in the order of a forward."""
     CallInputs(context)
     FeatureHooks(context)
-    tower: type[Tower] = VarlenTower if context.adapter.encoder.packed else PaddedTower
+    encoder = context.adapter.encoder
+    tower: type[Tower] = RowsTower if encoder.by_rows else VarlenTower if encoder.packed else PaddedTower
     tower(context)
     # Sparse attention lies within the taps that observe, which come later and see every layer.
     SparsePrefill(context)

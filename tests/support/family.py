@@ -43,9 +43,11 @@ class Family:
         pictures: (height, width, frames) of what the FLOPs account is held against.
         unpadded: (height, width) of a picture of which packing cuts nothing away.
         varlen: the tower takes the patches of all images in one sequence.
+        by_rows: it does so row by row, and a mask keeps images apart.
         unit: patches that become one visual token.
         full_attention: tower layers whose tokens see the whole image; None: all.
         deepstack: decoder layers that are given features of early tower layers.
+        rows_parted: a token of its own stands between the rows of an image.
         anyres: images are cut into crops, with a newline token behind each row of them.
         crops_one_only: they are cut only in a row that holds no other image.
         equal_videos: videos of a batch must have equally many frames.
@@ -67,9 +69,11 @@ class Family:
     pictures: ClassVar[Sequence[tuple[int, int, int]]]
     unpadded: ClassVar[tuple[int, int]] = (56, 112)
     varlen: ClassVar[bool] = False
+    by_rows: ClassVar[bool] = False
     unit: ClassVar[int] = 1
     full_attention: ClassVar[tuple[int, ...] | None] = None
     deepstack: ClassVar[int] = 0
+    rows_parted: ClassVar[bool] = False
     anyres: ClassVar[bool] = False
     crops_one_only: ClassVar[bool] = False
     equal_videos: ClassVar[bool] = False
@@ -148,6 +152,10 @@ class Family:
     def inputs(self, pictures: Sequence[Picture], draw: Draw) -> dict[str, Tensor]:
         """What the encoder is given for these pictures, in reading order."""
         raise NotImplementedError
+
+    def breaks(self, ids: Tensor) -> Tensor:
+        """[B, L] bool: which of a batch's ids stand between rows of an image, and are none of its features."""
+        return torch.zeros_like(ids, dtype=torch.bool)
 
     def beside(self, ids: Tensor, images: Sequence[int]) -> dict[str, Tensor]:
         """What else a processor returns for ids [B, L] with so many images in each row."""

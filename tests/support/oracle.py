@@ -59,7 +59,8 @@ def prompt(model: Any, batch: dict[str, Tensor]) -> PrefillQK:
         deep.append(torch.zeros_like(embeds))
         deep[-1][seen["visual_pos_masks"]] = features
     visual = (ids == model.config.image_token_id) | (ids == getattr(model.config, "video_token_id", -1))
-    newline, crop = torch.zeros_like(visual), 0
+    newline, crop = tiny.family(model).breaks(ids), 0
+    visual |= newline
     if hasattr(model.model, "image_newline"):
         newline = visual & (embeds == model.model.image_newline).all(-1)
         vision = model.config.vision_config

@@ -153,7 +153,8 @@ def segments(model: PreTrainedModel, batch: dict[str, Tensor]) -> list[Segment]:
     images, videos = one.found(batch)
     found = []
     for kind, placeholder, pictures in (("image", IMG, images), ("video", VID, videos)):
-        line, column = (ids == placeholder).nonzero(as_tuple=True)
+        own = ids == placeholder if placeholder != IMG else (ids == placeholder) | one.breaks(ids)
+        line, column = own.nonzero(as_tuple=True)
         start = 0
         for picture in pictures:
             stop = start + one.tokens(picture)

@@ -78,7 +78,7 @@ def dense(model, batch):
 def where(model, batch):
     """Per image its row, its columns without newlines, and the columns of its row's text in front of and behind it."""
     p = tiny.segments(model, batch)
-    newline = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    newline = tiny.family(model).breaks(batch["input_ids"])
     if hasattr(model.model, "image_newline"):
         newline = oracle.prompt(model, batch).newline
     visual = torch.zeros_like(newline)

@@ -29,6 +29,7 @@ class Encoder:
         full_attention: layers in which every token of an image (or frame) attends to all others; None: all of them.
         packed: whether the patches of all images lie in one sequence, merge group by merge group (Qwen); else every
             crop is a row of a batch.
+        by_rows: of packed towers, that every image lies in it row by row, and a mask keeps images apart (Pixtral).
         unit: patches that become one visual token.
     """
 
@@ -40,6 +41,7 @@ class Encoder:
     attention_layer: int
     full_attention: tuple[int, ...] | None = None
     packed: bool = False
+    by_rows: bool = False
     unit: int = 1
 
     @property
@@ -167,7 +169,7 @@ def check_decoder(lm: Any) -> None:
     """Refuses decoders on which dropping tokens would change what a layer means.
 
     Raises:
-        UnsupportedError: sliding-window, chunked, linear or otherwise unusual layers.
+        UnsupportedError: sliding-window, chunked, linear or otherwise unusual layers, queries scaled by position.
     """
     config = lm.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
@@ -180,6 +182,12 @@ def check_decoder(lm: Any) -> None:
         raise UnsupportedError(
             f"decoder {config.model_type!r} attends in a sliding window of {config.sliding_window} tokens; dropping "
             "tokens changes what a window means. Load the model with sliding_window=None if its prompts fit the window"
+        )
+    rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, dict) and rope.get("llama_4_scaling_beta"):
+        raise UnsupportedError(
+            f"decoder {config.model_type!r} scales its queries by their position, which stages inside the decoder do "
+            "not: not supported"
         )
     layer = lm.layers[0] if len(getattr(lm, "layers", ())) else None
     if layer is None or not hasattr(layer, "self_attn") or not hasattr(lm, "rotary_emb"):

@@ -35,7 +35,7 @@ from vtoken.evals.tune.quality import Judge
 from vtoken.evals.tune.search import Search
 from vtoken.evals.tune.space import Space
 
-FOLDERS = tiny.each("varlen")
+FOLDERS = tiny.each("varlen", by_rows=False)
 LIKE = Workload(text_tokens=8, new_tokens=1)
 
 

@@ -103,7 +103,7 @@ def test_one_layer_over_repeated_embeddings(family):
 @families
 def test_the_cache_holds_what_it_says(family):
     model = tiny.make(family)
-    batch = tiny.build(model, [[3, ("img", (1, 8, 12)) if tiny.family(family).varlen else "img", 5]], seed=3)
+    batch = tiny.build(model, [[3, ("img", (1, 8, 12)) if tiny.family(family).mrope else "img", 5]], seed=3)
     held = {}
     for name, stages in (
         ("dense", []),

@@ -26,6 +26,7 @@ from vtoken.evals.shared.options import DeviceOptions, option
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.run import segments
 from vtoken.hooks.vision.padded_tower import PaddedTower
+from vtoken.hooks.vision.rows_tower import RowsTower
 from vtoken.hooks.vision.varlen_tower import VarlenTower
 from vtoken.stages import Fact, VisualTokens
 
@@ -135,8 +136,8 @@ def calibrate(
 
 def packed(adapter: Any) -> bool:
     """Whether the model's encoder cannot merge inside, so that dtome_post merges what leaves it."""
-    joined: bool = adapter.encoder.unit > 1
-    return joined
+    found: bool = adapter.encoder.packed
+    return found
 
 
 def _padded(adapter: Any, stage: Any) -> Callable[[Any], None]:
@@ -157,15 +158,19 @@ def _padded(adapter: Any, stage: Any) -> Callable[[Any], None]:
 
 
 def _packed(adapter: Any, stage: Any) -> Callable[[Any], None]:
-    """Runs the tower of a Qwen model; the stage merges the keys that it leaves."""
+    """Runs a packed tower; the stage merges the keys that it leaves."""
+    by_rows = adapter.encoder.by_rows
+    tower_hooks, told, given = (
+        (RowsTower, "image_sizes", "image_sizes") if by_rows else (VarlenTower, "grid_thw", "image_grid_thw")
+    )
 
     def encode(inputs: Any) -> None:
-        grid = inputs["image_grid_thw"].to(adapter.model.device)
+        sizes = {told: inputs[given].to(adapter.model.device)}
         keys = Fact("mean_key", adapter.encoder.attention_layer)
         context = Context(adapter, read=frozenset({keys}))
         try:
-            VarlenTower(context)
-            adapter.tower(inputs["pixel_values"].to(adapter.model.device, adapter.model.dtype), grid_thw=grid)
+            tower_hooks(context)
+            adapter.tower(inputs["pixel_values"].to(adapter.model.device, adapter.model.dtype), **sizes)
         finally:
             context.handle.release()
         tower = context.run.tower

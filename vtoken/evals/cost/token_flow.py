@@ -108,6 +108,8 @@ class TokenFlow:
                 why = "merges where this model interpolates features behind its tower"
             elif tower.unit != 1:
                 why = f"merges single patches, of which this encoder joins {tower.unit}"
+            elif tower.packed:
+                why = "merges single patches, which lie in one sequence in this encoder"
         if why:
             raise UnsupportedError(f"stage {stage.name}: {why}")
         if stage.site not in self._depth:
