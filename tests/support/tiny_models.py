@@ -51,6 +51,11 @@ TOWERS: dict[str, dict[str, Any]] = {
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "full",
     },
+    "pixtral": {
+        "vision_config": {"model_type": "pixtral", **VISION},
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+    },
 }
 PINPOINTS = [[56, 112], [112, 56], [112, 112]]
 # What a processor of a model with CLIP is told.

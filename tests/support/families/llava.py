@@ -21,13 +21,14 @@ class Tiny(Family):
         "llava-hf/llava-1.5-13b-hf": 13351,
         "llava-hf/bakLlava-v1-hf": 7567,
         "xtuner/llava-llama-3-8b-v1_1-transformers": 8355,
+        "mistral-community/pixtral-12b": 12683,
     }
 
     def make(
         self,
         attn: str = "sdpa",
         seed: int = 0,
-        tower: Literal["clip", "siglip"] = "clip",
+        tower: Literal["clip", "siglip", "pixtral"] = "clip",
         text: str = "llama",
         **text_overrides: Any,
     ) -> LlavaForConditionalGeneration:
