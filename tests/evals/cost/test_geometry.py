@@ -41,7 +41,8 @@ def test_parts_of_generate(models: Any, family: str, size: tuple[int, int], fram
     row = [2, *[tiny.family(family).item(*size, frames), 1] * images]
     batch = tiny.build(model, [row, row])
     length = batch["input_ids"].shape[1]
-    visual = int(torch.isin(batch["input_ids"], torch.tensor([tiny.IMG, tiny.VID])).sum()) // 2
+    placeholders = torch.isin(batch["input_ids"], torch.tensor([tiny.IMG, tiny.VID]))
+    visual = int((placeholders | tiny.family(family).breaks(batch["input_ids"])).sum()) // 2
     options: Any = {"images": images, "image_size": size, "frames": frames, "text_tokens": length - visual, "batch": 2}
     claimed = account(model.config, new_tokens=3, **options)
     assert claimed.visual_entry + claimed.newline_entry == visual
@@ -118,7 +119,8 @@ def test_wrapped_models_do_what_the_account_says(models: Any, family: str, stage
     """No padding is cut off the picture, so shares of patches are shares of tokens; windows are a small part."""
     model, size = models[family], tiny.family(family).unpadded
     batch = tiny.build(model, [[3, tiny.family(family).item(*size), 4]])
-    text = int((~torch.isin(batch["input_ids"], torch.tensor([tiny.IMG, tiny.VID]))).sum())
+    placeholders = torch.isin(batch["input_ids"], torch.tensor([tiny.IMG, tiny.VID]))
+    text = int((~placeholders & ~tiny.family(family).breaks(batch["input_ids"])).sum())
     pipeline = Pipeline("p", "original", stages, newline)
     claimed = account(model.config, pipeline, image_size=size, text_tokens=text, new_tokens=1)
     with wrapped(model, pipeline):

@@ -28,7 +28,7 @@ class Pixtral(Family):
     def fields(self, text: dict[str, Any]) -> dict[str, Any]:
         return {
             "text_config": {"model_type": "mistral", "sliding_window": None, **text},
-            "vision_config": {"model_type": "pixtral", "rope_parameters": None, **VISION},
+            "vision_config": {"model_type": "pixtral", "rope_parameters": None, **VISION, "image_size": 448},
             "vision_feature_layer": -1,
             "image_token_index": IMG,
         }
