@@ -136,7 +136,7 @@ def account(
         new_tokens=work.new_tokens,
         batch=batch,
         dtype_bytes=size,
-        tower=batch * _tower(shape, flow),
+        tower=batch * _tower(shape, flow, batch),
         # The model projects before tokens-site stages act: they save nothing here.
         projector=batch
         * sum(
@@ -170,14 +170,15 @@ def picture_size(config: Any, prompt: Any) -> tuple[int, int] | None:
     return None
 
 
-def _tower(shape: Geometry, flow: TokenFlow) -> int:
-    """FLOPs of the tower on one batch row."""
+def _tower(shape: Geometry, flow: TokenFlow, batch: int) -> int:
+    """FLOPs of the tower on one batch row of so many."""
     tower = shape.tower
     crops = len(flow.tower[0])
+    together = batch * crops if tower.packed else 1
     around = flow.embedded * tower.stem + crops * tower.head_image
     around += sum(flow.tower[-1]) * tower.unit * tower.head_patch
     layers = sum(
-        tower.linear(units, late) + 2 * tower.scores(layer, units)
+        tower.linear(units, late) + 2 * together * tower.scores(layer, units)
         for layer, rows in enumerate(zip(flow.tower, flow.mlps, strict=True))
         for units, late in zip(*rows, strict=True)
     )

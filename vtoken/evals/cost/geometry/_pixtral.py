@@ -1,7 +1,7 @@
 """What families with a Pixtral tower share: pictures of their own size up to the tower's, in whole tokens.
 
-Without a size an image is a square of the tower's own. All patches of a prompt attend in one product that a mask cuts
-into images; counted is what each image does by itself.
+Without a size an image is a square of the tower's own. All patches of a batch attend in one product that a mask cuts
+into images; that is counted, which flash attention does not do.
 """
 
 from __future__ import annotations

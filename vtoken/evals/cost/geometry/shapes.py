@@ -84,7 +84,7 @@ class Tower:
         head_patch, head_image: numbers in the pooling head that every patch left, and every crop, meets once.
         feature_layers: layers whose outputs projectors read.
         attention_layer: where attention facts are read unless a stage names a layer.
-        packed: the patches of all images lie in one sequence, though each becomes a token (Pixtral-12B).
+        packed: all images of a batch attend in one product, which a mask cuts (Pixtral); nothing merges inside.
     """
 
     layers: Layers
