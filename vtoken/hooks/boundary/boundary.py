@@ -151,7 +151,7 @@ class Boundary:
         flow.hidden = take(x, flow.index, 1)
         if not flow.dense:
             flow.hidden = flow.hidden.masked_fill(~flow.valid[..., None], 0)
-        mask = flow.enter(0)
+        mask: Any = flow.enter(0)
         self._begin(flow, cache)
         flow.note_layout(0)
         if flow.blocks is not None or (self.slides and mask is not None):
@@ -229,7 +229,7 @@ class Boundary:
         if shift is not None:
             flow.positions = flow.positions + shift
         self._begin(flow, flow.cache, taps=taps)
-        mask = flow.enter(0)
+        mask: Any = flow.enter(0)
         if self.slides and mask is not None:
             mask = layer_masks(self.lm.config, flow.hidden, mask, flow.cache)
         kwargs = {**kwargs, "attention_mask": mask}

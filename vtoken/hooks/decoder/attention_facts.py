@@ -179,7 +179,8 @@ def _among(flow: PrefillState, query: Tensor, k: Tensor, scale: float, seen: Ten
     """One query [B, H, d] per row over the tokens of each of its images alone, or those of them in the slots that are
     `seen` [B, slots]."""
     batch_row, column = _places(flow, k)
-    lengths, rows = flow.live.lengths, uploaded(flow.live.row, k.device)
+    lengths: Sequence[int] = flow.live.lengths
+    rows = uploaded(flow.live.row, k.device)
     if seen is not None:
         image, near = image_of(lengths, k.device), seen[batch_row, column]
         lengths = image.new_zeros(len(lengths)).index_add_(0, image, near.to(image)).tolist()

@@ -92,9 +92,12 @@ class LayerGroups:
             return {}
         kind = self.kinds[k]
         if kind not in flow.layer_kwargs:
+            rope: tuple[Tensor, ...]
+            ids: Tensor | None
             if flow.numbers is not None:
                 rope, ids = rotary(self.lm, k, flow.hidden, flow.numbers), flow.numbers
             else:
+                assert flow.chosen is not None
                 ids, index = kwargs.get("position_ids"), flow.chosen
                 rope = tuple(take(t, index, -2) for t in kwargs["position_embeddings"])
                 ids = None if ids is None else take(ids, index, -1)
