@@ -12,9 +12,10 @@ from torch import nn
 from vtoken import registry
 from vtoken.adapters.base import Adapter
 from vtoken.config import Pipeline
-from vtoken.errors import ConfigError, OtherModelError, UnsupportedError
+from vtoken.errors import ConfigError, OtherModelError, UnsupportedError, warn
 from vtoken.hooks.attention.sparse_prefill import check_attention
 from vtoken.hooks.state.cache_argument import CACHE
+from vtoken.hooks.state.layer_kinds import SLIDING, kinds_of
 from vtoken.stages import FACTS, SITES, Fact, OtherModel, Stage, spec_of
 from vtoken.stages.cache import CacheStage
 from vtoken.stages.facts import encoded
@@ -59,6 +60,7 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
             "KV cache on, so nothing would be pruned; use a version from 5.14 to 5.24"
         )
     check_unmerging(pipeline)
+    check_windows(pipeline, adapter)
     for stage in pipeline.stages:
         check_stage(stage, adapter)
     check_attention([s for s in pipeline.stages if s.site == "attention" and not s.unmerge_mode()], adapter.lm)
@@ -149,6 +151,33 @@ def check_unmerging(pipeline: Pipeline) -> None:
                 f"{others[0].site}) knows nothing of; leave one of the two out. Stages of site encoder and tokens go "
                 f"with {stage.name}"
             )
+
+
+def check_windows(pipeline: Pipeline, adapter: Adapter) -> None:
+    """Warns where decoder layers attend in sliding windows, and refuses what asks for plain causal attention.
+
+    Raises:
+        UnsupportedError: names the stage.
+    """
+    config = adapter.lm.config
+    slides = SLIDING in kinds_of(config)
+    unusual = "image tokens attend to each other both ways" if adapter.both_ways else "layers attend in sliding windows"
+    for stage in pipeline.stages if slides or adapter.both_ways else ():
+        if stage.site == "attention":
+            raise UnsupportedError(
+                f"stage {stage.name} works on causal attention over the whole prompt, and in {config.model_type!r} "
+                f"{unusual}; use stages of site encoder, tokens or decoder"
+            )
+        if stage.site == "cache" and slides:
+            raise UnsupportedError(
+                f"stage {stage.name} shrinks the KV cache of every layer, and of sliding windows {config.model_type!r} "
+                f"holds {config.sliding_window - 1} tokens at most; use stages of site encoder, tokens or decoder"
+            )
+    if slides and pipeline.stages:
+        warn(
+            f"decoder {config.model_type!r} attends in sliding windows of {config.sliding_window} tokens: with tokens "
+            "dropped, a window reaches further back in the prompt than the model was trained to see"
+        )
 
 
 def check_cache(stages: list[Stage]) -> None:

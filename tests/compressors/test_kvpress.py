@@ -8,7 +8,7 @@ import oracle_kv
 import pytest
 import tiny
 import torch
-from modes import LOGITS, ROWS, alone, families, greedy
+from modes import LOGITS, ROWS, alone, greedy, whole
 
 import vtoken
 from vtoken.compressors.cache.kvpress import KVPress
@@ -31,7 +31,7 @@ def test_without_kvpress_the_error_says_what_to_install(monkeypatch):
 
 
 @needs_kvpress
-@families
+@whole
 @pytest.mark.parametrize("press", ["KnormPress", "SnapKVPress", "KeyDiffPress", "TOVAPress"])
 @pytest.mark.parametrize("text", [False, True])
 def test_presses_run_and_rows_decide_alone(family, press, text):
@@ -54,7 +54,7 @@ def test_presses_run_and_rows_decide_alone(family, press, text):
 
 
 @needs_kvpress
-@families
+@whole
 def test_snapkv_of_kvpress_is_ours(family):
     """Two implementations of one method, on the queries of every family: Qwen3-VL's norm included."""
     model = tiny.make(family)

@@ -6,7 +6,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from modes import families, greedy, mrope
+from modes import greedy, mrope, whole
 from oracle_kv import Told
 from torch import Tensor
 from transformers import DynamicCache
@@ -19,7 +19,7 @@ IMPORTANT, RECENT, NEW = 9, 3, 4
 FIRST = [[3, "img", 5], [1, "img", 2, "img", 7]]
 
 
-@families
+@whole
 @pytest.mark.parametrize("merge", ["averaged", "pivotal", "weighted"])
 @pytest.mark.parametrize("more", [[[5], [5]], [[3, "img", 2], [3, "img", 2]]], ids=["text", "image"])
 def test_second_turn_equals_a_loop_on_the_stock_layers(family, merge, more):

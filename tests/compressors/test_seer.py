@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from batches import long
-from modes import LOGITS, families, greedy
+from modes import LOGITS, greedy, whole
 from safetensors.torch import save_file
 
 import vtoken
@@ -68,7 +68,7 @@ def compare(model, batch, stages):
     return lengths
 
 
-@families
+@whole
 def test_what_is_undone_is_what_the_model_had(family):
     """Left-padded rows, tokens dropped before the decoder and inside it; with M-RoPE for Qwen."""
     model = tiny.make(family)
@@ -99,7 +99,7 @@ def test_what_turns_elsewhere_is_refused():
         vtoken.wrap(tiny.make("llava", text="phi"), [Undone()])
 
 
-@families
+@whole
 def test_at_threshold_0_the_model_is_itself(family):
     model = tiny.make(family)
     batch = tiny.build(model, [[40, "img", 1, "img", 20], [1, "img", 30]], seed=3)
@@ -112,7 +112,7 @@ def test_at_threshold_0_the_model_is_itself(family):
     assert torch.equal(got.sequences, want.sequences)
 
 
-@pytest.mark.parametrize("family", tiny.each("mrope"))
+@pytest.mark.parametrize("family", tiny.each("mrope", window=None))
 def test_drafts_and_static_caches_have_no_say(family):
     model = tiny.make(family)
     batch = tiny.build(model, [[150, "img", 40]], seed=3)
@@ -126,7 +126,7 @@ def test_drafts_and_static_caches_have_no_say(family):
             assert [s.density for s in vtoken.trace(model).stages] == densities
 
 
-@pytest.mark.parametrize("family", tiny.each("mrope"))
+@pytest.mark.parametrize("family", tiny.each("mrope", window=None))
 def test_compiled_prefill(family):
     model = tiny.make(family)
     batch = tiny.build(model, [[150, "img", 40]], seed=3)

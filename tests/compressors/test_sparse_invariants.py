@@ -13,7 +13,7 @@ import tiny
 import torch
 from known_sparse import NO_IMAGES, rope, video
 from known_sparse import prompt as random_prompt
-from modes import LOGITS, alone, families, greedy
+from modes import LOGITS, alone, greedy, whole
 
 import vtoken
 from vtoken import kernels, registry
@@ -200,7 +200,7 @@ def test_what_gamma_1_leaves_out_weighs_nothing(tau):
     assert float(unread.sum(-1).max()) < 1e-4
 
 
-@families
+@whole
 @pytest.mark.parametrize("name", ["anchorattention", "mminference", "proxyattn", "seerattention"])
 def test_a_batch_says_what_its_rows_say_alone(family, name):
     model = tiny.make(family)

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from batches import rows_for
-from modes import LOGITS, alone, families, greedy
+from modes import LOGITS, alone, greedy, whole
 
 import vtoken
 from vtoken.compressors._zipvl import quantised
@@ -58,7 +58,7 @@ def restricted(model, batch, chosen):
         assert layers == [0, 1, 2, 3]
 
 
-@families
+@whole
 def test_attention_among_the_important_ones(family):
     model = tiny.make(family)
     batch = tiny.build(model, [[3, "img", 9]], seed=3)
@@ -76,7 +76,7 @@ def test_attention_among_the_important_ones(family):
     assert not torch.allclose(torch.stack(dense.logits)[0], torch.stack(got.logits)[0], atol=1e-2)
 
 
-@families
+@whole
 def test_everything_is_important_at_tau_1(family):
     """Every token that is attended to at all is, whoever asks."""
     model = tiny.make(family)
@@ -89,7 +89,7 @@ def test_everything_is_important_at_tau_1(family):
     assert trace.stages[0].density == [1.0] * 3 and trace.cached == [trace.prompt_tokens] * 4
 
 
-@families
+@whole
 def test_the_cache_holds_the_tokens_that_attended(family):
     model = tiny.make(family)
     batch = tiny.build(model, [[3, "img", 5], [1, "img", 2, "img", 7], [4]], seed=3)
@@ -107,7 +107,7 @@ def test_the_cache_holds_the_tokens_that_attended(family):
     assert len({tuple(held) for held in trace.cached}) > 1, "layers hold different numbers"
 
 
-@families
+@whole
 @pytest.mark.parametrize("rows", ["one", "ragged"])
 def test_rounded_caches(family, rows):
     """Layer 0 is that of the dense model, rounded row by row; what follows the prompt and rows without images are

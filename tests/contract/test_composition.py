@@ -10,7 +10,7 @@ import tiny
 import torch
 from against_oracle import compare
 from batches import rows_for
-from modes import alone, families, greedy
+from modes import alone, families, greedy, whole
 from usual import CACHE, SPARSE
 
 import vtoken
@@ -61,7 +61,7 @@ def test_the_deep_chain_equals_a_recomputation(family: str) -> None:
     assert not sum(trace.layers[3])
 
 
-@families
+@whole
 def test_sparse_attention_and_a_small_cache_close_the_chain(family: str) -> None:
     """All six sites but `frames`: a ragged batch says what its rows say alone."""
     model = tiny.make(family)

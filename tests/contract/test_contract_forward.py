@@ -44,7 +44,7 @@ def test_padding_packing_and_saving(family, name, tmp_path):
     assert saved(model, tmp_path / "wrapped") == stock
 
 
-@pytest.mark.parametrize("family", tiny.each("deepstack"))
+@pytest.mark.parametrize("family", tiny.each("deepstack", window=None))
 @pytest.mark.parametrize("name", NAMES)
 def test_lora_before_or_after(family, name):
     from lora import lora, outcome, same

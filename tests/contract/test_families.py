@@ -101,6 +101,10 @@ def test_every_stage_runs(family, name):
         with pytest.raises(UnsupportedError, match=f"{family} takes none"):
             vtoken.wrap(model, stage)
         return
+    if stage.site == "attention" and tiny.family(family).both_ways:
+        with pytest.raises(UnsupportedError, match="both ways"):
+            vtoken.wrap(model, stage)
+        return
     if stage.merge_point() and tiny.family(family).unit > 1:
         with pytest.raises(UnsupportedError, match="neighbouring patches"):
             vtoken.wrap(model, stage)

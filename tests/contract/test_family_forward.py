@@ -74,7 +74,7 @@ def test_outputs_keep_fields_and_shapes(model, batch, stages):
     assert list(got) == list(want) and shapes(got) == shapes(want)
     assert got[cache].get_seq_length() == want[cache].get_seq_length() == batch["input_ids"].shape[1]
     assert isinstance(got[cache], type(want[cache]))
-    assert got[cache].layers[0].keys.shape[2] < want[cache].layers[0].keys.shape[2]
+    assert got[cache].layers[-1].keys.shape[2] < want[cache].layers[-1].keys.shape[2]
 
 
 @every
@@ -102,8 +102,7 @@ def test_scoring_an_answer_decides_as_generate_does(model):
         out = greedy(model, batch, 4, return_dict_in_generate=True, output_logits=True)
         kept = vtoken.trace(model).kept
         ids = out.sequences[:, :-1]
-        if modes.mrope(model):
-            batch["mm_token_type_ids"] = (ids == tiny.IMG).long()
+        batch |= tiny.types(model, ids)
         batch |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         scored = model(**batch, logits_to_keep=4).logits
         assert torch.equal(vtoken.trace(model).kept[0], kept[0])
@@ -206,7 +205,7 @@ def test_gradient_checkpointing(model, batch, stages):
         torch.testing.assert_close(again[name], gradient)
 
 
-@families
+@modes.whole
 @pytest.mark.parametrize("name", [n for n in registry.stages() if registry.stage(n).site == "cache" and n != "kvpress"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_cache_stage_refuses_gradient_checkpointing(family, name, reentrant):
@@ -234,7 +233,7 @@ def test_padding_on_the_right(model, batch):
     with vtoken.wrapped(model, [Ragged(), {"uniform": {"keep": 3}}]), torch.no_grad():
         for order in (slice(None), torch.argsort(~real, dim=1, stable=True)):
             given = dict(batch)
-            for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            for name in ("input_ids", "attention_mask", tiny.family(model).types):
                 if name in batch and torch.is_tensor(order):
                     given[name] = batch[name].gather(1, order)
             labels = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
@@ -255,7 +254,7 @@ def test_tuples(model, batch):
     assert isinstance(got, tuple) and torch.equal(got[0], want.logits)
 
 
-@pytest.mark.parametrize("family", tiny.each("deepstack"))
+@pytest.mark.parametrize("family", tiny.each("deepstack", window=None))
 def test_compiled_prefill(model, batch):
     """torch.compile over the whole forward prunes as the model does without it."""
     torch._dynamo.reset()

@@ -67,7 +67,7 @@ def test_contextual_tokens(family, halve):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", tiny.each("anyres", mrope=False))
+@pytest.mark.parametrize("family", tiny.each("anyres", mrope=False, window=None))
 def test_alone_as_in_a_batch(family):
     model, pipeline = tiny.make(family), [{"visionzip": {"keep": 5}}]
     batch = tiny.build(model, [[3, "img", 5], [2, "img", 9]])

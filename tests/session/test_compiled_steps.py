@@ -7,7 +7,7 @@ import modes
 import pytest
 import tiny
 import torch
-from modes import ROWS, families, greedy
+from modes import ROWS, greedy, whole
 from probes import Deep, Inside, Ragged
 from usual import stage
 
@@ -22,7 +22,9 @@ PIPELINES = {
 
 
 # Compiling takes seconds; families differ in nothing that is compiled here but DeepStack and axes of positions.
-CASES = sorted({("llava", name) for name in PIPELINES} | {(family, "fastv") for family in tiny.each("deepstack")})
+CASES = sorted(
+    {("llava", name) for name in PIPELINES} | {(family, "fastv") for family in tiny.each("deepstack", window=None)}
+)
 
 
 @pytest.mark.parametrize(("family", "name"), CASES)
@@ -44,7 +46,7 @@ def test_a_compiled_forward_on_a_growing_cache(family, name):
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
-@families
+@whole
 @pytest.mark.parametrize(
     "stages",
     [

@@ -3,7 +3,6 @@ outputs in full shape."""
 
 from __future__ import annotations
 
-import modes
 import pytest
 import tiny
 import torch
@@ -72,8 +71,7 @@ def test_labels_mark_the_end_of_the_prompt(family, name):
     mask[1, -2:] = 0
     labels = torch.cat([torch.full_like(batch["input_ids"], -100), answer], 1).masked_fill(mask == 0, -100)
     given = {**batch, "input_ids": ids, "attention_mask": mask}
-    if modes.mrope(model):
-        given["mm_token_type_ids"] = (ids == tiny.IMG).long()
+    given |= tiny.types(model, ids)
     order = torch.argsort(~mask.bool(), dim=1, stable=True)
     moved = with_positions(model, right(given))
     for side, answers in ((with_positions(model, given), labels), (moved, labels.gather(1, order))):
@@ -97,7 +95,7 @@ def test_all_outputs_get_their_shape_back(family, stages):
     """Hidden states and attention maps of a batch with padding in every row, at keep 100 % and below."""
     model = tiny.make(family, "eager")
     batch = tiny.build(model, [[3, "img", 6], [1, "img", 4]], seed=3)
-    pad = {"input_ids": tiny.PAD, "attention_mask": 0, "mm_token_type_ids": 0}
+    pad = {"input_ids": tiny.PAD, "attention_mask": 0, tiny.family(model).types: 0}
     batch = {k: torch.nn.functional.pad(v, (2, 0), value=pad[k]) if k in pad else v for k, v in batch.items()}
     options = {"output_hidden_states": True, "output_attentions": True}
     real = batch["attention_mask"].bool()

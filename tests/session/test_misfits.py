@@ -38,7 +38,7 @@ def test_wrap_tells(family, stage, why):
         account(model.config, load([stage]))
 
 
-@pytest.mark.parametrize("family", tiny.each("mrope"))
+@pytest.mark.parametrize("family", tiny.each("mrope", window=None))
 def test_what_fits_is_taken(family):
     model = tiny.make(family)
     patches = tiny.family(family).unit

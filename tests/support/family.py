@@ -35,7 +35,8 @@ class Family:
 
     Attributes:
         classes: how the names of its classes in transformers begin.
-        words: that stand for an image and for a video; around: those that enclose either.
+        words: that stand for an image and for a video; around: those that enclose either. `written`: what a prompt says
+            for an image, if not the word that its tokens have.
         image: spec of "img" in `tiny.build`; video: of "video", None where the family takes none.
         other, odd: further images: of another raster, and one that is padded or scaled where the family does so.
         other_video: a video of four frames and another size, where sizes may differ.
@@ -44,6 +45,9 @@ class Family:
         varlen: the tower takes the patches of all images in one sequence.
         unit: patches that become one visual token.
         full_attention: tower layers whose tokens see the whole image; None: all.
+        types: name of the input that says of every token whether it is text or part of a picture; "": there is none.
+        window: tokens that some decoder layers see, the newest ones; None: all layers see all.
+        both_ways: the tokens of an image see each other both ways in the decoder.
         deepstack: decoder layers that are given features of early tower layers.
         anyres: images are cut into crops, with a newline token behind each row of them.
         crops_one_only: they are cut only in a row that holds no other image.
@@ -57,6 +61,7 @@ class Family:
     classes: ClassVar[str]
     words: ClassVar[tuple[str, str]] = ("<image>", "<video>")
     around: ClassVar[tuple[str, str]] = ("", "")
+    written: ClassVar[str] = ""
     image: ClassVar[Spec]
     other: ClassVar[Spec]
     odd: ClassVar[Spec]
@@ -67,6 +72,9 @@ class Family:
     varlen: ClassVar[bool] = False
     unit: ClassVar[int] = 1
     full_attention: ClassVar[tuple[int, ...] | None] = None
+    types: ClassVar[str] = ""
+    window: ClassVar[int | None] = None
+    both_ways: ClassVar[bool] = False
     deepstack: ClassVar[int] = 0
     anyres: ClassVar[bool] = False
     crops_one_only: ClassVar[bool] = False

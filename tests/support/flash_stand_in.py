@@ -34,7 +34,10 @@ def attend(
     repeat = q.shape[1] // k.shape[1]
     scores = q @ k.repeat_interleave(repeat, 1).transpose(-1, -2) * scaling
     n, m = q.shape[2], k.shape[2]
-    scores = scores.masked_fill(~torch.ones(n, m, dtype=torch.bool).tril(m - n), float("-inf"))
+    seen = torch.ones(n, m, dtype=torch.bool).tril(m - n)
+    if kwargs.get("sliding_window") is not None:
+        seen = seen.triu(m - n + 1 - kwargs["sliding_window"])
+    scores = scores.masked_fill(~seen, float("-inf"))
     if mask is not None:
         assert mask.ndim == 2 and mask.shape[1] == m, f"mask {tuple(mask.shape)} for {m} keys"
         scores = scores.masked_fill(~mask[:, None, None].bool(), float("-inf"))

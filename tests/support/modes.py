@@ -28,10 +28,13 @@ STAGES: dict[str, dict[str, Any]] = {
     "compact": {"positions": "compact", "stages": [{"fastervlm": {"keep": 5}}, Ragged()]},
     "deep": {"stages": [Ragged(), Deep()]},
 }
-COMPACT = tiny.each("anyres", mrope=False)  # positions with several axes cannot be renumbered
+COMPACT = tiny.each("anyres", "window", mrope=False)  # positions with several axes cannot be renumbered
 CASES = [(f, name) for f in tiny.FAMILIES for name in STAGES if name != "compact" or f in COMPACT]
 every = pytest.mark.parametrize("family, pipeline", CASES, ids=lambda case: case)
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
+# Where attention is thinned, spread or evicted, decoders whose layers see a window of the prompt are refused:
+# tests/hooks/decoder/test_windows.py.
+whole = pytest.mark.parametrize("family", tiny.families(window=None))
 # The pictures of a batch: pixels, and what tells their size.
 INPUTS = {
     "image": ("pixel_values", "image_sizes", "image_grid_thw"),
@@ -102,6 +105,6 @@ def join(found: Sequence[tuple[int, str, dict[str, Tensor], bool]]) -> dict[str,
 def alone(model: Any, batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
     """One row of a batch, without its padding."""
     real = batch["attention_mask"][row].bool()
-    names = ("input_ids", "attention_mask", "mm_token_type_ids")
+    names = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
     one = {name: batch[name][row, real][None] for name in names if name in batch}
     return one | join([found for found in pictures(model, batch) if found[0] == row])

@@ -3,6 +3,7 @@ tokens."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,6 +27,7 @@ class PrefillQK:
         newline: [B, L] bool.
         images: images and videos in reading order, with the columns of all their tokens, newline tokens included.
         deep: what DeepStack adds after decoder layer i, [B, L, D] each, 0 at text.
+        blocks: [B, L] number of the image whose tokens see each other both ways, -1 elsewhere; None: none do.
         crop: tokens of one crop, for families with newline tokens, else 0.
     """
 
@@ -37,6 +39,7 @@ class PrefillQK:
     images: list[tiny.Segment]
     deep: list[Tensor]
     crop: int
+    blocks: Tensor | None = None
 
 
 @torch.no_grad()
@@ -64,15 +67,21 @@ def prompt(model: Any, batch: dict[str, Tensor]) -> PrefillQK:
         newline = visual & (embeds == model.model.image_newline).all(-1)
         vision = model.config.vision_config
         crop = (vision.image_size // vision.patch_size) ** 2
+    images, blocks = tiny.segments(model, batch), None
+    if tiny.family(model).both_ways:
+        blocks = torch.full_like(ids, -1)
+        for number, image in enumerate(images):
+            blocks[image.row, image.columns] = number
     return PrefillQK(
         embeds=embeds,
         positions=positions.expand(*positions.shape[:-2], *ids.shape),
         mask=batch.get("attention_mask", torch.ones_like(ids)).bool(),
         visual=visual & ~newline,
         newline=newline,
-        images=tiny.segments(model, batch),
+        images=images,
         deep=deep,
         crop=crop,
+        blocks=blocks,
     )
 
 
@@ -111,8 +120,9 @@ def logits(
     compact: bool = False,
     deep: Sequence[Tensor] = (),
     mix: dict[int, Tensor] | None = None,
+    blocks: Tensor | None = None,
 ) -> Tensor:
-    """One row [1, N, D] through the decoder, all layers dense causal.
+    """One row [1, N, D] through the decoder, all layers causal over all that is left, or over a window of it.
 
     Args:
         positions: [1, N] or [3, 1, N].
@@ -120,9 +130,10 @@ def logits(
         compact: renumber the positions behind dropped tokens.
         deep: deep[k] [1, N, D] is added after layer k, less the tokens that were dropped.
         mix: mix[k] [N, N] is multiplied to what enters layer k, before the cut, and to what is to be added later.
+        blocks: [N] tokens of the same number see each other both ways, -1 at others.
     """
     lm = model.get_decoder()
-    rope = lm.rotary_emb(x, positions)
+    rope = ropes(lm, x, positions)
     for k, layer in enumerate(lm.layers):
         if mix and k in mix:
             x, deep = mix[k] @ x, [mix[k] @ d for d in deep]
@@ -131,15 +142,37 @@ def logits(
             if compact:
                 positions = positions - (~stay).cumsum(0)
             x, positions, deep = x[:, stay], positions[..., stay], [d[:, stay] for d in deep]
-            rope = lm.rotary_emb(x, positions)
-        n = x.shape[1]
-        mask = torch.ones(n, n, dtype=torch.bool).tril()[None, None]
+            blocks, rope = None if blocks is None else blocks[stay], ropes(lm, x, positions)
+        mask = seen(layer, x.shape[1], blocks)[None, None]
         if lm.config._attn_implementation == "eager":
             mask = torch.where(mask, 0.0, torch.finfo(x.dtype).min).to(x.dtype)
-        x = layer(x, attention_mask=mask, position_embeddings=rope, position_ids=None, past_key_values=None)
+        x = layer(x, attention_mask=mask, position_embeddings=rope[k], position_ids=None, past_key_values=None)
         if k < len(deep):
             x = x + deep[k]
     return model.lm_head(lm.norm(x))
+
+
+def ropes(lm: Any, x: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """cos and sin for every layer; a family may turn layers of each kind in its own way."""
+    if "layer_type" not in inspect.signature(lm.rotary_emb.forward).parameters:
+        return [lm.rotary_emb(x, positions)] * len(lm.layers)
+    kinds = {kind: lm.rotary_emb(x, positions, kind) for kind in set(lm.config.layer_types)}
+    return [kinds[kind] for kind in lm.config.layer_types]
+
+
+def seen(layer: Any, n: int, blocks: Tensor | None) -> Tensor:
+    """[n, n] which tokens each token sees in this layer."""
+    at = torch.arange(n)
+    mask = at <= at[:, None]
+    if blocks is not None:
+        mask |= (blocks == blocks[:, None]) & (blocks >= 0)
+    attention = layer.self_attn
+    # Without kinds of layers, all of them slide.
+    every = (
+        None if getattr(attention.config, "layer_types", None) else getattr(attention.config, "sliding_window", None)
+    )
+    window = getattr(attention, "sliding_window", every)
+    return mask if window is None else mask & (at > at[:, None] - window)
 
 
 @torch.no_grad()
@@ -171,6 +204,7 @@ def generate(
         stay = keep[b] & p.mask[b]
         x, positions, last = p.embeds[b : b + 1, stay], p.positions[..., b : b + 1, stay], p.positions[..., b, -1].max()
         deep = [d[b : b + 1, stay] for d in p.deep]
+        blocks = None if p.blocks is None else p.blocks[b, stay]
         if compact:
             gone = (p.mask[b] & ~stay).cumsum(0)
             positions, last = positions - gone[stay], last - gone[-1]
@@ -184,13 +218,14 @@ def generate(
                 if layer_mix and k in layer_mix:
                     mix[k] = torch.block_diag(layer_mix[k][b][stay][:, stay], torch.eye(step))[held][:, held]
                 cuts[k], held = want[held], want
-            score = logits(model, x, positions, cuts, compact, deep, mix)[0, -1]
+            score = logits(model, x, positions, cuts, compact, deep, mix, blocks)[0, -1]
             out.append(score)
             token = int(score.argmax()) if start is None else start[b][step]
             tokens.append(token)
             x = torch.cat([x, model.get_input_embeddings()(torch.tensor([[token]]))], 1)
             positions = torch.cat([positions, (last + 1 + step).expand(*positions.shape[:-1], 1)], -1)
             deep = [torch.cat([d, torch.zeros_like(d[:, :1])], 1) for d in deep]
+            blocks = None if blocks is None else torch.cat([blocks, blocks.new_full((1,), -1)])
         rows.append(tokens)
         scores.append(torch.stack(out))
     return torch.tensor(rows), torch.stack(scores, 1)

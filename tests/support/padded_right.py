@@ -16,7 +16,7 @@ NAMES = [name for name in registry.stages() if name != "kvpress"]
 
 # A stage that reads what stands behind an image may find text there or not.
 BATCH = [[3, "img", 6], [1, "img", 4], [5]]
-SPEAKING = ("input_ids", "attention_mask", "mm_token_type_ids")
+SPEAKING = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
 
 def right(batch):

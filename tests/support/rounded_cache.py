@@ -29,7 +29,7 @@ def rounded(keys, values, groups):
 
 
 FEW = {"tau": 0.9, "recent": 2, "drawn": 4, "mode": "quantise"}
-some = pytest.mark.parametrize("family", tiny.each("anyres", "deepstack"))
+some = pytest.mark.parametrize("family", tiny.each("anyres", "deepstack", window=None))
 
 
 class Wide(ZipVLCache):

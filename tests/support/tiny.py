@@ -35,6 +35,7 @@ __all__ = [
     "llava",
     "make",
     "segments",
+    "types",
 ]
 
 Item = int | str | tuple[Any, ...]
@@ -144,6 +145,12 @@ def build(model: PreTrainedModel, rows: Sequence[Sequence[Item]], seed: int = 0)
     batch |= kind.inputs(pictures, lambda *shape: torch.randn(*shape, generator=generator))
     batch |= kind.beside(batch["input_ids"], images_of)
     return {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+
+def types(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    """What a processor says of the ids [B, L] of a prompt with images: which are theirs, for families that ask."""
+    name = family(model).types
+    return {name: (ids == IMG).long()} if name else {}
 
 
 def segments(model: PreTrainedModel, batch: dict[str, Tensor]) -> list[Segment]:

@@ -26,7 +26,9 @@ def processor(family: str) -> Any:
     """The stock processor without its video half."""
     one = tiny.family(family)
     kind = pictures_only(getattr(transformers, f"{one.classes}Processor"))
-    return one.processor(kind, tokenizer(*one.words), chat_template=_template(*one.words, *one.around))
+    return one.processor(
+        kind, tokenizer(*one.words), chat_template=_template(one.written or one.words[0], one.words[1], *one.around)
+    )
 
 
 def tokenizer(image: str, video: str) -> PreTrainedTokenizerFast:

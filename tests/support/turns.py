@@ -25,8 +25,7 @@ def conversation(model, first, turn, said):
         "input_ids": ids,
         "attention_mask": torch.cat([first["attention_mask"], torch.ones(n, extra, dtype=torch.long)], 1),
     }
-    if modes.mrope(model):
-        whole["mm_token_type_ids"] = (ids == tiny.IMG).long()
+    whole |= tiny.types(model, ids)
     found = [(row, number, picture) for number, b in enumerate((first, turn)) for row, picture in of_rows(model, b)]
     found.sort(key=lambda f: f[:2])
     return whole | modes.join([picture for *_, picture in found]), [f[:2] for f in found]
@@ -38,11 +37,10 @@ def of_rows(model, batch):
 
 def second(model, whole, turn):
     """What the second turn passes to `generate`: the new pictures, and for Qwen the grids of the whole conversation."""
-    given = {k: v for k, v in whole.items() if k in ("input_ids", "attention_mask")}
+    given = {k: v for k, v in whole.items() if k in ("input_ids", "attention_mask", tiny.family(model).types)}
     pixels = {k: turn[k] for k in modes.INPUTS["image"] if k in turn}
     if not modes.mrope(model):
         return given | pixels
-    given["mm_token_type_ids"] = whole["mm_token_type_ids"]
     if not pixels:
         return given
     if not IMAGE_TURNS:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import oracle
 import tiny
 import torch
+from transformers import DynamicCache
 
 from vtoken.stages import Compressor, Fact, Keep, Site, VisualTokens, keep_all, spec_of
 
@@ -67,7 +68,8 @@ def dense(model, batch):
     ]
     model.set_attn_implementation("eager")
     with torch.no_grad():
-        out = model(**batch, output_attentions=True, use_cache=True)
+        # A cache that is told nothing of windows holds all keys.
+        out = model(**batch, output_attentions=True, past_key_values=DynamicCache())
     model.set_attn_implementation("sdpa")
     for hook in hooks:
         hook.remove()

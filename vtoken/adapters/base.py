@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vtoken.errors import UnsupportedError
+from vtoken.hooks.state.layer_kinds import FULL, SLIDING, kinds_of
 from vtoken.hooks.state.run import KINDS, FeatureCall, ImageLayout
 from vtoken.stages import FACTS
 
@@ -68,6 +69,8 @@ class Adapter(ABC):
         features: kind -> name of the method of `outer` that encodes it.
         missing: fact name -> why the family cannot supply it and what comes nearest.
         mrope: whether positions have several axes, which cannot be renumbered.
+        masks_outside: whether `outer` makes the masks that `lm` is called with.
+        both_ways: whether the tokens of an image may see each other both ways, see `blocks`.
         prompted: whether `layouts` and `crops` are given `input_ids` or `inputs_embeds` of the prompt too, where there
             is one.
     """
@@ -75,6 +78,8 @@ class Adapter(ABC):
     model_type: ClassVar[str]
     features: ClassVar[dict[str, str]] = {"image": "get_image_features"}
     mrope: ClassVar[bool] = False
+    masks_outside: ClassVar[bool] = False
+    both_ways: ClassVar[bool] = False
     prompted: ClassVar[bool] = False
     model: Any
     outer: Any
@@ -150,6 +155,11 @@ class Adapter(ABC):
     def check_call(self, kwargs: dict[str, Any]) -> None:  # noqa: B027
         """Refuses arguments of a call of `outer` or the tower that change which layer the features come from."""
 
+    def blocks(self, kwargs: dict[str, Any]) -> Tensor | None:
+        """[B, L] of a call of `outer`: tokens of the same number see each other both ways, -1 at others; None: none
+        do."""
+        return None
+
     def visual_kinds(self, ids: Tensor | None, embeds: Tensor | None, among: Collection[str] = KINDS) -> Tensor:
         """[B, L] uint8: 1 where a position holds an image token, 2 for video, 0 for text. Without ids the placeholder's
         embedding is looked for, as upstream. Placeholders of kinds that are not `among` these are text."""
@@ -174,19 +184,20 @@ def check_decoder(lm: Any) -> None:
     """Refuses decoders on which dropping tokens would change what a layer means.
 
     Raises:
-        UnsupportedError: sliding-window, chunked, linear or otherwise unusual layers.
+        UnsupportedError: chunked, linear or otherwise unusual layers.
     """
     config = lm.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    kinds = set(kinds_of(config)) - {FULL, SLIDING}
     if kinds:
         raise UnsupportedError(
             f"decoder {config.model_type!r} has layers of kind {', '.join(sorted(kinds))}; vtoken handles full "
-            "attention only: with tokens dropped, a window or state would span other tokens than it was trained on"
+            "attention and sliding windows: with tokens dropped, a chunk or state would span other tokens than it was "
+            "trained on"
         )
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+    if getattr(config, "attn_logit_softcapping", None):
         raise UnsupportedError(
-            f"decoder {config.model_type!r} attends in a sliding window of {config.sliding_window} tokens; dropping "
-            "tokens changes what a window means. Load the model with sliding_window=None if its prompts fit the window"
+            f"decoder {config.model_type!r} caps the logits of its attention, which facts about attention do not "
+            "reckon with; not supported"
         )
     layer = lm.layers[0] if len(getattr(lm, "layers", ())) else None
     if layer is None or not hasattr(layer, "self_attn") or not hasattr(lm, "rotary_emb"):

@@ -115,7 +115,7 @@ def test_unmerged_attention(held: Any) -> None:
     assert alone.total == account(model.config, text_tokens=text).total, "nothing was merged"
 
 
-@pytest.mark.parametrize("family", tiny.each("anyres", "mrope", "unit"))
+@pytest.mark.parametrize("family", tiny.each("anyres", "mrope", "unit", window=None))
 def test_unmerged_attention_of_other_mergers_and_families(family: str) -> None:
     """Merging inside the tower, newlines beside the places, and M-RoPE: with VTU and without."""
     model, one = tiny.make(family), tiny.family(family)
@@ -238,7 +238,7 @@ def test_overhead_of_facts_and_stages() -> None:
 
 
 @pytest.mark.parametrize("bits", [(4, 2), (3, 8)], ids=str)
-@pytest.mark.parametrize("family", tiny.each("mrope"))
+@pytest.mark.parametrize("family", tiny.each("mrope", window=None))
 def test_bytes_of_a_packed_cache(family: str, bits: tuple[int, int]) -> None:
     """As many tokens as the account expects to be important: all, then those of the text."""
     model = tiny.make(family)

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from batches import long, rows_for
-from modes import LOGITS, alone, families, greedy
+from modes import LOGITS, alone, greedy, whole
 from sparse_probes import Everything, Ladder
 from transformers import LlamaConfig
 
@@ -19,7 +19,7 @@ from vtoken.errors import UnsupportedError
 from vtoken.stages.attention import SparseAttention, SparseMask, everything
 
 
-@families
+@whole
 @pytest.mark.parametrize("batch", ["one", "ragged"])
 def test_reading_everything_changes_no_bit(family, batch):
     model = tiny.make(family)
@@ -61,7 +61,7 @@ def masked(model, batch, kept=None):
         assert calls == [0, 1, 2, 3]
 
 
-@families
+@whole
 @pytest.mark.parametrize("backend", ["sdpa", "eager", flash_stand_in.NAME])
 def test_equals_masked_attention(family, backend):
     model = tiny.make(family)
@@ -77,7 +77,7 @@ def test_equals_masked_attention(family, backend):
     assert not torch.allclose(torch.stack(dense.logits)[0], torch.stack(want.logits)[0], atol=1e-2)
 
 
-@families
+@whole
 def test_rows_of_a_batch_do_not_see_each_other(family):
     """A ragged batch, pruned before and inside the decoder, row by row: logits and decisions are those of the rows
     alone."""
@@ -102,7 +102,7 @@ def test_rows_of_a_batch_do_not_see_each_other(family):
     assert whole[0].density[0] < 1 and whole[1].tokens_out != whole[2].tokens_out == [5, 5, 5]
 
 
-@families
+@whole
 def test_what_a_stage_is_told(family):
     """Image and place of every token, after pruning."""
     model = tiny.make(family)
@@ -127,7 +127,7 @@ def test_what_a_stage_is_told(family):
             assert prompt.image[:3].tolist() == ([-1, -1, 0] if row == 0 else [-1, 1, 1])
 
 
-@pytest.mark.parametrize("family", tiny.each("mrope"))
+@pytest.mark.parametrize("family", tiny.each("mrope", window=None))
 def test_modes(family):
     """Static caches, beams, drafts and scored answers give what plain generation gives."""
     model = tiny.make(family)
@@ -150,7 +150,7 @@ def test_modes(family):
         assert answer.shape[1] == 5
 
 
-@families
+@whole
 def test_text_turns_and_short_prompts_keep_the_models_own(family):
     model = tiny.make(family)
     batch = tiny.build(model, rows_for(family, "ragged"), seed=3)

@@ -9,7 +9,7 @@ import tiny
 import torch
 from against_oracle import merge
 from batches import inside, rows_for
-from modes import LOGITS, families, greedy
+from modes import LOGITS, greedy, whole
 from probes import InsideMerge
 from unmerging import MERGERS, Mingled, caches, compare, unmerging
 
@@ -18,7 +18,7 @@ from vtoken.errors import UnsupportedError
 from vtoken.session import watched
 
 
-@families
+@whole
 @pytest.mark.parametrize("rows", ["ragged", "video and image"])
 @pytest.mark.parametrize("merger, cache", [*((m, "expanded") for m in MERGERS), ("mingled", "merged")])
 def test_equals_the_definition(family, rows, merger, cache):
@@ -51,7 +51,7 @@ def test_interpolated_tokens_stand_for_themselves():
         assert set(into.tolist()) - {-1} == set(kept.tolist())
 
 
-@families
+@whole
 @caches
 def test_eager(family, cache):
     model = tiny.make(family, "eager")
@@ -65,7 +65,7 @@ def test_newline_policies(family, policy):
     compare(model, tiny.build(model, rows_for(family, "ragged"), seed=3), unmerging("mingled"), policy)
 
 
-@families
+@whole
 @pytest.mark.parametrize("merger", [[], [{"random": {"keep": 4}}], [{"pool": {"size": 1}}]], ids=str)
 @caches
 def test_without_merged_tokens_nothing_changes(family, merger, cache):
@@ -81,7 +81,7 @@ def test_without_merged_tokens_nothing_changes(family, merger, cache):
     assert (entry.stood_aside is None) == ("pool" in str(merger))
 
 
-@families
+@whole
 def test_one_layer_over_repeated_embeddings(family):
     """Where members are alike the text reads from one layer what it reads when the dense model is given each of them
     (behind a second layer members are no longer alike: that is what VTU gives up)."""
@@ -100,7 +100,7 @@ def test_one_layer_over_repeated_embeddings(family):
     torch.testing.assert_close(torch.stack(out.logits), logits, atol=1e-5, rtol=1e-5)
 
 
-@families
+@whole
 def test_the_cache_holds_what_it_says(family):
     model = tiny.make(family)
     batch = tiny.build(model, [[3, ("img", (1, 8, 12)) if tiny.family(family).varlen else "img", 5]], seed=3)
@@ -124,7 +124,7 @@ def test_the_cache_holds_what_it_says(family):
     assert held["vtu"] == held["dense"] - gone and merged > 0 and gone > 0
 
 
-@families
+@whole
 @pytest.mark.parametrize(
     "merger", [[{"visionzip": {"keep": 6}}], [{"prumerge": {"keep": 5}}], [Mingled(), {"pool": {"size": 2}}]], ids=str
 )

@@ -14,7 +14,7 @@ import tiny
 import torch
 from against_oracle import merge
 from batches import rows_for
-from modes import LOGITS, alone, families, greedy
+from modes import LOGITS, alone, greedy, whole
 from packaging.version import Version
 from turns import IMAGE_TURNS, TURNS, both, conversation, second
 from unmerging import Mingled, caches, compare, unmerging
@@ -24,7 +24,7 @@ from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.trace import Trace
 
 
-@families
+@whole
 @caches
 def test_modes_agree(family, cache):
     """Single rows, drafts, no cache and (expanded) static caches give what plain generation of the batch gives."""
@@ -47,7 +47,7 @@ def test_modes_agree(family, cache):
         assert torch.equal(greedy(model, one, assistant_model=tiny.make(family, seed=1))[0, -6:], plain[0, -6:])
 
 
-@families
+@whole
 @caches
 def test_eager_static_and_flash_kind(family, cache):
     model = tiny.make(family)
@@ -65,7 +65,7 @@ def test_eager_static_and_flash_kind(family, cache):
         torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=2e-4, rtol=1e-4)
 
 
-@families
+@whole
 @caches
 def test_beams(family, cache):
     """The score of every returned beam is what the definition gives it."""
@@ -86,7 +86,7 @@ def test_beams(family, cache):
         torch.testing.assert_close(out.sequences_scores[b::2], want, atol=1e-3, rtol=1e-3)
 
 
-@families
+@whole
 @pytest.mark.parametrize("rows", TURNS.values(), ids=TURNS)
 @caches
 def test_second_turn(family, rows, cache):
@@ -123,7 +123,7 @@ def as_kept(stage):
     return type(stage)(**{**vars(stage), "kept": stage.into})
 
 
-@families
+@whole
 @caches
 def test_bfloat16(family, cache):
     """Against the definition of the same bfloat16 weights and embeddings, in float64."""
@@ -139,7 +139,7 @@ def test_bfloat16(family, cache):
     assert (torch.stack(out.logits).float() - want).norm() / want.norm() < 0.05, "0.015 to 0.03 without any stage"
 
 
-@pytest.mark.parametrize("family", tiny.each("deepstack"))
+@pytest.mark.parametrize("family", tiny.each("deepstack", window=None))
 def test_gradients_with_and_without_checkpointing(family):
     model = tiny.make(family)
     batch = tiny.build(model, modes.ROWS, seed=3)
@@ -165,7 +165,7 @@ def test_gradients_with_and_without_checkpointing(family):
         torch.testing.assert_close(again[name], want)
 
 
-@families
+@whole
 @caches
 def test_the_rows_of_a_cache_may_change_places(family, cache):
     """Rows with pictures of different size, swapped and doubled behind the prefill: every row goes on as it would
@@ -187,7 +187,7 @@ def test_the_rows_of_a_cache_may_change_places(family, cache):
             assert torch.equal(greedy(model, more, 2), want[index])
 
 
-@families
+@whole
 @caches
 def test_a_failed_forward_leaves_no_trace_in_the_next(family, cache):
     """A decode step dies in the first layer; the same step again gives what it would have given."""
@@ -235,7 +235,7 @@ def test_compiled_prefill():
     torch.testing.assert_close(got, want)
 
 
-@families
+@whole
 def test_unwrap_is_exact(family):
     from model_state import changed, state
 

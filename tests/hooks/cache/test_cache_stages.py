@@ -11,7 +11,7 @@ import tiny
 import torch
 from batches import rows_for
 from model_state import changed, state
-from modes import LOGITS, alone, families, greedy, mrope
+from modes import LOGITS, alone, greedy, mrope, whole
 from oracle_kv import Told
 from probes import Deep, Inside, Ragged
 from turns import conversation, second
@@ -67,7 +67,7 @@ def check(model, batch, name, before=(), n=6, tolerance=3e-4):
     return out, trace, spy
 
 
-@families
+@whole
 @stages
 @pytest.mark.parametrize("rows", ["one", "ragged", "video and image"])
 def test_equals_a_dense_model_that_masks(family, name, rows):
@@ -101,7 +101,7 @@ def test_rows_without_padding_may_be_left_with_different_numbers(family):
     assert trace.cached[0][0] != trace.cached[0][1]
 
 
-@families
+@whole
 @pytest.mark.parametrize("name", ["snapkv", "lookm"])
 def test_after_stages_of_every_site(family, name):
     model = tiny.make(family)
@@ -117,7 +117,7 @@ def test_after_stages_of_every_site(family, name):
         greedy(model, tiny.build(model, rows_for(family, "ragged"), seed=3))
 
 
-@families
+@whole
 @stages
 def test_batch_equals_single(family, name):
     model = tiny.make(family)
@@ -134,7 +134,7 @@ def test_batch_equals_single(family, name):
                 assert [kept[0][i].tolist() for i in mine] == [i.tolist() for i in kept[1]]
 
 
-@families
+@whole
 @stages
 def test_drafts_change_nothing(family, name):
     """Drafts that are verified in the prefill read the shrunk cache, too."""
@@ -148,7 +148,7 @@ def test_drafts_change_nothing(family, name):
         assert torch.equal(greedy(model, batch, 8, assistant_model=tiny.make(family)), plain)
 
 
-@families
+@whole
 @pytest.mark.parametrize("name", ["snapkv", "lookm"])
 def test_an_answer_that_is_scored_reads_the_shrunk_cache(family, name):
     model = tiny.make(family)
@@ -162,7 +162,7 @@ def test_an_answer_that_is_scored_reads_the_shrunk_cache(family, name):
     torch.testing.assert_close(scored, torch.stack(out.logits)[:, 0], atol=2e-4, rtol=1e-4)
 
 
-@families
+@whole
 @stages
 def test_beams(family, name):
     model = tiny.make(family)
@@ -184,7 +184,7 @@ def test_beams(family, name):
         torch.testing.assert_close(found, want.gather(1, sequence[-n:, None]).sum(), atol=1e-3, rtol=1e-3)
 
 
-@families
+@whole
 @pytest.mark.parametrize("name", ["snapkv", "snapkv all", "lookm"])
 @pytest.mark.parametrize("more", [[[5], [5]], [[3, "img", 2], [3, "img", 2]]], ids=["text", "image"])
 def test_second_turn(family, name, more):
@@ -214,7 +214,7 @@ def test_second_turn(family, name, more):
     assert held < int(whole["attention_mask"].sum(1).max()) + n - 1 and max(cached[3]) < held
 
 
-@families
+@whole
 @pytest.mark.parametrize("merge", ["averaged", "pivotal", "weighted"])
 def test_merged_caches_equal_a_loop_on_the_stock_model(family, merge):
     """The stock model's own cache, every layer's keys and values replaced by hand before it goes on."""
@@ -257,7 +257,7 @@ def by_hand(hold, x):
     return out
 
 
-@families
+@whole
 def test_backends(family):
     """Eager masks, and backends of the flash kind, which take 2D masks and read the tail."""
     rows = rows_for(family, "ragged")
@@ -272,7 +272,7 @@ def test_backends(family):
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", tiny.each("anyres", mrope=False))
+@pytest.mark.parametrize("family", tiny.each("anyres", mrope=False, window=None))
 def test_compact_positions(family):
     model = tiny.make(family)
     batch = tiny.build(model, ROWS, seed=3)
@@ -283,7 +283,7 @@ def test_compact_positions(family):
             assert torch.equal(greedy(model, alone(model, batch, row))[0, -6:], plain[row, -6:])
 
 
-@families
+@whole
 def test_layers_may_hold_different_numbers(family):
     """Layer groups of their own, in padded rows, drafts and text turns."""
     model = tiny.make(family)
@@ -294,7 +294,7 @@ def test_layers_may_hold_different_numbers(family):
     test_second_turn(family, "pyramid", [[5], [5]])
 
 
-@families
+@whole
 @pytest.mark.parametrize(
     "stage", [SnapKV(keep="100%"), LookM(keep="100%"), LookM(important="100%")], ids=lambda s: s.name
 )
@@ -307,7 +307,7 @@ def test_holding_everything_is_the_identity(family, stage):
     assert torch.equal(torch.stack(got.logits), torch.stack(want.logits)), "bit for bit"
 
 
-@families
+@whole
 def test_unwrap_is_exact(family):
     model = tiny.make(family)
     batch = tiny.build(model, ROWS, seed=3)
@@ -319,7 +319,7 @@ def test_unwrap_is_exact(family):
     assert torch.equal(torch.stack(greedy(model, batch, **LOGITS).logits), torch.stack(want.logits))
 
 
-@families
+@whole
 def test_bfloat16_and_text_only(family):
     model = tiny.make(family).to(torch.bfloat16)
     batch = tiny.build(model, ROWS, seed=3)
@@ -356,7 +356,7 @@ def test_what_cannot_be_served_is_refused():
         assert torch.equal(greedy(model, batch), want)
 
 
-@families
+@whole
 def test_an_exception_leaves_the_model_usable(family):
     model = tiny.make(family)
     batch = tiny.build(model, ROWS, seed=3)

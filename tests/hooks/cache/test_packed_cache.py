@@ -9,7 +9,7 @@ import inspect
 import pytest
 import tiny
 import torch
-from modes import EXPANDABLE, LOGITS, ROWS, alone, families, greedy, mrope
+from modes import EXPANDABLE, LOGITS, ROWS, alone, greedy, mrope, whole
 from rounded_cache import FEW, Wide, both, recording, rounded, some
 from turns import conversation, second
 
@@ -40,7 +40,7 @@ def stored(layer):
     return sum(found.values())
 
 
-@families
+@whole
 @pytest.mark.parametrize("rows", [ROWS[:1], ROWS], ids=["one", "ragged"])
 def test_greedy(family, rows):
     model = tiny.make(family)
@@ -57,7 +57,7 @@ def test_greedy(family, rows):
         assert torch.equal(held.keys, plain.keys) and torch.equal(held.values, plain.values)
 
 
-@families
+@whole
 def test_bytes_are_really_saved(family):
     """Of wide heads, so that codes outweigh what reads them."""
     model = tiny.make(family)
@@ -98,7 +98,7 @@ def test_sampling_and_return_sequences(family):
     equal(*both(model, run))
 
 
-@families
+@whole
 @pytest.mark.parametrize("more", [[[5], [5]], [[3, "img", 2], [3, "img", 2]]], ids=["text", "image"])
 def test_second_turn(family, more):
     """A text turn reads the packed cache, a turn with an image packs what it adds behind it, also after a copy."""
@@ -124,7 +124,7 @@ def test_second_turn(family, more):
     assert kinds == ([{"QuantizedKV"}, {"Plain"}, {"QuantizedKV"}] if "pixel_values" in turn else [{"QuantizedKV"}])
 
 
-@families
+@whole
 def test_drafts(family):
     """Assisted generation crops the tail; drafts that are verified in the prefill read rounded numbers, too."""
     model = tiny.make(family)
@@ -175,7 +175,7 @@ def test_half_precision_and_stages_before(family, dtype):
     assert layers[0].get_seq_length() > layers[3].get_seq_length(), "fastv opens a layer group of its own"
 
 
-@families
+@whole
 def test_what_is_generated_follows(family):
     """Against a loop on the stock model, whose cache is rounded by hand: every third token, what the newest query
     attends to in float64."""
@@ -224,7 +224,7 @@ def test_what_is_generated_follows(family):
         torch.testing.assert_close(held.values, plain.values, atol=2e-4, rtol=1e-4)
 
 
-@families
+@whole
 def test_what_is_generated_in_batches_and_turns(family):
     """Rows decide as they do alone; the row without an image stays as it is; copies of a prompt have answers of their
     own."""

@@ -113,7 +113,7 @@ def test_frames(family):
         assert all("min_visual_tokens 1000" in s.stood_aside for s in vtoken.trace(model).stages)
 
 
-@pytest.mark.parametrize("family", tiny.each("anyres", mrope=False))
+@pytest.mark.parametrize("family", tiny.each("anyres", mrope=False, window=None))
 def test_a_turn_counts_its_own_pictures(family):
     """`generate` is told the whole conversation; the turn's one picture is fewer than the two of the first."""
     model = tiny.make(family)

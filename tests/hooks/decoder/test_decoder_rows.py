@@ -29,7 +29,8 @@ def expected(model, batch, out, k, tail=0):
         later = later[later <= last]
         a, v = attention[row], values[row]
         among = a[:, last, columns]
-        want["visual_attention"].append((among / among.sum(1, keepdim=True)).mean(0))
+        # Where a window ends behind an image, the last token sees nothing of it.
+        want["visual_attention"].append((among / among.sum(1, keepdim=True)).mean(0).nan_to_num())
         products = torch.stack([head[columns] @ head[last] for head in v]) * v.shape[-1] ** -0.5
         want["visual_value_attention"].append(products.softmax(1).mean(0))
         want["mean_value"].append(v[:, columns].mean(0))

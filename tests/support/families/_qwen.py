@@ -38,6 +38,7 @@ class Qwen(Family):
     pictures = ((56, 56, 1), (84, 140, 1), (196, 56, 1), (20, 300, 1), (56, 56, 2), (84, 140, 5))
     unpadded = (112, 140)
     varlen, unit = True, 4
+    types = "mm_token_type_ids"
     shipped_picture = 9
     words, around = ("<|image_pad|>", "<|video_pad|>"), ("<|vision_start|>", "<|vision_end|>")
     # Grids come with the call, and the model reads them on the host as well.

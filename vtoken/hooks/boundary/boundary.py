@@ -27,6 +27,7 @@ from vtoken.hooks.state.checkpointing import replays
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.encoder_fact import encoder_fact, substituted
 from vtoken.hooks.state.forward_state import ForwardState, StaticStep, eager
+from vtoken.hooks.state.layer_kinds import SLIDING, kinds_of, layer_masks
 from vtoken.hooks.state.left_padding import take
 from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.hooks.state.prompt_text import text_of
@@ -53,7 +54,8 @@ class Boundary:
         self.unmerge, self.shrinker, self.switch = unmerge, cache, context.handle.switch
         self.requantizes = cache is not None and cache.goes_on
         backend = self.lm.config._attn_implementation or ""
-        self.maskless = backend == "sdpa" or "flash" in backend
+        self.slides = SLIDING in kinds_of(self.lm.config)
+        self.maskless = (backend == "sdpa" or "flash" in backend) and not self.slides
         self.last: Trace | None = None
         context.handle.before(self.lm, self._before)
         context.handle.after(self.lm, self._after)
@@ -63,7 +65,10 @@ class Boundary:
         self.run.flow = None
         if CACHE not in kwargs and FORMER in kwargs:
             kwargs = {CACHE: kwargs[FORMER], **{k: v for k, v in kwargs.items() if k != FORMER}}
-        cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
+        cache = kwargs.get(CACHE)
+        if self.adapter.masks_outside and not (cache is not None and cache.is_compileable):
+            kwargs = self._unmade(kwargs)
+        mask = kwargs.get("attention_mask")
         if isinstance(cache, PrunedCache) and mask is None and self._stock(cache, kwargs["inputs_embeds"]):
             cache.busy = False  # left behind by a forward that failed
             return None
@@ -71,6 +76,11 @@ class Boundary:
         if first or kwargs["inputs_embeds"].shape[1] > 1:
             return self._several(args, kwargs)
         return self._continue(args, kwargs) if isinstance(cache, PrunedCache) else None
+
+    def _unmade(self, kwargs: dict) -> dict:
+        """The arguments with the mask that the model made its masks of, for all tokens that were ever there."""
+        made, given = kwargs.get("attention_mask"), self.run.mask
+        return {**kwargs, "attention_mask": given} if isinstance(made, dict) and not isinstance(given, dict) else kwargs
 
     @eager
     def _several(self, args: tuple, kwargs: dict) -> Any:
@@ -129,6 +139,11 @@ class Boundary:
             flow.cache = cache = DynamicCache(config=self.lm.config)
         if self.shrinker is not None and flow.skip_reason is None:
             self.shrinker.check(cache)
+        if cache is not None and cache.is_compileable and all(cache.is_sliding):
+            raise UnsupportedError(
+                "a static cache whose layers all slide does not tell how many tokens it is made for; use a dynamic "
+                "cache (cache_implementation=None)"
+            )
         if flow.live.history.slot is not None:
             x = x.clone()
             x[flow.live.batch_row, flow.live.column] = values.to(x.dtype)
@@ -136,9 +151,11 @@ class Boundary:
         flow.hidden = take(x, flow.index, 1)
         if not flow.dense:
             flow.hidden = flow.hidden.masked_fill(~flow.valid[..., None], 0)
-        mask = flow.enter(0)
+        mask: Any = flow.enter(0)
         self._begin(flow, cache)
         flow.note_layout(0)
+        if flow.blocks is not None or (self.slides and mask is not None):
+            mask = layer_masks(self.lm.config, flow.hidden, mask, flow.cache, flow.slot_blocks())
         if cache is not None and cache.is_compileable:
             cache.prompt_mask = flow.mask
         if cache is None and mask is None:
@@ -212,7 +229,10 @@ class Boundary:
         if shift is not None:
             flow.positions = flow.positions + shift
         self._begin(flow, flow.cache, taps=taps)
-        kwargs = {**kwargs, "attention_mask": flow.enter(0)}
+        mask: Any = flow.enter(0)
+        if self.slides and mask is not None:
+            mask = layer_masks(self.lm.config, flow.hidden, mask, flow.cache)
+        kwargs = {**kwargs, "attention_mask": mask}
         if self.unmerge is not None:
             self.unmerge.go_on(flow)
         return args, kwargs

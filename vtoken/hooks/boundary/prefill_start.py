@@ -35,7 +35,7 @@ def build_prefill(
         counted=located.counted,
     )
     prefill = PrefillState(
-        **{**vars(flow), "counts": found.counts},
+        **{**vars(flow), "counts": found.counts, "blocks": context.run.blocks},
         live=seen,
         started=seen,
         raster=whole,

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from vtoken.errors import UnsupportedError, warn
 from vtoken.hooks.call.min_tokens import MinTokensGuard, newest, pictured
+from vtoken.hooks.state.cache_argument import cache_of
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import eager
 from vtoken.hooks.state.image_spans import HIDDEN
+from vtoken.hooks.state.pruned_cache import check_owner
 from vtoken.hooks.state.run import UNSEEN
 
 
@@ -38,7 +40,7 @@ class CallInputs:
     def __init__(self, context: Context) -> None:
         adapter, handle = context.adapter, context.handle
         self.acts, self.warned = bool(context.stages), False
-        self.adapter, self.run, self.handle = adapter, context.run, handle
+        self.adapter, self.run, self.handle, self.owner = adapter, context.run, handle, context.owner
         self.guard = MinTokensGuard(context) if context.min_tokens_of_tower else None
         handle.set(adapter.model, "generate", self._shadow(adapter.model.generate))
         if self.acts and hasattr(adapter.model, "init_continuous_batching"):
@@ -112,13 +114,22 @@ class CallInputs:
         ids = args[0] if args else kwargs.get("input_ids")
         embeds = kwargs.get("inputs_embeds")
         given = embeds if ids is None else ids
+        if self.adapter.masks_outside and not isinstance(kwargs.get("attention_mask"), dict):
+            self._padded(kwargs)
         if given is not None and given.shape[1] > 1:
             self._see(ids, embeds, kwargs)
+
+    @eager
+    def _padded(self, kwargs: dict) -> None:
+        """Before the model makes masks of a 2D one, which cannot be seen any more inside the language model."""
+        check_owner(cache_of(kwargs), self.owner)
+        self.run.mask = kwargs.get("attention_mask")
 
     @eager
     def _see(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict) -> None:
         self.run.begin()
         self.adapter.check_call(kwargs)
+        self.run.mask, self.run.blocks = kwargs.get("attention_mask"), self.adapter.blocks(kwargs)
         self._read(ids, embeds, kwargs)
         pixels = pictured(kwargs)
         given = {*pixels, *(kind for kind, v in (kwargs.get("mm_encoder_outputs") or {}).items() if v is not None)}

@@ -28,13 +28,14 @@ def keys(flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, 
 
 def last_query_attention(flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float) -> Tensor:
     """The last prompt token's, head mean."""
-    whole = flow.key_mask is None and flow.answer is None
-    return last_row(flow.of_last(q, 2), k, None if whole else key_mask, flow.tails, scale)
+    whole = flow.key_mask is None and flow.answer is None and flow.window is None
+    return last_row(flow.of_last(q, 2), k, None if whole else key_mask, flow.tails, scale, flow.window)
 
 
 def visual_attention(flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float) -> Tensor:
-    """The last prompt token's, softmax over the tokens of each image alone, head mean."""
-    return _among(flow, flow.of_last(q, 2), k, scale)
+    """The last prompt token's, softmax over the tokens of each image alone (of them it sees), head mean."""
+    seen = None if flow.window is None else visible(key_mask, flow.tails, flow.window)
+    return _among(flow, flow.of_last(q, 2), k, scale, seen)
 
 
 def visual_value_attention(
@@ -56,7 +57,7 @@ def cross_attention(flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_mas
 
 def self_attention(flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float) -> Tensor:
     """Of each image's own tokens: maximum over heads, mean over them."""
-    return _per_image(flow, q, k, key_mask, scale, _own(flow), _head_maximum)
+    return _per_image(flow, q, k, key_mask, scale, _own(flow), _head_maximum, both_ways=flow.blocks is not None)
 
 
 def relayed_attention(flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float) -> Tensor:
@@ -79,26 +80,35 @@ FUNCTIONS: dict[str, Function] = {
 }
 
 
-def last_row(q: Tensor, k: Tensor, key_mask: Tensor | None, tails: Sequence[int], scale: float) -> Tensor:
+def last_row(
+    q: Tensor, k: Tensor, key_mask: Tensor | None, tails: Sequence[int], scale: float, window: int | None = None
+) -> Tensor:
     """[B, slots] attention of one query per row, head mean.
 
     Args:
         q: [B, H, d] of the last prompt token; k: [B, H, slots, d].
         key_mask: [B, slots] slots that hold something; None: all do, and none comes after the query.
         tails: per row, how many slots at the end come after the query.
+        window: slots that the query sees, its own among them; None: all up to its own.
     """
     if key_mask is None:
         batch, slots = len(k), k.shape[2]
         each, all_of = (offsets_of([n] * batch, k.device) for n in (1, slots))
         return query_attention(q, k.transpose(1, 2).flatten(0, 1), each, all_of, scale).view(batch, slots)
-    if any(tails):
-        ends = key_mask.shape[1] - uploaded(tails, key_mask.device)
-        key_mask = key_mask & (torch.arange(key_mask.shape[1], device=key_mask.device) < ends[:, None])
+    key_mask = visible(key_mask, tails, window)
     one_each = torch.arange(len(k) + 1, dtype=torch.int32, device=k.device)
     packed = query_attention(
         q, k.transpose(1, 2)[key_mask], one_each, offsets_of(key_mask.sum(1).tolist(), k.device), scale
     )
     return packed.new_zeros(key_mask.shape).masked_scatter(key_mask, packed)
+
+
+def visible(key_mask: Tensor, tails: Sequence[int], window: int | None) -> Tensor:
+    """[B, slots] what the last prompt token sees of the slots that hold something; see `last_row`."""
+    if any(tails):
+        ends = key_mask.shape[1] - uploaded(tails, key_mask.device)
+        key_mask = key_mask & (torch.arange(key_mask.shape[1], device=key_mask.device) < ends[:, None])
+    return key_mask if window is None else key_mask & (key_mask.flip(1).cumsum(1).flip(1) <= window)
 
 
 def text_rows(
@@ -110,36 +120,48 @@ def text_rows(
     Args:
         raters: per image, which text tokens of its row.
     """
-    v, past = flow.live, flow.slots - flow.index.shape[1]
+    v, past = flow.live, k.shape[2] - flow.index.shape[1]
     out, text = q.new_zeros(key_mask.shape, dtype=torch.float32), text_slots(flow).to(q.device)
     lines, columns = (i.to(q.device).split(v.lengths) for i in flow.slot())
     for row, batch_row, column, chosen in zip(v.row, lines, columns, raters, strict=True):
         if len(chosen):
             at = text[row].nonzero()[:, 0][chosen.to(q.device)]
-            mean = _causal_mean(q[row, :, at], k[row], key_mask[row], at + past, scale)
+            mean = _causal_mean(q[row, :, at], k[row], key_mask[row], at + past, scale, flow.window)
             out[batch_row, column + past] = mean[column + past]
     return out
 
 
-def _causal_mean(q: Tensor, k: Tensor, key_mask: Tensor, at: Tensor, scale: float) -> Tensor:
+def _causal_mean(q: Tensor, k: Tensor, key_mask: Tensor, at: Tensor, scale: float, window: int | None) -> Tensor:
     """[N] attention of the queries [H, R, d] that stand in the slots `at` [R] of the keys [Hk, N, d], mean over queries
     and heads."""
-    total = torch.stack([part.sum((0, 1, 2)) for part in causal(q, k, key_mask, at, scale)]).sum(0)
+    total = torch.stack([part.sum((0, 1, 2)) for part in causal(q, k, key_mask, at, scale, window)]).sum(0)
     return total / (q.shape[0] * q.shape[1])
 
 
-def causal(q: Tensor, k: Tensor, key_mask: Tensor, at: Tensor, scale: float) -> Iterator[Tensor]:
+def causal(
+    q: Tensor,
+    k: Tensor,
+    key_mask: Tensor,
+    at: Tensor,
+    scale: float,
+    window: int | None = None,
+    until: Tensor | None = None,
+) -> Iterator[Tensor]:
     """Attention [..., Hk, H / Hk, R, N] of the queries [..., H, R, d] that stand in the slots `at` [..., R] of the keys
     [..., Hk, N, d], of which key_mask [..., N] holds something, a chunk at a time.
 
-    `query_attention` lets every query see all keys; these each see a prefix.
+    `query_attention` lets every query see all keys; these each see a prefix, up to the slots `until` [..., R] if not
+    their own, or what of it is in a window that ends at their own.
     """
     grouped, keys = q.float().unflatten(-3, (k.shape[-3], -1)), k.float()
-    slots = torch.arange(k.shape[-2], device=key_mask.device)
+    slots, rank = torch.arange(k.shape[-2], device=key_mask.device), key_mask.cumsum(-1)
     chunk = max(1, CHUNK // max(1, q[..., 0, 0].numel() * len(slots)))
-    for part, end in zip(grouped.split(chunk, -2), at.split(chunk, -1), strict=True):
+    ends = (at if until is None else until).split(chunk, -1)
+    for part, own, end in zip(grouped.split(chunk, -2), at.split(chunk, -1), ends, strict=True):
         scores = torch.einsum("...hgrd,...hnd->...hgrn", part, keys) * scale
         hidden = ~key_mask[..., None, :] | (slots > end[..., None])
+        if window is not None:
+            hidden |= rank[..., None, :] <= rank.gather(-1, own)[..., None] - window
         yield scores.masked_fill(hidden[..., None, None, :, :], -torch.inf).softmax(-1)
 
 
@@ -153,10 +175,16 @@ def _relay(rows: Iterator[Tensor], at: Tensor) -> Tensor:
     return (received[:, None] @ mean)[:, 0] / at.shape[-1]
 
 
-def _among(flow: PrefillState, query: Tensor, k: Tensor, scale: float) -> Tensor:
-    """One query [B, H, d] per row over the tokens of each of its images alone."""
+def _among(flow: PrefillState, query: Tensor, k: Tensor, scale: float, seen: Tensor | None = None) -> Tensor:
+    """One query [B, H, d] per row over the tokens of each of its images alone, or those of them in the slots that are
+    `seen` [B, slots]."""
     batch_row, column = _places(flow, k)
-    lengths, rows = flow.live.lengths, uploaded(flow.live.row, k.device)
+    lengths: Sequence[int] = flow.live.lengths
+    rows = uploaded(flow.live.row, k.device)
+    if seen is not None:
+        image, near = image_of(lengths, k.device), seen[batch_row, column]
+        lengths = image.new_zeros(len(lengths)).index_add_(0, image, near.to(image)).tolist()
+        batch_row, column = batch_row[near], column[near]
     one_each = torch.arange(len(lengths) + 1, dtype=torch.int32, device=k.device)
     found = query_attention(
         query[rows], k.transpose(1, 2)[batch_row, column], one_each, offsets_of(lengths, k.device), scale
@@ -174,6 +202,7 @@ def _per_image(
     scale: float,
     queries: list[Tensor],
     reduce: Callable[[Iterator[Tensor], Tensor], Tensor],
+    both_ways: bool = False,
 ) -> Tensor:
     """`reduce` of each image's query rows, at the image's own slots. Images with as many queries together.
 
@@ -181,6 +210,7 @@ def _per_image(
         queries: per image, slots of the current layout; an image without any gets zeros.
         reduce: takes the rows of several images and the queries' slots [images, R] among those of k; returns
             [images, slots].
+        both_ways: whether the queries of an image see all of each other.
     """
     visual, past = flow.live, k.shape[2] - flow.index.shape[1]
     alike: dict[int, list[int]] = {}
@@ -191,7 +221,9 @@ def _per_image(
     for images in alike.values():
         at = torch.stack([queries[image] for image in images]).to(k.device)
         rows = uploaded([visual.row[image] for image in images], k.device)
-        attention = causal(q[rows[:, None], :, at].transpose(1, 2), k[rows], key_mask[rows], at + past, scale)
+        until = at[:, -1:].expand_as(at) + past if both_ways else None
+        queried = q[rows[:, None], :, at].transpose(1, 2)
+        attention = causal(queried, k[rows], key_mask[rows], at + past, scale, flow.window, until)
         found[uploaded(images, k.device)] = reduce(attention, at + past)
     out, places = k.new_zeros(key_mask.shape, dtype=torch.float32), _places(flow, k)
     out[places] = found[image_of(visual.lengths, k.device), places[1]]

@@ -20,6 +20,7 @@ from vtoken.hooks.decoder.attention_facts import FUNCTIONS, text_rows
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import eager
 from vtoken.hooks.state.handle import Handle
+from vtoken.hooks.state.layer_kinds import window_of
 from vtoken.hooks.state.prefill_state import Observed, PrefillState
 from vtoken.hooks.state.run import Run
 from vtoken.stages import Fact, Stage
@@ -110,13 +111,13 @@ def observe(context: Context) -> None:
     With an answer or drafts behind the prompt (`prompt_text.answered`) the last prompt token stands before them, so the
     decision is the one that `generate` makes.
     """
-    asked, run = tapped(context.at("decoder"), context.depth), context.run
+    asked, run, config = tapped(context.at("decoder"), context.depth), context.run, context.lm.config
 
     def function(
         module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Callable[..., Any], **kwargs: Any
     ) -> Any:
         scale = kwargs.get("scaling") or k.shape[-1] ** -0.5
-        _keep(run, module.layer_idx, asked[module.layer_idx], q, k, v, scale)
+        _keep(run, module.layer_idx, asked[module.layer_idx], q, k, v, scale, window_of(config, module.layer_idx))
         return original()
 
     if asked:
@@ -126,21 +127,30 @@ def observe(context: Context) -> None:
 @eager
 @torch.no_grad()
 def _keep(
-    run: Run, layer: int, asked: Sequence[tuple[Stage, str]], q: Tensor, k: Tensor, v: Tensor, scale: float
+    run: Run,
+    layer: int,
+    asked: Sequence[tuple[Stage, str]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
 ) -> None:
     """Stores the facts of a layer from its q, k and v [B, H, ., d]; without gradients, because a layer that
     checkpointing runs again does not store them again."""
     flow = run.flow
     if not isinstance(flow, PrefillState) or flow.skip_reason is not None:
         return
-    # A static cache hands out all its slots; only those filled so far count.
+    # A static cache hands out all its slots, and only those filled so far count; a layer with a window may hand out the
+    # last ones alone.
     k, v = (t[:, :, : flow.slots].detach() for t in (k, v))
+    flow.window = window
     key_mask = (
         torch.ones(len(k), flow.slots, dtype=torch.bool, device=k.device)
         if flow.key_mask is None
         else flow.key_mask.bool()
     )
-    key_mask = key_mask.to(k.device)
+    key_mask = key_mask[:, -k.shape[2] :].to(k.device)
     for stage, name in asked:
         fact = Fact(name, layer)
         if OBSERVED[name].queries == "chosen":

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 
 from vtoken.hooks.decoder.next_layer import check_next_layer, next_layer_attention
-from vtoken.hooks.state.cache_argument import CACHE, causal_mask
+from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.hooks.state.checkpointing import check_replay
 from vtoken.hooks.state.context import Context, by_layer
 from vtoken.hooks.state.encoder_fact import encoder_fact
-from vtoken.hooks.state.forward_state import UNMADE, ForwardState, StaticStep, eager
+from vtoken.hooks.state.forward_state import ForwardState, StaticStep, eager
+from vtoken.hooks.state.layer_kinds import kinds_of, layer_mask, rotary
 from vtoken.hooks.state.left_padding import take
 from vtoken.hooks.state.prefill_state import AskedText, Observed, PrefillState
 from vtoken.hooks.state.prompt_text import dropped_slots, later_text, text_before, text_of
@@ -31,7 +31,7 @@ class LayerGroups:
         self.context, self.lm, self.run, handle = context, context.lm, context.run, context.handle
         lm, depth = self.lm, context.depth
         stages = [stage.for_depth(depth) for stage in context.at("decoder")]
-        self.at = by_layer(stages, depth)
+        self.at, self.kinds = by_layer(stages, depth), kinds_of(lm.config)
         self.rating = [stage for stage in stages if asks(stage, queries="chosen")]
         for k, at in self.at.items():
             if any(asks(stage, read="next layer") for stage in at):
@@ -58,11 +58,11 @@ class LayerGroups:
         if flow is None:
             return None
         check_replay(module)
-        kwargs = {**kwargs, **flow.layer_kwargs}
+        given, kwargs = kwargs, {**kwargs, **self._moved(k, flow, kwargs)}
         if k == 0 and isinstance(flow, PrefillState):
             self._rate(flow, hidden)
         short = self._open(k, flow, hidden, kwargs) if k else hidden
-        kwargs.update(flow.layer_kwargs)
+        kwargs.update(self._moved(k, flow, given))
         if args:
             args = (short, *args[1:])
         else:
@@ -72,10 +72,30 @@ class LayerGroups:
             # already.
             kwargs["position_ids"] = None
         if flow.group:
-            if flow.attention_mask is UNMADE:
-                flow.attention_mask = self._mask(flow.group, flow.cache, short, flow.key_mask)
-            kwargs["attention_mask"] = flow.attention_mask
+            kind = self.kinds[k]
+            if kind not in flow.masks:
+                flow.masks[kind] = self._mask(k, flow.cache, short, flow.key_mask, flow.slot_blocks())
+            kwargs["attention_mask"] = flow.masks[kind]
         return args, kwargs
+
+    def _moved(self, k: int, flow: ForwardState, kwargs: dict) -> dict[str, Any]:
+        """Where the tokens that are left of a prompt stand, in place of the arguments that the model gives layer k for
+        all of them."""
+        if flow.chosen is None and flow.numbers is None:
+            return {}
+        kind = self.kinds[k]
+        if kind not in flow.layer_kwargs:
+            rope: tuple[Tensor, ...]
+            ids: Tensor | None
+            if flow.numbers is not None:
+                rope, ids = rotary(self.lm, k, flow.hidden, flow.numbers), flow.numbers
+            else:
+                assert flow.chosen is not None
+                ids, index = kwargs.get("position_ids"), flow.chosen
+                rope = tuple(take(t, index, -2) for t in kwargs["position_embeddings"])
+                ids = None if ids is None else take(ids, index, -1)
+            flow.layer_kwargs[kind] = {"position_embeddings": rope, "position_ids": ids}
+        return flow.layer_kwargs[kind]
 
     def _open(self, k: int, flow: ForwardState, hidden: Tensor, kwargs: dict) -> Tensor:
         """Enters the group that starts at k, if one does; returns the hidden states it works on."""
@@ -92,18 +112,10 @@ class LayerGroups:
             hidden = take(hidden, index, 1)
             if not flow.dense:
                 hidden = hidden.masked_fill(~valid[..., None].to(hidden.device), 0)
-            cos_sin, ids = kwargs["position_embeddings"], kwargs.get("position_ids")
-            flow.layer_kwargs = {
-                "position_embeddings": tuple(take(t, index, -2) for t in cos_sin),
-                "position_ids": None if ids is None else take(ids, index, -1),
-            }
+            flow.chosen = index if flow.chosen is None else flow.chosen.gather(1, index)
         if self.context.compact:
-            ids = flow.compact(k).to(hidden.device)
-            flow.layer_kwargs = {
-                "position_embeddings": self.lm.rotary_emb(hidden, position_ids=ids),
-                "position_ids": ids,
-            }
-        flow.hidden, flow.group, flow.attention_mask = hidden, k, UNMADE
+            flow.numbers = flow.compact(k).to(hidden.device)
+        flow.hidden, flow.group, flow.masks, flow.layer_kwargs = hidden, k, {}, {}
         flow.enter(k)
         if isinstance(flow, PrefillState):
             flow.note_layout(k)
@@ -170,8 +182,8 @@ class LayerGroups:
             if self.context.compact:
                 ids = flow.compact(k)
                 ids = ids - dropped_slots(flow).cumsum(1).to(ids.device)
-                rope = self.lm.rotary_emb(hidden, position_ids=ids.to(hidden.device))
-            found = Observed(next_layer_attention(self.lm.layers[k], k, flow, hidden, rope), flow.index)
+                rope = rotary(self.lm, k, hidden, ids.to(hidden.device))
+            found = Observed(next_layer_attention(self.lm, k, flow, hidden, rope), flow.index)
         elif spec.read == "hidden states":
             found = Observed(self.lm.norm(hidden) if name == "normed" else hidden, flow.index)
         elif spec.queries == "chosen":
@@ -190,16 +202,16 @@ class LayerGroups:
         group = step.cache.group(k)
         if not group:
             return kwargs
-        if group not in step.masks:
-            step.masks[group] = self._mask(group, step.cache, step.hidden, step.cache.valid[group])
-        return {**kwargs, "attention_mask": step.masks[group]}
+        kind = self.kinds[k]
+        if (group, kind) not in step.masks:
+            step.masks[group, kind] = self._mask(k, step.cache, step.hidden, step.cache.valid[group])
+        return {**kwargs, "attention_mask": step.masks[group, kind]}
 
-    def _mask(self, k: int, cache: Any, hidden: Tensor, key_mask: Tensor | None) -> Any:
-        """The backend's mask for the layers of the group that starts at k, sized by that layer alone."""
+    def _mask(self, k: int, cache: Any, hidden: Tensor, key_mask: Tensor | None, blocks: Tensor | None = None) -> Any:
+        """The backend's mask for layer k and those of its kind in its group."""
         if cache is None and key_mask is None:
             key_mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        view = None if cache is None else Cache(layers=[cache.layers[k]])
-        return causal_mask(self.lm.config, hidden, key_mask, view)
+        return layer_mask(self.lm.config, k, hidden, key_mask, cache, blocks)
 
 
 def asks(stage: Stage, **told: str) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.decoder.attention_facts import last_row
+from vtoken.hooks.state.layer_kinds import window_of
 from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.hooks.state.prompt_text import dropped_slots
 from vtoken.hooks.state.pruned_cache import PrunedCache
@@ -37,13 +38,14 @@ def check_next_layer(layer: Any) -> None:
 
 
 @torch.no_grad()
-def next_layer_attention(layer: Any, k: int, flow: PrefillState, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def next_layer_attention(lm: Any, k: int, flow: PrefillState, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """[B, slots] attention of the last prompt token over the slots of layer k, head mean, from the hidden states [B, P,
     D] that enter it.
 
     Args:
         rope: cos and sin of their positions, [B or 1, P, d].
     """
+    layer = lm.layers[k]
     attention = layer.self_attn
     rotate = _file(attention).apply_rotary_pos_emb
     x = layer.input_layernorm(hidden.detach())
@@ -57,9 +59,8 @@ def next_layer_attention(layer: Any, k: int, flow: PrefillState, hidden: Tensor,
     if past is not None:
         old, held = past
         keys, key_mask = torch.cat([old, keys], 2), torch.cat([held.to(key_mask.device), key_mask], 1)
-    return last_row(
-        q[:, :, 0], keys, key_mask, flow.tails, getattr(attention, "scaling", None) or attention.head_dim**-0.5
-    )
+    scale = getattr(attention, "scaling", None) or attention.head_dim**-0.5
+    return last_row(q[:, :, 0], keys, key_mask, flow.tails, scale, window_of(lm.config, k))
 
 
 def _past(flow: PrefillState, k: int) -> tuple[Tensor, Tensor] | None:
@@ -67,7 +68,9 @@ def _past(flow: PrefillState, k: int) -> tuple[Tensor, Tensor] | None:
     if not isinstance(flow.cache, PrunedCache) or not flow.past:
         return None
     logical, held = flow.cached_rows(k)
-    return flow.cache.layers[k].keys[:, :, : logical.shape[1]], held  # type: ignore[attr-defined]
+    # A layer with a sliding window may hold the last slots alone.
+    keys: Tensor = flow.cache.layers[k].keys[:, :, : logical.shape[1]]  # type: ignore[attr-defined]
+    return keys, held[:, -keys.shape[2] :]
 
 
 def _heads(attention: Any, name: str, x: Tensor) -> Tensor:

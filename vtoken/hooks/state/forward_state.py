@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtoken.hooks.state.layer_kinds import widen
 from vtoken.hooks.state.left_padding import take
 from vtoken.hooks.state.pruned_cache import CacheOwner, PrunedCache, SlotMap, adopt
 
-UNMADE = object()  # None is a mask, too
 # For all that happens at prefill: torch.compile reads thread-local state wrongly (it sees the class's default), and
 # would see no images.
 eager = torch.compiler.disable
@@ -36,8 +36,11 @@ class ForwardState:
         alive: [B, L] which logical columns are still in the sequence.
         index, valid: [B, P] the physical layout: column of each slot, and whether it is real.
         group: first layer of the current layer group; `key_mask` its 2D mask over `slots` past and new slots (None: all
-            real), `attention_mask` what the backend makes of it (UNMADE until a layer asks).
-        layer_kwargs: arguments that later layers get instead of the model's own.
+            real), `masks` what the backend makes of it for the kinds of layers that asked.
+        chosen: [B, P] slots of the layout that the decoder was entered with, where the current one is another;
+            `numbers` [B, P]: its renumbered positions. `layer_kwargs`: what layers of a kind get for that instead of
+            the model's own arguments.
+        blocks: [B, L] columns of the same number see each other both ways, -1: as causality has it; None: all do.
         renumbers: positions are compact; owner: of the cache.
         unmerged: how attention sees merged tokens at all their places, when it does.
     """
@@ -55,8 +58,11 @@ class ForwardState:
     group: int = 0
     key_mask: Tensor | None = None
     slots: int = 0
-    layer_kwargs: dict[str, Any] = field(default_factory=dict)
-    attention_mask: Any = UNMADE
+    masks: dict[str, Any] = field(default_factory=dict)
+    chosen: Tensor | None = None
+    numbers: Tensor | None = None
+    layer_kwargs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    blocks: Tensor | None = None
     unmerged: Any = None
     renumbers: bool = field(default=False, kw_only=True)
     owner: CacheOwner = field(kw_only=True)
@@ -96,6 +102,7 @@ class ForwardState:
             adopt(cache, len(mask), mask.device, self.owner)
             before = cache.groups[cache.group(start)]
             if self.past:
+                widen(cache, start, self.index.shape[1] - min(self.counts))
                 old, real = self.cached_rows(start)
                 mask = torch.cat([real, mask.to(real.device)], 1)
         self._note_slots(start, before, old)
@@ -113,6 +120,13 @@ class ForwardState:
         """Whether the counts tell all that the mask does."""
         return self.mask is None
 
+    def slot_blocks(self) -> Tensor | None:
+        """[B, slots] `blocks` in the current layout; earlier turns see nothing of this one."""
+        if self.blocks is None:
+            return None
+        now = take(self.blocks, self.index, 1).to(self.valid.device).masked_fill(~self.valid, -1)
+        return torch.nn.functional.pad(now, (self.slots - now.shape[1], 0), value=-1)
+
     def compact(self, start: int) -> Tensor:
         """[B, P] renumbered positions of the current layout."""
         dropped = self.new & ~self.alive
@@ -126,4 +140,4 @@ class StaticStep:
 
     cache: Any
     hidden: Tensor
-    masks: dict[int, Any] = field(default_factory=dict)
+    masks: dict[tuple[int, str], Any] = field(default_factory=dict)

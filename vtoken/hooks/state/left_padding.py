@@ -35,7 +35,9 @@ class SlotLayout:
 
     def restore_map(self, weights: Tensor, length: int, past: int) -> Tensor:
         """[B, H, length, past + length] of attention weights [B, H, P, S + P]."""
-        rows, logical = self.restore(weights.transpose(1, 2).flatten(2), length), self.logical.to(weights.device)
+        # A layer with a sliding window may hold the last slots alone.
+        logical = self.logical[:, -weights.shape[3] :].to(weights.device)
+        rows = self.restore(weights.transpose(1, 2).flatten(2), length)
         rows = rows.unflatten(2, weights.shape[1::2]).transpose(1, 2)
         # Padding goes to a column behind the others, which is cut off.
         at = torch.where(logical < 0, past + length, logical)[:, None, None].expand_as(rows)

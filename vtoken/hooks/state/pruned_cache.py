@@ -161,11 +161,7 @@ def adopt(cache: Any, batch: int, device: torch.device, owner: CacheOwner) -> Pr
         RuntimeError: the cache holds a prompt pruned by another wrap, or by one that was unwrapped since.
     """
     if isinstance(cache, PrunedCache):
-        if cache.owner is not owner:
-            raise RuntimeError(
-                "this KV cache was pruned by another wrapped model, or before this one was wrapped again; "
-                "start a new conversation"
-            )
+        check_owner(cache, owner)
         return cache
     held, cls = int(cache.get_seq_length()), type(cache)
     if cls not in _CLASSES:
@@ -175,6 +171,15 @@ def adopt(cache: Any, batch: int, device: torch.device, owner: CacheOwner) -> Pr
     everything = torch.arange(held, device=device).expand(batch, -1)
     cache.record(0, SlotMap(everything, held, None, dense=True))
     return cache
+
+
+def check_owner(cache: Any, owner: CacheOwner) -> None:
+    """Raises RuntimeError at a cache that holds a prompt pruned by another wrap."""
+    if isinstance(cache, PrunedCache) and cache.owner is not owner:
+        raise RuntimeError(
+            "this KV cache was pruned by another wrapped model, or before this one was wrapped again; start a new "
+            "conversation"
+        )
 
 
 def cache_bytes(cache: Any) -> int:

@@ -164,6 +164,8 @@ class Run(threading.local):
 
     Attributes:
         kinds: [B, L] which kind of visual token a position holds: 0 none, 1 image, 2 video.
+        blocks: [B, L] columns of the same number see each other both ways, -1 at others; None: none do.
+        mask: what `outer` was given as its attention mask.
         unseen: it was given embeddings alone, which may hold pictures.
         labels, tail: of the outermost call, see Prefill.
         call, tower: the feature call and the tower call in progress.
@@ -176,6 +178,8 @@ class Run(threading.local):
     """
 
     kinds: Tensor | None = None
+    blocks: Tensor | None = None
+    mask: Any = None
     unseen: bool = False
     labels: Tensor | None = None
     tail: int = 0

@@ -1,0 +1,88 @@
+"""Decoder layers by what they see: the whole prompt, or a sliding window of it. Each kind has masks, and may have RoPE,
+of its own."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Cache
+
+from vtoken.errors import UnsupportedError
+from vtoken.hooks.state.cache_argument import causal_mask
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def kinds_of(config: Any) -> tuple[str, ...]:
+    """The kind of every layer of a decoder, as its config names them."""
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        return tuple(types)
+    slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return (SLIDING if slides else FULL,) * config.num_hidden_layers
+
+
+def window_of(config: Any, layer: int) -> int | None:
+    """Tokens that a query of the layer sees, itself among them; None: all up to itself."""
+    window: int | None = config.sliding_window if kinds_of(config)[layer] == SLIDING else None
+    return window
+
+
+def firsts(config: Any) -> dict[str, int]:
+    """Kind -> its first layer."""
+    kinds = kinds_of(config)
+    return {kind: kinds.index(kind) for kind in dict.fromkeys(kinds)}
+
+
+def rotary(lm: Any, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of these positions, as the layer takes them."""
+    kind = [kinds_of(lm.config)[layer]] if "layer_type" in inspect.signature(lm.rotary_emb.forward).parameters else []
+    cos, sin = lm.rotary_emb(hidden, positions, *kind)
+    return cos, sin
+
+
+def layer_mask(
+    config: Any, layer: int, hidden: Tensor, key_mask: Tensor | None, cache: Any, blocks: Tensor | None = None
+) -> Any:
+    """The backend's mask for a layer, sized by what the cache holds of that layer alone.
+
+    Args:
+        hidden: [B, N, D] what enters the layer; key_mask: [B, slots], None: all are real.
+        blocks: [B, slots] tokens of the same number see each other both ways; -1 at others.
+    """
+    held = [] if cache is None else cache.layers[layer : layer + 1]
+    view = Cache(layers=held) if held else None
+    return causal_mask(config, hidden, key_mask, view, window_of(config, layer), blocks)
+
+
+def layer_masks(
+    config: Any, hidden: Tensor, key_mask: Tensor | None, cache: Any, blocks: Tensor | None = None
+) -> dict[str, Any] | Any:
+    """What the decoder takes as its mask where a 2D one does not tell all: the mask of every kind of layer, by kind
+    where the config names kinds."""
+    masks = {kind: layer_mask(config, layer, hidden, key_mask, cache, blocks) for kind, layer in firsts(config).items()}
+    return masks if getattr(config, "layer_types", None) is not None else masks.popitem()[1]
+
+
+def widen(cache: Any, start: int, padding: int) -> None:
+    """Lets layers with a window hold so many slots more, from layer `start` on: those of padding between two turns.
+
+    Raises:
+        UnsupportedError: a static cache.
+    """
+    for held in cache.layers[start:] if padding else ():
+        if not getattr(held, "is_sliding", False):
+            continue
+        if cache.is_compileable:
+            raise UnsupportedError(
+                "rows that keep different numbers of tokens in a later turn are padded between the turns, and the "
+                "sliding windows of a static cache have no room for that; use a dynamic cache "
+                "(cache_implementation=None), or turns of one row"
+            )
+        held.sliding_window += padding
+        # Slots that it has let go of are further back than any query sees.
+        lost = min(held.cumulative_length, held.sliding_window - 1) - held.keys.shape[2]
+        held.keys, held.values = (F.pad(t, (0, 0, max(0, lost), 0)) for t in (held.keys, held.values))
