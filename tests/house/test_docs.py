@@ -19,7 +19,7 @@ from vtoken.cli import main
 
 ROOT = Path(__file__).parents[2]
 METHODS = ROOT / "docs" / "methods.md"
-PAGES = sorted((ROOT / "docs" / "families").glob("*.md"))
+PAGES = sorted((ROOT / "docs" / "families").glob("[!R]*.md"))
 TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 

@@ -39,9 +39,9 @@ ROOMS = {
         "compatibility.py",
         "registry.py",
         "cli.py",
-    ): 11200,
+    ): 11970,
     ("kernels",): 3000,
-    ("evals", "commands"): 11820,
+    ("evals", "commands"): 12550,
 }
 
 

@@ -152,7 +152,7 @@ class Harness:
             folder.rmdir()
         shares = everyone(model.requests)
         if len(shares) > 1:
-            model.requests = sorted((r for share in shares for r in share), key=lambda r: (r.task, r.doc, r.repeat))
+            model.requests[:] = sorted((r for share in shares for r in share), key=lambda r: (r.task, r.doc, r.repeat))
         # lmms-eval scores in the first process, and alone in the only one.
         return whoever(None if found is None else self._scored(name, found))
 

@@ -66,8 +66,8 @@ class Boundary:
         if CACHE not in kwargs and FORMER in kwargs:
             kwargs = {CACHE: kwargs[FORMER], **{k: v for k, v in kwargs.items() if k != FORMER}}
         cache = kwargs.get(CACHE)
-        if self.adapter.masks_outside and not (cache is not None and cache.is_compileable):
-            kwargs = self._unmade(kwargs)
+        if self.adapter.masks_outside:
+            kwargs = self._unmade(kwargs, cache)
         mask = kwargs.get("attention_mask")
         if isinstance(cache, PrunedCache) and mask is None and self._stock(cache, kwargs["inputs_embeds"]):
             cache.busy = False  # left behind by a forward that failed
@@ -77,10 +77,13 @@ class Boundary:
             return self._several(args, kwargs)
         return self._continue(args, kwargs) if isinstance(cache, PrunedCache) else None
 
-    def _unmade(self, kwargs: dict) -> dict:
-        """The arguments with the mask that the model made its masks of, for all tokens that were ever there."""
+    def _unmade(self, kwargs: dict, cache: Any) -> dict:
+        """The arguments with the mask that the model made its masks of, for all tokens that were ever there; as they
+        are with a static cache."""
         made, given = kwargs.get("attention_mask"), self.run.mask
-        return {**kwargs, "attention_mask": given} if isinstance(made, dict) and not isinstance(given, dict) else kwargs
+        if (cache is not None and cache.is_compileable) or not isinstance(made, dict) or isinstance(given, dict):
+            return kwargs
+        return {**kwargs, "attention_mask": given}
 
     @eager
     def _several(self, args: tuple, kwargs: dict) -> Any:
@@ -134,16 +137,7 @@ class Boundary:
     def _shortened(self, flow: PrefillState, values: Tensor, kwargs: dict) -> dict[str, Any]:
         """What the language model gets instead: `values` [ΣK, D] of the live visual tokens among the rest of the
         prompt, packed to the left."""
-        x, cache, use_cache = flow.hidden, flow.cache, kwargs.get("use_cache")
-        if cache is None and (self.lm.config.use_cache if use_cache is None else use_cache):
-            flow.cache = cache = DynamicCache(config=self.lm.config)
-        if self.shrinker is not None and flow.skip_reason is None:
-            self.shrinker.check(cache)
-        if cache is not None and cache.is_compileable and all(cache.is_sliding):
-            raise UnsupportedError(
-                "a static cache whose layers all slide does not tell how many tokens it is made for; use a dynamic "
-                "cache (cache_implementation=None)"
-            )
+        x, cache = flow.hidden, self._checked(flow, kwargs.get("use_cache"))
         if flow.live.history.slot is not None:
             x = x.clone()
             x[flow.live.batch_row, flow.live.column] = values.to(x.dtype)
@@ -172,6 +166,24 @@ class Boundary:
             return new
         shown = take(deep, flow.index, 1) & flow.valid.to(deep.device)
         return {**new, "visual_pos_masks": shown, "deepstack_visual_embeds": flow.deepstack}
+
+    def _checked(self, flow: PrefillState, use_cache: bool | None) -> Any:
+        """The cache that takes the pruned prompt, a new one where the model would make it; None without.
+
+        Raises:
+            UnsupportedError: it cannot shrink, or is static with layers that all slide.
+        """
+        cache = flow.cache
+        if cache is None and (self.lm.config.use_cache if use_cache is None else use_cache):
+            flow.cache = cache = DynamicCache(config=self.lm.config)
+        if self.shrinker is not None and flow.skip_reason is None:
+            self.shrinker.check(cache)
+        if cache is not None and cache.is_compileable and all(cache.is_sliding):
+            raise UnsupportedError(
+                "a static cache whose layers all slide does not tell how many tokens it is made for; use a dynamic "
+                "cache (cache_implementation=None)"
+            )
+        return cache
 
     def _continue(self, args: tuple, kwargs: dict) -> Any:
         """A decode step, a text turn or a draft on a cache that holds a pruned prompt."""

@@ -154,13 +154,14 @@ def causal(
     their own, or what of it is in a window that ends at their own.
     """
     grouped, keys = q.float().unflatten(-3, (k.shape[-3], -1)), k.float()
-    slots, rank = torch.arange(k.shape[-2], device=key_mask.device), key_mask.cumsum(-1)
+    slots = torch.arange(k.shape[-2], device=key_mask.device)
+    rank = None if window is None else key_mask.cumsum(-1)
     chunk = max(1, CHUNK // max(1, q[..., 0, 0].numel() * len(slots)))
     ends = (at if until is None else until).split(chunk, -1)
     for part, own, end in zip(grouped.split(chunk, -2), at.split(chunk, -1), ends, strict=True):
         scores = torch.einsum("...hgrd,...hnd->...hgrn", part, keys) * scale
         hidden = ~key_mask[..., None, :] | (slots > end[..., None])
-        if window is not None:
+        if rank is not None:
             hidden |= rank[..., None, :] <= rank.gather(-1, own)[..., None] - window
         yield scores.masked_fill(hidden[..., None, None, :, :], -torch.inf).softmax(-1)
 
