@@ -106,7 +106,10 @@ def test_the_cache_holds_the_tokens_that_attended(family):
             assert vtoken.trace(model).cached == [[held[row]] for held in trace.cached]
     for held, k in zip(trace.cached, tiny.family(family).attending, strict=True):
         assert held[:2] == [len(index) for index in chosen[k][:2]] and held[2] == 4
-    assert len({tuple(held) for held in trace.cached}) > 1, "layers hold different numbers"
+    different = len({tuple(held) for held in trace.cached})
+    assert different > 1 or tiny.family(family).states, (
+        "layers hold different numbers; few have any where others keep a state"
+    )
 
 
 @whole

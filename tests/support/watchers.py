@@ -67,9 +67,10 @@ def dense(model, batch):
         for layer in model.get_decoder().layers
     ]
     model.set_attn_implementation("eager")
+    # A cache that is told nothing of windows holds all keys; of layers that keep a state it has to be told.
+    config = model.config.get_text_config() if tiny.family(model).states else None
     with torch.no_grad():
-        # A cache that is told nothing of windows holds all keys.
-        out = model(**batch, output_attentions=True, past_key_values=DynamicCache())
+        out = model(**batch, output_attentions=True, past_key_values=DynamicCache(config=config))
     model.set_attn_implementation("sdpa")
     for hook in hooks:
         hook.remove()
