@@ -160,7 +160,7 @@ def dpn():
     for bad in ({"sizes": (2,)}, {"sizes": (2, 2, 0)}, {"at": (3, 2), "sizes": (2, 2)}, {"at": (3,)}):
         with pytest.raises(ValidationError):
             stage("dpn", **bad)
-    with pytest.raises(ValueError, match="bound"):
+    with pytest.raises(ValueError, match="for_depth"):
         stage("dpn").expected_counts((16,), (((1, 4, 4),),), (0,), 1)
     assert Budget(1)  # DPN has no budget: its sizes say it all
     assert "keep" not in type(pyramid).model_fields
