@@ -43,3 +43,10 @@ def test_pictures_are_as_they_are_called(family: str) -> None:
     if one.takes_video:
         (video,) = layouts(("video", 4))
         assert video.resized == one.pooled_videos and video.parts[0][0] == one.frames((4, *one.video[1:]))[0] == 4
+
+
+@families
+def test_a_family_leads_by_its_own_word(family: str) -> None:
+    """Not because its tiny model derives from one that does: `make test` would take too long."""
+    one = tiny.family(family)
+    assert one.leading == vars(type(one)).get("leading", False)

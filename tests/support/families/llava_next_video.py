@@ -14,6 +14,7 @@ from families.llava_next import Tiny as LlavaNext
 
 class Tiny(LlavaNext):
     classes = "LlavaNextVideo"
+    leading = False
     video, other_video = (3,), (4,)
     pictures = (*LlavaNext.pictures, (56, 56, 2), (56, 56, 5))
     equal_videos = pooled_videos = True

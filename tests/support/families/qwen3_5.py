@@ -10,6 +10,7 @@ from families.qwen3_vl import Tiny as Qwen3VL
 
 class Tiny(Qwen3VL):
     classes, processes = "Qwen3_5", "Qwen3VL"
+    leading = False
     deepstack = 0
     states = (0, 2)
     checkpoints = {"Qwen/Qwen3.5-0.8B": 853, "Qwen/Qwen3.5-9B": 9410, "Qwen/Qwen3.5-27B": 27357}

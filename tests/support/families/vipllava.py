@@ -12,6 +12,7 @@ from families.llava import Tiny as Llava
 
 class Tiny(Llava):
     classes, processes = "VipLlava", "Llava"
+    leading = False
     make = Family.make
     checkpoints = {
         "llava-hf/vip-llava-7b-hf": 7080,
