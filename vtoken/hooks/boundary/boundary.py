@@ -151,7 +151,7 @@ class Boundary:
         if flow.blocks is not None or (self.slides and mask is not None):
             mask = layer_masks(self.lm.config, flow.hidden, mask, flow.cache, flow.slot_blocks())
         if cache is not None and cache.is_compileable:
-            cache.prompt_mask = flow.mask
+            cache.prompt_mask = flow.mask if flow.past or not flow.unpadded else None
         if cache is None and mask is None:
             # Gaps in position ids without mask and cache would be taken for packed sequences.
             mask = torch.ones(flow.index.shape, dtype=torch.long, device=x.device)
@@ -212,7 +212,8 @@ class Boundary:
         cache, single = kwargs[CACHE], len(kwargs[CACHE].groups) == 1
         if not single:
             self.run.flow = StaticStep(cache, kwargs["inputs_embeds"])
-        return kwargs if cache.dense and single else {**kwargs, "attention_mask": cache.valid[0]}
+        stock = single and cache.dense and cache.prompt_mask is None
+        return kwargs if stock else {**kwargs, "attention_mask": cache.valid[0]}
 
     def _stock(self, cache: PrunedCache, x: Tensor) -> bool:
         """Whether a decode step without a mask is one of the model's own, with nothing to be done."""
@@ -242,6 +243,8 @@ class Boundary:
             flow.positions = flow.positions + shift
         self._begin(flow, flow.cache, taps=taps)
         mask: Any = flow.enter(0)
+        if flow.cache.is_compileable and flow.mask is not None:
+            flow.cache.masked(flow.mask)
         if self.slides and mask is not None:
             mask = layer_masks(self.lm.config, flow.hidden, mask, flow.cache)
         kwargs = {**kwargs, "attention_mask": mask}

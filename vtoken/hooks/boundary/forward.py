@@ -9,7 +9,7 @@ from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import ForwardState
-from vtoken.hooks.state.pruned_cache import PrunedCache
+from vtoken.hooks.state.pruned_cache import PrunedCache, lengthened
 
 
 def forward_of(context: Context, kwargs: dict) -> ForwardState:
@@ -25,8 +25,12 @@ def forward_of(context: Context, kwargs: dict) -> ForwardState:
                 "a custom 4D attention mask cannot be kept consistent when tokens are dropped; pass a 2D padding mask"
             )
         # generate() built it for a static cache from logical lengths; only its padding matters here.
-        adopted = isinstance(cache, PrunedCache) and past
-        mask = cache.prompt_mask if adopted else as_bool(mask)[:, 0, -1, past : past + length]
+        given = context.run.padding
+        if given is not None and given.shape == (batch, past + length):
+            mask = given
+        else:
+            known = cache.prompt_mask if isinstance(cache, PrunedCache) and past else as_bool(mask)[:, 0, -1]
+            mask = None if known is None else lengthened(known[:, : past + length], past + length)
     if mask is None:
         new = torch.ones(batch, length, dtype=torch.bool, device=x.device)
     else:

@@ -43,6 +43,8 @@ class CallInputs:
         self.adapter, self.run, self.handle, self.owner = adapter, context.run, handle, context.owner
         self.guard = MinTokensGuard(context) if context.min_tokens_of_tower else None
         handle.set(adapter.model, "generate", self._shadow(adapter.model.generate))
+        prepare = adapter.model.prepare_inputs_for_generation
+        handle.set(adapter.model, "prepare_inputs_for_generation", self._prepared(prepare))
         if self.acts and hasattr(adapter.model, "init_continuous_batching"):
             handle.set(adapter.model, "init_continuous_batching", refuse_batching)
         if hasattr(adapter.outer, "get_rope_index"):
@@ -70,6 +72,16 @@ class CallInputs:
                     self.handle.switch.off()
 
         return generate
+
+    def _prepared(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The masks that a static cache is given tell of its slots, from which padding of the prompt cannot be read."""
+
+        @wraps(original)
+        def prepare_inputs_for_generation(*args: Any, **kwargs: Any) -> Any:
+            self.run.padding = kwargs.get("attention_mask")
+            return original(*args, **kwargs)
+
+        return prepare_inputs_for_generation
 
     def _placed(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Positions of rows and columns, which the model reads off the ids that its mask leaves."""

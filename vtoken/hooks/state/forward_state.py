@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtoken.hooks.state.layer_kinds import widen
 from vtoken.hooks.state.left_padding import take
-from vtoken.hooks.state.pruned_cache import CacheOwner, PrunedCache, SlotMap, adopt
+from vtoken.hooks.state.pruned_cache import CacheOwner, PrunedCache, SlotMap, adopt, unmasked
 
 # For all that happens at prefill: torch.compile reads thread-local state wrongly (it sees the class's default), and
 # would see no images.
@@ -82,12 +82,7 @@ class ForwardState:
 
     def unmasked(self, old: Tensor) -> Tensor:
         """[B, S] which of these past logical positions (-1: padding) are real and not masked by the user."""
-        real = old >= 0
-        if self.mask is not None and old.shape[1]:
-            mask = self.mask.to(real.device).bool()
-            mask = torch.nn.functional.pad(mask, (0, max(0, self.past - mask.shape[1])), value=True)
-            real = real & mask.gather(1, old.clamp(min=0))
-        return real
+        return unmasked(old, self.mask, self.past)
 
     def real_slots(self) -> list[Tensor]:
         """Per row, which slots [n] of the current layout are no padding. Asks the device once per layout."""

@@ -60,7 +60,8 @@ class PrunedCache:
     """Mixed into the class of a live cache by `adopt`. `groups[k]` describes layers from k up to the next key. `table`
     tells what merged tokens, whose keys are held without RoPE, stand for (hooks/attention/unmerge.py). `busy`: a
     forward is at work on it of which `Run.flow` tells. `dense`: no group has padding. A decode step asks for few of
-    these, and works nothing out. `first`: the first layer that holds keys; layers before it keep a state."""
+    these, and works nothing out. `valid`, of static caches: which slots a group's layers may see, those to come among
+    them; `prompt_mask`: [B, logical] the caller's mask, None where it hides nothing. `first`: the first layer that holds keys; layers before it keep a state."""
 
     groups: dict[int, SlotMap]
     busy: bool = False
@@ -100,8 +101,15 @@ class PrunedCache:
         self.shifted = self.shifted or slots.lags
         if self.is_compileable:  # type: ignore[attr-defined]
             # Compiled decoding needs a mask of fixed size; causality hides the slots that are not filled yet.
-            free = self.get_max_length() - slots.logical.shape[1]  # type: ignore[attr-defined]
-            self.valid[start] = torch.nn.functional.pad(slots.logical >= 0, (0, free), value=True)
+            total = slots.end if self.prompt_mask is None else max(slots.end, self.prompt_mask.shape[1])
+            shown = unmasked(self.logical(start, total), self.prompt_mask, total)
+            self.valid[start] = lengthened(shown, self.get_max_length())  # type: ignore[attr-defined]
+
+    def masked(self, mask: Tensor) -> None:
+        """Takes note of the mask [B, logical] under which a static cache goes on."""
+        self.prompt_mask = mask
+        for start, slots in self.groups.items():
+            self.record(start, slots)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest tokens (negative count, as upstream). Only tokens after the pruned part can be removed."""
@@ -146,12 +154,25 @@ class PrunedCache:
         )
 
     def _rows(self, index: Tensor) -> None:
-        for start, slots in self.groups.items():
-            self.record(start, slots.rows(index))
         if self.prompt_mask is not None:
             self.prompt_mask = self.prompt_mask[index.to(self.prompt_mask.device)]
+        for start, slots in self.groups.items():
+            self.record(start, slots.rows(index))
         if self.table is not None:
             self.table = self.table.rows(index)
+
+
+def lengthened(mask: Tensor, length: int) -> Tensor:
+    """A mask [B, n], at least so long: what comes is not hidden."""
+    return torch.nn.functional.pad(mask.bool(), (0, max(0, length - mask.shape[1])), value=True)
+
+
+def unmasked(logical: Tensor, mask: Tensor | None, total: int) -> Tensor:
+    """[B, S] which of these logical positions (-1: padding), of `total`, are real and not hidden by the caller's mask."""
+    real = logical >= 0
+    if mask is None or not logical.shape[1]:
+        return real
+    return real & lengthened(mask.to(real.device), total).gather(1, logical.clamp(min=0))
 
 
 _CLASSES: dict[type, type] = {}

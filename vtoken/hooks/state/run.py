@@ -166,6 +166,7 @@ class Run(threading.local):
         kinds: [B, L] which kind of visual token a position holds: 0 none, 1 image, 2 video.
         blocks: [B, L] columns of the same number see each other both ways, -1 at others; None: none do.
         mask: what `outer` was given as its attention mask.
+        padding: [B, L] what `generate` has for one, before it makes the masks of a static cache; None: nothing is padded.
         unseen: it was given embeddings alone, which may hold pictures.
         labels, tail: of the outermost call, see Prefill.
         call, tower: the feature call and the tower call in progress.
@@ -180,6 +181,7 @@ class Run(threading.local):
     kinds: Tensor | None = None
     blocks: Tensor | None = None
     mask: Any = None
+    padding: Tensor | None = None
     unseen: bool = False
     labels: Tensor | None = None
     tail: int = 0
@@ -206,7 +208,7 @@ class Run(threading.local):
         were encoded before it may be used again."""
         if not self.generating:
             self.encodes = {kind: e for kind, e in self.encodes.items() if self.earlier.get(kind) is e}
-            self.earlier, self.skip_plans, self.prompt = {}, {}, {}
+            self.earlier, self.skip_plans, self.prompt, self.padding = {}, {}, {}, None
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
