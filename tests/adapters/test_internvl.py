@@ -6,10 +6,12 @@ import pytest
 import tiny
 import torch
 from modes import VERSION, Version
+from probes import Failing
 
 import vtoken
 from vtoken import registry
 from vtoken.errors import UnsupportedError
+from vtoken.session import session_of
 
 ONE = (1, 4, 4)
 
@@ -64,6 +66,16 @@ def test_without_a_prompt_every_crop_is_a_picture(model):
         assert vtoken.trace(model).visual_tokens == [16] * 4
         model(**batch, pixel_values=pixels)
         assert vtoken.trace(model).visual_tokens == [48, 16]
+
+
+def test_a_failed_forward_leaves_no_prompt(model):
+    """Of pictures that are encoded afterwards it tells nothing."""
+    batch = tiny.build(model, [[3, ("img", (1, 2)), 2]])
+    vtoken.wrap(model, [Failing(keep=1)])
+    with pytest.raises(ZeroDivisionError):
+        model(**batch)
+    model.get_image_features(batch["pixel_values"])
+    assert [len(layout.parts) for layout in session_of(model).context.run.encodes["image"].layouts] == [1, 1, 1]
 
 
 def test_a_new_picture_on_a_returned_cache(model):
