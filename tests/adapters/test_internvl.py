@@ -110,6 +110,14 @@ def test_beams_and_return_sequences(model):
             assert [k.tolist() for k in vtoken.trace(model).kept] == twice and rows == [0, 0, 1, 1, 2, 3]
 
 
+@pytest.mark.parametrize("size", [(28, 28), (112, 112), (28, 112)], ids=str)
+def test_crops_of_another_size_are_refused(model, size):
+    """The tower would take them, and make other tokens of them."""
+    batch = tiny.build(model, [[3, "img", 2]])
+    with vtoken.wrapped(model, "fastervlm:4"), pytest.raises(ValueError, match="needs pixel_values .crops, 3, 56, 56"):
+        model(**{**batch, "pixel_values": torch.ones(1, 3, *size)})
+
+
 @pytest.mark.parametrize(
     "change, says",
     [
