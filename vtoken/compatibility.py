@@ -246,8 +246,9 @@ def check_layers(stage: Stage, adapter: Adapter) -> None:
     if stage.merge_point():
         last = depth - 1  # layers after the feature layer are skipped, not refused
     if not layers or min(layers) < first or max(layers) > last:
+        allowed = f"{first} to {last}" if first <= last else "none"
         raise UnsupportedError(
-            f"stage {stage.name} acts at {stage.site} layers {list(layers)}; this model allows {first} to {last}"
+            f"stage {stage.name} acts at {stage.site} layers {list(layers)}; this model allows {allowed}"
             + (" (features are read after that)" if stage.site == "encoder" else "")
         )
 
