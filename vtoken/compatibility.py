@@ -53,8 +53,8 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
         )
     if pipeline.anyres != "model" and not hasattr(adapter.model.config, "image_grid_pinpoints"):
         raise UnsupportedError(
-            f"anyres: {pipeline.anyres} chooses how LLaVA-NeXT and OneVision cut pictures; {adapter.model_type} does "
-            "not cut them. Leave the key out"
+            f"anyres: {pipeline.anyres} chooses among the crop grids of LLaVA-NeXT and OneVision "
+            f"(image_grid_pinpoints), which {adapter.model_type} does not have; leave the key out"
         )
     if CACHE not in inspect.signature(adapter.lm.forward).parameters:
         raise UnsupportedError(
