@@ -282,6 +282,7 @@ def pixtral():
     [
         (pixtral, "pixtral"),
         (lambda: tiny.llava(attn="eager", text="gemma2", head_dim=8), "caps the logits"),
+        (lambda: tiny.llava(attn="eager", text="gpt_oss", head_dim=8), "has sinks in its attention"),
     ],
 )
 def test_unsupported_models(build, message):
