@@ -290,6 +290,14 @@ def test_unsupported_models(build, message):
         vtoken.wrap(build(), "fastervlm:3")
 
 
+def test_layers_without_rotary_embeddings_are_not_turned_ahead():
+    model = tiny.llava(text="smollm3", no_rope_layers=[1, 0, 1, 1])
+    with vtoken.wrapped(model, [{"pyramiddrop": {"keep": 4, "at": [2]}}]):
+        pass
+    with pytest.raises(UnsupportedError, match="next_query_attention cannot be computed for SmolLM3Attention"):
+        vtoken.wrap(model, [{"pyramiddrop": {"keep": 4, "at": [1]}}])
+
+
 def test_saving_a_wrapped_model(tmp_path):
     from transformers import LlavaForConditionalGeneration
 
