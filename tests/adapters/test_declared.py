@@ -27,7 +27,7 @@ def test_traits_are_the_adapters(family: str) -> None:
 @families
 def test_a_part_of_a_picture_is_none(family: str) -> None:
     """Of features that were encoded before, in a prompt that is prefilled in chunks."""
-    with pytest.raises((ValueError, UnsupportedError), match="prefill_chunk_size=None|pass pixel_values"):
+    with pytest.raises((ValueError, UnsupportedError), match=r"prefill_chunk_size=None|pass pixel_values"):
         tiny.adapter(tiny.make(family)).split(3)
 
 

@@ -114,7 +114,7 @@ def test_beams_and_return_sequences(model):
 def test_crops_of_another_size_are_refused(model, size):
     """The tower would take them, and make other tokens of them."""
     batch = tiny.build(model, [[3, "img", 2]])
-    with vtoken.wrapped(model, "fastervlm:4"), pytest.raises(ValueError, match="needs pixel_values .crops, 3, 56, 56"):
+    with vtoken.wrapped(model, "fastervlm:4"), pytest.raises(ValueError, match=r"needs pixel_values .crops, 3, 56, 56"):
         model(**{**batch, "pixel_values": torch.ones(1, 3, *size)})
 
 
