@@ -53,8 +53,8 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
         )
     if pipeline.anyres != "model" and not hasattr(adapter.model.config, "image_grid_pinpoints"):
         raise UnsupportedError(
-            f"anyres: {pipeline.anyres} chooses how LLaVA-NeXT and OneVision cut pictures; {adapter.model_type} does "
-            "not cut them. Leave the key out"
+            f"anyres: {pipeline.anyres} chooses among the crop grids of LLaVA-NeXT and OneVision "
+            f"(image_grid_pinpoints), which {adapter.model_type} does not have; leave the key out"
         )
     if CACHE not in inspect.signature(adapter.lm.forward).parameters:
         raise UnsupportedError(
@@ -246,8 +246,9 @@ def check_layers(stage: Stage, adapter: Adapter) -> None:
     if stage.merge_point():
         last = depth - 1  # layers after the feature layer are skipped, not refused
     if not layers or min(layers) < first or max(layers) > last:
+        allowed = f"{first} to {last}" if first <= last else "none"
         raise UnsupportedError(
-            f"stage {stage.name} acts at {stage.site} layers {list(layers)}; this model allows {first} to {last}"
+            f"stage {stage.name} acts at {stage.site} layers {list(layers)}; this model allows {allowed}"
             + (" (features are read after that)" if stage.site == "encoder" else "")
         )
 

@@ -215,13 +215,13 @@ def match_processor(processor: Any, model: Any) -> Any:
     `unmatch_processor` undoes this.
 
     Raises:
-        UnsupportedError: the model or the processor does not cut pictures into crops.
+        UnsupportedError: the model or the processor does not have crop grids.
     """
     outer = getattr(whole(model), "model", None)
     pinpoints, images = getattr(getattr(outer, "config", None), "image_grid_pinpoints", None), processor.image_processor
     if pinpoints is None or not hasattr(images, "image_grid_pinpoints"):
         raise UnsupportedError(
-            f"{type(model).__name__} with {type(processor).__name__} does not cut pictures into crops"
+            f"{type(model).__name__} with {type(processor).__name__} does not have crop grids (image_grid_pinpoints)"
         )
     _GRIDS.setdefault(images, images.image_grid_pinpoints)
     images.image_grid_pinpoints = [list(size) for size in pinpoints]

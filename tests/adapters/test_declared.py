@@ -6,6 +6,7 @@ import pytest
 import tiny
 
 from vtoken import registry
+from vtoken.errors import UnsupportedError
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 
@@ -21,6 +22,13 @@ def test_traits_are_the_adapters(family: str) -> None:
     assert one.deepstack == len(adapter.projectors) - 1
     assert one.takes_video == ("video" in adapter.features)
     assert one.anyres == hasattr(adapter.model.config, "image_grid_pinpoints")
+
+
+@families
+def test_a_part_of_a_picture_is_none(family: str) -> None:
+    """Of features that were encoded before, in a prompt that is prefilled in chunks."""
+    with pytest.raises((ValueError, UnsupportedError), match=r"prefill_chunk_size=None|pass pixel_values"):
+        tiny.adapter(tiny.make(family)).split(3)
 
 
 @families

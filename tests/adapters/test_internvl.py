@@ -6,10 +6,12 @@ import pytest
 import tiny
 import torch
 from modes import VERSION, Version
+from probes import Failing
 
 import vtoken
 from vtoken import registry
 from vtoken.errors import UnsupportedError
+from vtoken.session import session_of
 
 ONE = (1, 4, 4)
 
@@ -66,6 +68,16 @@ def test_without_a_prompt_every_crop_is_a_picture(model):
         assert vtoken.trace(model).visual_tokens == [48, 16]
 
 
+def test_a_failed_forward_leaves_no_prompt(model):
+    """Of pictures that are encoded afterwards it tells nothing."""
+    batch = tiny.build(model, [[3, ("img", (1, 2)), 2]])
+    vtoken.wrap(model, [Failing(keep=1)])
+    with pytest.raises(ZeroDivisionError):
+        model(**batch)
+    model.get_image_features(batch["pixel_values"])
+    assert [len(layout.parts) for layout in session_of(model).context.run.encodes["image"].layouts] == [1, 1, 1]
+
+
 def test_a_new_picture_on_a_returned_cache(model):
     """`generate` is told the whole conversation, and the pixels of the new picture."""
     first = tiny.build(model, [[3, ("img", (1, 2)), 2]], seed=1)
@@ -96,6 +108,14 @@ def test_beams_and_return_sequences(model):
             rows = vtoken.trace(model).row
             twice = [k for row in (0, 1) for _ in range(2) for k, r in zip(kept, [0, 0, 1], strict=True) if r == row]
             assert [k.tolist() for k in vtoken.trace(model).kept] == twice and rows == [0, 0, 1, 1, 2, 3]
+
+
+@pytest.mark.parametrize("size", [(28, 28), (112, 112), (28, 112)], ids=str)
+def test_crops_of_another_size_are_refused(model, size):
+    """The tower would take them, and make other tokens of them."""
+    batch = tiny.build(model, [[3, "img", 2]])
+    with vtoken.wrapped(model, "fastervlm:4"), pytest.raises(ValueError, match=r"needs pixel_values .crops, 3, 56, 56"):
+        model(**{**batch, "pixel_values": torch.ones(1, 3, *size)})
 
 
 @pytest.mark.parametrize(

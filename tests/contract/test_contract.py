@@ -282,11 +282,20 @@ def pixtral():
     [
         (pixtral, "pixtral"),
         (lambda: tiny.llava(attn="eager", text="gemma2", head_dim=8), "caps the logits"),
+        (lambda: tiny.llava(attn="eager", text="gpt_oss", head_dim=8), "has sinks in its attention"),
     ],
 )
 def test_unsupported_models(build, message):
     with pytest.raises(UnsupportedError, match=message):
         vtoken.wrap(build(), "fastervlm:3")
+
+
+def test_layers_without_rotary_embeddings_are_not_turned_ahead():
+    model = tiny.llava(text="smollm3", no_rope_layers=[1, 0, 1, 1])
+    with vtoken.wrapped(model, [{"pyramiddrop": {"keep": 4, "at": [2]}}]):
+        pass
+    with pytest.raises(UnsupportedError, match="next_query_attention cannot be computed for SmolLM3Attention"):
+        vtoken.wrap(model, [{"pyramiddrop": {"keep": 4, "at": [1]}}])
 
 
 def test_saving_a_wrapped_model(tmp_path):

@@ -243,10 +243,11 @@ def test_features_of_another_picture_are_refused(model):
             model(**batch, **kept, mm_encoder_outputs={"image": old})
 
 
-def test_another_layer_of_the_tower_is_refused():
+@pytest.mark.parametrize("asked", [-1, [-1], (-1,)], ids=str)
+def test_another_layer_of_the_tower_is_refused(asked):
     model = tiny.llava()
     with vtoken.wrapped(model, "fastervlm:4"), pytest.raises(UnsupportedError, match="vision_feature_layer"):
-        model(**tiny.build(model, modes.ROWS, seed=3), vision_feature_layer=-1)
+        model(**tiny.build(model, modes.ROWS, seed=3), vision_feature_layer=asked)
 
 
 @families

@@ -38,6 +38,13 @@ def test_wrap_tells(family, stage, why):
         account(model.config, load([stage]))
 
 
+def test_features_of_the_first_layer_leave_none_to_stages_of_the_tower():
+    model = tiny.llava()
+    model.config.vision_feature_layer = [1, -1]
+    with pytest.raises(UnsupportedError, match=r"encoder layers \[0, 1\]; this model allows none \(features are read"):
+        vtoken.wrap(model, [{"flowcut": {"keep": 4}}])
+
+
 @pytest.mark.parametrize("family", tiny.each("mrope", window=None))
 def test_what_fits_is_taken(family):
     model = tiny.make(family)

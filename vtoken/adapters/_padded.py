@@ -88,7 +88,7 @@ def check_feature_layer(kwargs: dict[str, Any], chosen: int | list[int]) -> None
     """Refuses arguments of a call of the model or its tower that name other hidden states than the config's."""
     # The model is told the layer; from 5.18 on the tower is too, as the one hidden state to return.
     for asked in map(kwargs.get, ("vision_feature_layer", "vision_feature_layers", "output_hidden_states")):
-        if type(asked) in (int, list) and asked != chosen:
+        if type(asked) in (int, list, tuple) and (list(asked) if isinstance(asked, tuple) else asked) != chosen:
             raise UnsupportedError(
                 f"vision_feature_layer={asked} at call time differs from the config's {chosen}, which the stages were "
                 "set up for; set it in the config before wrapping"

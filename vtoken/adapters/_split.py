@@ -78,4 +78,10 @@ class Split(Adapter):
         return [len(layout.parts) for layout in self.layouts("image", arguments)]
 
     def split(self, tokens: int) -> tuple[ImageLayout, ...]:
-        return (self.picture(1),) * (tokens // self.side**2)
+        crops, rest = divmod(tokens, self.side**2)
+        if rest:
+            raise ValueError(
+                f"{tokens} image placeholders are not a whole number of crops of {self.side**2} tokens; is the prompt "
+                "prefilled in chunks? Set prefill_chunk_size=None"
+            )
+        return (self.picture(1),) * crops

@@ -225,6 +225,11 @@ def check_decoder(lm: Any) -> None:
             f"decoder {config.model_type!r} caps the logits of its attention, which facts about attention do not "
             "reckon with; not supported"
         )
+    if any(hasattr(getattr(layer, "self_attn", None), "sinks") for layer in getattr(lm, "layers", ())):
+        raise UnsupportedError(
+            f"decoder {config.model_type!r} has sinks in its attention, learned logits beside those of the keys, which "
+            "facts about attention do not reckon with; not supported"
+        )
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, dict) and rope.get("llama_4_scaling_beta"):
         raise UnsupportedError(

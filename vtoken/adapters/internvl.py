@@ -65,11 +65,18 @@ class InternVL(Adapter):
             taps={"q": "q_norm", "k": "k_norm", "v": "v_proj"},
             takes_mask=False,
         )
+        self.size = (height, width)
         self.patches, self.side = self.side**2, self.side // join
         self.placeholders, self.missing = {"image": config.image_token_id}, {}
 
     def crops(self, arguments: dict[str, Any]) -> list[int]:
-        many, each = len(arguments["pixel_values"]), self.side**2
+        pixels, each = arguments["pixel_values"], self.side**2
+        if tuple(pixels.shape[2:]) != self.size:
+            raise ValueError(
+                f"internvl needs pixel_values [crops, 3, {self.size[0]}, {self.size[1]}] to encode, got "
+                f"{list(pixels.shape)}; give the processor the size of the model's vision_config.image_size"
+            )
+        many = len(pixels)
         ids, embeds = (arguments.get(name) for name in ("input_ids", "inputs_embeds"))
         found = [] if ids is None and embeds is None else runs(self.visual_kinds(ids, embeds))
         fits = sum(found) == many * each and not any(n % each for n in found)

@@ -236,7 +236,7 @@ def test_anyres_policy(models: Any) -> None:
     forced = account(config, Pipe((), anyres="2x2"), image_size=(56, 112))
     assert (forced.visual_entry, forced.newline_entry) == (16 + 32, 4)
     assert config.image_grid_pinpoints == tiny.make("llava_next").config.image_grid_pinpoints
-    with pytest.raises(UnsupportedError, match="qwen2_vl does not cut pictures"):
+    with pytest.raises(UnsupportedError, match="qwen2_vl does not have crop grids"):
         account(models["qwen2_vl"].config, Pipe((), anyres="2x2"))
 
 

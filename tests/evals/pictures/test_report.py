@@ -11,8 +11,9 @@ import torch
 from html_page import Page
 from PIL import Image, ImageStat
 
-from vtoken.evals.pictures.overlay import as_seen, overlay, owners, sheet
+from vtoken.evals.pictures.overlay import as_seen, overlay, owners, sheet, views
 from vtoken.evals.pictures.report import Case, Panel, Report, Row, render, wilson
+from vtoken.evals.shared.media import Media
 from vtoken.hooks.state.trace import StageTrace, Trace
 
 GRID = (1, 2, 3)
@@ -86,6 +87,17 @@ def test_the_picture_as_the_model_saw_it():
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ([0.5, 0.4, 0.3], [0.2, 0.3, 0.4]))
     seen = as_seen(processor, ((pixels - mean) / std)[0])
     assert seen.size == (4, 4) and seen.getpixel((0, 0)) == (200, 40, 40)
+
+
+def test_pictures_of_their_own_size_are_shown_without_padding():
+    """A raster covers the picture, not what pads it to the size of the largest in the batch."""
+    plain = SimpleNamespace(do_normalize=False)
+    sizes, pixels = [(2, 3), (4, 1)], torch.zeros(2, 3, 4 * 14, 3 * 14)
+    for picture, (rows, columns) in zip(pixels, sizes, strict=True):
+        picture[:, : rows * 14, : columns * 14] = 1
+    shown = views(plain, pixels, Media((RED, RED), video=False), [((1, *size),) for size in sizes])
+    assert [view.size for (view,) in shown] == [(3 * 14, 2 * 14), (14, 4 * 14)]
+    assert all(view.getextrema() == ((255, 255),) * 3 for (view,) in shown)
 
 
 def test_owners_are_those_of_the_last_stage():

@@ -143,7 +143,8 @@ def views(processor: Any, pixel_values: Any, media: Media, parts: Sequence[Parts
     Args:
         processor: a Hugging Face processor or image processor.
         pixel_values: [images, 3, H, W] or [images, crops, 3, H, W], crop 0 being the whole; [crops, 3, H, W] or
-            [rows, crops, 3, H, W], padded with zeros, where every raster is a crop.
+            [rows, crops, 3, H, W], padded with zeros, where every raster is a crop; pictures of their own size are
+            padded to the largest.
             Flattened patches, or None, belong to processors that resize without cropping, so
             that a raster covers the original.
         media: the originals.
@@ -157,12 +158,19 @@ def views(processor: Any, pixel_values: Any, media: Media, parts: Sequence[Parts
         real = (shown != 0).flatten(1).any(1)
         if int(real.sum()) == sum(map(len, parts)):
             crops = iter(shown[real])
-            return [[as_seen(processor, next(crops)) for _ in rasters] for rasters in parts]
+            return [[as_seen(processor, within(next(crops), raster, parts)) for raster in rasters] for rasters in parts]
     for k, (picture, rasters) in enumerate(zip(media.pictures, parts, strict=True)):
         pixels = None if pixel_values is None or pixel_values.dim() < 4 else pixel_values[k]
         whole = picture if pixels is None else as_seen(processor, pixels.reshape(-1, *pixels.shape[-3:])[0])
         found.append([whole, picture][: len(rasters)])
     return found
+
+
+def within(pixels: Any, raster: Grid, parts: Sequence[Parts]) -> Any:
+    """Pixels [3, H, W] without what pads them to those of the largest raster of all images."""
+    _, rows, columns = raster
+    most, widest = (max(each[k] for rasters in parts for each in rasters) for k in (1, 2))
+    return pixels[:, : pixels.shape[1] * rows // most, : pixels.shape[2] * columns // widest]
 
 
 def as_seen(processor: Any, pixels: Any) -> Image.Image:

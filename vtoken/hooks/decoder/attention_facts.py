@@ -161,7 +161,7 @@ def causal(
     for part, own, end in zip(grouped.split(chunk, -2), at.split(chunk, -1), ends, strict=True):
         scores = torch.einsum("...hgrd,...hnd->...hgrn", part, keys) * scale
         hidden = ~key_mask[..., None, :] | (slots > end[..., None])
-        if rank is not None:
+        if rank is not None and window is not None:
             hidden |= rank[..., None, :] <= rank.gather(-1, own)[..., None] - window
         yield scores.masked_fill(hidden[..., None, None, :, :], -torch.inf).softmax(-1)
 

@@ -31,6 +31,7 @@ def check_next_layer(layer: Any) -> None:
     if (
         not (known and hasattr(layer, "input_layernorm") and hasattr(_file(attention), "apply_rotary_pos_emb"))
         or hasattr(attention, "qk_norm")
+        or not getattr(attention, "use_rope", True)
         or any(norm.weight.shape != (attention.head_dim,) for norm in norms)
     ):
         raise UnsupportedError(

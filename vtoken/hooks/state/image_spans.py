@@ -208,8 +208,10 @@ def assign(
     starts = [0, *accumulate(layout.tokens for layout in layouts)]
     copies, rest = divmod(sum(counts), sum(lengths))
     if rest or not copies:
+        parted = any(layout.newline is not None for layout in layouts)
         raise NotWholeError(
-            f"this call holds {sum(counts)} visual tokens but {sum(lengths)} were encoded; a prompt prefilled in "
+            f"this call holds {sum(counts)} visual tokens but {sum(lengths)} were encoded"
+            f"{', with the tokens between their rows, which a prompt must have' if parted else ''}; a prompt prefilled in "
             "chunks cannot be pruned (set prefill_chunk_size=None), and images must be encoded in the call that uses "
             "them"
         )

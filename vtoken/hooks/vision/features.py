@@ -52,7 +52,9 @@ class FeatureHooks:
             run.tower = None
             run.encodes.pop(kind, None)
             arguments = dict(signature.bind(*args, **kwargs).arguments)
-            arguments |= arguments.pop("kwargs", {}) | run.prompt
+            # A forward that fails leaves no prompt for features that are asked for without one.
+            prompt, run.prompt = run.prompt, {}
+            arguments |= arguments.pop("kwargs", {}) | prompt
             layouts, skip_plan = self.adapter.layouts(kind, arguments), run.skip_plans.pop(kind, None)
             if self.min_tokens and (skip_plan is None or len(skip_plan.images) != len(layouts)):
                 skip_plan = alone(layouts, self.min_tokens)

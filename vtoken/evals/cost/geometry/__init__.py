@@ -46,7 +46,7 @@ def geometry(
     if anyres == "2x2":
         if not hasattr(config, "image_grid_pinpoints"):
             raise UnsupportedError(
-                f"anyres: 2x2: {config.model_type} does not cut pictures into crops; leave the key out"
+                f"anyres: 2x2: {config.model_type} does not have crop grids (image_grid_pinpoints); leave the key out"
             )
         side = 2 * config.vision_config.image_size
         config = type(config).from_dict({**config.to_dict(), "image_grid_pinpoints": [[side, side]]})
