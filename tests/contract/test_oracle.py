@@ -22,8 +22,13 @@ CASES: dict[str, list[list[tiny.Item]]] = {
     "image and video": [[3, "video", 2, "img", 4], [2, "other", 1, "video", 3]],
 }
 FAMILY_CASES = [(f, c) for f in tiny.FAMILIES for c in CASES if f in tiny.VIDEO or "video" not in c]
-# A layer that keeps a state takes in what is hidden from attention.
-HIDDEN_CASES = [(f, c) for f, c in FAMILY_CASES if c in ("ragged", "image and video") and not tiny.family(f).states]
+# A layer that keeps a state takes in what is hidden from attention, and a window counts it.
+HIDDEN_CASES = [
+    (f, c)
+    for f in tiny.families(states=(), window=None)
+    for c in ("ragged", "image and video")
+    if (f, c) in FAMILY_CASES
+]
 
 
 def batch_of(model: Any, case: str) -> dict[str, torch.Tensor]:

@@ -39,9 +39,9 @@ ROOMS = {
         "compatibility.py",
         "registry.py",
         "cli.py",
-    ): 11970,
+    ): 12040,
     ("kernels",): 3000,
-    ("evals", "commands"): 12550,
+    ("evals", "commands"): 12570,
 }
 
 

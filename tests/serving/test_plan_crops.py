@@ -26,7 +26,7 @@ STAGES = {
 }
 
 
-@pytest.fixture(scope="module", params=tiny.families(anyres=True))
+@pytest.fixture(scope="module", params=tiny.families(anyres=True, served=True))
 def model(request):
     return tiny.make(request.param)
 

@@ -18,7 +18,7 @@ class Llava(Padded):
     expects = "LlavaForConditionalGeneration"
     towers = {**TOWERS, "pixtral": False}
 
-    def __new__(cls, model: Any) -> Any:
+    def __new__(cls, model: Any = None) -> Any:  # None where one is copied
         vision = getattr(getattr(model, "config", None), "vision_config", None)
         own = cls is Llava and getattr(vision, "model_type", None) == "pixtral"
         return _LlavaPixtral(model) if own else super().__new__(cls)

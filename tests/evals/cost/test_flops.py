@@ -115,7 +115,7 @@ def test_unmerged_attention(held: Any) -> None:
     assert alone.total == account(model.config, text_tokens=text).total, "nothing was merged"
 
 
-@pytest.mark.parametrize("family", tiny.each("anyres", "mrope", "unit", window=None))
+@pytest.mark.parametrize("family", tiny.each("anyres", "mrope", "unit", window=None, split=False))
 def test_unmerged_attention_of_other_mergers_and_families(family: str) -> None:
     """Merging inside the tower, newlines beside the places, and M-RoPE: with VTU and without."""
     model, one = tiny.make(family), tiny.family(family)

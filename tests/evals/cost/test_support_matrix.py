@@ -114,7 +114,8 @@ def shown(*words: str, capsys: Any) -> str:
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command computes it anew; the same object is used for speed."""
-    monkeypatch.setattr(matrices, "support_matrix", lambda stages: whole())
+    found = whole()
+    monkeypatch.setattr(matrices, "support_matrix", lambda stages: found)
 
 
 def test_as_json(known: None, capsys: Any) -> None:

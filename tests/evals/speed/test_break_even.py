@@ -56,7 +56,8 @@ def test_what_did_nothing_is_not_faster() -> None:
 def test_lengths_grow_up_to_the_longest(name: str) -> None:
     found = lengths(resolve_config(name), 4608)
     counts = [each.visual_tokens for each in found]
-    assert len(found) > 2 and max(counts) <= 4608 and found[0].images == 1
+    # One picture may be so long that there is no second length.
+    assert (len(found) > 2 or 2 * counts[0] > 4608) and max(counts) <= 4608 and found[0].images == 1
     assert all(b >= break_even.APART * a for a, b in pairwise(counts))
     with pytest.raises(ConfigError, match="more than the 3 to be tried"):
         lengths(resolve_config(name), 3)

@@ -127,22 +127,28 @@ def test_the_oracle_of_every_family(family: str, frames: int, stage: Any) -> Non
     with torch.inference_mode():
         subject = runner.prepare(pipeline)
         if subject.oracle is None:
-            assert tiny.family(family).pooled_videos and frames == 5 and transformers.__version__ < "5.18"
-            assert "before transformers 5.18" in subject.no_oracle
+            old = tiny.family(family).pooled_videos and frames == 5 and transformers.__version__ < "5.18"
+            assert old or adapter.masks_outside or adapter.encoder.by_rows
+            assert ("before transformers 5.18" if old else "makes masks or row breaks") in subject.no_oracle
             return
-        assert subject.layers[-1] <= len(subject.oracle.values) < int(placeholders(prompt.inputs["input_ids"]).sum())
-        assert int(placeholders(subject.oracle.ids).sum()) == len(subject.oracle.values)
+        assert (
+            subject.layers[-1]
+            <= len(subject.oracle.values)
+            < int(placeholders(adapter, prompt.inputs["input_ids"]).sum())
+        )
+        assert int(placeholders(adapter, subject.oracle.ids).sum()) == len(subject.oracle.values)
         assert len(subject.oracle.deep) == tiny.family(family).deepstack
         ours = runner.sample(pipeline)[1][:, -8:]
         ideal = runner.sample(None, subject.oracle)[1][:, -8:]
         dense = runner.sample()[1][:, -8:]
     assert torch.equal(ours, ideal)
-    assert not torch.equal(ours, dense)
+    # What a state forgets may not show in eight tokens.
+    assert not torch.equal(ours, dense) or tiny.family(family).states
     assert hooks(model) == before and adapter.features["image"] not in vars(adapter.outer)
 
 
-def placeholders(ids: torch.Tensor) -> torch.Tensor:
-    return torch.isin(ids, torch.tensor([tiny.IMG, tiny.VID]))
+def placeholders(adapter: Any, ids: torch.Tensor) -> torch.Tensor:
+    return torch.isin(ids, torch.tensor(list(adapter.placeholders.values())))
 
 
 def test_pictures_of_a_bench() -> None:
@@ -151,7 +157,9 @@ def test_pictures_of_a_bench() -> None:
     assert [each.visual_tokens for each in measured.rows] == [2 * 2 * 2 * 6, 2 * 2 * 3]
     assert measured.rows[1].no_oracle is None and measured.conditions["image_size"] == (56, 84)
     assert measured.conditions["prompt"] == f"ids [2, {24 + 5}], pixel_values_videos [{2 * 2 * 2 * 24}, 1176]"
-    with pytest.raises(ConfigError, match=r"text_tokens must be at least 4, not 3: .* of the 4 images or frames"):
+    with pytest.raises(
+        ConfigError, match=r"text_tokens must be at least 4, not 3: .* of the 4 images, crops or frames"
+    ):
         bench(model, [], images=2, frames=4, image_size=56, text_tokens=3)
     with pytest.raises(UnsupportedError, match="anyres: 2x2, but all pipelines are measured on the same prompt"):
         bench(tiny.make("llava_next"), [{"anyres": "2x2", "stages": []}])

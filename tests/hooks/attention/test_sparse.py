@@ -285,7 +285,7 @@ def test_layers_are_shared_out():
     for stages, message in (
         ([Ladder(), Everything()], "both thin the attention of decoder layer 0"),
         ([Ladder(dense_layers=(4,))], "layers 0 to 3"),
-        ([Ladder(dense_layers=(0, 1, 2, 3))], "one must be left"),
+        ([Ladder(dense_layers=(0, 1, 2, 3))], "must be left"),
         ([Plain()], "SparseAttention"),
         ([{"proxyattn": {"proxies": 3}}], "3 proxies cannot share out 4 query heads on 2 key heads"),
         ([{"mminference": {"heads": [["a_shape"] * 4] * 3}}], "for 3 decoder layers, this model has 4"),

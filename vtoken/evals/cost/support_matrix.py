@@ -53,7 +53,7 @@ class SupportMatrix:
         """The reason of a cell in words that fit other cells too; "" for "yes"."""
         reason = re.sub(rf"\b{re.escape(family)}\b", "the family", self.cells[stage][family].reason)
         reason = re.sub(rf"\b(stage )?{re.escape(stage)}\b", "the stage", reason)
-        return reason[:1].upper() + reason[1:]
+        return re.sub("^the stage", "The stage", reason)
 
     def notes(self) -> list[str]:
         """Every note once, in reading order."""

@@ -69,17 +69,23 @@ def random_prompt(
     marked, pictured = shape.parted_crops, adapter.layouts(kind, inputs)
     length, tokens = (sum(getattr(i, name) for i in pictured) // (batch * images) for name in ("length", "tokens"))
     runs = len(pictured) // (batch * images) if marked else shape.runs
-    parted = adapter.mrope or adapter.prompted
-    texts = _texts(text_tokens, _between(images, runs, parted, marked), ends=int(marked))
+    by_rows = adapter.encoder.by_rows  # a token of its own stands between two rows of a picture, another ends it
+    parted = adapter.mrope or adapter.prompted or by_rows
+    texts = _texts(text_tokens, _between(images, runs, parted, marked), ends=int(marked or by_rows))
     placeholder = adapter.placeholders[kind]
     every = torch.arange(config.get_text_config().vocab_size)
     marks = [*adapter.placeholders.values(), *adapter.embedded.values()]
-    mark, *plain = every[~torch.isin(every, torch.tensor(marks))].tolist()
+    mark, end, *plain = every[~torch.isin(every, torch.tensor(marks))].tolist()
     words = torch.tensor(plain)[torch.randint(len(plain), (batch, text_tokens), generator=generator)]
     text = words.split(texts, 1)
     if marked:
         _mark(text, runs, mark)
     shown = torch.full((batch, length // runs), placeholder)
+    if by_rows:
+        if pictured[0].newline is not None:
+            shown[:, pictured[0].newline] = mark
+        for after in text[1:]:
+            after[:, 0] = end
     ids = torch.cat([text[0], *(each for after in text[1:] for each in (shown, after))], 1)
     found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if adapter.mrope:
@@ -98,10 +104,15 @@ def prepared(media: Media, processor: Any, batch: int, images: int) -> dict[str,
     """
     shown = list(media.pictures)
     if not media.video:
-        more = getattr(processor, "images_kwargs", {})  # what it tells its image processor
+        # What it tells its image processor.
+        more = {
+            name: value for name, value in getattr(processor, "images_kwargs", {}).items() if name != "return_tensors"
+        }
         found = dict(apply(processor.image_processor, "this picture", images=[shown * images] * batch, **more))
         # Models do not take the processor's own account.
-        return {name: value for name, value in found.items() if name not in ("num_patches", "rows", "cols")}
+        return {
+            name: value for name, value in found.items() if name not in ("num_patches", "num_crops", "rows", "cols")
+        }
     check_video(processor)
     videos = [shown] * (batch * images)
     return dict(apply(processor.video_processor, "this video", videos=videos, do_sample_frames=False))

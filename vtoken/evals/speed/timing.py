@@ -134,6 +134,8 @@ class Runner:
         inside = [f"{stage.name} acts at site {stage.site}" for stage in pipeline.stages if stage.site != "tokens"]
         if inside:
             return f"no short prompt is equivalent: {', '.join(inside)}"
+        if self.adapter.masks_outside or self.adapter.encoder.by_rows:
+            return "no short prompt is built: the model makes masks or row breaks of the ids of the whole prompt"
         new = "mm_encoder_outputs" in inspect.signature(self.adapter.outer.forward).parameters
         if self.prompt.kind == "video" and self.prompt.newlines and not new:
             return "before transformers 5.18 the model itself puts a newline behind every video"
@@ -147,7 +149,7 @@ class Runner:
         placeholder = self.adapter.placeholders[self.prompt.kind]
         # The last id is text: what pads the rows on the left must not be taken for a picture.
         ids = full[:, -1:].repeat(1, x.shape[1])
-        ids[mask.bool() & ~visual] = full[full != placeholder]
+        ids[mask.bool() & ~visual] = full[self.adapter.visual_kinds(full, None) == 0]
         ids[visual] = placeholder
         deep = tuple(layer.clone() for layer in seen.get("deepstack_visual_embeds") or ())
         return Oracle(ids, mask, seen["position_ids"].clone(), x[visual], deep)
