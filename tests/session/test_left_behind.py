@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from batches import inside
-from modes import families, greedy
+from modes import families, greedy, skip_refused
 from probes import Deep, Inside, Ragged
 from sparse_probes import Ladder
 
@@ -41,8 +41,7 @@ ROWS = [[3, "img", 5], [1, "img", 4]]
 @pytest.mark.parametrize("unwrapped", [False, True])
 def test_a_model_is_freed(family, name, unwrapped):
     """With its last reference the model goes, wrapped or not any more, after it has run."""
-    if name == "unmerged" and tiny.family(family).states:
-        pytest.skip("refused where layers keep a state")
+    skip_refused(tiny.family(family).stock, inside(family, SITES[name]))
     gc.freeze()  # What was there before need not be looked through.
     model = tiny.make(family)
     vtoken.wrap(model, inside(family, SITES[name]))
@@ -60,8 +59,7 @@ def test_a_model_is_freed(family, name, unwrapped):
 @sites
 def test_what_was_encoded_goes_with_the_call(family, name, monkeypatch):
     """Facts and features of a picture go when `generate`, or a forward, returns."""
-    if name == "unmerged" and tiny.family(family).states:
-        pytest.skip("refused where layers keep a state")
+    skip_refused(tiny.family(family).stock, inside(family, SITES[name]))
     model, made = tiny.make(family), []
     encode = FeatureHooks._encode
 

@@ -13,7 +13,7 @@ from vtoken.evals.cost.flops import account
 HEADS = [["a_shape"] * 4] * 3
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.families(window=None))
 @pytest.mark.parametrize(
     ("stage", "why"),
     [

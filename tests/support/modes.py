@@ -16,6 +16,9 @@ from packaging.version import Version
 from probes import Deep, Ragged
 from torch import Tensor
 
+import vtoken
+from vtoken.errors import UnsupportedError
+
 LOGITS: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True}
 VERSION = Version(transformers.__version__)
 ROWS: list[list[Any]] = [[3, "img", 5], [1, "img", 2, "img", 7], [4]]
@@ -117,3 +120,15 @@ def alone(model: Any, batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
     names = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
     one = {name: batch[name][row, real][None] for name in names if name in batch}
     return one | join([found for found in pictures(model, batch) if found[0] == row])
+
+
+def skip_refused(model: Any, stages: Any) -> None:
+    """Skips where decoders with windows or states refuse a stage; test_windows.py and test_states.py hold that they
+    do."""
+    one = tiny.family(model)
+    if one.window is None and not one.states:
+        return
+    try:
+        vtoken.unwrap(vtoken.wrap(model, stages))
+    except UnsupportedError as error:
+        pytest.skip(str(error))

@@ -127,7 +127,7 @@ def test_as_json(known: None, capsys: Any) -> None:
 def test_as_a_table(known: None, capsys: Any) -> None:
     out = shown(capsys=capsys)
     assert all(f" {name} " in out for name in registry.stages())
-    assert "1. received_attention stands in for cls_attention" in out
+    assert re.search(r"^\d+\. received_attention stands in for cls_attention", out, re.MULTILINE)
 
 
 def test_the_matrix_of_the_docs_is_the_generated_one(known: None, capsys: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 import yaml
 from batches import inside, rows_for, uneven
 from flop_counts import Pipe
-from modes import LOGITS, alone, families, greedy
+from modes import LOGITS, alone, families, greedy, skip_refused
 from probes import Deep, Inside, InsideMerge, Ragged
 from sparse_probes import Ladder
 
@@ -64,9 +64,8 @@ def test_prompts_with_few_visual_tokens_run_dense_to_the_bit(family, name):
 @pipelines
 def test_a_ragged_batch_decides_row_by_row(family, name):
     """Row 0 holds too few, row 1 enough: the one equals the dense model, the other the pipeline without a threshold."""
-    if name == "unmerged" and tiny.family(family).states:
-        pytest.skip("refused where layers keep a state")
     model, stages = tiny.make(family), inside(family, STAGES[name])
+    skip_refused(model, stages)
     batch = tiny.build(model, uneven(family), seed=3)
     dense = greedy(model, batch, **LOGITS)
     with vtoken.wrapped(model, stages):
