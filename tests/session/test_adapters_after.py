@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from lora import lora, outcome, peft, same
-from modes import families, greedy, mrope
+from modes import families, greedy
 from probes import Deep
 
 import vtoken
@@ -69,7 +69,8 @@ def test_a_compiled_model_is_taken():
 def test_saved_copies_of_modules_are_refused_with_the_reason(family):
     """peft copies modules that it trains whole; what watches a model cannot be copied."""
     model = vtoken.wrap(tiny.make(family), [{"fastervlm": {"keep": 5}}])
-    name = "visual.merger" if mrope(model) else "multi_modal_projector"
+    projector = tiny.adapter(model).projectors[0]
+    name = next(name for name, module in model.named_modules() if module is projector)
     settings = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=[name.split(".")[-1]])
     with pytest.raises(TypeError, match="unwrap"):
         peft.get_peft_model(model, settings)
