@@ -66,6 +66,7 @@ class Family:
         video_beams: transformers can repeat the rows of a prompt with a video (beams, several return sequences).
         gaps_for_flash: the stock decoder hands its attention positions of three axes, which flash attention would take
             for packed sequences.
+        rotates_part: RoPE of the decoder turns a part of a head's channels.
         rotates_neighbours: RoPE of the decoder turns channels 0 and 1, 2 and 3, ..., not halves of a head.
         expands_several: transformers from 5.18 on can repeat the rows of a prompt with several images.
         offloads: the stock model runs with its weights offloaded by accelerate.
@@ -110,6 +111,7 @@ class Family:
     one_placeholder: ClassVar[bool] = False
     video_beams: ClassVar[bool] = True
     gaps_for_flash: ClassVar[bool] = False
+    rotates_part: ClassVar[bool] = False
     rotates_neighbours: ClassVar[bool] = False
     expands_several: ClassVar[bool] = True
     offloads: ClassVar[bool] = True

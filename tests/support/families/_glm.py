@@ -31,6 +31,7 @@ class Glm(Qwen):
     other, odd = (1, 8, 4), (1, 6, 4)
     words = ("<|image|>", "<|video|>")
     one_placeholder = True
+    rotates_part = True
     # It repeats image by image, not row by row.
     expands_several = False
     # The tower reads its table of positions past the module that accelerate brings in.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from importlib import import_module
@@ -110,6 +111,11 @@ class _Attention:
                 f"this press computes queries itself, and q_proj of {type(module).__name__} gives a gate with them; "
                 "take a press that reads keys alone, such as KnormPress or KeyDiffPress"
             )
+        if name == "q_proj" and not (self.native.rope[0].shape[-1] == module.head_dim and _by_halves(module)):
+            raise ValueError(
+                f"this press turns queries itself, by halves of a whole head, and {type(module).__name__} turns its "
+                "own in another way; take a press that reads keys alone, such as KnormPress or KeyDiffPress"
+            )
         norm = getattr(module, {"q_proj": "q_norm", "k_proj": "k_norm"}.get(name, ""), None)
         if norm is None:
             return projection
@@ -131,6 +137,12 @@ class _Attention:
                 "KnormPress"
             )
         return rotary
+
+
+def _by_halves(module: Any) -> bool:
+    """Whether RoPE of an attention module pairs channels of the two halves of a head."""
+    rotate = getattr(sys.modules[type(module).__module__], "rotate_half", None)
+    return rotate is None or rotate(torch.arange(4.0)).tolist() == [-2.0, -3.0, 0.0, 1.0]
 
 
 def seen(layer: CachedLayer) -> tuple[Any, dict[str, Any]]:
