@@ -54,7 +54,9 @@ def test_parts_of_generate(models: Any, family: str, size: tuple[int, int], fram
     head = sum(part(counter, model.lm_head, "lm_head").values())
     assert claimed.prefill_attention == pytest.approx(attention, rel=CLOSE)
     assert claimed.prefill_linear == pytest.approx(sum(language.values()) - attention + head, rel=CLOSE)
-    assert claimed.tower + claimed.projector == everything - sum(language.values()) - head
+    # Up to 5.17 Pixtral's tower multiplies positions with frequencies as matrices, a few hundred FLOPs.
+    rope = 1e-3 * everything if tiny.family(family).by_rows else 0
+    assert 0 <= everything - sum(language.values()) - head - claimed.tower - claimed.projector <= rope
     longer = counted(lambda: model.generate(**batch, max_new_tokens=3, do_sample=False))
     assert claimed.decode == pytest.approx(longer - everything, rel=CLOSE)
 
