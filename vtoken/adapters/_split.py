@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from vtoken.adapters._crops import picture, single_crops
 from vtoken.adapters.base import Adapter, Encoder, check_decoder
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.parted import crops_of, real
@@ -67,21 +68,10 @@ class Split(Adapter):
         ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
         given = embeds if ids is None else ids
         counts = [1] * number if given is None else crops_of(given, self.visual_kinds(ids, embeds), number, each)
-        return tuple(self.picture(n) for n in counts)
-
-    def picture(self, crops: int) -> ImageLayout:
-        """The layout of so many crops, the whole being the last."""
-        segment = torch.arange(crops).repeat_interleave(self.side**2) if crops > 1 else None
-        return ImageLayout(((1, self.side, self.side),) * crops, segment)
+        return tuple(picture(n, self.side) for n in counts)
 
     def crops(self, arguments: dict[str, Any]) -> list[int]:
         return [len(layout.parts) for layout in self.layouts("image", arguments)]
 
     def split(self, tokens: int) -> tuple[ImageLayout, ...]:
-        crops, rest = divmod(tokens, self.side**2)
-        if rest:
-            raise ValueError(
-                f"{tokens} image placeholders are not a whole number of crops of {self.side**2} tokens; is the prompt "
-                "prefilled in chunks? Set prefill_chunk_size=None"
-            )
-        return (self.picture(1),) * crops
+        return single_crops(tokens, self.side)

@@ -16,7 +16,7 @@ from vtoken.hooks.state.layer_kinds import FULL, SLIDING, kinds_of
 from vtoken.hooks.state.run import KINDS, FeatureCall, ImageLayout
 from vtoken.stages import FACTS
 
-# Attention, to all or in sliding windows, and layers that on a shortened prompt are what they are on a short one: they know no positions.
+# Attention, full or in sliding windows, and layers without positions, which run on a pruned prompt as on a short one.
 KINDS_OF_LAYERS = {FULL, SLIDING, "linear_attention", "conv"}
 
 

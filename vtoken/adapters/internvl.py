@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
+from vtoken.adapters._crops import picture, single_crops
+from vtoken.adapters._padded import check_feature_layer
 from vtoken.adapters.base import Adapter, Encoder, check_decoder
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.run import ImageLayout, runs
@@ -83,27 +83,10 @@ class InternVL(Adapter):
         return [n // each for n in found] if fits else [1] * many
 
     def layouts(self, kind: str, arguments: dict[str, Any]) -> tuple[ImageLayout, ...]:
-        return tuple(map(self._cut, self.crops(arguments)))
+        return tuple(picture(n, self.side) for n in self.crops(arguments))
 
     def split(self, tokens: int) -> tuple[ImageLayout, ...]:
-        crops, rest = divmod(tokens, self.side**2)
-        if rest:
-            raise ValueError(
-                f"{tokens} image placeholders are not a whole number of crops of {self.side**2} tokens; is the prompt "
-                "prefilled in chunks? Set prefill_chunk_size=None"
-            )
-        return (self._cut(1),) * crops
+        return single_crops(tokens, self.side)
 
     def check_call(self, kwargs: dict[str, Any]) -> None:
-        # The model is told the layer; from 5.18 on the tower is too, as the one hidden state to return.
-        for asked in (kwargs.get("vision_feature_layer"), kwargs.get("output_hidden_states")):
-            if type(asked) in (int, list) and asked != self.feature_layer:
-                raise UnsupportedError(
-                    f"vision_feature_layer={asked} at call time differs from the config's {self.feature_layer}, which "
-                    "the stages were set up for; set it in the config before wrapping"
-                )
-
-    def _cut(self, crops: int) -> ImageLayout:
-        """Of a picture of so many crops."""
-        segment = torch.arange(crops).repeat_interleave(self.side**2) if crops > 1 else None
-        return ImageLayout(((1, self.side, self.side),) * crops, segment)
+        check_feature_layer(kwargs, self.feature_layer)

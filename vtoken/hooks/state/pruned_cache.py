@@ -61,7 +61,8 @@ class PrunedCache:
     tells what merged tokens, whose keys are held without RoPE, stand for (hooks/attention/unmerge.py). `busy`: a
     forward is at work on it of which `Run.flow` tells. `dense`: no group has padding. A decode step asks for few of
     these, and works nothing out. `valid`, of static caches: which slots a group's layers may see, those to come among
-    them; `prompt_mask`: [B, logical] the caller's mask, None where it hides nothing. `first`: the first layer that holds keys; layers before it keep a state."""
+    them; `prompt_mask`: [B, logical] the caller's mask, None where it hides nothing. `first`: the first layer that
+    holds keys; layers before it keep a state."""
 
     groups: dict[int, SlotMap]
     busy: bool = False
