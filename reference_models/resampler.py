@@ -32,7 +32,9 @@ class Resampler(TokenModule):
         self.side, self.grid = side, grid
         self.worth = nn.Linear(width, heads)
         self.value = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
         cell = grid / side
         at = torch.arange(grid) + 0.5
         far = ((at - (torch.arange(side)[:, None] + 0.5) * cell) / cell).square()  # [side, grid]

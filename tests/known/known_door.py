@@ -32,7 +32,9 @@ def learned_compressor():
 
     reader = type(acting)(**token_modules.options(token_modules.Queries, width=7, out=4))
     features = torch.randn(6, 7, generator=torch.Generator().manual_seed(1))
-    keep = reader.select(VisualTokens.pack(x, (5, 1), parts, (0, 0), now.raster_index, facts={Fact("features"): features}))
+    keep = reader.select(
+        VisualTokens.pack(x, (5, 1), parts, (0, 0), now.raster_index, facts={Fact("features"): features})
+    )
     held = load_file(reader.weights)
     shares = (held["queries"].double() @ features[:5].double().T).softmax(-1) @ features[:5].double()
     want = torch.cat([shares @ held["out.weight"].double().T + held["out.bias"].double(), x[5:].double()])

@@ -26,7 +26,9 @@ class Layout(NamedTuple):
     def spread(self, count: int) -> Layout:
         """`count` of these places, evenly spaced: for tokens that belong to no place."""
         n = len(self.places)
-        return self._replace(places=self.places[(2 * torch.arange(count, device=self.places.device) + 1) * n // (2 * count)])
+        return self._replace(
+            places=self.places[(2 * torch.arange(count, device=self.places.device) + 1) * n // (2 * count)]
+        )
 
 
 class TokenModule(nn.Module, ABC):

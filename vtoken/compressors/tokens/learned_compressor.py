@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from functools import cached_property
+from itertools import accumulate
 from typing import ClassVar, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from vtoken.compressors._modules import load
+from vtoken.compressors._modules import Loaded, load
 from vtoken.stages import (
     NAMES_FILE,
     Compressor,
@@ -21,7 +20,6 @@ from vtoken.stages import (
     Layout,
     Parts,
     Site,
-    TokenModule,
     VisualTokens,
     keep_all,
 )
@@ -52,25 +50,22 @@ class LearnedCompressor(Compressor):
         return self
 
     @cached_property
-    def held(self) -> dict[torch.device, TokenModule]:
-        """The module, by the devices that it was copied to. The file is read once, so that later changes to it do not
-        reach a wrapped model."""
-        return {torch.device("cpu"): load(self.module, self.weights)}
-
-    @property
-    def first(self) -> TokenModule:
-        return self.held[torch.device("cpu")]
+    def loaded(self) -> Loaded:
+        return Loaded(self.module, self.weights)
 
     def unload(self) -> None:
-        for device in set(self.held) - {torch.device("cpu")}:
-            del self.held[device]
+        self.loaded.unload()
+
+    @property
+    def reads_features(self) -> bool:
+        return self.loaded.first.reads == "features"
 
     def needs(self) -> tuple[Fact, ...]:
-        return (Fact("features"),) if self.first.reads == "features" else ()
+        return (Fact("features"),) if self.reads_features else ()
 
     def incompatibility(self, depth: int, width: int) -> str:
-        module = self.first
-        takes = width if module.reads == "features" else module.takes  # features are as wide as the tower makes them
+        module = self.loaded.first
+        takes = width if self.reads_features else module.takes  # features are as wide as the tower makes them
         if takes == module.makes == width:
             return ""
         return (
@@ -80,66 +75,34 @@ class LearnedCompressor(Compressor):
 
     @torch.no_grad()
     def select(self, tokens: VisualTokens) -> Keep:
-        read = tokens.fact("features") if self.first.reads == "features" else tokens.x
-        if self._counts(tokens.lengths) == tokens.lengths:
+        read = tokens.fact("features") if self.reads_features else tokens.x
+        lengths, device = self._counts(tokens.lengths), read.device
+        if lengths == tokens.lengths:
             return keep_all(tokens)
         index, into, slots, values, known = [], [], [], [], []
-        start, lengths = 0, list[int]()
-        for image, n in enumerate(tokens.lengths):
-            here = slice(start, start + n)
-            kept = torch.arange(n, device=read.device)
-            if self._count(n) < n:
-                places = tokens.raster_index[here]
-                made, layout = self._made(read[here], Layout(tokens.parts[image], places), tokens.x.shape[1])
-                kept = torch.searchsorted(places, layout.places)
-                known.append((kept.diff() > 0).all() & (places[kept.clamp(max=n - 1)] == layout.places).all())
-                slots.append(torch.arange(len(kept), device=read.device) + sum(lengths))
+        starts = zip(accumulate(tokens.lengths, initial=0), accumulate(lengths, initial=0), strict=True)
+        for image, (n, count, (start, slot)) in enumerate(zip(tokens.lengths, lengths, starts, strict=False)):
+            kept = torch.arange(n, device=device)
+            if count < n:
+                layout = Layout(tokens.parts[image], tokens.raster_index[start : start + n])
+                made, kept, right = self.loaded.make(read[start : start + n], layout, tokens.x.shape[1])
+                slots.append(torch.arange(slot, slot + count, device=device))
                 values.append(made.to(tokens.x))
+                known.append(right)
             # Tokens in front of the first place go to it too.
-            owner = torch.searchsorted(kept, torch.arange(n, device=read.device), right=True).sub(1).clamp(min=0)
+            owner = torch.searchsorted(kept, torch.arange(n, device=device), right=True).sub(1).clamp(min=0)
             index.append(kept + start)
-            into.append(owner + sum(lengths))
-            lengths.append(len(kept))
-            start += n
+            into.append(owner + slot)
         if not bool(torch.stack(known).all()):
             raise ValueError(
                 f"{self.module} returned places that are not ascending, or that were not among those it was given"
             )
         new = torch.cat(slots)
-        factor = torch.ones(len(new), device=new.device)
-        fused = Fused(new, factor, values=torch.cat(values))
-        return Keep(torch.cat(index), tuple(lengths), torch.cat(into), fused=fused, complete=True)
-
-    def _made(self, read: Tensor, layout: Layout, width: int) -> tuple[Tensor, Layout]:
-        """What the module makes of one picture.
-
-        Raises:
-            ValueError: it takes features of another width, or returned something else than its contract says.
-        """
-        if read.shape[1] != self.first.takes:
-            raise ValueError(
-                f"{self.module} takes {self.first.takes} channels and is given {self.first.reads} of {read.shape[1]}; "
-                "take weights that were trained for this model"
-            )
-        module = self.held.get(read.device)
-        if module is None:
-            with torch.inference_mode(False):
-                module = self.held[read.device] = deepcopy(self.first).to(read.device)
-        kind = next(module.parameters(), read).dtype
-        made, where = module(read.to(kind), layout)
-        want = (self._count(len(read)), width)
-        if tuple(made.shape) != want or len(where.places) != want[0]:
-            raise ValueError(
-                f"{self.module} made {list(made.shape)} with {len(where.places)} places of {len(read)} tokens, expected "
-                f"{list(want)}"
-            )
-        return made, where
-
-    def _count(self, n: int) -> int:
-        return min(n, self.first.count(n)) if n else 0
+        fused = Fused(new, torch.ones(len(new), device=device), values=torch.cat(values))
+        return Keep(torch.cat(index), lengths, torch.cat(into), fused=fused, complete=True)
 
     def _counts(self, lengths: Sequence[int]) -> tuple[int, ...]:
-        return tuple(map(self._count, lengths))
+        return tuple(map(self.loaded.count, lengths))
 
     def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
@@ -150,4 +113,4 @@ class LearnedCompressor(Compressor):
         return True
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        return sum(self.first.flops(n) for n in lengths)
+        return sum(self.loaded.first.flops(n) for n in lengths)
