@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from copy import deepcopy
 from collections.abc import Mapping
+from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
 from typing import Any
