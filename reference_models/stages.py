@@ -53,7 +53,7 @@ def fit(groups: list, steps: int, loss_of: Callable, note: Callable, tag: str, e
             print(f"{tag} {step}/{steps} loss {loss.item():.3f} {note()} {time.time() - started:.0f} s", flush=True)
 
 
-def _seeded(recipe: Recipe, stage: int) -> np.random.RandomState:
+def seeded(recipe: Recipe, stage: int) -> np.random.RandomState:
     seed = 1000 * stage + recipe.seed + 100_000 * distributed.rank()
     torch.manual_seed(seed)
     return np.random.RandomState(seed)
@@ -76,7 +76,7 @@ def full_batch(rng: np.random.RandomState, recipe: Recipe, shapes: str = "plain"
 
 def tower_stage(tower: Any, heads: Heads, recipe: Recipe) -> None:
     """Stage A for a CLIP tower; trains it and its read-out heads in place."""
-    rng = _seeded(recipe, 1)
+    rng = seeded(recipe, 1)
     seen: dict[str, str] = {}
 
     def balanced(logits: torch.Tensor, target: torch.Tensor, inked: torch.Tensor) -> torch.Tensor:
@@ -127,7 +127,7 @@ def distance(visual: torch.Tensor, target: torch.Tensor, glyph: torch.Tensor) ->
 
 def language_stage(family: Family, model: Any, oracle: Oracle, recipe: Recipe, cycle: int) -> None:
     """One cycle of stage B; trains decoder and word embeddings in place."""
-    rng = _seeded(recipe, 4 + cycle if cycle else 2)
+    rng = seeded(recipe, 4 + cycle if cycle else 2)
     steps, rate, weights, sizes = recipe.language_cycles[cycle]
     seen: dict[str, str] = {}
 
@@ -155,7 +155,7 @@ def language_stage(family: Family, model: Any, oracle: Oracle, recipe: Recipe, c
 
 def projector_stage(family: Family, model: Any, heads: Heads, oracle: Oracle, recipe: Recipe, cycle: int) -> None:
     """One cycle of stage C; trains tower, projector and heads in place."""
-    rng = _seeded(recipe, 20 + cycle if cycle else 3)
+    rng = seeded(recipe, 20 + cycle if cycle else 3)
     steps, rate, shapes, crops = recipe.projector_cycles[cycle]
     seen: dict[str, str] = {}
 
@@ -176,7 +176,7 @@ def projector_stage(family: Family, model: Any, heads: Heads, oracle: Oracle, re
 
 def joint_stage(family: Family, model: Any, heads: Heads, oracle: Oracle, recipe: Recipe, cycle: int) -> None:
     """One cycle of stage D; trains the whole model in place."""
-    rng = _seeded(recipe, 30 + cycle if cycle else 4)
+    rng = seeded(recipe, 30 + cycle if cycle else 4)
     steps, shapes, weights, factor, turns = recipe.joint_cycles[cycle]
     seen: dict[str, str] = {}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import gates
 import pytest
 import tiny
+import token_modules
 import torch
 
 import vtoken
@@ -21,6 +22,12 @@ NAMED = {
         {"sizes": (1, 2), "least": 4},
     ),
     "dyvte": ("gates", gates.file(3), gates.file(depth=3), {}),
+    "learned_compressor": (
+        "weights",
+        token_modules.options()["weights"],
+        token_modules.options(seed=1)["weights"],
+        {"module": token_modules.options()["module"]},
+    ),
     "seerattention": ("gates", gates.seer(), gates.seer(depth=3), {"threshold": 0.1, "min_len": 0}),
     "static_sparse": ("gates", [[0.9, 0.1]] * 4, [[0.1, 0.9]] * 4, {"sink": 0, "window": 1, "size": 16, "min_len": 0}),
 }

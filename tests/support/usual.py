@@ -7,6 +7,7 @@ from typing import Any
 
 import gates
 import tiny
+import token_modules
 
 from vtoken import config, registry
 from vtoken.stages import Stage, spec_of
@@ -24,6 +25,7 @@ OWN: dict[str, dict[str, Any]] = {
     "frames_changed": {"similarity": -1.0, "left": 0.01},
     # one size and so a probability of 1: test_second_stages.py has maxima, the known answer probabilities
     "dpn_routed": {"routers": gates.routers(sizes=1), "sizes": (1,), "least": 4},
+    "learned_compressor": token_modules.options(),
     # every share is above 0: as dense attention; test_seer.py has the rest
     "seerattention": {"gates": gates.seer(), "threshold": 0.0},
     "dpn": {"at": (1, 3), "sizes": (2, 2), "least": 4},

@@ -67,7 +67,7 @@ def decide(
             found = decide_one(stage, tokens, history, skipped=skipped if any(skipped) else (), amend=agree)
             if not found.untouched:
                 index, history = found.keep.index, found.history
-                x, live = found.keep.apply(x, project), index if live is None else live[index]
+                x, live = found.keep.embed(x, project), index if live is None else live[index]
         elif k + 1 < len(pipeline.stages) and pipeline.stages[k + 1].site == "encoder":
             continue  # The tower is finished, with all its cuts.
         check_counts(stage, history.counts, [left[k] for left in planned])

@@ -138,12 +138,14 @@ class Fused:
             makes the embedding of it. If None, or where one visual token is made from the features of several patches
             (Qwen), the mean is over embeddings.
         largest: the factor multiplies the elementwise maximum instead of the mean; only without `features`.
+        values: [M, D] the embeddings themselves, if the stage made them anew (site tokens).
     """
 
     slots: Tensor
     factor: Tensor
     features: Tensor | None = None
     largest: bool = False
+    values: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -177,8 +179,8 @@ class Keep:
         into, weight = (None if t is None else t.to(device) for t in (self.into, self.weight))
         f = self.fused
         if f is not None:
-            features = None if f.features is None else f.features.to(device)
-            f = replace(f, slots=f.slots.to(device), factor=f.factor.to(device), features=features)
+            features, values = (None if t is None else t.to(device) for t in (f.features, f.values))
+            f = replace(f, slots=f.slots.to(device), factor=f.factor.to(device), features=features, values=values)
         return Keep(self.index.to(device), self.lengths, into, weight, f, self.complete)
 
     def skipping(self, lengths: Sequence[int], skipped: Sequence[bool]) -> Keep:
@@ -199,7 +201,8 @@ class Keep:
         if fused is not None:
             tokens = self.index[fused.slots]
             stay = ~own[tokens]
-            fused = replace(fused, slots=slot[tokens[stay]], factor=fused.factor[stay])
+            values = None if fused.values is None else fused.values[stay]
+            fused = replace(fused, slots=slot[tokens[stay]], factor=fused.factor[stay], values=values)
         # As nonzero(), but without fetching its size from the device.
         index = torch.argsort(~alive, stable=True)[: sum(lengths)]
         return Keep(index, tuple(lengths), into, weight, fused, self.complete)
@@ -227,6 +230,14 @@ class Keep:
         if project is not None and features is not None:
             each = project(each)
         return mean.index_copy(0, slots, each.to(mean.dtype))
+
+    def embed(self, x: Tensor, project: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """As `apply`, for embeddings [ΣN, D] or wider: slots that the stage made anew become what it made."""
+        out = self.apply(x, project)
+        if self.fused is None or self.fused.values is None:
+            return out
+        out[self.fused.slots, : self.fused.values.shape[1]] = self.fused.values.to(out.dtype)
+        return out
 
 
 def _largest(x: Tensor, into: Tensor, slots: int) -> Tensor:

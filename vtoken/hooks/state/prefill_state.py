@@ -177,7 +177,7 @@ class PrefillState(ForwardState):
             return x
         self.leave(v.after(found.keep, found.history))
         self.deepstack = [found.keep.to(r.device).apply(r) for r in self.deepstack]
-        return found.keep.apply(x, self.project if layer is None else None)
+        return found.keep.embed(x, self.project) if layer is None else found.keep.apply(x)
 
     def _with_last(self, keep: Keep) -> Keep:
         """Of a row without text the last token stays: something must be left to answer from."""
