@@ -13,6 +13,9 @@ from vtoken.commands import _one as one
 from vtoken.commands import list as list_command
 
 
+FRAMES = {"frames_changed", "frames_farthest", "frames_relevant", "frames_uniform"}
+
+
 def test_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--json"]) == 0
     out, err = capsys.readouterr()
@@ -53,11 +56,11 @@ def test_list_filters(capsys: pytest.CaptureFixture[str]) -> None:
         found = json.loads(capsys.readouterr().out)
         return {row["stage"] for row in found["stages"]}, {row["preset"] for row in found["presets"]}
 
-    assert listed("--site", "frames") == ({"frames_changed", "frames_farthest", "frames_uniform"}, set())
+    assert listed("--site", "frames") == (FRAMES, set())
     stages, presets = listed("--site", "tokens", "--fact", "features")
     assert stages == {"prunesid", "scope", "visionzip", "vispruner"} == {name.partition("-")[0] for name in presets}
     every = {*registry.stages()}
-    assert every - listed("--family", "llava")[0] == {"frames_changed", "frames_farthest", "frames_uniform"}
+    assert every - listed("--family", "llava")[0] == FRAMES
 
 
 def test_list_says_when_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
