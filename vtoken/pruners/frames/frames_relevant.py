@@ -26,8 +26,9 @@ class FramesRelevant(FramePruner):
     video until the best frames of a stretch stand out, so that frames come from all of it where none do; `anchors`
     takes the peaks between valleys; `drawn` draws in proportion to the scores, the same frames for the same seed.
 
-    Papers: AKS https://arxiv.org/abs/2502.21271, F2C (anchors) https://arxiv.org/abs/2510.02262, T* (drawn)
-    https://arxiv.org/abs/2504.02259
+    `anchors` is of F2C (https://arxiv.org/abs/2510.02262), `drawn` of T* (https://arxiv.org/abs/2504.02259), `aks`:
+
+    Paper: https://arxiv.org/abs/2502.21271
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2502.21271"
