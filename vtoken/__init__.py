@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vtoken.registry import available
+    from vtoken.relevance import frame_relevance, question_relevance
     from vtoken.saved import push_to_hub, save
     from vtoken.session import match_processor, pipeline, trace, unmatch_processor, unwrap, wrap, wrapped
 
 __version__ = "0.1.0"
 __all__ = [
     "available",
+    "frame_relevance",
     "match_processor",
     "pipeline",
     "push_to_hub",
+    "question_relevance",
     "save",
     "trace",
     "unmatch_processor",
@@ -29,9 +32,11 @@ __all__ = [
 
 _HOME = {
     "available": "vtoken.registry",
+    "frame_relevance": "vtoken.relevance",
     "match_processor": "vtoken.session",
     "pipeline": "vtoken.session",
     "push_to_hub": "vtoken.saved",
+    "question_relevance": "vtoken.relevance",
     "save": "vtoken.saved",
     "trace": "vtoken.session",
     "unmatch_processor": "vtoken.session",

@@ -13,6 +13,9 @@ from vtoken.commands import _one as one
 from vtoken.commands import list as list_command
 
 
+FRAMES = {"frames_changed", "frames_farthest", "frames_relevant", "frames_uniform"}
+
+
 def test_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--json"]) == 0
     out, err = capsys.readouterr()
@@ -53,11 +56,12 @@ def test_list_filters(capsys: pytest.CaptureFixture[str]) -> None:
         found = json.loads(capsys.readouterr().out)
         return {row["stage"] for row in found["stages"]}, {row["preset"] for row in found["presets"]}
 
-    assert listed("--site", "frames") == ({"frames_changed", "frames_farthest", "frames_uniform"}, set())
+    assert listed("--site", "frames") == (FRAMES, set())
     stages, presets = listed("--site", "tokens", "--fact", "features")
     assert stages == {"prunesid", "scope", "visionzip", "vispruner"} == {name.partition("-")[0] for name in presets}
     every = {*registry.stages()}
-    assert every - listed("--family", "llava")[0] == {"frames_changed", "frames_farthest", "frames_uniform"}
+    # Without scores nothing is known of frames_relevant.
+    assert every - listed("--family", "llava")[0] == FRAMES - {"frames_relevant"}
 
 
 def test_list_says_when_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,8 +122,9 @@ def test_every_option_is_described_and_every_example_reads(name: str) -> None:
     cls = registry.stage(name)
     assert not [option for option, field in cls.model_fields.items() if not field.description]
     example = one.example(cls)
+    needed = {option for option, f in cls.model_fields.items() if f.is_required()} - {"keep"}
     if example.partition("=")[2].isupper():  # weights that nobody publishes
-        assert all(f"{option}={option.upper()}" in example for option, f in cls.model_fields.items() if f.is_required())
+        assert all(f"{option}={option.upper()}" in example for option in needed)
     else:
         assert cls in map(type, config.load(example).stages)
 

@@ -79,6 +79,50 @@ def frames_changed():
     assert stage(left=0.25).expected_counts((8, 100, 1), (), ()) == (2, 25, 1)
 
 
+def frames_relevant():
+    """Rules by hand, on the scores of a video of ten frames."""
+    stage = registry.stage("frames_relevant")
+    s = [0.1, 0.2, 0.1, 0.0, 0.9, 0.8, 0.7, 0.0, 0.3, 0.1]
+    angles = [[10.0 * i for i in range(10)]]
+
+    def kept(keep, scores=s, **more):
+        chosen = stage(keep=keep, relevance=tuple(scores), **more).select(videos(angles))
+        assert chosen.lengths == (keep,)
+        return chosen.index.tolist()
+
+    assert kept(3, rule="top") == [4, 5, 6] and kept(4, rule="top") == [4, 5, 6, 8]
+    # Peaks of the basins 0..3, 3..7 and 7..9; for two, the means of the times 1, 4 and 8 group 1 with 4.
+    assert kept(3, rule="anchors") == [1, 4, 8] and kept(2, rule="anchors") == [4, 8]
+    assert kept(5, rule="anchors") == [1, 4, 5, 6, 8], "the best of the others fills up"
+    # The two best (0.85 of 0.9) stand out from the mean (0.32 of 0.9) by 0.59.
+    assert kept(2, rule="aks", threshold=0.5) == [4, 5]
+    # By no more than 0.8: halves, of which the first (0.9, 0.2; mean 0.26) does not stand out either, ...
+    assert kept(2, rule="aks", depth=1) == [4, 5]
+    assert kept(4, rule="aks", depth=1) == [1, 4, 5, 6], "two of each half"
+    assert kept(4, rule="aks", depth=2) == [1, 4, 5, 8], "one of each quarter: 0-1, 2-4, 5-6, 7-9"
+    assert kept(3, [1.0] * 10, rule="aks", depth=0) == [0, 1, 2], "all alike"
+    draws = [kept(2, rule="drawn", seed=seed) for seed in range(400)]
+    share = sum(4 in each for each in draws) / len(draws)
+    total = sum(s)
+    want = s[4] / total + sum(x / total * s[4] / (total - x) for k, x in enumerate(s) if k != 4)
+    assert abs(share - want) < 0.08 and not any({3, 7} & {*each} for each in draws), "in proportion, never at 0"
+    assert kept(3, [0.0] * 9 + [1.0], rule="drawn") == [0, 1, 9]
+    # Other lengths are spread over the time: means of pairs, and the nearest.
+    twice = [x for pair in zip(s, s, strict=True) for x in pair]
+    assert kept(3, twice, rule="top") == [4, 5, 6]
+    assert kept(5, [0.0, 1.0], rule="top") == [5, 6, 7, 8, 9]
+    each = stage(keep=1, relevance=((0.0, 1.0), (1.0, 0.0)), rule="top")
+    assert each.select(videos([[0, 1], [0, 1], [0]])).index.tolist() == [1, 2, 4], "a list for every video"
+    with pytest.raises(ValueError, match="scores of 2 videos and meets 1"):
+        each.select(videos([[0, 1]]))
+    for bad in ((), (float("nan"),), ((),), "no_such.json"):
+        with pytest.raises(ValueError):
+            stage(keep=1, relevance=bad)
+    with pytest.raises(ValueError, match="not be negative"):
+        stage(keep=1, relevance=(-1.0, 1.0), rule="drawn")
+    refuses_budgets(lambda keep: stage(keep=keep, relevance=(1.0,)))
+
+
 def refuses_budgets(stage):
     for keep in ({"per_frame": 2}, {"total": 4}):
         with pytest.raises(ValueError, match="before the vision tower"):

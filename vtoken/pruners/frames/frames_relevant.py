@@ -1,0 +1,108 @@
+"""Relevant frames: a fixed number of frames, chosen by given scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from vtoken.pruners.frames import _relevance
+from vtoken.pruners.frames._frames import FramePruner
+from vtoken.stages import NAMES_FILE, Keep, VisualTokens, keep_all
+
+Given = tuple[float, ...] | tuple[tuple[float, ...], ...]
+
+
+class FramesRelevant(FramePruner):
+    """Keeps the frames that bear on the question, by scores that you give: of a model that compares pictures with text,
+    of a detector, or of the VLM itself (`vtoken.frame_relevance`). The vision tower runs on the frames that stay.
+
+    A list of another length than the video has frames is read as spread evenly over its time, so that scores at one per
+    second serve whatever number of frames the processor takes. Rules: `top` keeps the highest scores; `aks` halves the
+    video until the best frames of a stretch stand out, so that frames come from all of it where none do; `anchors`
+    takes the peaks between valleys; `drawn` draws in proportion to the scores, the same frames for the same seed.
+
+    `anchors` is of F2C (https://arxiv.org/abs/2510.02262), `drawn` of T* (https://arxiv.org/abs/2504.02259), `aks`:
+
+    Paper: https://arxiv.org/abs/2502.21271
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2502.21271"
+    deviations: ClassVar[str] = (
+        "All rules keep exactly `keep` frames; what rounding or a short stretch leaves over goes to the best of the "
+        "other frames (AKS keeps fewer). Of F2C only the anchors: its clips mix resolutions within a video, which no "
+        "processor does. Of T* only the final draw, seeded: its search asks a detector."
+    )
+
+    relevance: Given | str = Field(
+        description="one number per frame, for every video; or a list of numbers for each video of a call, in order; or "
+        "a JSON file with either",
+        json_schema_extra=NAMES_FILE,
+    )
+    rule: Literal["top", "aks", "anchors", "drawn"] = Field(default="aks", description="how frames follow from scores")
+    threshold: float = Field(
+        default=0.8, ge=0, description="aks: how far the best frames of a stretch stand out (scores scaled to 0..1)"
+    )
+    depth: int = Field(default=5, ge=0, description="aks: how often a stretch is halved at most")
+    seed: int = Field(default=0, ge=0, description="drawn: seed of the draw")
+
+    @model_validator(mode="after")
+    def _readable(self) -> Self:
+        scores = self._read()
+        if self.rule == "drawn" and min(map(min, scores)) < 0:
+            raise ValueError("rule drawn draws in proportion to scores, which must not be negative; shift them")
+        return self
+
+    def _read(self) -> tuple[_relevance.Scores, ...]:
+        if isinstance(self.relevance, str):
+            return _relevance.read(self.relevance)
+        return _relevance.checked(self.relevance, "relevance")
+
+    @cached_property
+    def scores(self) -> tuple[_relevance.Scores, ...]:
+        """As read when first used, so that later changes to a file do not reach a wrapped model."""
+        return self._read()
+
+    def incompatibility(self, depth: int, width: int) -> str:
+        return "" if self.scores else "no scores"
+
+    def select(self, tokens: VisualTokens) -> Keep:
+        counts = self.keep.counts(tokens.lengths, tokens.row)
+        if counts == tokens.lengths:
+            return keep_all(tokens)
+        videos = sum(n > 1 for n in tokens.lengths)
+        if len(self.scores) not in (1, videos):
+            raise ValueError(
+                f"frames_relevant was given scores of {len(self.scores)} videos and meets {videos}; give one list, or "
+                "as many as the call has videos"
+            )
+        given = iter(self.scores if len(self.scores) > 1 else self.scores * videos)
+        kept, start = [], 0
+        for n, k in zip(tokens.lengths, counts, strict=True):
+            own = self.chosen(spread(next(given), n), k) if k < n else list(range(n))
+            kept += [start + frame for frame in own]
+            start += n
+        return Keep(torch.tensor(kept, device=tokens.x.device), counts)
+
+    def chosen(self, scores: Tensor, k: int) -> list[int]:
+        if self.rule == "aks":
+            return _relevance.aks(scores, k, self.threshold, self.depth)
+        if self.rule == "drawn":
+            return _relevance.drawn(scores, k, self.seed)
+        return (_relevance.top if self.rule == "top" else _relevance.anchors)(scores, k)
+
+    def counts_are_exact(self, layer: int | None = None, whole: bool = True) -> bool:
+        return True
+
+
+def spread(scores: Sequence[float], frames: int) -> Tensor:
+    """[frames] float64: the score at the middle of each frame's share of the video's time; the mean of its scores where
+    there are several whole ones to a frame (Qwen: pairs of frames)."""
+    given = torch.tensor(scores, dtype=torch.float64)
+    if len(given) % frames == 0:
+        return given.view(frames, -1).mean(1)
+    return given[(2 * torch.arange(frames) + 1) * len(given) // (2 * frames)]

@@ -1,0 +1,134 @@
+"""Which frames of a video bear on the question, asked of the VLM itself or of a model that compares pictures with
+text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from pydantic import PrivateAttr
+from torch import Tensor
+
+from vtoken.errors import UnsupportedError
+from vtoken.session import session_of, watched, whole
+from vtoken.stages import Compressor, Fact, Keep, Site, VisualTokens, image_of, keep_all
+
+
+class _Attended(Compressor):
+    """Drops nothing and sums, per frame, the attention that the last prompt token pays in the layers before `at`."""
+
+    name: ClassVar[str] = "attended"
+    site: ClassVar[Site] = "decoder"
+
+    at: tuple[int, ...]
+    _sums: list[list[Tensor]] = PrivateAttr(default_factory=list)
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        return self.at
+
+    def needs(self) -> tuple[Fact, ...]:
+        return (Fact("last_query_attention"),)
+
+    def select(self, tokens: VisualTokens) -> Keep:
+        attention = tokens.fact("last_query_attention").double()
+        image = image_of(tokens.lengths, attention.device)
+        frame = torch.zeros_like(image) if tokens.segment is None else tokens.segment
+        videos = [i for i, parts in enumerate(tokens.parts) if len(parts) == 1 and parts[0][0] > 1]
+        self._sums.append(
+            [
+                attention.new_zeros(tokens.parts[i][0][0]).index_add_(0, frame[image == i], attention[image == i])
+                for i in videos
+            ]
+        )
+        return keep_all(tokens)
+
+    def found(self) -> list[list[float]]:
+        """The means over the layers, per video."""
+        return [torch.stack(each).mean(0).tolist() for each in zip(*self._sums, strict=True)]
+
+
+def frame_relevance(model: Any, inputs: Mapping[str, Any]) -> list[list[float]]:
+    """How much of its attention the last token of a prompt pays to each frame, for `frames_relevant`.
+
+    One forward of the model that is not pruned, so give it the video small (few pixels per frame, as the processor's
+    size options allow) and many frames; then answer from the frames that stay, at full size. The mean over heads and
+    over the middle third of the decoder's layers (of those with attention). No paper: a rule of ours.
+
+    Args:
+        model: a model of a supported family that takes videos, not wrapped.
+        inputs: from its processor: `input_ids` [B, L] and videos. Still pictures count for nothing.
+
+    Returns:
+        For each video, in the order of the prompts, one number >= 0 per frame (of Qwen models per pair of frames that
+        the tower embeds together); their sum is at most 1.
+
+    Raises:
+        UnsupportedError: the model is wrapped or of no supported family, or the inputs hold no video.
+    """
+    if session_of(model) is not None:
+        raise UnsupportedError("frame_relevance reads a model that is not wrapped; call vtoken.unwrap(model) first")
+    from vtoken.registry import adapter
+
+    inner = whole(model)
+    attending = adapter(inner.config.model_type)(inner).attending
+    depth = inner.config.get_text_config().num_hidden_layers
+    middle = [k for k in attending if depth // 3 <= k < depth - depth // 3 and k + 1 < depth]
+    stage = _Attended(at=tuple(k + 1 for k in middle or attending[:1]))
+    with watched(model, [stage]), torch.no_grad():
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    found = stage.found()
+    if not found:
+        raise UnsupportedError("the inputs hold no video; give the processor's output for a prompt with one")
+    return found
+
+
+def question_relevance(
+    frames: Sequence[Any],
+    question: str,
+    encoder: str | tuple[Any, Any] = "google/siglip2-base-patch16-224",
+    batch: int = 32,
+) -> list[float]:
+    """Cosine of every frame and the question, by a model with a picture and a text side, for `frames_relevant`.
+
+    Args:
+        frames: PIL images.
+        question: cut to the length that the text side takes (64 tokens of SigLIP 2): give the question, not the chat.
+        encoder: folder or hub name of a SigLIP, SigLIP 2 or CLIP model; or (model, processor), to load it once.
+        batch: frames that are encoded at a time.
+
+    Returns:
+        One number in -1..1 per frame.
+
+    Raises:
+        UnsupportedError: the model has no picture or no text side.
+        ValueError: there are no frames.
+    """
+    if not frames:
+        raise ValueError("there are no frames; give a list of PIL images")
+    model, processor = _loaded(encoder) if isinstance(encoder, str) else encoder
+    if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
+        raise UnsupportedError(
+            f"{type(model).__name__} compares no pictures with text; take a SigLIP, SigLIP 2 or CLIP checkpoint"
+        )
+    with torch.no_grad():
+        # SigLIP was trained on texts that are padded to the full length.
+        text = processor(text=[question], padding="max_length", truncation=True, return_tensors="pt").to(model.device)
+        asked = _unit(model.get_text_features(**text))
+        found = []
+        for start in range(0, len(frames), batch):
+            pixels = processor(images=list(frames[start : start + batch]), return_tensors="pt").to(model.device)
+            found.append(_unit(model.get_image_features(**pixels)) @ asked[0])
+    return [float(x) for x in torch.cat(found)]
+
+
+def _loaded(name: str) -> tuple[Any, Any]:
+    from transformers import AutoModel, AutoProcessor
+
+    return AutoModel.from_pretrained(name), AutoProcessor.from_pretrained(name)
+
+
+def _unit(out: Any) -> Tensor:
+    """Rows of length 1; transformers returns features bare or as `pooler_output`."""
+    features = out if isinstance(out, Tensor) else out.pooler_output
+    return torch.nn.functional.normalize(features.float(), dim=-1)
