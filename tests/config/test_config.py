@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -268,9 +269,14 @@ def test_every_preset_builds_and_fits_the_schema(name: str) -> None:
     assert config.load(name).name == name and "min_visual_tokens" not in recipe(name)[0]
     assert summary(name).endswith(".") and "\n" not in summary(name)
     if importlib.util.find_spec("jsonschema"):
-        from jsonschema import validate
+        validator().validate(recipe(name)[0])
 
-        validate(recipe(name)[0], pipeline_schema())
+
+@cache
+def validator():
+    from jsonschema import Draft202012Validator
+
+    return Draft202012Validator(pipeline_schema())
 
 
 @pytest.mark.parametrize(
