@@ -30,7 +30,7 @@ WHOLE = (
     "evals/cost/test_builtin_configs.py",
     "evals/cost/test_geometry.py",
 )
-SHARE = 16
+SHARE = 32
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,7 +12,6 @@ from vtoken.cli import main
 from vtoken.commands import _one as one
 from vtoken.commands import list as list_command
 
-
 FRAMES = {"frames_changed", "frames_farthest", "frames_relevant", "frames_uniform"}
 
 

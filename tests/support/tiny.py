@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -81,6 +82,9 @@ def adapter(model: PreTrainedModel) -> Adapter:
     return registry.adapter(model.config.model_type)(model)
 
 
+_MADE: dict[str, PreTrainedModel] = {}  # copies cost half of what models do
+
+
 def make(name: str, attn: str = "sdpa", seed: int = 0, **text_overrides: Any) -> PreTrainedModel:
     """A model of a family, in evaluation mode, float32 on the CPU: the same weights for the same arguments, whatever
     ran before.
@@ -92,7 +96,12 @@ def make(name: str, attn: str = "sdpa", seed: int = 0, **text_overrides: Any) ->
         text_overrides: fields of the decoder's config, over `TEXT`; for "llava" also `tower` (see `TOWERS`) and `text`,
             the model_type of the decoder.
     """
-    return family(name).make(attn, seed, **text_overrides)
+    key = repr((name, attn, seed, sorted(text_overrides.items())))
+    if key not in _MADE:
+        if len(_MADE) == 64:
+            _MADE.pop(next(iter(_MADE)))
+        _MADE[key] = family(name).make(attn, seed, **text_overrides)
+    return deepcopy(_MADE[key])
 
 
 def llava(attn: str = "sdpa", seed: int = 0, **options: Any) -> PreTrainedModel:
