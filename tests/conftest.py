@@ -1,10 +1,11 @@
 """One thread per test process (they run side by side), no network, quiet transformers; GPU tests only where there is a
-GPU; of families that do not lead a share of the tests."""
+GPU; of families that do not lead, and of pairs of stage and family, a share of the tests."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -31,10 +32,12 @@ WHOLE = (
     "evals/cost/test_geometry.py",
 )
 SHARE = 32
+# Of the tests of a stage on a leading family, about half.
+PAIRS = 2
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--families", action="store_true", help="all tests of all families, as with -k FAMILY")
+    parser.addoption("--families", action="store_true", help="all tests of all families and stages, as with -k NAME")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -53,12 +56,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def drawn(item: pytest.Item) -> bool:
     """Whether `make test` runs it."""
+    given, (leading, others, stages) = set(strings(vars(item).get("callspec", None))), names()
+    if not given & others:
+        paired = given & leading and given & stages
+        return not paired or not crc32(item.nodeid.encode()) % PAIRS
+    return item.path.relative_to(ROOT).as_posix() in WHOLE or not crc32(item.nodeid.encode()) % SHARE
+
+
+@cache
+def names() -> tuple[set[str], ...]:
+    """Families that lead, the others, and stages."""
     import tiny
 
-    given = set(strings(vars(item).get("callspec", None)))
-    if not given & set(tiny.families(leading=False)):
-        return True
-    return item.path.relative_to(ROOT).as_posix() in WHOLE or not crc32(item.nodeid.encode()) % SHARE
+    from vtoken import registry
+
+    return set(tiny.families(leading=True)), set(tiny.families(leading=False)), set(registry.stages())
 
 
 def strings(given: Any) -> Iterator[str]:

@@ -45,7 +45,7 @@ class Family:
         other_video: a video of four frames and another size, where sizes may differ.
         pictures: (height, width, frames) of what the FLOPs account is held against.
         unpadded: (height, width) of a picture of which packing cuts nothing away.
-        leading: every test of `make test` that knows families runs on it; of the others a share, see tests/conftest.py.
+        leading: most tests of `make test` that know families run on it; of the others a share, see tests/conftest.py.
         varlen: the tower takes the patches of all images in one sequence.
         by_rows: it does so row by row, and a mask keeps images apart.
         unit: patches that become one visual token.
