@@ -260,9 +260,7 @@ def check_layers(stage: Stage, adapter: Adapter) -> None:
 def check_pixels(stage: Stage, adapter: Adapter) -> None:
     """Refuses stages that act on pixels where the tower does not take pictures of any size as one sequence."""
     if not adapter.encoder.packed or adapter.encoder.by_rows:
-        how = (
-            "holds the pictures of a call row by row" if adapter.encoder.by_rows else "takes crops of one fixed size"
-        )
+        how = "holds the pictures of a call row by row" if adapter.encoder.by_rows else "takes crops of one fixed size"
         instead = (
             "a smaller picture would be brought back to that size, which saves nothing: use pool, which averages "
             "neighbouring tokens"

@@ -13,6 +13,7 @@ from torch.nn.functional import interpolate
 import vtoken
 
 PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+PADDING = {"input_ids": tiny.PAD, "attention_mask": 0, "mm_token_type_ids": 0, "labels": -100}
 SIDE = 2  # patches along an edge of a token
 
 
@@ -24,7 +25,8 @@ def picture(patches: Tensor, grid: list[int], size: int) -> Tensor:
     places = ((f, r, c, i, j) for f in range(t) for r in range(h // SIDE) for c in range(w // SIDE) for i, j in INNER)
     for patch, (f, r, c, i, j) in zip(patches, places, strict=True):
         y, x = (SIDE * r + i) * size, (SIDE * c + j) * size
-        out[f * depth : (f + 1) * depth, :, y : y + size, x : x + size] = patch.view(3, depth, size, size).transpose(0, 1)
+        frames = patch.view(3, depth, size, size).transpose(0, 1)
+        out[f * depth : (f + 1) * depth, :, y : y + size, x : x + size] = frames
     return out
 
 
@@ -72,10 +74,9 @@ def smaller(model: Any, batch: dict[str, Tensor], wanted: dict[str, list[list[in
             drop[segment.row, segment.columns] = gone.flatten()
     masks = batch["attention_mask"].bool() & ~drop
     length = int(masks.sum(1).max())
-    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+    for name, pad in PADDING.items():
         if name in batch:
             rows = [row[stay] for row, stay in zip(batch[name], masks, strict=True)]
-            pad = tiny.PAD if name == "input_ids" else 0
             out[name] = torch.stack([torch.nn.functional.pad(r, (length - len(r), 0), value=pad) for r in rows])
     return out
 
@@ -83,7 +84,11 @@ def smaller(model: Any, batch: dict[str, Tensor], wanted: dict[str, list[list[in
 def of_trace(model: Any, batch: dict[str, Tensor], trace: Any) -> dict[str, list[list[int]]]:
     """The grids that the trace's first stage left, per kind: as many rows and columns as its corners have."""
     found: dict[str, list[list[int]]] = {"image": [], "video": []}
-    for segment, kept, ((t, h, w),) in zip(tiny.segments(model, batch), trace.stages[0].kept, trace.parts, strict=True):
+    segments = tiny.segments(model, batch)
+    repeats = len(trace.parts) // len(segments)  # of rows, for beams and return sequences
+    first = [i for i, row in enumerate(trace.row) if row % repeats == 0]
+    for segment, i in zip(segments, first, strict=True):
+        kept, ((t, h, w),) = trace.stages[0].kept[i], trace.parts[i]
         assert len(segment.columns) == t * h * w
         rows, columns = (len(set(values.tolist())) for values in (kept // w % h, kept % w))
         assert len(kept) == t * rows * columns and len(set((kept // (h * w)).tolist())) == t
@@ -105,5 +110,6 @@ def compare(model: Any, batch: dict[str, Tensor], stages: list[Any], new: int = 
     )
     assert torch.equal(got.sequences[:, -new:], want.sequences[:, -new:])
     length = batch["input_ids"].shape[1]
-    assert torch.equal(got.sequences[:, :length], batch["input_ids"].repeat_interleave(len(got.sequences) // len(batch["input_ids"]), 0))
+    given = batch["input_ids"].repeat_interleave(len(got.sequences) // len(batch["input_ids"]), 0)
+    assert torch.equal(got.sequences[:, :length], given), "the prompt is returned as it was given"
     return trace

@@ -61,7 +61,10 @@ class Resize(Compressor):
             return keep_all(tokens)
         device = tokens.x.device
         full = [size_of(image) for image in tokens.parts]
-        mask = torch.cat([corner(a, b) for p, w in zip(tokens.parts, wanted, strict=True) for a, b in zip(p, w)])
+        pairs = [
+            pair for image, small in zip(tokens.parts, wanted, strict=True) for pair in zip(image, small, strict=True)
+        ]
+        mask = torch.cat([corner(grid, small) for grid, small in pairs])
         if tuple(full) == tokens.lengths:
             return Keep(mask.nonzero()[:, 0].to(device, non_blocking=True), tuple(map(size_of, wanted)))
         image = image_of(tokens.lengths, device)

@@ -8,6 +8,7 @@ from functools import partial
 from vtoken.errors import OtherModelError, UnsupportedError
 from vtoken.evals.cost.geometry import Geometry
 from vtoken.hooks.vision.frames import SIDE
+from vtoken.hooks.vision.tower import resizes
 from vtoken.stages import SITES, Fact, FactSpec, OtherModel, Parts, Site, Stage, size_of, spec_of
 from vtoken.stages.attention import SparseAttention
 from vtoken.stages.cache import CacheStage
@@ -21,7 +22,7 @@ class TokenFlow:
     """Runs every stage's `expected_counts`.
 
     Attributes:
-        shape: what is counted, after frames-site stages.
+        shape: what is counted, with smaller pictures and fewer frames if stages of these sites make them so.
         embedded: patches that the tower's patch embedding meets.
         tower: units (see Tower) alive per crop in every tower layer; `mlps` those that its MLP sees.
         decoder: visual tokens alive per image in every decoder layer.
@@ -64,6 +65,7 @@ class TokenFlow:
         self._at = {site: [stage for stage in stages if stage.site == site] for site in SITES}
         self._dropping = bool(self._at["tokens"] or self._at["decoder"])
         self.embedded = shape.tower.patches * images
+        self._resize()
         self._choose_frames()
         counts = self._encode()
         for stage in self._at["tokens"]:
@@ -82,7 +84,7 @@ class TokenFlow:
             elif isinstance(stage, CacheStage):
                 self._shrink(stage)
             elif (kept := stage.unmerge_mode()) and len(stages) > 1:
-                places = images * size_of(shape.parts)
+                places = images * size_of(self.shape.parts)
                 self.attended = [n - sum(c) + places for n, c in zip(lengths, self.decoder, strict=True)]
                 self.decoded = self.attended
                 self.held = self.attended if kept == "expanded" else lengths
@@ -94,6 +96,11 @@ class TokenFlow:
     def _check(self, stage: Stage) -> None:
         """Refuses a stage that does not go with these shapes, as `wrap` does."""
         decoder, tower = self.shape.decoder, self.shape.tower
+        if stage.site == "pixels" and tower.resized is None:
+            raise UnsupportedError(
+                f"stage {stage.name} acts on pixels before a tower that takes pictures of any size, and this one does "
+                "not; pool averages neighbouring tokens instead"
+            )
         if stage.unmerge_mode():
             self._leave_out(f"{stage.name}: tokens that were dropped, not merged; attention is counted as if none was")
         elif stage.site == "cache" and not isinstance(stage, CacheStage):
@@ -132,6 +139,15 @@ class TokenFlow:
     def _acting(self, site: Site, layer: int) -> list[Stage]:
         return [stage for stage in self._at[site] if layer in stage.layers(self._depth[site])]
 
+    def _resize(self) -> None:
+        """Goes on with smaller pictures, of which all that follows is counted."""
+        for stage in self._at["pixels"]:
+            if resizes(stage):
+                wanted = stage.resized((size_of(self.shape.parts),), (self.shape.parts,))
+                assert wanted is not None
+                self.shape = self.shape.resized(wanted[0][0])
+                self.embedded = self.shape.tower.patches * self.images
+
     def _choose_frames(self) -> None:
         """Goes on with the frames that are left. A packed tower embeds all of them; its layers, as all of a padded one,
         see fewer."""
@@ -149,6 +165,9 @@ class TokenFlow:
         """Visual tokens of every image behind the tower."""
         tower = self.shape.tower
         counts: Counts = tuple(size_of((crop,)) for crop in tower.crops * self.images)
+        for stage in self._at["pixels"]:
+            if not resizes(stage):
+                counts = self._act(stage, counts, None)
         for layer in range(tower.layers.depth):
             self.tower.append(counts)
             acting = self._acting("encoder", layer)
@@ -204,7 +223,7 @@ class TokenFlow:
     def _act(self, stage: Stage, counts: Counts, layer: int | None) -> Counts:
         for fact in stage.needs():
             self._pay(stage, fact, counts, layer)
-        if stage.site == "encoder":
+        if stage.site in ("pixels", "encoder"):
             # The tower does not know which crops belong to one prompt: there each is a row of its own.
             stack = self.shape.tower.layers
             self.cost += stage.flops(counts, stack.head_dim if stage.merge_point() else stack.width)

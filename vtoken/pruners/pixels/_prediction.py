@@ -11,7 +11,9 @@ Sizes = tuple[Tensor, Tensor]
 def unpredicted(x: Tensor, threshold: float, metric: str) -> Tensor:
     """[h, w] bool: which tokens of a raster x [h, w, P] are not like their prediction, see PixelPrune."""
     h, w = x.shape[:2]
-    return exact(x) if threshold == 0 else along_diagonals(x, threshold, metric)[0] if h * w > 1 else x.new_ones(h, w) > 0
+    return (
+        exact(x) if threshold == 0 else along_diagonals(x, threshold, metric)[0] if h * w > 1 else x.new_ones(h, w) > 0
+    )
 
 
 def exact(x: Tensor) -> Tensor:

@@ -68,14 +68,12 @@ class PixelPrune(Stage):
         x, device = self._on_scale(tokens.x.float()), tokens.x.device
         masks = []
         for i, values in enumerate(x.split(tokens.lengths)):
-            rasters = tokens.parts[i] if tokens.whole(i) and tokens.lengths[i] else ()
-            # A picture that has lost tokens cannot be predicted.
-            masks += [torch.ones(len(values), dtype=torch.bool, device=device)] if not rasters else []
-            for (frames, *size), part in zip(rasters, values.split([prod(grid) for grid in rasters]), strict=False):
-                masks += [
-                    unpredicted(frame.unflatten(0, size), self.threshold, self.metric).flatten()
-                    for frame in part.chunk(frames)
-                ]
+            if not tokens.whole(i):  # what has lost tokens cannot be predicted
+                masks.append(torch.ones(len(values), dtype=torch.bool, device=device))
+                continue
+            for grid, part in zip(tokens.parts[i], values.split([*map(prod, tokens.parts[i])]), strict=True):
+                frames = part.unflatten(0, grid)
+                masks += [unpredicted(frame, self.threshold, self.metric).flatten() for frame in frames]
         stay = torch.cat(masks)
         ends = uploaded([0, *accumulate(tokens.lengths)], device)
         counts = torch.nn.functional.pad(stay.cumsum(0), (1, 0))[ends].diff().tolist()
@@ -90,14 +88,16 @@ class PixelPrune(Stage):
         if not self.threshold or self.std is None:
             return x
         if x.shape[1] % len(self.std):
-            raise ValueError(f"std has {len(self.std)} numbers, which cannot be those of {x.shape[1]} values in channels")
+            raise ValueError(
+                f"std has {len(self.std)} numbers, which cannot be those of {x.shape[1]} values in channels"
+            )
         return (x.unflatten(1, (len(self.std), -1)) * x.new_tensor(self.std)[:, None]).flatten(1)
 
     def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
         return tuple(
-            n if image[0][0] > 1 else min(n, max(1, round(n * self.left)))
+            n if image[0][0] > 1 else min(n, max(len(image), round(n * self.left)))
             for n, image in zip(lengths, parts, strict=True)
         )
 
