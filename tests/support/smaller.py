@@ -50,8 +50,10 @@ def patches(frames: Tensor, grid: list[int], size: int, depth: int) -> Tensor:
 def shrunk(given: Tensor, before: list[int], after: list[int], size: int) -> Tensor:
     """Patches of the resampled picture."""
     frames = picture(given, before, size)
-    small = interpolate(frames, (after[1] * size, after[2] * size), mode="bicubic", antialias=True)
     low, high = frames.amin((0, 2, 3))[:, None, None], frames.amax((0, 2, 3))[:, None, None]
+    across = interpolate(frames, (before[1] * size, after[2] * size), mode="bicubic", antialias=True)
+    down = across.minimum(high).maximum(low)
+    small = interpolate(down, (after[1] * size, after[2] * size), mode="bicubic", antialias=True)
     return patches(small.minimum(high).maximum(low), after, size, len(frames) // before[0])
 
 

@@ -15,6 +15,7 @@ from batches import inside, suited
 from flop_counts import SDPA, Pipe, part
 from modes import LOGITS, alone, greedy
 from probes import Deep, Inside, InsideMerge, Ragged, above_mean
+from tiny_processors import processor
 from torch.utils.flop_counter import FlopCounterMode
 
 import vtoken
@@ -309,3 +310,32 @@ def test_flops(family: str, stage: dict[str, Any]) -> None:
     if "resize" in stage or windows is None:
         assert claimed.tower + claimed.projector == counter.get_total_flops() - behind
     assert claimed.inexact == (("pixelprune",) if "pixelprune" in stage else ())
+
+
+@families
+def test_smaller_pictures_are_those_of_the_processor(family: str) -> None:
+    """Of a picture of 8 x 8 tokens, which it does not resize, and told to make at most 4 x 4 of it: within a level of
+    256, to which it rounds twice."""
+    from PIL import Image
+
+    model = tiny.make(family)
+    images = processor(family).image_processor
+    counted = images.size["longest_edge"] // 112**2  # some count a picture for each frame that a patch spans
+    draw = torch.randint(0, 256, (8 * 28, 8 * 28, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    picture = Image.fromarray(draw.numpy())
+
+    def processed(side: int) -> Any:
+        images.size = {"shortest_edge": 28 * 28, "longest_edge": side**2 * counted}
+        return images(images=[picture], return_tensors="pt")
+
+    whole, want = processed(8 * 28), processed(4 * 28)
+    assert whole["image_grid_thw"].tolist() == [[1, 16, 16]] and want["image_grid_thw"].tolist() == [[1, 8, 8]]
+    seen: list[Any] = []
+    with vtoken.wrapped(model, [{"resize": {"keep": "25%"}}]), torch.no_grad():
+        hook = model.model.visual.register_forward_pre_hook(
+            lambda m, a, k: seen.append(k["hidden_states"]), with_kwargs=True
+        )
+        model.get_image_features(**whole)
+        hook.remove()
+    level = 1 / 255 / min(images.image_std)
+    assert float((seen[0] - want["pixel_values"]).abs().max()) <= 1.05 * level

@@ -31,8 +31,8 @@ class Resize(Compressor):
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.07143"
     deviations: ClassVar[str] = (
         "VTC-Bench resizes by a factor and lets the processor round; here the size follows from a budget of tokens. "
-        "Bicubic overshoot is clipped to the range of each channel in the picture, where processors clip to that of "
-        "the file, and is not rounded to 256 levels."
+        "Bicubic overshoot is clipped to the range of each channel in the picture, where processors clip to 0 and 255, "
+        "and levels are not rounded."
     )
 
     keep: Budget = Field(description="tokens that the smaller picture (video) may have: a count (64) or a share (25%)")

@@ -89,7 +89,8 @@ def planned(stage: Stage, layouts: Sequence[ImageLayout], skipped: Sequence[bool
     keep = chooses(stage, found.keep)
     if keep.lengths != tuple(math.prod(grid) for (grid,) in wanted):
         raise ValueError(f"stage {stage.name} keeps {list(keep.lengths)} tokens for pictures resized to {list(wanted)}")
-    return Smaller(tuple(g for (g,) in parts), tuple(g for (g,) in wanted), keep, found.trace)
+    grids = tuple(grid for (grid,) in wanted)
+    return Smaller(tuple(grid for (grid,) in parts), grids, keep, replace(found.trace, resized=list(grids)))
 
 
 def resampled(pixels: Tensor, plan: Smaller, side: int, channels: int, depth: int) -> Tensor:
@@ -108,10 +109,11 @@ def resampled(pixels: Tensor, plan: Smaller, side: int, channels: int, depth: in
         if (h, w) != (rows, columns):
             split = patches.detach().float().view(t, h, w, side, side, channels, depth, edge, edge)
             frames = split.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(t * depth, channels, h * side * edge, -1)
-            size = (rows * side * edge, columns * side * edge)
-            small = interpolate(frames, size, mode="bicubic", antialias=True, align_corners=False)
             least, most = frames.amin((0, 2, 3), keepdim=True), frames.amax((0, 2, 3), keepdim=True)
-            split = small.clamp(least, most).view(t, depth, channels, rows, side, edge, columns, side, edge)
+            # First across, then down, each clipped, as Pillow and torchvision resample bytes.
+            for size in ((h * side * edge, columns * side * edge), (rows * side * edge, columns * side * edge)):
+                frames = interpolate(frames, size, mode="bicubic", antialias=True).clamp(least, most)
+            split = frames.view(t, depth, channels, rows, side, edge, columns, side, edge)
             patches = split.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, pixels.shape[1]).to(pixels.dtype)
         out.append(patches)
     return torch.cat(out)
