@@ -259,18 +259,18 @@ def check_layers(stage: Stage, adapter: Adapter) -> None:
 
 def check_pixels(stage: Stage, adapter: Adapter) -> None:
     """Refuses stages that act on pixels where the tower does not take pictures of any size as one sequence."""
-    if not adapter.encoder.packed or adapter.encoder.by_rows:
-        how = "holds the pictures of a call row by row" if adapter.encoder.by_rows else "takes crops of one fixed size"
-        instead = (
-            "a smaller picture would be brought back to that size, which saves nothing: use pool, which averages "
-            "neighbouring tokens"
-            if resizes(stage) and not adapter.encoder.packed
-            else "use a stage of site encoder or tokens"
-        )
-        raise UnsupportedError(
-            f"stage {stage.name} acts on pixels before the vision tower, and that of {adapter.model_type} {how}; "
-            f"{instead}"
-        )
+    if adapter.encoder.by_rows:
+        how, instead = "holds pictures row by row", "make pictures smaller before the processor"
+    elif not adapter.encoder.packed:
+        how = "takes crops of one fixed size, to which a smaller picture would be brought back"
+        instead = "pool averages neighbouring tokens instead"
+    else:
+        return
+    if not resizes(stage):
+        instead = "use a stage of site encoder or tokens"
+    raise UnsupportedError(
+        f"stage {stage.name} acts on pixels before the vision tower, and that of {adapter.model_type} {how}; {instead}"
+    )
 
 
 def check_resizing(pipeline: Pipeline) -> None:
