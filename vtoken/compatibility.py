@@ -17,7 +17,7 @@ from vtoken.errors import ConfigError, OtherModelError, UnsupportedError, warn
 from vtoken.hooks.attention.sparse_prefill import check_attention
 from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.hooks.state.layer_kinds import SLIDING, kinds_of
-from vtoken.hooks.vision.tower import resizes
+from vtoken.hooks.vision.pixels import check_pixels
 from vtoken.stages import FACTS, SITES, Fact, OtherModel, Stage, spec_of
 from vtoken.stages.attention import SparseAttention
 from vtoken.stages.cache import CacheStage
@@ -62,7 +62,7 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
             f"{type(adapter.lm).__name__} takes no {CACHE}, by which transformers {transformers.__version__} hands the "
             "KV cache on, so nothing would be pruned; use a version from 5.14 to 5.24"
         )
-    check_resizing(pipeline)
+    check_pixels([stage for stage in pipeline.stages if stage.site == "pixels"], adapter)
     check_unmerging(pipeline, adapter)
     check_windows(pipeline, adapter)
     for stage in pipeline.stages:
@@ -232,8 +232,6 @@ def check_cache(stages: list[Stage]) -> None:
 
 def check_layers(stage: Stage, adapter: Adapter) -> None:
     """Refuses layers that do not exist, or whose output is no longer read."""
-    if stage.site == "pixels":
-        check_pixels(stage, adapter)
     if stage.site in ("pixels", "frames", "encoder"):
         check_tower(stage, adapter)
     if stage.site not in ("encoder", "decoder"):
@@ -254,31 +252,6 @@ def check_layers(stage: Stage, adapter: Adapter) -> None:
         raise UnsupportedError(
             f"stage {stage.name} acts at {stage.site} layers {list(layers)}; this model allows {allowed}"
             + (" (features are read after that)" if stage.site == "encoder" else "")
-        )
-
-
-def check_pixels(stage: Stage, adapter: Adapter) -> None:
-    """Refuses stages that act on pixels where the tower does not take pictures of any size as one sequence."""
-    if adapter.encoder.by_rows:
-        how, instead = "holds pictures row by row", "make pictures smaller before the processor"
-    elif not adapter.encoder.packed:
-        how = "takes crops of one fixed size, to which a smaller picture would be brought back"
-        instead = "pool averages neighbouring tokens instead"
-    else:
-        return
-    if not resizes(stage):
-        instead = "use a stage of site encoder or tokens"
-    raise UnsupportedError(
-        f"stage {stage.name} acts on pixels before the vision tower, and that of {adapter.model_type} {how}; {instead}"
-    )
-
-
-def check_resizing(pipeline: Pipeline) -> None:
-    """Refuses to resize pictures twice, or what has lost tokens."""
-    at = [stage for stage in pipeline.stages if stage.site == "pixels"]
-    if late := [stage.name for stage in at[1:] if resizes(stage)]:
-        raise UnsupportedError(
-            f"stage {late[0]} resizes pictures, which must come first, and once; {at[0].name} stands before it"
         )
 
 

@@ -7,8 +7,8 @@ from functools import partial
 
 from vtoken.errors import OtherModelError, UnsupportedError
 from vtoken.evals.cost.geometry import Geometry
+from vtoken.evals.cost.geometry.smaller_pictures import before_tower
 from vtoken.hooks.vision.frames import SIDE
-from vtoken.hooks.vision.tower import resizes
 from vtoken.stages import SITES, Fact, FactSpec, OtherModel, Parts, Site, Stage, size_of, spec_of
 from vtoken.stages.attention import SparseAttention
 from vtoken.stages.cache import CacheStage
@@ -64,8 +64,7 @@ class TokenFlow:
             self._check(stage)
         self._at = {site: [stage for stage in stages if stage.site == site] for site in SITES}
         self._dropping = bool(self._at["tokens"] or self._at["decoder"])
-        self.embedded = shape.tower.patches * images
-        self._resize()
+        self.shape, self._by_pixels = before_tower(shape, self._at["pixels"])
         self._choose_frames()
         counts = self._encode()
         for stage in self._at["tokens"]:
@@ -76,8 +75,7 @@ class TokenFlow:
             self.decoder.append(counts)
             self.newlines.append(self._lines(counts))
         self.density = [float(layer not in shape.decoder.states) for layer in range(shape.decoder.depth)]
-        lengths = [self.length(layer) for layer in range(shape.decoder.depth)]
-        self.attended = self.held = self.decoded = lengths
+        self.attended = self.held = self.decoded = lengths = [self.length(k) for k in range(shape.decoder.depth)]
         for stage in stages:
             if isinstance(stage, SparseAttention):
                 self._thin(stage)
@@ -96,11 +94,6 @@ class TokenFlow:
     def _check(self, stage: Stage) -> None:
         """Refuses a stage that does not go with these shapes, as `wrap` does."""
         decoder, tower = self.shape.decoder, self.shape.tower
-        if stage.site == "pixels" and tower.resized is None:
-            raise UnsupportedError(
-                f"stage {stage.name} acts on pixels before a tower that takes pictures of any size, and this one does "
-                "not; pool averages neighbouring tokens instead"
-            )
         if stage.unmerge_mode():
             self._leave_out(f"{stage.name}: tokens that were dropped, not merged; attention is counted as if none was")
         elif stage.site == "cache" and not isinstance(stage, CacheStage):
@@ -139,35 +132,23 @@ class TokenFlow:
     def _acting(self, site: Site, layer: int) -> list[Stage]:
         return [stage for stage in self._at[site] if layer in stage.layers(self._depth[site])]
 
-    def _resize(self) -> None:
-        """Goes on with smaller pictures, of which all that follows is counted."""
-        for stage in self._at["pixels"]:
-            if resizes(stage):
-                wanted = stage.resized((size_of(self.shape.parts),), (self.shape.parts,))
-                assert wanted is not None
-                self.shape = self.shape.resized(wanted[0][0])
-                self.embedded = self.shape.tower.patches * self.images
-
     def _choose_frames(self) -> None:
-        """Goes on with the frames that are left. A packed tower embeds all of them; its layers, as all of a padded one,
-        see fewer."""
-        frames, apart = self.shape.frames, self.shape.tower.crops[0][0] == 1
+        """Goes on with the frames that are left. A packed tower embeds all of them, though its layers see fewer."""
+        given, frames, apart = self.shape, self.shape.frames, self.shape.tower.crops[0][0] == 1
         for stage in self._at["frames"]:
             counts: Counts = (frames,) * self.images
             self.cost += stage.flops(counts, CHANNELS * SIDE**2)
             frames = max(self._left(stage, counts, (((self.shape.frames, 1, 1),),) * self.images, range(self.images)))
         self._dropping |= frames < self.shape.frames
         self.shape = self.shape.thinned(frames)
-        if apart:
-            self.embedded = self.shape.tower.patches * self.images
+        self.embedded = (self.shape if apart else given).tower.patches * self.images
 
     def _encode(self) -> Counts:
         """Visual tokens of every image behind the tower."""
         tower = self.shape.tower
         counts: Counts = tuple(size_of((crop,)) for crop in tower.crops * self.images)
-        for stage in self._at["pixels"]:
-            if not resizes(stage):
-                counts = self._act(stage, counts, None)
+        for stage in self._by_pixels:
+            counts = self._act(stage, counts, None)
         for layer in range(tower.layers.depth):
             self.tower.append(counts)
             acting = self._acting("encoder", layer)

@@ -13,12 +13,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.decide import decide
 from vtoken.hooks.state.live_tokens import trace_of
 from vtoken.hooks.state.run import Clock
 from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.hooks.state.trace import StageTrace
+from vtoken.hooks.vision.tower import parted
 from vtoken.stages import Keep, Stage, VisualTokens
+
+
+def check_pixels(stages: Sequence[Stage], adapter: Any) -> None:
+    """Refuses stages of site pixels where the tower does not take pictures of any size as one sequence, and what would
+    resize pictures twice, or those that have lost tokens.
+
+    Raises:
+        UnsupportedError: names the stage, the reason and what works.
+    """
+    resizers, others = parted(stages)
+    if stages and resizers not in ([], [stages[0]]):
+        raise UnsupportedError(
+            f"stage {resizers[-1].name} resizes pictures, which must come first, and once; {stages[0].name} stands "
+            "before it"
+        )
+    if adapter.encoder.by_rows:
+        how, instead = "holds pictures row by row", "make pictures smaller before the processor"
+    elif adapter.encoder.packed:
+        return
+    else:
+        how = "takes crops of one fixed size, to which a smaller picture would be brought back"
+        instead = "pool averages neighbouring tokens instead"
+    for stage in stages:
+        raise UnsupportedError(
+            f"stage {stage.name} acts on pixels before the vision tower, and that of {adapter.model_type} {how}; "
+            f"{'use a stage of site encoder or tokens' if stage in others else instead}"
+        )
 
 
 def by_channel(pixels: Tensor, unit: int, area: int) -> Tensor:

@@ -84,9 +84,8 @@ class Tower(ABC):
 
     def __init__(self, context: Context) -> None:
         self.context, self.run, self.adapter = context, context.run, context.adapter
-        self.encoder, self.choosers, before = self.adapter.encoder, context.at("frames"), context.at("pixels")
-        self.resizers = [stage for stage in before if resizes(stage)]
-        self.by_pixels = [stage for stage in before if not resizes(stage)]
+        self.encoder, self.choosers = self.adapter.encoder, context.at("frames")
+        self.resizers, self.by_pixels = parted(context.at("pixels"))
         depth, wanted = len(self.encoder.layers), context.wanted
         self.stages = [stage.for_depth(depth) for stage in context.at("encoder")]
         self.at = by_layer([stage for stage in self.stages if not stage.merge_point()], depth)
@@ -95,7 +94,7 @@ class Tower(ABC):
         self.merging = {k: acting if k <= last else [] for k, acting in by_layer(inside, depth).items()}
         self.features, self.pixels = (any(fact.name == name for fact in wanted) for name in ("features", "pixels"))
         per_layer = self._facts_of_layers(wanted)
-        if wanted or self.stages or self.choosers or before:
+        if any((wanted, self.stages, self.choosers, self.resizers, self.by_pixels)):
             self._install(per_layer)
 
     def _install(self, per_layer: dict[int, set[Fact]]) -> None:
@@ -266,6 +265,11 @@ class Tower(ABC):
 def resizes(stage: Stage) -> bool:
     """Whether a stage of site pixels resizes pictures; else it chooses."""
     return type(stage).resized is not Stage.resized
+
+
+def parted(stages: Sequence[Stage]) -> tuple[list[Stage], list[Stage]]:
+    """Those of site pixels that resize pictures, and those that choose."""
+    return [stage for stage in stages if resizes(stage)], [stage for stage in stages if not resizes(stage)]
 
 
 def check_windows(full: Sequence[int] | None, name: str, layer: int, who: str) -> None:

@@ -26,6 +26,8 @@ class PixelPrune(Stage):
     Pages, slides and screenshots lose most of their tokens, photographs none: see `max_kept`. Videos keep all. Tokens
     that stay keep their positions, in the tower and in the prompt. How many they are depends on the picture; the plan
     assumes the share `left`. Waits for the device once per call.
+
+    Paper: https://arxiv.org/abs/2604.00886.
     """
 
     site: ClassVar[Site] = "pixels"
