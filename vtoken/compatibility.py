@@ -17,6 +17,7 @@ from vtoken.errors import ConfigError, OtherModelError, UnsupportedError, warn
 from vtoken.hooks.attention.sparse_prefill import check_attention
 from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.hooks.state.layer_kinds import SLIDING, kinds_of
+from vtoken.hooks.vision.pixels import check_pixels
 from vtoken.stages import FACTS, SITES, Fact, OtherModel, Stage, spec_of
 from vtoken.stages.attention import SparseAttention
 from vtoken.stages.cache import CacheStage
@@ -61,6 +62,7 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
             f"{type(adapter.lm).__name__} takes no {CACHE}, by which transformers {transformers.__version__} hands the "
             "KV cache on, so nothing would be pruned; use a version from 5.14 to 5.24"
         )
+    check_pixels([stage for stage in pipeline.stages if stage.site == "pixels"], adapter)
     check_unmerging(pipeline, adapter)
     check_windows(pipeline, adapter)
     for stage in pipeline.stages:
@@ -230,7 +232,7 @@ def check_cache(stages: list[Stage]) -> None:
 
 def check_layers(stage: Stage, adapter: Adapter) -> None:
     """Refuses layers that do not exist, or whose output is no longer read."""
-    if stage.site in ("frames", "encoder"):
+    if stage.site in ("pixels", "frames", "encoder"):
         check_tower(stage, adapter)
     if stage.site not in ("encoder", "decoder"):
         return

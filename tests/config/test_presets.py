@@ -28,7 +28,7 @@ from vtoken.session import session_of
 # Of one picture they shorten nothing in the decoder: long prompts, the KV cache, videos.
 ELSEWHERE = {"attention", "cache"}
 VIDEO = ("evs", "vidcom2")
-EXITS = ("todre_exit", "dyvte")  # of this picture nobody need leave
+EXITS = ("todre_exit", "dyvte", "pixelprune")  # of this picture nobody need leave
 
 
 def model_of(name: str) -> str:
@@ -39,6 +39,8 @@ def model_of(name: str) -> str:
         ("hired-20pct", "llava-hf/llava-v1.6-vicuna-7b-hf"),
         ("textmonkey", "llava-hf/llava-v1.6-vicuna-7b-hf"),
         ("qwen", "Qwen/Qwen2-VL-7B-Instruct"),
+        ("resize", "Qwen/Qwen2-VL-7B-Instruct"),
+        ("pixelprune", "Qwen/Qwen2-VL-7B-Instruct"),
     ):
         if part in name:
             return model

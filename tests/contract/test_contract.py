@@ -41,13 +41,15 @@ def packed(stage, lengths=LENGTHS, parts=PARTS, seed=0):
 
 
 # Stages of site cache decide layer by layer on keys and values: test_cache_stages.py and test_kvpress.py hold them.
-# LLaVA has no frames: test_frames.py.
+# LLaVA has no frames, and pictures of one size: test_frames.py, test_pixels.py.
 every = pytest.mark.parametrize(
-    "name", [name for name in registry.stages() if registry.stage(name).site not in ("cache", "frames")]
+    "name", [name for name in registry.stages() if registry.stage(name).site not in ("cache", "frames", "pixels")]
 )
 # The others decide about attention, not about tokens.
 DECIDING = [
-    name for name in registry.stages() if registry.stage(name).site in ("frames", "encoder", "tokens", "decoder")
+    name
+    for name in registry.stages()
+    if registry.stage(name).site in ("pixels", "frames", "encoder", "tokens", "decoder")
 ]
 deciding = pytest.mark.parametrize("name", DECIDING)
 

@@ -16,7 +16,7 @@ from vtoken.errors import VtokenError
 from vtoken.stages import Pruner, VisualTokens, spec_of
 
 DEPTH, WIDTH = 4, tiny.TEXT["hidden_size"]
-SITES = ("frames", "encoder", "tokens", "decoder")
+SITES = ("pixels", "frames", "encoder", "tokens", "decoder")
 KEEPS = (1, 3, 7, "25%", "60%", {"total": 29}, {"per_crop": 5}, {"per_frame": 4}, 999)
 # Options with which what stays does, or does not, depend on the picture.
 OWN = {
@@ -29,8 +29,10 @@ OWN = {
     "dyvte": [{"gates": gates.file(seed)} for seed in range(4)],
     "flowcut": [{"keep": keep} for keep in (1, 3, 7, "25%", {"per_crop": 5})],
     "frames_changed": [{"similarity": 0.2, "left": 0.5}],
+    "pixelprune": [{}, {"threshold": 0.5, "std": (0.1,), "left": 0.3}, {"max_kept": 0.5}],
     "pool": [{"size": size} for size in (1, 2, 3)],
     "prumerge": [{"keep": keep, "plus": plus} for keep in (None, 5, {"per_crop": 5}) for plus in (False, True)],
+    "resize": [{"keep": keep} for keep in (1, 3, 7, "25%", "60%", 999)],
     "tome": [{"r": 3}, {"r": (5, 0, 2), "inflection": 0}, {"r": 4, "inflection": 0.5}],
     "todre_exit": [{"at": (1, 2), "threshold": 0.5}],
     "var_filter": [{"tau": 2.5}],

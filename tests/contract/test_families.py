@@ -4,6 +4,7 @@ policies."""
 from __future__ import annotations
 
 import pytest
+import smaller
 import tiny
 import torch
 import usual
@@ -14,6 +15,7 @@ from probes import Deep, Inside, InsideMerge, Ragged
 import vtoken
 from vtoken import registry
 from vtoken.errors import UnsupportedError
+from vtoken.hooks.vision.tower import resizes
 from vtoken.stages import Pruner
 
 PIPELINES = {
@@ -100,6 +102,13 @@ def test_every_stage_runs(family, name):
     if stage.site == "frames" and family not in tiny.VIDEO:
         with pytest.raises(UnsupportedError, match=f"{family} takes none"):
             vtoken.wrap(model, stage)
+        return
+    if stage.site == "pixels" and (not tiny.family(family).varlen or tiny.family(family).by_rows):
+        with pytest.raises(UnsupportedError, match="acts on pixels before the vision tower"):
+            vtoken.wrap(model, stage)
+        return
+    if stage.site == "pixels" and resizes(stage):
+        smaller.compare(model, batch, [stage], new=3)
         return
     if stage.site == "attention" and tiny.family(family).both_ways:
         with pytest.raises(UnsupportedError, match="both ways"):

@@ -146,7 +146,7 @@ def test_two_packages_that_take_one_name(install: Install) -> None:
         ("Middle = dict", "acme_bad:Middle", "is not a subclass of vtoken.stages.base.Stage"),
         ("x = 1", "acme_bad", "must define exactly one public Stage subclass, found none"),
         (MIDDLE + "class Two(Pruner):\n    pass\n", "acme_bad", "found Middle, Two"),
-        (MIDDLE.replace('"decoder"', '"nowhere"'), "acme_bad", "one of frames, encoder, tokens"),
+        (MIDDLE.replace('"decoder"', '"nowhere"'), "acme_bad", "one of pixels, frames, encoder, tokens"),
     ],
 )
 def test_a_broken_stage_matters_only_when_it_is_asked_for(

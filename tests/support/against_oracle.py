@@ -36,7 +36,7 @@ def encode(model, batch, p, stages):
 def merge(p, trace):
     """Puts the means of merged tokens at the places of those that absorbed them."""
     last = [s for s in trace.stages if s.site == "tokens" and s.into is not None]
-    inside = [s.kept for s in trace.stages if s.site in ("frames", "encoder")]
+    inside = [s.kept for s in trace.stages if s.site in ("pixels", "frames", "encoder")]
     if not last:
         return
     for i, (image, into) in enumerate(zip(p.images, last[-1].into, strict=True)):
@@ -65,7 +65,7 @@ def compare(model, batch, pipeline, new=NEW, weighted=False):
         )
         trace = vtoken.trace(model)
         hook.remove()
-        early = [s for s in trace.stages if s.site in ("frames", "encoder")]
+        early = [s for s in trace.stages if s.site in ("pixels", "frames", "encoder")]
         if early:
             encode(model, batch, p, early)
     if not weighted:

@@ -22,6 +22,8 @@ OWN: dict[str, dict[str, Any]] = {
     "zipvl": {"tau": 1.0, "recent": 200},
     "zipvl_cache": {"tau": 0.9, "recent": 2, "drawn": 4},
     "frames_relevant": {"relevance": (0.3, 0.1, 0.9, 0.2)},
+    # everything is alike, so that one token stays, as expected
+    "pixelprune": {"threshold": 1.0, "std": (0.01,), "left": 0.01},
     # only the first frame stays, as expected
     "frames_changed": {"similarity": -1.0, "left": 0.01},
     # one size and so a probability of 1: test_second_stages.py has maxima, the known answer probabilities

@@ -12,8 +12,8 @@ from vtoken.errors import VtokenError, unknown
 from vtoken.evals.shared.options import Options, as_json, option
 
 DESCRIPTION = """\
-Runs dense, fastervlm, uniform and random at three budgets on the shipped pictures: accuracy, tokens, FLOPs,
-time to first token, cache bytes. Writes report.html with the table, a plot and pictures of the kept tokens."""
+Runs dense, fastervlm, uniform, random and resize (where the model takes pictures of any size) at three budgets on the
+shipped pictures: accuracy, tokens, FLOPs, time to first token, cache bytes. Writes report.html with the table, a plot and pictures of the kept tokens."""
 EXAMPLES = """examples:
   vtoken demo                                  # writes vtoken-demo/report.html
   vtoken demo --limit 480                      # four times the questions: intervals half as wide
@@ -38,7 +38,8 @@ class Settings(Options):
     out: Path = option(Path("vtoken-demo"), "folder", "DIR")
     limit: int = option(120, "first N questions, 6 per picture", ge=1)
     all: bool = option(
-        False, "every stage that runs on the model, those without a budget once (default: fastervlm, uniform, random)"
+        False,
+        "every stage that runs on the model, those without a budget once (default: fastervlm, uniform, random, resize)",
     )
     budgets: tuple[int, ...] | None = option(
         None, "visual tokens to keep (default: about 1/9, 1/18 and 1/36 of the picture's)", "N,N,N", read=_budgets

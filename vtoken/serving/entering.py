@@ -17,7 +17,7 @@ from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.serving import plan
 from vtoken.session import Session, session_of, whole
 
-BEFORE = ("frames", "encoder", "tokens")  # sites before the language model
+BEFORE = ("pixels", "frames", "encoder", "tokens")  # sites before the language model
 
 
 def embeddings(model: Any, inputs: Mapping[str, Any]) -> list[Tensor]:

@@ -25,6 +25,8 @@ ELSEWHERE = "serve the pipeline with transformers (`vtoken serve`), or leave the
 
 FAMILIES = families()
 SITES = {
+    "pixels": "vLLM's own processor says how many tokens a picture has before the model sees it; smaller pictures are "
+    "what --mm-processor-kwargs '{\"max_pixels\": N}' gives",
     "frames": "frames are chosen before vLLM's model is called; N frames at equal distances are what "
     '--media-io-kwargs \'{"video": {"num_frames": N}}\' takes',
     "decoder": f"vLLM runs all decoder layers of a step on one number of tokens, with one block table; {ELSEWHERE}",

@@ -81,13 +81,23 @@ class Stage(BaseModel):
         """Frees what the stage copied to devices; called by `unwrap`."""
 
     def select(self, tokens: VisualTokens) -> Keep:
-        """The decision, for sites encoder, tokens and decoder."""
+        """The decision, for sites pixels, frames, encoder, tokens and decoder."""
         raise NotImplementedError(f"stage {self.name} defines no select()")
 
     def query_tokens(self, tokens: VisualTokens) -> list[Tensor]:
         """For stages that need text_attention: per image, the text tokens whose attention is read, as indices into
         later_text, the only fact in `tokens`. Called once, on the tokens that enter the decoder."""
         raise NotImplementedError(f"stage {self.name} asks for text_attention and defines no query_tokens()")
+
+    def resized(self, lengths: Sequence[int], parts: Sequence[Parts]) -> tuple[Parts, ...] | None:
+        """At site pixels, for stages that resize pictures: the rasters, in tokens, that each image gets, none larger
+        than its own, with as many frames. `select` then keeps the upper left corner of every raster that is so large:
+        the tokens of the smaller picture take these places. None for stages that choose.
+
+        Args:
+            lengths, parts: as in VisualTokens.
+        """
+        return None
 
     def unmerge_mode(self) -> Unmerging | None:
         """At site attention, how a stage with virtual unmerging caches, else None. A merged token then attends, and is

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Site = Literal["frames", "encoder", "tokens", "decoder", "attention", "cache"]
-SITES: tuple[Site, ...] = ("frames", "encoder", "tokens", "decoder", "attention", "cache")
+Site = Literal["pixels", "frames", "encoder", "tokens", "decoder", "attention", "cache"]
+SITES: tuple[Site, ...] = ("pixels", "frames", "encoder", "tokens", "decoder", "attention", "cache")
 Read = Literal["pixels", "encoder layer", "encoder output", "hidden states", "decoder layer", "next layer"]
 
 

@@ -7,6 +7,7 @@ from functools import partial
 
 from vtoken.errors import OtherModelError, UnsupportedError
 from vtoken.evals.cost.geometry import Geometry
+from vtoken.evals.cost.geometry.smaller_pictures import before_tower
 from vtoken.hooks.vision.frames import SIDE
 from vtoken.stages import SITES, Fact, FactSpec, OtherModel, Parts, Site, Stage, size_of, spec_of
 from vtoken.stages.attention import SparseAttention
@@ -21,7 +22,7 @@ class TokenFlow:
     """Runs every stage's `expected_counts`.
 
     Attributes:
-        shape: what is counted, after frames-site stages.
+        shape: what is counted, with smaller pictures and fewer frames if stages of these sites make them so.
         embedded: patches that the tower's patch embedding meets.
         tower: units (see Tower) alive per crop in every tower layer; `mlps` those that its MLP sees.
         decoder: visual tokens alive per image in every decoder layer.
@@ -63,7 +64,7 @@ class TokenFlow:
             self._check(stage)
         self._at = {site: [stage for stage in stages if stage.site == site] for site in SITES}
         self._dropping = bool(self._at["tokens"] or self._at["decoder"])
-        self.embedded = shape.tower.patches * images
+        self.shape, self._by_pixels = before_tower(shape, self._at["pixels"])
         self._choose_frames()
         counts = self._encode()
         for stage in self._at["tokens"]:
@@ -74,15 +75,14 @@ class TokenFlow:
             self.decoder.append(counts)
             self.newlines.append(self._lines(counts))
         self.density = [float(layer not in shape.decoder.states) for layer in range(shape.decoder.depth)]
-        lengths = [self.length(layer) for layer in range(shape.decoder.depth)]
-        self.attended = self.held = self.decoded = lengths
+        self.attended = self.held = self.decoded = lengths = [self.length(k) for k in range(shape.decoder.depth)]
         for stage in stages:
             if isinstance(stage, SparseAttention):
                 self._thin(stage)
             elif isinstance(stage, CacheStage):
                 self._shrink(stage)
             elif (kept := stage.unmerge_mode()) and len(stages) > 1:
-                places = images * size_of(shape.parts)
+                places = images * size_of(self.shape.parts)
                 self.attended = [n - sum(c) + places for n, c in zip(lengths, self.decoder, strict=True)]
                 self.decoded = self.attended
                 self.held = self.attended if kept == "expanded" else lengths
@@ -133,22 +133,22 @@ class TokenFlow:
         return [stage for stage in self._at[site] if layer in stage.layers(self._depth[site])]
 
     def _choose_frames(self) -> None:
-        """Goes on with the frames that are left. A packed tower embeds all of them; its layers, as all of a padded one,
-        see fewer."""
-        frames, apart = self.shape.frames, self.shape.tower.crops[0][0] == 1
+        """Goes on with the frames that are left. A packed tower embeds all of them, though its layers see fewer."""
+        given, frames, apart = self.shape, self.shape.frames, self.shape.tower.crops[0][0] == 1
         for stage in self._at["frames"]:
             counts: Counts = (frames,) * self.images
             self.cost += stage.flops(counts, CHANNELS * SIDE**2)
             frames = max(self._left(stage, counts, (((self.shape.frames, 1, 1),),) * self.images, range(self.images)))
         self._dropping |= frames < self.shape.frames
         self.shape = self.shape.thinned(frames)
-        if apart:
-            self.embedded = self.shape.tower.patches * self.images
+        self.embedded = (self.shape if apart else given).tower.patches * self.images
 
     def _encode(self) -> Counts:
         """Visual tokens of every image behind the tower."""
         tower = self.shape.tower
         counts: Counts = tuple(size_of((crop,)) for crop in tower.crops * self.images)
+        for stage in self._by_pixels:
+            counts = self._act(stage, counts, None)
         for layer in range(tower.layers.depth):
             self.tower.append(counts)
             acting = self._acting("encoder", layer)
@@ -204,7 +204,7 @@ class TokenFlow:
     def _act(self, stage: Stage, counts: Counts, layer: int | None) -> Counts:
         for fact in stage.needs():
             self._pay(stage, fact, counts, layer)
-        if stage.site == "encoder":
+        if stage.site in ("pixels", "encoder"):
             # The tower does not know which crops belong to one prompt: there each is a row of its own.
             stack = self.shape.tower.layers
             self.cost += stage.flops(counts, stack.head_dim if stage.merge_point() else stack.width)

@@ -18,7 +18,13 @@ from vtoken.evals.shared.options import FRAMES
 from vtoken.registry import catalogue
 from vtoken.session import trace, watched, wrapped
 
-SITES = ("encoder", "tokens", "decoder", "cache")  # Frames are of videos, and sparse attention leaves all tokens.
+SITES = (
+    "pixels",
+    "encoder",
+    "tokens",
+    "decoder",
+    "cache",
+)  # Frames are of videos, and sparse attention leaves all tokens.
 MEASURES = ("tokens at entry", "mean over layers", "KV cache, kB", "seconds")
 
 

@@ -15,8 +15,8 @@ from vtoken.registry import adapter, catalogue
 from vtoken.session import trace, watched, wrapped
 from vtoken.stages import Stage
 
-FEW = ("fastervlm", "uniform", "random")
-FLOORS = ("uniform", "random")
+FEW = ("fastervlm", "uniform", "random", "resize")
+FLOORS = ("uniform", "random", "resize")
 DEPTH = 24  # of CLIP-L, which authors' layer numbers are about
 
 
@@ -62,7 +62,13 @@ def choose(model: Any, prompt: Any, budgets: Sequence[int], everything: bool = F
             except VtokenError as error:
                 left_out[name] = str(error)
     else:
-        pipelines |= {f"{method}:{k}": load(f"{method}:{k}") for method in FEW for k in budgets}
+        for method in FEW:
+            found = _budgeted(method, budgets, {})
+            try:
+                with wrapped(model, next(iter(found.values()))):
+                    pipelines |= found
+            except UnsupportedError as error:
+                left_out[method] = str(error)
     middle = str(budgets[len(budgets) // 2])
     shown = tuple(label for label in pipelines if label.partition(":")[2] in ("", middle))
     return DemoPipelines(pipelines, shown, left_out, {name: own for name, own in changed.items() if own})

@@ -12,10 +12,12 @@ from PIL import Image
 from vtoken.evals.pictures.overlay import captioned, drawn, owners, sheet, views
 from vtoken.evals.shared.media import Media, rgb
 from vtoken.hooks.state.trace import Trace
+from vtoken.stages import Parts
 
 # Least side of a tile in pixels, by how many there are.
 SIDES = {1: 720, 2: 480, 3: 480}
 MANY = 280
+SMOOTH = Image.Resampling.BICUBIC
 COLUMNS = 4
 
 
@@ -30,18 +32,48 @@ def picture(processor: Any, pixel_values: Any, media: Media, seen: Trace, captio
     tiles = sum(t for parts in seen.parts for t, _, _ in parts)
     side = SIDES.get(tiles, MANY)
     pictures = [
-        drawn(view, seen.parts[k], seen.kept[k], owners(seen, k), side=side, columns=COLUMNS)
+        drawn(*as_resized(seen, k, view), side=side, columns=COLUMNS)
         for k, view in enumerate(views(processor, pixel_values, media, seen.parts))
     ]
     whole = pictures[0] if len(pictures) == 1 else sheet(pictures, columns=2, background="white")
     return captioned(whole, caption) if caption else whole
 
 
+def as_resized(
+    seen: Trace, image: int, view: list[Image.Image]
+) -> tuple[list[Image.Image], Parts, Sequence[int], list[int] | None]:
+    """What the tower saw of an image, its rasters, and what was kept of them and merged: where a stage resized it, of
+    the smaller picture."""
+    parts, kept, into = seen.parts[image], seen.kept[image].tolist(), owners(seen, image)
+    first = next((stage.resized[image] for stage in seen.stages if stage.resized), None)
+    if first is None or (first,) == parts:
+        return view, parts, kept, into
+    (frames, height, width), (_, rows, columns) = parts[0], first
+
+    def place(token: int) -> int:
+        frame, row, column = token // (height * width), token // width % height, token % width
+        return (frame * rows + row) * columns + column
+
+    if into is not None:
+        corner = [
+            (frame * height + row) * width + column
+            for frame in range(frames)
+            for row in range(rows)
+            for column in range(columns)
+        ]
+        into = [place(into[token]) if into[token] >= 0 else -1 for token in corner]
+    small = [
+        picture.resize((-(-picture.width * columns // width), -(-picture.height * rows // height)), SMOOTH)
+        for picture in view
+    ]
+    return small, (first,), [place(token) for token in kept], into
+
+
 def for_page(processor: Any, inputs: Any, media: Media, seen: Trace, columns: int) -> list[Image.Image]:
     """Every image with what was kept of it, for a page that shows it some 260 pixels wide: labels of several rasters
     stay legible there."""
     return [
-        drawn(view, seen.parts[k], seen.kept[k], owners(seen, k), 480 if len(view) == 1 else 240, columns)
+        drawn(*as_resized(seen, k, view), 480 if len(view) == 1 else 240, columns)
         for k, view in enumerate(views(processor, inputs.get("pixel_values"), media, seen.parts))
     ]
 

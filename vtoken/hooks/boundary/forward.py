@@ -58,7 +58,7 @@ def forward_of(context: Context, kwargs: dict) -> ForwardState:
 
 
 def lagging(kwargs: dict, shift: Tensor) -> Tensor:
-    """Position ids that lag behind the logical ones by `shift` [B, 1] (compact positions)."""
+    """Position ids that lag behind the logical ones by `shift` [B, 1] (compact positions, resized pictures)."""
     x, positions = kwargs["inputs_embeds"], kwargs.get("position_ids")
     if positions is None:
         positions = torch.arange(x.shape[1], device=x.device)[None] + kwargs[CACHE].get_seq_length()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vtoken.hooks.boundary.prompt_images import prompt_images
+from vtoken.hooks.boundary.resized_positions import moved_up
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import ForwardState
 from vtoken.hooks.state.image_spans import ImageSpans
@@ -27,6 +28,7 @@ def build_prefill(
     too."""
     found = prompt_images(context, flow, visual)
     located, whole, seen, values = found.spans, found.whole, found.seen, found.values
+    flow.positions, lag = moved_up(flow, found)
     trace = context.run.trace = Trace(
         visual_tokens=list(seen.lengths),
         parts=list(whole.parts),
@@ -44,6 +46,7 @@ def build_prefill(
         policy=context.newline,
         deepstack=list(deepstack or ()),
         labels=context.run.labels,
+        lag=lag,
         answer=found.answer,
         tails=found.tails,
         texts=found.texts,

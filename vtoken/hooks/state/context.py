@@ -77,7 +77,7 @@ class Context:
     @cached_property
     def min_tokens_of_tower(self) -> int:
         """`min_tokens`, where anything is done in the vision tower that a dense row does not need."""
-        return self.min_tokens if self.at("frames", "encoder") or self.wanted else 0
+        return self.min_tokens if self.at("pixels", "frames", "encoder") or self.wanted else 0
 
     def resolve(self, fact: Fact) -> Fact:
         """The fact that the vision tower stores for one that is read behind it: its layer named, substituted where the

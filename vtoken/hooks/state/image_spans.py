@@ -82,7 +82,7 @@ class ImageSpans:
             return [values[e][i] for e, i in self.origin if values[e]]
 
         told: dict[str, Any] = {
-            name: pick(name) for name in ("tokens_in", "tokens_out", "kept", "frames", "patches", "into")
+            name: pick(name) for name in ("tokens_in", "tokens_out", "kept", "frames", "patches", "resized", "into")
         }
         if len(told["into"]) < len(self.origin):
             told["into"] = None

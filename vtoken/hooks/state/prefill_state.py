@@ -88,6 +88,8 @@ class PrefillState(ForwardState):
         answer: [B, L] logical columns behind the prompt (drafts, or an answer that is scored), None without any;
             `tails` says how many they are per row; texts: text tokens of each row's prompt.
         changed: something was dropped or merged.
+        lag: [B] how much further decode steps lag behind what the model counts than they did before, since pictures were
+            resized; None where none was.
         min_tokens: visual tokens below which a row runs dense; `skipped` says why of those rows, `skip_reason` why no
             stage acts at all, or None.
         layouts: first layer of a group -> its layout; logical: of the current one, see Layout.
@@ -114,6 +116,7 @@ class PrefillState(ForwardState):
     texts: list[int] = field(default_factory=list)
     labels: Tensor | None = None
     changed: bool = False
+    lag: Tensor | None = None
     min_tokens: int = 0
     layouts: dict[int, SlotLayout] = field(default_factory=dict)
     logical: Tensor | None = None
@@ -238,11 +241,17 @@ class PrefillState(ForwardState):
         now = self.now()
         self.logical = now if old is None else torch.cat([old, now.to(old.device)], 1)
         if before is not None:
-            # Nothing lags where positions are not compact.
-            shift = self.shift(start) if self.renumbers else before.shift
-            lags = self.renumbers and (self.changed or before.lags)
+            shift, lags = self._shifted(start, before)
             end = self.past + self.new.shape[1]
             self.pending_slots[start] = SlotMap(self.logical, end, shift, self.dense and before.dense, lags)
+
+    def _shifted(self, start: int, before: SlotMap) -> tuple[Tensor | None, bool]:
+        """As in SlotMap. Nothing lags where positions are not compact and no picture was resized."""
+        if self.renumbers:
+            return self.shift(start), self.changed or before.lags
+        if self.lag is None:
+            return before.shift, before.lags
+        return self.lag if before.shift is None else before.shift + self.lag.to(before.shift.device), True
 
     def _told(self) -> bool:
         return self.mask is None or not self.past

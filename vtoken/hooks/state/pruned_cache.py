@@ -39,7 +39,7 @@ class SlotMap:
         logical: [B, P] logical position of each slot, -1 for padding.
         end: logical length when this was recorded; later tokens are dense.
         shift: [B] how far positions lag behind the logical numbering; None: nowhere, as always unless positions are
-            compact.
+            compact or pictures were resized.
         dense: no padding in any row.
         lags: whether `shift` may hold anything but zeros.
     """

@@ -132,6 +132,8 @@ class Encoded:
         counted: as in Trace.
         untold: an encoder stage merged, but the model interpolated its output, so that no token stands for certain
             others.
+        resized: rasters that the tower saw of every image, where some were made smaller; their tokens are those in the
+            upper left corner of `layouts`. None where none was.
     """
 
     layouts: tuple[ImageLayout, ...]
@@ -144,6 +146,7 @@ class Encoded:
     untold: bool = False
     deep: tuple[Tensor | None, ...] = ()
     counted: str | None = None
+    resized: tuple[Parts, ...] | None = None
 
     @property
     def shortened(self) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtoken.errors import ConfigError
-from vtoken.stages import Parts
+from vtoken.stages import Grid, Parts
 
 
 class Deferred:
@@ -64,6 +64,8 @@ class StageTrace:
         backend: at site attention, what computed it: torch, triton or flex.
         frames: at site frames, per image, the frames that stayed (in Qwen models pairs of frames); an image is one.
         patches: at site frames, per image, the patches that the vision tower's layers see of it.
+        resized: of stages that resize, per image, the raster of the smaller picture, whose tokens are `kept` in the upper
+            left corner of its own.
         rows_aside: at site attention, per batch row: why it read everything while others did not, or None.
         densities: at site attention, per batch row: share of the causal blocks that was computed, head mean (scalars on
             the device).
@@ -84,6 +86,7 @@ class StageTrace:
     rows_aside: list[str | None] = field(default_factory=list)
     frames: list[list[int]] = field(default_factory=list)
     patches: list[int] = field(default_factory=list)
+    resized: list[Grid] = field(default_factory=list)
 
     @property
     def density(self) -> list[float]:
@@ -112,6 +115,7 @@ class StageTrace:
             "backend": self.backend,
             "frames": self.frames,
             "patches": self.patches,
+            "resized": [list(grid) for grid in self.resized],
             "substitutes": self.substitutes,
         }
 

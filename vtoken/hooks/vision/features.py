@@ -87,7 +87,14 @@ class FeatureHooks:
 
         facts = {f: pack(v[..., None])[..., 0] if scalar(f) else pack(v) for f, v in tower.facts.items()}
         encoded = Encoded(
-            call.layouts, facts, fingerprint, tower.traces, tower.history, deep=tuple(tower.deep), counted=call.counted
+            call.layouts,
+            facts,
+            fingerprint,
+            tower.traces,
+            tower.history,
+            deep=tuple(tower.deep),
+            counted=call.counted,
+            resized=tower.resized,
         )
         if call.skip_reason is not None:
             encoded.stages = [replace(trace, stood_aside=call.skip_reason) for trace in tower.traces]

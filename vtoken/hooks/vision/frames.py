@@ -100,13 +100,18 @@ def shorten(tower: Any, chosen: Chosen, unit: int) -> None:
     """Enters into the state of a packed tower which tokens are left, and the traces. `unit`: patches of a token."""
     each = [layout.tokens // n for layout, n in zip(tower.layouts, chosen.frames, strict=True)]
     device = tower.image.device
-    token = torch.arange(len(tower.image), device=device)
-    start = offsets_of(chosen.frames, device)[:-1]
-    frame = tower.history.raster_index // torch.tensor(each, device=device)[tower.image] + start[tower.image]
+    token = tower.history.places
+    start, image = offsets_of(chosen.frames, device)[:-1], tower.image[token]
+    frame = torch.zeros_like(tower.image)
+    frame[token] = tower.history.raster_index // torch.tensor(each, device=device)[image] + start[image]
     for step in chosen.steps:
-        before = tower.history.lengths
+        before = tower.history.counts
         kept = torch.cat([p.to(device) + s for p, s in zip(step.kept, start, strict=True)])
-        lengths = tuple(len(p) * n for p, n in zip(step.kept, each, strict=True))
+        # Only pictures, whose one frame stays, may have lost tokens by now.
+        lengths = tuple(
+            n if len(p) == many else len(p) * tokens
+            for p, many, tokens, n in zip(step.kept, chosen.frames, each, before, strict=True)
+        )
         keep = Keep(torch.isin(frame[token], kept).nonzero()[:, 0], lengths)
         tower.history = tower.history.advance(keep)
         token = token[keep.index]

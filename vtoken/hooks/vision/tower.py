@@ -37,6 +37,7 @@ class TowerState(ABC):
         skipped: per image (crop), whether it keeps all its tokens; empty when none does. `skip_reason` says why no
             stage acts at all, or None.
         taps: q, k, v or qkv -> what the layer at work projected.
+        resized: of pictures that were made smaller for this call, all their rasters; None where none was.
         deep: what DeepStack taps, tap by tap: what was left then, see `alive`.
         facts: for later stages, [ΣN, ...] (padded towers: [crops, patches, ...]), 0 where a token was dropped before
             the fact was read.
@@ -52,6 +53,7 @@ class TowerState(ABC):
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
     traces: list[StageTrace] = field(default_factory=list)
     deep: list[Tensor | None] = field(default_factory=list)
+    resized: tuple[Parts, ...] | None = None
 
     @property
     def short(self) -> bool:
@@ -83,6 +85,7 @@ class Tower(ABC):
     def __init__(self, context: Context) -> None:
         self.context, self.run, self.adapter = context, context.run, context.adapter
         self.encoder, self.choosers = self.adapter.encoder, context.at("frames")
+        self.resizers, self.by_pixels = parted(context.at("pixels"))
         depth, wanted = len(self.encoder.layers), context.wanted
         self.stages = [stage.for_depth(depth) for stage in context.at("encoder")]
         self.at = by_layer([stage for stage in self.stages if not stage.merge_point()], depth)
@@ -91,17 +94,18 @@ class Tower(ABC):
         self.merging = {k: acting if k <= last else [] for k, acting in by_layer(inside, depth).items()}
         self.features, self.pixels = (any(fact.name == name for fact in wanted) for name in ("features", "pixels"))
         per_layer = self._facts_of_layers(wanted)
-        if wanted or self.stages or self.choosers:
+        if any((wanted, self.stages, self.choosers, self.resizers, self.by_pixels)):
             self._install(per_layer)
 
     def _install(self, per_layer: dict[int, set[Fact]]) -> None:
         handle = self.context.handle
+        thinned = bool(self.choosers or self.by_pixels)
         handle.before(self.adapter.tower, self._start)
         for layer, module in enumerate(self.encoder.layers):
             if per_layer[layer]:
                 attention = self._tap(module, projections(per_layer[layer]))
                 handle.after(attention, partial(self._facts, layer, sorted(per_layer[layer])))
-            if (layer and self.stages) or (self.choosers and self.encoder.packed):
+            if (layer and self.stages) or (thinned and self.encoder.packed):
                 handle.before(module, partial(self._layer, layer))
         self._behind()
 
@@ -256,6 +260,16 @@ class Tower(ABC):
     @abstractmethod
     def _put_back(self, keep: Keep, values: Tensor, hidden: Tensor) -> Tensor:
         """Hidden states of what a decision leaves of `values`, as the next layer takes them."""
+
+
+def resizes(stage: Stage) -> bool:
+    """Whether a stage of site pixels resizes pictures; else it chooses."""
+    return type(stage).resized is not Stage.resized
+
+
+def parted(stages: Sequence[Stage]) -> tuple[list[Stage], list[Stage]]:
+    """Those of site pixels that resize pictures, and those that choose."""
+    return [stage for stage in stages if resizes(stage)], [stage for stage in stages if not resizes(stage)]
 
 
 def check_windows(full: Sequence[int] | None, name: str, layer: int, who: str) -> None:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from vtoken.hooks.state.run import ImageLayout, segments
 from vtoken.hooks.state.token_history import TokenHistory
-from vtoken.hooks.vision import frames
+from vtoken.hooks.vision import frames, resizing
 from vtoken.hooks.vision.encoder_facts import EncoderLayer
+from vtoken.hooks.vision.pixels import by_channel, choose
 from vtoken.hooks.vision.tower import Tower, TowerState
 from vtoken.stages import Fact, Keep, Parts, image_of, place_in_image
 
@@ -36,6 +37,7 @@ class VarlenState(TowerState):
         live: [ΣK] token of each group that is left, in the tower's order.
         rotary: cos and sin of the live patches; bounds: whether attention is full -> cu_seqlens and longest segment of
             the live patches. Both are made again after every drop.
+        plan: the smaller pictures that this is about, where others were given.
     """
 
     layouts: tuple[ImageLayout, ...]
@@ -43,6 +45,7 @@ class VarlenState(TowerState):
     slot: Tensor
     live: Tensor
     rotary: tuple[Tensor, Tensor] | None = None
+    plan: resizing.Smaller | None = None
     bounds: dict[bool, tuple[Tensor, int | None]] = field(default_factory=dict)
 
     @property
@@ -70,11 +73,37 @@ class VarlenTower(Tower):
         """[unit*K, ...] -> [K, unit, ...]."""
         return patches.unflatten(0, (-1, self.encoder.unit))
 
-    def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         pixels = args[0] if args else kwargs["hidden_states"]
         grid = args[1] if len(args) > 1 else kwargs["grid_thw"]
+        call = self.run.call
+        if not self.resizers or call is None:
+            self._begin(pixels, grid, self.adapter.rasters(grid.tolist()) if call is None else call.layouts, kwargs)
+            return None
+        (stage,) = self.resizers
+        plan = resizing.planned(stage, call.layouts, call.skipped([1] * len(call.layouts)), pixels.device)
+        if not plan.acts:
+            self._begin(pixels, grid, call.layouts, kwargs)
+            self.state.traces.insert(0, plan.trace)
+            return None
+        side, depth = math.isqrt(self.encoder.unit), self.adapter.tower.config.temporal_patch_size
+        pixels = resizing.resampled(pixels, plan, side, pixels.shape[1] // self._area(), depth)
+        grid, layouts = plan.grid(side, grid), plan.layouts
+        # What was worked out ahead from the grids is about the pictures as they were given.
+        rest = {name: value for name, value in kwargs.items() if not torch.is_tensor(value)}
+        self._begin(pixels, grid, layouts, rest)
+        self.state.plan, self.state.resized = plan, plan.parts
+        return (), {**rest, "hidden_states": pixels, "grid_thw": grid}
+
+    def _area(self) -> int:
+        """Pixels of a patch, in all frames that it spans."""
+        config = self.adapter.tower.config
+        area: int = config.temporal_patch_size * config.patch_size**2
+        return area
+
+    def _begin(self, pixels: Tensor, grid: Tensor, layouts: tuple[ImageLayout, ...], kwargs: dict) -> None:
+        """The state of a call, before the tower's first layer; frames and tokens are chosen by their pixels."""
         call, device = self.run.call, pixels.device
-        layouts = self.adapter.rasters(grid.tolist()) if call is None else call.layouts
         full = tuple(layout.tokens for layout in layouts)
         order = self.adapter.order(grid, kwargs)
         live = torch.arange(sum(full), device=device) if order is None else order.to(device, non_blocking=True)
@@ -86,12 +115,18 @@ class VarlenTower(Tower):
             state.skipped, state.skip_reason = call.skipped([1] * len(layouts)), call.skip_reason
         if self.pixels:
             state.facts[Fact("pixels")] = self._groups(pixels.detach().float()).flatten(1)
+        counts = [layout.parts[0][0] for layout in layouts]
+        if self.by_pixels:
+            still = max(counts) == 1 if call is None else call.kind == "image"
+            choose(state, self.by_pixels, by_channel(pixels, self.encoder.unit, self._area()), still)
         if self.choosers:
-            config = self.adapter.tower.config
-            area = config.temporal_patch_size * config.patch_size**2
-            seen = frames.packed_thumbnails(pixels, layouts, math.isqrt(self.encoder.unit), area)
-            counts = [layout.parts[0][0] for layout in layouts]
+            seen = frames.packed_thumbnails(pixels, layouts, math.isqrt(self.encoder.unit), self._area())
             frames.shorten(state, frames.choose(self.choosers, seen, counts, state.skipped), self.encoder.unit)
+
+    def _after(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
+        """Behind the tower, of smaller pictures than were given."""
+        state = self.state
+        return None if state is None or state.plan is None else resizing.put_back(state, state.plan, out)
 
     def _tap(self, module: Any, letters: list[str]) -> nn.Module:
         self.context.handle.after_child(module.attn, "qkv", partial(self._keep, "qkv"))
@@ -169,6 +204,8 @@ class VarlenTower(Tower):
             self.context.handle.after(merger, partial(self._merged, index))
         if self.features:
             self.context.handle.before(self.adapter.behind, self._left)
+        if self.resizers:
+            self.context.handle.after(self.adapter.tower, self._after)
 
     @torch.no_grad()
     def _left(self, module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,7 +80,12 @@ def packed(
     merge, depth = vision.spatial_merge_size, vision.depth
     raster = (t, h // merge, w // merge)
     full = range(depth) if full is None else sorted(full)
-    windows = windows_of(vision, grid) if len(full) < depth else {}
+
+    def blocks(grid: Grid) -> tuple[Mapping[int, int], ...]:
+        t, h, w = grid
+        windows = windows_of(vision, grid) if len(full) < depth else {}
+        return tuple({h * w: t} if layer in full else windows for layer in range(depth))
+
     if merger is None:
         merger = merge**2 * width * (merge**2 * width + out)
     return Geometry(
@@ -96,7 +101,8 @@ def packed(
             ),
             crops=(raster,),
             unit=merge**2,
-            blocks=tuple({h * w: t} if layer in full else windows for layer in range(depth)),
+            blocks=blocks(grid),
+            resized=blocks,
             extra=0,
             stem=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * width,
             head_patch=0,

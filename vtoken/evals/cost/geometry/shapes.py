@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import comb
+from math import comb, isqrt
 
 from torch import Tensor
 
 from vtoken.evals.shared.options import ImageSize
-from vtoken.stages import Parts, size_of
+from vtoken.stages import Grid, Parts, size_of
 
 Draw = Callable[..., Tensor]  # random numbers of a shape, as torch.randn
 
@@ -120,6 +120,8 @@ class Tower:
         feature_layers: layers whose outputs projectors read.
         attention_layer: where attention facts are read unless a stage names a layer.
         packed: all images of a batch attend in one product, which a mask cuts (Pixtral); nothing merges inside.
+        resized: where pictures of any size lie in one sequence (Qwen), `blocks` of a raster in patches (frames, rows,
+            columns).
     """
 
     layers: Layers
@@ -133,6 +135,7 @@ class Tower:
     feature_layers: tuple[int, ...]
     attention_layer: int
     packed: bool = False
+    resized: Callable[[Grid], tuple[Mapping[int, int], ...]] | None = None
 
     @property
     def patches(self) -> int:
@@ -213,6 +216,14 @@ class Geometry:
             sources=((len(crops), mixed),),
             newlines=(newlines, closed * frames // before),
         )
+
+    def resized(self, raster: Grid) -> Geometry:
+        """The same picture, or video, at another size in tokens."""
+        tower, side = self.tower, isqrt(self.tower.unit)
+        assert tower.resized is not None
+        frames, rows, columns = raster
+        blocks = tower.resized((frames, rows * side, columns * side))
+        return replace(self, tower=replace(tower, crops=(raster,), blocks=blocks), parts=(raster,))
 
     def tokens(self, units: Sequence[int]) -> int:
         """Visual tokens that the units left of each crop become: the share of them that is left. A token that is
