@@ -27,6 +27,11 @@ OWN = {
     "dtome": [{"thresholds": (0.3,) * DEPTH, "left": (0.5, 0.25, 0.125, 0.125)}],
     "dtome_post": [{"thresholds": (0.3,), "left": (0.5,)}],
     "dyvte": [{"gates": gates.file(seed)} for seed in range(4)],
+    "flashvid": [
+        {"keep": keep, "as_released": released, "relevance": not released}
+        for keep in (*KEEPS[:6], {"per_frame": 4}, 40)
+        for released in (False, True)
+    ],
     "flowcut": [{"keep": keep} for keep in (1, 3, 7, "25%", {"per_crop": 5})],
     "frames_changed": [{"similarity": 0.2, "left": 0.5}],
     "pool": [{"size": size} for size in (1, 2, 3)],

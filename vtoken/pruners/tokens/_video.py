@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from typing import NamedTuple, Self, TypeVar
 
-from vtoken.stages import Grid, Parts, Pruner
+import torch
+from pydantic import model_validator
+from torch import Tensor
+
+from vtoken.kernels.merge_tokens import totals
+from vtoken.pruners._pools import merged
+from vtoken.stages import Fused, Grid, Keep, Parts, Pruner, VisualTokens, keep_all
 from vtoken.stages.budget import Budget
 
 AnyPruner = TypeVar("AnyPruner", bound=Pruner)
@@ -29,9 +37,135 @@ def counts_of_videos(
     keep: Budget, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], least: Callable[[Grid], int]
 ) -> tuple[int, ...]:
     """Tokens to keep of each image: for a video its budget, but at least `least` of its raster; for a picture all."""
-    videos = [i for i, image in enumerate(parts) if len(image) == 1 and image[0][0] > 1]
+    videos = [i for i, image in enumerate(parts) if is_video(image)]
     wanted = keep.counts([lengths[i] for i in videos], [row[i] for i in videos])
     counts = list(lengths)
     for i, k in zip(videos, wanted, strict=True):
         counts[i] = min(lengths[i], max(k, least(parts[i][0])))
     return tuple(counts)
+
+
+def is_video(image: Parts) -> bool:
+    """Whether it has several frames."""
+    return len(image) == 1 and image[0][0] > 1
+
+
+def frames_of(tokens: VisualTokens, image: int) -> list[int]:
+    """Tokens of each frame of a video that still has any. Waits for the device if some were dropped."""
+    frames, height, width = tokens.parts[image][0]
+    if tokens.whole(image):
+        return [height * width] * frames
+    start = sum(tokens.lengths[:image])
+    frame = tokens.raster_index[start : start + tokens.lengths[image]] // (height * width)
+    held: list[int] = frame.unique_consecutive(return_counts=True)[1].tolist()
+    return held
+
+
+def segments(means: Tensor, cut: float, least: int) -> list[int]:
+    """Frames of each segment of a video with the frame means [F, D]: cut where the cosine of neighbours is below `cut`,
+    and at the least similar others until there are `least` segments. Waits for the device."""
+    alike = torch.cosine_similarity(means[1:].float(), means[:-1].float(), dim=-1).cpu()
+    cuts = max(int((alike < cut).sum()), min(least, len(means)) - 1)
+    begins = alike.argsort(stable=True)[:cuts].sort().values + 1
+    return torch.diff(begins, prepend=begins.new_zeros(1), append=begins.new_tensor([len(means)])).tolist()
+
+
+def sums(values: Sequence[int], groups: Sequence[int]) -> list[int]:
+    """Sum of the values of each group of so many."""
+    ends = [0, *accumulate(groups)]
+    return [sum(values[begin:end]) for begin, end in pairwise(ends)]
+
+
+def apportion(wanted: Tensor, held: Sequence[int], k: int) -> list[int]:
+    """Whole numbers in 1..held that add up to k and are as close to `wanted` [frames] as that allows; ties to the
+    earlier frame. If k is below the number of frames, k of them get 1."""
+    frame = torch.arange(len(held)).repeat_interleave(torch.tensor(held))
+    nth = torch.cat([torch.arange(n) for n in held])
+    lacking = torch.where(nth == 0, torch.inf, wanted[frame] - nth)
+    if k < len(held):
+        lacking = torch.where(nth == 0, wanted[frame], -torch.inf)
+    given = frame[lacking.argsort(descending=True, stable=True)[:k]]
+    return torch.bincount(given, minlength=len(held)).tolist()
+
+
+class Folded(NamedTuple):
+    """What a method makes of a video of n tokens.
+
+    Attributes:
+        kept: [k] rows that stay, in any order.
+        home: [n] row that absorbs each, itself for one that stays, -1 for none.
+        weight: [n] weight of each in its slot.
+        share: [n] if given, a slot is the weighted sum of its members divided by the sum of their shares, not weights.
+    """
+
+    kept: Tensor
+    home: Tensor
+    weight: Tensor
+    share: Tensor | None = None
+
+
+class VideoPruner(Pruner):
+    """Methods that decide video by video and know how many tokens each frame may keep. A video keeps at least one
+    token per frame; pictures keep all."""
+
+    @model_validator(mode="after")
+    def _no_crops(self) -> Self:
+        if self.keep.per == "per_crop":
+            raise ValueError(
+                f"{self.name} works on videos, which have no crops, so per_crop does not fit; give a share (keep: 25%) "
+                "or a budget per frame (keep: {per_frame: 32})"
+            )
+        return self
+
+    def fold(self, tokens: VisualTokens, rows: slice, held: list[int], budgets: list[int]) -> Folded:
+        """The decision on the video that has these rows of the packed tokens.
+
+        Args:
+            held, budgets: tokens of each frame, and tokens to keep of it.
+        """
+        raise NotImplementedError
+
+    def budgets(self, k: int, held: Sequence[int]) -> list[int]:
+        """Tokens to keep of each frame: those that the budget gives a frame, or k of the video in proportion to what
+        the frames hold."""
+        if self.keep.per is not None:
+            return list(self.keep.counts(held, range(len(held))))
+        return apportion(torch.tensor(held, dtype=torch.float64) * (k / sum(held)), held, k)
+
+    def select(self, tokens: VisualTokens) -> Keep:
+        home = torch.arange(len(tokens.x), device=tokens.x.device)
+        weight = torch.ones(len(home), device=home.device)
+        share, other = weight.clone(), False
+        index, counts, start = [], self.expected_counts(tokens.lengths, tokens.parts, tokens.row), 0
+        for image, (n, k) in enumerate(zip(tokens.lengths, counts, strict=True)):
+            rows, kept = slice(start, start + n), home[start : start + n]
+            held = frames_of(tokens, image) if is_video(tokens.parts[image]) else []
+            budgets = self.budgets(k, held) if held else [n]
+            if sum(budgets) < n:
+                found = self.fold(tokens, rows, held, budgets)
+                kept, home[rows] = found.kept + start, torch.where(found.home < 0, -1, found.home + start)
+                weight[rows] = found.weight
+                share[rows], other = (found.weight if found.share is None else found.share), found.share is not None
+            index.append(kept)
+            start += n
+        lengths = tuple(map(len, index))
+        if lengths == tokens.lengths:
+            return keep_all(tokens)
+        keep = merged(Keep(torch.cat(index).sort().values, lengths), home, weight)
+        if not other or keep.into is None:
+            return keep
+        slots = len(keep.index)
+        into = torch.where(keep.into < 0, slots, keep.into)
+        factor = totals(into, slots, weight) / totals(into, slots, share)
+        return replace(keep, fused=Fused(torch.arange(slots, device=home.device), factor))
+
+    def expected_counts(
+        self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
+    ) -> tuple[int, ...]:
+        if self.keep.per is None:
+            return counts_of_videos(self.keep, lengths, parts, row, lambda grid: grid[0])
+        assert self.keep.tokens is not None
+        each = [
+            self.keep.tokens * image[0][0] if is_video(image) else n for n, image in zip(lengths, parts, strict=True)
+        ]
+        return tuple(map(min, lengths, each))
