@@ -17,7 +17,18 @@ from vtoken.stages import Pruner, VisualTokens, spec_of
 
 DEPTH, WIDTH = 4, tiny.TEXT["hidden_size"]
 SITES = ("frames", "encoder", "tokens", "decoder")
-KEEPS = (1, 3, 7, "25%", "60%", {"total": 29}, {"per_crop": 5}, {"per_frame": 4}, 999)
+KEEPS = (
+    1,
+    3,
+    7,
+    "25%",
+    "60%",
+    {"total": 29},
+    {"per_crop": 5},
+    {"per_frame": 4},
+    {"per_frame": 4, "key_weight": 3},
+    999,
+)
 # Options with which what stays does, or does not, depend on the picture.
 OWN = {
     "attention_exit": [{"first": 1, "threshold": 0.5}],
@@ -29,7 +40,7 @@ OWN = {
     "dyvte": [{"gates": gates.file(seed)} for seed in range(4)],
     "flashvid": [
         {"keep": keep, "as_released": released, "relevance": not released}
-        for keep in (*KEEPS[:6], {"per_frame": 4}, 40)
+        for keep in (*KEEPS[:6], *KEEPS[7:9], 40)
         for released in (False, True)
     ],
     "flowcut": [{"keep": keep} for keep in (1, 3, 7, "25%", {"per_crop": 5})],

@@ -11,7 +11,8 @@ from packing import tokens
 from vtoken import registry
 from vtoken.pruners._dpc import density_peaks
 from vtoken.pruners.tokens._trees import grow
-from vtoken.pruners.tokens._video import apportion, segments
+from vtoken.pruners.tokens._video import segments
+from vtoken.stages.budget import apportion
 
 
 def clip(frames, per, seed, drift=0.4, width=12):

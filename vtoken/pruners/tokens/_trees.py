@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from vtoken.kernels import nearest_tokens, topk_tokens
-from vtoken.pruners.tokens._video import apportion, sums
+from vtoken.pruners.tokens._video import sums
 from vtoken.stages import image_of, offsets_of, uploaded
+from vtoken.stages.budget import apportion
 
 
 class Trees(NamedTuple):

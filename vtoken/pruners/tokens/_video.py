@@ -14,7 +14,8 @@ from torch import Tensor
 from vtoken.kernels.merge_tokens import totals
 from vtoken.pruners._pools import merged
 from vtoken.stages import Fused, Grid, Keep, Parts, Pruner, VisualTokens, keep_all
-from vtoken.stages.budget import Budget
+from vtoken.stages.base import key_weights
+from vtoken.stages.budget import Budget, apportion
 
 AnyPruner = TypeVar("AnyPruner", bound=Pruner)
 
@@ -76,18 +77,6 @@ def sums(values: Sequence[int], groups: Sequence[int]) -> list[int]:
     return [sum(values[begin:end]) for begin, end in pairwise(ends)]
 
 
-def apportion(wanted: Tensor, held: Sequence[int], k: int) -> list[int]:
-    """Whole numbers in 1..held that add up to k and are as close to `wanted` [frames] as that allows; ties to the
-    earlier frame. If k is below the number of frames, k of them get 1."""
-    frame = torch.arange(len(held)).repeat_interleave(torch.tensor(held))
-    nth = torch.cat([torch.arange(n) for n in held])
-    lacking = torch.where(nth == 0, torch.inf, wanted[frame] - nth)
-    if k < len(held):
-        lacking = torch.where(nth == 0, wanted[frame], -torch.inf)
-    given = frame[lacking.argsort(descending=True, stable=True)[:k]]
-    return torch.bincount(given, minlength=len(held)).tolist()
-
-
 class Folded(NamedTuple):
     """What a method makes of a video of n tokens.
 
@@ -125,12 +114,18 @@ class VideoPruner(Pruner):
         """
         raise NotImplementedError
 
-    def budgets(self, k: int, held: Sequence[int]) -> list[int]:
-        """Tokens to keep of each frame: those that the budget gives a frame, or k of the video in proportion to what
-        the frames hold."""
+    def budgets(self, x: Tensor, held: Sequence[int], k: int) -> list[int]:
+        """Tokens to keep of each frame of a video x [n, D]: those that the budget gives a frame, or k of the video in
+        proportion to what the frames hold."""
+        if self.keep.key_weight is not None:
+            return list(self.keep.counts(held, (0,) * len(held), key_weights(x, held, (0,) * len(held), self.keep)))
         if self.keep.per is not None:
             return list(self.keep.counts(held, range(len(held))))
         return apportion(torch.tensor(held, dtype=torch.float64) * (k / sum(held)), held, k)
+
+    def even_per(self) -> None:
+        """Frames keep what their trees, clusters or segments get."""
+        return
 
     def select(self, tokens: VisualTokens) -> Keep:
         home = torch.arange(len(tokens.x), device=tokens.x.device)
@@ -140,7 +135,7 @@ class VideoPruner(Pruner):
         for image, (n, k) in enumerate(zip(tokens.lengths, counts, strict=True)):
             rows, kept = slice(start, start + n), home[start : start + n]
             held = frames_of(tokens, image) if is_video(tokens.parts[image]) else []
-            budgets = self.budgets(k, held) if held else [n]
+            budgets = self.budgets(tokens.x[rows], held, k) if held else [n]
             if sum(budgets) < n:
                 found = self.fold(tokens, rows, held, budgets)
                 kept, home[rows] = found.kept + start, torch.where(found.home < 0, -1, found.home + start)

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from vtoken.kernels import farthest_tokens, merge_tokens
 from vtoken.pruners._dpc import density_peaks
@@ -64,10 +65,10 @@ class FlashVID(VideoPruner):
     def needs(self) -> tuple[Fact, ...]:
         return (Fact("cls_attention"),)
 
-    def budgets(self, k: int, held: Sequence[int]) -> list[int]:
+    def budgets(self, x: Tensor, held: Sequence[int], k: int) -> list[int]:
         if self.as_released and self.keep.share is not None:
             return [math.ceil(n * self.keep.share) for n in held]
-        return super().budgets(k, held)
+        return super().budgets(x, held, k)
 
     def fold(self, tokens: VisualTokens, rows: slice, held: list[int], budgets: list[int]) -> Folded:
         x, worth = tokens.x[rows], tokens.fact("cls_attention")[rows].float()

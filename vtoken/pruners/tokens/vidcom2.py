@@ -10,8 +10,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from vtoken.kernels import topk_tokens
-from vtoken.pruners.tokens._video import apportion, counts_of_videos, whole_videos
+from vtoken.pruners.tokens._video import counts_of_videos, whole_videos
 from vtoken.stages import Keep, Parts, Pruner, VisualTokens, keep_all, offsets_of
+from vtoken.stages.budget import apportion
 
 ALPHAS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
 
