@@ -37,6 +37,7 @@ OWN = {
     "dpn_routed": [{"routers": gates.routers(loud=50.0), "sizes": (1, 2), "least": 4}],
     "dtome": [{"thresholds": (0.3,) * DEPTH, "left": (0.5, 0.25, 0.125, 0.125)}],
     "dtome_post": [{"thresholds": (0.3,), "left": (0.5,)}],
+    "dycoke": [{"left": left, "as_released": released} for left in (0.1, 0.5) for released in (False, True)],
     "dyvte": [{"gates": gates.file(seed)} for seed in range(4)],
     "flashvid": [
         {"keep": keep, "as_released": released, "relevance": not released}

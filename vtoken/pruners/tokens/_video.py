@@ -51,15 +51,21 @@ def is_video(image: Parts) -> bool:
     return len(image) == 1 and image[0][0] > 1
 
 
-def frames_of(tokens: VisualTokens, image: int) -> list[int]:
-    """Tokens of each frame of a video that still has any. Waits for the device if some were dropped."""
+def frame_numbers(tokens: VisualTokens, image: int) -> tuple[Tensor, list[int]]:
+    """[n] frame of each token of a video, and tokens of each frame, dropped ones counted out. Waits for the device if
+    there are such."""
     frames, height, width = tokens.parts[image][0]
-    if tokens.whole(image):
-        return [height * width] * frames
     start = sum(tokens.lengths[:image])
     frame = tokens.raster_index[start : start + tokens.lengths[image]] // (height * width)
-    held: list[int] = frame.unique_consecutive(return_counts=True)[1].tolist()
-    return held
+    if tokens.whole(image):
+        return frame, [height * width] * frames
+    held: list[int] = torch.bincount(frame, minlength=frames).tolist()
+    return frame, held
+
+
+def frames_of(tokens: VisualTokens, image: int) -> list[int]:
+    """Tokens of each frame of a video that still has any."""
+    return [n for n in frame_numbers(tokens, image)[1] if n]
 
 
 def segments(means: Tensor, cut: float, least: int) -> list[int]:
