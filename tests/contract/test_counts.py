@@ -46,6 +46,7 @@ OWN = {
     ],
     "flowcut": [{"keep": keep} for keep in (1, 3, 7, "25%", {"per_crop": 5})],
     "frames_changed": [{"similarity": 0.2, "left": 0.5}],
+    "holitom": [{"keep": keep, "similarity": s} for keep in (5, "25%", {"per_frame": 4}) for s in (-1.0, 0.8)],
     "pool": [{"size": size} for size in (1, 2, 3)],
     "prumerge": [{"keep": keep, "plus": plus} for keep in (None, 5, {"per_crop": 5}) for plus in (False, True)],
     "tome": [{"r": 3}, {"r": (5, 0, 2), "inflection": 0}, {"r": 4, "inflection": 0.5}],

@@ -63,6 +63,21 @@ def frame_numbers(tokens: VisualTokens, image: int) -> tuple[Tensor, list[int]]:
     return frame, held
 
 
+def by_place(tokens: VisualTokens, image: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """[F, P, D] fp32 tokens of a video, by frame and place, 0 where one was dropped; [F, P] their rows, -1 there; [n]
+    place of each; tokens of each frame."""
+    frame, held = frame_numbers(tokens, image)
+    _, height, width = tokens.parts[image][0]
+    start, n = sum(tokens.lengths[:image]), len(frame)
+    x, place = tokens.x[start : start + n].float(), tokens.raster_index[start : start + n] % (height * width)
+    own = torch.arange(n, device=x.device)
+    if tokens.whole(image):
+        return x.unflatten(0, (len(held), -1)), own.unflatten(0, (len(held), -1)), place, held
+    table, rows = x.new_zeros(len(held), height * width, x.shape[1]), own.new_full((len(held), height * width), -1)
+    table[frame, place], rows[frame, place] = x, own
+    return table, rows, place, held
+
+
 def frames_of(tokens: VisualTokens, image: int) -> list[int]:
     """Tokens of each frame of a video that still has any."""
     return [n for n in frame_numbers(tokens, image)[1] if n]
@@ -112,10 +127,11 @@ class VideoPruner(Pruner):
             )
         return self
 
-    def fold(self, tokens: VisualTokens, rows: slice, held: list[int], budgets: list[int]) -> Folded:
+    def fold(self, tokens: VisualTokens, image: int, rows: slice, held: list[int], budgets: list[int]) -> Folded:
         """The decision on the video that has these rows of the packed tokens.
 
         Args:
+            image: its number.
             held, budgets: tokens of each frame, and tokens to keep of it.
         """
         raise NotImplementedError
@@ -143,7 +159,7 @@ class VideoPruner(Pruner):
             held = frames_of(tokens, image) if is_video(tokens.parts[image]) else []
             budgets = self.budgets(tokens.x[rows], held, k) if held else [n]
             if sum(budgets) < n:
-                found = self.fold(tokens, rows, held, budgets)
+                found = self.fold(tokens, image, rows, held, budgets)
                 kept, home[rows] = found.kept + start, torch.where(found.home < 0, -1, found.home + start)
                 weight[rows] = found.weight
                 share[rows], other = (found.weight if found.share is None else found.share), found.share is not None

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from vtoken.kernels import topk_tokens
-from vtoken.pruners.tokens._video import frame_numbers, is_video
-from vtoken.stages import Keep, Parts, Site, Stage, VisualTokens, keep_all, offsets_of
+from vtoken.pruners.tokens._video import by_place, is_video
+from vtoken.stages import Keep, Parts, Site, Stage, VisualTokens, image_of, keep_all, offsets_of
 
 NEW = 3.0  # above any dissimilarity
 
@@ -58,28 +58,24 @@ class DyCoke(Stage):
         for image, n in enumerate(tokens.lengths):
             here = torch.arange(start, start + n, device=tokens.x.device)
             if n and is_video(tokens.parts[image]):
-                here = here[self._video(tokens, image, slice(start, start + n))]
+                here = here[self._video(tokens, image)]
             index.append(here)
             start += n
         lengths = tuple(map(len, index))
         return keep_all(tokens) if lengths == tokens.lengths else Keep(torch.cat(index), lengths)
 
-    def _video(self, tokens: VisualTokens, image: int, rows: slice) -> Tensor:
+    def _video(self, tokens: VisualTokens, image: int) -> Tensor:
         """Rows of a video that stay, ascending."""
-        frames, height, width = tokens.parts[image][0]
-        x, of = tokens.x[rows].float(), self.reference(frames)
-        frame, held = frame_numbers(tokens, image)
-        place = tokens.raster_index[rows] % (height * width)
-        table = x.new_zeros(frames, height * width, x.shape[1])
-        live = torch.zeros(frames, height * width, device=x.device)
-        table[frame, place], live[frame, place] = x, 1.0
+        table, row, place, held = by_place(tokens, image)
+        of = self.reference(len(held))
         change = 1 - torch.cosine_similarity(table, table[of], dim=2)
-        change = torch.where(live * live[of] > 0, change, NEW)
+        change = torch.where((row >= 0) & (row[of] >= 0), change, NEW)
         if self.as_released:
             change[1::2] = change[1::2].roll(1, 0)
         stay = [n if of[f] == f else 0 if of[f] < 0 else max(1, int(self.left * n)) for f, n in enumerate(held)]
         stay = [min(n, k) for n, k in zip(held, stay, strict=True)]
-        return topk_tokens(change[frame, place], offsets_of(held, x.device), stay)
+        frame = image_of(held, place.device)
+        return topk_tokens(change[frame, place], offsets_of(held, place.device), stay)
 
     def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None

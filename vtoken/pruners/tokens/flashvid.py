@@ -70,7 +70,7 @@ class FlashVID(VideoPruner):
             return [math.ceil(n * self.keep.share) for n in held]
         return super().budgets(x, held, k)
 
-    def fold(self, tokens: VisualTokens, rows: slice, held: list[int], budgets: list[int]) -> Folded:
+    def fold(self, tokens: VisualTokens, image: int, rows: slice, held: list[int], budgets: list[int]) -> Folded:
         x, worth = tokens.x[rows], tokens.fact("cls_attention")[rows].float()
         frame = image_of(held, x.device)
         means = merge_tokens(x.float(), frame, len(held))
