@@ -49,6 +49,7 @@ OWN = {
     "holitom": [{"keep": keep, "similarity": s} for keep in (5, "25%", {"per_frame": 4}) for s in (-1.0, 0.8)],
     "pool": [{"size": size} for size in (1, 2, 3)],
     "prumerge": [{"keep": keep, "plus": plus} for keep in (None, 5, {"per_crop": 5}) for plus in (False, True)],
+    "prunevid": [{"similarity": s, "left": left} for s in (-1.0, 0.8) for left in (0.2, 0.5)],
     "tome": [{"r": 3}, {"r": (5, 0, 2), "inflection": 0}, {"r": 4, "inflection": 0.5}],
     "todre_exit": [{"at": (1, 2), "threshold": 0.5}],
     "var_filter": [{"tau": 2.5}],

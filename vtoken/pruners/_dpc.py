@@ -12,11 +12,13 @@ from vtoken.stages import image_of, offsets_of, place_in_image, uploaded
 POOLS = 32  # pools compared at a time; bounds the memory
 
 
-def density_peaks(x: Tensor, held: Sequence[int], counts: Sequence[int], neighbours: int) -> Tensor:
+def density_peaks(
+    x: Tensor, held: Sequence[int], counts: Sequence[int], neighbours: int, limited: bool = True
+) -> Tensor:
     """[ΣN] packed row of the centre that each of the rows x [ΣN, D] joins, itself for a centre; -1 in pools without.
 
-    Density is exp(-mean squared distance / D to the nearest min(count, neighbours) rows, the row itself included), rank
-    is density times the distance to the nearest denser row; the rows that rank highest are centres, and every other row
+    Density is exp(-mean squared distance / D to the nearest rows, itself included; as many as `neighbours` or, if
+    `limited`, as centres, whichever is fewer). Rank is density times the distance to the nearest denser row; the rows that rank highest are centres, and every other row
     joins the nearest. Ties of density and rank to the lower row. Does not wait for the device.
 
     Args:
@@ -29,13 +31,14 @@ def density_peaks(x: Tensor, held: Sequence[int], counts: Sequence[int], neighbo
         if list(some) == size:
             parts.append(torch.arange(start, start + rows, device=x.device))
         else:
-            parts.append(_peaks(x[start : start + rows].float(), size, some, neighbours, start))
+            most = [neighbours if n and not limited else min(k, neighbours) for n, k in zip(size, some, strict=True)]
+            parts.append(_peaks(x[start : start + rows].float(), size, some, most, start))
         start += rows
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=x.device)
 
 
-def _peaks(x: Tensor, held: Sequence[int], counts: Sequence[int], neighbours: int, start: int) -> Tensor:
-    """As density_peaks, for few pools, with rows counted from `start`."""
+def _peaks(x: Tensor, held: Sequence[int], counts: Sequence[int], neighbours: Sequence[int], start: int) -> Tensor:
+    """As density_peaks, for few pools with so many neighbours each, and rows counted from `start`."""
     device, longest = x.device, max(held)
     pool, place = image_of(held, device), place_in_image(held, device)
     seats = x.new_zeros(len(held), longest, x.shape[1])
@@ -45,8 +48,8 @@ def _peaks(x: Tensor, held: Sequence[int], counts: Sequence[int], neighbours: in
     real = across < size
     apart = (torch.cdist(seats, seats) / x.shape[1] ** 0.5).masked_fill(~real[:, None], torch.inf)
     apart = apart.diagonal_scatter(apart.new_zeros(len(held), longest), dim1=1, dim2=2)
-    near = apart.topk(min(neighbours, longest), dim=2, largest=False).values.square()
-    asked = count.clamp(1, neighbours)
+    near = apart.topk(min(longest, max(1, *neighbours)), dim=2, largest=False).values.square()
+    asked = uploaded([max(1, min(n, k)) for n, k in zip(held, neighbours, strict=True)], device)[:, None]
     beyond = torch.arange(near.shape[2], device=device) >= asked[..., None]
     density = (-near.masked_fill(beyond, 0).sum(2) / asked).exp()
     other, mine = density[:, None], density[..., None]

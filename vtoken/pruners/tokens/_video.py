@@ -114,6 +114,35 @@ class Folded(NamedTuple):
     share: Tensor | None = None
 
 
+def fold_videos(tokens: VisualTokens, fold: Callable[[int, slice], Folded | None]) -> Keep:
+    """The decision that `fold` makes on each video, given its number and its rows of the packed tokens; None: it keeps
+    all. Pictures keep all. Loops over videos."""
+    home = torch.arange(len(tokens.x), device=tokens.x.device)
+    weight = torch.ones(len(home), device=home.device)
+    share, other, index, start = weight.clone(), False, [], 0
+    for image, n in enumerate(tokens.lengths):
+        rows = slice(start, start + n)
+        found = fold(image, rows) if n and is_video(tokens.parts[image]) else None
+        if found is None:
+            index.append(torch.arange(start, start + n, device=home.device))
+        else:
+            index.append(found.kept + start)
+            home[rows] = torch.where(found.home < 0, -1, found.home + start)
+            weight[rows] = found.weight
+            share[rows], other = (found.weight if found.share is None else found.share), found.share is not None
+        start += n
+    lengths = tuple(map(len, index))
+    if lengths == tokens.lengths:
+        return keep_all(tokens)
+    keep = merged(Keep(torch.cat(index).sort().values, lengths), home, weight)
+    if not other or keep.into is None:
+        return keep
+    slots = len(keep.index)
+    into = torch.where(keep.into < 0, slots, keep.into)
+    factor = totals(into, slots, weight) / totals(into, slots, share)
+    return replace(keep, fused=Fused(torch.arange(slots, device=home.device), factor))
+
+
 class VideoPruner(Pruner):
     """Methods that decide video by video and know how many tokens each frame may keep. A video keeps at least one
     token per frame; pictures keep all."""
@@ -150,31 +179,14 @@ class VideoPruner(Pruner):
         return
 
     def select(self, tokens: VisualTokens) -> Keep:
-        home = torch.arange(len(tokens.x), device=tokens.x.device)
-        weight = torch.ones(len(home), device=home.device)
-        share, other = weight.clone(), False
-        index, counts, start = [], self.expected_counts(tokens.lengths, tokens.parts, tokens.row), 0
-        for image, (n, k) in enumerate(zip(tokens.lengths, counts, strict=True)):
-            rows, kept = slice(start, start + n), home[start : start + n]
-            held = frames_of(tokens, image) if is_video(tokens.parts[image]) else []
-            budgets = self.budgets(tokens.x[rows], held, k) if held else [n]
-            if sum(budgets) < n:
-                found = self.fold(tokens, image, rows, held, budgets)
-                kept, home[rows] = found.kept + start, torch.where(found.home < 0, -1, found.home + start)
-                weight[rows] = found.weight
-                share[rows], other = (found.weight if found.share is None else found.share), found.share is not None
-            index.append(kept)
-            start += n
-        lengths = tuple(map(len, index))
-        if lengths == tokens.lengths:
-            return keep_all(tokens)
-        keep = merged(Keep(torch.cat(index).sort().values, lengths), home, weight)
-        if not other or keep.into is None:
-            return keep
-        slots = len(keep.index)
-        into = torch.where(keep.into < 0, slots, keep.into)
-        factor = totals(into, slots, weight) / totals(into, slots, share)
-        return replace(keep, fused=Fused(torch.arange(slots, device=home.device), factor))
+        counts = self.expected_counts(tokens.lengths, tokens.parts, tokens.row)
+
+        def fold(image: int, rows: slice) -> Folded | None:
+            held = frames_of(tokens, image)
+            budgets = self.budgets(tokens.x[rows], held, counts[image])
+            return None if sum(budgets) == sum(held) else self.fold(tokens, image, rows, held, budgets)
+
+        return fold_videos(tokens, fold)
 
     def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None

@@ -10,12 +10,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vtoken.kernels import merge_tokens, topk_tokens
+from vtoken.kernels import topk_tokens
 from vtoken.pruners._dpc import density_peaks
 from vtoken.pruners._pools import rest_of
 from vtoken.pruners.tokens._video import Folded, VideoPruner, by_place
-from vtoken.pruners.tokens._windows import static_windows
-from vtoken.stages import Fact, VisualTokens, image_of, offsets_of
+from vtoken.pruners.tokens._windows import grouped, static_windows
+from vtoken.stages import Fact, VisualTokens, offsets_of
 from vtoken.stages.budget import apportion
 
 NEIGHBOURS = 7  # that density is measured by
@@ -58,35 +58,18 @@ class HoliTom(VideoPruner):
 
     def fold(self, tokens: VisualTokens, image: int, rows: slice, held: list[int], budgets: list[int]) -> Folded:
         table, row, place, each = by_place(tokens, image)
-        n, frame, own = len(place), image_of(each, place.device), torch.arange(len(place), device=place.device)
         alike = torch.cosine_similarity(table[1:], table[:-1], dim=2) > self.similarity
         alike &= (row[1:] >= 0) & (row[:-1] >= 0)
-        windows, repeated = static_windows(alike)
+        windows, _ = static_windows(alike)
         still = torch.stack([alike[a:b].all(0) if a < b else torch.zeros_like(row[0]).bool() for a, b in windows])
-        window = image_of([b - a + 1 for a, b in windows], place.device)[frame]
-        first = torch.tensor([a for a, _ in windows], device=place.device)
-        # The groups: still tokens window by window, then the others frame by frame.
-        stays = still[window, place]
-        root = torch.where(stays, row[first[window], place], own)
-        group = torch.where(stays, window, len(windows) + frame)
-        sizes = torch.bincount(group, (root == own).float(), len(windows) + len(each)).int().tolist()
-        order = torch.where(root == own, group, len(sizes)).argsort(stable=True)[: n - repeated]
-        slot = torch.empty_like(own).index_copy_(0, order, own[: len(order)])[root]
-        values, tree = (
-            merge_tokens(tokens.x[rows].float(), slot, len(order)),
-            torch.bincount(slot, minlength=len(order)),
-        )
-        counts = self._counts(sizes, len(windows), sum(budgets), n)
+        order, slot, sizes, values, members = grouped(tokens.x[rows], row, place, each, windows, still)
+        counts = self._counts(sizes, len(windows), sum(budgets), len(place))
         home = self._homes(values, tokens.fact("cls_attention")[rows][order].float(), sizes, counts, len(windows))
-        centre = home == own[: len(order)]
-        joined = torch.zeros(len(order), device=place.device).index_add_(
-            0, home.clamp(min=0), ((home >= 0) & ~centre).float()
-        )
-        blend = torch.where(
-            centre, torch.where(joined > 0, self.beta, 1.0), (1 - self.beta) / joined[home.clamp(min=0)]
-        )
+        centre, at = home == torch.arange(len(order), device=home.device), home.clamp(min=0)
+        joined = torch.zeros_like(values[:, 0]).index_add_(0, at, ((home >= 0) & ~centre).float())
+        blend = torch.where(centre, torch.where(joined > 0, self.beta, 1.0), (1 - self.beta) / joined[at])
         kept = order[(~centre).sort(stable=True).indices[: sum(counts)]]
-        return Folded(kept, torch.where(home < 0, -1, order[home.clamp(min=0)])[slot], (blend / tree)[slot])
+        return Folded(kept, torch.where(home < 0, -1, order[at])[slot], (blend / members)[slot])
 
     def _counts(self, sizes: list[int], windows: int, k: int, n: int) -> list[int]:
         """Tokens to keep of each group, k in all."""
