@@ -63,7 +63,7 @@ def test_batch_equals_singles(name, options, share, dtype):
 @pytest.mark.parametrize("name", [n for n in registry.stages() if issubclass(registry.stage(n), VideoPruner)])
 def test_keeping_all_is_the_identity(name):
     batch = packed([clip(grid, seed, 1.0, torch.float32) for seed, grid in enumerate(GRIDS)], GRIDS)
-    for keep in ("100%", 999, {"per_frame": 16}):
+    for keep in ("100%", 999, {"per_frame": 30}):
         decision = registry.stage(name)(keep=keep).select(batch)
         assert decision.into is None and torch.equal(decision.apply(batch.x), batch.x)
     with pytest.raises(ValueError, match="have no crops, so per_crop does not fit"):
