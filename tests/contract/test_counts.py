@@ -17,7 +17,18 @@ from vtoken.stages import Pruner, VisualTokens, spec_of
 
 DEPTH, WIDTH = 4, tiny.TEXT["hidden_size"]
 SITES = ("pixels", "frames", "encoder", "tokens", "decoder")
-KEEPS = (1, 3, 7, "25%", "60%", {"total": 29}, {"per_crop": 5}, {"per_frame": 4}, 999)
+KEEPS = (
+    1,
+    3,
+    7,
+    "25%",
+    "60%",
+    {"total": 29},
+    {"per_crop": 5},
+    {"per_frame": 4},
+    {"per_frame": 4, "key_weight": 3},
+    999,
+)
 # Options with which what stays does, or does not, depend on the picture.
 OWN = {
     "attention_exit": [{"first": 1, "threshold": 0.5}],
@@ -26,12 +37,20 @@ OWN = {
     "dpn_routed": [{"routers": gates.routers(loud=50.0), "sizes": (1, 2), "least": 4}],
     "dtome": [{"thresholds": (0.3,) * DEPTH, "left": (0.5, 0.25, 0.125, 0.125)}],
     "dtome_post": [{"thresholds": (0.3,), "left": (0.5,)}],
+    "dycoke": [{"left": left, "as_released": released} for left in (0.1, 0.5) for released in (False, True)],
     "dyvte": [{"gates": gates.file(seed)} for seed in range(4)],
+    "flashvid": [
+        {"keep": keep, "as_released": released, "relevance": not released}
+        for keep in (*KEEPS[:6], *KEEPS[7:9], 40)
+        for released in (False, True)
+    ],
     "flowcut": [{"keep": keep} for keep in (1, 3, 7, "25%", {"per_crop": 5})],
     "frames_changed": [{"similarity": 0.2, "left": 0.5}],
+    "holitom": [{"keep": keep, "similarity": s} for keep in (5, "25%", {"per_frame": 4}) for s in (-1.0, 0.8)],
     "pixelprune": [{}, {"threshold": 0.5, "std": (0.1,), "left": 0.3}, {"max_kept": 0.5}],
     "pool": [{"size": size} for size in (1, 2, 3)],
     "prumerge": [{"keep": keep, "plus": plus} for keep in (None, 5, {"per_crop": 5}) for plus in (False, True)],
+    "prunevid": [{"similarity": s, "left": left} for s in (-1.0, 0.8) for left in (0.2, 0.5)],
     "resize": [{"keep": keep} for keep in (1, 3, 7, "25%", "60%", 999)],
     "tome": [{"r": 3}, {"r": (5, 0, 2), "inflection": 0}, {"r": 4, "inflection": 0.5}],
     "todre_exit": [{"at": (1, 2), "threshold": 0.5}],

@@ -95,7 +95,8 @@ def test_every_stage_runs(family, name):
     stage = usual.stage(name, seed=18)
     rows = (
         "video and image"
-        if family in tiny.VIDEO and (name in ("evs", "vidcom2") or stage.site == "frames")
+        if family in tiny.VIDEO
+        and (name in ("dycoke", "evs", "flashvid", "holitom", "prunevid", "vidcom2") or stage.site == "frames")
         else "ragged"
     )
     batch = tiny.build(model, rows_for(family, rows), seed=3)

@@ -108,6 +108,21 @@ def test_farthest_tokens_by_hand(strategy: Any, taken: list[int], in_torch: None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_farthest_tokens_of_different_worth(dtype: torch.dtype, in_torch: None) -> None:
+    lengths, counts, first = [6, 0, 1, 15], [6, 0, 1, 7], [4, 0, 6, 9]
+    x, worth = draw(22, 5, dtype=dtype), draw(22, seed=1).abs() + 0.1
+    for start in (first, None):
+        given = None if start is None else torch.tensor(start)
+        got = kernels.farthest_tokens(x, lengths, counts, given, worth=worth)
+        want = known.farthest_tokens(x, lengths, counts, start, "max_min", worth.tolist())
+        assert got.tolist() == want != kernels.farthest_tokens(x, lengths, counts, given).tolist()
+    with pytest.raises(ValueError, match="one each, for max_min only"):
+        kernels.farthest_tokens(x, lengths, counts, None, "max_sum", worth)
+    with pytest.raises(ValueError, match="worth of 21 tokens for 22"):
+        kernels.farthest_tokens(x, lengths, counts, worth=worth[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_diverse_tokens(dtype: torch.dtype, in_torch: None) -> None:
     lengths, counts = [6, 0, 1, 14], [5, 0, 1, 6]
     x, relevance = draw(21, 8, dtype=dtype), draw(21, seed=1).abs() + 0.1

@@ -78,17 +78,24 @@ def nearest_tokens(
 
 
 def farthest_tokens(
-    x: Tensor, lengths: list[int], counts: list[int], first: list[int] | None, strategy: str
+    x: Tensor,
+    lengths: list[int],
+    counts: list[int],
+    first: list[int] | None,
+    strategy: str,
+    worth: list[float] | None = None,
 ) -> list[int]:
     """Every candidate is compared with all that were taken, every time anew."""
     index, start = [], 0
     for image, (tokens, k) in enumerate(zip(pieces(x, lengths), counts, strict=True)):
-        taken = [first[image] - start if first else loneliest(tokens)] if k else []
+        weight = worth[start : start + len(tokens)] if worth else None
+        taken = [first[image] - start if first else loneliest(tokens, weight)] if k else []
         while len(taken) < k:
             best = None
             for i in (i for i in range(len(tokens)) if i not in taken):
                 likeness = [cosine(tokens[i], tokens[j]) for j in taken]
                 value = max(likeness) if strategy == "max_min" else sum(likeness)
+                value = weight[i] * (value - 1) if weight else value
                 if best is None or value < best[0] - 1e-9:
                     best = (value, i)
             assert best is not None
@@ -98,11 +105,13 @@ def farthest_tokens(
     return index
 
 
-def loneliest(tokens: Tensor) -> int:
+def loneliest(tokens: Tensor, weight: list[float] | None = None) -> int:
     nearest = []
     for i in range(len(tokens)):
         others = [cosine(tokens[i], tokens[j]) for j in range(len(tokens)) if j != i]
         nearest.append(max(others, default=-1.0))
+    if weight:
+        nearest = [w * (value - 1) for w, value in zip(weight, nearest, strict=True)]
     return nearest.index(min(nearest))
 
 

@@ -11,6 +11,7 @@ from packing import tokens
 from vtoken import registry
 from vtoken.pruners._pools import merged, rest_of, top
 from vtoken.stages import Fact, Keep, VisualTokens, offsets_of, spec_of
+from vtoken.stages.budget import Budget
 
 METHODS = ("visionzip", "divprune", "cdpruner", "vispruner", "prumerge", "vscan", "holov", "scope")
 # Those for which a crop is nothing but a smaller image: the others look at the whole for relevance or windows.
@@ -50,6 +51,7 @@ def test_budgets(name):
         ({"total": 29}, (20, 9, 24)),
         ({"per_crop": 5}, (15, 5, 5)),
         ({"per_frame": 4}, (4, 4, 12)),
+        ({"per_frame": 4, "key_weight": 3}, (4, 4, 12)),
         (64, LENGTHS),
     ):
         stage = cls(keep=keep)
@@ -121,3 +123,23 @@ def test_helpers():
     assert rest_of(6, torch.tensor([4, 0, 1])).tolist() == [2, 3, 5]
     keep = merged(Keep(torch.tensor([1, 4]), (2,)), torch.tensor([1, -1, 4, -1, -1, 4]))
     assert keep.into.tolist() == [0, 0, 1, -1, 1, 1]
+
+
+def test_key_frames_get_more():
+    """Frames of two scenes, and a still picture of two tokens: 3 : 1 : 1 : 3 : 1, as far as frames hold."""
+    scene = torch.eye(2)[[0, 0, 0, 1, 1]].repeat_interleave(6, 0)
+    x = torch.cat([scene + 0.01 * torch.randn(30, 2, generator=torch.Generator().manual_seed(0)), torch.ones(2, 2)])
+    segment = torch.cat([torch.arange(5).repeat_interleave(6), torch.zeros(2).long()])
+    packed = tokens(x, (30, 2), ((5, 2, 3), (1, 1, 2)), segment=segment)
+    for per, want in ((3, [5, 2, 2, 5, 1]), (4, [6, 3, 3, 6, 2]), (1, [1] * 5), (6, [6] * 5)):
+        stage = registry.stage("uniform")(keep={"per_frame": per, "key_weight": 3})
+        keep = stage.select(packed)
+        assert torch.bincount(segment[keep.index][: keep.lengths[0]]).tolist() == want
+        assert keep.lengths == (5 * per, min(per, 2)) == stage.expected_counts((30, 2), packed.parts, (0, 0))
+    video = registry.stage("flashvid")(keep={"per_frame": 4, "key_weight": 3}, alpha=1.0)
+    kept = video.select(replace(packed, facts={Fact("cls_attention"): torch.rand(32)}))
+    assert torch.bincount(segment[kept.index][:20]).tolist() == [6, 3, 3, 6, 2] and kept.lengths == (20, 2)
+    assert Budget(stage.keep.plain()) == stage.keep != Budget({"per_frame": 6})
+    for bad in ({"per_frame": 3, "key_weight": 1}, {"per_crop": 3, "key_weight": 2}, {"per_frame": 0, "key_weight": 2}):
+        with pytest.raises(ValueError, match="keep: "):
+            registry.stage("uniform")(keep=bad)

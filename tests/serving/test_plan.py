@@ -26,7 +26,7 @@ LAYOUTS = {
     "crops": ImageLayout(((1, 4, 4), (1, 4, 6)), CUT),
     "a video": ImageLayout(((3, 2, 4),), torch.arange(3).repeat_interleave(8)),
 }
-KEEPS = (1, 5, "25%", {"per_crop": 3}, {"per_frame": 3}, 999)
+KEEPS = (1, 5, "25%", {"per_crop": 3}, {"per_frame": 3}, {"per_frame": 3, "key_weight": 2}, 999)
 OPTIONS = {
     "pool": [{"size": 2}, {"size": 3}],
     "damro_filter": [{"outliers": 3, "each_segment": each} for each in (False, True)],

@@ -7,6 +7,8 @@
               the token whose highest cosine to any other is lowest
     strategy  "max_min": the next token is the one whose highest cosine to those taken is lowest; "max_sum": the one
               with the lowest sum of cosines to them. Ties to the lower position; no token is taken twice
+    worth     [ΣN] fp32, non-negative, or None. With "max_min": the next (and first) token is the one for which worth *
+              (1 - highest cosine) is largest
     index     [ΣK] int64, packed positions, image by image, in the order in which they were taken
 
 fp32 accumulation; a token of length 0 has cosine 0 with everything. NaN in x gives an undefined result.
@@ -48,6 +50,7 @@ def definition(
     counts: Sequence[int],
     first: Tensor | None = None,
     strategy: Strategy = "max_min",
+    worth: Tensor | None = None,
 ) -> Tensor:
     """All images at once, padded to the longest, in a loop over choices, because each needs the one before. Computes
     one row of cosines per image at a time, and cuts off what an image chooses beyond its count."""
@@ -58,11 +61,13 @@ def definition(
     bounds = _gram.bounds(lengths, x.device)[:, None]
     starts = bounds[:-1]
     beyond = torch.where(torch.arange(longest, device=x.device) < bounds[1:] - starts, 0.0, torch.inf)
-    best = _loneliest(unit, beyond) if first is None else (first[:, None] - starts).clamp(0, longest - 1)
+    worth = None if worth is None else padded(worth.float(), lengths)
+    lonely = _ranks(_closest_of(unit, beyond), worth) if first is None else beyond
+    best = lonely.argmin(1, keepdim=True) if first is None else (first[:, None] - starts).clamp(0, longest - 1)
     taken, near = [best], beyond + _cosines(unit, best)
     while len(taken) < max(counts):
         near.scatter_(1, best, torch.inf)
-        taken.append(best := near.argmin(1, keepdim=True))
+        taken.append(best := _ranks(near, worth).argmin(1, keepdim=True))
         more = _cosines(unit, best)
         near = near + more if strategy == "max_sum" else near.maximum(more)
     index = torch.cat(taken, 1) + starts
@@ -82,15 +87,21 @@ def _cosines(unit: Tensor, best: Tensor) -> Tensor:
     return torch.bmm(row, unit.transpose(1, 2))[:, 0]
 
 
-def _loneliest(unit: Tensor, beyond: Tensor) -> Tensor:
-    """[images, 1] the token whose nearest neighbour is farthest away, ROWS tokens at a time; `beyond` is inf at
+def _ranks(near: Tensor, worth: Tensor | None) -> Tensor:
+    """[images, longest] the lower, the sooner taken: the cosines `near`, or the distance 1 - near times `worth`; inf
+    stays."""
+    return near if worth is None else torch.where(near < torch.inf, worth * (near - 1).clamp(min=-2), near)
+
+
+def _closest_of(unit: Tensor, beyond: Tensor) -> Tensor:
+    """[images, longest] cosine of every token to its nearest neighbour, ROWS tokens at a time; `beyond` is inf at
     padding."""
     closest = []
     for start in range(0, unit.shape[1], ROWS):
         cosine = torch.bmm(unit[:, start : start + ROWS], unit.transpose(1, 2)) - beyond[:, None]
         cosine.diagonal(start, 1, 2).fill_(-torch.inf)
         closest.append(cosine.amax(2))
-    return (torch.cat(closest, 1) + beyond).argmin(1, keepdim=True)
+    return torch.cat(closest, 1) + beyond
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:
@@ -118,8 +129,8 @@ if triton is not None:
 
     @triton.jit
     def _take(  # type: ignore[no-untyped-def]
-        cosines, longest, offsets, slots, first, closest, index,
-        GIVEN: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
+        cosines, longest, offsets, slots, first, closest, worth, index,
+        GIVEN: tl.constexpr, SUM: tl.constexpr, WORTH: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """Program (image): takes one token after the other. The row of the last token is never needed."""
         image = tl.program_id(0)
@@ -128,16 +139,23 @@ if triton is not None:
         slot = tl.load(slots + image)
         end = tl.load(slots + image + 1)
         lane = tl.arange(0, BLOCK)
+        weight = tl.load(worth + begin + lane, mask=lane < n, other=0.0) if WORTH else 1.0
         if slot < end:
             if GIVEN:
                 best = tl.load(first + image) - begin
             else:
-                best = tl.argmin(tl.load(closest + begin + lane, mask=lane < n, other=float("inf")), 0).to(tl.int64)
+                rank = tl.load(closest + begin + lane, mask=lane < n, other=float("inf"))
+                if WORTH:
+                    rank = tl.where(rank < float("inf"), weight * tl.maximum(rank - 1, -2.0), rank)
+                best = tl.argmin(rank, 0).to(tl.int64)
             tl.store(index + slot, begin + best)
             near = tl.load(cosines + (begin + best) * longest + lane, mask=lane < n, other=float("inf"))
             for at in range(slot + 1, end):
                 near = tl.where(lane == best, float("inf"), near)
-                best = tl.argmin(near, 0).to(tl.int64)
+                rank = near
+                if WORTH:
+                    rank = tl.where(near < float("inf"), weight * tl.maximum(near - 1, -2.0), near)
+                best = tl.argmin(rank, 0).to(tl.int64)
                 tl.store(index + at, begin + best)
                 more = tl.load(cosines + (begin + best) * longest + lane, mask=lane < n, other=float("inf"))
                 if SUM:
@@ -152,17 +170,24 @@ def launch(
     counts: Sequence[int],
     first: Tensor | None = None,
     strategy: Strategy = "max_min",
+    worth: Tensor | None = None,
 ) -> Tensor:
     """Launches the kernels: the contract of the definition, for dtypes in DTYPES and sizes that pass `_gram.fits`."""
     index = []
     for images, tokens in _gram.groups(lengths):
         start = None if first is None else first[images] - tokens.start
-        index.append(_launch(x[tokens], lengths[images], counts[images], start, strategy) + tokens.start)
+        each = None if worth is None else worth[tokens].float().contiguous()
+        index.append(_launch(x[tokens], lengths[images], counts[images], start, strategy, each) + tokens.start)
     return torch.cat(index)
 
 
 def _launch(
-    x: Tensor, lengths: Sequence[int], counts: Sequence[int], first: Tensor | None, strategy: Strategy
+    x: Tensor,
+    lengths: Sequence[int],
+    counts: Sequence[int],
+    first: Tensor | None,
+    strategy: Strategy,
+    worth: Tensor | None,
 ) -> Tensor:
     """As launch, for images whose cosines fit in memory together."""
     index = torch.empty(sum(counts), dtype=torch.int64, device=x.device)
@@ -178,8 +203,10 @@ def _launch(
                     BLOCK=min(block, ROW), SEGMENTS=triton.next_power_of_2(segments),
                 )  # fmt: skip
             _take[(len(lengths),)](
-                cosines, max(lengths), offsets, slots, offsets if first is None else first.contiguous(), closest, index,
-                GIVEN=first is not None, SUM=strategy == "max_sum", BLOCK=block, num_warps=_gram.warps(block),
+                cosines, max(lengths), offsets, slots, offsets if first is None else first.contiguous(), closest,
+                closest if worth is None else worth, index,
+                GIVEN=first is not None, SUM=strategy == "max_sum", WORTH=worth is not None, BLOCK=block,
+                num_warps=_gram.warps(block),
             )  # fmt: skip
     return index
 
@@ -190,15 +217,19 @@ def farthest_tokens(
     counts: Sequence[int],
     first: Tensor | None = None,
     strategy: Strategy = "max_min",
+    worth: Tensor | None = None,
 ) -> Tensor:
     """[ΣK] packed positions in the order taken, see the top of the file. No host synchronisation.
 
-    Raises ValueError if counts, lengths and first differ in number, or if a count is below 0 or above N_i.
+    Raises ValueError if counts, lengths and first differ in number, if a count is below 0 or above N_i, if x and worth
+    differ in number, or if worth is given for "max_sum".
     """
     checked(lengths, counts, len(lengths) if first is None else len(first))
-    given = (x.detach(),) if first is None else (x.detach(), first)
+    if worth is not None and (strategy != "max_min" or len(worth) != len(x)):
+        raise ValueError(f"worth of {len(worth)} tokens for {len(x)}, {strategy}: one each, for max_min only")
+    given = [t.detach() for t in (x, first, worth) if t is not None]
     triton_fits = x.dtype in DTYPES and _gram.fits(lengths) and runs_triton(*given)
-    return (launch if triton_fits else definition)(x.detach(), lengths, counts, first, strategy)
+    return (launch if triton_fits else definition)(x.detach(), lengths, counts, first, strategy, worth)
 
 
 def checked(lengths: Sequence[int], counts: Sequence[int], given: int) -> None:
@@ -228,6 +259,9 @@ def examples() -> Iterator[dict[str, Any]]:
     corners = torch.eye(6)[[0, 1, 2, 0, 3, 1, 4, 5, 0]] * torch.tensor([1, 2, 4, 2, 0, 1, 1, 4, 1])[:, None]
     for strategy in ("max_min", "max_sum"):
         yield {**case([9], [9], 6, strategy, first=5), "x": corners}  # type: ignore[arg-type]
+    apart = case([1, 70, 0, 5, 33], [1, 21, 0, 5, 2], 80, "max_min", first=7)
+    yield {**apart, "worth": torch.rand(109, generator=generator)}
+    yield {**apart, "first": None, "worth": torch.rand(109, generator=generator)}
     strided = case([40], [9], 33, "max_sum", first=39)
     yield {**strided, "x": strided["x"].T.contiguous().T}
 

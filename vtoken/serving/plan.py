@@ -126,8 +126,7 @@ def check_model(pipeline: Pipeline, family: str, model_config: Any) -> None:
 def pictures_only(pipeline: Pipeline, family: str) -> bool:
     """Whether videos cannot be served: text stands between frames, and some stage may not keep the same number of
     tokens of each."""
-    budgets = [getattr(stage, "keep", None) for stage in pipeline.stages]
-    by_frames = all(budget is not None and budget.per == "per_frame" for budget in budgets)
+    by_frames = all(_per(stage) == "per_frame" for stage in pipeline.stages)
     return FAMILIES[family].frames_apart and not by_frames
 
 
@@ -176,9 +175,8 @@ def _known_beforehand(stage: Stage, before: Sequence[Stage], whole: bool) -> boo
 
 
 def _per(stage: Stage) -> str | None:
-    """The unit of its budget: "per_frame", "per_crop" or None."""
-    budget = getattr(stage, "keep", None)
-    return None if budget is None else budget.per
+    """The unit of its budget, "per_frame" or "per_crop", if it spends the same on each; else None."""
+    return stage.even_per()
 
 
 def _check_policies(pipeline: Pipeline, family: str) -> None:

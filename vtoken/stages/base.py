@@ -9,13 +9,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from vtoken.kernels import topk_tokens
+from vtoken.kernels import merge_tokens, topk_tokens
 from vtoken.stages.budget import Budget
 from vtoken.stages.facts import Fact, Site
 from vtoken.stages.tokens import Keep, Parts, VisualTokens, image_of, offsets_of, segments_of
 
 Unmerging = Literal["expanded", "merged"]
 KEEP = "tokens that stay: 64 or 25% of every image, {total: 640} of a sample, {per_frame: 32}, {per_crop: 64}"
+KEY = 0.9  # cosine of the mean tokens of two frames below which the later one is a key frame; a guess
 NAMES_FILE: dict[str, Any] = {"format": "path"}  # json_schema_extra of an option whose text names a file
 
 
@@ -122,6 +123,10 @@ class Stage(BaseModel):
         """
         return type(self).select is Stage.select
 
+    def even_per(self) -> str | None:
+        """ "per_frame" or "per_crop" if it keeps `keep.tokens` of every frame or crop that has as many."""
+        return None
+
     def flops(self, lengths: Sequence[int], width: int) -> int:
         """FLOPs of the decision, without those of its facts; 0 if it only compares."""
         return 0
@@ -166,9 +171,16 @@ class Pruner(Stage):
         count = int(segment.max()) + 1 if len(segment) else 1
         owner = image * count + segment
         held = tuple(torch.bincount(owner, minlength=count * len(tokens.lengths)).tolist())
+        order = torch.argsort(owner, stable=True)
         keep = self.keep.counts(held, range(len(held)))
+        if self.keep.key_weight is not None:
+            images = [i // count for i in range(len(held))]
+            keep = self.keep.counts(held, images, key_weights(tokens.x[order], held, images, self.keep))
         lengths = tuple(sum(keep[i * count : (i + 1) * count]) for i in range(len(tokens.lengths)))
-        return torch.argsort(owner, stable=True), held, keep, lengths
+        return order, held, keep, lengths
+
+    def even_per(self) -> str | None:
+        return None if self.keep is None or self.keep.key_weight else self.keep.per
 
     def _segments(self, tokens: VisualTokens) -> Tensor:
         """[ΣN] frame (per_frame) or crop (per_crop) of each token; an image of the other kind counts as one segment."""
@@ -189,6 +201,18 @@ class Pruner(Stage):
 
     def counts_are_exact(self, layer: int | None = None, whole: bool = True) -> bool:
         return whole or self.keep.per is None
+
+
+def key_weights(x: Tensor, held: Sequence[int], images: Sequence[int], keep: Budget) -> list[float]:
+    """`keep.key_weight` for key frames, else 1, of segments that hold these numbers of the tokens x [ΣN, D]. The first
+    frame of an image is a key frame, and each whose mean token has a cosine below KEY to that of the last key frame.
+    Waits for the device."""
+    means = torch.nn.functional.normalize(merge_tokens(x.float(), image_of(held, x.device), len(held)), dim=-1).cpu()
+    weights, last = [1.0] * len(held), -1
+    for i, (n, image) in enumerate(zip(held, images, strict=True)):
+        if n and (last < 0 or images[last] != image or float(means[i] @ means[last]) < KEY):
+            weights[i], last = float(keep.key_weight or 1), i
+    return weights
 
 
 class Compressor(Stage):

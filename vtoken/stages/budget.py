@@ -1,5 +1,5 @@
 """How many tokens to keep: `64`, `25%`, `{total: 640}`, `{per_frame: 32}` or `{per_crop: 64}`, turned into counts. A
-share is rounded to the nearest count."""
+share is rounded to the nearest count. `{per_frame: 32, key_weight: 4}` gives key frames more than the others."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from math import ceil
 from numbers import Integral
 from typing import Any, TypeGuard
 
+import torch
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
@@ -21,6 +22,7 @@ _HELP = (
     "({per_frame: 32}, {per_crop: 64})"
 )
 PER_SEGMENT = ("per_frame", "per_crop")
+_WEIGHED = ["per_frame", "key_weight"]
 _KEYS = [[key] for key in ("total", *PER_SEGMENT)]
 
 
@@ -31,11 +33,12 @@ def _whole(value: Any) -> TypeGuard[int]:
 
 class Budget:
     """A validated budget. Build it with `Budget(64)`, `Budget("25%")`, `Budget({"total": 640})` or
-    `Budget({"per_frame": 32})`.
+    `Budget({"per_frame": 32})`, `Budget({"per_frame": 32, "key_weight": 4})`.
 
     Exactly one of `tokens` (per image), `share` (a Fraction in (0, 1]) and `total` (per batch row) is set. With `per`
     ("per_frame" or "per_crop"), `tokens` counts for every frame of a video, or every crop of an anyres image. An image
-    with a single frame (or crop) is one segment.
+    with a single frame (or crop) is one segment. With `key_weight`, above 1, the frames of a video share the same sum
+    of tokens, and a key frame gets so many times as much as another (`counts`).
 
     Raises:
         ValueError: for anything else, floats included: `1` and `1.0` would mean different things.
@@ -45,6 +48,7 @@ class Budget:
     share: Fraction | None = None
     total: int | None = None
     per: str | None = None
+    key_weight: int | None = None
 
     def __init__(self, value: int | str | dict[str, int] | Budget) -> None:
         found: dict[str, Any]
@@ -57,6 +61,10 @@ class Budget:
         elif isinstance(value, dict) and list(value) in _KEYS and _whole(count := next(iter(value.values()))):
             (key,) = value
             found = {"total": int(count)} if key == "total" else {"per": key, "tokens": int(count)}
+        elif isinstance(value, dict) and list(value) == _WEIGHED and all(map(_whole, value.values())):
+            found = {"per": "per_frame", "tokens": int(value["per_frame"]), "key_weight": int(value["key_weight"])}
+            if found["key_weight"] < 2:
+                raise ValueError(f"keep: {value}: key frames with a key_weight below 2 get no more than others")
         else:
             raise ValueError(f"keep: {reprlib.repr(value)} is not a budget; {_HELP}")
         if not 0 < found.get("share", 1) <= 1:
@@ -65,19 +73,33 @@ class Budget:
             raise ValueError(f"keep: {value!r} must keep at least 1 token")
         vars(self).update(found)
 
-    def counts(self, lengths: Sequence[int], row: Sequence[int]) -> tuple[int, ...]:
+    def counts(
+        self, lengths: Sequence[int], row: Sequence[int], weight: Sequence[float] | None = None
+    ) -> tuple[int, ...]:
         """Tokens to keep of every image.
 
         Args:
             lengths: tokens per image (with `per`: per segment) that arrive at the stage.
             row: batch row of each image. `total` is divided among the images of a row in proportion to their lengths
                 (largest remainder, ties to the earlier image).
+            weight: of each segment, with `key_weight`; `row` is then the image of each segment. Its segments share
+                `tokens` times their number in proportion, as closely as their lengths allow.
 
         Returns:
             One count per image: at least 1 (0 for an image without tokens), at most its length. A share is rounded to
                 the nearest, halves down.
         """
-        if self.tokens is not None:
+        if self.tokens is not None and weight is not None:
+            wanted = [0] * len(lengths)
+            for r in set(row):
+                held = [i for i, owner in enumerate(row) if owner == r and lengths[i]]
+                k = min(self.tokens * len(held), sum(lengths[i] for i in held))
+                each = torch.tensor([weight[i] for i in held], dtype=torch.float64)
+                for i, count in zip(
+                    held, apportion(each * (k / each.sum()), [lengths[i] for i in held], k), strict=True
+                ):
+                    wanted[i] = count
+        elif self.tokens is not None:
             wanted = [self.tokens] * len(lengths)
         elif self.share is not None:
             wanted = [ceil(n * self.share - Fraction(1, 2)) for n in lengths]
@@ -107,6 +129,8 @@ class Budget:
 
     def plain(self) -> int | str | dict[str, int]:
         """The YAML form."""
+        if self.tokens is not None and self.key_weight is not None:
+            return {"per_frame": self.tokens, "key_weight": self.key_weight}
         if self.tokens is not None:
             return self.tokens if self.per is None else {self.per: self.tokens}
         if self.total is not None:
@@ -146,5 +170,25 @@ class Budget:
                     }
                     for (key,) in _KEYS
                 ),
+                {
+                    "type": "object",
+                    "properties": {
+                        key: {"type": "integer", "minimum": least} for key, least in zip(_WEIGHED, (1, 2), strict=True)
+                    },
+                    "required": _WEIGHED,
+                    "additionalProperties": False,
+                },
             ],
         }
+
+
+def apportion(wanted: torch.Tensor, held: Sequence[int], k: int) -> list[int]:
+    """Whole numbers in 1..held that add up to k and are as close to `wanted` [frames] as that allows; ties to the
+    earlier frame. If k is below the number of frames, k of them get 1."""
+    frame = torch.arange(len(held)).repeat_interleave(torch.tensor(held))
+    nth = torch.cat([torch.arange(n) for n in held])
+    lacking = torch.where(nth == 0, torch.inf, wanted[frame] - nth)
+    if k < len(held):
+        lacking = torch.where(nth == 0, wanted[frame], -torch.inf)
+    given = frame[lacking.argsort(descending=True, stable=True)[:k]]
+    return torch.bincount(given, minlength=len(held)).tolist()

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from typing import NamedTuple, Self, TypeVar
 
-from vtoken.stages import Grid, Parts, Pruner
-from vtoken.stages.budget import Budget
+import torch
+from pydantic import model_validator
+from torch import Tensor
+
+from vtoken.kernels.merge_tokens import totals
+from vtoken.pruners._pools import merged
+from vtoken.stages import Fused, Grid, Keep, Parts, Pruner, VisualTokens, keep_all
+from vtoken.stages.base import key_weights
+from vtoken.stages.budget import Budget, apportion
 
 AnyPruner = TypeVar("AnyPruner", bound=Pruner)
 
@@ -29,9 +38,163 @@ def counts_of_videos(
     keep: Budget, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], least: Callable[[Grid], int]
 ) -> tuple[int, ...]:
     """Tokens to keep of each image: for a video its budget, but at least `least` of its raster; for a picture all."""
-    videos = [i for i, image in enumerate(parts) if len(image) == 1 and image[0][0] > 1]
+    videos = [i for i, image in enumerate(parts) if is_video(image)]
     wanted = keep.counts([lengths[i] for i in videos], [row[i] for i in videos])
     counts = list(lengths)
     for i, k in zip(videos, wanted, strict=True):
         counts[i] = min(lengths[i], max(k, least(parts[i][0])))
     return tuple(counts)
+
+
+def is_video(image: Parts) -> bool:
+    """Whether it has several frames."""
+    return len(image) == 1 and image[0][0] > 1
+
+
+def frame_numbers(tokens: VisualTokens, image: int) -> tuple[Tensor, list[int]]:
+    """[n] frame of each token of a video, and tokens of each frame, dropped ones counted out. Waits for the device if
+    there are such."""
+    frames, height, width = tokens.parts[image][0]
+    start = sum(tokens.lengths[:image])
+    frame = tokens.raster_index[start : start + tokens.lengths[image]] // (height * width)
+    if tokens.whole(image):
+        return frame, [height * width] * frames
+    held: list[int] = torch.bincount(frame, minlength=frames).tolist()
+    return frame, held
+
+
+def by_place(tokens: VisualTokens, image: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """[F, P, D] fp32 tokens of a video, by frame and place, 0 where one was dropped; [F, P] their rows, -1 there; [n]
+    place of each; tokens of each frame."""
+    frame, held = frame_numbers(tokens, image)
+    _, height, width = tokens.parts[image][0]
+    start, n = sum(tokens.lengths[:image]), len(frame)
+    x, place = tokens.x[start : start + n].float(), tokens.raster_index[start : start + n] % (height * width)
+    own = torch.arange(n, device=x.device)
+    if tokens.whole(image):
+        return x.unflatten(0, (len(held), -1)), own.unflatten(0, (len(held), -1)), place, held
+    table, rows = x.new_zeros(len(held), height * width, x.shape[1]), own.new_full((len(held), height * width), -1)
+    table[frame, place], rows[frame, place] = x, own
+    return table, rows, place, held
+
+
+def frames_of(tokens: VisualTokens, image: int) -> list[int]:
+    """Tokens of each frame of a video that still has any."""
+    return [n for n in frame_numbers(tokens, image)[1] if n]
+
+
+def segments(means: Tensor, cut: float, least: int) -> list[int]:
+    """Frames of each segment of a video with the frame means [F, D]: cut where the cosine of neighbours is below `cut`,
+    and at the least similar others until there are `least` segments. Waits for the device."""
+    alike = torch.cosine_similarity(means[1:].float(), means[:-1].float(), dim=-1).cpu()
+    cuts = max(int((alike < cut).sum()), min(least, len(means)) - 1)
+    begins = alike.argsort(stable=True)[:cuts].sort().values + 1
+    return torch.diff(begins, prepend=begins.new_zeros(1), append=begins.new_tensor([len(means)])).tolist()
+
+
+def sums(values: Sequence[int], groups: Sequence[int]) -> list[int]:
+    """Sum of the values of each group of so many."""
+    ends = [0, *accumulate(groups)]
+    return [sum(values[begin:end]) for begin, end in pairwise(ends)]
+
+
+class Folded(NamedTuple):
+    """What a method makes of a video of n tokens.
+
+    Attributes:
+        kept: [k] rows that stay, in any order.
+        home: [n] row that absorbs each, itself for one that stays, -1 for none.
+        weight: [n] weight of each in its slot.
+        share: [n] if given, a slot is the weighted sum of its members divided by the sum of their shares, not weights.
+    """
+
+    kept: Tensor
+    home: Tensor
+    weight: Tensor
+    share: Tensor | None = None
+
+
+def fold_videos(tokens: VisualTokens, fold: Callable[[int, slice], Folded | None]) -> Keep:
+    """The decision that `fold` makes on each video, given its number and its rows of the packed tokens; None: it keeps
+    all. Pictures keep all. Loops over videos."""
+    home = torch.arange(len(tokens.x), device=tokens.x.device)
+    weight = torch.ones(len(home), device=home.device)
+    share, other, index, start = weight.clone(), False, [], 0
+    for image, n in enumerate(tokens.lengths):
+        rows = slice(start, start + n)
+        found = fold(image, rows) if n and is_video(tokens.parts[image]) else None
+        if found is None:
+            index.append(torch.arange(start, start + n, device=home.device))
+        else:
+            index.append(found.kept + start)
+            home[rows] = torch.where(found.home < 0, -1, found.home + start)
+            weight[rows] = found.weight
+            share[rows], other = (found.weight if found.share is None else found.share), found.share is not None
+        start += n
+    lengths = tuple(map(len, index))
+    if lengths == tokens.lengths:
+        return keep_all(tokens)
+    keep = merged(Keep(torch.cat(index).sort().values, lengths), home, weight)
+    if not other or keep.into is None:
+        return keep
+    slots = len(keep.index)
+    into = torch.where(keep.into < 0, slots, keep.into)
+    factor = totals(into, slots, weight) / totals(into, slots, share)
+    return replace(keep, fused=Fused(torch.arange(slots, device=home.device), factor))
+
+
+class VideoPruner(Pruner):
+    """Methods that decide video by video and know how many tokens each frame may keep. A video keeps at least one
+    token per frame; pictures keep all."""
+
+    @model_validator(mode="after")
+    def _no_crops(self) -> Self:
+        if self.keep.per == "per_crop":
+            raise ValueError(
+                f"{self.name} works on videos, which have no crops, so per_crop does not fit; give a share (keep: 25%) "
+                "or a budget per frame (keep: {per_frame: 32})"
+            )
+        return self
+
+    def fold(self, tokens: VisualTokens, image: int, rows: slice, held: list[int], budgets: list[int]) -> Folded:
+        """The decision on the video that has these rows of the packed tokens.
+
+        Args:
+            image: its number.
+            held, budgets: tokens of each frame, and tokens to keep of it.
+        """
+        raise NotImplementedError
+
+    def budgets(self, x: Tensor, held: Sequence[int], k: int) -> list[int]:
+        """Tokens to keep of each frame of a video x [n, D]: those that the budget gives a frame, or k of the video in
+        proportion to what the frames hold."""
+        if self.keep.key_weight is not None:
+            return list(self.keep.counts(held, (0,) * len(held), key_weights(x, held, (0,) * len(held), self.keep)))
+        if self.keep.per is not None:
+            return list(self.keep.counts(held, range(len(held))))
+        return apportion(torch.tensor(held, dtype=torch.float64) * (k / sum(held)), held, k)
+
+    def even_per(self) -> None:
+        """Frames keep what their trees, clusters or segments get."""
+        return
+
+    def select(self, tokens: VisualTokens) -> Keep:
+        counts = self.expected_counts(tokens.lengths, tokens.parts, tokens.row)
+
+        def fold(image: int, rows: slice) -> Folded | None:
+            held = frames_of(tokens, image)
+            budgets = self.budgets(tokens.x[rows], held, counts[image])
+            return None if sum(budgets) == sum(held) else self.fold(tokens, image, rows, held, budgets)
+
+        return fold_videos(tokens, fold)
+
+    def expected_counts(
+        self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
+    ) -> tuple[int, ...]:
+        if self.keep.per is None:
+            return counts_of_videos(self.keep, lengths, parts, row, lambda grid: grid[0])
+        assert self.keep.tokens is not None
+        each = [
+            self.keep.tokens * image[0][0] if is_video(image) else n for n, image in zip(lengths, parts, strict=True)
+        ]
+        return tuple(map(min, lengths, each))

@@ -12,6 +12,7 @@ from torch import Tensor
 from vtoken.kernels import topk_tokens
 from vtoken.pruners.tokens._video import counts_of_videos, whole_videos
 from vtoken.stages import Keep, Parts, Pruner, VisualTokens, keep_all, offsets_of
+from vtoken.stages.budget import apportion
 
 ALPHAS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
 
@@ -96,13 +97,3 @@ def common(x: Tensor) -> Tensor:
     """[N] sum of Gaussians of the lengths of the rows of x [N, D]."""
     square = x.square().sum(-1)
     return torch.stack([torch.exp(square / (-2 * a)) for a in ALPHAS]).sum(0)
-
-
-def apportion(wanted: Tensor, held: Sequence[int], k: int) -> list[int]:
-    """Whole numbers in 1..held that add up to k and are as close to `wanted` [frames] as that allows; ties to the
-    earlier frame."""
-    frame = torch.arange(len(held)).repeat_interleave(torch.tensor(held) - 1)
-    nth = torch.cat([torch.arange(1, n) for n in held])
-    lacking = wanted[frame] - nth
-    given = frame[lacking.argsort(descending=True, stable=True)[: k - len(held)]]
-    return (torch.bincount(given, minlength=len(held)) + 1).tolist()

@@ -1,0 +1,67 @@
+"""Density peaks (DPC-kNN): clusters whose centres are dense, and far from anything denser. Shared by video methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vtoken.stages import image_of, offsets_of, place_in_image, uploaded
+
+POOLS = 32  # pools compared at a time; bounds the memory
+
+
+def density_peaks(
+    x: Tensor, held: Sequence[int], counts: Sequence[int], neighbours: int, limited: bool = True
+) -> Tensor:
+    """[ΣN] packed row of the centre that each of the rows x [ΣN, D] joins, itself for a centre; -1 in pools without.
+
+    Density is exp(-mean squared distance / D to the nearest rows, itself included; as many as `neighbours` or, if
+    `limited`, as centres, whichever is fewer). Rank is density times the distance to the nearest denser row; the rows that rank highest are centres, and every other row
+    joins the nearest. Ties of density and rank to the lower row. Does not wait for the device.
+
+    Args:
+        held, counts: rows and centres of each pool, on the host; 0 <= count <= held.
+    """
+    parts, start = [], 0
+    for at in range(0, len(held), POOLS):
+        size, some = list(held[at : at + POOLS]), counts[at : at + POOLS]
+        rows = sum(size)
+        if list(some) == size:
+            parts.append(torch.arange(start, start + rows, device=x.device))
+        else:
+            most = [neighbours if n and not limited else min(k, neighbours) for n, k in zip(size, some, strict=True)]
+            parts.append(_peaks(x[start : start + rows].float(), size, some, most, start))
+        start += rows
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=x.device)
+
+
+def _peaks(x: Tensor, held: Sequence[int], counts: Sequence[int], neighbours: Sequence[int], start: int) -> Tensor:
+    """As density_peaks, for few pools with so many neighbours each, and rows counted from `start`."""
+    device, longest = x.device, max(held)
+    pool, place = image_of(held, device), place_in_image(held, device)
+    seats = x.new_zeros(len(held), longest, x.shape[1])
+    seats[pool, place] = x
+    across = torch.arange(longest, device=device)
+    size, count = uploaded(held, device)[:, None], uploaded(counts, device)[:, None]
+    real = across < size
+    apart = (torch.cdist(seats, seats) / x.shape[1] ** 0.5).masked_fill(~real[:, None], torch.inf)
+    apart = apart.diagonal_scatter(apart.new_zeros(len(held), longest), dim1=1, dim2=2)
+    near = apart.topk(min(longest, max(1, *neighbours)), dim=2, largest=False).values.square()
+    asked = uploaded([max(1, min(n, k)) for n, k in zip(held, neighbours, strict=True)], device)[:, None]
+    beyond = torch.arange(near.shape[2], device=device) >= asked[..., None]
+    density = (-near.masked_fill(beyond, 0).sum(2) / asked).exp()
+    other, mine = density[:, None], density[..., None]
+    denser = (other > mine) | ((other == mine) & (across < across[:, None]))
+    farthest = apart.masked_fill(~(real[:, None] & real[..., None]), 0).flatten(1).amax(1)[:, None, None]
+    reach = torch.where(denser & real[:, None], apart, farthest).amin(2)
+    rank = (reach * density).masked_fill(~real, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    most = max(1, *counts)
+    centres = rank[:, :most]
+    to = apart.gather(2, centres[:, None].expand(-1, longest, -1))
+    home = centres.gather(1, to.masked_fill((across[:most] >= count)[:, None], torch.inf).argmin(2))
+    nth = torch.empty_like(rank).scatter_(1, rank, across.expand_as(rank))
+    home = torch.where(nth < count, across, home)
+    home = home + (offsets_of(held, device)[:-1].long() + start)[:, None]
+    return torch.where(count > 0, home, -1)[pool, place]

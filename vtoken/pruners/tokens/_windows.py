@@ -1,0 +1,117 @@
+"""Windows of a video in which many places do not change, for HoliTom and PruneVid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vtoken.kernels import merge_tokens
+from vtoken.stages import image_of
+
+
+class Groups(NamedTuple):
+    """A video of n tokens in groups: first the still places of each window, averaged over it, then the other tokens of
+    each frame.
+
+    Attributes:
+        order: [R] rows that stand for the members of the groups, group by group; a still place's is in the first frame.
+        slot: [n] which of them each token belongs to.
+        sizes: members of each group.
+        values: [R, D] fp32 means.
+        tokens: [R] tokens of each.
+    """
+
+    order: Tensor
+    slot: Tensor
+    sizes: list[int]
+    values: Tensor
+    tokens: Tensor
+
+
+def grouped(
+    x: Tensor, row: Tensor, place: Tensor, held: Sequence[int], windows: Sequence[tuple[int, int]], still: Tensor
+) -> Groups:
+    """Waits for the device, for the sizes.
+
+    Args:
+        x: [n, D] tokens; row, place, held: as `by_place` gives them.
+        still: [windows, P] whether a place stands still in that window.
+    """
+    device, own = place.device, torch.arange(len(place), device=place.device)
+    frame = image_of(held, device)
+    window = image_of([b - a + 1 for a, b in windows], device)[frame]
+    first = torch.tensor([a for a, _ in windows], device=device)
+    stays = still[window, place]
+    root = torch.where(stays, row[first[window], place], own)
+    group = torch.where(stays, window, len(windows) + frame)
+    sizes = torch.bincount(group, (root == own).float(), len(windows) + len(held)).int().tolist()
+    order = torch.where(root == own, group, len(sizes)).argsort(stable=True)[: sum(sizes)]
+    slot = torch.empty_like(own).index_copy_(0, order, own[: len(order)])[root]
+    return Groups(
+        order, slot, sizes, merge_tokens(x.float(), slot, len(order)), torch.bincount(slot, minlength=len(order))
+    )
+
+
+def static_windows(alike: Tensor) -> tuple[list[tuple[int, int]], int]:
+    """Cuts a video into windows so that as many tokens as possible repeat the first frame of their window.
+
+    Args:
+        alike: [F - 1, P] whether a place resembles itself in the next frame.
+
+    Returns:
+        First and last frame of each window; tokens that repeat. A place that is alike in all of a window of w frames
+        repeats w - 1 times. Of equal cuts the one with fewer frames in its last window. Waits for the device.
+    """
+    frames = len(alike) + 1
+    still: list[list[int]] = torch.stack([_still(alike, start, frames) for start in range(frames)]).tolist()
+    best, begins = [0] * (frames + 1), [0] * frames
+    for end in range(frames):
+        best[end + 1], begins[end] = best[end], end
+        for begin in range(end - 1, -1, -1):
+            saved = best[begin] + still[begin][end] * (end - begin)
+            if saved > best[end + 1]:
+                best[end + 1], begins[end] = saved, begin
+    windows, end = [], frames - 1
+    while end >= 0:
+        windows.append((begins[end], end))
+        end = begins[end] - 1
+    return windows[::-1], best[frames]
+
+
+def _still(alike: Tensor, start: int, frames: int) -> Tensor:
+    """[frames] places that are alike from frame `start` up to each later one; 0 up to `start`."""
+    counts = torch.zeros(frames, dtype=torch.int64, device=alike.device)
+    counts[start + 1 :] = alike[start:].to(torch.int64).cumprod(0).sum(1)
+    return counts
+
+
+def scenes(labels: Sequence[int]) -> list[tuple[int, int]]:
+    """First and last frame of each window, from the cluster of each frame. The longest runs of a cluster stay, if they
+    are longer than a frame; the frames between them go to the longer run beside them, the left one of equals."""
+    runs, at = [], 0
+    for label, of in groupby(labels):
+        size = len(list(of))
+        runs.append((label, at, size))
+        at += size
+    longest = {label: max(size for other, _, size in runs if other == label) for label in labels}
+    new: list[int | None] = [None] * len(labels)
+    for label, at, size in runs:
+        if size == longest[label] > 1:
+            new[at : at + size] = [label] * size
+    for f in range(len(new)):
+        if new[f] is None:
+            end = next((g for g in range(f, len(new)) if new[g] is not None), len(new))
+            before, after = _run(new[:f][::-1]), _run(new[end:])
+            source = f - 1 if f and before >= after else end
+            new[f:end] = [new[source] if source < len(new) else 0] * (end - f)
+    ends = [f for f in range(len(new)) if f + 1 == len(new) or new[f] != new[f + 1]]
+    return list(zip([0, *(f + 1 for f in ends[:-1])], ends, strict=True))
+
+
+def _run(labels: Sequence[int | None]) -> int:
+    """How many of the first labels are equal."""
+    return next((i for i, label in enumerate(labels) if label != labels[0]), len(labels))
