@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.layer_kinds import FULL, SLIDING, kinds_of
-from vtoken.hooks.state.run import KINDS, FeatureCall, ImageLayout
+from vtoken.hooks.state.run import KINDS, FeatureCall, ImageLayout, pixels_of
 from vtoken.stages import FACTS
 
 # Attention, full or in sliding windows, and layers without positions, which run on a pruned prompt as on a short one.
@@ -148,7 +148,7 @@ class Adapter(ABC):
 
     def crops(self, arguments: dict[str, Any]) -> list[int]:
         """Crops per image of a call of the feature function (padded towers)."""
-        return [1] * len(arguments["pixel_values"])
+        return [1] * len(pixels_of("image", arguments))
 
     def rasters(self, grid: Sequence[Sequence[int]]) -> tuple[ImageLayout, ...]:
         """The layout of each row of `grid` [images, 3]: frames, rows and columns in patches (towers of variable
