@@ -37,6 +37,7 @@ class Encoder:
         unit: patches that become one visual token; in padded towers a square of neighbours.
         attention: name of a layer's attention; taps: of what gives its q, k and v (padded towers).
         takes_mask: whether a layer is given the mask of its attention; else the attention is (padded towers).
+        twins: further towers built like this one, each with its layers, where every kind of input has its own.
     """
 
     layers: Sequence[Any]
@@ -52,6 +53,7 @@ class Encoder:
     attention: str = "self_attn"
     taps: Mapping[str, str] = field(default_factory=lambda: {"q": "q_proj", "k": "k_proj", "v": "v_proj"})
     takes_mask: bool = True
+    twins: tuple[tuple[Any, Sequence[Any]], ...] = ()
 
     @property
     def width(self) -> int:
