@@ -37,6 +37,7 @@ class ImageLayout:
         segment: [N] as in VisualTokens, None for a single frame or crop.
         newline: [N + newlines] bool, which of its placeholders are newline tokens; None without any.
         closed_by: [N] index of the newline that closes each token's row, -1 for none; given when `newline` is.
+        encoded: newlines are made by the tower (CLS tokens): one is there only if its row is.
         resized: tokens were interpolated after the tower, so that none is one tower position.
     """
 
@@ -44,6 +45,7 @@ class ImageLayout:
     segment: Tensor | None = None
     newline: Tensor | None = None
     closed_by: Tensor | None = None
+    encoded: bool = False
     resized: bool = False
 
     @property
