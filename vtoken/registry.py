@@ -41,10 +41,6 @@ REFUSED = {
     ),
     "paddleocr_vl": _JOINED_LATE,
     "video_llama_3": _JOINED_LATE,
-    "video_llava": (
-        "it has one tower for pictures and another for videos, and every frame's CLS token stands among the tokens of "
-        "its video; LLaVA-NeXT-Video is the nearest supported family"
-    ),
 }
 
 _VARIANT = re.compile(r"^  ([\w-]+):$", re.MULTILINE)

@@ -40,6 +40,7 @@ class Family:
         words: that stand for an image and for a video; around: those that enclose either; marks: further
             special tokens; written:
             what a prompt says for an image, if not the word that its tokens have.
+        pixels: what the model calls those of images.
         image: spec of "img" in `tiny.build`; video: of "video", None where the family takes none.
         other, odd: further images: of another raster, and one that is padded or scaled where the family does so.
         other_video: a video of four frames and another size, where sizes may differ.
@@ -56,6 +57,7 @@ class Family:
         both_ways: the tokens of an image see each other both ways in the decoder.
         deepstack: decoder layers that are given features of early tower layers.
         rows_parted: a token of its own stands between the rows of an image.
+        frames_led: a CLS token stands in front of the tokens of every frame.
         anyres: images are cut into crops, with a newline token behind each row of them.
         split: images are cut into crops that text parts in the prompt, the whole behind them; a spec is (rows, columns)
             of crops, (0, 0) where it is not cut.
@@ -85,6 +87,7 @@ class Family:
     around: ClassVar[tuple[str, str]] = ("", "")
     marks: ClassVar[tuple[str, str]] = ("<|vision_start|>", "<|vision_end|>")
     written: ClassVar[str] = ""
+    pixels: ClassVar[str] = "pixel_values"
     image: ClassVar[Spec]
     other: ClassVar[Spec]
     odd: ClassVar[Spec]
@@ -103,6 +106,7 @@ class Family:
     deepstack: ClassVar[int] = 0
     rows_parted: ClassVar[bool] = False
     states: ClassVar[tuple[int, ...]] = ()
+    frames_led: ClassVar[bool] = False
     anyres: ClassVar[bool] = False
     split: ClassVar[bool] = False
     crops_one_only: ClassVar[bool] = False
@@ -198,7 +202,8 @@ class Family:
     @torch.no_grad()
     def features(self, picture: Picture, **more: Tensor) -> Tensor:
         inputs = self.inputs([picture], torch.zeros)
-        pixels = inputs.pop("pixel_values" if picture.kind == "image" else "pixel_values_videos")
+        name = "pixel_values_videos" if picture.kind == "video" else self.pixels
+        pixels = inputs.pop(name)
         encode = getattr(self.stock, f"get_{picture.kind}_features")
         return encode(pixels, **inputs, **more, return_dict=True).pooler_output[0]
 
@@ -212,6 +217,10 @@ class Family:
 
     def breaks(self, ids: Tensor) -> Tensor:
         """[B, L] bool: which of a batch's ids stand between rows of an image, and are none of its features."""
+        return torch.zeros_like(ids, dtype=torch.bool)
+
+    def leads(self, ids: Tensor) -> Tensor:
+        """[B, L] bool: which of a batch's ids are CLS tokens in front of frames."""
         return torch.zeros_like(ids, dtype=torch.bool)
 
     def beside(self, ids: Tensor, images: Sequence[int]) -> dict[str, Tensor]:
