@@ -34,8 +34,10 @@ class Encoder:
         packed: whether the patches of all images lie in one sequence, merge group by merge group (Qwen); else every
             crop is a row of a batch.
         by_rows: of packed towers, that every image lies in it row by row, and a mask keeps images apart (Pixtral).
+        by_grids: of packed towers, that every image lies in it row by row, and a projector joins patches by the grids of
+            the images (PaddleOCR-VL).
         unit: patches that become one visual token; in padded towers a square of neighbours.
-        attention: name of a layer's attention; taps: of what gives its q, k and v (padded towers).
+        attention: name of a layer's attention; taps: of what gives its q, k and v (padded towers and those row by row).
         takes_mask: whether a layer is given the mask of its attention; else the attention is (padded towers).
         twins: further towers built like this one, each with its layers, where every kind of input has its own.
     """
@@ -49,6 +51,7 @@ class Encoder:
     full_attention: tuple[int, ...] | None = None
     packed: bool = False
     by_rows: bool = False
+    by_grids: bool = False
     unit: int = 1
     attention: str = "self_attn"
     taps: Mapping[str, str] = field(default_factory=lambda: {"q": "q_proj", "k": "k_proj", "v": "v_proj"})
