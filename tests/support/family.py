@@ -49,6 +49,7 @@ class Family:
         leading: every test of `make test` that knows families runs on it; of the others a share, see tests/conftest.py.
         varlen: the tower takes the patches of all images in one sequence.
         by_rows: it does so row by row, and a mask keeps images apart.
+        by_grids: it does so row by row, and its projector is told the grids of the images.
         unit: patches that become one visual token.
         full_attention: tower layers whose tokens see the whole image; None: all.
         states: decoder layers that keep a state instead of attending.
@@ -98,6 +99,7 @@ class Family:
     leading: ClassVar[bool] = False
     varlen: ClassVar[bool] = False
     by_rows: ClassVar[bool] = False
+    by_grids: ClassVar[bool] = False
     unit: ClassVar[int] = 1
     full_attention: ClassVar[tuple[int, ...] | None] = None
     types: ClassVar[str] = ""
@@ -132,6 +134,11 @@ class Family:
     @property
     def takes_video(self) -> bool:
         return self.video is not None
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the tower's one sequence holds the patches of a token side by side."""
+        return self.varlen and not (self.by_rows or self.by_grids)
 
     @property
     def attending(self) -> tuple[int, ...]:

@@ -149,7 +149,8 @@ def _behind(adapter: Any, stage: Any) -> Callable[[Any], None]:
         context = Context(adapter, read=frozenset({keys}))
         try:
             tower_of(adapter.encoder)(context)
-            adapter.tower(inputs["pixel_values"].to(adapter.model.device, adapter.model.dtype), **sizes)
+            pixels = inputs["pixel_values"].to(adapter.model.device, adapter.model.dtype)
+            adapter.tower(pixels[None] if adapter.encoder.by_grids else pixels, **sizes)
         finally:
             context.handle.release()
         tower, layouts = context.run.tower, adapter.layouts("image", inputs)
