@@ -31,19 +31,13 @@ KINDS = ("pruner", "compressor", "preset", "adapter")
 LIST = "`vtoken list`"
 
 # Families that resemble a supported one but are not supported, and why.
-_JOINED_LATE = (
-    "behind the last layer of its tower patches are joined by the size of the whole picture, while vtoken takes them "
-    "group by group, as towers of Qwen's kind hold them; Qwen2-VL is the nearest supported family"
-)
 REFUSED = {
     "llama4": (
         "most layers of its decoder attend within chunks of the prompt, whose borders would move as tokens are dropped"
     ),
-    "paddleocr_vl": _JOINED_LATE,
-    "video_llama_3": _JOINED_LATE,
-    "video_llava": (
-        "it has one tower for pictures and another for videos, and every frame's CLS token stands among the tokens of "
-        "its video; LLaVA-NeXT-Video is the nearest supported family"
+    "video_llama_3": (
+        "behind its tower patches of videos are averaged by the size of the whole picture while those of images are not, "
+        "so that a token is one patch or four; Qwen2-VL is the nearest supported family"
     ),
 }
 

@@ -25,7 +25,7 @@ FIRST = [[3, "img", 5], [1, "img", 2, "img", 7]]
 def test_second_turn_equals_a_loop_on_the_stock_layers(family, merge, more):
     model = tiny.make(family)
     first, turn = tiny.build(model, FIRST, seed=3), tiny.build(model, more, seed=9)
-    pictures = "pixel_values" in turn
+    pictures = tiny.family(family).pixels in turn
     if pictures and mrope(model):
         pytest.importorskip("transformers", minversion="5.21", reason="older transformers numbers a new image as text")
     spy = Told(LookM, important=IMPORTANT, recent=RECENT, merge=merge)

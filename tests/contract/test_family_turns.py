@@ -21,7 +21,7 @@ NEW = 4
 def test_second_turn(family, pipeline, rows):
     model, pipeline = tiny.make(family), STAGES[pipeline]
     first, turn = tiny.build(model, rows[0], seed=3), tiny.build(model, rows[1], seed=9)
-    image = "pixel_values" in turn
+    image = tiny.family(family).pixels in turn
     fed, stages = [], []
     with vtoken.wrapped(model, pipeline):
         a = greedy(model, first, NEW, return_dict_in_generate=True)

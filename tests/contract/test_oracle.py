@@ -95,7 +95,8 @@ def test_dropped_is_the_same_as_hidden(family, case, layer):
 def test_pictures_matter(family):
     model = tiny.make(family)
     batch = batch_of(model, "image")
-    other = {**batch, "pixel_values": batch["pixel_values"].flip(-1)}
+    name = tiny.family(family).pixels
+    other = {**batch, name: batch[name].flip(-1)}
     assert (model(**batch).logits - model(**other).logits)[:, -1].abs().max() > 0.1
 
 

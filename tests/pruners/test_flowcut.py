@@ -111,7 +111,7 @@ def test_the_batch_counts_only_with_the_authors_quirk():
     assert shared[1] == [min(own[1])] * 3
 
 
-@pytest.mark.parametrize("family", tiny.families(varlen=True, by_rows=False))
+@pytest.mark.parametrize("family", tiny.families(grouped=True))
 @pytest.mark.parametrize("grids", [IMAGES, VIDEOS], ids=["images", "videos"])
 def test_global_facts_of_packed_towers(family, grids):
     """Over the whole picture or video, in window blocks too, then means over the merge group."""

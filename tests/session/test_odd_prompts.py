@@ -278,10 +278,11 @@ def test_features_as_tuples(family, kind, by):
         pixels = {"pixel_values" if k == "pixel_values_videos" else k: v for k, v in pixels.items()}
     options = {"return_dict": False} if by == "argument" else {}
     with torch.no_grad(), vtoken.wrapped(model, [Inside(at=(1,))]):
-        want = getattr(model, function)(**pixels, return_dict=True)
+        owner = model if hasattr(model, function) else model.model
+        want = getattr(owner, function)(**pixels, return_dict=True)
         if by == "configuration":
             model.config.return_dict = False
-        got = getattr(model, function)(**pixels, **options)
+        got = getattr(owner, function)(**pixels, **options)
     assert type(got) is tuple
     leaves, expected = tree_leaves(got), tree_leaves(want.to_tuple())
     assert len(leaves) == len(expected) and all(

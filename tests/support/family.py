@@ -40,6 +40,7 @@ class Family:
         words: that stand for an image and for a video; around: those that enclose either; marks: further
             special tokens; written:
             what a prompt says for an image, if not the word that its tokens have.
+        pixels: what the model calls those of images.
         image: spec of "img" in `tiny.build`; video: of "video", None where the family takes none.
         other, odd: further images: of another raster, and one that is padded or scaled where the family does so.
         other_video: a video of four frames and another size, where sizes may differ.
@@ -48,6 +49,7 @@ class Family:
         leading: most tests of `make test` that know families run on it; of the others a share, see tests/conftest.py.
         varlen: the tower takes the patches of all images in one sequence.
         by_rows: it does so row by row, and a mask keeps images apart.
+        by_grids: it does so row by row, and its projector is told the grids of the images.
         unit: patches that become one visual token.
         full_attention: tower layers whose tokens see the whole image; None: all.
         states: decoder layers that keep a state instead of attending.
@@ -56,6 +58,7 @@ class Family:
         both_ways: the tokens of an image see each other both ways in the decoder.
         deepstack: decoder layers that are given features of early tower layers.
         rows_parted: a token of its own stands between the rows of an image.
+        frames_led: a CLS token stands in front of the tokens of every frame.
         anyres: images are cut into crops, with a newline token behind each row of them.
         split: images are cut into crops that text parts in the prompt, the whole behind them; a spec is (rows, columns)
             of crops, (0, 0) where it is not cut.
@@ -85,6 +88,7 @@ class Family:
     around: ClassVar[tuple[str, str]] = ("", "")
     marks: ClassVar[tuple[str, str]] = ("<|vision_start|>", "<|vision_end|>")
     written: ClassVar[str] = ""
+    pixels: ClassVar[str] = "pixel_values"
     image: ClassVar[Spec]
     other: ClassVar[Spec]
     odd: ClassVar[Spec]
@@ -95,6 +99,7 @@ class Family:
     leading: ClassVar[bool] = False
     varlen: ClassVar[bool] = False
     by_rows: ClassVar[bool] = False
+    by_grids: ClassVar[bool] = False
     unit: ClassVar[int] = 1
     full_attention: ClassVar[tuple[int, ...] | None] = None
     types: ClassVar[str] = ""
@@ -103,6 +108,7 @@ class Family:
     deepstack: ClassVar[int] = 0
     rows_parted: ClassVar[bool] = False
     states: ClassVar[tuple[int, ...]] = ()
+    frames_led: ClassVar[bool] = False
     anyres: ClassVar[bool] = False
     split: ClassVar[bool] = False
     crops_one_only: ClassVar[bool] = False
@@ -128,6 +134,11 @@ class Family:
     @property
     def takes_video(self) -> bool:
         return self.video is not None
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the tower's one sequence holds the patches of a token side by side."""
+        return self.varlen and not (self.by_rows or self.by_grids)
 
     @property
     def attending(self) -> tuple[int, ...]:
@@ -198,7 +209,8 @@ class Family:
     @torch.no_grad()
     def features(self, picture: Picture, **more: Tensor) -> Tensor:
         inputs = self.inputs([picture], torch.zeros)
-        pixels = inputs.pop("pixel_values" if picture.kind == "image" else "pixel_values_videos")
+        name = "pixel_values_videos" if picture.kind == "video" else self.pixels
+        pixels = inputs.pop(name)
         encode = getattr(self.stock, f"get_{picture.kind}_features")
         return encode(pixels, **inputs, **more, return_dict=True).pooler_output[0]
 
@@ -212,6 +224,10 @@ class Family:
 
     def breaks(self, ids: Tensor) -> Tensor:
         """[B, L] bool: which of a batch's ids stand between rows of an image, and are none of its features."""
+        return torch.zeros_like(ids, dtype=torch.bool)
+
+    def leads(self, ids: Tensor) -> Tensor:
+        """[B, L] bool: which of a batch's ids are CLS tokens in front of frames."""
         return torch.zeros_like(ids, dtype=torch.bool)
 
     def beside(self, ids: Tensor, images: Sequence[int]) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ attending = pytest.mark.parametrize("family", tiny.families(states=(), window=No
 whole = pytest.mark.parametrize("family", tiny.families(window=None))
 # The pictures of a batch: pixels, and what tells their size.
 INPUTS = {
-    "image": ("pixel_values", "image_sizes", "image_grid_thw"),
+    "image": ("pixel_values", "pixel_values_images", "image_sizes", "image_grid_thw"),
     "video": ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts"),
 }
 

@@ -24,11 +24,12 @@ class PrefillQK:
         positions: [B, L], or [3, B, L] with M-RoPE.
         mask: [B, L] bool, False for padding.
         visual: [B, L] bool, tokens of images and videos; newline tokens are not among them.
-        newline: [B, L] bool.
+        newline: [B, L] bool, CLS tokens of frames among them.
         images: images and videos in reading order, with the columns of all their tokens, newline tokens included.
         deep: what DeepStack adds after decoder layer i, [B, L, D] each, 0 at text.
         blocks: [B, L] number of the image whose tokens see each other both ways, -1 elsewhere; None: none do.
         crop: tokens of one crop, for families with newline tokens, else 0.
+        led: newlines stand in front of what they close.
     """
 
     embeds: Tensor
@@ -39,6 +40,7 @@ class PrefillQK:
     images: list[tiny.Segment]
     deep: list[Tensor]
     crop: int
+    led: bool = False
     blocks: Tensor | None = None
 
 
@@ -62,7 +64,7 @@ def prompt(model: Any, batch: dict[str, Tensor]) -> PrefillQK:
         deep.append(torch.zeros_like(embeds))
         deep[-1][seen["visual_pos_masks"]] = features
     visual = (ids == model.config.image_token_id) | (ids == getattr(model.config, "video_token_id", -1))
-    newline, crop = tiny.family(model).breaks(ids), 0
+    newline, crop = tiny.family(model).breaks(ids) | tiny.family(model).leads(ids), 0
     visual |= newline
     if hasattr(model.model, "image_newline"):
         newline = visual & (embeds == model.model.image_newline).all(-1)
@@ -82,6 +84,7 @@ def prompt(model: Any, batch: dict[str, Tensor]) -> PrefillQK:
         images=images,
         deep=deep,
         crop=crop,
+        led=tiny.family(model).frames_led,
         blocks=blocks,
     )
 
@@ -95,7 +98,8 @@ def keep_mask(
         kept: per image in reading order, indices of the kept ones among its visual tokens, newline tokens not counted.
         tokens: visual tokens that every image must have, if they are to be equal.
         newlines: which newline tokens stay: those that close a row with a kept token, all, or none. The base crop of an
-            anyres image has no newline; the only newline of a single crop or of a video closes all of it.
+            anyres image has no newline; the only newline of a single crop or of a video closes all of it. A CLS token
+            belongs to the frame behind it.
     """
     keep = p.mask.clone()
     for image, index in zip(p.images, kept, strict=True):
@@ -105,8 +109,9 @@ def keep_mask(
         stay = torch.zeros_like(newline)
         stay[inside[index]] = True
         begin = p.crop if image.kind == "image" and ends and ends[0] > p.crop else 0
-        for end in ends:
-            stay[end] = newlines == "keep" or (newlines != "drop" and bool(stay[begin:end].any()))
+        for end, following in zip(ends, [*ends[1:], len(stay)], strict=False):
+            row = stay[end + 1 : following] if p.led else stay[begin:end]
+            stay[end] = newlines == "keep" or (newlines != "drop" and bool(row.any()))
             begin = end + 1
         keep[image.row, image.columns] = stay
     return keep

@@ -81,7 +81,7 @@ def dense(model, batch):
 def where(model, batch):
     """Per image its row, its columns without newlines, and the columns of its row's text in front of and behind it."""
     p = tiny.segments(model, batch)
-    newline = tiny.family(model).breaks(batch["input_ids"])
+    newline = tiny.family(model).breaks(batch["input_ids"]) | tiny.family(model).leads(batch["input_ids"])
     if hasattr(model.model, "image_newline"):
         newline = oracle.prompt(model, batch).newline
     visual = torch.zeros_like(newline)

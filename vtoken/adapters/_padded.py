@@ -14,11 +14,13 @@ TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}
 class Padded(Adapter):
     """Finds tower, projector and decoder; `side` is the number of patches along a crop's edge.
 
-    `towers`: types of tower that the family can have -> whether they have a CLS token.
+    `towers`: types of tower that the family can have -> whether they have a CLS token; `tower_name`: of that for
+    pictures.
     """
 
     expects: ClassVar[str]
     towers: ClassVar[dict[str, bool]] = TOWERS
+    tower_name: ClassVar[str] = "vision_tower"
 
     def __init__(self, model: Any) -> None:
         config = model.config
@@ -34,7 +36,7 @@ class Padded(Adapter):
             )
         self.model = model
         self.outer = model.model
-        self.lm, self.tower = self.outer.language_model, self.outer.vision_tower
+        self.lm, self.tower = self.outer.language_model, getattr(self.outer, self.tower_name)
         self.projectors = (self.outer.multi_modal_projector,)
         check_decoder(self.lm)
         cls = self.towers[vision.model_type]
@@ -46,10 +48,10 @@ class Padded(Adapter):
                 f"{'default' if cls else 'full'!r}"
             )
         features = feature_layers(self.config_layer, vision.num_hidden_layers)
-        nested = getattr(self.tower, "vision_model", self.tower)
-        attention = nested.encoder.layers[0].self_attn
+        layers = layers_of(self.tower)
+        attention = layers[0].self_attn
         self.encoder = Encoder(
-            layers=nested.encoder.layers,
+            layers=layers,
             heads=attention.num_heads,
             scale=attention.head_dim**-0.5,
             cls=cls,
@@ -68,6 +70,10 @@ class Padded(Adapter):
 
     def check_call(self, kwargs: dict[str, Any]) -> None:
         check_feature_layer(kwargs, self.config_layer)
+
+
+def layers_of(tower: Any) -> Any:
+    return getattr(tower, "vision_model", tower).encoder.layers
 
 
 def feature_layers(chosen: int | list[int], depth: int) -> tuple[int, ...]:

@@ -50,6 +50,7 @@ class Pixtral(Adapter):
             packed=True,
             by_rows=True,
             unit=merge**2,
+            attention="attention",
         )
         self.placeholders = {"image": config.image_token_id}
         self.missing = {}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.layer_kinds import FULL, SLIDING, kinds_of
-from vtoken.hooks.state.run import KINDS, FeatureCall, ImageLayout
+from vtoken.hooks.state.run import KINDS, FeatureCall, ImageLayout, pixels_of
 from vtoken.stages import FACTS
 
 # Attention, full or in sliding windows, and layers without positions, which run on a pruned prompt as on a short one.
@@ -34,9 +34,12 @@ class Encoder:
         packed: whether the patches of all images lie in one sequence, merge group by merge group (Qwen); else every
             crop is a row of a batch.
         by_rows: of packed towers, that every image lies in it row by row, and a mask keeps images apart (Pixtral).
+        by_grids: of packed towers, that every image lies in it row by row, and a projector joins patches by the grids of
+            the images (PaddleOCR-VL).
         unit: patches that become one visual token; in padded towers a square of neighbours.
-        attention: name of a layer's attention; taps: of what gives its q, k and v (padded towers).
+        attention: name of a layer's attention; taps: of what gives its q, k and v (padded towers and those row by row).
         takes_mask: whether a layer is given the mask of its attention; else the attention is (padded towers).
+        twins: further towers built like this one, each with its layers, where every kind of input has its own.
     """
 
     layers: Sequence[Any]
@@ -48,10 +51,12 @@ class Encoder:
     full_attention: tuple[int, ...] | None = None
     packed: bool = False
     by_rows: bool = False
+    by_grids: bool = False
     unit: int = 1
     attention: str = "self_attn"
     taps: Mapping[str, str] = field(default_factory=lambda: {"q": "q_proj", "k": "k_proj", "v": "v_proj"})
     takes_mask: bool = True
+    twins: tuple[tuple[Any, Sequence[Any]], ...] = ()
 
     @property
     def width(self) -> int:
@@ -148,7 +153,7 @@ class Adapter(ABC):
 
     def crops(self, arguments: dict[str, Any]) -> list[int]:
         """Crops per image of a call of the feature function (padded towers)."""
-        return [1] * len(arguments["pixel_values"])
+        return [1] * len(pixels_of("image", arguments))
 
     def rasters(self, grid: Sequence[Sequence[int]]) -> tuple[ImageLayout, ...]:
         """The layout of each row of `grid` [images, 3]: frames, rows and columns in patches (towers of variable

@@ -44,6 +44,7 @@ def run(asked: Settings) -> None:
     from vtoken.evals.shared.media import read
     from vtoken.evals.shared.models import load_pair
     from vtoken.evals.shared.whole import check_folder
+    from vtoken.hooks.state.run import pixels_of
     from vtoken.session import match_processor, trace, watched
 
     pipeline = load(asked.pipeline)
@@ -62,7 +63,7 @@ def run(asked: Settings) -> None:
     name = re.sub(r"[^A-Za-z0-9._+]+", "-", pipeline.name).strip("-")
     out = asked.out or Path(f"{asked.media[0].stem}-{name}.png")
     try:
-        picture(processor, inputs.get("pixel_values"), media, seen, caption).save(out, "PNG")
+        picture(processor, pixels_of("image", inputs), media, seen, caption).save(out, "PNG")
     except ValueError as error:
         raise VtokenError(f"cannot draw {asked.media[0]}: {error}") from error
     if asked.in_json:

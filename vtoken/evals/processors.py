@@ -14,6 +14,7 @@ from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals import reference
 from vtoken.evals.shared import torchvision
 from vtoken.evals.shared.names import locate
+from vtoken.hooks.state.run import PIXELS
 
 
 def load(source: str | Path, *, pillow: bool = False, revision: str | None = None) -> Any:
@@ -140,7 +141,7 @@ def apply(processor: Any, what: str, model: Any = None, **given: Any) -> Any:
     if model is None:
         return inputs
     inputs = inputs.to(model.device)
-    for name in {"pixel_values", "pixel_values_videos"} & set(inputs):
+    for name in {name for names in PIXELS.values() for name in names} & set(inputs):
         inputs[name] = inputs[name].to(model.dtype)
     return inputs
 

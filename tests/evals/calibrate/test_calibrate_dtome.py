@@ -36,7 +36,7 @@ class Pixels:
     """An image processor that counts its calls."""
 
     def __init__(self, family="llava"):
-        self.calls, self.varlen = 0, tiny.family(family).varlen
+        self.calls, self.varlen, self.by_grids = 0, tiny.family(family).varlen, tiny.family(family).by_grids
 
     def __call__(self, images, return_tensors):
         self.calls += 1
@@ -46,7 +46,8 @@ class Pixels:
         # Any order of patches will do; every other picture is half as high.
         grids = [(1, 4, 4) if k % 2 else (1, 2, 4) for k in range(len(images))]
         patches = pixels.unfold(2, 14, 14).unfold(3, 14, 14).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
-        found = [p[: h * w].repeat(1, 2) for p, (_, h, w) in zip(patches, grids, strict=True)]
+        found = [p[: h * w] for p, (_, h, w) in zip(patches, grids, strict=True)]
+        found = [p.unflatten(1, (3, 14, 14)) if self.by_grids else p.repeat(1, 2) for p in found]
         return {"pixel_values": torch.cat(found), "image_grid_thw": torch.tensor(grids)}
 
 

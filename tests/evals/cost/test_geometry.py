@@ -136,7 +136,7 @@ def test_wrapped_models_do_what_the_account_says(models: Any, family: str, stage
     assert claimed.total == pytest.approx(flops, rel=CLOSE)
 
 
-@pytest.mark.parametrize("family", tiny.families(varlen=True, by_rows=False))
+@pytest.mark.parametrize("family", tiny.families(grouped=True))
 def test_shortened_packed_tower(models: Any, family: str) -> None:
     """Half of the merge groups leave after block 0: the blocks, run by hand on what is left, and the mergers."""
     model: Any = models[family]
@@ -250,7 +250,7 @@ def test_the_default_is_the_towers_size(models: Any, family: str) -> None:
     assert account(config).total == account(config, image_size=56).total == account(config, image_size=(56, 56)).total
 
 
-@pytest.mark.parametrize("family", tiny.families(varlen=True, by_rows=False))
+@pytest.mark.parametrize("family", tiny.families(grouped=True))
 def test_qwen_sizes(models: Any, family: str) -> None:
     config, one = models[family].config, tiny.family(family)
     assert account(config).visual_entry == account(config, image_size=(440, 455)).visual_entry == 16 * 16

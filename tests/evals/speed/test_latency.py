@@ -120,7 +120,7 @@ def test_the_oracle_of_every_family(family: str, frames: int, stage: Any) -> Non
     """Newlines, crops, M-RoPE, videos and DeepStack: the tokens are the same as with the wrapped model."""
     model, pipeline = tiny.make(family), load({"stages": [stage]})
     model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=8)
-    model.generate(**tiny.build(model, [["img", 1]]))
+    model.generate(**tiny.build(model, [["video" if frames > 1 else "img", 1]]))
     before, adapter = hooks(model), registry.adapter(family)(model)
     prompt = random_prompt(adapter, batch=3, images=2, frames=frames, image_size=(84, 140), text_tokens=32, seed=3)
     runner = Runner(adapter, prompt)

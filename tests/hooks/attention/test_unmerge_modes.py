@@ -93,7 +93,7 @@ def test_second_turn(family, rows, cache):
     """A turn on the returned cache, whether its keys carry RoPE (a first turn of text) or not."""
     model, n = tiny.make(family), 4
     first, turn = tiny.build(model, rows[0], seed=3), tiny.build(model, rows[1], seed=9)
-    image = "pixel_values" in turn
+    image = tiny.family(family).pixels in turn
     if image and modes.mrope(model) and not IMAGE_TURNS:
         pytest.skip(
             "transformers gives a new image in a cached turn the positions of text; refused, see test_family_turns"

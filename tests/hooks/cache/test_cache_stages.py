@@ -192,7 +192,7 @@ def test_second_turn(family, name, more):
     """A text turn reads the shrunk cache; a turn with an image shrinks what it adds, and nothing else."""
     model = tiny.make(family)
     first, turn = tiny.build(model, ROWS[:2], seed=3), tiny.build(model, more, seed=9)
-    if "pixel_values" in turn and mrope(model):
+    if tiny.family(family).pixels in turn and mrope(model):
         pytest.importorskip("transformers", minversion="5.21", reason="older transformers numbers a new image as text")
     spy, n = told(name), 4
     with vtoken.wrapped(model, [spy.stage]):
@@ -206,7 +206,7 @@ def test_second_turn(family, name, more):
             for row in range(2):
                 for k, found in spy.lost(row, int(begin[row])).items():
                     lost[row][k] += found
-    assert bool(spy.calls) == ("pixel_values" in turn)
+    assert bool(spy.calls) == (tiny.family(family).pixels in turn)
     p = oracle.prompt(model, whole)
     for row in range(2):
         want = oracle_kv.forced(model, p, row, b.sequences[row, -n:].tolist(), lost[row])

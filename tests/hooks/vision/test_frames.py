@@ -78,9 +78,10 @@ def test_what_stays_are_the_features_of_these_frames(family: str) -> None:
     seen: dict[str, Any] = {}
     with torch.no_grad():
         stock = model.model.get_video_features(*given, return_dict=True).pooler_output
-        stock = (
-            torch.cat(list(stock)) if not torch.is_tensor(stock) else stock[:, : stock.shape[1] - stock.shape[1] % 4]
-        )
+        if not torch.is_tensor(stock):
+            stock = torch.cat(list(stock))
+        else:
+            stock = stock[:, 1:] if tiny.family(family).frames_led else stock[:, : stock.shape[1] - stock.shape[1] % 4]
         with vtoken.wrapped(model, [Some()]):
             hook = model.get_decoder().register_forward_pre_hook(lambda m, a, k: seen.update(k), with_kwargs=True)
             model(**batch)
@@ -103,13 +104,14 @@ def test_the_layers_of_the_tower_see_fewer_patches(family: str) -> None:
     model = tiny.make(family)
     batch = tiny.build(model, [rows(family)[0]], seed=3)
     found: list[int] = []
-    tower = tiny.adapter(model).encoder.layers
+    encoder = tiny.adapter(model).encoder
+    layers = [layer for tower in (encoder.layers, *(more for _, more in encoder.twins)) for layer in tower]
     with vtoken.wrapped(model, FramesFarthest(keep=2)), torch.no_grad():
         hooks = [
             layer.register_forward_hook(
                 lambda m, a, out: found.append((out[0] if isinstance(out, tuple) else out).numel() // 32)
             )
-            for layer in tower
+            for layer in layers
         ]
         model(**batch)
         for hook in hooks:

@@ -14,7 +14,7 @@ from vtoken import registry
 from vtoken.errors import UnsupportedError
 from vtoken.stages import Compressor, Fact, Keep, Site
 
-FAMILIES = tiny.families(varlen=True, by_rows=False)
+FAMILIES = tiny.families(grouped=True)
 FULL = 1  # a block with full attention in every family
 
 

@@ -24,7 +24,7 @@ from vtoken.evals.shared.media import still, suffixes
 from vtoken.evals.shared.options import ModelCommand, option
 from vtoken.evals.shared.whole import check_folder
 from vtoken.hooks.state.context import Context
-from vtoken.hooks.state.run import segments
+from vtoken.hooks.state.run import pixels_of, segments
 from vtoken.hooks.vision.padded_tower import PaddedTower
 from vtoken.hooks.vision.towers import tower_of
 from vtoken.stages import Fact, VisualTokens
@@ -126,7 +126,7 @@ def _padded(adapter: Any, stage: Any) -> Callable[[Any], None]:
     """Runs the tower of a LLaVA on what the image processor returns; the stage merges inside it."""
 
     def encode(inputs: Any) -> None:
-        pixels, context = inputs["pixel_values"], Context(adapter, stages=(stage,))
+        pixels, context = pixels_of("image", inputs), Context(adapter, stages=(stage,))
         if pixels.ndim == 5:
             crops = adapter.crops({"image_sizes": inputs["image_sizes"]})
             pixels = torch.cat([image[:n] for image, n in zip(pixels, crops, strict=True)])
@@ -149,7 +149,8 @@ def _behind(adapter: Any, stage: Any) -> Callable[[Any], None]:
         context = Context(adapter, read=frozenset({keys}))
         try:
             tower_of(adapter.encoder)(context)
-            adapter.tower(inputs["pixel_values"].to(adapter.model.device, adapter.model.dtype), **sizes)
+            pixels = inputs["pixel_values"].to(adapter.model.device, adapter.model.dtype)
+            adapter.tower(pixels[None] if adapter.encoder.by_grids else pixels, **sizes)
         finally:
             context.handle.release()
         tower, layouts = context.run.tower, adapter.layouts("image", inputs)

@@ -139,10 +139,7 @@ def account(
         tower=batch * _tower(shape, flow, batch),
         # The model projects before tokens-site stages act: they save nothing here.
         projector=batch
-        * sum(
-            2 * each.weights * (sum(flow.mlps[each.layer]) if each.pooled is None else work.images * each.pooled)
-            for each in shape.projectors
-        ),
+        * sum(2 * each.weights * each.tokens(work.images, flow.mlps[each.layer]) for each in shape.projectors),
         stages=batch * flow.cost,
         prefill_linear=batch * (head + sum(map(decoder.linear, in_decoder, layers))),
         prefill_attention=batch * sum(round(2 * decoder.scores(n, n) * share) for n, share in read),

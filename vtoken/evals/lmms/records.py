@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 from vtoken.adapters.base import Adapter
-from vtoken.hooks.state.run import KINDS
+from vtoken.hooks.state.run import KINDS, pixels_of
 from vtoken.hooks.state.trace import Trace
 
 
@@ -82,7 +82,7 @@ def dense_tokens(adapter: Adapter, inputs: Any) -> list[Tokens]:
     visual = [0] * len(prompt)
     for kind in KINDS:
         placeholder = adapter.placeholders.get(kind)
-        if placeholder is None or f"pixel_values{'_videos' if kind == 'video' else ''}" not in inputs:
+        if placeholder is None or pixels_of(kind, inputs) is None:
             continue
         layouts = adapter.layouts(kind, inputs)
         ends = list(accumulate(layout.length for layout in layouts))

@@ -15,6 +15,7 @@ from vtoken.evals.pictures.traced import picture
 from vtoken.evals.processors import apply, check_video
 from vtoken.evals.shared.media import Media, read, rgb
 from vtoken.evals.shared.options import FRAMES
+from vtoken.hooks.state.run import pixels_of
 from vtoken.registry import catalogue
 from vtoken.session import trace, watched, wrapped
 
@@ -91,7 +92,7 @@ class Answerer:
             pruned, seen, second = self._ask(pipeline, inputs)
         kept, total = sum(seen.tokens_out), sum(seen.visual_tokens)
         caption = f"{pipeline.name}: {kept} of {total} visual tokens"
-        drawn = picture(self.processor, inputs.get("pixel_values"), media, seen, caption)
+        drawn = picture(self.processor, pixels_of("image", inputs), media, seen, caption)
         columns = MEASURES, _figures(plain, first), _figures(seen, second)
         rows = [list(row) for row in zip(*columns, strict=True)]
         return Answer(

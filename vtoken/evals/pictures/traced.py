@@ -11,6 +11,7 @@ from PIL import Image
 
 from vtoken.evals.pictures.overlay import captioned, drawn, owners, sheet, views
 from vtoken.evals.shared.media import Media, rgb
+from vtoken.hooks.state.run import pixels_of
 from vtoken.hooks.state.trace import Trace
 from vtoken.stages import Parts
 
@@ -74,7 +75,7 @@ def for_page(processor: Any, inputs: Any, media: Media, seen: Trace, columns: in
     stay legible there."""
     return [
         drawn(*as_resized(seen, k, view), 480 if len(view) == 1 else 240, columns)
-        for k, view in enumerate(views(processor, inputs.get("pixel_values"), media, seen.parts))
+        for k, view in enumerate(views(processor, pixels_of("image", inputs), media, seen.parts))
     ]
 
 
@@ -89,7 +90,7 @@ def uri(seen: Trace, pictures: Sequence[Image.Image], processor: Any) -> str:
     media = Media(tuple(map(rgb, pictures)), video=video)
     images, pixels = getattr(processor, "image_processor", processor), None
     if images is not None and not video:
-        pixels = images(images=list(media.pictures), return_tensors="pt")["pixel_values"]
+        pixels = pixels_of("image", images(images=list(media.pictures), return_tensors="pt"))
     file = BytesIO()
     picture(processor, pixels, media, seen).save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -137,7 +137,8 @@ class Runner:
         if self.adapter.masks_outside or self.adapter.encoder.by_rows:
             return "no short prompt is built: the model makes masks or row breaks of the ids of the whole prompt"
         new = "mm_encoder_outputs" in inspect.signature(self.adapter.outer.forward).parameters
-        if self.prompt.kind == "video" and self.prompt.newlines and not new:
+        own = hasattr(self.adapter.outer, "image_newline")
+        if self.prompt.kind == "video" and self.prompt.newlines and own and not new:
             return "before transformers 5.18 the model itself puts a newline behind every video"
         return None
 
@@ -214,7 +215,8 @@ class Runner:
         began: list[Any] = []
         ended: list[Any] = []
         handle, first = Handle(), FirstToken(self.clock.now)
-        handle.before(self.adapter.tower, lambda *_: began.append(self.clock.now()))
+        for tower in (self.adapter.tower, *(twin for twin, _ in self.adapter.encoder.twins)):
+            handle.before(tower, lambda *_: began.append(self.clock.now()))
         try:
             with wrapped(self.model, pipeline) if pipeline else self._short(oracle):
                 # Wrapping scans packages and leaves caches cold, which no second call on a wrapped model finds.

@@ -86,7 +86,7 @@ def entered(flow: PrefillState, values: Tensor, hidden: bool) -> Tensor:
     left = v.after(keep.to(v.batch_row.device))
     if left.lengths == v.lengths:
         return values
-    flow.leave(left)
+    flow.leave(left, encoded=any(layout.encoded for layout in flow.spans.layouts))
     for tap, features in enumerate(flow.deepstack):
         there = mask_of(flow.spans, [encode.deep[tap] if encode.deep else None for encode in encodes])
         flow.deepstack[tap] = without(keep, ~there).to(features.device).apply(features)

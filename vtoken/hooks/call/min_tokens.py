@@ -16,9 +16,7 @@ from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import eager
 from vtoken.hooks.state.image_spans import Image, assign
 from vtoken.hooks.state.left_padding import too_few
-from vtoken.hooks.state.run import KINDS, ImageLayout, SkipPlan, newline_mask
-
-PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+from vtoken.hooks.state.run import KINDS, PIXELS, ImageLayout, SkipPlan, newline_mask, pixels_of
 
 
 class MinTokensGuard:
@@ -62,7 +60,7 @@ class MinTokensGuard:
 
 def pictured(kwargs: dict) -> list[str]:
     """Of which kinds a call brings pixels."""
-    return [kind for kind, name in PIXELS.items() if kwargs.get(name) is not None]
+    return [kind for kind in PIXELS if pixels_of(kind, kwargs) is not None]
 
 
 def _padding(kwargs: dict) -> Tensor | None:

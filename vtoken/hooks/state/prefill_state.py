@@ -197,16 +197,17 @@ class PrefillState(ForwardState):
         own = torch.zeros(sum(v.lengths), dtype=torch.bool, device=device)
         return keep.retaining(own.index_fill_(0, uploaded(last, device), True), lengths)
 
-    def leave(self, visual: LiveTokens) -> None:
-        """From now on only these visual tokens are alive, and the newlines that the policy leaves with them."""
+    def leave(self, visual: LiveTokens, *, encoded: bool = False) -> None:
+        """From now on only these visual tokens are alive, and the newlines that the policy leaves with them. `encoded`:
+        newlines come from the tower, which has left these tokens."""
         batch = len(self.counts)
         before, now = (v.per_row(batch) for v in (self.live, visual))
         self.counts = [n - b + k for n, b, k in zip(self.counts, before, now, strict=True)]
         self.live, self.changed = visual, True
         newlines = self.spans.newlines
-        if newlines is not None and self.policy != "keep":
+        if newlines is not None and (encoded or self.policy != "keep"):
             stay = torch.zeros_like(self.newlines)
-            if self.policy == "keep_if_row_has_token":
+            if self.policy != "drop":
                 had, has = (self._closed(v) for v in (self.started, visual))
                 stay = has | ~had
             for row in self.skipped:

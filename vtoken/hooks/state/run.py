@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NoReturn
@@ -17,8 +17,15 @@ from vtoken.hooks.state.trace import StageTrace, Trace
 from vtoken.stages import Parts, size_of
 
 KINDS = ("image", "video")  # of visual tokens; Run.kinds counts from 1
+# As models call them.
+PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 
 UNSEEN = "inputs_embeds came without pixels, so pictures that are merged in them already cannot be found"
+
+
+def pixels_of(kind: str, given: Mapping[str, Any]) -> Any:
+    """Those of one kind among the arguments of a call or what a processor returns; None without any."""
+    return next((given[name] for name in PIXELS[kind] if given.get(name) is not None), None)
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,7 @@ class ImageLayout:
         segment: [N] as in VisualTokens, None for a single frame or crop.
         newline: [N + newlines] bool, which of its placeholders are newline tokens; None without any.
         closed_by: [N] index of the newline that closes each token's row, -1 for none; given when `newline` is.
+        encoded: newlines are made by the tower (CLS tokens): one is there only if its row is.
         resized: tokens were interpolated after the tower, so that none is one tower position.
     """
 
@@ -37,6 +45,7 @@ class ImageLayout:
     segment: Tensor | None = None
     newline: Tensor | None = None
     closed_by: Tensor | None = None
+    encoded: bool = False
     resized: bool = False
 
     @property

@@ -143,6 +143,13 @@ def untouched(stages: Sequence[Stage], crops: Sequence[int], full: int, unit: in
     return [traced(step, counts, kept, unit, [n * full for n in crops]) for step in steps]
 
 
+def of_all_frames(values: Tensor, chosen: Chosen) -> Tensor:
+    """[ΣK, ...] of the frames that stay -> [ΣF, ...], 0 at the others."""
+    wide = values.new_zeros(sum(chosen.frames), *values.shape[1:])
+    wide[chosen.index.to(values.device)] = values
+    return wide
+
+
 def expand_to_all_frames(tower: Any, chosen: Chosen, unit: int) -> None:
     """Brings the state of a padded tower, whose crops were the chosen frames, back to all frames of the call. `unit`:
     patches of a token."""
@@ -178,10 +185,7 @@ def expand_to_all_frames(tower: Any, chosen: Chosen, unit: int) -> None:
         alive = left
     tower.traces += later
     rows = chosen.index.to(device)
-    for fact, values in tower.facts.items():
-        wide = values.new_zeros(many, *values.shape[1:])
-        wide[rows.to(values.device)] = values
-        tower.facts[fact] = wide
+    tower.facts.update({fact: of_all_frames(values, chosen) for fact, values in tower.facts.items()})
     slot = tower.history.slot
     if slot is not None:
         wide = slot.new_full((many, full), -1)

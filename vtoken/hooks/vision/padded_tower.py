@@ -125,12 +125,13 @@ class PaddedTower(Tower):
     def _install(self, per_layer: dict[int, set[Fact]]) -> None:
         super()._install(per_layer)
         if self.stages and not self.encoder.takes_mask:
-            for module in self.encoder.layers[1:]:
+            for module in (module for _, layers in self.towers for module in layers[1:]):
                 MaskedLayer(self.context.handle, module, self.encoder.attention)
 
     def _behind(self) -> None:
         self.proportional = any(stage.merge_point() == "proportional" for stage in self.stages)
-        MergeInLayer(self.run, self.context.handle, self.encoder.layers, self.merging, self._decide)
+        for _, layers in self.towers:
+            MergeInLayer(self.run, self.context.handle, layers, self.merging, self._decide)
         if self.adapter.resampler is not None:
             self.context.handle.before(self.adapter.resampler, self._resampler)
         self.context.handle.after(self.adapter.projectors[0], self._projector)
@@ -255,8 +256,9 @@ class PaddedTower(Tower):
         """What gives values of the live patches [crops, P, C] their full shape, or None where they have it; notes the
         features."""
         state, call = self.state, self.run.call
-        # They are given without CLS.
-        patches = replace(state.batch, cls=0).patches
+        # A model that makes a token of the CLS as well leaves it in front.
+        lead = features.shape[1] - max(state.batch.counts)
+        patches = replace(state.batch, cls=lead).patches
         if call is not None and state.history.full != tuple(layout.tokens for layout in call.layouts):
             move_to_visible_member(state, call, self.adapter.pack)
         if state.chosen is not None:
@@ -264,8 +266,15 @@ class PaddedTower(Tower):
         short = state.short
 
         def full(x: Tensor) -> Tensor:
-            return state.restore(patches(x)) if short else x
+            return state.restore(patches(x)) if short else x[:, lead:]
 
         if self.features:
             state.facts[Fact("features")] = full(features).detach()
-        return full if short else None
+        if not (short and lead):
+            return full if short else None
+
+        def led(x: Tensor) -> Tensor:
+            cls = x[:, :lead]
+            return torch.cat([cls if state.chosen is None else frames.of_all_frames(cls, state.chosen), full(x)], 1)
+
+        return led

@@ -32,7 +32,7 @@ class RowsState(VarlenState):
     Attributes:
         patches: [unit*N] place in the whole sequence of each patch, token by token.
         cut: the sequence holds what a decision left, token by token.
-        bounds: of no use here; mask: [1, 1, P, P] of the live patches, None where all see each other.
+        bounds: of `GridsTower` only; mask: [1, 1, P, P] of the live patches, None where all see each other.
     """
 
     patches: Tensor
@@ -66,23 +66,10 @@ class RowsTower(VarlenTower):
 
     def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.adapter.check_call(kwargs)
-        pixels = args[0] if args else kwargs["pixel_values"]
-        call, device = self.run.call, pixels.device
-        sizes = kwargs["image_sizes"]
-        given = {"pixel_values": pixels, "image_sizes": sizes}
+        pixels, call = args[0] if args else kwargs["pixel_values"], self.run.call
+        given = {"pixel_values": pixels, "image_sizes": kwargs["image_sizes"]}
         layouts = self.adapter.layouts("image", given) if call is None else call.layouts
-        full = tuple(layout.tokens for layout in layouts)
-        live = torch.arange(sum(full), device=device)
-        self.run.tower = state = RowsState(
-            history=TokenHistory(full, place_in_image(full, device), full),
-            layouts=layouts,
-            image=image_of(full, device),
-            slot=live,
-            live=live,
-            patches=token_by_token(layouts, self.side).to(device, non_blocking=True),
-        )
-        if call is not None:
-            state.skipped, state.skip_reason = call.skipped([1] * len(layouts)), call.skip_reason
+        self._begin(layouts, pixels.device)
         if self.pixels:
             size: int = self.adapter.tower.config.patch_size
             whole = [
@@ -90,17 +77,32 @@ class RowsTower(VarlenTower):
                 for image, layout in zip(pixels.detach(), layouts, strict=True)
                 for _, r, c in layout.parts
             ]
-            state.facts[Fact("pixels")] = self._groups(torch.cat(whole)).flatten(1)
+            self.state.facts[Fact("pixels")] = self._groups(torch.cat(whole)).flatten(1)
+
+    def _begin(self, layouts: Sequence[ImageLayout], device: torch.device) -> None:
+        """The state of a call with these images."""
+        call, full = self.run.call, tuple(layout.tokens for layout in layouts)
+        live = torch.arange(sum(full), device=device)
+        self.run.tower = state = RowsState(
+            history=TokenHistory(full, place_in_image(full, device), full),
+            layouts=tuple(layouts),
+            image=image_of(full, device),
+            slot=live,
+            live=live,
+            patches=token_by_token(layouts, self.side).to(device, non_blocking=True),
+        )
+        if call is not None:
+            state.skipped, state.skip_reason = call.skipped([1] * len(layouts)), call.skip_reason
 
     def _tap(self, module: Any, letters: Sequence[str]) -> nn.Module:
+        attention: nn.Module = getattr(module, self.encoder.attention)
         for letter in letters:
-            self.context.handle.after_child(module.attention, f"{letter}_proj", partial(self._keep, letter))
-        attention: nn.Module = module.attention
+            self.context.handle.after_child(attention, self.encoder.taps[letter], partial(self._keep, letter))
         return attention
 
     def _projected(self, module: Any, kwargs: dict) -> EncoderLayer:
         state, e = self.state, self.encoder
-        projected = {name: value[0].unflatten(-1, (e.heads, -1)) for name, value in state.taps.items()}
+        projected = {name: value.flatten(0, -2).unflatten(-1, (e.heads, -1)) for name, value in state.taps.items()}
         cos, sin = kwargs["position_embeddings"]
 
         def turn(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,12 +117,12 @@ class RowsTower(VarlenTower):
         return values
 
     def _gather(self, hidden: Tensor) -> Tensor:
-        return self._groups(hidden[0])
+        return self._groups(hidden.flatten(0, -2))
 
     def _put_back(self, keep: Keep, values: Tensor, hidden: Tensor) -> Tensor:
         state = self.state
         state.live, state.cut, state.rotary = state.live[keep.index.to(state.live.device)], True, None
-        return keep.apply(values).flatten(0, 1)[None]
+        return keep.apply(values).reshape(*hidden.shape[:-2], -1, hidden.shape[-1])
 
     def _survivors(self, layer: int, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
         state = self.state
@@ -162,8 +164,12 @@ class RowsTower(VarlenTower):
             state.facts[Fact("features")] = state.restore(self._groups(rows).mean(1))
         if unit == 1 or not state.cut:
             return None
+        return (args[0], self._one_wide(args[1]), *args[2:]), kwargs
+
+    def _one_wide(self, sizes: Any) -> Any:
+        """In place of what the projector is told of sizes: one picture that is a token wide."""
         edge = self.side * self.adapter.tower.config.patch_size
-        return (args[0], [(len(state.live) * edge, edge)], *args[2:]), kwargs
+        return [(len(self.state.live) * edge, edge)]
 
     def _joined(self, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor | None:
         """After the projector: full length again."""

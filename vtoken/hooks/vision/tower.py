@@ -85,6 +85,7 @@ class Tower(ABC):
     def __init__(self, context: Context) -> None:
         self.context, self.run, self.adapter = context, context.run, context.adapter
         self.encoder, self.choosers = self.adapter.encoder, context.at("frames")
+        self.towers = ((self.adapter.tower, self.encoder.layers), *self.encoder.twins)
         self.resizers, self.by_pixels = parted(context.at("pixels"))
         depth, wanted = len(self.encoder.layers), context.wanted
         self.stages = [stage.for_depth(depth) for stage in context.at("encoder")]
@@ -100,13 +101,14 @@ class Tower(ABC):
     def _install(self, per_layer: dict[int, set[Fact]]) -> None:
         handle = self.context.handle
         thinned = bool(self.choosers or self.by_pixels)
-        handle.before(self.adapter.tower, self._start)
-        for layer, module in enumerate(self.encoder.layers):
-            if per_layer[layer]:
-                attention = self._tap(module, projections(per_layer[layer]))
-                handle.after(attention, partial(self._facts, layer, sorted(per_layer[layer])))
-            if (layer and self.stages) or (thinned and self.encoder.packed):
-                handle.before(module, partial(self._layer, layer))
+        for tower, layers in self.towers:
+            handle.before(tower, self._start)
+            for layer, module in enumerate(layers):
+                if per_layer[layer]:
+                    attention = self._tap(module, projections(per_layer[layer]))
+                    handle.after(attention, partial(self._facts, layer, sorted(per_layer[layer])))
+                if (layer and self.stages) or (thinned and self.encoder.packed):
+                    handle.before(module, partial(self._layer, layer))
         self._behind()
 
     def _facts_of_layers(self, wanted: Iterable[Fact]) -> dict[int, set[Fact]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vtoken.hooks.vision.grids_tower import GridsTower
 from vtoken.hooks.vision.padded_tower import PaddedTower
 from vtoken.hooks.vision.rows_tower import RowsTower
 from vtoken.hooks.vision.tower import Tower
@@ -14,5 +15,5 @@ from vtoken.hooks.vision.varlen_tower import VarlenTower
 def tower_of(encoder: Any) -> type[Tower]:
     """For an adapter's `Encoder`."""
     if encoder.packed:
-        return RowsTower if encoder.by_rows else VarlenTower
+        return RowsTower if encoder.by_rows else GridsTower if encoder.by_grids else VarlenTower
     return PaddedTower if encoder.unit == 1 else UnitTower

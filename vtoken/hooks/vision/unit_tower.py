@@ -33,7 +33,8 @@ class UnitTower(PaddedTower):
 
     def _behind(self) -> None:
         handle, projector = self.context.handle, self.adapter.projectors[0]
-        handle.after(self.adapter.tower, self._whole)
+        for tower, _ in self.towers:
+            handle.after(tower, self._whole)
         handle.before(projector, self._to_project)
         handle.after(projector, self._projector)
 

@@ -48,15 +48,19 @@ def anyres(config: Any, image_size: ImageSize | None, most: int | None = None) -
 
 
 def padded(
-    config: Any, parts: Parts, sources: tuple[tuple[int, int], ...] = ((1, 1),), newlines: tuple[int, int] = (0, 0)
+    config: Any,
+    parts: Parts,
+    sources: tuple[tuple[int, int], ...] = ((1, 1),),
+    newlines: tuple[int, int] = (0, 0),
+    extra: int = 0,
 ) -> Geometry:
-    """The whole model; `parts`, `sources` and `newlines` as in Geometry."""
+    """The whole model; `parts`, `sources` and `newlines` as in Geometry, `extra` as in Projector."""
     vision, text = config.vision_config, config.text_config
     features = chosen_layers(config)
     projector = (vision.hidden_size * len(features) + text.hidden_size) * text.hidden_size
     return Geometry(
         tower=_tower(config, sum(crops for crops, _ in sources), features),
-        projectors=(Projector(projector, max(features)),),
+        projectors=(Projector(projector, max(features), extra=extra),),
         parts=parts,
         sources=sources,
         newlines=newlines,

@@ -99,11 +99,17 @@ class Projector:
         weights: numbers in its matrices, met by every unit (see Tower) that leaves the tower.
         layer: tower layer whose output it reads.
         pooled: tokens of an image that it meets whatever was dropped, where patches are pooled ahead of it; else None.
+        extra: tokens of a crop beside its patches (CLS) that it meets.
     """
 
     weights: int
     layer: int
     pooled: int | None = None
+    extra: int = 0
+
+    def tokens(self, images: int, units: Sequence[int]) -> int:
+        """What it meets of a row of so many images, of whose crops so many units are left."""
+        return sum(units) + len(units) * self.extra if self.pooled is None else images * self.pooled
 
 
 @dataclass(frozen=True)
@@ -214,7 +220,7 @@ class Geometry:
             tower=replace(tower, crops=crops, blocks=blocks),
             parts=((frames, height, width),),
             sources=((len(crops), mixed),),
-            newlines=(newlines, closed * frames // before),
+            newlines=(frames, closed) if newlines == before > 1 else (newlines, closed * frames // before),
         )
 
     def resized(self, raster: Grid) -> Geometry:

@@ -1,0 +1,42 @@
+"""PaddleOCR-VL: a SigLIP-like tower over pictures of their own size row by row, whose patches a projector joins 2 x 2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vtoken.adapters._packed import Packed
+from vtoken.adapters.base import Encoder, check_decoder
+from vtoken.errors import UnsupportedError
+
+
+class PaddleOcrVl(Packed):
+    """`PaddleOCRVLForConditionalGeneration`. Pictures only, as in transformers."""
+
+    model_type = "paddleocr_vl"
+    features = {"image": "get_image_features"}
+
+    def __init__(self, model: Any) -> None:
+        outer: Any = getattr(model, "model", None)
+        if not (hasattr(outer, "visual") and hasattr(outer, "projector")):
+            raise UnsupportedError(
+                f"expected a PaddleOCRVLForConditionalGeneration, got {type(model).__name__}; wrap the whole VLM, model "
+                "and not model.model"
+            )
+        self.model, self.outer = model, outer
+        self.lm, self.tower = outer.language_model, outer.visual
+        check_decoder(self.lm)
+        self.projectors, self.merge = (outer.projector,), model.config.vision_config.spatial_merge_size
+        layers = self.tower.vision_model.encoder.layers
+        attention, last = layers[0].self_attn, len(layers) - 1
+        self.encoder = Encoder(
+            layers=layers,
+            heads=attention.num_heads,
+            scale=attention.scaling,
+            cls=False,
+            feature_layers=(last,),
+            attention_layer=last,
+            packed=True,
+            by_grids=True,
+            unit=self.merge**2,
+        )
+        self.placeholders, self.missing = {"image": model.config.image_token_id}, {}
