@@ -15,6 +15,7 @@ from vtoken.adapters.base import Adapter
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, OtherModelError, UnsupportedError, warn
 from vtoken.hooks.attention.sparse_prefill import check_attention
+from vtoken.hooks.cache.clear import check_cleared
 from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.hooks.state.layer_kinds import SLIDING, kinds_of
 from vtoken.stages import FACTS, SITES, Fact, OtherModel, Stage, spec_of
@@ -69,6 +70,7 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
         [s for s in pipeline.stages if s.site == "attention" and not s.unmerge_mode()], adapter.lm, adapter.attending
     )
     check_cache([stage for stage in pipeline.stages if stage.site == "cache"])
+    check_cleared(pipeline.stages, adapter.lm.config)
 
 
 def check_stage(stage: Stage, adapter: Adapter) -> None:

@@ -89,6 +89,10 @@ class Stage(BaseModel):
         later_text, the only fact in `tokens`. Called once, on the tokens that enter the decoder."""
         raise NotImplementedError(f"stage {self.name} asks for text_attention and defines no query_tokens()")
 
+    def clears_earlier_layers(self) -> bool:
+        """Whether, at site decoder, the caches of all layers before the cut are left with what the cut leaves."""
+        return False
+
     def unmerge_mode(self) -> Unmerging | None:
         """At site attention, how a stage with virtual unmerging caches, else None. A merged token then attends, and is
         attended to, at the positions of all its members; the KV cache holds keys and values of every position

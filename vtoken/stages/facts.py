@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 Site = Literal["frames", "encoder", "tokens", "decoder", "attention", "cache"]
 SITES: tuple[Site, ...] = ("frames", "encoder", "tokens", "decoder", "attention", "cache")
-Read = Literal["pixels", "encoder layer", "encoder output", "hidden states", "decoder layer", "next layer"]
+Read = Literal["pixels", "encoder layer", "encoder output", "hidden states", "positions", "decoder layer", "next layer"]
 
 
 class Fact(NamedTuple):
@@ -36,10 +36,10 @@ class FactSpec:
         name: what `Fact` asks for. A name may stand for two facts, at different sites.
         sites: of the stages that may ask for it.
         read: where in the model it is read: the encoder's input or output, a layer's projections, the layer that runs
-            next, or the hidden states that a stage is given (at site tokens: embeddings).
+            next, or the hidden states that a stage is given (at site tokens: embeddings) and their positions.
         means: shape and meaning.
         per: whether there is one entry per visual token, or a tensor over text tokens per image or per batch row.
-        holds: size of an entry: one number or d (both fp32), H*d, D, D_encoder, or the pixel values of a token.
+        holds: size of an entry: one number or d (both fp32), H*d, H x d, D, D_encoder, or the pixel values of a token.
         projections: which of q, k and v are read in the layer.
         queries: of an attention fact: the CLS token (without one: the mean patch), the last prompt token, each image's
             own tokens, the text after each image, or text tokens that the stage chooses (`query_tokens`).
@@ -55,7 +55,7 @@ class FactSpec:
     read: Read
     means: str
     per: Literal["token", "image", "row"] = "token"
-    holds: Literal["one", "head", "heads", "hidden", "features", "pixels"] = "one"
+    holds: Literal["one", "head", "heads", "each head", "hidden", "features", "pixels"] = "one"
     projections: tuple[Literal["q", "k", "v"], ...] = ()
     queries: Literal["cls", "last", "own", "text", "chosen"] | None = None
     own: bool = False
@@ -111,6 +111,14 @@ FACTS = (
              means="[ΣN, Hk*d] decoder keys of the layer, with RoPE"),
     FactSpec("later_keys", DECODER, LAYER, per="image", holds="heads", projections=("k",), part_of="keys",
              means="one [T_i, Hk*d] tensor per image: decoder keys, with RoPE, of its row's text tokens after it"),
+    FactSpec("mean_cos", DECODER, "positions",
+             means="[ΣN] cosine of the layer's RoPE at each token's position, mean over channels and position axes"),
+    FactSpec("mean_sin", DECODER, "positions",
+             means="[ΣN] the same of the sine"),
+    FactSpec("values", DECODER, LAYER, holds="each head", projections=("v",),
+             means="[ΣN, Hk, d] decoder values of the layer"),
+    FactSpec("later_values", DECODER, LAYER, per="image", holds="each head", projections=("v",), part_of="values",
+             means="one [T_i, Hk, d] tensor per image: decoder values of its row's text tokens after it"),
     FactSpec("mean_value", DECODER, LAYER, holds="head", projections=("v",),
              means="[ΣN, d] decoder values of the layer, head mean"),
     FactSpec("last_query_attention", DECODER, LAYER, projections=QK, queries="last",

@@ -49,7 +49,7 @@ class TokenFlow:
         self.decoder: list[Counts] = []
         self.newlines: list[int] = []
         self.packed: dict[int, Callable[[int], int | None]] = {}
-        self.cost = 0
+        self.cost, self.embedded = 0, shape.tower.patches * images
         self.left_out: list[str] = []
         self.inexact: list[str] = []
         self._thinned_by: set[str] = set()
@@ -63,7 +63,6 @@ class TokenFlow:
             self._check(stage)
         self._at = {site: [stage for stage in stages if stage.site == site] for site in SITES}
         self._dropping = bool(self._at["tokens"] or self._at["decoder"])
-        self.embedded = shape.tower.patches * images
         self._choose_frames()
         counts = self._encode()
         for stage in self._at["tokens"]:
@@ -75,7 +74,9 @@ class TokenFlow:
             self.newlines.append(self._lines(counts))
         self.density = [float(layer not in shape.decoder.states) for layer in range(shape.decoder.depth)]
         lengths = [self.length(layer) for layer in range(shape.decoder.depth)]
-        self.attended = self.held = self.decoded = lengths
+        clear = max((n for s in stages if s.clears_earlier_layers() for n in s.layers(len(lengths))), default=0)
+        self.attended = lengths
+        self.held = self.decoded = lengths[clear : clear + 1] * clear + lengths[clear:]
         for stage in stages:
             if isinstance(stage, SparseAttention):
                 self._thin(stage)
@@ -142,8 +143,7 @@ class TokenFlow:
             frames = max(self._left(stage, counts, (((self.shape.frames, 1, 1),),) * self.images, range(self.images)))
         self._dropping |= frames < self.shape.frames
         self.shape = self.shape.thinned(frames)
-        if apart:
-            self.embedded = self.shape.tower.patches * self.images
+        self.embedded = self.shape.tower.patches * self.images if apart else self.embedded
 
     def _encode(self) -> Counts:
         """Visual tokens of every image behind the tower."""

@@ -45,6 +45,11 @@ def visual_value_attention(
     return _among(flow, flow.of_last(v, 2), v, scale)
 
 
+def values(flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float) -> Tensor:
+    """Of all heads: [B, slots, Hk, d]."""
+    return v.transpose(1, 2)
+
+
 def mean_value(flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float) -> Tensor:
     """Values, mean over heads."""
     return v.float().mean(1)
@@ -72,6 +77,7 @@ FUNCTIONS: dict[str, Function] = {
         last_query_attention,
         visual_attention,
         visual_value_attention,
+        values,
         mean_value,
         cross_attention,
         self_attention,
