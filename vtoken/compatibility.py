@@ -147,10 +147,12 @@ def check_attending(stage: Stage, adapter: Adapter) -> None:
         )
     for need in stage.needs() if stage.site == "decoder" else ():
         spec = spec_of(need.name, stage.site)
-        if spec is None or spec.read not in ("decoder layer", "next layer"):
+        if spec is None or spec.read not in ("decoder layer", "next layer", "blocks"):
             continue
-        before = spec.read == "decoder layer"  # the layer in front of the cut, not the one behind it
+        before = spec.read != "next layer"  # the layer in front of the cut, not the one behind it
         read = [k - before for k in stage.layers(depth)] if need.layer is None else [need.layer % depth]
+        if spec.read == "blocks" and need.layer is not None:
+            read = [*range(read[0], max(stage.layers(depth)))]
         if lacking := sorted(set(read) - set(attending)):
             raise UnsupportedError(
                 f"stage {stage.name} needs {need.name} of decoder layers {lacking}, which keep a state instead of "

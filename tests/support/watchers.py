@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import oracle
@@ -14,7 +15,7 @@ from vtoken.stages import Compressor, Fact, Keep, Site, VisualTokens, keep_all, 
 ATTENTION = ("last_query_attention", "next_query_attention", "text_attention")
 OTHER = (
     *("keys", "later_keys", "values", "later_values", "normed", "later_normed", "text", "later_text"),
-    *("mean_cos", "mean_sin"),
+    *("mean_cos", "mean_sin", "transition", "next_text_attention"),
 )
 
 
@@ -67,10 +68,14 @@ def dense(model, batch):
     model in eager attention."""
     entering: list[torch.Tensor] = []
     turned: list[torch.Tensor] = []
+    blocks: list[tuple[torch.Tensor, torch.Tensor]] = []
     hooks = [
         layer.register_forward_pre_hook(lambda m, args: entering.append(args[0]))
         for layer in model.get_decoder().layers
     ]
+    for layer in model.get_decoder().layers:
+        for block in (getattr(layer, "self_attn", None), layer.mlp):
+            hooks += [block.register_forward_hook(partial(block_of, blocks), with_kwargs=True)] if block else []
     turn = model.get_decoder().rotary_emb.register_forward_pre_hook(
         lambda m, args, kwargs: turned.append(kwargs.get("position_ids", args[1] if len(args) > 1 else None)),
         with_kwargs=True,
@@ -83,8 +88,19 @@ def dense(model, batch):
     model.set_attn_implementation("sdpa")
     for hook in [*hooks, turn]:
         hook.remove()
-    out.hidden, out.positions = entering, turned[0]
+    out.hidden, out.positions, out.blocks = entering, turned[0], blocks
     return out
+
+
+def block_of(blocks, module, args, kwargs, out):
+    given = args[0] if args else kwargs["hidden_states"]
+    blocks.append((given.double(), (out[0] if isinstance(out, tuple) else out).double()))
+
+
+def transitions(given, out):
+    """One row [N, D] each: |out| / |given|, times the share of exp(1 - cosine)."""
+    cosine = (given * out).sum(-1) / given.norm(dim=-1) / out.norm(dim=-1)
+    return out.norm(dim=-1) / given.norm(dim=-1) * (1 - cosine).softmax(-1)
 
 
 def where(model, batch):
@@ -122,6 +138,13 @@ def expected(model, batch, out, k, tail=0):
         want["text_attention"].append(rows.mean((0, 1))[columns] if rows.shape[1] else torch.zeros(len(columns)))
         want["keys"].append(keys[row, columns])
         want["later_keys"].append(keys[row, later])
+        rows = out.attentions[k][row][:, later]
+        want["next_text_attention"].append(rows.mean((0, 1))[columns] if rows.shape[1] else torch.zeros(len(columns)))
+        real = batch["attention_mask"][row].bool() & (torch.arange(len(batch["input_ids"][row])) <= last)
+        found = torch.zeros(len(real), dtype=torch.float64)
+        for given, returned in out.blocks[2 * (k - 1) : 2 * k]:
+            found[real] += transitions(given[row, real], returned[row, real])
+        want["transition"].append(found[columns].float())
         want["values"].append(values[row, columns])
         want["later_values"].append(values[row, later])
         for name, function in (("mean_cos", torch.cos), ("mean_sin", torch.sin)):

@@ -11,7 +11,9 @@ from typing import Literal, NamedTuple
 
 Site = Literal["frames", "encoder", "tokens", "decoder", "attention", "cache"]
 SITES: tuple[Site, ...] = ("frames", "encoder", "tokens", "decoder", "attention", "cache")
-Read = Literal["pixels", "encoder layer", "encoder output", "hidden states", "positions", "decoder layer", "next layer"]
+Read = Literal[
+    "pixels", "encoder layer", "encoder output", "hidden states", "positions", "blocks", "decoder layer", "next layer"
+]
 
 
 class Fact(NamedTuple):
@@ -36,7 +38,8 @@ class FactSpec:
         name: what `Fact` asks for. A name may stand for two facts, at different sites.
         sites: of the stages that may ask for it.
         read: where in the model it is read: the encoder's input or output, a layer's projections, the layer that runs
-            next, or the hidden states that a stage is given (at site tokens: embeddings) and their positions.
+            next, the hidden states that a stage is given (at site tokens: embeddings) and their positions, or what
+            attention and MLP of layers were given and returned.
         means: shape and meaning.
         per: whether there is one entry per visual token, or a tensor over text tokens per image or per batch row.
         holds: size of an entry: one number or d (both fp32), H*d, H x d, D, D_encoder, or the pixel values of a token.
@@ -115,6 +118,9 @@ FACTS = (
              means="[ΣN] cosine of the layer's RoPE at each token's position, mean over channels and position axes"),
     FactSpec("mean_sin", DECODER, "positions",
              means="[ΣN] the same of the sine"),
+    FactSpec("transition", DECODER, "blocks",
+             means="[ΣN] how attention and MLP turned and stretched each token, from the named layer to the one before "
+                   "the cut: |out| / |in| times the token's share of exp(1 - cosine), summed"),
     FactSpec("values", DECODER, LAYER, holds="each head", projections=("v",),
              means="[ΣN, Hk, d] decoder values of the layer"),
     FactSpec("later_values", DECODER, LAYER, per="image", holds="each head", projections=("v",), part_of="values",
@@ -125,6 +131,9 @@ FACTS = (
              means="[ΣN] decoder attention of the last prompt token, head mean"),
     FactSpec("next_query_attention", DECODER, "next layer", projections=QK, queries="last",
              means="[ΣN] the same in the decoder layer after the cut, before it runs"),
+    FactSpec("next_text_attention", DECODER, "next layer", projections=QK, queries="text",
+             means="[ΣN] decoder attention of the text after each image, mean over it and the heads, in the decoder "
+                   "layer after the cut, before it runs"),
     FactSpec("text_attention", DECODER, LAYER, projections=QK, queries="chosen",
              means="[ΣN] decoder attention of the text tokens that the stage's `query_tokens` chose, mean over them "
                    "and the heads"),

@@ -70,6 +70,11 @@ def relayed_attention(flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_m
     return _per_image(flow, q, k, key_mask, scale, _behind(flow), _relay)
 
 
+def mean_of_text(flow: PrefillState, q: Tensor, k: Tensor, key_mask: Tensor, scale: float) -> Tensor:
+    """[B, slots] of the text behind each image: mean over heads and that text."""
+    return _per_image(flow, q, k, key_mask, scale, _behind(flow), _mean)
+
+
 FUNCTIONS: dict[str, Function] = {
     function.__name__: function
     for function in (
@@ -174,6 +179,10 @@ def causal(
 
 def _head_maximum(rows: Iterator[Tensor], at: Tensor) -> Tensor:
     return torch.stack([part.amax((-4, -3)).sum(-2) for part in rows]).sum(0) / at.shape[-1]
+
+
+def _mean(rows: Iterator[Tensor], at: Tensor) -> Tensor:
+    return torch.stack([part.mean((-4, -3)).sum(-2) for part in rows]).sum(0) / at.shape[-1]
 
 
 def _relay(rows: Iterator[Tensor], at: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtoken.hooks.decoder.blocks import changed_since
 from vtoken.hooks.decoder.next_layer import check_next_layer, next_layer_attention
 from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.hooks.state.checkpointing import check_replay
@@ -192,7 +193,7 @@ class LayerGroups:
         elif spec.read == "decoder layer":
             found = flow.facts[Fact(name, layer)]
         else:
-            found = Observed(self._entering(k, spec, name, flow, hidden, rope), flow.index)
+            found = Observed(self._entering(k, layer, spec, flow, hidden, rope), flow.index)
         values = found.now(flow.index, flow.new.shape[1]).to(hidden.device)
         if spec.per == "row":
             return text_of(flow, values)
@@ -203,18 +204,21 @@ class LayerGroups:
         return values[rows, columns].flatten(1) if flat else values[rows, columns]
 
     def _entering(
-        self, k: int, spec: FactSpec, name: str, flow: PrefillState, hidden: Tensor, rope: tuple[Tensor, Tensor]
+        self, k: int, since: int, spec: FactSpec, flow: PrefillState, hidden: Tensor, rope: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """[B, P, ...] what is read of the hidden states that enter layer k, or of their positions."""
+        """[B, P, ...] what is read of the hidden states that enter layer k, of their positions, or of what layers from
+        `since` on did to them."""
         if spec.read == "positions":
-            return self._turning(k, name, flow, hidden)
+            return self._turning(k, spec.name, flow, hidden)
+        if spec.read == "blocks":
+            return changed_since(flow, since, k)
         if spec.read == "hidden states":
-            return self.lm.norm(hidden) if name == "normed" else hidden
+            return self.lm.norm(hidden) if "normed" in (spec.name, spec.part_of) else hidden
         if self.context.compact:
             ids = flow.compact(k)
             ids = ids - dropped_slots(flow).cumsum(1).to(ids.device)
             rope = rotary(self.lm, k, hidden, ids.to(hidden.device))
-        return next_layer_attention(self.context.adapter, k, flow, hidden, rope)
+        return next_layer_attention(self.context.adapter, k, flow, hidden, rope, text=spec.queries == "text")
 
     def _turning(self, k: int, name: str, flow: PrefillState, hidden: Tensor) -> Tensor:
         """[B or 1, P] mean cosine or sine of layer k's RoPE, over channels and position axes, in float32. Every axis
