@@ -237,7 +237,7 @@ class TokenFlow:
             return  # a tensor that the model computes anyway
         if spec.read == "next layer" and layer is not None:
             self._attends(stage, fact, layer)
-            self.cost += self._next_rows(layer, counts, 1 if spec.queries == "last" else self.text_tokens)
+            self.cost += self._next_rows(layer, counts, spec.queries == "text")
             return
         decoder, tower = not spec.of_encoder, self.shape.tower
         if fact.layer is not None:
@@ -285,12 +285,12 @@ class TokenFlow:
         rows = {"last": 1, "text": text, "chosen": text}
         return sum(stack.scores(rows.get(str(spec.queries), n), n if spec.own else length) + relayed for n in counts)
 
-    def _next_rows(self, layer: int, counts: Counts, rows: int) -> int:
-        """FLOPs of so many rows of a layer before it runs: their queries, the keys of all that enters, the rows over
-        what is left."""
+    def _next_rows(self, layer: int, counts: Counts, text: bool) -> int:
+        """FLOPs of a layer's rows before it runs: the last token's over what is left, or the text's over all."""
         stack, entering = self.shape.decoder, self._length(self.decoder[layer - 1])
-        projected = stack.heads * rows + stack.kv_heads * entering
-        return 2 * stack.width * stack.head_dim * projected + stack.scores(rows, self._length(counts))
+        projected = stack.heads * (entering if text else 1) + stack.kv_heads * entering
+        rows = stack.scores(self.images * self.text_tokens, entering) if text else stack.scores(1, self._length(counts))
+        return 2 * stack.width * stack.head_dim * projected + rows
 
     def _length(self, counts: Counts) -> int:
         return self.text_tokens + sum(counts) + self._lines(counts)
