@@ -89,6 +89,12 @@ class Stage(BaseModel):
         later_text, the only fact in `tokens`. Called once, on the tokens that enter the decoder."""
         raise NotImplementedError(f"stage {self.name} asks for text_attention and defines no query_tokens()")
 
+    def refills(self) -> tuple[int, int] | None:
+        """For encoder stages whose decisions are about patches that are estimated where features are read, so that no
+        visual token is lost: of how many neighbours, and in how many layers attention still sees estimates; else None.
+        """
+        return None
+
     def clears_earlier_layers(self) -> bool:
         """Whether, at site decoder, the caches of all layers before the cut are left with what the cut leaves."""
         return False

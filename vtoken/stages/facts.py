@@ -7,13 +7,12 @@ encoder layer, in `hooks/decoder/attention_facts.py` if from a decoder layer. Le
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 Site = Literal["frames", "encoder", "tokens", "decoder", "attention", "cache"]
 SITES: tuple[Site, ...] = ("frames", "encoder", "tokens", "decoder", "attention", "cache")
-Read = Literal[
-    "pixels", "encoder layer", "encoder output", "hidden states", "positions", "blocks", "decoder layer", "next layer"
-]
+OfEncoder = Literal["pixels", "encoder layer", "encoder states", "encoder output"]
+Read = OfEncoder | Literal["hidden states", "positions", "blocks", "decoder layer", "next layer"]
 
 
 class Fact(NamedTuple):
@@ -70,7 +69,7 @@ class FactSpec:
     @property
     def of_encoder(self) -> bool:
         """Whether it is about the encoder, and so known before the LLM runs."""
-        return self.read in ("pixels", "encoder layer", "encoder output")
+        return self.read in get_args(OfEncoder)
 
 
 ENCODER: tuple[Site, ...] = ("encoder", "tokens")
@@ -100,6 +99,8 @@ FACTS = (
              means="[ΣN, d] encoder keys of the layer, head mean"),
     FactSpec("mean_value", ENCODER, "encoder layer", holds="head", projections=("v",),
              means="[ΣN, d] encoder values of the layer, head mean"),
+    FactSpec("change", ("encoder",), "encoder states",
+             means="[ΣP] norm of the difference that the layer made to each patch; for stages that refill"),
     FactSpec("features", ("tokens",), "encoder output", holds="features",
              means="[ΣN, D_encoder] encoder output before the projector"),
     FactSpec("text", ("tokens", "decoder"), "hidden states", per="row", holds="hidden",

@@ -34,7 +34,7 @@ class TokenFlow:
             width.
         cost: FLOPs of the stages and of the facts they read.
         left_out: what could not be counted.
-        inexact: stages whose counts depend on what the picture shows: from them on counts are expected ones.
+        stages: those that act; inexact: stages whose counts depend on what the picture shows: from them on counts are expected ones.
 
     Args:
         least: with fewer visual tokens no stage acts.
@@ -58,10 +58,10 @@ class TokenFlow:
             self._leave_out(f"all stages stand aside: {visual} visual tokens are fewer than min_visual_tokens {least}")
             stages = ()
         self._depth = {"encoder": shape.tower.layers.depth, "decoder": shape.decoder.depth}
-        stages = [s.for_depth(self._depth[s.site]) if s.site in self._depth else s for s in stages]
+        self.stages = stages = [s.for_depth(self._depth[s.site]) if s.site in self._depth else s for s in stages]
         for stage in stages:
             self._check(stage)
-        self._at = {site: [stage for stage in stages if stage.site == site] for site in SITES}
+        self._at = {at: [s for s in stages if s.site == at and not s.refills()] for at in SITES}
         self._dropping = bool(self._at["tokens"] or self._at["decoder"])
         self._choose_frames()
         counts = self._encode()

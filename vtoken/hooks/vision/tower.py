@@ -25,6 +25,7 @@ from vtoken.hooks.state.live_tokens import skipped_entry
 from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.hooks.state.trace import StageTrace
 from vtoken.hooks.vision.encoder_facts import OF_LAYER, EncoderLayer, compute, projections
+from vtoken.hooks.vision.refill import Estimates, Refill
 from vtoken.stages import Fact, Keep, Parts, Stage, VisualTokens
 
 
@@ -37,6 +38,7 @@ class TowerState(ABC):
         skipped: per image (crop), whether it keeps all its tokens; empty when none does. `skip_reason` says why no
             stage acts at all, or None.
         taps: q, k, v or qkv -> what the layer at work projected.
+        entered: [ΣP, D] what the layer ahead of a refilling stage's cut was given; estimates: what that stage dropped.
         deep: what DeepStack taps, tap by tap: what was left then, see `alive`.
         facts: for later stages, [ΣN, ...] (padded towers: [crops, patches, ...]), 0 where a token was dropped before
             the fact was read.
@@ -52,6 +54,8 @@ class TowerState(ABC):
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
     traces: list[StageTrace] = field(default_factory=list)
     deep: list[Tensor | None] = field(default_factory=list)
+    entered: Tensor | None = None
+    estimates: Estimates | None = None
 
     @property
     def short(self) -> bool:
@@ -84,15 +88,18 @@ class Tower(ABC):
         self.context, self.run, self.adapter = context, context.run, context.adapter
         self.encoder, self.choosers = self.adapter.encoder, context.at("frames")
         depth, wanted = len(self.encoder.layers), context.wanted
-        self.stages = [stage.for_depth(depth) for stage in context.at("encoder")]
+        stages = [stage.for_depth(depth) for stage in context.at("encoder")]
+        self.stages, refilling = [s for s in stages if not s.refills()], [s for s in stages if s.refills()]
         self.at = by_layer([stage for stage in self.stages if not stage.merge_point()], depth)
         # What lies behind the last layer that features are read from is not asked.
         inside, last = [stage for stage in self.stages if stage.merge_point()], min(self.encoder.feature_layers)
         self.merging = {k: acting if k <= last else [] for k, acting in by_layer(inside, depth).items()}
         self.features, self.pixels = (any(fact.name == name for fact in wanted) for name in ("features", "pixels"))
         per_layer = self._facts_of_layers(wanted)
-        if wanted or self.stages or self.choosers:
+        if wanted or stages or self.choosers:
             self._install(per_layer)
+        for stage in refilling:
+            Refill(context, stage, lambda: self.state)
 
     def _install(self, per_layer: dict[int, set[Fact]]) -> None:
         handle = self.context.handle
