@@ -157,7 +157,7 @@ def test_batch_and_keeping_all(family):
 
 
 @pytest.mark.parametrize("options", [OPTIONS["one layer"], OPTIONS["kept alone"]], ids=["one layer", "kept alone"])
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("family", tiny.families(leading=True, anyres=False))
 def test_the_account_of_the_tower(family, options):
     model = tiny.make(family)
     (row, *_) = rows_for(family, "ragged")

@@ -77,6 +77,18 @@ def mlp_of(layer: nn.Module) -> Any:
     return getattr(layer, "mlp", getattr(layer, "feed_forward", None))
 
 
+def without_refill(stages: Sequence[Stage]) -> list[Stage]:
+    """Those that drop or merge visual tokens."""
+    return [stage for stage in stages if stage.refills() is None]
+
+
+def refill(context: Context, stages: Sequence[Stage], state: Callable[[], Any]) -> None:
+    """Installs the others; `state` tells the tower's."""
+    for stage in stages:
+        if stage.refills() is not None:
+            Refill(context, stage, state)
+
+
 class Refill:
     """Hooks on the layers of a tower for one stage.
 
@@ -211,7 +223,8 @@ class Refill:
     def _of_kept(self, k: int, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
         """Arguments of layer k for the kept patches."""
         found: Estimates = self.state().estimates
-        e, mask, more = self.encoder, kwargs.get("attention_mask"), {}
+        e, mask = self.encoder, kwargs.get("attention_mask")
+        more: dict[str, Any] = {}
         if mask is not None:
             more["attention_mask"] = self._mask(found, mask, len(hidden))
         if e.packed:

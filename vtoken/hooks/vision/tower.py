@@ -25,7 +25,7 @@ from vtoken.hooks.state.live_tokens import skipped_entry
 from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.hooks.state.trace import StageTrace
 from vtoken.hooks.vision.encoder_facts import OF_LAYER, EncoderLayer, compute, projections
-from vtoken.hooks.vision.refill import Estimates, Refill
+from vtoken.hooks.vision.refill import Estimates, refill, without_refill
 from vtoken.stages import Fact, Keep, Parts, Stage, VisualTokens
 
 
@@ -89,7 +89,7 @@ class Tower(ABC):
         self.encoder, self.choosers = self.adapter.encoder, context.at("frames")
         depth, wanted = len(self.encoder.layers), context.wanted
         stages = [stage.for_depth(depth) for stage in context.at("encoder")]
-        self.stages, refilling = [s for s in stages if not s.refills()], [s for s in stages if s.refills()]
+        self.stages = without_refill(stages)
         self.at = by_layer([stage for stage in self.stages if not stage.merge_point()], depth)
         # What lies behind the last layer that features are read from is not asked.
         inside, last = [stage for stage in self.stages if stage.merge_point()], min(self.encoder.feature_layers)
@@ -98,8 +98,7 @@ class Tower(ABC):
         per_layer = self._facts_of_layers(wanted)
         if wanted or stages or self.choosers:
             self._install(per_layer)
-        for stage in refilling:
-            Refill(context, stage, lambda: self.state)
+        refill(context, stages, lambda: self.state)
 
     def _install(self, per_layer: dict[int, set[Fact]]) -> None:
         handle = self.context.handle
