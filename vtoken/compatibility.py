@@ -15,6 +15,7 @@ from vtoken.adapters.base import Adapter
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, OtherModelError, UnsupportedError, warn
 from vtoken.hooks.attention.sparse_prefill import check_attention
+from vtoken.hooks.cache.clear import check_cleared
 from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.hooks.state.layer_kinds import SLIDING, kinds_of
 from vtoken.hooks.vision.pixels import check_pixels
@@ -71,6 +72,7 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
         [s for s in pipeline.stages if s.site == "attention" and not s.unmerge_mode()], adapter.lm, adapter.attending
     )
     check_cache([stage for stage in pipeline.stages if stage.site == "cache"])
+    check_cleared(pipeline.stages, adapter.lm.config)
 
 
 def check_stage(stage: Stage, adapter: Adapter) -> None:
@@ -147,10 +149,12 @@ def check_attending(stage: Stage, adapter: Adapter) -> None:
         )
     for need in stage.needs() if stage.site == "decoder" else ():
         spec = spec_of(need.name, stage.site)
-        if spec is None or spec.read not in ("decoder layer", "next layer"):
+        if spec is None or spec.read not in ("decoder layer", "next layer", "blocks"):
             continue
-        before = spec.read == "decoder layer"  # the layer in front of the cut, not the one behind it
+        before = spec.read != "next layer"  # the layer in front of the cut, not the one behind it
         read = [k - before for k in stage.layers(depth)] if need.layer is None else [need.layer % depth]
+        if spec.read == "blocks" and need.layer is not None:
+            read = [*range(read[0], max(stage.layers(depth)))]
         if lacking := sorted(set(read) - set(attending)):
             raise UnsupportedError(
                 f"stage {stage.name} needs {need.name} of decoder layers {lacking}, which keep a state instead of "

@@ -22,6 +22,7 @@ from vtoken.hooks.boundary.boundary import Boundary
 from vtoken.hooks.cache.shrink import CacheShrinker
 from vtoken.hooks.call.inputs import CallInputs
 from vtoken.hooks.decoder.attention_tap import observe
+from vtoken.hooks.decoder.blocks import watch_blocks
 from vtoken.hooks.decoder.layer_groups import LayerGroups
 from vtoken.hooks.decoder.state_rows import StateRows
 from vtoken.hooks.state.context import Context
@@ -54,6 +55,7 @@ def install(context: Context) -> Boundary:
     LayerGroups(context)
     StateRows(context)
     observe(context)
+    watch_blocks(context)
     return boundary
 
 

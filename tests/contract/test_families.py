@@ -123,6 +123,10 @@ def test_every_stage_runs(family, name):
         with pytest.raises(UnsupportedError, match="keep a state"):
             vtoken.wrap(model, stage)
         return
+    if stage.clears_earlier_layers() and tiny.family(family).window is not None:
+        with pytest.raises(UnsupportedError, match="retroactive: false"):
+            vtoken.wrap(model, stage)
+        return
     compare(model, batch, {"stages": [stage]}, new=3, weighted=True)
 
 

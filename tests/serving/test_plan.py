@@ -113,6 +113,7 @@ REFUSED = {
     "snapkv-64": ("site cache", "vtoken serve"),
     "frames_uniform:8": ("site frames", "--media-io-kwargs"),
     "tome-93": ("merges inside layers", "vtoken serve"),
+    "ipcv-qwen2-vl-35": ("estimates patches", "vtoken serve"),
     "prumerge-adaptive": ("token count is not known before", "give it a budget"),
     "dcode:64": ("token count is not known before", "leave the stage out"),
     "random-64": ("positions: original", "random-64,positions=compact"),

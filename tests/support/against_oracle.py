@@ -7,6 +7,7 @@ import tiny
 import torch
 
 import vtoken
+from vtoken import config
 
 NEW = 6
 
@@ -88,7 +89,8 @@ def compare(model, batch, pipeline, new=NEW, weighted=False):
                 mixed[s.layer] = oracle.means(p, s.kept, s.into, alive)
             alive = s.kept
     compact = pipeline.get("positions") == "compact"
-    tokens, logits = oracle.generate(model, p, keep, new, compact, deeper, layer_mix=mixed)
+    cleared = any(stage.clears_earlier_layers() for stage in config.load(pipeline).stages)
+    tokens, logits = oracle.generate(model, p, keep, new, compact, deeper, layer_mix=mixed, cleared=cleared)
     torch.testing.assert_close(torch.stack(out.logits), logits, atol=tiny.family(model).float32_error, rtol=1e-4)
     assert torch.equal(out.sequences[:, -new:], tokens)
     assert trace.prompt_tokens == keep.sum(1).tolist()

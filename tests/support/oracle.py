@@ -127,6 +127,7 @@ def logits(
     deep: Sequence[Tensor] = (),
     mix: dict[int, Tensor] | None = None,
     blocks: Tensor | None = None,
+    unseen: Tensor | None = None,
 ) -> Tensor:
     """One row [1, N, D] through the decoder, all layers causal over all that is left, or over a window of it.
 
@@ -137,6 +138,7 @@ def logits(
         deep: deep[k] [1, N, D] is added after layer k, less the tokens that were dropped.
         mix: mix[k] [N, N] is multiplied to what enters layer k, before the cut, and to what is to be added later.
         blocks: [N] tokens of the same number see each other both ways, -1 at others.
+        unseen: [N, N] what attention does not see, before the last cut.
     """
     lm = model.get_decoder()
     of_layer: Tensor | None
@@ -150,8 +152,11 @@ def logits(
                 positions = positions - (~stay).cumsum(0)
             x, positions, deep = x[:, stay], positions[..., stay], [d[:, stay] for d in deep]
             blocks, rope = None if blocks is None else blocks[stay], ropes(lm, x, positions)
+            unseen = None if unseen is None else unseen[stay][:, stay]
         # A layer that keeps a state sees what comes in, one token after the other: of one row nothing is masked.
         of_layer = seen(layer, x.shape[1], blocks)[None, None] if hasattr(layer, "self_attn") else None
+        if of_layer is not None and unseen is not None:
+            of_layer = of_layer & ~unseen
         if of_layer is not None and lm.config._attn_implementation == "eager":
             of_layer = torch.where(of_layer, 0.0, torch.finfo(x.dtype).min).to(x.dtype)
         x = layer(x, attention_mask=of_layer, position_embeddings=rope[k], position_ids=None, past_key_values=None)
@@ -193,6 +198,7 @@ def generate(
     layer_keep: dict[int, Tensor] | None = None,
     start: Sequence[Sequence[int]] | None = None,
     layer_mix: dict[int, Tensor] | None = None,
+    cleared: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Greedy decoding of the unwrapped model over the kept tokens.
 
@@ -202,6 +208,7 @@ def generate(
         start: per row, tokens appended as if they had been generated (teacher forcing).
         layer_mix: layer_mix[k]: [B, L, L] what a layer's tokens are made of, before the cut of layer_keep[k]; see
             `means`.
+        cleared: generated tokens see in no layer what the last cut dropped.
 
     Returns:
         tokens [B, n] and logits [n, B, V].
@@ -226,7 +233,10 @@ def generate(
                 if layer_mix and k in layer_mix:
                     mix[k] = torch.block_diag(layer_mix[k][b][stay][:, stay], torch.eye(step))[held][:, held]
                 cuts[k], held = want[held], want
-            score = logits(model, x, positions, cuts, compact, deep, mix, blocks)[0, -1]
+            unseen = None
+            if cleared and inner:
+                unseen = (~want)[None] & (torch.arange(len(want)) >= len(want) - step)[:, None]
+            score = logits(model, x, positions, cuts, compact, deep, mix, blocks, unseen)[0, -1]
             out.append(score)
             token = int(score.argmax()) if start is None else start[b][step]
             tokens.append(token)

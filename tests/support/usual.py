@@ -54,8 +54,8 @@ def needs_attention(stage: Stage) -> set[int]:
     layers: set[int] = set()
     for need in stage.needs() if stage.site == "decoder" else ():
         spec = spec_of(need.name, "decoder")
-        if spec is not None and spec.read in ("decoder layer", "next layer"):
-            own = {k - (spec.read == "decoder layer") for k in stage.layers(depth)}
+        if spec is not None and spec.read in ("decoder layer", "next layer", "blocks"):
+            own = {k - (spec.read != "next layer") for k in stage.layers(depth)}
             layers |= own if need.layer is None else {need.layer % depth}
     return layers
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import oracle
@@ -12,7 +13,10 @@ from transformers import DynamicCache
 from vtoken.stages import Compressor, Fact, Keep, Site, VisualTokens, keep_all, spec_of
 
 ATTENTION = ("last_query_attention", "next_query_attention", "text_attention")
-OTHER = ("keys", "later_keys", "normed", "later_normed", "text", "later_text")
+OTHER = (
+    *("keys", "later_keys", "values", "later_values", "normed", "later_normed", "text", "later_text"),
+    *("mean_cos", "mean_sin", "transition", "next_text_attention"),
+)
 
 
 LAYERS = (1, 3)
@@ -60,22 +64,43 @@ def every_other(n):
 
 
 def dense(model, batch):
-    """Attention maps, keys and what enters every layer (`hidden`) of the stock model in eager attention."""
+    """Attention maps, keys, what enters every layer (`hidden`) and the positions that RoPE is made of, of the stock
+    model in eager attention."""
     entering: list[torch.Tensor] = []
+    turned: list[torch.Tensor] = []
+    blocks: list[tuple[torch.Tensor, torch.Tensor]] = []
     hooks = [
         layer.register_forward_pre_hook(lambda m, args: entering.append(args[0]))
         for layer in model.get_decoder().layers
     ]
+    for layer in model.get_decoder().layers:
+        for block in (getattr(layer, "self_attn", None), layer.mlp):
+            hooks += [block.register_forward_hook(partial(block_of, blocks), with_kwargs=True)] if block else []
+    turn = model.get_decoder().rotary_emb.register_forward_pre_hook(
+        lambda m, args, kwargs: turned.append(kwargs.get("position_ids", args[1] if len(args) > 1 else None)),
+        with_kwargs=True,
+    )
     model.set_attn_implementation("eager")
     # A cache that is told nothing of windows holds all keys; of layers that keep a state it has to be told.
     config = model.config.get_text_config() if tiny.family(model).states else None
     with torch.no_grad():
         out = model(**batch, output_attentions=True, past_key_values=DynamicCache(config=config))
     model.set_attn_implementation("sdpa")
-    for hook in hooks:
+    for hook in [*hooks, turn]:
         hook.remove()
-    out.hidden = entering
+    out.hidden, out.positions, out.blocks = entering, turned[0], blocks
     return out
+
+
+def block_of(blocks, module, args, kwargs, out):
+    given = args[0] if args else kwargs["hidden_states"]
+    blocks.append((given.double(), (out[0] if isinstance(out, tuple) else out).double()))
+
+
+def transitions(given, out):
+    """One row [N, D] each: |out| / |given|, times the share of exp(1 - cosine)."""
+    cosine = (given * out).sum(-1) / given.norm(dim=-1) / out.norm(dim=-1)
+    return out.norm(dim=-1) / given.norm(dim=-1) * (1 - cosine).softmax(-1)
 
 
 def where(model, batch):
@@ -99,6 +124,11 @@ def expected(model, batch, out, k, tail=0):
     want = {name: [] for name in ATTENTION + OTHER}
     normed = model.get_decoder().norm(out.hidden[k])
     keys = out.past_key_values.layers[k - 1].keys.transpose(1, 2).flatten(2)
+    values = out.past_key_values.layers[k - 1].values.transpose(1, 2)
+    # Every position axis turns every channel.
+    angles = out.positions.double()[..., None] * model.get_decoder().rotary_emb.inv_freq.double()
+    angles = angles if angles.ndim == 4 else angles[None]
+    angles = angles.expand(-1, len(batch["input_ids"]), -1, -1)
     for row, columns, words, later in where(model, batch):
         last = batch["input_ids"].shape[1] - 1 - tail
         words, later = words[words <= last], later[later <= last]
@@ -108,6 +138,17 @@ def expected(model, batch, out, k, tail=0):
         want["text_attention"].append(rows.mean((0, 1))[columns] if rows.shape[1] else torch.zeros(len(columns)))
         want["keys"].append(keys[row, columns])
         want["later_keys"].append(keys[row, later])
+        rows = out.attentions[k][row][:, later]
+        want["next_text_attention"].append(rows.mean((0, 1))[columns] if rows.shape[1] else torch.zeros(len(columns)))
+        real = batch["attention_mask"][row].bool() & (torch.arange(len(batch["input_ids"][row])) <= last)
+        found = torch.zeros(len(real), dtype=torch.float64)
+        for given, returned in out.blocks[2 * (k - 1) : 2 * k]:
+            found[real] += transitions(given[row, real], returned[row, real])
+        want["transition"].append(found[columns].float())
+        want["values"].append(values[row, columns])
+        want["later_values"].append(values[row, later])
+        for name, function in (("mean_cos", torch.cos), ("mean_sin", torch.sin)):
+            want[name].append(function(angles[:, row, columns]).mean((0, 2)).float())
         want["normed"].append(normed[row, columns])
         want["later_normed"].append(normed[row, later])
         want["later_text"].append(out.hidden[k][row, later])

@@ -138,6 +138,8 @@ def refusal(stage: Stage, family: str, before: Sequence[Stage] = ()) -> str:
     if stage.site == "encoder":
         if held.no_cuts:
             return f"it acts inside the vision tower, and on {family} {held.no_cuts}; {ELSEWHERE}"
+        if stage.refills() is not None:
+            return f"it estimates patches inside the vision tower, which vLLM's layers do not let; {ELSEWHERE}"
         if stage.merge_point() is not None:
             return f"it merges inside layers of the vision tower, which vLLM's layers do not let; {ELSEWHERE}"
     if budget is not None and budget.total is not None:

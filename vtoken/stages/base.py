@@ -100,6 +100,16 @@ class Stage(BaseModel):
         """
         return None
 
+    def refills(self) -> tuple[int, int] | None:
+        """For encoder stages whose decisions are about patches that are estimated where features are read, so that no
+        visual token is lost: of how many neighbours, and in how many layers attention still sees estimates; else None.
+        """
+        return None
+
+    def clears_earlier_layers(self) -> bool:
+        """Whether, at site decoder, the caches of all layers before the cut are left with what the cut leaves."""
+        return False
+
     def unmerge_mode(self) -> Unmerging | None:
         """At site attention, how a stage with virtual unmerging caches, else None. A merged token then attends, and is
         attended to, at the positions of all its members; the KV cache holds keys and values of every position

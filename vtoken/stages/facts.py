@@ -7,11 +7,12 @@ encoder layer, in `hooks/decoder/attention_facts.py` if from a decoder layer. Le
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 Site = Literal["pixels", "frames", "encoder", "tokens", "decoder", "attention", "cache"]
 SITES: tuple[Site, ...] = ("pixels", "frames", "encoder", "tokens", "decoder", "attention", "cache")
-Read = Literal["pixels", "encoder layer", "encoder output", "hidden states", "decoder layer", "next layer"]
+OfEncoder = Literal["pixels", "encoder layer", "encoder states", "encoder output"]
+Read = OfEncoder | Literal["hidden states", "positions", "blocks", "decoder layer", "next layer"]
 
 
 class Fact(NamedTuple):
@@ -36,10 +37,11 @@ class FactSpec:
         name: what `Fact` asks for. A name may stand for two facts, at different sites.
         sites: of the stages that may ask for it.
         read: where in the model it is read: the encoder's input or output, a layer's projections, the layer that runs
-            next, or the hidden states that a stage is given (at site tokens: embeddings).
+            next, the hidden states that a stage is given (at site tokens: embeddings) and their positions, or what
+            attention and MLP of layers were given and returned.
         means: shape and meaning.
         per: whether there is one entry per visual token, or a tensor over text tokens per image or per batch row.
-        holds: size of an entry: one number or d (both fp32), H*d, D, D_encoder, or the pixel values of a token.
+        holds: size of an entry: one number or d (both fp32), H*d, H x d, D, D_encoder, or the pixel values of a token.
         projections: which of q, k and v are read in the layer.
         queries: of an attention fact: the CLS token (without one: the mean patch), the last prompt token, each image's
             own tokens, the text after each image, or text tokens that the stage chooses (`query_tokens`).
@@ -55,7 +57,7 @@ class FactSpec:
     read: Read
     means: str
     per: Literal["token", "image", "row"] = "token"
-    holds: Literal["one", "head", "heads", "hidden", "features", "pixels"] = "one"
+    holds: Literal["one", "head", "heads", "each head", "hidden", "features", "pixels"] = "one"
     projections: tuple[Literal["q", "k", "v"], ...] = ()
     queries: Literal["cls", "last", "own", "text", "chosen"] | None = None
     own: bool = False
@@ -67,7 +69,7 @@ class FactSpec:
     @property
     def of_encoder(self) -> bool:
         """Whether it is about the encoder, and so known before the LLM runs."""
-        return self.read in ("pixels", "encoder layer", "encoder output")
+        return self.read in get_args(OfEncoder)
 
 
 ENCODER: tuple[Site, ...] = ("encoder", "tokens")
@@ -97,6 +99,8 @@ FACTS = (
              means="[ΣN, d] encoder keys of the layer, head mean"),
     FactSpec("mean_value", ENCODER, "encoder layer", holds="head", projections=("v",),
              means="[ΣN, d] encoder values of the layer, head mean"),
+    FactSpec("change", ("encoder",), "encoder states",
+             means="[ΣP] norm of the difference that the layer made to each patch; for stages that refill"),
     FactSpec("features", ("tokens",), "encoder output", holds="features",
              means="[ΣN, D_encoder] encoder output before the projector"),
     FactSpec("text", ("tokens", "decoder"), "hidden states", per="row", holds="hidden",
@@ -111,12 +115,26 @@ FACTS = (
              means="[ΣN, Hk*d] decoder keys of the layer, with RoPE"),
     FactSpec("later_keys", DECODER, LAYER, per="image", holds="heads", projections=("k",), part_of="keys",
              means="one [T_i, Hk*d] tensor per image: decoder keys, with RoPE, of its row's text tokens after it"),
+    FactSpec("mean_cos", DECODER, "positions",
+             means="[ΣN] cosine of the layer's RoPE at each token's position, mean over channels and position axes"),
+    FactSpec("mean_sin", DECODER, "positions",
+             means="[ΣN] the same of the sine"),
+    FactSpec("transition", DECODER, "blocks",
+             means="[ΣN] how attention and MLP turned and stretched each token, from the named layer to the one before "
+                   "the cut: |out| / |in| times the token's share of exp(1 - cosine), summed"),
+    FactSpec("values", DECODER, LAYER, holds="each head", projections=("v",),
+             means="[ΣN, Hk, d] decoder values of the layer"),
+    FactSpec("later_values", DECODER, LAYER, per="image", holds="each head", projections=("v",), part_of="values",
+             means="one [T_i, Hk, d] tensor per image: decoder values of its row's text tokens after it"),
     FactSpec("mean_value", DECODER, LAYER, holds="head", projections=("v",),
              means="[ΣN, d] decoder values of the layer, head mean"),
     FactSpec("last_query_attention", DECODER, LAYER, projections=QK, queries="last",
              means="[ΣN] decoder attention of the last prompt token, head mean"),
     FactSpec("next_query_attention", DECODER, "next layer", projections=QK, queries="last",
              means="[ΣN] the same in the decoder layer after the cut, before it runs"),
+    FactSpec("next_text_attention", DECODER, "next layer", projections=QK, queries="text",
+             means="[ΣN] decoder attention of the text after each image, mean over it and the heads, in the decoder "
+                   "layer after the cut, before it runs"),
     FactSpec("text_attention", DECODER, LAYER, projections=QK, queries="chosen",
              means="[ΣN] decoder attention of the text tokens that the stage's `query_tokens` chose, mean over them "
                    "and the heads"),

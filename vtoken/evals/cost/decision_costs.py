@@ -71,6 +71,7 @@ def fact_bytes(stage: Stage, shape: Geometry, text_tokens: int) -> int | None:
             "one": SINGLE,
             "head": stack.head_dim * SINGLE,
             "heads": stack.kv_heads * stack.head_dim * HALF,
+            "each head": stack.kv_heads * stack.head_dim * HALF,
             "hidden": decoder.width * HALF,
             "features": encoder.width * HALF,
             "pixels": shape.tower.stem // encoder.width * shape.tower.unit * HALF,

@@ -12,6 +12,7 @@ from typing import Any
 from vtoken.config import Pipeline
 from vtoken.errors import about
 from vtoken.evals.cost.geometry import Geometry, cut_alike, geometry
+from vtoken.evals.cost.refilled import Units, refilled
 from vtoken.evals.cost.token_flow import Counts, TokenFlow
 from vtoken.evals.shared.dense import DENSE
 from vtoken.evals.shared.options import Workload
@@ -129,6 +130,7 @@ def account(
     read = list(zip(flow.attended, flow.density, strict=True))
     head = 2 * decoder.width * shape.vocabulary
     steps = work.new_tokens - 1
+    attended, met, choosing = refilled(shape, flow)
     return Account(
         pipeline=applied.name,
         images=work.images,
@@ -136,11 +138,11 @@ def account(
         new_tokens=work.new_tokens,
         batch=batch,
         dtype_bytes=size,
-        tower=batch * _tower(shape, flow, batch),
+        tower=batch * _tower(shape, flow, batch, attended, met),
         # The model projects before tokens-site stages act: they save nothing here.
         projector=batch
         * sum(2 * each.weights * each.tokens(work.images, flow.mlps[each.layer]) for each in shape.projectors),
-        stages=batch * flow.cost,
+        stages=batch * (flow.cost + choosing),
         prefill_linear=batch * (head + sum(map(decoder.linear, in_decoder, layers))),
         prefill_attention=batch * sum(round(2 * decoder.scores(n, n) * share) for n, share in read),
         prefill_attention_causal=batch * sum(round(decoder.scores(n, n + 1) * share) for n, share in read),
@@ -170,8 +172,8 @@ def picture_size(config: Any, prompt: Any) -> tuple[int, int] | None:
     return cut_alike(config, prompt)
 
 
-def _tower(shape: Geometry, flow: TokenFlow, batch: int) -> int:
-    """FLOPs of the tower on one batch row of so many."""
+def _tower(shape: Geometry, flow: TokenFlow, batch: int, attended: Units, met: Units) -> int:
+    """FLOPs of the tower on one batch row of so many; its attention and MLPs see these units."""
     tower = shape.tower
     crops = len(flow.tower[0])
     together = batch * crops if tower.packed else 1
@@ -179,7 +181,7 @@ def _tower(shape: Geometry, flow: TokenFlow, batch: int) -> int:
     around += sum(flow.tower[-1]) * tower.unit * tower.head_patch
     layers = sum(
         tower.linear(units, late) + 2 * together * tower.scores(layer, units)
-        for layer, rows in enumerate(zip(flow.tower, flow.mlps, strict=True))
+        for layer, rows in enumerate(zip(attended, met, strict=True))
         for units, late in zip(*rows, strict=True)
     )
     return 2 * around + layers

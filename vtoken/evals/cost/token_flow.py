@@ -35,7 +35,7 @@ class TokenFlow:
             width.
         cost: FLOPs of the stages and of the facts they read.
         left_out: what could not be counted.
-        inexact: stages whose counts depend on what the picture shows: from them on counts are expected ones.
+        stages: those that act; inexact: stages whose counts depend on what the picture shows: from them on counts are expected ones.
 
     Args:
         least: with fewer visual tokens no stage acts.
@@ -59,10 +59,10 @@ class TokenFlow:
             self._leave_out(f"all stages stand aside: {visual} visual tokens are fewer than min_visual_tokens {least}")
             stages = ()
         self._depth = {"encoder": shape.tower.layers.depth, "decoder": shape.decoder.depth}
-        stages = [s.for_depth(self._depth[s.site]) if s.site in self._depth else s for s in stages]
+        self.stages = stages = [s.for_depth(self._depth[s.site]) if s.site in self._depth else s for s in stages]
         for stage in stages:
             self._check(stage)
-        self._at = {site: [stage for stage in stages if stage.site == site] for site in SITES}
+        self._at = {at: [s for s in stages if s.site == at and not s.refills()] for at in SITES}
         self._dropping = bool(self._at["tokens"] or self._at["decoder"])
         self.shape, self._by_pixels = before_tower(shape, self._at["pixels"])
         self._choose_frames()
@@ -75,7 +75,10 @@ class TokenFlow:
             self.decoder.append(counts)
             self.newlines.append(self._lines(counts))
         self.density = [float(layer not in shape.decoder.states) for layer in range(shape.decoder.depth)]
-        self.attended = self.held = self.decoded = lengths = [self.length(k) for k in range(shape.decoder.depth)]
+        lengths = [self.length(layer) for layer in range(shape.decoder.depth)]
+        clear = max((n for s in stages if s.clears_earlier_layers() for n in s.layers(len(lengths))), default=0)
+        self.attended = lengths
+        self.held = self.decoded = lengths[clear : clear + 1] * clear + lengths[clear:]
         for stage in stages:
             if isinstance(stage, SparseAttention):
                 self._thin(stage)
@@ -237,7 +240,7 @@ class TokenFlow:
             return  # a tensor that the model computes anyway
         if spec.read == "next layer" and layer is not None:
             self._attends(stage, fact, layer)
-            self.cost += self._next_query(layer, counts)
+            self.cost += self._next_rows(layer, counts, spec.queries == "text")
             return
         decoder, tower = not spec.of_encoder, self.shape.tower
         if fact.layer is not None:
@@ -285,12 +288,12 @@ class TokenFlow:
         rows = {"last": 1, "text": text, "chosen": text}
         return sum(stack.scores(rows.get(str(spec.queries), n), n if spec.own else length) + relayed for n in counts)
 
-    def _next_query(self, layer: int, counts: Counts) -> int:
-        """FLOPs of the last token's row of a layer before it runs: its query, the keys of all that enters, the row over
-        what is left."""
+    def _next_rows(self, layer: int, counts: Counts, text: bool) -> int:
+        """FLOPs of a layer's rows before it runs: the last token's over what is left, or the text's over all."""
         stack, entering = self.shape.decoder, self._length(self.decoder[layer - 1])
-        projected = stack.heads + stack.kv_heads * entering
-        return 2 * stack.width * stack.head_dim * projected + stack.scores(1, self._length(counts))
+        projected = stack.heads * (entering if text else 1) + stack.kv_heads * entering
+        rows = stack.scores(self.images * self.text_tokens, entering) if text else stack.scores(1, self._length(counts))
+        return 2 * stack.width * stack.head_dim * projected + rows
 
     def _length(self, counts: Counts) -> int:
         return self.text_tokens + sum(counts) + self._lines(counts)

@@ -21,6 +21,7 @@ from vtoken.hooks.boundary.calls import check_labels, check_packed
 from vtoken.hooks.boundary.forward import forward_of, lagging
 from vtoken.hooks.boundary.outputs import restore
 from vtoken.hooks.boundary.prefill_start import build_prefill
+from vtoken.hooks.cache.clear import check_clearing, clear_earlier
 from vtoken.hooks.cache.shrink import CacheShrinker
 from vtoken.hooks.state.cache_argument import CACHE, FORMER
 from vtoken.hooks.state.checkpointing import replays
@@ -51,6 +52,7 @@ class Boundary:
         self.stages = [(stage, substituted(stage, self.adapter.substitutes)) for stage in context.at("tokens")]
         # Later stages shorten inside the decoder, so every prefill with images takes over its cache.
         self.always = bool(context.at("decoder", "cache"))
+        self.clearing = [stage for stage in context.at("decoder") if stage.clears_earlier_layers()]
         self.unmerge, self.shrinker, self.switch = unmerge, cache, context.handle.switch
         self.requantizes = cache is not None and cache.goes_on
         backend = self.lm.config._attn_implementation or ""
@@ -178,6 +180,8 @@ class Boundary:
             flow.cache = cache = DynamicCache(config=self.lm.config)
         if self.shrinker is not None and flow.skip_reason is None:
             self.shrinker.check(cache)
+        for stage in self.clearing if flow.skip_reason is None else ():
+            check_clearing(stage, flow, self.context.attending)
         if cache is not None and cache.is_compileable and all(cache.is_sliding):
             raise UnsupportedError(
                 "a static cache whose layers all slide does not tell how many tokens it is made for; use a dynamic "
@@ -279,6 +283,8 @@ class Boundary:
         self.run.forget()
         if self.shrinker is not None:
             self.shrinker.finish(flow)
+        if flow.clears:
+            clear_earlier(flow, self.context.attending)
         for start, slots in sorted(flow.pending_slots.items()):
             flow.cache.record(start, slots)
         flow.trace.cache_bytes = cache_bytes(getattr(out, CACHE, None))

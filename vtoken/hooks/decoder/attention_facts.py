@@ -45,6 +45,11 @@ def visual_value_attention(
     return _among(flow, flow.of_last(v, 2), v, scale)
 
 
+def values(flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float) -> Tensor:
+    """Of all heads: [B, slots, Hk, d]."""
+    return v.transpose(1, 2)
+
+
 def mean_value(flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float) -> Tensor:
     """Values, mean over heads."""
     return v.float().mean(1)
@@ -65,6 +70,11 @@ def relayed_attention(flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_m
     return _per_image(flow, q, k, key_mask, scale, _behind(flow), _relay)
 
 
+def mean_of_text(flow: PrefillState, q: Tensor, k: Tensor, key_mask: Tensor, scale: float) -> Tensor:
+    """[B, slots] of the text behind each image: mean over heads and that text."""
+    return _per_image(flow, q, k, key_mask, scale, _behind(flow), _mean)
+
+
 FUNCTIONS: dict[str, Function] = {
     function.__name__: function
     for function in (
@@ -72,6 +82,7 @@ FUNCTIONS: dict[str, Function] = {
         last_query_attention,
         visual_attention,
         visual_value_attention,
+        values,
         mean_value,
         cross_attention,
         self_attention,
@@ -168,6 +179,10 @@ def causal(
 
 def _head_maximum(rows: Iterator[Tensor], at: Tensor) -> Tensor:
     return torch.stack([part.amax((-4, -3)).sum(-2) for part in rows]).sum(0) / at.shape[-1]
+
+
+def _mean(rows: Iterator[Tensor], at: Tensor) -> Tensor:
+    return torch.stack([part.mean((-4, -3)).sum(-2) for part in rows]).sum(0) / at.shape[-1]
 
 
 def _relay(rows: Iterator[Tensor], at: Tensor) -> Tensor:

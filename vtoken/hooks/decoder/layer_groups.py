@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtoken.hooks.decoder.blocks import changed_since
 from vtoken.hooks.decoder.next_layer import check_next_layer, next_layer_attention
 from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.hooks.state.checkpointing import check_replay
@@ -20,7 +21,7 @@ from vtoken.hooks.state.left_padding import take
 from vtoken.hooks.state.prefill_state import AskedText, Observed, PrefillState
 from vtoken.hooks.state.prompt_text import dropped_slots, later_text, text_before, text_of
 from vtoken.hooks.state.pruned_cache import PrunedCache
-from vtoken.stages import Fact, Stage, VisualTokens, spec_of
+from vtoken.stages import Fact, FactSpec, Stage, VisualTokens, spec_of
 
 
 class LayerGroups:
@@ -126,6 +127,8 @@ class LayerGroups:
         flow.enter(k)
         if isinstance(flow, PrefillState):
             flow.note_layout(k)
+            if dropped and any(stage.clears_earlier_layers() for stage in self.at[k]):
+                flow.clears = k
         return hidden
 
     @torch.no_grad()
@@ -185,25 +188,48 @@ class LayerGroups:
         if spec.of_encoder:
             return encoder_fact(self.context, flow, stage, fact).to(hidden.device)
         layer, name = k - 1 if fact.layer is None else fact.layer % len(self.at), spec.part_of or fact.name
-        if spec.read == "next layer":
-            if self.context.compact:
-                ids = flow.compact(k)
-                ids = ids - dropped_slots(flow).cumsum(1).to(ids.device)
-                rope = rotary(self.lm, k, hidden, ids.to(hidden.device))
-            found = Observed(next_layer_attention(self.context.adapter, k, flow, hidden, rope), flow.index)
-        elif spec.read == "hidden states":
-            found = Observed(self.lm.norm(hidden) if name == "normed" else hidden, flow.index)
-        elif spec.queries == "chosen":
+        if spec.queries == "chosen":
             found = flow.asked[id(stage)].found[layer]
-        else:
+        elif spec.read == "decoder layer":
             found = flow.facts[Fact(name, layer)]
+        else:
+            found = Observed(self._entering(k, layer, spec, flow, hidden, rope), flow.index)
         values = found.now(flow.index, flow.new.shape[1]).to(hidden.device)
         if spec.per == "row":
             return text_of(flow, values)
+        flat = values.ndim > 2 and spec.holds != "each head"
         if spec.per == "image":
-            return [text.flatten(1) for text in later_text(flow, values)]
+            return [text.flatten(1) if flat else text for text in later_text(flow, values)]
         rows, columns = (i.to(hidden.device) for i in flow.slot())
-        return values[rows, columns].flatten(1) if values.ndim > 2 else values[rows, columns]
+        return values[rows, columns].flatten(1) if flat else values[rows, columns]
+
+    def _entering(
+        self, k: int, since: int, spec: FactSpec, flow: PrefillState, hidden: Tensor, rope: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """[B, P, ...] what is read of the hidden states that enter layer k, of their positions, or of what layers from
+        `since` on did to them."""
+        if spec.read == "positions":
+            return self._turning(k, spec.name, flow, hidden)
+        if spec.read == "blocks":
+            return changed_since(flow, since, k)
+        if spec.read == "hidden states":
+            return self.lm.norm(hidden) if "normed" in (spec.name, spec.part_of) else hidden
+        if self.context.compact:
+            ids = flow.compact(k)
+            ids = ids - dropped_slots(flow).cumsum(1).to(ids.device)
+            rope = rotary(self.lm, k, hidden, ids.to(hidden.device))
+        return next_layer_attention(self.context.adapter, k, flow, hidden, rope, text=spec.queries == "text")
+
+    def _turning(self, k: int, name: str, flow: PrefillState, hidden: Tensor) -> Tensor:
+        """[B or 1, P] mean cosine or sine of layer k's RoPE, over channels and position axes, in float32. Every axis
+        turns all channels here: before they are shared out among the axes."""
+        compact = self.context.compact
+        ids = (flow.compact(flow.group) if compact else take(flow.positions, flow.index, -1)).to(hidden.device)
+        plain = hidden.new_empty(0, dtype=torch.float32)
+        # Of four axes the first is that of masks.
+        axes = [axis.expand(3, *axis.shape) for axis in ids[-3:]] if ids.ndim == 3 else [ids]
+        turned = [rotary(self.lm, k, plain, axis)[name == "mean_sin"].mean(-1) for axis in axes]
+        return torch.stack(turned).mean(0)
 
     def _static(self, k: int, step: StaticStep, kwargs: dict) -> dict:
         group = step.cache.group(k)

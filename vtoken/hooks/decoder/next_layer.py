@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtoken.errors import UnsupportedError
-from vtoken.hooks.decoder.attention_facts import last_row
+from vtoken.hooks.decoder.attention_facts import last_row, mean_of_text
 from vtoken.hooks.state.layer_kinds import window_of
 from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.hooks.state.prompt_text import dropped_slots
@@ -43,31 +43,39 @@ def check_next_layer(layer: Any) -> None:
 
 @torch.no_grad()
 def next_layer_attention(
-    adapter: Adapter, k: int, flow: PrefillState, hidden: Tensor, rope: tuple[Tensor, Tensor]
+    adapter: Adapter, k: int, flow: PrefillState, hidden: Tensor, rope: tuple[Tensor, Tensor], *, text: bool = False
 ) -> Tensor:
     """[B, slots] attention of the last prompt token over the slots of layer k, head mean, from the hidden states [B, P,
     D] that enter it.
 
     Args:
         rope: cos and sin of their positions, [B or 1, P, d].
+        text: of the text behind each image instead, over that image alone, mean over it.
     """
     layer = adapter.lm.layers[k]
     attention = layer.self_attn
     rotate = _file(attention).apply_rotary_pos_emb
     x = layer.input_layernorm(hidden.detach())
-    q = _heads(attention, "q", flow.of_last(x, 1)[:, None], gated=adapter.gated_queries)
+    asking, turned = (x, rope) if text else (flow.of_last(x, 1)[:, None], last_of(flow, rope))
+    q = _heads(attention, "q", asking, gated=adapter.gated_queries)
     keys = _heads(attention, "k", x)
-    cos, sin = rope
     # One call rotates queries and keys by the same positions; these have their own.
-    q = rotate(q, q, *(flow.of_last(half, 1)[:, None] for half in rope))[0]
-    keys = rotate(keys, keys, cos, sin)[0]
+    q, keys = rotate(q, q, *turned)[0], rotate(keys, keys, *rope)[0]
     key_mask = flow.valid.to(keys.device) & ~dropped_slots(flow).to(keys.device)
     past = _past(flow, k)
     if past is not None:
         old, held = past
         keys, key_mask = torch.cat([old, keys], 2), torch.cat([held.to(key_mask.device), key_mask], 1)
     scale = getattr(attention, "scaling", None) or attention.head_dim**-0.5
+    if text:
+        flow.window = window_of(adapter.lm.config, k)
+        return mean_of_text(flow, q, keys, key_mask, scale)
     return last_row(q[:, :, 0], keys, key_mask, flow.tails, scale, window_of(adapter.lm.config, k))
+
+
+def last_of(flow: PrefillState, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """cos and sin [B or 1, 1, d] of the last prompt token's position."""
+    return tuple(flow.of_last(half, 1)[:, None] for half in rope)
 
 
 def _past(flow: PrefillState, k: int) -> tuple[Tensor, Tensor] | None:

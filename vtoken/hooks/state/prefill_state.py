@@ -98,6 +98,7 @@ class PrefillState(ForwardState):
         window: slots that a query of the layer whose attention is read sees; None: all up to its own.
         notes: of the current layer group; asked: stage (by id) -> the text tokens it asks; told: stages whose skipping
             is in the trace.
+        clears: the layer whose cut also holds for the caches of all layers before it, or 0.
         unpadded: all of the prompt is real.
         began: a clock of its device, and the moment when it began.
         project: makes embeddings of features, where the family's projector takes tokens one by one.
@@ -128,6 +129,7 @@ class PrefillState(ForwardState):
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
     shrunk: dict[int, Any] = field(default_factory=dict)
     window: int | None = None
+    clears: int = 0
     unpadded: bool = False
     project: Callable[[Tensor], Tensor] | None = None
 

@@ -25,6 +25,7 @@ from vtoken.hooks.state.live_tokens import skipped_entry
 from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.hooks.state.trace import StageTrace
 from vtoken.hooks.vision.encoder_facts import OF_LAYER, EncoderLayer, compute, projections
+from vtoken.hooks.vision.refill import Estimates, refill, without_refill
 from vtoken.stages import Fact, Keep, Parts, Stage, VisualTokens
 
 
@@ -38,6 +39,7 @@ class TowerState(ABC):
             stage acts at all, or None.
         taps: q, k, v or qkv -> what the layer at work projected.
         resized: of pictures that were made smaller for this call, all their rasters; None where none was.
+        entered: [ΣP, D] what the layer ahead of a refilling stage's cut was given; estimates: what that stage dropped.
         deep: what DeepStack taps, tap by tap: what was left then, see `alive`.
         facts: for later stages, [ΣN, ...] (padded towers: [crops, patches, ...]), 0 where a token was dropped before
             the fact was read.
@@ -54,6 +56,8 @@ class TowerState(ABC):
     traces: list[StageTrace] = field(default_factory=list)
     deep: list[Tensor | None] = field(default_factory=list)
     resized: tuple[Parts, ...] | None = None
+    entered: Tensor | None = None
+    estimates: Estimates | None = None
 
     @property
     def short(self) -> bool:
@@ -88,15 +92,17 @@ class Tower(ABC):
         self.towers = ((self.adapter.tower, self.encoder.layers), *self.encoder.twins)
         self.resizers, self.by_pixels = parted(context.at("pixels"))
         depth, wanted = len(self.encoder.layers), context.wanted
-        self.stages = [stage.for_depth(depth) for stage in context.at("encoder")]
+        stages = [stage.for_depth(depth) for stage in context.at("encoder")]
+        self.stages = without_refill(stages)
         self.at = by_layer([stage for stage in self.stages if not stage.merge_point()], depth)
         # What lies behind the last layer that features are read from is not asked.
         inside, last = [stage for stage in self.stages if stage.merge_point()], min(self.encoder.feature_layers)
         self.merging = {k: acting if k <= last else [] for k, acting in by_layer(inside, depth).items()}
         self.features, self.pixels = (any(fact.name == name for fact in wanted) for name in ("features", "pixels"))
         per_layer = self._facts_of_layers(wanted)
-        if any((wanted, self.stages, self.choosers, self.resizers, self.by_pixels)):
+        if any((wanted, stages, self.choosers, self.resizers, self.by_pixels)):
             self._install(per_layer)
+        refill(context, stages, lambda: self.state)
 
     def _install(self, per_layer: dict[int, set[Fact]]) -> None:
         handle = self.context.handle

@@ -148,13 +148,13 @@ class Tower:
         """Of all crops of one image."""
         return size_of(self.crops) * self.unit
 
-    def linear(self, units: int, late: int | None = None) -> int:
+    def linear(self, units: float, late: float | None = None) -> int:
         """FLOPs of one layer's matrices on a crop with so many units left, `late` of them when its MLP runs."""
-        merged = 0 if late is None else (units - late) * self.unit
+        merged = 0 if late is None else round((units - late) * self.unit)
         mlp = self.layers.weights - 4 * self.layers.width**2
-        return self.layers.linear(units * self.unit + self.extra) - 2 * merged * mlp
+        return self.layers.linear(round(units * self.unit) + self.extra) - 2 * merged * mlp
 
-    def scores(self, layer: int, units: int, *, one_query: bool = False) -> int:
+    def scores(self, layer: int, units: float, *, one_query: bool = False) -> int:
         """FLOPs of q·k in one layer on a crop with so many units left. What is left is taken to be spread evenly over
         the blocks."""
         share = units / size_of(self.crops[:1])

@@ -1,0 +1,107 @@
+"""What a cut inside the decoder leaves becomes all that earlier layers' caches hold of the prompt.
+
+Those layers have attended by then, so the first token is as it was; from the second on nothing sees what left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from vtoken.errors import UnsupportedError
+from vtoken.hooks.state.layer_kinds import SLIDING, kinds_of
+from vtoken.hooks.state.left_padding import SlotLayout, take
+from vtoken.hooks.state.prefill_state import PrefillState
+from vtoken.stages import Stage
+
+
+def check_cleared(stages: Sequence[Stage], config: Any) -> None:
+    """Refuses a cut that clears the caches of earlier layers where those do not hold the prompt slot by slot.
+
+    Args:
+        stages: of the pipeline; config: of the decoder.
+
+    Raises:
+        UnsupportedError: names the stage, the reason and what to do.
+    """
+    why = [f"{stage.name} leaves every head of them other tokens" for stage in stages if stage.site == "cache"]
+    if SLIDING in kinds_of(config):
+        why = [f"sliding windows of {config.model_type!r} hold {config.sliding_window - 1} tokens at most"]
+    for stage in stages:
+        if why and stage.clears_earlier_layers():
+            raise UnsupportedError(
+                f"stage {stage.name} takes what it drops out of the caches of earlier layers, and {why[0]}; "
+                "set retroactive: false"
+            )
+
+
+def check_clearing(stage: Stage, flow: PrefillState, attending: Collection[int]) -> None:
+    """Refuses a prefill in which later tokens would read what the cut takes from layers that have run, and caches that
+    cannot lose slots.
+
+    Raises:
+        UnsupportedError: says what to do.
+    """
+    without = "retroactive: false leaves them as they are"
+    if any(flow.tails):
+        raise UnsupportedError(
+            f"stage {stage.name} takes what it drops out of the caches of earlier layers too, and tokens behind the "
+            f"prompt (drafts, or an answer to score) have read them by then; {without}"
+        )
+    if flow.cache is None or flow.cache.is_compileable:
+        return
+    layers = [layer for k, layer in enumerate(flow.cache.layers) if k in attending]
+    if odd := {type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer}:
+        raise UnsupportedError(
+            f"stage {stage.name} cannot take slots out of cache layers of kind {', '.join(sorted(odd))}; use a plain "
+            f"DynamicCache ({without})"
+        )
+
+
+def clear_earlier(flow: PrefillState, attending: Collection[int]) -> None:
+    """Leaves the layers before `flow.clears` with the slots of this prefill that its cut left. A static cache keeps its
+    size, and what left is hidden."""
+    cache, cut, last = flow.cache, flow.layouts[flow.clears], flow.pending_slots.get(flow.clears)
+    if last is None:
+        return  # no cache
+    starts = sorted(start for start in flow.layouts if start < flow.clears)
+    for start, end in zip(starts, [*starts[1:], flow.clears], strict=True):
+        held, slots = flow.layouts[start], flow.pending_slots[start]
+        if cache.is_compileable:
+            logical = held.logical.masked_fill(~_stays(held, cut, flow.new), -1)
+        else:
+            at = _slots_in(held, cut, flow.new.shape[1])
+            for cached in (cache.layers[k] for k in range(start, end) if k in attending):
+                cached.keys, cached.values = (_moved(t, at, held.index.shape[1]) for t in (cached.keys, cached.values))
+            before = held.logical[:, : held.logical.shape[1] - held.index.shape[1]]
+            logical = torch.cat([before, cut.logical[:, -cut.index.shape[1] :].to(before.device)], 1)
+        flow.pending_slots[start] = replace(slots, logical=logical, dense=slots.dense and last.dense)
+    if len(cache.groups) == 1 and not cache.is_compileable and not flow.renumbers:
+        # All of them hold the same from here on: one group, whose decode steps are the model's own.
+        for start in (*starts[1:], flow.clears):
+            del flow.pending_slots[start]
+
+
+def _slots_in(held: SlotLayout, cut: SlotLayout, length: int) -> Tensor:
+    """[B, P'] slot in the earlier layout of every slot of the later one."""
+    slots = torch.arange(held.index.shape[1], device=held.index.device).expand_as(held.index)
+    return held.index.new_zeros(len(held.index), length).scatter(1, held.index, slots).gather(1, cut.index)
+
+
+def _moved(t: Tensor, at: Tensor, width: int) -> Tensor:
+    """[B, H, S + P', d] of keys or values [B, H, S + P, d], of whose last P = `width` slots those `at` [B, P'] stay."""
+    past = t.shape[2] - width
+    return torch.cat([t[:, :, :past], take(t[:, :, past:].transpose(1, 2), at, 1).transpose(1, 2)], 2)
+
+
+def _stays(held: SlotLayout, cut: SlotLayout, new: Tensor) -> Tensor:
+    """[B, S + P] which slots of the earlier layout hold earlier turns, or what the later one still holds."""
+    left = torch.zeros_like(new, dtype=torch.bool).scatter(1, cut.index, cut.valid.bool())
+    now = left.gather(1, held.index)
+    before = now.new_ones(len(now), held.logical.shape[1] - now.shape[1])
+    return torch.cat([before, now], 1).to(held.logical.device)
