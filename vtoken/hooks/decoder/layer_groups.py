@@ -192,7 +192,8 @@ class LayerGroups:
                 rope = rotary(self.lm, k, hidden, ids.to(hidden.device))
             found = Observed(next_layer_attention(self.context.adapter, k, flow, hidden, rope), flow.index)
         elif spec.read == "hidden states":
-            found = Observed(self.lm.norm(hidden) if name == "normed" else hidden, flow.index)
+            normed = getattr(self.lm, self.context.adapter.final_norm)
+            found = Observed(normed(hidden) if name == "normed" else hidden, flow.index)
         elif spec.queries == "chosen":
             found = flow.asked[id(stage)].found[layer]
         else:
