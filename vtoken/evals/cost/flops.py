@@ -183,7 +183,7 @@ def _tower(shape: Geometry, flow: TokenFlow, batch: int) -> int:
     layers = sum(
         tower.linear(units, late) + 2 * together * tower.scores(layer, units)
         for layer, rows in enumerate(zip(flow.tower, flow.mlps, strict=True))
-        for units, late in zip(*rows, strict=True)
+        for units, late in zip(*map(tower.run, rows), strict=True)
     )
     return 2 * around + layers
 
