@@ -34,6 +34,7 @@ __all__ = [
     "family",
     "llava",
     "make",
+    "normed",
     "segments",
     "types",
 ]
@@ -93,6 +94,13 @@ def make(name: str, attn: str = "sdpa", seed: int = 0, **text_overrides: Any) ->
             the model_type of the decoder.
     """
     return family(name).make(attn, seed, **text_overrides)
+
+
+def normed(model: PreTrainedModel, x: Tensor) -> Tensor:
+    """Hidden states through the decoder's last norm."""
+    lm: Any = model.get_decoder()
+    out: Tensor = getattr(lm, registry.adapter(model.config.model_type).final_norm)(x)
+    return out
 
 
 def llava(attn: str = "sdpa", seed: int = 0, **options: Any) -> PreTrainedModel:
