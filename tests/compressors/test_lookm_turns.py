@@ -85,7 +85,7 @@ def run(model, cache: DynamicCache, x: Tensor, positions: Tensor, deep=()) -> Te
         x = layer(x, attention_mask=mask, position_embeddings=rope, position_ids=None, past_key_values=cache)
         if k < len(deep):
             x = x + deep[k]
-    return model.lm_head(lm.norm(x))
+    return model.lm_head(tiny.normed(model, x))
 
 
 def shrink(cache: DynamicCache, begin: int, calls, row: int, visual: Tensor, merge: str) -> None:

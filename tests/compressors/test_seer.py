@@ -17,6 +17,7 @@ from vtoken import config
 from vtoken.compressors.attention import _seer
 from vtoken.errors import ConfigError, OtherModelError, UnsupportedError
 from vtoken.stages.attention import SparseAttention, SparseMask, everything
+from vtoken.stages.cache import norm_of
 
 
 class Undone(SparseAttention):
@@ -38,7 +39,7 @@ class Undone(SparseAttention):
 def unrotated(attention, seen, undo):
     """Notes what an attention has just before it rotates: the outputs of its norms, or of its projections."""
     for name in ("q", "k"):
-        module = getattr(attention, f"{name}_norm", None) or getattr(attention, f"{name}_proj")
+        module = norm_of(attention, name) or getattr(attention, f"{name}_proj")
 
         def note(module, args, output, name=name):
             wide = output.view(*output.shape[:2], -1, attention.head_dim)

@@ -149,11 +149,11 @@ def test_streaming(model):
 
 @every
 def test_assisted_generation(family, model, pipeline):
-    """Greedy assisted decoding gives the greedy answer, whether the drafts are good, bad, pruned or looked up. Of a
-    state no token can be taken back: transformers refuses."""
+    """Greedy assisted decoding gives the greedy answer, whether the drafts are good, bad, pruned or looked up. Where no
+    token can be taken back from a state transformers refuses."""
     batch = tiny.build(model, modes.ROWS[:1], seed=5)
     batch.pop("attention_mask")
-    if tiny.family(family).states:
+    if model._is_stateful:
         with vtoken.wrapped(model, STAGES[pipeline]), pytest.raises(ValueError, match="stateful"):
             greedy(model, batch, prompt_lookup_num_tokens=3)
         return

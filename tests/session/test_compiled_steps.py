@@ -73,7 +73,10 @@ def test_what_users_set_is_what_they_read(family, stages):
     greedy(model, batch, 2)
     assert read() == want
     failing = model.lm_head.register_forward_pre_hook(lambda *a: 1 / 0)
-    last = model.get_decoder().layers[-1].mlp.register_forward_pre_hook(lambda *a: 1 / 0)
+    layer = model.get_decoder().layers[-1]
+    last = getattr(layer, "mlp" if hasattr(layer, "mlp") else "feed_forward").register_forward_pre_hook(
+        lambda *a: 1 / 0
+    )
     with pytest.raises(ZeroDivisionError):
         greedy(model, batch, 2)
     assert read() == want

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from batches import inside
-from modes import LOGITS, alone, attending, families, greedy
+from modes import LOGITS, alone, attending, families, greedy, skip_refused
 from packaging.version import Version
 from padded_right import wrapped_or_skip
 from probes import Deep, Inside, Ragged
@@ -164,6 +164,7 @@ def test_prompts_cut_down_to_a_token_are_no_decode_step(family, stages, text, ca
     batch = tiny.build(model, [["img", *[1] * text]], seed=3)
     if not cache and "snapkv" in str(stages):
         pytest.skip("needs a cache")
+    skip_refused(model, stages)
     with vtoken.wrapped(model, {"stages": stages, "newline": "drop"}):
         out = greedy(model, batch, 3, use_cache=cache)
         trace = vtoken.trace(model)

@@ -50,6 +50,7 @@ class Family:
         varlen: the tower takes the patches of all images in one sequence.
         by_rows: it does so row by row, and a mask keeps images apart.
         by_grids: it does so row by row, and its projector is told the grids of the images.
+        crops_sized: crops have sizes of their own, and are padded to a common length in a batch.
         unit: patches that become one visual token.
         full_attention: tower layers whose tokens see the whole image; None: all.
         states: decoder layers that keep a state instead of attending.
@@ -72,6 +73,7 @@ class Family:
         rotates_part: RoPE of the decoder turns a part of a head's channels.
         rotates_neighbours: RoPE of the decoder turns channels 0 and 1, 2 and 3, ..., not halves of a head.
         expands_several: transformers from 5.18 on can repeat the rows of a prompt with several images.
+        reads_stem: the stock tower reads the weight of its patch embedding, a Linear.
         offloads: the stock model runs with its weights offloaded by accelerate.
         shipped_picture: visual tokens of a picture of the shipped questions, newlines not counted.
         steady: fields of the decoder under which bfloat16 is held to the bounds of all families. Mixtures of experts are
@@ -100,6 +102,7 @@ class Family:
     varlen: ClassVar[bool] = False
     by_rows: ClassVar[bool] = False
     by_grids: ClassVar[bool] = False
+    crops_sized: ClassVar[bool] = False
     unit: ClassVar[int] = 1
     full_attention: ClassVar[tuple[int, ...] | None] = None
     types: ClassVar[str] = ""
@@ -120,6 +123,7 @@ class Family:
     rotates_part: ClassVar[bool] = False
     rotates_neighbours: ClassVar[bool] = False
     expands_several: ClassVar[bool] = True
+    reads_stem: ClassVar[bool] = False
     offloads: ClassVar[bool] = True
     shipped_picture: ClassVar[int]
     steady: ClassVar[dict[str, Any]] = {}

@@ -38,8 +38,16 @@ attending = pytest.mark.parametrize("family", tiny.families(states=(), window=No
 # tests/hooks/decoder/test_windows.py.
 whole = pytest.mark.parametrize("family", tiny.families(window=None))
 # The pictures of a batch: pixels, and what tells their size.
+PER_CROP = ("pixel_values", "pixel_values_videos", "pixel_attention_mask", "spatial_shapes")
 INPUTS = {
-    "image": ("pixel_values", "pixel_values_images", "image_sizes", "image_grid_thw"),
+    "image": (
+        "pixel_values",
+        "pixel_values_images",
+        "image_sizes",
+        "image_grid_thw",
+        "pixel_attention_mask",
+        "spatial_shapes",
+    ),
     "video": ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts"),
 }
 
@@ -87,7 +95,7 @@ def pictures(model: Any, batch: dict[str, Tensor]) -> list[tuple[int, str, dict[
         if not given:
             continue
         sizes = list(map(one.rows, shown))
-        each = {name: x.split(sizes if name == names[0] else 1) for name, x in given.items()}
+        each = {name: x.split(sizes if name in PER_CROP else 1) for name, x in given.items()}
         held[kind] = [dict(zip(each, values, strict=True)) for values in zip(*each.values(), strict=True)]
     single = [n > 1 for n in batch.get("batch_num_images", torch.tensor([])).tolist() for _ in range(n)]
     queues = {kind: iter(each) for kind, each in held.items()}

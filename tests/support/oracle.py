@@ -162,7 +162,7 @@ def logits(
         x = layer(x, attention_mask=of_layer, position_embeddings=rope[k], position_ids=None, past_key_values=None)
         if k < len(deep):
             x = x + deep[k]
-    return model.lm_head(lm.norm(x))
+    return model.lm_head(tiny.normed(model, x))
 
 
 def ropes(lm: Any, x: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:

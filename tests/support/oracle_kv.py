@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import oracle
+import tiny
 import torch
 from torch import Tensor
 
@@ -90,7 +91,7 @@ def logits(
         x = layer(x, attention_mask=mask, position_embeddings=rope, position_ids=None, past_key_values=None)
         if k < len(deep):
             x = x + deep[k]
-    return model.lm_head(lm.norm(x))[0]
+    return model.lm_head(tiny.normed(model, x))[0]
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ __all__ = [
     "family",
     "llava",
     "make",
+    "normed",
     "segments",
     "types",
 ]
@@ -102,6 +103,13 @@ def make(name: str, attn: str = "sdpa", seed: int = 0, **text_overrides: Any) ->
             _MADE.pop(next(iter(_MADE)))
         _MADE[key] = family(name).make(attn, seed, **text_overrides)
     return deepcopy(_MADE[key])
+
+
+def normed(model: PreTrainedModel, x: Tensor) -> Tensor:
+    """Hidden states through the decoder's last norm."""
+    lm: Any = model.get_decoder()
+    out: Tensor = getattr(lm, registry.adapter(model.config.model_type).final_norm)(x)
+    return out
 
 
 def llava(attn: str = "sdpa", seed: int = 0, **options: Any) -> PreTrainedModel:

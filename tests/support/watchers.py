@@ -122,7 +122,7 @@ def where(model, batch):
 def expected(model, batch, out, k, tail=0):
     """Fact -> per image (text: as the fact) what a stage before layer k must be told."""
     want = {name: [] for name in ATTENTION + OTHER}
-    normed = model.get_decoder().norm(out.hidden[k])
+    normed = tiny.normed(model, out.hidden[k])
     keys = out.past_key_values.layers[k - 1].keys.transpose(1, 2).flatten(2)
     values = out.past_key_values.layers[k - 1].values.transpose(1, 2)
     # Every position axis turns every channel.

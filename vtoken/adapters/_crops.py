@@ -1,16 +1,24 @@
-"""What families share whose crops are equal squares of tokens, each a raster of its picture."""
+"""What families share whose crops are rasters of their picture, most of them equal squares of tokens."""
 
 from __future__ import annotations
 
 import torch
 
 from vtoken.hooks.state.run import ImageLayout
+from vtoken.stages import Parts
+
+
+def of_rasters(crops: Parts) -> ImageLayout:
+    """The layout of a picture of these crops."""
+    if len(crops) == 1:
+        return ImageLayout(crops)
+    each = torch.tensor([rows * columns for _, rows, columns in crops])
+    return ImageLayout(crops, torch.arange(len(crops)).repeat_interleave(each))
 
 
 def picture(crops: int, side: int) -> ImageLayout:
     """The layout of a picture of so many crops of side x side tokens."""
-    segment = torch.arange(crops).repeat_interleave(side**2) if crops > 1 else None
-    return ImageLayout(((1, side, side),) * crops, segment)
+    return of_rasters(((1, side, side),) * crops)
 
 
 def single_crops(tokens: int, side: int) -> tuple[ImageLayout, ...]:

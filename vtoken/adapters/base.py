@@ -36,6 +36,8 @@ class Encoder:
         by_rows: of packed towers, that every image lies in it row by row, and a mask keeps images apart (Pixtral).
         by_grids: of packed towers, that every image lies in it row by row, and a projector joins patches by the grids of
             the images (PaddleOCR-VL).
+        sized: of padded towers, that crops have sizes of their own and are padded to a common length, which a mask
+            tells (NaFlex).
         unit: patches that become one visual token; in padded towers a square of neighbours.
         attention: name of a layer's attention; taps: of what gives its q, k and v (padded towers and those row by row).
         takes_mask: whether a layer is given the mask of its attention; else the attention is (padded towers).
@@ -52,6 +54,7 @@ class Encoder:
     packed: bool = False
     by_rows: bool = False
     by_grids: bool = False
+    sized: bool = False
     unit: int = 1
     attention: str = "self_attn"
     taps: Mapping[str, str] = field(default_factory=lambda: {"q": "q_proj", "k": "k_proj", "v": "v_proj"})
@@ -77,6 +80,7 @@ class Adapter(ABC):
         encoder: the tower's parts.
         patches: patches per crop, CLS not counted (padded towers).
         behind: the module that is given the patches [P, C] which leave the layers (packed towers).
+        stack: the module that runs the layers (padded towers of crops of their own size).
         placeholders: kind ("image", "video") -> id that stands for its tokens in a prompt. Where two kinds have one id,
             what was encoded tells them apart.
         embedded: the same, of the embedding that is looked for in a prompt without ids.
@@ -88,6 +92,7 @@ class Adapter(ABC):
         prompted: whether `layouts` and `crops` are given `input_ids` or `inputs_embeds` of the prompt too, where there
             is one.
         gated_queries: whether the decoder's q_proj gives each head's query and, behind it, a gate of the same width.
+        final_norm: the decoder's name for its last norm.
     """
 
     model_type: ClassVar[str]
@@ -97,12 +102,14 @@ class Adapter(ABC):
     both_ways: ClassVar[bool] = False
     prompted: ClassVar[bool] = False
     gated_queries: ClassVar[bool] = False
+    final_norm: ClassVar[str] = "norm"
     model: Any
     outer: Any
     lm: Any
     tower: Any
     projectors: tuple[Any, ...]
     behind: Any
+    stack: Any
     resampler: Any = None
     encoder: Encoder
     patches: int

@@ -71,6 +71,11 @@ class Native:
     rotary: Any
 
 
+def norm_of(attention: Any, letter: str) -> Any:
+    """The norm of an attention module's queries or keys ("q", "k"), head by head; None where there is none."""
+    return getattr(attention, f"{letter}_norm", None) or getattr(attention, f"{letter}_layernorm", None)
+
+
 @dataclass(frozen=True)
 class KeepSlots:
     """A decision: which slots stay.

@@ -126,6 +126,8 @@ def segments_of(parts: Parts, per: str) -> int:
     padding: a long picture that is forced into 2 x 2 crops has more of them."""
     if len(parts) == 1:
         return parts[0][0] if per == "per_frame" else 1
+    if per == "per_crop" and len(parts) > 2:  # crops that are not stitched
+        return len(parts)
     (_, side, _), *others = parts
     return 1 + sum(-(-h // side) * -(-w // side) for _, h, w in others) if per == "per_crop" else 1
 

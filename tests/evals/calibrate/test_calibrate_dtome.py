@@ -198,7 +198,7 @@ def test_qwen_gets_rounds_behind_its_tower(family, folder, tmp_path):
         config.load([{"dtome": {"thresholds": str(out)}}])
 
 
-@pytest.mark.parametrize("family", tiny.families(varlen=False, unit=4))
+@pytest.mark.parametrize("family", tiny.families(varlen=False, unit=4, crops_sized=False))
 def test_rounds_behind_a_padded_tower(family, folder, tmp_path):
     model, out, files = tiny.make(family), tmp_path / "out", pictures(folder)
     learned = calibrate(model, Pixels(family), files, out, budget="high", rounds=2)
@@ -210,6 +210,20 @@ def test_rounds_behind_a_padded_tower(family, folder, tmp_path):
         seen = vtoken.trace(model)
     assert sum(seen.visual_tokens) == 192
     assert sum(seen.tokens_out) == round(192 * learned["left"][-1].item()) < 192
+
+
+@pytest.mark.parametrize("family", tiny.families(crops_sized=True))
+def test_rounds_behind_a_tower_of_crops_of_their_own_size(family, folder, tmp_path):
+    model, out = tiny.make(family), tmp_path / "out"
+    batch = tiny.build(model, [[1, ("img", (84, 112 if k % 2 else 84)), 1] for k in range(12)], seed=3)
+    pixels = {name: batch[name] for name in ("pixel_values", "spatial_shapes", "pixel_attention_mask")}
+    learned = calibrate(model, lambda images, return_tensors: pixels, pictures(folder), out, budget="high", rounds=2)
+    stage = config.load([{"dtome_post": {"thresholds": str(out)}}]).stages[0]
+    with vtoken.wrapped(model, stage), torch.no_grad():
+        model(**batch)
+        seen = vtoken.trace(model)
+    assert sum(seen.visual_tokens) == 6 * (9 + 12)
+    assert sum(seen.tokens_out) == round(126 * learned["left"][-1].item()) < 126
 
 
 def test_what_files_are_refused(folder, tmp_path):

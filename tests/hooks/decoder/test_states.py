@@ -15,6 +15,7 @@ from turns import IMAGE_TURNS, conversation, second
 from usual import SPARSE
 
 import vtoken
+from vtoken import registry
 from vtoken.compressors.cache import _presses
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.decoder.state_rows import StateRows
@@ -197,7 +198,7 @@ def test_the_next_layers_queries_are_parted_from_their_gate(family: str) -> None
     torch.testing.assert_close(seen["told"], out.attentions[-1][0, :, -1, image.columns].mean(0), atol=1e-5, rtol=1e-4)
 
 
-@hybrids
+@pytest.mark.parametrize("family", [name for name in FAMILIES if registry.adapter(name).gated_queries])
 def test_presses_that_compute_queries_are_refused(family: str) -> None:
     model = tiny.make(family)
     layer = model.get_decoder().layers[tiny.family(family).attending[0]]
@@ -206,3 +207,19 @@ def test_presses_that_compute_queries_are_refused(family: str) -> None:
     assert module.k_proj(hidden).shape == (1, 2, 16)
     with pytest.raises(ValueError, match="gives a gate with them"):
         assert module.q_proj
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if not registry.adapter(name).gated_queries])
+def test_presses_are_given_normed_queries_and_keys(family: str) -> None:
+    """Whatever the attention calls the norms."""
+    model = tiny.make(family)
+    layer = model.get_decoder().layers[tiny.family(family).attending[0]]
+    hidden, rope, seen = torch.randn(1, 3, 32), torch.zeros(1, 3, 8), {}
+    for letter, norm in layer.self_attn.named_children():
+        norm.register_forward_hook(lambda m, args, out, letter=letter: seen.update({letter: out}))
+    layer.self_attn(hidden, (rope + 1, rope), None)
+    want = {name[0]: out for name, out in seen.items() if "norm" in name}
+    assert set(want) == {"q", "k"}
+    module = _presses._Attention(Native(layer.self_attn, hidden, (rope + 1, rope), None))
+    for letter, out in want.items():
+        assert torch.equal(getattr(module, f"{letter}_proj")(hidden), out.flatten(-2))

@@ -14,7 +14,7 @@ from probes import Inside, InsideMerge, InsideOne, Recorder
 import vtoken
 from vtoken.hooks.vision.unit_tower import members
 
-UNITS = [name for name in tiny.families(varlen=False) if tiny.family(name).unit > 1]
+UNITS = [name for name in tiny.families(varlen=False, crops_sized=False) if tiny.family(name).unit > 1]
 families = pytest.mark.parametrize("family", UNITS)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtoken.stages.cache import CachedLayer, Native
+from vtoken.stages.cache import CachedLayer, Native, norm_of
 
 HELP = "pip install 'cachetools<6' datasets 'fire<0.7' requests, then pip install --no-deps kvpress==0.5.5"
 MASKING = ("AdaKVPress", "CriticalAdaKVPress", "DMSPress", "DuoAttentionPress", "LUKVPress")
@@ -116,7 +116,7 @@ class _Attention:
                 f"this press turns queries itself, by halves of a whole head, and {type(module).__name__} turns its "
                 "own in another way; take a press that reads keys alone, such as KnormPress or KeyDiffPress"
             )
-        norm = getattr(module, {"q_proj": "q_norm", "k_proj": "k_norm"}.get(name, ""), None)
+        norm = norm_of(module, name[0]) if name in ("q_proj", "k_proj") else None
         if norm is None:
             return projection
         return lambda x: norm(projection(x).unflatten(-1, (-1, module.head_dim))).flatten(-2)

@@ -30,6 +30,7 @@ class ExitReference:
     def __init__(self, model: Any, inputs: dict[str, Tensor]) -> None:
         adapter = registry.adapter(model.config.model_type)(model)
         self.model, self.lm, self.attending = model, adapter.lm, adapter.attending
+        self.norm = getattr(self.lm, adapter.final_norm)
         kinds = adapter.visual_kinds(inputs["input_ids"], None)
         if len(kinds) != 1 or not kinds.any():
             raise UnsupportedError("an exit is computed for one prompt with an image at a time")
@@ -60,5 +61,5 @@ class ExitReference:
             # A layer that keeps a state takes what it is given: of one prompt nothing is padding.
             own = mask if k in self.attending else None
             x = each(x, attention_mask=own, position_embeddings=self._rope, position_ids=None)
-        logits: Tensor = self.model.get_output_embeddings()(self.lm.norm(x))[0]
+        logits: Tensor = self.model.get_output_embeddings()(self.norm(x))[0]
         return logits

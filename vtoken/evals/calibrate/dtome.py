@@ -29,6 +29,13 @@ from vtoken.hooks.vision.padded_tower import PaddedTower
 from vtoken.hooks.vision.towers import tower_of
 from vtoken.stages import Fact, VisualTokens
 
+# What an image processor returns beside pixels -> the tower's name for it.
+SIZES = {
+    "image_grid_thw": "grid_thw",
+    "image_sizes": "image_sizes",
+    "spatial_shapes": "spatial_shapes",
+    "pixel_attention_mask": "pixel_attention_mask",
+}
 SUMMARY = "thresholds of dtome, or of dtome_post on Qwen models and InternVL, from a folder of pictures"
 DESCRIPTION = """\
 Merges the most similar pairs of a whole batch, layer by layer, and takes the mean over batches of the similarity at which it
@@ -118,7 +125,7 @@ def calibrate(model: Any, image_processor: Any, files: list[Path], asked: Settin
 
 def packed(adapter: Any) -> bool:
     """Whether the model's encoder cannot merge inside, so that dtome_post merges what leaves it."""
-    found: bool = adapter.encoder.packed
+    found: bool = adapter.encoder.packed or adapter.encoder.unit > 1
     return found
 
 
@@ -141,10 +148,9 @@ def _padded(adapter: Any, stage: Any) -> Callable[[Any], None]:
 
 def _behind(adapter: Any, stage: Any) -> Callable[[Any], None]:
     """Runs a tower behind which patches are joined; the stage merges the keys that it leaves."""
-    told, given = ("image_sizes",) * 2 if adapter.encoder.by_rows else ("grid_thw", "image_grid_thw")
 
     def encode(inputs: Any) -> None:
-        sizes = {told: inputs[given].to(adapter.model.device)} if given in inputs else {}
+        sizes = {told: inputs[given].to(adapter.model.device) for given, told in SIZES.items() if given in inputs}
         keys = Fact("mean_key", adapter.encoder.attention_layer)
         context = Context(adapter, read=frozenset({keys}))
         try:
@@ -155,7 +161,7 @@ def _behind(adapter: Any, stage: Any) -> Callable[[Any], None]:
             context.handle.release()
         tower, layouts = context.run.tower, adapter.layouts("image", inputs)
         value = tower.facts[keys]
-        value = value if adapter.encoder.packed else value.flatten(0, 1)
+        value = value if adapter.encoder.packed or adapter.encoder.sized else value.flatten(0, 1)
         parts, lengths = [layout.parts for layout in layouts], [layout.tokens for layout in layouts]
         segment, facts = segments(layouts), {Fact("mean_key"): value}
         rows, index = range(len(parts)), tower.history.raster_index

@@ -182,7 +182,7 @@ def _tower(shape: Geometry, flow: TokenFlow, batch: int, attended: Units, met: U
     layers = sum(
         tower.linear(units, late) + 2 * together * tower.scores(layer, units)
         for layer, rows in enumerate(zip(attended, met, strict=True))
-        for units, late in zip(*rows, strict=True)
+        for units, late in zip(*map(tower.run, rows), strict=True)
     )
     return 2 * around + layers
 

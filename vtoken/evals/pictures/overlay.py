@@ -144,8 +144,8 @@ def views(processor: Any, pixel_values: Any, media: Media, parts: Sequence[Parts
         processor: a Hugging Face processor or image processor.
         pixel_values: [images, 3, H, W] or [images, crops, 3, H, W], crop 0 being the whole; [crops, 3, H, W] or
             [rows, crops, 3, H, W], padded with zeros, where every raster is a crop; pictures of their own size are
-            padded to the largest.
-            Flattened patches, or None, belong to processors that resize without cropping, so
+            padded to the largest; or [crops, patches, channels], padded.
+            Patches [patches, channels], or None, belong to processors that resize without cropping, so
             that a raster covers the original.
         media: the originals.
         parts: rasters of each image, as in the trace.
@@ -159,11 +159,24 @@ def views(processor: Any, pixel_values: Any, media: Media, parts: Sequence[Parts
         if int(real.sum()) == sum(map(len, parts)):
             crops = iter(shown[real])
             return [[as_seen(processor, within(next(crops), raster, parts)) for raster in rasters] for rasters in parts]
+    if pixel_values is not None and pixel_values.dim() == 3 and len(pixel_values) == sum(map(len, parts)):
+        crops = iter(pixel_values)
+        return [
+            [as_seen(processor, of_patches(processor, next(crops), raster)) for raster in rasters] for rasters in parts
+        ]
     for k, (picture, rasters) in enumerate(zip(media.pictures, parts, strict=True)):
         pixels = None if pixel_values is None or pixel_values.dim() < 4 else pixel_values[k]
         whole = picture if pixels is None else as_seen(processor, pixels.reshape(-1, *pixels.shape[-3:])[0])
         found.append([whole, picture][: len(rasters)])
     return found
+
+
+def of_patches(processor: Any, patches: Any, raster: Grid) -> Any:
+    """[3, H, W] of a crop's patches [P, side * side * 3], row by row and padded."""
+    images = getattr(processor, "image_processor", processor)
+    side, (rows, columns) = images.encoder_patch_size, (n * images.downsample_factor for n in raster[1:])
+    cells = patches[: rows * columns].view(rows, columns, side, side, -1)
+    return cells.permute(4, 0, 2, 1, 3).reshape(-1, rows * side, columns * side)
 
 
 def within(pixels: Any, raster: Grid, parts: Sequence[Parts]) -> Any:

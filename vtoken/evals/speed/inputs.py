@@ -25,16 +25,15 @@ class Prompt:
         inputs: arguments of `generate`, as the family's processor returns them.
         kind: "image" or "video".
         texts: text tokens before, between and after the runs of placeholders.
-        runs: how many runs an image has: one, or one per frame or crop where text parts them.
-        run: visual tokens in each, newlines not counted.
+        runs: visual tokens of each run that an image has, newlines not counted: one run, or one per frame or crop where
+            text parts them.
         newlines: newline tokens of an image.
     """
 
     inputs: dict[str, Tensor]
     kind: str
     texts: tuple[int, ...]
-    runs: int
-    run: int
+    runs: tuple[int, ...]
     newlines: int
 
 
@@ -68,10 +67,11 @@ def random_prompt(
     # All pictures are alike; a family that reads of the prompt which crops are one picture's does not know yet.
     marked, pictured = shape.parted_crops, adapter.layouts(kind, inputs)
     length, tokens = (sum(getattr(i, name) for i in pictured) // (batch * images) for name in ("length", "tokens"))
-    runs = len(pictured) // (batch * images) if marked else shape.runs
+    many = len(pictured) // (batch * images) if marked else shape.runs
+    runs = tuple(i.length for i in pictured[:many]) if marked else (length // many,) * many
     by_rows = adapter.encoder.by_rows  # a token of its own stands between two rows of a picture, another ends it
     parted = adapter.mrope or adapter.prompted or by_rows
-    texts = _texts(text_tokens, _between(images, runs, parted, marked), ends=int(marked or by_rows))
+    texts = _texts(text_tokens, _between(images, many, parted, marked), ends=int(marked or by_rows))
     placeholder = adapter.placeholders[kind]
     every = torch.arange(config.get_text_config().vocab_size)
     marks = [*adapter.placeholders.values(), *adapter.embedded.values()]
@@ -79,21 +79,21 @@ def random_prompt(
     words = torch.tensor(plain)[torch.randint(len(plain), (batch, text_tokens), generator=generator)]
     text = words.split(texts, 1)
     if marked:
-        _mark(text, runs, mark)
-    shown = torch.full((batch, length // runs), placeholder)
+        _mark(text, many, mark)
+    shown = [torch.full((batch, n), placeholder) for n in runs]
     if by_rows:
         if pictured[0].newline is not None:
-            shown[:, pictured[0].newline] = mark
+            shown[0][:, pictured[0].newline] = mark
         for after in text[1:]:
             after[:, 0] = end
-    ids = torch.cat([text[0], *(each for after in text[1:] for each in (shown, after))], 1)
+    ids = torch.cat([text[0], *(each for pair in zip(shown * images, text[1:], strict=True) for each in pair)], 1)
     found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if adapter.mrope:
         found["mm_token_type_ids"] = (ids == placeholder) * (1 + KINDS.index(kind))
     for name, value in inputs.items():
         found[name] = value.to(model.dtype) if name.startswith("pixel_values") else value
     moved = {name: value.to(model.device) for name, value in found.items()}
-    return Prompt(moved, kind, texts, runs, tokens // runs, length - tokens)
+    return Prompt(moved, kind, texts, runs if length == tokens else (tokens // many,) * many, length - tokens)
 
 
 def prepared(media: Media, processor: Any, batch: int, images: int) -> dict[str, Tensor]:

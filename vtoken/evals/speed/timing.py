@@ -160,7 +160,12 @@ class Runner:
         prompt, visual = self.prompt, torch.zeros_like(mask, dtype=torch.bool)
         for row, real in enumerate(mask.sum(1).tolist()):
             kept = [each for each, of in zip(found.kept, found.row, strict=True) if of == row]
-            counts = [n for each in kept for n in torch.bincount(each // prompt.run, minlength=prompt.runs).tolist()]
+            ends = torch.tensor(prompt.runs).cumsum(0)
+            counts = [
+                n
+                for each in kept
+                for n in torch.bincount(torch.bucketize(each.cpu(), ends, right=True), minlength=len(ends)).tolist()
+            ]
             # Newlines come in families that have no text between their runs: it does not matter which run they are
             # added to.
             counts[-1] += real - sum(prompt.texts) - sum(counts)
@@ -215,6 +220,10 @@ class Runner:
         began: list[Any] = []
         ended: list[Any] = []
         handle, first = Handle(), FirstToken(self.clock.now)
+
+        def projected(*_: Any) -> None:
+            ended[len(began) - 1 :] = [self.clock.now()]  # a projector may be called crop by crop
+
         for tower in (self.adapter.tower, *(twin for twin, _ in self.adapter.encoder.twins)):
             handle.before(tower, lambda *_: began.append(self.clock.now()))
         try:
@@ -222,7 +231,7 @@ class Runner:
                 # Wrapping scans packages and leaves caches cold, which no second call on a wrapped model finds.
                 self._call(oracle, max_new_tokens=1)
                 began.clear()
-                handle.after(self.adapter.projectors[0], lambda *_: ended.append(self.clock.now()))
+                handle.after(self.adapter.projectors[0], projected)
                 resident = self._resident()
                 start = self.clock.now()
                 ids = self._call(oracle, stopping_criteria=StoppingCriteriaList([first]))

@@ -14,8 +14,9 @@ from torch import Tensor
 from vtoken.hooks.decoder.attention_tap import HANDED
 from vtoken.hooks.state.forward_state import eager
 
-# What an attention may be built of for its queries and keys to be rotated last of all.
-PARTS = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
+# What an attention is, and may be, built of for its queries and keys to be rotated last of all.
+PARTS = {"q_proj", "k_proj", "v_proj"}
+NORMS = {"q_norm", "k_norm", "q_layernorm", "k_layernorm"}
 Rope = tuple[Tensor, Tensor]  # cos and sin, [B, U, d] (or less than d, where RoPE is partial)
 
 
@@ -166,5 +167,5 @@ def rotates_last(attention: Any) -> bool:
     """Whether an attention is q_proj, k_proj and v_proj, norms of queries and keys, then `apply_rotary_pos_emb` of its
     file."""
     parts = {name for name, _ in attention.named_children()}
-    built = PARTS - {"q_norm", "k_norm"} <= parts <= PARTS
+    built = PARTS < parts and (parts - PARTS - NORMS in ({"o_proj"}, {"out_proj"}))
     return built and rotation_of(attention) is not None and bool(getattr(attention, "use_rope", True))

@@ -213,7 +213,8 @@ class LayerGroups:
         if spec.read == "blocks":
             return changed_since(flow, since, k)
         if spec.read == "hidden states":
-            return self.lm.norm(hidden) if "normed" in (spec.name, spec.part_of) else hidden
+            normed = "normed" in (spec.name, spec.part_of)
+            return getattr(self.lm, self.context.adapter.final_norm)(hidden) if normed else hidden
         if self.context.compact:
             ids = flow.compact(k)
             ids = ids - dropped_slots(flow).cumsum(1).to(ids.device)

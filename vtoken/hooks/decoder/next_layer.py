@@ -14,6 +14,7 @@ from vtoken.hooks.state.layer_kinds import window_of
 from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.hooks.state.prompt_text import dropped_slots
 from vtoken.hooks.state.pruned_cache import PrunedCache
+from vtoken.stages.cache import norm_of
 
 if TYPE_CHECKING:
     from vtoken.adapters.base import Adapter
@@ -27,9 +28,9 @@ def check_next_layer(layer: Any) -> None:
     """
     attention = layer.self_attn
     known = all(hasattr(attention, name) for name in ("q_proj", "k_proj", "head_dim"))
-    norms = [norm for norm in (getattr(attention, name, None) for name in ("q_norm", "k_norm")) if norm is not None]
+    norms = [norm for norm in (norm_of(attention, letter) for letter in "qk") if norm is not None]
     if (
-        not (known and hasattr(layer, "input_layernorm") and hasattr(_file(attention), "apply_rotary_pos_emb"))
+        not (known and entering_norm(layer) and hasattr(_file(attention), "apply_rotary_pos_emb"))
         or hasattr(attention, "qk_norm")
         or not getattr(attention, "use_rope", True)
         or any(norm.weight.shape != (attention.head_dim,) for norm in norms)
@@ -55,7 +56,7 @@ def next_layer_attention(
     layer = adapter.lm.layers[k]
     attention = layer.self_attn
     rotate = _file(attention).apply_rotary_pos_emb
-    x = layer.input_layernorm(hidden.detach())
+    x = entering_norm(layer)(hidden.detach())
     asking, turned = (x, rope) if text else (flow.of_last(x, 1)[:, None], last_of(flow, rope))
     q = _heads(attention, "q", asking, gated=adapter.gated_queries)
     keys = _heads(attention, "k", x)
@@ -92,8 +93,13 @@ def _heads(attention: Any, name: str, x: Tensor, *, gated: bool = False) -> Tens
     """[B, H, P, d] projection q or k of x [B, P, D]; of a gated one each head's second half is the gate."""
     out = getattr(attention, f"{name}_proj")(x).unflatten(-1, (-1, attention.head_dim * (1 + gated)))
     out = out[..., : attention.head_dim]
-    norm = getattr(attention, f"{name}_norm", None)
+    norm = norm_of(attention, name)
     return (out if norm is None else norm(out)).transpose(1, 2)
+
+
+def entering_norm(layer: Any) -> Any:
+    """What a decoder layer's attention is given its hidden states through; None where it has another name."""
+    return getattr(layer, "input_layernorm", None) or getattr(layer, "operator_norm", None)
 
 
 def _file(module: Any) -> Any:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from vtoken.errors import UnsupportedError
+from vtoken.stages import Parts, size_of
+from vtoken.stages.tokens import Grid
 
 
 def crops_of(given: Tensor, kinds: Tensor, crops: int, tokens: int) -> list[int]:
@@ -37,6 +41,39 @@ def crops_of(given: Tensor, kinds: Tensor, crops: int, tokens: int) -> list[int]
     for same in follows.tolist() if whole else [False] * (crops - 1):
         out[-1:] = [out[-1] + 1] if same else [out[-1], 1]
     return out
+
+
+def side_by_side(crops: Sequence[Grid], kinds: Tensor | None) -> list[Parts]:
+    """The crops of each picture, in reading order, where one token at most stands between those of a picture and two
+    between pictures. Asks the device.
+
+    A picture that is cut has equal crops, at least two, and then, as most processors say, the whole scaled down. Where
+    the prompt does not hold these crops, or not like this, each is a picture.
+
+    Args:
+        crops: their rasters; kinds: [B, L], not 0 at placeholders; None: no prompt is known.
+    """
+    each = [size_of((crop,)) for crop in crops]
+    shown = torch.empty(0, 0) if kinds is None else torch.tensor((kinds > 0).tolist())
+    row, column = shown.nonzero(as_tuple=True)
+    if len(column) != sum(each):
+        return [(crop,) for crop in crops]
+    ends = torch.tensor(each).cumsum(0) - 1
+    starts = ends + 1 - torch.tensor(each)
+    row, first, last = row[starts], column[starts], column[ends]
+    whole = (last - first == ends - starts).all()
+    near = (row[1:] == row[:-1]) & (first[1:] - last[:-1] <= 2) & whole
+    groups: list[list[Grid]] = [[crops[0]]]
+    for crop, follows in zip(crops[1:], near.tolist(), strict=True):
+        groups[-1:] = [[*groups[-1], crop]] if follows else [groups[-1], [crop]]
+    return [
+        part for group in groups for part in ([tuple(group)] if cut_equally(group) else [(crop,) for crop in group])
+    ]
+
+
+def cut_equally(crops: Sequence[Grid]) -> bool:
+    """Whether these can be the crops of one picture: all alike, or all but the last of at least three."""
+    return len(set(crops)) == 1 or (len(crops) > 2 and len(set(crops[:-1])) == 1)
 
 
 def real(pixels: Tensor, mask: Tensor | None, patch: int) -> int:

@@ -34,15 +34,21 @@ class Batch:
     Attributes:
         counts: of each crop.
         cls: tokens in front of every crop.
+        width: columns of the batch without CLS, where they are more than those of the fullest crop.
     """
 
     counts: tuple[int, ...]
     cls: int
     device: torch.device
+    width: int = 0
+
+    @property
+    def columns(self) -> int:
+        return max(self.width, *self.counts)
 
     @property
     def ragged(self) -> bool:
-        return min(self.counts) < max(self.counts)
+        return min(self.counts) < self.columns
 
     @cached_property
     def valid(self) -> Tensor | None:
@@ -50,7 +56,7 @@ class Batch:
         if not self.ragged:
             return None
         counts = uploaded([n + self.cls for n in self.counts], self.device)
-        return torch.arange(max(self.counts) + self.cls, device=self.device) < counts[:, None]
+        return torch.arange(self.columns + self.cls, device=self.device) < counts[:, None]
 
     @cached_property
     def at(self) -> tuple[Tensor, Tensor]:
@@ -59,7 +65,10 @@ class Batch:
 
     def packed(self, padded: Tensor) -> Tensor:
         """[crops, P, ...] -> [ΣP, ...] without padding."""
-        return padded.flatten(0, 1) if self.valid is None else padded[self.valid.to(padded.device)]
+        if not self.ragged:
+            return padded.flatten(0, 1)
+        counts = [n + self.cls for n in self.counts]
+        return padded[image_of(counts, padded.device), place_in_image(counts, padded.device)]
 
     def patches(self, padded: Tensor) -> Tensor:
         """[crops, P, ...] -> [ΣK, ...] without padding and CLS."""
@@ -76,7 +85,7 @@ class Batch:
                 return short if lead is None else torch.cat([lead, short], 1)
             return torch.nn.functional.pad(short, [0, 0] * (short.ndim - 2) + [self.cls, 0])
         rows, columns = (index.to(values.device) for index in self.at)
-        out = values.new_zeros(len(self.counts), max(self.counts) + self.cls, *values.shape[1:])
+        out = values.new_zeros(len(self.counts), self.columns + self.cls, *values.shape[1:])
         if lead is not None:
             out[:, :1] = lead
         out[rows, columns] = values

@@ -1,4 +1,4 @@
-"""Decoders in which most layers keep a state (gated delta rule) instead of attending."""
+"""Decoders in which most layers keep a state (gated delta rule, short convolutions) instead of attending."""
 
 from __future__ import annotations
 
@@ -42,6 +42,42 @@ def delta_rule(config: Any) -> Layers:
         unlike=dict.fromkeys(states, linear + mlp),
         states=states,
     )
+
+
+def short_convolutions(config: Any) -> Layers:
+    """LFM2's decoder: a convolution over time between two gates, or attention, and a gated MLP."""
+    width, depth, heads, kv_heads = (
+        config.hidden_size,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+    )
+    head_dim = width // heads
+    mlp = 3 * width * _adjusted(config)
+    taps = config.conv_L_cache
+    states = {k: State(width * taps, taps) for k, kind in enumerate(config.layer_types) if kind == "conv"}
+    return Layers(
+        depth,
+        width,
+        2 * width * head_dim * (heads + kv_heads) + mlp,
+        heads,
+        kv_heads,
+        head_dim,
+        windows=(None,) * depth,
+        unlike=dict.fromkeys(states, 4 * width**2 + mlp),
+        states=states,
+    )
+
+
+def _adjusted(config: Any) -> int:
+    """Channels of an LFM2 decoder's MLP, as the model rounds them."""
+    channels: int = config.intermediate_size
+    if config.block_auto_adjust_ff_dim:
+        channels = int(2 * channels / 3)
+        if config.block_ffn_dim_multiplier is not None:
+            step = config.block_multiple_of
+            channels = -(-int(config.block_ffn_dim_multiplier * channels) // step) * step
+    return channels
 
 
 def _mlp(config: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from math import comb, isqrt
 
 from torch import Tensor
@@ -128,6 +129,8 @@ class Tower:
         packed: all images of a batch attend in one product, which a mask cuts (Pixtral); nothing merges inside.
         resized: where pictures of any size lie in one sequence (Qwen), `blocks` of a raster in patches (frames, rows,
             columns).
+        padded: units that every crop is padded to until something is dropped, then to those of the fullest (NaFlex); 0:
+            none is padded.
     """
 
     layers: Layers
@@ -142,11 +145,19 @@ class Tower:
     attention_layer: int
     packed: bool = False
     resized: Callable[[Grid], tuple[Mapping[int, int], ...]] | None = None
+    padded: int = 0
 
     @property
     def patches(self) -> int:
         """Of all crops of one image."""
-        return size_of(self.crops) * self.unit
+        return (len(self.crops) * self.padded or size_of(self.crops)) * self.unit
+
+    def run(self, units: Sequence[float]) -> Sequence[float]:
+        """What a layer computes where so many units are left of the crops of a batch."""
+        if not self.padded:
+            return units
+        whole = sum(units) * len(self.crops) == size_of(self.crops) * len(units)
+        return (self.padded if whole else max(units),) * len(units)
 
     def linear(self, units: float, late: float | None = None) -> int:
         """FLOPs of one layer's matrices on a crop with so many units left, `late` of them when its MLP runs."""
@@ -199,10 +210,15 @@ class Geometry:
     @property
     def whole_crops(self) -> bool:
         """Whether each token is one of a crop's, and none of a crop's lies in padding."""
-        crop = size_of(self.tower.crops[:1])
         return all(
-            mixed == 1 and size_of((p,)) == n * crop for p, (n, mixed) in zip(self.parts, self.sources, strict=True)
+            mixed == 1 and size_of((part,)) == size_of(crops)
+            for part, (crops, mixed) in zip(self.parts, self._behind(), strict=True)
         )
+
+    def _behind(self) -> list[tuple[Parts, int]]:
+        """`sources` with the crops themselves."""
+        ends = accumulate(crops for crops, _ in self.sources)
+        return [(self.tower.crops[end - n : end], mixed) for end, (n, mixed) in zip(ends, self.sources, strict=True)]
 
     def thinned(self, frames: int) -> Geometry:
         """The same video with fewer frames."""
@@ -236,11 +252,10 @@ class Geometry:
         interpolated from several patches needs all of them; its share is what it would be if they were dropped at
         random."""
         first, total = 0, 0
-        crop = size_of(self.tower.crops[:1])
-        for part, (crops, mixed) in zip(self.parts, self.sources, strict=True):
-            left = sum(units[first : first + crops])
-            total += round(size_of((part,)) * (left / (crops * crop)) ** mixed)
-            first += crops
+        for part, (crops, mixed) in zip(self.parts, self._behind(), strict=True):
+            left = sum(units[first : first + len(crops)])
+            total += round(size_of((part,)) * (left / size_of(crops)) ** mixed)
+            first += len(crops)
         return total
 
     def closing(self, kept: int) -> int:
