@@ -9,13 +9,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vtoken.drafts import acceptance, draft
     from vtoken.registry import available
     from vtoken.saved import push_to_hub, save
     from vtoken.session import match_processor, pipeline, trace, unmatch_processor, unwrap, wrap, wrapped
 
 __version__ = "0.1.0"
 __all__ = [
+    "acceptance",
     "available",
+    "draft",
     "match_processor",
     "pipeline",
     "push_to_hub",
@@ -28,7 +31,9 @@ __all__ = [
 ]
 
 _HOME = {
+    "acceptance": "vtoken.drafts",
     "available": "vtoken.registry",
+    "draft": "vtoken.drafts",
     "match_processor": "vtoken.session",
     "pipeline": "vtoken.session",
     "push_to_hub": "vtoken.saved",
