@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from vtoken import config
-from vtoken.compatibility import check_pair, check_whole
+from vtoken.compatibility import check_whole
 from vtoken.config import Pipeline, PipelineLike
 from vtoken.errors import UnsupportedError, about
 from vtoken.hooks.call.drafting import Acceptance, Drafting
+from vtoken.hooks.call.pairing import check_pair
 from vtoken.hooks.decoder.target_attention import TargetAttention
 from vtoken.hooks.state.twin import twin
-from vtoken.session import Session, session_of, whole
+from vtoken.session import Session, session_of, unwrap, whole
 from vtoken.stages.facts import of_target
 
 
@@ -107,6 +110,16 @@ def draft(model: Any, draft: Any = None, pipeline: PipelineLike = "specvlm-90") 
         raise
     with about(own.written):
         return Pair(target, other, before, own).draft
+
+
+@contextmanager
+def drafting(model: Any, other: Any, pipeline: PipelineLike) -> Iterator[Any]:
+    """`draft` for the duration of a with-block."""
+    found = draft(model, other, pipeline)
+    try:
+        yield found
+    finally:
+        unwrap(found)
 
 
 def acceptance(draft: Any) -> Acceptance:

@@ -12,7 +12,7 @@ from torch import nn
 
 from vtoken import config, registry
 from vtoken.adapters.base import Adapter
-from vtoken.compatibility import check, check_target, check_whole
+from vtoken.compatibility import check, check_whole
 from vtoken.config import Pipeline, PipelineLike
 from vtoken.config.beside import of_model
 from vtoken.errors import UnsupportedError, about
@@ -21,6 +21,7 @@ from vtoken.hooks.attention.unmerge import Unmerge
 from vtoken.hooks.boundary.boundary import Boundary
 from vtoken.hooks.cache.shrink import CacheShrinker
 from vtoken.hooks.call.inputs import CallInputs
+from vtoken.hooks.call.pairing import check_target
 from vtoken.hooks.decoder.attention_tap import observe
 from vtoken.hooks.decoder.layer_groups import LayerGroups
 from vtoken.hooks.decoder.state_rows import StateRows
@@ -78,7 +79,7 @@ class Session:
         self.boundary: Boundary | None = None
         self.pair: Any = None  # what joins the model to its draft or its target, see drafts.py
         self.adapter: Adapter = registry.adapter(model.config.model_type)(model)
-        check_target(pipeline, drafts_for)
+        check_target(pipeline.name, pipeline.stages, drafts_for)
         check(self.adapter, pipeline)
         self.context = context = Context(
             self.adapter,

@@ -27,7 +27,7 @@ METHODS = [f for folder in registry.FOLDERS.values() for f in sorted((PACKAGE / 
 # Layer -> the layers of vtoken it may import. Nothing points upwards.
 LOWER = {"stages", "kernels", "hooks", "adapters", "config", "errors", "registry"}
 MAY_IMPORT = {
-    "__init__": {"registry", "saved", "session"},
+    "__init__": {"drafts", "registry", "saved", "session"},
     "errors": set(),
     "kernels": {"kernels"},
     "stages": {"stages", "kernels"},
@@ -39,8 +39,9 @@ MAY_IMPORT = {
     "config": {"stages", "config", "errors", "registry"},
     "compatibility": LOWER,
     "session": LOWER | {"compatibility"},
+    "drafts": LOWER | {"compatibility", "session"},
     "saved": LOWER | {"session"},
-    "evals": LOWER | {"session", "evals", "compressors", "__init__"},
+    "evals": LOWER | {"session", "drafts", "evals", "compressors", "__init__"},
     "commands": LOWER | {"session", "evals", "compressors", "commands", "serving", "__init__"},
     "serving": LOWER | {"session", "serving", "__init__"},
     "cli": LOWER | {"session", "commands", "evals", "__init__"},

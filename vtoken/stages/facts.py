@@ -134,7 +134,7 @@ FACTS = (
     FactSpec("relayed_attention", DECODER, LAYER, projections=QK, queries="text", relayed=True,
              means="[ΣN] decoder attention of the text after each image, head mean, weighted by what that text "
                    "receives from itself"),
-    FactSpec("target_attention", ("tokens",), "target", projections=QK, queries="text",
+    FactSpec("target_attention", ("tokens",), "target",
              means="[ΣN] of a draft: attention of the text after the last image in the decoder of the target, mean over "
                    "that text, heads and layers; 0 where the target dropped a token"),
 )

@@ -233,9 +233,6 @@ class TokenFlow:
         if spec is None:
             self._leave_out(f"{stage.name}: the fact {fact.name}")
             return
-        if spec.read == "target":
-            self._leave_out(f"{stage.name}: rows of attention in the prefill of the target")
-            return
         if not spec.queries:
             return  # a tensor that the model computes anyway
         if spec.read == "next layer" and layer is not None:

@@ -205,12 +205,12 @@ class Seeing(AssistedCandidateGenerator):
         more = {} if mask is None else {"attention_mask": pad(mask, (0, length - mask.shape[1]), value=1)}
         self.assistant_kwargs = {**kept, **given, **more, "past_key_values": cache}
         # transformers hands no pictures to what it knows to be an assistant.
-        self.generation_config.is_assistant = False
+        self.generation_config.update(is_assistant=False)
         try:
             found = super()._generate_candidates(generation_args)
             self.assistant_kwargs = {**kept, "past_key_values": self.assistant_kwargs["past_key_values"]}
         finally:
-            self.generation_config.is_assistant = True
+            self.generation_config.update(is_assistant=True)
         return found
 
     def _own(self, value: Any, length: int) -> Any:
