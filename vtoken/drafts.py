@@ -68,7 +68,8 @@ def draft(model: Any, draft: Any = None, pipeline: PipelineLike = "specvlm-90") 
 
     The target reads the prompt, then the draft does, with its own tower, its own features and its own pruned cache;
     from then on it is transformers' assisted generation, one prompt at a time. Every token is the target's: greedy
-    answers are those of `model` alone. A target may be wrapped before, and then answers as it does under its pipeline.
+    answers are those of `model` alone. A target may be wrapped before, and then answers as it does under its pipeline;
+    one that is not counts as wrapped with `none` while it has a draft.
     `vtoken.acceptance(draft)` tells what became of the drafts. `vtoken.unwrap` of the draft takes back what this did to
     both; of the target, its own pipeline too.
 

@@ -146,7 +146,7 @@ def _use(name: str) -> str:
     cls = classes()[name]
     required = [key for key, field in cls.model_fields.items() if field.is_required()]
     if "target_attention" in describe(cls)["needs"]:
-        return f'```python\nassistant = vtoken.draft(model, draft, "{preset}")  # see [drafts](../drafts.md)\n```'
+        return f'```python\nassistant = vtoken.draft(model, draft, "{preset}")\n```\n\nSee [drafts](../drafts.md).'
     if set(required) <= {"keep"}:
         budget = ":64" if required else ""
         lines = [f'vtoken.wrap(model, "{name}{budget}")  # the bare stage, with its defaults']

@@ -17,8 +17,11 @@ from usual import runs, stage
 
 import vtoken
 from vtoken.errors import UnsupportedError
+from vtoken.hooks.decoder import target_attention
+from vtoken.hooks.decoder.target_attention import received
 from vtoken.hooks.state.layer_kinds import recorded
 from vtoken.hooks.state.twin import twin
+from vtoken.session import session_of
 from vtoken.stages import Keep, VisualTokens
 
 FAMILIES = tiny.families(states=()) if recorded() else tiny.families(states=(), window=None)
@@ -129,6 +132,20 @@ def test_what_the_target_dropped_is_not_looked_at(family):
     there = torch.zeros(len(seen[0].x), dtype=torch.bool)
     there[vtoken.trace(model).kept[0]] = True
     assert there.sum() == 5 and torch.equal(seen[0].fact("target_attention") > 0, there)
+
+
+def test_a_target_is_listened_to_while_it_has_a_draft_at_work():
+    model = tiny.llava()
+    draft = vtoken.draft(model, None, "specvlm:3")
+    told = session_of(model).context.told
+    heard, batch = [], prompt(model, "image")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target_attention, "received", lambda *a: heard.append(1) or received(*a))
+        greedy(model, batch)
+        assert not heard
+        greedy(model, batch, assistant_model=draft)
+    assert len(heard) == 4, "one of each layer"
+    assert told.heard.flow is None and not told.heard.sums
 
 
 class Once(Ragged):

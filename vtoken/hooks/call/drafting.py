@@ -90,7 +90,8 @@ class Drafting:
             check_call(inputs, kwargs)
             self.call.given, self.call.acceptance = {k: v for k, v in kwargs.items() if k in self.names}, Acceptance()
             try:
-                return original(inputs, *args, **kwargs)
+                with nullcontext() if self.told is None else self.told.listening():
+                    return original(inputs, *args, **kwargs)
             finally:
                 self.call.given = None
 

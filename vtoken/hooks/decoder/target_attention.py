@@ -23,9 +23,10 @@ from vtoken.stages import Fact
 
 class _Heard(threading.local):
     """Of the calling thread: the prefill that is at work, sums of attention [B, L] per fact and how many layers are in
-    them; `asking`: its draft reads the prompt."""
+    them; `listening`: a `generate` with the draft is at work, `asking`: the draft reads the prompt."""
 
     flow: PrefillState | None = None
+    listening: bool = False
     asking: bool = False
 
     def __init__(self) -> None:
@@ -65,15 +66,24 @@ class TargetAttention:
     @eager
     @torch.no_grad()
     def _hear(self, flow: Any, layer: int, q: Tensor, k: Tensor, scale: float, window: int | None) -> None:
-        if not isinstance(flow, PrefillState):
-            return
         heard = self.heard
+        if not heard.listening or not isinstance(flow, PrefillState):
+            return
         if heard.flow is not flow:
             heard.flow, heard.sums = flow, {}
         found = received(flow, q, k[:, :, : flow.slots or flow.index.shape[1]], scale, window)
         for fact in self.asked[layer]:
             total, layers = heard.sums.get(fact, (0, 0))
             heard.sums[fact] = total + found, layers + 1
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While the target runs with its draft; without it the target's prefills cost nothing more."""
+        self.heard.listening = True
+        try:
+            yield
+        finally:
+            self.heard.listening, self.heard.flow, self.heard.sums = False, None, {}
 
     @contextmanager
     def asking(self) -> Iterator[None]:

@@ -19,7 +19,8 @@ class SpecVLM(Pruner):
     the highest scores are taken, as few as hold the share `p` of the sum of an image's scores, at most `keep`; the other
     places go to tokens spaced evenly among the rest, in reading order. Ties go to the lower index.
 
-    Answers stay the target's, whatever is dropped: only how many drafts it accepts depends on the choice.
+    Answers stay the target's, whatever is dropped: only how many drafts it accepts depends on the choice. The rows of
+    attention are computed, and paid for, in the target's prefill.
 
     Paper: https://arxiv.org/abs/2508.16201. Loops over images (or frames, or crops).
     """
