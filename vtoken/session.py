@@ -79,7 +79,7 @@ class Session:
         self.boundary: Boundary | None = None
         self.pair: Any = None  # what joins the model to its draft or its target, see drafts.py
         self.adapter: Adapter = registry.adapter(model.config.model_type)(model)
-        check_target(pipeline.name, pipeline.stages, drafts_for)
+        check_target(pipeline.stages, drafts_for)
         check(self.adapter, pipeline)
         self.context = context = Context(
             self.adapter,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vtoken.adapters.base import Adapter
 
 
-def check_target(name: str, stages: Sequence[Stage], target: Adapter | None) -> None:
+def check_target(stages: Sequence[Stage], target: Adapter | None) -> None:
     """Refuses facts about a target where there is none, or whose layers it does not have."""
     for stage in stages:
         for need in stage.needs():
@@ -25,7 +25,7 @@ def check_target(name: str, stages: Sequence[Stage], target: Adapter | None) -> 
             if target is None:
                 raise UnsupportedError(
                     f"stage {stage.name} chooses the visual tokens of a draft by the attention of its target, and this "
-                    f"model drafts for none; use draft = vtoken.draft(model, draft, {name!r})"
+                    "model drafts for none; give the pipeline to vtoken.draft(model, draft, pipeline)"
                 )
             depth = len(target.lm.layers)
             if need.layer is not None and not -depth <= need.layer < depth:
