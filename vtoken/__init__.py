@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vtoken.drafts import acceptance, draft
     from vtoken.registry import available
     from vtoken.relevance import frame_relevance, question_relevance
     from vtoken.saved import push_to_hub, save
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "acceptance",
     "available",
+    "draft",
     "frame_relevance",
     "match_processor",
     "pipeline",
@@ -31,7 +34,9 @@ __all__ = [
 ]
 
 _HOME = {
+    "acceptance": "vtoken.drafts",
     "available": "vtoken.registry",
+    "draft": "vtoken.drafts",
     "frame_relevance": "vtoken.relevance",
     "match_processor": "vtoken.session",
     "pipeline": "vtoken.session",

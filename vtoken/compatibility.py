@@ -22,7 +22,7 @@ from vtoken.hooks.vision.pixels import check_pixels
 from vtoken.stages import FACTS, SITES, Fact, OtherModel, Stage, spec_of
 from vtoken.stages.attention import SparseAttention
 from vtoken.stages.cache import CacheStage
-from vtoken.stages.facts import encoded
+from vtoken.stages.facts import encoded, of_target
 
 
 def check_whole(model: Any) -> None:
@@ -110,7 +110,7 @@ def check_fact(stage: Stage, need: Fact, adapter: Adapter) -> None:
             f"there it can have {', '.join(there)}"
         )
     depth = len(layers_of(stage, need, adapter))
-    if need.layer is not None and not -depth <= need.layer < depth:
+    if need.layer is not None and not of_target(need, stage.site) and not -depth <= need.layer < depth:
         raise UnsupportedError(
             f"stage {stage.name} needs {need.name} of layer {need.layer}; there are {depth}, 0 to {depth - 1} (or -1 "
             "for the last)"

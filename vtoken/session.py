@@ -21,10 +21,12 @@ from vtoken.hooks.attention.unmerge import Unmerge
 from vtoken.hooks.boundary.boundary import Boundary
 from vtoken.hooks.cache.shrink import CacheShrinker
 from vtoken.hooks.call.inputs import CallInputs
+from vtoken.hooks.call.pairing import check_target
 from vtoken.hooks.decoder.attention_tap import observe
 from vtoken.hooks.decoder.blocks import watch_blocks
 from vtoken.hooks.decoder.layer_groups import LayerGroups
 from vtoken.hooks.decoder.state_rows import StateRows
+from vtoken.hooks.decoder.target_attention import TargetAttention
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.installed import described
 from vtoken.hooks.state.trace import Trace
@@ -56,6 +58,8 @@ def install(context: Context) -> Boundary:
     StateRows(context)
     observe(context)
     watch_blocks(context)
+    if context.told is not None:
+        context.told.observe(context)
     return boundary
 
 
@@ -63,10 +67,21 @@ class Session:
     """Everything one `wrap` installed on one model. A pipeline without stages installs no hooks, unless it is
     `watched`."""
 
-    def __init__(self, model: Any, pipeline: Pipeline, *, watched: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        pipeline: Pipeline,
+        *,
+        watched: bool = False,
+        told: TargetAttention | None = None,
+        target: TargetAttention | None = None,
+        drafts_for: Adapter | None = None,
+    ) -> None:
         self.pipeline = pipeline
         self.boundary: Boundary | None = None
+        self.pair: Any = None  # what joins the model to its draft or its target, see drafts.py
         self.adapter: Adapter = registry.adapter(model.config.model_type)(model)
+        check_target(pipeline.stages, drafts_for)
         check(self.adapter, pipeline)
         self.context = context = Context(
             self.adapter,
@@ -74,6 +89,8 @@ class Session:
             compact=pipeline.positions == "compact",
             newline=pipeline.newline,
             min_tokens=pipeline.min_visual_tokens,
+            told=told,
+            target=target,
         )
         try:
             context.handle.set(model, SESSION, self)
@@ -176,13 +193,17 @@ def unwrap(model: M) -> M:
     KV caches that hold a pruned prompt cannot be continued afterwards; using one raises an error.
 
     Raises:
-        UnsupportedError: the model is not wrapped.
+        UnsupportedError: the model is not wrapped, and neither has nor is a draft.
         ExceptionGroup: some changes could not be undone; all others were.
     """
     session = session_of(model)
     if session is None:
         raise UnsupportedError("this model is not wrapped")
-    session.release()
+    if session.pair is not None:
+        session.pair.dissolve()
+        session = session_of(model)
+    if session is not None:
+        session.release()
     return model
 
 

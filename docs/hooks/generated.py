@@ -145,6 +145,8 @@ def _use(name: str) -> str:
     preset = next((p["preset"] for p in _presets_of(name)), None)
     cls = classes()[name]
     required = [key for key, field in cls.model_fields.items() if field.is_required()]
+    if "target_attention" in describe(cls)["needs"]:
+        return f'```python\nassistant = vtoken.draft(model, draft, "{preset}")\n```\n\nSee [drafts](../drafts.md).'
     if set(required) <= {"keep"}:
         budget = ":64" if required else ""
         lines = [f'vtoken.wrap(model, "{name}{budget}")  # the bare stage, with its defaults']

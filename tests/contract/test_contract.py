@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+import usual
 from batches import behind, inside
 from model_state import changed, state
 from modes import ROWS, families
@@ -43,7 +44,7 @@ def packed(stage, lengths=LENGTHS, parts=PARTS, seed=0):
 # Stages of site cache decide layer by layer on keys and values: test_cache_stages.py and test_kvpress.py hold them.
 # LLaVA has no frames, and pictures of one size: test_frames.py, test_pixels.py.
 every = pytest.mark.parametrize(
-    "name", [name for name in registry.stages() if registry.stage(name).site not in ("cache", "frames", "pixels")]
+    "name", [name for name in usual.ALONE if registry.stage(name).site not in ("cache", "frames", "pixels")]
 )
 # The others decide about attention, not about tokens.
 DECIDING = [

@@ -27,7 +27,7 @@ METHODS = [f for folder in registry.FOLDERS.values() for f in sorted((PACKAGE / 
 # Layer -> the layers of vtoken it may import. Nothing points upwards.
 LOWER = {"stages", "kernels", "hooks", "adapters", "config", "errors", "registry"}
 MAY_IMPORT = {
-    "__init__": {"registry", "relevance", "saved", "session"},
+    "__init__": {"drafts", "registry", "relevance", "saved", "session"},
     "errors": set(),
     "kernels": {"kernels"},
     "stages": {"stages", "kernels"},
@@ -40,8 +40,9 @@ MAY_IMPORT = {
     "compatibility": LOWER,
     "session": LOWER | {"compatibility"},
     "relevance": LOWER | {"session"},
+    "drafts": LOWER | {"compatibility", "session"},
     "saved": LOWER | {"session"},
-    "evals": LOWER | {"session", "evals", "compressors", "__init__"},
+    "evals": LOWER | {"session", "drafts", "evals", "compressors", "__init__"},
     "commands": LOWER | {"session", "evals", "compressors", "commands", "serving", "__init__"},
     "serving": LOWER | {"session", "serving", "__init__"},
     "cli": LOWER | {"session", "commands", "evals", "__init__"},

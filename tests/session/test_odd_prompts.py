@@ -14,7 +14,7 @@ from packaging.version import Version
 from padded_right import wrapped_or_skip
 from probes import Deep, Inside, Ragged
 from torch.utils._pytree import tree_leaves
-from usual import stage
+from usual import ALONE, stage
 
 import vtoken
 from vtoken import registry
@@ -113,7 +113,7 @@ def test_a_typed_placeholder_is_text(family, name):
 
 
 @pytest.mark.parametrize("family", tiny.each("deepstack", window=None))
-@pytest.mark.parametrize("name", sorted(set(registry.stages()) - {"kvpress"}))
+@pytest.mark.parametrize("name", sorted(set(ALONE) - {"kvpress"}))
 @pytest.mark.parametrize(
     "rows", [[[3, "img", 5]], [[3, "img", 2, "img", 5], [2, "img", 4]]], ids=["only", "first of two"]
 )
@@ -126,7 +126,7 @@ def test_every_stage_does_without_a_hidden_picture(family, name, rows):
     assert trace.visual_tokens[0] == 0 and all(layer[0] == 0 for layer in trace.layers)
 
 
-STAGES = [n for n in registry.stages() if n != "kvpress" and registry.stage(n).site in ("tokens", "decoder", "cache")]
+STAGES = [n for n in ALONE if n != "kvpress" and registry.stage(n).site in ("tokens", "decoder", "cache")]
 
 
 @pytest.mark.parametrize("family", PADDED)  # Qwen closes a picture with a text token

@@ -5,13 +5,13 @@ from __future__ import annotations
 import modes
 import pytest
 import torch
+from usual import ALONE
 
 import vtoken
-from vtoken import registry
 from vtoken.errors import UnsupportedError
 
 # kvpress replaces attention functions of the process: test_kvpress.py.
-NAMES = [name for name in registry.stages() if name != "kvpress"]
+NAMES = [name for name in ALONE if name != "kvpress"]
 
 
 # A stage that reads what stands behind an image may find text there or not.

@@ -11,6 +11,7 @@ import token_modules
 
 from vtoken import config, registry
 from vtoken.stages import Stage, spec_of
+from vtoken.stages.facts import of_target
 
 OWN: dict[str, dict[str, Any]] = {
     # thresholds that everything exceeds: half of the tokens merge, half of the rest, ...
@@ -44,6 +45,15 @@ def stage(name: str, seed: int | None = None, **options: Any) -> Stage:
     if name == "dyvte":
         own["gates"] = gates.file(seed)
     return cls(**{**own, **OWN.get(name, {})})
+
+
+def of_a_draft(name: str) -> bool:
+    """Whether only a draft runs the stage, because it asks about the draft's target."""
+    return registry.stage(name).site == "tokens" and any(of_target(need, "tokens") for need in stage(name).needs())
+
+
+# What a model runs that drafts for none: test_drafts.py holds the others.
+ALONE = [name for name in registry.stages() if not of_a_draft(name)]
 
 
 def needs_attention(stage: Stage) -> set[int]:

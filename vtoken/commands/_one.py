@@ -42,6 +42,20 @@ def example(cls: type[Stage]) -> str:
     return f"{cls.name}:" + ",".join("64" if name == "keep" else f"{name}={name.upper()}" for name in required)
 
 
+def call(pipeline: str) -> str:
+    """The line of Python that runs a pipeline, or has a draft run it; of one that does not read, as of others."""
+    from vtoken import config
+    from vtoken.errors import ConfigError
+    from vtoken.stages.facts import of_target
+
+    try:
+        stages = config.load(pipeline).stages
+    except ConfigError:  # capitals stand for what the reader has to write
+        stages = ()
+    drafts = any(of_target(need, stage.site) for stage in stages for need in stage.needs())
+    return f'vtoken.draft(model, draft, "{pipeline}")' if drafts else f'vtoken.wrap(model, "{pipeline}")'
+
+
 def show(told: dict[str, Any]) -> None:
     """Prints `details` in 80 columns, or as many as the terminal has."""
     from rich.console import Console
@@ -56,7 +70,7 @@ def show(told: dict[str, Any]) -> None:
         "facts": ", ".join(told["needs"]),
         "families": "\n".join(f"{', '.join(families)}: {answer}" for answer, families in answers.items()),
         "deviations": told["deviations"],
-        "example": f'vtoken.wrap(model, "{told["example"]}")',
+        "example": call(told["example"]),
     }
     options = sorted(told["options"].items(), key=lambda item: not item[1]["required"])
     given = {n if o["required"] else f"{n}={json.dumps(o['default'])}": _option(o) for n, o in options}
@@ -73,7 +87,7 @@ def show_preset(name: str) -> None:
     from vtoken import config
     from vtoken.config.presets import summary
 
-    print(summary(name), config.dump(config.load(name)).rstrip(), f'example: vtoken.wrap(model, "{name}")', sep="\n\n")
+    print(summary(name), config.dump(config.load(name)).rstrip(), f"example: {call(name)}", sep="\n\n")
 
 
 def _option(option: dict[str, Any]) -> str:

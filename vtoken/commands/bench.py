@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vtoken.config import Pipeline
     from vtoken.evals.shared.media import Media
     from vtoken.evals.speed.break_even import Measured, Step
+    from vtoken.evals.speed.drafted import Drafted
     from vtoken.evals.speed.latency import Bench, Row
     from vtoken.evals.statistics import Spread
 
@@ -35,6 +36,8 @@ examples:
       the overhead alone
   vtoken bench llava-hf/llava-1.5-7b-hf flowcut-64 fastv-64 --break-even --random-weights --device cuda --dtype bfloat16
       from how many visual tokens each is faster than dense on this machine, and the line for its file
+  vtoken bench tiny-llava specvlm-90 random:10% none --drafts --new-tokens 16
+      the model drafts for itself under each: how many drafts are accepted, and decoding against plain decoding
 
 Dense, pipelines and oracles run interleaved in one process. The oracle is the same unwrapped model on a prompt that is
 short already: pipeline / oracle is what vtoken itself costs. TTFT runs from the call to the first token, vision included.
@@ -77,6 +80,10 @@ class Settings(BenchOptions, ModelCommand):
         "longer and longer prompts instead: from how many visual tokens on each pipeline is faster than dense, end to "
         "end",
     )
+    drafts: bool = option(
+        False, "pipelines of drafts instead: acceptance, and time against plain decoding, in turns (batch 1)"
+    )
+    draft_model: str | None = option(None, "with --drafts: the checkpoint that drafts (default: the model itself)")
     up_to: int = option(4608, "visual tokens of the longest prompt of --break-even", ge=1)
 
 
@@ -90,14 +97,19 @@ def run(asked: Settings) -> None:
         raise ConfigError(
             "--break-even compares pipelines over more and more images: name some, and leave --images and --media out"
         )
+    if (asked.drafts and (asked.break_even or not asked.pipelines)) or (asked.draft_model and not asked.drafts):
+        raise ConfigError("--drafts compares pipelines of a draft with plain decoding: name some, without --break-even")
     if asked.media and asked.image_size:
         raise ConfigError("--media has a size of its own: leave --image-size out")
     pipelines = [load(each) for each in asked.pipelines]  # A typing error must not cost the loading of a model.
     models.set_threads(asked.threads)
     media = read([asked.media], asked.frames if asked.frames > 1 else FRAMES) if asked.media else None
     model = models.load(asked.model, asked.device, asked.dtype, random_weights=asked.random_weights, seed=asked.seed)
-    if asked.break_even:
-        found: Bench | Measured = _break_even(model, pipelines, asked)
+    found: Bench | Measured | Drafted
+    if asked.drafts:
+        found = _drafted(model, pipelines, asked, media)
+    elif asked.break_even:
+        found = _break_even(model, pipelines, asked)
     else:
         found = _bench(model, pipelines, asked, media)
     weights = "random" if asked.random_weights else "as loaded"
@@ -120,6 +132,22 @@ def _bench(model: Any, pipelines: list[Pipeline], asked: Settings, media: Media 
     return replace(found, conditions=found.conditions | {"media": str(asked.media)})
 
 
+def _drafted(model: Any, pipelines: list[Pipeline], asked: Settings, media: Media | None) -> Drafted:
+    from vtoken.evals import processors
+    from vtoken.evals.shared import models
+    from vtoken.evals.speed.drafted import measure
+    from vtoken.evals.speed.inputs import prepared
+
+    other = asked.draft_model and models.load(
+        asked.draft_model, asked.device, asked.dtype, random_weights=asked.random_weights, seed=asked.seed
+    )
+    options = asked.model_dump(include=set(BenchOptions.model_fields))
+    if media is None:
+        return measure(model, pipelines, other, **options)
+    pictures = prepared(media, processors.load(asked.model), asked.batch, asked.images)
+    return measure(model, pipelines, other, pictures=pictures, **options | {"frames": len(media.pictures)})
+
+
 def _break_even(model: Any, pipelines: list[Pipeline], asked: Settings) -> Measured:
     from vtoken.evals.speed.break_even import lengths, measure
 
@@ -128,10 +156,15 @@ def _break_even(model: Any, pipelines: list[Pipeline], asked: Settings) -> Measu
     return measure(model, pipelines, tried, **options)
 
 
-def _print(name: str, weights: str, found: Bench | Measured) -> None:
+def _print(name: str, weights: str, found: Bench | Measured | Drafted) -> None:
     from vtoken.evals.shared.tables import show
+    from vtoken.evals.speed.drafted import Drafted
     from vtoken.evals.speed.latency import Bench
 
+    if isinstance(found, Drafted):
+        show(f"{name} and its drafts", drafted(found), width=160, lines=True)
+        print(f"weights: {weights}", *_told(found.conditions), sep="\n")
+        return
     if isinstance(found, Bench):
         show(name, cells(found), width=280, lines=True)  # Folded cells would be hard to read in a file.
         print(f"weights: {weights}", *notes(found), sep="\n")
@@ -143,6 +176,26 @@ def _print(name: str, weights: str, found: Bench | Measured) -> None:
     for pipeline in found.steps:
         print(_advice(pipeline, found))
     print(*filter(None, [found.stopped]), f"weights: {weights}", *_told(found.conditions), sep="\n")
+
+
+def drafted(found: Drafted) -> list[tuple[str, ...]]:
+    """Head and rows as text."""
+    head = (
+        "draft",
+        "accepted",
+        "tokens per step",
+        "decode ms/token",
+        "decode / plain",
+        "end to end / plain",
+        "answers",
+    )
+    rows: list[tuple[str, ...]] = [head, ("plain decoding", "", "1", _spread(found.plain, 2), "", "", "")]
+    for row in found.rows:
+        ratios = [_spread(row.to_plain[part], 3) for part in ("decode", "end_to_end")]
+        same = "the same" if row.same else "differ"
+        accepted = (f"{row.acceptance:.1%}", f"{row.per_step:.2f}")
+        rows.append((row.name, *accepted, _spread(row.decode, 2), *ratios, same))
+    return rows
 
 
 def _against_dense(step: Step) -> str:

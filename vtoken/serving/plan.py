@@ -133,6 +133,10 @@ def pictures_only(pipeline: Pipeline, family: str) -> bool:
 def refusal(stage: Stage, family: str, before: Sequence[Stage] = ()) -> str:
     """Why vLLM cannot serve a stage on a family after the stages `before` it, and what to do; "" if it can."""
     held, budget = FAMILIES[family], getattr(stage, "keep", None)
+    from vtoken.stages.facts import of_target
+
+    if any(of_target(need, stage.site) for need in stage.needs()):
+        return f"it chooses the tokens of a draft, and vLLM's drafters are not told what is kept; {ELSEWHERE}"
     if stage.site in SITES:
         return f"it acts at site {stage.site}; {SITES[stage.site]}"
     if stage.site == "encoder":

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, get_args
 Site = Literal["pixels", "frames", "encoder", "tokens", "decoder", "attention", "cache"]
 SITES: tuple[Site, ...] = ("pixels", "frames", "encoder", "tokens", "decoder", "attention", "cache")
 OfEncoder = Literal["pixels", "encoder layer", "encoder states", "encoder output"]
-Read = OfEncoder | Literal["hidden states", "positions", "blocks", "decoder layer", "next layer"]
+Read = OfEncoder | Literal["hidden states", "positions", "blocks", "decoder layer", "next layer", "target"]
 
 
 class Fact(NamedTuple):
@@ -21,7 +21,8 @@ class Fact(NamedTuple):
     `layer` is the encoder layer (at decoder sites: decoder layer); None means the layer the model takes its features
     from (at encoder and decoder sites: the layer before the cut). Negative layers count from the end. `above` restricts
     received_attention to queries that themselves receive more than `above` times the mean of their crop (frame), or, if
-    there is none, to the query that receives most.
+    there is none, to the query that receives most. Of target_attention `layer` is the first of the target's layers that
+    count; None: all do.
     """
 
     name: str
@@ -38,7 +39,7 @@ class FactSpec:
         sites: of the stages that may ask for it.
         read: where in the model it is read: the encoder's input or output, a layer's projections, the layer that runs
             next, the hidden states that a stage is given (at site tokens: embeddings) and their positions, or what
-            attention and MLP of layers were given and returned.
+            attention and MLP of layers were given and returned; "target": in another model, for which this one drafts.
         means: shape and meaning.
         per: whether there is one entry per visual token, or a tensor over text tokens per image or per batch row.
         holds: size of an entry: one number or d (both fp32), H*d, H x d, D, D_encoder, or the pixel values of a token.
@@ -150,6 +151,9 @@ FACTS = (
     FactSpec("relayed_attention", DECODER, LAYER, projections=QK, queries="text", relayed=True,
              means="[ΣN] decoder attention of the text after each image, head mean, weighted by what that text "
                    "receives from itself"),
+    FactSpec("target_attention", ("tokens",), "target",
+             means="[ΣN] of a draft: attention of the text after the last image in the decoder of the target, mean over "
+                   "that text, heads and layers; 0 where the target dropped a token"),
 )
 # fmt: on
 _AT = {(spec.name, site): spec for spec in FACTS for site in spec.sites}
@@ -164,6 +168,12 @@ def encoded(fact: Fact, site: Site) -> bool:
     """Whether this fact, asked for at this site, is about the encoder and so known before the LLM runs."""
     spec = spec_of(fact.name, site)
     return spec is not None and spec.of_encoder
+
+
+def of_target(fact: Fact, site: Site) -> bool:
+    """Whether this fact, asked for at this site, is about the model for which the stage's own drafts."""
+    spec = spec_of(fact.name, site)
+    return spec is not None and spec.read == "target"
 
 
 def read_of(read: Read) -> dict[str, FactSpec]:

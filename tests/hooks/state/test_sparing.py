@@ -9,7 +9,7 @@ import tiny
 import torch
 from batches import uneven
 from modes import LOGITS, alone, families, greedy
-from usual import stage
+from usual import ALONE, stage
 
 import vtoken
 from vtoken import registry
@@ -17,7 +17,7 @@ from vtoken.errors import UnsupportedError
 from vtoken.stages import Fused, Keep
 
 SITES = ("encoder", "tokens", "decoder")
-MERGING = [name for name in registry.stages() if registry.stage(name).site in SITES]
+MERGING = [name for name in ALONE if registry.stage(name).site in SITES]
 
 
 def decision():

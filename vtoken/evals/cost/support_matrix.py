@@ -9,12 +9,14 @@ from typing import Any, Literal
 import torch
 
 from vtoken import config, registry
+from vtoken.drafts import drafting
 from vtoken.errors import ConfigError, OtherModelError, UnsupportedError
 from vtoken.evals.shared.configs import builtin
 from vtoken.hooks.state.encoder_fact import substituted
 from vtoken.session import wrapped
 from vtoken.stages import Stage
 from vtoken.stages.budget import Budget
+from vtoken.stages.facts import of_target
 
 Answer = Literal["yes", "substitute", "no", "depends"]
 
@@ -85,12 +87,13 @@ def support_matrix(stages: list[type[Stage]], families: list[str] | None = None)
 
 
 def cell(model: Any, stage: Stage | None, substitutes: dict[str, str]) -> Cell:
-    """What `wrap` says of a stage on a model whose adapter has these `substitutes`; None is a stage without an
-    example."""
+    """What `wrap` says of a stage on a model whose adapter has these `substitutes` (of a stage for drafts, what `draft`
+    says of the model as its own draft); None is a stage without an example."""
     if stage is None:
         return Cell("depends", "It depends on options that have no default.")
+    drafts = any(of_target(need, stage.site) for need in stage.needs())
     try:
-        with wrapped(model, stage):
+        with drafting(model, None, stage) if drafts else wrapped(model, stage):
             pass
     except OtherModelError:
         return Cell(

@@ -36,7 +36,7 @@ from vtoken.hooks.state.pruned_cache import PrunedCache, adopt, cache_bytes
 from vtoken.hooks.state.run import UNSEEN, Clock
 from vtoken.hooks.state.trace import StageTrace, Trace
 from vtoken.stages import Fact, Stage
-from vtoken.stages.facts import encoded
+from vtoken.stages.facts import encoded, of_target
 
 
 class Boundary:
@@ -129,12 +129,14 @@ class Boundary:
 
     def _facts(self, flow: PrefillState, stage: Stage) -> dict[Fact, Any]:
         """What the stage asked for, about the live tokens."""
-        return {
-            need: encoder_fact(self.context, flow, stage, need)
-            if encoded(need, stage.site)
-            else text_of(flow, flow.hidden)
-            for need in stage.needs()
-        }
+        return {need: self._fact(flow, stage, need) for need in stage.needs()}
+
+    def _fact(self, flow: PrefillState, stage: Stage, need: Fact) -> Any:
+        if encoded(need, stage.site):
+            return encoder_fact(self.context, flow, stage, need)
+        if self.context.target is not None and of_target(need, stage.site):
+            return self.context.target.about(flow, need)
+        return text_of(flow, flow.hidden)
 
     def _shortened(self, flow: PrefillState, values: Tensor, kwargs: dict) -> dict[str, Any]:
         """What the language model gets instead: `values` [ΣK, D] of the live visual tokens among the rest of the

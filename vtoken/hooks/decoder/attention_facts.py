@@ -137,12 +137,12 @@ def text_rows(
     for row, batch_row, column, chosen in zip(v.row, lines, columns, raters, strict=True):
         if len(chosen):
             at = text[row].nonzero()[:, 0][chosen.to(q.device)]
-            mean = _causal_mean(q[row, :, at], k[row], key_mask[row], at + past, scale, flow.window)
+            mean = causal_mean(q[row, :, at], k[row], key_mask[row], at + past, scale, flow.window)
             out[batch_row, column + past] = mean[column + past]
     return out
 
 
-def _causal_mean(q: Tensor, k: Tensor, key_mask: Tensor, at: Tensor, scale: float, window: int | None) -> Tensor:
+def causal_mean(q: Tensor, k: Tensor, key_mask: Tensor, at: Tensor, scale: float, window: int | None) -> Tensor:
     """[N] attention of the queries [H, R, d] that stand in the slots `at` [R] of the keys [Hk, N, d], mean over queries
     and heads."""
     total = torch.stack([part.sum((0, 1, 2)) for part in causal(q, k, key_mask, at, scale, window)]).sum(0)

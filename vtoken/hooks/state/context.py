@@ -16,6 +16,7 @@ from vtoken.stages.facts import encoded, read_of
 
 if TYPE_CHECKING:
     from vtoken.adapters.base import Adapter
+    from vtoken.hooks.decoder.target_attention import TargetAttention
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Context:
         min_tokens: visual tokens below which a batch row runs dense.
         owner: who may continue the caches that are pruned here.
         read: facts of the vision tower (with layers resolved) that something else than a stage reads.
+        told: what the draft of this model is told of its attention; target: what this model, a draft, is told of its
+            target's.
     """
 
     adapter: Adapter
@@ -40,6 +43,8 @@ class Context:
     min_tokens: int = 0
     owner: CacheOwner = field(default_factory=CacheOwner)
     read: frozenset[Fact] = frozenset()
+    told: TargetAttention | None = None
+    target: TargetAttention | None = None
 
     @property
     def lm(self) -> Any:

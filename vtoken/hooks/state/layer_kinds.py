@@ -6,9 +6,11 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Cache
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.cache_argument import causal_mask
@@ -29,6 +31,15 @@ def window_of(config: Any, layer: int) -> int | None:
     """Tokens that a query of the layer sees, itself among them; None: all up to itself."""
     window: int | None = config.sliding_window if kinds_of(config)[layer] == SLIDING else None
     return window
+
+
+def recorded() -> bool:
+    """Whether a sliding window from which tokens can be taken back hands out what its mask is made for after several
+    steps in a row, as a draft takes them; transformers 5.17 has it hand out more."""
+    layer, step = DynamicSlidingWindowLayer(2), torch.zeros(1, 1, 3, 1)
+    layer.activate_past_recording()
+    layer.update(step, step)
+    return int(layer.update(step[:, :, :1], step[:, :, :1])[0].shape[2]) == layer.sliding_window
 
 
 def firsts(config: Any) -> dict[str, int]:

@@ -1,0 +1,138 @@
+"""The entry point `draft`: a model that drafts for another, and sees what it sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from vtoken import config
+from vtoken.compatibility import check_whole
+from vtoken.config import Pipeline, PipelineLike
+from vtoken.errors import UnsupportedError, about
+from vtoken.hooks.call.drafting import Acceptance, Drafting
+from vtoken.hooks.call.pairing import check_pair
+from vtoken.hooks.decoder.target_attention import TargetAttention
+from vtoken.hooks.state.twin import twin
+from vtoken.session import Session, session_of, unwrap, whole
+from vtoken.stages.facts import of_target
+
+
+class Pair:
+    """A target and its draft, until one of them is unwrapped.
+
+    Args:
+        target, draft: the models themselves.
+        before: the pipeline that the target is wrapped with; None: it is not.
+        own: the draft's pipeline.
+    """
+
+    def __init__(self, target: Any, draft: Any, before: Pipeline | None, own: Pipeline) -> None:
+        self.target, self.draft, self.before = target, draft, before
+        asked = [need for stage in own.stages for need in stage.needs() if of_target(need, stage.site)]
+        told = TargetAttention(asked) if asked else None
+        self.drafting = Drafting(draft, told)
+        sessions: list[Session] = []
+        try:
+            sessions.append(Session(target, before or config.load("none"), watched=True, told=told))
+            sessions.append(Session(draft, own, target=told, drafts_for=sessions[0].adapter))
+            check_pair(sessions[0].adapter, sessions[1].adapter)
+            self.drafting.on_target(sessions[0].context)
+            self.drafting.on_draft(sessions[1].context)
+        except BaseException:
+            for session in reversed(sessions):
+                session.release()
+            self._restore()
+            raise
+        for session in sessions:
+            session.pair = self
+
+    def dissolve(self) -> None:
+        """Leaves the draft unwrapped, and the target as it was before."""
+        for model in (self.draft, self.target):
+            session = session_of(model)
+            if session is not None and session.pair is self:
+                session.release()
+        self._restore()
+
+    def _restore(self) -> None:
+        if self.before is not None:
+            Session(self.target, self.before)
+
+
+def draft(model: Any, draft: Any = None, pipeline: PipelineLike = "specvlm-90") -> Any:
+    """Makes a model that drafts for `model` and sees the pictures of its calls, under a pipeline of its own:
+
+        assistant = vtoken.draft(model, small, "specvlm-90")
+        model.generate(**inputs, assistant_model=assistant)
+
+    The target reads the prompt, then the draft does, with its own tower, its own features and its own pruned cache;
+    from then on it is transformers' assisted generation, one prompt at a time. Every token is the target's: greedy
+    answers are those of `model` alone. A target may be wrapped before, and then answers as it does under its pipeline;
+    one that is not counts as wrapped with `none` while it has a draft.
+    `vtoken.acceptance(draft)` tells what became of the drafts. `vtoken.unwrap` of the draft takes back what this did to
+    both; of the target, its own pipeline too.
+
+    Args:
+        model: the target, a stock VLM, wrapped or not.
+        draft: another checkpoint with the same vocabulary and placeholders, not wrapped. None: the same model, in a
+            second tree of modules on the same weights; move it, quantise it and add adapters before.
+        pipeline: of the draft, as `vtoken.wrap` takes it.
+
+    Returns:
+        The draft: `draft` itself, or the second tree.
+
+    Raises:
+        UnsupportedError: the two do not go together, a stage cannot be served, `draft` is wrapped, or `model` has a
+            draft already.
+        ConfigError: the pipeline does not read.
+    """
+    own = config.load(pipeline)
+    target, other = whole(model), None if draft is None or whole(draft) is whole(model) else whole(draft)
+    check_whole(target)
+    held = session_of(target)
+    if held is not None and held.pair is not None:
+        raise UnsupportedError("this model has a draft, or is one; call vtoken.unwrap(draft) first")
+    if other is not None:
+        check_whole(other)
+        if session_of(other) is not None:
+            raise UnsupportedError(
+                "this draft is wrapped already; call vtoken.unwrap(draft) first and give its pipeline to vtoken.draft"
+            )
+    before = None if held is None else held.pipeline
+    if held is not None:
+        held.release()
+    try:
+        # Made while nothing is installed, so that nothing of it comes along.
+        other = twin(target) if other is None else other
+    except BaseException:
+        if before is not None:
+            Session(target, before)
+        raise
+    with about(own.written):
+        return Pair(target, other, before, own).draft
+
+
+@contextmanager
+def drafting(model: Any, other: Any, pipeline: PipelineLike) -> Iterator[Any]:
+    """`draft` for the duration of a with-block."""
+    found = draft(model, other, pipeline)
+    try:
+        yield found
+    finally:
+        unwrap(found)
+
+
+def acceptance(draft: Any) -> Acceptance:
+    """What became of the drafts in the last `generate` of the calling thread.
+
+    Raises:
+        UnsupportedError: the model drafts for none, or has not drafted yet.
+    """
+    session = session_of(draft)
+    if session is None or session.pair is None or session.pair.draft is not whole(draft):
+        raise UnsupportedError("this model is no draft; make one by vtoken.draft(model, ...)")
+    found: Acceptance | None = session.pair.drafting.call.acceptance
+    if found is None:
+        raise UnsupportedError("nothing was drafted yet; call model.generate(..., assistant_model=draft) first")
+    return found

@@ -1,0 +1,226 @@
+"""Assisted generation with a draft that sees: transformers' own loop, which hands a draft no pictures, is given what
+drafts here."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache
+from transformers.generation.candidate_generator import AssistedCandidateGenerator
+
+from vtoken.errors import UnsupportedError
+from vtoken.hooks.state.context import Context
+
+# Arguments of `generate` that are about the target's call alone; the draft's are made anew.
+OWN = frozenset(
+    "input_ids inputs_embeds past_key_values position_ids cache_position attention_mask labels use_cache logits_to_keep "
+    "mm_encoder_outputs rope_deltas return_dict output_attentions output_hidden_states".split()
+)
+
+
+@dataclass
+class Acceptance:
+    """What became of the drafts of one `generate`.
+
+    Attributes:
+        drafted: tokens that the draft proposed; accepted: those of them that the target would have said.
+        steps: forwards of the target that verified drafts; the prefill, which gives the first token, is none.
+        tokens: what these steps gave.
+    """
+
+    drafted: int = 0
+    accepted: int = 0
+    steps: int = 0
+    tokens: int = 0
+
+    @property
+    def share(self) -> float:
+        """Of the drafted tokens, how many were accepted; nan where nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else float("nan")
+
+    @property
+    def per_step(self) -> float:
+        """Tokens per step of the target; nan without any."""
+        return self.tokens / self.steps if self.steps else float("nan")
+
+
+class _Call(threading.local):
+    """Of the calling thread: what `generate` of the target was given, whether the draft is at work for it, and what
+    became of the drafts."""
+
+    given: dict[str, Any] | None = None
+    at_work: bool = False
+    acceptance: Acceptance | None = None
+
+
+class Drafting:
+    """What joins a target and its draft. `on_target` and `on_draft` install hooks on either.
+
+    Args:
+        draft: the model that drafts.
+        told: what its stages ask about the target's attention, if anything.
+    """
+
+    def __init__(self, draft: Any, told: Any = None) -> None:
+        self.draft, self.told, self.call = draft, told, _Call()
+        self.names = frozenset(inspect.signature(draft.forward).parameters) - OWN
+
+    def on_target(self, context: Context) -> None:
+        model, handle = context.adapter.model, context.handle
+        handle.set(model, "generate", self._generate(model.generate))
+        handle.set(model, "_get_candidate_generator", self._candidates(model._get_candidate_generator))
+
+    def on_draft(self, context: Context) -> None:
+        context.handle.set(self.draft, "generate", self._only_here(self.draft.generate))
+
+    def _generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def generate(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("assistant_model") is not self.draft:
+                return original(inputs, *args, **kwargs)
+            check_call(inputs, kwargs)
+            self.call.given, self.call.acceptance = {k: v for k, v in kwargs.items() if k in self.names}, Acceptance()
+            try:
+                with nullcontext() if self.told is None else self.told.listening():
+                    return original(inputs, *args, **kwargs)
+            finally:
+                self.call.given = None
+
+        return generate
+
+    def _candidates(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def get(*args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("assistant_model") is not self.draft or self.call.given is None:
+                return original(*args, **kwargs)
+            if kwargs.get("assistant_tokenizer") is not None:
+                raise UnsupportedError(
+                    "a draft that sees shares its target's ids: leave tokenizer and assistant_tokenizer out"
+                )
+            given = {name: kwargs.get(name) for name in ("input_ids", "generation_config", "logits_processor")}
+            return Seeing(self, kwargs["model_kwargs"], given)
+
+        return get
+
+    def _only_here(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            if getattr(kwargs.get("generation_config"), "is_assistant", False) and not self.call.at_work:
+                raise UnsupportedError(
+                    "this draft was made for another target, or its target was unwrapped since: here it would be "
+                    "handed no pictures; call vtoken.draft(target, draft, ...) for this one"
+                )
+            return original(*args, **kwargs)
+
+        return generate
+
+    @contextmanager
+    def at_work(self, *, reads: bool) -> Iterator[None]:
+        """While the draft runs for its target; `reads`: it reads the prompt."""
+        self.call.at_work = True
+        try:
+            with self.told.asking() if reads and self.told is not None else nullcontext():
+                yield
+        finally:
+            self.call.at_work = False
+
+
+def check_call(inputs: Tensor | None, kwargs: dict[str, Any]) -> None:
+    """Refuses calls of which the draft could not be given what the target has seen.
+
+    Raises:
+        UnsupportedError: says what to pass instead.
+    """
+    past = kwargs.get("past_key_values")
+    if past is not None and past.get_seq_length():
+        raise UnsupportedError(
+            "a draft has read nothing of an earlier turn, and its pictures are not in this call; pass the whole "
+            "conversation with all its pictures instead of past_key_values, or leave assistant_model out"
+        )
+    if kwargs.get("mm_encoder_outputs") or kwargs.get("inputs_embeds") is not None:
+        raise UnsupportedError(
+            "a draft encodes the pictures with a tower of its own: pass input_ids and pixel_values instead of "
+            "mm_encoder_outputs or inputs_embeds"
+        )
+    if kwargs.get("input_ids", inputs) is None:
+        raise UnsupportedError("a draft reads the prompt itself: pass input_ids")
+
+
+class Seeing(AssistedCandidateGenerator):
+    """First the target reads the prompt alone, then the draft does, with pictures; from then on the draft runs ahead.
+
+    Args:
+        drafting: what joins the two.
+        model_kwargs: of the target's loop; given: what else transformers hands to a candidate generator.
+    """
+
+    def __init__(self, drafting: Drafting, model_kwargs: dict[str, Any], given: dict[str, Any]) -> None:
+        kept = {name: model_kwargs[name] for name in ("attention_mask", "use_cache") if name in model_kwargs}
+        super().__init__(assistant_model=drafting.draft, model_kwargs=kept, **given)
+        self.drafting, self.asked, self.drafts = drafting, False, given["input_ids"][:, :0]
+        self.prompt = given["input_ids"].shape[1]
+
+    def get_candidates(self, input_ids: Any, **kwargs: Any) -> Any:
+        self.drafts = input_ids[:, :0]
+        if not self.asked:
+            self.asked = True
+            return input_ids, None
+        found, logits = super().get_candidates(input_ids, **kwargs)
+        self.drafts, self.before = found[:, input_ids.shape[1] :], input_ids.shape[1]
+        return found, logits
+
+    def update_candidate_strategy(self, input_ids: Any, scores: Any, num_matches: int) -> None:
+        count = self.drafting.call.acceptance
+        if self.drafts.shape[1] and count is not None:
+            said = input_ids[:, self.before :].to(self.drafts.device)
+            n = min(said.shape[1], self.drafts.shape[1])
+            agreed = (said[0, :n] == self.drafts[0, :n]).long().cumprod(0).sum()
+            count.drafted += self.drafts.shape[1]
+            count.accepted += int(agreed)
+            count.steps += 1
+            count.tokens += said.shape[1]
+        if scores.shape[1] > 1:  # the target's own prefill says nothing about drafts
+            super().update_candidate_strategy(input_ids, scores, num_matches)
+
+    def _generate_candidates(self, generation_args: dict[str, Any]) -> Any:
+        reads = self.assistant_kwargs.get("past_key_values") is None
+        with self.drafting.at_work(reads=reads):
+            return self._read(generation_args) if reads else super()._generate_candidates(generation_args)
+
+    def _read(self, generation_args: dict[str, Any]) -> Any:
+        """The first drafts: the draft is given the prompt with its pictures, as any model is."""
+        kept, length = self.assistant_kwargs, generation_args[self.input_ids_key].shape[1]
+        cache = DynamicCache(config=self.assistant_model.config.get_text_config(decoder=True))
+        cache.activate_past_recording()
+        given = {name: self._own(value, length) for name, value in (self.drafting.call.given or {}).items()}
+        mask = kept.get("attention_mask")
+        more = {} if mask is None else {"attention_mask": pad(mask, (0, length - mask.shape[1]), value=1)}
+        self.assistant_kwargs = {**kept, **given, **more, "past_key_values": cache}
+        # transformers hands no pictures to what it knows to be an assistant.
+        self.generation_config.update(is_assistant=False)
+        try:
+            found = super()._generate_candidates(generation_args)
+            self.assistant_kwargs = {**kept, "past_key_values": self.assistant_kwargs["past_key_values"]}
+        finally:
+            self.generation_config.update(is_assistant=True)
+        return found
+
+    def _own(self, value: Any, length: int) -> Any:
+        """An argument on the draft's device and in its dtype; what tells of every token of the prompt tells of the
+        token behind it that it is text."""
+        if not isinstance(value, Tensor):
+            return value
+        value = value.to(self.assistant_model.device)
+        if value.is_floating_point():
+            return value.to(self.assistant_model.dtype)
+        tells = value.ndim == 2 and value.shape[1] == self.prompt and value.dtype in (torch.int64, torch.int32)
+        return pad(value, (0, length - self.prompt)) if tells else value
