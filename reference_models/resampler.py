@@ -41,7 +41,8 @@ class Resampler(TokenModule):
         bell = -2 * (far[:, None, :, None] + far[None, :, None, :]).view(side * side, grid * grid)
         self.bias = nn.Parameter(bell.expand(heads, -1, -1).clone())
         nn.init.eye_(self.value.weight)
-        for zero in (self.value.bias, self.mlp[-1].weight, self.mlp[-1].bias):
+        last: nn.Linear = self.mlp[-1]  # type: ignore[assignment]
+        for zero in (self.value.bias, last.weight, last.bias):
             nn.init.zeros_(zero)
 
     def many(self, tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ class GridsTower(RowsTower):
         pixels, call = args[0] if args else kwargs["pixel_values"], self.run.call
         layouts: tuple[ImageLayout, ...]
         layouts = self.adapter.rasters(kwargs["grid_thw"].tolist()) if call is None else call.layouts
-        self._begin(layouts, pixels.device)
+        self._enter(layouts, pixels.device)
         if self.pixels:
             patches = pixels.detach().float().flatten(0, 1).flatten(1)
             self.state.facts[Fact("pixels")] = self._groups(patches).flatten(1)

@@ -69,7 +69,7 @@ class RowsTower(VarlenTower):
         pixels, call = args[0] if args else kwargs["pixel_values"], self.run.call
         given = {"pixel_values": pixels, "image_sizes": kwargs["image_sizes"]}
         layouts = self.adapter.layouts("image", given) if call is None else call.layouts
-        self._begin(layouts, pixels.device)
+        self._enter(layouts, pixels.device)
         if self.pixels:
             size: int = self.adapter.tower.config.patch_size
             whole = [
@@ -79,7 +79,7 @@ class RowsTower(VarlenTower):
             ]
             self.state.facts[Fact("pixels")] = self._groups(torch.cat(whole)).flatten(1)
 
-    def _begin(self, layouts: Sequence[ImageLayout], device: torch.device) -> None:
+    def _enter(self, layouts: Sequence[ImageLayout], device: torch.device) -> None:
         """The state of a call with these images."""
         call, full = self.run.call, tuple(layout.tokens for layout in layouts)
         live = torch.arange(sum(full), device=device)
