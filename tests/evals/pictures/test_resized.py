@@ -12,7 +12,7 @@ from vtoken.evals.pictures.demo_pipelines import choose
 from vtoken.evals.pictures.traced import as_resized, for_page
 from vtoken.evals.shared.media import Media
 
-FAMILY = tiny.each("varlen", varlen=True, by_rows=False)[0]
+FAMILY = tiny.families(grouped=True)[0]
 
 
 def test_what_stays_of_a_smaller_picture_is_drawn_on_it() -> None:

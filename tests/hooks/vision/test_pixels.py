@@ -24,7 +24,7 @@ from vtoken.evals.cost.flops import account
 from vtoken.pruners.pixels.pixelprune import PixelPrune
 from vtoken.stages import Compressor, Keep, Site, VisualTokens
 
-FAMILIES = tiny.families(varlen=True, by_rows=False)
+FAMILIES = tiny.families(grouped=True)
 families = pytest.mark.parametrize("family", FAMILIES)
 PICTURES = [[3, ("img", (1, 8, 12)), 5, ("img", (1, 4, 4)), 6], [1, ("img", (1, 8, 8)), 2], [4]]
 WITH_VIDEOS = [[2, ("video", 3, 8, 12), 3, ("img", (1, 8, 8)), 1], [1, ("img", (1, 4, 12)), 6, ("video", 2, 4, 4), 2]]
@@ -258,7 +258,7 @@ def test_a_failing_stage_leaves_the_model_usable(family: str, monkeypatch: pytes
         greedy(model, batch)
 
 
-@pytest.mark.parametrize("family", tiny.each("varlen", "by_rows", "unit"))
+@pytest.mark.parametrize("family", tiny.each("varlen", "by_rows", "by_grids", "crops_sized", "unit"))
 def test_towers_that_cannot_are_refused(family: str) -> None:
     if family in FAMILIES:
         with pytest.raises(UnsupportedError, match="must come first, and once; pixelprune stands before it"):
@@ -266,7 +266,8 @@ def test_towers_that_cannot_are_refused(family: str) -> None:
         return
     with pytest.raises(UnsupportedError, match="stage resize acts on pixels") as told:
         vtoken.wrap(tiny.make(family), [RESIZE])
-    assert tiny.family(family).by_rows or "pool averages" in str(told.value)
+    kind = tiny.family(family)
+    assert kind.by_rows or kind.by_grids or kind.crops_sized or "pool averages" in str(told.value)
     with pytest.raises(UnsupportedError, match="stage pixelprune acts on pixels"):
         vtoken.wrap(tiny.make(family), [PixelPrune()])
 

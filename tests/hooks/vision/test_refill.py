@@ -16,7 +16,7 @@ from vtoken import config
 from vtoken.errors import UnsupportedError
 from vtoken.evals.cost.flops import account
 
-PACKED = tiny.families(varlen=True, by_rows=False)
+PACKED = tiny.families(grouped=True)
 OPTIONS = {
     "attention over all": {"layer": 1, "keep": "35%", "neighbours": 3, "stabilised": 9},
     "one layer": {"layer": 1, "keep": "35%", "neighbours": 3, "stabilised": 1},

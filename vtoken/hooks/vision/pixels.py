@@ -36,10 +36,12 @@ def check_pixels(stages: Sequence[Stage], adapter: Any) -> None:
             f"stage {resizers[-1].name} resizes pictures, which must come first, and once; {stages[0].name} stands "
             "before it"
         )
-    if adapter.encoder.by_rows:
+    if adapter.encoder.by_rows or adapter.encoder.by_grids:
         how, instead = "holds pictures row by row", "make pictures smaller before the processor"
     elif adapter.encoder.packed:
         return
+    elif adapter.encoder.sized:
+        how, instead = "pads crops of their own sizes", "make pictures smaller before the processor"
     else:
         how = "takes crops of one fixed size, to which a smaller picture would be brought back"
         instead = "pool averages neighbouring tokens instead"
