@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vtoken.evals import reference
+from vtoken.evals.reference import load
 from vtoken.stages import Layout, TokenModule
 
 from .batches import sequences
@@ -70,7 +70,7 @@ class Resampler(TokenModule):
 def train(out: Path, side: int, steps: int, seed: int = 0, rate: float = 2e-3) -> None:
     """Trains it on questions, the model frozen, and writes `out`."""
     family, recipe = TinyLlava(), Recipe(seed=seed)
-    model, _ = reference.load(family.name)
+    model, _ = load(family.name)
     model.eval().requires_grad_(False)
     rng = seeded(recipe, 50)
     width = model.config.text_config.hidden_size

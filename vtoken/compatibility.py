@@ -264,17 +264,16 @@ def check_tower(stage: Stage, adapter: Adapter) -> None:
     frames = stage.site == "frames"
     if frames and "video" not in adapter.features:
         raise UnsupportedError(
-            f"stage {stage.name} chooses frames of videos, and {adapter.model_type} takes none in transformers; leave it "
-            "out, or use a family that does "
+            f"stage {stage.name} chooses frames of videos, and {adapter.model_type} takes none in transformers; leave "
+            "it out, or use a family that does "
             f"({', '.join(name for name in registry.adapters() if 'video' in registry.adapter(name).features)})"
         )
     if frames and not adapter.encoder.packed:
         return  # the tower is given fewer frames; nothing changes inside it
     if adapter.tower.config._attn_implementation == "flex_attention":
         raise UnsupportedError(
-            f"stage {stage.name} drops tokens inside the vision tower, which needs attention masks that "
-            "flex_attention does not "
-            'take there; load the model with attn_implementation="sdpa"'
+            f"stage {stage.name} drops tokens inside the vision tower, which needs attention masks that flex_attention "
+            'does not take there; load the model with attn_implementation="sdpa"'
         )
 
 
@@ -296,6 +295,6 @@ def check_inside(stage: Stage, adapter: Adapter) -> None:
     if stage.merge_point() == "proportional" and "flash" in (adapter.tower.config._attn_implementation or ""):
         raise UnsupportedError(
             f"stage {stage.name} adds log(size) to the logits of attention in the vision tower, which flash attention "
-            "cannot; load the "
-            'model with attn_implementation={"vision_config": "sdpa"}, or set proportional: false (another method)'
+            'cannot; load the model with attn_implementation={"vision_config": "sdpa"}, or set proportional: false '
+            "(another method)"
         )

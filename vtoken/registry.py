@@ -36,8 +36,8 @@ REFUSED = {
         "most layers of its decoder attend within chunks of the prompt, whose borders would move as tokens are dropped"
     ),
     "video_llama_3": (
-        "behind its tower patches of videos are averaged by the size of the whole picture while those of images are not, "
-        "so that a token is one patch or four; Qwen2-VL is the nearest supported family"
+        "behind its tower patches of videos are averaged by the size of the whole picture while those of images are "
+        "not, so that a token is one patch or four; Qwen2-VL is the nearest supported family"
     ),
 }
 

@@ -27,7 +27,8 @@ def lines(paths: Iterable[Path]) -> int:
     return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
 
 
-# Rooms -> the most lines they may have: what they have, rounded up. The goals are 7,000 and, with commands, 10,000.
+# Rooms -> the most lines they may have: what they have, rounded up. The goals are 7,000, 3,000 and,
+# with commands, 10,000.
 ROOMS = {
     (
         "hooks",
@@ -39,9 +40,9 @@ ROOMS = {
         "compatibility.py",
         "registry.py",
         "cli.py",
-    ): 12040,
-    ("kernels",): 3000,
-    ("evals", "commands"): 12570,
+    ): 14250,
+    ("kernels",): 3030,
+    ("evals", "commands"): 13220,
 }
 
 

@@ -34,8 +34,8 @@ class Encoder:
         packed: whether the patches of all images lie in one sequence, merge group by merge group (Qwen); else every
             crop is a row of a batch.
         by_rows: of packed towers, that every image lies in it row by row, and a mask keeps images apart (Pixtral).
-        by_grids: of packed towers, that every image lies in it row by row, and a projector joins patches by the grids of
-            the images (PaddleOCR-VL).
+        by_grids: of packed towers, that every image lies in it row by row, and a projector joins patches by the grids
+            of the images (PaddleOCR-VL).
         sized: of padded towers, that crops have sizes of their own and are padded to a common length, which a mask
             tells (NaFlex).
         unit: patches that become one visual token; in padded towers a square of neighbours.

@@ -57,8 +57,8 @@ class Lfm2VL(Adapter):
         pixels, sizes = arguments.get("pixel_values"), arguments.get("spatial_shapes")
         if pixels is None or sizes is None or arguments.get("pixel_attention_mask") is None:
             raise ValueError(
-                "lfm2_vl needs pixel_values, spatial_shapes and pixel_attention_mask to encode; pass what its processor "
-                "returns"
+                "lfm2_vl needs pixel_values, spatial_shapes and pixel_attention_mask to encode; pass what its "
+                "processor returns"
             )
         grids = sizes.tolist()
         if len(pixels) != len(grids) or any(r * c > pixels.shape[1] for r, c in grids):

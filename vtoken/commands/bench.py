@@ -40,9 +40,9 @@ examples:
       the model drafts for itself under each: how many drafts are accepted, and decoding against plain decoding
 
 Dense, pipelines and oracles run interleaved in one process. The oracle is the same unwrapped model on a prompt that is
-short already: pipeline / oracle is what vtoken itself costs. TTFT runs from the call to the first token, vision included.
-Numbers are medians, [25 % - 75 %] below; ratios are formed within a round. Visual tokens are those of the whole batch that enter the
-decoder, and their mean over its layers.
+short already: pipeline / oracle is what vtoken itself costs. TTFT runs from the call to the first token, vision
+included. Numbers are medians, [25 % - 75 %] below; ratios are formed within a round. Visual tokens are those of the
+whole batch that enter the decoder, and their mean over its layers.
 """
 
 # Column -> its cell; _spread and the others stand below.

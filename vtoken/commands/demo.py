@@ -13,7 +13,8 @@ from vtoken.evals.shared.options import Options, as_json, option
 
 DESCRIPTION = """\
 Runs dense, fastervlm, uniform, random and resize (where the model takes pictures of any size) at three budgets on the
-shipped pictures: accuracy, tokens, FLOPs, time to first token, cache bytes. Writes report.html with the table, a plot and pictures of the kept tokens."""
+shipped pictures: accuracy, tokens, FLOPs, time to first token, cache bytes. Writes report.html with the table, a plot
+and pictures of the kept tokens."""
 EXAMPLES = """examples:
   vtoken demo                                  # writes vtoken-demo/report.html
   vtoken demo --limit 480                      # four times the questions: intervals half as wide

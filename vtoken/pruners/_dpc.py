@@ -18,8 +18,9 @@ def density_peaks(
     """[ΣN] packed row of the centre that each of the rows x [ΣN, D] joins, itself for a centre; -1 in pools without.
 
     Density is exp(-mean squared distance / D to the nearest rows, itself included; as many as `neighbours` or, if
-    `limited`, as centres, whichever is fewer). Rank is density times the distance to the nearest denser row; the rows that rank highest are centres, and every other row
-    joins the nearest. Ties of density and rank to the lower row. Does not wait for the device.
+    `limited`, as centres, whichever is fewer). Rank is density times the distance to the nearest denser row; the
+    rows that rank highest are centres, and every other row joins the nearest. Ties of density and rank to the lower
+    row. Does not wait for the device.
 
     Args:
         held, counts: rows and centres of each pool, on the host; 0 <= count <= held.

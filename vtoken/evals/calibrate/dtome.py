@@ -38,9 +38,9 @@ SIZES = {
 }
 SUMMARY = "thresholds of dtome, or of dtome_post on Qwen models and InternVL, from a folder of pictures"
 DESCRIPTION = """\
-Merges the most similar pairs of a whole batch, layer by layer, and takes the mean over batches of the similarity at which it
-stopped. Run again after an interruption it goes on where it was. The authors used 250 000 pictures of LLaVA's tuning data in
-batches of 64; thresholds depend on the pictures."""
+Merges the most similar pairs of a whole batch, layer by layer, and takes the mean over batches of the similarity at
+which it stopped. Run again after an interruption it goes on where it was. The authors used 250 000 pictures of LLaVA's
+tuning data in batches of 64; thresholds depend on the pictures."""
 EXAMPLES = """examples:
   vtoken calibrate dtome llava-hf/llava-1.5-7b-hf --images coco/ --budget mid -o mid.safetensors
   vtoken show llava-hf/llava-1.5-7b-hf dtome:thresholds=mid.safetensors picture.jpg

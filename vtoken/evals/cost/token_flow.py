@@ -14,7 +14,6 @@ from vtoken.stages.attention import SparseAttention
 from vtoken.stages.cache import CacheStage
 
 Counts = tuple[int, ...]
-
 CHANNELS = 3  # of a frame
 
 
@@ -34,8 +33,8 @@ class TokenFlow:
         packed: of the layers whose cached prompt is in few bits, the bytes it takes, given those of a number at full
             width.
         cost: FLOPs of the stages and of the facts they read.
-        left_out: what could not be counted.
-        stages: those that act; inexact: stages whose counts depend on what the picture shows: from them on counts are expected ones.
+        left_out: what could not be counted; stages: those that act.
+        inexact: stages whose counts depend on what the picture shows: from them on counts are expected ones.
 
     Args:
         least: with fewer visual tokens no stage acts.
@@ -250,9 +249,7 @@ class TokenFlow:
         else:
             source = layer - decoder
         if source >= len(self.decoder if decoder else self.tower):
-            raise UnsupportedError(
-                f"stage {stage.name} needs {fact.name} of layer {source}, which runs after the stage"
-            )
+            raise UnsupportedError(f"stage {stage.name} needs {fact.name} of layer {source}, which runs after it")
         if spec.instead and not tower.extra:
             spec = spec_of(spec.instead, stage.site)
             assert spec is not None

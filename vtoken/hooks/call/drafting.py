@@ -22,8 +22,8 @@ from vtoken.hooks.state.context import Context
 
 # Arguments of `generate` that are about the target's call alone; the draft's are made anew.
 OWN = frozenset(
-    "input_ids inputs_embeds past_key_values position_ids cache_position attention_mask labels use_cache logits_to_keep "
-    "mm_encoder_outputs rope_deltas return_dict output_attentions output_hidden_states".split()
+    "input_ids inputs_embeds past_key_values position_ids cache_position attention_mask labels use_cache "
+    "logits_to_keep mm_encoder_outputs rope_deltas return_dict output_attentions output_hidden_states".split()
 )
 
 

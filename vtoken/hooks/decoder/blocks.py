@@ -1,4 +1,4 @@
-"""How much the attention and the MLP of decoder layers change each token: what goes into them against what comes out."""
+"""How much the attention and the MLP of decoder layers change each token: what they are given, and return."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""A forward with visual tokens in it: which are alive, what stages decide about them, and what is known of the
-decoder's layers."""
+"""A forward with visual tokens in it: which are alive, what stages decide about them, what layers say of them."""
 
 from __future__ import annotations
 
@@ -43,8 +42,7 @@ class Observed:
 
 @dataclass
 class AskedText:
-    """Of a stage that chose text tokens to rate the images: which, per image, and by layer what it asked about their
-    attention."""
+    """The text tokens, per image, by which a stage rates images, and by layer what it asked about their attention."""
 
     tokens: list[Tensor]
     found: dict[int, Observed] = field(default_factory=dict)
@@ -88,8 +86,7 @@ class PrefillState(ForwardState):
         answer: [B, L] logical columns behind the prompt (drafts, or an answer that is scored), None without any;
             `tails` says how many they are per row; texts: text tokens of each row's prompt.
         changed: something was dropped or merged.
-        lag: [B] how much further decode steps lag behind what the model counts than they did before, since pictures were
-            resized; None where none was.
+        lag: [B] by how much more decode steps trail the model's count, since pictures were resized; None: none was.
         min_tokens: visual tokens below which a row runs dense; `skipped` says why of those rows, `skip_reason` why no
             stage acts at all, or None.
         layouts: first layer of a group -> its layout; logical: of the current one, see Layout.

@@ -64,8 +64,8 @@ class StageTrace:
         backend: at site attention, what computed it: torch, triton or flex.
         frames: at site frames, per image, the frames that stayed (in Qwen models pairs of frames); an image is one.
         patches: at site frames, per image, the patches that the vision tower's layers see of it.
-        resized: of stages that resize, per image, the raster of the smaller picture, whose tokens are `kept` in the upper
-            left corner of its own.
+        resized: of stages that resize, per image, the raster of the smaller picture, whose tokens are `kept` in the
+            upper left corner of its own.
         rows_aside: at site attention, per batch row: why it read everything while others did not, or None.
         densities: at site attention, per batch row: share of the causal blocks that was computed, head mean (scalars on
             the device).

@@ -1,4 +1,4 @@
-"""Inside a packed vision tower whose sequence holds every image row by row, while bounds in the sequence keep images apart
+"""Inside a packed vision tower whose sequence holds every image row by row, while bounds keep images apart
 (PaddleOCR-VL). A projector joins patches to tokens by the grids of the images."""
 
 from __future__ import annotations

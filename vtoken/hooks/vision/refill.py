@@ -236,7 +236,7 @@ class Refill:
         return more
 
     def _segments(self, found: Estimates, name: str, full: bool, old: Any) -> Any:
-        """Bounds of the kept patches of every segment, or the longest one; once for layers with as wide an attention."""
+        """Bounds of the kept patches of every segment, or the longest; once for layers with as wide an attention."""
         if old is None or (name, full) in found.segments:
             return None if old is None else found.segments[name, full]
         if torch.is_tensor(old) and old.ndim:

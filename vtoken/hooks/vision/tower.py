@@ -1,8 +1,7 @@
 """The skeleton of hooks inside a vision tower: facts are read off chosen layers, stages decide between layers.
 
-How values lie in the tower (padded crops, or one sequence of all images) is told by a subclass: it gathers the live
-tokens, puts back what a decision left, cuts the arguments of later layers to the survivors, and gives the features
-their length back behind the tower.
+A subclass knows how values lie in the tower (padded crops, or one sequence of all images): it gathers live tokens, puts
+back what a decision left, cuts arguments of later layers to them, and gives features their length behind the tower.
 """
 
 from __future__ import annotations
@@ -35,14 +34,12 @@ class TowerState(ABC):
 
     Attributes:
         history: what became of every token (padded towers: patch) of each image (crop).
-        skipped: per image (crop), whether it keeps all its tokens; empty when none does. `skip_reason` says why no
-            stage acts at all, or None.
+        skipped: per image (crop), whether it keeps all; empty: none does. `skip_reason`: why no stage acts, or None.
         taps: q, k, v or qkv -> what the layer at work projected.
         resized: of pictures that were made smaller for this call, all their rasters; None where none was.
         entered: [ΣP, D] what the layer ahead of a refilling stage's cut was given; estimates: what that stage dropped.
         deep: what DeepStack taps, tap by tap: what was left then, see `alive`.
-        facts: for later stages, [ΣN, ...] (padded towers: [crops, patches, ...]), 0 where a token was dropped before
-            the fact was read.
+        facts: for later stages, [ΣN, ...] (padded towers: [crops, patches, ...]), 0 at tokens that were dropped before.
         read: [ΣK, ...] what was read for stages in the tower, and the `arrangement` of the live tokens then.
     """
 

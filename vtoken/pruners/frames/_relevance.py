@@ -24,7 +24,7 @@ def top(scores: Tensor, k: int) -> list[int]:
 
 def aks(scores: Tensor, k: int, threshold: float = 0.8, depth: int = 5) -> list[int]:
     """Adaptive keyframe sampling: a stretch of the video whose k best frames stand out from its mean by `threshold` (of
-    scores scaled to 0..1) keeps its best; others are halved, up to `depth` times, and each half gets half the frames."""
+    scores scaled to 0..1) keeps its best; others are halved, up to `depth` times, for half the frames each."""
     low, high = scores.aminmax()
     scaled = (scores - low) / (high - low) if high > low else torch.zeros_like(scores)
     chosen: list[int] = []
@@ -53,7 +53,7 @@ def anchors(scores: Tensor, k: int) -> list[int]:
 
 
 def drawn(scores: Tensor, k: int, seed: int = 0) -> list[int]:
-    """Drawn without replacement, in proportion to the scores; then, if fewer than k are above 0, the earliest others."""
+    """Drawn without replacement, in proportion to the scores; if fewer than k are above 0, then the earliest others."""
     generator = torch.Generator().manual_seed(seed)
     able = int((scores > 0).sum())
     picked = torch.multinomial(scores, min(k, able), generator=generator).tolist() if able else []

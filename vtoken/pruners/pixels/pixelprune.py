@@ -35,8 +35,8 @@ class PixelPrune(Stage):
     paper: ClassVar[str] = "https://arxiv.org/abs/2604.00886"
     deviations: ClassVar[str] = (
         "Pixels are compared as the tower is given them, in its dtype; differences are brought to the scale from 0 to "
-        "1 by `std`. The authors undo a mean and std of 0.5 for every model, and have no `max_kept`. Where `threshold` is "
-        "above 0 they go token by token; here all tokens of an anti-diagonal are decided at once, with the same "
+        "1 by `std`. The authors undo a mean and std of 0.5 for every model, and have no `max_kept`. Where `threshold` "
+        "is above 0 they go token by token; here all tokens of an anti-diagonal are decided at once, with the same "
         "result. Only their default method is here (pred_2d, before the first layer)."
     )
 

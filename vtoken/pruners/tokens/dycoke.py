@@ -37,8 +37,8 @@ class DyCoke(Stage):
     kind: ClassVar[Literal["pruner", "compressor"]] = "pruner"
     paper: ClassVar[str] = "https://arxiv.org/abs/2411.15024"
     deviations: ClassVar[str] = (
-        "Each pair is ranked by its own similarities, the last group is treated like the others, and the last of an odd "
-        "number of frames is not lost (as_released: true for the authors' behaviour). Reading order; theirs is by "
+        "Each pair is ranked by its own similarities, the last group is treated like the others, and the last of an "
+        "odd number of frames is not lost (as_released: true for the authors' behaviour). Reading order; theirs is by "
         "similarity. Cosines are float32. No choice of cached keys while generating."
     )
 

@@ -97,5 +97,5 @@ class HoliTom(VideoPruner):
         return False
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        """Cosines between frames, and distances within windows as if half of the tokens were still, in frames of 196."""
+        """Cosines between frames, and distances within windows as if half the tokens were still, in frames of 196."""
         return sum((6 * n + n * min(n, 196)) * width for n in lengths)

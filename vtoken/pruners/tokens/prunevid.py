@@ -31,8 +31,8 @@ class PruneVid(Stage):
     How many tokens stay depends on the video; `expected_counts` assumes that nothing is still. Pictures and one-frame
     videos are left unpruned. Waits for the device twice per video, and finds the windows on the host.
 
-    Paper: https://arxiv.org/abs/2412.16117. Training-free. The part inside the LLM, which keeps 40 % by attention of the
-    question in layer 10 and takes the rest out of the cache of all layers before, is left out.
+    Paper: https://arxiv.org/abs/2412.16117. Training-free. The part inside the LLM, which keeps 40 % by attention of
+    the question in layer 10 and takes the rest out of the cache of all layers before, is left out.
     """
 
     site: ClassVar[Site] = "tokens"
