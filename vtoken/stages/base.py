@@ -93,10 +93,8 @@ class Stage(BaseModel):
     def resized(self, lengths: Sequence[int], parts: Sequence[Parts]) -> tuple[Parts, ...] | None:
         """At site pixels, for stages that resize pictures: the rasters, in tokens, that each image gets, none larger
         than its own, with as many frames. `select` then keeps the upper left corner of every raster that is so large:
-        the tokens of the smaller picture take these places. None for stages that choose.
-
-        Args:
-            lengths, parts: as in VisualTokens.
+        the tokens of the smaller picture take these places. None for stages that choose. `lengths` and `parts` as in
+        VisualTokens.
         """
         return None
 
