@@ -76,8 +76,8 @@ def draft(model: Any, draft: Any = None, pipeline: PipelineLike = "specvlm-90") 
 
     Args:
         model: the target, a stock VLM, wrapped or not.
-        draft: another checkpoint with the same vocabulary (padding aside) and placeholders, not wrapped. None: the same model, in a
-            second tree of modules on the same weights; move it, quantise it and add adapters before.
+        draft: another checkpoint with the same vocabulary (padding aside) and placeholders, not wrapped. None: the same
+            model, in a second tree of modules on the same weights; move it, quantise it and add adapters before.
         pipeline: of the draft, as `vtoken.wrap` takes it.
 
     Returns:

@@ -21,8 +21,8 @@ def words(model: Any) -> int:
 
 
 def known(ids: Any, own: int) -> Any:
-    """Ids [1, L] as a vocabulary of `own` words can read them: those behind its last, which are padding, become word 0. What a
-    draft makes of them is a guess like any other."""
+    """Ids [1, L] as a vocabulary of `own` words can read them: those behind its last, which are padding, become word 0.
+    What a draft makes of them is a guess like any other."""
     return ids.masked_fill(ids >= own, 0)
 
 
