@@ -12,6 +12,7 @@ from vtoken.config import Pipeline, PipelineLike
 from vtoken.errors import UnsupportedError, about
 from vtoken.hooks.call.drafting import Acceptance, Drafting
 from vtoken.hooks.call.pairing import check_pair
+from vtoken.hooks.call.vocabularies import words
 from vtoken.hooks.decoder.target_attention import TargetAttention
 from vtoken.hooks.state.twin import twin
 from vtoken.session import Session, session_of, unwrap, whole
@@ -38,7 +39,7 @@ class Pair:
             sessions.append(Session(draft, own, target=told, drafts_for=sessions[0].adapter))
             check_pair(sessions[0].adapter, sessions[1].adapter)
             self.drafting.on_target(sessions[0].context)
-            self.drafting.on_draft(sessions[1].context)
+            self.drafting.on_draft(sessions[1].context, words(target))
         except BaseException:
             for session in reversed(sessions):
                 session.release()
@@ -75,8 +76,8 @@ def draft(model: Any, draft: Any = None, pipeline: PipelineLike = "specvlm-90") 
 
     Args:
         model: the target, a stock VLM, wrapped or not.
-        draft: another checkpoint with the same vocabulary and placeholders, not wrapped. None: the same model, in a
-            second tree of modules on the same weights; move it, quantise it and add adapters before.
+        draft: another checkpoint with the same vocabulary (padding aside) and placeholders, not wrapped. None: the same
+            model, in a second tree of modules on the same weights; move it, quantise it and add adapters before.
         pipeline: of the draft, as `vtoken.wrap` takes it.
 
     Returns:

@@ -232,7 +232,7 @@ def test_what_cannot_draft_is_refused():
     with pytest.raises(UnsupportedError, match="from layer 30 of the target on; there are 4"):
         vtoken.draft(model, other, "specvlm:first=30")
     with pytest.raises(UnsupportedError, match="words"):
-        vtoken.draft(model, tiny.make("llava", vocab_size=tiny.VOCAB + 8), "none")
+        vtoken.draft(model, tiny.make("llava", vocab_size=tiny.VOCAB + 512), "none")
     vtoken.wrap(other, "uniform:4")
     with pytest.raises(UnsupportedError, match="wrapped already"):
         vtoken.draft(model, other, "none")
@@ -248,6 +248,54 @@ def test_what_cannot_draft_is_refused():
     with pytest.raises(UnsupportedError, match="already"):
         vtoken.wrap(model, "uniform:4")
     vtoken.unwrap(model)
+
+
+def padded(model: Any, family: str, size: int) -> Any:
+    """A model with the same weights and `size` words: its own, cut off or with rows of zeros behind them."""
+    other = make(family, vocab_size=size)
+    weights = {}
+    for name, rows in other.state_dict().items():
+        mine = model.state_dict()[name]
+        n = min(len(rows), len(mine)) if rows.ndim else None
+        weights[name] = mine if mine.shape == rows.shape else torch.cat([mine[:n], torch.zeros_like(rows[n:])])
+    other.load_state_dict(weights)
+    return other
+
+
+@pytest.mark.parametrize("family", tiny.each("mrope", "deepstack", states=()))
+@pytest.mark.parametrize(("size", "drafts"), [(208, 200), (200, 208)])
+def test_vocabularies_that_differ_by_padding(family, size, drafts):
+    """Greedy and sampled, with a processor of logits that remembers how many words there are."""
+    model = make(family, vocab_size=size)
+    other = padded(model, family, drafts)
+    batch = prompt(model, "image")
+    want, stock = greedy(model, batch, NEW), greedy(other, batch, NEW)
+    assert want.max() < 200
+    before, others = state(model), state(other)
+    draft = vtoken.draft(model, other, "none")
+    assert torch.equal(greedy(model, batch, NEW, assistant_model=draft), want)
+    assert vtoken.acceptance(draft).share == 1
+    options = {"do_sample": True, "max_new_tokens": NEW, "bad_words_ids": [[3], [4, 5]], "output_scores": True}
+    said = model.generate(**batch, **options, assistant_model=draft, return_dict_in_generate=True)
+    assert said.scores[0].shape[-1] == size and vtoken.acceptance(draft).drafted
+    with pytest.raises(ValueError, match="different tokenizers"):
+        greedy(model, batch, assistant_model=padded(model, family, drafts))  # stock drafts as ever
+    vtoken.unwrap(draft)
+    assert torch.equal(greedy(other, batch, NEW), stock)
+    for each, held in ((model, before), (other, others)):
+        assert changed(held, state(each)) <= {("model", "rope_deltas")}
+
+
+def test_a_word_that_the_draft_does_not_have():
+    """A target that says nothing but a word of its padding is right, though its draft can neither say nor read it."""
+    model = tiny.make("llava", vocab_size=208)
+    model.lm_head.weight.data[:200] = 0
+    batch = prompt(model, "image")
+    want = greedy(model, batch, NEW)
+    assert (want[:, -NEW:] >= 200).any()
+    draft = vtoken.draft(model, tiny.make("llava", seed=1), "none")
+    assert torch.equal(greedy(model, batch, NEW, assistant_model=draft), want)
+    assert vtoken.acceptance(draft).drafted
 
 
 def test_calls_that_a_draft_cannot_follow_are_refused():

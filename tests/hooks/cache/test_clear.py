@@ -12,6 +12,7 @@ from oracle_kv import attending
 from probes import Deep, Ragged
 from transformers import DynamicCache
 from turns import TURNS, conversation, second
+from usual import runs
 from watchers import where
 
 import vtoken
@@ -88,6 +89,19 @@ def test_rows_and_static_caches(family):
         torch.testing.assert_close(torch.stack(fixed.logits), torch.stack(together.logits), atol=3e-4, rtol=1e-4)
         beams = [greedy(model, {**b}, 4, num_beams=3) for b in (tiny.build(model, ROWS[:1], seed=3),) * 2]
         assert torch.equal(*beams)
+
+
+@whole
+def test_what_earlier_cuts_dropped_leaves_though_nothing_more_does(family):
+    """Else a row would be another in a batch in which other rows lose more."""
+    model = tiny.make(family)
+    batch = tiny.build(model, rows_for(family, "ragged"), seed=3)
+    (first,), (last,) = behind(family, 2), behind(family, 3)
+    stages = [Deep(at=(first,)), {"ivc_prune": {"layer": last, "keep": "100%"}}]
+    if not runs(family, [*config.load(stages).stages]):
+        pytest.skip("layers that keep a state have no values to read")
+    trace = compare(model, batch, {"stages": stages})
+    assert sum(trace.stages[0].tokens_out) == sum(trace.stages[1].tokens_out) < sum(trace.visual_tokens)
 
 
 @plain

@@ -179,6 +179,17 @@ def test_the_account_of_the_tower(family, options):
     assert short < whole and claimed.stages > 0 and claimed.visual_tokens == dense.visual_tokens
 
 
+@pytest.mark.parametrize("family", PACKED)
+def test_pictures_that_have_lost_patches_before_are_refused(family):
+    """It failed inside the tower. Smaller pictures are whole."""
+    model = tiny.make(family)
+    with pytest.raises(UnsupportedError, match="needs all patches of a picture"):
+        vtoken.wrap(model, [{"pixelprune": {}}, {"ipcv": {}}])
+    with vtoken.wrapped(model, [{"resize": {"keep": "50%"}}, {"ipcv": {}}]):
+        greedy(model, tiny.build(model, [[3, ("img", (1, 8, 8)), 5]], seed=3))
+        assert vtoken.trace(model).tokens_out == vtoken.trace(model).stages[0].tokens_out
+
+
 def test_what_does_not_go_with_it_is_refused():
     model = tiny.llava()
     with pytest.raises(UnsupportedError, match="needs all patches of a picture"):

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 from vtoken.errors import UnsupportedError
+from vtoken.hooks.call.vocabularies import known, one_vocabulary, resized_logits, words
 from vtoken.hooks.state.context import Context
 
 # Arguments of `generate` that are about the target's call alone; the draft's are made anew.
@@ -78,9 +79,14 @@ class Drafting:
         model, handle = context.adapter.model, context.handle
         handle.set(model, "generate", self._generate(model.generate))
         handle.set(model, "_get_candidate_generator", self._candidates(model._get_candidate_generator))
+        if words(model) != words(self.draft):
+            handle.set(model, "_validate_generation_mode", one_vocabulary(model._validate_generation_mode, self.draft))
 
-    def on_draft(self, context: Context) -> None:
+    def on_draft(self, context: Context, size: int) -> None:
+        """`size`: words of the target."""
         context.handle.set(self.draft, "generate", self._only_here(self.draft.generate))
+        if words(self.draft) != size:
+            context.handle.after(self.draft, resized_logits(size))
 
     def _generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
@@ -174,9 +180,9 @@ class Seeing(AssistedCandidateGenerator):
         if not self.asked:
             self.asked = True
             return input_ids, None
-        found, logits = super().get_candidates(input_ids, **kwargs)
+        found, logits = super().get_candidates(known(input_ids, words(self.assistant_model)), **kwargs)
         self.drafts, self.before = found[:, input_ids.shape[1] :], input_ids.shape[1]
-        return found, logits
+        return torch.cat([input_ids.to(found.device), self.drafts], dim=1), logits
 
     def update_candidate_strategy(self, input_ids: Any, scores: Any, num_matches: int) -> None:
         count = self.drafting.call.acceptance

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import transformers
 
 from vtoken.errors import UnsupportedError
+from vtoken.hooks.call.vocabularies import MOST, words
 from vtoken.hooks.state.layer_kinds import SLIDING, kinds_of, recorded
 from vtoken.stages import Stage
 from vtoken.stages.facts import of_target
@@ -52,11 +53,11 @@ def check_pair(target: Adapter, draft: Adapter) -> None:
             f"{draft.model_type} attends in sliding windows, and transformers {transformers.__version__} cannot have a "
             "model with windows draft several tokens in a row; use a newer one, or a draft without windows"
         )
-    sizes = [adapter.model.config.get_text_config().vocab_size for adapter in (target, draft)]
-    if sizes[0] != sizes[1]:
+    sizes = [words(adapter.model) for adapter in (target, draft)]
+    if abs(sizes[0] - sizes[1]) > MOST:
         raise UnsupportedError(
-            f"the draft has {sizes[1]} words and its target {sizes[0]}; transformers drafts within one vocabulary: take "
-            "a checkpoint of the same family that has as many, or the model itself (draft=None)"
+            f"the draft has {sizes[1]} words and its target {sizes[0]}, more apart than padding explains; a draft must "
+            "share its target's words: take a checkpoint of the same family, or the model itself (draft=None)"
         )
     if target.placeholders != draft.placeholders:
         raise UnsupportedError(

@@ -108,12 +108,14 @@ class LayerGroups:
     def _open(self, k: int, flow: ForwardState, hidden: Tensor, kwargs: dict) -> Tensor:
         """Enters the group that starts at k, if one does; returns the hidden states it works on."""
         known = isinstance(flow.cache, PrunedCache) and k in flow.cache.groups
-        dropped = False
+        dropped, clears = False, any(stage.clears_earlier_layers() for stage in self.at[k])
         if isinstance(flow, PrefillState):
             before = flow.live
             hidden = self._decide(k, flow, hidden, kwargs["position_embeddings"])
             dropped = flow.live is not before
         if not known and not dropped:
+            if clears and isinstance(flow, PrefillState):
+                flow.clears = flow.group  # of what an earlier cut dropped
             return hidden
         if isinstance(flow, PrefillState) and dropped:
             index, valid = flow.relayout()
@@ -127,7 +129,7 @@ class LayerGroups:
         flow.enter(k)
         if isinstance(flow, PrefillState):
             flow.note_layout(k)
-            if dropped and any(stage.clears_earlier_layers() for stage in self.at[k]):
+            if clears:
                 flow.clears = k
         return hidden
 

@@ -82,25 +82,24 @@ def without_refill(stages: Sequence[Stage]) -> list[Stage]:
     return [stage for stage in stages if stage.refills() is None]
 
 
-def refill(context: Context, stages: Sequence[Stage], state: Callable[[], Any]) -> None:
-    """Installs the others; `state` tells the tower's."""
+def refill(context: Context, stages: Sequence[Stage], state: Callable[[], Any], *, thinned: bool) -> None:
+    """Installs the others; `state` tells the tower's; `thinned`: stages before its layers leave patches out."""
     for stage in stages:
         if stage.refills() is not None:
-            Refill(context, stage, state)
+            Refill(context, stage, state, thinned)
 
 
 class Refill:
     """Hooks on the layers of a tower for one stage.
 
     Args:
-        start: the tower's state.
-        full: layers with attention over all of an image; None: all are.
+        state, thinned: as in `refill`.
 
     Raises:
         UnsupportedError: the layers of this tower have no MLP, or other stages do not go with it.
     """
 
-    def __init__(self, context: Context, stage: Stage, state: Callable[[], Any]) -> None:
+    def __init__(self, context: Context, stage: Stage, state: Callable[[], Any], thinned: bool) -> None:
         self.encoder, self.stage, self.state, handle = context.adapter.encoder, stage, state, context.handle
         told = stage.refills()
         assert told is not None
@@ -109,7 +108,7 @@ class Refill:
         (after,) = stage.layers(len(layers))
         self.first, self.alone = after + 1, after + 1 + stabilised
         self.lead = int(self.encoder.cls)
-        self._check(context)
+        self._check(context, thinned)
         for k, module in enumerate(layers):
             if k >= after:
                 handle.before(module, partial(self._before, k))
@@ -121,13 +120,13 @@ class Refill:
         for merger in context.adapter.projectors[1:] if self.encoder.packed else ():
             handle.before(merger, self._tapped)
 
-    def _check(self, context: Context) -> None:
+    def _check(self, context: Context, thinned: bool) -> None:
         name, why = self.stage.name, ""
         late = [fact for fact in context.wanted if fact.layer is not None and fact.layer >= self.alone]
         if not all(map(mlp_of, self.encoder.layers)):
             why = "the layers of this vision tower have no mlp"
-        elif len(context.at("frames", "encoder")) > 1:
-            why = "it needs all patches of a picture; leave other stages of site frames and encoder out"
+        elif thinned or len(context.at("encoder")) > 1:
+            why = "it needs all patches of a picture; leave other stages of site pixels, frames and encoder out"
         elif late:
             why = (
                 f"a later stage reads {late[0].name} of encoder layer {late[0].layer}, which sees a part of the "

@@ -28,7 +28,8 @@ class IVCPrune(Pruner):
        `foreground`, seeds, coordinate tokens and that share of the highest foreground scores stay, whatever their
        number.
 
-    What leaves at the cut leaves the KV cache of all earlier layers too (`retroactive`), once the prefill is over.
+    What leaves at the cut, or left at cuts before it, leaves the KV cache of all earlier layers too (`retroactive`),
+    once the prefill is over.
 
     Paper: https://arxiv.org/abs/2602.03060. Loops over images (or frames, or crops).
     """
