@@ -104,7 +104,7 @@ def test_every_stage_runs(family, name):
         with pytest.raises(UnsupportedError, match=f"{family} takes none"):
             vtoken.wrap(model, stage)
         return
-    if stage.site == "pixels" and (not tiny.family(family).varlen or tiny.family(family).by_rows):
+    if stage.site == "pixels" and not tiny.family(family).grouped:
         with pytest.raises(UnsupportedError, match="acts on pixels before the vision tower"):
             vtoken.wrap(model, stage)
         return
