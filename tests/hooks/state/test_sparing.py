@@ -23,7 +23,13 @@ VALUES = torch.arange(6.0).view(3, 2)  # of the fused slots
 
 def decision():
     """Three images of 3, 2 and 3 tokens, one kept of each, every field filled."""
-    fused = Fused(torch.tensor([0, 1, 2]), torch.tensor([2.0, 3.0, 4.0]), torch.arange(16.0).view(8, 2), largest=True, values=VALUES)
+    fused = Fused(
+        torch.tensor([0, 1, 2]),
+        torch.tensor([2.0, 3.0, 4.0]),
+        torch.arange(16.0).view(8, 2),
+        largest=True,
+        values=VALUES,
+    )
     into = torch.tensor([0, 0, -1, 1, 1, 2, -1, 2])
     return Keep(torch.tensor([1, 4, 7]), (1, 1, 1), into, torch.arange(8.0) + 1, fused)
 

@@ -222,6 +222,8 @@ def test_what_does_not_go_with_it_is_refused():
     model = tiny.llava()
     with pytest.raises(UnsupportedError, match="needs all patches of a picture"):
         vtoken.wrap(model, [{"ipcv": {}}, {"flowcut": {"keep": 5}}])
+    with pytest.raises(UnsupportedError, match="needs all patches of a picture"):
+        vtoken.wrap(tiny.make(PACKED[0]), [{"pixelprune": {}}, {"ipcv": {}}])
     with pytest.raises(UnsupportedError, match="cls_attention of encoder layer 2, which sees a part"):
         vtoken.wrap(model, [{"ipcv": {"stabilised": 1}}, {"fastervlm": {"keep": 5}}])
     with vtoken.wrapped(model, [{"ipcv": {}}, {"fastervlm": {"keep": 5}}]):

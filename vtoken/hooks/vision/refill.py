@@ -129,11 +129,12 @@ class Refill:
 
     def _check(self, context: Context) -> None:
         name, why = self.stage.name, ""
+        choosers = [s for s in context.at("pixels") if type(s).resized is Stage.resized]
         late = [fact for fact in context.wanted if fact.layer is not None and fact.layer >= self.alone]
         if not all(map(mlp_of, self.encoder.layers)):
             why = "the layers of this vision tower have no mlp"
-        elif len(context.at("frames", "encoder")) > 1:
-            why = "it needs all patches of a picture; leave other stages of site frames and encoder out"
+        elif len(context.at("frames", "encoder")) > 1 or choosers:
+            why = "it needs all patches of a picture; leave stages out that choose among pixels, frames or patches"
         elif late:
             why = (
                 f"a later stage reads {late[0].name} of encoder layer {late[0].layer}, which sees a part of the "
@@ -239,15 +240,13 @@ class Refill:
         """Arguments of layer k for the kept patches."""
         found: Estimates = self.state().estimates
         e, mask = self.encoder, kwargs.get("attention_mask")
-        more: dict[str, Any] = {}
         if not e.packed:
-            more["attention_mask"] = found.batch.mask(hidden, "flash" in (self.tower.config._attn_implementation or ""))
-        elif mask is not None:
-            more["attention_mask"] = self._mask(found, mask)
-        if e.packed:
-            if found.rotary is None:
-                found.rotary = tuple(half[found.kept.to(half.device)] for half in kwargs["position_embeddings"])
-            more["position_embeddings"] = found.rotary
+            flash = "flash" in (self.tower.config._attn_implementation or "")
+            return {"attention_mask": found.batch.mask(hidden, flash)}
+        more: dict[str, Any] = {} if mask is None else {"attention_mask": self._mask(found, mask)}
+        if found.rotary is None:
+            found.rotary = tuple(half[found.kept.to(half.device)] for half in kwargs["position_embeddings"])
+        more["position_embeddings"] = found.rotary
         for name in (name for name in SEGMENTS if name in kwargs):
             more[name] = self._segments(found, name, e.full_attention is None or k in e.full_attention, kwargs[name])
         return more
