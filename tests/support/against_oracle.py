@@ -89,7 +89,8 @@ def compare(model, batch, pipeline, new=NEW, weighted=False):
                 mixed[s.layer] = oracle.means(p, s.kept, s.into, alive)
             alive = s.kept
     compact = pipeline.get("positions") == "compact"
-    cleared = any(stage.clears_earlier_layers() for stage in config.load(pipeline).stages)
+    clearing = {stage.name for stage in config.load(pipeline).stages if stage.clears_earlier_layers()}
+    cleared = max((s.layer for s in trace.stages if s.name in clearing and s.layer in deeper), default=None)
     tokens, logits = oracle.generate(model, p, keep, new, compact, deeper, layer_mix=mixed, cleared=cleared)
     torch.testing.assert_close(torch.stack(out.logits), logits, atol=tiny.family(model).float32_error, rtol=1e-4)
     assert torch.equal(out.sequences[:, -new:], tokens)

@@ -198,7 +198,7 @@ def generate(
     layer_keep: dict[int, Tensor] | None = None,
     start: Sequence[Sequence[int]] | None = None,
     layer_mix: dict[int, Tensor] | None = None,
-    cleared: bool = False,
+    cleared: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Greedy decoding of the unwrapped model over the kept tokens.
 
@@ -208,7 +208,7 @@ def generate(
         start: per row, tokens appended as if they had been generated (teacher forcing).
         layer_mix: layer_mix[k]: [B, L, L] what a layer's tokens are made of, before the cut of layer_keep[k]; see
             `means`.
-        cleared: generated tokens see in no layer what the last cut dropped.
+        cleared: generated tokens see in no layer what the cut before this layer dropped.
 
     Returns:
         tokens [B, n] and logits [n, B, V].
@@ -234,8 +234,9 @@ def generate(
                     mix[k] = torch.block_diag(layer_mix[k][b][stay][:, stay], torch.eye(step))[held][:, held]
                 cuts[k], held = want[held], want
             unseen = None
-            if cleared and inner:
-                unseen = (~want)[None] & (torch.arange(len(want)) >= len(want) - step)[:, None]
+            if cleared is not None:
+                left = torch.cat([inner[cleared], torch.ones(step, dtype=torch.bool)])
+                unseen = (~left)[None] & (torch.arange(len(left)) >= len(left) - step)[:, None]
             score = logits(model, x, positions, cuts, compact, deep, mix, blocks, unseen)[0, -1]
             out.append(score)
             token = int(score.argmax()) if start is None else start[b][step]

@@ -43,6 +43,15 @@ def test_generation_equals_the_oracle(family):
     compare(model, batch, {"stages": [Ragged(), Clearing(at=behind(family, 3))]})
 
 
+@plain
+def test_cuts_behind_it_clear_nothing(family):
+    """What a later stage drops stays in the caches of the layers in front of it."""
+    model = tiny.make(family)
+    batch = tiny.build(model, rows_for(family, "ragged"), seed=3)
+    trace = compare(model, batch, {"stages": [{"ivc_prune": {"keep": 3, "layer": 1}}, {"vtw": {"layer": 3}}]})
+    assert [sum(layer) for layer in trace.layers][1:] == [9, 9, 0]
+
+
 @pytest.mark.parametrize("family", [family for family in COMPACT if tiny.family(family).window is None])
 def test_renumbered_positions(family):
     model = tiny.make(family)

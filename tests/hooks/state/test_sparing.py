@@ -18,11 +18,18 @@ from vtoken.stages import Fused, Keep
 
 SITES = ("encoder", "tokens", "decoder")
 MERGING = [name for name in ALONE if registry.stage(name).site in SITES]
+VALUES = torch.arange(6.0).view(3, 2)  # of the fused slots
 
 
 def decision():
     """Three images of 3, 2 and 3 tokens, one kept of each, every field filled."""
-    fused = Fused(torch.tensor([0, 1, 2]), torch.tensor([2.0, 3.0, 4.0]), torch.arange(16.0).view(8, 2), largest=True)
+    fused = Fused(
+        torch.tensor([0, 1, 2]),
+        torch.tensor([2.0, 3.0, 4.0]),
+        torch.arange(16.0).view(8, 2),
+        largest=True,
+        values=VALUES,
+    )
     into = torch.tensor([0, 0, -1, 1, 1, 2, -1, 2])
     return Keep(torch.tensor([1, 4, 7]), (1, 1, 1), into, torch.arange(8.0) + 1, fused)
 
@@ -50,7 +57,7 @@ def test_the_spared_image_gets_its_tokens_back():
     assert got.index.tolist() == [1, 3, 4, 7] and got.lengths == (1, 2, 1)
     assert got.into.tolist() == [0, 0, -1, 1, 2, 3, -1, 3] and got.weight.tolist() == [1, 2, 3, 1, 1, 6, 7, 8]
     assert got.fused.slots.tolist() == [0, 3] and got.fused.factor.tolist() == [2, 4] and got.fused.largest
-    assert torch.equal(got.fused.features, keep.fused.features)
+    assert torch.equal(got.fused.features, keep.fused.features) and torch.equal(got.fused.values, VALUES[[0, 2]])
     x = torch.arange(8.0)[:, None]
     plain = replace(got, fused=None).apply(x)[:, 0]
     torch.testing.assert_close(plain, torch.tensor([(0 * 1 + 1 * 2) / 3, 3, 4, (5 * 6 + 7 * 8) / 14]))

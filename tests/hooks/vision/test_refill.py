@@ -8,7 +8,7 @@ import torch
 from batches import rows_for
 from flop_counts import CLOSE, counted
 from hooked_tower import IMAGES, VIDEOS, Hooked, pictures
-from modes import ROWS, alone, greedy
+from modes import LOGITS, ROWS, alone, greedy
 from naive_tower import merged, rotate, stock
 
 import vtoken
@@ -139,21 +139,60 @@ def test_padded_towers_equal_a_literal_loop(tower, options):
     torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("family", tiny.families(leading=True))
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("family", tiny.families(crops_sized=True))
+def test_towers_of_crops_of_their_own_size_equal_a_literal_loop(family, options):
+    """Crop by crop, without padding."""
+    model = tiny.make(family)
+    stack, projector = model.model.vision_tower.encoder, model.model.multi_modal_projector
+    batch = tiny.build(model, rows_for(family, "ragged")[:2], seed=3)
+    given = {k: v for k, v in batch.items() if k in ("pixel_values", "pixel_attention_mask", "spatial_shapes")}
+    seen, want = [], []
+    hook = stack.layers[0].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with torch.no_grad():
+        model.get_image_features(**given)
+        hook.remove()
+        for crop, (rows, columns) in zip(seen[0], given["spatial_shapes"].tolist(), strict=True):
+            h = before = origin = crop[: rows * columns]
+            stay, near = list(range(len(h))), {}
+            for index, layer in enumerate(stack.layers):
+                if index == options["layer"]:
+                    stay, near = chosen(h, before, options)
+                    origin = h.clone()
+                before, h = h, filled(h, origin, near)
+                beyond = index >= options["layer"] + options["stabilised"]
+                seeing = torch.tensor(stay) if beyond else torch.arange(len(h))
+                h = h.clone()
+                h[seeing] += layer.self_attn(layer.layer_norm1(h[seeing][None]), attention_mask=None)[0][0]
+                h[stay] += layer.mlp(layer.layer_norm2(h[stay]))
+            h = model.model.vision_tower.post_layernorm(filled(h, origin, near))
+            want.append(projector(h.view(1, rows, columns, -1)).flatten(0, 2))
+        with vtoken.wrapped(model, [{"ipcv": options}]):
+            got = model.get_image_features(**given, return_dict=True).pooler_output
+    torch.testing.assert_close(torch.cat(list(got)), torch.cat(want), atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_batch_and_keeping_all(family):
     model = tiny.make(family)
-    batch = tiny.build(model, ROWS, seed=3)
-    dense = model.generate(**batch, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True)
-    with vtoken.wrapped(model, [{"ipcv": {"keep": "100%"}}]):
-        same = model.generate(
-            **batch, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True
-        )
-    assert torch.equal(torch.stack(same.logits), torch.stack(dense.logits)), "bit for bit"
-    with vtoken.wrapped(model, [{"ipcv": {"stabilised": 1}}, {"random": {"keep": 5}}]):
-        together = greedy(model, batch)
-        assert vtoken.trace(model).tokens_out == [5, 5, 5]
-        for row in range(len(ROWS)):
-            assert torch.equal(greedy(model, alone(model, batch, row))[:, -6:], together[row : row + 1, -6:])
+    batches = [tiny.build(model, ROWS, seed=3)]
+    batches += [tiny.build(model, rows_for(family, "video"), seed=3)] if family in tiny.VIDEO else []
+    for batch in batches:
+        dense = greedy(model, batch, **LOGITS).logits
+        with vtoken.wrapped(model, [{"ipcv": {"keep": "100%"}}]):
+            assert torch.equal(torch.stack(greedy(model, batch, **LOGITS).logits), torch.stack(dense)), "bit for bit"
+        for stabilised in (0, 1):
+            ipcv = {"layer": 1, "keep": "40%", "stabilised": stabilised}
+            with vtoken.wrapped(model, [{"ipcv": ipcv}, {"random": {"keep": 3}}]):
+                together = torch.stack(greedy(model, batch, **LOGITS).logits, 1)
+                trace = vtoken.trace(model)
+                assert [s.name for s in trace.stages] == ["ipcv", "random"] and set(trace.tokens_out) == {3}
+                for row in range(len(together)):
+                    single = torch.stack(greedy(model, alone(model, batch, row), **LOGITS).logits, 1)
+                    torch.testing.assert_close(together[row : row + 1], single, atol=2e-4, rtol=1e-4)
+            assert all(s.stood_aside is None for s in trace.stages)
+        with vtoken.wrapped(model, [{"ipcv": {"layer": 1, "keep": "40%", "stabilised": 0}}]):
+            assert not torch.equal(torch.stack(greedy(model, batch, **LOGITS).logits), torch.stack(dense)), "it acts"
 
 
 @pytest.mark.parametrize("options", [OPTIONS["one layer"], OPTIONS["kept alone"]], ids=["one layer", "kept alone"])
@@ -194,6 +233,8 @@ def test_what_does_not_go_with_it_is_refused():
     model = tiny.llava()
     with pytest.raises(UnsupportedError, match="needs all patches of a picture"):
         vtoken.wrap(model, [{"ipcv": {}}, {"flowcut": {"keep": 5}}])
+    with pytest.raises(UnsupportedError, match="needs all patches of a picture"):
+        vtoken.wrap(tiny.make(PACKED[0]), [{"pixelprune": {}}, {"ipcv": {}}])
     with pytest.raises(UnsupportedError, match="cls_attention of encoder layer 2, which sees a part"):
         vtoken.wrap(model, [{"ipcv": {"stabilised": 1}}, {"fastervlm": {"keep": 5}}])
     with vtoken.wrapped(model, [{"ipcv": {}}, {"fastervlm": {"keep": 5}}]):

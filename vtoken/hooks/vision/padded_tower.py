@@ -63,6 +63,21 @@ class Batch:
         """Row and column of each live patch [ΣK]; columns count CLS."""
         return image_of(self.counts, self.device), place_in_image(self.counts, self.device) + self.cls
 
+    def of(self, counts: tuple[int, ...]) -> Batch:
+        """Of fewer patches, and never as wide as this one."""
+        return Batch(counts, self.cls, self.device, self.columns + 1 if max(counts) == self.columns else 0)
+
+    def mask(self, hidden: Tensor, flash: bool = False, bias: Tensor | None = None) -> Tensor | None:
+        """[crops, 1, 1, P] added to the logits of keys, `bias` among it; for flash attention [crops, P] which keys are
+        real. None when all are alike."""
+        if self.valid is None:
+            return None if bias is None else bias.to(hidden)[:, None, None]
+        valid = self.valid.to(hidden.device)
+        if flash:
+            return valid.long()
+        mask = hidden.new_zeros(valid.shape) if bias is None else bias.to(hidden)
+        return mask.masked_fill(~valid, torch.finfo(hidden.dtype).min)[:, None, None]
+
     def packed(self, padded: Tensor) -> Tensor:
         """[crops, P, ...] -> [ΣP, ...] without padding."""
         if not self.ragged:
@@ -234,15 +249,9 @@ class PaddedTower(Tower):
 
     def _survivors(self, layer: int, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
         """Padded keys are masked."""
-        valid, bias = self.state.batch.valid, self.state.bias
-        if valid is None and bias is None:
-            return {}
-        if valid is not None and "flash" in (self.adapter.tower.config._attn_implementation or ""):
-            return {"attention_mask": valid.to(hidden.device).long()}
-        mask = hidden.new_zeros(len(hidden), hidden.shape[1]) if bias is None else bias.to(hidden)
-        if valid is not None:
-            mask = mask.masked_fill(~valid.to(hidden.device), torch.finfo(hidden.dtype).min)
-        return {"attention_mask": mask[:, None, None]}
+        flash = "flash" in (self.adapter.tower.config._attn_implementation or "")
+        mask = self.state.batch.mask(hidden, flash, self.state.bias)
+        return {} if mask is None else {"attention_mask": mask}
 
     def _resampler(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """Before the model pools patches by their place, ahead of the projector: full shape again."""

@@ -21,6 +21,7 @@ from vtoken.hooks.state.checkpointing import check_replay, replays
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.live_tokens import check, skipped_entry, trace_of
 from vtoken.hooks.state.run import Clock
+from vtoken.hooks.vision.masked_layer import MaskedLayer
 from vtoken.stages import Fact, Stage, VisualTokens
 
 CHUNK = 1 << 24  # distances that are held at once: 64 MiB
@@ -37,6 +38,7 @@ class Estimates:
         near: [R, n] places in `kept` of the nearest patches, K where an image kept fewer than n.
         before: [K, D] the kept patches when the others were dropped; frozen: [R, D] the dropped ones.
         rotary: cos and sin of the kept patches; segments: of them, by name and whether attention is full.
+        whole, batch: how all patches, and the kept ones, lie in a padded tower; None in a packed one.
     """
 
     kept: Tensor
@@ -46,6 +48,8 @@ class Estimates:
     frozen: Tensor
     segments: dict[tuple[str, bool], Any] = field(default_factory=dict)
     rotary: tuple[Tensor, ...] | None = None
+    whole: Any = None
+    batch: Any = None
 
     @property
     def total(self) -> int:
@@ -82,51 +86,55 @@ def without_refill(stages: Sequence[Stage]) -> list[Stage]:
     return [stage for stage in stages if stage.refills() is None]
 
 
-def refill(context: Context, stages: Sequence[Stage], state: Callable[[], Any], *, thinned: bool) -> None:
-    """Installs the others; `state` tells the tower's; `thinned`: stages before its layers leave patches out."""
+def refill(context: Context, stages: Sequence[Stage], state: Callable[[], Any]) -> None:
+    """Installs the others; `state` tells the tower's."""
     for stage in stages:
         if stage.refills() is not None:
-            Refill(context, stage, state, thinned)
+            Refill(context, stage, state)
 
 
 class Refill:
     """Hooks on the layers of a tower for one stage.
 
     Args:
-        state, thinned: as in `refill`.
+        state: tells the tower's.
 
     Raises:
         UnsupportedError: the layers of this tower have no MLP, or other stages do not go with it.
     """
 
-    def __init__(self, context: Context, stage: Stage, state: Callable[[], Any], thinned: bool) -> None:
+    def __init__(self, context: Context, stage: Stage, state: Callable[[], Any]) -> None:
         self.encoder, self.stage, self.state, handle = context.adapter.encoder, stage, state, context.handle
+        self.tower = context.adapter.tower
         told = stage.refills()
         assert told is not None
         self.count, stabilised = told
-        layers: Sequence[Any] = self.encoder.layers
-        (after,) = stage.layers(len(layers))
+        (after,) = stage.layers(len(self.encoder.layers))
         self.first, self.alone = after + 1, after + 1 + stabilised
         self.lead = int(self.encoder.cls)
-        self._check(context, thinned)
-        for k, module in enumerate(layers):
-            if k >= after:
-                handle.before(module, partial(self._before, k))
-            if k >= self.first:
-                if k < self.alone:
-                    handle.before(mlp_of(module), self._kept)
-                    handle.after(mlp_of(module), self._spread)
-                handle.after(module, partial(self._after, k), first=True)
+        self._check(context)
+        for layers in (self.encoder.layers, *(layers for _, layers in self.encoder.twins)):
+            for k, module in enumerate(layers):
+                if k >= after:
+                    handle.before(module, partial(self._before, k))
+                if k >= self.first:
+                    if k < self.alone:
+                        handle.before(mlp_of(module), self._kept)
+                        handle.after(mlp_of(module), self._spread)
+                    handle.after(module, partial(self._after, k), first=True)
+                if k >= self.alone and not self.encoder.takes_mask:
+                    MaskedLayer(handle, module, self.encoder.attention)
         for merger in context.adapter.projectors[1:] if self.encoder.packed else ():
             handle.before(merger, self._tapped)
 
-    def _check(self, context: Context, thinned: bool) -> None:
+    def _check(self, context: Context) -> None:
         name, why = self.stage.name, ""
+        choosers = [s for s in context.at("pixels") if type(s).resized is Stage.resized]
         late = [fact for fact in context.wanted if fact.layer is not None and fact.layer >= self.alone]
         if not all(map(mlp_of, self.encoder.layers)):
             why = "the layers of this vision tower have no mlp"
-        elif thinned or len(context.at("encoder")) > 1:
-            why = "it needs all patches of a picture; leave other stages of site pixels, frames and encoder out"
+        elif len(context.at("frames", "encoder")) > 1 or choosers:
+            why = "it needs all patches of a picture; leave stages out that choose among pixels, frames or patches"
         elif late:
             why = (
                 f"a later stage reads {late[0].name} of encoder layer {late[0].layer}, which sees a part of the "
@@ -135,13 +143,26 @@ class Refill:
         if why:
             raise UnsupportedError(f"stage {name} estimates patches inside the vision tower: {why}")
 
+    def _batch(self, hidden: Tensor) -> Any:
+        """How the crops of a padded tower lie in these hidden states: their width tells."""
+        found = self.state().estimates
+        if found is None:
+            return getattr(self.state(), "given", self.state().batch)
+        return found.whole if hidden.shape[1] == found.whole.columns + self.lead else found.batch
+
     def _rows(self, hidden: Tensor) -> Tensor:
-        """[..., P, D] as the tower holds it -> [ΣP, D] without CLS."""
-        return hidden[:, self.lead :].flatten(0, 1) if hidden.ndim == 3 else hidden
+        """[..., P, D] as the tower holds it -> [ΣP, D] without CLS and padding."""
+        if self.encoder.packed:
+            return hidden[0] if hidden.ndim == 3 else hidden
+        return self._batch(hidden).patches(hidden)
 
     def _held(self, rows: Tensor, like: Tensor) -> Tensor:
         """The reverse; CLS is that of `like`."""
-        return torch.cat([like[:, : self.lead], rows.unflatten(0, (len(like), -1))], 1) if like.ndim == 3 else rows
+        if self.encoder.packed:
+            return rows[None] if like.ndim == 3 else rows
+        found: Estimates = self.state().estimates
+        batch = found.whole if len(rows) == found.total else found.batch
+        return batch.pad(rows, like[:, : self.lead] if self.lead else None)
 
     def _long(self, hidden: Tensor) -> bool:
         """Whether hidden states hold all patches."""
@@ -158,6 +179,8 @@ class Refill:
         if state is None:
             return None
         check_replay(module)
+        if len(args) > 1:  # a mask
+            args, kwargs = args[:1], {**kwargs, "attention_mask": args[1]}
         hidden = args[0] if args else kwargs["hidden_states"]
         if k == self.first - 1:
             state.entered = self._rows(hidden.detach())
@@ -169,7 +192,7 @@ class Refill:
             new, more = (hidden if self._long(hidden) else self._fill(hidden)), {}
         else:
             new, more = (self._trim(hidden) if self._long(hidden) else hidden), self._of_kept(k, hidden, kwargs)
-        return ((new, *args[1:]), {**kwargs, **more}) if args else (args, {**kwargs, "hidden_states": new, **more})
+        return ((new,), {**kwargs, **more}) if args else (args, {**kwargs, "hidden_states": new, **more})
 
     @torch.no_grad()
     def _decide(self, state: Any, hidden: Tensor, module: nn.Module) -> None:
@@ -193,19 +216,13 @@ class Refill:
             keep = stage.select(tokens)
             check(stage, keep, lengths)
             if any(state.skipped):
-                keep = self._skipping(keep, lengths, state.skipped)
+                keep = keep.skipping(lengths, state.skipped)
             if keep.lengths != lengths:
+                whole = None if self.encoder.packed else self._batch(hidden)
                 state.estimates = self._estimates(rows, keep.index, keep.lengths, lengths)
+                state.estimates.whole, state.estimates.batch = whole, whole and whole.of(keep.lengths)
         # No token of the LLM is lost.
         state.traces.append(trace_of(stage, state.history.counts, state.history, clock, self.first - 1))
-
-    def _skipping(self, keep: Any, lengths: Sequence[int], skipped: Sequence[bool]) -> Any:
-        if not self.encoder.packed and not all(skipped):
-            raise UnsupportedError(
-                f"min_visual_tokens lets some pictures of this batch run dense, and stage {self.stage.name} runs all "
-                "crops of a batch on equally many patches; give those pictures in calls of their own"
-            )
-        return keep.skipping(lengths, skipped)
 
     def _estimates(self, rows: Tensor, kept: Tensor, counts: Sequence[int], lengths: Sequence[int]) -> Estimates:
         """Of every image, its dropped patches and their neighbours among its own."""
@@ -223,13 +240,13 @@ class Refill:
         """Arguments of layer k for the kept patches."""
         found: Estimates = self.state().estimates
         e, mask = self.encoder, kwargs.get("attention_mask")
-        more: dict[str, Any] = {}
-        if mask is not None:
-            more["attention_mask"] = self._mask(found, mask, len(hidden))
-        if e.packed:
-            if found.rotary is None:
-                found.rotary = tuple(half[found.kept.to(half.device)] for half in kwargs["position_embeddings"])
-            more["position_embeddings"] = found.rotary
+        if not e.packed:
+            flash = "flash" in (self.tower.config._attn_implementation or "")
+            return {"attention_mask": found.batch.mask(hidden, flash)}
+        more: dict[str, Any] = {} if mask is None else {"attention_mask": self._mask(found, mask)}
+        if found.rotary is None:
+            found.rotary = tuple(half[found.kept.to(half.device)] for half in kwargs["position_embeddings"])
+        more["position_embeddings"] = found.rotary
         for name in (name for name in SEGMENTS if name in kwargs):
             more[name] = self._segments(found, name, e.full_attention is None or k in e.full_attention, kwargs[name])
         return more
@@ -246,18 +263,15 @@ class Refill:
         found.segments[name, full] = int(bounds.diff().max())
         return found.segments[name, full]
 
-    def _mask(self, found: Estimates, mask: Tensor, crops: int) -> Tensor:
-        """[crops, 1, P, P] of the patches of every crop that stay."""
+    def _mask(self, found: Estimates, mask: Tensor) -> Tensor:
+        """[1, 1, P, P] of the patches that stay."""
         if mask.ndim != 4:
             raise UnsupportedError(
                 f"stage {self.stage.name} cannot shorten the attention mask of this vision tower; load the model with "
                 'attn_implementation="sdpa"'
             )
-        at = found.kept.to(mask.device).view(crops, -1) % (found.total // crops) + self.lead
-        at = F.pad(at, (self.lead, 0))[:, None]
-        mask = mask.expand(crops, *mask.shape[1:])
-        mask = mask.gather(3, at[:, None].expand(-1, mask.shape[1], mask.shape[2], -1))
-        return mask.gather(2, at[..., None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+        at = found.kept.to(mask.device)
+        return mask[:, :, at][..., at]
 
     def _kept(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """What the MLP is given."""

@@ -105,13 +105,7 @@ class SizedTower(RowsTower):
 
     def _survivors(self, layer: int, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
         """Padded keys are masked."""
-        if not self.state.cut:
-            return {}
-        valid = self.state.batch.valid
-        if valid is None:
-            return {"attention_mask": None}
-        mask = hidden.new_zeros(valid.shape).masked_fill_(~valid.to(hidden.device), torch.finfo(hidden.dtype).min)
-        return {"attention_mask": mask[:, None, None]}
+        return {"attention_mask": self.state.batch.mask(hidden)} if self.state.cut else {}
 
     def _behind(self) -> None:
         handle, projector = self.context.handle, self.adapter.projectors[0]

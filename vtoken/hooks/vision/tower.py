@@ -99,7 +99,7 @@ class Tower(ABC):
         per_layer = self._facts_of_layers(wanted)
         if any((wanted, stages, self.choosers, self.resizers, self.by_pixels)):
             self._install(per_layer)
-        refill(context, stages, lambda: self.state, thinned=bool(self.choosers or self.by_pixels))
+        refill(context, stages, lambda: self.state)
 
     def _install(self, per_layer: dict[int, set[Fact]]) -> None:
         handle = self.context.handle
