@@ -106,6 +106,20 @@ def test_all_compares_every_method_that_changes_a_picture(tmp_path, capsys, monk
     assert (tmp_path / "report.html").read_text(encoding="utf-8").count("data:image/jpeg") == 6
 
 
+def test_all_tells_what_leaves_a_picture_whole_from_what_acts_elsewhere(monkeypatch):
+    """Stages of videos are left out, with a budget or without; those of the cache and inside the tower are not."""
+    model, processor = reference.load()
+    prompt = demo.inputs_of(processor, reference.questions(1)[0])
+    names = ("dycoke", "flashvid", "ipcv", "prunevid", "snapkv", "vtw", "xattention")
+    monkeypatch.setattr(demo_pipelines, "catalogue", lambda: ({name: registry.stage(name) for name in names}, {}))
+    found = demo_pipelines.choose(model, prompt, (16,), everything=True)
+    assert list(found.pipelines) == ["dense", "ipcv:16", "snapkv:16", "vtw", "xattention"]
+    assert found.left_out == dict.fromkeys(("dycoke", "flashvid", "prunevid"), "leaves a single picture whole")
+    dense, *rest = (demo.cost(model, pipeline, prompt) for pipeline in found.pipelines.values())
+    tower, cache = rest[:2]
+    assert tower["flops"] < dense["flops"] and cache["cache_bytes"] < dense["cache_bytes"]
+
+
 def test_a_method_the_model_cannot_run_is_left_out_with_the_reason(monkeypatch):
     model, processor = reference.load()
     prompt = demo.inputs_of(processor, reference.questions(1)[0])

@@ -283,6 +283,7 @@ def test_a_cache_stage_saves_bytes_and_decoding_only() -> None:
         ("llava-hf/llava-1.5-7b-hf", "flowcut-64", ()),
         ("llava-hf/llava-1.5-7b-hf", [{"tome": {"r": 16}}, {"fastervlm": {"keep": 64}}], ()),
         ("llava-hf/llava-1.5-7b-hf", "prumerge-adaptive", ("prumerge",)),
+        ("tiny-llava", "dymu-low-tiny-llava", ("dtome",)),  # it names a layer behind that of the features, too
         ("llava-hf/llava-1.5-7b-hf", [{"pool": {}}], ()),
         ("llava-hf/llava-1.5-7b-hf", [{"uniform": {"keep": 64}}, {"pool": {}}], ("pool",)),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ pytest.importorskip("lmms_eval")
 
 import lmms_tasks
 
+from vtoken import registry
 from vtoken.cli import main
 from vtoken.commands.sweep import cells
 from vtoken.errors import ConfigError, VtokenError
@@ -296,6 +298,14 @@ def test_shipped_sweeps_run_on_their_model(file: Path) -> None:
     for pipeline in asked.all_pipelines():
         with wrapped(model, pipeline):
             pass
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks").glob("sweep-*.yaml")), ids=lambda file: file.stem)
+def test_shipped_sweeps_leave_out_nothing_without_a_word(file: Path) -> None:
+    """A new stage is asked, or the head of the file says why not."""
+    head = set(re.findall(r"\w+", "".join(line for line in file.read_text().splitlines() if line.startswith("#"))))
+    asked = {stage.name for pipeline in read(Sweep, file).all_pipelines() for stage in pipeline.stages}
+    assert not set(registry.stages()) - asked - head
 
 
 WRONG = [

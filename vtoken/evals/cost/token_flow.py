@@ -221,8 +221,8 @@ class TokenFlow:
         """What the stage leaves, and whether that is sure."""
         left = tuple(stage.expected_counts(counts, parts, row, layer))
         whole = self._thinned_by <= {stage.name} and self.shape.whole_crops
-        # Inside the tower only what the last cut leaves goes on.
-        passing = stage.site == "encoder" and layer != max(stage.layers(self._depth["encoder"]))
+        last = min(self.shape.tower.feature_layers)  # what the last cut up to here leaves goes on from the tower
+        passing = stage.site == "encoder" and layer != max(k for k in stage.layers(self._depth["encoder"]) if k <= last)
         if not passing and not stage.counts_are_exact(layer, whole) and stage.name not in self.inexact:
             self.inexact.append(stage.name)
         if left != counts:

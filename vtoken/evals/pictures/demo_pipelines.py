@@ -82,7 +82,7 @@ def _runnable(
         stage = example_stage(cls)
         if stage is None:
             raise VtokenError("has options without a default")
-        prefill(model, load(stage), prompt)
+        _changing(cls, prefill(model, load(stage), prompt))
         return {cls.name: load(stage)}, {}
     options: dict[str, int] = {}
     found = _budgeted(cls.name, budgets, options)
@@ -94,9 +94,14 @@ def _runnable(
             raise
         found = _budgeted(cls.name, budgets, options)
         seen = prefill(model, next(reversed(found.values())), prompt)
-    if sum(seen.layers[-1]) == sum(seen.visual_tokens) > budgets[-1]:
-        raise VtokenError("leaves a single picture whole")
+    _changing(cls, seen, budgets[-1])
     return found, options
+
+
+def _changing(cls: type[Stage], seen: Trace, keep: int = 0) -> None:
+    """Refuses a stage that is there to drop tokens and dropped none of a picture of more than `keep`."""
+    if cls.site in ("frames", "tokens") and sum(seen.layers[-1]) == sum(seen.visual_tokens) > keep:
+        raise VtokenError("leaves a single picture whole")
 
 
 def _budgeted(name: str, budgets: Sequence[int], options: dict[str, int]) -> dict[str, Pipeline]:
