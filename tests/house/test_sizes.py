@@ -40,7 +40,7 @@ ROOMS = {
         "compatibility.py",
         "registry.py",
         "cli.py",
-    ): 14250,
+    ): 14310,
     ("kernels",): 3030,
     ("evals", "commands"): 13220,
 }

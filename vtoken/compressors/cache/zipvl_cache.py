@@ -100,6 +100,10 @@ class ZipVLCache(Important, CacheStage):
             return None
         return tuple(torch.stack([alive[slots].sum() for slots in layer.images]).tolist())
 
+    def counts_are_exact(self, layer: int | None = None, whole: bool = True) -> bool:
+        """All slots stay; how many of them in few bits, the picture decides."""
+        return False
+
     def slots(self, prompt: int, lengths: Sequence[int]) -> int:
         """With `mode: drop`, what `left` expects: how many tokens stay depends on the prompt. With the default, all are
         counted."""

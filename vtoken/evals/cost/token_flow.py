@@ -14,7 +14,6 @@ from vtoken.stages.attention import SparseAttention
 from vtoken.stages.cache import CacheStage
 
 Counts = tuple[int, ...]
-CHANNELS = 3  # of a frame
 
 
 class TokenFlow:
@@ -139,7 +138,7 @@ class TokenFlow:
         given, frames, apart = self.shape, self.shape.frames, self.shape.tower.crops[0][0] == 1
         for stage in self._at["frames"]:
             counts: Counts = (frames,) * self.images
-            self.cost += stage.flops(counts, CHANNELS * SIDE**2)
+            self.cost += stage.flops(counts, 3 * SIDE**2)  # 3: channels
             frames = max(self._left(stage, counts, (((self.shape.frames, 1, 1),),) * self.images, range(self.images)))
         self._dropping |= frames < self.shape.frames
         self.shape = self.shape.thinned(frames)
@@ -183,6 +182,7 @@ class TokenFlow:
         """Enters what a cache stage leaves of every layer, and costs there."""
         stack = self.shape.decoder
         self.held = self.decoded = list(self.held)
+        self.inexact += [] if stage.counts_are_exact() else [stage.name]
         for layer, (prompt, counts) in enumerate(zip(self.held, self.decoder, strict=True)):
             if not sum(counts) or layer in stack.states:
                 continue
