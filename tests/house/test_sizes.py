@@ -40,7 +40,7 @@ ROOMS = {
         "compatibility.py",
         "registry.py",
         "cli.py",
-    ): 14310,
+    ): 14330,
     ("kernels",): 3030,
     ("evals", "commands"): 13220,
 }

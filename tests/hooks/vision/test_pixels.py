@@ -37,6 +37,8 @@ BEHIND: dict[str, list[Any]] = {
     "merged inside": [InsideMerge(at=(1,))],
     "tokens": [{"fastervlm": {"keep": 2}}, Ragged()],
     "pooled": [{"pool": {"size": 2}}],
+    "even": [{"uniform": {"keep": 2}}],
+    "even inside": [{"uniform": {"keep": 3}}, {"dpn": {"at": (1, 3), "sizes": (2, 2), "least": 1}}],
     "deep": [Ragged(), Deep()],
     "cache": [{"snapkv": {"keep": 2, "window": 2}}],
 }

@@ -15,17 +15,17 @@ from vtoken.errors import NotWholeError, UnsupportedError
 from vtoken.hooks.state.live_tokens import LiveTokens
 from vtoken.hooks.state.run import KINDS, Encoded, ImageLayout, newline_mask
 from vtoken.hooks.state.trace import StageTrace
+from vtoken.stages import Parts, image_of, uploaded
 
 HIDDEN = (
-    "the attention_mask hides a part of a picture, whose tokens this model numbers by rows and columns; show all of "
-    "it, or hide all of it with the tokens that mark its beginning and end"
+    "the attention_mask hides a part of a picture, whose tokens this model numbers by rows and columns; show all of it, "
+    "or hide all of it with the tokens that mark its beginning and end"
 )
 
 
 @dataclass(frozen=True)
 class Newlines:
-    """The newline tokens of a prefill: where they stand, and `closed_by` [ΣN], the newline behind each token's row (-1:
-    none)."""
+    """The newline tokens of a prefill: where they stand, and `closed_by` [ΣN], that behind each token's row (-1: none)."""
 
     batch_row: Tensor
     column: Tensor
@@ -54,6 +54,19 @@ class ImageSpans:
     batch_row: Tensor
     column: Tensor
     newlines: Newlines | None
+
+    def as_seen(self, tokens: LiveTokens, device: torch.device) -> tuple[tuple[Parts, ...], tuple[int, ...], Tensor]:
+        """Rasters and batch row of every image, and [ΣK] where tokens stand in the rasters: the smaller ones of resized
+        pictures, whose other tokens must be gone."""
+        at, wanted = tokens.history.raster_index, [self.encodes[encode].resized for encode, _ in self.origin]
+        if not any(wanted):
+            return tokens.parts, tokens.row, at.to(device)
+        parts = tuple(w[k] if w else p for p, w, (_, k) in zip(tokens.parts, wanted, self.origin, strict=True))
+        image = image_of(tokens.lengths, at.device)
+        sides = [[grid[side] for (grid, *_) in of] for of in (tokens.parts, parts) for side in (1, 2)]
+        height, width, rows, columns = (uploaded(values, at.device)[image] for values in sides)
+        places = (at // (height * width) * rows + at // width % height) * columns + at % width
+        return parts, tokens.row, places.to(device)
 
     def gather(self, values: Sequence[Tensor]) -> Tensor:
         """[ΣN, ...] of one packed value per encode, in the order of the tokens here."""

@@ -157,9 +157,7 @@ class PrefillState(ForwardState):
         tokens = VisualTokens.pack(
             x,
             v.lengths,
-            v.parts,
-            v.row,
-            v.history.raster_index.to(x.device),
+            *self.spans.as_seen(v, x.device),
             segment=None if v.segment is None else v.segment.to(x.device),
             facts=facts,
             layer=layer,
