@@ -27,7 +27,7 @@ def deep(tower="clip", attn="sdpa", seed=0):
     """A LLaVA whose tower has eight layers, with attention sharp enough for early cuts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tiny_models.TOWERS[tower]["vision_config"], "num_hidden_layers", 8)
-        model = tiny.llava(attn, seed, tower=tower)
+        model = tiny.family("llava").make(attn, seed, tower=tower)  # not `tiny.make`, which keeps what it made
     for layer in registry.adapter("llava")(model).encoder.layers:
         layer.self_attn.q_proj.weight.data *= 4
     return model
