@@ -29,13 +29,10 @@ def moved_up(flow: ForwardState, found: PromptImages) -> tuple[Tensor, Tensor | 
         shift = cache.groups[0].shift
         assert shift is not None
         positions = positions - shift[:, None].to(positions.device)
-    if not any(spans.encodes[encode].resized for encode, _ in spans.origin):
+    if not any(smaller := spans.smaller):
         return positions, None
     given: list[Grid] = [layout.parts[0] for layout in spans.layouts]
-    wanted: list[Grid] = []
-    for (encode, image), grid in zip(spans.origin, given, strict=True):
-        resized = spans.encodes[encode].resized
-        wanted.append(grid if resized is None else resized[image][0])
+    wanted = [new or old for new, old in zip(smaller, given, strict=True)]
     new = positions - lag_behind_runs(found.whole, given, wanted, flow.new).to(positions.device)
     shown = flow.new.to(positions.device)
     left = without_dropped(found.whole, given, wanted, shown)

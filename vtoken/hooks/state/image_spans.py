@@ -15,7 +15,7 @@ from vtoken.errors import NotWholeError, UnsupportedError
 from vtoken.hooks.state.live_tokens import LiveTokens
 from vtoken.hooks.state.run import KINDS, Encoded, ImageLayout, newline_mask
 from vtoken.hooks.state.trace import StageTrace
-from vtoken.stages import Parts, image_of, uploaded
+from vtoken.stages import Grid, Parts
 
 HIDDEN = (
     "the attention_mask hides a part of a picture, whose tokens this model numbers by rows and columns; show all of it, "
@@ -55,18 +55,18 @@ class ImageSpans:
     column: Tensor
     newlines: Newlines | None
 
+    @property
+    def smaller(self) -> list[Grid | None]:
+        """The raster that each image was resized to; None where it was not."""
+        resized = [self.encodes[encode].resized if self.encodes else None for encode, _ in self.origin]
+        return [of[image][0] if of else None for of, (_, image) in zip(resized, self.origin, strict=True)]
+
     def as_seen(self, tokens: LiveTokens, device: torch.device) -> tuple[tuple[Parts, ...], tuple[int, ...], Tensor]:
-        """Rasters and batch row of every image, and [ΣK] where tokens stand in the rasters: the smaller ones of resized
-        pictures, whose other tokens must be gone."""
-        at, wanted = tokens.history.raster_index, [self.encodes[encode].resized for encode, _ in self.origin]
-        if not any(wanted):
-            return tokens.parts, tokens.row, at.to(device)
-        parts = tuple(w[k] if w else p for p, w, (_, k) in zip(tokens.parts, wanted, self.origin, strict=True))
-        image = image_of(tokens.lengths, at.device)
-        sides = [[grid[side] for (grid, *_) in of] for of in (tokens.parts, parts) for side in (1, 2)]
-        height, width, rows, columns = (uploaded(values, at.device)[image] for values in sides)
-        places = (at // (height * width) * rows + at // width % height) * columns + at % width
-        return parts, tokens.row, places.to(device)
+        """Rasters (of resized pictures the smaller) and batch row of every image, and [ΣK] where tokens stand in them."""
+        if not any(smaller := self.smaller):
+            return tokens.parts, tokens.row, tokens.history.raster_index.to(device)
+        parts = tuple((new,) if new else old for new, old in zip(smaller, tokens.parts, strict=True))
+        return parts, tokens.row, tokens.places_in([grid for (grid, *_) in parts]).to(device)
 
     def gather(self, values: Sequence[Tensor]) -> Tensor:
         """[ΣN, ...] of one packed value per encode, in the order of the tokens here."""

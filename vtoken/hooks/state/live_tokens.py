@@ -12,7 +12,7 @@ from torch import Tensor
 from vtoken.hooks.state.run import Clock
 from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.hooks.state.trace import StageTrace
-from vtoken.stages import Keep, Parts, Stage
+from vtoken.stages import Grid, Keep, Parts, Stage, uploaded
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,13 @@ class LiveTokens:
             segment=None if self.segment is None else self.segment[index],
             closed_by=None if self.closed_by is None else self.closed_by[index],
         )
+
+    def places_in(self, corners: Sequence[Grid]) -> Tensor:
+        """[ΣK] where the tokens stand in the upper left corner, so large, of each image's raster, in which they lie."""
+        at, given = self.history.raster_index, [grid for (grid, *_) in self.parts]
+        sides = [[grid[side] for grid in grids] for grids in (given, corners) for side in (1, 2)]
+        height, width, rows, columns = (uploaded(values, at.device)[self.image.to(at.device)] for values in sides)
+        return (at // (height * width) * rows + at // width % height) * columns + at % width
 
     def per_row(self, batch: int) -> list[int]:
         out = [0] * batch
