@@ -31,12 +31,12 @@ class Pair:
     def __init__(self, target: Any, draft: Any, before: Pipeline | None, own: Pipeline) -> None:
         self.target, self.draft, self.before = target, draft, before
         asked = [need for stage in own.stages for need in stage.needs() if of_target(need, stage.site)]
-        told = TargetAttention(asked) if asked else None
-        self.drafting = Drafting(draft, told)
+        recorded = TargetAttention(asked) if asked else None
+        self.drafting = Drafting(draft, recorded)
         sessions: list[Session] = []
         try:
-            sessions.append(Session(target, before or config.load("none"), watched=True, told=told))
-            sessions.append(Session(draft, own, target=told, drafts_for=sessions[0].adapter))
+            sessions.append(Session(target, before or config.load("none"), watched=True, recorded=recorded))
+            sessions.append(Session(draft, own, target=recorded, drafts_for=sessions[0].adapter))
             check_pair(sessions[0].adapter, sessions[1].adapter)
             self.drafting.on_target(sessions[0].context)
             self.drafting.on_draft(sessions[1].context, words(target))

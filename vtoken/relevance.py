@@ -10,6 +10,7 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor
 
+from vtoken import registry
 from vtoken.errors import UnsupportedError
 from vtoken.session import session_of, watched, whole
 from vtoken.stages import Compressor, Fact, Keep, Site, VisualTokens, image_of, keep_all
@@ -68,11 +69,9 @@ def frame_relevance(model: Any, inputs: Mapping[str, Any]) -> list[list[float]]:
     """
     if session_of(model) is not None:
         raise UnsupportedError("frame_relevance reads a model that is not wrapped; call vtoken.unwrap(model) first")
-    from vtoken.registry import adapter
-
     inner = whole(model)
-    attending = adapter(inner.config.model_type)(inner).attending
-    depth = inner.config.get_text_config().num_hidden_layers
+    adapter = registry.adapter(inner.config.model_type)(inner)
+    attending, depth = adapter.attending, len(adapter.lm.layers)
     middle = [k for k in attending if depth // 3 <= k < depth - depth // 3 and k + 1 < depth]
     stage = _Attended(at=tuple(k + 1 for k in middle or attending[:1]))
     with watched(model, [stage]), torch.no_grad():

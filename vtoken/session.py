@@ -58,8 +58,8 @@ def install(context: Context) -> Boundary:
     StateRows(context)
     observe(context)
     watch_blocks(context)
-    if context.told is not None:
-        context.told.observe(context)
+    if context.recorded is not None:
+        context.recorded.observe(context)
     return boundary
 
 
@@ -73,7 +73,7 @@ class Session:
         pipeline: Pipeline,
         *,
         watched: bool = False,
-        told: TargetAttention | None = None,
+        recorded: TargetAttention | None = None,
         target: TargetAttention | None = None,
         drafts_for: Adapter | None = None,
     ) -> None:
@@ -89,7 +89,7 @@ class Session:
             compact=pipeline.positions == "compact",
             newline=pipeline.newline,
             min_tokens=pipeline.min_visual_tokens,
-            told=told,
+            recorded=recorded,
             target=target,
         )
         try:

@@ -15,7 +15,7 @@ from probes import Deep, Inside, InsideMerge, Ragged
 import vtoken
 from vtoken import registry
 from vtoken.errors import UnsupportedError
-from vtoken.hooks.vision.tower import resizes
+from vtoken.hooks.vision.pixel_stages import resizes
 from vtoken.stages import Pruner
 
 PIPELINES = {

@@ -122,7 +122,7 @@ def test_imports_go_down(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", TRAINING, ids=relative)
-def test_the_reference_models_use_evals_and_the_words_of_methods(file: Path) -> None:
+def test_the_reference_models_use_evals_and_stages_alone(file: Path) -> None:
     found = [name for name in imports(file) if name.partition(".")[0] == "vtoken"]
     assert all(name.startswith(("vtoken.evals.", "vtoken.stages")) for name in found)
 

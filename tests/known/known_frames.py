@@ -125,5 +125,5 @@ def frames_relevant():
 
 def refuses_budgets(stage):
     for keep in ({"per_frame": 2}, {"total": 4}):
-        with pytest.raises(ValueError, match="before the vision tower"):
+        with pytest.raises(ValueError, match="cannot be had before"):
             stage(keep=keep)

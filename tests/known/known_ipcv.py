@@ -19,7 +19,7 @@ def ipcv():
     assert stage().layers(32) == (2,) and stage(layer=7).layers(24) == (6,) and stage().layers(4) == (0,)
     assert stage().select(tokens(torch.zeros(100, 1), (100,), ((1, 10, 10),), change=torch.rand(100))).lengths == (35,)
     for keep in ({"total": 40}, {"per_frame": 4}):
-        with pytest.raises(ValidationError, match="takes no budget"):
+        with pytest.raises(ValidationError, match="patches per picture"):
             stage(keep=keep)
     assert [s.name for s in config.load("ipcv-qwen2-vl-35-fastv").stages] == ["ipcv", "fastv"]
     the_estimate()

@@ -127,6 +127,19 @@ class Budget:
                     out[i] = 1
         return out
 
+    def of_each(self, example: str) -> Budget:
+        """This budget, if it is one of each picture, as stages need that act before or inside the vision tower.
+
+        Raises:
+            ValueError: it is one of a prompt, frame or crop; `example` says what to write.
+        """
+        if self.total is not None or self.per is not None:
+            raise ValueError(
+                f"keep: {self.plain()} cannot be had before the visual tokens are there, where nothing tells what "
+                f"belongs to one prompt, frame or crop; write {example}, or a share of them (25%)"
+            )
+        return self
+
     def plain(self) -> int | str | dict[str, int]:
         """The YAML form."""
         if self.tokens is not None and self.key_weight is not None:

@@ -39,8 +39,8 @@ class TokenModule(nn.Module, ABC):
     Attributes:
         reads: what `forward` is given: `embeddings` [N, D] as they enter the LLM, or `features` [N, D_encoder], the
             encoder's output before the projector.
-        takes: channels of what it is given; set by the constructor, like
-        makes: channels of what it returns, the width D of the LLM.
+        takes: channels of what it is given; set by the constructor.
+        makes: channels of what it returns, the width D of the LLM; set by the constructor.
     """
 
     reads: ClassVar[Literal["embeddings", "features"]] = "embeddings"

@@ -40,12 +40,7 @@ class Resize(Compressor):
     @field_validator("keep")
     @classmethod
     def _of_each(cls, keep: Budget) -> Budget:
-        if keep.total is not None or keep.per is not None:
-            raise ValueError(
-                f"keep: {keep.plain()} cannot be had before the vision tower, which does not know what belongs to one "
-                "prompt; write tokens per picture (64), or a share of them (25%)"
-            )
-        return keep
+        return keep.of_each("tokens per picture (64)")
 
     def resized(self, lengths: Sequence[int], parts: Sequence[Parts]) -> tuple[Parts, ...]:
         full = [size_of(image) for image in parts]

@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 import torch
 from pydantic import Field, model_validator
 
-from vtoken.compressors._modules import Loaded, load
+from vtoken.compressors._modules import Loaded
 from vtoken.stages import (
     NAMES_FILE,
     Compressor,
@@ -46,7 +46,7 @@ class LearnedCompressor(Compressor):
 
     @model_validator(mode="after")
     def _readable(self) -> Self:
-        load(self.module, self.weights)
+        assert self.loaded  # refuses what cannot be read
         return self
 
     @cached_property
@@ -65,12 +65,12 @@ class LearnedCompressor(Compressor):
 
     def incompatibility(self, depth: int, width: int) -> str:
         module = self.loaded.first
-        takes = width if self.reads_features else module.takes  # features are as wide as the tower makes them
-        if takes == module.makes == width:
+        # How wide features are is not known here.
+        if module.makes == width and (self.reads_features or module.takes == width):
             return ""
         return (
-            f"{self.module} with {self.weights!r} takes {takes} channels and makes {module.makes}; the LLM has {width}: "
-            "take weights that were trained for it"
+            f"{self.module} with {self.weights!r} takes {module.takes} channels and makes {module.makes}; the LLM has "
+            f"{width}: take weights that were trained for it"
         )
 
     @torch.no_grad()

@@ -200,7 +200,8 @@ class Boundary:
             cache.busy = False  # left behind by a forward that failed
         if cache.is_compileable and cache.shifted and len(cache.groups) > 1:
             raise UnsupportedError(
-                "compact positions, or those of resized pictures, with decoder-site stages need a dynamic cache; use cache_implementation=None"
+                "compact positions, or those of resized pictures, with decoder-site stages need a dynamic cache; use "
+                "cache_implementation=None"
             )
         shift = cache.groups[0].shift[:, None].to(x.device) if cache.shifted else None
         if shift is not None:

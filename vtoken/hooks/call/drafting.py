@@ -68,11 +68,11 @@ class Drafting:
 
     Args:
         draft: the model that drafts.
-        told: what its stages ask about the target's attention, if anything.
+        recorded: what its stages ask about the target's attention, if anything.
     """
 
-    def __init__(self, draft: Any, told: Any = None) -> None:
-        self.draft, self.told, self.call = draft, told, _Call()
+    def __init__(self, draft: Any, recorded: Any = None) -> None:
+        self.draft, self.recorded, self.call = draft, recorded, _Call()
         self.names = frozenset(inspect.signature(draft.forward).parameters) - OWN
 
     def on_target(self, context: Context) -> None:
@@ -96,7 +96,7 @@ class Drafting:
             check_call(inputs, kwargs)
             self.call.given, self.call.acceptance = {k: v for k, v in kwargs.items() if k in self.names}, Acceptance()
             try:
-                with nullcontext() if self.told is None else self.told.listening():
+                with nullcontext() if self.recorded is None else self.recorded.listening():
                     return original(inputs, *args, **kwargs)
             finally:
                 self.call.given = None
@@ -134,7 +134,7 @@ class Drafting:
         """While the draft runs for its target; `reads`: it reads the prompt."""
         self.call.at_work = True
         try:
-            with self.told.asking() if reads and self.told is not None else nullcontext():
+            with self.recorded.asking() if reads and self.recorded is not None else nullcontext():
                 yield
         finally:
             self.call.at_work = False

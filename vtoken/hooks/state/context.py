@@ -30,7 +30,7 @@ class Context:
         min_tokens: visual tokens below which a batch row runs dense.
         owner: who may continue the caches that are pruned here.
         read: facts of the vision tower (with layers resolved) that something else than a stage reads.
-        told: what the draft of this model is told of its attention; target: what this model, a draft, is told of its
+        recorded: attention of this model that is recorded for its draft; target: what this model, a draft, reads of its
             target's.
     """
 
@@ -43,7 +43,7 @@ class Context:
     min_tokens: int = 0
     owner: CacheOwner = field(default_factory=CacheOwner)
     read: frozenset[Fact] = frozenset()
-    told: TargetAttention | None = None
+    recorded: TargetAttention | None = None
     target: TargetAttention | None = None
 
     @property

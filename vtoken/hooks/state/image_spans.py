@@ -18,14 +18,14 @@ from vtoken.hooks.state.trace import StageTrace
 from vtoken.stages import Grid, Parts
 
 HIDDEN = (
-    "the attention_mask hides a part of a picture, whose tokens this model numbers by rows and columns; show all of it, "
+    "the attention_mask hides a part of a picture, whose tokens this model numbers by rows and columns; show all of it "
     "or hide all of it with the tokens that mark its beginning and end"
 )
 
 
 @dataclass(frozen=True)
 class Newlines:
-    """The newline tokens of a prefill: where they stand, and `closed_by` [ΣN], that behind each token's row (-1: none)."""
+    """The newline tokens of a prefill: where they stand; `closed_by` [ΣN]: that behind each token's row (-1: none)."""
 
     batch_row: Tensor
     column: Tensor
@@ -62,7 +62,7 @@ class ImageSpans:
         return [of[image][0] if of else None for of, (_, image) in zip(resized, self.origin, strict=True)]
 
     def as_seen(self, tokens: LiveTokens, device: torch.device) -> tuple[tuple[Parts, ...], tuple[int, ...], Tensor]:
-        """Rasters (of resized pictures the smaller) and batch row of every image, and [ΣK] where tokens stand in them."""
+        """Rasters (of resized pictures the smaller) and batch row of every image, and [ΣK] places in the rasters."""
         if not any(smaller := self.smaller):
             return tokens.parts, tokens.row, tokens.history.raster_index.to(device)
         parts = tuple((new,) if new else old for new, old in zip(smaller, tokens.parts, strict=True))

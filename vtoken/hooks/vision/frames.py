@@ -59,16 +59,16 @@ def choose(stages: Sequence[Stage], x: Tensor, frames: Sequence[int], skipped: S
     return Chosen(tuple(frames), index, steps)
 
 
-def chooses(stage: Stage, keep: Keep) -> Keep:
-    """The decision, if it is one about frames.
+def chooses(stage: Stage, keep: Keep, one: str = "frame", whole: str = "video") -> Keep:
+    """The decision, if it only chooses, and leaves one of every video (picture).
 
     Raises:
         ValueError: names the stage.
     """
     if keep.into is not None or 0 in keep.lengths:
         raise ValueError(
-            f"stage {stage.name} {'merged frames' if 0 not in keep.lengths else 'dropped every frame of a video'}: a "
-            "stage of site frames must choose at least one frame of every video, and can merge none"
+            f"stage {stage.name} {f'merged {one}s' if 0 not in keep.lengths else f'dropped every {one} of a {whole}'}: a "
+            f"stage of site {stage.site} must leave at least one {one} of every {whole}, and can merge none"
         )
     return keep
 

@@ -9,7 +9,7 @@ the right (CLS stays in column 0) and padded keys are masked, so a picture's res
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -204,12 +204,6 @@ class PaddedTower(Tower):
         chosen = frames.choose(self.choosers, frames.thumbnails(pixels), counts, call.skipped([1] * len(counts)))
         left = tuple(skipped[i] for i in chosen.index.tolist()) if skipped else ()
         return pixels[chosen.index], chosen, left
-
-    def _tap(self, module: Any, letters: Sequence[str]) -> nn.Module:
-        attention: nn.Module = getattr(module, self.encoder.attention)
-        for letter in letters:
-            self.context.handle.after_child(attention, self.encoder.taps[letter], partial(self._keep, letter))
-        return attention
 
     def _projected(self, module: Any, kwargs: dict) -> EncoderLayer:
         state, e = self.state, self.encoder

@@ -19,8 +19,12 @@ from vtoken.hooks.state.live_tokens import trace_of
 from vtoken.hooks.state.run import Clock
 from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.hooks.state.trace import StageTrace
-from vtoken.hooks.vision.tower import parted
-from vtoken.stages import Keep, Stage, VisualTokens
+from vtoken.hooks.vision.frames import chooses
+from vtoken.hooks.vision.pixel_stages import parted
+from vtoken.stages import Stage, VisualTokens
+
+# Some of every picture must be left.
+of_pictures = partial(chooses, one="token", whole="picture")
 
 
 def check_pixels(stages: Sequence[Stage], adapter: Any) -> None:
@@ -76,7 +80,7 @@ def choose(tower: Any, stages: Sequence[Stage], x: Tensor, still: bool) -> None:
             continue
         parts = [layout.parts for layout in tower.layouts]
         tokens = VisualTokens.pack(x[history.places], history.counts, parts, range(n), history.raster_index)
-        found = decide(stage, tokens, history, skipped=tower.skipped, amend=partial(chooses, stage))
+        found = decide(stage, tokens, history, skipped=tower.skipped, amend=partial(of_pictures, stage))
         tower.history = found.history
         tower.traces.append(found.trace)
     token = tower.history.places
@@ -87,17 +91,3 @@ def idle(stage: Stage, history: TokenHistory) -> StageTrace:
     """The entry of a stage that had nothing to decide."""
     with Clock(torch.device("cpu")) as clock:
         return trace_of(stage, history.counts, history, clock, None)
-
-
-def chooses(stage: Stage, keep: Keep) -> Keep:
-    """The decision, if it only chooses, and leaves some of every picture.
-
-    Raises:
-        ValueError: names the stage.
-    """
-    if keep.into is not None or 0 in keep.lengths:
-        raise ValueError(
-            f"stage {stage.name} {'merged tokens' if 0 not in keep.lengths else 'dropped every token of a picture'}: a "
-            "stage of site pixels must leave at least one token of every picture, and can merge none"
-        )
-    return keep

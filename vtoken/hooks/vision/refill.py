@@ -22,6 +22,7 @@ from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.live_tokens import check, skipped_entry, trace_of
 from vtoken.hooks.state.run import Clock
 from vtoken.hooks.vision.masked_layer import MaskedLayer
+from vtoken.hooks.vision.pixel_stages import parted
 from vtoken.stages import Fact, Stage, VisualTokens
 
 CHUNK = 1 << 24  # distances that are held at once: 64 MiB
@@ -88,9 +89,8 @@ def without_refill(stages: Sequence[Stage]) -> list[Stage]:
 
 def refill(context: Context, stages: Sequence[Stage], state: Callable[[], Any]) -> None:
     """Installs the others; `state` tells the tower's."""
-    for stage in stages:
-        if stage.refills() is not None:
-            Refill(context, stage, state)
+    for stage in (stage for stage in stages if stage.refills() is not None):
+        Refill(context, stage, state)
 
 
 class Refill:
@@ -129,7 +129,7 @@ class Refill:
 
     def _check(self, context: Context) -> None:
         name, why = self.stage.name, ""
-        choosers = [s for s in context.at("pixels") if type(s).resized is Stage.resized]
+        _, choosers = parted(context.at("pixels"))
         late = [fact for fact in context.wanted if fact.layer is not None and fact.layer >= self.alone]
         if not all(map(mlp_of, self.encoder.layers)):
             why = "the layers of this vision tower have no mlp"

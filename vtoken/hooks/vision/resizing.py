@@ -20,7 +20,7 @@ from vtoken.hooks.state.decide import decide
 from vtoken.hooks.state.run import ImageLayout, segments
 from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.hooks.state.trace import StageTrace
-from vtoken.hooks.vision.pixels import chooses
+from vtoken.hooks.vision.pixels import of_pictures
 from vtoken.stages import Grid, Keep, Parts, Stage, VisualTokens, place_in_image
 
 
@@ -86,7 +86,7 @@ def planned(stage: Stage, layouts: Sequence[ImageLayout], skipped: Sequence[bool
         segment=None if segment is None else segment.to(device, non_blocking=True),
     )
     found = decide(stage, tokens, history, skipped=skipped)
-    keep = chooses(stage, found.keep)
+    keep = of_pictures(stage, found.keep)
     if keep.lengths != tuple(math.prod(grid) for (grid,) in wanted):
         raise ValueError(f"stage {stage.name} keeps {list(keep.lengths)} tokens for pictures resized to {list(wanted)}")
     grids = tuple(grid for (grid,) in wanted)

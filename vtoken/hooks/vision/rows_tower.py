@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch.nn.functional import unfold
 from vtoken.hooks.state.run import ImageLayout
 from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.hooks.vision.encoder_facts import EncoderLayer
+from vtoken.hooks.vision.tower import Tower
 from vtoken.hooks.vision.varlen_tower import VarlenState, VarlenTower
 from vtoken.stages import Fact, Keep, image_of, offsets_of, place_in_image
 
@@ -94,11 +94,8 @@ class RowsTower(VarlenTower):
         if call is not None:
             state.skipped, state.skip_reason = call.skipped([1] * len(layouts)), call.skip_reason
 
-    def _tap(self, module: Any, letters: Sequence[str]) -> nn.Module:
-        attention: nn.Module = getattr(module, self.encoder.attention)
-        for letter in letters:
-            self.context.handle.after_child(attention, self.encoder.taps[letter], partial(self._keep, letter))
-        return attention
+    def _tap(self, module: Any, letters: list[str]) -> nn.Module:
+        return Tower._tap(self, module, letters)
 
     def _projected(self, module: Any, kwargs: dict) -> EncoderLayer:
         state, e = self.state, self.encoder

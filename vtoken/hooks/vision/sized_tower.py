@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -79,12 +78,6 @@ class SizedTower(RowsTower):
             state.skip_reason = call.skip_reason
         if self.pixels:
             state.facts[Fact("pixels")] = self._groups(batch.patches(pixels.detach().float())).flatten(1)
-
-    def _tap(self, module: Any, letters: Sequence[str]) -> nn.Module:
-        attention: nn.Module = getattr(module, self.encoder.attention)
-        for letter in letters:
-            self.context.handle.after_child(attention, self.encoder.taps[letter], partial(self._keep, letter))
-        return attention
 
     def _projected(self, module: Any, kwargs: dict) -> EncoderLayer:
         batch, e = self.state.batch, self.encoder

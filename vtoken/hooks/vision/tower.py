@@ -24,6 +24,7 @@ from vtoken.hooks.state.live_tokens import skipped_entry
 from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.hooks.state.trace import StageTrace
 from vtoken.hooks.vision.encoder_facts import OF_LAYER, EncoderLayer, compute, projections
+from vtoken.hooks.vision.pixel_stages import parted
 from vtoken.hooks.vision.refill import Estimates, refill, without_refill
 from vtoken.stages import Fact, Keep, Parts, Stage, VisualTokens
 
@@ -211,9 +212,12 @@ class Tower(ABC):
     def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """Before the tower: the state of this call."""
 
-    @abstractmethod
     def _tap(self, module: Any, letters: list[str]) -> nn.Module:
         """Has `_keep` called with these projections of a layer; returns its attention."""
+        attention: nn.Module = getattr(module, self.encoder.attention)
+        for letter in letters:
+            self.context.handle.after_child(attention, self.encoder.taps[letter], partial(self._keep, letter))
+        return attention
 
     @abstractmethod
     def _behind(self) -> None:
@@ -265,16 +269,6 @@ class Tower(ABC):
     @abstractmethod
     def _put_back(self, keep: Keep, values: Tensor, hidden: Tensor) -> Tensor:
         """Hidden states of what a decision leaves of `values`, as the next layer takes them."""
-
-
-def resizes(stage: Stage) -> bool:
-    """Whether a stage of site pixels resizes pictures; else it chooses."""
-    return type(stage).resized is not Stage.resized
-
-
-def parted(stages: Sequence[Stage]) -> tuple[list[Stage], list[Stage]]:
-    """Those of site pixels that resize pictures, and those that choose."""
-    return [stage for stage in stages if resizes(stage)], [stage for stage in stages if not resizes(stage)]
 
 
 def check_windows(full: Sequence[int] | None, name: str, layer: int, who: str) -> None:

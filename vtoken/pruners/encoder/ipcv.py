@@ -52,12 +52,7 @@ class IPCV(Pruner):
     @field_validator("keep")
     @classmethod
     def _of_pictures(cls, keep: Budget) -> Budget:
-        if keep.per is not None or keep.total is not None:
-            raise ValueError(
-                f"ipcv keeps patches of every picture inside the vision tower, so it takes no budget {keep.plain()}; "
-                "write a count (400) or a share (35%)"
-            )
-        return keep
+        return keep.of_each("patches per picture (400)")
 
     def needs(self) -> tuple[Fact, ...]:
         return (Fact("change"),)

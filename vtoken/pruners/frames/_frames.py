@@ -26,12 +26,7 @@ class FramePruner(Pruner):
     @field_validator("keep")
     @classmethod
     def _frames(cls, keep: Budget) -> Budget:
-        if keep.total is not None or keep.per is not None:
-            raise ValueError(
-                f"keep: {keep.plain()} cannot be had before the vision tower, which does not know what belongs to one "
-                "prompt; write frames per video (8), or a share of them (25%)"
-            )
-        return keep
+        return keep.of_each("frames per video (8)")
 
 
 def unit(x: Tensor) -> Tensor:

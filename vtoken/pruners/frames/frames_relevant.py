@@ -52,23 +52,17 @@ class FramesRelevant(FramePruner):
 
     @model_validator(mode="after")
     def _readable(self) -> Self:
-        scores = self._read()
-        if self.rule == "drawn" and min(map(min, scores)) < 0:
+        low = min(map(min, self.scores))
+        if self.rule == "drawn" and low < 0:
             raise ValueError("rule drawn draws in proportion to scores, which must not be negative; shift them")
         return self
 
-    def _read(self) -> tuple[_relevance.Scores, ...]:
+    @cached_property
+    def scores(self) -> tuple[_relevance.Scores, ...]:
+        """Of every video, or of all. A file is read once: later changes to it do not reach a wrapped model."""
         if isinstance(self.relevance, str):
             return _relevance.read(self.relevance)
         return _relevance.checked(self.relevance, "relevance")
-
-    @cached_property
-    def scores(self) -> tuple[_relevance.Scores, ...]:
-        """As read when first used, so that later changes to a file do not reach a wrapped model."""
-        return self._read()
-
-    def incompatibility(self, depth: int, width: int) -> str:
-        return "" if self.scores else "no scores"
 
     def select(self, tokens: VisualTokens) -> Keep:
         counts = self.keep.counts(tokens.lengths, tokens.row)

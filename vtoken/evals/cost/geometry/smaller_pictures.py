@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vtoken.errors import UnsupportedError
 from vtoken.evals.cost.geometry.shapes import Geometry
-from vtoken.hooks.vision.tower import parted
+from vtoken.hooks.vision.pixel_stages import parted
 from vtoken.stages import Stage, size_of
 
 
