@@ -77,12 +77,12 @@ def test_segments_are_crops(family):
         crops = torch.arange(len(projected)).float()[:, None, None].expand(-1, adapter.patches, 1)
         number, layout = adapter.pack(call, crops)[:, 0], call.layouts[0]
         assert set(layout.segment.tolist()) == set(range(len(projected)))
-        assert layout.resized or torch.equal(number.long(), layout.segment)
+        assert layout.interpolated or torch.equal(number.long(), layout.segment)
 
 
 def test_onevision_scales_large_pictures_down():
     model = tiny.make("llava_onevision")
-    resized = {s: encode(model, tiny.build(model, [[("img", s)]]))[1].layouts[0].resized for s in SIZES}
+    resized = {s: encode(model, tiny.build(model, [[("img", s)]]))[1].layouts[0].interpolated for s in SIZES}
     assert set(resized.values()) == {True, False}, "both kinds are tested above"
 
 

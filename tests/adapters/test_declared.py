@@ -50,7 +50,7 @@ def test_pictures_are_as_they_are_called(family: str) -> None:
         assert one.crops_one_only == (layouts("img", "img")[0].parts != alone.parts)
     if one.takes_video:
         (video,) = layouts(("video", 4))
-        assert video.resized == one.pooled_videos and video.parts[0][0] == one.frames((4, *one.video[1:]))[0] == 4
+        assert video.interpolated == one.pooled_videos and video.parts[0][0] == one.frames((4, *one.video[1:]))[0] == 4
 
 
 @families

@@ -43,7 +43,7 @@ def test_what_is_planned_is_left(model, stages, newline, least):
     for item in [*(("img", size) for size in SIZES), *(("video", n) for n in videos)]:
         batch = tiny.build(model, [[2, item, 3]])
         (layout,) = adapter.layouts("image" if item[0] == "img" else "video", batch)
-        resized |= {layout.resized} if item[0] == "img" else set()
+        resized |= {layout.interpolated} if item[0] == "img" else set()
         with vtoken.wrapped(model, pipeline), torch.inference_mode():
             model(**batch)
             trace = vtoken.trace(model)

@@ -138,11 +138,11 @@ def test_layouts_are_those_of_transformers(transformers):
     given = {"image_sizes": sizes, "pixel_values": torch.zeros(len(sizes), 17, 1, 1, 1)}
     found = Packing(transformers.model.config).layouts_of(sizes)
     for layout, other in zip(found, adapter.layouts("image", given), strict=True):
-        assert (layout.parts, layout.resized) == (other.parts, other.resized)
+        assert (layout.parts, layout.interpolated) == (other.parts, other.interpolated)
         for name in ("segment", "newline", "closed_by"):
             one, two = getattr(layout, name), getattr(other, name)
             assert torch.equal(one, two) if torch.is_tensor(one) else one is two
-    assert {layout.resized for layout in found} == {False, True}
+    assert {layout.interpolated for layout in found} == {False, True}
     assert {len(layout.parts) for layout in found} == {1, 2}
 
 

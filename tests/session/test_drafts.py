@@ -19,12 +19,12 @@ import vtoken
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.decoder import target_attention
 from vtoken.hooks.decoder.target_attention import received
-from vtoken.hooks.state.layer_kinds import recorded
+from vtoken.hooks.state.layer_kinds import windows_go_back
 from vtoken.hooks.state.twin import twin
 from vtoken.session import session_of
 from vtoken.stages import Keep, VisualTokens
 
-FAMILIES = tiny.families(states=()) if recorded() else tiny.families(states=(), window=None)
+FAMILIES = tiny.families(states=()) if windows_go_back() else tiny.families(states=(), window=None)
 families = pytest.mark.parametrize("family", FAMILIES)
 NEW = 12
 PROMPTS: dict[str, list[tiny.Item]] = {
@@ -328,7 +328,7 @@ def test_states_can_neither_draft_nor_be_drafted_for(family):
     assert changed(before, state(model)) == set()
 
 
-@pytest.mark.skipif(recorded(), reason="this transformers takes tokens back from windows")
+@pytest.mark.skipif(windows_go_back(), reason="this transformers takes tokens back from windows")
 @pytest.mark.parametrize("family", sorted({*tiny.FAMILIES} - {*tiny.families(window=None)}))
 def test_windows_of_older_transformers_are_refused(family):
     with pytest.raises(UnsupportedError, match="sliding windows"):

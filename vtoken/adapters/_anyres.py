@@ -103,7 +103,7 @@ class Anyres(Padded):
         segment = torch.cat([torch.zeros(self.patches), crop]).long()
         line = torch.cat([torch.full((self.patches,), -1), torch.arange(rows).repeat_interleave(n // rows)])
         exact = bool((stitched == stitched.round()).all())
-        return ImageLayout((base, (1, rows, n // rows)), segment, newline, line, resized=not exact)
+        return ImageLayout((base, (1, rows, n // rows)), segment, newline, line, interpolated=not exact)
 
 
 def check_pixels(pixels: Any, crops: list[int]) -> None:

@@ -32,7 +32,7 @@ class LlavaNextVideo(LlavaNext):
         videos, frames = pixels.shape[:2]
         side = self.side // self.stride
         segment = torch.arange(frames).repeat_interleave(side**2) if frames > 1 else None
-        return (ImageLayout(((frames, side, side),), segment, resized=True),) * videos
+        return (ImageLayout(((frames, side, side),), segment, interpolated=True),) * videos
 
     def pack(self, call: FeatureCall, values: Tensor) -> Tensor:
         """Values of a video are averaged, however the model pools its features."""

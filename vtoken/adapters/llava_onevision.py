@@ -54,4 +54,4 @@ def video_layout(frames: int, side: int) -> ImageLayout:
     newline = torch.arange(tokens + 1) == tokens
     segment = torch.arange(frames).repeat_interleave(side**2) if frames > 1 else None
     line = torch.zeros(tokens, dtype=torch.long)
-    return ImageLayout(((frames, side, side),), segment, newline, line, resized=True)
+    return ImageLayout(((frames, side, side),), segment, newline, line, interpolated=True)

@@ -9,7 +9,7 @@ import transformers
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.call.vocabularies import MOST, words
-from vtoken.hooks.state.layer_kinds import SLIDING, kinds_of, recorded
+from vtoken.hooks.state.layer_kinds import SLIDING, kinds_of, windows_go_back
 from vtoken.stages import Stage
 from vtoken.stages.facts import of_target
 
@@ -48,7 +48,7 @@ def check_pair(target: Adapter, draft: Adapter) -> None:
                 f"{adapter.model_type} can neither draft nor be drafted for: {states} of its decoder layers keep a state, "
                 "from which no token can be taken back (transformers refuses assisted generation)"
             )
-    if SLIDING in kinds_of(draft.lm.config) and not recorded():
+    if SLIDING in kinds_of(draft.lm.config) and not windows_go_back():
         raise UnsupportedError(
             f"{draft.model_type} attends in sliding windows, and transformers {transformers.__version__} cannot have a "
             "model with windows draft several tokens in a row; use a newer one, or a draft without windows"

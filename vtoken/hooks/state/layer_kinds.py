@@ -33,7 +33,7 @@ def window_of(config: Any, layer: int) -> int | None:
     return window
 
 
-def recorded() -> bool:
+def windows_go_back() -> bool:
     """Whether a sliding window from which tokens can be taken back hands out what its mask is made for after several
     steps in a row, as a draft takes them; transformers 5.17 has it hand out more."""
     layer, step = DynamicSlidingWindowLayer(2), torch.zeros(1, 1, 3, 1)

@@ -129,7 +129,7 @@ def repacked(
 
     Tokens that the model interpolated stay when all their sources stayed; which of them absorbed which cannot be told.
     """
-    exact = not any(layout.resized for layout in call.layouts)
+    exact = not any(layout.interpolated for layout in call.layouts)
     crops, patches = len(full), full[0]
     ids = torch.arange(crops * patches, dtype=torch.float32)
     channels = [ids.view(crops, patches)]

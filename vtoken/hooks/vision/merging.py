@@ -70,14 +70,14 @@ class MergeInLayer:
         return None if merged is None else merged
 
 
-def check_resized(call: FeatureCall | None) -> None:
+def check_interpolated(call: FeatureCall | None) -> None:
     """Refuses to merge where the model interpolates features afterwards.
 
     Raises:
         UnsupportedError: an interpolated token needs several neighbours, most of which stand empty once patches were
             merged.
     """
-    if call is not None and any(layout.resized for layout in call.layouts):
+    if call is not None and any(layout.interpolated for layout in call.layouts):
         raise UnsupportedError(
             "this model shrinks the features of videos and of pictures with many crops by interpolation behind its "
             "vision tower, which merged patches do not survive; merge behind it, with a stage of site tokens, or give "
@@ -90,7 +90,7 @@ def move_to_visible_member(tower: Any, call: FeatureCall, pack: Callable[[Featur
     facts and traces go with them. `pack` brings patches [crops, full, 1] to the tokens [ΣN, 1] that the model makes of
     them."""
     history = tower.history
-    if history.absorbed_by is None or any(layout.resized for layout in call.layouts):
+    if history.absorbed_by is None or any(layout.interpolated for layout in call.layouts):
         return
     ids = torch.arange(sum(history.full), device=history.absorbed_by.device)
     packed = pack(call, ids.float().view(len(history.full), -1, 1))

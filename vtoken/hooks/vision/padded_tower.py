@@ -22,7 +22,7 @@ from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.hooks.vision import frames
 from vtoken.hooks.vision.encoder_facts import EncoderLayer, biased
 from vtoken.hooks.vision.masked_layer import MaskedLayer
-from vtoken.hooks.vision.merging import MergeInLayer, check_resized, move_to_visible_member
+from vtoken.hooks.vision.merging import MergeInLayer, check_interpolated, move_to_visible_member
 from vtoken.hooks.vision.tower import Tower, TowerState
 from vtoken.stages import Fact, Keep, Parts, image_of, place_in_image, uploaded
 
@@ -165,7 +165,7 @@ class PaddedTower(Tower):
         given = args[0] if args else kwargs["pixel_values"]
         call = self.run.call
         if any(self.merging.values()) and (call is None or call.skip_reason is None):
-            check_resized(call)
+            check_interpolated(call)
         pixels, chosen = given, None
         skipped: tuple[bool, ...] = ()
         if call is not None and (self.choosers or call.skip_plan is not None):
