@@ -61,7 +61,7 @@ class Pair:
             Session(self.target, self.before)
 
 
-def draft(model: Any, draft: Any = None, pipeline: PipelineLike = "specvlm-90") -> Any:
+def draft(model: Any, draft: Any = None, pipeline: PipelineLike | None = None) -> Any:
     """Makes a model that drafts for `model` and sees the pictures of its calls, under a pipeline of its own:
 
         assistant = vtoken.draft(model, small, "specvlm-90")
@@ -78,7 +78,8 @@ def draft(model: Any, draft: Any = None, pipeline: PipelineLike = "specvlm-90") 
         model: the target, a stock VLM, wrapped or not.
         draft: another checkpoint with the same vocabulary (padding aside) and placeholders, not wrapped. None: the same
             model, in a second tree of modules on the same weights; move it, quantise it and add adapters before.
-        pipeline: of the draft, as `vtoken.wrap` takes it.
+        pipeline: of the draft, as `vtoken.wrap` takes it. None: what stands under `draft:` in the pipeline of the
+            wrapped target; "specvlm-90" if nothing does.
 
     Returns:
         The draft: `draft` itself, or the second tree.
@@ -88,7 +89,6 @@ def draft(model: Any, draft: Any = None, pipeline: PipelineLike = "specvlm-90") 
             draft already.
         ConfigError: the pipeline does not read.
     """
-    own = config.load(pipeline)
     target, other = whole(model), None if draft is None or whole(draft) is whole(model) else whole(draft)
     check_whole(target)
     held = session_of(target)
@@ -101,6 +101,9 @@ def draft(model: Any, draft: Any = None, pipeline: PipelineLike = "specvlm-90") 
                 "this draft is wrapped already; call vtoken.unwrap(draft) first and give its pipeline to vtoken.draft"
             )
     before = None if held is None else held.pipeline
+    if pipeline is None:
+        pipeline = (before and before.draft) or "specvlm-90"
+    own = config.load(pipeline)
     if held is not None:
         held.release()
     try:

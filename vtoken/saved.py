@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from vtoken import config, registry
+from vtoken.config import Pipeline
 from vtoken.config.beside import FILE, FOLDER
 from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.session import session_of
@@ -41,13 +42,13 @@ def save(model: Any, folder: str | os.PathLike[str], **options: Any) -> Path:
     folder, copies = Path(folder), dict[str, str]()
     if os.path.isfile(folder):
         raise ConfigError(f"{str(folder)!r} is a file; write a folder")
-    stages = tuple(_moved(stage, k, copies) for k, stage in enumerate(session.pipeline.stages))
+    moved = _moved(session.pipeline, copies)
     model.save_pretrained(folder, **options)
     for name, source in copies.items():
         (folder / FOLDER).mkdir(exist_ok=True)
         if not (folder / name).exists() or not os.path.samefile(source, folder / name):
             shutil.copyfile(source, folder / name)
-    (folder / FILE).write_text(config.dump(replace(session.pipeline, stages=stages)), encoding="utf-8")
+    (folder / FILE).write_text(config.dump(moved), encoding="utf-8")
     _forget(folder / "config.json")
     return folder
 
@@ -69,7 +70,15 @@ def push_to_hub(model: Any, repository: str, *, private: bool | None = None, tok
     return str(made)
 
 
-def _moved(stage: Stage, number: int, copies: dict[str, str]) -> Stage:
+def _moved(pipeline: Pipeline, copies: dict[str, str], first: int = 0) -> Pipeline:
+    """The pipeline, and that of its draft, with file options changed to where the copies will be; stages count from
+    `first`."""
+    stages = tuple(_stage_moved(stage, k, copies) for k, stage in enumerate(pipeline.stages, first))
+    draft = None if pipeline.draft is None else _moved(pipeline.draft, copies, first + len(stages))
+    return replace(pipeline, stages=stages, draft=draft)
+
+
+def _stage_moved(stage: Stage, number: int, copies: dict[str, str]) -> Stage:
     """The stage with its file options changed to where the copies will be; adds new name -> file to `copies`."""
     if stage.name not in registry.stages():
         raise ConfigError(f"stage {stage.name!r} has no entry point, so {FILE} cannot name it; see CONTRIBUTING.md")

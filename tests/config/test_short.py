@@ -15,7 +15,7 @@ from caught import catch, ends, lmms_model
 import vtoken
 from vtoken import config, registry
 from vtoken.cli import main
-from vtoken.config.pipeline import KEYS
+from vtoken.config.policies import KEYS
 from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals.quality.options import Sweep
 from vtoken.evals.shared.yaml_options import read

@@ -40,7 +40,7 @@ ROOMS = {
         "compatibility.py",
         "registry.py",
         "cli.py",
-    ): 14330,
+    ): 14370,
     ("kernels",): 3030,
     ("evals", "commands"): 13220,
 }

@@ -4,51 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from itertools import pairwise
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from pydantic import ValidationError
 
 from vtoken import registry
 from vtoken.config.beside import in_folder, is_repository, on_hub
 from vtoken.config.messages import explain
+from vtoken.config.policies import DRAFT, KEYS, LEAST, POLICIES, POLICY_KEYS, PRESET, Anyres, Newline, Positions, check
 from vtoken.config.presets import recipe
 from vtoken.config.short_form import bare, is_stage, options_of, short_form
 from vtoken.config.yaml_source import Source, read
 from vtoken.config.yaml_source import dump as write_yaml
-from vtoken.errors import ConfigError, about, either, shown, unknown
-from vtoken.stages import SITES, Stage
+from vtoken.errors import ConfigError, about, shown, unknown
+from vtoken.stages import Stage
 from vtoken.stages.budget import Budget
-
-Positions = Literal["original", "compact"]
-Newline = Literal["keep_if_row_has_token", "keep", "drop"]
-Anyres = Literal["model", "2x2"]
-# Key -> what may be written, the default first, and what it means.
-POLICIES: dict[str, tuple[tuple[str, ...], str]] = {
-    "positions": (
-        get_args(Positions),
-        "original: tokens keep their position ids; compact: ids are renumbered without gaps (not with M-RoPE)",
-    ),
-    "newline": (
-        get_args(Newline),
-        "the newline token after each row of a LLaVA-NeXT or OneVision image: it stays if a token of its row stays, "
-        "always, or never",
-    ),
-    "anyres": (
-        get_args(Anyres),
-        "LLaVA-NeXT: crops as the model chooses, or always 2 x 2 (as in published tables of 640, 320 and 160 tokens); "
-        "pass the processor through vtoken.match_processor",
-    ),
-}
-LEAST = "min_visual_tokens"
-PRESET = "preset"
-POLICY_KEYS = (*POLICIES, LEAST)
-KEYS = (PRESET, *POLICY_KEYS, "stages")
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,7 +31,8 @@ class Pipeline:
     """Stages in the order in which data flows through them, and the policies that apply to all of them (see `vtoken
     schema`). Its repr is what `dump` writes.
 
-    `written` is what the user wrote, which errors quote; "" if the pipeline was not read from text.
+    `draft` is the pipeline of the draft that `vtoken.draft(model)` makes. `written` is what the user wrote, which errors
+    quote; "" if the pipeline was not read from text.
     """
 
     name: str
@@ -65,10 +41,13 @@ class Pipeline:
     newline: Newline = "keep_if_row_has_token"
     anyres: Anyres = "model"
     min_visual_tokens: int = 0
+    draft: Pipeline | None = None
     written: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        _check(vars(self), Source())
+        check(vars(self), Source())
+        if self.draft is not None and (not isinstance(self.draft, Pipeline) or self.draft.draft is not None):
+            raise ConfigError(f"{DRAFT} must be a pipeline that has no {DRAFT} itself, not {shown(self.draft)}")
 
     def __repr__(self) -> str:
         return dump(self)
@@ -107,8 +86,13 @@ def load(pipeline: PipelineLike) -> Pipeline:
 
 def dump(pipeline: Pipeline) -> str:
     """YAML text that loads to the same policies and stages, with every option written out."""
+    return write_yaml(_plain_form(pipeline))
+
+
+def _plain_form(pipeline: Pipeline) -> dict[str, Any]:
     stages = [{s.name: options} if (options := s.model_dump(mode="json")) else s.name for s in pipeline.stages]
-    return write_yaml({**{key: getattr(pipeline, key) for key in POLICY_KEYS}, "stages": stages})
+    draft = {} if pipeline.draft is None else {DRAFT: _plain_form(pipeline.draft)}
+    return {**{key: getattr(pipeline, key) for key in POLICY_KEYS}, **draft, "stages": stages}
 
 
 def _from_text(text: str) -> Pipeline:
@@ -177,9 +161,21 @@ def _from_data(data: Any, name: str, source: Source) -> Pipeline:
             f"stages must be a list, as in [fastervlm: {{keep: 64}}] (for none []), not {shown(items)}",
         )
     stages = tuple(_stage(item, ("stages", i), source) for i, item in enumerate(items))
-    _check({**policies, "stages": stages}, source)
+    draft = _draft(data[DRAFT], source) if DRAFT in data else None
+    check({**policies, "stages": stages}, source)
     name = name or preset or "+".join(s.name for s in stages) or "none"
-    return Pipeline(name, stages=stages, written=preset and f'preset "{preset}"', **policies)
+    return Pipeline(name, stages=stages, draft=draft, written=preset and f'preset "{preset}"', **policies)
+
+
+def _draft(item: Any, source: Source) -> Pipeline:
+    """The pipeline under `draft:`: a preset, a short form, a list of stages or a mapping."""
+    own = Source(source.file, {path[1:]: line for path, line in source.lines.items() if path[:1] == (DRAFT,)})
+    if isinstance(item, (dict, list, tuple)):
+        return _from_data(item if isinstance(item, dict) else {"stages": item}, "", own)
+    try:
+        return load(item)
+    except ConfigError as error:
+        raise source.error((DRAFT,), f"{DRAFT}: {error}") from None
 
 
 def _on_preset(data: dict[str, Any], source: Source) -> tuple[str, dict[str, Any]]:
@@ -262,23 +258,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Integral):
         return int(value)
     raise TypeError(f"{shown(value)} is a {type(value).__name__}; write a number, text, list or mapping")
-
-
-def _check(given: Mapping[str, Any], source: Source) -> None:
-    """Checks policies and stages one by one, and the order of the stages."""
-    for key, (values, _) in POLICIES.items():
-        if type(given[key]) is not str or given[key] not in values:
-            raise source.error((key,), f"{key} must be {either(values)}, not {shown(given[key])}")
-    least = given[LEAST]
-    if type(least) is not int or not 0 <= least < 2**63:
-        raise source.error((LEAST,), f"{LEAST} must be a whole number >= 0, not {shown(least)}")
-    for stage in given["stages"]:
-        if not isinstance(stage, Stage):
-            raise ConfigError(f"{shown(stage)} is no Stage; vtoken.config.load reads a list of names and options")
-    for i, (before, after) in enumerate(pairwise(given["stages"]), start=1):
-        if SITES.index(after.site) < SITES.index(before.site):
-            raise source.error(
-                ("stages", i),
-                f"stage {after.name!r} acts at site {after.site} but comes after {before.name!r}, which acts at "
-                f"{before.site}; order the stages by site: {', '.join(SITES)}",
-            )

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from vtoken import registry
-from vtoken.config.pipeline import LEAST, POLICIES, PRESET
+from vtoken.config.policies import DRAFT, LEAST, POLICIES, PRESET
 from vtoken.stages import SITES
 
 
@@ -49,6 +49,10 @@ def schema() -> dict[str, Any]:
                 "type": "integer",
                 "minimum": 0,
                 "default": 0,
+            },
+            DRAFT: {
+                "description": "the pipeline of the draft that vtoken.draft(model) makes; wrap alone makes none",
+                "anyOf": [{"type": "string"}, {"$ref": "#"}, {"$ref": "#/properties/stages"}],
             },
             "stages": {
                 "description": f"sites must not go backwards: {', '.join(SITES)}",

@@ -211,7 +211,7 @@ def _check_policies(pipeline: Pipeline, family: str) -> None:
 
 def _rewritten(pipeline: Pipeline, positions: str) -> str:
     """The pipeline with these positions, as JSON."""
-    from vtoken.config.pipeline import POLICY_KEYS
+    from vtoken.config import POLICY_KEYS
 
     line = re.fullmatch(r'(?:preset|pipeline) "([^"]+)"', pipeline.written)
     if line is not None and "positions=" not in line[1] and "..." not in line[1]:
