@@ -151,7 +151,7 @@ def check_attending(stage: Stage, adapter: Adapter) -> None:
         spec = spec_of(need.name, stage.site)
         if spec is None or spec.read not in ("decoder layer", "next layer", "blocks"):
             continue
-        before = spec.read != "next layer"  # the layer in front of the cut, not the one behind it
+        before = spec.read != "next layer"  # the layer in front of the cut, not the one after it
         read = [k - before for k in stage.layers(depth)] if need.layer is None else [need.layer % depth]
         if spec.read == "blocks" and need.layer is not None:
             read = [*range(read[0], max(stage.layers(depth)))]
@@ -284,13 +284,13 @@ def check_inside(stage: Stage, adapter: Adapter) -> None:
     if adapter.encoder.packed and adapter.encoder.unit == 1:
         raise UnsupportedError(
             f"stage {stage.name} merges single patches inside encoder layers, which needs crops in a batch; "
-            f"this {adapter.model_type} has all patches in one sequence. Use a stage that merges behind it (dtome_post)"
+            f"this {adapter.model_type} has all patches in one sequence. Use a stage that merges after it (dtome_post)"
         )
     if adapter.encoder.unit != 1:
         raise UnsupportedError(
             f"stage {stage.name} merges single patches inside encoder layers; {adapter.model_type} joins "
-            f"{adapter.encoder.unit} neighbouring patches to a token behind its encoder and needs them whole. Use a "
-            "stage that merges behind it (dtome_post)"
+            f"{adapter.encoder.unit} neighbouring patches to a token after its encoder and needs them whole. Use a "
+            "stage that merges after it (dtome_post)"
         )
     if stage.merge_point() == "proportional" and "flash" in (adapter.tower.config._attn_implementation or ""):
         raise UnsupportedError(

@@ -17,7 +17,7 @@ from vtoken.hooks.state.run import FeatureCall, ImageLayout, tokens_of
 
 class Anyres(Padded):
     """Crop 0 is the whole picture scaled down; the others are stitched, lose their padding and get a newline token
-    behind each row.
+    after each row.
 
     What becomes of a token is found by packing channels that hold its row, column and crop, so no packing code is
     repeated here.
@@ -54,7 +54,7 @@ class Anyres(Padded):
 
     @abstractmethod
     def pack_options(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """What the model's packing is told besides sizes."""
+        """What the model's packing takes besides sizes."""
 
     def pack(self, call: FeatureCall, values: Tensor) -> Tensor:
         split = values.split(self.crops(call.arguments))

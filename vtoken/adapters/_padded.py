@@ -92,7 +92,7 @@ def feature_layers(chosen: int | list[int], depth: int) -> tuple[int, ...]:
 
 def check_feature_layer(kwargs: dict[str, Any], chosen: int | list[int]) -> None:
     """Refuses arguments of a call of the model or its tower that name other hidden states than the config's."""
-    # The model is told the layer; from 5.18 on the tower is too, as the one hidden state to return.
+    # The model gets the layer; from 5.18 on the tower does too, as the one hidden state to return.
     for asked in map(kwargs.get, ("vision_feature_layer", "vision_feature_layers", "output_hidden_states")):
         if type(asked) in (int, list, tuple) and (list(asked) if isinstance(asked, tuple) else asked) != chosen:
             raise UnsupportedError(

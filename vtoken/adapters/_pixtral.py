@@ -78,7 +78,7 @@ class Pixtral(Adapter):
 
     def visual_kinds(self, ids: Tensor | None, embeds: Tensor | None, among: Collection[str] = KINDS) -> Tensor:
         """The token that parts two rows of a picture is one of its tokens. Its id is not in the config: it stands
-        between image tokens, and is not the one that stands behind the last of them, which ends a picture."""
+        between image tokens, and is not the one that stands after the last of them, which ends a picture."""
         kinds = super().visual_kinds(ids, embeds, among)
         given = embeds if ids is None else ids
         assert given is not None

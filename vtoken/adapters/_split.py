@@ -1,4 +1,4 @@
-"""What Idefics3 and SmolVLM share: a picture is cut into crops that text parts in the prompt, the whole behind them;
+"""What Idefics3 and SmolVLM share: a picture is cut into crops that text parts in the prompt, the whole after them;
 k x k patches become a token in the connector."""
 
 from __future__ import annotations

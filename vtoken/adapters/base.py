@@ -91,7 +91,7 @@ class Adapter(ABC):
         both_ways: whether the tokens of an image may see each other both ways, see `blocks`.
         prompted: whether `layouts` and `crops` are given `input_ids` or `inputs_embeds` of the prompt too, where there
             is one.
-        gated_queries: whether the decoder's q_proj gives each head's query and, behind it, a gate of the same width.
+        gated_queries: whether the decoder's q_proj gives each head's query and, after it, a gate of the same width.
         final_norm: the decoder's name for its last norm.
     """
 

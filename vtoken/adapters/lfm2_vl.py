@@ -13,7 +13,7 @@ from vtoken.hooks.state.run import ImageLayout
 
 
 class Lfm2VL(Adapter):
-    """`Lfm2VlForConditionalGeneration`. A large picture is cut into equal crops, the whole scaled down behind them.
+    """`Lfm2VlForConditionalGeneration`. A large picture is cut into equal crops, followed by the whole scaled down.
 
     Pixels do not tell which crops are of one picture, but the prompt does: a single token stands between them.
     """

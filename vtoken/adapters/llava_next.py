@@ -1,4 +1,4 @@
-"""LLaVA-NeXT: the downscaled picture and its crops (anyres), stitched and unpadded, with a newline token behind each
+"""LLaVA-NeXT: the downscaled picture and its crops (anyres), stitched and unpadded, with a newline token after each
 row."""
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def options_of(rest: str) -> dict[str, Any]:
         except ConfigError as error:
             raise ConfigError(
                 f"{shown(value)} is not a value of {key!r} ({error}); write one as in YAML (64, 25%, [1, 2]), and "
-                "every further option by name behind a comma: NAME:64,option=value"
+                "every further option by name after a comma: NAME:64,option=value"
             ) from None
     return options
 

@@ -55,7 +55,7 @@ class Keyed(BaseMultiModalProcessor):
         if plan.reads_text(pipeline):
             LOGGER.warning_once(
                 "vtoken: pipeline %s reads the prompt, so a picture is encoded again for every prompt around it, and "
-                "prompts share no prefix behind a picture",
+                "prompts share no prefix after a picture",
                 pipeline.name,
             )
 

@@ -89,7 +89,7 @@ def _checked(model: Any) -> Session:
     for stage in session.pipeline.stages:
         if stage.site not in BEFORE:
             raise UnsupportedError(
-                f"stage {stage.name} acts at site {stage.site}, behind the embeddings; {plan.ELSEWHERE}"
+                f"stage {stage.name} acts at site {stage.site}, after the embeddings; {plan.ELSEWHERE}"
             )
     if session.pipeline.positions != "compact":
         raise UnsupportedError(

@@ -39,7 +39,7 @@ def routers(name: str) -> dict[int, Router]:
     if not layers or not all(re.fullmatch("[0-9]{1,9}", layer) for layer in layers):
         odd = next((key for key in found if not re.match(r"[0-9]{1,9}\.", key)), "nothing")
         raise ValueError(
-            f"{path} holds no routers but {reprlib.repr(odd)}, expected {', '.join(PARTS)} behind the number of every "
+            f"{path} holds no routers but {reprlib.repr(odd)}, expected {', '.join(PARTS)} after the number of every "
             "layer that has one"
         )
     expect(path, found, ((f"{k}.{part}", shape) for k in layers for part, shape in _shapes(found, k)))

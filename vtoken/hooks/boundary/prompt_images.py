@@ -35,8 +35,8 @@ class PromptImages:
         spans: where its images came from and stand.
         whole, seen: their unpruned tokens, and those that the padding mask does not hide; hidden: whether it hides any.
         values: [ΣN, D] what stands at `whole`.
-        counts, texts, tails: per row, tokens that the mask shows, those of text, and those behind the prompt.
-        answer: [B, L] which are behind the prompt; None where none is.
+        counts, texts, tails: per row, tokens that the mask shows, those of text, and those after the prompt.
+        answer: [B, L] which are after the prompt; None where none is.
     """
 
     spans: ImageSpans
@@ -108,7 +108,7 @@ def first_look(context: Context, flow: ForwardState, kinds: Tensor, positions: T
 def counted(
     kinds: Tensor, new: Tensor, answer: Tensor | None, number: int, fine: Tensor | None
 ) -> tuple[list[list[int]], list[int], list[int], list[int], bool]:
-    """Asks the device once: per kind its placeholders in every row; per row, tokens behind the prompt, visual ones that
+    """Asks the device once: per kind its placeholders in every row; per row, tokens after the prompt, visual ones that
     the padding mask shows, and all that it shows; and whether it is `fine` [] bool."""
     each = [kinds == kind + 1 for kind in range(number)]
     visual = each[0] if number == 1 else kinds > 0

@@ -1,7 +1,7 @@
 """Positions of a prompt whose pictures were resized: those of the prompt with the smaller pictures.
 
 Rows and columns are numbered from where a picture stands, so the tokens of its corner are numbered as those of the
-smaller picture. Text behind it follows where the longer side ends.
+smaller picture. Text after it follows where the longer side ends.
 """
 
 from __future__ import annotations

@@ -79,8 +79,8 @@ def check_interpolated(call: FeatureCall | None) -> None:
     """
     if call is not None and any(layout.interpolated for layout in call.layouts):
         raise UnsupportedError(
-            "this model shrinks the features of videos and of pictures with many crops by interpolation behind its "
-            "vision tower, which merged patches do not survive; merge behind it, with a stage of site tokens, or give "
+            "this model shrinks the features of videos and of pictures with many crops by interpolation after its "
+            "vision tower, which merged patches do not survive; merge after it, with a stage of site tokens, or give "
             "it smaller pictures"
         )
 

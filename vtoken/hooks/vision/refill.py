@@ -1,4 +1,4 @@
-"""A vision tower that runs on a part of its patches and estimates the others behind it.
+"""A vision tower that runs on a part of its patches and estimates the others after it.
 
 Before layer k a stage chooses patches. What is dropped keeps its value of then, and follows the mean change of the
 nearest patches that stayed. In the next layers attention still sees those estimates while the MLP runs on what stayed;

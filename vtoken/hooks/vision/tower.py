@@ -1,7 +1,7 @@
 """The skeleton of hooks inside a vision tower: facts are read off chosen layers, stages decide between layers.
 
 A subclass knows how values lie in the tower (padded crops, or one sequence of all images): it gathers live tokens, puts
-back what a decision left, cuts arguments of later layers to them, and gives features their length behind the tower.
+back what a decision left, cuts arguments of later layers to them, and gives features their length after the tower.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Tower(ABC):
         stages = [stage.for_depth(depth) for stage in context.at("encoder")]
         self.stages = without_refill(stages)
         self.at = by_layer([stage for stage in self.stages if not stage.merge_point()], depth)
-        # What lies behind the last layer that features are read from is not asked.
+        # What lies after the last layer that features are read from is not asked.
         inside, last = [stage for stage in self.stages if stage.merge_point()], min(self.encoder.feature_layers)
         self.merging = {k: acting if k <= last else [] for k, acting in by_layer(inside, depth).items()}
         self.features, self.pixels = (any(fact.name == name for fact in wanted) for name in ("features", "pixels"))
@@ -221,7 +221,7 @@ class Tower(ABC):
 
     @abstractmethod
     def _behind(self) -> None:
-        """Installs what gives features their length back behind the tower."""
+        """Installs what gives features their length back after the tower."""
 
     @abstractmethod
     def _projected(self, module: Any, kwargs: dict) -> EncoderLayer:

@@ -1,4 +1,4 @@
-"""Inside a padded tower behind which the model joins squares of k x k neighbouring patches to visual tokens (pixel
+"""Inside a padded tower after which the model joins squares of k x k neighbouring patches to visual tokens (pixel
 shuffle, pooling).
 
 Stages see such units, and whole ones leave. Until then patches lie row by row, as the tower has them; afterwards unit

@@ -20,7 +20,7 @@ class IVCPrune(Pruner):
     weighs the tokens of an image by a softmax over the image of dot products of values, divided by the root of their
     width; mean over heads.
 
-    1. Seeds: the share `seeds` of an image with the highest weights, mean over the text behind it.
+    1. Seeds: the share `seeds` of an image with the highest weights, mean over the text after it.
     2. Foreground: the same mean over that text and the seeds.
     3. Coordinate tokens: the share `coordinates` with the largest mean cosine of RoPE at the token's position, over
        channels and position axes, and as many with the largest mean sine.
@@ -40,12 +40,12 @@ class IVCPrune(Pruner):
         "The weights are the authors' of Qwen2.5-VL; their LLaVA-1.5 code takes the softmax over all of the prompt. A "
         "`keep` below seeds and coordinate tokens holds: seeds first, then coordinate tokens by rank; the authors exceed "
         "it. RoPE is compared in float32, theirs in the model's dtype. Several images, rows and any padding work, image "
-        "by image; theirs takes one image. An image without text behind it is weighed by its own tokens. Pictures cut "
+        "by image; theirs takes one image. An image without text after it is weighed by its own tokens. Pictures cut "
         "into crops are chosen from as a whole or, by `per_crop`, crop by crop; their InternVL code reads the "
         "thumbnail alone and maps its choice to the crops."
     )
 
-    keep: Budget = Field(default=Budget("50%"), description="tokens that stay behind the cut; unused with `foreground`")
+    keep: Budget = Field(default=Budget("50%"), description="tokens that stay after the cut; unused with `foreground`")
     layer: int | None = Field(
         default=None,
         ge=1,
@@ -62,7 +62,7 @@ class IVCPrune(Pruner):
     skip: int = Field(
         default=0,
         ge=0,
-        description="tokens behind an image that are no question; the authors skip 2, which their templates put there",
+        description="tokens after an image that are no question; the authors skip 2, which their templates put there",
     )
     retroactive: bool = Field(
         default=True,

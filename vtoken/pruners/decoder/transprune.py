@@ -18,7 +18,7 @@ class TransPrune(Pruner):
     (without the residual) over that of what it is given (after the layer's norm), times the token's share of
     exp(1 - cosine between the two) among all tokens of the row, text included; summed over blocks and layers.
 
-    Attention: that of the text behind the image in the layer about to run, whose norm and projections are applied to
+    Attention: that of the text after the image in the layer about to run, whose norm and projections are applied to
     its input; softmax over all that a token sees, mean over heads and text.
 
     This is one cut; the published schedule is three such stages, see the presets.

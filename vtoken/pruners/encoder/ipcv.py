@@ -1,4 +1,4 @@
-"""IPCV: run a vision tower on the patches that change most, and estimate the others behind it."""
+"""IPCV: run a vision tower on the patches that change most, and estimate the others after it."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from vtoken.stages.budget import Budget
 
 class SpecVLM(Pruner):
     """For models that draft (`vtoken.draft`). The score of a visual token is the attention that it receives in the
-    target's prefill from the text behind the last image, mean over that text, heads and layers. First the tokens with
+    target's prefill from the text after the last image, mean over that text, heads and layers. First the tokens with
     the highest scores are taken, as few as hold the share `p` of the sum of an image's scores, at most `keep`; the
     other places go to tokens spaced evenly among the rest, in reading order. Ties go to the lower index.
 
