@@ -15,12 +15,12 @@ def details(cls: type[Stage]) -> dict[str, Any]:
     from vtoken.config.messages import accepts
     from vtoken.evals.cost.support_matrix import support_matrix
 
-    told = describe(cls)
+    entry = describe(cls)
     for option, field in cls.model_fields.items():
-        told["options"][option] |= {"accepts": accepts(cls, option), "description": field.description}
+        entry["options"][option] |= {"accepts": accepts(cls, option), "description": field.description}
     answers = support_matrix([cls]).cells[cls.name]
     return {
-        **told,
+        **entry,
         "does": " ".join((cls.__doc__ or "").partition("Paper:")[0].split()),
         "deviations": cls.deviations,
         "presets": [row for row in presets() if any(cls.name in stage for stage in row["stages"])],
@@ -56,28 +56,30 @@ def call(pipeline: str) -> str:
     return f'vtoken.draft(model, draft, "{pipeline}")' if drafts else f'vtoken.wrap(model, "{pipeline}")'
 
 
-def show(told: dict[str, Any]) -> None:
+def show(entry: dict[str, Any]) -> None:
     """Prints `details` in 80 columns, or as many as the terminal has."""
     from rich.console import Console
     from rich.text import Text
 
     answers: dict[str, list[str]] = {}
-    for family, cell in told["families"].items():
+    for family, cell in entry["families"].items():
         key = f"{cell['answer']}: {cell['reason']}" if cell["reason"] else cell["answer"]
         answers.setdefault(key, []).append(family)
     own = {
-        "paper": told["paper"],
-        "facts": ", ".join(told["needs"]),
+        "paper": entry["paper"],
+        "facts": ", ".join(entry["needs"]),
         "families": "\n".join(f"{', '.join(families)}: {answer}" for answer, families in answers.items()),
-        "deviations": told["deviations"],
-        "example": call(told["example"]),
+        "deviations": entry["deviations"],
+        "example": call(entry["example"]),
     }
-    options = sorted(told["options"].items(), key=lambda item: not item[1]["required"])
+    options = sorted(entry["options"].items(), key=lambda item: not item[1]["required"])
     given = {n if o["required"] else f"{n}={json.dumps(o['default'])}": _option(o) for n, o in options}
     console = Console(highlight=False)
-    console.print(Text(f"{told['stage']}: a {told['kind']} at site {told['site']}"), Text(told["summary"]), sep="\n")
-    console.print(Text(f"\n{told['does']}\n"), _grid(own))
-    for title, rows in {"options": given, "presets": {p["preset"]: p["summary"] for p in told["presets"]}}.items():
+    console.print(
+        Text(f"{entry['stage']}: a {entry['kind']} at site {entry['site']}"), Text(entry["summary"]), sep="\n"
+    )
+    console.print(Text(f"\n{entry['does']}\n"), _grid(own))
+    for title, rows in {"options": given, "presets": {p["preset"]: p["summary"] for p in entry["presets"]}}.items():
         if rows:
             console.print(Text(f"\n{title}"), _grid({f"  {name}": text for name, text in rows.items()}))
 

@@ -104,7 +104,7 @@ def kept(asked: Settings) -> str:
 
 def cells(results: Results) -> list[tuple[str, ...]]:
     """Head and rows as text: every task's value, with what share of dense it is."""
-    from vtoken.evals.quality.results import told
+    from vtoken.evals.quality.results import score_text
 
     names = [
         f"{name}\n{about['metric']}" + (f" of {about['scale']:g}" if about["scale"] else "")
@@ -116,7 +116,7 @@ def cells(results: Results) -> list[tuple[str, ...]]:
         same = f"{100 * results.mean(run, 'same_as_dense'):.1f} %"
         entry, full, mean, ttft, ratio = (results.mean(run, key) for key in keys)
         numbers = (same, f"{entry:.0f} of {full:.0f}", f"{mean:.0f}", f"{1e3 * ttft:.1f}", f"{ratio:.2f}")
-        rows.append((run["name"], *map(told, run["tasks"].values()), *numbers))
+        rows.append((run["name"], *map(score_text, run["tasks"].values()), *numbers))
     return rows
 
 

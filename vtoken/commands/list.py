@@ -103,8 +103,8 @@ def _one(name: str, asked: Settings) -> None:
     if name not in registry.stages():
         known = [*registry.stages(), *registry.presets()]
         raise ConfigError(unknown("stage or preset", name, known, listed=registry.LIST, close=3))
-    told = details(registry.stage(name))
-    _print_json(told) if asked.in_json else show(told)
+    entry = details(registry.stage(name))
+    _print_json(entry) if asked.in_json else show(entry)
 
 
 def _filtered(classes: list[type[Stage]], asked: Settings) -> list[type[Stage]]:
@@ -137,8 +137,8 @@ def _matrix(classes: list[type[Stage]], asked: Settings) -> None:
     tried = f"Tried with the configs of {', '.join(found.models.values())}."
     rows: list[dict[str, Any]] = []
     for stage, row in found.cells.items():
-        told = {family: found.note(stage, family) for family in row}
-        answers = {f: c.answer + (f" [{notes.index(told[f]) + 1}]" if told[f] else "") for f, c in row.items()}
+        note = {family: found.note(stage, family) for family in row}
+        answers = {f: c.answer + (f" [{notes.index(note[f]) + 1}]" if note[f] else "") for f, c in row.items()}
         rows.append({"stage": stage, **answers})
     if asked.in_json:
         _print_json(found.to_dict())

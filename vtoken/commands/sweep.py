@@ -86,7 +86,7 @@ def kept(asked: Settings) -> str:
 
 def cells(results: Results) -> list[tuple[str, ...]]:
     """Head and rows as text: accuracy, and speed where there was a speed pass."""
-    from vtoken.evals.quality.results import told
+    from vtoken.evals.quality.results import score_text
 
     timed = {} if results.speed is None else {row["name"]: row for row in results.speed["rows"]}
     names = [f"{name}\n{about['metric']}" for name, about in results.tasks.items()]
@@ -95,7 +95,7 @@ def cells(results: Results) -> list[tuple[str, ...]]:
     for run in results.runs:
         keys = ("same_as_dense", "visual_tokens_entry", "visual_tokens_mean")
         same, entry, mean = (results.mean(run, key) for key in keys)
-        scores = (told(run["tasks"].get(name)) for name in results.tasks)
+        scores = (score_text(run["tasks"].get(name)) for name in results.tasks)
         speed = _times(timed[run["name"]]) if timed else ()
         rows.append((run["name"], *scores, f"{100 * same:.1f} %", f"{entry:.0f}", f"{mean:.0f}", *speed))
     return rows

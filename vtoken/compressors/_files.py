@@ -42,16 +42,16 @@ def opened(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise ValueError(f"{path} is no safetensors file that can be read: {error}") from None
 
 
-def count(path: Path, told: Mapping[str, str], key: str) -> int:
+def count(path: Path, metadata: Mapping[str, str], key: str) -> int:
     """A positive integer from the header of a file.
 
     Raises:
         ValueError: there is no such key, or its value is something else.
     """
-    if not re.fullmatch("[1-9][0-9]{0,8}", told.get(key, "")):
-        found = reprlib.repr(told[key]) if key in told else "nothing"
+    if not re.fullmatch("[1-9][0-9]{0,8}", metadata.get(key, "")):
+        found = reprlib.repr(metadata[key]) if key in metadata else "nothing"
         raise ValueError(f"{path} says {found} for {key!r}, expected a whole number from 1 on; make it again")
-    return int(told[key])
+    return int(metadata[key])
 
 
 def expect(path: Path, found: Mapping[str, Tensor], wanted: Iterable[tuple[str, Shape]]) -> None:

@@ -43,17 +43,17 @@ def load(name: str, weights: str) -> TokenModule:
     """
     cls = found(name)
     path = existing(Path(weights), weights, "write the module's state_dict() with safetensors")
-    told, tensors = opened(path)
+    metadata, tensors = opened(path)
     with torch.inference_mode(False):
-        module = _built(cls, path, told)
+        module = _built(cls, path, metadata)
         expect(path, tensors, ((key, tuple(value.shape)) for key, value in module.state_dict().items()))
         module.load_state_dict(tensors, assign=True)
     return module.eval().requires_grad_(False)
 
 
-def _built(cls: type[TokenModule], path: Path, told: Mapping[str, str]) -> TokenModule:
+def _built(cls: type[TokenModule], path: Path, metadata: Mapping[str, str]) -> TokenModule:
     try:
-        given: Any = json.loads(told.get("config", "{}"))
+        given: Any = json.loads(metadata.get("config", "{}"))
         return cls(**given)
     except (TypeError, ValueError) as error:
         raise ValueError(

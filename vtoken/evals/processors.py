@@ -63,7 +63,7 @@ def _with_videos(kind: Any, source: str | Path, asked: dict[str, str]) -> Any:
 
 
 def present(kind: Any) -> Any:
-    """The class behind what transformers shows of it without torchvision.
+    """The class that transformers hides without torchvision.
 
     Pixtral's processor is hidden for one function of plain arithmetic, which the one for Pillow has as well.
     """
@@ -93,7 +93,7 @@ def pictures_only(kind: type[Any]) -> type[Any]:
     place = parts.index("video_processor")
 
     class Still(ProcessorMixin):
-        """Comes behind the class, whose constructor hands over its parts in their order."""
+        """Comes after the class, whose constructor hands over its parts in their order."""
 
         def __init__(self, *given: Any, **named: Any) -> None:
             super().__init__(*given[:place], *given[place + 1 :], **named)

@@ -18,15 +18,15 @@ def check_engine(engine: VllmConfig, pipeline: Pipeline) -> None:
         UnsupportedError: names the option.
     """
     compilation, lora = engine.compilation_config, engine.lora_config
-    told = ""
+    why = ""
     if getattr(compilation, "compile_mm_encoder", False):
-        told = "compile_mm_encoder compiles hooks in the vision tower away"
+        why = "compile_mm_encoder compiles hooks in the vision tower away"
     elif getattr(compilation, "cudagraph_mm_encoder", False):
-        told = "cudagraph_mm_encoder goes past the function that prunes"
+        why = "cudagraph_mm_encoder goes past the function that prunes"
     elif lora is not None and getattr(lora, "enable_tower_connector_lora", False):
-        told = "LoRA on tower or projector is told the kept tokens, where it needs all"
-    if told:
-        raise UnsupportedError(f"pipeline {pipeline.name}: {told}; leave the option out")
+        why = "LoRA on tower or projector gets the kept tokens, where it needs all"
+    if why:
+        raise UnsupportedError(f"pipeline {pipeline.name}: {why}; leave the option out")
 
 
 def check_parallel(engine: VllmConfig) -> None:

@@ -108,8 +108,8 @@ class Processor(Keyed, stock.LlavaNextMultiModalProcessor):
         if pipeline is None or pipeline.anyres == "model":
             return super()._call_hf_processor(hf_data, hf_kwargs)
         # vLLM caches processors by their arguments, which cannot be lists; arguments of the call can.
-        told = {**hf_kwargs, "image_grid_pinpoints": self.info.get_hf_config().image_grid_pinpoints}
-        return self.info.ctx.call_hf_processor(self.info.get_hf_processor(**hf_kwargs), hf_data, told)
+        options = {**hf_kwargs, "image_grid_pinpoints": self.info.get_hf_config().image_grid_pinpoints}
+        return self.info.ctx.call_hf_processor(self.info.get_hf_processor(**hf_kwargs), hf_data, options)
 
 
 class Cropped(Pruned):

@@ -164,11 +164,11 @@ def agreed(keep: Keep) -> Keep:
     tokens."""
     if get_tensor_model_parallel_world_size() == 1:
         return keep
-    told: dict[str, Any] = {"index": keep.index, "into": keep.into, "weight": keep.weight}
+    sent: dict[str, Any] = {"index": keep.index, "into": keep.into, "weight": keep.weight}
     fused = keep.fused
     if fused is not None:
-        told |= {"slots": fused.slots, "factor": fused.factor}
-    told = get_tp_group().broadcast_tensor_dict(told, src=0)
+        sent |= {"slots": fused.slots, "factor": fused.factor}
+    sent = get_tp_group().broadcast_tensor_dict(sent, src=0)
     if fused is not None:
-        fused = Fused(told["slots"], told["factor"], fused.features, fused.largest)
-    return replace(keep, index=told["index"], into=told["into"], weight=told["weight"], fused=fused)
+        fused = Fused(sent["slots"], sent["factor"], fused.features, fused.largest)
+    return replace(keep, index=sent["index"], into=sent["into"], weight=sent["weight"], fused=fused)

@@ -190,8 +190,8 @@ def detailed(answer: dict[str, Any]) -> dict[str, Any]:
     usage, counts = answer.get("usage"), _ASKED.get().counts
     if usage is None or not counts:
         return answer
-    told = {**usage.model_dump(), "prompt_tokens_details": counts}
-    return {**answer, "usage": CompletionUsage.model_validate(told)}
+    usage_fields = {**usage.model_dump(), "prompt_tokens_details": counts}
+    return {**answer, "usage": CompletionUsage.model_validate(usage_fields)}
 
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:

@@ -30,7 +30,7 @@ SITES = {
     "frames": "frames are chosen before vLLM's model is called; N frames at equal distances are what "
     '--media-io-kwargs \'{"video": {"num_frames": N}}\' takes',
     "decoder": f"vLLM runs all decoder layers of a step on one number of tokens, with one block table; {ELSEWHERE}",
-    "attention": f"vLLM's attention kernels read paged caches and are not told which tokens are visual; {ELSEWHERE}",
+    "attention": f"vLLM's attention kernels read paged caches and do not know which tokens are visual; {ELSEWHERE}",
     "cache": f"blocks of vLLM's KV cache belong to all heads and layers alike; {ELSEWHERE}",
 }
 
@@ -136,7 +136,7 @@ def refusal(stage: Stage, family: str, before: Sequence[Stage] = ()) -> str:
     from vtoken.stages.facts import of_target
 
     if any(of_target(need, stage.site) for need in stage.needs()):
-        return f"it chooses the tokens of a draft, and vLLM's drafters are not told what is kept; {ELSEWHERE}"
+        return f"it chooses the tokens of a draft, and vLLM's drafters do not know what is kept; {ELSEWHERE}"
     if stage.site in SITES:
         return f"it acts at site {stage.site}; {SITES[stage.site]}"
     if stage.site == "encoder":
@@ -158,7 +158,7 @@ def refusal(stage: Stage, family: str, before: Sequence[Stage] = ()) -> str:
             f"{mend}{ELSEWHERE}"
         )
     if _reads_text(stage) and not held.text:
-        return f"it reads the prompt, by which pictures of {family} are not told apart in vLLM's caches; {ELSEWHERE}"
+        return f"it reads the prompt, by which pictures of {family} are alike in vLLM's caches; {ELSEWHERE}"
     return ""
 
 

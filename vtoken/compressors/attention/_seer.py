@@ -69,13 +69,13 @@ def read(name: str) -> tuple[Header, list[Tensor]]:
         gates = _theirs(path)
         heads, _, width = gates[0].shape
         return Header(len(gates), heads, 0, width, THEIR_SIZE), gates
-    told, found = opened(path)
-    if told.get("format") != FORMAT:
+    metadata, found = opened(path)
+    if metadata.get("format") != FORMAT:
         raise ValueError(
-            f"{path} holds no gates of `vtoken calibrate seerattention` (format {reprlib.repr(told.get('format'))}, "
+            f"{path} holds no gates of `vtoken calibrate seerattention` (format {reprlib.repr(metadata.get('format'))}, "
             f"not {FORMAT!r})"
         )
-    about = Header(*(count(path, told, key) for key in Header._fields))
+    about = Header(*(count(path, metadata, key) for key in Header._fields))
     if about.size not in SIZES:
         raise ValueError(
             f"{path} holds gates for blocks of {about.size} tokens; {', '.join(map(str, SIZES))} can be had"
@@ -117,8 +117,8 @@ def save(path: Path, gates: Sequence[Tensor], key_heads: int, size: int, about: 
         about: further header entries: model, data, settings.
     """
     heads, _, width = gates[0].shape
-    told = Header(len(gates), heads, key_heads, width, size)._asdict()
-    numbers = {key: str(value) for key, value in told.items()}
+    metadata = Header(len(gates), heads, key_heads, width, size)._asdict()
+    numbers = {key: str(value) for key, value in metadata.items()}
     save_file({str(k): t.contiguous() for k, t in enumerate(gates)}, path, {**about, "format": FORMAT, **numbers})
 
 

@@ -63,7 +63,7 @@ class SeerAttention(SparseAttention):
         return gates
 
     @cached_property
-    def told(self) -> Header:
+    def header(self) -> Header:
         """The header of the file, as it was when first read."""
         return header(self.gates)
 
@@ -76,26 +76,26 @@ class SeerAttention(SparseAttention):
         self.held.unload()
 
     def incompatibility(self, depth: int, width: int) -> str:
-        told, _ = self.told, self.held  # read when wrapping
-        return "" if told.depth == depth else self._other(told, f"{depth} layers")
+        header, _ = self.header, self.held  # read when wrapping
+        return "" if header.depth == depth else self._other(header, f"{depth} layers")
 
     def heads_incompatibility(self, heads: int, key_heads: int, width: int) -> str:
-        told = self.told
-        if (told.heads, told.key_heads or key_heads, told.width) != (heads, key_heads, width):
-            return self._other(told, f"{heads} query heads on {key_heads} key heads of width {width}")
+        header = self.header
+        if (header.heads, header.key_heads or key_heads, header.width) != (heads, key_heads, width):
+            return self._other(header, f"{heads} query heads on {key_heads} key heads of width {width}")
         return ""
 
-    def _other(self, told: Header, here: str) -> str:
-        on = f" on {told.key_heads} key heads" if told.key_heads else ""
+    def _other(self, header: Header, here: str) -> str:
+        on = f" on {header.key_heads} key heads" if header.key_heads else ""
         return (
-            f"the gates {self.gates!r} are for {told.depth} layers of {told.heads} query heads{on} of width "
-            f"{told.width}, this model has {here}; train gates for it: vtoken calibrate seerattention MODEL --data "
+            f"the gates {self.gates!r} are for {header.depth} layers of {header.heads} query heads{on} of width "
+            f"{header.width}, this model has {here}; train gates for it: vtoken calibrate seerattention MODEL --data "
             "DATA -o FILE"
         )
 
     def reads(self, prompt: PrefillQK) -> SparseMask:
         assert prompt.rope is not None
-        size = self.told.size
+        size = self.header.size
         starts, (gates,) = prompt.rope.starts(size), self.held.on(prompt.layer, prompt.q.device)
         groups, blocks = prompt.heads // len(prompt.k), []
         queries, keys = pooled(prompt, size)

@@ -69,27 +69,27 @@ def read(name: str) -> tuple[Header, dict[int, Gate]]:
     """
     mend = "the authors publish no gates, `vtoken train-exit MODEL --data DATA -o FILE` trains them"
     path = existing(find(name), name, mend)
-    told, found = opened(path)
-    if told.get("format") != FORMAT:
+    metadata, found = opened(path)
+    if metadata.get("format") != FORMAT:
         raise ValueError(
-            f"{path} holds no gates of `vtoken train-exit` (format {reprlib.repr(told.get('format'))}, not {FORMAT!r})"
+            f"{path} holds no gates of `vtoken train-exit` (format {reprlib.repr(metadata.get('format'))}, not {FORMAT!r})"
         )
-    depth, width, hidden = (count(path, told, key) for key in ("depth", "width", "hidden"))
-    stay = _shares(path, told, depth)
+    depth, width, hidden = (count(path, metadata, key) for key in ("depth", "width", "hidden"))
+    stay = _shares(path, metadata, depth)
     shapes = ((".in", (hidden, 2 * width)), (".out", (2, hidden)))
     expect(path, found, ((f"{k}{end}", shape) for k in range(1, depth) for end, shape in shapes))
     gates = {k: (found[f"{k}.in"], found[f"{k}.out"]) for k in range(1, depth)}
     return Header(depth, width, hidden, stay), gates
 
 
-def _shares(path: Path, told: Mapping[str, str], depth: int) -> tuple[float, ...]:
+def _shares(path: Path, metadata: Mapping[str, str], depth: int) -> tuple[float, ...]:
     try:
-        stay = json.loads(told.get("stay", ""), parse_int=float)
+        stay = json.loads(metadata.get("stay", ""), parse_int=float)
         fits = len(stay) == depth and all(0 <= share <= 1 for share in stay)
     except (ValueError, TypeError, RecursionError):
         fits = False
     if not fits:
-        found = reprlib.repr(told["stay"]) if "stay" in told else "nothing"
+        found = reprlib.repr(metadata["stay"]) if "stay" in metadata else "nothing"
         raise ValueError(f"{path} says {found} for 'stay', expected {depth} shares from 0 to 1; train the gates again")
     return tuple(stay)
 
@@ -102,11 +102,17 @@ def save(path: Path, gates: Mapping[int, Gate], stay: Sequence[float], about: Ma
         about: further header entries: model, data, settings.
     """
     hidden, shown = next(iter(gates.values()))[0].shape
-    told = {"format": FORMAT, "depth": len(stay), "width": shown // 2, "hidden": hidden, "stay": json.dumps(list(stay))}
+    metadata = {
+        "format": FORMAT,
+        "depth": len(stay),
+        "width": shown // 2,
+        "hidden": hidden,
+        "stay": json.dumps(list(stay)),
+    }
     tensors = {
         f"{k}.{end}": t.contiguous() for k, pair in gates.items() for end, t in zip(("in", "out"), pair, strict=True)
     }
-    save_file(tensors, path, {**about, **{key: str(value) for key, value in told.items()}})
+    save_file(tensors, path, {**about, **{key: str(value) for key, value in metadata.items()}})
 
 
 def question(text: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class DyVTE(Compressor):
         return gates
 
     @cached_property
-    def told(self) -> Header:
+    def header(self) -> Header:
         """The header of the file, as it was when first read."""
         return header(self.gates)
 
@@ -67,11 +67,11 @@ class DyVTE(Compressor):
         return tuple(range(1, depth))
 
     def incompatibility(self, depth: int, width: int) -> str:
-        told, _ = self.told, self.held  # read when wrapping
-        if (told.depth, told.width) == (depth, width):
+        header, _ = self.header, self.held  # read when wrapping
+        if (header.depth, header.width) == (depth, width):
             return ""
         return (
-            f"the gates {self.gates!r} are for a decoder of {told.depth} layers of width {told.width}, this one has "
+            f"the gates {self.gates!r} are for a decoder of {header.depth} layers of width {header.width}, this one has "
             f"{depth} of width {width}; train gates for it: vtoken train-exit MODEL --data DATA -o FILE"
         )
 
@@ -93,12 +93,12 @@ class DyVTE(Compressor):
     ) -> tuple[int, ...]:
         """Expected tokens: those that arrive, times the share of samples that keep their images at this layer among
         those that still have them."""
-        stay = self.told.stay
+        stay = self.header.stay
         if not layer or not stay[layer - 1]:
             return tuple(lengths)
         return tuple(round(n * stay[layer] / stay[layer - 1]) for n in lengths)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
         """Both matrices, for one row, while it has images."""
-        told = self.told
-        return 2 * told.hidden * (2 * told.width + 2) if any(lengths) else 0
+        header = self.header
+        return 2 * header.hidden * (2 * header.width + 2) if any(lengths) else 0

@@ -21,7 +21,7 @@ class Resize(Compressor):
     with the most tokens that are not more than `keep`.
 
     Needs a family that takes pictures of any size (Qwen, GLM-4V). Where a processor brings all pictures to one size, a
-    smaller one saves nothing; `pool` is the nearest baseline there. A processor that is told a smaller `max_pixels`
+    smaller one saves nothing; `pool` is the nearest baseline there. A processor with a smaller `max_pixels`
     resamples the original picture once; here what the processor made of it is resampled.
 
     Paper: https://arxiv.org/abs/2510.07143 (VTC-Bench), where it beats many pruning methods.

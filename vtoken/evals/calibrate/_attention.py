@@ -164,8 +164,8 @@ def choose(points: Sequence[Point], kind: str, target: float, depth: int) -> Poi
     worse = next((k for k, point in enumerate(points) if getattr(point, kind) < target), len(points))
     if worse and points[worse - 1].mean_layer < depth:
         return points[worse - 1]
-    told = f"the next one leaves {getattr(points[worse], kind):.1%}" if worse < len(points) else "nobody was asked"
+    reason = f"the next one leaves {getattr(points[worse], kind):.1%}" if worse < len(points) else "nobody was asked"
     raise VtokenError(
-        f"no threshold that lets an image go keeps {kind} at {target:.1%}: {told}; this model reads its images to the "
+        f"no threshold that lets an image go keeps {kind} at {target:.1%}: {reason}; this model reads its images to the "
         "end, or raise --first, or ask for less"
     )

@@ -26,7 +26,7 @@ class Sample:
     """One prompt.
 
     Attributes:
-        mass: decoder layer -> attention masses (cross, self) behind it in the dense model; the last layer is left out.
+        mass: decoder layer -> attention masses (cross, self) after it in the dense model; the last layer is left out.
         alive: visual tokens in every layer of the current run.
     """
 
@@ -35,7 +35,7 @@ class Sample:
 
 
 class Losing(Stage):
-    """Drops, behind every layer, the tokens that are among the lowest of both attentions: as many of each as leave
+    """Drops, after every layer, the tokens that are among the lowest of both attentions: as many of each as leave
     `1 - alpha` of the mass that the unpruned model has there. With alpha None nothing is dropped and the masses are
     recorded."""
 
@@ -71,7 +71,7 @@ class Losing(Stage):
 
 @dataclass(frozen=True)
 class Fit:
-    """A table of tokens to drop behind each layer.
+    """A table of tokens to drop after each layer.
 
     Attributes:
         tokens: visual tokens of the picture that it is for.
@@ -158,6 +158,6 @@ def forecast(stack: Layers, alive: list[int]) -> int:
 
 
 def mean_losses(alive: list[list[int]]) -> tuple[int, ...]:
-    """What leaves behind each layer on average, rounded down; nothing behind the last."""
+    """What leaves after each layer on average, rounded down; nothing after the last."""
     losses = [[a - b for a, b in pairwise(row)] + [0] for row in alive]
     return tuple(sum(behind) // len(alive) for behind in zip(*losses, strict=True))

@@ -49,7 +49,7 @@ def tell_pipeline(asked: Any, found: Mapping[str, Any], rows: Rows, about: str, 
     text, out = f"# {about}\n{dump(load([dict(stage)]))}", asked.out
     if out is not None:
         out.write_text(text, encoding="utf-8")
-    told = {"file": out and str(out), **found}
-    tell(asked, told, rows, f"wrote {out}: {about}" if out else about, text, stderr=out is None)
+    figures = {"file": out and str(out), **found}
+    tell(asked, figures, rows, f"wrote {out}: {about}" if out else about, text, stderr=out is None)
     if out is None and not asked.in_json:
         print(text, end="")

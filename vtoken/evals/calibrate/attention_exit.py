@@ -86,15 +86,15 @@ def run(asked: Settings) -> None:
     first, best, points = search(seen, tried, kind, target, depth)
     options = {"first": first, **options}
     low, high = wilson(round(best.agreement * len(samples)), len(samples))
-    told = {"questions": len(samples), "target": {kind: target}, "depth": depth, **options, **asdict(best)}
-    told |= {"agreement_interval": [low, high], "curve": [asdict(each) for each in points]}
+    figures = {"questions": len(samples), "target": {kind: target}, "depth": depth, **options, **asdict(best)}
+    figures |= {"agreement_interval": [low, high], "curve": [asdict(each) for each in points]}
     about = (
         f"attention_exit for {asked.model}: of {len(samples)} questions {best.agreement:.1%} are answered as before (95 "
         f"% interval {low:.0%} to {high:.0%}, of other questions of their kind), with {best.mean_layer / depth:.1%} of "
         "the visual tokens on average over layers."
     )
     stage = {"attention_exit": {"threshold": best.threshold, **options}}
-    tell_pipeline(asked, told, table(points, best, depth), about, stage)
+    tell_pipeline(asked, figures, table(points, best, depth), about, stage)
 
 
 def table(points: Sequence[Point], best: Point, depth: int) -> list[tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""`vtoken calibrate dtome`: similarity thresholds of dtome and, where patches are joined behind the tower, dtome_post,
+"""`vtoken calibrate dtome`: similarity thresholds of dtome and, where patches are joined after the tower, dtome_post,
 by forward passes of the tower alone."""
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def run(asked: Settings) -> None:
     ]
     about = f"wrote {asked.out}: {len(files)} pictures, {left[-1]:.1%} of the tokens left on average"
     stage = "dtome_post" if packed(registry.adapter(model.config.model_type)(model)) else "dtome"
-    told = {"file": str(asked.out), "pictures": len(files), "budget": asked.budget, "schedule": asked.schedule}
-    tell(asked, {**told, "thresholds": thresholds, "left": left}, rows, about, f"{stage}:thresholds={asked.out}")
+    figures = {"file": str(asked.out), "pictures": len(files), "budget": asked.budget, "schedule": asked.schedule}
+    tell(asked, {**figures, "thresholds": thresholds, "left": left}, rows, about, f"{stage}:thresholds={asked.out}")
 
 
 def pictures(folder: Path, limit: int | None = None) -> list[Path]:
@@ -147,10 +147,10 @@ def _padded(adapter: Any, stage: Any) -> Callable[[Any], None]:
 
 
 def _behind(adapter: Any, stage: Any) -> Callable[[Any], None]:
-    """Runs a tower behind which patches are joined; the stage merges the keys that it leaves."""
+    """Runs a tower after which patches are joined; the stage merges the keys that it leaves."""
 
     def encode(inputs: Any) -> None:
-        sizes = {told: inputs[given].to(adapter.model.device) for given, told in SIZES.items() if given in inputs}
+        sizes = {name: inputs[given].to(adapter.model.device) for given, name in SIZES.items() if given in inputs}
         keys = Fact("mean_key", adapter.encoder.attention_layer)
         context = Context(adapter, read=frozenset({keys}))
         try:
@@ -179,12 +179,12 @@ def _open(file: Path) -> Any:
 
 def digest(files: list[Path]) -> str:
     """Of names and sizes, in order."""
-    told = "\n".join(f"{file.name} {file.stat().st_size}" for file in files)
-    return f"{len(files)} {hashlib.sha256(told.encode()).hexdigest()[:16]}"
+    listing = "\n".join(f"{file.name} {file.stat().st_size}" for file in files)
+    return f"{len(files)} {hashlib.sha256(listing.encode()).hexdigest()[:16]}"
 
 
 def resume(out: Path, about: dict[str, str], learned: Learned, asked: int) -> None:
-    """Takes over what `out` holds, if it is there; `asked`: layers that merge, those behind them were filled up."""
+    """Takes over what `out` holds, if it is there; `asked`: layers that merge, those after them were filled up."""
     if not out.exists():
         return
     try:

@@ -45,12 +45,12 @@ def run(asked: Settings) -> None:
     found = fit(
         model, prompts, asked.reduction / 100, lambda: print(f"a pass over {len(given)} prompts", file=sys.stderr)
     )
-    rows = [("behind layer", "tokens that leave", "left")]
+    rows = [("after layer", "tokens that leave", "left")]
     rows += [(str(k), str(n), str(found.tokens - sum(found.table[: k + 1]))) for k, n in enumerate(found.table)]
     about = (
         f"FitPrune (https://arxiv.org/abs/2409.10197) for {asked.model}: spares {found.spared:.1%} of the FLOPs that "
         f"{found.tokens} visual tokens cost in the decoder; fitted to {len(given)} prompts, at each layer at most "
         f"{found.alpha:.1%} of the attention is lost."
     )
-    told = {"questions": len(given), "reduction": asked.reduction / 100, **asdict(found)}
-    tell_pipeline(asked, told, rows, about, {"fitprune": {"table": list(found.table), "tokens": found.tokens}})
+    figures = {"questions": len(given), "reduction": asked.reduction / 100, **asdict(found)}
+    tell_pipeline(asked, figures, rows, about, {"fitprune": {"table": list(found.table), "tokens": found.tokens}})

@@ -116,8 +116,8 @@ def run(asked: Settings) -> None:
     for layer, (names, values) in enumerate(zip(stage.heads, recalls, strict=True)):
         many = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
         rows.append((str(layer), many, f"{sum(values) / len(values):.1%}"))
-    told = {"tokens": length, "inputs": shown, "heads": stage.heads, "recall": recalls}
-    tell_pipeline(asked, told, rows, about, {"mminference": {"heads": stage.heads}})
+    figures = {"tokens": length, "inputs": shown, "heads": stage.heads, "recall": recalls}
+    tell_pipeline(asked, figures, rows, about, {"mminference": {"heads": stage.heads}})
 
 
 def saved(file: Path) -> dict[str, Tensor]:

@@ -68,6 +68,6 @@ def run(asked: Settings) -> None:
         f"wrote {asked.out}: {recall:.1%} of the attention in {density:.1%} of the blocks at threshold {threshold:g}, "
         f"on {len(kept)} prompts kept back"
     )
-    told = {"file": str(asked.out), "data": asked.data, **numbers}
-    told |= {"blocks": max(len(layers[0].starts.cos) for layers in seen), "threshold": threshold, **found}
-    tell(asked, told, rows, sentence, f"seerattention:gates={asked.out}")
+    figures = {"file": str(asked.out), "data": asked.data, **numbers}
+    figures |= {"blocks": max(len(layers[0].starts.cos) for layers in seen), "threshold": threshold, **found}
+    tell(asked, figures, rows, sentence, f"seerattention:gates={asked.out}")

@@ -60,8 +60,8 @@ def run(asked: Settings) -> None:
             f": no layer from {first} on keeps the divergence within {tolerance}, the lowest is {lowest:.6f} at layer "
             f"{found.index(lowest, first - 1) + 1}; this model reads its images to the end, or raise --tolerance"
         )
-    told = {"data": asked.data, "questions": len(samples), "tolerance": tolerance, "layer": layer}
-    tell(asked, {**told, "divergence": dict(enumerate(found, 1))}, rows, about, pipeline)
+    figures = {"data": asked.data, "questions": len(samples), "tolerance": tolerance, "layer": layer}
+    tell(asked, {**figures, "divergence": dict(enumerate(found, 1))}, rows, about, pipeline)
 
 
 def divergences(model: Any, processor: Any, samples: Sequence[Sample]) -> list[float]:

@@ -58,7 +58,7 @@ def _cost(cls: type[Stage], found: SupportMatrix) -> Cost:
 
 
 def fact_bytes(stage: Stage, shape: Geometry, text_tokens: int) -> int | None:
-    """Bytes of the facts a stage is given for one picture with all the text behind it; None if there is one of unknown
+    """Bytes of the facts a stage is given for one picture with all the text after it; None if there is one of unknown
     size."""
     encoder, decoder = shape.tower.layers, shape.decoder
     total = 0

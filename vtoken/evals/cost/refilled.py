@@ -1,4 +1,4 @@
-"""What a tower computes where a stage runs it on a part of its patches and estimates the others behind it."""
+"""What a tower computes where a stage runs it on a part of its patches and estimates the others after it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def refilled(shape: Geometry, flow: TokenFlow) -> tuple[Units, Units, int]:
     attention, mlps = ([tuple(map(float, row)) for row in rows] for rows in (flow.tower, flow.mlps))
     depth, unit, cost = shape.tower.layers.depth, shape.tower.unit, 0
     for stage in flow.stages:
-        if (told := stage.refills()) is None:
+        if (refills := stage.refills()) is None:
             continue
         first = stage.layers(depth)[0] + 1
         patches = tuple(int(n * unit) for n in attention[first])
@@ -23,6 +23,6 @@ def refilled(shape: Geometry, flow: TokenFlow) -> tuple[Units, Units, int]:
         short = tuple(n / unit for n in left)
         for layer in range(first, depth):
             mlps[layer] = short
-            if layer >= first + told[1]:
+            if layer >= first + refills[1]:
                 attention[layer] = short
     return attention, mlps, cost

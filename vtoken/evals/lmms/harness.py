@@ -255,9 +255,9 @@ def _explained(name: str, what: str) -> Iterator[None]:
 
 
 def _sentence(name: str, what: str, cause: BaseException | None) -> str:
-    told = f"task {name} {what}: {type(cause).__name__}: {str(cause).strip() or 'no message'}"
+    message = f"task {name} {what}: {type(cause).__name__}: {str(cause).strip() or 'no message'}"
     if type(cause).__name__ == "LocalTokenNotFoundError":
-        told += "; lmms-eval asks the hub with a token even for public data: run `hf auth login`"
+        message += "; lmms-eval asks the hub with a token even for public data: run `hf auth login`"
     elif isinstance(cause, ModuleNotFoundError):
-        told += f"; pip install {cause.name}"
-    return told
+        message += f"; pip install {cause.name}"
+    return message

@@ -199,11 +199,11 @@ def encode(processor: Any, prompts: Sequence[Prompt], model: Any) -> Any:
     start = processor.tokenizer.bos_token
     if start and texts[0].startswith(start):
         given["add_special_tokens"] = False  # The template wrote it.
-    told: dict[str, Any] = {"text": texts, "padding": True, **given}
+    options: dict[str, Any] = {"text": texts, "padding": True, **given}
     try:
-        return apply(processor, "these pictures", model, **told)
+        return apply(processor, "these pictures", model, **options)
     except UnsupportedError:
         if not images or len(images) == len(prompts):
             raise
         # LFM2-VL's counts the pictures of prompts without any, too.
-        return apply(processor, "these pictures", model, **{**told, "images": [list(p.images) for p in prompts]})
+        return apply(processor, "these pictures", model, **{**options, "images": [list(p.images) for p in prompts]})

@@ -30,7 +30,7 @@ def overlay(
     caption: str | None = None,
     first: int = 0,
 ) -> Image.Image:
-    """Draws the kept cells in colour behind thin borders; dropped cells lie under a grey veil.
+    """Draws the kept cells in colour within thin borders; dropped cells lie under a grey veil.
 
     Args:
         picture: the image as the model saw it, so that the grid covers all of it.

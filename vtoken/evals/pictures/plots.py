@@ -11,7 +11,7 @@ from typing import Any
 INK, SOFT, FAINT, PAPER = "#010203", "#070809", "#040506", "#fefdfc"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 MARKERS = ("o", "s", "^", "D", "v")
-FLOORS = {"uniform": "-", "random": ":"}  # method -> dashes of its line behind every small picture
+FLOORS = {"uniform": "-", "random": ":"}  # method -> dashes of its line in every small picture
 COLUMNS = 6
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "vtoken", "font.size": 10}
 Figures = Sequence[dict[str, Any]]
@@ -20,7 +20,7 @@ Figures = Sequence[dict[str, Any]]
 def plot(figures: Figures, label: str = "questions right, %") -> str:
     """Draws the rows of `Report.figures`, dense first: dashed where it lies, intervals as whiskers.
 
-    Up to five methods share one picture; of more, each has its own, with uniform and random choice behind it.
+    Up to five methods share one picture; of more, each has its own, with uniform and random choice after it.
 
     Args:
         label: what `accuracy` of the rows is.

@@ -70,7 +70,7 @@ def flops(config: Any, pipeline: Pipeline, document: Typical | str) -> dict[str,
     except VtokenError as error:
         return {"doc": document.doc, "reason": str(error)}
     if dense.visual_entry != document.visual_tokens:
-        told = f"the account expects {dense.visual_entry} visual tokens, the model had {document.visual_tokens}"
-        return {"doc": document.doc, "reason": told}
+        reason = f"the account expects {dense.visual_entry} visual tokens, the model had {document.visual_tokens}"
+        return {"doc": document.doc, "reason": reason}
     language = counted.prefill_linear + counted.prefill_attention
     return {"doc": document.doc, "total": counted.total, "language": language, "stages": counted.stages}

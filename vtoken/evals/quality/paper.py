@@ -96,7 +96,7 @@ class Table(BaseModel):
     rows: tuple[Row, ...]
 
     def pipeline_of(self, row: Row) -> str | None:
-        """What to run for a row; None where the settings behind it are not published or not shipped."""
+        """What to run for a row; None where its settings are not published or not shipped."""
         names = {"method": row.method, "tokens": row.tokens}
         preset = (row.preset or self.preset or "").format(**names)
         if preset in registry.presets():
@@ -176,8 +176,8 @@ def _section(method: str, table: Table, results: Mapping[str, Any] | None) -> st
     for row in table.rows:
         marks = ["?" if name in row.suspect else "" for name in table.columns]
         printed = "-" if row.percent is None else f"{row.percent:g}{'?' if 'percent' in row.suspect else ''}"
-        told = _cells(row.values, table.dense, marks)
-        lines.append((f"{method} {row.tokens}", "published", *told, printed, row.source or ""))
+        cells = _cells(row.values, table.dense, marks)
+        lines.append((f"{method} {row.tokens}", "published", *cells, printed, row.source or ""))
         name = table.pipeline_of(row)
         if name in measured:
             lines.append((name or "", "measured", *_cells(measured[name], measured["dense"]), "", ""))
@@ -197,7 +197,7 @@ def _section(method: str, table: Table, results: Mapping[str, Any] | None) -> st
     text.append(
         f"What is run: `{run}`"
         if run
-        else "Nothing to run: the settings behind these rows are not known, or no stage here has them."
+        else "Nothing to run: the settings of these rows are not known, or no stage here has them."
     )
     return "\n\n".join(text)
 

@@ -90,7 +90,7 @@ class Results:
         whole.write(self.folder / "results.json", json.dumps(self.to_dict(), indent=1) + "\n")
 
 
-def told(scores: Mapping[str, Any] | None) -> str:
+def score_text(scores: Mapping[str, Any] | None) -> str:
     """A run's value on one task, and what share of dense it is."""
     if scores is None or scores["value"] is None:
         return "n/a"

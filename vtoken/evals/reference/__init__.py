@@ -102,7 +102,7 @@ def questions(limit: int | None = None, folder: Path | None = None) -> list[Ques
 
 
 def prompt(processor: Any, question: Question | str) -> str:
-    """The question behind its picture, through the chat template, ready for an answer."""
+    """The question after its picture, through the chat template, ready for an answer."""
     text = question if isinstance(question, str) else question.question
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
     return processor.apply_chat_template([message], add_generation_prompt=True)

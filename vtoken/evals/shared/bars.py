@@ -15,7 +15,7 @@ _telling: list[Tell] = []  # of the command that runs in this process
 
 @contextmanager
 def progress(shown: bool = True) -> Iterator[Tell]:
-    """Shows what `say` is told, and gives the same for a part that may run inside another: there the share stays that
+    """Shows what `say` is given, and gives the same for a part that may run inside another: there the share stays that
     of the outer one. Other packages' bars are off.
 
     Args:

@@ -1,4 +1,4 @@
-"""The machine, the versions and the dtype behind a number."""
+"""The machine, the versions and the dtype that a number was measured with."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def answer_of(model: Any, processor: Any, sample: Sample, inputs: dict[str, Tens
 
 
 def continued(inputs: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
-    """The same inputs with text `ids` [A] behind the prompt."""
+    """The same inputs with text `ids` [A] after the prompt."""
     more = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], "mm_token_type_ids": 0 * ids[None]}
     more["token_type_ids"] = more["mm_token_type_ids"]
     return {k: torch.cat([v, more[k].to(v.dtype)], 1) if k in more else v for k, v in inputs.items()}

@@ -35,8 +35,8 @@ class Draft:
 
     Attributes:
         acceptance: share of the drafted tokens that the target accepted; per_step: tokens per forward of the target
-            behind its prefill.
-        decode: milliseconds per token behind the first; the draft's own prefill is part of it.
+            after its prefill.
+        decode: milliseconds per token after the first; the draft's own prefill is part of it.
         to_plain: per-round ratios, drafted / plain, of decoding and of the whole call.
         same: every answer was that of plain decoding, token for token. In low precision a tie may fall either way.
     """
@@ -51,7 +51,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Drafted:
-    """What was measured; `plain`: milliseconds per token behind the first, without drafts."""
+    """What was measured; `plain`: milliseconds per token after the first, without drafts."""
 
     plain: Spread
     rows: tuple[Draft, ...]

@@ -138,7 +138,7 @@ def _texts(tokens: int, between: list[int], ends: int) -> tuple[int, ...]:
 
 
 def _mark(text: Sequence[Tensor], runs: int, mark: int) -> None:
-    """Puts a mark in front of every run of placeholders, and one behind each image, which has so many of them."""
+    """Puts a mark in front of every run of placeholders, and one after each image, which has so many of them."""
     for before in text[:-1]:
         before[:, -1] = mark
     for behind in text[runs::runs]:

@@ -139,7 +139,7 @@ class Runner:
         new = "mm_encoder_outputs" in inspect.signature(self.adapter.outer.forward).parameters
         own = hasattr(self.adapter.outer, "image_newline")
         if self.prompt.kind == "video" and self.prompt.newlines and own and not new:
-            return "before transformers 5.18 the model itself puts a newline behind every video"
+            return "before transformers 5.18 the model itself puts a newline after every video"
         return None
 
     def _shorten(self, seen: dict[str, Any], found: Trace) -> Oracle:

@@ -98,12 +98,12 @@ class Judge:
 
     def _scored_by_tasks(self, relative: RelativeScore) -> Iterator[list[float]]:
         answers: list[str] = []
-        told = 0
+        given = 0
         for batch in self._batches():
             answers += self._answers(batch)
-            if len(answers) == len(self.samples) or (relative.steady and len(answers) - told >= self.chunk):
-                yield relative.of(answers)[told:]
-                told = len(answers)
+            if len(answers) == len(self.samples) or (relative.steady and len(answers) - given >= self.chunk):
+                yield relative.of(answers)[given:]
+                given = len(answers)
 
     def _batches(self) -> Iterator[list[Sample]]:
         """Of equal generation options, in order."""

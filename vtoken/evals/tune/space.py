@@ -40,7 +40,7 @@ class Space(Options):
         return given
 
     def check(self) -> list[Pipeline]:
-        """Both ends of every alternative, so that a wrong option is told before a model is loaded."""
+        """Both ends of every alternative, so that a wrong option is refused before a model is loaded."""
         found = []
         for name in self.alternatives:
             try:

@@ -108,11 +108,11 @@ def shares(sizes: Sequence[int], free: Sequence[int], k: int) -> list[int]:
     while sum(most) < k:
         most = [min(room + 1, size) for room, size in zip(most, sizes, strict=True)]
     # Each has one; the others by rounding what has been shared out so far.
-    others, told, given = k - len(sizes), 0, []
+    others, before, given = k - len(sizes), 0, []
     for i in range(len(free)):
         so_far = round(others * sum(free[: i + 1]) / sum(free))
-        given.append(min(1 + so_far - told, most[i]))
-        told = so_far
+        given.append(min(1 + so_far - before, most[i]))
+        before = so_far
     for i in sorted(range(len(free)), key=lambda i: -free[i]):
         given[i] += min(most[i] - given[i], k - sum(given))
     return given

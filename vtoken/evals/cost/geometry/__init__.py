@@ -67,8 +67,8 @@ def random_inputs(
 def cut_alike(config: Any, prompt: Any) -> tuple[int, int] | None:
     """(height, width) of a picture that has as many crops as those of a prompt, where the family's file says how that
     is seen (`size_of`); else None."""
-    told = getattr(_of(config), "size_of", None)
-    size: tuple[int, int] | None = None if told is None else told(config, prompt)
+    size_of = getattr(_of(config), "size_of", None)
+    size: tuple[int, int] | None = None if size_of is None else size_of(config, prompt)
     return size
 
 

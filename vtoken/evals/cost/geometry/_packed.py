@@ -66,7 +66,7 @@ def packed(
     """The whole model.
 
     Args:
-        width: channels inside the tower; out: behind its merger.
+        width: channels inside the tower; out: after its merger.
         mlp: numbers in the weight matrices of one block's MLP.
         deepstack: blocks whose outputs have mergers of their own.
         full: blocks that attend to the whole image; None: all. The others attend in windows.

@@ -15,7 +15,7 @@ from vtoken.evals.cost.geometry.shapes import Draw, Geometry, ImageSize, Layers,
 from vtoken.stages import Parts, size_of
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
-BILINEAR = 4  # patches behind an interpolated token
+BILINEAR = 4  # patches that an interpolated token comes from
 
 
 def pair(size: Any) -> tuple[int, int]:

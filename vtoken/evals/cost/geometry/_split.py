@@ -1,7 +1,7 @@
 """What Idefics3 and SmolVLM share: a picture is scaled until its longer side is four crops, cut, and seen once more as
 a whole; k x k patches become a token in the connector.
 
-Four crops are what the processors of the checkpoints say; one that is told another size, or not to cut, gives others.
+Four crops are what the processors of the checkpoints say; one set to another size, or not to cut, gives others.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""GLM-4.1V: gated MLPs as wide as the tower's output, patches joined by a convolution, and timestamps behind the frames
+"""GLM-4.1V: gated MLPs as wide as the tower's output, patches joined by a convolution, and timestamps after the frames
 of a video."""
 
 from __future__ import annotations

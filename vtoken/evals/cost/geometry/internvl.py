@@ -1,4 +1,4 @@
-"""InternVL: crops at the tower's own size and, where they are several, a thumbnail behind them; 2 x 2 patches are
+"""InternVL: crops at the tower's own size and, where they are several, a thumbnail after them; 2 x 2 patches are
 shuffled into a token before the projector."""
 
 from __future__ import annotations

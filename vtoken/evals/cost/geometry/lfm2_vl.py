@@ -1,8 +1,8 @@
 """LFM2-VL: pictures of their own size up to 256 tokens; larger ones are cut into equal crops, the whole scaled down
-behind them. The tower is given every crop padded to 1024 patches.
+after them. The tower is given every crop padded to 1024 patches.
 
 These are the bounds of the checkpoints' processors: as many tokens, and as many along an edge of a crop, as the tower
-has position embeddings. One that is told others, or not to cut, gives others.
+has position embeddings. One set to others, or not to cut, gives others.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT: the downscaled image and its crops, a newline behind each row. Images are of the tower's own size unless
+"""LLaVA-NeXT: the downscaled image and its crops, a newline after each row. Images are of the tower's own size unless
 told otherwise."""
 
 from __future__ import annotations

@@ -179,11 +179,11 @@ class Geometry:
 
     Attributes:
         parts: rasters at the language-model boundary, as in VisualTokens.
-        sources: of each part, the crops behind it, and how many patches are interpolated into each of its tokens.
+        sources: of each part, the crops it comes from, and how many patches are interpolated into each of its tokens.
         newlines: (how many, visual tokens that each of them closes).
         vocabulary: rows of the output embedding.
         parted_frames: whether text (timestamps) stands between the frames of a video.
-        parted_crops: whether it stands between the crops of an image; a mark in front of each, and one behind the
+        parted_crops: whether it stands between the crops of an image; a mark in front of each, and one after the
             image, tell which belong together.
     """
 
