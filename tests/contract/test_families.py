@@ -26,7 +26,7 @@ PIPELINES = {
     "inside": [Inside(at=(1,))],
     "inside twice, then ragged": [Inside(at=(0, 1)), Ragged()],
     "merged inside": [InsideMerge(at=(1,))],
-    "deep": [Deep(at=(1, 3), factor=0.7)],
+    "deep": [Deep(at=(1, 3), factor=0.9)],
     "everywhere": [Inside(at=(1,)), {"pool": {"size": 2}}, Deep()],
 }
 families = pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -64,7 +64,12 @@ def test_labels_logits_and_gradients(model, batch, pipeline):
 @pytest.mark.parametrize("stages", [[Ragged()], [Inside(at=(1,)), Ragged(), Deep()]], ids=["tokens", "everywhere"])
 def test_outputs_keep_fields_and_shapes(model, batch, stages):
     def shapes(out):
-        return {k: [tuple(x.shape) for x in ([v] if torch.is_tensor(v) else v)] for k, v in out.items() if k != cache}
+        return {k: shape(v) for k, v in out.items() if k != cache}
+
+    def shape(value):
+        if torch.is_tensor(value):
+            return tuple(value.shape)
+        return shapes(value) if hasattr(value, "items") else [shape(each) for each in value or ()]
 
     cache = "past_key_values"
     with torch.no_grad():
@@ -137,7 +142,7 @@ def test_offloaded_modules(family, model, batch, before):
     if hasattr(model.model, "image_newline") and NEWLINE_ON_META:
         pytest.skip("transformers from 5.18 on: image_newline stays on meta under cpu_offload, wrapped or not")
     if not tiny.family(family).offloads:
-        pytest.skip("its tower reads a weight that stays on meta under cpu_offload, wrapped or not")
+        pytest.skip("it reads a tensor that stays on meta under cpu_offload, wrapped or not")
     with vtoken.wrapped(model, STAGES["deep"]):
         want = greedy(model, batch)
     if before:

@@ -71,7 +71,7 @@ def test_contextual_tokens(family, halve):
                 summed += 1
             got = pruned[row, pruned.shape[1] - len(places) + places.index(int(columns[token]))]
             torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
-    assert summed >= 3, "every picture has tokens that were put together"
+    assert summed >= 2, "tokens were put together"
 
 
 @torch.no_grad()

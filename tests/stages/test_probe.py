@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from modes import LOGITS, families, greedy
+from modes import LOGITS, greedy, whole
 from oracle_kv import attending
 
 import vtoken
@@ -94,7 +94,7 @@ def run(model, batch, stages):
     return torch.stack(out.logits), trace, [layer.keys for layer in attending(out.past_key_values)]
 
 
-@families
+@whole
 @pytest.mark.parametrize("name", [*SHARE, *ALONE])
 def test_sharing_saves_the_second_pass_and_changes_nothing(family, name, passes, monkeypatch):
     model = tiny.make(family)

@@ -74,7 +74,7 @@ def dense(model, batch):
         for layer in model.get_decoder().layers
     ]
     for layer in model.get_decoder().layers:
-        for block in (getattr(layer, "self_attn", None), layer.mlp):
+        for block in (getattr(layer, "self_attn", None), getattr(layer, "mlp", None) or layer.feed_forward):
             hooks += [block.register_forward_hook(partial(block_of, blocks), with_kwargs=True)] if block else []
     turn = model.get_decoder().rotary_emb.register_forward_pre_hook(
         lambda m, args, kwargs: turned.append(kwargs.get("position_ids", args[1] if len(args) > 1 else None)),

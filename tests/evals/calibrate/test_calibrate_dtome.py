@@ -35,14 +35,18 @@ def folder(tmp_path):
 class Pixels:
     """An image processor that counts its calls."""
 
-    def __init__(self, family="llava"):
-        self.calls, self.varlen, self.by_grids = 0, tiny.family(family).varlen, tiny.family(family).by_grids
+    def __init__(self, family="llava", side=56):
+        self.calls, self.side, one = 0, side, tiny.family(family)
+        self.varlen, self.by_grids, self.split = one.varlen, one.by_grids, one.split
 
     def __call__(self, images, return_tensors):
         self.calls += 1
+        images = [image.resize((self.side, self.side)) for image in images]
         pixels = torch.stack([torch.tensor(np.asarray(i)).permute(2, 0, 1) / 127.5 - 1 for i in images])
         if not self.varlen:
-            return {"pixel_values": pixels}
+            # Where text parts crops, a row's are told apart; a crop of zeros is padding.
+            padded = torch.stack([pixels, torch.zeros_like(pixels)], 1)
+            return {"pixel_values": padded if self.split else pixels}
         # Any order of patches will do; every other picture is half as high.
         grids = [(1, 4, 4) if k % 2 else (1, 2, 4) for k in range(len(images))]
         patches = pixels.unfold(2, 14, 14).unfold(3, 14, 14).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
@@ -201,15 +205,20 @@ def test_qwen_gets_rounds_behind_its_tower(family, folder, tmp_path):
 @pytest.mark.parametrize("family", tiny.families(varlen=False, unit=4, crops_sized=False))
 def test_rounds_behind_a_padded_tower(family, folder, tmp_path):
     model, out, files = tiny.make(family), tmp_path / "out", pictures(folder)
-    learned = calibrate(model, Pixels(family), files, out, budget="high", rounds=2)
+    one = [1, ("img", (0, 0)) if tiny.family(family).split else "img", 1]
+    side = max(np.ravel(model.config.vision_config.image_size).tolist())
+    pixels = Pixels(family, side)
+    learned = calibrate(model, pixels, files, out, budget="high", rounds=2)
     stage = config.load([{"dtome_post": {"thresholds": str(out)}}]).stages[0]
-    batch = tiny.build(model, [[1, "img", 1]] * 12)
-    batch["pixel_values"] = Pixels(family)([Image.open(f) for f in files], "pt")["pixel_values"]
+    batch = tiny.build(model, [one] * 12)
+    given = pixels([Image.open(f) for f in files], "pt")["pixel_values"]
+    batch["pixel_values"] = given
     with vtoken.wrapped(model, stage), torch.no_grad():
         model(**batch)
         seen = vtoken.trace(model)
-    assert sum(seen.visual_tokens) == 192
-    assert sum(seen.tokens_out) == round(192 * learned["left"][-1].item()) < 192
+    total = 12 * (side // 14) ** 2 // 4
+    assert sum(seen.visual_tokens) == total
+    assert sum(seen.tokens_out) == round(total * learned["left"][-1].item()) < total
 
 
 @pytest.mark.parametrize("family", tiny.families(crops_sized=True))

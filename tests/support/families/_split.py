@@ -30,7 +30,7 @@ class Split(Family):
     images: Any  # its image processor
     halves: tuple[Any, ...] = ()  # what its processor takes behind the tokenizer
     # Which crops are real, and how the prompt parts them, is asked before they are encoded.
-    waits = (("asked", "parted.py:real"), ("asked", "parted.py:crops_of"))
+    waits = (("asked", "parted.py:real"), *(("asked", "parted.py:crops_of"),) * 2)
 
     @property
     def size(self) -> int:

@@ -10,6 +10,7 @@ from families._split import Split
 class Tiny(Split):
     classes = "Idefics3"
     scale, across, unit = 3, 3, 9
+    offloads = False
     image, other, odd = (1, 2), (0, 0), (2, 3)
     images = Idefics3ImageProcessorPil
     shipped_picture = 9 * 17

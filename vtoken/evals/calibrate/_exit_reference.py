@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from vtoken import registry
 from vtoken.errors import UnsupportedError
-from vtoken.hooks.state.cache_argument import causal_mask
 from vtoken.hooks.state.handle import Handle
+from vtoken.hooks.state.layer_kinds import firsts, kinds_of, layer_mask
 
 
 class ExitReference:
@@ -37,7 +37,7 @@ class ExitReference:
         self.columns = (kinds[0] == 0).nonzero()[:, 0]
         self.behind = int((self.columns < kinds[0].nonzero().max()).sum())
         self.entering: list[Tensor] = []
-        self._rope: tuple[Tensor, ...] = ()
+        self._rope: list[tuple[Tensor, ...]] = []  # layers of one kind have one of their own
         handle = Handle()
         try:
             for layer in self.lm.layers:
@@ -49,17 +49,18 @@ class ExitReference:
     def _look(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         self.entering.append(hidden[0, self.columns])
-        self._rope = tuple(t[..., self.columns, :] for t in kwargs["position_embeddings"])
+        self._rope.append(tuple(t[..., self.columns, :] for t in kwargs["position_embeddings"]))
 
     @torch.no_grad()
     def without(self, layer: int) -> Tensor:
         """[T, V] logits of the text tokens if the visual ones (and newlines) had left before this layer; positions as
         they were."""
         x = self.entering[layer][None]
-        mask = causal_mask(self.lm.config, x, None, None)
+        masks = {kind: layer_mask(self.lm.config, k, x, None, None) for kind, k in firsts(self.lm.config).items()}
+        kinds = kinds_of(self.lm.config)
         for k, each in enumerate(self.lm.layers[layer:], layer):
             # A layer that keeps a state takes what it is given: of one prompt nothing is padding.
-            own = mask if k in self.attending else None
-            x = each(x, attention_mask=own, position_embeddings=self._rope, position_ids=None)
+            own = masks[kinds[k]] if k in self.attending else None
+            x = each(x, attention_mask=own, position_embeddings=self._rope[k], position_ids=None)
         logits: Tensor = self.model.get_output_embeddings()(self.norm(x))[0]
         return logits

@@ -156,6 +156,9 @@ def _behind(adapter: Any, stage: Any) -> Callable[[Any], None]:
         try:
             tower_of(adapter.encoder)(context)
             pixels = inputs["pixel_values"].to(adapter.model.device, adapter.model.dtype)
+            if pixels.ndim == 5:  # rows of crops; those that are all zero are padding
+                pixels = pixels.flatten(0, 1)
+                pixels = pixels[(pixels != 0).flatten(1).any(1)]
             adapter.tower(pixels[None] if adapter.encoder.by_grids else pixels, **sizes)
         finally:
             context.handle.release()

@@ -81,12 +81,11 @@ def dense_tokens(adapter: Adapter, inputs: Any) -> list[Tokens]:
     prompt = inputs["attention_mask"].sum(1).tolist()
     visual = [0] * len(prompt)
     for kind in KINDS:
-        placeholder = adapter.placeholders.get(kind)
-        if placeholder is None or pixels_of(kind, inputs) is None:
+        if kind not in adapter.placeholders or pixels_of(kind, inputs) is None:
             continue
         layouts = adapter.layouts(kind, inputs)
         ends = list(accumulate(layout.length for layout in layouts))
-        row_ends = (inputs["input_ids"] == placeholder).sum(1).cumsum(0).tolist()
+        row_ends = (adapter.visual_kinds(inputs["input_ids"], None, (kind,)) > 0).sum(1).cumsum(0).tolist()
         for layout, end in zip(layouts, ends, strict=True):
             visual[next(row for row, last in enumerate(row_ends) if end <= last)] += layout.tokens
     return [Tokens(p, p, v, v, float(v)) for p, v in zip(prompt, visual, strict=True)]

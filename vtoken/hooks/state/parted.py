@@ -36,9 +36,9 @@ def crops_of(given: Tensor, kinds: Tensor, crops: int, tokens: int) -> list[int]
     seen = mark.cumsum(1)
     between = seen[row[1:], first[1:]] - seen[row[:-1], last[:-1]]
     follows = (row[1:] == row[:-1]) & (between == 1)
-    whole = bool((last - first == tokens - 1).all())
+    whole = (last - first == tokens - 1).all()
     out = [1]
-    for same in follows.tolist() if whole else [False] * (crops - 1):
+    for same in (follows & whole).tolist():
         out[-1:] = [out[-1] + 1] if same else [out[-1], 1]
     return out
 
