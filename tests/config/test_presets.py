@@ -27,7 +27,7 @@ from vtoken.session import session_of
 
 # Of one picture they shorten nothing in the decoder: long prompts, the KV cache, videos.
 ELSEWHERE = {"attention", "cache"}
-VIDEO = ("dycoke", "evs", "flashvid", "holitom", "prunevid", "vidcom2")
+VIDEO = ("dycoke", "evs", "fastvid", "flashvid", "holitom", "prunevid", "vidcom2")
 EXITS = ("todre_exit", "dyvte", "pixelprune")  # of this picture nobody need leave
 
 

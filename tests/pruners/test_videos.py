@@ -12,8 +12,8 @@ from vtoken.pruners.tokens._video import VideoPruner
 GRIDS = ((7, 3, 4), (1, 2, 3), (12, 5, 6), (2, 5, 2))
 BUDGETS = (1, 20, "40%", {"per_frame": 3}, {"per_frame": 3, "key_weight": 3})
 STAGES = [
-    *((name, {"keep": keep}) for name in ("flashvid", "holitom") for keep in BUDGETS),
-    *((name, {"keep": "40%", "as_released": True}) for name in ("flashvid", "holitom")),
+    *((name, {"keep": keep}) for name in ("fastvid", "flashvid", "holitom") for keep in BUDGETS),
+    *((name, {"keep": "40%", "as_released": True}) for name in ("fastvid", "flashvid", "holitom")),
     ("dycoke", {}),
     ("dycoke", {"as_released": True}),
     ("prunevid", {}),
@@ -51,9 +51,9 @@ def test_batch_equals_singles(name, options, share, dtype):
         single = packed([one], (grid,))
         alone = stage.select(single)
         assert (alone.index + start).tolist() == index[i].tolist()
-        made.append(alone.apply(single.x))
+        made.append(alone.embed(single.x))
         start += len(one[0])
-    torch.testing.assert_close(whole.apply(batch.x), torch.cat(made))
+    torch.testing.assert_close(whole.embed(batch.x), torch.cat(made))
     assert whole.lengths[1] == len(clips[1][0]), "a picture passes whole"
     assert sum(whole.lengths) < len(batch.x)
     if share == 1 and stage.counts_are_exact():

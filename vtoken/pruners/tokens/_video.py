@@ -106,12 +106,14 @@ class Folded(NamedTuple):
         home: [n] row that absorbs each, itself for one that stays, -1 for none.
         weight: [n] weight of each in its slot.
         share: [n] if given, a slot is the weighted sum of its members divided by the sum of their shares, not weights.
+        made: if given, rows that stay, ascending, and the embeddings [., D] that take their place.
     """
 
     kept: Tensor
     home: Tensor
     weight: Tensor
     share: Tensor | None = None
+    made: tuple[Tensor, Tensor] | None = None
 
 
 def fold_videos(tokens: VisualTokens, fold: Callable[[int, slice], Folded | None]) -> Keep:
@@ -120,6 +122,7 @@ def fold_videos(tokens: VisualTokens, fold: Callable[[int, slice], Folded | None
     home = torch.arange(len(tokens.x), device=tokens.x.device)
     weight = torch.ones(len(home), device=home.device)
     share, other, index, start = weight.clone(), False, [], 0
+    made: list[tuple[Tensor, Tensor]] = []
     for image, n in enumerate(tokens.lengths):
         rows = slice(start, start + n)
         found = fold(image, rows) if n and is_video(tokens.parts[image]) else None
@@ -130,11 +133,16 @@ def fold_videos(tokens: VisualTokens, fold: Callable[[int, slice], Folded | None
             home[rows] = torch.where(found.home < 0, -1, found.home + start)
             weight[rows] = found.weight
             share[rows], other = (found.weight if found.share is None else found.share), found.share is not None
+            made += [] if found.made is None else [(found.made[0] + start, found.made[1])]
         start += n
     lengths = tuple(map(len, index))
     if lengths == tokens.lengths:
         return keep_all(tokens)
     keep = merged(Keep(torch.cat(index).sort().values, lengths), home, weight)
+    if made:
+        at, values = (torch.cat(parts) for parts in zip(*made, strict=True))
+        slot = torch.searchsorted(keep.index, at)
+        return replace(keep, fused=Fused(slot, torch.ones(len(slot), device=home.device), values=values))
     if not other or keep.into is None:
         return keep
     slots = len(keep.index)
