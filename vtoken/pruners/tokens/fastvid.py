@@ -34,8 +34,7 @@ class FastVID(VideoPruner):
     Where frames with anchors cannot hold a segment's share, its other frames have anchors too. In the trace a token
     belongs to the most similar of its anchors. Pictures and one-frame videos are left unpruned and do not count towards
     `keep: {total: ...}`. A frame is what the model treats as one: Qwen merges two into one. Loops over videos and
-    segments, and waits for the device once per video, for its segments, and once more where an earlier stage dropped
-    tokens.
+    segments; waits for the device once per video, twice where an earlier stage dropped tokens.
 
     Paper: https://arxiv.org/abs/2503.11187. Training-free.
     """
@@ -43,20 +42,15 @@ class FastVID(VideoPruner):
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.11187"
     deviations: ClassVar[str] = (
         "Frames are compared by the mean of their tokens, and attention is that of the encoder; the authors take both "
-        "from SigLIP's pooling head, which LLaVA-OneVision's checkpoints do not have. The budget is exact "
-        "(as_released: true for the authors' rounding). No random numbers among equal densities. Similarities and means "
-        "are float32. DeepStack features of an anchor are the mean of what belongs to it in the trace."
+        "from SigLIP's pooling head, which checkpoints of LLaVA-OneVision lack. The budget is exact (as_released: true for "
+        "their rounding). No random numbers among equal densities. Similarities and means are float32. DeepStack features "
+        "of an anchor are the mean of what belongs to it in the trace."
     )
 
     contextual: float = Field(default=0.4, ge=0, le=1, description="share of a frame's budget that goes to anchors (d)")
     every: int = Field(default=4, ge=1, description="frames of a segment to one with anchors (p)")
     beta: float = Field(default=0.6, gt=0, le=1, description="least weight of an anchor against what joins it")
-    cut: float = Field(
-        default=0.9,
-        ge=-1,
-        le=1,
-        description="cosine of two frames below which a segment begins (the authors: 0.84 on Qwen)",
-    )
+    cut: float = Field(0.9, ge=-1, le=1, description="cosine of frames below which a segment begins (Qwen: 0.84)")
     segments: int = Field(default=8, ge=1, description="least number of segments (c)")
     as_released: bool = Field(default=False, description="rounding of the authors' code")
 
@@ -78,11 +72,10 @@ class FastVID(VideoPruner):
         spare = [budget - k for budget, k in zip(budgets, most, strict=True)]
         ends = [0, *accumulate(events)]
         counts = [n for a, b in pairwise(ends) for n in self._anchors(spare[a:b], others[a:b])]
-        if not any(counts):
-            return Folded(chosen, home, torch.ones(len(x), device=device))
-        values, joined = x[rest], density_peaks(x[rest], others, counts, NEIGHBOURS, limited=False)
-        order = (joined != torch.arange(len(rest), device=device)).sort(stable=True).indices
-        anchors, made = order[: sum(counts)], []  # packed rows of the rest, frame by frame
+        values, made = x[rest], []
+        centre = density_peaks(values, others, counts, NEIGHBOURS, limited=False)
+        joins = centre != torch.arange(len(rest), device=device)
+        anchors = joins.sort(stable=True).indices[: sum(counts)]  # rows of the rest, frame by frame
         of, at = list(accumulate(others, initial=0)), list(accumulate(counts, initial=0))
         for a, b in pairwise(ends):
             mine, own = values[of[a] : of[b]], anchors[at[a] : at[b]]
@@ -95,7 +88,8 @@ class FastVID(VideoPruner):
                     made.append(self._filled(values[anchor], mine, part.argmax(1)))
         kept = rest[anchors]
         home[kept] = kept
-        return Folded(torch.cat([chosen, kept]), home, torch.ones(len(x), device=device), made=(kept, torch.cat(made)))
+        new = (kept, torch.cat(made)) if made else None
+        return Folded(torch.cat([chosen, kept]), home, torch.ones(len(x), device=device), made=new)
 
     def _anchors(self, spare: list[int], others: list[int]) -> list[int]:
         """Anchors of each frame of a segment with so much left of its budgets, and so many tokens that may be one."""
@@ -107,14 +101,12 @@ class FastVID(VideoPruner):
         if total > sum(others[t] for t in frames):
             frames = list(range(len(spare)))
         wanted = torch.full((len(frames),), total / len(frames), dtype=torch.float64)
-        given = apportion(wanted, [others[t] for t in frames], min(total, sum(others))) if total else [0] * len(frames)
-        for t, n in zip(frames, given, strict=True):
-            counts[t] = n
-        return counts
+        given = apportion(wanted, [others[t] for t in frames], min(total, sum(others))) if total else counts
+        return [dict(zip(frames, given, strict=False)).get(t, 0) for t in range(len(spare))]
 
     def _filled(self, anchors: Tensor, values: Tensor, slot: Tensor) -> Tensor:
         """[A, D] anchors with the values [R, D] that join them."""
-        joined = torch.bincount(slot, minlength=len(anchors))[:, None]
+        joined = torch.zeros_like(anchors[:, :1]).index_add_(0, slot, torch.ones_like(values[:, :1]))
         mean = torch.zeros_like(anchors).index_add_(0, slot, values) / joined.clamp(min=1)
         weight = (1 / (joined + 1)).clamp(min=self.beta)
         return weight * anchors + (1 - weight) * mean
