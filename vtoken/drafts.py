@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vtoken import config
+from vtoken import config, registry
 from vtoken.compatibility import check_whole
 from vtoken.config import Pipeline, PipelineLike
+from vtoken.drafters.vispec import ViSpec
+from vtoken.drafters.weights import load
 from vtoken.errors import UnsupportedError, about
+from vtoken.hooks.call.chains import ChainGenerator
 from vtoken.hooks.call.drafting import Acceptance, Drafting
 from vtoken.hooks.call.pairing import check_pair
 from vtoken.hooks.call.vocabularies import words
 from vtoken.hooks.decoder.target_attention import TargetAttention
+from vtoken.hooks.decoder.target_states import TargetStates
 from vtoken.hooks.state.twin import twin
-from vtoken.session import Session, session_of, unwrap, whole
+from vtoken.session import SESSION, Session, session_of, unwrap, whole
 from vtoken.stages.facts import of_target
 
 
@@ -61,6 +66,27 @@ class Pair:
             Session(self.target, self.before)
 
 
+class TrainedPair(Pair):
+    """A target and a draft with trained weights, which has no pipeline: it reads what the target's leaves.
+
+    Args:
+        target, draft, before: as in `Pair`.
+    """
+
+    def __init__(self, target: Any, draft: ViSpec, before: Pipeline | None) -> None:
+        self.target, self.draft, self.before = target, draft, before
+        recorded = TargetStates()
+        self.drafting = Drafting(draft, recorded, ChainGenerator)
+        try:
+            session = Session(target, before or config.load("none"), watched=True, recorded=recorded)
+        except BaseException:
+            self._restore()
+            raise
+        session.pair = self
+        self.drafting.on_target(session.context)
+        session.context.handle.set(draft, SESSION, session)
+
+
 def draft(model: Any, draft: Any = None, pipeline: PipelineLike | None = None) -> Any:
     """Makes a model that drafts for `model` and sees the pictures of its calls, under a pipeline of its own:
 
@@ -74,33 +100,53 @@ def draft(model: Any, draft: Any = None, pipeline: PipelineLike | None = None) -
     `vtoken.acceptance(draft)` tells what became of the drafts. `vtoken.unwrap` of the draft takes back what this did to
     both; of the target, its own pipeline too.
 
+    A draft with trained weights is named instead of given:
+
+        assistant = vtoken.draft(model, "JLKang/ViSpec-Qwen2.5-VL-7B-Instruct")
+
+    It is one decoder layer on the hidden states of the target, see `vtoken.drafters.vispec.ViSpec`.
+
     Args:
         model: the target, a stock VLM, wrapped or not.
         draft: another checkpoint with the same vocabulary (padding aside) and placeholders, not wrapped. None: the same
-            model, in a second tree of modules on the same weights; move it, quantise it and add adapters before.
+            model, in a second tree of modules on the same weights; move it, quantise it and add adapters before. A
+            string or path: trained weights, as a safetensors file, a folder with a `model.safetensors`, or a repository
+            of the Hub ("owner/name", "owner/name@revision").
         pipeline: of the draft, as `vtoken.wrap` takes it. None: what stands under `draft:` in the pipeline of the
-            wrapped target; "specvlm-90" if nothing does.
+            wrapped target; "specvlm-90" if nothing does. Trained weights take none.
 
     Returns:
-        The draft: `draft` itself, or the second tree.
+        The draft: `draft` itself, the second tree, or the module with the trained weights.
 
     Raises:
         UnsupportedError: the two do not go together, a stage cannot be served, `draft` is wrapped, or `model` has a
             draft already.
-        ConfigError: the pipeline does not read.
+        ConfigError: the pipeline or the weights do not read.
     """
-    target, other = whole(model), None if draft is None or whole(draft) is whole(model) else whole(draft)
+    target = whole(model)
     check_whole(target)
     held = session_of(target)
     if held is not None and held.pair is not None:
         raise UnsupportedError("this model has a draft, or is one; call vtoken.unwrap(draft) first")
+    before = None if held is None else held.pipeline
+    if isinstance(draft, (str, os.PathLike)):
+        if pipeline is not None:
+            raise UnsupportedError(
+                "a draft with trained weights has no pipeline: it reads what the target's leaves; give the pipeline to "
+                "vtoken.wrap(model, pipeline) first"
+            )
+        adapter = registry.adapter(target.config.model_type)(target) if held is None else held.adapter
+        trained = load(draft, adapter)
+        if held is not None:
+            held.release()
+        return TrainedPair(target, trained, before).draft
+    other = None if draft is None or whole(draft) is target else whole(draft)
     if other is not None:
         check_whole(other)
         if session_of(other) is not None:
             raise UnsupportedError(
                 "this draft is wrapped already; call vtoken.unwrap(draft) first and give its pipeline to vtoken.draft"
             )
-    before = None if held is None else held.pipeline
     if pipeline is None:
         pipeline = (before and before.draft) or "specvlm-90"
     own = config.load(pipeline)

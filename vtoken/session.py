@@ -27,6 +27,7 @@ from vtoken.hooks.decoder.blocks import watch_blocks
 from vtoken.hooks.decoder.layer_groups import LayerGroups
 from vtoken.hooks.decoder.state_rows import StateRows
 from vtoken.hooks.decoder.target_attention import TargetAttention
+from vtoken.hooks.decoder.target_states import TargetStates
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.installed import described
 from vtoken.hooks.state.trace import Trace
@@ -73,7 +74,7 @@ class Session:
         pipeline: Pipeline,
         *,
         watched: bool = False,
-        recorded: TargetAttention | None = None,
+        recorded: TargetAttention | TargetStates | None = None,
         target: TargetAttention | None = None,
         drafts_for: Adapter | None = None,
     ) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -53,6 +53,14 @@ class Acceptance:
         """Tokens per step of the target; nan without any."""
         return self.tokens / self.steps if self.steps else float("nan")
 
+    def note(self, drafts: Tensor, said: Tensor) -> None:
+        """One step: the target was given drafts [n] and has said tokens [m]."""
+        n = min(len(said), len(drafts))
+        self.drafted += len(drafts)
+        self.accepted += int((said[:n].to(drafts.device) == drafts[:n]).long().cumprod(0).sum())
+        self.steps += 1
+        self.tokens += len(said)
+
 
 class _Call(threading.local):
     """Of the calling thread: what `generate` of the target was given, whether the draft is at work for it, and what
@@ -68,11 +76,12 @@ class Drafting:
 
     Args:
         draft: the model that drafts.
-        recorded: what its stages ask about the target's attention, if anything.
+        recorded: what it asks about the target, if anything.
+        generator: makes the guesses: a candidate generator of transformers; None: `Seeing`.
     """
 
-    def __init__(self, draft: Any, recorded: Any = None) -> None:
-        self.draft, self.recorded, self.call = draft, recorded, _Call()
+    def __init__(self, draft: Any, recorded: Any = None, generator: Any = None) -> None:
+        self.draft, self.recorded, self.generator, self.call = draft, recorded, generator or Seeing, _Call()
         self.names = frozenset(inspect.signature(draft.forward).parameters) - OWN
 
     def on_target(self, context: Context) -> None:
@@ -93,7 +102,7 @@ class Drafting:
         def generate(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
             if kwargs.get("assistant_model") is not self.draft:
                 return original(inputs, *args, **kwargs)
-            check_call(inputs, kwargs)
+            check_call(inputs, kwargs, self.generator.encodes)
             self.call.given, self.call.acceptance = {k: v for k, v in kwargs.items() if k in self.names}, Acceptance()
             try:
                 with nullcontext() if self.recorded is None else self.recorded.listening():
@@ -113,7 +122,7 @@ class Drafting:
                     "a draft that sees shares its target's ids: leave tokenizer and assistant_tokenizer out"
                 )
             given = {name: kwargs.get(name) for name in ("input_ids", "generation_config", "logits_processor")}
-            return Seeing(self, kwargs["model_kwargs"], given)
+            return self.generator(self, kwargs["model_kwargs"], given)
 
         return get
 
@@ -140,8 +149,8 @@ class Drafting:
             self.call.at_work = False
 
 
-def check_call(inputs: Tensor | None, kwargs: dict[str, Any]) -> None:
-    """Refuses calls of which the draft could not be given what the target has seen.
+def check_call(inputs: Tensor | None, kwargs: dict[str, Any], encodes: bool) -> None:
+    """Refuses calls of which the draft could not be given what the target has seen. `encodes`: it has a tower.
 
     Raises:
         UnsupportedError: says what to pass instead.
@@ -152,7 +161,7 @@ def check_call(inputs: Tensor | None, kwargs: dict[str, Any]) -> None:
             "a draft has read nothing of an earlier turn, and its pictures are not in this call; pass the whole "
             "conversation with all its pictures instead of past_key_values, or leave assistant_model out"
         )
-    if kwargs.get("mm_encoder_outputs") or kwargs.get("inputs_embeds") is not None:
+    if encodes and (kwargs.get("mm_encoder_outputs") or kwargs.get("inputs_embeds") is not None):
         raise UnsupportedError(
             "a draft encodes the pictures with a tower of its own: pass input_ids and pixel_values instead of "
             "mm_encoder_outputs or inputs_embeds"
@@ -168,6 +177,8 @@ class Seeing(AssistedCandidateGenerator):
         drafting: what joins the two.
         model_kwargs: of the target's loop; given: what else transformers hands to a candidate generator.
     """
+
+    encodes: ClassVar[bool] = True
 
     def __init__(self, drafting: Drafting, model_kwargs: dict[str, Any], given: dict[str, Any]) -> None:
         kept = {name: model_kwargs[name] for name in ("attention_mask", "use_cache") if name in model_kwargs}
@@ -185,15 +196,8 @@ class Seeing(AssistedCandidateGenerator):
         return torch.cat([input_ids.to(found.device), self.drafts], dim=1), logits
 
     def update_candidate_strategy(self, input_ids: Any, scores: Any, num_matches: int) -> None:
-        count = self.drafting.call.acceptance
-        if self.drafts.shape[1] and count is not None:
-            said = input_ids[:, self.before :].to(self.drafts.device)
-            n = min(said.shape[1], self.drafts.shape[1])
-            agreed = (said[0, :n] == self.drafts[0, :n]).long().cumprod(0).sum()
-            count.drafted += self.drafts.shape[1]
-            count.accepted += int(agreed)
-            count.steps += 1
-            count.tokens += said.shape[1]
+        if self.drafting.call.acceptance is not None and self.drafts.shape[1]:
+            self.drafting.call.acceptance.note(self.drafts[0], input_ids[0, self.before :])
         if scores.shape[1] > 1:  # the target's own prefill says nothing about drafts
             super().update_candidate_strategy(input_ids, scores, num_matches)
 

@@ -36,6 +36,15 @@ def check_target(stages: Sequence[Stage], target: Adapter | None) -> None:
                 )
 
 
+def check_states(adapter: Adapter) -> None:
+    """Refuses models with layers that keep a state."""
+    if states := len(adapter.lm.layers) - len(adapter.attending):
+        raise UnsupportedError(
+            f"{adapter.model_type} can neither draft nor be drafted for: {states} of its decoder layers keep a state, "
+            "from which no token can be taken back (transformers refuses assisted generation)"
+        )
+
+
 def check_pair(target: Adapter, draft: Adapter) -> None:
     """Refuses a draft that cannot read the prompts of its target.
 
@@ -43,11 +52,7 @@ def check_pair(target: Adapter, draft: Adapter) -> None:
         UnsupportedError: names what differs.
     """
     for adapter in (target, draft):
-        if states := len(adapter.lm.layers) - len(adapter.attending):
-            raise UnsupportedError(
-                f"{adapter.model_type} can neither draft nor be drafted for: {states} of its decoder layers keep a state, "
-                "from which no token can be taken back (transformers refuses assisted generation)"
-            )
+        check_states(adapter)
     if SLIDING in kinds_of(draft.lm.config) and not windows_go_back():
         raise UnsupportedError(
             f"{draft.model_type} attends in sliding windows, and transformers {transformers.__version__} cannot have a "

@@ -17,6 +17,7 @@ from vtoken.stages.facts import encoded, read_of
 if TYPE_CHECKING:
     from vtoken.adapters.base import Adapter
     from vtoken.hooks.decoder.target_attention import TargetAttention
+    from vtoken.hooks.decoder.target_states import TargetStates
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Context:
         min_tokens: visual tokens below which a batch row runs dense.
         owner: who may continue the caches that are pruned here.
         read: facts of the vision tower (with layers resolved) that something else than a stage reads.
-        recorded: attention of this model that is recorded for its draft; target: what this model, a draft, reads of its
-            target's.
+        recorded: what is recorded of this model for its draft; target: what this model, a draft, reads of its target's
+            attention.
     """
 
     adapter: Adapter
@@ -43,7 +44,7 @@ class Context:
     min_tokens: int = 0
     owner: CacheOwner = field(default_factory=CacheOwner)
     read: frozenset[Fact] = frozenset()
-    recorded: TargetAttention | None = None
+    recorded: TargetAttention | TargetStates | None = None
     target: TargetAttention | None = None
 
     @property

@@ -1,0 +1,1 @@
+"""Drafts with trained weights."""
