@@ -17,6 +17,7 @@ from vtoken.config import Pipeline, PipelineLike
 from vtoken.config.beside import of_model
 from vtoken.errors import UnsupportedError, about
 from vtoken.hooks.attention.sparse_prefill import SparsePrefill
+from vtoken.hooks.attention.steering import Steering
 from vtoken.hooks.attention.unmerge import Unmerge
 from vtoken.hooks.boundary.boundary import Boundary
 from vtoken.hooks.cache.shrink import CacheShrinker
@@ -56,6 +57,7 @@ def install(context: Context) -> Boundary:
     boundary = Boundary(context, unmerge=unmerge, cache=cache)
     LayerGroups(context)
     StateRows(context)
+    Steering(context)
     observe(context)
     watch_blocks(context)
     if context.recorded is not None:
