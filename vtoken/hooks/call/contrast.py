@@ -110,7 +110,7 @@ class Against(LogitsProcessor):
         self.prompts, self.rows = len(ids), ids  # how many there are; ids that the cache holds
         self.deltas: Tensor | None = None  # what the model remembers of positions, for all rows
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         other = (self._read(len(input_ids)) if self.cache is None else self._step(input_ids)).to(scores)
         out = (1 + self.alpha) * scores - self.alpha * other
         if self.beta:
@@ -128,8 +128,9 @@ class Against(LogitsProcessor):
             logits = logits.repeat_interleave(copies, 0)
             deltas = vars(self.context.adapter.outer).get("rope_deltas")
             self.deltas = None if deltas is None else deltas.repeat_interleave(copies, 0)
-            self.ids, self.mask = (None if x is None else x.repeat_interleave(copies, 0) for x in (self.ids, self.mask))
             self.given = {k: v.repeat_interleave(copies, 0) if self._tells(v) else v for k, v in self.given.items()}
+            self.ids = self.ids.repeat_interleave(copies, 0)
+            self.mask = None if self.mask is None else self.mask.repeat_interleave(copies, 0)
         return logits
 
     def _step(self, input_ids: Tensor) -> Tensor:
