@@ -13,7 +13,7 @@ import torch
 from modes import LOGITS, ROWS, alone, greedy, whole
 from probes import Deep, Ragged
 from steered import amplified, literal, redistributed, salient
-from turns import TURNS, both, conversation, second
+from turns import IMAGE_TURNS, TURNS, both, conversation, second
 
 import vtoken
 from vtoken import config
@@ -99,6 +99,10 @@ def test_second_turn(family, steer, rows):
         stages.append(vtoken.trace(model).stages[:1])
         whole, order = conversation(model, first, turn, a.sequences)
         more = second(model, whole, turn)
+        if image and modes.mrope(model) and not IMAGE_TURNS:
+            with pytest.raises(UnsupportedError, match="M-RoPE"):
+                greedy(model, more, NEW, past_key_values=a.past_key_values)
+            return
         b = greedy(model, more, NEW, past_key_values=a.past_key_values, **LOGITS)
         stages.append(vtoken.trace(model).stages[:1] if image else [])
     p = oracle.prompt(model, whole)
