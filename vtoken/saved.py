@@ -77,7 +77,8 @@ def _moved(pipeline: Pipeline, copies: dict[str, str], first: int = 0) -> Pipeli
     draft = None if pipeline.draft is None else _moved(pipeline.draft, copies, first + len(stages))
     against = pipeline.contrast
     if against is not None:
-        against = replace(against, pipeline=_moved(against.pipeline, copies, 100 + first))
+        after = first + len(stages) + (0 if draft is None else len(draft.stages))
+        against = replace(against, pipeline=_moved(against.pipeline, copies, after))
     return replace(pipeline, stages=stages, draft=draft, contrast=against)
 
 
