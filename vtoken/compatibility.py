@@ -1,5 +1,4 @@
-"""Checks a pipeline against a model before anything is installed: sites, facts, layers, and conflicts between
-stages."""
+"""Checks a pipeline against a model before anything is installed: sites, facts, layers, and what goes together."""
 
 from __future__ import annotations
 
@@ -15,6 +14,7 @@ from vtoken.adapters.base import Adapter
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, OtherModelError, UnsupportedError, warn
 from vtoken.hooks.attention.sparse_prefill import check_attention
+from vtoken.hooks.attention.steering_checks import check_steering, thins
 from vtoken.hooks.cache.clear import check_cleared
 from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.hooks.state.layer_kinds import SLIDING, kinds_of
@@ -68,9 +68,8 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
     check_windows(pipeline, adapter)
     for stage in pipeline.stages:
         check_stage(stage, adapter)
-    check_attention(
-        [s for s in pipeline.stages if s.site == "attention" and not s.unmerge_mode()], adapter.lm, adapter.attending
-    )
+    check_steering(pipeline.stages, adapter.lm, adapter.attending)
+    check_attention([stage for stage in pipeline.stages if thins(stage)], adapter.lm, adapter.attending)
     check_cache([stage for stage in pipeline.stages if stage.site == "cache"])
     check_cleared(pipeline.stages, adapter.lm.config)
 

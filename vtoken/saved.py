@@ -71,11 +71,15 @@ def push_to_hub(model: Any, repository: str, *, private: bool | None = None, tok
 
 
 def _moved(pipeline: Pipeline, copies: dict[str, str], first: int = 0) -> Pipeline:
-    """The pipeline, and that of its draft, with file options changed to where the copies will be; stages count from
+    """The pipeline, and those of its draft and contrast, with file options changed to where the copies will be; stages count from
     `first`."""
     stages = tuple(_stage_moved(stage, k, copies) for k, stage in enumerate(pipeline.stages, first))
     draft = None if pipeline.draft is None else _moved(pipeline.draft, copies, first + len(stages))
-    return replace(pipeline, stages=stages, draft=draft)
+    against = pipeline.contrast
+    if against is not None:
+        after = first + len(stages) + (0 if draft is None else len(draft.stages))
+        against = replace(against, pipeline=_moved(against.pipeline, copies, after))
+    return replace(pipeline, stages=stages, draft=draft, contrast=against)
 
 
 def _stage_moved(stage: Stage, number: int, copies: dict[str, str]) -> Stage:

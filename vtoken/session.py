@@ -17,9 +17,11 @@ from vtoken.config import Pipeline, PipelineLike
 from vtoken.config.beside import of_model
 from vtoken.errors import UnsupportedError, about
 from vtoken.hooks.attention.sparse_prefill import SparsePrefill
+from vtoken.hooks.attention.steering import Steering
 from vtoken.hooks.attention.unmerge import Unmerge
 from vtoken.hooks.boundary.boundary import Boundary
 from vtoken.hooks.cache.shrink import CacheShrinker
+from vtoken.hooks.call.contrast import Contrasting
 from vtoken.hooks.call.inputs import CallInputs
 from vtoken.hooks.call.pairing import check_target
 from vtoken.hooks.decoder.attention_tap import observe
@@ -31,6 +33,7 @@ from vtoken.hooks.decoder.target_states import TargetStates
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.installed import described
 from vtoken.hooks.state.trace import Trace
+from vtoken.hooks.state.twin import twin
 from vtoken.hooks.vision.features import FeatureHooks
 from vtoken.hooks.vision.towers import tower_of
 
@@ -57,6 +60,7 @@ def install(context: Context) -> Boundary:
     boundary = Boundary(context, unmerge=unmerge, cache=cache)
     LayerGroups(context)
     StateRows(context)
+    Steering(context)
     observe(context)
     watch_blocks(context)
     if context.recorded is not None:
@@ -80,6 +84,7 @@ class Session:
     ) -> None:
         self.pipeline = pipeline
         self.boundary: Boundary | None = None
+        self.against: Session | None = None  # of the model that answers are held against
         self.pair: Any = None  # what joins the model to its draft or its target, see drafts.py
         self.adapter: Adapter = registry.adapter(model.config.model_type)(model)
         check_target(pipeline.stages, drafts_for)
@@ -93,6 +98,9 @@ class Session:
             recorded=recorded,
             target=target,
         )
+        against = pipeline.contrast
+        # Made while nothing is installed, so that nothing of it comes along.
+        other = twin(model) if against is not None and against.alpha else None
         try:
             context.handle.set(model, SESSION, self)
             if pipeline.anyres == "2x2":
@@ -102,8 +110,12 @@ class Session:
                 context.handle.set(self.adapter.outer, "config", cut)
             if pipeline.stages or watched:
                 self.boundary = install(context)
+            if against is not None and other is not None:
+                with about("contrast"):
+                    self.against = Session(other, against.pipeline)
+                Contrasting(context.handle, model, self.against.context, against.alpha, against.beta)
         except BaseException:
-            context.handle.release()
+            self.release()
             raise
 
     @property
@@ -131,6 +143,8 @@ class Session:
         self.context.owner.alive = False
         for stage in self.pipeline.stages:
             stage.unload()
+        if self.against is not None:
+            self.against.release()
         self.context.handle.release()
 
 

@@ -30,6 +30,9 @@ OWN: dict[str, dict[str, Any]] = {
     # one size and so a probability of 1: test_second_stages.py has maxima, the known answer probabilities
     "dpn_routed": {"routers": gates.routers(sizes=1), "sizes": (1,), "least": 4},
     "learned_compressor": token_modules.options(),
+    # as dense attention; test_steering.py has the rest
+    "amplify": {"gamma": 1.0},
+    "var": {"tau": 1e9},
     # every share is above 0: as dense attention; test_seer.py has the rest
     "seerattention": {"gates": gates.seer(), "threshold": 0.0},
     "dpn": {"at": (1, 3), "sizes": (2, 2), "least": 4},

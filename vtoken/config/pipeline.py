@@ -15,8 +15,21 @@ from pydantic import ValidationError
 
 from vtoken import registry
 from vtoken.config.beside import in_folder, is_repository, on_hub
+from vtoken.config.contrast import Contrast
 from vtoken.config.messages import explain
-from vtoken.config.policies import DRAFT, KEYS, LEAST, POLICIES, POLICY_KEYS, PRESET, Anyres, Newline, Positions, check
+from vtoken.config.policies import (
+    CONTRAST,
+    DRAFT,
+    KEYS,
+    LEAST,
+    POLICIES,
+    POLICY_KEYS,
+    PRESET,
+    Anyres,
+    Newline,
+    Positions,
+    check,
+)
 from vtoken.config.presets import recipe
 from vtoken.config.short_form import bare, is_stage, options_of, short_form
 from vtoken.config.yaml_source import Source, read
@@ -31,7 +44,7 @@ class Pipeline:
     """Stages in the order in which data flows through them, and the policies that apply to all of them (see `vtoken
     schema`). Its repr is what `dump` writes.
 
-    `draft` is the pipeline of the draft that `vtoken.draft(model)` makes. `written` is what the user wrote, which errors
+    `draft` is the pipeline of the draft that `vtoken.draft(model)` makes, `contrast` what answers are held against. `written` is what the user wrote, which errors
     quote; "" if the pipeline was not read from text.
     """
 
@@ -42,12 +55,16 @@ class Pipeline:
     anyres: Anyres = "model"
     min_visual_tokens: int = 0
     draft: Pipeline | None = None
+    contrast: Contrast | None = None
     written: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         check(vars(self), Source())
         if self.draft is not None and (not isinstance(self.draft, Pipeline) or self.draft.draft is not None):
             raise ConfigError(f"{DRAFT} must be a pipeline that has no {DRAFT} itself, not {shown(self.draft)}")
+
+        if self.contrast is not None and not isinstance(self.contrast, Contrast):
+            raise ConfigError(f"{CONTRAST} must be a Contrast, not {shown(self.contrast)}")
 
     def __repr__(self) -> str:
         return dump(self)
@@ -92,7 +109,10 @@ def dump(pipeline: Pipeline) -> str:
 def _plain_form(pipeline: Pipeline) -> dict[str, Any]:
     stages = [{s.name: options} if (options := s.model_dump(mode="json")) else s.name for s in pipeline.stages]
     draft = {} if pipeline.draft is None else {DRAFT: _plain_form(pipeline.draft)}
-    return {**{key: getattr(pipeline, key) for key in POLICY_KEYS}, **draft, "stages": stages}
+    against = {}
+    if (held := pipeline.contrast) is not None:
+        against = {CONTRAST: {"alpha": held.alpha, "beta": held.beta, **_plain_form(held.pipeline)}}
+    return {**{key: getattr(pipeline, key) for key in POLICY_KEYS}, **draft, **against, "stages": stages}
 
 
 def _from_text(text: str) -> Pipeline:
@@ -161,10 +181,27 @@ def _from_data(data: Any, name: str, source: Source) -> Pipeline:
             f"stages must be a list, as in [fastervlm: {{keep: 64}}] (for none []), not {shown(items)}",
         )
     stages = tuple(_stage(item, ("stages", i), source) for i, item in enumerate(items))
-    draft = _draft(data[DRAFT], source) if DRAFT in data else None
+    more: dict[str, Any] = {}
+    for key, reads in ((DRAFT, _draft), (CONTRAST, _contrast)):
+        more |= {key: reads(data[key], source)} if key in data else {}
     check({**policies, "stages": stages}, source)
     name = name or preset or "+".join(s.name for s in stages) or "none"
-    return Pipeline(name, stages=stages, draft=draft, written=preset and f'preset "{preset}"', **policies)
+    return Pipeline(name, stages=stages, written=preset and f'preset "{preset}"', **policies, **more)
+
+
+def _contrast(item: Any, source: Source) -> Contrast:
+    """What stands under `contrast:`: a pipeline, alpha and beta."""
+    if not isinstance(item, dict):
+        raise source.error(
+            (CONTRAST,), f"{CONTRAST} is a mapping, {{stages: [...], alpha: 1.0, beta: 0.1}}, not {shown(item)}"
+        )
+    numbers = {key: _native(item[key]) for key in ("alpha", "beta") if key in item}
+    own = Source(source.file, {path[1:]: line for path, line in source.lines.items() if path[:1] == (CONTRAST,)})
+    held = _from_data({key: value for key, value in item.items() if key not in numbers}, "", own)
+    try:
+        return Contrast(held, **numbers)
+    except ConfigError as error:
+        raise source.error((CONTRAST,), str(error)) from None
 
 
 def _draft(item: Any, source: Source) -> Pipeline:

@@ -33,8 +33,9 @@ POLICIES: dict[str, tuple[tuple[str, ...], str]] = {
 LEAST = "min_visual_tokens"
 PRESET = "preset"
 DRAFT = "draft"
+CONTRAST = "contrast"
 POLICY_KEYS = (*POLICIES, LEAST)
-KEYS = (PRESET, *POLICY_KEYS, DRAFT, "stages")
+KEYS = (PRESET, *POLICY_KEYS, DRAFT, CONTRAST, "stages")
 
 
 def check(given: Mapping[str, Any], source: Source) -> None:

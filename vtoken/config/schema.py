@@ -7,7 +7,7 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from vtoken import registry
-from vtoken.config.policies import DRAFT, LEAST, POLICIES, PRESET
+from vtoken.config.policies import CONTRAST, DRAFT, LEAST, POLICIES, PRESET
 from vtoken.stages import SITES
 
 
@@ -53,6 +53,19 @@ def schema() -> dict[str, Any]:
             DRAFT: {
                 "description": "the pipeline of the draft that vtoken.draft(model) makes; wrap alone makes none",
                 "anyOf": [{"type": "string"}, {"$ref": "#"}, {"$ref": "#/properties/stages"}],
+            },
+            CONTRAST: {
+                "description": "what answers of generate are held against: (1 + alpha) l - alpha l', l' the logits under "
+                "this pipeline; words with l below ln beta + max l are out",
+                "type": "object",
+                "allOf": [{"anyOf": [{"required": ["stages"]}, {"required": [PRESET]}]}],
+                "properties": {
+                    "alpha": {"type": "number", "minimum": 0, "default": 1.0},
+                    "beta": {"type": "number", "minimum": 0, "maximum": 1, "default": 0.1},
+                    "stages": {"$ref": "#/properties/stages"},
+                    **{key: {"$ref": f"#/properties/{key}"} for key in (*POLICIES, PRESET, LEAST)},
+                },
+                "additionalProperties": False,
             },
             "stages": {
                 "description": f"sites must not go backwards: {', '.join(SITES)}",

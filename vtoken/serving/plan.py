@@ -57,7 +57,7 @@ def pipeline_of(hf_config: Any) -> Pipeline | None:
 
 
 def _acts(pipeline: Pipeline) -> bool:
-    return bool(pipeline.stages) or pipeline.anyres != "model"
+    return bool(pipeline.stages or pipeline.contrast) or pipeline.anyres != "model"
 
 
 def options(pipeline: Pipeline, given: Any, model_config: Any) -> list[str]:
@@ -106,6 +106,8 @@ def check(pipeline: Pipeline, family: str) -> None:
     if family not in FAMILIES:
         raise UnsupportedError(f"{unknown('family', family, FAMILIES)}; {ELSEWHERE}")
     with about(pipeline.written):
+        if pipeline.contrast is not None:
+            raise UnsupportedError(f"contrast needs a second cache of every prompt, which vLLM has not; {ELSEWHERE}")
         for stage, before in zip(pipeline.stages, _before(pipeline), strict=True):
             if why := refusal(stage, family, before):
                 raise UnsupportedError(f"stage {stage.name} cannot be served in vLLM: {why}")

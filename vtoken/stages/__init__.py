@@ -25,6 +25,7 @@ from vtoken.stages.cache import (
 from vtoken.stages.facts import FACTS, SITES, Fact, FactSpec, Site, spec_of
 from vtoken.stages.quantized import QuantizedKV, QuantizedTensor
 from vtoken.stages.query_attention import QueryAttention, shared
+from vtoken.stages.steering import SteeredAttention, SteeredLayer
 from vtoken.stages.token_module import Layout, TokenModule
 from vtoken.stages.tokens import (
     Fused,

@@ -25,6 +25,7 @@ LEFT_OUT = (
     "padding: all rows of the batch are equally long",
 )
 
+CONTRAST = "the contrast, which runs the model once more, under its own pipeline and with a cache of its own"
 STATES = "what a decode step adds to the states of layers that keep one, number by number; those are of fixed size"
 
 
@@ -131,6 +132,7 @@ def account(
     head = 2 * decoder.width * shape.vocabulary
     steps = work.new_tokens - 1
     attended, met, choosing = refilled(shape, flow)
+    told = [text for text, holds in ((STATES, decoder.states), (CONTRAST, applied.contrast)) if holds]
     return Account(
         pipeline=applied.name,
         images=work.images,
@@ -155,7 +157,7 @@ def account(
         newline_tokens=tuple(flow.newlines),
         kv_bytes_prefill=batch * _kv_bytes(flow, size),
         kv_bytes=batch * _kv_bytes(flow, size, steps),
-        left_out=(*LEFT_OUT, *((STATES,) if decoder.states else ()), *flow.left_out),
+        left_out=(*LEFT_OUT, *told, *flow.left_out),
         inexact=tuple(flow.inexact),
     )
 

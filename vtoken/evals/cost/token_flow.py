@@ -9,7 +9,7 @@ from vtoken.errors import OtherModelError, UnsupportedError
 from vtoken.evals.cost.geometry import Geometry
 from vtoken.evals.cost.geometry.smaller_pictures import before_tower
 from vtoken.hooks.vision.frames import SIDE
-from vtoken.stages import SITES, Fact, FactSpec, OtherModel, Parts, Site, Stage, size_of, spec_of
+from vtoken.stages import SITES, Fact, FactSpec, OtherModel, Parts, Site, Stage, SteeredAttention, size_of, spec_of
 from vtoken.stages.attention import SparseAttention
 from vtoken.stages.cache import CacheStage
 
@@ -97,7 +97,7 @@ class TokenFlow:
         decoder, tower = self.shape.decoder, self.shape.tower
         if stage.unmerge_mode():
             self._leave_out(f"{stage.name}: tokens that were dropped, not merged; attention is counted as if none was")
-        elif stage.site == "cache" and not isinstance(stage, CacheStage):
+        elif isinstance(stage, SteeredAttention) or (stage.site == "cache" and not isinstance(stage, CacheStage)):
             self._leave_out(f"{stage.name}: what a stage at site {stage.site} saves and costs")
         if decoder.states and (stage.unmerge_mode() or (isinstance(stage, SparseAttention) and stage.keeps_apart)):
             raise UnsupportedError(f"stage {stage.name}: layers of this decoder keep a state instead of attention")

@@ -51,10 +51,10 @@ class Boundary:
         self.context, self.adapter, self.run, self.lm = context, context.adapter, context.run, context.lm
         self.stages = [(stage, substituted(stage, self.adapter.substitutes)) for stage in context.at("tokens")]
         # Later stages shorten inside the decoder, so every prefill with images takes over its cache.
-        self.always = bool(context.at("decoder", "cache"))
+        self.always = bool(context.at("decoder", "cache") or context.steering)
         self.clearing = [stage for stage in context.at("decoder") if stage.clears_earlier_layers()]
         self.unmerge, self.shrinker, self.switch = unmerge, cache, context.handle.switch
-        self.requantizes = cache is not None and cache.goes_on
+        self.taps_steps = bool(context.steering) or (cache is not None and cache.goes_on)
         backend = self.lm.config._attn_implementation or ""
         self.slides = SLIDING in kinds_of(self.lm.config)
         self.maskless = (backend == "sdpa" or "flash" in backend) and not self.slides
@@ -208,11 +208,11 @@ class Boundary:
             kwargs = {**kwargs, "position_ids": lagging(kwargs, shift)}
         if x.shape[1] == 1 and cache.is_compileable:
             return args, self._static_step(kwargs)
-        if x.shape[1] == 1 and self._level(cache, kwargs.get("attention_mask")):
-            if self.requantizes:
+        if x.shape[1] == 1 and not self.context.steering and self._level(cache, kwargs.get("attention_mask")):
+            if self.taps_steps:
                 self._begin(None, cache)
             return args, kwargs
-        return self._go_on(args, kwargs, shift, self.requantizes or cache.table is not None)
+        return self._go_on(args, kwargs, shift, self.taps_steps or cache.table is not None)
 
     def _static_step(self, kwargs: dict) -> dict:
         """Arguments of a decode step on a static cache, which may be compiled."""
@@ -229,7 +229,7 @@ class Boundary:
             and self._level(cache, None)
             and not cache.shifted
             and cache.owner is self.context.owner
-            and not self.requantizes
+            and not self.taps_steps
             and not cache.is_compileable  # type: ignore[attr-defined]
             and cache.groups[0].end > 0
         )

@@ -13,6 +13,7 @@ from vtoken.hooks.state.run import Run
 from vtoken.stages import Fact, Site, Stage
 from vtoken.stages.cache import CacheStage
 from vtoken.stages.facts import encoded, read_of
+from vtoken.stages.steering import SteeredAttention
 
 if TYPE_CHECKING:
     from vtoken.adapters.base import Adapter
@@ -73,6 +74,11 @@ class Context:
     def unmerging(self) -> Stage | None:
         """The stage that lets merged tokens attend at all their places; there is one at most."""
         return next((stage for stage in self.at("attention") if stage.unmerge_mode()), None)
+
+    @cached_property
+    def steering(self) -> tuple[SteeredAttention, ...]:
+        """The stages that steer attention, in the prompt and at every step."""
+        return tuple(stage for stage in self.stages if isinstance(stage, SteeredAttention))
 
     @cached_property
     def wanted(self) -> frozenset[Fact]:

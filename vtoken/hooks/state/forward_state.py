@@ -42,7 +42,8 @@ class ForwardState:
             the model's own arguments.
         blocks: [B, L] columns of the same number see each other both ways, -1: as causality has it; None: all do.
         renumbers: positions are compact; owner: of the cache.
-        unmerged: how attention sees merged tokens at all their places, when it does.
+        unmerged: how attention sees merged tokens at all their places, when it does; steered: what is known of it where
+            stages steer attention.
         slots_of_rows: `valid`, and per row the slots [n] where it is True: see `real_slots`.
     """
 
@@ -65,6 +66,7 @@ class ForwardState:
     layer_kwargs: dict[str, dict[str, Any]] = field(default_factory=dict)
     blocks: Tensor | None = None
     unmerged: Any = None
+    steered: Any = None
     slots_of_rows: tuple[Tensor, list[Tensor]] | None = None
     renumbers: bool = field(default=False, kw_only=True)
     owner: CacheOwner = field(kw_only=True)

@@ -7,6 +7,7 @@ its keys and values are untouched.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,13 +57,29 @@ class SlotMap:
         return replace(self, logical=self.logical[index], shift=shift)
 
 
+@dataclass(frozen=True)
+class Marks:
+    """What is known of logical positions [B, n]; of later ones, that they are none of it.
+
+    Attributes:
+        visual: which hold visual tokens.
+        by_layer: (name of a stage, layer) -> what the stage said there.
+    """
+
+    visual: Tensor
+    by_layer: dict[tuple[str, int], Tensor]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Marks:
+        return Marks(function(self.visual), {key: function(x) for key, x in self.by_layer.items()})
+
+
 class PrunedCache:
     """Mixed into the class of a live cache by `adopt`. `groups[k]` describes layers from k up to the next key. `table`
     tells what merged tokens, whose keys are held without RoPE, stand for (hooks/attention/unmerge.py). `busy`: a
     forward is at work on it of which `Run.flow` tells. `dense`: no group has padding. A decode step asks for few of
     these, and works nothing out. `valid`, of static caches: which slots a group's layers may see, those to come among
     them; `prompt_mask`: [B, logical] the caller's mask, None where it hides nothing. `first`: the first layer that
-    holds keys; layers before it keep a state."""
+    holds keys; layers before it keep a state. `marks`: see Marks, of stages that steer attention."""
 
     groups: dict[int, SlotMap]
     busy: bool = False
@@ -73,6 +90,7 @@ class PrunedCache:
     shifted: bool
     dense: bool = True
     first: int = 0
+    marks: Marks | None = None
 
     def group(self, layer: int) -> int:
         return max(start for start in self.groups if start <= layer)
@@ -130,6 +148,8 @@ class PrunedCache:
         super().crop(tokens_to_remove)  # type: ignore[misc]
         for start, slots in groups.items():
             self.record(start, slots)
+        if self.marks is not None:
+            self.marks = self.marks.map(lambda x: x[:, :left])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
@@ -147,7 +167,7 @@ class PrunedCache:
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
         first = next(iter(self.groups.values()))
-        self.shifted, self.prompt_mask, self.table = False, None, None
+        self.shifted, self.prompt_mask, self.table, self.marks = False, None, None, None
         self.groups, self.valid = {}, {}
         self.record(
             0,
@@ -161,6 +181,8 @@ class PrunedCache:
             self.record(start, slots.rows(index))
         if self.table is not None:
             self.table = self.table.rows(index)
+        if self.marks is not None:
+            self.marks = self.marks.map(lambda x: x[index.to(x.device)])
 
 
 def lengthened(mask: Tensor, length: int) -> Tensor:

@@ -7,15 +7,9 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from vtoken.stages import Keep, Site, Stage, VisualTokens, keep_all
-
-# Channels in which sinks appear -> the LLM, its number of layers and of channels.
-PUBLISHED: dict[tuple[int, ...], tuple[str, int, int]] = {
-    (1415, 2533): ("LLaMA-2-7B", 32, 4096),
-    (2100, 4743): ("LLaMA-2-13B", 40, 5120),
-}
+from vtoken.stages.sinks import DIMS, massive, other_dims
 
 
 class VarFilter(Stage):
@@ -42,24 +36,13 @@ class VarFilter(Stage):
         default=2, ge=1, description="decoder layer before which sinks are dropped; the authors see none before 2"
     )
     tau: float = Field(default=20.0, gt=0, description="how many times the root mean square a channel must be")
-    dims: tuple[int, ...] | None = Field(
-        default=None,
-        description="channels of the LLM in which sinks appear: [1415, 2533] for LLaMA-2-7B (LLaVA-1.5-7B), [2100, "
-        "4743] for 13B, refused on LLMs of other sizes; null: all",
-    )
+    dims: tuple[int, ...] | None = Field(default=None, description=DIMS)
 
     def layers(self, depth: int) -> tuple[int, ...]:
         return (self.layer,)
 
     def incompatibility(self, depth: int, width: int) -> str:
-        wrong = [d for d in self.dims or () if not 0 <= d < width]
-        llm, *own = PUBLISHED.get(tuple(sorted(self.dims or ())), ("another LLM", depth, width))
-        if not wrong and own == [depth, width]:
-            return ""
-        return (
-            f"sinks show in channels {list(self.dims or ())} of {llm}, not in those of this LLM ({depth} layers, "
-            f"{width} channels); leave dims out to look at all channels, or give those of this LLM"
-        )
+        return other_dims(self.dims, depth, width)
 
     def select(self, tokens: VisualTokens) -> Keep:
         """Loops over images to find the token that stays even if all are sinks."""
@@ -75,10 +58,3 @@ class VarFilter(Stage):
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
         return 2 * sum(lengths) * width
-
-
-def massive(x: Tensor, dims: tuple[int, ...] | None) -> Tensor:
-    """[N] largest |channel| among `dims` (None: all) of x [N, D], divided by the row's root mean square."""
-    x = x.float()
-    chosen = x if dims is None else x[:, list(dims)]
-    return chosen.abs().amax(1) * (x.square().mean(1) + 1e-6).rsqrt()

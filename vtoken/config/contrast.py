@@ -1,0 +1,41 @@
+"""What a pipeline file says under `contrast:`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+from typing import TYPE_CHECKING, Any
+
+from vtoken.config.policies import CONTRAST, DRAFT
+from vtoken.errors import ConfigError, shown
+
+if TYPE_CHECKING:
+    from vtoken.config.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Logits (1 + alpha) l - alpha l', l' those of the same model under `pipeline`; words whose l is below
+    ln beta + max l are out. With alpha 0 nothing changes."""
+
+    pipeline: Pipeline
+    alpha: float = 1.0
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.pipeline.draft is not None or self.pipeline.contrast is not None:
+            raise ConfigError(f"the pipeline of {CONTRAST} can have neither {DRAFT} nor {CONTRAST} itself")
+        check_number("alpha", self.alpha, inf)
+        check_number("beta", self.beta, 1)
+
+
+def check_number(name: str, value: Any, most: float) -> None:
+    """Refuses what is no number from 0 to `most`.
+
+    Raises:
+        ConfigError: names it.
+    """
+    if type(value) not in (int, float) or not 0 <= value <= most or value == inf:
+        raise ConfigError(
+            f"{CONTRAST}: {name} must be a number >= 0{'' if most == inf else f' and <= {most:g}'}, not {shown(value)}"
+        )

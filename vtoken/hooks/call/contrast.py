@@ -1,0 +1,188 @@
+"""Contrastive decoding: every token's logits are held against those of the same model under another pipeline, which has a
+cache of its own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from math import log
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from vtoken.errors import UnsupportedError
+from vtoken.hooks.call.drafting import OWN
+from vtoken.hooks.state.context import Context
+from vtoken.hooks.state.handle import Handle
+
+DRAFTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+
+
+class Contrasting:
+    """What `generate` of a model does besides.
+
+    Args:
+        handle, model: of the model that answers.
+        other: context of the same model under the other pipeline.
+        alpha, beta: see `Against`.
+    """
+
+    def __init__(self, handle: Handle, model: Any, other: Context, alpha: float, beta: float) -> None:
+        self.model, self.other, self.alpha, self.beta = model, other, alpha, beta
+        self.names = frozenset(inspect.signature(other.adapter.model.forward).parameters) - OWN
+        handle.set(model, "generate", self._generate(model.generate))
+
+    def _generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        names = list(inspect.signature(original).parameters)
+
+        @wraps(original)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            given = dict(zip(names, args, strict=False)) | kwargs
+            ids = given.get("input_ids", given.get("inputs"))
+            if ids is None:
+                raise UnsupportedError(
+                    "the pipeline's contrast reads the prompt itself: pass input_ids and pixel_values, not inputs_embeds"
+                )
+            check_call(given, given.get("generation_config") or self.model.generation_config)
+            seen = {name: value for name, value in given.items() if name in self.names}
+            beams = given.get("num_beams") or getattr(given.get("generation_config"), "num_beams", None)
+            beams = beams or self.model.generation_config.num_beams or 1
+            ours = Against(self.other, ids, given.get("attention_mask"), seen, self.alpha, self.beta, beams=beams > 1)
+            kwargs = given | {"logits_processor": LogitsProcessorList([ours, *(given.get("logits_processor") or [])])}
+            return original(**kwargs)
+
+        return generate
+
+
+def check_call(given: dict[str, Any], config: Any) -> None:
+    """Refuses calls for which the other pipeline could not be given what the model has seen.
+
+    Raises:
+        UnsupportedError: says what to do instead.
+    """
+    if drafts := [name for name in DRAFTS if given.get(name) or getattr(config, name, None)]:
+        raise UnsupportedError(
+            f"the pipeline's contrast takes one token after the other, and {drafts[0]} checks several at once; leave one "
+            "of the two out"
+        )
+    past = given.get("past_key_values")
+    if past is not None and past.get_seq_length():
+        raise UnsupportedError(
+            "the pipeline's contrast has read nothing of an earlier turn; pass the whole conversation with all its "
+            "pictures instead of past_key_values"
+        )
+    if given.get("mm_encoder_outputs") or given.get("inputs_embeds") is not None:
+        raise UnsupportedError(
+            "the pipeline's contrast encodes the pictures itself: pass input_ids and pixel_values instead of "
+            "mm_encoder_outputs or inputs_embeds"
+        )
+
+
+class Against(LogitsProcessor):
+    """(1 + alpha) l - alpha l', where l are a token's logits and l' the other pipeline's; words with l below
+    ln beta + max l are out.
+
+    Args:
+        context: of the model under the other pipeline.
+        ids, mask: [B, L] of the prompt; given: what else of the call tells of it, pictures among it.
+        beams: rows are beams, which may be reordered between two tokens, and scores must be log-probabilities.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        ids: Tensor,
+        mask: Tensor | None,
+        given: dict[str, Any],
+        alpha: float,
+        beta: float,
+        *,
+        beams: bool,
+    ) -> None:
+        self.context, self.ids, self.mask, self.given = context, ids, mask, given
+        self.alpha, self.beta, self.beams = alpha, beta, beams
+        self.cache: Any = None
+        self.prompts, self.rows = len(ids), ids  # how many there are; ids that the cache holds
+        self.deltas: Tensor | None = None  # what the model remembers of positions, for all rows
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        other = (self._read(len(input_ids)) if self.cache is None else self._step(input_ids)).to(scores)
+        out = (1 + self.alpha) * scores - self.alpha * other
+        if self.beta:
+            out = out.masked_fill(scores < log(self.beta) + scores.amax(-1, keepdim=True), -torch.inf)
+        self.rows = input_ids
+        return out.log_softmax(-1) if self.beams else out
+
+    def _read(self, rows: int) -> Tensor:
+        """[rows, V] after the prompt, which is read once for all that come of it."""
+        logits = self._run(self.ids, self.mask, self.given)
+        copies = rows // len(self.ids)
+        if copies > 1:
+            # By reordering, which states of layers without attention can do too.
+            self.cache.reorder_cache(torch.arange(len(self.ids), device=logits.device).repeat_interleave(copies))
+            logits = logits.repeat_interleave(copies, 0)
+            deltas = vars(self.context.adapter.outer).get("rope_deltas")
+            self.deltas = None if deltas is None else deltas.repeat_interleave(copies, 0)
+            self.given = {k: v.repeat_interleave(copies, 0) if self._tells(v) else v for k, v in self.given.items()}
+            self.ids = self.ids.repeat_interleave(copies, 0)
+            self.mask = None if self.mask is None else self.mask.repeat_interleave(copies, 0)
+        return logits
+
+    def _step(self, input_ids: Tensor) -> Tensor:
+        """[rows, V] after one more token."""
+        if self.beams:
+            self._reorder(input_ids)
+        more = input_ids.shape[1] - self.ids.shape[1]
+        mask = None if self.mask is None else pad(self.mask, (0, more), value=1)
+        # What tells of every token of the prompt tells of later ones that they are text.
+        told = {name: pad(value, (0, more)) for name, value in self.given.items() if self._tells(value)}
+        return self._run(input_ids, mask, told)
+
+    def _tells(self, value: Any) -> bool:
+        """Whether an argument tells of every token of the prompt."""
+        if not isinstance(value, Tensor) or value.is_floating_point() or value.ndim != 2:
+            return False
+        return value.shape[1] == self.ids.shape[1]
+
+    def _reorder(self, input_ids: Tensor) -> None:
+        """Rows of one prompt that said the same are in the same state, so each takes that of one which said what it
+        says. Asks the device."""
+        copies = torch.arange(len(input_ids), device=input_ids.device) // (len(input_ids) // self.prompts)
+        alike = (input_ids[:, None, :-1] == self.rows[None]).all(-1) & (copies[:, None] == copies[None])
+        if not bool(alike.any(1).all()):
+            raise UnsupportedError(
+                "the pipeline's contrast follows beams by what they said, and one said what none before it did; use "
+                "plain beam search, or num_beams=1"
+            )
+        order = alike.long().argmax(1)
+        if order.tolist() != list(range(len(order))):
+            self.cache.reorder_cache(order)
+
+    def _run(self, ids: Tensor, mask: Tensor | None, given: dict[str, Any]) -> Tensor:
+        """[rows, V] logits behind these ids; the cache takes what it does not hold of them."""
+        held = {} if self.cache is None else {"past_key_values": self.cache}
+        shown = {} if mask is None else {"attention_mask": mask}
+        remembered: AbstractContextManager[Any] = nullcontext()
+        if self.deltas is not None:
+            remembered = self.context.handle.during(self.context.adapter.outer, "rope_deltas", self.deltas)
+        with remembered:
+            out = self.context.adapter.model.generate(
+                input_ids=ids,
+                **shown,
+                **given,
+                **held,
+                max_new_tokens=1,
+                do_sample=False,
+                num_beams=1,
+                num_return_sequences=1,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        self.cache = out.past_key_values
+        logits: Tensor = out.logits[0]
+        return logits
