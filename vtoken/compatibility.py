@@ -22,7 +22,10 @@ from vtoken.hooks.vision.pixels import check_pixels
 from vtoken.stages import FACTS, SITES, Fact, OtherModel, Stage, spec_of
 from vtoken.stages.attention import SparseAttention
 from vtoken.stages.cache import CacheStage
+from vtoken.stages.decode import DecodeStage
 from vtoken.stages.facts import encoded, of_target
+
+AT_SLOTS = ("decoder", "attention", "cache", "decode")  # sites of stages that count slots of decoder layers
 
 
 def check_whole(model: Any) -> None:
@@ -72,6 +75,7 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
         [s for s in pipeline.stages if s.site == "attention" and not s.unmerge_mode()], adapter.lm, adapter.attending
     )
     check_cache([stage for stage in pipeline.stages if stage.site == "cache"])
+    check_decode(pipeline.stages, adapter)
     check_cleared(pipeline.stages, adapter.lm.config)
 
 
@@ -183,7 +187,7 @@ def check_unmerging(pipeline: Pipeline, adapter: Adapter) -> None:
                 f"stage {stage.name} gives merged tokens the positions of all their members, which positions: compact "
                 "would renumber; use positions: original"
             )
-        others = [s for s in pipeline.stages if s is not stage and s.site in ("decoder", "attention", "cache")]
+        others = [s for s in pipeline.stages if s is not stage and s.site in AT_SLOTS]
         if others:
             raise UnsupportedError(
                 f"stage {stage.name} makes decoder layers attend at places that {others[0].name} (site "
@@ -207,9 +211,10 @@ def check_windows(pipeline: Pipeline, adapter: Adapter) -> None:
                 f"stage {stage.name} works on causal attention over the whole prompt, and in {config.model_type!r} "
                 f"{unusual}; use stages of site encoder, tokens or decoder"
             )
-        if stage.site == "cache" and slides:
+        if stage.site in ("cache", "decode") and slides:
+            does = "shrinks the KV cache" if stage.site == "cache" else "chooses from the KV cache"
             raise UnsupportedError(
-                f"stage {stage.name} shrinks the KV cache of every layer, and of sliding windows {config.model_type!r} "
+                f"stage {stage.name} {does} of every layer, and of sliding windows {config.model_type!r} "
                 f"holds {config.sliding_window - 1} tokens at most; use stages of site encoder, tokens or decoder"
             )
     if slides and pipeline.stages:
@@ -232,6 +237,33 @@ def check_cache(stages: list[Stage]) -> None:
             f"stages {' and '.join(s.name for s in stages)} both act at site 'cache': after the first, heads hold "
             "different tokens, and a second cannot tell text from image; keep one of them"
         )
+
+
+def check_decode(stages: Sequence[Stage], adapter: Adapter) -> None:
+    """Refuses stages that cannot choose from a KV cache, more than one that does, and caches whose visual tokens cannot
+    be told."""
+    mine = [stage for stage in stages if stage.site == "decode"]
+    for stage in mine:
+        if not isinstance(stage, DecodeStage):
+            raise UnsupportedError(
+                f"stage {stage.name} acts at site 'decode' and has no choose(); derive it from "
+                "vtoken.stages.DecodeStage"
+            )
+        if not set(stage.layers(len(adapter.lm.layers))) & set(adapter.attending):
+            raise UnsupportedError(
+                f"stage {stage.name} leaves all layers with attention as they are; of this decoder's "
+                f"{len(adapter.lm.layers)} layers {list(adapter.attending)} have attention"
+            )
+    if len(mine) > 1:
+        raise UnsupportedError(
+            f"stages {' and '.join(s.name for s in mine)} both choose what a generated token reads; keep one of them"
+        )
+    for other in stages if mine else ():
+        if other.site == "cache":
+            raise UnsupportedError(
+                f"stage {mine[0].name} chooses among visual tokens of the whole cache, of which {other.name} leaves "
+                "every head others; keep one of the two"
+            )
 
 
 def check_layers(stage: Stage, adapter: Adapter) -> None:

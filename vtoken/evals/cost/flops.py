@@ -5,12 +5,12 @@ Counted as torch's FlopCounterMode counts: a multiply-add is 2 FLOPs, attention 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from vtoken.config import Pipeline
 from vtoken.errors import about
+from vtoken.evals.cost.decoding import DecodeReads, stored
 from vtoken.evals.cost.geometry import Geometry, cut_alike, geometry
 from vtoken.evals.cost.refilled import Units, refilled
 from vtoken.evals.cost.token_flow import Counts, TokenFlow
@@ -43,7 +43,7 @@ class Account:
             last prompt token.
         prefill_attention: full queries x keys; with sparse prefill the share of it that is read.
         prefill_attention_causal: the same without the masked half; not part of `total`.
-        decode: all decode steps: matrices, attention, output embedding.
+        decode: all decode steps: matrices, attention, what choosing cached tokens computes, output embedding.
         visual_tokens: of one batch row, for every decoder layer; newline tokens are counted apart.
         newline_tokens: the same of LLaVA-NeXT's and OneVision's newlines. Where tokens were dropped, how many rows
             still have one is an expectation: that of tokens drawn at random.
@@ -131,6 +131,7 @@ def account(
     head = 2 * decoder.width * shape.vocabulary
     steps = work.new_tokens - 1
     attended, met, choosing = refilled(shape, flow)
+    reads = DecodeReads(flow)
     return Account(
         pipeline=applied.name,
         images=work.images,
@@ -146,11 +147,7 @@ def account(
         prefill_linear=batch * (head + sum(map(decoder.linear, in_decoder, layers))),
         prefill_attention=batch * sum(round(2 * decoder.scores(n, n) * share) for n, share in read),
         prefill_attention_causal=batch * sum(round(decoder.scores(n, n + 1) * share) for n, share in read),
-        decode=batch
-        * (
-            steps * (head + sum(decoder.linear(1, layer) for layer in layers))
-            + _decode_attention(shape, flow.decoded, steps)
-        ),
+        decode=batch * (steps * (head + sum(decoder.linear(1, layer) for layer in layers)) + reads.flops(steps)),
         visual_tokens=tuple(map(sum, flow.decoder)),
         newline_tokens=tuple(flow.newlines),
         kv_bytes_prefill=batch * _kv_bytes(flow, size),
@@ -187,21 +184,6 @@ def _tower(shape: Geometry, flow: TokenFlow, batch: int, attended: Units, met: U
     return 2 * around + layers
 
 
-def _stored(tokens: int, window: int | None) -> int:
-    """Slots that DynamicCache keeps of so many tokens: with a sliding window, all but the newest token's own."""
-    return tokens if window is None else min(tokens, window - 1)
-
-
-def _decode_attention(shape: Geometry, prompt: Sequence[int], steps: int) -> int:
-    """FLOPs of attention over all decode steps; `prompt` is the length at every layer."""
-    return sum(
-        2 * shape.decoder.scores(1, _stored(n + step, window) + 1)
-        for layer, (n, window) in enumerate(zip(prompt, shape.decoder.windows, strict=True))
-        if layer not in shape.decoder.states
-        for step in range(steps)
-    )
-
-
 def _kv_bytes(flow: TokenFlow, size: int, steps: int = 0) -> int:
     """Bytes of the KV cache of one row after so many decode steps; a number takes `size` of them at full width."""
     decoder, total = flow.shape.decoder, 0
@@ -209,7 +191,7 @@ def _kv_bytes(flow: TokenFlow, size: int, steps: int = 0) -> int:
         if layer in decoder.states:
             continue
         packed = flow.packed[layer](size) if layer in flow.packed else None
-        slots = _stored(n + steps, window) if packed is None else steps
+        slots = stored(n + steps, window) if packed is None else steps
         total += (packed or 0) + slots * 2 * decoder.kv_heads * decoder.head_dim * size
     return total
 
