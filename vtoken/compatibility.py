@@ -16,16 +16,14 @@ from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, OtherModelError, UnsupportedError, warn
 from vtoken.hooks.attention.sparse_prefill import check_attention
 from vtoken.hooks.cache.clear import check_cleared
+from vtoken.hooks.decode.choose import check_decode
 from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.hooks.state.layer_kinds import SLIDING, kinds_of
 from vtoken.hooks.vision.pixels import check_pixels
 from vtoken.stages import FACTS, SITES, Fact, OtherModel, Stage, spec_of
 from vtoken.stages.attention import SparseAttention
 from vtoken.stages.cache import CacheStage
-from vtoken.stages.decode import DecodeStage
 from vtoken.stages.facts import encoded, of_target
-
-AT_SLOTS = ("decoder", "attention", "cache", "decode")  # sites of stages that count slots of decoder layers
 
 
 def check_whole(model: Any) -> None:
@@ -75,7 +73,7 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
         [s for s in pipeline.stages if s.site == "attention" and not s.unmerge_mode()], adapter.lm, adapter.attending
     )
     check_cache([stage for stage in pipeline.stages if stage.site == "cache"])
-    check_decode(pipeline.stages, adapter)
+    check_decode(pipeline.stages, adapter.lm, adapter.attending)
     check_cleared(pipeline.stages, adapter.lm.config)
 
 
@@ -187,7 +185,9 @@ def check_unmerging(pipeline: Pipeline, adapter: Adapter) -> None:
                 f"stage {stage.name} gives merged tokens the positions of all their members, which positions: compact "
                 "would renumber; use positions: original"
             )
-        others = [s for s in pipeline.stages if s is not stage and s.site in AT_SLOTS]
+        others = [
+            s for s in pipeline.stages if s is not stage and s.site in ("decoder", "attention", "cache", "decode")
+        ]
         if others:
             raise UnsupportedError(
                 f"stage {stage.name} makes decoder layers attend at places that {others[0].name} (site "
@@ -237,33 +237,6 @@ def check_cache(stages: list[Stage]) -> None:
             f"stages {' and '.join(s.name for s in stages)} both act at site 'cache': after the first, heads hold "
             "different tokens, and a second cannot tell text from image; keep one of them"
         )
-
-
-def check_decode(stages: Sequence[Stage], adapter: Adapter) -> None:
-    """Refuses stages that cannot choose from a KV cache, more than one that does, and caches whose visual tokens cannot
-    be told."""
-    mine = [stage for stage in stages if stage.site == "decode"]
-    for stage in mine:
-        if not isinstance(stage, DecodeStage):
-            raise UnsupportedError(
-                f"stage {stage.name} acts at site 'decode' and has no choose(); derive it from "
-                "vtoken.stages.DecodeStage"
-            )
-        if not set(stage.layers(len(adapter.lm.layers))) & set(adapter.attending):
-            raise UnsupportedError(
-                f"stage {stage.name} leaves all layers with attention as they are; of this decoder's "
-                f"{len(adapter.lm.layers)} layers {list(adapter.attending)} have attention"
-            )
-    if len(mine) > 1:
-        raise UnsupportedError(
-            f"stages {' and '.join(s.name for s in mine)} both choose what a generated token reads; keep one of them"
-        )
-    for other in stages if mine else ():
-        if other.site == "cache":
-            raise UnsupportedError(
-                f"stage {mine[0].name} chooses among visual tokens of the whole cache, of which {other.name} leaves "
-                "every head others; keep one of the two"
-            )
 
 
 def check_layers(stage: Stage, adapter: Adapter) -> None:

@@ -52,7 +52,9 @@ def quest():
     found = [places(twice.choose(step([q], k, visual, 3, memory=memory))) for q, k in zip(asked, grown, strict=True)]
     assert found == [[4, 5, 6], [4, 5, 6], [2, 3, 6], [2, 3, 6]]
     assert stage.layers(4) == (2, 3) and registry.stage("quest")(keep=3, dense_layers=(-1,)).layers(4) == (0, 1, 2)
-    assert [registry.stage("quest")(keep=4096, size=64, least=3)._pages(n, k) for n, k in ((6400, 64), (6401, 128))] == [3, 2]
+    assert [
+        registry.stage("quest")(keep=4096, size=64, least=3)._pages(n, k) for n, k in ((6400, 64), (6401, 128))
+    ] == [3, 2]
     with pytest.raises(ValueError, match="no multiple"):
         registry.stage("quest")(keep=4, size=16, chunks=3)
 
@@ -90,11 +92,11 @@ def recycled():
     assert at(3, [[0, 9], [0, 9]]) is None and at(4, [[9, 0], [9, 0]]) == [1, 2]
     memory["last"] -= 1  # as if another token had come in between
     assert at(5, [[0, 9], [0, 9]]) is None
-    # Queries that turn by 60 degrees: cosine 0.5, seen at every second token.
+    # Queries that turn away: a cosine of 0.41, seen at every second token.
     stage, memory = registry.stage("recycled")(keep=2, every=9, similarity=0.6, check=2, min_len=0), {}
-    turned = [[0.5, 3**0.5 / 2]]
-    assert at(0, [[1, 0]]) is None and at(1, turned) == [0, 1] and at(2, turned) is None
-    assert at(3, turned) == [1, 2] and at(4, [[0.6, 0.8]]) == [1, 2]
+    turned = [[0.5, -(3**0.5) / 2]]
+    assert at(0, [[1, 0.1]]) is None and at(1, turned) == [0, 1] and at(2, turned) is None
+    assert at(3, turned) == [0, 2] and at(4, [[0.6, -0.8]]) == [0, 2]
 
 
 def attend_slots():

@@ -84,7 +84,9 @@ def test_short_rows_read_everything(family):
         alone_ = greedy(model, alone(model, batch, 0), **LOGITS)
         assert vtoken.trace(model).stages[-1].stood_aside == few
     for row in (0, 2):
-        torch.testing.assert_close(torch.stack(out.logits)[:, row], torch.stack(want.logits)[:, row], atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            torch.stack(out.logits)[:, row], torch.stack(want.logits)[:, row], atol=2e-4, rtol=1e-4
+        )
     torch.testing.assert_close(torch.stack(alone_.logits)[:, 0], torch.stack(want.logits)[:, 0], atol=2e-4, rtol=1e-4)
     with vtoken.wrapped(model, "quest:4"):
         assert torch.equal(torch.stack(greedy(model, batch, **LOGITS).logits), torch.stack(want.logits)), "bit for bit"
@@ -158,7 +160,10 @@ def test_what_cannot_be_served_is_refused():
     for stages, why in (
         (["tidal", {"quest": {"keep": 4}}], "tidal and quest both choose"),
         ([{"snapkv": {"keep": 4}}, {"quest": {"keep": 4}}], "of which snapkv leaves every head others"),
-        ([{"pool": {"size": 2}}, "vtu", {"quest": {"keep": 4}}], "vtu makes decoder layers attend at places that quest"),
+        (
+            [{"pool": {"size": 2}}, "vtu", {"quest": {"keep": 4}}],
+            "vtu makes decoder layers attend at places that quest",
+        ),
         ([{"tidal": {"layer": 3}}], "layers 0 to 3"),
         ([{"quest": {"keep": 4, "dense_layers": [0, 1, 2, 3]}}], "leaves all layers with attention as they are"),
         ([type("Other", (Ragged,), {"site": "decode"})()], r"no choose\(\)"),

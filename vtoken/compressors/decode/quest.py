@@ -24,7 +24,7 @@ class Quest(DecodeStage):
     With `chunks`, bounds are held for so many parts of a page and its best part counts; with `every`, a choice is made
     at one of so many tokens. `size: 64, chunks: 4, every: 4, least: 3` is how LServe reads what Quest's idea chooses.
 
-    Papers: https://arxiv.org/abs/2406.10774, LServe https://arxiv.org/abs/2502.14866
+    Paper: https://arxiv.org/abs/2406.10774, and LServe's https://arxiv.org/abs/2502.14866
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.10774"

@@ -6,7 +6,7 @@ is not exceeded) its own attention runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.hooks.state.pruned_cache import PrunedCache
 from vtoken.hooks.state.run import Clock
 from vtoken.kernels import attend_slots
+from vtoken.stages import Stage
 from vtoken.stages.decode import Choice, DecodeStage, DecodeStep
 
 NO_CACHE = "this call has no KV cache (use_cache=False) that a generated token could read"
@@ -205,3 +206,34 @@ def check(stage: DecodeStage, choice: Choice, step: DecodeStep) -> None:
             f"stage {stage.name} chose {list(choice.counts)} of {list(step.lengths)} visual tokens per row, in an index "
             f"of {tuple(choice.index.shape)}; it must be {(rows, heads)} and the most that a row reads, 0 to all of them"
         )
+
+
+def check_decode(stages: Sequence[Stage], lm: Any, attending: Sequence[int]) -> None:
+    """Refuses stages that cannot choose from a KV cache, more than one that does, and caches whose visual tokens cannot
+    be told.
+
+    Raises:
+        UnsupportedError: names the stages.
+    """
+    mine = [stage for stage in stages if stage.site == "decode"]
+    for stage in mine:
+        if not isinstance(stage, DecodeStage):
+            raise UnsupportedError(
+                f"stage {stage.name} acts at site 'decode' and has no choose(); derive it from "
+                "vtoken.stages.DecodeStage"
+            )
+        if not set(stage.layers(len(lm.layers))) & set(attending):
+            raise UnsupportedError(
+                f"stage {stage.name} leaves all layers with attention as they are; of this decoder's "
+                f"{len(lm.layers)} layers {list(attending)} have attention"
+            )
+    if len(mine) > 1:
+        raise UnsupportedError(
+            f"stages {' and '.join(s.name for s in mine)} both choose what a generated token reads; keep one of them"
+        )
+    for other in stages if mine else ():
+        if other.site == "cache":
+            raise UnsupportedError(
+                f"stage {mine[0].name} chooses among visual tokens of the whole cache, of which {other.name} leaves "
+                "every head others; keep one of the two"
+            )
