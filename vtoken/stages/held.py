@@ -13,6 +13,7 @@ class HeldLayer:
         layer: its index; attending: indices of all layers that attend, ascending.
         prompt: tokens of the row in that layer when its prompt was read; images: visual tokens among them, per image.
         generated: tokens since, the newest one among them, each by a step of its own.
+        depth: number of decoder layers.
         kv_heads, head_dim: of the layer; number_bytes: bytes of a number at full width.
     """
 
@@ -24,6 +25,7 @@ class HeldLayer:
     kv_heads: int
     head_dim: int
     number_bytes: int
+    depth: int = 0
 
     def full(self, slots: float) -> int:
         """Bytes of so many slots at full width, a key and a value in every head. Where heads hold different numbers,

@@ -5,14 +5,14 @@ Counted as torch's FlopCounterMode counts: a multiply-add is 2 FLOPs, attention 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from vtoken.config import Pipeline
 from vtoken.errors import about
+from vtoken.evals.cost.decoding import DecodeReads
 from vtoken.evals.cost.geometry import Geometry, cut_alike, geometry
-from vtoken.evals.cost.held import bytes_held, bytes_read, stored, unknown
+from vtoken.evals.cost.held import bytes_held, bytes_read, unknown
 from vtoken.evals.cost.refilled import Units, refilled
 from vtoken.evals.cost.token_flow import Counts, TokenFlow
 from vtoken.evals.shared.dense import DENSE
@@ -44,7 +44,7 @@ class Account:
             last prompt token.
         prefill_attention: full queries x keys; with sparse prefill the share of it that is read.
         prefill_attention_causal: the same without the masked half; not part of `total`.
-        decode: all decode steps: matrices, attention, output embedding.
+        decode: all decode steps: matrices, attention, what choosing cached tokens computes, output embedding.
         visual_tokens: of one batch row, for every decoder layer; newline tokens are counted apart.
         newline_tokens: the same of LLaVA-NeXT's and OneVision's newlines. Where tokens were dropped, how many rows
             still have one is an expectation: that of tokens drawn at random.
@@ -135,6 +135,7 @@ def account(
     head = 2 * decoder.width * shape.vocabulary
     steps = work.new_tokens - 1
     attended, met, choosing = refilled(shape, flow)
+    reads = DecodeReads(flow)
     return Account(
         pipeline=applied.name,
         images=work.images,
@@ -150,11 +151,7 @@ def account(
         prefill_linear=batch * (head + sum(map(decoder.linear, in_decoder, layers))),
         prefill_attention=batch * sum(round(2 * decoder.scores(n, n) * share) for n, share in read),
         prefill_attention_causal=batch * sum(round(decoder.scores(n, n + 1) * share) for n, share in read),
-        decode=batch
-        * (
-            steps * (head + sum(decoder.linear(1, layer) for layer in layers))
-            + _decode_attention(shape, flow.decoded, steps)
-        ),
+        decode=batch * (steps * (head + sum(decoder.linear(1, layer) for layer in layers)) + reads.flops(steps)),
         visual_tokens=tuple(map(sum, flow.decoder)),
         newline_tokens=tuple(flow.newlines),
         kv_bytes_prefill=batch * bytes_held(flow, size),
@@ -190,16 +187,6 @@ def _tower(shape: Geometry, flow: TokenFlow, batch: int, attended: Units, met: U
         for units, late in zip(*map(tower.run, rows), strict=True)
     )
     return 2 * around + layers
-
-
-def _decode_attention(shape: Geometry, prompt: Sequence[int], steps: int) -> int:
-    """FLOPs of attention over all decode steps; `prompt` is the length at every layer."""
-    return sum(
-        2 * shape.decoder.scores(1, stored(n + step, window) + 1)
-        for layer, (n, window) in enumerate(zip(prompt, shape.decoder.windows, strict=True))
-        if layer not in shape.decoder.states
-        for step in range(steps)
-    )
 
 
 def _dtype_bytes(config: Any) -> int:

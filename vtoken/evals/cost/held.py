@@ -32,9 +32,9 @@ def chooses(stage: Stage) -> bool:
 
 def unknown(flow: TokenFlow) -> list[str]:
     """Which stages do not know how much of the cache a step reads, one sentence each."""
-    first = [(at, _held(flow, at)) for at in _layers(flow, 1, 1)]
-    found = [s.name for s in flow.stages if chooses(s) and None in [s.bytes_read(at, held) for at, held in first]]
-    return [f"{name}: what a decode step reads of the cache depends on the prompt (all is counted)" for name in found]
+    second = [(at, _held(flow, at)) for at in _layers(flow, 1, 2)]  # of a first step more may be known
+    found = [s.name for s in flow.stages if chooses(s) and None in [s.bytes_read(at, held) for at, held in second]]
+    return [f"{name}: which slots generated tokens read (all are counted)" for name in found]
 
 
 def _layers(flow: TokenFlow, size: int, generated: int) -> Iterator[HeldLayer]:
@@ -42,8 +42,8 @@ def _layers(flow: TokenFlow, size: int, generated: int) -> Iterator[HeldLayer]:
     decoder = flow.shape.decoder
     attending = tuple(layer for layer in range(decoder.depth) if layer not in decoder.states)
     for layer in attending:
-        images = flow.decoder[layer]
-        yield HeldLayer(layer, attending, flow.held[layer], images, generated, decoder.kv_heads, decoder.head_dim, size)
+        sizes = (decoder.kv_heads, decoder.head_dim, size)
+        yield HeldLayer(layer, attending, flow.held[layer], flow.decoder[layer], generated, *sizes, depth=decoder.depth)
 
 
 def _held(flow: TokenFlow, at: HeldLayer) -> int:

@@ -62,7 +62,8 @@ class PrunedCache:
     forward is at work on it of which `Run.flow` tells. `dense`: no group has padding. A decode step asks for few of
     these, and works nothing out. `valid`, of static caches: which slots a group's layers may see, those to come among
     them; `prompt_mask`: [B, logical] the caller's mask, None where it hides nothing. `first`: the first layer that
-    holds keys; layers before it keep a state."""
+    holds keys; layers before it keep a state. `images`: what a stage of site decode chooses from, if one does
+    (hooks/decode)."""
 
     groups: dict[int, SlotMap]
     busy: bool = False
@@ -73,6 +74,7 @@ class PrunedCache:
     shifted: bool
     dense: bool = True
     first: int = 0
+    images: Any = None
 
     def group(self, layer: int) -> int:
         return max(start for start in self.groups if start <= layer)
@@ -130,6 +132,8 @@ class PrunedCache:
         super().crop(tokens_to_remove)  # type: ignore[misc]
         for start, slots in groups.items():
             self.record(start, slots)
+        if self.images is not None:
+            self.images.cut(left)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
@@ -147,7 +151,7 @@ class PrunedCache:
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
         first = next(iter(self.groups.values()))
-        self.shifted, self.prompt_mask, self.table = False, None, None
+        self.shifted, self.prompt_mask, self.table, self.images = False, None, None, None
         self.groups, self.valid = {}, {}
         self.record(
             0,
@@ -161,6 +165,8 @@ class PrunedCache:
             self.record(start, slots.rows(index))
         if self.table is not None:
             self.table = self.table.rows(index)
+        if self.images is not None:
+            self.images.rows(index)
 
 
 def lengthened(mask: Tensor, length: int) -> Tensor:
