@@ -1,8 +1,9 @@
-"""A digit in one frame of a video, dense and with every stage that leaves visual tokens out of attention, of the cache or of
+"""Digits in one frame of a video, dense and with every stage that leaves visual tokens out of attention, of the cache or of
 what is read of it: `python benchmarks/needle.py [PIPELINE ...]`. Markdown to stdout, a heat map of length and depth to
 --out; an hour on one core.
 
-Whoever answers finds one digit among thousands of visual tokens (reference_models/needle.py). All pipelines are asked
+Whoever answers finds two digits among a thousand visual tokens (reference_models/needle.py). The first is said by the
+prefill, which no stage of the cache touches; the other one shows what the cache, or what is read of it, has left. All pipelines are asked
 the same questions. Without PIPELINE these are the presets with a stage at one of SITES, whatever stages there are, and
 what BESIDE names. `min_len` is set to 0, for the videos are shorter than what it waits for. What does not run on the
 model is said below the table.
@@ -41,6 +42,9 @@ BESIDE: dict[str, Any] = {
     "snapkv, 10 %": {"snapkv": {"keep": "10%"}},
     "kvpress KnormPress, 50 %": {"kvpress": {"press": "KnormPress", "compression_ratio": 0.5}},
     "kvpress KeyDiffPress, 50 %": {"kvpress": {"press": "KeyDiffPress", "compression_ratio": 0.5}},
+    "quest, 128": {"quest": {"keep": 128}},
+    "tidal, 64": {"tidal": {"keep": 64, "layer": 2}},
+    "recycled, 128": {"recycled": {"keep": 128, "every": 2}},
     "static_sparse, 64 + 256": {"static_sparse": {"sink": 64, "window": 256, "size": 64}},
     "flexprefill, from 128": {"flexprefill": {"gamma": 0.9, "tau": 0.1, "min_budget": 128, "size": 64}},
     "proxyattn, from 128": {"proxyattn": {"min_budget": 128, "size": 64}},
@@ -121,7 +125,7 @@ def ask(model: Any, processor: Any, inputs: dict[str, Any], asked: Needle, of: A
     """Enters one answer, or why there is none."""
     try:
         with watched(model, short(of.pipeline) if of.pipeline else DENSE):
-            out = model.generate(**inputs, do_sample=False, max_new_tokens=4)
+            out = model.generate(**inputs, do_sample=False, max_new_tokens=5)
             seen = vtoken.trace(model)
     except (VtokenError, ImportError, ValueError) as error:
         of.refused = str(error).splitlines()[0]
@@ -171,7 +175,7 @@ def draw(found: Sequence[Answers], lengths: Sequence[int], file: Path) -> None:
     for axis in axes.flat[len(ran) :]:
         axis.axis("off")
     figure.supxlabel("frames", fontsize=8)
-    figure.supylabel("place of the digit", fontsize=8)
+    figure.supylabel("place of the digits", fontsize=8)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     pyplot.close(figure)

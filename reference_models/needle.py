@@ -1,6 +1,7 @@
-"""A digit in one frame of a video: photographs without digits around it, and a question that only that frame answers.
+"""Digits in one frame of a video: photographs without any around it, and a question that only that frame answers.
 
-Everything follows from length, depth and number of a needle. Photographs and fonts are those of the held-out set.
+The answer names all of them from left to right. Its first word comes from the prefill; the others are what a cache, or
+what is read of it, has left. Everything follows from length, depth and number of a needle. Photographs and fonts are those of the held-out set.
 """
 
 from dataclasses import dataclass
@@ -14,13 +15,13 @@ from .pictures import picture
 LENGTHS = (8, 16, 32, 64)  # frames
 SIDE = 96  # pixels of a frame
 DEPTHS = (0, 25, 50, 75, 100)  # percent of the video in front of the needle
-KINDS = ("digit", "color")  # in turn
+DIGITS = 2
 SEED = 20269
 
 
 @dataclass(frozen=True)
 class Needle:
-    """A question about the digit in frame `place`, and its answer."""
+    """A question about the digits in frame `place`, and its answer."""
 
     frames: tuple[Image.Image, ...]
     place: int
@@ -33,11 +34,11 @@ def needle(length: int, depth: int, number: int) -> Needle:
 
     Args:
         depth: percent, 0 for the first frame, 100 for the last.
-        number: which one of these; numbers ask for the digit of a colour and the colour of a digit in turn.
+        number: which one of these.
     """
     rng = np.random.RandomState([SEED, length, depth, number])
     place = round(depth / 100 * (length - 1))
-    shown = picture(rng, "test", SIDE, (1, 1))
-    question, answer = ask(shown, KINDS[number % len(KINDS)], rng)
+    shown = picture(rng, "test", SIDE, (DIGITS, DIGITS))
+    question, answer = ask(shown, "read", rng)
     empty = [picture(rng, "test", SIDE, (0, 0)).image for _ in range(length - 1)]
     return Needle((*empty[:place], shown.image, *empty[place:]), place, question, answer)

@@ -50,7 +50,7 @@ def test_the_table_counts_what_was_right() -> None:
     assert second.startswith("| snapkv-64 | 50% | 0% | 33.3% (") and second.endswith("| 25.0% |  |")
 
 
-def test_it_runs_and_the_model_finds_the_digit(tmp_path: Path) -> None:
+def test_it_runs_and_the_model_finds_the_digits(tmp_path: Path) -> None:
     """Two frames, once at every depth: dense answers all; a stage that cannot run says why."""
     command = [sys.executable, str(ROOT / "benchmarks" / "needle.py"), "snapkv-64", "proxyattn-4", "flexprefill-90"]
     files = ["--json", str(tmp_path / "found.json"), "--out", str(tmp_path / "maps.png")]

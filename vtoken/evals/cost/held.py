@@ -58,4 +58,4 @@ def _read(flow: TokenFlow, at: HeldLayer) -> int:
     window = flow.shape.decoder.windows[at.layer]
     held = _held(flow, at) if window is None else at.full(min(at.prompt + at.generated, window))
     found = [stage.bytes_read(at, held) for stage in filter(chooses, flow.stages)]
-    return min([held, *(each for each in found if each is not None)])
+    return next((each for each in found if each is not None), held)

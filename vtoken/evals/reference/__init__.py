@@ -58,7 +58,7 @@ def path(name: str = "tiny-llava") -> Path:
 
 
 def needles() -> Any:
-    """The module that draws questions about a digit in one frame of many. It lies in the repository, beside the model
+    """The module that draws questions about digits in one frame of many. It lies in the repository, beside the model
     that can be asked them.
 
     Raises:

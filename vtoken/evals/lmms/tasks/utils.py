@@ -34,7 +34,7 @@ def video_messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def needle_messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
-    """The question behind a video, one of whose frames shows a digit."""
+    """The question behind a video, one of whose frames shows digits."""
     drawn = reference.needles().needle(doc["length"], doc["depth"], doc["number"])
     frames = [frame for frame in drawn.frames for _ in range(HELD)]
     content = [{"type": "video", "url": frames}, {"type": "text", "text": doc["question"]}]
