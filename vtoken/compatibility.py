@@ -16,6 +16,7 @@ from vtoken.errors import ConfigError, OtherModelError, UnsupportedError, warn
 from vtoken.hooks.attention.sparse_prefill import check_attention
 from vtoken.hooks.attention.steering_checks import check_steering, thins
 from vtoken.hooks.cache.clear import check_cleared
+from vtoken.hooks.decode.choose import check_decode
 from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.hooks.state.layer_kinds import SLIDING, kinds_of
 from vtoken.hooks.vision.pixels import check_pixels
@@ -71,6 +72,7 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
     check_steering(pipeline.stages, adapter.lm, adapter.attending)
     check_attention([stage for stage in pipeline.stages if thins(stage)], adapter.lm, adapter.attending)
     check_cache([stage for stage in pipeline.stages if stage.site == "cache"])
+    check_decode(pipeline.stages, adapter.lm, adapter.attending)
     check_cleared(pipeline.stages, adapter.lm.config)
 
 
@@ -182,7 +184,9 @@ def check_unmerging(pipeline: Pipeline, adapter: Adapter) -> None:
                 f"stage {stage.name} gives merged tokens the positions of all their members, which positions: compact "
                 "would renumber; use positions: original"
             )
-        others = [s for s in pipeline.stages if s is not stage and s.site in ("decoder", "attention", "cache")]
+        others = [
+            s for s in pipeline.stages if s is not stage and s.site in ("decoder", "attention", "cache", "decode")
+        ]
         if others:
             raise UnsupportedError(
                 f"stage {stage.name} makes decoder layers attend at places that {others[0].name} (site "
@@ -206,9 +210,10 @@ def check_windows(pipeline: Pipeline, adapter: Adapter) -> None:
                 f"stage {stage.name} works on causal attention over the whole prompt, and in {config.model_type!r} "
                 f"{unusual}; use stages of site encoder, tokens or decoder"
             )
-        if stage.site == "cache" and slides:
+        if stage.site in ("cache", "decode") and slides:
+            does = "shrinks the KV cache" if stage.site == "cache" else "chooses from the KV cache"
             raise UnsupportedError(
-                f"stage {stage.name} shrinks the KV cache of every layer, and of sliding windows {config.model_type!r} "
+                f"stage {stage.name} {does} of every layer, and of sliding windows {config.model_type!r} "
                 f"holds {config.sliding_window - 1} tokens at most; use stages of site encoder, tokens or decoder"
             )
     if slides and pipeline.stages:

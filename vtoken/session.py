@@ -24,6 +24,7 @@ from vtoken.hooks.cache.shrink import CacheShrinker
 from vtoken.hooks.call.contrast import Contrasting
 from vtoken.hooks.call.inputs import CallInputs
 from vtoken.hooks.call.pairing import check_target
+from vtoken.hooks.decode.choose import SlotChooser
 from vtoken.hooks.decoder.attention_tap import observe
 from vtoken.hooks.decoder.blocks import watch_blocks
 from vtoken.hooks.decoder.layer_groups import LayerGroups
@@ -57,7 +58,8 @@ def install(context: Context) -> Boundary:
     SparsePrefill(context)
     unmerge = None if context.unmerging is None else Unmerge(context, context.unmerging)
     cache = None if context.cache_stage is None else CacheShrinker(context, context.cache_stage)
-    boundary = Boundary(context, unmerge=unmerge, cache=cache)
+    chooser = None if context.decode_stage is None else SlotChooser(context, context.decode_stage)
+    boundary = Boundary(context, unmerge=unmerge, cache=cache, chooser=chooser)
     LayerGroups(context)
     StateRows(context)
     Steering(context)

@@ -112,3 +112,36 @@ def test_calibration_of_mminference(tmp_path, capsys):
     (stage,) = config.load(out).stages
     # A short prompt is read whole by every pattern, so the first one stays.
     assert {name for row in stage.heads for name in row} == {"grid_frame_columns"} and stage.min_len == 8192
+
+
+@pytest.mark.parametrize(
+    ("stage", "slots"),
+    [
+        # 144 + 16 tokens, three steps, four layers. Pages of 4: one of four is read in two layers, for the bounds of
+        # four pages, 4 slots' worth.
+        ({"quest": {"keep": 4, "size": 4, "min_len": 0}}, 4 * (161 + 162 + 163) + 2 * 3 * (4 - 12)),
+        # Layer 2 reads everything, and all keys once more; layer 3 reads 12 fewer.
+        ({"tidal": {"keep": 4, "min_len": 0}}, (4 + 0.5) * (161 + 162 + 163) - 3 * 12),
+        # The first of two steps in all four layers, with all keys once more; 12 fewer at the second.
+        ({"recycled": {"keep": 4, "every": 2, "min_len": 0}}, 4 * (1.5 * (161 + 163) + 162 - 12)),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_the_account_knows_what_generated_tokens_read(stage, slots):
+    """Of the dense model 161, 162 and 163 slots in each of four layers; matrices are the same."""
+    from vtoken.config import load
+    from vtoken.evals.cost.flops import account
+
+    config = tiny.make("llava").config
+    text = config.text_config
+    work = {"text_tokens": 144, "new_tokens": 4}
+    whole, less = (account(config, load(p), **work) for p in ("none", [stage]))
+    slot = 4 * text.hidden_size  # two products of 2 FLOPs a channel and head
+    assert whole.decode - less.decode == slot * (4 * (161 + 162 + 163) - slots)
+    assert less.kv_bytes_read == pytest.approx(slots / 3 * whole.kv_bytes_prefill / (4 * 160), abs=1), "per step"
+    assert (less.kv_bytes, less.total - less.decode) == (whole.kv_bytes, whole.total - whole.decode)
+    name = next(iter(stage))
+    told = account(config, load([{name: {**stage[name], "min_len": 161}}]), **work)
+    assert told.decode == whole.decode and any("160 tokens are fewer than min_len 161" in s for s in told.left_out)
+    alike = account(config, load([{"recycled": {"keep": 4, "similarity": 0.8, "min_len": 0}}]), **work)
+    assert any("recycled: which slots generated tokens read" in s for s in alike.left_out)

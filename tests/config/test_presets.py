@@ -25,8 +25,8 @@ from vtoken.evals.shared.configs import resolve_config
 from vtoken.evals.tune.space import Space
 from vtoken.session import session_of
 
-# Of one picture they shorten nothing in the decoder: long prompts, the KV cache, videos.
-ELSEWHERE = {"attention", "cache"}
+# Of one picture they shorten nothing in the decoder: long prompts, the KV cache and what is read of it, videos.
+ELSEWHERE = {"attention", "cache", "decode"}
 VIDEO = ("dycoke", "evs", "fastvid", "flashvid", "holitom", "prunevid", "vidcom2")
 EXITS = ("todre_exit", "dyvte", "pixelprune")  # of this picture nobody need leave
 

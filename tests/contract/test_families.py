@@ -115,6 +115,10 @@ def test_every_stage_runs(family, name):
         with pytest.raises(UnsupportedError, match="both ways"):
             vtoken.wrap(model, stage)
         return
+    if stage.site == "decode" and tiny.family(family).window:
+        with pytest.raises(UnsupportedError, match="sliding windows"):
+            vtoken.wrap(model, stage)
+        return
     if stage.merge_point() and tiny.family(family).unit > 1:
         with pytest.raises(UnsupportedError, match="neighbouring patches"):
             vtoken.wrap(model, stage)

@@ -58,7 +58,8 @@ ROOMS = {
     "decoder": STATE | {"decoder"},
     "attention": STATE | {"decoder", "attention"},
     "cache": STATE | {"decoder", "cache"},
-    "boundary": STATE | {"decoder", "attention", "cache", "boundary"},
+    "decode": STATE | {"decoder", "attention", "decode"},
+    "boundary": STATE | {"decoder", "attention", "cache", "decode", "boundary"},
 }
 # What a file imports from above, inside the function that needs it, and why.
 UPWARDS = {

@@ -36,7 +36,7 @@ def cell_of(raster_index, parts, side):
     raise IndexError(raster_index)
 
 
-def recycled(importance, cells, k=None, size=None):
+def by_recycling(importance, cells, k=None, size=None):
     """{token that stays: what it takes in} when the pool grows until k are left, or to a size."""
     order = sorted(range(len(importance)), key=lambda i: (importance[i], -i))
 
@@ -57,7 +57,7 @@ def recycled(importance, cells, k=None, size=None):
 
 def follows(keep, want, x, weight, first=0, before=0):
     """Holds a decision about one image, whose packed rows begin at `first` and kept slots at `before`, against
-    `recycled`."""
+    `by_recycling`."""
     index = keep.index[before : before + len(want)] - first
     assert index.tolist() == list(want)
     merged = keep.apply(x)[before : before + len(want)].double()
@@ -138,10 +138,10 @@ def recycling(stage):
         x = torch.randn(n, 3, generator=g)
         cells = [cell_of(i, parts, side) for i in range(n)]
         given = tokens(x, (n,), parts=(parts,), received_attention=weight)
-        want = recycled(weight.tolist(), cells, k)
+        want = by_recycling(weight.tolist(), cells, k)
         assert len(want) == k
         follows(stage(keep=k, cell=side).select(given), want, x, weight.tolist())
-        want = recycled(weight.tolist(), cells, size=n - k + int(n / side**2))
+        want = by_recycling(weight.tolist(), cells, size=n - k + int(n / side**2))
         follows(stage(keep=k, cell=side, exact=False).select(given), want, x, weight.tolist())
 
         # The same image behind one that keeps all, in a batch, and thinned out.
@@ -151,7 +151,7 @@ def recycling(stage):
             parts=(((1, 2, 2),), parts),
             received_attention=torch.cat([torch.ones(4), weight]),
         )
-        whole = recycled(weight.tolist(), cells, k)
+        whole = by_recycling(weight.tolist(), cells, k)
         follows(stage(keep=k, cell=side).select(both), whole, both.x, weight.tolist(), 4, 4)
         raster_index = torch.arange(0, n, 2)
         thin = tokens(
@@ -161,7 +161,7 @@ def recycling(stage):
             raster_index=raster_index,
             received_attention=weight[raster_index],
         )
-        want = recycled(weight[raster_index].tolist(), [cells[i] for i in raster_index], k // 2)
+        want = by_recycling(weight[raster_index].tolist(), [cells[i] for i in raster_index], k // 2)
         follows(stage(keep=k // 2, cell=side).select(thin), want, x[raster_index], weight[raster_index].tolist())
 
 

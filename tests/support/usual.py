@@ -35,6 +35,10 @@ OWN: dict[str, dict[str, Any]] = {
     "var": {"tau": 1e9},
     # every share is above 0: as dense attention; test_seer.py has the rest
     "seerattention": {"gates": gates.seer(), "threshold": 0.0},
+    # all of the cache is read, as by dense attention; test_choosing.py has the rest
+    "quest": {"keep": "100%"},
+    "tidal": {"keep": "100%"},
+    "recycled": {"keep": "100%"},
     "dpn": {"at": (1, 3), "sizes": (2, 2), "least": 4},
 }
 

@@ -10,6 +10,7 @@ from pkgutil import iter_modules
 from types import ModuleType
 
 from vtoken.kernels._dispatch import backend, use
+from vtoken.kernels.attend_slots import attend_slots
 from vtoken.kernels.block_sparse_attention import block_sparse_attention
 from vtoken.kernels.diverse_tokens import diverse_tokens
 from vtoken.kernels.farthest_tokens import farthest_tokens
@@ -26,6 +27,7 @@ from vtoken.kernels.row_maxima import row_maxima
 from vtoken.kernels.topk_tokens import topk_tokens
 
 __all__ = [
+    "attend_slots",
     "backend",
     "block_sparse_attention",
     "diverse_tokens",

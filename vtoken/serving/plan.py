@@ -32,6 +32,7 @@ SITES = {
     "decoder": f"vLLM runs all decoder layers of a step on one number of tokens, with one block table; {ELSEWHERE}",
     "attention": f"vLLM's attention kernels read paged caches and do not know which tokens are visual; {ELSEWHERE}",
     "cache": f"blocks of vLLM's KV cache belong to all heads and layers alike; {ELSEWHERE}",
+    "decode": f"vLLM's attention kernels read whole block tables at every step; {ELSEWHERE}",
 }
 
 

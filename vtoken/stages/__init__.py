@@ -22,7 +22,9 @@ from vtoken.stages.cache import (
     Native,
     ReplacedKV,
 )
+from vtoken.stages.decode import Choice, DecodeStage, DecodeStep
 from vtoken.stages.facts import FACTS, SITES, Fact, FactSpec, Site, spec_of
+from vtoken.stages.held import HeldLayer
 from vtoken.stages.quantized import QuantizedKV, QuantizedTensor
 from vtoken.stages.query_attention import QueryAttention, shared
 from vtoken.stages.steering import SteeredAttention, SteeredLayer

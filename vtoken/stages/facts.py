@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
-Site = Literal["pixels", "frames", "encoder", "tokens", "decoder", "attention", "cache"]
-SITES: tuple[Site, ...] = ("pixels", "frames", "encoder", "tokens", "decoder", "attention", "cache")
+Site = Literal["pixels", "frames", "encoder", "tokens", "decoder", "attention", "cache", "decode"]
+SITES: tuple[Site, ...] = ("pixels", "frames", "encoder", "tokens", "decoder", "attention", "cache", "decode")
 OfEncoder = Literal["pixels", "encoder layer", "encoder states", "encoder output"]
 Read = OfEncoder | Literal["hidden states", "positions", "blocks", "decoder layer", "next layer", "target"]
 

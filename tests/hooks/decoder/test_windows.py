@@ -26,7 +26,9 @@ TEXTS = {
         "layer_types": ["full_attention", "sliding_attention"] * 2,
     },
 }
-THINNING = [n for n in registry.stages() if registry.stage(n).site in ("attention", "cache") and n != "kvpress"]
+THINNING = [
+    n for n in registry.stages() if registry.stage(n).site in ("attention", "cache", "decode") and n != "kvpress"
+]
 
 
 @pytest.mark.parametrize("text", TEXTS)

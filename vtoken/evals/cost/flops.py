@@ -5,13 +5,14 @@ Counted as torch's FlopCounterMode counts: a multiply-add is 2 FLOPs, attention 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from vtoken.config import Pipeline
 from vtoken.errors import about
+from vtoken.evals.cost.decoding import DecodeReads
 from vtoken.evals.cost.geometry import Geometry, cut_alike, geometry
+from vtoken.evals.cost.held import bytes_held, bytes_read, unknown
 from vtoken.evals.cost.refilled import Units, refilled
 from vtoken.evals.cost.token_flow import Counts, TokenFlow
 from vtoken.evals.shared.dense import DENSE
@@ -44,12 +45,14 @@ class Account:
             last prompt token.
         prefill_attention: full queries x keys; with sparse prefill the share of it that is read.
         prefill_attention_causal: the same without the masked half; not part of `total`.
-        decode: all decode steps: matrices, attention, output embedding.
+        decode: all decode steps: matrices, attention, what choosing cached tokens computes, output embedding.
         visual_tokens: of one batch row, for every decoder layer; newline tokens are counted apart.
         newline_tokens: the same of LLaVA-NeXT's and OneVision's newlines. Where tokens were dropped, how many rows
             still have one is an expectation: that of tokens drawn at random.
         kv_bytes_prefill, kv_bytes: of the whole batch, when prefill ends and when generation ends; keys and values
             alone, of the layers that attend.
+        kv_bytes_read: of one row, what a decode step reads of its cache, the mean over all of them; without weights,
+            and without copies that are worked out of a cache in few bits. 0 where no step is made.
         left_out: what is not counted, one sentence each.
         inexact: stages whose counts depend on what the picture shows; without any, visual_tokens are exact.
     """
@@ -71,6 +74,7 @@ class Account:
     newline_tokens: Counts
     kv_bytes_prefill: int
     kv_bytes: int
+    kv_bytes_read: int
     left_out: tuple[str, ...]
     inexact: tuple[str, ...]
 
@@ -133,6 +137,7 @@ def account(
     steps = work.new_tokens - 1
     attended, met, choosing = refilled(shape, flow)
     told = [text for text, holds in ((STATES, decoder.states), (CONTRAST, applied.contrast)) if holds]
+    reads = DecodeReads(flow)
     return Account(
         pipeline=applied.name,
         images=work.images,
@@ -148,16 +153,13 @@ def account(
         prefill_linear=batch * (head + sum(map(decoder.linear, in_decoder, layers))),
         prefill_attention=batch * sum(round(2 * decoder.scores(n, n) * share) for n, share in read),
         prefill_attention_causal=batch * sum(round(decoder.scores(n, n + 1) * share) for n, share in read),
-        decode=batch
-        * (
-            steps * (head + sum(decoder.linear(1, layer) for layer in layers))
-            + _decode_attention(shape, flow.decoded, steps)
-        ),
+        decode=batch * (steps * (head + sum(decoder.linear(1, layer) for layer in layers)) + reads.flops(steps)),
         visual_tokens=tuple(map(sum, flow.decoder)),
         newline_tokens=tuple(flow.newlines),
-        kv_bytes_prefill=batch * _kv_bytes(flow, size),
-        kv_bytes=batch * _kv_bytes(flow, size, steps),
-        left_out=(*LEFT_OUT, *told, *flow.left_out),
+        kv_bytes_prefill=batch * bytes_held(flow, size),
+        kv_bytes=batch * bytes_held(flow, size, steps),
+        kv_bytes_read=round(bytes_read(flow, size, steps)),
+        left_out=(*LEFT_OUT, *told, *flow.left_out, *unknown(flow)),
         inexact=tuple(flow.inexact),
     )
 
@@ -187,33 +189,6 @@ def _tower(shape: Geometry, flow: TokenFlow, batch: int, attended: Units, met: U
         for units, late in zip(*map(tower.run, rows), strict=True)
     )
     return 2 * around + layers
-
-
-def _stored(tokens: int, window: int | None) -> int:
-    """Slots that DynamicCache keeps of so many tokens: with a sliding window, all but the newest token's own."""
-    return tokens if window is None else min(tokens, window - 1)
-
-
-def _decode_attention(shape: Geometry, prompt: Sequence[int], steps: int) -> int:
-    """FLOPs of attention over all decode steps; `prompt` is the length at every layer."""
-    return sum(
-        2 * shape.decoder.scores(1, _stored(n + step, window) + 1)
-        for layer, (n, window) in enumerate(zip(prompt, shape.decoder.windows, strict=True))
-        if layer not in shape.decoder.states
-        for step in range(steps)
-    )
-
-
-def _kv_bytes(flow: TokenFlow, size: int, steps: int = 0) -> int:
-    """Bytes of the KV cache of one row after so many decode steps; a number takes `size` of them at full width."""
-    decoder, total = flow.shape.decoder, 0
-    for layer, (n, window) in enumerate(zip(flow.held, decoder.windows, strict=True)):
-        if layer in decoder.states:
-            continue
-        packed = flow.packed[layer](size) if layer in flow.packed else None
-        slots = _stored(n + steps, window) if packed is None else steps
-        total += (packed or 0) + slots * 2 * decoder.kv_heads * decoder.head_dim * size
-    return total
 
 
 def _dtype_bytes(config: Any) -> int:

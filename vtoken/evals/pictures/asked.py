@@ -25,7 +25,7 @@ SITES = (
     "tokens",
     "decoder",
     "cache",
-)  # Frames are of videos, and sparse attention leaves all tokens.
+)  # Frames are of videos; sparse attention and choices while decoding leave all tokens.
 MEASURES = ("tokens at entry", "mean over layers", "KV cache, kB", "seconds")
 
 

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.attention.unmerge import Unmerge
-from vtoken.hooks.boundary.calls import check_labels, check_packed
+from vtoken.hooks.boundary.calls import check_labels, check_packed, checked_cache
 from vtoken.hooks.boundary.forward import forward_of, lagging
 from vtoken.hooks.boundary.outputs import restore
 from vtoken.hooks.boundary.prefill_start import build_prefill
-from vtoken.hooks.cache.clear import check_clearing, clear_earlier
+from vtoken.hooks.cache.clear import clear_earlier
 from vtoken.hooks.cache.shrink import CacheShrinker
+from vtoken.hooks.decode.choose import SlotChooser
 from vtoken.hooks.state.cache_argument import CACHE, FORMER
 from vtoken.hooks.state.checkpointing import replays
 from vtoken.hooks.state.context import Context
@@ -44,17 +44,23 @@ class Boundary:
 
     Args:
         unmerge: lets attention see merged tokens at all their places, if a stage asks for that.
-        cache: shrinks the cache.
+        cache: shrinks the cache; chooser: chooses what a generated token reads of it.
     """
 
-    def __init__(self, context: Context, *, unmerge: Unmerge | None = None, cache: CacheShrinker | None = None) -> None:
+    def __init__(
+        self,
+        context: Context,
+        *,
+        unmerge: Unmerge | None = None,
+        cache: CacheShrinker | None = None,
+        chooser: SlotChooser | None = None,
+    ) -> None:
         self.context, self.adapter, self.run, self.lm = context, context.adapter, context.run, context.lm
         self.stages = [(stage, substituted(stage, self.adapter.substitutes)) for stage in context.at("tokens")]
         # Later stages shorten inside the decoder, so every prefill with images takes over its cache.
-        self.always = bool(context.at("decoder", "cache") or context.steering)
-        self.clearing = [stage for stage in context.at("decoder") if stage.clears_earlier_layers()]
-        self.unmerge, self.shrinker, self.switch = unmerge, cache, context.handle.switch
-        self.taps_steps = bool(context.steering) or (cache is not None and cache.goes_on)
+        self.always = bool(context.at("decoder", "cache", "decode") or context.steering)
+        self.unmerge, self.shrinker, self.chooser, self.switch = unmerge, cache, chooser, context.handle.switch
+        self.taps_steps = chooser is not None or bool(context.steering) or (cache is not None and cache.goes_on)
         backend = self.lm.config._attn_implementation or ""
         self.slides = SLIDING in kinds_of(self.lm.config)
         self.maskless = (backend == "sdpa" or "flash" in backend) and not self.slides
@@ -64,7 +70,7 @@ class Boundary:
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         # An exception in an earlier forward may have left its state behind.
-        self.run.flow = None
+        self.run.flow = self.run.cache = None
         if CACHE not in kwargs and FORMER in kwargs:
             kwargs = {CACHE: kwargs[FORMER], **{k: v for k, v in kwargs.items() if k != FORMER}}
         cache = kwargs.get(CACHE)
@@ -141,7 +147,8 @@ class Boundary:
     def _shortened(self, flow: PrefillState, values: Tensor, kwargs: dict) -> dict[str, Any]:
         """What the language model gets instead: `values` [ΣK, D] of the live visual tokens among the rest of the
         prompt, packed to the left."""
-        x, cache = flow.hidden, self._checked(flow, kwargs.get("use_cache"))
+        x = flow.hidden
+        cache = checked_cache(self.context, flow, kwargs.get("use_cache"), (self.shrinker, self.chooser))
         if flow.live.history.slot is not None:
             x = x.clone()
             x[flow.live.batch_row, flow.live.column] = values.to(x.dtype)
@@ -170,26 +177,6 @@ class Boundary:
             return new
         shown = take(deep, flow.index, 1) & flow.valid.to(deep.device)
         return {**new, "visual_pos_masks": shown, "deepstack_visual_embeds": flow.deepstack}
-
-    def _checked(self, flow: PrefillState, use_cache: bool | None) -> Any:
-        """The cache that takes the pruned prompt, a new one where the model would make it; None without.
-
-        Raises:
-            UnsupportedError: it cannot shrink, or is static with layers that all slide.
-        """
-        cache = flow.cache
-        if cache is None and (self.lm.config.use_cache if use_cache is None else use_cache):
-            flow.cache = cache = DynamicCache(config=self.lm.config)
-        if self.shrinker is not None and flow.skip_reason is None:
-            self.shrinker.check(cache)
-        for stage in self.clearing if flow.skip_reason is None else ():
-            check_clearing(stage, flow, self.context.attending)
-        if cache is not None and cache.is_compileable and all(cache.is_sliding):
-            raise UnsupportedError(
-                "a static cache whose layers all slide does not tell how many tokens it is made for; use a dynamic "
-                "cache (cache_implementation=None)"
-            )
-        return cache
 
     def _continue(self, args: tuple, kwargs: dict) -> Any:
         """A decode step, a text turn or a draft on a cache that holds a pruned prompt."""
@@ -264,7 +251,7 @@ class Boundary:
         """From here on hooks find the state of this forward, and taps are on."""
         self.run.flow = flow
         if isinstance(cache, PrunedCache):
-            cache.busy = True
+            self.run.cache, cache.busy = cache, True
         if taps:
             self.switch.on()
 
@@ -275,7 +262,7 @@ class Boundary:
 
     @eager
     def _finish(self, out: Any, cache: Any) -> Any:
-        flow, self.run.flow = self.run.flow, None
+        flow, self.run.flow, self.run.cache = self.run.flow, None, None
         # A layer that is to be run again by the backward pass attends as it did.
         if not replays(self.lm.layers[0]):
             self.switch.off()
@@ -290,6 +277,8 @@ class Boundary:
             clear_earlier(flow, self.context.attending)
         for start, slots in sorted(flow.pending_slots.items()):
             flow.cache.record(start, slots)
+        if self.chooser is not None:
+            self.chooser.finish(flow)
         flow.trace.cache_bytes = cache_bytes(getattr(out, CACHE, None))
         clock, began = flow.began
         flow.trace.clock = partial(clock.between, began, clock.now())

@@ -1,11 +1,18 @@
-"""Calls of the language model that cannot be served once tokens are dropped."""
+"""Calls of the language model that cannot be served once tokens are dropped, and the cache of one that can."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from transformers import DynamicCache
+
 from vtoken.errors import UnsupportedError
+from vtoken.hooks.cache.clear import check_clearing
+from vtoken.hooks.cache.shrink import CacheShrinker
+from vtoken.hooks.decode.choose import SlotChooser
 from vtoken.hooks.state.cache_argument import CACHE
+from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.prefill_state import PrefillState
 
 
@@ -47,3 +54,32 @@ def check_labels(flow: PrefillState) -> None:
             "labels supervise the token after a dropped visual token, which has no logits; "
             "set labels to -100 on image tokens and on the token that follows an image"
         )
+
+
+def checked_cache(
+    context: Context, flow: PrefillState, use_cache: bool | None, users: Sequence[CacheShrinker | SlotChooser | None]
+) -> Any:
+    """The cache that takes the pruned prompt, a new one where the model would make it; None without.
+
+    Args:
+        users: what stages do with it.
+
+    Raises:
+        UnsupportedError: it cannot serve a stage, or is static with layers that all slide.
+    """
+    cache, config = flow.cache, context.lm.config
+    if cache is None and (config.use_cache if use_cache is None else use_cache):
+        flow.cache = cache = DynamicCache(config=config)
+    if flow.skip_reason is None:
+        for user in users:
+            if user is not None:
+                user.check(cache)
+        for stage in context.at("decoder"):
+            if stage.clears_earlier_layers():
+                check_clearing(stage, flow, context.attending)
+    if cache is not None and cache.is_compileable and all(cache.is_sliding):
+        raise UnsupportedError(
+            "a static cache whose layers all slide does not tell how many tokens it is made for; use a dynamic "
+            "cache (cache_implementation=None)"
+        )
+    return cache

@@ -12,6 +12,7 @@ from vtoken.hooks.state.pruned_cache import CacheOwner
 from vtoken.hooks.state.run import Run
 from vtoken.stages import Fact, Site, Stage
 from vtoken.stages.cache import CacheStage
+from vtoken.stages.decode import DecodeStage
 from vtoken.stages.facts import encoded, read_of
 from vtoken.stages.steering import SteeredAttention
 
@@ -69,6 +70,11 @@ class Context:
     def cache_stage(self) -> CacheStage | None:
         """There is one at most."""
         return next((stage for stage in self.stages if isinstance(stage, CacheStage)), None)
+
+    @property
+    def decode_stage(self) -> DecodeStage | None:
+        """There is one at most."""
+        return next((stage for stage in self.stages if isinstance(stage, DecodeStage)), None)
 
     @cached_property
     def unmerging(self) -> Stage | None:

@@ -79,7 +79,8 @@ class PrunedCache:
     forward is at work on it of which `Run.flow` tells. `dense`: no group has padding. A decode step asks for few of
     these, and works nothing out. `valid`, of static caches: which slots a group's layers may see, those to come among
     them; `prompt_mask`: [B, logical] the caller's mask, None where it hides nothing. `first`: the first layer that
-    holds keys; layers before it keep a state. `marks`: see Marks, of stages that steer attention."""
+    holds keys; layers before it keep a state. `marks`: see Marks, of stages that steer attention. `images`: what a stage
+    of site decode chooses from, if one does (hooks/decode)."""
 
     groups: dict[int, SlotMap]
     busy: bool = False
@@ -91,6 +92,7 @@ class PrunedCache:
     dense: bool = True
     first: int = 0
     marks: Marks | None = None
+    images: Any = None
 
     def group(self, layer: int) -> int:
         return max(start for start in self.groups if start <= layer)
@@ -150,6 +152,8 @@ class PrunedCache:
             self.record(start, slots)
         if self.marks is not None:
             self.marks = self.marks.map(lambda x: x[:, :left])
+        if self.images is not None:
+            self.images.cut(left)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
@@ -167,7 +171,7 @@ class PrunedCache:
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
         first = next(iter(self.groups.values()))
-        self.shifted, self.prompt_mask, self.table, self.marks = False, None, None, None
+        self.shifted, self.prompt_mask, self.table, self.marks, self.images = False, None, None, None, None
         self.groups, self.valid = {}, {}
         self.record(
             0,
@@ -183,6 +187,8 @@ class PrunedCache:
             self.table = self.table.rows(index)
         if self.marks is not None:
             self.marks = self.marks.map(lambda x: x[index.to(x.device)])
+        if self.images is not None:
+            self.images.rows(index)
 
 
 def lengthened(mask: Tensor, length: int) -> Tensor:

@@ -66,7 +66,9 @@ class StageTrace:
         patches: at site frames, per image, the patches that the vision tower's layers see of it.
         resized: of stages that resize, per image, the raster of the smaller picture, whose tokens are `kept` in the
             upper left corner of its own.
-        rows_aside: at site attention, per batch row: why it read everything while others did not, or None.
+        rows_aside: at sites attention and decode, per batch row: why it read everything while others did not, or None.
+        slots_read: at site decode, for every token generated since, by a step of its own, per batch row: slots whose key
+            and value each key head read, summed over the layers that attend. Padding of later turns counts.
         densities: at site attention, per batch row: share of the causal blocks that was computed, head mean (scalars on
             the device).
     """
@@ -84,6 +86,7 @@ class StageTrace:
     clock: Callable[[], float] = field(default=lambda: 0.0, repr=False)
     densities: list[Tensor] = field(default_factory=list, repr=False)
     rows_aside: list[str | None] = field(default_factory=list)
+    slots_read: list[list[int]] = field(default_factory=list, repr=False)
     frames: list[list[int]] = field(default_factory=list)
     patches: list[int] = field(default_factory=list)
     resized: list[Grid] = field(default_factory=list)
@@ -112,6 +115,7 @@ class StageTrace:
             "stood_aside": self.stood_aside,
             "density": self.density,
             "rows_aside": self.rows_aside,
+            "slots_read": self.slots_read,
             "backend": self.backend,
             "frames": self.frames,
             "patches": self.patches,

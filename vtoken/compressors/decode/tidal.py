@@ -1,0 +1,70 @@
+"""TidalDecode: a few layers choose what all later layers read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from pydantic import Field, model_validator
+
+from vtoken.stages.budget import Budget
+from vtoken.stages.decode import Choice, DecodeStage, DecodeStep, highest
+
+
+class Tidal(DecodeStage):
+    """At every generated token, layer `layer` and, to correct the choice, layer `correction` read everything; each of
+    their key heads chooses the `keep` visual tokens of the highest q . k, mean over its query heads, and in the layers
+    behind them the same head reads these. Layers before `layer` read everything.
+
+    In a decoder some of whose layers keep a state, the next layer with attention takes the place of one without; where
+    stages of site decoder drop tokens, the first layer behind the cut chooses too. A correction layer that the decoder
+    does not have is left out.
+
+    Paper: https://arxiv.org/abs/2410.05076
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2410.05076"
+    deviations: ClassVar[str] = (
+        "Visual tokens alone are chosen and count in `keep`; text and what was generated are always read. The authors' "
+        "code computes all of the attention and masks it; here the chosen tokens alone are read."
+    )
+
+    keep: Budget = Field(default=Budget(256), description="visual tokens of each image that a generated token reads")
+    layer: int = Field(default=2, ge=0, description="the first decoder layer that chooses")
+    correction: int | None = Field(default=9, ge=1, description="the one that chooses again; 13 in Llama-3-8B")
+
+    @model_validator(mode="after")
+    def _later(self) -> Tidal:
+        if self.correction is not None and self.correction <= self.layer:
+            raise ValueError(f"correction {self.correction} must be behind layer {self.layer}, or null")
+        return self
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        return tuple(range(self.layer, depth))
+
+    def incompatibility(self, depth: int, width: int) -> str:
+        if self.layer < depth - 1:
+            return ""
+        return f"layer {self.layer} chooses for the layers behind it, and this decoder has layers 0 to {depth - 1}"
+
+    def choose(self, step: DecodeStep) -> Choice | None:
+        counts = tuple(min(n, k) for n, k in zip(step.lengths, step.budgets, strict=True))
+        if not self._chooses(step.layer, step.before) and step.shared.get("group") == step.group:
+            return Choice(step.shared["index"].to(step.keys.device), counts)
+        step.shared.update(group=step.group, index=highest(step.of_visual(step.logits().mean(2)), counts))
+        return None
+
+    def _chooses(self, layer: int, before: int) -> bool:
+        """Whether a layer chooses, the stage having acted last at another, -1 for none."""
+        return before < 0 or (self.correction is not None and before < self.correction <= layer)
+
+    def _choosing(self, layer: int, acting: Sequence[int]) -> bool:
+        at = acting.index(layer)
+        return self._chooses(layer, acting[at - 1] if at else -1)
+
+    def visual_read(self, layer: int, acting: Sequence[int], images: Sequence[int], step: int) -> int:
+        return sum(images) if self._choosing(layer, acting) else self.budget(images)
+
+    def read_to_choose(self, layer: int, acting: Sequence[int], prompt: int, images: Sequence[int], step: int) -> float:
+        """All keys once more."""
+        return (prompt + step + 1) / 2 if self._choosing(layer, acting) else 0

@@ -1,0 +1,1 @@
+"""What a generated token reads of the cache."""
