@@ -47,7 +47,10 @@ class Lost:
         [B, Hc, n, d] had left too."""
         gone = gone.to(torch.float32)
         count = self.count[:, None] + gone.sum(2)
-        before, share = (self.count[:, None] / count.clamp(min=1))[:, None, :, None], count.clamp(min=1)[:, None, :, None]
+        before, share = (
+            (self.count[:, None] / count.clamp(min=1))[:, None, :, None],
+            count.clamp(min=1)[:, None, :, None],
+        )
         means = [
             mean[:, :, None] * before + gone[:, None] @ x.float() / share
             for mean, x in ((self.keys, keys), (self.values, values))
@@ -95,7 +98,9 @@ class HeadClass:
         """
         both = None
         if real is not None or self.real is not None:
-            both = torch.cat([self.mask(), keys.new_ones(keys.shape[0], keys.shape[2]).bool() if real is None else real], 1)
+            both = torch.cat(
+                [self.mask(), keys.new_ones(keys.shape[0], keys.shape[2]).bool() if real is None else real], 1
+            )
         new = (torch.cat([t, self.own(x)], 2) for t, x in ((self.keys, keys), (self.values, values)))
         held, seen = new
         return replace(self, keys=held, values=seen, real=both)
@@ -202,7 +207,7 @@ class ClassedLayer(DynamicLayer):
             "out the stage that puts heads in classes where something else reads the cache"
         )
 
-    values = keys  # type: ignore[assignment]
+    values = keys
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Takes note of new tokens and hands them back; the attention that follows reads the classes."""
