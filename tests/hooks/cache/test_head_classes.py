@@ -11,9 +11,10 @@ import pytest
 import streaming
 import tiny
 import torch
-from batches import rows_for
+from batches import inside, rows_for
 from model_state import changed, state
 from modes import LOGITS, ROWS, alone, attending, greedy, mrope, whole
+from probes import Deep, Ragged
 from turns import IMAGE_TURNS, conversation, second
 
 import vtoken
@@ -21,6 +22,7 @@ from vtoken.compressors.cache.streaming_cache import StreamingCache
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.classed_layer import ClassedLayer
 from vtoken.hooks.state.pruned_cache import cache_bytes
+from vtoken.stages.held import HeldLayer
 
 OPTIONS = {
     "all": {"sink": 2, "recent": 6},
@@ -227,13 +229,12 @@ def test_a_picture_after_a_turn_of_text(family):
 
 @some
 def test_behind_stages_of_other_sites(family):
+    """Layers hold different numbers of tokens in front of it, and rows too."""
     model = tiny.make(family)
     batch = tiny.build(model, ROWS, seed=3)
-    last = tiny.family(family).attending[-1]
-    with vtoken.wrapped(
-        model, [{"random": {"keep": "80%"}}, {"fastv": {"keep": "60%", "layer": last}}, stage(model, "gates")]
-    ):
-        together = greedy(model, batch, 9)
+    with vtoken.wrapped(model, [Ragged(), *inside(family, [Deep(at=(2,), factor=0.6)]), stage(model, "gates")]):
+        together, trace = greedy(model, batch, 9), vtoken.trace(model)
+        assert sum(trace.layers[-1]) < sum(trace.layers[0])
         for row in range(3):
             assert torch.equal(greedy(model, alone(model, batch, row), 9)[0, -9:], together[row, -9:])
 
@@ -259,21 +260,24 @@ def test_bytes_are_those_of_the_formula(family):
     """Of one row, after the prefill and at every length of the answer: nothing is hidden behind a mask."""
     model = tiny.make(family)
     config = model.get_decoder().config
-    batch, n = tiny.build(model, ROWS[1:2], seed=3), 11
-    width = config.hidden_size // config.num_attention_heads if not getattr(config, "head_dim", 0) else config.head_dim
+    batch, n, family_layers = tiny.build(model, ROWS[1:2], seed=3), 11, tiny.family(family).attending
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for compensate in (False, True):
         one = stage(model, "gates", compensate=compensate)
         with vtoken.wrapped(model, [one]):
             out, trace = greedy(model, batch, n, **LOGITS), vtoken.trace(model)
-        prompt, images = trace.prompt_tokens[0], trace.visual_tokens
+        (prompt,), images = trace.prompt_tokens, tuple(trace.visual_tokens)
         for generated, found in ((0, trace.cache_bytes), (n - 1, cache_bytes(out.past_key_values))):
-            total = 0
-            for k in tiny.family(family).attending:
-                streaming_heads = sum(one.streams(k))
-                full = config.num_key_value_heads - streaming_heads
-                total += full * (prompt + generated) + streaming_heads * one.held(prompt, images, generated)
-                total += compensate * streaming_heads
-            assert found == total * 2 * width * 4
+            total = told = 0
+            for k in family_layers:
+                streams = sum(one.streams(k))
+                held = 3 + prompt - sum(images) + min(5, sum(images) - 3 + generated)
+                full = (config.num_key_value_heads - streams) * (prompt + generated)
+                total += (full + streams * (held + compensate)) * 2 * width * 4
+                told += one.bytes_held(
+                    HeldLayer(k, family_layers, prompt, images, generated, config.num_key_value_heads, width, 4)
+                )
+            assert found == total == told
 
 
 @attending

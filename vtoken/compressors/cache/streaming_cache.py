@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vtoken.compressors._streaming_heads import StreamingHeads
 from vtoken.stages.cache import CachedLayer, CacheStage, HeadClasses, HeldHeads
+from vtoken.stages.held import HeldLayer
 
 
 class StreamingCache(StreamingHeads, CacheStage):
@@ -86,3 +87,11 @@ class StreamingCache(StreamingHeads, CacheStage):
         """The mean over all heads."""
         share = 1.0 if self.table is None else len(self._streaming) / sum(map(len, self.table))
         return round(share * self.held(prompt, lengths) + (1 - share) * prompt)
+
+    def bytes_held(self, at: HeldLayer) -> int:
+        streams = self.streams(at.layer) or (True,) * at.kv_heads
+        thin, token = sum(streams), 2 * at.head_dim * at.number_bytes
+        slots = (len(streams) - thin) * (at.prompt + at.generated) + thin * self.held(
+            at.prompt, at.images, at.generated
+        )
+        return slots * token + self.compensate * thin * 2 * at.head_dim * 4  # means are in fp32
