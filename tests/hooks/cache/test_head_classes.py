@@ -239,6 +239,42 @@ def test_behind_stages_of_other_sites(family):
             assert torch.equal(greedy(model, alone(model, batch, row), 9)[0, -9:], together[row, -9:])
 
 
+@pytest.mark.parametrize("family", tiny.each("anyres", window=None))
+def test_a_later_picture_where_other_stages_read_the_cache(family):
+    """What reads the attention of new tokens goes on; what reads keys of earlier turns is refused; thinning says that
+    it stands aside."""
+    model, n = tiny.make(family), 3
+    first, turn = tiny.build(model, ROWS[:2], seed=3), tiny.build(model, [[3, "img", 2], [1, "img", 2]], seed=9)
+
+    def two_turns(*before):
+        with vtoken.wrapped(model, [*before, stage(model, "gates")]):
+            a = greedy(model, first, n, **LOGITS)
+            whole, _ = conversation(model, first, turn, a.sequences)
+            greedy(model, second(model, whole, turn), n, past_key_values=a.past_key_values)
+            return vtoken.trace(model)
+
+    kept = two_turns({"fastv": {"keep": 5, "layer": 2}})
+    assert kept.layers[-1] == [5, 5]
+    thin = {"static_sparse": {"sink": 4, "window": 8, "size": 16, "min_len": 0}}
+    assert "heads in classes" in two_turns(thin).aside["static_sparse"]
+    with pytest.raises(UnsupportedError, match="leave out the stage that puts heads in classes"):
+        two_turns({"pyramiddrop": {}})
+
+
+@whole
+def test_thinned_prefill_and_streaming_cache_go_together(family):
+    """The same heads stream in both."""
+    model, last = tiny.make(family), 9
+    batch, heads = tiny.build(model, ROWS[:2], seed=3), streaming.gates(model)
+    thin = {"static_sparse": {"sink": 4, "window": 8, "size": 16, "min_len": 0, "gates": heads}}
+    with vtoken.wrapped(model, [thin, stage(model, "gates")]):
+        together = greedy(model, batch, last)
+        acted = {s.name for s in vtoken.trace(model).stages if s.stood_aside is None}
+        assert acted == {"static_sparse", "streaming_cache"}
+        for row in range(2):
+            assert torch.equal(greedy(model, alone(model, batch, row), last)[0, -last:], together[row, -last:])
+
+
 @whole
 def test_backends(family):
     """Eager masks, and backends of the flash kind, which take 2D masks."""

@@ -39,7 +39,7 @@ class HeadSplitter(CacheShrinker):
 
     def __init__(self, context: Context, stage: CacheStage) -> None:
         super().__init__(context, stage)
-        self.goes_on = True
+        self.goes_on, self.thinning = True, context.at("attention")
         for k in self.attending:
             context.handle.before(self.lm.layers[k].self_attn, self._look)
 
@@ -67,6 +67,8 @@ class HeadSplitter(CacheShrinker):
             cached.take(None if mask is None else mask[:, -q.shape[2] :].bool().to(k.device), slides=not splits)
             free = uploaded([_acts(flow, r) for r in range(len(q))], q.device, torch.bool) if splits else None
             out = read(cached, q, scale, original, free), None
+            for other in self.thinning if splits else ():
+                flow.skip(other, f"the cache holds {flow.past} tokens already, and heads in classes of them")
         if splits:
             return self._split(flow, module, q, k, v, scale, out, before)
         if prefill:
