@@ -5,11 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import oracle_kv
 import torch
 from torch import Tensor
 
+from vtoken.compressors.cache.streaming_cache import StreamingCache
 
-def visible(turns: Sequence[tuple[Sequence[bool], bool]], sink: int, recent: int, text: bool = True) -> Tensor:
+OPTIONS = {
+    "all": {"sink": 2, "recent": 6},
+    "whole prompt": {"sink": 2, "recent": 6, "text": False},
+    "no sink": {"sink": 0, "recent": 1},
+    "gates": {"sink": 3, "recent": 5, "gates": True},
+}
+
+
+Turn = tuple[Sequence[bool], bool]  # which tokens are visual, and whether it is a prompt with pictures
+
+
+def visible(turns: Sequence[Turn], sink: int, recent: int, text: bool = True) -> Tensor:
     """[N, N] what each token sees where a head streams.
 
     Args:
@@ -57,3 +70,27 @@ def gates(model: Any) -> tuple[tuple[float, ...], ...]:
     mixed = tuple(0.0 if h % 2 else 1.0 for h in range(heads))
     kinds = (mixed, (0.0,) * heads, mixed, (1.0,) * heads)
     return tuple(kinds[k % 4] for k in range(config.num_hidden_layers))
+
+
+def stage(model: Any, name: str = "all", **more: Any) -> StreamingCache:
+    """One of OPTIONS, with more."""
+    given = OPTIONS[name] | more
+    return StreamingCache(**given | ({"gates": gates(model)} if given.get("gates") else {}))
+
+
+def expected(
+    model: Any,
+    p: oracle.PrefillQK,
+    row: int,
+    tokens: Sequence[int],
+    stage: StreamingCache,
+    turns: Sequence[Turn] | None = None,
+) -> Tensor:
+    """[n, V] logits of a row that is made to say `tokens` behind its prompt, which came in these turns (None: in
+    one)."""
+    prompt = p.visual[row][p.mask[row]].tolist()
+    if not any(prompt):
+        return oracle_kv.forced(model, p, row, tokens, {})
+    said: Turn = [False] * (len(tokens) - 1), False
+    seen = visible([*(turns or [(prompt, True)]), said], stage.sink, stage.recent, stage.text)
+    return oracle_kv.forced(model, p, row, tokens, {}, seen=by_layer(model, stage, seen))

@@ -6,16 +6,15 @@ import copy
 
 import flash_stand_in
 import oracle
-import oracle_kv
 import pytest
 import streaming
 import tiny
 import torch
 from batches import inside, rows_for
 from model_state import changed, state
-from modes import LOGITS, ROWS, alone, attending, greedy, mrope, whole
+from modes import LOGITS, ROWS, alone, attending, greedy, whole
 from probes import Deep, Ragged
-from turns import IMAGE_TURNS, conversation, second
+from streaming import OPTIONS, expected, stage
 
 import vtoken
 from vtoken.compressors.cache.streaming_cache import StreamingCache
@@ -24,32 +23,8 @@ from vtoken.hooks.state.classed_layer import ClassedLayer
 from vtoken.hooks.state.pruned_cache import cache_bytes
 from vtoken.stages.held import HeldLayer
 
-OPTIONS = {
-    "all": {"sink": 2, "recent": 6},
-    "whole prompt": {"sink": 2, "recent": 6, "text": False},
-    "no sink": {"sink": 0, "recent": 1},
-    "gates": {"sink": 3, "recent": 5, "gates": True},
-}
 some = pytest.mark.parametrize("family", tiny.each("anyres", "mrope", "states", window=None))
 options = pytest.mark.parametrize("name", OPTIONS)
-
-
-def stage(model, name="all", **more):
-    given = OPTIONS[name] | more
-    return StreamingCache(**given | ({"gates": streaming.gates(model)} if given.get("gates") else {}))
-
-
-def expected(model, p, row, tokens, stage, turns=None, dense=False):
-    """[n, V] logits of a row that is made to say `tokens` behind turns as in `streaming.visible`."""
-    prompt = p.visual[row][p.mask[row]].tolist()
-    turns = turns or [(prompt, any(prompt) and not dense)]
-    if not any(pictures for _, pictures in turns):
-        turns = [(v, True) for v, _ in turns]  # a prompt that is held whole
-    said = ([False] * (len(tokens) - 1), False)
-    seen = streaming.visible([*turns, said], stage.sink, stage.recent, stage.text)
-    return oracle_kv.forced(
-        model, p, row, tokens, {}, seen=streaming.by_layer(model, stage, seen) if any(prompt) else None
-    )
 
 
 def check(model, batch, stage, n=6, tolerance=3e-4, **more):
@@ -181,52 +156,6 @@ def test_sampling_and_several_answers(family):
         torch.testing.assert_close(torch.stack(out.logits)[:, row], want, atol=3e-4, rtol=1e-4)
 
 
-@whole
-@pytest.mark.parametrize("name", ["all", "whole prompt", "gates"])
-@pytest.mark.parametrize("more", [[[5], [3]], [[3, "img", 2], [1, "img", 2]]], ids=["text", "image"])
-def test_second_turn(family, name, more):
-    """A turn of text reads as if its tokens came one by one; one with pictures reads what is left, and itself."""
-    model = tiny.make(family)
-    first, turn = tiny.build(model, ROWS[:2], seed=3), tiny.build(model, more, seed=9)
-    pictures = tiny.family(family).pixels in turn
-    if pictures and mrope(model) and not IMAGE_TURNS:
-        pytest.skip("older transformers numbers a new image as text")
-    one, n = stage(model, name), 9
-    with vtoken.wrapped(model, [one]):
-        a = greedy(model, first, n, **LOGITS)
-        whole, _ = conversation(model, first, turn, a.sequences)
-        b = greedy(model, second(model, whole, turn), n, past_key_values=a.past_key_values, **LOGITS)
-    p, length = oracle.prompt(model, whole), first["input_ids"].shape[1]
-    for row in range(2):
-        real = p.mask[row]
-        visual = p.visual[row]
-        ends = [length, length + n - 1, visual.shape[0]]
-        parts = [
-            (visual[a:b][real[a:b]].tolist(), kind)
-            for a, b, kind in zip([0, *ends], ends, (True, False, pictures), strict=False)
-        ]
-        want = expected(model, p, row, b.sequences[row, -n:].tolist(), one, parts)
-        torch.testing.assert_close(torch.stack(b.logits)[:, row], want, atol=3e-4, rtol=1e-4)
-
-
-@some
-def test_a_picture_after_a_turn_of_text(family):
-    """What was there before any picture stays."""
-    model, n = tiny.make(family), 9
-    if mrope(model) and not IMAGE_TURNS:
-        pytest.skip("older transformers numbers a new image as text")
-    first, turn = tiny.build(model, [[6], [4]], seed=3), tiny.build(model, [[3, "img", 2], [1, "img", 2]], seed=9)
-    one = stage(model)
-    with vtoken.wrapped(model, [one]):
-        a = greedy(model, first, n, **LOGITS)
-        whole, _ = conversation(model, first, turn, a.sequences)
-        b = greedy(model, second(model, whole, turn), n, past_key_values=a.past_key_values, **LOGITS)
-    p = oracle.prompt(model, whole)
-    for row in range(2):
-        want = expected(model, p, row, b.sequences[row, -n:].tolist(), one)
-        torch.testing.assert_close(torch.stack(b.logits)[:, row], want, atol=3e-4, rtol=1e-4)
-
-
 @some
 def test_behind_stages_of_other_sites(family):
     """Layers hold different numbers of tokens in front of it, and rows too."""
@@ -237,28 +166,6 @@ def test_behind_stages_of_other_sites(family):
         assert sum(trace.layers[-1]) < sum(trace.layers[0])
         for row in range(3):
             assert torch.equal(greedy(model, alone(model, batch, row), 9)[0, -9:], together[row, -9:])
-
-
-@pytest.mark.parametrize("family", tiny.each("anyres", window=None))
-def test_a_later_picture_where_other_stages_read_the_cache(family):
-    """What reads the attention of new tokens goes on; what reads keys of earlier turns is refused; thinning says that
-    it stands aside."""
-    model, n = tiny.make(family), 3
-    first, turn = tiny.build(model, ROWS[:2], seed=3), tiny.build(model, [[3, "img", 2], [1, "img", 2]], seed=9)
-
-    def two_turns(*before):
-        with vtoken.wrapped(model, [*before, stage(model, "gates")]):
-            a = greedy(model, first, n, **LOGITS)
-            whole, _ = conversation(model, first, turn, a.sequences)
-            greedy(model, second(model, whole, turn), n, past_key_values=a.past_key_values)
-            return vtoken.trace(model)
-
-    kept = two_turns({"fastv": {"keep": 5, "layer": 2}})
-    assert kept.layers[-1] == [5, 5]
-    thin = {"static_sparse": {"sink": 4, "window": 8, "size": 16, "min_len": 0}}
-    assert "heads in classes" in two_turns(thin).aside["static_sparse"]
-    with pytest.raises(UnsupportedError, match="leave out the stage that puts heads in classes"):
-        two_turns({"pyramiddrop": {}})
 
 
 @whole

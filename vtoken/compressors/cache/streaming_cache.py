@@ -31,7 +31,7 @@ class StreamingCache(StreamingHeads, CacheStage):
     A later turn with pictures reads what is left, and its own tokens densely; a turn of text reads as if its tokens
     came one by one.
 
-    Papers: https://arxiv.org/abs/2410.10819, https://arxiv.org/abs/2407.15891
+    Paper: https://arxiv.org/abs/2410.10819; the compensation token: https://arxiv.org/abs/2407.15891
     """
 
     in_classes: ClassVar[bool] = True

@@ -15,23 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtoken.hooks.cache.cached_rows import PromptRow, joined
 from vtoken.hooks.cache.class_attention import read
+from vtoken.hooks.cache.class_rows import split
 from vtoken.hooks.cache.shrink import CacheShrinker
 from vtoken.hooks.cache.shrunk_layer import ShrunkLayer
 from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.hooks.state.classed_layer import ClassedLayer, adopt
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import eager
-from vtoken.hooks.state.head_class import HeadClass, Lost
-from vtoken.hooks.state.left_padding import left_padded
+from vtoken.hooks.state.head_class import HeadClass
 from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.hooks.state.prompt_rows import prompt_rows
 from vtoken.hooks.state.run import Clock
 from vtoken.stages import Stage, uploaded
-from vtoken.stages.cache import CacheStage, Decision, HeadClasses, HeldHeads
-
-Pieces = list[tuple[Tensor, Tensor]]  # of every row keys and values [Hc, n, d]
+from vtoken.stages.cache import CacheStage, Decision, HeadClasses
 
 
 class HeadSplitter(CacheShrinker):
@@ -86,31 +83,46 @@ class HeadSplitter(CacheShrinker):
         out: Any,
         before: tuple[HeadClass, ...] | None,
     ) -> Any:
+        """Leaves every class what it holds of the prompt; `before`: the classes of earlier turns, None: none yet."""
         number, rows = module.layer_idx, prompt_rows(flow)
-        decisions: list[HeadClasses | None] = []
-        fresh = _fresh(before, len(rows))
         with Clock(k.device) as clock:
-            for r, row in enumerate(rows):
-                begin = k.shape[2] - row.prompt - row.tail
-                here = slice(begin, begin + row.prompt)
-                seen = self.told(flow, module, slice(r, r + 1), k[r, :, here], v[r, :, here], q, scale)
-                if seen is not None and before is not None and not fresh[r]:
-                    seen = replace(seen, classes=tuple(each.heads[r] for each in before))
-                with torch.no_grad():
-                    decision = None if seen is None else self.compress(seen)
-                decisions.append(None if decision is None else checked(self.stage, decision, k.shape[1], row.prompt))
-            held = [row.prompt if d is None else _mean(d) for row, d in zip(rows, decisions, strict=True)]
-            whole = held == [row.prompt for row in rows] and not any(d and _leaves(d) for d in decisions)
-            if before is not None or not whole:
-                classes = _classes(flow, rows, decisions, k, v, before, fresh)
-        shown = tuple(replace(row, stay=n) for row, n in zip(rows, held, strict=True))
+            fresh = _fresh(before, len(rows))
+            decisions = [
+                self._decide(flow, module, r, q, k, v, scale, None if fresh[r] else before) for r in range(len(rows))
+            ]
+            changed = before is not None or any(d and changes(d, rows[r].prompt) for r, d in enumerate(decisions))
+            classes = split(flow, rows, decisions, k, v, before, fresh) if changed else ()
+        stay = [row.prompt if d is None else _mean(d) for row, d in zip(rows, decisions, strict=True)]
+        shown = tuple(replace(row, stay=n) for row, n in zip(rows, stay, strict=True))
         flow.shrunk[number] = ShrunkLayer(flow.group, shown, tuple(decisions), True, flow.live, clock)
-        if before is None and whole:
+        if not changed:
             return out
         cached = flow.cache.layers[number]
-        total = cached.total if before is not None else k.shape[2]
-        cached = adopt(cached, classes, total)
+        cached = adopt(cached, classes, k.shape[2] if before is None else cached.total)
         return self._answer(flow, cached, q, k, v, scale, out) if any(flow.tails) else out
+
+    def _decide(
+        self,
+        flow: PrefillState,
+        module: Any,
+        r: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        before: tuple[HeadClass, ...] | None,
+    ) -> HeadClasses | None:
+        """What the stage says of one row; None where it does not act."""
+        row = prompt_rows(flow)[r]
+        begin = k.shape[2] - row.prompt - row.tail
+        here = slice(begin, begin + row.prompt)
+        seen = self.told(flow, module, slice(r, r + 1), k[r, :, here], v[r, :, here], q, scale)
+        if seen is None:
+            return None
+        if before is not None:
+            seen = replace(seen, classes=tuple(each.heads[r] for each in before))
+        with torch.no_grad():
+            return checked(self.stage, self.compress(seen), k.shape[1], row.prompt)
 
     def _answer(
         self, flow: PrefillState, cached: ClassedLayer, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Any
@@ -151,117 +163,10 @@ def _mean(decision: HeadClasses) -> int:
     return round(sum(h * n for h, n in zip(heads, tokens, strict=True)) / sum(heads))
 
 
-def _leaves(decision: HeadClasses) -> bool:
-    """Whether anything will leave."""
-    return any(each.window is not None for each in decision.classes)
-
-
-def _classes(
-    flow: PrefillState,
-    rows: Sequence[PromptRow],
-    decisions: Sequence[HeadClasses | None],
-    k: Tensor,
-    v: Tensor,
-    before: tuple[HeadClass, ...] | None,
-    fresh: Sequence[bool],
-) -> tuple[HeadClass, ...]:
-    """What the classes of a layer hold once the prompt is read.
-
-    Args:
-        fresh: rows that were given no pictures before.
-        k, v: [B, Hk, S, d], which end in what is new. In front of that stands what earlier turns left, where nothing is
-            in classes yet: it stays for good.
-    """
-    width = flow.index.shape[1]
-    new = slice(k.shape[2] - width, k.shape[2])
-    exempt = [first and d is None for first, d in zip(fresh, decisions, strict=True)]
-    if before is None:
-        first = next(d for d in decisions if d is not None)
-        past = None if flow.key_mask is None else flow.key_mask[:, : new.start].bool().to(k.device)
-        before = tuple(_empty(each, decisions, c, k, v, new.start, past) for c, each in enumerate(first.classes))
-    out = []
-    for c, old in enumerate(before):
-        keys, values = (old.own(t[:, :, new]) for t in (k, v))
-        fixed, latest = Pieces(), Pieces()
-        gone = torch.zeros(len(k), width, dtype=torch.bool, device=k.device)
-        for r, (row, decision) in enumerate(zip(rows, decisions, strict=True)):
-            begin = width - row.prompt - row.tail
-            x, y = (t[r, :, begin : begin + row.prompt] for t in (keys, values))
-            stays, leaves = _parts(old, r)
-            if decision is None:
-                fixed.append(stays)
-                latest.append(_behind(leaves, (x, y)))
-                continue
-            if fresh[r]:  # what was there before any picture stays
-                stays, leaves = _behind(stays, leaves), (x[:, :0], y[:, :0])
-            mine = decision.classes[c]
-            fixed.append(_behind(stays, _chosen(x, y, mine.stay)))
-            latest.append(_behind(leaves, _chosen(x, y, mine.latest)))
-            if old.lost is not None:
-                gone[r, begin : begin + row.prompt] = True
-                for index in (mine.stay, mine.latest):
-                    gone[r].index_fill_(0, index[0] + begin, False)
-        lost = old.lost and old.lost.more(keys, values, gone)
-        (fixed_keys, fixed_values, real), (keys, values, late) = _padded(fixed), _padded(latest)
-        both = torch.cat([real, late], 1)
-        padded = len({x.shape[1] for x, _ in fixed}) > 1 or len({x.shape[1] for x, _ in latest}) > 1
-        held = replace(
-            old,
-            keys=torch.cat([fixed_keys, keys], 2),
-            values=torch.cat([fixed_values, values], 2),
-            fixed=fixed_keys.shape[2],
-            real=both if padded else None,
-            exempt=uploaded(exempt, k.device, torch.bool) if any(exempt) else None,
-            lost=lost,
-        )
-        out.append(held if held.window is None else held.trimmed(held.window))
-    return tuple(out)
-
-
-def _empty(
-    like: HeldHeads,
-    decisions: Sequence[HeadClasses | None],
-    c: int,
-    k: Tensor,
-    v: Tensor,
-    past: int,
-    real: Tensor | None,
-) -> HeadClass:
-    """The class of that number before the prompt, with what earlier turns left."""
-    heads = torch.stack([like.heads if d is None else d.classes[c].heads for d in decisions]).to(k.device)
-    held = HeadClass(heads, k[:, : len(like.heads), :past], v[:, : len(like.heads), :past], past, like.window)
-    keys, values = held.own(k[:, :, :past]), held.own(v[:, :, :past])
-    lost = Lost.nothing(keys, values) if like.compensated else None
-    return replace(held, keys=keys, values=values, real=real if past else None, lost=lost)
-
-
-def _parts(held: HeadClass, row: int) -> Pieces:
-    """What a row of a class holds for good, and for now, without padding."""
-    out: Pieces = []
-    for part in (slice(0, held.fixed), slice(held.fixed, held.length)):
-        keys, values = held.keys[row, :, part], held.values[row, :, part]
-        if held.real is not None:
-            real = held.real[row, part]
-            keys, values = keys[:, real], values[:, real]
-        out.append((keys, values))
-    return out
-
-
-def _chosen(keys: Tensor, values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [Hc, n, d] at these slots [Hc or 1, n]."""
-    at = index[..., None].expand(len(keys), -1, -1)
-    return keys.gather(1, at.expand(-1, -1, keys.shape[2])), values.gather(1, at.expand(-1, -1, values.shape[2]))
-
-
-def _behind(first: tuple[Tensor, Tensor], then: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return joined([first[0], then[0]], 1), joined([first[1], then[1]], 1)
-
-
-def _padded(rows: Pieces) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values [B, Hc, n, d] of all rows, padded on the left, and [B, n] which of them are no padding."""
-    keys, values = (left_padded([row[side] for row in rows]) for side in (0, 1))
-    lengths = uploaded([row[0].shape[1] for row in rows], keys.device)
-    return keys, values, torch.arange(keys.shape[2], device=keys.device) >= keys.shape[2] - lengths[:, None]
+def changes(decision: HeadClasses, prompt: int) -> bool:
+    """Whether anything of so many tokens leaves, or will leave."""
+    held = [each.stay.shape[1] + each.latest.shape[1] for each in decision.classes]
+    return any(n < prompt for n in held) or any(each.window is not None for each in decision.classes)
 
 
 def checked(stage: Stage, decision: Decision, heads: int, prompt: int) -> HeadClasses:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer
 
-from vtoken.errors import UnsupportedError
+from vtoken.errors import OtherModelError, UnsupportedError
 from vtoken.hooks.cache.cached_rows import PromptRow, slots_of, store
 from vtoken.hooks.cache.requantize import Requantizer
 from vtoken.hooks.cache.shrunk_layer import ShrunkLayer
@@ -26,6 +26,7 @@ from vtoken.hooks.state.checkpointing import replays
 from vtoken.hooks.state.classed_layer import ClassedLayer
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import eager, steps
+from vtoken.hooks.state.layer_kinds import heads_in
 from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.hooks.state.prompt_rows import prompt_rows
 from vtoken.hooks.state.pruned_cache import SlotMap
@@ -48,6 +49,8 @@ class CacheShrinker:
 
     def __init__(self, context: Context, stage: CacheStage) -> None:
         self.lm, self.run, self.stage, self.mrope = context.lm, context.run, stage, context.adapter.mrope
+        if why := stage.heads_incompatibility(*heads_in(self.lm.config)):
+            raise OtherModelError(f"stage {stage.name}: {why}")
         try:
             self.compress = stage.compressor(context.adapter.model)
         except (ImportError, ValueError) as error:
