@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import oracle
 import oracle_kv
 import torch
 from torch import Tensor
@@ -17,17 +18,11 @@ OPTIONS = {
     "no sink": {"sink": 0, "recent": 1},
     "gates": {"sink": 3, "recent": 5, "gates": True},
 }
-
-
 Turn = tuple[Sequence[bool], bool]  # which tokens are visual, and whether it is a prompt with pictures
 
 
 def visible(turns: Sequence[Turn], sink: int, recent: int, text: bool = True) -> Tensor:
-    """[N, N] what each token sees where a head streams.
-
-    Args:
-        turns: which tokens of each are visual, and whether it is a prompt with pictures.
-    """
+    """[N, N] what each token sees where a head streams."""
     n = sum(len(visual) for visual, _ in turns)
     seen = torch.zeros(n, n, dtype=torch.bool)
     stay: list[int] = []
