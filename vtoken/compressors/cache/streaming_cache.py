@@ -37,10 +37,10 @@ class StreamingCache(StreamingHeads, CacheStage):
     in_classes: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.10819"
     deviations: ClassVar[str] = (
-        "Text stays unless `text: false`; `sink` and `recent` then count what is no text of a prompt with pictures. The "
+        "Text stays unless `text: false`: `sink` and `recent` count what is no text of a prompt with pictures. The "
         "prefill is dense in all heads; static_sparse thins it. Weights are not reordered: attention is computed once "
         "per kind of head. Among equal gates, those of the first layers stream; the authors draw at random. A row "
-        "without images is held whole; what is generated behind it streams. RazorAttention's own window, a fifth of the "
+        "without images holds everything, what is generated included. RazorAttention's own window, a fifth of the "
         "prompt and 4000 tokens at least, is not offered. No gates are shipped: published ones are for text models."
     )
 
