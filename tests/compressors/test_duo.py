@@ -52,6 +52,23 @@ def test_a_file_is_as_good_as_the_numbers(files, name):
     assert account(model.config, pipeline(name)) == account(model.config, pipeline(GATES))
 
 
+def test_the_cache_reads_the_same_files(files):
+    model = tiny.make("llava")
+    batch = tiny.build(model, [[3, "img", 1, "img", 30]], seed=3)
+    found = []
+    for gates in (GATES, "gates.json", "full_attention_heads.tsv"):
+        loaded = config.load([{"streaming_cache": {"sink": 1, "recent": 2, "gates": gates}}])
+        with vtoken.wrapped(model, loaded):
+            found.append((greedy(model, batch, 12), vtoken.trace(model).cached))
+        (stage,) = loaded.stages
+        assert [stage.streams(k) for k in range(4)] == [(False, True), (True, False), (False, True), (False, True)]
+    assert all(torch.equal(ids, found[0][0]) and cached == found[0][1] for ids, cached in found)
+    with pytest.raises(OtherModelError, match=r"streaming_cache: the gates .* are for 2 key heads in a layer.* has 4"):
+        vtoken.wrap(tiny.family("llava").make(num_key_value_heads=4), loaded)
+    with pytest.raises(OtherModelError, match=r"streaming_cache: gates are for 1 decoder layers, this model has 4"):
+        vtoken.wrap(model, [{"streaming_cache": {"gates": [[0.1, 0.2]]}}])
+
+
 def test_a_file_stays_a_file(files):
     told = config.load("static_sparse:gates=full_attention_heads.tsv,sparsity=0.25")
     assert "gates: full_attention_heads.tsv" in config.dump(told)

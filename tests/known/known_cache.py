@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from vtoken import registry
 from vtoken.stages.cache import CachedLayer
+from vtoken.stages.held import HeldLayer
 
 
 def layer(n, images, heads=4, kv_heads=2, seed=0):
@@ -140,3 +143,39 @@ def kvpress():
     assert stage(press="KnormPress").slots(150, (100,)) == 150
     with pytest.raises(ValueError, match="less than 1"):
         stage(press="KnormPress", compression_ratio=1.0)
+
+
+def streaming_cache():
+    """Slots and heads by hand; tests/hooks/cache/test_head_classes.py generates with them."""
+    x, cls = layer(20, [range(2, 8), range(9, 14)]), registry.stage("streaming_cache")
+
+    def told(decision):
+        return [(c.heads.tolist(), c.stay.tolist(), c.latest.tolist(), c.window) for c in decision.classes]
+
+    # Visual are 2 to 7 and 9 to 13; of these the first three stay, and the latest four for now.
+    text = [0, 1, 8, *range(14, 20)]
+    assert told(cls(sink=3, recent=4).compress(x)) == [
+        ([0, 1], [sorted([*text, 2, 3, 4])], [[10, 11, 12, 13]], 4),
+    ]
+    assert told(cls(sink=3, recent=4, text=False).compress(x)) == [([0, 1], [[0, 1, 2]], [[16, 17, 18, 19]], 4)]
+    later = replace(x, classes=(torch.tensor([0, 1]),))
+    assert told(cls(sink=3, recent=4).compress(later)) == [([0, 1], [text], [[10, 11, 12, 13]], 4)]
+    assert told(cls(sink=9, recent=4).compress(x)) == [([0, 1], [[*range(12), *range(14, 20)]], [[12, 13]], 4)]
+    assert told(cls(sink=0, recent=50, text=False).compress(x)) == [([0, 1], [[]], [list(range(20))], 50)]
+    # Two of four heads have the lowest gates: both of layer 0, by the tie.
+    gates = ((0.1, 0.2), (0.2, 0.9))
+    assert told(cls(sink=0, recent=2, gates=gates).compress(x)) == [([0, 1], [text], [[12, 13]], 2)]
+    assert told(cls(sink=0, recent=2, gates=gates, sparsity=0.25).compress(x)) == [
+        ([1], [list(range(20))], [[]], None),
+        ([0], [text], [[12, 13]], 2),
+    ]
+    deep = replace(x, layer=1)
+    assert told(cls(sink=0, recent=2, gates=gates).compress(deep)) == [([0, 1], [list(range(20))], [[]], None)]
+    one = cls(sink=3, recent=4, gates=gates, sparsity=0.75, compensate=True)
+    assert [c.compensated for c in one.compress(deep).classes] == [False, True]
+    # 100 tokens, 60 and 20 of them visual: 20 of text, 3 and 4; with 9 more nothing grows, three heads of four stream.
+    assert one.held(100, (60, 20)) == one.held(100, (60, 20), 9) == 27 and one.held(24, (4,)) == 24
+    assert one.slots(100, (60, 20)) == round((3 * 27 + 100) / 4)
+    at = HeldLayer(1, (0, 1), 100, (60, 20), 9, 2, 8, 2)
+    assert one.bytes_held(at) == (109 + 27) * 2 * 8 * 2 + 2 * 8 * 4, "one head of layer 1 streams, its means in fp32"
+    assert cls(sink=3, recent=4, text=False).held(100, (60, 20)) == 7

@@ -21,6 +21,7 @@ OWN: dict[str, dict[str, Any]] = {
     # stands aside on short prompts, where it would not be as dense attention; test_composite.py has the rest
     "composite_attention": {"min_len": 4096},
     "zipvl": {"tau": 1.0, "recent": 200},
+    "streaming_cache": {"sink": 2, "recent": 4},
     "zipvl_cache": {"tau": 0.9, "recent": 2, "drawn": 4},
     "frames_relevant": {"relevance": (0.3, 0.1, 0.9, 0.2)},
     # everything is alike, so that one token stays, as expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import pytest
+import streaming
 import tiny
 import torch
 from flop_counts import CLOSE, MODELS, SDPA, Blind, Deep, Exit, Inside, Pipe, Quiet, counted, part
@@ -257,6 +258,28 @@ def test_bytes_of_a_packed_cache(family: str, bits: tuple[int, int]) -> None:
         assert claimed.kv_bytes_prefill == seen.cache_bytes
         assert claimed.kv_bytes == cache_bytes(out.past_key_values)
         assert claimed.left_out == LEFT_OUT
+
+
+@pytest.mark.parametrize("family", tiny.each("mrope", window=None))
+def test_bytes_of_heads_that_stream(family: str) -> None:
+    """When the prefill ends, and when the answer does."""
+    model = tiny.make(family)
+    batch = tiny.build(model, [[4, "img", 5]], seed=3)
+    size = None
+    if "image_grid_thw" in batch:
+        size = tuple(model.config.vision_config.patch_size * n for n in batch["image_grid_thw"][0, 1:].tolist())
+    text = int((batch["input_ids"] != model.config.image_token_id).sum())
+    heads = streaming.gates(model)
+    for more in ({}, {"gates": heads}, {"text": False}, {"compensate": True, "gates": heads}):
+        pipeline = load({"stages": [{"streaming_cache": {"sink": 2, "recent": 4, **more}}]})
+        with wrapped(model, pipeline):
+            out = model.generate(
+                **batch, max_new_tokens=9, min_new_tokens=9, do_sample=False, return_dict_in_generate=True
+            )
+            seen = trace(model)
+        claimed = account(model.config, pipeline, image_size=size, text_tokens=text, new_tokens=9)
+        assert claimed.kv_bytes_prefill == seen.cache_bytes
+        assert claimed.kv_bytes == cache_bytes(out.past_key_values)
 
 
 def test_a_cache_stage_saves_bytes_and_decoding_only() -> None:

@@ -14,6 +14,7 @@ from vtoken.hooks.decoder.attention_tap import tap
 from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import eager, steps
+from vtoken.hooks.state.layer_kinds import heads_in
 from vtoken.hooks.state.live_tokens import trace_of
 from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.hooks.state.prompt_rows import query_window
@@ -258,9 +259,8 @@ def check_attention(stages: Sequence[Stage], lm: Any, attending: Sequence[int]) 
     Raises:
         UnsupportedError: names the stages.
     """
-    depth = len(lm.layers)
+    (heads, key_heads, width), depth = heads_in(lm.config), len(lm.layers)
     taken: dict[int, str] = {}
-    width = getattr(lm.config, "head_dim", None) or lm.config.hidden_size // lm.config.num_attention_heads
     for stage in stages:
         if not isinstance(stage, SparseAttention):
             raise UnsupportedError(
@@ -269,7 +269,7 @@ def check_attention(stages: Sequence[Stage], lm: Any, attending: Sequence[int]) 
             )
         if width > WIDEST:
             raise UnsupportedError(f"stage {stage.name}: attention heads of width {width}; at most {WIDEST} are served")
-        if why := stage.heads_incompatibility(lm.config.num_attention_heads, lm.config.num_key_value_heads, width):
+        if why := stage.heads_incompatibility(heads, key_heads, width):
             raise UnsupportedError(f"stage {stage.name}: {why}")
         check_maps(stage, lm.config)
         for k in layers_left(stage, depth, attending):

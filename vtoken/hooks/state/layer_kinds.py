@@ -33,6 +33,12 @@ def window_of(config: Any, layer: int) -> int | None:
     return window
 
 
+def heads_in(config: Any) -> tuple[int, int, int]:
+    """Query heads and key heads of a decoder layer, and their width."""
+    heads = config.num_attention_heads
+    return heads, config.num_key_value_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
 def windows_go_back() -> bool:
     """Whether a sliding window from which tokens can be taken back hands out what its mask is made for after several
     steps in a row, as a draft takes them; transformers 5.17 has it hand out more."""
