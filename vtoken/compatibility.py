@@ -15,14 +15,13 @@ from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, OtherModelError, UnsupportedError, warn
 from vtoken.hooks.attention.sparse_prefill import check_attention
 from vtoken.hooks.attention.steering_checks import check_steering, thins
-from vtoken.hooks.cache.clear import check_cleared
+from vtoken.hooks.cache.clear import check_cache, check_cleared
 from vtoken.hooks.decode.choose import check_decode
 from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.hooks.state.layer_kinds import SLIDING, kinds_of
 from vtoken.hooks.vision.pixels import check_pixels
 from vtoken.stages import FACTS, SITES, Fact, OtherModel, Stage, spec_of
 from vtoken.stages.attention import SparseAttention
-from vtoken.stages.cache import CacheStage
 from vtoken.stages.facts import encoded, of_target
 
 
@@ -184,9 +183,7 @@ def check_unmerging(pipeline: Pipeline, adapter: Adapter) -> None:
                 f"stage {stage.name} gives merged tokens the positions of all their members, which positions: compact "
                 "would renumber; use positions: original"
             )
-        others = [
-            s for s in pipeline.stages if s is not stage and s.site in ("decoder", "attention", "cache", "decode")
-        ]
+        others = [s for s in pipeline.stages if s is not stage and SITES.index(s.site) >= SITES.index("decoder")]
         if others:
             raise UnsupportedError(
                 f"stage {stage.name} makes decoder layers attend at places that {others[0].name} (site "
@@ -220,21 +217,6 @@ def check_windows(pipeline: Pipeline, adapter: Adapter) -> None:
         warn(
             f"decoder {config.model_type!r} attends in sliding windows of {config.sliding_window} tokens: with tokens "
             "dropped, a window reaches further back in the prompt than the model was trained to see"
-        )
-
-
-def check_cache(stages: list[Stage]) -> None:
-    """Refuses stages that cannot shrink a KV cache, and more than one stage that does."""
-    for stage in stages:
-        if not isinstance(stage, CacheStage):
-            raise UnsupportedError(
-                f"stage {stage.name} acts at site 'cache' and has no compress(); derive it from "
-                "vtoken.stages.CacheStage"
-            )
-    if len(stages) > 1:
-        raise UnsupportedError(
-            f"stages {' and '.join(s.name for s in stages)} both act at site 'cache': after the first, heads hold "
-            "different tokens, and a second cannot tell text from image; keep one of them"
         )
 
 

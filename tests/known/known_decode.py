@@ -10,13 +10,13 @@ from vtoken.kernels import attend_slots as attend
 from vtoken.stages.decode import DecodeStep
 
 
-def step(queries, keys, visual, budget, layer=2, before=-1, group=0, memory=None, shared=None):
+def step(queries, keys, visual, budget, layer=2, before=-1, memory=None, shared=None):
     """One row, one key head: queries [H][d], keys [S][d]."""
     q, k = torch.tensor(queries, dtype=torch.float32), torch.tensor(keys, dtype=torch.float32)
     slots = torch.tensor([visual])
     memory, shared = ({} if given is None else given for given in (memory, shared))
     return DecodeStep(
-        q[None], k[None, None], slots, (len(visual),), (budget,), None, 1.0, layer, before, group, memory, shared
+        q[None], k[None, None], slots, (len(visual),), (budget,), None, 1.0, layer, before, memory, shared
     )
 
 
@@ -70,8 +70,8 @@ def tidal():
     assert places(stage.choose(step([[1, 0], [1, 0]], keys, [1, 2, 3], 2, 10, 9, shared=shared))) == [1, 2]
     # A decoder without attention in layer 9 chooses in the next with; a cut makes the layer behind it choose.
     assert stage.choose(step([[1, 0], [1, 0]], keys, [1, 2, 3], 2, 11, 7, shared=shared)) is None
-    assert stage.choose(step([[1, 0], [1, 0]], keys, [1, 3], 1, 5, 4, group=5, shared=shared)) is None
-    assert places(stage.choose(step([[0, 0], [0, 0]], keys, [1, 3], 1, 6, 5, group=5, shared=shared))) == [0]
+    assert stage.choose(step([[1, 0], [1, 0]], keys, [1, 3], 1, 5, 4, shared=shared)) is None
+    assert places(stage.choose(step([[0, 0], [0, 0]], keys, [1, 3], 1, 6, 5, shared=shared))) == [0]
     with pytest.raises(ValueError, match="behind layer 2"):
         registry.stage("tidal")(correction=2)
     assert "layers 0 to 2" in stage.incompatibility(3, 8) and not stage.incompatibility(4, 8)

@@ -17,6 +17,7 @@ from vtoken.compressors.cache.zipvl_cache import ZipVLCache
 PIPELINES = {
     "fastv": [{"fastv": {"keep": 3, "layer": 2}}],
     "snapkv": [{"snapkv": {"keep": 2, "window": 2}}],
+    "quest": [{"quest": {"keep": 4, "size": 2, "min_len": 0}}],
     "few bits": [ZipVLCache(tau=0.9, recent=2, drawn=4, mode="quantise")],
 }
 

@@ -46,7 +46,8 @@ class Literal:
             self.step += 1
             self.read.append(0)
             self.now = self.visual, self.budget
-        self.now = self.inner.get(layer, self.now)
+        for first, inner in self.inner.items():
+            self.now = inner if layer >= first else self.now
         lists = None
         visual, budget = self.now
         if layer in self.acting and budget < len(visual):

@@ -32,7 +32,6 @@ class DecodeStep:
         real: [B, S] which slots hold a token that is not masked; None: all do.
         scale: factor on q . k before the softmax.
         layer: index of the layer; before: of the one at which the stage acted before in this step, -1 for none.
-        group: index of the first layer whose slots hold the same tokens.
         memory: of this layer and this cache, for what is used again at later tokens. Tensors in it must have one entry
             per row, which goes with its row; it is emptied where visual tokens leave the cache. `since` and `mark` keep
             theirs in it, under "last" and the name they are given.
@@ -48,7 +47,6 @@ class DecodeStep:
     scale: float
     layer: int
     before: int
-    group: int
     memory: dict[str, Any]
     shared: dict[str, Any]
 
@@ -121,6 +119,29 @@ def packed(index: Tensor, counts: Sequence[int]) -> Tensor:
     last = torch.iinfo(index.dtype).max
     found = index.masked_fill(index < 0, last).sort(-1).values[:, :, :most]
     return found.masked_fill(found == last, -1)
+
+
+def by_row(which: Sequence[bool], new: Tensor, old: Tensor) -> Tensor:
+    """The rows of `new` where `which` says so, else those of `old`."""
+    chosen = torch.tensor(which).to(new.device, non_blocking=True)
+    return torch.where(chosen.view(-1, *[1] * (new.ndim - 1)), new, old)
+
+
+def with_whole_rows(step: DecodeStep, index: Tensor, counts: Sequence[int], whole: Sequence[bool]) -> Choice:
+    """What rows read of which some read everything, the others `counts` places of index [B, Hk, K]."""
+    if not any(whole):
+        return Choice(index, tuple(counts))
+    width = step.visual.shape[1]
+    every = torch.arange(width, device=index.device)
+    every = every.masked_fill(every >= uploaded(step.lengths, index.device)[:, None], -1)
+    every = every[:, None].expand(-1, index.shape[1], -1)
+    read = tuple(n if all_ else k for n, k, all_ in zip(step.lengths, counts, whole, strict=True))
+    return Choice(packed(by_row(whole, every, widened(index, width)), read), read)
+
+
+def widened(index: Tensor, width: int) -> Tensor:
+    """[B, Hk, width], with -1 behind."""
+    return torch.nn.functional.pad(index, (0, width - index.shape[2]), value=-1)
 
 
 class DecodeStage(Compressor):

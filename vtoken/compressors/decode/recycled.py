@@ -7,12 +7,10 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
-from torch.nn.functional import cosine_similarity, pad
+from torch.nn.functional import cosine_similarity
 
 from vtoken.stages.budget import Budget
-from vtoken.stages.decode import Choice, DecodeStage, DecodeStep, highest, packed
-from vtoken.stages.tokens import uploaded
+from vtoken.stages.decode import Choice, DecodeStage, DecodeStep, by_row, highest, with_whole_rows
 
 
 class Recycled(DecodeStage):
@@ -54,9 +52,8 @@ class Recycled(DecodeStage):
         if all(full):
             held.update(new)
             return None
-        rows = torch.tensor(full)
-        held.update({name: _rows(rows, x, held[name]) for name, x in new.items()})
-        return self._mixed(step, full, counts)
+        held.update({name: by_row(full, x, held[name]) for name, x in new.items()})
+        return with_whole_rows(step, held["index"], counts, full)
 
     def _due(self, step: DecodeStep, since: int) -> list[bool]:
         """Which rows read everything."""
@@ -72,16 +69,6 @@ class Recycled(DecodeStage):
             due = [a or b for a, b in zip(due, looked, strict=True)]
         return due
 
-    def _mixed(self, step: DecodeStep, full: Sequence[bool], counts: Sequence[int]) -> Choice:
-        """Rows that read everything beside others that do not."""
-        index, width = step.memory["index"], step.visual.shape[1]
-        every = torch.arange(width, device=index.device)
-        ends = uploaded(step.lengths, index.device)[:, None]
-        every = every.masked_fill(every >= ends, -1)[:, None].expand(-1, index.shape[1], -1)
-        index = _rows(torch.tensor(full), every, pad(index, (0, width - index.shape[2]), value=-1))
-        read = tuple(n if all_ else k for n, k, all_ in zip(step.lengths, counts, full, strict=True))
-        return Choice(packed(index, read), read)
-
     def visual_read(self, layer: int, acting: Sequence[int], images: Sequence[int], step: int) -> int | None:
         if self.similarity is not None:
             return None
@@ -90,8 +77,3 @@ class Recycled(DecodeStage):
     def read_to_choose(self, layer: int, acting: Sequence[int], prompt: int, images: Sequence[int], step: int) -> float:
         """All keys once more, without what `similarity` asks for."""
         return 0 if step % self.every else (prompt + step + 1) / 2
-
-
-def _rows(which: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """Rows of one tensor in place of those of another."""
-    return torch.where(which.to(new.device).view(-1, *[1] * (new.ndim - 1)), new, old)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from pydantic import Field, model_validator
 
 from vtoken.stages.budget import Budget
-from vtoken.stages.decode import Choice, DecodeStage, DecodeStep, highest
+from vtoken.stages.decode import Choice, DecodeStage, DecodeStep, by_row, highest, packed, widened, with_whole_rows
 
 
 class Tidal(DecodeStage):
@@ -16,9 +16,9 @@ class Tidal(DecodeStage):
     their key heads chooses the `keep` visual tokens of the highest q . k, mean over its query heads, and in the layers
     behind them the same head reads these. Layers before `layer` read everything.
 
-    In a decoder some of whose layers keep a state, the next layer with attention takes the place of one without; where
-    stages of site decoder drop tokens, the first layer behind the cut chooses too. A correction layer that the decoder
-    does not have is left out.
+    In a decoder some of whose layers keep a state, the next layer with attention takes the place of one without. Where
+    stages of site decoder drop tokens of a row, the first layer behind the cut reads everything of it and chooses, too
+    (`slots_read` does not count that). A correction layer that the decoder does not have is left out.
 
     Paper: https://arxiv.org/abs/2410.05076
     """
@@ -49,10 +49,20 @@ class Tidal(DecodeStage):
 
     def choose(self, step: DecodeStep) -> Choice | None:
         counts = tuple(min(n, k) for n, k in zip(step.lengths, step.budgets, strict=True))
-        if not self._chooses(step.layer, step.before) and step.shared.get("group") == step.group:
-            return Choice(step.shared["index"].to(step.keys.device), counts)
-        step.shared.update(group=step.group, index=highest(step.of_visual(step.logits().mean(2)), counts))
-        return None
+        held, before = step.shared, step.shared.get("lengths")
+        choosing = [True] * len(counts)
+        if before is not None and not self._chooses(step.layer, step.before):
+            choosing = [n != was for n, was in zip(step.lengths, before, strict=True)]  # behind a cut
+        if any(choosing):
+            index = highest(step.of_visual(step.logits().mean(2)), counts)
+            if not all(choosing):
+                width = step.visual.shape[1]
+                old = widened(held["index"].to(index.device), max(width, held["index"].shape[2]))[:, :, :width]
+                index = packed(by_row(choosing, widened(index, width), old), counts)
+            held.update(lengths=step.lengths, index=index)
+        if all(choosing):
+            return None
+        return with_whole_rows(step, held["index"].to(step.keys.device), counts, choosing)
 
     def _chooses(self, layer: int, before: int) -> bool:
         """Whether a layer chooses, the stage having acted last at another, -1 for none."""

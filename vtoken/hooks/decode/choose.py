@@ -144,7 +144,6 @@ class SlotChooser:
             scale,
             layer,
             held.before,
-            group.start,
             held.memory.setdefault(layer, {}),
             held.shared.setdefault("stage", {}),
         )
