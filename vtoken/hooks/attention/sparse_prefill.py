@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vtoken.errors import UnsupportedError
-from vtoken.hooks.attention.unmerged_attention import rotates_last, rotation_of
 from vtoken.hooks.decoder.attention_tap import tap
+from vtoken.hooks.decoder.rotation import rotates_last, rotation_of
 from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import eager, steps
