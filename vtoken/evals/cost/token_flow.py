@@ -165,13 +165,14 @@ class TokenFlow:
 
     def _thin(self, stage: SparseAttention) -> None:
         """Enters how much of the attention a stage leaves, where that does not depend on what the prompt says."""
+        rasters = (self.shape.parts,) * self.images
         for layer in stage.layers(self.shape.decoder.depth):
             if layer in self.shape.decoder.states:
                 continue
-            length = self.length(layer)
+            length, counts = self.length(layer), self.decoder[layer]
             if length < stage.min_len:
                 self._leave_out(f"{stage.name} stands aside: {length} tokens are fewer than min_len {stage.min_len}")
-            elif (density := stage.density(length, layer)) is not None:
+            elif (density := stage.density_of(length, layer, counts, rasters)) is not None:
                 self.density[layer] = density
             else:
                 self._leave_out(
