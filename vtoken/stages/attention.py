@@ -43,6 +43,11 @@ class Rope:
         """Rotates x [H, N, d]; fp32."""
         return self._turned(x, self.cos.float(), self.sin.float())
 
+    def turn_to(self, x: Tensor, index: Tensor) -> Tensor:
+        """Rotates x [H, C, d] to the places index [H, C] of each head; fp32."""
+        x = x[:, None].float()
+        return self.rotate(x, x, self.cos[index].float(), self.sin[index].float())[0][:, 0]
+
     def undo(self, x: Tensor) -> Tensor:
         """Undoes the rotation of x [H, N, d], up to rounding; fp32."""
         cos, sin = self.cos.float(), self.sin.float()

@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vtoken.compressors._chunks import frames_of
+from vtoken.compressors._chunks import frames_of, packed
 from vtoken.compressors.attention._singles import listed
-from vtoken.stages import Parts, image_of, size_of
+from vtoken.stages import Parts
 from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, causal, everything
 
 
@@ -72,9 +72,5 @@ class ChunkPrefill(SparseAttention):
         return SparseMask(size, blocks, listed(single, max(1, count))[None, None], len(words), text[None])
 
     def density_of(self, length: int, layer: int, counts: Sequence[int], parts: Sequence[Parts]) -> float | None:
-        image, raster_index = torch.full((2, length), -1)
-        here = slice(0, sum(counts))
-        image[here] = image_of(counts, image.device)
-        evenly = [torch.arange(n) * size_of(rasters) // max(1, n) for n, rasters in zip(counts, parts, strict=True)]
-        raster_index[here] = torch.cat(evenly)
+        image, raster_index = (pad(x, (0, length - len(x)), value=-1) for x in packed(counts, parts))
         return float(self._reads(image, raster_index, parts).density())

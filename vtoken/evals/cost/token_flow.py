@@ -183,7 +183,9 @@ class TokenFlow:
         """Enters what a cache stage leaves of every layer, and costs there."""
         stack = self.shape.decoder
         self.held = self.decoded = list(self.held)
-        self.inexact += [] if stage.counts_are_exact() else [stage.name]
+        rasters = (self.shape.parts,) * self.images
+        whole = not self._thinned_by and self.shape.whole_crops
+        self.inexact += [] if stage.counts_are_exact(None, whole) else [stage.name]
         for layer, (prompt, counts) in enumerate(zip(self.held, self.decoder, strict=True)):
             if not sum(counts) or layer in stack.states:
                 continue
@@ -191,7 +193,7 @@ class TokenFlow:
             if cost is None:
                 self._leave_out(f"{stage.name}: what deciding costs")
             self.cost += cost or 0
-            self.held[layer] = stage.slots(prompt, counts)
+            self.held[layer] = stage.slots_of(prompt, counts, rasters)
             self.packed[layer] = partial(stage.packed_bytes, prompt, counts, stack.kv_heads, stack.head_dim)
         if stage.requantize_every():
             self._leave_out(f"{stage.name}: that what is generated gets smaller, too (KV bytes count it at full width)")

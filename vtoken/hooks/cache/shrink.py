@@ -21,19 +21,20 @@ from vtoken.errors import UnsupportedError
 from vtoken.hooks.cache.cached_rows import PromptRow, slots_of, store
 from vtoken.hooks.cache.requantize import Requantizer
 from vtoken.hooks.decoder.attention_tap import tap
+from vtoken.hooks.decoder.rotation import check_undone, rope_of
 from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.hooks.state.checkpointing import replays
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import eager, steps
 from vtoken.hooks.state.live_tokens import LiveTokens
 from vtoken.hooks.state.prefill_state import PrefillState
-from vtoken.hooks.state.prompt_rows import prompt_rows
+from vtoken.hooks.state.prompt_rows import prompt_rows, rasters
 from vtoken.hooks.state.pruned_cache import SlotMap
 from vtoken.hooks.state.quantized_layer import Piece, Plain, QuantizedLayer
 from vtoken.hooks.state.run import Clock
 from vtoken.hooks.state.trace import StageTrace
 from vtoken.stages import Stage, uploaded
-from vtoken.stages.cache import CachedLayer, CacheStage, Decision, KeepSlots, Native, ReplacedKV
+from vtoken.stages.cache import CachedLayer, CacheStage, Decision, KeepSlots, Native, Places, ReplacedKV
 from vtoken.stages.quantized import QuantizedKV
 
 
@@ -98,7 +99,10 @@ class CacheShrinker:
         self.goes_on = bool(stage.requantize_every())
         if self.goes_on:
             Requantizer(context, stage)
-        if stage.native:
+        if stage.rope:
+            for k in self.attending:
+                check_undone(stage, self.lm.layers[k].self_attn)
+        if stage.native or stage.rope:
             for k in self.attending:
                 context.handle.before(self.lm.layers[k].self_attn, self._remember)
 
@@ -168,7 +172,7 @@ class CacheShrinker:
                 x, y = k[turn, :, here].flatten(0, 1), v[turn, :, here].flatten(0, 1)
                 decision: Decision | None = None
                 if any(row.slots) and turn.start not in flow.skipped:
-                    native = self._native(flow, module, turn.start, begin, row.prompt) if self.stage.native else None
+                    asked = self._asked(flow, module, turn.start, slice(begin, begin + row.prompt), k.device)
                     layer = CachedLayer(
                         x,
                         y,
@@ -178,8 +182,8 @@ class CacheShrinker:
                         scale,
                         number,
                         len(self.lm.layers),
-                        native,
-                        found.pop((number, turn.start), None),
+                        query_attention=found.pop((number, turn.start), None),
+                        **asked,
                     )
                     with torch.no_grad():
                         decision = self.compress(layer)
@@ -207,12 +211,22 @@ class CacheShrinker:
             return [slice(0, len(rows))]
         return [slice(r, r + 1) for r in range(len(rows))]
 
-    def _native(self, flow: PrefillState, module: Any, row: int, begin: int, length: int) -> Native:
-        assert flow.notes.layer_input is not None
-        hidden, rope = flow.notes.layer_input
-        end = begin + length
-        cos, sin = (t[(row if len(t) > 1 else 0), begin:end][None] for t in rope)
-        return Native(module, hidden[row : row + 1, begin:end], (cos, sin), None if self.mrope else self.lm.rotary_emb)
+    def _asked(self, flow: PrefillState, module: Any, row: int, here: slice, device: torch.device) -> dict[str, Any]:
+        """What the stage asks for beside keys, values and queries, of a row that stands in these slots."""
+        asked: dict[str, Any] = {}
+        if self.stage.native:
+            assert flow.notes.layer_input is not None
+            hidden, rope = flow.notes.layer_input
+            cos, sin = (t[(row if len(t) > 1 else 0), here][None] for t in rope)
+            rotary = None if self.mrope else self.lm.rotary_emb
+            asked["native"] = Native(module, hidden[row : row + 1, here], (cos, sin), rotary)
+        if self.stage.rope:
+            asked["rope"] = rope_of(flow, module, row, here, device)
+        if self.stage.places:
+            image, raster_index, known = rasters(flow)
+            image, raster_index = (x[row, here].to(device) for x in (image, raster_index))
+            asked["places"] = Places(image, raster_index, flow.live.parts, known[row])
+        return asked
 
     def _behind(
         self,
