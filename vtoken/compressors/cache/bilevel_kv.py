@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -86,11 +87,7 @@ class BilevelKV(CacheStage):
         return pooled(frame, self.frames, self.pool)
 
     def slots_of(self, prompt: int, lengths: Sequence[int], parts: Sequence[Parts]) -> int:
-        chunks = self._chunks(Places(*packed(lengths, parts), tuple(parts)))
-        stay = torch.bincount(chunks.chunk[chunks.goes_to == torch.arange(sum(lengths))], minlength=len(chunks.tokens))
-        spared = (chunks.tokens - stay)[1:-1]
-        share = max(0, len(spared) - self.top) / max(1, len(spared))
-        return prompt - round(float(spared.sum()) * share)
+        return prompt - _spared(self, tuple(lengths), tuple(parts))
 
     def counts_are_exact(self, layer: int | None = None, whole: bool = True) -> bool:
         """Where chunks hold equally many tokens, whichever stay whole."""
@@ -98,3 +95,13 @@ class BilevelKV(CacheStage):
 
     def cost(self, prompt: int, lengths: Sequence[int], heads: int, kv_heads: int, head_dim: int) -> int:
         return 2 * self.query_window(prompt, lengths, prompt - sum(lengths)) * prompt * heads * head_dim
+
+
+@lru_cache(16)  # asked for every layer and step of an answer
+def _spared(stage: BilevelKV, lengths: tuple[int, ...], parts: tuple[Parts, ...]) -> int:
+    """Slots that pooling saves; the mean chunk is taken for each where they differ."""
+    chunks = stage._chunks(Places(*packed(lengths, parts), parts))
+    stay = torch.bincount(chunks.chunk[chunks.goes_to == torch.arange(sum(lengths))], minlength=len(chunks.tokens))
+    spared = (chunks.tokens - stay)[1:-1]
+    share = max(0, len(spared) - stage.top) / max(1, len(spared))
+    return round(float(spared.sum()) * share)
