@@ -41,8 +41,10 @@ examples:
 
 Dense, pipelines and oracles run interleaved in one process. The oracle is the same unwrapped model on a prompt that is
 short already: pipeline / oracle is what vtoken itself costs. TTFT runs from the call to the first token, vision
-included. Numbers are medians, [25 % - 75 %] below; ratios are formed within a round. Visual tokens are those of the
-whole batch that enter the decoder, and their mean over its layers.
+included. The KV cache is that of the whole batch, after the prefill and at the end; what a step reads of it is that of one
+row, the mean over the answer, without the weights, which every step reads besides. Numbers are medians, [25 % - 75 %]
+below; ratios are formed within a round. Visual tokens are those of the whole batch that enter the decoder, and their mean
+over its layers.
 """
 
 # Column -> its cell; _spread and the others stand below.
@@ -57,6 +59,8 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "end to end ms": lambda row: _spread(row.milliseconds["end_to_end"], 2),
     "peak memory": lambda row: "" if row.peak_bytes is None else _bytes(row.peak_bytes),
     "KV cache": lambda row: _bytes(row.kv_bytes),
+    "at the end": lambda row: _bytes(row.kv_bytes_end),
+    "KV read/token": lambda row: "" if row.kv_bytes_read is None else _bytes(row.kv_bytes_read),
     "TTFT / dense": lambda row: _spread((row.to_dense or {}).get("ttft"), 3),
     "TTFT / oracle": lambda row: _spread((row.to_oracle or {}).get("ttft"), 3),
     "end / dense": lambda row: _spread((row.to_dense or {}).get("end_to_end"), 3),

@@ -71,6 +71,9 @@ def test_every_part_is_there(found: Bench) -> None:
     inside = others[1]
     assert inside.visual_entry == inside.visual_average == inside.visual_tokens < 32
     assert dense.kv_bytes * (5 + 4) == pruned.kv_bytes * (5 + 16)
+    for each, slots in ((dense, 5 + 16), (pruned, 5 + 4)):
+        assert each.kv_bytes_end * slots == each.kv_bytes * (slots + 2), "two steps"
+        assert each.kv_bytes_read * 2 * slots == each.kv_bytes * (slots + 1.5), "of one row, the mean over both"
     assert pruned.oracle["stages"] is None and all(pruned.oracle[p] for p in PARTS if p != "stages")
     assert set(pruned.to_oracle) == set(pruned.to_dense) == set(COMPARED)
     for each, site in zip(others, ("decoder", "encoder"), strict=True):
@@ -173,11 +176,11 @@ def samples(*ttft: float) -> list[Sample]:
 
 def test_ratios_are_paired() -> None:
     """Rounds get slower tenfold; ratios of medians would be the same, their spread would not."""
-    dense = Subject(None, (100,), 800, None, None, samples=samples(20, 200, 2000))
+    dense = Subject(None, (100,), (800,), None, None, samples=samples(20, 200, 2000))
     own = Subject(
         load("none"),
         (40,),
-        400,
+        (400,),
         object(),
         None,
         samples=samples(11, 110, 1100),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import ceil
 from typing import ClassVar, Literal
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from vtoken.compressors._zipvl import Important, quantised
 from vtoken.compressors.cache._slots import ascending
 from vtoken.kernels import query_attention
-from vtoken.stages import offsets_of
+from vtoken.stages import HeldLayer, offsets_of
 from vtoken.stages.cache import CachedLayer, CacheStage, GeneratedBlock, KeepSlots
 from vtoken.stages.quantized import QuantizedKV
 from vtoken.stages.query_attention import shared
@@ -119,14 +120,26 @@ class ZipVLCache(Important, CacheStage):
     ) -> int | None:
         if self.mode == "drop":
             return None
-        important = self._expected(prompt, lengths)
-        total = 4 * prompt + dtype_bytes * kv_heads * head_dim  # place of each token, and the factor of each channel
-        for n, bits in zip((important, prompt - important), self.bits, strict=True):
+        return self._packed(prompt, self._expected(prompt, lengths), kv_heads, head_dim, dtype_bytes)
+
+    def _packed(self, tokens: int, important: int, kv_heads: int, head_dim: int, dtype_bytes: int) -> int:
+        """Bytes of tokens that are quantised together."""
+        total = 4 * tokens + dtype_bytes * kv_heads * head_dim  # place of each token, and the factor of each channel
+        for n, bits in zip((important, tokens - important), self.bits, strict=True):
             minima = (
                 2 * dtype_bytes * kv_heads * head_dim + 2 * 4 * n
             )  # and maxima: of keys per channel, of values per token
             total += 2 * n * kv_heads * -(-head_dim * bits // 8) + (minima if n else 0)
         return total
+
+    def bytes_held(self, at: HeldLayer) -> int:
+        """Of a block of generated tokens `left` expects as many to be important as of a prompt."""
+        if self.mode == "drop" or self.every is None or at.generated < self.every:
+            return super().bytes_held(at)
+        blocks, behind = divmod(at.generated, self.every)
+        important = min(self.every, max(1, ceil(self.left * self.every)))
+        block = self._packed(self.every, important, at.kv_heads, at.head_dim, at.number_bytes)
+        return super().bytes_held(replace(at, generated=behind)) + blocks * block
 
     def cost(self, prompt: int, lengths: Sequence[int], heads: int, kv_heads: int, head_dim: int) -> int:
         return 2 * min(self.recent + self.drawn, prompt) * prompt * heads * head_dim

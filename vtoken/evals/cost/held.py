@@ -25,15 +25,15 @@ def bytes_read(flow: TokenFlow, size: int, steps: int) -> float:
     return sum(every) / steps if steps else 0
 
 
-def choosers(flow: TokenFlow) -> list[Stage]:
-    """Stages that read a part of what is held."""
-    return [stage for stage in flow.stages if type(stage).bytes_read is not Stage.bytes_read]
+def chooses(stage: Stage) -> bool:
+    """Whether it reads a part of what is held."""
+    return type(stage).bytes_read is not Stage.bytes_read
 
 
 def unknown(flow: TokenFlow) -> list[str]:
     """Which stages do not know how much of the cache a step reads, one sentence each."""
-    first = list(_layers(flow, 1, 1))
-    found = [stage.name for stage in choosers(flow) if None in [stage.bytes_read(at, 0) for at in first]]
+    first = [(at, _held(flow, at)) for at in _layers(flow, 1, 1)]
+    found = [s.name for s in flow.stages if chooses(s) and None in [s.bytes_read(at, held) for at, held in first]]
     return [f"{name}: what a decode step reads of the cache depends on the prompt (all is counted)" for name in found]
 
 
@@ -57,5 +57,5 @@ def _read(flow: TokenFlow, at: HeldLayer) -> int:
     """A layer with a sliding window reads one slot more than it keeps: the newest token's."""
     window = flow.shape.decoder.windows[at.layer]
     held = _held(flow, at) if window is None else at.full(min(at.prompt + at.generated, window))
-    found = [stage.bytes_read(at, held) for stage in choosers(flow)]
+    found = [stage.bytes_read(at, held) for stage in filter(chooses, flow.stages)]
     return min([held, *(each for each in found if each is not None)])

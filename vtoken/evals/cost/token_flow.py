@@ -194,8 +194,6 @@ class TokenFlow:
             self.cost += cost or 0
             self.held[layer] = stage.slots_of(prompt, counts, rasters)
             self.shrunk[layer] = stage, prompt, counts
-        if stage.requantize_every():
-            self._leave_out(f"{stage.name}: that what is generated gets smaller, too (KV bytes count it at full width)")
 
     def _lines(self, counts: Counts) -> int:
         """Newline tokens that go with so many visual tokens per image."""

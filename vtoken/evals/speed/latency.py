@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -29,8 +30,10 @@ from transformers import GenerationConfig
 
 from vtoken import registry
 from vtoken.config import load
+from vtoken.evals.cost.flops import account
+from vtoken.evals.cost.held import chooses
 from vtoken.evals.shared.machine import machine
-from vtoken.evals.shared.options import BenchOptions
+from vtoken.evals.shared.options import BenchOptions, Workload
 from vtoken.evals.speed.inputs import random_prompt
 from vtoken.evals.speed.timing import Runner, Sample, Subject
 from vtoken.evals.statistics import Spread, spread
@@ -49,7 +52,9 @@ class Row:
     Attributes:
         visual_tokens: of the whole batch, in the decoder's last layer; `visual_entry` in its first, `visual_average`
             over all of them.
-        kv_bytes: keys and values of the whole batch after prefill.
+        kv_bytes: keys and values of the whole batch after prefill; `kv_bytes_end` at the end of the answer.
+        kv_bytes_read: of one batch row, what a step reads of its cache, the mean over the answer: what it holds, or, of
+            stages that choose at every token, as the FLOPs account has it. None without steps, or if neither tells.
         peak_bytes: largest of all rounds, None on a CPU.
         to_dense, to_oracle: per-round ratios pipeline / dense and pipeline / oracle.
         overhead: milliseconds of TTFT above the oracle's.
@@ -67,6 +72,8 @@ class Row:
     kv_bytes: int
     milliseconds: Spreads
     peak_bytes: int | None
+    kv_bytes_end: int = 0
+    kv_bytes_read: int | None = None
     to_dense: Spreads | None = None
     oracle: Spreads | None = None
     to_oracle: Spreads | None = None
@@ -135,7 +142,21 @@ def bench(model: Any, pipelines: Sequence[Any], *, oracles: bool = True, picture
     half = asked.repeats // 2
     drift = spread(total[-half:]).median / spread(total[:half]).median if half else None
     conditions = {**machine(model), **asked.model_dump(exclude_none=True), "prompt": runner.shape}
-    return Bench(tuple(row(subject, dense) for subject in subjects), drift, conditions)
+    rows = (
+        replace(row(subject, dense), kv_bytes_read=bytes_read(subject, model, asked, drawn=pictures is None))
+        for subject in subjects
+    )
+    return Bench(tuple(rows), drift, conditions)
+
+
+def bytes_read(subject: Subject, model: Any, asked: BenchOptions, drawn: bool) -> int | None:
+    """Row.kv_bytes_read; `drawn`: the pictures have the size that the account takes them to have."""
+    steps = subject.held[1:]
+    if not steps or subject.pipeline is None or not any(map(chooses, subject.pipeline.stages)):
+        return round(fmean(steps) / asked.batch) if steps else None
+    work = asked.model_dump(include=set(Workload.model_fields))
+    counted = account(model.config, subject.pipeline, dtype_bytes=model.dtype.itemsize, **work)
+    return counted.kv_bytes_read if drawn else None
 
 
 def row(subject: Subject, dense: Subject) -> Row:
@@ -147,7 +168,8 @@ def row(subject: Subject, dense: Subject) -> Row:
         visual_tokens=subject.layers[-1],
         visual_entry=subject.layers[0],
         visual_average=sum(subject.layers) / len(subject.layers),
-        kv_bytes=subject.kv_bytes,
+        kv_bytes=subject.held[0],
+        kv_bytes_end=subject.held[-1],
         milliseconds=parts(subject.samples),
         peak_bytes=max(peaks, default=None),
         no_oracle=subject.no_oracle,

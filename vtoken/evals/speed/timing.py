@@ -19,6 +19,7 @@ from vtoken.errors import UnsupportedError
 from vtoken.evals.shared.dense import DENSE
 from vtoken.evals.speed.inputs import Prompt
 from vtoken.hooks.state.handle import Handle
+from vtoken.hooks.state.pruned_cache import cache_bytes
 from vtoken.hooks.state.run import Clock
 from vtoken.hooks.state.trace import Trace
 from vtoken.session import trace, watched, wrapped
@@ -60,13 +61,13 @@ class Oracle:
 class Subject:
     """What is measured: a pipeline (None: dense), its oracle, and their samples.
 
-    `layers`: visual tokens of the whole batch in every decoder layer. `aside`: stages that did nothing -> why.
-    `density`: as in Trace.
+    `layers`: visual tokens of the whole batch in every decoder layer. `held`: bytes of the whole batch's cache after the
+    prefill, and after every further step. `aside`: stages that did nothing -> why. `density`: as in Trace.
     """
 
     pipeline: Pipeline | None
     layers: tuple[int, ...]
-    kv_bytes: int
+    held: tuple[int, ...]
     oracle: Oracle | None
     no_oracle: str | None
     aside: dict[str, str] = field(default_factory=dict)
@@ -103,31 +104,37 @@ class Runner:
         return ", ".join(f"{name} {list(value.shape)}" for name, value in shown.items())
 
     def prepare(self, pipeline: Pipeline | None) -> Subject:
-        """One prefill to learn what is kept, and what enters the language model."""
+        """One `generate` to learn what is kept, what enters the language model, and what the cache holds."""
         if pipeline is not None and pipeline.anyres != "model":
             raise UnsupportedError(
                 f"pipeline {pipeline.name!r} sets anyres: {pipeline.anyres}, but all pipelines are measured on the "
                 "same prompt, cut as the model chooses; leave the key out and give an image_size that is cut that way"
             )
         seen: dict[str, Any] = {}
+        held: list[int] = []
         handle = Handle()
 
         def look(module: Any, args: tuple, kwargs: dict) -> None:
             seen.update({} if seen else kwargs)
 
+        def weigh(module: Any, args: tuple, kwargs: dict, out: Any) -> None:
+            held.append(cache_bytes(out.past_key_values))
+
         with watched(self.model, pipeline or DENSE):
-            handle.before(self.adapter.lm, look)  # Behind vtoken's own hook, so it sees the short sequence.
+            # Behind vtoken's own hooks, so they see the short sequence, and a cache that shrank.
+            handle.before(self.adapter.lm, look)
+            handle.after(self.adapter.lm, weigh)
             try:
-                self.model.generate(**self.prompt.inputs, max_new_tokens=1)
+                self.model.generate(**self.prompt.inputs)
             finally:
                 handle.release()
             found = trace(self.model)
         layers = tuple(map(sum, found.layers))
         if pipeline is None:
-            return Subject(None, layers, found.cache_bytes, None, None)
+            return Subject(None, layers, tuple(held), None, None)
         reason = self._no_oracle(pipeline)
         oracle = None if reason else self._shorten(seen, found)
-        return Subject(pipeline, layers, found.cache_bytes, oracle, reason, found.aside, found.density)
+        return Subject(pipeline, layers, tuple(held), oracle, reason, found.aside, found.density)
 
     def _no_oracle(self, pipeline: Pipeline) -> str | None:
         """Why no short prompt is equivalent, or None."""
