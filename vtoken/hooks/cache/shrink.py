@@ -18,23 +18,24 @@ from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer
 
 from vtoken.errors import UnsupportedError
+from vtoken.hooks.cache.asked import asked
 from vtoken.hooks.cache.cached_rows import PromptRow, slots_of, store
 from vtoken.hooks.cache.requantize import Requantizer
 from vtoken.hooks.decoder.attention_tap import tap
-from vtoken.hooks.decoder.rotation import check_undone, rope_of
+from vtoken.hooks.decoder.rotation import check_undone
 from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.hooks.state.checkpointing import replays
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import eager, steps
 from vtoken.hooks.state.live_tokens import LiveTokens
 from vtoken.hooks.state.prefill_state import PrefillState
-from vtoken.hooks.state.prompt_rows import prompt_rows, rasters
+from vtoken.hooks.state.prompt_rows import prompt_rows
 from vtoken.hooks.state.pruned_cache import SlotMap
 from vtoken.hooks.state.quantized_layer import Piece, Plain, QuantizedLayer
 from vtoken.hooks.state.run import Clock
 from vtoken.hooks.state.trace import StageTrace
 from vtoken.stages import Stage, uploaded
-from vtoken.stages.cache import CachedLayer, CacheStage, Decision, KeepSlots, Native, Places, ReplacedKV
+from vtoken.stages.cache import CachedLayer, CacheStage, Decision, KeepSlots, ReplacedKV
 from vtoken.stages.quantized import QuantizedKV
 
 
@@ -89,7 +90,8 @@ class CacheShrinker:
     """
 
     def __init__(self, context: Context, stage: CacheStage) -> None:
-        self.lm, self.run, self.stage, self.mrope = context.lm, context.run, stage, context.adapter.mrope
+        self.lm, self.run, self.stage = context.lm, context.run, stage
+        self.rotary = None if context.adapter.mrope else self.lm.rotary_emb
         try:
             self.compress = stage.compressor(context.adapter.model)
         except (ImportError, ValueError) as error:
@@ -172,18 +174,19 @@ class CacheShrinker:
                 x, y = k[turn, :, here].flatten(0, 1), v[turn, :, here].flatten(0, 1)
                 decision: Decision | None = None
                 if any(row.slots) and turn.start not in flow.skipped:
-                    asked = self._asked(flow, module, turn.start, slice(begin, begin + row.prompt), k.device)
+                    slots = slice(begin, begin + row.prompt)
+                    more = asked(self.stage, flow, module, turn.start, slots, k.device, self.rotary)
                     layer = CachedLayer(
                         x,
                         y,
-                        q[turn, :, begin : begin + row.prompt].flatten(0, 1),
+                        q[turn, :, slots].flatten(0, 1),
                         row.images,
                         row.slots,
                         scale,
                         number,
                         len(self.lm.layers),
                         query_attention=found.pop((number, turn.start), None),
-                        **asked,
+                        **more,
                     )
                     with torch.no_grad():
                         decision = self.compress(layer)
@@ -210,23 +213,6 @@ class CacheShrinker:
         if self.stage.by_head and alike and not flow.skipped and not any((layer, r) in found for r in range(len(rows))):
             return [slice(0, len(rows))]
         return [slice(r, r + 1) for r in range(len(rows))]
-
-    def _asked(self, flow: PrefillState, module: Any, row: int, here: slice, device: torch.device) -> dict[str, Any]:
-        """What the stage asks for beside keys, values and queries, of a row that stands in these slots."""
-        asked: dict[str, Any] = {}
-        if self.stage.native:
-            assert flow.notes.layer_input is not None
-            hidden, rope = flow.notes.layer_input
-            cos, sin = (t[(row if len(t) > 1 else 0), here][None] for t in rope)
-            rotary = None if self.mrope else self.lm.rotary_emb
-            asked["native"] = Native(module, hidden[row : row + 1, here], (cos, sin), rotary)
-        if self.stage.rope:
-            asked["rope"] = rope_of(flow, module, row, here, device)
-        if self.stage.places:
-            image, raster_index, known = rasters(flow)
-            image, raster_index = (x[row, here].to(device) for x in (image, raster_index))
-            asked["places"] = Places(image, raster_index, flow.live.parts, known[row])
-        return asked
 
     def _behind(
         self,
