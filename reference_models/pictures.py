@@ -198,7 +198,8 @@ def picture(
     digits: tuple[int, int] = (2, MOST),
     shapes: str = "plain",
 ) -> Picture:
-    """Draw one picture: `digits` = fewest and most; digits and colours are distinct within a picture.
+    """Draw one picture: `digits` = fewest and most, (0, 0) for a photograph alone; digits and colours are distinct within
+    a picture.
 
     `shapes`: "slanted" shears every digit by its own amount, "varied" also changes its stroke and its width.
     """
@@ -231,4 +232,5 @@ def picture(
         glyphs.append(Glyph(int(values[k]), name, (int(left), int(top), int(left + width), int(top + height)), font))
         inks.append(_ink(mask, left, top, size // PATCH))
     image = Image.fromarray(canvas.round().astype(np.uint8))
-    return Picture(image, tuple(glyphs), np.stack(inks), Path(PHOTOS[index].file).stem, corner)
+    ink = np.array(inks).reshape(-1, size // PATCH, size // PATCH)
+    return Picture(image, tuple(glyphs), ink, Path(PHOTOS[index].file).stem, corner)

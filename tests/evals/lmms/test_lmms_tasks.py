@@ -20,6 +20,7 @@ import lmms_tasks
 from lmms_eval.tasks import TaskManager, get_task_dict
 from lmms_eval.utils import load_yaml_config
 
+from reference_models.needle import DEPTHS, LENGTHS, needle
 from vtoken import config
 from vtoken.cli import main
 from vtoken.evals import reference
@@ -28,7 +29,8 @@ from vtoken.evals.lmms.model import VtokenModel
 from vtoken.evals.lmms.suites import KNOWN, SUITES, document_score
 from vtoken.evals.quality import run
 
-OWN = ("vtoken_glyph_qa", "vtoken_glyph_pairs", "vtoken_glyph_video")
+NEEDLES = {f"vtoken_glyph_needle_{length}": length for length in LENGTHS}
+OWN = ("vtoken_glyph_qa", "vtoken_glyph_pairs", "vtoken_glyph_video", *NEEDLES)
 BUILT_IN = Path(lmms_eval.tasks.__file__).parent
 TEXT, NUMBER, IMAGE = datasets.Value("string"), datasets.Value("int64"), datasets.Image()
 SHOWN = lmms_tasks.PICTURE
@@ -85,6 +87,23 @@ def test_one_of_several_pictures_answers(glyphs: Any, name: str, count: int) -> 
         assert [a.tobytes() for a in shown] == [b.tobytes() for b in frames[1::2]]
     with Image.open(reference.questions(1)[0].image.parent / docs[0]["images"][1]) as picture:
         assert len(shown) == count and shown[1].tobytes() == picture.convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("name", NEEDLES)
+def test_needles_of_a_length(glyphs: Any, name: str) -> None:
+    """As many questions at every depth; a message shows the frames that the generator draws for its question, twice."""
+    task = glyphs[name]
+    docs = list(task.test_docs())
+    assert {doc["length"] for doc in docs} == {NEEDLES[name]}
+    asked = [(doc["depth"], doc["number"]) for doc in docs]
+    assert sorted(asked) == [(depth, number) for depth in DEPTHS for number in range(20)]
+    doc = docs[6]
+    drawn = needle(doc["length"], doc["depth"], doc["number"])
+    assert (task.doc_to_text(doc), task.doc_to_target(doc)) == (drawn.question, drawn.answer)
+    (message,) = task.doc_to_messages(doc)
+    frames, text = message["content"]
+    assert text["text"] == drawn.question
+    assert [f.tobytes() for f in frames["url"]] == [f.tobytes() for frame in drawn.frames for f in (frame, frame)]
 
 
 class Oracle(VtokenModel):

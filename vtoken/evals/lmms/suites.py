@@ -50,7 +50,8 @@ def document_score(name: str, given: Any) -> float | None:
     return float(values[0]) if isinstance(values[0], bool | int | float) else None
 
 
-OWN = tuple(Task(f"vtoken_glyph_{kind}", "glyph_accuracy") for kind in ("qa", "pairs", "video"))
+KINDS = ("qa", "pairs", "video", "needle_8", "needle_16", "needle_32", "needle_64")
+OWN = tuple(Task(f"vtoken_glyph_{kind}", "glyph_accuracy") for kind in KINDS)
 SUITES: dict[str, tuple[Task, ...]] = {
     "smoke": OWN[:1],
     "pruning-suite": (

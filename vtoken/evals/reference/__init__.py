@@ -6,8 +6,10 @@ reference_models/.
 """
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,25 @@ def path(name: str = "tiny-llava") -> Path:
             "the command in the root of a checkout, or give the model's folder"
         )
     return found
+
+
+def needles() -> Any:
+    """The module that draws questions about a digit in one frame of many. It lies in the repository, beside the model
+    that can be asked them.
+
+    Raises:
+        ConfigError: it is not in the installed package (says how to get it).
+        ImportError: what it draws with is not installed.
+    """
+    for folder in (_REPOSITORY, Path("reference_models").absolute()):
+        if (folder / "needle.py").is_file():
+            if str(folder.parent) not in sys.path:
+                sys.path.append(str(folder.parent))
+            return import_module("reference_models.needle")
+    raise ConfigError(
+        "the needle task draws its frames with reference_models/ of vtoken's repository, which is not part of the "
+        "installed package; run the command in the root of a checkout"
+    )
 
 
 def load(

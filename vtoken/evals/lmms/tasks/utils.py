@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ FOLDER = Path(reference.__file__).parent / "glyph-qa"
 KINDS = ("color", "next")
 PICTURES = 4  # of a video
 HELD = 2  # frames that show one of them, as many as Qwen merges
+NEEDLES = 20  # per depth
 
 
 def pictures(doc: dict[str, Any]) -> list[Image.Image]:
@@ -26,6 +29,14 @@ def pictures(doc: dict[str, Any]) -> list[Image.Image]:
 def video_messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
     """The question behind a video that shows one picture after the other."""
     frames = [picture for picture in pictures(doc) for _ in range(HELD)]
+    content = [{"type": "video", "url": frames}, {"type": "text", "text": doc["question"]}]
+    return [{"role": "user", "content": content}]
+
+
+def needle_messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
+    """The question behind a video, one of whose frames shows a digit."""
+    drawn = reference.needles().needle(doc["length"], doc["depth"], doc["number"])
+    frames = [frame for frame in drawn.frames for _ in range(HELD)]
     content = [{"type": "video", "url": frames}, {"type": "text", "text": doc["question"]}]
     return [{"role": "user", "content": content}]
 
@@ -43,6 +54,22 @@ def pairs(docs: Any) -> Any:
 def videos(docs: Any) -> Any:
     """Questions about four pictures, of which one answers them."""
     return _composed(docs, PICTURES)
+
+
+def _needles(docs: Any, length: int) -> Any:
+    """Needles of a length, as many at every depth; frames are drawn when they are asked for. `docs` are not used."""
+    from datasets import Dataset
+
+    source = reference.needles()
+    found = []
+    for number, depth in product(range(NEEDLES), source.DEPTHS):
+        drawn = source.needle(length, depth, number)
+        place = {"length": length, "depth": depth, "number": number}
+        found.append({**place, "question": drawn.question, "answer": drawn.answer})
+    return Dataset.from_list(found)
+
+
+needles_8, needles_16, needles_32, needles_64 = (partial(_needles, length=length) for length in (8, 16, 32, 64))
 
 
 def _composed(docs: Any, count: int) -> Any:
