@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import tiny
 from modes import greedy
 
 from vtoken import trace, wrapped
 from vtoken.config import load
-from vtoken.evals.cost.flops import account
+from vtoken.evals.cost.flops import account, picture_size
 
 PICTURES, WORDS = 9, 13
 CHUNKS = {"chunk_prefill": {"frames": 2, "previous": 0, "size": 16, "min_len": 0}}
@@ -40,3 +42,23 @@ def test_what_stands_aside_costs_nothing() -> None:
     found, dense = (account(model.config, p, images=2) for p in (short, None))
     assert found.prefill_attention == dense.prefill_attention and found.kv_bytes == dense.kv_bytes
     assert "stands aside" in found.left_out[-1]
+
+
+def test_the_page_has_these_densities() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "sparse.md").read_text(encoding="utf-8")
+    head, _, *rows = page.partition("<!-- chunks -->\n")[2].partition("\n<!-- /chunks -->")[0].splitlines()
+    presets = [cell.strip() for cell in head.split("|")[3:-1]]
+    want = []
+    for frames in (64, 128, 256, 512):
+        n, parts = frames * 196, (((frames, 14, 14),),)
+        found = [load(name).stages[0].density_of(n + 64, 0, (n,), parts) for name in presets]
+        want.append(f"| {frames} | {n + 64:,} | {' | '.join(f'{share:.1%}' for share in found)} |")
+    assert rows == want and len(presets) == 3
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family_tells_the_size_of_a_picture(family: str) -> None:
+    """Or that it cannot: the account then takes the model's own."""
+    model = tiny.make(family)
+    size = picture_size(model.config, tiny.build(model, [[3, "img", 5]], seed=3))
+    assert size is None or all(side > 0 for side in size)
