@@ -26,6 +26,7 @@ THIN: dict[str, list[dict[str, Any]]] = {
     "anchorattention": [
         {"size": 16, "step": 2, "theta": 1.5, "released": released, "dense_tail": False} for released in (False, True)
     ],
+    "chunk_prefill": [{"size": 16, "frames": 5, "previous": previous} for previous in (2, 0)],
     "composite_attention": [{}],
     "flexprefill": [{"size": 16, "gamma": 0.5, "tau": tau, "min_budget": 1} for tau in (0.0, 0.4)],
     "mminference": [
@@ -45,6 +46,7 @@ THIN: dict[str, list[dict[str, Any]]] = {
 }
 WHOLE: dict[str, dict[str, Any]] = {
     "anchorattention": {"size": 16, "step": 2, "theta": 1e9},
+    "chunk_prefill": {"size": 16, "previous": 10_000},
     "flexprefill": {"size": 16, "gamma": 1.0, "tau": 0.0, "min_budget": 10_000},
     "mminference": {"pattern": "2d_boundary", "vertical": 10_000, "slash": 10_000},
     "proxyattn": {"size": 16, "min_budget": 10_000},
@@ -95,7 +97,7 @@ def test_first_and_own_key_are_read(name, options):
     # Lists of single keys have the first one too; all others read the first block whole.
     first = (
         seen[:, :, 0]
-        if name in ("mminference", "composite_attention")
+        if name in ("mminference", "composite_attention", "chunk_prefill")
         else (reads.blocks | ~torch.ones(tiles, tiles).tril().bool())[..., 0]
     )
     assert bool(first.all()), "a query that does not read the first token"

@@ -96,7 +96,9 @@ def test_every_stage_runs(family, name):
     rows = (
         "video and image"
         if family in tiny.VIDEO
-        and (name in ("dycoke", "evs", "fastvid", "flashvid", "holitom", "prunevid", "vidcom2") or stage.site == "frames")
+        and (
+            name in ("dycoke", "evs", "fastvid", "flashvid", "holitom", "prunevid", "vidcom2") or stage.site == "frames"
+        )
         else "ragged"
     )
     batch = tiny.build(model, rows_for(family, rows), seed=3)

@@ -38,8 +38,9 @@ def line(name: str, dense: Account) -> str:
     # A cache in few bits is worked out at full width at every step.
     packed = isinstance(acting, CacheStage) and acting.packed_bytes(1000, (900,), 4, 128, 2) is not None
     memory, reading = shares[1] < FEW, shares[2] < FEW and not packed
-    serves = "both" if memory and reading else "memory" if memory else "reading" if reading else "what it sees decides"
     upper = "at most " if acting.name in found.inexact else ""
+    serves = "both" if memory and reading else "memory" if memory else "reading" if reading else ""
+    serves = serves or ("what it sees decides" if upper else "longer videos")
     return f"| {acting.name} | {name} | {' | '.join(f'{upper}{share:.1%}' for share in shares)} | {serves} |"
 
 

@@ -84,6 +84,13 @@ def test_patterns_ask_where_images_lie_once_for_all_layers(pattern: str, times: 
     assert len(found) == times + 1 and {where for where in found if "mminference" not in where[1]} == {ENTRY}
 
 
+def test_chunks_ask_once_for_all_layers() -> None:
+    """How many words are read one by one, and how many chunks there are."""
+    options = {"min_len": 0, "frames": 1, "previous": 0}
+    found = waits("llava", [{"chunk_prefill": options}], [[3, "img", 2, "img", 5]])
+    assert found == sorted([ENTRY, ("asked", "chunk_prefill.py:_reads")])
+
+
 def test_the_recorder_sees_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values asked for, masks of bools and blocking copies, of what lies on the device; the host's own tensors do not
     count."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from math import log
 from typing import Any, ClassVar
@@ -42,6 +42,11 @@ class Rope:
     def turn(self, x: Tensor) -> Tensor:
         """Rotates x [H, N, d]; fp32."""
         return self._turned(x, self.cos.float(), self.sin.float())
+
+    def turn_to(self, x: Tensor, index: Tensor) -> Tensor:
+        """Rotates x [H, C, d] to the places index [H, C] of each head; fp32."""
+        x = x[:, None].float()
+        return self.rotate(x, x, self.cos[index].float(), self.sin[index].float())[0][:, 0]
 
     def undo(self, x: Tensor) -> Tensor:
         """Undoes the rotation of x [H, N, d], up to rounding; fp32."""
@@ -262,3 +267,8 @@ class SparseAttention(Compressor):
     def density(self, length: int, layer: int) -> float | None:
         """Density for a prompt of `length` tokens; None where it depends on the contents of the prompt."""
         return None
+
+    def density_of(self, length: int, layer: int, counts: Sequence[int], parts: Sequence[Parts]) -> float | None:
+        """The same where it depends on what stands where: `counts` tokens are left of each picture of these rasters,
+        one picture after the other, and text follows."""
+        return self.density(length, layer)

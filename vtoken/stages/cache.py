@@ -7,20 +7,23 @@ HeadClasses, the heads of a class do. Keys carry RoPE: kept tokens keep their po
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from pydantic import field_validator
 from torch import Tensor
 
 from vtoken.kernels import gather_cache
+from vtoken.stages.attention import Rope
 from vtoken.stages.base import Compressor
 from vtoken.stages.budget import Budget
 from vtoken.stages.facts import Site
 from vtoken.stages.held import HeldLayer
 from vtoken.stages.quantized import QuantizedKV
 from vtoken.stages.query_attention import QueryAttention
+from vtoken.stages.tokens import Parts
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class CachedLayer:
         slots: the same on the host.
         scale: factor on q . k before the softmax.
         layer, depth: index of the layer, and the number of layers.
-        native: set for stages that ask for it.
+        native, rope, places: set for stages that ask for it.
         query_attention: as a stage of site attention left it; use it through `query_attention.shared`.
         classes: for stages that decide with HeadClasses, the key heads [Hc] of every class that an earlier turn left;
             None in the first.
@@ -52,6 +55,8 @@ class CachedLayer:
     native: Native | None = None
     query_attention: QueryAttention | None = None
     classes: tuple[Tensor, ...] | None = None
+    rope: Rope | None = None
+    places: Places | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -75,6 +80,27 @@ class Native:
     rotary: Any
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a row stand in their pictures.
+
+    Attributes:
+        image, raster_index: [N] and parts: as in PrefillQK.
+        known: results of `once`, shared by all layers with this layout.
+    """
+
+    image: Tensor
+    raster_index: Tensor
+    parts: tuple[Parts, ...] = ()
+    known: dict[Hashable, Any] = field(default_factory=dict)
+
+    def once(self, key: Hashable, work: Callable[[], Any]) -> Any:
+        """`work()`, computed once per key. It may read what stands here, but not keys, values and queries."""
+        if key not in self.known:
+            self.known[key] = work()
+        return self.known[key]
+
+
 def norm_of(attention: Any, letter: str) -> Any:
     """The norm of an attention module's queries or keys ("q", "k"), head by head; None where there is none."""
     return getattr(attention, f"{letter}_norm", None) or getattr(attention, f"{letter}_layernorm", None)
@@ -89,19 +115,29 @@ class KeepSlots:
         counts: visual tokens that stay of each image; None if text is dropped too, or if heads differ in their counts.
         into: [Hk, N] which of the C kept tokens absorbs each token, -1 for none; None if nothing is merged.
         weight: [Hk, N] weight of each token in the sum that replaces the token it goes into; given with `into`.
+        rope: the layer's, if keys are summed without RoPE; the sum is then rotated to the place of the kept token. Of
+            kept tokens that absorb nothing else no bit changes.
     """
 
     index: Tensor
     counts: tuple[int, ...] | None = None
     into: Tensor | None = None
     weight: Tensor | None = None
+    rope: Rope | None = None
 
     def apply(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Both [Hk, N, d] -> [Hk, C, d]."""
         if self.into is None or self.weight is None:
             keys, values = gather_cache((keys[None], values[None]), self.index[None])
             return keys[0], values[0]
-        return self._merged(keys, self.into, self.weight), self._merged(values, self.into, self.weight)
+        summed = [self._merged(x, self.into, self.weight) for x in (keys, values)]
+        if self.rope is not None:
+            bare = self._merged(self.rope.undo(keys), self.into, self.weight)
+            ones = torch.ones_like(self.into).masked_fill(self.into < 0, 0)
+            members = torch.zeros_like(self.index).scatter_add(1, self.into.clamp(min=0), ones)
+            turned = self.rope.turn_to(bare, self.index).to(keys.dtype)
+            summed[0] = torch.where(members[..., None] > 1, turned, summed[0])
+        return summed[0], summed[1]
 
     def _merged(self, x: Tensor, into: Tensor, weight: Tensor) -> Tensor:
         parts = x.float() * weight.masked_fill(into < 0, 0)[..., None]
@@ -177,7 +213,10 @@ class CacheStage(Compressor):
     """
 
     site: ClassVar[Site] = "cache"
-    native: ClassVar[bool] = False  # whether the stage needs CachedLayer.native
+    # Whether the stage needs CachedLayer.native, .rope, .places.
+    native: ClassVar[bool] = False
+    rope: ClassVar[bool] = False
+    places: ClassVar[bool] = False
     # Whether it decides each KV head independently, with KeepSlots; rows of equal shape are then passed as further
     # heads.
     by_head: ClassVar[bool] = False
@@ -213,6 +252,10 @@ class CacheStage(Compressor):
         """Tokens that every head keeps, for the FLOPs account."""
         return prompt
 
+    def slots_of(self, prompt: int, lengths: Sequence[int], parts: Sequence[Parts]) -> int:
+        """The same where it depends on the rasters of each image."""
+        return self.slots(prompt, lengths)
+
     def packed_bytes(
         self, prompt: int, lengths: Sequence[int], kv_heads: int, head_dim: int, dtype_bytes: int
     ) -> int | None:
@@ -226,7 +269,7 @@ class CacheStage(Compressor):
         packed = self.packed_bytes(at.prompt, at.images, at.kv_heads, at.head_dim, at.number_bytes)
         if packed is not None:
             return packed + at.full(at.generated)
-        return at.full(self.slots(at.prompt, at.images) + at.generated)
+        return at.full(self.slots_of(at.prompt, at.images, at.parts) + at.generated)
 
     def cost(self, prompt: int, lengths: Sequence[int], heads: int, kv_heads: int, head_dim: int) -> int | None:
         """FLOPs of the decision in one layer; None if not known."""

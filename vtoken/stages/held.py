@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vtoken.stages.tokens import Parts
+
 
 @dataclass(frozen=True)
 class HeldLayer:
@@ -11,7 +13,8 @@ class HeldLayer:
 
     Attributes:
         layer: its index; attending: indices of all layers that attend, ascending.
-        prompt: tokens of the row in that layer when its prompt was read; images: visual tokens among them, per image.
+        prompt: tokens of the row in that layer when its prompt was read; images: visual tokens among them, per image;
+            parts: rasters of each image.
         generated: tokens since, the newest one among them, each by a step of its own.
         depth: number of decoder layers.
         kv_heads, head_dim: of the layer; number_bytes: bytes of a number at full width.
@@ -25,6 +28,7 @@ class HeldLayer:
     kv_heads: int
     head_dim: int
     number_bytes: int
+    parts: tuple[Parts, ...] = ()
     depth: int = 0
 
     def full(self, slots: float) -> int:

@@ -90,6 +90,8 @@ def options(family: str) -> dict[str, Any]:
     size = tuple(batch["image_sizes"][0].tolist()) if "image_sizes" in batch else None
     if "image_grid_thw" in batch:
         size = tuple(model.config.vision_config.patch_size * n for n in batch["image_grid_thw"][0, 1:].tolist())
+    if "spatial_shapes" in batch:
+        size = tuple(model.config.vision_config.patch_size * n for n in batch["spatial_shapes"][0].tolist())
     return {"model": model, "batch": batch, "size": size}
 
 

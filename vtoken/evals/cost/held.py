@@ -41,9 +41,10 @@ def _layers(flow: TokenFlow, size: int, generated: int) -> Iterator[HeldLayer]:
     """The layers that attend."""
     decoder = flow.shape.decoder
     attending = tuple(layer for layer in range(decoder.depth) if layer not in decoder.states)
+    parts, sizes = (flow.shape.parts,) * flow.images, (decoder.kv_heads, decoder.head_dim, size)
     for layer in attending:
-        sizes = (decoder.kv_heads, decoder.head_dim, size)
-        yield HeldLayer(layer, attending, flow.held[layer], flow.decoder[layer], generated, *sizes, depth=decoder.depth)
+        held, shown = flow.held[layer], flow.decoder[layer]
+        yield HeldLayer(layer, attending, held, shown, generated, *sizes, parts, depth=decoder.depth)
 
 
 def _held(flow: TokenFlow, at: HeldLayer) -> int:

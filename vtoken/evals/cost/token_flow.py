@@ -164,13 +164,14 @@ class TokenFlow:
 
     def _thin(self, stage: SparseAttention) -> None:
         """Enters how much of the attention a stage leaves, where that does not depend on what the prompt says."""
+        rasters = (self.shape.parts,) * self.images
         for layer in stage.layers(self.shape.decoder.depth):
             if layer in self.shape.decoder.states:
                 continue
-            length = self.length(layer)
+            length, counts = self.length(layer), self.decoder[layer]
             if length < stage.min_len:
                 self._leave_out(f"{stage.name} stands aside: {length} tokens are fewer than min_len {stage.min_len}")
-            elif (density := stage.density(length, layer)) is not None:
+            elif (density := stage.density_of(length, layer, counts, rasters)) is not None:
                 self.density[layer] = density
             else:
                 self._leave_out(
@@ -181,7 +182,9 @@ class TokenFlow:
         """Enters what a cache stage leaves of every layer, and costs there."""
         stack = self.shape.decoder
         self.held = self.decoded = list(self.held)
-        self.inexact += [] if stage.counts_are_exact() else [stage.name]
+        rasters = (self.shape.parts,) * self.images
+        whole = not self._thinned_by and self.shape.whole_crops
+        self.inexact += [] if stage.counts_are_exact(None, whole) else [stage.name]
         for layer, (prompt, counts) in enumerate(zip(self.held, self.decoder, strict=True)):
             if not sum(counts) or layer in stack.states:
                 continue
@@ -189,7 +192,7 @@ class TokenFlow:
             if cost is None:
                 self._leave_out(f"{stage.name}: what deciding costs")
             self.cost += cost or 0
-            self.held[layer] = stage.slots(prompt, counts)
+            self.held[layer] = stage.slots_of(prompt, counts, rasters)
             self.shrunk[layer] = stage, prompt, counts
 
     def _lines(self, counts: Counts) -> int:

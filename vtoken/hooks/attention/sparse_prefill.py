@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vtoken.errors import UnsupportedError
-from vtoken.hooks.attention.unmerged_attention import rotates_last, rotation_of
 from vtoken.hooks.decoder.attention_tap import tap
+from vtoken.hooks.decoder.rotation import check_undone, rope_of
 from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import eager, steps
 from vtoken.hooks.state.layer_kinds import heads_in
 from vtoken.hooks.state.live_tokens import trace_of
 from vtoken.hooks.state.prefill_state import PrefillState
-from vtoken.hooks.state.prompt_rows import query_window
+from vtoken.hooks.state.prompt_rows import query_window, rasters
 from vtoken.hooks.state.run import Clock
 from vtoken.kernels import block_sparse_attention
 from vtoken.kernels._lists import check_singles
 from vtoken.stages import Stage, uploaded
-from vtoken.stages.attention import DenseSubset, PrefillQK, Rope, SparseAttention, SparseMask, everything
+from vtoken.stages.attention import DenseSubset, PrefillQK, SparseAttention, SparseMask, everything
 from vtoken.stages.query_attention import QueryAttention
 
 SIZE = 128  # block of what is read whole
@@ -96,35 +96,21 @@ class SparsePrefill:
     ) -> SparseMask | DenseSubset:
         """What the queries of one row read; drafts and answers behind its prompt have no say in it."""
         n, layer = q.shape[1] - flow.tails[row], module.layer_idx
-        image, raster_index, by_row = self._rasters(flow)
+        image, raster_index, by_row = rasters(flow)
         image, raster_index = (x[row, -q.shape[1] :][:n].to(q.device) for x in (image, raster_index))
         found = QueryAttention(q[:, :n], k[:, :n], scale, query_window(flow, self.cache_stage, row))
         if self.cache_stage is not None:
             flow.notes.query_attention[layer, row] = found
         rope = None
         if stage.rope:
-            assert flow.notes.layer_input is not None
-            halves = flow.notes.layer_input[1]
-            cos, sin = (t[row if len(t) > 1 else 0, -q.shape[1] :][:n].to(q.device) for t in halves)
-            rope = Rope(cos, sin, rotation_of(module))
+            start = flow.index.shape[1] - q.shape[1]
+            rope = rope_of(flow, module, row, slice(start, start + n), q.device)
         prompt = PrefillQK(
             found.q, found.k, scale, layer, image, raster_index, flow.live.parts, found, rope, by_row[row]
         )
         reads = stage.reads(prompt)
         check(stage, reads, prompt)
         return reads
-
-    def _rasters(self, flow: PrefillState) -> tuple[Tensor, Tensor, list[dict[Hashable, Any]]]:
-        """[B, P] image and raster index of every slot, -1 at text and padding, and what stages found out about its
-        rows."""
-        notes = flow.notes
-        if notes.image is None or notes.raster_index is None:
-            notes.image, notes.raster_index = (torch.full_like(flow.index, -1) for _ in range(2))
-            at = flow.slot()
-            notes.image[at] = flow.live.image.to(at[0].device)
-            notes.raster_index[at] = flow.live.history.raster_index.to(at[0].device)
-            notes.by_row = [{} for _ in flow.counts]
-        return notes.image, notes.raster_index, notes.by_row
 
 
 def skip_reason(flow: PrefillState, stage: SparseAttention, module: Any, kwargs: dict[str, Any]) -> str | None:
@@ -273,13 +259,8 @@ def check_attention(stages: Sequence[Stage], lm: Any, attending: Sequence[int]) 
             raise UnsupportedError(f"stage {stage.name}: {why}")
         check_maps(stage, lm.config)
         for k in layers_left(stage, depth, attending):
-            attention = lm.layers[k].self_attn
-            if stage.rope and not rotates_last(attention):
-                raise UnsupportedError(
-                    f"stage {stage.name} needs queries and keys from before RoPE, and {type(attention).__name__} is "
-                    "not q_proj, k_proj and v_proj, norms of queries and keys, then apply_rotary_pos_emb; take "
-                    "another stage of site attention"
-                )
+            if stage.rope:
+                check_undone(stage, lm.layers[k].self_attn)
             if k in taken:
                 raise UnsupportedError(
                     f"stages {taken[k]} and {stage.name} both thin the attention of decoder layer {k}; share the "

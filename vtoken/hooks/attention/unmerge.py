@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicLayer
 
 from vtoken.errors import UnsupportedError
-from vtoken.hooks.attention.unmerged_attention import Rope, UnmergedAttention, UnmergeTable, attend, rotates_last
+from vtoken.hooks.attention.unmerged_attention import Rope, UnmergedAttention, UnmergeTable, attend
 from vtoken.hooks.decoder.attention_tap import HANDED, tap
+from vtoken.hooks.decoder.rotation import rotates_last
 from vtoken.hooks.state.cache_argument import CACHE, causal_mask
 from vtoken.hooks.state.checkpointing import check_replay
 from vtoken.hooks.state.context import Context

@@ -3,7 +3,6 @@ for."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,11 +11,9 @@ import torch
 from torch import Tensor
 
 from vtoken.hooks.decoder.attention_tap import HANDED
+from vtoken.hooks.decoder.rotation import rotation_of
 from vtoken.hooks.state.forward_state import eager
 
-# What an attention is, and may be, built of for its queries and keys to be rotated last of all.
-PARTS = {"q_proj", "k_proj", "v_proj"}
-NORMS = {"q_norm", "k_norm", "q_layernorm", "k_layernorm"}
 Rope = tuple[Tensor, Tensor]  # cos and sin, [B, U, d] (or less than d, where RoPE is partial)
 
 
@@ -155,17 +152,3 @@ def _spread(
 ) -> Any:
     write = None if cache is None else lambda k, v: cache.update(k, v, module.layer_idx)
     return found.attention(rotation_of(module), q, k, v, write, lambda q, k, v: original(q, k, v, mask))
-
-
-def rotation_of(attention: Any) -> Any:
-    """The function by which an attention rotates its queries and keys, as its file defines it; None if it defines
-    none."""
-    return getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-
-
-def rotates_last(attention: Any) -> bool:
-    """Whether an attention is q_proj, k_proj and v_proj, norms of queries and keys, then `apply_rotary_pos_emb` of its
-    file."""
-    parts = {name for name, _ in attention.named_children()}
-    built = PARTS < parts and (parts - PARTS - NORMS in ({"o_proj"}, {"out_proj"}))
-    return built and rotation_of(attention) is not None and bool(getattr(attention, "use_rope", True))

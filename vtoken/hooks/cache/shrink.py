@@ -17,10 +17,12 @@ from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer
 
 from vtoken.errors import OtherModelError, UnsupportedError
+from vtoken.hooks.cache.asked import asked
 from vtoken.hooks.cache.cached_rows import PromptRow, slots_of, store
 from vtoken.hooks.cache.requantize import Requantizer
 from vtoken.hooks.cache.shrunk_layer import ShrunkLayer
 from vtoken.hooks.decoder.attention_tap import tap
+from vtoken.hooks.decoder.rotation import check_undone
 from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.hooks.state.checkpointing import replays
 from vtoken.hooks.state.classed_layer import ClassedLayer
@@ -33,7 +35,7 @@ from vtoken.hooks.state.pruned_cache import SlotMap
 from vtoken.hooks.state.quantized_layer import Piece, Plain, QuantizedLayer
 from vtoken.hooks.state.run import Clock
 from vtoken.stages import uploaded
-from vtoken.stages.cache import CachedLayer, CacheStage, Decision, HeadClasses, KeepSlots, Native, ReplacedKV
+from vtoken.stages.cache import CachedLayer, CacheStage, Decision, HeadClasses, KeepSlots, ReplacedKV
 from vtoken.stages.quantized import QuantizedKV
 
 
@@ -48,7 +50,8 @@ class CacheShrinker:
     """
 
     def __init__(self, context: Context, stage: CacheStage) -> None:
-        self.lm, self.run, self.stage, self.mrope = context.lm, context.run, stage, context.adapter.mrope
+        self.lm, self.run, self.stage = context.lm, context.run, stage
+        self.rotary = None if context.adapter.mrope else self.lm.rotary_emb
         if why := stage.heads_incompatibility(*heads_in(self.lm.config)):
             raise OtherModelError(f"stage {stage.name}: {why}")
         try:
@@ -60,7 +63,10 @@ class CacheShrinker:
         self.goes_on = bool(stage.requantize_every())
         if self.goes_on:
             Requantizer(context, stage)
-        if stage.native:
+        if stage.rope:
+            for k in self.attending:
+                check_undone(stage, self.lm.layers[k].self_attn)
+        if stage.native or stage.rope:
             for k in self.attending:
                 context.handle.before(self.lm.layers[k].self_attn, self._remember)
 
@@ -159,10 +165,13 @@ class CacheShrinker:
         if not any(row.slots) or r in flow.skipped:
             return None
         begin = flow.index.shape[1] - row.prompt - row.tail
-        native = self._native(flow, module, r, begin, row.prompt) if self.stage.native else None
-        queries = q[turn, :, begin : begin + row.prompt].flatten(0, 1)
-        found, depth = flow.notes.query_attention.pop((module.layer_idx, r), None), len(self.lm.layers)
-        return CachedLayer(x, y, queries, row.images, row.slots, scale, module.layer_idx, depth, native, found)
+        here = slice(begin, begin + row.prompt)
+        found = flow.notes.query_attention.pop((module.layer_idx, r), None)
+        more = asked(self.stage, flow, module, r, here, x.device, self.rotary)
+        depth, queries = len(self.lm.layers), q[turn, :, here].flatten(0, 1)
+        return CachedLayer(
+            x, y, queries, row.images, row.slots, scale, module.layer_idx, depth, query_attention=found, **more
+        )
 
     def _turns(self, flow: PrefillState, layer: int) -> list[slice]:
         """The rows that are decided together: one, or all, as more heads of one, where nothing tells them apart."""
@@ -171,13 +180,6 @@ class CacheShrinker:
         if self.stage.by_head and alike and not flow.skipped and not any((layer, r) in found for r in range(len(rows))):
             return [slice(0, len(rows))]
         return [slice(r, r + 1) for r in range(len(rows))]
-
-    def _native(self, flow: PrefillState, module: Any, row: int, begin: int, length: int) -> Native:
-        assert flow.notes.layer_input is not None
-        hidden, rope = flow.notes.layer_input
-        end = begin + length
-        cos, sin = (t[(row if len(t) > 1 else 0), begin:end][None] for t in rope)
-        return Native(module, hidden[row : row + 1, begin:end], (cos, sin), None if self.mrope else self.lm.rotary_emb)
 
     def _behind(
         self,

@@ -3,10 +3,12 @@ it."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -62,6 +64,18 @@ def _rows_of(flow: PrefillState) -> list[PromptRow]:
         images = tuple(column[a:b] - begin for a, b in spans)
         out.append(PromptRow(count - tail, tail, slots, images, count - tail, tuple(map(len, slots))))
     return out
+
+
+def rasters(flow: PrefillState) -> tuple[Tensor, Tensor, list[dict[Hashable, Any]]]:
+    """[B, P] image and raster index of every slot, -1 at text and padding, and what stages found out about its rows."""
+    notes = flow.notes
+    if notes.image is None or notes.raster_index is None:
+        notes.image, notes.raster_index = (torch.full_like(flow.index, -1) for _ in range(2))
+        at = flow.slot()
+        notes.image[at] = flow.live.image.to(at[0].device)
+        notes.raster_index[at] = flow.live.history.raster_index.to(at[0].device)
+        notes.by_row = [{} for _ in flow.counts]
+    return notes.image, notes.raster_index, notes.by_row
 
 
 def query_window(flow: PrefillState, stage: CacheStage | None, r: int) -> int:

@@ -18,7 +18,8 @@ from vtoken.evals.cost.geometry._padded import pair, still
 from vtoken.evals.cost.geometry._states import short_convolutions
 from vtoken.evals.cost.geometry.shapes import Draw, Geometry, Layers, Pictures, Projector, Tower
 from vtoken.evals.shared.options import ImageSize
-from vtoken.stages import Parts, size_of
+from vtoken.stages import Parts
+from vtoken.stages import size_of as tokens_of  # `size_of` would be what cut_alike looks for
 
 LARGE = 2.0  # times the most tokens: from there on a picture is cut
 FEWEST = 4  # the most tokens through the fewest
@@ -92,7 +93,7 @@ def geometry(config: Any, pictures: Pictures) -> Geometry:
             ),
             crops=crops,
             unit=unit,
-            blocks=({size_of(crops[:1]) * unit: 1},) * depth,
+            blocks=({tokens_of(crops[:1]) * unit: 1},) * depth,
             extra=0,
             stem=vision.num_channels * vision.patch_size**2 * width,
             head_patch=0,
