@@ -71,7 +71,7 @@ def check(adapter: Adapter, pipeline: Pipeline) -> None:
     check_attention(
         [s for s in pipeline.stages if s.site == "attention" and not s.unmerge_mode()], adapter.lm, adapter.attending
     )
-    check_cache([stage for stage in pipeline.stages if stage.site == "cache"])
+    check_cache([stage for stage in pipeline.stages if stage.site == "cache"], adapter.lm.config)
     check_cleared(pipeline.stages, adapter.lm.config)
 
 
@@ -219,9 +219,13 @@ def check_windows(pipeline: Pipeline, adapter: Adapter) -> None:
         )
 
 
-def check_cache(stages: list[Stage]) -> None:
-    """Refuses stages that cannot shrink a KV cache, and more than one stage that does."""
+def check_cache(stages: list[Stage], config: Any) -> None:
+    """Refuses stages that cannot shrink the KV cache of this decoder, and more than one stage that does."""
+    heads = config.num_attention_heads
     for stage in stages:
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        if why := stage.heads_incompatibility(heads, config.num_key_value_heads, width):
+            raise OtherModelError(f"stage {stage.name}: {why}")
         if not isinstance(stage, CacheStage):
             raise UnsupportedError(
                 f"stage {stage.name} acts at site 'cache' and has no compress(); derive it from "

@@ -19,6 +19,7 @@ from vtoken.errors import UnsupportedError, about
 from vtoken.hooks.attention.sparse_prefill import SparsePrefill
 from vtoken.hooks.attention.unmerge import Unmerge
 from vtoken.hooks.boundary.boundary import Boundary
+from vtoken.hooks.cache.head_classes import HeadSplitter
 from vtoken.hooks.cache.shrink import CacheShrinker
 from vtoken.hooks.call.inputs import CallInputs
 from vtoken.hooks.call.pairing import check_target
@@ -52,7 +53,8 @@ def install(context: Context) -> Boundary:
     # Sparse attention is installed before the taps that observe: those wrap it and see every layer.
     SparsePrefill(context)
     unmerge = None if context.unmerging is None else Unmerge(context, context.unmerging)
-    cache = None if context.cache_stage is None else CacheShrinker(context, context.cache_stage)
+    stage = context.cache_stage
+    cache = None if stage is None else (HeadSplitter if stage.in_classes else CacheShrinker)(context, stage)
     boundary = Boundary(context, unmerge=unmerge, cache=cache)
     LayerGroups(context)
     StateRows(context)

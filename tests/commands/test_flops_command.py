@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from vtoken.config import load
 from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals import reference
 from vtoken.evals.cost.flops import PARTS, account
+from vtoken.evals.cost.support_matrix import attempt, without_weights
 from vtoken.evals.shared.configs import resolve_config
 from vtoken.evals.shared.options import declare
 
@@ -112,3 +114,28 @@ def test_command_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run("tiny-llava", "--image-size", "big")
     assert "write 336 or 480x640" in capsys.readouterr().err
+
+
+REFUSED = [
+    ["resize:25%"],
+    ["pixelprune", {"ipcv": {"keep": "35%"}}],
+    [{"tome": {"r": 2}}],
+    ["snapkv:25%", {"lookm": {"keep": "25%"}}],
+]
+
+
+@pytest.mark.parametrize("stages", REFUSED, ids=str)
+def test_costs_of_what_cannot_run_are_not_told(stages: list[Any], tmp_path: Any) -> None:
+    """Where `wrap` refuses, `vtoken flops` says what it says."""
+    pipeline, refused = tmp_path / "pipeline.yaml", 0
+    pipeline.write_text(json.dumps({"stages": stages}))
+    for family in tiny.families(leading=True):
+        config = tiny.make(family).config
+        config.save_pretrained(tmp_path / family)
+        try:
+            attempt(without_weights(config), load(pipeline))
+        except UnsupportedError as error:
+            refused += 1
+            with pytest.raises(UnsupportedError, match=re.escape(str(error).rpartition("pipeline.yaml: ")[2])):
+                run(str(tmp_path / family), str(pipeline))
+    assert refused

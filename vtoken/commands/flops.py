@@ -60,10 +60,16 @@ def run(asked: Settings) -> None:
     """Prints the accounts side by side."""
     from vtoken.config import load
     from vtoken.evals.cost.flops import account
+    from vtoken.evals.cost.support_matrix import attempt, without_weights
     from vtoken.evals.shared.configs import resolve_config
 
     config, work = resolve_config(asked.model), asked.model_dump(include={*Workload.model_fields})
-    accounts = [account(config, pipeline, **work) for pipeline in (None, *map(load, asked.pipelines))]
+    pipelines, model = [load(each) for each in asked.pipelines], None
+    for pipeline in pipelines:
+        # Costs of what cannot run would be a lie.
+        model = without_weights(config) if model is None else model
+        attempt(model, pipeline)
+    accounts = [account(config, pipeline, **work) for pipeline in (None, *pipelines)]
     if asked.in_json:
         print(json.dumps({"model": asked.model, "accounts": [each.to_dict() for each in accounts]}))
         return

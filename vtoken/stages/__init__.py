@@ -18,6 +18,8 @@ from vtoken.stages.cache import (
     CacheStage,
     Decision,
     GeneratedBlock,
+    HeadClasses,
+    HeldHeads,
     KeepSlots,
     Native,
     ReplacedKV,

@@ -255,11 +255,6 @@ class SparseAttention(Compressor):
         dense = {k % depth if -depth <= k < depth else k for k in self.dense_layers}
         return tuple(k for k in range(depth) if k not in dense)
 
-    def heads_incompatibility(self, heads: int, key_heads: int, width: int) -> str:
-        """Why the stage cannot serve a decoder with this many query and key heads of this width, and what to do; "" if
-        it can."""
-        return ""
-
     def reads(self, prompt: PrefillQK) -> SparseMask | DenseSubset:
         """The decision for one row in one layer."""
         raise NotImplementedError(f"stage {self.name} defines no reads()")

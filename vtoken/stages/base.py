@@ -73,6 +73,11 @@ class Stage(BaseModel):
         """Why its weights or tables do not fit an LLM with `depth` layers and `width` channels; "" if they do."""
         return ""
 
+    def heads_incompatibility(self, heads: int, key_heads: int, width: int) -> str:
+        """Why the stage cannot serve a decoder with this many query and key heads of this width, and what to do; "" if
+        it can."""
+        return ""
+
     def tower_incompatibility(self, width: int, unit: int) -> str:
         """As `incompatibility`, for a vision tower whose keys have `width` channels and that makes one token of `unit`
         patches."""

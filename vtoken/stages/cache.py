@@ -1,8 +1,8 @@
 """The vocabulary of site cache. Letters as in `tokens`; query head h reads key head h // (H / Hk).
 
 When the prefill ends, a stage decides row by row what a decoder layer keeps of the prompt, so that a row gets the same
-decision alone and in a batch. All KV heads keep the same number of tokens, but not necessarily the same tokens. Keys
-carry RoPE: kept tokens keep their positions.
+decision alone and in a batch. All KV heads keep the same number of tokens, but not necessarily the same tokens; with
+HeadClasses, the heads of a class do. Keys carry RoPE: kept tokens keep their positions.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class CachedLayer:
         layer, depth: index of the layer, and the number of layers.
         native: set for stages that ask for it.
         query_attention: as a stage of site attention left it; use it through `query_attention.shared`.
+        classes: for stages that decide with HeadClasses, the key heads [Hc] of every class that an earlier turn left;
+            None in the first.
     """
 
     keys: Tensor
@@ -48,6 +50,7 @@ class CachedLayer:
     depth: int = 1
     native: Native | None = None
     query_attention: QueryAttention | None = None
+    classes: tuple[Tensor, ...] | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -114,7 +117,36 @@ class ReplacedKV:
     values: Tensor
 
 
-Decision = KeepSlots | ReplacedKV | QuantizedKV
+@dataclass(frozen=True)
+class HeldHeads:
+    """What a class of key heads holds: some tokens of the prompt, and of what follows all, or the latest.
+
+    Attributes:
+        heads: [Hc] the key heads; the same number in every row of a layer.
+        stay: [Hc or 1, F] slots that stay for good, ascending.
+        latest: [Hc or 1, R] other slots, ascending, which leave as more tokens come, oldest first. With a window, its
+            number at most.
+        window: how many of `latest` and of what follows a token sees, itself among them; None: all.
+        compensated: one more key and value stand for all that have left: their means, with the logarithm of their
+            number added to the logit.
+    """
+
+    heads: Tensor
+    stay: Tensor
+    latest: Tensor
+    window: int | None = None
+    compensated: bool = False
+
+
+@dataclass(frozen=True)
+class HeadClasses:
+    """A decision: key heads in classes that hold different numbers of tokens. Every key head is in one; all rows of a
+    layer, and all turns of a conversation, have as many classes, of as many heads and with the same windows."""
+
+    classes: tuple[HeldHeads, ...]
+
+
+Decision = KeepSlots | ReplacedKV | QuantizedKV | HeadClasses
 
 
 @dataclass(frozen=True)
@@ -148,6 +180,7 @@ class CacheStage(Compressor):
     # Whether it decides each KV head independently, with KeepSlots; rows of equal shape are then passed as further
     # heads.
     by_head: ClassVar[bool] = False
+    in_classes: ClassVar[bool] = False  # whether it decides with HeadClasses
 
     def compress(self, layer: CachedLayer) -> Decision:
         """The decision for one layer of one row that holds at least one visual token."""

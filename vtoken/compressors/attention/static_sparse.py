@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
-from vtoken.compressors.attention import _duo
-from vtoken.stages import NAMES_FILE, uploaded
+from vtoken.compressors._streaming_heads import StreamingHeads
+from vtoken.stages import uploaded
 from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, causal, everything
 
 
-class StaticSparse(SparseAttention):
+class StaticSparse(StreamingHeads, SparseAttention):
     """A streaming head reads the first `sink` and the latest `window` tokens, in whole blocks; the last `last` queries
     of the prompt read everything (tri-shape). Without `gates`, all heads stream (A-shape). With `gates`, one number per
     decoder layer and key head as DuoAttention learns them, the share `sparsity` of all key heads with the lowest
@@ -38,53 +37,7 @@ class StaticSparse(SparseAttention):
     sink: int = Field(default=128, ge=0, description="first tokens that are always read")
     window: int = Field(default=4096, ge=1, description="latest tokens that a query reads, itself included")
     last: int = Field(default=0, ge=0, description="queries at the end of the prompt that read everything")
-    gates: _duo.Gates | str | None = Field(
-        default=None,
-        description="per decoder layer, one number per key head: low ones stream; or a file of them, .json or .tsv",
-        json_schema_extra=NAMES_FILE,
-    )
-    sparsity: float = Field(default=0.5, ge=0, le=1, description="share of key heads that stream, given gates")
     size: Literal[16, 32, 64, 128, 256] = Field(default=128, description="tokens of a block")
-
-    @field_validator("gates")
-    @classmethod
-    def _readable(cls, gates: _duo.Gates | str | None) -> _duo.Gates | str | None:
-        if isinstance(gates, str):
-            _duo.read(gates)
-        elif gates is not None:
-            _duo.check(gates, "gates")
-        return gates
-
-    @cached_property
-    def table(self) -> _duo.Gates | None:
-        """The gates, from the options or the file, read once: later changes to the file do not reach a wrapped
-        model."""
-        return _duo.read(self.gates) if isinstance(self.gates, str) else self.gates
-
-    def incompatibility(self, depth: int, width: int) -> str:
-        gates = self.table
-        if gates is None or len(gates) == depth:
-            return ""
-        return self._other(f"{len(gates)} decoder layers", depth)
-
-    def heads_incompatibility(self, heads: int, key_heads: int, width: int) -> str:
-        gates = self.table
-        if gates is None or len(gates[0]) == key_heads:
-            return ""
-        return self._other(f"{len(gates[0])} key heads in a layer", key_heads)
-
-    def _other(self, told: str, here: int) -> str:
-        of = f"the gates {self.gates!r}" if isinstance(self.gates, str) else "gates"
-        return f"{of} are for {told}, this model has {here}; learn them on it, or leave them out"
-
-    def streams(self, layer: int) -> tuple[bool, ...] | None:
-        """Which key heads of a layer stream; None means all of them."""
-        gates = self.table
-        if gates is None:
-            return None
-        order = sorted((gate, k, h) for k, row in enumerate(gates) for h, gate in enumerate(row))
-        chosen = {(k, h) for _, k, h in order[: int(self.sparsity * len(order) + 0.5)]}
-        return tuple((layer, h) in chosen for h in range(len(gates[layer])))
 
     def reads(self, prompt: PrefillQK) -> SparseMask:
         n, device = prompt.length, prompt.q.device

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from vtoken import config, registry
+from vtoken.config import Pipeline
 from vtoken.drafts import drafting
 from vtoken.errors import ConfigError, OtherModelError, UnsupportedError
 from vtoken.evals.shared.configs import builtin
@@ -91,10 +92,8 @@ def cell(model: Any, stage: Stage | None, substitutes: dict[str, str]) -> Cell:
     says of the model as its own draft); None is a stage without an example."""
     if stage is None:
         return Cell("depends", "It depends on options that have no default.")
-    drafts = any(of_target(need, stage.site) for need in stage.needs())
     try:
-        with drafting(model, None, stage) if drafts else wrapped(model, stage):
-            pass
+        attempt(model, config.load(stage))
     except OtherModelError:
         return Cell(
             "depends", "It needs weights or tables made for the model; those of its preset are for another one."
@@ -108,6 +107,17 @@ def cell(model: Any, stage: Stage | None, substitutes: dict[str, str]) -> Cell:
     return Cell("yes")
 
 
+def attempt(model: Any, pipeline: Pipeline) -> None:
+    """Wraps and unwraps a model; of stages for drafts, makes the model its own draft.
+
+    Raises:
+        UnsupportedError: as in `wrap` and `draft`.
+    """
+    drafts = any(of_target(need, stage.site) for stage in pipeline.stages for need in stage.needs())
+    with drafting(model, None, pipeline) if drafts else wrapped(model, pipeline):
+        pass
+
+
 def example_stage(cls: type[Stage]) -> Stage | None:
     """The stage with default options and 64 tokens, or as a preset has it; None if some other option has no default."""
     required = {name for name, field in cls.model_fields.items() if field.is_required()}
@@ -118,11 +128,17 @@ def example_stage(cls: type[Stage]) -> Stage | None:
 
 
 def _build(family: str, name: str) -> Any:
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig
 
     try:
-        with torch.device("meta"):
-            fields = builtin().get(name, {"model_type": family})
-            return AutoModelForImageTextToText.from_config(AutoConfig.for_model(**fields))
+        return without_weights(AutoConfig.for_model(**builtin().get(name, {"model_type": family})))
     except ValueError as error:
         raise ConfigError(f"cannot build a {family} model to try stages on: {str(error).splitlines()[0]}") from error
+
+
+def without_weights(config: Any) -> Any:
+    """A model of this config on torch's meta device."""
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)

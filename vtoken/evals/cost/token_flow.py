@@ -104,7 +104,7 @@ class TokenFlow:
         if why := stage.incompatibility(decoder.depth, decoder.width):
             raise OtherModelError(f"stage {stage.name}: {why}")
         why = stage.tower_incompatibility(tower.layers.width, tower.unit)
-        if isinstance(stage, SparseAttention) and not why:
+        if stage.site in ("attention", "cache") and not why:
             why = stage.heads_incompatibility(decoder.heads, decoder.kv_heads, decoder.head_dim)
         if stage.site == "encoder" and stage.merge_point():
             if any(mixed != 1 for _, mixed in self.shape.sources):

@@ -8,8 +8,7 @@ layers that hold different numbers of tokens become layer groups of their own.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,61 +19,21 @@ from transformers.cache_utils import DynamicLayer
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.cache.cached_rows import PromptRow, slots_of, store
 from vtoken.hooks.cache.requantize import Requantizer
+from vtoken.hooks.cache.shrunk_layer import ShrunkLayer
 from vtoken.hooks.decoder.attention_tap import tap
 from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.hooks.state.checkpointing import replays
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import eager, steps
-from vtoken.hooks.state.live_tokens import LiveTokens
+from vtoken.hooks.state.head_classes import ClassedLayer
 from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.hooks.state.prompt_rows import prompt_rows
 from vtoken.hooks.state.pruned_cache import SlotMap
 from vtoken.hooks.state.quantized_layer import Piece, Plain, QuantizedLayer
 from vtoken.hooks.state.run import Clock
-from vtoken.hooks.state.trace import StageTrace
-from vtoken.stages import Stage, uploaded
-from vtoken.stages.cache import CachedLayer, CacheStage, Decision, KeepSlots, Native, ReplacedKV
+from vtoken.stages import uploaded
+from vtoken.stages.cache import CachedLayer, CacheStage, Decision, HeadClasses, KeepSlots, Native, ReplacedKV
 from vtoken.stages.quantized import QuantizedKV
-
-
-@dataclass(frozen=True)
-class ShrunkLayer:
-    """What a stage left in a layer: `held` [Hk, C] slots per row (None: all of them, or the stage does not tell), out
-    of `live`, in the layer group `group`."""
-
-    group: int
-    rows: tuple[PromptRow, ...]
-    held: tuple[Tensor | None, ...]
-    told: bool
-    live: LiveTokens
-    clock: Clock
-
-    @cached_property
-    def alive(self) -> list[tuple[Tensor, Tensor]]:
-        """Per image, raster indices [N] of its tokens in front of this layer, and [Hk, N] which of them each KV head
-        holds; empty where a method does not tell."""
-        found, images = [], iter(self.live.history.kept())
-        for row, held in zip(self.rows, self.held, strict=True):
-            for slots in row.slots if self.told else ():
-                index = next(images)
-                alive = torch.ones(1, len(index), dtype=torch.bool, device=index.device)
-                if held is not None:
-                    every = torch.zeros(len(held), row.prompt, dtype=torch.bool, device=held.device)
-                    alive = every.scatter(1, held, True)[:, list(slots)]
-                found.append((index, alive))
-        return found
-
-    def trace(self, stage: Stage, layer: int) -> StageTrace:
-        """What the stage did at the layer; which tokens are left is worked out when it is read."""
-
-        def kept() -> list[Tensor]:
-            return [index[alive.any(0).to(index.device)] for index, alive in self.alive]
-
-        def left() -> list[int]:
-            return [round(float(alive.float().sum(1).mean())) for _, alive in self.alive]
-
-        told: dict[str, Any] = {"tokens_in": list(self.live.lengths), "tokens_out": left, "kept": kept}
-        return StageTrace(stage.name, "cache", **told, layer=layer, clock=self.clock.milliseconds)
 
 
 class CacheShrinker:
@@ -124,7 +83,8 @@ class CacheShrinker:
                 f"stage {name} shrinks the KV cache, but a static cache keeps its size: leave cache_implementation out"
             )
         layers = [layer for k, layer in enumerate(cache.layers) if k in self.attending]
-        odd = {type(layer).__name__ for layer in layers if type(layer) not in (DynamicLayer, QuantizedLayer)}
+        served = (DynamicLayer, QuantizedLayer, ClassedLayer)
+        odd = {type(layer).__name__ for layer in layers if type(layer) not in served}
         if odd:
             raise UnsupportedError(
                 f"stage {name} cannot shrink cache layers of kind {', '.join(sorted(odd))}; use a plain DynamicCache"
@@ -158,7 +118,7 @@ class CacheShrinker:
 
     def _shrink(self, flow: PrefillState, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Any) -> Any:
         number, width = module.layer_idx, flow.index.shape[1]
-        past, found = flow.slots - width, flow.notes.query_attention
+        past = flow.slots - width
         rows, held, parts, told, same = [], [], [], True, True
         with Clock(k.device) as clock:
             for turn in self._turns(flow, number):
@@ -167,22 +127,10 @@ class CacheShrinker:
                 here = slice(past + begin, past + begin + row.prompt)
                 x, y = k[turn, :, here].flatten(0, 1), v[turn, :, here].flatten(0, 1)
                 decision: Decision | None = None
-                if any(row.slots) and turn.start not in flow.skipped:
-                    native = self._native(flow, module, turn.start, begin, row.prompt) if self.stage.native else None
-                    layer = CachedLayer(
-                        x,
-                        y,
-                        q[turn, :, begin : begin + row.prompt].flatten(0, 1),
-                        row.images,
-                        row.slots,
-                        scale,
-                        number,
-                        len(self.lm.layers),
-                        native,
-                        found.pop((number, turn.start), None),
-                    )
+                seen = self.told(flow, module, turn, x, y, q, scale)
+                if seen is not None:
                     with torch.no_grad():
-                        decision = self.compress(layer)
+                        decision = self.compress(seen)
                     same = same and isinstance(decision, KeepSlots) and decision.index.shape[1] == row.prompt
                     told = told and not isinstance(decision, ReplacedKV)
                 piece = apply(self.stage, decision, x, y)
@@ -198,6 +146,20 @@ class CacheShrinker:
             return out
         cached = store(flow.cache.layers[number], parts, k, v, width)
         return self._behind(flow, rows, past, q, cached.keys, cached.values, scale, out) if any(flow.tails) else out
+
+    def told(
+        self, flow: PrefillState, module: Any, turn: slice, x: Tensor, y: Tensor, q: Tensor, scale: float
+    ) -> CachedLayer | None:
+        """What the stage is told of the rows `turn`, decided together, whose prompts have keys and values x, y
+        [heads, N, d]; None where it does not act."""
+        r, row = turn.start, prompt_rows(flow)[turn.start]
+        if not any(row.slots) or r in flow.skipped:
+            return None
+        begin = flow.index.shape[1] - row.prompt - row.tail
+        native = self._native(flow, module, r, begin, row.prompt) if self.stage.native else None
+        queries = q[turn, :, begin : begin + row.prompt].flatten(0, 1)
+        found, depth = flow.notes.query_attention.pop((module.layer_idx, r), None), len(self.lm.layers)
+        return CachedLayer(x, y, queries, row.images, row.slots, scale, module.layer_idx, depth, native, found)
 
     def _turns(self, flow: PrefillState, layer: int) -> list[slice]:
         """The rows that are decided together: one, or all, as more heads of one, where nothing tells them apart."""
@@ -269,6 +231,8 @@ def apply(stage: CacheStage, decision: Decision | None, keys: Tensor, values: Te
         return Plain(keys, values)
     if isinstance(decision, QuantizedKV) and decision.shape == keys.shape:
         return decision
+    if isinstance(decision, HeadClasses):
+        raise ValueError(f"stage {stage.name} puts heads in classes and does not say so: in_classes must be True")
     if isinstance(decision, KeepSlots):
         new = decision.apply(keys, values)
     else:

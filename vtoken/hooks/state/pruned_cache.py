@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from vtoken.hooks.state.head_classes import ClassedLayer
 from vtoken.hooks.state.quantized_layer import QuantizedLayer
 
 UNWRAPPED = (
@@ -212,6 +213,6 @@ def cache_bytes(cache: Any) -> int:
     """Bytes of keys and values that a cache holds now (allocated bytes for static caches), in whatever form."""
     tensors: list[Any] = []
     for layer in getattr(cache, "layers", ()):
-        packed = isinstance(layer, QuantizedLayer)
+        packed = isinstance(layer, QuantizedLayer | ClassedLayer)
         tensors += layer.tensors() if packed else [getattr(layer, name, None) for name in ("keys", "values")]
     return sum(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t))
