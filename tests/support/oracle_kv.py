@@ -70,8 +70,10 @@ def logits(
     lost: Lost,
     cuts: dict[int, Tensor] | None = None,
     deep: Sequence[Tensor] = (),
+    seen: dict[int, Tensor] | None = None,
 ) -> Tensor:
-    """[N, V] of one row [1, N, D]; cuts[k] [N_k] drops tokens before layer k."""
+    """[N, V] of one row [1, N, D]; cuts[k] [N_k] drops tokens before layer k; seen[k] [H, N, N] says what queries of
+    layer k see besides themselves."""
     lm = model.get_decoder()
     for k, layer in enumerate(lm.layers):
         if cuts and k in cuts:
@@ -82,6 +84,8 @@ def logits(
         for begin, gone in lost.get(k, ()):
             end = begin + gone.shape[1]
             mask[:, end:, begin:end] &= ~gone[:, None]
+        if seen is not None and k in seen:
+            mask &= seen[k] | torch.eye(n, dtype=torch.bool)
         mask = mask[None]
         if not hasattr(layer, "self_attn"):
             mask = None  # it keeps a state, out of which nothing is lost
@@ -103,10 +107,12 @@ def forced(
     lost: Lost,
     keep: Tensor | None = None,
     layer_keep: dict[int, Tensor] | None = None,
+    seen: dict[int, Tensor] | None = None,
 ) -> Tensor:
     """[n, V] logits of one row while it is made to say `tokens`.
 
     Args:
+        lost, seen: as in `logits`.
         keep: [B, L] tokens that enter the decoder; layer_keep[k]: [B, L] those that enter layer k.
     """
     stay = p.mask[row] if keep is None else keep[row] & p.mask[row]
@@ -120,4 +126,4 @@ def forced(
     for k, kept in sorted((layer_keep or {}).items()):
         now = torch.cat([kept[row][stay], torch.ones(said.shape[1], dtype=torch.bool)])
         cuts[k], held = now[held], now
-    return logits(model, x, positions, lost, cuts, deep)[-len(tokens) :]
+    return logits(model, x, positions, lost, cuts, deep, seen)[-len(tokens) :]

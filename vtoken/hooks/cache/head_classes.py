@@ -2,7 +2,8 @@
 
 A prefill attends as the model does, and then every class keeps its own tokens. Later forwards attend once per class. In
 a turn with pictures, new tokens see what is left and each other; in a decode step, a text turn or a draft, every token
-sees what its window holds, as if tokens came one by one.
+sees what its window holds, as if tokens came one by one. A row that was given no pictures yet holds everything, as it
+does alone.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from vtoken.hooks.cache.class_attention import read
 from vtoken.hooks.cache.shrink import CacheShrinker
 from vtoken.hooks.cache.shrunk_layer import ShrunkLayer
 from vtoken.hooks.state.cache_argument import CACHE
+from vtoken.hooks.state.classed_layer import ClassedLayer, adopt
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import eager
-from vtoken.hooks.state.head_classes import ClassedLayer, HeadClass, Lost, adopt
+from vtoken.hooks.state.head_class import HeadClass, Lost
 from vtoken.hooks.state.left_padding import left_padded
 from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.hooks.state.prompt_rows import prompt_rows
@@ -63,7 +65,8 @@ class HeadSplitter(CacheShrinker):
         else:
             mask = None if flow is None else flow.key_mask
             cached.take(None if mask is None else mask[:, -q.shape[2] :].bool().to(k.device), slides=not splits)
-            out = read(cached, q, scale, original, slides=not splits), None
+            free = uploaded([_acts(flow, r) for r in range(len(q))], q.device, torch.bool) if splits else None
+            out = read(cached, q, scale, original, free), None
         if splits:
             return self._split(flow, module, q, k, v, scale, out, before)
         if prefill:
@@ -83,12 +86,13 @@ class HeadSplitter(CacheShrinker):
     ) -> Any:
         number, rows = module.layer_idx, prompt_rows(flow)
         decisions: list[HeadClasses | None] = []
+        fresh = _fresh(before, len(rows))
         with Clock(k.device) as clock:
             for r, row in enumerate(rows):
                 begin = k.shape[2] - row.prompt - row.tail
                 here = slice(begin, begin + row.prompt)
                 seen = self.told(flow, module, slice(r, r + 1), k[r, :, here], v[r, :, here], q, scale)
-                if seen is not None and before is not None:
+                if seen is not None and before is not None and not fresh[r]:
                     seen = replace(seen, classes=tuple(each.heads[r] for each in before))
                 with torch.no_grad():
                     decision = None if seen is None else self.compress(seen)
@@ -96,7 +100,7 @@ class HeadSplitter(CacheShrinker):
             held = [row.prompt if d is None else _mean(d) for row, d in zip(rows, decisions, strict=True)]
             whole = held == [row.prompt for row in rows] and not any(d and _leaves(d) for d in decisions)
             if before is not None or not whole:
-                classes = _classes(flow, rows, decisions, k, v, before)
+                classes = _classes(flow, rows, decisions, k, v, before, fresh)
         shown = tuple(replace(row, stay=n) for row, n in zip(rows, held, strict=True))
         flow.shrunk[number] = ShrunkLayer(flow.group, shown, tuple(decisions), True, flow.live, clock)
         if before is None and whole:
@@ -125,6 +129,19 @@ class HeadSplitter(CacheShrinker):
             flow.trace.cached.append([row.stay for row in shrunk.rows])
 
 
+def _acts(flow: PrefillState, row: int) -> bool:
+    """Whether a stage decides about this row of a prefill."""
+    return row not in flow.skipped and any(prompt_rows(flow)[row].slots)
+
+
+def _fresh(before: tuple[HeadClass, ...] | None, rows: int) -> list[bool]:
+    """Rows about which nothing was decided yet; asks the device in a later turn if there were any."""
+    if before is None:
+        return [True] * rows
+    exempt = before[0].exempt
+    return [False] * rows if exempt is None else exempt.tolist()
+
+
 def _mean(decision: HeadClasses) -> int:
     """Tokens that a head holds, on average."""
     heads = [len(each.heads) for each in decision.classes]
@@ -144,15 +161,18 @@ def _classes(
     k: Tensor,
     v: Tensor,
     before: tuple[HeadClass, ...] | None,
+    fresh: Sequence[bool],
 ) -> tuple[HeadClass, ...]:
     """What the classes of a layer hold once the prompt is read.
 
     Args:
+        fresh: rows that were given no pictures before.
         k, v: [B, Hk, S, d], which end in what is new. In front of that stands what earlier turns left, where nothing is
             in classes yet: it stays for good.
     """
     width = flow.index.shape[1]
     new = slice(k.shape[2] - width, k.shape[2])
+    exempt = [first and d is None for first, d in zip(fresh, decisions, strict=True)]
     if before is None:
         first = next(d for d in decisions if d is not None)
         past = None if flow.key_mask is None else flow.key_mask[:, : new.start].bool().to(k.device)
@@ -165,14 +185,16 @@ def _classes(
         for r, (row, decision) in enumerate(zip(rows, decisions, strict=True)):
             begin = width - row.prompt - row.tail
             x, y = (t[r, :, begin : begin + row.prompt] for t in (keys, values))
-            had = _parts(old, r)
+            stays, leaves = _parts(old, r)
             if decision is None:
-                fixed.append(_behind(had[0], (x, y)))
-                latest.append(had[1])
+                fixed.append(stays)
+                latest.append(_behind(leaves, (x, y)))
                 continue
+            if fresh[r]:  # what was there before any picture stays
+                stays, leaves = _behind(stays, leaves), (x[:, :0], y[:, :0])
             mine = decision.classes[c]
-            fixed.append(_behind(had[0], _chosen(x, y, mine.stay)))
-            latest.append(_behind(had[1], _chosen(x, y, mine.latest)))
+            fixed.append(_behind(stays, _chosen(x, y, mine.stay)))
+            latest.append(_behind(leaves, _chosen(x, y, mine.latest)))
             if old.lost is not None:
                 gone[r, begin : begin + row.prompt] = True
                 for index in (mine.stay, mine.latest):
@@ -187,6 +209,7 @@ def _classes(
             values=torch.cat([fixed_values, values], 2),
             fixed=fixed_keys.shape[2],
             real=both if padded else None,
+            exempt=uploaded(exempt, k.device, torch.bool) if any(exempt) else None,
             lost=lost,
         )
         out.append(held if held.window is None else held.trimmed(held.window))

@@ -23,9 +23,9 @@ from vtoken.hooks.cache.shrunk_layer import ShrunkLayer
 from vtoken.hooks.decoder.attention_tap import tap
 from vtoken.hooks.state.cache_argument import CACHE
 from vtoken.hooks.state.checkpointing import replays
+from vtoken.hooks.state.classed_layer import ClassedLayer
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import eager, steps
-from vtoken.hooks.state.head_classes import ClassedLayer
 from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.hooks.state.prompt_rows import prompt_rows
 from vtoken.hooks.state.pruned_cache import SlotMap

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from vtoken.hooks.state.head_classes import ClassedLayer
+from vtoken.hooks.state.classed_layer import ClassedLayer
 from vtoken.hooks.state.quantized_layer import QuantizedLayer
 
 UNWRAPPED = (

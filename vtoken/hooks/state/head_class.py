@@ -1,21 +1,13 @@
-"""A cache layer whose key heads are in classes: all heads of a class hold equally many tokens, and other classes others.
-
-It stands in for a DynamicLayer. Its length is that of a layer in which every head holds everything, so masks and
-positions are made as if nothing had left; what heads really hold is in their class. Of a class the first tokens stay
-for good; the others leave, oldest first, where it has a window.
-"""
+"""Key heads of a layer that hold equally many tokens: some for good, and the others until a window has passed them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
-from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.left_padding import left_pad
 from vtoken.kernels import gather_cache
 
@@ -71,6 +63,7 @@ class HeadClass:
         fixed: the first of these tokens, which stay; the others leave, oldest first.
         window: the latest of those others that a query sees, itself among them; None: all.
         real: [B, n] which of them are no padding, None: all.
+        exempt: [B] rows from which nothing leaves, None: none.
         lost: what has left, where the class accounts for it.
     """
 
@@ -80,6 +73,7 @@ class HeadClass:
     fixed: int
     window: int | None = None
     real: Tensor | None = None
+    exempt: Tensor | None = None
     lost: Lost | None = None
 
     @property
@@ -112,22 +106,29 @@ class HeadClass:
         return torch.ones(len(self.keys), self.length, dtype=torch.bool, device=self.keys.device)
 
     def trimmed(self, most: int) -> HeadClass:
-        """With the latest `most` of the tokens that may leave, in every row."""
-        over = self.length - self.fixed - most
+        """With the latest `most` of the tokens that may leave, in every row that is not exempt."""
+        first = self.fixed
+        over = self.length - first - most
         if over <= 0:
             return self
-        first, end = self.fixed, self.fixed + over
-        if self.real is None:
+        if self.real is None and self.exempt is None:
+            end = first + over
             lost = self.lost and self.lost.more(self.keys[:, :, first:end], self.values[:, :, first:end])
             keys, values = (torch.cat([t[:, :, :first], t[:, :, end:]], 2) for t in (self.keys, self.values))
             return replace(self, keys=keys, values=values, lost=lost)
-        real = self.real[:, first:]
+        mask = self.mask()
+        real = mask[:, first:]
         stays = real & (real.flip(1).cumsum(1).flip(1) <= most)
+        if self.exempt is not None:
+            stays = torch.where(self.exempt[:, None], real, stays)
         lost = self.lost and self.lost.more(self.keys[:, :, first:], self.values[:, :, first:], real & ~stays)
+        if self.exempt is not None:
+            # As long as its longest row, as all batches are.
+            return replace(self, real=torch.cat([mask[:, :first], stays], 1), lost=lost)
         late = left_pad(stays, most)
         index = torch.cat([torch.arange(first, device=late.device).expand(len(late), -1), late + first], 1)
         keys, values = gather_cache((self.keys, self.values), index[:, None])
-        kept = torch.cat([self.real[:, :first], stays.gather(1, late)], 1)
+        kept = torch.cat([mask[:, :first], stays.gather(1, late)], 1)
         return replace(self, keys=keys, values=values, real=kept, lost=lost)
 
     def without(self, count: int) -> HeadClass:
@@ -136,38 +137,45 @@ class HeadClass:
         real = None if self.real is None else self.real[:, :end]
         return replace(self, keys=self.keys[:, :, :end].clone(), values=self.values[:, :, :end].clone(), real=real)
 
-    def seen(self, new: int, *, slides: bool = True) -> Tensor | None:
+    def seen(self, new: int, free: Tensor | None = None) -> Tensor | None:
         """[B or 1, new, n] which tokens each of the newest `new` sees, None: all. Padding sees itself alone.
 
         Args:
-            slides: as the window has it; else all that is held, and what is new up to itself.
+            free: [B] rows whose new tokens see all that is held, and what is new up to themselves; the others see as
+                far as the window goes.
         """
         if new == 1 and self.real is None:
             return None
         columns = torch.arange(self.length, device=self.keys.device)
         at = columns[-new:, None]
-        seen = columns <= at
-        if slides and self.window is not None:
-            rank = columns[None] if self.real is None else self.real.cumsum(1)
-            near = rank[:, -new:, None] - rank[:, None] < self.window
-            seen = seen & (near | (columns < self.fixed))
+        seen = (columns <= at)[None]
+        if self.window is not None and new > 1:
+            seen = seen & ~self._past(new, free)
         if self.real is not None:
             seen = seen & self.real[:, None] & self.real[:, -new:, None]
-        return (seen | (columns == at)).expand(-1 if seen.ndim == 3 else 1, -1, -1)
+        return seen | (columns == at)
 
-    def unseen(self, new: int, *, slides: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    def unseen(self, new: int, free: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Of what each of the newest `new` tokens does not see any more, counts [B, m], mean keys and values
         [B, Hc, m, d]; m is 1 where all have lost the same. For a class that accounts for it."""
         assert self.lost is not None
-        if new == 1 or not slides or self.window is None:
+        if new == 1 or self.window is None:
             return self.lost.count[:, None], self.lost.keys[:, :, None], self.lost.values[:, :, None]
-        columns, first = torch.arange(self.length, device=self.keys.device), self.fixed
-        rank = columns[None] if self.real is None else self.real.cumsum(1)
-        gone = rank[:, -new:, None] - rank[:, None, first:] >= self.window
+        gone = self._past(new, free)[:, :, self.fixed :]
         if self.real is not None:
-            gone = gone & self.real[:, None, first:]
+            gone = gone & self.real[:, None, self.fixed :]
         gone = gone.expand(len(self.keys), -1, -1)
-        return self.lost.averages(self.keys[:, :, first:], self.values[:, :, first:], gone)
+        return self.lost.averages(self.keys[:, :, self.fixed :], self.values[:, :, self.fixed :], gone)
+
+    def _past(self, new: int, free: Tensor | None) -> Tensor:
+        """[B or 1, new, n] which tokens have left the window of each of the newest `new`."""
+        assert self.window is not None
+        columns = torch.arange(self.length, device=self.keys.device)
+        rank = columns[None] if self.real is None else self.real.cumsum(1)
+        past = (rank[:, -new:, None] - rank[:, None] >= self.window) & (columns >= self.fixed)
+        for rows in (free, self.exempt):
+            past = past if rows is None else past & ~rows[:, None, None]
+        return past
 
     def map(self, function: Callable[[Tensor], Tensor]) -> HeadClass:
         """With the function applied to every tensor: to choose rows, or to move them to another device."""
@@ -177,123 +185,10 @@ class HeadClass:
             keys=function(self.keys),
             values=function(self.values),
             real=None if self.real is None else function(self.real),
+            exempt=None if self.exempt is None else function(self.exempt),
             lost=self.lost and self.lost.map(function),
         )
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All keys and values, means included."""
         return self.keys, self.values, *(() if self.lost is None else (self.lost.keys, self.lost.values))
-
-
-class ClassedLayer(DynamicLayer):
-    """See above. Made of a live DynamicLayer by `adopt`.
-
-    Attributes:
-        classes: every key head of every row is in one of them.
-        total: tokens that a head would hold which drops none, padding included.
-        pending: new keys and values [B, Hk, n, d], from `update` to `take`.
-        spare: how many of the newest tokens may be taken back: behind those the oldest that they see may have left.
-    """
-
-    classes: tuple[HeadClass, ...]
-    total: int
-    pending: tuple[Tensor, Tensor] | None
-    spare: int
-
-    @property
-    def keys(self) -> Tensor:  # type: ignore[override]
-        raise UnsupportedError(
-            "heads of this layer hold different numbers of tokens, so it has no single tensor of keys or values; leave "
-            "out the stage that puts heads in classes where something else reads the cache"
-        )
-
-    values = keys
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Takes note of new tokens and hands them back; the attention that follows reads the classes."""
-        self.pending = key_states, value_states
-        self.total += key_states.shape[2]
-        return key_states, value_states
-
-    def take(self, real: Tensor | None = None, *, slides: bool = True) -> int:
-        """Lets the classes hold what `update` noted; returns how many new tokens that is.
-
-        Args:
-            real: [B, n] which of them are no padding, None: all.
-            slides: what the first of them does not see leaves.
-        """
-        assert self.pending is not None
-        (keys, values), self.pending = self.pending, None
-        classes, new = list[HeadClass](), keys.shape[2]
-        self.spare += new
-        for each in self.classes:
-            if slides and each.window is not None and each.length - each.fixed > each.window - 1:
-                each, self.spare = each.trimmed(each.window - 1), new
-            classes.append(each.append(keys, values, real))
-        self.classes = tuple(classes)
-        return new
-
-    def get_seq_length(self) -> int:
-        return self.total
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Without the newest -tokens_to_remove; what is positive is the length that stays, as older versions of
-        transformers have it.
-
-        Raises:
-            RuntimeError: what the tokens before them see has left.
-        """
-        count = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.total - tokens_to_remove)
-        if count > self.spare:
-            raise RuntimeError(
-                f"crop() takes back {count} tokens, and heads of this cache have dropped what the tokens before the "
-                f"latest {self.spare} see; start the conversation again"
-            )
-        if count:
-            self.classes, self.total = tuple(each.without(count) for each in self.classes), self.total - count
-            self.spare -= count
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._select(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        # They may be a mask.
-        self._select(torch.arange(len(self.classes[0].keys), device=indices.device)[indices])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._select(torch.arange(len(self.classes[0].keys)).repeat_interleave(repeats))
-
-    def _select(self, index: Tensor) -> None:
-        index = index.to(self.classes[0].keys.device)
-        self.classes = tuple(each.map(lambda t: t.index_select(0, index)) for each in self.classes)
-
-    def offload(self) -> None:
-        self._to(torch.device("cpu"))
-
-    def prefetch(self) -> None:
-        self._to(self.device)
-
-    def _to(self, device: torch.device) -> None:
-        self.classes = tuple(each.map(lambda t: t.to(device, non_blocking=True)) for each in self.classes)
-
-    def reset(self) -> None:
-        """Back to an empty DynamicLayer."""
-        vars(self).clear()
-        self.__class__ = DynamicLayer  # type: ignore[assignment]
-        DynamicLayer.__init__(self)
-
-    def tensors(self) -> list[Tensor]:
-        """All that is held."""
-        return [t for each in self.classes for t in each.tensors()]
-
-
-def adopt(cached: Any, classes: tuple[HeadClass, ...], total: int) -> ClassedLayer:
-    """Lets a live DynamicLayer, or one that does so already, hold heads in these classes; nothing can be taken back
-    from them."""
-    if not isinstance(cached, ClassedLayer):
-        for name in ("keys", "values"):
-            vars(cached).pop(name)
-        cached.__class__ = ClassedLayer
-    cached.classes, cached.total, cached.pending, cached.spare = classes, total, None, 0
-    classed: ClassedLayer = cached
-    return classed
