@@ -27,7 +27,8 @@ examples:
       a local folder with a config.json, four images per prompt
 
 A multiply-add is 2 FLOPs. Percentages are shares of the dense model. KV bytes use the config's dtype, 2 bytes a number
-where it names none. Qwen rounds sizes as transformers' Qwen2VLImageProcessor does by default (56x56 to about a million pixels),
+where it names none. "KV read per token" is what a decode step reads of one row's cache, the mean over the answer: every step
+reads the weights besides. Qwen rounds sizes as transformers' Qwen2VLImageProcessor does by default (56x56 to about a million pixels),
 frames too; checkpoints may set other limits. How many newline tokens stay where tokens were dropped is an expectation: tokens
 drawn at random.
 """
@@ -42,6 +43,7 @@ ROWS = {
     "total": "total",
     "KV cache after prefill": "kv_bytes_prefill",
     "KV cache at the end": "kv_bytes",
+    "KV read per token": "kv_bytes_read",
     "visual tokens at entry": "visual_entry",
     "visual tokens per layer": "visual_average",
     "newline tokens at entry": "newline_entry",
@@ -99,10 +101,10 @@ def table(model: str, accounts: list[Account]) -> Any:
         out.add_column(f"{name} ({number})" if names.count(name) > 1 else name, justify="right")
     for label, field in ROWS.items():
         values = [getattr(each, field) for each in accounts]
-        if field == "newline_entry" and not any(values):
+        if field in ("newline_entry", "kv_bytes_read") and not any(values):
             continue
         cells = [_cell(field, value, values[0]) for value in values]
-        out.add_row(label, *cells, end_section=field in ("decode", "total", "kv_bytes"))
+        out.add_row(label, *cells, end_section=field in ("decode", "total", "kv_bytes_read"))
     return out
 
 

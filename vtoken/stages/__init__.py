@@ -25,6 +25,7 @@ from vtoken.stages.cache import (
     ReplacedKV,
 )
 from vtoken.stages.facts import FACTS, SITES, Fact, FactSpec, Site, spec_of
+from vtoken.stages.held import HeldLayer
 from vtoken.stages.quantized import QuantizedKV, QuantizedTensor
 from vtoken.stages.query_attention import QueryAttention, shared
 from vtoken.stages.token_module import Layout, TokenModule

@@ -12,6 +12,7 @@ from torch import Tensor
 from vtoken.kernels import merge_tokens, topk_tokens
 from vtoken.stages.budget import Budget
 from vtoken.stages.facts import Fact, Site
+from vtoken.stages.held import HeldLayer
 from vtoken.stages.tokens import Keep, Parts, VisualTokens, image_of, offsets_of, segments_of
 
 Unmerging = Literal["expanded", "merged"]
@@ -143,6 +144,15 @@ class Stage(BaseModel):
     def flops(self, lengths: Sequence[int], width: int) -> int:
         """FLOPs of the decision, without those of its facts; 0 if it only compares."""
         return 0
+
+    def bytes_read(self, at: HeldLayer, held: int) -> int | None:
+        """Bytes of a layer's cache that the step of the newest token reads, its own key and value among them, in the
+        form in which they are held: copies that are worked out of them do not count. `held` is what all of them take.
+        None where what they hold decides; the account then counts all.
+
+        For stages that leave the cache whole and choose at every token; all others read what is held.
+        """
+        return held
 
 
 class Pruner(Stage):

@@ -18,6 +18,7 @@ from vtoken.kernels import gather_cache
 from vtoken.stages.base import Compressor
 from vtoken.stages.budget import Budget
 from vtoken.stages.facts import Site
+from vtoken.stages.held import HeldLayer
 from vtoken.stages.quantized import QuantizedKV
 from vtoken.stages.query_attention import QueryAttention
 
@@ -217,6 +218,15 @@ class CacheStage(Compressor):
     ) -> int | None:
         """Bytes of one layer's keys and values if they are quantized; None if it holds `slots` tokens at full width."""
         return None
+
+    def bytes_held(self, at: HeldLayer) -> int:
+        """Bytes of a layer's keys and values, for the account: of the prompt as `packed_bytes` and `slots` have it, of
+        what is generated at full width. To be overridden where layers or heads differ, or what is generated shrinks,
+        too. Exact where `counts_are_exact`."""
+        packed = self.packed_bytes(at.prompt, at.images, at.kv_heads, at.head_dim, at.number_bytes)
+        if packed is not None:
+            return packed + at.full(at.generated)
+        return at.full(self.slots(at.prompt, at.images) + at.generated)
 
     def cost(self, prompt: int, lengths: Sequence[int], heads: int, kv_heads: int, head_dim: int) -> int | None:
         """FLOPs of the decision in one layer; None if not known."""

@@ -12,6 +12,7 @@ from typing import Any
 from vtoken.config import Pipeline
 from vtoken.errors import about
 from vtoken.evals.cost.geometry import Geometry, cut_alike, geometry
+from vtoken.evals.cost.held import bytes_held, bytes_read, stored, unknown
 from vtoken.evals.cost.refilled import Units, refilled
 from vtoken.evals.cost.token_flow import Counts, TokenFlow
 from vtoken.evals.shared.dense import DENSE
@@ -49,6 +50,8 @@ class Account:
             still have one is an expectation: that of tokens drawn at random.
         kv_bytes_prefill, kv_bytes: of the whole batch, when prefill ends and when generation ends; keys and values
             alone, of the layers that attend.
+        kv_bytes_read: of one row, what a decode step reads of its cache, the mean over all of them; without weights,
+            and without copies that are worked out of a cache in few bits. 0 where no step is made.
         left_out: what is not counted, one sentence each.
         inexact: stages whose counts depend on what the picture shows; without any, visual_tokens are exact.
     """
@@ -70,6 +73,7 @@ class Account:
     newline_tokens: Counts
     kv_bytes_prefill: int
     kv_bytes: int
+    kv_bytes_read: int
     left_out: tuple[str, ...]
     inexact: tuple[str, ...]
 
@@ -153,9 +157,10 @@ def account(
         ),
         visual_tokens=tuple(map(sum, flow.decoder)),
         newline_tokens=tuple(flow.newlines),
-        kv_bytes_prefill=batch * _kv_bytes(flow, size),
-        kv_bytes=batch * _kv_bytes(flow, size, steps),
-        left_out=(*LEFT_OUT, *((STATES,) if decoder.states else ()), *flow.left_out),
+        kv_bytes_prefill=batch * bytes_held(flow, size),
+        kv_bytes=batch * bytes_held(flow, size, steps),
+        kv_bytes_read=round(bytes_read(flow, size, steps)),
+        left_out=(*LEFT_OUT, *((STATES,) if decoder.states else ()), *flow.left_out, *unknown(flow)),
         inexact=tuple(flow.inexact),
     )
 
@@ -187,31 +192,14 @@ def _tower(shape: Geometry, flow: TokenFlow, batch: int, attended: Units, met: U
     return 2 * around + layers
 
 
-def _stored(tokens: int, window: int | None) -> int:
-    """Slots that DynamicCache keeps of so many tokens: with a sliding window, all but the newest token's own."""
-    return tokens if window is None else min(tokens, window - 1)
-
-
 def _decode_attention(shape: Geometry, prompt: Sequence[int], steps: int) -> int:
     """FLOPs of attention over all decode steps; `prompt` is the length at every layer."""
     return sum(
-        2 * shape.decoder.scores(1, _stored(n + step, window) + 1)
+        2 * shape.decoder.scores(1, stored(n + step, window) + 1)
         for layer, (n, window) in enumerate(zip(prompt, shape.decoder.windows, strict=True))
         if layer not in shape.decoder.states
         for step in range(steps)
     )
-
-
-def _kv_bytes(flow: TokenFlow, size: int, steps: int = 0) -> int:
-    """Bytes of the KV cache of one row after so many decode steps; a number takes `size` of them at full width."""
-    decoder, total = flow.shape.decoder, 0
-    for layer, (n, window) in enumerate(zip(flow.held, decoder.windows, strict=True)):
-        if layer in decoder.states:
-            continue
-        packed = flow.packed[layer](size) if layer in flow.packed else None
-        slots = _stored(n + steps, window) if packed is None else steps
-        total += (packed or 0) + slots * 2 * decoder.kv_heads * decoder.head_dim * size
-    return total
 
 
 def _dtype_bytes(config: Any) -> int:

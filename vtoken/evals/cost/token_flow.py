@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 from vtoken.errors import OtherModelError, UnsupportedError
 from vtoken.evals.cost.geometry import Geometry
@@ -29,8 +28,8 @@ class TokenFlow:
             is computed.
         held: prompt tokens in every decoder layer's KV cache when the prefill ends; `decoded` those that a decode step
             attends to.
-        packed: of the layers whose cached prompt is in few bits, the bytes it takes, given those of a number at full
-            width.
+        shrunk: of the layers in which a stage shrinks the cache, that stage, the tokens of the prompt before, and the
+            visual ones among them, per image.
         cost: FLOPs of the stages and of the facts they read.
         left_out: what could not be counted; stages: those that act.
         inexact: stages whose counts depend on what the picture shows: from them on counts are expected ones.
@@ -47,7 +46,7 @@ class TokenFlow:
         self.mlps: list[Counts] = []
         self.decoder: list[Counts] = []
         self.newlines: list[int] = []
-        self.packed: dict[int, Callable[[int], int | None]] = {}
+        self.shrunk: dict[int, tuple[CacheStage, int, Counts]] = {}
         self.cost = 0
         self.left_out: list[str] = []
         self.inexact: list[str] = []
@@ -191,7 +190,7 @@ class TokenFlow:
                 self._leave_out(f"{stage.name}: what deciding costs")
             self.cost += cost or 0
             self.held[layer] = stage.slots(prompt, counts)
-            self.packed[layer] = partial(stage.packed_bytes, prompt, counts, stack.kv_heads, stack.head_dim)
+            self.shrunk[layer] = stage, prompt, counts
         if stage.requantize_every():
             self._leave_out(f"{stage.name}: that what is generated gets smaller, too (KV bytes count it at full width)")
 

@@ -1,0 +1,31 @@
+"""What the account of bytes asks a stage about a cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class HeldLayer:
+    """One decoder layer of one row, at some time of an answer. Only layers that attend are asked about.
+
+    Attributes:
+        layer: its index; attending: indices of all layers that attend, ascending.
+        prompt: tokens of the row in that layer when its prompt was read; images: visual tokens among them, per image.
+        generated: tokens since, the newest one among them, each by a step of its own.
+        kv_heads, head_dim: of the layer; number_bytes: bytes of a number at full width.
+    """
+
+    layer: int
+    attending: tuple[int, ...]
+    prompt: int
+    images: tuple[int, ...]
+    generated: int
+    kv_heads: int
+    head_dim: int
+    number_bytes: int
+
+    def full(self, slots: float) -> int:
+        """Bytes of so many slots at full width, a key and a value in every head. Where heads hold different numbers,
+        their mean."""
+        return round(slots * 2 * self.kv_heads * self.head_dim * self.number_bytes)
