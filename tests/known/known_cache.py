@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from vtoken import registry
+from vtoken.compressors.cache.pyramidkv import narrowed
 from vtoken.stages.cache import CachedLayer
 
 
@@ -68,6 +71,26 @@ def snapkv():
     assert stage(keep=2).compress(ends).index[:, -1].tolist() == [7, 7], "a prompt that ends in a picture"
     assert stage(keep=4).slots(100, (60, 3)) == 37 + 4 + 3 and stage(keep=40, text=True).slots(100, (60,)) == 40
     assert stage(keep=4, window=8).cost(100, (60,), 4, 2, 8) == 2 * 8 * 100 * 4 * 8
+
+
+def pyramidkv():
+    """Counts worked out by hand, and at every layer what snapkv keeps at that count."""
+    assert [narrowed(10, 40, 5, r, 5) for r in range(5)] == [18, 14, 10, 6, 2]
+    assert [narrowed(10, 15, 5, r, 5) for r in range(5)] == [15, 13, 10, 7, 5], "no layer has more than there is"
+    assert [narrowed(7, 9, 20, r, 4) for r in range(4)] == [9, 8, 6, 5]
+    assert [narrowed(3, 3, 20, r, 4) for r in range(4)] == [3] * 4 and narrowed(6, 9, 20, 0, 1) == 6
+    x = layer(20, [range(2, 12)])
+    pyramid, snap = registry.stage("pyramidkv"), registry.stage("snapkv")
+    for at, counts in (((), (8, 6, 4, 2)), ((1, 3, 6), (8, 5, 2))):
+        for r, count in enumerate(counts):
+            where = {"layer": at[r] if at else r, "depth": 8 if at else 4, "attending": at}
+            found = pyramid(keep=5, beta=2).compress(replace(x, **where))
+            want = snap(keep=count).compress(x)
+            assert found.counts == want.counts == (count,) and torch.equal(found.index, want.index)
+    for r, count in enumerate((3 + 3, 3 + 3, 3 + 1, 3 + 1)):
+        found = pyramid(keep=5, window=3, text=True).compress(replace(x, layer=r, depth=4))
+        assert torch.equal(found.index, snap(keep=count, window=3, text=True).compress(x).index)
+    assert pyramid(keep=5).slots(100, (60, 3)) == 37 + 5 + 3 and pyramid(keep=40, text=True).slots(100, (60,)) == 40
 
 
 def lookm():

@@ -25,6 +25,11 @@ class HeldLayer:
     head_dim: int
     number_bytes: int
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """How many layers with attention come before this one, and how many there are."""
+        return self.attending.index(self.layer), len(self.attending)
+
     def full(self, slots: float) -> int:
         """Bytes of so many slots at full width, a key and a value in every head. Where heads hold different numbers,
         their mean."""

@@ -159,7 +159,8 @@ class CacheShrinker:
         native = self._native(flow, module, r, begin, row.prompt) if self.stage.native else None
         queries = q[turn, :, begin : begin + row.prompt].flatten(0, 1)
         found, depth = flow.notes.query_attention.pop((module.layer_idx, r), None), len(self.lm.layers)
-        return CachedLayer(x, y, queries, row.images, row.slots, scale, module.layer_idx, depth, native, found)
+        where = {"layer": module.layer_idx, "depth": depth, "attending": self.attending}
+        return CachedLayer(x, y, queries, row.images, row.slots, scale, native=native, query_attention=found, **where)
 
     def _turns(self, flow: PrefillState, layer: int) -> list[slice]:
         """The rows that are decided together: one, or all, as more heads of one, where nothing tells them apart."""
