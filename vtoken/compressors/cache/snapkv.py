@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from vtoken.compressors.cache._slots import best, hold_text
 from vtoken.stages.budget import Budget
-from vtoken.stages.cache import CachedLayer, CacheStage, KeepSlots
+from vtoken.stages.cache import CachedLayer, CacheStage, Decision, KeepSlots
 from vtoken.stages.query_attention import shared
 
 
@@ -50,7 +50,7 @@ class SnapKV(CacheStage):
             raise ValueError("must be odd, so that a score stays with its token")
         return kernel
 
-    def compress(self, layer: CachedLayer) -> KeepSlots:
+    def compress(self, layer: CachedLayer) -> Decision:
         n, heads = layer.keys.shape[1], len(layer.keys)
         left = self.left(n, layer.lengths, layer.place)
         held = left[0] if self.text else n - sum(layer.lengths) + sum(left)
