@@ -20,7 +20,7 @@ from vtoken.evals.shared.options import ModelCommand, option
 from vtoken.evals.shared.whole import check_folder
 from vtoken.evals.speed.inputs import prepared, random_prompt
 
-SUMMARY = "which key heads must read everything (gates of static_sparse)"
+SUMMARY = "which key heads must read everything (gates of static_sparse and streaming_cache)"
 DESCRIPTION = """\
 Shows the model random tokens, again and again, in one prompt. Heads that look back to the earlier copies of a token (echo), or to
 what came behind them (induction), retrieve; all others may read the first and the latest tokens alone. No gradients. After
