@@ -28,6 +28,7 @@ CHEAP = {
     "vtoken flops tiny-llava --json": [],
     "vtoken show tiny-llava fastervlm:32 picture.jpg": [],
     "vtoken calibrate vtw tiny-llava": ["--limit", "6"],
+    "vtoken calibrate streaming tiny-llava --induction 0.25 -o heads.json": [],
 }
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vtoken import registry
+from vtoken.compressors.cache.pyramidkv import narrowed
 from vtoken.stages.cache import CachedLayer
 from vtoken.stages.held import HeldLayer
 
@@ -71,6 +72,26 @@ def snapkv():
     assert stage(keep=2).compress(ends).index[:, -1].tolist() == [7, 7], "a prompt that ends in a picture"
     assert stage(keep=4).slots(100, (60, 3)) == 37 + 4 + 3 and stage(keep=40, text=True).slots(100, (60,)) == 40
     assert stage(keep=4, window=8).cost(100, (60,), 4, 2, 8) == 2 * 8 * 100 * 4 * 8
+
+
+def pyramidkv():
+    """Counts worked out by hand, and at every layer what snapkv keeps at that count."""
+    assert [narrowed(10, 40, 5, r, 5) for r in range(5)] == [18, 14, 10, 6, 2]
+    assert [narrowed(10, 15, 5, r, 5) for r in range(5)] == [15, 13, 10, 7, 5], "no layer has more than there is"
+    assert [narrowed(7, 9, 20, r, 4) for r in range(4)] == [9, 8, 6, 5]
+    assert [narrowed(3, 3, 20, r, 4) for r in range(4)] == [3] * 4 and narrowed(6, 9, 20, 0, 1) == 6
+    x = layer(20, [range(2, 12)])
+    pyramid, snap = registry.stage("pyramidkv"), registry.stage("snapkv")
+    for at, counts in (((), (8, 6, 4, 2)), ((1, 3, 6), (8, 5, 2))):
+        for r, count in enumerate(counts):
+            where = {"layer": at[r] if at else r, "depth": 8 if at else 4, "attending": at}
+            found = pyramid(keep=5, beta=2).compress(replace(x, **where))
+            want = snap(keep=count).compress(x)
+            assert found.counts == want.counts == (count,) and torch.equal(found.index, want.index)
+    for r, count in enumerate((3 + 3, 3 + 3, 3 + 1, 3 + 1)):
+        found = pyramid(keep=5, window=3, text=True).compress(replace(x, layer=r, depth=4))
+        assert torch.equal(found.index, snap(keep=count, window=3, text=True).compress(x).index)
+    assert pyramid(keep=5).slots(100, (60, 3)) == 37 + 5 + 3 and pyramid(keep=40, text=True).slots(100, (60,)) == 40
 
 
 def lookm():
@@ -179,3 +200,48 @@ def streaming_cache():
     at = HeldLayer(1, (0, 1), 100, (60, 20), 9, 2, 8, 2)
     assert one.bytes_held(at) == (109 + 27) * 2 * 8 * 2 + 2 * 8 * 4, "one head of layer 1 streams, its means in fp32"
     assert cls(sink=3, recent=4, text=False).held(100, (60, 20)) == 7
+
+
+def task_kv():
+    """Head by head and token by token, in float64."""
+    s = registry.stage("task_kv")
+    assert [s(keep=1, beta=0.25, least=4).whole(32, r, 5) for r in range(5)] == [9, 8, 7, 6, 5]
+    assert [s(keep=1, beta=0.3, least=1).whole(8, r, 4) for r in range(4)] == [3, 3, 2, 2], "2.4, 1.9, 1.5, 1 and one"
+    assert [s(keep=1, beta=0.5, least=0).whole(2, r, 3) for r in range(3)] == [2, 2, 1] and s(keep=1).whole(
+        1, 0, 1
+    ) == 1
+    # Six heads, two of which keep all 10: (6 * 4 - 2 * 10) / 4 = 1; and (6 * 6 - 20) / 4 = 4.
+    some = {"beta": 0.0, "least": 1}
+    assert s(keep=4, **some).others(20, (10,), 6, (3, 4)) == (1,) and s(keep=6, **some).others(
+        20, (10,), 6, (3, 4)
+    ) == (4,)
+    assert s(keep=2, **some).others(20, (10,), 6, (3, 4)) == (1,), "a budget that cannot be met"
+    assert s(keep="50%", text=True, sink=1, recent=2, **some).others(20, (10,), 6, (3, 4)) == (5,)
+    assert s(keep=1, text=True, **some).others(20, (10,), 6, (3, 4)) == (20,), "sinks and recent tokens are all"
+    x = replace(layer(20, [range(2, 12)], heads=12, kv_heads=6), layer=2, depth=3)
+    for options in ({"keep": 6}, {"keep": 9, "text": True, "sink": 1, "recent": 2}, {"keep": 6, "top": 3, "kernel": 3}):
+        stage = s(beta=0.0, least=1, window=5, **options)
+        attended, vectors = [], []
+        for head in range(6):
+            rows = torch.stack([attention(x, 2 * head + g)[-5:].mean(0) for g in range(2)])
+            reach = stage.kernel // 2
+            pooled = [rows[:, max(0, i - reach) : i + reach + 1].sum(1).mean() / stage.kernel for i in range(20)]
+            attended.append([float(c) for c in pooled])
+            chosen = best(attended[-1], stage.top)
+            vectors.append(sum(attended[-1][i] * x.values[head, i].double() for i in chosen))
+        distance = [float((v - sum(vectors) / 6).norm()) for v in vectors]
+        order = sorted(range(6), key=lambda h: -distance[h])
+        full, rest = stage.compress(x).classes
+        assert full.heads.tolist() == sorted([order[0], order[-1]]) and rest.heads.tolist() == sorted(order[1:-1])
+        assert full.stay.tolist() == [list(range(20))] and full.latest.numel() == rest.latest.numel() == 0
+        (count,) = stage.others(20, (10,), 6, (2, 3))
+        for row, head in enumerate(rest.heads.tolist()):
+            always = [0, 18, 19] if stage.text else [0, 1, *range(12, 20)]
+            rivals = [i for i in range(20) if i not in always]
+            room = count - len(always) if stage.text else count
+            kept = sorted(rivals, key=lambda i: (-attended[head][i], i))[:room]
+            assert rest.stay[row].tolist() == sorted(always + kept)
+        assert rest.window is full.window is None
+    again = stage.compress(replace(x, classes=(torch.tensor([5, 1]), torch.tensor([4, 0, 3, 2]))))
+    assert [c.heads.tolist() for c in again.classes] == [[5, 1], [4, 0, 3, 2]], "a later turn has no say in the heads"
+    assert s(keep=5).slots(100, (60, 3)) == 37 + 5 + 3 and s(keep=40, text=True).slots(100, (60,)) == 40

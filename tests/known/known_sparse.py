@@ -3,8 +3,11 @@ in float64."""
 
 from __future__ import annotations
 
+import json
 import math
+import tempfile
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,6 +138,33 @@ def static_sparse():
     assert duo.density(160, 1) == pytest.approx(float(duo.reads(prompt(160, layer=1)).density()))
     with pytest.raises(ValidationError, match="equally many"):
         stage("static_sparse", gates=((0.1,), (0.1, 0.2)))
+    planned_windows()
+
+
+def planned_windows():
+    """Window by window: -100 + 0.5 * 300 = 50 is one block of 64, -500 + 0.75 * 300 none, 64 one, 0.25 * 300 two."""
+    plan = [[[0, 1.0]] * 4, [[-100, 0.5], [-500, 0.75], [64, 0], [0, 0.25]]]
+    widths, n, sink, size = (64, 64, 64, 128), 300, 33, 32
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "plan.json")
+        file.write_text(json.dumps({k: dict(enumerate(row)) for k, row in enumerate(plan)}))
+        s = stage("static_sparse", plan=str(file), sink=sink, size=size, last=3)
+        found = s.reads(prompt(n, layer=1))
+        for head, width in enumerate(widths):
+            for r in range(-(-n // size)):
+                rows = range(size * r, size * r + size)
+                want = {j // size for i in rows for j in range(i + 1) if j < sink or j > i - width}
+                assert set(found.blocks[head, r].nonzero()[:, 0].tolist()) == want
+        assert s.density(n, 1) == pytest.approx(float(found.density())) and s.density(n, 1) < s.density(n, 0)
+        whole = s.reads(prompt(n)).blocks
+        assert bool((whole == torch.ones(10, 10, dtype=torch.bool).tril()).all()), "alpha 0, beta 1 reads all"
+        file.write_text(
+            json.dumps(
+                {name: [[pair[i] for pair in row[:2]] for row in plan] for i, name in enumerate(("alphas", "betas"))}
+            )
+        )
+        key_heads = stage("static_sparse", plan=str(file), sink=sink, size=size, last=3).reads(prompt(n, layer=1))
+        assert torch.equal(key_heads.blocks, found.blocks[[0, 0, 1, 1]]), "a plan of key heads is their query heads'"
 
 
 def xattention():

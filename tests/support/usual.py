@@ -20,6 +20,8 @@ OWN: dict[str, dict[str, Any]] = {
     # As dense attention as others are on short prompts; test_zipvl.py has the rest.
     # stands aside on short prompts, where it would not be as dense attention; test_composite.py has the rest
     "composite_attention": {"min_len": 4096},
+    # of the two key heads one keeps a part in every layer
+    "task_kv": {"beta": 0.0, "least": 0},
     "zipvl": {"tau": 1.0, "recent": 200},
     "streaming_cache": {"sink": 2, "recent": 4},
     "zipvl_cache": {"tau": 0.9, "recent": 2, "drawn": 4},

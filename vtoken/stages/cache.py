@@ -37,7 +37,7 @@ class CachedLayer:
         images: per image, the slots [N_i] of its visual tokens, ascending; all other slots hold text or newline tokens.
         slots: the same on the host.
         scale: factor on q . k before the softmax.
-        layer, depth: index of the layer, and the number of layers.
+        layer, depth: index of the layer, and the number of layers; attending: those with attention, () where all have.
         native, rope, places: set for stages that ask for it.
         query_attention: as a stage of site attention left it; use it through `query_attention.shared`.
         classes: for stages that decide with HeadClasses, the key heads [Hc] of every class that an earlier turn left;
@@ -57,6 +57,13 @@ class CachedLayer:
     classes: tuple[Tensor, ...] | None = None
     rope: Rope | None = None
     places: Places | None = None
+    attending: tuple[int, ...] = ()
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """How many layers with attention come before this one, and how many there are."""
+        attending = self.attending or tuple(range(self.depth))
+        return attending.index(self.layer), len(attending)
 
     @property
     def lengths(self) -> tuple[int, ...]:

@@ -31,6 +31,11 @@ class HeldLayer:
     parts: tuple[Parts, ...] = ()
     depth: int = 0
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """How many layers with attention come before this one, and how many there are."""
+        return self.attending.index(self.layer), len(self.attending)
+
     def full(self, slots: float) -> int:
         """Bytes of so many slots at full width, a key and a value in every head. Where heads hold different numbers,
         their mean."""

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from vtoken.compressors.cache._slots import best, hold_text
 from vtoken.stages.budget import Budget
-from vtoken.stages.cache import CachedLayer, CacheStage, KeepSlots
+from vtoken.stages.cache import CachedLayer, CacheStage, Decision, KeepSlots
 from vtoken.stages.query_attention import shared
 
 
@@ -50,15 +50,16 @@ class SnapKV(CacheStage):
             raise ValueError("must be odd, so that a score stays with its token")
         return kernel
 
-    def compress(self, layer: CachedLayer) -> KeepSlots:
+    def compress(self, layer: CachedLayer) -> Decision:
         n, heads = layer.keys.shape[1], len(layer.keys)
-        held = self.slots(n, layer.lengths)
+        left = self.left(n, layer.lengths, layer.place)
+        held = left[0] if self.text else n - sum(layer.lengths) + sum(left)
         if held == n:
             return KeepSlots(torch.arange(n, device=layer.keys.device).expand(heads, n), layer.lengths)
         window = self.query_window(n, layer.lengths, layer.behind)
         if self.text:
             return KeepSlots(best(self.score(layer, window), held))
-        return hold_text(layer, self.score(layer, window), self._counts(layer.lengths))
+        return hold_text(layer, self.score(layer, window), left)
 
     def query_window(self, prompt: int, lengths: Sequence[int], behind: int) -> int:
         held = self.slots(prompt, lengths)
@@ -74,13 +75,14 @@ class SnapKV(CacheStage):
         pooled = pool(before, self.kernel, 1, self.kernel // 2)
         return F.pad(pooled.mean(1), (0, window), value=torch.inf)
 
-    def _counts(self, lengths: Sequence[int]) -> tuple[int, ...]:
-        return self.keep.counts(lengths, (0,) * len(lengths))
+    def left(self, prompt: int, lengths: Sequence[int], place: tuple[int, int] | None = None) -> tuple[int, ...]:
+        """What every KV head keeps of each image; with text: true, of the prompt. `place` is as CachedLayer has it;
+        None: the mean over layers."""
+        whole = (prompt,) if self.text else lengths
+        return self.keep.counts(whole, (0,) * len(whole))
 
     def slots(self, prompt: int, lengths: Sequence[int]) -> int:
-        if self.text:
-            return self.keep.counts((prompt,), (0,))[0]
-        return prompt - sum(lengths) + sum(self._counts(lengths))
+        return sum(self.left(prompt, lengths)) + (0 if self.text else prompt - sum(lengths))
 
     def cost(self, prompt: int, lengths: Sequence[int], heads: int, kv_heads: int, head_dim: int) -> int:
         return 2 * min(self.window, prompt) * prompt * heads * head_dim

@@ -168,10 +168,9 @@ class CacheShrinker:
         here = slice(begin, begin + row.prompt)
         found = flow.notes.query_attention.pop((module.layer_idx, r), None)
         more = asked(self.stage, flow, module, r, here, x.device, self.rotary)
-        depth, queries = len(self.lm.layers), q[turn, :, here].flatten(0, 1)
-        return CachedLayer(
-            x, y, queries, row.images, row.slots, scale, module.layer_idx, depth, query_attention=found, **more
-        )
+        where = {"layer": module.layer_idx, "depth": len(self.lm.layers), "attending": self.attending}
+        queries = q[turn, :, here].flatten(0, 1)
+        return CachedLayer(x, y, queries, row.images, row.slots, scale, query_attention=found, **more, **where)
 
     def _turns(self, flow: PrefillState, layer: int) -> list[slice]:
         """The rows that are decided together: one, or all, as more heads of one, where nothing tells them apart."""
