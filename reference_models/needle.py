@@ -1,7 +1,8 @@
 """Digits in one frame of a video: photographs without any around it, and a question that only that frame answers.
 
 The answer names all of them from left to right. Its first word comes from the prefill; the others are what a cache, or
-what is read of it, has left. Everything follows from length, depth and number of a needle. Photographs and fonts are those of the held-out set.
+what is read of it, has left. Everything follows from length, depth and number of a needle. Photographs and fonts are
+those of the held-out set.
 """
 
 from dataclasses import dataclass

@@ -198,8 +198,8 @@ def picture(
     digits: tuple[int, int] = (2, MOST),
     shapes: str = "plain",
 ) -> Picture:
-    """Draw one picture: `digits` = fewest and most, (0, 0) for a photograph alone; digits and colours are distinct within
-    a picture.
+    """Draw one picture: `digits` = fewest and most, (0, 0) for a photograph alone; digits and colours are distinct
+    within a picture.
 
     `shapes`: "slanted" shears every digit by its own amount, "varied" also changes its stroke and its width.
     """

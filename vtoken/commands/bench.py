@@ -41,10 +41,10 @@ examples:
 
 Dense, pipelines and oracles run interleaved in one process. The oracle is the same unwrapped model on a prompt that is
 short already: pipeline / oracle is what vtoken itself costs. TTFT runs from the call to the first token, vision
-included. The KV cache is that of the whole batch, after the prefill and at the end; what a step reads of it is that of one
-row, the mean over the answer, without the weights, which every step reads besides. Numbers are medians, [25 % - 75 %]
-below; ratios are formed within a round. Visual tokens are those of the whole batch that enter the decoder, and their mean
-over its layers.
+included. The KV cache is that of the whole batch, after the prefill and at the end; what a step reads of it is that of
+one row, the mean over the answer, without the weights, which every step reads besides. Numbers are medians,
+[25 % - 75 %] below; ratios are formed within a round. Visual tokens are those of the whole batch that enter the decoder,
+and their mean over its layers.
 """
 
 # Column -> its cell; _spread and the others stand below.
