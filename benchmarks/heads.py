@@ -1,8 +1,8 @@
-"""Do the heads that `vtoken calibrate streaming` ranks first matter more than others: `python benchmarks/heads.py TABLE`.
-Markdown to stdout, minutes on a CPU.
+"""Do the heads that `vtoken calibrate streaming` ranks first matter more than others: `python benchmarks/heads.py
+TABLE`. Markdown to stdout, minutes on a CPU.
 
-TABLE is the file that the command wrote for MODEL. Every stage runs with it, with its reverse, and with random orders of the
-same numbers, so that equally many heads read everything.
+TABLE is the file that the command wrote for MODEL. Every stage runs with it, with its reverse, and with random orders
+of the same numbers, so that equally many heads read everything.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def main() -> None:
             mean = sum(drawn) / len(drawn)
             ranked, reversed_ = of(gates), of([[-x for x in row] for row in gates])
             print(
-                f"| {name} | {sparsity:.0%} | {ranked:.1%} | {reversed_:.1%} | {mean:.1%} ({min(drawn):.1%} to {max(drawn):.1%}) |",
+                f"| {name} | {sparsity:.0%} | {ranked:.1%} | {reversed_:.1%} "
+                f"| {mean:.1%} ({min(drawn):.1%} to {max(drawn):.1%}) |",
                 flush=True,
             )
 

@@ -153,7 +153,7 @@ def test_the_table_gives_back_the_heads_of_the_shares(shares, tmp_path):
     stage = registry.stage("static_sparse")(gates=str(file), sparsity=round(1 - count / 320, 6))
     full = {(k, h) for k in range(depth) for h, streams in enumerate(stage.streams(k)) if not streams}
     assert full == {(layers[i // heads], i % heads) for i in wanted}
-    more = stage.model_copy(update={"sparsity": 0.6})
+    more = registry.stage("static_sparse")(gates=str(file), sparsity=0.6)
     assert full < {(k, h) for k in range(depth) for h, streams in enumerate(more.streams(k)) if not streams}
 
 

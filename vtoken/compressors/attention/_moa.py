@@ -67,5 +67,6 @@ def _checked(rows: list[list[Any]], path: Path) -> Plan:
 
 
 def windows(plan: Plan, layer: int, length: int) -> list[int]:
-    """Tokens that each head's queries read of a prompt of this length, themselves included: whole blocks, at least one."""
+    """Tokens that each head's queries read of a prompt of this length, themselves included: whole blocks, at least
+    one."""
     return [max(1, ceil((alpha + beta * length) / UNIT)) * UNIT for alpha, beta in plan[layer]]

@@ -23,8 +23,8 @@ class StaticSparse(StreamingHeads, SparseAttention):
     full_attention_heads.tsv; copy the sink_size and recent_size of the config.json beside it into `sink` and `window`.
 
     With `plan`, every head has a window of its own, alpha + beta * N tokens of a prompt of N, in whole blocks of 64: a
-    file {layer: {head: [alpha, beta]}}, or {"alphas": [[...]], "betas": [[...]]} as MoA (https://arxiv.org/abs/2406.14909)
-    writes it; heads are all query heads, or the key heads.
+    file {layer: {head: [alpha, beta]}}, or {"alphas": [[...]], "betas": [[...]]} as the authors of MoA
+    (https://arxiv.org/abs/2406.14909) write it; heads are all query heads, or the key heads.
 
     Streaming throughout the prefill loses what is in between: A-shape finds 44 of 100 needles in video where full
     attention finds 98 (MMInference's V-NIAH). The cache stays whole and decoding reads all of it; DuoAttention keeps
@@ -37,8 +37,8 @@ class StaticSparse(StreamingHeads, SparseAttention):
     deviations: ClassVar[str] = (
         "Prefill only: the cache of streaming heads is not shortened. A query block reads every block that its window "
         "touches, up to one more than the window holds. Among equal gates, those of the first layers stream; the "
-        "authors draw at random. Published gates and plans are for text models; none is shipped. A plan thins the prefill "
-        "alone, where MoA's thins the cache, too; a window has one block at least."
+        "authors draw at random. Published gates and plans are for text models; none is shipped. A plan thins the "
+        "prefill alone, where MoA's thins the cache, too; a window has one block at least."
     )
 
     sink: int = Field(default=128, ge=0, description="first tokens that are always read")
@@ -78,8 +78,8 @@ class StaticSparse(StreamingHeads, SparseAttention):
         if self.planned is None or len(self.planned[0]) in (heads, key_heads):
             return super().heads_incompatibility(heads, key_heads, width)
         return (
-            f"the plan {self.plan!r} is for {len(self.planned[0])} heads in a layer, this model has {heads} query heads "
-            f"and {key_heads} key heads"
+            f"the plan {self.plan!r} is for {len(self.planned[0])} heads in a layer, this model has {heads} query "
+            f"heads and {key_heads} key heads"
         )
 
     def reads(self, prompt: PrefillQK) -> SparseMask:

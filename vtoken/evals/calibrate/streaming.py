@@ -22,14 +22,15 @@ from vtoken.evals.speed.inputs import prepared, random_prompt
 
 SUMMARY = "which key heads must read everything (gates of static_sparse and streaming_cache)"
 DESCRIPTION = """\
-Shows the model random tokens, again and again, in one prompt. Heads that look back to the earlier copies of a token (echo), or to
-what came behind them (induction), retrieve; all others may read the first and the latest tokens alone. No gradients. After
-RazorAttention (https://arxiv.org/abs/2407.15891); with --images, also heads that look back to the same place of an earlier copy of
-a picture (ours, no publication).
+Shows the model random tokens, again and again, in one prompt. Heads that look back to the earlier copies of a token
+(echo), or to what came behind them (induction), retrieve; all others may read the first and the latest tokens alone.
+No gradients. After RazorAttention (https://arxiv.org/abs/2407.15891); with --images, also heads that look back to the
+same place of an earlier copy of a picture (ours, no publication).
 
-The file holds a number per decoder layer and key head: 1 for the head that comes first, less for each one behind it. The heads of
-the given shares come first, in the order in which they are taken as all shares grow in proportion, so that any other `sparsity` can
-be chosen later. Layers with a sliding window or without attention are not probed and have zeros."""
+The file holds a number per decoder layer and key head: 1 for the head that comes first, less for each one behind it.
+The heads of the given shares come first, in the order in which they are taken as all shares grow in proportion, so that
+any other `sparsity` can be chosen later. Layers with a sliding window or without attention are not probed and have
+zeros."""
 EXAMPLES = """examples:
   vtoken calibrate streaming tiny-llava --induction 0.25 -o heads.json
   vtoken calibrate streaming Qwen/Qwen2.5-VL-7B-Instruct --dtype bfloat16 --images street.jpg -o heads.json
@@ -103,8 +104,8 @@ def repeated(
         period = min(2500, most, len(plain))
     if not 2 <= period <= most:
         raise ConfigError(
-            f"{repeats} times {period} tokens are more than the {config.max_position_embeddings} that this model takes; "
-            f"lower --period (to {most}), or --repeats"
+            f"{repeats} times {period} tokens are more than the {config.max_position_embeddings} that this model "
+            f"takes; lower --period (to {most}), or --repeats"
         )
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(plain), generator=generator)
@@ -125,8 +126,8 @@ def visual(adapter: Adapter, pictures: dict[str, Tensor], repeats: int, seed: in
     """
     if adapter.both_ways:
         raise UnsupportedError(
-            f"--images: tokens of a picture see each other both ways in {adapter.model_type}, and this probe looks back "
-            "only; leave it out"
+            f"--images: tokens of a picture see each other both ways in {adapter.model_type}, and this probe looks "
+            "back only; leave it out"
         )
     text = 4 + 2 * len(adapter.layouts("image", pictures))  # some families have text between crops
     inputs = random_prompt(adapter, images=repeats, text_tokens=text, seed=seed, pictures=pictures).inputs
