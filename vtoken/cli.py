@@ -42,7 +42,7 @@ examples:
   vtoken demo                         see it work, without a download
   vtoken COMMAND --help               options and examples of a command
 
-A pipeline is a preset (fastervlm-64), a stage in short (fastervlm:64, random:25%,seed=3), either with policies behind it
+A pipeline is a preset (fastervlm-64), a stage in short (fastervlm:64, random:25%,seed=3), either with policies after it
 (fastervlm:64,positions=compact), or a YAML file (mine.yaml). Several are parted by spaces.
 """
 

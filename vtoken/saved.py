@@ -71,8 +71,8 @@ def push_to_hub(model: Any, repository: str, *, private: bool | None = None, tok
 
 
 def _moved(pipeline: Pipeline, copies: dict[str, str], first: int = 0) -> Pipeline:
-    """The pipeline, and those of its draft and contrast, with file options changed to where the copies will be; stages count from
-    `first`."""
+    """The pipeline, and those of its draft and contrast, with file options changed to where the copies will be; stages
+    count from `first`."""
     stages = tuple(_stage_moved(stage, k, copies) for k, stage in enumerate(pipeline.stages, first))
     draft = None if pipeline.draft is None else _moved(pipeline.draft, copies, first + len(stages))
     against = pipeline.contrast

@@ -102,9 +102,8 @@ class Session:
             recorded=recorded,
             target=target,
         )
-        against = pipeline.contrast
         # Made while nothing is installed, so that nothing of it comes along.
-        other = twin(model) if against is not None and against.alpha else None
+        other = twin(model) if (against := pipeline.contrast) is not None and against.alpha else None
         try:
             context.handle.set(model, SESSION, self)
             if pipeline.anyres == "2x2":
@@ -252,9 +251,7 @@ _GRIDS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # image processor -> 
 
 def match_processor(processor: Any, model: Any) -> Any:
     """Gives a LLaVA-NeXT or OneVision processor the crop grids of the model, which differ from its own if the model is
-    wrapped with `anyres: 2x2`; returns the processor.
-
-    `unmatch_processor` undoes this.
+    wrapped with `anyres: 2x2`; returns the processor. `unmatch_processor` undoes this.
 
     Raises:
         UnsupportedError: the model or the processor does not have crop grids.

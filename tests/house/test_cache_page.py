@@ -40,7 +40,7 @@ def line(name: str, dense: Account) -> str:
     memory, reading = shares[1] < FEW, shares[2] < FEW and not packed
     upper = "at most " if acting.name in found.inexact else ""
     serves = "both" if memory and reading else "memory" if memory else "reading" if reading else ""
-    serves = serves or ("what it sees decides" if upper else "longer videos")
+    serves = serves or ("longer videos" if isinstance(acting, CacheStage) and not upper else "what it sees decides")
     return f"| {acting.name} | {name} | {' | '.join(f'{upper}{share:.1%}' for share in shares)} | {serves} |"
 
 

@@ -40,9 +40,9 @@ ROOMS = {
         "compatibility.py",
         "registry.py",
         "cli.py",
-    ): 14370,
-    ("kernels",): 3030,
-    ("evals", "commands"): 13220,
+    ): 17150,
+    ("kernels",): 3190,
+    ("evals", "commands"): 13750,
 }
 
 

@@ -44,8 +44,8 @@ class Pipeline:
     """Stages in the order in which data flows through them, and the policies that apply to all of them (see `vtoken
     schema`). Its repr is what `dump` writes.
 
-    `draft` is the pipeline of the draft that `vtoken.draft(model)` makes, `contrast` what answers are held against. `written` is what the user wrote, which errors
-    quote; "" if the pipeline was not read from text.
+    `draft` is the pipeline of the draft that `vtoken.draft(model)` makes, `contrast` what answers are compared with.
+    `written` is what the user wrote, which errors quote; "" if the pipeline was not read from text.
     """
 
     name: str

@@ -55,7 +55,7 @@ def schema() -> dict[str, Any]:
                 "anyOf": [{"type": "string"}, {"$ref": "#"}, {"$ref": "#/properties/stages"}],
             },
             CONTRAST: {
-                "description": "what answers of generate are held against: (1 + alpha) l - alpha l', l' the logits under "
+                "description": "what answers of generate are compared with: (1 + alpha) l - alpha l', l' the logits under "
                 "this pipeline; words with l below ln beta + max l are out",
                 "type": "object",
                 "allOf": [{"anyOf": [{"required": ["stages"]}, {"required": [PRESET]}]}],

@@ -57,8 +57,8 @@ class ViSpec(nn.Module):
     prompt as it was given, on one axis, also where the target's have three.
 
     No model of transformers: it is driven by `ChainGenerator`, and gives chains of guesses; the authors verify trees of
-    30 tokens. Their code takes adjacent pictures for one, and puts the rows of several back by the lengths of the first;
-    here each is read by itself. It hands LLaVA-1.5 no picture in its evaluation, though its training does; here it has
+    30 tokens. Their code takes adjacent pictures for one, and puts the rows of several back by the lengths of the
+    first; here each is read by itself. It hands LLaVA-1.5 no picture in its evaluation, though its training does; here it has
     them.
 
     Args:

@@ -33,8 +33,8 @@ class BilevelKV(CacheStage):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.19225"
     deviations: ClassVar[str] = (
-        "On stock models, which were not trained for it. Which chunks stay whole is this project's rule, by the layer's "
-        "own attention; the authors read it from files made with another model. Theirs pools rotated keys "
+        "On stock models, which were not trained for it. Which chunks stay whole is this project's rule, by the "
+        "layer's own attention; the authors read it from files made with another model. Theirs pools rotated keys "
         "(`rotated: true`) and then runs the question on what is left, from where the shorter prompt ends; here the "
         "question has been read densely and keeps its positions. Tokens are pooled within a frame, and a rest that "
         "is no full group is averaged; theirs drops it. Chunks are 16 frames (Qwen: pairs of frames) for their 4 units "

@@ -15,8 +15,8 @@ from vtoken.stages.held import HeldLayer
 
 
 class StreamingCache(StreamingHeads, CacheStage):
-    """At the end of the prefill, which is dense, a streaming head keeps the text, the first `sink` visual tokens, and of
-    all others the latest `recent`; with every token that follows it drops the oldest of these, so that it grows no
+    """At the end of the prefill, which is dense, a streaming head keeps the text, the first `sink` visual tokens, and
+    of all others the latest `recent`; with every token that follows it drops the oldest of these, so that it grows no
     more. The other heads hold everything. Both kinds are stored apart. With `text: false` text is dropped like the
     rest: the first `sink` tokens of the prompt stay, and the latest `recent`.
 

@@ -61,8 +61,8 @@ class Oracle:
 class Subject:
     """What is measured: a pipeline (None: dense), its oracle, and their samples.
 
-    `layers`: visual tokens of the whole batch in every decoder layer. `held`: bytes of the whole batch's cache after the
-    prefill, and after every further step. `aside`: stages that did nothing -> why. `density`: as in Trace.
+    `layers`: visual tokens of the whole batch in every decoder layer. `held`: bytes of the whole batch's cache after
+    the prefill, and after every further step. `aside`: stages that did nothing -> why. `density`: as in Trace.
     """
 
     pipeline: Pipeline | None

@@ -1,5 +1,5 @@
-"""Contrastive decoding: every token's logits are held against those of the same model under another pipeline, which has a
-cache of its own."""
+"""Contrastive decoding: every token's logits are compared with those of the same model under another pipeline, which
+has a cache of its own."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Contrasting:
             ids = given.get("input_ids", given.get("inputs"))
             if ids is None:
                 raise UnsupportedError(
-                    "the pipeline's contrast reads the prompt itself: pass input_ids and pixel_values, not inputs_embeds"
+                    "the pipeline's contrast reads the prompt: pass input_ids and pixel_values, not inputs_embeds"
                 )
             check_call(given, given.get("generation_config") or self.model.generation_config)
             seen = {name: value for name, value in given.items() if name in self.names}
@@ -67,8 +67,8 @@ def check_call(given: dict[str, Any], config: Any) -> None:
     """
     if drafts := [name for name in DRAFTS if given.get(name) or getattr(config, name, None)]:
         raise UnsupportedError(
-            f"the pipeline's contrast takes one token after the other, and {drafts[0]} checks several at once; leave one "
-            "of the two out"
+            f"the pipeline's contrast takes one token after the other, and {drafts[0]} checks several at once; leave "
+            "one of the two out"
         )
     past = given.get("past_key_values")
     if past is not None and past.get_seq_length():

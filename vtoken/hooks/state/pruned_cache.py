@@ -80,8 +80,8 @@ class PrunedCache:
     forward is at work on it of which `Run.flow` tells. `dense`: no group has padding. A decode step asks for few of
     these, and works nothing out. `valid`, of static caches: which slots a group's layers may see, those to come among
     them; `prompt_mask`: [B, logical] the caller's mask, None where it hides nothing. `first`: the first layer that
-    holds keys; layers before it keep a state. `marks`: see Marks, of stages that steer attention. `images`: what a stage
-    of site decode chooses from, if one does (hooks/decode)."""
+    holds keys; layers before it keep a state. `marks`: see Marks, of stages that steer attention. `images`: what a
+    stage of site decode chooses from, if one does (hooks/decode)."""
 
     groups: dict[int, SlotMap]
     busy: bool = False

@@ -67,8 +67,8 @@ class StageTrace:
         resized: of stages that resize, per image, the raster of the smaller picture, whose tokens are `kept` in the
             upper left corner of its own.
         rows_aside: at sites attention and decode, per batch row: why it read everything while others did not, or None.
-        slots_read: at site decode, for every token generated since, by a step of its own, per batch row: slots whose key
-            and value each key head read, summed over the layers that attend. Padding of later turns counts.
+        slots_read: at site decode, for every token generated since, by a step of its own, per batch row: slots whose
+            key and value each key head read, summed over the layers that attend. Padding of later turns counts.
         densities: at site attention, per batch row: share of the causal blocks that was computed, head mean (scalars on
             the device).
     """

@@ -24,11 +24,11 @@ NEIGHBOURS = 4  # that density is measured by
 class FastVID(VideoPruner):
     """A video is cut into segments where the cosine of the means of consecutive frames is below `cut`, and at the least
     similar other places until there are `segments`. Of each frame's budget B, B - int(`contextual` B) tokens are those
-    with most attention in the encoder. The rest of a segment's budget goes to anchors in every `every`-th of its frames,
-    counted from the last, the same number in each: the centres of density peaks (4 neighbours) among the frame's other
-    tokens. Every token of the segment that was not chosen by attention joins, once in each of these frames, the anchor
-    that it is most similar to: with c of them, itself among them, an anchor becomes w times itself plus 1 - w times their
-    mean, w = max(1 / (c + 1), `beta`).
+    with most attention in the encoder. The rest of a segment's budget goes to anchors in every `every`-th of its
+    frames, counted from the last, the same number in each: the centres of density peaks (4 neighbours) among the
+    frame's other tokens. Every token of the segment that was not chosen by attention joins, once in each of these
+    frames, the anchor that it is most similar to: with c of them, itself among them, an anchor becomes w times itself
+    plus 1 - w times their mean, w = max(1 / (c + 1), `beta`).
 
     The budget is spent exactly. `as_released: true` rounds down the budgets of frames and of anchors as the authors do.
     Where frames with anchors cannot hold a segment's share, its other frames have anchors too. In the trace a token
@@ -42,9 +42,9 @@ class FastVID(VideoPruner):
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.11187"
     deviations: ClassVar[str] = (
         "Frames are compared by the mean of their tokens, and attention is that of the encoder; the authors take both "
-        "from SigLIP's pooling head, which checkpoints of LLaVA-OneVision lack. The budget is exact (as_released: true for "
-        "their rounding). No random numbers among equal densities. Similarities and means are float32. DeepStack features "
-        "of an anchor are the mean of what belongs to it in the trace."
+        "from SigLIP's pooling head, which checkpoints of LLaVA-OneVision lack. The budget is exact (as_released: true "
+        "for their rounding). No random numbers among equal densities. Similarities and means are float32. DeepStack "
+        "features of an anchor are the mean of what belongs to it in the trace."
     )
 
     contextual: float = Field(default=0.4, ge=0, le=1, description="share of a frame's budget that goes to anchors (d)")
