@@ -39,8 +39,8 @@ def check_undone(stage: Stage, attention: Any) -> None:
     """
     if not rotates_last(attention):
         raise UnsupportedError(
-            f"stage {stage.name} needs queries and keys from before RoPE, and {type(attention).__name__} is not q_proj, "
-            "k_proj and v_proj, norms of queries and keys, then apply_rotary_pos_emb; take another stage of site "
+            f"stage {stage.name} needs queries and keys from before RoPE, and {type(attention).__name__} is not "
+            "q_proj, k_proj and v_proj, norms of queries and keys, then apply_rotary_pos_emb; take another stage of site "
             f"{stage.site}"
         )
 

@@ -31,8 +31,8 @@ def causal_mask(
     """What the backend makes of a 2D mask, for hidden states [B, N, D] behind what the first layer of `cache` holds.
 
     Args:
-        window: tokens that a query sees, itself among them; None: all up to itself. Padding between turns, which is ours,
-            takes no room in it.
+        window: tokens that a query sees, itself among them; None: all up to itself. Padding between turns, which is
+            ours, takes no room in it.
         blocks: [B, slots] tokens of the same number see each other both ways, within the window; -1 at others.
     """
     named: dict[str, Any] = {CACHE: cache}

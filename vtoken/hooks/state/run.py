@@ -178,7 +178,7 @@ class Run(threading.local):
         kinds: [B, L] which kind of visual token a position holds: 0 none, 1 image, 2 video.
         blocks: [B, L] columns of the same number see each other both ways, -1 at others; None: none do.
         mask: what `outer` was given as its attention mask.
-        padding: [B, L] what `generate` has for one, before it makes the masks of a static cache; None: nothing is padded.
+        padding: [B, L] what `generate` has for one, before it makes a static cache's masks; None: nothing is padded.
         unseen: it was given embeddings alone, which may hold pictures.
         labels, tail: of the outermost call, see Prefill.
         call, tower: the feature call and the tower call in progress.

@@ -39,7 +39,7 @@ class FramesRelevant(FramePruner):
     )
 
     relevance: Given | str = Field(
-        description="one number per frame, for every video; or a list of numbers for each video of a call, in order; or "
+        description="one number per frame, for every video; or a list of numbers for each video of a call, in order, or "
         "a JSON file with either",
         json_schema_extra=NAMES_FILE,
     )
