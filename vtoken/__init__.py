@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vtoken.drafts import acceptance, draft
     from vtoken.registry import available
-    from vtoken.relevance import frame_relevance, question_relevance
+    from vtoken.relevance import distinct_frames, frame_relevance, question_relevance
     from vtoken.saved import push_to_hub, save
     from vtoken.session import match_processor, pipeline, trace, unmatch_processor, unwrap, wrap, wrapped
 
@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "acceptance",
     "available",
+    "distinct_frames",
     "draft",
     "frame_relevance",
     "match_processor",
@@ -36,6 +37,7 @@ __all__ = [
 _HOME = {
     "acceptance": "vtoken.drafts",
     "available": "vtoken.registry",
+    "distinct_frames": "vtoken.relevance",
     "draft": "vtoken.drafts",
     "frame_relevance": "vtoken.relevance",
     "match_processor": "vtoken.session",

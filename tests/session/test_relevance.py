@@ -12,6 +12,7 @@ import vtoken
 from vtoken import registry
 from vtoken.errors import UnsupportedError
 from vtoken.evals import reference
+from vtoken.relevance import distinct
 
 VIDEO = pytest.mark.parametrize("family", tiny.VIDEO)
 
@@ -102,3 +103,25 @@ def test_what_compares_nothing_is_refused(clip):
         vtoken.question_relevance([Image.new("RGB", (8, 8))], "what?", (torch.nn.Linear(1, 1), clip[1]))
     with pytest.raises(ValueError, match="no frames"):
         vtoken.question_relevance([], "what?", clip)
+
+
+def test_distinct_frames_by_hand():
+    """Of six frames, 0 and 5 evenly; then 3, which is least like both, then 1, less like these three than 2 and 4."""
+    x = torch.tensor([[1.0, 0, 0], [0.6, 0.8, 0], [1, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 0]])
+    x = torch.nn.functional.normalize(x, dim=1)
+    assert distinct(x @ x.T, 2, 1.0) == [0, 5]
+    assert distinct(x @ x.T, 3, 0.7) == [0, 3, 5]
+    means = {j: float((x[j] @ x[[0, 3, 5]].T).mean()) for j in (1, 2, 4)}
+    assert distinct(x @ x.T, 4, 0.5) == sorted([0, 3, 5, min(means, key=means.get)])
+    assert distinct(x @ x.T, 1, 0.85) == [0] and distinct(x @ x.T, 6, 0.85) == list(range(6))
+
+
+def test_distinct_frames_feed_frames_relevant(clip):
+    frames = [Image.new("RGB", (20, 16), (40 * k, 200 - 30 * k, 9)) for k in range(5)]
+    scores = vtoken.distinct_frames(frames, 3, evenly=0.7, encoder=clip, batch=2)
+    assert len(scores) == 5 and sum(scores) == 3 and scores[0] == scores[4] == 1
+    stage = registry.stage("frames_relevant")(keep=3, relevance=tuple(scores), rule="top")
+    assert stage.chosen(torch.tensor(scores), 3) == [k for k, score in enumerate(scores) if score]
+    for keep, evenly in ((0, 0.5), (6, 0.5), (3, 1.5)):
+        with pytest.raises(ValueError, match="keep 1 to all"):
+            vtoken.distinct_frames(frames, keep, evenly, clip)

@@ -21,9 +21,9 @@ class DCoDe(Pruner):
     one that is still there absorbs the later ones whose cosine similarity to it is at least `similarity`, and becomes
     their mean. How many are left depends on the picture: the plan counts `keep`, an upper bound.
 
-    This is the token half of the method. The other two parts are left out: its choice of frames compares embeddings of
-    CLIP ViT-L/14 with its projection, a second encoder that no VLM contains, and its decomposition of the question asks
-    another LLM. Use frames_uniform before it, which chooses 75 to 85 % of the authors' frames.
+    This is the token half of the method. Its choice of frames compares embeddings of CLIP ViT-L/14, a second encoder
+    that no VLM contains: `vtoken.distinct_frames` makes it, for frames_relevant before this stage; frames_uniform is
+    75 to 85 % of it. Its decomposition of the question, which asks another LLM, is left out.
 
     Paper: https://arxiv.org/abs/2510.08818
     """
