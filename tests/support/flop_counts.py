@@ -34,6 +34,7 @@ class Pipe:
     newline: str = "keep_if_row_has_token"
     anyres: str = "model"
     min_visual_tokens: int = 0
+    contrast: None = None
     written: str = ""
 
 

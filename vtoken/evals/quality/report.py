@@ -102,7 +102,7 @@ def render(evaluation: Evaluation, found: Mapping[str, Any]) -> str:
         cases=cases(evaluation),
         few=FEW,
         many=len(rows) > MANY,
-        facts={row["name"]: " ".join(row["pipeline"].split()) for row in rows if row["pipeline"]},
+        written={row["name"]: " ".join(row["pipeline"].split()) for row in rows if row["pipeline"]},
         reasons=sorted({task["no_flops"] for row in rows for task in row["tasks"].values() if task["no_flops"]}),
     )
 
@@ -123,19 +123,19 @@ def _as_plotted(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def conditions(found: Mapping[str, Any]) -> dict[str, str]:
     """Provenance in words: what ran, where, on which data, and how the two dense runs differ."""
-    facts = {key.replace("_", " "): str(value) for key, value in found["conditions"].items() if value is not None}
-    facts["command"] = found["command"]
+    conditions = {key.replace("_", " "): str(value) for key, value in found["conditions"].items() if value is not None}
+    conditions["command"] = found["command"]
     for name, about in found["tasks"].items():
-        facts[name] = f"documents sha256 {about['hash'][:16]}, " + ", ".join(
+        conditions[name] = f"documents sha256 {about['hash'][:16]}, " + ", ".join(
             f"{leaf}: {', '.join(f'{key} {value}' for key, value in options.items() if value is not None)}"
             for leaf, options in about["leaves"].items()
         )
     if found["drift"]:
-        facts["drift"] = (
+        conditions["drift"] = (
             f"last dense run / first: TTFT {ratio(found['drift']['ttft'])}, {found['drift']['answers_changed']} "
             "answers changed"
         )
-    return {key: value for key, value in facts.items() if value}
+    return {key: value for key, value in conditions.items() if value}
 
 
 def cases(evaluation: Evaluation) -> tuple[Case, ...]:
