@@ -35,6 +35,7 @@ class Pipe:
     anyres: str = "model"
     min_visual_tokens: int = 0
     written: str = ""
+    contrast: Any = None
 
 
 class Inside(Pruner):
