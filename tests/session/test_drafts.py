@@ -16,6 +16,7 @@ from stock_drafts import counted
 from usual import runs, stage
 
 import vtoken
+from vtoken import registry
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.decoder import target_attention
 from vtoken.hooks.decoder.target_attention import received
@@ -210,6 +211,27 @@ def test_a_twin_shares_every_weight_and_no_memory(family):
     assert torch.equal(greedy(other, batch), greedy(model, batch))
     other.model.mine, other.generation_config.max_length = 1, 77
     assert not hasattr(model.model, "mine") and model.generation_config.max_length != 77
+
+
+CLASSES = [name for name in registry.stages() if getattr(registry.stage(name), "in_classes", False)]
+
+
+@pytest.mark.parametrize("family", tiny.each("anyres", "mrope", states=(), window=None))
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_draft_whose_cache_holds_heads_in_classes(family, name):
+    """Its drafts are taken back as those of any other, and are right where the target's cache is the same."""
+    model = make(family)
+    batch = prompt(model, "image")
+    for own, right in ((None, False), ([stage(name)], True)):
+        if own:
+            vtoken.wrap(model, own)
+        want = greedy(model, batch, NEW, **LOGITS)
+        draft = vtoken.draft(model, None, [stage(name)])
+        got = greedy(model, batch, NEW, assistant_model=draft, **LOGITS)
+        assert torch.equal(got.sequences, want.sequences)
+        assert vtoken.trace(draft).cached and (not right or vtoken.acceptance(draft).share == 1)
+        vtoken.unwrap(draft)
+    vtoken.unwrap(model)
 
 
 def test_drafts_are_counted():

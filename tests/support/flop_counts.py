@@ -36,6 +36,7 @@ class Pipe:
     min_visual_tokens: int = 0
     contrast: None = None
     written: str = ""
+    contrast: Any = None
 
 
 class Inside(Pruner):

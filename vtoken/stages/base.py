@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -46,6 +47,13 @@ class Stage(BaseModel):
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:
             cls.name = cls.__module__.rpartition(".")[2]
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic has it, but of a changed copy nothing is left that was worked out of the old options."""
+        made = super().model_copy(update=update, deep=deep)
+        for name in _worked_out(type(self)) if update else ():
+            vars(made).pop(name, None)
+        return made
 
     @classmethod
     def file_options(cls) -> tuple[str, ...]:
@@ -153,6 +161,11 @@ class Stage(BaseModel):
         For stages that leave the cache whole and choose at every token; all others read what is held.
         """
         return held
+
+
+def _worked_out(cls: type[Stage]) -> list[str]:
+    """Names of what a stage works out once."""
+    return [name for base in cls.__mro__ for name, x in vars(base).items() if isinstance(x, cached_property)]
 
 
 class Pruner(Stage):

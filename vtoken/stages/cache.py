@@ -263,6 +263,12 @@ class CacheStage(Compressor):
         """The same where it depends on the rasters of each image."""
         return self.slots(prompt, lengths)
 
+    def slots_held(self, at: HeldLayer) -> float:
+        """Tokens that a head of the layer holds, the mean over its heads, for the account of bytes and of decoding:
+        what `slots_of` says of the prompt, and all that is generated. To be overridden where layers or heads differ, or
+        what is generated leaves, too."""
+        return self.slots_of(at.prompt, at.images, at.parts) + at.generated
+
     def packed_bytes(
         self, prompt: int, lengths: Sequence[int], kv_heads: int, head_dim: int, dtype_bytes: int
     ) -> int | None:
@@ -270,13 +276,12 @@ class CacheStage(Compressor):
         return None
 
     def bytes_held(self, at: HeldLayer) -> int:
-        """Bytes of a layer's keys and values, for the account: of the prompt as `packed_bytes` and `slots` have it, of
-        what is generated at full width. To be overridden where layers or heads differ, or what is generated shrinks,
-        too. Exact where `counts_are_exact`."""
+        """Bytes of a layer's keys and values, for the account: the prompt as `packed_bytes` has it and what is generated
+        at full width, or else `slots_held`. Exact where `counts_are_exact`."""
         packed = self.packed_bytes(at.prompt, at.images, at.kv_heads, at.head_dim, at.number_bytes)
         if packed is not None:
             return packed + at.full(at.generated)
-        return at.full(self.slots_of(at.prompt, at.images, at.parts) + at.generated)
+        return at.full(self.slots_held(at))
 
     def cost(self, prompt: int, lengths: Sequence[int], heads: int, kv_heads: int, head_dim: int) -> int | None:
         """FLOPs of the decision in one layer; None if not known."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import pytest
 import tiny
 import torch
-from flop_counts import Pipe
+from flop_counts import Pipe, counted
 from usual import stage
 
 from vtoken import registry, trace, wrapped
@@ -132,3 +132,23 @@ def test_blocks_of_generated_tokens_get_smaller() -> None:
     assert (claimed.kv_bytes_prefill, claimed.kv_bytes) == (first, last)
     plain = made.model_copy(update={"every": None})
     assert claimed.kv_bytes < measured("llava", load([plain]), new=12)[0].kv_bytes
+
+
+@pytest.mark.parametrize("before", [[], [{"fastv": {"keep": 6, "layer": 2}}]], ids=["whole", "behind a cut"])
+@pytest.mark.parametrize("name", CACHES)
+def test_decoding_over_a_smaller_cache_is_counted_step_by_step(name: str, before: list[Any]) -> None:
+    """What leaves as an answer grows is not attended to, and layers and heads are counted for themselves."""
+    if name == "kvpress" and find_spec("kvpress") is None:
+        pytest.skip("kvpress is not installed")
+    one = registry.stage(name)(**PRESSES) if name == "kvpress" else stage(name)
+    if not one.counts_are_exact(whole=not before):
+        pytest.skip("what stays depends on the picture")
+    made, pipeline = options("llava"), load([*before, one])
+    model, batch, new = made["model"], made["batch"], 9
+    with wrapped(model, pipeline):
+        first, all_of = (
+            counted(lambda n=n: model.generate(**batch, max_new_tokens=n, min_new_tokens=n, do_sample=False))  # type: ignore[misc]
+            for n in (1, new)
+        )
+    claimed = account(model.config, pipeline, text_tokens=9, new_tokens=new)
+    assert claimed.decode == pytest.approx(all_of - first, rel=1e-6)

@@ -15,6 +15,7 @@ from model_state import changed, state
 from modes import LOGITS, ROWS, alone, attending, greedy, whole
 from probes import Deep, Ragged
 from streaming import OPTIONS, expected, stage
+from transformers import DynamicCache
 
 import vtoken
 from vtoken.compressors.cache.streaming_cache import StreamingCache
@@ -240,6 +241,32 @@ def test_crop_reaches_back_to_what_is_there(family):
         assert cache.get_seq_length() == held - 1
         cache.reset()
         assert cache.get_seq_length() == 0 and cache_bytes(cache) == 0
+
+
+@pytest.mark.parametrize("family", tiny.each("anyres", "mrope", states=(), window=None))
+@pytest.mark.parametrize("compensate", [False, True])
+@options
+def test_what_leaves_waits_for_crop_where_the_past_is_recorded(family, name, compensate):
+    """Steps see as far as ever, and are the same again after some were taken back."""
+    model, n = tiny.make(family), 12
+    batch = tiny.build(model, ROWS[:2], seed=5)
+    with vtoken.wrapped(model, [stage(model, name, compensate=compensate)]):
+        want = greedy(model, batch, n, **LOGITS)
+        cache = DynamicCache(config=model.config.get_text_config())
+        for layer in cache.layers:
+            layer.record_past = True
+        got = greedy(model, batch, n, past_key_values=cache, **LOGITS)
+        torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=3e-4, rtol=1e-4)
+        for back in (7, 3):
+            cache.crop(-back)
+            ids = want.sequences[:, : 1 + cache.get_seq_length()]
+            more = torch.ones(len(ids), ids.shape[1] - batch["input_ids"].shape[1], dtype=torch.long)
+            mask = torch.cat([batch["attention_mask"], more], 1)
+            given = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, **tiny.types(model, ids)}
+            again = torch.stack(greedy(model, given, back, **LOGITS).logits)
+            torch.testing.assert_close(again, torch.stack(want.logits)[-back:], atol=3e-4, rtol=1e-4)
+        cache.crop(-1)
+        assert cache_bytes(cache) <= cache_bytes(want.past_key_values), "what has left by then is not held"
 
 
 @pytest.mark.parametrize("family", tiny.each("anyres", "mrope", window=None))

@@ -37,9 +37,9 @@ class PyramidKV(SnapKV):
         window = min(self.window, mean[0])
         return (window + narrowed(mean[0] - window, prompt - window, self.beta, *place),)
 
-    def bytes_held(self, at: HeldLayer) -> int:
+    def slots_held(self, at: HeldLayer) -> float:
         left = sum(self.left(at.prompt, at.images, at.place))
-        return at.full(left + (0 if self.text else at.prompt - sum(at.images)) + at.generated)
+        return left + (0 if self.text else at.prompt - sum(at.images)) + at.generated
 
 
 def narrowed(mean: int, tokens: int, beta: int, before: int, layers: int) -> int:

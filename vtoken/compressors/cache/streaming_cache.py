@@ -88,10 +88,15 @@ class StreamingCache(StreamingHeads, CacheStage):
         share = 1.0 if self.table is None else len(self._streaming) / sum(map(len, self.table))
         return round(share * self.held(prompt, lengths) + (1 - share) * prompt)
 
+    def slots_held(self, at: HeldLayer) -> float:
+        thin = self._thin(at)
+        held = self.held(at.prompt, at.images, at.generated)
+        return (thin * held + (at.kv_heads - thin) * (at.prompt + at.generated)) / at.kv_heads
+
     def bytes_held(self, at: HeldLayer) -> int:
-        streams = self.streams(at.layer) or (True,) * at.kv_heads
-        thin, token = sum(streams), 2 * at.head_dim * at.number_bytes
-        slots = (len(streams) - thin) * (at.prompt + at.generated) + thin * self.held(
-            at.prompt, at.images, at.generated
-        )
-        return slots * token + self.compensate * thin * 2 * at.head_dim * 4  # means are in fp32
+        means = self.compensate * self._thin(at) * 2 * at.head_dim * 4  # in fp32
+        return super().bytes_held(at) + means
+
+    def _thin(self, at: HeldLayer) -> int:
+        """Heads of the layer that stream."""
+        return sum(self.streams(at.layer) or (True,) * at.kv_heads)

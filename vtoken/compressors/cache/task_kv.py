@@ -108,10 +108,10 @@ class TaskKV(SnapKV):
     def query_window(self, prompt: int, lengths: Sequence[int], behind: int) -> int:
         return max(1, min(self.window, behind))
 
-    def bytes_held(self, at: HeldLayer) -> int:
+    def slots_held(self, at: HeldLayer) -> float:
         whole, text = self.whole(at.kv_heads, *at.place), 0 if self.text else at.prompt - sum(at.images)
         other = text + sum(self.others(at.prompt, at.images, at.kv_heads, at.place))
-        return at.full((whole * at.prompt + (at.kv_heads - whole) * other) / at.kv_heads + at.generated)
+        return (whole * at.prompt + (at.kv_heads - whole) * other) / at.kv_heads + at.generated
 
     def cost(self, prompt: int, lengths: Sequence[int], heads: int, kv_heads: int, head_dim: int) -> int:
         return 2 * head_dim * (min(self.window, prompt) * prompt * heads + min(self.top, prompt) * kv_heads)

@@ -25,6 +25,15 @@ def bytes_read(flow: TokenFlow, size: int, steps: int) -> float:
     return sum(every) / steps if steps else 0
 
 
+def slots_held(flow: TokenFlow, layer: int, generated: int) -> float | None:
+    """Of a layer whose cache a stage shrinks, the tokens that a head holds after so many decode steps, the mean over its
+    heads; None: no stage does."""
+    if layer not in flow.shrunk:
+        return None
+    at = next(at for at in _layers(flow, 1, generated) if at.layer == layer)
+    return flow.shrunk[layer][0].slots_held(_shrunk(flow, at))
+
+
 def chooses(stage: Stage) -> bool:
     """Whether it reads a part of what is held."""
     return type(stage).bytes_read is not Stage.bytes_read
@@ -50,8 +59,13 @@ def _layers(flow: TokenFlow, size: int, generated: int) -> Iterator[HeldLayer]:
 def _held(flow: TokenFlow, at: HeldLayer) -> int:
     if at.layer not in flow.shrunk:
         return at.full(stored(at.prompt + at.generated, flow.shape.decoder.windows[at.layer]))
-    stage, prompt, images = flow.shrunk[at.layer]
-    return stage.bytes_held(replace(at, prompt=prompt, images=images))
+    return flow.shrunk[at.layer][0].bytes_held(_shrunk(flow, at))
+
+
+def _shrunk(flow: TokenFlow, at: HeldLayer) -> HeldLayer:
+    """The layer with the prompt before its stage shrank it."""
+    _, prompt, images = flow.shrunk[at.layer]
+    return replace(at, prompt=prompt, images=images)
 
 
 def _read(flow: TokenFlow, at: HeldLayer) -> int:

@@ -82,6 +82,7 @@ class Drafting:
 
     def __init__(self, draft: Any, recorded: Any = None, generator: Any = None) -> None:
         self.draft, self.recorded, self.generator, self.call = draft, recorded, generator or Seeing, _Call()
+        self.parted = False  # whether the draft's cache holds key heads in classes
         self.names = frozenset(inspect.signature(draft.forward).parameters) - OWN
 
     def on_target(self, context: Context) -> None:
@@ -93,6 +94,7 @@ class Drafting:
 
     def on_draft(self, context: Context, size: int) -> None:
         """`size`: words of the target."""
+        self.parted = any(getattr(stage, "in_classes", False) for stage in context.stages)
         context.handle.set(self.draft, "generate", self._only_here(self.draft.generate))
         if words(self.draft) != size:
             context.handle.after(self.draft, resized_logits(size))
@@ -211,9 +213,14 @@ class Seeing(AssistedCandidateGenerator):
         kept, length = self.assistant_kwargs, generation_args[self.input_ids_key].shape[1]
         cache = DynamicCache(config=self.assistant_model.config.get_text_config(decoder=True))
         cache.activate_past_recording()
+        for layer in cache.layers:
+            layer.record_past = True  # where a stage lets tokens leave as drafts grow, some may be taken back
         given = {name: self._own(value, length) for name, value in (self.drafting.call.given or {}).items()}
         mask = kept.get("attention_mask")
         more = {} if mask is None else {"attention_mask": pad(mask, (0, length - mask.shape[1]), value=1)}
+        if self.drafting.parted:
+            # The token behind the prompt may be taken back too, so it must not count as a part of it.
+            more["logits_to_keep"] = 2
         self.assistant_kwargs = {**kept, **given, **more, "past_key_values": cache}
         # transformers hands no pictures to what it knows to be an assistant.
         self.generation_config.update(is_assistant=False)

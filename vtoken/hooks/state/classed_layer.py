@@ -24,12 +24,14 @@ class ClassedLayer(DynamicLayer):
         total: tokens that a head would hold which drops none, padding included.
         pending: new keys and values [B, Hk, n, d], from `update` to `take`.
         spare: how many of the newest tokens may be taken back: behind those the oldest that they see may have left.
+        record_past: as transformers has it, what leaves a window waits for `crop`.
     """
 
     classes: tuple[HeadClass, ...]
     total: int
     pending: tuple[Tensor, Tensor] | None
     spare: int
+    record_past: bool = False
 
     @property
     def keys(self) -> Tensor:  # type: ignore[override]
@@ -60,7 +62,7 @@ class ClassedLayer(DynamicLayer):
         for each in self.classes:
             # The first new token takes a place in the window of its own.
             most = each.length if each.window is None else each.window - slides
-            if each.length - each.fixed > most:
+            if not self.record_past and each.length - each.fixed > most:
                 each, self.spare = each.trimmed(most), new
             classes.append(each.append(keys, values, real))
         self.classes = tuple(classes)
@@ -84,6 +86,10 @@ class ClassedLayer(DynamicLayer):
         if count:
             self.classes, self.total = tuple(each.without(count) for each in self.classes), self.total - count
             self.spare -= count
+        if self.record_past:
+            held = sum(each.length for each in self.classes)
+            self.classes = tuple(e if e.window is None else e.trimmed(e.window - 1) for e in self.classes)
+            self.spare = self.spare if held == sum(each.length for each in self.classes) else 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(beam_idx)

@@ -144,12 +144,12 @@ class HeadClass:
             free: [B] rows whose new tokens see all that is held, and what is new up to themselves; the others see as
                 far as the window goes.
         """
-        if new == 1 and self.real is None:
+        if new == 1 and self.real is None and not self._hides(new):
             return None
         columns = torch.arange(self.length, device=self.keys.device)
         at = columns[-new:, None]
         seen = (columns <= at)[None]
-        if self.window is not None and new > 1:
+        if self._hides(new):
             seen = seen & ~self._past(new, free)
         if self.real is not None:
             seen = seen & self.real[:, None] & self.real[:, -new:, None]
@@ -159,13 +159,17 @@ class HeadClass:
         """Of what each of the newest `new` tokens does not see any more, counts [B, m], mean keys and values
         [B, Hc, m, d]; m is 1 where all have lost the same. For a class that accounts for it."""
         assert self.lost is not None
-        if new == 1 or self.window is None:
+        if not self._hides(new):
             return self.lost.count[:, None], self.lost.keys[:, :, None], self.lost.values[:, :, None]
         gone = self._past(new, free)[:, :, self.fixed :]
         if self.real is not None:
             gone = gone & self.real[:, None, self.fixed :]
         gone = gone.expand(len(self.keys), -1, -1)
         return self.lost.averages(self.keys[:, :, self.fixed :], self.values[:, :, self.fixed :], gone)
+
+    def _hides(self, new: int) -> bool:
+        """Whether some of the newest `new` may not see all that is held."""
+        return self.window is not None and (new > 1 or self.length - self.fixed > self.window)
 
     def _past(self, new: int, free: Tensor | None) -> Tensor:
         """[B or 1, new, n] which tokens have left the window of each of the newest `new`."""
