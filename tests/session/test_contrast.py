@@ -97,6 +97,24 @@ def test_alpha_0_is_the_pipeline_itself():
     assert torch.equal(torch.stack(got.scores), torch.stack(want.scores))
 
 
+@pytest.mark.parametrize(
+    "default",
+    [{"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 3}, {"max_length": 3}],
+    ids=lambda default: next(iter(default)),
+)
+def test_how_the_model_generates_by_default_is_not_how_the_other_is_asked(default):
+    model, options = tiny.llava(), {"num_beams": 1, "output_scores": True, **LOGITS}
+    batch = tiny.build(model, ROWS, seed=3)
+    plain = pipeline(stages=STAGES[:1])  # without a cache, deep stages look from every new token
+    with vtoken.wrapped(model, plain):
+        want = greedy(model, batch, NEW, **options)
+    model.generation_config.update(**default)
+    with vtoken.wrapped(model, plain):
+        got = greedy(model, batch, NEW, **options)
+    assert torch.equal(got.sequences, want.sequences)
+    close(torch.stack(got.scores), torch.stack(want.scores))
+
+
 def test_the_model_itself_against_fewer_tokens():
     """Without stages of its own, processors of the caller behind it, and everything taken back afterwards."""
     model = tiny.llava()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.call.drafting import OWN
@@ -35,6 +35,8 @@ class Contrasting:
     def __init__(self, handle: Handle, model: Any, other: Context, alpha: float, beta: float) -> None:
         self.model, self.other, self.alpha, self.beta = model, other, alpha, beta
         self.names = frozenset(inspect.signature(other.adapter.model.forward).parameters) - OWN
+        # How the model generates by itself (without a cache, in chunks, ...) is not how it is asked for one token's logits.
+        other.adapter.model.generation_config = GenerationConfig()
         handle.set(model, "generate", self._generate(model.generate))
 
     def _generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
