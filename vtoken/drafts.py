@@ -150,6 +150,8 @@ def draft(model: Any, draft: Any = None, pipeline: PipelineLike | None = None) -
     if pipeline is None:
         pipeline = (before and before.draft) or "specvlm-90"
     own = config.load(pipeline)
+    if own.contrast is not None:
+        raise UnsupportedError("the pipeline of a draft can have no contrast: answers are the target's; take it out")
     if held is not None:
         held.release()
     try:
