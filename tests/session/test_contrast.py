@@ -3,6 +3,8 @@ every step."""
 
 from __future__ import annotations
 
+import threading
+
 import modes
 import oracle
 import pytest
@@ -11,6 +13,7 @@ import torch
 from model_state import changed, state
 from modes import LOGITS, ROWS, alone, greedy
 from probes import Deep, Ragged
+from transformers import LogitsProcessor
 
 import vtoken
 from vtoken import config
@@ -85,6 +88,30 @@ def test_rows_alone_samples_and_beams(family):
         said = beams.sequences[b::2, -NEW:]
         want = contrasted(model, batch, said).gather(2, said.T[..., None])[..., 0].sum(0)
         torch.testing.assert_close(beams.sequences_scores[b::2], want, atol=5e-3, rtol=1e-3)
+
+
+@families
+def test_calls_in_turns(family):
+    """Of several threads: what the other model remembers is each call's own."""
+    model, said = tiny.make(family), {}
+    batches = [tiny.build(model, rows, seed=3) for rows in (ROWS, ROWS[::-1])]
+    turns = threading.Barrier(2)
+
+    class Wait(LogitsProcessor):
+        def __call__(self, ids, scores):
+            turns.wait(60)
+            return scores
+
+    def talk(number):
+        said[number] = greedy(model, batches[number], NEW, logits_processor=[Wait()])
+
+    with vtoken.wrapped(model, pipeline()):
+        want = [greedy(model, batch, NEW) for batch in batches]
+        threads = [threading.Thread(target=talk, args=(number,)) for number in range(2)]
+        for step in (threading.Thread.start, threading.Thread.join):
+            for thread in threads:
+                step(thread)
+    assert all(torch.equal(said[number], want[number]) for number in range(2))
 
 
 def test_alpha_0_is_the_pipeline_itself():
