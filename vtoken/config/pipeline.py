@@ -66,9 +66,12 @@ class Pipeline:
             raise ConfigError(f"{DRAFT} must be a pipeline that has no {CONTRAST}: answers are the target's")
         if self.contrast is not None and not isinstance(self.contrast, Contrast):
             raise ConfigError(f"{CONTRAST} must be a Contrast, not {shown(self.contrast)}")
-        for key, other in ((DRAFT, self.draft), (CONTRAST, self.contrast and self.contrast.pipeline)):
+        against = None if self.contrast is None else self.contrast.pipeline
+        for key, other in ((DRAFT, self.draft), (CONTRAST, against)):
             if other is not None and other.anyres not in ("model", self.anyres):
-                raise ConfigError(f"{key} is given the crops of the pipeline: write anyres: {other.anyres} beside {key}")
+                raise ConfigError(
+                    f"{key} is given the crops of the pipeline: write anyres: {other.anyres} beside {key}"
+                )
 
     def __repr__(self) -> str:
         return dump(self)
