@@ -115,8 +115,7 @@ class Session:
             if pipeline.stages or watched:
                 self.boundary = install(context)
             if against is not None and other is not None:
-                with about("contrast"):
-                    # Both are given the same crops.
+                with about("contrast"):  # which is given the same crops
                     self.against = Session(other, replace(against.pipeline, anyres=pipeline.anyres))
                 Contrasting(context.handle, model, self.against.context, against.alpha, against.beta)
         except BaseException:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from vtoken import registry
 from vtoken.config.beside import in_folder, is_repository, on_hub
-from vtoken.config.contrast import Contrast
+from vtoken.config.contrast import Contrast, check_beside
 from vtoken.config.messages import explain
 from vtoken.config.policies import (
     CONTRAST,
@@ -62,16 +62,9 @@ class Pipeline:
         check(vars(self), Source())
         if self.draft is not None and (not isinstance(self.draft, Pipeline) or self.draft.draft is not None):
             raise ConfigError(f"{DRAFT} must be a pipeline that has no {DRAFT} itself, not {shown(self.draft)}")
-        if self.draft is not None and self.draft.contrast is not None:
-            raise ConfigError(f"{DRAFT} must be a pipeline that has no {CONTRAST}: answers are the target's")
         if self.contrast is not None and not isinstance(self.contrast, Contrast):
             raise ConfigError(f"{CONTRAST} must be a Contrast, not {shown(self.contrast)}")
-        against = None if self.contrast is None else self.contrast.pipeline
-        for key, other in ((DRAFT, self.draft), (CONTRAST, against)):
-            if other is not None and other.anyres not in ("model", self.anyres):
-                raise ConfigError(
-                    f"{key} is given the crops of the pipeline: write anyres: {other.anyres} beside {key}"
-                )
+        check_beside(self)
 
     def __repr__(self) -> str:
         return dump(self)
