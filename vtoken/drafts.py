@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from vtoken import config, registry
@@ -150,6 +151,10 @@ def draft(model: Any, draft: Any = None, pipeline: PipelineLike | None = None) -
     if pipeline is None:
         pipeline = (before and before.draft) or "specvlm-90"
     own = config.load(pipeline)
+    if before is not None:
+        own = replace(own, anyres=before.anyres)  # both are given the same crops
+    if own.contrast is not None:
+        raise UnsupportedError("the pipeline of a draft can have no contrast: answers are the target's; take it out")
     if held is not None:
         held.release()
     try:

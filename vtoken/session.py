@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -114,8 +115,8 @@ class Session:
             if pipeline.stages or watched:
                 self.boundary = install(context)
             if against is not None and other is not None:
-                with about("contrast"):
-                    self.against = Session(other, against.pipeline)
+                with about("contrast"):  # which is given the same crops
+                    self.against = Session(other, replace(against.pipeline, anyres=pipeline.anyres))
                 Contrasting(context.handle, model, self.against.context, against.alpha, against.beta)
         except BaseException:
             self.release()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from modes import greedy
 from probes import Recorder
 
 import vtoken
@@ -182,6 +183,25 @@ def test_forced_grid():
     for family in tiny.each("split", anyres=False):  # one that cuts pictures in another way among them
         with pytest.raises(UnsupportedError, match=f"image_grid_pinpoints.*which {family} does not have"):
             vtoken.wrap(tiny.make(family), {"anyres": "2x2", "stages": []})
+
+
+def test_forced_grid_of_what_reads_beside():
+    """What answers are compared with, and what drafts, is given the same crops, here of a picture that has as many
+    tokens in fewer of them."""
+    model, stages = tiny.make("llava_next"), [{"uniform": {"keep": 9}}]
+    pixels, sizes = torch.randn(1, 5, 3, 56, 56, generator=torch.Generator().manual_seed(1)), torch.tensor([[50, 100]])
+    n = len(model.get_image_features(pixels[:, :3], sizes, return_dict=True).pooler_output[0])
+    with vtoken.wrapped(model, {"anyres": "2x2", "stages": stages}):
+        assert len(model.get_image_features(pixels, sizes, return_dict=True).pooler_output[0]) == n
+        batch = {"input_ids": torch.tensor([[11, *[tiny.IMG] * n, 12]]), "pixel_values": pixels, "image_sizes": sizes}
+        own = greedy(model, batch, 4, output_scores=True, return_dict_in_generate=True)
+        drafts = vtoken.draft(model, None, stages)
+        assert torch.equal(greedy(model, batch, 9, assistant_model=drafts)[:, : own.sequences.shape[1]], own.sequences)
+        assert vtoken.acceptance(drafts).share == 1
+        vtoken.unwrap(drafts)
+    with vtoken.wrapped(model, {"anyres": "2x2", "stages": stages, "contrast": {"stages": stages, "beta": 0}}):
+        same = greedy(model, batch, 4, output_scores=True, return_dict_in_generate=True)
+    torch.testing.assert_close(torch.stack(same.scores), torch.stack(own.scores), atol=1e-4, rtol=1e-4)
 
 
 def test_match_processor():

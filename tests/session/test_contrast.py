@@ -3,6 +3,8 @@ every step."""
 
 from __future__ import annotations
 
+import threading
+
 import modes
 import oracle
 import pytest
@@ -11,6 +13,7 @@ import torch
 from model_state import changed, state
 from modes import LOGITS, ROWS, alone, greedy
 from probes import Deep, Ragged
+from transformers import LogitsProcessor
 
 import vtoken
 from vtoken import config
@@ -87,6 +90,30 @@ def test_rows_alone_samples_and_beams(family):
         torch.testing.assert_close(beams.sequences_scores[b::2], want, atol=5e-3, rtol=1e-3)
 
 
+@families
+def test_calls_in_turns(family):
+    """Of several threads: what the other model remembers is each call's own."""
+    model, said = tiny.make(family), {}
+    batches = [tiny.build(model, rows, seed=3) for rows in (ROWS, ROWS[::-1])]
+    turns = threading.Barrier(2)
+
+    class Wait(LogitsProcessor):
+        def __call__(self, ids, scores):
+            turns.wait(60)
+            return scores
+
+    def talk(number):
+        said[number] = greedy(model, batches[number], NEW, logits_processor=[Wait()])
+
+    with vtoken.wrapped(model, pipeline()):
+        want = [greedy(model, batch, NEW) for batch in batches]
+        threads = [threading.Thread(target=talk, args=(number,)) for number in range(2)]
+        for step in (threading.Thread.start, threading.Thread.join):
+            for thread in threads:
+                step(thread)
+    assert all(torch.equal(said[number], want[number]) for number in range(2))
+
+
 def test_alpha_0_is_the_pipeline_itself():
     model = tiny.llava()
     batch = tiny.build(model, ROWS, seed=3)
@@ -95,6 +122,24 @@ def test_alpha_0_is_the_pipeline_itself():
     with vtoken.wrapped(model, pipeline(alpha=0.0)):
         got = greedy(model, batch, NEW, output_scores=True, **LOGITS)
     assert torch.equal(torch.stack(got.scores), torch.stack(want.scores))
+
+
+@pytest.mark.parametrize(
+    "default",
+    [{"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 3}, {"max_length": 3}],
+    ids=lambda default: next(iter(default)),
+)
+def test_how_the_model_generates_by_default_is_not_how_the_other_is_asked(default):
+    model, options = tiny.llava(), {"num_beams": 1, "output_scores": True, **LOGITS}
+    batch = tiny.build(model, ROWS, seed=3)
+    plain = pipeline(stages=STAGES[:1])  # without a cache, deep stages look from every new token
+    with vtoken.wrapped(model, plain):
+        want = greedy(model, batch, NEW, **options)
+    model.generation_config.update(**default)
+    with vtoken.wrapped(model, plain):
+        got = greedy(model, batch, NEW, **options)
+    assert torch.equal(got.sequences, want.sequences)
+    close(torch.stack(got.scores), torch.stack(want.scores))
 
 
 def test_the_model_itself_against_fewer_tokens():
@@ -184,6 +229,8 @@ def test_in_a_pipeline_file(tmp_path):
         ("stages: []\ncontrast: {beta: 2, stages: []}\n", "beta must be a number >= 0 and <= 1, not 2"),
         ("stages: []\ncontrast: {alpha: true, stages: []}\n", "not True"),
         ("stages: []\ncontrast: {alpha: 1}\n", "stages must be a list"),
+        ("stages: []\ncontrast: {anyres: 2x2, stages: []}\n", "write anyres: 2x2 beside contrast"),
+        ("stages: []\ncontrast: {alpa: 1, stages: []}\n", "unknown key 'alpa', did you mean 'alpha'"),
         ("stages: []\ncontrast:\n  stages:\n    - uniform: {kep: 3}\n", "vtoken.yaml:4: stage 'uniform'.*kep"),
         ("stages: []\ncontrast: {stages: [], contrast: {stages: []}}\n", "neither draft nor contrast"),
     ],

@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 import vtoken
-from vtoken.errors import ConfigError
+from vtoken.errors import ConfigError, UnsupportedError
 
 
 def test_the_draft_of_a_pipeline(tmp_path):
@@ -44,9 +44,18 @@ def yaml_file(folder, text):
         ("draft: nothing-64\nstages: []\n", "vtoken.yaml:1: draft: unknown preset 'nothing-64'"),
         ("stages: []\ndraft:\n  stages:\n    - uniform: {kep: 3}\n", "vtoken.yaml:4: stage 'uniform'.*kep"),
         ("stages: []\ndraft:\n  draft: none\n  stages: []\n", "has no draft itself"),
+        ("stages: []\ndraft: {stages: [], contrast: {stages: []}}\n", "has no contrast"),
+        ("stages: []\ndraft: damro-10\n", "has no contrast"),
         ("stages: []\ndraft: 7\n", "vtoken.yaml:2: draft: a pipeline is"),
     ],
 )
 def test_drafts_that_do_not_read(text, says, tmp_path):
     with pytest.raises(ConfigError, match=says):
         vtoken.config.load(yaml_file(tmp_path, text))
+
+
+def test_a_draft_s_answers_are_compared_with_nothing():
+    model = vtoken.wrap(tiny.llava(), "random:9")
+    with pytest.raises(UnsupportedError, match="can have no contrast"):
+        vtoken.draft(model, None, "damro-10")
+    assert vtoken.pipeline(model).stages[0].name == "random", "as before"

@@ -39,3 +39,17 @@ def check_number(name: str, value: Any, most: float) -> None:
         raise ConfigError(
             f"{CONTRAST}: {name} must be a number >= 0{'' if most == inf else f' and <= {most:g}'}, not {shown(value)}"
         )
+
+
+def check_beside(pipeline: Pipeline) -> None:
+    """Refuses a draft with a contrast, and other crops than the pipeline's.
+
+    Raises:
+        ConfigError: says which.
+    """
+    if pipeline.draft is not None and pipeline.draft.contrast is not None:
+        raise ConfigError(f"{DRAFT} must be a pipeline that has no {CONTRAST}: answers are the target's")
+    against = None if pipeline.contrast is None else pipeline.contrast.pipeline
+    for key, other in ((DRAFT, pipeline.draft), (CONTRAST, against)):
+        if other is not None and other.anyres not in ("model", pipeline.anyres):
+            raise ConfigError(f"{key} is given the crops of the pipeline: write anyres: {other.anyres} beside {key}")

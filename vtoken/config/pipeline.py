@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from vtoken import registry
 from vtoken.config.beside import in_folder, is_repository, on_hub
-from vtoken.config.contrast import Contrast
+from vtoken.config.contrast import Contrast, check_beside
 from vtoken.config.messages import explain
 from vtoken.config.policies import (
     CONTRAST,
@@ -62,9 +62,9 @@ class Pipeline:
         check(vars(self), Source())
         if self.draft is not None and (not isinstance(self.draft, Pipeline) or self.draft.draft is not None):
             raise ConfigError(f"{DRAFT} must be a pipeline that has no {DRAFT} itself, not {shown(self.draft)}")
-
         if self.contrast is not None and not isinstance(self.contrast, Contrast):
             raise ConfigError(f"{CONTRAST} must be a Contrast, not {shown(self.contrast)}")
+        check_beside(self)
 
     def __repr__(self) -> str:
         return dump(self)
@@ -162,13 +162,14 @@ def _from_file(path: Path, name: str = "") -> Pipeline:
     return replace(found, written=f"{path} ({found.written})" if found.written else str(path))
 
 
-def _from_data(data: Any, name: str, source: Source) -> Pipeline:
+def _from_data(data: Any, name: str, source: Source, more: Sequence[str] = ()) -> Pipeline:
+    """`more`: keys that were read elsewhere."""
     if not isinstance(data, dict):
         raise source.error((), f"a pipeline is a mapping with positions and stages, not {shown(data)}")
     for key in data:
         if key not in KEYS:
             hint = f"; stages go into a list, stages: [{key}: ...]" if key in registry.stages() else ""
-            raise source.error((key,), unknown("key", key, KEYS) + hint)
+            raise source.error((key,), unknown("key", key, (*KEYS, *more)) + hint)
     preset = ""
     if PRESET in data:
         preset, data = _on_preset(data, source)
@@ -181,12 +182,12 @@ def _from_data(data: Any, name: str, source: Source) -> Pipeline:
             f"stages must be a list, as in [fastervlm: {{keep: 64}}] (for none []), not {shown(items)}",
         )
     stages = tuple(_stage(item, ("stages", i), source) for i, item in enumerate(items))
-    more: dict[str, Any] = {}
+    others: dict[str, Any] = {}
     for key, reads in ((DRAFT, _draft), (CONTRAST, _contrast)):
-        more |= {key: reads(data[key], source)} if key in data else {}
+        others |= {key: reads(data[key], source)} if key in data else {}
     check({**policies, "stages": stages}, source)
     name = name or preset or "+".join(s.name for s in stages) or "none"
-    return Pipeline(name, stages=stages, written=preset and f'preset "{preset}"', **policies, **more)
+    return Pipeline(name, stages=stages, written=preset and f'preset "{preset}"', **policies, **others)
 
 
 def _contrast(item: Any, source: Source) -> Contrast:
@@ -195,9 +196,10 @@ def _contrast(item: Any, source: Source) -> Contrast:
         raise source.error(
             (CONTRAST,), f"{CONTRAST} is a mapping, {{stages: [...], alpha: 1.0, beta: 0.1}}, not {shown(item)}"
         )
-    numbers = {key: _native(item[key]) for key in ("alpha", "beta") if key in item}
+    names = ("alpha", "beta")
+    numbers = {key: _native(item[key]) for key in names if key in item}
     own = Source(source.file, {path[1:]: line for path, line in source.lines.items() if path[:1] == (CONTRAST,)})
-    held = _from_data({key: value for key, value in item.items() if key not in numbers}, "", own)
+    held = _from_data({key: value for key, value in item.items() if key not in numbers}, "", own, names)
     try:
         return Contrast(held, **numbers)
     except ConfigError as error:

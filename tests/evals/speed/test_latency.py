@@ -24,6 +24,7 @@ from vtoken.evals.shared import models
 from vtoken.evals.speed.inputs import random_prompt
 from vtoken.evals.speed.latency import COMPARED, PARTS, Bench, Spread, bench, break_even, ratios, row, spread
 from vtoken.evals.speed.timing import Runner, Sample, Subject
+from vtoken.hooks.state.run import Clock
 from vtoken.hooks.state.trace import StageTrace, Trace
 
 SHARES = (("a", 0.25), ("b", 0.125), ("a", 0.5))  # of a stage, layer by layer
@@ -227,6 +228,15 @@ def test_stages_that_stood_aside_are_named() -> None:
         note.startswith("flexprefill: flexprefill stood aside, the prompt has")
         for note in notes(Bench((row,), None, {}))
     )
+
+
+@pytest.mark.parametrize("stages", [[], [{"random": {"keep": 5}}]], ids=["alone", "behind a stage"])
+def test_a_contrast_is_timed_with_its_tower(stages: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Clock, "between", lambda self, start, end: 1.0)
+    pipeline = {"stages": stages, "contrast": {"stages": [{"random": {"keep": 1}}]}}
+    dense, found = bench(tiny.llava(), [pipeline], **SHORT).rows
+    assert (dense.milliseconds["vision"].median, found.milliseconds["vision"].median) == (1, 2)
+    assert "contrast runs the model once more" in str(found.no_oracle)
 
 
 def test_the_share_of_attention_that_sparse_stages_computed_is_told() -> None:

@@ -35,7 +35,7 @@ class Amplify(SteeredAttention):
     deviations: ClassVar[str] = (
         "One factor on the weights of visual tokens; PAI adds alpha times the magnitude of each score, so that what is "
         "far from 0 gains most, and acts on the last token alone. Its contrast with an answer without the picture is "
-        "vtoken.contrast."
+        "`contrast:` in a pipeline file."
     )
 
     gamma: float = Field(gt=0, description="factor on attention weights of visual tokens; below 1 it damps them")

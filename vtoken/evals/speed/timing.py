@@ -22,7 +22,7 @@ from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.pruned_cache import cache_bytes
 from vtoken.hooks.state.run import Clock
 from vtoken.hooks.state.trace import Trace
-from vtoken.session import trace, watched, wrapped
+from vtoken.session import session_of, trace, watched, wrapped
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,8 @@ class Runner:
 
     def _no_oracle(self, pipeline: Pipeline) -> str | None:
         """Why no short prompt is equivalent, or None."""
+        if pipeline.contrast is not None and pipeline.contrast.alpha:
+            return "no short prompt is equivalent: contrast runs the model once more, with a cache that is not counted here"
         inside = [f"{stage.name} acts at site {stage.site}" for stage in pipeline.stages if stage.site != "tokens"]
         if inside:
             return f"no short prompt is equivalent: {', '.join(inside)}"
@@ -238,7 +240,9 @@ class Runner:
                 # Wrapping scans packages and leaves caches cold, which no second call on a wrapped model finds.
                 self._call(oracle, max_new_tokens=1)
                 began.clear()
-                handle.after(self.adapter.projectors[0], projected)
+                against = session.against if (session := session_of(self.model)) else None
+                for adapter in (self.adapter, *([against.adapter] if against else [])):
+                    handle.after(adapter.projectors[0], projected)
                 resident = self._resident()
                 start = self.clock.now()
                 ids = self._call(oracle, stopping_criteria=StoppingCriteriaList([first]))

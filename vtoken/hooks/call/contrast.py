@@ -4,6 +4,7 @@ has a cache of its own."""
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.call.drafting import OWN
@@ -34,7 +35,10 @@ class Contrasting:
 
     def __init__(self, handle: Handle, model: Any, other: Context, alpha: float, beta: float) -> None:
         self.model, self.other, self.alpha, self.beta = model, other, alpha, beta
+        self.turn = threading.Lock()
         self.names = frozenset(inspect.signature(other.adapter.model.forward).parameters) - OWN
+        # How the model generates by itself (without a cache, in chunks, ...) is not how it is asked for one token's logits.
+        other.adapter.model.generation_config = GenerationConfig()
         handle.set(model, "generate", self._generate(model.generate))
 
     def _generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,7 +56,8 @@ class Contrasting:
             seen = {name: value for name, value in given.items() if name in self.names}
             beams = given.get("num_beams") or getattr(given.get("generation_config"), "num_beams", None)
             beams = beams or self.model.generation_config.num_beams or 1
-            ours = Against(self.other, ids, given.get("attention_mask"), seen, self.alpha, self.beta, beams=beams > 1)
+            mask = given.get("attention_mask")
+            ours = Against(self.other, self.turn, ids, mask, seen, self.alpha, self.beta, beams=beams > 1)
             kwargs = given | {"logits_processor": LogitsProcessorList([ours, *(given.get("logits_processor") or [])])}
             return original(**kwargs)
 
@@ -88,7 +93,8 @@ class Against(LogitsProcessor):
     ln beta + max l are out.
 
     Args:
-        context: of the model under the other pipeline.
+        context: of the model under the other pipeline; turn: held while that runs, since what it remembers of positions
+            from token to token is of one call only.
         ids, mask: [B, L] of the prompt; given: what else of the call tells of it, pictures among it.
         beams: rows are beams, which may be reordered between two tokens, and scores must be log-probabilities.
     """
@@ -96,6 +102,7 @@ class Against(LogitsProcessor):
     def __init__(
         self,
         context: Context,
+        turn: threading.Lock,
         ids: Tensor,
         mask: Tensor | None,
         given: dict[str, Any],
@@ -104,7 +111,7 @@ class Against(LogitsProcessor):
         *,
         beams: bool,
     ) -> None:
-        self.context, self.ids, self.mask, self.given = context, ids, mask, given
+        self.context, self.turn, self.ids, self.mask, self.given = context, turn, ids, mask, given
         self.alpha, self.beta, self.beams = alpha, beta, beams
         self.cache: Any = None
         self.prompts, self.rows = len(ids), ids  # how many there are; ids that the cache holds
@@ -126,8 +133,7 @@ class Against(LogitsProcessor):
             # By reordering, which states of layers without attention can do too.
             self.cache.reorder_cache(torch.arange(len(self.ids), device=logits.device).repeat_interleave(copies))
             logits = logits.repeat_interleave(copies, 0)
-            deltas = vars(self.context.adapter.outer).get("rope_deltas")
-            self.deltas = None if deltas is None else deltas.repeat_interleave(copies, 0)
+            self.deltas = None if self.deltas is None else self.deltas.repeat_interleave(copies, 0)
             self.given = {k: v.repeat_interleave(copies, 0) if self._tells(v) else v for k, v in self.given.items()}
             self.ids = self.ids.repeat_interleave(copies, 0)
             self.mask = None if self.mask is None else self.mask.repeat_interleave(copies, 0)
@@ -170,7 +176,7 @@ class Against(LogitsProcessor):
         remembered: AbstractContextManager[Any] = nullcontext()
         if self.deltas is not None:
             remembered = self.context.handle.during(self.context.adapter.outer, "rope_deltas", self.deltas)
-        with remembered:
+        with self.turn, remembered:
             out = self.context.adapter.model.generate(
                 input_ids=ids,
                 **shown,
@@ -183,6 +189,8 @@ class Against(LogitsProcessor):
                 output_logits=True,
                 return_dict_in_generate=True,
             )
+            if self.cache is None:
+                self.deltas = vars(self.context.adapter.outer).get("rope_deltas")
         self.cache = out.past_key_values
         logits: Tensor = out.logits[0]
         return logits
