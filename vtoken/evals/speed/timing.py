@@ -22,7 +22,7 @@ from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.pruned_cache import cache_bytes
 from vtoken.hooks.state.run import Clock
 from vtoken.hooks.state.trace import Trace
-from vtoken.session import trace, watched, wrapped
+from vtoken.session import session_of, trace, watched, wrapped
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Sample:
     """Milliseconds of one `generate`, and the peak of GPU memory above what was allocated before it.
 
     Attributes:
-        vision: tower and projector, with the facts and encoder-site stages that run inside.
+        vision: tower and projector, with the facts and encoder-site stages that run inside; both runs of a contrast.
         stages: the decisions themselves (for encoder-site stages part of `vision`); None without a pipeline.
         ttft: from the call to the first token, vision included.
         decode: per token after the first; None if only one is generated.
@@ -238,7 +238,11 @@ class Runner:
                 # Wrapping scans packages and leaves caches cold, which no second call on a wrapped model finds.
                 self._call(oracle, max_new_tokens=1)
                 began.clear()
-                handle.after(self.adapter.projectors[0], projected)
+                session = session_of(self.model)
+                # A contrast encodes the picture once more; its modules took the hooks of the towers along.
+                against = [] if session is None or session.against is None else [session.against.adapter]
+                for adapter in (self.adapter, *against):
+                    handle.after(adapter.projectors[0], projected)
                 resident = self._resident()
                 start = self.clock.now()
                 ids = self._call(oracle, stopping_criteria=StoppingCriteriaList([first]))
