@@ -114,7 +114,7 @@ def test_what_is_wrong_with_numbers_is_said(gates, words):
 @pytest.mark.parametrize("stage", ["static_sparse", "streaming_cache"])
 def test_a_sparsity_without_gates_is_refused(stage):
     """All heads would stream whatever it is."""
-    with pytest.raises(ConfigError, match="sparsity 0.85 needs gates; without them all heads stream"):
+    with pytest.raises(ConfigError, match=r"sparsity 0\.85 needs gates; without them all heads stream"):
         config.load([{stage: {"sparsity": 0.85}}])
 
 
