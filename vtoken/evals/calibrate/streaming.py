@@ -54,7 +54,9 @@ def run(asked: Settings) -> None:
     """Probes, and writes the table."""
     check_folder(asked.out)
     if asked.out.suffix == ".tsv":
-        raise ConfigError(f"-o {asked.out}: the file is JSON, and stages read a .tsv as a table with tabs; name it .json")
+        raise ConfigError(
+            f"-o {asked.out}: the file is JSON, and stages read a .tsv as a table with tabs; name it .json"
+        )
     picture = None if asked.images is None else media.read([asked.images])
     if picture is not None and picture.video:
         raise ConfigError(f"--images {asked.images} is a video; give a picture")
