@@ -199,7 +199,7 @@ def test_a_draft_beside_a_contrast_is_refused_when_it_is_made():
     model = tiny.llava()
     vtoken.wrap(model, pipeline())
     try:
-        with pytest.raises(UnsupportedError, match="has a contrast, .* leave one of the two out"):
+        with pytest.raises(UnsupportedError, match=r"has a contrast, .* leave one of the two out"):
             vtoken.draft(model, None, "uniform:25%")
         assert vtoken.pipeline(model).contrast is not None, "the model stays as it was wrapped"
     finally:
