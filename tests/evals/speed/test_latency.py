@@ -228,8 +228,10 @@ def test_vision_of_a_contrast_is_that_of_both_runs(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(model, "generation_config", GenerationConfig(max_new_tokens=2, do_sample=False))
     before = hooks(model)
     dense, _ = runner.sample()
-    against, _ = runner.sample(load({"stages": [], "contrast": {"stages": ["fastervlm:4"], "alpha": 1.0}}))
+    contrast = load({"stages": [], "contrast": {"stages": ["fastervlm:4"], "alpha": 1.0}})
+    against, _ = runner.sample(contrast)
     assert (dense.vision, against.vision) == (1, 2) and hooks(model) == before
+    assert "a cache of its own that is not counted" in (runner.prepare(contrast).no_oracle or "")
 
 
 def test_stages_that_stood_aside_are_named() -> None:

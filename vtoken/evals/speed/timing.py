@@ -138,6 +138,8 @@ class Runner:
 
     def _no_oracle(self, pipeline: Pipeline) -> str | None:
         """Why no short prompt is equivalent, or None."""
+        if pipeline.contrast is not None:
+            return "its contrast runs the model once more, with a cache of its own that is not counted here"
         inside = [f"{stage.name} acts at site {stage.site}" for stage in pipeline.stages if stage.site != "tokens"]
         if inside:
             return f"no short prompt is equivalent: {', '.join(inside)}"
