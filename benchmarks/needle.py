@@ -173,7 +173,8 @@ def draw(found: Sequence[Answers], lengths: Sequence[int], file: Path) -> None:
         cells = [[fmean(one.right[n, depth]) for n in lengths] for depth in DEPTHS]
         axis.imshow(cells, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         for (row, column), share in zip(product(range(len(DEPTHS)), range(len(lengths))), chain(*cells), strict=True):
-            axis.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=6)
+            shade = "black" if 0.2 < share < 0.8 else "white"  # the ends of the scale are dark
+            axis.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=6, color=shade)
         axis.set_title(fill(one.name.replace(",", ", "), TITLE), fontsize=8)
         axis.set_xticks(range(len(lengths)), lengths, fontsize=7)
         axis.set_yticks(range(len(DEPTHS)), [f"{depth} %" for depth in DEPTHS], fontsize=7)
