@@ -19,7 +19,7 @@ from vtoken.stages.query_attention import shared
 
 
 class TaskKV(SnapKV):
-    """At the end of the prefill, every key head of a layer is described by one vector: the sum of the values of the `top`
+    """At the end of the prefill, every key head of a layer gets one vector: the sum of the values of the `top`
     tokens that the last `window` prompt tokens attend to most, each times that attention (mean over these queries,
     pooled over `kernel` neighbouring tokens, mean over the query heads of the key head). The heads whose vectors are
     farthest from the layer's mean, and the one closest to it, keep everything. How many are farthest falls linearly
