@@ -100,6 +100,8 @@ def main() -> None:
     sides = [Side("dense", model)]
     for each in args.pipelines:
         pipeline = load(each)
+        if pipeline.contrast is not None:
+            parser.error(f"{each}: a contrast acts in generate, and steps are timed without it")
         sides.append(Side(pipeline.name, vtoken.wrap(copy.deepcopy(model, dict(shared)), pipeline)))
     for side in sides:
         side.prefill(prompt.inputs)
@@ -113,6 +115,10 @@ def main() -> None:
     for side in sides:
         print(line(side, sides[0]))
     length = prompt.inputs["input_ids"].shape[1]
+    print()
+    for side in sides[1:]:
+        for stage, why in vtoken.trace(side.model).aside.items() if vtoken.pipeline(side.model).stages else ():
+            print(f"- {side.name}: {stage} stood aside, {why}")
     conditions = {**machine(model), "weights": "random", "batch": args.batch, "prompt tokens": length}
     print("\n" + "; ".join(f"{name}: {value}" for name, value in conditions.items()))
 

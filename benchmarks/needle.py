@@ -16,8 +16,10 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, product
 from pathlib import Path
 from statistics import fmean
+from textwrap import fill
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # Runs from a checkout that is not installed, too.
@@ -37,6 +39,7 @@ from vtoken.session import watched
 
 MODEL = "tiny-qwen2.5-vl"
 SITES = ("attention", "cache", "decode")
+TITLE = 28  # characters that are as wide as a map
 # Published budgets are for longer prompts; these leave something out of a short one, too.
 BESIDE: dict[str, Any] = {
     "snapkv, 10 %": {"snapkv": {"keep": "10%"}},
@@ -165,11 +168,14 @@ def draw(found: Sequence[Answers], lengths: Sequence[int], file: Path) -> None:
     ran = [one for one in found if one.right and not one.refused]
     columns = min(5, len(ran))
     rows = -(-len(ran) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(2.3 * columns, 2.0 * rows), squeeze=False)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(2.3 * columns, 2.2 * rows), squeeze=False)
     for axis, one in zip(axes.flat, ran, strict=False):
         cells = [[fmean(one.right[n, depth]) for n in lengths] for depth in DEPTHS]
         axis.imshow(cells, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        axis.set_title(one.name, fontsize=8)
+        for (row, column), share in zip(product(range(len(DEPTHS)), range(len(lengths))), chain(*cells), strict=True):
+            shade = "black" if 0.2 < share < 0.8 else "white"  # the ends of the scale are dark
+            axis.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=6, color=shade)
+        axis.set_title(fill(one.name.replace(",", ", "), TITLE), fontsize=8)
         axis.set_xticks(range(len(lengths)), lengths, fontsize=7)
         axis.set_yticks(range(len(DEPTHS)), [f"{depth} %" for depth in DEPTHS], fontsize=7)
     for axis in axes.flat[len(ran) :]:

@@ -121,7 +121,7 @@ def draft(model: Any, draft: Any = None, pipeline: PipelineLike | None = None) -
 
     Raises:
         UnsupportedError: the two do not go together, a stage cannot be served, `draft` is wrapped, or `model` has a
-            draft already.
+            draft already, or a contrast.
         ConfigError: the pipeline or the weights do not read.
     """
     target = whole(model)
@@ -129,6 +129,11 @@ def draft(model: Any, draft: Any = None, pipeline: PipelineLike | None = None) -
     held = session_of(target)
     if held is not None and held.pair is not None:
         raise UnsupportedError("this model has a draft, or is one; call vtoken.unwrap(draft) first")
+    if held is not None and held.against is not None:
+        raise UnsupportedError(
+            "the pipeline of this model has a contrast, which takes one token after the other, and a draft has several "
+            "checked at once; leave one of the two out"
+        )
     before = None if held is None else held.pipeline
     if isinstance(draft, (str, os.PathLike)):
         if pipeline is not None:

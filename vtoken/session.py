@@ -89,7 +89,7 @@ class Session:
     ) -> None:
         self.pipeline = pipeline
         self.boundary: Boundary | None = None
-        self.against: Session | None = None  # of the model that answers are held against
+        self.against: Session | None = None  # of the model that answers are compared with
         self.pair: Any = None  # what joins the model to its draft or its target, see drafts.py
         self.adapter: Adapter = registry.adapter(model.config.model_type)(model)
         check_target(pipeline.stages, drafts_for)

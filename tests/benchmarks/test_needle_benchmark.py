@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from vtoken import registry
 from vtoken.config import load
 
@@ -48,6 +50,26 @@ def test_the_table_counts_what_was_right() -> None:
     assert head == "| pipeline | 8 frames | 16 frames | all | cache at 16 | attention at 16 |"
     assert first.startswith("| dense | 100% | 100% | 100.0% (") and first.endswith("| 100.0% |  |")
     assert second.startswith("| snapkv-64 | 50% | 0% | 33.3% (") and second.endswith("| 25.0% |  |")
+
+
+def test_titles_of_maps_do_not_overlap(tmp_path: Path) -> None:
+    asked = ["static_sparse:sink=64,window=256,size=64", "flexprefill:gamma=0.9,tau=0.1,min_budget=128,size=64"]
+    found = [needle.Answers(None), *(needle.Answers(load(each)) for each in asked * 2)]
+    for one in found:
+        one.right = {(n, depth): [True, False] for n in (8, 16) for depth in needle.DEPTHS}
+    figures: list = []
+    pytest.importorskip("matplotlib")
+    from matplotlib import pyplot
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pyplot, "close", figures.append)
+        needle.draw(found, [8, 16], tmp_path / "maps.png")
+    (figure,) = figures
+    boxes = [axis.title.get_window_extent() for axis in figure.axes]
+    assert not [1 for at, box in enumerate(boxes) for other in boxes[:at] if box.overlaps(other)]
+    assert all(0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+    assert {text.get_text() for text in figure.axes[0].texts} == {"50%"}
+    pyplot.close(figure)
 
 
 def test_it_runs_and_the_model_finds_the_digits(tmp_path: Path) -> None:

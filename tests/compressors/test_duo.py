@@ -111,6 +111,13 @@ def test_what_is_wrong_with_numbers_is_said(gates, words):
     assert "tuple" not in str(error.value) and "a list of a list of a number or text" in str(error.value)
 
 
+@pytest.mark.parametrize("stage", ["static_sparse", "streaming_cache"])
+def test_a_sparsity_without_gates_is_refused(stage):
+    """All heads would stream whatever it is."""
+    with pytest.raises(ConfigError, match=r"sparsity 0\.85 needs gates; without them all heads stream"):
+        config.load([{stage: {"sparsity": 0.85}}])
+
+
 def test_gates_of_another_model(files):
     (files / "short.json").write_text("[[0.1, 0.2], [0.3, 0.4]]")
     (files / "wide.json").write_text(json.dumps([[0.1] * 4] * 4))

@@ -240,3 +240,15 @@ def test_contrasts_that_do_not_read(text, says, tmp_path):
     file.write_text(text)
     with pytest.raises(ConfigError, match=says):
         config.load(file)
+
+
+def test_a_draft_beside_a_contrast_is_refused_when_it_is_made():
+    model = tiny.llava()
+    vtoken.wrap(model, pipeline())
+    try:
+        with pytest.raises(UnsupportedError, match=r"has a contrast, .* leave one of the two out"):
+            vtoken.draft(model, None, "uniform:25%")
+        assert vtoken.pipeline(model).contrast is not None, "the model stays as it was wrapped"
+    finally:
+        vtoken.unwrap(model)
+    vtoken.unwrap(vtoken.draft(model, None, "uniform:25%"))

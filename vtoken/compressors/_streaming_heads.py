@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from vtoken.compressors import _duo
 from vtoken.stages import NAMES_FILE, Stage
@@ -28,6 +29,12 @@ class StreamingHeads(Stage):
         elif gates is not None:
             _duo.check(gates, "gates")
         return gates
+
+    @model_validator(mode="after")
+    def _of_gates(self) -> Self:
+        if self.gates is None and self.sparsity != type(self).model_fields["sparsity"].default:
+            raise ValueError(f"sparsity {self.sparsity:g} needs gates; without them all heads stream")
+        return self
 
     @cached_property
     def table(self) -> _duo.Gates | None:

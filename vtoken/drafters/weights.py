@@ -1,6 +1,6 @@
 """Trained weights of a draft: where they are, whether they fit a target, and the module that they make.
 
-Names and shapes are those of the state of the authors' module (held against it once, on random weights), which their
+Names and shapes are those of the state of the authors' module (compared with it once, on random weights), which their
 code saves and loads as it is. The published files themselves were not at hand.
 """
 

@@ -94,7 +94,7 @@ class SteeredLayer:
 
 
 class SteeredAttention(Compressor):
-    """Changes what attention gives to text behind a picture, layer by layer: in the prompt, in later turns and at every
+    """Changes what attention gives to text after a picture, layer by layer: in the prompt, in later turns and at every
     generated token. Nothing is dropped and nothing gets faster; answers change.
 
     Raises (in a model): UnsupportedError, of static caches and gradient checkpointing.

@@ -205,6 +205,7 @@ def test_what_cannot_be_probed_is_said(tmp_path):
     refused(r"4 times 300 tokens are more than the 1024 .*lower --period \(to 255\)", period=300)
     refused("of 8 key heads no head is left", induction=0)
     refused("no folder", out=tmp_path / "gone" / "a.json")
+    refused("a.tsv: the file is JSON.*name it .json", out=tmp_path / "a.tsv")
     refused("gone.jpg", images=tmp_path / "gone.jpg")
     picture = reference.questions(1)[0].image
     refused("4 times this picture are .* more than the 1024 that this model takes", images=picture)

@@ -218,6 +218,11 @@ class Odd(SteeredAttention):
         return layer.behind[:, 1:]
 
 
+def test_a_head_of_a_layer_that_is_not_there_is_named():
+    with pytest.raises(UnsupportedError, match=r"no head \[9, 0\] in 4 decoder layers"):
+        vtoken.wrap(tiny.llava(), [{"amplify": {"gamma": 2.0, "heads": [[9, 0]]}}])
+
+
 @steers
 def test_what_cannot_be_steered_is_refused(steer):
     stage, model = STEERS[steer][0], tiny.llava()
@@ -227,7 +232,7 @@ def test_what_cannot_be_steered_is_refused(steer):
     for other in others:
         with pytest.raises(UnsupportedError, match="leave one of the two out"):
             vtoken.wrap(model, [stage, other])
-    with pytest.raises(UnsupportedError, match="layers 0 to 3"):
+    with pytest.raises(UnsupportedError, match=f"stage {steer} acts in no decoder layer; this model has layers 0 to 3"):
         vtoken.wrap(model, [{steer: {**stage[steer], "first": 4}}])
     with pytest.raises(ConfigError, match="comes before"):
         config.load([{steer: {**stage[steer], "first": 3, "last": 1}}])

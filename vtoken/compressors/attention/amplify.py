@@ -19,11 +19,11 @@ from vtoken.stages.steering import SteeredAttention, SteeredLayer
 
 class Amplify(SteeredAttention):
     """Multiplies the attention weights of chosen visual tokens by `gamma` before a row is normalised, which is ln gamma
-    added to their scores; for text behind a picture, in every layer and head that is named, in the prompt and at every
+    added to their scores; for text after a picture, in every layer and head that is named, in the prompt and at every
     generated token. With gamma 1 nothing changes. It makes up for visual mass that pruning took: by how much is a
     matter of trial.
 
-    `tokens: salient` amplifies the share `keep` of each image with the highest sums, over the text behind the image, of
+    `tokens: salient` amplifies the share `keep` of each image with the highest sums, over the text after the image, of
     what attention to a token gains from one text token to the next (0 where it loses), head mean, read in layer
     `measured` while the prompt is read; layers up to that one stay as they are. That map is made after GIFT's abstract,
     and experimental.
@@ -35,7 +35,7 @@ class Amplify(SteeredAttention):
     deviations: ClassVar[str] = (
         "One factor on the weights of visual tokens; PAI adds alpha times the magnitude of each score, so that what is "
         "far from 0 gains most, and acts on the last token alone. Its contrast with an answer without the picture is "
-        "`contrast:` in a pipeline file."
+        "the key `contrast:` of pipeline files."
     )
 
     gamma: float = Field(gt=0, description="factor on attention weights of visual tokens; below 1 it damps them")

@@ -15,7 +15,7 @@ from vtoken.stages.steering import SteeredAttention, SteeredLayer
 class VAR(SteeredAttention):
     """Visual attention redistribution. A sink is a token of the prompt, of text or of a picture, whose hidden state on
     its way into a layer, divided by its root mean square, exceeds `tau` in one of the channels `dims`. Where there is a
-    visual sink, heads and queries of text behind the picture are chosen that give visual tokens `summ` of their
+    visual sink, heads and queries of text after the picture are chosen that give visual tokens `summ` of their
     attention or more, and visual sinks `rho` of that or less. Of these, the weights of all sinks are multiplied by `p`,
     and what that frees goes to the visual tokens that are no sinks, in proportion to their weights; at every generated
     token too.
@@ -32,7 +32,7 @@ class VAR(SteeredAttention):
     read_hidden: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.03321"
     deviations: ClassVar[str] = (
-        "Without `dims` every channel counts. With several pictures, text behind the first one is steered; the authors "
+        "Without `dims` every channel counts. With several pictures, text after the first one is steered; the authors "
         "take one picture, one row. The share of sinks is taken of the visual weight itself; the authors add 1e-6 per "
         "visual token to that. A later turn adds its own sinks only if it brings a picture."
     )

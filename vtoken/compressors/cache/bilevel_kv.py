@@ -18,7 +18,7 @@ from vtoken.stages.query_attention import shared
 
 class BilevelKV(CacheStage):
     """The frames of the prompt are counted through, and `frames` of them make a chunk. When the prefill ends, every
-    layer keeps whole the first chunk, the last one and the `top` others to which the text behind the pictures attends
+    layer keeps whole the first chunk, the last one and the `top` others to which the text after the pictures attends
     most: the mean over its last `window` tokens, over heads and over the tokens of a chunk. Of all other chunks, `pool`
     neighbouring tokens of a frame become one. Text stays.
 
@@ -46,7 +46,7 @@ class BilevelKV(CacheStage):
     frames: int = Field(default=16, ge=1, description="frames of a chunk, pairs of frames on Qwen; a picture is one")
     top: int = Field(default=4, ge=0, description="chunks that stay whole beside the first and the last")
     pool: int = Field(default=4, ge=1, description="neighbouring tokens of a frame that become one")
-    window: int = Field(default=64, ge=1, description="prompt tokens behind the pictures whose attention decides")
+    window: int = Field(default=64, ge=1, description="prompt tokens after the pictures whose attention decides")
     rotated: bool = Field(default=False, description="average keys as they are cached, as the authors' code does")
 
     def compress(self, layer: CachedLayer) -> KeepSlots:

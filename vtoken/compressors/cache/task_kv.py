@@ -19,7 +19,7 @@ from vtoken.stages.query_attention import shared
 
 
 class TaskKV(SnapKV):
-    """At the end of the prefill, every key head of a layer is told by one vector: the sum of the values of the `top`
+    """At the end of the prefill, every key head of a layer gets one vector: the sum of the values of the `top`
     tokens that the last `window` prompt tokens attend to most, each times that attention (mean over these queries,
     pooled over `kernel` neighbouring tokens, mean over the query heads of the key head). The heads whose vectors are
     farthest from the layer's mean, and the one closest to it, keep everything. How many are farthest falls linearly
@@ -54,7 +54,7 @@ class TaskKV(SnapKV):
         default=0.25, ge=0, le=1, description="share of key heads that are farthest, in the first layer"
     )
     least: int = Field(default=1, ge=0, description="key heads that are farthest in the last layer")
-    top: int = Field(default=256, ge=1, description="tokens that tell a head from others")
+    top: int = Field(default=256, ge=1, description="tokens whose values describe a head")
     sink: int = Field(default=16, ge=0, description="with text: true, first tokens that stay in all heads")
     recent: int = Field(default=256, ge=0, description="with text: true, latest tokens that stay in all heads")
 

@@ -16,7 +16,7 @@ from vtoken.stages.decode import Choice, DecodeStage, DecodeStep, by_row, highes
 class Recycled(DecodeStage):
     """At one of `every` generated tokens a layer reads everything, and each key head takes note of the `keep` visual
     tokens that it attends to most, by the highest attention among its query heads. At the tokens in between it reads
-    these. The first token behind a prompt, a turn or drafts is one that reads everything.
+    these. The first token after a prompt, a turn or drafts is one that reads everything.
 
     With `similarity`, the layer also reads everything as soon as a token's queries differ from those of the last such
     token: their cosine, mean over the heads, is below it. Looked at every `check` tokens, row by row; the host then

@@ -14,10 +14,10 @@ from vtoken.stages.decode import Choice, DecodeStage, DecodeStep, by_row, highes
 class Tidal(DecodeStage):
     """At every generated token, layer `layer` and, to correct the choice, layer `correction` read everything; each of
     their key heads chooses the `keep` visual tokens of the highest q . k, mean over its query heads, and in the layers
-    behind them the same head reads these. Layers before `layer` read everything.
+    after them the same head reads these. Layers before `layer` read everything.
 
     In a decoder some of whose layers keep a state, the next layer with attention takes the place of one without. Where
-    stages of site decoder drop tokens of a row, the first layer behind the cut reads everything of it and chooses, too
+    stages of site decoder drop tokens of a row, the first layer after the cut reads everything of it and chooses, too
     (`slots_read` does not count that). A correction layer that the decoder does not have is left out.
 
     Paper: https://arxiv.org/abs/2410.05076
@@ -36,7 +36,7 @@ class Tidal(DecodeStage):
     @model_validator(mode="after")
     def _later(self) -> Tidal:
         if self.correction is not None and self.correction <= self.layer:
-            raise ValueError(f"correction {self.correction} must be behind layer {self.layer}, or null")
+            raise ValueError(f"correction {self.correction} must be after layer {self.layer}, or null")
         return self
 
     def layers(self, depth: int) -> tuple[int, ...]:
@@ -45,7 +45,7 @@ class Tidal(DecodeStage):
     def incompatibility(self, depth: int, width: int) -> str:
         if self.layer < depth - 1:
             return ""
-        return f"layer {self.layer} chooses for the layers behind it, and this decoder has layers 0 to {depth - 1}"
+        return f"layer {self.layer} chooses for the layers after it, and this decoder has layers 0 to {depth - 1}"
 
     def choose(self, step: DecodeStep) -> Choice | None:
         counts = tuple(min(n, k) for n, k in zip(step.lengths, step.budgets, strict=True))

@@ -23,11 +23,11 @@ from vtoken.evals.speed.inputs import prepared, random_prompt
 SUMMARY = "which key heads must read everything (gates of static_sparse and streaming_cache)"
 DESCRIPTION = """\
 Shows the model random tokens, again and again, in one prompt. Heads that look back to the earlier copies of a token
-(echo), or to what came behind them (induction), retrieve; all others may read the first and the latest tokens alone.
+(echo), or to what came after them (induction), retrieve; all others may read the first and the latest tokens alone.
 No gradients. After RazorAttention (https://arxiv.org/abs/2407.15891); with --images, also heads that look back to the
 same place of an earlier copy of a picture (ours, no publication).
 
-The file holds a number per decoder layer and key head: 1 for the head that comes first, less for each one behind it.
+The file holds a number per decoder layer and key head: 1 for the head that comes first, less for each one after it.
 The heads of the given shares come first, in the order in which they are taken as all shares grow in proportion, so that
 any other `sparsity` can be chosen later. Layers with a sliding window or without attention are not probed and have
 zeros."""
@@ -53,6 +53,10 @@ class Settings(ModelCommand):
 def run(asked: Settings) -> None:
     """Probes, and writes the table."""
     check_folder(asked.out)
+    if asked.out.suffix == ".tsv":
+        raise ConfigError(
+            f"-o {asked.out}: the file is JSON, and stages read a .tsv as a table with tabs; name it .json"
+        )
     picture = None if asked.images is None else media.read([asked.images])
     if picture is not None and picture.video:
         raise ConfigError(f"--images {asked.images} is a video; give a picture")

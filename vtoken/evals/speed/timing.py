@@ -30,7 +30,7 @@ class Sample:
     """Milliseconds of one `generate`, and the peak of GPU memory above what was allocated before it.
 
     Attributes:
-        vision: tower and projector, with the facts and encoder-site stages that run inside.
+        vision: tower and projector, with the facts and encoder-site stages that run inside; both runs of a contrast.
         stages: the decisions themselves (for encoder-site stages part of `vision`); None without a pipeline.
         ttft: from the call to the first token, vision included.
         decode: per token after the first; None if only one is generated.
@@ -139,7 +139,7 @@ class Runner:
     def _no_oracle(self, pipeline: Pipeline) -> str | None:
         """Why no short prompt is equivalent, or None."""
         if pipeline.contrast is not None and pipeline.contrast.alpha:
-            return "no short prompt is equivalent: contrast runs the model once more, with a cache that is not counted here"
+            return "its contrast runs the model once more, with a cache of its own that is not counted here"
         inside = [f"{stage.name} acts at site {stage.site}" for stage in pipeline.stages if stage.site != "tokens"]
         if inside:
             return f"no short prompt is equivalent: {', '.join(inside)}"
@@ -240,8 +240,10 @@ class Runner:
                 # Wrapping scans packages and leaves caches cold, which no second call on a wrapped model finds.
                 self._call(oracle, max_new_tokens=1)
                 began.clear()
-                against = session.against if (session := session_of(self.model)) else None
-                for adapter in (self.adapter, *([against.adapter] if against else [])):
+                session = session_of(self.model)
+                # A contrast encodes the picture once more; its modules took the hooks of the towers along.
+                against = [] if session is None or session.against is None else [session.against.adapter]
+                for adapter in (self.adapter, *against):
                     handle.after(adapter.projectors[0], projected)
                 resident = self._resident()
                 start = self.clock.now()

@@ -54,16 +54,17 @@ def check_steering(stages: Sequence[Stage], lm: Any, attending: Sequence[int]) -
                 f"stage {stage.name} changes what attention gives, and {others[0].name} (site {others[0].site}) what it "
                 f"reads; leave one of the two out. Stages of sites {', '.join(BEFORE)} go with {stage.name}"
             )
-        check_layers(stage, len(lm.layers), attending)
         check_heads(stage, lm.config)
+        check_layers(stage, len(lm.layers), attending)
 
 
 def check_layers(stage: SteeredAttention, depth: int, attending: Sequence[int]) -> None:
     """Refuses layers that do not exist or keep a state."""
     layers = stage.layers(depth)
     if not [k for k in layers if k in attending] or max(layers) >= depth:
+        where = f"decoder layers {list(layers)}" if layers else "no decoder layer"
         raise UnsupportedError(
-            f"stage {stage.name} acts in decoder layers {list(layers)}; this model has layers 0 to {depth - 1}, and "
+            f"stage {stage.name} acts in {where}; this model has layers 0 to {depth - 1}, and "
             f"attention in {list(attending)}"
         )
     if lacking := set(acting(stage, depth, attending)) - set(attending):
