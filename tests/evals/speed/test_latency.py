@@ -221,20 +221,6 @@ def test_one_new_token_has_no_decode() -> None:
     assert found.rows[0].milliseconds["decode"] is None and found.drift is None
 
 
-def test_vision_of_a_contrast_is_that_of_both_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = used()
-    adapter = registry.adapter("llava")(model)
-    runner = Runner(adapter, random_prompt(adapter, text_tokens=5))
-    monkeypatch.setattr(runner.clock, "between", lambda start, end: float(end > start))
-    monkeypatch.setattr(model, "generation_config", GenerationConfig(max_new_tokens=2, do_sample=False))
-    before = hooks(model)
-    dense, _ = runner.sample()
-    contrast = load({"stages": [], "contrast": {"stages": ["fastervlm:4"], "alpha": 1.0}})
-    against, _ = runner.sample(contrast)
-    assert (dense.vision, against.vision) == (1, 2) and hooks(model) == before
-    assert "a cache of its own that is not counted" in (runner.prepare(contrast).no_oracle or "")
-
-
 def test_stages_that_stood_aside_are_named() -> None:
     row = bench(tiny.llava(), ["flexprefill"], **SHORT).rows[1]
     assert "fewer than min_len 8192" in row.stood_aside["flexprefill"]

@@ -26,7 +26,7 @@ def bytes_read(flow: TokenFlow, size: int, steps: int) -> float:
 
 
 def slots_held(flow: TokenFlow, layer: int, generated: int) -> float | None:
-    """Of a layer whose cache a stage shrinks, the tokens that a head holds after so many decode steps, the mean over its
+    """Of a layer whose cache a stage shrinks, the tokens that a head holds after so many decode steps, mean over its
     heads; None: no stage does."""
     if layer not in flow.shrunk:
         return None

@@ -37,8 +37,8 @@ class Contrasting:
         self.model, self.other, self.alpha, self.beta = model, other, alpha, beta
         self.turn = threading.Lock()
         self.names = frozenset(inspect.signature(other.adapter.model.forward).parameters) - OWN
-        # How the model generates by itself (without a cache, in chunks, ...) is not how it is asked for one token's logits.
-        other.adapter.model.generation_config = GenerationConfig()
+        # How the model generates by itself (no cache, in chunks, ...) is not how it is asked for one token's logits.
+        other.handle.set(other.adapter.model, "generation_config", GenerationConfig())
         handle.set(model, "generate", self._generate(model.generate))
 
     def _generate(self, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -213,11 +213,14 @@ class Seeing(AssistedCandidateGenerator):
         kept, length = self.assistant_kwargs, generation_args[self.input_ids_key].shape[1]
         cache = DynamicCache(config=self.assistant_model.config.get_text_config(decoder=True))
         cache.activate_past_recording()
-        for layer in cache.layers:
-            layer.record_past = True  # where a stage lets tokens leave as drafts grow, some may be taken back
+        held: list[Any] = cache.layers
+        for each in held:
+            each.record_past = True  # where a stage lets tokens leave as drafts grow, some may be taken back
         given = {name: self._own(value, length) for name, value in (self.drafting.call.given or {}).items()}
         mask = kept.get("attention_mask")
-        more = {} if mask is None else {"attention_mask": pad(mask, (0, length - mask.shape[1]), value=1)}
+        more: dict[str, Any] = (
+            {} if mask is None else {"attention_mask": pad(mask, (0, length - mask.shape[1]), value=1)}
+        )
         if self.drafting.parted:
             # The token behind the prompt may be taken back too, so it must not count as a part of it.
             more["logits_to_keep"] = 2
