@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
 
-# With all tests of all families and of all pairs of stage and family, of which `make test` runs a share.
+# With all tests of all families, of which `make test` runs a share.
 test-families: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --families
 

@@ -1,5 +1,5 @@
 """One thread per test process (they run side by side), no network, quiet transformers; GPU tests only where there is a
-GPU; of families that do not lead, and of pairs of stage and family, a share of the tests."""
+GPU; of families a share of the tests, larger where they lead."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ WHOLE = (
     "evals/cost/test_geometry.py",
 )
 SHARE = 32
-# Of the tests of a stage on a leading family, about half.
-PAIRS = 2
+# Of the tests of a leading family beside those, about half.
+LEADING = 2
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,21 +56,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def drawn(item: pytest.Item) -> bool:
     """Whether `make test` runs it."""
-    given, (leading, others, stages) = set(strings(vars(item).get("callspec", None))), names()
-    if not given & others:
-        paired = given & leading and given & stages
-        return not paired or not crc32(item.nodeid.encode()) % PAIRS
-    return item.path.relative_to(ROOT).as_posix() in WHOLE or not crc32(item.nodeid.encode()) % SHARE
+    given, (leading, others) = set(strings(vars(item).get("callspec", None))), names()
+    if item.path.relative_to(ROOT).as_posix() in WHOLE or not given & (leading | others):
+        return True
+    return not crc32(item.nodeid.encode()) % (SHARE if given & others else LEADING)
 
 
 @cache
 def names() -> tuple[set[str], ...]:
-    """Families that lead, the others, and stages."""
+    """Families that lead, and the others."""
     import tiny
 
-    from vtoken import registry
-
-    return set(tiny.families(leading=True)), set(tiny.families(leading=False)), set(registry.stages())
+    return set(tiny.families(leading=True)), set(tiny.families(leading=False))
 
 
 def strings(given: Any) -> Iterator[str]:

@@ -10,6 +10,7 @@ from families._glm import Glm
 class Tiny(Glm):
     classes = "Glm46V"
     rotates_neighbours = True
+    checkpoints = {"zai-org/GLM-4.6V-Flash": 10293}
 
     def fields(self, text: dict[str, Any]) -> dict[str, Any]:
         fields = super().fields(text)

@@ -24,6 +24,7 @@ class Tiny(Qwen):
     pictures = ((56, 56, 1), (84, 140, 1), (196, 56, 1), (20, 300, 1))
     sizes = staticmethod(patch_grid)
     least, most = 192, 54 * 54
+    checkpoints = {"PaddlePaddle/PaddleOCR-VL": 906}
 
     def fields(self, text: dict[str, Any]) -> dict[str, Any]:
         # Of two that differ, tied embeddings win.
