@@ -72,7 +72,7 @@ def tidal():
     assert stage.choose(step([[1, 0], [1, 0]], keys, [1, 2, 3], 2, 11, 7, shared=shared)) is None
     assert stage.choose(step([[1, 0], [1, 0]], keys, [1, 3], 1, 5, 4, shared=shared)) is None
     assert places(stage.choose(step([[0, 0], [0, 0]], keys, [1, 3], 1, 6, 5, shared=shared))) == [0]
-    with pytest.raises(ValueError, match="behind layer 2"):
+    with pytest.raises(ValueError, match="after layer 2"):
         registry.stage("tidal")(correction=2)
     assert "layers 0 to 2" in stage.incompatibility(3, 8) and not stage.incompatibility(4, 8)
 
