@@ -127,7 +127,8 @@ def distinct_frames(
     Args:
         frames: PIL images, in order; keep: frames to choose, 1 to all.
         evenly: share of them that is evenly spaced, 0 to 1.
-        encoder, batch: as in `question_relevance`; the text side is not used.
+        encoder: as in `question_relevance`; the text side is not used.
+        batch: frames that are encoded at a time.
 
     Returns:
         1.0 for a frame that is chosen, else 0.0: for `frames_relevant: {keep: KEEP, relevance: ..., rule: top}`.

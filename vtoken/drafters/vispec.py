@@ -64,7 +64,8 @@ class ViSpec(nn.Module):
     Args:
         sizes: of the weights.
         target: the model that it drafts for; its embeddings and head are used, theirs are frozen copies.
-        eps, theta: of the target's decoder: of its norms, and the base of RoPE.
+        eps: of the norms of the target's decoder.
+        theta: base of its RoPE.
     """
 
     def __init__(self, sizes: Sizes, target: Any, *, eps: float, theta: float) -> None:
