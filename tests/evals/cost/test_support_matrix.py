@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from modes import VERSION
+from packaging.version import Version
 from tiny import FAMILIES, build, each, make
 from usual import of_a_draft
 
@@ -134,6 +136,7 @@ def test_as_a_table(known: None, capsys: Any) -> None:
     assert re.search(r"^\d+\. received_attention stands in for cls_attention", out, re.MULTILINE)
 
 
+@pytest.mark.skipif(VERSION < Version("5.18"), reason="the page is that of a later transformers, which refuses less")
 def test_the_matrix_of_the_docs_is_the_generated_one(known: None, capsys: Any) -> None:
     page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
     match = re.search(r"<!-- matrix -->\n(.*?)<!-- /matrix -->", page, re.DOTALL)
