@@ -144,7 +144,7 @@ def distinct_frames(
     model, processor = _loaded(frames, encoder)
     with torch.no_grad():
         features = _encoded(frames, model, processor, batch)
-    chosen = distinct(features @ features.T, keep, evenly)
+    chosen = distinct((features @ features.T).cpu(), keep, evenly)
     return [float(frame in chosen) for frame in range(len(frames))]
 
 

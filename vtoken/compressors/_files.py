@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +29,19 @@ def existing(path: Path, name: str, mend: str) -> Path:
     if not os.access(path, os.R_OK):
         raise ValueError(f"{name!r} may not be read; give yourself the right, or {mend}")
     return path
+
+
+def from_json(name: str, mend: str, hint: str = "", **options: Any) -> tuple[Path, Any]:
+    """A JSON file and what it holds; `options` go to `json.loads`.
+
+    Raises:
+        ValueError: there is no such file, or it is no JSON; `mend` and `hint` say what to do about either.
+    """
+    path = existing(Path(name), name, mend)
+    try:
+        return path, json.loads(path.read_text(encoding="utf-8"), **options)
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}{hint}") from None
 
 
 def opened(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -54,9 +54,9 @@ class StreamingHeads(Stage):
             return ""
         return self._other(f"{len(gates[0])} key heads in a layer", key_heads)
 
-    def _other(self, told: str, here: int) -> str:
+    def _other(self, theirs: str, here: int) -> str:
         of = f"the gates {self.gates!r}" if isinstance(self.gates, str) else "gates"
-        return f"{of} are for {told}, this model has {here}; learn them on it, or leave them out"
+        return f"{of} are for {theirs}, this model has {here}; learn them on it, or leave them out"
 
     def streams(self, layer: int) -> tuple[bool, ...] | None:
         """Which key heads of a layer stream; None means all of them."""

@@ -51,15 +51,15 @@ class ViSpec(nn.Module):
 
     A row of its layer is made of a token's embedding e and of the last hidden state h that the target had one token
     before: fc [e; img_fc [h; g]]. Each picture is read by `queries` learned queries, which attend to its embeddings as
-    they enter the target: the last of them gives g of all text behind the picture (0 before the first), the others take
+    they enter the target: the last of them gives g of all text after the picture (0 before the first), the others take
     the place of its rows, at its last positions. The layer normalises nothing in front of its attention; what it
     returns goes to the target's head, and is h of the token that is guessed from it. Positions count the tokens of the
     prompt as it was given, on one axis, also where the target's have three.
 
     No model of transformers: it is driven by `ChainGenerator`, and gives chains of guesses; the authors verify trees of
     30 tokens. Their code takes adjacent pictures for one, and puts the rows of several back by the lengths of the
-    first; here each is read by itself. It hands LLaVA-1.5 no picture in its evaluation, though its training does; here it has
-    them.
+    first; here each is read by itself. It hands LLaVA-1.5 no picture in its evaluation, though its training does; here
+    it has them.
 
     Args:
         sizes: of the weights.
@@ -139,7 +139,7 @@ class Adaptor(nn.Module):
 
 
 class ViSpecChain:
-    """One `generate`: the keys and values of rows that are sure, and of the guesses behind them.
+    """One `generate`: the keys and values of rows that are sure, and of the guesses after them.
 
     Attributes:
         sure: rows whose hidden states are the target's; end: the place of the next token.
@@ -163,7 +163,7 @@ class ViSpecChain:
         self.seen = known[-1:]
         seen = known[(follows[text, None] > lasts).sum(1)]
         rows = [module.rows(embeds[text], module.here(prompt.hidden)[text], seen), *(each[:-1] for each in read)]
-        # A row stands where the token does whose hidden state it has, and is read when the one behind it is.
+        # A row stands where the token does whose hidden state it has, and is read when the one after it is.
         back = torch.arange(-module.imadpt.q.shape[0] + 1, 0, device=place.device)
         order = torch.cat([follows[text], lasts.repeat_interleave(len(back))]).argsort(stable=True)
         places = torch.cat([place[text], (lasts[:, None] + back).clamp(min=0).flatten()])
@@ -189,7 +189,7 @@ class ViSpecChain:
         return self._layer(rows, places)
 
     def _layer(self, x: Tensor, places: Tensor) -> Tensor:
-        """Logits [V] behind the last of rows [n, D], which stand at these places. As there is one layer, nothing but
+        """Logits [V] after the last of rows [n, D], which stand at these places. As there is one layer, nothing but
         keys and values is ever read of the others."""
         heads, theta, last = self.module.heads, self.module.theta, x[-1:]
         layer: Any = self.module.layers[0]

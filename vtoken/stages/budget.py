@@ -140,6 +140,16 @@ class Budget:
             )
         return self
 
+    def of_images(self, where: str) -> Budget:
+        """This budget, if it is none per frame or crop, which stages cannot tell apart `where` they act.
+
+        Raises:
+            ValueError: it is; says what to write.
+        """
+        if self.per is not None:
+            raise ValueError(f"{self.per} cannot be had {where}; take a count, a share or {{total: 640}}")
+        return self
+
     def plain(self) -> int | str | dict[str, int]:
         """The YAML form."""
         if self.tokens is not None and self.key_weight is not None:

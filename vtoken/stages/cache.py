@@ -290,6 +290,4 @@ class CacheStage(Compressor):
     @field_validator("*")
     @classmethod
     def _whole_images(cls, value: Any) -> Any:
-        if isinstance(value, Budget) and value.per is not None:
-            raise ValueError(f"{value.per} cannot be had in the KV cache; take a count, a share or {{total: 640}}")
-        return value
+        return value.of_images("in the KV cache") if isinstance(value, Budget) else value

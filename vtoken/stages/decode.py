@@ -27,7 +27,7 @@ class DecodeStep:
 
     Attributes:
         queries: [B, H, d] of the new token, with RoPE; keys: [B, Hk, S, d] all that are cached, its own last.
-        visual: [B, V] slots of the visual tokens that may be left out, ascending; 0 behind a row's last.
+        visual: [B, V] slots of the visual tokens that may be left out, ascending; 0 after a row's last.
         lengths: how many these are of each row; budgets: how many of them each row may read.
         real: [B, S] which slots hold a token that is not masked; None: all do.
         scale: factor on q . k before the softmax.
@@ -73,7 +73,7 @@ class DecodeStep:
         return found if self.real is None else found.masked_fill(~self.real[:, None, None], -torch.inf)
 
     def of_visual(self, scores: Tensor) -> Tensor:
-        """[B, Hk, V] of scores [B, Hk, S]: those of the visual tokens, -inf behind a row's last."""
+        """[B, Hk, V] of scores [B, Hk, S]: those of the visual tokens, -inf after a row's last."""
         found = scores.gather(2, self.visual[:, None].expand(-1, scores.shape[1], -1))
         return among(found, self.lengths)
 
@@ -83,7 +83,7 @@ class Choice:
     """A decision: which visual tokens the key heads read.
 
     Attributes:
-        index: [B, Hk, K] places in `DecodeStep.visual`, ascending, -1 behind a row's last.
+        index: [B, Hk, K] places in `DecodeStep.visual`, ascending, -1 after a row's last.
         counts: how many there are of each row.
     """
 
@@ -92,7 +92,7 @@ class Choice:
 
 
 def among(scores: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Scores [B, Hk, M] with -inf behind the first `lengths` of each row."""
+    """Scores [B, Hk, M] with -inf after the first `lengths` of each row."""
     if min(lengths) == scores.shape[2]:
         return scores
     real = torch.arange(scores.shape[2], device=scores.device) < uploaded(lengths, scores.device)[:, None]
@@ -100,7 +100,7 @@ def among(scores: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def highest(scores: Tensor, counts: Sequence[int]) -> Tensor:
-    """[B, Hk, K] ascending places of the `counts` highest of scores [B, Hk, M] in each row, -1 behind a row's last.
+    """[B, Hk, K] ascending places of the `counts` highest of scores [B, Hk, M] in each row, -1 after a row's last.
     Which of equal scores are taken is left to torch."""
     most = max(counts)
     found = scores.topk(most, dim=-1).indices
@@ -111,7 +111,7 @@ def highest(scores: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def packed(index: Tensor, counts: Sequence[int]) -> Tensor:
-    """[B, Hk, K] the `counts` entries of each row of index [B, Hk, M] that are not -1, ascending, with -1 behind a
+    """[B, Hk, K] the `counts` entries of each row of index [B, Hk, M] that are not -1, ascending, with -1 after a
     row's last."""
     most = max(counts)
     if min(counts) == index.shape[2]:
@@ -140,7 +140,7 @@ def with_whole_rows(step: DecodeStep, index: Tensor, counts: Sequence[int], whol
 
 
 def widened(index: Tensor, width: int) -> Tensor:
-    """[B, Hk, width], with -1 behind."""
+    """[B, Hk, width], with -1 after."""
     return torch.nn.functional.pad(index, (0, width - index.shape[2]), value=-1)
 
 
@@ -175,7 +175,7 @@ class DecodeStage(Compressor):
 
     def visual_read(self, layer: int, acting: Sequence[int], images: Sequence[int], step: int) -> int | None:
         """Visual tokens that each key head reads at a layer, of those where the stage acts (ascending), at the
-        generated token `step` (0: the first behind the prompt) of a row whose images have so many and exceed the
+        generated token `step` (0: the first after the prompt) of a row whose images have so many and exceed the
         budget; None where that depends on what they hold."""
         return self.budget(images)
 
@@ -216,6 +216,4 @@ class DecodeStage(Compressor):
     @field_validator("*")
     @classmethod
     def _whole_images(cls, value: Any) -> Any:
-        if isinstance(value, Budget) and value.per is not None:
-            raise ValueError(f"{value.per} cannot be had in the KV cache; take a count, a share or {{total: 640}}")
-        return value
+        return value.of_images("in the KV cache") if isinstance(value, Budget) else value

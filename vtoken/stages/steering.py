@@ -29,7 +29,7 @@ class SteeredLayer:
         scale: factor on q . k before the softmax.
         layer: index of the layer.
         visual: [B, S] slots that hold visual tokens, those of earlier turns among them.
-        behind: [B, P] queries of text behind a picture: of the prompt, of later turns, generated.
+        behind: [B, P] queries of text after a picture: of the prompt, of later turns, generated.
         real: [B, S] slots that hold a token that is not masked; None: all do.
         images: of a prompt with pictures, per image its row and the new slots [N] of its tokens.
         hidden: [B, P, D] what entered the layer, for stages that `read_hidden`, in a prompt with pictures.
@@ -84,7 +84,7 @@ class SteeredLayer:
         https://arxiv.org/abs/2505.12044) and any backend adds it: 1 or 0 of a key, `gain` of a query, in two parts, so
         that half precision holds it as well.
         """
-        width, wide = self.v.shape[3], gain.to(self.q.device, torch.float32) / self.scale
+        width, wide = self.v.shape[3], gain.float() / self.scale
         high = wide.to(self.q.dtype)
         parts = torch.stack([high, (wide - high.float()).to(self.q.dtype)], -1)  # [H, 2]
         more = parts[None, :, None] * queries[:, None, :, None].to(self.q.dtype)

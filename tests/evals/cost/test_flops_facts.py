@@ -9,6 +9,8 @@ import pytest
 import tiny
 import torch
 from flop_counts import MODELS, Pipe, counted
+from modes import VERSION
+from packaging.version import Version
 from watchers import First, Watcher
 
 import vtoken
@@ -58,7 +60,7 @@ def test_facts_inside_the_decoder(fact: str, text: str, images: int) -> None:
     claimed = account(model.config, Pipe(asking), images=images, text_tokens=text_tokens, new_tokens=1)
     assert claimed.visual_tokens == tuple(images * n for n in (PICTURE, PICTURE, PICTURE // 2, PICTURE // 2))
     # RoPE is a matrix product up to transformers 5.17, and not counted.
-    rope = 1e-3 * costs[0] if fact in ("mean_cos", "mean_sin") else 0
+    rope = 1e-3 * costs[0] if fact in ("mean_cos", "mean_sin") and VERSION < Version("5.18") else 0
     assert claimed.stages == pytest.approx(costs[1] - costs[0], rel=0, abs=rope)
     assert claimed.left_out == LEFT_OUT
     assert bool(claimed.stages) == bool(spec_of(fact, "decoder").queries)

@@ -9,6 +9,8 @@ import pytest
 import tiny
 import torch
 from flop_counts import Pipe, counted
+from modes import VERSION
+from packaging.version import Version
 from usual import stage
 
 from vtoken import registry, trace, wrapped
@@ -151,5 +153,5 @@ def test_decoding_over_a_smaller_cache_is_counted_step_by_step(name: str, before
             for n in (1, new)
         )
     claimed = account(model.config, pipeline, text_tokens=9, new_tokens=new)
-    # RoPE is a matrix product up to transformers 5.17.
-    assert claimed.decode == pytest.approx(all_of - first, rel=1e-3)
+    # RoPE is a matrix product up to transformers 5.17, and not counted.
+    assert claimed.decode == pytest.approx(all_of - first, rel=1e-6 if VERSION >= Version("5.18") else 1e-3)

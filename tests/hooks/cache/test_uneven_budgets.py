@@ -155,3 +155,11 @@ def test_drafts_and_beams(family, name):
     for sequence, found in zip(out.sequences, out.sequences_scores, strict=True):
         want = oracle_kv.forced(model, p, 0, sequence[-8:].tolist(), gone).log_softmax(-1)
         torch.testing.assert_close(found, want.gather(1, sequence[-8:, None]).sum(), atol=1e-3, rtol=1e-3)
+
+
+def test_task_kv_warns_where_all_heads_keep_everything():
+    """Two key heads: one is the closest, one the farthest."""
+    model = tiny.make("llava")
+    with pytest.warns(UserWarning, match="keeps everything in all 2 key heads here"):
+        vtoken.wrap(model, "task_kv:3")
+    vtoken.unwrap(model)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import reprlib
 from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
 
-from vtoken.compressors._files import existing
+from vtoken.compressors._files import from_json
 
 Plan = tuple[tuple[tuple[float, float], ...], ...]  # layer, head: alpha and beta of a window of alpha + beta * N
 FORMS = '{"0": {"0": [alpha, beta], ...}, ...} or {"alphas": [[...], ...], "betas": [[...], ...]}'
@@ -21,33 +20,29 @@ def read(name: str) -> Plan:
     Raises:
         ValueError: there is no such file, or it holds something else.
     """
-    path = existing(Path(name), name, f"take a path to JSON {FORMS}")
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"), parse_int=float)
-    except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    if not isinstance(told, dict) or not told:
+    path, held = from_json(name, f"take a path to JSON {FORMS}", parse_int=float)
+    if not isinstance(held, dict) or not held:
         raise ValueError(f"{path} must hold {FORMS}")
-    if set(told) != {"alphas", "betas"}:
-        return _checked(_table(told, str(path)), path)
-    alphas, betas = (_table(told[name], f"{path}, {name}") for name in ("alphas", "betas"))
+    if set(held) != {"alphas", "betas"}:
+        return _checked(_table(held, str(path)), path)
+    alphas, betas = (_table(held[name], f"{path}, {name}") for name in ("alphas", "betas"))
     if [len(row) for row in alphas] != [len(row) for row in betas]:
         raise ValueError(f"{path} must hold as many betas as alphas in every layer")
     return _checked([[*zip(*pair, strict=True)] for pair in zip(alphas, betas, strict=True)], path)
 
 
-def _table(told: Any, what: str) -> list[list[Any]]:
+def _table(given: Any, what: str) -> list[list[Any]]:
     """What it holds per layer and head."""
-    return [_entries(row, f"{what}, layer {k}") for k, row in enumerate(_entries(told, what))]
+    return [_entries(row, f"{what}, layer {k}") for k, row in enumerate(_entries(given, what))]
 
 
-def _entries(told: Any, what: str) -> list[Any]:
+def _entries(given: Any, what: str) -> list[Any]:
     """The values of a list, or of an object whose keys number them from 0 on."""
-    if isinstance(told, list):
-        return told
-    if not isinstance(told, dict) or set(told) != {str(k) for k in range(len(told))}:
+    if isinstance(given, list):
+        return given
+    if not isinstance(given, dict) or set(given) != {str(k) for k in range(len(given))}:
         raise ValueError(f"{what} must hold one entry after the other, from 0 on: {FORMS}")
-    return [told[str(k)] for k in range(len(told))]
+    return [given[str(k)] for k in range(len(given))]
 
 
 def _checked(rows: list[list[Any]], path: Path) -> Plan:

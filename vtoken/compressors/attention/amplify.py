@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vtoken.compressors.attention._heads import Heads, read
 from vtoken.kernels import topk_tokens
-from vtoken.stages import NAMES_FILE, offsets_of
+from vtoken.stages import NAMES_FILE, offsets_of, uploaded
 from vtoken.stages.budget import Budget
 from vtoken.stages.steering import SteeredAttention, SteeredLayer
 
@@ -60,9 +60,7 @@ class Amplify(SteeredAttention):
     @field_validator("keep")
     @classmethod
     def _of_images(cls, keep: Budget) -> Budget:
-        if keep.per is not None:
-            raise ValueError(f"{keep.per} cannot be had here; take a count, a share or {{total: 640}}")
-        return keep
+        return keep.of_images("inside the decoder")
 
     @cached_property
     def named(self) -> Heads | None:
@@ -102,8 +100,8 @@ class Amplify(SteeredAttention):
         keys = layer.visual if self.tokens == "all" else layer.marked
         if self.gamma == 1 or keys is None or layer.layer not in self.layers(layer.layer + 1):
             return None
-        gain = torch.full((layer.q.shape[1],), log(self.gamma))
+        gain = torch.full((layer.q.shape[1],), log(self.gamma), device=layer.q.device)
         if self.named is not None:
             mine = [head for k, head in self.named if k == layer.layer]
-            gain = torch.zeros_like(gain).index_fill(0, torch.tensor(mine), log(self.gamma))
+            gain = torch.zeros_like(gain).index_fill(0, uploaded(mine, gain.device), log(self.gamma))
         return layer.biased(gain, layer.behind, keys)

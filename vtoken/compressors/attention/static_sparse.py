@@ -27,15 +27,15 @@ class StaticSparse(StreamingHeads, SparseAttention):
     (https://arxiv.org/abs/2406.14909) write it; heads are all query heads, or the key heads.
 
     Streaming throughout the prefill loses what is in between: A-shape finds 44 of 100 needles in video where full
-    attention finds 98 (MMInference's V-NIAH). The cache stays whole and decoding reads all of it; DuoAttention keeps
-    less for streaming heads.
+    attention finds 98 (MMInference's V-NIAH). The cache stays whole and decoding reads all of it; `streaming_cache`
+    keeps less for streaming heads, as DuoAttention does.
 
     Paper: https://arxiv.org/abs/2410.10819
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.10819"
     deviations: ClassVar[str] = (
-        "Prefill only: the cache of streaming heads is not shortened. A query block reads every block that its window "
+        "Prefill only: the cache of streaming heads is not shortened (streaming_cache does that). A query block reads every block that its window "
         "touches, up to one more than the window holds. Among equal gates, those of the first layers stream; the "
         "authors draw at random. Published gates and plans are for text models; none is shipped. A plan thins the "
         "prefill alone, where MoA's thins the cache, too; a window has one block at least."

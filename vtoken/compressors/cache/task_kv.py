@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -13,7 +14,7 @@ from torch.nn.functional import avg_pool1d, max_pool1d
 from vtoken.compressors.cache._slots import best, hold_text
 from vtoken.compressors.cache.snapkv import SnapKV
 from vtoken.stages.budget import Budget
-from vtoken.stages.cache import CachedLayer, HeadClasses, HeldHeads
+from vtoken.stages.cache import CachedLayer, Decision, HeadClasses, HeldHeads
 from vtoken.stages.held import HeldLayer
 from vtoken.stages.query_attention import shared
 
@@ -45,18 +46,20 @@ class TaskKV(SnapKV):
         "earlier counts as farther. A later turn keeps the heads of the first. A row without images is left whole."
     )
 
-    keep: Budget = Field(
-        description="visual tokens of each image, mean over the key heads of a layer; with text: true, of the prompt"
-    )
+    keep: Budget = Field(description="visual tokens of each image, mean over key heads; with text: true, of the prompt")
     kernel: int = Field(default=7, ge=1, description="tokens that scores are pooled over, an odd number")
     text: bool = Field(default=False, description="text may be evicted too, as in the paper")
-    beta: float = Field(
-        default=0.25, ge=0, le=1, description="share of key heads that are farthest, in the first layer"
-    )
+    beta: float = Field(0.25, ge=0, le=1, description="share of key heads that are farthest, in the first layer")
     least: int = Field(default=1, ge=0, description="key heads that are farthest in the last layer")
     top: int = Field(default=256, ge=1, description="tokens whose values describe a head")
     sink: int = Field(default=16, ge=0, description="with text: true, first tokens that stay in all heads")
     recent: int = Field(default=256, ge=0, description="with text: true, latest tokens that stay in all heads")
+
+    def compressor(self, model: Any) -> Callable[[CachedLayer], Decision]:
+        heads = model.config.get_text_config(decoder=True).num_key_value_heads
+        if min(self.whole(heads, before, 2) for before in (0, 1)) == heads:
+            warnings.warn(f"task_kv keeps everything in all {heads} key heads here; take snapkv", stacklevel=2)
+        return self.compress
 
     def whole(self, key_heads: int, before: int, layers: int) -> int:
         """Key heads that keep everything in the layer that has so many before it, of so many."""

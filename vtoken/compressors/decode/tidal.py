@@ -52,7 +52,7 @@ class Tidal(DecodeStage):
         held, before = step.shared, step.shared.get("lengths")
         choosing = [True] * len(counts)
         if before is not None and not self._chooses(step.layer, step.before):
-            choosing = [n != was for n, was in zip(step.lengths, before, strict=True)]  # behind a cut
+            choosing = [n != was for n, was in zip(step.lengths, before, strict=True)]  # after a cut
         if any(choosing):
             index = highest(step.of_visual(step.logits().mean(2)), counts)
             if not all(choosing):

@@ -59,11 +59,11 @@ def watch(adapter: Adapter, inputs: dict[str, Tensor], look: Look) -> list[Tenso
 
 
 def copies(q: Tensor, k: Tensor, scale: float, period: int) -> tuple[Tensor, Tensor]:
-    """(echo, induction) [H]: the attention of a token to its earlier copies, and to the tokens behind these; the mean
+    """(echo, induction) [H]: the attention of a token to its earlier copies, and to the tokens after these; the mean
     over the tokens that have an earlier copy.
 
     Args:
-        q: [H, N, d] after RoPE; k: [Hk, N, d]. The first token stands alone; behind it, N - 1 tokens are the same
+        q: [H, N, d] after RoPE; k: [Hk, N, d]. The first token stands alone; after it, N - 1 tokens are the same
             `period` tokens again and again.
     """
     n = q.shape[1]
@@ -122,7 +122,7 @@ def ranked(scores: Sequence[Tensor], shares: Sequence[float]) -> tuple[Tensor, i
 
 
 def table(order: Tensor, layers: Sequence[int], depth: int, key_heads: int) -> list[list[float]]:
-    """A number per decoder layer and key head: 1 for the first head in the order, less for each one behind it, 0 in
+    """A number per decoder layer and key head: 1 for the first head in the order, less for each one after it, 0 in
     layers that were not probed. No two probed heads have the same."""
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order))

@@ -76,7 +76,7 @@ def run(asked: Settings) -> None:
     for at, layer in enumerate(layers):
         best = [f"{score[at].max():.1%}" for score in scores.values()]
         rows.append((str(layer), *best, ", ".join(str(h) for k, h in full if k == layer)))
-    told = {
+    figures = {
         "file": str(asked.out),
         "tokens": inputs["input_ids"].shape[1],
         "period": period,
@@ -90,13 +90,13 @@ def run(asked: Settings) -> None:
         f"wrote {asked.out}: {count} of {depth * heads} key heads read everything at sparsity {sparsity:g}; "
         f"{period} tokens, {asked.repeats} times"
     )
-    tell(asked, told, rows, about, f"static_sparse:gates={asked.out},sparsity={sparsity:g}")
+    tell(asked, figures, rows, about, f"static_sparse:gates={asked.out},sparsity={sparsity:g}")
 
 
 def repeated(
     adapter: Adapter, tokenizer: Any, period: int | None, repeats: int, seed: int
 ) -> tuple[dict[str, Tensor], int]:
-    """A prompt of random ordinary tokens, all different where the vocabulary has so many, behind a BOS; and how many
+    """A prompt of random ordinary tokens, all different where the vocabulary has so many, after a BOS; and how many
     are repeated.
 
     Raises:
@@ -156,5 +156,5 @@ def ordinary(adapter: Adapter, tokenizer: Any) -> list[int]:
 
 def first_of(adapter: Adapter, tokenizer: Any) -> int:
     """BOS, or what a model without one is given to begin with."""
-    told = (tokenizer.bos_token_id, adapter.lm.config.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return next((i for i in told if i is not None), 0)
+    ids = (tokenizer.bos_token_id, adapter.lm.config.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return next((i for i in ids if i is not None), 0)

@@ -17,9 +17,8 @@ class DecodeReads:
     def __init__(self, flow: TokenFlow) -> None:
         self.flow, decoder = flow, flow.shape.decoder
         self.stage = next((stage for stage in flow.stages if isinstance(stage, DecodeStage)), None)
-        self.attending = [layer for layer in range(decoder.depth) if layer not in decoder.states]
         acting = set() if self.stage is None else set(self.stage.layers(decoder.depth))
-        self.acting = [layer for layer in self.attending if layer in acting]
+        self.acting = [layer for layer in flow.shape.decoder.attending if layer in acting]
         for layer in self.acting:
             self._explain(layer)
 
@@ -46,7 +45,9 @@ class DecodeReads:
         """Of attention over so many steps, with what choosing computes."""
         one = 2 * self.flow.shape.decoder.scores(1, 1)
         read = (
-            self.slots(layer, step) + self.to_choose(layer, step) for layer in self.attending for step in range(steps)
+            self.slots(layer, step) + self.to_choose(layer, step)
+            for layer in self.flow.shape.decoder.attending
+            for step in range(steps)
         )
         return round(one * sum(read))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 from vtoken.evals.cost.token_flow import TokenFlow
@@ -16,12 +15,14 @@ def stored(tokens: int, window: int | None) -> int:
 
 def bytes_held(flow: TokenFlow, size: int, generated: int = 0) -> int:
     """After so many decode steps; a number takes `size` bytes at full width."""
-    return sum(_held(flow, at) for at in _layers(flow, size, generated))
+    return sum(_held(flow, _at(flow, layer, size, generated)) for layer in flow.shape.decoder.attending)
 
 
 def bytes_read(flow: TokenFlow, size: int, steps: int) -> float:
     """By a decode step, the mean over so many of them; 0 without any."""
-    every = [_read(flow, at) for step in range(steps) for at in _layers(flow, size, step + 1)]
+    every = (
+        _read(flow, _at(flow, layer, size, step + 1)) for step in range(steps) for layer in flow.shape.decoder.attending
+    )
     return sum(every) / steps if steps else 0
 
 
@@ -30,8 +31,7 @@ def slots_held(flow: TokenFlow, layer: int, generated: int) -> float | None:
     heads; None: no stage does."""
     if layer not in flow.shrunk:
         return None
-    at = next(at for at in _layers(flow, 1, generated) if at.layer == layer)
-    return flow.shrunk[layer][0].slots_held(_shrunk(flow, at))
+    return flow.shrunk[layer][0].slots_held(_shrunk(flow, _at(flow, layer, 1, generated)))
 
 
 def chooses(stage: Stage) -> bool:
@@ -41,19 +41,17 @@ def chooses(stage: Stage) -> bool:
 
 def unknown(flow: TokenFlow) -> list[str]:
     """Which stages do not know how much of the cache a step reads, one sentence each."""
-    second = [(at, _held(flow, at)) for at in _layers(flow, 1, 2)]  # of a first step more may be known
+    layers = [_at(flow, layer, 1, 2) for layer in flow.shape.decoder.attending]  # of a first step more may be known
+    second = [(at, _held(flow, at)) for at in layers]
     found = [s.name for s in flow.stages if chooses(s) and None in [s.bytes_read(at, held) for at, held in second]]
     return [f"{name}: which slots generated tokens read (all are counted)" for name in found]
 
 
-def _layers(flow: TokenFlow, size: int, generated: int) -> Iterator[HeldLayer]:
-    """The layers that attend."""
-    decoder = flow.shape.decoder
-    attending = tuple(layer for layer in range(decoder.depth) if layer not in decoder.states)
-    parts, sizes = (flow.shape.parts,) * flow.images, (decoder.kv_heads, decoder.head_dim, size)
-    for layer in attending:
-        held, shown = flow.held[layer], flow.decoder[layer]
-        yield HeldLayer(layer, attending, held, shown, generated, *sizes, parts, depth=decoder.depth)
+def _at(flow: TokenFlow, layer: int, size: int, generated: int) -> HeldLayer:
+    decoder, parts = flow.shape.decoder, (flow.shape.parts,) * flow.images
+    held, shown = flow.held[layer], flow.decoder[layer]
+    sizes = decoder.kv_heads, decoder.head_dim, size
+    return HeldLayer(layer, flow.shape.decoder.attending, held, shown, generated, *sizes, parts, depth=decoder.depth)
 
 
 def _held(flow: TokenFlow, at: HeldLayer) -> int:

@@ -107,7 +107,7 @@ class TokenFlow:
             why = stage.heads_incompatibility(decoder.heads, decoder.kv_heads, decoder.head_dim)
         if stage.site == "encoder" and stage.merge_point():
             if any(mixed != 1 for _, mixed in self.shape.sources):
-                why = "merges where this model interpolates features behind its tower"
+                why = "merges where this model interpolates features after its tower"
             elif tower.unit != 1:
                 why = f"merges single patches, of which this encoder joins {tower.unit}"
             elif tower.packed:
@@ -144,7 +144,7 @@ class TokenFlow:
         self.embedded = (self.shape if apart else given).tower.patches * self.images
 
     def _encode(self) -> Counts:
-        """Visual tokens of every image behind the tower."""
+        """Visual tokens of every image after the tower."""
         tower = self.shape.tower
         counts: Counts = tuple(size_of((crop,)) for crop in tower.crops * self.images)
         for stage in self._by_pixels:

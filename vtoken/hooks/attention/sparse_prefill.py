@@ -94,7 +94,7 @@ class SparsePrefill:
     def _choose(
         self, stage: SparseAttention, flow: PrefillState, row: int, q: Tensor, k: Tensor, scale: float, module: Any
     ) -> SparseMask | DenseSubset:
-        """What the queries of one row read; drafts and answers behind its prompt have no say in it."""
+        """What the queries of one row read; drafts and answers after its prompt have no say in it."""
         n, layer = q.shape[1] - flow.tails[row], module.layer_idx
         image, raster_index, by_row = rasters(flow)
         image, raster_index = (x[row, -q.shape[1] :][:n].to(q.device) for x in (image, raster_index))
@@ -164,7 +164,7 @@ def _skip_reasons(flow: PrefillState, stage: SparseAttention) -> list[str | None
 
 
 def prompts(flow: PrefillState) -> list[int]:
-    """Tokens of every row's prompt, without drafts and answers behind it."""
+    """Tokens of every row's prompt, without drafts and answers after it."""
     return [count - tail for count, tail in zip(flow.counts, flow.tails, strict=True)]
 
 

@@ -42,7 +42,7 @@ class Steered:
 
     Attributes:
         marks: of all that is cached after it.
-        behind: [B, L] new logical columns of text behind a picture; prompt: [B, L] those of a prompt with pictures.
+        behind: [B, L] new logical columns of text after a picture; prompt: [B, L] those of a prompt with pictures.
         hidden: what entered the layer at work, where a stage asks.
         seen: first layer of a group -> what its slots hold.
     """
@@ -192,7 +192,7 @@ class Steering:
             seen.images,
             steered.hidden,
         )
-        if by == number and steered.prompt is not None and bool(seen.images):
+        if by == number and steered.prompt is not None and seen.images:
             note(flow, stage, number, stage.mark(layer))
         marked = None if by is None else steered.marks.by_layer.get((stage.name, by))
         return layer if marked is None else layer.with_marks(at(marked, seen.logical))
@@ -228,7 +228,7 @@ def seen_by(flow: ForwardState, device: torch.device) -> Seen:
 
 
 def at(marks: Tensor, logical: Tensor) -> Tensor:
-    """[B, S] of marks [B, n] at logical positions; False at padding and behind them."""
+    """[B, S] of marks [B, n] at logical positions; False at padding and after them."""
     marks = pad(marks.to(logical.device), (0, 1))
     return marks.gather(1, torch.where(logical < 0, marks.shape[1] - 1, logical.clamp(max=marks.shape[1] - 1)))
 

@@ -157,7 +157,7 @@ class Unmerge:
         return cos.expand(len(flow.new), -1, -1), sin.expand(len(flow.new), -1, -1)
 
     def _mask(self, flow: ForwardState, new: int, past: int, key_mask: Tensor | None) -> Any:
-        """The backend's mask for so many new places behind so many held ones."""
+        """The backend's mask for so many new places after so many held ones."""
         like = flow.hidden[:, :1].expand(-1, new, -1)
         if flow.cache is None:
             view = None

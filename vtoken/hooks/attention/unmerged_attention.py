@@ -25,7 +25,7 @@ class UnmergeTable:
         logical: [B, E] logical position of each place, -1 for padding.
         slot: [B, E] physical slot of the cache that stands there.
         rope: cos and sin [B, E, d] of each place.
-        end: logical length when it was written; every logical token behind the pruned prompt has one place.
+        end: logical length when it was written; every logical token after the pruned prompt has one place.
         dense: no padding in any row.
     """
 
@@ -49,13 +49,13 @@ class UnmergeTable:
         return replace(self, logical=self.logical[index], slot=self.slot[index], rope=(cos, sin))
 
     def cut(self, end: int) -> UnmergeTable:
-        """Without what was written behind this logical length."""
+        """Without what was written after this logical length."""
         stay = self.logical.shape[1] - max(0, self.end - end)
         cos, sin = (x[:, :stay] for x in self.rope)
         return UnmergeTable(self.logical[:, :stay], self.slot[:, :stay], (cos, sin), min(self.end, end), self.dense)
 
     def extend(self, logical: Tensor, slot: Tensor, rope: Rope, end: int, dense: bool) -> UnmergeTable:
-        """With new places [B, U] behind it."""
+        """With new places [B, U] after it."""
         device = self.logical.device
         cos, sin = (torch.cat([old, new.to(old.device)], 1) for old, new in zip(self.rope, rope, strict=True))
         return UnmergeTable(

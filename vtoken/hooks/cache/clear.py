@@ -70,7 +70,7 @@ def check_clearing(stage: Stage, flow: PrefillState, attending: Collection[int])
     without = "retroactive: false leaves them as they are"
     if any(flow.tails):
         raise UnsupportedError(
-            f"stage {stage.name} takes what it drops out of the caches of earlier layers too, and tokens behind the "
+            f"stage {stage.name} takes what it drops out of the caches of earlier layers too, and tokens after the "
             f"prompt (drafts, or an answer to score) have read them by then; {without}"
         )
     if flow.cache is None or flow.cache.is_compileable:

@@ -116,7 +116,7 @@ class HeadSplitter(CacheShrinker):
         row = prompt_rows(flow)[r]
         begin = k.shape[2] - row.prompt - row.tail
         here = slice(begin, begin + row.prompt)
-        seen = self.told(flow, module, slice(r, r + 1), k[r, :, here], v[r, :, here], q, scale)
+        seen = self.shown(flow, module, slice(r, r + 1), k[r, :, here], v[r, :, here], q, scale)
         if seen is None:
             return None
         if before is not None:

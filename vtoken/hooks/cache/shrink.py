@@ -43,7 +43,7 @@ class CacheShrinker:
     """A tap on every decoder layer with attention; what others keep is a state of fixed size.
 
     Attributes:
-        goes_on: tokens behind the prompt follow into few bits.
+        goes_on: tokens after the prompt follow into few bits.
 
     Raises:
         UnsupportedError: the stage cannot run on this model.
@@ -136,7 +136,7 @@ class CacheShrinker:
                 here = slice(past + begin, past + begin + row.prompt)
                 x, y = k[turn, :, here].flatten(0, 1), v[turn, :, here].flatten(0, 1)
                 decision: Decision | None = None
-                seen = self.told(flow, module, turn, x, y, q, scale)
+                seen = self.shown(flow, module, turn, x, y, q, scale)
                 if seen is not None:
                     with torch.no_grad():
                         decision = self.compress(seen)
@@ -156,10 +156,10 @@ class CacheShrinker:
         cached = store(flow.cache.layers[number], parts, k, v, width)
         return self._behind(flow, rows, past, q, cached.keys, cached.values, scale, out) if any(flow.tails) else out
 
-    def told(
+    def shown(
         self, flow: PrefillState, module: Any, turn: slice, x: Tensor, y: Tensor, q: Tensor, scale: float
     ) -> CachedLayer | None:
-        """What the stage is told of the rows `turn`, decided together, whose prompts have keys and values x, y
+        """What the stage is given of the rows `turn`, decided together, whose prompts have keys and values x, y
         [heads, N, d]; None where it does not act."""
         r, row = turn.start, prompt_rows(flow)[turn.start]
         if not any(row.slots) or r in flow.skipped:

@@ -14,7 +14,7 @@ from vtoken.hooks.state.read_prompt import ReadPrompt
 
 
 class Chain(Protocol):
-    """What a draft makes of one `generate`. Every method returns logits [V] of the token behind the last one given."""
+    """What a draft makes of one `generate`. Every method returns logits [V] of the token after the last one given."""
 
     def read(self, prompt: ReadPrompt, token: Tensor) -> Tensor:
         """The prompt, and the first token [1] of the answer."""

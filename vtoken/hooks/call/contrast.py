@@ -146,8 +146,8 @@ class Against(LogitsProcessor):
         more = input_ids.shape[1] - self.ids.shape[1]
         mask = None if self.mask is None else pad(self.mask, (0, more), value=1)
         # What tells of every token of the prompt tells of later ones that they are text.
-        told = {name: pad(value, (0, more)) for name, value in self.given.items() if self._tells(value)}
-        return self._run(input_ids, mask, told)
+        more_given = {name: pad(value, (0, more)) for name, value in self.given.items() if self._tells(value)}
+        return self._run(input_ids, mask, more_given)
 
     def _tells(self, value: Any) -> bool:
         """Whether an argument tells of every token of the prompt."""
@@ -170,7 +170,7 @@ class Against(LogitsProcessor):
             self.cache.reorder_cache(order)
 
     def _run(self, ids: Tensor, mask: Tensor | None, given: dict[str, Any]) -> Tensor:
-        """[rows, V] logits behind these ids; the cache takes what it does not hold of them."""
+        """[rows, V] logits after these ids; the cache takes what it does not hold of them."""
         held = {} if self.cache is None else {"past_key_values": self.cache}
         shown = {} if mask is None else {"attention_mask": mask}
         remembered: AbstractContextManager[Any] = nullcontext()

@@ -222,7 +222,7 @@ class Seeing(AssistedCandidateGenerator):
             {} if mask is None else {"attention_mask": pad(mask, (0, length - mask.shape[1]), value=1)}
         )
         if self.drafting.parted:
-            # The token behind the prompt may be taken back too, so it must not count as a part of it.
+            # The token after the prompt may be taken back too, so it must not count as a part of it.
             more["logits_to_keep"] = 2
         self.assistant_kwargs = {**kept, **given, **more, "past_key_values": cache}
         # transformers hands no pictures to what it knows to be an assistant.
@@ -236,7 +236,7 @@ class Seeing(AssistedCandidateGenerator):
 
     def _own(self, value: Any, length: int) -> Any:
         """An argument on the draft's device and in its dtype; what tells of every token of the prompt tells of the
-        token behind it that it is text."""
+        token after it that it is text."""
         if not isinstance(value, Tensor):
             return value
         value = value.to(self.assistant_model.device)

@@ -21,7 +21,7 @@ class GroupSlots:
     Attributes:
         start: first layer of the group; end: how many slots there are.
         visual: [B, V] slots that may be left out, 0 behind a row's last; text: [B, T] all others that hold a token, -1
-            behind a row's last.
+            after a row's last.
         lengths, texts: how many these are of each row; budgets: how many of `lengths` a row may read.
         asides: per row, why none may be left out; None: some may.
     """

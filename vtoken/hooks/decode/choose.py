@@ -155,7 +155,7 @@ class SlotChooser:
 
 
 def numbered(flow: PrefillState, before: CachedImages | None) -> Tensor:
-    """[B, logical] as `CachedImages.image`, with those of this prefill behind what earlier ones left."""
+    """[B, logical] as `CachedImages.image`, with those of this prefill after what earlier ones left."""
     image = torch.full(flow.new.shape, -1, dtype=torch.long, device=flow.new.device)
     shown, first = flow.started, 0
     if before is not None:

@@ -93,10 +93,10 @@ class TargetStates:
         if heard.begun:
             heard.hidden = hidden
         elif heard.entered is not None:
-            heard.prompt, heard.entered, heard.begun = told(heard.entered, hidden), None, True
+            heard.prompt, heard.entered, heard.begun = read_prompt(heard.entered, hidden), None, True
 
 
-def told(entered: _Entered, hidden: Tensor) -> ReadPrompt:
+def read_prompt(entered: _Entered, hidden: Tensor) -> ReadPrompt:
     """The prompt, of which the last layer has left `hidden` [L, D]."""
     flow, embeds, real = entered.flow, entered.embeds, entered.real.cpu()
     left = real if flow is None else flow.left()[0].cpu()

@@ -28,7 +28,7 @@ def causal_mask(
     window: int | None = None,
     blocks: Tensor | None = None,
 ) -> Any:
-    """What the backend makes of a 2D mask, for hidden states [B, N, D] behind what the first layer of `cache` holds.
+    """What the backend makes of a 2D mask, for hidden states [B, N, D] after what the first layer of `cache` holds.
 
     Args:
         window: tokens that a query sees, itself among them; None: all up to itself. Padding between turns, which is

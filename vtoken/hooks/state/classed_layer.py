@@ -23,7 +23,7 @@ class ClassedLayer(DynamicLayer):
         classes: every key head of every row is in one of them.
         total: tokens that a head would hold which drops none, padding included.
         pending: new keys and values [B, Hk, n, d], from `update` to `take`.
-        spare: how many of the newest tokens may be taken back: behind those the oldest that they see may have left.
+        spare: how many of the newest tokens may be taken back: after those the oldest that they see may have left.
         record_past: as transformers has it, what leaves a window waits for `crop`.
     """
 

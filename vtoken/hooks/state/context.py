@@ -88,7 +88,7 @@ class Context:
 
     @cached_property
     def wanted(self) -> frozenset[Fact]:
-        """Facts of the vision tower that are read behind it."""
+        """Facts of the vision tower that are read after it."""
         asked = [(need, stage.site) for stage in self.at("tokens", "decoder") for need in stage.needs()]
         return self.read | {self.resolve(need) for need, site in asked if encoded(need, site)}
 
@@ -98,7 +98,7 @@ class Context:
         return self.min_tokens if self.at("pixels", "frames", "encoder") or self.wanted else 0
 
     def resolve(self, fact: Fact) -> Fact:
-        """The fact that the vision tower stores for one that is read behind it: its layer named, substituted where the
+        """The fact that the vision tower stores for one that is read after it: its layer named, substituted where the
         family has none."""
         name, encoder = self.adapter.substitutes.get(fact.name, fact.name), self.adapter.encoder
         if name not in read_of("encoder layer"):

@@ -85,7 +85,7 @@ class HeadClass:
         return x.take_along_dim(self.heads.view(*self.heads.shape, *[1] * (x.ndim - 2)), 1)
 
     def append(self, keys: Tensor, values: Tensor, real: Tensor | None = None) -> HeadClass:
-        """With new tokens of all heads of the layer, [B, Hk, n, d], behind those it holds.
+        """With new tokens of all heads of the layer, [B, Hk, n, d], after those it holds.
 
         Args:
             real: [B, n] which of them are no padding, None: all.

@@ -15,7 +15,7 @@ from vtoken.stages.tokens import Grid
 def crops_of(given: Tensor, kinds: Tensor, crops: int, tokens: int) -> list[int]:
     """Crops of each picture, in reading order. Asks the device.
 
-    A mark stands in front of every crop and one behind each picture, so that between two crops of a picture there is
+    A mark stands in front of every crop and one after each picture, so that between two crops of a picture there is
     one, and between two pictures there are two. Which token that is, the last picture of a row tells, which it follows.
     Where the prompt does not hold so many crops, or not like this, each crop is a picture.
 

@@ -38,7 +38,7 @@ class ImageLayout:
         newline: [N + newlines] bool, which of its placeholders are newline tokens; None without any.
         closed_by: [N] index of the newline that closes each token's row, -1 for none; given when `newline` is.
         encoded: newlines are made by the tower (CLS tokens): one is there only if its row is.
-        interpolated: tokens were, after the tower, so that none is one tower position.
+        interpolated: tokens were interpolated after the tower, so that none is one tower position.
     """
 
     parts: Parts

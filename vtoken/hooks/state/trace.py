@@ -160,7 +160,7 @@ class Trace:
     pictures: tuple[Sequence[Any], Any] | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
-        """One line: tokens of all images before and behind each stage, milliseconds, bytes of the cache."""
+        """One line: tokens of all images before and after each stage, milliseconds, bytes of the cache."""
         from vtoken.hooks.state.trace_text import line
 
         return line(self)

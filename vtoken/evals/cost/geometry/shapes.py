@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate
 from math import comb, isqrt
 
@@ -79,6 +80,11 @@ class Layers:
     windows: tuple[int | None, ...]
     unlike: Mapping[int, int] = field(default_factory=dict)
     states: Mapping[int, State] = field(default_factory=dict)
+
+    @cached_property
+    def attending(self) -> tuple[int, ...]:
+        """Layers with attention and a KV cache."""
+        return tuple(layer for layer in range(self.depth) if layer not in self.states)
 
     def linear(self, tokens: int, layer: int | None = None) -> int:
         """FLOPs of one layer's matrices, and of its state if it keeps one."""

@@ -27,14 +27,14 @@ def pictures(doc: dict[str, Any]) -> list[Image.Image]:
 
 
 def video_messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
-    """The question behind a video that shows one picture after the other."""
+    """The question after a video that shows one picture after the other."""
     frames = [picture for picture in pictures(doc) for _ in range(HELD)]
     content = [{"type": "video", "url": frames}, {"type": "text", "text": doc["question"]}]
     return [{"role": "user", "content": content}]
 
 
 def needle_messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
-    """The question behind a video, one of whose frames shows digits."""
+    """The question after a video, one of whose frames shows digits."""
     drawn = reference.needles().needle(doc["length"], doc["depth"], doc["number"])
     frames = [frame for frame in drawn.frames for _ in range(HELD)]
     content = [{"type": "video", "url": frames}, {"type": "text", "text": doc["question"]}]
