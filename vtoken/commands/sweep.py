@@ -22,8 +22,8 @@ a sweep file:
   tasks: [vtoken_glyph_qa]
   limit: 48
   speed: {new_tokens: 16, repeats: 7}         # a second pass, batch 1, interleaved; left out: none
-other keys: batch_size, device, dtype, attn, revision, min_pixels, max_pixels, frames, system_prompt, max_new_tokens, prompts,
-include; they mean what the options of vtoken eval mean.
+other keys: batch_size, device, dtype, attn, revision, min_pixels, max_pixels, frames, system_prompt, max_new_tokens,
+prompts, include; they mean what the options of vtoken eval mean.
 
 examples:
   vtoken sweep sweep.yaml --out out
@@ -31,15 +31,15 @@ examples:
   vtoken sweep sweep.yaml --out out --workers 4
       four processes, each with its model, on the GPUs in turn; each takes the next pipeline and task
   vtoken sweep sweep.yaml --out out --ray auto --workers 8
-      eight actors of a Ray cluster, one GPU each; --ray alone takes the cluster of this machine or starts one, and without
-      --workers every GPU has an actor. A point whose actor dies is asked once more. vtoken, model and tasks must be the same on
-      all machines; results are written here (pip install ray)
+      eight actors of a Ray cluster, one GPU each; --ray alone takes the cluster of this machine or starts one, and
+      without --workers every GPU has an actor. A point whose actor dies is asked once more. vtoken, model and tasks
+      must be the same on all machines; results are written here (pip install ray)
   torchrun --nproc-per-node 4 -m vtoken sweep sweep.yaml --out out
       every task's documents shared out over the processes; accelerate launch does as well
 
-The stock model is asked first and last. DIR holds results.json, requests/, table.md and report.html, as of vtoken eval. A point is asked again when model,
-weights, pipeline, task, limit, generation settings or versions differ. Documents of hub data sets are not part of that: if they
-changed, the sweep says so.
+The stock model is asked first and last. DIR holds results.json, requests/, table.md and report.html, as of vtoken eval.
+A point is asked again when model, weights, pipeline, task, limit, generation settings or versions differ. Documents of
+hub data sets are not part of that: if they changed, the sweep says so.
 """
 
 

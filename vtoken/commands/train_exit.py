@@ -25,13 +25,14 @@ examples:
   vtoken train-exit tiny-llava --data reference --limit 60 -o tiny.safetensors --json
       what was found, as one JSON object
 
-Data: 1% of LLaVA-1.5's instruction data (some 6,650 questions with answers, each about one picture) in the paper. Without an
-answer the model's own is taken. One picture in five is kept back to measure the gates on.
+Data: 1% of LLaVA-1.5's instruction data (some 6,650 questions with answers, each about one picture) in the paper.
+Without an answer the model's own is taken. One picture in five is kept back to measure the gates on.
 
-Cost for LLaVA-1.5-7B, counted, not measured: a question with 576 visual and 100 text tokens takes 30.4 TFLOPs (tower 0.4, dense 9.0,
-text alone from every layer on 20.2, output embeddings 0.8), 6,650 of them 202 PFLOPs: 34 minutes at 100 TFLOP/s. Questions run one at
-a time, in 496 short layer calls each; a GPU may spend more time on starting those than on computing them. What gates see of them takes
-6.8 GB of memory. A gate has 16.8 million weights: one pass over the data takes 0.02 PFLOPs for all 31, the file 1.0 GB in bfloat16.
+Cost for LLaVA-1.5-7B, counted, not measured: a question with 576 visual and 100 text tokens takes 30.4 TFLOPs (tower
+0.4, dense 9.0, text alone from every layer on 20.2, output embeddings 0.8), 6,650 of them 202 PFLOPs: 34 minutes at 100
+TFLOP/s. Questions run one at a time, in 496 short layer calls each; a GPU may spend more time on starting those than on
+computing them. What gates see of them takes 6.8 GB of memory. A gate has 16.8 million weights: one pass over the data
+takes 0.02 PFLOPs for all 31, the file 1.0 GB in bfloat16.
 """
 
 

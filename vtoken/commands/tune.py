@@ -23,7 +23,8 @@ a range is {values: [..]} or {low:, high:}, with step: or log: true; whole bound
 
 examples:
   vtoken tune tiny-llava --data reference --limit 48 --space space.yaml --trials 12
-      the shipped model on its own held-out questions: as many answers as possible like dense's, as few FLOPs as possible
+      the shipped model on its own held-out questions: as many answers as possible like dense's, as few FLOPs as
+      possible
   vtoken tune llava-hf/llava-1.5-7b-hf --data mine.jsonl --quality accuracy --keep-accuracy 98% --objective ttft --space space.yaml
       lines {"image": FILE, "question": TEXT, "answer": TEXT}; cost is measured, dense and pruned interleaved
   vtoken tune Qwen/Qwen2.5-VL-3B-Instruct --data textvqa_val,gqa --limit 100 --keep-accuracy 98% --space space.yaml
@@ -31,14 +32,15 @@ examples:
   vtoken tune Qwen/Qwen2.5-VL-3B-Instruct --data textvqa_val --limit 30 --quality cosine --space space.yaml --trials 50
       their prompts alone, and VFlowOpt's objective; no labels needed
 
-agreement: share of answers that are dense's; accuracy: that are the right ones, of tasks: mean over tasks of the metric vtoken eval
-reports, as a share of dense's; cosine: of the last prompt token's final hidden state with dense's. A trial is stopped when it cannot
-reach the floor any more, or is below it and below the median of the trials before after the first samples; a metric that is no mean
-over documents (F1, sums) is known only after all of them, so nothing is stopped.
+agreement: share of answers that are dense's; accuracy: that are the right ones, of tasks: mean over tasks of the metric
+vtoken eval reports, as a share of dense's; cosine: of the last prompt token's final hidden state with dense's. A trial
+is stopped when it cannot reach the floor any more, or is below it and below the median of earlier trials after the
+first samples; a metric that is no mean over documents (F1, sums) is known only after all of them, so nothing is
+stopped.
 
-Run it again with more --trials to go on. DIR holds best-1.yaml, best-2.yaml, ... (the Pareto front; the cheapest that keeps enough comes
-first; none that cost as much as dense or more), tune.json (all trials) and study.db (Optuna's). The samples that choose a pipeline flatter it: score the best with vtoken eval
-on others.
+Run it again with more --trials to go on. DIR holds best-1.yaml, best-2.yaml, ... (the Pareto front; the cheapest that
+keeps enough comes first; none that cost as much as dense or more), tune.json (all trials) and study.db (Optuna's). The
+samples that choose a pipeline flatter it: score the best with vtoken eval on others.
 """
 
 

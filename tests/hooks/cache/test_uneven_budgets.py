@@ -14,6 +14,7 @@ from turns import IMAGE_TURNS, conversation, second
 
 import vtoken
 from vtoken import registry
+from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.pruned_cache import cache_bytes
 
 HALF = {"beta": 0.0, "least": 0}  # one of the two key heads of the tiny models keeps a part
@@ -100,13 +101,13 @@ def test_batch_equals_single(family, name):
 
 
 @whole
-@pytest.mark.parametrize("name", ["task_kv", "pyramidkv"])
-def test_a_budget_for_everything_is_the_dense_model(family, name):
+@pytest.mark.parametrize(("name", "given"), [("task_kv", HALF), ("pyramidkv", {})])
+def test_a_budget_for_everything_is_the_dense_model(family, name, given):
     model = tiny.make(family)
     batch = tiny.build(model, ROWS, seed=3)
     want = greedy(model, batch, 9, **LOGITS)
-    for given in ({"keep": "100%"}, {"keep": "100%", "text": True}):
-        with vtoken.wrapped(model, [{name: given}]):
+    for text in (False, True):
+        with vtoken.wrapped(model, [{name: {"keep": "100%", "text": text, **given}}]):
             out = greedy(model, batch, 9, **LOGITS)
         assert torch.equal(torch.stack(out.logits), torch.stack(want.logits))
 
@@ -134,7 +135,9 @@ def test_second_turn(family, name, more):
             for k, more_lost in lost(model, calls, row, 2, begin).items():
                 gone[k] += more_lost
         want = oracle_kv.forced(model, p, row, b.sequences[row, -n:].tolist(), gone)
-        torch.testing.assert_close(torch.stack(b.logits)[:, row], want, atol=3e-4, rtol=1e-4)
+        # Layers with a state: a stock model's second turn is up to 8e-4 from its own recomputation, without vtoken too.
+        error = 1e-3 if tiny.family(family).states else 3e-4
+        torch.testing.assert_close(torch.stack(b.logits)[:, row], want, atol=error, rtol=1e-4)
 
 
 @attending
@@ -157,9 +160,9 @@ def test_drafts_and_beams(family, name):
         torch.testing.assert_close(found, want.gather(1, sequence[-8:, None]).sum(), atol=1e-3, rtol=1e-3)
 
 
-def test_task_kv_warns_where_all_heads_keep_everything():
+def test_task_kv_is_refused_where_all_heads_keep_everything():
     """Two key heads: one is the closest, one the farthest."""
     model = tiny.make("llava")
-    with pytest.warns(UserWarning, match="keeps everything in all 2 key heads here"):
+    with pytest.raises(UnsupportedError, match="all 2 key heads would keep everything"):
         vtoken.wrap(model, "task_kv:3")
-    vtoken.unwrap(model)
+    assert vtoken.pipeline(model) is None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -14,7 +13,7 @@ from torch.nn.functional import avg_pool1d, max_pool1d
 from vtoken.compressors.cache._slots import best, hold_text
 from vtoken.compressors.cache.snapkv import SnapKV
 from vtoken.stages.budget import Budget
-from vtoken.stages.cache import CachedLayer, Decision, HeadClasses, HeldHeads
+from vtoken.stages.cache import CachedLayer, HeadClasses, HeldHeads
 from vtoken.stages.held import HeldLayer
 from vtoken.stages.query_attention import shared
 
@@ -55,11 +54,10 @@ class TaskKV(SnapKV):
     sink: int = Field(default=16, ge=0, description="with text: true, first tokens that stay in all heads")
     recent: int = Field(default=256, ge=0, description="with text: true, latest tokens that stay in all heads")
 
-    def compressor(self, model: Any) -> Callable[[CachedLayer], Decision]:
-        heads = model.config.get_text_config(decoder=True).num_key_value_heads
-        if min(self.whole(heads, before, 2) for before in (0, 1)) == heads:
-            warnings.warn(f"task_kv keeps everything in all {heads} key heads here; take snapkv", stacklevel=2)
-        return self.compress
+    def heads_incompatibility(self, heads: int, key_heads: int, width: int) -> str:
+        if min(self.whole(key_heads, before, 2) for before in (0, 1)) < key_heads:
+            return ""
+        return f"in every layer all {key_heads} key heads would keep everything; lower beta and least, or take snapkv"
 
     def whole(self, key_heads: int, before: int, layers: int) -> int:
         """Key heads that keep everything in the layer that has so many before it, of so many."""

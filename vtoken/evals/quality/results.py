@@ -10,7 +10,8 @@
     same_as_dense   whether the answer is the first dense run's, letter by letter
     doc_hash        sha256 of the document, media aside
     media           sha256 over the pictures and frames shown, null without any: questions about one picture share it
-    stages          stage (with its layer, "fastv@2") -> milliseconds that its decision took, of the batch; empty for dense
+    stages          stage (with its layer, "fastv@2") -> milliseconds that its decision took, of the batch; empty for
+                    dense
 
 `DIR/results.json`, rewritten after every run:
 
@@ -20,24 +21,25 @@
     conditions      versions, commit, device, dtype, attention, pixels, frames, batch size, limit, seeds
     tasks           name -> metric, scale (what 100 % is), higher_is_better, leaves (the tasks of a group, else itself),
                     docs, hash (sha256 over the documents in order), version and generation options of each leaf
-    runs            in the order they ran, the first and the last dense: name, pipeline (YAML, null for dense), requests (file), and
-                    tasks: name -> value, of_dense (value / first dense value), metrics (leaf -> every number), same_as_dense (share),
-                    visual_tokens, visual_tokens_entry, visual_tokens_mean, input_tokens, new_tokens (means per document),
-                    ttft_s, decode_s, preprocess_s (medians over documents), ttft_to_dense (median of the ratios document by document),
-                    stages (stage -> median milliseconds), flops (counted, of the prefill of the task's document with the median
-                    of visual tokens, which `doc` names: total, language, stages; or `reason` where it cannot be counted)
-    cases           documents that pipelines lost against dense, worst first: task, doc, and panels: run's name -> JPEG under
-                    `DIR/cases/` with the tokens it kept (dense: the pictures), null where nothing can be drawn
+    runs            in the order they ran, the first and the last dense: name, pipeline (YAML, null for dense), requests
+                    (file), and tasks: name -> value, of_dense (value / first dense value), metrics (leaf -> every
+                    number), same_as_dense (share), visual_tokens, visual_tokens_entry, visual_tokens_mean,
+                    input_tokens, new_tokens (means per document), ttft_s, decode_s, preprocess_s (medians over
+                    documents), ttft_to_dense (median of the ratios document by document), stages (stage -> median
+                    milliseconds), flops (counted, of the prefill of the task's document with the median of visual
+                    tokens, which `doc` names: total, language, stages; or `reason` where it cannot be counted)
+    cases           documents that pipelines lost against dense, worst first: task, doc, and panels: run's name -> JPEG
+                    under `DIR/cases/` with the tokens it kept (dense: the pictures), null where nothing can be drawn
     drift           last dense run against the first: ttft (median ratio), answers_changed (documents)
     speed           what `vtoken bench --json` prints, of a sweep with a speed pass, else null
 
-`vtoken sweep` writes the same, and beside it `DIR/points/KEY.json`: one file per pipeline and task, from which the rest is put
-together; KEY is a hash of everything that decides the numbers.
+`vtoken sweep` writes the same, and beside it `DIR/points/KEY.json`: one file per pipeline and task, from which the rest
+is put together; KEY is a hash of everything that decides the numbers.
 
 `DIR/scorers/K-NAME/TASK/` holds what a scorer wrote into the folder it ran in, if anything.
 
-Seconds are those of the whole batch a document was in; only at batch size 1 are they the document's own. For a comparison of
-speed take `vtoken bench`, which interleaves what it compares.
+Seconds are those of the whole batch a document was in; only at batch size 1 are they the document's own. For a
+comparison of speed take `vtoken bench`, which interleaves what it compares.
 """
 
 from __future__ import annotations
