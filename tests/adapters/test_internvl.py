@@ -123,7 +123,7 @@ def test_crops_of_another_size_are_refused(model, size):
     [
         ({"vision_feature_select_strategy": "full"}, "drops the CLS token"),
         ({"vision_feature_layer": [1, 2]}, "one layer of the tower"),
-        ({"vision_feature_layer": -9}, "one layer of the tower"),
+        ({"vision_feature_layer": -9}, "not the output of one of the tower.s 4 layers"),
     ],
 )
 def test_what_is_refused(model, change, says):

@@ -193,5 +193,5 @@ def test_cls_among_the_patches_of_pictures_is_refused(model: Any) -> None:
 
 
 def test_another_model_is_refused(model: Any) -> None:
-    with pytest.raises(UnsupportedError, match="expected a VideoLlavaForConditionalGeneration"):
+    with pytest.raises(UnsupportedError, match="expected a video_llava model with its language-model head"):
         tiny.registry.adapter(FAMILY)(model.model)

@@ -202,6 +202,43 @@ def streaming_cache():
     assert cls(sink=3, recent=4, text=False).held(100, (60, 20)) == 7
 
 
+def adakv():
+    """Head by head and token by token, in float64; budgets of heads by counting."""
+    s = registry.stage("adakv")
+    assert (s(keep=1).kernel, s(keep=1).pooling, s(keep=1).floor, s(keep=1).window) == (7, "max", 0.2, 32)
+    # The six highest of eight: five of head 0, one of head 1. At 0.2: 0.8 * 5 + 0.6 and 0.8 + 0.6, 5 and 1.
+    plain = torch.tensor([[9.0, 8, 7, 6, 5, 0], [1.0, 0, 0, 0, 0, 0]])
+    assert s(keep=1).shares(plain, 3) == [5, 1] and s(keep=1, floor=0).shares(plain, 3) == [5, 1]
+    assert s(keep=1, floor=0.5).shares(plain, 3) == [4, 2] and s(keep=1, floor=1).shares(plain, 3) == [3, 3]
+    assert s(keep=1).shares(plain, 6) == [6, 6] and s(keep=1).shares(plain, 0) == [0, 0]
+    assert s(keep=1, floor=0).shares(torch.zeros(2, 4), 2) == [4, 0], "ties go to the first head"
+    assert s(keep=1, floor=0.5).shares(torch.tensor([[3.0, 2], [1, 0], [1, 0]]), 1) == [2, 1, 0], "1.5, 1 and 0.5"
+    x = layer(24, [range(2, 12), range(13, 19)], heads=12, kv_heads=6)
+    for options in ({"keep": 4}, {"keep": "50%", "floor": 0.0}, {"keep": 13, "text": True}, {"keep": 9, "floor": 0.6}):
+        stage = s(window=4, kernel=3, **options)
+        scores = []
+        for head in range(6):
+            row = torch.stack([attention(x, 2 * head + g)[-4:, :20].mean(0) for g in range(2)]).mean(0)
+            scores.append([float(row[max(0, i - 1) : i + 2].max()) for i in range(20)])
+        spans = [range(20)] if stage.text else [range(2, 12), range(13, 19)]
+        means = [9] if stage.text else stage.left(24, (10, 6))
+        kept = [set(range(20, 24)) | (set() if stage.text else {0, 1, 12, 19}) for _ in range(6)]
+        for span, mean in zip(spans, means, strict=True):
+            ranked = sorted((-scores[h][i], h) for h in range(6) for i in span)[: 6 * mean]
+            drawn = [sum(head == h for _, head in ranked) for h in range(6)]
+            wanted = [(1 - stage.floor) * c + stage.floor * mean for c in drawn]
+            counts = [int(w + 1e-6) for w in wanted]
+            for h in sorted(range(6), key=lambda h: (round(counts[h] - wanted[h], 6), h))[: 6 * mean - sum(counts)]:
+                counts[h] += 1
+            for h in range(6):
+                kept[h] |= set(sorted(span, key=lambda i: (-scores[h][i], i))[: counts[h]])
+        found = stage.compress(x).classes
+        assert [each.heads.tolist() for each in found] == [[h] for h in range(6)]
+        assert [each.stay[0].tolist() for each in found] == [sorted(each) for each in kept]
+        assert all(each.latest.numel() == 0 and each.window is None for each in found)
+    assert s(keep=5).slots(100, (60, 3)) == 37 + 5 + 3 and s(keep=40, text=True).slots(100, (60,)) == 40
+
+
 def task_kv():
     """Head by head and token by token, in float64."""
     s = registry.stage("task_kv")

@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from vtoken.adapters.base import Adapter, Encoder, check_decoder
-from vtoken.errors import UnsupportedError
+from vtoken.adapters.base import Adapter, Encoder
 from vtoken.hooks.state.run import ImageLayout
 
 GRIDS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
@@ -24,15 +23,7 @@ class Packed(Adapter):
     mrope: ClassVar[bool] = True
 
     def __init__(self, model: Any) -> None:
-        outer: Any = getattr(model, "model", None)
-        if not (hasattr(outer, "visual") and hasattr(outer, "language_model")):
-            raise UnsupportedError(
-                f"expected a {self.model_type} model with its language-model head (…ForConditionalGeneration), got "
-                f"{type(model).__name__}; wrap the whole VLM, model and not model.model"
-            )
-        self.model, self.outer = model, outer
-        self.lm, self.tower = outer.language_model, outer.visual
-        check_decoder(self.lm)
+        self.find(model, tower="visual")
         self.projectors = (self.tower.merger, *getattr(self.tower, "deepstack_merger_list", ()))
         self.behind = self.projectors[0]
         self.merge = self.tower.spatial_merge_size

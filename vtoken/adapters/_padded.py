@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from vtoken.adapters.base import Adapter, Encoder, check_decoder
+from vtoken.adapters.base import Adapter, Encoder
 from vtoken.errors import UnsupportedError
 
 TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}
@@ -18,27 +18,19 @@ class Padded(Adapter):
     pictures.
     """
 
-    expects: ClassVar[str]
     towers: ClassVar[dict[str, bool]] = TOWERS
     tower_name: ClassVar[str] = "vision_tower"
 
     def __init__(self, model: Any) -> None:
         config = model.config
-        if not hasattr(getattr(model, "model", None), "multi_modal_projector"):
-            raise UnsupportedError(
-                f"expected a {self.expects}, got {type(model).__name__}; wrap the whole VLM, model and not model.model"
-            )
+        self.find(model, tower=self.tower_name)
         vision = config.vision_config
         if vision.model_type not in self.towers:
             raise UnsupportedError(
                 f"{self.model_type} with a {vision.model_type!r} vision tower is not supported; supported towers: "
                 f"{', '.join(self.towers)}"
             )
-        self.model = model
-        self.outer = model.model
-        self.lm, self.tower = self.outer.language_model, getattr(self.outer, self.tower_name)
         self.projectors = (self.outer.multi_modal_projector,)
-        check_decoder(self.lm)
         cls = self.towers[vision.model_type]
         self.config_layer, strategy = self.selected(config)
         if cls != (strategy == "default"):

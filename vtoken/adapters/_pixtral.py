@@ -4,13 +4,13 @@ own between the rows of a picture in the prompt."""
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtoken.adapters._padded import check_feature_layer, feature_layers
-from vtoken.adapters.base import Adapter, Encoder, check_decoder
+from vtoken.adapters.base import Adapter, Encoder
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.run import KINDS, ImageLayout
 
@@ -18,24 +18,15 @@ from vtoken.hooks.state.run import KINDS, ImageLayout
 class Pixtral(Adapter):
     """Finds tower, projector and decoder. `merge` x `merge` patches become a token."""
 
-    expects: ClassVar[str]
-
     def __init__(self, model: Any, merge: int) -> None:
         config = model.config
-        outer: Any = getattr(model, "model", None)
-        if not hasattr(outer, "multi_modal_projector"):
-            raise UnsupportedError(
-                f"expected a {self.expects}, got {type(model).__name__}; wrap the whole VLM, model and not model.model"
-            )
+        self.find(model)
         if config.vision_config.model_type != "pixtral":
             raise UnsupportedError(
                 f"{self.model_type} with a {config.vision_config.model_type!r} vision tower is not supported; "
                 "supported towers: pixtral"
             )
-        self.model, self.outer, self.merge = model, outer, merge
-        self.lm, self.tower = outer.language_model, outer.vision_tower
-        self.projectors = (outer.multi_modal_projector,)
-        check_decoder(self.lm)
+        self.projectors, self.merge = (self.outer.multi_modal_projector,), merge
         self.config_layer = config.vision_feature_layer
         layers = self.tower.transformer.layers
         features = feature_layers(self.config_layer, len(layers))

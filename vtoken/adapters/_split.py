@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from vtoken.adapters._crops import picture, single_crops
-from vtoken.adapters.base import Adapter, Encoder, check_decoder
+from vtoken.adapters.base import Adapter, Encoder
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.parted import crops_of, real
 from vtoken.hooks.state.run import ImageLayout
@@ -20,19 +20,8 @@ class Split(Adapter):
     prompted: ClassVar[bool] = True
 
     def __init__(self, model: Any) -> None:
-        outer: Any = getattr(model, "model", None)
-        if not (hasattr(outer, "vision_model") and hasattr(outer, "text_model")):
-            raise UnsupportedError(
-                f"expected a {self.model_type} model with its language-model head (…ForConditionalGeneration), got "
-                f"{type(model).__name__}; wrap the whole VLM, model and not model.model"
-            )
-        self.model, self.outer = model, outer
-        self.lm, self.tower, self.projectors = (
-            outer.text_model,
-            outer.vision_model,
-            (outer.connector.modality_projection,),
-        )
-        check_decoder(self.lm)
+        self.find(model, decoder="text_model", tower="vision_model")
+        self.projectors = (self.outer.connector.modality_projection,)
         config, layers = model.config, self.tower.encoder.layers
         vision, last = config.vision_config, len(layers) - 1
         self.encoder = Encoder(

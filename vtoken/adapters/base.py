@@ -158,6 +158,25 @@ class Adapter(ABC):
         """
         return values.flatten(0, -2)
 
+    def find(self, model: Any, *, decoder: str = "language_model", tower: str = "vision_tower") -> None:
+        """Sets `model`, `outer`, `lm` and `tower`.
+
+        Args:
+            decoder, tower: their names in `model.model`.
+
+        Raises:
+            UnsupportedError: not the whole VLM, or a decoder of another kind.
+        """
+        outer: Any = getattr(model, "model", None)
+        if not (hasattr(outer, decoder) and hasattr(outer, tower)):
+            raise UnsupportedError(
+                f"expected a {self.model_type} model with its language-model head (…ForConditionalGeneration), got "
+                f"{type(model).__name__}; wrap the whole VLM, model and not model.model"
+            )
+        self.model, self.outer = model, outer
+        self.lm, self.tower = getattr(outer, decoder), getattr(outer, tower)
+        check_decoder(self.lm)
+
     def crops(self, arguments: dict[str, Any]) -> list[int]:
         """Crops per image of a call of the feature function (padded towers)."""
         return [1] * len(pixels_of("image", arguments))

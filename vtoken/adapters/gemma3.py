@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtoken.adapters.base import Adapter, Encoder, check_decoder
+from vtoken.adapters.base import Adapter, Encoder
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.run import ImageLayout
 
@@ -21,17 +21,9 @@ class Gemma3(Adapter):
     both_ways = True
 
     def __init__(self, model: Any) -> None:
-        if not hasattr(getattr(model, "model", None), "multi_modal_projector"):
-            raise UnsupportedError(
-                f"expected a Gemma3ForConditionalGeneration, got {type(model).__name__}; wrap the whole VLM, model and "
-                "not model.model"
-            )
-        config = model.config
-        self.model, self.outer = model, model.model
-        self.lm, self.tower = self.outer.language_model, self.outer.vision_tower
-        projector = self.outer.multi_modal_projector
+        self.find(model)
+        config, projector = model.config, self.outer.multi_modal_projector
         self.projectors = (projector,)
-        check_decoder(self.lm)
         if config.text_config.use_bidirectional_attention:
             raise UnsupportedError(
                 "use_bidirectional_attention lets text see what comes after it, as a model for embeddings does; vtoken "

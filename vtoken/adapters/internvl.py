@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 from vtoken.adapters._crops import picture, single_crops
-from vtoken.adapters._padded import check_feature_layer
-from vtoken.adapters.base import Adapter, Encoder, check_decoder
+from vtoken.adapters._padded import check_feature_layer, feature_layers
+from vtoken.adapters.base import Adapter, Encoder
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.run import ImageLayout, runs
 
@@ -22,50 +22,37 @@ class InternVL(Adapter):
     prompted = True
 
     def __init__(self, model: Any) -> None:
-        config = model.config
-        outer: Any = getattr(model, "model", None)
-        if not (hasattr(outer, "multi_modal_projector") and hasattr(outer, "vision_tower")):
+        self.find(model)
+        config, vision = model.config, model.config.vision_config
+        kinds = vision.model_type, config.vision_feature_select_strategy
+        if kinds != ("internvl_vision", "default"):
             raise UnsupportedError(
-                f"expected an InternVLForConditionalGeneration, got {type(model).__name__}; wrap the whole VLM, model "
-                "and not model.model"
+                f"internvl with a {kinds[0]!r} vision tower and vision_feature_select_strategy={kinds[1]!r} is not "
+                "supported; the tower must be 'internvl_vision' and the strategy 'default', which drops the CLS token"
             )
-        vision, self.feature_layer = config.vision_config, config.vision_feature_layer
-        depth = getattr(vision, "num_hidden_layers", 0)
-        if vision.model_type != "internvl_vision" or config.vision_feature_select_strategy != "default":
-            raise UnsupportedError(
-                f"internvl with a {vision.model_type!r} vision tower and vision_feature_select_strategy="
-                f"{config.vision_feature_select_strategy!r} is not supported; the tower must be 'internvl_vision' and "
-                "the strategy 'default', which drops the CLS token"
-            )
-        # hidden_states[0] is the embedding, so entry h is the output of layer h - 1.
-        layer = self.feature_layer
-        layer = -1 if not isinstance(layer, int) else layer - 1 if layer >= 0 else depth + layer
+        self.feature_layer, layers = config.vision_feature_layer, self.tower.encoder.layer
+        features = feature_layers(self.feature_layer, len(layers))
         (height, width), (down, across) = vision.image_size, vision.patch_size
         self.side, join = height // down, round(1 / config.downsample_ratio)
-        if not 0 <= layer < depth or self.side != width // across or self.side % join:
+        if len(features) != 1 or self.side != width // across or self.side % join:
             raise UnsupportedError(
                 f"internvl with vision_feature_layer={self.feature_layer}, crops of {self.side} x {width // across} "
                 f"patches and downsample_ratio={config.downsample_ratio} is not supported; one layer of the tower, "
                 "square crops and whole units are"
             )
-        self.model, self.outer = model, outer
-        self.lm, self.tower = outer.language_model, outer.vision_tower
-        check_decoder(self.lm)
-        self.projectors = (outer.multi_modal_projector,)
-        layers = self.tower.encoder.layer
         self.encoder = Encoder(
             layers=layers,
             heads=layers[0].attention.num_heads,
             scale=layers[0].attention.scale,
             cls=True,
-            feature_layers=(layer,),
-            attention_layer=layer,
+            feature_layers=features,
+            attention_layer=features[0],
             unit=join**2,
             attention="attention",
             taps={"q": "q_norm", "k": "k_norm", "v": "v_proj"},
             takes_mask=False,
         )
-        self.size = (height, width)
+        self.projectors, self.size = (self.outer.multi_modal_projector,), (height, width)
         self.patches, self.side = self.side**2, self.side // join
         self.placeholders, self.missing = {"image": config.image_token_id}, {}
 

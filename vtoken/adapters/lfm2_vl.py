@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from vtoken.adapters._crops import of_rasters
-from vtoken.adapters.base import Adapter, Encoder, check_decoder
+from vtoken.adapters.base import Adapter, Encoder
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.parted import side_by_side
 from vtoken.hooks.state.run import ImageLayout
@@ -23,21 +23,14 @@ class Lfm2VL(Adapter):
     final_norm = "embedding_norm"
 
     def __init__(self, model: Any) -> None:
-        outer: Any = getattr(model, "model", None)
-        if not (hasattr(outer, "multi_modal_projector") and hasattr(outer, "vision_tower")):
-            raise UnsupportedError(
-                f"expected an Lfm2VlForConditionalGeneration, got {type(model).__name__}; wrap the whole VLM, model and "
-                "not model.model"
-            )
+        self.find(model)
         config = model.config
         kinds = config.vision_config.model_type, config.text_config.model_type
         if kinds != ("siglip2_vision_model", "lfm2"):
             raise UnsupportedError(
                 f"lfm2_vl with {kinds[0]!r} and {kinds[1]!r} is not supported; 'siglip2_vision_model' and 'lfm2' are"
             )
-        self.model, self.outer, self.projectors = model, outer, (outer.multi_modal_projector,)
-        self.lm, self.tower, self.stack = outer.language_model, outer.vision_tower, outer.vision_tower.encoder
-        check_decoder(self.lm)
+        self.projectors, self.stack = (self.outer.multi_modal_projector,), self.tower.encoder
         self.join = config.downsample_factor
         layers = self.stack.layers
         attention, last = layers[0].self_attn, len(layers) - 1

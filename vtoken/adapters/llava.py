@@ -15,7 +15,6 @@ class Llava(Padded):
     """`LlavaForConditionalGeneration`. Every image has the same number of tokens, in raster order."""
 
     model_type = "llava"
-    expects = "LlavaForConditionalGeneration"
     towers = {**TOWERS, "pixtral": False}
 
     def __new__(cls, model: Any = None) -> Any:  # None where one is copied
@@ -40,7 +39,6 @@ class _LlavaPixtral(Pixtral):
     """The same class of model with a Pixtral tower: every patch is a token."""
 
     model_type = "llava"
-    expects = Llava.expects
 
     def __init__(self, model: Any) -> None:
         strategy = model.config.vision_feature_select_strategy

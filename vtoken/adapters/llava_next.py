@@ -12,7 +12,6 @@ class LlavaNext(Anyres):
     """`LlavaNextForConditionalGeneration`."""
 
     model_type = "llava_next"
-    expects = "LlavaNextForConditionalGeneration"
 
     def pack_options(self, arguments: dict[str, Any]) -> dict[str, Any]:
         strategy = arguments.get("vision_feature_select_strategy") or self.model.config.vision_feature_select_strategy

@@ -16,7 +16,6 @@ class LlavaNextVideo(LlavaNext):
     """`LlavaNextVideoForConditionalGeneration`. A video has no newline tokens."""
 
     model_type = "llava_next_video"
-    expects = "LlavaNextVideoForConditionalGeneration"
     features = {"image": "get_image_features", "video": "get_video_features"}
 
     def __init__(self, model: Any) -> None:

@@ -17,7 +17,6 @@ class LlavaOnevision(Anyres):
     video."""
 
     model_type = "llava_onevision"
-    expects = "LlavaOnevisionForConditionalGeneration"
     features = {"image": "get_image_features", "video": "get_video_features"}
 
     def __init__(self, model: Any) -> None:

@@ -11,7 +11,6 @@ class Mistral3(Pixtral):
     """`Mistral3ForConditionalGeneration`."""
 
     model_type = "mistral3"
-    expects = "Mistral3ForConditionalGeneration"
 
     def __init__(self, model: Any) -> None:
         super().__init__(model, merge=model.config.spatial_merge_size)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vtoken.adapters._packed import Packed
-from vtoken.adapters.base import Encoder, check_decoder
-from vtoken.errors import UnsupportedError
+from vtoken.adapters.base import Encoder
 
 
 class PaddleOcrVl(Packed):
@@ -16,16 +15,8 @@ class PaddleOcrVl(Packed):
     features = {"image": "get_image_features"}
 
     def __init__(self, model: Any) -> None:
-        outer: Any = getattr(model, "model", None)
-        if not (hasattr(outer, "visual") and hasattr(outer, "projector")):
-            raise UnsupportedError(
-                f"expected a PaddleOCRVLForConditionalGeneration, got {type(model).__name__}; wrap the whole VLM, model "
-                "and not model.model"
-            )
-        self.model, self.outer = model, outer
-        self.lm, self.tower = outer.language_model, outer.visual
-        check_decoder(self.lm)
-        self.projectors, self.merge = (outer.projector,), model.config.vision_config.spatial_merge_size
+        self.find(model, tower="visual")
+        self.projectors, self.merge = (self.outer.projector,), model.config.vision_config.spatial_merge_size
         layers = self.tower.vision_model.encoder.layers
         attention, last = layers[0].self_attn, len(layers) - 1
         self.encoder = Encoder(

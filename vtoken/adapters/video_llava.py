@@ -16,7 +16,6 @@ class VideoLlava(Padded):
     policy."""
 
     model_type = "video_llava"
-    expects = "VideoLlavaForConditionalGeneration"
     features = {"image": "get_image_features", "video": "get_video_features"}
     towers = {"clip_vision_model": True}
     tower_name = "image_tower"

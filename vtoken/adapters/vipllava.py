@@ -12,7 +12,6 @@ class VipLlava(Llava):
     token."""
 
     model_type = "vipllava"
-    expects = "VipLlavaForConditionalGeneration"
     towers = {"clip_vision_model": True}
 
     def selected(self, config: Any) -> tuple[int | list[int], str]:

@@ -70,10 +70,13 @@ class SnapKV(CacheStage):
     def score(self, layer: CachedLayer, window: int) -> Tensor:
         """[Hk, N] scores; the window's own tokens score highest."""
         probe = shared(layer.query_attention, layer.queries, layer.keys, layer.scale)
-        before = probe.received(window)[..., :-window] / window
+        before = self.pooled(probe.received(window)[..., :-window] / window)
+        return F.pad(before, (0, window), value=torch.inf)
+
+    def pooled(self, received: Tensor) -> Tensor:
+        """[Hk, M] scores, of what tokens received from the query heads [Hk, G, M] of each key head."""
         pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
-        pooled = pool(before, self.kernel, 1, self.kernel // 2)
-        return F.pad(pooled.mean(1), (0, window), value=torch.inf)
+        return pool(received, self.kernel, 1, self.kernel // 2).mean(1)
 
     def left(self, prompt: int, lengths: Sequence[int], place: tuple[int, int] | None = None) -> tuple[int, ...]:
         """What every KV head keeps of each image; with text: true, of the prompt. `place` is as CachedLayer has it;

@@ -1,0 +1,71 @@
+"""AdaKV: SnapKV whose key heads share a budget: those that need more tokens keep more."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vtoken.compressors.cache._slots import best, hold_text
+from vtoken.compressors.cache.snapkv import SnapKV
+from vtoken.stages.cache import CachedLayer, HeadClasses, HeldHeads
+
+
+class AdaKV(SnapKV):
+    """Scores tokens as `snapkv` does, but for the order of the two means: over the query heads of a key head first, then
+    over neighbouring tokens. The highest scores of a layer, over all its key heads, say how many tokens each
+    head keeps; a head keeps at least the share `floor` of the mean. All heads together hold as much as with `snapkv`.
+    Every head is stored and attended to apart, so that a decode step computes attention once per key head.
+
+    Paper: https://arxiv.org/abs/2407.11550
+    """
+
+    by_head: ClassVar[bool] = False
+    in_classes: ClassVar[bool] = True
+    paper: ClassVar[str] = "https://arxiv.org/abs/2407.11550"
+    deviations: ClassVar[str] = (
+        "As snapkv, with a cache per key head as with the authors' gqa_support. Where heads do not divide the budget, "
+        "largest remainders are rounded up, so that the sum is exact; the authors round each head. By default the key "
+        "heads share the budget of each image. The floor is 0.2, as in the paper and in their experiments; the function "
+        "that patches a model has 0.5. `normalize` and `skip`, off in their code, are not offered."
+    )
+
+    kernel: int = Field(default=7, ge=1, description="tokens that scores are pooled over, an odd number")
+    pooling: Literal["avg", "max"] = Field(default="max", description="avg counts positions beyond the ends as zero")
+    floor: float = Field(default=0.2, ge=0, le=1, description="share of the mean that every key head keeps at least")
+
+    def compress(self, layer: CachedLayer) -> HeadClasses:
+        n, device = layer.keys.shape[1], layer.keys.device
+        none, left = torch.zeros(1, 0, dtype=torch.int64, device=device), self.left(n, layer.lengths)
+        stays = [torch.arange(n, device=device)[None]] * len(layer.keys)
+        if window := self.query_window(n, layer.lengths, layer.behind):
+            scores = self.score(layer, window)
+            if self.text:
+                counts = self.shares(scores[:, :-window], left[0] - window)
+                stays = [best(mine[None], window + k) for mine, k in zip(scores, counts, strict=True)]
+            else:
+                of_images = zip(layer.images, left, strict=True)
+                each = zip(*(self.shares(scores[:, slots], k) for slots, k in of_images), strict=True)
+                stays = [hold_text(layer, mine[None], k).index for mine, k in zip(scores, each, strict=True)]
+        heads = torch.arange(len(stays), device=device).split(1)
+        return HeadClasses(tuple(HeldHeads(head, stay, none) for head, stay in zip(heads, stays, strict=True)))
+
+    def pooled(self, received: Tensor) -> Tensor:
+        return super().pooled(received.mean(1, keepdim=True))
+
+    def shares(self, scores: Tensor, mean: int) -> list[int]:
+        """How many of the tokens with these scores [Hk, M] every head keeps, `mean` on average."""
+        heads, tokens = scores.shape
+        if mean >= tokens:
+            return [tokens] * heads
+        highest = best(scores.reshape(1, -1), heads * mean) // tokens
+        drawn = (highest == torch.arange(heads, device=scores.device)[:, None]).sum(1).tolist()
+        wanted = [(1 - self.floor) * count + self.floor * mean for count in drawn]
+        counts = [int(each + 1e-6) for each in wanted]
+        # Rounding is not to choose between remainders that are alike.
+        order = sorted(range(heads), key=lambda h: (round(counts[h] - wanted[h], 6), h))
+        for head in order[: heads * mean - sum(counts)]:
+            counts[head] += 1
+        return counts
