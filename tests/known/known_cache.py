@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vtoken import registry
+from vtoken.compressors.cache.adakv import among_highest
 from vtoken.compressors.cache.pyramidkv import narrowed
 from vtoken.stages.cache import CachedLayer
 from vtoken.stages.held import HeldLayer
@@ -206,13 +207,13 @@ def adakv():
     """Head by head and token by token, in float64; budgets of heads by counting."""
     s = registry.stage("adakv")
     assert (s(keep=1).kernel, s(keep=1).pooling, s(keep=1).floor, s(keep=1).window) == (7, "max", 0.2, 32)
-    # The six highest of eight: five of head 0, one of head 1. At 0.2: 0.8 * 5 + 0.6 and 0.8 + 0.6, 5 and 1.
     plain = torch.tensor([[9.0, 8, 7, 6, 5, 0], [1.0, 0, 0, 0, 0, 0]])
-    assert s(keep=1).shares(plain, 3) == [5, 1] and s(keep=1, floor=0).shares(plain, 3) == [5, 1]
-    assert s(keep=1, floor=0.5).shares(plain, 3) == [4, 2] and s(keep=1, floor=1).shares(plain, 3) == [3, 3]
-    assert s(keep=1).shares(plain, 6) == [6, 6] and s(keep=1).shares(plain, 0) == [0, 0]
-    assert s(keep=1, floor=0).shares(torch.zeros(2, 4), 2) == [4, 0], "ties go to the first head"
-    assert s(keep=1, floor=0.5).shares(torch.tensor([[3.0, 2], [1, 0], [1, 0]]), 1) == [2, 1, 0], "1.5, 1 and 0.5"
+    drawn = [among_highest(plain, mean).tolist() for mean in (0, 3, 6)]
+    assert drawn == [[0, 0], [5, 1], [6, 6]] and among_highest(torch.zeros(2, 4), 2).tolist() == [4, 0]
+    shares = {floor: s(keep=1, floor=floor).shares([5, 1], 3) for floor in (0, 0.2, 0.5, 1)}
+    assert shares == {0: [5, 1], 0.2: [5, 1], 0.5: [4, 2], 1: [3, 3]}, "at 0.2: 0.8 * 5 + 0.6 and 0.8 + 0.6"
+    assert s(keep=1).shares([6, 6], 6) == [6, 6] and s(keep=1).shares([0, 0], 0) == [0, 0]
+    assert s(keep=1, floor=0.5).shares([2, 1, 0], 1) == [2, 1, 0], "1.5, 1 and 0.5"
     x = layer(24, [range(2, 12), range(13, 19)], heads=12, kv_heads=6)
     for options in ({"keep": 4}, {"keep": "50%", "floor": 0.0}, {"keep": 13, "text": True}, {"keep": 9, "floor": 0.6}):
         stage = s(window=4, kernel=3, **options)

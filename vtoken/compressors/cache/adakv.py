@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -14,10 +15,11 @@ from vtoken.stages.cache import CachedLayer, HeadClasses, HeldHeads
 
 
 class AdaKV(SnapKV):
-    """Scores tokens as `snapkv` does, but for the order of the two means: over the query heads of a key head first, then
-    over neighbouring tokens. The highest scores of a layer, over all its key heads, say how many tokens each
-    head keeps; a head keeps at least the share `floor` of the mean. All heads together hold as much as with `snapkv`.
-    Every head is stored and attended to apart, so that a decode step computes attention once per key head.
+    """Scores tokens as `snapkv` does, but takes the mean over the query heads of a key head before it pools over
+    neighbouring tokens. The highest scores of a layer, over all its key heads, say how many tokens each head keeps; a
+    head keeps at least the share `floor` of the mean. All heads together hold as much as with `snapkv`. Every head is
+    stored and attended to apart, so that a decode step computes attention once per key head. How many tokens a head
+    keeps is read on the host: one wait for the device per row and layer of a prefill.
 
     Paper: https://arxiv.org/abs/2407.11550
     """
@@ -28,8 +30,8 @@ class AdaKV(SnapKV):
     deviations: ClassVar[str] = (
         "As snapkv, with a cache per key head as with the authors' gqa_support. Where heads do not divide the budget, "
         "largest remainders are rounded up, so that the sum is exact; the authors round each head. By default the key "
-        "heads share the budget of each image. The floor is 0.2, as in the paper and in their experiments; the function "
-        "that patches a model has 0.5. `normalize` and `skip`, off in their code, are not offered."
+        "heads share the budget of each image. The floor is 0.2, as in their experiments with gqa_support; the "
+        "function that patches a model has 0.5. `normalize` and `skip`, off in their code, are not offered."
     )
 
     kernel: int = Field(default=7, ge=1, description="tokens that scores are pooled over, an odd number")
@@ -42,30 +44,33 @@ class AdaKV(SnapKV):
         stays = [torch.arange(n, device=device)[None]] * len(layer.keys)
         if window := self.query_window(n, layer.lengths, layer.behind):
             scores = self.score(layer, window)
-            if self.text:
-                counts = self.shares(scores[:, :-window], left[0] - window)
-                stays = [best(mine[None], window + k) for mine, k in zip(scores, counts, strict=True)]
-            else:
-                of_images = zip(layer.images, left, strict=True)
-                each = zip(*(self.shares(scores[:, slots], k) for slots, k in of_images), strict=True)
-                stays = [hold_text(layer, mine[None], k).index for mine, k in zip(scores, each, strict=True)]
+            rivals = [scores[:, :-window]] if self.text else [scores[:, slots] for slots in layer.images]
+            means = [left[0] - window] if self.text else left
+            drawn = torch.stack([among_highest(each, k) for each, k in zip(rivals, means, strict=True)]).tolist()
+            of_heads = zip(*map(self.shares, drawn, means), strict=True)
+            stays = [
+                best(mine[None], window + counts[0]) if self.text else hold_text(layer, mine[None], counts).index
+                for mine, counts in zip(scores, of_heads, strict=True)
+            ]
         heads = torch.arange(len(stays), device=device).split(1)
         return HeadClasses(tuple(HeldHeads(head, stay, none) for head, stay in zip(heads, stays, strict=True)))
 
     def pooled(self, received: Tensor) -> Tensor:
         return super().pooled(received.mean(1, keepdim=True))
 
-    def shares(self, scores: Tensor, mean: int) -> list[int]:
-        """How many of the tokens with these scores [Hk, M] every head keeps, `mean` on average."""
-        heads, tokens = scores.shape
-        if mean >= tokens:
-            return [tokens] * heads
-        highest = best(scores.reshape(1, -1), heads * mean) // tokens
-        drawn = (highest == torch.arange(heads, device=scores.device)[:, None]).sum(1).tolist()
+    def shares(self, drawn: Sequence[int], mean: int) -> list[int]:
+        """How many tokens every head keeps, `mean` on average, where so many of each are among the highest of all."""
         wanted = [(1 - self.floor) * count + self.floor * mean for count in drawn]
         counts = [int(each + 1e-6) for each in wanted]
         # Rounding is not to choose between remainders that are alike.
-        order = sorted(range(heads), key=lambda h: (round(counts[h] - wanted[h], 6), h))
-        for head in order[: heads * mean - sum(counts)]:
+        order = sorted(range(len(drawn)), key=lambda h: (round(counts[h] - wanted[h], 6), h))
+        for head in order[: len(drawn) * mean - sum(counts)]:
             counts[head] += 1
         return counts
+
+
+def among_highest(scores: Tensor, mean: int) -> Tensor:
+    """[Hk] how many tokens of every head are among the Hk * mean highest scores [Hk, M] of all heads."""
+    heads, tokens = scores.shape
+    highest = best(scores.reshape(1, -1), heads * mean) // tokens
+    return (highest == torch.arange(heads, device=scores.device)[:, None]).sum(1)
