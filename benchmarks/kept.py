@@ -1,5 +1,5 @@
-"""What every method keeps of one picture, as one image: `python benchmarks/kept.py --out docs/kept.jpg`. Seconds to a
-minute on a CPU.
+"""What every method keeps of one picture, as one image: `python benchmarks/kept.py --out docs/kept.jpg`. Two to
+three minutes on a CPU.
 
 The picture is the first of the shipped questions; nothing is picked by result. Methods that leave it whole are left
 out.
