@@ -11,7 +11,7 @@ from vtoken import registry
 from vtoken.compressors.cache.adakv import among_highest
 from vtoken.compressors.cache.pyramidkv import narrowed
 from vtoken.stages.cache import CachedLayer
-from vtoken.stages.held import HeldLayer
+from vtoken.stages.layer_size import LayerSize
 
 
 def layer(n, images, heads=4, kv_heads=2, seed=0):
@@ -198,8 +198,8 @@ def streaming_cache():
     # 100 tokens, 60 and 20 of them visual: 20 of text, 3 and 4; with 9 more nothing grows, three heads of four stream.
     assert one.held(100, (60, 20)) == one.held(100, (60, 20), 9) == 27 and one.held(24, (4,)) == 24
     assert one.slots(100, (60, 20)) == round((3 * 27 + 100) / 4)
-    at = HeldLayer(1, (0, 1), 100, (60, 20), 9, 2, 8, 2)
-    assert one.bytes_held(at) == (109 + 27) * 2 * 8 * 2 + 2 * 8 * 4, "one head of layer 1 streams, its means in fp32"
+    at = LayerSize(1, (0, 1), 100, (60, 20), 9, 2, 8, 2)
+    assert one.cache_bytes(at) == (109 + 27) * 2 * 8 * 2 + 2 * 8 * 4, "one head of layer 1 streams, its means in fp32"
     assert cls(sink=3, recent=4, text=False).held(100, (60, 20)) == 7
 
 

@@ -19,14 +19,14 @@ from vtoken.stages.cache import (
     Decision,
     GeneratedBlock,
     HeadClasses,
-    HeldHeads,
+    HeadSlots,
     KeepSlots,
     Native,
     ReplacedKV,
 )
 from vtoken.stages.decode import Choice, DecodeStage, DecodeStep
 from vtoken.stages.facts import FACTS, SITES, Fact, FactSpec, Site, spec_of
-from vtoken.stages.held import HeldLayer
+from vtoken.stages.layer_size import LayerSize
 from vtoken.stages.quantized import QuantizedKV, QuantizedTensor
 from vtoken.stages.query_attention import QueryAttention, shared
 from vtoken.stages.steering import SteeredAttention, SteeredLayer

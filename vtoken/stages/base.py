@@ -13,7 +13,7 @@ from torch import Tensor
 from vtoken.kernels import merge_tokens, topk_tokens
 from vtoken.stages.budget import Budget
 from vtoken.stages.facts import Fact, Site
-from vtoken.stages.held import HeldLayer
+from vtoken.stages.layer_size import LayerSize
 from vtoken.stages.tokens import Keep, Parts, VisualTokens, image_of, offsets_of, segments_of
 
 Unmerging = Literal["expanded", "merged"]
@@ -153,14 +153,14 @@ class Stage(BaseModel):
         """FLOPs of the decision, without those of its facts; 0 if it only compares."""
         return 0
 
-    def bytes_read(self, at: HeldLayer, held: int) -> int | None:
+    def bytes_read(self, at: LayerSize, cached: int) -> int | None:
         """Bytes of a layer's cache that the step of the newest token reads, its own key and value among them, in the
-        form in which they are held: copies that are worked out of them do not count. `held` is what all of them take.
+        form in which they are stored: copies that are worked out of them do not count. `cached` is what all of them take.
         None where what they hold decides; the account then counts all.
 
-        For stages that leave the cache whole and choose at every token; all others read what is held.
+        For stages that leave the cache whole and choose at every token; all others read what is cached.
         """
-        return held
+        return cached
 
 
 def _worked_out(cls: type[Stage]) -> list[str]:

@@ -20,7 +20,7 @@ from vtoken.stages.attention import Rope
 from vtoken.stages.base import Compressor
 from vtoken.stages.budget import Budget
 from vtoken.stages.facts import Site
-from vtoken.stages.held import HeldLayer
+from vtoken.stages.layer_size import LayerSize
 from vtoken.stages.quantized import QuantizedKV
 from vtoken.stages.query_attention import QueryAttention
 from vtoken.stages.tokens import Parts
@@ -162,7 +162,7 @@ class ReplacedKV:
 
 
 @dataclass(frozen=True)
-class HeldHeads:
+class HeadSlots:
     """What a class of key heads holds: some tokens of the prompt, and of what follows all, or the latest.
 
     Attributes:
@@ -187,7 +187,7 @@ class HeadClasses:
     """A decision: key heads in classes that hold different numbers of tokens. Every key head is in one; all rows of a
     layer, and all turns of a conversation, have as many classes, of as many heads and with the same windows."""
 
-    classes: tuple[HeldHeads, ...]
+    classes: tuple[HeadSlots, ...]
 
 
 Decision = KeepSlots | ReplacedKV | QuantizedKV | HeadClasses
@@ -263,7 +263,7 @@ class CacheStage(Compressor):
         """The same where it depends on the rasters of each image."""
         return self.slots(prompt, lengths)
 
-    def slots_held(self, at: HeldLayer) -> float:
+    def cache_slots(self, at: LayerSize) -> float:
         """Tokens that a head of the layer holds, the mean over its heads, for the account of bytes and of decoding:
         what `slots_of` says of the prompt, and all that is generated. To be overridden where layers or heads differ, or
         what is generated leaves, too."""
@@ -275,13 +275,13 @@ class CacheStage(Compressor):
         """Bytes of one layer's keys and values if they are quantized; None if it holds `slots` tokens at full width."""
         return None
 
-    def bytes_held(self, at: HeldLayer) -> int:
+    def cache_bytes(self, at: LayerSize) -> int:
         """Bytes of a layer's keys and values, for the account: the prompt as `packed_bytes` has it and what is generated
-        at full width, or else `slots_held`. Exact where `counts_are_exact`."""
+        at full width, or else `cache_slots`. Exact where `counts_are_exact`."""
         packed = self.packed_bytes(at.prompt, at.images, at.kv_heads, at.head_dim, at.number_bytes)
         if packed is not None:
             return packed + at.full(at.generated)
-        return at.full(self.slots_held(at))
+        return at.full(self.cache_slots(at))
 
     def cost(self, prompt: int, lengths: Sequence[int], heads: int, kv_heads: int, head_dim: int) -> int | None:
         """FLOPs of the decision in one layer; None if not known."""

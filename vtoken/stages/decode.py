@@ -17,7 +17,7 @@ from torch import Tensor
 from vtoken.stages.base import Compressor
 from vtoken.stages.budget import Budget
 from vtoken.stages.facts import Site
-from vtoken.stages.held import HeldLayer
+from vtoken.stages.layer_size import LayerSize
 from vtoken.stages.tokens import uploaded
 
 
@@ -204,12 +204,12 @@ class DecodeStage(Compressor):
         chosen = self.visual_read(layer, acting, images, step)
         return None if chosen is None else every - sum(images) + chosen
 
-    def bytes_read(self, at: HeldLayer, held: int) -> int | None:
+    def bytes_read(self, at: LayerSize, cached: int) -> int | None:
         """By `slots_read` and `read_to_choose`."""
         of_stage = self.layers(at.depth)
         where = at.layer, [k for k in at.attending if k in of_stage], at.prompt, at.images
         if not any(at.images) or not self.thins(*where):
-            return held
+            return cached
         read = self.slots_read(*where, at.generated - 1)
         return None if read is None else at.full(read + self.read_to_choose(*where, at.generated - 1))
 

@@ -22,7 +22,7 @@ from vtoken.compressors.cache.streaming_cache import StreamingCache
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.classed_layer import ClassedLayer
 from vtoken.hooks.state.pruned_cache import cache_bytes
-from vtoken.stages.held import HeldLayer
+from vtoken.stages.layer_size import LayerSize
 
 some = pytest.mark.parametrize("family", tiny.each("anyres", "mrope", "states", window=None))
 options = pytest.mark.parametrize("name", OPTIONS)
@@ -123,9 +123,9 @@ def test_beams(family, name):
     model, n = tiny.make(family), 9
     batch = tiny.build(model, [[3, "img", 5]], seed=3)
     p, one = oracle.prompt(model, batch), stage(model, name)
-    told = {"output_scores": True, "return_dict_in_generate": True}
+    scores = {"output_scores": True, "return_dict_in_generate": True}
     with vtoken.wrapped(model, [one]):
-        out = greedy(model, batch, n, num_beams=3, num_return_sequences=2, length_penalty=0.0, **told)
+        out = greedy(model, batch, n, num_beams=3, num_return_sequences=2, length_penalty=0.0, **scores)
     for sequence, found in zip(out.sequences, out.sequences_scores, strict=True):
         want = expected(model, p, 0, sequence[-n:].tolist(), one).log_softmax(-1)
         torch.testing.assert_close(found, want.gather(1, sequence[-n:, None]).sum(), atol=1e-3, rtol=1e-3)
@@ -212,16 +212,16 @@ def test_bytes_are_those_of_the_formula(family):
             out, trace = greedy(model, batch, n, **LOGITS), vtoken.trace(model)
         (prompt,), images = trace.prompt_tokens, tuple(trace.visual_tokens)
         for generated, found in ((0, trace.cache_bytes), (n - 1, cache_bytes(out.past_key_values))):
-            total = told = 0
+            total = counted = 0
             for k in family_layers:
                 streams = sum(one.streams(k))
                 held = 3 + prompt - sum(images) + min(5, sum(images) - 3 + generated)
                 full = (config.num_key_value_heads - streams) * (prompt + generated)
                 total += (full + streams * (held + compensate)) * 2 * width * 4
-                told += one.bytes_held(
-                    HeldLayer(k, family_layers, prompt, images, generated, config.num_key_value_heads, width, 4)
+                counted += one.cache_bytes(
+                    LayerSize(k, family_layers, prompt, images, generated, config.num_key_value_heads, width, 4)
                 )
-            assert found == total == told
+            assert found == total == counted
 
 
 @attending

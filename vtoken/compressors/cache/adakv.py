@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtoken.compressors.cache._slots import best, hold_text
 from vtoken.compressors.cache.snapkv import SnapKV
-from vtoken.stages.cache import CachedLayer, HeadClasses, HeldHeads
+from vtoken.stages.cache import CachedLayer, HeadClasses, HeadSlots
 
 
 class AdaKV(SnapKV):
@@ -53,7 +53,7 @@ class AdaKV(SnapKV):
                 for mine, counts in zip(scores, of_heads, strict=True)
             ]
         heads = torch.arange(len(stays), device=device).split(1)
-        return HeadClasses(tuple(HeldHeads(head, stay, none) for head, stay in zip(heads, stays, strict=True)))
+        return HeadClasses(tuple(HeadSlots(head, stay, none) for head, stay in zip(heads, stays, strict=True)))
 
     def pooled(self, received: Tensor) -> Tensor:
         return super().pooled(received.mean(1, keepdim=True))

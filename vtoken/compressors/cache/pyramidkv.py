@@ -8,7 +8,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from vtoken.compressors.cache.snapkv import SnapKV
-from vtoken.stages.held import HeldLayer
+from vtoken.stages.layer_size import LayerSize
 
 
 class PyramidKV(SnapKV):
@@ -37,7 +37,7 @@ class PyramidKV(SnapKV):
         window = min(self.window, mean[0])
         return (window + narrowed(mean[0] - window, prompt - window, self.beta, *place),)
 
-    def slots_held(self, at: HeldLayer) -> float:
+    def cache_slots(self, at: LayerSize) -> float:
         left = sum(self.left(at.prompt, at.images, at.place))
         return left + (0 if self.text else at.prompt - sum(at.images)) + at.generated
 

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from vtoken.compressors._streaming_heads import StreamingHeads
-from vtoken.stages.cache import CachedLayer, CacheStage, HeadClasses, HeldHeads
-from vtoken.stages.held import HeldLayer
+from vtoken.stages.cache import CachedLayer, CacheStage, HeadClasses, HeadSlots
+from vtoken.stages.layer_size import LayerSize
 
 
 class StreamingCache(StreamingHeads, CacheStage):
@@ -61,7 +61,7 @@ class StreamingCache(StreamingHeads, CacheStage):
             if mine:
                 window = self.recent if streaming else None
                 index = torch.tensor(mine, device=order.device)
-                classes.append(HeldHeads(index, stay, latest, window, streaming and self.compensate))
+                classes.append(HeadSlots(index, stay, latest, window, streaming and self.compensate))
         return HeadClasses(tuple(classes))
 
     def _order(self, layer: CachedLayer) -> tuple[Tensor, int]:
@@ -88,15 +88,15 @@ class StreamingCache(StreamingHeads, CacheStage):
         share = 1.0 if self.table is None else len(self._streaming) / sum(map(len, self.table))
         return round(share * self.held(prompt, lengths) + (1 - share) * prompt)
 
-    def slots_held(self, at: HeldLayer) -> float:
+    def cache_slots(self, at: LayerSize) -> float:
         thin = self._thin(at)
         held = self.held(at.prompt, at.images, at.generated)
         return (thin * held + (at.kv_heads - thin) * (at.prompt + at.generated)) / at.kv_heads
 
-    def bytes_held(self, at: HeldLayer) -> int:
+    def cache_bytes(self, at: LayerSize) -> int:
         means = self.compensate * self._thin(at) * 2 * at.head_dim * 4  # in fp32
-        return super().bytes_held(at) + means
+        return super().cache_bytes(at) + means
 
-    def _thin(self, at: HeldLayer) -> int:
+    def _thin(self, at: LayerSize) -> int:
         """Heads of the layer that stream."""
         return sum(self.streams(at.layer) or (True,) * at.kv_heads)

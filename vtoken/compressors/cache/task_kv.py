@@ -13,8 +13,8 @@ from torch.nn.functional import avg_pool1d, max_pool1d
 from vtoken.compressors.cache._slots import best, hold_text
 from vtoken.compressors.cache.snapkv import SnapKV
 from vtoken.stages.budget import Budget
-from vtoken.stages.cache import CachedLayer, HeadClasses, HeldHeads
-from vtoken.stages.held import HeldLayer
+from vtoken.stages.cache import CachedLayer, HeadClasses, HeadSlots
+from vtoken.stages.layer_size import LayerSize
 from vtoken.stages.query_attention import shared
 
 
@@ -78,7 +78,7 @@ class TaskKV(SnapKV):
         n, device, scores = layer.keys.shape[1], layer.keys.device, self.weights(layer)
         every, none = torch.arange(n, device=device)[None], torch.zeros(1, 0, dtype=torch.int64, device=device)
         full, *rest = self.split(layer, scores) if layer.classes is None else layer.classes
-        classes = [HeldHeads(full, every, none)]
+        classes = [HeadSlots(full, every, none)]
         for heads in rest:
             mine, counts = scores[heads], self.others(n, layer.lengths, len(scores), layer.place)
             if self.text:
@@ -86,7 +86,7 @@ class TaskKV(SnapKV):
                 stay = best(mine.masked_fill(always, torch.inf), counts[0])
             else:
                 stay = hold_text(layer, mine, counts).index
-            classes.append(HeldHeads(heads, stay, none))
+            classes.append(HeadSlots(heads, stay, none))
         return HeadClasses(tuple(classes))
 
     def weights(self, layer: CachedLayer) -> Tensor:
@@ -109,7 +109,7 @@ class TaskKV(SnapKV):
     def query_window(self, prompt: int, lengths: Sequence[int], behind: int) -> int:
         return max(1, min(self.window, behind))
 
-    def slots_held(self, at: HeldLayer) -> float:
+    def cache_slots(self, at: LayerSize) -> float:
         whole, text = self.whole(at.kv_heads, *at.place), 0 if self.text else at.prompt - sum(at.images)
         other = text + sum(self.others(at.prompt, at.images, at.kv_heads, at.place))
         return (whole * at.prompt + (at.kv_heads - whole) * other) / at.kv_heads + at.generated

@@ -14,7 +14,7 @@ from torch import Tensor
 from vtoken.compressors._zipvl import Important, quantised
 from vtoken.compressors.cache._slots import ascending
 from vtoken.kernels import query_attention
-from vtoken.stages import HeldLayer, offsets_of
+from vtoken.stages import LayerSize, offsets_of
 from vtoken.stages.cache import CachedLayer, CacheStage, GeneratedBlock, KeepSlots
 from vtoken.stages.quantized import QuantizedKV
 from vtoken.stages.query_attention import shared
@@ -132,14 +132,14 @@ class ZipVLCache(Important, CacheStage):
             total += 2 * n * kv_heads * -(-head_dim * bits // 8) + (minima if n else 0)
         return total
 
-    def bytes_held(self, at: HeldLayer) -> int:
+    def cache_bytes(self, at: LayerSize) -> int:
         """Of a block of generated tokens `left` expects as many to be important as of a prompt."""
         if self.mode == "drop" or self.every is None or at.generated < self.every:
-            return super().bytes_held(at)
+            return super().cache_bytes(at)
         blocks, behind = divmod(at.generated, self.every)
         important = min(self.every, max(1, ceil(self.left * self.every)))
         block = self._packed(self.every, important, at.kv_heads, at.head_dim, at.number_bytes)
-        return super().bytes_held(replace(at, generated=behind)) + blocks * block
+        return super().cache_bytes(replace(at, generated=behind)) + blocks * block
 
     def cost(self, prompt: int, lengths: Sequence[int], heads: int, kv_heads: int, head_dim: int) -> int:
         return 2 * min(self.recent + self.drawn, prompt) * prompt * heads * head_dim

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vtoken.evals.cost.held import slots_held, stored
+from vtoken.evals.cost.cache import cache_slots, stored
 from vtoken.evals.cost.token_flow import TokenFlow
 from vtoken.stages.decode import DecodeStage
 
@@ -26,8 +26,8 @@ class DecodeReads:
         """Slots whose key and value a key head reads at a layer that attends, the mean over its heads, in the decode
         step after `step` others; the token's own is one."""
         flow = self.flow
-        if (held := slots_held(flow, layer, step + 1)) is not None:
-            return held
+        if (cached := cache_slots(flow, layer, step + 1)) is not None:
+            return cached
         every = stored(flow.decoded[layer] + step, flow.shape.decoder.windows[layer]) + 1
         if self.stage is None or not any(flow.decoder[layer]):
             return every

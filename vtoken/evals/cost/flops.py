@@ -10,9 +10,9 @@ from typing import Any
 
 from vtoken.config import Pipeline
 from vtoken.errors import about
+from vtoken.evals.cost.cache import bytes_read, cache_bytes, unknown
 from vtoken.evals.cost.decoding import DecodeReads
 from vtoken.evals.cost.geometry import Geometry, cut_alike, geometry
-from vtoken.evals.cost.held import bytes_held, bytes_read, unknown
 from vtoken.evals.cost.refilled import Units, refilled
 from vtoken.evals.cost.token_flow import Counts, TokenFlow
 from vtoken.evals.shared.dense import DENSE
@@ -156,8 +156,8 @@ def account(
         decode=batch * (steps * (head + sum(decoder.linear(1, layer) for layer in layers)) + reads.flops(steps)),
         visual_tokens=tuple(map(sum, flow.decoder)),
         newline_tokens=tuple(flow.newlines),
-        kv_bytes_prefill=batch * bytes_held(flow, size),
-        kv_bytes=batch * bytes_held(flow, size, steps),
+        kv_bytes_prefill=batch * cache_bytes(flow, size),
+        kv_bytes=batch * cache_bytes(flow, size, steps),
         kv_bytes_read=round(bytes_read(flow, size, steps)),
         left_out=(*LEFT_OUT, *told, *flow.left_out, *unknown(flow)),
         inexact=tuple(flow.inexact),

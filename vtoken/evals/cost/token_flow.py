@@ -26,7 +26,7 @@ class TokenFlow:
         newlines: newline tokens of the row in every decoder layer.
         attended: prompt tokens that attention sees in every decoder layer at prefill; `density` is the share of it that
             is computed.
-        held: prompt tokens in every decoder layer's KV cache when the prefill ends; `decoded` those that a decode step
+        cached: prompt tokens in every decoder layer's KV cache when the prefill ends; `decoded` those that a decode step
             attends to.
         shrunk: of the layers in which a stage shrinks the cache, that stage, the tokens of the prompt before, and the
             visual ones among them, per image.
@@ -75,7 +75,7 @@ class TokenFlow:
         lengths = [self.length(layer) for layer in range(shape.decoder.depth)]
         clear = max((n for s in stages if s.clears_earlier_layers() for n in s.layers(len(lengths))), default=0)
         self.attended = lengths
-        self.held = self.decoded = lengths[clear : clear + 1] * clear + lengths[clear:]
+        self.cached = self.decoded = lengths[clear : clear + 1] * clear + lengths[clear:]
         for stage in stages:
             if isinstance(stage, SparseAttention):
                 self._thin(stage)
@@ -85,7 +85,7 @@ class TokenFlow:
                 places = images * size_of(self.shape.parts)
                 self.attended = [n - sum(c) + places for n, c in zip(lengths, self.decoder, strict=True)]
                 self.decoded = self.attended
-                self.held = self.attended if kept == "expanded" else lengths
+                self.cached = self.attended if kept == "expanded" else lengths
 
     def length(self, layer: int) -> int:
         """Tokens of the row in a decoder layer, text and newlines included."""
@@ -181,18 +181,18 @@ class TokenFlow:
     def _shrink(self, stage: CacheStage) -> None:
         """Enters what a cache stage leaves of every layer, and costs there."""
         stack = self.shape.decoder
-        self.held = self.decoded = list(self.held)
+        self.cached = self.decoded = list(self.cached)
         rasters = (self.shape.parts,) * self.images
         whole = not self._thinned_by and self.shape.whole_crops
         self.inexact += [] if stage.counts_are_exact(None, whole) else [stage.name]
-        for layer, (prompt, counts) in enumerate(zip(self.held, self.decoder, strict=True)):
+        for layer, (prompt, counts) in enumerate(zip(self.cached, self.decoder, strict=True)):
             if not sum(counts) or layer in stack.states:
                 continue
             cost = stage.cost(prompt, counts, stack.heads, stack.kv_heads, stack.head_dim)
             if cost is None:
                 self._leave_out(f"{stage.name}: what deciding costs")
             self.cost += cost or 0
-            self.held[layer] = stage.slots_of(prompt, counts, rasters)
+            self.cached[layer] = stage.slots_of(prompt, counts, rasters)
             self.shrunk[layer] = stage, prompt, counts
 
     def _lines(self, counts: Counts) -> int:

@@ -30,8 +30,8 @@ from transformers import GenerationConfig
 
 from vtoken import registry
 from vtoken.config import load
+from vtoken.evals.cost.cache import chooses
 from vtoken.evals.cost.flops import account
-from vtoken.evals.cost.held import chooses
 from vtoken.evals.shared.machine import machine
 from vtoken.evals.shared.options import BenchOptions, Workload
 from vtoken.evals.speed.inputs import random_prompt

@@ -12,7 +12,7 @@ from vtoken.hooks.state.head_class import HeadClass, Lost
 from vtoken.hooks.state.left_padding import left_padded
 from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.stages import uploaded
-from vtoken.stages.cache import HeadClasses, HeldHeads
+from vtoken.stages.cache import HeadClasses, HeadSlots
 
 Piece = tuple[Tensor, Tensor]  # keys and values [Hc, n, d] of a row
 Decisions = Sequence[HeadClasses | None]
@@ -47,7 +47,7 @@ def split(
 
 
 def _start(
-    like: HeldHeads, decisions: Decisions, c: int, keys: Tensor, values: Tensor, real: Tensor | None
+    like: HeadSlots, decisions: Decisions, c: int, keys: Tensor, values: Tensor, real: Tensor | None
 ) -> HeadClass:
     """The class of that number before the prompt, with what earlier turns left."""
     heads = torch.stack([like.heads if d is None else d.classes[c].heads for d in decisions]).to(keys.device)

@@ -8,7 +8,7 @@ from vtoken.stages.tokens import Parts
 
 
 @dataclass(frozen=True)
-class HeldLayer:
+class LayerSize:
     """One decoder layer of one row, at some time of an answer. Only layers that attend are asked about.
 
     Attributes:

@@ -22,7 +22,7 @@ from vtoken.evals.shared.options import BenchOptions
 from vtoken.evals.speed.latency import bytes_read
 from vtoken.evals.speed.timing import Subject
 from vtoken.hooks.state.pruned_cache import cache_bytes
-from vtoken.stages import CacheStage, HeldLayer, Site, Stage
+from vtoken.stages import CacheStage, LayerSize, Site, Stage
 from vtoken.stages.budget import Budget
 
 SLOT = 2 * 2 * 8 * 4  # key and value, of two key heads of 8 numbers of 4 bytes
@@ -37,11 +37,11 @@ class Half(Stage):
     kind: ClassVar[Any] = "compressor"
     known: bool = True
 
-    def bytes_read(self, at: HeldLayer, held: int) -> int | None:
-        assert held == at.full(at.prompt + at.generated) and sum(at.images) == PICTURE and len(at.attending) == LAYERS
+    def bytes_read(self, at: LayerSize, cached: int) -> int | None:
+        assert cached == at.full(at.prompt + at.generated) and sum(at.images) == PICTURE and len(at.attending) == LAYERS
         if not self.known:
             return None
-        return held if at.layer == at.attending[0] else at.full(at.prompt // 2 + at.generated)
+        return cached if at.layer == at.attending[0] else at.full(at.prompt // 2 + at.generated)
 
 
 def of(stages: tuple[Stage, ...] = (), new: int = 4, **options: Any) -> Any:
