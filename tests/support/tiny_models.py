@@ -63,8 +63,13 @@ CLIP = {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_a
 
 
 def finish(kind: Any, config: Any, attn: str, seed: int, never: Sequence[int]) -> Any:
-    """The model of a config with random weights, whose answers never hold the ids `never`."""
+    """The model of a config with random weights, whose answers never hold the ids `never`.
+
+    Experts of a mixture multiply token by token: transformers' default multiplies all tokens of an expert at once, and
+    some CPUs round by how many they are, so that what padding holds would change the last bits of other rows.
+    """
     config._attn_implementation = attn
+    config._experts_implementation = "batched_mm"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = kind(config)
