@@ -7,7 +7,7 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from vtoken import cli, config, registry
 from vtoken.config import Pipeline
+from vtoken.config.messages import accepts
 from vtoken.errors import ConfigError
 from vtoken.evals.shared.options import Options
 from vtoken.pruners.tokens.random import Random
@@ -209,3 +210,23 @@ def test_folders_are_listed_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert registry.presets() == []
     (tmp_path / "presets" / "mine.yaml").write_text("variants:\n  mine:\n    stages: []\n  mine-2:\n")
     assert registry.presets() == ["mine", "mine-2"]
+
+
+BUDGETED = [
+    (name, option)
+    for name, cls in registry.catalogue()[0].items()
+    for option, field in cls.model_fields.items()
+    if Budget in (field.annotation, *get_args(field.annotation))
+]
+
+
+@pytest.mark.parametrize(("name", "option"), BUDGETED)
+def test_budgets_that_are_named_are_taken_and_no_others(name, option):
+    cls, missing = registry.stage(name), {"gamma": 2.0, "relevance": [1.0, 0.5], "keep": "50%"}
+    others = {key: missing[key] for key, field in cls.model_fields.items() if field.is_required() and key != option}
+    words = accepts(cls, option)
+    for form in (64, "25%", {"total": 640}, {"per_frame": 32}, {"per_crop": 64}):
+        written = str(form).replace("'", "")
+        assert f"({written})" in words or refusal([{name: {**others, option: form}}])
+        if f"({written})" in words:
+            config.load([{name: {**others, option: form}}])

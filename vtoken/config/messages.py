@@ -19,10 +19,13 @@ WORDS = {
     "array": "a list",
     "object": "a mapping",
 }
-BUDGETS = (
-    "a count per image (64), a share (25%), a count per sample ({total: 640}), per frame ({per_frame: 32}) or "
-    "per crop ({per_crop: 64})"
-)
+BUDGETS: dict[str, int | str | dict[str, int]] = {
+    "a count per image (64)": 64,
+    "a share (25%)": "25%",
+    "a count per sample ({total: 640})": {"total": 640},
+    "per frame ({per_frame: 32})": {"per_frame": 32},
+    "per crop ({per_crop: 64})": {"per_crop": 64},
+}
 
 
 def explain(cls: type[Stage], error: ValidationError) -> tuple[str, str]:
@@ -52,8 +55,18 @@ def accepts(cls: type[Stage], option: str) -> str:
     """What may be written for an option, in words."""
     annotation = cls.model_fields[option].annotation
     if annotation is Budget or Budget in get_args(annotation):
-        return BUDGETS
+        *most, last = [words for words, value in BUDGETS.items() if takes(cls, option, value)] or BUDGETS
+        return f"{', '.join(most)} or {last}" if most else last
     return _in_words(cls.model_json_schema()["properties"][option])
+
+
+def takes(cls: type[Stage], option: str, value: Any) -> bool:
+    """Whether the option may have this value beside the defaults of the others; what is missing does not count."""
+    try:
+        cls.model_validate({option: value})
+    except ValidationError as error:
+        return all(problem["loc"][:1] not in ((), (option,)) for problem in error.errors(include_url=False))
+    return True
 
 
 def _in_words(node: dict[str, Any]) -> str:
