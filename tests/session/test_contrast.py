@@ -228,10 +228,13 @@ def test_in_a_pipeline_file(tmp_path):
         ),
         ("stages: []\ncontrast: {beta: 2, stages: []}\n", "beta must be a number >= 0 and <= 1, not 2"),
         ("stages: []\ncontrast: {alpha: true, stages: []}\n", "not True"),
-        ("stages: []\ncontrast: {alpha: 1}\n", "stages must be a list"),
+        ("stages: []\ncontrast: {alpha: 1}\n", "vtoken.yaml:2: contrast: stages must be a list"),
         ("stages: []\ncontrast: {anyres: 2x2, stages: []}\n", "write anyres: 2x2 beside contrast"),
         ("stages: []\ncontrast: {alpa: 1, stages: []}\n", "unknown key 'alpa', did you mean 'alpha'"),
-        ("stages: []\ncontrast:\n  stages:\n    - uniform: {kep: 3}\n", "vtoken.yaml:4: stage 'uniform'.*kep"),
+        (
+            "stages: []\ncontrast:\n  stages:\n    - uniform: {kep: 3}\n",
+            "vtoken.yaml:4: contrast: stage 'uniform'.*kep",
+        ),
         ("stages: []\ncontrast: {stages: [], contrast: {stages: []}}\n", "neither draft nor contrast"),
     ],
 )

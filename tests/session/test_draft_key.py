@@ -42,10 +42,10 @@ def yaml_file(folder, text):
     ("text", "says"),
     [
         ("draft: nothing-64\nstages: []\n", "vtoken.yaml:1: draft: unknown preset 'nothing-64'"),
-        ("stages: []\ndraft:\n  stages:\n    - uniform: {kep: 3}\n", "vtoken.yaml:4: stage 'uniform'.*kep"),
-        ("stages: []\ndraft:\n  draft: none\n  stages: []\n", "has no draft itself"),
-        ("stages: []\ndraft: {stages: [], contrast: {stages: []}}\n", "has no contrast"),
-        ("stages: []\ndraft: damro-10\n", "has no contrast"),
+        ("stages: []\ndraft:\n  stages:\n    - uniform: {kep: 3}\n", "vtoken.yaml:4: draft: stage 'uniform'.*kep"),
+        ("stages: []\ndraft:\n  draft: none\n  stages: []\n", "vtoken.yaml:2: .* has no draft itself"),
+        ("stages: []\ndraft: {stages: [], contrast: {stages: []}}\n", "vtoken.yaml:2: .* has no contrast"),
+        ("stages: []\ndraft: damro-10\n", "vtoken.yaml:2: .* has no contrast"),
         ("stages: []\ndraft: 7\n", "vtoken.yaml:2: draft: a pipeline is"),
     ],
 )

@@ -42,11 +42,13 @@ def check_number(name: str, value: Any, most: float) -> None:
 
 
 def check_beside(pipeline: Pipeline) -> None:
-    """Refuses a draft with a contrast, and other crops than the pipeline's.
+    """Refuses a draft with a draft or a contrast, and other crops than the pipeline's.
 
     Raises:
         ConfigError: says which.
     """
+    if pipeline.draft is not None and pipeline.draft.draft is not None:
+        raise ConfigError(f"{DRAFT} must be a pipeline that has no {DRAFT} itself; leave the inner one out")
     if pipeline.draft is not None and pipeline.draft.contrast is not None:
         raise ConfigError(f"{DRAFT} must be a pipeline that has no {CONTRAST}: answers are the target's")
     against = None if pipeline.contrast is None else pipeline.contrast.pipeline

@@ -60,8 +60,8 @@ class Pipeline:
 
     def __post_init__(self) -> None:
         check(vars(self), Source())
-        if self.draft is not None and (not isinstance(self.draft, Pipeline) or self.draft.draft is not None):
-            raise ConfigError(f"{DRAFT} must be a pipeline that has no {DRAFT} itself, not {shown(self.draft)}")
+        if self.draft is not None and not isinstance(self.draft, Pipeline):
+            raise ConfigError(f"{DRAFT} must be a Pipeline, not {shown(self.draft)}")
         if self.contrast is not None and not isinstance(self.contrast, Contrast):
             raise ConfigError(f"{CONTRAST} must be a Contrast, not {shown(self.contrast)}")
         check_beside(self)
@@ -120,14 +120,14 @@ def _from_text(text: str) -> Pipeline:
     if text in presets:
         data, source = recipe(text)
         return replace(_from_data(data, text, source), written=f'preset "{text}"')
-    if os.path.isfile(text) or Path(text).suffix in (".yaml", ".yml"):
+    if os.path.isfile(text):
         return _from_file(Path(text))
     name, _, rest = text.partition(",")
     if rest and name in presets:
         return _short(lambda: {**options_of(rest), PRESET: name}, text, "preset")
     if is_stage(text):
         return _short(lambda: _with_policies(*short_form(text)), text, "pipeline")
-    if os.path.isdir(text):
+    if os.path.isdir(text) or Path(text).suffix in (".yaml", ".yml"):
         return _from_file(Path(text))
     if is_repository(text):
         return _from_file(on_hub(text), text.partition("@")[0])
@@ -187,7 +187,10 @@ def _from_data(data: Any, name: str, source: Source, more: Sequence[str] = ()) -
         others |= {key: reads(data[key], source)} if key in data else {}
     check({**policies, "stages": stages}, source)
     name = name or preset or "+".join(s.name for s in stages) or "none"
-    return Pipeline(name, stages=stages, written=preset and f'preset "{preset}"', **policies, **others)
+    try:
+        return Pipeline(name, stages=stages, written=preset and f'preset "{preset}"', **policies, **others)
+    except ConfigError as error:  # what stands under one key does not go with the rest
+        raise source.error((DRAFT if others.get(DRAFT) else CONTRAST,), str(error)) from None
 
 
 def _contrast(item: Any, source: Source) -> Contrast:
@@ -198,19 +201,18 @@ def _contrast(item: Any, source: Source) -> Contrast:
         )
     names = ("alpha", "beta")
     numbers = {key: _native(item[key]) for key in names if key in item}
-    own = Source(source.file, {path[1:]: line for path, line in source.lines.items() if path[:1] == (CONTRAST,)})
-    held = _from_data({key: value for key, value in item.items() if key not in numbers}, "", own, names)
+    others = {key: value for key, value in item.items() if key not in numbers}
+    against = _from_data(others, "", source.under(CONTRAST), names)
     try:
-        return Contrast(held, **numbers)
+        return Contrast(against, **numbers)
     except ConfigError as error:
         raise source.error((CONTRAST,), str(error)) from None
 
 
 def _draft(item: Any, source: Source) -> Pipeline:
     """The pipeline under `draft:`: a preset, a short form, a list of stages or a mapping."""
-    own = Source(source.file, {path[1:]: line for path, line in source.lines.items() if path[:1] == (DRAFT,)})
     if isinstance(item, (dict, list, tuple)):
-        return _from_data(item if isinstance(item, dict) else {"stages": item}, "", own)
+        return _from_data(item if isinstance(item, dict) else {"stages": item}, "", source.under(DRAFT))
     try:
         return load(item)
     except ConfigError as error:

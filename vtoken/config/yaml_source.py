@@ -26,15 +26,22 @@ _FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-
 
 @dataclass(frozen=True)
 class Source:
-    """Where values were read, so that errors can give a line; without a file, errors give none."""
+    """Where values were read, so that errors can give a line; without a file, errors give none. `key`: the one under
+    which they stand, "" at the top."""
 
     file: str = ""
     lines: dict[tuple[Any, ...], int] = field(default_factory=dict)
+    key: str = ""
+
+    def under(self, key: str) -> Source:
+        """Of the values under a key at the top, whose errors name it."""
+        lines = {path[1:]: line for path, line in self.lines.items() if path[:1] == (key,)}
+        return Source(self.file, lines, key)
 
     def error(self, path: tuple[Any, ...], message: str) -> ConfigError:
         while path not in self.lines and path:
             path = path[:-1]
-        return self.at(self.lines.get(path, 1), message)
+        return self.at(self.lines.get(path, 1), f"{self.key}: {message}" if self.key else message)
 
     def at(self, line: int, message: str) -> ConfigError:
         return ConfigError(f"{self.file}:{line}: {message}" if self.file else message)
