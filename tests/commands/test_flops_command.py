@@ -97,6 +97,19 @@ def test_command_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Not counted" in out
 
 
+@pytest.mark.parametrize("width", [40, 80, 120, 1000])
+def test_no_width_breaks_a_word(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipelines = [f"{name}:{keep}" for name in ("uniform", "divprune", "fastv") for keep in (64, 128, 192)]
+    monkeypatch.setenv("COLUMNS", str(width))
+    run("llava-hf/llava-1.5-7b-hf", *pipelines)
+    out = capsys.readouterr().out
+    assert all(f" {name} " in out for name in pipelines) and "…" not in out
+    assert out.count(" dense ") == out.count("FLOPs")
+    assert out.count("FLOPs") == 1 if width == 1000 else out.count("FLOPs") > 1
+
+
 def test_command_pictures(capsys: pytest.CaptureFixture[str]) -> None:
     run("llava-hf/llava-v1.6-vicuna-7b-hf", "uniform:64", "--image-size", "672x1008")
     out = capsys.readouterr().out

@@ -164,5 +164,5 @@ def test_a_message_does_not_repeat_all_of_a_long_text(start: str) -> None:
 
 @pytest.mark.parametrize("text", ["dyvte:gates=missing.yaml", "dyvte,gates=missing.yml", "fastv-128,layer=x.yaml"])
 def test_a_value_that_names_a_yaml_file_is_no_pipeline_file(text):
-    with pytest.raises(ConfigError, match="gates|layer"):
+    with pytest.raises(ConfigError, match=r"gates|layer"):
         config.load(text)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from vtoken.evals.shared.options import Workload, argument, as_json
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from vtoken.evals.cost.flops import Account
 
 DESCRIPTION = "FLOPs per part and KV-cache bytes of pipelines on a model, from its config alone: no weights are loaded."
@@ -77,7 +81,9 @@ def run(asked: Settings) -> None:
         return
     from rich.console import Console
 
-    Console().print(table(asked.model, accounts))
+    console = Console()
+    for part in tables(asked.model, accounts, console):
+        console.print(part)
     pictures = f"{asked.images} image(s)" if asked.frames == 1 else f"{asked.images} video(s) of {asked.frames} frames"
     print(
         f"{pictures} and {asked.text_tokens} text tokens in, {asked.new_tokens} tokens out, batch 1; "
@@ -90,29 +96,55 @@ def run(asked: Settings) -> None:
         print(f"  - {sentence}")
 
 
-def table(model: str, accounts: list[Account]) -> Any:
-    """One column per account, the first of which is dense; one row per part."""
-    from rich.table import Table
-
+def tables(model: str, accounts: list[Account], console: Console) -> Iterator[Table]:
+    """As few tables as show every account without a broken word; the first account, dense, is in all of them."""
     # Two stages of one name may differ in their options only: the number tells their columns apart.
     names = [each.pipeline for each in accounts]
-    out = Table("FLOPs", title=model, title_justify="left")
-    for number, name in enumerate(names):
-        out.add_column(f"{name} ({number})" if names.count(name) > 1 else name, justify="right")
+    headers = [f"{name} ({k})" if names.count(name) > 1 else name for k, name in enumerate(names)]
+    wide = console.options.update(max_width=10**6)
+    found = _table(model, accounts, headers, range(len(accounts)))
+    if console.measure(found, options=wide).maximum <= console.width:
+        yield found
+        return
+    rest = list(range(1, len(accounts)))
+    while True:
+        count = len(rest)
+        found = _table(model, accounts, headers, [0, *rest], narrow=True)
+        while count > 1 and console.measure(found, options=wide).maximum > console.width:
+            count -= 1
+            found = _table(model, accounts, headers, [0, *rest[:count]], narrow=True)
+        yield found
+        rest = rest[count:]
+        if not rest:
+            return
+
+
+def _table(
+    model: str, accounts: list[Account], headers: list[str], columns: Sequence[int], narrow: bool = False
+) -> Table:
+    """One column per account, one row per part. A narrow one puts shares below figures."""
+    from rich.table import Table
+
+    label = max(len(word) for label in ROWS for word in label.split())
+    out = Table(title=model, title_justify="left")
+    out.add_column("FLOPs", width=label if narrow else None)
+    for column in columns:
+        width = max(len(headers[column]), len("335.5 MB"))
+        out.add_column(headers[column], justify="right", width=width if narrow else None)
     for label, field in ROWS.items():
-        values = [getattr(each, field) for each in accounts]
+        values = [getattr(accounts[column], field) for column in columns]
         if field in ("newline_entry", "kv_bytes_read") and not any(values):
             continue
-        cells = [_cell(field, value, values[0]) for value in values]
+        cells = [_cell(field, value, values[0], "\n" if narrow else " ") for value in values]
         out.add_row(label, *cells, end_section=field in ("decode", "total", "kv_bytes_read"))
     return out
 
 
-def _cell(field: str, value: float, dense: float) -> str:
+def _cell(field: str, value: float, dense: float, between: str) -> str:
     from vtoken.evals.shared.tables import scaled
 
     if field.startswith(("visual", "newline")):
         text = f"{value:g}" if value == int(value) else f"{value:.1f}"
     else:
         text = scaled(value, "B" if field.startswith("kv") else "", "#.4g") if value else "0"
-    return f"{text} {100 * value / dense:5.1f}%" if dense else text
+    return f"{text}{between}{100 * value / dense:5.1f}%" if dense else text
