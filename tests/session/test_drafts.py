@@ -13,6 +13,7 @@ from model_state import changed, state
 from modes import LOGITS, greedy
 from probes import Deep, Ragged, Recorder
 from stock_drafts import counted
+from transformers import LogitsProcessorList
 from usual import runs, stage
 
 import vtoken
@@ -95,6 +96,28 @@ def test_answers_are_the_targets(family, name, target):
         if name != "in the cache":
             assert sum(trace.tokens_out) < sum(trace.visual_tokens)
         vtoken.unwrap(draft)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_padding_id_that_the_target_says_is_no_padding(family):
+    model, seen = make(family), list[Any]()
+    batch = prompt(model, "image")
+    length = batch["input_ids"].shape[1]
+
+    def padding_first(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if ids.shape[1] > length:
+            return scores
+        return torch.full_like(scores, -1e4).index_fill(1, torch.tensor([tiny.PAD]), 0.0)
+
+    options = {"logits_processor": LogitsProcessorList([padding_first])}
+    want = greedy(model, batch, NEW, **options)
+    draft = vtoken.draft(model, make(family, seed=1), [Ragged()])
+    draft.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs.get("attention_mask")), with_kwargs=True
+    )
+    assert torch.equal(greedy(model, batch, NEW, **options, assistant_model=draft), want)
+    assert want[0, length] == tiny.PAD and all(bool(mask.all()) for mask in seen if mask is not None)
+    assert vtoken.acceptance(draft).drafted
 
 
 def definition(model: Any, batch: dict[str, torch.Tensor], first: int) -> torch.Tensor:

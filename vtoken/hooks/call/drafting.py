@@ -183,7 +183,10 @@ class Seeing(AssistedCandidateGenerator):
     encodes: ClassVar[bool] = True
 
     def __init__(self, drafting: Drafting, model_kwargs: dict[str, Any], given: dict[str, Any]) -> None:
-        kept = {name: model_kwargs[name] for name in ("attention_mask", "use_cache") if name in model_kwargs}
+        mask = model_kwargs.get("attention_mask")
+        # Without one `generate` would take a padding id that the target has said for padding.
+        kept = {"attention_mask": torch.ones_like(given["input_ids"]) if mask is None else mask}
+        kept |= {name: model_kwargs[name] for name in ("use_cache",) if name in model_kwargs}
         super().__init__(assistant_model=drafting.draft, model_kwargs=kept, **given)
         self.drafting, self.asked, self.drafts = drafting, False, given["input_ids"][:, :0]
         self.prompt = given["input_ids"].shape[1]
@@ -217,10 +220,8 @@ class Seeing(AssistedCandidateGenerator):
         for each in held:
             each.record_past = True  # where a stage lets tokens leave as drafts grow, some may be taken back
         given = {name: self._own(value, length) for name, value in (self.drafting.call.given or {}).items()}
-        mask = kept.get("attention_mask")
-        more: dict[str, Any] = (
-            {} if mask is None else {"attention_mask": pad(mask, (0, length - mask.shape[1]), value=1)}
-        )
+        mask = kept["attention_mask"]
+        more: dict[str, Any] = {"attention_mask": pad(mask, (0, length - mask.shape[1]), value=1)}
         if self.drafting.parted:
             # The token after the prompt may be taken back too, so it must not count as a part of it.
             more["logits_to_keep"] = 2
