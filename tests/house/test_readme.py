@@ -48,7 +48,7 @@ def test_measured_rows_stand_in_the_results() -> None:
 
 def test_methods_to_start_with_are_there_with_their_figures() -> None:
     results = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
-    assert f"{len(registry.stages())} stages" in README
+    assert len(registry.stages()) > 80 and "More than 80 stages" in README
     named = {row[0].strip("`"): row[1] for row in rows("stage")}
     assert len(named) == 5 and {*named} <= {*registry.stages()}
     for name, why in named.items():

@@ -189,7 +189,7 @@ def _from_data(data: Any, name: str, source: Source, more: Sequence[str] = ()) -
     name = name or preset or "+".join(s.name for s in stages) or "none"
     try:
         return Pipeline(name, stages=stages, written=preset and f'preset "{preset}"', **policies, **others)
-    except ConfigError as error:  # what stands under one key does not go with the rest
+    except ConfigError as error:
         raise source.error((DRAFT if others.get(DRAFT) else CONTRAST,), str(error)) from None
 
 
@@ -199,10 +199,9 @@ def _contrast(item: Any, source: Source) -> Contrast:
         raise source.error(
             (CONTRAST,), f"{CONTRAST} is a mapping, {{stages: [...], alpha: 1.0, beta: 0.1}}, not {shown(item)}"
         )
-    names = ("alpha", "beta")
-    numbers = {key: _native(item[key]) for key in names if key in item}
+    numbers = {key: _native(item[key]) for key in ("alpha", "beta") if key in item}
     others = {key: value for key, value in item.items() if key not in numbers}
-    against = _from_data(others, "", source.under(CONTRAST), names)
+    against = _from_data(others, "", source.under(CONTRAST), ("alpha", "beta"))
     try:
         return Contrast(against, **numbers)
     except ConfigError as error:
