@@ -177,7 +177,7 @@ def test_forced_grid():
         with pytest.raises(ValueError, match="match_processor"):
             model(**stale)
         pixels = torch.randn(1, 5, 3, 56, 56)
-        features = model.get_image_features(pixels, torch.tensor([[60, 60]]), return_dict=True).pooler_output
+        features = model.model.get_image_features(pixels, torch.tensor([[60, 60]]), return_dict=True).pooler_output
         assert len(features[0]) == 16 + 8 * 9
     assert model.config.image_grid_pinpoints is pinpoints
     for family in tiny.each("split", anyres=False):  # one that cuts pictures in another way among them
@@ -190,9 +190,9 @@ def test_forced_grid_of_what_reads_beside():
     tokens in fewer of them."""
     model, stages = tiny.make("llava_next"), [{"uniform": {"keep": 9}}]
     pixels, sizes = torch.randn(1, 5, 3, 56, 56, generator=torch.Generator().manual_seed(1)), torch.tensor([[50, 100]])
-    n = len(model.get_image_features(pixels[:, :3], sizes, return_dict=True).pooler_output[0])
+    n = len(model.model.get_image_features(pixels[:, :3], sizes, return_dict=True).pooler_output[0])
     with vtoken.wrapped(model, {"anyres": "2x2", "stages": stages}):
-        assert len(model.get_image_features(pixels, sizes, return_dict=True).pooler_output[0]) == n
+        assert len(model.model.get_image_features(pixels, sizes, return_dict=True).pooler_output[0]) == n
         batch = {"input_ids": torch.tensor([[11, *[tiny.IMG] * n, 12]]), "pixel_values": pixels, "image_sizes": sizes}
         own = greedy(model, batch, 4, output_scores=True, return_dict_in_generate=True)
         drafts = vtoken.draft(model, None, stages)

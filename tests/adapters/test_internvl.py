@@ -61,7 +61,7 @@ def test_without_a_prompt_every_crop_is_a_picture(model):
     pixels = batch["pixel_values"]
     with vtoken.wrapped(model, "fastervlm:4"), torch.no_grad():
         model(**batch)
-        encoded = model.get_image_features(batch.pop("pixel_values"), return_dict=True)
+        encoded = model.model.get_image_features(batch.pop("pixel_values"), return_dict=True)
         model(**batch, mm_encoder_outputs={"image": encoded})
         assert vtoken.trace(model).visual_tokens == [16] * 4
         model(**batch, pixel_values=pixels)
@@ -74,7 +74,7 @@ def test_a_failed_forward_leaves_no_prompt(model):
     vtoken.wrap(model, [Failing(keep=1)])
     with pytest.raises(ZeroDivisionError):
         model(**batch)
-    model.get_image_features(batch["pixel_values"])
+    model.model.get_image_features(batch["pixel_values"])
     assert [len(layout.parts) for layout in session_of(model).context.run.encodes["image"].layouts] == [1, 1, 1]
 
 

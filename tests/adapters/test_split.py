@@ -109,7 +109,7 @@ def test_features_as_a_tensor_are_refused(family):
     model = tiny.make(family)
     batch = tiny.build(model, [[1, ONE, 2]])
     pixels = batch.pop("pixel_values")
-    features = torch.cat(list(model.get_image_features(pixels, return_dict=True).pooler_output))
+    features = torch.cat(list(model.model.get_image_features(pixels, return_dict=True).pooler_output))
     new = tiny.adapter(model).outer.forward.__annotations__
     name = "mm_encoder_outputs" if "mm_encoder_outputs" in new else "image_hidden_states"
     with vtoken.wrapped(model, "uniform:2"), pytest.raises(UnsupportedError, match="image features as a tensor"):

@@ -236,8 +236,8 @@ def test_features_of_another_picture_are_refused(model):
     if "mm_encoder_outputs" not in model.forward.__annotations__:
         pytest.skip("transformers takes encoded features from 5.18 on")
     with vtoken.wrapped(model, [{"random": {"keep": 3}}]):
-        old = model.get_image_features(**given, return_dict=True)
-        model.get_image_features(**{**given, "pixel_values": given["pixel_values"] + 1}, return_dict=True)
+        old = model.model.get_image_features(**given, return_dict=True)
+        model.model.get_image_features(**{**given, "pixel_values": given["pixel_values"] + 1}, return_dict=True)
         kept = {k: v for k, v in given.items() if "grid" in k}
         with pytest.raises(ValueError, match="encoded last"):
             model(**batch, **kept, mm_encoder_outputs={"image": old})

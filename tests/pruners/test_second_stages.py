@@ -77,7 +77,7 @@ def test_a_later_cut_needs_the_encoder():
     """Features that were encoded before have no importance: refused, and the model stays usable."""
     model = tiny.make("llava")
     batch = tiny.build(model, [[3, "img", 5]], seed=3)
-    features = model.get_image_features(pixel_values=batch["pixel_values"], return_dict=True)
+    features = model.model.get_image_features(pixel_values=batch["pixel_values"], return_dict=True)
     call = {k: v for k, v in batch.items() if k != "pixel_values"} | {"mm_encoder_outputs": {"image": features}}
     with vtoken.wrapped(model, [{"vflowopt_late": {"keep": 3}}]), torch.no_grad():
         with pytest.raises(UnsupportedError, match="vflowopt_late needs received_attention"):

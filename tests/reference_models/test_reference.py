@@ -259,7 +259,7 @@ def test_training_sees_what_the_stock_model_sees(begun):
     pixels = {key: inputs[key] for key in ("pixel_values", "image_sizes", "image_grid_thw") if key in inputs}
     with torch.inference_mode():
         seen, _ = family.see(model, Heads(), batch)
-        stock = torch.stack(list(model.get_image_features(**pixels, return_dict=True).pooler_output))
+        stock = torch.stack(list(model.model.get_image_features(**pixels, return_dict=True).pooler_output))
         # LLaVA-NeXT: the base crop differs by the rounding of a byte
         assert seen.shape == (2, family.tokens, 128) and (seen - stock).abs().max() < 0.02 * stock.abs().max()
         around = len(family.prefix) + family.tokens + len(family.suffix)

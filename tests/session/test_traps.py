@@ -25,7 +25,7 @@ def test_fewer_features_than_placeholders(model):
     """Returning fewer features upstream raises; wrapped, the prompt keeps its placeholders and only the decoder sees
     fewer."""
     batch = tiny.build(model, BATCHES["one"], seed=3)
-    few = model.get_image_features(batch["pixel_values"], return_dict=True).pooler_output[0][::2]
+    few = model.model.get_image_features(batch["pixel_values"], return_dict=True).pooler_output[0][::2]
     with pytest.raises((ValueError, RuntimeError)):
         model.model.get_placeholder_mask(
             batch["input_ids"], model.get_input_embeddings()(batch["input_ids"]), few[None]

@@ -215,7 +215,7 @@ class Family:
         inputs = self.inputs([picture], torch.zeros)
         name = "pixel_values_videos" if picture.kind == "video" else self.pixels
         pixels = inputs.pop(name)
-        encode = getattr(self.stock, f"get_{picture.kind}_features")
+        encode = getattr(self.stock.model, f"get_{picture.kind}_features")
         return encode(pixels, **inputs, **more, return_dict=True).pooler_output[0]
 
     def inputs(self, pictures: Sequence[Picture], draw: Draw) -> dict[str, Tensor]:

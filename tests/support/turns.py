@@ -45,7 +45,7 @@ def second(model, whole, turn):
         return given
     if not IMAGE_TURNS:
         return given | pixels
-    encoded = model.get_image_features(**pixels, return_dict=True)
+    encoded = model.model.get_image_features(**pixels, return_dict=True)
     return given | {"image_grid_thw": whole["image_grid_thw"], "mm_encoder_outputs": {"image": encoded}}
 
 

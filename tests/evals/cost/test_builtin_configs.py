@@ -35,5 +35,5 @@ def test_builtin_config(name: str) -> None:
     assert dense.prefill_linear + dense.prefill_attention == pytest.approx(layers + head, rel=CLOSE)
     if name in tiny.family("llava").checkpoints and config.vision_config.model_type == "clip_vision_model":
         assert dense.visual_entry == 576
-        tower = counted(lambda: model.get_image_features(torch.empty(1, 3, 336, 336, device="meta")))
+        tower = counted(lambda: model.model.get_image_features(torch.empty(1, 3, 336, 336, device="meta")))
         assert dense.tower + dense.projector == pytest.approx(tower, rel=CLOSE)

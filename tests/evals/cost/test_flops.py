@@ -173,7 +173,7 @@ def test_several_feature_layers_and_odd_sizes() -> None:
     config.vision_config.image_size = 60  # 60 / 14 leaves a margin that the patch embedding ignores
     model = LlavaForConditionalGeneration(config).train(False)
     claimed = account(config, images=2)
-    flops = counted(lambda: model.get_image_features(torch.randn(2, 3, 60, 60)))
+    flops = counted(lambda: model.model.get_image_features(torch.randn(2, 3, 60, 60)))
     assert claimed.tower + claimed.projector == flops  # exact: the projector is a small part of the sum
     assert claimed.visual_entry == 2 * 16
     config.vision_feature_select_strategy = "full"

@@ -141,7 +141,7 @@ def test_features_that_are_asked_for_by_hand(family):
         model.generate(**batch, **given, max_new_tokens=1)
         sizes, (plain,) = vtoken.trace(model).visual_tokens, vtoken.trace(model).stages
     with vtoken.wrapped(model, {"min_visual_tokens": max(sizes), "stages": [Inside(at=(1,))]}), torch.no_grad():
-        features = model.get_image_features(**given, return_dict=True)
+        features = model.model.get_image_features(**given, return_dict=True)
         model(**batch, **kept, mm_encoder_outputs={"image": features})
         (stage,) = vtoken.trace(model).stages
     want = [less if n == max(sizes) else n for less, n in zip(plain.tokens_out, sizes, strict=True)]
@@ -155,7 +155,7 @@ def test_a_call_that_failed_tells_nothing_of_the_next():
     with vtoken.wrapped(model, guarded(model, batch, [Inside(at=(1,))], 0)), torch.no_grad():
         with pytest.raises(ValueError, match="max_new_tokens"):
             model.generate(**batch, max_new_tokens=-1)
-        features = model.get_image_features(pixel_values=batch["pixel_values"], return_dict=True).pooler_output
+        features = model.model.get_image_features(pixel_values=batch["pixel_values"], return_dict=True).pooler_output
     assert len(features) == 2 and all(f.any(-1).all() for f in features), "nothing was dropped"
 
 

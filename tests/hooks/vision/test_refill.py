@@ -115,7 +115,7 @@ def test_padded_towers_equal_a_literal_loop(tower, options):
     seen, want = [], []
     hook = inner.encoder.layers[0].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     with torch.no_grad():
-        given = model.get_image_features(pixels, return_dict=True)
+        given = model.model.get_image_features(pixels, return_dict=True)
         hook.remove()
         for crop in seen[0]:
             h, stay, near, origin, before = crop, list(range(len(crop) - cls)), {}, crop[cls:], crop[cls:]
@@ -133,7 +133,7 @@ def test_padded_towers_equal_a_literal_loop(tower, options):
                 h[kept] += layer.mlp(layer.layer_norm2(h[kept]))
             want.append(model.model.multi_modal_projector(filled(h[cls:], origin, near)))
         with vtoken.wrapped(model, [{"ipcv": options}]):
-            got = model.get_image_features(pixels, return_dict=True)
+            got = model.model.get_image_features(pixels, return_dict=True)
     got, want = (torch.cat(list(x)) for x in (got.pooler_output, want))
     assert got.shape == torch.cat(list(given.pooler_output)).shape
     torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-3)
@@ -150,7 +150,7 @@ def test_towers_of_crops_of_their_own_size_equal_a_literal_loop(family, options)
     seen, want = [], []
     hook = stack.layers[0].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     with torch.no_grad():
-        model.get_image_features(**given)
+        model.model.get_image_features(**given)
         hook.remove()
         for crop, (rows, columns) in zip(seen[0], given["spatial_shapes"].tolist(), strict=True):
             h = before = origin = crop[: rows * columns]
@@ -168,7 +168,7 @@ def test_towers_of_crops_of_their_own_size_equal_a_literal_loop(family, options)
             h = model.model.vision_tower.post_layernorm(filled(h, origin, near))
             want.append(projector(h.view(1, rows, columns, -1)).flatten(0, 2))
         with vtoken.wrapped(model, [{"ipcv": options}]):
-            got = model.get_image_features(**given, return_dict=True).pooler_output
+            got = model.model.get_image_features(**given, return_dict=True).pooler_output
     torch.testing.assert_close(torch.cat(list(got)), torch.cat(want), atol=2e-4, rtol=1e-3)
 
 
@@ -209,9 +209,9 @@ def test_the_account_of_the_tower(family, options):
         size = (rows * model.config.vision_config.patch_size, columns * model.config.vision_config.patch_size)
     pipeline = config.load([{"ipcv": options}])
     dense, claimed = (account(model.config, p, image_size=size, new_tokens=1) for p in (None, pipeline))
-    whole = counted(lambda: model.get_image_features(pixels, **given))
+    whole = counted(lambda: model.model.get_image_features(pixels, **given))
     with vtoken.wrapped(model, pipeline):
-        short = counted(lambda: model.get_image_features(pixels, **given))
+        short = counted(lambda: model.model.get_image_features(pixels, **given))
     assert whole == pytest.approx(dense.tower + dense.projector, rel=CLOSE)
     # Distances are no matrix products, so the counter passes over them.
     assert short == pytest.approx(claimed.tower + claimed.projector, rel=CLOSE)

@@ -79,7 +79,7 @@ class Plain:
         for layer, module in enumerate(e.layers):
             handles.append(module.register_forward_pre_hook(lambda m, a, k=layer: before(m, a, k)))
         handles.append(self.adapter.tower.register_forward_hook(behind, with_kwargs=True))
-        out = self.model.get_image_features(pixels, return_dict=True).pooler_output
+        out = self.model.model.get_image_features(pixels, return_dict=True).pooler_output
         for handle in handles:
             handle.remove()
         return (out if torch.is_tensor(out) else torch.cat(list(out))).flatten(0, -2)

@@ -78,7 +78,7 @@ class Split(Family):
         return [*ids, *words(rows and 1), VISION_START, *words(1), *crop, VISION_START]
 
     def features(self, picture: Picture, **more: Tensor) -> Tensor:
-        encode = self.stock.get_image_features
+        encode = self.stock.model.get_image_features
         # A crop of zeros is padding. Up to 5.17 the features are [crops, tokens, D].
         return torch.cat(list(encode(**self.inputs([picture], torch.ones), **more, return_dict=True).pooler_output))
 

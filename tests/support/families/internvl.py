@@ -80,7 +80,7 @@ class Tiny(Family):
 
     def features(self, picture: Picture, **more: Tensor) -> Tensor:
         pixels = self.inputs([picture], torch.zeros)["pixel_values"]
-        return self.stock.get_image_features(pixels, **more, return_dict=True).pooler_output.flatten(0, 1)
+        return self.stock.model.get_image_features(pixels, **more, return_dict=True).pooler_output.flatten(0, 1)
 
     def inputs(self, pictures: Sequence[Picture], draw: Draw) -> dict[str, Tensor]:
         return {"pixel_values": draw(sum(map(self.rows, pictures)), 3, SIZE, SIZE)} if pictures else {}

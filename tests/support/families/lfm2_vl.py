@@ -83,7 +83,7 @@ class Tiny(Family):
         return sum(map(prod, self.crops(picture)))
 
     def features(self, picture: Picture, **more: Tensor) -> Tensor:
-        encode = self.stock.get_image_features
+        encode = self.stock.model.get_image_features
         return torch.cat(list(encode(**self.inputs([picture], torch.zeros), **more, return_dict=True).pooler_output))
 
     def inputs(self, pictures: Sequence[Picture], draw: Draw) -> dict[str, Tensor]:
