@@ -26,7 +26,7 @@ def entering(model, batch):
 
 def features(model, batch):
     """The same with what goes into the projector, in place of what comes out: as wide as the decoder at a time."""
-    projector, width = model.model.multi_modal_projector, model.config.text_config.hidden_size
+    projector, width = tiny.adapter(model).projectors[0], model.config.text_config.hidden_size
     found, wide = [], [width]
 
     def forward(x):
@@ -67,7 +67,7 @@ def test_contextual_tokens(family, halve):
                 mean = torch.stack([before[row, columns[m]] for m in members]).double().mean(0).float()
                 want = (own + mean) / 2 if halve else own + mean
                 if not (halve or packed):
-                    want = model.model.multi_modal_projector(want)
+                    want = tiny.adapter(model).projectors[0](want)
                 summed += 1
             got = pruned[row, pruned.shape[1] - len(places) + places.index(int(columns[token]))]
             torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)

@@ -15,11 +15,12 @@ class Padded(Adapter):
     """Finds tower, projector and decoder; `side` is the number of patches along a crop's edge.
 
     `towers`: types of tower that the family can have -> whether they have a CLS token; `tower_name`: of that for
-    pictures.
+    pictures; `projector_name`: of what makes its features visual tokens.
     """
 
     towers: ClassVar[dict[str, bool]] = TOWERS
     tower_name: ClassVar[str] = "vision_tower"
+    projector_name: ClassVar[str] = "multi_modal_projector"
 
     def __init__(self, model: Any) -> None:
         config = model.config
@@ -30,7 +31,7 @@ class Padded(Adapter):
                 f"{self.model_type} with a {vision.model_type!r} vision tower is not supported; supported towers: "
                 f"{', '.join(self.towers)}"
             )
-        self.projectors = (self.outer.multi_modal_projector,)
+        self.projectors = (getattr(self.outer, self.projector_name),)
         cls = self.towers[vision.model_type]
         self.config_layer, strategy = self.selected(config)
         if cls != (strategy == "default"):

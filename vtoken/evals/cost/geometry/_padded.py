@@ -71,8 +71,9 @@ def padded(
 
 def chosen_layers(config: Any) -> tuple[int, ...]:
     """Tower layers whose outputs become the features."""
-    # Up to 5.17 VipLlava's config has the other name only.
-    chosen = config.vision_feature_layer if hasattr(config, "vision_feature_layer") else config.vision_feature_layers
+    # Up to 5.17 VipLlava's config has the other name only; DeepSeek-VL always reads the last layer.
+    names = ("vision_feature_layer", "vision_feature_layers")
+    chosen = next((getattr(config, name) for name in names if hasattr(config, name)), -1)
     depth = config.vision_config.num_hidden_layers
     # hidden_states[0] is the embedding, so entry h is the output of layer h - 1.
     return tuple(h - 1 if h >= 0 else depth + h for h in ([chosen] if isinstance(chosen, int) else chosen))
@@ -85,7 +86,7 @@ def _tower(config: Any, crops: int, features: tuple[int, ...]) -> Tower:
             f"no FLOPs account for a vision tower of type {vision.model_type!r}; supported: {', '.join(TOWERS)}"
         )
     clip = vision.model_type == "clip_vision_model"
-    strategy = getattr(config, "vision_feature_select_strategy", "default")
+    strategy = getattr(config, "vision_feature_select_strategy", "default" if clip else "full")
     if clip != (strategy == "default"):
         raise UnsupportedError(
             f"vision_feature_select_strategy={strategy!r} with a {vision.model_type!r} "
