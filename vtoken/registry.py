@@ -32,6 +32,9 @@ LIST = "`vtoken list`"
 
 # Families that resemble a supported one but are not supported, and why.
 REFUSED = {
+    "deepseek_vl_hybrid": (
+        "DeepSeek-VL 7B has a second tower (SAM) whose features are joined with those of the first; the 1.3B runs"
+    ),
     "llama4": (
         "most layers of its decoder attend within chunks of the prompt, whose borders would move as tokens are dropped"
     ),

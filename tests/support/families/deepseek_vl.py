@@ -1,4 +1,4 @@
-"""DeepSeek-VL 1.3B: LLaVA with SigLIP, whose last layer is read behind its norm; the pooling head runs and is not used."""
+"""DeepSeek-VL 1.3B: LLaVA with SigLIP, whose last layer is read behind its norm."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from families.llava import Tiny as Llava
 class Tiny(Llava):
     classes = "DeepseekVL"
     leading = False
-    offloads = False  # torch reads the pooling head's weights past accelerate's hooks
     make = Family.make
-    checkpoints = {}
+    checkpoints = {"deepseek-community/deepseek-vl-1.3b-chat": 1753}
 
     def fields(self, text: dict[str, Any]) -> dict[str, Any]:
         return {
             "text_config": {"model_type": "llama", **text},
-            "vision_config": {"model_type": "siglip_vision_model", **VISION},
+            "vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False, **VISION},
             "image_token_id": IMG,
         }
 
