@@ -31,7 +31,7 @@ class Stage(BaseModel):
     """A method and its options: the fields are the YAML options, and the object that holds them also holds the code.
 
     Class attributes: `site` says where the stage acts, `paper` is a link or "no paper", `deviations` names each
-    deliberate difference from the authors' code. The name of a stage is its file name (with entry points: the name of
+    deliberate difference from the authors' code, `videos_only` whether pictures keep all their tokens. The name of a stage is its file name (with entry points: the name of
     the entry point).
     """
 
@@ -42,6 +42,7 @@ class Stage(BaseModel):
     kind: ClassVar[Literal["pruner", "compressor"]]
     paper: ClassVar[str] = "no paper"
     deviations: ClassVar[str] = ""
+    videos_only: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -8,17 +8,19 @@ import pytest
 import tiny
 import torch
 from against_oracle import compare
-from batches import inside, rows_for
+from batches import inside, rows_for, suited
 from contrast import Some, batch_of, rows
 from flop_counts import SDPA, Pipe, part
 from modes import alone, greedy
 from probes import Deep, Inside, InsideMerge, Ragged
 from torch.utils.flop_counter import FlopCounterMode
-from usual import CACHE, SPARSE
+from usual import CACHE, SPARSE, stage
 
 import vtoken
+from vtoken import registry
 from vtoken.errors import UnsupportedError
 from vtoken.evals.cost.flops import account
+from vtoken.hooks.state.decide import STILLS
 from vtoken.hooks.state.run import ImageLayout
 from vtoken.hooks.vision import frames
 from vtoken.pruners.frames.frames_changed import FramesChanged
@@ -273,3 +275,25 @@ def test_thumbnails_of_patches_are_those_of_the_pictures() -> None:
     mean, std = (torch.tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std))
     want = [frames.thumbnails(((torch.tensor(p).permute(2, 0, 1) / 255 - mean) / std)[None]) for p in pictures]
     torch.testing.assert_close(got, torch.cat(want), atol=1e-5, rtol=1e-4)
+
+
+VIDEOS_ONLY = [name for name, cls in registry.catalogue()[0].items() if cls.videos_only]
+
+
+@pytest.mark.parametrize("name", VIDEOS_ONLY)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_what_works_on_videos_says_so_of_pictures(family, name):
+    """Nobody takes it for a method that keeps everything; a picture beside a video is part of what it did."""
+    model = tiny.make(family)
+    try:
+        vtoken.wrap(model, [stage(name)])
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    model.generate(**tiny.build(model, [[3, "img", 4]], seed=1), max_new_tokens=1)
+    (entry,) = vtoken.trace(model).stages
+    assert entry.stood_aside == STILLS and entry.tokens_out == entry.tokens_in
+    if family in tiny.VIDEO and not tiny.family(family).one_placeholder:
+        rows = suited(family, [[3, "img", 4, "video", 2]])
+        model.generate(**tiny.build(model, rows, seed=1), max_new_tokens=1)
+        (entry,) = vtoken.trace(model).stages
+        assert entry.stood_aside is None and entry.tokens_out[0] == entry.tokens_in[0]

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from vtoken.hooks.state.live_tokens import check, trace_of
+from vtoken.hooks.state.live_tokens import check, skipped_entry, trace_of
 from vtoken.hooks.state.run import Clock
 from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.hooks.state.trace import StageTrace
-from vtoken.stages import Keep, Stage, VisualTokens
+from vtoken.stages import Keep, Stage, VisualTokens, keep_all
+
+STILLS = "it works on videos, and leaves pictures whole"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ def decide(
     Raises:
         ValueError: the decision does not fit its tokens.
     """
+    if stage.videos_only and all(parts[0][0] == 1 for parts in tokens.parts):
+        return Decision(keep_all(tokens), history, skipped_entry(stage, history, STILLS, tokens.layer), True)
     with Clock(tokens.x.device) as clock:
         keep = stage.select(tokens)
     check(stage, keep, tokens.lengths)

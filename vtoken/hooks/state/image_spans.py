@@ -99,7 +99,7 @@ class ImageSpans:
         }
         if len(told["into"]) < len(self.origin):
             told["into"] = None
-        return replace(traces[0], **told)
+        return replace(min(traces, key=lambda trace: trace.stood_aside is not None), **told)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from vtoken.hooks.state.decide import decide
+from vtoken.hooks.state.decide import STILLS, decide
 from vtoken.hooks.state.run import ImageLayout
 from vtoken.hooks.state.token_history import TokenHistory
 from vtoken.hooks.state.trace import StageTrace
@@ -139,7 +139,7 @@ def untouched(stages: Sequence[Stage], crops: Sequence[int], full: int, unit: in
     are no frames."""
     counts, kept = [full] * sum(crops), [torch.arange(full)] * sum(crops)
     whole = [torch.arange(1)] * len(crops)
-    steps = [StageTrace(s.name, s.site, [], [], whole) for s in stages]
+    steps = [StageTrace(s.name, s.site, [], [], whole, stood_aside=STILLS) for s in stages]
     return [traced(step, counts, kept, unit, [n * full for n in crops]) for step in steps]
 
 

@@ -18,6 +18,7 @@ class FramePruner(Pruner):
     of frames that the tower embeds together."""
 
     site: ClassVar[Site] = "frames"
+    videos_only: ClassVar[bool] = True
 
     keep: Budget = Field(
         description="frames to keep of each video (of Qwen models pairs of frames): a count (8) or a share (25%)"

@@ -25,6 +25,7 @@ class FramesChanged(Stage):
     """
 
     site: ClassVar[Site] = "frames"
+    videos_only: ClassVar[bool] = True
     kind: ClassVar[Literal["pruner", "compressor"]] = "pruner"
     paper: ClassVar[str] = "no paper"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
-from typing import NamedTuple, Self, TypeVar
+from typing import ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from pydantic import model_validator
@@ -154,6 +154,8 @@ def fold_videos(tokens: VisualTokens, fold: Callable[[int, slice], Folded | None
 class VideoPruner(Pruner):
     """Methods that decide video by video and know how many tokens each frame may keep. A video keeps at least one
     token per frame; pictures keep all."""
+
+    videos_only: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _no_crops(self) -> Self:

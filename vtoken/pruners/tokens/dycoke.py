@@ -35,6 +35,7 @@ class DyCoke(Stage):
 
     site: ClassVar[Site] = "tokens"
     kind: ClassVar[Literal["pruner", "compressor"]] = "pruner"
+    videos_only: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2411.15024"
     deviations: ClassVar[str] = (
         "Each pair is ranked by its own similarities, the last group is treated like the others, and the last of an "

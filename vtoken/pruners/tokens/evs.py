@@ -30,6 +30,7 @@ class EVS(Pruner):
     q`.
     """
 
+    videos_only: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.14624"
     deviations: ClassVar[str] = (
         "A share is rounded to the nearest where vLLM rounds it down. Text after the video keeps its unpruned "

@@ -37,6 +37,7 @@ class PruneVid(Stage):
 
     site: ClassVar[Site] = "tokens"
     kind: ClassVar[Literal["pruner", "compressor"]] = "pruner"
+    videos_only: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.16117"
     deviations: ClassVar[str] = (
         "Merged tokens stand at the place of their centre, in reading order; theirs stand by rank, still ones first. "

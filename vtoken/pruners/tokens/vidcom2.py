@@ -36,6 +36,7 @@ class VidCom2(Pruner):
     Paper: https://arxiv.org/abs/2505.14454. Deterministic, training-free.
     """
 
+    videos_only: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.14454"
     deviations: ClassVar[str] = (
         "The budget is exact (exact: false for the authors' rounding, whose total varies). Scores are "
