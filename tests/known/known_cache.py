@@ -196,11 +196,14 @@ def streaming_cache():
     one = cls(sink=3, recent=4, gates=gates, sparsity=0.75, compensate=True)
     assert [c.compensated for c in one.compress(deep).classes] == [False, True]
     # 100 tokens, 60 and 20 of them visual: 20 of text, 3 and 4; with 9 more nothing grows, three heads of four stream.
-    assert one.held(100, (60, 20)) == one.held(100, (60, 20), 9) == 27 and one.held(24, (4,)) == 24
+    assert (
+        one.slots_of_head(100, (60, 20)) == one.slots_of_head(100, (60, 20), 9) == 27
+        and one.slots_of_head(24, (4,)) == 24
+    )
     assert one.slots(100, (60, 20)) == round((3 * 27 + 100) / 4)
     at = LayerSize(1, (0, 1), 100, (60, 20), 9, 2, 8, 2)
     assert one.cache_bytes(at) == (109 + 27) * 2 * 8 * 2 + 2 * 8 * 4, "one head of layer 1 streams, its means in fp32"
-    assert cls(sink=3, recent=4, text=False).held(100, (60, 20)) == 7
+    assert cls(sink=3, recent=4, text=False).slots_of_head(100, (60, 20)) == 7
 
 
 def adakv():

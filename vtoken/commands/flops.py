@@ -125,9 +125,9 @@ def _table(
     """One column per account, one row per part. A narrow one puts shares below figures."""
     from rich.table import Table
 
-    label = max(len(word) for label in ROWS for word in label.split())
+    longest = max(len(word) for label in ROWS for word in label.split())
     out = Table(title=model, title_justify="left")
-    out.add_column("FLOPs", width=label if narrow else None)
+    out.add_column("FLOPs", width=longest if narrow else None)
     for column in columns:
         width = max(len(headers[column]), len("335.5 MB"))
         out.add_column(headers[column], justify="right", width=width if narrow else None)

@@ -54,13 +54,13 @@ def pooled(frame: Tensor, per: int, size: int) -> Chunks:
     middle one of them. Waits for the device once, and works on the host."""
     frame, device = frame.cpu(), frame.device
     (slots,) = (frame >= 0).nonzero(as_tuple=True)
-    held, n = frame[slots], len(slots)
-    _, of, sizes = held.unique_consecutive(return_inverse=True, return_counts=True)
+    visual, n = frame[slots], len(slots)
+    _, of, sizes = visual.unique_consecutive(return_inverse=True, return_counts=True)
     place = torch.arange(n) - (sizes.cumsum(0) - sizes)[of]
     _, of, sizes = (of * (n + 1) + place // size).unique_consecutive(return_inverse=True, return_counts=True)
     middle = sizes.cumsum(0) - sizes + (sizes - 1) // 2
     goes_to, weight, chunk = torch.arange(len(frame)), torch.ones(len(frame)), torch.full_like(frame, -1)
     goes_to[slots], weight[slots] = slots[middle[of]], 1 / sizes[of]
-    numbers = held.div(per, rounding_mode="floor")
+    numbers = visual.div(per, rounding_mode="floor")
     _, chunk[slots], tokens = numbers.unique_consecutive(return_inverse=True, return_counts=True)
     return Chunks(*(x.to(device) for x in (chunk, goes_to, weight, tokens)))

@@ -59,28 +59,30 @@ class Merged(NamedTuple):
     order: Tensor
 
 
-def match(metric: Tensor, order: Tensor, held: Sequence[int], lead: int = 0) -> Pairs:
+def match(metric: Tensor, order: Tensor, lengths: Sequence[int], lead: int = 0) -> Pairs:
     """Pairs of [ΣN, d] tokens by cosine similarity; ties go to the first.
 
     Args:
         order: [ΣN] packed rows, sequence by sequence, in the order in which tokens are dealt to the two sides. If there
             is a token in front (`lead`, on side A, never merged), the first goes to side B.
-        held: tokens per sequence.
+        lengths: tokens per sequence.
     """
     unit, first = normalize(metric.float(), dim=-1), lead % 2
-    if len(set(held)) == 1 and held[0] > 1:
-        rows, tokens = (x.unflatten(0, (len(held), -1)) for x in (order, unit[order]))
+    if len(set(lengths)) == 1 and lengths[0] > 1:
+        rows, tokens = (x.unflatten(0, (len(lengths), -1)) for x in (order, unit[order]))
         a, b = rows[:, first::2], rows[:, 1 - first :: 2]
-        a_ends, b_ends = (offsets_of([side.shape[1]] * len(held), torch.device("cpu")) for side in (a, b))
+        a_ends, b_ends = (offsets_of([side.shape[1]] * len(lengths), torch.device("cpu")) for side in (a, b))
         mine, theirs = tokens[:, first::2].flatten(0, 1), tokens[:, 1 - first :: 2].flatten(0, 1)
         value, best = nearest_tokens(mine, theirs, a_ends, b_ends, unit=True)
         return Pairs(a, b, b.flatten()[best].view_as(a), value.view_as(a), lead, padded=False)
     device = order.device
-    sequence, place = seats(held, device)
-    grid = torch.full((len(held), max(2, *held)), len(order), device=device)
+    sequence, place = seats(lengths, device)
+    grid = torch.full((len(lengths), max(2, *lengths)), len(order), device=device)
     grid[sequence, place] = order
     a, b = grid[:, first::2], grid[:, 1 - first :: 2]
-    (at, a_ends), (to, b_ends) = (_taken(held, (lead + k) % 2, side.shape[1], device) for k, side in ((0, a), (1, b)))
+    (at, a_ends), (to, b_ends) = (
+        _taken(lengths, (lead + k) % 2, side.shape[1], device) for k, side in ((0, a), (1, b))
+    )
     mine, theirs = a.flatten()[at], b.flatten()[to]
     cosine, best = nearest_tokens(unit[mine], unit[theirs], a_ends, b_ends, unit=True)
     value, partner = cosine.new_full((a.numel(),), -torch.inf), a.flatten().clone()
@@ -90,16 +92,16 @@ def match(metric: Tensor, order: Tensor, held: Sequence[int], lead: int = 0) -> 
     return Pairs(a, b, partner.view_as(a), value.view_as(a), lead, padded=True)
 
 
-def _taken(held: Sequence[int], first: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _taken(lengths: Sequence[int], first: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Which of the [S x width] seats of one side (every second token from `first` on) are taken, and their packed
     offsets, on the host."""
-    rows, columns = seats(held, torch.device("cpu"))
+    rows, columns = seats(lengths, torch.device("cpu"))
     mine = columns % 2 == first
     seat = rows[mine] * width + columns[mine] // 2
-    return seat.to(device, non_blocking=True), offsets_of([(n + 1 - first) // 2 for n in held], rows.device)
+    return seat.to(device, non_blocking=True), offsets_of([(n + 1 - first) // 2 for n in lengths], rows.device)
 
 
-def merge(pairs: Pairs, held: Sequence[int], taken: Sequence[int], places: Tensor, anew: bool = False) -> Merged:
+def merge(pairs: Pairs, lengths: Sequence[int], taken: Sequence[int], places: Tensor, anew: bool = False) -> Merged:
     """Merges the `taken` most similar tokens of side A into their partners, in every sequence. `places` [ΣN or more]:
     0, 1, ...
 
@@ -109,7 +111,7 @@ def merge(pairs: Pairs, held: Sequence[int], taken: Sequence[int], places: Tenso
     """
     ranked = pairs.value.sort(dim=1, descending=True, stable=True).indices
     most = max(taken)
-    places = places[: sum(held)]
+    places = places[: sum(lengths)]
     if not pairs.padded and min(taken) == most:
         joining = ranked[:, :most]
         home = places.scatter(0, pairs.a.gather(1, joining).flatten(), pairs.partner.gather(1, joining).flatten())
@@ -120,7 +122,7 @@ def merge(pairs: Pairs, held: Sequence[int], taken: Sequence[int], places: Tenso
     count = torch.tensor(taken, device=device)[:, None]
     across_a, across_b = (torch.arange(side.shape[1], device=device).expand_as(side) for side in sides)
     nth = torch.empty_like(ranked).scatter_(1, ranked, across_a)
-    home = torch.arange(sum(held) + 1, device=device)
+    home = torch.arange(sum(lengths) + 1, device=device)
     home[pairs.a] = torch.where(nth < count, pairs.partner, pairs.a)
     left = across_a if pairs.lead or anew else nth
     dealt = count >= 0 if anew else count > 0
@@ -139,9 +141,9 @@ def survivors(home: Tensor, places: Tensor, gone: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(home[gone:]).scatter_(0, into, home), into
 
 
-def seats(held: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+def seats(lengths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """[ΣN] sequence of each token, and its index in that sequence."""
-    return image_of(held, device), place_in_image(held, device)
+    return image_of(lengths, device), place_in_image(lengths, device)
 
 
 @dataclass
@@ -186,12 +188,12 @@ class Merger(Compressor):
     def merge_point(self) -> Literal["plain", "proportional"]:
         return "proportional" if self.proportional else "plain"
 
-    def taken(self, value: Tensor, held: Sequence[int], at: int) -> tuple[int, ...]:
+    def taken(self, value: Tensor, lengths: Sequence[int], at: int) -> tuple[int, ...]:
         """Number of merges per sequence.
 
         Args:
             value: [S, W] similarity of each pair, -inf if there is none.
-            held: tokens per sequence; at most half of them merge.
+            lengths: tokens per sequence; at most half of them merge.
             at: layer (0 outside a model) or round.
         """
         raise NotImplementedError

@@ -57,7 +57,8 @@ def _built(cls: type[TokenModule], path: Path, metadata: Mapping[str, str]) -> T
         return cls(**given)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{cls.__name__} cannot be built from `config` in the header of {path}: {error}; write its arguments there, "
+            f"{cls.__name__} cannot be built from `config` in the header of {path}: {error}; write its arguments "
+            "there, "
             "as a JSON object"
         ) from None
 

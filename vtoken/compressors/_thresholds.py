@@ -44,10 +44,10 @@ class Thresholds(BaseModel):
         assert isinstance(value, float)
         return value
 
-    def above(self, value: Tensor, held: Sequence[int], at: int) -> tuple[int, ...]:
+    def above(self, value: Tensor, lengths: Sequence[int], at: int) -> tuple[int, ...]:
         """Number of merges per sequence, at most half its tokens; fetched from the device once."""
         counts: list[int] = (value > self.threshold(at)).sum(1).tolist()
-        return tuple(min(count, n // 2) for count, n in zip(counts, held, strict=True))
+        return tuple(min(count, n // 2) for count, n in zip(counts, lengths, strict=True))
 
     def expected(self, lengths: Sequence[int], full: Sequence[int], at: int) -> tuple[int, ...]:
         """Expected tokens of each image; all of them if there was no calibration."""
@@ -58,7 +58,7 @@ class Thresholds(BaseModel):
 
 
 def read(path: str, method: str) -> dict[str, Any]:
-    """The options held in a file.
+    """The options of a file.
 
     Raises:
         ValueError: there is no such file, or it holds no thresholds for this method.

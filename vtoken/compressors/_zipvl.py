@@ -18,32 +18,32 @@ class Important(BaseModel):
         default=0.975,
         gt=0,
         le=1,
-        description="share of the probing queries' attention that decides how many tokens are important",
+        description="share of the sampled queries' attention that decides how many tokens are important",
     )
     recent: int = Field(
-        default=64, ge=1, description="newest tokens: their queries probe, and they are always important"
+        default=64, ge=1, description="newest tokens: their queries are sampled, and they are always important"
     )
-    drawn: int = Field(default=64, ge=0, description="older tokens, drawn at random, whose queries probe too")
+    drawn: int = Field(default=64, ge=0, description="older tokens, drawn at random, whose queries are sampled too")
     seed: int = Field(
         default=0, description="seed of the draw, which otherwise depends only on the number of older tokens"
     )
     text: bool = Field(default=False, description="text competes with visual tokens; otherwise all text is important")
 
-    def important(self, probe: QueryAttention, text: Tensor) -> Tensor:
+    def important(self, attention: QueryAttention, text: Tensor) -> Tensor:
         """[P] ascending positions of the important tokens of a row, the same for all heads. Waits for the device once.
 
         Args:
             text: [N] bool, tokens that are not visual.
         """
         key = ("zipvl", self.tau, self.recent, self.drawn, self.seed, self.text)
-        found: Tensor = probe.once(key, lambda: self._important(probe, text))
+        found: Tensor = attention.once(key, lambda: self._important(attention, text))
         return found
 
-    def _important(self, probe: QueryAttention, text: Tensor) -> Tensor:
+    def _important(self, attention: QueryAttention, text: Tensor) -> Tensor:
         n, device = len(text), text.device
         slots, at = torch.arange(n, device=device), self.queries(n).to(device)
-        parts = [rows_at(q, k, at, probe.scale).sum((0, 1)) for q, k in probe.heads()]
-        received = torch.stack(parts).double().sum(0) / len(probe.q)
+        parts = [rows_at(q, k, at, attention.scale).sum((0, 1)) for q, k in attention.heads()]
+        received = torch.stack(parts).double().sum(0) / len(attention.q)
         enough = (received.sort(descending=True).values.cumsum(0) < self.tau * len(at)).sum() + 1
         always = (slots >= n - self.recent) | (slots == 0)
         always = always if self.text else always | text
@@ -53,7 +53,7 @@ class Important(BaseModel):
         return mean.masked_fill(always, torch.inf).argsort(descending=True, stable=True)[:count].sort().values
 
     def queries(self, n: int) -> Tensor:
-        """[R] ascending positions of the probing queries in a prompt of n tokens."""
+        """[R] ascending positions of the sampled queries in a prompt of n tokens."""
         older = max(0, n - self.recent)
         lots = torch.randperm(older, generator=torch.Generator().manual_seed(self.seed))
         return torch.cat([lots[: self.drawn].sort().values, torch.arange(older, n)])

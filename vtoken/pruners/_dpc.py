@@ -13,7 +13,7 @@ POOLS = 32  # pools compared at a time; bounds the memory
 
 
 def density_peaks(
-    x: Tensor, held: Sequence[int], counts: Sequence[int], neighbours: int, limited: bool = True
+    x: Tensor, lengths: Sequence[int], counts: Sequence[int], neighbours: int, limited: bool = True
 ) -> Tensor:
     """[ΣN] packed row of the centre that each of the rows x [ΣN, D] joins, itself for a centre; -1 in pools without.
 
@@ -23,11 +23,11 @@ def density_peaks(
     row. Does not wait for the device.
 
     Args:
-        held, counts: rows and centres of each pool, on the host; 0 <= count <= held.
+        lengths, counts: rows and centres of each pool, on the host; 0 <= count <= lengths.
     """
     parts, start = [], 0
-    for at in range(0, len(held), POOLS):
-        size, some = list(held[at : at + POOLS]), counts[at : at + POOLS]
+    for at in range(0, len(lengths), POOLS):
+        size, some = list(lengths[at : at + POOLS]), counts[at : at + POOLS]
         rows = sum(size)
         if list(some) == size:
             parts.append(torch.arange(start, start + rows, device=x.device))
@@ -38,19 +38,19 @@ def density_peaks(
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=x.device)
 
 
-def _peaks(x: Tensor, held: Sequence[int], counts: Sequence[int], neighbours: Sequence[int], start: int) -> Tensor:
+def _peaks(x: Tensor, lengths: Sequence[int], counts: Sequence[int], neighbours: Sequence[int], start: int) -> Tensor:
     """As density_peaks, for few pools with so many neighbours each, and rows counted from `start`."""
-    device, longest = x.device, max(held)
-    pool, place = image_of(held, device), place_in_image(held, device)
-    seats = x.new_zeros(len(held), longest, x.shape[1])
+    device, longest = x.device, max(lengths)
+    pool, place = image_of(lengths, device), place_in_image(lengths, device)
+    seats = x.new_zeros(len(lengths), longest, x.shape[1])
     seats[pool, place] = x
     across = torch.arange(longest, device=device)
-    size, count = uploaded(held, device)[:, None], uploaded(counts, device)[:, None]
+    size, count = uploaded(lengths, device)[:, None], uploaded(counts, device)[:, None]
     real = across < size
     apart = (torch.cdist(seats, seats) / x.shape[1] ** 0.5).masked_fill(~real[:, None], torch.inf)
-    apart = apart.diagonal_scatter(apart.new_zeros(len(held), longest), dim1=1, dim2=2)
+    apart = apart.diagonal_scatter(apart.new_zeros(len(lengths), longest), dim1=1, dim2=2)
     near = apart.topk(min(longest, max(1, *neighbours)), dim=2, largest=False).values.square()
-    asked = uploaded([max(1, min(n, k)) for n, k in zip(held, neighbours, strict=True)], device)[:, None]
+    asked = uploaded([max(1, min(n, k)) for n, k in zip(lengths, neighbours, strict=True)], device)[:, None]
     beyond = torch.arange(near.shape[2], device=device) >= asked[..., None]
     density = (-near.masked_fill(beyond, 0).sum(2) / asked).exp()
     other, mine = density[:, None], density[..., None]
@@ -64,5 +64,5 @@ def _peaks(x: Tensor, held: Sequence[int], counts: Sequence[int], neighbours: Se
     home = centres.gather(1, to.masked_fill((across[:most] >= count)[:, None], torch.inf).argmin(2))
     nth = torch.empty_like(rank).scatter_(1, rank, across.expand_as(rank))
     home = torch.where(nth < count, across, home)
-    home = home + (offsets_of(held, device)[:-1].long() + start)[:, None]
+    home = home + (offsets_of(lengths, device)[:-1].long() + start)[:, None]
     return torch.where(count > 0, home, -1)[pool, place]

@@ -19,14 +19,14 @@ def choose(stage: Pruner, tokens: VisualTokens, pick: Callable[[Tensor, int], Te
 def choose_alike(stage: Pruner, tokens: VisualTokens, pick: Callable[[Tensor, int], Tensor]) -> Keep:
     """As choose, for functions that take several pools of equal size and budget: `pick(rows [pools, n], k)` returns
     [pools, k]. Loops over pairs of size and budget."""
-    order, held, counts, lengths = pools_of(stage, tokens)
-    if counts == held:
+    order, sizes, counts, lengths = pools_of(stage, tokens)
+    if counts == sizes:
         return keep_all(tokens)
     alike: dict[tuple[int, int], list[Tensor]] = {}
-    for rows, *size in zip(order.split(list(held)), held, counts, strict=True):
+    for rows, *size in zip(order.split(list(sizes)), sizes, counts, strict=True):
         alike.setdefault((size[0], size[1]), []).append(rows)
     if len(alike) == 1:
-        return Keep(pick(order.unflatten(0, (len(held), -1)), counts[0]).flatten().sort().values, lengths)
+        return Keep(pick(order.unflatten(0, (len(sizes), -1)), counts[0]).flatten().sort().values, lengths)
     kept = [(torch.stack(rows) if k == n else pick(torch.stack(rows), k)).flatten() for (n, k), rows in alike.items()]
     return Keep(torch.cat(kept).sort().values, lengths)
 
@@ -34,13 +34,13 @@ def choose_alike(stage: Pruner, tokens: VisualTokens, pick: Callable[[Tensor, in
 def choose_together(
     stage: Pruner, tokens: VisualTokens, pick: Callable[[Tensor, list[int], list[int]], Tensor]
 ) -> Keep:
-    """As choose, for functions that take a ragged batch: `pick(rows, held, counts)` gets the packed rows [Σn] of all
+    """As choose, for functions that take a ragged batch: `pick(rows, sizes, counts)` gets the packed rows [Σn] of all
     pools that lose tokens, and their sizes and budgets. It returns positions [Σk] in `rows`, pool by pool, in any order
     within a pool."""
-    order, held, counts, lengths = pools_of(stage, tokens)
-    if counts == held:
+    order, sizes, counts, lengths = pools_of(stage, tokens)
+    if counts == sizes:
         return keep_all(tokens)
-    pools = list(zip(order.split(list(held)), held, counts, strict=True))
+    pools = list(zip(order.split(list(sizes)), sizes, counts, strict=True))
     rows = torch.cat([rows for rows, n, k in pools if k < n])
     chosen = rows[pick(rows, [n for _, n, k in pools if k < n], [k for _, n, k in pools if k < n])]
     return Keep(torch.cat([chosen, *(rows for rows, n, k in pools if k == n)]).sort().values, lengths)
@@ -54,9 +54,9 @@ def pools_of(stage: Pruner, tokens: VisualTokens) -> tuple[Tensor, tuple[int, ..
     return torch.arange(len(tokens.x), device=tokens.x.device), tokens.lengths, counts, counts
 
 
-def offsets_on_host(held: Sequence[int]) -> Tensor:
+def offsets_on_host(lengths: Sequence[int]) -> Tensor:
     """[len + 1] packed offsets on the host; ops copy them to a device without waiting for it."""
-    return offsets_of(held, torch.device("cpu"))
+    return offsets_of(lengths, torch.device("cpu"))
 
 
 def merged(keep: Keep, home: Tensor, weight: Tensor | None = None, complete: bool = False) -> Keep:

@@ -17,8 +17,8 @@ def block_mean(x: Tensor, size: int) -> Tensor:
     has."""
     n = x.shape[1]
     sums = pad(x.float(), (0, 0, 0, -n % size)).unflatten(1, (-1, size)).sum(2)
-    held = (n - torch.arange(0, n, size, device=x.device)).clamp(max=size)
-    return sums / held[:, None]
+    sizes = (n - torch.arange(0, n, size, device=x.device)).clamp(max=size)
+    return sums / sizes[:, None]
 
 
 def per_head(k: Tensor, heads: int) -> Tensor:
@@ -43,8 +43,8 @@ def cover(x: Tensor, share: float, drop_crossing: bool = False, always: Tensor |
     ranked = x if always is None else x.masked_fill(always, torch.inf)
     order = ranked.sort(dim=-1, descending=True, stable=True).indices
     values = x.gather(-1, order)
-    held = values.cumsum(-1)
+    mass = values.cumsum(-1)
     total = share * x.sum(-1, keepdim=True)
-    taken = held <= total if drop_crossing else held - values < total
+    taken = mass <= total if drop_crossing else mass - values < total
     taken = torch.zeros_like(taken).scatter_(-1, order, taken)
     return taken if always is None else taken | always

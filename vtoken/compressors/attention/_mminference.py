@@ -17,7 +17,7 @@ from vtoken.kernels import probe_sums
 from vtoken.stages import uploaded
 from vtoken.stages.attention import PrefillQK
 
-SIZE = 64  # tokens of a block, and queries of a probe
+SIZE = 64  # tokens of a block, and queries of a late
 FIRST, NEAR = 30, 100  # first keys, and shortest distances, that every vertical-slash index includes
 
 
@@ -41,11 +41,11 @@ def _strides(prompt: PrefillQK, unit: str) -> int | None:
     return steps[0] if len(steps) == 1 else None
 
 
-def index(q: Tensor, k: Tensor, scale: float, vertical: int, slash: int, probe: int = SIZE) -> tuple[Tensor, Tensor]:
-    """Vertical-slash index from the last `probe` queries of [H, N, d]: columns [H, N] and distances [H, N], both
+def index(q: Tensor, k: Tensor, scale: float, vertical: int, slash: int, late: int = SIZE) -> tuple[Tensor, Tensor]:
+    """Vertical-slash index from the last `late` queries of [H, N, d]: columns [H, N] and distances [H, N], both
     bool."""
     n = k.shape[1]
-    columns, distances, _ = (x[0] for x in probe_sums(q[None, :, -min(probe, n) :], k[None], scale))
+    columns, distances, _ = (x[0] for x in probe_sums(q[None, :, -min(late, n) :], k[None], scale))
     columns[:, :FIRST] = torch.inf
     distances[:, :NEAR] = torch.inf
     taken, near = (
@@ -93,13 +93,13 @@ def by_modality(prompt: PrefillQK, vertical: int, slash: int, keys_too: bool) ->
     tiles = -(-n // SIZE)
     blocks = torch.zeros(len(q), tiles, tiles, dtype=torch.bool, device=q.device)
     kinds, columns = modalities(prompt), list[Tensor]()
-    for (mine, start, end), rows in zip(kinds, held(prompt), strict=True):
+    for (mine, start, end), rows in zip(kinds, blocks_of(prompt), strict=True):
         if keys_too:
-            probe = last_rows(q[:, :end], k[:, :end], min(SIZE, end - start), prompt.scale)
+            late = last_rows(q[:, :end], k[:, :end], min(SIZE, end - start), prompt.scale)
             taken = torch.zeros(len(q), n, dtype=torch.bool, device=q.device)
             for j, (theirs, _, _) in enumerate(kinds):
                 at = prompt.once(("keys", j, end), partial(_positions, theirs[:end]))
-                keys, near = pair(probe, mine, theirs, at, vertical, slash)
+                keys, near = pair(late, mine, theirs, at, vertical, slash)
                 taken |= keys
                 blocks |= near
         else:
@@ -115,7 +115,7 @@ def by_modality(prompt: PrefillQK, vertical: int, slash: int, keys_too: bool) ->
     return blocks, listed(torch.stack(columns, 1), most)
 
 
-def held(prompt: PrefillQK) -> Tensor:
+def blocks_of(prompt: PrefillQK) -> Tensor:
     """[K, T] bool: which query blocks contain tokens of each of the `modalities`."""
     tokens = torch.stack([mine for mine, _, _ in modalities(prompt)])
     return pad(tokens, (0, -prompt.length % SIZE)).unflatten(1, (-1, SIZE)).any(-1)
@@ -124,30 +124,30 @@ def held(prompt: PrefillQK) -> Tensor:
 def list_of_each(prompt: PrefillQK) -> Tensor:
     """[T] int32, if there are both modalities: the list of `by_modality` that each query block reads: that of its
     modality, or the last one, for both."""
-    text, images = held(prompt)
+    text, images = blocks_of(prompt)
     return torch.where(text & images, 2, images).int()
 
 
-def pair(probe: Tensor, mine: Tensor, theirs: Tensor, at: Tensor, vertical: int, slash: int) -> tuple[Tensor, Tensor]:
+def pair(late: Tensor, mine: Tensor, theirs: Tensor, at: Tensor, vertical: int, slash: int) -> tuple[Tensor, Tensor]:
     """What queries of one modality, `mine` [N], read of the keys of one modality, `theirs` [N] (`at`: positions of
-    those among the first n tokens): columns [h, N] and blocks [h, T, T]. They follow from `probe` [h, R, n], the
+    those among the first n tokens): columns [h, N] and blocks [h, T, T]. They follow from `late` [h, R, n], the
     attention of the last R of the first n tokens. The distance of a key is the number of later keys of its modality
     that the query sees, so tokens in between do not count."""
-    heads, rows, n = probe.shape
+    heads, rows, n = late.shape
     tiles, rank = -(-len(mine) // SIZE), theirs.cumsum(0) - 1
-    columns = torch.zeros(heads, len(mine), dtype=torch.bool, device=probe.device)
+    columns = torch.zeros(heads, len(mine), dtype=torch.bool, device=late.device)
     if not len(at):
-        return columns, torch.zeros(heads, tiles, tiles, dtype=torch.bool, device=probe.device)
-    seen = probe[..., at]
-    held = seen.sum(1)
-    held[:, :FIRST] = torch.inf
-    columns[:, at] = best(held, torch.full((heads,), max(vertical, FIRST), device=probe.device))
+        return columns, torch.zeros(heads, tiles, tiles, dtype=torch.bool, device=late.device)
+    seen = late[..., at]
+    column = seen.sum(1)
+    column[:, :FIRST] = torch.inf
+    columns[:, at] = best(column, torch.full((heads,), max(vertical, FIRST), device=late.device))
     distance = rank[n - rows : n, None] - rank[at]
-    near = torch.zeros(heads, len(at) + 1, device=probe.device)
+    near = torch.zeros(heads, len(at) + 1, device=late.device)
     near.index_add_(1, torch.where(distance < 0, len(at), distance).flatten(), seen.flatten(1))
     near = near[:, :-1]
     near[:, :NEAR] = torch.inf
-    taken = best(near, torch.full((heads,), max(slash, NEAR), device=probe.device))
+    taken = best(near, torch.full((heads,), max(slash, NEAR), device=late.device))
     return columns, reached(taken, mine, rank, theirs)
 
 
@@ -182,7 +182,7 @@ Lists = tuple[
 def grid(prompt: PrefillQK, unit: str, rows: bool, local: int) -> Lists | None:
     """What the heads of a grid pattern read: a window, the tokens before the images, everything after the grid's
     region, and the lines of the grid: keys whose distance from the phase is a multiple of the stride and, with `rows`,
-    such queries. The phase is where the probe of each head looks. None if frames (rows) are not equally far apart, or
+    such queries. The phase is where each head looks. None if frames (rows) are not equally far apart, or
     too few for a grid."""
     n, device = prompt.length, prompt.q.device
     stride = strides(prompt, unit)
@@ -194,8 +194,8 @@ def grid(prompt: PrefillQK, unit: str, rows: bool, local: int) -> Lists | None:
     count = (end + 1 - sink - local) // chunk * chunk
     if count <= 0:
         return None
-    probe = last_rows(prompt.q, per_head(prompt.k, prompt.heads), min(SIZE, n), prompt.scale).mean(1)
-    region = probe[:, first : first + (end + 1 - first) // stride * stride]
+    late = last_rows(prompt.q, per_head(prompt.k, prompt.heads), min(SIZE, n), prompt.scale).mean(1)
+    region = late[:, first : first + (end + 1 - first) // stride * stride]
     phase = region.unflatten(1, (-1, stride)).sum(1).argmax(-1, keepdim=True)
     j = torch.arange(n, device=device)
     line = (j - first - phase) % stride == 0

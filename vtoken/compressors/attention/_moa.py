@@ -20,12 +20,12 @@ def read(name: str) -> Plan:
     Raises:
         ValueError: there is no such file, or it holds something else.
     """
-    path, held = from_json(name, f"take a path to JSON {FORMS}", parse_int=float)
-    if not isinstance(held, dict) or not held:
+    path, plan = from_json(name, f"take a path to JSON {FORMS}", parse_int=float)
+    if not isinstance(plan, dict) or not plan:
         raise ValueError(f"{path} must hold {FORMS}")
-    if set(held) != {"alphas", "betas"}:
-        return _checked(_table(held, str(path)), path)
-    alphas, betas = (_table(held[name], f"{path}, {name}") for name in ("alphas", "betas"))
+    if set(plan) != {"alphas", "betas"}:
+        return _checked(_table(plan, str(path)), path)
+    alphas, betas = (_table(plan[name], f"{path}, {name}") for name in ("alphas", "betas"))
     if [len(row) for row in alphas] != [len(row) for row in betas]:
         raise ValueError(f"{path} must hold as many betas as alphas in every layer")
     return _checked([[*zip(*pair, strict=True)] for pair in zip(alphas, betas, strict=True)], path)

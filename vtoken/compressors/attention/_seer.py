@@ -72,7 +72,8 @@ def read(name: str) -> tuple[Header, list[Tensor]]:
     metadata, found = opened(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(
-            f"{path} holds no gates of `vtoken calibrate seerattention` (format {reprlib.repr(metadata.get('format'))}, "
+            f"{path} holds no gates of `vtoken calibrate seerattention` (format "
+            f"{reprlib.repr(metadata.get('format'))}, "
             f"not {FORMAT!r})"
         )
     about = Header(*(count(path, metadata, key) for key in Header._fields))

@@ -16,9 +16,9 @@ def listed(taken: Tensor, width: int) -> Tensor:
     return torch.where(found < n, found, -1)
 
 
-def fullest(held: Tensor, most: int) -> Tensor:
-    """[..., M] bool: given the number of keys held [..., M] by each block, the fullest blocks, as few as leave at most
+def fullest(keys: Tensor, most: int) -> Tensor:
+    """[..., M] bool: given the number of keys [..., M] by each block, the fullest blocks, as few as leave at most
     `most` keys in all others; ties by index."""
-    count, order = held.sort(dim=-1, descending=True, stable=True)
-    left = held.sum(-1, keepdim=True) - count.cumsum(-1) + count
-    return torch.zeros_like(held, dtype=torch.bool).scatter_(-1, order, left > most)
+    count, order = keys.sort(dim=-1, descending=True, stable=True)
+    left = keys.sum(-1, keepdim=True) - count.cumsum(-1) + count
+    return torch.zeros_like(keys, dtype=torch.bool).scatter_(-1, order, left > most)

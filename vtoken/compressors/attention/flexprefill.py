@@ -15,17 +15,17 @@ from vtoken.stages.query_attention import shared
 
 
 class FlexPrefill(SparseAttention):
-    """The last `size` queries probe: they give the attention of every key (vertical) and of every distance (slash). The
-    number of key blocks to read is the number that the heaviest keys with `gamma` of the mass would fill; likewise for
-    distances. The heaviest blocks are read: at least `min_budget` tokens' worth, at most `max_budget`, and always the
-    first block and the diagonal.
+    """The last `size` queries stand for all: they give the attention of every key (vertical) and of every distance
+    (slash). The number of key blocks to read is the number that the heaviest keys with `gamma` of the mass would fill;
+    likewise for distances. The heaviest blocks are read: at least `min_budget` tokens' worth, at most `max_budget`, and
+    always the first block and the diagonal.
 
-    If block means predict the probe well (root of the Jensen-Shannon divergence of the two below `tau`), the head reads
-    only the minimum of both, plus the entries that hold `gamma` of the whole matrix of softmaxed products of block
-    means. With tau 0 every head is vertical-slash. Prompts of at most two blocks, or of `min_budget` tokens, are read
-    whole.
+    If block means predict their attention well (root of the Jensen-Shannon divergence of the two below `tau`), the head
+    reads only the minimum of both, plus the entries that hold `gamma` of the whole matrix of softmaxed products of
+    block means. With tau 0 every head is vertical-slash. Prompts of at most two blocks, or of `min_budget` tokens, are
+    read whole.
 
-    The probe assumes that the last 128 tokens represent the prompt: with a short question, they are image tokens and
+    The choice assumes that the last 128 tokens represent the prompt: with a short question, they are image tokens and
     the chat template.
 
     Paper: https://arxiv.org/abs/2502.20766
@@ -66,9 +66,9 @@ class FlexPrefill(SparseAttention):
         n, size = prompt.length, self.size
         if n <= max(2, -(-self.min_budget // size)) * size:
             return SparseMask(size, everything(prompt.heads, n, n, size, prompt.q.device))
-        probe = shared(prompt.query_attention, prompt.q, prompt.k, prompt.scale)
-        vertical, slash = (x / size for x in probe.lines(size))
-        parts = zip(probe.heads(), vertical, slash, strict=True)
+        attention = shared(prompt.query_attention, prompt.q, prompt.k, prompt.scale)
+        vertical, slash = (x / size for x in attention.lines(size))
+        parts = zip(attention.heads(), vertical, slash, strict=True)
         return SparseMask(size, torch.cat([self._blocks(q, k, v, s, prompt.scale) for (q, k), v, s in parts]))
 
     def _blocks(self, q: Tensor, k: Tensor, vertical: Tensor, slash: Tensor, scale: float) -> Tensor:

@@ -68,15 +68,15 @@ class SeerAttention(SparseAttention):
         return header(self.gates)
 
     @cached_property
-    def held(self) -> Weights:
+    def weights(self) -> Weights:
         """The gates, [H, 3 d, d] of every layer."""
         return Weights({layer: (gate,) for layer, gate in enumerate(matrices(self.gates))})
 
     def unload(self) -> None:
-        self.held.unload()
+        self.weights.unload()
 
     def incompatibility(self, depth: int, width: int) -> str:
-        header, _ = self.header, self.held  # read when wrapping
+        header, _ = self.header, self.weights  # read when wrapping
         return "" if header.depth == depth else self._other(header, f"{depth} layers")
 
     def heads_incompatibility(self, heads: int, key_heads: int, width: int) -> str:
@@ -96,7 +96,7 @@ class SeerAttention(SparseAttention):
     def reads(self, prompt: PrefillQK) -> SparseMask:
         assert prompt.rope is not None
         size = self.header.size
-        starts, (gates,) = prompt.rope.starts(size), self.held.on(prompt.layer, prompt.q.device)
+        starts, (gates,) = prompt.rope.starts(size), self.weights.on(prompt.layer, prompt.q.device)
         groups, blocks = prompt.heads // len(prompt.k), []
         queries, keys = pooled(prompt, size)
         for q, k, matrix in zip(queries.split(groups), keys.split(1), gates.split(groups), strict=True):

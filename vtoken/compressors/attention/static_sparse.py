@@ -35,7 +35,8 @@ class StaticSparse(StreamingHeads, SparseAttention):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.10819"
     deviations: ClassVar[str] = (
-        "Prefill only: the cache of streaming heads is not shortened (streaming_cache does that). A query block reads every block that its window "
+        "Prefill only: the cache of streaming heads is not shortened (streaming_cache does that). A query block reads "
+        "every block that its window "
         "touches, up to one more than the window holds. Among equal gates, those of the first layers stream; the "
         "authors draw at random. Published gates and plans are for text models; none is shipped. A plan thins the "
         "prefill alone, where MoA's thins the cache, too; a window has one block at least."

@@ -10,12 +10,12 @@ from vtoken.stages.query_attention import shared
 
 
 class ZipVL(Important, SparseAttention):
-    """In every layer, the queries of the `recent` newest and of `drawn` random older tokens probe. How many tokens are
-    important: as few as hold `tau` of the probing queries' attention (averaged over heads), so the number depends on
-    layer and prompt. Which tokens: those with the highest mean attention over the probing queries that see them; the
-    newest, the first and all text are always among them. Important tokens attend causally to each other, in dense
-    attention over the gathered tokens. The attention output of all other tokens is zero in this layer; they continue
-    through the residual and the MLP.
+    """In every layer, the queries of the `recent` newest and of `drawn` random older tokens are sampled. How many
+    tokens are important: as few as hold `tau` of the sampled queries' attention (averaged over heads), so the number
+    depends on layer and prompt. Which tokens: those with the highest mean attention over the sampled queries that see
+    them; the newest, the first and all text are always among them. Important tokens attend causally to each other, in
+    dense attention over the gathered tokens. The attention output of all other tokens is zero in this layer; they
+    continue through the residual and the MLP.
 
     No speed-up from the paper is claimed: attention among a share p of the tokens costs p^2, everything else costs the
     same. One number per layer and row is fetched from the device. `zipvl_cache` after it, with the same options, is the
@@ -32,5 +32,5 @@ class ZipVL(Important, SparseAttention):
     )
 
     def reads(self, prompt: PrefillQK) -> DenseSubset:
-        probe = shared(prompt.query_attention, prompt.q, prompt.k, prompt.scale)
-        return DenseSubset(self.important(probe, prompt.image < 0), prompt.length)
+        attention = shared(prompt.query_attention, prompt.q, prompt.k, prompt.scale)
+        return DenseSubset(self.important(attention, prompt.image < 0), prompt.length)

@@ -149,11 +149,11 @@ def seen(layer: CachedLayer) -> tuple[Any, dict[str, Any]]:
     """Module and keyword arguments as in a forward of this layer on this row only; its cache holds only this row."""
     native = layer.native
     assert native is not None
-    held = SimpleNamespace(keys=layer.keys[None], values=layer.values[None])
+    cached = SimpleNamespace(keys=layer.keys[None], values=layer.values[None])
     return _Attention(native), {
         "hidden_states": native.hidden,
         "position_embeddings": native.rope,
-        "past_key_values": SimpleNamespace(layers={layer.layer: held}),
+        "past_key_values": SimpleNamespace(layers={layer.layer: cached}),
         "cache_position": torch.arange(layer.keys.shape[1], device=layer.keys.device),
     }
 
@@ -169,5 +169,5 @@ def compressed(built: Any, layer: CachedLayer) -> tuple[Tensor, Tensor]:
     """Keys and values [Hk, C, d] that the press leaves."""
     module, kwargs = seen(layer)
     built.forward_hook(module, [], kwargs, [None, None])
-    held = kwargs["past_key_values"].layers[layer.layer]
-    return held.keys[0], held.values[0]
+    cached = kwargs["past_key_values"].layers[layer.layer]
+    return cached.keys[0], cached.values[0]

@@ -17,17 +17,17 @@ def best(scores: Tensor, k: int) -> Tensor:
 
 def hold_text(layer: CachedLayer, scores: Tensor, counts: Sequence[int]) -> KeepSlots:
     """Keeps all text and, per head, the `counts` visual tokens of each image with the highest scores [Hk, N]."""
-    held = scores.shape[1] - sum(layer.lengths) + sum(counts)
+    stay = scores.shape[1] - sum(layer.lengths) + sum(counts)
     if len(counts) == 1:
         (slots,) = layer.images
         first = torch.full_like(scores, torch.inf)
         first[:, slots] = scores[:, slots]
-        return KeepSlots(best(first, held), tuple(counts))
+        return KeepSlots(best(first, stay), tuple(counts))
     alive = torch.ones_like(scores, dtype=torch.bool)
     for slots, k in zip(layer.images, counts, strict=True):
         alive[:, slots] = False
         alive.scatter_(1, slots[best(scores[:, slots], k)], True)
-    return KeepSlots(ascending(alive, held), tuple(counts))
+    return KeepSlots(ascending(alive, stay), tuple(counts))
 
 
 def ascending(alive: Tensor, count: int) -> Tensor:

@@ -76,9 +76,9 @@ class BilevelKV(CacheStage):
 
     def _relevance(self, layer: CachedLayer, chunks: Chunks) -> Tensor:
         """[chunks] mean attention to a token of each."""
-        probe = shared(layer.query_attention, layer.queries, layer.keys, layer.scale)
+        attention = shared(layer.query_attention, layer.queries, layer.keys, layer.scale)
         window = self.query_window(0, (), layer.behind)
-        received = probe.received(window).mean((0, 1))
+        received = attention.received(window).mean((0, 1))
         received = received.masked_fill(chunks.chunk < 0, 0)
         return received.new_zeros(len(chunks.tokens)).index_add(0, chunks.chunk.clamp(min=0), received) / chunks.tokens
 

@@ -53,24 +53,24 @@ class SnapKV(CacheStage):
     def compress(self, layer: CachedLayer) -> Decision:
         n, heads = layer.keys.shape[1], len(layer.keys)
         left = self.left(n, layer.lengths, layer.place)
-        held = left[0] if self.text else n - sum(layer.lengths) + sum(left)
-        if held == n:
+        stay = left[0] if self.text else n - sum(layer.lengths) + sum(left)
+        if stay == n:
             return KeepSlots(torch.arange(n, device=layer.keys.device).expand(heads, n), layer.lengths)
         window = self.query_window(n, layer.lengths, layer.behind)
         if self.text:
-            return KeepSlots(best(self.score(layer, window), held))
+            return KeepSlots(best(self.score(layer, window), stay))
         return hold_text(layer, self.score(layer, window), left)
 
     def query_window(self, prompt: int, lengths: Sequence[int], behind: int) -> int:
-        held = self.slots(prompt, lengths)
-        if held == prompt:
+        slots = self.slots(prompt, lengths)
+        if slots == prompt:
             return 0
-        return min(self.window, held) if self.text else max(1, min(self.window, behind))
+        return min(self.window, slots) if self.text else max(1, min(self.window, behind))
 
     def score(self, layer: CachedLayer, window: int) -> Tensor:
         """[Hk, N] scores; the window's own tokens score highest."""
-        probe = shared(layer.query_attention, layer.queries, layer.keys, layer.scale)
-        before = self.pooled(probe.received(window)[..., :-window] / window)
+        attention = shared(layer.query_attention, layer.queries, layer.keys, layer.scale)
+        before = self.pooled(attention.received(window)[..., :-window] / window)
         return F.pad(before, (0, window), value=torch.inf)
 
     def pooled(self, received: Tensor) -> Tensor:

@@ -52,16 +52,16 @@ class StreamingCache(StreamingHeads, CacheStage):
     def compress(self, layer: CachedLayer) -> HeadClasses:
         heads, n, _ = layer.keys.shape
         streams = self.streams(layer.layer) or (True,) * heads
-        order, held = self._order(layer)
+        order, stay = self._order(layer)
         slots = torch.arange(n, device=order.device)[None]
-        parts = [(False, slots, slots[:, :0]), (True, order[None, :held], order[None, max(held, n - self.recent) :])]
+        parts = [(False, slots, slots[:, :0]), (True, order[None, :stay], order[None, max(stay, n - self.recent) :])]
         classes = []
-        for streaming, stay, latest in parts:
+        for streaming, slots, latest in parts:
             mine = [h for h, s in enumerate(streams) if s is streaming]
             if mine:
                 window = self.recent if streaming else None
                 index = torch.tensor(mine, device=order.device)
-                classes.append(HeadSlots(index, stay, latest, window, streaming and self.compensate))
+                classes.append(HeadSlots(index, slots, latest, window, streaming and self.compensate))
         return HeadClasses(tuple(classes))
 
     def _order(self, layer: CachedLayer) -> tuple[Tensor, int]:
@@ -78,20 +78,20 @@ class StreamingCache(StreamingHeads, CacheStage):
         """Tokens of a prompt that a streaming head holds for good."""
         return prompt - sum(lengths) + min(sink, sum(lengths)) if self.text else min(sink, prompt)
 
-    def held(self, prompt: int, lengths: Sequence[int], generated: int = 0) -> int:
-        """Tokens that a streaming head holds."""
+    def slots_of_head(self, prompt: int, lengths: Sequence[int], generated: int = 0) -> int:
+        """Tokens in a streaming head."""
         stay = self._stay(prompt, lengths, self.sink)
         return stay + min(self.recent, prompt - stay + generated)
 
     def slots(self, prompt: int, lengths: Sequence[int]) -> int:
         """The mean over all heads."""
         share = 1.0 if self.table is None else len(self._streaming) / sum(map(len, self.table))
-        return round(share * self.held(prompt, lengths) + (1 - share) * prompt)
+        return round(share * self.slots_of_head(prompt, lengths) + (1 - share) * prompt)
 
     def cache_slots(self, at: LayerSize) -> float:
         thin = self._thin(at)
-        held = self.held(at.prompt, at.images, at.generated)
-        return (thin * held + (at.kv_heads - thin) * (at.prompt + at.generated)) / at.kv_heads
+        stay = self.slots_of_head(at.prompt, at.images, at.generated)
+        return (thin * stay + (at.kv_heads - thin) * (at.prompt + at.generated)) / at.kv_heads
 
     def cache_bytes(self, at: LayerSize) -> int:
         means = self.compensate * self._thin(at) * 2 * at.head_dim * 4  # in fp32

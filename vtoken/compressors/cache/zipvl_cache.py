@@ -22,7 +22,7 @@ from vtoken.stages.query_attention import shared
 
 class ZipVLCache(Important, CacheStage):
     """At the end of the prefill, every layer finds its important tokens as `zipvl` does: as few as hold `tau` of the
-    probing queries' attention, the same for all heads; their number depends on layer and prompt.
+    sampled queries' attention, the same for all heads; their number depends on layer and prompt.
 
     `mode: drop` (second version of the paper) caches only these. `mode: quantise` (first version) keeps all tokens, the
     important ones in `bits[0]` and the others in `bits[1]` bits: keys per channel, values per token after equalising
@@ -72,8 +72,8 @@ class ZipVLCache(Important, CacheStage):
         n, device = layer.keys.shape[1], layer.keys.device
         text = torch.ones(n, dtype=torch.bool, device=device)
         text[torch.cat(layer.images)] = False
-        probe = shared(layer.query_attention, layer.queries, layer.keys, layer.scale)
-        index = self.important(probe, text)
+        attention = shared(layer.query_attention, layer.queries, layer.keys, layer.scale)
+        index = self.important(attention, text)
         alive = torch.zeros_like(text).index_fill(0, index, True)
         if self.mode == "drop":
             return KeepSlots(index.expand(len(layer.keys), -1), self._counts(layer, alive))
@@ -84,7 +84,7 @@ class ZipVLCache(Important, CacheStage):
         return self.every if self.mode == "quantise" else None
 
     def requantize(self, layer: GeneratedBlock) -> QuantizedKV:
-        """Only the newest query probes. It sees every token, so the attention a token receives needs no correction."""
+        """Only the newest query counts. It sees every token, so the attention a token receives needs no correction."""
         n, device = layer.keys.shape[1], layer.keys.device
         one, all_of = offsets_of((1,), device), offsets_of((n,), device)
         received = query_attention(layer.query[None], layer.keys.transpose(0, 1), one, all_of, layer.scale).double()

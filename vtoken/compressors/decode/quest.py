@@ -17,11 +17,11 @@ from vtoken.stages.tokens import uploaded
 
 class Quest(DecodeStage):
     """Cached visual tokens form pages of `size` neighbours, of which the smallest and largest value of every key
-    channel are held. A page is worth the most that q . k can be for a key between them, the sum over channels of
+    channel are kept. A page is worth the most that q . k can be for a key between them, the sum over channels of
     max(q min, q max), and of the query heads of a key head the highest counts. Every key head reads its best pages,
     as many as hold `keep` tokens; the last tokens, which fill no page, are always read and count as one of them.
 
-    With `chunks`, bounds are held for so many parts of a page and its best part counts; with `every`, a choice is made
+    With `chunks`, bounds are kept for so many parts of a page and its best part counts; with `every`, a choice is made
     at one of so many tokens. `size: 64, chunks: 4, every: 4, least: 3` is how LServe reads what Quest's idea chooses.
 
     Paper: https://arxiv.org/abs/2406.10774, and LServe's https://arxiv.org/abs/2502.14866
@@ -30,7 +30,8 @@ class Quest(DecodeStage):
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.10774"
     deviations: ClassVar[str] = (
         "Pages are made of visual tokens alone; text and what was generated are always read and do not count in "
-        "`keep`, the authors' budget counts the whole context. One choice per key head: the authors' code repeats keys, "
+        "`keep`, the authors' budget counts the whole context. One choice per key head: the authors' code repeats "
+        "keys, "
         "so that every query head chooses. A number of tokens that no whole number of pages has is rounded up."
     )
 
@@ -72,16 +73,16 @@ class Quest(DecodeStage):
 
     def _bounds(self, step: DecodeStep, pages: Sequence[int]) -> tuple[Tensor, Tensor]:
         """[B, Hk, pages * chunks, d] smallest and largest values of the keys; those of new pages are added to what is
-        held."""
-        held, most = step.memory, max(pages)
-        if "low" not in held or held["low"].shape[2] < most * self.chunks or held["whole"] < min(pages):
-            first = held.get("whole", 0)  # what all rows had before; of longer rows some is worked out again
+        kept."""
+        memory, most = step.memory, max(pages)
+        if "low" not in memory or memory["low"].shape[2] < most * self.chunks or memory["whole"] < min(pages):
+            first = memory.get("whole", 0)  # what all rows had before; of longer rows some is worked out again
             keys = gather_cache(step.keys, step.visual[:, None, first * self.size : most * self.size])
             parts = keys.unflatten(2, (-1, self.size // self.chunks))
             for name, found in (("low", parts.amin(3)), ("high", parts.amax(3))):
-                held[name] = torch.cat([held[name][:, :, : first * self.chunks], found], 2) if first else found
-            held["whole"] = min(pages)
-        return held["low"], held["high"]
+                memory[name] = torch.cat([memory[name][:, :, : first * self.chunks], found], 2) if first else found
+            memory["whole"] = min(pages)
+        return memory["low"], memory["high"]
 
     def _worth(self, queries: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """[B, Hk, pages]."""

@@ -41,30 +41,30 @@ class Recycled(DecodeStage):
 
     def choose(self, step: DecodeStep) -> Choice | None:
         counts = tuple(min(n, k) for n, k in zip(step.lengths, step.budgets, strict=True))
-        since, held = step.since("chosen"), step.memory
+        since, memory = step.since("chosen"), step.memory
         full = [True] * len(counts) if since is None else self._due(step, since)
         if not any(full):
-            return Choice(held["index"], counts)
+            return Choice(memory["index"], counts)
         step.mark("chosen")
         new = {"index": highest(step.of_visual(step.logits().softmax(-1).amax(2)), counts)}
         if self.similarity is not None:
             new |= {"query": step.queries, "age": torch.zeros(len(counts), dtype=torch.long)}
         if all(full):
-            held.update(new)
+            memory.update(new)
             return None
-        held.update({name: by_row(full, x, held[name]) for name, x in new.items()})
-        return with_whole_rows(step, held["index"], counts, full)
+        memory.update({name: by_row(full, x, memory[name]) for name, x in new.items()})
+        return with_whole_rows(step, memory["index"], counts, full)
 
     def _due(self, step: DecodeStep, since: int) -> list[bool]:
         """Which rows read everything."""
         if self.similarity is None:
             return [since >= self.every] * len(step.lengths)
-        held = step.memory
-        held["age"] = held["age"] + 1
-        ages = held["age"].tolist()
+        memory = step.memory
+        memory["age"] = memory["age"] + 1
+        ages = memory["age"].tolist()
         due = [age >= self.every for age in ages]
         if any(age % self.check == 0 for age in ages):
-            alike = cosine_similarity(step.queries.float(), held["query"].float(), dim=-1).mean(1).tolist()
+            alike = cosine_similarity(step.queries.float(), memory["query"].float(), dim=-1).mean(1).tolist()
             looked = [age % self.check == 0 and a < self.similarity for age, a in zip(ages, alike, strict=True)]
             due = [a or b for a, b in zip(due, looked, strict=True)]
         return due

@@ -49,7 +49,7 @@ class Tidal(DecodeStage):
 
     def choose(self, step: DecodeStep) -> Choice | None:
         counts = tuple(min(n, k) for n, k in zip(step.lengths, step.budgets, strict=True))
-        held, before = step.shared, step.shared.get("lengths")
+        choice_of, before = step.shared, step.shared.get("lengths")
         choosing = [True] * len(counts)
         if before is not None and not self._chooses(step.layer, step.before):
             choosing = [n != was for n, was in zip(step.lengths, before, strict=True)]  # after a cut
@@ -57,12 +57,14 @@ class Tidal(DecodeStage):
             index = highest(step.of_visual(step.logits().mean(2)), counts)
             if not all(choosing):
                 width = step.visual.shape[1]
-                old = widened(held["index"].to(index.device), max(width, held["index"].shape[2]))[:, :, :width]
+                old = widened(choice_of["index"].to(index.device), max(width, choice_of["index"].shape[2]))[
+                    :, :, :width
+                ]
                 index = packed(by_row(choosing, widened(index, width), old), counts)
-            held.update(lengths=step.lengths, index=index)
+            choice_of.update(lengths=step.lengths, index=index)
         if all(choosing):
             return None
-        return with_whole_rows(step, held["index"].to(step.keys.device), counts, choosing)
+        return with_whole_rows(step, choice_of["index"].to(step.keys.device), counts, choosing)
 
     def _chooses(self, layer: int, before: int) -> bool:
         """Whether a layer chooses, the stage having acted last at another, -1 for none."""

@@ -72,7 +72,8 @@ def read(name: str) -> tuple[Header, dict[int, Gate]]:
     metadata, found = opened(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(
-            f"{path} holds no gates of `vtoken train-exit` (format {reprlib.repr(metadata.get('format'))}, not {FORMAT!r})"
+            f"{path} holds no gates of `vtoken train-exit` (format {reprlib.repr(metadata.get('format'))}, not "
+            f"{FORMAT!r})"
         )
     depth, width, hidden = (count(path, metadata, key) for key in ("depth", "width", "hidden"))
     stay = _shares(path, metadata, depth)

@@ -68,21 +68,21 @@ class DPNRouted(Compressor):
         return sizes
 
     @cached_property
-    def held(self) -> Weights:
+    def weights(self) -> Weights:
         """The routers, by the layer after which they are asked."""
         return Weights(routers(self.routers))
 
     def unload(self) -> None:
-        self.held.unload()
+        self.weights.unload()
 
     def needs(self) -> tuple[Fact, ...]:
         return (Fact("later_text"),)
 
     def layers(self, depth: int) -> tuple[int, ...]:
-        return tuple(layer + 1 for layer in self.held.layers)
+        return tuple(layer + 1 for layer in self.weights.layers)
 
     def incompatibility(self, depth: int, width: int) -> str:
-        found = {layer: Router(*router) for layer, router in self.held.layers.items()}
+        found = {layer: Router(*router) for layer, router in self.weights.layers.items()}
         wide, outputs = ({f(r) for r in found.values()} for f in (lambda r: r.first.shape[1], lambda r: len(r.second)))
         if wide == {width} and max(found) < depth - 1 and max(outputs) <= len(self.sizes):
             return ""
@@ -96,7 +96,7 @@ class DPNRouted(Compressor):
     def select(self, tokens: VisualTokens) -> Keep:
         assert tokens.layer is not None
         last, sides = last_of(tokens.row), tokens.memory.setdefault("sides", [1] * len(tokens.lengths))
-        router = Router(*self.held.on(tokens.layer - 1, tokens.x.device))
+        router = Router(*self.weights.on(tokens.layer - 1, tokens.x.device))
         sizes = self.sizes[: len(router.second)]
         fits = [self._fits(parts, side, max(sizes)) for parts, side in zip(tokens.parts, sides, strict=True)]
         rows = {k for k, ask in zip(last, asked(tokens), strict=True) if ask}

@@ -53,12 +53,12 @@ class DyVTE(Compressor):
         return header(self.gates)
 
     @cached_property
-    def held(self) -> Weights:
+    def weights(self) -> Weights:
         """The gates, by the layer before which they are asked."""
         return Weights(matrices(self.gates))
 
     def unload(self) -> None:
-        self.held.unload()
+        self.weights.unload()
 
     def needs(self) -> tuple[Fact, ...]:
         return (Fact("later_text"),)
@@ -67,11 +67,12 @@ class DyVTE(Compressor):
         return tuple(range(1, depth))
 
     def incompatibility(self, depth: int, width: int) -> str:
-        header, _ = self.header, self.held  # read when wrapping
+        header, _ = self.header, self.weights  # read when wrapping
         if (header.depth, header.width) == (depth, width):
             return ""
         return (
-            f"the gates {self.gates!r} are for a decoder of {header.depth} layers of width {header.width}, this one has "
+            f"the gates {self.gates!r} are for a decoder of {header.depth} layers of width {header.width}, this one "
+            "has "
             f"{depth} of width {width}; train gates for it: vtoken train-exit MODEL --data DATA -o FILE"
         )
 
@@ -83,7 +84,7 @@ class DyVTE(Compressor):
         if which:
             assert tokens.layer is not None
             shown = torch.stack([question(texts[k]) for k in which])
-            first, second = self.held.on(tokens.layer, shown.device)
+            first, second = self.weights.on(tokens.layer, shown.device)
             stay, out = logits((first, second), shown).unbind(1)
             gone = dict(zip(which, (out > stay).tolist(), strict=True))
         return leave(tokens, [gone.get(k, False) for k in last])

@@ -43,8 +43,8 @@ class DToMe(Merger, Thresholds):
                 )
         return tuple(range(depth))
 
-    def taken(self, value: Tensor, held: Sequence[int], at: int) -> tuple[int, ...]:
-        return self.above(value, held, at)
+    def taken(self, value: Tensor, lengths: Sequence[int], at: int) -> tuple[int, ...]:
+        return self.above(value, lengths, at)
 
     def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None

@@ -60,12 +60,12 @@ class ToMe(Merger):
     def for_depth(self, depth: int) -> Self:
         return self.model_copy(update={"r": self.schedule(depth), "inflection": 0})
 
-    def _most(self, held: Sequence[int], layer: int) -> tuple[int, ...]:
+    def _most(self, lengths: Sequence[int], layer: int) -> tuple[int, ...]:
         r = self.schedule(layer + 1)[layer] if isinstance(self.r, tuple) else self.r
-        return tuple(min(r, n // 2) for n in held)
+        return tuple(min(r, n // 2) for n in lengths)
 
-    def taken(self, value: Tensor, held: Sequence[int], at: int) -> tuple[int, ...]:
-        return self._most(held, at)
+    def taken(self, value: Tensor, lengths: Sequence[int], at: int) -> tuple[int, ...]:
+        return self._most(lengths, at)
 
     def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None

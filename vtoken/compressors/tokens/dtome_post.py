@@ -35,30 +35,30 @@ class DToMePost(Compressor, Thresholds):
     def needs(self) -> tuple[Fact, ...]:
         return (Fact("mean_key"),)
 
-    def taken(self, value: Tensor, held: Sequence[int], at: int) -> tuple[int, ...]:
-        """Number of merges per sequence in round `at`: value [S, W] similarities, -inf if there is no pair; held tokens
-        per sequence."""
-        return self.above(value, held, at)
+    def taken(self, value: Tensor, lengths: Sequence[int], at: int) -> tuple[int, ...]:
+        """Number of merges per sequence in round `at`: value [S, W] similarities, -inf if there is no pair; `lengths`:
+        tokens per sequence."""
+        return self.above(value, lengths, at)
 
     def select(self, tokens: VisualTokens) -> Keep:
-        owner, held, each = sequences(tokens)
+        owner, sizes, each = sequences(tokens)
         metric, size, device = tokens.fact("mean_key").float(), tokens.size, owner.device
         size = torch.ones(len(owner), device=device) if size is None else size
         order = torch.argsort(owner, stable=True)
         index = into = places = torch.arange(len(owner), device=device)
         for at in range(len(self.thresholds)):
-            pairs = match(metric, order, held)
-            taken = self.taken(pairs.value, held, at)
+            pairs = match(metric, order, sizes)
+            taken = self.taken(pairs.value, sizes, at)
             if not any(taken):
                 continue
-            left, to, order = merge(pairs, held, taken, places)
+            left, to, order = merge(pairs, sizes, taken, places)
             metric = Keep(left, (len(left),), to, size).apply(metric)
             size = torch.zeros(len(left), device=device).index_add_(0, to, size)
-            held = [n - r for n, r in zip(held, taken, strict=True)]
+            sizes = [n - r for n, r in zip(sizes, taken, strict=True)]
             index, into = index[left], to[into]
         if len(index) == len(into):
             return keep_all(tokens)
-        lengths = tuple(sum(held[i : i + each]) for i in range(0, len(held), each))
+        lengths = tuple(sum(sizes[i : i + each]) for i in range(0, len(sizes), each))
         return Keep(index, lengths, into, tokens.size, complete=True)
 
     def expected_counts(

@@ -8,11 +8,12 @@ from torch import Tensor
 from vtoken.pruners._pools import top
 from vtoken.stages import VisualTokens
 
-CHUNK = 1 << 24  # weights that are held at once: 64 MiB
+CHUNK = 1 << 24  # weights in memory at once: 64 MiB
 
 
 def weigh(tokens: VisualTokens, share: float, skip: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[ΣN] each: the mean weight that the text gives to a token, its mean over text and seeds, and whether it is a seed.
+    """[ΣN] each: the mean weight that the text gives to a token, its mean over text and seeds, and whether it is a
+    seed.
 
     Args:
         share: of an image that are seeds, at least one token; skip: tokens of the text that are not asked, unless there

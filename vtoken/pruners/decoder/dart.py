@@ -99,7 +99,9 @@ def unlike(likeness: list[Tensor], taken: list[Tensor], offsets: Tensor, counts:
     most = max(map(len, likeness))
     table = torch.cat([pad(like, (0, 0, 0, most - len(like))) for like in likeness], 1)
     gone = torch.zeros_like(table[0]).index_fill_(0, torch.cat(taken), torch.inf)
-    shares = [divmod(k - len(held), max(1, len(like))) for k, held, like in zip(counts, taken, likeness, strict=True)]
+    shares = [
+        divmod(k - len(lengths), max(1, len(like))) for k, lengths, like in zip(counts, taken, likeness, strict=True)
+    ]
     for p in range(most):
         turn = [(share + (p < more)) * (p < len(like)) for (share, more), like in zip(shares, likeness, strict=True)]
         gone = gone.index_fill(0, topk_tokens(-(table[p] + gone), offsets, turn), torch.inf)

@@ -71,11 +71,11 @@ class FitPrune(Stage):
         """What is left before this layer; outside a model (None), what the whole table leaves."""
         alive = [self.tokens, *(self.tokens - gone for gone in accumulate(self.table))]
         before, after = (0, -1) if layer is None else (layer - 1, layer)
-        held, left = alive[before], alive[after]
+        sizes, left = alive[before], alive[after]
         if not left:
             return (0,) * len(lengths)
         # Rounded half up; otherwise a smaller image would lose one token too many at every layer.
-        return tuple(min(n, max(1, (2 * n * left + held) // (2 * held))) for n in lengths)
+        return tuple(min(n, max(1, (2 * n * left + sizes) // (2 * sizes))) for n in lengths)
 
     def counts_are_exact(self, layer: int | None = None, whole: bool = True) -> bool:
         return True

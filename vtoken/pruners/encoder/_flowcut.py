@@ -19,7 +19,7 @@ def targets(keep: Budget, lengths: Sequence[int], parts: Sequence[Parts]) -> tup
     return tuple(min(n, k) for n, k in zip(lengths, wanted, strict=True))
 
 
-def losses(attention: Tensor, held: Sequence[int], target: Sequence[int], ahead: int) -> list[int]:
+def losses(attention: Tensor, sizes: Sequence[int], target: Sequence[int], ahead: int) -> list[int]:
     """How many tokens each unit may lose, given the entropy of its attention. Waits for the device once.
 
     Args:
@@ -28,9 +28,9 @@ def losses(attention: Tensor, held: Sequence[int], target: Sequence[int], ahead:
         ahead: layers from here to the last cut, at least 1.
     """
     both = torch.stack([attention, torch.special.entr(attention)], 1)
-    lengths = torch.tensor(held, device=both.device)
+    lengths = torch.tensor(sizes, device=both.device)
     sums = torch.segment_reduce(both, "sum", lengths=lengths, unsafe=True).tolist()
-    return [loss(total, entropies, n, k, ahead) for (total, entropies), n, k in zip(sums, held, target, strict=True)]
+    return [loss(total, entropies, n, k, ahead) for (total, entropies), n, k in zip(sums, sizes, target, strict=True)]
 
 
 def loss(total: float, entropies: float, n: int, k: int, ahead: int) -> int:

@@ -73,8 +73,8 @@ class FlowCut(Pruner):
 
     def select(self, tokens: VisualTokens) -> Keep:
         """No loop over images; waits for the device once, for the counts of a cut."""
-        order, held, target = self._units(tokens)
-        if held == target:
+        order, sizes, target = self._units(tokens)
+        if sizes == target:
             return keep_all(tokens)
 
         def in_units(values: Tensor) -> Tensor:
@@ -82,21 +82,21 @@ class FlowCut(Pruner):
 
         attention, value = (in_units(tokens.fact(name)).float() for name in ("global_attention", "mean_value"))
         relevance = in_units(tokens.fact("value_attention")).float() if self.relevance else None
-        flow = flow_scores(attention, relevance, value, offsets_of(held, value.device))
+        flow = flow_scores(attention, relevance, value, offsets_of(sizes, value.device))
         scores = cumulated(tokens, flow if order is None else flow[order.argsort()], self.momentum)
         ahead = self._ahead(tokens.layer)
         if ahead % 2:
             return keep_all(tokens)
         counts = target
         if ahead:
-            loss = losses(attention, held, target, ahead)
+            loss = losses(attention, sizes, target, ahead)
             if self.reference_quirks:
                 loss = [max(loss)] * len(loss)
-            counts = tuple(max(n - r, k) for n, r, k in zip(held, loss, target, strict=True))
-            if counts == held:
+            counts = tuple(max(n - r, k) for n, r, k in zip(sizes, loss, target, strict=True))
+            if counts == sizes:
                 return keep_all(tokens)
-        index = topk_tokens(in_units(scores.values), offsets_of(held, value.device), counts)
-        each = len(held) // len(tokens.lengths)
+        index = topk_tokens(in_units(scores.values), offsets_of(sizes, value.device), counts)
+        each = len(sizes) // len(tokens.lengths)
         lengths = tuple(sum(counts[i : i + each]) for i in range(0, len(counts), each))
         scores.keep = Keep(index if order is None else order[index].sort().values, lengths)
         return scores.keep

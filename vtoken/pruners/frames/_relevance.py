@@ -93,21 +93,21 @@ def read(name: str) -> tuple[Scores, ...]:
     """
     path = Path(name)
     try:
-        held = json.loads(path.read_text(encoding="utf-8"), parse_int=float)
+        given = json.loads(path.read_text(encoding="utf-8"), parse_int=float)
     except FileNotFoundError:
         raise ValueError(f"no file {name[:200]!r}; write a JSON list with one number per frame") from None
     except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{name[:200]!r} is no JSON that can be read: {error}") from None
-    return checked(held, name)
+    return checked(given, name)
 
 
-def checked(held: Any, what: str) -> tuple[Scores, ...]:
+def checked(given: Any, what: str) -> tuple[Scores, ...]:
     """Scores of every video; of all videos, if there is one list.
 
     Raises:
         ValueError: names `what` if it is not made of finite numbers.
     """
-    rows = held if isinstance(held, (list, tuple)) and held and isinstance(held[0], (list, tuple)) else [held]
+    rows = given if isinstance(given, (list, tuple)) and given and isinstance(given[0], (list, tuple)) else [given]
     for row in rows:
         if not isinstance(row, (list, tuple)) or not row:
             raise ValueError(f"{what} must hold [0.1, 0.9, ...], one number per frame, or one such list per video")

@@ -39,8 +39,10 @@ class FramesRelevant(FramePruner):
     )
 
     relevance: Given | str = Field(
-        description="one number per frame, for every video; or a list of numbers for each video of a call, in order, or "
-        "a JSON file with either",
+        description=(
+            "one number per frame, for every video; or a list of numbers for each video of a call, in order, or a JSON "
+            "file with either"
+        ),
         json_schema_extra=NAMES_FILE,
     )
     rule: Literal["top", "aks", "anchors", "drawn"] = Field(default="aks", description="how frames follow from scores")

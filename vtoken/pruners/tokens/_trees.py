@@ -37,16 +37,16 @@ class Trees(NamedTuple):
         return each, roots, torch.empty_like(own).index_copy_(0, roots, own[: len(roots)])[self.root]
 
 
-def grow(x: Tensor, held: Sequence[int], segments: Sequence[int], most: Sequence[int], similarity: float) -> Trees:
+def grow(x: Tensor, lengths: Sequence[int], segments: Sequence[int], most: Sequence[int], similarity: float) -> Trees:
     """Links each of the rows x [M, D] to its most similar row of the frame before, in the same segment, if their cosine
     is above `similarity`; of more than `most` links of a segment, the most - 1 closest hold. Does not wait for the
     device.
 
     Args:
-        held: rows of each frame; segments: frames of each segment; most: links of each segment.
+        lengths: rows of each frame; segments: frames of each segment; most: links of each segment.
     """
     own = torch.arange(len(x), device=x.device)
-    parent = _parents(x, held, segments, most, similarity)
+    parent = _parents(x, lengths, segments, most, similarity)
     size, root = torch.ones(len(x), device=x.device), parent
     near = size.index_add(0, parent, (parent != own).float())
     for _ in range(max(segments).bit_length()):
@@ -54,18 +54,20 @@ def grow(x: Tensor, held: Sequence[int], segments: Sequence[int], most: Sequence
     return Trees(root, torch.zeros_like(size).index_add_(0, root, size)[root], near[root])
 
 
-def _parents(x: Tensor, held: Sequence[int], segments: Sequence[int], most: Sequence[int], similarity: float) -> Tensor:
+def _parents(
+    x: Tensor, lengths: Sequence[int], segments: Sequence[int], most: Sequence[int], similarity: float
+) -> Tensor:
     """[M] row that each row is linked to, itself if none."""
-    device, own, start = x.device, torch.arange(len(x), device=x.device), [0, *accumulate(held)]
-    later = sorted(set(range(len(held))) - {0, *accumulate(segments)})
+    device, own, start = x.device, torch.arange(len(x), device=x.device), [0, *accumulate(lengths)]
+    later = sorted(set(range(len(lengths))) - {0, *accumulate(segments)})
     mine, theirs = ([row for f in later for row in range(start[f - b], start[f - b + 1])] for b in (0, 1))
     if not mine or not theirs:
         return own
     rows, others = uploaded(mine, device), uploaded(theirs, device)
-    ends, other_ends = (offsets_of([held[f - b] for f in later], device) for b in (0, 1))
+    ends, other_ends = (offsets_of([lengths[f - b] for f in later], device) for b in (0, 1))
     cosine, partner = nearest_tokens(x[rows], x[others], ends, other_ends)
     value = torch.full((len(x),), -torch.inf, device=device).index_copy_(0, rows, cosine)
-    rows_of = sums(held, segments)
+    rows_of = sums(lengths, segments)
     segment, linked = image_of(rows_of, device), value > similarity
     closest = [max(0, min(n, k - 1)) for n, k in zip(rows_of, most, strict=True)]
     best = topk_tokens(value, offsets_of(rows_of, device), closest)
@@ -80,11 +82,11 @@ def clusters(standing: Sequence[int], segments: Sequence[int], rooms: Sequence[i
     """Tokens that each frame makes of its trees, of the room of its segment in proportion to the trees."""
     counts, start = [], 0
     for frames, room in zip(segments, rooms, strict=True):
-        held = standing[start : start + frames]
-        ratio = room / max(1, sum(held))
+        lengths = standing[start : start + frames]
+        ratio = room / max(1, sum(lengths))
         if rounded_up:
-            counts += [math.ceil(n * ratio) if ratio < 1 else n for n in held]
+            counts += [math.ceil(n * ratio) if ratio < 1 else n for n in lengths]
         else:
-            counts += apportion(torch.tensor(held, dtype=torch.float64) * ratio, held, room)
+            counts += apportion(torch.tensor(lengths, dtype=torch.float64) * ratio, lengths, room)
         start += frames
     return counts

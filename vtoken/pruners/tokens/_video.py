@@ -59,23 +59,26 @@ def frame_numbers(tokens: VisualTokens, image: int) -> tuple[Tensor, list[int]]:
     frame = tokens.raster_index[start : start + tokens.lengths[image]] // (height * width)
     if tokens.whole(image):
         return frame, [height * width] * frames
-    held: list[int] = torch.bincount(frame, minlength=frames).tolist()
-    return frame, held
+    lengths: list[int] = torch.bincount(frame, minlength=frames).tolist()
+    return frame, lengths
 
 
 def by_place(tokens: VisualTokens, image: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     """[F, P, D] fp32 tokens of a video, by frame and place, 0 where one was dropped; [F, P] their rows, -1 there; [n]
     place of each; tokens of each frame."""
-    frame, held = frame_numbers(tokens, image)
+    frame, lengths = frame_numbers(tokens, image)
     _, height, width = tokens.parts[image][0]
     start, n = sum(tokens.lengths[:image]), len(frame)
     x, place = tokens.x[start : start + n].float(), tokens.raster_index[start : start + n] % (height * width)
     own = torch.arange(n, device=x.device)
     if tokens.whole(image):
-        return x.unflatten(0, (len(held), -1)), own.unflatten(0, (len(held), -1)), place, held
-    table, rows = x.new_zeros(len(held), height * width, x.shape[1]), own.new_full((len(held), height * width), -1)
+        return x.unflatten(0, (len(lengths), -1)), own.unflatten(0, (len(lengths), -1)), place, lengths
+    table, rows = (
+        x.new_zeros(len(lengths), height * width, x.shape[1]),
+        own.new_full((len(lengths), height * width), -1),
+    )
     table[frame, place], rows[frame, place] = x, own
-    return table, rows, place, held
+    return table, rows, place, lengths
 
 
 def frames_of(tokens: VisualTokens, image: int) -> list[int]:
@@ -166,23 +169,25 @@ class VideoPruner(Pruner):
             )
         return self
 
-    def fold(self, tokens: VisualTokens, image: int, rows: slice, held: list[int], budgets: list[int]) -> Folded:
+    def fold(self, tokens: VisualTokens, image: int, rows: slice, lengths: list[int], budgets: list[int]) -> Folded:
         """The decision on the video that has these rows of the packed tokens.
 
         Args:
             image: its number.
-            held, budgets: tokens of each frame, and tokens to keep of it.
+            lengths, budgets: tokens of each frame, and tokens to keep of it.
         """
         raise NotImplementedError
 
-    def budgets(self, x: Tensor, held: Sequence[int], k: int) -> list[int]:
+    def budgets(self, x: Tensor, lengths: Sequence[int], k: int) -> list[int]:
         """Tokens to keep of each frame of a video x [n, D]: those that the budget gives a frame, or k of the video in
         proportion to what the frames hold."""
         if self.keep.key_weight is not None:
-            return list(self.keep.counts(held, (0,) * len(held), key_weights(x, held, (0,) * len(held), self.keep)))
+            return list(
+                self.keep.counts(lengths, (0,) * len(lengths), key_weights(x, lengths, (0,) * len(lengths), self.keep))
+            )
         if self.keep.per is not None:
-            return list(self.keep.counts(held, range(len(held))))
-        return apportion(torch.tensor(held, dtype=torch.float64) * (k / sum(held)), held, k)
+            return list(self.keep.counts(lengths, range(len(lengths))))
+        return apportion(torch.tensor(lengths, dtype=torch.float64) * (k / sum(lengths)), lengths, k)
 
     def even_per(self) -> None:
         """Frames keep what their trees, clusters or segments get."""
@@ -192,9 +197,9 @@ class VideoPruner(Pruner):
         counts = self.expected_counts(tokens.lengths, tokens.parts, tokens.row)
 
         def fold(image: int, rows: slice) -> Folded | None:
-            held = frames_of(tokens, image)
-            budgets = self.budgets(tokens.x[rows], held, counts[image])
-            return None if sum(budgets) == sum(held) else self.fold(tokens, image, rows, held, budgets)
+            lengths = frames_of(tokens, image)
+            budgets = self.budgets(tokens.x[rows], lengths, counts[image])
+            return None if sum(budgets) == sum(lengths) else self.fold(tokens, image, rows, lengths, budgets)
 
         return fold_videos(tokens, fold)
 

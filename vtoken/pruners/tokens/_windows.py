@@ -33,22 +33,22 @@ class Groups(NamedTuple):
 
 
 def grouped(
-    x: Tensor, row: Tensor, place: Tensor, held: Sequence[int], windows: Sequence[tuple[int, int]], still: Tensor
+    x: Tensor, row: Tensor, place: Tensor, lengths: Sequence[int], windows: Sequence[tuple[int, int]], still: Tensor
 ) -> Groups:
     """Waits for the device, for the sizes.
 
     Args:
-        x: [n, D] tokens; row, place, held: as `by_place` gives them.
+        x: [n, D] tokens; row, place, lengths: as `by_place` gives them.
         still: [windows, P] whether a place stands still in that window.
     """
     device, own = place.device, torch.arange(len(place), device=place.device)
-    frame = image_of(held, device)
+    frame = image_of(lengths, device)
     window = image_of([b - a + 1 for a, b in windows], device)[frame]
     first = torch.tensor([a for a, _ in windows], device=device)
     stays = still[window, place]
     root = torch.where(stays, row[first[window], place], own)
     group = torch.where(stays, window, len(windows) + frame)
-    sizes = torch.bincount(group, (root == own).float(), len(windows) + len(held)).int().tolist()
+    sizes = torch.bincount(group, (root == own).float(), len(windows) + len(lengths)).int().tolist()
     order = torch.where(root == own, group, len(sizes)).argsort(stable=True)[: sum(sizes)]
     slot = torch.empty_like(own).index_copy_(0, order, own[: len(order)])[root]
     return Groups(

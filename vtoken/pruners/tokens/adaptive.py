@@ -37,10 +37,10 @@ class Adaptive(Pruner):
     def select(self, tokens: VisualTokens) -> Keep:
         attention = tokens.fact("cls_attention").float()
 
-        def pick(rows: Tensor, held: list[int], counts: list[int]) -> Tensor:
-            plain = relative_entropy(attention[rows], held) <= self.entropy
-            by_attention = topk_tokens(attention[rows], offsets_on_host(held).to(rows.device), counts)
-            apart = farthest_tokens(tokens.x[rows], held, counts)
+        def pick(rows: Tensor, lengths: list[int], counts: list[int]) -> Tensor:
+            plain = relative_entropy(attention[rows], lengths) <= self.entropy
+            by_attention = topk_tokens(attention[rows], offsets_on_host(lengths).to(rows.device), counts)
+            apart = farthest_tokens(tokens.x[rows], lengths, counts)
             return torch.where(plain[image_of(counts, rows.device)], by_attention, apart)
 
         return choose_together(self, tokens, pick)
@@ -51,10 +51,10 @@ class Adaptive(Pruner):
         return sum(2 * n * (n + k) * width for n, k in zip(lengths, counts, strict=True) if k < n)
 
 
-def relative_entropy(weights: Tensor, held: Sequence[int]) -> Tensor:
+def relative_entropy(weights: Tensor, lengths: Sequence[int]) -> Tensor:
     """[pools] entropy of the weights [ΣN] of each pool, as shares of their sum, divided by log n."""
-    pool = image_of(held, weights.device)
-    sums = weights.new_zeros(len(held)).index_add_(0, pool, weights)
+    pool = image_of(lengths, weights.device)
+    sums = weights.new_zeros(len(lengths)).index_add_(0, pool, weights)
     share = weights / sums[pool]
-    each = weights.new_zeros(len(held)).index_add_(0, pool, -torch.special.xlogy(share, share))
-    return each / torch.tensor(held, device=weights.device).clamp(min=2).log()
+    each = weights.new_zeros(len(lengths)).index_add_(0, pool, -torch.special.xlogy(share, share))
+    return each / torch.tensor(lengths, device=weights.device).clamp(min=2).log()

@@ -46,8 +46,8 @@ class CDPruner(Pruner):
     def select(self, tokens: VisualTokens) -> Keep:
         relevance = self._relevance(tokens)
 
-        def pick(rows: Tensor, held: list[int], counts: list[int]) -> Tensor:
-            return diverse_tokens(tokens.x[rows], relevance[rows], held, counts)
+        def pick(rows: Tensor, lengths: list[int], counts: list[int]) -> Tensor:
+            return diverse_tokens(tokens.x[rows], relevance[rows], lengths, counts)
 
         return choose_together(self, tokens, pick)
 

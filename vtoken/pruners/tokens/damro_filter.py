@@ -47,15 +47,15 @@ class DamroFilter(Stage):
 
     def select(self, tokens: VisualTokens) -> Keep:
         score, device = tokens.fact("cls_attention"), tokens.x.device
-        order, held = torch.arange(len(score), device=device), tokens.lengths
+        order, sizes = torch.arange(len(score), device=device), tokens.lengths
         if self.each_segment and tokens.segment is not None:
             most = int(tokens.segment.max()) + 1
             owner = image_of(tokens.lengths, device) * most + tokens.segment
             order = owner.argsort(stable=True)
-            held = tuple(torch.bincount(owner, minlength=most * len(tokens.lengths)).tolist())
-        few = [min(self.outliers, n - 1) if n else 0 for n in held]
+            sizes = tuple(torch.bincount(owner, minlength=most * len(tokens.lengths)).tolist())
+        few = [min(self.outliers, n - 1) if n else 0 for n in sizes]
         drop = torch.zeros(len(score), dtype=torch.bool, device=device)
-        drop[order[topk_tokens(score[order], offsets_of(held, device), few)]] = True
+        drop[order[topk_tokens(score[order], offsets_of(sizes, device), few)]] = True
         if self.high_norm:
             drop &= self._long(tokens)
         if not any(few):

@@ -52,11 +52,11 @@ class DCoDe(Pruner):
         device = tokens.x.device
         norm = tokens.x.float().norm(dim=-1)
         if self.keep.per is not None and tokens.segment is not None:
-            order, held, counts, _ = self.per_segment(tokens)
+            order, sizes, counts, _ = self.per_segment(tokens)
         else:
-            order, held = torch.arange(len(norm), device=device), tokens.lengths
-            counts = self.keep.counts(held, tokens.row)
-        chosen = order[topk_tokens(norm[order], offsets_of(held, device), list(counts))]
+            order, sizes = torch.arange(len(norm), device=device), tokens.lengths
+            counts = self.keep.counts(sizes, tokens.row)
+        chosen = order[topk_tokens(norm[order], offsets_of(sizes, device), list(counts))]
         frame = image_of(counts, device)
         ranked = norm[chosen].argsort(descending=True, stable=True)
         chosen = chosen[ranked[frame[ranked].argsort(stable=True)]]

@@ -29,8 +29,8 @@ class DivPrune(Pruner):
     )
 
     def select(self, tokens: VisualTokens) -> Keep:
-        def pick(rows: Tensor, held: list[int], counts: list[int]) -> Tensor:
-            return farthest_tokens(tokens.x[rows], held, counts)
+        def pick(rows: Tensor, lengths: list[int], counts: list[int]) -> Tensor:
+            return farthest_tokens(tokens.x[rows], lengths, counts)
 
         return choose_together(self, tokens, pick)
 

@@ -67,16 +67,16 @@ class DyCoke(Stage):
 
     def _video(self, tokens: VisualTokens, image: int) -> Tensor:
         """Rows of a video that stay, ascending."""
-        table, row, place, held = by_place(tokens, image)
-        of = self.reference(len(held))
+        table, row, place, lengths = by_place(tokens, image)
+        of = self.reference(len(lengths))
         change = 1 - torch.cosine_similarity(table, table[of], dim=2)
         change = torch.where((row >= 0) & (row[of] >= 0), change, NEW)
         if self.as_released:
             change[1::2] = change[1::2].roll(1, 0)
-        stay = [n if of[f] == f else 0 if of[f] < 0 else max(1, int(self.left * n)) for f, n in enumerate(held)]
-        stay = [min(n, k) for n, k in zip(held, stay, strict=True)]
-        frame = image_of(held, place.device)
-        return topk_tokens(change[frame, place], offsets_of(held, place.device), stay)
+        stay = [n if of[f] == f else 0 if of[f] < 0 else max(1, int(self.left * n)) for f, n in enumerate(lengths)]
+        stay = [min(n, k) for n, k in zip(lengths, stay, strict=True)]
+        frame = image_of(lengths, place.device)
+        return topk_tokens(change[frame, place], offsets_of(lengths, place.device), stay)
 
     def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None

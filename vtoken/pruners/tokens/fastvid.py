@@ -57,18 +57,18 @@ class FastVID(VideoPruner):
     def needs(self) -> tuple[Fact, ...]:
         return (Fact("cls_attention"),)
 
-    def budgets(self, x: Tensor, held: Sequence[int], k: int) -> list[int]:
+    def budgets(self, x: Tensor, lengths: Sequence[int], k: int) -> list[int]:
         if self.as_released and self.keep.share is not None:
-            return [max(1, int(n * self.keep.share)) for n in held]
-        return super().budgets(x, held, k)
+            return [max(1, int(n * self.keep.share)) for n in lengths]
+        return super().budgets(x, lengths, k)
 
-    def fold(self, tokens: VisualTokens, image: int, rows: slice, held: list[int], budgets: list[int]) -> Folded:
+    def fold(self, tokens: VisualTokens, image: int, rows: slice, lengths: list[int], budgets: list[int]) -> Folded:
         x, device = tokens.x[rows].float(), tokens.x.device
-        events = segments(merge_tokens(x, image_of(held, device), len(held)), self.cut, self.segments)
+        events = segments(merge_tokens(x, image_of(lengths, device), len(lengths)), self.cut, self.segments)
         most = [budget - int(budget * self.contextual) for budget in budgets]
-        chosen = topk_tokens(tokens.fact("cls_attention")[rows].float(), offsets_of(held, device), most)
+        chosen = topk_tokens(tokens.fact("cls_attention")[rows].float(), offsets_of(lengths, device), most)
         home = torch.full((len(x),), -1, device=device).index_copy_(0, chosen, chosen)
-        rest, others = rest_of(len(x), chosen), [n - k for n, k in zip(held, most, strict=True)]
+        rest, others = rest_of(len(x), chosen), [n - k for n, k in zip(lengths, most, strict=True)]
         spare = [budget - k for budget, k in zip(budgets, most, strict=True)]
         ends = [0, *accumulate(events)]
         counts = [n for a, b in pairwise(ends) for n in self._anchors(spare[a:b], others[a:b])]

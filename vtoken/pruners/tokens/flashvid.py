@@ -65,30 +65,30 @@ class FlashVID(VideoPruner):
     def needs(self) -> tuple[Fact, ...]:
         return (Fact("cls_attention"),)
 
-    def budgets(self, x: Tensor, held: Sequence[int], k: int) -> list[int]:
+    def budgets(self, x: Tensor, lengths: Sequence[int], k: int) -> list[int]:
         if self.as_released and self.keep.share is not None:
-            return [math.ceil(n * self.keep.share) for n in held]
-        return super().budgets(x, held, k)
+            return [math.ceil(n * self.keep.share) for n in lengths]
+        return super().budgets(x, lengths, k)
 
-    def fold(self, tokens: VisualTokens, image: int, rows: slice, held: list[int], budgets: list[int]) -> Folded:
+    def fold(self, tokens: VisualTokens, image: int, rows: slice, lengths: list[int], budgets: list[int]) -> Folded:
         x, worth = tokens.x[rows], tokens.fact("cls_attention")[rows].float()
-        frame = image_of(held, x.device)
-        means = merge_tokens(x.float(), frame, len(held))
+        frame = image_of(lengths, x.device)
+        means = merge_tokens(x.float(), frame, len(lengths))
         events = segments(means, self.cut, self.segments)
         if self.relevance:
             event = image_of(events, x.device)
             worth = worth * (x.float() * merge_tokens(means, event, len(events))[event[frame]]).sum(1).clamp(min=0)
         first = [math.ceil(self.alpha * budget) for budget in budgets]
-        chosen = farthest_tokens(x, held, first, worth=worth)
+        chosen = farthest_tokens(x, lengths, first, worth=worth)
         home, one = torch.full_like(frame, -1).index_copy_(0, chosen, chosen), torch.ones_like(worth)
         left = [budget - taken for budget, taken in zip(budgets, first, strict=True)]
         if not any(left):
             return Folded(chosen, home, one)
-        rest, others = rest_of(len(x), chosen), [n - taken for n, taken in zip(held, first, strict=True)]
-        most = [n - k for n, k in zip(sums(held, events), sums(budgets, events), strict=True)]
+        rest, others = rest_of(len(x), chosen), [n - taken for n, taken in zip(lengths, first, strict=True)]
+        most = [n - k for n, k in zip(sums(lengths, events), sums(budgets, events), strict=True)]
         trees = grow(x[rest], others, events, most, self.similarity)
         divisor = trees.near if self.as_released else trees.size
-        standing, roots, slot = trees.standing(frame[rest], len(held))
+        standing, roots, slot = trees.standing(frame[rest], len(lengths))
         counts = clusters(standing, events, sums(left, events), rounded_up=self.as_released)
         values = merge_tokens(x[rest].float(), slot, len(roots)) * (trees.size / divisor)[roots, None]
         centres = density_peaks(values, standing, counts, NEIGHBOURS)
@@ -102,5 +102,5 @@ class FlashVID(VideoPruner):
         return not self.as_released and super().counts_are_exact(layer, whole)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        """Cosines within frames and between them, and distances within them, as if every frame held 196 tokens."""
+        """Cosines within frames and between them, and distances within them, as if every frame had 196 tokens."""
         return sum(6 * n * min(n, 196) * width for n in lengths)

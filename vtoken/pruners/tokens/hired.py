@@ -65,7 +65,7 @@ class HiRED(Pruner):
         counts = self.keep.counts(tokens.lengths, tokens.row)
         if counts == tokens.lengths:
             return keep_all(tokens)
-        score, order, held, keep, start = tokens.fact("cls_attention"), [], [], [], 0
+        score, order, lengths, keep, start = tokens.fact("cls_attention"), [], [], [], 0
         anyres = [len(parts) == 2 and tokens.segment is not None for parts in tokens.parts]
         if not any(anyres):
             return Keep(topk_tokens(score, offsets_on_host(tokens.lengths), counts), counts)
@@ -77,11 +77,11 @@ class HiRED(Pruner):
             else:
                 order.append(torch.arange(start, start + n, device=score.device))
                 tokens_of, keep_of = [n], [k]
-            held += tokens_of
+            lengths += tokens_of
             keep += keep_of
             start += n
         rows = torch.cat(order)
-        return Keep(rows[topk_tokens(score[rows], offsets_on_host(held), keep)].sort().values, counts)
+        return Keep(rows[topk_tokens(score[rows], offsets_on_host(lengths), keep)].sort().values, counts)
 
     def _split(
         self, tokens: VisualTokens, here: slice, segment: Tensor, parts: Parts, k: int
@@ -89,18 +89,18 @@ class HiRED(Pruner):
         """Tokens of the whole and of each crop of one image, and tokens to keep of each; `here` is the image's slice of
         the packed axis."""
         alpha, place = Fraction(str(self.alpha)), tokens.raster_index[here]
-        held = torch.bincount(segment).tolist()
-        base, *crops = held
+        lengths = torch.bincount(segment).tolist()
+        base, *crops = lengths
         whole = max(min(int(alpha * k), base), k - sum(crops))
         if not crops:
-            return held, [whole]
+            return lengths, [whole]
         found = top(tokens.fact("cls_attention", self.initial_layer)[here][:base], int((1 - alpha) * base))
         if self.region == "quadrant":
-            crop = region(place[found], place[base:], segment[base:], parts, len(held))
+            crop = region(place[found], place[base:], segment[base:], parts, len(lengths))
         else:
             crop = 1 + place[found] * len(crops) // size_of(parts[:1])
-        hits = torch.bincount(crop, minlength=len(held)).tolist()
-        return held, [whole, *share(k - whole, hits[1:], crops)]
+        hits = torch.bincount(crop, minlength=len(lengths)).tolist()
+        return lengths, [whole, *share(k - whole, hits[1:], crops)]
 
 
 def region(content: Tensor, place: Tensor, segment: Tensor, parts: Parts, most: int) -> Tensor:

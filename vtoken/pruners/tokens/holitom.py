@@ -41,7 +41,8 @@ class HoliTom(VideoPruner):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.21334"
     deviations: ClassVar[str] = (
-        "The budget is exact (as_released: true for the authors' rounding). Reading order; theirs puts the still tokens "
+        "The budget is exact (as_released: true for the authors' rounding). Reading order; theirs puts the still "
+        "tokens "
         "of a window before the others of its first frame. No random numbers among equal densities. Similarities are "
         "float32. The merge inside the LLM is left out."
     )
@@ -56,7 +57,7 @@ class HoliTom(VideoPruner):
     def needs(self) -> tuple[Fact, ...]:
         return (Fact("cls_attention"),)
 
-    def fold(self, tokens: VisualTokens, image: int, rows: slice, held: list[int], budgets: list[int]) -> Folded:
+    def fold(self, tokens: VisualTokens, image: int, rows: slice, lengths: list[int], budgets: list[int]) -> Folded:
         table, row, place, each = by_place(tokens, image)
         alike = torch.cosine_similarity(table[1:], table[:-1], dim=2) > self.similarity
         alike &= (row[1:] >= 0) & (row[:-1] >= 0)

@@ -53,14 +53,14 @@ class PruneVid(Stage):
 
     def select(self, tokens: VisualTokens) -> Keep:
         def fold(image: int, rows: slice) -> Folded:
-            table, row, place, held = by_place(tokens, image)
-            x, frame = tokens.x[rows], image_of(held, place.device)
-            real = [f for f, n in enumerate(held) if n]
-            means = merge_tokens(x.float(), frame, len(held))[real]
+            table, row, place, lengths = by_place(tokens, image)
+            x, frame = tokens.x[rows], image_of(lengths, place.device)
+            real = [f for f, n in enumerate(lengths) if n]
+            means = merge_tokens(x.float(), frame, len(lengths))[real]
             count = max(1, int(len(real) * self.scenes))
             found: list[int] = density_peaks(means, [len(real)], [count], NEIGHBOURS, limited=False).tolist()
             # Frames without tokens take the scene of the frame before.
-            labels = [found[max(0, sum(n > 0 for n in held[: f + 1]) - 1)] for f in range(len(held))]
+            labels = [found[max(0, sum(n > 0 for n in lengths[: f + 1]) - 1)] for f in range(len(lengths))]
             windows = scenes(labels)
             window = image_of([b - a + 1 for a, b in windows], place.device)
             unit = normalize(table, dim=2)
@@ -68,7 +68,7 @@ class PruneVid(Stage):
             frames = torch.tensor([b - a + 1 for a, b in windows], device=place.device)[:, None]
             live = torch.zeros_like(row[: len(windows)]).index_add_(0, window, (row >= 0).long()) == frames
             still = live & (frames > 1) & ((both - frames) / (frames * (frames - 1)).clamp(min=1) > self.similarity)
-            order, slot, sizes, values, members = grouped(x, row, place, held, windows, still)
+            order, slot, sizes, values, members = grouped(x, row, place, lengths, windows, still)
             counts = [self._clusters(size) for size in sizes]
             home = density_peaks(values, sizes, counts, NEIGHBOURS, limited=False)
             merged_away = home != torch.arange(len(home), device=home.device)

@@ -21,7 +21,7 @@ class SCOPE(Pruner):
     coverage of all tokens together, its attention is that of CLS. Ties go to the lower index.
 
     Paper: https://arxiv.org/abs/2510.24214. A loop over kept tokens. Each gain is a sum over a column of all N x N
-    similarities, which are held in memory (4 N^2 bytes per image, padded to the longest); the kernels for greedy
+    similarities, which stay in memory (4 N^2 bytes per image, padded to the longest); the kernels for greedy
     choices read one row per choice and do not fit.
     """
 
@@ -43,8 +43,8 @@ class SCOPE(Pruner):
         saliency = tokens.fact("cls_attention").float() ** self.alpha
         features = tokens.fact("features")
 
-        def pick(rows: Tensor, held: list[int], counts: list[int]) -> Tensor:
-            return covering(features[rows], saliency[rows], held, counts)
+        def pick(rows: Tensor, lengths: list[int], counts: list[int]) -> Tensor:
+            return covering(features[rows], saliency[rows], lengths, counts)
 
         return choose_together(self, tokens, pick)
 

@@ -51,10 +51,10 @@ class ToDRE(Pruner):
         if self.keep.per != "per_crop":
             pivot = pivot.masked_fill(in_a_crop(tokens), -torch.inf)
 
-        def pick(rows: Tensor, held: list[int], counts: list[int]) -> Tensor:
-            first = topk_tokens(pivot[rows], offsets_on_host(held), [1] * len(held))
+        def pick(rows: Tensor, lengths: list[int], counts: list[int]) -> Tensor:
+            first = topk_tokens(pivot[rows], offsets_on_host(lengths), [1] * len(lengths))
             rule: Literal["max_sum", "max_min"] = "max_sum" if self.strategy == "max_sum" else "max_min"
-            return farthest_tokens(tokens.x[rows], held, counts, first, rule)
+            return farthest_tokens(tokens.x[rows], lengths, counts, first, rule)
 
         return choose_together(self, tokens, pick)
 

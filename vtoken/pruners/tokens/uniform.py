@@ -33,11 +33,11 @@ class Uniform(Pruner):
         return Keep(uploaded(kept, tokens.x.device), counts)
 
     def _each_segment(self, tokens: VisualTokens) -> Keep:
-        order, held, keep, lengths = self.per_segment(tokens)
-        if keep == held:
+        order, sizes, keep, lengths = self.per_segment(tokens)
+        if keep == sizes:
             return keep_all(tokens)
-        kept, start, segments = list[int](), 0, len(held) // len(tokens.lengths)
-        for s, (n, k) in enumerate(zip(held, keep, strict=True)):
+        kept, start, segments = list[int](), 0, len(sizes) // len(tokens.lengths)
+        for s, (n, k) in enumerate(zip(sizes, keep, strict=True)):
             (_, h, w), *more = tokens.parts[s // segments]
             kept += [start + at for at in (even_grid(h, w, k) if not more and n == h * w else centres(n, k))]
             start += n

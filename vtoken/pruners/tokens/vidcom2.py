@@ -67,19 +67,19 @@ class VidCom2(Pruner):
 
     def _video(self, x: Tensor, frame: Tensor, k: int) -> Tensor:
         """Indices of the tokens of a video x [N, D] that stay; `frame` [N] is ascending."""
-        held = frame.unique_consecutive(return_counts=True)[1].tolist()
+        lengths = frame.unique_consecutive(return_counts=True)[1].tolist()
         steady = x.var(0, correction=0).argsort(stable=True)[: max(1, x.shape[1] // 2)]
         x = torch.nn.functional.normalize(x[:, steady], dim=-1)
-        own = torch.cat([f - f.mean(0) for f in x.split(held)])
+        own = torch.cat([f - f.mean(0) for f in x.split(lengths)])
         in_video, in_frame = common(x - x.mean(0)), common(own)
-        unusual = -torch.stack([f.mean() for f in in_video.split(held)]).double().cpu()
+        unusual = -torch.stack([f.mean() for f in in_video.split(lengths)]).double().cpu()
         share = (unusual / self.temperature).softmax(0)
-        wanted = (1 + share - share.mean()) * torch.tensor(held) * (k / len(x))
+        wanted = (1 + share - share.mean()) * torch.tensor(lengths) * (k / len(x))
         if self.exact:
-            counts = apportion(wanted, held, k)
+            counts = apportion(wanted, lengths, k)
         else:
-            counts = [min(n, max(1, round(w))) for n, w in zip(held, wanted.tolist(), strict=True)]
-        return topk_tokens(-(in_video + in_frame), offsets_of(held, x.device), counts)
+            counts = [min(n, max(1, round(w))) for n, w in zip(lengths, wanted.tolist(), strict=True)]
+        return topk_tokens(-(in_video + in_frame), offsets_of(lengths, x.device), counts)
 
     def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
