@@ -87,7 +87,7 @@ def load(weights: str | os.PathLike[str], adapter: Adapter) -> ViSpec:
 
 
 def check_target(adapter: Adapter) -> None:
-    """Refuses targets of which a draft could not be told what it is trained to read, or whose head it could not use.
+    """Refuses targets that cannot give a draft what it is trained to read, or whose head it could not use.
 
     Raises:
         UnsupportedError: says why.

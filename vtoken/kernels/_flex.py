@@ -90,11 +90,11 @@ def _lists(read: Tensor) -> tuple[Tensor, Tensor]:
     return read.sum(-1, dtype=torch.int32)[None], order.int()[None]
 
 
-_held: list[Any] = []
+_compiled: list[Any] = []
 
 
 def _compiled(function: Any) -> Any:
     """`function`, compiled once. Past torch's limit of shapes it raises an error instead of running uncompiled."""
-    if not _held:
-        _held.append(torch.compile(function, dynamic=False, fullgraph=True))
-    return _held[0]
+    if not _compiled:
+        _compiled.append(torch.compile(function, dynamic=False, fullgraph=True))
+    return _compiled[0]

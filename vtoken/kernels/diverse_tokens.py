@@ -100,28 +100,24 @@ if triton is not None:
 
 
 def launch(x: Tensor, relevance: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """Launches the kernels: the contract of the definition, for dtypes in DTYPES and sizes that pass `_gram.fits`."""
-    parts = [
-        _launch(x[tokens], relevance[tokens], lengths[images], counts[images]) + tokens.start
-        for images, tokens in _gram.groups(lengths)
-    ]
-    return torch.cat(parts)
-
-
-def _launch(x: Tensor, relevance: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """As launch, for images whose cosines fit in memory together."""
-    index = torch.empty(sum(counts), dtype=torch.int64, device=x.device)
-    if len(index):
-        longest = max(lengths)
-        cosines, block = _gram.cosines(x, lengths), triton.next_power_of_2(longest)
+    """Launches the kernels: the contract of the definition, for dtypes in DTYPES and sizes that pass `_gram.fits`;
+    images go together as far as their cosines fit in memory."""
+    taken = [torch.empty(0, dtype=torch.int64, device=x.device)]
+    for images, tokens in _gram.groups(lengths):
+        sizes, longest = lengths[images], max(lengths[images], default=0)
+        index = torch.empty(sum(counts[images]), dtype=torch.int64, device=x.device)
+        if not len(index):
+            continue
+        cosines, block = _gram.cosines(x[tokens], sizes), triton.next_power_of_2(longest)
         basis = torch.empty((len(index), longest), dtype=torch.float32, device=x.device)
-        offsets, slots = (_gram.bounds(held, x.device) for held in (lengths, counts))
+        offsets, slots = (_gram.bounds(each, x.device) for each in (sizes, counts[images]))
         with torch.cuda.device_of(x):  # triton launches on the current device
-            _take[(len(lengths),)](
-                cosines, longest, relevance.float().contiguous(), offsets, slots, basis, index, EPSILON,
+            _take[(len(sizes),)](
+                cosines, longest, relevance[tokens].float().contiguous(), offsets, slots, basis, index, EPSILON,
                 BLOCK=block, num_warps=_gram.warps(block),
             )  # fmt: skip
-    return index
+        taken.append(index + tokens.start)
+    return torch.cat(taken)
 
 
 def diverse_tokens(x: Tensor, relevance: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> Tensor:

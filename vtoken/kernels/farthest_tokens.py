@@ -45,13 +45,9 @@ ROW = 1024  # cosines that one program reads at a time
 
 
 def definition(
-    x: Tensor,
-    lengths: Sequence[int],
-    counts: Sequence[int],
-    first: Tensor | None = None,
-    strategy: Strategy = "max_min",
-    worth: Tensor | None = None,
-) -> Tensor:
+    x: Tensor, lengths: Sequence[int], counts: Sequence[int], first: Tensor | None = None,
+    strategy: Strategy = "max_min", worth: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """All images at once, padded to the longest, in a loop over choices, because each needs the one before. Computes
     one row of cosines per image at a time, and cuts off what an image chooses beyond its count."""
     if not sum(counts):
@@ -165,60 +161,42 @@ if triton is not None:
 
 
 def launch(
-    x: Tensor,
-    lengths: Sequence[int],
-    counts: Sequence[int],
-    first: Tensor | None = None,
-    strategy: Strategy = "max_min",
-    worth: Tensor | None = None,
-) -> Tensor:
-    """Launches the kernels: the contract of the definition, for dtypes in DTYPES and sizes that pass `_gram.fits`."""
-    index = []
+    x: Tensor, lengths: Sequence[int], counts: Sequence[int], first: Tensor | None = None,
+    strategy: Strategy = "max_min", worth: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Launches the kernels: the contract of the definition, for dtypes in DTYPES and sizes that pass `_gram.fits`;
+    images go together as far as their cosines fit in memory."""
+    taken = [torch.empty(0, dtype=torch.int64, device=x.device)]
     for images, tokens in _gram.groups(lengths):
-        start = None if first is None else first[images] - tokens.start
-        each = None if worth is None else worth[tokens].float().contiguous()
-        index.append(_launch(x[tokens], lengths[images], counts[images], start, strategy, each) + tokens.start)
-    return torch.cat(index)
-
-
-def _launch(
-    x: Tensor,
-    lengths: Sequence[int],
-    counts: Sequence[int],
-    first: Tensor | None,
-    strategy: Strategy,
-    worth: Tensor | None,
-) -> Tensor:
-    """As launch, for images whose cosines fit in memory together."""
-    index = torch.empty(sum(counts), dtype=torch.int64, device=x.device)
-    if len(index):
-        cosines = _gram.cosines(x, lengths)
-        offsets, slots = (_gram.bounds(held, x.device) for held in (lengths, counts))
-        closest, block = cosines, triton.next_power_of_2(max(lengths))
+        sizes, most = lengths[images], max(lengths[images], default=0)
+        index = torch.empty(sum(counts[images]), dtype=torch.int64, device=x.device)
+        if not len(index):
+            continue
+        cosines, block, segments = _gram.cosines(x[tokens], sizes), triton.next_power_of_2(most), len(sizes)
+        offsets, slots = (_gram.bounds(each, x.device) for each in (sizes, counts[images]))
+        start = offsets if first is None else (first[images] - tokens.start).contiguous()
+        closest = cosines if worth is None else worth[tokens].float().contiguous()
+        weights = closest
         with torch.cuda.device_of(x):  # triton launches on the current device
             if first is None:
-                closest, segments = torch.empty(len(x), dtype=torch.float32, device=x.device), len(lengths)
-                _closest[(len(x) + segments,)](
-                    cosines, max(lengths), offsets, segments, closest,
+                closest = torch.empty(len(cosines), dtype=torch.float32, device=x.device)
+                _closest[(len(cosines) + segments,)](
+                    cosines, most, offsets, segments, closest,
                     BLOCK=min(block, ROW), SEGMENTS=triton.next_power_of_2(segments),
                 )  # fmt: skip
-            _take[(len(lengths),)](
-                cosines, max(lengths), offsets, slots, offsets if first is None else first.contiguous(), closest,
-                closest if worth is None else worth, index,
+            _take[(segments,)](
+                cosines, most, offsets, slots, start, closest, weights, index,
                 GIVEN=first is not None, SUM=strategy == "max_sum", WORTH=worth is not None, BLOCK=block,
                 num_warps=_gram.warps(block),
             )  # fmt: skip
-    return index
+        taken.append(index + tokens.start)
+    return torch.cat(taken)
 
 
 def farthest_tokens(
-    x: Tensor,
-    lengths: Sequence[int],
-    counts: Sequence[int],
-    first: Tensor | None = None,
-    strategy: Strategy = "max_min",
-    worth: Tensor | None = None,
-) -> Tensor:
+    x: Tensor, lengths: Sequence[int], counts: Sequence[int], first: Tensor | None = None,
+    strategy: Strategy = "max_min", worth: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """[ΣK] packed positions in the order taken, see the top of the file. No host synchronisation.
 
     Raises ValueError if counts, lengths and first differ in number, if a count is below 0 or above N_i, if x and worth

@@ -11,29 +11,25 @@ reads an index for every number. One launch for all tensors.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtoken.kernels._dispatch import runs_triton, tl, triton
-from vtoken.kernels.gather_tokens import BITS
+from vtoken.kernels.gather_tokens import BITS, Tensors, alike
 
-Tensors = TypeVar("Tensors", Tensor, tuple[Tensor, ...], list[Tensor])
 TILE = 16  # positions that one program copies
 
 
 def definition(caches: Tensors, index: Tensor) -> Tensors:
     """torch.gather on every tensor."""
-    if isinstance(caches, Tensor):
-        return _gather(caches, index)
-    taken = [_gather(cache, index) for cache in caches]
-    return tuple(taken) if isinstance(caches, tuple) else taken
 
+    def gather(cache: Tensor) -> Tensor:
+        batch, heads, _, d = cache.shape
+        return cache.gather(2, index.expand(batch, heads, -1)[..., None].expand(-1, -1, -1, d))
 
-def _gather(cache: Tensor, index: Tensor) -> Tensor:
-    batch, heads, _, d = cache.shape
-    return cache.gather(2, index.expand(batch, heads, -1)[..., None].expand(-1, -1, -1, d))
+    return alike(caches, lambda group: [gather(cache) for cache in group])
 
 
 if triton is not None:
@@ -79,10 +75,7 @@ def _launch(group: Sequence[Tensor], index: Tensor) -> list[Tensor]:
 
 def launch(caches: Tensors, index: Tensor) -> Tensors:
     """Launches the kernel: the contract of the definition without gradients, for tensors with the same B and Hk."""
-    if isinstance(caches, Tensor):
-        return _launch([caches], index)[0]
-    taken = _launch(caches, index) if caches else []
-    return tuple(taken) if isinstance(caches, tuple) else taken
+    return alike(caches, lambda group: _launch(group, index))
 
 
 def gather_cache(caches: Tensors, index: Tensor) -> Tensors:

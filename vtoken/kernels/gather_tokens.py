@@ -11,7 +11,7 @@ embeddings, positions and every DeepStack level share one index.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -25,12 +25,17 @@ Tensors = TypeVar("Tensors", Tensor, tuple[Tensor, ...], list[Tensor])
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def alike(tensors: Tensors, take: Callable[[Sequence[Tensor]], list[Tensor]]) -> Tensors:
+    """What `take` makes of all tensors, in the structure in which they are given."""
+    if isinstance(tensors, Tensor):
+        return take([tensors])[0]
+    taken = take(tensors) if tensors else []
+    return tuple(taken) if isinstance(tensors, tuple) else taken
+
+
 def definition(tensors: Tensors, index: Tensor) -> Tensors:
     """index_select on every tensor."""
-    if isinstance(tensors, Tensor):
-        return tensors.index_select(0, index)
-    taken = [tensor.index_select(0, index) for tensor in tensors]
-    return tuple(taken) if isinstance(tensors, tuple) else taken
+    return alike(tensors, lambda group: [tensor.index_select(0, index) for tensor in group])
 
 
 if triton is not None:
@@ -80,10 +85,7 @@ def _launch(group: Sequence[Tensor], index: Tensor) -> list[Tensor]:
 
 def launch(tensors: Tensors, index: Tensor) -> Tensors:
     """Launches the kernel: the contract of the definition without gradients."""
-    if isinstance(tensors, Tensor):
-        return _launch([tensors], index)[0]
-    taken = _launch(tensors, index)
-    return tuple(taken) if isinstance(tensors, tuple) else taken
+    return alike(tensors, lambda group: _launch(group, index))
 
 
 def gather_tokens(tensors: Tensors, index: Tensor) -> Tensors:

@@ -80,7 +80,7 @@ def _checked(model: Any) -> Session:
         raise UnsupportedError("the model is not wrapped with a pipeline that has stages: vtoken.wrap(model, ...)")
     family = session.adapter.model_type
     # If tokens are numbered by rows and columns, vLLM derives the number of placeholders from the size of the picture.
-    taken = [name for name, held in plan.FAMILIES.items() if held.positions == "compact"]
+    taken = [name for name, served in plan.FAMILIES.items() if served.positions == "compact"]
     if family not in taken:
         raise UnsupportedError(
             f"vLLM takes kept embeddings of {either(taken)}, not of {family}; serve the pipeline with vLLM's plugin or "

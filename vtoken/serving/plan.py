@@ -135,7 +135,7 @@ def pictures_only(pipeline: Pipeline, family: str) -> bool:
 
 def refusal(stage: Stage, family: str, before: Sequence[Stage] = ()) -> str:
     """Why vLLM cannot serve a stage on a family after the stages `before` it, and what to do; "" if it can."""
-    held, budget = FAMILIES[family], getattr(stage, "keep", None)
+    served, budget = FAMILIES[family], getattr(stage, "keep", None)
     from vtoken.stages.facts import of_target
 
     if any(of_target(need, stage.site) for need in stage.needs()):
@@ -143,8 +143,8 @@ def refusal(stage: Stage, family: str, before: Sequence[Stage] = ()) -> str:
     if stage.site in SITES:
         return f"it acts at site {stage.site}; {SITES[stage.site]}"
     if stage.site == "encoder":
-        if held.no_cuts:
-            return f"it acts inside the vision tower, and on {family} {held.no_cuts}; {ELSEWHERE}"
+        if served.no_cuts:
+            return f"it acts inside the vision tower, and on {family} {served.no_cuts}; {ELSEWHERE}"
         if stage.refills() is not None:
             return f"it estimates patches inside the vision tower, which vLLM's layers do not let; {ELSEWHERE}"
         if stage.merge_point() is not None:
@@ -154,13 +154,13 @@ def refusal(stage: Stage, family: str, before: Sequence[Stage] = ()) -> str:
             f"keep: {{total: {budget.total}}} is shared out among the pictures of a prompt, and vLLM encodes each for "
             "itself; write a count (keep: 64) or a share (25%)"
         )
-    if not _known_beforehand(stage, before, whole=not held.crops):
+    if not _known_beforehand(stage, before, whole=not served.crops):
         mend = "give it a budget (keep: 64), or " if budget is None and "keep" in type(stage).model_fields else ""
         return (
             "its token count is not known before a picture is encoded, and vLLM counts placeholders first; "
             f"{mend}{ELSEWHERE}"
         )
-    if _reads_text(stage) and not held.text:
+    if _reads_text(stage) and not served.text:
         return f"it reads the prompt, by which pictures of {family} are alike in vLLM's caches; {ELSEWHERE}"
     return ""
 
@@ -189,8 +189,8 @@ def _per(stage: Stage) -> str | None:
 
 
 def _check_policies(pipeline: Pipeline, family: str) -> None:
-    held = FAMILIES[family]
-    if pipeline.anyres != "model" and not held.crops:
+    served = FAMILIES[family]
+    if pipeline.anyres != "model" and not served.crops:
         raise UnsupportedError(
             f"anyres: {pipeline.anyres} chooses how pictures are cut, and {family} does not cut them; leave it out"
         )
@@ -199,16 +199,16 @@ def _check_policies(pipeline: Pipeline, family: str) -> None:
             f"anyres: {pipeline.anyres} is served with stages only; write a stage that keeps everything "
             '("uniform:100%"), with newline: keep and positions: compact'
         )
-    if held.newlines and pipeline.newline == "keep_if_row_has_token":
+    if served.newlines and pipeline.newline == "keep_if_row_has_token":
         raise UnsupportedError(
             "newline: keep_if_row_has_token leaves a number of newline tokens that depends on the picture, and vLLM "
             "counts placeholders before it encodes; write newline: keep or newline: drop"
         )
-    if pipeline.stages and pipeline.positions != held.positions:
-        why = "numbers tokens without gaps" if held.positions == "compact" else "keeps the positions of M-RoPE"
+    if pipeline.stages and pipeline.positions != served.positions:
+        why = "numbers tokens without gaps" if served.positions == "compact" else "keeps the positions of M-RoPE"
         raise UnsupportedError(
             f"positions: {pipeline.positions} cannot be had in vLLM, which on {family} {why}; write "
-            f"--hf-overrides '{{\"{KEY}\": {_rewritten(pipeline, held.positions)}}}'"
+            f"--hf-overrides '{{\"{KEY}\": {_rewritten(pipeline, served.positions)}}}'"
         )
 
 
