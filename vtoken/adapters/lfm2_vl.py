@@ -56,8 +56,8 @@ class Lfm2VL(Adapter):
         grids = sizes.tolist()
         if len(pixels) != len(grids) or any(r * c > pixels.shape[1] for r, c in grids):
             raise ValueError(
-                f"pixel_values of shape {list(pixels.shape)} do not hold crops of {grids} patches (spatial_shapes); pass "
-                "both as one call of the processor returned them"
+                f"pixel_values of shape {list(pixels.shape)} do not hold crops of {grids} patches (spatial_shapes); "
+                "pass both as one call of the processor returned them"
             )
         if any(n % self.join for grid in grids for n in grid):
             raise ValueError(

@@ -58,8 +58,7 @@ def _built(cls: type[TokenModule], path: Path, metadata: Mapping[str, str]) -> T
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{cls.__name__} cannot be built from `config` in the header of {path}: {error}; write its arguments "
-            "there, "
-            "as a JSON object"
+            "there, as a JSON object"
         ) from None
 
 

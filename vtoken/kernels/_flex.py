@@ -90,11 +90,11 @@ def _lists(read: Tensor) -> tuple[Tensor, Tensor]:
     return read.sum(-1, dtype=torch.int32)[None], order.int()[None]
 
 
-_compiled: list[Any] = []
+_made: list[Any] = []
 
 
 def _compiled(function: Any) -> Any:
     """`function`, compiled once. Past torch's limit of shapes it raises an error instead of running uncompiled."""
-    if not _compiled:
-        _compiled.append(torch.compile(function, dynamic=False, fullgraph=True))
-    return _compiled[0]
+    if not _made:
+        _made.append(torch.compile(function, dynamic=False, fullgraph=True))
+    return _made[0]

@@ -31,8 +31,7 @@ class Quest(DecodeStage):
     deviations: ClassVar[str] = (
         "Pages are made of visual tokens alone; text and what was generated are always read and do not count in "
         "`keep`, the authors' budget counts the whole context. One choice per key head: the authors' code repeats "
-        "keys, "
-        "so that every query head chooses. A number of tokens that no whole number of pages has is rounded up."
+        "keys, so that every query head chooses. A number of tokens that no whole number of pages has is rounded up."
     )
 
     keep: Budget = Field(description="visual tokens of each image that a generated token reads, in whole pages")

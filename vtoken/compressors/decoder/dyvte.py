@@ -72,8 +72,7 @@ class DyVTE(Compressor):
             return ""
         return (
             f"the gates {self.gates!r} are for a decoder of {header.depth} layers of width {header.width}, this one "
-            "has "
-            f"{depth} of width {width}; train gates for it: vtoken train-exit MODEL --data DATA -o FILE"
+            f"has {depth} of width {width}; train gates for it: vtoken train-exit MODEL --data DATA -o FILE"
         )
 
     @torch.no_grad()

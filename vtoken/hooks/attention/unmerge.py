@@ -79,7 +79,7 @@ class Unmerge:
             UnsupportedError: images whose merged tokens the model interpolated.
         """
         v = flow.live
-        if any(encode.untold for encode in flow.spans.encodes):
+        if any(encode.places_unknown for encode in flow.spans.encodes):
             raise UnsupportedError(
                 f"stage {self.stage.name} cannot tell which places a merged token stands for: this model interpolates "
                 "its features (videos, large images) after the encoder, where they were merged; merge with a stage of "

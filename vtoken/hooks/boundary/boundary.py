@@ -230,7 +230,7 @@ class Boundary:
 
     @eager
     def _go_on(self, args: tuple, kwargs: dict, shift: Tensor | None, taps: bool) -> Any:
-        """What cannot be told from shapes: rows of different lengths, several new tokens, layers that hold different
+        """What shapes do not show: rows of different lengths, several new tokens, layers that hold different
         ones."""
         flow = forward_of(self.context, kwargs)
         if shift is not None:

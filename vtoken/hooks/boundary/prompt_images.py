@@ -60,12 +60,14 @@ def prompt_images(context: Context, flow: ForwardState, kinds: Tensor) -> Prompt
     positions = flow.positions if context.adapter.mrope else None
     look = first_look(context, flow, kinds, positions)
     fine = None if look is None else look.fine
-    held, tails, shown, counts, checked = counted(kinds, flow.new, answer, len(context.adapter.placeholders), fine)
-    if look is not None and len(look.values) != sum(map(sum, held)):
+    placeholders, tails, shown, counts, checked = counted(
+        kinds, flow.new, answer, len(context.adapter.placeholders), fine
+    )
+    if look is not None and len(look.values) != sum(map(sum, placeholders)):
         look, checked = None, False
-    located = locate(kinds, held, context.run.encodes, context.adapter, None if look is None else look.at)
+    located = locate(kinds, placeholders, context.run.encodes, context.adapter, None if look is None else look.at)
     whole = unpruned(located, flow.index[0])
-    hidden = sum(shown) < sum(map(sum, held))
+    hidden = sum(shown) < sum(map(sum, placeholders))
     seen = unmasked(whole, flow.new, context.adapter) if hidden else whole
     values = flow.hidden[whole.batch_row, whole.column] if look is None else look.values
     if hidden or not checked:
@@ -115,9 +117,9 @@ def counted(
     found = [*each, visual & new, new]
     found += [] if answer is None else [answer]
     found += [] if fine is None else [fine.to(new.device).expand_as(new)]
-    told = torch.stack(found).sum(-1).tolist()
-    tails = told[number + 2] if answer is not None else [0] * len(kinds)
-    return told[:number], tails, told[number], told[number + 1], fine is not None and bool(told[-1][0])
+    numbers = torch.stack(found).sum(-1).tolist()
+    tails = numbers[number + 2] if answer is not None else [0] * len(kinds)
+    return numbers[:number], tails, numbers[number], numbers[number + 1], fine is not None and bool(numbers[-1][0])
 
 
 def unpruned(located: ImageSpans, arange: Tensor) -> LiveTokens:

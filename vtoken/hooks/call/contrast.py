@@ -93,8 +93,8 @@ class Against(LogitsProcessor):
     ln beta + max l are out.
 
     Args:
-        context: of the model under the other pipeline; turn: held while that runs, since what it remembers of positions
-            from token to token is of one call only.
+        context: of the model under the other pipeline; turn: a lock while that runs, since what it remembers of
+            positions from token to token is of one call only.
         ids, mask: [B, L] of the prompt; given: what else of the call tells of it, pictures among it.
         beams: rows are beams, which may be reordered between two tokens, and scores must be log-probabilities.
     """
@@ -171,7 +171,7 @@ class Against(LogitsProcessor):
 
     def _run(self, ids: Tensor, mask: Tensor | None, given: dict[str, Any]) -> Tensor:
         """[rows, V] logits after these ids; the cache takes what it does not hold of them."""
-        held = {} if self.cache is None else {"past_key_values": self.cache}
+        cached = {} if self.cache is None else {"past_key_values": self.cache}
         shown = {} if mask is None else {"attention_mask": mask}
         remembered: AbstractContextManager[Any] = nullcontext()
         if self.deltas is not None:
@@ -181,7 +181,7 @@ class Against(LogitsProcessor):
                 input_ids=ids,
                 **shown,
                 **given,
-                **held,
+                **cached,
                 max_new_tokens=1,
                 do_sample=False,
                 num_beams=1,

@@ -216,8 +216,8 @@ class Seeing(AssistedCandidateGenerator):
         kept, length = self.assistant_kwargs, generation_args[self.input_ids_key].shape[1]
         cache = DynamicCache(config=self.assistant_model.config.get_text_config(decoder=True))
         cache.activate_past_recording()
-        held: list[Any] = cache.layers
-        for each in held:
+        layers: list[Any] = cache.layers
+        for each in layers:
             each.record_past = True  # where a stage lets tokens leave as drafts grow, some may be taken back
         given = {name: self._own(value, length) for name, value in (self.drafting.call.given or {}).items()}
         mask = kept["attention_mask"]

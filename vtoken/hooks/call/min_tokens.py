@@ -49,13 +49,13 @@ class MinTokensGuard:
         except NotWholeError:
             self.run.skip_plans = {}  # Each picture counts for itself; what does not fit is said where the call stops.
             return
-        held = [0] * len(kinds)
+        visual = [0] * len(kinds)
         for here, found in zip(of_kind, images.values(), strict=True):
             for image in found:
-                held[image.row] += image.layout.tokens
+                visual[image.row] += image.layout.tokens
             if any(unseen):
-                held = [n - m for n, m in zip(held, lost(here, hidden, found), strict=True)]
-        self.run.skip_plans = skipped(layouts, images, held, self.min_tokens)
+                visual = [n - m for n, m in zip(visual, lost(here, hidden, found), strict=True)]
+        self.run.skip_plans = skipped(layouts, images, visual, self.min_tokens)
 
 
 def pictured(kwargs: dict) -> list[str]:
@@ -71,8 +71,8 @@ def _padding(kwargs: dict) -> Tensor | None:
 
 
 def newest(ids: Tensor | None, embeds: Tensor | None, kwargs: dict) -> int:
-    """How many columns are of the turn to come: `generate` is told the whole conversation, or by its mask how long that
-    is. 0 means all."""
+    """How many columns are of the turn to come: `generate` is given the whole conversation, or a mask as long as that.
+    0 means all."""
     cache, mask = cache_of(kwargs), _padding(kwargs)
     past = 0 if cache is None else int(cache.get_seq_length())
     whole = mask if mask is not None else ids if ids is not None else embeds
@@ -95,16 +95,16 @@ def lost(here: Tensor, hidden: Tensor, images: list[Image]) -> list[int]:
 
 
 def skipped(
-    layouts: dict[str, tuple[ImageLayout, ...]], rows: dict[str, list[Image]], held: list[int], min_tokens: int
+    layouts: dict[str, tuple[ImageLayout, ...]], rows: dict[str, list[Image]], visual: list[int], min_tokens: int
 ) -> dict[str, SkipPlan]:
     """Per kind, which of its images stand in rows with fewer than `min_tokens` visual tokens of all kinds.
 
     Args:
-        rows: per kind, the images of the batch; held: visual tokens per row that the padding mask does not hide.
+        rows: per kind, the images of the batch; visual: visual tokens per row that the padding mask does not hide.
     """
-    dense = {row for row, n in enumerate(held) if n < min_tokens}
+    dense = {row for row, n in enumerate(visual) if n < min_tokens}
     every = {image.row for images in rows.values() for image in images}
-    skip_reason = too_few(max(held), min_tokens) if every <= dense else None
+    skip_reason = too_few(max(visual), min_tokens) if every <= dense else None
     out = {}
     for kind, images in rows.items():
         flags = [False] * len(layouts[kind])

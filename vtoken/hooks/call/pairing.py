@@ -1,4 +1,4 @@
-"""Which models can draft for which, and what a draft can be told of its target."""
+"""Which models can draft for which, and what a draft can know of its target."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def check_target(stages: Sequence[Stage], target: Adapter | None) -> None:
             depth = len(target.lm.layers)
             if need.layer is not None and not -depth <= need.layer < depth:
                 raise UnsupportedError(
-                    f"stage {stage.name} needs {need.name} from layer {need.layer} of the target on; there are {depth}, "
-                    f"0 to {depth - 1} (or -1 for the last)"
+                    f"stage {stage.name} needs {need.name} from layer {need.layer} of the target on; there are "
+                    f"{depth}, 0 to {depth - 1} (or -1 for the last)"
                 )
 
 

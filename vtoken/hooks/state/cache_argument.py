@@ -40,14 +40,14 @@ def causal_mask(
     if blocks is None and (window is None or key_mask is None):
         return create_causal_mask(**given) if window is None else create_sliding_window_causal_mask(**given)
     slots = hidden.shape[1] if cache is None else sum(cache.get_mask_sizes(hidden.shape[1], 0))
-    told: dict[str, Any] = {}
+    functions: dict[str, Any] = {}
     if blocks is not None:
         number = pad(blocks, (0, max(0, slots - blocks.shape[1])), value=-1)
 
         def same(row: Any, head: Any, query: Any, slot: Any) -> Any:
             return (number[row, query] == number[row, slot]) & (number[row, query] >= 0)
 
-        told["or_mask_function"] = same
+        functions["or_mask_function"] = same
     if window is not None:
         real = hidden.new_ones(hidden.shape[0], slots, dtype=torch.long) if key_mask is None else key_mask.long()
         rank = pad(real, (0, max(0, slots - real.shape[1])), value=1).cumsum(1)
@@ -55,5 +55,5 @@ def causal_mask(
         def near(row: Any, head: Any, query: Any, slot: Any) -> Any:
             return rank[row, slot] > rank[row, query] - window
 
-        told["and_mask_function"] = near
-    return create_causal_mask(**given, **told)
+        functions["and_mask_function"] = near
+    return create_causal_mask(**given, **functions)

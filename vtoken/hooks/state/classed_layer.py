@@ -87,9 +87,9 @@ class ClassedLayer(DynamicLayer):
             self.classes, self.total = tuple(each.without(count) for each in self.classes), self.total - count
             self.spare -= count
         if self.record_past:
-            held = sum(each.length for each in self.classes)
+            before = sum(each.length for each in self.classes)
             self.classes = tuple(e if e.window is None else e.trimmed(e.window - 1) for e in self.classes)
-            self.spare = self.spare if held == sum(each.length for each in self.classes) else 0
+            self.spare = self.spare if before == sum(each.length for each in self.classes) else 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(beam_idx)
@@ -121,7 +121,7 @@ class ClassedLayer(DynamicLayer):
         DynamicLayer.__init__(self)
 
     def tensors(self) -> list[Tensor]:
-        """All that is held."""
+        """All that is cached."""
         return [t for each in self.classes for t in each.tensors()]
 
 

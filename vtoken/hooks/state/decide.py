@@ -1,4 +1,4 @@
-"""The one decision protocol: a stage chooses, and what it chose is timed, checked and told, wherever it acts."""
+"""The one decision protocol: a stage chooses, and what it chose is timed, checked and traced, wherever it acts."""
 
 from __future__ import annotations
 

@@ -114,14 +114,14 @@ class ForwardState:
         self.slots = mask.shape[1]
         # The device is asked only when nothing but the user's mask can tell.
         dense = self.dense and (before is None or before.dense)
-        self.key_mask = None if dense and (self._told() or bool(mask.all())) else mask.long()
+        self.key_mask = None if dense and (self._knows_padding() or bool(mask.all())) else mask.long()
         return self.key_mask
 
     def _note_slots(self, start: int, before: SlotMap | None, old: Tensor | None) -> None:
-        """What the slots of a group hold once this forward is over, given what they held and the logical positions of
+        """What the slots of a group hold once this forward is over, given what they hold and the logical positions of
         that."""
 
-    def _told(self) -> bool:
+    def _knows_padding(self) -> bool:
         """Whether the counts tell all that the mask does."""
         return self.mask is None
 

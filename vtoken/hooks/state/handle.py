@@ -54,16 +54,16 @@ class Handle:
     def set(self, target: Any, name: str, value: Any) -> None:
         """Sets an instance attribute; undone to the earlier instance attribute, or to none at all. What somebody else
         set since stays."""
-        held = vars(target)
-        old = held.get(name, _ABSENT)
+        own = vars(target)
+        old = own.get(name, _ABSENT)
         setattr(target, name, value)
         self.installed.append((target, f"attribute {name}"))
 
         def undo() -> None:
-            if held.get(name, _ABSENT) is not value:
+            if own.get(name, _ABSENT) is not value:
                 return
             if old is _ABSENT:
-                del held[name]
+                del own[name]
             else:
                 setattr(target, name, old)
 
@@ -120,8 +120,8 @@ class Switch:
             self._mine.on = True
             with self._lock:
                 self._threads += 1
-                for held, name, value, _ in self._swaps:
-                    held[name] = value
+                for own, name, value, _ in self._swaps:
+                    own[name] = value
 
     def off(self) -> None:
         """For the calling thread; safe to call twice."""
@@ -139,9 +139,9 @@ class Switch:
             self._swaps = []
 
     def _restore(self) -> None:
-        for held, name, value, usual in self._swaps:
-            if held.get(name) is value:
-                held[name] = usual
+        for own, name, value, usual in self._swaps:
+            if own.get(name) is value:
+                own[name] = usual
 
 
 class _Child:

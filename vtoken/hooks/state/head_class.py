@@ -96,8 +96,8 @@ class HeadClass:
                 [self.mask(), keys.new_ones(keys.shape[0], keys.shape[2]).bool() if real is None else real], 1
             )
         new = (torch.cat([t, self.own(x)], 2) for t, x in ((self.keys, keys), (self.values, values)))
-        held, seen = new
-        return replace(self, keys=held, values=seen, real=both)
+        keys, values = new
+        return replace(self, keys=keys, values=values, real=both)
 
     def mask(self) -> Tensor:
         """[B, n] bool: which tokens are no padding."""
@@ -141,7 +141,7 @@ class HeadClass:
         """[B or 1, new, n] which tokens each of the newest `new` sees, None: all. Padding sees itself alone.
 
         Args:
-            free: [B] rows whose new tokens see all that is held, and what is new up to themselves; the others see as
+            free: [B] rows whose new tokens see all that is cached, and what is new up to themselves; the others see as
                 far as the window goes.
         """
         if new == 1 and self.real is None and not self._hides(new):
@@ -168,7 +168,7 @@ class HeadClass:
         return self.lost.averages(self.keys[:, :, self.fixed :], self.values[:, :, self.fixed :], gone)
 
     def _hides(self, new: int) -> bool:
-        """Whether some of the newest `new` may not see all that is held."""
+        """Whether some of the newest `new` may not see all that is cached."""
         return self.window is not None and (new > 1 or self.length - self.fixed > self.window)
 
     def _past(self, new: int, free: Tensor | None) -> Tensor:

@@ -79,7 +79,7 @@ class ImageSpans:
         return next((encode.counted for encode in self.encodes if encode.counted), None)
 
     def stages(self) -> list[StageTrace]:
-        """What encoder stages did, told for the images of this batch."""
+        """What encoder stages did, for the images of this batch."""
         if not any(encode.stages for encode in self.encodes):
             return []
         first = self.encodes[0]
@@ -94,12 +94,12 @@ class ImageSpans:
             values = [getattr(trace, name) for trace in traces]
             return [values[e][i] for e, i in self.origin if values[e]]
 
-        told: dict[str, Any] = {
+        of_batch: dict[str, Any] = {
             name: pick(name) for name in ("tokens_in", "tokens_out", "kept", "frames", "patches", "resized", "into")
         }
-        if len(told["into"]) < len(self.origin):
-            told["into"] = None
-        return replace(min(traces, key=lambda trace: trace.stood_aside is not None), **told)
+        if len(of_batch["into"]) < len(self.origin):
+            of_batch["into"] = None
+        return replace(min(traces, key=lambda trace: trace.stood_aside is not None), **of_batch)
 
 
 @dataclass(frozen=True)
@@ -224,8 +224,8 @@ def assign(
         parted = any(layout.newline is not None for layout in layouts)
         raise NotWholeError(
             f"this call holds {sum(counts)} visual tokens but {sum(lengths)} were encoded"
-            f"{', with the tokens between their rows, which a prompt must have' if parted else ''}; a prompt prefilled in "
-            "chunks cannot be pruned (set prefill_chunk_size=None), and images must be encoded in the call that uses "
+            f"{', with the tokens between their rows, which a prompt must have' if parted else ''}; a prompt prefilled "
+            "in chunks cannot be pruned (set prefill_chunk_size=None), and images must be encoded in the call that uses "
             "them"
         )
     images: list[Image] = []
@@ -233,12 +233,12 @@ def assign(
     for r, need in enumerate(counts):
         if r % copies == 0:
             first = following
-        following, held = first, 0
-        while held < need and following < len(lengths):
+        following, covered = first, 0
+        while covered < need and following < len(lengths):
             images.append(Image(layouts[following], r, number, following, offset + starts[following]))
-            held += lengths[following]
+            covered += lengths[following]
             following += 1
-        if held != need:
+        if covered != need:
             raise NotWholeError(
                 f"row {r} holds {need} visual tokens, which is not a whole number of the encoded images"
             )

@@ -70,8 +70,8 @@ def layer_mask(
         hidden: [B, N, D] what enters the layer; key_mask: [B, slots], None: all are real.
         blocks: [B, slots] tokens of the same number see each other both ways; -1 at others.
     """
-    held = [] if cache is None else cache.layers[layer : layer + 1]
-    view = Cache(layers=held) if held else None
+    cached = [] if cache is None else cache.layers[layer : layer + 1]
+    view = Cache(layers=cached) if cached else None
     return causal_mask(config, hidden, key_mask, view, window_of(config, layer), blocks)
 
 
@@ -90,8 +90,8 @@ def widen(cache: Any, start: int, padding: int) -> None:
     Raises:
         UnsupportedError: a static cache.
     """
-    for held in cache.layers[start:] if padding else ():
-        if not getattr(held, "is_sliding", False):
+    for cached in cache.layers[start:] if padding else ():
+        if not getattr(cached, "is_sliding", False):
             continue
         if cache.is_compileable:
             raise UnsupportedError(
@@ -99,7 +99,7 @@ def widen(cache: Any, start: int, padding: int) -> None:
                 "sliding windows of a static cache have no room for that; use a dynamic cache "
                 "(cache_implementation=None), or turns of one row"
             )
-        held.sliding_window += padding
+        cached.sliding_window += padding
         # Slots that it has let go of are further back than any query sees.
-        lost = min(held.cumulative_length, held.sliding_window - 1) - held.keys.shape[2]
-        held.keys, held.values = (F.pad(t, (0, 0, max(0, lost), 0)) for t in (held.keys, held.values))
+        lost = min(cached.cumulative_length, cached.sliding_window - 1) - cached.keys.shape[2]
+        cached.keys, cached.values = (F.pad(t, (0, 0, max(0, lost), 0)) for t in (cached.keys, cached.values))

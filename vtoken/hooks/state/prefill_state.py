@@ -93,8 +93,8 @@ class PrefillState(ForwardState):
         pending_slots: slot maps to commit to the cache when the forward ends; shrunk: what a cache stage left of each
             layer.
         window: slots that a query of the layer whose attention is read sees; None: all up to its own.
-        notes: of the current layer group; asked: stage (by id) -> the text tokens it asks; told: stages whose skipping
-            is in the trace.
+        notes: of the current layer group; asked: stage (by id) -> the text tokens it asks; reported: stages whose
+            skipping is in the trace.
         clears: the layer whose cut also holds for the caches of all layers before it, or 0.
         unpadded: all of the prompt is real.
         began: a clock of its device, and the moment when it began.
@@ -122,7 +122,7 @@ class PrefillState(ForwardState):
     notes: GroupNotes = field(default_factory=GroupNotes)
     facts: dict[Fact, Observed] = field(default_factory=dict)
     asked: dict[int, AskedText] = field(default_factory=dict)
-    told: set[int] = field(default_factory=set)
+    reported: set[int] = field(default_factory=set)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
     shrunk: dict[int, Any] = field(default_factory=dict)
     window: int | None = None
@@ -133,12 +133,12 @@ class PrefillState(ForwardState):
     def __post_init__(self) -> None:
         newlines = self.spans.newlines
         self.newlines = self.new[0, :0] if newlines is None else self.new[newlines.batch_row, newlines.column]
-        held = self.started.per_row(len(self.counts))
-        self.skipped = {row: too_few(n, self.min_tokens) for row, n in enumerate(held) if n < self.min_tokens}
+        visual = self.started.per_row(len(self.counts))
+        self.skipped = {row: too_few(n, self.min_tokens) for row, n in enumerate(visual) if n < self.min_tokens}
         self.skip_reason: str | None = None
         self.began: Any = None
         if self.skipped and self.skipped.keys() >= set(self.started.row):
-            self.skip_reason = self.skipped[held.index(max(held))]
+            self.skip_reason = self.skipped[visual.index(max(visual))]
 
     def decide(
         self,
@@ -251,13 +251,13 @@ class PrefillState(ForwardState):
             return before.shift, before.lags
         return self.lag if before.shift is None else before.shift + self.lag.to(before.shift.device), True
 
-    def _told(self) -> bool:
+    def _knows_padding(self) -> bool:
         return self.mask is None or not self.past
 
     def skip(self, stage: Stage, reason: str) -> None:
         """Enters once into the trace that a stage which acts layer by layer does nothing."""
-        if id(stage) not in self.told:
-            self.told.add(id(stage))
+        if id(stage) not in self.reported:
+            self.reported.add(id(stage))
             self.trace.stages.append(skipped_entry(stage, self.live.history, reason))
 
     def left(self) -> Tensor:

@@ -76,7 +76,7 @@ class Marks:
 
 class PrunedCache:
     """Mixed into the class of a live cache by `adopt`. `groups[k]` describes layers from k up to the next key. `table`
-    tells what merged tokens, whose keys are held without RoPE, stand for (hooks/attention/unmerge.py). `busy`: a
+    tells what merged tokens, whose keys are total without RoPE, stand for (hooks/attention/unmerge.py). `busy`: a
     forward is at work on it of which `Run.flow` tells. `dense`: no group has padding. A decode step asks for few of
     these, and works nothing out. `valid`, of static caches: which slots a group's layers may see, those to come among
     them; `prompt_mask`: [B, logical] the caller's mask, None where it hides nothing. `first`: the first layer that
@@ -110,7 +110,7 @@ class PrunedCache:
         return super().get_seq_length(layer_idx)  # type: ignore[misc]
 
     def logical(self, start: int, total: int) -> Tensor:
-        """[B, P] logical positions held by the group's slots when `total` logical tokens are cached."""
+        """[B, P] logical positions in the group's slots when `total` logical tokens are cached."""
         slots = self.groups[start]
         if total <= slots.end:
             return slots.logical[:, : slots.logical.shape[1] - (slots.end - total)]
@@ -198,7 +198,8 @@ def lengthened(mask: Tensor, length: int) -> Tensor:
 
 
 def unmasked(logical: Tensor, mask: Tensor | None, total: int) -> Tensor:
-    """[B, S] which of these logical positions (-1: padding), of `total`, are real and not hidden by the caller's mask."""
+    """[B, S] which of these logical positions (-1: padding), of `total`, are real and not hidden by the caller's
+    mask."""
     real = logical >= 0
     if mask is None or not logical.shape[1]:
         return real
@@ -217,14 +218,14 @@ def adopt(cache: Any, batch: int, device: torch.device, owner: CacheOwner) -> Pr
     if isinstance(cache, PrunedCache):
         check_owner(cache, owner)
         return cache
-    held, cls = int(cache.get_seq_length()), type(cache)
+    total, cls = int(cache.get_seq_length()), type(cache)
     if cls not in _CLASSES:
         _CLASSES[cls] = type("Pruned" + cls.__name__, (PrunedCache, cls), {})
     cache.__class__ = _CLASSES[cls]
     cache.groups, cache.valid, cache.prompt_mask, cache.shifted, cache.owner = {}, {}, None, False, owner
     cache.first = next((k for k, layer in enumerate(cache.layers) if isinstance(layer, CacheLayerMixin)), 0)
-    everything = torch.arange(held, device=device).expand(batch, -1)
-    cache.record(0, SlotMap(everything, held, None, dense=True))
+    everything = torch.arange(total, device=device).expand(batch, -1)
+    cache.record(0, SlotMap(everything, total, None, dense=True))
     return cache
 
 

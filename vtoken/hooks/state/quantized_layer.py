@@ -189,7 +189,7 @@ class QuantizedLayer(DynamicLayer):
         DynamicLayer.__init__(self)
 
     def tensors(self) -> list[Tensor]:
-        """All that is held."""
+        """All that is cached."""
         return [*(t for block in self.blocks for t in block.tensors()), *self.tail]
 
 

@@ -1,4 +1,4 @@
-"""A prompt that a model has read, in the form in which a draft is told of it."""
+"""A prompt that a model has read, in the form in which a draft is given it."""
 
 from __future__ import annotations
 

@@ -139,8 +139,8 @@ class Encoded:
         alive: [ΣN] which tokens it left; None where all are. Values tell nothing: a model may overflow.
         absorbed_by: [ΣN] as in TokenHistory, when an encoder stage merged.
         counted: as in Trace.
-        untold: an encoder stage merged, but the model interpolated its output, so that no token stands for certain
-            others.
+        places_unknown: an encoder stage merged, but the model interpolated its output, so that no token stands for
+            certain others.
         resized: rasters that the tower saw of every image, where some were made smaller; their tokens are those in the
             upper left corner of `layouts`. None where none was.
     """
@@ -152,7 +152,7 @@ class Encoded:
     history: TokenHistory | None = None
     alive: Tensor | None = None
     absorbed_by: Tensor | None = None
-    untold: bool = False
+    places_unknown: bool = False
     deep: tuple[Tensor | None, ...] = ()
     counted: str | None = None
     resized: tuple[Parts, ...] | None = None

@@ -21,7 +21,7 @@ class TokenHistory:
         lengths: live tokens per image; None means `full`.
         slot: [Σfull] packed live token that stands for each unpruned one, -1 = dropped; None while nothing was merged.
         complete: `slot` holds no -1.
-        known_size: `size`, where the decision told it.
+        known_size: `size`, where the decision says it.
     """
 
     full: tuple[int, ...]

@@ -141,7 +141,7 @@ class Trace:
             cache).
         dense_rows: batch rows that ran dense because they hold fewer visual tokens than the pipeline's
             `min_visual_tokens`.
-        counted: what the vision tower's stages held against `min_visual_tokens`: "rows", or where the prompt was not
+        counted: what the vision tower's stages compared with `min_visual_tokens`: "rows", or where the prompt was not
             known when its pictures were encoded each of the "images" alone; None without a threshold, or without such
             stages.
     """

@@ -24,15 +24,15 @@ def line(trace: Trace) -> str:
     """`1 image: 576 -> 64 at fastervlm; prefill 12.3 ms; cache 67 MB`, tokens of all images together."""
     count = len(trace.visual_tokens)
     steps = [_step(name, list(entries)) for name, entries in groupby(trace.stages, lambda entry: entry.name)]
-    told = [f"{count} image{'s' * (count != 1)}: {', '.join(steps) or f'{sum(trace.visual_tokens)} tokens'}"]
+    parts = [f"{count} image{'s' * (count != 1)}: {', '.join(steps) or f'{sum(trace.visual_tokens)} tokens'}"]
     if trace.dense_rows:
-        told.append(f"rows {spans(trace.dense_rows)} dense")
+        parts.append(f"rows {spans(trace.dense_rows)} dense")
     if trace.milliseconds:
-        told.append(f"prefill {trace.milliseconds:.1f} ms")
+        parts.append(f"prefill {trace.milliseconds:.1f} ms")
     if size := trace.cache_bytes:
         unit, of = next(((unit, of) for unit, of in (("GB", 1e9), ("MB", 1e6)) if size >= of), ("kB", 1e3))
-        told.append(f"cache {size / of:.3g} {unit}")
-    return "; ".join(told)
+        parts.append(f"cache {size / of:.3g} {unit}")
+    return "; ".join(parts)
 
 
 def _step(name: str, entries: list[StageTrace]) -> str:

@@ -138,20 +138,20 @@ def mean_received(q: Tensor, k: Tensor, q_offsets: Tensor, k_offsets: Tensor, sc
     return total / q_offsets.diff().clamp(min=1).repeat_interleave(k_offsets.diff(), output_size=len(k))
 
 
-def one_query(q: Tensor, k: Tensor, held: Sequence[int], scale: float, cls: bool) -> Tensor:
+def one_query(q: Tensor, k: Tensor, lengths: Sequence[int], scale: float, cls: bool) -> Tensor:
     """[ΣM] attention of one query per image: row 0 of its q [ΣM, H, d] (the CLS token), or without CLS their mean.
 
     Args:
         k: [ΣM, H, d].
-        held: M_i, tokens of each image.
+        lengths: M_i, tokens of each image.
     """
-    offsets = offsets_of(held, k.device)
-    if min(held) == max(held):
-        rows = q.unflatten(0, (len(held), -1))
+    offsets = offsets_of(lengths, k.device)
+    if min(lengths) == max(lengths):
+        rows = q.unflatten(0, (len(lengths), -1))
         query = rows[:, 0] if cls else rows.float().mean(1).to(q.dtype)
     elif cls:
         query = q[offsets[:-1]]
     else:
-        lengths = torch.tensor(held, device=q.device)
-        query = torch.segment_reduce(q.float(), "mean", lengths=lengths, unsafe=True).to(q.dtype)
-    return query_attention(query, k, offsets_of([1] * len(held), k.device), offsets, scale)
+        sizes = torch.tensor(lengths, device=q.device)
+        query = torch.segment_reduce(q.float(), "mean", lengths=sizes, unsafe=True).to(q.dtype)
+    return query_attention(query, k, offsets_of([1] * len(lengths), k.device), offsets, scale)

@@ -102,7 +102,7 @@ class FeatureHooks:
             encoded.history = None
             if encoded.stages:
                 encoded.stages, encoded.absorbed_by = repacked(pack, call, tower.history.full, encoded.stages)
-            encoded.untold = encoded.absorbed_by is None and tower.history.slot is not None
+            encoded.places_unknown = encoded.absorbed_by is None and tower.history.slot is not None
             encoded.alive = packed_mask(pack, tower.alive())
         return encoded
 
@@ -127,7 +127,7 @@ def repacked(
 ) -> tuple[list[StageTrace], Tensor | None]:
     """Traces of stages that saw crops and patches, brought to images and tokens, and the last `absorbed_by`.
 
-    Tokens that the model interpolated stay when all their sources stayed; which of them absorbed which cannot be told.
+    Tokens that the model interpolated stay when all their sources stayed; which of them absorbed which is not known.
     """
     exact = not any(layout.interpolated for layout in call.layouts)
     crops, patches = len(full), full[0]

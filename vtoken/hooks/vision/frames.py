@@ -67,8 +67,8 @@ def chooses(stage: Stage, keep: Keep, one: str = "frame", whole: str = "video") 
     """
     if keep.into is not None or 0 in keep.lengths:
         raise ValueError(
-            f"stage {stage.name} {f'merged {one}s' if 0 not in keep.lengths else f'dropped every {one} of a {whole}'}: a "
-            f"stage of site {stage.site} must leave at least one {one} of every {whole}, and can merge none"
+            f"stage {stage.name} {f'merged {one}s' if 0 not in keep.lengths else f'dropped every {one} of a {whole}'}: "
+            f"a stage of site {stage.site} must leave at least one {one} of every {whole}, and can merge none"
         )
     return keep
 
@@ -122,8 +122,8 @@ def shorten(tower: Any, chosen: Chosen, unit: int) -> None:
 def traced(
     step: StageTrace, before: Sequence[int], kept: Sequence[Tensor], unit: int, tokens: Sequence[int]
 ) -> StageTrace:
-    """An entry counted in frames, told in tokens: how many there were, and which are left; with the patches (`unit` to
-    each of `tokens`) that the tower sees of every video."""
+    """An entry counted in frames, as one in tokens: how many there were, and which are left; with the patches (`unit`
+    to each of `tokens`) that the tower sees of every video."""
     return replace(
         step,
         tokens_in=list(before),

@@ -2,7 +2,7 @@
 
 Later layers really run on fewer patches. Towards the rest of the model shapes are restored after the projector, or
 before the model pools patches ahead of it: rows of zeros stand for what was dropped and are removed at the
-language-model boundary, which is told which they are. Crops of a batch may keep different counts: they are padded on
+language-model boundary, which knows them. Crops of a batch may keep different counts: they are padded on
 the right (CLS stays in column 0) and padded keys are masked, so a picture's result does not depend on its neighbours.
 """
 

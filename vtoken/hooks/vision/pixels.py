@@ -1,4 +1,4 @@
-"""In front of a vision tower of variable length: which tokens of a picture its layers see at all, told by their pixels.
+"""In front of a vision tower of variable length: which tokens of a picture its layers see at all, by their pixels.
 
 Stages see every token's pixels. What they drop is embedded and then left out, so that the layers run on the rest, each
 at its own place. Videos keep all their tokens: their frames are chosen at site frames.

@@ -25,7 +25,7 @@ from vtoken.hooks.vision.masked_layer import MaskedLayer
 from vtoken.hooks.vision.pixel_stages import parted
 from vtoken.stages import Fact, Stage, VisualTokens
 
-CHUNK = 1 << 24  # distances that are held at once: 64 MiB
+CHUNK = 1 << 24  # distances in memory at once: 64 MiB
 # Where the segments of one sequence lie: bounds first, then the longest.
 SEGMENTS = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_seqlen", "max_length_q", "max_length_k")
 
@@ -106,9 +106,9 @@ class Refill:
     def __init__(self, context: Context, stage: Stage, state: Callable[[], Any]) -> None:
         self.encoder, self.stage, self.state, handle = context.adapter.encoder, stage, state, context.handle
         self.tower = context.adapter.tower
-        told = stage.refills()
-        assert told is not None
-        self.count, stabilised = told
+        numbers = stage.refills()
+        assert numbers is not None
+        self.count, stabilised = numbers
         (after,) = stage.layers(len(self.encoder.layers))
         self.first, self.alone = after + 1, after + 1 + stabilised
         self.lead = int(self.encoder.cls)
@@ -156,7 +156,7 @@ class Refill:
             return hidden[0] if hidden.ndim == 3 else hidden
         return self._batch(hidden).patches(hidden)
 
-    def _held(self, rows: Tensor, like: Tensor) -> Tensor:
+    def _laid_out(self, rows: Tensor, like: Tensor) -> Tensor:
         """The reverse; CLS is that of `like`."""
         if self.encoder.packed:
             return rows[None] if like.ndim == 3 else rows
@@ -169,10 +169,10 @@ class Refill:
         return len(self._rows(hidden)) == self.state().estimates.total
 
     def _trim(self, hidden: Tensor) -> Tensor:
-        return self._held(self._rows(hidden)[self.state().estimates.kept], hidden)
+        return self._laid_out(self._rows(hidden)[self.state().estimates.kept], hidden)
 
     def _fill(self, hidden: Tensor) -> Tensor:
-        return self._held(self.state().estimates.fill(self._rows(hidden)), hidden)
+        return self._laid_out(self.state().estimates.fill(self._rows(hidden)), hidden)
 
     def _before(self, k: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         state = self.state()
@@ -283,7 +283,7 @@ class Refill:
         if self.state() is None or self.state().estimates is None:
             return None
         rows, found = self._rows(out), self.state().estimates
-        return self._held(rows.new_zeros(found.total, rows.shape[1]).index_copy(0, found.kept, rows), out)
+        return self._laid_out(rows.new_zeros(found.total, rows.shape[1]).index_copy(0, found.kept, rows), out)
 
     def _after(self, k: int, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor | None:
         """Behind a layer: what stayed, or all patches where features are read."""

@@ -57,7 +57,7 @@ class Smaller:
 
     def grid(self, side: int, like: Tensor) -> Tensor:
         """[images, 3] frames, rows and columns in patches, of which a token has side x side; [frames, 3], as the grid
-        that it is to be `like`, where a tower is told of every frame of a video."""
+        that it is to be `like`, where a tower is given every frame of a video."""
         each = [[t, h * side, w * side] for t, h, w in self.wanted]
         if len(like) != len(each):
             each = [[1, *size] for t, *size in each for _ in range(t)]
@@ -136,12 +136,12 @@ def put_back(state: Any, plan: Smaller, out: Any) -> Any:
     state.facts = {fact: spread(values) for fact, values in state.facts.items()}
     slot = None if history.slot is None else torch.full_like(spread(history.slot), -1).index_copy(0, at, history.slot)
     state.history = TokenHistory(lengths, raster[history.places], history.counts, slot, complete=False)
-    state.traces = [plan.trace, *(told(trace, plan, raster, lengths) for trace in state.traces)]
+    state.traces = [plan.trace, *(of_given(trace, plan, raster, lengths) for trace in state.traces)]
     return out
 
 
-def told(trace: StageTrace, plan: Smaller, raster: Tensor, lengths: Sequence[int]) -> StageTrace:
-    """An entry about tokens of the smaller pictures, told in those of the given ones. `raster` [ΣM]: places of the
+def of_given(trace: StageTrace, plan: Smaller, raster: Tensor, lengths: Sequence[int]) -> StageTrace:
+    """An entry about tokens of the smaller pictures, in those of the given ones. `raster` [ΣM]: places of the
     former, each in its image, among the latter."""
     each = [place.to(raster.device) for place in trace.kept]
     places = raster.split(plan.keep.lengths)

@@ -2,7 +2,7 @@
 
 The patches of a token (a square, or one patch) do not follow each other there. As soon as anything is dropped the
 sequence is what is left, token by token: attention within an image does not depend on the order, and rotary embeddings
-go with their patches. A projector that joins patches to tokens by their places is told of one picture that is a single
+go with their patches. A projector that joins patches to tokens by their places is given one picture that is a single
 token wide.
 """
 
@@ -164,7 +164,7 @@ class RowsTower(VarlenTower):
         return (args[0], self._one_wide(args[1]), *args[2:]), kwargs
 
     def _one_wide(self, sizes: Any) -> Any:
-        """In place of what the projector is told of sizes: one picture that is a token wide."""
+        """In place of the sizes that the projector is given: one picture that is a token wide."""
         edge = self.side * self.adapter.tower.config.patch_size
         return [(len(self.state.live) * edge, edge)]
 

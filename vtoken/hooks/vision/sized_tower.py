@@ -3,7 +3,7 @@ length, which a mask tells.
 
 Patches lie row by row, and squares of them become tokens in the projector, which is called crop by crop. As soon as
 anything is dropped a crop's row is what is left of it, token by token, no longer than that of the fullest crop. Behind
-the layers the rows get their shape back; the projector is told of a crop that is one token high, of what is left.
+the layers the rows get their shape back; the projector is given a crop that is one token high, of what is left.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class SizedTower(RowsTower):
     def _behind(self) -> None:
         handle, projector = self.context.handle, self.adapter.projectors[0]
         handle.after(self.adapter.stack, self._whole)
-        handle.after(self.adapter.tower, self._told)
+        handle.after(self.adapter.tower, self._note_encoded)
         handle.before(projector, self._joining)
         handle.after(projector, self._joined)
 
@@ -119,7 +119,7 @@ class SizedTower(RowsTower):
         return out
 
     @torch.no_grad()
-    def _told(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+    def _note_encoded(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
         """Behind the tower: features, and what became of the pictures that the crops are of."""
         state = self.state
         if state is None:
@@ -160,7 +160,7 @@ def starts_of(lengths: Sequence[int]) -> list[int]:
 
 
 def of_pictures(history: TokenHistory, crops: Sequence[int]) -> TokenHistory:
-    """What became of the crops, told of the pictures that have so many `crops` each."""
+    """What became of the crops, as entries of the pictures that have so many `crops` each."""
     device = history.raster_index.device
     start = uploaded([n for full in grouped(history.full, crops) for n in starts_of(full)], device)
     return replace(
@@ -185,9 +185,9 @@ def told_of_pictures(trace: StageTrace, full: Sequence[int], crops: Sequence[int
         moved = [torch.where(index < 0, -1, index + s) for index, s in zip(trace.into, start, strict=True)]
         return [torch.cat(each) for each in grouped(moved, crops)]
 
-    told: dict[str, Any] = {"kept": kept, "into": into}
-    told |= {name: [*map(sum, grouped(getattr(trace, name), crops))] for name in ("tokens_in", "tokens_out")}
-    return replace(trace, **told)
+    of_pictures: dict[str, Any] = {"kept": kept, "into": into}
+    of_pictures |= {name: [*map(sum, grouped(getattr(trace, name), crops))] for name in ("tokens_in", "tokens_out")}
+    return replace(trace, **of_pictures)
 
 
 def grouped(values: Sequence[T], sizes: Sequence[int]) -> list[list[T]]:

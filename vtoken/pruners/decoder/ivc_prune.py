@@ -40,10 +40,9 @@ class IVCPrune(Pruner):
         "The weights are the authors' of Qwen2.5-VL; their LLaVA-1.5 code takes the softmax over all of the prompt. A "
         "`keep` below seeds and coordinate tokens holds: seeds first, then coordinate tokens by rank; the authors "
         "exceed it. RoPE is compared in float32, theirs in the model's dtype. Several images, rows and any padding "
-        "work, "
-        "image by image; theirs takes one image. An image without text after it is weighed by its own tokens. Pictures "
-        "cut into crops are chosen from as a whole or, by `per_crop`, crop by crop; their InternVL code reads the "
-        "thumbnail alone and maps its choice to the crops."
+        "work, image by image; theirs takes one image. An image without text after it is weighed by its own tokens. "
+        "Pictures cut into crops are chosen from as a whole or, by `per_crop`, crop by crop; their InternVL code reads "
+        "the thumbnail alone and maps its choice to the crops."
     )
 
     keep: Budget = Field(default=Budget("50%"), description="tokens that stay after the cut; unused with `foreground`")

@@ -61,8 +61,7 @@ class PixelPrune(Stage):
         if self.threshold and self.std is None:
             raise ValueError(
                 f"threshold: {self.threshold} is about pixels from 0 to 1, and the tower's are normalised; add std, "
-                "the "
-                "image_std of the processor (preprocessor_config.json), as in std: [0.5, 0.5, 0.5]"
+                "the image_std of the processor (preprocessor_config.json), as in std: [0.5, 0.5, 0.5]"
             )
         if self.std is not None and not (self.std and min(self.std) > 0):
             raise ValueError(f"std: {list(self.std)} must be numbers above 0, one per channel")

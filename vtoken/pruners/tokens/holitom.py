@@ -42,8 +42,8 @@ class HoliTom(VideoPruner):
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.21334"
     deviations: ClassVar[str] = (
         "The budget is exact (as_released: true for the authors' rounding). Reading order; theirs puts the still "
-        "tokens "
-        "of a window before the others of its first frame. No random numbers among equal densities. Similarities are "
+        "tokens of a window before the others of its first frame. No random numbers among equal densities. "
+        "Similarities are "
         "float32. The merge inside the LLM is left out."
     )
 
