@@ -180,9 +180,9 @@ def test_unwrap_frees_what_stages_brought_to_devices(name):
     model, tested = tiny.llava(), stage(name, seed=18)
     vtoken.wrap(model, [tested])
     greedy(model, tiny.build(model, [[3, "img", 5]], seed=3), 1)
-    assert tested.held._there, "something was brought"
+    assert tested.weights._there, "something was brought"
     vtoken.unwrap(model)
-    assert not tested.held._there
+    assert not tested.weights._there
 
 
 @pytest.mark.parametrize("family", tiny.families(anyres=True))
