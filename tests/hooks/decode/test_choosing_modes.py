@@ -144,6 +144,16 @@ def test_sampled_answers_and_copies_of_a_cache():
                 torch.testing.assert_close(got, torch.stack(logits), atol=2e-4, rtol=1e-4)
 
 
+def test_a_cache_that_was_cropped_to_nothing_is_used_again():
+    model = tiny.make("llava")
+    batch, cache = tiny.build(model, ROWS[:1], seed=3), DynamicCache(config=model.config.get_text_config())
+    with vtoken.wrapped(model, [made("quest")]):
+        want = greedy(model, batch, 4)
+        for _ in range(2):
+            assert torch.equal(greedy(model, batch, 4, past_key_values=cache), want)
+            cache.crop(-cache.get_seq_length())
+
+
 @names
 def test_a_generated_token_waits_for_nothing(name):
     model = tiny.make("llava")

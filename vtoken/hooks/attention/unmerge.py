@@ -1,10 +1,10 @@
 """Virtual unmerging: the decoder runs on merged tokens, and its attention sees each of them at every place of its
 members.
 
-Attention modules are called with a rotation by nothing, so that the q, k and v that reach their attention function
-carry no RoPE. There (see `spread.UnmergedAttention`) they are copied to the places of the members, rotated as the
-positions there say and attended with; the outputs of a group are averaged before o_proj. No attention forward is
-copied, and decode steps on an expanded cache run the stock code.
+Attention modules are called with cos 1 and sin 0, so that the q, k and v that reach their attention function carry no
+RoPE. There (`UnmergedAttention`) they are copied to the places of the members and rotated by the positions of these
+places; after attention, the outputs of a token's places are averaged, before o_proj. No attention forward is copied,
+and decode steps on an expanded cache run the stock code.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import Cache, DynamicLayer
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.attention.unmerged_attention import Rope, UnmergedAttention, UnmergeTable, attend
 from vtoken.hooks.decoder.attention_tap import HANDED, tap
-from vtoken.hooks.decoder.rotation import rotates_last
+from vtoken.hooks.decoder.rotation import BUILT, rotates_last
 from vtoken.hooks.state.cache_argument import CACHE, causal_mask
 from vtoken.hooks.state.checkpointing import check_replay
 from vtoken.hooks.state.context import Context
@@ -58,8 +58,8 @@ class Unmerge:
 
     @eager
     def _hand(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        spread = getattr(self.run.flow, "unmerged", None)
-        if spread is None:
+        unmerged = getattr(self.run.flow, "unmerged", None)
+        if unmerged is None:
             return None
         check_replay(module)
         cos, sin = kwargs["position_embeddings"]
@@ -69,7 +69,7 @@ class Unmerge:
             # A checkpointed layer runs twice and would write twice; upstream drops the cache then, too.
             cache = None if module.training and getattr(module, "gradient_checkpointing", False) else cache
         unrotated = (torch.ones_like(cos), torch.zeros_like(sin))
-        new = {"position_embeddings": unrotated, "attention_mask": spread.mask, HANDED: (spread, cache)}
+        new = {"position_embeddings": unrotated, "attention_mask": unmerged.mask, HANDED: (unmerged, cache)}
         return args, {**kwargs, **new}
 
     def prefill(self, flow: PrefillState) -> None:
@@ -157,17 +157,17 @@ class Unmerge:
         return cos.expand(len(flow.new), -1, -1), sin.expand(len(flow.new), -1, -1)
 
     def _mask(self, flow: ForwardState, new: int, past: int, key_mask: Tensor | None) -> Any:
-        """The backend's mask for so many new places after so many held ones."""
+        """The backend's mask for so many new places after so many cached ones."""
         like = flow.hidden[:, :1].expand(-1, new, -1)
         if flow.cache is None:
             view = None
         elif flow.cache.is_compileable:
             view = Cache(layers=[flow.cache.layers[0]])
         else:
-            held = DynamicLayer()
-            held.keys = held.values = like[:, None, :1, :1].expand(-1, -1, past, -1)
-            held.is_initialized = True
-            view = Cache(layers=[held])
+            places = DynamicLayer()
+            places.keys = places.values = like[:, None, :1, :1].expand(-1, -1, past, -1)
+            places.is_initialized = True
+            view = Cache(layers=[places])
         return causal_mask(self.lm.config, like, key_mask, view)
 
 
@@ -192,7 +192,7 @@ def places(flow: PrefillState) -> tuple[Tensor, Tensor, Tensor, list[int]]:
 
 
 def past_table(flow: ForwardState) -> UnmergeTable | None:
-    """What the cache of this forward holds without RoPE; None if it holds stock keys, or nothing."""
+    """What the cached keys without RoPE stand for; None if nothing is cached, or keys of the stock model."""
     table = flow.cache.table if isinstance(flow.cache, PrunedCache) and flow.past else None
     # A forward that failed, or drafts that were rejected, may have left entries behind.
     return None if table is None else table.cut(flow.past)
@@ -206,7 +206,6 @@ def check_rotation(stage: Stage, attention: Any) -> None:
     """
     if not rotates_last(attention):
         raise UnsupportedError(
-            f"stage {stage.name} cannot unmerge tokens in {type(attention).__name__}: it is not q_proj, k_proj and "
-            "v_proj, norms of queries and keys, then apply_rotary_pos_emb; leave the stage out, merged tokens then "
-            "attend at one place each"
+            f"stage {stage.name} cannot unmerge tokens in {type(attention).__name__}: it is not {BUILT}; leave the "
+            "stage out, merged tokens then attend at one place each"
         )

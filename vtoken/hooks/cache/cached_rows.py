@@ -25,12 +25,17 @@ def slots_of(before: SlotMap, rows: tuple[PromptRow, ...], dense: bool) -> SlotM
     columns = [row.columns() for row in rows]
     longest, total = max(map(len, columns)), before.logical.shape[1]
     past = total - max(row.prompt + row.tail for row in rows)
-    starts = [total - row.prompt - row.tail for row in rows]
+    starts = [prompt_in(row, total).start for row in rows]
     padded = [[-1] * (longest - len(c)) + [start + i for i in c] for start, c in zip(starts, columns, strict=True)]
     index = torch.tensor(padded, device=before.logical.device)
     new = take(before.logical, index.clamp(min=0), 1).masked_fill(index < 0, -1)
     logical = torch.cat([before.logical[:, :past], new], 1)
     return replace(before, logical=logical, dense=dense and len(set(map(len, columns))) == 1)
+
+
+def prompt_in(row: PromptRow, slots: int) -> slice:
+    """Where the prompt of a row stands among so many slots, which end in the prompt and what follows it."""
+    return slice(slots - row.prompt - row.tail, slots - row.tail)
 
 
 def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
@@ -54,13 +59,13 @@ def store(cached: Any, rows: Sequence[tuple[Piece, Plain]], keys: Tensor, values
         return cached
     # Rows may be followed by different numbers of tokens; what all have is a tail.
     tail = min(end.length for _, end in rows)
-    held = []
+    left = []
     for piece, end in rows:
         more = end.length - tail
-        kept = piece if isinstance(piece, QuantizedKV) else Plain.of(piece.keys, piece.values)
-        held.append((kept, end.first(more)) if more else (kept,))
+        own = piece if isinstance(piece, QuantizedKV) else Plain.of(piece.keys, piece.values)
+        left.append((own, end.first(more)) if more else (own,))
     cached = adopt(cached)
     cached.crop(-width)
     cut = keys.shape[2] - tail
-    cached.append(held, (keys[:, :, cut:], values[:, :, cut:]))
+    cached.append(left, (keys[:, :, cut:], values[:, :, cut:]))
     return cached

@@ -54,7 +54,7 @@ def blocks_of(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 def _after(run: Run, k: int, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
     given = args[0] if args else kwargs["hidden_states"]
-    if given.shape[1] > 1:  # a decode step, which may be compiled, is told nothing
+    if given.shape[1] > 1:  # nothing is read of a decode step, which may be compiled
         _note(run, k, given, out[0] if isinstance(out, tuple) else out)
 
 

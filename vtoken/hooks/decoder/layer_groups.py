@@ -33,9 +33,9 @@ class LayerGroups:
         lm, depth, self.attending = self.lm, context.depth, frozenset(context.attending)
         stages = [stage.for_depth(depth) for stage in context.at("decoder")]
         self.at, self.kinds = by_layer(stages, depth), kinds_of(lm.config)
-        self.rating = [stage for stage in stages if asks(stage, queries="chosen")]
+        self.rating = [stage for stage in stages if asks(stage, "queries", "chosen")]
         for k, at in self.at.items():
-            if any(asks(stage, read="next layer") for stage in at):
+            if any(asks(stage, "read", "next layer") for stage in at):
                 check_next_layer(lm.layers[k])
         self.flash = "flash" in (lm.config._attn_implementation or "")
         if stages or self.flash or context.cache_stage is not None:
@@ -250,7 +250,6 @@ class LayerGroups:
         return layer_mask(self.lm.config, k, hidden, key_mask, cache, blocks)
 
 
-def asks(stage: Stage, **told: str) -> bool:
-    """Whether the stage needs a fact of which the table says this."""
-    specs = [spec_of(need.name, "decoder") for need in stage.needs()]
-    return any(getattr(spec, key) == value for spec in specs for key, value in told.items())
+def asks(stage: Stage, column: str, value: str) -> bool:
+    """Whether the stage needs a fact whose row of FACTS has this value in this column."""
+    return any(getattr(spec_of(need.name, "decoder"), column) == value for need in stage.needs())
