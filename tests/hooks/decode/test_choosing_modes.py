@@ -154,6 +154,21 @@ def test_a_cache_that_was_cropped_to_nothing_is_used_again():
             cache.crop(-cache.get_seq_length())
 
 
+def test_rows_are_picked_by_index_or_mask():
+    """transformers' batch_select_indices takes either."""
+    model = tiny.make("llava")
+    batch, step = tiny.build(model, ROWS[:2], seed=3), {"input_ids": torch.tensor([[7]]), "use_cache": True}
+    steps = []
+    for pick in (torch.tensor([1]), torch.tensor([False, True])):
+        with vtoken.wrapped(model, [made("quest")]), torch.no_grad():
+            cache = model(**batch, use_cache=True).past_key_values
+            cache.batch_select_indices(pick)
+            mask = torch.nn.functional.pad(batch["attention_mask"][pick], (0, 1), value=1)
+            logits = model(**step, attention_mask=mask, past_key_values=cache).logits
+            steps.append((logits, vtoken.trace(model).stages[-1].slots_read))
+    assert torch.equal(steps[0][0], steps[1][0]) and steps[0][1] == steps[1][1] and len(steps[0][1][0]) == 1
+
+
 @names
 def test_a_generated_token_waits_for_nothing(name):
     model = tiny.make("llava")

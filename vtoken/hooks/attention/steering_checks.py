@@ -7,6 +7,7 @@ from typing import Any
 
 from vtoken.errors import OtherModelError, UnsupportedError
 from vtoken.hooks.decoder.attention_tap import AttentionCall
+from vtoken.hooks.state.layer_kinds import heads_in
 from vtoken.stages import Stage
 from vtoken.stages.steering import CHANNELS, SteeredAttention
 
@@ -76,8 +77,7 @@ def check_layers(stage: SteeredAttention, depth: int, attending: Sequence[int]) 
 
 def check_heads(stage: SteeredAttention, config: Any) -> None:
     """Refuses heads that do not exist, or to which no channel can be added."""
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, _, width = heads_in(config)
     if why := stage.unknown_heads(config.num_hidden_layers, heads):
         raise OtherModelError(f"stage {stage.name}: {why}")
     if "flash" in (config._attn_implementation or "") and width + CHANNELS > WIDEST:

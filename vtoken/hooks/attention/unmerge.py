@@ -48,7 +48,11 @@ class Unmerge:
         self.lm, self.run, self.stage, self.mrope = context.lm, context.run, stage, context.adapter.mrope
         self.expanded = stage.unmerge_mode() == "expanded"
         for layer in self.lm.layers:
-            check_rotation(stage, layer.self_attn)
+            if not rotates_last(layer.self_attn):
+                raise UnsupportedError(
+                    f"stage {stage.name} cannot unmerge tokens in {type(layer.self_attn).__name__}: it is not {BUILT}; "
+                    "leave the stage out, merged tokens then attend at one place each"
+                )
             context.handle.before(layer, self._layer)
         tap(context.handle, self.lm, range(context.depth), attend)
 
@@ -98,18 +102,18 @@ class Unmerge:
             return
         rope = self._rope(flow, flow.positions)
         slot = torch.arange(flow.new.shape[1], device=flow.new.device).expand(len(flow.new), -1)
-        flow.unmerged = self._merged(flow, slot, slot, flow.valid, flow.dense, rope, grouped=False)
+        flow.unmerged = self._merged(flow, slot, slot, flow.valid, flow.dense, rope, None)
 
     def _open(self, flow: PrefillState) -> None:
         columns, valid, slot, counts = places(flow)
         wide = replace(flow, index=columns, valid=valid, counts=counts)
         rope = self._rope(flow, take(flow.positions, columns, -1))
+        absorbed_by = slot.masked_fill(~valid, flow.index.shape[1])
         if not self.expanded and flow.cache is not None:
-            flow.unmerged = self._merged(flow, columns, slot, valid, wide.dense, rope, grouped=True)
+            flow.unmerged = self._merged(flow, columns, slot, valid, wide.dense, rope, absorbed_by)
             return
         key_mask, new = wide.enter(0), columns.shape[1]
         mask = self._mask(flow, new, wide.slots - new, key_mask)
-        absorbed_by = slot.masked_fill(~valid, flow.index.shape[1])
         flow.unmerged = UnmergedAttention(mask, flow.index.shape[1], rope, absorbed_by)
 
     def _merged(
@@ -120,11 +124,10 @@ class Unmerge:
         valid: Tensor,
         dense: bool,
         rope: Rope,
-        *,
-        grouped: bool,
+        source: Tensor | None,
     ) -> UnmergedAttention:
-        """Extends the table of a cache that holds merged keys without RoPE, by places [B, U] that hold these columns
-        and new slots.
+        """Extends the table of a cache of merged keys without RoPE by places [B, U] of these columns and new slots.
+        `source`: as in UnmergedAttention.
 
         Raises:
             UnsupportedError: a static cache.
@@ -146,8 +149,7 @@ class Unmerge:
         # The device is asked only when nothing but the user's mask can tell.
         full = table.dense and (flow.mask is None or bool(key_mask.all()))
         mask = self._mask(flow, columns.shape[1], old.logical.shape[1], None if full else key_mask.long())
-        absorbed_by = slot.masked_fill(~valid, new) if grouped else None
-        return UnmergedAttention(mask, new, rope, absorbed_by, (table.slot, table.rope))
+        return UnmergedAttention(mask, new, rope, source, (table.slot, table.rope))
 
     def _rope(self, flow: ForwardState, positions: Tensor) -> Rope:
         if self.mrope:
@@ -196,16 +198,3 @@ def past_table(flow: ForwardState) -> UnmergeTable | None:
     table = flow.cache.table if isinstance(flow.cache, PrunedCache) and flow.past else None
     # A forward that failed, or drafts that were rejected, may have left entries behind.
     return None if table is None else table.cut(flow.past)
-
-
-def check_rotation(stage: Stage, attention: Any) -> None:
-    """Refuses an attention whose RoPE cannot be put off until its attention function.
-
-    Raises:
-        UnsupportedError: names what is different about it.
-    """
-    if not rotates_last(attention):
-        raise UnsupportedError(
-            f"stage {stage.name} cannot unmerge tokens in {type(attention).__name__}: it is not {BUILT}; leave the "
-            "stage out, merged tokens then attend at one place each"
-        )

@@ -4,7 +4,7 @@ for."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,15 +43,16 @@ class UnmergeTable:
 
     def rows(self, index: Tensor) -> UnmergeTable:
         """After the batch rows of the cache were picked or reordered."""
-        index = index.to(self.logical.device)
-        cos, sin = (x[index.to(x.device)] for x in self.rope)
-        return replace(self, logical=self.logical[index], slot=self.slot[index], rope=(cos, sin))
+        return self._map(lambda x: x[index.to(x.device)], self.end)
 
     def cut(self, end: int) -> UnmergeTable:
         """Without what was written after this logical length."""
         kept = self.logical.shape[1] - max(0, self.end - end)
-        cos, sin = (x[:, :kept] for x in self.rope)
-        return UnmergeTable(self.logical[:, :kept], self.slot[:, :kept], (cos, sin), min(self.end, end), self.dense)
+        return self._map(lambda x: x[:, :kept], min(self.end, end))
+
+    def _map(self, function: Callable[[Tensor], Tensor], end: int) -> UnmergeTable:
+        cos, sin = map(function, self.rope)
+        return UnmergeTable(function(self.logical), function(self.slot), (cos, sin), end, self.dense)
 
     def extend(self, logical: Tensor, slot: Tensor, rope: Rope, end: int, dense: bool) -> UnmergeTable:
         """With new places [B, U] after it."""

@@ -197,20 +197,12 @@ def apply(stage: CacheStage, decision: Decision | None, keys: Tensor, values: Te
         return decision
     if isinstance(decision, HeadClasses):
         raise ValueError(f"stage {stage.name} puts heads in classes and does not say so: in_classes must be True")
-    if isinstance(decision, KeepSlots):
-        new = decision.apply(keys, values)
-    else:
-        new = decision.keys, decision.values
+    new = decision.apply(keys, values) if isinstance(decision, KeepSlots) else (decision.keys, decision.values)
     heads, n, width = keys.shape
-    for t in new:
-        if (
-            t.ndim != 3
-            or (t.shape[0], t.shape[2]) != (heads, width)
-            or not 0 < t.shape[1] <= n
-            or t.shape[1] != new[0].shape[1]
-        ):
-            raise ValueError(
-                f"stage {stage.name} left keys and values of shapes {[tuple(t.shape) for t in new]} of "
-                f"{tuple(keys.shape)}; every head must hold the same 1 to {n} tokens"
-            )
+    shapes, left = [tuple(t.shape) for t in new], new[0].shape[1] if new[0].ndim == 3 else 0
+    if not 0 < left <= n or shapes != [(heads, left, width)] * 2:
+        raise ValueError(
+            f"stage {stage.name} left keys and values of shapes {shapes} of {tuple(keys.shape)}; every head must hold "
+            f"the same 1 to {n} tokens"
+        )
     return Plain(*new)
