@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import flash_stand_in
 import modes
@@ -18,6 +19,8 @@ from turns import IMAGE_TURNS, TURNS, both, conversation, second
 import vtoken
 from vtoken import config
 from vtoken.errors import ConfigError, OtherModelError, UnsupportedError
+from vtoken.hooks.attention import steering
+from vtoken.hooks.attention.steering import layer_for
 from vtoken.stages import SteeredAttention
 
 NEW = 4
@@ -260,3 +263,19 @@ def _dense(model, batch, stages, got):
     with vtoken.wrapped(model, [*stages, {"amplify": {"gamma": 1.0}}]):
         greedy(model, batch, 1)
         return vtoken.trace(model).stages, got.argmax(-1).T
+
+
+def test_what_slots_hold_lies_with_the_layer(monkeypatch):
+    """Layers of one group may lie on several devices."""
+    model, devices = tiny.make("llava"), []
+
+    def on_both(stage, flow, call):
+        for device in ("cpu", "meta"):
+            layer = layer_for(stage, flow, replace(call, q=call.q.to(device)))
+            devices.append({layer.visual.device.type, layer.behind.device.type, layer.real.device.type} - {device})
+        return layer_for(stage, flow, call)
+
+    monkeypatch.setattr(steering, "layer_for", on_both)
+    with vtoken.wrapped(model, [STEERS["amplify"][0]]):
+        greedy(model, tiny.build(model, ROWS, seed=3), 2)
+    assert len(devices) == 2 * 3 * 2 and not any(devices)

@@ -15,6 +15,8 @@ from turns import IMAGE_TURNS, conversation, second
 import vtoken
 from vtoken import registry
 from vtoken.errors import UnsupportedError
+from vtoken.hooks.cache import shrink
+from vtoken.hooks.cache.layer_for_stage import layer_for
 from vtoken.hooks.state.pruned_cache import cache_bytes
 
 HALF = {"beta": 0.0, "least": 0}  # one of the two key heads of the tiny models keeps a part
@@ -169,3 +171,18 @@ def test_task_kv_is_refused_where_all_heads_keep_everything():
     with pytest.raises(UnsupportedError, match="all 2 key heads would keep everything"):
         vtoken.wrap(model, "task_kv:3")
     assert vtoken.pipeline(model) is None
+
+
+def test_what_a_stage_is_given_lies_with_the_layer(monkeypatch):
+    """Layers of one group may lie on several devices."""
+    model, devices = tiny.make("llava"), []
+
+    def elsewhere(stage, context, flow, call, rows, keys, values):
+        layer = layer_for(stage, context, flow, call, rows, keys.to("meta"), values.to("meta"))
+        devices.extend(slots.device.type for slots in ([] if layer is None else layer.images))
+        return layer_for(stage, context, flow, call, rows, keys, values)
+
+    monkeypatch.setattr(shrink, "layer_for", elsewhere)
+    with vtoken.wrapped(model, [{"snapkv": {"keep": 2, "window": 2}}]):
+        greedy(model, tiny.build(model, ROWS, seed=3), 1)
+    assert devices and set(devices) == {"meta"}

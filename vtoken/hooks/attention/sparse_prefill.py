@@ -107,7 +107,7 @@ def skip_reason(flow: PrefillState, stage: SparseAttention, call: AttentionCall)
 
 
 def suffixes(flow: PrefillState) -> bool:
-    """Whether what is real of every row is its end; asks the device."""
+    """Whether the real tokens of every row stand at its end. Asks the device."""
     width, counts = flow.valid.shape[1], uploaded(flow.counts, flow.valid.device)[:, None]
     return bool((flow.valid == (torch.arange(width, device=counts.device) >= width - counts)).all())
 
@@ -119,7 +119,7 @@ def _row(x: Tensor, flow: PrefillState) -> list[Tensor]:
 
 
 def _skip_reasons(flow: PrefillState, stage: SparseAttention) -> list[str | None]:
-    """Why rows read everything while others do not; None: they do not."""
+    """Per row, why it reads everything; None where the stage decides."""
     min_tokens, shown, out = max(1, stage.min_len), set(flow.live.row), list[str | None]()
     for row, count in enumerate(prompts(flow)):
         why = None if row in shown else "the row has no image"
@@ -135,13 +135,14 @@ def prompts(flow: PrefillState) -> list[int]:
 
 
 def _whole(q: Tensor) -> SparseMask:
-    """What a row reads that no stage thins."""
+    """A row that reads everything."""
     n = q.shape[1]
     return SparseMask(SIZE, everything(len(q), n, n, SIZE, q.device))
 
 
 def _attention(reads: SparseMask | DenseSubset, qkv: Sequence[Tensor], scale: float, tail: int) -> Tensor:
-    """[H, n, d]: the prompt as decided; the last `tail` queries, which decoding would have added, read everything."""
+    """[H, n, d] attention of a row. Its prompt reads what was decided; the last `tail` queries, which decoding would
+    have added, read everything."""
     q, k, v = qkv
     n = q.shape[1] - tail
     out = reads.apply(q[:, :n], k[:, :n], v[:, :n], scale)

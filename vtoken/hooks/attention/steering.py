@@ -1,5 +1,5 @@
-"""Attention whose result a stage changes, in a prompt and at every step: where pictures are among the slots, and which
-queries stand behind them."""
+"""Stages that change what attention gives, in a prompt and at every step. They are given where pictures are among the
+slots, and which queries stand behind them."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ class Seen:
 
 @dataclass
 class Steered:
-    """Of one forward.
+    """One forward, as the stages see it.
 
     Attributes:
-        marks: of all that is cached after it.
+        marks: of all that is cached after the forward.
         behind: [B, L] new logical columns of text after a picture; prompt: [B, L] those of a prompt with pictures.
         hidden: what entered the layer at work, where a stage asks.
-        seen: first layer of a group -> what its slots hold.
+        seen: (first layer of a group, device) -> what its slots hold.
     """
 
     marks: Marks
     behind: Tensor
     prompt: Tensor | None = None
     hidden: Tensor | None = None
-    seen: dict[int, Seen] = field(default_factory=dict)
+    seen: dict[tuple[int, torch.device], Seen] = field(default_factory=dict)
 
 
 class Steering:
@@ -141,9 +141,10 @@ class Steering:
 def layer_for(stage: SteeredAttention, flow: ForwardState, call: AttentionCall) -> SteeredLayer:
     """What the stage is given of a layer; asks it first what it marks there."""
     steered: Steered = flow.steered
-    if flow.group not in steered.seen:
-        steered.seen[flow.group] = seen_by(flow, call.q.device)
-    seen, by = steered.seen[flow.group], stage.marked_by(call.layer)
+    key = flow.group, call.q.device
+    if key not in steered.seen:
+        steered.seen[key] = seen_by(flow, call.q.device)
+    seen, by = steered.seen[key], stage.marked_by(call.layer)
     layer = SteeredLayer(
         call.q,
         call.k,

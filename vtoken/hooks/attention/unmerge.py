@@ -21,7 +21,7 @@ from vtoken.hooks.attention.unmerged_attention import Rope, UnmergedAttention, U
 from vtoken.hooks.decoder.attention_tap import HANDED, tap
 from vtoken.hooks.decoder.rotation import BUILT, rotates_last
 from vtoken.hooks.state.cache_argument import CACHE, causal_mask
-from vtoken.hooks.state.checkpointing import check_replay
+from vtoken.hooks.state.checkpointing import check_replay, replays
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import ForwardState, eager, steps
 from vtoken.hooks.state.left_padding import left_pad, take
@@ -71,7 +71,7 @@ class Unmerge:
         if cache is not None:
             kwargs = {**kwargs, CACHE: None}
             # A checkpointed layer runs twice and would write twice; upstream drops the cache then, too.
-            cache = None if module.training and getattr(module, "gradient_checkpointing", False) else cache
+            cache = None if replays(module) else cache
         unrotated = (torch.ones_like(cos), torch.zeros_like(sin))
         new = {"position_embeddings": unrotated, "attention_mask": unmerged.mask, HANDED: (unmerged, cache)}
         return args, {**kwargs, **new}
@@ -96,8 +96,7 @@ class Unmerge:
         flow.trace.stages.append(replace(entry, stood_aside=NOTHING if v.history.slot is None else None))
 
     def go_on(self, flow: ForwardState) -> None:
-        """A decode step, a text turn or a draft on a cache of merged keys; on an expanded one there is nothing to
-        do."""
+        """A decode step, a text turn or a draft on a cache of merged keys. An expanded cache needs nothing."""
         if past_table(flow) is None:
             return
         rope = self._rope(flow, flow.positions)

@@ -51,7 +51,7 @@ def layer_for(
         keys,
         values,
         call.q[rows, :, here].flatten(0, 1),
-        row.images,
+        tuple(slots.to(keys.device) for slots in row.images),
         row.slots,
         call.scale,
         call.layer,

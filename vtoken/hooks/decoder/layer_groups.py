@@ -87,21 +87,18 @@ class LayerGroups:
         return flow.masks[kind]
 
     def _moved(self, k: int, flow: ForwardState, kwargs: dict) -> dict[str, Any]:
-        """Where the tokens that are left of a prompt stand, in place of the arguments that the model gives layer k for
-        all of them."""
+        """RoPE and position ids of the tokens that are left of a prompt, in place of those that the model gives layer k
+        for all of them."""
         if flow.chosen is None and flow.numbers is None:
             return {}
         kind = self.kinds[k]
         if kind not in flow.layer_kwargs:
-            rope: tuple[Tensor, ...]
-            ids: Tensor | None
+            ids, rope = kwargs.get("position_ids"), kwargs["position_embeddings"]
             if flow.numbers is not None:
-                rope, ids = rotary(self.lm, k, flow.hidden, flow.numbers), flow.numbers
-            else:
-                assert flow.chosen is not None
-                ids, index = kwargs.get("position_ids"), flow.chosen
-                rope = tuple(take(t, index, -2) for t in kwargs["position_embeddings"])
-                ids = None if ids is None else take(ids, index, -1)
+                ids, rope = flow.numbers, rotary(self.lm, k, flow.hidden, flow.numbers)
+            elif flow.chosen is not None:
+                ids = None if ids is None else take(ids, flow.chosen, -1)
+                rope = tuple(take(t, flow.chosen, -2) for t in rope)
             flow.layer_kwargs[kind] = {"position_embeddings": rope, "position_ids": ids}
         return flow.layer_kwargs[kind]
 
