@@ -141,24 +141,19 @@ class _WithConfig:
         return getattr(self._module, name)
 
 
-def tapped(stages: Sequence[Stage], depth: int) -> dict[int, list[tuple[Stage, str]]]:
-    """Decoder layer -> which stage asks for which of its facts."""
-    asked: dict[int, list[tuple[Stage, str]]] = {}
-    for stage in stages:
-        for need in stage.needs():
-            for k in stage.layers(depth) if need.name in OBSERVED else ():
-                layer = k - 1 if need.layer is None else need.layer % depth
-                asked.setdefault(layer, []).append((stage, OBSERVED[need.name].part_of or need.name))
-    return asked
-
-
 def observe(context: Context) -> None:
     """Keeps what stages ask of decoder layers, slot by slot (see attention_facts.py).
 
     With an answer or drafts behind the prompt (`prompt_text.answered`) the last prompt token stands before them, so the
     decision is the one that `generate` makes.
     """
-    asked, run, config = tapped(context.at("decoder"), context.depth), context.run, context.lm.config
+    depth, run, config = context.depth, context.run, context.lm.config
+    asked: dict[int, list[tuple[Stage, str]]] = {}  # layer -> stages, and the facts that they ask of it
+    for stage in context.at("decoder"):
+        for need in stage.needs():
+            for k in stage.layers(depth) if need.name in OBSERVED else ():
+                layer = k - 1 if need.layer is None else need.layer % depth
+                asked.setdefault(layer, []).append((stage, OBSERVED[need.name].part_of or need.name))
 
     def function(call: AttentionCall) -> Any:
         flow = run.flow
@@ -166,8 +161,7 @@ def observe(context: Context) -> None:
             _keep(flow, asked[call.layer], call, window_of(config, call.layer))
         return call.original()
 
-    if asked:
-        tap(context.handle, context.lm, asked, function)
+    tap(context.handle, context.lm, asked, function)
 
 
 @torch.no_grad()
