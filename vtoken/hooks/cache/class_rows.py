@@ -30,9 +30,10 @@ def split(
     """The classes of a layer once the prompt is read.
 
     Args:
-        k, v: [B, Hk, S, d], which end in what is new. In front of that stands what earlier turns left, where nothing is
-            in classes yet: it stays for good.
-        fresh: rows that were given no pictures before.
+        k, v: [B, Hk, S, d]; the new tokens are the last. Where no head is in a class yet, earlier turns stand in front
+            of them, and stay for good.
+        before: the classes of earlier turns; None: none yet.
+        fresh: which rows were given no pictures before.
     """
     width = flow.index.shape[1]
     past = k.shape[2] - width
@@ -49,7 +50,7 @@ def split(
 def _start(
     like: HeadSlots, decisions: Decisions, c: int, keys: Tensor, values: Tensor, real: Tensor | None
 ) -> HeadClass:
-    """The class of that number before the prompt, with what earlier turns left."""
+    """Class number c before the first prompt with pictures: all that earlier turns cached."""
     heads = torch.stack([like.heads if d is None else d.classes[c].heads for d in decisions]).to(keys.device)
     keys, values = (t.take_along_dim(heads[..., None, None], 1) for t in (keys, values))
     past = keys.shape[2]
@@ -66,7 +67,8 @@ def _extended(
     v: Tensor,
     fresh: Sequence[bool],
 ) -> HeadClass:
-    """A class with what it holds of new tokens [B, Hk, n, d], which end in each row's prompt and what follows it."""
+    """A class after a prompt: with those of the new tokens k, v [B, Hk, n, d] that it keeps. They end in each row's
+    prompt and what follows it."""
     keys, values = old.own(k), old.own(v)
     fixed, latest = list[Piece](), list[Piece]()
     for r, (row, decision) in enumerate(zip(rows, decisions, strict=True)):

@@ -1,8 +1,8 @@
 """The KV cache is shrunk as the prefill fills it, layer by layer.
 
-As soon as a layer has attended, nothing of this prefill reads its keys and values any more, so what the stage does not
-keep is freed at once. Rows are padded on the left to the longest. Logical lengths stay as they were (pruned_cache.py);
-layers that hold different numbers of tokens become layer groups of their own.
+Once a layer has attended, nothing of this prefill reads its keys and values any more, so what the stage does not keep
+is freed at once. Rows are padded on the left to the longest. Logical lengths stay as they were (pruned_cache.py);
+layers that are left with different numbers of tokens become layer groups of their own.
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ class CacheShrinker:
         return _tails_again(flow, rows, k.shape[2] - width, call, (cached.keys, cached.values), out)
 
     def _turns(self, flow: PrefillState, layer: int) -> list[slice]:
-        """The rows that are decided together: one, or all, as more heads of one, where nothing tells them apart."""
+        """The rows that are decided together: each by itself; or, where they are alike, all at once as more heads of
+        one row."""
         rows, found = prompt_rows(flow), flow.notes.query_attention
         alike = all((row.prompt, row.tail, row.slots) == (rows[0].prompt, rows[0].tail, rows[0].slots) for row in rows)
         if self.stage.by_head and alike and not flow.skipped and not any((layer, r) in found for r in range(len(rows))):
@@ -136,7 +137,7 @@ class CacheShrinker:
         return [slice(r, r + 1) for r in range(len(rows))]
 
     def finish(self, flow: PrefillState) -> None:
-        """Commits the slots of every layer to the flow's records, and the decisions to its trace."""
+        """Records the slots that every layer is left with, and enters the decisions into the trace."""
         pending_slots: dict[int, SlotMap] = {}
         last: Any = None
         for k, shrunk in sorted(flow.shrunk.items()):

@@ -98,7 +98,7 @@ class CachedImages:
         return self.groups[start]
 
     def _read(self, cache: PrunedCache, start: int, stage: DecodeStage) -> GroupSlots:
-        """Asks the device."""
+        """The slots of the group that starts there. Asks the device."""
         logical = cache.logical(start, self.image.shape[1])
         found = self.image.gather(1, logical.clamp(min=0)).masked_fill(logical < 0, -2).cpu()
         visual, text, budgets, asides = [], [], [], []
@@ -140,7 +140,7 @@ class CachedImages:
         self.groups = {start: g.rows(index, order) for start, g in self.groups.items()}
 
     def cut(self, logical: int) -> None:
-        """After the cache lost its newest tokens and holds so many."""
+        """After the cache was cut to so many tokens."""
         if logical < self.image.shape[1]:
             lost = bool((self.image[:, logical:] >= 0).any())
             self.image, self.groups = self.image[:, :logical], {}

@@ -178,8 +178,7 @@ def check(stage: DecodeStage, choice: Choice, step: DecodeStep) -> None:
 
 
 def check_decode(stages: Sequence[Stage], lm: Any, attending: Sequence[int]) -> None:
-    """Refuses stages that cannot choose from a KV cache, more than one that does, and caches whose visual tokens cannot
-    be told.
+    """Refuses stages that cannot choose from a KV cache, more than one that does, and a stage of site cache beside one.
 
     Raises:
         UnsupportedError: names the stages.
