@@ -33,7 +33,7 @@ PRUNED = {"all": [], "tokens": [{"fastervlm": {"keep": 7}}, Ragged()], "deep": [
 steers = pytest.mark.parametrize("steer", STEERS)
 
 
-def told(model, batch, stages, steer, **options):
+def compared(model, batch, stages, steer, **options):
     """Logits [n, B, V] of the wrapped model, and of the definition."""
     stage, rule = STEERS[steer][0], STEERS[steer][1]()
     p = oracle.prompt(model, batch)
@@ -50,7 +50,7 @@ def test_equals_written_out_weights(family, steer, pruned):
     """A ragged batch, and behind stages that drop: prompt and generated tokens."""
     model = tiny.make(family)
     batch = tiny.build(model, ROWS, seed=3)
-    got, want, rule = told(model, batch, PRUNED[pruned], steer)
+    got, want, rule = compared(model, batch, PRUNED[pruned], steer)
     torch.testing.assert_close(got, want, atol=3e-4, rtol=1e-4)
     assert steer == "amplify" or rule.changed > 8, "some rows are chosen"
     dense = literal(model, oracle.prompt(model, batch), *_dense(model, batch, PRUNED[pruned], got), lambda w, *_: w)
@@ -65,7 +65,7 @@ def test_backends(family, steer, backend):
     """Eager masks, and backends of the flash kind, which take no bias."""
     model = tiny.make(family)
     batch = tiny.build(model, ROWS, seed=3)
-    want = told(model, batch, PRUNED["tokens"], steer)[0]
+    want = compared(model, batch, PRUNED["tokens"], steer)[0]
     if tiny.family(family).gaps_for_flash:
         pytest.skip("the stock model hands flash attention gaps")
     model.get_decoder().config._attn_implementation_internal = backend

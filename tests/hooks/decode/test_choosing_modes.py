@@ -53,7 +53,7 @@ def test_a_planted_needle_is_read(name):
     batch = tiny.build(model, ROWS[:2], seed=3)
     choose = type(stage).choose
 
-    def told(self, step):
+    def with_needle(self, step):
         needle = step.visual[:, 7]
         keys = step.keys.clone()
         keys[torch.arange(len(keys)), :, needle] = 50 * step.queries.unflatten(1, (keys.shape[1], -1)).mean(2)
@@ -63,7 +63,7 @@ def test_a_planted_needle_is_read(name):
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(stage), "choose", told)
+        patch.setattr(type(stage), "choose", with_needle)
         with vtoken.wrapped(model, [stage]):
             # Of recycled, and of what quest and tidal choose once, the needle is the first step's.
             greedy(model, batch, 3)
