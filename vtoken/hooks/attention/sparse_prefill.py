@@ -92,11 +92,13 @@ class SparsePrefill:
 
 def skip_reason(flow: PrefillState, stage: SparseAttention, call: AttentionCall) -> str | None:
     """Why this forward keeps the model's own attention."""
-    reason = flow.skip_reason or call.skip_reason()
-    if reason is not None:
-        return reason
+    if flow.skip_reason is not None:
+        return flow.skip_reason
     if flow.past:
         return f"the cache holds {flow.past} tokens already; only a prompt that comes in one piece is thinned"
+    reason = call.skip_reason()
+    if reason is not None:
+        return reason
     acting = set(flow.live.row) - set(flow.skipped)
     longest = max(n for row, n in enumerate(prompts(flow)) if row in acting)
     if longest < stage.min_len:
