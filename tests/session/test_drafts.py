@@ -161,7 +161,7 @@ def test_what_the_target_dropped_is_not_looked_at(family):
 def test_a_target_is_listened_to_while_it_has_a_draft_at_work():
     model = tiny.llava()
     draft = vtoken.draft(model, None, "specvlm:3")
-    told = session_of(model).context.recorded
+    target = session_of(model).context.recorded
     heard, batch = [], prompt(model, "image")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(target_attention, "received", lambda *a: heard.append(1) or received(*a))
@@ -169,7 +169,7 @@ def test_a_target_is_listened_to_while_it_has_a_draft_at_work():
         assert not heard
         greedy(model, batch, assistant_model=draft)
     assert len(heard) == 4, "one of each layer"
-    assert told.heard.flow is None and not told.heard.sums
+    assert target.recorded.flow is None and not target.recorded.sums
 
 
 class Once(Ragged):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import flash_stand_in
 import modes
@@ -18,6 +19,8 @@ from turns import IMAGE_TURNS, TURNS, both, conversation, second
 import vtoken
 from vtoken import config
 from vtoken.errors import ConfigError, OtherModelError, UnsupportedError
+from vtoken.hooks.attention import steering
+from vtoken.hooks.attention.steering import layer_for
 from vtoken.stages import SteeredAttention
 
 NEW = 4
@@ -30,7 +33,7 @@ PRUNED = {"all": [], "tokens": [{"fastervlm": {"keep": 7}}, Ragged()], "deep": [
 steers = pytest.mark.parametrize("steer", STEERS)
 
 
-def told(model, batch, stages, steer, **options):
+def compared(model, batch, stages, steer, **options):
     """Logits [n, B, V] of the wrapped model, and of the definition."""
     stage, rule = STEERS[steer][0], STEERS[steer][1]()
     p = oracle.prompt(model, batch)
@@ -47,7 +50,7 @@ def test_equals_written_out_weights(family, steer, pruned):
     """A ragged batch, and behind stages that drop: prompt and generated tokens."""
     model = tiny.make(family)
     batch = tiny.build(model, ROWS, seed=3)
-    got, want, rule = told(model, batch, PRUNED[pruned], steer)
+    got, want, rule = compared(model, batch, PRUNED[pruned], steer)
     torch.testing.assert_close(got, want, atol=3e-4, rtol=1e-4)
     assert steer == "amplify" or rule.changed > 8, "some rows are chosen"
     dense = literal(model, oracle.prompt(model, batch), *_dense(model, batch, PRUNED[pruned], got), lambda w, *_: w)
@@ -62,7 +65,7 @@ def test_backends(family, steer, backend):
     """Eager masks, and backends of the flash kind, which take no bias."""
     model = tiny.make(family)
     batch = tiny.build(model, ROWS, seed=3)
-    want = told(model, batch, PRUNED["tokens"], steer)[0]
+    want = compared(model, batch, PRUNED["tokens"], steer)[0]
     if tiny.family(family).gaps_for_flash:
         pytest.skip("the stock model hands flash attention gaps")
     model.get_decoder().config._attn_implementation_internal = backend
@@ -260,3 +263,19 @@ def _dense(model, batch, stages, got):
     with vtoken.wrapped(model, [*stages, {"amplify": {"gamma": 1.0}}]):
         greedy(model, batch, 1)
         return vtoken.trace(model).stages, got.argmax(-1).T
+
+
+def test_what_slots_hold_lies_with_the_layer(monkeypatch):
+    """Layers of one group may lie on several devices."""
+    model, devices = tiny.make("llava"), []
+
+    def on_both(stage, flow, call):
+        for device in ("cpu", "meta"):
+            layer = layer_for(stage, flow, replace(call, q=call.q.to(device)))
+            devices.append({layer.visual.device.type, layer.behind.device.type, layer.real.device.type} - {device})
+        return layer_for(stage, flow, call)
+
+    monkeypatch.setattr(steering, "layer_for", on_both)
+    with vtoken.wrapped(model, [STEERS["amplify"][0]]):
+        greedy(model, tiny.build(model, ROWS, seed=3), 2)
+    assert len(devices) == 2 * 3 * 2 and not any(devices)

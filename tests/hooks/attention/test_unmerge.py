@@ -104,7 +104,7 @@ def test_one_layer_over_repeated_embeddings(family):
 def test_the_cache_holds_what_it_says(family):
     model = tiny.make(family)
     batch = tiny.build(model, [[3, ("img", (1, 8, 12)) if tiny.family(family).mrope else "img", 5]], seed=3)
-    held = {}
+    slots = {}
     for name, stages in (
         ("dense", []),
         ("merged", MERGERS["mingled"]),
@@ -114,14 +114,14 @@ def test_the_cache_holds_what_it_says(family):
         with watched(model, {"stages": stages, "newline": "keep"}):
             out, trace = greedy(model, batch, 1, return_dict_in_generate=True), vtoken.trace(model)
         layer = out.past_key_values.layers[-1]
-        held[name] = layer.keys.shape[2]
+        slots[name] = layer.keys.shape[2]
         each = 2 * layer.keys.numel() * layer.keys.element_size()
         assert trace.cache_bytes == each * len(out.past_key_values.layers)
         if stages:
             gone = sum(int((into < 0).sum()) for into in trace.stages[-1].into)
             merged = sum(trace.visual_tokens) - gone - sum(trace.tokens_out)
-    assert held["vtu merged"] == held["merged"] == held["dense"] - gone - merged
-    assert held["vtu"] == held["dense"] - gone and merged > 0 and gone > 0
+    assert slots["vtu merged"] == slots["merged"] == slots["dense"] - gone - merged
+    assert slots["vtu"] == slots["dense"] - gone and merged > 0 and gone > 0
 
 
 @attending

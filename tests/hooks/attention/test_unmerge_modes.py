@@ -106,10 +106,10 @@ def test_second_turn(family, rows, cache):
         b = greedy(model, second(model, whole, turn), n, past_key_values=a.past_key_values, **LOGITS)
         traces.append(vtoken.trace(model))
     p = oracle.prompt(model, whole)
-    told = [t for t in traces if t.visual_tokens]
-    told = told if image else told[:1]
+    pruned = [t for t in traces if t.visual_tokens]
+    pruned = pruned if image else pruned[:1]
     stages = []
-    for each in zip(*(t.stages for t in told), strict=True):
+    for each in zip(*(t.stages for t in pruned), strict=True):
         stages.append(both(each, order))
         stages[-1].into = both([as_kept(stage) for stage in each], order).kept
     trace = Trace(stages=stages)
@@ -177,10 +177,10 @@ def test_the_rows_of_a_cache_may_change_places(family, cache):
         out = greedy(model, batch, 2, return_dict_in_generate=True)
         deltas = getattr(model.model, "rope_deltas", None)
         for index in ([1, 0], [1, 1, 0]):
-            held = copy.deepcopy(out.past_key_values)
-            held.batch_select_indices(torch.tensor(index))
+            picked = copy.deepcopy(out.past_key_values)
+            picked.batch_select_indices(torch.tensor(index))
             mask = torch.nn.functional.pad(batch["attention_mask"], (0, 2), value=1)[index]
-            more = {"input_ids": out.sequences[index], "attention_mask": mask, "past_key_values": held}
+            more = {"input_ids": out.sequences[index], "attention_mask": mask, "past_key_values": picked}
             if modes.mrope(model):
                 more["mm_token_type_ids"] = torch.nn.functional.pad(batch["mm_token_type_ids"], (0, 2))[index]
                 model.model.rope_deltas = deltas[index]

@@ -54,10 +54,10 @@ class Stock:
 
     def pool(self, calls, row, begin):
         """Everything from slot `begin` on, of which the decisions say who goes to whom."""
-        for k, told in calls.items():
-            layer, hold = told[row]
-            held, bare = self.cache.layers[k], self.bare.layers[k].keys[0]
-            torch.testing.assert_close(held.keys[0, :, begin:], layer.keys, atol=1e-4, rtol=1e-4)
+        for k, given in calls.items():
+            layer, hold = given[row]
+            cached, bare = self.cache.layers[k], self.bare.layers[k].keys[0]
+            torch.testing.assert_close(cached.keys[0, :, begin:], layer.keys, atol=1e-4, rtol=1e-4)
             rotate = sys.modules[type(self.lm.layers[k].self_attn).__module__].apply_rotary_pos_emb
             keys, values = [], []
             for j, middle in enumerate(hold.index[0].tolist()):
@@ -66,10 +66,10 @@ class Stock:
                 mean = bare[:, group].mean(1)[None, :, None]
                 cos, sin = (t[:, middle : middle + 1] for t in self.rope)
                 keys.append(rotate(mean, mean, cos, sin)[0][0, :, 0])
-                values.append(held.values[0, :, begin:][:, group].mean(1))
+                values.append(cached.values[0, :, begin:][:, group].mean(1))
             for name, new in (("keys", keys), ("values", values)):
-                old = getattr(held, name)[:, :, :begin]
-                setattr(held, name, torch.cat([old, torch.stack(new, 1)[None]], 2))
+                old = getattr(cached, name)[:, :, :begin]
+                setattr(cached, name, torch.cat([old, torch.stack(new, 1)[None]], 2))
 
 
 def cache_of(model):
@@ -110,9 +110,9 @@ def test_equals_the_stock_layers_on_pooled_caches(family):
         x, positions, deep = row_of(p, row)
         first = stock.run(x, positions, deep)[:, -1:]
         stock.pool(spy.calls, row, 0)
-        held = [layer.keys.shape[2] for layer in attending(stock.cache)]
-        assert held == [each[row] for each in trace.cached]
-        pooled += x.shape[1] - held[0]
+        left = [layer.keys.shape[2] for layer in attending(stock.cache)]
+        assert left == [each[row] for each in trace.cached]
+        pooled += x.shape[1] - left[0]
         want = say(stock, first, got.sequences[row, -NEW:].tolist(), positions.max(), positions.shape[:-1])
         torch.testing.assert_close(torch.stack(got.logits)[:, row], want, atol=3e-4, rtol=1e-4)
     assert pooled > 0
@@ -120,7 +120,7 @@ def test_equals_the_stock_layers_on_pooled_caches(family):
     gone = sum(mine[0].tokens_in) - sum(mine[0].tokens_out)
     assert sum(trace.prompt_tokens) - sum(trace.cached[0]) == gone == pooled
     cache = got.past_key_values
-    assert [layer.keys.shape[2] for layer in attending(cache)] == [max(held) + NEW - 1 for held in trace.cached]
+    assert [layer.keys.shape[2] for layer in attending(cache)] == [max(left) + NEW - 1 for left in trace.cached]
 
 
 @whole
@@ -150,10 +150,10 @@ def test_second_turn(family, kind):
         stock.run(x[:, :prompt], positions[..., :prompt], [d[:, :prompt] for d in deep])
         stock.pool(calls, row, 0)
         stock.run(x[:, prompt:begin], positions[..., prompt:begin])
-        held = attending(stock.cache)[0].keys.shape[2]
+        left = attending(stock.cache)[0].keys.shape[2]
         start = stock.run(x[:, begin:], positions[..., begin:], [d[:, begin:] for d in deep])[:, -1:]
         if pictures:
-            stock.pool(spy.calls, row, held)
+            stock.pool(spy.calls, row, left)
         said = b.sequences[row, -NEW:].tolist()
         want = say(stock, start, said, positions.max(), positions.shape[:-1])
         torch.testing.assert_close(torch.stack(b.logits)[:, row], want, atol=3e-4, rtol=1e-4)
@@ -169,7 +169,7 @@ def test_batch_equals_single(family):
             assert torch.equal(greedy(model, alone(model, batch, row))[0, -6:], together[row, -6:])
             single = vtoken.trace(model)
             if row < 2:
-                assert [held[0] for held in single.cached] == [held[row] for held in trace.cached]
+                assert [left[0] for left in single.cached] == [left[row] for left in trace.cached]
                 mine = [i for i, r in enumerate(trace.row) if r == row]
                 assert [trace.kept[i].tolist() for i in mine] == [k.tolist() for k in single.kept]
 
@@ -204,20 +204,20 @@ def test_a_video_is_cut_by_its_frames():
     model = tiny.make(family)
     batch = tiny.build(model, [[3, ("video", 16), 9]], seed=3)
     bilevel = {"bilevel_kv": {"frames": 2, "top": 1, "pool": 2}}
-    held = []
+    sizes = []
     for before in ([], [{"random": {"keep": "60%"}}, {"chunk_prefill": {"frames": 2, "previous": 0, "min_len": 0}}]):
         with vtoken.wrapped(model, [*before, bilevel]):
             greedy(model, batch)
             trace = vtoken.trace(model)
         ((frames, *sides),) = trace.parts[0]
         assert frames > 4 and all(c[0] < trace.prompt_tokens[0] for c in trace.cached)
-        held.append(trace.cached[-1][0])
+        sizes.append(trace.cached[-1][0])
         kept = [s.kept[0] for s in trace.stages if s.site == "cache"]
         size = sides[0] * sides[1]
         there = [s.kept[0] for s in trace.stages if s.site == "tokens"] or [torch.arange(frames * size)]
         left = set((there[0] // size).tolist())
         assert all(set((k // size).tolist()) == left for k in kept), "something of every frame is still there"
-    assert held[1] < held[0]
+    assert sizes[1] < sizes[0]
 
 
 def test_an_attention_that_rotates_otherwise_is_refused():

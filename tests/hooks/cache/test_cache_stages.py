@@ -46,14 +46,14 @@ ROWS = [[3, "img", 5], [1, "img", 2, "img", 7], [4]]
 stages = pytest.mark.parametrize("name", [name for name in STAGES if name != "pyramid"])
 
 
-def told(name):
+def recorded(name):
     cls, options = STAGES[name]
     return Told(cls, **options)
 
 
 def check(model, batch, name, before=(), n=6, tolerance=3e-4):
     """Generates, and holds logits of every row against the oracle; returns output, trace and what was told."""
-    p, spy = oracle.prompt(model, batch), told(name)
+    p, spy = oracle.prompt(model, batch), recorded(name)
     with vtoken.wrapped(model, [*before, spy.stage]):
         out, trace = greedy(model, batch, n, **LOGITS), vtoken.trace(model)
     entry = [s for s in trace.stages if s.site in ("encoder", "tokens")]
@@ -78,14 +78,14 @@ def test_equals_a_dense_model_that_masks(family, name, rows):
     assert trace.layers == [trace.visual_tokens] * 4 and trace.tokens_out == trace.visual_tokens
     mine = [s for s in trace.stages if s.site == "cache"]
     assert tuple(s.layer for s in mine) == tiny.family(family).attending
-    assert all(sum(held) < sum(trace.prompt_tokens) for held in trace.cached)
+    assert all(sum(left) < sum(trace.prompt_tokens) for left in trace.cached)
     cache = out.past_key_values
-    for held, stage in zip(trace.cached, mine, strict=True):
-        assert cache.layers[stage.layer].keys.shape[2] == max(held) + 5
+    for left, stage in zip(trace.cached, mine, strict=True):
+        assert cache.layers[stage.layer].keys.shape[2] == max(left) + 5
         assert all(held_by <= n for held_by, n in zip(stage.tokens_out, stage.tokens_in, strict=True))
         if not spy.stage.text:
             gone = sum(stage.tokens_in) - sum(stage.tokens_out)
-            assert sum(trace.prompt_tokens) - sum(held) == pytest.approx(gone, abs=len(trace.row))
+            assert sum(trace.prompt_tokens) - sum(left) == pytest.approx(gone, abs=len(trace.row))
     keys = cache.layers[-1].keys
     assert trace.cache_bytes == sum(max(h) for h in trace.cached) * 2 * keys.element_size() * keys[:, :, 0].numel()
 
@@ -114,7 +114,7 @@ def test_after_stages_of_every_site(family, name):
         assert stage.tokens_in == trace.layers[stage.layer]
         seen = trace.stages[(0, 0, 1, 2)[stage.layer]].kept
         assert all(set(k.tolist()) <= set(s.tolist()) for k, s in zip(stage.kept, seen, strict=True))
-    with vtoken.wrapped(model, [*before, told(name).stage]):
+    with vtoken.wrapped(model, [*before, recorded(name).stage]):
         greedy(model, tiny.build(model, rows_for(family, "ragged"), seed=3))
 
 
@@ -123,7 +123,7 @@ def test_after_stages_of_every_site(family, name):
 def test_batch_equals_single(family, name):
     model = tiny.make(family)
     batch = tiny.build(model, ROWS, seed=3)
-    with vtoken.wrapped(model, [told(name).stage]):
+    with vtoken.wrapped(model, [recorded(name).stage]):
         together, trace = greedy(model, batch), vtoken.trace(model)
         for row in range(3):
             assert torch.equal(greedy(model, alone(model, batch, row))[0, -6:], together[row, -6:])
@@ -142,7 +142,7 @@ def test_drafts_change_nothing(family, name):
     model = tiny.make(family)
     batch = tiny.build(model, ROWS[:1], seed=5)
     batch.pop("attention_mask")
-    with vtoken.wrapped(model, [told(name).stage]):
+    with vtoken.wrapped(model, [recorded(name).stage]):
         plain, cached = greedy(model, batch, 8), vtoken.trace(model).cached
         assert torch.equal(greedy(model, batch, 8, prompt_lookup_num_tokens=3), plain)
         assert vtoken.trace(model).cached == cached
@@ -154,7 +154,7 @@ def test_drafts_change_nothing(family, name):
 def test_an_answer_that_is_scored_reads_the_shrunk_cache(family, name):
     model = tiny.make(family)
     batch = tiny.build(model, ROWS[:1], seed=5)
-    with vtoken.wrapped(model, [told(name).stage]), torch.no_grad():
+    with vtoken.wrapped(model, [recorded(name).stage]), torch.no_grad():
         out = greedy(model, batch, 5, **LOGITS)
         whole = {**batch, "input_ids": out.sequences, "attention_mask": torch.ones_like(out.sequences)}
         if "mm_token_type_ids" in whole:
@@ -168,7 +168,7 @@ def test_an_answer_that_is_scored_reads_the_shrunk_cache(family, name):
 def test_beams(family, name):
     model = tiny.make(family)
     batch, n = tiny.build(model, [[3, "img", 5]], seed=3), 4
-    p, spy = oracle.prompt(model, batch), told(name)
+    p, spy = oracle.prompt(model, batch), recorded(name)
     with vtoken.wrapped(model, [spy.stage]):
         out = greedy(
             model,
@@ -194,7 +194,7 @@ def test_second_turn(family, name, more):
     first, turn = tiny.build(model, ROWS[:2], seed=3), tiny.build(model, more, seed=9)
     if tiny.family(family).pixels in turn and mrope(model):
         pytest.importorskip("transformers", minversion="5.21", reason="older transformers numbers a new image as text")
-    spy, n = told(name), 4
+    spy, n = recorded(name), 4
     with vtoken.wrapped(model, [spy.stage]):
         a = greedy(model, first, n, **LOGITS)
         lost, cached = [spy.lost(row) for row in range(2)], vtoken.trace(model).cached
@@ -211,8 +211,8 @@ def test_second_turn(family, name, more):
     for row in range(2):
         want = oracle_kv.forced(model, p, row, b.sequences[row, -n:].tolist(), lost[row])
         torch.testing.assert_close(torch.stack(b.logits)[:, row], want, atol=3e-4, rtol=1e-4)
-    held = b.past_key_values.layers[3].keys.shape[2]
-    assert held < int(whole["attention_mask"].sum(1).max()) + n - 1 and max(cached[-1]) < held
+    slots = b.past_key_values.layers[3].keys.shape[2]
+    assert slots < int(whole["attention_mask"].sum(1).max()) + n - 1 and max(cached[-1]) < slots
 
 
 @whole
@@ -232,9 +232,9 @@ def test_merged_caches_equal_a_loop_on_the_stock_model(family, merge):
             cache, length = out.past_key_values, one["input_ids"].shape[1]
             for k, calls in spy.calls.items():
                 layer, hold = calls[row]
-                held = cache.layers[k]
-                torch.testing.assert_close(held.keys[0], layer.keys, atol=1e-4, rtol=1e-4)
-                held.keys, held.values = (by_hand(hold, x[0])[None] for x in (held.keys, held.values))
+                cached = cache.layers[k]
+                torch.testing.assert_close(cached.keys[0], layer.keys, atol=1e-4, rtol=1e-4)
+                cached.keys, cached.values = (by_hand(hold, x[0])[None] for x in (cached.keys, cached.values))
             start = oracle.prompt(model, one).positions.max() + 1
             want = [out.logits[:, -1]]
             for step, token in enumerate(got.sequences[row, -n:-1].tolist()):
@@ -265,10 +265,10 @@ def test_backends(family):
     check(tiny.make(family, "eager"), tiny.build(tiny.make(family), rows, seed=3), "snapkv", [Ragged()])
     model = tiny.make(family)
     batch = tiny.build(model, rows, seed=3)
-    with vtoken.wrapped(model, [Ragged(), Deep(), told("snapkv").stage]):
+    with vtoken.wrapped(model, [Ragged(), Deep(), recorded("snapkv").stage]):
         want = greedy(model, batch, **LOGITS)
     model.get_decoder().config._attn_implementation_internal = flash_stand_in.NAME
-    with vtoken.wrapped(model, [Ragged(), Deep(), told("snapkv").stage]):
+    with vtoken.wrapped(model, [Ragged(), Deep(), recorded("snapkv").stage]):
         got = greedy(model, batch, **LOGITS)
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=2e-4, rtol=1e-4)
 
@@ -277,7 +277,7 @@ def test_backends(family):
 def test_compact_positions(family):
     model = tiny.make(family)
     batch = tiny.build(model, ROWS, seed=3)
-    pipeline = {"positions": "compact", "stages": [{"random": {"keep": 9}}, told("snapkv").stage]}
+    pipeline = {"positions": "compact", "stages": [{"random": {"keep": 9}}, recorded("snapkv").stage]}
     with vtoken.wrapped(model, pipeline):
         plain = greedy(model, batch)
         for row in range(3):
@@ -289,8 +289,8 @@ def test_layers_may_hold_different_numbers(family):
     """Layer groups of their own, in padded rows, drafts and text turns."""
     model = tiny.make(family)
     out, trace, _ = check(model, tiny.build(model, ROWS, seed=3), "pyramid", [{"random": {"keep": 12}}])
-    held = [layer.keys.shape[2] for layer in oracle_kv.attending(out.past_key_values)]
-    assert held == [max(h) + 5 for h in trace.cached] and len({tuple(h) for h in trace.cached}) == len(held)
+    slots = [layer.keys.shape[2] for layer in oracle_kv.attending(out.past_key_values)]
+    assert slots == [max(h) + 5 for h in trace.cached] and len({tuple(h) for h in trace.cached}) == len(slots)
     if not tiny.family(family).states:
         test_drafts_change_nothing(family, "pyramid")
     test_second_turn(family, "pyramid", [[5], [5]])
@@ -315,7 +315,7 @@ def test_unwrap_is_exact(family):
     batch = tiny.build(model, ROWS, seed=3)
     want = greedy(model, batch, **LOGITS)
     before = state(model)
-    with vtoken.wrapped(model, [{"fastv": {"keep": 9}}, told("lookm").stage]):
+    with vtoken.wrapped(model, [{"fastv": {"keep": 9}}, recorded("lookm").stage]):
         greedy(model, batch)
     assert changed(before, state(model)) <= {("model", "rope_deltas")}
     assert torch.equal(torch.stack(greedy(model, batch, **LOGITS).logits), torch.stack(want.logits))

@@ -79,8 +79,8 @@ def test_all_layers_hold_the_same(family):
         trace = vtoken.trace(model)
     (n,) = set(lengths(out.past_key_values))
     assert n == trace.prompt_tokens[0] - trace.visual_tokens[0] + trace.tokens_out[0]
-    held = attending(out.past_key_values)
-    assert trace.cache_bytes == sum(layer.keys.nbytes + layer.values.nbytes for layer in held)
+    layers = attending(out.past_key_values)
+    assert trace.cache_bytes == sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     assert list(out.past_key_values.groups) == [0]
 
 

@@ -215,9 +215,9 @@ def test_bytes_are_those_of_the_formula(family):
             total = counted = 0
             for k in family_layers:
                 streams = sum(one.streams(k))
-                held = 3 + prompt - sum(images) + min(5, sum(images) - 3 + generated)
+                kept = 3 + prompt - sum(images) + min(5, sum(images) - 3 + generated)
                 full = (config.num_key_value_heads - streams) * (prompt + generated)
-                total += (full + streams * (held + compensate)) * 2 * width * 4
+                total += (full + streams * (kept + compensate)) * 2 * width * 4
                 counted += one.cache_bytes(
                     LayerSize(k, family_layers, prompt, images, generated, config.num_key_value_heads, width, 4)
                 )
@@ -231,14 +231,14 @@ def test_crop_reaches_back_to_what_is_there(family):
     batch = tiny.build(model, ROWS[:1], seed=5)
     with vtoken.wrapped(model, [stage(model)]):
         cache = greedy(model, batch, 9, **LOGITS).past_key_values
-        before, held = copy.deepcopy(cache), cache.get_seq_length()
+        before, length = copy.deepcopy(cache), cache.get_seq_length()
         with pytest.raises(RuntimeError, match=r"takes back 2 tokens.* latest 1"):
             cache.crop(-2)
         cache.crop(0)
         for layer, same in zip(cache.layers, before.layers, strict=True):
             assert all(torch.equal(x, y) for x, y in zip(layer.tensors(), same.tensors(), strict=True))
         cache.crop(-1)
-        assert cache.get_seq_length() == held - 1
+        assert cache.get_seq_length() == length - 1
         cache.reset()
         assert cache.get_seq_length() == 0 and cache_bytes(cache) == 0
 

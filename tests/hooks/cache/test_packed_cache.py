@@ -18,6 +18,7 @@ from turns import conversation, second
 import vtoken
 from vtoken.compressors.cache.zipvl_cache import ZipVLCache
 from vtoken.hooks.state.quantized_layer import Plain, QuantizedLayer
+from vtoken.session import session_of
 
 
 def equal(a, b):
@@ -54,9 +55,9 @@ def test_greedy(family, rows):
     (got, trace), (want, wide) = both(model, run)
     equal(got, want)
     assert trace.cached == wide.cached == [trace.prompt_tokens] * len(tiny.family(family).attending)
-    for held, plain in zip(attending(got.past_key_values), attending(want.past_key_values), strict=True):
-        assert isinstance(held, QuantizedLayer) and held.get_seq_length() == plain.get_seq_length()
-        assert torch.equal(held.keys, plain.keys) and torch.equal(held.values, plain.values)
+    for cached, plain in zip(attending(got.past_key_values), attending(want.past_key_values), strict=True):
+        assert isinstance(cached, QuantizedLayer) and cached.get_seq_length() == plain.get_seq_length()
+        assert torch.equal(cached.keys, plain.keys) and torch.equal(cached.values, plain.values)
 
 
 @whole
@@ -69,14 +70,14 @@ def test_bytes_are_really_saved(family):
     dense = model(**batch).past_key_values
     cache = out.past_key_values
     assert trace.cache_bytes == sum(map(stored, attending(cache))), "and nothing else is kept alive"
-    for held, full in zip(attending(cache), attending(dense), strict=True):
-        (block,), d = held.blocks, full.keys.shape[-1]
+    for cached, full in zip(attending(cache), attending(dense), strict=True):
+        (block,), d = cached.blocks, full.keys.shape[-1]
         assert [type(row[0]).__name__ for row in block.rows] == ["QuantizedKV", "QuantizedKV", "Plain"]
         for (piece,), n in zip(block.rows[:2], trace.prompt_tokens, strict=False):
             heads = full.keys.shape[1]
             assert sum(c.packed.nbytes for c in piece.key_groups) <= n * heads * -(-4 * d // 8)
             assert sum(c.packed.shape[1] for c in piece.key_groups) == n
-        assert stored(held) < full.keys.nbytes
+        assert stored(cached) < full.keys.nbytes
 
 
 @some
@@ -155,8 +156,8 @@ def test_an_answer_that_is_scored(family):
             scored = model(**whole, logits_to_keep=6)
         return scored.logits[0, :5], torch.stack(out.logits)[:, 0], scored.past_key_values.layers[1]
 
-    (got, generated, held), (want, _, _) = both(model, run)
-    assert torch.equal(got, want) and isinstance(held, QuantizedLayer)
+    (got, generated, cached), (want, _, _) = both(model, run)
+    assert torch.equal(got, want) and isinstance(cached, QuantizedLayer)
     torch.testing.assert_close(got, generated, atol=2e-4, rtol=1e-4)
 
 
@@ -204,9 +205,9 @@ def test_what_is_generated_follows(family):
             want.append(model(**fed).logits[:, -1])
             if (step + 1) % every:
                 continue
-            for held in attending(cache):
+            for cached in attending(cache):
                 asked, _ = next(queries)
-                k, v, q = held.keys[0], held.values[0], asked.query
+                k, v, q = cached.keys[0], cached.values[0], asked.query
                 torch.testing.assert_close(asked.keys, k, atol=1e-4, rtol=1e-4)
                 groups, scores = len(q) // len(k), []
                 for h in range(len(q)):
@@ -221,13 +222,14 @@ def test_what_is_generated_follows(family):
                 chosen = torch.tensor([begin + j in important for j in range(every)])
                 parts = [(chosen.nonzero()[:, 0], 4), ((~chosen).nonzero()[:, 0], 2)]
                 new = rounded(k[:, begin:], v[:, begin:], parts)
-                held.keys, held.values = (
-                    torch.cat([x[:, :, :begin], y[None]], 2) for x, y in zip((held.keys, held.values), new, strict=True)
+                cached.keys, cached.values = (
+                    torch.cat([x[:, :, :begin], y[None]], 2)
+                    for x, y in zip((cached.keys, cached.values), new, strict=True)
                 )
     torch.testing.assert_close(torch.stack(out.logits), torch.stack(want), atol=2e-4, rtol=1e-4)
-    for held, plain in zip(attending(out.past_key_values), attending(cache), strict=True):
-        assert len(held.blocks) == 3 and held.tail[0].shape[2] == n - 1 - 2 * every
-        torch.testing.assert_close(held.values, plain.values, atol=2e-4, rtol=1e-4)
+    for cached, plain in zip(attending(out.past_key_values), attending(cache), strict=True):
+        assert len(cached.blocks) == 3 and cached.tail[0].shape[2] == n - 1 - 2 * every
+        torch.testing.assert_close(cached.values, plain.values, atol=2e-4, rtol=1e-4)
 
 
 @whole
@@ -271,19 +273,22 @@ def test_beams_and_drafts_with_what_is_generated(family):
         n = batch["input_ids"].shape[1]
         found = [asked.at for asked, _ in calls if asked.layer == 0]
         assert found == [range(n, n + 3), range(n + 3, n + 6)][: len(found)] and found, "each token once, in order"
-        held = drafted.past_key_values.layers[0]
-        assert held.get_seq_length() == n + 7
+        cached = drafted.past_key_values.layers[0]
+        assert cached.get_seq_length() == n + 7
 
 
 def test_never_costs_nothing():
-    """Without a period no layer gets a second hook."""
+    """Without a period no layer gets a second tap."""
     model = tiny.make("llava")
     attention = model.get_decoder().layers[0].self_attn
-    for every, hooks in ((None, 0), (100, 1)):
-        with vtoken.wrapped(model, [ZipVLCache(**FEW, every=every)]):
-            assert len(attention._forward_pre_hooks) == hooks
-    with vtoken.wrapped(model, [ZipVLCache(tau=0.9)]):
-        assert not attention._forward_pre_hooks, "what is dropped is not rounded"
+    # What is dropped is not rounded.
+    for stage, taps in (
+        (ZipVLCache(**FEW, every=None), 1),
+        (ZipVLCache(**FEW, every=100), 2),
+        (ZipVLCache(tau=0.9), 1),
+    ):
+        with vtoken.wrapped(model, [stage]):
+            assert [module for module, _ in session_of(model).context.handle.installed].count(attention) == taps
 
 
 @some

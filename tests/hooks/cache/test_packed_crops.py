@@ -36,6 +36,6 @@ def test_nothing_is_left_of_what_was_packed():
         stock = DynamicCache(config=model.config)
         for n in (4, 1, 1):
             text = torch.full((1, n), 7)
-            got, want = (model(input_ids=text, past_key_values=held).logits for held in (cache, stock))
+            got, want = (model(input_ids=text, past_key_values=past).logits for past in (cache, stock))
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
     assert not calls

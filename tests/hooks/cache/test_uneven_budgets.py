@@ -15,6 +15,8 @@ from turns import IMAGE_TURNS, conversation, second
 import vtoken
 from vtoken import registry
 from vtoken.errors import UnsupportedError
+from vtoken.hooks.cache import shrink
+from vtoken.hooks.cache.layer_for_stage import layer_for
 from vtoken.hooks.state.pruned_cache import cache_bytes
 
 HALF = {"beta": 0.0, "least": 0}  # one of the two key heads of the tiny models keeps a part
@@ -31,7 +33,7 @@ options = pytest.mark.parametrize("name", OPTIONS)
 some = pytest.mark.parametrize("family", tiny.each("anyres", "mrope", "states", window=None))
 
 
-def told(name):
+def recorded(name):
     """The stage, and a list of what it decides: (layer, [Hk, N] which tokens every key head keeps)."""
     kind, given = OPTIONS[name]
     cls, calls = registry.stage(kind), []
@@ -68,7 +70,7 @@ def test_equals_a_dense_model_that_masks(family, name, rows):
     if rows_for(family, rows) is None:
         pytest.skip("stock LLaVA-1.5 and NeXT take no video")
     model = tiny.make(family)
-    batch, (stage, calls) = tiny.build(model, rows_for(family, rows), seed=3), told(name)
+    batch, (stage, calls) = tiny.build(model, rows_for(family, rows), seed=3), recorded(name)
     p = oracle.prompt(model, batch)
     with vtoken.wrapped(model, [stage]):
         out, trace = greedy(model, batch, 8, **LOGITS), vtoken.trace(model)
@@ -79,8 +81,8 @@ def test_equals_a_dense_model_that_masks(family, name, rows):
         want = oracle_kv.forced(model, p, row, out.sequences[row, -8:].tolist(), gone)
         torch.testing.assert_close(torch.stack(out.logits)[:, row], want, atol=3e-4, rtol=1e-4)
     if len(shown) == len(out.sequences) == 1:
-        held = sum(int(keeps.sum()) for _, keeps in calls)
-        assert trace.cache_bytes == held * 2 * head_dim(model) * 4, "nothing is hidden behind a mask"
+        kept = sum(int(keeps.sum()) for _, keeps in calls)
+        assert trace.cache_bytes == kept * 2 * head_dim(model) * 4, "nothing is hidden behind a mask"
         assert cache_bytes(out.past_key_values) > trace.cache_bytes, "what is generated stays"
 
 
@@ -93,7 +95,7 @@ def head_dim(model):
 @options
 def test_batch_equals_single(family, name):
     model = tiny.make(family)
-    batch, (stage, _) = tiny.build(model, ROWS, seed=3), told(name)
+    batch, (stage, _) = tiny.build(model, ROWS, seed=3), recorded(name)
     with vtoken.wrapped(model, [stage]):
         together, trace = greedy(model, batch, 9), vtoken.trace(model)
         for row in range(3):
@@ -123,7 +125,7 @@ def test_second_turn(family, name, more):
     pictures = tiny.family(family).pixels in turn
     if pictures and mrope(model) and not IMAGE_TURNS:
         pytest.skip("older transformers numbers a new image as text")
-    stage, calls = told(name)
+    stage, calls = recorded(name)
     with vtoken.wrapped(model, [stage]):
         a = greedy(model, first, n, **LOGITS)
         earlier = list(calls)
@@ -147,7 +149,7 @@ def test_second_turn(family, name, more):
 @options
 def test_drafts_and_beams(family, name):
     model = tiny.make(family)
-    batch, (stage, calls) = tiny.build(model, ROWS[:1], seed=5), told(name)
+    batch, (stage, calls) = tiny.build(model, ROWS[:1], seed=5), recorded(name)
     batch.pop("attention_mask")
     p = oracle.prompt(model, batch | {"attention_mask": torch.ones_like(batch["input_ids"])})
     scores = {"output_scores": True, "return_dict_in_generate": True, "length_penalty": 0.0}
@@ -169,3 +171,18 @@ def test_task_kv_is_refused_where_all_heads_keep_everything():
     with pytest.raises(UnsupportedError, match="all 2 key heads would keep everything"):
         vtoken.wrap(model, "task_kv:3")
     assert vtoken.pipeline(model) is None
+
+
+def test_what_a_stage_is_given_lies_with_the_layer(monkeypatch):
+    """Layers of one group may lie on several devices."""
+    model, devices = tiny.make("llava"), []
+
+    def elsewhere(stage, context, flow, call, rows, keys, values):
+        layer = layer_for(stage, context, flow, call, rows, keys.to("meta"), values.to("meta"))
+        devices.extend(slots.device.type for slots in ([] if layer is None else layer.images))
+        return layer_for(stage, context, flow, call, rows, keys, values)
+
+    monkeypatch.setattr(shrink, "layer_for", elsewhere)
+    with vtoken.wrapped(model, [{"snapkv": {"keep": 2, "window": 2}}]):
+        greedy(model, tiny.build(model, ROWS, seed=3), 1)
+    assert devices and set(devices) == {"meta"}

@@ -78,11 +78,11 @@ def test_what_is_read_follows_from_a_formula(family, name):
     for row in range(2):
         images = [m for m, r in zip(trace.visual_tokens, trace.row, strict=True) if r == row]
         for step, read in enumerate(trace.stages[-1].slots_read):
-            told = [stage.slots_read(k, acting, trace.prompt_tokens[row], images, step) for k in attending]
+            said = [stage.slots_read(k, acting, trace.prompt_tokens[row], images, step) for k in attending]
             if stage.name == "recycled" and stage.similarity is not None:
-                assert None in told
+                assert None in said
             else:
-                assert sum(told) == read[row]
+                assert sum(said) == read[row]
 
 
 @whole
@@ -184,10 +184,10 @@ def test_beams(family, name):
         assert vtoken.trace(model).stages[-1].stood_aside is None
         for sequence, found in zip(out.sequences, out.sequences_scores, strict=True):
             said = sequence[-n:].tolist()
-            told = {
+            options = {
                 "prefix_allowed_tokens_fn": lambda _, ids, said=said: [said[len(ids) - batch["input_ids"].shape[1]]]
             }
-            logits = torch.stack(greedy(model, batch, n, **LOGITS, **told).logits)[:, 0].log_softmax(-1)
+            logits = torch.stack(greedy(model, batch, n, **LOGITS, **options).logits)[:, 0].log_softmax(-1)
             want = logits.gather(1, sequence[-n:, None]).sum()
             torch.testing.assert_close(found, want, atol=1e-3, rtol=1e-3)
 

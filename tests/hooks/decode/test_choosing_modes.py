@@ -53,7 +53,7 @@ def test_a_planted_needle_is_read(name):
     batch = tiny.build(model, ROWS[:2], seed=3)
     choose = type(stage).choose
 
-    def told(self, step):
+    def with_needle(self, step):
         needle = step.visual[:, 7]
         keys = step.keys.clone()
         keys[torch.arange(len(keys)), :, needle] = 50 * step.queries.unflatten(1, (keys.shape[1], -1)).mean(2)
@@ -63,7 +63,7 @@ def test_a_planted_needle_is_read(name):
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(stage), "choose", told)
+        patch.setattr(type(stage), "choose", with_needle)
         with vtoken.wrapped(model, [stage]):
             # Of recycled, and of what quest and tidal choose once, the needle is the first step's.
             greedy(model, batch, 3)
@@ -142,6 +142,31 @@ def test_sampled_answers_and_copies_of_a_cache():
                 ]
                 got = torch.stack(out.logits)[1:, row]
                 torch.testing.assert_close(got, torch.stack(logits), atol=2e-4, rtol=1e-4)
+
+
+def test_a_cache_that_was_cropped_to_nothing_is_used_again():
+    model = tiny.make("llava")
+    batch, cache = tiny.build(model, ROWS[:1], seed=3), DynamicCache(config=model.config.get_text_config())
+    with vtoken.wrapped(model, [made("quest")]):
+        want = greedy(model, batch, 4)
+        for _ in range(2):
+            assert torch.equal(greedy(model, batch, 4, past_key_values=cache), want)
+            cache.crop(-cache.get_seq_length())
+
+
+def test_rows_are_picked_by_index_or_mask():
+    """transformers' batch_select_indices takes either."""
+    model = tiny.make("llava")
+    batch, step = tiny.build(model, ROWS[:2], seed=3), {"input_ids": torch.tensor([[7]]), "use_cache": True}
+    steps = []
+    for pick in (torch.tensor([1]), torch.tensor([False, True])):
+        with vtoken.wrapped(model, [made("quest")]), torch.no_grad():
+            cache = model(**batch, use_cache=True).past_key_values
+            cache.batch_select_indices(pick)
+            mask = torch.nn.functional.pad(batch["attention_mask"][pick], (0, 1), value=1)
+            logits = model(**step, attention_mask=mask, past_key_values=cache).logits
+            steps.append((logits, vtoken.trace(model).stages[-1].slots_read))
+    assert torch.equal(steps[0][0], steps[1][0]) and steps[0][1] == steps[1][1] and len(steps[0][1][0]) == 1
 
 
 @names

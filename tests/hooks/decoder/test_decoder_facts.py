@@ -69,13 +69,13 @@ def test_facts_of_an_earlier_layer_follow_the_token(family):
     to."""
     model = tiny.make(family)
     batch = tiny.build(model, rows_for(family, "ragged"), seed=3)
-    told = {}
+    facts = {}
     for name, stages in (("dense", []), ("cut", [EverySecond(at=2)])):
         watcher = Earlier(at=(3,), asks=(*OF_A_LAYER, "later_keys"), seen={})
         with vtoken.wrapped(model, [*stages, watcher]), torch.no_grad():
             model(**batch)
-        told[name] = watcher.seen[3]
-    dense, cut = told["dense"], told["cut"]
+        facts[name] = watcher.seen[3]
+    dense, cut = facts["dense"], facts["cut"]
     start, chosen = 0, []
     for n in dense.lengths:
         chosen.append(torch.arange(start, start + n, 2))
@@ -126,8 +126,8 @@ def test_the_next_layer_is_foretold(family, mode):
             turn = tiny.build(model, rows[1], seed=9)
             whole, _ = conversation(model, first, turn, said.sequences)
             greedy(model, second(model, whole, turn), 2, past_key_values=said.past_key_values)
-    told, done = before.seen[2], after.seen[3]
-    assert told.lengths == done.lengths and sum(told.lengths) > 0
+    foreseen, done = before.seen[2], after.seen[3]
+    assert foreseen.lengths == done.lengths and sum(foreseen.lengths) > 0
     torch.testing.assert_close(
-        told.fact("next_query_attention"), done.fact("last_query_attention"), atol=1e-6, rtol=1e-4
+        foreseen.fact("next_query_attention"), done.fact("last_query_attention"), atol=1e-6, rtol=1e-4
     )

@@ -208,10 +208,10 @@ def test_bfloat16(family):
     model = tiny.make(family).to(torch.bfloat16)
     batch = tiny.build(model, rows_for(family, "ragged"), seed=3)
     batch |= {k: v.bfloat16() for k, v in batch.items() if k.startswith("pixel_values")}
-    told = Watcher(at=(2,), seen={})
-    stages = [STAGES["sparsevlm"][0], told, {"dart": {"keep": 6}}, {"pyramiddrop": {"at": (3,)}}]
+    watcher = Watcher(at=(2,), seen={})
+    stages = [STAGES["sparsevlm"][0], watcher, {"dart": {"keep": 6}}, {"pyramiddrop": {"at": (3,)}}]
     with vtoken.wrapped(model, stages), torch.inference_mode():
         greedy(model, batch, 2)
         counts = vtoken.trace(model).stages
     assert [c.name for c in counts][::2] == ["sparsevlm", "dart"] and max(counts[-1].tokens_out) == 3
-    assert all(told.seen[2].fact(name).dtype == torch.float32 for name in ATTENTION)
+    assert all(watcher.seen[2].fact(name).dtype == torch.float32 for name in ATTENTION)

@@ -97,13 +97,13 @@ def test_a_padded_later_turn_is_that_of_its_rows(family: str, rows: Any, pipelin
     first, turn = turns(model, rows)
     padding = ~turn["attention_mask"].bool()
     with vtoken.wrapped(model, stages):
-        got, held = talk(model, first, turn, padding)
+        got, padded = talk(model, first, turn, padding)
         for row in range(2):
             single = alone(model, first, row)
             own = alone(model, turn, row)
             want, cache = talk(model, single, own)
             torch.testing.assert_close(got[:, row : row + 1], want, atol=3e-4, rtol=1e-4)
-            for s, t in zip(states(held, row), states(cache, 0), strict=True):
+            for s, t in zip(states(padded, row), states(cache, 0), strict=True):
                 torch.testing.assert_close(s, t, atol=3e-4, rtol=1e-3)
 
 
@@ -119,10 +119,10 @@ def test_attention_weights_and_hidden_states_have_the_length_of_the_prompt(famil
     """Weights come of the layers that attend."""
     model = tiny.make(family, "eager")
     batch = tiny.build(model, modes.ROWS, seed=3)
-    told = {"output_attentions": True, "output_hidden_states": True}
-    want = model(**batch, **told)
+    more = {"output_attentions": True, "output_hidden_states": True}
+    want = model(**batch, **more)
     with vtoken.wrapped(model, [Ragged(), Blind(keep=2, layer=2)]):
-        got = model(**batch, **told)
+        got = model(**batch, **more)
         last = vtoken.trace(model).kept
     assert [x.shape for x in got.attentions] == [x.shape for x in want.attentions]
     assert [x.shape for x in got.hidden_states] == [x.shape for x in want.hidden_states]
@@ -188,14 +188,14 @@ def test_the_next_layers_queries_are_parted_from_their_gate(family: str) -> None
             return (Fact("next_query_attention"),)
 
         def select(self, tokens: Any) -> Any:
-            seen["told"] = tokens.fact("next_query_attention")
+            seen["ahead"] = tokens.fact("next_query_attention")
             return Keep(torch.arange(len(tokens.x)), tokens.lengths)
 
     batch = tiny.build(model, [[3, "img", 5]], seed=3)
     (image,) = tiny.segments(model, batch)
     with vtoken.wrapped(model, [Next(at=(3,))]), torch.no_grad():
         out = model(**batch, output_attentions=True)
-    torch.testing.assert_close(seen["told"], out.attentions[-1][0, :, -1, image.columns].mean(0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(seen["ahead"], out.attentions[-1][0, :, -1, image.columns].mean(0), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if registry.adapter(name).gated_queries])

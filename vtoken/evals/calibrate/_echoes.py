@@ -12,8 +12,7 @@ from torch import Tensor
 from vtoken.adapters.base import Adapter
 from vtoken.compressors._rows import rows_at
 from vtoken.errors import ConfigError, UnsupportedError
-from vtoken.hooks.attention.sparse_prefill import unusual
-from vtoken.hooks.decoder.attention_tap import tap
+from vtoken.hooks.decoder.attention_tap import AttentionCall, tap
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.layer_kinds import window_of
 from vtoken.kernels import probe_sums
@@ -40,13 +39,12 @@ def watch(adapter: Adapter, inputs: dict[str, Tensor], look: Look) -> list[Tenso
     context, layers = Context(adapter), layers_of(adapter)
     found: dict[int, list[Tensor]] = {}
 
-    def function(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Any, **kwargs: Any) -> Any:
-        if why := unusual(module, kwargs):
-            raise UnsupportedError(f"the heads of decoder layer {module.layer_idx} cannot be probed: {why}")
-        scale = kwargs.get("scaling") or k.shape[-1] ** -0.5
-        scores = look(q[0], k[0], scale)
-        found[module.layer_idx] = [x.double().unflatten(0, (k.shape[1], -1)).amax(1).cpu() for x in scores]
-        return original()
+    def function(call: AttentionCall) -> Any:
+        if why := call.unusual():
+            raise UnsupportedError(f"the heads of decoder layer {call.layer} cannot be probed: {why}")
+        scores = look(call.q[0], call.k[0], call.scale)
+        found[call.layer] = [x.double().unflatten(0, (call.k.shape[1], -1)).amax(1).cpu() for x in scores]
+        return call.original()
 
     try:
         tap(context.handle, context.lm, layers, function)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtoken.errors import UnsupportedError
-from vtoken.hooks.decoder.attention_tap import tap
-from vtoken.hooks.decoder.rotation import check_undone, rope_of
-from vtoken.hooks.state.cache_argument import CACHE
+from vtoken.hooks.decoder.attention_tap import AttentionCall, tap
+from vtoken.hooks.decoder.rotation import check_undone, rope_of, watch_inputs
 from vtoken.hooks.state.context import Context
-from vtoken.hooks.state.forward_state import eager, steps
 from vtoken.hooks.state.layer_kinds import heads_in
 from vtoken.hooks.state.live_tokens import trace_of
 from vtoken.hooks.state.prefill_state import PrefillState
@@ -28,8 +26,6 @@ from vtoken.stages.query_attention import QueryAttention
 SIZE = 128  # block of what is read whole
 MAPS = 4 << 30  # bytes that maps of blocks may take
 WIDEST = 256  # head width that the kernel takes
-# Arguments of attention functions that change what attention means.
-UNUSUAL = ("softcap", "s_aux", "position_bias", "sliding_window")
 
 
 class SparsePrefill:
@@ -41,90 +37,68 @@ class SparsePrefill:
         for stage in context.at("attention"):
             if isinstance(stage, SparseAttention):
                 self.at |= {k: stage for k in stage.layers(context.depth) if k in context.attending}
-        for layer, stage in self.at.items():
-            if stage.rope:
-                context.handle.before(context.lm.layers[layer].self_attn, self._note_rope)
-        tap(context.handle, context.lm, self.at, self._attend)
+        watch_inputs(context, [layer for layer, stage in self.at.items() if stage.rope])
+        tap(context.handle, context.lm, self.at, self._tap)
 
-    def _note_rope(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not steps(args[0] if args else kwargs["hidden_states"], kwargs.get(CACHE)):
-            self._keep_rope(args[0] if args else kwargs["hidden_states"], kwargs["position_embeddings"])
-
-    @eager
-    def _keep_rope(self, hidden: Tensor, cos_sin: tuple[Tensor, Tensor]) -> None:
-        if isinstance(self.run.flow, PrefillState):
-            self.run.flow.notes.layer_input = hidden, cos_sin
-
-    def _attend(
-        self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Callable[..., Any], **kwargs: Any
-    ) -> Any:
-        return self._prefill(module, q, k, v, original, kwargs)
-
-    @eager
-    def _prefill(
-        self, module: Any, q: Tensor, k: Tensor, v: Tensor, original: Callable[..., Any], kwargs: dict[str, Any]
-    ) -> Any:
-        flow, stage = self.run.flow, self.at[module.layer_idx]
+    def _tap(self, call: AttentionCall) -> Any:
+        flow, stage, q = self.run.flow, self.at[call.layer], call.q
         if not isinstance(flow, PrefillState):
-            return original()
-        reason = skip_reason(flow, stage, module, kwargs)
+            return call.original()
+        reason = skip_reason(flow, stage, call)
         if reason is not None:
             flow.skip(stage, reason)
-            return original()
-        scale = kwargs.get("scaling") or q.shape[-1] ** -0.5
-        rows, asides = [_row(x, flow) for x in (q, k, v)], _skip_reasons(flow, stage)
+            return call.original()
+        rows, asides = [_row(x, flow) for x in (q, call.k, call.v)], _skip_reasons(flow, stage)
         with torch.no_grad(), Clock(q.device) as clock:
             chosen = [
-                self._choose(stage, flow, row, q, k, scale, module) if asides[row] is None else _whole(q)
-                for row, (q, k) in enumerate(zip(*rows[:2], strict=True))
+                self._choose(stage, flow, row, x, y, call) if asides[row] is None else _whole(x)
+                for row, (x, y) in enumerate(zip(*rows[:2], strict=True))
             ]
-        trace = trace_of(stage, flow.live.lengths, flow.live.history, clock, module.layer_idx)
-        # Counted now: left for the reader of the trace, maps of all layers would be held (28 heads, 128k tokens: 29 MB
-        # each).
+        trace = trace_of(stage, flow.live.lengths, flow.live.history, clock, call.layer)
+        # Counted now: a trace that counts when it is read would keep the maps of all layers in memory (28 heads, 128k
+        # tokens: 29 MB each).
         trace.densities, trace.rows_aside = [reads.density() for reads in chosen], asides
         trace.backend = ", ".join(sorted({reads.backend(*qkv) for reads, *qkv in zip(chosen, *rows, strict=True)}))
         flow.trace.stages.append(trace)
-        out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+        out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], call.v.shape[3])
         for row, (reads, *qkv) in enumerate(zip(chosen, *rows, strict=True)):
             n = flow.counts[row]
             tail = flow.tails[row] if asides[row] is None else 0
-            out[row, q.shape[2] - n :] = _attention(reads, qkv, scale, tail).transpose(0, 1)
+            out[row, q.shape[2] - n :] = _attention(reads, qkv, call.scale, tail).transpose(0, 1)
         return out, None
 
     def _choose(
-        self, stage: SparseAttention, flow: PrefillState, row: int, q: Tensor, k: Tensor, scale: float, module: Any
+        self, stage: SparseAttention, flow: PrefillState, row: int, q: Tensor, k: Tensor, call: AttentionCall
     ) -> SparseMask | DenseSubset:
-        """What the queries of one row read; drafts and answers after its prompt have no say in it."""
-        n, layer = q.shape[1] - flow.tails[row], module.layer_idx
+        """What the queries [H, n, d] of one row read of its keys [Hk, n, d]. Drafts and answers after the prompt have
+        no say in it."""
+        n = q.shape[1] - flow.tails[row]
         image, raster_index, by_row = rasters(flow)
         image, raster_index = (x[row, -q.shape[1] :][:n].to(q.device) for x in (image, raster_index))
-        found = QueryAttention(q[:, :n], k[:, :n], scale, query_window(flow, self.cache_stage, row))
+        found = QueryAttention(q[:, :n], k[:, :n], call.scale, query_window(flow, self.cache_stage, row))
         if self.cache_stage is not None:
-            flow.notes.query_attention[layer, row] = found
+            flow.notes.query_attention[call.layer, row] = found
         rope = None
         if stage.rope:
             start = flow.index.shape[1] - q.shape[1]
-            rope = rope_of(flow, module, row, slice(start, start + n), q.device)
+            rope = rope_of(flow, call.module, row, slice(start, start + n), q.device)
         prompt = PrefillQK(
-            found.q, found.k, scale, layer, image, raster_index, flow.live.parts, found, rope, by_row[row]
+            found.q, found.k, call.scale, call.layer, image, raster_index, flow.live.parts, found, rope, by_row[row]
         )
         reads = stage.reads(prompt)
         check(stage, reads, prompt)
         return reads
 
 
-def skip_reason(flow: PrefillState, stage: SparseAttention, module: Any, kwargs: dict[str, Any]) -> str | None:
+def skip_reason(flow: PrefillState, stage: SparseAttention, call: AttentionCall) -> str | None:
     """Why this forward keeps the model's own attention."""
     if flow.skip_reason is not None:
         return flow.skip_reason
-    if module.training or kwargs.get("dropout"):
-        return "the model is in training mode"
     if flow.past:
         return f"the cache holds {flow.past} tokens already; only a prompt that comes in one piece is thinned"
-    if kwargs.get("output_attentions"):
-        return "attention weights were asked for"
-    if found := unusual(module, kwargs):
-        return f"this layer's attention is not plain causal attention ({found})"
+    reason = call.skip_reason()
+    if reason is not None:
+        return reason
     acting = set(flow.live.row) - set(flow.skipped)
     longest = max(n for row, n in enumerate(prompts(flow)) if row in acting)
     if longest < stage.min_len:
@@ -134,14 +108,8 @@ def skip_reason(flow: PrefillState, stage: SparseAttention, module: Any, kwargs:
     return None if flow.notes.left_padded else "the batch is padded on the right; pad it on the left"
 
 
-def unusual(module: Any, kwargs: dict[str, Any]) -> str:
-    """What makes a layer's attention another than causal attention; "" if nothing does."""
-    found = [name for name in UNUSUAL if kwargs.get(name) is not None]
-    return ", ".join(found) or ("" if getattr(module, "is_causal", True) else "is_causal is False")
-
-
 def suffixes(flow: PrefillState) -> bool:
-    """Whether what is real of every row is its end; asks the device."""
+    """Whether the real tokens of every row stand at its end. Asks the device."""
     width, counts = flow.valid.shape[1], uploaded(flow.counts, flow.valid.device)[:, None]
     return bool((flow.valid == (torch.arange(width, device=counts.device) >= width - counts)).all())
 
@@ -153,7 +121,7 @@ def _row(x: Tensor, flow: PrefillState) -> list[Tensor]:
 
 
 def _skip_reasons(flow: PrefillState, stage: SparseAttention) -> list[str | None]:
-    """Why rows read everything while others do not; None: they do not."""
+    """Per row, why it reads everything; None where the stage decides."""
     min_tokens, shown, out = max(1, stage.min_len), set(flow.live.row), list[str | None]()
     for row, count in enumerate(prompts(flow)):
         why = None if row in shown else "the row has no image"
@@ -169,13 +137,14 @@ def prompts(flow: PrefillState) -> list[int]:
 
 
 def _whole(q: Tensor) -> SparseMask:
-    """What a row reads that no stage thins."""
+    """A row that reads everything."""
     n = q.shape[1]
     return SparseMask(SIZE, everything(len(q), n, n, SIZE, q.device))
 
 
 def _attention(reads: SparseMask | DenseSubset, qkv: Sequence[Tensor], scale: float, tail: int) -> Tensor:
-    """[H, n, d]: the prompt as decided; the last `tail` queries, which decoding would have added, read everything."""
+    """[H, n, d] attention of a row. Its prompt reads what was decided; the last `tail` queries, which decoding would
+    have added, read everything."""
     q, k, v = qkv
     n = q.shape[1] - tail
     out = reads.apply(q[:, :n], k[:, :n], v[:, :n], scale)

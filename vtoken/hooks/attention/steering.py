@@ -1,9 +1,8 @@
-"""Attention whose result a stage changes, in a prompt and at every step: where pictures are among the slots, and which
-queries stand behind them."""
+"""Stages that change what attention gives, in a prompt and at every step. They are given where pictures are among the
+slots, and which queries stand behind them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,12 +13,13 @@ from torch.nn.functional import pad
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.attention.steering_checks import acting, check_call
-from vtoken.hooks.decoder.attention_tap import tap
+from vtoken.hooks.decoder.attention_tap import AttentionCall, tap
 from vtoken.hooks.state.checkpointing import replays
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import ForwardState, eager
 from vtoken.hooks.state.live_tokens import trace_of
 from vtoken.hooks.state.prefill_state import PrefillState
+from vtoken.hooks.state.prompt_text import text_columns
 from vtoken.hooks.state.pruned_cache import Marks, PrunedCache
 from vtoken.hooks.state.run import Clock
 from vtoken.stages.steering import SteeredAttention, SteeredLayer
@@ -38,20 +38,20 @@ class Seen:
 
 @dataclass
 class Steered:
-    """Of one forward.
+    """One forward, as the stages see it.
 
     Attributes:
-        marks: of all that is cached after it.
+        marks: of all that is cached after the forward.
         behind: [B, L] new logical columns of text after a picture; prompt: [B, L] those of a prompt with pictures.
         hidden: what entered the layer at work, where a stage asks.
-        seen: first layer of a group -> what its slots hold.
+        seen: (first layer of a group, device) -> what its slots hold.
     """
 
     marks: Marks
     behind: Tensor
     prompt: Tensor | None = None
     hidden: Tensor | None = None
-    seen: dict[int, Seen] = field(default_factory=dict)
+    seen: dict[tuple[int, torch.device], Seen] = field(default_factory=dict)
 
 
 class Steering:
@@ -76,11 +76,11 @@ class Steering:
 
     @eager
     def _open(self, flow: ForwardState) -> None:
-        held = flow.cache.marks if isinstance(flow.cache, PrunedCache) else None
+        marks = flow.cache.marks if isinstance(flow.cache, PrunedCache) else None
         if not isinstance(flow, PrefillState):
-            if held is not None:
-                shown = held.visual.any(1, keepdim=True)
-                flow.steered = Steered(held, shown.to(flow.new.device) & flow.new)
+            if marks is not None:
+                shown = marks.visual.any(1, keepdim=True)
+                flow.steered = Steered(marks, shown.to(flow.new.device) & flow.new)
             return
         if flow.skip_reason is not None:
             for stage in self.stages:
@@ -89,15 +89,13 @@ class Steering:
             return  # nothing is done to this prompt
         self._check(flow.cache)
         new = pictured(flow)
-        old = new.new_zeros(len(new), 0) if held is None else held.visual.to(new.device)
+        old = new.new_zeros(len(new), 0) if marks is None else marks.visual.to(new.device)
         old = pad(old, (0, flow.past - old.shape[1]))
-        text = flow.new.clone()
-        text[flow.started.batch_row, flow.started.column] = False
-        if flow.spans.newlines is not None:
-            text[flow.spans.newlines.batch_row, flow.spans.newlines.column] = False
+        text, prompt = text_columns(flow), flow.new
+        if flow.answer is not None:
+            text, prompt = text | flow.answer, prompt & ~flow.answer
         behind = text & (old.any(1, keepdim=True) | (new.cumsum(1) > 0))
-        prompt = flow.new if flow.answer is None else flow.new & ~flow.answer
-        marks = Marks(torch.cat([old, new], 1), {} if held is None else dict(held.by_layer))
+        marks = Marks(torch.cat([old, new], 1), {} if marks is None else dict(marks.by_layer))
         flow.steered = Steered(marks, behind, prompt & new.any(1, keepdim=True))
 
     def _check(self, cache: Any) -> None:
@@ -127,75 +125,43 @@ class Steering:
         if isinstance(self.run.flow, PrefillState) and self.run.flow.steered is not None:
             self.run.flow.steered.hidden = args[0] if args else kwargs["hidden_states"]
 
-    def _tap(
-        self,
-        stage: SteeredAttention,
-        module: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Any,
-        original: Callable[..., Any],
-        **kwargs: Any,
-    ) -> Any:
-        return self._steer(stage, module, q, k, v, original, kwargs)
-
-    @eager
-    def _steer(
-        self,
-        stage: SteeredAttention,
-        module: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        original: Callable[..., Any],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def _tap(self, stage: SteeredAttention, call: AttentionCall) -> Any:
         flow = self.run.flow
         if flow is None or flow.steered is None:
-            return original()
-        check_call(stage, module, kwargs)
-        scale = kwargs.get("scaling") or q.shape[-1] ** -0.5
-        with Clock(q.device) as clock:
-            out = stage.steer(self._layer(stage, flow, module.layer_idx, q, k, v, scale, original))
+            return call.original()
+        check_call(stage, call)
+        with Clock(call.q.device) as clock:
+            out = stage.steer(layer_for(stage, flow, call))
         if isinstance(flow, PrefillState) and flow.skip_reason is None:
             live = flow.live
-            flow.trace.stages.append(trace_of(stage, live.lengths, live.history, clock, module.layer_idx))
-        return original() if out is None else (out, None)
+            flow.trace.stages.append(trace_of(stage, live.lengths, live.history, clock, call.layer))
+        return call.original() if out is None else (out, None)
 
-    def _layer(
-        self,
-        stage: SteeredAttention,
-        flow: ForwardState,
-        number: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        original: Callable[..., Any],
-    ) -> SteeredLayer:
-        """What the stage is told of a layer; asks it first what it marks there."""
-        steered: Steered = flow.steered
-        if flow.group not in steered.seen:
-            steered.seen[flow.group] = seen_by(flow, q.device)
-        seen, by = steered.seen[flow.group], stage.marked_by(number)
-        layer = SteeredLayer(
-            q,
-            k,
-            v,
-            lambda q, k, v: original(q, k, v)[0],
-            scale,
-            number,
-            seen.visual,
-            seen.behind,
-            seen.real,
-            seen.images,
-            steered.hidden,
-        )
-        if by == number and steered.prompt is not None and seen.images:
-            note(flow, stage, number, stage.mark(layer))
-        marked = None if by is None else steered.marks.by_layer.get((stage.name, by))
-        return layer if marked is None else layer.with_marks(at(marked, seen.logical))
+
+def layer_for(stage: SteeredAttention, flow: ForwardState, call: AttentionCall) -> SteeredLayer:
+    """What the stage is given of a layer; asks it first what it marks there."""
+    steered: Steered = flow.steered
+    key = flow.group, call.q.device
+    if key not in steered.seen:
+        steered.seen[key] = seen_by(flow, call.q.device)
+    seen, by = steered.seen[key], stage.marked_by(call.layer)
+    layer = SteeredLayer(
+        call.q,
+        call.k,
+        call.v,
+        lambda q, k, v: call.attend(q, k, v, call.mask)[0],
+        call.scale,
+        call.layer,
+        seen.visual,
+        seen.behind,
+        seen.real,
+        seen.images,
+        steered.hidden,
+    )
+    if by == call.layer and steered.prompt is not None and seen.images:
+        note(flow, stage, by, stage.mark(layer))
+    marked = None if by is None else steered.marks.by_layer.get((stage.name, by))
+    return layer if marked is None else layer.with_marks(at(marked, seen.logical))
 
 
 def pictured(flow: PrefillState) -> Tensor:

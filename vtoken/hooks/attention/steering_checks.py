@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from vtoken.errors import OtherModelError, UnsupportedError
-from vtoken.hooks.attention.sparse_prefill import unusual
+from vtoken.hooks.decoder.attention_tap import AttentionCall
+from vtoken.hooks.state.layer_kinds import heads_in
 from vtoken.stages import Stage
 from vtoken.stages.steering import CHANNELS, SteeredAttention
 
@@ -14,17 +15,17 @@ BEFORE = ("pixels", "frames", "encoder", "tokens", "decoder")  # sites whose sta
 WIDEST = 256  # head width that flash attention takes
 
 
-def check_call(stage: SteeredAttention, module: Any, kwargs: dict[str, Any]) -> None:
+def check_call(stage: SteeredAttention, call: AttentionCall) -> None:
     """Refuses calls for which attention cannot be steered.
 
     Raises:
         UnsupportedError: says why.
     """
-    if kwargs.get("output_attentions"):
+    if call.kwargs.get("output_attentions"):
         raise UnsupportedError(
             f"stage {stage.name} changes what attention gives and keeps no weights; leave output_attentions out"
         )
-    if found := unusual(module, kwargs):
+    if found := call.unusual():
         raise UnsupportedError(f"stage {stage.name}: this layer's attention is not plain causal attention ({found})")
 
 
@@ -51,8 +52,8 @@ def check_steering(stages: Sequence[Stage], lm: Any, attending: Sequence[int]) -
         others = [s for s in stages if s is not stage and s.site not in BEFORE]
         if others:
             raise UnsupportedError(
-                f"stage {stage.name} changes what attention gives, and {others[0].name} (site {others[0].site}) what it "
-                f"reads; leave one of the two out. Stages of sites {', '.join(BEFORE)} go with {stage.name}"
+                f"stage {stage.name} changes what attention gives, and {others[0].name} (site {others[0].site}) what "
+                f"it reads; leave one of the two out. Stages of sites {', '.join(BEFORE)} go with {stage.name}"
             )
         check_heads(stage, lm.config)
         check_layers(stage, len(lm.layers), attending)
@@ -76,12 +77,11 @@ def check_layers(stage: SteeredAttention, depth: int, attending: Sequence[int]) 
 
 def check_heads(stage: SteeredAttention, config: Any) -> None:
     """Refuses heads that do not exist, or to which no channel can be added."""
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, _, width = heads_in(config)
     if why := stage.unknown_heads(config.num_hidden_layers, heads):
         raise OtherModelError(f"stage {stage.name}: {why}")
     if "flash" in (config._attn_implementation or "") and width + CHANNELS > WIDEST:
         raise UnsupportedError(
-            f"stage {stage.name} adds {CHANNELS} channels to attention heads of width {width}, and flash attention takes "
-            f'{WIDEST} at most; load the model with attn_implementation="sdpa"'
+            f"stage {stage.name} adds {CHANNELS} channels to attention heads of width {width}, and flash attention "
+            f'takes {WIDEST} at most; load the model with attn_implementation="sdpa"'
         )

@@ -1,10 +1,10 @@
 """Virtual unmerging: the decoder runs on merged tokens, and its attention sees each of them at every place of its
 members.
 
-Attention modules are called with a rotation by nothing, so that the q, k and v that reach their attention function
-carry no RoPE. There (see `spread.UnmergedAttention`) they are copied to the places of the members, rotated as the
-positions there say and attended with; the outputs of a group are averaged before o_proj. No attention forward is
-copied, and decode steps on an expanded cache run the stock code.
+Attention modules are called with cos 1 and sin 0, so that the q, k and v that reach their attention function carry no
+RoPE. There (`UnmergedAttention`) they are copied to the places of the members and rotated by the positions of these
+places; after attention, the outputs of a token's places are averaged, before o_proj. No attention forward is copied,
+and decode steps on an expanded cache run the stock code.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from transformers import Cache, DynamicLayer
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.attention.unmerged_attention import Rope, UnmergedAttention, UnmergeTable, attend
 from vtoken.hooks.decoder.attention_tap import HANDED, tap
-from vtoken.hooks.decoder.rotation import rotates_last
+from vtoken.hooks.decoder.rotation import BUILT, rotates_last
 from vtoken.hooks.state.cache_argument import CACHE, causal_mask
-from vtoken.hooks.state.checkpointing import check_replay
+from vtoken.hooks.state.checkpointing import check_replay, replays
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import ForwardState, eager, steps
 from vtoken.hooks.state.left_padding import left_pad, take
@@ -48,7 +48,11 @@ class Unmerge:
         self.lm, self.run, self.stage, self.mrope = context.lm, context.run, stage, context.adapter.mrope
         self.expanded = stage.unmerge_mode() == "expanded"
         for layer in self.lm.layers:
-            check_rotation(stage, layer.self_attn)
+            if not rotates_last(layer.self_attn):
+                raise UnsupportedError(
+                    f"stage {stage.name} cannot unmerge tokens in {type(layer.self_attn).__name__}: it is not {BUILT}; "
+                    "leave the stage out, merged tokens then attend at one place each"
+                )
             context.handle.before(layer, self._layer)
         tap(context.handle, self.lm, range(context.depth), attend)
 
@@ -58,8 +62,8 @@ class Unmerge:
 
     @eager
     def _hand(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        spread = getattr(self.run.flow, "unmerged", None)
-        if spread is None:
+        unmerged = getattr(self.run.flow, "unmerged", None)
+        if unmerged is None:
             return None
         check_replay(module)
         cos, sin = kwargs["position_embeddings"]
@@ -67,9 +71,9 @@ class Unmerge:
         if cache is not None:
             kwargs = {**kwargs, CACHE: None}
             # A checkpointed layer runs twice and would write twice; upstream drops the cache then, too.
-            cache = None if module.training and getattr(module, "gradient_checkpointing", False) else cache
+            cache = None if replays(module) else cache
         unrotated = (torch.ones_like(cos), torch.zeros_like(sin))
-        new = {"position_embeddings": unrotated, "attention_mask": spread.mask, HANDED: (spread, cache)}
+        new = {"position_embeddings": unrotated, "attention_mask": unmerged.mask, HANDED: (unmerged, cache)}
         return args, {**kwargs, **new}
 
     def prefill(self, flow: PrefillState) -> None:
@@ -92,24 +96,23 @@ class Unmerge:
         flow.trace.stages.append(replace(entry, stood_aside=NOTHING if v.history.slot is None else None))
 
     def go_on(self, flow: ForwardState) -> None:
-        """A decode step, a text turn or a draft on a cache of merged keys; on an expanded one there is nothing to
-        do."""
+        """A decode step, a text turn or a draft on a cache of merged keys. An expanded cache needs nothing."""
         if past_table(flow) is None:
             return
         rope = self._rope(flow, flow.positions)
         slot = torch.arange(flow.new.shape[1], device=flow.new.device).expand(len(flow.new), -1)
-        flow.unmerged = self._merged(flow, slot, slot, flow.valid, flow.dense, rope, grouped=False)
+        flow.unmerged = self._merged(flow, slot, slot, flow.valid, flow.dense, rope, None)
 
     def _open(self, flow: PrefillState) -> None:
         columns, valid, slot, counts = places(flow)
         wide = replace(flow, index=columns, valid=valid, counts=counts)
         rope = self._rope(flow, take(flow.positions, columns, -1))
+        absorbed_by = slot.masked_fill(~valid, flow.index.shape[1])
         if not self.expanded and flow.cache is not None:
-            flow.unmerged = self._merged(flow, columns, slot, valid, wide.dense, rope, grouped=True)
+            flow.unmerged = self._merged(flow, columns, slot, valid, wide.dense, rope, absorbed_by)
             return
         key_mask, new = wide.enter(0), columns.shape[1]
         mask = self._mask(flow, new, wide.slots - new, key_mask)
-        absorbed_by = slot.masked_fill(~valid, flow.index.shape[1])
         flow.unmerged = UnmergedAttention(mask, flow.index.shape[1], rope, absorbed_by)
 
     def _merged(
@@ -120,11 +123,10 @@ class Unmerge:
         valid: Tensor,
         dense: bool,
         rope: Rope,
-        *,
-        grouped: bool,
+        source: Tensor | None,
     ) -> UnmergedAttention:
-        """Extends the table of a cache that holds merged keys without RoPE, by places [B, U] that hold these columns
-        and new slots.
+        """Extends the table of a cache of merged keys without RoPE by places [B, U] of these columns and new slots.
+        `source`: as in UnmergedAttention.
 
         Raises:
             UnsupportedError: a static cache.
@@ -146,8 +148,7 @@ class Unmerge:
         # The device is asked only when nothing but the user's mask can tell.
         full = table.dense and (flow.mask is None or bool(key_mask.all()))
         mask = self._mask(flow, columns.shape[1], old.logical.shape[1], None if full else key_mask.long())
-        absorbed_by = slot.masked_fill(~valid, new) if grouped else None
-        return UnmergedAttention(mask, new, rope, absorbed_by, (table.slot, table.rope))
+        return UnmergedAttention(mask, new, rope, source, (table.slot, table.rope))
 
     def _rope(self, flow: ForwardState, positions: Tensor) -> Rope:
         if self.mrope:
@@ -157,17 +158,17 @@ class Unmerge:
         return cos.expand(len(flow.new), -1, -1), sin.expand(len(flow.new), -1, -1)
 
     def _mask(self, flow: ForwardState, new: int, past: int, key_mask: Tensor | None) -> Any:
-        """The backend's mask for so many new places after so many held ones."""
+        """The backend's mask for so many new places after so many cached ones."""
         like = flow.hidden[:, :1].expand(-1, new, -1)
         if flow.cache is None:
             view = None
         elif flow.cache.is_compileable:
             view = Cache(layers=[flow.cache.layers[0]])
         else:
-            held = DynamicLayer()
-            held.keys = held.values = like[:, None, :1, :1].expand(-1, -1, past, -1)
-            held.is_initialized = True
-            view = Cache(layers=[held])
+            places = DynamicLayer()
+            places.keys = places.values = like[:, None, :1, :1].expand(-1, -1, past, -1)
+            places.is_initialized = True
+            view = Cache(layers=[places])
         return causal_mask(self.lm.config, like, key_mask, view)
 
 
@@ -192,21 +193,7 @@ def places(flow: PrefillState) -> tuple[Tensor, Tensor, Tensor, list[int]]:
 
 
 def past_table(flow: ForwardState) -> UnmergeTable | None:
-    """What the cache of this forward holds without RoPE; None if it holds stock keys, or nothing."""
+    """What the cached keys without RoPE stand for; None if nothing is cached, or keys of the stock model."""
     table = flow.cache.table if isinstance(flow.cache, PrunedCache) and flow.past else None
     # A forward that failed, or drafts that were rejected, may have left entries behind.
     return None if table is None else table.cut(flow.past)
-
-
-def check_rotation(stage: Stage, attention: Any) -> None:
-    """Refuses an attention whose RoPE cannot be put off until its attention function.
-
-    Raises:
-        UnsupportedError: names what is different about it.
-    """
-    if not rotates_last(attention):
-        raise UnsupportedError(
-            f"stage {stage.name} cannot unmerge tokens in {type(attention).__name__}: it is not q_proj, k_proj and "
-            "v_proj, norms of queries and keys, then apply_rotary_pos_emb; leave the stage out, merged tokens then "
-            "attend at one place each"
-        )

@@ -4,15 +4,14 @@ for."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vtoken.hooks.decoder.attention_tap import HANDED
+from vtoken.hooks.decoder.attention_tap import AttentionCall
 from vtoken.hooks.decoder.rotation import rotation_of
-from vtoken.hooks.state.forward_state import eager
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, [B, U, d] (or less than d, where RoPE is partial)
 
@@ -44,15 +43,16 @@ class UnmergeTable:
 
     def rows(self, index: Tensor) -> UnmergeTable:
         """After the batch rows of the cache were picked or reordered."""
-        index = index.to(self.logical.device)
-        cos, sin = (x[index.to(x.device)] for x in self.rope)
-        return replace(self, logical=self.logical[index], slot=self.slot[index], rope=(cos, sin))
+        return self._map(lambda x: x[index.to(x.device)], self.end)
 
     def cut(self, end: int) -> UnmergeTable:
         """Without what was written after this logical length."""
-        stay = self.logical.shape[1] - max(0, self.end - end)
-        cos, sin = (x[:, :stay] for x in self.rope)
-        return UnmergeTable(self.logical[:, :stay], self.slot[:, :stay], (cos, sin), min(self.end, end), self.dense)
+        kept = self.logical.shape[1] - max(0, self.end - end)
+        return self._map(lambda x: x[:, :kept], min(self.end, end))
+
+    def _map(self, function: Callable[[Tensor], Tensor], end: int) -> UnmergeTable:
+        cos, sin = map(function, self.rope)
+        return UnmergeTable(function(self.logical), function(self.slot), (cos, sin), end, self.dense)
 
     def extend(self, logical: Tensor, slot: Tensor, rope: Rope, end: int, dense: bool) -> UnmergeTable:
         """With new places [B, U] after it."""
@@ -77,15 +77,15 @@ class UnmergedAttention:
         rope: cos and sin [B, U, d] of the places of this forward.
         source: [B, U] hidden state that stands at each place, P at padding; None: every hidden state stands at one
             place, its own.
-        held: of a cache of merged keys, slot [B, E] and rope of every place, those of this forward included; None where
-            the keys are those of this forward only.
+        cached: of a cache of merged keys, slot [B, E] and rope of every place, those of this forward included; None
+            where the keys are those of this forward only.
     """
 
     mask: Any
     slots: int
     rope: Rope
     source: Tensor | None
-    held: tuple[Tensor, Rope] | None = None
+    cached: tuple[Tensor, Rope] | None = None
 
     def attention(
         self, rotate: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, write: Callable[..., Any] | None, attend: Any
@@ -94,8 +94,8 @@ class UnmergedAttention:
 
         Args:
             rotate: the model's `apply_rotary_pos_emb`.
-            write: caches keys and values [B, H, U, d] with RoPE and returns all that are held; None without such a
-                cache.
+            write: caches keys and values [B, H, U, d] with RoPE and returns all that are cached; None without such
+                a cache.
             attend: attention of rotated queries, keys and values, [B, U, H, d].
 
         Returns:
@@ -103,7 +103,7 @@ class UnmergedAttention:
         """
         if self.source is not None:
             q = spread(q, self.source.clamp(max=self.slots - 1))
-        key_slot, key_rope = (self.source, self.rope) if self.held is None else self.held
+        key_slot, key_rope = (self.source, self.rope) if self.cached is None else self.cached
         if key_slot is not None:
             k, v = (spread(x, key_slot.clamp(max=x.shape[2] - 1)) for x in (k, v))
         # One call rotates queries and keys by the same positions; these may differ.
@@ -137,18 +137,12 @@ def group_mean(x: Tensor, absorbed_by: Tensor, slots: int) -> Tensor:
     return mean[:, :slots].unflatten(2, x.shape[2:])
 
 
-def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Callable[..., Any], **kwargs: Any) -> Any:
-    """The tap of a decoder attention that was handed a Spread and the cache to write into; without one it is the
-    model's own."""
-    handed = kwargs.get(HANDED)
-    if handed is None:
-        return original()
-    return _spread(module, q, k, v, mask, original, *handed)
-
-
-@eager
-def _spread(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Any, found: UnmergedAttention, cache: Any
-) -> Any:
-    write = None if cache is None else lambda k, v: cache.update(k, v, module.layer_idx)
-    return found.attention(rotation_of(module), q, k, v, write, lambda q, k, v: original(q, k, v, mask))
+def attend(call: AttentionCall) -> Any:
+    """The tap of a decoder attention that was handed an `UnmergedAttention` and the cache to write into; without these
+    it is the model's own."""
+    if call.handed is None:
+        return call.original()
+    unmerged, cache = call.handed
+    write = None if cache is None else lambda k, v: cache.update(k, v, call.layer)
+    rotate = rotation_of(call.module)
+    return unmerged.attention(rotate, call.q, call.k, call.v, write, lambda q, k, v: call.attend(q, k, v, call.mask))

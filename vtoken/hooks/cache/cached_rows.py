@@ -1,4 +1,4 @@
-"""What a layer's slots hold after a cache stage: rows, padded on the left, and the logical position of each."""
+"""A layer's slots after a cache stage: rows, padded on the left, and the logical position of every slot."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from vtoken.stages.quantized import QuantizedKV
 
 
 def slots_of(before: SlotMap, rows: tuple[PromptRow, ...], dense: bool) -> SlotMap:
-    """The slots of a layer that holds these rows.
+    """The slots of a layer that is left with these rows.
 
     Args:
-        before: those it had with everything in it; dense: whether earlier turns left it without padding.
+        before: its slots while it held everything; dense: whether earlier turns left it without padding.
     """
     columns = [row.columns() for row in rows]
     longest, total = max(map(len, columns)), before.logical.shape[1]
     past = total - max(row.prompt + row.tail for row in rows)
-    starts = [total - row.prompt - row.tail for row in rows]
+    starts = [prompt_in(row, total).start for row in rows]
     padded = [[-1] * (longest - len(c)) + [start + i for i in c] for start, c in zip(starts, columns, strict=True)]
     index = torch.tensor(padded, device=before.logical.device)
     new = take(before.logical, index.clamp(min=0), 1).masked_fill(index < 0, -1)
@@ -33,18 +33,22 @@ def slots_of(before: SlotMap, rows: tuple[PromptRow, ...], dense: bool) -> SlotM
     return replace(before, logical=logical, dense=dense and len(set(map(len, columns))) == 1)
 
 
+def prompt_in(row: PromptRow, slots: int) -> slice:
+    """Where the prompt of a row stands among so many slots, which end in the prompt and what follows it."""
+    return slice(slots - row.prompt - row.tail, slots - row.tail)
+
+
 def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """Them one after the other; nothing is copied where only one holds anything."""
+    """The parts one after the other. Nothing is copied where all but one are empty."""
     full = [part for part in parts if part.shape[dim]]
     return full[0] if len(full) == 1 else torch.cat(full or list(parts), dim)
 
 
 def store(cached: Any, rows: Sequence[tuple[Piece, Plain]], keys: Tensor, values: Tensor, width: int) -> Any:
-    """Puts rows in the place of the newest `width` of the keys and values [B, Hk, S, d] that a cache layer holds;
-    returns the layer.
+    """Replaces the newest `width` of the keys and values [B, Hk, S, d] of a cache layer by rows; returns the layer.
 
     Args:
-        rows: what is left of each row's prompt, and what follows the prompt.
+        rows: of each row, what is left of its prompt, and what follows the prompt.
     """
     if not isinstance(cached, QuantizedLayer) and not any(isinstance(piece, QuantizedKV) for piece, _ in rows):
         cached.keys, cached.values = (
@@ -54,13 +58,13 @@ def store(cached: Any, rows: Sequence[tuple[Piece, Plain]], keys: Tensor, values
         return cached
     # Rows may be followed by different numbers of tokens; what all have is a tail.
     tail = min(end.length for _, end in rows)
-    held = []
+    left = []
     for piece, end in rows:
         more = end.length - tail
-        kept = piece if isinstance(piece, QuantizedKV) else Plain.of(piece.keys, piece.values)
-        held.append((kept, end.first(more)) if more else (kept,))
+        own = piece if isinstance(piece, QuantizedKV) else Plain.of(piece.keys, piece.values)
+        left.append((own, end.first(more)) if more else (own,))
     cached = adopt(cached)
     cached.crop(-width)
     cut = keys.shape[2] - tail
-    cached.append(held, (keys[:, :, cut:], values[:, :, cut:]))
+    cached.append(left, (keys[:, :, cut:], values[:, :, cut:]))
     return cached

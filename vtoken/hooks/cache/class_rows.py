@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vtoken.hooks.cache.cached_rows import PromptRow, joined
+from vtoken.hooks.cache.cached_rows import PromptRow, joined, prompt_in
 from vtoken.hooks.state.head_class import HeadClass, Lost
 from vtoken.hooks.state.left_padding import left_padded
 from vtoken.hooks.state.prefill_state import PrefillState
@@ -30,9 +30,10 @@ def split(
     """The classes of a layer once the prompt is read.
 
     Args:
-        k, v: [B, Hk, S, d], which end in what is new. In front of that stands what earlier turns left, where nothing is
-            in classes yet: it stays for good.
-        fresh: rows that were given no pictures before.
+        k, v: [B, Hk, S, d]; the new tokens are the last. Where no head is in a class yet, earlier turns stand in front
+            of them, and stay for good.
+        before: the classes of earlier turns; None: none yet.
+        fresh: which rows were given no pictures before.
     """
     width = flow.index.shape[1]
     past = k.shape[2] - width
@@ -49,7 +50,7 @@ def split(
 def _start(
     like: HeadSlots, decisions: Decisions, c: int, keys: Tensor, values: Tensor, real: Tensor | None
 ) -> HeadClass:
-    """The class of that number before the prompt, with what earlier turns left."""
+    """Class number c before the first prompt with pictures: all that earlier turns cached."""
     heads = torch.stack([like.heads if d is None else d.classes[c].heads for d in decisions]).to(keys.device)
     keys, values = (t.take_along_dim(heads[..., None, None], 1) for t in (keys, values))
     past = keys.shape[2]
@@ -66,12 +67,12 @@ def _extended(
     v: Tensor,
     fresh: Sequence[bool],
 ) -> HeadClass:
-    """A class with what it holds of new tokens [B, Hk, n, d], which end in each row's prompt and what follows it."""
+    """A class after a prompt: with those of the new tokens k, v [B, Hk, n, d] that it keeps. They end in each row's
+    prompt and what follows it."""
     keys, values = old.own(k), old.own(v)
     fixed, latest = list[Piece](), list[Piece]()
     for r, (row, decision) in enumerate(zip(rows, decisions, strict=True)):
-        begin = k.shape[2] - row.prompt - row.tail
-        x, y = (t[r, :, begin : begin + row.prompt] for t in (keys, values))
+        x, y = (t[r, :, prompt_in(row, k.shape[2])] for t in (keys, values))
         stays, leaves = _parts(old, r)
         if decision is None:
             leaves = _behind(leaves, (x, y))
@@ -87,7 +88,7 @@ def _extended(
     exempt = [new and d is None for new, d in zip(fresh, decisions, strict=True)]
     first, then = _padded(fixed), _padded(latest)
     alike = all(len({x.shape[1] for x, _ in part}) == 1 for part in (fixed, latest))
-    held = HeadClass(
+    left = HeadClass(
         old.heads,
         torch.cat([first[0], then[0]], 2),
         torch.cat([first[1], then[1]], 2),
@@ -97,7 +98,7 @@ def _extended(
         uploaded(exempt, k.device, torch.bool) if any(exempt) else None,
         lost,
     )
-    return held if held.window is None else held.trimmed(held.window)
+    return left if left.window is None else left.trimmed(left.window)
 
 
 def _gone(rows: Sequence[PromptRow], decisions: Decisions, c: int, width: int, device: torch.device) -> Tensor:
@@ -105,20 +106,20 @@ def _gone(rows: Sequence[PromptRow], decisions: Decisions, c: int, width: int, d
     gone = torch.zeros(len(rows), width, dtype=torch.bool, device=device)
     for out, row, decision in zip(gone, rows, decisions, strict=True):
         if decision is not None:
-            begin = width - row.prompt - row.tail
-            out[begin : begin + row.prompt] = True
+            prompt = out[prompt_in(row, width)]
+            prompt.fill_(True)
             for index in (decision.classes[c].stay, decision.classes[c].latest):
-                out.index_fill_(0, index[0] + begin, False)
+                prompt.index_fill_(0, index[0], False)
     return gone
 
 
-def _parts(held: HeadClass, row: int) -> list[Piece]:
+def _parts(head_class: HeadClass, row: int) -> list[Piece]:
     """What a row of a class holds for good, and for now, without padding."""
     out: list[Piece] = []
-    for part in (slice(0, held.fixed), slice(held.fixed, held.length)):
-        keys, values = held.keys[row, :, part], held.values[row, :, part]
-        if held.real is not None:
-            real = held.real[row, part]
+    for part in (slice(0, head_class.fixed), slice(head_class.fixed, head_class.length)):
+        keys, values = head_class.keys[row, :, part], head_class.values[row, :, part]
+        if head_class.real is not None:
+            real = head_class.real[row, part]
             keys, values = keys[:, real], values[:, real]
         out.append((keys, values))
     return out

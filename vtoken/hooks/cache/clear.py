@@ -1,6 +1,6 @@
-"""What a cut inside the decoder leaves becomes all that earlier layers' caches hold of the prompt.
+"""A cut inside the decoder also takes what it drops out of the caches of earlier layers.
 
-Those layers have attended by then, so the first token is as it was; from the second on nothing sees what left.
+Those layers have attended by then, so the first token is as it was; from the second on nothing sees what was dropped.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
 from vtoken.errors import UnsupportedError
-from vtoken.hooks.state.layer_kinds import SLIDING, kinds_of
+from vtoken.hooks.state.layer_kinds import SLIDING, kinds_of, other_kinds
 from vtoken.hooks.state.left_padding import SlotLayout, take
 from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.stages import Stage
@@ -75,11 +74,10 @@ def check_clearing(stage: Stage, flow: PrefillState, attending: Collection[int])
         )
     if flow.cache is None or flow.cache.is_compileable:
         return
-    layers = [layer for k, layer in enumerate(flow.cache.layers) if k in attending]
-    if odd := {type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer}:
+    if odd := other_kinds(flow.cache, attending):
         raise UnsupportedError(
-            f"stage {stage.name} cannot take slots out of cache layers of kind {', '.join(sorted(odd))}; use a plain "
-            f"DynamicCache ({without})"
+            f"stage {stage.name} cannot take slots out of cache layers of kind {odd}; use a plain DynamicCache "
+            f"({without})"
         )
 
 
@@ -91,14 +89,16 @@ def clear_earlier(flow: PrefillState, attending: Collection[int]) -> None:
         return  # no cache
     starts = sorted(start for start in flow.layouts if start < flow.clears)
     for start, end in zip(starts, [*starts[1:], flow.clears], strict=True):
-        held, slots = flow.layouts[start], flow.pending_slots[start]
+        layout, slots = flow.layouts[start], flow.pending_slots[start]
         if cache.is_compileable:
-            logical = held.logical.masked_fill(~_stays(held, cut, flow.new), -1)
+            logical = layout.logical.masked_fill(~_stays(layout, cut, flow.new), -1)
         else:
-            at = _slots_in(held, cut, flow.new.shape[1])
+            at = _slots_in(layout, cut, flow.new.shape[1])
             for cached in (cache.layers[k] for k in range(start, end) if k in attending):
-                cached.keys, cached.values = (_moved(t, at, held.index.shape[1]) for t in (cached.keys, cached.values))
-            before = held.logical[:, : held.logical.shape[1] - held.index.shape[1]]
+                cached.keys, cached.values = (
+                    _moved(t, at, layout.index.shape[1]) for t in (cached.keys, cached.values)
+                )
+            before = layout.logical[:, : layout.logical.shape[1] - layout.index.shape[1]]
             logical = torch.cat([before, cut.logical[:, -cut.index.shape[1] :].to(before.device)], 1)
         flow.pending_slots[start] = replace(slots, logical=logical, dense=slots.dense and last.dense)
     if len(cache.groups) == 1 and not cache.is_compileable and not flow.renumbers:
@@ -107,10 +107,10 @@ def clear_earlier(flow: PrefillState, attending: Collection[int]) -> None:
             del flow.pending_slots[start]
 
 
-def _slots_in(held: SlotLayout, cut: SlotLayout, length: int) -> Tensor:
+def _slots_in(layout: SlotLayout, cut: SlotLayout, length: int) -> Tensor:
     """[B, P'] slot in the earlier layout of every slot of the later one."""
-    slots = torch.arange(held.index.shape[1], device=held.index.device).expand_as(held.index)
-    return held.index.new_zeros(len(held.index), length).scatter(1, held.index, slots).gather(1, cut.index)
+    slots = torch.arange(layout.index.shape[1], device=layout.index.device).expand_as(layout.index)
+    return layout.index.new_zeros(len(layout.index), length).scatter(1, layout.index, slots).gather(1, cut.index)
 
 
 def _moved(t: Tensor, at: Tensor, width: int) -> Tensor:
@@ -119,9 +119,9 @@ def _moved(t: Tensor, at: Tensor, width: int) -> Tensor:
     return torch.cat([t[:, :, :past], take(t[:, :, past:].transpose(1, 2), at, 1).transpose(1, 2)], 2)
 
 
-def _stays(held: SlotLayout, cut: SlotLayout, new: Tensor) -> Tensor:
+def _stays(layout: SlotLayout, cut: SlotLayout, new: Tensor) -> Tensor:
     """[B, S + P] which slots of the earlier layout hold earlier turns, or what the later one still holds."""
     left = torch.zeros_like(new, dtype=torch.bool).scatter(1, cut.index, cut.valid.bool())
-    now = left.gather(1, held.index)
-    before = now.new_ones(len(now), held.logical.shape[1] - now.shape[1])
-    return torch.cat([before, now], 1).to(held.logical.device)
+    now = left.gather(1, layout.index)
+    before = now.new_ones(len(now), layout.logical.shape[1] - now.shape[1])
+    return torch.cat([before, now], 1).to(layout.logical.device)

@@ -19,27 +19,34 @@ from vtoken.stages.cache import HeadClasses
 
 @dataclass(frozen=True)
 class ShrunkLayer:
-    """What a stage left in a layer: `held` [Hk, C] slots per row, or its classes of heads (None: all of them, or the
-    stage does not tell), out of `live`, in the layer group `group`."""
+    """What a stage left in a layer.
+
+    Attributes:
+        group: first layer of the layer group.
+        rows: of the prompt.
+        kept: per row, slots [Hk, C] of its prompt, or classes of heads; None: everything, or it is not known.
+        known: whether it is known which tokens are left.
+        live: the visual tokens in front of the layer.
+    """
 
     group: int
     rows: tuple[PromptRow, ...]
-    held: tuple[Tensor | HeadClasses | None, ...]
-    told: bool
+    kept: tuple[Tensor | HeadClasses | None, ...]
+    known: bool
     live: LiveTokens
     clock: Clock
 
     @cached_property
     def alive(self) -> list[tuple[Tensor, Tensor]]:
         """Per image, raster indices [N] of its tokens in front of this layer, and [Hk, N] which of them each KV head
-        holds; empty where a method does not tell."""
+        holds; empty where that is not known."""
         found, images = [], iter(self.live.history.kept())
-        for row, held in zip(self.rows, self.held, strict=True):
-            for slots in row.slots if self.told else ():
+        for row, kept in zip(self.rows, self.kept, strict=True):
+            for slots in row.slots if self.known else ():
                 index = next(images)
                 alive = torch.ones(1, len(index), dtype=torch.bool, device=index.device)
-                if held is not None:
-                    alive = every(held, row.prompt)[:, list(slots)]
+                if kept is not None:
+                    alive = every(kept, row.prompt)[:, list(slots)]
                 found.append((index, alive))
         return found
 
@@ -52,17 +59,18 @@ class ShrunkLayer:
         def left() -> list[int]:
             return [round(float(alive.float().sum(1).mean())) for _, alive in self.alive]
 
-        told: dict[str, Any] = {"tokens_in": list(self.live.lengths), "tokens_out": left, "kept": kept}
-        return StageTrace(stage.name, "cache", **told, layer=layer, clock=self.clock.milliseconds)
+        later: dict[str, Any] = {"tokens_out": left, "kept": kept}
+        lengths, clock = list(self.live.lengths), self.clock.milliseconds
+        return StageTrace(stage.name, "cache", lengths, **later, layer=layer, clock=clock)
 
 
-def every(held: Tensor | HeadClasses, prompt: int) -> Tensor:
+def every(kept: Tensor | HeadClasses, prompt: int) -> Tensor:
     """[Hk, N] which tokens of a prompt every KV head holds."""
-    if isinstance(held, Tensor):
-        return torch.zeros(len(held), prompt, dtype=torch.bool, device=held.device).scatter(1, held, True)
-    heads = torch.cat([each.heads for each in held.classes])
+    if isinstance(kept, Tensor):
+        return torch.zeros(len(kept), prompt, dtype=torch.bool, device=kept.device).scatter(1, kept, True)
+    heads = torch.cat([each.heads for each in kept.classes])
     out, begin = torch.zeros(len(heads), prompt, dtype=torch.bool, device=heads.device), 0
-    for each in held.classes:
+    for each in kept.classes:
         for index in (each.stay, each.latest):
             out[begin : begin + len(each.heads)].scatter_(1, index.expand(len(each.heads), -1), True)
         begin += len(each.heads)

@@ -40,10 +40,21 @@ class GroupSlots:
         """Whether any row holds more than it may read."""
         return any(n > k for n, k in zip(self.lengths, self.budgets, strict=True))
 
+    @property
+    def alike(self) -> bool:
+        """Whether every row holds the same numbers of tokens."""
+        return len(set(zip(self.lengths, self.texts, self.budgets, self.asides, strict=True))) == 1
+
     def every(self, slots: int) -> list[int]:
-        """What a token reads of each row that reads all of so many slots."""
+        """How many tokens each row reads that reads all of so many slots."""
         tail = slots - self.end
         return [n + t + tail for n, t in zip(self.lengths, self.texts, strict=True)]
+
+    def rows(self, index: Tensor, order: Sequence[int]) -> GroupSlots:
+        """Of the rows `index` [B'], which are `order` on the host."""
+        names = ("lengths", "texts", "budgets", "asides")
+        on_host: dict[str, Any] = {name: tuple(getattr(self, name)[r] for r in order) for name in names}
+        return replace(self, visual=_picked(self.visual, index), text=_picked(self.text, index), **on_host)
 
 
 @dataclass
@@ -87,7 +98,7 @@ class CachedImages:
         return self.groups[start]
 
     def _read(self, cache: PrunedCache, start: int, stage: DecodeStage) -> GroupSlots:
-        """Asks the device."""
+        """The slots of the group that starts there. Asks the device."""
         logical = cache.logical(start, self.image.shape[1])
         found = self.image.gather(1, logical.clamp(min=0)).masked_fill(logical < 0, -2).cpu()
         visual, text, budgets, asides = [], [], [], []
@@ -117,30 +128,19 @@ class CachedImages:
         )
 
     def rows(self, index: Tensor) -> None:
-        """After the rows of the cache were picked or reordered."""
-        self.image, self.groups = _picked(self.image, index), self._groups_of(index)
+        """After the rows of the cache were picked or reordered: by their numbers, or by a mask."""
+        if index.dtype == torch.bool:
+            index = index.nonzero()[:, 0]
+        self.image = _picked(self.image, index)
         for memory in self.memory.values():
             memory.update({name: _picked(x, index) for name, x in memory.items() if torch.is_tensor(x)})
-
-    def _groups_of(self, index: Tensor) -> dict[int, GroupSlots]:
-        alike = all(len(set(zip(g.lengths, g.texts, g.budgets, strict=True))) == 1 for g in self.groups.values())
         # The device is asked only where rows differ in what they hold.
+        alike = all(g.alike for g in self.groups.values())
         order = [0] * len(index) if alike else index.tolist()
-        return {
-            start: replace(
-                g,
-                visual=_picked(g.visual, index),
-                text=_picked(g.text, index),
-                lengths=tuple(g.lengths[r] for r in order),
-                texts=tuple(g.texts[r] for r in order),
-                budgets=tuple(g.budgets[r] for r in order),
-                asides=tuple(g.asides[r] for r in order),
-            )
-            for start, g in self.groups.items()
-        }
+        self.groups = {start: g.rows(index, order) for start, g in self.groups.items()}
 
     def cut(self, logical: int) -> None:
-        """After the cache lost its newest tokens and holds so many."""
+        """After the cache was cut to so many tokens."""
         if logical < self.image.shape[1]:
             lost = bool((self.image[:, logical:] >= 0).any())
             self.image, self.groups = self.image[:, :logical], {}

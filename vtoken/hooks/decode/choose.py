@@ -6,20 +6,18 @@ is not exceeded) its own attention runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import DynamicLayer
 
 from vtoken.errors import UnsupportedError
-from vtoken.hooks.attention.sparse_prefill import unusual
 from vtoken.hooks.decode.cached_images import CachedImages, GroupSlots
-from vtoken.hooks.decoder.attention_tap import tap
+from vtoken.hooks.decoder.attention_tap import AttentionCall, tap
 from vtoken.hooks.state.context import Context
-from vtoken.hooks.state.forward_state import eager
+from vtoken.hooks.state.layer_kinds import other_kinds
 from vtoken.hooks.state.live_tokens import trace_of
 from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.hooks.state.pruned_cache import PrunedCache
@@ -53,11 +51,9 @@ class SlotChooser:
                 f"stage {name} chooses among cached tokens at every step, whose number grows, and a static cache runs "
                 "one step of fixed shapes: leave cache_implementation out"
             )
-        layers = [layer for k, layer in enumerate(cache.layers) if k in self.attending]
-        if odd := {type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer}:
+        if odd := other_kinds(cache, self.attending):
             raise UnsupportedError(
-                f"stage {name} cannot choose from cache layers of kind {', '.join(sorted(odd))}; use a plain "
-                "DynamicCache"
+                f"stage {name} cannot choose from cache layers of kind {odd}; use a plain DynamicCache"
             )
 
     def finish(self, flow: PrefillState) -> None:
@@ -72,8 +68,8 @@ class SlotChooser:
         flow.trace.stages.append(entry)
         before: CachedImages | None = cache.images
         image, memory = numbered(flow, before), {} if before is None else before.memory
-        cache.images = held = CachedImages(image, entry, memory=memory)
-        groups = [held.group(cache, start, self.stage) for start in sorted(cache.groups)]
+        cache.images = images = CachedImages(image, entry, memory=memory)
+        groups = [images.group(cache, start, self.stage) for start in sorted(cache.groups)]
         # Rows that are read whole in all layers.
         asides = [None if None in row else row[0] for row in zip(*(g.asides for g in groups), strict=True)]
         entry.rows_aside = [flow.skipped.get(r, why) for r, why in enumerate(asides)]
@@ -81,88 +77,61 @@ class SlotChooser:
             longest = max(range(len(asides)), key=lambda r: (r in flow.live.row, flow.counts[r]))
             entry.stood_aside = flow.skip_reason or entry.rows_aside[longest]
 
-    def _tap(
-        self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Callable[..., Any], **kwargs: Any
-    ) -> Any:
-        return self._attend(module, q, k, v, original, kwargs)
-
-    @eager
-    def _attend(
-        self, module: Any, q: Tensor, k: Tensor, v: Tensor, original: Callable[..., Any], kwargs: dict[str, Any]
-    ) -> Any:
-        cache = self.run.cache
-        held: CachedImages | None = getattr(cache, "images", None)
-        if held is None or isinstance(self.run.flow, PrefillState):
-            return original()
-        layer, slots = module.layer_idx, k.shape[2]
-        if q.shape[2] > 1:
-            held.interrupt(layer)
-            return original()
+    def _tap(self, call: AttentionCall) -> Any:
+        cache, flow, layer = self.run.cache, self.run.flow, call.layer
+        images: CachedImages | None = getattr(cache, "images", None)
+        if images is None or isinstance(flow, PrefillState):
+            return call.original()
+        if call.q.shape[2] > 1:
+            images.interrupt(layer)
+            return call.original()
         if layer == self.attending[0]:
-            held.begin()
-        group = held.group(cache, layer, self.stage)
-        choice = None
-        if layer in self.acting and group.thins and self._plain(module, held, kwargs):
-            scale = kwargs.get("scaling") or q.shape[-1] ** -0.5
-            real = self._real()
+            images.begin()
+        group, step, choice = images.group(cache, layer, self.stage), None, None
+        if layer in self.acting and group.thins:
+            reason = call.skip_reason()
+            if reason is None:
+                step = step_of(images, group, call, None if flow is None else flow.key_mask)
+            else:
+                images.entry.stood_aside = reason
+        if step is not None:
             with torch.no_grad():
-                choice = self._choice(held, group, q, k, real, scale, layer)
-        if choice is None:
-            held.count(group.every(slots))
-            return original()
-        read = zip(group.every(slots), group.lengths, choice.counts, strict=True)
-        held.count([every - n + chosen for every, n, chosen in read])
-        return attend_slots(q[:, :, 0], k, v, slots_of(held, group, choice, slots, real), scale)[:, None], None
+                choice = self.stage.choose(step)
+            images.before = layer
+        every = group.every(call.k.shape[2])
+        if step is None or choice is None:
+            images.count(every)
+            return call.original()
+        check(self.stage, choice, step)
+        read = zip(every, group.lengths, choice.counts, strict=True)
+        images.count([n - visual + chosen for n, visual, chosen in read])
+        slots = slots_of(images, group, choice, call.k.shape[2], step.real)
+        return attend_slots(step.queries, call.k, call.v, slots, call.scale)[:, None], None
 
-    def _plain(self, module: Any, held: CachedImages, kwargs: dict[str, Any]) -> bool:
-        """Whether a step's attention may be replaced; the trace tells why not."""
-        if module.training or kwargs.get("dropout"):
-            held.entry.stood_aside = "the model is in training mode"
-        elif kwargs.get("output_attentions"):
-            held.entry.stood_aside = "attention weights were asked for"
-        elif found := unusual(module, kwargs):
-            held.entry.stood_aside = f"this layer's attention is not plain causal attention ({found})"
-        else:
-            return True
-        return False
 
-    def _real(self) -> Tensor | None:
-        """[B, S] which slots hold a token that is not masked; None: all do."""
-        flow = self.run.flow
-        return None if flow is None or flow.key_mask is None else flow.key_mask.bool()
-
-    def _choice(
-        self, held: CachedImages, group: GroupSlots, q: Tensor, k: Tensor, real: Tensor | None, scale: float, layer: int
-    ) -> Choice | None:
-        step = DecodeStep(
-            q[:, :, 0],
-            k,
-            group.visual.to(k.device),
-            group.lengths,
-            group.budgets,
-            None if real is None else real.to(k.device),
-            scale,
-            layer,
-            held.before,
-            held.memory.setdefault(layer, {}),
-            held.shared.setdefault("stage", {}),
-        )
-        choice = self.stage.choose(step)
-        held.before = layer
-        if choice is not None:
-            check(self.stage, choice, step)
-        return choice
+def step_of(images: CachedImages, group: GroupSlots, call: AttentionCall, key_mask: Tensor | None) -> DecodeStep:
+    """What a stage is given of a layer in a decode step. `key_mask` [B, S]: slots that are not masked; None: all."""
+    return DecodeStep(
+        call.q[:, :, 0],
+        call.k,
+        group.visual.to(call.k.device),
+        group.lengths,
+        group.budgets,
+        None if key_mask is None else key_mask.bool().to(call.k.device),
+        call.scale,
+        call.layer,
+        images.before,
+        images.memory.setdefault(call.layer, {}),
+        images.shared.setdefault("stage", {}),
+    )
 
 
 def numbered(flow: PrefillState, before: CachedImages | None) -> Tensor:
     """[B, logical] as `CachedImages.image`, with those of this prefill after what earlier ones left."""
     image = torch.full(flow.new.shape, -1, dtype=torch.long, device=flow.new.device)
-    shown, first = flow.started, 0
-    if before is not None:
-        first = int(before.image.max()) + 1
-        image = torch.cat([pad(before.image, (0, flow.past - before.image.shape[1]), value=-1), image], 1)
-    else:
-        image = pad(image, (flow.past, 0), value=-1)
+    shown, old = flow.started, image[:, :0] if before is None else before.image
+    first = int(old.max()) + 1 if old.shape[1] else 0
+    image = torch.cat([pad(old, (0, flow.past - old.shape[1]), value=-1), image], 1)
     image[shown.batch_row, flow.past + shown.column] = shown.image.to(image.device) + first
     if flow.skip_reason is not None:
         image[:, flow.past :] = -1
@@ -171,16 +140,16 @@ def numbered(flow: PrefillState, before: CachedImages | None) -> Tensor:
     return image
 
 
-def slots_of(held: CachedImages, group: GroupSlots, choice: Choice, slots: int, real: Tensor | None) -> Tensor:
+def slots_of(images: CachedImages, group: GroupSlots, choice: Choice, slots: int, real: Tensor | None) -> Tensor:
     """[B, Hk, K] slots that are read, -1 for none: what was chosen, and in front of it text and all that came since."""
     key = ("always", group.start)
-    if key not in held.shared:
+    if key not in images.shared:
         tail = torch.arange(group.end, slots, device=group.text.device).expand(len(group.text), -1)
-        held.shared[key] = _real(torch.cat([group.text, tail], 1), real)
+        images.shared[key] = _real(torch.cat([group.text, tail], 1), real)
     index = choice.index
     visual = group.visual.to(index.device)[:, None].expand(-1, index.shape[1], -1)
     chosen = visual.gather(2, index.clamp(min=0)).masked_fill(index < 0, -1)
-    always = held.shared[key].to(index.device)[:, None].expand(-1, index.shape[1], -1)
+    always = images.shared[key].to(index.device)[:, None].expand(-1, index.shape[1], -1)
     return torch.cat([always, _real(chosen, real)], 2)
 
 
@@ -202,14 +171,14 @@ def check(stage: DecodeStage, choice: Choice, step: DecodeStep) -> None:
     fits = len(choice.counts) == rows and all(0 <= k <= n for k, n in zip(choice.counts, step.lengths, strict=False))
     if not fits or tuple(choice.index.shape) != (rows, heads, max(choice.counts)):
         raise ValueError(
-            f"stage {stage.name} chose {list(choice.counts)} of {list(step.lengths)} visual tokens per row, in an index "
-            f"of {tuple(choice.index.shape)}; it must be {(rows, heads)} and the most that a row reads, 0 to all of them"
+            f"stage {stage.name} chose {list(choice.counts)} of {list(step.lengths)} visual tokens per row, in an "
+            f"index of {tuple(choice.index.shape)}; it must be {(rows, heads)} and the most that a row reads, 0 to all "
+            "of them"
         )
 
 
 def check_decode(stages: Sequence[Stage], lm: Any, attending: Sequence[int]) -> None:
-    """Refuses stages that cannot choose from a KV cache, more than one that does, and caches whose visual tokens cannot
-    be told.
+    """Refuses stages that cannot choose from a KV cache, more than one that does, and a stage of site cache beside one.
 
     Raises:
         UnsupportedError: names the stages.

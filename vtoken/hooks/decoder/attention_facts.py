@@ -1,13 +1,13 @@
 """Facts of a decoder layer, slot by slot: a function per fact, of the fact's name.
 
-Every one takes the queries q [B, H, P, d] of a layer, its keys and values k, v [B, Hk, slots, d] with the cache, and
-which slots hold something, key_mask [B, slots]. It returns [B, slots, ...], see `stages.facts`; attention is 0 where no
-image's token stands.
+Each takes a `LayerAttention` and returns [B, slots, ...], see `stages.facts`. Attention is 0 where no image's token
+stands.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,65 +17,92 @@ from vtoken.hooks.state.prompt_text import text_before, text_slots
 from vtoken.kernels import query_attention
 from vtoken.stages import image_of, offsets_of, uploaded
 
-CHUNK = 1 << 24  # scores of queries over all slots that are held at once: 64 MiB
-Function = Callable[[PrefillState, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+CHUNK = 1 << 24  # attention scores that are in memory at once: 64 MiB
 
 
-def keys(flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float) -> Tensor:
+@dataclass(frozen=True)
+class LayerAttention:
+    """What a layer's attention is given in a prefill.
+
+    Attributes:
+        flow: the prefill, of P new slots per row.
+        q: [B, H, P, d] queries; k, v: [B, Hk, slots, d] keys and values with the cache. Queries and keys carry RoPE.
+        key_mask: [B, slots] which slots hold a token.
+        scale: factor on q . k.
+        window: slots that a query sees, its own among them; None: all up to its own.
+    """
+
+    flow: PrefillState
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_mask: Tensor
+    scale: float
+    window: int | None
+
+    @property
+    def past(self) -> int:
+        """Slots in front of this prefill's."""
+        return self.k.shape[2] - self.flow.index.shape[1]
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """(row, slot) of every live visual token."""
+        batch_row, column = (i.to(self.k.device) for i in self.flow.slot())
+        return batch_row, column + self.past
+
+
+def keys(layer: LayerAttention) -> Tensor:
     """Of all heads, with RoPE: [B, slots, Hk, d]."""
-    return k.transpose(1, 2)
+    return layer.k.transpose(1, 2)
 
 
-def last_query_attention(flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float) -> Tensor:
+def last_query_attention(layer: LayerAttention) -> Tensor:
     """The last prompt token's, head mean."""
-    whole = flow.key_mask is None and flow.answer is None and flow.window is None
-    return last_row(flow.of_last(q, 2), k, None if whole else key_mask, flow.tails, scale, flow.window)
+    flow = layer.flow
+    whole = flow.key_mask is None and flow.answer is None and layer.window is None
+    key_mask = None if whole else layer.key_mask
+    return last_row(flow.of_last(layer.q, 2), layer.k, key_mask, flow.tails, layer.scale, layer.window)
 
 
-def visual_attention(flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float) -> Tensor:
+def visual_attention(layer: LayerAttention) -> Tensor:
     """The last prompt token's, softmax over the tokens of each image alone (of them it sees), head mean."""
-    seen = None if flow.window is None else visible(key_mask, flow.tails, flow.window)
-    return _among(flow, flow.of_last(q, 2), k, scale, seen)
+    tails, window = layer.flow.tails, layer.window
+    seen = None if window is None else visible(layer.key_mask, tails, window)
+    return _among(layer, layer.flow.of_last(layer.q, 2), layer.k, seen)
 
 
-def visual_value_attention(
-    flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float
-) -> Tensor:
+def visual_value_attention(layer: LayerAttention) -> Tensor:
     """The same with values for query and keys."""
-    return _among(flow, flow.of_last(v, 2), v, scale)
+    return _among(layer, layer.flow.of_last(layer.v, 2), layer.v)
 
 
-def values(flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float) -> Tensor:
+def values(layer: LayerAttention) -> Tensor:
     """Of all heads: [B, slots, Hk, d]."""
-    return v.transpose(1, 2)
+    return layer.v.transpose(1, 2)
 
 
-def mean_value(flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float) -> Tensor:
+def mean_value(layer: LayerAttention) -> Tensor:
     """Values, mean over heads."""
-    return v.float().mean(1)
+    return layer.v.float().mean(1)
 
 
-def cross_attention(flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float) -> Tensor:
+def cross_attention(layer: LayerAttention) -> Tensor:
     """Of the text behind each image: maximum over heads, mean over that text."""
-    return _per_image(flow, q, k, key_mask, scale, _behind(flow), _head_maximum)
+    return _per_image(layer, _behind(layer.flow), _head_maximum)
 
 
-def self_attention(flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float) -> Tensor:
+def self_attention(layer: LayerAttention) -> Tensor:
     """Of each image's own tokens: maximum over heads, mean over them."""
-    return _per_image(flow, q, k, key_mask, scale, _own(flow), _head_maximum, both_ways=flow.blocks is not None)
+    own = layer.flow.slot()[1].split(layer.flow.live.lengths)
+    return _per_image(layer, own, _head_maximum, both_ways=layer.flow.blocks is not None)
 
 
-def relayed_attention(flow: PrefillState, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float) -> Tensor:
+def relayed_attention(layer: LayerAttention) -> Tensor:
     """Of the text behind each image, head mean, weighted by what that text receives from itself; mean over it."""
-    return _per_image(flow, q, k, key_mask, scale, _behind(flow), _relay)
+    return _per_image(layer, _behind(layer.flow), _relay)
 
 
-def mean_of_text(flow: PrefillState, q: Tensor, k: Tensor, key_mask: Tensor, scale: float) -> Tensor:
-    """[B, slots] of the text behind each image: mean over heads and that text."""
-    return _per_image(flow, q, k, key_mask, scale, _behind(flow), _mean)
-
-
-FUNCTIONS: dict[str, Function] = {
+FUNCTIONS: dict[str, Callable[[LayerAttention], Tensor]] = {
     function.__name__: function
     for function in (
         keys,
@@ -89,6 +116,20 @@ FUNCTIONS: dict[str, Function] = {
         relayed_attention,
     )
 }
+
+
+def attention_of_text(layer: LayerAttention, chosen: Sequence[Tensor] | None = None) -> Tensor:
+    """[B, slots] attention that each image receives from text, mean over that text and the heads; 0 elsewhere.
+
+    Args:
+        chosen: per image, which text tokens of its row; None: those behind it.
+    """
+    flow = layer.flow
+    if chosen is None:
+        return _per_image(layer, _behind(flow), _mean)
+    text = text_slots(flow)
+    queries = [text[row].nonzero()[:, 0][i.to(text.device)] for row, i in zip(flow.live.row, chosen, strict=True)]
+    return _per_image(layer, queries, _mean)
 
 
 def last_row(
@@ -122,31 +163,10 @@ def visible(key_mask: Tensor, tails: Sequence[int], window: int | None) -> Tenso
     return key_mask if window is None else key_mask & (key_mask.flip(1).cumsum(1).flip(1) <= window)
 
 
-def text_rows(
-    flow: PrefillState, raters: Sequence[Tensor], q: Tensor, k: Tensor, key_mask: Tensor, scale: float
-) -> Tensor:
-    """[B, slots] attention that the slots of each image receive from its raters, mean over them and the heads; 0
-    elsewhere.
-
-    Args:
-        raters: per image, which text tokens of its row.
-    """
-    v, past = flow.live, k.shape[2] - flow.index.shape[1]
-    out, text = q.new_zeros(key_mask.shape, dtype=torch.float32), text_slots(flow).to(q.device)
-    lines, columns = (i.to(q.device).split(v.lengths) for i in flow.slot())
-    for row, batch_row, column, chosen in zip(v.row, lines, columns, raters, strict=True):
-        if len(chosen):
-            at = text[row].nonzero()[:, 0][chosen.to(q.device)]
-            mean = causal_mean(q[row, :, at], k[row], key_mask[row], at + past, scale, flow.window)
-            out[batch_row, column + past] = mean[column + past]
-    return out
-
-
 def causal_mean(q: Tensor, k: Tensor, key_mask: Tensor, at: Tensor, scale: float, window: int | None) -> Tensor:
     """[N] attention of the queries [H, R, d] that stand in the slots `at` [R] of the keys [Hk, N, d], mean over queries
     and heads."""
-    total = torch.stack([part.sum((0, 1, 2)) for part in causal(q, k, key_mask, at, scale, window)]).sum(0)
-    return total / (q.shape[0] * q.shape[1])
+    return _mean(causal(q, k, key_mask, at, scale, window), at)
 
 
 def causal(
@@ -191,19 +211,19 @@ def _relay(rows: Iterator[Tensor], at: Tensor) -> Tensor:
     return (received[:, None] @ mean)[:, 0] / at.shape[-1]
 
 
-def _among(flow: PrefillState, query: Tensor, k: Tensor, scale: float, seen: Tensor | None = None) -> Tensor:
-    """One query [B, H, d] per row over the tokens of each of its images alone, or those of them in the slots that are
-    `seen` [B, slots]."""
-    batch_row, column = _places(flow, k)
-    lengths: Sequence[int] = flow.live.lengths
-    rows = uploaded(flow.live.row, k.device)
+def _among(layer: LayerAttention, query: Tensor, k: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Attention of one query [B, H, d] per row to the keys k [B, Hk, slots, d] of each image of the row alone, or to
+    those of them in the slots that are `seen` [B, slots]."""
+    batch_row, column = layer.places()
+    lengths: Sequence[int] = layer.flow.live.lengths
+    rows = uploaded(layer.flow.live.row, k.device)
     if seen is not None:
         image, near = image_of(lengths, k.device), seen[batch_row, column]
         lengths = image.new_zeros(len(lengths)).index_add_(0, image, near.to(image)).tolist()
         batch_row, column = batch_row[near], column[near]
     one_each = torch.arange(len(lengths) + 1, dtype=torch.int32, device=k.device)
     found = query_attention(
-        query[rows], k.transpose(1, 2)[batch_row, column], one_each, offsets_of(lengths, k.device), scale
+        query[rows], k.transpose(1, 2)[batch_row, column], one_each, offsets_of(lengths, k.device), layer.scale
     )
     out = found.new_zeros(len(k), k.shape[2])
     out[batch_row, column] = found
@@ -211,13 +231,10 @@ def _among(flow: PrefillState, query: Tensor, k: Tensor, scale: float, seen: Ten
 
 
 def _per_image(
-    flow: PrefillState,
-    q: Tensor,
-    k: Tensor,
-    key_mask: Tensor,
-    scale: float,
-    queries: list[Tensor],
+    layer: LayerAttention,
+    queries: Sequence[Tensor],
     reduce: Callable[[Iterator[Tensor], Tensor], Tensor],
+    *,
     both_ways: bool = False,
 ) -> Tensor:
     """`reduce` of each image's query rows, at the image's own slots. Images with as many queries together.
@@ -228,34 +245,25 @@ def _per_image(
             [images, slots].
         both_ways: whether the queries of an image see all of each other.
     """
-    visual, past = flow.live, k.shape[2] - flow.index.shape[1]
+    visual, k, past = layer.flow.live, layer.k, layer.past
     alike: dict[int, list[int]] = {}
     for image, at in enumerate(queries):
         if len(at) and visual.lengths[image]:
             alike.setdefault(len(at), []).append(image)
     found = k.new_zeros(len(queries), k.shape[2], dtype=torch.float32)
     for images in alike.values():
-        at = torch.stack([queries[image] for image in images]).to(k.device)
+        at = torch.stack([queries[image] for image in images]).to(k.device) + past
         rows = uploaded([visual.row[image] for image in images], k.device)
-        until = at[:, -1:].expand_as(at) + past if both_ways else None
-        queried = q[rows[:, None], :, at].transpose(1, 2)
-        attention = causal(queried, k[rows], key_mask[rows], at + past, scale, flow.window, until)
-        found[uploaded(images, k.device)] = reduce(attention, at + past)
-    out, places = k.new_zeros(key_mask.shape, dtype=torch.float32), _places(flow, k)
+        until = at[:, -1:].expand_as(at) if both_ways else None
+        queried = layer.q[rows[:, None], :, at - past].transpose(1, 2)
+        attention = causal(queried, k[rows], layer.key_mask[rows], at, layer.scale, layer.window, until)
+        found[uploaded(images, k.device)] = reduce(attention, at)
+    out, places = k.new_zeros(layer.key_mask.shape, dtype=torch.float32), layer.places()
     out[places] = found[image_of(visual.lengths, k.device), places[1]]
     return out
 
 
-def _places(flow: PrefillState, k: Tensor) -> tuple[Tensor, Tensor]:
-    """(row, slot) of every live visual token among the slots of k."""
-    batch_row, column = (i.to(k.device) for i in flow.slot())
-    return batch_row, column + k.shape[2] - flow.index.shape[1]
-
-
-def _own(flow: PrefillState) -> list[Tensor]:
-    return list(flow.slot()[1].split(flow.live.lengths))
-
-
 def _behind(flow: PrefillState) -> list[Tensor]:
+    """Per image, slots of the text behind it."""
     text = text_slots(flow)
     return [text[row].nonzero()[n:, 0] for row, n in zip(flow.live.row, text_before(flow), strict=True)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,26 +17,78 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vtoken.hooks.decoder.attention_facts import FUNCTIONS, text_rows
+from vtoken.hooks.decoder.attention_facts import FUNCTIONS, LayerAttention, attention_of_text
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.forward_state import eager
 from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.layer_kinds import window_of
 from vtoken.hooks.state.prefill_state import Observed, PrefillState
-from vtoken.hooks.state.run import Run
 from vtoken.stages import Fact, Stage
 from vtoken.stages.facts import read_of
 
 NAME = "vtoken"
 HANDED = "vtoken_handed"  # argument of a decoder layer that goes through to the tap of its attention, and no further
 OBSERVED = read_of("decoder layer")
-# fn(module, q, k, v, mask, original, **kwargs) -> (output, weights); q and k carry RoPE, k and v include the cache.
-Tap = Callable[..., tuple[Tensor, Tensor | None]]
+# Arguments of attention functions that change what attention means.
+UNUSUAL = ("softcap", "s_aux", "position_bias", "sliding_window")
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """A call of the attention function of a decoder layer.
+
+    Attributes:
+        module: the layer's attention.
+        q: [B, H, n, d] queries; k, v: [B, Hk, S, d] keys and values with the cache. Queries and keys carry RoPE.
+        mask: in the backend's format.
+        attend: attend(q, k, v, mask) -> (output [B, n, H, d], weights), the backend's attention or an earlier tap.
+        kwargs: the other arguments of the function.
+        handed: what the layer was called with under HANDED.
+    """
+
+    module: Any
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Any
+    attend: Callable[[Tensor, Tensor, Tensor, Any], Any]
+    kwargs: dict[str, Any]
+    handed: Any = None
+
+    @property
+    def layer(self) -> int:
+        return int(self.module.layer_idx)
+
+    @property
+    def scale(self) -> float:
+        """Factor on q . k."""
+        return self.kwargs.get("scaling") or self.q.shape[-1] ** -0.5
+
+    def original(self) -> Any:
+        """Output and weights as they are without this tap."""
+        return self.attend(self.q, self.k, self.v, self.mask)
+
+    def unusual(self) -> str:
+        """What makes this another than plain causal attention; "" if nothing does."""
+        found = [name for name in UNUSUAL if self.kwargs.get(name) is not None]
+        return ", ".join(found) or ("" if getattr(self.module, "is_causal", True) else "is_causal is False")
+
+    def skip_reason(self) -> str | None:
+        """Why nothing may take the place of this call; None if something may."""
+        if self.module.training or self.kwargs.get("dropout"):
+            return "the model is in training mode"
+        if self.kwargs.get("output_attentions"):
+            return "attention weights were asked for"
+        if found := self.unusual():
+            return f"this layer's attention is not plain causal attention ({found})"
+        return None
+
+
+Tap = Callable[[AttentionCall], Any]  # returns output and weights, as `original` does
 
 
 def tap(handle: Handle, lm: Any, layers: Iterable[int], function: Tap) -> None:
-    """Sends the attention of these decoder layers through `function`, which may call `original()`; an earlier tap is
-    its original."""
+    """Sends the attention of these decoder layers through `function`; an earlier tap is its original."""
     AttentionInterface.register(NAME, _dispatch)
     for layer in layers:
         module = lm.layers[layer].self_attn
@@ -52,35 +105,29 @@ def tap(handle: Handle, lm: Any, layers: Iterable[int], function: Tap) -> None:
 def _chain(outer: Tap, inner: Tap) -> Tap:
     """A tap whose `original` is another tap."""
 
-    def function(
-        module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Callable[..., Any], **kwargs: Any
-    ) -> Any:
-        def within(q: Tensor = q, k: Tensor = k, v: Tensor = v, mask: Any = mask) -> Any:
-            def innermost(q: Tensor = q, k: Tensor = k, v: Tensor = v, mask: Any = mask) -> Any:
-                return original(q, k, v, mask)
+    def function(call: AttentionCall) -> Any:
+        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Any:
+            return inner(replace(call, q=q, k=k, v=v, mask=mask))
 
-            return inner(module, q, k, v, mask, innermost, **kwargs)
-
-        return outer(module, q, k, v, mask, within, **kwargs)
+        return outer(replace(call, attend=attend))
 
     return function
 
 
+@eager
 def _dispatch(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: float = 0.0, **kwargs: Any) -> Any:
     # Whoever wraps attention functions (kvpress does, all of them) may hand dropout on by its place.
     kwargs["dropout"] = dropout
     function, config = module.vtoken_tap
-    name = config._attn_implementation
-    handed = {HANDED: kwargs.pop(HANDED)} if HANDED in kwargs else {}
+    name, handed = config._attn_implementation, kwargs.pop(HANDED, None)
 
-    def original(q: Tensor = q, k: Tensor = k, v: Tensor = v, mask: Any = mask) -> Any:
-        attend = ALL_ATTENTION_FUNCTIONS.get(name) or sys.modules[type(module).__module__].eager_attention_forward
-        if "flash" not in name:
-            return attend(module, q, k, v, mask, **kwargs)
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Any:
+        backend = ALL_ATTENTION_FUNCTIONS.get(name) or sys.modules[type(module).__module__].eager_attention_forward
         # The flash wrapper reads the implementation from module.config, so it sees a stand-in with the real one.
-        return attend(_WithConfig(module, config), q, k, v, mask, **kwargs)
+        caller = _WithConfig(module, config) if "flash" in name else module
+        return backend(caller, q, k, v, mask, **kwargs)
 
-    return function(module, q, k, v, mask, original, **kwargs, **handed)
+    return function(AttentionCall(module, q, k, v, mask, attend, kwargs, handed))
 
 
 class _WithConfig:
@@ -94,68 +141,45 @@ class _WithConfig:
         return getattr(self._module, name)
 
 
-def tapped(stages: Sequence[Stage], depth: int) -> dict[int, list[tuple[Stage, str]]]:
-    """Decoder layer -> which stage asks for which of its facts."""
-    asked: dict[int, list[tuple[Stage, str]]] = {}
-    for stage in stages:
-        for need in stage.needs():
-            for k in stage.layers(depth) if need.name in OBSERVED else ():
-                layer = k - 1 if need.layer is None else need.layer % depth
-                asked.setdefault(layer, []).append((stage, OBSERVED[need.name].part_of or need.name))
-    return asked
-
-
 def observe(context: Context) -> None:
-    """Keeps what stages ask to be told of decoder layers, slot by slot (see attention_facts.py).
+    """Keeps what stages ask of decoder layers, slot by slot (see attention_facts.py).
 
     With an answer or drafts behind the prompt (`prompt_text.answered`) the last prompt token stands before them, so the
     decision is the one that `generate` makes.
     """
-    asked, run, config = tapped(context.at("decoder"), context.depth), context.run, context.lm.config
+    depth, run, config = context.depth, context.run, context.lm.config
+    asked: dict[int, list[tuple[Stage, str]]] = {}  # layer -> stages, and the facts that they ask of it
+    for stage in context.at("decoder"):
+        for need in stage.needs():
+            for k in stage.layers(depth) if need.name in OBSERVED else ():
+                layer = k - 1 if need.layer is None else need.layer % depth
+                asked.setdefault(layer, []).append((stage, OBSERVED[need.name].part_of or need.name))
 
-    def function(
-        module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Callable[..., Any], **kwargs: Any
-    ) -> Any:
-        scale = kwargs.get("scaling") or k.shape[-1] ** -0.5
-        _keep(run, module.layer_idx, asked[module.layer_idx], q, k, v, scale, window_of(config, module.layer_idx))
-        return original()
+    def function(call: AttentionCall) -> Any:
+        flow = run.flow
+        if isinstance(flow, PrefillState) and flow.skip_reason is None:
+            _keep(flow, asked[call.layer], call, window_of(config, call.layer))
+        return call.original()
 
-    if asked:
-        tap(context.handle, context.lm, asked, function)
+    tap(context.handle, context.lm, asked, function)
 
 
-@eager
 @torch.no_grad()
-def _keep(
-    run: Run,
-    layer: int,
-    asked: Sequence[tuple[Stage, str]],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    window: int | None,
-) -> None:
-    """Stores the facts of a layer from its q, k and v [B, H, ., d]; without gradients, because a layer that
-    checkpointing runs again does not store them again."""
-    flow = run.flow
-    if not isinstance(flow, PrefillState) or flow.skip_reason is not None:
-        return
+def _keep(flow: PrefillState, asked: Sequence[tuple[Stage, str]], call: AttentionCall, window: int | None) -> None:
+    """Stores the facts of a layer; without gradients, because a layer that checkpointing runs again does not store them
+    again."""
     # A static cache hands out all its slots, and only those filled so far count; a layer with a window may hand out the
     # last ones alone.
-    k, v = (t[:, :, : flow.slots].detach() for t in (k, v))
-    flow.window = window
-    key_mask = (
-        torch.ones(len(k), flow.slots, dtype=torch.bool, device=k.device)
-        if flow.key_mask is None
-        else flow.key_mask.bool()
-    )
-    key_mask = key_mask[:, -k.shape[2] :].to(k.device)
+    q, (k, v) = call.q.detach(), (t[:, :, : flow.slots].detach() for t in (call.k, call.v))
+    if flow.key_mask is None:
+        key_mask = torch.ones(len(k), k.shape[2], dtype=torch.bool, device=k.device)
+    else:
+        key_mask = flow.key_mask.bool()[:, -k.shape[2] :].to(k.device)
+    layer = LayerAttention(flow, q, k, v, key_mask, call.scale, window)
     for stage, name in asked:
-        fact = Fact(name, layer)
+        fact = Fact(name, call.layer)
         if OBSERVED[name].queries == "chosen":
-            asked_text = flow.asked[id(stage)]
-            asked_text.found[layer] = Observed(text_rows(flow, asked_text.tokens, q, k, key_mask, scale), flow.index)
+            text = flow.asked[id(stage)]
+            text.found[call.layer] = Observed(attention_of_text(layer, text.tokens), flow.index)
         elif fact not in flow.facts:
-            values = FUNCTIONS[name](flow, q.detach(), k, v, key_mask, scale)
-            flow.facts[fact] = Observed(values, flow.index)
+            flow.facts[fact] = Observed(FUNCTIONS[name](layer), flow.index)

@@ -54,7 +54,7 @@ def blocks_of(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 def _after(run: Run, k: int, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
     given = args[0] if args else kwargs["hidden_states"]
-    if given.shape[1] > 1:  # a decode step, which may be compiled, is told nothing
+    if given.shape[1] > 1:  # nothing is read of a decode step, which may be compiled
         _note(run, k, given, out[0] if isinstance(out, tuple) else out)
 
 
@@ -64,15 +64,10 @@ def _note(run: Run, k: int, given: Tensor, out: Tensor) -> None:
     flow, fact = run.flow, Fact(NAME, k)
     if not isinstance(flow, PrefillState) or flow.skip_reason is not None:
         return
-    values = change(given, out, _prompt(flow).to(given.device))
+    prompt = flow.valid.bool() if flow.answer is None else flow.valid.bool() & ~flow.answer.gather(1, flow.index)
+    values = change(given, out, prompt.to(given.device))
     before = flow.facts.get(fact)
     flow.facts[fact] = Observed(values if before is None else before.values + values, flow.index)
-
-
-def _prompt(flow: PrefillState) -> Tensor:
-    """[B, P] which slots hold tokens of the prompt, without padding and what stands behind it."""
-    valid = flow.valid.bool()
-    return valid if flow.answer is None else valid & ~flow.answer.gather(1, flow.index)
 
 
 def change(given: Tensor, out: Tensor, real: Tensor) -> Tensor:

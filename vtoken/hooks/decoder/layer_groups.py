@@ -33,9 +33,9 @@ class LayerGroups:
         lm, depth, self.attending = self.lm, context.depth, frozenset(context.attending)
         stages = [stage.for_depth(depth) for stage in context.at("decoder")]
         self.at, self.kinds = by_layer(stages, depth), kinds_of(lm.config)
-        self.rating = [stage for stage in stages if asks(stage, queries="chosen")]
+        self.rating = [stage for stage in stages if asks(stage, "queries", "chosen")]
         for k, at in self.at.items():
-            if any(asks(stage, read="next layer") for stage in at):
+            if any(asks(stage, "read", "next layer") for stage in at):
                 check_next_layer(lm.layers[k])
         self.flash = "flash" in (lm.config._attn_implementation or "")
         if stages or self.flash or context.cache_stage is not None:
@@ -87,21 +87,18 @@ class LayerGroups:
         return flow.masks[kind]
 
     def _moved(self, k: int, flow: ForwardState, kwargs: dict) -> dict[str, Any]:
-        """Where the tokens that are left of a prompt stand, in place of the arguments that the model gives layer k for
-        all of them."""
+        """RoPE and position ids of the tokens that are left of a prompt, in place of those that the model gives layer k
+        for all of them."""
         if flow.chosen is None and flow.numbers is None:
             return {}
         kind = self.kinds[k]
         if kind not in flow.layer_kwargs:
-            rope: tuple[Tensor, ...]
-            ids: Tensor | None
+            ids, rope = kwargs.get("position_ids"), kwargs["position_embeddings"]
             if flow.numbers is not None:
-                rope, ids = rotary(self.lm, k, flow.hidden, flow.numbers), flow.numbers
-            else:
-                assert flow.chosen is not None
-                ids, index = kwargs.get("position_ids"), flow.chosen
-                rope = tuple(take(t, index, -2) for t in kwargs["position_embeddings"])
-                ids = None if ids is None else take(ids, index, -1)
+                ids, rope = flow.numbers, rotary(self.lm, k, flow.hidden, flow.numbers)
+            elif flow.chosen is not None:
+                ids = None if ids is None else take(ids, flow.chosen, -1)
+                rope = tuple(take(t, flow.chosen, -2) for t in rope)
             flow.layer_kwargs[kind] = {"position_embeddings": rope, "position_ids": ids}
         return flow.layer_kwargs[kind]
 
@@ -250,7 +247,6 @@ class LayerGroups:
         return layer_mask(self.lm.config, k, hidden, key_mask, cache, blocks)
 
 
-def asks(stage: Stage, **told: str) -> bool:
-    """Whether the stage needs a fact of which the table says this."""
-    specs = [spec_of(need.name, "decoder") for need in stage.needs()]
-    return any(getattr(spec, key) == value for spec in specs for key, value in told.items())
+def asks(stage: Stage, column: str, value: str) -> bool:
+    """Whether the stage needs a fact whose row of FACTS has this value in this column."""
+    return any(getattr(spec_of(need.name, "decoder"), column) == value for need in stage.needs())

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vtoken.errors import UnsupportedError
-from vtoken.hooks.decoder.attention_facts import last_row, mean_of_text
+from vtoken.hooks.decoder.attention_facts import LayerAttention, attention_of_text, last_row
+from vtoken.hooks.decoder.rotation import rotation_of
 from vtoken.hooks.state.layer_kinds import window_of
 from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.hooks.state.prompt_text import dropped_slots
@@ -30,7 +30,7 @@ def check_next_layer(layer: Any) -> None:
     known = all(hasattr(attention, name) for name in ("q_proj", "k_proj", "head_dim"))
     norms = [norm for norm in (norm_of(attention, letter) for letter in "qk") if norm is not None]
     if (
-        not (known and entering_norm(layer) and hasattr(_file(attention), "apply_rotary_pos_emb"))
+        not (known and entering_norm(layer) and rotation_of(attention))
         or hasattr(attention, "qk_norm")
         or not getattr(attention, "use_rope", True)
         or any(norm.weight.shape != (attention.head_dim,) for norm in norms)
@@ -55,38 +55,24 @@ def next_layer_attention(
     """
     layer = adapter.lm.layers[k]
     attention = layer.self_attn
-    rotate = _file(attention).apply_rotary_pos_emb
+    rotate = rotation_of(attention)
     x = entering_norm(layer)(hidden.detach())
-    asking, turned = (x, rope) if text else (flow.of_last(x, 1)[:, None], last_of(flow, rope))
+    asking, cos, sin = (each if text else flow.of_last(each, 1)[:, None] for each in (x, *rope))
     q = _heads(attention, "q", asking, gated=adapter.gated_queries)
     keys = _heads(attention, "k", x)
     # One call rotates queries and keys by the same positions; these have their own.
-    q, keys = rotate(q, q, *turned)[0], rotate(keys, keys, *rope)[0]
+    q, keys = rotate(q, q, cos, sin)[0], rotate(keys, keys, *rope)[0]
     key_mask = flow.valid.to(keys.device) & ~dropped_slots(flow).to(keys.device)
-    past = _past(flow, k)
-    if past is not None:
-        old, held = past
-        keys, key_mask = torch.cat([old, keys], 2), torch.cat([held.to(key_mask.device), key_mask], 1)
-    scale = getattr(attention, "scaling", None) or attention.head_dim**-0.5
+    if isinstance(flow.cache, PrunedCache) and flow.past:
+        logical, real = flow.cached_rows(k)
+        # A layer with a sliding window may hold the last slots alone.
+        old = flow.cache.layers[k].keys[:, :, : logical.shape[1]]  # type: ignore[attr-defined]
+        keys = torch.cat([old, keys], 2)
+        key_mask = torch.cat([real[:, -old.shape[2] :].to(key_mask.device), key_mask], 1)
+    scale, window = getattr(attention, "scaling", None) or attention.head_dim**-0.5, window_of(adapter.lm.config, k)
     if text:
-        flow.window = window_of(adapter.lm.config, k)
-        return mean_of_text(flow, q, keys, key_mask, scale)
-    return last_row(q[:, :, 0], keys, key_mask, flow.tails, scale, window_of(adapter.lm.config, k))
-
-
-def last_of(flow: PrefillState, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """cos and sin [B or 1, 1, d] of the last prompt token's position."""
-    return tuple(flow.of_last(half, 1)[:, None] for half in rope)
-
-
-def _past(flow: PrefillState, k: int) -> tuple[Tensor, Tensor] | None:
-    """Keys [B, H, S, d] of earlier turns in layer k's cache, and which of them are real; None for a first turn."""
-    if not isinstance(flow.cache, PrunedCache) or not flow.past:
-        return None
-    logical, held = flow.cached_rows(k)
-    # A layer with a sliding window may hold the last slots alone.
-    keys: Tensor = flow.cache.layers[k].keys[:, :, : logical.shape[1]]  # type: ignore[attr-defined]
-    return keys, held[:, -keys.shape[2] :]
+        return attention_of_text(LayerAttention(flow, q, keys, keys, key_mask, scale, window))
+    return last_row(q[:, :, 0], keys, key_mask, flow.tails, scale, window)
 
 
 def _heads(attention: Any, name: str, x: Tensor, *, gated: bool = False) -> Tensor:
@@ -100,7 +86,3 @@ def _heads(attention: Any, name: str, x: Tensor, *, gated: bool = False) -> Tens
 def entering_norm(layer: Any) -> Any:
     """What a decoder layer's attention is given its hidden states through; None where it has another name."""
     return getattr(layer, "input_layernorm", None) or getattr(layer, "operator_norm", None)
-
-
-def _file(module: Any) -> Any:
-    return sys.modules[type(module).__module__]

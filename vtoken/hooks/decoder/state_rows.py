@@ -52,10 +52,10 @@ class StateRows:
         out = hidden.clone()
         for row, at in enumerate(rows):
             if len(at):
-                slots, held = at.to(hidden.device), row_of(cache.layers[k], row)  # type: ignore[attr-defined]
-                alone = original(*args, **of_row(kwargs, row, slots, with_layer(cache, k, held)))
+                slots, state = at.to(hidden.device), row_of(cache.layers[k], row)  # type: ignore[attr-defined]
+                alone = original(*args, **of_row(kwargs, row, slots, with_layer(cache, k, state)))
                 out[row, slots] = alone[0]
-                put_back(cache.layers[k], held, row)  # type: ignore[attr-defined]
+                put_back(cache.layers[k], state, row)  # type: ignore[attr-defined]
         return out
 
 
@@ -69,25 +69,25 @@ def of_row(kwargs: dict, row: int, slots: Tensor, cache: Any) -> dict:
 
 
 def row_of(cached: Any, row: int) -> Any:
-    """A copy of a layer's state that holds one row."""
-    held = copy.copy(cached)
-    vars(held).update({name: copy.copy(x) for name, x in vars(cached).items() if isinstance(x, dict)})
+    """A copy of a cache layer, with the state of one row."""
+    alone = copy.copy(cached)
+    vars(alone).update({name: copy.copy(x) for name, x in vars(cached).items() if isinstance(x, dict)})
     for name in STATES:
-        states = getattr(held, name)
+        states = getattr(alone, name)
         states.update({i: None if x is None else x[row : row + 1].clone() for i, x in states.items()})
-    return held
+    return alone
 
 
-def put_back(cached: Any, held: Any, row: int) -> None:
+def put_back(cached: Any, alone: Any, row: int) -> None:
     """Writes the state of a row where it was taken from."""
     for name in STATES:
-        for i, x in getattr(held, name).items():
+        for i, x in getattr(alone, name).items():
             if x is not None:
                 getattr(cached, name)[i][row] = x[0]
 
 
-def with_layer(cache: Any, k: int, held: Any) -> Any:
-    """The cache with something else for layer k."""
+def with_layer(cache: Any, k: int, layer: Any) -> Any:
+    """The cache with another layer k."""
     view = copy.copy(cache)
-    view.layers = [*cache.layers[:k], held, *cache.layers[k + 1 :]]
+    view.layers = [*cache.layers[:k], layer, *cache.layers[k + 1 :]]
     return view

@@ -1,9 +1,9 @@
-"""What a draft is told of the attention of its target, which has read the prompt before it."""
+"""What a draft is given of the attention of its target, which has read the prompt before it."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,18 +12,21 @@ from torch import Tensor
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.decoder.attention_facts import causal_mean
-from vtoken.hooks.decoder.attention_tap import tap
+from vtoken.hooks.decoder.attention_tap import AttentionCall, tap
 from vtoken.hooks.state.context import Context
-from vtoken.hooks.state.forward_state import eager
 from vtoken.hooks.state.layer_kinds import window_of
 from vtoken.hooks.state.prefill_state import PrefillState
 from vtoken.hooks.state.prompt_text import text_slots
 from vtoken.stages import Fact
 
 
-class _Heard(threading.local):
-    """Of the calling thread: the prefill that is at work, sums of attention [B, L] per fact and how many layers are in
-    them; `listening`: a `generate` with the draft is at work, `asking`: the draft reads the prompt."""
+class _Recorded(threading.local):
+    """Of the calling thread.
+
+    Attributes:
+        flow: the target's last prefill; sums: its attention [B, L] per fact, and how many layers are in the sum.
+        listening: a `generate` with the draft is at work; asking: the draft reads the prompt.
+    """
 
     flow: PrefillState | None = None
     listening: bool = False
@@ -31,6 +34,9 @@ class _Heard(threading.local):
 
     def __init__(self) -> None:
         self.sums: dict[Fact, tuple[Tensor, int]] = {}
+
+    def forget(self) -> None:
+        self.flow, self.sums = None, {}
 
 
 class TargetAttention:
@@ -42,57 +48,50 @@ class TargetAttention:
     """
 
     def __init__(self, facts: Sequence[Fact]) -> None:
-        self.facts, self.heard = tuple(dict.fromkeys(facts)), _Heard()
+        self.facts, self.recorded = tuple(dict.fromkeys(facts)), _Recorded()
 
     def observe(self, context: Context) -> None:
         """Taps the decoder of the target."""
-        depth, run, config = context.depth, context.run, context.lm.config
-        first = {fact: (fact.layer or 0) % depth for fact in self.facts}
-        self.asked = {
-            layer: [fact for fact in self.facts if layer >= first[fact]]
-            for layer in context.attending
-            if any(layer >= each for each in first.values())
-        }
+        run, config = context.run, context.lm.config
+        first = {fact: (fact.layer or 0) % context.depth for fact in self.facts}
+        asked = {layer: [fact for fact in self.facts if layer >= first[fact]] for layer in context.attending}
 
-        def function(
-            module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, original: Callable[..., Any], **kwargs: Any
-        ) -> Any:
-            scale = kwargs.get("scaling") or k.shape[-1] ** -0.5
-            self._hear(run.flow, module.layer_idx, q, k, scale, window_of(config, module.layer_idx))
-            return original()
+        def function(call: AttentionCall) -> Any:
+            if self.recorded.listening and isinstance(run.flow, PrefillState):
+                self._record(run.flow, asked[call.layer], call, window_of(config, call.layer))
+            return call.original()
 
-        tap(context.handle, context.lm, self.asked, function)
+        tap(context.handle, context.lm, [layer for layer, facts in asked.items() if facts], function)
 
-    @eager
     @torch.no_grad()
-    def _hear(self, flow: Any, layer: int, q: Tensor, k: Tensor, scale: float, window: int | None) -> None:
-        heard = self.heard
-        if not heard.listening or not isinstance(flow, PrefillState):
-            return
-        if heard.flow is not flow:
-            heard.flow, heard.sums = flow, {}
-        found = received(flow, q, k[:, :, : flow.slots or flow.index.shape[1]], scale, window)
-        for fact in self.asked[layer]:
-            total, layers = heard.sums.get(fact, (0, 0))
-            heard.sums[fact] = total + found, layers + 1
+    def _record(self, flow: PrefillState, facts: Sequence[Fact], call: AttentionCall, window: int | None) -> None:
+        recorded = self.recorded
+        if recorded.flow is not flow:
+            recorded.flow, recorded.sums = flow, {}
+        found = received(flow, call.q, call.k[:, :, : flow.slots or flow.index.shape[1]], call.scale, window)
+        for fact in facts:
+            total, layers = recorded.sums.get(fact, (0, 0))
+            recorded.sums[fact] = total + found, layers + 1
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """While the target runs with its draft; without it the target's prefills cost nothing more."""
-        self.heard.listening = True
+        self.recorded.listening = True
         try:
             yield
         finally:
-            self.heard.listening, self.heard.flow, self.heard.sums = False, None, {}
+            self.recorded.listening = False
+            self.recorded.forget()
 
     @contextmanager
     def asking(self) -> Iterator[None]:
         """While the draft reads the prompt that the target has read last."""
-        self.heard.asking = True
+        self.recorded.asking = True
         try:
             yield
         finally:
-            self.heard.asking, self.heard.flow, self.heard.sums = False, None, {}
+            self.recorded.asking = False
+            self.recorded.forget()
 
     def about(self, flow: PrefillState, fact: Fact) -> Tensor:
         """[ΣN] of the visual tokens that are live in a draft's prefill.
@@ -100,13 +99,13 @@ class TargetAttention:
         Raises:
             UnsupportedError: the draft is not called by its target.
         """
-        heard = self.heard
-        if not heard.asking or fact not in heard.sums:
+        recorded = self.recorded
+        if not recorded.asking or fact not in recorded.sums:
             raise UnsupportedError(
                 f"{fact.name} is what a target has just read, and this draft runs by itself; call "
                 "target.generate(..., assistant_model=draft), or vtoken.unwrap(draft) first"
             )
-        total, layers = heard.sums[fact]
+        total, layers = recorded.sums[fact]
         row, column = (i.to(total.device) for i in (flow.live.batch_row, flow.live.column))
         return (total[row, column] / layers).to(flow.hidden.device)
 

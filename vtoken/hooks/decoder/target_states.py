@@ -19,8 +19,13 @@ from vtoken.hooks.state.read_prompt import ReadPicture, ReadPrompt
 
 @dataclass(frozen=True)
 class _Entered:
-    """What a prompt of L columns was when it entered the language model: embeddings [L, D] (0 where nothing entered),
-    which columns [L] are real and which entered, and the prefill; None without pictures."""
+    """A prompt of L columns as it entered the language model.
+
+    Attributes:
+        embeds: [L, D] its embeddings, 0 where no token entered.
+        real, here: [L] which columns are no padding, and which entered.
+        flow: the prefill; None without pictures.
+    """
 
     embeds: Tensor
     real: Tensor
@@ -28,8 +33,14 @@ class _Entered:
     flow: PrefillState | None
 
 
-class _Heard(threading.local):
-    """Of the calling thread; `listening`: a `generate` with the draft is at work, `begun`: its prompt was read."""
+class _Recorded(threading.local):
+    """Of the calling thread.
+
+    Attributes:
+        listening: a `generate` with the draft is at work; begun: its prompt was read.
+        entered: a prompt that is being read.
+        prompt, hidden: what was read since the draft asked last: the prompt, or last hidden states [n, D] of steps.
+    """
 
     listening: bool = False
     begun: bool = False
@@ -42,10 +53,10 @@ class TargetStates:
     """Last hidden states of the target, and of its prompt also what entered its language model."""
 
     def __init__(self) -> None:
-        self.heard = _Heard()
+        self.recorded = _Recorded()
 
     def observe(self, context: Context) -> None:
-        """Behind all other hooks on the language model: what is seen is what its layers get, and what it returns."""
+        """Hooks behind all others on the language model: they see what its layers are given, and what it returns."""
         self.run = context.run
         context.handle.before(context.lm, self._before)
         context.handle.after(context.lm, self._after)
@@ -53,22 +64,24 @@ class TargetStates:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """While the target runs with its draft; without it nothing is kept."""
-        self.heard.listening = True
+        recorded = self.recorded
+        recorded.listening = True
         try:
             yield
         finally:
-            self.heard.listening = self.heard.begun = False
-            self.heard.entered = self.heard.prompt = self.heard.hidden = None
+            recorded.listening = recorded.begun = False
+            recorded.entered = recorded.prompt = recorded.hidden = None
 
     def taken(self) -> ReadPrompt | Tensor:
-        """What the target has read since this was asked last: the prompt; from then on last hidden states [n, D]."""
-        heard = self.heard
-        found, heard.prompt, heard.hidden = (heard.prompt or heard.hidden), None, None
+        """What the target has read since this was called last: the prompt; from then on last hidden states [n, D]."""
+        recorded = self.recorded
+        found = recorded.hidden if recorded.prompt is None else recorded.prompt
         assert found is not None, "the target has not run"
+        recorded.prompt = recorded.hidden = None
         return found
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.heard.listening and not self.heard.begun:
+        if self.recorded.listening and not self.recorded.begun:
             self._enter(kwargs["inputs_embeds"][0])
 
     @eager
@@ -77,23 +90,23 @@ class TargetStates:
         if isinstance(flow, PrefillState):
             real, here = flow.new[0].to(x.device), flow.index[0, flow.valid[0]].to(x.device)
             embeds = x.new_zeros(len(real), x.shape[1]).index_copy(0, here, x[flow.valid[0].to(x.device)])
-            self.heard.entered = _Entered(embeds, real, torch.zeros_like(real).index_fill(0, here, True), flow)
+            self.recorded.entered = _Entered(embeds, real, torch.zeros_like(real).index_fill(0, here, True), flow)
         else:
             given = isinstance(mask, Tensor) and mask.ndim == 2
             real = mask[0].to(x.device).bool() if given else torch.ones(len(x), dtype=torch.bool, device=x.device)
-            self.heard.entered = _Entered(x, real, real, None)
+            self.recorded.entered = _Entered(x, real, real, None)
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
-        if self.heard.listening:
+        if self.recorded.listening:
             self._leave(out.last_hidden_state[0])
 
     @eager
     def _leave(self, hidden: Tensor) -> None:
-        heard = self.heard
-        if heard.begun:
-            heard.hidden = hidden
-        elif heard.entered is not None:
-            heard.prompt, heard.entered, heard.begun = read_prompt(heard.entered, hidden), None, True
+        recorded = self.recorded
+        if recorded.begun:
+            recorded.hidden = hidden
+        elif recorded.entered is not None:
+            recorded.prompt, recorded.entered, recorded.begun = read_prompt(recorded.entered, hidden), None, True
 
 
 def read_prompt(entered: _Entered, hidden: Tensor) -> ReadPrompt:
@@ -108,14 +121,8 @@ def read_prompt(entered: _Entered, hidden: Tensor) -> ReadPrompt:
             if len(at := (whole & entered.here.cpu()).nonzero()[:, 0]):
                 pictures.append(ReadPicture(embeds[at.to(embeds.device)], int(ranks[whole].max())))
     at = left.nonzero()[:, 0]
-    return ReadPrompt(
-        hidden[at.to(hidden.device)],
-        embeds[at.to(embeds.device)],
-        ranks[at],
-        visual[at],
-        tuple(pictures),
-        int(real.sum()),
-    )
+    states, entered_as = hidden[at.to(hidden.device)], embeds[at.to(embeds.device)]
+    return ReadPrompt(states, entered_as, ranks[at], visual[at], tuple(pictures), int(real.sum()))
 
 
 def pieces(flow: PrefillState, real: Tensor) -> tuple[Tensor, Tensor]:

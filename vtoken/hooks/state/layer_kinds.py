@@ -4,13 +4,14 @@ of its own."""
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Cache
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from vtoken.errors import UnsupportedError
 from vtoken.hooks.state.cache_argument import causal_mask
@@ -31,6 +32,12 @@ def window_of(config: Any, layer: int) -> int | None:
     """Tokens that a query of the layer sees, itself among them; None: all up to itself."""
     window: int | None = config.sliding_window if kinds_of(config)[layer] == SLIDING else None
     return window
+
+
+def other_kinds(cache: Any, attending: Collection[int], served: Sequence[type] = (DynamicLayer,)) -> str:
+    """Names of the kinds of cache layers with attention that are none of those served; "" if there are none."""
+    layers = [layer for k, layer in enumerate(cache.layers) if k in attending]
+    return ", ".join(sorted({type(layer).__name__ for layer in layers if type(layer) not in served}))
 
 
 def heads_in(config: Any) -> tuple[int, int, int]:

@@ -92,7 +92,6 @@ class PrefillState(ForwardState):
         layouts: first layer of a group -> its layout; logical: of the current one, see Layout.
         pending_slots: slot maps to commit to the cache when the forward ends; shrunk: what a cache stage left of each
             layer.
-        window: slots that a query of the layer whose attention is read sees; None: all up to its own.
         notes: of the current layer group; asked: stage (by id) -> the text tokens it asks; reported: stages whose
             skipping is in the trace.
         clears: the layer whose cut also holds for the caches of all layers before it, or 0.
@@ -125,7 +124,6 @@ class PrefillState(ForwardState):
     reported: set[int] = field(default_factory=set)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
     shrunk: dict[int, Any] = field(default_factory=dict)
-    window: int | None = None
     clears: int = 0
     unpadded: bool = False
     project: Callable[[Tensor], Tensor] | None = None

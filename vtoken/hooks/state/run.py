@@ -185,7 +185,6 @@ class Run(threading.local):
         skip_plan: kind -> which images of the prompt to come are left alone.
         prompt: `input_ids` or `inputs_embeds` [B, L] of the prompt to come, of families whose layouts need it.
         cache: that of the forward in progress, if it holds a pruned prompt.
-        due: a cache layer whose newest tokens a cache stage is asked about after the attention in progress.
         encodes: kind -> what was encoded last; earlier: the same before the call in progress.
         generating: `generate` is at work, which may encode long before it uses the features, and use them several
             times.
@@ -203,7 +202,6 @@ class Run(threading.local):
     flow: Any = None
     cache: Any = None
     trace: Trace | None = None
-    due: Any = None
     generating: bool = False
 
     def __init__(self) -> None:
