@@ -86,3 +86,14 @@ def test_the_reference_suggests_the_name() -> None:
     for ask in (reference.path, reference.load):
         with pytest.raises(ConfigError, match="unknown reference model 'tiny-lava', did you mean 'tiny-llava'"):
             ask("tiny-lava")
+
+
+def test_an_error_without_a_message_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: object, **named: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", fail)
+    with pytest.raises(ConfigError, match=r"nor on the hub \(OSError\)"):
+        resolve_config("owner/model")
+    with pytest.raises(ConfigError, match="cannot find model 'owner/model': OSError"):
+        weights("owner/model", None)

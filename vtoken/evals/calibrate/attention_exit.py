@@ -14,7 +14,7 @@ from vtoken.errors import ConfigError
 from vtoken.evals.calibrate._attention import Point, search, see
 from vtoken.evals.calibrate._report import pipeline_file, tell_pipeline
 from vtoken.evals.shared.options import ModelCommand, option
-from vtoken.evals.shared.samples import ABOUT, last, load, read
+from vtoken.evals.shared.samples import ABOUT, load, read
 from vtoken.evals.shared.whole import check_folder
 from vtoken.evals.statistics import wilson
 
@@ -66,7 +66,7 @@ def run(asked: Settings) -> None:
     """Finds the threshold and writes the pipeline."""
     kind, target = asked.target()
     check_folder(asked.out)
-    samples = read(asked.data, asked.limit) if asked.data else last(asked.limit)
+    samples = read(asked.data, asked.limit)
     if kind == "accuracy" and any(sample.answer is None for sample in samples):
         raise ConfigError(f"--accuracy needs an answer to every question; {asked.data} lacks some, or use --agreement")
     model, processor = load(asked.model, asked.device, asked.dtype)

@@ -39,7 +39,7 @@ class Settings(ModelCommand):
 def run(asked: Settings) -> None:
     """Fits the table and writes the pipeline."""
     check_folder(asked.out)
-    given = samples.read(asked.data, asked.limit) if asked.data else samples.last(asked.limit)
+    given = samples.read(asked.data, asked.limit)
     model, processor = samples.load(asked.model, asked.device, asked.dtype)
     prompts = (samples.prepare(model, processor, sample) for sample in given)
     found = fit(
