@@ -232,6 +232,12 @@ def test_an_unfinished_run_counts_for_what_finished(folder: Path) -> None:
         read(folder / "cases")
 
 
+def test_a_document_that_one_pipeline_has_no_score_of_is_shown(tmp_path: Path) -> None:
+    rows = [run("dense", None, {"one": RIGHT}), run("bad:8", "bad", {"one": [None, *RIGHT[1:]]})]
+    (case,) = report.cases(read(write(tmp_path / "out", rows, pictures=5, cases=[CASE])))
+    assert [(panel.pipeline, panel.right) for panel in case.panels] == [("dense", True), ("bad:8", True)]
+
+
 def test_the_worst_of_every_pipeline_in_turn() -> None:
     dense = [{"task": "t", "doc": k, "score": 1.0, "media": f"p{k // 2}"} for k in range(8)]
 
@@ -255,13 +261,13 @@ def test_of_many_pipelines_all_are_shown() -> None:
     dense = [{"task": "t", "doc": k, "score": 1.0, "media": f"p{k}"} for k in range(40)]
     rng = np.random.default_rng(1)
     lost = {f"m{k}": [{**line, "score": float(rng.random() < 0.5)} for line in dense] for k in range(60)}
-    found = regressions.worst(dense, lost, {})
+    found = regressions.worst(dense, lost, {"t": 1.0})
     assert len(found) == -(-60 // regressions.PANELS) and {len(case["shown"]) for case in found} == {regressions.PANELS}
     times = Counter(name for case in found for name in case["shown"])
     assert set(times) == set(lost) and max(times.values()) <= 2
     for case in found:  # whoever is shown first lost it
         assert lost[case["shown"][0]][case["doc"]]["score"] == 0
-    one = regressions.worst(dense[:1], {name: lines[:1] for name, lines in lost.items()}, {})
+    one = regressions.worst(dense[:1], {name: lines[:1] for name, lines in lost.items()}, {"t": 1.0})
     assert len(one) == 1 and len({case["doc"] for case in found}) == len(found)
 
 

@@ -173,7 +173,7 @@ def test_nothing_is_asked_twice(place: Path, given: Sweep, whole: Results, monke
         raise AssertionError("asked again")
 
     before = timeless(whole.folder)
-    monkeypatch.setattr(sweep, "ask", never)
+    monkeypatch.setattr(points, "ask", never)
     monkeypatch.setattr(sweep, "bench", never)
     sweep.run(given, whole.folder)
     assert timeless(whole.folder) == before
@@ -263,7 +263,7 @@ def test_an_error_leaves_what_was_finished(place: Path, given: Sweep, monkeypatc
             raise RuntimeError("out of memory")
         return real(model, harness, point, *rest)
 
-    monkeypatch.setattr(sweep, "ask", failing)
+    monkeypatch.setattr(points, "ask", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         sweep.run(given, place / "failed")
     found = json.loads((place / "failed" / "results.json").read_text())

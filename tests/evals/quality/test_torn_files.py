@@ -36,6 +36,14 @@ KINDS = {"point": (POINT, points.is_point), "cases": (CASES, points.is_cases), "
 FOREIGN = (None, 1, "text", [], {}, [1], [None], [[]], {"rows": 1}, {"rows": [1]}, {"requests": []}, {"error": "no"})
 
 
+def is_point(what, tmp_path):
+    """What `whole.kept` says of it."""
+    points.save(tmp_path, "x", what)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return points.load(tmp_path, "x", points.is_point) is not None
+
+
 def without(what):
     """The same with one key less, anywhere."""
     if isinstance(what, dict):
@@ -69,17 +77,21 @@ def test_what_is_kept(kind, tmp_path):
 
 def test_a_point_that_passes_can_be_used(tmp_path):
     """Whatever key is missing, anywhere: it is refused, or nobody reads it."""
-    found = [less for less in without(POINT) if not points.is_point(less)]
+    (tmp_path / "points").mkdir()
+    found = [less for less in without(POINT) if not is_point(less, tmp_path)]
     assert len(found) > len(COST) + len(POINT)
     for less in without(POINT):
-        if points.is_point(less):
+        if is_point(less, tmp_path):
             assert assemble(tmp_path, "m", "", [DENSE], {points.Point(0, DENSE, "odd"): less}) is not None
             assert set(less) == set(POINT) and set(less["about"]) == set(POINT["about"])
 
 
-def test_pictures_of_cases_stay_in_their_folder():
+def test_pictures_of_cases_stay_in_their_folder(tmp_path):
+    (tmp_path / "points").mkdir()
     for name in ("../x.jpg", "/etc/passwd", "points/x.json", 3, "cases/../../x"):
-        assert not points.is_cases([{**CASES[0], "panels": {"dense": name}}])
+        points.save(tmp_path, "x", [{**CASES[0], "panels": {"dense": name}}])
+        with pytest.warns(UserWarning, match="taken as missing"):
+            assert points.load(tmp_path, "x", points.is_cases) is None
 
 
 @pytest.fixture

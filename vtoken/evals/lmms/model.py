@@ -19,13 +19,13 @@ import vtoken
 from vtoken import config
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, UnsupportedError
-from vtoken.evals import processors, reference
 from vtoken.evals.lmms.generation import TextGenerator
 from vtoken.evals.lmms.prompts import LMMS_EVAL_PIXELS, Prompt, from_chat, limit_pixels, pixels
 from vtoken.evals.lmms.records import Request
 from vtoken.evals.lmms.response_cache import identify
 from vtoken.evals.shared import models
 from vtoken.evals.shared.bars import progress
+from vtoken.evals.shared.dense import is_stock
 from vtoken.evals.shared.identity import code, named_files, weights
 
 
@@ -56,8 +56,7 @@ class VtokenModel(lmms):
         requests: what was answered since the pipeline was put on.
 
     Raises:
-        ConfigError, UnsupportedError: an argument that cannot be used, before anything is loaded where that can be
-            told.
+        ConfigError, UnsupportedError: an argument that cannot be used; before anything is loaded, where that is known.
     """
 
     is_simple = False
@@ -103,12 +102,9 @@ class VtokenModel(lmms):
             parsed = replace(whole, name=name, written=f'pipeline "{name}"')
         if device is None and "LOCAL_RANK" in os.environ and models.to_device(None).type == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
-        model = models.load(
-            pretrained, device=device, dtype=dtype, attn_implementation=attn_implementation, revision=revision
+        model, processor = models.load_pair(
+            pretrained, device, dtype, revision, attn_implementation=attn_implementation
         )
-        shipped = pretrained in reference.names()
-        source = reference.path(pretrained) if shipped else pretrained
-        processor = processors.load(source, pillow=shipped, revision=revision)
         limit_pixels(processor, min_pixels, max_pixels)
         self.pretrained, self.revision, self.frames = pretrained, revision, frames
         self.system_prompt = self._resolve_system_prompt(system_prompt) if system_prompt else None
@@ -129,8 +125,7 @@ class VtokenModel(lmms):
 
     def use(self, pipeline: Pipeline) -> None:
         """Puts another pipeline on the same weights; one without stages leaves the stock model, with no hook on it."""
-        stock = not pipeline.stages and pipeline.anyres == "model"
-        self.generator.use(None if stock else pipeline)
+        self.generator.use(None if is_stock(pipeline) else pipeline)
         self.requests = []
 
     def about(self) -> dict[str, Any]:

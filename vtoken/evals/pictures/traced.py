@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
-from io import BytesIO
 from typing import Any
 
 from PIL import Image
 
-from vtoken.evals.pictures.overlay import captioned, drawn, owners, sheet, views
+from vtoken.evals.pictures.overlay import captioned, data_uri, drawn, owners, sheet, views
 from vtoken.evals.shared.media import Media, rgb
 from vtoken.hooks.state.run import pixels_of
 from vtoken.hooks.state.trace import Trace
@@ -36,7 +34,7 @@ def picture(processor: Any, pixel_values: Any, media: Media, seen: Trace, captio
         drawn(*as_resized(seen, k, view), side=side, columns=COLUMNS)
         for k, view in enumerate(views(processor, pixel_values, media, seen.parts))
     ]
-    whole = pictures[0] if len(pictures) == 1 else sheet(pictures, columns=2, background="white")
+    whole = sheet(pictures, columns=2, background="white")
     return captioned(whole, caption) if caption else whole
 
 
@@ -91,6 +89,4 @@ def uri(seen: Trace, pictures: Sequence[Image.Image], processor: Any) -> str:
     images, pixels = getattr(processor, "image_processor", processor), None
     if images is not None and not video:
         pixels = pixels_of("image", images(images=list(media.pictures), return_tensors="pt"))
-    file = BytesIO()
-    picture(processor, pixels, media, seen).save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return data_uri(picture(processor, pixels, media, seen), "PNG")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from vtoken.evals.pictures.plots import SERIES, fronts, looks, plot
 from vtoken.evals.pictures.report import Case, Panel, milliseconds, page, percent, ratio
-from vtoken.evals.quality.analysis import COSTS, Evaluation, analyse, read
+from vtoken.evals.quality.analysis import COSTS, Evaluation, analyse, loss, read, sign
 from vtoken.evals.quality.results import Results
 from vtoken.evals.shared import tables, whole
 from vtoken.evals.shared.media import still
@@ -149,17 +149,12 @@ def cases(evaluation: Evaluation) -> tuple[Case, ...]:
         for line in evaluation.lines[k]
     }
     found = []
-    falls = {leaf: not about["higher_is_better"] for about in results["tasks"].values() for leaf in about["leaves"]}
+    signs = {leaf: sign(about) for about in results["tasks"].values() for leaf in about["leaves"]}
     for case in results["cases"]:
         mine = {name: lines[name, case["task"], case["doc"]] for name in case["panels"] if name in names}
         base = mine["dense"]
         panels = [
-            Panel(
-                name,
-                line["answer"],
-                line["score"] <= base["score"] if falls[line["task"]] else line["score"] >= base["score"],
-                _picture(evaluation.folder, case["panels"][name]),
-            )
+            Panel(name, line["answer"], loss(line, base, signs) <= 0, _picture(evaluation.folder, case["panels"][name]))
             for name, line in mine.items()
         ]
         panels[1:] = sorted(panels[1:], key=lambda panel: panel.right)

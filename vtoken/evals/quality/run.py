@@ -14,14 +14,14 @@ from vtoken.evals.quality import costs, regressions
 from vtoken.evals.quality.points import Answered, Point, ask
 from vtoken.evals.quality.results import Results, assemble
 from vtoken.evals.shared.bars import say
-from vtoken.evals.shared.dense import DENSE
+from vtoken.evals.shared.dense import DENSE, is_stock
 
 
 def with_dense(pipelines: Sequence[Pipeline]) -> list[Pipeline]:
     """Dense, the pipelines, dense. One without stages is dense itself."""
     named: dict[str, Pipeline] = {}
     for pipeline in pipelines:
-        if not pipeline.stages and pipeline.anyres == "model":
+        if is_stock(pipeline):
             continue
         if named.setdefault(pipeline.name, pipeline) != pipeline:
             raise ConfigError(f"two pipelines are called {pipeline.name!r}; rename one file")

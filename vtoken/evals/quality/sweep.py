@@ -8,53 +8,23 @@ import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, VtokenError
-from vtoken.evals.lmms.harness import Harness, everyone, ranks
-from vtoken.evals.lmms.model import VtokenModel
+from vtoken.evals.lmms.harness import everyone, ranks
 from vtoken.evals.lmms.prepare import prepare_ray, quiet
-from vtoken.evals.lmms.suites import expand
 from vtoken.evals.quality import cluster, regressions
 from vtoken.evals.quality.options import Sweep
-from vtoken.evals.quality.points import Answered, Point, ask, is_cases, is_point, is_speed, load, points, save
+from vtoken.evals.quality.points import Answered, Asking, Point, is_cases, is_point, is_speed, load, points, save
 from vtoken.evals.quality.results import Results, assemble
 from vtoken.evals.quality.run import with_dense
 from vtoken.evals.shared.bars import mute, say
 from vtoken.evals.shared.identity import commit, digest
 from vtoken.evals.speed.latency import bench
-
-
-@dataclass
-class Asking:
-    """A model and tasks, loaded when the first point needs them."""
-
-    sweep: Sweep
-    runs: Sequence[Pipeline]
-    folder: Path
-    device: str | None
-    model: Any = field(default=None, init=False)
-    harness: Any = field(default=None, init=False)
-
-    def ready(self) -> VtokenModel:
-        """The dense model."""
-        if self.model is None:
-            self.harness = Harness(
-                expand(self.sweep.tasks), [f.resolve() for f in self.sweep.include], self.sweep.prompts
-            )
-            self.model = VtokenModel(self.sweep.model, device=self.device, **self.sweep.model_args())
-            for pipeline in self.runs:
-                self.model.use(pipeline)
-        return self.model
-
-    def ask(self, point: Point) -> Answered:
-        return ask(self.ready(), self.harness, point, self.sweep.limit, self.folder)
 
 
 def run(
@@ -67,7 +37,8 @@ def run(
     """Asks what is not in the folder yet and writes DIR/results.json, DIR/requests/, DIR/cases/ and DIR/points/.
 
     Args:
-        workers: processes, each with a model of its own; they take the GPUs in turn. None is 1, or what `cluster` says.
+        workers: processes, each with a model of its own; they take the GPUs in turn. None is 1, or with Ray what
+            `cluster.ask_all` says.
         ray: address of a Ray cluster, "" for the one that Ray finds or starts; None: no Ray.
 
     Returns:
@@ -112,7 +83,7 @@ def run(
     tell("loading the model" if missing else "all points are there")
     try:
         if ray is not None and missing:
-            cluster.ask_all(sweep, runs, todo, missing, made_by, folder, keep, ray, workers)
+            cluster.ask_all(asking, todo, missing, made_by, keep, ray, workers)
         elif workers is not None and workers > 1 and missing:
             _in_parallel(asking, missing, workers, keep)
         else:
