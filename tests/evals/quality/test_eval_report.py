@@ -207,6 +207,13 @@ def test_without_the_extra_there_are_tables_and_advice(
     assert (folder / "table.md").exists() and not (folder / "report.html").exists()
 
 
+def test_a_page_without_a_folder_is_refused_before_anything_is_written(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(folder), "--out", str(folder / "no" / "page.html")]) == 2
+    assert "no folder" in capsys.readouterr().err and not (folder / "table.md").exists()
+
+
 def test_json_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == analyse(read(folder))

@@ -193,7 +193,7 @@ def ranks() -> tuple[int, int]:
 
 
 def everyone(found: Any) -> list[Any]:
-    """What every process of the process group found, the first one first; alone, what this one did."""
+    """What each process of the process group gives, by rank; without a group, of this process alone."""
     if not dist.is_initialized():
         return [found]
     shares: list[Any] = [None] * dist.get_world_size()
@@ -202,12 +202,12 @@ def everyone(found: Any) -> list[Any]:
 
 
 def whoever(found: Any) -> Any:
-    """What one of the processes found; the others give None."""
+    """The value of the one process that has it, in all of them; the others give None."""
     return next(share for share in everyone(found) if share is not None)
 
 
 def numbers(given: dict[str, Any]) -> dict[str, float]:
-    """Metric -> number; "N/A", empty lists, standard errors and other decorations are left out, and so is the filter
+    """Metric -> number, without what is none ("N/A", empty lists) and standard errors. Keys leave out the filter
     "none"."""
     found = {}
     for key, value in given.items():

@@ -217,7 +217,7 @@ class VtokenModel(lmms):
         return self._prompt(messages, task, split, doc)
 
     def introduce(self, task: str, documents: Any, messages: Any, split: str, docs: Sequence[int]) -> None:
-        """Lets `prompt` tell of documents that another process answered, or an earlier run.
+        """Makes `prompt` work for documents that another process answered, or an earlier run.
 
         Args:
             documents: the task's, by split; `messages` makes the chat of one.

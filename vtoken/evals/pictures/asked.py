@@ -19,13 +19,8 @@ from vtoken.hooks.state.run import pixels_of
 from vtoken.registry import catalogue
 from vtoken.session import trace, watched, wrapped
 
-SITES = (
-    "pixels",
-    "encoder",
-    "tokens",
-    "decoder",
-    "cache",
-)  # Frames are of videos; sparse attention and choices while decoding leave all tokens.
+# Frames are of videos; sparse attention and choices while decoding leave all tokens.
+SITES = ("pixels", "encoder", "tokens", "decoder", "cache")
 MEASURES = ("tokens at entry", "mean over layers", "KV cache, kB", "seconds")
 
 
@@ -36,7 +31,7 @@ def prepare(processor: Any, media: Media, question: str, model: Any) -> Any:
         check_video(processor)
         given = {"videos": [list(media.pictures)], "do_sample_frames": False}  # The frames were chosen already.
     else:
-        given = {"images": [list(media.pictures)]}  # Nested: OneVision must know that one prompt holds them all.
+        given = {"images": [list(media.pictures)]}  # Nested: OneVision must know that they are of one prompt.
     if getattr(processor, "chat_template", None):
         message = {"role": "user", "content": [{"type": kind}] * media.items + [{"type": "text", "text": question}]}
         text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)

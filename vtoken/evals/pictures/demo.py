@@ -16,7 +16,6 @@ from vtoken.errors import VtokenError
 from vtoken.evals import reference
 from vtoken.evals.cost.flops import account, picture_size
 from vtoken.evals.pictures.demo_pipelines import DemoPipelines, applied, choose, prefill
-from vtoken.evals.pictures.overlay import scaled
 from vtoken.evals.pictures.report import Case, Panel, Report, Row
 from vtoken.evals.pictures.traced import for_page
 from vtoken.evals.processors import apply
@@ -178,11 +177,8 @@ def case(
     """One question with what every pipeline kept of its picture and answered."""
     prompt, picture, panels = inputs_of(processor, question), still(question.image), []
     for label, pipeline in pipelines.items():
-        if pipeline is None:
-            shown = scaled(picture, 480)
-        else:
-            seen = prefill(model, pipeline, prompt)
-            (shown,) = for_page(processor, prompt, Media((picture,)), seen, columns=1)
+        seen = None if pipeline is None else prefill(model, pipeline, prompt)
+        (shown,) = for_page(processor, prompt, Media((picture,)), seen, columns=1)
         right = bool(reference.score([question], [answers[label]])[question.kind][0])
         panels.append(Panel(label, answers[label], right, shown))
     return Case(question.question, question.answer, tuple(panels))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from vtoken.config import Pipeline
 from vtoken.evals.lmms.prompts import Prompt, encode
-from vtoken.evals.pictures.overlay import encoded, scaled, sheet
+from vtoken.evals.pictures.overlay import encoded, sheet
 from vtoken.evals.pictures.traced import for_page
 from vtoken.evals.quality.analysis import loss, read, sign
 from vtoken.evals.shared import whole
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 CASES = 8  # documents; of many pipelines as many as it takes to show all of them
 PANELS = 7  # pipelines beside dense, of one document
-SIDE = 480  # pixels
 Line = Mapping[str, Any]
 
 
@@ -115,10 +114,9 @@ def kept(model: VtokenModel, prompt: Prompt) -> Image.Image | None:
     if bool(prompt.images) == bool(prompt.clips) or len(prompt.clips) > 1:
         return None
     media = Media(prompt.images) if prompt.images else Media(prompt.clips[0].frames, video=True)
-    generator = model.generator
-    if generator.pipeline is None:
-        return sheet([scaled(each, SIDE) for each in media.pictures], 2)
+    generator, seen = model.generator, None
     inputs = encode(generator.processor, [prompt], generator.model)
-    generator.model.generate(**inputs, do_sample=False, max_new_tokens=1)
-    seen = trace(generator.model)
+    if generator.pipeline is not None:
+        generator.model.generate(**inputs, do_sample=False, max_new_tokens=1)
+        seen = trace(generator.model)
     return sheet(for_page(generator.processor, inputs, media, seen, columns=2), 2)

@@ -18,7 +18,11 @@ from vtoken.evals.shared.dense import DENSE, is_stock
 
 
 def with_dense(pipelines: Sequence[Pipeline]) -> list[Pipeline]:
-    """Dense, the pipelines, dense. One without stages is dense itself."""
+    """Dense, the pipelines, dense. Pipelines that leave the model as it is are left out.
+
+    Raises:
+        ConfigError: two pipelines of one name, or one called as dense is.
+    """
     named: dict[str, Pipeline] = {}
     for pipeline in pipelines:
         if is_stock(pipeline):
