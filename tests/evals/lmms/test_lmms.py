@@ -180,6 +180,20 @@ def test_lost_documents_are_drawn_as_the_pipeline_sees_them(model: VtokenModel, 
     assert regressions.kept(model, Prompt(({"role": "user", "content": []},))) is None
 
 
+def test_a_picture_that_cannot_be_drawn_leaves_the_stock_model(
+    model: VtokenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = lmms_tasks.write(tmp_path, "plain", 1)
+    Harness([task], [tmp_path]).run(model, task, None, tmp_path / "scorers")
+    monkeypatch.setattr(regressions, "encoded", lambda picture, kind: 1 / (model.generator.pipeline is None))
+    monkeypatch.setattr(regressions.whole, "write", lambda file, what: None)
+    with pytest.raises(ZeroDivisionError):
+        regressions.draw(
+            model, [DENSE, config.load("random:5")], [{"task": task, "doc": 0, "shown": ["random:5"]}], tmp_path
+        )
+    assert model.generator.pipeline is None
+
+
 def test_a_batch_mixes_tasks_and_equals_single_prompts(model: VtokenModel, tmp_path: Path) -> None:
     tasks = [lmms_tasks.write(tmp_path, name, rows) for name, rows in (("few", 3), ("many", 5))]
     harness = Harness(tasks, [tmp_path])

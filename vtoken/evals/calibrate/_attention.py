@@ -55,7 +55,7 @@ class Point:
     Attributes:
         agreement: share of answers that stay the dense model's.
         accuracy: right answers, as a share of the dense model's; None without answers, or where that gives none.
-        mean_layer: before which images leave; the depth where they stay.
+        mean_layer: mean of the layer before which images leave, which is the model's depth if they stay.
     """
 
     threshold: float
@@ -130,9 +130,13 @@ def _point(seen: Seen, threshold: float) -> Point:
 
 
 def search(seen: Seen, tried: Sequence[int], kind: str, target: float, depth: int) -> tuple[int, Point, list[Point]]:
-    """The best of the first layers `tried`, its threshold, and its curve. Of those that meet a share of answers, the
-    one where images leave earliest; of those that meet a mean layer, the one where most answers stay; of equals the
-    later layer.
+    """The best of the first layers `tried`, its threshold, and its curve.
+
+    Of the layers that meet a share of answers it is the one where images leave earliest; of those that meet a mean layer
+    the one where most answers stay; of equals the later one.
+
+    Raises:
+        VtokenError: no layer meets the target; with the reason of the first one.
     """
     found, problems = [], []
     for first in [k for k in tried if depth - k >= seen.patience]:

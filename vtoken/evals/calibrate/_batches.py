@@ -36,7 +36,7 @@ class Learned:
     Attributes:
         merges: per layer or round, for pictures of `nominal` tokens; other pictures merge in proportion.
         thresholds, left: per layer or round, means over `batches`; NaN where nothing was to merge, or was never asked.
-        full: tokens of the batch at work before anything merged.
+        full: tokens of the current batch before anything merged.
     """
 
     merges: tuple[int, ...]

@@ -180,7 +180,8 @@ class VtokenModel(lmms):
                 found |= self._batch(batch, [requests[k] for k in batch], seen)
         real = [k for k in range(len(requests)) if not requests[k].metadata.get("__padding_only__")]
         self._note([found[k] for k in real])
-        return [self._result(found[k]) for k in range(len(requests))]
+        replies = [found[k].reply for k in range(len(requests))]
+        return [GenerationResult(r.text, TokenCounts(r.cost.input_tokens, r.cost.new_tokens)) for r in replies]
 
     def _batch(
         self, places: Sequence[int], batch: Sequence[Any], seen: dict[tuple[str, int], int]
@@ -246,10 +247,6 @@ class VtokenModel(lmms):
 
     def _label(self) -> str:
         return "dense" if self.generator.pipeline is None else self.generator.pipeline.name
-
-    def _result(self, request: Request) -> GenerationResult:
-        cost = request.reply.cost
-        return GenerationResult(request.reply.text, TokenCounts(cost.input_tokens, cost.new_tokens))
 
     def loglikelihood(self, requests: list[Any]) -> NoReturn:
         """Raises UnsupportedError: a wrapped model generates."""

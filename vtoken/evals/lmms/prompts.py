@@ -98,18 +98,13 @@ def from_chat(messages: Sequence[Mapping[str, Any]], frames: int, system: str | 
                     "its task out"
                 )
             parts.append({"type": kind})
-            if kind == "image":
-                images.append(_picture(part["url"]))
+            shown = part["url"]
+            if kind == "video":
+                clips.append(clip(shown, frames))
             else:
-                clips.append(clip(part["url"], frames))
+                images.append(media.rgb(shown) if isinstance(shown, Image.Image) else media.still(Path(shown)))
         read.append({"role": message["role"], "content": parts})
     return Prompt(tuple(read), tuple(images), tuple(clips))
-
-
-def _picture(given: Any) -> Image.Image:
-    if isinstance(given, Image.Image):
-        return media.rgb(given)
-    return media.still(Path(given))
 
 
 def clip(given: Any, frames: int) -> Clip:

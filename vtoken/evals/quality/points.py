@@ -85,7 +85,7 @@ def ask(
     """Everything that a point's file holds: conditions, the task, its score and a line per document.
 
     Args:
-        documents: by task, the one that FLOPs are counted on, where it is known already; else it is entered.
+        documents: by task, the document that FLOPs are counted on, or why they are not; what is missing is added.
     """
     from vtoken.evals.lmms.harness import whoever
 

@@ -91,19 +91,21 @@ def draw(
         What `cases` of results.json holds.
     """
     cases = [{"task": case["task"], "doc": case["doc"], "panels": {}} for case in chosen]
-    for k, pipeline in enumerate(pipelines):
-        model.use(pipeline)
-        for n, (case, given) in enumerate(zip(cases, chosen, strict=True)):
-            if k and pipeline.name not in given["shown"]:
-                continue
-            picture = kept(model, model.prompt(case["task"], case["doc"]))
-            case["panels"][pipeline.name] = None
-            if picture is not None:
-                name = f"cases/{n}-{k}.jpg"
-                (folder / "cases").mkdir(exist_ok=True)
-                whole.write(folder / name, encoded(picture, "JPEG"))
-                case["panels"][pipeline.name] = name
-    model.use(DENSE)
+    try:
+        for k, pipeline in enumerate(pipelines):
+            model.use(pipeline)
+            for n, (case, given) in enumerate(zip(cases, chosen, strict=True)):
+                if k and pipeline.name not in given["shown"]:
+                    continue
+                picture = kept(model, model.prompt(case["task"], case["doc"]))
+                case["panels"][pipeline.name] = None
+                if picture is not None:
+                    name = f"cases/{n}-{k}.jpg"
+                    (folder / "cases").mkdir(exist_ok=True)
+                    whole.write(folder / name, encoded(picture, "JPEG"))
+                    case["panels"][pipeline.name] = name
+    finally:
+        model.use(DENSE)
     return cases
 
 

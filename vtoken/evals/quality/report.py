@@ -9,8 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from vtoken.evals.pictures.plots import SERIES, fronts, looks, plot
 from vtoken.evals.pictures.report import Case, Panel, milliseconds, page, percent, ratio
 from vtoken.evals.quality.analysis import COSTS, Evaluation, analyse, loss, read, sign
@@ -157,19 +155,15 @@ def cases(evaluation: Evaluation) -> tuple[Case, ...]:
     for case in results["cases"]:
         mine = {name: lines[name, case["task"], case["doc"]] for name in case["panels"] if name in names}
         base = mine["dense"]
-        panels = [
-            Panel(name, line["answer"], loss(line, base, signs) <= 0, _picture(evaluation.folder, case["panels"][name]))
-            for name, line in mine.items()
-        ]
+        panels = []
+        for name, line in mine.items():
+            file, picture = case["panels"][name], None
+            if file is not None:
+                picture = still(whole.inside(evaluation.folder, file, evaluation.folder / "results.json"))
+            panels.append(Panel(name, line["answer"], loss(line, base, signs) <= 0, picture))
         panels[1:] = sorted(panels[1:], key=lambda panel: panel.right)
         found.append(Case(base["question"], str(base["target"]), tuple(panels)))
     return tuple(found)
-
-
-def _picture(folder: Path, name: str | None) -> Image.Image | None:
-    if name is None:
-        return None
-    return still(whole.inside(folder, name, folder / "results.json"))
 
 
 def markdown(found: Mapping[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from vtoken.config import Pipeline
@@ -74,9 +73,6 @@ def evaluate(
             kept[point] = ask(model, harness, point, limit, folder, documents)
     finally:
         results = assemble(folder, model.pretrained, command, runs, kept)
-        for empty in [*folder.glob("scorers/*"), folder / "scorers"]:
-            with suppress(OSError):
-                empty.rmdir()
     assert results is not None  # the first dense point is there, or something was raised
     say("pictures of what was lost", 1)
     results.cases = regressions.draw(model, runs[:-1] or runs, regressions.lost(folder), folder)

@@ -4,7 +4,6 @@ of all pipelines."""
 from __future__ import annotations
 
 import multiprocessing
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -91,8 +90,6 @@ def run(
                 keep(point, asking.ask(point))
     finally:
         if rank == 0:
-            if not any(file.is_file() for file in folder.glob("scorers/**/*")):
-                shutil.rmtree(folder / "scorers", ignore_errors=True)
             kept = {point: load(folder, point.key, is_point) for point in todo}
             results = assemble(folder, sweep.model, command, runs, kept)
     if rank > 0:
