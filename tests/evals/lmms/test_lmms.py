@@ -35,6 +35,7 @@ from vtoken.evals.lmms.harness import Harness, numbers
 from vtoken.evals.lmms.model import VtokenModel
 from vtoken.evals.lmms.prompts import Prompt
 from vtoken.evals.quality import regressions, run
+from vtoken.evals.quality.analysis import analyse, read
 from vtoken.evals.shared import identity
 from vtoken.evals.shared.dense import DENSE
 
@@ -194,6 +195,22 @@ def test_a_picture_that_cannot_be_drawn_leaves_the_stock_model(
     assert model.generator.pipeline is None
 
 
+def test_a_contrast_without_stages_is_no_stock_model(model: VtokenModel, tmp_path: Path) -> None:
+    """It is asked, and what it lost is shown with all tokens."""
+    task, file = lmms_tasks.write(tmp_path, "plain", 3), tmp_path / "contrast.yaml"
+    gated = f"random: {{keep: 1}}, dyvte: {{gates: {gates.file()}}}"
+    file.write_text(f"stages: []\ncontrast: {{alpha: 9, beta: 0, stages: [{gated}]}}\n")
+    pipeline = config.load(file)
+    assert len(identity.named_files(pipeline)) == 1
+    results = evaluated(model, [task], tmp_path, [pipeline])
+    assert [row["name"] for row in results.runs] == ["dense", "contrast", "dense"]
+    assert results.runs[1]["tasks"][task]["same_as_dense"] < 1
+    model.use(pipeline)
+    (case,) = regressions.draw(model, [DENSE, pipeline], [{"task": task, "doc": 0, "shown": ["contrast"]}], tmp_path)
+    assert list(case["panels"]) == ["dense", "contrast"]
+    assert [row["method"] for row in analyse(read(results.folder))["pipelines"]] == ["dense", "contrast"]
+
+
 def test_a_batch_mixes_tasks_and_equals_single_prompts(model: VtokenModel, tmp_path: Path) -> None:
     tasks = [lmms_tasks.write(tmp_path, name, rows) for name, rows in (("few", 3), ("many", 5))]
     harness = Harness(tasks, [tmp_path])
@@ -331,6 +348,8 @@ def test_dense_runs_first_and_last() -> None:
     loaded = [config.load(p) for p in ("none", "random:5", [], "random:5")]
     assert [p.name for p in run.with_dense(loaded)] == ["dense", "random:5", "dense"]
     assert run.with_dense([]) == run.with_dense(loaded[:1]) == [DENSE]
+    contrast = config.load({"stages": [], "contrast": {"stages": [{"random": {"keep": 1}}]}})
+    assert run.with_dense([contrast]) == [DENSE, contrast, DENSE], "other answers, though no token leaves"
     with pytest.raises(ConfigError, match="two pipelines are called 'random'"):
         run.with_dense([config.load([{"random": {"keep": k}}]) for k in (4, 5)])
 

@@ -111,14 +111,14 @@ def draw(
 
 @torch.inference_mode()
 def kept(model: VtokenModel, prompt: Prompt) -> Image.Image | None:
-    """The prompt's pictures, or frames of its video, with the tokens that the model's pipeline keeps; None without any,
-    or with several kinds."""
+    """The prompt's pictures, or frames of its video, with the tokens that the model's pipeline keeps (all, if it has no
+    stages); None without any, or with several kinds."""
     if bool(prompt.images) == bool(prompt.clips) or len(prompt.clips) > 1:
         return None
     media = Media(prompt.images) if prompt.images else Media(prompt.clips[0].frames, video=True)
     generator, seen = model.generator, None
     inputs = encode(generator.processor, [prompt], generator.model)
-    if generator.pipeline is not None:
+    if generator.pipeline is not None and generator.pipeline.stages:
         generator.model.generate(**inputs, do_sample=False, max_new_tokens=1)
         seen = trace(generator.model)
     return sheet(for_page(generator.processor, inputs, media, seen, columns=2), 2)

@@ -6,5 +6,5 @@ DENSE = Pipeline("dense", "original", ())
 
 
 def is_stock(pipeline: Pipeline) -> bool:
-    """Whether it leaves model and processor as they are."""
-    return not pipeline.stages and pipeline.anyres == "model"
+    """Whether it leaves model, processor and decoding as they are."""
+    return not pipeline.stages and pipeline.contrast is None and pipeline.anyres == "model"

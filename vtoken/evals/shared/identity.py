@@ -49,8 +49,10 @@ def weights(name: str, revision: str | None) -> str | None:
 
 
 def named_files(pipeline: Pipeline) -> list[str]:
-    """Fingerprints of the files that options name (gates, routers), in order."""
-    options = [value for stage in pipeline.stages for value in stage.model_dump().values() if isinstance(value, str)]
+    """Fingerprints of the files that options name (gates, routers), in order; those of its draft and contrast, too."""
+    beside = (pipeline.draft, pipeline.contrast and pipeline.contrast.pipeline)
+    stages = [stage for each in (pipeline, *beside) if each is not None for stage in each.stages]
+    options = [value for stage in stages for value in stage.model_dump().values() if isinstance(value, str)]
     return [digest_files([Path(value)]) for value in options if len(value) < 4096 and Path(value).is_file()]
 
 
