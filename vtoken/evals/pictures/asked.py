@@ -13,6 +13,7 @@ from vtoken.config import load
 from vtoken.errors import ConfigError, VtokenError
 from vtoken.evals.pictures.traced import picture
 from vtoken.evals.processors import apply, check_video
+from vtoken.evals.shared.dense import DENSE
 from vtoken.evals.shared.media import Media, read, rgb
 from vtoken.evals.shared.options import FRAMES
 from vtoken.hooks.state.run import pixels_of
@@ -83,7 +84,7 @@ class Answerer:
         media = Media((rgb(photo),)) if video is None else read([Path(video)], self.frames)
         with self._turn, torch.inference_mode():
             inputs = prepare(self.processor, media, question, self.model)
-            dense, plain, first = self._ask(load("none"), inputs)
+            dense, plain, first = self._ask(DENSE, inputs)
             pruned, seen, second = self._ask(pipeline, inputs)
         kept, total = sum(seen.tokens_out), sum(seen.visual_tokens)
         caption = f"{pipeline.name}: {kept} of {total} visual tokens"
