@@ -155,10 +155,10 @@ def test_a_run_and_its_files(model: VtokenModel, tmp_path: Path) -> None:
             assert list(found["stages"]) == list(own[0]["stages"])
     assert results.drift is not None and results.drift["answers_changed"] == 0
     assert not all(row["same_as_dense"] for row in lines(results, 2))
-    held = results.conditions
+    about = results.conditions
     # lmms-eval says "unknown" of itself.
-    assert held["lmms_eval"] == version("lmms-eval") and held["limit"] == 4 and held["batch_size"] == 4
-    assert held["pixels"]["crop_size"] == {"height": 56, "width": 56} and held["commit"] == identity.commit()
+    assert about["lmms_eval"] == version("lmms-eval") and about["limit"] == 4 and about["batch_size"] == 4
+    assert about["pixels"]["crop_size"] == {"height": 56, "width": 56} and about["commit"] == identity.commit()
     assert written["tasks"]["few"]["leaves"]["few"]["generation_kwargs"]["max_new_tokens"] == 3
     # Nothing is left behind: hooks, weights (lmms-eval deletes those it finds after a run), empty folders.
     assert model.generator.pipeline is None and not (tmp_path / "out" / "scorers").exists()

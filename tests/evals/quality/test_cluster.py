@@ -77,8 +77,8 @@ def test_a_point_whose_actor_dies_is_asked_again(ray: Ray, capsys: pytest.Captur
 
     ray.deadly = deadly
     assert ask() == EVERY and sorted(died) == ["0b", "2b"]
-    told = capsys.readouterr().err.splitlines()
-    assert "an actor died while random:1 answered b; another one takes over" in told and len(told) == 2
+    printed = capsys.readouterr().err.splitlines()
+    assert "an actor died while random:1 answered b; another one takes over" in printed and len(printed) == 2
     assert len(ray.killed) == len(ray.hired) > 2
 
 

@@ -1,4 +1,4 @@
-"""Torn, empty and foreign files in the folders of `vtoken eval` and `vtoken sweep`: told in one line, never a
+"""Torn, empty and foreign files in the folders of `vtoken eval` and `vtoken sweep`: refused in one line, never by a
 traceback."""
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def folder(tmp_path):
     return eval_folder.write(tmp_path / "e", runs, 3, cases=[case])
 
 
-def told(folder, capsys):
+def refusal(folder, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         code = main(["report", str(folder), "--json"])
@@ -118,19 +118,19 @@ def test_results_that_are_none(folder, capsys):
     good = json.loads(file.read_text())
     for wrong in ("", "{", file.read_text()[:-40], "[]", "1", "[" * 100_000):
         file.write_text(wrong)
-        assert str(file) in told(folder, capsys)
+        assert str(file) in refusal(folder, capsys)
     for key in good:
         file.write_text(json.dumps({k: v for k, v in good.items() if k != key}))
-        assert "results.json" in told(folder, capsys)
+        assert "results.json" in refusal(folder, capsys)
         for other in (None, 3, "x", ["x"], {"x": 1}):
             if other is not None or key not in ("drift", "cases"):
                 file.write_text(json.dumps({**good, key: other}))
                 if key in ("model", "command", "complete", "drift", "conditions", "cases"):
                     continue
-                assert str(folder) in told(folder, capsys)
+                assert str(folder) in refusal(folder, capsys)
     for run in ({"name": 1}, {**good["runs"][0], "tasks": {"a": 1}}, {**good["runs"][0], "tasks": {"a": {}}}, 3):
         file.write_text(json.dumps({**good, "runs": [run]}))
-        assert "results.json" in told(folder, capsys)
+        assert "results.json" in refusal(folder, capsys)
 
 
 def test_lines_that_are_torn(folder, capsys):
@@ -138,9 +138,9 @@ def test_lines_that_are_torn(folder, capsys):
     text = file.read_text()
     for wrong in (text[:-9], "x\n", "3\n", "{}\n", "\0"):
         file.write_text(wrong)
-        assert "1.jsonl" in told(folder, capsys)
+        assert "1.jsonl" in refusal(folder, capsys)
     file.unlink()
-    assert "1.jsonl" in told(folder, capsys)
+    assert "1.jsonl" in refusal(folder, capsys)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "requests/../../secret", "link", 3, None, "requests"])
@@ -150,7 +150,7 @@ def test_no_path_leads_out_of_the_folder(name, folder, capsys):
     file = folder / "results.json"
     good = json.loads(file.read_text())
     file.write_text(json.dumps({**good, "runs": [{**good["runs"][0], "requests": name}]}))
-    message = told(folder, capsys)
+    message = refusal(folder, capsys)
     assert "results.json" in message or name == "requests"
 
 
