@@ -73,7 +73,7 @@ def present(kind: Any) -> Any:
         return kind
     sys.modules[home] = import_module(home.replace(".image_processing_", ".image_processing_pil_"))
     try:
-        found = [v for v in vars(import_module(kind.__module__)).values() if isinstance(v, type)]
+        found = [value for value in vars(import_module(kind.__module__)).values() if isinstance(value, type)]
     finally:
         del sys.modules[home]
     return next(cls for cls in found if cls.__module__ == kind.__module__ and cls.__name__.endswith("Processor"))

@@ -132,8 +132,8 @@ def _point(seen: Seen, threshold: float) -> Point:
 def search(seen: Seen, tried: Sequence[int], kind: str, target: float, depth: int) -> tuple[int, Point, list[Point]]:
     """The best of the first layers `tried`, its threshold, and its curve.
 
-    Of the layers that meet a share of answers it is the one where images leave earliest; of those that meet a mean layer
-    the one where most answers stay; of equals the later one.
+    Of the layers that meet a share of answers it is the one where images leave earliest; of those that meet a mean
+    layer the one where most answers stay; of equals the later one.
 
     Raises:
         VtokenError: no layer meets the target; with the reason of the first one.
@@ -175,6 +175,6 @@ def choose(points: Sequence[Point], kind: str, target: float, depth: int) -> Poi
         return points[worse - 1]
     reason = f"the next one leaves {getattr(points[worse], kind):.1%}" if worse < len(points) else "nobody was asked"
     raise VtokenError(
-        f"no threshold that lets an image go keeps {kind} at {target:.1%}: {reason}; this model reads its images to the "
-        "end, or raise --first, or ask for less"
+        f"no threshold that lets an image go keeps {kind} at {target:.1%}: {reason}; this model reads its images to "
+        "the end, or raise --first, or ask for less"
     )

@@ -1,5 +1,5 @@
-"""Which heads attend to earlier copies of what they read: as RazorAttention measures it on repeated text, and the same on
-a repeated picture."""
+"""Which heads attend to earlier copies of what they read: as RazorAttention measures it on repeated text, and the same
+on a repeated picture."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class Sample:
     """One prompt.
 
     Attributes:
-        mass: decoder layer -> attention masses (cross, self) after it in the dense model; the last layer is left out.
+        mass: decoder layer -> sums of the attention (cross, self) after it in the dense model; without the last layer.
         alive: visual tokens in every layer of the current run.
     """
 

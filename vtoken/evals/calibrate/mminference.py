@@ -21,8 +21,9 @@ from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, ever
 
 SUMMARY = "search MMInference's pattern of every head on one prompt of random or given pictures"
 DESCRIPTION = """\
-Every head takes the pattern that recalls most of what visual tokens attend to among visual tokens, a later one only if it
-recalls 0.01 more of all their attention: the order is from cheap to costly. Text keys take their part, as in the authors' search."""
+Every head takes the pattern that recalls most of what visual tokens attend to among visual tokens, a later one only if
+it recalls 0.01 more of all their attention: the order is from cheap to costly. Text keys take their part, as in the
+authors' search."""
 EXAMPLES = """examples:
   vtoken calibrate mminference tiny-llava -o table.yaml            # the form of a table, on random pictures
   vtoken calibrate mminference Qwen/Qwen2.5-VL-7B-Instruct --inputs clip.pt --dtype bfloat16 -o table.yaml

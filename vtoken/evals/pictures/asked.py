@@ -42,7 +42,7 @@ def prepare(processor: Any, media: Media, question: str, model: Any) -> Any:
 
 
 class Answer(NamedTuple):
-    """A picture of the kept tokens, both answers, rows of MEASURES dense and pruned, and what stood aside."""
+    """A picture of the kept tokens, both answers, rows of MEASURES dense and pruned, and which stages stood aside."""
 
     picture: Any
     dense: str

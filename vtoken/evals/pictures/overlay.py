@@ -156,15 +156,15 @@ def scaled(picture: Image.Image, width: int) -> Image.Image:
 
 
 def views(processor: Any, pixel_values: Any, media: Media, parts: Sequence[Parts]) -> list[list[Image.Image]]:
-    """For every image what its rasters cover: pictures as the tower saw them, or the originals where those are covered.
+    """For every image the picture behind each of its rasters: as the tower saw it, or the original.
 
     Args:
         processor: a Hugging Face processor or image processor.
         pixel_values: [images, 3, H, W] or [images, crops, 3, H, W], crop 0 being the whole; [crops, 3, H, W] or
             [rows, crops, 3, H, W], padded with zeros, where every raster is a crop; pictures of their own size are
             padded to the largest; or [crops, patches, channels], padded.
-            Patches [patches, channels], or None, belong to processors that resize without cropping, so
-            that a raster covers the original.
+            With patches [patches, channels], or None, the processor resized without cropping, so that a raster covers
+            the original.
         media: the originals.
         parts: rasters of each image, as in the trace.
     """
@@ -223,7 +223,7 @@ def owners(trace: Trace, image: int) -> list[int] | None:
 
 
 def _merged(alive: Sequence[int], into: Sequence[int] | None) -> dict[int, int]:
-    """Tokens that live on in another one, and that one."""
+    """Token that was merged -> the kept token it is in."""
     slots = set(alive)
     pairs = enumerate(int(t) for t in into) if into is not None else ()
     return {token: owner for token, owner in pairs if owner in slots and token != owner}

@@ -42,8 +42,8 @@ def picture(processor: Any, pixel_values: Any, media: Media, seen: Trace, captio
 def as_resized(
     seen: Trace, image: int, view: list[Image.Image]
 ) -> tuple[list[Image.Image], Parts, Sequence[int], list[int] | None]:
-    """What the tower saw of an image, its rasters, and what was kept of them and merged: where a stage resized it, of
-    the smaller picture."""
+    """Views of an image, its rasters, its kept tokens, and for every token the kept one it is merged into; of the
+    smaller picture, where a stage resized it."""
     parts, kept, into = seen.parts[image], seen.kept[image].tolist(), owners(seen, image)
     first = next((stage.resized[image] for stage in seen.stages if stage.resized), None)
     if first is None or (first,) == parts:

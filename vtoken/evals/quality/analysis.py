@@ -1,5 +1,5 @@
-"""A run of `vtoken eval` read back from its folder: paired statistics per task, costs per pipeline and Pareto fronts, as
-plain data."""
+"""A run of `vtoken eval` read back from its folder: paired statistics per task, costs per pipeline and Pareto fronts,
+as plain data."""
 
 from __future__ import annotations
 

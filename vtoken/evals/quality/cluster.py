@@ -1,4 +1,4 @@
-"""Points of a sweep over a Ray cluster: actors that load the model once and take one point after the other."""
+"""Points of a sweep on a Ray cluster, asked by actors that load the model once and take one point after the other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from vtoken.errors import ConfigError, VtokenError
-from vtoken.evals.lmms.prepare import prepare, prepare_ray
+from vtoken.evals.lmms.prepare import prepare
 from vtoken.evals.quality.points import Asking, Point, points
 from vtoken.evals.shared.identity import code
 
@@ -86,11 +86,10 @@ def ask_all(
         workers: actors; None is one for every GPU of the cluster, without any one for every machine.
 
     Raises:
-        VtokenError: Ray is missing, the cluster cannot be reached, or a point that two actors died of.
+        VtokenError: the cluster cannot be reached, or two actors died of one point.
         ConfigError: more actors than the cluster has room for, or a device that Ray does not hand out.
         Whatever an actor raises: it ends all.
     """
-    prepare_ray()
     import ray
 
     if asking.device not in (None, "cpu", "cuda"):

@@ -56,9 +56,8 @@ def worst(dense: Sequence[Line], pruned: Mapping[str, Sequence[Line]], signs: Ma
     }
     shows = [line["media"] or k for k, line in enumerate(dense)]  # a document without pictures is like no other
     queues = {}
-    for name, own in losses.items():
-        lost = [k for k, loss in enumerate(own) if loss > 0]
-        queues[name] = sorted(lost, key=own.__getitem__, reverse=True)
+    for name, lost in losses.items():
+        queues[name] = sorted((k for k, much in enumerate(lost) if much > 0), key=lost.__getitem__, reverse=True)
     turns, times = dict.fromkeys(losses, 0), dict.fromkeys(losses, 0)
     found: list[dict[str, Any]] = []
     seen: set[Any] = set()

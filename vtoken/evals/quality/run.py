@@ -47,7 +47,7 @@ def evaluate(
         limit: first documents of every task (of a group: of every part) only; None is all.
 
     Raises:
-        ConfigError: several processes, a folder that holds results already, pipelines that cannot be told apart.
+        ConfigError: several processes, a folder that holds results already, two pipelines of one name.
         UnsupportedError: a stage that the model cannot serve, before anything is asked.
         VtokenError: a task whose scorer fails.
         Whatever the model raises: what was finished before stays in the folder, with `complete` false.

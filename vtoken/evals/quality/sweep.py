@@ -44,7 +44,7 @@ def run(
         The results; None in every process of torchrun but the first.
 
     Raises:
-        ConfigError: workers that cannot be had, pipelines that cannot be told apart.
+        ConfigError: workers that cannot be had, two pipelines of one name.
         VtokenError: Ray is missing or its cluster cannot be reached; workers that died.
         UnsupportedError: a stage that the model cannot serve, before anything is asked.
         Whatever model and scorers raise: points that were finished before stay in the folder, and are not asked again.
@@ -98,16 +98,16 @@ def run(
     keys = [point.key for point in todo]
     if sweep.speed is not None:
         tell("speed")
-        results.speed = _speed(asking, folder, keys)
+        results.speed = _speed(asking, keys)
     tell("pictures of what was lost")
-    results.cases = _cases(asking, folder, keys)
+    results.cases = _cases(asking, keys)
     results.save()
     return results
 
 
-def _cases(asking: Asking, folder: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+def _cases(asking: Asking, keys: Sequence[str]) -> list[dict[str, Any]]:
     """Pictures of what was lost, drawn once."""
-    key = "cases-" + digest(keys)
+    folder, key = asking.folder, "cases-" + digest(keys)
     found: list[dict[str, Any]] | None = load(folder, key, is_cases)
     if found is not None and all(
         (folder / file).is_file() for case in found for file in case["panels"].values() if file
@@ -122,16 +122,15 @@ def _cases(asking: Asking, folder: Path, keys: Sequence[str]) -> list[dict[str, 
     return found
 
 
-def _speed(asking: Asking, folder: Path, keys: Sequence[str]) -> Any:
+def _speed(asking: Asking, keys: Sequence[str]) -> Any:
     assert asking.sweep.speed is not None
     options = asking.sweep.speed.model_dump()
     # Threads do not change answers, but they do change times.
     key = "speed-" + digest(keys, options, torch.get_num_threads())
-    found = load(folder, key, is_speed)
+    found = load(asking.folder, key, is_speed)
     if found is None:
-        model = asking.ready()
-        found = bench(model.generator.model, asking.runs[1:-1], batch=1, **options).to_dict()
-        save(folder, key, found)
+        found = bench(asking.ready().generator.model, asking.runs[1:-1], batch=1, **options).to_dict()
+        save(asking.folder, key, found)
     return found
 
 

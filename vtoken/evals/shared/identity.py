@@ -50,8 +50,11 @@ def weights(name: str, revision: str | None) -> str | None:
 
 def named_files(pipeline: Pipeline) -> list[str]:
     """Fingerprints of the files that options name (gates, routers), in order; those of its draft and contrast, too."""
-    beside = (pipeline.draft, pipeline.contrast and pipeline.contrast.pipeline)
-    stages = [stage for each in (pipeline, *beside) if each is not None for stage in each.stages]
+    stages = [*pipeline.stages]
+    if pipeline.draft is not None:
+        stages += pipeline.draft.stages
+    if pipeline.contrast is not None:
+        stages += pipeline.contrast.pipeline.stages
     options = [value for stage in stages for value in stage.model_dump().values() if isinstance(value, str)]
     return [digest_files([Path(value)]) for value in options if len(value) < 4096 and Path(value).is_file()]
 

@@ -21,8 +21,8 @@ def check() -> None:
         import_module("torchvision")
     except Exception as error:  # What it raises depends on what does not fit.
         raise ConfigError(
-            f"torchvision {_version('torchvision')} does not go with torch {_version('torch')} ({reason(error)[:120]}): "
-            f"{mend()}, or uninstall torchvision"
+            f"torchvision {_version('torchvision')} does not go with torch {_version('torch')} "
+            f"({reason(error)[:120]}): {mend()}, or uninstall torchvision"
         ) from error
 
 
