@@ -64,7 +64,7 @@ def kept(name: str, keep: int, cell: int = CELL) -> tuple[Any, list[Tile]]:
     tiles: list[Tile] = []
     with torch.inference_mode():
         for label, pipeline in choose(model, prompt, (keep,), everything=True).pipelines.items():
-            if pipeline is None:
+            if not pipeline.stages:
                 continue
             seen = prefill(model, pipeline, prompt)
             total, left = seen.visual_tokens[0], len(seen.kept[0])

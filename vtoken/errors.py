@@ -34,6 +34,11 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
+def reason(error: BaseException) -> str:
+    """The first line of another library's message; the error's name where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class VtokenError(Exception):
     """Any error that is not a bug in vtoken."""
 

@@ -17,9 +17,11 @@ from tiny_processors import processor
 from vtoken import registry
 from vtoken.commands import demo as demo_command
 from vtoken.commands import show as show_command
+from vtoken.config import load
 from vtoken.errors import VtokenError
 from vtoken.evals import reference
 from vtoken.evals.pictures import demo, demo_pipelines
+from vtoken.evals.shared.dense import DENSE
 from vtoken.evals.shared.options import declare
 
 PICTURE = str(reference.path().parent / "glyph-qa" / "000.jpg")
@@ -128,14 +130,14 @@ def test_a_method_the_model_cannot_run_is_left_out_with_the_reason(monkeypatch):
     assert fitted.options == {"vscan": {"local_layer": 1}} and "vscan:16" in fitted.pipelines
     monkeypatch.setattr(demo_pipelines, "_fitted", lambda *_: {})
     found = demo_pipelines.choose(model, prompt, (32, 16), everything=True)
-    assert found.pipelines == {"dense": None} and "cls_attention of layer 5" in found.left_out["vscan"]
+    assert found.pipelines == {"dense": DENSE} and "cls_attention of layer 5" in found.left_out["vscan"]
 
 
 def test_tokens_are_the_mean_over_the_decoder(monkeypatch):
     model, processor = reference.load()
     prompt = demo.inputs_of(processor, reference.questions(1)[0])
     deep, before = model.config.text_config.num_hidden_layers, 1
-    pipeline = demo.load([{"fastv": {"keep": 16, "layer": before}}])
+    pipeline = load([{"fastv": {"keep": 16, "layer": before}}])
     assert demo.cost(model, pipeline, prompt)["tokens"] == round((576 * before + 16 * (deep - before)) / deep)
 
 
@@ -147,10 +149,10 @@ def padded_left(processor):
 def test_a_demo_whose_account_is_wrong_stops(monkeypatch):
     model, stock = make("llava_next"), padded_left(processor("llava_next"))
     prompt = demo.inputs_of(stock, reference.questions(1)[0])
-    assert demo.cost(model, demo.load("uniform:8"), prompt)["tokens"] == 8
+    assert demo.cost(model, load("uniform:8"), prompt)["tokens"] == 8
     monkeypatch.setattr(demo, "picture_size", lambda config, prompt: (56, 112))
     with torch.no_grad(), pytest.raises(VtokenError, match=r"dense: planned .* visual tokens per layer"):
-        demo.cost(model, None, prompt)
+        demo.cost(model, DENSE, prompt)
 
 
 def test_demo_leaves_the_model_as_it_was():
@@ -158,7 +160,7 @@ def test_demo_leaves_the_model_as_it_was():
     questions = reference.questions(6)
     model, processor = reference.load()
     before = reference.answers(model, processor, questions)
-    demo.prefill(model, demo.load("fastervlm:32"), demo.inputs_of(processor, questions[0]))
+    demo.prefill(model, load("fastervlm:32"), demo.inputs_of(processor, questions[0]))
     assert reference.answers(model, processor, questions) == before
 
 

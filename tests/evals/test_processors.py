@@ -56,10 +56,10 @@ def test_a_broken_torchvision_is_one_line(tmp_path: Path) -> None:
             capture_output=True,
             text=True,
         )
-        told = [line for line in ran.stderr.splitlines() if "torchvision" in line]
+        printed = [line for line in ran.stderr.splitlines() if "torchvision" in line]
         assert ran.returncode == 2 and "Traceback" not in ran.stderr
-        assert len(told) == 1 and re.fullmatch(
+        assert len(printed) == 1 and re.fullmatch(
             r"vtoken: error: torchvision 0\.20\.1 does not go with torch 2\S+ \(operator torchvision::nms does not exist\): "
             r'pip install "torchvision==0\.\d+\.\*", or uninstall torchvision',
-            told[0],
+            printed[0],
         )

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from vtoken.errors import ConfigError, UnsupportedError
+from vtoken.errors import ConfigError, UnsupportedError, reason
 from vtoken.evals import reference
 from vtoken.evals.shared import torchvision
 from vtoken.evals.shared.names import locate
@@ -44,8 +44,7 @@ def load(source: str | Path, *, pillow: bool = False, revision: str | None = Non
                 processor.image_processor = AutoImageProcessor.from_pretrained(source, backend="pil", **asked)
     except (OSError, ValueError, KeyError, ImportError) as error:
         torchvision.check()
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"cannot load the processor of {source!r}: {reason}") from error
+        raise ConfigError(f"cannot load the processor of {source!r}: {reason(error)}") from error
     processor.tokenizer.padding_side = "left"
     return processor
 
@@ -74,7 +73,7 @@ def present(kind: Any) -> Any:
         return kind
     sys.modules[home] = import_module(home.replace(".image_processing_", ".image_processing_pil_"))
     try:
-        found = [v for v in vars(import_module(kind.__module__)).values() if isinstance(v, type)]
+        found = [value for value in vars(import_module(kind.__module__)).values() if isinstance(value, type)]
     finally:
         del sys.modules[home]
     return next(cls for cls in found if cls.__module__ == kind.__module__ and cls.__name__.endswith("Processor"))
@@ -136,8 +135,7 @@ def apply(processor: Any, what: str, model: Any = None, **given: Any) -> Any:
     try:
         inputs = processor(return_tensors="pt", **given)
     except ValueError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UnsupportedError(f"the model's processor does not take {what}: {reason}") from error
+        raise UnsupportedError(f"the model's processor does not take {what}: {reason(error)}") from error
     if model is None:
         return inputs
     inputs = inputs.to(model.device)

@@ -1,8 +1,8 @@
-"""Is a pruned model worse, or was it luck? Paired statistics of per-question scores against the dense model's; spreads
+"""Is a pruned model worse, or was it luck? Paired statistics of scores per question against the dense model's; spreads
 and shares.
 
-Paired functions take scores of the same questions in the same order. Questions on one picture stand or fall together,
-so intervals are drawn over pictures where `clusters` tells them.
+Paired functions take scores of the same questions in the same order. Questions about one picture are not independent,
+so with `clusters` (the pictures) bootstrap samples are drawn of pictures.
 """
 
 from __future__ import annotations

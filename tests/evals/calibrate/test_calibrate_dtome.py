@@ -44,7 +44,7 @@ class Pixels:
         images = [image.resize((self.side, self.side)) for image in images]
         pixels = torch.stack([torch.tensor(np.asarray(i)).permute(2, 0, 1) / 127.5 - 1 for i in images])
         if not self.varlen:
-            # Where text parts crops, a row's are told apart; a crop of zeros is padding.
+            # Where text parts crops, those of a row are kept apart; a crop of zeros is padding.
             padded = torch.stack([pixels, torch.zeros_like(pixels)], 1)
             return {"pixel_values": padded if self.split else pixels}
         # Any order of patches will do; every other picture is half as high.

@@ -143,8 +143,8 @@ def test_the_command(tmp_path, capsys):
     out = tmp_path / "exit.yaml"
     words = ["calibrate", "attention_exit", "tiny-llava", "--limit", "6", "--first", "1", "--mean-layer", "3.5"]
     assert main([*words, "-o", str(out)]) == 0
-    told = capsys.readouterr().out
-    assert "chosen" in told and f"wrote {out}: attention_exit for tiny-llava: of 6 questions" in told
+    printed = capsys.readouterr().out
+    assert "chosen" in printed and f"wrote {out}: attention_exit for tiny-llava: of 6 questions" in printed
     (stage,) = config.load(out).stages
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -22,14 +22,14 @@ def test_maps_are_those_of_the_attention():
     p = prompt(75)
     target, mass = seer.maps(p, 16)
     for h, q, k in heads_of(p):
-        most, held = torch.zeros(5, 5), torch.zeros(5, 5)
+        most, total = torch.zeros(5, 5), torch.zeros(5, 5)
         for i in range(75):
             for j, share in enumerate((k[: i + 1] @ q[i] * p.scale).softmax(0).tolist()):
                 at = i // 16, j // 16
                 most[at] = max(most[at], share)
-                held[at] += share / (16 if i < 64 else 11)
+                total[at] += share / (16 if i < 64 else 11)
         torch.testing.assert_close(target[h], most / most.sum(1, keepdim=True), atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(mass[h], held, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(mass[h], total, atol=1e-6, rtol=1e-5)
 
 
 def seen_of(p, size=16):

@@ -1,4 +1,4 @@
-"""`vtoken calibrate streaming`: the probe against its definition, the ranking, and the table it writes."""
+"""`vtoken calibrate streaming`: its scores against their definition, the ranking, and the table it writes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SEEN = tiny.families(both_ways=False)
 
 
 class Words(SimpleNamespace):
-    """What the probe asks a tokenizer."""
+    """What the command asks a tokenizer."""
 
     def __len__(self):
         return 190
@@ -63,8 +63,8 @@ def maps(model, inputs):
     with torch.no_grad():
         found = [x for x in model(**inputs, output_attentions=True, use_cache=False).attentions if x is not None]
     layers = range(len(adapter.lm.layers)) if len(found) == len(adapter.lm.layers) else adapter.attending
-    held = dict(zip(layers, found, strict=True))
-    return [held[k][0].double() for k in layers_of(adapter)]
+    by_layer = dict(zip(layers, found, strict=True))
+    return [by_layer[k][0].double() for k in layers_of(adapter)]
 
 
 def of_key_heads(scores, key_heads=2):
@@ -160,14 +160,14 @@ def test_the_table_gives_back_the_heads_of_the_shares(shares, tmp_path):
 def test_the_command_writes_what_static_sparse_reads(tmp_path, capsys):
     file = tmp_path / "heads.json"
     main(["calibrate", "streaming", "tiny-llava", "--induction", "0.25", "--period", "20", "-o", str(file), "--json"])
-    told = json.loads(capsys.readouterr().out)
-    assert (told["tokens"], told["period"], told["repeats"], told["layers"]) == (81, 20, 4, [0, 1, 2, 3])
-    flat = torch.tensor(told["induction"]).flatten()
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["tokens"], printed["period"], printed["repeats"], printed["layers"]) == (81, 20, 4, [0, 1, 2, 3])
+    flat = torch.tensor(printed["induction"]).flatten()
     best = sorted(range(8), key=lambda i: -flat[i])[:2]
-    assert sorted(map(tuple, told["full"])) == sorted((i // 2, i % 2) for i in best) and told["sparsity"] == 0.75
-    model, (stage,) = reference.load("tiny-llava")[0], config.load(told["pipeline"]).stages
-    assert [[k, h] for k in range(4) for h, s in enumerate(stage.streams(k)) if not s] == told["full"]
-    with vtoken.wrapped(model, told["pipeline"]):
+    assert sorted(map(tuple, printed["full"])) == sorted((i // 2, i % 2) for i in best) and printed["sparsity"] == 0.75
+    model, (stage,) = reference.load("tiny-llava")[0], config.load(printed["pipeline"]).stages
+    assert [[k, h] for k in range(4) for h, s in enumerate(stage.streams(k)) if not s] == printed["full"]
+    with vtoken.wrapped(model, printed["pipeline"]):
         pass
     main(["calibrate", "streaming", "tiny-llava", "--induction", "0.25", "-o", str(file)])
     shown = capsys.readouterr().out
@@ -190,10 +190,10 @@ def test_pictures_take_part(tmp_path, capsys):
         str(file),
     ]
     main(["calibrate", "streaming", *asked, "--json"])
-    told = json.loads(capsys.readouterr().out)
-    flat = torch.tensor(told["visual"]).flatten()
-    assert len(told["full"]) == 2 == round(0.14 * len(flat))
-    assert [k * 2 + h for k, h in told["full"]] == sorted(flat.argsort(descending=True)[:2].tolist())
+    printed = json.loads(capsys.readouterr().out)
+    flat = torch.tensor(printed["visual"]).flatten()
+    assert len(printed["full"]) == 2 == round(0.14 * len(flat))
+    assert [k * 2 + h for k, h in printed["full"]] == sorted(flat.argsort(descending=True)[:2].tolist())
 
 
 def test_what_cannot_be_probed_is_said(tmp_path):

@@ -73,10 +73,10 @@ def test_labels_and_features_are_those_of_wrapped_runs():
             want = same and float(cross_entropy(now, answer)) < 1.03 * float(cross_entropy(full, answer))
             assert bool(seen.leave[k, layer - 1]) == want
             found.add(want)
-        told = Watcher(at=(1, 2, 3), asks=("later_text",), seen={})
-        with vtoken.wrapped(model, [told]), torch.no_grad():
+        watcher = Watcher(at=(1, 2, 3), asks=("later_text",), seen={})
+        with vtoken.wrapped(model, [watcher]), torch.no_grad():
             model(**prompt)
-        shown = [question(told.seen[layer].fact("later_text")[0]) for layer in (1, 2, 3)]
+        shown = [question(watcher.seen[layer].fact("later_text")[0]) for layer in (1, 2, 3)]
         torch.testing.assert_close(torch.stack(shown), seen.shown[k], atol=2e-4, rtol=1e-4)
     assert found == {True, False}
 
@@ -198,8 +198,8 @@ def test_train_exit_writes_gates_that_wrap(tmp_path, capsys):
     assert main([*words, "-o", str(file), "--json"]) == 0
     out = json.loads(capsys.readouterr().out)
     assert out["questions"] == 24 and out["kept_back"] == 6 and out["file"] == str(file)
-    told = header(str(file))
-    assert told[:3] == (4, 128, 4) and list(told.stay) == out["stay"] and len(out["accuracy"]) == 3
+    head = header(str(file))
+    assert head[:3] == (4, 128, 4) and list(head.stay) == out["stay"] and len(out["accuracy"]) == 3
     model, processor = reference.load()
     with vtoken.wrapped(model, f"dyvte:gates={file}"):
         reference.answers(model, processor, reference.questions(2))

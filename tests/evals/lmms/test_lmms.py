@@ -35,6 +35,7 @@ from vtoken.evals.lmms.harness import Harness, numbers
 from vtoken.evals.lmms.model import VtokenModel
 from vtoken.evals.lmms.prompts import Prompt
 from vtoken.evals.quality import regressions, run
+from vtoken.evals.quality.analysis import analyse, read
 from vtoken.evals.shared import identity
 from vtoken.evals.shared.dense import DENSE
 
@@ -154,10 +155,10 @@ def test_a_run_and_its_files(model: VtokenModel, tmp_path: Path) -> None:
             assert list(found["stages"]) == list(own[0]["stages"])
     assert results.drift is not None and results.drift["answers_changed"] == 0
     assert not all(row["same_as_dense"] for row in lines(results, 2))
-    held = results.conditions
+    about = results.conditions
     # lmms-eval says "unknown" of itself.
-    assert held["lmms_eval"] == version("lmms-eval") and held["limit"] == 4 and held["batch_size"] == 4
-    assert held["pixels"]["crop_size"] == {"height": 56, "width": 56} and held["commit"] == identity.commit()
+    assert about["lmms_eval"] == version("lmms-eval") and about["limit"] == 4 and about["batch_size"] == 4
+    assert about["pixels"]["crop_size"] == {"height": 56, "width": 56} and about["commit"] == identity.commit()
     assert written["tasks"]["few"]["leaves"]["few"]["generation_kwargs"]["max_new_tokens"] == 3
     # Nothing is left behind: hooks, weights (lmms-eval deletes those it finds after a run), empty folders.
     assert model.generator.pipeline is None and not (tmp_path / "out" / "scorers").exists()
@@ -178,6 +179,36 @@ def test_lost_documents_are_drawn_as_the_pipeline_sees_them(model: VtokenModel, 
     red, green = np.asarray(kept, dtype=int)[..., :2].transpose(2, 0, 1)
     assert 0.5 * 5 / TOKENS < (green - red > 30).mean() < 1.1 * 5 / TOKENS
     assert regressions.kept(model, Prompt(({"role": "user", "content": []},))) is None
+
+
+def test_a_picture_that_cannot_be_drawn_leaves_the_stock_model(
+    model: VtokenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = lmms_tasks.write(tmp_path, "plain", 1)
+    Harness([task], [tmp_path]).run(model, task, None, tmp_path / "scorers")
+    monkeypatch.setattr(regressions, "encoded", lambda picture, kind: 1 / (model.generator.pipeline is None))
+    monkeypatch.setattr(regressions.whole, "write", lambda file, what: None)
+    with pytest.raises(ZeroDivisionError):
+        regressions.draw(
+            model, [DENSE, config.load("random:5")], [{"task": task, "doc": 0, "shown": ["random:5"]}], tmp_path
+        )
+    assert model.generator.pipeline is None
+
+
+def test_a_contrast_without_stages_is_no_stock_model(model: VtokenModel, tmp_path: Path) -> None:
+    """It is asked, and what it lost is shown with all tokens."""
+    task, file = lmms_tasks.write(tmp_path, "plain", 3), tmp_path / "contrast.yaml"
+    gated = f"random: {{keep: 1}}, dyvte: {{gates: {gates.file()}}}"
+    file.write_text(f"stages: []\ncontrast: {{alpha: 9, beta: 0, stages: [{gated}]}}\n")
+    pipeline = config.load(file)
+    assert len(identity.named_files(pipeline)) == 1
+    results = evaluated(model, [task], tmp_path, [pipeline])
+    assert [row["name"] for row in results.runs] == ["dense", "contrast", "dense"]
+    assert results.runs[1]["tasks"][task]["same_as_dense"] < 1
+    model.use(pipeline)
+    (case,) = regressions.draw(model, [DENSE, pipeline], [{"task": task, "doc": 0, "shown": ["contrast"]}], tmp_path)
+    assert list(case["panels"]) == ["dense", "contrast"]
+    assert [row["method"] for row in analyse(read(results.folder))["pipelines"]] == ["dense", "contrast"]
 
 
 def test_a_batch_mixes_tasks_and_equals_single_prompts(model: VtokenModel, tmp_path: Path) -> None:
@@ -317,6 +348,8 @@ def test_dense_runs_first_and_last() -> None:
     loaded = [config.load(p) for p in ("none", "random:5", [], "random:5")]
     assert [p.name for p in run.with_dense(loaded)] == ["dense", "random:5", "dense"]
     assert run.with_dense([]) == run.with_dense(loaded[:1]) == [DENSE]
+    contrast = config.load({"stages": [], "contrast": {"stages": [{"random": {"keep": 1}}]}})
+    assert run.with_dense([contrast]) == [DENSE, contrast, DENSE], "other answers, though no token leaves"
     with pytest.raises(ConfigError, match="two pipelines are called 'random'"):
         run.with_dense([config.load([{"random": {"keep": k}}]) for k in (4, 5)])
 

@@ -201,8 +201,8 @@ def test_real_scorers_know_what_is_right(tmp_path: Path) -> None:
             assert {name: found["value"] for name, found in each["tasks"].items()} == {
                 name: value if right else 0.0 for name, value in best.items()
             }
-            told = (results.folder / each["requests"]).read_text().splitlines()
-            for line in map(json.loads, told):
+            printed = (results.folder / each["requests"]).read_text().splitlines()
+            for line in map(json.loads, printed):
                 assert line["score"] == float(right) and line["question"].endswith(ASKS[line["task"]])
         assert {name: about["metric"] for name, about in results.tasks.items()} == {
             "pope": "pope_f1_score",
@@ -219,11 +219,11 @@ def test_suites_are_tasks_of_lmms_eval() -> None:
     manager = TaskManager(include_path=str(TASKS))
     for name, task in KNOWN.items():
         assert name in manager.all_tasks, name
-        held = load_yaml_config(manager.task_index[name]["yaml_path"], mode="simple")
-        while "metric_list" not in held:  # Of a group: its first part's.
-            first = held["task"][0]
-            held = load_yaml_config(manager.task_index[first]["yaml_path"], mode="simple")
-        assert task.metric in {metric["metric"] for metric in held["metric_list"]}, name
+        written = load_yaml_config(manager.task_index[name]["yaml_path"], mode="simple")
+        while "metric_list" not in written:  # Of a group: its first part's.
+            first = written["task"][0]
+            written = load_yaml_config(manager.task_index[first]["yaml_path"], mode="simple")
+        assert task.metric in {metric["metric"] for metric in written["metric_list"]}, name
     assert list(SUITES) == [
         "smoke",
         "pruning-suite",
@@ -247,13 +247,13 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.chdir(tmp_path)
     common = ["eval", "tiny-llava", "--tasks", "smoke", "--limit", "6", "--batch-size", "6", "--device", "cpu"]
     assert main([*common, "--pipelines", "none", "fastervlm:64", "--out", "out"]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     written = json.loads(Path("out/results.json").read_text())
     assert [each["name"] for each in written["runs"]] == ["dense", "fastervlm:64", "dense"]
     # On the first six questions the shipped model is right, as its own held-out figures have it.
     assert written["runs"][0]["tasks"]["vtoken_glyph_qa"]["value"] == 1.0
     for words in ("fastervlm:64", "64 of 576", "answers as dense", "drift", "wrote"):
-        assert words in told
+        assert words in printed
     assert main([*common, "--json", "--out", "again"]) == 0
     assert json.loads(capsys.readouterr().out)["runs"][0]["tasks"]["vtoken_glyph_qa"]["same_as_dense"] == 1.0
     for wrong, words in (

@@ -11,7 +11,7 @@ import torch
 from html_page import Page
 from PIL import Image, ImageStat
 
-from vtoken.evals.pictures.overlay import as_seen, overlay, owners, sheet, views
+from vtoken.evals.pictures.overlay import GAP, as_seen, overlay, owners, sheet, views
 from vtoken.evals.pictures.report import Case, Panel, Report, Row, render, wilson
 from vtoken.evals.shared.media import Media
 from vtoken.hooks.state.trace import StageTrace, Trace
@@ -73,10 +73,10 @@ def test_what_cannot_be_drawn_is_refused():
 
 
 def test_sheet_size():
-    assert sheet([RED] * 5, columns=2, gap=10).size == (2 * 40 + 10, 3 * 30 + 10)
-    assert sheet([RED] * 3, gap=0).size == (90, 20)
+    assert sheet([RED] * 5, columns=2).size == (2 * 30 + 3 * GAP, 3 * 20 + 4 * GAP)
+    assert sheet([RED] * 3).size == (3 * 30 + 4 * GAP, 20 + 2 * GAP) and sheet([RED]) is RED
     wide = Image.new("RGB", (50, 20))
-    assert sheet([RED, wide, RED], columns=2, gap=10, background="white").size == (30 + 50 + 3 * 10, 2 * 20 + 3 * 10)
+    assert sheet([RED, wide, RED], columns=2, background="white").size == (30 + 50 + 3 * GAP, 2 * 20 + 3 * GAP)
 
 
 def test_the_picture_as_the_model_saw_it():

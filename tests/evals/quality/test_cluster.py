@@ -18,7 +18,7 @@ from vtoken.errors import ConfigError, VtokenError
 from vtoken.evals.lmms import prepare
 from vtoken.evals.quality import cluster, points, sweep
 from vtoken.evals.quality.options import Sweep
-from vtoken.evals.quality.points import Point
+from vtoken.evals.quality.points import Asking, Point
 from vtoken.evals.shared import identity
 
 SWEEP = Sweep(model="tiny-llava", tasks=("a", "b"))
@@ -43,7 +43,7 @@ def ask(given: Sweep = SWEEP, address: str = "", workers: int | None = 2, missin
         assert point.key not in kept
         kept[point.key] = found
 
-    cluster.ask_all(given, [], POINTS, missing, None, Path("out"), keep, address, workers)
+    cluster.ask_all(Asking(given, [], Path("out"), given.device), POINTS, missing, None, keep, address, workers)
     return kept
 
 
@@ -77,8 +77,8 @@ def test_a_point_whose_actor_dies_is_asked_again(ray: Ray, capsys: pytest.Captur
 
     ray.deadly = deadly
     assert ask() == EVERY and sorted(died) == ["0b", "2b"]
-    told = capsys.readouterr().err.splitlines()
-    assert "an actor died while random:1 answered b; another one takes over" in told and len(told) == 2
+    printed = capsys.readouterr().err.splitlines()
+    assert "an actor died while random:1 answered b; another one takes over" in printed and len(printed) == 2
     assert len(ray.killed) == len(ray.hired) > 2
 
 
@@ -134,12 +134,12 @@ def test_another_machine_must_hold_the_same(tmp_path: Path, monkeypatch: pytest.
     runs = sweep.with_dense([config.load("random:4")])
     keys = {point.key for point in points.points(given, runs, "abc")}
     for others, code in (({"other"}, identity.code()), (keys, "other")):
-        worker = cluster.Worker(given, runs, others, "abc", code, tmp_path, tmp_path, 1)
+        asking = Asking(given, runs, tmp_path, given.device)
         with pytest.raises(VtokenError, match="has another vtoken, torch, transformers, model or task files"):
-            worker.ready()
-        assert worker.asking is None
-    monkeypatch.setattr(sweep.Asking, "ready", lambda self: None)
-    worker = cluster.Worker(given, runs, keys, "abc", identity.code(), tmp_path, tmp_path, 1)
+            cluster.Worker(asking, others, "abc", code, tmp_path, 1).ready()
+        assert asking.model is None
+    monkeypatch.setattr(Asking, "ready", lambda self: None)
+    worker = cluster.Worker(Asking(given, runs, tmp_path, given.device), keys, "abc", identity.code(), tmp_path, 1)
     worker.ready()
     assert worker.asking.folder != tmp_path  # which holds no points: it is not the caller's
 

@@ -207,6 +207,13 @@ def test_without_the_extra_there_are_tables_and_advice(
     assert (folder / "table.md").exists() and not (folder / "report.html").exists()
 
 
+def test_a_page_without_a_folder_is_refused_before_anything_is_written(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(folder), "--out", str(folder / "no" / "page.html")]) == 2
+    assert "no folder" in capsys.readouterr().err and not (folder / "table.md").exists()
+
+
 def test_json_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == analyse(read(folder))
@@ -232,6 +239,12 @@ def test_an_unfinished_run_counts_for_what_finished(folder: Path) -> None:
         read(folder / "cases")
 
 
+def test_a_document_that_one_pipeline_has_no_score_of_is_shown(tmp_path: Path) -> None:
+    rows = [run("dense", None, {"one": RIGHT}), run("bad:8", "bad", {"one": [None, *RIGHT[1:]]})]
+    (case,) = report.cases(read(write(tmp_path / "out", rows, pictures=5, cases=[CASE])))
+    assert [(panel.pipeline, panel.right) for panel in case.panels] == [("dense", True), ("bad:8", True)]
+
+
 def test_the_worst_of_every_pipeline_in_turn() -> None:
     dense = [{"task": "t", "doc": k, "score": 1.0, "media": f"p{k // 2}"} for k in range(8)]
 
@@ -255,13 +268,13 @@ def test_of_many_pipelines_all_are_shown() -> None:
     dense = [{"task": "t", "doc": k, "score": 1.0, "media": f"p{k}"} for k in range(40)]
     rng = np.random.default_rng(1)
     lost = {f"m{k}": [{**line, "score": float(rng.random() < 0.5)} for line in dense] for k in range(60)}
-    found = regressions.worst(dense, lost, {})
+    found = regressions.worst(dense, lost, {"t": 1.0})
     assert len(found) == -(-60 // regressions.PANELS) and {len(case["shown"]) for case in found} == {regressions.PANELS}
     times = Counter(name for case in found for name in case["shown"])
     assert set(times) == set(lost) and max(times.values()) <= 2
     for case in found:  # whoever is shown first lost it
         assert lost[case["shown"][0]][case["doc"]]["score"] == 0
-    one = regressions.worst(dense[:1], {name: lines[:1] for name, lines in lost.items()}, {})
+    one = regressions.worst(dense[:1], {name: lines[:1] for name, lines in lost.items()}, {"t": 1.0})
     assert len(one) == 1 and len({case["doc"] for case in found}) == len(found)
 
 

@@ -59,9 +59,9 @@ def test_every_seed_method_with_numbers_is_there() -> None:
 
 def test_without_a_model_it_says_what_would_be_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "--paper", "flowcut"]) == 0
-    told = capsys.readouterr().out
-    assert "re-run in the STD paper" in told and "| flowcut 64 | published | 55.6 (89.8) |" in told
-    assert "vtoken eval llava-hf/llava-1.5-7b-hf --pipelines flowcut-192 flowcut-64 flowcut-128 --tasks gqa," in told
+    printed = capsys.readouterr().out
+    assert "re-run in the STD paper" in printed and "| flowcut 64 | published | 55.6 (89.8) |" in printed
+    assert "vtoken eval llava-hf/llava-1.5-7b-hf --pipelines flowcut-192 flowcut-64 flowcut-128 --tasks gqa," in printed
     assert main(["eval", "--paper", "flowct"]) == 2
     assert "did you mean 'flowcut'" in capsys.readouterr().err
     assert main(["eval", "tiny-llava", "--paper", "flowcut"]) == 2
@@ -82,9 +82,9 @@ def test_measured_stands_beside_published(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no published table of flowcut on made/up-model"):
         paper.beside("flowcut", results)
     results["model"] = "copies/llava-1.5-7b-hf"
-    told = paper.beside("flowcut", results)
-    assert "| dense | measured | 50 (100.0) | - | - | - |" in told  # MME needs cognition too
-    assert "| flowcut-64 | measured | 25 (50.0) |" in told and "flowcut-192 | measured" not in told
+    printed = paper.beside("flowcut", results)
+    assert "| dense | measured | 50 (100.0) | - | - | - |" in printed  # MME needs cognition too
+    assert "| flowcut-64 | measured | 25 (50.0) |" in printed and "flowcut-192 | measured" not in printed
     for each in results["runs"]:
         each["tasks"]["mme"]["metrics"]["mme"]["mme_cognition_score"] = 200.0
     assert "| flowcut-64 | measured | 25 (50.0) | - | - | 1100 (91.7) |" in paper.beside("flowcut", results)

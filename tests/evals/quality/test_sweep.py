@@ -164,8 +164,8 @@ def test_bars_stay_on_terminals(place: Path, tmp_path: Path, monkeypatch: pytest
     assert main(["sweep", str(place / "sweep.yaml"), "--out", str(tmp_path / "out")]) == 0
     err = capfd.readouterr().err
     assert "it/s" not in err and "\r" not in err
-    told = [line.split("%  ")[1] for line in err.splitlines() if "%  " in line]
-    assert {"0 of 10 points, loading the model", "fastervlm:3: 0 of 3", "10 of 10 points, speed"} <= {*told}
+    printed = [line.split("%  ")[1] for line in err.splitlines() if "%  " in line]
+    assert {"0 of 10 points, loading the model", "fastervlm:3: 0 of 3", "10 of 10 points, speed"} <= {*printed}
 
 
 def test_nothing_is_asked_twice(place: Path, given: Sweep, whole: Results, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +173,7 @@ def test_nothing_is_asked_twice(place: Path, given: Sweep, whole: Results, monke
         raise AssertionError("asked again")
 
     before = timeless(whole.folder)
-    monkeypatch.setattr(sweep, "ask", never)
+    monkeypatch.setattr(points, "ask", never)
     monkeypatch.setattr(sweep, "bench", never)
     sweep.run(given, whole.folder)
     assert timeless(whole.folder) == before
@@ -190,10 +190,10 @@ def test_torn_and_foreign_files_are_made_anew(place: Path, given: Sweep, whole: 
     for file in torn:
         file.write_bytes(file.read_bytes()[:-20])
     files[2].write_text('{"error": "quota"}')
-    with pytest.warns(UserWarning, match="taken as missing") as told:
+    with pytest.warns(UserWarning, match="taken as missing") as warned:
         sweep.run(given, tmp_path / "torn")
     assert {str(file) for file in files[:3]} == {
-        str(w.message).partition(" ")[0] for w in told if "taken as" in str(w.message)
+        str(w.message).partition(" ")[0] for w in warned if "taken as" in str(w.message)
     }
     assert timeless(tmp_path / "torn") == timeless(place / "whole")
     assert not list((tmp_path / "torn").rglob("*.part"))
@@ -263,14 +263,14 @@ def test_an_error_leaves_what_was_finished(place: Path, given: Sweep, monkeypatc
             raise RuntimeError("out of memory")
         return real(model, harness, point, *rest)
 
-    monkeypatch.setattr(sweep, "ask", failing)
+    monkeypatch.setattr(points, "ask", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         sweep.run(given, place / "failed")
     found = json.loads((place / "failed" / "results.json").read_text())
     assert not found["complete"] and [row["name"] for row in found["runs"]] == ["dense", "fastervlm:3"]
 
 
-def test_other_documents_are_told(place: Path, given: Sweep, whole: Results) -> None:
+def test_other_documents_are_refused(place: Path, given: Sweep, whole: Results) -> None:
     todo = sweep.points(given, sweep.with_dense(given.all_pipelines()), sweep.commit())
     victim = next(point for point in todo if point.run == 1)
     kept = points.load(whole.folder, victim.key, points.is_point)
@@ -318,11 +318,13 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("text", "told"), WRONG)
-def test_a_file_that_cannot_be_used(text: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("text", "message"), WRONG)
+def test_a_file_that_cannot_be_used(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "sweep.yaml").write_text(text)
     assert main(["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "out")]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -1,4 +1,4 @@
-"""Torn, empty and foreign files in the folders of `vtoken eval` and `vtoken sweep`: told in one line, never a
+"""Torn, empty and foreign files in the folders of `vtoken eval` and `vtoken sweep`: refused in one line, never by a
 traceback."""
 
 from __future__ import annotations
@@ -36,6 +36,14 @@ KINDS = {"point": (POINT, points.is_point), "cases": (CASES, points.is_cases), "
 FOREIGN = (None, 1, "text", [], {}, [1], [None], [[]], {"rows": 1}, {"rows": [1]}, {"requests": []}, {"error": "no"})
 
 
+def is_point(what, tmp_path):
+    """What `whole.kept` says of it."""
+    points.save(tmp_path, "x", what)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return points.load(tmp_path, "x", points.is_point) is not None
+
+
 def without(what):
     """The same with one key less, anywhere."""
     if isinstance(what, dict):
@@ -69,17 +77,21 @@ def test_what_is_kept(kind, tmp_path):
 
 def test_a_point_that_passes_can_be_used(tmp_path):
     """Whatever key is missing, anywhere: it is refused, or nobody reads it."""
-    found = [less for less in without(POINT) if not points.is_point(less)]
+    (tmp_path / "points").mkdir()
+    found = [less for less in without(POINT) if not is_point(less, tmp_path)]
     assert len(found) > len(COST) + len(POINT)
     for less in without(POINT):
-        if points.is_point(less):
+        if is_point(less, tmp_path):
             assert assemble(tmp_path, "m", "", [DENSE], {points.Point(0, DENSE, "odd"): less}) is not None
             assert set(less) == set(POINT) and set(less["about"]) == set(POINT["about"])
 
 
-def test_pictures_of_cases_stay_in_their_folder():
+def test_pictures_of_cases_stay_in_their_folder(tmp_path):
+    (tmp_path / "points").mkdir()
     for name in ("../x.jpg", "/etc/passwd", "points/x.json", 3, "cases/../../x"):
-        assert not points.is_cases([{**CASES[0], "panels": {"dense": name}}])
+        points.save(tmp_path, "x", [{**CASES[0], "panels": {"dense": name}}])
+        with pytest.warns(UserWarning, match="taken as missing"):
+            assert points.load(tmp_path, "x", points.is_cases) is None
 
 
 @pytest.fixture
@@ -92,7 +104,7 @@ def folder(tmp_path):
     return eval_folder.write(tmp_path / "e", runs, 3, cases=[case])
 
 
-def told(folder, capsys):
+def refusal(folder, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         code = main(["report", str(folder), "--json"])
@@ -106,19 +118,19 @@ def test_results_that_are_none(folder, capsys):
     good = json.loads(file.read_text())
     for wrong in ("", "{", file.read_text()[:-40], "[]", "1", "[" * 100_000):
         file.write_text(wrong)
-        assert str(file) in told(folder, capsys)
+        assert str(file) in refusal(folder, capsys)
     for key in good:
         file.write_text(json.dumps({k: v for k, v in good.items() if k != key}))
-        assert "results.json" in told(folder, capsys)
+        assert "results.json" in refusal(folder, capsys)
         for other in (None, 3, "x", ["x"], {"x": 1}):
             if other is not None or key not in ("drift", "cases"):
                 file.write_text(json.dumps({**good, key: other}))
                 if key in ("model", "command", "complete", "drift", "conditions", "cases"):
                     continue
-                assert str(folder) in told(folder, capsys)
+                assert str(folder) in refusal(folder, capsys)
     for run in ({"name": 1}, {**good["runs"][0], "tasks": {"a": 1}}, {**good["runs"][0], "tasks": {"a": {}}}, 3):
         file.write_text(json.dumps({**good, "runs": [run]}))
-        assert "results.json" in told(folder, capsys)
+        assert "results.json" in refusal(folder, capsys)
 
 
 def test_lines_that_are_torn(folder, capsys):
@@ -126,9 +138,9 @@ def test_lines_that_are_torn(folder, capsys):
     text = file.read_text()
     for wrong in (text[:-9], "x\n", "3\n", "{}\n", "\0"):
         file.write_text(wrong)
-        assert "1.jsonl" in told(folder, capsys)
+        assert "1.jsonl" in refusal(folder, capsys)
     file.unlink()
-    assert "1.jsonl" in told(folder, capsys)
+    assert "1.jsonl" in refusal(folder, capsys)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "requests/../../secret", "link", 3, None, "requests"])
@@ -138,7 +150,7 @@ def test_no_path_leads_out_of_the_folder(name, folder, capsys):
     file = folder / "results.json"
     good = json.loads(file.read_text())
     file.write_text(json.dumps({**good, "runs": [{**good["runs"][0], "requests": name}]}))
-    message = told(folder, capsys)
+    message = refusal(folder, capsys)
     assert "results.json" in message or name == "requests"
 
 

@@ -1,4 +1,4 @@
-"""A name that is no model is told at once: nothing is asked of the network, and the nearest name is suggested."""
+"""A name that is no model is refused at once: nothing is asked of the network, and the nearest name is suggested."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: name[:20].encode("unicode_escape").decode())
-def test_what_cannot_be_a_model_is_told_at_once(way: str, name: str) -> None:
+def test_what_cannot_be_a_model_is_refused_at_once(way: str, name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         WAYS[way](name)
     assert NAMES[name] in str(caught.value) and len(str(caught.value)) < 2500
@@ -86,3 +86,14 @@ def test_the_reference_suggests_the_name() -> None:
     for ask in (reference.path, reference.load):
         with pytest.raises(ConfigError, match="unknown reference model 'tiny-lava', did you mean 'tiny-llava'"):
             ask("tiny-lava")
+
+
+def test_an_error_without_a_message_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: object, **named: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", fail)
+    with pytest.raises(ConfigError, match=r"nor on the hub \(OSError\)"):
+        resolve_config("owner/model")
+    with pytest.raises(ConfigError, match="cannot find model 'owner/model': OSError"):
+        weights("owner/model", None)

@@ -1,5 +1,5 @@
 """The threshold of attention_exit: how much attention images get in every layer, and what the model answers if they
-leave there."""
+leave before it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ANSWER = 64  # tokens of an answer that count
 
 @dataclass(frozen=True)
 class Seen:
-    """S samples at the E decoder layers before which the stage may let images leave, the last layer among them.
+    """S samples at the E decoder layers before which the stage may let images leave; they end with the last layer.
 
     Attributes:
         heard: [S, E] the attention that the stage compares with its threshold; infinite where no token is asked.
@@ -55,7 +55,7 @@ class Point:
     Attributes:
         agreement: share of answers that stay the dense model's.
         accuracy: right answers, as a share of the dense model's; None without answers, or where that gives none.
-        mean_layer: before which images leave; the depth where they stay.
+        mean_layer: mean of the layer before which images leave, which is the model's depth if they stay.
     """
 
     threshold: float
@@ -99,7 +99,8 @@ def keeps(model: Any, prompt: dict[str, Tensor], answer: Tensor, layers: Sequenc
 
 
 def curve(seen: Seen) -> list[Point]:
-    """One threshold between every two values of attention, and what it does, ascending. At the first no image leaves."""
+    """What every threshold does, ascending: there is one between every two values of attention. At the first no image
+    leaves."""
     values = [0.0, *seen.heard[seen.heard <= 1].unique().tolist()]
     return [_point(seen, between(a, b)) for a, b in pairwise([*values, 1.0]) if a < b] or [_point(seen, 1.0)]
 
@@ -129,9 +130,13 @@ def _point(seen: Seen, threshold: float) -> Point:
 
 
 def search(seen: Seen, tried: Sequence[int], kind: str, target: float, depth: int) -> tuple[int, Point, list[Point]]:
-    """The best of the first layers `tried`, its threshold, and its curve. Of those that meet a share of answers, the
-    one where images leave earliest; of those that meet a mean layer, the one where most answers stay; of equals the
-    later layer.
+    """The best of the first layers `tried`, its threshold, and its curve.
+
+    Of the layers that meet a share of answers it is the one where images leave earliest; of those that meet a mean
+    layer the one where most answers stay; of equals the later one.
+
+    Raises:
+        VtokenError: no layer meets the target; with the reason of the first one.
     """
     found, problems = [], []
     for first in [k for k in tried if depth - k >= seen.patience]:
@@ -147,8 +152,12 @@ def search(seen: Seen, tried: Sequence[int], kind: str, target: float, depth: in
 
 
 def choose(points: Sequence[Point], kind: str, target: float, depth: int) -> Point:
-    """The largest threshold such that it and all smaller ones keep the share; of a mean layer the smallest that reaches
-    it."""
+    """The largest threshold such that it and all smaller ones keep the share `target` of `kind`; for a mean layer the
+    smallest threshold that reaches it.
+
+    Raises:
+        VtokenError: no threshold does, or no share of right answers is known.
+    """
     if kind == "mean_layer":
         for point in points:
             if point.mean_layer <= target:
@@ -166,6 +175,6 @@ def choose(points: Sequence[Point], kind: str, target: float, depth: int) -> Poi
         return points[worse - 1]
     reason = f"the next one leaves {getattr(points[worse], kind):.1%}" if worse < len(points) else "nobody was asked"
     raise VtokenError(
-        f"no threshold that lets an image go keeps {kind} at {target:.1%}: {reason}; this model reads its images to the "
-        "end, or raise --first, or ask for less"
+        f"no threshold that lets an image go keeps {kind} at {target:.1%}: {reason}; this model reads its images to "
+        "the end, or raise --first, or ask for less"
     )

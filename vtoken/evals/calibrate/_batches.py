@@ -36,7 +36,7 @@ class Learned:
     Attributes:
         merges: per layer or round, for pictures of `nominal` tokens; other pictures merge in proportion.
         thresholds, left: per layer or round, means over `batches`; NaN where nothing was to merge, or was never asked.
-        full: tokens of the batch at work before anything merged.
+        full: tokens of the current batch before anything merged.
     """
 
     merges: tuple[int, ...]
@@ -49,20 +49,20 @@ class Learned:
     def __post_init__(self) -> None:
         self.thresholds, self.left = (torch.full((len(self.merges),), torch.nan, dtype=torch.float64) for _ in range(2))
 
-    def cut(self, value: Tensor, held: Sequence[int], at: int) -> tuple[int, ...]:
-        """Merges per sequence for a whole batch: as in Merger.taken."""
-        self.full = sum(held) if at == 0 else self.full
+    def cut(self, value: Tensor, lengths: Sequence[int], at: int) -> tuple[int, ...]:
+        """Merges of every sequence, the most similar pairs of the whole batch; arguments as of `Merger.taken`."""
+        self.full = sum(lengths) if at == 0 else self.full
         nth = value.argsort(dim=1, descending=True, stable=True).argsort(1)
-        half = torch.tensor([n // 2 for n in held], device=value.device)
+        half = torch.tensor([n // 2 for n in lengths], device=value.device)
         edges = value.masked_fill(nth >= half[:, None], -torch.inf).flatten().double()
         best = edges.sort(descending=True, stable=True)
         real = int((edges > -torch.inf).sum())
         total = min(real, round(self.merges[at] * self.full / self.nominal))
         owner = best.indices[:total] // max(1, value.shape[1])
-        taken: tuple[int, ...] = tuple(torch.bincount(owner, minlength=len(held)).tolist())
+        taken: tuple[int, ...] = tuple(torch.bincount(owner, minlength=len(lengths)).tolist())
         if self.merges[at] and real:
             self._note(self.thresholds, at, max(0.0, best.values[min(total, real - 1)].item()))
-        self._note(self.left, at, (sum(held) - sum(taken)) / self.full)
+        self._note(self.left, at, (sum(lengths) - sum(taken)) / self.full)
         return taken
 
     def _note(self, means: Tensor, at: int, value: float) -> None:
@@ -79,14 +79,15 @@ class Learned:
 
 
 def learner(cls: Any, learned: Learned) -> Stage:
-    """The stage `cls`, merging by batches instead of thresholds. As in the authors' calibration, every match inside a
-    tower reorders the tokens of all pictures of the batch; at inference a picture that loses none keeps its order."""
+    """The stage `cls`, which merges by batches instead of thresholds. As in the authors' calibration, every match
+    inside a tower reorders the tokens of all pictures of the batch; at inference a picture that loses none keeps its
+    order."""
 
     class Learner(cls):
         anew: ClassVar[bool] = True
 
-        def taken(self, value: Tensor, held: Sequence[int], at: int) -> tuple[int, ...]:
-            return learned.cut(value, held, at)
+        def taken(self, value: Tensor, lengths: Sequence[int], at: int) -> tuple[int, ...]:
+            return learned.cut(value, lengths, at)
 
     stage: Stage = Learner(thresholds=(0.0,) * len(learned.merges))
     return stage

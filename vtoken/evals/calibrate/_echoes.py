@@ -1,5 +1,5 @@
-"""Which heads look back to earlier copies of what they read: RazorAttention's probe, and the same on a repeated
-picture."""
+"""Which heads attend to earlier copies of what they read: as RazorAttention measures it on repeated text, and the same
+on a repeated picture."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.layer_kinds import window_of
 from vtoken.kernels import probe_sums
 
-QUERIES = 256  # rows of an attention map held at once
+QUERIES = 256  # rows of an attention map that are in memory at once
 # (q [H, N, d] after RoPE, k [Hk, N, d], factor on q . k) -> scores of the layer's query heads
 Look = Callable[[Tensor, Tensor, float], Sequence[Tensor]]
 
 
 def layers_of(adapter: Adapter) -> tuple[int, ...]:
-    """Decoder layers whose heads are probed: those that attend to the whole prompt."""
+    """Decoder layers whose heads are measured: those that attend to the whole prompt."""
     return tuple(k for k in adapter.attending if window_of(adapter.lm.config, k) is None)
 
 
 def watch(adapter: Adapter, inputs: dict[str, Tensor], look: Look) -> list[Tensor]:
-    """Runs one prompt, and looks at the attention of every layer that is probed.
+    """Runs one prompt and measures the attention of every layer of `layers_of`.
 
     Returns:
         [layers, Hk] float64 of every score: the largest of a key head's query heads.
@@ -93,8 +93,8 @@ def shown(q: Tensor, k: Tensor, scale: float, places: Tensor) -> Tensor:
 
 
 def ranked(scores: Sequence[Tensor], shares: Sequence[float]) -> tuple[Tensor, int]:
-    """The heads in the order in which they come to read everything as the shares grow in proportion, and how many do
-    at these shares: those that are among the share of all heads with the highest of one score or another.
+    """The order in which heads come to read everything as the shares grow in proportion, and how many do at these
+    shares. A head does if, by one of the scores, it is among that score's share of all heads.
 
     Args:
         scores: [layers, Hk] each; of equal ones the earlier layer, then the earlier head, is ranked first.
@@ -121,7 +121,7 @@ def ranked(scores: Sequence[Tensor], shares: Sequence[float]) -> tuple[Tensor, i
 
 def table(order: Tensor, layers: Sequence[int], depth: int, key_heads: int) -> list[list[float]]:
     """A number per decoder layer and key head: 1 for the first head in the order, less for each one after it, 0 in
-    layers that were not probed. No two probed heads have the same."""
+    layers that were not measured. No two measured heads have the same."""
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order))
     rows = iter((1 - place.double() / len(order)).view(-1, key_heads).tolist())

@@ -1,4 +1,4 @@
-"""The logits of a model whose visual tokens all leave before a layer, for every layer, from one dense forward."""
+"""The logits of a model whose visual tokens all leave before a layer, for any layer, from one dense forward."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from vtoken.hooks.state.layer_kinds import firsts, kinds_of, layer_mask
 
 
 class ExitReference:
-    """One dense forward of one prompt; what enters every layer is kept for its text tokens only.
+    """One dense forward of one prompt, which keeps the hidden states of text tokens before every layer.
 
-    `without(k)` runs layers k and deeper on that text. It gives the numbers of a forward wrapped with `vtw: {layer:
-    k}`, for the price of the text.
+    `without(k)` runs layers k and deeper on them alone. Its logits are those of a forward wrapped with `vtw: {layer:
+    k}`.
 
     Attributes:
         columns: [T] where the prompt's text tokens stand.

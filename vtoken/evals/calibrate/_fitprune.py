@@ -26,7 +26,7 @@ class Sample:
     """One prompt.
 
     Attributes:
-        mass: decoder layer -> attention masses (cross, self) after it in the dense model; the last layer is left out.
+        mass: decoder layer -> sums of the attention (cross, self) after it in the dense model; without the last layer.
         alive: visual tokens in every layer of the current run.
     """
 
@@ -76,8 +76,8 @@ class Fit:
     Attributes:
         tokens: visual tokens of the picture that it is for.
         alpha: share of the attention that may be lost at a layer.
-        reached: share of the visual tokens' FLOPs that the samples spared.
-        spared: the same of the table, whose counts are means rounded down.
+        reached: share of the visual tokens' FLOPs that was saved on the samples.
+        spared: the share that the table saves; its counts are means rounded down.
     """
 
     table: tuple[int, ...]
@@ -88,11 +88,14 @@ class Fit:
 
 
 def fit(model: Any, prompts: Iterable[Any], reduction: float, progress: Callable[[], None] = lambda: None) -> Fit:
-    """Searches the smallest alpha that spares `reduction` of the FLOPs that visual tokens cost in the decoder.
+    """Searches the smallest alpha that saves `reduction` of the FLOPs that visual tokens cost in the decoder.
 
     Args:
         prompts: model inputs, one picture each, all of equally many tokens.
         progress: called before every pass over the samples.
+
+    Raises:
+        ConfigError: pictures of several sizes, or a reduction that no alpha reaches.
     """
     given = list(prompts)
     samples = [Sample() for _ in given]
@@ -140,8 +143,8 @@ def removable(values: Tensor, floor: float) -> Tensor:
 
 
 def stopped(stack: Layers, alive: list[list[int]], reduction: float) -> tuple[list[list[int]], float]:
-    """Tokens alive per sample and layer when nothing leaves any more once the mean forecast is met, and the share that
-    is spared."""
+    """Tokens alive per sample and layer if none leave after the layer where the mean forecast is met, and the share of
+    FLOPs that this saves."""
     spared = 0.0
     for last in range(stack.depth):
         counts = [row[: last + 1] + [row[last]] * (stack.depth - last - 1) for row in alive]

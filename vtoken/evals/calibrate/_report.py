@@ -1,4 +1,4 @@
-"""How every method of `vtoken calibrate` tells what it found: one JSON object, or a table and a sentence."""
+"""How every method of `vtoken calibrate` prints what it found: one JSON object, or a table and a sentence."""
 
 from __future__ import annotations
 

@@ -40,7 +40,8 @@ class Seen:
     """One prompt in one decoder layer, in T blocks.
 
     Attributes:
-        queries, keys: as `pooled` gives them; starts: what blocks are rotated by.
+        queries, keys: as `pooled` gives them.
+        starts: RoPE of the first token of every block.
         target: [H, T, T] the largest attention between a query and a key of two blocks, rows made to sum to 1.
         mass: [H, T, T] attention that a block gives a block, mean over its queries.
     """
@@ -114,7 +115,7 @@ def watch(model: Any, processor: Any, samples: Sequence[Sample], size: int) -> l
 
 
 def untrained(seen: Seen, seed: int, layer: int) -> Tensor:
-    """A gate [H, 3 d, d] to start from."""
+    """The gate [H, 3 d, d] that training of a layer starts from."""
     generator = torch.Generator().manual_seed(1000 * seed + layer)
     return torch.randn(len(seen.queries), seen.keys.shape[2], seen.queries.shape[2], generator=generator) * STD
 

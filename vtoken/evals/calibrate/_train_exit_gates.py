@@ -37,7 +37,7 @@ class Table:
     """What was seen of S samples, for the gates before decoder layers 1 to L - 1.
 
     Attributes:
-        shown: [S, L - 1, 2 D] what each gate gets to see.
+        shown: [S, L - 1, 2 D] the input of each gate.
         leave: [S, L - 1] whether an exit before that layer changes nothing.
     """
 
@@ -49,7 +49,7 @@ class Table:
 
 
 def table(model: Any, processor: Any, samples: Sequence[Sample]) -> Table:
-    """Runs every sample once densely and once on text alone from every layer on.
+    """Runs every sample once densely, and from every layer on once more without images.
 
     An exit changes nothing, by the authors' rule, if more than 99% of the answer's tokens keep their most likely
     prediction and the answer's loss stays below 1.03 times that of the full run; the answer is given, token by token.

@@ -14,15 +14,15 @@ from vtoken.errors import ConfigError
 from vtoken.evals.calibrate._attention import Point, search, see
 from vtoken.evals.calibrate._report import pipeline_file, tell_pipeline
 from vtoken.evals.shared.options import ModelCommand, option
-from vtoken.evals.shared.samples import ABOUT, last, load, read
+from vtoken.evals.shared.samples import ABOUT, load, read
 from vtoken.evals.shared.whole import check_folder
 from vtoken.evals.statistics import wilson
 
 SUMMARY = "the share of attention below which images leave (attention_exit)"
 DESCRIPTION = """\
-Notes how much attention images get in every layer, and what the model would answer if they left there: one dense run per
-question and the deeper layers on text alone. Takes the largest threshold such that it and all smaller ones meet the target.
-Questions that images must answer late count as any other: give questions of every kind the model will get."""
+Notes how much attention images get in every layer, and what the model would answer if they left there: one dense run
+per question and the deeper layers on text alone. Takes the largest threshold such that it and all smaller ones meet the
+target. Questions that images must answer late count as any other: give questions of every kind the model will get."""
 EXAMPLES = """examples:
   vtoken calibrate attention_exit tiny-llava -o exit.yaml                  # 99 % of the answers stay what they were
   vtoken calibrate attention_exit llava-hf/llava-1.5-7b-hf --data mine.jsonl --limit 500 --accuracy 0.98 -o exit.yaml
@@ -66,7 +66,7 @@ def run(asked: Settings) -> None:
     """Finds the threshold and writes the pipeline."""
     kind, target = asked.target()
     check_folder(asked.out)
-    samples = read(asked.data, asked.limit) if asked.data else last(asked.limit)
+    samples = read(asked.data, asked.limit)
     if kind == "accuracy" and any(sample.answer is None for sample in samples):
         raise ConfigError(f"--accuracy needs an answer to every question; {asked.data} lacks some, or use --agreement")
     model, processor = load(asked.model, asked.device, asked.dtype)
@@ -89,9 +89,9 @@ def run(asked: Settings) -> None:
     figures = {"questions": len(samples), "target": {kind: target}, "depth": depth, **options, **asdict(best)}
     figures |= {"agreement_interval": [low, high], "curve": [asdict(each) for each in points]}
     about = (
-        f"attention_exit for {asked.model}: of {len(samples)} questions {best.agreement:.1%} are answered as before (95 "
-        f"% interval {low:.0%} to {high:.0%}, of other questions of their kind), with {best.mean_layer / depth:.1%} of "
-        "the visual tokens on average over layers."
+        f"attention_exit for {asked.model}: of {len(samples)} questions {best.agreement:.1%} are answered as before "
+        f"(95 % interval {low:.0%} to {high:.0%}, of other questions of their kind), "
+        f"with {best.mean_layer / depth:.1%} of the visual tokens on average over layers."
     )
     stage = {"attention_exit": {"threshold": best.threshold, **options}}
     tell_pipeline(asked, figures, table(points, best, depth), about, stage)

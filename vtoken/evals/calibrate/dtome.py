@@ -4,7 +4,6 @@ by forward passes of the tower alone."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from vtoken.evals.shared.options import ModelCommand, option
 from vtoken.evals.shared.whole import check_folder
 from vtoken.hooks.state.context import Context
 from vtoken.hooks.state.run import pixels_of, segments
-from vtoken.hooks.vision.padded_tower import PaddedTower
 from vtoken.hooks.vision.towers import tower_of
 from vtoken.stages import Fact, VisualTokens
 
@@ -73,7 +71,7 @@ def run(asked: Settings) -> None:
         for k, (t, share) in enumerate(zip(thresholds, left, strict=True))
     ]
     about = f"wrote {asked.out}: {len(files)} pictures, {left[-1]:.1%} of the tokens left on average"
-    stage = "dtome_post" if packed(registry.adapter(model.config.model_type)(model)) else "dtome"
+    stage = "dtome_post" if merges_behind(registry.adapter(model.config.model_type)(model)) else "dtome"
     figures = {"file": str(asked.out), "pictures": len(files), "budget": asked.budget, "schedule": asked.schedule}
     tell(asked, {**figures, "thresholds": thresholds, "left": left}, rows, about, f"{stage}:thresholds={asked.out}")
 
@@ -95,7 +93,7 @@ def calibrate(model: Any, image_processor: Any, files: list[Path], asked: Settin
         what the file holds: thresholds and left, [layers or rounds] float64.
     """
     adapter = registry.adapter(model.config.model_type)(model)
-    behind = packed(adapter)
+    behind = merges_behind(adapter)
     depth = asked.rounds if behind else len(adapter.encoder.layers)
     nominal = 1000 if behind else adapter.patches
     each = round(SHARES[asked.budget] * nominal / depth)
@@ -113,64 +111,50 @@ def calibrate(model: Any, image_processor: Any, files: list[Path], asked: Settin
     resume(asked.out, about, learned, depth if behind else 1 + min(adapter.encoder.feature_layers))
     stage = learner(registry.stage(about["method"]), learned)
     with torch.inference_mode():
-        encode = _behind(adapter, stage) if behind else _padded(adapter, stage)
         for start in range(learned.batches * asked.batch_size, len(files), asked.batch_size):
             say("calibrating", start / len(files))
             batch = files[start : start + asked.batch_size]
-            encode(apply(image_processor, f"{batch[0]} to {batch[-1]}", images=[_open(f) for f in batch]))
+            inputs = apply(image_processor, f"{batch[0]} to {batch[-1]}", images=[_open(f) for f in batch])
+            encode(adapter, stage, inputs, behind)
             learned.batches += 1
             whole.write(asked.out, save(learned.tensors(), {**about, "batches": str(learned.batches)}))
     return learned.tensors()
 
 
-def packed(adapter: Any) -> bool:
+def merges_behind(adapter: Any) -> bool:
     """Whether the model's encoder cannot merge inside, so that dtome_post merges what leaves it."""
     found: bool = adapter.encoder.packed or adapter.encoder.unit > 1
     return found
 
 
-def _padded(adapter: Any, stage: Any) -> Callable[[Any], None]:
-    """Runs the tower of a LLaVA on what the image processor returns; the stage merges inside it."""
-
-    def encode(inputs: Any) -> None:
-        pixels, context = pixels_of("image", inputs), Context(adapter, stages=(stage,))
-        if pixels.ndim == 5:
-            crops = adapter.crops({"image_sizes": inputs["image_sizes"]})
-            pixels = torch.cat([image[:n] for image, n in zip(pixels, crops, strict=True)])
-        try:
-            PaddedTower(context)
-            adapter.tower(pixels.to(adapter.model.device, adapter.model.dtype))
-        finally:
-            context.handle.release()
-
-    return encode
-
-
-def _behind(adapter: Any, stage: Any) -> Callable[[Any], None]:
-    """Runs a tower after which patches are joined; the stage merges the keys that it leaves."""
-
-    def encode(inputs: Any) -> None:
-        sizes = {name: inputs[given].to(adapter.model.device) for given, name in SIZES.items() if given in inputs}
-        keys = Fact("mean_key", adapter.encoder.attention_layer)
-        context = Context(adapter, read=frozenset({keys}))
-        try:
-            tower_of(adapter.encoder)(context)
-            pixels = inputs["pixel_values"].to(adapter.model.device, adapter.model.dtype)
-            if pixels.ndim == 5:  # rows of crops; those that are all zero are padding
-                pixels = pixels.flatten(0, 1)
-                pixels = pixels[(pixels != 0).flatten(1).any(1)]
-            adapter.tower(pixels[None] if adapter.encoder.by_grids else pixels, **sizes)
-        finally:
-            context.handle.release()
-        tower, layouts = context.run.tower, adapter.layouts("image", inputs)
-        value = tower.facts[keys]
-        value = value if adapter.encoder.packed or adapter.encoder.sized else value.flatten(0, 1)
-        parts, lengths = [layout.parts for layout in layouts], [layout.tokens for layout in layouts]
-        segment, facts = segments(layouts), {Fact("mean_key"): value}
-        rows, index = range(len(parts)), tower.history.raster_index
-        stage.select(VisualTokens.pack(value, lengths, parts, rows, index, segment=segment, facts=facts))
-
-    return encode
+def encode(adapter: Any, stage: Any, inputs: Any, behind: bool) -> None:
+    """Runs the tower on what the image processor returns. The stage merges inside it, or behind it (where the tower
+    joins its patches) by the keys that the tower leaves."""
+    encoder, device, pixels = adapter.encoder, adapter.model.device, pixels_of("image", inputs)
+    keys = Fact("mean_key", encoder.attention_layer)
+    context = Context(adapter, read=frozenset({keys})) if behind else Context(adapter, stages=(stage,))
+    sizes = {name: inputs[given].to(device) for given, name in SIZES.items() if behind and given in inputs}
+    if pixels.ndim == 5 and behind:  # rows of crops; those that are all zero are padding
+        pixels = pixels.flatten(0, 1)
+        pixels = pixels[(pixels != 0).flatten(1).any(1)]
+    elif pixels.ndim == 5:
+        crops = adapter.crops({"image_sizes": inputs["image_sizes"]})
+        pixels = torch.cat([image[:n] for image, n in zip(pixels, crops, strict=True)])
+    pixels = pixels.to(device, adapter.model.dtype)
+    try:
+        tower_of(encoder)(context)
+        adapter.tower(pixels[None] if encoder.by_grids else pixels, **sizes)
+    finally:
+        context.handle.release()
+    if not behind:
+        return
+    tower, layouts = context.run.tower, adapter.layouts("image", inputs)
+    value = tower.facts[keys]
+    value = value if encoder.packed or encoder.sized else value.flatten(0, 1)
+    parts, lengths = [layout.parts for layout in layouts], [layout.tokens for layout in layouts]
+    segment, facts = segments(layouts), {Fact("mean_key"): value}
+    rows, index = range(len(parts)), tower.history.raster_index
+    stage.select(VisualTokens.pack(value, lengths, parts, rows, index, segment=segment, facts=facts))
 
 
 def _open(file: Path) -> Any:
@@ -187,26 +171,32 @@ def digest(files: list[Path]) -> str:
 
 
 def resume(out: Path, about: dict[str, str], learned: Learned, asked: int) -> None:
-    """Takes over what `out` holds, if it is there; `asked`: layers that merge, those after them were filled up."""
+    """Takes over what the file `out` says, if there is one.
+
+    Args:
+        asked: layers that merge; in the file `left` of the layers after them repeats that of the last.
+
+    Raises:
+        ConfigError: the file is of another calibration, or not one of thresholds.
+    """
     if not out.exists():
         return
     try:
-        found, learned_before = opened(out)
+        found, before = opened(out)
     except ValueError as error:
         raise ConfigError(f"{out} is not a file of thresholds ({error}); write to another one") from error
     different = [f"{key} {found.get(key)!r}, not {value!r}" for key, value in about.items() if found.get(key) != value]
-    rounds = learned_before["left"].numel() if "left" in learned_before else len(learned.merges)
+    rounds = before["left"].numel() if "left" in before else len(learned.merges)
     if different or rounds != len(learned.merges):
         raise ConfigError(
             f"{out} is of another calibration ({'; '.join(different) or 'other rounds'}); delete it or write to "
             "another file"
         )
     try:
-        expect(out, learned_before, ((name, (rounds,)) for name in ("thresholds", "left")))
+        expect(out, before, ((name, (rounds,)) for name in ("thresholds", "left")))
         learned.batches = count(out, found, "batches")
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    thresholds = learned_before["thresholds"]
-    learned.thresholds = thresholds.masked_fill(thresholds == NEVER, float("nan"))
-    learned.left = learned_before["left"]
-    learned.left[asked:] = float("nan")
+    learned.thresholds = before["thresholds"].masked_fill(before["thresholds"] == NEVER, torch.nan)
+    learned.left = before["left"]
+    learned.left[asked:] = torch.nan

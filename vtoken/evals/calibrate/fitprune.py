@@ -24,8 +24,9 @@ examples:
   vtoken calibrate fitprune llava-hf/llava-1.5-7b-hf --reduction 60 --data questions.jsonl --limit 128
   vtoken bench tiny-llava table.yaml
 
-Runs every prompt once dense and some seven times pruned, one at a time. The pictures must have equally many visual tokens.
-Lines of --data: {"image": "cat.jpg", "question": "What is it?"}. The table depends on the model, the size and the questions.
+Runs every prompt once dense and some seven times pruned, one at a time. The pictures must have equally many visual
+tokens. Lines of --data: {"image": "cat.jpg", "question": "What is it?"}. The table depends on the model, the size and
+the questions.
 """
 
 
@@ -39,7 +40,7 @@ class Settings(ModelCommand):
 def run(asked: Settings) -> None:
     """Fits the table and writes the pipeline."""
     check_folder(asked.out)
-    given = samples.read(asked.data, asked.limit) if asked.data else samples.last(asked.limit)
+    given = samples.read(asked.data, asked.limit)
     model, processor = samples.load(asked.model, asked.device, asked.dtype)
     prompts = (samples.prepare(model, processor, sample) for sample in given)
     found = fit(

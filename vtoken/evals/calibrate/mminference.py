@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vtoken import registry
+from vtoken.compressors._rows import rows_at
 from vtoken.errors import ConfigError
 from vtoken.evals.calibrate._report import pipeline_file, tell_pipeline
 from vtoken.evals.shared import models
@@ -20,8 +21,9 @@ from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, ever
 
 SUMMARY = "search MMInference's pattern of every head on one prompt of random or given pictures"
 DESCRIPTION = """\
-Every head takes the pattern that recalls most of what visual tokens attend to among visual tokens, a later one only if it
-recalls 0.01 more of all their attention: the order is from cheap to costly. Text keys take their part, as in the authors' search."""
+Every head takes the pattern that recalls most of what visual tokens attend to among visual tokens, a later one only if
+it recalls 0.01 more of all their attention: the order is from cheap to costly. Text keys take their part, as in the
+authors' search."""
 EXAMPLES = """examples:
   vtoken calibrate mminference tiny-llava -o table.yaml            # the form of a table, on random pictures
   vtoken calibrate mminference Qwen/Qwen2.5-VL-7B-Instruct --inputs clip.pt --dtype bfloat16 -o table.yaml
@@ -29,7 +31,7 @@ EXAMPLES = """examples:
 """
 LONGEST = 25_000  # tokens of the authors' sample; longer ones take too long
 GAIN = 0.01
-QUERIES = 256  # rows of an attention map held at once
+QUERIES = 256  # rows of an attention map that are in memory at once
 
 
 class Search(SparseAttention):
@@ -57,13 +59,10 @@ class Search(SparseAttention):
 def recall(prompt: PrefillQK, reads: SparseMask) -> Tensor:
     """[H] share of the attention of visual queries, over all keys, that goes to visual keys and that a mask keeps; mean
     over queries."""
-    seen = (prompt.image >= 0).nonzero()[:, 0]
-    groups, total = prompt.heads // len(prompt.k), torch.zeros(prompt.heads)
-    keys = prompt.k.float().repeat_interleave(groups, 0)
-    place = torch.arange(prompt.length, device=seen.device)
+    seen, total = (prompt.image >= 0).nonzero()[:, 0], torch.zeros(prompt.heads)
+    keys = prompt.k.repeat_interleave(prompt.heads // len(prompt.k), 0)
     for rows in seen.split(QUERIES):
-        scores = prompt.q[:, rows].float() @ keys.transpose(1, 2) * prompt.scale
-        share = scores.masked_fill(place > rows[:, None], -torch.inf).softmax(-1)[..., seen]
+        share = rows_at(prompt.q, keys, rows, prompt.scale)[..., seen]
         total += torch.where(visible(reads, rows)[..., seen], share, 0).sum((1, 2)).cpu()
     return total / len(seen)
 
@@ -133,7 +132,11 @@ def saved(file: Path) -> dict[str, Tensor]:
 
 
 def search(model: Any, inputs: dict[str, Tensor]) -> tuple[Any, list[tuple[float, ...]]]:
-    """The stage with the table found on one prompt, and per layer what the chosen pattern of every head recalls."""
+    """The stage with the table found on one prompt, and per layer what the chosen pattern of every head recalls.
+
+    Raises:
+        ConfigError: several prompts, a long one, or one without a picture.
+    """
     rows, length = inputs["input_ids"].shape
     if rows != 1 or length > LONGEST:
         raise ConfigError(f"the search takes one prompt of at most {LONGEST} tokens, not {rows} of {length}")
@@ -142,5 +145,7 @@ def search(model: Any, inputs: dict[str, Tensor]) -> tuple[Any, list[tuple[float
     patterns, method = get_args(cls.model_fields["pattern"].annotation), cls()
     with wrapped(model, [Search(candidates=patterns, found=found, method=method)]), torch.no_grad():
         model(**inputs, logits_to_keep=1)
+    if not found:
+        raise ConfigError("the prompt shows no picture; a pattern is searched by what its visual tokens attend to")
     chosen, recalls = zip(*(pair for _, pair in sorted(found.items())), strict=True)
     return cls(heads=chosen), list(recalls)

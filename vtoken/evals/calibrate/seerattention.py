@@ -27,9 +27,10 @@ examples:
       the shipped model, whose prompts are some 40 blocks of 16
   vtoken calibrate seerattention tiny-llava --data reference --limit 30 --size 16 --steps 20 -o tiny.safetensors --json
 
-Gates learn on prompts like those that they will be used on: with pictures as large, and as long. The authors train text models on 8,000
-documents of 64k tokens. Every prompt runs once; what is kept of it takes, per layer, 8 H T^2 + 4 (H + 3 Hk) T d bytes for T blocks, H and Hk heads
-of width d: 62 MB for 28 layers of a Qwen2.5-VL-7B and 4,096 tokens in blocks of 64. One picture in five is kept back to measure on.
+Gates learn on prompts like those that they will be used on: with pictures as large, and as long. The authors train text
+models on 8,000 documents of 64k tokens. Every prompt runs once; what is kept of it takes, per layer, 8 H T^2 +
+4 (H + 3 Hk) T d bytes for T blocks, H and Hk heads of width d: 62 MB for 28 layers of a Qwen2.5-VL-7B and 4,096 tokens
+in blocks of 64. One picture in five is kept back to measure on.
 """
 
 

@@ -1,4 +1,4 @@
-"""`vtoken calibrate streaming`: which key heads must read everything, by RazorAttention's probe."""
+"""`vtoken calibrate streaming`: which key heads must read everything, as RazorAttention measures it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Settings(ModelCommand):
 
 
 def run(asked: Settings) -> None:
-    """Probes, and writes the table."""
+    """Measures, and writes the table."""
     check_folder(asked.out)
     if asked.out.suffix == ".tsv":
         raise ConfigError(

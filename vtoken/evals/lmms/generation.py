@@ -54,10 +54,10 @@ class TextGenerator:
 
         Args:
             options: of generation, as lmms-eval's tasks give them: max_new_tokens, temperature, top_p, num_beams, until
-                (texts that end an answer); others are not heeded.
+                (texts that end an answer); others are ignored.
 
         Raises:
-            Whatever processor and model raise: an answer that could not be had is no empty answer.
+            Whatever processor and model raise: a failure is never an empty answer.
         """
         began = time.perf_counter()
         inputs = encode(self.processor, prompts, self.model)

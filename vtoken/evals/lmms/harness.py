@@ -101,22 +101,18 @@ class Harness:
             self.manager = TaskManager(**places)
         known_to(self.manager.all_tasks, tasks)
         self.tasks = list(tasks)
-        for name in tasks:
-            self._check(name)
-
-    def _leaves(self, name: str) -> list[tuple[str, Any]]:
-        """Tasks of the group by name, else the task itself."""
-        with _explained(name, "cannot be loaded"):
-            return list(_leaves(get_task_dict([name], self.manager, "chat")))
-
-    def _check(self, name: str) -> None:
-        for leaf, task in self._leaves(name):
+        for leaf, task in [found for name in tasks for found in self._leaves(name)]:
             kind = task.get_config("output_type")
             if kind != "generate_until":
                 raise UnsupportedError(
                     f"task {leaf} is of type {kind}; only tasks that are answered by generating text once "
                     "(generate_until) are served"
                 )
+
+    def _leaves(self, name: str) -> list[tuple[str, Any]]:
+        """Tasks of the group by name, else the task itself."""
+        with _explained(name, "cannot be loaded"):
+            return list(_leaves(get_task_dict([name], self.manager, "chat")))
 
     def run(self, model: VtokenModel, name: str, limit: int | None, folder: Path) -> Scored:
         """Asks the model everything and scores it.
@@ -193,7 +189,7 @@ def ranks() -> tuple[int, int]:
 
 
 def everyone(found: Any) -> list[Any]:
-    """What every process of the process group found, the first one first; alone, what this one did."""
+    """What each process of the process group gives, by rank; without a group, of this process alone."""
     if not dist.is_initialized():
         return [found]
     shares: list[Any] = [None] * dist.get_world_size()
@@ -202,12 +198,12 @@ def everyone(found: Any) -> list[Any]:
 
 
 def whoever(found: Any) -> Any:
-    """What one of the processes found; the others give None."""
+    """The value of the one process that has it, in all of them; the others give None."""
     return next(share for share in everyone(found) if share is not None)
 
 
 def numbers(given: dict[str, Any]) -> dict[str, float]:
-    """Metric -> number; "N/A", empty lists, standard errors and other decorations are left out, and so is the filter
+    """Metric -> number, without what is none ("N/A", empty lists) and standard errors. Keys leave out the filter
     "none"."""
     found = {}
     for key, value in given.items():
@@ -242,22 +238,19 @@ def _leaves(loaded: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
 
 @contextlib.contextmanager
 def _explained(name: str, what: str) -> Iterator[None]:
-    """Turns a retried or foreign error of a task into one sentence with the first cause."""
+    """Turns what a task raised when lmms-eval loaded it, or tried in vain to score it, into one sentence."""
     try:
         yield
+        return
     except RetryError as error:  # lmms-eval tries loading and scoring five times and then hides why.
         cause = error.last_attempt.exception()
-        raise VtokenError(_sentence(name, what, cause)) from cause
     except (ImportError, KeyError, OSError, AssertionError) as error:
         if what != "cannot be loaded":
             raise
-        raise VtokenError(_sentence(name, what, error)) from error
-
-
-def _sentence(name: str, what: str, cause: BaseException | None) -> str:
+        cause = error
     message = f"task {name} {what}: {type(cause).__name__}: {str(cause).strip() or 'no message'}"
     if type(cause).__name__ == "LocalTokenNotFoundError":
         message += "; lmms-eval asks the hub with a token even for public data: run `hf auth login`"
     elif isinstance(cause, ModuleNotFoundError):
         message += f"; pip install {cause.name}"
-    return message
+    raise VtokenError(message) from cause

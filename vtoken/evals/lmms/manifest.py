@@ -2,9 +2,7 @@
 
 from lmms_eval.models.registry_v2 import ModelManifest
 
-CLASS = "vtoken.evals.lmms.model.VtokenModel"
-
 
 def manifests() -> ModelManifest:
     """`lmms-eval --model vtoken`."""
-    return ModelManifest(model_id="vtoken", chat_class_path=CLASS)
+    return ModelManifest(model_id="vtoken", chat_class_path="vtoken.evals.lmms.model.VtokenModel")

@@ -19,13 +19,13 @@ import vtoken
 from vtoken import config
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, UnsupportedError
-from vtoken.evals import processors, reference
 from vtoken.evals.lmms.generation import TextGenerator
 from vtoken.evals.lmms.prompts import LMMS_EVAL_PIXELS, Prompt, from_chat, limit_pixels, pixels
 from vtoken.evals.lmms.records import Request
 from vtoken.evals.lmms.response_cache import identify
 from vtoken.evals.shared import models
 from vtoken.evals.shared.bars import progress
+from vtoken.evals.shared.dense import is_stock
 from vtoken.evals.shared.identity import code, named_files, weights
 
 
@@ -56,8 +56,7 @@ class VtokenModel(lmms):
         requests: what was answered since the pipeline was put on.
 
     Raises:
-        ConfigError, UnsupportedError: an argument that cannot be used, before anything is loaded where that can be
-            told.
+        ConfigError, UnsupportedError: an argument that cannot be used; before anything is loaded, where that is known.
     """
 
     is_simple = False
@@ -103,12 +102,9 @@ class VtokenModel(lmms):
             parsed = replace(whole, name=name, written=f'pipeline "{name}"')
         if device is None and "LOCAL_RANK" in os.environ and models.to_device(None).type == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
-        model = models.load(
-            pretrained, device=device, dtype=dtype, attn_implementation=attn_implementation, revision=revision
+        model, processor = models.load_pair(
+            pretrained, device, dtype, revision, attn_implementation=attn_implementation
         )
-        shipped = pretrained in reference.names()
-        source = reference.path(pretrained) if shipped else pretrained
-        processor = processors.load(source, pillow=shipped, revision=revision)
         limit_pixels(processor, min_pixels, max_pixels)
         self.pretrained, self.revision, self.frames = pretrained, revision, frames
         self.system_prompt = self._resolve_system_prompt(system_prompt) if system_prompt else None
@@ -129,8 +125,7 @@ class VtokenModel(lmms):
 
     def use(self, pipeline: Pipeline) -> None:
         """Puts another pipeline on the same weights; one without stages leaves the stock model, with no hook on it."""
-        stock = not pipeline.stages and pipeline.anyres == "model"
-        self.generator.use(None if stock else pipeline)
+        self.generator.use(None if is_stock(pipeline) else pipeline)
         self.requests = []
 
     def about(self) -> dict[str, Any]:
@@ -185,7 +180,8 @@ class VtokenModel(lmms):
                 found |= self._batch(batch, [requests[k] for k in batch], seen)
         real = [k for k in range(len(requests)) if not requests[k].metadata.get("__padding_only__")]
         self._note([found[k] for k in real])
-        return [self._result(found[k]) for k in range(len(requests))]
+        replies = [found[k].reply for k in range(len(requests))]
+        return [GenerationResult(r.text, TokenCounts(r.cost.input_tokens, r.cost.new_tokens)) for r in replies]
 
     def _batch(
         self, places: Sequence[int], batch: Sequence[Any], seen: dict[tuple[str, int], int]
@@ -222,7 +218,7 @@ class VtokenModel(lmms):
         return self._prompt(messages, task, split, doc)
 
     def introduce(self, task: str, documents: Any, messages: Any, split: str, docs: Sequence[int]) -> None:
-        """Lets `prompt` tell of documents that another process answered, or an earlier run.
+        """Makes `prompt` work for documents that another process answered, or an earlier run.
 
         Args:
             documents: the task's, by split; `messages` makes the chat of one.
@@ -251,10 +247,6 @@ class VtokenModel(lmms):
 
     def _label(self) -> str:
         return "dense" if self.generator.pipeline is None else self.generator.pipeline.name
-
-    def _result(self, request: Request) -> GenerationResult:
-        cost = request.reply.cost
-        return GenerationResult(request.reply.text, TokenCounts(cost.input_tokens, cost.new_tokens))
 
     def loglikelihood(self, requests: list[Any]) -> NoReturn:
         """Raises UnsupportedError: a wrapped model generates."""

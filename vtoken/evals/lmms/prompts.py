@@ -98,18 +98,13 @@ def from_chat(messages: Sequence[Mapping[str, Any]], frames: int, system: str | 
                     "its task out"
                 )
             parts.append({"type": kind})
-            if kind == "image":
-                images.append(_picture(part["url"]))
+            shown = part["url"]
+            if kind == "video":
+                clips.append(clip(shown, frames))
             else:
-                clips.append(clip(part["url"], frames))
+                images.append(media.rgb(shown) if isinstance(shown, Image.Image) else media.still(Path(shown)))
         read.append({"role": message["role"], "content": parts})
     return Prompt(tuple(read), tuple(images), tuple(clips))
-
-
-def _picture(given: Any) -> Image.Image:
-    if isinstance(given, Image.Image):
-        return media.rgb(given)
-    return media.still(Path(given))
 
 
 def clip(given: Any, frames: int) -> Clip:
@@ -125,18 +120,18 @@ def clip(given: Any, frames: int) -> Clip:
         return clip(given[0], frames)
     if not isinstance(given, (str, Path)):
         raise UnsupportedError(f"a video is a file, a folder or a list of pictures, not {type(given).__name__}")
-    path = Path(given)
-    if not os.path.isdir(path) and path.suffix.lower() not in (".gif", ".webp"):
-        pictures, rate, total = media.decoded(path, lambda total: _places(total, frames))
-        return Clip(pictures, tuple(_places(total, frames)[: len(pictures)]), rate, total)
-    totals = []
+    path, rate, total = Path(given), 1.0, 0
 
-    def choose(total: int) -> list[int]:
-        totals.append(total)
+    def choose(count: int) -> list[int]:
+        nonlocal total
+        total = count
         return _places(total, frames)
 
-    pictures = media.film(path, choose)
-    return Clip(pictures, tuple(_places(totals[0], frames)), 1.0, totals[0])
+    if os.path.isdir(path) or path.suffix.lower() in (".gif", ".webp"):
+        pictures = media.film(path, choose)
+    else:
+        pictures, rate, _ = media.decoded(path, choose)
+    return Clip(pictures, tuple(_places(total, frames)[: len(pictures)]), rate, total)
 
 
 def _places(total: int, frames: int) -> list[int]:

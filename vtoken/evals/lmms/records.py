@@ -62,7 +62,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Request:
-    """One answered document. `repeat` counts answers to the same one, `media` tells apart what was shown."""
+    """One answered document. `repeat` numbers the answers to it; `media` is the fingerprint of what was shown."""
 
     task: str
     doc: int

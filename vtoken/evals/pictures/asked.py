@@ -13,19 +13,15 @@ from vtoken.config import load
 from vtoken.errors import ConfigError, VtokenError
 from vtoken.evals.pictures.traced import picture
 from vtoken.evals.processors import apply, check_video
+from vtoken.evals.shared.dense import DENSE
 from vtoken.evals.shared.media import Media, read, rgb
 from vtoken.evals.shared.options import FRAMES
 from vtoken.hooks.state.run import pixels_of
 from vtoken.registry import catalogue
 from vtoken.session import trace, watched, wrapped
 
-SITES = (
-    "pixels",
-    "encoder",
-    "tokens",
-    "decoder",
-    "cache",
-)  # Frames are of videos; sparse attention and choices while decoding leave all tokens.
+# Frames are of videos; sparse attention and choices while decoding leave all tokens.
+SITES = ("pixels", "encoder", "tokens", "decoder", "cache")
 MEASURES = ("tokens at entry", "mean over layers", "KV cache, kB", "seconds")
 
 
@@ -36,7 +32,7 @@ def prepare(processor: Any, media: Media, question: str, model: Any) -> Any:
         check_video(processor)
         given = {"videos": [list(media.pictures)], "do_sample_frames": False}  # The frames were chosen already.
     else:
-        given = {"images": [list(media.pictures)]}  # Nested: OneVision must know that one prompt holds them all.
+        given = {"images": [list(media.pictures)]}  # Nested: OneVision must know that they are of one prompt.
     if getattr(processor, "chat_template", None):
         message = {"role": "user", "content": [{"type": kind}] * media.items + [{"type": "text", "text": question}]}
         text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
@@ -46,7 +42,7 @@ def prepare(processor: Any, media: Media, question: str, model: Any) -> Any:
 
 
 class Answer(NamedTuple):
-    """A picture of the kept tokens, both answers, rows of MEASURES dense and pruned, and what stood aside."""
+    """A picture of the kept tokens, both answers, rows of MEASURES dense and pruned, and which stages stood aside."""
 
     picture: Any
     dense: str
@@ -88,7 +84,7 @@ class Answerer:
         media = Media((rgb(photo),)) if video is None else read([Path(video)], self.frames)
         with self._turn, torch.inference_mode():
             inputs = prepare(self.processor, media, question, self.model)
-            dense, plain, first = self._ask(load("none"), inputs)
+            dense, plain, first = self._ask(DENSE, inputs)
             pruned, seen, second = self._ask(pipeline, inputs)
         kept, total = sum(seen.tokens_out), sum(seen.visual_tokens)
         caption = f"{pipeline.name}: {kept} of {total} visual tokens"

@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 
-from vtoken.config import Pipeline, load
+from vtoken.config import Pipeline
 from vtoken.errors import VtokenError
 from vtoken.evals import reference
 from vtoken.evals.cost.flops import account, picture_size
-from vtoken.evals.pictures.demo_pipelines import DemoPipelines, applied, choose, prefill
-from vtoken.evals.pictures.overlay import scaled
+from vtoken.evals.pictures.demo_pipelines import DemoPipelines, choose, prefill
 from vtoken.evals.pictures.report import Case, Panel, Report, Row
 from vtoken.evals.pictures.traced import for_page
 from vtoken.evals.processors import apply
 from vtoken.evals.shared.bars import say
+from vtoken.evals.shared.dense import DENSE
 from vtoken.evals.shared.machine import processor_name, versions
 from vtoken.evals.shared.media import Media, still
-from vtoken.hooks.state.cache_argument import CACHE
+from vtoken.session import wrapped
 
 ROUNDS = 21
 WARMUP = 2
@@ -52,7 +52,7 @@ def run(
     model, processor = reference.load(name)
     questions = reference.questions(limit)
     prompts = [inputs_of(processor, q) for q in questions[:ROUNDS]]
-    total = sum(prefill(model, load("none"), prompts[0]).visual_tokens)
+    total = sum(prefill(model, DENSE, prompts[0]).visual_tokens)
     budgets = sorted(set(budgets or default_budgets(total)), reverse=True)
     if not 1 <= budgets[-1] <= budgets[0] <= total:
         raise VtokenError(f"budgets must lie between 1 and {total}, the visual tokens of {name}")
@@ -67,7 +67,7 @@ def run(
         def answered(count: int, _: int, label: str = label, before: int = done) -> None:
             say(label, (before + count) * share)
 
-        with applied(model, pipeline):
+        with wrapped(model, pipeline):
             answers[label] = reference.answers(model, processor, questions, batch_size=BATCH, progress=answered)
         done += len(questions)
     seconds: dict[str, list[float]] = {label: [] for label in pipelines}
@@ -108,7 +108,7 @@ def inputs_of(processor: Any, question: reference.Question) -> Any:
 
 @torch.inference_mode()
 def time_to_first_token(
-    model: Any, pipelines: dict[str, Pipeline | None], prompts: Sequence[Any]
+    model: Any, pipelines: dict[str, Pipeline], prompts: Sequence[Any]
 ) -> Iterator[tuple[int, str, float]]:
     """Round (below 0: warm-up), pipeline, and the seconds of `generate` up to one new token.
 
@@ -118,7 +118,7 @@ def time_to_first_token(
     order = list(pipelines)
     for turn in range(-WARMUP, ROUNDS):
         for label in order:
-            with applied(model, pipelines[label]):
+            with wrapped(model, pipelines[label]):
                 start = time.perf_counter()
                 model.generate(**prompts[turn % len(prompts)], do_sample=False, max_new_tokens=1)
                 yield turn, label, time.perf_counter() - start
@@ -126,7 +126,7 @@ def time_to_first_token(
 
 
 @torch.inference_mode()
-def cost(model: Any, pipeline: Pipeline | None, prompt: Any) -> dict[str, int]:
+def cost(model: Any, pipeline: Pipeline, prompt: Any) -> dict[str, int]:
     """`tokens`, `flops`, `language_flops` and `cache_bytes` of one prefill: tokens and bytes are measured, FLOPs
     counted.
 
@@ -137,15 +137,9 @@ def cost(model: Any, pipeline: Pipeline | None, prompt: Any) -> dict[str, int]:
     text = prompt["input_ids"].shape[1] - placeholders
     size = picture_size(model.config, prompt)
     plan = account(model.config, pipeline, image_size=size, text_tokens=text, new_tokens=1)
-    if pipeline is None:
-        layers = getattr(model(**prompt, use_cache=True), CACHE).layers
-        cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
-        newlines = plan.newline_entry
-        tokens = [placeholders - newlines] * len(layers)
-    else:
-        seen = prefill(model, pipeline, prompt)
-        tokens, cache_bytes = [sum(layer) for layer in seen.layers], seen.cache_bytes
-        newlines = seen.prompt_tokens[0] - text - tokens[0]
+    seen = prefill(model, pipeline, prompt)
+    tokens, cache_bytes = [sum(layer) for layer in seen.layers], seen.cache_bytes
+    newlines = seen.prompt_tokens[0] - text - tokens[0]
     # The plan knows all figures but one: of the newline tokens it has an expectation only.
     slots = sum(text + n + line for n, line in zip(plan.visual_tokens, plan.newline_tokens, strict=True))
     planned = plan.kv_bytes_prefill * sum(text + n + newlines for n in plan.visual_tokens) // slots
@@ -171,18 +165,15 @@ def examples(questions: Sequence[reference.Question], count: int) -> list[int]:
 def case(
     model: Any,
     processor: Any,
-    pipelines: dict[str, Pipeline | None],
+    pipelines: dict[str, Pipeline],
     question: reference.Question,
     answers: dict[str, str],
 ) -> Case:
     """One question with what every pipeline kept of its picture and answered."""
     prompt, picture, panels = inputs_of(processor, question), still(question.image), []
     for label, pipeline in pipelines.items():
-        if pipeline is None:
-            shown = scaled(picture, 480)
-        else:
-            seen = prefill(model, pipeline, prompt)
-            (shown,) = for_page(processor, prompt, Media((picture,)), seen, columns=1)
+        seen = prefill(model, pipeline, prompt) if pipeline.stages else None
+        (shown,) = for_page(processor, prompt, Media((picture,)), seen, columns=1)
         right = bool(reference.score([question], [answers[label]])[question.kind][0])
         panels.append(Panel(label, answers[label], right, shown))
     return Case(question.question, question.answer, tuple(panels))
@@ -207,7 +198,7 @@ def conditions(model: Any, command: str, questions: int, prompts: int) -> dict[s
 
 def differences(model: Any, compared: DemoPipelines, prompt: Any) -> dict[str, str]:
     """Facts that this model replaced by others, options that are not the defaults, and methods that were left out."""
-    traces = [prefill(model, pipeline, prompt) for pipeline in compared.pipelines.values() if pipeline is not None]
+    traces = [prefill(model, pipeline, prompt) for pipeline in compared.pipelines.values()]
     facts = {
         f"{stage.name}: {given} for {asked}"
         for seen in traces

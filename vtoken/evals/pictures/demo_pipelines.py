@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from vtoken.config import Pipeline, load
 from vtoken.errors import UnsupportedError, VtokenError
 from vtoken.evals.cost.support_matrix import example_stage
+from vtoken.evals.shared.dense import DENSE
 from vtoken.hooks.state.trace import Trace
 from vtoken.registry import adapter, catalogue
 from vtoken.session import trace, watched, wrapped
@@ -25,13 +25,13 @@ class DemoPipelines:
     """What is compared.
 
     Attributes:
-        pipelines: by label, as "fastervlm:64" or "pool"; the first is "dense", None.
+        pipelines: by label, as "fastervlm:64" or "pool"; the first is "dense".
         shown: labels whose kept tokens the page shows: the middle budget of every method.
         left_out: method -> why it is not among them.
         options: method -> options other than the defaults.
     """
 
-    pipelines: dict[str, Pipeline | None]
+    pipelines: dict[str, Pipeline]
     shown: tuple[str, ...]
     left_out: dict[str, str]
     options: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -46,7 +46,7 @@ def choose(model: Any, prompt: Any, budgets: Sequence[int], everything: bool = F
         budgets: tokens to keep, descending.
         everything: all stages there are; those without a budget (filters, pooling) once, with their defaults.
     """
-    pipelines: dict[str, Pipeline | None] = {"dense": None}
+    pipelines = {DENSE.name: DENSE}
     left_out: dict[str, str] = {}
     changed: dict[str, dict[str, int]] = {}
     if everything:
@@ -112,11 +112,6 @@ def _fitted(cls: type[Stage], depth: int) -> dict[str, int]:
     """Encoder layers that the defaults name and this tower does not have, at the same share of its depth."""
     named = {key: field.default for key, field in cls.model_fields.items() if key.endswith("_layer")}
     return {key: round(k * depth / DEPTH) for key, k in named.items() if isinstance(k, int) and k >= depth}
-
-
-def applied(model: Any, pipeline: Pipeline | None) -> AbstractContextManager[Any]:
-    """The model with the pipeline for the length of a `with`; None leaves it dense."""
-    return nullcontext(model) if pipeline is None else wrapped(model, pipeline)
 
 
 def prefill(model: Any, pipeline: Pipeline, prompt: Any) -> Trace:

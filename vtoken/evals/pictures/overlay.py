@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Iterable, Sequence
+from io import BytesIO
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
@@ -14,6 +16,7 @@ from vtoken.hooks.state.trace import Trace
 from vtoken.stages import Grid, Parts, size_of
 
 LINE = (255, 255, 255)
+GAP = 12  # pixels between pictures of a sheet
 MOST = 4096  # pixels of the longer side, for grids that are one long row
 VEIL = (72, 72, 72)  # lighter than a dark photograph, darker than a bright one: kept cells stand out from both
 # Okabe and Ito's palette: neighbouring groups of merged tokens stay apart for colour-blind readers too.
@@ -117,20 +120,35 @@ def drawn(
         label = f"{name}: {count} of {size}" if len(grids) > 1 else None
         tiles.append(overlay(views[k * step], alive, grid, into, side=side, caption=label, first=first))
         first += size
-    return tiles[0] if len(tiles) == 1 else sheet(tiles, columns, background="white")
+    return sheet(tiles, columns, background="white")
 
 
-def sheet(pictures: Sequence[Image.Image], columns: int = 0, gap: int = 12, background: str = "#808080") -> Image.Image:
-    """Pictures side by side, `columns` per row (0: all in one row), `gap` pixels between and around them."""
+def sheet(pictures: Sequence[Image.Image], columns: int = 0, background: str = "#808080") -> Image.Image:
+    """Pictures side by side, `columns` per row (0: all in one row), with a gap between and around them; a single one as
+    it is."""
+    if len(pictures) == 1:
+        return pictures[0]
     columns = min(columns or len(pictures), len(pictures))
     lines = [pictures[k : k + columns] for k in range(0, len(pictures), columns)]
     heights = [max(p.height for p in line) for line in lines]
     widths = [max(p.width for p in pictures[k::columns]) for k in range(columns)]
-    lefts, tops = ([*accumulate(lengths, lambda a, b: a + b + gap, initial=gap)] for lengths in (widths, heights))
+    lefts, tops = ([*accumulate(lengths, lambda a, b: a + b + GAP, initial=GAP)] for lengths in (widths, heights))
     out = Image.new("RGB", (lefts[-1], tops[-1]), background)
     for k, picture in enumerate(pictures):
         out.paste(picture, (lefts[k % columns], tops[k // columns]))
     return out
+
+
+def encoded(picture: Image.Image, kind: Literal["JPEG", "PNG"]) -> bytes:
+    """The file of a picture."""
+    file = BytesIO()
+    picture.convert("RGB").save(file, kind, quality=85)
+    return file.getvalue()
+
+
+def data_uri(picture: Image.Image, kind: Literal["JPEG", "PNG"]) -> str:
+    """A picture for HTML, whole in its address."""
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(encoded(picture, kind)).decode()}"
 
 
 def scaled(picture: Image.Image, width: int) -> Image.Image:
@@ -138,15 +156,15 @@ def scaled(picture: Image.Image, width: int) -> Image.Image:
 
 
 def views(processor: Any, pixel_values: Any, media: Media, parts: Sequence[Parts]) -> list[list[Image.Image]]:
-    """For every image what its rasters cover: pictures as the tower saw them, or the originals where those are covered.
+    """For every image the picture behind each of its rasters: as the tower saw it, or the original.
 
     Args:
         processor: a Hugging Face processor or image processor.
         pixel_values: [images, 3, H, W] or [images, crops, 3, H, W], crop 0 being the whole; [crops, 3, H, W] or
             [rows, crops, 3, H, W], padded with zeros, where every raster is a crop; pictures of their own size are
             padded to the largest; or [crops, patches, channels], padded.
-            Patches [patches, channels], or None, belong to processors that resize without cropping, so
-            that a raster covers the original.
+            With patches [patches, channels], or None, the processor resized without cropping, so that a raster covers
+            the original.
         media: the originals.
         parts: rasters of each image, as in the trace.
     """
@@ -205,7 +223,7 @@ def owners(trace: Trace, image: int) -> list[int] | None:
 
 
 def _merged(alive: Sequence[int], into: Sequence[int] | None) -> dict[int, int]:
-    """Tokens that live on in another one, and that one."""
+    """Token that was merged -> the kept token it is in."""
     slots = set(alive)
     pairs = enumerate(int(t) for t in into) if into is not None else ()
     return {token: owner for token, owner in pairs if owner in slots and token != owner}

@@ -99,33 +99,29 @@ def fronts(rows: Figures, cost: str, label: str) -> str:
     from matplotlib.figure import Figure
 
     known = [row for row in rows if row[cost] is not None and row["quality"] is not None]
-    look = looks(rows)
+    look = {**looks(rows), "dense": ("ink", INK, "*")}
     plain = {method for method, (name, _, _) in look.items() if name == "soft"}
     aside = cost == "tokens" and not plain  # Points of one budget stand side by side.
-    shift = {method: 1.06 ** (k - (len(look) - 1) / 2) for k, method in enumerate(look)} if aside else {}
+    shift = {method: 1.06 ** (k - len(look) / 2 + 1) if aside else 1.0 for k, method in enumerate(look)}
+    shift["dense"] = 1.0
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.7, 3.0), layout="constrained")
         axes = figure.subplots()
         _frame(axes, 100.0)
         best = sorted((row[cost], 100 * row["quality"]) for row in known if cost in row["fronts"])
         axes.plot(*zip(*best, strict=True), color=INK, linewidth=0.9, drawstyle="steps-post", zorder=1)
-        for method, (_, colour, _) in look.items():
-            own = [row for row in known if row["method"] == method]
-            line = sorted((row[cost] * shift.get(method, 1.0), 100 * row["quality"]) for row in own)
-            style: dict[str, Any] = (
-                {"color": FAINT, "zorder": 0.5} if method in plain else {"color": colour, "zorder": 1.5}
+        for method in sorted(look, key=lambda method: method not in plain):
+            (_, colour, marker), small = look[method], method in plain
+            own = sorted((row for row in known if row["method"] == method), key=lambda row: row[cost])
+            line = [(row[cost] * shift[method], 100 * row["quality"]) for row in own]
+            axes.plot(
+                *zip(*line, strict=True), color=FAINT if small else colour, linewidth=1, zorder=0.5 if small else 1.5
             )
-            axes.plot([x for x, _ in line], [y for _, y in line], linewidth=1, **style)
-        for row in sorted(known, key=lambda row: row["method"] not in plain):
-            y = 100 * row["quality"]
-            _, colour, marker = look.get(row["method"], ("dense", INK, "*"))
-            small = row["method"] in plain
-            whiskers = None if row["low"] is None or small else ([y - 100 * row["low"]], [100 * row["high"] - y])
-            edge: dict[str, Any] = {"markeredgecolor": INK, "markeredgewidth": 1.2} if cost in row["fronts"] else {}
-            x = row[cost] * shift.get(row["method"], 1.0)
-            axes.errorbar(
-                [x], [y], whiskers, color=colour, marker=marker, elinewidth=0.9, markersize=4 if small else 7, **edge
-            )
+            for row, (x, y) in zip(own, line, strict=True):
+                whiskers = None if row["low"] is None or small else ([y - 100 * row["low"]], [100 * row["high"] - y])
+                edge: dict[str, Any] = {"markeredgecolor": INK, "markeredgewidth": 1.2} if cost in row["fronts"] else {}
+                size = 4 if small else 7
+                axes.errorbar(x, y, whiskers, color=colour, marker=marker, elinewidth=0.9, markersize=size, **edge)
         ticks = sorted({round(row[cost]) for row in known})
         if cost == "tokens" and len(ticks) <= len(SERIES):
             axes.set_xticks(ticks, [str(tick) for tick in ticks])

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from vtoken.evals.pictures.overlay import data_uri
 from vtoken.evals.pictures.plots import plot
 from vtoken.evals.statistics import spread, wilson
 
@@ -124,9 +124,8 @@ def page(template: str, conditions: Mapping[str, Any], **values: Any) -> str:
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(
-        percent=percent, milliseconds=milliseconds, flops=_flops, bytes=_bytes, ratio=ratio, uri=_uri
-    )
+    environment.filters["uri"] = partial(data_uri, kind="JPEG")
+    environment.filters.update(percent=percent, milliseconds=milliseconds, flops=_flops, bytes=_bytes, ratio=ratio)
     return environment.get_template(template).render(conditions=conditions, **values)
 
 
@@ -156,9 +155,3 @@ def _flops(count: float | None) -> str:
 
 def _bytes(count: int) -> str:
     return f"{count / 2**20:.2f}\u00a0MiB" if count >= 2**20 else f"{count / 2**10:.0f}\u00a0KiB"
-
-
-def _uri(picture: Image.Image) -> str:
-    data = io.BytesIO()
-    picture.convert("RGB").save(data, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"

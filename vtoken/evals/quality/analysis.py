@@ -1,5 +1,5 @@
-"""A run of `vtoken eval` read back from its folder: paired statistics per task, costs per pipeline and Pareto fronts, as
-plain data."""
+"""A run of `vtoken eval` read back from its folder: paired statistics per task, costs per pipeline and Pareto fronts,
+as plain data."""
 
 from __future__ import annotations
 
@@ -55,17 +55,21 @@ def read(folder: Path) -> Evaluation:
     schema = results.get("schema") if isinstance(results, dict) else None
     if schema != SCHEMA:
         raise VtokenError(f"{file} has schema {reprlib.repr(schema)}, this vtoken reads {SCHEMA!r}")
-    if odd := [key for key, kind in PARTS.items() if not isinstance(results.get(key, NotImplemented), kind)]:
+    if odd := _missing(results, PARTS):
         raise VtokenError(f"{file} is not as `vtoken eval` writes it: {', '.join(odd)} missing, or of another kind")
-    for run in results["runs"]:
-        if not isinstance(run, dict) or not all(
-            isinstance(run.get(key, NotImplemented), kind) for key, kind in RUN.items()
-        ):
-            raise VtokenError(f"{file} is not as `vtoken eval` writes it: a run needs {', '.join(RUN)}")
+    if any(_missing(run, RUN) for run in results["runs"]):
+        raise VtokenError(f"{file} is not as `vtoken eval` writes it: a run needs {', '.join(RUN)}")
     results["runs"] = [run for run in results["runs"] if set(run["tasks"]) == set(results["tasks"])]
     if not results["runs"] or not results["tasks"]:
         raise VtokenError(f"{folder} holds no finished run; the dense one has to finish at least")
     return Evaluation(folder, results, [_lines(whole.inside(folder, run["requests"], file)) for run in results["runs"]])
+
+
+def _missing(found: Any, kinds: Mapping[str, Any]) -> list[str]:
+    """The keys that a mapping has not, or with a value of another kind."""
+    if not isinstance(found, dict):
+        return list(kinds)
+    return [key for key, kind in kinds.items() if not isinstance(found.get(key, NotImplemented), kind)]
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
@@ -177,6 +181,22 @@ def _times(evaluation: Evaluation, name: str, tasks: Mapping[str, Mapping[str, A
     return {**dict(zip(("ttft", "ttft_ratio", "ttft_low", "ttft_high"), times, strict=True)), "ttft_asked": asked}
 
 
+def sign(about: Mapping[str, Any]) -> float:
+    """1 for a task of results.json, or -1 where a lower score is better."""
+    return 1.0 if about["higher_is_better"] else -1.0
+
+
+def loss(mine: Line, base: Line, signs: Mapping[str, float]) -> float:
+    """By how much a document's score is worse than the dense model's; 0 where one of them has none.
+
+    Args:
+        signs: task -> its `sign`.
+    """
+    if None in (mine["score"], base["score"]):
+        return 0.0
+    return signs[base["task"]] * (base["score"] - mine["score"])
+
+
 def _method(run: Mapping[str, Any]) -> str:
     """Names of the stages: pipelines of one method, at several budgets, make one line of a plot."""
     stages = source.parse(run["pipeline"])[0]["stages"] if run["pipeline"] else []
@@ -203,23 +223,22 @@ def _of(evaluation: Evaluation, k: int, task: str) -> list[dict[str, Any]]:
 def _task(evaluation: Evaluation, k: int, task: str) -> dict[str, Any]:
     runs = evaluation.results["runs"]
     found, base = runs[k]["tasks"][task], runs[0]["tasks"][task]
-    higher = evaluation.results["tasks"][task]["higher_is_better"]
+    about = evaluation.results["tasks"][task]
+    of_dense = found["of_dense"] if about["higher_is_better"] else None
     mine, theirs = _of(evaluation, k, task), _of(evaluation, 0, task)
     counted, dense = found["flops"], base["flops"]
     known = "total" in counted and "total" in dense
     return {
         **{key: found[key] for key in ("value", "ttft_s", "ttft_to_dense")},
         **{key: found[key] for key in ("visual_tokens", "visual_tokens_entry", "visual_tokens_mean")},
-        "of_dense": found["of_dense"] if higher else None,
+        "of_dense": of_dense,
         "same": agreement([line["answer"] for line in mine], [line["answer"] for line in theirs]),
         "flops": counted["total"] if known else None,
         "flops_ratio": counted["total"] / dense["total"] if known else None,
         "language_ratio": counted["language"] / dense["language"] if known else None,
         "stage_flops": counted["stages"] if known else None,
         "no_flops": None if known else counted.get("reason", dense.get("reason")),
-        **_against(
-            mine if k else [], theirs if k else [], 1.0 if higher else -1.0, found["of_dense"] if higher else None
-        ),
+        **_against(mine if k else [], theirs if k else [], sign(about), of_dense),
     }
 
 

@@ -1,4 +1,4 @@
-"""Points of a sweep over a Ray cluster: actors that load the model once and take one point after the other."""
+"""Points of a sweep on a Ray cluster, asked by actors that load the model once and take one point after the other."""
 
 from __future__ import annotations
 
@@ -15,54 +15,52 @@ from typing import Any
 
 import torch
 
-from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, VtokenError
-from vtoken.evals.lmms.prepare import prepare, prepare_ray
-from vtoken.evals.quality.options import Sweep
-from vtoken.evals.quality.points import Point, points
+from vtoken.evals.lmms.prepare import prepare
+from vtoken.evals.quality.points import Asking, Point, points
 from vtoken.evals.shared.identity import code
 
 
 @dataclass
 class Worker:
-    """A Ray actor. Nothing of lmms-eval or the model is touched before `ready`: unlike a constructor's, its errors
-    travel.
+    """A Ray actor. It imports lmms-eval and loads the model in `ready` and not in its constructor, whose errors Ray
+    does not bring to the caller.
 
     Attributes:
+        asking: the caller's, with nothing loaded. Where this machine does not see the folder of the results, what
+            scorers write stays in a temporary one.
         keys: of all points as the caller names them, with `commit` as its commit.
         code: of the caller's vtoken, as `identity.code` says it.
-        folder: of the results, if this machine sees it; what scorers write stays in a temporary folder otherwise.
         place: the caller's working directory, which relative paths of the sweep start from.
     """
 
-    sweep: Sweep
-    runs: Sequence[Pipeline]
+    asking: Asking
     keys: set[str]
     commit: str | None
     code: str
-    folder: Path
     place: Path
     threads: int
-    asking: Any = None
 
     def ready(self) -> None:
-        """Loads everything."""
+        """Loads everything.
+
+        Raises:
+            VtokenError: what is installed here, or a file, is not as on the caller's machine.
+        """
         os.environ["TQDM_DISABLE"] = "1"
         torch.set_num_threads(self.threads)
         with suppress(OSError):
             os.chdir(self.place)
         prepare("vtoken sweep --ray")
-        from vtoken.evals.quality.sweep import Asking
-
-        same = {point.key for point in points(self.sweep, self.runs, self.commit)} == self.keys
+        same = {point.key for point in points(self.asking.sweep, self.asking.runs, self.commit)} == self.keys
         if not same or code() != self.code:
             raise VtokenError(
                 f"{socket.gethostname()} has another vtoken, torch, transformers, model or task files than the machine "
                 "that started the sweep, so its answers would not be the same; install the same and put the files on "
                 "a shared disk (of files above 64 MB the time of change counts: copy with rsync -a)"
             )
-        folder = self.folder if (self.folder / "points").is_dir() else Path(tempfile.mkdtemp(prefix="vtoken-"))
-        self.asking = Asking(self.sweep, self.runs, folder, self.sweep.device)
+        if not (self.asking.folder / "points").is_dir():
+            self.asking.folder = Path(tempfile.mkdtemp(prefix="vtoken-"))
         self.asking.ready()
 
     def ask(self, point: Point) -> Any:
@@ -70,12 +68,10 @@ class Worker:
 
 
 def ask_all(
-    sweep: Sweep,
-    runs: Sequence[Pipeline],
+    asking: Asking,
     todo: Sequence[Point],
     missing: Sequence[Point],
     commit: str | None,
-    folder: Path,
     keep: Callable[[Point, Any], None],
     address: str,
     workers: int | None,
@@ -90,25 +86,24 @@ def ask_all(
         workers: actors; None is one for every GPU of the cluster, without any one for every machine.
 
     Raises:
-        VtokenError: Ray is missing, the cluster cannot be reached, or a point that two actors died of.
+        VtokenError: the cluster cannot be reached, or two actors died of one point.
         ConfigError: more actors than the cluster has room for, or a device that Ray does not hand out.
         Whatever an actor raises: it ends all.
     """
-    prepare_ray()
     import ray
 
-    if sweep.device not in (None, "cpu", "cuda"):
-        raise ConfigError(f"device {sweep.device!r}: Ray hands out the GPUs; write cuda or cpu, or leave the key out")
+    if asking.device not in (None, "cpu", "cuda"):
+        raise ConfigError(f"device {asking.device!r}: Ray hands out the GPUs; write cuda or cpu, or leave the key out")
     ours = not ray.is_initialized()
     if ours:
         _connect(ray, address)
     actors: list[Any] = []
     try:
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        count, threads, gpu = _shares(machines, sweep.device, workers)
+        count, threads, gpu = _shares(machines, asking.device, workers)
         count = min(count, len(missing))
         hired = ray.remote(num_cpus=threads, num_gpus=int(gpu))(Worker)
-        about = (sweep, runs, {point.key for point in todo}, commit, code(), folder, Path.cwd(), threads)
+        about = (asking, {point.key for point in todo}, commit, code(), Path.cwd(), threads)
         waiting, died = deque(missing), set()
         busy: dict[Any, tuple[Any, Point | None]] = {}
 

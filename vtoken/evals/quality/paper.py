@@ -1,4 +1,4 @@
-"""Published tables: what they say, with their source, and what is run here to stand beside them."""
+"""Published tables with their sources, and what is run here to measure the same rows."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ class Row(BaseModel):
 
 
 class Table(BaseModel):
-    """One published table. `preset` and `pipeline` are patterns of what stands for a row here; without either nothing
-    does."""
+    """One published table. `preset` and `pipeline` are patterns with {method} and {tokens}: what is run to measure a
+    row here. Rows for which neither gives a pipeline cannot be measured."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

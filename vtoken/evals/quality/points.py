@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ class Point:
 
     Attributes:
         run: number of the pipeline; the first and the last are dense.
-        key: names the point's file; the same if and only if everything that decides its numbers is.
+        key: names the point's file; the same if and only if everything is that decides its numbers.
     """
 
     run: int
@@ -85,7 +85,7 @@ def ask(
     """Everything that a point's file holds: conditions, the task, its score and a line per document.
 
     Args:
-        documents: by task, the one that FLOPs are counted on, where it is known already; else it is entered.
+        documents: by task, the document that FLOPs are counted on, or why they are not; what is missing is added.
     """
     from vtoken.evals.lmms.harness import whoever
 
@@ -112,6 +112,34 @@ def ask(
         "metrics": {name: leaf.metrics for name, leaf in scored.leaves.items()},
         "requests": list(_lines(point, scored, found)),
     }
+
+
+@dataclass
+class Asking:
+    """A model and tasks, loaded when the first point needs them: that imports lmms-eval."""
+
+    sweep: Sweep
+    runs: Sequence[Pipeline]
+    folder: Path
+    device: str | None
+    model: Any = field(default=None, init=False)
+    harness: Any = field(default=None, init=False)
+
+    def ready(self) -> VtokenModel:
+        """The dense model."""
+        if self.model is None:
+            from vtoken.evals.lmms.harness import Harness
+            from vtoken.evals.lmms.model import VtokenModel
+
+            folders = [folder.resolve() for folder in self.sweep.include]
+            self.harness = Harness(expand(self.sweep.tasks), folders, self.sweep.prompts)
+            self.model = VtokenModel(self.sweep.model, device=self.device, **self.sweep.model_args())
+            for pipeline in self.runs:
+                self.model.use(pipeline)
+        return self.model
+
+    def ask(self, point: Point) -> Answered:
+        return ask(self.ready(), self.harness, point, self.sweep.limit, self.folder)
 
 
 def conditions(model: VtokenModel, limit: int | None) -> dict[str, Any]:
@@ -152,7 +180,7 @@ def _lines(point: Point, scored: Scored, found: Mapping[tuple[str, int], Request
                 "target": sample["target"],
                 "score": document_score(point.task, sample.get(scored.metric or "")),
                 "scores": {metric: sample[metric] for metric in sorted(set(leaf.higher_is_better) & set(sample))},
-                "same_as_dense": True,  # until it is held against dense
+                "same_as_dense": True,  # until it is compared with dense
                 "doc_hash": sample["doc_hash"],
             }
             yield json.loads(json.dumps(line, default=str))
@@ -163,31 +191,19 @@ def file_of(folder: Path, key: str) -> Path:
 
 
 def save(folder: Path, key: str, what: Any) -> None:
-    """Keeps plain data under a key, whole or not at all."""
+    """Writes plain data under a key, whole or not at all."""
     whole.write(file_of(folder, key), json.dumps(what) + "\n")
 
 
 def load(folder: Path, key: str, fits: Callable[[Any], bool]) -> Any:
-    """What is kept under a key, None if nothing is or, with a warning, nothing that `fits`."""
+    """What `save` wrote under a key; None if nothing is there or, with a warning, nothing that `fits`."""
     return whole.kept(file_of(folder, key), fits)
 
 
-def _checked(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Data of another shape do not fit either."""
-
-    def checked(found: Any) -> bool:
-        try:
-            return fits(found)
-        except (KeyError, TypeError, AttributeError):
-            return False
-
-    return checked
-
-
-@_checked
 def is_point(found: Any) -> bool:
-    """Whether it is what `ask` gave, as far as results are put together of it."""
-    numbers = {field.name for field in fields(Cost)} - {"stages"}
+    """Whether it is what `ask` gave, as far as results are put together of it. Like the two below it may raise what
+    `whole.kept` catches."""
+    numbers = {each.name for each in fields(Cost)} - {"stages"}
     each = [n for line in found["requests"] for n in (*line["stages"].values(), *(line[name] for name in numbers))]
     return (
         all(type(n) in (int, float) for n in each)
@@ -199,7 +215,6 @@ def is_point(found: Any) -> bool:
     )
 
 
-@_checked
 def is_cases(found: Any) -> bool:
     """Whether it is what `regressions.draw` gave, with pictures in their folder."""
     names = [name for case in found for name in case["panels"].values() if name is not None]
@@ -207,7 +222,6 @@ def is_cases(found: Any) -> bool:
     return known and all(re.fullmatch(r"cases/[0-9-]+\.jpg", name) for name in names)
 
 
-@_checked
 def is_speed(found: Any) -> bool:
     """Whether it is what `bench` gave, as far as a report reads it."""
     rows = found["rows"]

@@ -9,11 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from vtoken.evals.pictures.plots import SERIES, fronts, looks, plot
 from vtoken.evals.pictures.report import Case, Panel, milliseconds, page, percent, ratio
-from vtoken.evals.quality.analysis import COSTS, Evaluation, analyse, read
+from vtoken.evals.quality.analysis import COSTS, Evaluation, analyse, loss, read, sign
 from vtoken.evals.quality.results import Results
 from vtoken.evals.shared import tables, whole
 from vtoken.evals.shared.media import still
@@ -58,7 +56,11 @@ def write(evaluation: Evaluation, found: Mapping[str, Any], file: Path | None = 
 
     Returns:
         The files written: without the page if a package is missing.
+
+    Raises:
+        ConfigError: `file` would lie in a folder that does not exist.
     """
+    whole.check_folder(file)
     table = evaluation.folder / "table.md"
     table.write_text(markdown(found), encoding="utf-8")
     if find_spec("jinja2") is None or find_spec("matplotlib") is None:
@@ -149,28 +151,19 @@ def cases(evaluation: Evaluation) -> tuple[Case, ...]:
         for line in evaluation.lines[k]
     }
     found = []
-    falls = {leaf: not about["higher_is_better"] for about in results["tasks"].values() for leaf in about["leaves"]}
+    signs = {leaf: sign(about) for about in results["tasks"].values() for leaf in about["leaves"]}
     for case in results["cases"]:
         mine = {name: lines[name, case["task"], case["doc"]] for name in case["panels"] if name in names}
         base = mine["dense"]
-        panels = [
-            Panel(
-                name,
-                line["answer"],
-                line["score"] <= base["score"] if falls[line["task"]] else line["score"] >= base["score"],
-                _picture(evaluation.folder, case["panels"][name]),
-            )
-            for name, line in mine.items()
-        ]
+        panels = []
+        for name, line in mine.items():
+            file, picture = case["panels"][name], None
+            if file is not None:
+                picture = still(whole.inside(evaluation.folder, file, evaluation.folder / "results.json"))
+            panels.append(Panel(name, line["answer"], loss(line, base, signs) <= 0, picture))
         panels[1:] = sorted(panels[1:], key=lambda panel: panel.right)
         found.append(Case(base["question"], str(base["target"]), tuple(panels)))
     return tuple(found)
-
-
-def _picture(folder: Path, name: str | None) -> Image.Image | None:
-    if name is None:
-        return None
-    return still(whole.inside(folder, name, folder / "results.json"))
 
 
 def markdown(found: Mapping[str, Any]) -> str:

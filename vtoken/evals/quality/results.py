@@ -45,6 +45,7 @@ comparison of speed take `vtoken bench`, which interleaves what it compares.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,7 +84,7 @@ class Results:
         return {"schema": SCHEMA, **{name: value for name, value in vars(self).items() if name != "folder"}}
 
     def mean(self, run: Mapping[str, Any], key: str) -> float:
-        """A number of a run's tasks, every document counting alike."""
+        """Mean of a number over a run's tasks, weighted by their documents."""
         docs = {name: self.tasks[name]["docs"] for name in run["tasks"]}
         return sum(task[key] * docs[name] for name, task in run["tasks"].items()) / sum(docs.values())
 
@@ -103,7 +104,10 @@ def score_text(scores: Mapping[str, Any] | None) -> str:
 def assemble(
     folder: Path, model: str, command: str, runs: Sequence[Pipeline], kept: Mapping[Point, Answered | None]
 ) -> Results | None:
-    """results.json and requests/ from the points that were answered; None before the first dense one is."""
+    """results.json and requests/ from the points that were answered; None before the first dense one is. Empty folders
+    of scorers go."""
+    if not any(file.is_file() for file in folder.glob("scorers/**/*")):
+        shutil.rmtree(folder / "scorers", ignore_errors=True)
     answered = {point: found for point, found in kept.items() if found is not None}
     first = {point.task: found for point, found in answered.items() if point.run == 0}
     if not first:
@@ -132,21 +136,17 @@ def assemble(
             whole.write(folder / file, "".join(json.dumps(line) + "\n" for line in lines))
     results.complete = len(answered) == len(kept)
     if results.complete and len(runs) > 1:
-        last = {
-            k: line
-            for point, found in answered.items()
-            if point.run == len(runs) - 1
-            for k, line in _lines(found).items()
-        }
-        both = {key: line for each in dense.values() for key, line in each.items()}
-        changed = sum(last[key]["answer"] != both[key]["answer"] for key in both)
-        results.drift = {"ttft": _ttft_ratio(last, both), "answers_changed": changed}
+        first_run, last_run = (
+            _lines(*(found for point, found in answered.items() if point.run == k)) for k in (0, len(runs) - 1)
+        )
+        changed = sum(line["answer"] != first_run[key]["answer"] for key, line in last_run.items())
+        results.drift = {"ttft": _ttft_ratio(last_run, first_run), "answers_changed": changed}
     results.save()
     return results
 
 
-def _lines(found: Answered) -> Lines:
-    return {(line["task"], line["doc"]): line for line in found["requests"]}
+def _lines(*points: Answered) -> Lines:
+    return {(line["task"], line["doc"]): line for found in points for line in found["requests"]}
 
 
 def _summary(found: Answered, base: float | None, dense: Lines) -> dict[str, Any]:

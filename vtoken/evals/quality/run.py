@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from vtoken.config import Pipeline
@@ -14,14 +13,18 @@ from vtoken.evals.quality import costs, regressions
 from vtoken.evals.quality.points import Answered, Point, ask
 from vtoken.evals.quality.results import Results, assemble
 from vtoken.evals.shared.bars import say
-from vtoken.evals.shared.dense import DENSE
+from vtoken.evals.shared.dense import DENSE, is_stock
 
 
 def with_dense(pipelines: Sequence[Pipeline]) -> list[Pipeline]:
-    """Dense, the pipelines, dense. One without stages is dense itself."""
+    """Dense, the pipelines, dense. Pipelines that leave the model as it is are left out.
+
+    Raises:
+        ConfigError: two pipelines of one name, or one called as dense is.
+    """
     named: dict[str, Pipeline] = {}
     for pipeline in pipelines:
-        if not pipeline.stages and pipeline.anyres == "model":
+        if is_stock(pipeline):
             continue
         if named.setdefault(pipeline.name, pipeline) != pipeline:
             raise ConfigError(f"two pipelines are called {pipeline.name!r}; rename one file")
@@ -44,7 +47,7 @@ def evaluate(
         limit: first documents of every task (of a group: of every part) only; None is all.
 
     Raises:
-        ConfigError: several processes, a folder that holds results already, pipelines that cannot be told apart.
+        ConfigError: several processes, a folder that holds results already, two pipelines of one name.
         UnsupportedError: a stage that the model cannot serve, before anything is asked.
         VtokenError: a task whose scorer fails.
         Whatever the model raises: what was finished before stays in the folder, with `complete` false.
@@ -70,9 +73,6 @@ def evaluate(
             kept[point] = ask(model, harness, point, limit, folder, documents)
     finally:
         results = assemble(folder, model.pretrained, command, runs, kept)
-        for empty in [*folder.glob("scorers/*"), folder / "scorers"]:
-            with suppress(OSError):
-                empty.rmdir()
     assert results is not None  # the first dense point is there, or something was raised
     say("pictures of what was lost", 1)
     results.cases = regressions.draw(model, runs[:-1] or runs, regressions.lost(folder), folder)

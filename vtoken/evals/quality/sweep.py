@@ -4,57 +4,26 @@ of all pipelines."""
 from __future__ import annotations
 
 import multiprocessing
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, VtokenError
-from vtoken.evals.lmms.harness import Harness, everyone, ranks
-from vtoken.evals.lmms.model import VtokenModel
+from vtoken.evals.lmms.harness import everyone, ranks
 from vtoken.evals.lmms.prepare import prepare_ray, quiet
-from vtoken.evals.lmms.suites import expand
 from vtoken.evals.quality import cluster, regressions
 from vtoken.evals.quality.options import Sweep
-from vtoken.evals.quality.points import Answered, Point, ask, is_cases, is_point, is_speed, load, points, save
+from vtoken.evals.quality.points import Answered, Asking, Point, is_cases, is_point, is_speed, load, points, save
 from vtoken.evals.quality.results import Results, assemble
 from vtoken.evals.quality.run import with_dense
 from vtoken.evals.shared.bars import mute, say
 from vtoken.evals.shared.identity import commit, digest
 from vtoken.evals.speed.latency import bench
-
-
-@dataclass
-class Asking:
-    """A model and tasks, loaded when the first point needs them."""
-
-    sweep: Sweep
-    runs: Sequence[Pipeline]
-    folder: Path
-    device: str | None
-    model: Any = field(default=None, init=False)
-    harness: Any = field(default=None, init=False)
-
-    def ready(self) -> VtokenModel:
-        """The dense model."""
-        if self.model is None:
-            self.harness = Harness(
-                expand(self.sweep.tasks), [f.resolve() for f in self.sweep.include], self.sweep.prompts
-            )
-            self.model = VtokenModel(self.sweep.model, device=self.device, **self.sweep.model_args())
-            for pipeline in self.runs:
-                self.model.use(pipeline)
-        return self.model
-
-    def ask(self, point: Point) -> Answered:
-        return ask(self.ready(), self.harness, point, self.sweep.limit, self.folder)
 
 
 def run(
@@ -67,14 +36,15 @@ def run(
     """Asks what is not in the folder yet and writes DIR/results.json, DIR/requests/, DIR/cases/ and DIR/points/.
 
     Args:
-        workers: processes, each with a model of its own; they take the GPUs in turn. None is 1, or what `cluster` says.
+        workers: processes, each with a model of its own; they take the GPUs in turn. None is 1, or with Ray what
+            `cluster.ask_all` says.
         ray: address of a Ray cluster, "" for the one that Ray finds or starts; None: no Ray.
 
     Returns:
         The results; None in every process of torchrun but the first.
 
     Raises:
-        ConfigError: workers that cannot be had, pipelines that cannot be told apart.
+        ConfigError: workers that cannot be had, two pipelines of one name.
         VtokenError: Ray is missing or its cluster cannot be reached; workers that died.
         UnsupportedError: a stage that the model cannot serve, before anything is asked.
         Whatever model and scorers raise: points that were finished before stay in the folder, and are not asked again.
@@ -112,7 +82,7 @@ def run(
     tell("loading the model" if missing else "all points are there")
     try:
         if ray is not None and missing:
-            cluster.ask_all(sweep, runs, todo, missing, made_by, folder, keep, ray, workers)
+            cluster.ask_all(asking, todo, missing, made_by, keep, ray, workers)
         elif workers is not None and workers > 1 and missing:
             _in_parallel(asking, missing, workers, keep)
         else:
@@ -120,8 +90,6 @@ def run(
                 keep(point, asking.ask(point))
     finally:
         if rank == 0:
-            if not any(file.is_file() for file in folder.glob("scorers/**/*")):
-                shutil.rmtree(folder / "scorers", ignore_errors=True)
             kept = {point: load(folder, point.key, is_point) for point in todo}
             results = assemble(folder, sweep.model, command, runs, kept)
     if rank > 0:
@@ -130,16 +98,16 @@ def run(
     keys = [point.key for point in todo]
     if sweep.speed is not None:
         tell("speed")
-        results.speed = _speed(asking, folder, keys)
+        results.speed = _speed(asking, keys)
     tell("pictures of what was lost")
-    results.cases = _cases(asking, folder, keys)
+    results.cases = _cases(asking, keys)
     results.save()
     return results
 
 
-def _cases(asking: Asking, folder: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+def _cases(asking: Asking, keys: Sequence[str]) -> list[dict[str, Any]]:
     """Pictures of what was lost, drawn once."""
-    key = "cases-" + digest(keys)
+    folder, key = asking.folder, "cases-" + digest(keys)
     found: list[dict[str, Any]] | None = load(folder, key, is_cases)
     if found is not None and all(
         (folder / file).is_file() for case in found for file in case["panels"].values() if file
@@ -154,16 +122,15 @@ def _cases(asking: Asking, folder: Path, keys: Sequence[str]) -> list[dict[str, 
     return found
 
 
-def _speed(asking: Asking, folder: Path, keys: Sequence[str]) -> Any:
+def _speed(asking: Asking, keys: Sequence[str]) -> Any:
     assert asking.sweep.speed is not None
     options = asking.sweep.speed.model_dump()
     # Threads do not change answers, but they do change times.
     key = "speed-" + digest(keys, options, torch.get_num_threads())
-    found = load(folder, key, is_speed)
+    found = load(asking.folder, key, is_speed)
     if found is None:
-        model = asking.ready()
-        found = bench(model.generator.model, asking.runs[1:-1], batch=1, **options).to_dict()
-        save(folder, key, found)
+        found = bench(asking.ready().generator.model, asking.runs[1:-1], batch=1, **options).to_dict()
+        save(asking.folder, key, found)
     return found
 
 

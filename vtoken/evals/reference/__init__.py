@@ -141,16 +141,14 @@ def answers(
     after every batch."""
     import torch
 
+    from vtoken.evals.processors import apply
     from vtoken.evals.shared.media import still
 
     said: list[str] = []
     for start in range(0, len(questions), batch_size):
         rows = questions[start : start + batch_size]
-        images = [still(row.image) for row in rows]
-        inputs = processor(
-            images=images, text=[prompt(processor, row) for row in rows], padding=True, return_tensors="pt"
-        ).to(model.device)
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        images, texts = [still(row.image) for row in rows], [prompt(processor, row) for row in rows]
+        inputs = apply(processor, "the questions' pictures", model, images=images, text=texts, padding=True)
         with torch.inference_mode():
             out = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
         said += processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import vtoken
 from vtoken.config import Pipeline
-from vtoken.errors import ConfigError
+from vtoken.errors import ConfigError, reason
 from vtoken.evals.shared.names import locate
 
 LARGE = 64 * 2**20  # bytes from which on a file's time of change stands for its content
@@ -45,12 +45,17 @@ def weights(name: str, revision: str | None) -> str | None:
     try:
         return getattr(AutoConfig.from_pretrained(name, revision=revision), "_commit_hash", None)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot find model {name!r}: {str(error).strip().splitlines()[0]}") from error
+        raise ConfigError(f"cannot find model {name!r}: {reason(error)}") from error
 
 
 def named_files(pipeline: Pipeline) -> list[str]:
-    """Fingerprints of the files that options name (gates, routers), in order."""
-    options = [value for stage in pipeline.stages for value in stage.model_dump().values() if isinstance(value, str)]
+    """Fingerprints of the files that options name (gates, routers), in order; those of its draft and contrast, too."""
+    stages = [*pipeline.stages]
+    if pipeline.draft is not None:
+        stages += pipeline.draft.stages
+    if pipeline.contrast is not None:
+        stages += pipeline.contrast.pipeline.stages
+    options = [value for stage in stages for value in stage.model_dump().values() if isinstance(value, str)]
     return [digest_files([Path(value)]) for value in options if len(value) < 4096 and Path(value).is_file()]
 
 

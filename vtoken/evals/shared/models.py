@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vtoken.errors import ConfigError, unknown
+from vtoken.errors import ConfigError, reason, unknown
 from vtoken.evals import processors, reference
 from vtoken.evals.shared import torchvision
 from vtoken.evals.shared.bars import terminal_only
@@ -53,7 +53,7 @@ def load(
                 torch.manual_seed(seed)
                 model = AutoModelForImageTextToText.from_config(config, dtype=number or config.dtype or torch.float32)
         except ValueError as error:
-            raise ConfigError(f"cannot build {name!r} from its config: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"cannot build {name!r} from its config: {reason(error)}") from error
         return model.train(False)
     source = locate(name)
     asked = {"attn_implementation": attn_implementation, "revision": revision}
@@ -64,7 +64,7 @@ def load(
     except (OSError, ValueError, ImportError) as error:
         torchvision.check()
         raise ConfigError(
-            f"cannot load model {name!r}: {str(error).strip().splitlines()[0]} (shipped: "
+            f"cannot load model {name!r}: {reason(error)} (shipped: "
             f"{', '.join(reference.names())}; vtoken bench --random-weights builds a model from its config alone)"
         ) from error
     return model.to(target).train(False)

@@ -33,19 +33,20 @@ class Sample:
     answer: str | None = None
 
 
-def read(data: str, limit: int | None = None) -> list[Sample]:
+def read(data: str | None, limit: int | None = None) -> list[Sample]:
     """The first `limit` samples.
 
     Args:
-        data: see ABOUT.
+        data: see ABOUT. None: the last of the shipped questions instead, so that the first ones stay fresh for a test.
 
     Raises:
         ConfigError: no such data, none in it, or a line that does not fit; names file and line.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"the limit must be at least 1 question, not {limit}")
-    if data == "reference":
-        return [Sample(q.image, q.question, q.answer) for q in reference.questions(limit)]
+    if data in (None, "reference"):
+        shipped = [Sample(q.image, q.question, q.answer) for q in reference.questions()]
+        return shipped[:limit] if data else shipped[-(limit or 0) :]
     file = Path(data) / "questions.jsonl" if os.path.isdir(data) else Path(data)
     if not os.path.isfile(file):
         raise ConfigError(f"no data {shown(data)}; give {ABOUT}")
@@ -57,11 +58,6 @@ def read(data: str, limit: int | None = None) -> list[Sample]:
     if not lines:
         raise ConfigError(f"{file} is empty; give {ABOUT}")
     return [_sample(file, number, line) for number, line in lines[:limit]]
-
-
-def last(count: int) -> list[Sample]:
-    """The last of the shipped questions: the first ones stay fresh for a test."""
-    return read("reference")[-count:]
 
 
 def _sample(file: Path, number: int, line: str) -> Sample:

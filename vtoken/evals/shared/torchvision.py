@@ -6,7 +6,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-from vtoken.errors import ConfigError
+from vtoken.errors import ConfigError, reason
 
 
 def check() -> None:
@@ -20,10 +20,9 @@ def check() -> None:
     try:
         import_module("torchvision")
     except Exception as error:  # What it raises depends on what does not fit.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"torchvision {_version('torchvision')} does not go with torch {_version('torch')} ({reason[:120]}): "
-            f"{mend()}, or uninstall torchvision"
+            f"torchvision {_version('torchvision')} does not go with torch {_version('torch')} "
+            f"({reason(error)[:120]}): {mend()}, or uninstall torchvision"
         ) from error
 
 

@@ -40,16 +40,22 @@ def read(file: Path) -> Any:
 
 
 def kept(file: Path, fits: Callable[[Any], bool]) -> Any:
-    """What a JSON file holds; None if there is none, and, with a warning, if it is torn or another kind of file."""
+    """What a JSON file holds; None if there is none, and, with a warning, if it is torn or another kind of file.
+
+    Args:
+        fits: whether it is the right kind; that a key or a type is wrong, it may also say by an error.
+    """
+    problem = f"{file} does not hold what belongs there"
     try:
         found = read(file)
         if fits(found):
             return found
-        problem = f"{file} does not hold what belongs there"
     except FileNotFoundError:
         return None
     except VtokenError as error:
         problem = str(error)
+    except (KeyError, TypeError, AttributeError):
+        pass
     warn(f"{problem}; taken as missing, so it is made anew")
     return None
 

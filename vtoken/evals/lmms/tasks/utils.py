@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -13,10 +14,8 @@ from vtoken.evals import reference
 from vtoken.evals.shared.media import still
 
 FOLDER = Path(reference.__file__).parent / "glyph-qa"
-# Of the kinds of question, those that name a digit: it can be told which pictures it is not in.
-KINDS = ("color", "next")
-PICTURES = 4  # of a video
-HELD = 2  # frames that show one of them, as many as Qwen merges
+KINDS = ("color", "next")  # of question, that name a digit: so it is known which pictures do not show it
+STILL = 2  # frames in a row that are the same, as many as Qwen merges
 NEEDLES = 20  # per depth
 
 
@@ -28,32 +27,23 @@ def pictures(doc: dict[str, Any]) -> list[Image.Image]:
 
 def video_messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
     """The question after a video that shows one picture after the other."""
-    frames = [picture for picture in pictures(doc) for _ in range(HELD)]
-    content = [{"type": "video", "url": frames}, {"type": "text", "text": doc["question"]}]
-    return [{"role": "user", "content": content}]
+    return _messages(pictures(doc), doc)
 
 
 def needle_messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
     """The question after a video, one of whose frames shows digits."""
-    drawn = reference.needles().needle(doc["length"], doc["depth"], doc["number"])
-    frames = [frame for frame in drawn.frames for _ in range(HELD)]
-    content = [{"type": "video", "url": frames}, {"type": "text", "text": doc["question"]}]
+    return _messages(reference.needles().needle(doc["length"], doc["depth"], doc["number"]).frames, doc)
+
+
+def _messages(frames: Iterable[Image.Image], doc: dict[str, Any]) -> list[dict[str, Any]]:
+    repeated = [frame for frame in frames for _ in range(STILL)]
+    content = [{"type": "video", "url": repeated}, {"type": "text", "text": doc["question"]}]
     return [{"role": "user", "content": content}]
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """1 for the words of the answer and nothing else, 0 otherwise."""
     return {"glyph_accuracy": float(results[0].split() == doc["answer"].split())}
-
-
-def pairs(docs: Any) -> Any:
-    """Questions about two pictures, of which one answers them."""
-    return _composed(docs, 2)
-
-
-def videos(docs: Any) -> Any:
-    """Questions about four pictures, of which one answers them."""
-    return _composed(docs, PICTURES)
 
 
 def _needles(docs: Any, length: int) -> Any:
@@ -73,7 +63,8 @@ needles_8, needles_16, needles_32, needles_64 = (partial(_needles, length=length
 
 
 def _composed(docs: Any, count: int) -> Any:
-    """Every question that names a digit, its picture among others that do not show that digit; its place goes round."""
+    """Every question that names a digit about `count` pictures: its own, at each place in turn, and others that do not
+    show that digit."""
     from datasets import Dataset
 
     rows = list(docs)
@@ -90,3 +81,6 @@ def _composed(docs: Any, count: int) -> Any:
         images = [*others[:place], row["image"], *others[place:]]
         found.append({"images": images, **{key: row[key] for key in ("question", "answer", "kind")}})
     return Dataset.from_list(found)
+
+
+pairs, videos = (partial(_composed, count=count) for count in (2, 4))

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtoken.errors import ConfigError
+from vtoken.errors import ConfigError, reason
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -40,6 +40,6 @@ def resolve_config(model: str | Path) -> PretrainedConfig:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no config for {name!r}: not built in ({', '.join([*known, *shipped])}), and neither a folder with a "
-            f"config.json nor on the hub ({str(error).splitlines()[0]}); check the name, or give a local folder"
+            f"config.json nor on the hub ({reason(error)}); check the name, or give a local folder"
         ) from error
     return config
