@@ -209,3 +209,10 @@ def test_folders_are_listed_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert registry.presets() == []
     (tmp_path / "presets" / "mine.yaml").write_text("variants:\n  mine:\n    stages: []\n  mine-2:\n")
     assert registry.presets() == ["mine", "mine-2"]
+
+
+def test_key_frames_in_any_order_and_of_a_video_without_tokens() -> None:
+    """The keys of a mapping have no order; a video may have lost all its tokens to an earlier stage."""
+    keep = Budget({"key_weight": 3, "per_frame": 2})
+    assert keep == Budget({"per_frame": 2, "key_weight": 3}) and keep.plain() == {"per_frame": 2, "key_weight": 3}
+    assert keep.counts((0, 0, 4, 4), (0, 0, 1, 1), (1, 1, 3, 1)) == (0, 0, 3, 1)
