@@ -31,6 +31,11 @@ class Source:
     file: str = ""
     lines: dict[tuple[Any, ...], int] = field(default_factory=dict)
 
+    def under(self, *path: Any) -> Source:
+        """The source of what stands under a key, which is then read like a file of its own."""
+        depth = len(path)
+        return Source(self.file, {key[depth:]: line for key, line in self.lines.items() if key[:depth] == path})
+
     def error(self, path: tuple[Any, ...], message: str) -> ConfigError:
         while path not in self.lines and path:
             path = path[:-1]
