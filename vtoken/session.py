@@ -147,9 +147,11 @@ class Session:
         self.context.owner.alive = False
         for stage in self.pipeline.stages:
             stage.unload()
-        if self.against is not None:
-            self.against.release()
-        self.context.handle.release()
+        try:
+            if self.against is not None:
+                self.against.release()
+        finally:
+            self.context.handle.release()
 
 
 def whole(model: Any) -> Any:
@@ -194,14 +196,12 @@ def _install(model: Any, pipeline: PipelineLike | None, *, watched: bool = False
         raise UnsupportedError(
             f"this model is wrapped already (pipeline {session.pipeline.name!r}); call vtoken.unwrap(model) first"
         )
-    inner = whole(model)
-    told = ""
-    if pipeline is None:
-        check_whole(inner)
-        pipeline, told = of_model(inner.config)
-    with about(told):
-        parsed = config.load(pipeline)
+    inner, source = whole(model), ""
     check_whole(inner)
+    if pipeline is None:
+        pipeline, source = of_model(inner.config)
+    with about(source):
+        parsed = config.load(pipeline)
     with about(parsed.written):
         Session(inner, parsed, watched=watched)
 
@@ -257,8 +257,8 @@ def match_processor(processor: Any, model: Any) -> Any:
     Raises:
         UnsupportedError: the model or the processor does not have crop grids.
     """
-    outer = getattr(whole(model), "model", None)
-    pinpoints, images = getattr(getattr(outer, "config", None), "image_grid_pinpoints", None), processor.image_processor
+    outer, images = getattr(whole(model), "model", None), getattr(processor, "image_processor", None)
+    pinpoints = getattr(getattr(outer, "config", None), "image_grid_pinpoints", None)
     if pinpoints is None or not hasattr(images, "image_grid_pinpoints"):
         raise UnsupportedError(
             f"{type(model).__name__} with {type(processor).__name__} does not have crop grids (image_grid_pinpoints)"
@@ -274,9 +274,10 @@ def unmatch_processor(processor: Any) -> Any:
     Raises:
         UnsupportedError: the processor was not matched.
     """
-    if processor.image_processor not in _GRIDS:
+    images = getattr(processor, "image_processor", None)
+    if images not in _GRIDS:
         raise UnsupportedError(f"this {type(processor).__name__} was not matched to a model; nothing to take back")
-    processor.image_processor.image_grid_pinpoints = _GRIDS.pop(processor.image_processor)
+    images.image_grid_pinpoints = _GRIDS.pop(images)
     return processor
 
 
