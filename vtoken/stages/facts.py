@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 Site = Literal["pixels", "frames", "encoder", "tokens", "decoder", "attention", "cache", "decode"]
-SITES: tuple[Site, ...] = ("pixels", "frames", "encoder", "tokens", "decoder", "attention", "cache", "decode")
+SITES: tuple[Site, ...] = get_args(Site)
 OfEncoder = Literal["pixels", "encoder layer", "encoder states", "encoder output"]
 Read = OfEncoder | Literal["hidden states", "positions", "blocks", "decoder layer", "next layer", "target"]
 
@@ -152,8 +152,8 @@ FACTS = (
              means="[ΣN] decoder attention of the text after each image, head mean, weighted by what that text "
                    "receives from itself"),
     FactSpec("target_attention", ("tokens",), "target",
-             means="[ΣN] of a draft: attention of the text after the last image in the decoder of the target, mean over "
-                   "that text, heads and layers; 0 where the target dropped a token"),
+             means="[ΣN] of a draft: attention of the text after the last image in the decoder of the target, mean "
+                   "over that text, heads and layers; 0 where the target dropped a token"),
 )
 # fmt: on
 _AT = {(spec.name, site): spec for spec in FACTS for site in spec.sites}

@@ -32,8 +32,8 @@ class VisualTokens:
     the normalised pixels of its thumbnail, float32 [ΣF, channels * height * width], and `parts` is ((frames, 1, 1),); a
     picture has one frame.
 
-    At site pixels, before encoding, `x` holds the normalised pixels of each token as the tower is given them, channel by
-    channel: [ΣN, channels * pixels of all its patches and frames].
+    At site pixels, before encoding, `x` holds the normalised pixels of each token as the tower is given them, channel
+    by channel: [ΣN, channels * pixels of all its patches and frames].
 
     Attributes:
         x: [ΣN, D] embeddings (hidden states at encoder and decoder sites).
