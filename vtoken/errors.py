@@ -56,8 +56,7 @@ class OtherModelError(UnsupportedError):
 
 @contextmanager
 def about(what: str) -> Iterator[None]:
-    """Prefixes errors raised inside with what they are about, once: `preset "vtw-15": ...`; no prefix if that is
-    unknown ("")."""
+    """Prefixes errors raised inside the block with their subject, once: `preset "vtw-15": ...`. "" adds no prefix."""
     try:
         yield
     except VtokenError as error:

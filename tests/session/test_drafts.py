@@ -138,7 +138,7 @@ def test_what_the_target_dropped_is_not_looked_at(family):
 def test_a_target_is_listened_to_while_it_has_a_draft_at_work():
     model = tiny.llava()
     draft = vtoken.draft(model, None, "specvlm:3")
-    told = session_of(model).context.recorded
+    recorded = session_of(model).context.recorded
     heard, batch = [], prompt(model, "image")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(target_attention, "received", lambda *a: heard.append(1) or received(*a))
@@ -146,7 +146,7 @@ def test_a_target_is_listened_to_while_it_has_a_draft_at_work():
         assert not heard
         greedy(model, batch, assistant_model=draft)
     assert len(heard) == 4, "one of each layer"
-    assert told.heard.flow is None and not told.heard.sums
+    assert recorded.heard.flow is None and not recorded.heard.sums
 
 
 class Once(Ragged):
@@ -304,8 +304,8 @@ def test_vocabularies_that_differ_by_padding(family, size, drafts):
         greedy(model, batch, assistant_model=padded(model, family, drafts))  # stock drafts as ever
     vtoken.unwrap(draft)
     assert torch.equal(greedy(other, batch, NEW), stock)
-    for each, held in ((model, before), (other, others)):
-        assert changed(held, state(each)) <= {("model", "rope_deltas")}
+    for each, old in ((model, before), (other, others)):
+        assert changed(old, state(each)) <= {("model", "rope_deltas")}
 
 
 def test_a_word_that_the_draft_does_not_have():

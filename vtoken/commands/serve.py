@@ -56,10 +56,10 @@ def run(asked: Settings) -> None:
             lambda: models.load(asked.model, asked.device, asked.dtype),
             lambda: processors.load(asked.model),
         )
-        (held,) = manager.loaded_models.values()
+        (loaded,) = manager.loaded_models.values()
         address = f"http://{_written(*listening.getsockname()[:2])}/v1"
-        command, refused = in_vllm(asked.model, asked.pipeline, pipeline, held.model.config)
-        del held  # or a reset could not free it
+        command, refused = in_vllm(asked.model, asked.pipeline, pipeline, loaded.model.config)
+        del loaded  # or a reset could not free it
         if asked.in_json:
             print(json.dumps({"address": address, "vllm": command, "vllm_refused": refused}), flush=True)
         else:

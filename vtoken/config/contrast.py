@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Contrast:
-    """Logits (1 + alpha) l - alpha l', l' those of the same model under `pipeline`; words whose l is below
-    ln beta + max l are out. With alpha 0 nothing changes."""
+    """Answers come from the logits (1 + alpha) l - alpha l', where l' are the logits of the same model under
+    `pipeline`; words with l below ln beta + max l are excluded. With alpha 0 nothing changes."""
 
     pipeline: Pipeline
     alpha: float = 1.0
@@ -30,10 +30,10 @@ class Contrast:
 
 
 def check_number(name: str, value: Any, most: float) -> None:
-    """Refuses what is no number from 0 to `most`.
+    """Checks that an option of the contrast is a number from 0 to `most`.
 
     Raises:
-        ConfigError: names it.
+        ConfigError: it is not; names it.
     """
     if type(value) not in (int, float) or not 0 <= value <= most or value == inf:
         raise ConfigError(
@@ -42,10 +42,10 @@ def check_number(name: str, value: Any, most: float) -> None:
 
 
 def check_beside(pipeline: Pipeline) -> None:
-    """Refuses a draft with a contrast, and other crops than the pipeline's.
+    """Checks the draft and the contrast of a pipeline.
 
     Raises:
-        ConfigError: says which.
+        ConfigError: the draft has a contrast, or one of the two asks for other crops than the pipeline.
     """
     if pipeline.draft is not None and pipeline.draft.contrast is not None:
         raise ConfigError(f"{DRAFT} must be a pipeline that has no {CONTRAST}: answers are the target's")

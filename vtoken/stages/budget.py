@@ -37,8 +37,8 @@ class Budget:
 
     Exactly one of `tokens` (per image), `share` (a Fraction in (0, 1]) and `total` (per batch row) is set. With `per`
     ("per_frame" or "per_crop"), `tokens` counts for every frame of a video, or every crop of an anyres image. An image
-    with a single frame (or crop) is one segment. With `key_weight` (at least 2) the sum over the frames of a video stays
-    the same, and a key frame gets that many times as much as another frame (see `counts`).
+    with a single frame (or crop) is one segment. With `key_weight` (at least 2) the sum over the frames of a video
+    stays the same, and a key frame gets that many times as much as another frame (see `counts`).
 
     Raises:
         ValueError: for anything else, floats included: `1` and `1.0` would mean different things.
