@@ -142,8 +142,8 @@ def test_bars_on_a_terminal_are_one(monkeypatch: Any, capsys: Any) -> None:
 
 
 def test_few_rounds_say_what_their_quartiles_are_worth() -> None:
-    assert bench._told({"repeats": 4}) == ["repeats: 4"]
-    assert bench._told({"repeats": 3}) == [
+    assert bench._conditions({"repeats": 4}) == ["repeats: 4"]
+    assert bench._conditions({"repeats": 3}) == [
         "repeats: 3",
         "quartiles of fewer than 4 rounds are drawn between single ones; take more --repeats",
     ]
