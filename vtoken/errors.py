@@ -16,7 +16,7 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 160, 160
 def shown(value: object) -> str:
     """`repr` for error messages, shortened to one line."""
     try:
-        text = _SHORT.repr(value)
+        text = " ".join(_SHORT.repr(value).splitlines())
         return text if len(text) < 200 else f"{text[:190]}..."
     except ValueError:  # Python refuses to print integers of more than 4,300 digits.
         return f"a {type(value).__name__} too long to write"

@@ -23,6 +23,12 @@ class Contrast:
     beta: float = 0.1
 
     def __post_init__(self) -> None:
+        from vtoken.config.pipeline import Pipeline
+
+        if not isinstance(self.pipeline, Pipeline):
+            raise ConfigError(
+                f"{CONTRAST} takes a pipeline, as vtoken.config.load makes it, not {shown(self.pipeline)}"
+            )
         if self.pipeline.draft is not None or self.pipeline.contrast is not None:
             raise ConfigError(f"the pipeline of {CONTRAST} can have neither {DRAFT} nor {CONTRAST} itself")
         check_number("alpha", self.alpha, inf)

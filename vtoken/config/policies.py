@@ -50,6 +50,8 @@ def check(given: Mapping[str, Any], source: Source) -> None:
         if not isinstance(stage, Stage):
             raise ConfigError(f"{shown(stage)} is no Stage; vtoken.config.load reads a list of names and options")
     for i, (before, after) in enumerate(pairwise(given["stages"]), start=1):
+        if not {before.site, after.site} <= set(SITES):
+            continue  # `wrap` refuses unknown sites
         if SITES.index(after.site) < SITES.index(before.site):
             raise source.error(
                 ("stages", i),

@@ -145,7 +145,7 @@ class Budget:
         return self
 
     def of_images(self, where: str) -> Budget:
-        """This budget, which must not count per frame or crop: `where` the stage acts, they cannot be told apart.
+        """This budget, which must not count per frame or crop: the stage, acting `where`, does not know them.
 
         Raises:
             ValueError: it counts per frame or crop; says what to write.
