@@ -255,7 +255,7 @@ def check_tower(stage: Stage, adapter: Adapter) -> None:
             f"({', '.join(name for name in registry.adapters() if 'video' in registry.adapter(name).features)})"
         )
     if frames and not adapter.encoder.packed:
-        return  # the tower is given fewer frames; nothing changes inside it
+        return  # the tower gets fewer frames; nothing changes inside it
     if adapter.tower.config._attn_implementation == "flex_attention":
         raise UnsupportedError(
             f"stage {stage.name} drops tokens inside the vision tower, which needs attention masks that flex_attention "

@@ -79,10 +79,10 @@ class Budget:
 
         Args:
             lengths: tokens per image (with `per`: per segment) that arrive at the stage.
-            row: batch row of each image. `total` is divided among the images of a row in proportion to their lengths
-                (largest remainder, ties to the earlier image).
-            weight: of each segment, with `key_weight`; `row` is then the image of each segment. Its segments share
-                `tokens` times their number in proportion, as closely as their lengths allow.
+            row: batch row of each image. The images of a row divide `total` in proportion to their lengths (largest
+                remainder, ties to the earlier image).
+            weight: with `key_weight`, the weight of each segment; `row` is then the image of each segment. The segments
+                of an image divide `tokens` times their number in proportion, as far as their lengths allow.
 
         Returns:
             One count per image: at least 1 (0 for an image without tokens), at most its length. A share is rounded to

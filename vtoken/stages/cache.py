@@ -37,11 +37,11 @@ class CachedLayer:
         images: per image, the slots [N_i] of its visual tokens, ascending; all other slots hold text or newline tokens.
         slots: the same on the host.
         scale: factor on q . k before the softmax.
-        layer, depth: index of the layer, and the number of layers; attending: those with attention, () where all have.
+        layer, depth: index of the layer, and the number of layers; attending: layers with attention, () if all have it.
         native, rope, places: set for stages that ask for it.
         query_attention: as a stage of site attention left it; use it through `query_attention.shared`.
-        classes: for stages that decide with HeadClasses, the key heads [Hc] of every class that an earlier turn left;
-            None in the first.
+        classes: for stages that decide with HeadClasses, the key heads [Hc] of every class of the earlier turns; None
+            in the first turn.
     """
 
     keys: Tensor
@@ -117,8 +117,8 @@ class KeepSlots:
         counts: visual tokens that stay of each image; None if text is dropped too, or if heads differ in their counts.
         into: [Hk, N] which of the C kept tokens absorbs each token, -1 for none; None if nothing is merged.
         weight: [Hk, N] weight of each token in the sum that replaces the token it goes into; given with `into`.
-        rope: the layer's, if keys are summed without RoPE; the sum is then rotated to the place of the kept token. Of
-            kept tokens that absorb nothing else no bit changes.
+        rope: the layer's RoPE, if keys are to be summed without it; the sum is then rotated to the position of the kept
+            token. Kept tokens that absorb no other token stay bit-exact.
     """
 
     index: Tensor
