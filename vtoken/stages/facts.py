@@ -49,7 +49,7 @@ class FactSpec:
         own: whether the softmax runs over the tokens of each image only, not over all keys.
         whole: whether it covers the whole image even in an encoder layer that attends within windows.
         relayed: whether queries are weighted by the attention that they receive from each other.
-        part_of: for facts about text tokens, the name of the same fact about visual tokens.
+        part_of: for facts about the text after an image, the fact that is read from the same tensor over all tokens.
         instead: the fact that replaces it in encoders without a CLS token.
     """
 
