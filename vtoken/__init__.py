@@ -34,23 +34,14 @@ __all__ = [
     "wrapped",
 ]
 
-_HOME = {
-    "acceptance": "vtoken.drafts",
-    "available": "vtoken.registry",
-    "distinct_frames": "vtoken.relevance",
-    "draft": "vtoken.drafts",
-    "frame_relevance": "vtoken.relevance",
-    "match_processor": "vtoken.session",
-    "pipeline": "vtoken.session",
-    "push_to_hub": "vtoken.saved",
-    "question_relevance": "vtoken.relevance",
-    "save": "vtoken.saved",
-    "trace": "vtoken.session",
-    "unmatch_processor": "vtoken.session",
-    "unwrap": "vtoken.session",
-    "wrap": "vtoken.session",
-    "wrapped": "vtoken.session",
+_NAMES = {
+    "drafts": ("acceptance", "draft"),
+    "registry": ("available",),
+    "relevance": ("distinct_frames", "frame_relevance", "question_relevance"),
+    "saved": ("push_to_hub", "save"),
+    "session": ("match_processor", "pipeline", "trace", "unmatch_processor", "unwrap", "wrap", "wrapped"),
 }
+_HOME = {name: f"vtoken.{module}" for module, names in _NAMES.items() for name in names}
 
 
 if not TYPE_CHECKING:  # A type checker would take any name for one of vtoken's.

@@ -1,8 +1,8 @@
 """The command line. A command is a module of `vtoken.commands` with `DESCRIPTION`, `EXAMPLES`, `Settings` (its options,
-declared once) and `run(settings)`; only that of the command called is imported.
+declared once) and `run(settings)`. Only the module of the command in use is imported.
 
-One that works for minutes has `kept(settings) -> str`: what is left of a run that was cut short and how to go on, ""
-for nothing. One with sub-commands has `add_arguments(parser)` in place of the first three.
+A command that runs for minutes has `kept(settings) -> str`: what an interrupted run has left and how to go on, "" for
+nothing. A command with sub-commands has `add_arguments(parser)` in place of the first three.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except (VtokenError, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        told = ["vtoken: error:", *str(error).split(), *([f"({_kept(module, settings)})"] if full else [])]
-        print(*told, file=sys.stderr)
+        rest = [f"({_kept(module, settings)})"] if full else []
+        print("vtoken: error:", *str(error).split(), *rest, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if hasattr(module, "kept"):
@@ -127,5 +127,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _kept(module: Any, settings: Any) -> str:
-    """What is left of a run that was cut short."""
+    """What an interrupted run has left."""
     return (module.kept(settings) if hasattr(module, "kept") else "") or "nothing was kept"

@@ -26,7 +26,7 @@ from vtoken.stages.facts import encoded, of_target
 
 
 def check_whole(model: Any) -> None:
-    """Refuses what is not a model, or only a part of one.
+    """Checks that the object is a whole VLM.
 
     Raises:
         UnsupportedError: says what to wrap instead.
@@ -97,7 +97,7 @@ def check_stage(stage: Stage, adapter: Adapter) -> None:
 
 
 def check_fact(stage: Stage, need: Fact, adapter: Adapter) -> None:
-    """Refuses facts that do not exist, or not at the site of the stage."""
+    """Refuses facts that do not exist at all, at the site of the stage, or in that layer."""
     known = dict.fromkeys(spec.name for spec in FACTS)
     if need.name not in known:
         raise UnsupportedError(f"stage {stage.name} needs the unknown fact {need.name!r}; known: {', '.join(known)}")
@@ -118,7 +118,7 @@ def check_fact(stage: Stage, need: Fact, adapter: Adapter) -> None:
 
 
 def layers_of(stage: Stage, need: Fact, adapter: Adapter) -> Sequence[Any]:
-    """The layers that the layer number of a fact counts."""
+    """The layers that a fact's layer number is an index into: of the decoder or of the encoder."""
     decoder = stage.site == "decoder" and not encoded(need, stage.site)
     found: Sequence[Any] = adapter.lm.layers if decoder else adapter.encoder.layers
     return found
@@ -140,7 +140,7 @@ def check_order_of_layers(stage: Stage, adapter: Adapter) -> None:
 
 
 def check_attending(stage: Stage, adapter: Adapter) -> None:
-    """Refuses facts about the attention of decoder layers that have none, and what only attention can do."""
+    """Refuses what decoder layers without attention cannot do: give facts about it, or keep tokens apart."""
     depth, attending = len(adapter.lm.layers), adapter.attending
     if isinstance(stage, SparseAttention) and stage.keeps_apart and len(attending) < depth:
         raise UnsupportedError(
@@ -193,7 +193,7 @@ def check_unmerging(pipeline: Pipeline, adapter: Adapter) -> None:
 
 
 def check_windows(pipeline: Pipeline, adapter: Adapter) -> None:
-    """Warns where decoder layers attend in sliding windows, and refuses what asks for plain causal attention.
+    """Warns if decoder layers attend in sliding windows, and refuses stages that need plain causal attention.
 
     Raises:
         UnsupportedError: names the stage.
@@ -255,7 +255,7 @@ def check_tower(stage: Stage, adapter: Adapter) -> None:
             f"({', '.join(name for name in registry.adapters() if 'video' in registry.adapter(name).features)})"
         )
     if frames and not adapter.encoder.packed:
-        return  # the tower is given fewer frames; nothing changes inside it
+        return  # the tower gets fewer frames; nothing changes inside it
     if adapter.tower.config._attn_implementation == "flex_attention":
         raise UnsupportedError(
             f"stage {stage.name} drops tokens inside the vision tower, which needs attention masks that flex_attention "
@@ -264,7 +264,7 @@ def check_tower(stage: Stage, adapter: Adapter) -> None:
 
 
 def check_inside(stage: Stage, adapter: Adapter) -> None:
-    """Refuses to merge inside encoder layers of families where that is impossible."""
+    """Refuses stages that merge inside encoder layers in families whose towers do not allow that."""
     if stage.merge_point() is None:
         return
     if adapter.encoder.packed and adapter.encoder.unit == 1:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vtoken import config, registry
@@ -25,67 +25,80 @@ from vtoken.session import SESSION, Session, session_of, unwrap, whole
 from vtoken.stages.facts import of_target
 
 
+@dataclass(eq=False)
 class Pair:
     """A target and its draft, until one of them is unwrapped.
 
-    Args:
+    Attributes:
         target, draft: the models themselves.
-        before: the pipeline that the target is wrapped with; None: it is not.
-        own: the draft's pipeline.
+        before: the pipeline that the target was wrapped with; None: it was not.
     """
 
-    def __init__(self, target: Any, draft: Any, before: Pipeline | None, own: Pipeline) -> None:
-        self.target, self.draft, self.before = target, draft, before
-        asked = [need for stage in own.stages for need in stage.needs() if of_target(need, stage.site)]
-        recorded = TargetAttention(asked) if asked else None
-        self.drafting = Drafting(draft, recorded)
-        sessions: list[Session] = []
-        try:
-            sessions.append(Session(target, before or config.load("none"), watched=True, recorded=recorded))
-            sessions.append(Session(draft, own, target=recorded, drafts_for=sessions[0].adapter))
-            check_pair(sessions[0].adapter, sessions[1].adapter)
-            self.drafting.on_target(sessions[0].context)
-            self.drafting.on_draft(sessions[1].context, words(target))
-        except BaseException:
-            for session in reversed(sessions):
-                session.release()
-            self._restore()
-            raise
-        for session in sessions:
-            session.pair = self
+    target: Any
+    draft: Any
+    before: Pipeline | None
+    drafting: Drafting
 
     def dissolve(self) -> None:
         """Leaves the draft unwrapped, and the target as it was before."""
-        for model in (self.draft, self.target):
-            session = session_of(model)
-            if session is not None and session.pair is self:
-                session.release()
-        self._restore()
+        with ExitStack() as undo:
+            undo.callback(self._wrap_as_before)
+            for model in (self.target, self.draft):
+                undo.callback(self._release, model)
 
-    def _restore(self) -> None:
+    def _release(self, model: Any) -> None:
+        session = session_of(model)
+        if session is not None and session.pair is self:
+            session.release()
+
+    def _wrap_as_before(self) -> None:
         if self.before is not None:
             Session(self.target, self.before)
 
 
-class TrainedPair(Pair):
-    """A target and a draft with trained weights, which has no pipeline: it reads what the target's leaves.
+def _pair(target: Any, draft: Any, before: Pipeline | None, own: Pipeline) -> Pair:
+    """Wraps target and draft, the draft with a pipeline of its `own`."""
+    asked = [need for stage in own.stages for need in stage.needs() if of_target(need, stage.site)]
+    recorded = TargetAttention(asked) if asked else None
+    pair = Pair(target, draft, before, Drafting(draft, recorded))
+    with ExitStack() as undo:
+        first = Session(target, before or config.load("none"), watched=True, recorded=recorded)
+        undo.callback(first.release)
+        second = Session(draft, own, target=recorded, drafts_for=first.adapter)
+        undo.callback(second.release)
+        check_pair(first.adapter, second.adapter)
+        pair.drafting.on_target(first.context)
+        pair.drafting.on_draft(second.context, words(target))
+        undo.pop_all()
+    first.pair = second.pair = pair
+    return pair
 
-    Args:
-        target, draft, before: as in `Pair`.
-    """
 
-    def __init__(self, target: Any, draft: ViSpec, before: Pipeline | None) -> None:
-        self.target, self.draft, self.before = target, draft, before
-        recorded = TargetStates()
-        self.drafting = Drafting(draft, recorded, ChainGenerator)
-        try:
-            session = Session(target, before or config.load("none"), watched=True, recorded=recorded)
-        except BaseException:
-            self._restore()
-            raise
-        session.pair = self
-        self.drafting.on_target(session.context)
+def _trained_pair(target: Any, draft: ViSpec, before: Pipeline | None) -> Pair:
+    """Wraps the target of a draft with trained weights, which has no pipeline: it reads what the target's leaves."""
+    recorded = TargetStates()
+    pair = Pair(target, draft, before, Drafting(draft, recorded, ChainGenerator))
+    with ExitStack() as undo:
+        session = Session(target, before or config.load("none"), watched=True, recorded=recorded)
+        undo.callback(session.release)
+        pair.drafting.on_target(session.context)
         session.context.handle.set(draft, SESSION, session)
+        undo.pop_all()
+    session.pair = pair
+    return pair
+
+
+@contextmanager
+def _without(session: Session | None) -> Iterator[None]:
+    """Releases the session of a target for what takes its place; if that fails, the target is wrapped as before."""
+    if session is not None:
+        session.release()
+    try:
+        yield
+    except BaseException:
+        if session is not None:
+            Session(session.adapter.model, session.pipeline)
+        raise
 
 
 def draft(model: Any, draft: Any = None, pipeline: PipelineLike | None = None) -> Any:
@@ -94,14 +107,14 @@ def draft(model: Any, draft: Any = None, pipeline: PipelineLike | None = None) -
         assistant = vtoken.draft(model, small, "specvlm-90")
         model.generate(**inputs, assistant_model=assistant)
 
-    The target reads the prompt, then the draft does, with its own tower, its own features and its own pruned cache;
-    from then on it is transformers' assisted generation, one prompt at a time. Every token is the target's: greedy
-    answers are those of `model` alone. A target may be wrapped before, and then answers as it does under its pipeline;
-    one that is not counts as wrapped with `none` while it has a draft.
-    `vtoken.acceptance(draft)` tells what became of the drafts. `vtoken.unwrap` of the draft takes back what this did to
-    both; of the target, its own pipeline too.
+    First the target reads the prompt, then the draft, with its own tower, features and pruned cache. The rest is
+    transformers' assisted generation, one prompt at a time. The target decides every token: greedy answers are those of
+    `model` alone. A target that is wrapped answers under its own pipeline; one that is not counts as wrapped with
+    `none` while it has a draft.
+    `vtoken.acceptance(draft)` tells how many drafts were accepted. `vtoken.unwrap(draft)` undoes what this function did
+    to both models; `vtoken.unwrap(model)` also removes the target's own pipeline.
 
-    A draft with trained weights is named instead of given:
+    A draft with trained weights is given by name:
 
         assistant = vtoken.draft(model, "JLKang/ViSpec-Qwen2.5-VL-7B-Instruct")
 
@@ -109,12 +122,12 @@ def draft(model: Any, draft: Any = None, pipeline: PipelineLike | None = None) -
 
     Args:
         model: the target, a stock VLM, wrapped or not.
-        draft: another checkpoint with the same vocabulary (padding aside) and placeholders, not wrapped. None: the same
-            model, in a second tree of modules on the same weights; move it, quantise it and add adapters before. A
-            string or path: trained weights, as a safetensors file, a folder with a `model.safetensors`, or a repository
-            of the Hub ("owner/name", "owner/name@revision").
-        pipeline: of the draft, as `vtoken.wrap` takes it. None: what stands under `draft:` in the pipeline of the
-            wrapped target; "specvlm-90" if nothing does. Trained weights take none.
+        draft: another checkpoint with the same vocabulary (padding aside) and placeholders, not wrapped. None: a second
+            tree of modules on the weights of `model`; move it, quantise it and add adapters first. A string or path:
+            trained weights, as a safetensors file, a folder with a `model.safetensors`, or a repository of the Hub
+            ("owner/name", "owner/name@revision").
+        pipeline: of the draft, as `vtoken.wrap` takes it. None: the one under `draft:` in the pipeline of the wrapped
+            target, else "specvlm-90". Must be None with trained weights.
 
     Returns:
         The draft: `draft` itself, the second tree, or the module with the trained weights.
@@ -126,26 +139,25 @@ def draft(model: Any, draft: Any = None, pipeline: PipelineLike | None = None) -
     """
     target = whole(model)
     check_whole(target)
-    held = session_of(target)
-    if held is not None and held.pair is not None:
+    session = session_of(target)
+    if session is not None and session.pair is not None:
         raise UnsupportedError("this model has a draft, or is one; call vtoken.unwrap(draft) first")
-    if held is not None and held.against is not None:
+    if session is not None and session.against is not None:
         raise UnsupportedError(
             "the pipeline of this model has a contrast, which takes one token after the other, and a draft has several "
             "checked at once; leave one of the two out"
         )
-    before = None if held is None else held.pipeline
+    before = None if session is None else session.pipeline
     if isinstance(draft, (str, os.PathLike)):
         if pipeline is not None:
             raise UnsupportedError(
                 "a draft with trained weights has no pipeline: it reads what the target's leaves; give the pipeline to "
                 "vtoken.wrap(model, pipeline) first"
             )
-        adapter = registry.adapter(target.config.model_type)(target) if held is None else held.adapter
+        adapter = registry.adapter(target.config.model_type)(target) if session is None else session.adapter
         trained = load(draft, adapter)
-        if held is not None:
-            held.release()
-        return TrainedPair(target, trained, before).draft
+        with _without(session):
+            return _trained_pair(target, trained, before).draft
     other = None if draft is None or whole(draft) is target else whole(draft)
     if other is not None:
         check_whole(other)
@@ -160,17 +172,11 @@ def draft(model: Any, draft: Any = None, pipeline: PipelineLike | None = None) -
         own = replace(own, anyres=before.anyres)  # both are given the same crops
     if own.contrast is not None:
         raise UnsupportedError("the pipeline of a draft can have no contrast: answers are the target's; take it out")
-    if held is not None:
-        held.release()
-    try:
-        # Made while nothing is installed, so that nothing of it comes along.
+    with _without(session):
+        # The copy is made while nothing is installed, so that it holds no hooks.
         other = twin(target) if other is None else other
-    except BaseException:
-        if before is not None:
-            Session(target, before)
-        raise
-    with about(own.written):
-        return Pair(target, other, before, own).draft
+        with about(own.written):
+            return _pair(target, other, before, own).draft
 
 
 @contextmanager

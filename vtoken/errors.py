@@ -16,7 +16,7 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 160, 160
 def shown(value: object) -> str:
     """`repr` for error messages, shortened to one line."""
     try:
-        text = _SHORT.repr(value)
+        text = " ".join(_SHORT.repr(value).splitlines())
         return text if len(text) < 200 else f"{text[:190]}..."
     except ValueError:  # Python refuses to print integers of more than 4,300 digits.
         return f"a {type(value).__name__} too long to write"
@@ -61,8 +61,7 @@ class OtherModelError(UnsupportedError):
 
 @contextmanager
 def about(what: str) -> Iterator[None]:
-    """Prefixes errors raised inside with what they are about, once: `preset "vtw-15": ...`; no prefix if that is
-    unknown ("")."""
+    """Prefixes errors raised inside the block with their subject, once: `preset "vtw-15": ...`. "" adds no prefix."""
     try:
         yield
     except VtokenError as error:

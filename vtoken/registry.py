@@ -94,7 +94,7 @@ def _built_in() -> dict[str, str]:
 
 
 def _load(what: str, name: str, built_in: dict[str, str], base: type[Any], names: str) -> tuple[type[Any], str]:
-    """The class called `name`, and a description of who defines it; the class attribute `names` has to hold the same
+    """The class called `name`, and a description of who defines it. The class attribute `names` must repeat the
     name."""
     points = _foreign(f"vtoken.{what}s").get(name, [])
     claims = [f"vtoken itself ({built_in[name]}.{name})"] if name in built_in else []
@@ -143,7 +143,7 @@ def stages() -> list[str]:
 
 
 def is_built_in(name: str) -> bool:
-    """Whether the stage is vtoken's own."""
+    """Whether vtoken itself defines the stage."""
     return name in _built_in()
 
 

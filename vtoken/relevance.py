@@ -1,5 +1,4 @@
-"""Which frames of a video bear on the question, asked of the VLM itself or of a model that compares pictures with
-text."""
+"""Scores of the frames of a video, by the VLM itself or by a model that compares pictures with text."""
 
 from __future__ import annotations
 
@@ -35,13 +34,12 @@ class _Attended(Compressor):
         attention = tokens.fact("last_query_attention").double()
         image = image_of(tokens.lengths, attention.device)
         frame = torch.zeros_like(image) if tokens.segment is None else tokens.segment
-        videos = [i for i, parts in enumerate(tokens.parts) if len(parts) == 1 and parts[0][0] > 1]
-        self._sums.append(
-            [
-                attention.new_zeros(tokens.parts[i][0][0]).index_add_(0, frame[image == i], attention[image == i])
-                for i in videos
-            ]
-        )
+        sums = []
+        for i, parts in enumerate(tokens.parts):
+            if len(parts) == 1 and parts[0][0] > 1:  # a video
+                own = image == i
+                sums.append(attention.new_zeros(parts[0][0]).index_add_(0, frame[own], attention[own]))
+        self._sums.append(sums)
         return keep_all(tokens)
 
     def found(self) -> list[list[float]]:
@@ -50,18 +48,18 @@ class _Attended(Compressor):
 
 
 def frame_relevance(model: Any, inputs: Mapping[str, Any]) -> list[list[float]]:
-    """How much of its attention the last token of a prompt pays to each frame, for `frames_relevant`.
+    """The share of its attention that the last token of a prompt pays to each frame, for `frames_relevant`.
 
-    One forward of the model that is not pruned, so give it the video small (few pixels per frame, as the processor's
-    size options allow) and many frames; then answer from the frames that stay, at full size. The mean over heads and
-    over the middle third of the decoder's layers (of those with attention). No paper: a rule of ours.
+    Runs one dense forward. So give it many frames of few pixels (see the size options of the processor), and then let
+    the model answer from the frames that stay, at full size. The score is the mean over heads and over the middle third
+    of the decoder's layers (of those with attention). No paper: a rule of ours.
 
     Args:
         model: a model of a supported family that takes videos, not wrapped.
-        inputs: from its processor: `input_ids` [B, L] and videos. Still pictures count for nothing.
+        inputs: from its processor: `input_ids` [B, L] and videos. Still pictures get no score.
 
     Returns:
-        For each video, in the order of the prompts, one number >= 0 per frame (of Qwen models per pair of frames that
+        For each video, in the order of the prompts, one number >= 0 per frame (in Qwen models per pair of frames, which
         the tower embeds together); their sum is at most 1.
 
     Raises:
@@ -88,11 +86,11 @@ def question_relevance(
     encoder: str | tuple[Any, Any] = "google/siglip2-base-patch16-224",
     batch: int = 32,
 ) -> list[float]:
-    """Cosine of every frame and the question, by a model with a picture and a text side, for `frames_relevant`.
+    """The cosine of each frame with the question, by a dual encoder of pictures and text, for `frames_relevant`.
 
     Args:
         frames: PIL images.
-        question: cut to the length that the text side takes (64 tokens of SigLIP 2): give the question, not the chat.
+        question: without the chat around it; it is cut to the length that the text encoder takes (SigLIP 2: 64 tokens).
         encoder: folder or hub name of a SigLIP, SigLIP 2 or CLIP model; or (model, processor), to load it once.
         batch: frames that are encoded at a time.
 
@@ -118,11 +116,11 @@ def distinct_frames(
     encoder: str | tuple[Any, Any] = "google/siglip2-base-patch16-224",
     batch: int = 32,
 ) -> list[float]:
-    """Frames that are spread over a video and differ from each other, without a question: int(`keep` * `evenly`) of
-    them evenly spaced, then one after the other the frame whose mean cosine to those chosen is the lowest.
+    """Chooses frames that are spread over a video and differ from each other, without a question: int(`keep` *
+    `evenly`) frames evenly spaced, then, one at a time, the frame with the lowest mean cosine to the chosen ones.
 
-    The choice of frames of D-CoDe (https://arxiv.org/abs/2510.08818), which takes 15 of 50 with CLIP ViT-L/14 at 336
-    pixels, 85 % evenly. Deviation: ties go to the earlier frame.
+    D-CoDe chooses frames like this (https://arxiv.org/abs/2510.08818): 15 of 50 with CLIP ViT-L/14 at 336 pixels, 85 %
+    of them evenly spaced. Deviation: ties go to the earlier frame.
 
     Args:
         frames: PIL images, in order; keep: frames to choose, 1 to all.
@@ -131,11 +129,11 @@ def distinct_frames(
         batch: frames that are encoded at a time.
 
     Returns:
-        1.0 for a frame that is chosen, else 0.0: for `frames_relevant: {keep: KEEP, relevance: ..., rule: top}`.
+        1.0 for each chosen frame, else 0.0: for `frames_relevant: {keep: KEEP, relevance: ..., rule: top}`.
 
     Raises:
         UnsupportedError: the model has no picture or no text side.
-        ValueError: there are no frames, fewer than `keep`, or a share that is none.
+        ValueError: there are no frames or fewer than `keep`, or `evenly` is not in 0..1.
     """
     if not 1 <= keep <= len(frames) or not 0 <= evenly <= 1:
         raise ValueError(

@@ -1,5 +1,4 @@
-"""Saves a wrapped model together with its pipeline, in a folder or on the Hub, where `vtoken.wrap(model)` finds
-both."""
+"""Saves a wrapped model with its pipeline, in a folder or on the Hub; `vtoken.wrap(model)` finds the pipeline there."""
 
 from __future__ import annotations
 
@@ -20,10 +19,11 @@ from vtoken.stages import Stage
 
 
 def save(model: Any, folder: str | os.PathLike[str], **options: Any) -> Path:
-    """Saves a wrapped model. Writes what its own `save_pretrained` writes, `vtoken.yaml`, and in `vtoken/` copies of
-    the files that stages name (gates, routers), as they are on disk now. Returns the folder. A PeftModel saves its
-    adapter only, and `wrap` does not look for a pipeline beside an adapter: pass the folder, `vtoken.wrap(model,
-    folder)`.
+    """Saves a wrapped model: the files of its own `save_pretrained`, `vtoken.yaml`, and under `vtoken/` copies of the
+    files that stages name (gates, routers), as they are on disk now. Returns the folder.
+
+    A PeftModel saves its adapter only, and `wrap` does not look for a pipeline beside an adapter: pass the folder,
+    `vtoken.wrap(model, folder)`.
 
     Args:
         options: passed to the model's `save_pretrained`.
@@ -71,8 +71,8 @@ def push_to_hub(model: Any, repository: str, *, private: bool | None = None, tok
 
 
 def _moved(pipeline: Pipeline, copies: dict[str, str], first: int = 0) -> Pipeline:
-    """The pipeline, and those of its draft and contrast, with file options changed to where the copies will be; stages
-    count from `first`."""
+    """The pipeline, its draft and its contrast, with file options changed to where the copies will be. Stages are
+    numbered from `first`."""
     stages = tuple(_stage_moved(stage, k, copies) for k, stage in enumerate(pipeline.stages, first))
     draft = None if pipeline.draft is None else _moved(pipeline.draft, copies, first + len(stages))
     against = pipeline.contrast
@@ -100,6 +100,6 @@ def _stage_moved(stage: Stage, number: int, copies: dict[str, str]) -> Stage:
 
 def _forget(file: Path) -> None:
     """Removes the pipeline that the config was loaded with, which would take precedence over vtoken.yaml."""
-    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if said.pop("vtoken", None) is not None:
-        file.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+    data = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if data.pop("vtoken", None) is not None:
+        file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -74,8 +74,9 @@ def install(context: Context) -> Boundary:
 
 
 class Session:
-    """Everything one `wrap` installed on one model. A pipeline without stages installs no hooks, unless it is
-    `watched`."""
+    """Everything that one `wrap` installed on one model. A pipeline without stages installs no hooks, unless it is
+    `watched`. `recorded` records, on a target, what its draft reads; a draft is given that as `target`, and the
+    target's adapter as `drafts_for`."""
 
     def __init__(
         self,
@@ -103,7 +104,7 @@ class Session:
             recorded=recorded,
             target=target,
         )
-        # Made while nothing is installed, so that nothing of it comes along.
+        # The copy is made while nothing is installed, so that it holds no hooks.
         other = twin(model) if (against := pipeline.contrast) is not None and against.alpha else None
         try:
             context.handle.set(model, SESSION, self)
@@ -115,7 +116,7 @@ class Session:
             if pipeline.stages or watched:
                 self.boundary = install(context)
             if against is not None and other is not None:
-                with about("contrast"):  # which is given the same crops
+                with about("contrast"):  # it gets the same crops
                     self.against = Session(other, replace(against.pipeline, anyres=pipeline.anyres))
                 Contrasting(context.handle, model, self.against.context, against.alpha, against.beta)
         except BaseException:
@@ -139,17 +140,20 @@ class Session:
         return found
 
     def __repr__(self) -> str:
-        """The pipeline, and which hooks are installed where."""
+        """The pipeline, and where each hook is installed."""
         head = f"vtoken session of {self.pipeline.name!r} on {self.adapter.model_type}"
         return "\n  ".join([head, *described(self.adapter.model, self.context.handle.installed)])
 
     def release(self) -> None:
+        """Undoes everything; errors as in `unwrap`."""
         self.context.owner.alive = False
         for stage in self.pipeline.stages:
             stage.unload()
-        if self.against is not None:
-            self.against.release()
-        self.context.handle.release()
+        try:
+            if self.against is not None:
+                self.against.release()
+        finally:
+            self.context.handle.release()
 
 
 def whole(model: Any) -> Any:
@@ -166,8 +170,7 @@ def whole(model: Any) -> Any:
 
 def session_of(model: Any) -> Session | None:
     """The session of a wrapped model; None if it is not wrapped."""
-    found: Session | None = vars(whole(model)).get(SESSION) if isinstance(model, nn.Module) else None
-    return found
+    return cast("Session | None", vars(whole(model)).get(SESSION)) if isinstance(model, nn.Module) else None
 
 
 def wrap(model: M, pipeline: PipelineLike | None = None) -> M:
@@ -177,12 +180,12 @@ def wrap(model: M, pipeline: PipelineLike | None = None) -> M:
         model: e.g. a `LlavaForConditionalGeneration`, also inside a PeftModel or compiled by torch.compile. It is used
             as before: `generate`, `forward`, batches, beams, caches.
         pipeline: preset name, `"method:keep"`, path to a YAML file, dict, list of stages, or stage objects; a folder
-            or repository of the Hub that holds a `vtoken.yaml`. None: what travels with the model, in `vtoken` of its
-            config or in a `vtoken.yaml` beside its weights (see `save`).
+            or repository of the Hub with a `vtoken.yaml`. None: the pipeline saved with the model (see `save`), under
+            `vtoken` in its config or in a `vtoken.yaml` beside its weights.
 
     Raises:
-        UnsupportedError: the model or a stage cannot be served; the message says why and what can.
-        ConfigError: the pipeline does not read, or none was given and none travels with the model.
+        UnsupportedError: the model or a stage is not supported; the message says why, and what is.
+        ConfigError: the pipeline is not valid, or none was given and none was saved with the model.
     """
     _install(model, pipeline)
     return model
@@ -194,14 +197,12 @@ def _install(model: Any, pipeline: PipelineLike | None, *, watched: bool = False
         raise UnsupportedError(
             f"this model is wrapped already (pipeline {session.pipeline.name!r}); call vtoken.unwrap(model) first"
         )
-    inner = whole(model)
-    told = ""
-    if pipeline is None:
-        check_whole(inner)
-        pipeline, told = of_model(inner.config)
-    with about(told):
-        parsed = config.load(pipeline)
+    inner, source = whole(model), ""
     check_whole(inner)
+    if pipeline is None:
+        pipeline, source = of_model(inner.config)
+    with about(source):
+        parsed = config.load(pipeline)
     with about(parsed.written):
         Session(inner, parsed, watched=watched)
 
@@ -209,10 +210,10 @@ def _install(model: Any, pipeline: PipelineLike | None, *, watched: bool = False
 def unwrap(model: M) -> M:
     """Undoes everything that `wrap` did to the model; returns the model, bit-exact as before.
 
-    KV caches that hold a pruned prompt cannot be continued afterwards; using one raises an error.
+    A KV cache of a pruned prompt cannot be used afterwards; that raises an error.
 
     Raises:
-        UnsupportedError: the model is not wrapped, and neither has nor is a draft.
+        UnsupportedError: the model is not wrapped, has no draft and is none.
         ExceptionGroup: some changes could not be undone; all others were.
     """
     session = session_of(model)
@@ -229,22 +230,19 @@ def unwrap(model: M) -> M:
 @contextmanager
 def wrapped(model: M, pipeline: PipelineLike | None = None) -> Iterator[M]:
     """`wrap` for the duration of a with-block."""
-    _install(model, pipeline)
+    with watched(model, pipeline, traced=False):
+        yield model
+
+
+@contextmanager
+def watched(model: M, pipeline: PipelineLike | None, *, traced: bool = True) -> Iterator[M]:
+    """As `wrapped`, but a pipeline without stages is also `traced`."""
+    _install(model, pipeline, watched=traced)
     try:
         yield model
     finally:
         if session_of(model) is not None:
             unwrap(model)
-
-
-@contextmanager
-def watched(model: M, pipeline: PipelineLike) -> Iterator[M]:
-    """As `wrapped`, but also traces a pipeline without stages."""
-    _install(model, pipeline, watched=True)
-    try:
-        yield model
-    finally:
-        unwrap(model)
 
 
 _GRIDS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # image processor -> its original crop grids
@@ -257,8 +255,9 @@ def match_processor(processor: Any, model: Any) -> Any:
     Raises:
         UnsupportedError: the model or the processor does not have crop grids.
     """
+    images: Any = getattr(processor, "image_processor", None)
     outer = getattr(whole(model), "model", None)
-    pinpoints, images = getattr(getattr(outer, "config", None), "image_grid_pinpoints", None), processor.image_processor
+    pinpoints = getattr(getattr(outer, "config", None), "image_grid_pinpoints", None)
     if pinpoints is None or not hasattr(images, "image_grid_pinpoints"):
         raise UnsupportedError(
             f"{type(model).__name__} with {type(processor).__name__} does not have crop grids (image_grid_pinpoints)"
@@ -274,9 +273,10 @@ def unmatch_processor(processor: Any) -> Any:
     Raises:
         UnsupportedError: the processor was not matched.
     """
-    if processor.image_processor not in _GRIDS:
+    images: Any = getattr(processor, "image_processor", None)
+    if images not in _GRIDS:
         raise UnsupportedError(f"this {type(processor).__name__} was not matched to a model; nothing to take back")
-    processor.image_processor.image_grid_pinpoints = _GRIDS.pop(processor.image_processor)
+    images.image_grid_pinpoints = _GRIDS.pop(images)
     return processor
 
 
@@ -287,7 +287,7 @@ def pipeline(model: Any) -> Pipeline | None:
 
 
 def trace(model: Any) -> Trace:
-    """What happened in the last prefill of the calling thread, or of any thread if this one has run none.
+    """The trace of the last prefill in the calling thread, or in any thread if this one has run none.
 
     Under beam search or with several return sequences, images are those of the expanded batch.
 

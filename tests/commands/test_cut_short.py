@@ -47,9 +47,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("module", "name", "folder", "words", "files", "told"), CASES, ids=[case[1] for case in CASES])
+@pytest.mark.parametrize(
+    ("module", "name", "folder", "words", "files", "message"), CASES, ids=[case[1] for case in CASES]
+)
 def test_what_is_kept_is_named(
-    module: Any, name: str, folder: str, words: list[str], files: list[str], told: str,
+    module: Any, name: str, folder: str, words: list[str], files: list[str], message: str,
     tmp_path: Path, monkeypatch: Any, capsys: Any,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
@@ -62,13 +64,13 @@ def test_what_is_kept_is_named(
         (tmp_path / folder / file).write_text("{}")
     assert main(words) == 130
     out, err = capsys.readouterr()
-    assert out == "" and told.format(folder) in err
+    assert out == "" and message.format(folder) in err
     cut(monkeypatch, module, FULL)
     assert main(words) == 2
     err = capsys.readouterr().err
-    assert err.startswith("vtoken: error: [Errno 28] No space left on device (") and told.format(folder) in err
+    assert err.startswith("vtoken: error: [Errno 28] No space left on device (") and message.format(folder) in err
     cut(monkeypatch, module, FileNotFoundError(errno.ENOENT, "No such file", "x"))
-    assert main(words) == 2 and told.format(folder) not in capsys.readouterr().err
+    assert main(words) == 2 and message.format(folder) not in capsys.readouterr().err
 
 
 def test_thresholds_go_on_and_other_calibrations_do_not(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
@@ -140,8 +142,8 @@ def test_bars_on_a_terminal_are_one(monkeypatch: Any, capsys: Any) -> None:
 
 
 def test_few_rounds_say_what_their_quartiles_are_worth() -> None:
-    assert bench._told({"repeats": 4}) == ["repeats: 4"]
-    assert bench._told({"repeats": 3}) == [
+    assert bench._conditions({"repeats": 4}) == ["repeats: 4"]
+    assert bench._conditions({"repeats": 3}) == [
         "repeats: 3",
         "quartiles of fewer than 4 rounds are drawn between single ones; take more --repeats",
     ]

@@ -177,9 +177,9 @@ def test_what_stands_aside_and_what_is_not_drawn_is_said(
     run(folder("llava"), "flexprefill", picture, "--out", tmp_path / "kept.png")
     assert "flexprefill stood aside: the prompt has" in capsys.readouterr().out
     run(folder("llava"), "flowcut-64,min_visual_tokens=600", picture, "--out", tmp_path / "kept.png")
-    told = capsys.readouterr().out
-    assert "kept.png: 16 of 16 visual tokens kept" in told
-    assert "fewer than min_visual_tokens 600" in told
+    out = capsys.readouterr().out
+    assert "kept.png: 16 of 16 visual tokens kept" in out
+    assert "fewer than min_visual_tokens 600" in out
     run(folder("llava"), "snapkv:2", picture, "--out", tmp_path / "kept.png")
     assert "prompt tokens per layer and head; that is not drawn" in capsys.readouterr().out
     with pytest.raises(VtokenError, match="no folder"):

@@ -34,9 +34,9 @@ def refusals(model: Any) -> dict[str, str]:
 
 
 def test_every_refusal_of_a_preset_names_it(model: Any) -> None:
-    told = refusals(model)
-    assert len(told) > 10
-    assert all(text.startswith(f'preset "{name}": ') and text.count(name) == 1 for name, text in told.items())
+    messages = refusals(model)
+    assert len(messages) > 10
+    assert all(text.startswith(f'preset "{name}": ') and text.count(name) == 1 for name, text in messages.items())
 
 
 @pytest.mark.parametrize("act", ["wrap", "flops", "bench"])
@@ -73,7 +73,7 @@ def test_the_kind_of_error_stays(model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "start"),
     [
         ("fastervlm:0", "pipeline \"fastervlm:0\": stage 'fastervlm': option 'keep'"),
         ("pool:size=2,size=3", "pipeline \"pool:size=2,size=3\": option 'size' is given twice; remove one"),
@@ -83,10 +83,10 @@ def test_the_kind_of_error_stays(model: Any) -> None:
         (["fastervlm:0"], "stage 'fastervlm': option 'keep'"),
     ],
 )
-def test_what_does_not_read_is_named_once(given: Any, told: str) -> None:
+def test_what_does_not_read_is_named_once(given: Any, start: str) -> None:
     with pytest.raises(ConfigError) as caught:
         config.load(given)
-    assert str(caught.value).startswith(told)
+    assert str(caught.value).startswith(start)
 
 
 def test_a_stage_of_a_list_in_a_file_has_its_line(tmp_path: Path) -> None:

@@ -7,16 +7,18 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import pytest
+import tiny
 from pydantic import ValidationError
 
+import vtoken
 from vtoken import cli, config, registry
 from vtoken.config import Pipeline
 from vtoken.config.messages import accepts
-from vtoken.errors import ConfigError
+from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals.shared.options import Options
 from vtoken.pruners.tokens.random import Random
 from vtoken.stages.budget import Budget
@@ -230,3 +232,31 @@ def test_budgets_that_are_named_are_taken_and_no_others(name, option):
         assert f"({written})" in words or refusal([{name: {**others, option: form}}])
         if f"({written})" in words:
             config.load([{name: {**others, option: form}}])
+
+
+def test_key_frames_in_any_order_and_of_a_video_without_tokens() -> None:
+    """The keys of a mapping have no order; a video may have lost all its tokens to an earlier stage."""
+    keep = Budget({"key_weight": 3, "per_frame": 2})
+    assert keep == Budget({"per_frame": 2, "key_weight": 3}) and keep.plain() == {"per_frame": 2, "key_weight": 3}
+    assert keep.counts((0, 0, 4, 4), (0, 0, 1, 1), (1, 1, 3, 1)) == (0, 0, 3, 1)
+
+
+class Elsewhere(Random):
+    """Of a later version of vtoken, or misspelled."""
+
+    site: ClassVar[Any] = "moon"
+
+
+def test_what_is_built_by_hand_is_refused_in_a_line() -> None:
+    pipeline = config.load("none")
+    assert "moon" in refused_by_wrap([Elsewhere(keep=3), "fastervlm:4"])
+    for given in (pipeline, config.Contrast(pipeline)):
+        assert "contrast is a mapping" in refusal({"stages": [], "contrast": given})
+    with pytest.raises(ConfigError, match=r"takes a pipeline, .* not 'none'"):
+        config.Contrast("none")  # type: ignore[arg-type]
+
+
+def refused_by_wrap(pipeline: Any) -> str:
+    with pytest.raises(UnsupportedError) as caught:
+        vtoken.wrap(tiny.llava(), pipeline)
+    return str(caught.value)

@@ -56,7 +56,7 @@ def test_no_stage_calls_an_option_as_a_policy_is_called() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         ("fastervlm:64,positions=kompact", "positions must be original or compact, not 'kompact'"),
         ("fastervlm:64,positons=compact", "stage 'fastervlm': unknown option 'positons'"),
@@ -68,10 +68,10 @@ def test_no_stage_calls_an_option_as_a_policy_is_called() -> None:
         ([{"pool": {"newline": "drop"}}], "; newline is a policy of the whole pipeline, write it beside stages"),
     ],
 )
-def test_what_is_wrong_is_told(given: Any, told: str) -> None:
+def test_what_is_wrong_is_said(given: Any, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         config.load(given)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 TWO = ("uniform:4,positions=compact", "fastervlm-64,min_visual_tokens=600")

@@ -269,8 +269,8 @@ def test_a_wheel_holds_vtoken_whole_and_nothing_else(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=project, capture_output=True)
     (wheel,) = tmp_path.glob("vtoken-*.whl")
     assert wheel.stat().st_size <= 10e6
-    held = zipfile.ZipFile(wheel).namelist()
-    assert {name.partition("/")[0] for name in held} == {"vtoken", f"vtoken-{vtoken.__version__}.dist-info"}
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.partition("/")[0] for name in names} == {"vtoken", f"vtoken-{vtoken.__version__}.dist-info"}
     expected = {str(f.relative_to(project)) for f in (project / "vtoken").rglob("*") if f.is_file()}
-    assert expected == {name for name in held if name.startswith("vtoken/")}
+    assert expected == {name for name in names if name.startswith("vtoken/")}
     assert {"vtoken/py.typed", "vtoken/presets/none.yaml"} <= expected

@@ -111,8 +111,8 @@ def test_tables_link_to_the_pages_of_methods(hooks: Any) -> None:
 
 
 def test_a_docstring_is_no_html_and_no_emphasis(hooks: Any) -> None:
-    told = hooks.generated.prose("<R> of a*b, `x<y*z`, see https://x.org/1.")
-    assert told == "&lt;R> of a\\*b, `x<y*z`, see <https://x.org/1>."
+    made = hooks.generated.prose("<R> of a*b, `x<y*z`, see https://x.org/1.")
+    assert made == "&lt;R> of a\\*b, `x<y*z`, see <https://x.org/1>."
 
 
 def test_a_notebook_becomes_a_page_with_what_it_drew(hooks: Any, tmp_path: Path) -> None:

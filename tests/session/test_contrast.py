@@ -1,4 +1,4 @@
-"""`contrast:`, decoding against the same model under another pipeline, held against logits of both that are recomputed at
+"""`contrast:`, decoding against the same model under another pipeline, compared with logits of both that are recomputed at
 every step."""
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def forced(model, batch, stages, tokens):
     p = oracle.prompt(model, batch)
     with vtoken.wrapped(model, stages):
         greedy(model, batch, 1)
-        told = vtoken.trace(model).stages
-    return modes.forced(model, p, told, tokens).log_softmax(-1)
+        reported = vtoken.trace(model).stages
+    return modes.forced(model, p, reported, tokens).log_softmax(-1)
 
 
 def contrasted(model, batch, tokens):
@@ -207,13 +207,13 @@ def test_in_a_pipeline_file(tmp_path):
     file = tmp_path / "vtoken.yaml"
     file.write_text("stages: [uniform: {keep: 9}]\ncontrast:\n  alpha: 2\n  stages: [random: {keep: 1}]\n")
     found = config.load(file)
-    held = found.contrast
-    assert (held.alpha, held.beta) == (2, 0.1) and held.pipeline.stages[0].name == "random"
+    contrast = found.contrast
+    assert (contrast.alpha, contrast.beta) == (2, 0.1) and contrast.pipeline.stages[0].name == "random"
     again = tmp_path / "again.yaml"
     again.write_text(config.dump(found))
-    assert config.load(again).contrast.pipeline.stages == held.pipeline.stages and config.load(again) == config.load(
+    assert config.load(again).contrast.pipeline.stages == contrast.pipeline.stages and config.load(
         again
-    )
+    ) == config.load(again)
     model = vtoken.wrap(tiny.llava(), found)
     assert config.load(vtoken.save(model, tmp_path / "saved")).contrast.alpha == 2
 

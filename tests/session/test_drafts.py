@@ -327,8 +327,8 @@ def test_vocabularies_that_differ_by_padding(family, size, drafts):
         greedy(model, batch, assistant_model=padded(model, family, drafts))  # stock drafts as ever
     vtoken.unwrap(draft)
     assert torch.equal(greedy(other, batch, NEW), stock)
-    for each, held in ((model, before), (other, others)):
-        assert changed(held, state(each)) <= {("model", "rope_deltas")}
+    for each, old in ((model, before), (other, others)):
+        assert changed(old, state(each)) <= {("model", "rope_deltas")}
 
 
 def test_a_word_that_the_draft_does_not_have():

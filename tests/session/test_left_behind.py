@@ -10,6 +10,7 @@ from itertools import product
 import pytest
 import tiny
 import torch
+import vispec_weights
 from batches import inside
 from modes import families, greedy, skip_refused
 from probes import Deep, Inside, Ragged
@@ -18,6 +19,7 @@ from sparse_probes import Ladder
 import vtoken
 from vtoken import config, registry
 from vtoken.errors import UnsupportedError
+from vtoken.hooks.call.drafting import Drafting
 from vtoken.hooks.vision.features import FeatureHooks
 from vtoken.session import session_of
 
@@ -132,6 +134,11 @@ def test_a_matched_processor_can_be_taken_back():
     assert processor.image_processor.image_grid_pinpoints == own
     with pytest.raises(UnsupportedError, match="not matched"):
         vtoken.unmatch_processor(processor)
+    for half in (processor.image_processor, None):
+        with pytest.raises(UnsupportedError, match="does not have crop grids"):
+            vtoken.match_processor(half, model)
+        with pytest.raises(UnsupportedError, match="not matched"):
+            vtoken.unmatch_processor(half)
 
 
 def test_every_undo_runs():
@@ -206,3 +213,38 @@ def test_only_facts_that_somebody_reads_are_packed(family, monkeypatch):
     monkeypatch.setattr(adapter, "pack", lambda call, values: packed.append(values.shape) or pack(call, values))
     greedy(model, tiny.build(model, [[3, "img", 5]], seed=3), 1)
     assert len(packed) <= 2, "which tokens are left, and what they are called in the trace"
+
+
+def failing(model):
+    """Has one change that the model's session made fail to be undone."""
+    session_of(model).context.handle._undo.insert(0, lambda: 1 // 0)
+
+
+def test_what_fails_at_one_model_does_not_keep_the_other():
+    """Of a contrast and of a draft, the other model is released as well."""
+    model, other = tiny.llava(), tiny.llava(seed=1)
+    vtoken.wrap(model, {"stages": [], "contrast": {"stages": ["pool"]}})
+    failing(session_of(model).against.adapter.model)
+    with pytest.raises(ExceptionGroup):
+        vtoken.unwrap(model)
+    assert session_of(model) is None
+    vtoken.wrap(model, SITES["decoder"])
+    for broken in (model, other):
+        draft = vtoken.draft(model, other, "specvlm:3")
+        failing(broken)
+        with pytest.raises(ExceptionGroup):
+            vtoken.unwrap(draft)
+        assert session_of(other) is None and vtoken.pipeline(model).stages[0] == SITES["decoder"][0]
+    vtoken.unwrap(model)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_pair_that_cannot_be_made_leaves_the_target_as_it_was(trained, tmp_path, monkeypatch):
+    model, other = tiny.llava(), tiny.llava(seed=1)
+    vtoken.wrap(model, SITES["decoder"])
+    before = vtoken.pipeline(model)
+    draft = vispec_weights.written(vispec_weights.random(model), tmp_path) if trained else other
+    monkeypatch.setattr(Drafting, "on_target", lambda self, context: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        vtoken.draft(model, draft)
+    assert vtoken.pipeline(model) is before and session_of(model).pair is None and session_of(other) is None

@@ -14,9 +14,11 @@ def test_it_lists_what_is_installed_where() -> None:
     with vtoken.wrapped(model, [{"fastervlm": {"keep": 5}}, {"fastv": {"keep": 3, "layer": 2}}]):
         head, *lines = repr(session_of(model)).split("\n  ")
     assert head == "vtoken session of 'fastervlm+fastv' on llava"
-    told = dict(line.split(": ", 1) for line in lines)
-    assert told["Boundary"] == "model.language_model" and told["LayerGroups"] == "model.language_model.layers.0-3"
-    assert "model.vision_tower" in told["PaddedTower"] and told["attribute generate"] == "LlavaForConditionalGeneration"
+    shown = dict(line.split(": ", 1) for line in lines)
+    assert shown["Boundary"] == "model.language_model" and shown["LayerGroups"] == "model.language_model.layers.0-3"
+    assert (
+        "model.vision_tower" in shown["PaddedTower"] and shown["attribute generate"] == "LlavaForConditionalGeneration"
+    )
 
 
 def test_layers_are_told_as_ranges() -> None:

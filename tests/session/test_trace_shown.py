@@ -109,16 +109,16 @@ def test_what_a_model_is_wrapped_with(tmp_path: Path) -> None:
 def test_warnings_point_at_the_line_of_the_user(tmp_path: Path) -> None:
     model = tiny.llava()
     width = model.config.text_config.hidden_size
-    with vtoken.wrapped(model, "fastervlm:5"), torch.no_grad(), pytest.warns(UserWarning) as told:
+    with vtoken.wrapped(model, "fastervlm:5"), torch.no_grad(), pytest.warns(UserWarning) as caught:
         model.generate(inputs_embeds=torch.zeros(1, 4, width), max_new_tokens=1)
-    (warning,) = [each for each in told if "inputs_embeds came without pixels" in str(each.message)]
+    (warning,) = [each for each in caught if "inputs_embeds came without pixels" in str(each.message)]
     assert warning.filename == __file__
     text = Path(__file__).read_text(encoding="utf-8").splitlines()[warning.lineno - 1]
     assert text.strip().startswith("model.generate(inputs_embeds")
     (tmp_path / "a.json").write_text("{")
-    with pytest.warns(UserWarning, match="taken as missing") as told:
+    with pytest.warns(UserWarning, match="taken as missing") as caught:
         whole.kept(tmp_path / "a.json", bool)
-    assert told[0].filename == __file__
+    assert caught[0].filename == __file__
 
 
 def test_one_place_warns() -> None:

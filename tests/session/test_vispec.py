@@ -32,15 +32,15 @@ def prompt(model: Any, name: str) -> dict[str, Tensor]:
 
 
 class Listener:
-    """A chain that notes what it is told and what it answers."""
+    """A chain that notes what it is asked and what it answers."""
 
-    def __init__(self, chain: Any, told: list[tuple[str, list[int], Tensor]]) -> None:
-        self.chain, self.told = chain, told
+    def __init__(self, chain: Any, calls: list[tuple[str, list[int], Tensor]]) -> None:
+        self.chain, self.calls = chain, calls
 
     def __getattr__(self, name: str) -> Any:
         def call(*args: Any) -> Tensor:
             answer: Tensor = getattr(self.chain, name)(*args)
-            self.told.append((name, args[-1].tolist(), answer))
+            self.calls.append((name, args[-1].tolist(), answer))
             return answer
 
         return call
@@ -88,10 +88,10 @@ def test_guesses_are_as_defined(family, name, pipeline, queries, tmp_path, monke
     if STAGES[pipeline]:
         vtoken.wrap(model, STAGES[pipeline])
     draft = vtoken.draft(model, vispec_weights.written(tensors, tmp_path))
-    told: list[tuple[str, list[int], Tensor]] = []
-    monkeypatch.setattr(draft, "chain", lambda: Listener(ViSpecChain(draft), told))
+    calls: list[tuple[str, list[int], Tensor]] = []
+    monkeypatch.setattr(draft, "chain", lambda: Listener(ViSpecChain(draft), calls))
     said = greedy(model, batch, 6, assistant_model=draft)[0, batch["input_ids"].shape[1] :].tolist()
-    assert [name for name, _, _ in told].count("verified") > 1
+    assert [name for name, _, _ in calls].count("verified") > 1
     theta = model.config.get_text_config().rope_parameters["rope_theta"]
     naive, embed = Naive(model, tensors, theta), model.get_input_embeddings().weight.detach().double()
     pictures = [each.columns.tolist() for each in tiny.segments(model, batch)]
@@ -108,7 +108,7 @@ def test_guesses_are_as_defined(family, name, pipeline, queries, tmp_path, monke
         length,
     )
     done, guesses, out = 1, [], naive.layer(rows)
-    for kind, tokens, logits in told:
+    for kind, tokens, logits in calls:
         if kind == "verified":
             for token in tokens:
                 rows.append((naive.row(embed[token], states[length + done - 1], seen), length + done - 1))
@@ -157,10 +157,10 @@ def test_padding_changes_no_guess(family, row, tmp_path, monkeypatch):
     length, found = batch["input_ids"].shape[1], []
     padded = {k: pad(v, (3, 0)) if v.shape[:2] == (1, length) else v for k, v in batch.items()}
     for given in (batch, padded):
-        told: list[tuple[str, list[int], Tensor]] = []
-        monkeypatch.setattr(draft, "chain", lambda told=told: Listener(ViSpecChain(draft), told))
+        calls: list[tuple[str, list[int], Tensor]] = []
+        monkeypatch.setattr(draft, "chain", lambda calls=calls: Listener(ViSpecChain(draft), calls))
         greedy(model, given, 6, assistant_model=draft)
-        found.append(told)
+        found.append(calls)
     assert len(found[0]) == len(found[1]) > 3
     for (*one, logits), (*other, same) in zip(*found, strict=True):
         assert one == other

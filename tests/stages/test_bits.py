@@ -1,5 +1,5 @@
 """Codes of few bits: packed without gaps, as near as a step allows, the same numbers as rounding at full width, and the
-bytes that are held."""
+bytes that are cached."""
 
 from __future__ import annotations
 
@@ -80,9 +80,11 @@ def test_bytes_are_those_of_codes_and_what_reads_them(dtype):
     minima = (
         2 * size * 2 * (2 * d) + 2 * 4 * n
     )  # keys per group, head and channel; values, once evened out fp32, per token
-    held = found.tensors()
-    assert sum(t.nbytes for t in held) == codes + minima + size * 2 * d + 4 * n
-    assert sum(t.untyped_storage().nbytes() for t in held) == sum(t.nbytes for t in held), "no view of anything larger"
+    cached = found.tensors()
+    assert sum(t.nbytes for t in cached) == codes + minima + size * 2 * d + 4 * n
+    assert sum(t.untyped_storage().nbytes() for t in cached) == sum(t.nbytes for t in cached), (
+        "no view of anything larger"
+    )
 
 
 def layer(rows=3, length=9, tail=4):
@@ -91,9 +93,9 @@ def layer(rows=3, length=9, tail=4):
 
     g = torch.Generator().manual_seed(length)
     keys, values = (torch.randn(rows, 2, length, 8, generator=g) for _ in range(2))
-    held = DynamicLayer()
-    held.update(keys[:, :, :2], values[:, :, :2])
-    held, parts = adopt(held), []
+    cached = DynamicLayer()
+    cached.update(keys[:, :, :2], values[:, :, :2])
+    cached, parts = adopt(cached), []
     for r in range(rows):
         own = slice(2 + r, length)  # rows differ: padding at the left
         found = quantised(keys[r, :, own], values[r, :, own], split(length - 2 - r, 2, (4, 2)))
@@ -102,23 +104,23 @@ def layer(rows=3, length=9, tail=4):
         if r:
             keys[r, :, own], values[r, :, own] = found.keys, found.values
     new = [torch.randn(rows, 2, tail, 8, generator=g) for _ in range(2)]
-    held.append(parts, tuple(x[:, :, :0] for x in new))
-    held.update(*new)
+    cached.append(parts, tuple(x[:, :, :0] for x in new))
+    cached.update(*new)
     plain = DynamicLayer()
     plain.update(torch.cat([keys, new[0]], 2), torch.cat([values, new[1]], 2))
-    return held, plain
+    return cached, plain
 
 
-def same(held, plain):
-    assert torch.equal(held.keys, plain.keys) and torch.equal(held.values, plain.values)
-    assert held.get_seq_length() == plain.get_seq_length() and held.get_mask_sizes(3) == plain.get_mask_sizes(3)
+def same(cached, plain):
+    assert torch.equal(cached.keys, plain.keys) and torch.equal(cached.values, plain.values)
+    assert cached.get_seq_length() == plain.get_seq_length() and cached.get_mask_sizes(3) == plain.get_mask_sizes(3)
 
 
 def test_a_layer_is_what_a_dynamic_layer_would_be():
     import copy
 
-    held, plain = layer()
-    same(held, plain)
+    cached, plain = layer()
+    same(cached, plain)
     moves = (
         lambda x: x.reorder_cache(torch.tensor([2, 0, 2])),
         lambda x: x.batch_repeat_interleave(2),
@@ -132,24 +134,24 @@ def test_a_layer_is_what_a_dynamic_layer_would_be():
     )
     twin = None
     for move in moves:
-        move(held), move(plain)
-        same(held, plain)
-        twin = twin or copy.deepcopy(held)
+        move(cached), move(plain)
+        same(cached, plain)
+        twin = twin or copy.deepcopy(cached)
     assert twin.keys.shape[0] == 3, "a copy goes its own way"
-    held.reset()
-    assert type(held) is type(plain) and held.get_seq_length() == 0
-    held.update(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8))
-    assert held.keys.shape == (1, 2, 3, 8)
+    cached.reset()
+    assert type(cached) is type(plain) and cached.get_seq_length() == 0
+    cached.update(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8))
+    assert cached.keys.shape == (1, 2, 3, 8)
 
 
 @pytest.mark.parametrize("count", range(1, 13))
 def test_crops_reach_into_packed_rows(count):
     """4 tokens of the tail, then up to 5 that every row holds, then what earlier turns left."""
-    held, plain = layer()
+    cached, plain = layer()
     if 4 + 5 < count < 4 + 7:
         return  # padding in some row: PrunedCache.crop refuses before
-    held.crop(-count), plain.crop(-count)
-    same(held, plain)
-    held.update(torch.ones(3, 2, 1, 8), torch.ones(3, 2, 1, 8))
+    cached.crop(-count), plain.crop(-count)
+    same(cached, plain)
+    cached.update(torch.ones(3, 2, 1, 8), torch.ones(3, 2, 1, 8))
     plain.update(torch.ones(3, 2, 1, 8), torch.ones(3, 2, 1, 8))
-    same(held, plain)
+    same(cached, plain)

@@ -30,7 +30,7 @@ def test_rows_name_rows() -> None:
         assert spec.instead == "" or all(spec_of(spec.instead, site) for site in spec.sites)
         whole = spec_of(spec.part_of, spec.sites[0]) if spec.part_of else None
         assert not spec.part_of or (whole and (whole.read, whole.holds) == (spec.read, spec.holds))
-        assert (spec.per != "token") <= (spec.holds != "one"), "text is told by more than a number"
+        assert (spec.per != "token") <= (spec.holds != "one"), "text is given by more than a number"
 
 
 HEADS, WIDTH, LENGTHS, SCALE = 3, 4, (5, 2), 0.5

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
 
 def details(cls: type[Stage]) -> dict[str, Any]:
-    """A stage as plain data: what `vtoken list --json` has of it, and more of its options, presets and families."""
+    """A stage as plain data: its entry of `vtoken list --json`, with the meaning of its options, the presets that use
+    it, and the families that support it."""
     from vtoken.commands.list import describe, presets
     from vtoken.config.messages import accepts
     from vtoken.evals.cost.support_matrix import support_matrix
@@ -30,7 +31,8 @@ def details(cls: type[Stage]) -> dict[str, Any]:
 
 
 def example(cls: type[Stage]) -> str:
-    """The stage in short with what has no default: 64 tokens, a word in capitals; or a preset that has it."""
+    """A pipeline with this stage, in short form. Required options other than `keep` come from a preset, if one uses the
+    stage; else they are a word in capitals, for the reader to replace."""
     from vtoken import config, registry
 
     required = [name for name, field in cls.model_fields.items() if field.is_required()]
@@ -43,14 +45,14 @@ def example(cls: type[Stage]) -> str:
 
 
 def call(pipeline: str) -> str:
-    """The line of Python that runs a pipeline, or has a draft run it; of one that does not read, as of others."""
+    """The line of Python that runs a pipeline: `vtoken.draft` for pipelines of drafts, else `vtoken.wrap`."""
     from vtoken import config
     from vtoken.errors import ConfigError
     from vtoken.stages.facts import of_target
 
     try:
         stages = config.load(pipeline).stages
-    except ConfigError:  # capitals stand for what the reader has to write
+    except ConfigError:  # words in capitals, see `example`
         stages = ()
     drafts = any(of_target(need, stage.site) for stage in stages for need in stage.needs())
     return f'vtoken.draft(model, draft, "{pipeline}")' if drafts else f'vtoken.wrap(model, "{pipeline}")'
@@ -73,7 +75,7 @@ def show(entry: dict[str, Any]) -> None:
         "example": call(entry["example"]),
     }
     options = sorted(entry["options"].items(), key=lambda item: not item[1]["required"])
-    given = {n if o["required"] else f"{n}={json.dumps(o['default'])}": _option(o) for n, o in options}
+    given = {named(name, option): _option(option) for name, option in options}
     console = Console(highlight=False)
     console.print(
         Text(f"{entry['stage']}: a {entry['kind']} at site {entry['site']}"), Text(entry["summary"]), sep="\n"
@@ -85,11 +87,16 @@ def show(entry: dict[str, Any]) -> None:
 
 
 def show_preset(name: str) -> None:
-    """Prints what a preset is and says."""
+    """Prints the summary of a preset, its pipeline and an example."""
     from vtoken import config
     from vtoken.config.presets import summary
 
     print(summary(name), config.dump(config.load(name)).rstrip(), f"example: {call(name)}", sep="\n\n")
+
+
+def named(name: str, option: dict[str, Any]) -> str:
+    """An option by its name, and its default if it has one."""
+    return name if option["required"] else f"{name}={json.dumps(option['default'])}"
 
 
 def _option(option: dict[str, Any]) -> str:
@@ -98,7 +105,7 @@ def _option(option: dict[str, Any]) -> str:
 
 
 def _grid(rows: dict[str, str]) -> Any:
-    """Labels, and what is said of them beside; nothing where there is nothing to say."""
+    """Labels with texts beside them; rows without a text are left out."""
     from rich.table import Table
     from rich.text import Text
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +44,8 @@ Dense, pipelines and oracles run interleaved in one process. The oracle is the s
 short already: pipeline / oracle is what vtoken itself costs. TTFT runs from the call to the first token, vision
 included. The KV cache is that of the whole batch, after the prefill and at the end; what a step reads of it is that of
 one row, the mean over the answer, without the weights, which every step reads besides. Numbers are medians,
-[25 % - 75 %] below; ratios are formed within a round. Visual tokens are those of the whole batch that enter the decoder,
-and their mean over its layers.
+[25 % - 75 %] below; ratios are formed within a round. Visual tokens are those of the whole batch that enter the
+decoder, and their mean over its layers.
 """
 
 # Column -> its cell; _spread and the others stand below.
@@ -96,6 +97,8 @@ def run(asked: Settings) -> None:
     from vtoken.config import load
     from vtoken.evals.shared import models
     from vtoken.evals.shared.media import read
+    from vtoken.evals.speed.drafted import measure
+    from vtoken.evals.speed.latency import bench
 
     if asked.break_even and (asked.images > 1 or asked.media or not asked.pipelines):
         raise ConfigError(
@@ -108,14 +111,20 @@ def run(asked: Settings) -> None:
     pipelines = [load(each) for each in asked.pipelines]  # A typing error must not cost the loading of a model.
     models.set_threads(asked.threads)
     media = read([asked.media], asked.frames if asked.frames > 1 else FRAMES) if asked.media else None
-    model = models.load(asked.model, asked.device, asked.dtype, random_weights=asked.random_weights, seed=asked.seed)
+    load_model = partial(
+        models.load, device=asked.device, dtype=asked.dtype, random_weights=asked.random_weights, seed=asked.seed
+    )
+    model = load_model(asked.model)
     found: Bench | Measured | Drafted
     if asked.drafts:
-        found = _drafted(model, pipelines, asked, media)
+        other = load_model(asked.draft_model) if asked.draft_model else None
+        found = measure(model, pipelines, other, **_options(asked, media))
     elif asked.break_even:
         found = _break_even(model, pipelines, asked)
     else:
-        found = _bench(model, pipelines, asked, media)
+        found = bench(model, pipelines, **_options(asked, media))
+        if media is not None:
+            found = replace(found, conditions=found.conditions | {"media": str(asked.media)})
     weights = "random" if asked.random_weights else "as loaded"
     if asked.in_json:
         print(json.dumps({"model": asked.model, "weights": weights, **found.to_dict()}))
@@ -123,33 +132,16 @@ def run(asked: Settings) -> None:
         _print(asked.model, weights, found)
 
 
-def _bench(model: Any, pipelines: list[Pipeline], asked: Settings, media: Media | None) -> Bench:
+def _options(asked: Settings, media: Media | None) -> dict[str, Any]:
+    """The options of a measurement, with the pictures of --media."""
     from vtoken.evals import processors
     from vtoken.evals.speed.inputs import prepared
-    from vtoken.evals.speed.latency import bench
 
     options = asked.model_dump(include=set(BenchOptions.model_fields))
     if media is None:
-        return bench(model, pipelines, **options)
+        return options
     pictures = prepared(media, processors.load(asked.model), asked.batch, asked.images)
-    found = bench(model, pipelines, pictures=pictures, **options | {"frames": len(media.pictures)})
-    return replace(found, conditions=found.conditions | {"media": str(asked.media)})
-
-
-def _drafted(model: Any, pipelines: list[Pipeline], asked: Settings, media: Media | None) -> Drafted:
-    from vtoken.evals import processors
-    from vtoken.evals.shared import models
-    from vtoken.evals.speed.drafted import measure
-    from vtoken.evals.speed.inputs import prepared
-
-    other = asked.draft_model and models.load(
-        asked.draft_model, asked.device, asked.dtype, random_weights=asked.random_weights, seed=asked.seed
-    )
-    options = asked.model_dump(include=set(BenchOptions.model_fields))
-    if media is None:
-        return measure(model, pipelines, other, **options)
-    pictures = prepared(media, processors.load(asked.model), asked.batch, asked.images)
-    return measure(model, pipelines, other, pictures=pictures, **options | {"frames": len(media.pictures)})
+    return options | {"pictures": pictures, "frames": len(media.pictures)}
 
 
 def _break_even(model: Any, pipelines: list[Pipeline], asked: Settings) -> Measured:
@@ -167,7 +159,7 @@ def _print(name: str, weights: str, found: Bench | Measured | Drafted) -> None:
 
     if isinstance(found, Drafted):
         show(f"{name} and its drafts", drafted(found), width=160, lines=True)
-        print(f"weights: {weights}", *_told(found.conditions), sep="\n")
+        print(f"weights: {weights}", *_conditions(found.conditions), sep="\n")
         return
     if isinstance(found, Bench):
         show(name, cells(found), width=280, lines=True)  # Folded cells would be hard to read in a file.
@@ -179,7 +171,7 @@ def _print(name: str, weights: str, found: Bench | Measured | Drafted) -> None:
     show(f"{name}: end to end / dense", rows, width=160)
     for pipeline in found.steps:
         print(_advice(pipeline, found))
-    print(*filter(None, [found.stopped]), f"weights: {weights}", *_told(found.conditions), sep="\n")
+    print(*filter(None, [found.stopped]), f"weights: {weights}", *_conditions(found.conditions), sep="\n")
 
 
 def drafted(found: Drafted) -> list[tuple[str, ...]]:
@@ -246,7 +238,7 @@ def markdown(measured: Bench) -> str:
 
 def notes(measured: Bench) -> list[str]:
     """Conditions, and what is not in the table and why."""
-    found, rows = _told(measured.conditions), measured.rows
+    found, rows = _conditions(measured.conditions), measured.rows
     if measured.drift is not None:
         found.append(f"drift: dense end to end, second half of the rounds / first: {measured.drift:.3f}")
     if all(row.peak_bytes is None for row in rows):
@@ -260,7 +252,8 @@ def notes(measured: Bench) -> list[str]:
     return found + [f"{row.name}: no oracle, {row.no_oracle}" for row in rows if row.no_oracle]
 
 
-def _told(conditions: dict[str, Any]) -> list[str]:
+def _conditions(conditions: dict[str, Any]) -> list[str]:
+    """A line for each condition, and a warning where rounds are few."""
     found = [f"{name.replace('_', ' ')}: {value}" for name, value in conditions.items()]
     if conditions.get("repeats", ENOUGH) < ENOUGH:
         found.append(f"quartiles of fewer than {ENOUGH} rounds are drawn between single ones; take more --repeats")

@@ -15,8 +15,9 @@ EXAMPLES = """examples:
   vtoken calibrate attention_exit tiny-llava -o exit.yaml
   vtoken calibrate METHOD --help               # options of a method
 
-Every method takes --json: one object with method, model, pipeline (what other commands take: a name with options, or YAML) and
-what it found. Without it a table and a sentence are printed; a pipeline that goes to no file goes to stdout, and those to stderr.
+Every method takes --json: one object with method, model, pipeline (what other commands take: a name with options, or
+YAML) and what it found. Without it a table and a sentence are printed; a pipeline that goes to no file goes to stdout,
+and those to stderr.
 """
 
 

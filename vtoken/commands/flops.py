@@ -33,8 +33,8 @@ examples:
 A multiply-add is 2 FLOPs. Percentages are shares of the dense model. KV bytes use the config's dtype, 2 bytes a number
 where it names none. "KV read per token" is what a decode step reads of one row's cache, the mean over the answer; every
 step reads the weights besides. Qwen rounds sizes as transformers' Qwen2VLImageProcessor does by default (56x56 to about
-a million pixels), frames too; checkpoints may set other limits. How many newline tokens stay where tokens were dropped is
-an expectation: tokens drawn at random.
+a million pixels), frames too; checkpoints may set other limits. How many newline tokens stay where tokens were dropped
+is an expectation: tokens drawn at random.
 """
 
 ROWS = {

@@ -108,7 +108,7 @@ def _one(name: str, asked: Settings) -> None:
 
 
 def _filtered(classes: list[type[Stage]], asked: Settings) -> list[type[Stage]]:
-    """Those that --site, --fact and --family leave."""
+    """The stages that --site, --fact and --family select."""
     from vtoken import registry
     from vtoken.stages import FACTS, SITES
 
@@ -196,7 +196,7 @@ def _short(value: int | None, unit: str) -> str:
 
 
 def describe(cls: type[Stage]) -> dict[str, Any]:
-    """What a reader wants to know about a stage, as plain data."""
+    """A stage as plain data."""
     module_doc = (sys.modules[cls.__module__].__doc__ or "").strip()
     return {
         "stage": cls.name,
@@ -227,13 +227,13 @@ def presets() -> list[dict[str, Any]]:
 
 
 def _needs(cls: type[Stage]) -> list[str]:
-    """Facts of a stage with default options; `keep` has no default and no say in it."""
+    """Facts of a stage with default options. `keep` has no default, but facts do not depend on it."""
     from vtoken.stages.budget import Budget
 
     options: dict[str, Any] = {"keep": Budget(64)} if "keep" in cls.model_fields else {}
     try:
         facts = cls.model_construct(**options).needs()
-    except AttributeError:  # It reads an option that has no default.
+    except AttributeError:  # They depend on an option without a default.
         return ["depends on its options"]
     return [fact.name if fact.layer is None else f"{fact.name}@{fact.layer}" for fact in facts]
 
@@ -248,8 +248,10 @@ def _plain(default: Any) -> Any:
 
 def _text(key: str, value: Any) -> str:
     """A value on one line."""
+    from vtoken.commands._one import named
+
     if key == "options":
-        return ", ".join(n if o["required"] else f"{n}={json.dumps(o['default'])}" for n, o in value.items())
+        return ", ".join(named(name, option) for name, option in value.items())
     if key == "stages":
         return " → ".join(
             f"{n} ({', '.join(f'{k}={_flow(v)}' for k, v in o.items())})" for s in value for n, o in s.items()

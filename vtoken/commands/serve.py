@@ -56,10 +56,10 @@ def run(asked: Settings) -> None:
             lambda: models.load(asked.model, asked.device, asked.dtype),
             lambda: processors.load(asked.model),
         )
-        (held,) = manager.loaded_models.values()
+        (loaded,) = manager.loaded_models.values()
         address = f"http://{_written(*listening.getsockname()[:2])}/v1"
-        command, refused = in_vllm(asked.model, asked.pipeline, pipeline, held.model.config)
-        del held  # or a reset could not free it
+        command, refused = in_vllm(asked.model, asked.pipeline, pipeline, loaded.model.config)
+        del loaded  # or a reset could not free it
         if asked.in_json:
             print(json.dumps({"address": address, "vllm": command, "vllm_refused": refused}), flush=True)
         else:
@@ -73,7 +73,7 @@ def run(asked: Settings) -> None:
 
 
 def in_vllm(model: str, given: str, pipeline: Pipeline, model_config: Any) -> tuple[str | None, str | None]:
-    """The command line by which vLLM serves the same, or else why there is none.
+    """The command line with which vLLM serves the same pipeline, or else why it cannot.
 
     Args:
         given: the pipeline as it was written.
@@ -107,12 +107,12 @@ def _parts() -> tuple[Any, Any]:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there, before anything is loaded."""
+    """A listening socket, opened before anything is loaded."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        # Behind the system's words Python tells the address again; host names have errors with numbers of their own.
+        # str(error) would repeat the address; errors about host names have numbers that are not the system's.
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         raise VtokenError(
             f"cannot listen on {_written(host, port)}: {reason}; choose another --port, or 0, or another --host"

@@ -73,8 +73,8 @@ def run(asked: Settings) -> None:
     for name, why in seen.aside.items():
         print(f"{name} stood aside: {why}")
     if any(stage.site == "cache" and stage.stood_aside is None for stage in seen.stages):
-        held = sorted({count for (count,) in seen.cached})
-        many = " to ".join(map(str, {held[0]: 0, held[-1]: 0}))
+        counts = sorted({count for (count,) in seen.cached})
+        many = " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
         print(
             f"the KV cache holds {many} of {seen.prompt_tokens[0]} prompt tokens per layer and head; that is not drawn"
         )

@@ -80,7 +80,7 @@ def run(asked: Settings) -> None:
 
 def kept(asked: Settings) -> str:
     folder = asked.out / "points"
-    points = len([*folder.glob("*.json")])
+    points = len(list(folder.glob("*.json")))
     return f"{points} finished points are kept in {folder}; the same command goes on from them" if points else ""
 
 

@@ -25,7 +25,8 @@ examples:
   vtoken tune tiny-llava --data reference --limit 48 --space space.yaml --trials 12
       the shipped model on its own held-out questions: as many answers as possible like dense's, as few FLOPs as
       possible
-  vtoken tune llava-hf/llava-1.5-7b-hf --data mine.jsonl --quality accuracy --keep-accuracy 98% --objective ttft --space space.yaml
+  vtoken tune llava-hf/llava-1.5-7b-hf --data mine.jsonl --quality accuracy --keep-accuracy 98% \
+--objective ttft --space space.yaml
       lines {"image": FILE, "question": TEXT, "answer": TEXT}; cost is measured, dense and pruned interleaved
   vtoken tune Qwen/Qwen2.5-VL-3B-Instruct --data textvqa_val,gqa --limit 100 --keep-accuracy 98% --space space.yaml
       lmms-eval's tasks, scored by their own scorers

@@ -53,15 +53,15 @@ def on_hub(text: str) -> Path:
 
 
 def of_model(config: Any) -> tuple[Any, str]:
-    """The pipeline that a model's config holds under `vtoken`, or the file beside its weights, in a form that `load`
-    takes; and the prefix for errors about it.
+    """The pipeline under `vtoken` in a model's config, or else the place of its weights, where the file is: both in a
+    form that `load` takes. And the prefix of errors about it.
 
     Raises:
         ConfigError: there is neither.
     """
-    said = getattr(config, "vtoken", None)
-    if said is not None:
-        return said, "`vtoken` of the model's config"
+    pipeline = getattr(config, "vtoken", None)
+    if pipeline is not None:
+        return pipeline, "`vtoken` of the model's config"
     nothing = "no pipeline was given, and the model's config has no `vtoken`"
     name, revision = str(getattr(config, "name_or_path", "")), getattr(config, "_commit_hash", None)
     if os.path.isdir(name):

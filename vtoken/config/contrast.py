@@ -15,14 +15,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Contrast:
-    """Logits (1 + alpha) l - alpha l', l' those of the same model under `pipeline`; words whose l is below
-    ln beta + max l are out. With alpha 0 nothing changes."""
+    """Answers come from the logits (1 + alpha) l - alpha l', where l' are the logits of the same model under
+    `pipeline`; words with l below ln beta + max l are excluded. With alpha 0 nothing changes."""
 
     pipeline: Pipeline
     alpha: float = 1.0
     beta: float = 0.1
 
     def __post_init__(self) -> None:
+        from vtoken.config.pipeline import Pipeline
+
+        if not isinstance(self.pipeline, Pipeline):
+            raise ConfigError(
+                f"{CONTRAST} takes a pipeline, as vtoken.config.load makes it, not {shown(self.pipeline)}"
+            )
         if self.pipeline.draft is not None or self.pipeline.contrast is not None:
             raise ConfigError(f"the pipeline of {CONTRAST} can have neither {DRAFT} nor {CONTRAST} itself")
         check_number("alpha", self.alpha, inf)
@@ -30,10 +36,10 @@ class Contrast:
 
 
 def check_number(name: str, value: Any, most: float) -> None:
-    """Refuses what is no number from 0 to `most`.
+    """Checks that an option of the contrast is a number from 0 to `most`.
 
     Raises:
-        ConfigError: names it.
+        ConfigError: it is not; names it.
     """
     if type(value) not in (int, float) or not 0 <= value <= most or value == inf:
         raise ConfigError(
@@ -45,7 +51,7 @@ def check_beside(pipeline: Pipeline) -> None:
     """Refuses a draft with a draft or a contrast, and other crops than the pipeline's.
 
     Raises:
-        ConfigError: says which.
+        ConfigError: the draft has a contrast, or one of the two asks for other crops than the pipeline.
     """
     if pipeline.draft is not None and pipeline.draft.draft is not None:
         raise ConfigError(f"{DRAFT} must be a pipeline that has no {DRAFT} itself; leave the inner one out")

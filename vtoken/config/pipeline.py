@@ -31,7 +31,7 @@ from vtoken.config.policies import (
     check,
 )
 from vtoken.config.presets import recipe
-from vtoken.config.short_form import bare, is_stage, options_of, short_form
+from vtoken.config.short_form import bare, options_of, parted
 from vtoken.config.yaml_source import Source, read
 from vtoken.config.yaml_source import dump as write_yaml
 from vtoken.errors import ConfigError, about, shown, unknown
@@ -110,8 +110,8 @@ def _plain_form(pipeline: Pipeline) -> dict[str, Any]:
     stages = [{s.name: options} if (options := s.model_dump(mode="json")) else s.name for s in pipeline.stages]
     draft = {} if pipeline.draft is None else {DRAFT: _plain_form(pipeline.draft)}
     against = {}
-    if (held := pipeline.contrast) is not None:
-        against = {CONTRAST: {"alpha": held.alpha, "beta": held.beta, **_plain_form(held.pipeline)}}
+    if (contrast := pipeline.contrast) is not None:
+        against = {CONTRAST: {"alpha": contrast.alpha, "beta": contrast.beta, **_plain_form(contrast.pipeline)}}
     return {**{key: getattr(pipeline, key) for key in POLICY_KEYS}, **draft, **against, "stages": stages}
 
 
@@ -125,8 +125,8 @@ def _from_text(text: str) -> Pipeline:
     name, _, rest = text.partition(",")
     if rest and name in presets:
         return _short(lambda: {**options_of(rest), PRESET: name}, text, "preset")
-    if is_stage(text):
-        return _short(lambda: _with_policies(*short_form(text)), text, "pipeline")
+    if (short := parted(text)) is not None:
+        return _short(lambda: _with_policies(short[0], options_of(short[1])), text, "pipeline")
     if os.path.isdir(text) or Path(text).suffix in (".yaml", ".yml"):
         return _from_file(Path(text))
     if is_repository(text):
@@ -163,7 +163,7 @@ def _from_file(path: Path, name: str = "") -> Pipeline:
 
 
 def _from_data(data: Any, name: str, source: Source, more: Sequence[str] = ()) -> Pipeline:
-    """`more`: keys that were read elsewhere."""
+    """The pipeline of a mapping. `more` are keys that the caller has read; errors list them among the known ones."""
     if not isinstance(data, dict):
         raise source.error((), f"a pipeline is a mapping with positions and stages, not {shown(data)}")
     for key in data:
@@ -182,9 +182,8 @@ def _from_data(data: Any, name: str, source: Source, more: Sequence[str] = ()) -
             f"stages must be a list, as in [fastervlm: {{keep: 64}}] (for none []), not {shown(items)}",
         )
     stages = tuple(_stage(item, ("stages", i), source) for i, item in enumerate(items))
-    others: dict[str, Any] = {}
-    for key, reads in ((DRAFT, _draft), (CONTRAST, _contrast)):
-        others |= {key: reads(data[key], source)} if key in data else {}
+    reads: dict[str, Callable[[Any, Source], Any]] = {DRAFT: _draft, CONTRAST: _contrast}
+    others = {key: read_one(data[key], source) for key, read_one in reads.items() if key in data}
     check({**policies, "stages": stages}, source)
     name = name or preset or "+".join(s.name for s in stages) or "none"
     try:
@@ -236,9 +235,9 @@ def _unknown_preset(name: Any, before: str = "", after: str = "") -> str:
 def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
     if isinstance(item, Stage):
         return item
-    if isinstance(item, str) and item not in registry.stages() and is_stage(item):
+    if isinstance(item, str) and item not in registry.stages() and (short := parted(item)) is not None:
         try:
-            item = dict([short_form(item)])
+            item = {short[0]: options_of(short[1])}
         except ConfigError as error:
             raise source.error(path, f"{shown(item)}: {error}") from None
     name, options = next(iter(item.items())) if isinstance(item, dict) and len(item) == 1 else (item, None)
@@ -272,17 +271,14 @@ def _stage(item: Any, path: tuple[Any, ...], source: Source) -> Stage:
 
 
 def _beside(cls: type[Stage], options: dict[str, Any], source: Source) -> dict[str, Any]:
-    """Options that name a file beside the pipeline file, as absolute paths; other paths are relative to the working
-    directory."""
-    folder = os.path.dirname(source.file)
-    found = {
-        option: os.path.abspath(os.path.join(folder, options[option]))
-        for option in cls.file_options()
-        if source.file
-        and isinstance(options.get(option), str)
-        and os.path.isfile(os.path.join(folder, options[option]))
-    }
-    return {**options, **found}
+    """The options, in which files that stand beside the pipeline file have absolute paths; other paths are relative to
+    the working directory."""
+    found = dict(options)
+    for option in cls.file_options() if source.file else ():
+        if isinstance(options.get(option), str):
+            file = os.path.join(os.path.dirname(source.file), options[option])
+            found[option] = os.path.abspath(file) if os.path.isfile(file) else options[option]
+    return found
 
 
 def _native(value: Any) -> Any:

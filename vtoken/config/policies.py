@@ -1,4 +1,4 @@
-"""The keys of a pipeline file, and what may stand at each."""
+"""The keys of a pipeline file, and the values that each accepts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vtoken.stages import SITES, Stage
 Positions = Literal["original", "compact"]
 Newline = Literal["keep_if_row_has_token", "keep", "drop"]
 Anyres = Literal["model", "2x2"]
-# Key -> what may be written, the default first, and what it means.
+# Key -> its values, the default first, and their meaning.
 POLICIES: dict[str, tuple[tuple[str, ...], str]] = {
     "positions": (
         get_args(Positions),
@@ -50,6 +50,8 @@ def check(given: Mapping[str, Any], source: Source) -> None:
         if not isinstance(stage, Stage):
             raise ConfigError(f"{shown(stage)} is no Stage; vtoken.config.load reads a list of names and options")
     for i, (before, after) in enumerate(pairwise(given["stages"]), start=1):
+        if not {before.site, after.site} <= set(SITES):
+            continue  # `wrap` refuses unknown sites
         if SITES.index(after.site) < SITES.index(before.site):
             raise source.error(
                 ("stages", i),

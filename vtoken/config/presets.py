@@ -31,8 +31,7 @@ def recipe(name: str) -> tuple[dict[str, Any], Source]:
     """
     data, source = _variants(registry.preset_file(name))
     recipe = {key: value for key, value in {**data, **data[VARIANTS][name]}.items() if key not in (VARIANTS, SUMMARY)}
-    own = {path[2:]: line for path, line in source.lines.items() if path[:2] == (VARIANTS, name)}
-    return recipe, Source(source.file, {**source.lines, **own})
+    return recipe, Source(source.file, {**source.lines, **source.under(VARIANTS, name).lines})
 
 
 @lru_cache(maxsize=64)

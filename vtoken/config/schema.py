@@ -43,9 +43,8 @@ def schema() -> dict[str, Any]:
             },
             LEAST: {
                 "description": "batch rows with fewer visual tokens (counted before anything is dropped) run dense, "
-                "the others as usual; "
-                "where features are asked for without a prompt, each image counts for itself in stages of the vision "
-                "tower",
+                "the others as usual; where features are asked for without a prompt, each image counts for itself in "
+                "stages of the vision tower",
                 "type": "integer",
                 "minimum": 0,
                 "default": 0,
@@ -55,8 +54,8 @@ def schema() -> dict[str, Any]:
                 "anyOf": [{"type": "string"}, {"$ref": "#"}, {"$ref": "#/properties/stages"}],
             },
             CONTRAST: {
-                "description": "what answers of generate are compared with: (1 + alpha) l - alpha l', l' the logits under "
-                "this pipeline; words with l below ln beta + max l are out",
+                "description": "what answers of generate are compared with: (1 + alpha) l - alpha l', l' the logits "
+                "under this pipeline; words with l below ln beta + max l are out",
                 "type": "object",
                 "allOf": [{"anyOf": [{"required": ["stages"]}, {"required": [PRESET]}]}],
                 "properties": {

@@ -12,20 +12,14 @@ from vtoken.errors import ConfigError, shown
 SHORT = re.compile(r"([^:,]+)(?::|,(?=\s*\w+=)|$)(.*)", re.DOTALL)
 
 
-def is_stage(text: str) -> bool:
+def parted(text: str) -> tuple[str, str] | None:
+    """`NAME:KEEP,option=value` or `NAME,option=value` -> NAME and the rest; None if NAME is no stage."""
     match = SHORT.fullmatch(text)
-    return match is not None and match[1] in registry.stages()
-
-
-def short_form(text: str) -> tuple[str, dict[str, Any]]:
-    """`NAME:KEEP,option=value` or `NAME,option=value` -> name and options; values are YAML."""
-    match = SHORT.fullmatch(text)
-    assert match is not None
-    return match[1], options_of(match[2])
+    return (match[1], match[2]) if match is not None and match[1] in registry.stages() else None
 
 
 def options_of(rest: str) -> dict[str, Any]:
-    """`KEEP,option=value` -> options."""
+    """`KEEP,option=value` -> options; values are YAML."""
     options: dict[str, Any] = {}
     for part in re.split(r",(?=\s*\w+=)", rest) if rest else []:
         match = re.fullmatch(r"\s*(\w+)=(.*)", part, re.DOTALL)

@@ -16,7 +16,7 @@ from vtoken.kernels import block_sparse_attention
 from vtoken.kernels._flex import backend_of
 from vtoken.stages.base import Compressor
 from vtoken.stages.facts import Site
-from vtoken.stages.query_attention import QueryAttention
+from vtoken.stages.query_attention import Once, QueryAttention
 from vtoken.stages.tokens import Parts
 
 
@@ -60,8 +60,9 @@ class Rope:
 
 
 @dataclass(frozen=True)
-class PrefillQK:
-    """Queries and keys of one batch row of a prefill in one decoder layer, without padding.
+class PrefillQK(Once):
+    """Queries and keys of one batch row of a prefill in one decoder layer, without padding. What `once` computes may
+    depend on image, raster_index and parts, but not on q and k: it is shared by all layers with these tokens.
 
     Attributes:
         q: [H, N, d] queries with RoPE; k: [Hk, N, d] keys. Query head h reads key head h // (H / Hk).
@@ -71,7 +72,7 @@ class PrefillQK:
         parts: rasters of every image of the batch, as in VisualTokens.
         query_attention: shared with a stage of site cache; use it through `query_attention.shared`.
         rope: the rotation of q and k, if the stage asks for it.
-        known: results of `once`, shared by all layers with this layout.
+        known: results of `once`.
     """
 
     q: Tensor
@@ -84,12 +85,6 @@ class PrefillQK:
     query_attention: QueryAttention | None = None
     rope: Rope | None = None
     known: dict[Hashable, Any] = field(default_factory=dict)
-
-    def once(self, key: Hashable, work: Callable[[], Any]) -> Any:
-        """`work()`, computed once per key. It may read image, raster_index and parts, but not q and k."""
-        if key not in self.known:
-            self.known[key] = work()
-        return self.known[key]
 
     @property
     def length(self) -> int:
@@ -166,8 +161,8 @@ class SparseMask:
             return torch.ones((), device=below.device)
         total = torch.count_nonzero(self.blocks & below, dim=(1, 2)).float()
         if self.columns is not None:
-            # Looked up in counts per list and key block. Tensors as long as the lists are held for a few heads at a
-            # time.
+            # Looked up in counts per list and key block, eight heads at a time, as tensors here are as long as the
+            # lists.
             parts = zip(total.split(8), self.columns.split(8), self._unread(below).split(8), strict=True)
             for mine, columns, unread in parts:
                 times = unread.gather(2, (columns.clamp(min=0) // self.size).long())
@@ -195,8 +190,8 @@ class SparseMask:
 
 @dataclass(frozen=True)
 class DenseSubset:
-    """The other kind of decision: the tokens `index` [P] (ascending, of N = `length`) attend causally to each other;
-    the attention output of all other tokens is zero."""
+    """The other kind of decision: of N = `length` tokens, those at `index` [P] (ascending) attend causally to each
+    other. The attention output of all other tokens is zero."""
 
     index: Tensor
     length: int
@@ -227,8 +222,8 @@ def with_own(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: f
 
 
 def causal(blocks: Tensor) -> Tensor:
-    """[T, M] bool: the key blocks that start no later than each query block, for a map [..., T, M] of a whole
-    prompt."""
+    """[T, M] bool, for a map [..., T, M] of a whole prompt: the key blocks that start no later than each query
+    block."""
     t, m = (torch.arange(n, device=blocks.device) for n in blocks.shape[-2:])
     return m <= t[:, None]
 
@@ -248,7 +243,8 @@ class SparseAttention(Compressor):
 
     site: ClassVar[Site] = "attention"
     rope: ClassVar[bool] = False  # whether the stage needs PrefillQK.rope
-    # Whether tokens shall not read each other at all, which only a decoder can promise whose layers are all attention.
+    # Whether some tokens must not read each other at all. Only a decoder in which every layer has attention can promise
+    # that.
     keeps_apart: ClassVar[bool] = False
 
     min_len: int = Field(
@@ -265,10 +261,10 @@ class SparseAttention(Compressor):
         raise NotImplementedError(f"stage {self.name} defines no reads()")
 
     def density(self, length: int, layer: int) -> float | None:
-        """Density for a prompt of `length` tokens; None where it depends on the contents of the prompt."""
+        """The density that `reads` will have for a prompt of `length` tokens; None if it depends on their contents."""
         return None
 
     def density_of(self, length: int, layer: int, counts: Sequence[int], parts: Sequence[Parts]) -> float | None:
-        """The same where it depends on what stands where: `counts` tokens are left of each picture of these rasters,
-        one picture after the other, and text follows."""
+        """As `density`, for stages whose density depends on where pictures stand. The account assumes that they come
+        first, one after the other, each with the `counts` tokens that are left of its rasters, and then text."""
         return self.density(length, layer)

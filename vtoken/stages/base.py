@@ -50,9 +50,9 @@ class Stage(BaseModel):
             cls.name = cls.__module__.rpartition(".")[2]
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """As pydantic has it, but of a changed copy nothing is left that was worked out of the old options."""
+        """As in pydantic, except that a changed copy forgets the cached properties, which follow from the options."""
         made = super().model_copy(update=update, deep=deep)
-        for name in _worked_out(type(self)) if update else ():
+        for name in _cached(type(self)) if update else ():
             vars(made).pop(name, None)
         return made
 
@@ -106,34 +106,34 @@ class Stage(BaseModel):
         raise NotImplementedError(f"stage {self.name} asks for text_attention and defines no query_tokens()")
 
     def resized(self, lengths: Sequence[int], parts: Sequence[Parts]) -> tuple[Parts, ...] | None:
-        """At site pixels, for stages that resize pictures: the rasters, in tokens, that each image gets, none larger
-        than its own, with as many frames. `select` then keeps the upper left corner of every raster that is so large:
-        the tokens of the smaller picture take these places. None for stages that choose. `lengths` and `parts` as in
+        """At site pixels, for stages that resize pictures: the new rasters of each image, in tokens, no larger than the
+        old ones and with as many frames. `select` then keeps an upper left corner of that size of every raster, whose
+        places the tokens of the smaller picture take. None for stages that choose. `lengths` and `parts` as in
         VisualTokens.
         """
         return None
 
     def refills(self) -> tuple[int, int] | None:
-        """For encoder stages whose decisions are about patches that are estimated where features are read, so that no
-        visual token is lost: of how many neighbours, and in how many layers attention still sees estimates; else None.
-        """
+        """For encoder stages that drop patches only inside the encoder: where features are read, the dropped patches
+        are estimated from their neighbours, and no visual token is lost. Returns from how many neighbours, and in how
+        many layers attention still sees estimates; None for other stages."""
         return None
 
     def clears_earlier_layers(self) -> bool:
-        """Whether, at site decoder, the caches of all layers before the cut are left with what the cut leaves."""
+        """Whether, at site decoder, tokens that the stage drops also leave the caches of all earlier layers."""
         return False
 
     def unmerge_mode(self) -> Unmerging | None:
-        """At site attention, how a stage with virtual unmerging caches, else None. A merged token then attends, and is
-        attended to, at the positions of all its members; the KV cache holds keys and values of every position
-        ("expanded"), or one key and value per merged token ("merged")."""
+        """At site attention, for stages that unmerge virtually: a merged token attends, and is attended to, at the
+        positions of all its members. Says what the KV cache stores: a key and a value per position ("expanded") or per
+        merged token ("merged"). None for other stages."""
         return None
 
     def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
-        """Tokens that the stage leaves of each image, for the FLOPs account; an estimate where that depends on the
-        picture."""
+        """Tokens that the stage leaves of each image, for the FLOPs account; an estimate if that depends on what the
+        picture shows."""
         return tuple(lengths)
 
     def counts_are_exact(self, layer: int | None = None, whole: bool = True) -> bool:
@@ -147,7 +147,8 @@ class Stage(BaseModel):
         return type(self).select is Stage.select
 
     def even_per(self) -> str | None:
-        """ "per_frame" or "per_crop" if it keeps `keep.tokens` of every frame or crop that has as many."""
+        """ "per_frame" or "per_crop" if the stage keeps `keep.tokens` tokens of every frame or crop that has them;
+        else None."""
         return None
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
@@ -155,17 +156,17 @@ class Stage(BaseModel):
         return 0
 
     def bytes_read(self, at: LayerSize, cached: int) -> int | None:
-        """Bytes of a layer's cache that the step of the newest token reads, its own key and value among them, in the
-        form in which they are stored: copies that are worked out of them do not count. `cached` is what all of them take.
-        None where what they hold decides; the account then counts all.
+        """Bytes of a layer's cache that the newest token's step reads, its own key and value included. They count as
+        they are stored; copies made from them do not. `cached` is the size of the whole cache. None if the number
+        depends on the contents; the account then counts the whole cache.
 
-        For stages that leave the cache whole and choose at every token; all others read what is cached.
+        For stages that leave the cache whole and choose at every token; all others read everything that is cached.
         """
         return cached
 
 
-def _worked_out(cls: type[Stage]) -> list[str]:
-    """Names of what a stage works out once."""
+def _cached(cls: type[Stage]) -> list[str]:
+    """Names of the cached properties of a stage."""
     return [name for base in cls.__mro__ for name, x in vars(base).items() if isinstance(x, cached_property)]
 
 
@@ -184,37 +185,34 @@ class Pruner(Stage):
     def select(self, tokens: VisualTokens) -> Keep:
         """Exact top-k of `score` per image (or frame, or crop), in reading order, ties to the lower index."""
         if self.keep.per is not None and tokens.segment is not None:
-            return self._per_segment(tokens)
+            order, sizes, keep, lengths = self.per_segment(tokens)
+            if keep == sizes:
+                return keep_all(tokens)
+            chosen = topk_tokens(self.score(tokens)[order], offsets_of(sizes, order.device), list(keep))
+            return Keep(order[chosen].sort().values, lengths)
         counts = self.keep.counts(tokens.lengths, tokens.row)
         if counts == tokens.lengths:
             return keep_all(tokens)
         return Keep(topk_tokens(self.score(tokens), tokens.offsets, list(counts)), counts)
 
-    def _per_segment(self, tokens: VisualTokens) -> Keep:
-        order, held, keep, lengths = self.per_segment(tokens)
-        if keep == held:
-            return keep_all(tokens)
-        chosen = topk_tokens(self.score(tokens)[order], offsets_of(held, order.device), list(keep))
-        return Keep(order[chosen].sort().values, lengths)
-
     def per_segment(self, tokens: VisualTokens) -> tuple[Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Treats segments as images of their own, for budgets per frame or crop.
 
         Returns:
-            order [ΣN] of the tokens, segment by segment (in reading order, the tokens of different crops alternate);
+            order [ΣN] that sorts the tokens by segment (in reading order, the tokens of different crops alternate);
                 tokens per segment; tokens to keep per segment; tokens to keep per image.
         """
         image, segment = image_of(tokens.lengths, tokens.x.device), self._segments(tokens)
         count = int(segment.max()) + 1 if len(segment) else 1
         owner = image * count + segment
-        held = tuple(torch.bincount(owner, minlength=count * len(tokens.lengths)).tolist())
+        sizes = tuple(torch.bincount(owner, minlength=count * len(tokens.lengths)).tolist())
         order = torch.argsort(owner, stable=True)
-        keep = self.keep.counts(held, range(len(held)))
+        keep = self.keep.counts(sizes, range(len(sizes)))
         if self.keep.key_weight is not None:
-            images = [i // count for i in range(len(held))]
-            keep = self.keep.counts(held, images, key_weights(tokens.x[order], held, images, self.keep))
+            images = [i // count for i in range(len(sizes))]
+            keep = self.keep.counts(sizes, images, key_weights(tokens.x[order], sizes, images, self.keep))
         lengths = tuple(sum(keep[i * count : (i + 1) * count]) for i in range(len(tokens.lengths)))
-        return order, held, keep, lengths
+        return order, sizes, keep, lengths
 
     def even_per(self) -> str | None:
         return None if self.keep is None or self.keep.key_weight else self.keep.per
@@ -240,13 +238,17 @@ class Pruner(Stage):
         return whole or self.keep.per is None
 
 
-def key_weights(x: Tensor, held: Sequence[int], images: Sequence[int], keep: Budget) -> list[float]:
-    """`keep.key_weight` for key frames, else 1, of segments that hold these numbers of the tokens x [ΣN, D]. The first
-    frame of an image is a key frame, and each whose mean token has a cosine below KEY to that of the last key frame.
-    Waits for the device."""
-    means = torch.nn.functional.normalize(merge_tokens(x.float(), image_of(held, x.device), len(held)), dim=-1).cpu()
-    weights, last = [1.0] * len(held), -1
-    for i, (n, image) in enumerate(zip(held, images, strict=True)):
+def key_weights(x: Tensor, sizes: Sequence[int], images: Sequence[int], keep: Budget) -> list[float]:
+    """The weight of each frame: `keep.key_weight` for key frames, else 1. A key frame is the first frame of an image,
+    and each frame whose mean token has a cosine below KEY to that of the last key frame. Waits for the device.
+
+    Args:
+        x: [ΣN, D] tokens, frame by frame.
+        sizes: tokens of each frame; images: the image that each belongs to.
+    """
+    means = torch.nn.functional.normalize(merge_tokens(x.float(), image_of(sizes, x.device), len(sizes)), dim=-1).cpu()
+    weights, last = [1.0] * len(sizes), -1
+    for i, (n, image) in enumerate(zip(sizes, images, strict=True)):
         if n and (last < 0 or images[last] != image or float(means[i] @ means[last]) < KEY):
             weights[i], last = float(keep.key_weight or 1), i
     return weights

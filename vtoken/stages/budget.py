@@ -22,8 +22,8 @@ _HELP = (
     "({per_frame: 32}, {per_crop: 64})"
 )
 PER_SEGMENT = ("per_frame", "per_crop")
-_WEIGHED = ["per_frame", "key_weight"]
-_KEYS = [[key] for key in ("total", *PER_SEGMENT)]
+_FORMS = [("total",), ("per_frame",), ("per_crop",), ("per_frame", "key_weight")]  # keys of the mappings
+_LEAST = {"key_weight": 2}
 
 
 def _whole(value: Any) -> TypeGuard[int]:
@@ -37,8 +37,8 @@ class Budget:
 
     Exactly one of `tokens` (per image), `share` (a Fraction in (0, 1]) and `total` (per batch row) is set. With `per`
     ("per_frame" or "per_crop"), `tokens` counts for every frame of a video, or every crop of an anyres image. An image
-    with a single frame (or crop) is one segment. With `key_weight`, above 1, the frames of a video share the same sum
-    of tokens, and a key frame gets so many times as much as another (`counts`).
+    with a single frame (or crop) is one segment. With `key_weight` (at least 2) the sum over the frames of a video
+    stays the same, and a key frame gets that many times as much as another frame (see `counts`).
 
     Raises:
         ValueError: for anything else, floats included: `1` and `1.0` would mean different things.
@@ -58,12 +58,11 @@ class Budget:
             found = {"tokens": int(value)}
         elif isinstance(value, str) and re.fullmatch(r"[0-9]+(\.[0-9]+)?%", value):
             found = {"share": Fraction(value[:-1]) / 100}
-        elif isinstance(value, dict) and list(value) in _KEYS and _whole(count := next(iter(value.values()))):
-            (key,) = value
-            found = {"total": int(count)} if key == "total" else {"per": key, "tokens": int(count)}
-        elif isinstance(value, dict) and list(value) == _WEIGHED and all(map(_whole, value.values())):
-            found = {"per": "per_frame", "tokens": int(value["per_frame"]), "key_weight": int(value["key_weight"])}
-            if found["key_weight"] < 2:
+        elif isinstance(value, dict) and set(value) in map(set, _FORMS) and all(map(_whole, value.values())):
+            found = {}
+            for key, count in value.items():
+                found |= {"per": key, "tokens": int(count)} if key in PER_SEGMENT else {key: int(count)}
+            if found.get("key_weight", 2) < _LEAST["key_weight"]:
                 raise ValueError(f"keep: {value}: key frames with a key_weight below 2 get no more than others")
         else:
             raise ValueError(f"keep: {reprlib.repr(value)} is not a budget; {_HELP}")
@@ -80,25 +79,17 @@ class Budget:
 
         Args:
             lengths: tokens per image (with `per`: per segment) that arrive at the stage.
-            row: batch row of each image. `total` is divided among the images of a row in proportion to their lengths
-                (largest remainder, ties to the earlier image).
-            weight: of each segment, with `key_weight`; `row` is then the image of each segment. Its segments share
-                `tokens` times their number in proportion, as closely as their lengths allow.
+            row: batch row of each image. The images of a row divide `total` in proportion to their lengths (largest
+                remainder, ties to the earlier image).
+            weight: with `key_weight`, the weight of each segment; `row` is then the image of each segment. The segments
+                of an image divide `tokens` times their number in proportion, as far as their lengths allow.
 
         Returns:
             One count per image: at least 1 (0 for an image without tokens), at most its length. A share is rounded to
                 the nearest, halves down.
         """
-        if self.tokens is not None and weight is not None:
-            wanted = [0] * len(lengths)
-            for r in set(row):
-                held = [i for i, owner in enumerate(row) if owner == r and lengths[i]]
-                k = min(self.tokens * len(held), sum(lengths[i] for i in held))
-                each = torch.tensor([weight[i] for i in held], dtype=torch.float64)
-                for i, count in zip(
-                    held, apportion(each * (k / each.sum()), [lengths[i] for i in held], k), strict=True
-                ):
-                    wanted[i] = count
+        if weight is not None:
+            wanted = self._weighed(lengths, row, weight)
         elif self.tokens is not None:
             wanted = [self.tokens] * len(lengths)
         elif self.share is not None:
@@ -106,6 +97,18 @@ class Budget:
         else:
             wanted = self._split(lengths, row)
         return tuple(min(max(1, k), n) for k, n in zip(wanted, lengths, strict=True))
+
+    def _weighed(self, lengths: Sequence[int], image: Sequence[int], weight: Sequence[float]) -> list[int]:
+        assert self.tokens is not None
+        out = [0] * len(lengths)
+        for i in {owner for owner, n in zip(image, lengths, strict=True) if n}:
+            segments = [s for s, owner in enumerate(image) if owner == i and lengths[s]]
+            sizes = [lengths[s] for s in segments]
+            k = min(self.tokens * len(segments), sum(sizes))
+            each = torch.tensor([weight[s] for s in segments], dtype=torch.float64)
+            for s, count in zip(segments, apportion(each * (k / each.sum()), sizes, k), strict=True):
+                out[s] = count
+        return out
 
     def _split(self, lengths: Sequence[int], row: Sequence[int]) -> list[int]:
         assert self.total is not None
@@ -128,10 +131,11 @@ class Budget:
         return out
 
     def of_each(self, example: str) -> Budget:
-        """This budget, if it is one of each picture, as stages need that act before or inside the vision tower.
+        """This budget, which must count per picture: stages that act before or inside the vision tower know of nothing
+        else.
 
         Raises:
-            ValueError: it is one of a prompt, frame or crop; `example` says what to write.
+            ValueError: it counts per prompt, frame or crop; `example` says what to write.
         """
         if self.total is not None or self.per is not None:
             raise ValueError(
@@ -141,10 +145,10 @@ class Budget:
         return self
 
     def of_images(self, where: str) -> Budget:
-        """This budget, if it is none per frame or crop, which stages cannot tell apart `where` they act.
+        """This budget, which must not count per frame or crop: the stage, acting `where`, does not know them.
 
         Raises:
-            ValueError: it is; says what to write.
+            ValueError: it counts per frame or crop; says what to write.
         """
         if self.per is not None:
             raise ValueError(f"{self.per} cannot be had {where}; take a count, a share or {{total: 640}}")
@@ -187,31 +191,23 @@ class Budget:
                 *(
                     {
                         "type": "object",
-                        "properties": {key: {"type": "integer", "minimum": 1}},
-                        "required": [key],
+                        "properties": {key: {"type": "integer", "minimum": _LEAST.get(key, 1)} for key in keys},
+                        "required": list(keys),
                         "additionalProperties": False,
                     }
-                    for (key,) in _KEYS
+                    for keys in _FORMS
                 ),
-                {
-                    "type": "object",
-                    "properties": {
-                        key: {"type": "integer", "minimum": least} for key, least in zip(_WEIGHED, (1, 2), strict=True)
-                    },
-                    "required": _WEIGHED,
-                    "additionalProperties": False,
-                },
             ],
         }
 
 
-def apportion(wanted: torch.Tensor, held: Sequence[int], k: int) -> list[int]:
-    """Whole numbers in 1..held that add up to k and are as close to `wanted` [frames] as that allows; ties to the
-    earlier frame. If k is below the number of frames, k of them get 1."""
-    frame = torch.arange(len(held)).repeat_interleave(torch.tensor(held))
-    nth = torch.cat([torch.arange(n) for n in held])
+def apportion(wanted: torch.Tensor, lengths: Sequence[int], k: int) -> list[int]:
+    """Divides k tokens among frames of these lengths: each gets between 1 and its length, as close to `wanted` [frames]
+    as that allows; ties to the earlier frame. If k is below the number of frames, k of them get 1."""
+    frame = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    nth = torch.cat([torch.arange(n) for n in lengths])
     lacking = torch.where(nth == 0, torch.inf, wanted[frame] - nth)
-    if k < len(held):
+    if k < len(lengths):
         lacking = torch.where(nth == 0, wanted[frame], -torch.inf)
     given = frame[lacking.argsort(descending=True, stable=True)[:k]]
-    return torch.bincount(given, minlength=len(held)).tolist()
+    return torch.bincount(given, minlength=len(lengths)).tolist()

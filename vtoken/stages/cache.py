@@ -22,7 +22,7 @@ from vtoken.stages.budget import Budget
 from vtoken.stages.facts import Site
 from vtoken.stages.layer_size import LayerSize
 from vtoken.stages.quantized import QuantizedKV
-from vtoken.stages.query_attention import QueryAttention
+from vtoken.stages.query_attention import Once, QueryAttention
 from vtoken.stages.tokens import Parts
 
 
@@ -37,11 +37,11 @@ class CachedLayer:
         images: per image, the slots [N_i] of its visual tokens, ascending; all other slots hold text or newline tokens.
         slots: the same on the host.
         scale: factor on q . k before the softmax.
-        layer, depth: index of the layer, and the number of layers; attending: those with attention, () where all have.
+        layer, depth: index of the layer, and the number of layers; attending: layers with attention, () if all have it.
         native, rope, places: set for stages that ask for it.
         query_attention: as a stage of site attention left it; use it through `query_attention.shared`.
-        classes: for stages that decide with HeadClasses, the key heads [Hc] of every class that an earlier turn left;
-            None in the first.
+        classes: for stages that decide with HeadClasses, the key heads [Hc] of every class of the earlier turns; None
+            in the first turn.
     """
 
     keys: Tensor
@@ -88,24 +88,19 @@ class Native:
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where the tokens of a row stand in their pictures.
+class Places(Once):
+    """Where the tokens of a row stand in their pictures. What `once` computes may depend on this, but not on keys,
+    values and queries: it is shared by all layers with these tokens.
 
     Attributes:
         image, raster_index: [N] and parts: as in PrefillQK.
-        known: results of `once`, shared by all layers with this layout.
+        known: results of `once`.
     """
 
     image: Tensor
     raster_index: Tensor
     parts: tuple[Parts, ...] = ()
     known: dict[Hashable, Any] = field(default_factory=dict)
-
-    def once(self, key: Hashable, work: Callable[[], Any]) -> Any:
-        """`work()`, computed once per key. It may read what stands here, but not keys, values and queries."""
-        if key not in self.known:
-            self.known[key] = work()
-        return self.known[key]
 
 
 def norm_of(attention: Any, letter: str) -> Any:
@@ -122,8 +117,8 @@ class KeepSlots:
         counts: visual tokens that stay of each image; None if text is dropped too, or if heads differ in their counts.
         into: [Hk, N] which of the C kept tokens absorbs each token, -1 for none; None if nothing is merged.
         weight: [Hk, N] weight of each token in the sum that replaces the token it goes into; given with `into`.
-        rope: the layer's, if keys are summed without RoPE; the sum is then rotated to the place of the kept token. Of
-            kept tokens that absorb nothing else no bit changes.
+        rope: the layer's RoPE, if keys are to be summed without it; the sum is then rotated to the position of the kept
+            token. Kept tokens that absorb no other token stay bit-exact.
     """
 
     index: Tensor
@@ -155,7 +150,8 @@ class KeepSlots:
 
 @dataclass(frozen=True)
 class ReplacedKV:
-    """A decision: keys and values [Hk, C, d] to cache in place of the layer's own, whichever tokens they come from."""
+    """A decision: keys and values [Hk, C, d] that are cached in place of the layer's own. They need not belong to any
+    token."""
 
     keys: Tensor
     values: Tensor
@@ -163,16 +159,16 @@ class ReplacedKV:
 
 @dataclass(frozen=True)
 class HeadSlots:
-    """What a class of key heads holds: some tokens of the prompt, and of what follows all, or the latest.
+    """The cache of a class of key heads: some tokens of the prompt, and all tokens that follow, or the latest of them.
 
     Attributes:
         heads: [Hc] the key heads; the same number in every row of a layer.
         stay: [Hc or 1, F] slots that stay for good, ascending.
-        latest: [Hc or 1, R] other slots, ascending, which leave as more tokens come, oldest first. With a window, its
-            number at most.
-        window: how many of `latest` and of what follows a token sees, itself among them; None: all.
-        compensated: one more key and value stand for all that have left: their means, with the logarithm of their
-            number added to the logit.
+        latest: [Hc or 1, R] other slots, ascending; at most `window` of them. As more tokens come, they leave, oldest
+            first.
+        window: how many of `latest` and of the tokens that follow a token sees, itself included; None: all.
+        compensated: whether one more key and value stand for all tokens that have left: their means, with the logarithm
+            of their number added to the logit.
     """
 
     heads: Tensor
@@ -184,8 +180,9 @@ class HeadSlots:
 
 @dataclass(frozen=True)
 class HeadClasses:
-    """A decision: key heads in classes that hold different numbers of tokens. Every key head is in one; all rows of a
-    layer, and all turns of a conversation, have as many classes, of as many heads and with the same windows."""
+    """A decision: key heads in classes that keep different numbers of tokens. Every key head is in one class. The
+    number of classes, their numbers of heads and their windows are the same in all rows of a layer, and in all turns of
+    a conversation."""
 
     classes: tuple[HeadSlots, ...]
 
@@ -234,13 +231,13 @@ class CacheStage(Compressor):
         raise NotImplementedError(f"stage {self.name} defines no compress()")
 
     def query_window(self, prompt: int, lengths: Sequence[int], behind: int) -> int:
-        """For how many last queries the stage will ask QueryAttention.received (0: none); `behind` is the number of
-        tokens after the last visual one. Only saves work: a stage of site attention may compute them in passing."""
+        """For how many last queries the stage will ask QueryAttention.received (0: none). `behind` is the number of
+        tokens after the last visual one. This only saves work: a stage of site attention can compute them along with
+        its own."""
         return 0
 
     def requantize_every(self) -> int | None:
-        """In quantized rows, the number of generated tokens after which `requantize` is called, again and again; None:
-        never."""
+        """After how many generated tokens `requantize` is called, each time anew, in quantized rows; None: never."""
         return None
 
     def requantize(self, layer: GeneratedBlock) -> QuantizedKV:
@@ -260,24 +257,24 @@ class CacheStage(Compressor):
         return prompt
 
     def slots_of(self, prompt: int, lengths: Sequence[int], parts: Sequence[Parts]) -> int:
-        """The same where it depends on the rasters of each image."""
+        """As `slots`, for stages that keep a number that depends on the rasters of each image."""
         return self.slots(prompt, lengths)
 
     def cache_slots(self, at: LayerSize) -> float:
-        """Tokens that a head of the layer holds, the mean over its heads, for the account of bytes and of decoding:
-        what `slots_of` says of the prompt, and all that is generated. To be overridden where layers or heads differ, or
-        what is generated leaves, too."""
+        """Tokens that a head of the layer has in its cache, the mean over its heads, for the account of bytes and of
+        decoding: `slots_of` the prompt, and all generated tokens. Override it if layers or heads differ, or if
+        generated tokens leave the cache."""
         return self.slots_of(at.prompt, at.images, at.parts) + at.generated
 
     def packed_bytes(
         self, prompt: int, lengths: Sequence[int], kv_heads: int, head_dim: int, dtype_bytes: int
     ) -> int | None:
-        """Bytes of one layer's keys and values if they are quantized; None if it holds `slots` tokens at full width."""
+        """Bytes of one layer's keys and values if they are quantized; None if `slots` tokens stay at full width."""
         return None
 
     def cache_bytes(self, at: LayerSize) -> int:
-        """Bytes of a layer's keys and values, for the account: the prompt as `packed_bytes` has it and what is generated
-        at full width, or else `cache_slots`. Exact where `counts_are_exact`."""
+        """Bytes of a layer's keys and values, for the account: `packed_bytes` of the prompt and generated tokens at
+        full width; if nothing is quantized, `cache_slots` at full width. Exact where `counts_are_exact`."""
         packed = self.packed_bytes(at.prompt, at.images, at.kv_heads, at.head_dim, at.number_bytes)
         if packed is not None:
             return packed + at.full(at.generated)

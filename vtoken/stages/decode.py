@@ -28,14 +28,14 @@ class DecodeStep:
     Attributes:
         queries: [B, H, d] of the new token, with RoPE; keys: [B, Hk, S, d] all that are cached, its own last.
         visual: [B, V] slots of the visual tokens that may be left out, ascending; 0 after a row's last.
-        lengths: how many these are of each row; budgets: how many of them each row may read.
+        lengths: number of these of each row; budgets: how many of them each row may read.
         real: [B, S] which slots hold a token that is not masked; None: all do.
         scale: factor on q . k before the softmax.
-        layer: index of the layer; before: of the one at which the stage acted before in this step, -1 for none.
-        memory: of this layer and this cache, for what is used again at later tokens. Tensors in it must have one entry
-            per row, which goes with its row; it is emptied where visual tokens leave the cache. `since` and `mark` keep
-            theirs in it, under "last" and the name they are given.
-        shared: of this step, for what layers tell later ones.
+        layer: index of the layer; before: of the layer at which the stage acted last in this step, -1 for none.
+        memory: scratch space of this layer and this cache, for later tokens. Tensors in it must have one entry per row,
+            as rows may be reordered; it is emptied when visual tokens leave the cache. `since` and `mark` use its keys
+            "last" and the name that they are given.
+        shared: scratch space of this step, for later layers.
     """
 
     queries: Tensor
@@ -56,14 +56,14 @@ class DecodeStep:
         return self.keys.shape[2]
 
     def since(self, key: str) -> int | None:
-        """Tokens since `mark(key)`, if every one of them came alone; None: some came together, or nothing was marked.
-        To be asked once at every token."""
+        """Number of tokens since `mark(key)`; None if there was none, or if several tokens came at once since. Must be
+        called exactly once per token."""
         at, last = self.memory.get(key), self.memory.get("last")
         self.memory["last"] = self.slots
         return None if at is None or last != self.slots - 1 else self.slots - int(at)
 
     def mark(self, key: str) -> None:
-        """Takes note of this token."""
+        """Remembers this token under a name, for `since`."""
         self.memory[key] = self.slots
 
     def logits(self) -> Tensor:
@@ -128,7 +128,8 @@ def by_row(which: Sequence[bool], new: Tensor, old: Tensor) -> Tensor:
 
 
 def with_whole_rows(step: DecodeStep, index: Tensor, counts: Sequence[int], whole: Sequence[bool]) -> Choice:
-    """What rows read of which some read everything, the others `counts` places of index [B, Hk, K]."""
+    """The choice in which rows that are `whole` read every visual token, and the others the first `counts` places of
+    index [B, Hk, K]."""
     if not any(whole):
         return Choice(index, tuple(counts))
     width = step.visual.shape[1]
@@ -140,7 +141,7 @@ def with_whole_rows(step: DecodeStep, index: Tensor, counts: Sequence[int], whol
 
 
 def widened(index: Tensor, width: int) -> Tensor:
-    """[B, Hk, width], with -1 after."""
+    """index [B, Hk, K] padded with -1 to [B, Hk, width]."""
     return torch.nn.functional.pad(index, (0, width - index.shape[2]), value=-1)
 
 
@@ -161,12 +162,12 @@ class DecodeStage(Compressor):
         return tuple(range(depth))
 
     def choose(self, step: DecodeStep) -> Choice | None:
-        """The decision for one layer; None: everything is read, by the model's own attention. Not asked where no row
-        holds more than it may read."""
+        """The decision for one layer; None: everything is read, by the model's own attention. Not called if no row has
+        more visual tokens than it may read."""
         raise NotImplementedError(f"stage {self.name} defines no choose()")
 
     def budget(self, images: Sequence[int]) -> int:
-        """Visual tokens that a row may read whose images have so many."""
+        """Number of visual tokens that a row may read, from the number that each of its images has."""
         return sum(self.keep.counts(images, (0,) * len(images)))
 
     def thins(self, layer: int, acting: Sequence[int], prompt: int, images: Sequence[int]) -> bool:
@@ -174,19 +175,18 @@ class DecodeStage(Compressor):
         return layer in acting and prompt >= self.min_len and self.budget(images) < sum(images)
 
     def visual_read(self, layer: int, acting: Sequence[int], images: Sequence[int], step: int) -> int | None:
-        """Visual tokens that each key head reads at a layer, of those where the stage acts (ascending), at the
-        generated token `step` (0: the first after the prompt) of a row whose images have so many and exceed the
-        budget; None where that depends on what they hold."""
+        """Number of visual tokens that each key head reads at a layer in one step, in a row whose `images` exceed the
+        budget; None if it depends on the contents. Arguments as in `slots_read`."""
         return self.budget(images)
 
     def read_to_choose(self, layer: int, acting: Sequence[int], prompt: int, images: Sequence[int], step: int) -> float:
-        """What choosing reads there besides, of a row whose prompt has so many tokens, in slots: 2 d numbers each."""
+        """What the choice itself reads at that layer, in slots of 2 d numbers. Arguments as in `slots_read`."""
         return 0
 
     def slots_read(
         self, layer: int, acting: Sequence[int], prompt: int, images: Sequence[int], step: int
     ) -> int | None:
-        """Slots whose key and value each key head reads at a layer to generate a token, its own among them.
+        """Number of slots that each key head reads at a layer in one step, the new token's own slot included.
 
         Args:
             layer: index of a layer that attends; acting: those of them at which the stage acts, ascending.
@@ -196,7 +196,7 @@ class DecodeStage(Compressor):
                 comes from step 0.
 
         Returns:
-            None where that depends on what the tokens hold.
+            The number; None if it depends on the contents.
         """
         every = prompt + step + 1
         if not self.thins(layer, acting, prompt, images):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 Site = Literal["pixels", "frames", "encoder", "tokens", "decoder", "attention", "cache", "decode"]
-SITES: tuple[Site, ...] = ("pixels", "frames", "encoder", "tokens", "decoder", "attention", "cache", "decode")
+SITES: tuple[Site, ...] = get_args(Site)
 OfEncoder = Literal["pixels", "encoder layer", "encoder states", "encoder output"]
 Read = OfEncoder | Literal["hidden states", "positions", "blocks", "decoder layer", "next layer", "target"]
 
@@ -21,8 +21,8 @@ class Fact(NamedTuple):
     `layer` is the encoder layer (at decoder sites: decoder layer); None means the layer the model takes its features
     from (at encoder and decoder sites: the layer before the cut). Negative layers count from the end. `above` restricts
     received_attention to queries that themselves receive more than `above` times the mean of their crop (frame), or, if
-    there is none, to the query that receives most. Of target_attention `layer` is the first of the target's layers that
-    count; None: all do.
+    there is none, to the query that receives most. For target_attention, `layer` is the first layer of the target that
+    counts; None: all layers count.
     """
 
     name: str
@@ -46,10 +46,10 @@ class FactSpec:
         projections: which of q, k and v are read in the layer.
         queries: of an attention fact: the CLS token (without one: the mean patch), the last prompt token, each image's
             own tokens, the text after each image, or text tokens that the stage chooses (`query_tokens`).
-        own: the softmax runs over the tokens of each image only, not over all keys.
-        whole: covers the whole image even in an encoder layer that attends within windows.
-        relayed: attention is weighted by the attention its queries receive from each other.
-        part_of: the fact about all tokens of which this is the part about text tokens.
+        own: whether the softmax runs over the tokens of each image only, not over all keys.
+        whole: whether it covers the whole image even in an encoder layer that attends within windows.
+        relayed: whether queries are weighted by the attention that they receive from each other.
+        part_of: for facts about the text after an image, the fact that is read from the same tensor over all tokens.
         instead: the fact that replaces it in encoders without a CLS token.
     """
 
@@ -152,8 +152,8 @@ FACTS = (
              means="[ΣN] decoder attention of the text after each image, head mean, weighted by what that text "
                    "receives from itself"),
     FactSpec("target_attention", ("tokens",), "target",
-             means="[ΣN] of a draft: attention of the text after the last image in the decoder of the target, mean over "
-                   "that text, heads and layers; 0 where the target dropped a token"),
+             means="[ΣN] of a draft: attention of the text after the last image in the decoder of the target, mean "
+                   "over that text, heads and layers; 0 where the target dropped a token"),
 )
 # fmt: on
 _AT = {(spec.name, site): spec for spec in FACTS for site in spec.sites}
@@ -171,7 +171,7 @@ def encoded(fact: Fact, site: Site) -> bool:
 
 
 def of_target(fact: Fact, site: Site) -> bool:
-    """Whether this fact, asked for at this site, is about the model for which the stage's own drafts."""
+    """Whether this fact, asked for at this site, is about the target of the model that has the stage, a draft."""
     spec = spec_of(fact.name, site)
     return spec is not None and spec.read == "target"
 

@@ -1,4 +1,4 @@
-"""What the account of bytes asks a stage about a cache."""
+"""The size of a decoder layer, as stages get it for the account of bytes: LayerSize."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vtoken.stages.tokens import Parts
 
 @dataclass(frozen=True)
 class LayerSize:
-    """One decoder layer of one row, at some time of an answer. Only layers that attend are asked about.
+    """One decoder layer of one row at one point of an answer, always a layer with attention.
 
     Attributes:
         layer: its index; attending: indices of all layers that attend, ascending.
@@ -37,6 +37,6 @@ class LayerSize:
         return self.attending.index(self.layer), len(self.attending)
 
     def full(self, slots: float) -> int:
-        """Bytes of so many slots at full width, a key and a value in every head. Where heads hold different numbers,
-        their mean."""
+        """Bytes of that many slots at full width, a key and a value in every head. If heads have different numbers of
+        slots, `slots` is their mean."""
         return round(slots * 2 * self.kv_heads * self.head_dim * self.number_bytes)

@@ -108,7 +108,7 @@ class QuantizedKV:
         return torch.cat([codes.read() for codes in groups], 1).index_select(1, self.place)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All tensors that it holds."""
+        """All tensors, for moving and counting them."""
         groups = (*self.key_groups, *self.value_groups)
         return self.place, self.peak, *(t for codes in groups for t in (codes.packed, codes.low, codes.high))
 

@@ -11,20 +11,32 @@ from torch import Tensor
 from vtoken.kernels import probe_sums, received_attention
 
 
-class QueryAttention:
+class Once:
+    """Something whose results are computed once, and kept in `known`."""
+
+    known: dict[Hashable, Any]
+
+    def once(self, key: Hashable, work: Callable[[], Any]) -> Any:
+        """`work()`, computed once per key."""
+        if key not in self.known:
+            self.known[key] = work()
+        return self.known[key]
+
+
+class QueryAttention(Once):
     """The attention of one row of a prefill in one decoder layer. A stage of site attention runs first; a stage of site
     cache reuses its results.
 
     Attributes:
-        q: [H, N, d] queries with RoPE; k: [Hk, N, d] keys; scale: factor on q . k. Query head h reads key head h // (H
-            / Hk).
+        q: [H, N, d] queries with RoPE; k: [Hk, N, d] keys; scale: factor on q . k. Query head h reads key head
+            h // (H / Hk).
         announced: for how many last queries a later stage will ask `received`, 0 for none. A pass over more queries
             stores that result too.
     """
 
     def __init__(self, q: Tensor, k: Tensor, scale: float, announced: int = 0) -> None:
         self.q, self.k, self.scale, self.announced = q, k, scale, announced
-        self._found: dict[Hashable, Any] = {}
+        self.known = {}
 
     def lines(self, count: int) -> tuple[Tensor, Tensor]:
         """[Hk, H / Hk, N] fp32 each: attention of the last `count` queries, summed per key and per distance."""
@@ -33,9 +45,9 @@ class QueryAttention:
             recent = self.announced if self.announced < count else 0
             sums = probe_sums(self.q[None, :, -count:], self.k[None], self.scale, recent=recent)
             vertical, slash, late = (x[0].unflatten(0, (len(self.k), -1)) for x in sums)
-            self._found.setdefault(count, vertical)
+            self.known.setdefault(count, vertical)
             if recent:
-                self._found.setdefault(recent, late)
+                self.known.setdefault(recent, late)
             return vertical, slash
 
         found: tuple[Tensor, Tensor] = self.once(("lines", count), work)
@@ -57,17 +69,12 @@ class QueryAttention:
         """For every key head, its queries [H / Hk, N, d] and keys [1, N, d]."""
         return zip(self.q.split(len(self.q) // len(self.k)), self.k.split(1), strict=True)
 
-    def once(self, key: Hashable, work: Callable[[], Any]) -> Any:
-        """`work()`, computed once per key."""
-        if key not in self._found:
-            self._found[key] = work()
-        return self._found[key]
-
 
 def shared(given: QueryAttention | None, q: Tensor, k: Tensor, scale: float) -> QueryAttention:
     """The given object if it belongs to these very queries and keys; else a new one."""
-    fits = given is not None and same(given.q, q) and same(given.k, k) and given.scale == scale
-    return given if given is not None and fits else QueryAttention(q, k, scale)
+    if given is not None and same(given.q, q) and same(given.k, k) and given.scale == scale:
+        return given
+    return QueryAttention(q, k, scale)
 
 
 def same(a: Tensor, b: Tensor) -> bool:

@@ -1,5 +1,5 @@
-"""The vocabulary of stages of site attention that change what attention gives, at every step. Letters as in `tokens`;
-S counts the slots that a layer attends to, P those of them that are new."""
+"""The vocabulary of stages of site attention that change the output of attention at every step. Letters as in
+`tokens`; S counts the slots that a layer attends to, P the new ones among them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from vtoken.stages.base import Compressor
 from vtoken.stages.facts import Site
 
-CHUNK = 1 << 24  # scores that are held at once: 64 MiB
+CHUNK = 1 << 24  # scores in memory at once: 64 MiB
 CHANNELS = 8  # that a bias adds to a head: flash attention takes multiples of 8
 
 
@@ -33,7 +33,7 @@ class SteeredLayer:
         real: [B, S] slots that hold a token that is not masked; None: all do.
         images: of a prompt with pictures, per image its row and the new slots [N] of its tokens.
         hidden: [B, P, D] what entered the layer, for stages that `read_hidden`, in a prompt with pictures.
-        marked: [B, S] what `mark` said of every slot in the layer `marked_by`; None: nothing.
+        marked: [B, S] the marks that `mark` gave every slot in the layer `marked_by`; None: no marks.
     """
 
     q: Tensor
@@ -63,8 +63,8 @@ class SteeredLayer:
                 yield slice(row, row + 1), at
 
     def weights(self, rows: slice, at: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Attention [B', H, R', S] of the queries in the new slots `at` [R] of these rows, fp32, a chunk of queries at
-        a time; with each chunk its slots [R']. Nothing is held of it."""
+        """Yields the attention of the queries in the new slots `at` [R] of these rows, a chunk of queries at a time, so
+        that it is never all in memory: the slots [R'] of the chunk, and its attention [B', H, R', S], fp32."""
         k = self.k[rows].float()
         slots, first = torch.arange(k.shape[2], device=k.device), k.shape[2] - self.q.shape[2]
         most = max(1, CHUNK // (len(k) * self.q.shape[1] * len(slots)))
@@ -80,9 +80,9 @@ class SteeredLayer:
     def biased(self, gain: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
         """[B, P, H, d] attention with `gain` [H] added to the scores of queries [B, P] bool at keys [B, S] bool.
 
-        The bias of a head is of rank one, so it is two channels more of queries and keys (FlashBias,
-        https://arxiv.org/abs/2505.12044) and any backend adds it: 1 or 0 of a key, `gain` of a query, in two parts, so
-        that half precision holds it as well.
+        The bias of a head has rank one, so two more channels of queries and keys add it in any attention backend
+        (FlashBias, https://arxiv.org/abs/2505.12044): a key has 1 or 0 there, a query `gain`, split into two parts for
+        the sake of half precision.
         """
         width, wide = self.v.shape[3], gain.float() / self.scale
         high = wide.to(self.q.dtype)
@@ -94,8 +94,8 @@ class SteeredLayer:
 
 
 class SteeredAttention(Compressor):
-    """Changes what attention gives to text after a picture, layer by layer: in the prompt, in later turns and at every
-    generated token. Nothing is dropped and nothing gets faster; answers change.
+    """Changes the attention output of text tokens after a picture, layer by layer: in the prompt, in later turns and at
+    every generated token. Nothing is dropped and nothing gets faster; answers change.
 
     Raises (in a model): UnsupportedError, of static caches and gradient checkpointing.
     """
@@ -124,14 +124,14 @@ class SteeredAttention(Compressor):
         return ""
 
     def marked_by(self, layer: int) -> int | None:
-        """The layer, no later, whose `mark` this layer is told; None: none."""
+        """The layer, this one or an earlier one, whose `mark` this layer gets as `SteeredLayer.marked`; None: none."""
         return None
 
     def mark(self, layer: SteeredLayer) -> Tensor:
-        """[B, P] bool, of a prompt with pictures: what shall be known of its tokens as long as they are cached. Asked
-        in layers that are `marked_by` themselves."""
+        """[B, P] bool marks on the tokens of a prompt with pictures, which are remembered as long as the tokens are
+        cached. Called in layers that are `marked_by` themselves."""
         raise NotImplementedError(f"stage {self.name} defines no mark()")
 
     def steer(self, layer: SteeredLayer) -> Tensor | None:
-        """[B, P, H, d] what attention gives; None: what the model's own does."""
+        """[B, P, H, d] the attention output; None: that of the model's own attention."""
         raise NotImplementedError(f"stage {self.name} defines no steer()")

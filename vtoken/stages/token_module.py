@@ -24,7 +24,7 @@ class Layout(NamedTuple):
     places: Tensor
 
     def spread(self, count: int) -> Layout:
-        """`count` of these places, evenly spaced: for tokens that belong to no place."""
+        """`count` of these places, evenly spaced, for tokens without a place of their own."""
         n = len(self.places)
         return self._replace(
             places=self.places[(2 * torch.arange(count, device=self.places.device) + 1) * n // (2 * count)]
@@ -32,9 +32,9 @@ class Layout(NamedTuple):
 
 
 class TokenModule(nn.Module, ABC):
-    """Makes the visual tokens of a picture anew, with trained weights. Subclass it, and name the subclass and a
-    safetensors file of its state to the stage `learned_compressor`. The file's header may hold `config`: the arguments
-    of the constructor, as a JSON object.
+    """Computes new visual tokens for a picture, with trained weights. Subclass it, and give the stage
+    `learned_compressor` the name of the subclass and a safetensors file of its state. `config` in the file's header, if
+    there is one, has the arguments of the constructor as a JSON object.
 
     Attributes:
         reads: what `forward` is given: `embeddings` [N, D] as they enter the LLM, or `features` [N, D_encoder], the
@@ -61,7 +61,7 @@ class TokenModule(nn.Module, ABC):
 
     @abstractmethod
     def count(self, tokens: int) -> int:
-        """How many it makes of that many (K of N), 1..N; the rest of vtoken plans with it."""
+        """How many tokens it makes of N = `tokens`: K, 1..N. The rest of vtoken relies on this number."""
 
     def flops(self, tokens: int) -> int:
         """FLOPs for a picture of that many tokens; by default every parameter meets every token once."""

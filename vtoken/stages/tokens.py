@@ -32,8 +32,8 @@ class VisualTokens:
     the normalised pixels of its thumbnail, float32 [ΣF, channels * height * width], and `parts` is ((frames, 1, 1),); a
     picture has one frame.
 
-    At site pixels, before encoding, `x` holds the normalised pixels of each token as the tower is given them, channel by
-    channel: [ΣN, channels * pixels of all its patches and frames].
+    At site pixels, before encoding, `x` holds the normalised pixels of each token as the tower is given them, channel
+    by channel: [ΣN, channels * pixels of all its patches and frames].
 
     Attributes:
         x: [ΣN, D] embeddings (hidden states at encoder and decoder sites).
@@ -122,8 +122,8 @@ def place_in_image(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def segments_of(parts: Parts, per: str) -> int:
-    """Frames of a video; or crops of an anyres image, the downscaled whole included, estimated from its size without
-    padding: a long picture that is forced into 2 x 2 crops has more of them."""
+    """How many frames a video, or crops an anyres image has, the downscaled whole included. Crops are estimated from
+    the size without padding, so a long picture that is forced into 2 x 2 crops has more of them than this says."""
     if len(parts) == 1:
         return parts[0][0] if per == "per_frame" else 1
     if per == "per_crop" and len(parts) > 2:  # crops that are not stitched
@@ -139,11 +139,11 @@ class Fused:
     Attributes:
         slots: [M] int64 kept slots (0..ΣK-1).
         factor: [M] float32 that multiplies the mean.
-        features: [ΣN, D_encoder] the fact `features`. If given, at site tokens, their mean is taken and the projector
-            makes the embedding of it. If None, or where one visual token is made from the features of several patches
-            (Qwen), the mean is over embeddings.
+        features: [ΣN, D_encoder] the fact `features`. If given, at site tokens, the embedding is the projection of
+            their mean. If None, or in models that make one visual token from the features of several patches (Qwen), it
+            is the mean of embeddings.
         largest: the factor multiplies the elementwise maximum instead of the mean; only without `features`.
-        values: [M, D] the embeddings themselves, if the stage made them anew (site tokens).
+        values: [M, D] the embeddings themselves, if the stage computes new ones (site tokens).
     """
 
     slots: Tensor
@@ -162,7 +162,7 @@ class Keep:
         lengths: tokens kept per image, on the host.
         into: [ΣN] kept slot (0..ΣK-1) that absorbs each token, -1 = dropped; None if all other tokens are dropped. A
             kept token absorbs itself.
-        complete: no token is dropped, so `into` holds no -1; saves a search for them.
+        complete: no token is dropped, so `into` contains no -1; saves a search for it.
         weight: [ΣN] weight of each token in its slot's mean; None means equal weights.
         fused: slots that are not plain means; only with `into`.
     """
@@ -194,8 +194,8 @@ class Keep:
         return self.retaining(own, [n if s else k for n, k, s in zip(lengths, self.lengths, skipped, strict=True)])
 
     def retaining(self, own: Tensor, lengths: Sequence[int]) -> Keep:
-        """The same decision, except that the tokens `own` [ΣN] bool stay unchanged; `lengths` are the resulting counts
-        per image."""
+        """The same decision, except that the tokens `own` [ΣN] bool stay unchanged. `lengths` are the numbers of tokens
+        that each image then keeps."""
         alive = own.clone()
         alive[self.index] = True
         slot = alive.cumsum(0) - 1
@@ -237,7 +237,7 @@ class Keep:
         return mean.index_copy(0, slots, each.to(mean.dtype))
 
     def embed(self, x: Tensor, project: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """As `apply`, for embeddings [ΣN, D] or wider: slots that the stage made anew become what it made."""
+        """As `apply`, for embeddings [ΣN, D] or wider, with the new embeddings of `Fused.values` in their slots."""
         out = self.apply(x, project)
         if self.fused is None or self.fused.values is None:
             return out

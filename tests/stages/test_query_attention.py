@@ -1,4 +1,4 @@
-"""One probe of a layer's last queries for all who ask: how often it is worked out, and that nobody can tell."""
+"""Attention of a layer's last queries, computed once for all stages that ask: how often, and with the same results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from oracle_kv import attending
 
 import vtoken
 from vtoken.compressors._rows import last_rows, rows_at
-from vtoken.stages import query_attention as probe
+from vtoken.stages import query_attention
 from vtoken.stages.query_attention import QueryAttention, shared
 
 ROWS = [[9, "img", 1, "img", 20], [1, "img", 30], [60]]
@@ -22,7 +22,7 @@ SHARE = {
     "the whole prompt": [FLEX, {"snapkv": {"keep": 24, "window": 8, "text": True}}],
     "zipvl": [{"zipvl": {**ZIP, "min_len": 0}}, {"zipvl_cache": ZIP}],
 }
-# More queries than the probe has, another kind of probe, other options: everybody for himself.
+# More queries than were computed, other queries, other options: every stage computes its own.
 ALONE = {
     "more queries": [FLEX, {"snapkv": {"keep": 4, "window": 20}}],
     "other queries": [FLEX, {"zipvl_cache": ZIP}],
@@ -48,8 +48,8 @@ def passes(monkeypatch):
 
         return spy
 
-    monkeypatch.setattr(probe, "probe_sums", spied(probe.probe_sums))
-    monkeypatch.setattr(probe, "received_attention", spied(probe.received_attention))
+    monkeypatch.setattr(query_attention, "probe_sums", spied(query_attention.probe_sums))
+    monkeypatch.setattr(query_attention, "received_attention", spied(query_attention.received_attention))
     monkeypatch.setattr("vtoken.compressors._zipvl.rows_at", spied(rows_at))
     return seen
 
@@ -79,7 +79,7 @@ def test_attention_of_a_row_is_causal_and_sums_to_one():
     torch.testing.assert_close(first[1, 1, :39].double(), want, atol=1e-6, rtol=1e-5)
 
 
-def test_a_probe_of_other_tensors_is_not_taken():
+def test_attention_of_other_tensors_is_not_taken():
     q, k = qk()
     p = QueryAttention(q, k, 0.3)
     assert shared(p, q, k, 0.3) is p and shared(p, q[:, :], k[:], 0.3) is p
@@ -103,7 +103,7 @@ def test_sharing_saves_the_second_pass_and_changes_nothing(family, name, passes,
     together = len(passes)
     heads = keys[0].shape[1]
     each = [heads if next(iter(stage)).startswith("zipvl") else 1 for stage in stages]
-    monkeypatch.setattr(probe, "same", lambda a, b: False)
+    monkeypatch.setattr(query_attention, "same", lambda a, b: False)
     apart = run(model, batch, stages)
     # The two rows with pictures are shrunk, and thinned (unless they are read whole).
     thinned, shrunk = (0 if name == "a prompt read whole" else 2) * each[0], 2 * each[1]
