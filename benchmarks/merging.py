@@ -202,9 +202,9 @@ def flops(config: Any, pipeline: Any, seen: Sequence[tuple[int, list[int]]]) -> 
     for prompt, counts in seen:
         others = prompt - counts[0]
         texts += others
-        for n in counts:
+        for layer, n in enumerate(counts):
             keys = others + (n if places is None else places)
-            linear += stack.linear(others + n)
+            linear += stack.linear(others + n, layer)
             attention += 2 * stack.scores(keys, keys)
     planned = account(
         config, pipeline, image_size=SIZE, new_tokens=1, text_tokens=round(texts / len(seen)) - dense.newline_entry

@@ -181,10 +181,10 @@ def _tower(shape: Geometry, flow: TokenFlow, batch: int, attended: Units, met: U
     tower = shape.tower
     crops = len(flow.tower[0])
     together = batch * crops if tower.packed else 1
-    around = flow.embedded * tower.stem + crops * tower.head_image
+    around = flow.embedded * tower.patch * tower.layers.width + crops * tower.head_image
     around += sum(flow.tower[-1]) * tower.unit * tower.head_patch
     layers = sum(
-        tower.linear(units, late) + 2 * together * tower.scores(layer, units)
+        tower.linear(layer, units, late) + 2 * together * tower.scores(layer, units)
         for layer, rows in enumerate(zip(attended, met, strict=True))
         for units, late in zip(*map(tower.run, rows), strict=True)
     )

@@ -62,23 +62,21 @@ class State:
 
 @dataclass(frozen=True)
 class Layers:
-    """A stack of equal transformer layers.
+    """A stack of transformer layers.
 
     Attributes:
-        weights: numbers in the weight matrices of one layer that a token meets; each costs 2 FLOPs.
+        weights: of every layer, the numbers in its matrices that a token is multiplied with; each costs 2 FLOPs.
         windows: sliding window of every layer in tokens, None where attention is full.
-        unlike: layer -> its weights, where it has not as many as the others.
         states: layer -> what it computes instead of attention.
     """
 
     depth: int
     width: int
-    weights: int
+    weights: tuple[int, ...]
     heads: int
     kv_heads: int
     head_dim: int
     windows: tuple[int | None, ...]
-    unlike: Mapping[int, int] = field(default_factory=dict)
     states: Mapping[int, State] = field(default_factory=dict)
 
     @cached_property
@@ -86,12 +84,10 @@ class Layers:
         """Layers with attention and a KV cache."""
         return tuple(layer for layer in range(self.depth) if layer not in self.states)
 
-    def linear(self, tokens: int, layer: int | None = None) -> int:
+    def linear(self, tokens: int, layer: int) -> int:
         """FLOPs of one layer's matrices, and of its state if it keeps one."""
-        if layer is None:
-            return 2 * tokens * self.weights
         state = self.states[layer].flops(tokens) if layer in self.states else 0
-        return 2 * tokens * self.unlike.get(layer, self.weights) + state
+        return 2 * tokens * self.weights[layer] + state
 
     def scores(self, queries: float, keys: float) -> int:
         """FLOPs of one layer's q·k; the weighted sum of the values costs as much again."""
@@ -128,7 +124,7 @@ class Tower:
         unit: patches that become one visual token at its end (2 x 2 in Qwen, else 1).
         blocks: for every layer, the attention blocks of one crop: patches in a block -> how many such blocks.
         extra: tokens of a crop beside its patches (CLS).
-        stem: numbers in the patch embedding, met by every patch.
+        patch: numbers of a patch, over channels, frames and pixels, from which its embedding makes `width` others.
         head_patch, head_image: numbers in the pooling head that every patch left, and every crop, meets once.
         feature_layers: layers whose outputs projectors read.
         attention_layer: where attention facts are read unless a stage names a layer.
@@ -144,7 +140,7 @@ class Tower:
     unit: int
     blocks: tuple[Mapping[int, int], ...]
     extra: int
-    stem: int
+    patch: int
     head_patch: int
     head_image: int
     feature_layers: tuple[int, ...]
@@ -165,11 +161,11 @@ class Tower:
         whole = sum(units) * len(self.crops) == size_of(self.crops) * len(units)
         return (self.padded if whole else max(units),) * len(units)
 
-    def linear(self, units: float, late: float | None = None) -> int:
+    def linear(self, layer: int, units: float, late: float) -> int:
         """FLOPs of one layer's matrices on a crop with so many units left, `late` of them when its MLP runs."""
-        merged = 0 if late is None else round((units - late) * self.unit)
-        mlp = self.layers.weights - 4 * self.layers.width**2
-        return self.layers.linear(round(units * self.unit) + self.extra) - 2 * merged * mlp
+        merged = round((units - late) * self.unit)
+        mlp = self.layers.weights[layer] - 4 * self.layers.width**2
+        return self.layers.linear(round(units * self.unit) + self.extra, layer) - 2 * merged * mlp
 
     def scores(self, layer: int, units: float, *, one_query: bool = False) -> int:
         """FLOPs of q·k in one layer on a crop with so many units left. What is left is taken to be spread evenly over
