@@ -10,8 +10,7 @@ from typing import Any
 
 from vtoken.config import Pipeline
 from vtoken.errors import about
-from vtoken.evals.cost.cache import bytes_read, cache_bytes, unknown
-from vtoken.evals.cost.decoding import DecodeReads
+from vtoken.evals.cost import cache
 from vtoken.evals.cost.geometry import Geometry, cut_alike, geometry
 from vtoken.evals.cost.refilled import Units, refilled
 from vtoken.evals.cost.token_flow import Counts, TokenFlow
@@ -136,8 +135,7 @@ def account(
     head = 2 * decoder.width * shape.vocabulary
     steps = work.new_tokens - 1
     attended, met, choosing = refilled(shape, flow)
-    told = [text for text, holds in ((STATES, decoder.states), (CONTRAST, applied.contrast)) if holds]
-    reads = DecodeReads(flow)
+    absent = [text for text, holds in ((STATES, decoder.states), (CONTRAST, applied.contrast)) if holds]
     return Account(
         pipeline=applied.name,
         images=work.images,
@@ -153,13 +151,14 @@ def account(
         prefill_linear=batch * (head + sum(map(decoder.linear, in_decoder, layers))),
         prefill_attention=batch * sum(round(2 * decoder.scores(n, n) * share) for n, share in read),
         prefill_attention_causal=batch * sum(round(decoder.scores(n, n + 1) * share) for n, share in read),
-        decode=batch * (steps * (head + sum(decoder.linear(1, layer) for layer in layers)) + reads.flops(steps)),
+        decode=batch
+        * (steps * (head + sum(decoder.linear(1, layer) for layer in layers)) + cache.decode_flops(flow, steps)),
         visual_tokens=tuple(map(sum, flow.decoder)),
         newline_tokens=tuple(flow.newlines),
-        kv_bytes_prefill=batch * cache_bytes(flow, size),
-        kv_bytes=batch * cache_bytes(flow, size, steps),
-        kv_bytes_read=round(bytes_read(flow, size, steps)),
-        left_out=(*LEFT_OUT, *told, *flow.left_out, *unknown(flow)),
+        kv_bytes_prefill=batch * cache.cache_bytes(flow, size),
+        kv_bytes=batch * cache.cache_bytes(flow, size, steps),
+        kv_bytes_read=round(cache.bytes_read(flow, size, steps)),
+        left_out=(*LEFT_OUT, *absent, *flow.left_out, *cache.left_out(flow)),
         inexact=tuple(flow.inexact),
     )
 
