@@ -63,6 +63,12 @@ def test_lengths_grow_up_to_the_longest(name: str) -> None:
         lengths(resolve_config(name), 3)
 
 
+def test_a_refusal_tells_the_shortest_picture() -> None:
+    """16 tokens at 112 x 112 pixels, though one of the usual size has 256."""
+    with pytest.raises(ConfigError, match="one picture has 16 visual tokens, more than the 9 to be tried"):
+        lengths(resolve_config("Qwen/Qwen2.5-VL-7B-Instruct"), 9)
+
+
 def test_a_given_size_is_the_only_one() -> None:
     found = lengths(resolve_config("Qwen/Qwen2.5-VL-7B-Instruct"), 1100, 448)
     assert found == [Length(256 * k, k, 448) for k in (1, 2, 3, 4)]

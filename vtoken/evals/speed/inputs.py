@@ -104,15 +104,13 @@ def prepared(media: Media, processor: Any, batch: int, images: int) -> dict[str,
     """
     shown = list(media.pictures)
     if not media.video:
-        # What it tells its image processor.
-        more = {
-            name: value for name, value in getattr(processor, "images_kwargs", {}).items() if name != "return_tensors"
-        }
+        # What the processor gives its image processor.
+        more = {**getattr(processor, "images_kwargs", {})}
+        more.pop("return_tensors", None)
         found = dict(apply(processor.image_processor, "this picture", images=[shown * images] * batch, **more))
-        # Models do not take the processor's own account.
-        return {
-            name: value for name, value in found.items() if name not in ("num_patches", "num_crops", "rows", "cols")
-        }
+        for name in ("num_patches", "num_crops", "rows", "cols"):  # Models do not take these.
+            found.pop(name, None)
+        return found
     check_video(processor)
     videos = [shown] * (batch * images)
     return dict(apply(processor.video_processor, "this video", videos=videos, do_sample_frames=False))
