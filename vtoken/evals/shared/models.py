@@ -10,8 +10,7 @@ from vtoken.errors import ConfigError, unknown
 from vtoken.evals import processors, reference
 from vtoken.evals.shared import torchvision
 from vtoken.evals.shared.bars import terminal_only
-from vtoken.evals.shared.configs import resolve_config
-from vtoken.evals.shared.names import locate
+from vtoken.evals.shared.configs import locate, resolve_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
