@@ -123,9 +123,7 @@ def account(
     applied = pipeline or DENSE
     with about(applied.written):
         shape = geometry(config, work.image_size, work.images, work.frames, applied.anyres)
-        flow = TokenFlow(
-            shape, work.images, work.text_tokens, applied.stages, applied.newline, applied.min_visual_tokens
-        )
+        flow = TokenFlow(shape, work.images, work.text_tokens, applied)
     shape = flow.shape
     size = dtype_bytes or _dtype_bytes(config)
     decoder = shape.decoder

@@ -1,5 +1,5 @@
-"""LLaVA-NeXT: the downscaled image and its crops, a newline after each row. Images are of the tower's own size unless
-told otherwise."""
+"""LLaVA-NeXT: the downscaled image and its crops, a newline after each row. Without a size an image is a square of the
+tower's own."""
 
 from __future__ import annotations
 
