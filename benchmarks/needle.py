@@ -1,6 +1,6 @@
 """Digits in one frame of a video, dense and with every stage that leaves visual tokens out of attention, of the cache
-or of what is read of it: `python benchmarks/needle.py [PIPELINE ...]`. Markdown to stdout, a heat map of length and depth
-to --out; an hour on one core.
+or of what is read of it: `python benchmarks/needle.py [PIPELINE ...]`. Markdown to stdout, a heat map of length and
+depth to --out; an hour on one core.
 
 Whoever answers finds two digits among a thousand visual tokens (reference_models/needle.py). The first is said by the
 prefill, which no stage of the cache touches; the other one shows what the cache, or what is read of it, has left. All

@@ -205,7 +205,7 @@ def test_cosine_is_of_the_last_hidden_state(
 
 
 def test_accuracy_is_against_the_answers(generators: dict[str, TextGenerator], asked: list[samples.Sample]) -> None:
-    said = Judge(generators["llava"], asked, "agreement")._said
+    said = Judge(generators["llava"], asked, "agreement")._reference
     known = [
         samples.Sample(s.prompt, f" {text.upper()}" if k else "no", s.options)
         for k, (s, text) in enumerate(zip(asked, said, strict=True))

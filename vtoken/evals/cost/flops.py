@@ -174,7 +174,8 @@ def picture_size(config: Any, prompt: Any) -> tuple[int, int] | None:
 
 
 def _tower(shape: Geometry, flow: TokenFlow, batch: int, attended: Units, met: Units) -> int:
-    """FLOPs of the tower on one batch row of so many; its attention and MLPs see these units."""
+    """FLOPs of the tower for one row of a batch. `attended` and `met`: units that attention and MLPs compute, by layer
+    and crop."""
     tower = shape.tower
     crops = len(flow.tower[0])
     together = batch * crops if tower.packed else 1

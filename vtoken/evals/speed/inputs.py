@@ -64,7 +64,8 @@ def random_prompt(
     inputs = pictures or random_inputs(config, batch, images, frames, image_size, draw)
     kind = "video" if "pixel_values_videos" in inputs else "image"
     shape = geometry(config, image_size, images, frames)
-    # All pictures are alike; a family that reads of the prompt which crops are one picture's does not know yet.
+    # All pictures are alike. Where the prompt tells which crops make up a picture, the adapter, without a prompt, takes
+    # each crop for a picture.
     marked, pictured = shape.parted_crops, adapter.layouts(kind, inputs)
     length, tokens = (sum(getattr(i, name) for i in pictured) // (batch * images) for name in ("length", "tokens"))
     many = len(pictured) // (batch * images) if marked else shape.runs
@@ -117,13 +118,13 @@ def prepared(media: Media, processor: Any, batch: int, images: int) -> dict[str,
 
 
 def _between(images: int, runs: int, parted: bool, marked: bool) -> list[int]:
-    """Text tokens that have to stand between each two runs of placeholders, of which an image has so many."""
+    """Text tokens that must stand between each two neighbouring runs of placeholders; every image has `runs` of them."""
     return [int(parted) + int(marked and place % runs == 0) for place in range(1, images * runs)]
 
 
 def _texts(tokens: int, between: list[int], ends: int) -> tuple[int, ...]:
-    """Text tokens before, between and after the runs; what is not needed between them stands half before, half
-    after, at least `ends` each."""
+    """Text tokens before, between and after the runs. Those not needed between them stand half before and half after
+    all runs, at least `ends` on each side."""
     inner = sum(between)
     least = inner + max(1, 2 * ends)
     if tokens < least:
@@ -136,7 +137,7 @@ def _texts(tokens: int, between: list[int], ends: int) -> tuple[int, ...]:
 
 
 def _mark(text: Sequence[Tensor], runs: int, mark: int) -> None:
-    """Puts a mark in front of every run of placeholders, and one after each image, which has so many of them."""
+    """Puts a mark in front of every run of placeholders, and one after each image, which is so many runs."""
     for before in text[:-1]:
         before[:, -1] = mark
     for behind in text[runs::runs]:
