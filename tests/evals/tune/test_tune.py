@@ -30,7 +30,7 @@ from vtoken.evals.shared import bars, models
 from vtoken.evals.shared.options import Workload
 from vtoken.evals.tune import samples
 from vtoken.evals.tune import search as searching
-from vtoken.evals.tune.cost import share
+from vtoken.evals.tune.cost import shape, share
 from vtoken.evals.tune.quality import Judge
 from vtoken.evals.tune.search import Search
 from vtoken.evals.tune.space import Space
@@ -66,6 +66,20 @@ def generators(place: Path) -> dict[str, TextGenerator]:
 @pytest.fixture(scope="module")
 def asked(place: Path) -> list[samples.Sample]:
     return samples.load(str(place / "own.jsonl"), None)
+
+
+@pytest.mark.parametrize("family", tiny.each("anyres", "by_rows", "crops_sized", "split", "varlen"))
+def test_the_prefill_of_a_sample_is_as_long_as_its_prompt(
+    family: str, place: Path, asked: list[samples.Sample]
+) -> None:
+    """Newlines and breaks count once, and pictures are as large as the processor makes them."""
+    save(family, place / "own" / family)
+    source = str(place / "own" / family)
+    generator = TextGenerator(models.load(source, device="cpu"), processors.load(source))
+    like = shape(generator, asked[0])
+    seen = account(generator.model.config, **vars(like))
+    ids = encode(generator.processor, [asked[0].prompt], generator.model)["input_ids"]
+    assert seen.text_tokens + seen.visual_entry + seen.newline_entry == ids.shape[1]
 
 
 def space(**alternatives: Any) -> Space:

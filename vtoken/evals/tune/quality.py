@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -52,8 +52,8 @@ class Judge:
         self.generator, self.samples, self.measure, self.batch_size = generator, list(samples), measure, batch_size
         self.chunk = chunk
         generator.use(None)
-        # Answers or states, of every sample.
-        self._ask: Any = self._hidden if measure == "cosine" else self._answers
+        # Answers, or states, of every sample.
+        self._ask: Callable[..., list[Any]] = self._hidden if measure == "cosine" else self._answers
         self._reference = [each for batch in self._batches() for each in self._ask(batch)]
         self.dense = 1.0
         if measure == "accuracy" and tasks is not None:
