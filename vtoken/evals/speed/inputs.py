@@ -24,16 +24,11 @@ class Prompt:
     Attributes:
         inputs: arguments of `generate`, as the family's processor returns them.
         kind: "image" or "video".
-        texts: text tokens before, between and after the runs of placeholders.
-        runs: visual tokens of each run that an image has, newlines not counted: one run, or one per frame or crop where
-            text parts them.
         newlines: newline tokens of an image.
     """
 
     inputs: dict[str, Tensor]
     kind: str
-    texts: tuple[int, ...]
-    runs: tuple[int, ...]
     newlines: int
 
 
@@ -94,7 +89,7 @@ def random_prompt(
     for name, value in inputs.items():
         found[name] = value.to(model.dtype) if name.startswith("pixel_values") else value
     moved = {name: value.to(model.device) for name, value in found.items()}
-    return Prompt(moved, kind, texts, runs if length == tokens else (tokens // many,) * many, length - tokens)
+    return Prompt(moved, kind, length - tokens)
 
 
 def prepared(media: Media, processor: Any, batch: int, images: int) -> dict[str, Tensor]:

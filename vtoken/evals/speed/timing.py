@@ -22,7 +22,6 @@ from vtoken.evals.speed.rounds import FirstToken
 from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.pruned_cache import cache_bytes
 from vtoken.hooks.state.run import Clock
-from vtoken.hooks.state.trace import Trace
 from vtoken.session import session_of, trace, watched, wrapped
 
 
@@ -109,7 +108,9 @@ class Runner:
         handle = Handle()
 
         def note_prefill(module: Any, args: tuple, kwargs: dict) -> None:
-            seen.update({} if seen else kwargs)
+            if not seen:
+                session = session_of(self.model)
+                seen.update(kwargs, flow=None if session is None else session.context.run.flow)
 
         def note_cache(module: Any, args: tuple, kwargs: dict, out: Any) -> None:
             cached.append(cache_bytes(out.past_key_values))
@@ -127,7 +128,7 @@ class Runner:
         if pipeline is None:
             return Subject(None, layers, tuple(cached), None, None)
         reason = self._no_oracle(pipeline)
-        oracle = None if reason else self._shorten(seen, found)
+        oracle = None if reason else self._shorten(seen)
         return Subject(pipeline, layers, tuple(cached), oracle, reason, found.aside, found.density)
 
     def _no_oracle(self, pipeline: Pipeline) -> str | None:
@@ -145,38 +146,17 @@ class Runner:
             return "before transformers 5.18 the model itself puts a newline after every video"
         return None
 
-    def _shorten(self, seen: dict[str, Any], found: Trace) -> Oracle:
+    def _shorten(self, seen: dict[str, Any]) -> Oracle:
         """The prompt that would have given the language model what it saw."""
         x, mask, full = seen["inputs_embeds"], seen.get("attention_mask"), self.prompt.inputs["input_ids"]
         mask = torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if mask is None else mask.long()
-        visual = self._visual(found, mask)
-        placeholder = self.adapter.placeholders[self.prompt.kind]
+        flow = seen["flow"]
+        ids = full if flow is None else full.gather(1, flow.index)
         # The last id is text: what pads the rows on the left must not be taken for a picture.
-        ids = full[:, -1:].repeat(1, x.shape[1])
-        ids[mask.bool() & ~visual] = full[self.adapter.visual_kinds(full, None) == 0]
-        ids[visual] = placeholder
+        ids = torch.where(mask.bool(), ids, full[:, -1:])
+        visual = self.adapter.visual_kinds(ids, None) > 0
         deep = tuple(layer.clone() for layer in seen.get("deepstack_visual_embeds") or ())
         return Oracle(ids, mask, seen["position_ids"].clone(), x[visual], deep)
-
-    def _visual(self, found: Trace, mask: Tensor) -> Tensor:
-        """[B, P] which of the positions that are left are visual tokens or newlines."""
-        prompt, visual = self.prompt, torch.zeros_like(mask, dtype=torch.bool)
-        for row, real in enumerate(mask.sum(1).tolist()):
-            kept = [each for each, of in zip(found.kept, found.row, strict=True) if of == row]
-            ends = torch.tensor(prompt.runs).cumsum(0)
-            counts = [
-                n
-                for each in kept
-                for n in torch.bincount(torch.bucketize(each.cpu(), ends, right=True), minlength=len(ends)).tolist()
-            ]
-            # Newlines come in families that have no text between their runs: it does not matter which run they are
-            # added to.
-            counts[-1] += real - sum(prompt.texts) - sum(counts)
-            at = len(mask[row]) - real
-            for text, run in zip(prompt.texts, counts, strict=False):
-                visual[row, at + text : at + text + run] = True
-                at += text + run
-        return visual
 
     @contextmanager
     def _short(self, oracle: Oracle | None) -> Iterator[None]:

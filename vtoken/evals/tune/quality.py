@@ -53,8 +53,8 @@ class Judge:
         self.chunk = chunk
         generator.use(None)
         # Answers, or states, of every sample.
-        self._ask: Callable[..., list[Any]] = self._hidden if measure == "cosine" else self._answers
-        self._reference = [each for batch in self._batches() for each in self._ask(batch)]
+        self._ask: Callable[[Sequence[Sample]], list[Any]] = self._hidden if measure == "cosine" else self._answers
+        self._reference: list[Any] = [each for batch in self._batches() for each in self._ask(batch)]
         self.dense = 1.0
         if measure == "accuracy" and tasks is not None:
             self.relative = RelativeScore(tasks, self._reference)
