@@ -11,7 +11,7 @@ from typing import Any
 from vtoken.config import Pipeline
 from vtoken.errors import about
 from vtoken.evals.cost import cache
-from vtoken.evals.cost.geometry import Geometry, cut_alike, geometry
+from vtoken.evals.cost.geometry import cut_alike, geometry
 from vtoken.evals.cost.refilled import Units, refilled
 from vtoken.evals.cost.token_flow import Counts, TokenFlow
 from vtoken.evals.shared.dense import DENSE
@@ -124,15 +124,14 @@ def account(
     with about(applied.written):
         shape = geometry(config, work.image_size, work.images, work.frames, applied.anyres)
         flow = TokenFlow(shape, work.images, work.text_tokens, applied)
-    shape = flow.shape
+    shape, decoder = flow.shape, flow.shape.decoder
     size = dtype_bytes or _dtype_bytes(config)
-    decoder = shape.decoder
     layers = range(decoder.depth)
-    in_decoder = [flow.length(layer) for layer in layers]
+    lengths = [flow.length(layer) for layer in layers]
     read = list(zip(flow.attended, flow.density, strict=True))
     head = 2 * decoder.width * shape.vocabulary
     steps = work.new_tokens - 1
-    attended, met, choosing = refilled(shape, flow)
+    attended, met, choosing = refilled(flow)
     absent = [text for text, holds in ((STATES, decoder.states), (CONTRAST, applied.contrast)) if holds]
     return Account(
         pipeline=applied.name,
@@ -141,12 +140,12 @@ def account(
         new_tokens=work.new_tokens,
         batch=batch,
         dtype_bytes=size,
-        tower=batch * _tower(shape, flow, batch, attended, met),
+        tower=batch * _tower(flow, batch, attended, met),
         # The model projects before tokens-site stages act: they save nothing here.
         projector=batch
         * sum(2 * each.weights * each.tokens(work.images, flow.mlps[each.layer]) for each in shape.projectors),
         stages=batch * (flow.cost + choosing),
-        prefill_linear=batch * (head + sum(map(decoder.linear, in_decoder, layers))),
+        prefill_linear=batch * (head + sum(map(decoder.linear, lengths, layers))),
         prefill_attention=batch * sum(round(2 * decoder.scores(n, n) * share) for n, share in read),
         prefill_attention_causal=batch * sum(round(decoder.scores(n, n + 1) * share) for n, share in read),
         decode=batch
@@ -173,10 +172,10 @@ def picture_size(config: Any, prompt: Any) -> tuple[int, int] | None:
     return cut_alike(config, prompt)
 
 
-def _tower(shape: Geometry, flow: TokenFlow, batch: int, attended: Units, met: Units) -> int:
+def _tower(flow: TokenFlow, batch: int, attended: Units, met: Units) -> int:
     """FLOPs of the tower for one row of a batch. `attended` and `met`: units that attention and MLPs compute, by layer
     and crop."""
-    tower = shape.tower
+    tower = flow.shape.tower
     crops = len(flow.tower[0])
     together = batch * crops if tower.packed else 1
     around = flow.embedded * tower.patch * tower.layers.width + crops * tower.head_image

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from vtoken.config import Pipeline
 from vtoken.errors import OtherModelError, UnsupportedError
 from vtoken.evals.cost.geometry import Geometry
-from vtoken.evals.cost.geometry.smaller_pictures import before_tower
+from vtoken.evals.cost.smaller_pictures import before_tower
 from vtoken.hooks.vision.frames import SIDE
 from vtoken.stages import SITES, Fact, FactSpec, OtherModel, Parts, Site, Stage, SteeredAttention, size_of, spec_of
 from vtoken.stages.attention import SparseAttention
