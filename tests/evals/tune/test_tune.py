@@ -139,11 +139,13 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("text", "told"), WRONG)
-def test_a_space_that_cannot_be_used(text: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("text", "message"), WRONG)
+def test_a_space_that_cannot_be_used(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "space.yaml").write_text(text)
     assert main(["tune", "tiny-llava", "--space", str(tmp_path / "space.yaml"), "--out", str(tmp_path / "out")]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -156,10 +158,10 @@ LINES = [
 ]
 
 
-@pytest.mark.parametrize(("line", "told"), LINES)
-def test_lines_that_cannot_be_used(line: str, told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("line", "message"), LINES)
+def test_lines_that_cannot_be_used(line: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "own.jsonl").write_text(line + "\n")
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         samples.load(str(tmp_path / "own.jsonl"), None)
 
 
@@ -325,11 +327,11 @@ def test_what_is_no_cheaper_than_dense_is_not_recommended(
         assert [config.load(file).stages[0].keep.plain() for file in files] == kept
         assert [found.study.trials[k].values[1] for k in found.to_dict()["no_gain"]] == [1.0, 1.2]
         command._print(found, files)
-        told = capsys.readouterr().out
+        printed = capsys.readouterr().out
         word = "faster" if objective == "ttft" else "cheaper"
-        assert f"2 trials were not {word} than dense" in told
-        assert (f"no trial was {word} than dense: take the stock model" in told) == (not kept)
-        assert ("no time was taken" in told) == (objective == "flops" and bool(kept))
+        assert f"2 trials were not {word} than dense" in printed
+        assert (f"no trial was {word} than dense: take the stock model" in printed) == (not kept)
+        assert ("no time was taken" in printed) == (objective == "flops" and bool(kept))
 
 
 def test_a_model_that_can_serve_nothing(
@@ -352,7 +354,7 @@ def test_the_command(
     assert main([*words, "--trials", "2", "--keep-accuracy", "10%", "--out", str(tmp_path / "o"), "--json"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
-    told = {line.split("s ", 1)[1] for line in err.splitlines()}
-    assert {"   0%  dense: 5 of 6", "  50%  1 of 2 trials, random", "  50%  random: 5 of 6"} <= told
+    lines = {line.split("s ", 1)[1] for line in err.splitlines()}
+    assert {"   0%  dense: 5 of 6", "  50%  1 of 2 trials, random", "  50%  random: 5 of 6"} <= lines
     assert "it/s" not in err and "\r" not in err
     assert found["schema"] == "vtoken-tune/1" and len(found["trials"]) == 2 and found["floor"] == pytest.approx(0.1)

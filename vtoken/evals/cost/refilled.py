@@ -8,7 +8,7 @@ Units = list[tuple[float, ...]]
 
 
 def refilled(flow: TokenFlow) -> tuple[Units, Units, int]:
-    """Per tower layer the units (see Tower) of every crop that attention and MLP compute, and the FLOPs of choosing."""
+    """Units (see Tower) of every crop that attention and MLP compute, by tower layer, and the FLOPs of choosing."""
     attention, mlps = ([tuple(map(float, row)) for row in rows] for rows in (flow.tower, flow.mlps))
     layers, unit, cost = flow.shape.tower.layers, flow.shape.tower.unit, 0
     for stage in flow.stages:

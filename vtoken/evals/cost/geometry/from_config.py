@@ -57,7 +57,8 @@ def vision_tower(
     depth, heads = _named(vision, "num_hidden_layers", "depth"), _named(vision, "num_attention_heads", "num_heads")
     (down, across), frames = pair(vision.patch_size), getattr(vision, "temporal_patch_size", 1)
     features = read_layers(config, depth)
-    tail = 2 * width**2 if getattr(vision, "vision_use_head", False) else 0
+    # SigLIP's head attends from one query: keys and values of every patch, then query, output and MLP once.
+    head = 2 * width**2 if getattr(vision, "vision_use_head", False) else 0
     return Tower(
         layers=Layers(
             depth, width, (4 * width**2 + mlp,) * depth, heads, heads, width // heads, windows=(None,) * depth
@@ -67,9 +68,8 @@ def vision_tower(
         blocks=({size_of(crops[:1]) * unit: 1},) * depth,
         extra=extra,
         patch=_named(vision, "num_channels", "in_channels") * frames * down * across,
-        # SigLIP's head attends from one query: keys and values of every patch, then query, output and MLP once.
-        head_patch=tail and tail + 2 * width,
-        head_image=tail and tail + mlp,
+        head_patch=head and head + 2 * width,
+        head_image=head and head + mlp,
         feature_layers=features,
         attention_layer=max(features),
     )
