@@ -70,8 +70,8 @@ def _lines() -> Tell:
 
 @contextmanager
 def terminal_only(shown: bool | None = None) -> Iterator[None]:
-    """While a block runs, bars of transformers, datasets and lmms-eval, which are all tqdm's, are shown as `shown` says;
-    None: where stderr is a terminal."""
+    """While a block runs, bars of transformers, datasets and lmms-eval, which are all tqdm's, are shown or not; None:
+    where stderr is a terminal."""
     from tqdm import tqdm
 
     stock = tqdm.__init__

@@ -113,7 +113,7 @@ def prepared(media: Media, processor: Any, batch: int, images: int) -> dict[str,
 
 
 def _between(images: int, runs: int, parted: bool, marked: bool) -> list[int]:
-    """Text tokens that must stand between each two neighbouring runs of placeholders; every image has `runs` of them."""
+    """Text tokens that must stand between neighbouring runs of placeholders; every image has `runs` of them."""
     return [int(parted) + int(marked and place % runs == 0) for place in range(1, images * runs)]
 
 
