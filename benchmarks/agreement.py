@@ -1,7 +1,7 @@
 """Whether a kernel gives what its definition does, on what is measured: the same tokens, dtype and tiles.
 
 Where the result is a choice among many, a last bit of a cosine decides between two that are as good, and everything
-after it differs. Such a choice is held against what it has to be: as good as the best there was, within a tolerance.
+after it differs. Such a choice is checked against what it has to be: as good as the best there was, within a tolerance.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@ minutes.
 
 The LLaVA of the 0.5B class with random weights that cpu.py measures. Dense and every pipeline have the same weights and
 generate in turns, a token of each and then the next one, so that what the machine does besides weighs on all alike;
-ratios are formed token by token. The bytes are what the cache holds, not what is worked out of it while a layer
+ratios are formed token by token. The bytes are those of the cache, not of what is worked out of it while a layer
 attends.
 """
 
@@ -39,13 +39,13 @@ class Side:
     model: Any
     token: Tensor = field(default_factory=lambda: torch.empty(0))
     cache: Any = None
-    held: list[int] = field(default_factory=list)
+    cached: list[int] = field(default_factory=list)
     milliseconds: list[float] = field(default_factory=list)
 
     def prefill(self, inputs: dict[str, Tensor]) -> None:
         out = self.model(**inputs, use_cache=True, logits_to_keep=1)
         self.cache, self.token = out.past_key_values, out.logits[:, -1:].argmax(-1)
-        self.held.append(cache_bytes(self.cache))
+        self.cached.append(cache_bytes(self.cache))
 
     def step(self) -> None:
         start = time.perf_counter()
@@ -74,8 +74,8 @@ def bits(cache: Any) -> str:
 def line(side: Side, dense: Side) -> str:
     middle, quartiles = against(side.milliseconds, dense.milliseconds)
     whole = sum(side.milliseconds) / sum(dense.milliseconds)
-    held = [f"{own / 1e6:.2f} MB ({own / of:.1%})" for own, of in zip(side.held, dense.held, strict=True)]
-    cells = (side.name, *held, bits(side.cache), f"{middle:.3f} [{quartiles}]", f"{whole:.3f}")
+    sizes = [f"{own / 1e6:.2f} MB ({own / of:.1%})" for own, of in zip(side.cached, dense.cached, strict=True)]
+    cells = (side.name, *sizes, bits(side.cache), f"{middle:.3f} [{quartiles}]", f"{whole:.3f}")
     return f"| {' | '.join(cells)} |"
 
 
@@ -109,7 +109,7 @@ def main() -> None:
         for each in range(turn, turn + len(sides)):
             sides[each % len(sides)].step()
     for side in sides:
-        side.held.append(cache_bytes(side.cache))
+        side.cached.append(cache_bytes(side.cache))
     print(f"| pipeline | cache after prefill | after {args.tokens} tokens | packed | time per token / dense | in all |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for side in sides:

@@ -59,7 +59,11 @@ CASES = {
         "llava-hf/llava-1.5-7b-hf", "tiny-llava",
         ("none", "fastervlm:192", "fastervlm:64", "visionzip:64", "divprune:64", "fastv:64"),
     ),
-    "next": Case(NEXT, "tiny-llava-next", (replace(load(NEXT_160), name="fastervlm-next-160"), "fastervlm:160", "fastervlm:320"), image_size=672, repeats=7),
+    "next": Case(
+        NEXT, "tiny-llava-next",
+        (replace(load(NEXT_160), name="fastervlm-next-160"), "fastervlm:160", "fastervlm:320"),
+        image_size=672, repeats=7,
+    ),
     "qwen-4k": Case(QWEN, "tiny-qwen2.5-vl", ("fastervlm:10%", "divprune:10%"), (1, 8), 896, 8, 5),
     "qwen-16k": Case(QWEN, "tiny-qwen2.5-vl", ("fastervlm:10%", *SPARSE), (1,), 896, 32, 3, 4),
     "qwen-16k-8": Case(QWEN, "tiny-qwen2.5-vl", ("fastervlm:10%", "static_sparse-4096"), (8,), 896, 32, 2, 4),
@@ -127,7 +131,8 @@ def main() -> None:
         # What comes one batch after another stays when the next one does not fit.
         try:
             found = bench(
-                model, [always(p) for p in case.pipelines] if small else case.pipelines, batch=batch, text_tokens=64, warmup=int(repeats > 2),
+                model, [always(p) for p in case.pipelines] if small else case.pipelines,
+                batch=batch, text_tokens=64, warmup=int(repeats > 2),
                 new_tokens=2 if small else case.new_tokens, repeats=repeats,
                 image_size=None if small else case.image_size, frames=1 if small else case.frames,
             )  # fmt: skip

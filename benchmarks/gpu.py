@@ -3,7 +3,7 @@
 
 Every part is a process of its own with a time cap, and writes its rows as they come, so a part that is slow or fails
 costs only itself. A part whose JSON is there is not run again, one that was cut short neither (--again runs it). The
-last table holds the goals against all that was found. With --small the parts run to their end on a CPU; set
+last table compares the goals with all that was found. With --small the parts run to their end on a CPU; set
 TRITON_INTERPRET=1 and the kernels run, too. Such times mean nothing.
 """
 

@@ -46,8 +46,8 @@ def main() -> None:
         for sparsity in given.sparsity:
 
             def of(table: Any) -> float:
-                told = {name: {**options, "gates": table, "sparsity": sparsity}}  # noqa: B023
-                return right(model, processor, asked, [told])
+                pipeline = [{name: {**options, "gates": table, "sparsity": sparsity}}]  # noqa: B023
+                return right(model, processor, asked, pipeline)
 
             drawn = [of(shuffled(gates, seed)) for seed in range(given.draws)]
             mean = sum(drawn) / len(drawn)

@@ -59,7 +59,7 @@ class Record:
         return row
 
     def goal(self, name: str, wanted: str, value: float | None, met: bool | None) -> None:
-        """A goal held against what was measured; on a CPU nothing counts as met or missed."""
+        """A goal, and what was measured of it; on a CPU nothing counts as met or missed."""
         said = "not measured" if value is None or not CUDA else "met" if met else "missed"
         self.goals.append({"goal": name, "wanted": wanted, "measured": value, "result": said})
         self.save()

@@ -202,9 +202,9 @@ def flops(config: Any, pipeline: Any, seen: Sequence[tuple[int, list[int]]]) -> 
     for prompt, counts in seen:
         others = prompt - counts[0]
         texts += others
-        for n in counts:
+        for layer, n in enumerate(counts):
             keys = others + (n if places is None else places)
-            linear += stack.linear(others + n)
+            linear += stack.linear(others + n, layer)
             attention += 2 * stack.scores(keys, keys)
     planned = account(
         config, pipeline, image_size=SIZE, new_tokens=1, text_tokens=round(texts / len(seen)) - dense.newline_entry
@@ -228,7 +228,7 @@ def write(rows: list[dict[str, Any]], pictures: Sequence[Path], stem: Path) -> N
     for row in rows:
         share = paired(row["right"], dense["right"], pictures).of_dense
         assert share is not None
-        told = f"{100 * share.value:.1f} ({100 * share.low:.1f}–{100 * share.high:.1f})"
+        kept = f"{100 * share.value:.1f} ({100 * share.low:.1f}–{100 * share.high:.1f})"
         right = 100 * sum(row["right"]) / len(row["right"])
         costs = " | ".join(f"{100 * row[cost] / dense[cost]:.0f} %" for cost in ("flops", "language"))
         bought, before = "", plain.get(row["label"].removesuffix(", vtu"))
@@ -236,7 +236,7 @@ def write(rows: list[dict[str, Any]], pictures: Sequence[Path], stem: Path) -> N
             found = paired(row["right"], before, pictures)
             bought = f"{found.won} / {found.lost}, p {found.p:.2f}"
         counts = f"{row['entry']:.0f} | {row['average']:.0f}"
-        lines.append(f"| {row['label']} | {counts} | {right:.1f} % | {told} | {costs} | {bought} |")
+        lines.append(f"| {row['label']} | {counts} | {right:.1f} % | {kept} | {costs} | {bought} |")
     stem.with_name(f"{stem.name}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     draw(rows, stem)

@@ -1,6 +1,6 @@
-"""Digits in one frame of a video, dense and with every stage that leaves visual tokens out of attention, of the cache or
-of what is read of it: `python benchmarks/needle.py [PIPELINE ...]`. Markdown to stdout, a heat map of length and depth
-to --out; an hour on one core.
+"""Digits in one frame of a video, dense and with every stage that leaves visual tokens out of attention, of the cache
+or of what is read of it: `python benchmarks/needle.py [PIPELINE ...]`. Markdown to stdout, a heat map of length and
+depth to --out; an hour on one core.
 
 Whoever answers finds two digits among a thousand visual tokens (reference_models/needle.py). The first is said by the
 prefill, which no stage of the cache touches; the other one shows what the cache, or what is read of it, has left. All
@@ -66,14 +66,14 @@ class Answers:
     """What a pipeline said.
 
     Attributes:
-        right: (length, depth) -> one entry per question; held: length -> bytes of the cache when the prefill ended;
+        right: (length, depth) -> one entry per question; cached: length -> bytes of the cache when the prefill ended;
             density: length -> share of the causal blocks, mean over stages that say one.
         refused: why it does not run on the model; aside: why a stage did nothing.
     """
 
     pipeline: Pipeline | None
     right: dict[tuple[int, int], list[bool]] = field(default_factory=dict)
-    held: dict[int, list[int]] = field(default_factory=dict)
+    cached: dict[int, list[int]] = field(default_factory=dict)
     density: dict[int, list[float]] = field(default_factory=dict)
     refused: str = ""
     aside: dict[str, str] = field(default_factory=dict)
@@ -142,7 +142,7 @@ def ask(model: Any, processor: Any, inputs: dict[str, Any], asked: Needle, of: A
         return
     (said,) = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     of.right.setdefault(cell, []).append(said.split() == asked.answer.split())
-    of.held.setdefault(cell[0], []).append(seen.cache_bytes)
+    of.cached.setdefault(cell[0], []).append(seen.cache_bytes)
     of.aside |= seen.aside
     if seen.density:
         of.density.setdefault(cell[0], []).append(fmean(seen.density.values()))
@@ -159,7 +159,7 @@ def table(found: Sequence[Answers], lengths: Sequence[int]) -> str:
         every = [each for cell in one.right.values() for each in cell]
         low, high = wilson(sum(every), len(every))
         cells = [f"{fmean(one.at(n)):.0%}" for n in lengths]
-        share = fmean(one.held[last]) / fmean(dense.held[last])
+        share = fmean(one.cached[last]) / fmean(dense.cached[last])
         density = f"{fmean(one.density[last]):.0%}" if last in one.density else ""
         lines.append((one.name, *cells, f"{fmean(every):.1%} ({low:.0%}–{high:.0%})", f"{share:.1%}", density))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -200,7 +200,7 @@ def saved(found: Sequence[Answers], conditions: dict[str, Any]) -> str:
         {
             "pipeline": one.name,
             "right": {f"{n} frames, {depth} %": each for (n, depth), each in one.right.items()},
-            "held": one.held,
+            "held": one.cached,
             "density": one.density,
             "refused": one.refused,
             "aside": one.aside,

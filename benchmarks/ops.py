@@ -3,7 +3,7 @@
 On a CUDA device: time on the device from triton's do_bench (L2 flushed, median), bytes and FLOPs as each op's file
 counts them, as shares of a copy and a matmul measured in the same run, and of a copy of as many bytes, and against the
 definition eager and under torch.compile, and for attention ops against flash SDPA, which computes more (the values too)
-and gives no sums, and against the map of all attention; the most memory that kernel and definition hold. torch.compile
+and gives no sums, and against the map of all attention; the most memory that kernel and definition take. torch.compile
 takes minutes and comes last. Without a GPU the script runs to its end on small inputs, by the host's clock: with
 TRITON_INTERPRET=1 kernels are interpreted, else only definitions run. Such times say nothing about a GPU. No figure is
 given before kernel and definition agree.
@@ -39,7 +39,7 @@ from measure import (
 from vtoken import kernels
 from vtoken.kernels import _gram
 
-MAPPED = ("query_attention", "received_attention")  # what a tower switched to eager attention would hold instead
+MAPPED = ("query_attention", "received_attention")  # what a tower switched to eager attention would take instead
 GATHER, RECEIVED, LINEAR, FARTHEST = 0.85, 5.0, 2.2, 20.0  # the goals
 
 

@@ -52,7 +52,8 @@ def main() -> None:
         return [a.split() == q.answer.split() for a, q in pairs], time.perf_counter() - began
 
     print(
-        "| pruned by | repair | right | 95 % | won | lost | p | time |\n| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"
+        "| pruned by | repair | right | 95 % | won | lost | p | time |\n"
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"
     )
     for name in PRUNED:
         stages = [] if name == "none" else [name]

@@ -1,5 +1,5 @@
-"""Dense against pruned in one vLLM engine, in turns, and a load with cancellations: `python benchmarks/serving.py`, in the
-environment of `make test-vllm`. Markdown to stdout, a few minutes.
+"""Dense against pruned in one vLLM engine, in turns, and a load with cancellations: `python benchmarks/serving.py`, in
+the environment of `make test-vllm`. Markdown to stdout, a few minutes.
 
 One engine serves all pipelines here, which a user's would not: the model's hooks and the config's key are swapped
 between turns, so that nothing but the pipeline differs. Ratios are medians over rounds of a pipeline's time to that of

@@ -2,7 +2,7 @@
 
 First `block_sparse_attention` over random blocks of given density against dense causal flash SDPA. Then every method of
 site attention with its defaults: what choosing costs, what it chose, what it takes in all, as shares of dense
-attention, and the most memory that choosing holds. Dense attention is measured anew beside every row, in turns; ratios
+attention, and the most memory that choosing takes. Dense attention is measured anew beside every row, in turns; ratios
 are medians over the rounds, quartiles beside them. Queries and keys are drawn with neighbours alike and a heavy start,
 as real ones are, gates of seerattention at random; which density a method comes to on them says nothing about a model.
 Without a GPU all runs on a short prompt, and times mean nothing.
@@ -45,7 +45,7 @@ LENGTHS = (32768, 65536, 131072) if CUDA else (600,)
 DENSITIES = (0.05, 0.1, 0.25, 0.5, 1.0) if CUDA else (0.5,)
 RASTER = (32, 32) if CUDA else (4, 4)  # of a frame
 SIZE, TEXT, SLACK, SELECTION = 128, 64, 1.15, 0.10
-CHECKED = 2  # query blocks that are held against the definition, at the end and in the middle
+CHECKED = 2  # query blocks that are checked against the definition, at the end and in the middle
 
 
 def prompt(n: int) -> tuple[PrefillQK, Tensor]:

@@ -42,9 +42,9 @@ def test_no_stage_waits_for_a_longer_prompt() -> None:
 
 def test_the_table_counts_what_was_right() -> None:
     dense, own = needle.Answers(None), needle.Answers(load("snapkv-64"))
-    for one, right, held in ((dense, True, 400), (own, False, 100)):
+    for one, right, size in ((dense, True, 400), (own, False, 100)):
         one.right = {(8, 0): [True], (8, 100): [right], (16, 0): [right]}
-        one.held = {8: [held], 16: [held]}
+        one.cached = {8: [size], 16: [size]}
     refused = needle.Answers(load("lookm-20"), refused="why")
     head, _, first, second = needle.table([dense, own, refused], [8, 16]).splitlines()
     assert head == "| pipeline | 8 frames | 16 frames | all | cache at 16 | attention at 16 |"

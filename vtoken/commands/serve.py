@@ -79,7 +79,7 @@ def in_vllm(model: str, given: str, pipeline: Pipeline, model_config: Any) -> tu
         given: the pipeline as it was written.
         model_config: of the checkpoint.
     """
-    from vtoken.evals.shared.names import locate
+    from vtoken.evals.shared.configs import locate
     from vtoken.serving import plan
 
     try:

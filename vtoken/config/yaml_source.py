@@ -33,10 +33,11 @@ class Source:
     lines: dict[tuple[Any, ...], int] = field(default_factory=dict)
     key: str = ""
 
-    def under(self, key: str) -> Source:
-        """Of the values under a key at the top, whose errors name it."""
-        lines = {path[1:]: line for path, line in self.lines.items() if path[:1] == (key,)}
-        return Source(self.file, lines, key)
+    def under(self, *path: Any) -> Source:
+        """Of the values under a key, whose errors name it; they are then read like a file of their own."""
+        depth = len(path)
+        lines = {key[depth:]: line for key, line in self.lines.items() if key[:depth] == path}
+        return Source(self.file, lines, str(path[-1]))
 
     def error(self, path: tuple[Any, ...], message: str) -> ConfigError:
         while path not in self.lines and path:

@@ -13,7 +13,7 @@ from typing import Any
 from vtoken.errors import ConfigError, UnsupportedError, reason
 from vtoken.evals import reference
 from vtoken.evals.shared import torchvision
-from vtoken.evals.shared.names import locate
+from vtoken.evals.shared.configs import locate
 from vtoken.hooks.state.run import PIXELS
 
 

@@ -82,25 +82,25 @@ def test_shortened_prefill_decode_and_cache(model: Any, keep: int) -> None:
         out = language(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
         head(out.last_hidden_state[:, -1:])
 
-    def held() -> int:
+    def cache_size() -> int:
         return sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
 
     prefill = counted(lambda: forward(states))
     assert claimed.prefill_linear + claimed.prefill_attention == pytest.approx(prefill, rel=CLOSE)
-    assert claimed.kv_bytes_prefill == held()
+    assert claimed.kv_bytes_prefill == cache_size()
     decode = sum(counted(lambda: forward(states[:, :1])) for _ in range(new - 1))
     assert claimed.decode == pytest.approx(decode, rel=CLOSE)
-    assert claimed.kv_bytes == held()
+    assert claimed.kv_bytes == cache_size()
     assert claimed.dtype_bytes == 4
     assert claimed.visual_tokens == (keep,) * 4
 
 
-@pytest.mark.parametrize("held", ["expanded", "merged"])
-def test_unmerged_attention(held: Any) -> None:
+@pytest.mark.parametrize("cached", ["expanded", "merged"])
+def test_unmerged_attention(cached: Any) -> None:
     """Merged tokens in the matrices, all places in attention, and the cache as the stage has it; of a wrapped model
     that merges all."""
     model, text, new = tiny.llava(), 9, 4
-    pipeline = load([{"pool": {"size": 2}}, {"vtu": {"cache": held}}])
+    pipeline = load([{"pool": {"size": 2}}, {"vtu": {"cache": cached}}])
     claimed = account(model.config, pipeline, text_tokens=text, new_tokens=1)
     longer = account(model.config, pipeline, text_tokens=text, new_tokens=new)
     batch = tiny.build(model, [[4, "img", 5]])
@@ -285,16 +285,16 @@ def test_bytes_of_heads_that_stream(family: str) -> None:
 def test_a_cache_stage_saves_bytes_and_decoding_only() -> None:
     config = tiny.llava().config
     kwargs = {"text_tokens": 40, "new_tokens": 3}
-    dense, held = account(config, **kwargs), account(config, Pipe((SnapKV(keep=Budget(5), window=8),)), **kwargs)
+    dense, small = account(config, **kwargs), account(config, Pipe((SnapKV(keep=Budget(5), window=8),)), **kwargs)
     per_token = dense.kv_bytes_prefill // (40 + 16)
-    assert held.kv_bytes_prefill == per_token * 45 and held.kv_bytes == per_token * 47
+    assert small.kv_bytes_prefill == per_token * 45 and small.kv_bytes == per_token * 47
     text, layers = config.text_config, 4
     wide = text.num_attention_heads * (text.hidden_size // text.num_attention_heads)
-    assert dense.decode - held.decode == layers * 2 * 2 * 2 * 11 * wide, (
+    assert dense.decode - small.decode == layers * 2 * 2 * 2 * 11 * wide, (
         "two steps, q k and the values, 11 tokens fewer"
     )
-    assert held.stages == layers * 2 * 8 * 56 * wide
-    assert held.prefill_attention == dense.prefill_attention and held.visual_tokens == dense.visual_tokens
+    assert small.stages == layers * 2 * 8 * 56 * wide
+    assert small.prefill_attention == dense.prefill_attention and small.visual_tokens == dense.visual_tokens
 
 
 @pytest.mark.parametrize(

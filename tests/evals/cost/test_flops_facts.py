@@ -22,7 +22,7 @@ PICTURE = 16
 
 
 class All(Watcher):
-    """All text behind an image rates it; what is told is forgotten. No paper."""
+    """All text behind an image rates it; what it is given is forgotten. No paper."""
 
     def query_tokens(self, tokens: Any) -> list[torch.Tensor]:
         return [torch.arange(len(text)) for text in tokens.facts[Fact("later_text")]]

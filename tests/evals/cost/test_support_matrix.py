@@ -41,26 +41,26 @@ def test_the_matrix_is_what_wrap_does(family: str, name: str) -> None:
         assert whole().cells[name][family].answer == "depends"
         return
     model = make(family)
-    told = matrices.cell(model, stage, registry.adapter(family)(model).substitutes)
+    direct = matrices.cell(model, stage, registry.adapter(family)(model).substitutes)
     try:
         if of_a_draft(name):
             vtoken.draft(model, None, stage)
         else:
             vtoken.wrap(model, stage)
     except OtherModelError:
-        assert told.answer == "depends" and "made for the model" in told.reason
+        assert direct.answer == "depends" and "made for the model" in direct.reason
     except UnsupportedError as error:
-        assert told.answer == "no" and str(error).rstrip(".") in told.reason
+        assert direct.answer == "no" and str(error).rstrip(".") in direct.reason
     else:
         with torch.no_grad():
             model(**build(model, [[3, "img", 5]]))
         given = {k: v for each in vtoken.trace(model).stages for k, v in each.substitutes.items()}
-        assert told.answer == ("substitute" if given else "yes")
-        assert all(f"{new} stands in for {old}" in told.reason for old, new in given.items())
+        assert direct.answer == ("substitute" if given else "yes")
+        assert all(f"{new} stands in for {old}" in direct.reason for old, new in given.items())
     # The matrix asks a model of full depth, which has other layers.
     found = whole().cells[name][family]
-    assert found.answer == told.answer or any(
-        why in found.reason + told.reason for why in ("layer", "made for the model")
+    assert found.answer == direct.answer or any(
+        why in found.reason + direct.reason for why in ("layer", "made for the model")
     )
 
 

@@ -24,7 +24,7 @@ from vtoken.evals.speed.inputs import prepared, random_prompt
 FEW = ["--repeats", "1", "--warmup", "0", "--new-tokens", "2", "--text-tokens", "64"]
 
 
-def told(capsys: Any, *words: Any) -> dict[str, Any]:
+def report(capsys: Any, *words: Any) -> dict[str, Any]:
     assert main(["bench", *map(str, words), *FEW, "--device", "cpu", "--json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
@@ -36,14 +36,14 @@ def test_a_picture_of_every_family(family: str, tmp_path: Path, capsys: Any) -> 
     picture = tmp_path / "picture.png"
     Image.new("RGB", (112, 56), (200, 40, 40)).save(picture)
     folder = save(family, tmp_path / "model")
-    found = told(capsys, folder, "uniform:4", "--media", picture, "--batch", 2)
+    found = report(capsys, folder, "uniform:4", "--media", picture, "--batch", 2)
     shown = prepared(Media((Image.open(picture),)), processor(family), 1, 1)
     adapter = tiny.adapter(tiny.make(family))
     tokens = sum(layout.tokens for layout in adapter.layouts("image", shown))
     assert [row["visual_entry"] for row in found["rows"]] == [2 * tokens, 2 * 4]
     built = not (adapter.masks_outside or adapter.encoder.by_rows)
     assert bool(found["rows"][1]["to_oracle"]) == built and found["conditions"]["media"] == str(picture)
-    twice = told(capsys, folder, "uniform:4", "--media", picture, "--images", 2)
+    twice = report(capsys, folder, "uniform:4", "--media", picture, "--images", 2)
     assert twice["rows"][1]["visual_entry"] == 2 * 4
 
 
@@ -76,11 +76,11 @@ def test_video_files(family: str, kind: str, tmp_path: Path, monkeypatch: Any, c
     stock.video_processor = Halves(model.config)
     monkeypatch.setattr(models, "load", lambda *given, **named: model)
     monkeypatch.setattr(processors, "load", lambda name: stock)
-    found = told(capsys, "any", "uniform:{per_frame: 2}", "--media", clip, "--frames", 4, "--batch", 2)
+    found = report(capsys, "any", "uniform:{per_frame: 2}", "--media", clip, "--frames", 4, "--batch", 2)
     assert stock.video_processor.seen == [4, 4] and found["conditions"]["frames"] == 4
     steps = 4 // getattr(model.config.vision_config, "temporal_patch_size", 1)
     assert found["rows"][1]["visual_entry"] == 2 * 2 * steps < found["rows"][0]["visual_entry"]
-    told(capsys, "any", "--media", clip)
+    report(capsys, "any", "--media", clip)
     assert stock.video_processor.seen[2:] == [8]
 
 

@@ -63,6 +63,12 @@ def test_lengths_grow_up_to_the_longest(name: str) -> None:
         lengths(resolve_config(name), 3)
 
 
+def test_a_refusal_tells_the_shortest_picture() -> None:
+    """16 tokens at 112 x 112 pixels, though one of the usual size has 256."""
+    with pytest.raises(ConfigError, match="one picture has 16 visual tokens, more than the 9 to be tried"):
+        lengths(resolve_config("Qwen/Qwen2.5-VL-7B-Instruct"), 9)
+
+
 def test_a_given_size_is_the_only_one() -> None:
     found = lengths(resolve_config("Qwen/Qwen2.5-VL-7B-Instruct"), 1100, 448)
     assert found == [Length(256 * k, k, 448) for k in (1, 2, 3, 4)]
@@ -86,7 +92,7 @@ def test_lengths_are_what_the_model_sees(family: str) -> None:
         dense, own = bench(model, [guarded], oracles=False, **shape, **FEW).rows
         assert dense.visual_entry >= length.visual_tokens and own.oracle is own.no_oracle is None
         assert bool(own.stood_aside) == (length is not tried[-1]), (
-            "the number is the one that pipelines are held against"
+            "the number is the one that pipelines are compared with"
         )
 
 
@@ -115,7 +121,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("ratios", "told"),
+    ("ratios", "message"),
     [
         ({1: 1.2, 2: 0.9, 3: 0.8}, "faster than dense from 32 visual tokens on (not at 16); for its "
                                    "file:\nmin_visual_tokens: 32\n"),
@@ -128,14 +134,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )  # fmt: skip
 def test_the_command_says_what_to_write(
-    ratios: dict[int, float], told: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    ratios: dict[int, float], message: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     scripted(monkeypatch, ratios)
     argv = ["bench", str(folder), "uniform:4", "--break-even", "--up-to", "48", "--device", "cpu"]
     assert main(argv) == 0
     out = capsys.readouterr().out
-    assert told in out and ("min_visual_tokens: " in out) == ("for its file" in told)
-    if "for its file" in told:
+    assert message in out and ("min_visual_tokens: " in out) == ("for its file" in message)
+    if "for its file" in message:
         line = out.partition("for its file:\n")[2].splitlines()[0]
         file = tmp_path / "mine.yaml"
         file.write_text(f"{line}\nstages: [{{uniform: {{keep: 4}}}}]\n")
@@ -143,7 +149,7 @@ def test_the_command_says_what_to_write(
     assert main([*argv, "--json"]) == 0
     plain = json.loads(capsys.readouterr().out)
     (row,) = plain["break_even"]
-    assert row["pipeline"] == "uniform:4" and (row["min_visual_tokens"] is None) == ("for its file" not in told)
+    assert row["pipeline"] == "uniform:4" and (row["min_visual_tokens"] is None) == ("for its file" not in message)
     assert [step["visual_tokens"] for step in row["steps"]] == [16, 32, 48]
 
 

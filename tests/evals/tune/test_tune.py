@@ -30,7 +30,7 @@ from vtoken.evals.shared import bars, models
 from vtoken.evals.shared.options import Workload
 from vtoken.evals.tune import samples
 from vtoken.evals.tune import search as searching
-from vtoken.evals.tune.cost import share
+from vtoken.evals.tune.cost import shape, share
 from vtoken.evals.tune.quality import Judge
 from vtoken.evals.tune.search import Search
 from vtoken.evals.tune.space import Space
@@ -66,6 +66,20 @@ def generators(place: Path) -> dict[str, TextGenerator]:
 @pytest.fixture(scope="module")
 def asked(place: Path) -> list[samples.Sample]:
     return samples.load(str(place / "own.jsonl"), None)
+
+
+@pytest.mark.parametrize("family", tiny.each("anyres", "by_rows", "crops_sized", "split", "varlen"))
+def test_the_prefill_of_a_sample_is_as_long_as_its_prompt(
+    family: str, place: Path, asked: list[samples.Sample]
+) -> None:
+    """Newlines and breaks count once, and pictures are as large as the processor makes them."""
+    save(family, place / "own" / family)
+    source = str(place / "own" / family)
+    generator = TextGenerator(models.load(source, device="cpu"), processors.load(source))
+    like = shape(generator, asked[0])
+    seen = account(generator.model.config, **vars(like))
+    ids = encode(generator.processor, [asked[0].prompt], generator.model)["input_ids"]
+    assert seen.text_tokens + seen.visual_entry + seen.newline_entry == ids.shape[1]
 
 
 def space(**alternatives: Any) -> Space:
@@ -125,11 +139,13 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("text", "told"), WRONG)
-def test_a_space_that_cannot_be_used(text: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("text", "message"), WRONG)
+def test_a_space_that_cannot_be_used(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "space.yaml").write_text(text)
     assert main(["tune", "tiny-llava", "--space", str(tmp_path / "space.yaml"), "--out", str(tmp_path / "out")]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -142,10 +158,10 @@ LINES = [
 ]
 
 
-@pytest.mark.parametrize(("line", "told"), LINES)
-def test_lines_that_cannot_be_used(line: str, told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("line", "message"), LINES)
+def test_lines_that_cannot_be_used(line: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "own.jsonl").write_text(line + "\n")
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         samples.load(str(tmp_path / "own.jsonl"), None)
 
 
@@ -205,7 +221,7 @@ def test_cosine_is_of_the_last_hidden_state(
 
 
 def test_accuracy_is_against_the_answers(generators: dict[str, TextGenerator], asked: list[samples.Sample]) -> None:
-    said = Judge(generators["llava"], asked, "agreement")._said
+    said = Judge(generators["llava"], asked, "agreement")._reference
     known = [
         samples.Sample(s.prompt, f" {text.upper()}" if k else "no", s.options)
         for k, (s, text) in enumerate(zip(asked, said, strict=True))
@@ -311,11 +327,11 @@ def test_what_is_no_cheaper_than_dense_is_not_recommended(
         assert [config.load(file).stages[0].keep.plain() for file in files] == kept
         assert [found.study.trials[k].values[1] for k in found.to_dict()["no_gain"]] == [1.0, 1.2]
         command._print(found, files)
-        told = capsys.readouterr().out
+        printed = capsys.readouterr().out
         word = "faster" if objective == "ttft" else "cheaper"
-        assert f"2 trials were not {word} than dense" in told
-        assert (f"no trial was {word} than dense: take the stock model" in told) == (not kept)
-        assert ("no time was taken" in told) == (objective == "flops" and bool(kept))
+        assert f"2 trials were not {word} than dense" in printed
+        assert (f"no trial was {word} than dense: take the stock model" in printed) == (not kept)
+        assert ("no time was taken" in printed) == (objective == "flops" and bool(kept))
 
 
 def test_a_model_that_can_serve_nothing(
@@ -338,7 +354,7 @@ def test_the_command(
     assert main([*words, "--trials", "2", "--keep-accuracy", "10%", "--out", str(tmp_path / "o"), "--json"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
-    told = {line.split("s ", 1)[1] for line in err.splitlines()}
-    assert {"   0%  dense: 5 of 6", "  50%  1 of 2 trials, random", "  50%  random: 5 of 6"} <= told
+    lines = {line.split("s ", 1)[1] for line in err.splitlines()}
+    assert {"   0%  dense: 5 of 6", "  50%  1 of 2 trials, random", "  50%  random: 5 of 6"} <= lines
     assert "it/s" not in err and "\r" not in err
     assert found["schema"] == "vtoken-tune/1" and len(found["trials"]) == 2 and found["floor"] == pytest.approx(0.1)

@@ -157,7 +157,7 @@ def stopped(stack: Layers, alive: list[list[int]], reduction: float) -> tuple[li
 
 def forecast(stack: Layers, alive: list[int]) -> int:
     """FLOPs of visual tokens alone: matrices, and attention among themselves."""
-    return sum(stack.linear(n) + 2 * stack.scores(n, n) for n in alive)
+    return sum(stack.linear(n, layer) + 2 * stack.scores(n, n) for layer, n in enumerate(alive))
 
 
 def mean_losses(alive: list[list[int]]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Bytes of the KV cache of one row: what it takes, and what a decode step reads of it."""
+"""The KV cache of one row: bytes it takes, and what decode steps read of it and compute over it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ from dataclasses import replace
 
 from vtoken.evals.cost.token_flow import TokenFlow
 from vtoken.stages import LayerSize, Stage
-
-
-def stored(tokens: int, window: int | None) -> int:
-    """Slots that DynamicCache keeps of so many tokens: with a sliding window, all but the newest token's own."""
-    return tokens if window is None else min(tokens, window - 1)
+from vtoken.stages.decode import DecodeStage
 
 
 def cache_bytes(flow: TokenFlow, size: int, generated: int = 0) -> int:
@@ -26,12 +22,23 @@ def bytes_read(flow: TokenFlow, size: int, steps: int) -> float:
     return sum(every) / steps if steps else 0
 
 
-def cache_slots(flow: TokenFlow, layer: int, generated: int) -> float | None:
-    """Of a layer whose cache a stage shrinks, the tokens that a head holds after so many decode steps, mean over its
-    heads; None: no stage does."""
-    if layer not in flow.shrunk:
-        return None
-    return flow.shrunk[layer][0].cache_slots(_shrunk(flow, _at(flow, layer, 1, generated)))
+def decode_flops(flow: TokenFlow, steps: int) -> int:
+    """Of attention over so many decode steps, and of what choosing cached tokens computes."""
+    decoder, stage = flow.shape.decoder, _decode_stage(flow)
+    acting = [] if stage is None else [k for k in decoder.attending if k in stage.layers(decoder.depth)]
+    slots = 0.0  # whose key and value a key head reads, the mean over heads
+    for layer in decoder.attending:
+        prompt, images = flow.decoded[layer], flow.decoder[layer]
+        for step in range(steps):
+            found = None
+            if layer in flow.shrunk:
+                found = flow.shrunk[layer][0].cache_slots(_shrunk(flow, _at(flow, layer, 1, step + 1)))
+            elif stage is not None and any(images):
+                found = stage.slots_read(layer, acting, prompt, images, step)
+            slots += _stored(prompt + step, decoder.windows[layer]) + 1 if found is None else found
+            if stage is not None and stage.thins(layer, acting, prompt, images):
+                slots += stage.read_to_choose(layer, acting, prompt, images, step)
+    return round(2 * decoder.scores(1, 1) * slots)
 
 
 def chooses(stage: Stage) -> bool:
@@ -39,24 +46,41 @@ def chooses(stage: Stage) -> bool:
     return type(stage).bytes_read is not Stage.bytes_read
 
 
-def unknown(flow: TokenFlow) -> list[str]:
-    """Which stages do not know how much of the cache a step reads, one sentence each."""
-    layers = [_at(flow, layer, 1, 2) for layer in flow.shape.decoder.attending]  # of a first step more may be known
+def left_out(flow: TokenFlow) -> list[str]:
+    """Which stages read the whole cache, or are taken to, and why, one sentence each."""
+    decoder, stage, found = flow.shape.decoder, _decode_stage(flow), []
+    if stage is not None:
+        for layer in decoder.attending:
+            prompt = flow.decoded[layer]
+            if layer in stage.layers(decoder.depth) and any(flow.decoder[layer]) and prompt < stage.min_len:
+                found.append(f"{stage.name} stands aside: {prompt} tokens are fewer than min_len {stage.min_len}")
+    layers = [_at(flow, layer, 1, 2) for layer in decoder.attending]  # of a first step more may be known
     second = [(at, _cached(flow, at)) for at in layers]
-    found = [s.name for s in flow.stages if chooses(s) and None in [s.bytes_read(at, cached) for at, cached in second]]
-    return [f"{name}: which slots generated tokens read (all are counted)" for name in found]
+    for each in filter(chooses, flow.stages):
+        if None in [each.bytes_read(at, cached) for at, cached in second]:
+            found.append(f"{each.name}: which slots generated tokens read (all are counted)")
+    return list(dict.fromkeys(found))
+
+
+def _decode_stage(flow: TokenFlow) -> DecodeStage | None:
+    return next((stage for stage in flow.stages if isinstance(stage, DecodeStage)), None)
+
+
+def _stored(tokens: int, window: int | None) -> int:
+    """Slots that DynamicCache keeps of so many tokens: with a sliding window, all but the newest token's own."""
+    return tokens if window is None else min(tokens, window - 1)
 
 
 def _at(flow: TokenFlow, layer: int, size: int, generated: int) -> LayerSize:
     decoder, parts = flow.shape.decoder, (flow.shape.parts,) * flow.images
-    cached, shown = flow.cached[layer], flow.decoder[layer]
+    prompt, images = flow.cached[layer], flow.decoder[layer]
     sizes = decoder.kv_heads, decoder.head_dim, size
-    return LayerSize(layer, flow.shape.decoder.attending, cached, shown, generated, *sizes, parts, depth=decoder.depth)
+    return LayerSize(layer, decoder.attending, prompt, images, generated, *sizes, parts, depth=decoder.depth)
 
 
 def _cached(flow: TokenFlow, at: LayerSize) -> int:
     if at.layer not in flow.shrunk:
-        return at.full(stored(at.prompt + at.generated, flow.shape.decoder.windows[at.layer]))
+        return at.full(_stored(at.prompt + at.generated, flow.shape.decoder.windows[at.layer]))
     return flow.shrunk[at.layer][0].cache_bytes(_shrunk(flow, at))
 
 

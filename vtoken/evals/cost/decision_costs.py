@@ -74,7 +74,7 @@ def fact_bytes(stage: Stage, shape: Geometry, text_tokens: int) -> int | None:
             "each head": stack.kv_heads * stack.head_dim * HALF,
             "hidden": decoder.width * HALF,
             "features": encoder.width * HALF,
-            "pixels": shape.tower.stem // encoder.width * shape.tower.unit * HALF,
+            "pixels": shape.tower.patch * shape.tower.unit * HALF,
         }[spec.holds]
         total += entry * (size_of(shape.parts) if spec.per == "token" else text_tokens)
     return total

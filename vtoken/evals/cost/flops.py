@@ -10,9 +10,8 @@ from typing import Any
 
 from vtoken.config import Pipeline
 from vtoken.errors import about
-from vtoken.evals.cost.cache import bytes_read, cache_bytes, unknown
-from vtoken.evals.cost.decoding import DecodeReads
-from vtoken.evals.cost.geometry import Geometry, cut_alike, geometry
+from vtoken.evals.cost import cache
+from vtoken.evals.cost.geometry import cut_alike, geometry
 from vtoken.evals.cost.refilled import Units, refilled
 from vtoken.evals.cost.token_flow import Counts, TokenFlow
 from vtoken.evals.shared.dense import DENSE
@@ -124,20 +123,16 @@ def account(
     applied = pipeline or DENSE
     with about(applied.written):
         shape = geometry(config, work.image_size, work.images, work.frames, applied.anyres)
-        flow = TokenFlow(
-            shape, work.images, work.text_tokens, applied.stages, applied.newline, applied.min_visual_tokens
-        )
-    shape = flow.shape
+        flow = TokenFlow(shape, work.images, work.text_tokens, applied)
+    shape, decoder = flow.shape, flow.shape.decoder
     size = dtype_bytes or _dtype_bytes(config)
-    decoder = shape.decoder
     layers = range(decoder.depth)
-    in_decoder = [flow.length(layer) for layer in layers]
+    lengths = [flow.length(layer) for layer in layers]
     read = list(zip(flow.attended, flow.density, strict=True))
     head = 2 * decoder.width * shape.vocabulary
     steps = work.new_tokens - 1
-    attended, met, choosing = refilled(shape, flow)
-    told = [text for text, holds in ((STATES, decoder.states), (CONTRAST, applied.contrast)) if holds]
-    reads = DecodeReads(flow)
+    attended, met, choosing = refilled(flow)
+    absent = [text for text, holds in ((STATES, decoder.states), (CONTRAST, applied.contrast)) if holds]
     return Account(
         pipeline=applied.name,
         images=work.images,
@@ -145,21 +140,22 @@ def account(
         new_tokens=work.new_tokens,
         batch=batch,
         dtype_bytes=size,
-        tower=batch * _tower(shape, flow, batch, attended, met),
+        tower=batch * _tower(flow, batch, attended, met),
         # The model projects before tokens-site stages act: they save nothing here.
         projector=batch
         * sum(2 * each.weights * each.tokens(work.images, flow.mlps[each.layer]) for each in shape.projectors),
         stages=batch * (flow.cost + choosing),
-        prefill_linear=batch * (head + sum(map(decoder.linear, in_decoder, layers))),
+        prefill_linear=batch * (head + sum(map(decoder.linear, lengths, layers))),
         prefill_attention=batch * sum(round(2 * decoder.scores(n, n) * share) for n, share in read),
         prefill_attention_causal=batch * sum(round(decoder.scores(n, n + 1) * share) for n, share in read),
-        decode=batch * (steps * (head + sum(decoder.linear(1, layer) for layer in layers)) + reads.flops(steps)),
+        decode=batch
+        * (steps * (head + sum(decoder.linear(1, layer) for layer in layers)) + cache.decode_flops(flow, steps)),
         visual_tokens=tuple(map(sum, flow.decoder)),
         newline_tokens=tuple(flow.newlines),
-        kv_bytes_prefill=batch * cache_bytes(flow, size),
-        kv_bytes=batch * cache_bytes(flow, size, steps),
-        kv_bytes_read=round(bytes_read(flow, size, steps)),
-        left_out=(*LEFT_OUT, *told, *flow.left_out, *unknown(flow)),
+        kv_bytes_prefill=batch * cache.cache_bytes(flow, size),
+        kv_bytes=batch * cache.cache_bytes(flow, size, steps),
+        kv_bytes_read=round(cache.bytes_read(flow, size, steps)),
+        left_out=(*LEFT_OUT, *absent, *flow.left_out, *cache.left_out(flow)),
         inexact=tuple(flow.inexact),
     )
 
@@ -176,15 +172,16 @@ def picture_size(config: Any, prompt: Any) -> tuple[int, int] | None:
     return cut_alike(config, prompt)
 
 
-def _tower(shape: Geometry, flow: TokenFlow, batch: int, attended: Units, met: Units) -> int:
-    """FLOPs of the tower on one batch row of so many; its attention and MLPs see these units."""
-    tower = shape.tower
+def _tower(flow: TokenFlow, batch: int, attended: Units, met: Units) -> int:
+    """FLOPs of the tower for one row of a batch. `attended` and `met`: units that attention and MLPs compute, by layer
+    and crop."""
+    tower = flow.shape.tower
     crops = len(flow.tower[0])
     together = batch * crops if tower.packed else 1
-    around = flow.embedded * tower.stem + crops * tower.head_image
+    around = flow.embedded * tower.patch * tower.layers.width + crops * tower.head_image
     around += sum(flow.tower[-1]) * tower.unit * tower.head_patch
     layers = sum(
-        tower.linear(units, late) + 2 * together * tower.scores(layer, units)
+        tower.linear(layer, units, late) + 2 * together * tower.scores(layer, units)
         for layer, rows in enumerate(zip(attended, met, strict=True))
         for units, late in zip(*map(tower.run, rows), strict=True)
     )

@@ -88,8 +88,12 @@ def support_matrix(stages: list[type[Stage]], families: list[str] | None = None)
 
 
 def cell(model: Any, stage: Stage | None, substitutes: dict[str, str]) -> Cell:
-    """What `wrap` says of a stage on a model whose adapter has these `substitutes` (of a stage for drafts, what `draft`
-    says of the model as its own draft); None is a stage without an example."""
+    """Whether a stage runs on a model.
+
+    Args:
+        stage: None, where it has options without a default and no preset.
+        substitutes: of the model's adapter.
+    """
     if stage is None:
         return Cell("depends", "It depends on options that have no default.")
     try:
@@ -108,7 +112,7 @@ def cell(model: Any, stage: Stage | None, substitutes: dict[str, str]) -> Cell:
 
 
 def attempt(model: Any, pipeline: Pipeline) -> None:
-    """Wraps and unwraps a model; of stages for drafts, makes the model its own draft.
+    """Wraps and unwraps a model; with stages for drafts, makes the model its own draft.
 
     Raises:
         UnsupportedError: as in `wrap` and `draft`.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vtoken.config import Pipeline
 from vtoken.errors import OtherModelError, UnsupportedError
 from vtoken.evals.cost.geometry import Geometry
-from vtoken.evals.cost.geometry.smaller_pictures import before_tower
+from vtoken.evals.cost.smaller_pictures import before_tower
 from vtoken.hooks.vision.frames import SIDE
 from vtoken.stages import SITES, Fact, FactSpec, OtherModel, Parts, Site, Stage, SteeredAttention, size_of, spec_of
 from vtoken.stages.attention import SparseAttention
@@ -20,28 +21,25 @@ class TokenFlow:
 
     Attributes:
         shape: what is counted, with smaller pictures and fewer frames if stages of these sites make them so.
-        embedded: patches that the tower's patch embedding meets.
-        tower: units (see Tower) alive per crop in every tower layer; `mlps` those that its MLP sees.
+        stages: those that act: none where the pipeline asks for more visual tokens.
+        embedded: patches that the tower embeds.
+        tower: units (see Tower) alive per crop when every tower layer begins; `mlps`: when its MLP does.
         decoder: visual tokens alive per image in every decoder layer.
         newlines: newline tokens of the row in every decoder layer.
-        attended: prompt tokens that attention sees in every decoder layer at prefill; `density` is the share of it that
-            is computed.
-        cached: prompt tokens in every decoder layer's KV cache when the prefill ends; `decoded` those that a decode step
-            attends to.
-        shrunk: of the layers in which a stage shrinks the cache, that stage, the tokens of the prompt before, and the
-            visual ones among them, per image.
+        attended: prompt tokens that every decoder layer attends to at prefill; `density`: the share of its attention
+            that is computed.
+        cached: prompt tokens in every decoder layer's KV cache when the prefill ends; `decoded`: those that a decode
+            step attends to.
+        shrunk: decoder layer -> the stage that shrinks its cache, the tokens of the prompt before that, and the visual
+            ones among them, per image.
         cost: FLOPs of the stages and of the facts they read.
-        left_out: what could not be counted; stages: those that act.
+        left_out: what could not be counted, one sentence each.
         inexact: stages whose counts depend on what the picture shows: from them on counts are expected ones.
-
-    Args:
-        least: with fewer visual tokens no stage acts.
     """
 
-    def __init__(
-        self, shape: Geometry, images: int, text_tokens: int, stages: Sequence[Stage], newline: str, least: int = 0
-    ) -> None:
-        self.shape, self.images, self.text_tokens, self.newline = shape, images, text_tokens, newline
+    def __init__(self, shape: Geometry, images: int, text_tokens: int, pipeline: Pipeline) -> None:
+        self.shape, self.images, self.text_tokens, self.newline = shape, images, text_tokens, pipeline.newline
+        stages, least = list(pipeline.stages), pipeline.min_visual_tokens
         self.tower: list[Counts] = []
         self.mlps: list[Counts] = []
         self.decoder: list[Counts] = []
@@ -54,7 +52,7 @@ class TokenFlow:
         self._paid: set[tuple[str, str, int]] = set()
         if stages and (visual := images * size_of(shape.parts)) < least:
             self._leave_out(f"all stages stand aside: {visual} visual tokens are fewer than min_visual_tokens {least}")
-            stages = ()
+            stages = []
         self._depth = {"encoder": shape.tower.layers.depth, "decoder": shape.decoder.depth}
         self.stages = stages = [s.for_depth(self._depth[s.site]) if s.site in self._depth else s for s in stages]
         for stage in stages:

@@ -15,11 +15,11 @@ _telling: list[Tell] = []  # of the command that runs in this process
 
 @contextmanager
 def progress(shown: bool = True) -> Iterator[Tell]:
-    """Shows what `say` is given, and gives the same for a part that may run inside another: there the share stays that
-    of the outer one. Other packages' bars are off.
+    """Shows what `say` reports, and yields a function that reports likewise. Inside another `progress` the share that
+    is done stays the outer one's. Bars of other packages are off.
 
     Args:
-        shown: false in a process that others tell for.
+        shown: false in a process for which another one reports.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -41,7 +41,7 @@ def progress(shown: bool = True) -> Iterator[Tell]:
 
 
 def say(what: str, share: float | None = None) -> None:
-    """Tells what is being done by the command that runs, if one does, and which share of the whole is done."""
+    """Reports what is being done and which share of the whole is done, if a command is running that shows it."""
     if _telling:
         _telling[-1](what, share)
 
@@ -70,8 +70,8 @@ def _lines() -> Tell:
 
 @contextmanager
 def terminal_only(shown: bool | None = None) -> Iterator[None]:
-    """Bars of transformers, datasets and lmms-eval, which are all tqdm's, for the length of a `with`: where stderr is a
-    terminal, and a large model takes minutes to load, or as `shown` says."""
+    """While a block runs, bars of transformers, datasets and lmms-eval, which are all tqdm's, are shown or not; None:
+    where stderr is a terminal."""
     from tqdm import tqdm
 
     stock = tqdm.__init__

@@ -1,9 +1,10 @@
-"""Fingerprints of weights, files and code: their names stay the same when they are edited."""
+"""Fingerprints of weights, files and code, whose names stay the same when they are edited."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 from collections.abc import Sequence
 from functools import cache
@@ -13,9 +14,10 @@ from typing import Any
 import vtoken
 from vtoken.config import Pipeline
 from vtoken.errors import ConfigError, reason
-from vtoken.evals.shared.names import locate
+from vtoken.evals.shared.configs import locate
 
 LARGE = 64 * 2**20  # bytes from which on a file's time of change stands for its content
+KINDS = (".bin", ".jinja", ".json", ".model", ".safetensors", ".txt")  # files of a model, its tokenizer and processor
 
 
 def digest(*what: Any) -> str:
@@ -27,9 +29,9 @@ def digest_files(files: Sequence[Path]) -> str:
     """sha256 over names and contents; of large files size and time of change instead."""
     found = hashlib.sha256()
     for file in files:
-        about = file.stat()
-        large = about.st_size > LARGE
-        found.update(f"{file.name} {about.st_size} {about.st_mtime_ns if large else ''}".encode())
+        status = file.stat()
+        large = status.st_size > LARGE
+        found.update(f"{file.name} {status.st_size} {status.st_mtime_ns if large else ''}".encode())
         found.update(b"" if large else file.read_bytes())
     return found.hexdigest()
 
@@ -38,8 +40,7 @@ def weights(name: str, revision: str | None) -> str | None:
     """Fingerprint of a model: a hash of its files if it is a folder, its commit on the hub."""
     folder = Path(locate(name))
     if folder.is_dir():
-        kinds = (".json", ".safetensors", ".jinja")
-        return digest_files(sorted(file for file in folder.iterdir() if file.suffix in kinds))
+        return digest_files(sorted(file for file in folder.iterdir() if file.suffix in KINDS))
     from transformers import AutoConfig
 
     try:
@@ -49,14 +50,12 @@ def weights(name: str, revision: str | None) -> str | None:
 
 
 def named_files(pipeline: Pipeline) -> list[str]:
-    """Fingerprints of the files that options name (gates, routers), in order; those of its draft and contrast, too."""
-    stages = [*pipeline.stages]
-    if pipeline.draft is not None:
-        stages += pipeline.draft.stages
-    if pipeline.contrast is not None:
-        stages += pipeline.contrast.pipeline.stages
+    """Fingerprints of the files that options name (gates, routers), in order: of the pipeline's stages, of its draft's,
+    of its contrast's."""
+    contrast = None if pipeline.contrast is None else pipeline.contrast.pipeline
+    stages = [stage for each in (pipeline, pipeline.draft, contrast) if each is not None for stage in each.stages]
     options = [value for stage in stages for value in stage.model_dump().values() if isinstance(value, str)]
-    return [digest_files([Path(value)]) for value in options if len(value) < 4096 and Path(value).is_file()]
+    return [digest_files([Path(value)]) for value in options if os.path.isfile(value)]
 
 
 @cache

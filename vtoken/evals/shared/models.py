@@ -10,8 +10,7 @@ from vtoken.errors import ConfigError, reason, unknown
 from vtoken.evals import processors, reference
 from vtoken.evals.shared import torchvision
 from vtoken.evals.shared.bars import terminal_only
-from vtoken.evals.shared.configs import resolve_config
-from vtoken.evals.shared.names import locate
+from vtoken.evals.shared.configs import locate, resolve_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +39,7 @@ def load(
         attn_implementation, revision: as `from_pretrained` takes them; None is transformers' choice.
 
     Raises:
-        ConfigError: a model, device or dtype that is not to be had; names what is.
+        ConfigError: there is no such model, device or dtype; names what there is.
     """
     target, number = to_device(device), to_dtype(dtype)
     from transformers import AutoModelForImageTextToText
@@ -71,10 +70,10 @@ def load(
 
 
 def load_pair(
-    name: str, device: str | None = None, dtype: str | None = None, revision: str | None = None, **options: Any
+    name: str, device: str | None = None, dtype: str | None = None, revision: str | None = None
 ) -> tuple[Any, Any]:
-    """A model and its processor; `options` as `load` takes them."""
-    return load(name, device, dtype, revision=revision, **options), processors.load(name, revision=revision)
+    """A model and its processor; arguments as `load` takes them."""
+    return load(name, device, dtype, revision=revision), processors.load(name, revision=revision)
 
 
 def set_threads(count: int | None) -> None:

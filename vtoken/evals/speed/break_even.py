@@ -22,7 +22,7 @@ from vtoken.stages import size_of
 
 SIDES = (112, 168, 224, 336, 448, 672, 896)  # pixels of one picture, where the family lets them decide
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)  # pictures of a prompt
-APART = 1.25  # nearer lengths tell the same
+APART = 1.25  # ratio of two lengths that are both worth measuring
 
 
 @dataclass(frozen=True)
@@ -51,21 +51,26 @@ class Step:
 
     @property
     def faster(self) -> bool:
-        """End to end, in three quarters of the rounds; what did nothing is not faster, whatever the clock says."""
+        """End to end, in three quarters of the rounds; a pipeline that did nothing is not, whatever the clock says."""
         return self.aside is None and self.end_to_end.high < 1
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Per pipeline its steps, shortest prompt first; `stopped` says why longer prompts were not tried, `conditions` as
-    of a bench."""
+    """What was measured.
+
+    Attributes:
+        steps: of every pipeline, shortest prompt first.
+        stopped: why longer prompts were not tried, or "".
+        conditions: as in Bench, without what differs from prompt to prompt.
+    """
 
     steps: dict[str, tuple[Step, ...]]
     stopped: str
     conditions: dict[str, Any]
 
     def least(self, name: str) -> int | None:
-        """The shortest length measured from which on the pipeline was faster at all of them; None: not at the
+        """The shortest length from which on the pipeline was faster at every one measured; None: not even at the
         longest."""
         faster = [step.visual_tokens for step in takewhile(lambda step: step.faster, reversed(self.steps[name]))]
         return faster[-1] if faster else None
@@ -89,7 +94,6 @@ def lengths(config: Any, up_to: int, image_size: ImageSize | None = None, frames
         return Length(images * size_of(geometry(config, size, images, frames).parts), images, size)
 
     found = [length(count, image_size) for count in COUNTS]
-    shortest = found[0].visual_tokens
     for side in SIDES if image_size is None else ():
         with suppress(ConfigError):
             found.append(length(1, side))
@@ -98,16 +102,12 @@ def lengths(config: Any, up_to: int, image_size: ImageSize | None = None, frames
         if each.visual_tokens <= up_to and (not apart or each.visual_tokens >= APART * apart[-1].visual_tokens):
             apart.append(each)
     if not apart:
+        shortest = min(each.visual_tokens for each in found if each.images == 1)
         raise ConfigError(f"one picture has {shortest} visual tokens, more than the {up_to} to be tried")
     return apart
 
 
-def measure(
-    model: Any,
-    pipelines: Sequence[Pipeline],
-    tried: Sequence[Length],
-    **options: Any,
-) -> Measured:
+def measure(model: Any, pipelines: Sequence[Pipeline], tried: Sequence[Length], **options: Any) -> Measured:
     """Dense and all pipelines interleaved, one length after the other.
 
     Args:
@@ -130,8 +130,8 @@ def measure(
             conditions = found.conditions
             for row, pipeline in zip(found.rows[1:], pipelines, strict=True):
                 steps[pipeline.name].append(_step(row, pipeline, length))
-    kept = {name: conditions[name] for name in conditions if name not in ("images", "image_size", "prompt")}
-    return Measured({name: tuple(each) for name, each in steps.items()}, stopped, kept)
+    alike = {name: conditions[name] for name in conditions if name not in ("images", "image_size", "prompt")}
+    return Measured({name: tuple(each) for name, each in steps.items()}, stopped, alike)
 
 
 def _step(row: Row, pipeline: Pipeline, length: Length) -> Step:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from vtoken import registry
 from vtoken.config import Pipeline, load
@@ -23,9 +23,8 @@ from vtoken.evals.shared.machine import machine
 from vtoken.evals.shared.options import BenchOptions
 from vtoken.evals.speed.inputs import random_prompt
 from vtoken.evals.speed.latency import SHOWN
-from vtoken.evals.speed.timing import FirstToken
+from vtoken.evals.speed.rounds import FirstToken, greedy, rounds
 from vtoken.evals.statistics import Spread, spread
-from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.run import Clock
 
 
@@ -96,15 +95,9 @@ def measure(
     adapter = registry.adapter(model.config.model_type)(model)
     prompt = random_prompt(adapter, pictures=pictures, **{name: getattr(asked, name) for name in SHOWN})
     samples = [_Samples(None), *(_Samples(load(pipeline)) for pipeline in pipelines)]
-    handle = Handle()
-    handle.set(model, "generation_config", GenerationConfig(do_sample=False, max_new_tokens=asked.new_tokens))
-    try:
-        for turn in range(-asked.warmup, asked.repeats):
-            shift = turn % len(samples)
-            for each in samples[shift:] + samples[:shift]:
-                _sample(model, other, prompt.inputs, each, count=turn >= 0)
-    finally:
-        handle.release()
+    with greedy(model, asked.new_tokens):
+        for turn, each in rounds(asked, samples):
+            _sample(model, other, prompt.inputs, each, count=turn >= 0)
     plain, *drafts = samples
     conditions = {**machine(model), **asked.model_dump(exclude_none=True)}
     return Drafted(spread(plain.decode), tuple(_row(each, plain) for each in drafts), conditions)

@@ -24,16 +24,11 @@ class Prompt:
     Attributes:
         inputs: arguments of `generate`, as the family's processor returns them.
         kind: "image" or "video".
-        texts: text tokens before, between and after the runs of placeholders.
-        runs: visual tokens of each run that an image has, newlines not counted: one run, or one per frame or crop where
-            text parts them.
         newlines: newline tokens of an image.
     """
 
     inputs: dict[str, Tensor]
     kind: str
-    texts: tuple[int, ...]
-    runs: tuple[int, ...]
     newlines: int
 
 
@@ -64,7 +59,8 @@ def random_prompt(
     inputs = pictures or random_inputs(config, batch, images, frames, image_size, draw)
     kind = "video" if "pixel_values_videos" in inputs else "image"
     shape = geometry(config, image_size, images, frames)
-    # All pictures are alike; a family that reads of the prompt which crops are one picture's does not know yet.
+    # All pictures are alike. Where the prompt tells which crops make up a picture, the adapter, without a prompt, takes
+    # each crop for a picture.
     marked, pictured = shape.parted_crops, adapter.layouts(kind, inputs)
     length, tokens = (sum(getattr(i, name) for i in pictured) // (batch * images) for name in ("length", "tokens"))
     many = len(pictured) // (batch * images) if marked else shape.runs
@@ -93,7 +89,7 @@ def random_prompt(
     for name, value in inputs.items():
         found[name] = value.to(model.dtype) if name.startswith("pixel_values") else value
     moved = {name: value.to(model.device) for name, value in found.items()}
-    return Prompt(moved, kind, texts, runs if length == tokens else (tokens // many,) * many, length - tokens)
+    return Prompt(moved, kind, length - tokens)
 
 
 def prepared(media: Media, processor: Any, batch: int, images: int) -> dict[str, Tensor]:
@@ -104,28 +100,26 @@ def prepared(media: Media, processor: Any, batch: int, images: int) -> dict[str,
     """
     shown = list(media.pictures)
     if not media.video:
-        # What it tells its image processor.
-        more = {
-            name: value for name, value in getattr(processor, "images_kwargs", {}).items() if name != "return_tensors"
-        }
+        # What the processor gives its image processor.
+        more = {**getattr(processor, "images_kwargs", {})}
+        more.pop("return_tensors", None)
         found = dict(apply(processor.image_processor, "this picture", images=[shown * images] * batch, **more))
-        # Models do not take the processor's own account.
-        return {
-            name: value for name, value in found.items() if name not in ("num_patches", "num_crops", "rows", "cols")
-        }
+        for name in ("num_patches", "num_crops", "rows", "cols"):  # Models do not take these.
+            found.pop(name, None)
+        return found
     check_video(processor)
     videos = [shown] * (batch * images)
     return dict(apply(processor.video_processor, "this video", videos=videos, do_sample_frames=False))
 
 
 def _between(images: int, runs: int, parted: bool, marked: bool) -> list[int]:
-    """Text tokens that have to stand between each two runs of placeholders, of which an image has so many."""
+    """Text tokens that must stand between neighbouring runs of placeholders; every image has `runs` of them."""
     return [int(parted) + int(marked and place % runs == 0) for place in range(1, images * runs)]
 
 
 def _texts(tokens: int, between: list[int], ends: int) -> tuple[int, ...]:
-    """Text tokens before, between and after the runs; what is not needed between them stands half before, half
-    after, at least `ends` each."""
+    """Text tokens before, between and after the runs. Those not needed between them stand half before and half after
+    all runs, at least `ends` on each side."""
     inner = sum(between)
     least = inner + max(1, 2 * ends)
     if tokens < least:
@@ -138,7 +132,7 @@ def _texts(tokens: int, between: list[int], ends: int) -> tuple[int, ...]:
 
 
 def _mark(text: Sequence[Tensor], runs: int, mark: int) -> None:
-    """Puts a mark in front of every run of placeholders, and one after each image, which has so many of them."""
+    """Puts a mark in front of every run of placeholders, and one after each image, which is so many runs."""
     for before in text[:-1]:
         before[:, -1] = mark
     for behind in text[runs::runs]:

@@ -26,7 +26,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from vtoken import registry
 from vtoken.config import load
@@ -35,9 +34,9 @@ from vtoken.evals.cost.flops import account
 from vtoken.evals.shared.machine import machine
 from vtoken.evals.shared.options import BenchOptions, Workload
 from vtoken.evals.speed.inputs import random_prompt
+from vtoken.evals.speed.rounds import greedy, rounds
 from vtoken.evals.speed.timing import Runner, Sample, Subject
 from vtoken.evals.statistics import Spread, spread
-from vtoken.hooks.state.handle import Handle
 
 PARTS = ("vision", "stages", "ttft", "decode", "end_to_end")
 COMPARED = ("ttft", "decode", "end_to_end")
@@ -53,8 +52,8 @@ class Row:
         visual_tokens: of the whole batch, in the decoder's last layer; `visual_entry` in its first, `visual_average`
             over all of them.
         kv_bytes: keys and values of the whole batch after prefill; `kv_bytes_end` at the end of the answer.
-        kv_bytes_read: of one batch row, what a step reads of its cache, the mean over the answer: what it holds, or, of
-            stages that choose at every token, as the FLOPs account has it. None without steps, or if neither tells.
+        kv_bytes_read: of one batch row, what a step reads of its cache, the mean over the answer: all of it, or, with
+            stages that choose at every token, as the FLOPs account has it. None without steps, or if neither is known.
         peak_bytes: largest of all rounds, None on a CPU.
         to_dense, to_oracle: per-round ratios pipeline / dense and pipeline / oracle.
         overhead: milliseconds of TTFT above the oracle's.
@@ -124,19 +123,12 @@ def bench(model: Any, pipelines: Sequence[Any], *, oracles: bool = True, picture
     adapter = registry.adapter(model.config.model_type)(model)
     shape = {name: getattr(asked, name) for name in SHOWN}
     runner = Runner(adapter, random_prompt(adapter, pictures=pictures, **shape))
-    handle = Handle()
-    # Whatever the checkpoint says about sampling and stopping must not decide what is measured.
-    handle.set(model, "generation_config", GenerationConfig(do_sample=False, max_new_tokens=asked.new_tokens))
-    try:
+    with greedy(model, asked.new_tokens):
         subjects = [runner.prepare(pipeline) for pipeline in (None, *parsed)]
         if not oracles:
             subjects = [replace(subject, oracle=None, no_oracle=None) for subject in subjects]
-        for turn in range(-asked.warmup, asked.repeats):
-            shift = turn % len(subjects)
-            for subject in subjects[shift:] + subjects[:shift]:
-                runner.round(subject, oracle_first=turn % 2 == 1, count=turn >= 0)
-    finally:
-        handle.release()
+        for turn, subject in rounds(asked, subjects):
+            runner.round(subject, oracle_first=turn % 2 == 1, count=turn >= 0)
     dense = subjects[0]
     total = [sample.end_to_end for sample in dense.samples]
     half = asked.repeats // 2
@@ -151,12 +143,13 @@ def bench(model: Any, pipelines: Sequence[Any], *, oracles: bool = True, picture
 
 def bytes_read(subject: Subject, model: Any, asked: BenchOptions, drawn: bool) -> int | None:
     """Row.kv_bytes_read; `drawn`: the pictures have the size that the account takes them to have."""
-    steps = subject.held[1:]
+    steps = subject.cached[1:]
     if not steps or subject.pipeline is None or not any(map(chooses, subject.pipeline.stages)):
         return round(fmean(steps) / asked.batch) if steps else None
+    if not drawn:
+        return None
     work = asked.model_dump(include=set(Workload.model_fields))
-    counted = account(model.config, subject.pipeline, dtype_bytes=model.dtype.itemsize, **work)
-    return counted.kv_bytes_read if drawn else None
+    return account(model.config, subject.pipeline, dtype_bytes=model.dtype.itemsize, **work).kv_bytes_read
 
 
 def row(subject: Subject, dense: Subject) -> Row:
@@ -168,8 +161,8 @@ def row(subject: Subject, dense: Subject) -> Row:
         visual_tokens=subject.layers[-1],
         visual_entry=subject.layers[0],
         visual_average=sum(subject.layers) / len(subject.layers),
-        kv_bytes=subject.held[0],
-        kv_bytes_end=subject.held[-1],
+        kv_bytes=subject.cached[0],
+        kv_bytes_end=subject.cached[-1],
         milliseconds=parts(subject.samples),
         peak_bytes=max(peaks, default=None),
         no_oracle=subject.no_oracle,

@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from vtoken.adapters.base import Adapter
 from vtoken.config import Pipeline
 from vtoken.errors import UnsupportedError
 from vtoken.evals.shared.dense import DENSE
 from vtoken.evals.speed.inputs import Prompt
+from vtoken.evals.speed.rounds import FirstToken
 from vtoken.hooks.state.handle import Handle
 from vtoken.hooks.state.pruned_cache import cache_bytes
 from vtoken.hooks.state.run import Clock
-from vtoken.hooks.state.trace import Trace
 from vtoken.session import session_of, trace, watched, wrapped
 
 
@@ -61,31 +61,24 @@ class Oracle:
 class Subject:
     """What is measured: a pipeline (None: dense), its oracle, and their samples.
 
-    `layers`: visual tokens of the whole batch in every decoder layer. `held`: bytes of the whole batch's cache after
-    the prefill, and after every further step. `aside`: stages that did nothing -> why. `density`: as in Trace.
+    Attributes:
+        layers: visual tokens of the whole batch in every decoder layer.
+        cached: bytes of the whole batch's cache after the prefill, and after every further step.
+        no_oracle: why there is no oracle, or None.
+        aside: stages that did nothing -> why.
+        density: as in Trace.
+        samples, ideal: of the pipeline, and of its oracle.
     """
 
     pipeline: Pipeline | None
     layers: tuple[int, ...]
-    held: tuple[int, ...]
+    cached: tuple[int, ...]
     oracle: Oracle | None
     no_oracle: str | None
     aside: dict[str, str] = field(default_factory=dict)
     density: dict[str, float] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
     ideal: list[Sample] = field(default_factory=list)
-
-
-class FirstToken(StoppingCriteria):
-    """Never stops `generate`; notes the time of the first token."""
-
-    def __init__(self, now: Callable[[], Any]) -> None:
-        self.now, self.at = now, None
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        if self.at is None:
-            self.at = self.now()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class Runner:
@@ -104,26 +97,28 @@ class Runner:
         return ", ".join(f"{name} {list(value.shape)}" for name, value in shown.items())
 
     def prepare(self, pipeline: Pipeline | None) -> Subject:
-        """One `generate` to learn what is kept, what enters the language model, and what the cache holds."""
+        """One `generate` to learn what is kept, what enters the language model, and how large its cache is."""
         if pipeline is not None and pipeline.anyres != "model":
             raise UnsupportedError(
                 f"pipeline {pipeline.name!r} sets anyres: {pipeline.anyres}, but all pipelines are measured on the "
                 "same prompt, cut as the model chooses; leave the key out and give an image_size that is cut that way"
             )
         seen: dict[str, Any] = {}
-        held: list[int] = []
+        cached: list[int] = []
         handle = Handle()
 
-        def look(module: Any, args: tuple, kwargs: dict) -> None:
-            seen.update({} if seen else kwargs)
+        def note_prefill(module: Any, args: tuple, kwargs: dict) -> None:
+            if not seen:
+                session = session_of(self.model)
+                seen.update(kwargs, flow=None if session is None else session.context.run.flow)
 
-        def weigh(module: Any, args: tuple, kwargs: dict, out: Any) -> None:
-            held.append(cache_bytes(out.past_key_values))
+        def note_cache(module: Any, args: tuple, kwargs: dict, out: Any) -> None:
+            cached.append(cache_bytes(out.past_key_values))
 
         with watched(self.model, pipeline or DENSE):
             # Behind vtoken's own hooks, so they see the short sequence, and a cache that shrank.
-            handle.before(self.adapter.lm, look)
-            handle.after(self.adapter.lm, weigh)
+            handle.before(self.adapter.lm, note_prefill)
+            handle.after(self.adapter.lm, note_cache)
             try:
                 self.model.generate(**self.prompt.inputs)
             finally:
@@ -131,10 +126,10 @@ class Runner:
             found = trace(self.model)
         layers = tuple(map(sum, found.layers))
         if pipeline is None:
-            return Subject(None, layers, tuple(held), None, None)
+            return Subject(None, layers, tuple(cached), None, None)
         reason = self._no_oracle(pipeline)
-        oracle = None if reason else self._shorten(seen, found)
-        return Subject(pipeline, layers, tuple(held), oracle, reason, found.aside, found.density)
+        oracle = None if reason else self._shorten(seen)
+        return Subject(pipeline, layers, tuple(cached), oracle, reason, found.aside, found.density)
 
     def _no_oracle(self, pipeline: Pipeline) -> str | None:
         """Why no short prompt is equivalent, or None."""
@@ -151,38 +146,17 @@ class Runner:
             return "before transformers 5.18 the model itself puts a newline after every video"
         return None
 
-    def _shorten(self, seen: dict[str, Any], found: Trace) -> Oracle:
+    def _shorten(self, seen: dict[str, Any]) -> Oracle:
         """The prompt that would have given the language model what it saw."""
         x, mask, full = seen["inputs_embeds"], seen.get("attention_mask"), self.prompt.inputs["input_ids"]
         mask = torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if mask is None else mask.long()
-        visual = self._visual(found, mask)
-        placeholder = self.adapter.placeholders[self.prompt.kind]
+        flow = seen["flow"]
+        ids = full if flow is None else full.gather(1, flow.index)
         # The last id is text: what pads the rows on the left must not be taken for a picture.
-        ids = full[:, -1:].repeat(1, x.shape[1])
-        ids[mask.bool() & ~visual] = full[self.adapter.visual_kinds(full, None) == 0]
-        ids[visual] = placeholder
+        ids = torch.where(mask.bool(), ids, full[:, -1:])
+        visual = self.adapter.visual_kinds(ids, None) > 0
         deep = tuple(layer.clone() for layer in seen.get("deepstack_visual_embeds") or ())
         return Oracle(ids, mask, seen["position_ids"].clone(), x[visual], deep)
-
-    def _visual(self, found: Trace, mask: Tensor) -> Tensor:
-        """[B, P] which of the positions that are left hold visual tokens or newlines."""
-        prompt, visual = self.prompt, torch.zeros_like(mask, dtype=torch.bool)
-        for row, real in enumerate(mask.sum(1).tolist()):
-            kept = [each for each, of in zip(found.kept, found.row, strict=True) if of == row]
-            ends = torch.tensor(prompt.runs).cumsum(0)
-            counts = [
-                n
-                for each in kept
-                for n in torch.bincount(torch.bucketize(each.cpu(), ends, right=True), minlength=len(ends)).tolist()
-            ]
-            # Newlines come in families that have no text between their runs: it does not matter which run they are
-            # added to.
-            counts[-1] += real - sum(prompt.texts) - sum(counts)
-            at = len(mask[row]) - real
-            for text, run in zip(prompt.texts, counts, strict=False):
-                visual[row, at + text : at + text + run] = True
-                at += text + run
-        return visual
 
     @contextmanager
     def _short(self, oracle: Oracle | None) -> Iterator[None]:
@@ -192,17 +166,17 @@ class Runner:
             return
         outer, name = self.adapter.outer, self.adapter.features[self.prompt.kind]
         original: Callable[..., Any] = getattr(outer, name)
-        held: list[Any] = []
+        replaced: list[Any] = []
 
         @wraps(original)
         def features(*args: Any, **kwargs: Any) -> Any:
             out = original(*args, **kwargs)
-            # `generate` holds them until it ends: memory that is in use is part of the price.
-            held[:] = [out.pooler_output]
+            # `generate` keeps them until it ends: memory that is in use is part of the price.
+            replaced[:] = [out.pooler_output]
             per_video = isinstance(out.pooler_output, Tensor)
             out.pooler_output = oracle.values[None] if per_video else (oracle.values,)
             if oracle.deep:
-                held.append(out.deepstack_features)
+                replaced.append(out.deepstack_features)
                 per_image = not isinstance(out.deepstack_features[0], Tensor)
                 out.deepstack_features = [(layer,) if per_image else layer for layer in oracle.deep]
             return out

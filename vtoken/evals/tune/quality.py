@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -26,11 +26,11 @@ class Judge:
     """Scores pipelines on samples; the dense model answers once.
 
     Args:
-        measure: "agreement", share of answers that are the dense model's, or "accuracy", the right ones, both case and
-            outer space aside; or "cosine", mean cosine of the last prompt token's final hidden state with the dense
-            model's, which is what VFlowOpt is tuned with (its authors sum it over 30 samples).
-        tasks: that the samples come from; accuracy is then a `RelativeScore`, by their own scorers.
-        chunk: samples after which those are asked again.
+        measure: "agreement", the share of answers that equal the dense model's; "accuracy", the share that are right
+            (both ignore case and outer space); or "cosine", the mean cosine of the last prompt token's final hidden
+            state with the dense model's, which VFlowOpt is tuned with (its authors sum it over 30 samples).
+        tasks: where the samples come from; accuracy is then a `RelativeScore`, by the tasks' own scorers.
+        chunk: samples after which these scorers are asked again.
 
     Attributes:
         dense: the dense model's own quality: 1 except for accuracy against given answers.
@@ -52,13 +52,14 @@ class Judge:
         self.generator, self.samples, self.measure, self.batch_size = generator, list(samples), measure, batch_size
         self.chunk = chunk
         generator.use(None)
-        self._said = [] if measure == "cosine" else [text for batch in self._batches() for text in self._answers(batch)]
-        self._states = [s for batch in self._batches() for s in self._hidden(batch)] if measure == "cosine" else []
+        # Answers, or states, of every sample.
+        self._ask: Callable[[Sequence[Sample]], list[Any]] = self._hidden if measure == "cosine" else self._answers
+        self._reference: list[Any] = [each for batch in self._batches() for each in self._ask(batch)]
         self.dense = 1.0
         if measure == "accuracy" and tasks is not None:
-            self.relative = RelativeScore(tasks, self._said)
+            self.relative = RelativeScore(tasks, self._reference)
         elif measure == "accuracy":
-            right = [_same(said, s.answer or "") for said, s in zip(self._said, self.samples, strict=True)]
+            right = [_same(said, s.answer or "") for said, s in zip(self._reference, self.samples, strict=True)]
             self.dense = sum(right) / len(right)
         if not self.dense:
             raise ConfigError(
@@ -67,15 +68,15 @@ class Judge:
 
     @property
     def most(self) -> list[float]:
-        """Highest score of every sample."""
+        """The highest score that each sample can have."""
         return [1.0] * len(self.samples) if self.relative is None else self.relative.most
 
     def quality(self, scores: Sequence[float]) -> float:
-        """Of a pipeline, from the scores of all samples, right after they were given."""
+        """Of a pipeline, from the scores of all samples; to be asked before another pipeline is scored."""
         return sum(scores) / len(scores) if self.relative is None else self.relative.quality
 
     def scores(self, pipeline: Pipeline) -> Generator[list[float], None, None]:
-        """Scores of one batch after the other, of tasks of one chunk; the model is dense again when it ends or is
+        """Scores, batch by batch, or chunk by chunk with tasks; the model is dense again when this ends or is
         closed."""
         self.generator.use(pipeline)
         try:
@@ -90,11 +91,12 @@ class Judge:
             self.generator.use(None)
 
     def _score(self, batch: Sequence[Sample], start: int) -> list[float]:
+        dense = self._reference[start : start + len(batch)]
+        wanted = [sample.answer or "" for sample in batch] if self.measure == "accuracy" else dense
+        pairs = zip(self._ask(batch), wanted, strict=True)
         if self.measure == "cosine":
-            pairs = zip(self._hidden(batch), self._states[start:], strict=False)
-            return [float(torch.cosine_similarity(own, dense, dim=0)) for own, dense in pairs]
-        wanted = self._said[start:] if self.measure == "agreement" else [s.answer or "" for s in batch]
-        return [float(_same(own, other)) for own, other in zip(self._answers(batch), wanted, strict=False)]
+            return [float(torch.cosine_similarity(a, b, dim=0)) for a, b in pairs]
+        return [float(_same(a, b)) for a, b in pairs]
 
     def _scored_by_tasks(self, relative: RelativeScore) -> Iterator[list[float]]:
         answers: list[str] = []
@@ -106,7 +108,7 @@ class Judge:
                 given = len(answers)
 
     def _batches(self) -> Iterator[list[Sample]]:
-        """Of equal generation options, in order."""
+        """The samples in order, in batches of equal generation options."""
         batch: list[Sample] = []
         name = "dense" if self.generator.pipeline is None else self.generator.pipeline.name
         for done, sample in enumerate(self.samples):

@@ -23,10 +23,10 @@ class RelativeScore:
 
     Attributes:
         base: task -> the dense model's metric.
-        values: task -> metric of the answers scored last, if they were all.
-        most: what each sample's answer can be worth at best, so that the mean over samples is on the scale above.
-        steady: the metrics are means of their documents' own numbers, between 0 and 1: a part of the answers tells
-            something.
+        values: task -> metric of the answers scored last, if all samples were among them.
+        most: the highest score of each sample, on a scale on which the mean over samples is the mean over tasks.
+        steady: the metrics are means of numbers between 0 and 1, one per document, so that a part of the answers says
+            something about all.
     """
 
     def __init__(self, tasks: Tasks, said: Sequence[str]) -> None:
@@ -43,7 +43,7 @@ class RelativeScore:
         self.most = [len(tasks.of) / (len(counts) * counts[name] * self.base[name]) for name in tasks.of]
         self.steady = False
         if not any(name in KNOWN and KNOWN[name].judge for name in tasks.names):
-            # All answers alone do not tell: where all are right, an F1 score is their mean as well.
+            # The dense answers alone do not show it: where all are right, an F1 score is their mean as well.
             half = tasks.grade([text if k % 2 else "" for k, text in enumerate(said)])
             self.steady = self._are_means(dense) and self._are_means(half)
 

@@ -35,7 +35,7 @@ def load(data: str, limit: int | None) -> list[Sample]:
 
 def tasks(data: str, limit: int | None, folders: Sequence[Path] = ()) -> Tasks | None:
     """lmms-eval's tasks of these names, those in `folders` included, each with its first documents; None where `data`
-    is what `load` reads."""
+    names what `load` reads."""
     if data == "reference" or data.endswith(".jsonl"):
         return None
     if limit is not None and limit < 1:

@@ -40,7 +40,8 @@ class Space(Options):
         return given
 
     def check(self) -> list[Pipeline]:
-        """Both ends of every alternative, so that a wrong option is refused before a model is loaded."""
+        """Every alternative with all ranges at their first and at their last value, so that a wrong option is refused
+        before a model is loaded."""
         found = []
         for name in self.alternatives:
             try:

@@ -2,7 +2,8 @@
 like it.
 
 Such a file defines `geometry(config, pictures)` and `inputs(config, shape, pictures, draw)`: the shapes for one image
-or video, and random arguments of the feature function as the family's processor would shape them.
+or video, and random arguments of the feature function as the family's processor would shape them. What most families
+share is in from_config.py and decoder.py; files with an underscore hold what a few share.
 """
 
 from __future__ import annotations
@@ -66,9 +67,9 @@ def random_inputs(
 
 def cut_alike(config: Any, prompt: Any) -> tuple[int, int] | None:
     """(height, width) of a picture that has as many crops as those of a prompt, where the family's file says how that
-    is seen (`size_of`); else None."""
-    size_of = getattr(_of(config), "size_of", None)
-    size: tuple[int, int] | None = None if size_of is None else size_of(config, prompt)
+    is seen; else None."""
+    found = getattr(_of(config), "cut_alike", None)
+    size: tuple[int, int] | None = None if found is None else found(config, prompt)
     return size
 
 

@@ -10,19 +10,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtoken.errors import ConfigError
-from vtoken.evals.cost.geometry._padded import pair
-from vtoken.evals.cost.geometry.decoder import decoder
-from vtoken.evals.cost.geometry.shapes import Draw, Geometry, ImageSize, Layers, Pictures, Projector, Tower
+from vtoken.evals.cost.geometry.from_config import model, pair, vision_tower
+from vtoken.evals.cost.geometry.shapes import Draw, Geometry, ImageSize, Pictures, Projector
 from vtoken.stages import Grid
 
 DEFAULT_SIZE = 448
-Sized = Callable[[Any, ImageSize | None, int], Grid]
 
 
 def patch_grid(vision: Any, image_size: ImageSize | None, frames: int) -> Grid:
@@ -33,91 +33,65 @@ def patch_grid(vision: Any, image_size: ImageSize | None, frames: int) -> Grid:
     """
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-    limits = Qwen2VLImageProcessorPil.size
+    least, most = (Qwen2VLImageProcessorPil.size[edge] for edge in ("shortest_edge", "longest_edge"))
+    factor = vision.patch_size * vision.spatial_merge_size
+    resize = partial(smart_resize, factor=factor, min_pixels=least, max_pixels=most)
+    return resized_grid(vision, image_size, frames, resize)
+
+
+def resized_grid(
+    vision: Any, image_size: ImageSize | None, frames: int, resize: Callable[[int, int], tuple[int, int]]
+) -> Grid:
+    """As `patch_grid`, where `resize` rounds (height, width) as a family's processor does, or raises ValueError."""
     height, width = pair(image_size or DEFAULT_SIZE)
     try:
-        height, width = smart_resize(
-            height,
-            width,
-            factor=vision.patch_size * vision.spatial_merge_size,
-            min_pixels=limits["shortest_edge"],
-            max_pixels=limits["longest_edge"],
-        )
+        height, width = resize(height, width)
     except ValueError as error:
         raise ConfigError(f"image_size {height}x{width}: {error}") from None
-    return math.ceil(frames / vision.temporal_patch_size), height // vision.patch_size, width // vision.patch_size
+    joined = getattr(vision, "temporal_patch_size", 1)
+    return math.ceil(frames / joined), height // vision.patch_size, width // vision.patch_size
 
 
 def packed(
     config: Any,
-    image_size: ImageSize | None,
-    frames: int,
+    grid: Grid,
     *,
-    width: int,
-    out: int,
-    mlp: int,
-    deepstack: Sequence[int] = (),
-    full: Sequence[int] | None = None,
-    parted_frames: bool = False,
+    width: int | None = None,
+    out: int | None = None,
+    mlp: int | None = None,
     merger: int | None = None,
-    sized: Sized = patch_grid,
-    stack: Layers | None = None,
+    full: Sequence[int] | None = None,
+    deepstack: Sequence[int] = (),
+    parted_frames: bool = False,
 ) -> Geometry:
-    """The whole model.
+    """The whole model, for an image or video of this `grid` in patches.
 
     Args:
-        width: channels inside the tower; out: after its merger.
-        mlp: numbers in the weight matrices of one block's MLP.
-        deepstack: blocks whose outputs have mergers of their own.
-        full: blocks that attend to the whole image; None: all. The others attend in windows.
-        parted_frames: as in Geometry.
+        width, mlp: as `vision_tower` takes them.
+        out: channels after the merger; None: out_hidden_size.
         merger: numbers in the matrices that make a token of its patches; None: an MLP of two, as wide as the patches.
-        sized: as `patch_grid`, where the processor of a family rounds sizes in its own way.
-        stack: the decoder, where it is not of the Llama kind.
+        full: blocks that attend to the whole image; None: all. The others attend in windows.
+        deepstack: blocks whose outputs have mergers of their own.
+        parted_frames: as in Geometry.
     """
-    vision, text = config.vision_config, config.text_config
-    grid = t, h, w = sized(vision, image_size, frames)
-    merge, depth = vision.spatial_merge_size, vision.depth
-    raster = (t, h // merge, w // merge)
-    full = range(depth) if full is None else sorted(full)
+    vision, merge = config.vision_config, config.vision_config.spatial_merge_size
+    frames, rows, columns = grid
+    encoder = vision_tower(config, ((frames, rows // merge, columns // merge),), merge**2, width=width, mlp=mlp)
+    depth = encoder.layers.depth
+    full = range(depth) if full is None else full
 
     def blocks(grid: Grid) -> tuple[Mapping[int, int], ...]:
-        t, h, w = grid
+        frames, rows, columns = grid
         windows = windows_of(vision, grid) if len(full) < depth else {}
-        return tuple({h * w: t} if layer in full else windows for layer in range(depth))
+        return tuple({rows * columns: frames} if layer in full else windows for layer in range(depth))
 
     if merger is None:
-        merger = merge**2 * width * (merge**2 * width + out)
-    return Geometry(
-        tower=Tower(
-            layers=Layers(
-                depth,
-                width,
-                weights=4 * width**2 + mlp,
-                heads=vision.num_heads,
-                kv_heads=vision.num_heads,
-                head_dim=width // vision.num_heads,
-                windows=(None,) * depth,
-            ),
-            crops=(raster,),
-            unit=merge**2,
-            blocks=blocks(grid),
-            resized=blocks,
-            extra=0,
-            stem=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * width,
-            head_patch=0,
-            head_image=0,
-            feature_layers=(depth - 1,),
-            attention_layer=max(full),
-        ),
-        projectors=tuple(Projector(merger, layer) for layer in (depth - 1, *deepstack)),
-        parts=(raster,),
-        sources=((1, 1),),
-        newlines=(0, 0),
-        decoder=decoder(text) if stack is None else stack,
-        vocabulary=text.vocab_size,
-        parted_frames=parted_frames,
-    )
+        joined = merge**2 * encoder.layers.width
+        merger = joined * (joined + (vision.out_hidden_size if out is None else out))
+    encoder = replace(encoder, blocks=blocks(grid), resized=blocks, attention_layer=max(full))
+    shape = model(config, encoder, merger)
+    deeper = (Projector(merger, layer) for layer in deepstack)
+    return replace(shape, projectors=(*shape.projectors, *deeper), parted_frames=parted_frames)
 
 
 def windows_of(vision: Any, grid: Grid) -> Counter[int]:
@@ -128,13 +102,12 @@ def windows_of(vision: Any, grid: Grid) -> Counter[int]:
     return Counter(a * b for a in rows for b in columns for _ in range(t))
 
 
-def packed_inputs(config: Any, asked: Pictures, draw: Draw, sized: Sized = patch_grid) -> dict[str, Tensor]:
-    """Patches of all images or videos in one sequence, and their grids [images, 3]."""
-    vision = config.vision_config
-    grid = t, h, w = sized(vision, asked.size, asked.frames)
-    numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    kind, suffix = ("video", "_videos") if asked.frames > 1 else ("image", "")
+def inputs(config: Any, shape: Geometry, pictures: Pictures, draw: Draw) -> dict[str, Tensor]:
+    """Patches of all images or videos in one sequence [patches, numbers], and their grids [images, 3]."""
+    tower, (frames, rows, columns) = shape.tower, shape.parts[0]
+    side = math.isqrt(tower.unit)
+    kind, suffix = ("video", "_videos") if pictures.frames > 1 else ("image", "")
     return {
-        f"pixel_values{suffix}": draw(asked.count * t * h * w, numbers),
-        f"{kind}_grid_thw": torch.tensor([grid] * asked.count),
+        f"pixel_values{suffix}": draw(pictures.count * tower.patches, tower.patch),
+        f"{kind}_grid_thw": torch.tensor([(frames, rows * side, columns * side)] * pictures.count),
     }

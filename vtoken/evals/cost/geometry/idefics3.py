@@ -1,5 +1,5 @@
 """Idefics3: crops and the whole, parted by text."""
 
-from vtoken.evals.cost.geometry._split import geometry, inputs, size_of
+from vtoken.evals.cost.geometry._split import cut_alike, geometry, inputs
 
-__all__ = ["geometry", "inputs", "size_of"]
+__all__ = ["cut_alike", "geometry", "inputs"]

@@ -8,18 +8,16 @@ has position embeddings. One set to others, or not to cut, gives others.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtoken.errors import UnsupportedError
-from vtoken.evals.cost.geometry._padded import pair, still
-from vtoken.evals.cost.geometry._states import short_convolutions
-from vtoken.evals.cost.geometry.shapes import Draw, Geometry, Layers, Pictures, Projector, Tower
-from vtoken.evals.shared.options import ImageSize
+from vtoken.evals.cost.geometry.from_config import check_still, model, pair, vision_tower
+from vtoken.evals.cost.geometry.shapes import Draw, Geometry, ImageSize, Pictures
 from vtoken.stages import Parts
-from vtoken.stages import size_of as tokens_of  # `size_of` would be what cut_alike looks for
 
 LARGE = 2.0  # times the most tokens: from there on a picture is cut
 FEWEST = 4  # the most tokens through the fewest
@@ -69,47 +67,18 @@ def cut(height: int, width: int, side: int) -> tuple[int, int]:
 
 def geometry(config: Any, pictures: Pictures) -> Geometry:
     """Raises UnsupportedError for videos, other towers and decoders."""
-    still(config, pictures.frames)
+    check_still(config, pictures)
     kinds = config.vision_config.model_type, config.text_config.model_type, config.vision_config.vision_use_head
     if kinds != ("siglip2_vision_model", "lfm2", False):
         raise UnsupportedError(
             f"no FLOPs account for lfm2_vl with {kinds[0]!r}, {kinds[1]!r} and vision_use_head={kinds[2]}; supported: "
             "'siglip2_vision_model', 'lfm2' and False"
         )
-    vision, text, unit = config.vision_config, config.text_config, config.downsample_factor**2
-    width, depth, heads = vision.hidden_size, vision.num_hidden_layers, vision.num_attention_heads
-    crops = rasters(config, pictures.size)
-    joined, middle = unit * width, config.projector_hidden_size
-    return Geometry(
-        tower=Tower(
-            layers=Layers(
-                depth,
-                width,
-                weights=4 * width**2 + 2 * width * vision.intermediate_size,
-                heads=heads,
-                kv_heads=heads,
-                head_dim=width // heads,
-                windows=(None,) * depth,
-            ),
-            crops=crops,
-            unit=unit,
-            blocks=({tokens_of(crops[:1]) * unit: 1},) * depth,
-            extra=0,
-            stem=vision.num_channels * vision.patch_size**2 * width,
-            head_patch=0,
-            head_image=0,
-            feature_layers=(depth - 1,),
-            attention_layer=depth - 1,
-            padded=vision.num_patches,
-        ),
-        projectors=(Projector(joined * middle + middle * text.hidden_size, depth - 1),),
-        parts=crops,
-        sources=((1, 1),) * len(crops),
-        newlines=(0, 0),
-        decoder=short_convolutions(text),
-        vocabulary=text.vocab_size,
-        parted_crops=True,
-    )
+    vision, unit = config.vision_config, config.downsample_factor**2
+    tower = replace(vision_tower(config, rasters(config, pictures.size), unit), padded=vision.num_patches)
+    middle = config.projector_hidden_size
+    projector = unit * vision.hidden_size * middle + middle * config.text_config.hidden_size
+    return replace(model(config, tower, projector), parted_crops=True)
 
 
 def inputs(config: Any, shape: Geometry, pictures: Pictures, draw: Draw) -> dict[str, Tensor]:
@@ -119,5 +88,5 @@ def inputs(config: Any, shape: Geometry, pictures: Pictures, draw: Draw) -> dict
     grids = torch.tensor([[r * join, c * join] for _, r, c in shape.parts * pictures.count])
     longest = vision.num_patches * join**2
     mask = (torch.arange(longest) < grids.prod(1)[:, None]).int()
-    pixels = draw(len(grids), longest, vision.num_channels * vision.patch_size**2) * mask[..., None]
+    pixels = draw(len(grids), longest, shape.tower.patch) * mask[..., None]
     return {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": grids}

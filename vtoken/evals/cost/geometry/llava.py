@@ -6,24 +6,19 @@ from typing import Any
 
 from torch import Tensor
 
-from vtoken.evals.cost.geometry._padded import chosen_layers, crop, crop_pixels, padded, still
-from vtoken.evals.cost.geometry._pixtral import pixtral, pixtral_inputs
+from vtoken.evals.cost.geometry import _pixtral, from_config
+from vtoken.evals.cost.geometry._padded import padded
 from vtoken.evals.cost.geometry.shapes import Draw, Geometry, Pictures
 
 
 def geometry(config: Any, pictures: Pictures) -> Geometry:
-    if _pixtral(config):
-        width, out = config.vision_config.hidden_size * len(chosen_layers(config)), config.text_config.hidden_size
-        return pixtral(config, pictures, merge=1, projector=width * out + out**2)
-    still(config, pictures.frames)
-    return padded(config, (crop(config),))
+    if config.vision_config.model_type == "pixtral":
+        width, out = config.vision_config.hidden_size, config.text_config.hidden_size
+        return _pixtral.pixtral(config, pictures, merge=1, projector=width * out + out**2)
+    from_config.check_still(config, pictures)
+    return padded(config, (from_config.crop(config),))
 
 
 def inputs(config: Any, shape: Geometry, pictures: Pictures, draw: Draw) -> dict[str, Tensor]:
-    if _pixtral(config):
-        return pixtral_inputs(config, pictures, 1, draw)
-    return {"pixel_values": draw(pictures.count, *crop_pixels(config))}
-
-
-def _pixtral(config: Any) -> bool:
-    return bool(config.vision_config.model_type == "pixtral")
+    kind = _pixtral if shape.tower.packed else from_config
+    return kind.inputs(config, shape, pictures, draw)

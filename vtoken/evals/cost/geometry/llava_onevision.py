@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtoken.evals.cost.geometry._padded import BILINEAR, anyres, anyres_inputs, crop, padded
+from vtoken.evals.cost.geometry import _padded
+from vtoken.evals.cost.geometry._padded import BILINEAR, anyres, padded
+from vtoken.evals.cost.geometry.from_config import crop
 from vtoken.evals.cost.geometry.shapes import Draw, Geometry, Pictures
 
 
@@ -25,7 +27,7 @@ def geometry(config: Any, pictures: Pictures) -> Geometry:
 
 
 def inputs(config: Any, shape: Geometry, pictures: Pictures, draw: Draw) -> dict[str, Tensor]:
-    found = anyres_inputs(config, shape, pictures, draw)
+    found = _padded.inputs(config, shape, pictures, draw)
     if pictures.frames > 1:
-        return {"pixel_values_videos": found["pixel_values"]}
+        return found
     return {**found, "batch_num_images": torch.full((pictures.rows,), pictures.images)}

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from vtoken.evals.cost.geometry._pixtral import inputs, pixtral
+from vtoken.evals.cost.geometry.shapes import Geometry, Pictures
 
-from vtoken.evals.cost.geometry._pixtral import pixtral, pixtral_inputs
-from vtoken.evals.cost.geometry.shapes import Draw, Geometry, Pictures
+__all__ = ["geometry", "inputs"]
 
 
 def geometry(config: Any, pictures: Pictures) -> Geometry:
     merge, width, out = config.spatial_merge_size, config.vision_config.hidden_size, config.text_config.hidden_size
     return pixtral(config, pictures, merge, projector=merge**2 * width**2 + width * out + out**2)
-
-
-def inputs(config: Any, shape: Geometry, pictures: Pictures, draw: Draw) -> dict[str, Tensor]:
-    return pixtral_inputs(config, pictures, config.spatial_merge_size, draw)

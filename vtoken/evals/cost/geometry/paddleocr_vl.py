@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from vtoken.errors import ConfigError
-from vtoken.evals.cost.geometry._packed import DEFAULT_SIZE, packed, packed_inputs
-from vtoken.evals.cost.geometry._padded import pair, still
+from vtoken.evals.cost.geometry import _packed
+from vtoken.evals.cost.geometry._packed import packed, resized_grid
+from vtoken.evals.cost.geometry.from_config import check_still
 from vtoken.evals.cost.geometry.shapes import Draw, Geometry, ImageSize, Pictures
 from vtoken.stages import Grid
 
@@ -22,37 +22,16 @@ def patch_grid(vision: Any, image_size: ImageSize | None, frames: int) -> Grid:
     """
     from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import smart_resize
 
-    try:
-        height, width = smart_resize(*pair(image_size or DEFAULT_SIZE), vision.patch_size * vision.spatial_merge_size)
-    except ValueError as error:
-        raise ConfigError(f"image_size {image_size}: {error}") from None
-    return 1, height // vision.patch_size, width // vision.patch_size
+    factor = vision.patch_size * vision.spatial_merge_size
+    return resized_grid(vision, image_size, frames, partial(smart_resize, factor=factor))
 
 
 def geometry(config: Any, pictures: Pictures) -> Geometry:
-    still(config, pictures.frames)
-    vision = config.vision_config
-    width, out = vision.hidden_size, config.text_config.hidden_size
-    mlp = 2 * width * vision.intermediate_size
-    return packed(named(config), pictures.size, 1, width=width, out=out, mlp=mlp, sized=patch_grid)
+    check_still(config, pictures)
+    return packed(config, patch_grid(config.vision_config, pictures.size, 1), out=config.text_config.hidden_size)
 
 
 def inputs(config: Any, shape: Geometry, pictures: Pictures, draw: Draw) -> dict[str, Tensor]:
-    found = packed_inputs(named(config), pictures, draw, patch_grid)
-    vision = config.vision_config
-    patch = (vision.num_channels, vision.patch_size, vision.patch_size)
-    return {**found, "pixel_values": found["pixel_values"].unflatten(1, patch)}
-
-
-def named(config: Any) -> Any:
-    """The config with the names that Qwen's have."""
-    vision = config.vision_config
-    tower = SimpleNamespace(
-        depth=vision.num_hidden_layers,
-        num_heads=vision.num_attention_heads,
-        in_channels=vision.num_channels,
-        temporal_patch_size=1,
-        patch_size=vision.patch_size,
-        spatial_merge_size=vision.spatial_merge_size,
-    )
-    return SimpleNamespace(vision_config=tower, text_config=config.text_config)
+    """As in Qwen, each patch as [channels, height, width]."""
+    found, side = _packed.inputs(config, shape, pictures, draw), config.vision_config.patch_size
+    return {**found, "pixel_values": found["pixel_values"].unflatten(1, (-1, side, side))}

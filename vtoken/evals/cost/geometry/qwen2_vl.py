@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from vtoken.evals.cost.geometry._packed import inputs, packed, patch_grid
+from vtoken.evals.cost.geometry.shapes import Geometry, Pictures
 
-from vtoken.evals.cost.geometry._packed import packed, packed_inputs
-from vtoken.evals.cost.geometry.shapes import Draw, Geometry, Pictures
+__all__ = ["geometry", "inputs"]
 
 
 def geometry(config: Any, pictures: Pictures) -> Geometry:
     vision = config.vision_config
-    width = vision.embed_dim
-    mlp = 2 * width * int(width * vision.mlp_ratio)
-    return packed(config, pictures.size, pictures.frames, width=width, out=vision.hidden_size, mlp=mlp)
-
-
-def inputs(config: Any, shape: Geometry, pictures: Pictures, draw: Draw) -> dict[str, Tensor]:
-    return packed_inputs(config, pictures, draw)
+    width, grid = vision.embed_dim, patch_grid(vision, pictures.size, pictures.frames)
+    return packed(config, grid, width=width, out=vision.hidden_size, mlp=2 * width * int(width * vision.mlp_ratio))

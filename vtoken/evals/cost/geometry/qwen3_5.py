@@ -5,26 +5,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from vtoken.evals.cost.geometry._packed import inputs, packed, patch_grid
+from vtoken.evals.cost.geometry.shapes import Geometry, Pictures
 
-from vtoken.evals.cost.geometry._packed import packed, packed_inputs
-from vtoken.evals.cost.geometry._states import delta_rule
-from vtoken.evals.cost.geometry.shapes import Draw, Geometry, Pictures
+__all__ = ["geometry", "inputs"]
 
 
 def geometry(config: Any, pictures: Pictures) -> Geometry:
-    vision = config.vision_config
-    return packed(
-        config,
-        pictures.size,
-        pictures.frames,
-        width=vision.hidden_size,
-        out=vision.out_hidden_size,
-        mlp=2 * vision.hidden_size * vision.intermediate_size,
-        parted_frames=True,
-        stack=delta_rule(config.text_config),
-    )
-
-
-def inputs(config: Any, shape: Geometry, pictures: Pictures, draw: Draw) -> dict[str, Tensor]:
-    return packed_inputs(config, pictures, draw)
+    return packed(config, patch_grid(config.vision_config, pictures.size, pictures.frames), parted_frames=True)

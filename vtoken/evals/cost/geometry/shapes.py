@@ -19,7 +19,7 @@ Draw = Callable[..., Tensor]  # random numbers of a shape, as torch.randn
 
 @dataclass(frozen=True)
 class Pictures:
-    """What a batch holds: in every row so many images, or videos of so many frames where `frames` is above 1; `size` in
+    """What a batch shows: in every row so many images, or videos of so many frames where `frames` is above 1; `size` in
     pixels."""
 
     rows: int
@@ -34,7 +34,8 @@ class Pictures:
 
 @dataclass(frozen=True)
 class State:
-    """What a decoder layer computes that keeps a state instead of attending (gated delta rule), beside its matrices.
+    """What a decoder layer that keeps a state instead of attending computes beside its matrices: a convolution over
+    time, and a gated delta rule where it has one.
 
     Attributes:
         conv: numbers of the convolution over time, channels x `width`.
@@ -50,9 +51,10 @@ class State:
     chunk: int = 64
 
     def flops(self, tokens: int) -> int:
-        """Of so many tokens at once, as the model's own code computes it: whole chunks, and a window that sticks out of
-        the prompt, or of which a step needs only the last place. Inside a chunk a triangular system is solved for keys
-        and values; that counts as multiplying by its inverse."""
+        """Of so many tokens at once, as transformers computes them: the convolution also at `width` - 1 places past the
+        prompt, and at two places for a single token; the delta rule in whole chunks. The triangular system of a chunk,
+        which is solved for keys and values, counts as multiplying by its inverse. What a single token adds to a state
+        is not counted: it is no matrix product."""
         if tokens <= 1:
             return 4 * self.conv * tokens
         square, chunks = self.chunk**2, -(-tokens // self.chunk)
@@ -62,23 +64,21 @@ class State:
 
 @dataclass(frozen=True)
 class Layers:
-    """A stack of equal transformer layers.
+    """A stack of transformer layers.
 
     Attributes:
-        weights: numbers in the weight matrices of one layer that a token meets; each costs 2 FLOPs.
+        weights: of every layer, the numbers in its matrices that a token is multiplied with; each costs 2 FLOPs.
         windows: sliding window of every layer in tokens, None where attention is full.
-        unlike: layer -> its weights, where it has not as many as the others.
         states: layer -> what it computes instead of attention.
     """
 
     depth: int
     width: int
-    weights: int
+    weights: tuple[int, ...]
     heads: int
     kv_heads: int
     head_dim: int
     windows: tuple[int | None, ...]
-    unlike: Mapping[int, int] = field(default_factory=dict)
     states: Mapping[int, State] = field(default_factory=dict)
 
     @cached_property
@@ -86,12 +86,10 @@ class Layers:
         """Layers with attention and a KV cache."""
         return tuple(layer for layer in range(self.depth) if layer not in self.states)
 
-    def linear(self, tokens: int, layer: int | None = None) -> int:
+    def linear(self, tokens: int, layer: int) -> int:
         """FLOPs of one layer's matrices, and of its state if it keeps one."""
-        if layer is None:
-            return 2 * tokens * self.weights
         state = self.states[layer].flops(tokens) if layer in self.states else 0
-        return 2 * tokens * self.unlike.get(layer, self.weights) + state
+        return 2 * tokens * self.weights[layer] + state
 
     def scores(self, queries: float, keys: float) -> int:
         """FLOPs of one layer's q·k; the weighted sum of the values costs as much again."""
@@ -115,7 +113,7 @@ class Projector:
     extra: int = 0
 
     def tokens(self, images: int, units: Sequence[int]) -> int:
-        """What it meets of a row of so many images, of whose crops so many units are left."""
+        """Tokens that it meets in a row of so many images; `units` are left of each of their crops."""
         return sum(units) + len(units) * self.extra if self.pooled is None else images * self.pooled
 
 
@@ -128,7 +126,7 @@ class Tower:
         unit: patches that become one visual token at its end (2 x 2 in Qwen, else 1).
         blocks: for every layer, the attention blocks of one crop: patches in a block -> how many such blocks.
         extra: tokens of a crop beside its patches (CLS).
-        stem: numbers in the patch embedding, met by every patch.
+        patch: numbers of a patch, over channels, frames and pixels, from which its embedding makes `width` others.
         head_patch, head_image: numbers in the pooling head that every patch left, and every crop, meets once.
         feature_layers: layers whose outputs projectors read.
         attention_layer: where attention facts are read unless a stage names a layer.
@@ -144,7 +142,7 @@ class Tower:
     unit: int
     blocks: tuple[Mapping[int, int], ...]
     extra: int
-    stem: int
+    patch: int
     head_patch: int
     head_image: int
     feature_layers: tuple[int, ...]
@@ -165,15 +163,14 @@ class Tower:
         whole = sum(units) * len(self.crops) == size_of(self.crops) * len(units)
         return (self.padded if whole else max(units),) * len(units)
 
-    def linear(self, units: float, late: float | None = None) -> int:
+    def linear(self, layer: int, units: float, late: float) -> int:
         """FLOPs of one layer's matrices on a crop with so many units left, `late` of them when its MLP runs."""
-        merged = 0 if late is None else round((units - late) * self.unit)
-        mlp = self.layers.weights - 4 * self.layers.width**2
-        return self.layers.linear(round(units * self.unit) + self.extra) - 2 * merged * mlp
+        merged = round((units - late) * self.unit)
+        mlp = self.layers.weights[layer] - 4 * self.layers.width**2
+        return self.layers.linear(round(units * self.unit) + self.extra, layer) - 2 * merged * mlp
 
     def scores(self, layer: int, units: float, *, one_query: bool = False) -> int:
-        """FLOPs of q·k in one layer on a crop with so many units left. What is left is taken to be spread evenly over
-        the blocks."""
+        """FLOPs of q·k in one layer on a crop with so many units left, spread evenly over the blocks."""
         share = units / size_of(self.crops[:1])
         lengths = {patches * share + self.extra: many for patches, many in self.blocks[layer].items()}
         return sum(many * self.layers.scores(1 if one_query else n, n) for n, many in lengths.items())
@@ -254,9 +251,9 @@ class Geometry:
         return replace(self, tower=replace(tower, crops=(raster,), blocks=blocks), parts=(raster,))
 
     def tokens(self, units: Sequence[int]) -> int:
-        """Visual tokens that the units left of each crop become: the share of them that is left. A token that is
-        interpolated from several patches needs all of them; its share is what it would be if they were dropped at
-        random."""
+        """Visual tokens that the units left of each crop become: as large a share of all as units are left. A token
+        that is interpolated from several patches needs all of them; of such tokens the share is the one expected if
+        patches are dropped at random."""
         first, total = 0, 0
         for part, (crops, mixed) in zip(self.parts, self._behind(), strict=True):
             left = sum(units[first : first + len(crops)])
@@ -266,7 +263,7 @@ class Geometry:
 
     def closing(self, kept: int) -> int:
         """Newline tokens beside `kept` visual tokens: those whose row has a token left. Exact where nothing or
-        everything was dropped; else the expected number, rounded, if the kept tokens were drawn at random."""
+        everything was dropped; else the number expected of tokens kept at random, rounded."""
         count, row = self.newlines
         total = size_of(self.parts)
         if not count or not kept:

@@ -3,12 +3,14 @@ patches in the prompt. Both towers are built alike."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
 from torch import Tensor
 
-from vtoken.evals.cost.geometry._padded import crop, crop_pixels, padded
+from vtoken.evals.cost.geometry._padded import padded
+from vtoken.evals.cost.geometry.from_config import crop, crop_pixels
 from vtoken.evals.cost.geometry.shapes import Draw, Geometry, Pictures
 
 
@@ -16,7 +18,9 @@ def geometry(config: Any, pictures: Pictures) -> Geometry:
     (_, height, width), frames = crop(config), pictures.frames
     if frames == 1:
         return padded(config, (crop(config),))
-    return padded(config, ((frames, height, width),), ((frames, 1),), (frames, height * width), extra=1)
+    shape = padded(config, ((frames, height, width),), ((frames, 1),), (frames, height * width))
+    (projector,) = shape.projectors
+    return replace(shape, projectors=(replace(projector, extra=1),))
 
 
 def inputs(config: Any, shape: Geometry, pictures: Pictures, draw: Draw) -> dict[str, Tensor]:
