@@ -40,9 +40,9 @@ ROOMS = {
         "compatibility.py",
         "registry.py",
         "cli.py",
-    ): 17190,
-    ("kernels",): 3190,
-    ("evals", "commands"): 13750,
+    ): 17040,
+    ("kernels",): 3160,
+    ("evals", "commands"): 13420,
 }
 
 
@@ -54,13 +54,12 @@ def test_rooms_stay_small(rooms: tuple[str, ...]) -> None:
 def test_no_file_is_long() -> None:
     sizes = {file: lines([file]) for file in PACKAGE.rglob("*.py") if file.name != "__init__.py"}
     assert not {str(file): n for file, n in sizes.items() if n > 300}
-    assert median(sizes.values()) <= 96
+    assert median(sizes.values()) <= 90
 
 
 def test_lines_end_at_column_120() -> None:
-    """Beside printed examples, aligned tables and summaries of methods, which `vtoken list` shows whole."""
-    texts = [file.read_text(encoding="utf-8") for file in PACKAGE.rglob("*.py")]
-    assert sum(len(line) > 120 for text in texts for line in text.splitlines()) <= 60
+    texts = {file: file.read_text(encoding="utf-8").splitlines() for file in PACKAGE.rglob("*.py")}
+    assert not [f"{file}:{n}" for file, lines in texts.items() for n, line in enumerate(lines, 1) if len(line) > 120]
 
 
 def methods() -> Iterator[Path]:

@@ -50,8 +50,8 @@ def lists_of(
     counts = torch.empty((heads, tiles, 3), dtype=torch.int32, device=read.device)
     groups, length = (0, 0) if columns is None else columns.shape[1:]
     _list[(tiles, heads)](
-        read, lists if columns is None else columns, lists if of is None else of, lists, counts, blocks, groups, length, offset,
-        SIZE=size, LISTED=listed, COLUMNS=columns is not None, BLOCK=128,
+        read, lists if columns is None else columns, lists if of is None else of, lists, counts, blocks, groups, length,
+        offset, SIZE=size, LISTED=listed, COLUMNS=columns is not None, BLOCK=128,
     )  # fmt: skip
     return lists, counts
 

@@ -115,7 +115,9 @@ if triton is not None:
         return out, total * shrink + tl.sum(weights, 1), new_top
 
     @triton.jit
-    def _single(columns, read, start, end, keys, SIZE: tl.constexpr, KEYS: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _single(  # type: ignore[no-untyped-def]
+        columns, read, start, end, keys, SIZE: tl.constexpr, KEYS: tl.constexpr
+    ):
         """A few single keys, -1 for those whose block is read anyway."""
         entry = start + tl.arange(0, KEYS)
         key = tl.load(columns + entry, mask=entry < end, other=-1)
@@ -126,8 +128,8 @@ if triton is not None:
     # These change with the prompt and say nothing about alignment (strides do): a new length does not recompile.
     @triton.jit(do_not_specialize=["queries", "keys", "blocks", "groups", "length", "listed"])
     def _attend(  # type: ignore[no-untyped-def]
-        q, k, v, read, lists, counts, columns, of, rows, out, lse, queries, keys, d, scale, blocks, groups, length, listed,
-        q_strides, k_strides, v_strides,
+        q, k, v, read, lists, counts, columns, of, rows, out, lse, queries, keys, d, scale, blocks, groups, length,
+        listed, q_strides, k_strides, v_strides,
         GROUPS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
         COLUMNS: tl.constexpr, LISTED: tl.constexpr, FULL: tl.constexpr,
     ):  # fmt: skip
@@ -255,13 +257,12 @@ def block_sparse_attention(
 def examples() -> Iterator[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
 
-    def case(heads: tuple[int, int], queries: int, keys: int, d: int, size: int, listed: int | None = None, p: float = 0.4) -> dict[str, Any]:  # fmt: skip
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator)
-
+    def case(
+        heads: tuple[int, int], queries: int, keys: int, d: int, size: int, listed: int | None = None, p: float = 0.4
+    ) -> dict[str, Any]:
         tiles = -(-(queries if listed is None else listed) // size)
         read = torch.rand(heads[0], tiles, -(-keys // size), generator=generator) < p
-        q, k, v = draw(heads[0], queries, d), draw(heads[1], keys, d), draw(heads[1], keys, d)
+        q, k, v = (torch.randn(h, n, d, generator=generator) for h, n in ((heads[0], queries), *[(heads[1], keys)] * 2))
         return {"q": q, "k": k, "v": v, "read": read, "scale": d**-0.5, "size": size}
 
     def some(count: int, of: int, *shape: int) -> Tensor:

@@ -68,7 +68,8 @@ def _launch(group: Sequence[Tensor], index: Tensor) -> list[Tensor]:
             _copy[(-(-kept // TILE), batch * heads, len(group))](
                 tuple(bits), tuple(t.view(b.dtype) for t, b in zip(taken, bits, strict=True)),
                 tuple(b.stride() for b in bits), widths, index.contiguous(), heads, kept,
-                TILE=TILE, WIDTHS=tuple(triton.next_power_of_2(max(1, d)) for d in widths), ALIKE=index.shape[1] < heads,
+                TILE=TILE, WIDTHS=tuple(triton.next_power_of_2(max(1, d)) for d in widths),
+                ALIKE=index.shape[1] < heads,
             )  # fmt: skip
     return taken
 

@@ -77,7 +77,8 @@ if triton is not None:
 
     @triton.jit
     def _nearest(  # type: ignore[no-untyped-def]
-        x, y, x_inverse, y_inverse, x_offsets, y_offsets, segments, x_stride, y_stride, width, similarity, partner, tokens,
+        x, y, x_inverse, y_inverse, x_offsets, y_offsets, segments, x_stride, y_stride, width, similarity,
+        partner, tokens,
         AMONG: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, SEGMENTS: tl.constexpr,
     ):  # fmt: skip
         """Program (tile of x, share of the columns): the best of its columns, written to [shares, ΣN]."""

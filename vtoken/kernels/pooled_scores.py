@@ -156,8 +156,9 @@ def launch(
             grid = (made.shape[2], batch * made.shape[1])
             _pool[grid](x, start, made.shape[1], count, keys - count, d, block, x.stride(), made, **blocks, TILE=16)
         _scores[(-(-query_blocks // 16), batch * heads)](
-            q_means, k_means.float().contiguous(), start, heads, groups, query_blocks, key_blocks, queries, keys, d, block,
-            scale * LOG2_E, result, **blocks, ROWS=16, COLUMNS=32, num_warps=4 if d <= 128 else 8, num_stages=3 if d <= 128 else 2,
+            q_means, k_means.float().contiguous(), start, heads, groups, query_blocks, key_blocks, queries, keys, d,
+            block, scale * LOG2_E, result, **blocks, ROWS=16, COLUMNS=32, num_warps=4 if d <= 128 else 8,
+            num_stages=3 if d <= 128 else 2,
         )  # fmt: skip
     return result
 

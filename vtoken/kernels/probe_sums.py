@@ -1,7 +1,8 @@
 """What the last queries of a prompt attend to: attention summed per key (vertical) and per distance (slash).
 
     q         [B, H, L, d]   the last L queries, after RoPE, any strides
-    k         [B, Hk, N, d]  keys, same dtype, L <= N; H is a multiple of Hk, and query head h reads key head h // (H / Hk)
+    k         [B, Hk, N, d]  keys, same dtype, L <= N; H is a multiple of Hk, and query head h reads key head
+              h // (H / Hk)
     scale     factor on q . k before the softmax
     padding   [B] int64 keys at the front of each row that are padding, or None; queries there do not count
     recent    number of last queries whose column sums are also returned, which saves a second stage its own pass
@@ -129,8 +130,8 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["last", "keys", "recent"])
     def _sums(  # type: ignore[no-untyped-def]
-        q, k, padding, heads, groups, last, keys, d, scale, q_strides, k_strides, log_sums, vertical, late, diagonals, recent,
-        PADDED: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, RECENT: tl.constexpr,
+        q, k, padding, heads, groups, last, keys, d, scale, q_strides, k_strides, log_sums, vertical, late, diagonals,
+        recent, PADDED: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, RECENT: tl.constexpr,
     ):  # fmt: skip
         """Program (tile of keys, batch row and head): its columns, and the sums along the diagonals of every tile, [B *
         H, tiles of queries, tiles of keys, 2 * TILE]; diagonal TILE - 1 goes through the corner."""

@@ -13,7 +13,7 @@ few queries; this op suits many queries, and choices of keys per head. fp32 accu
 Bytes moved, e bytes per element, with M tiles of queries and P tiles of keys per segment: K is read H / Hk times M + 1
 times and q P + 1 times, e * d per token and head (re-reads mostly from L2); 4 * ΣQ * H of log-sums are written and read
 P times, 4 * ΣN * H of sums written. O(N) memory. 4 * d FLOPs per head and pair of query and key: scores are computed
-twice, once for the denominators. The definition computes at most CHUNK scores at once and moves about 16 bytes for each.
+twice, once for the denominators. The definition computes at most CHUNK scores at once and moves some 16 bytes for each.
 """
 
 from collections.abc import Iterator

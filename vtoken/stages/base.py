@@ -31,8 +31,8 @@ class Stage(BaseModel):
     """A method and its options: the fields are the YAML options, and the object that holds them also holds the code.
 
     Class attributes: `site` says where the stage acts, `paper` is a link or "no paper", `deviations` names each
-    deliberate difference from the authors' code, `videos_only` whether pictures keep all their tokens. The name of a stage is its file name (with entry points: the name of
-    the entry point).
+    deliberate difference from the authors' code, `videos_only` whether pictures keep all their tokens. The name of a
+    stage is its file name (with entry points: the name of the entry point).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)

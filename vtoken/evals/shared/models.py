@@ -70,10 +70,10 @@ def load(
 
 
 def load_pair(
-    name: str, device: str | None = None, dtype: str | None = None, revision: str | None = None
+    name: str, device: str | None = None, dtype: str | None = None, revision: str | None = None, **options: Any
 ) -> tuple[Any, Any]:
-    """A model and its processor; arguments as `load` takes them."""
-    return load(name, device, dtype, revision=revision), processors.load(name, revision=revision)
+    """A model and its processor; `options` as `load` takes them."""
+    return load(name, device, dtype, revision=revision, **options), processors.load(name, revision=revision)
 
 
 def set_threads(count: int | None) -> None:

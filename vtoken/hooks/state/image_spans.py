@@ -225,8 +225,8 @@ def assign(
         raise NotWholeError(
             f"this call holds {sum(counts)} visual tokens but {sum(lengths)} were encoded"
             f"{', with the tokens between their rows, which a prompt must have' if parted else ''}; a prompt prefilled "
-            "in chunks cannot be pruned (set prefill_chunk_size=None), and images must be encoded in the call that uses "
-            "them"
+            "in chunks cannot be pruned (set prefill_chunk_size=None), and images must be encoded in the call that "
+            "uses them"
         )
     images: list[Image] = []
     following = first = 0
