@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from vtoken.adapters._padded import TOWERS
+from vtoken.adapters._padded import TOWERS, feature_layers
 from vtoken.config import Pipeline
 from vtoken.errors import UnsupportedError, about, either
 from vtoken.stages import Fact, Stage
@@ -39,10 +39,7 @@ class ClipLike:
         self.scale = (vision.hidden_size // self.heads) ** -0.5
         self.aspect = getattr(config, "vision_aspect_ratio", None)
         self.side = vision.image_size // vision.patch_size
-        chosen = config.vision_feature_layer
-        chosen = [chosen] if isinstance(chosen, int) else list(chosen)
-        # hidden_states[0] is the embedding, so entry h is the output of layer h - 1.
-        self.feature_layers = tuple(h - 1 if h >= 0 else self.depth + h for h in chosen)
+        self.feature_layers = feature_layers(config.vision_feature_layer, self.depth)
 
     def check(self, pipeline: Pipeline) -> None:
         """Checks the stages against the tower.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vtoken.pruners._pools import choose, merged, rest_of, top
-from vtoken.stages import Fact, Keep, Parts, Pruner, VisualTokens, size_of
+from vtoken.stages import Fact, Keep, Parts, Pruner, VisualTokens
 
 
 class VScan(Pruner):
@@ -65,13 +65,12 @@ class VScan(Pruner):
 
     def _of_image(self, place: Tensor, parts: Parts) -> Tensor:
         out, before, numbered = torch.zeros_like(place), 0, 0
-        for part in parts:
-            t, h, w = part
+        for t, h, w in parts:
             down, across = max(1, h // self.window), max(1, w // self.window)
             p = place - before
             y, x = (p // w % h // self.window).clamp(max=down - 1), (p % w // self.window).clamp(max=across - 1)
             out = torch.where(p >= 0, (p // (h * w) * down + y) * across + x + numbered, out)
-            before, numbered = before + size_of((part,)), numbered + t * down * across
+            before, numbered = before + t * h * w, numbered + t * down * across
         return out
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
