@@ -47,8 +47,7 @@ def decide(
     if history is None:
         history = TokenHistory(full, place_in_image(full, device))
     segment, live = segments(layouts), None
-    if segment is not None:
-        segment = segment.to(device)[history.places]
+    segment = None if segment is None else segment.to(device)[history.places]
     skipped = [n < pipeline.min_visual_tokens for n in full]
     planned = [plan.counts(pipeline, layout) for layout in layouts]
     for k, stage in enumerate(pipeline.stages):
