@@ -247,6 +247,22 @@ def test_the_public_names() -> None:
         vtoken.warp  # noqa: B018
 
 
+def named(tree: ast.AST) -> Iterator[str]:
+    """Every name that a file gives or uses."""
+    for node in ast.walk(tree):
+        for field in ("id", "arg", "attr", "name"):
+            if isinstance(name := getattr(node, field, None), str):
+                yield name
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_words_with_several_meanings_are_no_names(file: Path) -> None:
+    """CONTRIBUTING.md has the words to use instead. `probe_sums` is a public op."""
+    gone = {"held", "told", "untold", "probe", "probed"}
+    names = set(named(ast.parse(file.read_text(encoding="utf-8")))) - {"probe_sums"}
+    assert not {name for name in names if gone & {*name.strip("_").split("_")}}
+
+
 def test_constraints_pin_every_direct_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]

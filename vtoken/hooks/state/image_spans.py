@@ -259,7 +259,7 @@ def check(values: Tensor, positions: Tensor | None, located: ImageSpans, seen: L
         UnsupportedError: all axes are equal on images that have more than one token to a frame, because an argument is
             missing or transformers too old.
     """
-    same, told_apart = True, True
+    same, distinct = True, True
     if located.encodes:
         fingerprint = located.gather([encode.fingerprint for encode in located.encodes])
         same = len(fingerprint) == len(values) and (
@@ -269,13 +269,13 @@ def check(values: Tensor, positions: Tensor | None, located: ImageSpans, seen: L
     if positions is not None and any(
         n and r * c > 1 for n, parts in zip(seen.lengths, seen.parts, strict=True) for _, r, c in parts
     ):
-        told_apart = bool(apart(positions, seen.batch_row, seen.column))
+        distinct = bool(apart(positions, seen.batch_row, seen.column))
     if not same:
         raise ValueError(
             "the visual features of this call are not those the vision tower encoded last in this thread; "
             "pass pixel_values, or encode right before the call that uses the features"
         )
-    if told_apart:
+    if distinct:
         return
     raise UnsupportedError(
         "the images of this call have the positions of text (all axes of M-RoPE are equal). Pass input_ids, "

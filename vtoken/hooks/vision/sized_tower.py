@@ -132,7 +132,7 @@ class SizedTower(RowsTower):
         if max(crops) > 1:
             state.history = of_pictures(state.history, crops)
             full = [size_of((crop,)) for crop in state.crops]
-            state.traces = [told_of_pictures(trace, full, crops) for trace in state.traces]
+            state.traces = [of_pictures(trace, full, crops) for trace in state.traces]
 
     def _joining(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """Before the projector, which is given a crop [1, rows, columns, C]: what is left of it, one token high."""
@@ -171,7 +171,7 @@ def of_pictures(history: TokenHistory, crops: Sequence[int]) -> TokenHistory:
     )
 
 
-def told_of_pictures(trace: StageTrace, full: Sequence[int], crops: Sequence[int]) -> StageTrace:
+def of_pictures(trace: StageTrace, full: Sequence[int], crops: Sequence[int]) -> StageTrace:
     """The same of a trace; `full`: tokens of each crop."""
     start = [n for each in grouped(full, crops) for n in starts_of(each)]
 
@@ -185,9 +185,9 @@ def told_of_pictures(trace: StageTrace, full: Sequence[int], crops: Sequence[int
         moved = [torch.where(index < 0, -1, index + s) for index, s in zip(trace.into, start, strict=True)]
         return [torch.cat(each) for each in grouped(moved, crops)]
 
-    of_pictures: dict[str, Any] = {"kept": kept, "into": into}
-    of_pictures |= {name: [*map(sum, grouped(getattr(trace, name), crops))] for name in ("tokens_in", "tokens_out")}
-    return replace(trace, **of_pictures)
+    fields: dict[str, Any] = {"kept": kept, "into": into}
+    fields |= {name: [*map(sum, grouped(getattr(trace, name), crops))] for name in ("tokens_in", "tokens_out")}
+    return replace(trace, **fields)
 
 
 def grouped(values: Sequence[T], sizes: Sequence[int]) -> list[list[T]]:
