@@ -132,7 +132,7 @@ class SizedTower(RowsTower):
         if max(crops) > 1:
             state.history = of_pictures(state.history, crops)
             full = [size_of((crop,)) for crop in state.crops]
-            state.traces = [of_pictures(trace, full, crops) for trace in state.traces]
+            state.traces = [trace_of_pictures(trace, full, crops) for trace in state.traces]
 
     def _joining(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """Before the projector, which is given a crop [1, rows, columns, C]: what is left of it, one token high."""
@@ -171,7 +171,7 @@ def of_pictures(history: TokenHistory, crops: Sequence[int]) -> TokenHistory:
     )
 
 
-def of_pictures(trace: StageTrace, full: Sequence[int], crops: Sequence[int]) -> StageTrace:
+def trace_of_pictures(trace: StageTrace, full: Sequence[int], crops: Sequence[int]) -> StageTrace:
     """The same of a trace; `full`: tokens of each crop."""
     start = [n for each in grouped(full, crops) for n in starts_of(each)]
 
