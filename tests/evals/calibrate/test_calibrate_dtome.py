@@ -216,7 +216,7 @@ def test_rounds_behind_a_padded_tower(family, folder, tmp_path):
     with vtoken.wrapped(model, stage), torch.no_grad():
         model(**batch)
         seen = vtoken.trace(model)
-    total = 12 * (side // 14) ** 2 // 4
+    total = 12 * tiny.adapter(model).patches // 4
     assert sum(seen.visual_tokens) == total
     assert sum(seen.tokens_out) == round(total * learned["left"][-1].item()) < total
 
