@@ -46,7 +46,9 @@ def decide(
         ValueError: the decision does not fit its tokens.
     """
     if stage.videos_only and all(parts[0][0] == 1 for parts in tokens.parts):
-        return Decision(keep_all(tokens), history, skipped_entry(stage, history, STILLS, tokens.layer), True)
+        entry = skipped_entry(stage, history, STILLS, tokens.layer)
+        entry.substitutes = dict(substitutes or {})
+        return Decision(keep_all(tokens), history, entry, True)
     with Clock(tokens.x.device) as clock:
         keep = stage.select(tokens)
     check(stage, keep, tokens.lengths)
