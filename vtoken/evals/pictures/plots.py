@@ -11,7 +11,7 @@ from typing import Any
 INK, SOFT, FAINT, PAPER = "#010203", "#070809", "#040506", "#fefdfc"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 MARKERS = ("o", "s", "^", "D", "v")
-FLOORS = {"uniform": "-", "random": ":"}  # method -> dashes of its line in every small picture
+FLOORS = {"uniform": "-", "random": ":", "resize": "-."}  # method -> dashes of its line in every small picture
 COLUMNS = 6
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "vtoken", "font.size": 10}
 Figures = Sequence[dict[str, Any]]
@@ -20,7 +20,8 @@ Figures = Sequence[dict[str, Any]]
 def plot(figures: Figures, label: str = "questions right, %") -> str:
     """Draws the rows of `Report.figures`, dense first: dashed where it lies, intervals as whiskers.
 
-    Up to five methods share one picture; of more, each has its own, with uniform and random choice after it.
+    Up to five methods share one picture; of more, each has its own, with uniform choice, random choice and smaller
+    pictures behind it.
 
     Args:
         label: what `accuracy` of the rows is.
@@ -65,7 +66,7 @@ def _apart(figures: Figures, methods: Sequence[str], label: str) -> str:
     top = max(104.0, *(100 * row["accuracy"]["high"] for row in figures))
     figure = Figure(figsize=(10.4, 1.75 * count + 0.3), layout="constrained")
     grid = figure.subplots(count, COLUMNS, sharex=True, sharey=True, squeeze=False)
-    floors = {row["tokens"] for row in figures if row["method"] in FLOORS} or {min(row["tokens"] for row in figures)}
+    floors = {row["tokens"] for row in figures if row["method"] in ("uniform", "random")} or {min(row["tokens"] for row in figures)}
     ticks = sorted({figures[0]["tokens"], *floors})
     for k, axes in enumerate(grid.flat):
         if k >= len(own):
