@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vtoken.adapters.base import Adapter
 from vtoken.errors import ConfigError, UnsupportedError
 from vtoken.evals.processors import apply, check_video
 from vtoken.evals.shared import media
+from vtoken.hooks.state.run import KINDS, pixels_of
 
 # What lmms-eval's Qwen classes set; Hugging Face's own processors say 3,136 to 1,003,520.
 LMMS_EVAL_PIXELS = (256 * 28 * 28, 1605632)
@@ -165,6 +167,13 @@ def pixels(processor: Any) -> dict[str, Any]:
         sizes["video_size"] = dict(video.size)
     others = {name: getattr(images, name, None) for name in ("image_grid_pinpoints", "patch_size", "merge_size")}
     return {**sizes, **{name: value for name, value in others.items() if value}}
+
+
+def text_tokens(adapter: Adapter, inputs: Any) -> int:
+    """Tokens of an encoded prompt that are neither of its pictures and videos nor newlines in them."""
+    shown = [kind for kind in KINDS if kind in adapter.placeholders and pixels_of(kind, inputs) is not None]
+    visual = sum(layout.length for kind in shown for layout in adapter.layouts(kind, inputs))
+    return int(inputs["input_ids"].shape[1]) - visual
 
 
 def encode(processor: Any, prompts: Sequence[Prompt], model: Any) -> Any:

@@ -66,7 +66,9 @@ def _apart(figures: Figures, methods: Sequence[str], label: str) -> str:
     top = max(104.0, *(100 * row["accuracy"]["high"] for row in figures))
     figure = Figure(figsize=(10.4, 1.75 * count + 0.3), layout="constrained")
     grid = figure.subplots(count, COLUMNS, sharex=True, sharey=True, squeeze=False)
-    floors = {row["tokens"] for row in figures if row["method"] in ("uniform", "random")} or {min(row["tokens"] for row in figures)}
+    floors = {row["tokens"] for row in figures if row["method"] in ("uniform", "random")} or {
+        min(row["tokens"] for row in figures)
+    }
     ticks = sorted({figures[0]["tokens"], *floors})
     for k, axes in enumerate(grid.flat):
         if k >= len(own):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vtoken.config import Pipeline
 from vtoken.errors import VtokenError
 from vtoken.evals.cost.flops import account, picture_size
-from vtoken.evals.lmms.prompts import encode
+from vtoken.evals.lmms.prompts import encode, text_tokens
 from vtoken.evals.lmms.records import Request
 from vtoken.evals.shared.dense import DENSE
 from vtoken.evals.shared.options import Workload
@@ -47,13 +47,11 @@ def typical(model: VtokenModel, requests: Sequence[Request]) -> Typical | str:
         return "the pictures of the prompt differ in size"
     if len({len(clip.frames) for clip in prompt.clips}) > 1:
         return "the videos of the prompt differ in length"
-    ids = inputs["input_ids"]
-    visual = sum(int((ids == each).sum()) for each in {*generator.adapter.placeholders.values()})
     work = Workload(
         images=len(prompt.images) or len(prompt.clips),
         frames=len(prompt.clips[0].frames) if prompt.clips else 1,
-        image_size=picture_size(generator.model.config, {**grids, "input_ids": inputs["input_ids"]}),
-        text_tokens=ids.shape[1] - visual,
+        image_size=picture_size(generator.model.config, {**inputs, **grids}),
+        text_tokens=text_tokens(generator.adapter, inputs),
         new_tokens=1,
     )
     return Typical(chosen.doc, work, chosen.reply.cost.visual_tokens)

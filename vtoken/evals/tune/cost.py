@@ -7,11 +7,10 @@ from typing import Literal
 from vtoken.config import Pipeline
 from vtoken.evals.cost.flops import account, picture_size
 from vtoken.evals.lmms.generation import TextGenerator
-from vtoken.evals.lmms.prompts import encode
+from vtoken.evals.lmms.prompts import encode, text_tokens
 from vtoken.evals.shared.options import Workload
 from vtoken.evals.speed.latency import bench
 from vtoken.evals.tune.samples import Sample
-from vtoken.hooks.state.run import KINDS, pixels_of
 
 Objective = Literal["flops", "ttft"]
 ROUNDS = 5
@@ -19,10 +18,8 @@ ROUNDS = 5
 
 def shape(generator: TextGenerator, sample: Sample) -> Workload:
     """Prefill of a sample; its pictures are taken for as large as the first."""
-    prompt, adapter = sample.prompt, generator.adapter
+    prompt = sample.prompt
     inputs = encode(generator.processor, [prompt], generator.model)
-    shown = [kind for kind in KINDS if kind in adapter.placeholders and pixels_of(kind, inputs) is not None]
-    visual = sum(layout.length for kind in shown for layout in adapter.layouts(kind, inputs))
     grids = {"image_grid_thw": inputs["video_grid_thw"]} if "video_grid_thw" in inputs else inputs
     size = picture_size(generator.model.config, grids)
     if size is None and prompt.pictures:
@@ -31,7 +28,7 @@ def shape(generator: TextGenerator, sample: Sample) -> Workload:
         images=max(1, len(prompt.images) + len(prompt.clips)),
         frames=len(prompt.clips[0].frames) if prompt.clips else 1,
         image_size=size,
-        text_tokens=max(1, inputs["input_ids"].shape[1] - visual),
+        text_tokens=max(1, text_tokens(generator.adapter, inputs)),
         new_tokens=1,
     )
 
