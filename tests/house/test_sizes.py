@@ -42,7 +42,7 @@ ROOMS = {
         "cli.py",
     ): 17040,
     ("kernels",): 3160,
-    ("evals", "commands"): 13420,
+    ("evals", "commands"): 13430,
 }
 
 
