@@ -155,6 +155,34 @@ def test_a_request_without_messages_is_told(server: Any, messages: Any) -> None:
     assert found.status_code == 400 and "messages" in found.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        "hello",
+        {},
+        {"type": "image_url"},
+        {"type": "image_url", "image_url": {}},
+        {"type": "video_url"},
+        {"type": "text"},
+    ],
+    ids=repr,
+)
+def test_a_part_that_lacks_something_is_a_bad_request(server: Any, part: Any) -> None:
+    body = asked(QUESTIONS[0])
+    body["messages"][0]["content"].insert(0, part)
+    found = server[0].post(CHAT, json=body)
+    assert found.status_code == 400 and "as in {" in found.json()["error"]["message"]
+
+
+def test_a_picture_may_be_given_by_its_url_alone(server: Any) -> None:
+    """transformers takes it, though OpenAI's clients do not send it."""
+    body = asked(QUESTIONS[0])
+    picture = body["messages"][0]["content"][0]
+    picture["image_url"] = picture["image_url"]["url"]
+    found, usual = (server[0].post(CHAT, json=each).json()["choices"] for each in (body, asked(QUESTIONS[0])))
+    assert found == usual
+
+
 def test_a_prompt_without_a_picture_has_no_details(server: Any) -> None:
     body = {"model": NAME, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
     assert "prompt_tokens_details" not in server[0].post(CHAT, json=body).json()["usage"]

@@ -170,9 +170,7 @@ class Chat(ChatCompletionHandler):
     model_manager: OneModel
 
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Any, Any]:
-        messages = body.get("messages")
-        if not messages or not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
-            raise HTTPException(400, 'messages must be a list of at least one, as in {"role": "user", "content": "hi"}')
+        check_messages(body.get("messages"))
         name, model, processor = super()._resolve_model(body)
         asked = Asked(model, bool(self.model_manager.pipeline.stages))
         _ASKED.set(asked)
@@ -183,6 +181,24 @@ class Chat(ChatCompletionHandler):
 
     def _build_chunk_sse(self, *args: Any, **kwargs: Any) -> Any:
         return super()._build_chunk_sse(*args, **detailed(kwargs))
+
+
+def check_messages(messages: Any) -> None:
+    """Refuses with status 400 what transformers would fail at: no messages, parts of no type, pictures without a URL."""
+    if not messages or not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
+        raise HTTPException(400, 'messages must be a list of at least one, as in {"role": "user", "content": "hi"}')
+    parts = [part for each in messages if isinstance(each.get("content"), list) for part in each["content"]]
+    for part in parts:
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise HTTPException(400, 'parts of a content are objects with a type, as in {"type": "text", "text": "hi"}')
+        kind, given = part["type"], part.get(part["type"])
+        if kind == "text" and not isinstance(given, str):
+            raise HTTPException(400, 'text needs a text, as in {"type": "text", "text": "hi"}')
+        url = given.get("url") if isinstance(given, dict) else given if kind == "image_url" else None
+        if kind in ("image_url", "video_url") and not isinstance(url, str):
+            raise HTTPException(
+                400, f'{kind} needs a url, as in {{"type": "{kind}", "{kind}": {{"url": "https://..."}}}}'
+            )
 
 
 def detailed(answer: dict[str, Any]) -> dict[str, Any]:
