@@ -184,7 +184,7 @@ class Chat(ChatCompletionHandler):
 
 
 def check_messages(messages: Any) -> None:
-    """Refuses with status 400 what transformers would fail at: no messages, parts of no type, pictures without a URL."""
+    """Refuses with status 400 what transformers would fail at: no messages, parts without type, text or URL."""
     if not messages or not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
         raise HTTPException(400, 'messages must be a list of at least one, as in {"role": "user", "content": "hi"}')
     parts = [part for each in messages if isinstance(each.get("content"), list) for part in each["content"]]
@@ -196,9 +196,8 @@ def check_messages(messages: Any) -> None:
             raise HTTPException(400, 'text needs a text, as in {"type": "text", "text": "hi"}')
         url = given.get("url") if isinstance(given, dict) else given if kind == "image_url" else None
         if kind in ("image_url", "video_url") and not isinstance(url, str):
-            raise HTTPException(
-                400, f'{kind} needs a url, as in {{"type": "{kind}", "{kind}": {{"url": "https://..."}}}}'
-            )
+            form = {"type": kind, kind: {"url": "https://..."}}
+            raise HTTPException(400, f"{kind} needs a url, as in {json.dumps(form)}")
 
 
 def detailed(answer: dict[str, Any]) -> dict[str, Any]:
