@@ -31,8 +31,8 @@ class Encoder:
         feature_layers: indices of the layers whose outputs become the visual features.
         attention_layer: the layer that attention facts and keys are read from unless a stage names one.
         full_attention: layers in which every token of an image (or frame) attends to all others; None: all of them.
-        packed: whether the patches of all images lie in one sequence, merge group by merge group (Qwen); else every
-            crop is a row of a batch.
+        packed: whether the patches of all images lie in one sequence, merge group by merge group (Qwen) or row by row
+            (`by_rows`, `by_grids`); else every crop is a row of a batch.
         by_rows: of packed towers, that every image lies in it row by row, and a mask keeps images apart (Pixtral).
         by_grids: of packed towers, that every image lies in it row by row, and a projector joins patches by the grids
             of the images (PaddleOCR-VL).
@@ -200,6 +200,7 @@ class Adapter(ABC):
 
         Raises:
             UnsupportedError: the number of tokens does not tell how many images they are.
+            ValueError: the tokens are not a whole number of images.
         """
         raise UnsupportedError(
             f"{self.model_type} was given visual features that were not encoded while the model was wrapped, so their "
@@ -237,10 +238,12 @@ class Adapter(ABC):
 
 
 def check_decoder(lm: Any) -> None:
-    """Refuses decoders on which dropping tokens would change what a layer means.
+    """Refuses decoders whose layers would mean something else with tokens dropped, or whose attention the facts do not
+    follow.
 
     Raises:
-        UnsupportedError: chunked or otherwise unusual layers, queries scaled by position.
+        UnsupportedError: chunked or otherwise unusual layers, capped logits or sinks in attention, queries scaled by
+            position, layers that are not of the Llama kind.
     """
     config = lm.config
     kinds = set(kinds_of(config)) - KINDS_OF_LAYERS

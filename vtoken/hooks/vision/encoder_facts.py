@@ -1,7 +1,7 @@
 """Facts of an encoder layer, recomputed for the few queries that are needed: a function per fact, of the fact's name.
 
 The layer's own projections are tapped, so nothing is projected twice, the tower keeps its attention backend, and
-quantised, offloaded or adapted Linears keep working. No N x N map is made.
+quantized, offloaded or adapted Linears keep working. No N x N map is made.
 """
 
 from __future__ import annotations

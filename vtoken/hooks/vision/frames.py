@@ -60,7 +60,7 @@ def choose(stages: Sequence[Stage], x: Tensor, frames: Sequence[int], skipped: S
 
 
 def chooses(stage: Stage, keep: Keep, one: str = "frame", whole: str = "video") -> Keep:
-    """The decision, if it only chooses, and leaves one of every video (picture).
+    """The decision, if it only chooses, and leaves at least one of every video (picture).
 
     Raises:
         ValueError: names the stage.

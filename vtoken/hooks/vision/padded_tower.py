@@ -64,7 +64,7 @@ class Batch:
         return image_of(self.counts, self.device), place_in_image(self.counts, self.device) + self.cls
 
     def of(self, counts: tuple[int, ...]) -> Batch:
-        """Of fewer patches, and never as wide as this one."""
+        """Of fewer patches, and of another width: the width tells the two apart."""
         return Batch(counts, self.cls, self.device, self.columns + 1 if max(counts) == self.columns else 0)
 
     def mask(self, hidden: Tensor, flash: bool = False, bias: Tensor | None = None) -> Tensor | None:

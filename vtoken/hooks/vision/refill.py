@@ -57,7 +57,7 @@ class Estimates:
         return len(self.kept) + len(self.dropped)
 
     def fill(self, rows: Tensor) -> Tensor:
-        """[K, ...] what became of the kept patches -> [K + R, D] with estimates of the others."""
+        """[K, D] what became of the kept patches -> [K + R, D] with estimates of the others."""
         change = torch.cat([rows - self.before, rows.new_zeros(1, rows.shape[1])])
         total = sum(change[column] for column in self.near.T)  # never [R, n, D]
         mean = total / (self.near < len(rows)).sum(1, keepdim=True)
@@ -88,7 +88,7 @@ def without_refill(stages: Sequence[Stage]) -> list[Stage]:
 
 
 def refill(context: Context, stages: Sequence[Stage], state: Callable[[], Any]) -> None:
-    """Installs the others; `state` tells the tower's."""
+    """Installs those that estimate what they drop; `state` returns the tower's state."""
     for stage in (stage for stage in stages if stage.refills() is not None):
         Refill(context, stage, state)
 
@@ -97,10 +97,10 @@ class Refill:
     """Hooks on the layers of a tower for one stage.
 
     Args:
-        state: tells the tower's.
+        state: returns the tower's state.
 
     Raises:
-        UnsupportedError: the layers of this tower have no MLP, or other stages do not go with it.
+        UnsupportedError: the tower's layers have no MLP, or other stages or facts of late layers do not go with it.
     """
 
     def __init__(self, context: Context, stage: Stage, state: Callable[[], Any]) -> None:

@@ -32,7 +32,7 @@ class SizedState(RowsState):
     """State of one tower call. Until the layers are done every crop is an image of its own.
 
     Attributes:
-        crops: their rasters; `given`: how they came, `batch`: how what is left of them lies.
+        crops: rasters of the crops; `given`: how they came, `batch`: how what is left of them lies.
         projected: crops that the projector has seen.
     """
 

@@ -42,6 +42,7 @@ class TowerState(ABC):
         deep: what DeepStack taps, tap by tap: what was left then, see `alive`.
         facts: for later stages, [ΣN, ...] (padded towers: [crops, patches, ...]), 0 at tokens that were dropped before.
         read: [ΣK, ...] what was read for stages in the tower, and the `arrangement` of the live tokens then.
+        memory: stage (by id) -> its `tokens.memory`; traces: an entry of every stage that acted so far.
     """
 
     history: TokenHistory
