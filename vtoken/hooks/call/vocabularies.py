@@ -39,7 +39,7 @@ def resized_logits(size: int) -> Callable[..., Any]:
 
 
 def one_vocabulary(original: Callable[..., Any], draft: Any) -> Callable[..., Any]:
-    """transformers' check of a call of `generate`, of all but whether this draft has as many words as its target."""
+    """transformers' check of a call of `generate`, without what it checks of an assistant where that is this draft."""
 
     @wraps(original)
     def check(mode: Any, config: Any, given: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
