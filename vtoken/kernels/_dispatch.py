@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 try:
     import triton
@@ -20,6 +21,7 @@ except ImportError:
     triton = tl = None
 
 BACKENDS = ("torch", "triton", "flex")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # that kernels which calculate take
 
 # triton.jit chooses between compiler and interpreter when it decorates, so this is read before the first kernel.
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
@@ -73,12 +75,12 @@ def flex_is_forced() -> bool:
     return _forced == "flex"
 
 
-def interpretable(tensor: torch.Tensor) -> torch.Tensor:
+def interpretable(tensor: Tensor) -> Tensor:
     """The tensor, but bf16 as fp32 under the interpreter, which gets bf16 wrong (triton-lang/triton#4972)."""
     return tensor.float() if INTERPRETED and tensor.dtype == torch.bfloat16 else tensor
 
 
-def runs_triton(*tensors: torch.Tensor) -> bool:
+def runs_triton(*tensors: Tensor) -> bool:
     """Whether a kernel may take these tensors: the backend is Triton, they share one device, and no gradient is needed.
 
     Kernels have no backward. Raises what ``backend`` raises.
@@ -86,6 +88,13 @@ def runs_triton(*tensors: torch.Tensor) -> bool:
     if backend(tensors[0].device) == "torch" or len({t.device for t in tensors}) > 1:
         return False
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def heads_fit(*heads: Tensor, beside: Sequence[Tensor] = ()) -> bool:
+    """Whether an attention kernel may take these queries, keys and values: one dtype of DTYPES, heads up to 256 wide, and
+    what `runs_triton` asks of them and of the tensors `beside`."""
+    alike = all(x.dtype == heads[0].dtype for x in heads) and heads[0].dtype in DTYPES
+    return alike and heads[0].shape[-1] <= 256 and runs_triton(*heads, *beside)
 
 
 def equal_steps(offsets: Sequence[int]) -> bool:

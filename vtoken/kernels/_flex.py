@@ -1,16 +1,16 @@
 """block_sparse_attention on torch's flex_attention, from the same lists; the choice of torch, triton or flex."""
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vtoken.kernels._dispatch import flex_is_forced, runs_triton
+from vtoken.kernels._dispatch import flex_is_forced, heads_fit
 from vtoken.kernels._tiles import LOG2_E
 
 BLOCK = 128  # flex skips tiles of this size, whatever the block size
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # that the Triton kernel takes
 
 
 def backend_of(q: Tensor, k: Tensor, v: Tensor, columns: Tensor | None = None, rows: Tensor | None = None) -> str:
@@ -29,8 +29,7 @@ def backend_of(q: Tensor, k: Tensor, v: Tensor, columns: Tensor | None = None, r
                 "method that lists blocks alone (flexprefill, xattention, static_sparse without `last`)"
             )
         return "torch" if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)) else "flex"
-    fits = q.dtype == k.dtype == v.dtype and q.dtype in DTYPES and q.shape[-1] <= 256 and runs_triton(q, k, v)
-    return "triton" if fits else "torch"
+    return "triton" if heads_fit(q, k, v) else "torch"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, read: Tensor, scale: float, size: int) -> tuple[Tensor, Tensor]:
@@ -90,11 +89,7 @@ def _lists(read: Tensor) -> tuple[Tensor, Tensor]:
     return read.sum(-1, dtype=torch.int32)[None], order.int()[None]
 
 
-_made: list[Any] = []
-
-
+@cache
 def _compiled(function: Any) -> Any:
     """`function`, compiled once. Past torch's limit of shapes it raises an error instead of running uncompiled."""
-    if not _made:
-        _made.append(torch.compile(function, dynamic=False, fullgraph=True))
-    return _made[0]
+    return torch.compile(function, dynamic=False, fullgraph=True)

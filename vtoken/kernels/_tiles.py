@@ -1,4 +1,4 @@
-"""Shared by several kernels: the segment of a tile, tiles of queries and keys, softmax denominators, dot products."""
+"""Shared by several kernels: the segment of a tile, tiles of queries and keys, dot products."""
 
 from vtoken.kernels._dispatch import tl, triton
 
@@ -37,40 +37,6 @@ if triton is not None:
         dim = tl.arange(0, DIM)
         address = key[None, :] * strides[0] + head * strides[1] + dim[:, None] * strides[2]
         return tl.load(k + address, mask=(key < end)[None, :] & (dim < d)[:, None], other=0.0)
-
-    @triton.jit
-    def log_sums_kernel(  # type: ignore[no-untyped-def]
-        q, k, q_offsets, k_offsets, segments, d, scale, q_strides, k_strides, log_sums,
-        GROUPS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, SEGMENTS: tl.constexpr,
-        CAUSAL: tl.constexpr,
-    ):  # fmt: skip
-        """Program (tile of queries, key head): log2 of the softmax denominators, [ΣQ, H], online over the keys. With
-        causal attention, the queries are the last tokens of their segment."""
-        mine, query = segment_of(q_offsets, segments, tl.program_id(0), ROWS // GROUPS, SEGMENTS)
-        head = tl.program_id(1).to(tl.int64)
-        q_end = tl.load(q_offsets + mine + 1).to(tl.int64)
-        k_begin = tl.load(k_offsets + mine).to(tl.int64)
-        k_end = tl.load(k_offsets + mine + 1).to(tl.int64)
-        if (query < q_end) & (k_begin < k_end):
-            rows, token, query_head, real = query_rows(q, query, q_end, head, q_strides, d, GROUPS, ROWS, DIM)
-            sees = k_end - q_end + token  # the position of the query among the keys
-            stop = k_end
-            if CAUSAL:
-                stop = tl.minimum(k_end, k_end - q_end + query + ROWS // GROUPS)
-            top = tl.full([ROWS], float("-inf"), tl.float32)
-            total = tl.zeros([ROWS], tl.float32)
-            for start in range(k_begin, stop, KEYS):
-                key = start + tl.arange(0, KEYS)
-                columns = key_columns(k, key, k_end, head, k_strides, d, DIM)
-                scores = tl.dot(rows, columns, input_precision="ieee") * scale
-                seen = (key < k_end)[None, :]
-                if CAUSAL:
-                    seen = seen & (key[None, :] <= sees[:, None])
-                scores = tl.where(seen, scores, float("-inf"))
-                new_top = tl.maximum(top, tl.max(scores, 1))
-                total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(scores - new_top[:, None]), 1)
-                top = new_top
-            tl.store(log_sums + token * tl.num_programs(1) * GROUPS + query_head, top + tl.log2(total), mask=real)
 
     @triton.jit
     def dots(  # type: ignore[no-untyped-def]

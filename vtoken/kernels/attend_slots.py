@@ -11,20 +11,18 @@ list is cut in pieces that keep a device busy, whose partial results (4 * (d + 1
 The definition gathers first, so it writes and reads the listed slots once more.
 """
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from vtoken.kernels._dispatch import interpretable, runs_triton, tl, triton
+from vtoken.kernels._dispatch import heads_fit, interpretable, tl, triton
+from vtoken.kernels._examples import Example, Examples, apart, within
 from vtoken.kernels._tiles import LOG2_E
 from vtoken.kernels.gather_cache import definition as gathered
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TILE = 64  # slots that a program reads at once
 PROGRAMS = 512  # as many keep a device busy
+tolerance = within((1e-5, 1e-5), half=(2e-2, 1e-2))
 
 
 def definition(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> Tensor:
@@ -123,14 +121,13 @@ def attend_slots(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, index {tuple(index.shape)}: need [B, H, d], "
             "[B, Hk, S, d] twice and [B, Hk, K], H a multiple of Hk"
         )
-    fits = q.dtype == k.dtype == v.dtype and q.dtype in DTYPES and q.shape[-1] <= 256 and runs_triton(q, k, v, index)
-    return (launch if fits else definition)(q, k, v, index, scale)
+    return (launch if heads_fit(q, k, v, beside=[index]) else definition)(q, k, v, index, scale)
 
 
-def examples() -> Iterator[dict[str, Any]]:
+def examples() -> Examples:
     generator = torch.Generator().manual_seed(0)
 
-    def case(batch: int, heads: tuple[int, int], slots: int, kept: int, d: int) -> dict[str, Any]:
+    def case(batch: int, heads: tuple[int, int], slots: int, kept: int, d: int) -> Example:
         q = torch.randn(batch, heads[0], d, generator=generator)
         k, v = (torch.randn(batch, heads[1], slots, d, generator=generator) for _ in range(2))
         index = torch.randint(-1, slots, (batch, heads[1], kept), generator=generator)
@@ -143,10 +140,5 @@ def examples() -> Iterator[dict[str, Any]]:
     empty = case(2, (6, 2), 33, 9, 72)
     empty["index"][1, 0] = -1
     yield {**empty, "index": empty["index"].int(), "scale": 2.0}
-    apart = case(2, (3, 3), 40, 17, 256)
-    yield {**apart, **{name: apart[name].transpose(1, 2).contiguous().transpose(1, 2) for name in "kv"}}
-
-
-def tolerance(dtype: torch.dtype) -> tuple[float, float]:
-    """(relative, absolute)."""
-    return (1e-5, 1e-5) if dtype == torch.float32 else (2e-2, 1e-2)
+    strided = case(2, (3, 3), 40, 17, 256)
+    yield {**strided, **{name: apart(strided[name], 1, 2) for name in "kv"}}

@@ -15,18 +15,18 @@ taken tokens span, so 2 * N * K² in all, by one program per image, and writes o
 definition reads and writes the whole matrix per choice, in six launches. Limits are those of `farthest_tokens`.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from vtoken.kernels import _gram
-from vtoken.kernels._dispatch import runs_triton, tl, triton
+from vtoken.kernels._dispatch import DTYPES, runs_triton, tl, triton
+from vtoken.kernels._examples import Example, Examples, apart, exact
 from vtoken.kernels.farthest_tokens import checked, padded
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+tolerance = exact  # if no two candidates are within rounding of each other
 EPSILON = 1e-6
 
 
@@ -131,10 +131,10 @@ def diverse_tokens(x: Tensor, relevance: Tensor, lengths: Sequence[int], counts:
     return (launch if triton_fits else definition)(x, relevance, lengths, counts)
 
 
-def examples() -> Iterator[dict[str, Any]]:
+def examples() -> Examples:
     generator = torch.Generator().manual_seed(0)
 
-    def case(lengths: list[int], counts: list[int], width: int) -> dict[str, Any]:
+    def case(lengths: list[int], counts: list[int], width: int) -> Example:
         x = torch.randn(sum(lengths), width, generator=generator)
         relevance = torch.rand(sum(lengths), generator=generator) + 0.1
         return {"x": x, "relevance": relevance, "lengths": lengths, "counts": counts}
@@ -146,9 +146,4 @@ def examples() -> Iterator[dict[str, Any]]:
     copies = case([9], [7], 16)
     yield {**copies, "x": copies["x"][[0, 1, 0, 2, 0, 0, 3, 0, 0]], "relevance": torch.ones(9)}
     strided = case([40], [9], 33)
-    yield {**strided, "x": strided["x"].T.contiguous().T}
-
-
-def tolerance(dtype: torch.dtype) -> tuple[float, float]:
-    """(relative, absolute): positions are exact if no two candidates are within rounding of each other."""
-    return 0.0, 0.0
+    yield {**strided, "x": apart(strided["x"], 0, 1)}

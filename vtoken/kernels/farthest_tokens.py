@@ -26,9 +26,9 @@ rates R and B, which few budgets in use exceed. The price is memory: images are 
 512 MiB. An image that does not fit alone, or has more than 16384 tokens, takes the definition.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,10 +36,11 @@ from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 
 from vtoken.kernels import _gram
-from vtoken.kernels._dispatch import runs_triton, tl, triton
+from vtoken.kernels._dispatch import DTYPES, runs_triton, tl, triton
+from vtoken.kernels._examples import Example, Examples, apart, exact
 from vtoken.kernels.nearest_tokens import ROWS
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+tolerance = exact  # if no two candidates are within rounding of each other
 Strategy = Literal["max_min", "max_sum"]
 ROW = 1024  # cosines that one program reads at a time
 
@@ -219,10 +220,10 @@ def checked(lengths: Sequence[int], counts: Sequence[int], given: int) -> None:
             raise ValueError(f"image {image}: cannot keep {k} of {n} tokens")
 
 
-def examples() -> Iterator[dict[str, Any]]:
+def examples() -> Examples:
     generator = torch.Generator().manual_seed(0)
 
-    def case(lengths: list[int], counts: list[int], width: int, strategy: Strategy, first: int) -> dict[str, Any]:
+    def case(lengths: list[int], counts: list[int], width: int, strategy: Strategy, first: int) -> Example:
         x = torch.randn(sum(lengths), width, generator=generator)
         starts = torch.tensor([s + first % max(1, n) for s, n in zip(_starts(lengths), lengths, strict=True)])
         given = {"x": x, "lengths": lengths, "counts": counts}
@@ -237,13 +238,8 @@ def examples() -> Iterator[dict[str, Any]]:
     corners = torch.eye(6)[[0, 1, 2, 0, 3, 1, 4, 5, 0]] * torch.tensor([1, 2, 4, 2, 0, 1, 1, 4, 1])[:, None]
     for strategy in ("max_min", "max_sum"):
         yield {**case([9], [9], 6, strategy, first=5), "x": corners}  # type: ignore[arg-type]
-    apart = case([1, 70, 0, 5, 33], [1, 21, 0, 5, 2], 80, "max_min", first=7)
-    yield {**apart, "worth": torch.rand(109, generator=generator)}
-    yield {**apart, "first": None, "worth": torch.rand(109, generator=generator)}
+    valued = case([1, 70, 0, 5, 33], [1, 21, 0, 5, 2], 80, "max_min", first=7)
+    yield {**valued, "worth": torch.rand(109, generator=generator)}
+    yield {**valued, "first": None, "worth": torch.rand(109, generator=generator)}
     strided = case([40], [9], 33, "max_sum", first=39)
-    yield {**strided, "x": strided["x"].T.contiguous().T}
-
-
-def tolerance(dtype: torch.dtype) -> tuple[float, float]:
-    """(relative, absolute): positions are exact if no two candidates are within rounding of each other."""
-    return 0.0, 0.0
+    yield {**strided, "x": apart(strided["x"], 0, 1)}

@@ -11,15 +11,13 @@ of 64 tokens of the segment (L2: a few KB), 4 * ΣN written. One launch, where t
 writes and reads |value| in between. fp32 accumulation.
 """
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from vtoken.kernels._dispatch import equal_steps, interpretable, runs_triton, tl, triton
+from vtoken.kernels._dispatch import DTYPES, equal_steps, interpretable, runs_triton, tl, triton
+from vtoken.kernels._examples import Example, Examples, apart, within
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+tolerance = within((1e-5, 1e-7))  # the order of fp32 sums differs
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -100,10 +98,10 @@ def flow_scores(attention: Tensor, relevance: Tensor | None, value: Tensor, offs
     return (launch if fits else definition)(attention, relevance, value, offsets)
 
 
-def examples() -> Iterator[dict[str, Any]]:
+def examples() -> Examples:
     generator = torch.Generator().manual_seed(0)
 
-    def case(lengths: list[int], d: int, both: bool = True) -> dict[str, Any]:
+    def case(lengths: list[int], d: int, both: bool = True) -> Example:
         n = sum(lengths)
         attention, relevance = torch.rand(2, n, generator=generator)
         given = {"attention": attention, "relevance": relevance if both else None}
@@ -117,9 +115,4 @@ def examples() -> Iterator[dict[str, Any]]:
     strided = case([7, 9], 128)
     zeros = strided["relevance"].clone()
     zeros[:7] = 0
-    yield {**strided, "relevance": zeros.repeat_interleave(2)[::2], "value": strided["value"].T.contiguous().T}
-
-
-def tolerance(dtype: torch.dtype) -> tuple[float, float]:
-    """(relative, absolute): the order of fp32 sums differs."""
-    return 1e-5, 1e-7
+    yield {**strided, "relevance": zeros.repeat_interleave(2)[::2], "value": apart(strided["value"], 0, 1)}

@@ -10,16 +10,17 @@ K of index read once per tensor; dropped positions are not read. The definition 
 reads an index for every number. One launch for all tensors.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from vtoken.kernels._dispatch import runs_triton, tl, triton
+from vtoken.kernels._examples import Examples, exact
 from vtoken.kernels.gather_tokens import BITS, Tensors, alike
 
 TILE = 16  # positions that one program copies
+tolerance = exact
 
 
 def definition(caches: Tensors, index: Tensor) -> Tensors:
@@ -101,7 +102,7 @@ def gather_cache(caches: Tensors, index: Tensor) -> Tensors:
     return launch(caches, index) if runs_triton(index, *group) else definition(caches, index)
 
 
-def examples() -> Iterator[dict[str, Any]]:
+def examples() -> Examples:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -117,8 +118,3 @@ def examples() -> Iterator[dict[str, Any]]:
     yield {"caches": draw(2, 2, 30, 16), "index": index(2, 2, 21, 30).int()}
     heads_last = draw(2, 9, 3, 20).transpose(1, 2)
     yield {"caches": (heads_last, draw(2, 3, 9, 40)[..., ::2]), "index": index(2, 3, 32, 9)[..., ::4]}
-
-
-def tolerance(dtype: torch.dtype) -> tuple[float, float]:
-    """(relative, absolute): a copy is exact."""
-    return 0.0, 0.0

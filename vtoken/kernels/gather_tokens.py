@@ -11,15 +11,17 @@ embeddings, positions and every DeepStack level share one index.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from vtoken.kernels._dispatch import runs_triton, tl, triton
+from vtoken.kernels._examples import Examples, exact
 
 Tensors = TypeVar("Tensors", Tensor, tuple[Tensor, ...], list[Tensor])
+tolerance = exact
 
 # A copy is the same for all dtypes of one width: integers keep NaN payloads and save compilations.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -98,7 +100,7 @@ def gather_tokens(tensors: Tensors, index: Tensor) -> Tensors:
     return launch(tensors, index) if runs_triton(index, *group) else definition(tensors, index)
 
 
-def examples() -> Iterator[dict[str, Any]]:
+def examples() -> Examples:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -118,8 +120,3 @@ def examples() -> Iterator[dict[str, Any]]:
     positions = torch.arange(33).view(3, 11).t().contiguous()
     mixed = (draw(11, 64), positions, positions[:, 0] > 4, draw(11, 2).to(torch.complex64))
     yield {"tensors": mixed, "index": torch.arange(1, 11, 2)}
-
-
-def tolerance(dtype: torch.dtype) -> tuple[float, float]:
-    """(relative, absolute): a copy is exact."""
-    return 0.0, 0.0

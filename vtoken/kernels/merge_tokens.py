@@ -17,15 +17,15 @@ GPU with atomics, in any order.
 """
 
 import math
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vtoken.kernels._dispatch import interpretable, runs_triton, tl, triton
+from vtoken.kernels._dispatch import DTYPES, interpretable, runs_triton, tl, triton
+from vtoken.kernels._examples import Example, Examples, apart, within
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Sums of a few tokens in fp32, rounded once to the dtype of x.
+tolerance = within((1e-5, 1e-5), half=(2e-3, 1e-5), bf16=(1e-2, 1e-5))
 
 
 def totals(into: Tensor, slots: int, weight: Tensor | None = None) -> Tensor:
@@ -99,10 +99,10 @@ def merge_tokens(
     return (launch if fits else definition)(x, into, slots, weight, total)
 
 
-def examples() -> Iterator[dict[str, Any]]:
+def examples() -> Examples:
     generator = torch.Generator().manual_seed(0)
 
-    def case(slots: int, n: int, *shape: int, weighted: bool = True) -> dict[str, Any]:
+    def case(slots: int, n: int, *shape: int, weighted: bool = True) -> Example:
         into = torch.cat([torch.arange(slots), torch.randint(-1, max(1, slots), (n - slots,), generator=generator)])
         weight = torch.rand(n, generator=generator) + 0.1 if weighted else None
         return {"x": torch.randn(n, *shape, generator=generator), "into": into, "slots": slots, "weight": weight}
@@ -117,12 +117,7 @@ def examples() -> Iterator[dict[str, Any]]:
     into = whole["into"].clamp(min=0)
     yield {**whole, "into": into, "total": totals(into, 6, whole["weight"])}
     strided = case(5, 40, 8)
-    yield {**strided, "x": strided["x"].T.contiguous().T, "weight": strided["weight"].repeat_interleave(2)[::2]}
+    yield {**strided, "x": apart(strided["x"], 0, 1), "weight": strided["weight"].repeat_interleave(2)[::2]}
     # Slot 1 has no members, and a dropped NaN must not reach any mean.
     lonely = torch.tensor([0, 2, -1, 2])
     yield {"x": torch.tensor([[1.0], [2.0], [float("nan")], [4.0]]), "into": lonely, "slots": 3, "weight": None}
-
-
-def tolerance(dtype: torch.dtype) -> tuple[float, float]:
-    """(relative, absolute): sums of a few tokens in fp32, rounded once to the dtype of x."""
-    return {torch.bfloat16: 1e-2, torch.float16: 2e-3}.get(dtype, 1e-5), 1e-5

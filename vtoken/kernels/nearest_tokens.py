@@ -17,18 +17,19 @@ busy. The definition writes and reads 4 * N * M of scores. 2 * N * M * D FLOPs p
 4096 wide: 68 GFLOP.
 """
 
-from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vtoken.kernels._dispatch import equal_steps, interpretable, runs_triton, tl, triton
+from vtoken.kernels._dispatch import DTYPES, equal_steps, interpretable, runs_triton, tl, triton
+from vtoken.kernels._examples import Example, Examples, apart, within
 from vtoken.kernels._tiles import dot_tiles
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# The order of fp32 sums differs; partners are exact where cosines differ by more than that.
+tolerance = within((1e-5, 1e-6))
 ROWS = 1024  # tokens whose similarities the definition computes at once
 PROGRAMS = 264  # programs to keep a device busy: two per multiprocessor of an H100 or H200
 Among = Literal["all", "others", "later"]
@@ -174,15 +175,15 @@ def nearest_tokens(
     return (launch if fits else definition)(x, y, x_offsets, y_offsets, among, unit)
 
 
-def examples() -> Iterator[dict[str, Any]]:
+def examples() -> Examples:
     generator = torch.Generator().manual_seed(0)
 
-    def case(n: list[int], m: list[int], width: int) -> dict[str, Any]:
+    def case(n: list[int], m: list[int], width: int) -> Example:
         x, y = (torch.randn(sum(lengths), width, generator=generator) for lengths in (n, m))
         bounds = {f"{name}_offsets": torch.tensor([0, *lengths]).cumsum(0) for name, lengths in (("x", n), ("y", m))}
         return {"x": x, "y": y, **bounds}
 
-    def alone(lengths: list[int], width: int, among: Among) -> dict[str, Any]:
+    def alone(lengths: list[int], width: int, among: Among) -> Example:
         given = case(lengths, lengths, width)
         return {**given, "y": given["x"], "y_offsets": given["y_offsets"].int(), "among": among}
 
@@ -203,12 +204,6 @@ def examples() -> Iterator[dict[str, Any]]:
     strided = case([6, 9], [9, 6], 24)
     yield {
         **strided,
-        "x": strided["x"].T.contiguous().T,
+        "x": apart(strided["x"], 0, 1),
         "y": torch.nn.functional.pad(strided["y"], (3, 5), value=torch.nan)[:, 3:27],
     }
-
-
-def tolerance(dtype: torch.dtype) -> tuple[float, float]:
-    """(relative, absolute): the order of fp32 sums differs; partners are exact where cosines differ by more than
-    that."""
-    return 1e-5, 1e-6

@@ -16,16 +16,18 @@ P times, 4 * ΣN * H of sums written. O(N) memory. 4 * d FLOPs per head and pair
 twice, once for the denominators. The definition computes at most CHUNK scores at once and moves some 16 bytes for each.
 """
 
-from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vtoken.kernels._dispatch import interpretable, runs_triton, tl, triton
-from vtoken.kernels._tiles import LOG2_E, attention_tiles
-from vtoken.kernels.query_attention import CHUNK, DTYPES, groups_of
+from vtoken.kernels._column_sums import column_sums, groups_of
+from vtoken.kernels._dispatch import heads_fit
+from vtoken.kernels._examples import Examples, apart, packed_heads, within
+from vtoken.kernels.query_attention import CHUNK
+
+tolerance = within((1e-4, 1e-6))  # only the order of fp32 sums differs
 
 
 def definition(
@@ -51,59 +53,9 @@ def definition(
     return parts[0].float() if len(parts) == 1 else torch.cat([k.new_zeros(0, q.shape[1]), *parts]).float()
 
 
-if triton is not None:
-    from vtoken.kernels._tiles import key_columns, log_sums_kernel, query_rows, segment_of
-
-    @triton.jit
-    def _column_sums(  # type: ignore[no-untyped-def]
-        q, k, q_offsets, k_offsets, segments, d, scale, q_strides, k_strides, log_sums, sums, keys,
-        GROUPS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, SEGMENTS: tl.constexpr,
-        CAUSAL: tl.constexpr,
-    ):  # fmt: skip
-        """Program (tile of keys, query head): sums over the queries of the segment, into [H, ΣN]."""
-        mine, first = segment_of(k_offsets, segments, tl.program_id(0), KEYS, SEGMENTS)
-        head = tl.program_id(1).to(tl.int64)
-        k_end = tl.load(k_offsets + mine + 1).to(tl.int64)
-        q_begin = tl.load(q_offsets + mine).to(tl.int64)
-        q_end = tl.load(q_offsets + mine + 1).to(tl.int64)
-        if first < k_end:
-            key = first + tl.arange(0, KEYS)
-            columns = key_columns(k, key, k_end, head // GROUPS, k_strides, d, DIM)
-            share = tl.zeros([KEYS], tl.float32)
-            if CAUSAL:  # starts at the query at the first key of the tile
-                q_begin = tl.maximum(q_begin, q_end - (k_end - first))
-            for query in range(q_begin, q_end, ROWS):
-                rows, token, _, real = query_rows(q, query, q_end, head, q_strides, d, 1, ROWS, DIM)
-                scores = tl.dot(rows, columns, input_precision="ieee") * scale
-                log_sum = tl.load(log_sums + token * tl.num_programs(1) + head, mask=real, other=0.0)
-                seen = real[:, None]
-                if CAUSAL:
-                    seen = seen & (key[None, :] <= (k_end - q_end + token)[:, None])
-                share += tl.sum(tl.where(seen, tl.exp2(scores - log_sum[:, None]), 0.0), 0)
-            tl.store(sums + head * keys + key, share, mask=key < k_end)
-
-
 def launch(q: Tensor, k: Tensor, q_offsets: Tensor, k_offsets: Tensor, scale: float, causal: bool = False) -> Tensor:
     """Launches the kernels: the contract of the definition without gradients, for dtypes in DTYPES and d up to 256."""
-    groups = groups_of(q, k, q_offsets, k_offsets)
-    q, k = interpretable(q.detach()), interpretable(k.detach())
-    (queries, heads, d), (keys, key_heads, _), segments = q.shape, k.shape, len(q_offsets) - 1
-    log_sums = torch.empty((queries, heads), dtype=torch.float32, device=q.device)
-    sums = torch.empty((heads, keys), dtype=torch.float32, device=q.device)
-    dim = max(16, triton.next_power_of_2(d))
-    tile = attention_tiles(dim, q.element_size())
-    rows = triton.next_power_of_2(max(groups, tile))
-    blocks = {"GROUPS": groups, "KEYS": tile, "DIM": dim, "SEGMENTS": triton.next_power_of_2(segments)}
-    bounds = [offsets.to(q.device, non_blocking=True).contiguous() for offsets in (q_offsets, k_offsets)]
-    common = (q, k, *bounds, segments, d, scale * LOG2_E, q.stride(), k.stride(), log_sums)
-    with torch.cuda.device_of(q):  # triton launches on the current device
-        if queries and keys:
-            tiles = (queries // (rows // groups) + segments, key_heads)
-            log_sums_kernel[tiles](*common, **blocks, ROWS=rows, CAUSAL=causal, num_stages=2)
-        if keys:
-            tiles = (keys // tile + segments, heads)
-            _column_sums[tiles](*common, sums, keys, **blocks, ROWS=tile, CAUSAL=causal, num_stages=2)
-    return sums.T
+    return column_sums(q, k, q_offsets, k_offsets, scale, causal=causal, mean=False).T
 
 
 def received_attention(
@@ -114,33 +66,16 @@ def received_attention(
     Offsets that do not cover all of q and k, and causal segments with more queries than keys, give an undefined result.
     Raises ValueError for shapes that do not fit.
     """
-    fits = q.dtype == k.dtype and q.dtype in DTYPES and q.shape[-1] <= 256 and runs_triton(q, k)
-    return (launch if fits else definition)(q, k, q_offsets, k_offsets, scale, causal)
+    return (launch if heads_fit(q, k) else definition)(q, k, q_offsets, k_offsets, scale, causal)
 
 
-def examples() -> Iterator[dict[str, Any]]:
-    generator = torch.Generator().manual_seed(0)
-
-    def case(
-        q_lengths: list[int], k_lengths: list[int], heads: tuple[int, int], d: int, causal: bool = False
-    ) -> dict[str, Any]:
-        q = torch.randn(sum(q_lengths), heads[0], d, generator=generator)
-        k = torch.randn(sum(k_lengths), heads[1], d, generator=generator)
-        q_offsets, k_offsets = (torch.tensor([0, *lengths]).cumsum(0) for lengths in (q_lengths, k_lengths))
-        bounds = {"q_offsets": q_offsets, "k_offsets": k_offsets.int()}
-        return {"q": q, "k": k, **bounds, "scale": d**-0.5, "causal": causal}
-
-    yield case([], [], (2, 2), 8)
-    yield case([0, 0], [0, 5], (2, 1), 8, causal=True)
-    yield case([1, 65, 0, 100], [1, 65, 3, 100], (2, 2), 64)
-    yield case([70, 7], [70, 7], (2, 1), 80, causal=True)
-    yield case([9, 0, 1, 33], [133, 0, 1, 33], (6, 2), 96, causal=True)
-    yield case([17], [81], (3, 1), 128, causal=True)
+def examples() -> Examples:
+    case = partial(packed_heads, torch.Generator().manual_seed(0))
+    yield {**case([], [], (2, 2), 8), "causal": False}
+    yield {**case([0, 0], [0, 5], (2, 1), 8), "causal": True}
+    yield {**case([1, 65, 0, 100], [1, 65, 3, 100], (2, 2), 64), "causal": False}
+    yield {**case([70, 7], [70, 7], (2, 1), 80), "causal": True}
+    yield {**case([9, 0, 1, 33], [133, 0, 1, 33], (6, 2), 96), "causal": True}
+    yield {**case([17], [81], (3, 1), 128), "causal": True}
     strided = case([3, 2], [50, 31], (4, 2), 16)
-    heads_first = strided["q"].transpose(0, 1).contiguous().transpose(0, 1)
-    yield {**strided, "q": heads_first, "k": strided["k"].repeat(1, 1, 2)[..., 5:21], "scale": 3.0}
-
-
-def tolerance(dtype: torch.dtype) -> tuple[float, float]:
-    """(relative, absolute): both sides accumulate in fp32 from the same inputs, so only the order of sums differs."""
-    return 1e-4, 1e-6
+    yield {**strided, "q": apart(strided["q"], 0, 1), "k": strided["k"].repeat(1, 1, 2)[..., 5:21], "scale": 3.0}

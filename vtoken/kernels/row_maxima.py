@@ -13,17 +13,15 @@ from L2); `read` twice, a list of 4 H T T bytes written and read once, the resul
 definition computes everything that it masks.
 """
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from vtoken.kernels._dispatch import interpretable, runs_triton, tl, triton
-from vtoken.kernels._flex import DTYPES
+from vtoken.kernels._dispatch import heads_fit, interpretable, tl, triton
+from vtoken.kernels._examples import Example, Examples, apart, within
 from vtoken.kernels._lists import check, lists_of
 
 CHUNK = 1 << 26  # scores that the definition computes at once: 256 MiB of fp32
+tolerance = within((1e-5, 1e-5), half=(1e-3, 1e-3))
 
 
 def definition(q: Tensor, k: Tensor, read: Tensor, scale: float, size: int = 128) -> Tensor:
@@ -96,14 +94,13 @@ def row_maxima(q: Tensor, k: Tensor, read: Tensor, scale: float, size: int = 128
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}: need the queries of the whole sequence")
     check(q, k, k, read, size)
     with torch.no_grad():
-        fits = q.dtype == k.dtype and q.dtype in DTYPES and q.shape[-1] <= 256 and runs_triton(q, k, read)
-        return (launch if fits else definition)(q, k, read, scale, size)
+        return (launch if heads_fit(q, k, beside=[read]) else definition)(q, k, read, scale, size)
 
 
-def examples() -> Iterator[dict[str, Any]]:
+def examples() -> Examples:
     generator = torch.Generator().manual_seed(0)
 
-    def case(heads: tuple[int, int], n: int, d: int, size: int, p: float = 0.5) -> dict[str, Any]:
+    def case(heads: tuple[int, int], n: int, d: int, size: int, p: float = 0.5) -> Example:
         q, k = (torch.randn(h, n, d, generator=generator) for h in heads)
         read = torch.rand(heads[0], -(-n // size), -(-n // size), generator=generator) < p
         return {"q": q, "k": k, "read": read, "scale": d**-0.5, "size": size}
@@ -114,10 +111,4 @@ def examples() -> Iterator[dict[str, Any]]:
     yield case((2, 1), 33, 256, 16, 0.3)
     yield case((2, 2), 130, 64, 128, 1.0)
     strided = case((4, 2), 50, 16, 16)
-    apart = {name: strided[name].transpose(0, 1).contiguous().transpose(0, 1) for name in "qk"}
-    yield {**strided, **apart, "scale": 3.0}
-
-
-def tolerance(dtype: torch.dtype) -> tuple[float, float]:
-    """(relative, absolute)."""
-    return (1e-5, 1e-5) if dtype == torch.float32 else (1e-3, 1e-3)
+    yield {**strided, **{name: apart(strided[name], 0, 1) for name in "qk"}, "scale": 3.0}

@@ -13,7 +13,7 @@ The kernel goes over its image's scores 34 times (32 bits of bisection, a count,
 read from cache (16384 fp32 scores are 64 KB). One launch. The definition sorts twice, in some ten launches.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vtoken.kernels._dispatch import interpretable, runs_triton, tl, triton
+from vtoken.kernels._dispatch import DTYPES, interpretable, runs_triton, tl, triton
+from vtoken.kernels._examples import Examples, exact
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+tolerance = exact
 
 
 def definition(scores: Tensor, offsets: Tensor, counts: Sequence[int] | Tensor) -> Tensor:
@@ -144,7 +145,7 @@ def topk_tokens(scores: Tensor, offsets: Tensor, counts: Sequence[int] | Tensor)
     return launch(scores, offsets, counts) if fits else definition(scores, offsets, counts)
 
 
-def examples() -> Iterator[dict[str, Any]]:
+def examples() -> Examples:
     generator = torch.Generator().manual_seed(0)
     inf, nan = float("inf"), float("nan")
     yield {"scores": torch.empty(0), "offsets": torch.tensor([0]), "counts": []}
@@ -160,8 +161,3 @@ def examples() -> Iterator[dict[str, Any]]:
     yield {"scores": few_values, "offsets": ragged, "counts": [0, 1, 100, 0, 2024, 0]}
     yield {"scores": few_values.repeat(2)[::2], "offsets": torch.tensor([0, 1024, 3001]), "counts": [1, 1500]}
     yield {"scores": torch.rand(16385, generator=generator), "offsets": torch.tensor([0, 16385]), "counts": [4097]}
-
-
-def tolerance(dtype: torch.dtype) -> tuple[float, float]:
-    """(relative, absolute): positions are exact."""
-    return 0.0, 0.0
