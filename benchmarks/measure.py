@@ -48,7 +48,7 @@ class Record:
             "kernels": "on the device" if CUDA else "interpreted" if _dispatch.INTERPRETED else "not run",
             "dtype": str(DTYPE).removeprefix("torch."),
             "versions": f"vtoken {vtoken.__version__}, torch {torch.__version__}, triton "
-            f"{getattr(_dispatch.triton, '__version__', None)}, transformers {transformers.__version__}",
+            f"{_dispatch.triton.__version__ if _dispatch.INSTALLED else None}, transformers {transformers.__version__}",
             **conditions,
         }
 

@@ -21,7 +21,7 @@ def run(script: str, *arguments: str, interpret: bool = True) -> subprocess.Comp
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
-@pytest.mark.skipif(_dispatch.triton is None, reason="triton is not installed")
+@pytest.mark.skipif(not _dispatch.INSTALLED, reason="triton is not installed")
 def test_parts_end_in_the_interpreter(tmp_path: Path) -> None:
     parts = ("kernels", "sparse", "cuts", "llava")
     child = run("gpu.py", "--small", "--only", *parts, "--out", str(tmp_path))
@@ -36,7 +36,7 @@ def test_parts_end_in_the_interpreter(tmp_path: Path) -> None:
     assert again.returncode == 0 and "## llava" not in again.stdout and "fastervlm" in again.stdout
 
 
-@pytest.mark.skipif(_dispatch.triton is None, reason="triton is not installed")
+@pytest.mark.skipif(not _dispatch.INSTALLED, reason="triton is not installed")
 def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     """One op, in seconds; `python benchmarks/compile.py` takes all."""
     file = tmp_path / "compiled.json"
@@ -48,7 +48,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     assert all(c["registers"] is None or 0 < c["registers"] <= 255 for c in report["compiled"])
 
 
-@pytest.mark.skipif(_dispatch.triton is None, reason="triton is not installed")
+@pytest.mark.skipif(not _dispatch.INSTALLED, reason="triton is not installed")
 def test_a_new_length_compiles_nothing_new() -> None:
     """Sparse attention, what chooses for it, and cuts of the cache, on prompts of lengths that triton would tell apart:
     1, multiples of 16, and others."""

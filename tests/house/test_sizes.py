@@ -27,8 +27,8 @@ def lines(paths: Iterable[Path]) -> int:
     return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
 
 
-# Rooms -> the most lines they may have: what they have, rounded up. The goals are 7,000, 3,000 and,
-# with commands, 10,000.
+# Rooms -> the most lines they may have. For kernels it is the goal; for the others what they have, rounded up: their
+# goals, 7,000 and 10,000, were set for six families and four sites.
 ROOMS = {
     (
         "hooks",
@@ -41,7 +41,7 @@ ROOMS = {
         "registry.py",
         "cli.py",
     ): 17040,
-    ("kernels",): 3160,
+    ("kernels",): 3000,
     ("evals", "commands"): 13430,
 }
 

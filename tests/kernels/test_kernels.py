@@ -51,7 +51,7 @@ def test_op_file_is_complete(name: str) -> None:
     assert getattr(kernels, name) is getattr(op, name)
 
 
-@pytest.mark.skipif(_dispatch.triton is None, reason="triton is not installed")
+@pytest.mark.skipif(not _dispatch.INSTALLED, reason="triton is not installed")
 @pytest.mark.skipif(_dispatch.INTERPRETED, reason="this is the interpreter")
 def test_kernels_in_the_interpreter() -> None:
     files = [__file__, str(Path(__file__).with_name("test_kernel_choice.py"))]
@@ -231,7 +231,7 @@ def test_query_attention_refuses_shapes_that_do_not_fit() -> None:
 def test_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatch, "_forced", None)
     monkeypatch.setattr(_dispatch, "INTERPRETED", False)
-    monkeypatch.setattr(_dispatch, "triton", object())
+    monkeypatch.setattr(_dispatch, "INSTALLED", True)
     assert (kernels.backend("cpu"), kernels.backend("cuda:1")) == ("torch", "triton")
     with pytest.raises(ValueError, match=r"'cuda'.*torch, triton, flex"), kernels.use("cuda"):
         pass
@@ -239,7 +239,7 @@ def test_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         assert kernels.backend("cuda") == "torch"
     with kernels.use("triton"), pytest.raises(RuntimeError, match=r"on cpu.*TRITON_INTERPRET"):
         kernels.backend("cpu")
-    monkeypatch.setattr(_dispatch, "triton", None)
+    monkeypatch.setattr(_dispatch, "INSTALLED", False)
     assert kernels.backend("cuda") == "torch"
     with kernels.use("triton"), pytest.raises(RuntimeError, match="cannot be imported"):
         kernels.backend("cuda")

@@ -11,7 +11,7 @@ from vtoken import kernels
 from vtoken.kernels import _dispatch
 
 OPS = kernels.ops()
-DEVICE = "cpu" if _dispatch.INTERPRETED else "cuda" if _dispatch.triton and torch.cuda.is_available() else None
+DEVICE = "cpu" if _dispatch.INTERPRETED else "cuda" if _dispatch.INSTALLED and torch.cuda.is_available() else None
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -14,17 +14,30 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+
+class _Absent:
+    """Stands for triton where it cannot be imported, so that files with kernels still can be: all its names, and what
+    its decorators return, are the same."""
+
+    def __getattr__(self, name: str) -> "_Absent":
+        return self
+
+    def __call__(self, *arguments: object, **options: object) -> "_Absent":
+        return self
+
+
 try:
     import triton
     import triton.language as tl
 except ImportError:
-    triton = tl = None
+    triton = tl = _Absent()
 
+INSTALLED = not isinstance(triton, _Absent)
 BACKENDS = ("torch", "triton", "flex")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # that kernels which calculate take
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of all kernels but those that copy
 
 # triton.jit chooses between compiler and interpreter when it decorates, so this is read before the first kernel.
-INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
+INTERPRETED = INSTALLED and bool(triton.knobs.runtime.interpret)
 
 
 def _known(choice: str) -> str:
@@ -55,19 +68,17 @@ def backend(device: torch.device | str) -> str:
     interpreted.
     """
     on_cuda = torch.device(device).type == "cuda"
-    if _forced == "triton" and triton is None:
-        raise RuntimeError(
-            "triton kernels are forced (VTOKEN_KERNELS=triton or use('triton')) but triton cannot be imported: "
-            "install triton, or unset VTOKEN_KERNELS"
-        )
+    forced = "triton kernels are forced (VTOKEN_KERNELS=triton or use('triton')) but"
+    if _forced == "triton" and not INSTALLED:
+        raise RuntimeError(f"{forced} triton cannot be imported: install triton, or unset VTOKEN_KERNELS")
     if _forced == "triton" and not on_cuda and not INTERPRETED:
         raise RuntimeError(
-            f"triton kernels are forced (VTOKEN_KERNELS=triton or use('triton')) but the tensors are on {device}: "
-            "move them to a CUDA device, set TRITON_INTERPRET=1 before triton is imported, or unset VTOKEN_KERNELS"
+            f"{forced} the tensors are on {device}: move them to a CUDA device, set TRITON_INTERPRET=1 before triton "
+            "is imported, or unset VTOKEN_KERNELS"
         )
     if _forced in ("torch", "triton"):
         return _forced
-    return "triton" if triton is not None and on_cuda else "torch"
+    return "triton" if INSTALLED and on_cuda else "torch"
 
 
 def flex_is_forced() -> bool:
@@ -91,8 +102,8 @@ def runs_triton(*tensors: Tensor) -> bool:
 
 
 def heads_fit(*heads: Tensor, beside: Sequence[Tensor] = ()) -> bool:
-    """Whether an attention kernel may take these queries, keys and values: one dtype of DTYPES, heads up to 256 wide, and
-    what `runs_triton` asks of them and of the tensors `beside`."""
+    """Whether an attention kernel may take these queries, keys and values: one dtype of DTYPES, heads up to 256 wide,
+    and what `runs_triton` asks of them and of the tensors `beside`."""
     alike = all(x.dtype == heads[0].dtype for x in heads) and heads[0].dtype in DTYPES
     return alike and heads[0].shape[-1] <= 256 and runs_triton(*heads, *beside)
 

@@ -9,11 +9,12 @@ from torch import Generator, Tensor
 Example = dict[str, Any]  # arguments of an op
 Examples = Iterator[Example]
 Bound = tuple[float, float]  # relative, absolute
+Pair = tuple[int, int]  # of the queries, of the keys
 
 
 def within(fp32: Bound, half: Bound | None = None, bf16: Bound | None = None) -> Callable[[torch.dtype], Bound]:
-    """The tolerance of an op, (relative, absolute), by the dtype of its inputs: `half` for fp16 and, unless given, bf16;
-    one bound for all dtypes if only the first is given."""
+    """The tolerance of an op by the dtype of its inputs: `half` for fp16 and, unless given, bf16; one for all dtypes if
+    only the first is given."""
     half = half or fp32
     return lambda dtype: {torch.float16: half, torch.bfloat16: bf16 or half}.get(dtype, fp32)
 
@@ -26,9 +27,7 @@ def apart(x: Tensor, first: int, second: int) -> Tensor:
     return x.transpose(first, second).contiguous().transpose(first, second)
 
 
-def packed_heads(
-    draw: Generator, q_lengths: list[int], k_lengths: list[int], heads: tuple[int, int], d: int
-) -> Example:
+def packed_heads(draw: Generator, q_lengths: list[int], k_lengths: list[int], heads: Pair, d: int) -> Example:
     """q, k, their offsets and a scale, for packed segments."""
     q = torch.randn(sum(q_lengths), heads[0], d, generator=draw)
     k = torch.randn(sum(k_lengths), heads[1], d, generator=draw)
@@ -36,9 +35,7 @@ def packed_heads(
     return {"q": q, "k": k, "q_offsets": q_offsets, "k_offsets": k_offsets.int(), "scale": d**-0.5}
 
 
-def padded_heads(
-    draw: Generator, batch: int, heads: tuple[int, int], tokens: tuple[int, int], d: int, *padding: int
-) -> Example:
+def padded_heads(draw: Generator, batch: int, heads: Pair, tokens: Pair, d: int, *padding: int) -> Example:
     """q and k of `batch` rows, NaN where a row is padding at the front; q are the last of the keys' tokens."""
     q = torch.randn(batch, heads[0], tokens[0], d, generator=draw)
     k = torch.randn(batch, heads[1], tokens[1], d, generator=draw)

@@ -7,40 +7,38 @@ import torch
 from torch import Tensor
 
 from vtoken.kernels._dispatch import tl, triton
-from vtoken.kernels._tiles import dot_tiles
+from vtoken.kernels._tiles import dot_tiles, dots, segment_of
 from vtoken.kernels.nearest_tokens import inverse_norms, side_by_side
 
 CELLS = 1 << 27  # most cosines in memory at once: 512 MiB
 LONGEST = 16384  # most tokens of a segment, whose state one program keeps in registers
 
-if triton is not None:
-    from vtoken.kernels._tiles import dots, segment_of
 
-    @triton.jit
-    def _cosines(  # type: ignore[no-untyped-def]
-        x, inverse, offsets, segments, stride, width, result, longest,
-        TILE: tl.constexpr, WIDTH: tl.constexpr, SEGMENTS: tl.constexpr,
-    ):  # fmt: skip
-        """Program (tile of rows, tile of columns of their segment). Programs above the diagonal also write what is
-        below it."""
-        mine, first = segment_of(offsets, segments, tl.program_id(0), TILE, SEGMENTS)
-        begin = tl.load(offsets + mine).to(tl.int64)
-        end = tl.load(offsets + mine + 1).to(tl.int64)
-        other = begin + tl.program_id(1) * TILE
-        if (first < end) & (other < end) & (first <= other):
-            row = first + tl.arange(0, TILE)
-            column = other + tl.arange(0, TILE)
-            cosine = dots(x, row, row < end, stride, x, column, column < end, stride, width, TILE, TILE, WIDTH)
-            cosine *= tl.load(inverse + row, mask=row < end, other=0.0)[:, None]
-            cosine *= tl.load(inverse + column, mask=column < end, other=0.0)[None, :]
-            inside = (row < end)[:, None] & (column < end)[None, :]
-            # CELLS keeps offsets within a segment in 32 bits; 64 bits cost registers that the tile needs.
-            result += begin * longest
-            i = (row - begin).to(tl.int32)
-            j = (column - begin).to(tl.int32)
-            tl.store(result + (i[:, None] * longest + j[None, :]), cosine, mask=inside)
-            if first < other:
-                tl.store(result + (j[None, :] * longest + i[:, None]), cosine, mask=inside)
+@triton.jit
+def _cosines(  # type: ignore[no-untyped-def]
+    x, inverse, offsets, segments, stride, width, result, longest,
+    TILE: tl.constexpr, WIDTH: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of rows, tile of columns of their segment). Programs above the diagonal also write what is
+    below it."""
+    mine, first = segment_of(offsets, segments, tl.program_id(0), TILE, SEGMENTS)
+    begin = tl.load(offsets + mine).to(tl.int64)
+    end = tl.load(offsets + mine + 1).to(tl.int64)
+    other = begin + tl.program_id(1) * TILE
+    if (first < end) & (other < end) & (first <= other):
+        row = first + tl.arange(0, TILE)
+        column = other + tl.arange(0, TILE)
+        cosine = dots(x, row, row < end, stride, x, column, column < end, stride, width, TILE, TILE, WIDTH)
+        cosine *= tl.load(inverse + row, mask=row < end, other=0.0)[:, None]
+        cosine *= tl.load(inverse + column, mask=column < end, other=0.0)[None, :]
+        inside = (row < end)[:, None] & (column < end)[None, :]
+        # CELLS keeps offsets within a segment in 32 bits; 64 bits cost registers that the tile needs.
+        result += begin * longest
+        i = (row - begin).to(tl.int32)
+        j = (column - begin).to(tl.int32)
+        tl.store(result + (i[:, None] * longest + j[None, :]), cosine, mask=inside)
+        if first < other:
+            tl.store(result + (j[None, :] * longest + i[:, None]), cosine, mask=inside)
 
 
 def bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
@@ -82,6 +80,5 @@ def cosines(x: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def warps(block: int) -> int:
-    """Warps of a program that keeps several vectors of `block` numbers in registers: up to 32 numbers of each per
-    thread."""
+    """Warps of a program that keeps vectors of `block` numbers in registers: up to 32 numbers of each per thread."""
     return max(4, min(16, block // 1024))

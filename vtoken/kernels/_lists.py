@@ -5,39 +5,38 @@ from torch import Tensor
 
 from vtoken.kernels._dispatch import tl, triton
 
-if triton is not None:
 
-    @triton.jit(do_not_specialize=["blocks", "groups", "length", "offset"])
-    def _list(  # type: ignore[no-untyped-def]
-        read, columns, of, lists, counts, blocks, groups, length, offset,
-        SIZE: tl.constexpr, LISTED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        """Program (query block, head): the blocks it reads, ascending; their number; how many of them all its queries
-        see whole; how many entries of its list of single keys its last query may see."""
-        tile = tl.program_id(0)
-        head = tl.program_id(1).to(tl.int64)
-        at = head * tl.num_programs(0) + tile
-        first = offset + tile * SIZE
-        whole = 0 if LISTED else (first + 1) // SIZE
-        count = tl.full((), 0, tl.int32)
-        seen = tl.full((), 0, tl.int32)
-        for start in range(0, blocks, BLOCK):
-            block = start + tl.arange(0, BLOCK)
-            taken = (tl.load(read + at * blocks + block, mask=block < blocks, other=0) != 0).to(tl.int32)
-            tl.store(lists + at * blocks + count + tl.cumsum(taken, 0) - 1, block, mask=taken > 0)
-            count += tl.sum(taken, 0)
-            seen += tl.sum(tl.where(block < whole, taken, 0), 0)
-        tl.store(counts + at * 3, count)
-        tl.store(counts + at * 3 + 1, seen)
-        if COLUMNS:
-            mine = columns + (head * groups + tl.load(of + tile)) * length
-            end = tl.full((), 0, tl.int32)
-            for start in range(0, length, 8 * BLOCK):
-                entry = start + tl.arange(0, 8 * BLOCK)
-                key = tl.load(mine + entry, mask=entry < length, other=-1)
-                met = (key >= 0) if LISTED else (key >= 0) & (key < first + SIZE)
-                end = tl.maximum(end, tl.max(tl.where(met, entry + 1, 0), 0))
-            tl.store(counts + at * 3 + 2, end)
+@triton.jit(do_not_specialize=["blocks", "groups", "length", "offset"])
+def _list(  # type: ignore[no-untyped-def]
+    read, columns, of, lists, counts, blocks, groups, length, offset,
+    SIZE: tl.constexpr, LISTED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (query block, head): the blocks it reads, ascending; their number; how many of them all its queries
+    see whole; how many entries of its list of single keys its last query may see."""
+    tile = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    at = head * tl.num_programs(0) + tile
+    first = offset + tile * SIZE
+    whole = 0 if LISTED else (first + 1) // SIZE
+    count = tl.full((), 0, tl.int32)
+    seen = tl.full((), 0, tl.int32)
+    for start in range(0, blocks, BLOCK):
+        block = start + tl.arange(0, BLOCK)
+        taken = (tl.load(read + at * blocks + block, mask=block < blocks, other=0) != 0).to(tl.int32)
+        tl.store(lists + at * blocks + count + tl.cumsum(taken, 0) - 1, block, mask=taken > 0)
+        count += tl.sum(taken, 0)
+        seen += tl.sum(tl.where(block < whole, taken, 0), 0)
+    tl.store(counts + at * 3, count)
+    tl.store(counts + at * 3 + 1, seen)
+    if COLUMNS:
+        mine = columns + (head * groups + tl.load(of + tile)) * length
+        end = tl.full((), 0, tl.int32)
+        for start in range(0, length, 8 * BLOCK):
+            entry = start + tl.arange(0, 8 * BLOCK)
+            key = tl.load(mine + entry, mask=entry < length, other=-1)
+            met = (key >= 0) if LISTED else (key >= 0) & (key < first + SIZE)
+            end = tl.maximum(end, tl.max(tl.where(met, entry + 1, 0), 0))
+        tl.store(counts + at * 3 + 2, end)
 
 
 def lists_of(

@@ -34,50 +34,48 @@ def definition(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> 
     return torch.where(real.any(-1, keepdim=True), out, 0).flatten(1, 2)
 
 
-if triton is not None:
-
-    @triton.jit(do_not_specialize=["kept", "span"])
-    def _attend(  # type: ignore[no-untyped-def]
-        q, k, v, index, out, sums, heads, kept, span, d, scale, q_strides, k_strides, v_strides,
-        GROUPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr,
-    ):  # fmt: skip
-        """Program (piece of a list, batch row and key head): attention over the piece, [B Hk, pieces, GROUPS, d], and
-        log2 of its denominators."""
-        pair = tl.program_id(1).to(tl.int64)
-        row = pair // heads
-        head = pair % heads
-        query = tl.arange(0, ROWS)
-        dim = tl.arange(0, DIM)
-        wide = dim < d
-        address = row * q_strides[0] + (head * GROUPS + query)[:, None] * q_strides[1] + dim[None, :] * q_strides[2]
-        asked = tl.load(q + address, mask=(query < GROUPS)[:, None] & wide[None, :], other=0.0)
-        k_start = k + row * k_strides[0] + head * k_strides[1]
-        v_start = v + row * v_strides[0] + head * v_strides[1]
-        top = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        found = tl.zeros([ROWS, DIM], tl.float32)
-        first = tl.program_id(0) * span
-        for start in range(first, tl.minimum(first + span, kept), TILE):
-            at = start + tl.arange(0, TILE)
-            slot = tl.load(index + pair * kept + at, mask=at < kept, other=-1).to(tl.int64)
-            real = slot >= 0
-            address = slot[None, :] * k_strides[2] + dim[:, None] * k_strides[3]
-            columns = tl.load(k_start + address, mask=real[None, :] & wide[:, None], other=0.0)
-            scores = tl.dot(asked, columns, input_precision="ieee") * scale
-            scores = tl.where(real[None, :], scores, float("-inf"))
-            higher = tl.maximum(top, tl.max(scores, 1))
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-            share = tl.exp2(scores - base[:, None])
-            fade = tl.exp2(top - base)
-            address = slot[:, None] * v_strides[2] + dim[None, :] * v_strides[3]
-            values = tl.load(v_start + address, mask=real[:, None] & wide[None, :], other=0.0)
-            found = found * fade[:, None] + tl.dot(share.to(values.dtype), values, input_precision="ieee")
-            total = total * fade + tl.sum(share, 1)
-            top = higher
-        piece = (pair * tl.num_programs(0) + tl.program_id(0)) * GROUPS + query
-        found = found / tl.where(total == 0.0, 1.0, total)[:, None]
-        tl.store(out + piece[:, None] * d + dim[None, :], found, mask=(query < GROUPS)[:, None] & wide[None, :])
-        tl.store(sums + piece, top + tl.log2(total), mask=query < GROUPS)
+@triton.jit(do_not_specialize=["kept", "span"])
+def _attend(  # type: ignore[no-untyped-def]
+    q, k, v, index, out, sums, heads, kept, span, d, scale, q_strides, k_strides, v_strides,
+    GROUPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Program (piece of a list, batch row and key head): attention over the piece, [B Hk, pieces, GROUPS, d], and
+    log2 of its denominators."""
+    pair = tl.program_id(1).to(tl.int64)
+    row = pair // heads
+    head = pair % heads
+    query = tl.arange(0, ROWS)
+    dim = tl.arange(0, DIM)
+    wide = dim < d
+    address = row * q_strides[0] + (head * GROUPS + query)[:, None] * q_strides[1] + dim[None, :] * q_strides[2]
+    asked = tl.load(q + address, mask=(query < GROUPS)[:, None] & wide[None, :], other=0.0)
+    k_start = k + row * k_strides[0] + head * k_strides[1]
+    v_start = v + row * v_strides[0] + head * v_strides[1]
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    found = tl.zeros([ROWS, DIM], tl.float32)
+    first = tl.program_id(0) * span
+    for start in range(first, tl.minimum(first + span, kept), TILE):
+        at = start + tl.arange(0, TILE)
+        slot = tl.load(index + pair * kept + at, mask=at < kept, other=-1).to(tl.int64)
+        real = slot >= 0
+        address = slot[None, :] * k_strides[2] + dim[:, None] * k_strides[3]
+        columns = tl.load(k_start + address, mask=real[None, :] & wide[:, None], other=0.0)
+        scores = tl.dot(asked, columns, input_precision="ieee") * scale
+        scores = tl.where(real[None, :], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        share = tl.exp2(scores - base[:, None])
+        fade = tl.exp2(top - base)
+        address = slot[:, None] * v_strides[2] + dim[None, :] * v_strides[3]
+        values = tl.load(v_start + address, mask=real[:, None] & wide[None, :], other=0.0)
+        found = found * fade[:, None] + tl.dot(share.to(values.dtype), values, input_precision="ieee")
+        total = total * fade + tl.sum(share, 1)
+        top = higher
+    piece = (pair * tl.num_programs(0) + tl.program_id(0)) * GROUPS + query
+    found = found / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(out + piece[:, None] * d + dim[None, :], found, mask=(query < GROUPS)[:, None] & wide[None, :])
+    tl.store(sums + piece, top + tl.log2(total), mask=query < GROUPS)
 
 
 def launch(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> Tensor:
@@ -110,13 +108,8 @@ def attend_slots(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -
         ValueError: shapes that do not fit.
         RuntimeError: a slot is out of range, on the CPU; on a device the result is then undefined.
     """
-    if (
-        q.ndim != 3
-        or k.shape != v.shape
-        or (len(k), k.shape[3]) != (len(q), q.shape[2])
-        or q.shape[1] % k.shape[1]
-        or index.shape[:2] != k.shape[:2]
-    ):
+    rows_and_width = q.ndim == 3 and (len(q), q.shape[2]) == (len(k), k.shape[3])
+    if not rows_and_width or k.shape != v.shape or q.shape[1] % k.shape[1] or index.shape[:2] != k.shape[:2]:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, index {tuple(index.shape)}: need [B, H, d], "
             "[B, Hk, S, d] twice and [B, Hk, K], H a multiple of Hk"

@@ -81,114 +81,114 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> t
     return torch.where(visible.any(-1, keepdim=True), out, 0), lse.float()
 
 
-if triton is not None:
+@triton.jit
+def _step(  # type: ignore[no-untyped-def]
+    queries, k, v, key, known, visible, k_strides, v_strides, d, scale, out, total, top,
+    MASK: tl.constexpr, DIM: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Continues an online softmax over some more keys. With MASK, only `known` [keys] are loaded and only `visible`
+    [rows, keys] count; otherwise all. FULL: d is DIM."""
+    dim = tl.arange(0, DIM)
+    inside = dim < d
+    place = key.to(tl.int64)
+    at = k + place[None, :] * k_strides[1] + dim[:, None] * k_strides[2]
+    if FULL and not MASK:
+        columns = tl.load(at)
+    else:
+        columns = tl.load(at, mask=known[None, :] & inside[:, None], other=0.0)
+    scores = tl.dot(queries, columns, input_precision="ieee") * scale
+    if MASK:
+        scores = tl.where(visible, scores, -1e30)
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_top[:, None])
+    if MASK:
+        weights = tl.where(visible, weights, 0.0)
+    at = v + place[:, None] * v_strides[1] + dim[None, :] * v_strides[2]
+    if FULL and not MASK:
+        values = tl.load(at)
+    else:
+        values = tl.load(at, mask=known[:, None] & inside[None, :], other=0.0)
+    shrink = tl.exp2(top - new_top)
+    out = out * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+    return out, total * shrink + tl.sum(weights, 1), new_top
 
-    @triton.jit
-    def _step(  # type: ignore[no-untyped-def]
-        queries, k, v, key, known, visible, k_strides, v_strides, d, scale, out, total, top,
-        MASK: tl.constexpr, DIM: tl.constexpr, FULL: tl.constexpr,
-    ):  # fmt: skip
-        """Continues an online softmax over some more keys. With MASK, only `known` [keys] are loaded and only `visible`
-        [rows, keys] count; otherwise all. FULL: d is DIM."""
-        dim = tl.arange(0, DIM)
-        inside = dim < d
-        place = key.to(tl.int64)
-        at = k + place[None, :] * k_strides[1] + dim[:, None] * k_strides[2]
-        if FULL and not MASK:
-            columns = tl.load(at)
-        else:
-            columns = tl.load(at, mask=known[None, :] & inside[:, None], other=0.0)
-        scores = tl.dot(queries, columns, input_precision="ieee") * scale
-        if MASK:
-            scores = tl.where(visible, scores, -1e30)
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_top[:, None])
-        if MASK:
-            weights = tl.where(visible, weights, 0.0)
-        at = v + place[:, None] * v_strides[1] + dim[None, :] * v_strides[2]
-        if FULL and not MASK:
-            values = tl.load(at)
-        else:
-            values = tl.load(at, mask=known[:, None] & inside[None, :], other=0.0)
-        shrink = tl.exp2(top - new_top)
-        out = out * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
-        return out, total * shrink + tl.sum(weights, 1), new_top
 
-    @triton.jit
-    def _single(  # type: ignore[no-untyped-def]
-        columns, read, start, end, keys, SIZE: tl.constexpr, KEYS: tl.constexpr
-    ):
-        """A few single keys, -1 for those whose block is read anyway."""
-        entry = start + tl.arange(0, KEYS)
-        key = tl.load(columns + entry, mask=entry < end, other=-1)
-        there = (key >= 0) & (key < keys)
-        covered = tl.load(read + key // SIZE, mask=there, other=1)
-        return tl.where(covered == 0, key, -1)
+@triton.jit
+def _single(  # type: ignore[no-untyped-def]
+    columns, read, start, end, keys, SIZE: tl.constexpr, KEYS: tl.constexpr
+):
+    """A few single keys, -1 for those whose block is read anyway."""
+    entry = start + tl.arange(0, KEYS)
+    key = tl.load(columns + entry, mask=entry < end, other=-1)
+    there = (key >= 0) & (key < keys)
+    covered = tl.load(read + key // SIZE, mask=there, other=1)
+    return tl.where(covered == 0, key, -1)
 
-    # These change with the prompt and say nothing about alignment (strides do): a new length does not recompile.
-    @triton.jit(do_not_specialize=["queries", "keys", "blocks", "groups", "length", "listed"])
-    def _attend(  # type: ignore[no-untyped-def]
-        q, k, v, read, lists, counts, columns, of, rows, out, lse, queries, keys, d, scale, blocks, groups, length,
-        listed, q_strides, k_strides, v_strides,
-        GROUPS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
-        COLUMNS: tl.constexpr, LISTED: tl.constexpr, FULL: tl.constexpr,
-    ):  # fmt: skip
-        """Program (part of a query block, head). The last blocks read most and start first."""
-        part = tl.num_programs(0) - 1 - tl.program_id(0)
-        head = tl.program_id(1).to(tl.int64)
-        tile = part // (SIZE // ROWS)
-        at = head * (tl.num_programs(0) // (SIZE // ROWS)) + tile
-        place = part * ROWS + tl.arange(0, ROWS)
-        if LISTED:
-            row = tl.load(rows + head * listed + place, mask=place < listed, other=-1)
-        else:
-            row = tl.where(place < queries, place, -1)
-        real = row >= 0
-        position = tl.where(real, row + keys - queries, -1)
-        dim = tl.arange(0, DIM)
-        inside = real[:, None] & (dim < d)[None, :]
-        where = row.to(tl.int64)[:, None] * q_strides[1] + dim[None, :] * q_strides[2]
-        asked = tl.load(q + head * q_strides[0] + where, mask=inside, other=0.0)
-        k += head // GROUPS * k_strides[0]
-        v += head // GROUPS * v_strides[0]
-        top = tl.full([ROWS], -1e30, tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        sums = tl.zeros([ROWS, DIM], tl.float32)
-        count = tl.load(counts + at * 3)
-        whole = tl.load(counts + at * 3 + 1)
-        # Loaded one round ahead: keys whose address depends on a load in the same round cannot be prefetched.
-        steps = count * (SIZE // KEYS)
-        block = tl.load(lists + at * blocks, mask=count > 0, other=0)
-        for i in range(0, whole * (SIZE // KEYS)):
-            key = block * SIZE + i % (SIZE // KEYS) * KEYS + tl.arange(0, KEYS)
-            block = tl.load(lists + at * blocks + (i + 1) // (SIZE // KEYS), mask=i + 1 < steps, other=0)
-            sums, total, top = _step(
-                asked, k, v, key, key >= 0, key, k_strides, v_strides, d, scale, sums, total, top, False, DIM, FULL
-            )
-        for i in range(whole * (SIZE // KEYS), steps):
-            key = block * SIZE + i % (SIZE // KEYS) * KEYS + tl.arange(0, KEYS)
-            block = tl.load(lists + at * blocks + (i + 1) // (SIZE // KEYS), mask=i + 1 < steps, other=0)
-            known = key < keys
+
+# These change with the prompt and say nothing about alignment (strides do): a new length does not recompile.
+@triton.jit(do_not_specialize=["queries", "keys", "blocks", "groups", "length", "listed"])
+def _attend(  # type: ignore[no-untyped-def]
+    q, k, v, read, lists, counts, columns, of, rows, out, lse, queries, keys, d, scale, blocks, groups, length,
+    listed, q_strides, k_strides, v_strides,
+    GROUPS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
+    COLUMNS: tl.constexpr, LISTED: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Program (part of a query block, head). The last blocks read most and start first."""
+    part = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    tile = part // (SIZE // ROWS)
+    at = head * (tl.num_programs(0) // (SIZE // ROWS)) + tile
+    place = part * ROWS + tl.arange(0, ROWS)
+    if LISTED:
+        row = tl.load(rows + head * listed + place, mask=place < listed, other=-1)
+    else:
+        row = tl.where(place < queries, place, -1)
+    real = row >= 0
+    position = tl.where(real, row + keys - queries, -1)
+    dim = tl.arange(0, DIM)
+    inside = real[:, None] & (dim < d)[None, :]
+    where = row.to(tl.int64)[:, None] * q_strides[1] + dim[None, :] * q_strides[2]
+    asked = tl.load(q + head * q_strides[0] + where, mask=inside, other=0.0)
+    k += head // GROUPS * k_strides[0]
+    v += head // GROUPS * v_strides[0]
+    top = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, DIM], tl.float32)
+    count = tl.load(counts + at * 3)
+    whole = tl.load(counts + at * 3 + 1)
+    # Loaded one round ahead: keys whose address depends on a load in the same round cannot be prefetched.
+    steps = count * (SIZE // KEYS)
+    block = tl.load(lists + at * blocks, mask=count > 0, other=0)
+    for i in range(0, whole * (SIZE // KEYS)):
+        key = block * SIZE + i % (SIZE // KEYS) * KEYS + tl.arange(0, KEYS)
+        block = tl.load(lists + at * blocks + (i + 1) // (SIZE // KEYS), mask=i + 1 < steps, other=0)
+        sums, total, top = _step(
+            asked, k, v, key, key >= 0, key, k_strides, v_strides, d, scale, sums, total, top, False, DIM, FULL
+        )
+    for i in range(whole * (SIZE // KEYS), steps):
+        key = block * SIZE + i % (SIZE // KEYS) * KEYS + tl.arange(0, KEYS)
+        block = tl.load(lists + at * blocks + (i + 1) // (SIZE // KEYS), mask=i + 1 < steps, other=0)
+        known = key < keys
+        visible = (key[None, :] <= position[:, None]) & known[None, :]
+        sums, total, top = _step(
+            asked, k, v, key, known, visible, k_strides, v_strides, d, scale, sums, total, top, True, DIM, FULL
+        )
+    if COLUMNS:
+        mine = columns + (head * groups + tl.load(of + tile)) * length
+        end = tl.load(counts + at * 3 + 2)
+        coming = _single(mine, read + at * blocks, 0, end, keys, SIZE, KEYS)
+        for start in range(0, end, KEYS):
+            key = coming
+            coming = _single(mine, read + at * blocks, start + KEYS, end, keys, SIZE, KEYS)
+            known = key >= 0
             visible = (key[None, :] <= position[:, None]) & known[None, :]
             sums, total, top = _step(
                 asked, k, v, key, known, visible, k_strides, v_strides, d, scale, sums, total, top, True, DIM, FULL
             )
-        if COLUMNS:
-            mine = columns + (head * groups + tl.load(of + tile)) * length
-            end = tl.load(counts + at * 3 + 2)
-            coming = _single(mine, read + at * blocks, 0, end, keys, SIZE, KEYS)
-            for start in range(0, end, KEYS):
-                key = coming
-                coming = _single(mine, read + at * blocks, start + KEYS, end, keys, SIZE, KEYS)
-                known = key >= 0
-                visible = (key[None, :] <= position[:, None]) & known[None, :]
-                sums, total, top = _step(
-                    asked, k, v, key, known, visible, k_strides, v_strides, d, scale, sums, total, top, True, DIM, FULL
-                )
-        some = tl.where(total > 0, total, 1.0)
-        where = (head * queries + row.to(tl.int64))[:, None] * d + dim[None, :]
-        tl.store(out + where, sums / some[:, None], mask=inside)
-        tl.store(lse + head * queries + row, tl.where(total > 0, top + tl.log2(some), float("-inf")), mask=real)
+    some = tl.where(total > 0, total, 1.0)
+    where = (head * queries + row.to(tl.int64))[:, None] * d + dim[None, :]
+    tl.store(out + where, sums / some[:, None], mask=inside)
+    tl.store(lse + head * queries + row, tl.where(total > 0, top + tl.log2(some), float("-inf")), mask=real)
 
 
 def tiles_of(dim: int, bytes_each: int, size: int) -> dict[str, int]:
@@ -206,8 +206,7 @@ def launch(
     q: Tensor, k: Tensor, v: Tensor, read: Tensor, scale: float, size: int = 128, columns: Tensor | None = None,
     share: int = 1, rows: Tensor | None = None, of: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Launches the kernel: the contract of the definition without gradients, for half precision or fp32 and d up to
-    256."""
+    """Launches the kernel: the contract of the definition without gradients, for dtypes in DTYPES and d up to 256."""
     dtype = q.dtype
     q, k, v = (interpretable(x.detach()) for x in (q, k, v))
     (heads, queries, d), keys, (_, tiles, blocks) = q.shape, k.shape[1], read.shape

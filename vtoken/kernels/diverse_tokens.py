@@ -64,39 +64,37 @@ def packed(chosen: Tensor, worth: Tensor, lengths: Sequence[int], counts: Sequen
     return index[0] if images == 1 else torch.cat([row[:k] for row, k in zip(index, counts, strict=True)])
 
 
-if triton is not None:
-
-    @triton.jit
-    def _take(  # type: ignore[no-untyped-def]
-        cosines, longest, relevance, offsets, slots, basis, index, epsilon, BLOCK: tl.constexpr
-    ):
-        """Program (image): takes one token after the other; its rows of the basis [ΣK, longest] are scratch space."""
-        image = tl.program_id(0)
-        begin = tl.load(offsets + image)
-        n = tl.load(offsets + image + 1) - begin
-        slot = tl.load(slots + image)
-        end = tl.load(slots + image + 1)
-        lane = tl.arange(0, BLOCK)
-        real = lane < n
-        r = tl.load(relevance + begin + lane, mask=real, other=0.0)
-        gain = r * r
-        explained = epsilon * gain
-        taken = lane >= n
-        for at in range(slot, end):
-            best = tl.argmax(tl.where(taken, -1.0, gain), 0).to(tl.int64)
-            tl.store(index + at, begin + best)
-            taken = taken | (lane == best)
-            left = tl.sum(tl.where(lane == best, gain, 0.0), 0)
-            row = tl.load(cosines + (begin + best) * longest + lane, mask=real, other=0.0)
-            row = r * tl.load(relevance + begin + best) * row
-            for i in range(slot, at):
-                earlier = tl.load(basis + i * longest + lane, mask=real, other=0.0)
-                row -= earlier * tl.load(basis + i * longest + best)
-            row = tl.where(left > 0, row / tl.sqrt(left), 0.0)
-            tl.store(basis + at * longest + lane, row, mask=real)
-            tl.debug_barrier()  # all threads read in the next round what one thread wrote
-            gain -= row * row
-            gain = tl.where(gain > explained, gain, 0.0)
+@triton.jit
+def _take(  # type: ignore[no-untyped-def]
+    cosines, longest, relevance, offsets, slots, basis, index, epsilon, BLOCK: tl.constexpr
+):
+    """Program (image): takes one token after the other; its rows of the basis [ΣK, longest] are scratch space."""
+    image = tl.program_id(0)
+    begin = tl.load(offsets + image)
+    n = tl.load(offsets + image + 1) - begin
+    slot = tl.load(slots + image)
+    end = tl.load(slots + image + 1)
+    lane = tl.arange(0, BLOCK)
+    real = lane < n
+    r = tl.load(relevance + begin + lane, mask=real, other=0.0)
+    gain = r * r
+    explained = epsilon * gain
+    taken = lane >= n
+    for at in range(slot, end):
+        best = tl.argmax(tl.where(taken, -1.0, gain), 0).to(tl.int64)
+        tl.store(index + at, begin + best)
+        taken = taken | (lane == best)
+        left = tl.sum(tl.where(lane == best, gain, 0.0), 0)
+        row = tl.load(cosines + (begin + best) * longest + lane, mask=real, other=0.0)
+        row = r * tl.load(relevance + begin + best) * row
+        for i in range(slot, at):
+            earlier = tl.load(basis + i * longest + lane, mask=real, other=0.0)
+            row -= earlier * tl.load(basis + i * longest + best)
+        row = tl.where(left > 0, row / tl.sqrt(left), 0.0)
+        tl.store(basis + at * longest + lane, row, mask=real)
+        tl.debug_barrier()  # all threads read in the next round what one thread wrote
+        gain -= row * row
+        gain = tl.where(gain > explained, gain, 0.0)
 
 
 def launch(x: Tensor, relevance: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> Tensor:

@@ -19,11 +19,10 @@ keeps its N distances in registers. 2880 -> 320 tokens, 4096 wide: 34 GFLOP, 33 
 definition does 2 * N * K * D FLOPs instead, reads x K times (15 GB in fp32) and takes five launches per choice,
 whatever the number of images.
 
-Why not without the cosines, in O(N * D) memory: every choice would read x whole, e * N * D * K (7.5 GB in bf16, over a
-millisecond from L2 at some 6 TB/s, on all multiprocessors), with a wait of the whole grid for each choice, or a launch;
-the cosines take a tenth of a millisecond at 400 TFLOP/s. They are cheaper while N / K < e * R / B, some 130 at these
-rates R and B, which few budgets in use exceed. The price is memory: images are processed in groups whose cosines fit in
-512 MiB. An image that does not fit alone, or has more than 16384 tokens, takes the definition.
+Without the cosines every choice would read x whole, e * N * D * K in all (7.5 GB in bf16, over a millisecond from L2 at
+some 6 TB/s), and wait for the whole grid; the cosines take a tenth of a millisecond at 400 TFLOP/s, and are cheaper
+while N / K is below some 130. The price is memory: images are processed in groups whose cosines fit in 512 MiB. An
+image that does not fit alone, or has more than 16384 tokens, takes the definition.
 """
 
 from collections.abc import Sequence
@@ -38,6 +37,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vtoken.kernels import _gram
 from vtoken.kernels._dispatch import DTYPES, runs_triton, tl, triton
 from vtoken.kernels._examples import Example, Examples, apart, exact
+from vtoken.kernels._tiles import segment_of
 from vtoken.kernels.nearest_tokens import ROWS
 
 tolerance = exact  # if no two candidates are within rounding of each other
@@ -101,64 +101,58 @@ def _closest_of(unit: Tensor, beyond: Tensor) -> Tensor:
     return torch.cat(closest, 1) + beyond
 
 
-def _starts(lengths: Sequence[int]) -> list[int]:
-    return [0, *accumulate(lengths)][:-1]
+@triton.jit
+def _closest(  # type: ignore[no-untyped-def]
+    cosines, longest, offsets, segments, closest, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr
+):
+    """Program (token): its highest cosine to another token of its image."""
+    mine, row = segment_of(offsets, segments, tl.program_id(0), 1, SEGMENTS)
+    begin = tl.load(offsets + mine).to(tl.int64)
+    n = tl.load(offsets + mine + 1).to(tl.int64) - begin
+    if row < begin + n:
+        best = tl.full([BLOCK], float("-inf"), tl.float32)
+        for start in range(0, n, BLOCK):
+            lane = start + tl.arange(0, BLOCK)
+            other = (lane < n) & (lane != row - begin)
+            best = tl.maximum(best, tl.load(cosines + row * longest + lane, mask=other, other=float("-inf")))
+        tl.store(closest + row, tl.max(best, 0))
 
 
-if triton is not None:
-    from vtoken.kernels._tiles import segment_of
-
-    @triton.jit
-    def _closest(  # type: ignore[no-untyped-def]
-        cosines, longest, offsets, segments, closest, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr
-    ):
-        """Program (token): its highest cosine to another token of its image."""
-        mine, row = segment_of(offsets, segments, tl.program_id(0), 1, SEGMENTS)
-        begin = tl.load(offsets + mine).to(tl.int64)
-        n = tl.load(offsets + mine + 1).to(tl.int64) - begin
-        if row < begin + n:
-            best = tl.full([BLOCK], float("-inf"), tl.float32)
-            for start in range(0, n, BLOCK):
-                lane = start + tl.arange(0, BLOCK)
-                other = (lane < n) & (lane != row - begin)
-                best = tl.maximum(best, tl.load(cosines + row * longest + lane, mask=other, other=float("-inf")))
-            tl.store(closest + row, tl.max(best, 0))
-
-    @triton.jit
-    def _take(  # type: ignore[no-untyped-def]
-        cosines, longest, offsets, slots, first, closest, worth, index,
-        GIVEN: tl.constexpr, SUM: tl.constexpr, WORTH: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        """Program (image): takes one token after the other. The row of the last token is never needed."""
-        image = tl.program_id(0)
-        begin = tl.load(offsets + image)
-        n = tl.load(offsets + image + 1) - begin
-        slot = tl.load(slots + image)
-        end = tl.load(slots + image + 1)
-        lane = tl.arange(0, BLOCK)
-        weight = tl.load(worth + begin + lane, mask=lane < n, other=0.0) if WORTH else 1.0
-        if slot < end:
-            if GIVEN:
-                best = tl.load(first + image) - begin
+@triton.jit
+def _take(  # type: ignore[no-untyped-def]
+    cosines, longest, offsets, slots, first, closest, worth, index,
+    GIVEN: tl.constexpr, SUM: tl.constexpr, WORTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (image): takes one token after the other. The row of the last token is never needed."""
+    image = tl.program_id(0)
+    begin = tl.load(offsets + image)
+    n = tl.load(offsets + image + 1) - begin
+    slot = tl.load(slots + image)
+    end = tl.load(slots + image + 1)
+    lane = tl.arange(0, BLOCK)
+    weight = tl.load(worth + begin + lane, mask=lane < n, other=0.0) if WORTH else 1.0
+    if slot < end:
+        if GIVEN:
+            best = tl.load(first + image) - begin
+        else:
+            rank = tl.load(closest + begin + lane, mask=lane < n, other=float("inf"))
+            if WORTH:
+                rank = tl.where(rank < float("inf"), weight * tl.maximum(rank - 1, -2.0), rank)
+            best = tl.argmin(rank, 0).to(tl.int64)
+        tl.store(index + slot, begin + best)
+        near = tl.load(cosines + (begin + best) * longest + lane, mask=lane < n, other=float("inf"))
+        for at in range(slot + 1, end):
+            near = tl.where(lane == best, float("inf"), near)
+            rank = near
+            if WORTH:
+                rank = tl.where(near < float("inf"), weight * tl.maximum(near - 1, -2.0), near)
+            best = tl.argmin(rank, 0).to(tl.int64)
+            tl.store(index + at, begin + best)
+            more = tl.load(cosines + (begin + best) * longest + lane, mask=lane < n, other=float("inf"))
+            if SUM:
+                near += more
             else:
-                rank = tl.load(closest + begin + lane, mask=lane < n, other=float("inf"))
-                if WORTH:
-                    rank = tl.where(rank < float("inf"), weight * tl.maximum(rank - 1, -2.0), rank)
-                best = tl.argmin(rank, 0).to(tl.int64)
-            tl.store(index + slot, begin + best)
-            near = tl.load(cosines + (begin + best) * longest + lane, mask=lane < n, other=float("inf"))
-            for at in range(slot + 1, end):
-                near = tl.where(lane == best, float("inf"), near)
-                rank = near
-                if WORTH:
-                    rank = tl.where(near < float("inf"), weight * tl.maximum(near - 1, -2.0), near)
-                best = tl.argmin(rank, 0).to(tl.int64)
-                tl.store(index + at, begin + best)
-                more = tl.load(cosines + (begin + best) * longest + lane, mask=lane < n, other=float("inf"))
-                if SUM:
-                    near += more
-                else:
-                    near = tl.maximum(near, more)
+                near = tl.maximum(near, more)
 
 
 def launch(
@@ -225,7 +219,9 @@ def examples() -> Examples:
 
     def case(lengths: list[int], counts: list[int], width: int, strategy: Strategy, first: int) -> Example:
         x = torch.randn(sum(lengths), width, generator=generator)
-        starts = torch.tensor([s + first % max(1, n) for s, n in zip(_starts(lengths), lengths, strict=True)])
+        starts = torch.tensor(
+            [end - n + first % max(1, n) for end, n in zip(accumulate(lengths), lengths, strict=True)]
+        )
         given = {"x": x, "lengths": lengths, "counts": counts}
         return {**given, "first": starts.long(), "strategy": strategy}
 

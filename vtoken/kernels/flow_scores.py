@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vtoken.kernels._dispatch import DTYPES, equal_steps, interpretable, runs_triton, tl, triton
 from vtoken.kernels._examples import Example, Examples, apart, within
+from vtoken.kernels._tiles import segment_of
 
 tolerance = within((1e-5, 1e-7))  # the order of fp32 sums differs
 TINY = torch.finfo(torch.float32).tiny
@@ -39,44 +40,40 @@ def definition(attention: Tensor, relevance: Tensor | None, value: Tensor, offse
     return flow * value.float().abs().sum(-1)
 
 
-if triton is not None:
-    from vtoken.kernels._tiles import segment_of
-
-    @triton.jit
-    def _score(  # type: ignore[no-untyped-def]
-        attention, relevance, value, offsets, segments, strides, d, tiny, result,
-        BOTH: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr,
-    ):  # fmt: skip
-        """Program (tile of tokens): the sums over its segment, then the scores of its tokens."""
-        mine, first = segment_of(offsets, segments, tl.program_id(0), TILE, SEGMENTS)
-        begin = tl.load(offsets + mine).to(tl.int64)
-        end = tl.load(offsets + mine + 1).to(tl.int64)
-        if first < end:
-            seen = tl.zeros([BLOCK], tl.float32)
-            related = tl.zeros([BLOCK], tl.float32)
-            for start in range(begin, end, BLOCK):
-                at = start + tl.arange(0, BLOCK)
-                seen += tl.load(attention + at * strides[0], mask=at < end, other=0.0).to(tl.float32)
-                if BOTH:
-                    related += tl.load(relevance + at * strides[1], mask=at < end, other=0.0).to(tl.float32)
-            token = first + tl.arange(0, TILE)
-            flow = tl.load(attention + token * strides[0], mask=token < end, other=0.0).to(tl.float32)
-            flow = flow / tl.maximum(tl.sum(seen, 0), tiny)
+@triton.jit
+def _score(  # type: ignore[no-untyped-def]
+    attention, relevance, value, offsets, segments, strides, d, tiny, result,
+    BOTH: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of tokens): the sums over its segment, then the scores of its tokens."""
+    mine, first = segment_of(offsets, segments, tl.program_id(0), TILE, SEGMENTS)
+    begin = tl.load(offsets + mine).to(tl.int64)
+    end = tl.load(offsets + mine + 1).to(tl.int64)
+    if first < end:
+        seen = tl.zeros([BLOCK], tl.float32)
+        related = tl.zeros([BLOCK], tl.float32)
+        for start in range(begin, end, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            seen += tl.load(attention + at * strides[0], mask=at < end, other=0.0).to(tl.float32)
             if BOTH:
-                more = tl.load(relevance + token * strides[1], mask=token < end, other=0.0).to(tl.float32)
-                flow += more / tl.maximum(tl.sum(related, 0), tiny)
-            dim = tl.arange(0, DIM)
-            density = tl.zeros([TILE], tl.float32)
-            for start in range(0, d, DIM):
-                address = token[:, None] * strides[2] + (start + dim)[None, :] * strides[3]
-                inside = (token < end)[:, None] & (start + dim < d)[None, :]
-                density += tl.sum(tl.abs(tl.load(value + address, mask=inside, other=0.0).to(tl.float32)), 1)
-            tl.store(result + token, flow * density, mask=token < end)
+                related += tl.load(relevance + at * strides[1], mask=at < end, other=0.0).to(tl.float32)
+        token = first + tl.arange(0, TILE)
+        flow = tl.load(attention + token * strides[0], mask=token < end, other=0.0).to(tl.float32)
+        flow = flow / tl.maximum(tl.sum(seen, 0), tiny)
+        if BOTH:
+            more = tl.load(relevance + token * strides[1], mask=token < end, other=0.0).to(tl.float32)
+            flow += more / tl.maximum(tl.sum(related, 0), tiny)
+        dim = tl.arange(0, DIM)
+        density = tl.zeros([TILE], tl.float32)
+        for start in range(0, d, DIM):
+            address = token[:, None] * strides[2] + (start + dim)[None, :] * strides[3]
+            inside = (token < end)[:, None] & (start + dim < d)[None, :]
+            density += tl.sum(tl.abs(tl.load(value + address, mask=inside, other=0.0).to(tl.float32)), 1)
+        tl.store(result + token, flow * density, mask=token < end)
 
 
 def launch(attention: Tensor, relevance: Tensor | None, value: Tensor, offsets: Tensor) -> Tensor:
     """Launches the kernel: the contract of the definition without gradients, for the dtypes in DTYPES."""
-    both = relevance is not None
     given = [interpretable(t.detach()) for t in (attention, attention if relevance is None else relevance, value)]
     tokens, segments = len(value), len(offsets) - 1
     result = torch.empty(tokens, dtype=torch.float32, device=value.device)
@@ -86,7 +83,7 @@ def launch(attention: Tensor, relevance: Tensor | None, value: Tensor, offsets: 
         with torch.cuda.device_of(value):  # triton launches on the current device
             _score[(tokens // 64 + segments,)](
                 *given, bounds, segments, strides, value.shape[1], TINY, result,
-                BOTH=both, TILE=64, DIM=64, BLOCK=1024, SEGMENTS=triton.next_power_of_2(segments),
+                BOTH=relevance is not None, TILE=64, DIM=64, BLOCK=1024, SEGMENTS=triton.next_power_of_2(segments),
             )  # fmt: skip
     return result
 

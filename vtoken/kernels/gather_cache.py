@@ -33,30 +33,28 @@ def definition(caches: Tensors, index: Tensor) -> Tensors:
     return alike(caches, lambda group: [gather(cache) for cache in group])
 
 
-if triton is not None:
-
-    @triton.jit(do_not_specialize=["kept"])
-    def _copy(  # type: ignore[no-untyped-def]
-        sources, outputs, strides, widths, index, heads, kept,
-        TILE: tl.constexpr, WIDTHS: tl.constexpr, ALIKE: tl.constexpr,
-    ):  # fmt: skip
-        """Program (tile of positions, batch row and head, tensor). ALIKE: all heads of a row share one list of
-        positions."""
-        slot = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-        pair = tl.program_id(1).to(tl.int64)
-        row = pair // heads
-        head = pair % heads
-        inside = slot < kept
-        position = tl.load(index + (row if ALIKE else pair) * kept + slot, mask=inside, other=0).to(tl.int64)
-        for which in tl.static_range(len(sources)):
-            if tl.program_id(2) == which:
-                column = tl.arange(0, WIDTHS[which])
-                mask = inside[:, None] & (column < widths[which])[None, :]
-                source = sources[which] + row * strides[which][0] + head * strides[which][1]
-                address = position[:, None] * strides[which][2] + column[None, :] * strides[which][3]
-                values = tl.load(source + address, mask=mask)
-                target = outputs[which] + (pair * kept + slot)[:, None] * widths[which] + column[None, :]
-                tl.store(target, values, mask=mask)
+@triton.jit(do_not_specialize=["kept"])
+def _copy(  # type: ignore[no-untyped-def]
+    sources, outputs, strides, widths, index, heads, kept,
+    TILE: tl.constexpr, WIDTHS: tl.constexpr, ALIKE: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of positions, batch row and head, tensor). ALIKE: all heads of a row share one list of
+    positions."""
+    slot = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    pair = tl.program_id(1).to(tl.int64)
+    row = pair // heads
+    head = pair % heads
+    inside = slot < kept
+    position = tl.load(index + (row if ALIKE else pair) * kept + slot, mask=inside, other=0).to(tl.int64)
+    for which in tl.static_range(len(sources)):
+        if tl.program_id(2) == which:
+            column = tl.arange(0, WIDTHS[which])
+            mask = inside[:, None] & (column < widths[which])[None, :]
+            source = sources[which] + row * strides[which][0] + head * strides[which][1]
+            address = position[:, None] * strides[which][2] + column[None, :] * strides[which][3]
+            values = tl.load(source + address, mask=mask)
+            target = outputs[which] + (pair * kept + slot)[:, None] * widths[which] + column[None, :]
+            tl.store(target, values, mask=mask)
 
 
 def _launch(group: Sequence[Tensor], index: Tensor) -> list[Tensor]:
@@ -90,11 +88,8 @@ def gather_cache(caches: Tensors, index: Tensor) -> Tensors:
     """
     group: Sequence[Tensor] = [caches] if isinstance(caches, Tensor) else caches
     for cache in group:
-        if (
-            cache.shape[:2] != group[0].shape[:2]
-            or index.shape[0] != len(cache)
-            or index.shape[1] not in (1, cache.shape[1])
-        ):
+        batch, heads = cache.shape[:2]
+        if (batch, heads) != group[0].shape[:2] or len(index) != batch or index.shape[1] not in (1, heads):
             raise ValueError(
                 f"cache {tuple(cache.shape)} and index {tuple(index.shape)}: need [B, Hk, S, d] with the same B and Hk "
                 "throughout, and [B, Hk, K] or [B, 1, K]"

@@ -40,20 +40,18 @@ def definition(tensors: Tensors, index: Tensor) -> Tensors:
     return alike(tensors, lambda group: [tensor.index_select(0, index) for tensor in group])
 
 
-if triton is not None:
-
-    @triton.jit
-    def _copy_rows(sources, outputs, strides, widths, index, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Program (slot, tensor) copies one token of one tensor."""
-        slot = tl.program_id(0).to(tl.int64)
-        row = tl.load(index + slot).to(tl.int64)
-        for which in tl.static_range(len(sources)):
-            if tl.program_id(1) == which:
-                for start in range(0, widths[which], BLOCK):
-                    column = start + tl.arange(0, BLOCK)
-                    inside = column < widths[which]
-                    values = tl.load(sources[which] + row * strides[which] + column, mask=inside)
-                    tl.store(outputs[which] + slot * widths[which] + column, values, mask=inside)
+@triton.jit
+def _copy_rows(sources, outputs, strides, widths, index, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Program (slot, tensor) copies one token of one tensor."""
+    slot = tl.program_id(0).to(tl.int64)
+    row = tl.load(index + slot).to(tl.int64)
+    for which in tl.static_range(len(sources)):
+        if tl.program_id(1) == which:
+            for start in range(0, widths[which], BLOCK):
+                column = start + tl.arange(0, BLOCK)
+                inside = column < widths[which]
+                values = tl.load(sources[which] + row * strides[which] + column, mask=inside)
+                tl.store(outputs[which] + slot * widths[which] + column, values, mask=inside)
 
 
 def _rows(tensor: Tensor) -> Tensor | None:

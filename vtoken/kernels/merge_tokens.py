@@ -46,25 +46,23 @@ def definition(
     return (mean / total[:, None]).to(x.dtype).view(slots, *x.shape[1:])
 
 
-if triton is not None:
-
-    @triton.jit
-    def _means(  # type: ignore[no-untyped-def]
-        x, order, ends, weight, stride, width, result, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
-    ):
-        """Program (slot, block of numbers)."""
-        slot = tl.program_id(0).to(tl.int64)
-        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        total = 0.0
-        mean = tl.zeros([BLOCK], tl.float32)
-        for member in range(tl.load(ends + slot), tl.load(ends + slot + 1)):
-            token = tl.load(order + member)
-            each = 1.0
-            if WEIGHTED:
-                each = tl.load(weight + token).to(tl.float32)
-            mean += each * tl.load(x + token * stride + at, mask=at < width, other=0.0).to(tl.float32)
-            total += each
-        tl.store(result + slot * width + at, mean / total, mask=at < width)
+@triton.jit
+def _means(  # type: ignore[no-untyped-def]
+    x, order, ends, weight, stride, width, result, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Program (slot, block of numbers)."""
+    slot = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = 0.0
+    mean = tl.zeros([BLOCK], tl.float32)
+    for member in range(tl.load(ends + slot), tl.load(ends + slot + 1)):
+        token = tl.load(order + member)
+        each = 1.0
+        if WEIGHTED:
+            each = tl.load(weight + token).to(tl.float32)
+        mean += each * tl.load(x + token * stride + at, mask=at < width, other=0.0).to(tl.float32)
+        total += each
+    tl.store(result + slot * width + at, mean / total, mask=at < width)
 
 
 def launch(x: Tensor, into: Tensor, slots: int, weight: Tensor | None = None, total: Tensor | None = None) -> Tensor:

@@ -26,7 +26,7 @@ from torch.nn.functional import normalize
 
 from vtoken.kernels._dispatch import DTYPES, equal_steps, interpretable, runs_triton, tl, triton
 from vtoken.kernels._examples import Example, Examples, apart, within
-from vtoken.kernels._tiles import dot_tiles
+from vtoken.kernels._tiles import dot_tiles, dots, segment_of
 
 # The order of fp32 sums differs; partners are exact where cosines differ by more than that.
 tolerance = within((1e-5, 1e-6))
@@ -67,55 +67,49 @@ def definition(
                 continue
             best = cosine.max(1)
             similarity.append(best.values)
-            partner.append(
-                best.indices + y0 if among == "all" else (best.indices + y0).where(best.values > -torch.inf, -1)
-            )
+            position = best.indices + y0
+            partner.append(position if among == "all" else position.where(best.values > -torch.inf, -1))
     return torch.cat(similarity), torch.cat(partner)
 
 
-if triton is not None:
-    from vtoken.kernels._tiles import dots, segment_of
-
-    @triton.jit
-    def _nearest(  # type: ignore[no-untyped-def]
-        x, y, x_inverse, y_inverse, x_offsets, y_offsets, segments, x_stride, y_stride, width, similarity,
-        partner, tokens,
-        AMONG: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, SEGMENTS: tl.constexpr,
-    ):  # fmt: skip
-        """Program (tile of x, share of the columns): the best of its columns, written to [shares, ΣN]."""
-        mine, first = segment_of(x_offsets, segments, tl.program_id(0), TILE, SEGMENTS)
-        x_end = tl.load(x_offsets + mine + 1).to(tl.int64)
-        y_begin = tl.load(y_offsets + mine).to(tl.int64)
-        y_end = tl.load(y_offsets + mine + 1).to(tl.int64)
-        if first < x_end:
-            row = first + tl.arange(0, TILE)
+@triton.jit
+def _nearest(  # type: ignore[no-untyped-def]
+    x, y, x_inverse, y_inverse, x_offsets, y_offsets, segments, x_stride, y_stride, width, similarity,
+    partner, tokens,
+    AMONG: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of x, share of the columns): the best of its columns, written to [shares, ΣN]."""
+    mine, first = segment_of(x_offsets, segments, tl.program_id(0), TILE, SEGMENTS)
+    x_end = tl.load(x_offsets + mine + 1).to(tl.int64)
+    y_begin = tl.load(y_offsets + mine).to(tl.int64)
+    y_end = tl.load(y_offsets + mine + 1).to(tl.int64)
+    if first < x_end:
+        row = first + tl.arange(0, TILE)
+        if not UNIT:
+            x_norm = tl.load(x_inverse + row, mask=row < x_end, other=0.0)
+        share = tl.cdiv(tl.cdiv(y_end - y_begin, TILE), tl.num_programs(1)) * TILE
+        begin = y_begin + tl.program_id(1) * share
+        end = tl.minimum(begin + share, y_end)
+        if AMONG == "later":
+            begin = tl.maximum(begin, first + 1)
+        top = tl.full([TILE], float("-inf"), tl.float32)
+        where = tl.full([TILE], -1, tl.int64)
+        for start in range(begin, end, TILE):
+            column = start + tl.arange(0, TILE)
+            cosine = dots(x, row, row < x_end, x_stride, y, column, column < end, y_stride, width, TILE, TILE, WIDTH)
             if not UNIT:
-                x_norm = tl.load(x_inverse + row, mask=row < x_end, other=0.0)
-            share = tl.cdiv(tl.cdiv(y_end - y_begin, TILE), tl.num_programs(1)) * TILE
-            begin = y_begin + tl.program_id(1) * share
-            end = tl.minimum(begin + share, y_end)
+                cosine *= x_norm[:, None] * tl.load(y_inverse + column, mask=column < end, other=0.0)[None, :]
+            open = (column < end)[None, :]
+            if AMONG == "others":
+                open = open & (row[:, None] != column[None, :])
             if AMONG == "later":
-                begin = tl.maximum(begin, first + 1)
-            top = tl.full([TILE], float("-inf"), tl.float32)
-            where = tl.full([TILE], -1, tl.int64)
-            for start in range(begin, end, TILE):
-                column = start + tl.arange(0, TILE)
-                cosine = dots(
-                    x, row, row < x_end, x_stride, y, column, column < end, y_stride, width, TILE, TILE, WIDTH
-                )
-                if not UNIT:
-                    cosine *= x_norm[:, None] * tl.load(y_inverse + column, mask=column < end, other=0.0)[None, :]
-                open = (column < end)[None, :]
-                if AMONG == "others":
-                    open = open & (row[:, None] != column[None, :])
-                if AMONG == "later":
-                    open = open & (row[:, None] < column[None, :])
-                best, at = tl.max(tl.where(open, cosine, float("-inf")), 1, return_indices=True)
-                where = tl.where(best > top, start + at, where)
-                top = tl.maximum(best, top)
-            slot = tl.program_id(1).to(tl.int64) * tokens + row
-            tl.store(similarity + slot, top, mask=row < x_end)
-            tl.store(partner + slot, where, mask=row < x_end)
+                open = open & (row[:, None] < column[None, :])
+            best, at = tl.max(tl.where(open, cosine, float("-inf")), 1, return_indices=True)
+            where = tl.where(best > top, start + at, where)
+            top = tl.maximum(best, top)
+        slot = tl.program_id(1).to(tl.int64) * tokens + row
+        tl.store(similarity + slot, top, mask=row < x_end)
+        tl.store(partner + slot, where, mask=row < x_end)
 
 
 def inverse_norms(x: Tensor) -> Tensor:

@@ -55,81 +55,80 @@ def _means(x: Tensor, block: int, start: Tensor, known: Tensor | None = None) ->
     return total / count.clamp(min=1)[:, None, :, None], count > 0
 
 
-if triton is not None:
+@triton.jit(do_not_specialize=["tokens", "shift"])
+def _pool(  # type: ignore[no-untyped-def]
+    x, padding, heads, tokens, shift, d, block, strides, means,
+    PADDED: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Program (block, batch row and head): one mean. `shift`: number of keys before the first token of x."""
+    at = tl.program_id(0).to(tl.int64)
+    pair = tl.program_id(1).to(tl.int64)
+    start = 0
+    if PADDED:
+        start = tl.load(padding + pair // heads).to(tl.int32) - shift
+    dim = tl.arange(0, DIM)
+    begin = tl.maximum(at * block, start)
+    end = tl.minimum(at * block + block, tokens)
+    total = tl.zeros([DIM], tl.float32)
+    source = x + pair // heads * strides[0] + pair % heads * strides[1]
+    for token in range(begin, end, TILE):
+        row = token + tl.arange(0, TILE)
+        inside = (row < end)[:, None] & (dim < d)[None, :]
+        values = tl.load(source + row[:, None] * strides[2] + dim[None, :] * strides[3], mask=inside, other=0.0)
+        total += tl.sum(values.to(tl.float32), 0)
+    mean = total / tl.maximum(end - begin, 1).to(tl.float32)
+    tl.store(means + (pair * tl.num_programs(0) + at) * d + dim, mean, mask=dim < d)
 
-    @triton.jit(do_not_specialize=["tokens", "shift"])
-    def _pool(  # type: ignore[no-untyped-def]
-        x, padding, heads, tokens, shift, d, block, strides, means,
-        PADDED: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr,
-    ):  # fmt: skip
-        """Program (block, batch row and head): one mean. `shift`: number of keys before the first token of x."""
-        at = tl.program_id(0).to(tl.int64)
-        pair = tl.program_id(1).to(tl.int64)
-        start = 0
-        if PADDED:
-            start = tl.load(padding + pair // heads).to(tl.int32) - shift
-        dim = tl.arange(0, DIM)
-        begin = tl.maximum(at * block, start)
-        end = tl.minimum(at * block + block, tokens)
-        total = tl.zeros([DIM], tl.float32)
-        source = x + pair // heads * strides[0] + pair % heads * strides[1]
-        for token in range(begin, end, TILE):
-            row = token + tl.arange(0, TILE)
-            inside = (row < end)[:, None] & (dim < d)[None, :]
-            values = tl.load(source + row[:, None] * strides[2] + dim[None, :] * strides[3], mask=inside, other=0.0)
-            total += tl.sum(values.to(tl.float32), 0)
-        mean = total / tl.maximum(end - begin, 1).to(tl.float32)
-        tl.store(means + (pair * tl.num_programs(0) + at) * d + dim, mean, mask=dim < d)
 
-    @triton.jit
-    def _block_tile(  # type: ignore[no-untyped-def]
-        rows, k_means, pair, row, column, groups, key_blocks, queries, keys, start, d, block, scale, DIM: tl.constexpr
-    ):
-        """[rows, columns] base-2 logits; -inf where not visible."""
-        dim = tl.arange(0, DIM)
-        at = (pair // groups * key_blocks + column)[None, :] * d + dim[:, None]
-        columns = tl.load(k_means + at, mask=(column < key_blocks)[None, :] & (dim < d)[:, None], other=0.0)
-        last = tl.minimum(row * block + block, queries) + keys - queries
-        seen = (last[:, None] > (column * block)[None, :]) & (last > start)[:, None]
-        seen = seen & ((column < key_blocks) & (tl.minimum(column * block + block, keys) > start))[None, :]
-        return tl.where(seen, tl.dot(rows, columns, input_precision="tf32x3") * scale, float("-inf"))
+@triton.jit
+def _block_tile(  # type: ignore[no-untyped-def]
+    rows, k_means, pair, row, column, groups, key_blocks, queries, keys, start, d, block, scale, DIM: tl.constexpr
+):
+    """[rows, columns] base-2 logits; -inf where not visible."""
+    dim = tl.arange(0, DIM)
+    at = (pair // groups * key_blocks + column)[None, :] * d + dim[:, None]
+    columns = tl.load(k_means + at, mask=(column < key_blocks)[None, :] & (dim < d)[:, None], other=0.0)
+    last = tl.minimum(row * block + block, queries) + keys - queries
+    seen = (last[:, None] > (column * block)[None, :]) & (last > start)[:, None]
+    seen = seen & ((column < key_blocks) & (tl.minimum(column * block + block, keys) > start))[None, :]
+    return tl.where(seen, tl.dot(rows, columns, input_precision="tf32x3") * scale, float("-inf"))
 
-    @triton.jit(do_not_specialize=["query_blocks", "key_blocks", "queries", "keys"])
-    def _scores(  # type: ignore[no-untyped-def]
-        q_means, k_means, padding, heads, groups, query_blocks, key_blocks, queries, keys, d, block, scale, result,
-        PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr,
-    ):  # fmt: skip
-        """Program (tile of query blocks, batch row and head): scores and the parts of their softmax, then the
-        quotient."""
-        pair = tl.program_id(1).to(tl.int64)
-        start = 0
-        if PADDED:
-            start = tl.load(padding + pair // heads).to(tl.int32)
-        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        dim = tl.arange(0, DIM)
-        inside = (row < query_blocks)[:, None] & (dim < d)[None, :]
-        rows = tl.load(q_means + (pair * query_blocks + row)[:, None] * d + dim[None, :], mask=inside, other=0.0)
-        top = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        for first in range(0, key_blocks, COLUMNS):
-            column = first + tl.arange(0, COLUMNS)
-            scores = _block_tile(
-                rows, k_means, pair, row, column, groups, key_blocks, queries, keys, start, d, block, scale, DIM
-            )
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            base = tl.where(new_top == float("-inf"), 0.0, new_top)
-            total = total * tl.exp2(top - base) + tl.sum(tl.exp2(scores - base[:, None]), 1)
-            top = new_top
-        base = tl.where(top == float("-inf"), 0.0, top)
-        total = tl.where(total > 0, total, 1.0)
-        for first in range(0, key_blocks, COLUMNS):
-            column = first + tl.arange(0, COLUMNS)
-            scores = _block_tile(
-                rows, k_means, pair, row, column, groups, key_blocks, queries, keys, start, d, block, scale, DIM
-            )
-            share = tl.exp2(scores - base[:, None]) / total[:, None]
-            written = (row < query_blocks)[:, None] & (column < key_blocks)[None, :]
-            tl.store(result + (pair * query_blocks + row)[:, None] * key_blocks + column[None, :], share, mask=written)
+
+@triton.jit(do_not_specialize=["query_blocks", "key_blocks", "queries", "keys"])
+def _scores(  # type: ignore[no-untyped-def]
+    q_means, k_means, padding, heads, groups, query_blocks, key_blocks, queries, keys, d, block, scale, result,
+    PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of query blocks, batch row and head): scores and the parts of their softmax, then the quotient."""
+    pair = tl.program_id(1).to(tl.int64)
+    start = 0
+    if PADDED:
+        start = tl.load(padding + pair // heads).to(tl.int32)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    dim = tl.arange(0, DIM)
+    inside = (row < query_blocks)[:, None] & (dim < d)[None, :]
+    rows = tl.load(q_means + (pair * query_blocks + row)[:, None] * d + dim[None, :], mask=inside, other=0.0)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for first in range(0, key_blocks, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        scores = _block_tile(
+            rows, k_means, pair, row, column, groups, key_blocks, queries, keys, start, d, block, scale, DIM
+        )
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp2(top - base) + tl.sum(tl.exp2(scores - base[:, None]), 1)
+        top = new_top
+    base = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.where(total > 0, total, 1.0)
+    for first in range(0, key_blocks, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        scores = _block_tile(
+            rows, k_means, pair, row, column, groups, key_blocks, queries, keys, start, d, block, scale, DIM
+        )
+        share = tl.exp2(scores - base[:, None]) / total[:, None]
+        written = (row < query_blocks)[:, None] & (column < key_blocks)[None, :]
+        tl.store(result + (pair * query_blocks + row)[:, None] * key_blocks + column[None, :], share, mask=written)
 
 
 def launch(
@@ -165,8 +164,7 @@ def launch(
 def pooled_scores(
     q: Tensor, k: Tensor, block: int, scale: float, padding: Tensor | None = None, means: Tensor | None = None
 ) -> Tensor:
-    """Block-to-block attention, see the top of the file. Differentiable. Raises ValueError for shapes that do not
-    fit."""
+    """Block-to-block attention, see the top of the file. Differentiable. Raises ValueError for wrong shapes."""
     return (launch if heads_fit(q, k) else definition)(q, k, block, scale, padding, means)
 
 

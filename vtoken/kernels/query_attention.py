@@ -59,8 +59,7 @@ def launch(q: Tensor, k: Tensor, q_offsets: Tensor, k_offsets: Tensor, scale: fl
 
 
 def query_attention(q: Tensor, k: Tensor, q_offsets: Tensor, k_offsets: Tensor, scale: float) -> Tensor:
-    """Attention that every key receives, see the top of the file. Differentiable; a gradient keeps all scores in
-    memory.
+    """Attention that every key receives, see the top of the file. Differentiable, with all scores in memory.
 
     Offsets that do not cover all of q and k give an undefined result. Raises ValueError for shapes that do not fit.
     """

@@ -36,40 +36,37 @@ def definition(q: Tensor, k: Tensor, read: Tensor, scale: float, size: int = 128
     return torch.cat(out, 1) if out else q.new_empty(heads, 0, dtype=torch.float32)
 
 
-if triton is not None:
-
-    @triton.jit(do_not_specialize=["tokens", "blocks"])
-    def _maxima(  # type: ignore[no-untyped-def]
-        q, k, lists, counts, out, tokens, d, scale, blocks, q_strides, k_strides,
-        GROUPS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
-    ):  # fmt: skip
-        """Program (part of a query block, head). The last blocks read most and start first."""
-        part = tl.num_programs(0) - 1 - tl.program_id(0)
-        head = tl.program_id(1).to(tl.int64)
-        at = head * (tl.num_programs(0) // (SIZE // ROWS)) + part // (SIZE // ROWS)
-        row = part * ROWS + tl.arange(0, ROWS)
-        dim = tl.arange(0, DIM)
-        inside = dim < d
-        where = row.to(tl.int64)[:, None] * q_strides[1] + dim[None, :] * q_strides[2]
-        asked = tl.load(q + head * q_strides[0] + where, mask=(row < tokens)[:, None] & inside[None, :], other=0.0)
-        k += head // GROUPS * k_strides[0]
-        top = tl.full([ROWS], float("-inf"), tl.float32)
-        steps = tl.load(counts + at * 3) * (SIZE // KEYS)
-        block = tl.load(lists + at * blocks, mask=steps > 0, other=0)
-        for i in range(0, steps):
-            key = block * SIZE + i % (SIZE // KEYS) * KEYS + tl.arange(0, KEYS)
-            block = tl.load(lists + at * blocks + (i + 1) // (SIZE // KEYS), mask=i + 1 < steps, other=0)
-            address = key.to(tl.int64)[None, :] * k_strides[1] + dim[:, None] * k_strides[2]
-            columns = tl.load(k + address, mask=(key < tokens)[None, :] & inside[:, None], other=0.0)
-            scores = tl.dot(asked, columns, input_precision="ieee") * scale
-            visible = (key[None, :] <= row[:, None]) & (key < tokens)[None, :]
-            top = tl.maximum(top, tl.max(tl.where(visible, scores, float("-inf")), 1))
-        tl.store(out + head * tokens + row, top, mask=row < tokens)
+@triton.jit(do_not_specialize=["tokens", "blocks"])
+def _maxima(  # type: ignore[no-untyped-def]
+    q, k, lists, counts, out, tokens, d, scale, blocks, q_strides, k_strides,
+    GROUPS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Program (part of a query block, head). The last blocks read most and start first."""
+    part = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    at = head * (tl.num_programs(0) // (SIZE // ROWS)) + part // (SIZE // ROWS)
+    row = part * ROWS + tl.arange(0, ROWS)
+    dim = tl.arange(0, DIM)
+    inside = dim < d
+    where = row.to(tl.int64)[:, None] * q_strides[1] + dim[None, :] * q_strides[2]
+    asked = tl.load(q + head * q_strides[0] + where, mask=(row < tokens)[:, None] & inside[None, :], other=0.0)
+    k += head // GROUPS * k_strides[0]
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    steps = tl.load(counts + at * 3) * (SIZE // KEYS)
+    block = tl.load(lists + at * blocks, mask=steps > 0, other=0)
+    for i in range(0, steps):
+        key = block * SIZE + i % (SIZE // KEYS) * KEYS + tl.arange(0, KEYS)
+        block = tl.load(lists + at * blocks + (i + 1) // (SIZE // KEYS), mask=i + 1 < steps, other=0)
+        address = key.to(tl.int64)[None, :] * k_strides[1] + dim[:, None] * k_strides[2]
+        columns = tl.load(k + address, mask=(key < tokens)[None, :] & inside[:, None], other=0.0)
+        scores = tl.dot(asked, columns, input_precision="ieee") * scale
+        visible = (key[None, :] <= row[:, None]) & (key < tokens)[None, :]
+        top = tl.maximum(top, tl.max(tl.where(visible, scores, float("-inf")), 1))
+    tl.store(out + head * tokens + row, top, mask=row < tokens)
 
 
 def launch(q: Tensor, k: Tensor, read: Tensor, scale: float, size: int = 128) -> Tensor:
-    """Launches the kernel: the contract of the definition without gradients, for the dtypes in DTYPES and d up to
-    256."""
+    """Launches the kernel: the contract of the definition without gradients, for dtypes in DTYPES and d up to 256."""
     q, k = (interpretable(x.detach()) for x in (q, k))
     heads, n, d = q.shape
     out = torch.empty((heads, n), dtype=torch.float32, device=q.device)

@@ -54,55 +54,54 @@ def uploaded(values: Any, device: torch.device) -> Tensor:
     return torch.from_numpy(values.astype(np.int64)).to(device, non_blocking=True)
 
 
-if triton is not None:
+@triton.jit
+def _keys(scores, position, inside, stride):  # type: ignore[no-untyped-def]
+    """uint32 keys in the order of the scores; 0 stands for NaN and padding only (-inf is 0x7fffff)."""
+    value = tl.load(scores + position * stride, mask=inside, other=float("nan")).to(tl.float32)
+    bits = value.to(tl.uint32, bitcast=True)
+    bits = tl.where(bits == 0x80000000, 0, bits).to(tl.uint32)
+    key = tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    return tl.where(value == value, key, 0).to(tl.uint32)
 
-    @triton.jit
-    def _keys(scores, position, inside, stride):  # type: ignore[no-untyped-def]
-        """uint32 keys in the order of the scores; 0 stands for NaN and padding only (-inf is 0x7fffff)."""
-        value = tl.load(scores + position * stride, mask=inside, other=float("nan")).to(tl.float32)
-        bits = value.to(tl.uint32, bitcast=True)
-        bits = tl.where(bits == 0x80000000, 0, bits).to(tl.uint32)
-        key = tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
-        return tl.where(value == value, key, 0).to(tl.uint32)
 
-    @triton.jit
-    def _select(scores, offsets, starts, index, stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Program (image): finds the k-th largest key bit by bit, then writes the positions above it and of the first
-        ties."""
-        image = tl.program_id(0)
-        begin = tl.load(offsets + image).to(tl.int64)
-        n = (tl.load(offsets + image + 1).to(tl.int64) - begin).to(tl.int32)
-        slot = tl.load(starts + image)
-        k = (tl.load(starts + image + 1) - slot).to(tl.int32)
-        lane = tl.arange(0, BLOCK)
+@triton.jit
+def _select(scores, offsets, starts, index, stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Program (image): finds the k-th largest key bit by bit, then writes the positions above it and of the first
+    ties."""
+    image = tl.program_id(0)
+    begin = tl.load(offsets + image).to(tl.int64)
+    n = (tl.load(offsets + image + 1).to(tl.int64) - begin).to(tl.int32)
+    slot = tl.load(starts + image)
+    k = (tl.load(starts + image + 1) - slot).to(tl.int32)
+    lane = tl.arange(0, BLOCK)
 
-        # The largest threshold that at least k keys reach. A trial is never 0, so padding never counts.
-        threshold = tl.full((), 0, tl.uint32)
-        bit = tl.full((), 0x80000000, tl.uint32)
-        for _ in range(32):
-            trial = threshold | bit
-            reached = tl.zeros([BLOCK], tl.int32)
-            for start in range(0, n, BLOCK):
-                i = start + lane
-                reached += (_keys(scores, begin + i, i < n, stride) >= trial).to(tl.int32)
-            threshold = tl.where(tl.sum(reached, 0) >= k, trial, threshold)
-            bit = bit >> 1
-
-        above = tl.zeros([BLOCK], tl.int32)
+    # The largest threshold that at least k keys reach. A trial is never 0, so padding never counts.
+    threshold = tl.full((), 0, tl.uint32)
+    bit = tl.full((), 0x80000000, tl.uint32)
+    for _ in range(32):
+        trial = threshold | bit
+        reached = tl.zeros([BLOCK], tl.int32)
         for start in range(0, n, BLOCK):
             i = start + lane
-            above += (_keys(scores, begin + i, i < n, stride) > threshold).to(tl.int32)
-        ties_left = k - tl.sum(above, 0)
+            reached += (_keys(scores, begin + i, i < n, stride) >= trial).to(tl.int32)
+        threshold = tl.where(tl.sum(reached, 0) >= k, trial, threshold)
+        bit = bit >> 1
 
-        for start in range(0, n, BLOCK):
-            i = start + lane
-            key = _keys(scores, begin + i, i < n, stride)
-            tie = ((key == threshold) & (i < n)).to(tl.int32)
-            take = (key > threshold) | ((tie > 0) & (tl.cumsum(tie, 0) <= ties_left))
-            taken = take.to(tl.int32)
-            tl.store(index + slot + tl.cumsum(taken, 0) - 1, begin + i, mask=take)
-            slot += tl.sum(taken, 0)
-            ties_left -= tl.sum(tie, 0)
+    above = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, n, BLOCK):
+        i = start + lane
+        above += (_keys(scores, begin + i, i < n, stride) > threshold).to(tl.int32)
+    ties_left = k - tl.sum(above, 0)
+
+    for start in range(0, n, BLOCK):
+        i = start + lane
+        key = _keys(scores, begin + i, i < n, stride)
+        tie = ((key == threshold) & (i < n)).to(tl.int32)
+        take = (key > threshold) | ((tie > 0) & (tl.cumsum(tie, 0) <= ties_left))
+        taken = take.to(tl.int32)
+        tl.store(index + slot + tl.cumsum(taken, 0) - 1, begin + i, mask=take)
+        slot += tl.sum(taken, 0)
+        ties_left -= tl.sum(tie, 0)
 
 
 def _on_host(counts: Sequence[int] | Tensor, offsets: Tensor) -> list[int]:
