@@ -11,8 +11,8 @@ from vtoken.stages import Keep, Parts, VisualTokens, size_of
 
 
 def pooled(tokens: VisualTokens, sides: Sequence[int]) -> Keep:
-    """Every cell's tokens become one, at the place of the first; `sides` is the side of each image's cells, in tokens
-    of the unpruned raster."""
+    """Merges the tokens of each cell into one, at the place of the first. `sides`: side of each image's cells, in
+    tokens of the unpruned raster."""
     index, into, start = [], [], 0
     lengths: list[int] = []
     for n, parts, side in zip(tokens.lengths, tokens.parts, sides, strict=True):
@@ -33,7 +33,7 @@ def cells_in(parts: Parts, side: int) -> int:
 
 
 def _cells(place: Tensor, parts: Parts, side: int) -> Tensor:
-    """[n] cell of each token."""
+    """[n] cell of each token, given its raster index [n]."""
     out, before, cells_before = torch.zeros_like(place), 0, 0
     for part in parts:
         _, h, w = part

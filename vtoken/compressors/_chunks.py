@@ -1,4 +1,4 @@
-"""Frames of a prompt, counted through all of its pictures and videos, and chunks of them."""
+"""Numbers the frames of a prompt through all its pictures and videos, and groups them into chunks."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Chunks:
     """Chunks of frames of a row.
 
     Attributes:
-        chunk: [N] of each token, -1 at text; tokens: [chunks] how many are of each.
-        goes_to: [N] which token stands for it where its chunk is pooled; weight: [N] of it in the mean there.
+        chunk: [N] chunk of each token, -1 at text; tokens: [chunks] visual tokens of each chunk, before pooling.
+        goes_to: [N] token that each is averaged into where its chunk is pooled; weight: [N] its share of the mean.
     """
 
     chunk: Tensor
@@ -44,14 +44,14 @@ def frames_of(image: Tensor, raster_index: Tensor, parts: Sequence[Parts]) -> Te
 
 
 def packed(counts: Sequence[int], parts: Sequence[Parts]) -> tuple[Tensor, Tensor]:
-    """[ΣN] image and raster index of `counts` tokens of each picture, drawn evenly from it."""
+    """[ΣN] image and raster index of `counts` tokens of each picture, spaced evenly over its rasters."""
     evenly = [torch.arange(n) * size_of(rasters) // max(1, n) for n, rasters in zip(counts, parts, strict=True)]
     return image_of(counts, torch.device("cpu")), torch.cat(evenly)
 
 
 def pooled(frame: Tensor, per: int, size: int) -> Chunks:
-    """Chunks of `per` frames of the tokens whose frame [N] is given, -1 at text; `size` neighbours of a frame go to the
-    middle one of them. Waits for the device once, and works on the host."""
+    """Groups tokens into chunks of `per` frames, given the frame [N] of each, -1 at text. Where a chunk is pooled,
+    every `size` neighbours in a frame go to the middle one. Waits for the device once, and works on the host."""
     frame, device = frame.cpu(), frame.device
     (slots,) = (frame >= 0).nonzero(as_tuple=True)
     visual, n = frame[slots], len(slots)

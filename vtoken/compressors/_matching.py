@@ -32,14 +32,14 @@ from vtoken.stages import (
 
 @dataclass(frozen=True)
 class Pairs:
-    """Every second token of a sequence, with the most similar of its other tokens.
+    """Each token of side A (every second token of a sequence), with the most similar token of side B.
 
     Attributes:
         a, b: [S, W] and [S, V] packed rows of the two sides, in the order of the sequence.
         partner: [S, W] packed row, on side B, of the partner of each token on side A.
         value: [S, W] their cosine similarity, -inf if there is no partner.
         lead: as in VisualTokens.
-        padded: sequences differ in length.
+        padded: `a` and `b` may hold padding.
     """
 
     a: Tensor
@@ -51,8 +51,8 @@ class Pairs:
 
 
 class Merged(NamedTuple):
-    """The `rows` [ΣK] that are left; `into`, as in Keep; and the `order` [ΣK] of what is left for the next match,
-    sequence by sequence."""
+    """The `rows` [ΣK] that are left, `into` as in Keep, and the `order` [ΣK] in which the tokens left are dealt to the
+    sides at the next match, sequence by sequence."""
 
     rows: Tensor
     into: Tensor
@@ -63,9 +63,9 @@ def match(metric: Tensor, order: Tensor, lengths: Sequence[int], lead: int = 0) 
     """Pairs of [ΣN, d] tokens by cosine similarity; ties go to the first.
 
     Args:
-        order: [ΣN] packed rows, sequence by sequence, in the order in which tokens are dealt to the two sides. If there
-            is a token in front (`lead`, on side A, never merged), the first goes to side B.
+        order: [ΣN] packed rows, sequence by sequence, in the order in which tokens are dealt to the two sides.
         lengths: tokens per sequence.
+        lead: tokens in front of each sequence, dealt but never merged: with one, the first token goes to side B.
     """
     unit, first = normalize(metric.float(), dim=-1), lead % 2
     if len(set(lengths)) == 1 and lengths[0] > 1:
@@ -93,8 +93,8 @@ def match(metric: Tensor, order: Tensor, lengths: Sequence[int], lead: int = 0) 
 
 
 def _taken(lengths: Sequence[int], first: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which of the [S x width] seats of one side (every second token from `first` on) are taken, and their packed
-    offsets, on the host."""
+    """Flat indices of the [S, width] seats of one side (every second token from `first` on) that are not padding, and
+    packed offsets of the sequences among them, on the host."""
     rows, columns = seats(lengths, torch.device("cpu"))
     mine = columns % 2 == first
     seat = rows[mine] * width + columns[mine] // 2
@@ -102,12 +102,11 @@ def _taken(lengths: Sequence[int], first: int, width: int, device: torch.device)
 
 
 def merge(pairs: Pairs, lengths: Sequence[int], taken: Sequence[int], places: Tensor, anew: bool = False) -> Merged:
-    """Merges the `taken` most similar tokens of side A into their partners, in every sequence. `places` [ΣN or more]:
-    0, 1, ...
+    """Merges into their partners the `taken[s]` tokens of side A of sequence s that are most similar to them. `places`
+    [ΣN or more]: 0, 1, ...
 
-    In the next order, the rest of side A comes first (by similarity; with a token in front, in the old order), then
-    side B. A sequence in which nothing merged keeps its order. With `anew`, side A stays in the old order, and every
-    sequence is reordered.
+    The next order is the rest of side A (by similarity; with `lead` or `anew`, in the old order), then side B. A
+    sequence in which nothing merged keeps its order, unless `anew`.
     """
     ranked = pairs.value.sort(dim=1, descending=True, stable=True).indices
     most = max(taken)
@@ -148,11 +147,11 @@ def seats(lengths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]
 
 @dataclass
 class Order:
-    """The order (`rows`) in which the tokens left by a decision, `lengths` per sequence, are dealt to the sides next
-    time.
+    """The order in which the tokens that a decision left are dealt to the sides at the next match.
 
     Attributes:
-        kept: their rows among the tokens that had this raster index; places: 0, 1, ...
+        rows: [ΣK] the tokens in this order; lengths: how many per sequence.
+        kept: [ΣK] their packed rows before the decision; raster_index: [ΣN] as it was then; places: 0, 1, ...
     """
 
     rows: Tensor
@@ -174,8 +173,8 @@ class Order:
 
 
 class Merger(Compressor):
-    """Shared by ToMe and DToMe: one match in every layer at which they act, by keys averaged over heads; each picture
-    (crop) is a sequence of its own."""
+    """Shared by ToMe and DToMe: one match in every layer at which they act, by the mean of the keys over heads; each
+    picture (crop) is a sequence of its own."""
 
     site: ClassVar[Site] = "encoder"
     anew: ClassVar[bool] = False  # as in `merge`

@@ -79,18 +79,18 @@ class Loaded:
         self._there.clear()
 
     def count(self, tokens: int) -> int:
-        """How many it leaves of so many."""
+        """How many tokens the module makes of this many."""
         return min(tokens, self.first.count(tokens)) if tokens else 0
 
     def make(self, read: Tensor, layout: Layout, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What it makes of one picture.
+        """What the module makes of one picture.
 
         Returns:
-            [K, width] embeddings; [K] indices of the tokens whose places they take; whether these places are ascending
-            and among those of `layout`, on the device.
+            [K, width] embeddings; [K] indices of the tokens whose places they take; [] bool, on the device, whether
+            these places are ascending and among those of `layout`.
 
         Raises:
-            ValueError: it takes features of another width, or returned something else than its contract says.
+            ValueError: the module takes inputs of another width, or returned shapes that break its contract.
         """
         if read.shape[1] != self.first.takes:
             raise ValueError(

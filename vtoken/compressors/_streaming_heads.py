@@ -12,7 +12,7 @@ from vtoken.stages import NAMES_FILE, Stage
 
 
 class StreamingHeads(Stage):
-    """To be mixed into a stage in which some key heads stream."""
+    """Mixin for stages in which some key heads stream: options, checks and choice."""
 
     gates: _duo.Gates | str | None = Field(
         default=None,
@@ -66,6 +66,6 @@ class StreamingHeads(Stage):
 
     @cached_property
     def _streaming(self) -> frozenset[tuple[int, int]]:
-        """Layer and key head of all that stream: the lowest gates of all layers together, ties to the earlier."""
+        """(layer, key head) of all that stream: those with the lowest gates of all layers, ties to the earlier head."""
         order = sorted((gate, k, h) for k, row in enumerate(self.table or ()) for h, gate in enumerate(row))
         return frozenset((k, h) for _, k, h in order[: int(self.sparsity * len(order) + 0.5)])

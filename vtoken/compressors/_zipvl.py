@@ -1,4 +1,4 @@
-"""Shared by the two stages of ZipVL: which tokens of a prompt are important in a layer, and the quantiser."""
+"""Shared by the two stages of ZipVL: which tokens of a prompt are important in a layer, and the quantizer."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ class Important(BaseModel):
 
 
 def quantised(keys: Tensor, values: Tensor, groups: tuple[tuple[Tensor, int], ...]) -> QuantizedKV:
-    """Quantises keys and values [Hk, N, d].
+    """Quantizes keys and values [Hk, N, d].
 
     Keys: minimum and maximum per channel and head, over the tokens of a group. Values: divided by the root of the
     largest magnitude of their channel over all tokens, then minimum and maximum per token, over heads and channels.
 
     Args:
-        groups: (positions [n], bits) of tokens that are quantised together; every token belongs to one group.
+        groups: (positions [n], bits) of tokens that are quantized together; every token belongs to one group.
     """
     peak = values.abs().amax(1, keepdim=True)
     v = values.float() / factor(peak)

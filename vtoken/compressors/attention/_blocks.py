@@ -22,7 +22,7 @@ def block_mean(x: Tensor, size: int) -> Tensor:
 
 
 def per_head(k: Tensor, heads: int) -> Tensor:
-    """[Hk, N, d] -> [H, N, d], a view per query head."""
+    """[Hk, N, d] -> [H, N, d], every key head repeated for its query heads."""
     return k[:, None].expand(-1, heads // len(k), -1, -1).reshape(heads, *k.shape[1:])
 
 

@@ -17,13 +17,14 @@ from vtoken.kernels import probe_sums
 from vtoken.stages import uploaded
 from vtoken.stages.attention import PrefillQK
 
-SIZE = 64  # tokens of a block, and queries of a late
+SIZE = 64  # tokens of a block, and how many last queries an index is built from
 FIRST, NEAR = 30, 100  # first keys, and shortest distances, that every vertical-slash index includes
 
 
 def strides(prompt: PrefillQK, unit: str) -> int | None:
     """Tokens from the start of one frame (single image) to the next, or from one raster row to the next, separators
-    included. None if they are not equally long: mixed sizes, or dropped tokens."""
+    included; of crops, only the last raster counts. None if there is no next, or distances differ: mixed sizes, or
+    dropped tokens."""
     found: int | None = prompt.once(("strides", unit), lambda: _strides(prompt, unit))
     return found
 
@@ -85,10 +86,10 @@ def _positions(mask: Tensor) -> Tensor:
 
 
 def by_modality(prompt: PrefillQK, vertical: int, slash: int, keys_too: bool) -> tuple[Tensor, Tensor]:
-    """Blocks [h, T, T] and lists of keys [h, L, C] of heads that read by modality. A query block reads the index of
-    each modality that it contains, through one of the lists; `list_of_each` says which. An index is built from the last
-    queries of the modality's last run, over all keys, or, with `keys_too`, over the keys of each modality separately;
-    distances are then counted in keys of that modality only."""
+    """Blocks [h, T, T] and lists of keys [h, L, C] of heads that read by modality. A query block reads the
+    index of each modality that it contains; `list_of_each` says which list has its keys. An index is built from the
+    last queries of the modality's last run, over all keys or, with `keys_too`, over the keys of each modality
+    separately; distances are then counted in keys of that modality only."""
     n, q, k = prompt.length, prompt.q, per_head(prompt.k, prompt.heads)
     tiles = -(-n // SIZE)
     blocks = torch.zeros(len(q), tiles, tiles, dtype=torch.bool, device=q.device)
@@ -122,8 +123,8 @@ def blocks_of(prompt: PrefillQK) -> Tensor:
 
 
 def list_of_each(prompt: PrefillQK) -> Tensor:
-    """[T] int32, if there are both modalities: the list of `by_modality` that each query block reads: that of its
-    modality, or the last one, for both."""
+    """[T] int32, for prompts with both modalities: which list of `by_modality` each query block reads, that of its
+    modality, or the last one if it contains both."""
     text, images = blocks_of(prompt)
     return torch.where(text & images, 2, images).int()
 
@@ -132,7 +133,7 @@ def pair(late: Tensor, mine: Tensor, theirs: Tensor, at: Tensor, vertical: int, 
     """What queries of one modality, `mine` [N], read of the keys of one modality, `theirs` [N] (`at`: positions of
     those among the first n tokens): columns [h, N] and blocks [h, T, T]. They follow from `late` [h, R, n], the
     attention of the last R of the first n tokens. The distance of a key is the number of later keys of its modality
-    that the query sees, so tokens in between do not count."""
+    that the query sees; tokens of the other modality do not count."""
     heads, rows, n = late.shape
     tiles, rank = -(-len(mine) // SIZE), theirs.cumsum(0) - 1
     columns = torch.zeros(heads, len(mine), dtype=torch.bool, device=late.device)
@@ -180,10 +181,10 @@ Lists = tuple[
 
 
 def grid(prompt: PrefillQK, unit: str, rows: bool, local: int) -> Lists | None:
-    """What the heads of a grid pattern read: a window, the tokens before the images, everything after the grid's
-    region, and the lines of the grid: keys whose distance from the phase is a multiple of the stride and, with `rows`,
-    such queries. The phase is where each head looks. None if frames (rows) are not equally far apart, or
-    too few for a grid."""
+    """What the heads of a grid pattern read. All queries: the tokens before the images, a window, and keys on lines of
+    the grid. Queries behind the grid and, with `rows`, those on its lines: everything. Lines are a stride apart; where
+    they start, the phase, is where the last queries of a head look most. None if frames (rows) are not equally far
+    apart, or too few for a grid."""
     n, device = prompt.length, prompt.q.device
     stride = strides(prompt, unit)
     if stride is None:

@@ -1,4 +1,4 @@
-"""MoA's plans: how wide the window of every decoder layer and head is, as a rule of the prompt's length."""
+"""MoA's plans: the window of every decoder layer and head as a function of the prompt's length."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read(name: str) -> Plan:
 
 
 def _table(given: Any, what: str) -> list[list[Any]]:
-    """What it holds per layer and head."""
+    """The entries per layer and head."""
     return [_entries(row, f"{what}, layer {k}") for k, row in enumerate(_entries(given, what))]
 
 

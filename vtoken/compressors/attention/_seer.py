@@ -28,8 +28,8 @@ class Header(NamedTuple):
     """Which model a file of gates is for.
 
     Attributes:
-        depth: number of decoder layers; heads: query heads; key_heads: 0 if the file does not say; width: of a head.
-        size: tokens of a block.
+        depth: number of decoder layers; heads: query heads; key_heads: 0 if the file does not say.
+        width: channels of a head; size: tokens of a block.
     """
 
     depth: int
@@ -155,12 +155,13 @@ def logits(queries: Tensor, keys: Tensor, gate: Tensor, starts: Rope) -> Tensor:
 
 
 def chosen(shares: Tensor, threshold: float, share: float | None, last: int) -> Tensor:
-    """[H, T, T] bool: the key blocks to read, from the shares [H, T, T] that a gate predicts.
+    """[H, T, T] bool: the key blocks to read, from the shares [H, T, T] that a gate predicts; always the first one and
+    the query block's own.
 
     Args:
-        threshold: blocks with a larger share are read. With `share`, every row instead reads the same number of its
-            largest blocks, at least one, chosen so that this is that share of a whole causal map.
-        last: number of rows at the end that read everything.
+        threshold: without `share`, blocks with a larger share are read.
+        share: of the causal map to read. Every query block reads the same number of its largest blocks, at least one.
+        last: number of query blocks at the end that read everything.
     """
     t = torch.arange(shares.shape[-1], device=shares.device)
     if share is None:

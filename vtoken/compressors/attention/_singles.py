@@ -17,8 +17,8 @@ def listed(taken: Tensor, width: int) -> Tensor:
 
 
 def fullest(keys: Tensor, most: int) -> Tensor:
-    """[..., M] bool: given the number of keys [..., M] by each block, the fullest blocks, as few as leave at most
-    `most` keys in all others; ties by index."""
+    """[..., M] bool: the fullest blocks, given the number of keys [..., M] in each; as few as leave at most `most` keys
+    in all others; ties by index."""
     count, order = keys.sort(dim=-1, descending=True, stable=True)
     left = keys.sum(-1, keepdim=True) - count.cumsum(-1) + count
     return torch.zeros_like(keys, dtype=torch.bool).scatter_(-1, order, left > most)

@@ -18,15 +18,15 @@ from vtoken.stages.steering import SteeredAttention, SteeredLayer
 
 
 class Amplify(SteeredAttention):
-    """Multiplies the attention weights of chosen visual tokens by `gamma` before a row is normalised, which is ln gamma
-    added to their scores; for text after a picture, in every layer and head that is named, in the prompt and at every
-    generated token. With gamma 1 nothing changes. It makes up for visual mass that pruning took: by how much is a
-    matter of trial.
+    """Where text after a picture attends, multiplies the weights of chosen visual tokens by `gamma` before a row is
+    normalised, that is, adds ln gamma to their scores: in every layer and head that is named, in the prompt and at
+    every generated token. With gamma 1 nothing changes. Meant to make up for the visual attention that pruning took
+    away; the right gamma is a matter of trial.
 
-    `tokens: salient` amplifies the share `keep` of each image with the highest sums, over the text after the image, of
-    what attention to a token gains from one text token to the next (0 where it loses), head mean, read in layer
-    `measured` while the prompt is read; layers up to that one stay as they are. That map is made after GIFT's abstract,
-    and experimental.
+    `tokens: salient` amplifies only the `keep` most salient tokens of each image. A token is salient if attention to it
+    rises from one text token after the image to the next: its score is the sum of all rises (falls count 0) of the head
+    mean, in layer `measured` of the prefill. Layers up to that one stay as they are. This rule follows GIFT's abstract
+    and is experimental.
 
     Paper: https://arxiv.org/abs/2407.21771 (PAI), which adds a multiple of the scores' magnitudes instead.
     """

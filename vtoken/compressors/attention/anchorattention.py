@@ -17,13 +17,13 @@ from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, caus
 
 class AnchorAttention(SparseAttention):
     """Queries form groups of `step` blocks. All queries read the first block of keys, and everything from one block
-    before their group on. The largest score of a query among these, averaged over its block, is the block's anchor. A
-    key in between is read by the whole group if its score with the mean query of one of the group's blocks is at most
-    `theta` (natural units) below that block's anchor. The queries after the last whole group read everything; so does a
-    prompt shorter than one group.
+    before their group on. The largest score of each query among these, averaged over a query block, is the block's
+    anchor. A key in between is read by the whole group if its score with the mean query of any block of the group is at
+    most `theta` (natural units) below that block's anchor. The queries after the last whole group read everything, and
+    a prompt of at most one whole group is read whole.
 
     No share is fixed: a larger `theta` reads more. If a group chose more than `max_columns` keys, it reads the blocks
-    with most of them whole, as few as leave `max_columns` in the others: never less than was chosen.
+    with most of them whole, as few as leave at most `max_columns` in the others: never less than was chosen.
 
     Paper: https://aclanthology.org/2025.emnlp-main.430
     """
@@ -68,8 +68,8 @@ class AnchorAttention(SparseAttention):
 
     def _stripes(self, prompt: PrefillQK, anchors: Tensor, whole: int, initial: int) -> Iterator[tuple[Tensor, Tensor]]:
         """For the query heads of every key head: the single keys of every group [h, G, C], padded with -1, and the
-        blocks [h, G, M] that the group reads whole instead. `anchors` is [H, T]; groups reach up to block `whole`; the
-        first `initial` blocks are read anyway."""
+        blocks [h, G, M] that the group reads whole instead. `anchors` is [H, T]; blocks from `whole` on are in no
+        group; the first `initial` blocks are read anyway."""
         size, step, groups = self.size, self.step, prompt.heads // len(prompt.k)
         total = -(-anchors.shape[1] // step)
         for head, k in enumerate(prompt.k):

@@ -17,15 +17,15 @@ from vtoken.stages.attention import PrefillQK, SparseAttention, SparseMask, caus
 
 
 class ChunkPrefill(SparseAttention):
-    """The frames of the prompt are counted through, and `frames` of them make a chunk. A visual token reads its own
-    chunk, the `previous` chunks before it, and all text before it (time stamps and newlines are text). Text reads
-    everything before it, as usual. All heads and layers read the same.
+    """Every `frames` frames form a chunk, counted through all pictures and videos of the prompt. A visual token reads
+    its own chunk, the `previous` chunks before it, and all text before it (time stamps and newlines are text). Text
+    reads everything before it, as usual. All heads and layers read the same.
 
-    Chunks are read in whole blocks of `size` tokens, never less than the rule says; text as single keys. Attention then
-    grows with the length of a video instead of its square. One number per prefill and row is fetched from the device.
+    Chunks are read in whole blocks of `size` tokens, never less than the rule says; text within such blocks as single
+    keys. Attention then grows with the length of a video instead of its square. The first layer waits for the device.
 
-    Video-XL-2 is trained with vision tokens made for this; a stock model is not. On such a model, what a frame gets
-    from frames farther back has to come by way of the chunks in between, layer by layer.
+    Video-XL-2 is trained with vision tokens made for this; a stock model is not. In a stock model, information from
+    frames farther back reaches a frame only through the chunks in between, layer by layer.
 
     Paper: https://arxiv.org/abs/2506.19225
     """
@@ -55,7 +55,7 @@ class ChunkPrefill(SparseAttention):
         return SparseMask(self.size, blocks, columns, found.share, dense)
 
     def _reads(self, image: Tensor, raster_index: Tensor, parts: Sequence[Parts]) -> SparseMask:
-        """For one head; without single keys and dense queries where everything is read."""
+        """The mask of one head; blocks alone if everything is read."""
         n, device, size = len(image), image.device, self.size
         text = image < 0
         chunk = frames_of(image, raster_index, parts).div(self.frames, rounding_mode="floor")

@@ -15,18 +15,18 @@ from vtoken.stages.query_attention import shared
 
 
 class FlexPrefill(SparseAttention):
-    """The last `size` queries stand for all: they give the attention of every key (vertical) and of every distance
-    (slash). The number of key blocks to read is the number that the heaviest keys with `gamma` of the mass would fill;
-    likewise for distances. The heaviest blocks are read: at least `min_budget` tokens' worth, at most `max_budget`, and
+    """The attention of the last `size` queries stands for that of all, summed per key (vertical) and per distance
+    (slash). As many key blocks are read as the heaviest keys with `gamma` of the mass would fill, the heaviest blocks
+    first, and likewise blocks of distances: at least `min_budget` tokens' worth of each, at most `max_budget`, and
     always the first block and the diagonal.
 
-    If block means predict their attention well (root of the Jensen-Shannon divergence of the two below `tau`), the head
-    reads only the minimum of both, plus the entries that hold `gamma` of the whole matrix of softmaxed products of
-    block means. With tau 0 every head is vertical-slash. Prompts of at most two blocks, or of `min_budget` tokens, are
-    read whole.
+    A head is query-aware if block means predict the attention of these queries well (root of the Jensen-Shannon
+    divergence of the two below `tau`). It reads only `min_budget` of keys and of distances, plus the pairs of blocks
+    that hold `gamma` of the softmaxed products of all block means. With tau 0 every head is vertical-slash. Prompts of
+    at most two blocks, or of `min_budget` tokens, are read whole.
 
-    The choice assumes that the last 128 tokens represent the prompt: with a short question, they are image tokens and
-    the chat template.
+    The choice assumes that the last `size` tokens represent the prompt: with a short question, they are image tokens
+    and the chat template.
 
     Paper: https://arxiv.org/abs/2502.20766
     """

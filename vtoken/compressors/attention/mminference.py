@@ -30,18 +30,18 @@ class MMInference(SparseAttention):
 
     grid_frame, grid_row: a window, what comes before the images, and a grid whose stride is a frame (a picture) or a
     row of patches, separators included. All queries read the keys on the grid; queries on the grid read everything (not
-    with _columns). The phase of the grid is where the last 64 queries look.
+    with _columns). The phase of the grid is the offset within a stride to which the last 64 queries attend most.
     a_shape: the first and the latest tokens. As with grids, the text after the images reads everything.
     vertical_slash: the keys and distances that the last 64 queries attend to most, 1000 keys and 1024 (2048) distances.
-    query_boundary: the same (1000, 2048), computed once from the last text tokens and once from the last image tokens,
-    each for the queries of its own kind.
+    query_boundary: the same (1000, 2048), computed once from the last text tokens for all text queries and once from
+    the last image tokens for all image queries.
     2d_boundary: the same for each pair of modalities, so that for image queries, text keys do not compete with image
-    keys. Distances are counted in keys of that modality only, so tokens in between do not separate them.
+    keys. Distances are counted in keys of one modality, as if the tokens of the other were not there.
 
     Heads with a boundary along the keys only (K-boundary) need no pattern: one index serves all queries.
 
-    If frames are not equally far apart (pictures of different sizes, tokens dropped before), or fewer than 64, there is
-    no grid: such heads read everything. At 20-66k tokens the authors report 32-47 % of the FLOPs.
+    Grid heads read everything if frames (rows) differ in length (mixed sizes, dropped tokens), or fewer than 64 follow
+    the first `local` image tokens. At 20-66k tokens the authors report 32-47 % of the FLOPs.
 
     Paper: https://arxiv.org/abs/2504.16083
     """
@@ -101,7 +101,7 @@ class MMInference(SparseAttention):
         return SparseMask(SIZE, blocks, single, tiles, dense, of=of)
 
     def lists(self, name: str, prompt: PrefillQK) -> Lists:
-        """What all heads of the prompt read under one pattern."""
+        """What the heads of `prompt` read if all have this pattern."""
         n, device = prompt.length, prompt.q.device
         tiles = -(-n // SIZE)
         nothing = torch.full((prompt.heads, 1, 1), -1, dtype=torch.int32, device=device)

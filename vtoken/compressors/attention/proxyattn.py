@@ -19,10 +19,10 @@ CHUNK = 1 << 26  # scores in memory at once
 class ProxyAttn(SparseAttention):
     """Neighbouring heads form `proxies` groups; the mean of a group's queries and the mean of its keys are its proxy.
     Only the first of every `stride` tokens is used: after a causal softmax over these, the largest entry between two
-    blocks is the score of the pair, for all heads of the group. How many blocks to read is decided per head: as many as
-    hold `gamma` of the attention of its last `size` queries, the heaviest first, at least `min_budget` tokens' worth.
-    Every query block reads that number of its causal blocks with the highest scores, always including the first block
-    and its own; with `by_row`, the same share of them.
+    blocks is the score of the pair, for all heads of the group. How many blocks to read is decided per head: as many of
+    the heaviest as hold `gamma` of the attention of its last `size` queries, at least `min_budget` tokens' worth. Every
+    query block reads that number of its causal blocks (with `by_row`, the same share of them), those with the highest
+    scores, always including the first block and its own.
 
     The scores cost proxies / (heads * stride^2) of the products of queries and keys. Prompts of at most `min_budget`
     tokens are read whole. As in FlexPrefill, the counts come from queries at the end of the prompt: with a short

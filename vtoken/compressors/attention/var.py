@@ -14,17 +14,16 @@ from vtoken.stages.steering import SteeredAttention, SteeredLayer
 
 class VAR(SteeredAttention):
     """Visual attention redistribution. A sink is a token of the prompt, of text or of a picture, whose hidden state on
-    its way into a layer, divided by its root mean square, exceeds `tau` in one of the channels `dims`. Where there is a
-    visual sink, heads and queries of text after the picture are chosen that give visual tokens `summ` of their
-    attention or more, and visual sinks `rho` of that or less. Of these, the weights of all sinks are multiplied by `p`,
-    and what that frees goes to the visual tokens that are no sinks, in proportion to their weights; at every generated
-    token too.
+    its way into a layer, divided by its root mean square, exceeds `tau` in one of the channels `dims`. A text
+    query after the picture, generated ones included, is changed in the heads where visual tokens get at least `summ` of
+    its attention, and visual sinks some of that, but at most the share `rho`. There the weights of all sinks are
+    multiplied by `p`, and what that frees goes to the visual tokens that are no sinks, in proportion to their weights.
 
-    The model's own attention runs as it does, o; to it is added (1 - p) m (o_V - o_S), where m is the weight of the
-    sinks, and o_S and o_V are attention over sinks and over the other visual tokens alone. Weights of text queries are
-    worked out once more for that, a chunk at a time.
+    The model's own attention runs unchanged; to its output, (1 - p) m (o_V - o_S) is added, where m is the weight of
+    the sinks, and o_S and o_V are attention over the sinks alone and over the other visual tokens alone. For that,
+    weights of text queries are computed a second time, a chunk at a time.
 
-    The paper's rho is one minus this one, and its p is the share that is taken.
+    The paper's rho is one minus this one, and its p is the share that is taken away.
 
     Paper: https://arxiv.org/abs/2503.03321
     """

@@ -57,7 +57,7 @@ class XAttention(SparseAttention):
         return cover(score, self.threshold, always=always & (t <= t[:, None])) & (t <= t[:, None])
 
     def scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        """[H, T, T] sums over pairs of blocks of the softmaxed antidiagonal sums of [H, N, d]."""
+        """[H, T, T] scores of pairs of blocks, from q and k [H, N, d]: softmaxed antidiagonal sums, summed per pair."""
         n, stride, size = q.shape[1], self.stride, self.size
         per = size // stride
         asked, keys = (pad(x, (0, 0, 0, -n % size)).unflatten(1, (-1, stride)) for x in (q, k))

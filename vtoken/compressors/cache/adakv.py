@@ -17,9 +17,9 @@ from vtoken.stages.cache import CachedLayer, HeadClasses, HeadSlots
 class AdaKV(SnapKV):
     """Scores tokens as `snapkv` does, but takes the mean over the query heads of a key head before it pools over
     neighbouring tokens. The highest scores of a layer, over all its key heads, say how many tokens each head keeps; a
-    head keeps at least the share `floor` of the mean. All heads together hold as much as with `snapkv`. Every head is
-    stored and attended to apart, so that a decode step computes attention once per key head. How many tokens a head
-    keeps is read on the host: one wait for the device per row and layer of a prefill.
+    head keeps at least the share `floor` of the mean. All heads together hold as much as with `snapkv`. Every head has
+    a cache of its own, so that a decode step computes attention once per key head. How many tokens a head keeps is read
+    on the host: one wait for the device per row and layer of a prefill.
 
     Paper: https://arxiv.org/abs/2407.11550
     """
@@ -59,7 +59,7 @@ class AdaKV(SnapKV):
         return super().pooled(received.mean(1, keepdim=True))
 
     def shares(self, drawn: Sequence[int], mean: int) -> list[int]:
-        """How many tokens every head keeps, `mean` on average, where so many of each are among the highest of all."""
+        """How many tokens every head keeps, `mean` on average, if `drawn` of each head are among the highest of all."""
         wanted = [(1 - self.floor) * count + self.floor * mean for count in drawn]
         counts = [int(each + 1e-6) for each in wanted]
         # Rounding is not to choose between remainders that are alike.

@@ -17,14 +17,14 @@ from vtoken.stages.query_attention import shared
 
 
 class BilevelKV(CacheStage):
-    """The frames of the prompt are counted through, and `frames` of them make a chunk. When the prefill ends, every
-    layer keeps whole the first chunk, the last one and the `top` others to which the text after the pictures attends
-    most: the mean over its last `window` tokens, over heads and over the tokens of a chunk. Of all other chunks, `pool`
-    neighbouring tokens of a frame become one. Text stays.
+    """Every `frames` frames form a chunk, counted through all pictures and videos of the prompt. When the prefill ends,
+    every layer keeps whole the first chunk, the last one and the `top` others to which the text after the pictures
+    attends most: the mean over its last `window` tokens, over heads and over the tokens of a chunk. In all other
+    chunks, every `pool` neighbouring tokens of a frame become one. Text stays.
 
     Values are averaged. Keys are averaged without RoPE, and the mean is rotated to the place of the middle token (of
-    four the second): rotated keys of several places would partly cancel, and the middle is where the mean of their
-    distances to any later query is kept best. Nothing is renumbered. A pooled token gets the attention of one.
+    four the second), which is closest to their mean place: rotated keys of several places would partly cancel. Nothing
+    is renumbered. A pooled token gets the attention of one token, not of `pool`.
 
     The prefill costs the same; `chunk_prefill` beside it is the other half of Video-XL-2.
 
@@ -75,7 +75,7 @@ class BilevelKV(CacheStage):
         return max(1, min(self.window, behind))
 
     def _relevance(self, layer: CachedLayer, chunks: Chunks) -> Tensor:
-        """[chunks] mean attention to a token of each."""
+        """[chunks] attention to each chunk, mean over its tokens."""
         attention = shared(layer.query_attention, layer.queries, layer.keys, layer.scale)
         window = self.query_window(0, (), layer.behind)
         received = attention.received(window).mean((0, 1))
@@ -90,7 +90,7 @@ class BilevelKV(CacheStage):
         return prompt - _spared(self, tuple(lengths), tuple(parts))
 
     def counts_are_exact(self, layer: int | None = None, whole: bool = True) -> bool:
-        """Where chunks hold equally many tokens, whichever stay whole."""
+        """Assumes that all chunks hold equally many tokens, so that it does not matter which stay whole."""
         return whole
 
     def cost(self, prompt: int, lengths: Sequence[int], heads: int, kv_heads: int, head_dim: int) -> int:
@@ -99,7 +99,7 @@ class BilevelKV(CacheStage):
 
 @lru_cache(16)  # asked for every layer and step of an answer
 def _spared(stage: BilevelKV, lengths: tuple[int, ...], parts: tuple[Parts, ...]) -> int:
-    """Slots that pooling saves; the mean chunk is taken for each where they differ."""
+    """Slots that pooling saves; where chunks differ in size, each counts as the mean chunk."""
     chunks = stage._chunks(Places(*packed(lengths, parts), parts))
     stay = torch.bincount(chunks.chunk[chunks.goes_to == torch.arange(sum(lengths))], minlength=len(chunks.tokens))
     spared = (chunks.tokens - stay)[1:-1]

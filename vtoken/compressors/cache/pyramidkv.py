@@ -43,8 +43,8 @@ class PyramidKV(SnapKV):
 
 
 def narrowed(mean: int, tokens: int, beta: int, before: int, layers: int) -> int:
-    """How many of `tokens` the layer keeps that has so many before it, of so many; over all layers `mean` on average.
-    What one layer gets more than the mean, its mirror image gets less."""
+    """How many of `tokens` a layer keeps, if `before` of the `layers` layers come before it; `mean` on average over all
+    layers. What a layer keeps beyond the mean, the layer as far from the other end keeps less."""
     if 2 * before == layers - 1:
         return mean
     if 2 * before > layers - 1:

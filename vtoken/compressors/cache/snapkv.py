@@ -18,8 +18,8 @@ from vtoken.stages.query_attention import shared
 
 class SnapKV(CacheStage):
     """At the end of the prefill, every layer and KV head keeps the tokens that the last `window` prompt tokens attend
-    to most: softmax over everything they see, mean over them, pooled over `kernel` neighbouring tokens, mean over the
-    query heads of the KV head. The prefill costs the same; the cache is smaller, and decoding reads less.
+    to most: softmax over everything they see, mean over the window, pooled over `kernel` neighbouring tokens, mean over
+    the query heads of the KV head. The prefill costs the same; the cache is smaller, and decoding reads less.
 
     By default text stays and the visual tokens of each image compete; the window is at most the text after the last
     image. With `text: true`, the whole prompt competes for `keep` slots, and the window's own tokens take theirs first.
@@ -74,13 +74,13 @@ class SnapKV(CacheStage):
         return F.pad(before, (0, window), value=torch.inf)
 
     def pooled(self, received: Tensor) -> Tensor:
-        """[Hk, M] scores, of what tokens received from the query heads [Hk, G, M] of each key head."""
+        """[Hk, M] scores from the attention [Hk, G, M] that tokens received from each key head's G query heads."""
         pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
         return pool(received, self.kernel, 1, self.kernel // 2).mean(1)
 
     def left(self, prompt: int, lengths: Sequence[int], place: tuple[int, int] | None = None) -> tuple[int, ...]:
-        """What every KV head keeps of each image; with text: true, of the prompt. `place` is as CachedLayer has it;
-        None: the mean over layers."""
+        """How many tokens every KV head keeps of each image; with text: true, of the prompt. `place`: as in
+        CachedLayer; None: the mean over layers."""
         whole = (prompt,) if self.text else lengths
         return self.keep.counts(whole, (0,) * len(whole))
 

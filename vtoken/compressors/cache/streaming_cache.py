@@ -24,9 +24,9 @@ class StreamingCache(StreamingHeads, CacheStage):
     them, the share `sparsity` of all key heads with the lowest numbers stream. Gates may be in a file: JSON, or the
     authors' full_attention_heads.tsv.
 
-    `compensate` adds RazorAttention's compensation token: all that a head has dropped is one more key and value, the
-    means of theirs, whose logit has the logarithm of their number added. It is exact where they were all alike; keys
-    carry RoPE, so those of distant places partly cancel out in the mean.
+    `compensate` adds RazorAttention's compensation token: one more key and value stand for all tokens that a head has
+    dropped, the means of theirs, with the logarithm of their number added to the logit. This is exact where they were
+    all alike; keys carry RoPE, so those of distant places partly cancel out in the mean.
 
     A later turn with pictures reads what is left, and its own tokens densely; a turn of text reads as if its tokens
     came one by one.
@@ -65,7 +65,7 @@ class StreamingCache(StreamingHeads, CacheStage):
         return HeadClasses(tuple(classes))
 
     def _order(self, layer: CachedLayer) -> tuple[Tensor, int]:
-        """The slots [N], those first that stay for good, and how many these are. In a later turn nothing is a sink."""
+        """The slots [N], those that stay for good first, and the number of those. In a later turn nothing is a sink."""
         n, sink = layer.keys.shape[1], self.sink if layer.classes is None else 0
         leaves = torch.zeros(n, dtype=torch.bool, device=layer.keys.device)
         if self.text:

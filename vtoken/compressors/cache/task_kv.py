@@ -22,14 +22,13 @@ class TaskKV(SnapKV):
     """At the end of the prefill, every key head of a layer gets one vector: the sum of the values of the `top`
     tokens that the last `window` prompt tokens attend to most, each times that attention (mean over these queries,
     pooled over `kernel` neighbouring tokens, mean over the query heads of the key head). The heads whose vectors are
-    farthest from the layer's mean, and the one closest to it, keep everything. How many are farthest falls linearly
-    from `beta` of all key heads in the first layer that attends to `least` in the last one.
+    farthest from the layer's mean, and the one closest to it, keep everything. How many count as farthest falls
+    linearly: the share `beta` of all key heads in the first layer with attention, `least` heads in the last one.
 
-    Each of the others keeps as many tokens, those attended to most, as bring the mean over all heads of the layer down
-    to `keep`; where the heads that keep everything hold more than that already, one of each image. By default text
-    stays and the visual tokens of each image compete. With `text: true`, `keep` is for the whole prompt, and the first
-    `sink` and latest `recent` tokens stay in all heads. Both kinds of head are stored apart; what is generated is kept
-    in all of them.
+    The others keep the tokens attended to most, so many that the mean over all heads of the layer is `keep`; where the
+    heads that keep everything exceed that mean already, one of each image. By default text stays and the visual tokens
+    of each image compete. With `text: true`, `keep` is for the whole prompt, and the first `sink` and latest `recent`
+    tokens stay in all heads. Both kinds of head are stored apart; what is generated is kept in all of them.
 
     Paper: https://arxiv.org/abs/2501.15113
     """
@@ -60,13 +59,13 @@ class TaskKV(SnapKV):
         return f"in every layer all {key_heads} key heads would keep everything; lower beta and least, or take snapkv"
 
     def whole(self, key_heads: int, before: int, layers: int) -> int:
-        """Key heads that keep everything in the layer that has so many before it, of so many."""
+        """Key heads that keep everything in a layer, if `before` of the `layers` layers come before it."""
         first = self.beta * key_heads
         far = first - (first - self.least) * before / max(1, layers - 1)
         return min(key_heads, int(far + 0.5) + 1)
 
     def others(self, prompt: int, lengths: Sequence[int], key_heads: int, place: tuple[int, int]) -> tuple[int, ...]:
-        """Tokens that each other head keeps of every image; with text: true, (of the prompt,)."""
+        """Tokens that each of the other heads keeps of every image; with text: true, one number, of the prompt."""
         whole, means = self.whole(key_heads, *place), self.left(prompt, lengths)
         sizes, least = ((prompt,), self.sink + self.recent) if self.text else (lengths, 1)
         return tuple(
@@ -90,7 +89,7 @@ class TaskKV(SnapKV):
         return HeadClasses(tuple(classes))
 
     def weights(self, layer: CachedLayer) -> Tensor:
-        """[Hk, N] attention that the tokens are given."""
+        """[Hk, N] attention that each token receives."""
         window = self.query_window(layer.keys.shape[1], layer.lengths, layer.behind)
         received = shared(layer.query_attention, layer.queries, layer.keys, layer.scale).received(window) / window
         pool = avg_pool1d if self.pooling == "avg" else max_pool1d

@@ -26,11 +26,11 @@ class ZipVLCache(Important, CacheStage):
 
     `mode: drop` (second version of the paper) caches only these. `mode: quantise` (first version) keeps all tokens, the
     important ones in `bits[0]` and the others in `bits[1]` bits: keys per channel, values per token after equalising
-    their channels. Tokens after the prompt are quantised in blocks of `every`; the important ones of a block are among
-    those with which the newest query holds `tau` of its attention.
+    their channels. Tokens after the prompt are quantized in blocks of `every`; a token of a block is important if
+    it is among the fewest cached tokens with `tau` of the newest query's attention.
 
-    This saves memory, not time: every decode step dequantises the keys and values of every layer at full width, one
-    layer after the other, in a few copies of that layer. `cache_bytes` of the trace is the size of the quantised cache.
+    This saves memory, not time: every decode step dequantizes the keys and values of every layer at full width, one
+    layer after the other, in a few copies of that layer. `cache_bytes` of the trace is the size of the quantized cache.
 
     Paper: https://arxiv.org/abs/2410.08584
     """
@@ -102,12 +102,12 @@ class ZipVLCache(Important, CacheStage):
         return tuple(torch.stack([alive[slots].sum() for slots in layer.images]).tolist())
 
     def counts_are_exact(self, layer: int | None = None, whole: bool = True) -> bool:
-        """All slots stay; how many of them in few bits, the picture decides."""
+        """How many tokens are important, and so stay or take more bits, depends on the picture."""
         return False
 
     def slots(self, prompt: int, lengths: Sequence[int]) -> int:
-        """With `mode: drop`, what `left` expects: how many tokens stay depends on the prompt. With the default, all are
-        counted."""
+        """With `mode: drop` an estimate, the share `left`, as the number depends on the prompt; the default of `left`
+        counts all."""
         return prompt if self.mode == "quantise" else self._expected(prompt, lengths)
 
     def _expected(self, prompt: int, lengths: Sequence[int]) -> int:
@@ -123,7 +123,7 @@ class ZipVLCache(Important, CacheStage):
         return self._packed(prompt, self._expected(prompt, lengths), kv_heads, head_dim, dtype_bytes)
 
     def _packed(self, tokens: int, important: int, kv_heads: int, head_dim: int, dtype_bytes: int) -> int:
-        """Bytes of tokens that are quantised together."""
+        """Bytes of tokens that are quantized together."""
         total = 4 * tokens + dtype_bytes * kv_heads * head_dim  # place of each token, and the factor of each channel
         for n, bits in zip((important, tokens - important), self.bits, strict=True):
             minima = (
@@ -133,7 +133,7 @@ class ZipVLCache(Important, CacheStage):
         return total
 
     def cache_bytes(self, at: LayerSize) -> int:
-        """Of a block of generated tokens `left` expects as many to be important as of a prompt."""
+        """The share `left` of every block of generated tokens counts as important."""
         if self.mode == "drop" or self.every is None or at.generated < self.every:
             return super().cache_bytes(at)
         blocks, behind = divmod(at.generated, self.every)

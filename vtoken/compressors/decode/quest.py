@@ -17,12 +17,12 @@ from vtoken.stages.tokens import uploaded
 
 class Quest(DecodeStage):
     """Cached visual tokens form pages of `size` neighbours, of which the smallest and largest value of every key
-    channel are kept. A page is worth the most that q . k can be for a key between them, the sum over channels of
-    max(q min, q max), and of the query heads of a key head the highest counts. Every key head reads its best pages,
-    as many as hold `keep` tokens; the last tokens, which fill no page, are always read and count as one of them.
+    channel are kept. The score of a page is an upper bound of q . k for its keys: the sum over channels of
+    max(q min, q max), the highest among the query heads of a key head. Every key head reads its best pages, as many as
+    `keep` tokens fill; the last tokens, which fill no page, are always read and count as one page.
 
-    With `chunks`, bounds are kept for so many parts of a page and its best part counts; with `every`, a choice is made
-    at one of so many tokens. `size: 64, chunks: 4, every: 4, least: 3` is how LServe reads what Quest's idea chooses.
+    With `chunks`, a page has bounds for that many parts, and its best part counts; with `every`, a choice is made once
+    in that many tokens. `size: 64, chunks: 4, every: 4, least: 3` is LServe's variant.
 
     Paper: https://arxiv.org/abs/2406.10774, and LServe's https://arxiv.org/abs/2502.14866
     """
@@ -66,13 +66,13 @@ class Quest(DecodeStage):
         return Choice(step.memory["index"], counts)
 
     def _pages(self, visual: int, budget: int) -> int:
-        """Full pages that are read of a row with so many visual tokens."""
+        """Full pages that are read of a row with `visual` visual tokens."""
         wanted = max(self.least, -(-budget // self.size)) - (visual % self.size > 0)
         return max(0, min(wanted, visual // self.size))
 
     def _bounds(self, step: DecodeStep, pages: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """[B, Hk, pages * chunks, d] smallest and largest values of the keys; those of new pages are added to what is
-        kept."""
+        """[B, Hk, pages * chunks, d] smallest and largest values of the keys; only those of new pages are computed, and
+        added to the others."""
         memory, most = step.memory, max(pages)
         if "low" not in memory or memory["low"].shape[2] < most * self.chunks or memory["whole"] < min(pages):
             first = memory.get("whole", 0)  # what all rows had before; of longer rows some is worked out again
@@ -84,7 +84,7 @@ class Quest(DecodeStage):
         return memory["low"], memory["high"]
 
     def _worth(self, queries: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """[B, Hk, pages]."""
+        """[B, Hk, pages] score of each page."""
         q = queries.unflatten(1, (low.shape[1], -1))
         # max(q min, q max) is q max where q is positive, q min where it is negative.
         bound = q.clamp(min=0) @ high.transpose(2, 3) + q.clamp(max=0) @ low.transpose(2, 3)
@@ -105,7 +105,7 @@ class Quest(DecodeStage):
         return visual % self.size + self.size * self._pages(visual, self.budget(images))
 
     def read_to_choose(self, layer: int, acting: Sequence[int], prompt: int, images: Sequence[int], step: int) -> float:
-        """The bounds: a key's width twice for every part of a page."""
+        """The bounds: two vectors of a key's width for every part of a page."""
         visual = sum(images)
         chooses = step % self.every == 0 and self._pages(visual, self.budget(images)) < visual // self.size
         return visual // self.size * self.chunks if chooses else 0

@@ -14,13 +14,13 @@ from vtoken.stages.decode import Choice, DecodeStage, DecodeStep, by_row, highes
 
 
 class Recycled(DecodeStage):
-    """At one of `every` generated tokens a layer reads everything, and each key head takes note of the `keep` visual
-    tokens that it attends to most, by the highest attention among its query heads. At the tokens in between it reads
-    these. The first token after a prompt, a turn or drafts is one that reads everything.
+    """At one generated token in `every`, a layer reads everything, and each key head remembers the `keep` visual tokens
+    that it attends to most, by the highest attention among its query heads. At the tokens in between it reads only
+    these. The first token after a prompt, a turn or drafts reads everything.
 
-    With `similarity`, the layer also reads everything as soon as a token's queries differ from those of the last such
-    token: their cosine, mean over the heads, is below it. Looked at every `check` tokens, row by row; the host then
-    waits for the device.
+    With `similarity`, the layer also reads everything where a token's queries differ too much from those of the last
+    token that did: the cosine of the two, mean over the heads, is below `similarity`. This is checked every `check`
+    tokens, row by row; the host then waits for the device.
 
     Paper: https://arxiv.org/abs/2411.05787
     """

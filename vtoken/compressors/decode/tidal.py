@@ -13,8 +13,8 @@ from vtoken.stages.decode import Choice, DecodeStage, DecodeStep, by_row, highes
 
 class Tidal(DecodeStage):
     """At every generated token, layer `layer` and, to correct the choice, layer `correction` read everything; each of
-    their key heads chooses the `keep` visual tokens of the highest q . k, mean over its query heads, and in the layers
-    after them the same head reads these. Layers before `layer` read everything.
+    their key heads chooses the `keep` visual tokens with the highest q . k, mean over its query heads, and in the
+    layers that follow, the head of the same index reads these. Layers before `layer` read everything.
 
     In a decoder some of whose layers keep a state, the next layer with attention takes the place of one without. Where
     stages of site decoder drop tokens of a row, the first layer after the cut reads everything of it and chooses, too
@@ -67,7 +67,7 @@ class Tidal(DecodeStage):
         return with_whole_rows(step, choice_of["index"].to(step.keys.device), counts, choosing)
 
     def _chooses(self, layer: int, before: int) -> bool:
-        """Whether a layer chooses, the stage having acted last at another, -1 for none."""
+        """Whether `layer` chooses, if the stage last acted at layer `before` (-1: at none)."""
         return before < 0 or (self.correction is not None and before < self.correction <= layer)
 
     def _choosing(self, layer: int, acting: Sequence[int]) -> bool:

@@ -18,7 +18,7 @@ TEMPERATURE = 10.0
 
 
 class Router(NamedTuple):
-    """Norm [D] and [D], matrices [D / 4, D] and [sizes, D / 4]."""
+    """Scale and shift [D] of a layer norm, and matrices [D / 4, D] and [sizes, D / 4]."""
 
     scale: Tensor
     shift: Tensor

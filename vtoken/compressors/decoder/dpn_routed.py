@@ -19,10 +19,10 @@ from vtoken.stages import NAMES_FILE, Compressor, Fact, Fused, Keep, Parts, Site
 
 class DPNRouted(Compressor):
     """After each decoder layer that has a router, the mean of the row's last `read` prompt tokens goes through the
-    router: a norm and two matrices with GELU between them. The largest entry of the softmax of a tenth of its outputs
-    picks k from `sizes`. The maximum over every k x k cell of the current grid, times that probability (even if k is
-    1), takes the place and position of the cell's first token. Rows with fewer than `least` visual tokens left, or with
-    a raster smaller than the largest k, stay unchanged.
+    router: a norm and two matrices with GELU between them. A softmax of its outputs at temperature 10 gives a
+    probability for each of the `sizes`, and the most probable is k. The maximum over every k x k cell of the current
+    grid, times that probability (even if k is 1), takes the place and position of the cell's first token. A row stays
+    unchanged if one of its images has a grid of fewer than `least` cells, or a raster smaller than the largest k.
 
     Only for an LLM that was fine-tuned with these routers, because the probability scales what it reads. `dpn` is a
     hand-made schedule for stock models. How far tokens are pooled depends on the prompt: the plan (FLOPs) assumes no

@@ -17,7 +17,7 @@ from vtoken.stages import NAMES_FILE, Compressor, Fact, Keep, Parts, Site, Visua
 
 class DyVTE(Compressor):
     """Before every decoder layer, a gate reads the output of the layer before: the mean of the question's tokens (the
-    text after the row's last image, without the last token) beside the last prompt token. Two matrices with GELU
+    text after the row's last image, without the last token) joined with the last prompt token. Two matrices with GELU
     between them give two numbers, stay and leave; at the first layer where leave is larger, all visual tokens of the
     row are dropped. Decided at prefill, row by row.
 

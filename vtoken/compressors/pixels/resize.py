@@ -17,12 +17,12 @@ from vtoken.stages.budget import Budget
 class Resize(Compressor):
     """Resamples every picture, and every frame of a video, to fewer pixels before the vision tower runs: bicubic, with
     antialiasing, as image processors do. The model then runs as on the smaller picture: the tower on a smaller grid, a
-    shorter prompt, the positions of that prompt. Of the sizes next to the picture's own proportions it takes the one
-    with the most tokens that are not more than `keep`.
+    shorter prompt, the positions of that prompt. Of the sizes closest to the picture's own proportions it takes the one
+    with the most tokens that `keep` allows.
 
     Needs a family that takes pictures of any size (Qwen, GLM-4V). Where a processor brings all pictures to one size, a
     smaller one saves nothing; `pool` is the nearest baseline there. A processor with a smaller `max_pixels`
-    resamples the original picture once; here what the processor made of it is resampled.
+    resamples the original picture once; here the processor's output is resampled.
 
     Paper: https://arxiv.org/abs/2510.07143 (VTC-Bench), where it beats many pruning methods.
     """

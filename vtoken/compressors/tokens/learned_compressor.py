@@ -29,13 +29,13 @@ class LearnedCompressor(Compressor):
     """Gives the visual tokens of each picture (video) to a module of yours and puts the tokens that it returns in their
     place: a Perceiver resampler, a Q-Former, a cross-attention projector. The module is a `vtoken.stages.TokenModule`
     of an installed package; its weights are a safetensors file whose tensors must match it name by name and shape by
-    shape. Pictures of which it would make as many tokens as they have stay as they are.
+    shape. A picture stays as it is if the module would make as many tokens as it has.
 
     Such a module is trained together with the LLM that reads its tokens, or for it: with random weights it destroys
-    what the model sees. A new token stands for the tokens from its place to the next: of DeepStack features (Qwen3-VL)
-    it has their mean. Waits for the device once, to check the places.
+    what the model sees. A new token stands for the tokens from its place to the next one's (the first also for those
+    before it): of DeepStack features (Qwen3-VL) it gets their mean. Waits for the device once, to check the places.
 
-    No paper: a door for methods that bring weights of their own.
+    No paper: an interface for methods that bring weights of their own.
     """
 
     site: ClassVar[Site] = "tokens"
