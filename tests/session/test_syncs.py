@@ -101,6 +101,7 @@ def test_the_recorder_sees_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     with Recorder() as recorder:
         y = x + torch.tensor([1, 2, 3, 4])
         bool((y > 1).all())
+        x[y[0]], x[: y.max()]
         y[y > 2].tolist()
         y[torch.tensor([0])] = 7
         torch.tensor([1], device=device)
@@ -110,7 +111,7 @@ def test_the_recorder_sees_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = {
         kind: sum(n for (k, _), n in recorder.found.items() if k == kind) for kind in ("asked", "masked", "uploaded")
     }
-    assert isinstance(y, Tensor) and counts == {"asked": 2, "masked": 1, "uploaded": 2}
+    assert isinstance(y, Tensor) and counts == {"asked": 4, "masked": 1, "uploaded": 2}
 
 
 @pytest.mark.gpu

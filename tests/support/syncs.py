@@ -63,6 +63,9 @@ class Recorder(TorchFunctionMode):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             if any(isinstance(i, list) for i in index):
                 return "uploaded"
+            bounds = [b for i in index if isinstance(i, slice) for b in (i.start, i.stop, i.step)]
+            if any(isinstance(i, OnDevice) and i.dtype != torch.bool and not i.ndim for i in (*index, *bounds)):
+                return "asked"  # torch reads the number and takes a slice
             return "masked" if any(isinstance(i, Tensor) and i.dtype == torch.bool and i.ndim for i in index) else None
         return "asked" if name in ASK or (name == "where" and len(args) == 1) else None
 

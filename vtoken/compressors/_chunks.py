@@ -39,7 +39,8 @@ def frames_of(image: Tensor, raster_index: Tensor, parts: Sequence[Parts]) -> Te
     ahead = uploaded(list(accumulate(frames[:-1], initial=0)), image.device)
     seen, own = image >= 0, image.clamp(min=0)
     frame = ahead[own] + raster_index // uploaded(sizes, image.device)[own]
-    first = own.masked_fill(~seen, len(frames) - 1).min() if len(image) else 0
+    last = torch.full((1,), len(frames) - 1, device=image.device)
+    first = torch.cat([own.masked_fill(~seen, len(frames) - 1), last]).amin(0, keepdim=True)  # [1]: waits for nothing
     return (frame - ahead[first]).masked_fill(~seen, -1)
 
 

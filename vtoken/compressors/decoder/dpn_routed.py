@@ -51,7 +51,9 @@ class DPNRouted(Compressor):
     )
     read: int = Field(default=1, ge=1, description="number of last prompt tokens whose mean the routers read")
     least: int = Field(
-        default=16, ge=1, description="rows with fewer visual tokens left stay unchanged, as in the authors' code"
+        default=16,
+        ge=1,
+        description="rows with a picture of fewer cells left stay unchanged, as in the authors' code",
     )
 
     @field_validator("routers")
