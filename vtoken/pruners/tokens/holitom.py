@@ -43,8 +43,7 @@ class HoliTom(VideoPruner):
     deviations: ClassVar[str] = (
         "The budget is exact (as_released: true for the authors' rounding). Reading order; theirs puts the still "
         "tokens of a window before the others of its first frame. No random numbers among equal densities. "
-        "Similarities are "
-        "float32. The merge inside the LLM is left out."
+        "Similarities are float32. The merge inside the LLM is left out."
     )
 
     similarity: float = Field(
