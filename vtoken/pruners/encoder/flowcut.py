@@ -17,10 +17,10 @@ from vtoken.stages.budget import Budget
 class FlowCut(Pruner):
     """After an encoder layer, scores each patch by (attention / its sum + relevance / its sum) * density. Attention is
     that of the CLS query, averaged over heads. Relevance is the softmax of the dot products of the CLS token's value
-    with all values, averaged over heads. Density is the L1 norm of the patch's value, averaged over heads. Scores are
-    accumulated over layers, half from the past and half from the new layer. After every second layer, the patches with
-    the lowest scores are dropped: of n, round((n - keep) / sqrt(layers to come) * (1 - h^2)), where h is the entropy of
-    the attention divided by log n; after the last such layer, all but `keep`. Later layers run on the patches that are
+    with all values, averaged over heads. Density is the L1 norm of the patch's head-mean value. Scores are accumulated
+    over layers, half from the past and half from the new layer. After every second layer, the patches with the lowest
+    scores are dropped: of n, round((n - keep) / sqrt(layers to come) * (1 - h^2)), where h is the entropy of the
+    attention divided by log n; after the last such layer, all but `keep`. Later layers run on the patches that are
     left.
 
     Without CLS (SigLIP, Qwen), the mean query and the mean value of the image replace it; on Qwen, whole merge groups
@@ -46,7 +46,7 @@ class FlowCut(Pruner):
 
     at: tuple[int, ...] | None = Field(None, min_length=1, description="layers it reads; null: all but the last two")
     relevance: bool = Field(default=True, description="count the relevance to the CLS value (authors on Qwen: no)")
-    momentum: float = Field(default=0.5, ge=0, lt=1, description="share of the past in the cumulated score")
+    momentum: float = Field(default=0.5, ge=0, lt=1, description="share of the past in the accumulated score")
     reference_quirks: bool = Field(default=False, description="all pictures of a batch lose as many as any of them")
 
     @field_validator("keep")

@@ -18,7 +18,7 @@ from vtoken.pruners.tokens._video import Folded, VideoPruner, segments
 from vtoken.stages import Fact, VisualTokens, image_of, offsets_of
 from vtoken.stages.budget import apportion
 
-NEIGHBOURS = 4  # that density is measured by
+NEIGHBOURS = 4  # nearest rows that the density of a row is measured by
 
 
 class FastVID(VideoPruner):
@@ -27,8 +27,8 @@ class FastVID(VideoPruner):
     with most attention in the encoder. The rest of a segment's budget goes to anchors in every `every`-th of its
     frames, counted from the last, the same number in each: the centres of density peaks (4 neighbours) among the
     frame's other tokens. Every token of the segment that was not chosen by attention joins, once in each of these
-    frames, the anchor that it is most similar to: with c of them, itself among them, an anchor becomes w times itself
-    plus 1 - w times their mean, w = max(1 / (c + 1), `beta`).
+    frames, the anchor that it is most similar to. An anchor that c tokens join, itself included, becomes w times itself
+    plus 1 - w times their mean, where w = max(1 / (c + 1), `beta`).
 
     The budget is spent exactly. `as_released: true` rounds down the budgets of frames and of anchors as the authors do.
     Where frames with anchors cannot hold a segment's share, its other frames have anchors too. In the trace a token

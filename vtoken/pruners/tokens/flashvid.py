@@ -17,7 +17,7 @@ from vtoken.pruners.tokens._trees import clusters, grow
 from vtoken.pruners.tokens._video import Folded, VideoPruner, segments, sums
 from vtoken.stages import Fact, VisualTokens, image_of
 
-NEIGHBOURS = 7  # that density is measured by
+NEIGHBOURS = 7  # nearest rows that the density of a row is measured by
 
 
 class FlashVID(VideoPruner):

@@ -18,7 +18,7 @@ from vtoken.pruners.tokens._windows import grouped, static_windows
 from vtoken.stages import Fact, VisualTokens, offsets_of
 from vtoken.stages.budget import apportion
 
-NEIGHBOURS = 7  # that density is measured by
+NEIGHBOURS = 7  # nearest rows that the density of a row is measured by
 
 
 class HoliTom(VideoPruner):

@@ -15,7 +15,7 @@ from vtoken.pruners.tokens._video import Folded, by_place, fold_videos, is_video
 from vtoken.pruners.tokens._windows import grouped, scenes
 from vtoken.stages import Keep, Parts, Site, Stage, VisualTokens, image_of
 
-NEIGHBOURS = 7  # that density is measured by
+NEIGHBOURS = 7  # nearest rows that the density of a row is measured by
 FEW = 14  # groups of at most this many members are not merged
 
 
