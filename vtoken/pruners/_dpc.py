@@ -15,15 +15,15 @@ POOLS = 32  # pools compared at a time; bounds the memory
 def density_peaks(
     x: Tensor, lengths: Sequence[int], counts: Sequence[int], neighbours: int, limited: bool = True
 ) -> Tensor:
-    """[ΣN] packed row of the centre that each of the rows x [ΣN, D] joins, itself for a centre; -1 in pools without.
+    """[ΣN] packed row of the centre that each row of x [ΣN, D] joins, itself for a centre; -1 in pools without centres.
 
-    Density is exp(-mean squared distance / D to the nearest rows, itself included; as many as `neighbours` or, if
-    `limited`, as centres, whichever is fewer). Rank is density times the distance to the nearest denser row; the
-    rows that rank highest are centres, and every other row joins the nearest. Ties of density and rank to the lower
-    row. Does not wait for the device.
+    The density of a row is exp(-m / D), where m is the mean squared distance to its `neighbours` nearest rows, itself
+    included; if `limited`, to at most as many as its pool has centres. Rows are ranked by density times the distance to
+    the nearest denser row (the densest: times the largest distance in the pool). The highest ranks are centres, every
+    other row joins its nearest centre. Ties of density and rank go to the lower row. Does not wait for the device.
 
     Args:
-        lengths, counts: rows and centres of each pool, on the host; 0 <= count <= lengths.
+        lengths, counts: rows and centres of each pool, on the host; 0 <= count <= length.
     """
     parts, start = [], 0
     for at in range(0, len(lengths), POOLS):
@@ -39,7 +39,7 @@ def density_peaks(
 
 
 def _peaks(x: Tensor, lengths: Sequence[int], counts: Sequence[int], neighbours: Sequence[int], start: int) -> Tensor:
-    """As density_peaks, for few pools with so many neighbours each, and rows counted from `start`."""
+    """density_peaks of at most POOLS pools, with a number of neighbours for each; the first row has number `start`."""
     device, longest = x.device, max(lengths)
     pool, place = image_of(lengths, device), place_in_image(lengths, device)
     seats = x.new_zeros(len(lengths), longest, x.shape[1])

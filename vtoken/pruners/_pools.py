@@ -11,8 +11,8 @@ from vtoken.stages import Keep, Pruner, VisualTokens, keep_all, offsets_of
 
 
 def choose(stage: Pruner, tokens: VisualTokens, pick: Callable[[Tensor, int], Tensor]) -> Keep:
-    """Keeps what `pick(rows, k)` returns for each pool: k of its packed rows [n] (ascending), in any order, 1 <= k < n.
-    Pools that keep all their tokens are skipped. Loops over pools."""
+    """Calls `pick(rows, k)` for each pool that loses tokens: it gets the pool's packed rows [n], ascending, and returns
+    the k that stay, in any order; 1 <= k < n. Loops over pools."""
     return choose_alike(stage, tokens, lambda rows, k: torch.stack([pick(pool, k) for pool in rows]))
 
 
@@ -61,7 +61,7 @@ def offsets_on_host(lengths: Sequence[int]) -> Tensor:
 
 def merged(keep: Keep, home: Tensor, weight: Tensor | None = None, complete: bool = False) -> Keep:
     """The decision with `Keep.into` made from `home` [ΣN], the packed row that absorbs each dropped token (-1: none).
-    With `complete`, `home` holds no -1, and every kept token must be its own home."""
+    With `complete`, `home` must hold no -1, and every kept token must be its own home."""
     slot = torch.full_like(home, -1)
     slot[keep.index] = torch.arange(len(keep.index), device=home.device)
     if complete:

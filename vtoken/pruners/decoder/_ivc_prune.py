@@ -1,4 +1,4 @@
-"""Weights that tokens give each other by their values, for `ivc_prune`."""
+"""For `ivc_prune`: how much tokens attend to each other if values stand in for queries and keys."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import Tensor
 from vtoken.pruners._pools import top
 from vtoken.stages import VisualTokens
 
-CHUNK = 1 << 24  # weights in memory at once: 64 MiB
+CHUNK = 1 << 24  # fp32 weights in memory at once: 64 MiB
 
 
 def weigh(tokens: VisualTokens, share: float, skip: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[ΣN] each: the mean weight that the text gives to a token, its mean over text and seeds, and whether it is a
-    seed.
+    """[ΣN] each: the weight that a visual token gets from the text after its image, mean over that text; the mean over
+    text and seeds; whether the token is a seed. Without text after it, an image's own tokens take the place of text.
 
     Args:
-        share: of an image that are seeds, at least one token; skip: tokens of the text that are not asked, unless there
-            are no others.
+        share: share of an image's tokens that are seeds, at least one token.
+        skip: how many tokens right after an image are ignored, unless no other text follows it.
     """
     weights, scores, seeds = [], [], []
     images = tokens.fact("values").split(list(tokens.lengths))
@@ -33,8 +33,8 @@ def weigh(tokens: VisualTokens, share: float, skip: int) -> tuple[Tensor, Tensor
 
 
 def weights_of(values: Tensor, asking: Tensor) -> Tensor:
-    """[N] weights that values [N, heads, d] are given by others [T, heads, d], sum over them, mean over heads. Without
-    a head axis there is one head."""
+    """[N] weight that each row of `values` [N, heads, d] gets from the rows of `asking` [T, heads, d] by a softmax over
+    the N rows: sum over T, mean over heads. Tensors without a head axis have one head."""
     values, asking = (x.float() if x.ndim == 3 else x.float()[:, None] for x in (values, asking))
     total = values.new_zeros(len(values))
     for part in asking.split(max(1, CHUNK // max(1, values[..., 0].numel()))):

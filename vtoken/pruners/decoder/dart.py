@@ -48,8 +48,7 @@ class DART(Pruner):
         if keep.per is not None:
             raise ValueError(
                 f"dart compares the tokens of a whole image, so it takes no {keep.per} budget; write a count per "
-                "image (64), a share "
-                "(25%) or {total: 640}"
+                "image (64), a share (25%) or {total: 640}"
             )
         return keep
 
@@ -93,8 +92,8 @@ def unlike(likeness: list[Tensor], taken: list[Tensor], offsets: Tensor, counts:
     time.
 
     Args:
-        likeness: per image, similarity [P_i, N_i] of its pivots to its tokens; taken: per image, packed rows.
-        offsets: as in VisualTokens; counts: K_i, at least the number already taken.
+        likeness: per image, similarity [P_i, N_i] of its pivots to its tokens.
+        taken: per image, packed rows taken already; offsets: as in VisualTokens; counts: K_i, at least len(taken[i]).
     """
     most = max(map(len, likeness))
     table = torch.cat([pad(like, (0, 0, 0, most - len(like))) for like in likeness], 1)

@@ -55,7 +55,7 @@ class FitPrune(Stage):
         return Fact("cross_attention"), Fact("self_attention")
 
     def layers(self, depth: int) -> tuple[int, ...]:
-        # A table for a deeper model names layers that do not exist, whatever its counts, and is refused.
+        # Entries past the last layer are named even if they drop nothing, so that a table of a deeper model is refused.
         return tuple(k + 1 for k, n in enumerate(self.table) if (n and k + 1 != depth) or k >= depth)
 
     def select(self, tokens: VisualTokens) -> Keep:

@@ -14,8 +14,8 @@ from vtoken.stages import Fact, Pruner, Site, VisualTokens
 class FlowCutLate(Pruner):
     """Before decoder layer `layer`, scores tokens by (attention + relevance) * density, all in the layer before.
     Attention is that of the last prompt token, softmax over the image's tokens only, averaged over heads. Relevance is
-    the same with values for query and keys. Density is the L1 norm of the token's value, averaged over heads. The
-    tokens with the highest scores stay.
+    the same with values for query and keys. Density is the L1 norm of the token's head-mean value. The tokens with the
+    highest scores stay.
 
     Used together with `flowcut` on pictures cut into crops: the authors let half of the total budget per crop into the
     LLM, and cut to the total (`keep: {total: 640}`) after its second layer. Their Qwen variant lets twice the budget

@@ -16,20 +16,20 @@ from vtoken.stages.budget import Budget
 
 
 class IVCPrune(Pruner):
-    """One cut before decoder layer `layer`, from the values of the layer before, head by head and without RoPE. A token
-    weighs the tokens of an image by a softmax over the image of dot products of values, divided by the root of their
-    width; mean over heads.
+    """One cut before decoder layer `layer`. The weights that a token gives to the tokens of an image are computed from
+    values of the layer before, which no RoPE turns: the softmax, over the image, of their dot products divided by the
+    square root of the head width, averaged over heads.
 
-    1. Seeds: the share `seeds` of an image with the highest weights, mean over the text after it.
-    2. Foreground: the same mean over that text and the seeds.
-    3. Coordinate tokens: the share `coordinates` with the largest mean cosine of RoPE at the token's position, over
-       channels and position axes, and as many with the largest mean sine.
+    1. Seeds: the share `seeds` of an image with the highest weight, averaged over the text after the image.
+    2. Foreground score: the weight, averaged over that text and the seeds.
+    3. Coordinate tokens: the share `coordinates` with the largest cosine of RoPE at their position, averaged over
+       channels and position axes, and as many with the largest sine.
     4. Seeds and coordinate tokens stay, then those with the highest foreground score until `keep` is reached. With
        `foreground`, seeds, coordinate tokens and that share of the highest foreground scores stay, whatever their
        number.
 
-    What leaves at the cut, or left at cuts before it, leaves the KV cache of all earlier layers too (`retroactive`),
-    once the prefill is over.
+    With `retroactive`, what this cut or one before it dropped also leaves the KV cache of all earlier layers, once the
+    prefill is over.
 
     Paper: https://arxiv.org/abs/2602.03060. Loops over images (or frames, or crops).
     """
@@ -37,12 +37,12 @@ class IVCPrune(Pruner):
     site: ClassVar[Site] = "decoder"
     paper: ClassVar[str] = "https://arxiv.org/abs/2602.03060"
     deviations: ClassVar[str] = (
-        "The weights are the authors' of Qwen2.5-VL; their LLaVA-1.5 code takes the softmax over all of the prompt. A "
-        "`keep` below seeds and coordinate tokens holds: seeds first, then coordinate tokens by rank; the authors "
-        "exceed it. RoPE is compared in float32, theirs in the model's dtype. Several images, rows and any padding "
-        "work, image by image; theirs takes one image. An image without text after it is weighed by its own tokens. "
-        "Pictures cut into crops are chosen from as a whole or, by `per_crop`, crop by crop; their InternVL code reads "
-        "the thumbnail alone and maps its choice to the crops."
+        "The weights are those of the authors' Qwen2.5-VL code; their LLaVA-1.5 code takes the softmax over the whole "
+        "prompt. A `keep` smaller than seeds and coordinate tokens is kept to: seeds first, then coordinate tokens by "
+        "rank; the authors exceed it. RoPE is compared in float32, theirs in the model's dtype. Several images, rows "
+        "and any padding work, image by image; theirs takes one image. An image without text after it is weighed by "
+        "its own tokens. Pictures cut into crops are chosen from as a whole or, by `per_crop`, crop by crop; their "
+        "InternVL code reads the thumbnail alone and maps its choice to the crops."
     )
 
     keep: Budget = Field(default=Budget("50%"), description="tokens that stay after the cut; unused with `foreground`")
@@ -84,7 +84,7 @@ class IVCPrune(Pruner):
         weight, score, seed = weigh(tokens, self.seeds, self.skip)
 
         def key(rows: Tensor) -> Tensor:
-            """[n] in order of precedence: foreground scores up to 1, coordinate tokens up to 2, seeds above 3."""
+            """[n] what ranks the tokens: foreground scores up to 1, coordinate tokens in (1, 2], seeds from 3 on."""
             count = round(len(rows) * self.coordinates)
             best = torch.stack([top(tokens.fact(name)[rows], count) for name in ("mean_cos", "mean_sin")], 1).flatten()
             rank = torch.arange(len(best), device=rows.device) / max(1, len(best))
@@ -102,7 +102,7 @@ class IVCPrune(Pruner):
     def expected_counts(
         self, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], layer: int | None = None
     ) -> tuple[int, ...]:
-        """With `foreground`, as if the four choices were independent of each other."""
+        """With `foreground`, what stays if seeds, foreground, cosine and sine chose independently of each other."""
         if self.foreground is None:
             return super().expected_counts(lengths, parts, row, layer)
         gone = (1 - self.foreground) * (1 - self.seeds) * (1 - self.coordinates) ** 2

@@ -18,7 +18,7 @@ class SparseVLM(Pruner):
     a softmax over that text of the plain dot product of embeddings, averaged over the image's tokens. Before decoder
     layer `layer`, keeps the tokens that the raters attended to most in the layer before, mean over raters and heads.
     With `recycle`, the best 30% of the dropped tokens (and one more) are merged into density-peak clusters of hidden
-    states, one per ten tokens; each cluster becomes the plain mean of its members. `keep` includes these.
+    states, one cluster per ten of them (and one more); each becomes the plain mean of its members and counts in `keep`.
 
     This is one cut; the published schedules are three such stages, see the presets. If no text token is above average,
     all of the text after the image rates; if there is none, the first tokens stay.
@@ -81,7 +81,7 @@ class SparseVLM(Pruner):
 
 
 def above_average(x: Tensor, text: Tensor) -> Tensor:
-    """Rows of text [T, D] to which x [N, D] gives more than the average weight; all rows if none is above average."""
+    """Indices of the rows of text [T, D] to which x [N, D] gives more than the average weight; all if none is above."""
     if not len(x) or not len(text):
         return torch.arange(len(text), device=x.device)
     weight = (x @ text.T).softmax(1).mean(0)
@@ -95,8 +95,8 @@ def pooled(dropped: int) -> int:
 
 
 def recycled(n: int, k: int) -> int:
-    """Number of clusters among k tokens that are left of n: one per ten recycled tokens and one more, but at least half
-    of k tokens are kept unmerged."""
+    """Number of clusters among k tokens that are left of n: one per ten recycled tokens and one more, but at most half
+    of the k tokens."""
     return next((c for c in range(1, k // 2 + 1) if pooled(n - k + c) // 10 < c), k // 2)
 
 
@@ -104,8 +104,8 @@ def peaks(x: Tensor, c: int) -> tuple[Tensor, Tensor]:
     """Density-peak clusters of x [N, D], 1 <= c <= N: the rows of x [c] that are centres, and member [N], the cluster
     of each row.
 
-    The density of a row is exp of minus its mean squared distance to the c nearest rows, itself included; centres are
-    dense rows that are far from all denser ones.
+    The density of a row is exp(-m / D), where m is the mean squared distance to its c nearest rows, itself included.
+    Centres are the rows with the largest density times distance to the nearest denser row.
     """
     distance = torch.cdist(x.float(), x.float(), compute_mode="donot_use_mm_for_euclid_dist") / x.shape[1] ** 0.5
     density = (-distance.topk(c, largest=False).values.square().mean(1)).exp()

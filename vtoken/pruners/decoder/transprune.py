@@ -12,11 +12,12 @@ from vtoken.stages import Fact, Pruner, Site, VisualTokens, image_of
 
 
 class TransPrune(Pruner):
-    """Before decoder layer `layer`, the sum of two scores, each divided by its sum over the image's tokens.
+    """Before decoder layer `layer`, keeps the tokens with the largest sum of two scores, each divided by its sum over
+    the image's tokens.
 
-    Transition: in layers `first` to `layer` - 1, for the attention and for the MLP: the norm of what the block returns
-    (without the residual) over that of what it is given (after the layer's norm), times the token's share of
-    exp(1 - cosine between the two) among all tokens of the row, text included; summed over blocks and layers.
+    Transition: summed over the attention and the MLP of layers `first` to `layer` - 1, the norm of the block's output
+    (without the residual) over that of its input (after the layer's norm), times the token's share of exp(1 - cosine
+    of the two) among all tokens of the row, text included.
 
     Attention: that of the text after the image in the layer about to run, whose norm and projections are applied to
     its input; softmax over all that a token sees, mean over heads and text.

@@ -14,11 +14,11 @@ from vtoken.stages.sinks import DIMS, massive, other_dims
 
 class VarFilter(Stage):
     """Before decoder layer `layer`, drops the visual tokens whose hidden state, divided by its root mean square,
-    exceeds `tau` in one of the channels `dims`. If all tokens of an image are sinks, the weakest stays. How many are
-    dropped (usually a handful) depends on the picture, so the plan counts none. Use it as a filter before a
-    decoder-site pruner at the same or a later layer.
+    exceeds `tau` in magnitude in one of the channels `dims`. If all tokens of an image are sinks, the weakest stays.
+    How many are dropped (usually a handful) depends on the picture, so the plan counts none. Use it as a filter before
+    a decoder-site pruner at the same or a later layer.
 
-    Opt-in: others found that sinks which stem from the vision encoder carry what global questions need.
+    Opt-in, because others found that sinks from the vision encoder carry what global questions need.
 
     Paper: https://arxiv.org/abs/2503.03321, which moves attention from sinks to other tokens and reports that masking
     them does no harm. The use as a filter is experimental.

@@ -16,8 +16,8 @@ class VScanLate(Pruner):
     in that layer: its norm and projections are applied to its input; softmax over everything the token sees, mean over
     heads.
 
-    Used together with `vscan`: with 3 tokens that enter the LLM and 1 left in its second half, the average is the
-    published 2.
+    Used together with `vscan`: of three tokens that enter the LLM one is left in its second half, two on average; the
+    published budgets are this average.
 
     Paper: https://arxiv.org/abs/2505.22654
     """

@@ -1,4 +1,4 @@
-"""FlowCut's arithmetic on packed scores. A unit is what is cut independently: an image, a crop or a frame."""
+"""FlowCut's arithmetic on packed scores. A unit is what loses tokens on its own: an image, a crop or a frame."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def losses(attention: Tensor, sizes: Sequence[int], target: Sequence[int], ahead
 
 
 def loss(total: float, entropies: float, n: int, k: int, ahead: int) -> int:
-    """How many tokens a unit of n tokens may lose, given the sum of its attention a and the sum of -a log a. The shares
-    p = a / total have the entropy log(total) + entropies / total."""
+    """How many tokens a unit of n tokens may lose, given `total`, the sum of its attention a, and `entropies`, the sum
+    of -a log a. The shares a / total have the entropy log(total) + entropies / total."""
     entropy = (log(total) + entropies / total) / log(max(n, 2)) if total > 0 else 0.0
     return max(0, round((n - k) / ahead**0.5 * (1 - entropy**2)))
 
@@ -43,7 +43,7 @@ def loss(total: float, entropies: float, n: int, k: int, ahead: int) -> int:
 @dataclass
 class Scores:
     """Scores [ΣN] accumulated over the layers so far, of the tokens with these raster indices, `lengths` per image;
-    `keep` is the cut that was then made."""
+    `keep` is the cut that the layer made by them, if any."""
 
     values: Tensor
     raster_index: Tensor

@@ -17,10 +17,10 @@ from vtoken.stages.budget import Budget
 class FlowCut(Pruner):
     """After an encoder layer, scores each patch by (attention / its sum + relevance / its sum) * density. Attention is
     that of the CLS query, averaged over heads. Relevance is the softmax of the dot products of the CLS token's value
-    with all values, averaged over heads. Density is the L1 norm of the patch's value, averaged over heads. Scores are
-    accumulated over layers, half from the past and half from the new layer. After every second layer, round((n - keep)
-    / sqrt(layers to come) * (1 - h^2)) of the n patches with the lowest score are dropped, where h is the entropy of
-    the attention divided by log n; after the last such layer, all but `keep`. Later layers run on the patches that are
+    with all values, averaged over heads. Density is the L1 norm of the patch's head-mean value. Scores are accumulated
+    over layers, half from the past and half from the new layer. After every second layer, the patches with the lowest
+    scores are dropped: of n, round((n - keep) / sqrt(layers to come) * (1 - h^2)), where h is the entropy of the
+    attention divided by log n; after the last such layer, all but `keep`. Later layers run on the patches that are
     left.
 
     Without CLS (SigLIP, Qwen), the mean query and the mean value of the image replace it; on Qwen, whole merge groups
@@ -44,9 +44,9 @@ class FlowCut(Pruner):
     )
     site: ClassVar[Site] = "encoder"
 
-    at: tuple[int, ...] | None = Field(None, min_length=1, description="layers it reads: all but the last two")
+    at: tuple[int, ...] | None = Field(None, min_length=1, description="layers it reads; null: all but the last two")
     relevance: bool = Field(default=True, description="count the relevance to the CLS value (authors on Qwen: no)")
-    momentum: float = Field(default=0.5, ge=0, lt=1, description="share of the past in the cumulated score")
+    momentum: float = Field(default=0.5, ge=0, lt=1, description="share of the past in the accumulated score")
     reference_quirks: bool = Field(default=False, description="all pictures of a batch lose as many as any of them")
 
     @field_validator("keep")
@@ -102,8 +102,8 @@ class FlowCut(Pruner):
         return scores.keep
 
     def _units(self, tokens: VisualTokens) -> tuple[Tensor | None, tuple[int, ...], tuple[int, ...]]:
-        """Order [ΣN] of the tokens, unit by unit (image, crop or frame), None if they are in that order already; tokens
-        per unit; tokens to keep per unit."""
+        """Order [ΣN] that sorts the tokens by unit (image, crop or frame), None if they are in that order already;
+        tokens per unit; tokens to keep per unit."""
         if self.keep.per is not None and tokens.segment is not None:
             return self.per_segment(tokens)[:3]
         return None, tokens.lengths, targets(self.keep, tokens.lengths, tokens.parts)

@@ -14,11 +14,11 @@ from vtoken.stages.budget import Budget
 
 class IPCV(Pruner):
     """Before encoder layer `layer`, keeps the patches of an image that the layer before changed most, by the norm of
-    the difference. Of every other patch its `neighbours` nearest kept ones (Euclidean, of that moment) stay known: its
-    estimate at any later layer is its value of that moment plus the mean change of theirs since then.
+    the difference. For every other patch its `neighbours` nearest kept patches are found then (Euclidean distance). At
+    any later layer, it is estimated as its value at the cut plus their mean change since the cut.
 
-    In the next `stabilised` layers attention runs on all patches, estimates among them, and the MLP on those that
-    stayed; later layers run on those alone. Where features are read, and at DeepStack's taps, estimates fill the gaps,
+    In the next `stabilised` layers attention runs on all patches, estimates among them, and the MLP on the kept ones;
+    later layers run on the kept ones alone. Where features are read, and at DeepStack's taps, estimates fill the gaps,
     so the number of visual tokens stays what it was and any stage of site tokens may follow. Saves FLOPs of the tower
     only.
 

@@ -1,5 +1,5 @@
-"""Choosing frames by given scores: pure functions on the scores of one video, [F] float64 on the CPU. Each returns
-exactly k < F frames, ascending; ties go to the earlier frame."""
+"""Choosing frames by given scores: pure functions on the scores of one video, [F] float64 on the CPU. Every rule
+returns exactly k < F frames, ascending; ties go to the earlier frame."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ Scores = tuple[float, ...]
 
 
 def top(scores: Tensor, k: int) -> list[int]:
-    """The k best."""
+    """The k frames with the highest scores."""
     return sorted(best(scores, range(len(scores)), k))
 
 
 def aks(scores: Tensor, k: int, threshold: float = 0.8, depth: int = 5) -> list[int]:
-    """Adaptive keyframe sampling: a stretch of the video whose k best frames stand out from its mean by `threshold` (of
-    scores scaled to 0..1) keeps its best; others are halved, up to `depth` times, for half the frames each."""
+    """Adaptive keyframe sampling. The video is halved, and its parts again, up to `depth` times, unless the mean of a
+    part's k best scores (scaled to 0..1) is more than `threshold` above the mean of all its scores. After l halvings, a
+    part gives its k >> l best frames."""
     low, high = scores.aminmax()
     scaled = (scores - low) / (high - low) if high > low else torch.zeros_like(scores)
     chosen: list[int] = []
@@ -42,8 +43,8 @@ def aks(scores: Tensor, k: int, threshold: float = 0.8, depth: int = 5) -> list[
 
 
 def anchors(scores: Tensor, k: int) -> list[int]:
-    """The peak of every basin between two valleys; if these are more than k, k-means on their times makes k groups, and
-    the best of each stays."""
+    """The best frame between every two consecutive valleys (local minima, and both ends of the video). If these are
+    more than k, k-means on their times makes k groups, and the best frame of each group stays."""
     s, n = scores.tolist(), len(scores)
     valleys = [i for i in range(n) if i in (0, n - 1) or (s[i] <= s[i - 1] and s[i] <= s[i + 1])]
     peaks = sorted({best(scores, range(a, b + 1), 1)[0] for a, b in pairwise(valleys)})
@@ -53,7 +54,7 @@ def anchors(scores: Tensor, k: int) -> list[int]:
 
 
 def drawn(scores: Tensor, k: int, seed: int = 0) -> list[int]:
-    """Drawn without replacement, in proportion to the scores; if fewer than k are above 0, then the earliest others."""
+    """Drawn without replacement, in proportion to the scores; then the earliest others, if fewer than k are above 0."""
     generator = torch.Generator().manual_seed(seed)
     able = int((scores > 0).sum())
     picked = torch.multinomial(scores, min(k, able), generator=generator).tolist() if able else []
@@ -61,7 +62,7 @@ def drawn(scores: Tensor, k: int, seed: int = 0) -> list[int]:
 
 
 def grouped(times: Sequence[int], k: int) -> list[list[int]]:
-    """Lloyd's k-means in one dimension, begun with evenly spaced means."""
+    """k groups of `times`, by Lloyd's k-means from means that are evenly spaced in the list of times."""
     t = torch.tensor(times, dtype=torch.float64)
     means = t[(2 * torch.arange(k) + 1) * len(t) // (2 * k)]
     owner = torch.full((len(t),), -1)
@@ -74,13 +75,13 @@ def grouped(times: Sequence[int], k: int) -> list[list[int]]:
 
 
 def best(scores: Tensor, among: Sequence[int], k: int) -> list[int]:
-    """The k of `among` with the highest scores."""
+    """The k frames of `among` with the highest scores, best first."""
     s = scores.tolist()
     return sorted(among, key=lambda i: (-s[i], i))[:k]
 
 
 def filled(scores: Tensor, chosen: Sequence[int], k: int) -> list[int]:
-    """With the best of the others, up to k."""
+    """`chosen`, filled up to k with the best of the other frames; ascending."""
     rest = sorted(set(range(len(scores))) - set(chosen))
     return sorted([*chosen, *best(scores, rest, k - len(chosen))])
 
@@ -102,7 +103,7 @@ def read(name: str) -> tuple[Scores, ...]:
 
 
 def checked(given: Any, what: str) -> tuple[Scores, ...]:
-    """Scores of every video; of all videos, if there is one list.
+    """One tuple of scores per video; a single tuple counts for all videos.
 
     Raises:
         ValueError: names `what` if it is not made of finite numbers.

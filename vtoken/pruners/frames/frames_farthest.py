@@ -15,8 +15,8 @@ from vtoken.stages import Keep, VisualTokens, keep_all, offsets_of
 class FramesFarthest(FramePruner):
     """Starts with a video's first frame and repeatedly adds the frame whose highest cosine similarity to the chosen
     frames is lowest (ties to the earlier frame), until `keep` are chosen. Frames are compared by the pixels of their
-    thumbnails, before the vision tower runs, so the tower's cost falls too. Neither the contents of the pictures nor
-    the question play a part.
+    thumbnails, before the vision tower runs, so the tower's cost falls too. Neither what the pictures show nor the
+    question plays a part.
 
     No paper: a baseline.
     """

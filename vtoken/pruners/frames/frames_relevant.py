@@ -18,17 +18,17 @@ Given = tuple[float, ...] | tuple[tuple[float, ...], ...]
 
 
 class FramesRelevant(FramePruner):
-    """Keeps the frames that bear on the question, by scores that you give: of a model that compares pictures with text,
-    of a detector, or of the VLM itself (`vtoken.frame_relevance`). The vision tower runs on the frames that stay.
+    """Keeps the frames that bear on the question, by scores that you give: from a model that compares pictures with
+    text, from a detector, or from the VLM itself (`vtoken.frame_relevance`). The vision tower runs on the frames that
+    stay.
 
-    A list of another length than the video has frames is read as spread evenly over its time, so that scores at one per
-    second serve whatever number of frames the processor takes. Rules: `top` keeps the highest scores; `aks` halves the
-    video until the best frames of a stretch stand out, so that frames come from all of it where none do; `anchors`
-    takes the peaks between valleys; `drawn` draws in proportion to the scores, the same frames for the same seed.
+    If the list of scores is longer or shorter than the video, it is spread evenly over the video's time, so that one
+    score per second fits any number of frames that the processor takes. Rules: `top` keeps the highest scores; `aks`
+    halves the video, and again, until the best frames of a part stand out, so that all parts give frames where none do;
+    `anchors` takes the peaks between valleys; `drawn` draws in proportion to the scores, the same for the same seed.
 
-    `anchors` is of F2C (https://arxiv.org/abs/2510.02262), `drawn` of T* (https://arxiv.org/abs/2504.02259), `aks`:
-
-    Paper: https://arxiv.org/abs/2502.21271
+    `anchors` comes from F2C (https://arxiv.org/abs/2510.02262), `drawn` from T* (https://arxiv.org/abs/2504.02259), and
+    `aks` from AKS. Paper: https://arxiv.org/abs/2502.21271
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2502.21271"
@@ -61,7 +61,7 @@ class FramesRelevant(FramePruner):
 
     @cached_property
     def scores(self) -> tuple[_relevance.Scores, ...]:
-        """Of every video, or of all. A file is read once: later changes to it do not reach a wrapped model."""
+        """Scores per video, or one tuple for all. A file is read once: later changes do not reach a wrapped model."""
         if isinstance(self.relevance, str):
             return _relevance.read(self.relevance)
         return _relevance.checked(self.relevance, "relevance")
@@ -96,8 +96,8 @@ class FramesRelevant(FramePruner):
 
 
 def spread(scores: Sequence[float], frames: int) -> Tensor:
-    """[frames] float64: the score at the middle of each frame's share of the video's time; the mean of its scores where
-    there are several whole ones to a frame (Qwen: pairs of frames)."""
+    """[frames] float64: if each frame has the same number of scores (Qwen: one per frame of a pair), their mean; if
+    not, the score at the middle of each frame's part of the video's time."""
     given = torch.tensor(scores, dtype=torch.float64)
     if len(given) % frames == 0:
         return given.view(frames, -1).mean(1)

@@ -17,9 +17,9 @@ def unpredicted(x: Tensor, threshold: float, metric: str) -> Tensor:
 
 
 def exact(x: Tensor) -> Tensor:
-    """For a threshold of 0: what is alike is equal, so that neighbours are what would be rebuilt of them."""
+    """`unpredicted` for threshold 0. Alike means equal, so what would be rebuilt of a neighbour is its own pixels."""
     kept = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-    left = (x[:, 1:] == x[:, :-1]).all(-1)  # [h, w - 1]: equal to its left neighbour
+    left = (x[:, 1:] == x[:, :-1]).all(-1)  # [h, w - 1]: whether a token equals its left neighbour
     above = (x[1:] == x[:-1]).all(-1)
     kept[0, 1:] = ~left[0]
     kept[1:, 0] = ~above[:, 0]
@@ -29,8 +29,8 @@ def exact(x: Tensor) -> Tensor:
 
 
 def along_diagonals(x: Tensor, threshold: float, metric: str) -> tuple[Tensor, Tensor]:
-    """[h, w] bool as above, and [h, w, P] what is rebuilt. The tokens of an anti-diagonal depend on earlier ones alone:
-    h + w - 1 steps."""
+    """[h, w] bool as in `unpredicted`, and [h, w, P] the rebuilt raster. Tokens depend on earlier anti-diagonals alone,
+    so one step decides a whole anti-diagonal: h + w - 2 steps."""
     h, w = x.shape[:2]
     kept = torch.ones(h, w, dtype=torch.bool, device=x.device)
     rebuilt = x.clone()
@@ -42,7 +42,7 @@ def along_diagonals(x: Tensor, threshold: float, metric: str) -> tuple[Tensor, T
     for step in range(1, h + w - 1):
         r = rows[max(0, step - w + 1) : min(h, step + 1)]
         c = step - r
-        # Where there is no left (upper) neighbour the other one stands for all three.
+        # Without a left (upper) neighbour, the other one stands in for it and for the corner.
         left = rebuilt[torch.where(c > 0, r, r - 1), (c - 1).clamp(min=0)]
         above = rebuilt[(r - 1).clamp(min=0), torch.where(r > 0, c, c - 1)]
         corner = rebuilt[(r - 1).clamp(min=0), (c - 1).clamp(min=0)]
@@ -56,7 +56,7 @@ def along_diagonals(x: Tensor, threshold: float, metric: str) -> tuple[Tensor, T
 
 
 def distance(a: Tensor, b: Tensor, metric: str) -> Tensor:
-    """[...] of pixels [..., P]."""
+    """[...] distance between pixels a and b [..., P]."""
     gap = (a - b).abs()
     if metric == "max":
         return gap.amax(-1)

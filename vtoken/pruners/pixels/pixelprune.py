@@ -18,10 +18,10 @@ from vtoken.stages import Keep, Parts, Site, Stage, VisualTokens, keep_all, uplo
 class PixelPrune(Stage):
     """Goes over the tokens of a picture in reading order and predicts the pixels of each, as lossless image coders
     (LOCO-I) do: from its left neighbour, or from the upper one where the upper left is like the left and unlike the
-    upper (an upright edge); in the first row from the left, in the first column from the upper one. A token stays if it
+    upper (a vertical edge); in the first row from the left, in the first column from the upper one. A token stays if it
     is not like its prediction. Two are alike if their distance is at most `threshold`; with 0 the picture can be
-    rebuilt exactly from the tokens that stay. With more, tokens are compared with what would be rebuilt (the kept token
-    that a neighbour stands for), so that errors do not add up.
+    rebuilt exactly from the tokens that stay. Above 0, a neighbour that was dropped predicts with the pixels that would
+    be rebuilt for it (those of a kept token), so that errors do not add up.
 
     Pages, slides and screenshots lose most of their tokens, photographs none: see `max_kept`. Videos keep all. Tokens
     that stay keep their positions, in the tower and in the prompt. How many they are depends on the picture; the plan
@@ -71,7 +71,7 @@ class PixelPrune(Stage):
         x, device = self._on_scale(tokens.x.float()), tokens.x.device
         masks = []
         for i, values in enumerate(x.split(tokens.lengths)):
-            if not tokens.whole(i):  # what has lost tokens cannot be predicted
+            if not tokens.whole(i):  # a picture that has lost tokens cannot be predicted
                 masks.append(torch.ones(len(values), dtype=torch.bool, device=device))
                 continue
             for grid, part in zip(tokens.parts[i], values.split([*map(prod, tokens.parts[i])]), strict=True):
@@ -87,7 +87,7 @@ class PixelPrune(Stage):
         return keep.skipping(tokens.lengths, many) if any(many) else keep
 
     def _on_scale(self, x: Tensor) -> Tensor:
-        """[ΣN, P] in units in which `threshold` is meant."""
+        """[ΣN, P] with differences in the unit of `threshold`."""
         if not self.threshold or self.std is None:
             return x
         if x.shape[1] % len(self.std):

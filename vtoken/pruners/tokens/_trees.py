@@ -19,8 +19,8 @@ from vtoken.stages.budget import apportion
 class Trees(NamedTuple):
     """Attributes:
     root: [M] row of the root of each row's tree.
-    size: [M] fp32 rows of that tree.
-    near: [M] fp32 1 + rows that are linked to its root directly.
+    size: [M] fp32 number of rows of that tree.
+    near: [M] fp32 1 + the number of rows that are linked to its root directly.
     """
 
     root: Tensor
@@ -28,8 +28,8 @@ class Trees(NamedTuple):
     near: Tensor
 
     def standing(self, frame: Tensor, frames: int) -> tuple[list[int], Tensor, Tensor]:
-        """Trees of each frame, by the frame [M] of their roots; [R] rows of the roots, ascending; [M] which of them is
-        each row's. Waits for the device, for their number."""
+        """How many trees have their root in each frame, where `frame` [M] is that of each row; [R] rows of the roots,
+        ascending; [M] which of these is each row's root. Waits for the device, for the number of trees."""
         own = torch.arange(len(self.root), device=frame.device)
         alone = self.root == own
         each = torch.bincount(frame, alone.float(), frames).int().tolist()
@@ -39,11 +39,11 @@ class Trees(NamedTuple):
 
 def grow(x: Tensor, lengths: Sequence[int], segments: Sequence[int], most: Sequence[int], similarity: float) -> Trees:
     """Links each of the rows x [M, D] to its most similar row of the frame before, in the same segment, if their cosine
-    is above `similarity`; of more than `most` links of a segment, the most - 1 closest hold. Does not wait for the
-    device.
+    is above `similarity`; if a segment has more than `most` such links, only the most - 1 closest are made. Does not
+    wait for the device.
 
     Args:
-        lengths: rows of each frame; segments: frames of each segment; most: links of each segment.
+        lengths: rows of each frame; segments: frames of each segment; most: the most links of each segment.
     """
     own = torch.arange(len(x), device=x.device)
     parent = _parents(x, lengths, segments, most, similarity)
@@ -79,7 +79,7 @@ def _parents(
 
 
 def clusters(standing: Sequence[int], segments: Sequence[int], rooms: Sequence[int], rounded_up: bool) -> list[int]:
-    """Tokens that each frame makes of its trees, of the room of its segment in proportion to the trees."""
+    """Clusters of each frame. A segment's frames share its room in proportion to their trees, `standing`."""
     counts, start = [], 0
     for frames, room in zip(segments, rooms, strict=True):
         lengths = standing[start : start + frames]

@@ -9,13 +9,13 @@ from vtoken.stages import Parts, size_of
 
 
 def recycle(importance: Tensor, cell: Tensor, cells: int, k: int, pool: int | None) -> tuple[Tensor, Tensor]:
-    """For one image: [N] whether each token stays, and [N] the token that absorbs it. `pool` is the size of the pool;
-    None makes it as large as needed to leave k tokens."""
+    """For one image: [N] whether each token stays, and [N] the token that absorbs it, which may be dropped itself.
+    `pool` is the size of the pool; None makes it as large as needed to leave k tokens."""
     n = len(importance)
     order, rank = importance.argsort(descending=True, stable=True).flip(0), torch.arange(n, device=cell.device)
     group = cell[order]
     first = rank.new_full((cells,), n).scatter_reduce(0, group, rank, "amin")
-    # Tokens left if the pool takes everything below a rank: one fewer per token, except for the first of a cell.
+    # Tokens left if the pool takes all ranks below this one: each takes one away, the first of a cell takes none.
     opens = (first[group] == rank).long()
     left = n - rank + opens.cumsum(0) - opens
     pooled = left > k if pool is None else rank < pool

@@ -37,7 +37,7 @@ def whole_videos(stage: AnyPruner) -> AnyPruner:
 def counts_of_videos(
     keep: Budget, lengths: Sequence[int], parts: Sequence[Parts], row: Sequence[int], least: Callable[[Grid], int]
 ) -> tuple[int, ...]:
-    """Tokens to keep of each image: for a video its budget, but at least `least` of its raster; for a picture all."""
+    """Tokens to keep of each image: for a video its budget, but at least `least(raster)`; for a picture all."""
     videos = [i for i, image in enumerate(parts) if is_video(image)]
     wanted = keep.counts([lengths[i] for i in videos], [row[i] for i in videos])
     counts = list(lengths)
@@ -47,13 +47,13 @@ def counts_of_videos(
 
 
 def is_video(image: Parts) -> bool:
-    """Whether it has several frames."""
+    """Whether the image is a video of several frames."""
     return len(image) == 1 and image[0][0] > 1
 
 
 def frame_numbers(tokens: VisualTokens, image: int) -> tuple[Tensor, list[int]]:
-    """[n] frame of each token of a video, and tokens of each frame, dropped ones counted out. Waits for the device if
-    there are such."""
+    """[n] frame of each token of a video; how many tokens each frame still has. Waits for the device if some were
+    dropped."""
     frames, height, width = tokens.parts[image][0]
     start = sum(tokens.lengths[:image])
     frame = tokens.raster_index[start : start + tokens.lengths[image]] // (height * width)
@@ -64,8 +64,8 @@ def frame_numbers(tokens: VisualTokens, image: int) -> tuple[Tensor, list[int]]:
 
 
 def by_place(tokens: VisualTokens, image: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """[F, P, D] fp32 tokens of a video, by frame and place, 0 where one was dropped; [F, P] their rows, -1 there; [n]
-    place of each; tokens of each frame."""
+    """[F, P, D] fp32 tokens of a video, by frame and place, 0 where one was dropped; [F, P] their rows in the video, -1
+    where one was dropped; [n] place of each token; how many tokens each frame still has."""
     frame, lengths = frame_numbers(tokens, image)
     _, height, width = tokens.parts[image][0]
     start, n = sum(tokens.lengths[:image]), len(frame)
@@ -96,18 +96,18 @@ def segments(means: Tensor, cut: float, least: int) -> list[int]:
 
 
 def sums(values: Sequence[int], groups: Sequence[int]) -> list[int]:
-    """Sum of the values of each group of so many."""
+    """Sum of the values of each group; `groups` are the sizes of the groups."""
     ends = [0, *accumulate(groups)]
     return [sum(values[begin:end]) for begin, end in pairwise(ends)]
 
 
 class Folded(NamedTuple):
-    """What a method makes of a video of n tokens.
+    """What a method makes of a video of n tokens. A slot is a kept token with all that it absorbs, its members.
 
     Attributes:
         kept: [k] rows that stay, in any order.
-        home: [n] row that absorbs each, itself for one that stays, -1 for none.
-        weight: [n] weight of each in its slot.
+        home: [n] row that absorbs each token, itself for one that stays, -1 for none.
+        weight: [n] weight of each token in its slot, which becomes the weighted mean of its members.
         share: [n] if given, a slot is the weighted sum of its members divided by the sum of their shares, not weights.
         made: if given, rows that stay, ascending, and the embeddings [., D] that take their place.
     """
@@ -120,8 +120,8 @@ class Folded(NamedTuple):
 
 
 def fold_videos(tokens: VisualTokens, fold: Callable[[int, slice], Folded | None]) -> Keep:
-    """The decision that `fold` makes on each video, given its number and its rows of the packed tokens; None: it keeps
-    all. Pictures keep all. Loops over videos."""
+    """The decision that `fold(image, rows)` makes on each video, given its number and its rows of the packed tokens;
+    a video for which it returns None keeps all its tokens, as pictures do. Loops over videos."""
     home = torch.arange(len(tokens.x), device=tokens.x.device)
     weight = torch.ones(len(home), device=home.device)
     share, other, index, start = weight.clone(), False, [], 0
@@ -179,8 +179,8 @@ class VideoPruner(Pruner):
         raise NotImplementedError
 
     def budgets(self, x: Tensor, lengths: Sequence[int], k: int) -> list[int]:
-        """Tokens to keep of each frame of a video x [n, D]: those that the budget gives a frame, or k of the video in
-        proportion to what the frames hold."""
+        """Tokens to keep of each frame of a video x [n, D]: those that the budget gives each frame, or k for the whole
+        video, divided in proportion to the tokens of the frames."""
         if self.keep.key_weight is not None:
             return list(
                 self.keep.counts(lengths, (0,) * len(lengths), key_weights(x, lengths, (0,) * len(lengths), self.keep))
@@ -190,7 +190,7 @@ class VideoPruner(Pruner):
         return apportion(torch.tensor(lengths, dtype=torch.float64) * (k / sum(lengths)), lengths, k)
 
     def even_per(self) -> None:
-        """Frames keep what their trees, clusters or segments get."""
+        """None: how many tokens a frame keeps depends on its trees, clusters or segments."""
         return
 
     def select(self, tokens: VisualTokens) -> Keep:

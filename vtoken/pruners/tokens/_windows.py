@@ -14,15 +14,15 @@ from vtoken.stages import image_of
 
 
 class Groups(NamedTuple):
-    """A video of n tokens in groups: first the still places of each window, averaged over it, then the other tokens of
-    each frame.
+    """The n tokens of a video in groups of members: first a group per window, of its still places (averaged over the
+    window), then a group per frame, of its other tokens.
 
     Attributes:
-        order: [R] rows that stand for the members of the groups, group by group; a still place's is in the first frame.
-        slot: [n] which of them each token belongs to.
-        sizes: members of each group.
-        values: [R, D] fp32 means.
-        tokens: [R] tokens of each.
+        order: [R] one row per member, group by group; that of a still place is in the first frame of its window.
+        slot: [n] which member each token belongs to.
+        sizes: number of members of each group.
+        values: [R, D] fp32 mean of the tokens of each member.
+        tokens: [R] number of tokens of each member.
     """
 
     order: Tensor
@@ -35,7 +35,7 @@ class Groups(NamedTuple):
 def grouped(
     x: Tensor, row: Tensor, place: Tensor, lengths: Sequence[int], windows: Sequence[tuple[int, int]], still: Tensor
 ) -> Groups:
-    """Waits for the device, for the sizes.
+    """The groups of a video. Waits for the device, for their sizes.
 
     Args:
         x: [n, D] tokens; row, place, lengths: as `by_place` gives them.
@@ -83,15 +83,15 @@ def static_windows(alike: Tensor) -> tuple[list[tuple[int, int]], int]:
 
 
 def _still(alike: Tensor, start: int, frames: int) -> Tensor:
-    """[frames] places that are alike from frame `start` up to each later one; 0 up to `start`."""
+    """[frames] number of places that are alike from frame `start` up to each later one; 0 for frames up to `start`."""
     counts = torch.zeros(frames, dtype=torch.int64, device=alike.device)
     counts[start + 1 :] = alike[start:].to(torch.int64).cumprod(0).sum(1)
     return counts
 
 
 def scenes(labels: Sequence[int]) -> list[tuple[int, int]]:
-    """First and last frame of each window, from the cluster of each frame. The longest runs of a cluster stay, if they
-    are longer than a frame; the frames between them go to the longer run beside them, the left one of equals."""
+    """First and last frame of each window, from the cluster of each frame. A cluster's longest runs of frames stay, if
+    they are longer than one frame; frames between runs join the longer neighbouring run, the left one on a tie."""
     runs, at = [], 0
     for label, of in groupby(labels):
         size = len(list(of))

@@ -18,10 +18,10 @@ EPSILON = 1e-6
 
 
 class CDPruner(Pruner):
-    """The relevance r of a token is its cosine similarity to the mean text embedding of its row, scaled to 1e-6..1 over
-    the image (all its crops). The kernel is K_ij = r_i cos(x_i, x_j) r_j on projected embeddings. Keeps the greedy
-    maximum of det K: repeatedly the token with the largest part of K_ii that the kept tokens do not explain. Tokens in
-    the span of the kept ones (up to 1e-6) are taken last, by index.
+    """The relevance r of a token follows from c, its cosine similarity to the mean text embedding of its row:
+    (c - min + 1e-6) / (max - min) over the image (all its crops). The kernel is K_ij = r_i cos(x_i, x_j) r_j on
+    projected embeddings. Keeps the greedy maximum of det K: repeatedly the token with the largest part of K_ii that the
+    kept tokens do not explain. Tokens in the span of the kept ones (up to 1e-6) are taken last, by index.
 
     Paper: https://arxiv.org/abs/2506.10967. Each choice needs the one before: on a CPU a loop over kept tokens, on a
     GPU one launch. Without text, all tokens are equally relevant.
@@ -52,7 +52,7 @@ class CDPruner(Pruner):
         return choose_together(self, tokens, pick)
 
     def _relevance(self, tokens: VisualTokens) -> Tensor:
-        """[ΣN] relevance in 0..1."""
+        """[ΣN] relevance, above 0, up to about 1."""
         text, out = tokens.fact("text"), []
         for x, row in zip(tokens.x.float().split(list(tokens.lengths)), tokens.row, strict=True):
             words = text[row].float()

@@ -22,8 +22,9 @@ class DCoDe(Pruner):
     their mean. How many are left depends on the picture: the plan counts `keep`, an upper bound.
 
     This is the token half of the method. Its choice of frames compares embeddings of CLIP ViT-L/14, a second encoder
-    that no VLM contains: `vtoken.distinct_frames` makes it, for frames_relevant before this stage; frames_uniform is
-    75 to 85 % of it. Its decomposition of the question, which asks another LLM, is left out.
+    that no VLM contains: `vtoken.distinct_frames` makes it, for frames_relevant before this stage; 75 to 85 % of those
+    frames are just evenly spaced (frames_uniform). Its decomposition of the question, which asks another LLM, is left
+    out.
 
     Paper: https://arxiv.org/abs/2510.08818
     """

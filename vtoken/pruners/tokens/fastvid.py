@@ -18,7 +18,7 @@ from vtoken.pruners.tokens._video import Folded, VideoPruner, segments
 from vtoken.stages import Fact, VisualTokens, image_of, offsets_of
 from vtoken.stages.budget import apportion
 
-NEIGHBOURS = 4  # that density is measured by
+NEIGHBOURS = 4  # nearest rows that the density of a row is measured by
 
 
 class FastVID(VideoPruner):
@@ -27,8 +27,8 @@ class FastVID(VideoPruner):
     with most attention in the encoder. The rest of a segment's budget goes to anchors in every `every`-th of its
     frames, counted from the last, the same number in each: the centres of density peaks (4 neighbours) among the
     frame's other tokens. Every token of the segment that was not chosen by attention joins, once in each of these
-    frames, the anchor that it is most similar to: with c of them, itself among them, an anchor becomes w times itself
-    plus 1 - w times their mean, w = max(1 / (c + 1), `beta`).
+    frames, the anchor that it is most similar to. An anchor that c tokens join, itself included, becomes w times itself
+    plus 1 - w times their mean, where w = max(1 / (c + 1), `beta`).
 
     The budget is spent exactly. `as_released: true` rounds down the budgets of frames and of anchors as the authors do.
     Where frames with anchors cannot hold a segment's share, its other frames have anchors too. In the trace a token
@@ -48,7 +48,7 @@ class FastVID(VideoPruner):
     )
 
     contextual: float = Field(default=0.4, ge=0, le=1, description="share of a frame's budget that goes to anchors (d)")
-    every: int = Field(default=4, ge=1, description="frames of a segment to one with anchors (p)")
+    every: int = Field(default=4, ge=1, description="of so many frames of a segment, one has anchors (p)")
     beta: float = Field(default=0.6, gt=0, le=1, description="least weight of an anchor against what joins it")
     cut: float = Field(0.9, ge=-1, le=1, description="cosine of frames below which a segment begins (Qwen: 0.84)")
     segments: int = Field(default=8, ge=1, description="least number of segments (c)")
@@ -75,7 +75,7 @@ class FastVID(VideoPruner):
         values, made = x[rest], []
         centre = density_peaks(values, others, counts, NEIGHBOURS, limited=False)
         joins = centre != torch.arange(len(rest), device=device)
-        anchors = joins.sort(stable=True).indices[: sum(counts)]  # rows of the rest, frame by frame
+        anchors = joins.sort(stable=True).indices[: sum(counts)]  # which of the rest, frame by frame
         of, at = list(accumulate(others, initial=0)), list(accumulate(counts, initial=0))
         for a, b in pairwise(ends):
             mine, own = values[of[a] : of[b]], anchors[at[a] : at[b]]
@@ -92,7 +92,7 @@ class FastVID(VideoPruner):
         return Folded(torch.cat([chosen, kept]), home, torch.ones(len(x), device=device), made=new)
 
     def _anchors(self, spare: list[int], others: list[int]) -> list[int]:
-        """Anchors of each frame of a segment with so much left of its budgets, and so many tokens that may be one."""
+        """Anchors of each frame of a segment: `spare` is left of its budget, `others` are its tokens not chosen yet."""
         frames = [t for t in range(len(spare)) if (len(spare) - 1 - t) % self.every == 0]
         total, counts = sum(spare), [0] * len(spare)
         each = total // len(frames)
@@ -105,7 +105,7 @@ class FastVID(VideoPruner):
         return [dict(zip(frames, given, strict=False)).get(t, 0) for t in range(len(spare))]
 
     def _filled(self, anchors: Tensor, values: Tensor, slot: Tensor) -> Tensor:
-        """[A, D] anchors with the values [R, D] that join them."""
+        """[A, D] anchors after the values [R, D] joined them, each the one at its slot [R]."""
         joined = torch.zeros_like(anchors[:, :1]).index_add_(0, slot, torch.ones_like(values[:, :1]))
         mean = torch.zeros_like(anchors).index_add_(0, slot, values) / joined.clamp(min=1)
         weight = (1 / (joined + 1)).clamp(min=self.beta)
@@ -115,5 +115,5 @@ class FastVID(VideoPruner):
         return not self.as_released and super().counts_are_exact(layer, whole)
 
     def flops(self, lengths: Sequence[int], width: int) -> int:
-        """Distances within frames of 196 tokens, and cosines to a tenth of as many anchors in four frames."""
+        """Distances within frames of 196 tokens, and cosines to 80 anchors, a tenth of the tokens of four frames."""
         return sum(2 * n * (min(n, 196) + min(n, 80)) * width for n in lengths)

@@ -17,7 +17,7 @@ from vtoken.pruners.tokens._trees import clusters, grow
 from vtoken.pruners.tokens._video import Folded, VideoPruner, segments, sums
 from vtoken.stages import Fact, VisualTokens, image_of
 
-NEIGHBOURS = 7  # that density is measured by
+NEIGHBOURS = 7  # nearest rows that the density of a row is measured by
 
 
 class FlashVID(VideoPruner):
@@ -34,8 +34,8 @@ class FlashVID(VideoPruner):
     density peaks (7 neighbours); a cluster becomes the mean of its trees at the place of its centre.
 
     The budget is spent exactly. `as_released: true` does what the authors' code does: a tree is the sum of its tokens
-    divided by 1 + the tokens linked to its root directly, which makes long chains too long (T identical frames by
-    T / 2); budgets of frames are rounded up, and the total then varies around the budget.
+    divided by 1 + the tokens linked to its root directly, which makes embeddings of long chains too large (of T
+    identical frames, T / 2 times); budgets of frames are rounded up, and the total then varies around the budget.
 
     Pictures and one-frame videos are left unpruned and do not count towards `keep: {total: ...}`. A frame is what the
     model treats as one: Qwen merges two into one. Loops over videos and waits for the device three times per video, for

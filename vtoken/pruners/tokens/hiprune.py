@@ -47,7 +47,7 @@ class HiPrune(Pruner):
 
         def pick(rows: Tensor, k: int) -> Tensor:
             anchors = rows.gather(1, top(middle[rows], round(k * self.alpha / 5)))
-            # -1 is the last place, which stands for no token.
+            # Index -1 is the extra last place, which stands for no token.
             pool = rows.new_full((len(last) + 1,), -1)
             pool[rows] = torch.arange(len(rows), device=rows.device)[:, None]
             near = beside[anchors]

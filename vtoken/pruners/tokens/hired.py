@@ -52,8 +52,7 @@ class HiRED(Pruner):
         if self.keep.per is not None:
             raise ValueError(
                 f"hired shares one budget out among the crops itself, so {self.keep.per} does not fit; give the "
-                "budget of the "
-                "image (keep: 640 instead of {per_crop: 128} on five crops) or a share (keep: 20%)"
+                "budget of the image (keep: 640 instead of {per_crop: 128} on five crops) or a share (keep: 20%)"
             )
         return self
 
@@ -104,8 +103,8 @@ class HiRED(Pruner):
 
 
 def region(content: Tensor, place: Tensor, segment: Tensor, parts: Parts, most: int) -> Tensor:
-    """[content] crop that shows the place of each of these tokens of the whole. `place` and `segment` [n] are the
-    raster index and crop of the crops' live tokens; `most` is the number of crops, the whole included."""
+    """[C] crop that shows the place of each token of the whole in `content` [C], raster indices. `place` and `segment`
+    [n] are the raster index and crop of the crops' live tokens; `most` is the number of crops, the whole included."""
     (_, height, width), (_, rows, columns) = parts
     stitched = place - height * width
     at = torch.stack([stitched // columns, stitched % columns], 1)

@@ -18,23 +18,23 @@ from vtoken.pruners.tokens._windows import grouped, static_windows
 from vtoken.stages import Fact, VisualTokens, offsets_of
 from vtoken.stages.budget import apportion
 
-NEIGHBOURS = 7  # that density is measured by
+NEIGHBOURS = 7  # nearest rows that the density of a row is measured by
 
 
 class HoliTom(VideoPruner):
     """A place is still between two frames if the cosine of its tokens is above `similarity`. The video is cut into
-    windows so that as many tokens as possible can be left out, where the places that are still through a whole window
-    are averaged over it and stand once, in its first frame. What is then left is cut to the budget, every group by the
-    same share: of the other tokens of each frame those with most attention in the encoder stay, of the still ones of a
-    window the centres of density peaks (7 neighbours). Every other still token joins its nearest centre, which becomes
-    `beta` times itself plus 1 - beta times the mean of those. With `contextual`, that share of a frame's other tokens
-    are centres too, which the rest of the frame joins; without, the rest is dropped.
+    windows, those that leave out the most tokens: a place that is still through a whole window is averaged over it and
+    stands once, in its first frame. What is left is cut to the budget, every group by the same share: of the tokens of
+    each frame that are not still, those with most attention in the encoder stay; of the still ones of a window, the
+    centres of density peaks (7 neighbours). Every other still token joins its nearest centre, which becomes `beta`
+    times itself plus 1 - beta times the mean of those. With `contextual`, that share of the tokens kept of a frame are
+    centres too, which the rest of the frame joins; without, the rest is dropped.
 
     The budget is spent exactly, but a video so still that fewer tokens are left after averaging keeps fewer, so
     `expected_counts` is an upper bound. `as_released: true` rounds every group as the authors do, up for frames and to
-    the nearest for windows. Pictures and one-frame videos are left unpruned and do not count towards `keep: {total:
-    ...}`. The choice of windows takes time that grows with the square of the frames, on the host. Waits for the device
-    twice per video.
+    the nearest for windows, which may exceed it. Pictures and one-frame videos are left unpruned and do not count
+    towards `keep: {total: ...}`. The choice of windows takes time that grows with the square of the frames, on the
+    host. Waits for the device twice per video.
 
     Paper: https://arxiv.org/abs/2505.21334. Training-free. Its optional merge inside the LLM is left out.
     """
@@ -43,15 +43,14 @@ class HoliTom(VideoPruner):
     deviations: ClassVar[str] = (
         "The budget is exact (as_released: true for the authors' rounding). Reading order; theirs puts the still "
         "tokens of a window before the others of its first frame. No random numbers among equal densities. "
-        "Similarities are "
-        "float32. The merge inside the LLM is left out."
+        "Similarities are float32. The merge inside the LLM is left out."
     )
 
     similarity: float = Field(
         default=0.8, ge=-1, le=1, description="cosine above which a place is still (the authors: 0.65 at 10 %)"
     )
     beta: float = Field(default=0.6, gt=0, le=1, description="weight of a centre against the mean of what joins it")
-    contextual: float = Field(default=0.0, ge=0, le=1, description="share of a frame's tokens that are centres (D)")
+    contextual: float = Field(default=0.0, ge=0, le=1, description="share of a frame's budget for centres (D)")
     as_released: bool = Field(default=False, description="round groups as the authors' code does")
 
     def needs(self) -> tuple[Fact, ...]:
@@ -73,7 +72,7 @@ class HoliTom(VideoPruner):
         return Folded(kept, torch.where(home < 0, -1, order[at])[slot], (blend / members)[slot])
 
     def _counts(self, sizes: list[int], windows: int, k: int, n: int) -> list[int]:
-        """Tokens to keep of each group, k in all."""
+        """Tokens to keep of each group; k in all, unless `as_released`."""
         wanted = n * float(self.keep.share) if self.as_released and self.keep.share is not None else k
         ratio = min(1.0, wanted / sum(sizes))
         if self.as_released:
@@ -81,7 +80,7 @@ class HoliTom(VideoPruner):
         return apportion(torch.tensor(sizes, dtype=torch.float64) * ratio, sizes, min(k, sum(sizes)))
 
     def _homes(self, values: Tensor, attention: Tensor, sizes: list[int], counts: list[int], windows: int) -> Tensor:
-        """[R] which of the values [R, D] each joins, -1 if it is dropped. Groups of still tokens come first."""
+        """[R] which of the values [R, D] each of them joins, -1 if it is dropped. Groups of still tokens come first."""
         s = sum(sizes[:windows])
         frames, most = sizes[windows:], [round(k * (1 - self.contextual)) for k in counts[windows:]]
         chosen = topk_tokens(attention[s:], offsets_of(frames, values.device), most)

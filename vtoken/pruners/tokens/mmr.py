@@ -20,9 +20,9 @@ class MMR(Pruner):
     that is most like it (projected embeddings). Ties go to the lower index. balance 1 is the highest attention,
     0 is farthest-first from the most important token.
 
-    Paper: https://doi.org/10.1145/290941.291025 (maximal marginal relevance). As the selection of IDPruner (AngelSlim,
-    https://github.com/Tencent/AngelSlim), whose importance comes from a trained scorer. A loop over kept tokens; all
-    cosines of images (or frames, or crops) of equal size and budget together (4 N^2 bytes each).
+    Paper: https://doi.org/10.1145/290941.291025 (maximal marginal relevance). IDPruner (AngelSlim,
+    https://github.com/Tencent/AngelSlim) selects like this, by importance from a trained scorer. A loop over kept
+    tokens; images (or frames, or crops) of equal size and budget together, with all their cosines (4 N^2 bytes each).
     """
 
     paper: ClassVar[str] = "https://doi.org/10.1145/290941.291025"
@@ -48,10 +48,10 @@ class MMR(Pruner):
 
 
 def marginal(unit: Tensor, importance: Tensor, k: int, balance: float) -> Tensor:
-    """[pools, k] of the rows unit [pools, n, D] (unit length) by importance [pools, n], in the order taken. Nothing is
-    fetched from the device."""
+    """[pools, k] positions among the rows `unit` [pools, n, D] (unit length), by importance [pools, n], in the order
+    taken. Does not wait for the device."""
     low, high = importance.aminmax(dim=1, keepdim=True)
-    # As IDPruner, where all tokens are equally important too.
+    # Scaled as in IDPruner; 1e-6 is for pools of equally important tokens.
     worth = balance * (importance - low) / (high - low + 1e-6)
     cosine = torch.bmm(unit, unit.transpose(1, 2))
     taken = [importance.argmax(1, keepdim=True)]

@@ -68,7 +68,7 @@ class PruMerge(Pruner):
         return merged(Keep(torch.cat(kept), tuple(map(len, kept))), home, weight)
 
     def _chosen(self, attention: Tensor, k: int | None) -> Tensor:
-        """Positions [k] in a pool, in any order."""
+        """Positions in a pool of the tokens that stay, in any order; k of them, if given."""
         if k is not None and not self.plus:
             return top(attention, k)
         n, (low, high) = len(attention), attention.quantile(attention.new_tensor([0.25, 0.75]))

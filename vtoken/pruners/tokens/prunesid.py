@@ -20,7 +20,7 @@ class PruneSID(Pruner):
     which it weighs most. Within its group tokens are ranked by CLS attention, and one is suppressed if its cosine to a
     higher one that is not suppressed exceeds 18 k / n times the mean cosine of all pairs. Every group keeps one token;
     the others are shared out in proportion to the tokens that are not suppressed, at most 5 ceil(k / 64) to a group
-    unless too few are left. A group gives up its suppressed tokens last.
+    unless too few are left. Within a group, suppressed tokens are chosen last.
 
     On Qwen2-VL the authors rank otherwise (`rank: component`): features are the projected embeddings, a token's rank is
     its weight in its component, and the factor of the mean is at least 1.
@@ -32,7 +32,7 @@ class PruneSID(Pruner):
     paper: ClassVar[str] = "https://arxiv.org/abs/2603.09480"
     deviations: ClassVar[str] = (
         "Components are those of an exact decomposition; the authors draw a random one, so that their choice changes "
-        "from run to run. The CLS token, which they always keep, is not to be had: one more patch takes its slot. "
+        "from run to run. The CLS token, which they always keep, is not available: one more patch takes its slot. "
         "Reading order; theirs is group by group. Cosines are float32. With 16 tokens or fewer they keep all on Qwen, "
         "and at least 16. The share that depends on the picture (paper) is not in their code and not here."
     )
@@ -58,7 +58,7 @@ class PruneSID(Pruner):
         return choose(self, tokens, pick)
 
     def _shared(self, x: Tensor, score: Tensor, group: Tensor, k: int) -> list[int]:
-        """k rows of x [n, D]; `score` and `group` [n]."""
+        """The k rows of x [n, D] that stay, by `score` and `group` [n]."""
         n, factor = len(x), 18 * k / len(x)
         unit = normalize(x, dim=-1)
         cosine = unit @ unit.T
@@ -84,7 +84,7 @@ class PruneSID(Pruner):
 
 
 def components(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Of the rows x [n, D]: how much each weighs in its principal component, and which that is, of so many."""
+    """Of the rows x [n, D]: weight of each in its principal component of sigmoid(x), one of the first `most`; which."""
     z = x.sigmoid()
     z = z - z.mean(1, keepdim=True)
     vectors = torch.linalg.eigh(z @ z.T).eigenvectors.flip(1)[:, :most]
@@ -92,8 +92,8 @@ def components(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 
 def free_first(of: Sequence[int], close: Tensor) -> tuple[list[int], int]:
-    """The places `of` a group, best first, those before the others that no better one of them suppresses; and how many
-    these are. close [n, n]: whether two places resemble each other."""
+    """The places `of` a group (best first) that no better one among them suppresses, then the suppressed ones; how many
+    are not suppressed. close [n, n]: whether of two places the better one suppresses the other."""
     near: list[list[bool]] = close[list(of)][:, list(of)].tolist()
     free: list[int] = []
     rest: list[int] = []
@@ -103,11 +103,11 @@ def free_first(of: Sequence[int], close: Tensor) -> tuple[list[int], int]:
 
 
 def shares(sizes: Sequence[int], free: Sequence[int], k: int) -> list[int]:
-    """k tokens shared out to groups of such sizes, of which so many are not suppressed."""
+    """Tokens of each group, k in all; `sizes` are the sizes of the groups, of which `free` are not suppressed."""
     most = [min(5 * math.ceil(k / 64), size, few) for size, few in zip(sizes, free, strict=True)]
     while sum(most) < k:
         most = [min(room + 1, size) for room, size in zip(most, sizes, strict=True)]
-    # Each has one; the others by rounding what has been shared out so far.
+    # Each group has one; the others are differences of rounded cumulative shares.
     others, before, given = k - len(sizes), 0, []
     for i in range(len(free)):
         so_far = round(others * sum(free[: i + 1]) / sum(free))

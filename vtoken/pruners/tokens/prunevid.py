@@ -15,18 +15,18 @@ from vtoken.pruners.tokens._video import Folded, by_place, fold_videos, is_video
 from vtoken.pruners.tokens._windows import grouped, scenes
 from vtoken.stages import Keep, Parts, Site, Stage, VisualTokens, image_of
 
-NEIGHBOURS = 7  # that density is measured by
-FEW = 14  # members of a group up to which nothing is merged
+NEIGHBOURS = 7  # nearest rows that the density of a row is measured by
+FEW = 14  # groups of at most this many members are not merged
 
 
 class PruneVid(Stage):
-    """The frames of a video, by their mean tokens, are clustered by density peaks (7 neighbours) into `scenes` of their
-    number; of each cluster only its longest run of frames remains (none if that is a single frame), and the frames in
-    between go to the longer neighbouring run, the left one if both are as long. In such a window of frames, a place
-    whose mean cosine over all pairs of frames is above `similarity` is still: its tokens are averaged and stand once,
-    in the window's first frame. If more than 14, the still places of a window, and the other tokens of a frame, are
-    clustered by density peaks into `left` of their number, and each cluster becomes its mean at the place of its
-    centre.
+    """The frames of a video are clustered by the density peaks (7 neighbours) of their mean tokens, with the share
+    `scenes` as centres. Of each cluster only the longest run of frames remains (none if that is a single frame), and
+    the frames in between go to the longer neighbouring run, the left one if both are as long. In such a window of
+    frames, a place whose mean cosine over all pairs of frames is above `similarity` is still: its tokens are averaged
+    and stand once, in the window's first frame. If they are more than 14, the still places of a window, and likewise
+    the other tokens of a frame, are clustered by density peaks, with the share `left` as centres; each cluster becomes
+    its mean at the place of its centre.
 
     How many tokens stay depends on the video; `expected_counts` assumes that nothing is still. Pictures and one-frame
     videos are left unpruned. Waits for the device twice per video, and finds the windows on the host.
@@ -46,9 +46,9 @@ class PruneVid(Stage):
     )
 
     similarity: float = Field(default=0.8, ge=-1, le=1, description="mean cosine above which a place is still")
-    left: float = Field(default=0.5, gt=0, le=1, description="clusters to the members of a group (cluster_ratio)")
+    left: float = Field(default=0.5, gt=0, le=1, description="clusters per member of a group (cluster_ratio)")
     scenes: float = Field(
-        default=0.25, gt=0, le=1, description="clusters to the frames of a video (temporal_segment_ratio)"
+        default=0.25, gt=0, le=1, description="clusters per frame of a video (temporal_segment_ratio)"
     )
 
     def select(self, tokens: VisualTokens) -> Keep:

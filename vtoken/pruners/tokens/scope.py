@@ -17,8 +17,8 @@ from vtoken.stages import Fact, Keep, Pruner, VisualTokens, offsets_of
 
 class SCOPE(Pruner):
     """The coverage of a token is its cosine similarity (of encoder features, at least 0) to the most similar kept
-    token. Repeatedly adds the token with the largest gain x attention^alpha: its gain is by how much it raises the
-    coverage of all tokens together, its attention is that of CLS. Ties go to the lower index.
+    token. Repeatedly adds the token with the largest gain x attention^alpha, where gain is how much it raises the sum
+    of the coverage of all tokens, and attention is that of CLS. Ties go to the lower index.
 
     Paper: https://arxiv.org/abs/2510.24214. A loop over kept tokens. Each gain is a sum over a column of all N x N
     similarities, which stay in memory (4 N^2 bytes per image, padded to the longest); the kernels for greedy

@@ -29,9 +29,9 @@ class SpecVLM(Pruner):
     deviations: ClassVar[str] = (
         "Drafts are a chain; the authors verify a tree of 25. Places of the even sample are whole numbers, where "
         "theirs are rounded from float32. Chooses image by image, with the share of its own sum; theirs has one "
-        "picture or "
-        "video, and rounds the budget down. Positions follow the pipeline's policy. The attention is computed from the "
-        "target's queries and keys in the one prefill, theirs by eager attention in a second call for the text."
+        "picture or video, and rounds the budget down. Positions follow the pipeline's policy. The attention is "
+        "computed from the target's queries and keys in the one prefill, theirs by eager attention in a second call "
+        "for the text."
     )
 
     keep: Budget = Field(default=Budget("10%"), description="tokens of the draft that stay; the authors keep a tenth")

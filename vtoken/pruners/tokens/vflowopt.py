@@ -23,9 +23,9 @@ class VFlowOpt(Pruner):
     `alpha` times the softmax over its crop of its patch entropy (in bits, of the 256-bin grey histogram). The least
     important tokens of an image form a pool. In every cell of `cell` x `cell` tokens (any real number, each raster and
     each frame by itself), the pool's members become one token: their mean weighted by importance, at the place of the
-    most important. The pool is as large as needed to leave `keep` tokens; if there are more cells than that, only the
-    best tokens stay. With `exact: false` it holds round(N (1 - R)) + int(N / cell²) tokens, as in the authors' code:
-    the count is then close to the budget, and `expected_counts` returns the budget.
+    most important. The pool is as large as needed to leave `keep` tokens; if a pool of all tokens leaves more, only the
+    most important of these stay. With `exact: false` it holds round(N (1 - R)) + int(N / cell²) tokens, as in the
+    authors' code: the count is then close to the budget, and `expected_counts` returns the budget.
 
     The entropy is off in all released settings (alpha: 0). Otherwise it is taken over all pixels of a token, mapped to
     0..255 with `mean` and `std` (the defaults are those of LLaVA-OneVision's SigLIP and of Qwen3-VL; CLIP and Qwen2

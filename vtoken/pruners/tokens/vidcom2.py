@@ -22,8 +22,8 @@ class VidCom2(Pruner):
     common a token is in the video is the sum of exp(-distance² / 2a) over a = 1/8, 1/4, 1/2, 1, 2, where distance is
     that to the mean token of the video; how common it is in its frame is the same with the mean of the frame. A frame
     whose tokens are less common in the video (mean over them, softmax over frames at `temperature`) gets a larger part
-    of the budget R: n R (1 + softmax - its mean) of its n tokens, at least 1. In each frame, the tokens with the
-    smallest sum of both stay.
+    of the budget: n R (1 + softmax - its mean) of its n tokens, at least 1, where R is the share of the video that
+    stays. In each frame, the tokens with the smallest sum of both stay.
 
     The budget is spent exactly: each remaining token goes to the frame that lacks most of its part. A video keeps at
     least one token per frame. With `exact: false`, every frame rounds by itself, as the authors do; the total then

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from vtoken.pruners._pools import choose_alike, top
 from vtoken.stages import Fact, Keep, Pruner, VisualTokens
 
-STEP = 8
+STEP = 8  # tokens dropped in a round
 
 
 class VisPruner(Pruner):
